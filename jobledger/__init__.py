@@ -1,0 +1,1 @@
+"""Jobledger: background jobs on the Kafka log."""

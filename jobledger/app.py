@@ -1,0 +1,183 @@
+"""The app: tasks, queues and settings under one namespace, and the two faces a service uses: submit and ask."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, ParamSpec, TypeVar, overload
+
+from jobledger.client import Client, JobHandle
+from jobledger.config import Settings
+from jobledger.job import JobStatus, State
+from jobledger.names import Names
+from jobledger.retry import Retry
+from jobledger.schemas.events import Position
+from jobledger.task import DEFAULT_PARTITIONS, DEFAULT_QUEUE, JobRequest, Queue, Registry, Task
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+class App:
+    """Background jobs of one namespace.
+
+    ``name``: the namespace; topics and groups begin with it. ``settings``: read from ``JOBLEDGER_*`` unless given.
+    ``queues``: if given, a task of any other queue is refused when it is registered; if not, the queues are those the
+    tasks name. ``partitions``: of every topic whose queue sets none. Nothing connects before the first use.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        settings: Settings | None = None,
+        queues: Iterable[Queue | str] | None = None,
+        partitions: int = DEFAULT_PARTITIONS,
+    ) -> None:
+        self.settings = settings or Settings.from_env()
+        self.registry = Registry(name, queues=queues, partitions=partitions, submitter=lambda: self.client)
+        self._client: Client | None = None
+        self._reader: Any = None
+        self._lock = threading.Lock()
+        self._pid = os.getpid()
+
+    def __repr__(self) -> str:
+        return f"<App {self.names.namespace}: {len(self.tasks)} tasks, queues {sorted(self.queues)}>"
+
+    @property
+    def names(self) -> Names:
+        """Topic and group names."""
+        return self.registry.names
+
+    @property
+    def tasks(self) -> Mapping[str, Task[Any, Any]]:
+        """Registered tasks by name."""
+        return self.registry.tasks
+
+    @property
+    def queues(self) -> Mapping[str, Queue]:
+        """Queues by name, each with its partition count."""
+        return self.registry.queues
+
+    @property
+    def partitions(self) -> int:
+        """Partitions of coordination, and the least of lifecycle."""
+        return self.registry.partitions
+
+    @property
+    def client(self) -> Client:
+        """The client, made at the first use."""
+        if self._client is None:
+            with self._lock:
+                if self._client is None:
+                    self._client = Client(self.settings, self.names, self.status_table)
+        return self._client
+
+    def check(self) -> None:
+        """Raise `ConfigError` for what can be judged only when every task is registered; workers and the CLI call it."""
+        self.registry.check()
+
+    # -- declaring ------------------------------------------------------------------------------------------------
+
+    @overload
+    def task(self, fn: Callable[P, R], /) -> Task[P, R]: ...
+
+    @overload
+    def task(
+        self,
+        /,
+        *,
+        name: str | None = None,
+        queue: str = DEFAULT_QUEUE,
+        retry: Retry | int | None = None,
+        timeout: float | None = None,
+        fallback: Task[Any, Any] | str | None = None,
+    ) -> Callable[[Callable[P, R]], Task[P, R]]: ...
+
+    def task(
+        self,
+        fn: Callable[P, R] | None = None,
+        /,
+        *,
+        name: str | None = None,
+        queue: str = DEFAULT_QUEUE,
+        retry: Retry | int | None = None,
+        timeout: float | None = None,
+        fallback: Task[Any, Any] | str | None = None,
+    ) -> Task[P, R] | Callable[[Callable[P, R]], Task[P, R]]:
+        """Register a function as a task; usable bare or with options.
+
+        ``name``: what stands in the log, the function's name unless given. ``queue``: where its jobs go.
+        ``retry``: a `Retry`, or just the number of attempts. ``timeout``: seconds, for ``async def`` only.
+        ``fallback``: a task with the same parameters, run as a job of its own when this one has failed for good.
+        Raises `ConfigError` or `UnknownQueue`.
+        """
+
+        def register(function: Callable[P, R]) -> Task[P, R]:
+            return self.registry.add(function, name=name, queue=queue, retry=retry, timeout=timeout, fallback=fallback)
+
+        return register if fn is None else register(fn)
+
+    # -- submitting -----------------------------------------------------------------------------------------------
+
+    def submit_many(self, jobs: Iterable[JobRequest[R]]) -> list[JobHandle[R]]:
+        """Submit jobs in large batches; returns handles, in order, once the log has acknowledged all.
+
+        ``jobs``: from `Task.job` or ``task.using(…).job``; consumed as it goes, so a generator is fine.
+        """
+        return self.client.submit_many(jobs)
+
+    # -- asking ---------------------------------------------------------------------------------------------------
+
+    def status_table(self) -> Any:
+        """The status table's read side, opened at the first use. Raises `StoreNotFound` if there is none yet."""
+        if self._reader is None or self._pid != os.getpid():
+            with self._lock:
+                if self._reader is None or self._pid != os.getpid():
+                    from jobledger.streams.store import open_reader  # a service that only submits needs no database
+
+                    url = self.settings.resolve_status_url(self.names.namespace)
+                    self._reader = open_reader(url, self.names.namespace)
+                    self._pid = os.getpid()
+        return self._reader
+
+    def job(self, job_id: str, *, at_least: Position | None = None, timeout: float = 10.0) -> JobStatus:
+        """One job's status. ``at_least``: wait up to ``timeout`` seconds until the table has read that position.
+
+        Raises `JobNotFound` for an id the table does not know: unknown is never reported as pending.
+        """
+        return self.client.status(job_id, at_least=at_least, timeout=timeout)
+
+    def jobs(
+        self,
+        *,
+        state: State | str | None = None,
+        task: str | None = None,
+        queue: str | None = None,
+        tag: tuple[str, str] | None = None,
+        limit: int | None = None,
+        page: int = 500,
+    ) -> Iterator[JobStatus]:
+        """Jobs that match every given filter, newest first, fetched a page at a time. ``limit`` None: all of them."""
+        table = self.status_table()
+        after: str | None = None
+        left = limit
+        while left is None or left > 0:
+            size = page if left is None else min(page, left)
+            found = table.jobs(state=state, task=task, queue=queue, tag=tag, after=after, limit=size)
+            yield from found
+            if len(found) < size:
+                return
+            after = found[-1].job_id
+            left = None if left is None else left - len(found)
+
+    def close(self) -> None:
+        """Flush and close every connection; the next use opens new ones."""
+        with self._lock:
+            if self._client is not None:
+                self._client.close()
+                self._client = None
+            if self._reader is not None:
+                self._reader.close()
+                self._reader = None

@@ -1,0 +1,151 @@
+"""``jobledger kafka start|stop|status``: the embedded broker from the command line.
+
+Exit codes: 0 done; 1 an error, which is said; 3 from ``status`` when no broker runs.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from jobledger.config import Settings
+from jobledger.errors import KafkaStartFailed
+from jobledger.kafka import embedded
+from jobledger.kafka.embedded import KafkaStatus
+from jobledger.kafka.jars import KAFKA_VERSION
+from jobledger.kafka.jars import Progress as Report
+
+EXIT_NOT_RUNNING = 3
+STOPPED = 143  # how a JVM ends after SIGTERM, e.g. from `jobledger kafka stop` elsewhere
+
+app = typer.Typer(
+    name="kafka",
+    help="The embedded broker: real Apache Kafka for development, without Docker or an installed Java.",
+    no_args_is_help=True,
+)
+
+_STEPS = {
+    "resolve": "resolving Apache Kafka {version}",
+    "fetch": "fetching Apache Kafka {version}",
+    "format": "formatting the data folder",
+    "boot": "starting the broker",
+}
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
+
+
+@app.command("start")
+def start(
+    port: Annotated[int, typer.Option(help="Port on 127.0.0.1; 0 takes a free one.")] = embedded.DEFAULT_PORT,
+    data: Annotated[Path | None, typer.Option(help="Data folder; kept between starts.", show_default="in home")] = None,
+    heap: Annotated[int, typer.Option(min=128, help="Heap of the broker in MB.")] = embedded.DEFAULT_HEAP_MB,
+    version: Annotated[str, typer.Option(help="Version of Apache Kafka, 4.0 or later.")] = KAFKA_VERSION,
+    timeout: Annotated[float, typer.Option(help="Seconds that the broker may take to answer.")] = (
+        embedded.START_TIMEOUT_S
+    ),
+    foreground: Annotated[bool, typer.Option("--foreground", help="Stay, and stop the broker on Ctrl+C.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Start the embedded broker; if it runs already, say where.
+
+    The first start fetches Apache Kafka (about 45 MB) once per user and version.
+    """
+    home = Settings.from_env().home
+    with _progress(version, quiet=as_json) as report:
+        began = embedded.start(
+            home,
+            port=port,
+            data=data,
+            heap_mb=heap,
+            version=version,
+            detach=not foreground,
+            progress=report,
+            timeout=timeout,
+        )
+    _show(began, as_json)
+    if not foreground:
+        return
+    try:
+        code = embedded.wait(home)
+    except KeyboardInterrupt:
+        embedded.stop(home)
+        return
+    if code not in (None, 0, STOPPED):
+        raise KafkaStartFailed(f"the embedded broker ended by itself with exit code {code}; its log is {began.log}")
+
+
+@app.command("stop")
+def stop(
+    timeout: Annotated[float, typer.Option(help="Seconds to end cleanly before it is killed.")] = (
+        embedded.STOP_TIMEOUT_S
+    ),
+    as_json: Json = False,
+) -> None:
+    """Stop the embedded broker; its data is kept. Nothing to stop is no error."""
+    stopped = embedded.stop(Settings.from_env().home, timeout)
+    if as_json:
+        print(json.dumps({"stopped": stopped}))
+    else:
+        Console().print("stopped" if stopped else "no embedded broker was running")
+
+
+@app.command("status")
+def status(as_json: Json = False) -> None:
+    """Say whether the embedded broker runs, and where. Exit code 3 if it does not."""
+    found = embedded.status(Settings.from_env().home)
+    _show(found, as_json)
+    if not found.running:
+        raise typer.Exit(EXIT_NOT_RUNNING)
+
+
+def _show(found: KafkaStatus, as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(found.as_dict()))
+        return
+    console = Console()
+    if not found.running:
+        console.print("no embedded broker is running; start it with [bold]jobledger kafka start[/]")
+        return
+    table = Table.grid(padding=(0, 2))
+    rows = [
+        ("bootstrap", f"[bold green]{found.bootstrap}[/]"),
+        ("version", str(found.version)),
+        ("pid", str(found.pid)),
+        ("uptime", f"{found.uptime or 0:.0f} s"),
+        ("data", str(found.data)),
+        ("log", str(found.log)),
+    ]
+    for row in rows:
+        table.add_row(*row)
+    console.print(table, soft_wrap=True)
+
+
+@contextmanager
+def _progress(version: str, quiet: bool) -> Iterator[Report | None]:
+    """A progress bar on standard error, so that standard output stays what a script reads; None where nobody looks."""
+    if quiet or not sys.stderr.isatty():
+        yield None
+        return
+    columns = (
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+    )
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        line = bar.add_task("", total=None)
+
+        def report(step: str, done: int, total: int) -> None:
+            bar.update(line, description=_STEPS[step].format(version=version), completed=done, total=total or None)
+
+        yield report

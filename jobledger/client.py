@@ -1,0 +1,375 @@
+"""The client: submits jobs, and asks the status table about them.
+
+Submitting returns once the log has acknowledged it; nothing is held in memory for later. It knows no worker and no
+stream processor: it writes to the log, and reads through the small `StatusSource` port that the app fills in.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import atexit
+import os
+import threading
+import time
+from collections.abc import Callable, Iterable
+from typing import Any, Generic, Protocol, TypeVar
+
+import msgspec
+import uuid_utils
+from confluent_kafka import KafkaError, Message
+
+from jobledger.config import Settings
+from jobledger.context import JobContext, maybe_current_job
+from jobledger.errors import (
+    BrokerUnavailable,
+    JobCancelled,
+    JobExpired,
+    JobFailed,
+    JobledgerError,
+    JobNotFound,
+    ResultInsideJob,
+    StatusTimeout,
+)
+from jobledger.job import JobStatus, State
+from jobledger.log import LogWriter, Outgoing, now_us, position_of, source, translate
+from jobledger.names import Names
+from jobledger.schemas import codec
+from jobledger.schemas.events import JobEvent, JobSpec, JobSubmitted, Position
+from jobledger.task import JobRequest
+
+R = TypeVar("R")
+
+#: How many submissions of `submit_many` may be under way at once: bounds memory at any number of jobs.
+WINDOW = 20_000
+#: Jobs per hand-over to librdkafka in `submit_many`.
+CHUNK = 500
+#: Seconds between two looks at the status table while waiting.
+POLL_FIRST, POLL_MOST = 0.01, 0.25
+#: Records in the send queue from which `submit_async` waits for room in a thread (librdkafka's queue holds 100,000).
+NEAR_FULL = 90_000
+
+
+class StatusSource(Protocol):
+    """Where the client asks about jobs: the status table's read side."""
+
+    def job(self, job_id: str) -> JobStatus: ...
+
+    def reached(self, position: Position) -> bool: ...
+
+
+class JobHandle(Generic[R]):
+    """A job the log has acknowledged. ``job_id``: its id; ``position``: where its submission stands in the log."""
+
+    __slots__ = ("_client", "job_id", "position")
+
+    def __init__(self, client: Client, job_id: str, position: Position) -> None:
+        self._client, self.job_id, self.position = client, job_id, position
+
+    def __repr__(self) -> str:
+        return f"<job {self.job_id} at {self.position}>"
+
+    def status(self, timeout: float = 10.0) -> JobStatus:
+        """What the status table says, at least as new as the submission. `StatusTimeout` if it lags ``timeout`` s."""
+        return self._client.status(self.job_id, at_least=self.position, timeout=timeout)
+
+    def wait(self, timeout: float | None = None) -> JobStatus:
+        """Wait until the job has ended, well or not; its final status.
+
+        Raises `StatusTimeout` after ``timeout`` seconds (None: for ever), `ResultInsideJob` inside a job.
+        """
+        return self._client.wait(self.job_id, at_least=self.position, timeout=timeout)
+
+    def result(self, timeout: float | None = None) -> R:
+        """Wait for the job's end and return its result, as JSON gives it.
+
+        Raises `JobFailed` (with the error's type, message and traceback), `JobCancelled`, `JobExpired`,
+        `StatusTimeout` or `ResultInsideJob`.
+        """
+        return result_of(self.wait(timeout))  # type: ignore[no-any-return]  # what JSON holds is the task's word
+
+
+def result_of(status: JobStatus) -> Any:
+    """The result of an ended job, or the error it ended with."""
+    if status.state is State.SUCCEEDED:
+        return status.result
+    if status.state is State.CANCELLED:
+        raise JobCancelled(f"job {status.job_id} was cancelled: {status.reason or 'no reason given'}")
+    if status.state is State.EXPIRED:
+        raise JobExpired(f"job {status.job_id} expired before it could start")
+    if status.state is State.FAILED:
+        error = status.error
+        if error is None:
+            raise JobFailed(status.job_id, "Unknown", status.reason or "no error was recorded")
+        raise JobFailed(status.job_id, error.type, error.message, error.traceback)
+    raise StatusTimeout(f"job {status.job_id} has not ended: it is {status.state.value}")
+
+
+class Client:
+    """Submits jobs of one namespace. Thread-safe; opens its connection at the first submission.
+
+    Single submissions and `submit_many` use a producer each: the first sends at once, the second in large batches.
+    """
+
+    def __init__(self, settings: Settings, names: Names, status: Callable[[], StatusSource]) -> None:
+        self.settings, self.names = settings, names
+        self._status_source = status
+        self._lock = threading.Lock()
+        self._pid = os.getpid()
+        self._single: LogWriter | None = None
+        self._bulk: LogWriter | None = None
+        self._source = source("client")
+
+    def _after_fork(self) -> None:
+        """A forked child must not use its parent's producer: librdkafka's threads did not come along."""
+        if self._pid != os.getpid():
+            self._pid, self._single, self._bulk = os.getpid(), None, None
+            self._lock = threading.Lock()
+            self._source = source("client")
+
+    def _writer(self, bulk: bool) -> LogWriter:
+        self._after_fork()
+        found = self._bulk if bulk else self._single
+        if found is None:
+            with self._lock:
+                found = self._bulk if bulk else self._single
+                if found is None:
+                    found = LogWriter(self.settings, self.names, linger_ms=5.0 if bulk else 0.0)
+                    if bulk:
+                        self._bulk = found
+                    else:
+                        self._single = found
+                    atexit.register(found.close, 5.0)
+        found.ensure_schema()
+        return found
+
+    def close(self) -> None:
+        """Flush and close the connections; the next submission opens new ones."""
+        with self._lock:
+            for writer in (self._single, self._bulk):
+                if writer is not None:
+                    atexit.unregister(writer.close)
+                    writer.close()
+            self._single = self._bulk = None
+
+    def _outgoing(self, request: JobRequest[Any], inside: JobContext | None) -> tuple[str, Outgoing]:
+        """The job's id and the record that submits it."""
+        task = request.task
+        if inside is None:
+            job_id, parent, trace = str(uuid_utils.uuid7()), None, None
+            event_id = job_id
+        else:
+            job_id = event_id = inside.child_id(task.name, request.args)
+            parent, trace = inside.job_id, inside.trace
+        delayed = request.delay_ms is not None
+        event = JobEvent(
+            event_id,
+            job_id,
+            1,
+            1,
+            0 if delayed else 1,
+            now_us(),
+            task.name,
+            request.queue,
+            None,
+            job_id if delayed else None,
+            self._source,
+            trace,
+            JobSubmitted(JobSpec(request.args, request.tags, parent), request.delay_ms),
+        )
+        topic = self.names.coordination if delayed else self.names.jobs(request.queue)
+        return job_id, Outgoing(topic, codec.encode(event), job_id)
+
+    def submit(self, request: JobRequest[R]) -> JobHandle[R]:
+        """Submit one job and wait for its acknowledgement; see `Task.submit` for the errors."""
+        writer = self._writer(bulk=False)
+        job_id, record = self._outgoing(request, maybe_current_job())
+        ack = _Ack()
+        writer.post(record, ack)
+        # librdkafka gives up by itself after submit_timeout; the margin is for its callback to arrive.
+        if not ack.event.wait(self.settings.submit_timeout + 5.0):
+            raise BrokerUnavailable(f"job {job_id}: no acknowledgement within {self.settings.submit_timeout:g} s")
+        return JobHandle(self, job_id, ack.position(self.settings, f"submitting job {job_id}"))
+
+    async def submit_async(self, request: JobRequest[R]) -> JobHandle[R]:
+        """`submit` for asyncio; waits without holding the event loop."""
+        loop = asyncio.get_running_loop()
+        writer = self._single if self._single is not None and self._pid == os.getpid() else None
+        if writer is None:  # connecting and publishing the schema block; only once
+            writer = await loop.run_in_executor(None, self._writer, False)
+        job_id, record = self._outgoing(request, maybe_current_job())
+        future: asyncio.Future[Position] = loop.create_future()
+        what = f"submitting job {job_id}"
+
+        def settle(error: KafkaError | None, position: Position) -> None:
+            if future.done():
+                return
+            if error is None:
+                future.set_result(position)
+            else:
+                future.set_exception(translate(error, self.settings, what))
+
+        def delivered(error: KafkaError | None, message: Message) -> None:
+            loop.call_soon_threadsafe(settle, error, position_of(message))
+
+        await _post_async(writer, record, delivered)
+        return JobHandle(self, job_id, await future)
+
+    def submit_many(self, requests: Iterable[JobRequest[R]]) -> list[JobHandle[R]]:
+        """Submit jobs in large batches and wait for every acknowledgement; handles in order.
+
+        If one fails, the error is raised after the others have been settled; the jobs before it may have been accepted.
+        """
+        writer = self._writer(bulk=True)
+        inside = maybe_current_job()
+        many: _Many[R] = _Many(self)
+        for request in requests:
+            many.room(self.settings.submit_timeout)
+            job_id, record = self._outgoing(request, inside)
+            writer.post(record, many.expect(job_id))
+        return many.finish(self.settings)
+
+    # -- asking ---------------------------------------------------------------------------------------------------
+
+    def status(self, job_id: str, *, at_least: Position | None = None, timeout: float = 10.0) -> JobStatus:
+        """The job's status, at least as new as ``at_least`` (waited for up to ``timeout`` seconds).
+
+        Raises `JobNotFound` for an id the table does not know, `StatusTimeout` if it lags.
+        """
+        table = self._status_source()
+        if at_least is not None:
+            deadline = time.monotonic() + timeout
+            pause = POLL_FIRST
+            while not table.reached(at_least):
+                if time.monotonic() >= deadline:
+                    raise StatusTimeout(
+                        f"the status table did not reach {at_least} within {timeout:g} s: "
+                        "is `jobledger streams MODULE:APP` running?"
+                    )
+                time.sleep(pause)
+                pause = min(pause * 1.5, POLL_MOST)
+        return table.job(job_id)
+
+    def wait(self, job_id: str, *, at_least: Position | None = None, timeout: float | None = None) -> JobStatus:
+        """Wait until the job has ended; its final status."""
+        if maybe_current_job() is not None:
+            raise ResultInsideJob(
+                f"waiting for job {job_id} inside a job is refused: with every slot waiting, none would be left to run "
+                "it. Submit the following step from the end of this one instead"
+            )
+        deadline = None if timeout is None else time.monotonic() + timeout
+        pause = POLL_FIRST
+        table = self._status_source()
+        while True:
+            seen: JobStatus | None = None
+            try:
+                seen = table.job(job_id)
+            except JobNotFound:
+                if at_least is None or table.reached(at_least):
+                    raise
+            if seen is not None and seen.state.ended:
+                return seen
+            if deadline is not None and time.monotonic() >= deadline:
+                state = "not in the status table yet" if seen is None else seen.state.value
+                raise StatusTimeout(
+                    f"job {job_id} did not end within {timeout:g} s: it is {state}. "
+                    "Are a worker and `jobledger streams MODULE:APP` running?"
+                )
+            time.sleep(pause)
+            pause = min(pause * 1.5, POLL_MOST)
+
+
+class _Ack:
+    """The acknowledgement of one record."""
+
+    __slots__ = ("_error", "_position", "event")
+
+    def __init__(self) -> None:
+        self.event = threading.Event()
+        self._error: KafkaError | None = None
+        self._position: Position | None = None
+
+    def __call__(self, error: KafkaError | None, message: Message) -> None:
+        self._error, self._position = error, position_of(message)
+        self.event.set()
+
+    def position(self, settings: Settings, what: str) -> Position:
+        """Where the record stands; raises what went wrong."""
+        if self._error is not None or self._position is None:
+            raise translate(self._error or KafkaError(KafkaError._FAIL), settings, what)
+        return self._position
+
+
+class _Many(Generic[R]):
+    """The acknowledgements of `submit_many`, with a bound on how many are outstanding."""
+
+    def __init__(self, client: Client) -> None:
+        self._client = client
+        self._handles: list[JobHandle[R] | None] = []
+        self._acked = 0
+        self._failed: KafkaError | None = None
+        self._progressed = threading.Condition()
+
+    def expect(self, job_id: str) -> Callable[[KafkaError | None, Message], None]:
+        """The delivery callback of the next job."""
+        index = len(self._handles)
+        handles = self._handles
+        handles.append(None)
+        client = self._client
+
+        def delivered(error: KafkaError | None, message: Message) -> None:
+            if error is not None:
+                self._failed = self._failed or error
+            else:
+                handles[index] = JobHandle(
+                    client, job_id, Position(message.topic() or "", message.partition() or 0, message.offset() or 0)
+                )
+            # Callbacks run in one thread, so the count needs no lock; waking costs, so it is done now and then.
+            self._acked += 1
+            if not self._acked % CHUNK or self._acked >= len(handles):
+                with self._progressed:
+                    self._progressed.notify_all()
+
+        return delivered
+
+    def room(self, timeout: float) -> None:
+        """Wait until fewer than `WINDOW` are outstanding."""
+        if len(self._handles) - self._acked >= WINDOW:
+            self._await(lambda: len(self._handles) - self._acked < WINDOW - CHUNK, timeout)
+
+    def _await(self, enough: Callable[[], bool], timeout: float) -> None:
+        deadline = time.monotonic() + timeout + 5.0
+        with self._progressed:
+            while not enough():
+                # A wake-up may be missed between count and wait (see `delivered`); so the wait is short.
+                self._progressed.wait(0.02)
+                if time.monotonic() >= deadline:
+                    raise BrokerUnavailable(
+                        f"{len(self._handles) - self._acked} submissions were not acknowledged in time"
+                    )
+
+    def finish(self, settings: Settings) -> list[JobHandle[R]]:
+        """All handles, or the first error."""
+        self._await(lambda: self._acked >= len(self._handles), settings.submit_timeout)
+        if self._failed is not None:
+            arrived = sum(h is not None for h in self._handles)
+            error = translate(self._failed, settings, f"{arrived} of {len(self._handles)} jobs were accepted; the rest")
+            raise error
+        return [h for h in self._handles if h is not None]
+
+
+async def _post_async(
+    writer: LogWriter, record: Outgoing, delivered: Callable[[KafkaError | None, Message], None]
+) -> None:
+    """`LogWriter.post`; near a full queue the waiting for room happens off the event loop."""
+    if len(writer.producer) < NEAR_FULL:
+        writer.post(record, delivered)
+    else:
+        await asyncio.get_running_loop().run_in_executor(None, writer.post, record, delivered)
+
+
+def jsonable(value: Any) -> Any:
+    """A value as JSON builtins, for ``--json`` output."""
+    return msgspec.to_builtins(value, enc_hook=str)
+
+
+__all__ = ["Client", "JobHandle", "JobledgerError", "StatusSource", "jsonable", "result_of"]

@@ -1,0 +1,121 @@
+"""Settings: one frozen object, read from ``JOBLEDGER_*``; and the one place that resolves which broker is meant.
+
+Security settings are written once, with librdkafka's names (``JOBLEDGER_KAFKA__SECURITY_PROTOCOL=SASL_SSL``,
+``JOBLEDGER_KAFKA__SASL_USERNAME=…``), and are translated here for both clients.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import platformdirs
+
+from jobledger.errors import BrokerUnavailable, ConfigError
+
+PREFIX = "JOBLEDGER_"
+KAFKA_PREFIX = "JOBLEDGER_KAFKA__"
+
+#: Environment variables that are read, beside ``JOBLEDGER_KAFKA__*``.
+KNOWN = ("BOOTSTRAP", "STATUS_URL", "SUBMIT_TIMEOUT", "MAX_RECORD_BYTES", "HOME", "LOG_LEVEL", "TEST_KAFKA_IMAGE")
+
+DEFAULT_MAX_RECORD_BYTES = 1_000_000  # the broker's message.max.bytes default is 1,048,588 with the batch overhead
+DEFAULT_SUBMIT_TIMEOUT_S = 30.0
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """How this process reaches Kafka and the status database.
+
+    ``bootstrap``: ``host:port[,host:port]`` or None for the embedded broker if it runs.
+    ``status_url``: ``sqlite:///path`` (``postgresql://…`` comes later); None means one SQLite file per namespace under
+    the user's data folder.
+    ``submit_timeout``: seconds a submission may wait for its acknowledgement before `BrokerUnavailable`.
+    ``max_record_bytes``: largest encoded record that is sent; larger ones raise `PayloadTooLarge`.
+    ``kafka``: extra client settings with librdkafka's names, e.g. ``{"security.protocol": "SSL"}``.
+    ``home``: folder of the embedded broker's data, jars and pid file.
+    """
+
+    bootstrap: str | None = None
+    status_url: str | None = None
+    submit_timeout: float = DEFAULT_SUBMIT_TIMEOUT_S
+    max_record_bytes: int = DEFAULT_MAX_RECORD_BYTES
+    kafka: Mapping[str, str] = field(default_factory=dict)
+    home: Path = field(default_factory=lambda: default_home())
+
+    @classmethod
+    def from_env(cls, environ: Mapping[str, str] | None = None) -> Settings:
+        """Read ``JOBLEDGER_*``. A name or value that means nothing raises `ConfigError`: a typo must not be silent."""
+        env = os.environ if environ is None else environ
+        kafka: dict[str, str] = {}
+        for name, value in env.items():
+            if name.startswith(KAFKA_PREFIX):
+                kafka[name[len(KAFKA_PREFIX) :].lower().replace("_", ".")] = value
+            elif name.startswith(PREFIX) and name[len(PREFIX) :] not in KNOWN:
+                known = ", ".join(PREFIX + k for k in KNOWN)
+                raise ConfigError(f"{name} is no setting of Jobledger; known are {known} and {KAFKA_PREFIX}*")
+        return cls(
+            bootstrap=env.get(PREFIX + "BOOTSTRAP") or None,
+            status_url=env.get(PREFIX + "STATUS_URL") or None,
+            submit_timeout=_positive(env, "SUBMIT_TIMEOUT", DEFAULT_SUBMIT_TIMEOUT_S),
+            max_record_bytes=int(_positive(env, "MAX_RECORD_BYTES", DEFAULT_MAX_RECORD_BYTES)),
+            kafka=kafka,
+            home=Path(env[PREFIX + "HOME"]).expanduser() if env.get(PREFIX + "HOME") else default_home(),
+        )
+
+    def with_bootstrap(self, bootstrap: str | None) -> Settings:
+        """The same settings, with ``--bootstrap`` from a command line winning over the environment."""
+        return self if bootstrap is None else replace(self, bootstrap=bootstrap)
+
+    def with_status_url(self, status_url: str | None) -> Settings:
+        """The same settings, with ``--status-url`` from a command line winning over the environment."""
+        return self if status_url is None else replace(self, status_url=status_url)
+
+    def resolve_bootstrap(self) -> str:
+        """The broker's address: the setting, else the embedded broker if it runs, else `BrokerUnavailable`."""
+        if self.bootstrap:
+            return self.bootstrap
+        from jobledger.kafka.embedded import running_bootstrap  # late: pulls in process handling
+
+        found = running_bootstrap(self.home)
+        if found is None:
+            raise BrokerUnavailable(
+                "no Kafka broker is configured: set JOBLEDGER_BOOTSTRAP=host:port (or --bootstrap), "
+                "or start the embedded one with `jobledger kafka start`"
+            )
+        return found
+
+    def resolve_status_url(self, namespace: str) -> str:
+        """The status database's URL: the setting, else one SQLite file per namespace under the user's data folder."""
+        if self.status_url:
+            return self.status_url
+        folder = self.home / "status"
+        folder.mkdir(parents=True, exist_ok=True)
+        return f"sqlite:///{folder / (namespace + '.db')}"
+
+    def librdkafka(self) -> dict[str, str | int | float | bool | None]:
+        """Client settings for confluent-kafka, without any role-specific ones."""
+        conf: dict[str, str | int | float | bool | None] = dict(self.kafka)
+        conf["bootstrap.servers"] = self.resolve_bootstrap()
+        return conf
+
+
+def default_home() -> Path:
+    """``JOBLEDGER_HOME``, else the platform's user data folder."""
+    configured = os.environ.get(PREFIX + "HOME")
+    return Path(configured).expanduser() if configured else Path(platformdirs.user_data_dir("jobledger"))
+
+
+def _positive(env: Mapping[str, str], name: str, default: float) -> float:
+    text = env.get(PREFIX + name)
+    if not text:
+        return default
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if value <= 0:
+        raise ConfigError(f"{PREFIX}{name}={text!r} is not a number above 0")
+    return value

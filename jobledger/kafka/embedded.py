@@ -1,0 +1,261 @@
+"""The embedded broker: real Apache Kafka in KRaft mode as one child process, for development and tests.
+
+Owns ``<home>/kafka`` (pid file, settings, logs and, unless told otherwise, data). The process outlives the one that
+started it, so every other process finds it through the pid file. Jars are `jobledger.kafka.jars`'s business; topics are
+`jobledger.kafka.topics`'s. Not for production: one node, no replication, listening on the loopback address only.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import signal
+import tempfile
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import psutil
+
+from jobledger.config import default_home
+from jobledger.errors import ConfigError, KafkaStartFailed
+from jobledger.kafka import broker, ports
+from jobledger.kafka.broker import STOP_TIMEOUT_S
+from jobledger.kafka.jars import KAFKA_VERSION, Progress, classpath, locked
+from jobledger.kafka.ports import HOST
+
+DEFAULT_PORT = 9092
+DEFAULT_HEAP_MB = 512
+START_TIMEOUT_S = 60.0
+
+
+@dataclass(frozen=True, slots=True)
+class KafkaStatus:
+    """What is known about the embedded broker of one home folder.
+
+    ``uptime`` in seconds; ``log`` is where a broker of this home logs, running or not. With ``running`` False, ``port``
+    and ``bootstrap`` and ``pid`` are None.
+    """
+
+    running: bool
+    pid: int | None
+    port: int | None
+    bootstrap: str | None
+    data: Path
+    version: str | None
+    uptime: float | None
+    log: Path
+
+    def as_dict(self) -> dict[str, Any]:
+        """The same as plain values, for JSON."""
+        return {k: str(v) if isinstance(v, Path) else v for k, v in asdict(self).items()}
+
+
+def running_bootstrap(home: Path) -> str | None:
+    """The address of this home's broker if its process lives and its port answers, else None."""
+    found = broker.running(broker.Files.of(home))
+    return f"{HOST}:{found.port}" if found is not None and ports.answers(found.port) else None
+
+
+def status(home: Path) -> KafkaStatus:
+    """What is known about this home's broker."""
+    files = broker.Files.of(home)
+    found = broker.running(files)
+    if found is None:
+        return KafkaStatus(False, None, None, None, files.data, None, None, files.log)
+    return KafkaStatus(
+        running=True,
+        pid=found.process.pid,
+        port=found.port,
+        bootstrap=f"{HOST}:{found.port}",
+        data=found.data,
+        version=found.version,
+        uptime=max(0.0, time.time() - found.process.create_time()),
+        log=files.log,
+    )
+
+
+def start(
+    home: Path,
+    *,
+    port: int = DEFAULT_PORT,
+    data: Path | None = None,
+    heap_mb: int = DEFAULT_HEAP_MB,
+    version: str = KAFKA_VERSION,
+    detach: bool = True,
+    progress: Progress | None = None,
+    config: Mapping[str, str] | None = None,
+    timeout: float = START_TIMEOUT_S,
+    jars: Path | None = None,
+) -> KafkaStatus:
+    """Start this home's broker and return once it answers; a broker that already runs there is returned as it is.
+
+    ``port`` 0 takes a free one. ``data`` is formatted on first use and kept; by default ``<home>/kafka/data``. With
+    ``detach`` False the broker is stopped when the calling process ends, however it ends. ``config`` adds to and
+    overrides `jobledger.kafka.broker.BROKER_CONFIG`. ``timeout``: seconds from the process's start to its first answer; fetching the jars
+    into ``jars`` (default ``<home>/jars``) is not counted.
+
+    Raises `PortTaken` if another process has the port, `ConfigError` if this home's broker runs elsewhere than asked or
+    ``config`` sets what is not its to set, `KafkaStartFailed` with the end of the log if the broker does not come up.
+    """
+    files = broker.Files.of(home)
+    report: Progress = progress or (lambda step, done, total: None)
+    wanted_data = (data.expanduser().absolute() if data is not None else files.data).resolve()
+    broker.check_config(port, wanted_data, config or {})
+    files.root.mkdir(parents=True, exist_ok=True)
+    try:
+        # Longer than a start may take: a second caller gets the first one's broker, not an error.
+        with locked(files.lock, timeout + 60):
+            found = broker.running(files)
+            if found is None:
+                if port:
+                    ports.check_free(port)
+                path = classpath(jars or home.expanduser().absolute() / "jars", version, report)
+                wanted = broker.Launch(path, port or ports.free_port(), wanted_data, heap_mb, version, config or {})
+                broker.launch(files, wanted, detach=detach, timeout=timeout, report=report)
+            elif port not in (0, found.port) or (data is not None and found.data != wanted_data):
+                raise ConfigError(
+                    f"the embedded broker of {home} already runs on port {found.port} with data in {found.data} "
+                    f"(pid {found.process.pid}), not on port {port} with {wanted_data}: stop it first with "
+                    "`jobledger kafka stop`, or use another JOBLEDGER_HOME"
+                )
+    except TimeoutError as error:
+        raise KafkaStartFailed(
+            f"another process has been starting or stopping the broker of {home} for too long: {error}"
+        ) from error
+    return status(home)
+
+
+def stop(home: Path, timeout: float = STOP_TIMEOUT_S) -> bool:
+    """Stop this home's broker cleanly; after ``timeout`` seconds it is killed. False if none ran."""
+    files = broker.Files.of(home)
+    if not files.pid.exists():
+        return False
+    with locked(files.lock):
+        found = broker.running(files)
+        if found is not None:
+            broker.end(found.process.pid, timeout)
+        files.pid.unlink(missing_ok=True)
+    return found is not None
+
+
+def wait(home: Path) -> int | None:
+    """Return once this home's broker has ended: its exit code, None if that is not known or none ran.
+
+    A broker that was stopped cleanly ends with 143, the JVM's answer to SIGTERM.
+    """
+    found = broker.running(broker.Files.of(home))
+    return None if found is None else broker.wait(found.process.pid)
+
+
+class EmbeddedKafka:
+    """A broker for tests and measurements, with faults on demand; ends with the process that made it.
+
+    Without ``home`` everything lives in a temporary folder that `close` removes; jars are shared with the user's own
+    home. The port is chosen at the first `start` and kept, so clients find the broker again after `stop` or `kill`.
+    """
+
+    def __init__(
+        self,
+        home: Path | None = None,
+        *,
+        port: int = 0,
+        data: Path | None = None,
+        heap_mb: int = DEFAULT_HEAP_MB,
+        version: str = KAFKA_VERSION,
+        config: Mapping[str, str] | None = None,
+        jars: Path | None = None,
+        progress: Progress | None = None,
+        timeout: float = START_TIMEOUT_S,
+    ) -> None:
+        self._temporary = Path(tempfile.mkdtemp(prefix="jobledger-kafka-")) if home is None else None
+        self.home = home or self._temporary or default_home()
+        self._port = port
+        self._data = data
+        self._heap_mb = heap_mb
+        self._version = version
+        self._config = dict(config or {})
+        self._jars = jars or default_home() / "jars"
+        self._progress = progress
+        self._timeout = timeout
+
+    @property
+    def bootstrap(self) -> str:
+        """``host:port``, also while the broker is away. Raises `KafkaStartFailed` before the first start."""
+        if not self._port:
+            raise KafkaStartFailed("this broker has no address yet: call start() first")
+        return f"{HOST}:{self._port}"
+
+    def start(self) -> KafkaStatus:
+        """Start, or start again, on the same port and data; see `start`."""
+        began = start(
+            self.home,
+            port=self._port,
+            data=self._data,
+            heap_mb=self._heap_mb,
+            version=self._version,
+            detach=False,
+            progress=self._progress,
+            config=self._config,
+            timeout=self._timeout,
+            jars=self._jars,
+        )
+        assert began.port is not None
+        self._port = began.port
+        return began
+
+    def stop(self, timeout: float = STOP_TIMEOUT_S) -> bool:
+        """Stop cleanly (SIGTERM); data and port are kept. False if it did not run."""
+        return stop(self.home, timeout)
+
+    def kill(self) -> bool:
+        """Kill without warning (SIGKILL), as a crash of the machine's process would. False if it did not run."""
+        found = self._process()
+        if found is not None:
+            broker.end(found.pid, timeout=0)
+        return found is not None
+
+    def pause(self) -> None:
+        """Freeze the process (SIGSTOP): connections stay open and nothing answers."""
+        self._signal(signal.SIGSTOP)
+
+    def resume(self) -> None:
+        """Let a frozen process go on (SIGCONT)."""
+        self._signal(signal.SIGCONT)
+
+    def status(self) -> KafkaStatus:
+        """What is known about the broker; see `KafkaStatus`."""
+        return status(self.home)
+
+    def close(self) -> None:
+        """Stop, and remove the temporary folder if there is one."""
+        # Nobody will read a temporary folder's data again, so it need not be brought to a clean end.
+        self.stop(timeout=0 if self._temporary is not None else STOP_TIMEOUT_S)
+        if self._temporary is not None:
+            shutil.rmtree(self._temporary, ignore_errors=True)
+
+    def __enter__(self) -> Self:
+        try:
+            self.start()
+        except BaseException:
+            self.close()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _process(self) -> psutil.Process | None:
+        found = broker.running(broker.Files.of(self.home))
+        return None if found is None else found.process
+
+    def _signal(self, number: int) -> None:
+        found = self._process()
+        if found is None:
+            raise KafkaStartFailed(f"the embedded broker of {self.home} does not run: call start() first")
+        found.send_signal(number)

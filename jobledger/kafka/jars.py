@@ -1,0 +1,195 @@
+"""Apache Kafka's jars: fetched once per user and version from a Maven repository, then read from disk.
+
+Owns the folder ``<home>/jars/<version>``. A folder without its marker file, or with a file of another size than the
+marker says, is incomplete and is fetched again. Nothing here starts a process.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+import time
+import zipfile
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+from xml.etree import ElementTree
+
+from jobledger.errors import ConfigError, KafkaStartFailed
+
+if TYPE_CHECKING:
+    from jgo.maven import Artifact, MavenContext
+
+#: The version that is fetched unless another is asked for.
+KAFKA_VERSION = "4.4.0"
+
+GROUP, ARTIFACT = "org.apache.kafka", "kafka_2.13"
+MARKER = "complete.json"
+ATTEMPTS = 3
+RETRY_PAUSE_S = 1.0
+PARALLEL_DOWNLOADS = 4  # a public repository answers more with 429, and the time is in round trips, not in bytes
+HTTP_TIMEOUT_S = 30
+
+
+class Progress(Protocol):
+    """Told what is being done: ``step`` is ``resolve``, ``fetch``, ``format`` or ``boot``.
+
+    ``done`` of ``total`` files are there; ``total`` is 0 where the size of a step is not known.
+    """
+
+    def __call__(self, step: str, done: int, total: int) -> None: ...
+
+
+def classpath(folder: Path, version: str = KAFKA_VERSION, progress: Progress | None = None) -> list[Path]:
+    """Return every jar that a broker of ``version`` needs, fetching what is missing into ``folder/version``.
+
+    Concurrent callers wait for the one that fetches. Raises `KafkaStartFailed` if the repository cannot be reached and
+    `ConfigError` if the extra ``jobledger[kafka]`` is not installed.
+    """
+    target = folder / version
+    found = _complete(target)
+    if found is not None:  # the usual case takes no lock
+        return found
+    folder.mkdir(parents=True, exist_ok=True)
+    with locked(folder / f".{version}.lock"):
+        found = _complete(target)
+        if found is None:
+            found = _fetch(target, version, progress or (lambda step, done, total: None))
+    return found
+
+
+@contextmanager
+def locked(path: Path, timeout: float | None = None) -> Iterator[None]:
+    """Hold an advisory lock on ``path`` among processes; the kernel frees it when its holder dies.
+
+    ``timeout`` in seconds; None waits as long as it takes. Raises `TimeoutError`.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    deadline = None if timeout is None else time.monotonic() + timeout
+    handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        while True:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | (0 if deadline is None else fcntl.LOCK_NB))
+                break
+            except BlockingIOError:
+                if deadline is not None and time.monotonic() > deadline:
+                    raise TimeoutError(f"{path} is locked by another process") from None
+                time.sleep(0.05)
+        yield
+    finally:
+        os.close(handle)
+
+
+def _complete(target: Path) -> list[Path] | None:
+    try:
+        sizes: dict[str, int] = json.loads((target / MARKER).read_text("utf-8"))["jars"]
+        jars = [target / name for name in sizes]
+        if jars and all(jar.stat().st_size == sizes[jar.name] for jar in jars):
+            return jars
+    except (OSError, ValueError, KeyError, TypeError):
+        pass  # no marker, half a marker or a missing jar all mean the same: not complete
+    return None
+
+
+def _fetch(target: Path, version: str, progress: Progress) -> list[Path]:
+    try:
+        import jgo  # noqa: F401
+    except ImportError as missing:
+        raise ConfigError(
+            f"the embedded broker needs the package {missing.name!r}: install `jobledger[kafka]`, "
+            "or point JOBLEDGER_BOOTSTRAP at a broker"
+        ) from missing
+
+    (target / MARKER).unlink(missing_ok=True)
+    # Our own repository folder, not the shared one of the user's Maven: a download that was cut short there would be
+    # taken for whole, by us and by everybody else.
+    staging = target / "repository"
+    staging.mkdir(parents=True, exist_ok=True)
+    for attempt in range(1, ATTEMPTS + 1):
+        _drop_damaged(staging)
+        try:
+            jars = _download(staging, version, progress)
+            break
+        except Exception as error:  # the resolver raises whatever its HTTP and XML libraries raise
+            if attempt == ATTEMPTS:
+                raise KafkaStartFailed(
+                    f"Apache Kafka {version} could not be fetched ({GROUP}:{ARTIFACT}:{version}, {ATTEMPTS} attempts; "
+                    f"the last ended with {type(error).__name__}: {error}). Check the network and HTTPS_PROXY, name a "
+                    "mirror as `central` under [repositories] in jgo's settings file, or point JOBLEDGER_BOOTSTRAP "
+                    "at a broker"
+                ) from error
+            time.sleep(RETRY_PAUSE_S * attempt)
+
+    placed = []
+    for jar in jars:
+        place = target / jar.name
+        shutil.move(jar, place)
+        placed.append(place)
+    shutil.rmtree(staging, ignore_errors=True)
+    written = target / (MARKER + ".part")
+    written.write_text(json.dumps({"version": version, "jars": {p.name: p.stat().st_size for p in placed}}), "utf-8")
+    written.replace(target / MARKER)
+    return placed
+
+
+def _download(staging: Path, version: str, progress: Progress) -> list[Path]:
+    from jgo.config import GlobalSettings
+    from jgo.constants import MAVEN_CENTRAL_URL
+    from jgo.maven import MavenContext
+
+    progress("resolve", 0, 0)
+    context = MavenContext(
+        repo_cache=staging,
+        remote_repos={"central": MAVEN_CENTRAL_URL, **GlobalSettings.load().repositories},
+        timeout=HTTP_TIMEOUT_S,
+    )
+    root = context.create_dependency(f"{GROUP}:{ARTIFACT}:jar:{version}:compile")
+    roots, transitive = context.resolver.resolve([root])
+    artifacts = [d.artifact for d in (*roots, *transitive) if d.scope in ("compile", "runtime")]
+    artifacts.append(_logging_binding(context, artifacts))
+
+    progress("fetch", 0, len(artifacts))
+    jars: list[Path] = []
+    with ThreadPoolExecutor(PARALLEL_DOWNLOADS) as pool:
+        try:
+            for done in as_completed([pool.submit(artifact.resolve) for artifact in artifacts]):
+                jars.append(done.result())
+                progress("fetch", len(jars), len(artifacts))
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+    damaged = [jar.name for jar in jars if not _whole(jar)]
+    if damaged:
+        raise OSError(f"damaged on the way: {', '.join(damaged)}")
+    return sorted(jars)
+
+
+def _logging_binding(context: MavenContext, artifacts: list[Artifact]) -> Artifact:
+    # Kafka's POM leaves the binding of slf4j to log4j to its distribution; without it a broker logs nothing at all. It
+    # is taken alone and in log4j's version: resolved beside Kafka, its parent's managed versions would replace Kafka's.
+    versions = {artifact.artifactId: artifact.version for artifact in artifacts}
+    binding = "log4j-slf4j-impl" if versions["slf4j-api"].startswith("1.") else "log4j-slf4j2-impl"
+    return context.project("org.apache.logging.log4j", binding).at_version(versions["log4j-core"]).artifact()
+
+
+def _drop_damaged(staging: Path) -> None:
+    for path in staging.rglob("*"):
+        if path.is_file() and not _whole(path):
+            path.unlink()
+
+
+def _whole(path: Path) -> bool:
+    try:
+        if path.suffix == ".jar":
+            with zipfile.ZipFile(path) as jar:
+                return jar.testzip() is None
+        if path.suffix in (".pom", ".xml"):
+            ElementTree.parse(path)
+    except (OSError, zipfile.BadZipFile, ElementTree.ParseError):
+        return False
+    return True

@@ -1,0 +1,71 @@
+"""Ports of the loopback address: which are free, and who holds one that is not."""
+
+from __future__ import annotations
+
+import errno
+import random
+import socket
+
+import psutil
+
+from jobledger.errors import ConfigError, PortTaken
+
+HOST = "127.0.0.1"
+
+# Below the range from which systems take the ports of outgoing connections: while a broker on a port of that range is
+# away, another program, or a client of ours connecting to itself, could come to own it.
+FREE_PORTS = range(20_000, 30_000)
+
+
+def answers(port: int) -> bool:
+    """Whether something accepts connections on ``port``."""
+    try:
+        with socket.create_connection((HOST, port), timeout=1):
+            return True
+    except OSError:
+        return False
+
+
+def bindable(port: int) -> bool:
+    """Whether a broker could listen on ``port``. Raises `ConfigError` if this user may not."""
+    with socket.socket() as probe:
+        # As the broker itself does: connections that linger from the last run do not hold the port.
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((HOST, port))
+        except OSError as error:
+            if error.errno == errno.EADDRINUSE:
+                return False
+            raise ConfigError(f"port {port} of {HOST} cannot be used: {error.strerror}; choose another port") from error
+    return True
+
+
+def check_free(port: int) -> None:
+    """Raise `PortTaken`, naming the process that holds ``port`` where the system tells."""
+    if bindable(port) and not answers(port):
+        return
+    raise PortTaken(
+        f"port {port} of {HOST} is held by {_holder(port)}: stop it, choose another with `--port` (0 takes a free "
+        f"one), or use what runs there with JOBLEDGER_BOOTSTRAP={HOST}:{port} if it is a Kafka broker"
+    )
+
+
+def _holder(port: int) -> str:
+    try:
+        for connection in psutil.net_connections(kind="tcp"):
+            if connection.status == psutil.CONN_LISTEN and connection.laddr.port == port and connection.pid:
+                process = psutil.Process(connection.pid)
+                return f"process {process.pid} ({' '.join(process.cmdline())[:120] or process.name()})"
+    except (psutil.Error, OSError):
+        pass  # not every system lets a user see other users' sockets
+    return "another process (this user may not see which)"
+
+
+def free_port(avoid: int = 0) -> int:
+    """A port nobody listens on, other than ``avoid``."""
+    for port in random.sample(FREE_PORTS, 200):
+        if port != avoid and bindable(port) and not answers(port):
+            return port
+    raise PortTaken(
+        f"no free port was found between {FREE_PORTS.start} and {FREE_PORTS.stop - 1}: name one with `--port`"
+    )

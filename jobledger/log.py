@@ -1,0 +1,392 @@
+"""The Kafka seam: how producers and consumers are set up, records sent with bounds and ranges of the log read back.
+
+Every part that is not on the hot path talks to Kafka through this module; the worker and the materializer take their
+client settings from here and drive the clients themselves.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, NamedTuple, Self
+
+from confluent_kafka import Consumer, KafkaError, KafkaException, Message, Producer, TopicPartition
+from confluent_kafka.admin import AdminClient
+
+from jobledger.config import Settings
+from jobledger.errors import (
+    BrokerUnavailable,
+    JobledgerError,
+    NotAnEvent,
+    PayloadTooLarge,
+    SchemaError,
+    StatusTimeout,
+    TopicMissing,
+)
+from jobledger.names import Names
+from jobledger.schemas import codec
+from jobledger.schemas.events import JobEvent, Position, Recorded
+
+LOG = logging.getLogger("jobledger.kafka")
+
+#: One partitioner everywhere: the same key lands on the same partition from librdkafka, Java and Faust.
+PARTITIONER = "murmur2_random"
+
+Headers = list[tuple[str, bytes]]
+DeliveryCallback = Callable[[KafkaError | None, Message], None]
+
+
+def source(role: str) -> str:
+    """Who writes: ``role@host:pid``."""
+    return f"{role}@{socket.gethostname()}:{os.getpid()}"
+
+
+def now_us() -> int:
+    """This process's clock, microseconds since the epoch."""
+    return time.time_ns() // 1000
+
+
+def producer_config(settings: Settings, *, linger_ms: float = 0.0, timeout: float | None = None) -> dict[str, Any]:
+    """Settings of every producer: idempotent, ``acks=all``, one partitioner. ``timeout``: seconds to an ack."""
+    return {
+        **settings.librdkafka(),
+        "partitioner": PARTITIONER,
+        "enable.idempotence": True,
+        "acks": "all",
+        "linger.ms": linger_ms,
+        "message.max.bytes": settings.max_record_bytes + 1_000,
+        "delivery.timeout.ms": int((timeout or settings.submit_timeout) * 1000),
+        # A topic that is missing shall be said soon; the default of 30 s suits clusters that create topics on demand.
+        "topic.metadata.propagation.max.ms": 3_000,
+        "logger": LOG,
+    }
+
+
+def consumer_config(settings: Settings, *, group: str = "jobledger-readers", **more: Any) -> dict[str, Any]:
+    """Settings of a consumer that is assigned by hand and commits nothing, unless ``more`` says otherwise."""
+    return {
+        **settings.librdkafka(),
+        "group.id": group,
+        "enable.auto.commit": False,
+        "enable.auto.offset.store": False,
+        "auto.offset.reset": "earliest",
+        "enable.partition.eof": False,
+        # With the default of 1 s a consumer whose local queue was full stands still for a second.
+        "fetch.queue.backoff.ms": 20,
+        "logger": LOG,
+        **more,
+    }
+
+
+def admin(settings: Settings) -> AdminClient:
+    """An admin client."""
+    conf: dict[str, Any] = {**settings.librdkafka(), "logger": LOG}
+    return AdminClient(conf)
+
+
+def translate(error: KafkaError, settings: Settings, what: str) -> JobledgerError:
+    """Our error for one of Kafka's, naming the address and the way out."""
+    code = error.code()
+    if code in (KafkaError.MSG_SIZE_TOO_LARGE, KafkaError._INVALID_ARG):
+        return PayloadTooLarge(
+            f"{what}: the broker refuses a record of this size ({error.str()}); the client's limit is "
+            f"{settings.max_record_bytes} bytes (JOBLEDGER_MAX_RECORD_BYTES), the topic's is max.message.bytes"
+        )
+    if code in (KafkaError.UNKNOWN_TOPIC_OR_PART, KafkaError._UNKNOWN_TOPIC, KafkaError._UNKNOWN_PARTITION):
+        return TopicMissing(f"{what}: the topic does not exist; create it with `jobledger topics apply MODULE:APP`")
+    address = settings.bootstrap or "the embedded broker"
+    return BrokerUnavailable(
+        f"{what}: {address} did not answer in time ({error.str()}); check JOBLEDGER_BOOTSTRAP and that the broker runs"
+    )
+
+
+class Outgoing(NamedTuple):
+    """One record to send. ``partition`` None lets the key decide."""
+
+    topic: str
+    value: bytes | None
+    key: str | bytes | None = None
+    partition: int | None = None
+    headers: Headers | None = None
+
+
+class LogWriter:
+    """A producer with a thread that serves its delivery callbacks, bounded waits, and our schema published first.
+
+    Thread-safe. ``names`` None leaves the schema unpublished (for records that are no events).
+    """
+
+    def __init__(self, settings: Settings, names: Names | None, *, linger_ms: float = 0.0) -> None:
+        self.settings = settings
+        self._names = names
+        self.producer = Producer(producer_config(settings, linger_ms=linger_ms))
+        self._schema_published = names is None
+        self._lock = threading.Lock()
+        self._closing = threading.Event()
+        self._thread = threading.Thread(target=self._serve, name="jobledger-producer", daemon=True)
+        self._thread.start()
+
+    def _serve(self) -> None:
+        while not self._closing.is_set():
+            self.producer.poll(0.1)
+
+    def ensure_schema(self) -> None:
+        """Publish this version's schema, acknowledged, unless this writer has done so."""
+        if self._schema_published:
+            return
+        with self._lock:
+            if self._schema_published or self._names is None:
+                return
+            record = Outgoing(self._names.schemas, codec.SCHEMA_TEXT.encode(), codec.FINGERPRINT.hex())
+            self._send_all([record])
+            self._schema_published = True
+
+    def post(self, record: Outgoing, on_delivery: DeliveryCallback) -> None:
+        """Hand a record to the client's queue and return; ``on_delivery(error, message)`` runs in another thread.
+
+        A full queue is waited for up to ``submit_timeout``, then `BrokerUnavailable`. A value above
+        ``max_record_bytes`` raises `PayloadTooLarge` and sends nothing.
+        """
+        value = record.value
+        if value is not None and len(value) > self.settings.max_record_bytes:
+            raise PayloadTooLarge(
+                f"a record of {len(value)} bytes for {record.topic} is above the limit of "
+                f"{self.settings.max_record_bytes} bytes (JOBLEDGER_MAX_RECORD_BYTES): pass a reference instead of the data"
+            )
+        deadline: float | None = None
+        more: dict[str, Any] = {}
+        if record.partition is not None:
+            more["partition"] = record.partition
+        if record.headers is not None:
+            more["headers"] = record.headers
+        while True:
+            try:
+                self.producer.produce(record.topic, value, record.key, on_delivery=on_delivery, **more)
+                return
+            except BufferError:
+                now = time.monotonic()
+                deadline = deadline or now + self.settings.submit_timeout
+                if now >= deadline:
+                    raise BrokerUnavailable(
+                        f"the send queue stayed full for {self.settings.submit_timeout:g} s: "
+                        f"{self.settings.bootstrap or 'the embedded broker'} takes nothing; "
+                        "check JOBLEDGER_BOOTSTRAP and that the broker runs"
+                    ) from None
+                time.sleep(0.005)
+            except KafkaException as exc:
+                raise translate(exc.args[0], self.settings, f"sending to {record.topic}") from exc
+
+    def send(self, records: Iterable[Outgoing]) -> list[Position]:
+        """Send records and wait for all acknowledgements; their positions, in order.
+
+        Raises `BrokerUnavailable`, `PayloadTooLarge` or `TopicMissing` for the first that failed.
+        """
+        self.ensure_schema()
+        return self._send_all(records)
+
+    def _send_all(self, records: Iterable[Outgoing]) -> list[Position]:
+        positions: list[Position | None] = []
+        failed: list[tuple[KafkaError, str]] = []
+        done = threading.Semaphore(0)
+
+        def delivered(index: int) -> DeliveryCallback:
+            def callback(error: KafkaError | None, message: Message) -> None:
+                if error is not None:
+                    failed.append((error, message.topic() or "?"))
+                else:
+                    positions[index] = position_of(message)
+                done.release()
+
+            return callback
+
+        for record in records:
+            positions.append(None)
+            self.post(record, delivered(len(positions) - 1))
+        deadline = time.monotonic() + self.settings.submit_timeout + 5.0
+        for _ in positions:
+            if not done.acquire(timeout=max(0.0, deadline - time.monotonic())):
+                raise BrokerUnavailable(
+                    f"{self.settings.bootstrap or 'the embedded broker'} acknowledged nothing within "
+                    f"{self.settings.submit_timeout:g} s (JOBLEDGER_SUBMIT_TIMEOUT)"
+                )
+        if failed:
+            raise translate(failed[0][0], self.settings, f"sending to {failed[0][1]}")
+        return [p for p in positions if p is not None]
+
+    def flush(self, timeout: float) -> int:
+        """Wait until the queue is empty; how many records are still unacknowledged."""
+        return self.producer.flush(timeout)
+
+    def close(self, timeout: float = 10.0) -> None:
+        """Flush within ``timeout`` seconds and stop the thread."""
+        self.producer.flush(timeout)
+        self._closing.set()
+        self._thread.join(timeout=1.0)
+        self.producer.close()
+
+
+def position_of(message: Message) -> Position:
+    """Where a delivered or consumed message stands."""
+    return Position(message.topic() or "", message.partition() or 0, message.offset() or 0)
+
+
+def partitions_of(settings: Settings, topic: str, timeout: float = 10.0) -> int:
+    """How many partitions a topic has. Raises `TopicMissing` or `BrokerUnavailable`."""
+    try:
+        meta = admin(settings).list_topics(topic, timeout=timeout).topics[topic]
+    except KafkaException as exc:
+        raise translate(exc.args[0], settings, f"asking for {topic}") from exc
+    if meta.error is not None:
+        raise translate(meta.error, settings, f"asking for {topic}")
+    return len(meta.partitions)
+
+
+class LogReader:
+    """Reads ranges of partitions: for takeovers, timelines, schema look-ups and audits. Not thread-safe; close it."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self._consumer = Consumer(consumer_config(settings, group="jobledger-readers"))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Give the connection back."""
+        self._consumer.close()
+
+    def watermarks(self, topic: str, partition: int, timeout: float = 10.0) -> tuple[int, int]:
+        """The log's first offset and its high watermark (the next offset to be written)."""
+        try:
+            low, high = self._consumer.get_watermark_offsets(TopicPartition(topic, partition), timeout=timeout)
+        except KafkaException as exc:
+            raise translate(exc.args[0], self.settings, f"asking for the ends of {topic}[{partition}]") from exc
+        return low, high
+
+    def offset_at(self, topic: str, partition: int, timestamp_ms: int, timeout: float = 10.0) -> int:
+        """The first offset appended at or after a time; the high watermark if there is none."""
+        try:
+            found = self._consumer.offsets_for_times([TopicPartition(topic, partition, timestamp_ms)], timeout=timeout)
+        except KafkaException as exc:
+            raise translate(exc.args[0], self.settings, f"asking {topic}[{partition}] for a time") from exc
+        return found[0].offset if found[0].offset >= 0 else self.watermarks(topic, partition, timeout)[1]
+
+    def read(
+        self, topic: str, partition: int, start: int, end: int | None = None, *, stall: float = 30.0
+    ) -> Iterator[Message]:
+        """Messages from ``start`` up to, not including, ``end`` (None: the high watermark of now).
+
+        Offsets may have gaps. Raises `BrokerUnavailable` if nothing comes for ``stall`` seconds.
+        """
+        low, high = self.watermarks(topic, partition)
+        end = high if end is None else min(end, high)
+        start = max(start, low)
+        if start >= end:
+            return
+        here = TopicPartition(topic, partition, start)
+        self._consumer.assign([here])
+        try:
+            last_seen = time.monotonic()
+            while True:
+                batch = self._consumer.consume(1000, 0.05)
+                for message in batch:
+                    error = message.error()
+                    if error is not None:
+                        if error.retriable() or error.code() in (KafkaError._TRANSPORT, KafkaError._ALL_BROKERS_DOWN):
+                            continue
+                        raise translate(error, self.settings, f"reading {topic}[{partition}]")
+                    last_seen = time.monotonic()
+                    if (message.offset() or 0) >= end:
+                        return
+                    yield message
+                # position() passes gaps (compaction, transaction marks) that no message stands for.
+                where = self._consumer.position([here])[0].offset
+                if where >= end:
+                    return
+                if not batch and time.monotonic() - last_seen > stall:
+                    raise BrokerUnavailable(f"{topic}[{partition}] gave nothing at offset {where} for {stall:g} s")
+        finally:
+            self._consumer.unassign()
+
+    def at(self, position: Position) -> Message | None:
+        """The message at one position, or None if the log no longer has it."""
+        for message in self.read(position.topic, position.partition, position.offset, position.offset + 1):
+            return message
+        return None
+
+
+class SchemaLookup:
+    """``lookup(fingerprint)`` for `codec.Decoder`: reads ``<ns>.schemas`` to its end when asked for an unknown one."""
+
+    #: Seconds between two readings of the topic for fingerprints that were not there.
+    PATIENCE = 1.0
+
+    def __init__(self, settings: Settings, names: Names) -> None:
+        self._settings, self._names = settings, names
+        self._known: dict[bytes, str] = {}
+        self._last_read = float("-inf")
+        self._lock = threading.Lock()
+
+    def __call__(self, fingerprint: bytes) -> str | None:
+        """The schema's text, or None if it is published nowhere."""
+        with self._lock:
+            found = self._known.get(fingerprint)
+            if found is None and time.monotonic() - self._last_read > self.PATIENCE:
+                self._read()
+                self._last_read = time.monotonic()
+                found = self._known.get(fingerprint)
+            return found
+
+    def _read(self) -> None:
+        topic = self._names.schemas
+        with LogReader(self._settings) as reader:
+            for partition in range(partitions_of(self._settings, topic)):
+                for message in reader.read(topic, partition, 0):
+                    key, value = message.key(), message.value()
+                    if key is None or value is None:
+                        continue
+                    try:
+                        text = bytes(value).decode()
+                        mark = codec.fingerprint(text)
+                    except (UnicodeDecodeError, SchemaError) as exc:
+                        LOG.warning("%s is no schema: %s", position_of(message), exc)
+                        continue
+                    self._known[mark] = text
+
+
+def decoder(settings: Settings, names: Names) -> codec.Decoder:
+    """A decoder that finds other writers' schemas on ``<ns>.schemas``."""
+    return codec.Decoder(SchemaLookup(settings, names))
+
+
+def recorded(message: Message, decode: Callable[[bytes | None], JobEvent]) -> Recorded:
+    """A consumed message as an event with its position and append time. Raises `SchemaError`."""
+    value = message.value()
+    if isinstance(value, str):  # only a deserializer could have done this; ours are raw
+        raise NotAnEvent("the record was decoded before it reached the codec")
+    return Recorded(decode(value), position_of(message), message.timestamp()[1])
+
+
+def wait_until(check: Callable[[], bool], timeout: float, what: str, poll: float = 0.02) -> None:
+    """Poll ``check`` until it is true; `StatusTimeout` naming ``what`` after ``timeout`` seconds."""
+    deadline = time.monotonic() + timeout
+    while not check():
+        if time.monotonic() >= deadline:
+            raise StatusTimeout(f"{what} did not happen within {timeout:g} s")
+        time.sleep(poll)
+
+
+def ends(reader: LogReader, topics: Sequence[str], settings: Settings) -> dict[tuple[str, int], int]:
+    """High watermarks of every partition of ``topics``."""
+    return {
+        (topic, partition): reader.watermarks(topic, partition)[1]
+        for topic in topics
+        for partition in range(partitions_of(settings, topic))
+    }

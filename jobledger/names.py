@@ -1,0 +1,73 @@
+"""Names of topics and groups of one namespace. Pure text; the settings of the topics are in `jobledger.kafka.topics`."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from jobledger.errors import ConfigError
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,99}")
+
+
+def check_name(kind: str, name: str) -> str:
+    """Return ``name`` if it may stand in a topic name, else raise `ConfigError` naming it."""
+    if not isinstance(name, str) or not _NAME.fullmatch(name):
+        raise ConfigError(
+            f"{kind} {name!r} is not usable in a topic name: letters, digits, '-' and '_' only, "
+            "at most 100, beginning with a letter or digit"
+        )
+    return name
+
+
+@dataclass(frozen=True, slots=True)
+class Names:
+    """Topic and consumer group names under one namespace (the app's name)."""
+
+    namespace: str
+
+    def __post_init__(self) -> None:
+        check_name("namespace", self.namespace)
+
+    def jobs(self, queue: str) -> str:
+        """The work topic of a queue."""
+        return f"{self.namespace}.jobs.{queue}"
+
+    def queue_of(self, topic: str) -> str | None:
+        """The queue of a work topic of this namespace, or None for any other topic."""
+        prefix = f"{self.namespace}.jobs."
+        return topic[len(prefix) :] if topic.startswith(prefix) else None
+
+    @property
+    def lifecycle(self) -> str:
+        """Facts of what happened to jobs; same partition number as the work record."""
+        return f"{self.namespace}.lifecycle"
+
+    @property
+    def coordination(self) -> str:
+        """What the coordinator must act on: conditioned submissions, release requests, its own decisions."""
+        return f"{self.namespace}.coordination"
+
+    @property
+    def dead_letter(self) -> str:
+        """Failed jobs, whole; and records that could not be read, raw."""
+        return f"{self.namespace}.dead-letter"
+
+    @property
+    def control(self) -> str:
+        """Compacted: cancels, pauses and limits set by people."""
+        return f"{self.namespace}.control"
+
+    @property
+    def schemas(self) -> str:
+        """Compacted: every writer's schema by its fingerprint."""
+        return f"{self.namespace}.schemas"
+
+    def worker_group(self, queue: str) -> str:
+        """The consumer group that runs a queue."""
+        return f"{self.namespace}.worker.{queue}"
+
+    @property
+    def coordinator_group(self) -> str:
+        """The Faust app id and consumer group of the coordinator."""
+        return f"{self.namespace}.coordinator"

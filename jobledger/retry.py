@@ -1,0 +1,107 @@
+"""Retry policy: when an attempt is followed by another, and how long after. Pure.
+
+Backoff is exponential with full jitter over the upper half: ``delay = raw/2 + u·raw/2`` with
+``raw = min(cap, initial · factor^(attempt-1))`` ("equal jitter", AWS Architecture Blog, "Exponential Backoff And
+Jitter", 2015): it never collapses to zero and still spreads a herd.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from jobledger.errors import ConfigError
+
+MAX_DELAY_S = 366 * 24 * 3600.0
+
+
+class JobControl(Exception):
+    """Base of what a task raises to say what shall become of its job; not an error of the job."""
+
+
+class RetryLater(JobControl):
+    """Raise it to try again after ``delay`` seconds. It burns an attempt; exhausted attempts fail the job."""
+
+    def __init__(self, delay: float, reason: str = "") -> None:
+        self.delay = check_delay(delay, "RetryLater(delay)")
+        self.reason = reason
+        super().__init__(reason or f"retry in {delay:g} s")
+
+
+class Snooze(JobControl):
+    """Raise it to run again after ``delay`` seconds without burning an attempt."""
+
+    def __init__(self, delay: float, reason: str = "") -> None:
+        self.delay = check_delay(delay, "Snooze(delay)")
+        self.reason = reason
+        super().__init__(reason or f"snooze for {delay:g} s")
+
+
+class Reject(JobControl):
+    """Raise it to fail the job at once: no retry could help. ``reason`` is for people."""
+
+    def __init__(self, reason: str) -> None:
+        self.reason = reason
+        super().__init__(reason)
+
+
+def check_delay(delay: float, what: str) -> float:
+    """``delay`` as a float if it is a number of seconds in 0 … 366 days, else `ConfigError`."""
+    if isinstance(delay, bool) or not isinstance(delay, int | float) or not 0 <= delay <= MAX_DELAY_S:
+        raise ConfigError(f"{what}={delay!r} is not a number of seconds between 0 and {MAX_DELAY_S:.0f} (366 days)")
+    return float(delay)
+
+
+@dataclass(frozen=True, slots=True)
+class Retry:
+    """When to try again.
+
+    ``max_attempts``: tries in all, >= 1. ``initial``, ``cap``: seconds. ``factor``: growth per attempt, >= 1.
+    ``jitter``: spread each delay over its upper half. ``on``: only these exceptions are retried; ``never``: these are
+    not, even if ``on`` names a base of theirs. Timeouts count as `TimeoutError`. Raises `ConfigError`.
+    """
+
+    max_attempts: int = 5
+    initial: float = 1.0
+    factor: float = 2.0
+    cap: float = 300.0
+    jitter: bool = True
+    on: tuple[type[BaseException], ...] = (Exception,)
+    never: tuple[type[BaseException], ...] = ()
+
+    def __post_init__(self) -> None:
+        if isinstance(self.max_attempts, bool) or not isinstance(self.max_attempts, int) or self.max_attempts < 1:
+            raise ConfigError(f"Retry(max_attempts={self.max_attempts!r}) is not a whole number from 1 up")
+        check_delay(self.initial, "Retry(initial)")
+        check_delay(self.cap, "Retry(cap)")
+        if not isinstance(self.factor, int | float) or not math.isfinite(self.factor) or self.factor < 1:
+            raise ConfigError(f"Retry(factor={self.factor!r}) is not a number from 1 up")
+        object.__setattr__(self, "on", _exceptions(self.on, "on"))
+        object.__setattr__(self, "never", _exceptions(self.never, "never"))
+
+    def retries(self, error: BaseException) -> bool:
+        """Whether this exception is one to try again after."""
+        return isinstance(error, self.on) and not isinstance(error, self.never)
+
+    def delay_after(self, attempt: int, uniform: float) -> float:
+        """Seconds between the failure of ``attempt`` (1, 2, …) and the next one; ``uniform`` is drawn from [0, 1)."""
+        # Past this exponent every factor above 1 has passed any cap; pow would overflow instead.
+        exponent = min(attempt - 1, 1000)
+        try:
+            raw = min(self.cap, self.initial * self.factor**exponent)
+        except OverflowError:
+            raw = self.cap
+        return raw / 2 + uniform * raw / 2 if self.jitter else raw
+
+
+def _exceptions(given: object, which: str) -> tuple[type[BaseException], ...]:
+    items: tuple[object, ...] = tuple(given) if isinstance(given, Iterable) else (given,)
+    for item in items:
+        if not (isinstance(item, type) and issubclass(item, BaseException)):
+            raise ConfigError(f"Retry({which}=…): {item!r} is not an exception class")
+    return items  # type: ignore[return-value]  # checked one by one above
+
+
+#: A job that is never tried again.
+NO_RETRY = Retry(max_attempts=1)

@@ -1,0 +1,228 @@
+"""The frozen types of `job_event.avsc`: one event, its facts and what they carry. No I/O, no Avro.
+
+Field names and order are the schema's; a test holds both alike. Times are microseconds since the epoch, UTC, as plain
+integers: these types lie on the hot path.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+
+
+class JobSpec(msgspec.Struct, frozen=True, gc=False):
+    """The whole job. ``args``: JSON object by parameter name; ``tags``: text to find it by; ``parent``: a job id."""
+
+    args: bytes
+    tags: dict[str, str] = {}
+    parent: str | None = None
+
+
+class ErrorInfo(msgspec.Struct, frozen=True, gc=False):
+    """An exception as text."""
+
+    type: str
+    message: str
+    traceback: str | None = None
+
+
+class JobSubmitted(msgspec.Struct, frozen=True, gc=False):
+    """A job was handed over; with ``delay_ms`` or ``due_at`` it is conditioned."""
+
+    spec: JobSpec
+    delay_ms: int | None = None
+    due_at: int | None = None
+
+    @property
+    def conditioned(self) -> bool:
+        """Whether the coordinator must release it first."""
+        return self.delay_ms is not None or self.due_at is not None
+
+
+class JobDue(msgspec.Struct, frozen=True, gc=False):
+    """The coordinator let the job go to the workers."""
+
+    spec: JobSpec
+    due_at: int
+
+
+class JobStarted(msgspec.Struct, frozen=True, gc=False):
+    """A worker is about to run this release. ``takeover``: starts without an end that the log shows for it."""
+
+    worker: str
+    work_topic: str
+    work_offset: int
+    takeover: int = 0
+
+
+class JobProgressed(msgspec.Struct, frozen=True, gc=False):
+    """The job reported how far it is."""
+
+    sequence: int
+    done: int
+    total: int | None = None
+    message: str | None = None
+
+
+class JobRetried(msgspec.Struct, frozen=True, gc=False):
+    """The attempt failed; release + 1 and attempt + 1 follow ``delay_ms`` after this record's append time."""
+
+    error: ErrorInfo
+    delay_ms: int
+    duration_us: int = 0
+
+
+class JobSnoozed(msgspec.Struct, frozen=True, gc=False):
+    """The job asked to run later; release + 1 and the same attempt follow ``delay_ms`` after the append time."""
+
+    delay_ms: int
+    reason: str | None = None
+    duration_us: int = 0
+
+
+class JobSucceeded(msgspec.Struct, frozen=True, gc=False):
+    """The job ended well. ``result``: JSON, or None."""
+
+    result: bytes | None = None
+    duration_us: int = 0
+
+
+#: Why a job failed for good.
+FailureReason = Literal[
+    "exhausted", "rejected", "never", "timeout", "bad-arguments", "bad-result", "unknown-task", "crashed"
+]
+
+
+class JobFailed(msgspec.Struct, frozen=True, gc=False):
+    """The job ended in failure. ``reason`` is one of `FailureReason`."""
+
+    reason: str
+    error: ErrorInfo
+    duration_us: int = 0
+
+
+class JobCancelled(msgspec.Struct, frozen=True, gc=False):
+    """The job ended because somebody asked for it."""
+
+    by: str
+    reason: str | None = None
+
+
+class JobExpired(msgspec.Struct, frozen=True, gc=False):
+    """The job was not started before its expiry."""
+
+    expired_at: int
+
+
+class ReleaseRequested(msgspec.Struct, frozen=True, gc=False):
+    """Derived: let this job go again; the event's header carries the release and the attempt to come."""
+
+    spec: JobSpec
+    delay_ms: int | None = None
+    due_at: int | None = None
+
+
+class ReleaseDecided(msgspec.Struct, frozen=True, gc=False):
+    """The coordinator's timer saw this release as due at ``due_at``."""
+
+    due_at: int
+
+
+class ReleaseOverdue(msgspec.Struct, frozen=True, gc=False):
+    """The watchdog found a release that should have happened."""
+
+    spec: JobSpec
+    due_at: int
+
+
+class DeadLettered(msgspec.Struct, frozen=True, gc=False):
+    """Derived from `JobFailed`: the failed job, whole."""
+
+    spec: JobSpec
+    reason: str
+    error: ErrorInfo
+
+
+class RecordRejected(msgspec.Struct, frozen=True, gc=False):
+    """Bytes that could not be read as an event, kept as they were. The event's ``job_id`` is empty."""
+
+    topic: str
+    partition: int
+    offset: int
+    raw_key: bytes | None
+    raw_value: bytes | None
+    error: str
+
+
+Fact = (
+    JobSubmitted
+    | JobDue
+    | JobStarted
+    | JobProgressed
+    | JobRetried
+    | JobSnoozed
+    | JobSucceeded
+    | JobFailed
+    | JobCancelled
+    | JobExpired
+    | ReleaseRequested
+    | ReleaseDecided
+    | ReleaseOverdue
+    | DeadLettered
+    | RecordRejected
+)
+
+#: Facts that end one release: the work record's offset may be acknowledged once such a fact is durable.
+CLOSING = (JobRetried, JobSnoozed, JobSucceeded, JobFailed, JobCancelled, JobExpired)
+#: Facts that end a run.
+TERMINAL = (JobSucceeded, JobFailed, JobCancelled, JobExpired)
+#: Facts that may stand in a work topic.
+WORK = (JobSubmitted, JobDue)
+
+
+class JobEvent(msgspec.Struct, frozen=True, gc=False):
+    """One change in a job's life. ``occurred_at`` is the writer's clock: for people, not for decisions."""
+
+    event_id: str
+    job_id: str
+    run: int
+    attempt: int
+    release: int
+    occurred_at: int
+    task: str
+    queue: str
+    key: str | None
+    home: str | None
+    source: str
+    trace: str | None
+    fact: Fact
+
+
+class Position(msgspec.Struct, frozen=True, order=True, gc=False):
+    """Where a record stands in the log."""
+
+    topic: str
+    partition: int
+    offset: int
+
+    def __str__(self) -> str:
+        return f"{self.topic}[{self.partition}]@{self.offset}"
+
+    @classmethod
+    def parse(cls, text: str) -> Position:
+        """The inverse of ``str(position)``; raises `ValueError` naming the text."""
+        try:
+            head, offset = text.rsplit("@", 1)
+            topic, partition = head.removesuffix("]").rsplit("[", 1)
+            return cls(topic, int(partition), int(offset))
+        except ValueError:
+            raise ValueError(f"{text!r} is no position; one looks like shop.jobs.mail[3]@41") from None
+
+
+class Recorded(msgspec.Struct, frozen=True, gc=False):
+    """An event as it was read: where it stands and when the broker appended it (milliseconds since the epoch)."""
+
+    event: JobEvent
+    position: Position
+    appended_ms: int

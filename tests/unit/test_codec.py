@@ -1,0 +1,194 @@
+"""The codec: every event survives the trip, other versions are read, and nonsense is named, never guessed."""
+
+from __future__ import annotations
+
+import io
+import json
+from typing import Any
+
+import fastavro
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from jobledger.errors import NotAnEvent, SchemaError, UnknownFact, UnknownSchema
+from jobledger.schemas import codec
+from jobledger.schemas import events as ev
+
+LONG = st.integers(min_value=-(2**63), max_value=2**63 - 1)
+INT = st.integers(min_value=-(2**31), max_value=2**31 - 1)
+TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=40)
+SPECS = st.builds(ev.JobSpec, st.binary(max_size=80), st.dictionaries(TEXT, TEXT, max_size=3), st.none() | TEXT)
+ERRORS = st.builds(ev.ErrorInfo, TEXT, TEXT, st.none() | TEXT)
+FACTS: st.SearchStrategy[Any] = st.one_of(
+    st.builds(ev.JobSubmitted, SPECS, st.none() | LONG, st.none() | LONG),
+    st.builds(ev.JobDue, SPECS, LONG),
+    st.builds(ev.JobStarted, TEXT, TEXT, LONG, INT),
+    st.builds(ev.JobProgressed, LONG, LONG, st.none() | LONG, st.none() | TEXT),
+    st.builds(ev.JobRetried, ERRORS, LONG, LONG),
+    st.builds(ev.JobSnoozed, LONG, st.none() | TEXT, LONG),
+    st.builds(ev.JobSucceeded, st.none() | st.binary(max_size=80), LONG),
+    st.builds(ev.JobFailed, TEXT, ERRORS, LONG),
+    st.builds(ev.JobCancelled, TEXT, st.none() | TEXT),
+    st.builds(ev.JobExpired, LONG),
+    st.builds(ev.ReleaseRequested, SPECS, st.none() | LONG, st.none() | LONG),
+    st.builds(ev.ReleaseDecided, LONG),
+    st.builds(ev.ReleaseOverdue, SPECS, LONG),
+    st.builds(ev.DeadLettered, SPECS, TEXT, ERRORS),
+    st.builds(ev.RecordRejected, TEXT, INT, LONG, st.none() | st.binary(), st.none() | st.binary(), TEXT),
+)
+OPTIONAL = st.none() | TEXT
+EVENTS = st.builds(ev.JobEvent, TEXT, TEXT, INT, INT, INT, LONG, TEXT, TEXT, OPTIONAL, OPTIONAL, TEXT, OPTIONAL, FACTS)
+
+
+def an_event(fact: ev.Fact | None = None) -> ev.JobEvent:
+    """A plain event to damage."""
+    fact = fact or ev.JobSubmitted(ev.JobSpec(b'{"to":"a"}'))
+    return ev.JobEvent("e", "j", 1, 1, 1, 7, "send", "mail", None, None, "client@here:1", None, fact)
+
+
+@given(EVENTS)
+def test_round_trip(event: ev.JobEvent) -> None:
+    """What was encoded is what is decoded, for every fact."""
+    assert codec.decode(codec.encode(event)) == event
+
+
+@given(EVENTS)
+def test_specialised_writers_write_the_published_schema(event: ev.JobEvent) -> None:
+    """The bytes are those that fastavro writes with the published schema itself: any Avro reader understands them."""
+    published = fastavro.parse_schema(json.loads(codec.SCHEMA_TEXT))
+    raw = codec.encode(event)
+    datum: Any = fastavro.schemaless_reader(
+        io.BytesIO(raw[10:]), fastavro.parse_schema(codec._plain(json.loads(codec.SCHEMA_TEXT))), None, True
+    )
+    out = io.BytesIO()
+    fastavro.schemaless_writer(out, published, datum)
+    assert raw[10:] == out.getvalue()
+    assert raw[:10] == b"\xc3\x01" + codec.fingerprint(codec.SCHEMA_TEXT)
+
+
+def test_types_and_schema_agree() -> None:
+    """Every record of the schema has a frozen type with the same fields in the same order, and the other way round."""
+    schema = json.loads(codec.SCHEMA_TEXT)
+    assert [f["name"] for f in schema["fields"]] == list(ev.JobEvent.__struct_fields__)
+    facts = schema["fields"][-1]["type"]
+    assert [r["name"] for r in facts] == [c.__name__ for c in ev.Fact.__args__]
+    for record in codec._records(schema)[1:]:
+        kind: Any = getattr(ev, record["name"])
+        assert [f["name"] for f in record["fields"]] == list(kind.__struct_fields__)
+        assert all(f.get("doc") for f in record["fields"]), f"{record['name']}: a field is not explained"
+
+
+def test_the_released_schema_is_the_current_one_or_older_and_readable() -> None:
+    """Every released schema can still be read with today's types (BACKWARD_TRANSITIVE)."""
+    from importlib.resources import files
+
+    released = sorted(
+        p.name for p in files("jobledger.schemas").joinpath("released").iterdir() if p.name.endswith("avsc")
+    )
+    assert released
+    for name in released:
+        text = files("jobledger.schemas").joinpath("released", name).read_text()
+        schema = fastavro.parse_schema(codec._plain(json.loads(text)))
+        out = io.BytesIO()
+        event = an_event()
+        datum = {f: getattr(event, f) for f in event.__struct_fields__}
+        datum["fact"] = ("jobledger.JobSubmitted", {"spec": {"args": b"{}", "tags": {}, "parent": None}})
+        fastavro.schemaless_writer(out, schema, datum)
+        framed = codec.MAGIC + codec.fingerprint(text) + out.getvalue()
+        assert codec.Decoder({codec.fingerprint(text): text}.get).decode(framed).job_id == "j"
+
+
+@given(st.binary(max_size=200))
+def test_garbage_is_named(raw: bytes) -> None:
+    """Bytes that are no event raise a `SchemaError`, whatever they are."""
+    with pytest.raises(SchemaError):
+        codec.decode(raw)
+
+
+@given(EVENTS, st.data())
+def test_damage_is_never_a_crash(event: ev.JobEvent, data: st.DataObject) -> None:
+    """A truncated event raises `SchemaError`, nothing else."""
+    raw = codec.encode(event)
+    cut = data.draw(st.integers(min_value=0, max_value=len(raw) - 1))
+    with pytest.raises(SchemaError):
+        codec.decode(raw[:cut])
+
+
+def test_no_value_and_unknown_schema_are_told_apart() -> None:
+    """A missing value is `NotAnEvent`; an unpublished fingerprint is `UnknownSchema` and names it."""
+    with pytest.raises(NotAnEvent, match="no value"):
+        codec.decode(None)
+    with pytest.raises(UnknownSchema, match="0102030405060708"):
+        codec.decode(b"\xc3\x01" + bytes(range(1, 9)) + b"rest")
+
+
+def future_schema() -> dict[str, Any]:
+    """A schema of a later version: a new header field, a new field in a fact, a new fact, one header field gone."""
+    schema: dict[str, Any] = json.loads(codec.SCHEMA_TEXT)
+    schema["fields"].insert(3, {"name": "region", "type": "string"})
+    facts = schema["fields"][-1]["type"]
+    facts[0]["fields"].append({"name": "weight", "type": ["null", "int"], "default": None})
+    facts.append({"type": "record", "name": "JobTeleported", "fields": [{"name": "to", "type": "string"}]})
+    return schema
+
+
+def in_future(fact: tuple[str, dict[str, Any]]) -> tuple[bytes, dict[bytes, str]]:
+    """An event of the later version, framed, and where its schema is published."""
+    schema = future_schema()
+    text = json.dumps(schema)
+    event = an_event()
+    datum = {f: getattr(event, f) for f in event.__struct_fields__} | {"region": "north", "fact": fact}
+    out = io.BytesIO()
+    fastavro.schemaless_writer(out, fastavro.parse_schema(json.loads(json.dumps(codec._plain(schema)))), datum)
+    mark = codec.fingerprint(text)
+    return codec.MAGIC + mark + out.getvalue(), {mark: text}
+
+
+def test_an_event_of_a_later_schema_is_read() -> None:
+    """Fields this version does not know are dropped, the rest is kept."""
+    spec = {"args": b"{}", "tags": {"a": "b"}, "parent": None}
+    raw, published = in_future(("jobledger.JobSubmitted", {"spec": spec, "delay_ms": 5, "weight": 3}))
+    event = codec.Decoder(published.get).decode(raw)
+    assert event == an_event(ev.JobSubmitted(ev.JobSpec(b"{}", {"a": "b"}), 5))
+
+
+def test_an_unknown_fact_is_named() -> None:
+    """A fact of a later version raises `UnknownFact` with its name."""
+    raw, published = in_future(("jobledger.JobTeleported", {"to": "Mars"}))
+    with pytest.raises(UnknownFact, match="JobTeleported") as caught:
+        codec.Decoder(published.get).decode(raw)
+    assert caught.value.fact == "JobTeleported"
+
+
+def test_a_schema_published_later_is_found() -> None:
+    """A fingerprint that was unknown is asked for again: the schema may have been published since."""
+    raw, published = in_future(("jobledger.JobSubmitted", {"spec": {"args": b"{}", "tags": {}, "parent": None}}))
+    shelf: dict[bytes, str] = {}
+    decoder = codec.Decoder(shelf.get)
+    with pytest.raises(UnknownSchema):
+        decoder.decode(raw)
+    shelf.update(published)
+    assert decoder.decode(raw).task == "send"
+
+
+def test_a_wrong_value_names_fact_and_job() -> None:
+    """An event whose field does not fit the schema is refused before anything is sent."""
+    wrong: Any = "not bytes"
+    with pytest.raises(SchemaError, match="JobSubmitted of job j"):
+        codec.encode(an_event(ev.JobSubmitted(ev.JobSpec(wrong))))
+    with pytest.raises(SchemaError, match="JobProgressed of job j"):
+        codec.encode(an_event(ev.JobProgressed(1, 2**70)))
+
+
+@given(TEXT.filter(lambda t: "[" not in t), st.integers(0, 2**31), st.integers(0, 2**62))
+def test_positions_are_text_and_back(topic: str, partition: int, offset: int) -> None:
+    """A position survives being written down."""
+    position = ev.Position(topic, partition, offset)
+    assert ev.Position.parse(str(position)) == position
+
+
+def test_a_bad_position_is_named() -> None:
+    """Text that is no position is named, with what one looks like."""
+    with pytest.raises(ValueError, match="'nonsense' is no position"):
+        ev.Position.parse("nonsense")

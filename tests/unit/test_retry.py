@@ -1,0 +1,91 @@
+"""The retry policy."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from jobledger.errors import ConfigError
+from jobledger.retry import MAX_DELAY_S, NO_RETRY, Reject, Retry, RetryLater, Snooze
+
+POLICIES = st.builds(
+    Retry,
+    max_attempts=st.integers(1, 50),
+    initial=st.floats(0, 1000),
+    factor=st.floats(1, 100),
+    cap=st.floats(0, 100_000),
+    jitter=st.booleans(),
+)
+UNIFORM = st.floats(0, 1, exclude_max=True)
+
+
+@given(POLICIES, st.integers(1, 100_000), UNIFORM)
+def test_delays_stay_within_their_bounds(policy: Retry, attempt: int, uniform: float) -> None:
+    """A delay is never negative, never above the cap, and with jitter at least half of the raw one."""
+    delay = policy.delay_after(attempt, uniform)
+    raw = Retry(initial=policy.initial, factor=policy.factor, cap=policy.cap, jitter=False).delay_after(attempt, 0.0)
+    assert 0 <= delay <= policy.cap
+    assert delay <= raw
+    assert delay == raw if not policy.jitter else delay >= raw / 2
+
+
+@given(POLICIES, st.integers(1, 1_000))
+def test_delays_do_not_shrink(policy: Retry, attempt: int) -> None:
+    """Without jitter a later attempt never waits less."""
+    plain = Retry(initial=policy.initial, factor=policy.factor, cap=policy.cap, jitter=False)
+    assert plain.delay_after(attempt + 1, 0.0) >= plain.delay_after(attempt, 0.0)
+
+
+def test_known_delays() -> None:
+    """The delays of a plain policy are those anyone would compute."""
+    plain = Retry(initial=1, factor=2, cap=10, jitter=False)
+    assert [plain.delay_after(n, 0) for n in (1, 2, 3, 4, 5)] == [1, 2, 4, 8, 10]
+    assert Retry(initial=4, factor=2, cap=10).delay_after(1, 0.5) == 3.0
+
+
+def test_never_wins_over_on() -> None:
+    """An exception named by ``never`` is not retried, even if ``on`` names its base."""
+    policy = Retry(on=(LookupError,), never=(KeyError,))
+    assert policy.retries(IndexError())
+    assert not policy.retries(KeyError())
+    assert not policy.retries(ValueError())
+    assert not NO_RETRY.max_attempts > 1
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"max_attempts": 0},
+        {"max_attempts": 2.5},
+        {"max_attempts": True},
+        {"initial": -1},
+        {"cap": float("nan")},
+        {"cap": "60"},
+        {"factor": 0.5},
+        {"factor": float("inf")},
+        {"on": ("Exception",)},
+        {"never": 3},
+    ],
+)
+def test_a_wrong_setting_is_named(wrong: dict[str, Any]) -> None:
+    """A policy that cannot hold is refused with the setting and the value."""
+    with pytest.raises(ConfigError) as caught:
+        Retry(**wrong)
+    assert next(iter(wrong)) in str(caught.value)
+
+
+@pytest.mark.parametrize("delay", [-1, MAX_DELAY_S + 1, float("nan"), "5", True, None])
+def test_a_wrong_delay_is_refused_where_it_is_raised(delay: Any) -> None:
+    """`RetryLater` and `Snooze` refuse a delay that is no number of seconds."""
+    for kind in (RetryLater, Snooze):
+        with pytest.raises(ConfigError, match="delay"):
+            kind(delay)
+
+
+def test_one_exception_class_may_stand_alone() -> None:
+    """``on`` takes a single class, too."""
+    assert Retry(on=OSError).retries(OSError())  # type: ignore[arg-type]  # what users write
+    assert str(Reject("no city")) == "no city"

@@ -1,0 +1,287 @@
+"""Tasks: what fits a signature, what is refused, and when."""
+
+from __future__ import annotations
+
+import datetime as dt
+import json
+from dataclasses import dataclass
+from typing import Any, TypedDict
+
+import msgspec
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from jobledger.context import JobContext, current_job
+from jobledger.errors import BadArguments, ConfigError, UnknownQueue, UnknownTask
+from jobledger.retry import Retry
+from jobledger.task import Queue, Registry, Submitter, Task
+
+
+def nobody() -> Submitter:
+    """A submitter for tests that submit nothing."""
+    raise AssertionError("nothing is submitted in these tests")
+
+
+def registry(**options: Any) -> Registry:
+    """A registry without a client."""
+    return Registry("shop", submitter=nobody, **options)
+
+
+def task_of(fn: Any, **options: Any) -> Task[Any, Any]:
+    """A task made of ``fn``."""
+    defaults: dict[str, Any] = {"name": None, "queue": "mail", "retry": None, "timeout": None, "fallback": None}
+    return registry().add(fn, **(defaults | options))
+
+
+def add(to: Registry, fn: Any, **options: Any) -> Task[Any, Any]:
+    """Register ``fn`` with the defaults of ``@app.task``."""
+    defaults: dict[str, Any] = {"name": None, "queue": "mail", "retry": None, "timeout": None, "fallback": None}
+    return to.add(fn, **(defaults | options))
+
+
+def send(to: str, template: str = "welcome", *, copies: int = 1) -> str:
+    """A task's function."""
+    return f"{to}/{template}/{copies}"
+
+
+def test_arguments_travel_by_name() -> None:
+    """Positional and named arguments become one JSON object; defaults stay the worker's."""
+    task = task_of(send)
+    assert json.loads(task.encode_args(("a",), {})) == {"to": "a"}
+    assert json.loads(task.encode_args(("a", "b"), {"copies": 2})) == {"to": "a", "template": "b", "copies": 2}
+    assert task.decode_args(b'{"to":"a"}') == {"to": "a"}
+    assert task("x", copies=3) == "x/welcome/3"
+
+
+@pytest.mark.parametrize(
+    ("args", "kwargs", "names"),
+    [
+        ((), {}, "to"),
+        (("a", "b", "c"), {}, "takes 2 positional"),
+        (("a",), {"to": "b"}, "'to' twice"),
+        (("a",), {"nope": 1}, "nope"),
+        ((7,), {}, r"Expected `str`, got `int`"),
+        (("a",), {"copies": "many"}, "copies"),
+        ((object(),), {}, "object is no JSON type"),
+    ],
+)
+def test_arguments_that_do_not_fit_fail_in_the_caller(args: Any, kwargs: Any, names: str) -> None:
+    """A missing, surplus, doubled, unknown, mistyped or unwritable argument is named before anything is sent."""
+    with pytest.raises(BadArguments, match=names):
+        task_of(send).encode_args(args, kwargs)
+
+
+def test_a_changed_signature_is_named_with_both_sides() -> None:
+    """The worker's error shows the stored arguments and the signature they do not fit."""
+    with pytest.raises(BadArguments, match=r'\{"recipient":"a"\}.*send\(to: str') as caught:
+        task_of(send).decode_args(b'{"recipient":"a"}')
+    assert "recipient" in str(caught.value)
+
+
+@dataclass
+class Address:
+    """A dataclass argument."""
+
+    street: str
+    number: int
+
+
+class Line(msgspec.Struct):
+    """A msgspec argument."""
+
+    sku: str
+
+
+class Extra(TypedDict):
+    """A TypedDict argument."""
+
+    note: str
+
+
+def ship(to: Address, at: dt.datetime, lines: list[Line], extra: Extra | None = None, anything: Any = None) -> None:
+    """Typed arguments."""
+
+
+def test_typed_arguments_arrive_typed() -> None:
+    """Dataclasses, times, structs and typed dicts arrive as what the annotations say."""
+    task = task_of(ship)
+    at = dt.datetime(2026, 1, 2, tzinfo=dt.UTC)
+    raw = task.encode_args((Address("Elm", 3), at), {"lines": [Line("x")], "extra": {"note": "n"}, "anything": [1]})
+    assert task.decode_args(raw) == {
+        "to": Address("Elm", 3),
+        "at": at,
+        "lines": [Line("x")],
+        "extra": {"note": "n"},
+        "anything": [1],
+    }
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers(-(2**53), 2**53) | st.text(st.characters(exclude_categories=["Cs"])),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text("abc", max_size=3), inner, max_size=3),
+    max_leaves=8,
+)
+
+
+def takes_anything(a: Any, b: Any = 1) -> Any:
+    """No annotations to speak of."""
+    return a
+
+
+@given(JSON, JSON)
+def test_any_json_survives(a: Any, b: Any) -> None:
+    """What is JSON goes in and comes out alike."""
+    task = task_of(takes_anything)
+    assert task.decode_args(task.encode_args((a,), {"b": b})) == {"a": a, "b": b}
+
+
+def test_a_parameter_that_cannot_travel_is_refused_at_load() -> None:
+    """Variable and positional-only parameters, and classes JSON cannot carry, fail when the task is declared."""
+
+    def many(*rest: int) -> None: ...
+
+    def only(a: int, /) -> None: ...
+
+    def odd(a: Registry) -> None: ...
+
+    for fn, names in ((many, r"\*rest"), (only, "cannot travel by name"), (odd, "parameter a: Registry")):
+        with pytest.raises(ConfigError, match=names):
+            task_of(fn)
+
+
+@pytest.mark.parametrize(
+    ("options", "names"),
+    [
+        ({"queue": "no such"}, "no such"),
+        ({"retry": "often"}, "often"),
+        ({"retry": 0}, "max_attempts"),
+        ({"timeout": 5}, "needs `async def`"),
+        ({"timeout": -1}, "timeout=-1"),
+        ({"name": ""}, "task name"),
+    ],
+)
+def test_a_wrong_option_fails_at_load(options: dict[str, Any], names: str) -> None:
+    """An option that cannot hold names its value when the app is loaded."""
+    with pytest.raises(ConfigError, match=names):
+        task_of(send, **options)
+
+
+def test_declared_queues_are_the_only_ones() -> None:
+    """With declared queues a task or submission of another one is refused, and the error lists those there are."""
+    app = registry(queues=["mail", Queue("bulk", partitions=2)])
+    task = add(app, send)
+    with pytest.raises(UnknownQueue, match=r"'mial'.*\['bulk', 'mail'\]"):
+        add(app, ship, queue="mial")
+    with pytest.raises(UnknownQueue, match="nowhere"):
+        task.using(queue="nowhere")
+    assert {n: q.partitions for n, q in app.queues.items()} == {"bulk": 2, "mail": 6}
+    with pytest.raises(ConfigError, match="twice"):
+        registry(queues=["mail", "mail"])
+
+
+def test_undeclared_queues_come_from_the_tasks() -> None:
+    """Without a declaration the queues are those the tasks name."""
+    app = registry(partitions=3)
+    assert list(app.queues) == ["default"]
+    add(app, send, queue="mail")
+    assert {n: q.partitions for n, q in app.queues.items()} == {"mail": 3}
+
+
+def test_a_name_is_taken_once() -> None:
+    """Two functions cannot share a task name, but a reloaded module may register its own again."""
+    app = registry()
+    add(app, send, name="a")
+    add(app, send, name="a")
+    with pytest.raises(ConfigError, match="already registered"):
+        add(app, ship, name="a")
+    with pytest.raises(UnknownTask, match=r"'b'.*\['a'\]"):
+        app.task("b")
+
+
+def test_fallbacks_are_checked_when_all_tasks_are_there() -> None:
+    """A fallback that is missing, takes other parameters or leads back is refused."""
+
+    def other(x: int) -> None: ...
+
+    def also(to: str, template: str = "", *, copies: int = 1) -> None: ...
+
+    app = registry()
+    add(app, send, fallback="also")
+    with pytest.raises(UnknownTask, match="also"):
+        app.check()
+    add(app, also)
+    app.check()
+    add(app, also, fallback="send")
+    with pytest.raises(ConfigError, match="circle"):
+        app.check()
+    odd = registry()
+    add(odd, other)
+    add(odd, send, fallback="other")
+    with pytest.raises(ConfigError, match="same parameters"):
+        odd.check()
+
+
+@pytest.mark.parametrize(
+    ("options", "names"),
+    [
+        ({"delay": -1}, "delay=-1"),
+        ({"delay": "soon"}, "soon"),
+        ({"tags": {"a": 1}}, "'a'=1"),
+        ({"tags": ["a"]}, "not a mapping"),
+        ({"tags": {"a": "x" * 1001}}, "at most 1,000"),
+    ],
+)
+def test_options_of_a_submission_are_checked_at_once(options: dict[str, Any], names: str) -> None:
+    """`using` refuses what cannot hold, naming it."""
+    with pytest.raises(ConfigError, match=names):
+        task_of(send).using(**options)
+
+
+def test_an_unknown_option_is_a_type_error() -> None:
+    """An option that is not built is not there."""
+    with pytest.raises(TypeError, match="priority"):
+        task_of(send).using(priority=3)  # type: ignore[call-arg]  # the point of the test
+
+
+def test_requests_carry_their_options() -> None:
+    """`using(…).job(…)` describes the job with its options."""
+    task = task_of(send, retry=Retry(2))
+    request = task.using(delay=1.5, tags={"t": "x"}).job("a")
+    assert (request.delay_ms, request.tags, request.queue, request.args) == (1500, {"t": "x"}, "mail", b'{"to":"a"}')
+    assert task.job("b").delay_ms is None
+
+
+def context(job_id: str = "01890a5d-ac96-774b-bcce-b302099a8057", run: int = 1) -> JobContext:
+    """A job's context that reports to nobody."""
+    return JobContext(
+        job_id=job_id,
+        task="t",
+        queue="q",
+        run=run,
+        attempt=1,
+        release=1,
+        tags={},
+        parent=None,
+        trace=None,
+        report=lambda *_: None,
+    )
+
+
+@given(st.lists(st.tuples(st.sampled_from("ab"), st.sampled_from([b"1", b"2"])), max_size=12))
+def test_children_have_the_same_ids_in_every_rerun(submissions: list[tuple[str, bytes]]) -> None:
+    """A rerun of the parent names the same children, and no two children of one run share a name."""
+    first, second = context(), context()
+    ids = [first.child_id(*s) for s in submissions]
+    assert [second.child_id(*s) for s in submissions] == ids
+    assert len(set(ids)) == len(ids)
+    other_run = context(run=2)
+    assert not set(ids) & {other_run.child_id(*s) for s in submissions}
+
+
+def test_current_job_outside_a_job_says_so() -> None:
+    """`current_job()` outside a worker is refused."""
+    with pytest.raises(ConfigError, match="inside a task"):
+        current_job()
+    with pytest.raises(ConfigError, match="done=-1"):
+        context().progress(-1)
