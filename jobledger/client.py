@@ -12,6 +12,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any, Generic, Protocol, TypeVar
 
 import msgspec
@@ -41,7 +42,7 @@ R = TypeVar("R")
 
 #: How many submissions of `submit_many` may be under way at once: bounds memory at any number of jobs.
 WINDOW = 20_000
-#: Jobs per hand-over to librdkafka in `submit_many`.
+#: Jobs between two looks at the acknowledgements in `submit_many`.
 CHUNK = 500
 #: Seconds between two looks at the status table while waiting.
 POLL_FIRST, POLL_MOST = 0.01, 0.25
@@ -128,17 +129,17 @@ class Client:
 
     def _writer(self, bulk: bool) -> LogWriter:
         self._after_fork()
+        if bulk:
+            self._writer(bulk=False)  # publishes the schema
         found = self._bulk if bulk else self._single
         if found is None:
             with self._lock:
                 found = self._bulk if bulk else self._single
-                if found is None:
-                    found = LogWriter(self.settings, self.names, linger_ms=5.0 if bulk else 0.0)
-                    if bulk:
-                        self._bulk = found
-                    else:
-                        self._single = found
-                    atexit.register(found.close, 5.0)
+                if found is None and bulk:
+                    found = self._bulk = LogWriter(self.settings, None, linger_ms=5.0, serve=False)
+                elif found is None:
+                    found = self._single = LogWriter(self.settings, self.names)
+                atexit.register(found.close, 5.0)
         found.ensure_schema()
         return found
 
@@ -219,14 +220,11 @@ class Client:
 
         If one fails, the error is raised after the others have been settled; the jobs before it may have been accepted.
         """
-        writer = self._writer(bulk=True)
+        many: _Many[R] = _Many(self, self._writer(bulk=True))
         inside = maybe_current_job()
-        many: _Many[R] = _Many(self)
         for request in requests:
-            many.room(self.settings.submit_timeout)
-            job_id, record = self._outgoing(request, inside)
-            writer.post(record, many.expect(job_id))
-        return many.finish(self.settings)
+            many.add(*self._outgoing(request, inside))
+        return many.finish()
 
     # -- asking ---------------------------------------------------------------------------------------------------
 
@@ -300,61 +298,58 @@ class _Ack:
 
 
 class _Many(Generic[R]):
-    """The acknowledgements of `submit_many`, with a bound on how many are outstanding."""
+    """The acknowledgements of one `submit_many`, with a bound on how many are outstanding.
 
-    def __init__(self, client: Client) -> None:
-        self._client = client
-        self._handles: list[JobHandle[R] | None] = []
-        self._acked = 0
+    The caller's own thread serves the callbacks, between jobs: a second thread would fight for the interpreter.
+    """
+
+    def __init__(self, client: Client, writer: LogWriter) -> None:
+        self._client, self._writer = client, writer
+        self._jobs: list[tuple[str, str]] = []
+        self._places: dict[int, tuple[int, int]] = {}
+        self._settled = 0
         self._failed: KafkaError | None = None
-        self._progressed = threading.Condition()
 
-    def expect(self, job_id: str) -> Callable[[KafkaError | None, Message], None]:
-        """The delivery callback of the next job."""
-        index = len(self._handles)
-        handles = self._handles
-        handles.append(None)
-        client = self._client
+    def _delivered(self, index: int, error: KafkaError | None, message: Message) -> None:
+        if error is None:
+            self._places[index] = (message.partition() or 0, message.offset() or 0)
+        else:
+            self._failed = self._failed or error
+        self._settled += 1
 
-        def delivered(error: KafkaError | None, message: Message) -> None:
-            if error is not None:
-                self._failed = self._failed or error
-            else:
-                handles[index] = JobHandle(
-                    client, job_id, Position(message.topic() or "", message.partition() or 0, message.offset() or 0)
-                )
-            # Callbacks run in one thread, so the count needs no lock; waking costs, so it is done now and then.
-            self._acked += 1
-            if not self._acked % CHUNK or self._acked >= len(handles):
-                with self._progressed:
-                    self._progressed.notify_all()
+    def add(self, job_id: str, record: Outgoing) -> None:
+        """Send one more job; waits while `WINDOW` are outstanding."""
+        index = len(self._jobs)
+        if not index % CHUNK:
+            self._writer.producer.poll(0)
+            if index - self._settled >= WINDOW:
+                self._await(WINDOW - CHUNK)
+        self._writer.post(record, partial(self._delivered, index))
+        self._jobs.append((job_id, record.topic))
 
-        return delivered
+    def _await(self, outstanding: int) -> None:
+        """Serve callbacks until no more than ``outstanding`` are missing; bounded from the last one that came."""
+        patience = self._client.settings.submit_timeout + 5.0
+        settled, since = self._settled, time.monotonic()
+        while len(self._jobs) - self._settled > outstanding:
+            self._writer.producer.poll(0.05)
+            if self._settled != settled:
+                settled, since = self._settled, time.monotonic()
+            elif time.monotonic() - since > patience:
+                missing = len(self._jobs) - self._settled
+                raise BrokerUnavailable(f"{missing} of {len(self._jobs)} submissions were not acknowledged in time")
 
-    def room(self, timeout: float) -> None:
-        """Wait until fewer than `WINDOW` are outstanding."""
-        if len(self._handles) - self._acked >= WINDOW:
-            self._await(lambda: len(self._handles) - self._acked < WINDOW - CHUNK, timeout)
-
-    def _await(self, enough: Callable[[], bool], timeout: float) -> None:
-        deadline = time.monotonic() + timeout + 5.0
-        with self._progressed:
-            while not enough():
-                # A wake-up may be missed between count and wait (see `delivered`); so the wait is short.
-                self._progressed.wait(0.02)
-                if time.monotonic() >= deadline:
-                    raise BrokerUnavailable(
-                        f"{len(self._handles) - self._acked} submissions were not acknowledged in time"
-                    )
-
-    def finish(self, settings: Settings) -> list[JobHandle[R]]:
-        """All handles, or the first error."""
-        self._await(lambda: self._acked >= len(self._handles), settings.submit_timeout)
+    def finish(self) -> list[JobHandle[R]]:
+        """All handles in order, or the first error."""
+        self._await(0)
         if self._failed is not None:
-            arrived = sum(h is not None for h in self._handles)
-            error = translate(self._failed, settings, f"{arrived} of {len(self._handles)} jobs were accepted; the rest")
-            raise error
-        return [h for h in self._handles if h is not None]
+            what = f"{len(self._places)} of {len(self._jobs)} jobs were accepted; the others"
+            raise translate(self._failed, self._client.settings, what)
+        places = self._places
+        return [
+            JobHandle(self._client, job_id, Position(topic, *places[index]))
+            for index, (job_id, topic) in enumerate(self._jobs)
+        ]
 
 
 async def _post_async(

@@ -117,18 +117,21 @@ class Outgoing(NamedTuple):
 class LogWriter:
     """A producer with a thread that serves its delivery callbacks, bounded waits, and our schema published first.
 
-    Thread-safe. ``names`` None leaves the schema unpublished (for records that are no events).
+    Thread-safe. ``names`` None leaves the schema unpublished (for records that are no events, or where another writer
+    has published it). ``serve`` False starts no thread: the caller polls, as bulk senders do.
     """
 
-    def __init__(self, settings: Settings, names: Names | None, *, linger_ms: float = 0.0) -> None:
+    def __init__(self, settings: Settings, names: Names | None, *, linger_ms: float = 0.0, serve: bool = True) -> None:
         self.settings = settings
         self._names = names
         self.producer = Producer(producer_config(settings, linger_ms=linger_ms))
         self._schema_published = names is None
         self._lock = threading.Lock()
         self._closing = threading.Event()
-        self._thread = threading.Thread(target=self._serve, name="jobledger-producer", daemon=True)
-        self._thread.start()
+        self._thread: threading.Thread | None = None
+        if serve:
+            self._thread = threading.Thread(target=self._serve, name="jobledger-producer", daemon=True)
+            self._thread.start()
 
     def _serve(self) -> None:
         while not self._closing.is_set():
@@ -176,7 +179,10 @@ class LogWriter:
                         f"{self.settings.bootstrap or 'the embedded broker'} takes nothing; "
                         "check JOBLEDGER_BOOTSTRAP and that the broker runs"
                     ) from None
-                time.sleep(0.005)
+                if self._thread is None:
+                    self.producer.poll(0.005)
+                else:
+                    time.sleep(0.005)
             except KafkaException as exc:
                 raise translate(exc.args[0], self.settings, f"sending to {record.topic}") from exc
 
@@ -225,7 +231,8 @@ class LogWriter:
         """Flush within ``timeout`` seconds and stop the thread."""
         self.producer.flush(timeout)
         self._closing.set()
-        self._thread.join(timeout=1.0)
+        if self._thread is not None:
+            self._thread.join(timeout=1.0)
         self.producer.close()
 
 

@@ -20,6 +20,7 @@ from rich.table import Table
 from jobledger.config import Settings
 from jobledger.errors import KafkaStartFailed
 from jobledger.kafka import embedded
+from jobledger.kafka.broker import STOP_TIMEOUT_S
 from jobledger.kafka.embedded import KafkaStatus
 from jobledger.kafka.jars import KAFKA_VERSION
 from jobledger.kafka.jars import Progress as Report
@@ -86,7 +87,7 @@ def start(
 @app.command("stop")
 def stop(
     timeout: Annotated[float, typer.Option(help="Seconds to end cleanly before it is killed.")] = (
-        embedded.STOP_TIMEOUT_S
+        STOP_TIMEOUT_S
     ),
     as_json: Json = False,
 ) -> None:

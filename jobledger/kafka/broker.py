@@ -77,7 +77,7 @@ appender.file.strategy.type=DefaultRolloverStrategy
 appender.file.strategy.max=2
 rootLogger.level=warn
 rootLogger.appenderRef.file.ref=file
-logger.lifecycle.name=org.apache.kafka.common.utils.AppInfoParser
+logger.lifecycle.name=kafka.server.KafkaRaftServer
 logger.lifecycle.level=info
 """
 
@@ -215,7 +215,7 @@ def launch(files: Files, wanted: Launch, *, detach: bool, timeout: float, report
     try:
         if not detach:
             if not _leashes:
-                atexit.register(_end_leashed)
+                atexit.register(_end_leashed, os.getpid())
             _leashes[process.pid] = _leash(process.pid)
         _await_ready(process, port, files, timeout)
     except BaseException:
@@ -229,6 +229,7 @@ def _format(files: Files, base: list[str], data: Path, report: Progress) -> None
         return
     report("format", 0, 0)
     data.mkdir(parents=True, exist_ok=True)
+    # An id that begins with a hyphen would be read as an option.
     cluster = base64.urlsafe_b64encode(uuid.uuid4().bytes).decode().rstrip("=").replace("-", "A")
     tool = ["kafka.tools.StorageTool", "format", "--ignore-formatted", "-t", cluster, "-c", str(files.settings)]
     done = subprocess.run(
@@ -289,7 +290,9 @@ def _leash(pid: int) -> subprocess.Popen[bytes]:
     )
 
 
-def _end_leashed() -> None:
+def _end_leashed(owner: int) -> None:
+    if os.getpid() != owner:  # a fork of the starter that ends is not the starter's end
+        return
     for pid in list(_leashes):
         end(pid, STOP_TIMEOUT_S)
 

@@ -7,7 +7,6 @@ started it, so every other process finds it through the pid file. Jars are `jobl
 
 from __future__ import annotations
 
-import contextlib
 import shutil
 import signal
 import tempfile

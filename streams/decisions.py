@@ -1,0 +1,321 @@
+"""What the coordinator decides: a row, an event and its append time in; a new row, releases and timers out.
+
+Pure: no clock, no Kafka, no Faust, no database; whoever drives it passes the time. Every decision is a function of what
+stands in the partition up to the event, so an instance that was paused repeats decisions and never contradicts them.
+
+A release lives through three steps. Something asks for it (`JobSubmitted` with a condition, `ReleaseRequested`): the row
+is `Scheduled` and a timer is set. The timer passes and writes `ReleaseDecided` to the log, nothing else. When that is
+read back, appended at or past the due time, and the row still is scheduled for exactly this (run, release), the job is
+let go (`JobDue`) and the row becomes a `Released` marker.
+
+Rows carry the offset of the event that made them: rows are durable before the offset is committed, so after a crash the
+table is ahead of the log's reader, and what it has seen is skipped.
+"""
+
+from __future__ import annotations
+
+import uuid
+from collections import Counter
+from collections.abc import Callable
+
+import msgspec
+
+from jobledger.schemas.events import (
+    JobDue,
+    JobEvent,
+    JobSpec,
+    JobSubmitted,
+    ReleaseDecided,
+    ReleaseOverdue,
+    ReleaseRequested,
+)
+from jobledger.streams.timers import wake_at
+
+#: Nothing lies at or below it: the floor of a partition that was never swept.
+NO_FLOOR = -1
+
+
+class Scheduled(msgspec.Struct, frozen=True, array_like=True, tag=0, gc=False):
+    """A release that waits for its time. ``offset``: of the event that made this row; ``due``: µs, broker's clock."""
+
+    partition: int
+    offset: int
+    run: int
+    release: int
+    attempt: int
+    due: int
+    job_id: str
+    task: str
+    queue: str
+    key: str | None
+    home: str | None
+    trace: str | None
+    args: bytes
+    tags: dict[str, str]
+    parent: str | None
+
+
+class Released(msgspec.Struct, frozen=True, array_like=True, tag=1, gc=False):
+    """Marker of a release that was let go by the event at ``offset``, appended at ``ended_ms`` of the broker's clock."""
+
+    partition: int
+    offset: int
+    run: int
+    release: int
+    ended_ms: int
+
+
+class Floor(msgspec.Struct, frozen=True, array_like=True, tag=2, gc=False):
+    """One per partition, kept for good: every event at or below ``offset`` was dealt with."""
+
+    partition: int
+    offset: int
+
+
+Row = Scheduled | Released
+
+_encode = msgspec.msgpack.Encoder().encode
+_decode = msgspec.msgpack.Decoder(Scheduled | Released | Floor).decode
+
+#: A row's bytes begin with the array header (one byte below 16 fields) and its tag.
+_RELEASED_MARK = _encode(Released(0, 0, 0, 0, 0))[1]
+
+
+def encode_row(row: Row | Floor) -> bytes:
+    """A row as it is kept in the table and its changelog (MessagePack, fields by position)."""
+    return _encode(row)
+
+
+def decode_row(data: bytes) -> Row | Floor:
+    """The inverse of `encode_row`. Raises `msgspec.DecodeError` or `msgspec.ValidationError` for other bytes."""
+    return _decode(data)
+
+
+def is_marker(data: bytes) -> bool:
+    """Whether encoded bytes are a `Released` marker, without decoding them."""
+    return len(data) > 1 and data[1] == _RELEASED_MARK
+
+
+def row_key(job_id: str) -> bytes:
+    """The key of a job's row."""
+    return job_id.encode()
+
+
+def floor_key(partition: int) -> bytes:
+    """The key of a partition's floor; begins with a zero byte, which no job id does."""
+    return b"\0floor/%d" % partition
+
+
+def newer(row: Row | Floor, than: Row | Floor) -> bool:
+    """Whether ``row`` was made by a later event than ``than``: later ones win, in whatever order they were written."""
+    return row.offset >= than.offset
+
+
+class Decision(msgspec.Struct, frozen=True):
+    """What one event comes to.
+
+    ``verdict`` names it for metrics. ``row``: to be written, None if nothing changes. ``release``: to be let go before
+    the row is written. ``wake_at``: µs of the broker's clock at which the timer of this job shall look again.
+    """
+
+    verdict: str
+    row: Row | None = None
+    release: Scheduled | None = None
+    wake_at: int | None = None
+
+
+_SEEN = Decision("seen")
+_PASSED = Decision("passed")
+_UNEXPECTED = Decision("unexpected")
+_STALE_DECISION = Decision("stale-decision")
+
+
+def decide(row: Row | None, floor: int, event: JobEvent, partition: int, offset: int, appended_ms: int) -> Decision:
+    """Judge the event at ``offset`` of ``partition``, appended at ``appended_ms`` of the broker's clock.
+
+    ``row``: the job's row as the events before this one left it; ``floor``: the partition's.
+    """
+    if offset <= floor or (row is not None and offset <= row.offset):
+        return _SEEN
+    fact = event.fact
+    match fact:
+        case JobSubmitted():
+            # A conditioned submission is release 0: what it asks for is the first release of its run.
+            due = _due(fact.delay_ms, fact.due_at, appended_ms)
+            return _requested(row, event, fact.spec, max(event.release, 1), due, partition, offset, "scheduled")
+        case ReleaseRequested():
+            due = _due(fact.delay_ms, fact.due_at, appended_ms)
+            return _requested(row, event, fact.spec, event.release, due, partition, offset, "scheduled")
+        case ReleaseDecided():
+            return _decided(row, event, partition, offset, appended_ms)
+        case ReleaseOverdue():
+            return _overdue(row, event, fact, partition, offset)
+        case _:
+            return _UNEXPECTED
+
+
+def _due(delay_ms: int | None, due_at: int | None, appended_ms: int) -> int:
+    if due_at is not None:
+        return due_at
+    return (appended_ms + max(delay_ms or 0, 0)) * 1000
+
+
+def _requested(
+    row: Row | None, event: JobEvent, spec: JobSpec, release: int, due: int, partition: int, offset: int, verdict: str
+) -> Decision:
+    """The first request of a release wins; one that was passed, or asked for before, changes nothing."""
+    if row is not None and (event.run, release) <= (row.run, row.release):
+        return _PASSED
+    made = _schedule(event, spec, release, due, partition, offset)
+    return Decision(verdict, row=made, wake_at=wake_at(due))
+
+
+def _decided(row: Row | None, event: JobEvent, partition: int, offset: int, appended_ms: int) -> Decision:
+    if not isinstance(row, Scheduled) or (row.run, row.release) != (event.run, event.release):
+        return _STALE_DECISION
+    if appended_ms * 1000 < row.due:
+        # The deciding instance's clock is ahead of the broker's, whose clock alone counts.
+        return Decision("early", wake_at=wake_at(row.due))
+    marker = Released(partition, offset, row.run, row.release, appended_ms)
+    return Decision("released", row=marker, release=row)
+
+
+def _overdue(row: Row | None, event: JobEvent, fact: ReleaseOverdue, partition: int, offset: int) -> Decision:
+    """The release that is named, never a new one: sent again, looked at again, or, if its request was lost, scheduled."""
+    named = (event.run, event.release)
+    if row is None or (row.run, row.release) < named:
+        return _requested(row, event, fact.spec, event.release, fact.due_at, partition, offset, "recreated")
+    if (row.run, row.release) > named:
+        return _PASSED
+    if isinstance(row, Scheduled):
+        return Decision("looked-again", wake_at=wake_at(row.due))
+    return Decision("sent-again", release=_schedule(event, fact.spec, event.release, fact.due_at, partition, offset))
+
+
+def _schedule(event: JobEvent, spec: JobSpec, release: int, due: int, partition: int, offset: int) -> Scheduled:
+    return Scheduled(
+        partition,
+        offset,
+        event.run,
+        release,
+        event.attempt,
+        due,
+        event.job_id,
+        event.task,
+        event.queue,
+        event.key,
+        event.home,
+        event.trace,
+        spec.args,
+        spec.tags,
+        spec.parent,
+    )
+
+
+# -- what is written ------------------------------------------------------------------------------------------------
+
+
+def derived_id(job_id: str, run: int, release: int, what: str) -> str:
+    """The id of a record that a machine derives: v5 of (job, run, release) and its purpose, the same from whoever."""
+    try:
+        space = uuid.UUID(job_id)
+    except ValueError:
+        space = uuid.uuid5(uuid.NAMESPACE_OID, job_id)
+    return str(uuid.uuid5(space, f"{run}/{release}/{what}"))
+
+
+def job_due(row: Scheduled, now_us: int, source: str) -> JobEvent:
+    """The record that lets the job go to its workers."""
+    return JobEvent(
+        derived_id(row.job_id, row.run, row.release, "due"),
+        row.job_id,
+        row.run,
+        row.attempt,
+        row.release,
+        now_us,
+        row.task,
+        row.queue,
+        row.key,
+        row.home,
+        source,
+        row.trace,
+        JobDue(JobSpec(row.args, row.tags, row.parent), row.due),
+    )
+
+
+def release_decided(row: Scheduled, now_us: int, source: str) -> JobEvent:
+    """What a timer writes to the log instead of acting."""
+    return JobEvent(
+        derived_id(row.job_id, row.run, row.release, "decided"),
+        row.job_id,
+        row.run,
+        row.attempt,
+        row.release,
+        now_us,
+        row.task,
+        row.queue,
+        row.key,
+        row.home,
+        source,
+        row.trace,
+        ReleaseDecided(row.due),
+    )
+
+
+# -- a batch --------------------------------------------------------------------------------------------------------
+
+
+class Batch:
+    """The decisions of consecutive events: each sees the rows as the ones before it left them, nothing is written.
+
+    ``rows``: new rows by (partition, key), to be written after ``releases`` are acknowledged. ``releases``: jobs to let
+    go, in order. ``timers``: (partition, key, µs) at which to look at a row. ``verdicts``: how many of each.
+    ``closed``: queues a release was held back for, because ``is_open(queue)`` was false.
+    """
+
+    def __init__(
+        self,
+        row: Callable[[int, bytes], Row | None],
+        floor: Callable[[int], int],
+        is_open: Callable[[str], bool] = lambda queue: True,
+    ) -> None:
+        self._row, self._floor, self._is_open = row, floor, is_open
+        self.rows: dict[tuple[int, bytes], Row] = {}
+        self.releases: list[Scheduled] = []
+        self.timers: list[tuple[int, bytes, int]] = []
+        self.verdicts: Counter[str] = Counter()
+        self.closed: set[str] = set()
+
+    def add(self, event: JobEvent, partition: int, offset: int, appended_ms: int) -> None:
+        """Decide on one more event."""
+        key = row_key(event.job_id)
+        row = self.rows.get((partition, key)) or self._row(partition, key)
+        decision = decide(row, self._floor(partition), event, partition, offset, appended_ms)
+        released = decision.release
+        if released is not None and not self._is_open(released.queue):
+            # Left as it is: scheduled, so that its timer tries again once the queue's topic is there.
+            self.closed.add(released.queue)
+            self.verdicts["held-back"] += 1
+            if isinstance(row, Scheduled):
+                self.timers.append((partition, key, wake_at(row.due)))
+            return
+        self.verdicts[decision.verdict] += 1
+        if released is not None:
+            self.releases.append(released)
+        if decision.row is not None:
+            self.rows[partition, key] = decision.row
+        if decision.wake_at is not None:
+            self.timers.append((partition, key, decision.wake_at))
+
+
+# -- sweep ----------------------------------------------------------------------------------------------------------
+
+
+def sweepable(row: Row | Floor, committed: int, now_ms: int, keep_ms: int) -> bool:
+    """Whether a marker may go: the committed offset has passed it, and so have ``keep_ms`` milliseconds."""
+    return isinstance(row, Released) and row.offset < committed and row.ended_ms + keep_ms <= now_ms
+
+
+def raised_floor(floor: int, committed: int) -> int:
+    """The floor to write before markers are swept: below the committed offset everything was dealt with, durably."""
+    return max(floor, committed - 1)

@@ -1,0 +1,130 @@
+"""Which broker the tests run against, decided once per session and said in the summary.
+
+The environment's (``JOBLEDGER_BOOTSTRAP``), else a container where a Docker engine answers and has or can pull the image
+``JOBLEDGER_TEST_KAFKA_IMAGE``, else the embedded broker. Tests without a broker start none.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+import uuid
+import warnings
+from collections.abc import Iterator
+from contextlib import ExitStack
+
+import pytest
+from confluent_kafka import KafkaException
+from confluent_kafka.admin import AdminClient
+
+from jobledger.kafka.broker import BROKER_CONFIG
+from jobledger.kafka.embedded import EmbeddedKafka
+from jobledger.kafka.jars import KAFKA_VERSION
+from jobledger.kafka.ports import free_port
+
+DEFAULT_IMAGE = "apache/kafka:4.1.0"
+ENGINE_TIMEOUT_S = 5
+CONTAINER_TIMEOUT_S = 90
+
+_said: list[str] = []
+
+
+class NoContainer(Exception):
+    """Why the broker does not come from a container."""
+
+
+@pytest.fixture(scope="session")
+def broker(request: pytest.FixtureRequest) -> Iterator[str]:
+    """``host:port`` of a real broker that every test of the session shares; use `namespace` to keep apart."""
+    given = os.environ.get("JOBLEDGER_BOOTSTRAP")
+    if given:
+        _say(request.config, f"{given} (JOBLEDGER_BOOTSTRAP)")
+        yield given
+        return
+    with ExitStack() as stack:
+        try:
+            address, image = _container(stack)
+            _say(request.config, f"{address} (container {image})")
+        except NoContainer as reason:
+            kafka = stack.enter_context(EmbeddedKafka())
+            address = kafka.bootstrap
+            _say(request.config, f"{address} (embedded Kafka {KAFKA_VERSION}; no container: {reason})")
+        yield address
+
+
+@pytest.fixture
+def namespace() -> str:
+    """A namespace that no other test uses, so tests may share a broker."""
+    return f"t{uuid.uuid4().hex[:12]}"
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Say which broker was used, also when the line above has scrolled away."""
+    for line in _said:
+        terminalreporter.write_line(line)
+
+
+def _say(config: pytest.Config, what: str) -> None:
+    line = f"broker: {what}"
+    _said.append(line)
+    reporter = config.pluginmanager.get_plugin("terminalreporter")
+    if reporter is not None:
+        reporter.ensure_newline()
+        reporter.write_line(line)
+
+
+def _container(stack: ExitStack) -> tuple[str, str]:
+    image = os.environ.get("JOBLEDGER_TEST_KAFKA_IMAGE", DEFAULT_IMAGE)
+    if not image:
+        raise NoContainer("JOBLEDGER_TEST_KAFKA_IMAGE is empty")
+    # A library's deprecations on the way to a container are not this project's failures.
+    stack.enter_context(warnings.catch_warnings())
+    warnings.simplefilter("ignore")
+    try:
+        import docker
+        from testcontainers.core.container import DockerContainer
+        from testcontainers.core.docker_client import DockerClient
+
+        docker.from_env(timeout=ENGINE_TIMEOUT_S).ping()
+    except ImportError as missing:
+        raise NoContainer(f"the package {missing.name!r} is not installed") from missing
+    except Exception as error:  # whatever an engine that is away or out of reach makes its client raise
+        raise NoContainer(f"no Docker engine answers ({type(error).__name__})") from error
+
+    try:
+        host = DockerClient().host()
+        port = free_port()
+        # Advertised to clients outside the container, so the port is the same on both sides.
+        container = DockerContainer(image).with_bind_ports(port, port)
+        for key, value in _container_config(host, port).items():
+            container.with_env("KAFKA_" + key.upper().replace(".", "_"), value)
+        container.start()
+    except Exception as error:  # an image that cannot be had, a port that cannot be bound
+        raise NoContainer(f"image {image} does not start ({str(error).splitlines()[0][:160]})") from error
+    stack.callback(container.stop)
+    address = f"{host}:{port}"
+    admin = AdminClient({"bootstrap.servers": address, "log_level": 0})
+    deadline = time.monotonic() + CONTAINER_TIMEOUT_S
+    while time.monotonic() < deadline:
+        try:
+            if admin.list_topics(timeout=1).brokers:
+                return address, image
+        except KafkaException:
+            pass  # not up yet
+    out, err = container.get_logs()
+    end = (out + err).decode("utf-8", "replace")[-2000:]
+    raise NoContainer(f"image {image} did not answer within {CONTAINER_TIMEOUT_S} s; the end of its log:\n{end}")
+
+
+def _container_config(host: str, port: int) -> dict[str, str]:
+    return {
+        **BROKER_CONFIG,
+        "process.roles": "broker,controller",
+        "node.id": "1",
+        "controller.quorum.voters": "1@localhost:19093",
+        "controller.listener.names": "CONTROLLER",
+        "inter.broker.listener.name": "PLAINTEXT",
+        "listener.security.protocol.map": "PLAINTEXT:PLAINTEXT,CONTROLLER:PLAINTEXT",
+        "listeners": f"PLAINTEXT://0.0.0.0:{port},CONTROLLER://localhost:19093",
+        "advertised.listeners": f"PLAINTEXT://{host}:{port}",
+    }

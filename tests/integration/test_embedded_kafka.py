@@ -1,0 +1,311 @@
+"""The embedded broker: found by others, stopped by its folder, outliving who should be outlived and nobody else."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+from confluent_kafka import Consumer, KafkaException, Producer, TopicPartition
+from confluent_kafka.admin import AdminClient, NewTopic  # type: ignore[attr-defined]  # re-exported without saying so
+from typer.testing import CliRunner
+
+from jobledger.cli.kafka import EXIT_NOT_RUNNING
+from jobledger.cli.kafka import app as cli
+from jobledger.config import Settings, default_home
+from jobledger.errors import BrokerUnavailable, ConfigError, KafkaStartFailed, PortTaken
+from jobledger.kafka import embedded, jars
+from jobledger.kafka.embedded import EmbeddedKafka
+from jobledger.kafka.ports import free_port
+
+pytestmark = pytest.mark.kafka
+
+JARS = default_home() / "jars"
+
+
+@pytest.fixture(scope="module")
+def kafka() -> Iterator[EmbeddedKafka]:
+    """One broker for what leaves it as it was."""
+    with EmbeddedKafka() as running:
+        yield running
+
+
+@pytest.fixture
+def home(tmp_path: Path) -> Iterator[Path]:
+    """A home of its own with the shared jars; a broker left in it is stopped."""
+    (tmp_path / "jars").symlink_to(JARS, target_is_directory=True)
+    JARS.mkdir(parents=True, exist_ok=True)
+    yield tmp_path
+    embedded.stop(tmp_path, timeout=0)
+
+
+def run(code: str, *arguments: str) -> subprocess.Popen[str]:
+    """A process of its own that runs ``code``."""
+    return subprocess.Popen([sys.executable, "-c", code, *arguments], stdout=subprocess.PIPE, text=True)
+
+
+def answers(bootstrap: str, timeout: float) -> bool:
+    try:
+        return bool(AdminClient({"bootstrap.servers": bootstrap, "log_level": 0}).list_topics(timeout=timeout).brokers)
+    except KafkaException:
+        return False
+
+
+def test_status_tells_where_it_runs(kafka: EmbeddedKafka) -> None:
+    """A running broker's status has its address, process, version and files, as JSON too."""
+    found = kafka.status()
+    assert found.running
+    assert found.bootstrap == kafka.bootstrap == f"127.0.0.1:{found.port}"
+    assert found.pid is not None
+    assert psutil.pid_exists(found.pid)
+    assert found.version == jars.KAFKA_VERSION
+    assert found.log.exists()
+    assert found.data.is_dir()
+    assert json.loads(json.dumps(found.as_dict()))["bootstrap"] == kafka.bootstrap
+
+
+def test_settings_find_it(kafka: EmbeddedKafka) -> None:
+    """Without a configured address, settings resolve to the broker that runs in their home."""
+    assert Settings(home=kafka.home).resolve_bootstrap() == kafka.bootstrap
+
+
+def test_settings_name_both_ways_out(tmp_path: Path) -> None:
+    """With neither an address nor a broker in the home, the error names both ways to get one."""
+    with pytest.raises(BrokerUnavailable, match=r"JOBLEDGER_BOOTSTRAP.*jobledger kafka start"):
+        Settings(home=tmp_path).resolve_bootstrap()
+
+
+def test_starting_twice_is_starting_once(kafka: EmbeddedKafka) -> None:
+    """A start with the port that the broker has, or with any port, returns the broker that runs."""
+    before = kafka.status()
+    assert before.port is not None
+    for port in (before.port, 0):
+        assert embedded.start(kafka.home, port=port, jars=JARS).pid == before.pid
+
+
+def test_starting_elsewhere_is_refused(kafka: EmbeddedKafka) -> None:
+    """A start with another port names both ports and the way out, and leaves the broker alone."""
+    other = free_port()
+    with pytest.raises(ConfigError, match=rf"{kafka.status().port} .*not on port {other} .*jobledger kafka stop"):
+        embedded.start(kafka.home, port=other, jars=JARS)
+    assert kafka.status().running
+
+
+def test_topics_are_not_made_by_asking(kafka: EmbeddedKafka) -> None:
+    """Topics are declared: a producer to a topic that nobody created makes none."""
+    producer = Producer({"bootstrap.servers": kafka.bootstrap, "message.timeout.ms": 500, "log_level": 0})
+    producer.produce("nobody.declared.this", b"")
+    producer.flush(5)
+    admin = AdminClient({"bootstrap.servers": kafka.bootstrap})
+    assert "nobody.declared.this" not in admin.list_topics(timeout=5).topics
+
+
+def test_a_paused_broker_is_silent_until_resumed(kafka: EmbeddedKafka) -> None:
+    """While paused nothing is answered; once resumed it serves again."""
+    kafka.pause()
+    try:
+        assert not answers(kafka.bootstrap, timeout=0.5)
+    finally:
+        kafka.resume()
+    assert answers(kafka.bootstrap, timeout=20)
+
+
+def test_a_taken_port_names_its_holder(home: Path) -> None:
+    """A port that another process has is refused by an error with the port, the process and the way out."""
+    with socket.create_server(("127.0.0.1", 0)) as holder:
+        port = holder.getsockname()[1]
+        with pytest.raises(PortTaken, match=rf"port {port} .*process {os.getpid()} .*--port"):
+            embedded.start(home, port=port)
+    assert not embedded.status(home).running
+
+
+@pytest.mark.parametrize("port", [-1, 65_536])
+def test_a_port_that_is_none_is_refused(home: Path, port: int) -> None:
+    """A number that is no port is an error of the caller."""
+    with pytest.raises(ConfigError, match=f"port={port}"):
+        embedded.start(home, port=port)
+
+
+def test_the_address_is_not_a_setting(home: Path) -> None:
+    """Settings that follow from port and data cannot be passed beside them."""
+    with pytest.raises(ConfigError, match="listeners"):
+        embedded.start(home, port=0, config={"listeners": "PLAINTEXT://0.0.0.0:9092"})
+
+
+def test_data_that_cannot_be_formatted_says_why(home: Path) -> None:
+    """A setting that Kafka does not take is named in the error."""
+    with pytest.raises(KafkaStartFailed, match=r"log\.retention\.ms"):
+        embedded.start(home, port=0, config={"log.retention.ms": "soon"})
+    assert not embedded.status(home).running
+
+
+def test_a_failed_start_shows_the_end_of_the_log(home: Path) -> None:
+    """A broker that ends before it answers leaves no process, and an error with the end of its log."""
+    data = home / "broken"
+    data.mkdir()
+    (data / "meta.properties").write_text("version=1\nnode.id=7\ncluster.id=x\n")
+    with pytest.raises(KafkaStartFailed, match=r"(?s)exit code \d+ .*node"):
+        embedded.start(home, port=0, data=data)
+    assert not embedded.status(home).running
+    assert embedded.running_bootstrap(home) is None
+
+
+def test_stopping_nothing_is_no_error(tmp_path: Path) -> None:
+    """Stopping a broker that does not run says so and raises nothing."""
+    assert embedded.stop(tmp_path) is False
+
+
+def test_a_stale_pid_file_deceives_nobody(home: Path) -> None:
+    """A pid file whose number belongs to another process by now counts as no broker, and that process is left alone."""
+    (home / "kafka").mkdir()
+    record = {"pid": os.getppid(), "port": 9092, "data": "x", "version": "4.4.0"}
+    (home / "kafka" / "broker.json").write_text(json.dumps(record))
+    assert not embedded.status(home).running
+    assert embedded.stop(home) is False
+
+
+@pytest.mark.slow
+def test_it_outlives_who_started_it(home: Path) -> None:
+    """A detached broker goes on when its starter has ended, and any other process can stop it."""
+    starter = run(
+        "import sys; from pathlib import Path; from jobledger.kafka import embedded;"
+        "print(embedded.start(Path(sys.argv[1]), port=0).bootstrap)",
+        str(home),
+    )
+    out, _ = starter.communicate(timeout=90)
+    assert starter.returncode == 0
+    assert embedded.running_bootstrap(home) == out.strip()
+    assert answers(out.strip(), timeout=10)
+
+    pid = embedded.status(home).pid
+    assert embedded.stop(home) is True
+    assert pid is not None
+    assert not psutil.pid_exists(pid)
+    assert not embedded.status(home).running
+
+
+@pytest.mark.slow
+def test_a_test_broker_does_not_outlive_its_tests(tmp_path: Path) -> None:
+    """A broker that belongs to a process ends with it, even when that process is killed."""
+    owner = run(
+        "import sys, time; from pathlib import Path; from jobledger.kafka.embedded import EmbeddedKafka;"
+        "print(EmbeddedKafka(Path(sys.argv[1])).start().pid, flush=True); time.sleep(600)",
+        str(tmp_path),
+    )
+    assert owner.stdout is not None
+    with owner.stdout as out:
+        kafka = psutil.Process(int(out.readline()))
+    owner.send_signal(signal.SIGKILL)
+    owner.wait()
+    gone, alive = psutil.wait_procs([kafka], timeout=30)
+    assert (gone, alive) == ([kafka], [])
+
+
+@pytest.mark.slow
+def test_data_and_address_survive(tmp_path: Path) -> None:
+    """After a clean stop, and after a kill, the broker comes back at the same address with what it acknowledged."""
+    with EmbeddedKafka(tmp_path) as kafka:
+        bootstrap = kafka.bootstrap
+        admin = AdminClient({"bootstrap.servers": bootstrap, "log_level": 0})
+        admin.create_topics([NewTopic("kept", 1, 1)])["kept"].result(10)
+        for n, end in enumerate((kafka.stop, kafka.kill)):
+            producer = Producer({"bootstrap.servers": bootstrap, "log_level": 0})
+            producer.produce("kept", str(n).encode())
+            assert producer.flush(10) == 0
+            assert end() is True
+            assert not kafka.status().running
+            kafka.start()
+        assert kafka.bootstrap == bootstrap
+        consumer = Consumer({"bootstrap.servers": bootstrap, "group.id": "reader", "log_level": 0})
+        consumer.assign([TopicPartition("kept", 0, 0)])
+        try:
+            read = consumer.consume(2, timeout=20)
+        finally:
+            consumer.close()
+        assert [message.value() for message in read] == [b"0", b"1"]
+
+
+@pytest.mark.slow
+def test_the_command_line_starts_tells_and_stops(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`start`, `status` and `stop` work on the home of the settings, speak JSON and use the documented exit codes."""
+    monkeypatch.setenv("JOBLEDGER_HOME", str(home))
+    runner = CliRunner()
+    assert runner.invoke(cli, ["status", "--json"]).exit_code == EXIT_NOT_RUNNING
+    started = runner.invoke(cli, ["start", "--port", "0", "--json"])
+    assert started.exit_code == 0, started.output
+    status = runner.invoke(cli, ["status", "--json"])
+    assert status.exit_code == 0
+    assert json.loads(status.stdout)["bootstrap"] == json.loads(started.stdout)["bootstrap"]
+    assert json.loads(runner.invoke(cli, ["stop", "--json"]).stdout) == {"stopped": True}
+    assert json.loads(runner.invoke(cli, ["stop", "--json"]).stdout) == {"stopped": False}
+
+
+class Downloads:
+    """Stands for the Maven repository: counts fetches and hands out small jars, or fails as told."""
+
+    def __init__(self, *failures: Exception) -> None:
+        self.count = 0
+        self.failures = list(failures)
+
+    def __call__(self, staging: Path, version: str, progress: jars.Progress) -> list[Path]:
+        self.count += 1
+        if self.failures:
+            raise self.failures.pop(0)
+        made = [staging / f"{name}-{version}.jar" for name in ("kafka", "log4j")]
+        for jar in made:
+            with zipfile.ZipFile(jar, "w") as archive:
+                archive.writestr("a", "b")
+        return made
+
+
+@pytest.fixture
+def downloads(monkeypatch: pytest.MonkeyPatch) -> Downloads:
+    fake = Downloads()
+    monkeypatch.setattr(jars, "_download", fake)
+    monkeypatch.setattr(jars, "RETRY_PAUSE_S", 0.0)
+    return fake
+
+
+def test_jars_are_fetched_once(tmp_path: Path, downloads: Downloads) -> None:
+    """A complete folder is used as it is."""
+    first = jars.classpath(tmp_path, "1.0")
+    assert jars.classpath(tmp_path, "1.0") == first
+    assert downloads.count == 1
+    assert all(jar.exists() for jar in first)
+
+
+@pytest.mark.parametrize("damage", ["missing", "truncated", "marker"])
+def test_an_incomplete_folder_is_fetched_again(tmp_path: Path, downloads: Downloads, damage: str) -> None:
+    """A folder that lacks a jar, a part of a jar or its marker is never used."""
+    first = jars.classpath(tmp_path, "1.0")
+    if damage == "missing":
+        first[0].unlink()
+    elif damage == "truncated":
+        first[0].write_bytes(first[0].read_bytes()[:-5])
+    else:
+        (tmp_path / "1.0" / jars.MARKER).write_text('{"jars":')
+    again = jars.classpath(tmp_path, "1.0")
+    assert downloads.count == 2
+    assert all(zipfile.is_zipfile(jar) for jar in again)
+
+
+def test_a_fetch_that_fails_is_tried_again(tmp_path: Path, downloads: Downloads) -> None:
+    """A repository that fails for a moment costs an attempt, not the start."""
+    downloads.failures = [OSError("reset"), OSError("reset")]
+    assert jars.classpath(tmp_path, "1.0")
+    assert downloads.count == 3
+
+
+def test_a_fetch_that_keeps_failing_names_the_ways_out(tmp_path: Path, downloads: Downloads) -> None:
+    """When every attempt fails, the error names what was asked for, why it failed and what to do."""
+    downloads.failures = [OSError("no route")] * jars.ATTEMPTS
+    with pytest.raises(KafkaStartFailed, match=r"kafka_2\.13:1\.0.*no route.*HTTPS_PROXY.*JOBLEDGER_BOOTSTRAP"):
+        jars.classpath(tmp_path, "1.0")

@@ -1,0 +1,171 @@
+"""Topics as code against a real broker."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+
+import pytest
+from confluent_kafka.admin import (  # type: ignore[attr-defined]  # re-exported without saying so
+    AdminClient,
+    AlterConfigOpType,
+    ConfigEntry,
+    ConfigResource,
+    ResourceType,
+)
+
+from jobledger import log
+from jobledger.config import Settings
+from jobledger.errors import BrokerUnavailable, ConfigError
+from jobledger.kafka import topics
+from jobledger.kafka.topics import Plan, Step
+from jobledger.names import Names
+
+pytestmark = pytest.mark.kafka
+
+
+@dataclass(frozen=True)
+class Queue:
+    partitions: int | None
+
+
+@dataclass(frozen=True)
+class App:
+    """What `ensure` needs of an app."""
+
+    names: Names
+    queues: Mapping[str, Queue] = field(default_factory=lambda: {"default": Queue(None), "mail": Queue(6)})
+    partitions: int = 3
+
+
+@pytest.fixture
+def settings(broker: str) -> Settings:
+    return Settings(bootstrap=broker)
+
+
+@pytest.fixture
+def admin(settings: Settings) -> AdminClient:
+    return log.admin(settings)
+
+
+@pytest.fixture
+def app(namespace: str) -> App:
+    return App(Names(namespace))
+
+
+def partitions(settings: Settings, topic: str) -> int | None:
+    found = log.admin(settings).list_topics(timeout=10).topics.get(topic)
+    return None if found is None else len(found.partitions)
+
+
+def steps(made: Plan) -> set[Step]:
+    return {change.step for change in made.changes if change.kind == "topic"}
+
+
+def test_ensure_makes_every_topic_usable_at_once(settings: Settings, app: App) -> None:
+    """When `ensure` returns, every declared topic is there with its partitions."""
+    made = topics.ensure(app, settings)
+    assert steps(made) == {Step.CREATE}
+    assert partitions(settings, app.names.jobs("default")) == 3
+    assert partitions(settings, app.names.jobs("mail")) == 6
+    assert partitions(settings, app.names.lifecycle) == 6
+    assert partitions(settings, topics.changelog(app.names)) == 3
+
+
+def test_ensure_again_changes_nothing(settings: Settings, app: App) -> None:
+    """A second `ensure` finds everything as declared."""
+    topics.ensure(app, settings)
+    again = topics.ensure(app, settings)
+    assert steps(again) == {Step.UNCHANGED}
+    assert again.pending == ()
+
+
+def test_two_at_once_do_not_disturb_each_other(settings: Settings, app: App) -> None:
+    """Processes that ensure the same app at the same time all succeed."""
+    with ThreadPoolExecutor(3) as pool:
+        for done in [pool.submit(topics.ensure, app, settings) for _ in range(3)]:
+            assert done.result().refused == ()
+    assert topics.ensure(app, settings).pending == ()
+
+
+def test_a_queue_grows_when_lifecycle_has_room(settings: Settings, app: App) -> None:
+    """A queue gets more partitions as long as lifecycle has as many."""
+    topics.ensure(app, settings)
+    topics.ensure(replace(app, queues={**app.queues, "default": Queue(5)}), settings)
+    assert partitions(settings, app.names.jobs("default")) == 5
+
+
+def test_a_refused_change_leaves_everything_as_it_was(settings: Settings, app: App) -> None:
+    """With one step refused, no other step of the plan is done either, and the error explains the refusal."""
+    topics.ensure(app, settings)
+    grown = replace(app, partitions=4, queues={**app.queues, "new": Queue(1)})
+    with pytest.raises(ConfigError, match=f"{app.names.coordination}' has 3 partitions and the app asks for 4"):
+        topics.ensure(grown, settings)
+    assert partitions(settings, app.names.jobs("new")) is None
+
+
+def test_a_queue_larger_than_lifecycle_is_refused(settings: Settings, app: App) -> None:
+    """A queue cannot outgrow lifecycle, for its facts would have no partition to go to."""
+    topics.ensure(app, settings)
+    with pytest.raises(ConfigError, match="at least as many partitions as the largest queue"):
+        topics.ensure(replace(app, queues={"default": Queue(12)}), settings)
+
+
+def test_a_setting_that_drifted_is_put_back(settings: Settings, admin: AdminClient, app: App) -> None:
+    """A setting that somebody changed by hand is shown in the plan and put back."""
+    topics.ensure(app, settings)
+    short = ConfigEntry("retention.ms", "1000", incremental_operation=AlterConfigOpType.SET)
+    resource = ConfigResource(ResourceType.TOPIC, app.names.lifecycle, incremental_configs=[short])
+    admin.incremental_alter_configs([resource])[resource].result(10)
+    # The broker answers from its own copy of the settings, which follows the controller's.
+    seen: list[topics.Change] = []
+
+    def put_back() -> bool:
+        seen.extend(topics.ensure(app, settings).pending)
+        return bool(seen)
+
+    log.wait_until(put_back, 10, "the changed setting is seen")
+    (change,) = seen
+    assert (change.name, dict(change.config)) == (app.names.lifecycle, {"retention.ms": ("1000", "-1")})
+
+
+def test_groups_get_their_timeouts(
+    settings: Settings, admin: AdminClient, app: App, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The worker group of each queue has the declared session timeout and heartbeat on the broker."""
+    monkeypatch.setattr(topics, "SESSION_TIMEOUT_MS", 7_000)
+    monkeypatch.setattr(topics, "HEARTBEAT_INTERVAL_MS", 1_500)
+    made = topics.ensure(app, settings)
+    assert {c.name for c in made.pending if c.kind == "group"} == {app.names.worker_group(q) for q in app.queues}
+    resource = ConfigResource(ResourceType.GROUP, app.names.worker_group("mail"))
+
+    def timeouts() -> tuple[str | None, str | None]:
+        found = admin.describe_configs([resource])[resource].result(10)
+        return found["consumer.session.timeout.ms"].value, found["consumer.heartbeat.interval.ms"].value
+
+    log.wait_until(lambda: timeouts() == ("7000", "1500"), 10, "the group's timeouts are seen")
+
+
+def test_a_group_setting_that_is_refused_is_a_note(admin: AdminClient, app: App) -> None:
+    """A cluster that does not take a group's settings is noted and stops nothing."""
+    refused = topics.Change(
+        Step.CONFIG, "group", app.names.worker_group("default"), config={"consumer.session.timeout.ms": (None, "1")}
+    )
+    (note,) = topics.apply(admin, Plan((refused,)))
+    assert app.names.worker_group("default") in note
+    assert "consumer.session.timeout.ms=1" in note
+
+
+def test_a_broker_that_is_away_is_named(app: App, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With nobody answering, the bounded attempts end in an error that names the address."""
+    monkeypatch.setattr(topics, "REQUEST_TIMEOUT_S", 0.2)
+    monkeypatch.setattr(topics, "RETRY_PAUSE_S", 0.0)
+    with pytest.raises(BrokerUnavailable, match=r"no broker answered at 127\.0\.0\.1:1 "):
+        topics.ensure(app, Settings(bootstrap="127.0.0.1:1"))
+
+
+def test_copies_follow_the_cluster(admin: AdminClient) -> None:
+    """Without being told, as many copies are asked for as the cluster has brokers, and three at most."""
+    brokers = len(admin.list_topics(timeout=10).brokers)
+    assert topics.default_replication(admin) == min(3, brokers)

@@ -1,0 +1,184 @@
+"""What an app's topics should be, and how a difference is judged."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from jobledger.errors import ConfigError
+from jobledger.kafka.topics import (
+    Growth,
+    Plan,
+    Step,
+    TopicSpec,
+    compare,
+    desired,
+    within_bounds,
+    worker_groups,
+)
+from jobledger.names import Names
+
+NAMES = Names("shop")
+
+
+def specs(partitions: int = 4, replication: int = 1, **queues: int) -> dict[str, TopicSpec]:
+    wanted = desired(NAMES, queues or {"default": 4}, partitions=partitions, replication=replication)
+    return {spec.name: spec for spec in wanted}
+
+
+def test_every_topic_of_a_namespace_is_declared() -> None:
+    """An app's topics are its queues', the five shared ones and the coordinator's changelog, and no other."""
+    assert set(specs(default=4, mail=2)) == {
+        "shop.jobs.default",
+        "shop.jobs.mail",
+        "shop.lifecycle",
+        "shop.coordination",
+        "shop.dead-letter",
+        "shop.control",
+        "shop.schemas",
+        "shop.coordinator-schedules-changelog",
+    }
+
+
+@pytest.mark.parametrize(("queues", "lifecycle"), [({"a": 2}, 4), ({"a": 16, "b": 8}, 16)])
+def test_lifecycle_has_a_partition_for_every_work_partition(queues: dict[str, int], lifecycle: int) -> None:
+    """Lifecycle has at least as many partitions as the largest queue."""
+    assert specs(partitions=4, **queues)["shop.lifecycle"].partitions == lifecycle
+
+
+def test_the_changelog_is_partitioned_like_coordination() -> None:
+    """The coordinator's changelog is compacted and has as many partitions as coordination."""
+    found = specs(partitions=6)
+    changelog = found["shop.coordinator-schedules-changelog"]
+    assert changelog.partitions == found["shop.coordination"].partitions == 6
+    assert changelog.config["cleanup.policy"] == "compact"
+
+
+def test_every_topic_uses_the_brokers_clock() -> None:
+    """All topics take the broker's append time as timestamp."""
+    assert {spec.config["message.timestamp.type"] for spec in specs().values()} == {"LogAppendTime"}
+
+
+def test_what_the_materializer_reads_is_kept() -> None:
+    """Jobs, lifecycle, coordination and dead-letter lose nothing to age or size."""
+    found = specs()
+    for name in ("shop.jobs.default", "shop.lifecycle", "shop.coordination", "shop.dead-letter"):
+        assert (found[name].config["retention.ms"], found[name].config["retention.bytes"]) == ("-1", "-1")
+        assert found[name].config["cleanup.policy"] == "delete"
+
+
+@pytest.mark.parametrize("name", ["shop.control", "shop.schemas"])
+def test_control_and_schemas_are_one_compacted_sequence(name: str) -> None:
+    """Control and schemas are compacted and have one partition, whatever the default is."""
+    spec = specs(partitions=12)[name]
+    assert (spec.partitions, spec.config["cleanup.policy"]) == (1, "compact")
+
+
+@pytest.mark.parametrize(("replication", "in_sync"), [(1, "1"), (2, "1"), (3, "2")])
+def test_three_copies_ask_for_two_in_sync(replication: int, in_sync: str) -> None:
+    """From three copies on, a record is acknowledged only when two have it."""
+    assert {s.config["min.insync.replicas"] for s in specs(replication=replication).values()} == {in_sync}
+
+
+@pytest.mark.parametrize(
+    ("partitions", "replication", "queue", "named"),
+    [(0, 1, 1, "partitions=0"), (1, 0, 1, "replication=0"), (1, 1, 0, "partitions of queue 'q'=0")],
+)
+def test_a_count_below_one_is_refused(partitions: int, replication: int, queue: int, named: str) -> None:
+    """A count below 1 raises an error that names it."""
+    with pytest.raises(ConfigError, match=named):
+        desired(NAMES, {"q": queue}, partitions=partitions, replication=replication)
+
+
+def test_a_missing_topic_is_created_with_all_its_settings() -> None:
+    """A topic that is not there is created with every partition and setting of its spec."""
+    spec = specs()["shop.lifecycle"]
+    (change,) = compare(spec, None, {})
+    assert (change.step, change.partitions, change.replication) == (Step.CREATE, (0, 4), 1)
+    assert {key: new for key, (_, new) in change.config.items()} == spec.config
+
+
+def test_a_topic_as_declared_is_left_alone() -> None:
+    """A topic that is as declared is unchanged, whatever other settings it has."""
+    spec = specs()["shop.lifecycle"]
+    (change,) = compare(spec, 4, {**spec.config, "segment.bytes": "1"})
+    assert change.step is Step.UNCHANGED
+
+
+def test_a_queue_grows() -> None:
+    """A work topic with fewer partitions than declared gets the missing ones."""
+    (change,) = compare(specs(default=8)["shop.jobs.default"], 4, specs(default=8)["shop.jobs.default"].config)
+    assert (change.step, change.partitions) == (Step.PARTITIONS, (4, 8))
+
+
+def test_a_queue_does_not_shrink() -> None:
+    """A work topic with more partitions than declared is refused, for Kafka cannot take any away."""
+    spec = specs(default=2)["shop.jobs.default"]
+    (change,) = compare(spec, 4, spec.config)
+    assert change.step is Step.REFUSE
+    assert "has 4 partitions and the app asks for 2: Kafka cannot take partitions away" in change.reason
+
+
+@pytest.mark.parametrize(
+    ("name", "there"),
+    [
+        ("shop.coordination", 2),
+        ("shop.coordination", 8),
+        ("shop.lifecycle", 2),
+        ("shop.coordinator-schedules-changelog", 8),
+        ("shop.control", 2),
+    ],
+)
+def test_counts_that_carry_state_do_not_change(name: str, there: int) -> None:
+    """A partition count that places state is never changed; the refusal names topic, counts and the way out."""
+    spec = specs()[name]
+    (change,) = compare(spec, there, spec.config)
+    assert change.step is Step.REFUSE
+    assert f"{name!r} has {there} partitions" in change.reason
+    assert "new namespace" in change.reason
+
+
+def test_more_lifecycle_partitions_than_needed_do_no_harm() -> None:
+    """Lifecycle may have more partitions than the queues need, as after a queue was removed."""
+    spec = specs()["shop.lifecycle"]
+    assert spec.growth is Growth.AT_LEAST
+    assert [c.step for c in compare(spec, 16, spec.config)] == [Step.UNCHANGED]
+
+
+def test_a_setting_that_differs_is_altered_alone() -> None:
+    """Only the settings that differ are altered, and the plan shows what they were."""
+    spec = specs()["shop.lifecycle"]
+    (change,) = compare(spec, 4, {**spec.config, "retention.ms": "604800000"})
+    assert (change.step, dict(change.config)) == (Step.CONFIG, {"retention.ms": ("604800000", "-1")})
+
+
+def test_a_plan_is_data() -> None:
+    """A plan turns into JSON with all its steps and their counts."""
+    changes = [c for spec in specs().values() for c in compare(spec, None, {})]
+    made = Plan(tuple(changes))
+    found = json.loads(json.dumps(made.as_dict()))
+    assert (found["pending"], found["refused"], len(found["changes"])) == (7, 0, 7)
+    assert found["changes"][0]["step"] == "create"
+
+
+def test_every_queue_has_its_group_settings() -> None:
+    """Each queue's worker group gets a session timeout and a heartbeat."""
+    groups = worker_groups(NAMES, ["mail", "default"])
+    assert [group.name for group in groups] == ["shop.worker.default", "shop.worker.mail"]
+    assert all(set(g.config) == {"consumer.session.timeout.ms", "consumer.heartbeat.interval.ms"} for g in groups)
+
+
+@pytest.mark.parametrize(
+    ("bounds", "expected"),
+    [
+        ({}, "6000"),
+        ({"group.consumer.min.session.timeout.ms": "45000"}, "45000"),
+        ({"group.consumer.max.session.timeout.ms": "5000"}, "5000"),
+        ({"group.consumer.min.session.timeout.ms": None}, "6000"),
+    ],
+)
+def test_group_settings_stay_within_the_brokers_bounds(bounds: dict[str, str | None], expected: str) -> None:
+    """A group's setting is moved into the bounds that the broker sets, where they are known."""
+    fitted = within_bounds({"consumer.session.timeout.ms": "6000"}, bounds)
+    assert fitted == {"consumer.session.timeout.ms": expected}
