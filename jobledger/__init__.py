@@ -1,1 +1,66 @@
-"""Jobledger: background jobs on the Kafka log."""
+"""Jobledger: background jobs on the Kafka log.
+
+This package re-exports what a service uses. Importing it reads no settings and opens no connection.
+"""
+
+from jobledger.app import App
+from jobledger.client import JobHandle
+from jobledger.config import Settings
+from jobledger.context import JobContext, current_job
+from jobledger.errors import (
+    BadArguments,
+    BrokerUnavailable,
+    ConfigError,
+    JobCancelled,
+    JobExpired,
+    JobFailed,
+    JobledgerError,
+    JobNotFound,
+    PayloadTooLarge,
+    ResultInsideJob,
+    StatusTimeout,
+    StoreError,
+    TopicMissing,
+    UnknownQueue,
+    UnknownTask,
+)
+from jobledger.job import JobStatus, State
+from jobledger.retry import NO_RETRY, Reject, Retry, RetryLater, Snooze
+from jobledger.schemas.events import Position
+from jobledger.task import JobRequest, Queue, Task
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "NO_RETRY",
+    "App",
+    "BadArguments",
+    "BrokerUnavailable",
+    "ConfigError",
+    "JobCancelled",
+    "JobContext",
+    "JobExpired",
+    "JobFailed",
+    "JobHandle",
+    "JobNotFound",
+    "JobRequest",
+    "JobStatus",
+    "JobledgerError",
+    "PayloadTooLarge",
+    "Position",
+    "Queue",
+    "Reject",
+    "ResultInsideJob",
+    "Retry",
+    "RetryLater",
+    "Settings",
+    "Snooze",
+    "State",
+    "StatusTimeout",
+    "StoreError",
+    "Task",
+    "TopicMissing",
+    "UnknownQueue",
+    "UnknownTask",
+    "current_job",
+]

@@ -127,11 +127,13 @@ class Task(Generic[P, R]):
         Raises `BadArguments`, `PayloadTooLarge`, `TopicMissing` or `BrokerUnavailable`; then nothing was accepted,
         except that after `BrokerUnavailable` the job may have arrived all the same.
         """
-        return self.registry.submitter().submit(self.job(*args, **kwargs))
+        request = self.job(*args, **kwargs)  # judged before anything connects
+        return self.registry.submitter().submit(request)
 
     async def submit_async(self, *args: P.args, **kwargs: P.kwargs) -> JobHandle[R]:
         """`submit` for asyncio: the event loop goes on while the log acknowledges."""
-        return await self.registry.submitter().submit_async(self.job(*args, **kwargs))
+        request = self.job(*args, **kwargs)
+        return await self.registry.submitter().submit_async(request)
 
     def using(
         self,
@@ -199,11 +201,13 @@ class BoundTask(Generic[P, R]):
 
     def submit(self, *args: P.args, **kwargs: P.kwargs) -> JobHandle[R]:
         """As `Task.submit`."""
-        return self.task.registry.submitter().submit(self.job(*args, **kwargs))
+        request = self.job(*args, **kwargs)
+        return self.task.registry.submitter().submit(request)
 
     async def submit_async(self, *args: P.args, **kwargs: P.kwargs) -> JobHandle[R]:
         """As `Task.submit_async`."""
-        return await self.task.registry.submitter().submit_async(self.job(*args, **kwargs))
+        request = self.job(*args, **kwargs)
+        return await self.task.registry.submitter().submit_async(request)
 
 
 class Registry:

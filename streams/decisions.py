@@ -75,7 +75,7 @@ class Floor(msgspec.Struct, frozen=True, array_like=True, tag=2, gc=False):
 Row = Scheduled | Released
 
 _encode = msgspec.msgpack.Encoder().encode
-_decode = msgspec.msgpack.Decoder(Scheduled | Released | Floor).decode
+_decode: Callable[[bytes], Scheduled | Released | Floor] = msgspec.msgpack.Decoder(Scheduled | Released | Floor).decode
 
 #: A row's bytes begin with the array header (one byte below 16 fields) and its tag.
 _RELEASED_MARK = _encode(Released(0, 0, 0, 0, 0))[1]
@@ -270,7 +270,8 @@ class Batch:
 
     ``rows``: new rows by (partition, key), to be written after ``releases`` are acknowledged. ``releases``: jobs to let
     go, in order. ``timers``: (partition, key, µs) at which to look at a row. ``verdicts``: how many of each.
-    ``closed``: queues a release was held back for, because ``is_open(queue)`` was false.
+    ``closed``: queues a release was held back for, because ``is_open(queue)`` was false. ``waiting``: by how much the
+    number of scheduled rows changes, by partition.
     """
 
     def __init__(
@@ -285,6 +286,7 @@ class Batch:
         self.timers: list[tuple[int, bytes, int]] = []
         self.verdicts: Counter[str] = Counter()
         self.closed: set[str] = set()
+        self.waiting: Counter[int] = Counter()
 
     def add(self, event: JobEvent, partition: int, offset: int, appended_ms: int) -> None:
         """Decide on one more event."""
@@ -304,6 +306,7 @@ class Batch:
             self.releases.append(released)
         if decision.row is not None:
             self.rows[partition, key] = decision.row
+            self.waiting[partition] += isinstance(decision.row, Scheduled) - isinstance(row, Scheduled)
         if decision.wake_at is not None:
             self.timers.append((partition, key, decision.wake_at))
 

@@ -81,11 +81,10 @@ def _container(stack: ExitStack) -> tuple[str, str]:
     stack.enter_context(warnings.catch_warnings())
     warnings.simplefilter("ignore")
     try:
-        import docker
         from testcontainers.core.container import DockerContainer
         from testcontainers.core.docker_client import DockerClient
 
-        docker.from_env(timeout=ENGINE_TIMEOUT_S).ping()
+        DockerClient(timeout=ENGINE_TIMEOUT_S).client.ping()
     except ImportError as missing:
         raise NoContainer(f"the package {missing.name!r} is not installed") from missing
     except Exception as error:  # whatever an engine that is away or out of reach makes its client raise

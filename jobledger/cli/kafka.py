@@ -86,9 +86,7 @@ def start(
 
 @app.command("stop")
 def stop(
-    timeout: Annotated[float, typer.Option(help="Seconds to end cleanly before it is killed.")] = (
-        STOP_TIMEOUT_S
-    ),
+    timeout: Annotated[float, typer.Option(help="Seconds to end cleanly before it is killed.")] = (STOP_TIMEOUT_S),
     as_json: Json = False,
 ) -> None:
     """Stop the embedded broker; its data is kept. Nothing to stop is no error."""

@@ -94,8 +94,8 @@ def start(
 
     ``port`` 0 takes a free one. ``data`` is formatted on first use and kept; by default ``<home>/kafka/data``. With
     ``detach`` False the broker is stopped when the calling process ends, however it ends. ``config`` adds to and
-    overrides `jobledger.kafka.broker.BROKER_CONFIG`. ``timeout``: seconds from the process's start to its first answer; fetching the jars
-    into ``jars`` (default ``<home>/jars``) is not counted.
+    overrides `jobledger.kafka.broker.BROKER_CONFIG`. ``timeout``: seconds from the process's start to its first answer;
+    fetching the jars into ``jars`` (default ``<home>/jars``) is not counted.
 
     Raises `PortTaken` if another process has the port, `ConfigError` if this home's broker runs elsewhere than asked or
     ``config`` sets what is not its to set, `KafkaStartFailed` with the end of the log if the broker does not come up.

@@ -350,16 +350,14 @@ class Partition:
         for offset in range(self.position, end):
             what, appended = self.log[offset]
             batch.add(what, 0, offset, appended)
-        steps: list[tuple[str, object]] = [("send", r) for r in batch.releases]
-        steps += [("row", item) for item in batch.rows.items()]
-        for number, (kind, thing) in enumerate(steps):
+        steps: list[tuple[Scheduled | None, bytes, Row | None]] = [(r, b"", None) for r in batch.releases]
+        steps += [(None, key, row) for (_, key), row in batch.rows.items()]
+        for number, (release, key, row) in enumerate(steps):
             if die_after is not None and number >= die_after:
                 return self.crash()
-            if kind == "send":
-                assert isinstance(thing, Scheduled)
-                self.work.append((job_due(thing, 0, "c"), self.clock))
-            else:
-                (_, key), row = thing  # type: ignore[misc]
+            if release is not None:
+                self.work.append((job_due(release, 0, "c"), self.clock))
+            elif row is not None:
                 self.table[key] = encode_row(row)
         if die_after is not None:
             return self.crash()

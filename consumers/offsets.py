@@ -1,0 +1,296 @@
+"""Which records of one partition are done: a watermark, a map of completions beyond it, and the takeover floor. Pure.
+
+Owns what a worker commits for a partition: the offset, and a text of at most 4,096 bytes in the offset's metadata. It
+knows no client, no clock and no lock; its user serialises the calls. Every mistake here must fall to the side of "not
+done": a job that runs twice is promised to be possible, a job that never runs is not.
+
+The idea of a completion map in the commit's metadata is the Confluent Parallel Consumer's; what broke there (base and
+map of different moments, an unreadable map taken as "done", intake that stalls at the limit) is what the rules below
+are for.
+
+Text: ``1<c|d>.<floor>.<checksum>.<r|b><map>``: version; clean or dirty; the floor in hex; CRC-32 over base, floor and
+map, because a map means nothing beside another base; then run lengths (LEB128 varints, not-done and done in turn, from
+the base on) or a bitset (bit n: base + n is done), in base64, whichever is shorter.
+"""
+
+from __future__ import annotations
+
+import binascii
+import zlib
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+#: The broker's default of ``offset.metadata.max.bytes``.
+METADATA_LIMIT = 4096
+#: Intake stops when what is pending could make the text longer than this share of the limit.
+BRAKE = 0.75
+_HEAD_ROOM = 40  # version, flag, floor, checksum and separators
+_PAYLOAD_BUDGET = (int(METADATA_LIMIT * BRAKE) - _HEAD_ROOM) * 3 // 4  # bytes before base64
+#: A bitset of so many records always stays below the brake.
+SPAN_BUDGET = _PAYLOAD_BUDGET * 8
+_VERSION = "1"
+
+Ranges = tuple[tuple[int, int], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Restored:
+    """What a commit said. ``done``: half-open ranges at or beyond ``base``; ``floor`` None: not known."""
+
+    base: int
+    done: Ranges = ()
+    floor: int | None = None
+    clean: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """What to commit: everything below ``offset`` is done, ``metadata`` says what beyond it is."""
+
+    offset: int
+    metadata: str
+
+
+class PartitionOffsets:
+    """Completion of one partition's records, fed in the log's order.
+
+    ``restored``: what the last owner committed. ``start_floor``: the high watermark of the lifecycle partition at
+    assignment. Offsets that never come (compaction, transaction marks) count as done once a later one came.
+    """
+
+    __slots__ = ("_ahead", "_end", "_hold", "_low", "_next_outcome", "_pending", "_unsettled", "changed")
+
+    def __init__(self, restored: Restored, start_floor: int) -> None:
+        # Keys in the log's order, because they are put in that order: the first one is the watermark.
+        self._pending: dict[int, None] = {}
+        self._end = restored.base  # everything below was received, or was done before
+        self._low = restored.base  # a lower bound of the watermark, to spare finding it
+        self._ahead = list(restored.done)[::-1]  # done by former owners, not received yet; the next one is the last
+        self._next_outcome = start_floor
+        self._hold: int | None = None
+        self._unsettled: dict[int, int] = {}
+        #: Whether a snapshot would differ from the last one.
+        self.changed = True
+        self._absorb()
+
+    # -- intake and completion ------------------------------------------------------------------------------------
+
+    def receive(self, offset: int) -> bool:
+        """Note a record; False if it is done already (or was received before) and must not be run."""
+        if offset < self._end:
+            return False
+        self.changed = True
+        ahead = self._ahead
+        while ahead and ahead[-1][1] <= offset:
+            ahead.pop()
+        self._end = offset + 1
+        if ahead and ahead[-1][0] <= offset:
+            return False
+        self._pending[offset] = None
+        return True
+
+    def done(self, offset: int) -> None:
+        """The record's outcome is durable, and so is what derives from it. Unknown offsets are ignored."""
+        self._pending.pop(offset, 0)
+        if self._unsettled:
+            self._unsettled.pop(offset, None)
+        self.changed = True
+
+    def acknowledged(self, lifecycle_offset: int) -> None:
+        """An outcome of this owner stands at this offset of the lifecycle partition."""
+        if lifecycle_offset >= self._next_outcome:
+            self._next_outcome = lifecycle_offset + 1
+
+    def unsettled(self, offset: int, lifecycle_offset: int) -> None:
+        """The record's outcome is durable at ``lifecycle_offset``, but what derives from it is not yet."""
+        self._unsettled[offset] = lifecycle_offset
+
+    def hold(self, floor: int | None) -> None:
+        """Keep the floor here (a former owner's outcomes are found, but not all in the map yet); None ends it."""
+        if floor != self._hold:
+            self._hold = floor
+            self.changed = True
+
+    # -- what is known --------------------------------------------------------------------------------------------
+
+    @property
+    def base(self) -> int:
+        """The watermark: everything below is done."""
+        return next(iter(self._pending), self._end)
+
+    @property
+    def end(self) -> int:
+        """One beyond the last record that was received."""
+        return self._end
+
+    @property
+    def pending(self) -> int:
+        """How many received records are not done."""
+        return len(self._pending)
+
+    @property
+    def floor(self) -> int:
+        """The lowest lifecycle offset that an outcome not in the map can have.
+
+        Outcomes in flight come after every acknowledged one: one idempotent producer writes a partition in order.
+        """
+        if self._hold is not None:
+            return self._hold
+        return min(self._unsettled.values(), default=self._next_outcome)
+
+    @property
+    def braked(self) -> bool:
+        """Whether another record could, in the worst order of completions, lead to a text above the brake."""
+        far = self._ahead[0][1] if self._ahead else self._end
+        if far - self._low < SPAN_BUDGET:
+            return False
+        self._low = self.base
+        span = max(far, self._end) - self._low
+        if span < SPAN_BUDGET:
+            return False
+        # Each pending record and each range ahead makes at most one pair of runs; no run is longer than the span.
+        pairs = len(self._pending) + len(self._ahead) + 1
+        return pairs * (_varint_size(span) + 1) + 8 >= _PAYLOAD_BUDGET
+
+    def snapshot(self, clean: bool = False) -> Snapshot | None:
+        """Watermark, map and floor of this moment; None if they do not fit, then the last snapshot stays the truth.
+
+        ``clean``: no outcome can be in the log that the map lacks, so the next owner need not look.
+        """
+        self._absorb()
+        base = self._low = self.base
+        metadata = encode(base, self._done(), self.floor, clean)
+        if metadata is None:
+            return None
+        self.changed = False
+        return Snapshot(base, metadata)
+
+    def _done(self) -> Iterator[tuple[int, int]]:
+        """Done ranges beyond the watermark, in order."""
+        at = self._end
+        for n, offset in enumerate(self._pending):
+            if n and offset > at:
+                yield at, offset
+            at = offset + 1
+        last = (at, self._end)
+        for start, end in reversed(self._ahead):
+            if start <= last[1]:
+                last = (last[0], max(end, last[1]))
+                continue
+            if last[0] < last[1]:
+                yield last
+            last = (start, end)
+        if last[0] < last[1]:
+            yield last
+
+    def _absorb(self) -> None:
+        """With nothing pending, what former owners did right after the end moves the watermark."""
+        while not self._pending and self._ahead and self._ahead[-1][0] <= self._end:
+            self._end = max(self._end, self._ahead.pop()[1])
+
+
+def encode(base: int, done: Iterable[tuple[int, int]], floor: int, clean: bool) -> str | None:
+    """The metadata text, or None if it would be longer than `METADATA_LIMIT`."""
+    ranges = list(done)
+    payload = b""
+    kind = "r"
+    if ranges:
+        runs = _runs(base, ranges)
+        span = ranges[-1][1] - base
+        if len(runs) <= (span + 7) // 8:
+            payload = runs
+        else:
+            payload, kind = _bits(base, ranges), "b"
+    body = f"{floor:x}.{_checksum(base, floor, payload):08x}.{kind}"
+    text = f"{_VERSION}{'c' if clean else 'd'}.{body}{binascii.b2a_base64(payload, newline=False).decode()}"
+    return text if len(text) <= METADATA_LIMIT else None
+
+
+def decode(base: int, metadata: str | None, log_end: int) -> Restored:
+    """What a commit at ``base`` said, for a log that ends at ``log_end``.
+
+    Text that is missing, damaged, of another version or another base, or that speaks of records the log does not have,
+    says nothing: nothing beyond the base is done, the floor is not known and the hand-over was not clean.
+    """
+    nothing = Restored(base)
+    if not metadata:
+        return nothing
+    try:
+        head, floor_text, checksum, body = metadata.split(".", 3)
+        floor = int(floor_text, 16)
+        payload = binascii.a2b_base64(body[1:].encode("ascii"), strict_mode=True)
+        if head not in (_VERSION + "c", _VERSION + "d") or int(checksum, 16) != _checksum(base, floor, payload):
+            return nothing
+        if body[0] == "r":
+            ranges = tuple(_from_runs(base, payload))
+        elif body[0] == "b":
+            ranges = tuple(_from_bits(base, payload))
+        else:
+            return nothing
+    except (ValueError, IndexError, UnicodeError):
+        return nothing
+    if base > log_end or (ranges and ranges[-1][1] > log_end):
+        return nothing
+    return Restored(base, ranges, floor, head[1] == "c")
+
+
+def _checksum(base: int, floor: int, payload: bytes) -> int:
+    return zlib.crc32(payload, zlib.crc32(f"{base}/{floor}".encode()))
+
+
+def _varint_size(number: int) -> int:
+    return max(1, (number.bit_length() + 6) // 7)
+
+
+def _varint(out: bytearray, number: int) -> None:
+    while number > 127:
+        out.append(number & 127 | 128)
+        number >>= 7
+    out.append(number)
+
+
+def _runs(base: int, ranges: Iterable[tuple[int, int]]) -> bytes:
+    out = bytearray()
+    at = base
+    for start, end in ranges:
+        _varint(out, start - at)
+        _varint(out, end - start)
+        at = end
+    return bytes(out)
+
+
+def _from_runs(base: int, payload: bytes) -> Iterator[tuple[int, int]]:
+    numbers: list[int] = []
+    number = shift = 0
+    for byte in payload:
+        number |= (byte & 127) << shift
+        shift += 7
+        if byte < 128:
+            numbers.append(number)
+            number = shift = 0
+    if shift or len(numbers) % 2:
+        raise ValueError("the run lengths end too early")
+    at = base
+    for gap, length in zip(numbers[::2], numbers[1::2], strict=True):
+        at += gap
+        yield at, at + length
+        at += length
+
+
+def _bits(base: int, ranges: Iterable[tuple[int, int]]) -> bytes:
+    bits = 0
+    end = base
+    for start, end in ranges:
+        bits |= ((1 << (end - start)) - 1) << (start - base)
+    return bits.to_bytes((end - base + 7) // 8, "little")
+
+
+def _from_bits(base: int, payload: bytes) -> Iterator[tuple[int, int]]:
+    text = f"{int.from_bytes(payload, 'little'):b}"[::-1]
+    at = text.find("1")
+    while at >= 0:
+        end = text.find("0", at)
+        if end < 0:
+            end = len(text)
+        yield base + at, base + end
+        at = text.find("1", end)

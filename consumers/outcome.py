@@ -1,0 +1,130 @@
+"""What becomes of a job after its code ended: frozen values, and the rule that chooses between them. Pure.
+
+Writing an outcome to the log is `jobledger.consumers.facts`' task. Chance is an argument, so the rule is a function.
+"""
+
+from __future__ import annotations
+
+import traceback
+from asyncio import CancelledError
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from jobledger.retry import Reject, Retry, RetryLater, Snooze
+from jobledger.schemas.events import ErrorInfo, FailureReason
+
+#: Characters of an exception's message that are kept, from its beginning.
+MESSAGE_LIMIT = 4_096
+#: Characters of a traceback that are kept, from its end.
+TRACEBACK_LIMIT = 16_384
+#: Characters of a class name.
+TYPE_LIMIT = 500
+
+#: A tag the worker puts on a job whose task it does not know: how often that happened. Task code never sees it.
+UNKNOWN_TASK_TAG = "jl-unknown-task"
+
+
+@dataclass(frozen=True, slots=True)
+class Succeeded:
+    """The code returned. ``result``: JSON, or None."""
+
+    result: bytes | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Retried:
+    """The attempt failed; another one follows after ``delay_ms``."""
+
+    error: ErrorInfo
+    delay_ms: int
+
+
+@dataclass(frozen=True, slots=True)
+class Snoozed:
+    """The same attempt shall be made again after ``delay_ms``. ``tags``: put on the job, None leaves them."""
+
+    delay_ms: int
+    reason: str | None = None
+    tags: Mapping[str, str] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    """The job has failed for good."""
+
+    reason: FailureReason
+    error: ErrorInfo
+
+
+Outcome = Succeeded | Retried | Snoozed | Failed
+
+
+def decide(
+    retry: Retry, attempt: int, error: BaseException, uniform: float, *, timed_out: bool = False
+) -> Retried | Snoozed | Failed:
+    """The outcome of an attempt (1, 2, …) that raised.
+
+    ``uniform``: drawn from [0, 1) for the backoff's jitter. ``timed_out``: the task's own time limit ended it.
+    A `CancelledError` that nobody outside asked for is a failure of the attempt like any `Exception`.
+    """
+    if isinstance(error, Snooze):
+        return Snoozed(_ms(error.delay), printable(error.reason, MESSAGE_LIMIT) or None)
+    info = error_info(error)
+    if isinstance(error, Reject):
+        return Failed("rejected", info)
+    if isinstance(error, RetryLater):
+        return Failed("exhausted", info) if attempt >= retry.max_attempts else Retried(info, _ms(error.delay))
+    judged = Exception() if isinstance(error, CancelledError) else error
+    if not retry.retries(judged):
+        return Failed("never", info)
+    if attempt >= retry.max_attempts:
+        return Failed("timeout" if timed_out else "exhausted", info)
+    return Retried(info, _ms(retry.delay_after(attempt, uniform)))
+
+
+def unknown_task(
+    task: str, known: list[str], tags: Mapping[str, str], backoff: Retry, uniform: float
+) -> Snoozed | Failed:
+    """The outcome of a job whose task this worker does not know: snoozed until ``backoff`` is exhausted.
+
+    A deployment under way makes this normal for a while. The count travels in the tag `UNKNOWN_TASK_TAG`: neither the
+    release nor the attempt could tell such snoozes from the task's own.
+    """
+    try:
+        seen = max(0, int(tags.get(UNKNOWN_TASK_TAG, "0")))
+    except ValueError:
+        seen = 0
+    what = f"task {task!r} is unknown to this worker; it has {', '.join(sorted(known)) or 'none'}"
+    if seen >= backoff.max_attempts:
+        return Failed("unknown-task", ErrorInfo("UnknownTask", printable(what, MESSAGE_LIMIT)))
+    return Snoozed(
+        _ms(backoff.delay_after(seen + 1, uniform)), "unknown-task", {**tags, UNKNOWN_TASK_TAG: str(seen + 1)}
+    )
+
+
+def error_info(error: BaseException) -> ErrorInfo:
+    """An exception as text, whatever its ``str()`` does."""
+    kind = type(error)
+    name = kind.__qualname__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__}"
+    try:
+        message = str(error)
+    except BaseException as broken:
+        message = f"<its str() raised {type(broken).__qualname__}>"
+    try:
+        trace: str | None = "".join(traceback.format_exception(error))
+    except BaseException:
+        trace = None
+    return ErrorInfo(
+        printable(name, TYPE_LIMIT),
+        printable(message, MESSAGE_LIMIT),
+        None if trace is None else printable(trace[-TRACEBACK_LIMIT:], TRACEBACK_LIMIT),
+    )
+
+
+def printable(text: object, limit: int) -> str:
+    """At most ``limit`` characters that UTF-8 can carry: lone surrogates become question marks."""
+    return str(text)[:limit].encode("utf-8", "replace").decode("utf-8")
+
+
+def _ms(seconds: float) -> int:
+    return round(seconds * 1000)

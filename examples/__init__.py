@@ -1,0 +1,1 @@
+"""Programs that use Jobledger as a service would; each runs in CI."""

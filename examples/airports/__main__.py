@@ -1,0 +1,265 @@
+"""Run the whole demo: ``python -m examples.airports``; ``make demo`` does no more.
+
+It starts a broker of its own (unless ``JOBLEDGER_BOOTSTRAP`` names one), the third party, a worker and the stream
+processor as real processes, submits a job a row, shows how they fare, checks the account, rebuilds the status table from
+the log and stops all it started. What was written stays in ``.demo`` to be looked at.
+
+Exit codes: 0 everything that must be true was; 1 something was not, or an error, which is said; 130 after Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import shlex
+import signal
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from examples.airports import history, report
+from examples.airports.database import saved_rows
+from examples.airports.place import DemoFailed, Place, claimed
+from examples.airports.processes import ProcessDied, Processes
+from examples.airports.rows import Airport, airports
+from examples.airports.screen import Progress, Screen
+from jobledger import JobledgerError
+from jobledger.kafka.embedded import EmbeddedKafka
+from jobledger.kafka.topics import ensure
+
+if TYPE_CHECKING:
+    from jobledger import App
+
+TARGET = "examples.airports.app:app"
+#: Seconds without any job ending after which the demo gives up.
+STALL_S = 60.0
+READY_S = 60.0
+POLL_S = 0.1
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the demo; the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m examples.airports", description="Import real airports as jobs.")
+    parser.add_argument("--rows", type=int, help="import only so many rows, drawn by the seed")
+    parser.add_argument("--concurrency", type=int, default=100, help="jobs the worker runs at once (default: 100)")
+    parser.add_argument("--seed", type=int, default=1, help="decides how the third party fails (default: 1)")
+    parser.add_argument("--home", type=Path, default=Path(".demo"), help="folder of the run (default: .demo)")
+    parser.add_argument("--svg", type=Path, help="save what was shown as a picture")
+    options = parser.parse_args(argv)
+    screen = Screen(picture=options.svg is not None)
+    for each in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(each, _end)
+    try:
+        good = run(screen, options)
+    except KeyboardInterrupt:
+        screen.console.print("\n  interrupted; everything that was started has been stopped", style="yellow")
+        return 130
+    except (JobledgerError, DemoFailed, ProcessDied) as error:
+        screen.console.print(f"\n{error}", style="red", markup=False)
+        return 1
+    if options.svg is not None:
+        screen.save(options.svg, "python -m examples.airports")
+    return 0 if good else 1
+
+
+def _end(number: int, frame: object) -> None:
+    raise SystemExit(128 + number)
+
+
+def run(screen: Screen, options: argparse.Namespace) -> bool:
+    """The whole run, and the end of everything it started; whether all that must be true was."""
+    given = os.environ.get("JOBLEDGER_BOOTSTRAP")
+    namespace = f"airports-{time.strftime('%Y%m%d-%H%M%S')}" if given else "airports"
+    with ExitStack() as stack:
+        try:
+            place = stack.enter_context(claimed(options.home, namespace))
+            good = _story(screen, stack, place, given, options)
+        finally:
+            # From here on things end; a second Ctrl-C must not leave half of them behind.
+            deaf = [(each, signal.signal(each, signal.SIG_IGN)) for each in (signal.SIGINT, signal.SIGTERM)]
+            began = time.monotonic()
+    for each, handler in deaf:
+        signal.signal(each, handler)
+    screen.done("stopped", "everything that was started", time.monotonic() - began)
+    screen.heading("Look further")
+    screen.commands(_commands(place, given))
+    return good
+
+
+def _story(
+    screen: Screen, stack: ExitStack, place: Place, given: str | None, options: argparse.Namespace
+) -> bool:
+    rows = list(airports())
+    if options.rows is not None:
+        rows = random.Random(options.seed).sample(rows, min(options.rows, len(rows)))
+    screen.title(f"Importing {len(rows):,} airports in the background, one job a row")
+    bootstrap = given or _start_broker(screen, stack, place)
+    os.environ.update(place.environ(bootstrap))
+    processes = stack.enter_context(Processes(place.logs))
+    api = os.environ["AIRPORTS_API"] = _start_third_party(screen, processes, options.seed)
+    from examples.airports.app import app  # reads the settings that the lines above made
+
+    stack.callback(app.close)
+    _start_jobledger(screen, processes, app, options.concurrency)
+    _import(screen, processes, app, rows)
+    good = _account(screen, app, place, rows, api)
+    return _rebuild(screen, processes, app, api) and good
+
+
+def _start_broker(screen: Screen, stack: ExitStack, place: Place) -> str:
+    with screen.step("broker") as step:
+
+        def progress(what: str, done: int, total: int) -> None:
+            step.doing(f"{what} {done} of {total}" if total else what)
+
+        kafka = EmbeddedKafka(place.home, jars=place.jars, progress=progress)
+        stack.callback(kafka.close)
+        started = kafka.start()
+        step.result = f"Apache Kafka {started.version} of its own at {kafka.bootstrap}"
+        return kafka.bootstrap
+
+
+def _start_third_party(screen: Screen, processes: Processes, seed: int) -> str:
+    with screen.step("third party") as step:
+        argv = [sys.executable, "-m", "examples.airports.thirdparty", "--seed", str(seed)]
+        url: str = processes.first_line(processes.start("thirdparty", argv), READY_S)["url"]
+        step.result = f"{url}: 2 to 50 ms, {BUSY_SHARE:.0%} of calls get a 503, {HANG_SHARE:.0%} no answer"
+        return url
+
+
+def _start_jobledger(screen: Screen, processes: Processes, app: App, concurrency: int) -> None:
+    with screen.step("topics") as step:
+        topics = [change for change in ensure(app, app.settings).changes if change.kind == "topic"]
+        step.result = f"{len(topics)} of namespace {app.names.namespace}, {app.partitions} partitions each"
+    with screen.step("processes") as step:
+        jobledger = [sys.executable, "-m", "jobledger"]
+        processes.start("streams", [*jobledger, "streams", TARGET])
+        processes.start("worker", [*jobledger, "worker", TARGET, "--concurrency", str(concurrency)])
+        for what, ready in _readiness(app).items():
+            step.doing(f"waiting for the {what}")
+            _wait(processes, ready, READY_S, f"the {what} was not ready")
+        step.result = f"a worker for {concurrency} jobs at once, the coordinator, the materializer"
+
+
+def _wait(processes: Processes, check: Callable[[], bool], timeout: float, what: str) -> None:
+    deadline = time.monotonic() + timeout
+    while not check():
+        processes.check()
+        if time.monotonic() > deadline:
+            raise DemoFailed(f"{what} within {timeout:g} s; what the processes wrote is in {processes.logs}")
+        time.sleep(POLL_S)
+
+
+def _readiness(app: App) -> dict[str, Callable[[], bool]]:
+    """When each process can do its work, as the broker and the status table tell."""
+    client = admin(app.settings)
+    partitions = app.queues["import"].partitions
+
+    def owned(group: str) -> int:
+        """How many partitions a consumer group's members have been given."""
+        try:
+            found = client.describe_consumer_groups([group], request_timeout=5)[group].result()
+        except KafkaException:
+            return 0  # nobody has joined it yet
+        return sum(len(member.assignment.topic_partitions) for member in found.members if member.assignment)
+
+    def table() -> bool:
+        try:
+            _counts(app)
+        except StoreNotFound:
+            return False
+        return True
+
+    return {
+        "materializer": table,
+        "worker": lambda: owned(app.names.worker_group("import")) == partitions,
+        "coordinator": lambda: owned(app.names.coordinator_group) > 0,
+    }
+
+
+def _import(screen: Screen, processes: Processes, app: App, rows: Sequence[Airport]) -> None:
+    from examples.airports.app import import_airport
+
+    with screen.step("submitted") as step:
+        began = time.monotonic()
+        handles = app.submit_many(import_airport.using(tags={"country": row.country}).job(row) for row in rows)
+        rate = len(handles) / (time.monotonic() - began)
+        step.result = f"{len(handles):,} jobs, each acknowledged by the log: {rate:,.0f} a second"
+    with Progress(screen, len(rows)) as progress:
+        moved, ended = time.monotonic(), 0
+        while progress.ended < len(rows):
+            processes.check()
+            progress.show(_counts(app))
+            if progress.ended != ended:
+                moved, ended = time.monotonic(), progress.ended
+            elif time.monotonic() - moved > STALL_S:
+                raise DemoFailed(
+                    f"no job has ended for {STALL_S:g} s, {len(rows) - ended:,} have not; what the processes wrote is "
+                    f"in {processes.logs}"
+                )
+            time.sleep(POLL_S)
+
+
+def _account(screen: Screen, app: App, place: Place, rows: Sequence[Airport], api: str) -> bool:
+    with screen.step("read back") as step:
+        failed = [status.error.message if status.error else "" for status in app.jobs(state="failed", page=5_000)]
+        saved = saved_rows(place.database)
+        lives = history.fold(history.read(app))
+        retries, calls = sum(life.retries for life in lives.values()), _stats(api)
+        step.result = f"the status table, the import's database and the log: {len(lives):,} jobs, {retries:,} retries"
+    checks = report.account(rows, _counts(app), failed, saved, lives)
+    screen.heading("The account")
+    screen.checks(checks)
+    screen.heading("Rejects")
+    screen.rejects(report.rejects(failed), {kind: text for text in failed for kind in report.rejects([text])})
+    screen.heading("Time")
+    screen.latencies(report.latencies(lives.values()))
+    screen.spent(report.spent(lives.values()), len(lives))
+    screen.note(
+        f"All jobs were submitted at once, so they wait for each other. The third party got {calls['calls']:,} calls: "
+        f"{calls.get('busy', 0):,} were answered 503, {calls.get('hang', 0):,} never."
+    )
+    return all(check.holds for check in checks)
+
+
+def _rebuild(screen: Screen, processes: Processes, app: App, api: str) -> bool:
+    screen.heading("The status table again, from the log alone")
+    return False
+
+
+def _stats(api: str) -> dict[str, int]:
+    with urllib.request.urlopen(f"{api}/stats", timeout=10) as answer:
+        found: dict[str, int] = json.load(answer)
+    return found
+
+
+def _jobledger(*words: str) -> dict[str, Any]:
+    """What ``jobledger … --json`` prints. Raises `DemoFailed` with its error."""
+    done = subprocess.run(
+        [sys.executable, "-m", "jobledger", *words, "--json"], capture_output=True, text=True, check=False
+    )
+    try:
+        found: dict[str, Any] = json.loads(done.stdout)
+    except ValueError:
+        raise DemoFailed(
+            f"`jobledger {' '.join(words)}` ended with {done.returncode}: {done.stdout}{done.stderr}"
+        ) from None
+    return found
+
+
+def _commands(place: Place, given: str | None) -> dict[str, str]:
+    """What to type to look at what the run left, by what it shows."""
+    home = os.path.relpath(place.home)
+    setting = f"JOBLEDGER_BOOTSTRAP={shlex.quote(given)} " if given else ""
+    command = f"{setting}JOBLEDGER_HOME={shlex.quote(home)} {_executable()} "
+    commands = {}
+    if not given:
+        commands["the broker again, with all that was written"] = command + "kafka start --port 0"
+    return commands

@@ -1,0 +1,106 @@
+"""What happened, read from the log itself: each job's facts with the broker's times.
+
+Writes nothing, and does not ask the status table: so the two can be held against each other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+
+from jobledger import App
+from jobledger.log import LogReader, decoder, partitions_of, recorded
+from jobledger.schemas.events import (
+    CLOSING,
+    TERMINAL,
+    JobDue,
+    JobFailed,
+    JobRetried,
+    JobSnoozed,
+    JobStarted,
+    JobSubmitted,
+    JobSucceeded,
+    Recorded,
+)
+
+
+@dataclass(slots=True)
+class Life:
+    """One job. Times in milliseconds since the epoch by the broker's clock, keyed by release; first record counts."""
+
+    released: dict[int, int] = field(default_factory=dict)
+    started: dict[int, int] = field(default_factory=dict)
+    closed: dict[int, int] = field(default_factory=dict)
+    ran_us: dict[int, int] = field(default_factory=dict)
+    ends: list[JobSucceeded | JobFailed] = field(default_factory=list)
+    retries: int = 0
+
+    @property
+    def succeeded(self) -> bool:
+        """Whether it ended once, and well."""
+        return len(self.ends) == 1 and isinstance(self.ends[0], JobSucceeded)
+
+    @property
+    def failed(self) -> JobFailed | None:
+        """How it failed, if that is its one end."""
+        end = self.ends[0] if len(self.ends) == 1 else None
+        return end if isinstance(end, JobFailed) else None
+
+    @property
+    def to_start_ms(self) -> float | None:
+        """Milliseconds from the submission to the first start."""
+        return min(self.started.values()) - self.released[1] if self.started and 1 in self.released else None
+
+    @property
+    def to_end_ms(self) -> float | None:
+        """Milliseconds from the submission to the end."""
+        return max(self.closed.values()) - self.released[1] if self.ends and 1 in self.released else None
+
+    @property
+    def waiting_ms(self) -> float:
+        """Milliseconds that it lay in the work topic, over all releases."""
+        return sum(at - self.released[n] for n, at in self.started.items() if n in self.released)
+
+    @property
+    def running_ms(self) -> float:
+        """Milliseconds that workers spent in it, over all attempts."""
+        return sum(self.ran_us.values()) / 1000
+
+    @property
+    def backing_off_ms(self) -> float:
+        """Milliseconds from a retry to the record that let the job go again."""
+        return sum(self.released[n + 1] - at for n, at in self.closed.items() if n + 1 in self.released)
+
+
+def fold(events: Iterable[Recorded]) -> dict[str, Life]:
+    """Lives by job id, from events in any order and with repetitions (the log promises at least once)."""
+    lives: dict[str, Life] = {}
+    for record in events:
+        event, at = record.event, record.appended_ms
+        fact, release = event.fact, event.release
+        life = lives.setdefault(event.job_id, Life())
+        if isinstance(fact, JobSubmitted | JobDue):
+            life.released[release] = min(at, life.released.get(release, at))
+        elif isinstance(fact, JobStarted):
+            life.started[release] = min(at, life.started.get(release, at))
+        elif isinstance(fact, CLOSING):
+            if isinstance(fact, TERMINAL):
+                assert isinstance(fact, JobSucceeded | JobFailed), f"nobody cancels or expires these: {event}"
+                life.ends.append(fact)
+            if release not in life.closed and isinstance(fact, JobRetried | JobSnoozed):
+                life.retries += 1
+            life.closed[release] = min(at, life.closed.get(release, at))
+            if isinstance(fact, JobRetried | JobSnoozed | JobSucceeded | JobFailed):
+                life.ran_us.setdefault(release, fact.duration_us)
+    return lives
+
+
+def read(app: App) -> Iterator[Recorded]:
+    """Every event of the app's work topics and lifecycle, up to their ends of now."""
+    decode = decoder(app.settings, app.names).decode
+    topics = [*(app.names.jobs(queue) for queue in app.queues), app.names.lifecycle]
+    with LogReader(app.settings) as reader:
+        for topic in topics:
+            for partition in range(partitions_of(app.settings, topic)):
+                for message in reader.read(topic, partition, 0):
+                    yield recorded(message, decode)

@@ -1,0 +1,283 @@
+"""What the demo shows: steps as they are done, the live bar, and the account at the end. Decides nothing.
+
+On a terminal the bar lives; elsewhere (a pipe, CI) a plain line comes every few seconds.
+"""
+
+from __future__ import annotations
+
+import io
+import time
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Self
+
+from rich import box
+from rich.console import Console, ConsoleOptions, Group, RenderResult
+from rich.live import Live
+from rich.padding import Padding
+from rich.rule import Rule
+from rich.segment import Segment
+from rich.style import Style
+from rich.table import Table
+from rich.text import Text
+
+from examples.airports.report import QUANTILES, Check, Latency, Spent
+
+WIDTH = 96
+#: Seconds between two lines where the output is no terminal.
+PLAIN_EVERY_S = 2.0
+#: Seconds over which the shown rate is taken.
+RATE_OVER_S = 3.0
+
+#: In the order of the bar: what is over, then what is under way.
+STATES = {
+    "succeeded": "green",
+    "failed": "red",
+    "running": "cyan",
+    "retrying": "yellow",
+    "queued": "grey37",
+}
+
+
+class Bar:
+    """A bar of coloured parts; ``parts`` are amounts with their styles, of ``total``."""
+
+    def __init__(self, parts: Sequence[tuple[float, str]], total: float, width: int) -> None:
+        self.parts, self.total, self.width = parts, max(total, 1e-9), width
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        drawn, amount = 0, 0.0
+        for value, style in self.parts:
+            amount += value
+            # What is there shall be seen, however little of the whole it is.
+            cells = max(round(amount / self.total * self.width) - drawn, 1 if value else 0)
+            cells = min(cells, self.width - drawn)
+            drawn += cells
+            yield Segment("━" * cells, Style.parse(style))
+        yield Segment("━" * (self.width - drawn), Style.parse("grey15"))
+
+
+class Rate:
+    """Ended jobs a second over the last few seconds."""
+
+    def __init__(self) -> None:
+        self._seen: deque[tuple[float, int]] = deque()
+
+    def update(self, now: float, ended: int) -> None:
+        """Take note that ``ended`` jobs have ended at ``now`` (seconds of any steady clock)."""
+        self._seen.append((now, ended))
+        while len(self._seen) > 2 and now - self._seen[1][0] > RATE_OVER_S:
+            self._seen.popleft()
+
+    @property
+    def value(self) -> float:
+        """Jobs a second; 0 before two looks."""
+        (then, before), (now, ended) = self._seen[0], self._seen[-1]
+        return (ended - before) / (now - then) if now > then else 0.0
+
+
+class Progress:
+    """The live bar of ``total`` jobs; a context manager."""
+
+    def __init__(self, screen: Screen, total: int) -> None:
+        self._screen, self._total = screen, total
+        self._rate = Rate()
+        self._counts: Mapping[str, int] = {}
+        self._began = time.monotonic()
+        self._printed = float("-inf")
+        self._live = Live(console=screen.console, auto_refresh=False) if screen.console.is_terminal else None
+
+    def __enter__(self) -> Self:
+        if self._live is not None:
+            self._live.start()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        if self._live is not None:
+            self._live.update(self._picture(), refresh=True)
+            self._live.stop()
+        else:
+            self._screen.console.print(self._line())
+        self._screen.record(self._picture())
+
+    @property
+    def ended(self) -> int:
+        """Jobs that are over."""
+        return self._counts.get("succeeded", 0) + self._counts.get("failed", 0)
+
+    def show(self, counts: Mapping[str, int]) -> None:
+        """Show jobs by state."""
+        self._counts = counts
+        now = time.monotonic()
+        self._rate.update(now, self.ended)
+        if self._live is not None:
+            self._live.update(self._picture(), refresh=True)
+        elif now - self._printed >= PLAIN_EVERY_S:
+            self._printed = now
+            self._screen.console.print(self._line())
+
+    def _speed(self) -> str:
+        rate, left = self._rate.value, self._total - self.ended
+        if not left:
+            seconds = time.monotonic() - self._began
+            return f"{self._total / seconds:,.0f} jobs/s over {seconds:.1f} s"
+        return f"{rate:,.0f} jobs/s" + (f", {left / rate:.0f} s left" if rate else "")
+
+    def _picture(self) -> Group:
+        width = self._screen.width - 3
+        legend = Text("  ")
+        for state, colour in STATES.items():
+            legend.append("● ", colour).append(f"{state} ").append(f"{self._counts.get(state, 0):,}", "bold")
+            legend.append("   ")
+        head = Table.grid(expand=False, padding=(0, 1))
+        head.add_column(width=width // 2)
+        head.add_column(width=width // 2, justify="right")
+        head.add_row(
+            Text.assemble("  ", (f"{self.ended:,}", "bold"), f" of {self._total:,} jobs have ended "),
+            Text(self._speed(), "dim"),
+        )
+        parts = [(float(self._counts.get(state, 0)), colour) for state, colour in STATES.items() if state != "queued"]
+        return Group("", head, Padding(Bar(parts, self._total, width - 2), (0, 0, 0, 2)), Text(), legend, "")
+
+    def _line(self) -> str:
+        shown = " · ".join(f"{state} {self._counts.get(state, 0):,}" for state in STATES)
+        return f"  {self.ended / max(self._total, 1):4.0%}  {shown} · {self._speed()}"
+
+
+class Screen:
+    """Prints the demo's story; ``picture`` also keeps it, to be saved."""
+
+    def __init__(self, *, picture: bool) -> None:
+        self.console = Console(highlight=False)
+        self.width = min(WIDTH, self.console.width) if self.console.is_terminal else WIDTH
+        self.console.width = self.width
+        # A console of its own, because a live bar would be recorded once for every time it moved.
+        self._recorder = (
+            Console(record=True, file=io.StringIO(), width=WIDTH, force_terminal=True, highlight=False)
+            if picture
+            else None
+        )
+
+    def print(self, *objects: Any, **options: Any) -> None:
+        """As `rich.console.Console.print`."""
+        self.console.print(*objects, **options)
+        self.record(*objects, **options)
+
+    def record(self, *objects: Any, **options: Any) -> None:
+        """Keep for the picture what the terminal has already seen."""
+        if self._recorder is not None:
+            self._recorder.print(*objects, **options)
+
+    def title(self, text: str) -> None:
+        """The first line."""
+        self.print()
+        self.print(Text(f"  {text}", "bold"))
+        self.print()
+
+    @contextmanager
+    def step(self, name: str) -> Iterator[Step]:
+        """A step under way; its line is printed when it is done, with the time it took, or marked when it failed."""
+        step = Step(name)
+        began = time.monotonic()
+        try:
+            with self.console.status(Text(f"{name} …")) as spinner:
+                step.spinner = spinner.update
+                yield step
+        except BaseException:
+            self._step("✗", "red", step, time.monotonic() - began)
+            raise
+        self._step("✓", "green", step, time.monotonic() - began)
+
+    def _step(self, mark: str, colour: str, step: Step, seconds: float) -> None:
+        line = Table.grid(padding=(0, 1))
+        line.add_column(width=3, justify="right")
+        line.add_column(width=14)
+        line.add_column(width=self.width - 30)
+        line.add_column(width=7, justify="right")
+        line.add_row(Text(mark, colour), Text(step.name, "bold"), step.result, Text(f"{seconds:.1f} s", "dim"))
+        self.print(line)
+
+    def heading(self, text: str) -> None:
+        """A line above a part of the account."""
+        self.print()
+        self.print(Padding(Rule(Text(text, "bold"), align="left", style="grey37"), (0, 2)))
+
+    def checks(self, checks: Sequence[Check]) -> None:
+        """What must be true, with the figures."""
+        table = Table.grid(padding=(0, 1))
+        table.add_column(width=3, justify="right")
+        table.add_column()
+        table.add_column(justify="right")
+        for check in checks:
+            mark = Text("✓", "green") if check.holds else Text("✗", "bold red")
+            table.add_row(mark, check.claim, Text(check.shown, "bold" if check.holds else "bold red"))
+        self.print(table)
+
+    def rejects(self, found: Mapping[str, int], example: Mapping[str, str]) -> None:
+        """How many jobs were rejected for which reason, with one reason as the job gave it."""
+        table = _table("rejected because of", "rows", "for example")
+        for kind, count in found.items():
+            table.add_row(kind, f"{count:,}", Text(example.get(kind, ""), "dim"))
+        table.add_section()
+        table.add_row("together", f"{sum(found.values()):,}", "")
+        self.print(table)
+
+    def latencies(self, found: Sequence[Latency], note: str) -> None:
+        """Percentiles."""
+        table = _table("milliseconds", *("max" if q == 1 else f"p{q * 100:g}" for q in QUANTILES))
+        for column in table.columns[2:]:
+            column.justify = "right"
+        for each in found:
+            table.add_row(each.name, *(f"{value:,.0f}" for value in each.values))
+        self.print(table)
+        self.print(Padding(Text(note, "dim"), (0, 4)))
+
+    def spent(self, spent: Spent, jobs: int) -> None:
+        """Where the time of all jobs went."""
+        parts = {
+            "waiting in the queue": (spent.waiting, "grey50"),
+            "running": (spent.running, "cyan"),
+            "backing off before a retry": (spent.backing_off, "yellow"),
+        }
+        self.print()
+        self.print(Padding(Bar([*parts.values()], spent.total, self.width - 8), (0, 4)))
+        legend = Text("    ")
+        for name, (value, colour) in parts.items():
+            legend.append("● ", colour).append(f"{name} ").append(f"{value / spent.total:.1%}", "bold")
+            legend.append(f" ({value / max(jobs, 1):,.0f} ms a job)   ", "dim")
+        self.print(legend)
+
+    def commands(self, commands: Mapping[str, str]) -> None:
+        """What to type to look further; never wrapped, so that it can be copied."""
+        for why, command in commands.items():
+            self.print(Text(f"    # {why}", "dim"), Text(f"\n    {command}"), soft_wrap=True)
+
+    def save(self, path: Path, title: str) -> None:
+        """Write everything printed so far as an SVG picture."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        assert self._recorder is not None, "made without picture=True"
+        self._recorder.save_svg(str(path), title=title)
+
+
+class Step:
+    """One step; ``result`` is shown when it is done."""
+
+    def __init__(self, name: str) -> None:
+        self.name, self.result = name, ""
+        self.spinner: object = None
+
+    def doing(self, what: str) -> None:
+        """Say what is being done now."""
+        if callable(self.spinner):
+            self.spinner(Text(f"{self.name}: {what} …"))
+
+
+def _table(*columns: str) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=True, header_style="dim", show_edge=False)
+    table.add_column(columns[0], min_width=24)
+    table.add_column(columns[1], justify="right")
+    for name in columns[2:]:
+        table.add_column(name)
+    return table

@@ -1,0 +1,126 @@
+"""Finding the app that a command line names: ``pkg.module:app``, ``pkg.module`` or ``path/to/file.py:app``.
+
+Owns the import of users' modules and what is said when it fails. It connects to nothing.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import importlib.util
+import os
+import sys
+import traceback
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING
+
+from jobledger.errors import ConfigError
+
+if TYPE_CHECKING:
+    from jobledger.app import App
+
+DEFAULT_ATTRIBUTE = "app"
+
+
+def load_app(target: str, *, bootstrap: str | None = None, status_url: str | None = None) -> App:
+    """Import the app that ``target`` names, with the command line's ``bootstrap`` and ``status_url`` if given.
+
+    The working directory is importable, as with ``python -m``. Raises `ConfigError` that tells a module that is not
+    there from an error inside it, and names what is there if the attribute is not; and whatever `App.check` finds.
+    """
+    name, _, attribute = target.partition(":")
+    if not name or (":" in target and not attribute):
+        raise ConfigError(f"{target!r} names no app: write MODULE:APP, for example shop.jobs:app")
+    module = _import(name)
+    app = _attribute(module, name, attribute or DEFAULT_ATTRIBUTE)
+    app.settings = app.settings.with_bootstrap(bootstrap).with_status_url(status_url)
+    app.check()
+    return app
+
+
+def module_name(target: str) -> tuple[str, Path]:
+    """The dotted name of the module that ``target`` means, and the folder it is imported from.
+
+    A path to a file means the module as its package would import it, so that it is the same module, once.
+    """
+    text = target.partition(":")[0]
+    if not text.endswith(".py") and os.sep not in text:
+        return text, Path.cwd()
+    path = Path(text).absolute()
+    if not path.is_file():
+        raise ConfigError(f"{text!r} is no file (looked at {path}); write MODULE:APP or path/to/file.py:APP")
+    parts = [] if path.name == "__init__.py" else [path.stem]
+    folder = path.parent
+    while (folder / "__init__.py").is_file():
+        parts.insert(0, folder.name)
+        folder = folder.parent
+    return ".".join(parts), folder
+
+
+def _import(text: str) -> ModuleType:
+    name, folder = module_name(text)
+    if str(folder) not in sys.path:
+        sys.path.insert(0, str(folder))
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as exc:
+        if exc.name is not None and (name == exc.name or name.startswith(exc.name + ".")):
+            raise ConfigError(
+                f"module {name!r} is not there: no {exc.name!r} in {folder} nor among the installed packages; "
+                f"run this in the folder that holds it, or give a path{_looks_like(name, folder)}"
+            ) from None
+        raise ConfigError(_inside(name, exc)) from exc
+    except ConfigError as exc:  # the app's own fault, found while it was declared: keep the kind, add the place
+        raise type(exc)(f"{_place(exc)}{exc}") from exc
+    except (Exception, SystemExit) as exc:
+        raise ConfigError(_inside(name, exc)) from exc
+
+
+def _inside(name: str, exc: BaseException) -> str:
+    what = f"{type(exc).__name__}: {exc}" if str(exc) else type(exc).__name__
+    return f"module {name!r} was found, but importing it failed: {_place(exc)}{what}"
+
+
+def _place(exc: BaseException) -> str:
+    """``file:line: `` of the last frame that is neither ours nor the import system's."""
+    if isinstance(exc, SyntaxError) and exc.filename:
+        return f"{_short(exc.filename)}:{exc.lineno}: "
+    package = Path(__file__).absolute().parents[1]
+    ours = [(package / part).resolve() for part in (".", "consumers", "streams", "schemas")]  # links in a checkout
+    frames = [
+        frame
+        for frame in traceback.extract_tb(exc.__traceback__)
+        if not frame.filename.startswith("<")
+        and f"{os.sep}importlib{os.sep}" not in frame.filename
+        and not any(Path(frame.filename).resolve().is_relative_to(folder) for folder in ours)
+    ]
+    return f"{_short(frames[-1].filename)}:{frames[-1].lineno}: " if frames else ""
+
+
+def _short(filename: str) -> str:
+    path = Path(filename)
+    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else filename
+
+
+def _looks_like(name: str, folder: Path) -> str:
+    """A hint at a module of nearly the same name in ``folder``."""
+    there = [p.stem for p in folder.glob("*.py")] + [p.parent.name for p in folder.glob("*/__init__.py")]
+    near = difflib.get_close_matches(name.partition(".")[0], sorted(there), n=1)
+    return f"; did you mean {near[0]!r}?" if near else ""
+
+
+def _attribute(module: ModuleType, name: str, attribute: str) -> App:
+    from jobledger.app import App
+
+    apps = sorted(key for key, value in vars(module).items() if isinstance(value, App))
+    has = f"its apps are {', '.join(map(repr, apps))}" if apps else "it has no App at all"
+    try:
+        found = getattr(module, attribute)
+    except AttributeError:
+        near = difflib.get_close_matches(attribute, apps or sorted(vars(module)), n=1)
+        hint = f"; did you mean {name}:{near[0]}?" if near else (f": write {name}:{apps[0]}" if apps else "")
+        raise ConfigError(f"module {name!r} has no attribute {attribute!r}; {has}{hint}") from None
+    if not isinstance(found, App):
+        raise ConfigError(f"{name}:{attribute} is a {type(found).__name__}, not a jobledger.App; {has}")
+    return found

@@ -1,0 +1,129 @@
+"""The command ``jobledger``: puts the commands together and is the one place where errors become a line and a code.
+
+Commands import what is heavy (Kafka's client, the database, Faust) when they run, so help and completion are quick.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from typing import Annotated
+
+import typer
+
+from jobledger.cli import dev, events, jobs, running, table
+from jobledger.cli.kafka import app as kafka_app
+from jobledger.cli.output import MEANINGS, Exit, exit_code, print_error
+from jobledger.cli.topics import app as topics_app
+from jobledger.errors import JobledgerError
+
+_EPILOG = "**Exit codes**\n\n" + "\n".join(f"- **{int(code)}** {meaning}" for code, meaning in MEANINGS.items())
+
+cli = typer.Typer(
+    name="jobledger",
+    help="Background jobs on the Kafka log.",
+    epilog=_EPILOG,
+    no_args_is_help=True,
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+RUN, ASK, OPERATE = "Run", "Submit and ask", "Operate"
+
+cli.command("dev", rich_help_panel=RUN)(dev.dev)
+cli.command("worker", rich_help_panel=RUN)(running.worker)
+cli.command("streams", rich_help_panel=RUN)(running.streams)
+cli.command("coordinator", rich_help_panel=RUN)(running.coordinator)
+cli.command("materializer", rich_help_panel=RUN)(running.materializer)
+cli.command("submit", rich_help_panel=ASK)(jobs.submit)
+cli.add_typer(jobs.app, name="jobs", rich_help_panel=ASK)
+cli.add_typer(events.app, name="events", rich_help_panel=ASK)
+cli.add_typer(kafka_app, name="kafka", rich_help_panel=OPERATE)
+cli.add_typer(topics_app, name="topics", rich_help_panel=OPERATE)
+cli.command("verify", rich_help_panel=OPERATE)(table.verify)
+cli.command("rebuild", rich_help_panel=OPERATE)(table.rebuild)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from jobledger import __version__
+
+        print(f"jobledger {__version__}")
+        raise typer.Exit
+
+
+@cli.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+    traceback: Annotated[bool, typer.Option("--traceback", help="Show where in the code an error came from.")] = False,
+) -> None:
+    pass
+
+
+def run(argv: Sequence[str] | None = None) -> None:
+    """Run one command line (``argv`` without the program's name; None: this process's) and exit with its code."""
+    from jobledger.streams.supervisor import obey_leash
+
+    obey_leash()
+    words = list(sys.argv[1:] if argv is None else argv)
+    # A last resort below the commands' own: a client that meets no broker says so itself, in its own words, otherwise.
+    logging.lastResort = None
+    sys.exit(_run(words))
+
+
+def _run(words: list[str]) -> int:
+    options = words[: words.index("--")] if "--" in words else words
+    as_json = "--json" in options
+    try:
+        code = cli(words, prog_name="jobledger", standalone_mode=False)
+        sys.stdout.flush()
+        return code if isinstance(code, int) else Exit.OK
+    except JobledgerError as exc:
+        if "--traceback" in options:
+            _show_traceback(exc)
+        print_error(type(exc).__name__, str(exc), as_json=as_json)
+        return exit_code(exc)
+    except BrokenPipeError:
+        # Whoever read us has what it wanted, as `| head` does. Nothing may be flushed to it any more.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return Exit.ERROR
+    except KeyboardInterrupt:
+        return Exit.INTERRUPTED
+    except typer.Abort:
+        print_error("Aborted", "nothing was done", as_json=as_json)
+        return Exit.ERROR
+    except _usage_error() as exc:
+        if as_json:
+            print_error("UsageError", exc.format_message(), as_json=True)
+        else:
+            _show_usage(exc)
+        return Exit.USAGE
+
+
+def _usage_error() -> type[typer.BadParameter]:
+    # typer brings its own copy of click from 0.20 on; the base class is found from what both export.
+    return next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")  # type: ignore[return-value]
+
+
+def _show_usage(exc: typer.BadParameter) -> None:
+    try:
+        from typer.rich_utils import rich_format_error
+
+        rich_format_error(exc)
+    except ImportError:
+        exc.show()
+
+
+def _show_traceback(exc: JobledgerError) -> None:
+    import traceback
+
+    traceback.print_exception(exc)
+
+
+if __name__ == "__main__":
+    run()

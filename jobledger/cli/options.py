@@ -1,0 +1,60 @@
+"""Options that several commands share, worded once; and finding the namespace they mean."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from jobledger.app import App
+
+Target = Annotated[str, typer.Argument(metavar="MODULE:APP", help="The app, e.g. shop.jobs:app or path/to/file.py:app.")]
+Bootstrap = Annotated[
+    str | None,
+    typer.Option(
+        metavar="HOST:PORT", help="Kafka's address; wins over JOBLEDGER_BOOTSTRAP.", show_default="settings, else embedded"
+    ),
+]
+StatusUrl = Annotated[
+    str | None,
+    typer.Option(
+        metavar="URL", help="Status table, sqlite:///PATH; wins over JOBLEDGER_STATUS_URL.", show_default="settings"
+    ),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
+AppOption = Annotated[
+    str | None, typer.Option("--app", metavar="MODULE:APP", help="The app whose jobs are meant.", show_default=False)
+]
+Namespace = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME",
+        help="Or its namespace alone, without importing the app.",
+        show_default="the only one on this machine",
+    ),
+]
+
+
+def place(target: str | None, namespace: str | None, bootstrap: str | None = None, status_url: str | None = None) -> App:
+    """The app to ask: loaded from ``--app``, or an empty one for ``--namespace``, or the only local status table's.
+
+    Raises `ConfigError` if both or neither name one.
+    """
+    from jobledger.app import App
+    from jobledger.cli.loading import load_app
+    from jobledger.config import Settings
+    from jobledger.errors import ConfigError
+
+    if target is not None and namespace is not None:
+        raise ConfigError(f"--app {target} and --namespace {namespace} name the jobs twice: give one of them")
+    if target is not None:
+        return load_app(target, bootstrap=bootstrap, status_url=status_url)
+    settings = Settings.from_env().with_bootstrap(bootstrap).with_status_url(status_url)
+    if namespace is None:
+        here = sorted(p.stem for p in (settings.home / "status").glob("*.db")) if settings.status_url is None else []
+        if len(here) != 1:
+            known = f" (on this machine: {', '.join(here)})" if here else ""
+            raise ConfigError(f"whose jobs? Give --app MODULE:APP or --namespace NAME{known}")
+        namespace = here[0]
+    return App(namespace, settings=settings)

@@ -1,0 +1,395 @@
+"""The coordinator: lets delayed and retried jobs go when they are due. This module owns its life; what it does is the
+`jobledger.streams.cycle`, what it decides `jobledger.streams.decisions`, how Faust is set up `jobledger.streams.faust_app`.
+
+It needs no database: its table lies in a changelog topic, with a local copy that can be thrown away. Any number of
+instances share the partitions of ``<ns>.coordination``. Whatever goes wrong inside ends the process without committing
+what was not dealt with; another instance, or the next start, goes on from there.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import signal
+import threading
+import time
+from collections.abc import Awaitable, Callable, Coroutine
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from faust.exceptions import ConsistencyError
+from prometheus_client import CollectorRegistry
+
+from jobledger import log
+from jobledger.config import Settings
+from jobledger.errors import BrokerUnavailable, JobledgerError
+from jobledger.log import LogWriter
+from jobledger.names import Names
+from jobledger.streams.acks import AckedWriter
+from jobledger.streams.cycle import Cycle
+from jobledger.streams.faust_app import (
+    CommitHook,
+    Group,
+    Options,
+    build,
+    changelog,
+    check_topics,
+    origin_of,
+    quieten,
+    take_place,
+)
+from jobledger.streams.metrics import Metrics
+
+LOG = logging.getLogger("jobledger.coordinator")
+
+#: Exit codes of `run_coordinator`. 70 is EX_SOFTWARE of sysexits.h: start it again.
+EXIT_OK, EXIT_FAILED = 0, 70
+
+#: Seconds between two beats of the guard against a clock that jumps, and the gap that makes it doubt.
+PULSE, PULSE_GAP = 0.25, 1.5
+#: Seconds between two measurements of the lag; they also show that the broker is there.
+SURVEY = 2.0
+#: Records may be a little larger than what was submitted: they carry a due time and where they come from.
+ROOM_BYTES = 4_096
+STOP_TIMEOUT = 10.0
+
+
+class Coordinator:
+    """One instance.
+
+    ``partitions`` must be those of the coordination topic and of the changelog. ``data_dir``: where local copies lie;
+    by default ``<home>/coordinator/<namespace>``. ``on_step(name)`` is called between any two steps that a crash could
+    come between, for tests. ``registry``: where metrics go; a private one by default.
+    """
+
+    def __init__(
+        self,
+        names: Names,
+        settings: Settings,
+        *,
+        partitions: int,
+        options: Options | None = None,
+        data_dir: Path | None = None,
+        registry: CollectorRegistry | None = None,
+        on_step: Callable[[str], None] | None = None,
+    ) -> None:
+        self.names, self.settings = names, settings
+        self.options = options or Options()
+        self.metrics = Metrics(registry)
+        self._partitions = partitions
+        self._root = data_dir or settings.home / "coordinator" / names.namespace
+        self._on_step = on_step
+        self._stop = asyncio.Event()
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._failure: BaseException | None = None
+        self._app: Any = None
+        self._cycle: Cycle | None = None
+        self._ends: dict[int, int] = {}
+        self._broker_seen = time.monotonic()
+        self._started = False
+
+    # -- asked from outside ------------------------------------------------------------------------------------------
+
+    def stop(self) -> None:
+        """Ask `run` to come to a clean end; from any thread."""
+        if self._loop is not None:
+            with contextlib.suppress(RuntimeError):  # the loop has ended
+                self._loop.call_soon_threadsafe(self._stop.set)
+
+    def health(self) -> dict[str, Any]:
+        """How it stands, as plain values; also sets the gauges.
+
+        ``state``: starting, rebalancing, catching-up or ready. ``lag``: events not dealt with. ``next_due_us``: broker's
+        clock. ``late``: releases by lateness, cumulative, keyed by upper bound in seconds. ``missing_topics``: work
+        topics that releases wait for; not empty means that somebody must run ``jobledger topics apply``.
+        """
+        cycle, metrics = self._cycle, self.metrics
+        settled = self._started and not self._app.rebalancing
+        ready = cycle is not None and settled and bool(self._app.tables.actives_ready) and cycle.ready
+        owned = [] if cycle is None else cycle.partitions
+        lag = (
+            0 if cycle is None else sum(max(0, end - cycle.position(p)) for p, end in self._ends.items() if p in owned)
+        )
+        scheduled = 0 if cycle is None else sum(cycle.scheduled.values())
+        missing = [] if cycle is None else cycle.missing_topics
+        state = "ready" if ready else "starting" if not self._started else "catching-up" if settled else "rebalancing"
+        metrics.ready.set(ready)
+        metrics.lag.set(lag)
+        metrics.partitions.set(len(owned))
+        metrics.scheduled.set(scheduled)
+        metrics.missing_topics.set(len(missing))
+        metrics.clock_ahead.set(0 if cycle is None else cycle.clock.ahead_us / 1e6)
+        return {
+            "state": state,
+            "ready": ready,
+            "rebalancing": not settled,
+            "partitions": owned,
+            "lag": lag,
+            "scheduled": scheduled,
+            "next_due_us": None if cycle is None else cycle.next_due,
+            "fired": metrics.fired,
+            "late": metrics.lateness(),
+            "missing_topics": missing,
+            "broker_seen_s_ago": round(time.monotonic() - self._broker_seen, 1),
+        }
+
+    # -- life --------------------------------------------------------------------------------------------------------
+
+    async def run(self) -> None:
+        """Run until `stop`. Raises what made it give up; nothing that was not dealt with is committed then."""
+        loop = self._loop = asyncio.get_running_loop()
+        place = take_place(self._root, self.names.namespace)
+        # What is sent must be allowed to be as large as what was read, and to wait as long as the broker may be away.
+        settings = replace(
+            self.settings,
+            submit_timeout=self.options.patience,
+            max_record_bytes=self.settings.max_record_bytes + ROOM_BYTES,
+        )
+        writer: LogWriter | None = None
+        tasks: list[asyncio.Task[None]] = []
+        try:
+            place.keep_for(await self._with_patience(self._prepare))
+            writer = LogWriter(settings, self.names, linger_ms=1.0)
+            await loop.run_in_executor(None, writer.ensure_schema)
+            app, source, table = build(self.names, self.settings, self.options, self._partitions, place)
+            self._app = app
+            cycle = self._cycle = Cycle(
+                self.names,
+                self.settings,
+                self.options,
+                Group(app, self.names, table),
+                AckedWriter(writer),
+                log.decoder(self.settings, self.names).decode,
+                self.metrics,
+                self._step,
+            )
+            app.agent(source, name="coordinator")(cycle.read)
+            app.on_partitions_revoked.connect(self._on_revoked, weak=False)
+            table.on_recover(self._on_recover)
+            if self._on_step is not None:
+                app.sensors.add(CommitHook(self._step))
+            await app.start()
+            # Faust's own figures of every event cost a fifth of its speed; ours are kept by the cycle.
+            app.sensors.remove(app.monitor)
+            quieten()
+            self._started = True
+            LOG.info("coordinator of %s started, local copy in %s", self.names.namespace, place.folder)
+            for work in (cycle.work, cycle.fire, cycle.sweep, self._pulse, self._survey, self._watch_faust):
+                tasks.append(asyncio.create_task(self._guarded(work()), name=work.__name__))
+            await self._stop.wait()
+        finally:
+            self._started = False
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            if self._app is not None:
+                await self._end(self._app)
+            if writer is not None:
+                await loop.run_in_executor(None, writer.close, 2.0)
+            if isinstance(self._failure, ConsistencyError):
+                place.clear()  # the local copy is of a log that is gone
+            place.release()
+        if self._failure is not None:
+            raise self._failure
+
+    def _prepare(self) -> str:
+        check_topics(self.settings, self.names, self._partitions)
+        return origin_of(self.settings, changelog(self.names))
+
+    async def _with_patience(self, ask: Callable[[], str]) -> str:
+        """Ask in a thread, again while the broker is away, for `Options.patience` seconds."""
+        deadline = time.monotonic() + self.options.patience
+        loop = asyncio.get_running_loop()
+        while True:
+            try:
+                return await loop.run_in_executor(None, ask)
+            except BrokerUnavailable:
+                if time.monotonic() >= deadline:
+                    raise
+                LOG.warning("no broker answers yet; trying for %.0f s more", deadline - time.monotonic())
+                await asyncio.sleep(1.0)
+
+    async def _end(self, app: Any) -> None:
+        # Offsets of what was dealt with are committed in here; a broker that is away must not hold the end up.
+        try:
+            async with asyncio.timeout(STOP_TIMEOUT):
+                await app.stop()
+        except TimeoutError:
+            LOG.warning("Faust did not stop within %.0f s", STOP_TIMEOUT)
+        except Exception as exc:  # noqa: BLE001  # an unclean end of Faust loses nothing
+            LOG.warning("Faust did not stop cleanly: %r", exc)
+
+    def _step(self, name: str) -> None:
+        if self._on_step is not None:
+            self._on_step(name)
+
+    def _fail(self, reason: BaseException) -> None:
+        if self._failure is None and not self._stop.is_set():
+            self._failure = reason
+            if isinstance(reason, JobledgerError):
+                LOG.error("coordinator stops: %s", reason)
+            else:
+                LOG.error("coordinator stops", exc_info=reason)
+        self._stop.set()
+
+    async def _guarded(self, work: Coroutine[Any, Any, None]) -> None:
+        try:
+            await work
+        except asyncio.CancelledError:
+            raise
+        except BaseException as exc:  # noqa: BLE001  # whatever it is ends the coordinator
+            self._fail(exc)
+
+    # -- Faust's calls -----------------------------------------------------------------------------------------------
+
+    async def _on_revoked(self, *_: Any, **__: Any) -> None:
+        if self._cycle is not None:
+            await self._shielded(self._cycle.revoked)
+
+    async def _on_recover(self, *_: Any) -> None:
+        if self._cycle is not None:
+            await self._shielded(self._cycle.rebuild)
+
+    async def _shielded(self, call: Callable[[], Awaitable[None]]) -> None:
+        """Faust looks at the exceptions of these calls no further; so they end the coordinator here."""
+        try:
+            await call()
+        except Exception as exc:  # noqa: BLE001  # whatever it is ends the coordinator
+            self._fail(exc)
+
+    async def _watch_faust(self) -> None:
+        """A part of Faust that dies leaves the process up and idle: so it ends."""
+        while not self._app.crashed:
+            await asyncio.sleep(PULSE)
+        reason = self._app.crash_reason
+        raise reason if isinstance(reason, Exception) else RuntimeError(f"Faust crashed: {reason!r}")
+
+    # -- guards ------------------------------------------------------------------------------------------------------
+
+    async def _pulse(self) -> None:
+        """Notice that this process stood still (SIGSTOP, a suspended machine) or that its clock was set."""
+        last = _clocks()
+        while True:
+            await asyncio.sleep(PULSE)
+            now = _clocks()
+            gap = max(abs(b - a) for a, b in zip(last, now, strict=True))
+            if gap > PULSE_GAP and self._cycle is not None:
+                LOG.warning("this process stood still for %.1f s: nothing is sent until the group confirms it", gap)
+                self._cycle.doubt()
+            last = now
+
+    async def _survey(self) -> None:
+        """Measure the lag; give up if the broker is away for longer than `Options.patience`."""
+        assert self._cycle is not None
+        group = Group(self._app, self.names, None)
+        self._broker_seen = time.monotonic()
+        while True:
+            owned = self._cycle.partitions
+            if owned and group.settled:
+                try:
+                    async with asyncio.timeout(self.options.patience / 4):
+                        self._ends = await group.ends(self.names.coordination, owned)
+                    self._broker_seen = time.monotonic()
+                except Exception as exc:  # noqa: BLE001  # counted as silence of the broker, below
+                    LOG.warning("the ends of %s could not be asked for: %r", self.names.coordination, exc)
+            else:
+                self._broker_seen = max(self._broker_seen, time.monotonic() - self.options.patience / 2)
+            self.health()
+            away = time.monotonic() - self._broker_seen
+            if away > self.options.patience:
+                raise BrokerUnavailable(
+                    f"{self.settings.bootstrap or 'the embedded broker'} did not answer the coordinator for {away:.0f} s; "
+                    "check JOBLEDGER_BOOTSTRAP and that the broker runs"
+                )
+            await asyncio.sleep(SURVEY)
+
+
+def _clocks() -> tuple[float, float]:
+    """Wall time, and time since boot that includes a suspension where the system tells it."""
+    boot = getattr(time, "CLOCK_BOOTTIME", None)
+    return time.time(), time.monotonic() if boot is None else time.clock_gettime(boot)
+
+
+def run_coordinator(
+    names: Names,
+    settings: Settings,
+    partitions: int,
+    *,
+    data_dir: Path | None = None,
+    session_timeout_s: float | None = None,
+    options: Options | None = None,
+    stop_event: threading.Event | None = None,
+    registry: CollectorRegistry | None = None,
+    on_ready: Callable[[Coordinator], None] | None = None,
+) -> int:
+    """Run one coordinator in this thread until SIGTERM, SIGINT or ``stop_event``; its exit code.
+
+    Signals are handled if this is the main thread. ``on_ready(coordinator)`` is called before it starts, for those who
+    want its `Coordinator.health`. What makes it give up is logged; the code then is 70.
+    """
+    options = options or Options()
+    if session_timeout_s is not None:
+        options = replace(options, session_timeout=session_timeout_s)
+
+    async def main() -> None:
+        coordinator = Coordinator(
+            names, settings, partitions=partitions, options=options, data_dir=data_dir, registry=registry
+        )
+        if on_ready is not None:
+            on_ready(coordinator)
+        await supervise(coordinator, stop_event)
+
+    code = EXIT_OK
+    with asyncio.Runner(loop_factory=_new_loop) as runner:
+        try:
+            runner.run(main())
+        except KeyboardInterrupt:
+            pass
+        except JobledgerError as exc:
+            LOG.error("%s", exc)
+            code = EXIT_FAILED
+        except Exception:
+            LOG.exception("the coordinator gave up")
+            code = EXIT_FAILED
+        if code and threading.current_thread() is threading.main_thread():
+            # Threads of Faust's clients that hang on a dead broker would keep the process alive.
+            logging.shutdown()
+            os._exit(code)
+    return code
+
+
+async def supervise(coordinator: Coordinator, stop_event: threading.Event | None = None) -> None:
+    """Run ``coordinator``; SIGTERM, SIGINT (in the main thread) and ``stop_event`` stop it."""
+    loop = asyncio.get_running_loop()
+    handled: list[signal.Signals] = []
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, coordinator.stop)
+            handled.append(number)
+    watch: asyncio.Task[None] | None = None
+    if stop_event is not None:
+        watch = asyncio.create_task(_stop_when(stop_event, coordinator))
+    try:
+        await coordinator.run()
+    finally:
+        if watch is not None:
+            watch.cancel()
+        for number in handled:
+            loop.remove_signal_handler(number)
+
+
+async def _stop_when(event: threading.Event, coordinator: Coordinator) -> None:
+    while not event.is_set():
+        await asyncio.sleep(0.1)
+    coordinator.stop()
+
+
+def _new_loop() -> asyncio.AbstractEventLoop:
+    try:
+        import uvloop
+    except ImportError:  # not on every platform
+        return asyncio.new_event_loop()
+    return uvloop.new_event_loop()

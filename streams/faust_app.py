@@ -1,0 +1,380 @@
+"""How Faust is set up for the coordinator: its settings, security, local folder, and the noise it makes.
+
+Owns everything that must know Faust's or aiokafka's inside; the cycle and the timers see the small `Group` only.
+The settings are those that held in measurements with faust-streaming 0.15.3. Faust keeps the group, the assignment, the
+restoring of the table and the committing of offsets; every record the coordinator sends goes through librdkafka
+(`jobledger.log`), which is idempotent, bounded in time, and says at once that a topic is missing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import logging
+import os
+import shutil
+import socket
+import ssl
+import time
+import uuid
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import faust
+from confluent_kafka import KafkaException, TopicCollection
+from faust.types import TP
+
+from jobledger import log
+from jobledger.config import Settings
+from jobledger.errors import ConfigError
+from jobledger.names import Names
+from jobledger.streams.rows import Rows, RowTable, is_writable
+
+LOG = logging.getLogger("jobledger.coordinator")
+
+TABLE = "schedules"
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """What may be tuned. Times in seconds.
+
+    ``session_timeout``: what a coordinator that died without a word costs its partitions (the broker's
+    ``group.min.session.timeout.ms`` bounds it). ``commit_interval``: how often offsets are committed. ``patience``: how
+    long the broker may be away before the coordinator ends with an error. ``keep_markers``: how long a passed release is
+    remembered after its offset was committed. ``batch``: most events of one cycle.
+    """
+
+    session_timeout: float = 6.0
+    commit_interval: float = 1.0
+    patience: float = 60.0
+    keep_markers: float = 600.0
+    batch: int = 500
+
+
+# -- settings -------------------------------------------------------------------------------------------------------
+
+
+def faust_settings(settings: Settings, options: Options, partitions: int, place: Place) -> dict[str, Any]:
+    """Faust's settings: nothing is read from the environment, no topic is declared, no web server is started."""
+    return {
+        "broker": [f"kafka://{address.strip()}" for address in settings.resolve_bootstrap().split(",")],
+        "broker_credentials": credentials(settings.kafka),
+        "broker_client_id": "jobledger-coordinator",
+        "env": {},
+        "id_format": "{id}",
+        "autodiscover": False,
+        "store": "rocksdb://" if place.durable else "memory://",
+        "datadir": str(place.folder),
+        "topic_partitions": partitions,
+        "topic_disable_leader": True,
+        "topic_allow_declare": False,
+        "table_standby_replicas": 0,
+        "web_enabled": False,
+        "worker_redirect_stdouts": False,
+        "consumer_auto_offset_reset": "earliest",
+        "consumer_group_instance_id": place.instance,
+        "broker_session_timeout": options.session_timeout,
+        "broker_heartbeat_interval": options.session_timeout / 6,
+        "broker_rebalance_timeout": max(10.0, options.session_timeout),
+        "broker_request_timeout": max(30.0, options.session_timeout + 1),
+        "broker_max_poll_records": 2000,
+        "broker_commit_interval": options.commit_interval,
+        "stream_buffer_maxsize": 4096,
+        # The cycle waits for what it has begun when partitions are revoked; what it has not begun is read again.
+        "stream_wait_empty": False,
+        "producer_request_timeout": options.patience,
+    }
+
+
+_SSL_FILES = {"ssl.ca.location", "ssl.certificate.location", "ssl.key.location", "ssl.key.password"}
+_KNOWN_SECURITY = _SSL_FILES | {
+    "security.protocol",
+    "sasl.mechanism",
+    "sasl.mechanisms",
+    "sasl.username",
+    "sasl.password",
+    "ssl.ca.pem",
+    "ssl.endpoint.identification.algorithm",
+    "enable.ssl.certificate.verification",
+}
+
+
+def credentials(kafka: Mapping[str, str]) -> Any:
+    """Security settings with librdkafka's names as Faust's credentials; None for plain text.
+
+    Raises `ConfigError` for a security setting that has no translation: it must not be left out in silence.
+    """
+    for name in kafka:
+        if name.startswith(("ssl.", "sasl.", "security.")) and name not in _KNOWN_SECURITY:
+            raise ConfigError(
+                f"Kafka setting {name!r} cannot be translated for the coordinator (aiokafka); "
+                f"known are {', '.join(sorted(_KNOWN_SECURITY))}"
+            )
+    protocol = kafka.get("security.protocol", "PLAINTEXT").upper()
+    if protocol == "PLAINTEXT":
+        return None
+    if protocol == "SSL":
+        return faust.SSLCredentials(ssl_context(kafka))
+    if protocol not in ("SASL_PLAINTEXT", "SASL_SSL"):
+        raise ConfigError(f"security.protocol={protocol!r} is none of PLAINTEXT, SSL, SASL_PLAINTEXT, SASL_SSL")
+    mechanism = kafka.get("sasl.mechanism", kafka.get("sasl.mechanisms", "PLAIN")).upper()
+    if mechanism not in ("PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512"):
+        raise ConfigError(f"sasl.mechanism={mechanism!r} is none of PLAIN, SCRAM-SHA-256, SCRAM-SHA-512")
+    return faust.SASLCredentials(
+        username=kafka.get("sasl.username"),
+        password=kafka.get("sasl.password"),
+        mechanism=mechanism,
+        ssl_context=ssl_context(kafka) if protocol == "SASL_SSL" else None,
+    )
+
+
+def ssl_context(kafka: Mapping[str, str]) -> ssl.SSLContext:
+    """A client context from librdkafka's ``ssl.*`` settings. Raises `ConfigError` naming what cannot be read."""
+    authority = kafka.get("ssl.ca.location")
+    folder = authority is not None and Path(authority).is_dir()
+    try:
+        context = ssl.create_default_context(
+            cafile=None if folder else authority,
+            capath=authority if folder else None,
+            cadata=kafka.get("ssl.ca.pem"),
+        )
+        if "ssl.certificate.location" in kafka:
+            context.load_cert_chain(
+                kafka["ssl.certificate.location"], kafka.get("ssl.key.location"), kafka.get("ssl.key.password")
+            )
+    except (OSError, ssl.SSLError) as exc:
+        files = {name: kafka[name] for name in sorted(_SSL_FILES - {"ssl.key.password"}) if name in kafka}
+        raise ConfigError(f"the TLS settings {files} cannot be used: {exc}") from exc
+    if kafka.get("ssl.endpoint.identification.algorithm", "https").lower() == "none":
+        context.check_hostname = False
+    if kafka.get("enable.ssl.certificate.verification", "true").lower() == "false":
+        context.check_hostname = False
+        context.verify_mode = ssl.CERT_NONE
+    return context
+
+
+# -- the local folder -----------------------------------------------------------------------------------------------
+
+
+@dataclass(slots=True)
+class Place:
+    """The folder of one running coordinator. ``instance``: its static group member id, so that a restart rejoins at
+    once instead of waiting for the dead member's session; None without a durable folder."""
+
+    folder: Path
+    durable: bool
+    instance: str | None
+    lock: int | None
+
+    def release(self) -> None:
+        """Let another coordinator have the folder."""
+        if self.lock is not None:
+            os.close(self.lock)
+            self.lock = None
+
+    def keep_for(self, origin: str) -> None:
+        """Throw the rows away unless they were restored from the log that ``origin`` names."""
+        mark = self.folder / "origin"
+        if self.durable and (not mark.exists() or mark.read_text("utf-8") != origin):
+            self.clear()
+            mark.write_text(origin, "utf-8")
+
+    def clear(self) -> None:
+        """Throw the rows away: they are restored from the changelog."""
+        (self.folder / "origin").unlink(missing_ok=True)
+        for version in self.folder.glob("v*"):
+            shutil.rmtree(version, ignore_errors=True)
+
+
+def take_place(root: Path, namespace: str) -> Place:
+    """The first folder under ``root`` that no running coordinator holds; in memory if none can be written."""
+    if not is_writable(root):
+        LOG.warning("%s cannot be written: rows are kept in memory, a restart replays the whole changelog", root)
+        return Place(root, False, None, None)
+    for number in range(1000):
+        folder = root / str(number)
+        folder.mkdir(exist_ok=True)
+        lock = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            os.close(lock)
+            continue
+        member = folder / "member"
+        if not member.exists():
+            member.write_text(f"{namespace}-{socket.gethostname()}-{uuid.uuid4().hex[:12]}", "utf-8")
+        return Place(folder, True, member.read_text("utf-8"), lock)
+    raise ConfigError(f"1,000 coordinators run with rows under {root}: give this one a data folder of its own")
+
+
+def origin_of(settings: Settings, topic: str) -> str:
+    """Which log a local copy belongs to: the cluster's id and the topic's. A recreated topic is another log."""
+    admin = log.admin(settings)
+    try:
+        cluster = admin.describe_cluster(request_timeout=10).result().cluster_id
+        described = admin.describe_topics(TopicCollection([topic]), request_timeout=10)[topic].result()
+    except KafkaException as exc:
+        raise log.translate(exc.args[0], settings, f"asking for {topic}") from exc
+    return f"{cluster}/{described.topic_id}"
+
+
+def check_topics(settings: Settings, names: Names, partitions: int) -> None:
+    """Raise `TopicMissing` or `ConfigError` unless source and changelog are there with ``partitions`` each.
+
+    Faust would go on with a mismatch: up, and idle.
+    """
+    for topic in (names.coordination, changelog(names)):
+        found = log.partitions_of(settings, topic)
+        if found != partitions:
+            raise ConfigError(
+                f"{topic} has {found} partitions, not {partitions}: the app's partitions, those of {names.coordination} "
+                f"and those of {changelog(names)} must be equal; see `jobledger topics plan`"
+            )
+
+
+def changelog(names: Names) -> str:
+    """The name that Faust gives the table's changelog topic."""
+    return f"{names.coordinator_group}-{TABLE}-changelog"
+
+
+# -- the app --------------------------------------------------------------------------------------------------------
+
+
+class CommitHook(faust.Sensor):
+    """Tells the crash tests when offsets are about to be committed and when they were."""
+
+    def __init__(self, step: Callable[[str], None]) -> None:
+        super().__init__()
+        self._step = step
+
+    def on_commit_initiated(self, consumer: Any) -> Any:
+        """Before a commit."""
+        self._step("commit-begins")
+
+    def on_commit_completed(self, consumer: Any, state: Any) -> None:
+        """After a commit."""
+        self._step("committed")
+
+
+class Group:
+    """The consumer group and the table as the coordinator uses them; all that touches Faust's inside."""
+
+    def __init__(self, app: Any, names: Names, table: Any) -> None:
+        self.app, self._names, self._table = app, names, table
+
+    @property
+    def rows(self) -> Rows:
+        """The local copy of the table."""
+        store: Rows = self._table.data
+        return store
+
+    @property
+    def settled(self) -> bool:
+        """Whether no rebalance is under way; the flag falls in the consumer's thread, before anything is revoked."""
+        return not self.app.rebalancing
+
+    @property
+    def generation(self) -> int:
+        """The generation of the current assignment; messages carry the one they were fetched under."""
+        found: int = self.app.consumer_generation_id
+        return found
+
+    def partitions(self) -> set[int]:
+        """The partitions this instance owns."""
+        return {tp.partition for tp in self.app.assignor.assigned_actives() if tp.topic == self._names.coordination}
+
+    def committed(self, partition: int) -> int | None:
+        """The committed offset as far as this instance knows."""
+        found: int | None = self.app.consumer._committed_offset[TP(self._names.coordination, partition)]
+        return found
+
+    async def ends(self, topic: str, partitions: Iterable[int]) -> dict[int, int]:
+        """High watermarks, asked from the broker."""
+        tps = [TP(topic, partition) for partition in partitions]
+        found = await self.app.consumer.highwaters(*tps) if tps else {}
+        return {tp.partition: end or 0 for tp, end in found.items()}
+
+    async def begins(self, topic: str, partitions: Iterable[int]) -> dict[int, int]:
+        """First offsets, asked from the broker."""
+        tps = [TP(topic, partition) for partition in partitions]
+        found = await self.app.consumer.earliest_offsets(*tps) if tps else {}
+        return {tp.partition: begin or 0 for tp, begin in found.items()}
+
+    async def confirm(self) -> bool:
+        """Whether the broker still takes this instance for the owner: only a current member may commit.
+
+        What is committed is what was committed already. False: a rebalance is coming; a worse error ends the app.
+        """
+        owned = sorted(self.partitions())
+        if not owned:
+            return True
+        first = owned[0]
+        offset = self.committed(first)
+        if offset is None:
+            offset = (await self.begins(self._names.coordination, [first]))[first]
+        took: bool = await self.app.consumer._commit({TP(self._names.coordination, first): offset})
+        return took and self.settled
+
+
+def build(names: Names, settings: Settings, options: Options, partitions: int, place: Place) -> tuple[Any, Any, Any]:
+    """The Faust app, its source topic and its table. Nothing is connected yet."""
+    app = faust.App(names.coordinator_group, **faust_settings(settings, options, partitions, place))
+    # Raw on both sides: Faust's own decoding acknowledges what it cannot read, without a word.
+    source = app.topic(
+        names.coordination, key_type=bytes, value_type=bytes, key_serializer="raw", value_serializer="raw"
+    )
+    table = RowTable(app, name=TABLE, partitions=partitions, key_type=bytes, value_type=bytes, beacon=app.tables.beacon)
+    app.tables.add(table)
+    return app, source, table
+
+
+# -- noise ----------------------------------------------------------------------------------------------------------
+
+
+class RateLimit(logging.Filter):
+    """Lets one record of each message template pass per ``interval`` seconds, and says how many were held back."""
+
+    def __init__(self, interval: float = 10.0, clock: Callable[[], float] = time.monotonic) -> None:
+        super().__init__()
+        self._interval, self._clock = interval, clock
+        self._last: dict[tuple[str, str], float] = {}
+        self._held: dict[tuple[str, str], int] = {}
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Whether the record passes."""
+        template = (record.name, str(record.msg)[:80])
+        now = self._clock()
+        last = self._last.get(template)
+        if last is not None and now - last < self._interval:
+            self._held[template] = self._held.get(template, 0) + 1
+            return False
+        if len(self._last) > 1000:
+            self._last.clear()
+        self._last[template] = now
+        held = self._held.pop(template, 0)
+        if held:
+            record.msg = f"{record.msg} [{held} more like this were held back]"
+        return True
+
+
+#: In an outage aiokafka writes hundreds of lines a second, and Faust's timers complain about every late beat.
+_NOISY = ("aiokafka", "faust", "mode")
+_limit = RateLimit()
+
+
+def quieten(level: int = logging.WARNING) -> None:
+    """Let Faust, mode and aiokafka log from ``level`` up only, and each message once in 10 s."""
+    for name in [*_NOISY, *logging.root.manager.loggerDict]:
+        if name.partition(".")[0] in _NOISY:
+            logger = logging.getLogger(name)
+            # A filter on a logger does not see its children's records: so each one gets it.
+            if _limit not in logger.filters:
+                logger.addFilter(_limit)
+    for name in _NOISY:
+        logging.getLogger(name).setLevel(level)
+    # Restarting a fetcher in a rebalance is logged as an error with a traceback; it is neither.
+    with contextlib.suppress(KeyError):
+        logging.getLogger("faust.transport.consumer").setLevel(max(level, logging.ERROR))

@@ -1,0 +1,204 @@
+"""Where the coordinator's rows lie: a Faust table whose local copy is RocksDB, or memory where no folder can be written.
+
+Owns the local copy only. Who may write, and the changelog records that make a row durable, are `jobledger.streams.cycle`'s
+business: a row comes here after its changelog record was acknowledged, so the local copy is never ahead of it. Faust
+restores the copy from the changelog after a rebalance; there a row made by a later event wins over an older one, in
+whatever order they were written, so the late write of an instance that was paused takes nothing back.
+"""
+
+from __future__ import annotations
+
+import logging
+from bisect import bisect_right
+from collections import defaultdict
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, Protocol
+
+import faust
+import msgspec
+import rocksdict
+from faust.stores import memory, rocksdb
+
+from jobledger.streams.decisions import decode_row, newer
+
+LOG = logging.getLogger("jobledger.coordinator")
+
+# Faust's defaults are sized for one large table: 64 MB of write buffer and 2 GB of cache for every partition.
+ROCKSDB_OPTIONS = {"write_buffer_size": 8 << 20, "block_cache_size": 16 << 20, "max_open_files": 256}
+
+#: A row's key and its bytes; None deletes it.
+Put = tuple[bytes, bytes | None]
+
+
+class Rows(Protocol):
+    """The local copy, as the coordinator uses it."""
+
+    #: Keys whose changelog ends with an older row than the one kept: to be written to the changelog again.
+    overtaken: set[tuple[int, bytes]]
+
+    def get(self, partition: int, key: bytes) -> bytes | None:
+        """A row's bytes."""
+
+    def write(self, partition: int, puts: Iterable[Put], changelog_offset: int) -> None:
+        """Take over rows whose changelog records are acknowledged, the last at ``changelog_offset``; all or none."""
+
+    def scan(self, partition: int, after: bytes, limit: int) -> list[tuple[bytes, bytes]]:
+        """Up to ``limit`` rows in the order of their keys, those above ``after``."""
+
+
+def merged(current: bytes | None, incoming: bytes) -> bytes | None:
+    """The bytes to keep of two versions of a row: None if ``incoming`` is older, or no row at all."""
+    try:
+        row = decode_row(incoming)
+    except msgspec.ValidationError:
+        raise  # well-formed, but of a kind this version does not know: upgrade, do not guess
+    except msgspec.DecodeError:
+        LOG.error("a changelog record is no row and was left out: %s…", incoming[:16].hex())
+        return None
+    if current is None or newer(row, decode_row(current)):
+        return incoming
+    return None
+
+
+class RocksRows(rocksdb.Store):
+    """`Rows` in one RocksDB per partition; survives the process, so a restart replays only what it has not."""
+
+    def __post_init__(self) -> None:
+        self.overtaken: set[tuple[int, bytes]] = set()
+
+    def get(self, partition: int, key: bytes) -> bytes | None:  # type: ignore[override]
+        """A row's bytes."""
+        found: bytes | None = self._db_for_partition(partition).get(key)
+        return found
+
+    def write(self, partition: int, puts: Iterable[Put], changelog_offset: int) -> None:
+        """Take over acknowledged rows, and how far the changelog is applied, in one atomic write."""
+        batch = rocksdict.WriteBatch(raw_mode=True)
+        for key, value in puts:
+            if value is None:
+                batch.delete(key)
+            else:
+                batch.put(key, value)
+        batch.put(self.offset_key, str(changelog_offset).encode())
+        self._db_for_partition(partition).write(batch)
+
+    def scan(self, partition: int, after: bytes, limit: int) -> list[tuple[bytes, bytes]]:
+        """Rows above ``after`` in key order."""
+        found: list[tuple[bytes, bytes]] = []
+        # The least key above: so an iterator never begins with the one already seen.
+        for key, value in self._db_for_partition(partition).items(from_key=after + b"\0" if after else b""):
+            if key != self.offset_key:
+                found.append((key, value))
+                if len(found) >= limit:
+                    break
+        return found
+
+    def apply_changelog_batch(self, batch: Iterable[Any], to_key: Any, to_value: Any) -> None:
+        """Faust's restoring: later events win; how far the changelog is applied is written in the same batch."""
+        seen: dict[int, dict[bytes, bytes | None]] = defaultdict(dict)
+        offsets: dict[int, int] = {}
+        for event in batch:
+            message = event.message
+            partition, key, value = message.partition, message.key, message.value
+            offsets[partition] = max(message.offset, offsets.get(partition, -1))
+            if key is None:
+                continue
+            if value is not None:
+                known = seen[partition]
+                value = merged(known[key] if key in known else self.get(partition, key), value)
+                if value is None:
+                    self.overtaken.add((partition, key))
+                    continue
+            self.overtaken.discard((partition, key))
+            seen[partition][key] = value
+        for partition, offset in offsets.items():
+            self.write(partition, seen[partition].items(), offset)
+
+
+class MemoryRows(memory.Store[bytes, bytes]):
+    """`Rows` in dictionaries: for where no folder can be written. A restart replays the whole changelog."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.overtaken: set[tuple[int, bytes]] = set()
+        self._parts: dict[int, dict[bytes, bytes]] = defaultdict(dict)
+        self._sorted: tuple[int, list[bytes]] | None = None
+
+    def get(self, partition: int, key: bytes) -> bytes | None:  # type: ignore[override]
+        """A row's bytes."""
+        return self._parts[partition].get(key)
+
+    def write(self, partition: int, puts: Iterable[Put], changelog_offset: int) -> None:
+        """Take over acknowledged rows."""
+        rows = self._parts[partition]
+        for key, value in puts:
+            if value is None:
+                rows.pop(key, None)
+            else:
+                rows[key] = value
+
+    def scan(self, partition: int, after: bytes, limit: int) -> list[tuple[bytes, bytes]]:
+        """Rows above ``after`` in key order, of those that were there when the scan began."""
+        if not after or self._sorted is None or self._sorted[0] != partition:
+            self._sorted = (partition, sorted(self._parts[partition]))
+        rows, keys = self._parts[partition], self._sorted[1]
+        start = bisect_right(keys, after) if after else 0
+        chunk = keys[start : start + limit]
+        return [(key, rows[key]) for key in chunk if key in rows]
+
+    def apply_changelog_batch(self, batch: Iterable[Any], to_key: Any, to_value: Any) -> None:
+        """Faust's restoring: later events win."""
+        for event in batch:
+            message = event.message
+            partition, key, value = message.partition, message.key, message.value
+            if key is None:
+                continue
+            if value is not None:
+                value = merged(self.get(partition, key), value)
+                if value is None:
+                    self.overtaken.add((partition, key))
+                    continue
+            self.overtaken.discard((partition, key))
+            self.write(partition, [(key, value)], message.offset)
+
+    async def on_rebalance(self, assigned: Any, revoked: Any, newly_assigned: Any, generation_id: int = 0) -> None:
+        """A partition that went elsewhere is restored from its beginning when it comes back."""
+        for tp in revoked:
+            if tp.topic in self.table.changelog_topic.topics:
+                self._parts.pop(tp.partition, None)
+
+
+class RowTable(faust.Table[bytes, bytes]):
+    """A Faust table that restores into `Rows`. It is never written through Faust."""
+
+    rows: Rows
+
+    def _new_store(self) -> Any:
+        durable = self.app.conf.store.scheme == "rocksdb"
+        options: dict[str, Any] = {
+            "table_name": self.name,
+            "key_type": self.key_type,
+            "key_serializer": self.key_serializer,
+            "value_serializer": self.value_serializer,
+            "value_type": self.value_type,
+            "loop": self.loop,
+        }
+        if durable:
+            made: Any = RocksRows("rocksdb://", self.app, self, options=dict(ROCKSDB_OPTIONS), **options)
+        else:
+            made = MemoryRows("memory://", self.app, self, options={}, **options)
+        self.rows = made
+        return made
+
+
+def is_writable(folder: Path) -> bool:
+    """Whether rows can be kept under ``folder``, which is made if it is not there."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / ".probe"
+        probe.write_bytes(b"")
+        probe.unlink()
+    except OSError:
+        return False
+    return True

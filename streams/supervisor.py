@@ -1,0 +1,285 @@
+"""Child processes under one parent: started, their output passed on by name, started again when they die, stopped clean.
+
+Owns processes, not what they do: it is told commands. When its own process ends, even by kill -9, the children notice
+through the leash (`obey_leash`) and stop as if they had been asked to, so no orphan goes on beside a successor.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import queue
+import signal
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Iterable, MutableMapping, Sequence
+from dataclasses import dataclass, field
+from types import FrameType
+
+#: Seconds between asking a child to stop and killing it, unless told otherwise. Above the worker's own grace time.
+DEFAULT_GRACE_S = 45.0
+#: Seconds a child may take to stop by itself after its parent has gone.
+ORPHAN_GRACE_S = 60.0
+#: Names the inherited end of the leash. Deliberately outside ``JOBLEDGER_*``: it is no setting.
+LEASH = "_JOBLEDGER_LEASH"
+
+
+@dataclass(frozen=True, slots=True)
+class Child:
+    """A process to keep running: ``name`` stands before its output, ``command`` is its argument list."""
+
+    name: str
+    command: tuple[str, ...]
+
+
+@dataclass(slots=True)
+class Restarts:
+    """When to start a child again: pure, seconds in and out.
+
+    Pauses double from ``initial`` to ``cap``. A life of at least ``healthy`` seconds forgets earlier deaths; more than
+    ``most`` deaths in a row without one are too many.
+    """
+
+    most: int = 5
+    initial: float = 0.5
+    cap: float = 10.0
+    healthy: float = 10.0
+    deaths: int = 0
+
+    def died(self, lived: float) -> float | None:
+        """Seconds to wait before the next start, or None: give up."""
+        self.deaths = 1 if lived >= self.healthy else self.deaths + 1
+        if self.deaths > self.most:
+            return None
+        return float(min(self.cap, self.initial * 2.0 ** (self.deaths - 1)))
+
+
+#: Told a child's name and one line of its output; or the supervisor's own name and what it did.
+Say = Callable[[str, str], None]
+
+
+@dataclass(slots=True)
+class _Running:
+    """One child's present state. ``process`` None: between two lives, next one at ``start_at``."""
+
+    child: Child
+    restarts: Restarts
+    process: subprocess.Popen[bytes] | None = None
+    started: float = 0.0
+    start_at: float | None = 0.0
+    kill_at: float | None = None
+    again: bool = False
+    readers: list[threading.Thread] = field(default_factory=list)
+
+
+class Supervisor:
+    """Keeps children running until it is stopped or one of them dies too often.
+
+    ``say`` is called from several threads, one call at a time. ``restarts`` makes each child's policy. ``grace``:
+    seconds from the request to stop to the kill. A child that keeps dying ends them all: half a stream processor looks
+    alive and is not.
+    """
+
+    NAME = "supervisor"
+
+    def __init__(
+        self,
+        children: Iterable[Child],
+        say: Say,
+        *,
+        restarts: Callable[[], Restarts] = Restarts,
+        grace: float = DEFAULT_GRACE_S,
+    ) -> None:
+        self._running = {child.name: _Running(child, restarts()) for child in children}
+        self._tell, self._saying = say, threading.Lock()
+        self._grace = grace
+        # Signal handlers put into it, so it must be safe to enter again: SimpleQueue is, Queue is not.
+        self._inbox: queue.SimpleQueue[tuple[str, str, int]] = queue.SimpleQueue()
+        self._stopping = False
+        self._gave_up = False
+        self._leash = -1
+
+    def stop(self) -> None:
+        """Ask for a clean stop; a second call kills. From any thread or signal handler."""
+        self._inbox.put(("stop", "", 0))
+
+    def restart(self, names: Sequence[str]) -> None:
+        """Stop these children cleanly and start them again at once; counts as no death. From any thread."""
+        for name in names:
+            self._inbox.put(("restart", name, 0))
+
+    def run(self) -> int:
+        """Run until stopped; 0, or 1 if a child died too often. In the main thread SIGINT, SIGTERM, SIGHUP stop it."""
+        inherited, self._leash = os.pipe()
+        handlers = self._install() if threading.current_thread() is threading.main_thread() else {}
+        try:
+            while True:
+                now = time.monotonic()
+                for each in self._running.values():
+                    self._tend(each, inherited, now)
+                if self._stopping and all(each.process is None for each in self._running.values()):
+                    return 1 if self._gave_up else 0
+                try:
+                    event, name, code = self._inbox.get(timeout=self._patience(time.monotonic()))
+                except queue.Empty:
+                    continue
+                if event == "stop":
+                    self._begin_stop(force=self._stopping)
+                elif event == "restart":
+                    self._begin_restart(self._running[name])
+                else:
+                    self._ended(self._running[name], code)
+        finally:
+            self._kill_all()
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+            os.close(inherited)
+            os.close(self._leash)
+
+    # -- one step each --------------------------------------------------------------------------------------------
+
+    def _tend(self, each: _Running, inherited: int, now: float) -> None:
+        if each.process is None:
+            if not self._stopping and each.start_at is not None and now >= each.start_at:
+                self._start(each, inherited)
+        elif each.kill_at is not None and now >= each.kill_at:
+            each.kill_at = None
+            self.say(f"{each.child.name} did not stop within {self._grace:g} s: killed")
+            each.process.kill()
+
+    def _start(self, each: _Running, inherited: int) -> None:
+        environ = {**os.environ, "PYTHONUNBUFFERED": "1", LEASH: str(inherited)}
+        process = subprocess.Popen(
+            each.child.command,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            env=environ,
+            pass_fds=(inherited,),
+            process_group=0,  # Ctrl-C of a terminal reaches the supervisor alone, which then stops them in order
+        )
+        each.process, each.started, each.start_at, each.kill_at, each.again = (
+            process,
+            time.monotonic(),
+            None,
+            None,
+            False,
+        )
+        reader = threading.Thread(target=self._read, args=(each.child.name, process), daemon=True)
+        reader.start()
+        threading.Thread(target=self._await_end, args=(each.child.name, process, reader), daemon=True).start()
+
+    def _read(self, name: str, process: subprocess.Popen[bytes]) -> None:
+        assert process.stdout is not None
+        with process.stdout as stream:
+            for line in stream:
+                with self._saying:
+                    self._tell(name, line.decode("utf-8", "replace").rstrip("\r\n"))
+
+    def _await_end(self, name: str, process: subprocess.Popen[bytes], reader: threading.Thread) -> None:
+        code = process.wait()
+        # Its last words before the news of its end; a grandchild may hold the pipe open, so not for ever.
+        reader.join(1.0)
+        self._inbox.put(("ended", name, code))
+
+    def _ended(self, each: _Running, code: int) -> None:
+        each.process, each.kill_at = None, None
+        name, now = each.child.name, time.monotonic()
+        if self._stopping:
+            if code not in (0, -signal.SIGTERM):
+                self.say(f"{name} ended with {how(code)}")
+            return
+        if each.again:
+            each.start_at = now
+            return
+        lived = now - each.started
+        pause = each.restarts.died(lived)
+        if pause is None:
+            self.say(f"{name} ended with {how(code)}; it died {each.restarts.deaths} times in a row: giving up")
+            self._gave_up = True
+            self._begin_stop(force=False)
+            return
+        self.say(f"{name} ended with {how(code)} after {lived:.1f} s; starting it again in {pause:g} s")
+        each.start_at = now + pause
+
+    def _begin_stop(self, force: bool) -> None:
+        self._stopping = True
+        for each in self._running.values():
+            if each.process is not None:
+                if force:
+                    each.process.kill()
+                else:
+                    each.kill_at = time.monotonic() + self._grace
+                    each.process.terminate()
+
+    def _begin_restart(self, each: _Running) -> None:
+        if self._stopping:
+            return
+        each.restarts.deaths = 0
+        if each.process is None:
+            each.start_at = time.monotonic()
+        elif not each.again:
+            each.again = True
+            each.kill_at = time.monotonic() + self._grace
+            each.process.terminate()
+
+    def _kill_all(self) -> None:
+        for each in self._running.values():
+            if each.process is not None:
+                each.process.kill()
+                each.process.wait()
+                each.process = None
+
+    def _patience(self, now: float) -> float | None:
+        """Seconds until something is to be done without being told; None: nothing is."""
+        times = [each.kill_at for each in self._running.values() if each.kill_at is not None]
+        if not self._stopping:
+            times += [each.start_at for each in self._running.values() if each.start_at is not None]
+        return max(0.0, min(times) - now) if times else None
+
+    def say(self, what: str) -> None:
+        """Say something in the supervisor's own name, between the children's lines."""
+        with self._saying:
+            self._tell(self.NAME, what)
+
+    def _install(self) -> dict[int, Callable[[int, FrameType | None], object] | int | None]:
+        def asked(number: int, frame: FrameType | None) -> None:
+            self.stop()
+
+        numbers = [signal.SIGINT, signal.SIGTERM]
+        if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # nohup's wish stays
+            numbers.append(signal.SIGHUP)
+        return {number: signal.signal(number, asked) for number in numbers}
+
+
+def how(code: int) -> str:
+    """A process's end as people read it: its exit code, or the signal that ended it."""
+    if code >= 0:
+        return f"exit code {code}"
+    with contextlib.suppress(ValueError):
+        return f"signal {signal.Signals(-code).name}"
+    return f"signal {-code}"
+
+
+def obey_leash(environ: MutableMapping[str, str] | None = None) -> None:
+    """The child's side: if a `Supervisor` started this process, stop it (SIGTERM to itself) once that one is gone.
+
+    All children inherit the reading end of one pipe whose writing end only the supervisor has; nothing is ever written,
+    so a read returns exactly when the supervisor has ended, in whatever way. Works where there is no
+    ``PR_SET_PDEATHSIG``, and unlike that is not bound to the thread that started the child. After `ORPHAN_GRACE_S`
+    the process kills itself.
+    """
+    found = (os.environ if environ is None else environ).pop(LEASH, None)
+    if found is None:
+        return
+    end = int(found)
+    os.set_inheritable(end, False)
+    threading.Thread(target=_hold, args=(end,), name="jobledger-leash", daemon=True).start()
+
+
+def _hold(end: int) -> None:
+    os.read(end, 1)
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(ORPHAN_GRACE_S)
+    os.kill(os.getpid(), signal.SIGKILL)

@@ -1,0 +1,246 @@
+"""The client against a real broker: what is acknowledged is in the log, and what is refused is not."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+import time
+from collections.abc import Iterator
+
+import pytest
+
+from jobledger import (
+    App,
+    BadArguments,
+    BrokerUnavailable,
+    PayloadTooLarge,
+    Position,
+    ResultInsideJob,
+    Settings,
+    StoreError,
+    TopicMissing,
+)
+from jobledger.context import JobContext, enter
+from jobledger.kafka.topics import ensure
+from jobledger.log import LogReader, decoder, recorded
+from jobledger.schemas.events import JobSubmitted, Recorded
+from jobledger.task import Task
+
+pytestmark = pytest.mark.kafka
+
+
+@pytest.fixture
+def app(broker: str, namespace: str) -> Iterator[App]:
+    """An app with its topics."""
+    app = App(namespace, settings=Settings(bootstrap=broker, submit_timeout=10.0), partitions=3)
+    declare(app)
+    ensure(app, app.settings)
+    yield app
+    app.close()
+
+
+def declare(app: App) -> Task[[str, str], str]:
+    """The one task of these tests."""
+
+    @app.task(queue="mail")
+    async def send_mail(to: str, template: str = "welcome") -> str:
+        return to
+
+    return send_mail
+
+
+def read(app: App, position: Position) -> Recorded:
+    """What stands at a position."""
+    with LogReader(app.settings) as reader:
+        message = reader.at(position)
+    assert message is not None
+    return recorded(message, decoder(app.settings, app.names).decode)
+
+
+def everything(app: App, topic: str) -> list[Recorded]:
+    """All events of a topic."""
+    decode = decoder(app.settings, app.names).decode
+    with LogReader(app.settings) as reader:
+        return [recorded(m, decode) for p in range(3) for m in reader.read(topic, p, 0)]
+
+
+def test_a_submission_is_in_the_log_when_submit_returns(app: App) -> None:
+    """The handle's position holds the whole job, keyed by its id, on the partition the key chooses."""
+    handle = app.tasks["send_mail"].using(tags={"tenant": "acme"}).submit("a@example.org")
+    found = read(app, handle.position)
+    assert found.event.job_id == handle.job_id
+    assert (found.event.run, found.event.attempt, found.event.release) == (1, 1, 1)
+    assert isinstance(found.event.fact, JobSubmitted)
+    assert found.event.fact.spec.args == b'{"to":"a@example.org"}'
+    assert found.event.fact.spec.tags == {"tenant": "acme"}
+    assert handle.position.topic == app.names.jobs("mail")
+    assert abs(found.appended_ms - time.time() * 1000) < 60_000
+
+
+def test_a_delayed_job_goes_to_the_coordinator(app: App) -> None:
+    """A delayed submission stands on coordination as release 0 with its delay and home, and on no work topic."""
+    handle = app.tasks["send_mail"].using(delay=60).submit("a@example.org")
+    found = read(app, handle.position)
+    assert handle.position.topic == app.names.coordination
+    assert (found.event.release, found.event.home) == (0, handle.job_id)
+    assert isinstance(found.event.fact, JobSubmitted)
+    assert found.event.fact.delay_ms == 60_000
+    assert everything(app, app.names.jobs("mail")) == []
+
+
+def test_submit_async_leaves_the_event_loop_free(app: App) -> None:
+    """Many submissions run side by side in one event loop, and each is acknowledged."""
+    task = app.tasks["send_mail"]
+
+    async def many() -> set[str]:
+        handles = await asyncio.gather(*(task.submit_async(f"{i}@example.org") for i in range(200)))
+        return {h.job_id for h in handles}
+
+    ids = asyncio.run(many())
+    assert {r.event.job_id for r in everything(app, app.names.jobs("mail"))} == ids
+    assert len(ids) == 200
+
+
+def test_submit_many_keeps_order_and_accounts_for_each(app: App) -> None:
+    """Handles come in the order of the jobs, each with the position where its job really stands."""
+    task = app.tasks["send_mail"]
+    handles = app.submit_many(task.job(f"{i}@example.org") for i in range(25_000))
+    found = {r.position: r.event for r in everything(app, app.names.jobs("mail"))}
+    assert len(handles) == len(found) == 25_000
+    for number in (0, 1, 12_345, 24_999):
+        event = found[handles[number].position]
+        assert event.job_id == handles[number].job_id
+        assert isinstance(event.fact, JobSubmitted)
+        assert event.fact.spec.args == b'{"to":"%d@example.org"}' % number
+    assert app.submit_many([]) == []
+
+
+def test_a_bad_job_among_many_says_so(app: App) -> None:
+    """An argument that does not fit stops `submit_many` with its error; what was sent before stands in the log."""
+    task = app.tasks["send_mail"]
+    with pytest.raises(BadArguments, match="send_mail"):
+        app.submit_many(task.job(to) for to in ("a", 5))
+
+
+def test_a_payload_above_the_limit_names_size_and_limit(app: App) -> None:
+    """A record that is too large is refused with both numbers, and nothing is sent."""
+    with pytest.raises(PayloadTooLarge, match=r"1,?[0-9]+.*JOBLEDGER_MAX_RECORD_BYTES"):
+        app.tasks["send_mail"].submit("x" * 1_000_001)
+    assert everything(app, app.names.jobs("mail")) == []
+
+
+def test_a_large_argument_below_the_limit_arrives(app: App) -> None:
+    """A 900 KiB argument is accepted and arrives whole."""
+    handle = app.tasks["send_mail"].submit("x" * 900 * 1024)
+    fact = read(app, handle.position).event.fact
+    assert isinstance(fact, JobSubmitted)
+    assert len(fact.spec.args) > 900 * 1024
+
+
+def test_missing_topics_name_the_command(broker: str, namespace: str) -> None:
+    """Submitting before the topics exist fails within seconds and names the command that creates them."""
+    app = App(namespace, settings=Settings(bootstrap=broker, submit_timeout=10.0))
+    task = declare(app)
+    with pytest.raises(TopicMissing, match="jobledger topics apply"):
+        task.submit("a@example.org", "b")
+    app.close()
+
+
+def closed_port() -> int:
+    """A port nobody listens on."""
+    with socket.socket() as held:
+        held.bind(("127.0.0.1", 0))
+        return int(held.getsockname()[1])
+
+
+def test_a_broker_that_is_away_is_named_within_the_bound(namespace: str) -> None:
+    """Without a broker, submitting ends after the bound and names the address: a job never silently fails to schedule."""
+    address = f"127.0.0.1:{closed_port()}"
+    app = App(namespace, settings=Settings(bootstrap=address, submit_timeout=1.0))
+    task = declare(app)
+    began = time.monotonic()
+    with pytest.raises(BrokerUnavailable, match=address):
+        task.submit("a@example.org", "b")
+    assert time.monotonic() - began < 10
+    app.close()
+
+
+def test_bad_arguments_fail_before_anything_connects(namespace: str) -> None:
+    """Arguments are judged first: with no broker at all the error is about them."""
+    app = App(namespace, settings=Settings(bootstrap=f"127.0.0.1:{closed_port()}", submit_timeout=1.0))
+    task = declare(app)
+    with pytest.raises(BadArguments, match="nope"):
+        task.submit(nope=1)  # type: ignore[call-arg]  # the point of the test
+    assert app._client is None
+
+
+def inside(job_id: str) -> JobContext:
+    """A running job."""
+    return JobContext(
+        job_id=job_id,
+        task="parent",
+        queue="mail",
+        run=1,
+        attempt=1,
+        release=1,
+        tags={},
+        parent=None,
+        trace=None,
+        report=lambda *_: None,
+    )
+
+
+def test_a_rerun_of_a_job_submits_the_same_children(app: App) -> None:
+    """Jobs submitted inside a job have ids of their parent's making, so a rerun adds none; they name their parent."""
+    task = app.tasks["send_mail"]
+    parent = "01890a5d-ac96-774b-bcce-b302099a8057"
+    ids = []
+    try:
+        for _ in range(2):
+            enter(inside(parent))
+            ids.append([task.submit("a").job_id, task.submit("a").job_id, task.submit("b").job_id])
+    finally:
+        enter(None)
+    assert ids[0] == ids[1]
+    assert len(set(ids[0])) == 3
+    fact = everything(app, app.names.jobs("mail"))[0].event.fact
+    assert isinstance(fact, JobSubmitted)
+    assert fact.spec.parent == parent
+
+
+def test_waiting_inside_a_job_is_refused(app: App) -> None:
+    """A job that waits for another of its pool would wait for ever once the pool is full of such jobs."""
+    handle = app.tasks["send_mail"].submit("a")
+    try:
+        enter(inside(handle.job_id))
+        with pytest.raises(ResultInsideJob, match="refused"):
+            handle.result(timeout=1)
+    finally:
+        enter(None)
+
+
+def test_asking_without_a_status_table_says_so(app: App, tmp_path: object) -> None:
+    """With no status table yet, a question is answered with what is missing, not with "unknown job"."""
+    app.settings = app.settings.with_status_url(f"sqlite:///{tmp_path}/none.db")
+    with pytest.raises(StoreError, match=r"none\.db"):
+        app.job("01890a5d-ac96-774b-bcce-b302099a8057")
+
+
+def test_a_forked_child_submits_with_a_connection_of_its_own(app: App) -> None:
+    """After fork (as in preforking web servers) the child submits through a producer of its own."""
+    task = app.tasks["send_mail"]
+    task.submit("parent")
+    read_end, write_end = os.pipe()
+    child = os.fork()
+    if child == 0:  # pragma: no cover - the child's coverage is not collected
+        try:
+            os.write(write_end, task.submit("child").job_id.encode())
+        finally:
+            os._exit(0)
+    os.close(write_end)
+    with os.fdopen(read_end) as pipe:
+        job_id = pipe.read()
+    os.waitpid(child, 0)
+    assert job_id in {r.event.job_id for r in everything(app, app.names.jobs("mail"))}
+    task.submit("parent again")

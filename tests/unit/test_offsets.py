@@ -1,0 +1,193 @@
+"""The completion map of a work partition: nothing undone is ever called done, nothing done is ever lost."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from jobledger.consumers import offsets
+from jobledger.consumers.offsets import METADATA_LIMIT, PartitionOffsets, Restored, decode, encode
+
+LOG_END = 1 << 40
+
+
+def restored_done(restored: Restored) -> set[int]:
+    return {offset for start, end in restored.done for offset in range(start, end)}
+
+
+steps = st.lists(
+    st.one_of(
+        st.tuples(st.just("receive"), st.integers(1, 4)),
+        st.tuples(st.just("done"), st.integers(0, 1_000_000)),
+        st.tuples(st.just("restart"), st.integers(0, 1)),
+    ),
+    max_size=200,
+)
+
+
+@given(steps, st.lists(st.integers(0, 3), min_size=800, max_size=800), st.integers(0, 1 << 33))
+@settings(max_examples=200, deadline=None)
+def test_any_order_of_completions_and_restarts_keeps_exactly_what_is_done(
+    plan: list[tuple[str, int]], gaps: list[int], first: int
+) -> None:
+    """Snapshot and restore at any moment give back exactly the done records: none undone, none lost."""
+    log = [first + n + sum(gaps[: n + 1]) for n in range(len(gaps))]  # some offsets never come
+    log_end = log[-1] + 1
+    tracker = PartitionOffsets(Restored(first), 0)
+    read = 0  # how many records of the log this owner has read
+    done: set[int] = set()
+    for step, number in plan:
+        if step == "receive":
+            for offset in log[read : read + number]:
+                assert tracker.receive(offset) == (offset not in done), "done records are not run again, others are"
+                assert not tracker.receive(offset), "the same record again is no new one"
+            read += number
+        elif step == "done":
+            open_offsets = [o for o in log[:read] if o not in done]
+            if open_offsets:
+                chosen = open_offsets[number % len(open_offsets)]
+                tracker.done(chosen)
+                done.add(chosen)
+        else:
+            taken = tracker.snapshot(clean=bool(number))
+            assert taken is not None
+            back = decode(taken.offset, taken.metadata, log_end)
+            assert back.clean == bool(number)
+            known = set(range(first, taken.offset)) | restored_done(back)
+            assert known & set(log) == done, "the snapshot says another thing than what was done"
+            tracker = PartitionOffsets(back, 0)
+            read = sum(o < taken.offset for o in log)
+
+
+@given(st.integers(0, 1 << 40), st.integers(0, 3000), st.data())
+@settings(max_examples=200, deadline=None)
+def test_the_text_reads_back_as_it_was_written(base: int, floor: int, data: st.DataObject) -> None:
+    """Every map that fits is read back unchanged, in runs as in bits."""
+    lengths = data.draw(st.lists(st.tuples(st.integers(1, 40), st.integers(1, 40)), max_size=300))
+    at = base
+    ranges = []
+    for gap, length in lengths:
+        ranges.append((at + gap, at + gap + length))
+        at += gap + length
+    text = encode(base, ranges, floor, True)
+    assert text is not None
+    assert len(text.encode()) <= METADATA_LIMIT
+    assert "\0" not in text
+    assert decode(base, text, LOG_END << 1) == Restored(base, tuple(ranges), floor, True)
+
+
+@given(st.lists(st.tuples(st.integers(1, 3000), st.integers(0, 800)), min_size=1, max_size=60), st.integers(0, 1 << 32))
+@settings(max_examples=60, deadline=None)
+def test_below_the_brake_the_text_always_fits(bursts: list[tuple[int, int]], seed: int) -> None:
+    """Whoever stops intake at the brake never meets a map that is too long, whatever completes in whatever order."""
+    tracker = PartitionOffsets(Restored(0), 0)
+    tracker.receive(0)  # never done: the watermark stands still
+    pending: list[int] = []
+    at = 1
+    chance = random.Random(seed)
+    for burst, keep in bursts:
+        for _ in range(burst):
+            if tracker.braked:
+                break
+            assert tracker.receive(at)
+            pending.append(at)
+            at += 1
+        chance.shuffle(pending)
+        while len(pending) > keep:
+            tracker.done(pending.pop())
+        assert tracker.snapshot() is not None
+    assert tracker.snapshot() is not None
+
+
+def test_a_straggler_does_not_stop_intake_of_a_million_others() -> None:
+    """One record that stays open costs a few bytes: with few others open, intake never brakes."""
+    tracker = PartitionOffsets(Restored(0), 0)
+    tracker.receive(0)
+    for offset in range(1, 1_000_000):
+        tracker.receive(offset)
+        if offset >= 100:
+            tracker.done(offset - 99)
+        if offset % 50_000 == 0:
+            assert not tracker.braked
+    taken = tracker.snapshot()
+    assert taken is not None
+    assert taken.offset == 0
+    assert len(taken.metadata) < 100
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        None,
+        "",
+        "garbage",
+        "1c.5.00000000.r",
+        "2c.5.00000000.r",
+        "1c.x.00000000.r",
+        "1c.5.00000000.zAAAA",
+        "1c.5.00000000.r\x7f\x80",
+        "1c.5",
+        "-1",
+    ],
+)
+def test_an_unreadable_map_means_not_done(text: str | None) -> None:
+    """Text that is missing, damaged or of another version says nothing is done and the hand-over was not clean."""
+    assert decode(7, text, LOG_END) == Restored(7)
+
+
+@given(st.text(max_size=80))
+def test_no_text_breaks_the_reader(text: str) -> None:
+    """Whatever stands in the metadata, reading it gives an answer, and the answer is "not done"."""
+    assert decode(7, text, LOG_END) == Restored(7)
+
+
+def test_a_map_beside_another_base_is_refused() -> None:
+    """A map only holds beside the base it was taken with."""
+    text = encode(100, [(101, 105)], 3, True)
+    assert decode(100, text, 200).done == ((101, 105),)
+    assert decode(99, text, 200) == Restored(99)
+
+
+def test_a_map_beyond_the_logs_end_is_refused() -> None:
+    """A map that speaks of records the log does not have is of another log."""
+    text = encode(100, [(101, 105)], 3, True)
+    assert decode(100, text, 104) == Restored(100)
+    assert decode(100, text, 105).floor == 3
+
+
+def test_the_floor_is_the_lowest_outcome_the_map_can_lack() -> None:
+    """The floor starts at the high watermark, follows acknowledged outcomes and waits for what derives from them."""
+    tracker = PartitionOffsets(Restored(0), 50)
+    for offset in range(3):
+        tracker.receive(offset)
+    assert tracker.floor == 50
+    tracker.acknowledged(60)
+    tracker.unsettled(0, 60)
+    tracker.acknowledged(61)
+    tracker.done(1)
+    assert tracker.floor == 60, "record 0 has an outcome at 60 and is not in the map"
+    tracker.done(0)
+    assert tracker.floor == 62, "record 2 has no outcome below 62"
+    tracker.hold(17)
+    assert tracker.floor == 17, "a former owner's outcomes are not all in the map"
+    tracker.hold(None)
+    taken = tracker.snapshot()
+    assert taken is not None
+    assert decode(taken.offset, taken.metadata, LOG_END).floor == 62
+
+
+def test_a_text_that_would_not_fit_is_not_made() -> None:
+    """Too long a map gives no snapshot instead of a wrong one."""
+    scattered = [(n * 200 + 1, n * 200 + 2) for n in range(5000)]
+    assert encode(0, scattered, 0, False) is None
+
+
+def test_the_budget_leaves_room() -> None:
+    """A bitset of the span that never brakes is below three quarters of the limit."""
+    every_second = [(n, n + 1) for n in range(1, offsets.SPAN_BUDGET, 2)]
+    text = encode(0, every_second, LOG_END, False)
+    assert text is not None
+    assert len(text) <= METADATA_LIMIT * offsets.BRAKE
