@@ -108,11 +108,11 @@ def error_info(error: BaseException) -> ErrorInfo:
     name = kind.__qualname__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__}"
     try:
         message = str(error)
-    except BaseException as broken:
+    except BaseException as broken:  # noqa: BLE001  # a user's __str__ may raise anything
         message = f"<its str() raised {type(broken).__qualname__}>"
     try:
         trace: str | None = "".join(traceback.format_exception(error))
-    except BaseException:
+    except BaseException:  # noqa: BLE001  # as above, for whatever the traceback prints
         trace = None
     return ErrorInfo(
         printable(name, TYPE_LIMIT),

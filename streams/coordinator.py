@@ -18,7 +18,7 @@ import time
 from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from faust.exceptions import ConsistencyError
 from prometheus_client import CollectorRegistry
@@ -28,7 +28,7 @@ from jobledger.config import Settings
 from jobledger.errors import BrokerUnavailable, JobledgerError
 from jobledger.log import LogWriter
 from jobledger.names import Names
-from jobledger.streams.acks import AckedWriter
+from jobledger.streams.aio import AckedWriter, Ends
 from jobledger.streams.cycle import Cycle
 from jobledger.streams.faust_app import (
     CommitHook,
@@ -37,13 +37,16 @@ from jobledger.streams.faust_app import (
     build,
     changelog,
     check_topics,
+    hasten,
     origin_of,
     quieten,
     take_place,
+    work_topics,
 )
 from jobledger.streams.metrics import Metrics
 
 LOG = logging.getLogger("jobledger.coordinator")
+T = TypeVar("T")
 
 #: Exit codes of `run_coordinator`. 70 is EX_SOFTWARE of sysexits.h: start it again.
 EXIT_OK, EXIT_FAILED = 0, 70
@@ -87,7 +90,8 @@ class Coordinator:
         self._failure: BaseException | None = None
         self._app: Any = None
         self._cycle: Cycle | None = None
-        self._ends: dict[int, int] = {}
+        self._ends: Ends | None = None
+        self._high: dict[int, int] = {}
         self._broker_seen = time.monotonic()
         self._started = False
 
@@ -111,7 +115,7 @@ class Coordinator:
         ready = cycle is not None and settled and bool(self._app.tables.actives_ready) and cycle.ready
         owned = [] if cycle is None else cycle.partitions
         lag = (
-            0 if cycle is None else sum(max(0, end - cycle.position(p)) for p, end in self._ends.items() if p in owned)
+            0 if cycle is None else sum(max(0, end - cycle.position(p)) for p, end in self._high.items() if p in owned)
         )
         scheduled = 0 if cycle is None else sum(cycle.scheduled.values())
         missing = [] if cycle is None else cycle.missing_topics
@@ -151,7 +155,10 @@ class Coordinator:
         writer: LogWriter | None = None
         tasks: list[asyncio.Task[None]] = []
         try:
-            place.keep_for(await self._with_patience(self._prepare))
+            quieten()
+            origin, topics = await self._with_patience(self._prepare)
+            place.keep_for(origin)
+            self._ends = Ends(self.settings)
             writer = LogWriter(settings, self.names, linger_ms=1.0)
             await loop.run_in_executor(None, writer.ensure_schema)
             app, source, table = build(self.names, self.settings, self.options, self._partitions, place)
@@ -162,9 +169,11 @@ class Coordinator:
                 self.options,
                 Group(app, self.names, table),
                 AckedWriter(writer),
+                self._ends,
                 log.decoder(self.settings, self.names).decode,
                 self.metrics,
                 self._step,
+                topics,
             )
             app.agent(source, name="coordinator")(cycle.read)
             app.on_partitions_revoked.connect(self._on_revoked, weak=False)
@@ -174,6 +183,7 @@ class Coordinator:
             await app.start()
             # Faust's own figures of every event cost a fifth of its speed; ours are kept by the cycle.
             app.sensors.remove(app.monitor)
+            hasten(app)
             quieten()
             self._started = True
             LOG.info("coordinator of %s started, local copy in %s", self.names.namespace, place.folder)
@@ -189,17 +199,20 @@ class Coordinator:
                 await self._end(self._app)
             if writer is not None:
                 await loop.run_in_executor(None, writer.close, 2.0)
+            if self._ends is not None:
+                self._ends.close()
             if isinstance(self._failure, ConsistencyError):
                 place.clear()  # the local copy is of a log that is gone
             place.release()
         if self._failure is not None:
             raise self._failure
 
-    def _prepare(self) -> str:
+    def _prepare(self) -> tuple[str, set[str]]:
+        """Which log the local copy must be of, and the work topics there are."""
         check_topics(self.settings, self.names, self._partitions)
-        return origin_of(self.settings, changelog(self.names))
+        return origin_of(self.settings, changelog(self.names)), work_topics(self.settings, self.names)
 
-    async def _with_patience(self, ask: Callable[[], str]) -> str:
+    async def _with_patience(self, ask: Callable[[], T]) -> T:
         """Ask in a thread, again while the broker is away, for `Options.patience` seconds."""
         deadline = time.monotonic() + self.options.patience
         loop = asyncio.get_running_loop()
@@ -284,17 +297,17 @@ class Coordinator:
     async def _survey(self) -> None:
         """Measure the lag; give up if the broker is away for longer than `Options.patience`."""
         assert self._cycle is not None
-        group = Group(self._app, self.names, None)
+        assert self._ends is not None
         self._broker_seen = time.monotonic()
         while True:
             owned = self._cycle.partitions
-            if owned and group.settled:
+            if owned:
                 try:
-                    async with asyncio.timeout(self.options.patience / 4):
-                        self._ends = await group.ends(self.names.coordination, owned)
+                    found = await self._ends.of(self.names.coordination, owned)
+                    self._high = {p: end for p, (_, end) in found.items()}
                     self._broker_seen = time.monotonic()
-                except Exception as exc:  # noqa: BLE001  # counted as silence of the broker, below
-                    LOG.warning("the ends of %s could not be asked for: %r", self.names.coordination, exc)
+                except JobledgerError as exc:
+                    LOG.warning("%s", exc)
             else:
                 self._broker_seen = max(self._broker_seen, time.monotonic() - self.options.patience / 2)
             self.health()

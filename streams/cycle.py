@@ -13,7 +13,7 @@ import contextlib
 import logging
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from jobledger.config import Settings
@@ -22,7 +22,7 @@ from jobledger.log import Headers, Outgoing, now_us, partitions_of, source
 from jobledger.names import Names
 from jobledger.schemas import codec
 from jobledger.schemas.events import JobEvent, RecordRejected
-from jobledger.streams.acks import AckedWriter, Delivered, first_error
+from jobledger.streams.aio import AckedWriter, Delivered, Ends, first_error
 from jobledger.streams.decisions import (
     NO_FLOOR,
     Batch,
@@ -65,7 +65,8 @@ class Overtaken(JobledgerError):
 
 
 class Cycle:
-    """One instance's share of the schedules. ``step`` is called between any two steps, for crash tests."""
+    """One instance's share of the schedules. ``step`` is called between any two steps, for crash tests; ``topics`` are
+    work topics known to exist."""
 
     def __init__(
         self,
@@ -74,12 +75,15 @@ class Cycle:
         options: Options,
         group: Group,
         writer: AckedWriter,
+        ends: Ends,
         decode: Callable[[bytes | None], JobEvent],
         metrics: Metrics,
         step: Callable[[str], None],
+        topics: Iterable[str] = (),
     ) -> None:
         self._names, self._settings, self._options = names, settings, options
-        self._group, self._writer, self._decode, self._metrics, self._step = group, writer, decode, metrics, step
+        self._group, self._writer, self._ends, self._decode = group, writer, ends, decode
+        self._metrics, self._step = metrics, step
         self._source = source("coordinator")
         self._changelog = changelog(names)
         self._lock = asyncio.Lock()
@@ -94,7 +98,7 @@ class Cycle:
         self._barrier: dict[int, int] = {}  # no timer acts before the source was read up to here
         self._decided: dict[bytes, tuple[int, int]] = {}  # decisions written and not read back yet
         self._doubted = asyncio.Event()  # set: nothing is sent until the broker has confirmed this member
-        self._topics: set[str] = set()
+        self._topics = set(topics)  # known to exist
         self._missing: dict[str, tuple[float, float]] = {}  # topic: next look (monotonic), pause
         self.clock = BrokerClock()
         self.scheduled: Counter[int] = Counter()
@@ -466,9 +470,8 @@ class Cycle:
             self._room.set()
             began = time.monotonic()
             owned = self._group.partitions()
-            coordination = self._names.coordination
-            ends, begins = await self._group.ends(coordination, owned), await self._group.begins(coordination, owned)
-            self._next = await self._group.ends(self._changelog, owned)
+            ends = await self._ends.of(self._names.coordination, owned)
+            self._next = {p: end for p, (_, end) in (await self._ends.of(self._changelog, owned)).items()}
             fresh: dict[int, Timers] = {}
             self._floors.clear()
             self.scheduled.clear()
@@ -478,7 +481,7 @@ class Cycle:
             self._position.clear()
             self._decided.clear()
             # If everything below the end was trimmed away, nothing comes that could lift the barrier.
-            self._barrier = {p: end if end > begins.get(p, 0) else 0 for p, end in ends.items()}
+            self._barrier = {p: end if end > begin else 0 for p, (begin, end) in ends.items()}
             self._generation = self._group.generation
             self._timers = fresh
             self._doubted.clear()

@@ -1,7 +1,7 @@
 """Which broker the tests run against, decided once per session and said in the summary.
 
-The environment's (``JOBLEDGER_BOOTSTRAP``), else a container where a Docker engine answers and has or can pull the image
-``JOBLEDGER_TEST_KAFKA_IMAGE``, else the embedded broker. Tests without a broker start none.
+The environment's (``JOBLEDGER_BOOTSTRAP``), else a container where a Docker engine answers and has, or can pull, the
+image ``JOBLEDGER_TEST_KAFKA_IMAGE``, else the embedded broker. A run without broker tests starts none.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from confluent_kafka import KafkaException
 from confluent_kafka.admin import AdminClient
 
 from jobledger.kafka.broker import BROKER_CONFIG
+from jobledger.kafka.defaults import KAFKA_VERSION
 from jobledger.kafka.embedded import EmbeddedKafka
-from jobledger.kafka.jars import KAFKA_VERSION
 from jobledger.kafka.ports import free_port
 
 DEFAULT_IMAGE = "apache/kafka:4.1.0"

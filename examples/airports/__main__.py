@@ -19,10 +19,12 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from confluent_kafka import KafkaException
 
 from examples.airports import history, report
 from examples.airports.database import saved_rows
@@ -30,9 +32,12 @@ from examples.airports.place import DemoFailed, Place, claimed
 from examples.airports.processes import ProcessDied, Processes
 from examples.airports.rows import Airport, airports
 from examples.airports.screen import Progress, Screen
+from examples.airports.thirdparty import BUSY_SHARE, HANG_SHARE
 from jobledger import JobledgerError
+from jobledger.errors import StoreNotFound
 from jobledger.kafka.embedded import EmbeddedKafka
 from jobledger.kafka.topics import ensure
+from jobledger.log import admin
 
 if TYPE_CHECKING:
     from jobledger import App
@@ -93,9 +98,7 @@ def run(screen: Screen, options: argparse.Namespace) -> bool:
     return good
 
 
-def _story(
-    screen: Screen, stack: ExitStack, place: Place, given: str | None, options: argparse.Namespace
-) -> bool:
+def _story(screen: Screen, stack: ExitStack, place: Place, given: str | None, options: argparse.Namespace) -> bool:
     rows = list(airports())
     if options.rows is not None:
         rows = random.Random(options.seed).sample(rows, min(options.rows, len(rows)))
@@ -130,7 +133,7 @@ def _start_third_party(screen: Screen, processes: Processes, seed: int) -> str:
     with screen.step("third party") as step:
         argv = [sys.executable, "-m", "examples.airports.thirdparty", "--seed", str(seed)]
         url: str = processes.first_line(processes.start("thirdparty", argv), READY_S)["url"]
-        step.result = f"{url}: 2 to 50 ms, {BUSY_SHARE:.0%} of calls get a 503, {HANG_SHARE:.0%} no answer"
+        step.result = f"{url}: 2–50 ms a call, {BUSY_SHARE:.0%} busy, {HANG_SHARE:.0%} never answer"
         return url
 
 
@@ -213,12 +216,12 @@ def _account(screen: Screen, app: App, place: Place, rows: Sequence[Airport], ap
         saved = saved_rows(place.database)
         lives = history.fold(history.read(app))
         retries, calls = sum(life.retries for life in lives.values()), _stats(api)
-        step.result = f"the status table, the import's database and the log: {len(lives):,} jobs, {retries:,} retries"
+        step.result = f"{len(lives):,} jobs with {retries:,} retries, from the log and the status table"
     checks = report.account(rows, _counts(app), failed, saved, lives)
     screen.heading("The account")
     screen.checks(checks)
     screen.heading("Rejects")
-    screen.rejects(report.rejects(failed), {kind: text for text in failed for kind in report.rejects([text])})
+    screen.rejects(report.rejects(failed), report.examples(rows))
     screen.heading("Time")
     screen.latencies(report.latencies(lives.values()))
     screen.spent(report.spent(lives.values()), len(lives))

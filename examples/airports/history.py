@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
-from jobledger import App
 from jobledger.log import LogReader, decoder, partitions_of, recorded
 from jobledger.schemas.events import (
     CLOSING,
@@ -22,6 +22,9 @@ from jobledger.schemas.events import (
     JobSucceeded,
     Recorded,
 )
+
+if TYPE_CHECKING:
+    from jobledger import App
 
 
 @dataclass(slots=True)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from examples.airports.database import Row
 from examples.airports.history import Life
-from examples.airports.rows import FEET_IN_METRES, Airport, faults, kinds, zones
+from examples.airports.rows import FEET_IN_METRES, FOREIGN_ZONE, Airport, faults, kinds, zones
 from examples.airports.thirdparty import EARTH_RADIUS_M
 
 QUANTILES = (0.5, 0.9, 0.99, 1.0)
@@ -80,6 +80,16 @@ def spent(lives: Iterable[Life]) -> Spent:
 def rejects(reasons: Iterable[str]) -> Counter[str]:
     """How many jobs failed for each kind of reason; one with two faults counts under both names joined."""
     return Counter(" + ".join(kinds(reason)) or f"other: {reason}" for reason in reasons)
+
+
+def examples(rows: Iterable[Airport]) -> dict[str, str]:
+    """One rejected row for each kind of reason, named as people know it."""
+    found: dict[str, str] = {}
+    for row in rows:
+        for kind in rejects(["; ".join(faults(row))] if faults(row) else []):
+            zone = f", {row.country}: {row.tz}" if FOREIGN_ZONE in kind else ""
+            found.setdefault(kind, f"{row.icao} {row.name}{zone}")
+    return found
 
 
 def reference_distance_m(lat: float, lon: float, to_lat: float, to_lon: float) -> float:

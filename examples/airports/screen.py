@@ -35,9 +35,9 @@ RATE_OVER_S = 3.0
 STATES = {
     "succeeded": "green",
     "failed": "red",
-    "running": "cyan",
-    "retrying": "yellow",
-    "queued": "grey37",
+    "running": "yellow",
+    "retrying": "magenta",
+    "queued": "blue",
 }
 
 
@@ -55,8 +55,8 @@ class Bar:
             cells = max(round(amount / self.total * self.width) - drawn, 1 if value else 0)
             cells = min(cells, self.width - drawn)
             drawn += cells
-            yield Segment("━" * cells, Style.parse(style))
-        yield Segment("━" * (self.width - drawn), Style.parse("grey15"))
+            yield Segment("█" * cells, Style.parse(style))
+        yield Segment("█" * (self.width - drawn), Style.parse("grey15"))
 
 
 class Rate:
@@ -99,7 +99,7 @@ class Progress:
             self._live.update(self._picture(), refresh=True)
             self._live.stop()
         else:
-            self._screen.console.print(self._line())
+            self._screen.console.print(self._line(), soft_wrap=True)
         self._screen.record(self._picture())
 
     @property
@@ -116,7 +116,7 @@ class Progress:
             self._live.update(self._picture(), refresh=True)
         elif now - self._printed >= PLAIN_EVERY_S:
             self._printed = now
-            self._screen.console.print(self._line())
+            self._screen.console.print(self._line(), soft_wrap=True)
 
     def _speed(self) -> str:
         rate, left = self._rate.value, self._total - self.ended
@@ -190,6 +190,12 @@ class Screen:
             raise
         self._step("✓", "green", step, time.monotonic() - began)
 
+    def done(self, name: str, result: str, seconds: float) -> None:
+        """The line of a step that is over."""
+        step = Step(name)
+        step.result = result
+        self._step("✓", "green", step, seconds)
+
     def _step(self, mark: str, colour: str, step: Step, seconds: float) -> None:
         line = Table.grid(padding=(0, 1))
         line.add_column(width=3, justify="right")
@@ -215,39 +221,47 @@ class Screen:
             table.add_row(mark, check.claim, Text(check.shown, "bold" if check.holds else "bold red"))
         self.print(table)
 
-    def rejects(self, found: Mapping[str, int], example: Mapping[str, str]) -> None:
-        """How many jobs were rejected for which reason, with one reason as the job gave it."""
+    def rejects(self, found: Mapping[str, int], examples: Mapping[str, str]) -> None:
+        """How many jobs were rejected for which reason, with one row as an example."""
         table = _table("rejected because of", "rows", "for example")
         for kind, count in found.items():
-            table.add_row(kind, f"{count:,}", Text(example.get(kind, ""), "dim"))
-        table.add_section()
-        table.add_row("together", f"{sum(found.values()):,}", "")
-        self.print(table)
+            table.add_row(kind, f"{count:,}", Text(examples.get(kind, ""), "dim", overflow="ellipsis", no_wrap=True))
+        table.add_row("together", Text(f"{sum(found.values()):,}", "bold"), "")
+        self.print(Padding(table, (0, 3)))
 
-    def latencies(self, found: Sequence[Latency], note: str) -> None:
+    def latencies(self, found: Sequence[Latency]) -> None:
         """Percentiles."""
         table = _table("milliseconds", *("max" if q == 1 else f"p{q * 100:g}" for q in QUANTILES))
-        for column in table.columns[2:]:
-            column.justify = "right"
+        for column in table.columns[1:]:
+            column.justify, column.min_width = "right", 8
         for each in found:
             table.add_row(each.name, *(f"{value:,.0f}" for value in each.values))
-        self.print(table)
-        self.print(Padding(Text(note, "dim"), (0, 4)))
+        self.print(Padding(table, (0, 3)))
 
     def spent(self, spent: Spent, jobs: int) -> None:
         """Where the time of all jobs went."""
         parts = {
-            "waiting in the queue": (spent.waiting, "grey50"),
-            "running": (spent.running, "cyan"),
-            "backing off before a retry": (spent.backing_off, "yellow"),
+            "waiting in the queue": (spent.waiting, "blue"),
+            "running": (spent.running, "yellow"),
+            "backing off before a retry": (spent.backing_off, "magenta"),
         }
         self.print()
         self.print(Padding(Bar([*parts.values()], spent.total, self.width - 8), (0, 4)))
-        legend = Text("    ")
+        legend = Table.grid(padding=(0, 1))
+        legend.add_column(min_width=30)
+        legend.add_column(justify="right", min_width=7)
+        legend.add_column(justify="right", min_width=20)
         for name, (value, colour) in parts.items():
-            legend.append("● ", colour).append(f"{name} ").append(f"{value / spent.total:.1%}", "bold")
-            legend.append(f" ({value / max(jobs, 1):,.0f} ms a job)   ", "dim")
-        self.print(legend)
+            legend.add_row(
+                Text.assemble(("● ", colour), name),
+                Text(f"{value / spent.total:.1%}", "bold"),
+                Text(f"{value / max(jobs, 1):,.0f} ms a job", "dim"),
+            )
+        self.print(Padding(legend, (0, 4)))
+
+    def note(self, text: str) -> None:
+        """Words that explain the figures above."""
+        self.print(Padding(Text(text, "dim"), (0, 4)))
 
     def commands(self, commands: Mapping[str, str]) -> None:
         """What to type to look further; never wrapped, so that it can be copied."""

@@ -5,27 +5,22 @@ Exit codes: 0 done; 1 an error, which is said; 3 from ``status`` when no broker 
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
-from rich.table import Table
 
-from jobledger.config import Settings
-from jobledger.errors import KafkaStartFailed
-from jobledger.kafka import embedded
-from jobledger.kafka.broker import STOP_TIMEOUT_S
-from jobledger.kafka.embedded import KafkaStatus
-from jobledger.kafka.jars import KAFKA_VERSION
-from jobledger.kafka.jars import Progress as Report
+from jobledger.cli.options import Json
+from jobledger.cli.output import Exit, console, duration, print_fields, print_json
+from jobledger.kafka import defaults
 
-EXIT_NOT_RUNNING = 3
+if TYPE_CHECKING:
+    from jobledger.kafka.embedded import KafkaStatus
+    from jobledger.kafka.jars import Progress as Report
+
 STOPPED = 143  # how a JVM ends after SIGTERM, e.g. from `jobledger kafka stop` elsewhere
 
 app = typer.Typer(
@@ -41,25 +36,29 @@ _STEPS = {
     "boot": "starting the broker",
 }
 
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
-
 
 @app.command("start")
 def start(
-    port: Annotated[int, typer.Option(help="Port on 127.0.0.1; 0 takes a free one.")] = embedded.DEFAULT_PORT,
-    data: Annotated[Path | None, typer.Option(help="Data folder; kept between starts.", show_default="in home")] = None,
-    heap: Annotated[int, typer.Option(min=128, help="Heap of the broker in MB.")] = embedded.DEFAULT_HEAP_MB,
-    version: Annotated[str, typer.Option(help="Version of Apache Kafka, 4.0 or later.")] = KAFKA_VERSION,
-    timeout: Annotated[float, typer.Option(help="Seconds that the broker may take to answer.")] = (
-        embedded.START_TIMEOUT_S
-    ),
-    foreground: Annotated[bool, typer.Option("--foreground", help="Stay, and stop the broker on Ctrl+C.")] = False,
+    port: Annotated[int, typer.Option(help="Port on 127.0.0.1; 0 takes a free one.")] = defaults.PORT,
+    data: Annotated[
+        Path | None, typer.Option(help="Data folder, kept between starts.", show_default="under JOBLEDGER_HOME")
+    ] = None,
+    heap: Annotated[int, typer.Option(min=128, help="Heap of the broker in MB.")] = defaults.HEAP_MB,
+    version: Annotated[str, typer.Option(help="Version of Apache Kafka, 4.0 or later.")] = defaults.KAFKA_VERSION,
+    timeout: Annotated[
+        float, typer.Option(help="Seconds that the broker may take to answer.")
+    ] = defaults.START_TIMEOUT_S,
+    foreground: Annotated[bool, typer.Option("--foreground", help="Stay, and stop the broker on Ctrl-C.")] = False,
     as_json: Json = False,
 ) -> None:
     """Start the embedded broker; if it runs already, say where.
 
-    The first start fetches Apache Kafka (about 45 MB) once per user and version.
+    The first start fetches Apache Kafka (about 45 MB), once per user and version.
     """
+    from jobledger.config import Settings
+    from jobledger.errors import KafkaStartFailed
+    from jobledger.kafka import embedded
+
     home = Settings.from_env().home
     with _progress(version, quiet=as_json) as report:
         began = embedded.start(
@@ -86,46 +85,50 @@ def start(
 
 @app.command("stop")
 def stop(
-    timeout: Annotated[float, typer.Option(help="Seconds to end cleanly before it is killed.")] = (STOP_TIMEOUT_S),
+    timeout: Annotated[
+        float, typer.Option(help="Seconds to end cleanly before it is killed.")
+    ] = defaults.STOP_TIMEOUT_S,
     as_json: Json = False,
 ) -> None:
     """Stop the embedded broker; its data is kept. Nothing to stop is no error."""
+    from jobledger.config import Settings
+    from jobledger.kafka import embedded
+
     stopped = embedded.stop(Settings.from_env().home, timeout)
     if as_json:
-        print(json.dumps({"stopped": stopped}))
+        print_json({"stopped": stopped})
     else:
-        Console().print("stopped" if stopped else "no embedded broker was running")
+        console().print("stopped" if stopped else "no embedded broker was running")
 
 
 @app.command("status")
 def status(as_json: Json = False) -> None:
     """Say whether the embedded broker runs, and where. Exit code 3 if it does not."""
+    from jobledger.config import Settings
+    from jobledger.kafka import embedded
+
     found = embedded.status(Settings.from_env().home)
     _show(found, as_json)
     if not found.running:
-        raise typer.Exit(EXIT_NOT_RUNNING)
+        raise typer.Exit(Exit.NOT_FOUND)
 
 
 def _show(found: KafkaStatus, as_json: bool) -> None:
     if as_json:
-        print(json.dumps(found.as_dict()))
-        return
-    console = Console()
-    if not found.running:
-        console.print("no embedded broker is running; start it with [bold]jobledger kafka start[/]")
-        return
-    table = Table.grid(padding=(0, 2))
-    rows = [
-        ("bootstrap", f"[bold green]{found.bootstrap}[/]"),
-        ("version", str(found.version)),
-        ("pid", str(found.pid)),
-        ("uptime", f"{found.uptime or 0:.0f} s"),
-        ("data", str(found.data)),
-        ("log", str(found.log)),
-    ]
-    for row in rows:
-        table.add_row(*row)
-    console.print(table, soft_wrap=True)
+        print_json(found.as_dict())
+    elif not found.running:
+        console().print("no embedded broker is running; start it with `jobledger kafka start`")
+    else:
+        print_fields(
+            [
+                ("bootstrap", (str(found.bootstrap), "bold green")),
+                ("version", str(found.version)),
+                ("pid", str(found.pid)),
+                ("uptime", duration(found.uptime or 0.0)),
+                ("data", str(found.data)),
+                ("log", str(found.log)),
+            ]
+        )
 
 
 @contextmanager
@@ -134,6 +137,8 @@ def _progress(version: str, quiet: bool) -> Iterator[Report | None]:
     if quiet or not sys.stderr.isatty():
         yield None
         return
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
     columns = (
         SpinnerColumn(),
         TextColumn("{task.description}"),
@@ -141,7 +146,7 @@ def _progress(version: str, quiet: bool) -> Iterator[Report | None]:
         MofNCompleteColumn(),
         TimeElapsedColumn(),
     )
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+    with Progress(*columns, console=console(stderr=True), transient=True) as bar:
         line = bar.add_task("", total=None)
 
         def report(step: str, done: int, total: int) -> None:

@@ -9,11 +9,15 @@ import typer
 if TYPE_CHECKING:
     from jobledger.app import App
 
-Target = Annotated[str, typer.Argument(metavar="MODULE:APP", help="The app, e.g. shop.jobs:app or path/to/file.py:app.")]
+Target = Annotated[
+    str, typer.Argument(metavar="MODULE:APP", help="The app, e.g. shop.jobs:app or path/to/file.py:app.")
+]
 Bootstrap = Annotated[
     str | None,
     typer.Option(
-        metavar="HOST:PORT", help="Kafka's address; wins over JOBLEDGER_BOOTSTRAP.", show_default="settings, else embedded"
+        metavar="HOST:PORT",
+        help="Kafka's address; wins over JOBLEDGER_BOOTSTRAP.",
+        show_default="settings, else embedded",
     ),
 ]
 StatusUrl = Annotated[
@@ -36,7 +40,9 @@ Namespace = Annotated[
 ]
 
 
-def place(target: str | None, namespace: str | None, bootstrap: str | None = None, status_url: str | None = None) -> App:
+def place(
+    target: str | None, namespace: str | None, bootstrap: str | None = None, status_url: str | None = None
+) -> App:
     """The app to ask: loaded from ``--app``, or an empty one for ``--namespace``, or the only local status table's.
 
     Raises `ConfigError` if both or neither name one.

@@ -15,6 +15,8 @@ from enum import IntEnum
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    import datetime as dt
+
     from rich.console import Console
     from rich.text import Text
 
@@ -192,23 +194,27 @@ def _two(seconds: int, big: int, big_name: str, small: int, small_name: str) -> 
     return f"{first} {big_name}" + (f" {second} {small_name}" if second else "")
 
 
-def relative(micros: int | None, now_us: int | None = None) -> str:
-    """A moment (microseconds since the epoch) as seen from now: ``12.0 s ago``, ``in 3 min``; ``-`` for None."""
-    if micros is None:
+def relative(moment: dt.datetime | int | None, now_us: int | None = None) -> str:
+    """A moment (aware, or microseconds since the epoch) as seen from now: ``12.0 s ago``, ``in 3 min``, ``-`` for None."""
+    if moment is None:
         return "-"
-    seconds = ((time.time_ns() // 1000 if now_us is None else now_us) - micros) / 1e6
+    seconds = (time.time_ns() // 1000 if now_us is None else now_us) / 1e6 - _seconds(moment)
     if abs(seconds) < 0.0005:
         return "now"
     return f"{duration(seconds)} ago" if seconds > 0 else f"in {duration(-seconds)}"
 
 
-def clock(micros: int | None) -> str:
+def clock(moment: dt.datetime | int | None) -> str:
     """A moment as local date and time with milliseconds; ``-`` for None."""
-    if micros is None:
+    if moment is None:
         return "-"
-    from datetime import datetime
+    import datetime as dt
 
-    return datetime.fromtimestamp(micros / 1e6).astimezone().strftime("%Y-%m-%d %H:%M:%S.%f")[:-3]
+    return dt.datetime.fromtimestamp(_seconds(moment)).astimezone().strftime("%Y-%m-%d %H:%M:%S.%f")[:-3]
+
+
+def _seconds(moment: dt.datetime | int) -> float:
+    return moment / 1e6 if isinstance(moment, int) else moment.timestamp()
 
 
 def shorten(text: str, most: int = 60) -> str:

@@ -5,37 +5,32 @@ Exit codes: 0 in order (a plan with pending steps included); 1 an error, or a pl
 
 from __future__ import annotations
 
-import json
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
-from confluent_kafka.admin import AdminClient
-from rich.console import Console
-from rich.table import Table
 
-from jobledger import log
 from jobledger.cli.loading import load_app
-from jobledger.kafka import topics
-from jobledger.kafka.topics import Change, Plan, Step
+from jobledger.cli.options import Bootstrap, Json, Target
+from jobledger.cli.output import Cell, Exit, console, print_json, print_table
 
-EXIT_REFUSED = 1
+if TYPE_CHECKING:
+    from confluent_kafka.admin import AdminClient
+
+    from jobledger.kafka.topics import Change, Plan
 
 app = typer.Typer(name="topics", help="Topics as code: what the app needs, and how to get there.", no_args_is_help=True)
 
 _STYLES = {
-    Step.CREATE: "green",
-    Step.PARTITIONS: "yellow",
-    Step.CONFIG: "yellow",
-    Step.REFUSE: "bold red",
-    Step.UNCHANGED: "dim",
+    "create": "green",
+    "add-partitions": "yellow",
+    "alter-config": "yellow",
+    "refuse": "bold red",
+    "unchanged": "dim",
 }
 
-Target = Annotated[str, typer.Argument(metavar="MODULE:APP", help="The app, e.g. shop.jobs:app.")]
-Bootstrap = Annotated[str | None, typer.Option(help="host:port[,host:port] of the cluster.", show_default="settings")]
 Replication = Annotated[
     int | None, typer.Option(min=1, help="Copies of each partition.", show_default="3, or the number of brokers")
 ]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")]
 
 
 @app.command("plan")
@@ -44,7 +39,7 @@ def plan(target: Target, bootstrap: Bootstrap = None, replication: Replication =
     _, made, address = _plan(target, bootstrap, replication)
     _show(made, address, as_json)
     if made.refused:
-        raise typer.Exit(EXIT_REFUSED)
+        raise typer.Exit(Exit.ERROR)
 
 
 @app.command("apply")
@@ -59,29 +54,32 @@ def apply(
 
     A change that would lose or misplace state is refused, and then nothing is changed.
     """
+    from jobledger.kafka import topics
+
     admin, made, address = _plan(target, bootstrap, replication)
     if not as_json or made.refused:
         _show(made, address, as_json)
     if made.refused:
-        raise typer.Exit(EXIT_REFUSED)
+        raise typer.Exit(Exit.ERROR)
     if made.pending and not yes:
-        typer.confirm(f"Apply {len(made.pending)} changes to {address}?", abort=True, err=True)
+        typer.confirm(f"Apply {_changes(len(made.pending))} to {address}?", abort=True, err=True)
     notes = topics.apply(admin, made, address=address)
     if as_json:
-        print(json.dumps({**made.as_dict(), "applied": len(made.pending), "notes": notes}))
+        print_json({**made.as_dict(), "applied": len(made.pending), "notes": notes})
         return
-    console = Console()
     for note in notes:
-        console.print(f"[yellow]note:[/] {note}", soft_wrap=True)
+        console().print(f"note: {note}", style="yellow", markup=False)
     if made.pending:
-        console.print(f"applied {len(made.pending)} changes")
+        console().print(f"applied {_changes(len(made.pending))}")
 
 
 def _plan(target: str, bootstrap: str | None, replication: int | None) -> tuple[AdminClient, Plan, str]:
-    loaded = load_app(target)
-    settings = loaded.settings.with_bootstrap(bootstrap)
-    address = settings.resolve_bootstrap()
-    admin = log.admin(settings)
+    from jobledger import log
+    from jobledger.kafka import topics
+
+    loaded = load_app(target, bootstrap=bootstrap)
+    address = loaded.settings.resolve_bootstrap()
+    admin = log.admin(loaded.settings)
     copies = replication or topics.default_replication(admin, address=address)
     queues = topics.queue_partitions(loaded)
     specs = topics.desired(loaded.names, queues, partitions=loaded.partitions, replication=copies)
@@ -91,20 +89,18 @@ def _plan(target: str, bootstrap: str | None, replication: int | None) -> tuple[
 
 def _show(made: Plan, address: str, as_json: bool) -> None:
     if as_json:
-        print(json.dumps(made.as_dict()))
+        print_json(made.as_dict())
         return
-    console = Console()
-    table = Table(title=f"topics and groups at {address}", title_justify="left")
-    for heading in ("", "name", "partitions", "settings"):
-        table.add_column(heading, overflow="fold")
-    for change in made.changes:
-        style = _STYLES[change.step]
-        table.add_row(f"[{style}]{change.step.value}[/]", change.name, _partitions(change), _settings(change))
-    console.print(table)
+    print_table(["name", "step", "partitions", "settings"], [_row(change) for change in made.changes])
     for change in made.refused:
-        console.print(f"[bold red]refused:[/] {change.reason}", soft_wrap=True)
+        console().print(f"refused: {change.reason}", style="bold red", markup=False)
     if not made.pending and not made.refused:
-        console.print("nothing to do: the cluster has what the app declares")
+        console().print(f"nothing to do: {address} has what the app declares")
+
+
+def _row(change: Change) -> list[Cell]:
+    step = change.step.value
+    return [change.name, (step, _STYLES[step]), _partitions(change), _settings(change)]
 
 
 def _partitions(change: Change) -> str:
@@ -119,3 +115,7 @@ def _settings(change: Change) -> str:
     return "\n".join(
         f"{key}={new}" if old is None else f"{key}: {old} → {new}" for key, (old, new) in change.config.items()
     )
+
+
+def _changes(count: int) -> str:
+    return f"{count} change" if count == 1 else f"{count} changes"

@@ -21,10 +21,10 @@ from pathlib import Path
 import psutil
 
 from jobledger.errors import ConfigError, KafkaStartFailed
+from jobledger.kafka.defaults import HOST, STOP_TIMEOUT_S
 from jobledger.kafka.jars import Progress
-from jobledger.kafka.ports import HOST, free_port
+from jobledger.kafka.ports import free_port
 
-STOP_TIMEOUT_S = 30.0
 LOG_TAIL_LINES = 30
 
 #: What the broker is started with; `start(config=…)` wins over these, but not over the addresses and folders.

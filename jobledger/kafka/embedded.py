@@ -22,13 +22,8 @@ import psutil
 from jobledger.config import default_home
 from jobledger.errors import ConfigError, KafkaStartFailed
 from jobledger.kafka import broker, ports
-from jobledger.kafka.broker import STOP_TIMEOUT_S
-from jobledger.kafka.jars import KAFKA_VERSION, Progress, classpath, locked
-from jobledger.kafka.ports import HOST
-
-DEFAULT_PORT = 9092
-DEFAULT_HEAP_MB = 512
-START_TIMEOUT_S = 60.0
+from jobledger.kafka.defaults import HEAP_MB, HOST, KAFKA_VERSION, PORT, START_TIMEOUT_S, STOP_TIMEOUT_S
+from jobledger.kafka.jars import Progress, classpath, locked
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,9 +75,9 @@ def status(home: Path) -> KafkaStatus:
 def start(
     home: Path,
     *,
-    port: int = DEFAULT_PORT,
+    port: int = PORT,
     data: Path | None = None,
-    heap_mb: int = DEFAULT_HEAP_MB,
+    heap_mb: int = HEAP_MB,
     version: str = KAFKA_VERSION,
     detach: bool = True,
     progress: Progress | None = None,
@@ -163,7 +158,7 @@ class EmbeddedKafka:
         *,
         port: int = 0,
         data: Path | None = None,
-        heap_mb: int = DEFAULT_HEAP_MB,
+        heap_mb: int = HEAP_MB,
         version: str = KAFKA_VERSION,
         config: Mapping[str, str] | None = None,
         jars: Path | None = None,

@@ -20,12 +20,10 @@ from typing import TYPE_CHECKING, Protocol
 from xml.etree import ElementTree
 
 from jobledger.errors import ConfigError, KafkaStartFailed
+from jobledger.kafka.defaults import KAFKA_VERSION
 
 if TYPE_CHECKING:
     from jgo.maven import Artifact, MavenContext
-
-#: The version that is fetched unless another is asked for.
-KAFKA_VERSION = "4.4.0"
 
 GROUP, ARTIFACT = "org.apache.kafka", "kafka_2.13"
 MARKER = "complete.json"

@@ -9,8 +9,7 @@ import socket
 import psutil
 
 from jobledger.errors import ConfigError, PortTaken
-
-HOST = "127.0.0.1"
+from jobledger.kafka.defaults import HOST
 
 # Below the range from which systems take the ports of outgoing connections: while a broker on a port of that range is
 # away, another program, or a client of ours connecting to itself, could come to own it.

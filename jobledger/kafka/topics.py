@@ -463,7 +463,7 @@ def _alter(admin: AdminClient, kind: ResourceType, changes: Sequence[Change]) ->
 
 
 def _await_visible(admin: AdminClient, expected: Mapping[str, int], address: str) -> None:
-    """Wait until the broker that answers us knows every partition and its leader: a creation is acknowledged earlier."""
+    """Wait until the broker that answers knows every partition and its leader: creations are acknowledged earlier."""
     deadline = time.monotonic() + VISIBLE_TIMEOUT_S
     missing = dict(expected)
     while True:

@@ -18,11 +18,12 @@ from confluent_kafka import Consumer, KafkaException, Producer, TopicPartition
 from confluent_kafka.admin import AdminClient, NewTopic  # type: ignore[attr-defined]  # re-exported without saying so
 from typer.testing import CliRunner
 
-from jobledger.cli.kafka import EXIT_NOT_RUNNING
 from jobledger.cli.kafka import app as cli
+from jobledger.cli.output import Exit
 from jobledger.config import Settings, default_home
 from jobledger.errors import BrokerUnavailable, ConfigError, KafkaStartFailed, PortTaken
 from jobledger.kafka import embedded, jars
+from jobledger.kafka.defaults import KAFKA_VERSION
 from jobledger.kafka.embedded import EmbeddedKafka
 from jobledger.kafka.ports import free_port
 
@@ -66,7 +67,7 @@ def test_status_tells_where_it_runs(kafka: EmbeddedKafka) -> None:
     assert found.bootstrap == kafka.bootstrap == f"127.0.0.1:{found.port}"
     assert found.pid is not None
     assert psutil.pid_exists(found.pid)
-    assert found.version == jars.KAFKA_VERSION
+    assert found.version == KAFKA_VERSION
     assert found.log.exists()
     assert found.data.is_dir()
     assert json.loads(json.dumps(found.as_dict()))["bootstrap"] == kafka.bootstrap
@@ -238,7 +239,7 @@ def test_the_command_line_starts_tells_and_stops(home: Path, monkeypatch: pytest
     """`start`, `status` and `stop` work on the home of the settings, speak JSON and use the documented exit codes."""
     monkeypatch.setenv("JOBLEDGER_HOME", str(home))
     runner = CliRunner()
-    assert runner.invoke(cli, ["status", "--json"]).exit_code == EXIT_NOT_RUNNING
+    assert runner.invoke(cli, ["status", "--json"]).exit_code == Exit.NOT_FOUND
     started = runner.invoke(cli, ["start", "--port", "0", "--json"])
     assert started.exit_code == 0, started.output
     status = runner.invoke(cli, ["status", "--json"])

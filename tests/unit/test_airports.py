@@ -11,9 +11,12 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from rich.console import Console
 
 from examples.airports.database import Database, Row, open_database, saved_rows
-from examples.airports.report import percentile, reference_distance_m
+from examples.airports.history import Life, fold
+from examples.airports.place import DemoFailed, claimed
+from examples.airports.report import account, latencies, percentile, reference_distance_m, rejects, spent
 from examples.airports.rows import (
     FOREIGN_ZONE,
     NO_CITY,
@@ -25,7 +28,22 @@ from examples.airports.rows import (
     zones,
     zones_of_countries,
 )
+from examples.airports.screen import Bar, Rate
 from examples.airports.thirdparty import BUSY_SHARE, HANG_SHARE, LATENCY_MS, distance_m, fate
+from jobledger.schemas.events import (
+    ErrorInfo,
+    Fact,
+    JobDue,
+    JobEvent,
+    JobFailed,
+    JobRetried,
+    JobSpec,
+    JobStarted,
+    JobSubmitted,
+    JobSucceeded,
+    Position,
+    Recorded,
+)
 
 latitudes = st.floats(-90, 90)
 longitudes = st.floats(-180, 180)
@@ -156,3 +174,123 @@ def test_percentiles_are_values_that_occurred() -> None:
     values = [float(n) for n in range(1, 101)]
     assert [percentile(values, q) for q in (0.5, 0.9, 0.99, 1.0)] == [50.0, 90.0, 99.0, 100.0]
     assert percentile([7.0], 0.5) == 7.0
+
+
+def event(job: str, release: int, at: int, fact: Fact) -> Recorded:
+    made = JobEvent("", job, 1, release, release, 0, "import_airport", "import", None, None, "test", None, fact)
+    return Recorded(made, Position("t", 0, at), at)
+
+
+ERROR = ErrorInfo("Busy", "503")
+SPEC = JobSpec(b"{}")
+RETRIED_ONCE = [
+    event("a", 1, 1_000, JobSubmitted(SPEC)),
+    event("a", 1, 1_010, JobStarted("w", "t", 0)),
+    event("a", 1, 1_040, JobRetried(ERROR, 200, 25_000)),
+    event("a", 2, 1_300, JobDue(SPEC, 0)),
+    event("a", 2, 1_305, JobStarted("w", "t", 1)),
+    event("a", 2, 1_330, JobSucceeded(b"1", 20_000)),
+]
+
+
+@given(st.permutations(RETRIED_ONCE * 2))
+def test_a_life_is_read_from_the_log_in_any_order(events: list[Recorded]) -> None:
+    """Waiting, running and backing off add up over the attempts, whatever came first or twice — except a second end."""
+    seen_end = False
+    kept = []
+    for each in events:
+        if isinstance(each.event.fact, JobSucceeded):
+            if seen_end:
+                continue
+            seen_end = True
+        kept.append(each)
+    life = fold(kept)["a"]
+    assert (life.to_start_ms, life.to_end_ms, life.retries) == (10, 330, 1)
+    assert (life.waiting_ms, life.running_ms, life.backing_off_ms) == (15, 45.0, 260)
+    assert life.succeeded
+    assert spent([life]).total == 15 + 45 + 260
+
+
+def test_a_second_end_is_not_overlooked() -> None:
+    """A job whose log holds two ends counts neither as succeeded nor as failed."""
+    life = fold([*RETRIED_ONCE, event("a", 2, 1_400, JobSucceeded(b"1", 20_000))])["a"]
+    assert not life.succeeded
+    assert life.failed is None
+
+
+def lived(fact: JobSucceeded | JobFailed) -> Life:
+    return fold(
+        [event("a", 1, 0, JobSubmitted(SPEC)), event("a", 1, 1, JobStarted("w", "t", 0)), event("a", 1, 2, fact)]
+    )["a"]
+
+
+def balanced() -> tuple[list[Airport], dict[str, int], list[str], list[Row], dict[str, Life]]:
+    bad = Airport("XXXX", "", "Nowhere", "", "", "CH", 0.0, 0.0, 0.0, "Europe/Zurich")
+    zone = zones()[GOOD.tz]
+    metres = round(distance_m(GOOD.lat, GOOD.lon, zone.lat, zone.lon))
+    saved = Row(GOOD.icao, GOOD.name, GOOD.city, "CH", GOOD.tz, GOOD.lat, GOOD.lon, 431.9, metres)
+    lives = {"a": lived(JobSucceeded(b"1", 1)), "b": lived(JobFailed("rejected", ErrorInfo("Reject", NO_CITY), 1))}
+    return [GOOD, bad], {"succeeded": 1, "failed": 1}, [NO_CITY], [saved], lives
+
+
+def test_an_account_that_balances_holds() -> None:
+    """With every row ended and everything where it should be, every check holds."""
+    assert all(check.holds for check in account(*balanced()))
+
+
+def test_every_check_can_fail() -> None:
+    """For each check there is a run that breaks it: lost, wrongly rejected, unsaved, wrongly saved, ended twice."""
+    rows, counts, reasons, saved, lives = balanced()
+    broken = [
+        account(rows, {"succeeded": 1, "running": 1}, reasons, saved, lives)[0],
+        account(rows, counts, ["other"], saved, lives)[1],
+        account(rows, counts, reasons, [], lives)[2],
+        account(rows, counts, reasons, [saved[0]._replace(zone_distance_m=1)], lives)[3],
+        account(rows, counts, reasons, saved, {"a": lives["a"]})[4],
+    ]
+    assert [check.holds for check in broken] == [False] * len(account(*balanced()))
+
+
+def test_reasons_are_counted_by_kind() -> None:
+    """A row with two faults is counted once, under both; a reason of no known kind keeps its own words."""
+    both = f"{NO_CITY}; {FOREIGN_ZONE}: Europe/Paris is none of CH's"
+    assert rejects([NO_CITY, both, NO_CITY, "oops"]) == {NO_CITY: 2, f"{NO_CITY} + {FOREIGN_ZONE}": 1, "other: oops": 1}
+
+
+def test_latencies_are_those_of_the_log() -> None:
+    """Submit → start and submit → end are the broker's times, an attempt's is the worker's."""
+    found = {each.name: each.values for each in latencies(fold(RETRIED_ONCE).values())}
+    assert found["submit → start"] == (10.0,) * 4
+    assert found["one attempt"] == (20.0, 25.0, 25.0, 25.0)
+    assert found["submit → end"] == (330.0,) * 4
+
+
+def test_a_bar_shows_what_is_there() -> None:
+    """Every part that is not empty has a cell, and the bar is never longer than its width."""
+    console = Console(width=80, color_system=None)
+    with console.capture() as got:
+        console.print(Bar([(28_000, "green"), (1, "red"), (0, "cyan"), (2, "yellow")], 28_298, 40), end="")
+    assert len(got.get().strip()) == 40
+
+
+def test_a_rate_forgets() -> None:
+    """The rate is that of the last seconds: what was done earlier does not count."""
+    rate = Rate()
+    for second in range(20):
+        rate.update(float(second), 1_000 * second if second < 10 else 9_000 + 100 * (second - 9))
+    assert rate.value == pytest.approx(100)
+
+
+def test_a_folder_of_somebody_else_is_not_taken(tmp_path: Path) -> None:
+    """The demo empties only folders of its own, and one run at a time has one."""
+    (tmp_path / "theirs").mkdir()
+    (tmp_path / "theirs" / "kafka").mkdir()
+    with pytest.raises(DemoFailed, match="not this demo's"), claimed(tmp_path / "theirs", "airports"):
+        pass
+    assert (tmp_path / "theirs" / "kafka").is_dir()
+    with claimed(tmp_path / "ours", "airports") as place:
+        place.database.write_text("old")
+        with pytest.raises(DemoFailed, match="another demo"), claimed(tmp_path / "ours", "airports"):
+            pass
+    with claimed(tmp_path / "ours", "airports") as place:
+        assert not place.database.exists()

@@ -1,15 +1,20 @@
-"""Sending from an event loop: librdkafka's delivery reports as one awaitable per batch. Knows no events."""
+"""librdkafka for an event loop: delivery reports as one awaitable per batch, and the ends of partitions.
+
+Knows no events. Ends are not asked through Faust's consumer: its requests queue behind a fetch that waits for records.
+"""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 from confluent_kafka import KafkaError, Message
 
+from jobledger.config import Settings
 from jobledger.errors import JobledgerError
-from jobledger.log import LogWriter, Outgoing, translate
+from jobledger.log import LogReader, LogWriter, Outgoing, translate
 
 
 class Delivered(NamedTuple):
@@ -70,3 +75,29 @@ class AckedWriter:
 def first_error(outcomes: Sequence[Delivered | JobledgerError]) -> JobledgerError | None:
     """The first record that was not acknowledged, as its error."""
     return next((o for o in outcomes if isinstance(o, JobledgerError)), None)
+
+
+class Ends:
+    """Where partitions begin and end, asked from the broker on a connection of its own. Close it."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._reader: LogReader | None = None
+        # One thread: the reader is not to be shared.
+        self._thread = ThreadPoolExecutor(1, "jobledger-ends")
+
+    async def of(self, topic: str, partitions: Iterable[int]) -> dict[int, tuple[int, int]]:
+        """First offset and high watermark by partition. Raises `BrokerUnavailable` or `TopicMissing`."""
+        return await asyncio.get_running_loop().run_in_executor(self._thread, self._ask, topic, sorted(partitions))
+
+    def _ask(self, topic: str, partitions: Sequence[int]) -> dict[int, tuple[int, int]]:
+        if self._reader is None:
+            self._reader = LogReader(self._settings)
+        return {partition: self._reader.watermarks(topic, partition) for partition in partitions}
+
+    def close(self) -> None:
+        """Give the connection back; does not wait for an answer that is under way."""
+        reader = self._reader
+        if reader is not None:
+            self._thread.submit(reader.close)
+        self._thread.shutdown(wait=False)

@@ -1,0 +1,66 @@
+# Everything a person does daily. Needs make and a Python of 3.11 or newer; the rest comes into .venv.
+# `make PYTHON=/path/to/python3.12 setup` chooses another Python; `make test ARGS="-k offsets"` passes arguments on.
+
+PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python3.14; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && exit; done; echo python3)
+VENV := .venv
+PY := $(VENV)/bin/python
+STAMP := $(VENV)/.installed
+ARGS ?=
+
+# `make chaos`: how long faults are injected, and over how many jobs.
+CHAOS_SECONDS ?= 900
+CHAOS_JOBS ?= 200000
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo dev test lint format bench chaos docs clean
+.NOTPARALLEL:
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+setup: $(STAMP) ## everything into .venv (done by the others when it is needed)
+
+$(STAMP): pyproject.toml .ci/install.py
+	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else 1)' 2>/dev/null || { \
+		echo "Jobledger needs Python 3.11 or newer; '$(PYTHON)' is $$($(PYTHON) --version 2>&1 || echo missing)."; \
+		echo "Install one, or name it: make PYTHON=/path/to/python3.11 $(MAKECMDGOALS)"; exit 1; } >&2
+	@test -x $(PY) || $(PYTHON) -m venv $(VENV) || { \
+		rm -rf $(VENV); \
+		echo "$(PYTHON) cannot make virtual environments (on Debian and Ubuntu: the package python3-venv)."; \
+		exit 1; } >&2
+	@$(PY) .ci/install.py
+	@touch $@
+
+demo: $(STAMP) ## import 28,298 real rows in the background, on real Kafka
+	@$(PY) -m examples.airports $(ARGS)
+
+dev: $(STAMP) ## broker, worker and stream processor of the demo app, reloading on change
+	@$(PY) -m jobledger dev $(or $(APP),examples.airports.app:app) $(ARGS)
+
+# pytest last: its closing line is the last thing to be read.
+test: lint ## lint, types and every test, on real Kafka
+	@$(PY) -m pytest $(ARGS)
+
+lint: $(STAMP) ## formatting, lint, types, layers
+	@$(PY) -m ruff format --check --quiet . || { echo "run: make format" >&2; exit 1; }
+	@$(PY) -m ruff check --quiet .
+	@$(PY) -m mypy --no-error-summary
+	@$(VENV)/bin/lint-imports --no-logo >$(VENV)/lint-imports.log 2>&1 || { cat $(VENV)/lint-imports.log >&2; exit 1; }
+	@echo "lint: formatting, rules, types and layers hold"
+
+format: $(STAMP) ## write the formatting that lint asks for
+	@$(PY) -m ruff check --fix --quiet . ; $(PY) -m ruff format --quiet .
+
+bench: $(STAMP) ## figures beside a bare librdkafka loop of the same run
+	@$(PY) -m bench $(ARGS)
+
+chaos: $(STAMP) ## the acceptance tests, long: CHAOS_SECONDS, CHAOS_JOBS
+	@CHAOS_SECONDS=$(CHAOS_SECONDS) CHAOS_JOBS=$(CHAOS_JOBS) $(PY) -m pytest tests/acceptance --timeout=0 $(ARGS)
+
+docs: $(STAMP) ## draw docs/states.md from the table of transitions
+	@$(PY) -m jobledger.cli.states docs/states.md
+
+clean: ## remove what is made here, .venv included
+	@rm -rf $(VENV) build dist .demo *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache .coverage* bench/results
+	@find . -name __pycache__ -type d -not -path './.git/*' -prune -exec rm -rf {} +

@@ -1,0 +1,202 @@
+"""From an outcome to records: the closing fact beside the work record, and what derives from it.
+
+Ids of derived records are functions of the job, so sending them again after a takeover repeats them instead of adding
+to them. Sending is the caller's business.
+"""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Mapping
+
+import msgspec
+import uuid_utils
+
+from jobledger.consumers.outcome import UNKNOWN_TASK_TAG, Failed, Outcome, Retried, Snoozed, Succeeded, printable
+from jobledger.log import Outgoing, now_us
+from jobledger.names import Names
+from jobledger.schemas import codec
+from jobledger.schemas.events import (
+    DeadLettered,
+    ErrorInfo,
+    Fact,
+    JobEvent,
+    JobFailed,
+    JobRetried,
+    JobSnoozed,
+    JobSpec,
+    JobStarted,
+    JobSubmitted,
+    JobSucceeded,
+    RecordRejected,
+    ReleaseRequested,
+)
+from jobledger.task import Registry
+
+#: Characters of an error's message that are kept when the record would be too large otherwise.
+_SHORT_MESSAGE = 200
+#: A derived record repeats the job; the producer's own limit leaves it this many bytes more than a submission.
+DERIVED_MARGIN = 900
+
+
+def derived_id(job_id: str, *parts: object) -> str:
+    """The UUIDv5 of a record that a machine derives from a job: of the job's id and ``parts`` joined by slashes."""
+    try:
+        space = uuid.UUID(job_id)
+    except ValueError:  # other writers may use ids of their own
+        space = uuid.uuid5(uuid.NAMESPACE_OID, job_id)
+    return str(uuid.uuid5(space, "/".join(map(str, parts))))
+
+
+class Facts:
+    """Writes what a worker has to say. ``source``: who says it; ``limit``: bytes a record may have."""
+
+    def __init__(self, registry: Registry, source: str, limit: int) -> None:
+        self._registry = registry
+        self._names: Names = registry.names
+        self._source = source
+        self._limit = limit
+
+    def event(self, work: JobEvent, fact: Fact) -> JobEvent:
+        """``fact`` about the job of a work record, as this worker's own event."""
+        return JobEvent(
+            str(uuid_utils.uuid7()),
+            work.job_id,
+            work.run,
+            work.attempt,
+            work.release,
+            now_us(),
+            work.task,
+            work.queue,
+            work.key,
+            work.home,
+            self._source,
+            work.trace,
+            fact,
+        )
+
+    def started(self, work: JobEvent, topic: str, offset: int, takeover: int) -> bytes:
+        """`JobStarted`, encoded."""
+        return codec.encode(self.event(work, JobStarted(self._source, topic, offset, takeover)))
+
+    def closing(self, work: JobEvent, outcome: Outcome, duration_us: int) -> bytes:
+        """The fact that closes this release, encoded; an error's text is shortened if the record were too large."""
+        if isinstance(outcome, Succeeded):
+            return codec.encode(self.event(work, JobSucceeded(outcome.result, duration_us)))
+        if isinstance(outcome, Snoozed):
+            return codec.encode(self.event(work, JobSnoozed(outcome.delay_ms, outcome.reason, duration_us)))
+
+        def fact(error: ErrorInfo) -> Fact:
+            if isinstance(outcome, Retried):
+                return JobRetried(error, outcome.delay_ms, duration_us)
+            return JobFailed(outcome.reason, error, duration_us)
+
+        value = codec.encode(self.event(work, fact(outcome.error)))
+        if len(value) > self._limit:
+            value = codec.encode(self.event(work, fact(_shortened(outcome.error))))
+        return value
+
+    def too_large(self, outcome: Outcome, size: int, where: str) -> Failed:
+        """What becomes of an outcome whose record is larger than may be sent."""
+        what = "result" if isinstance(outcome, Succeeded) else "error"
+        return Failed(
+            "bad-result",
+            ErrorInfo(
+                "PayloadTooLarge",
+                f"the {what} makes a record of {size} bytes, above {where}: "
+                "store the data elsewhere and return a reference to it",
+            ),
+        )
+
+    def derived(self, work: JobEvent, outcome: Outcome, due_at: int | None = None) -> list[Outgoing]:
+        """What others must act on. ``due_at``: micros, when the closing fact's append time is known already."""
+        if isinstance(outcome, Retried):
+            return [self._release(work, work.attempt + 1, outcome.delay_ms, due_at, _spec(work))]
+        if isinstance(outcome, Snoozed):
+            spec = _spec(work) if outcome.tags is None else _tagged(_spec(work), outcome.tags)
+            return [self._release(work, work.attempt, outcome.delay_ms, due_at, spec)]
+        if isinstance(outcome, Failed):
+            return [self._dead_letter(work, outcome), *self._fallback(work)]
+        return []
+
+    def _release(self, work: JobEvent, attempt: int, delay_ms: int, due_at: int | None, spec: JobSpec) -> Outgoing:
+        release = work.release + 1
+        event = msgspec.structs.replace(
+            self.event(work, ReleaseRequested(spec, None if due_at is not None else delay_ms, due_at)),
+            event_id=derived_id(work.job_id, work.run, release, "request"),
+            attempt=attempt,
+            release=release,
+        )
+        return Outgoing(self._names.coordination, codec.encode(event), work.home or work.job_id)
+
+    def _dead_letter(self, work: JobEvent, outcome: Failed) -> Outgoing:
+        def encoded(error: ErrorInfo) -> bytes:
+            event = self.event(work, DeadLettered(_spec(work), outcome.reason, error))
+            identity = derived_id(work.job_id, work.run, work.release, "dead-letter")
+            return codec.encode(msgspec.structs.replace(event, event_id=identity))
+
+        value = encoded(outcome.error)
+        if len(value) > self._limit:
+            value = encoded(_shortened(outcome.error))
+        return Outgoing(self._names.dead_letter, value, work.job_id)
+
+    def _fallback(self, work: JobEvent) -> list[Outgoing]:
+        failed = self._registry.tasks.get(work.task)
+        if failed is None or failed.fallback is None:
+            return []
+        task = self._registry.task(failed.fallback)
+        job_id = derived_id(work.job_id, work.run, "fallback")
+        spec = msgspec.structs.replace(_untagged(_spec(work)), parent=work.job_id)
+        event = JobEvent(
+            job_id,
+            job_id,
+            1,
+            1,
+            1,
+            now_us(),
+            task.name,
+            task.queue,
+            None,
+            None,
+            self._source,
+            work.trace,
+            JobSubmitted(spec),
+        )
+        return [Outgoing(self._names.jobs(task.queue), codec.encode(event), job_id)]
+
+    def rejected(
+        self, topic: str, partition: int, offset: int, key: bytes | None, value: bytes | None, error: str
+    ) -> Outgoing:
+        """A record that cannot be read, kept as it is."""
+
+        def encoded(raw: bytes | None, why: str) -> bytes:
+            identity = derived_id("record", topic, partition, offset)
+            fact = RecordRejected(topic, partition, offset, key, raw, printable(why, 2_000))
+            return codec.encode(JobEvent(identity, "", 0, 0, 0, now_us(), "", "", None, None, self._source, None, fact))
+
+        record = encoded(value, error)
+        over = len(record) - self._limit
+        if over > 0 and value is not None:
+            kept = max(0, len(value) - over - 100)
+            record = encoded(value[:kept], f"{error} (the first {kept} of {len(value)} bytes are kept here)")
+        return Outgoing(self._names.dead_letter, record, f"{topic}/{partition}/{offset}")
+
+
+def _spec(work: JobEvent) -> JobSpec:
+    spec: JobSpec = work.fact.spec  # type: ignore[union-attr]  # only submissions and releases stand on work topics
+    return spec
+
+
+def _tagged(spec: JobSpec, tags: Mapping[str, str]) -> JobSpec:
+    return msgspec.structs.replace(spec, tags=dict(tags))
+
+
+def _untagged(spec: JobSpec) -> JobSpec:
+    """The job without the worker's own mark."""
+    if UNKNOWN_TASK_TAG not in spec.tags:
+        return spec
+    return _tagged(spec, {k: v for k, v in spec.tags.items() if k != UNKNOWN_TASK_TAG})
+
+
+def _shortened(error: ErrorInfo) -> ErrorInfo:
+    return ErrorInfo(error.type, error.message[:_SHORT_MESSAGE], None)

@@ -1,0 +1,282 @@
+"""The fetch thread: polls a queue's consumer always, runs nothing, and carries partitions in and out.
+
+One thread, one consumer and one group per queue. It hands raw messages to the dispatcher and holds back when enough of
+them wait; what is in them is not its business.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+from confluent_kafka import OFFSET_BEGINNING, Consumer, KafkaError, KafkaException, Message, TopicPartition
+
+from jobledger.config import Settings
+from jobledger.consumers.settle import Settler
+from jobledger.consumers.work import Lease, Partition
+from jobledger.errors import BrokerUnavailable, ConfigError, JobledgerError
+from jobledger.log import consumer_config, translate
+from jobledger.names import Names
+
+LOG = logging.getLogger("jobledger.worker")
+
+#: Longest batch handed over at once.
+BATCH = 500
+#: Seconds a poll may wait; also how late a change of pausing may be.
+POLL_S = 0.05
+#: Seconds of holding back after which the client is paused, so that polling can go on.
+FULL_PAUSE_S = 0.5
+#: Seconds a revoked partition's jobs get to end, within the callback.
+HANDOVER_S = 8.0
+#: Seconds the group's offsets are asked for at assignment before the worker gives up.
+COMMITTED_TIMEOUT_S = 30.0
+
+
+class Fetcher(threading.Thread):
+    """Fetches one queue. ``prefetch``: messages that may wait for the dispatcher.
+
+    ``assigned`` is told of new partitions (the takeover), ``revoked`` of ended ones, ``wake`` of new messages.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        names: Names,
+        queue: str,
+        *,
+        settler: Settler,
+        prefetch: int,
+        lease: float,
+        assigned: Callable[[Fetcher, list[Partition]], None],
+        ended: Callable[[list[Partition]], None],
+        wake: Callable[[], None],
+        fail: Callable[[JobledgerError], None],
+    ) -> None:
+        super().__init__(name=f"jobledger-fetch-{queue}", daemon=True)
+        self.queue, self.topic = queue, names.jobs(queue)
+        self._settings, self._settler, self._prefetch = settings, settler, prefetch
+        self._assigned, self._ended, self.wake_dispatcher, self._fail = assigned, ended, wake, fail
+        self.lease = Lease(lease)
+        self.commit_lock = threading.Lock()
+        self._parts: dict[int, Partition] = {}
+        self._room = threading.Event()
+        self.waiting = False  # for room
+        self._full = False  # paused because nothing fits
+        self._draining = False
+        self._closing = threading.Event()
+        self._handover = HANDOVER_S
+        self.fetched = 0
+        self.error: str | None = None
+        conf = consumer_config(
+            settings,
+            group=names.worker_group(queue),
+            **{
+                "group.protocol": "consumer",
+                "group.remote.assignor": "range",
+                # The client's own buffer per partition: enough for a batch or two, bounded in bytes.
+                "queued.min.messages": max(2_000, prefetch),
+                "queued.max.messages.kbytes": 16_384,
+                "fetch.error.backoff.ms": 100,
+            },
+        )
+        self.consumer = Consumer(conf)
+
+    # -- what others ask ------------------------------------------------------------------------------------------
+
+    def owned(self) -> list[Partition]:
+        """Partitions owned right now."""
+        return [p for p in list(self._parts.values()) if p.owned]
+
+    @property
+    def held(self) -> int:
+        """Messages that wait for the dispatcher."""
+        return sum(p.held for p in list(self._parts.values()))
+
+    def taken(self) -> None:
+        """The dispatcher took messages: there may be room again."""
+        if self.waiting and self.held <= self._prefetch // 2:
+            self._room.set()
+
+    def drain(self) -> None:
+        """Take nothing more; go on polling."""
+        self._draining = True
+        self._room.set()
+
+    def close(self, handover: float) -> None:
+        """Leave the group and end; partitions get ``handover`` seconds to settle."""
+        self._handover = min(self._handover, handover)
+        self._closing.set()
+        self._room.set()
+
+    # -- the thread -----------------------------------------------------------------------------------------------
+
+    def run(self) -> None:
+        """Poll until closed, then leave the group."""
+        try:
+            self.consumer.subscribe(
+                [self.topic], on_assign=self._on_assign, on_revoke=self._on_revoke, on_lost=self._on_lost
+            )
+            self._poll_until_closed()
+        except JobledgerError as exc:
+            self._fail(exc)
+        except KafkaException as exc:
+            self._fail(translate(exc.args[0], self._settings, f"reading {self.topic}"))
+        except Exception as exc:
+            LOG.exception("the fetch thread of queue %s broke", self.queue)
+            self._fail(JobledgerError(f"the fetch thread of queue {self.queue!r} broke: {exc!r}"))
+        finally:
+            try:
+                self.consumer.close()
+            except Exception:  # leaving is a courtesy: the session ends without it
+                LOG.exception("queue %s: leaving the group failed", self.queue)
+
+    def _poll_until_closed(self) -> None:
+        steer_at = 0.0
+        full_since: float | None = None
+        consumer = self.consumer
+        while not self._closing.is_set():
+            room = self._prefetch - self.held
+            now = time.monotonic()
+            if self._draining or room <= 0 or (self._full and room <= self._prefetch // 2):
+                full_since = full_since or now
+                if self._draining or now - full_since >= FULL_PAUSE_S:
+                    self._full = True
+                    self._steer()
+                    self._take(consumer.poll(POLL_S), 0)
+                else:
+                    self._await_room()
+                continue
+            full_since = None
+            if self._full or now >= steer_at:
+                self._full = False
+                self._steer()
+                steer_at = now + POLL_S
+            self._take(consumer.poll(POLL_S), room)
+
+    def _await_room(self) -> None:
+        self._room.clear()
+        self.waiting = True
+        if self.held >= self._prefetch:
+            self._room.wait(POLL_S)
+        self.waiting = False
+
+    def _take(self, first: Message | None, room: int) -> None:
+        """Hand ``first`` over, and what else is there already, up to ``room``."""
+        if first is None:
+            return
+        batch = [first]
+        if room > 1:
+            batch += self.consumer.consume(min(room, BATCH) - 1, 0)
+        parts = self._parts
+        for message in batch:
+            error = message.error()
+            if error is not None:
+                self._message_error(error)
+                continue
+            partition = parts.get(message.partition())  # type: ignore[arg-type]  # a consumed message has one
+            if partition is not None:
+                partition.raw.append(message)
+                self.fetched += 1
+        self.error = None
+        self.wake_dispatcher()
+
+    def _message_error(self, error: KafkaError) -> None:
+        code = error.code()
+        if error.fatal() or code in (
+            KafkaError.GROUP_AUTHORIZATION_FAILED,
+            KafkaError.TOPIC_AUTHORIZATION_FAILED,
+            KafkaError._AUTHENTICATION,
+        ):
+            raise translate(error, self._settings, f"reading {self.topic}")
+        if code in (KafkaError.UNSUPPORTED_VERSION, KafkaError._UNSUPPORTED_FEATURE, KafkaError.UNSUPPORTED_ASSIGNOR):
+            raise ConfigError(
+                f"the broker does not know the consumer group protocol that workers need ({error.str()}): "
+                "Kafka 4.0 or later is required"
+            )
+        text = error.str()
+        if text != self.error:
+            LOG.warning("queue %s: %s", self.queue, text)
+        self.error = text
+
+    def _steer(self) -> None:
+        """Pause and resume at the client so that it fits what may be fetched."""
+        pause: list[TopicPartition] = []
+        resume: list[TopicPartition] = []
+        for p in self._parts.values():
+            wanted = self._full or not p.ready or p.braked or p.stopped is not None
+            if wanted != p.paused:
+                (pause if wanted else resume).append(TopicPartition(p.topic, p.number))
+                p.paused = wanted
+        if pause:
+            self.consumer.pause(pause)
+        if resume:
+            self.consumer.resume(resume)
+
+    # -- rebalances: run inside poll, in this thread ------------------------------------------------------------------
+
+    def _on_assign(self, consumer: Consumer, assigned: list[TopicPartition]) -> None:
+        committed = self._committed(consumer, assigned)
+        new: list[Partition] = []
+        for where in committed:
+            offset = where.offset if where.offset >= 0 else -1
+            partition = Partition(self.topic, where.partition, self.lease, offset, where.metadata or None)
+            self._parts[where.partition] = partition
+            new.append(partition)
+        consumer.incremental_assign(
+            [TopicPartition(p.topic, p.number, p.committed if p.committed >= 0 else OFFSET_BEGINNING) for p in new]
+        )
+        # Nothing is read before the takeover is through; `_steer` resumes.
+        consumer.pause([TopicPartition(p.topic, p.number) for p in new])
+        LOG.info("queue %s: assigned partitions %s", self.queue, [p.number for p in new])
+        self._assigned(self, new)
+
+    def _committed(self, consumer: Consumer, assigned: list[TopicPartition]) -> list[TopicPartition]:
+        deadline = time.monotonic() + COMMITTED_TIMEOUT_S
+        while True:
+            try:
+                found = consumer.committed(assigned, timeout=5.0)
+                errors = [f.error for f in found if f.error is not None]
+                if not errors:
+                    return found
+                problem: Any = errors[0]
+            except KafkaException as exc:
+                problem = exc.args[0]
+            if time.monotonic() > deadline or self._closing.is_set():
+                # Never taken for "nothing committed": that would run everything again.
+                raise BrokerUnavailable(
+                    f"the committed offsets of {self.topic} could not be read within {COMMITTED_TIMEOUT_S:g} s: "
+                    f"{problem.str()}"
+                )
+            time.sleep(0.1)
+
+    def _on_revoke(self, consumer: Consumer, revoked: list[TopicPartition]) -> None:
+        parts = self._give_up(revoked)
+        if not parts:
+            return
+        settled = self._settler.settle(parts, time.monotonic() + self._handover)
+        if not self._settler.broken:
+            self._settler.commit_last(self, parts, timeout=self._handover + 2.0)
+        left = {p.number: len(p.live) for p in parts if p.live}
+        LOG.info(
+            "queue %s: handed over partitions %s%s",
+            self.queue,
+            [p.number for p in parts],
+            "" if settled else f"; still running, and may run twice: {left}",
+        )
+
+    def _on_lost(self, consumer: Consumer, lost: list[TopicPartition]) -> None:
+        parts = self._give_up(lost)
+        if parts:
+            LOG.warning("queue %s: lost partitions %s; nothing is committed", self.queue, [p.number for p in parts])
+
+    def _give_up(self, gone: list[TopicPartition]) -> list[Partition]:
+        parts = [p for t in gone if (p := self._parts.pop(t.partition, None)) is not None]
+        for p in parts:
+            p.owned = False
+            p.raw.clear()
+        if parts:
+            self._ended(parts)
+        return parts

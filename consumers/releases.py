@@ -1,0 +1,143 @@
+"""Which releases a partition has carried lately: the memory behind "first in the partition wins".
+
+A release is (job, run, release). Kept are 64-bit hashes in open-addressed tables of plain machine words: eight bytes a
+slot, no object per release, so a full memory is a few megabytes a partition and stays what it is. Two distinct releases
+of one partition are taken for the same with a probability of about 10^-14 a record at a full memory; the hash is seeded
+per process, so nobody can choose such ids.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+from array import array
+from typing import Any
+
+import fastavro
+from confluent_kafka import Message
+
+from jobledger.errors import SchemaError
+from jobledger.schemas import codec
+
+#: Records each partition's memory covers at least, as far as it has seen them.
+REMEMBERED = 100_000
+#: How far back a new owner looks, whichever of this and `REMEMBERED` is less.
+REMEMBERED_MS = 10 * 60 * 1000
+
+_FIRST_SLOTS = 1 << 10
+_PREFIX = codec.MAGIC + codec.FINGERPRINT
+#: The header's first fields: event_id, job_id, run, attempt, release. A datum's bytes begin with them.
+_PEEK = fastavro.parse_schema(
+    {"type": "record", "name": "JobEventHead", "fields": json.loads(codec.SCHEMA_TEXT)["fields"][:5]}
+)
+
+
+def release_key(job_id: str, run: int, release: int) -> int:
+    """The hash a release is remembered by; never 0. Holds within this process only."""
+    return hash((job_id, run, release)) & 0xFFFF_FFFF_FFFF_FFFF or 1
+
+
+class ReleaseMemory:
+    """The latest `REMEMBERED` to twice as many releases: two generations, the older one dropped when the newer is full."""
+
+    __slots__ = ("_capacity", "_new", "_old")
+
+    def __init__(self, capacity: int = REMEMBERED) -> None:
+        self._capacity = capacity
+        self._new = _Table()
+        self._old = _Table()
+
+    def __contains__(self, key: int) -> bool:
+        return self._new.has(key) or self._old.has(key)
+
+    def __len__(self) -> int:
+        return self._new.count + self._old.count
+
+    def add(self, key: int) -> bool:
+        """Remember a release; False if it was known."""
+        if self._old.count and self._old.has(key):
+            return False
+        if not self._new.add(key):
+            return False
+        if self._new.count >= self._capacity:
+            self._old = self._new
+            self._new = _Table()
+        return True
+
+
+class _Table:
+    """A set of 64-bit words with linear probing, at most half full."""
+
+    __slots__ = ("_limit", "_mask", "_slots", "count")
+
+    def __init__(self, size: int = _FIRST_SLOTS) -> None:
+        self._slots = array("Q", bytes(8 * size))
+        self._mask = size - 1
+        self._limit = size // 2
+        self.count = 0
+
+    def has(self, key: int) -> bool:
+        slots, mask = self._slots, self._mask
+        at = key & mask
+        while True:
+            found = slots[at]
+            if found == key:
+                return True
+            if not found:
+                return False
+            at = (at + 1) & mask
+
+    def add(self, key: int) -> bool:
+        slots, mask = self._slots, self._mask
+        at = key & mask
+        while True:
+            found = slots[at]
+            if not found:
+                break
+            if found == key:
+                return False
+            at = (at + 1) & mask
+        slots[at] = key
+        self.count += 1
+        if self.count > self._limit:
+            self._grow()
+        return True
+
+    def _grow(self) -> None:
+        bigger = _Table((self._mask + 1) * 4)
+        for key in self._slots:
+            if key:
+                bigger.add(key)
+        self._slots, self._mask, self._limit = bigger._slots, bigger._mask, bigger._limit
+
+
+def key_of(message: Message, decoder: codec.Decoder) -> int | None:
+    """The release a work record carries, from its headers or its first fields; None if it cannot be read.
+
+    The headers are ``jl-job``, ``jl-run`` and ``jl-release`` (decimal text); other writers than ours may leave them out.
+    """
+    headers = message.headers()
+    if headers:
+        named = dict(headers)
+        try:
+            return release_key(_text(named["jl-job"]), int(_text(named["jl-run"])), int(_text(named["jl-release"])))
+        except (KeyError, ValueError, UnicodeDecodeError, TypeError):
+            pass  # not ours, or not whole: the value says it too
+    value = message.value()
+    if not isinstance(value, bytes):
+        return None
+    if value.startswith(_PREFIX):
+        try:
+            head: Any = fastavro.schemaless_reader(io.BytesIO(value[len(_PREFIX) :]), _PEEK, None)
+            return release_key(head["job_id"], head["run"], head["release"])
+        except Exception:  # noqa: BLE001  # damaged bytes make the reader raise whatever it likes
+            return None
+    try:
+        event = decoder.decode(value)
+    except SchemaError:
+        return None
+    return release_key(event.job_id, event.run, event.release)
+
+
+def _text(value: Any) -> str:
+    return value.decode() if isinstance(value, bytes) else str(value)

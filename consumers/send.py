@@ -1,0 +1,89 @@
+"""The worker's producer: facts and derived records go out here, from any thread; bounded, never silently dropped.
+
+Delivery callbacks run in whichever thread polls. The event loop polls while it is busy anyway: each callback takes the
+interpreter lock anew, and a polling thread of its own would fight the loop for it at every record. The settler polls
+when the loop did not.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from typing import Any
+
+from confluent_kafka import KafkaError, KafkaException, Message, Producer
+
+from jobledger.config import Settings
+from jobledger.errors import BrokerUnavailable
+from jobledger.log import producer_config, translate
+
+LOG = logging.getLogger("jobledger.worker")
+
+#: Let the client decide the partition by the key.
+BY_KEY = -1
+#: Records whose acknowledgement is still out, from which on no new job is begun.
+UNACKNOWLEDGED_LIMIT = 50_000
+#: Seconds a full send queue is waited for.
+FULL_QUEUE_WAIT_S = 5.0
+
+Delivered = Callable[[KafkaError | None, Message], None]
+
+
+class Sender:
+    """A producer with a bounded wait for room. ``linger_ms``: how long a record may wait for company."""
+
+    def __init__(self, settings: Settings, linger_ms: float) -> None:
+        self._settings = settings
+        conf: dict[str, Any] = producer_config(settings, linger_ms=linger_ms)
+        self._producer = Producer(conf)
+        #: `time.monotonic` of the last poll.
+        self.polled_at = 0.0
+        self.produce = self._producer.produce
+
+    def send(
+        self, topic: str, value: bytes, key: str | bytes | None, partition: int, on_delivery: Delivered | None
+    ) -> None:
+        """Queue a record. Raises `BrokerUnavailable` if the queue stays full, `TopicMissing` if there is no such topic."""
+        try:
+            self.produce(topic, value, key, partition, on_delivery)
+        except BufferError:
+            self._send_when_room(topic, value, key, partition, on_delivery)
+        except KafkaException as exc:
+            raise translate(exc.args[0], self._settings, f"sending to {topic}") from exc
+
+    def _send_when_room(
+        self, topic: str, value: bytes, key: str | bytes | None, partition: int, on_delivery: Delivered | None
+    ) -> None:
+        deadline = time.monotonic() + FULL_QUEUE_WAIT_S
+        while True:
+            self.poll(0.01)
+            try:
+                self.produce(topic, value, key, partition, on_delivery)
+                return
+            except BufferError:
+                if time.monotonic() > deadline:
+                    raise BrokerUnavailable(
+                        f"the send queue stayed full for {FULL_QUEUE_WAIT_S:g} s: "
+                        f"{self._settings.bootstrap or 'the embedded broker'} takes nothing"
+                    ) from None
+
+    def poll(self, timeout: float = 0.0) -> None:
+        """Run the delivery callbacks that have arrived."""
+        self.polled_at = time.monotonic()
+        self._producer.poll(timeout)
+
+    @property
+    def unacknowledged(self) -> int:
+        """Records sent whose callback has not run."""
+        return len(self._producer)
+
+    def flush(self, timeout: float) -> int:
+        """Wait until everything is acknowledged; how many records are not."""
+        return self._producer.flush(timeout)
+
+    def close(self) -> None:
+        """Drop what is left and give the connection back: closing must not wait for a broker that is away."""
+        self._producer.purge()
+        self._producer.flush(1.0)
+        self._producer.close()

@@ -1,0 +1,343 @@
+"""What a new owner does before it runs anything of a partition.
+
+It marks the partition as dirty in the group's offsets and awaits that; reads the latest releases before its base, so
+that a second record of the same release is dropped; and, unless the last owner left cleanly, reads the lifecycle
+partition from the takeover floor: a release whose closing fact is there is done, and what derives from the fact is sent
+again. A thread of its own; the fetch thread goes on polling meanwhile, with the partition paused.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+from confluent_kafka import Consumer, KafkaError, KafkaException, Message, TopicPartition
+
+from jobledger.config import Settings
+from jobledger.consumers.fetch import Fetcher
+from jobledger.consumers.offsets import PartitionOffsets, Restored, Snapshot, decode, encode
+from jobledger.consumers.releases import REMEMBERED, REMEMBERED_MS, key_of, release_key
+from jobledger.consumers.settle import Settler
+from jobledger.consumers.work import Found, Partition
+from jobledger.errors import BrokerUnavailable, JobledgerError, SchemaError
+from jobledger.log import consumer_config, translate
+from jobledger.names import Names
+from jobledger.schemas.codec import Decoder
+from jobledger.schemas.events import CLOSING, JobStarted
+
+LOG = logging.getLogger("jobledger.worker")
+
+REQUEST_TIMEOUT_S = 10.0
+#: Seconds without an answer or a record after which the worker gives up.
+STALL_S = 60.0
+#: Seconds after which a reader that nobody needs gives its connections back.
+IDLE_S = 10.0
+
+
+class _Plan:
+    """What is to be read for one partition."""
+
+    def __init__(self, partition: Partition) -> None:
+        self.partition = partition
+        self.low = self.high = self.lifecycle_high = 0
+        self.restored = Restored(0)
+        self.floor = 0
+        self.seed_from = 0
+
+
+class Takeover(threading.Thread):
+    """Takes assigned partitions over, a batch at a time; ``ready`` is called with those that may be run."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        names: Names,
+        settler: Settler,
+        decoder: Decoder,
+        *,
+        ready: Callable[[list[Partition]], None],
+        fail: Callable[[JobledgerError], None],
+    ) -> None:
+        super().__init__(name="jobledger-takeover", daemon=True)
+        self._settings, self._names, self._settler, self._decoder = settings, names, settler, decoder
+        self._ready, self._fail = ready, fail
+        self._todo: queue.SimpleQueue[tuple[Fetcher, list[Partition]] | None] = queue.SimpleQueue()
+        self._reader: Consumer | None = None
+        self._closing = False
+        #: Releases found closed in the log, seeded releases and seconds spent, since the start.
+        self.found = self.seeded = 0
+        self.seconds = 0.0
+
+    def take_over(self, fetcher: Fetcher, partitions: list[Partition]) -> None:
+        """Begin with newly assigned partitions of one queue; returns at once."""
+        self._todo.put((fetcher, partitions))
+
+    def close(self) -> None:
+        """Stop after what is under way."""
+        self._closing = True
+        self._todo.put(None)
+
+    def run(self) -> None:
+        """Take over until closed."""
+        try:
+            while True:
+                try:
+                    item = self._todo.get(timeout=IDLE_S if self._reader is not None else None)
+                except queue.Empty:
+                    self._drop_reader()
+                    continue
+                if item is None:
+                    return
+                began = time.monotonic()
+                self._take_over(*item)
+                self.seconds += time.monotonic() - began
+        except JobledgerError as exc:
+            self._fail(exc)
+        except KafkaException as exc:
+            self._fail(translate(exc.args[0], self._settings, "taking partitions over"))
+        except Exception as exc:
+            LOG.exception("the takeover broke")
+            self._fail(JobledgerError(f"the takeover of partitions broke: {exc!r}"))
+        finally:
+            self._drop_reader()
+
+    # -- steps ----------------------------------------------------------------------------------------------------
+
+    def _take_over(self, fetcher: Fetcher, partitions: list[Partition]) -> None:
+        plans = [_Plan(p) for p in partitions if p.owned]
+        if not plans:
+            return
+        for plan in plans:
+            self._judge(plan)
+        self._unknown_floors(fetcher.topic, [p for p in plans if p.restored.floor is None])
+        if not self._mark_dirty(fetcher, plans):
+            return
+        self._seed_starts(fetcher.topic, plans)
+        for plan in plans:
+            plan.partition.offsets = PartitionOffsets(plan.restored, plan.lifecycle_high)
+        self._read(fetcher.topic, plans)
+        for plan in plans:
+            self._conclude(plan)
+        done = [p.partition for p in plans if p.partition.owned]
+        for partition in done:
+            partition.ready = True
+        self._ready(done)
+
+    def _judge(self, plan: _Plan) -> None:
+        """What the last owner left, held against the log as it is."""
+        partition = plan.partition
+        plan.low, plan.high = self._ends(partition.topic, partition.number)
+        plan.lifecycle_high = self._ends(self._names.lifecycle, partition.number)[1]
+        base = partition.committed
+        if base > plan.high:
+            LOG.error(
+                "%r: the committed offset %d is beyond the log's end %d: was the topic made anew? Reading from its start",
+                partition,
+                base,
+                plan.high,
+            )
+        if base < 0 or base > plan.high:
+            plan.restored = Restored(plan.low)
+        elif base < plan.low:
+            LOG.error("%r: records %d to %d were deleted before they were done", partition, base, plan.low - 1)
+            plan.restored = Restored(plan.low)
+        else:
+            plan.restored = decode(base, partition.metadata, plan.high)
+            if partition.metadata and plan.restored.floor is None:
+                LOG.error("%r: the completion map cannot be read: nothing beyond %d counts as done", partition, base)
+        plan.floor = plan.restored.floor if plan.restored.floor is not None else 0
+
+    def _unknown_floors(self, topic: str, plans: list[_Plan]) -> None:
+        """No floor is known: no outcome of what follows the base can be older than the record at the base."""
+        if not plans:
+            return
+        times: dict[int, int] = {}
+        ranges = {
+            (topic, p.partition.number): (p.restored.base, p.high) for p in plans if p.restored.base < p.high
+        }
+        self._read_ranges(ranges, lambda m: _first(times, m), first_only=True)
+        for plan in plans:
+            plan.floor = plan.lifecycle_high
+        asked = [TopicPartition(self._names.lifecycle, number, stamp) for number, stamp in times.items()]
+        if asked:
+            found = {t.partition: t.offset for t in self._consumer().offsets_for_times(asked, REQUEST_TIMEOUT_S)}
+            for plan in plans:
+                offset = found.get(plan.partition.number, -1)
+                if offset >= 0:
+                    plan.floor = offset
+
+    def _mark_dirty(self, fetcher: Fetcher, plans: list[_Plan]) -> bool:
+        """Commit what was found, unchanged but for ``clean=false``, and await it; False if nothing is ours any more."""
+        deadline = time.monotonic() + STALL_S
+        while True:
+            with fetcher.commit_lock:
+                owned = [p for p in plans if p.partition.owned]
+                if not owned or self._closing or self._settler.broken:
+                    return False
+                snapshots: list[tuple[Partition, Snapshot]] = []
+                for plan in owned:
+                    if plan.restored.clean:
+                        plan.floor = plan.lifecycle_high
+                    metadata = encode(plan.restored.base, plan.restored.done, plan.floor, False)
+                    assert metadata is not None  # it was read from a text of this length
+                    snapshots.append((plan.partition, Snapshot(plan.restored.base, metadata)))
+                if self._settler.commit_snapshots(fetcher, snapshots):
+                    return True
+            if time.monotonic() > deadline:
+                raise BrokerUnavailable(
+                    f"{fetcher.topic}: taking over partitions {[p.partition.number for p in owned]} was not "
+                    f"acknowledged within {STALL_S:g} s: {self._settler.last_commit_error}"
+                )
+            time.sleep(0.1)
+
+    def _seed_starts(self, topic: str, plans: list[_Plan]) -> None:
+        asked = [
+            TopicPartition(topic, p.partition.number, int(time.time() * 1000) - REMEMBERED_MS)
+            for p in plans
+            if p.restored.base > p.low
+        ]
+        by_time: dict[int, int] = {}
+        if asked:
+            by_time = {t.partition: t.offset for t in self._consumer().offsets_for_times(asked, REQUEST_TIMEOUT_S)}
+        for plan in plans:
+            base = plan.restored.base
+            recent = by_time.get(plan.partition.number, -1)
+            # -1: nothing was appended that lately.
+            plan.seed_from = max(plan.low, base - REMEMBERED, recent if recent >= 0 else base)
+
+    def _read(self, topic: str, plans: list[_Plan]) -> None:
+        """Seed the memories from the work topic and scan lifecycle, all partitions at once."""
+        by_number = {p.partition.number: p for p in plans}
+        ranges: dict[tuple[str, int], tuple[int, int]] = {}
+        for plan in plans:
+            number = plan.partition.number
+            ranges[topic, number] = (plan.seed_from, plan.restored.base)
+            if not plan.restored.clean and plan.restored.base < plan.high:
+                ranges[self._names.lifecycle, number] = (plan.floor, plan.lifecycle_high)
+
+        def take(message: Message) -> None:
+            partition = by_number[message.partition() or 0].partition
+            if message.topic() == topic:
+                key = key_of(message, self._decoder)
+                if key is not None:
+                    partition.memory.add(key)
+                    self.seeded += 1
+            else:
+                self._scanned(partition, message)
+
+        self._read_ranges(ranges, take, wanted=lambda: any(p.partition.owned for p in plans))
+
+    def _scanned(self, partition: Partition, message: Message) -> None:
+        value = message.value()
+        try:
+            event = self._decoder.decode(value if isinstance(value, bytes) else None)
+        except SchemaError:
+            return  # the materializer's to report
+        fact = event.fact
+        key = release_key(event.job_id, event.run, event.release)
+        if isinstance(fact, CLOSING):
+            partition.closed.setdefault(key, Found(message.offset() or 0, message.timestamp()[1], fact))
+            partition.starts.pop(key, None)
+        elif isinstance(fact, JobStarted) and key not in partition.closed:
+            partition.starts[key] = max(partition.starts.get(key, 0), fact.takeover) + 1
+
+    def _conclude(self, plan: _Plan) -> None:
+        partition = plan.partition
+        assert partition.offsets is not None
+        # Most of what the scan finds lies before the base, where it is done anyway.
+        for key in [k for k in partition.closed if k in partition.memory]:
+            del partition.closed[key]
+        partition.scanned_to = plan.high
+        if partition.closed:
+            partition.offsets.hold(plan.floor)
+        if plan.high <= plan.restored.base:
+            partition.closed.clear()
+            partition.starts.clear()
+            partition.offsets.hold(None)
+        self.found += len(partition.closed)
+        LOG.info(
+            "%r: taken over at %d (%s), %d outcomes found beyond it",
+            partition,
+            plan.restored.base,
+            "clean" if plan.restored.clean else f"lifecycle read from {plan.floor} to {plan.lifecycle_high}",
+            len(partition.closed),
+        )
+
+    # -- reading --------------------------------------------------------------------------------------------------
+
+    def _consumer(self) -> Consumer:
+        if self._reader is None:
+            self._reader = Consumer(consumer_config(self._settings))
+        return self._reader
+
+    def _drop_reader(self) -> None:
+        if self._reader is not None:
+            self._reader.close()
+            self._reader = None
+
+    def _ends(self, topic: str, number: int) -> tuple[int, int]:
+        deadline = time.monotonic() + STALL_S
+        while True:
+            try:
+                low, high = self._consumer().get_watermark_offsets(TopicPartition(topic, number), REQUEST_TIMEOUT_S)
+                return low, high
+            except KafkaException as exc:
+                if time.monotonic() > deadline or self._closing:
+                    raise translate(exc.args[0], self._settings, f"asking for the ends of {topic}[{number}]") from exc
+                time.sleep(0.2)
+
+    def _read_ranges(
+        self,
+        ranges: dict[tuple[str, int], tuple[int, int]],
+        take: Callable[[Message], None],
+        *,
+        first_only: bool = False,
+        wanted: Callable[[], bool] = lambda: True,
+    ) -> None:
+        """Every message of half-open ranges of offsets; offsets may have gaps."""
+        ends = {where: end for where, (start, end) in ranges.items() if start < end}
+        if not ends:
+            return
+        consumer = self._consumer()
+        consumer.assign([TopicPartition(t, n, ranges[t, n][0]) for t, n in ends])
+        try:
+            seen = time.monotonic()
+            while ends and not self._closing and wanted():
+                batch = consumer.consume(1000, 0.02)
+                for message in batch:
+                    where: tuple[Any, Any] = (message.topic(), message.partition())
+                    error = message.error()
+                    if error is not None:
+                        if not error.retriable() and error.code() not in _PASSING:
+                            raise translate(error, self._settings, f"reading {where[0]}[{where[1]}]")
+                        continue
+                    seen = time.monotonic()
+                    end = ends.get(where)
+                    if end is None:
+                        continue
+                    offset = message.offset() or 0
+                    if offset < end:
+                        take(message)
+                    if offset + 1 >= end or first_only:
+                        del ends[where]
+                        consumer.incremental_unassign([TopicPartition(*where)])
+                if len(batch) < 1000 and ends:
+                    # A position passes gaps that no message stands for.
+                    for where_now in consumer.position([TopicPartition(t, n) for t, n in ends]):
+                        if where_now.offset >= ends[where_now.topic, where_now.partition]:
+                            del ends[where_now.topic, where_now.partition]
+                if time.monotonic() - seen > STALL_S:
+                    raise BrokerUnavailable(f"taking over: {sorted(ends)} gave nothing for {STALL_S:g} s")
+        finally:
+            consumer.unassign()
+
+
+_PASSING = (KafkaError._TRANSPORT, KafkaError._ALL_BROKERS_DOWN, KafkaError._PARTITION_EOF)
+
+
+def _first(times: dict[int, int], message: Message) -> None:
+    times.setdefault(message.partition() or 0, message.timestamp()[1])

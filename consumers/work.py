@@ -1,0 +1,171 @@
+"""What a worker holds while it runs: the partitions it owns, and the records of them that are being worked on.
+
+State only; who changes it: the fetch thread adds raw messages and ends ownership, the dispatcher (event loop) takes
+them, the settler (its own thread) marks records done. `Partition.lock` guards `Partition.offsets`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from typing import Any
+
+from confluent_kafka import KafkaError, Message
+
+from jobledger.consumers.offsets import PartitionOffsets
+from jobledger.consumers.outcome import Outcome
+from jobledger.consumers.releases import ReleaseMemory
+from jobledger.context import JobContext
+from jobledger.schemas.events import Fact, JobEvent, JobProgressed
+from jobledger.task import Task
+
+#: Delivery reports wait here until the settler takes them: (what was sent for, whether it closes, error, message).
+Arrived = deque[tuple["Work", bool, KafkaError | None, Message]]
+
+#: Seconds between two progress facts of one job.
+PROGRESS_INTERVAL_S = 0.1
+
+
+class Lease:
+    """Until when a queue's partitions are certainly ours: the coordinator took a commit of this member lately.
+
+    A process that stood still, or that lost the broker, must not go on running what another worker may have taken over.
+    """
+
+    __slots__ = ("seconds", "until", "wanted")
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds = seconds
+        self.until = 0.0  # of time.monotonic()
+        self.wanted = False  # the dispatcher waits for a confirmation
+
+    def confirm(self, asked_at: float) -> None:
+        """A commit that was begun at ``asked_at`` (`time.monotonic`) was accepted."""
+        self.until = max(self.until, asked_at + self.seconds)
+        self.wanted = False
+
+
+class Found:
+    """A closing fact that the log already holds for a release: where, when it was appended, and what it says."""
+
+    __slots__ = ("appended_ms", "fact", "offset")
+
+    def __init__(self, offset: int, appended_ms: int, fact: Fact) -> None:
+        self.offset, self.appended_ms, self.fact = offset, appended_ms, fact
+
+
+class Partition:
+    """One partition of a work topic, from its assignment to its end here. Assigned again, it is a new one."""
+
+    def __init__(self, topic: str, number: int, lease: Lease, committed: int, metadata: str | None) -> None:
+        self.topic, self.number, self.lease = topic, number, lease
+        #: What the group had committed at assignment; -1: nothing.
+        self.committed, self.metadata = committed, metadata
+        self.owned = True
+        self.ready = False  # the takeover is through
+        self.stopped: str | None = None  # why nothing of it may be run any more
+        self.braked = False  # its completion map is as long as it may become
+        self.paused = True  # at the client
+        self.lock = threading.Lock()
+        self.offsets: PartitionOffsets | None = None
+        self.memory = ReleaseMemory()
+        self.raw: deque[Message] = deque()
+        #: Begun and not settled, by offset.
+        self.live: dict[int, Work] = {}
+        #: From the takeover's scan, until `scanned_to` was received: closing facts and unended starts by release.
+        self.closed: dict[int, Found] = {}
+        self.starts: dict[int, int] = {}
+        self.scanned_to = 0
+        self.last_commit: tuple[int, str] | None = None
+
+    def __repr__(self) -> str:
+        return f"{self.topic}[{self.number}]"
+
+    @property
+    def held(self) -> int:
+        """Fetched records that count against the prefetch limit."""
+        return 0 if self.braked or self.stopped is not None else len(self.raw)
+
+
+class Plan:
+    """A task as the worker runs it, and its counts."""
+
+    __slots__ = ("decode_args", "failed", "fn", "is_async", "name", "retried", "seconds", "snoozed", "succeeded", "task")
+
+    def __init__(self, task: Task[Any, Any]) -> None:
+        self.task = task
+        self.name, self.fn, self.is_async = task.name, task.fn, task.is_async
+        self.decode_args = task.decode_args
+        self.succeeded = self.retried = self.snoozed = self.failed = 0
+        self.seconds = 0.0
+
+
+class Work:
+    """One record of a work topic, from the moment it is taken up until it is done."""
+
+    __slots__ = (
+        "abandoned",
+        "arrived",
+        "began",
+        "context",
+        "event",
+        "handle",
+        "kwargs",
+        "lifecycle_offset",
+        "offset",
+        "outcome",
+        "partition",
+        "plan",
+        "progressed",
+        "remaining",
+        "reported_at",
+        "send_progress",
+        "tries",
+        "unsent",
+    )
+
+    def __init__(self, partition: Partition, offset: int, event: JobEvent | None, arrived: Arrived) -> None:
+        self.partition, self.offset, self.event, self.arrived = partition, offset, event, arrived
+        self.remaining = 1  # acknowledgements still to come before the record is done
+        self.lifecycle_offset = -1
+        self.tries = 0
+        self.began = 0.0
+        self.abandoned = False
+        self.handle: asyncio.Task[None] | None = None
+        self.outcome: Outcome | None = None  # only when it is not a success
+        self.unsent: JobProgressed | None = None
+        self.reported_at = 0.0
+        self.plan: Plan
+        self.context: JobContext
+        self.kwargs: dict[str, Any]
+        self.send_progress: Callable[[Work, JobProgressed], None]
+
+    def closing_delivered(self, error: KafkaError | None, message: Message) -> None:
+        """Delivery callback of the closing fact."""
+        self.arrived.append((self, True, error, message))
+
+    def derived_delivered(self, error: KafkaError | None, message: Message) -> None:
+        """Delivery callback of a derived record."""
+        self.arrived.append((self, False, error, message))
+
+    def report(self, context: JobContext, progressed: JobProgressed) -> None:
+        """`JobContext.progress` ends here, in any thread: sent, or kept until the interval is over or the job ends."""
+        now = time.monotonic()
+        if now - self.reported_at < PROGRESS_INTERVAL_S:
+            self.unsent = progressed
+            return
+        self.unsent = None
+        self.reported_at = now
+        self.send_progress(self, progressed)
+
+    def flush_progress(self, now: float | None = None) -> None:
+        """Send the report that was kept back; with ``now`` only if its time has come."""
+        unsent = self.unsent
+        if unsent is None or (now is not None and now - self.reported_at < PROGRESS_INTERVAL_S):
+            return
+        self.unsent = None
+        self.reported_at = time.monotonic()
+        self.send_progress(self, unsent)

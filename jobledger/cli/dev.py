@@ -1,0 +1,197 @@
+"""``jobledger dev``: a broker, the topics, a worker and the stream processor in one terminal, reloading on change.
+
+Owns the order in which they come and go; each of them is the same process that runs in production.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from jobledger.cli.loading import load_app, module_name
+from jobledger.cli.options import Bootstrap, StatusUrl, Target
+from jobledger.cli.running import Prefixed, command, passed_on, stream_children
+
+if TYPE_CHECKING:
+    from jobledger.config import Settings
+    from jobledger.streams.supervisor import Say, Supervisor
+
+#: Seconds that running jobs get before a reload or the end; short, as somebody is waiting.
+WORKER_GRACE_S = 5.0
+#: Seconds before a process that does not stop is killed.
+KILL_AFTER_S = 15.0
+#: Seconds that the new code may take to be imported and its topics to be made.
+CHECK_TIMEOUT_S = 60.0
+
+PARTS = ("worker", "coordinator", "materializer")
+
+
+def dev(
+    target: Target,
+    bootstrap: Bootstrap = None,
+    status_url: StatusUrl = None,
+    port: Annotated[
+        int, typer.Option(min=0, max=65535, help="Port of the embedded broker, if one is started; 0 takes a free one.")
+    ] = 9092,
+    concurrency: Annotated[
+        int | None, typer.Option(min=1, help="Jobs at once.", show_default="the worker's own")
+    ] = None,
+    reload: Annotated[bool, typer.Option("--reload/--no-reload", help="Restart when a .py file changes.")] = True,
+    watch: Annotated[
+        list[Path] | None,
+        typer.Option(exists=True, help="Folder to watch; may be repeated.", show_default="the working directory"),
+    ] = None,
+) -> None:
+    """Run all of it: embedded broker (if none is configured or running), topics, worker, stream processor.
+
+    Ctrl-C stops everything; a broker that ran before is left running. Code that does not load leaves the old one running.
+    """
+    from jobledger.kafka import topics
+    from jobledger.streams.supervisor import Child, Restarts, Supervisor
+
+    app = load_app(target, bootstrap=bootstrap, status_url=status_url)
+    say = Prefixed(["dev", "kafka", *PARTS])
+    with _broker(app.settings, port, say) as address:
+        settings = app.settings.with_bootstrap(address)
+        made = topics.ensure(app, settings)
+        created = sum(change.kind == "topic" for change in made.pending)
+        say("dev", f"{app!r} on {address}, {f'{created} topics made' if created else 'topics in order'}")
+        passed = passed_on(address, status_url)
+        more = [] if concurrency is None else ["--concurrency", str(concurrency)]
+        work = command("worker", target, "--bootstrap", address, "--grace", str(WORKER_GRACE_S), *more)
+        children = [Child("worker", work), *stream_children(target, passed)]
+        # A developer's process may die as often as it likes: the next change may be the cure.
+        supervisor = Supervisor(
+            children,
+            lambda name, line: say("dev" if name == Supervisor.NAME else name, line),
+            restarts=lambda: Restarts(most=1_000_000, cap=5.0),
+            grace=KILL_AFTER_S,
+        )
+        code = 0
+        with _reloading(supervisor, target, address, _folders(target, watch)) if reload else _nothing():
+            code = supervisor.run()
+        say("dev", "stopped")
+    if code:
+        raise typer.Exit(code)
+
+
+@contextmanager
+def _broker(settings: Settings, port: int, say: Say) -> Iterator[str]:
+    """The broker's address: the configured one, one that runs, or an embedded one that ends with us."""
+    from jobledger.errors import BrokerUnavailable
+    from jobledger.kafka import embedded
+
+    try:
+        found: str | None = settings.resolve_bootstrap()
+    except BrokerUnavailable:
+        found = None
+    if found is not None:
+        yield found
+        return
+    words = {"resolve": "looking up", "fetch": "fetching", "format": "formatting its folder", "boot": "starting"}
+    seen: set[str] = set()
+
+    def report(step: str, done: int, total: int) -> None:
+        if step not in seen:
+            seen.add(step)
+            say("kafka", f"{words.get(step, step)} …")
+
+    began = time.monotonic()
+    status = embedded.start(settings.home, port=port, detach=False, progress=report)
+    assert status.bootstrap is not None
+    say("kafka", f"Apache Kafka {status.version} on {status.bootstrap} after {time.monotonic() - began:.1f} s")
+    try:
+        yield status.bootstrap
+    finally:
+        say("kafka", "stopping …")
+        embedded.stop(settings.home)
+
+
+@contextmanager
+def _nothing() -> Iterator[None]:
+    yield
+
+
+def _folders(target: str, watch: Sequence[Path] | None) -> list[Path]:
+    if watch:
+        return list(watch)
+    here, there = Path.cwd(), module_name(target)[1]
+    return [here] if there.is_relative_to(here) else [here, there]
+
+
+@contextmanager
+def _reloading(supervisor: Supervisor, target: str, address: str, folders: Sequence[Path]) -> Iterator[None]:
+    """Watch ``folders`` in a thread while the block runs."""
+    done = threading.Event()
+    thread = threading.Thread(target=_watch, args=(supervisor, target, address, folders, done), daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join(CHECK_TIMEOUT_S)
+
+
+def _watch(supervisor: Supervisor, target: str, address: str, folders: Sequence[Path], done: threading.Event) -> None:
+    from watchfiles import PythonFilter
+    from watchfiles import watch as changes_in
+
+    supervisor.say(f"watching {', '.join(str(f) for f in folders)}")
+    for changes in changes_in(*folders, watch_filter=PythonFilter(), stop_event=done, debounce=300, step=50):
+        names = sorted({_relative(path) for _, path in changes})
+        shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+        parts = affected(target, address, supervisor)
+        if done.is_set():
+            return
+        if parts:
+            supervisor.say(f"{shown} changed: reloading {', '.join(parts)}")
+            supervisor.restart(parts)
+        else:
+            supervisor.say(f"{shown} changed: the running code stays until this is mended")
+
+
+def affected(target: str, address: str, supervisor: Supervisor) -> list[str]:
+    """Which parts must be started again for the code as it is now; none if it does not load, which is said.
+
+    A process of its own loads it, since this one cannot load a module afresh, and makes its topics. If there are new
+    ones the stream processor must read them, too.
+    """
+    words = command("topics", "apply", target, "--yes", "--json", "--bootstrap", address)
+    try:
+        ended = subprocess.run(
+            words, capture_output=True, text=True, check=False, timeout=CHECK_TIMEOUT_S, env={**os.environ}
+        )
+    except subprocess.TimeoutExpired:
+        supervisor.say(f"error: importing {target} took more than {CHECK_TIMEOUT_S:g} s")
+        return []
+    try:
+        applied = int(json.loads(ended.stdout.splitlines()[-1])["applied"])
+    except (ValueError, LookupError, TypeError):
+        supervisor.say(_said(ended.stderr) or f"error: {target} does not load (exit code {ended.returncode})")
+        return []
+    return list(PARTS) if applied else ["worker"]
+
+
+def _said(stderr: str) -> str:
+    """The error of a child that ended with ``--json``: its message, or its last line if it is no JSON."""
+    lines = stderr.strip().splitlines()
+    if not lines:
+        return ""
+    try:
+        return f"error: {json.loads(lines[-1])['error']['message']}"
+    except (ValueError, LookupError, TypeError):
+        return lines[-1]
+
+
+def _relative(path: str) -> str:
+    found, here = Path(path), Path.cwd()
+    return str(found.relative_to(here)) if found.is_relative_to(here) else path

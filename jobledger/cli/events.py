@@ -1,0 +1,336 @@
+"""``jobledger events tail``: the log itself, as people or scripts read it. Commits nothing and joins no group."""
+
+from __future__ import annotations
+
+import heapq
+import re
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import TYPE_CHECKING, Annotated, Any, Self
+
+import typer
+
+from jobledger.cli import output
+from jobledger.cli.options import AppOption, Bootstrap, Json, Namespace, place
+from jobledger.errors import BrokerUnavailable, ConfigError, SchemaError, TopicMissing
+
+if TYPE_CHECKING:
+    from confluent_kafka import Message
+    from rich.console import Console
+
+    from jobledger.config import Settings
+    from jobledger.names import Names
+    from jobledger.schemas.events import JobEvent, Position, Recorded
+
+app = typer.Typer(name="events", help="Read the log itself.", no_args_is_help=True)
+
+#: How many events are shown when neither ``-n`` nor ``--from`` says.
+DEFAULT_LAST = 10
+#: Events put in order of their append times at once; bounds memory at any length of the log.
+SORTED_AT_ONCE = 50_000
+#: Seconds without a record, before the ends are reached, after which the broker counts as away.
+STALL_S = 30.0
+#: Seconds between two looks for topics that came into being while following.
+NEW_TOPICS_EVERY = 10.0
+
+_UNITS = {"ms": 0.001, "s": 1.0, "m": 60.0, "min": 60.0, "h": 3600.0, "d": 86400.0}
+
+Partition = tuple[str, int]
+
+
+class Topics(StrEnum):
+    """Which topics are read."""
+
+    LIFECYCLE = "lifecycle"
+    WORK = "work"
+    COORDINATION = "coordination"
+    DEAD_LETTER = "dead-letter"
+    ALL = "all"
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """One record: its event, or why it could not be read."""
+
+    position: Position
+    appended_ms: int
+    recorded: Recorded | None
+    error: str = ""
+
+
+@app.command("tail")
+def tail(
+    app: AppOption = None,
+    namespace: Namespace = None,
+    topic: Annotated[Topics, typer.Option(help="Only these topics.")] = Topics.ALL,
+    begin: Annotated[
+        str | None,
+        typer.Option(
+            "--from",
+            metavar="start|end|TIME",
+            help="Where to begin: TIME is ISO 8601, or an age such as 90s, 10m, 2h, 3d.",
+            show_default=f"the last {DEFAULT_LAST} events",
+        ),
+    ] = None,
+    last: Annotated[
+        int | None, typer.Option("-n", "--last", min=1, help="Only the last so many of them.", show_default=False)
+    ] = None,
+    task: Annotated[str | None, typer.Option(help="Only of this task.", show_default="any")] = None,
+    job: Annotated[str | None, typer.Option(metavar="ID", help="Only of this job.", show_default="any")] = None,
+    follow: Annotated[bool, typer.Option("--follow/--no-follow", "-f", help="Go on as events come in.")] = False,
+    bootstrap: Bootstrap = None,
+    as_json: Json = False,
+) -> None:
+    """Print events in the order in which the broker appended them; with --json one object a line.
+
+    Example: jobledger events tail --namespace shop --from 10m --topic dead-letter --follow
+    """
+    asked = place(app, namespace, bootstrap)
+    if begin is None and last is None:
+        last = DEFAULT_LAST
+    since = None if begin in (None, "start", "end") else moment_ms(str(begin), time.time())
+    at_end = begin == "end"
+
+    def wanted(line: Line) -> bool:
+        event = None if line.recorded is None else line.recorded.event
+        if event is None:  # what cannot be read may be of any job: shown unless one is asked for
+            return task is None and job is None
+        return (task is None or event.task == task) and (job is None or event.job_id == job)
+
+    show = _json_line if as_json else _Printer(asked.names)
+    with _Tail(asked.settings, asked.names, topic) as reader:
+        skim = last if task is None and job is None and since is None and not at_end and begin is None else None
+        reader.begin(since=since, at_end=at_end, last=skim)
+        for line in newest(filter(wanted, reader.until_now()), last):
+            show(line)
+        if follow:
+            for line in filter(wanted, reader.onwards()):
+                show(line)
+
+
+def moment_ms(text: str, now: float) -> int:
+    """A time of the command line as milliseconds since the epoch: ISO 8601 (local unless it says), or an age."""
+    import datetime as dt
+
+    age = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(ms|s|m|min|h|d)", text.strip())
+    if age is not None:
+        return int((now - float(age.group(1)) * _UNITS[age.group(2)]) * 1000)
+    try:
+        return int(dt.datetime.fromisoformat(text.strip()).astimezone().timestamp() * 1000)
+    except ValueError:
+        raise ConfigError(
+            f"--from {text!r} is neither start, end, an age such as 10m or 2h, nor a time such as 2026-01-31T14:05"
+        ) from None
+
+
+def newest(lines: Iterator[Line], count: int | None) -> Iterator[Line]:
+    """The newest ``count`` of ``lines`` in order of append time; None: all, sorted `SORTED_AT_ONCE` at a time."""
+    if count is not None:
+        yield from sorted(heapq.nlargest(count, lines, key=_order), key=_order)
+        return
+    chunk: list[Line] = []
+    for line in lines:
+        chunk.append(line)
+        if len(chunk) >= SORTED_AT_ONCE:
+            yield from sorted(chunk, key=_order)
+            chunk = []
+    yield from sorted(chunk, key=_order)
+
+
+def _order(line: Line) -> tuple[int, Position]:
+    return line.appended_ms, line.position
+
+
+class _Tail:
+    """Reads all partitions of a namespace's topics at once: first up to now, then onwards."""
+
+    def __init__(self, settings: Settings, names: Names, topics: Topics) -> None:
+        from confluent_kafka import Consumer
+
+        from jobledger import log
+
+        self._settings, self._names, self._topics = settings, names, topics
+        self._decode: Callable[[bytes | None], JobEvent] = log.decoder(settings, names).decode
+        self._consumer = Consumer(log.consumer_config(settings))
+        self._next: dict[Partition, int] = {}
+        self._end: dict[Partition, int] = {}
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._consumer.close()
+
+    def begin(self, *, since: int | None, at_end: bool, last: int | None) -> None:
+        """Choose where each partition begins: an append time, the end, ``last`` records before it, or the start."""
+        from jobledger import log
+
+        found = self._partitions()
+        if not found:
+            raise TopicMissing(
+                f"namespace {self._names.namespace!r} has no such topics at {self._settings.resolve_bootstrap()}; "
+                "create them with `jobledger topics apply MODULE:APP`, or check the name and JOBLEDGER_BOOTSTRAP"
+            )
+        with log.LogReader(self._settings) as reader:
+            for topic, partition in found:
+                low, high = reader.watermarks(topic, partition)
+                start = low
+                if at_end:
+                    start = high
+                elif since is not None:
+                    start = max(low, reader.offset_at(topic, partition, since))
+                elif last is not None:
+                    start = max(low, high - last)
+                self._next[topic, partition], self._end[topic, partition] = start, high
+
+    def until_now(self) -> Iterator[Line]:
+        """Everything up to the ends that `begin` saw."""
+        open_ = {each for each in self._next if self._next[each] < self._end[each]}
+        self._assign(open_)
+        heard = time.monotonic()
+        while open_:
+            lines = self._poll(0.1)
+            if lines:
+                heard = time.monotonic()
+            elif time.monotonic() - heard > STALL_S:
+                raise BrokerUnavailable(
+                    f"{self._settings.resolve_bootstrap()} gave nothing for {STALL_S:g} s, with {len(open_)} partitions "
+                    "not read to their end; check JOBLEDGER_BOOTSTRAP and that the broker runs"
+                )
+            for line in lines:
+                where = line.position
+                if where.offset < self._end[where.topic, where.partition]:
+                    yield line
+            for each in list(open_):
+                self._next[each] = max(self._next[each], self._position(each))
+                if self._next[each] >= self._end[each]:
+                    open_.discard(each)
+
+    def onwards(self) -> Iterator[Line]:
+        """What is appended from then on, for ever."""
+        for each, end in self._end.items():
+            self._next[each] = end
+        self._assign(self._next)
+        looked = time.monotonic()
+        while True:
+            yield from sorted(self._poll(0.2), key=_order)
+            if time.monotonic() - looked > NEW_TOPICS_EVERY:
+                looked = time.monotonic()
+                added = [each for each in self._partitions() if each not in self._next]
+                if added:
+                    for each in self._next:
+                        self._next[each] = max(self._next[each], self._position(each))
+                    self._next.update(dict.fromkeys(added, 0))
+                    self._assign(self._next)
+
+    def _partitions(self) -> list[Partition]:
+        from confluent_kafka import KafkaException
+
+        from jobledger import log
+
+        try:
+            topics = self._consumer.list_topics(timeout=10.0).topics
+        except KafkaException as exc:
+            raise log.translate(exc.args[0], self._settings, "asking for topics") from exc
+        names = [name for name in topics if self._belongs(name)]
+        return sorted((name, partition) for name in names for partition in topics[name].partitions)
+
+    def _belongs(self, topic: str) -> bool:
+        names = self._names
+        match self._topics:
+            case Topics.LIFECYCLE:
+                return topic == names.lifecycle
+            case Topics.WORK:
+                return names.queue_of(topic) is not None
+            case Topics.COORDINATION:
+                return topic == names.coordination
+            case Topics.DEAD_LETTER:
+                return topic == names.dead_letter
+        return names.queue_of(topic) is not None or topic in (names.lifecycle, names.coordination, names.dead_letter)
+
+    def _assign(self, partitions: Sequence[Partition] | set[Partition] | dict[Partition, int]) -> None:
+        from confluent_kafka import TopicPartition
+
+        self._consumer.assign([TopicPartition(t, p, self._next[t, p]) for t, p in partitions])
+
+    def _position(self, each: Partition) -> int:
+        from confluent_kafka import TopicPartition
+
+        offset = self._consumer.position([TopicPartition(*each)])[0].offset
+        return int(offset) if offset >= 0 else -1
+
+    def _poll(self, timeout: float) -> list[Line]:
+        from confluent_kafka import KafkaError
+
+        from jobledger import log
+
+        lines: list[Line] = []
+        for message in self._consumer.consume(1000, timeout):
+            error = message.error()
+            if error is None:
+                lines.append(self._line(message))
+            elif not (error.retriable() or error.code() in (KafkaError._TRANSPORT, KafkaError._ALL_BROKERS_DOWN)):
+                raise log.translate(error, self._settings, "reading events")
+        return lines
+
+    def _line(self, message: Message) -> Line:
+        from jobledger import log
+
+        position, appended = log.position_of(message), message.timestamp()[1]
+        try:
+            return Line(position, appended, log.recorded(message, self._decode))
+        except SchemaError as exc:
+            return Line(position, appended, None, str(exc))
+
+
+def _json_line(line: Line) -> None:
+    from jobledger.cli import facts
+
+    shown: dict[str, Any]
+    if line.recorded is None:
+        shown = {
+            "position": str(line.position),
+            "appended_at": facts.iso(line.appended_ms * 1000),
+            "error": line.error,
+        }
+    else:
+        shown = facts.event_json(line.recorded)
+    output.print_json(shown)
+
+
+class _Printer:
+    """One line an event: time, fact, task, job, what it says, where it stands."""
+
+    def __init__(self, names: Names) -> None:
+        self._console: Console = output.console()
+        self._prefix = names.namespace + "."
+
+    def __call__(self, line: Line) -> None:
+        from rich.text import Text
+
+        from jobledger.cli import facts
+
+        when = output.clock(line.appended_ms * 1000)
+        where = str(line.position).removeprefix(self._prefix)
+        if line.recorded is None:
+            text = Text.assemble(
+                (when, "dim"), " ", ("undecodable".ljust(16), "bold red"), f" {line.error} ", (where, "dim")
+            )
+        else:
+            event = line.recorded.event
+            text = Text.assemble(
+                (when, "dim"),
+                " ",
+                (facts.kind(event.fact).ljust(16), facts.style(event.fact)),
+                " ",
+                (event.task or "-", "bold"),
+                " ",
+                (event.job_id or "-", "cyan"),
+                f" #{event.attempt} " if event.attempt > 1 else " ",
+                facts.describe(event.fact),
+                " ",
+                (where, "dim"),
+            )
+        self._console.print(text, soft_wrap=True)

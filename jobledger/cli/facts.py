@@ -1,0 +1,125 @@
+"""Events as people read them: one line for what happened, one colour a kind. Pure text."""
+
+from __future__ import annotations
+
+import datetime as dt
+from collections.abc import Mapping
+from typing import Any
+
+from jobledger.cli.output import duration, jsonable, shorten
+from jobledger.schemas import events as e
+
+#: One colour a fact; those that are only passed between parts are dim.
+FACT_STYLES: Mapping[str, str] = {
+    "JobSubmitted": "blue",
+    "JobDue": "cyan",
+    "JobStarted": "yellow",
+    "JobProgressed": "yellow",
+    "JobRetried": "magenta",
+    "JobSnoozed": "magenta",
+    "JobSucceeded": "green",
+    "JobFailed": "bold red",
+    "JobCancelled": "dim",
+    "JobExpired": "dim",
+    "DeadLettered": "red",
+    "RecordRejected": "bold red",
+}
+
+
+def kind(fact: object) -> str:
+    """The fact's name."""
+    return type(fact).__name__
+
+
+def style(fact: object) -> str:
+    """The fact's colour."""
+    return FACT_STYLES.get(kind(fact), "dim")
+
+
+def describe(fact: object, *, most: int = 100) -> str:
+    """What a fact says beyond its name, on one line of at most ``most`` characters."""
+    return shorten(_describe(fact), most)
+
+
+def _describe(fact: object) -> str:
+    match fact:
+        case (
+            e.JobSubmitted(spec=spec, delay_ms=delay_ms, due_at=due_at)
+            | e.ReleaseRequested(spec=spec, delay_ms=delay_ms, due_at=due_at)
+        ):
+            return _condition(delay_ms, due_at) + _spec(spec)
+        case e.JobDue(due_at=due_at) | e.ReleaseDecided(due_at=due_at) | e.ReleaseOverdue(due_at=due_at):
+            return f"due {_moment(due_at)}"
+        case e.JobStarted(worker=worker, takeover=takeover):
+            return f"by {worker}" + (f", takeover {takeover}" if takeover else "")
+        case e.JobProgressed(done=done, total=total, message=message):
+            return progress(done, total, message)
+        case e.JobRetried(error=error, delay_ms=delay_ms, duration_us=took):
+            return f"again in {duration(delay_ms / 1000)}{_took(took)}: {error.type}: {error.message}"
+        case e.JobSnoozed(delay_ms=delay_ms, reason=reason):
+            return f"again in {duration(delay_ms / 1000)}" + (f": {reason}" if reason else "")
+        case e.JobSucceeded(result=result, duration_us=took):
+            return _took(took).removeprefix(", ") + ("" if result is None else f" → {_text(result)}")
+        case e.JobFailed(reason=why, error=error, duration_us=took):
+            return f"{why}{_took(took)}: {error.type}: {error.message}"
+        case e.JobCancelled(by=by, reason=reason):
+            return f"by {by}" + (f": {reason}" if reason else "")
+        case e.JobExpired(expired_at=expired_at):
+            return f"at {_moment(expired_at)}"
+        case e.DeadLettered(reason=why, error=error):
+            return f"{why}: {error.type}: {error.message}"
+        case e.RecordRejected(topic=topic, partition=partition, offset=offset, error=text):
+            return f"{topic}[{partition}]@{offset}: {text}"
+    return ""
+
+
+def progress(done: int, total: int | None, message: str | None) -> str:
+    """``3/10 (30 %) unpacking``."""
+    text = str(done) if total is None else f"{done}/{total}" + (f" ({100 * done / total:.0f} %)" if total else "")
+    return text + (f" {message}" if message else "")
+
+
+def fact_json(fact: object) -> dict[str, Any]:
+    """A fact as JSON builtins, its name as ``type``; arguments and results are the JSON they hold."""
+    return {"type": kind(fact), **jsonable(fact)}
+
+
+def event_json(recorded: e.Recorded) -> dict[str, Any]:
+    """An event with where it stands and when the broker appended it (UTC, ISO 8601)."""
+    event = recorded.event
+    header = {name: getattr(event, name) for name in event.__struct_fields__ if name not in ("fact", "occurred_at")}
+    return {
+        "position": str(recorded.position),
+        "appended_at": iso(recorded.appended_ms * 1000),
+        "occurred_at": iso(event.occurred_at),
+        **header,
+        "fact": fact_json(event.fact),
+    }
+
+
+def iso(micros: int) -> str:
+    """Microseconds since the epoch as ISO 8601, UTC."""
+    return (dt.datetime(1970, 1, 1, tzinfo=dt.UTC) + dt.timedelta(microseconds=micros)).isoformat()
+
+
+def _condition(delay_ms: int | None, due_at: int | None) -> str:
+    if due_at is not None:
+        return f"due {_moment(due_at)} "
+    return "" if delay_ms is None else f"in {duration(delay_ms / 1000)} "
+
+
+def _spec(spec: e.JobSpec) -> str:
+    tags = " ".join(f"{k}={v}" for k, v in sorted(spec.tags.items()))
+    return _text(spec.args) + (f" [{tags}]" if tags else "") + (f" child of {spec.parent}" if spec.parent else "")
+
+
+def _text(raw: bytes) -> str:
+    return raw.decode("utf-8", "backslashreplace")
+
+
+def _took(micros: int) -> str:
+    return f", {duration(micros / 1e6)}" if micros else ""
+
+
+def _moment(micros: int) -> str:
+    return dt.datetime.fromtimestamp(micros / 1e6).astimezone().strftime("%Y-%m-%d %H:%M:%S.%f")[:-3]

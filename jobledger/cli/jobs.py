@@ -1,0 +1,337 @@
+"""``jobledger submit`` and ``jobledger jobs list|show|wait``: the client, from the command line."""
+
+from __future__ import annotations
+
+import json
+import typing
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from jobledger.cli import output
+from jobledger.cli.options import AppOption, Bootstrap, Json, Namespace, StatusUrl, Target, place
+from jobledger.cli.output import Cell, Exit
+from jobledger.errors import BadArguments, ConfigError
+
+if TYPE_CHECKING:
+    import datetime as dt
+
+    from jobledger.app import App
+    from jobledger.job import JobStatus
+    from jobledger.schemas.events import Position
+    from jobledger.task import Task
+
+app = typer.Typer(name="jobs", help="Ask the status table about jobs.", no_args_is_help=True)
+
+JobId = Annotated[str, typer.Argument(metavar="ID", help="The job's id.")]
+
+
+def submit(
+    target: Target,
+    task: Annotated[str, typer.Argument(metavar="TASK", help="The task's name.")],
+    pairs: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[NAME=VALUE]...", help="Arguments. A value is JSON; what is not JSON, or meant for a str, is text."
+        ),
+    ] = None,
+    args: Annotated[str | None, typer.Option(metavar="JSON", help="Arguments as one JSON object.")] = None,
+    delay: Annotated[float | None, typer.Option(metavar="SECONDS", help="Run it only after this time.")] = None,
+    tag: Annotated[list[str] | None, typer.Option(metavar="NAME=VALUE", help="To find it by; may be repeated.")] = None,
+    queue: Annotated[str | None, typer.Option(help="Another queue than the task's.", show_default=False)] = None,
+    wait: Annotated[
+        bool, typer.Option("--wait", help="Wait for its end; exit code 5 if it does not end well.")
+    ] = False,
+    timeout: Annotated[float | None, typer.Option(metavar="SECONDS", help="How long --wait waits at most.")] = None,
+    bootstrap: Bootstrap = None,
+    status_url: StatusUrl = None,
+    as_json: Json = False,
+) -> None:
+    """Submit a job; done once the log has acknowledged it.
+
+    Example: jobledger submit shop:app send_mail to=a@example.org retries=3 --tag tenant=acme --wait
+    """
+    from jobledger.cli.loading import load_app
+
+    loaded = load_app(target, bootstrap=bootstrap, status_url=status_url)
+    found = loaded.registry.task(task)
+    arguments = _arguments(found, pairs or [], args)
+    bound = found.using(delay=delay, tags=dict(_split(each, "--tag") for each in tag or []), queue=queue)
+    try:
+        handle = bound.submit(**arguments)
+        if not wait:
+            if as_json:
+                output.print_json(
+                    {
+                        "job_id": handle.job_id,
+                        "position": str(handle.position),
+                        "task": found.name,
+                        "queue": queue or found.queue,
+                    }
+                )
+            else:
+                output.print_fields([("job", handle.job_id), ("log", str(handle.position))])
+            return
+        if not as_json:
+            output.console(stderr=True).print(f"submitted {handle.job_id}, waiting for its end …", style="dim")
+        _finish(handle.wait(timeout), as_json)
+    finally:
+        loaded.close()
+
+
+@app.command("list")
+def list_jobs(
+    app: AppOption = None,
+    namespace: Namespace = None,
+    state: Annotated[str | None, typer.Option(help="scheduled, queued, running, …", show_default="any")] = None,
+    task: Annotated[str | None, typer.Option(help="Of this task.", show_default="any")] = None,
+    queue: Annotated[str | None, typer.Option(help="Of this queue.", show_default="any")] = None,
+    tag: Annotated[str | None, typer.Option(metavar="NAME=VALUE", help="With this tag.", show_default="any")] = None,
+    limit: Annotated[int, typer.Option("--limit", "-n", min=1, help="At most so many.")] = 50,
+    status_url: StatusUrl = None,
+    as_json: Json = False,
+) -> None:
+    """List jobs, newest first."""
+    asked = place(app, namespace, status_url=status_url)
+    wanted = None if tag is None else _split(tag, "--tag")
+    try:
+        found = list(asked.jobs(state=_state(state), task=task, queue=queue, tag=wanted, limit=limit))
+    finally:
+        asked.close()
+    if as_json:
+        output.print_json([status_json(each) for each in found])
+        return
+    columns = ("job", "task", "queue", "state", "try", "submitted", "took", "")
+    output.print_table(columns, [_row(each) for each in found], empty="no such jobs")
+    if len(found) == limit:
+        output.console(stderr=True).print(f"the newest {limit}; more with --limit", style="dim")
+
+
+@app.command("show")
+def show(
+    job_id: JobId,
+    app: AppOption = None,
+    namespace: Namespace = None,
+    timeline: Annotated[bool, typer.Option("--timeline", "-t", help="Every event of it, from the log.")] = False,
+    bootstrap: Bootstrap = None,
+    status_url: StatusUrl = None,
+    as_json: Json = False,
+) -> None:
+    """Show one job; exit code 3 if the status table does not know it."""
+    asked = place(app, namespace, bootstrap, status_url)
+    try:
+        status = asked.job(job_id)
+        steps = _timeline(asked, status.positions) if timeline else None
+    finally:
+        asked.close()
+    if as_json:
+        shown = status_json(status)
+        if steps is not None:
+            shown["timeline"] = [step_json for step_json, _ in steps]
+        output.print_json(shown)
+        return
+    output.print_fields(_fields(status))
+    if steps is not None:
+        print()
+        output.print_table(("appended", "after", "event", "try", "", "position"), [row for _, row in steps])
+
+
+@app.command("wait")
+def wait(
+    job_id: JobId,
+    app: AppOption = None,
+    namespace: Namespace = None,
+    timeout: Annotated[
+        float | None,
+        typer.Option(metavar="SECONDS", help="Give up after this time (exit code 6).", show_default="never"),
+    ] = None,
+    status_url: StatusUrl = None,
+    as_json: Json = False,
+) -> None:
+    """Wait for a job's end: exit code 0 if it ended well, 5 if not, 3 if it is unknown, 6 if it takes too long."""
+    asked = place(app, namespace, status_url=status_url)
+    try:
+        status = asked.client.wait(job_id, timeout=timeout)
+    finally:
+        asked.close()
+    _finish(status, as_json)
+
+
+# -- arguments -------------------------------------------------------------------------------------------------------
+
+
+def _arguments(task: Task[Any, Any], pairs: Sequence[str], text: str | None) -> dict[str, Any]:
+    """Keyword arguments from ``--args`` and ``NAME=VALUE``; the latter win."""
+    found: dict[str, Any] = {}
+    if text is not None:
+        try:
+            found = json.loads(text)
+        except ValueError as exc:
+            raise BadArguments(f"--args {text!r} is no JSON: {exc}") from None
+        if not isinstance(found, dict):
+            raise BadArguments(f"--args {text!r} is no JSON object; write '{{\"name\": value}}'")
+    hints = typing.get_type_hints(task.fn)
+    for pair in pairs:
+        name, value = _split(pair, "argument")
+        found[name] = read_value(value, hints.get(name))
+    return found
+
+
+def read_value(text: str, hint: Any = None) -> Any:
+    """One argument as it was typed: JSON, except that a parameter that takes text gets text and not what it looks like.
+
+    So ``zip=01234`` and ``to=a@example.org`` mean what they say, and ``to='"quoted"'`` works, too.
+    """
+    takes = set(typing.get_args(hint)) or {hint}
+    try:
+        value = json.loads(text)
+    except ValueError:
+        return text
+    if str in takes and takes <= {str, type(None)} and not isinstance(value, str):
+        return None if value is None and type(None) in takes else text
+    return value
+
+
+def _split(pair: str, what: str) -> tuple[str, str]:
+    name, found, value = pair.partition("=")
+    if not found or not name:
+        raise ConfigError(f"{what} {pair!r} is not of the form NAME=VALUE")
+    return name, value
+
+
+def _state(text: str | None) -> str | None:
+    from jobledger.job import State
+
+    if text is not None and text not in list(State):
+        raise ConfigError(f"--state {text!r} is no state; there are {', '.join(State)}")
+    return text
+
+
+# -- output ----------------------------------------------------------------------------------------------------------
+
+
+def status_json(status: JobStatus) -> dict[str, Any]:
+    """A status as JSON builtins; positions as text."""
+    shown: dict[str, Any] = output.jsonable(status)
+    shown["positions"] = [str(p) for p in status.positions]
+    return shown
+
+
+def _finish(status: JobStatus, as_json: bool) -> None:
+    """Print a job's end, and end the command with what it means."""
+    if as_json:
+        output.print_json(status_json(status))
+    else:
+        output.print_fields(_fields(status))
+    if status.state.value != "succeeded":
+        raise typer.Exit(Exit.JOB_FAILED)
+
+
+def _row(status: JobStatus) -> list[Cell]:
+    return [
+        status.job_id,
+        status.task,
+        status.queue,
+        output.state_cell(status.state.value),
+        str(status.attempt),
+        output.relative(status.submitted_at),
+        "" if status.duration is None else output.duration(status.duration),
+        _note(status),
+    ]
+
+
+def _note(status: JobStatus) -> Cell:
+    """What is most worth knowing about a job in its state."""
+    from jobledger.cli.facts import progress
+
+    state = status.state.value
+    if state in ("scheduled", "retrying") and status.due_at is not None:
+        why = f", after {status.error.type}" if status.error is not None else ""
+        return f"due {output.relative(status.due_at)}{why}", "dim"
+    if state == "running" and status.progress is not None:
+        return output.shorten(progress(status.progress.done, status.progress.total, status.progress.message), 40), ""
+    if state == "failed" and status.error is not None:
+        return output.shorten(f"{status.error.type}: {status.error.message}"), "red"
+    if status.reason:
+        return output.shorten(status.reason), "dim"
+    return ""
+
+
+def _fields(status: JobStatus) -> list[tuple[str, Cell]]:
+    from jobledger.cli.facts import progress
+
+    fields: list[tuple[str, Cell]] = [
+        ("job", status.job_id),
+        ("task", status.task),
+        ("queue", status.queue),
+        ("state", output.state_cell(status.state.value)),
+        ("try", f"{status.attempt}" + (f" of run {status.run}" if status.run > 1 else "")),
+    ]
+    if status.tags:
+        fields.append(("tags", " ".join(f"{k}={v}" for k, v in sorted(status.tags.items()))))
+    if status.parent:
+        fields.append(("parent", status.parent))
+    for name, moment in (
+        ("submitted", status.submitted_at),
+        ("due", status.due_at),
+        ("started", status.started_at),
+        ("ended", status.ended_at),
+    ):
+        if moment is not None:
+            fields.append((name, _moment(moment)))
+    if status.duration is not None:
+        fields.append(("took", output.duration(status.duration)))
+    if status.progress is not None:
+        fields.append(("progress", progress(status.progress.done, status.progress.total, status.progress.message)))
+    if status.reason:
+        fields.append(("reason", status.reason))
+    if status.result is not None:
+        fields.append(("result", json.dumps(output.jsonable(status.result), ensure_ascii=False)))
+    if status.error is not None:
+        fields.append(("error", (f"{status.error.type}: {status.error.message}", "red")))
+        if status.error.traceback:
+            fields.append(("", (status.error.traceback.rstrip(), "dim")))
+    return fields
+
+
+def _moment(moment: dt.datetime) -> str:
+    return f"{output.clock(moment)} ({output.relative(moment)})"
+
+
+def _timeline(asked: App, positions: Sequence[Position]) -> list[tuple[dict[str, Any], list[Cell]]]:
+    """A job's events read from the log where the status says they stand, in order of their append times."""
+    from jobledger import log
+    from jobledger.cli import facts
+    from jobledger.errors import SchemaError
+    from jobledger.schemas.events import Recorded
+
+    decode = log.decoder(asked.settings, asked.names).decode
+    found: list[Recorded] = []
+    lost: list[tuple[dict[str, Any], list[Cell]]] = []
+    with log.LogReader(asked.settings) as reader:
+        for position in positions:
+            message = reader.at(position)
+            try:
+                if message is None:
+                    raise SchemaError("no longer in the log")
+                found.append(log.recorded(message, decode))
+            except SchemaError as exc:
+                gone: list[Cell] = ["-", "", ("?", "dim"), "", (str(exc), "dim"), (str(position), "dim")]
+                lost.append(({"position": str(position), "error": str(exc)}, gone))
+    found.sort(key=lambda r: (r.appended_ms, r.event.run, r.event.release, r.position))
+    first = found[0].appended_ms if found else 0
+    return lost + [
+        (
+            facts.event_json(each),
+            [
+                output.clock(each.appended_ms * 1000),
+                f"+{output.duration((each.appended_ms - first) / 1000)}",
+                (facts.kind(each.event.fact), facts.style(each.event.fact)),
+                str(each.event.attempt),
+                facts.describe(each.event.fact),
+                (str(each.position), "dim"),
+            ],
+        )
+        for each in found
+    ]
