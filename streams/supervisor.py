@@ -52,7 +52,7 @@ class Restarts:
         self.deaths = 1 if lived >= self.healthy else self.deaths + 1
         if self.deaths > self.most:
             return None
-        return float(min(self.cap, self.initial * 2.0 ** (self.deaths - 1)))
+        return float(min(self.cap, self.initial * 2.0 ** min(self.deaths - 1, 30)))
 
 
 #: Told a child's name and one line of its output; or the supervisor's own name and what it did.

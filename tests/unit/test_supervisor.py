@@ -1,0 +1,183 @@
+"""Supervision: when a child is started again (pure), and that it is, with real processes."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from jobledger.streams.supervisor import LEASH, Child, Restarts, Supervisor, how
+
+WAIT_S = 20.0
+
+
+def python(code: str) -> tuple[str, ...]:
+    return (sys.executable, "-u", "-c", code)
+
+
+#: Prints its pid and waits; ends with 0 when asked to.
+PATIENT = "import os, signal, sys\nsignal.signal(15, lambda *_: sys.exit(0))\nprint('up', os.getpid())\nwhile True: signal.pause()"
+
+
+class Running:
+    """A supervisor in a thread of this test, with what was said."""
+
+    def __init__(self, *children: Child, restarts: Callable[[], Restarts] = Restarts, grace: float = 10.0) -> None:
+        self.said: list[tuple[str, str]] = []
+        self._new = threading.Condition()
+        self.supervisor = Supervisor(children, self._say, restarts=restarts, grace=grace)
+        self.code: int | None = None
+        self.thread = threading.Thread(target=self._run)
+        self.thread.start()
+
+    def _run(self) -> None:
+        self.code = self.supervisor.run()
+
+    def _say(self, name: str, line: str) -> None:
+        with self._new:
+            self.said.append((name, line))
+            self._new.notify_all()
+
+    def wait_for(self, wanted: Callable[[list[tuple[str, str]]], bool]) -> None:
+        with self._new:
+            assert self._new.wait_for(lambda: wanted(self.said), WAIT_S), self.said
+
+    def pids(self, name: str) -> list[int]:
+        return [int(line.split()[1]) for who, line in self.said if who == name and line.startswith("up ")]
+
+    def end(self) -> int | None:
+        self.supervisor.stop()
+        self.thread.join(WAIT_S)
+        assert not self.thread.is_alive()
+        return self.code
+
+
+@given(st.lists(st.floats(0, 9.9), min_size=1, max_size=20), st.integers(1, 10))
+def test_quick_deaths_in_a_row_are_bounded(lives: list[float], most: int) -> None:
+    """A child is started again at most ``most`` times in a row, after pauses that never shrink and never pass the cap."""
+    policy = Restarts(most=most)
+    pauses = [policy.died(lived) for lived in lives]
+    given_up = [p for p in pauses[:most] if p is None]
+    assert not given_up
+    assert all(p is None for p in pauses[most:])
+    kept = [p for p in pauses if p is not None]
+    assert kept == sorted(kept)
+    assert all(0 < p <= policy.cap for p in kept)
+
+
+@given(st.lists(st.floats(10, 1e6), max_size=50))
+def test_a_long_life_forgets_earlier_deaths(lives: list[float]) -> None:
+    """A child that lives long between its deaths is started again for ever, after the first pause each time."""
+    policy = Restarts(most=1)
+    assert [policy.died(lived) for lived in lives] == [policy.initial] * len(lives)
+
+
+def test_any_number_of_deaths_has_a_pause() -> None:
+    """A policy without a practical bound does not overflow."""
+    policy = Restarts(most=10**9, deaths=5_000)
+    assert policy.died(0.0) == policy.cap
+
+
+def test_output_comes_under_the_childs_name_and_a_stop_is_clean() -> None:
+    """Lines of stdout and stderr arrive under the child's name; asked to stop, all end and the code is 0."""
+    both = Running(
+        Child("a", python(PATIENT)), Child("b", python("import sys; print('err', file=sys.stderr)\n" + PATIENT))
+    )
+    both.wait_for(lambda said: bool(both.pids("a")) and bool(both.pids("b")) and ("b", "err") in said)
+    assert both.end() == 0
+    assert not any(psutil.pid_exists(pid) for name in "ab" for pid in both.pids(name))
+
+
+def test_a_killed_child_is_started_again() -> None:
+    """kill -9 of a child leads to a new one, and what ended it is said; the neighbour is left alone."""
+    both = Running(Child("a", python(PATIENT)), Child("b", python(PATIENT)), restarts=lambda: Restarts(initial=0.01))
+    both.wait_for(lambda _: len(both.pids("a")) == 1 and len(both.pids("b")) == 1)
+    os.kill(both.pids("a")[0], signal.SIGKILL)
+    both.wait_for(lambda _: len(both.pids("a")) == 2)
+    assert both.end() == 0
+    assert len(both.pids("b")) == 1
+    assert any("signal SIGKILL" in line for who, line in both.said if who == Supervisor.NAME)
+
+
+def test_a_child_that_keeps_dying_ends_them_all() -> None:
+    """After too many quick deaths the others are stopped, too, and the code is not 0."""
+    both = Running(
+        Child("bad", python("raise SystemExit(3)")),
+        Child("good", python(PATIENT)),
+        restarts=lambda: Restarts(most=2, initial=0.01),
+    )
+    both.thread.join(WAIT_S)
+    assert both.code == 1
+    said = [line for who, line in both.said if who == Supervisor.NAME]
+    assert [line for line in said if "exit code 3" in line and "giving up" in line]
+    assert not any(psutil.pid_exists(pid) for pid in both.pids("good"))
+
+
+def test_a_restart_that_was_asked_for_counts_as_no_death() -> None:
+    """`restart` stops a child cleanly and starts it again at once, even where no death is forgiven."""
+    one = Running(Child("a", python(PATIENT)), restarts=lambda: Restarts(most=0))
+    one.wait_for(lambda _: len(one.pids("a")) == 1)
+    one.supervisor.restart(["a"])
+    one.wait_for(lambda _: len(one.pids("a")) == 2)
+    assert one.end() == 0
+
+
+def test_a_child_that_does_not_stop_is_killed() -> None:
+    """After the grace time a child that ignores the request is killed, and that is said."""
+    one = Running(
+        Child(
+            "a", python("import signal\nsignal.signal(15, signal.SIG_IGN)\nprint('up 0')\nwhile True: signal.pause()")
+        ),
+        grace=0.2,
+    )
+    one.wait_for(lambda _: bool(one.pids("a")))
+    assert one.end() == 0
+    assert any("did not stop within" in line for _, line in one.said)
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_children_stop_when_their_supervisor_is_gone(number: signal.Signals, tmp_path: Path) -> None:
+    """kill -9 of the supervisor leaves no orphan: the children stop as if they had been asked to."""
+    mark = tmp_path / "stopped"
+    child = (
+        "import os, pathlib, signal, sys\n"
+        "from jobledger.streams.supervisor import obey_leash\n"
+        f"def stop(*_): pathlib.Path({str(mark)!r}).write_text('cleanly'); sys.exit(0)\n"
+        "signal.signal(15, stop)\nobey_leash()\nprint('up', os.getpid())\nwhile True: signal.pause()"
+    )
+    parent = (
+        "import sys\nfrom jobledger.streams.supervisor import Child, Supervisor\n"
+        f"c = Child('c', (sys.executable, '-u', '-c', {child!r}))\n"
+        "sys.exit(Supervisor([c], lambda name, line: print(line, flush=True)).run())"
+    )
+    with subprocess.Popen(python(parent), stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        orphan = psutil.Process(int(process.stdout.readline().split()[1]))
+        process.send_signal(number)
+        assert process.wait(WAIT_S) == (0 if number is signal.SIGTERM else -number)
+        psutil.wait_procs([orphan], WAIT_S)
+    deadline = time.monotonic() + WAIT_S
+    while not mark.exists() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert mark.read_text() == "cleanly"
+    assert not orphan.is_running() or orphan.status() == psutil.STATUS_ZOMBIE
+
+
+def test_the_leash_is_no_setting() -> None:
+    """Its name is outside ``JOBLEDGER_*``, whose unknown names are refused."""
+    assert not LEASH.startswith("JOBLEDGER_")
+
+
+def test_ends_are_told_as_people_say_them() -> None:
+    """Exit codes and signals are told apart and named."""
+    assert [how(0), how(3), how(-9)] == ["exit code 0", "exit code 3", "signal SIGKILL"]
