@@ -23,7 +23,7 @@ setup: $(STAMP) ## everything into .venv (done by the others when it is needed)
 
 $(STAMP): pyproject.toml .ci/install.py
 	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else 1)' 2>/dev/null || { \
-		echo "Jobledger needs Python 3.11 or newer; '$(PYTHON)' is $$($(PYTHON) --version 2>&1 || echo missing)."; \
+		echo "Jobledger needs Python 3.11 or newer; '$(PYTHON)' is $$($(PYTHON) --version 2>/dev/null || echo 'not there')."; \
 		echo "Install one, or name it: make PYTHON=/path/to/python3.11 $(MAKECMDGOALS)"; exit 1; } >&2
 	@test -x $(PY) || $(PYTHON) -m venv $(VENV) || { \
 		rm -rf $(VENV); \

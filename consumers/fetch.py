@@ -9,12 +9,15 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
 from typing import Any
 
 from confluent_kafka import OFFSET_BEGINNING, Consumer, KafkaError, KafkaException, Message, TopicPartition
 
 from jobledger.config import Settings
+from jobledger.consumers.commit import COMMIT_INTERVAL_S, Committer
+from jobledger.consumers.offsets import Snapshot
 from jobledger.consumers.settle import Settler
 from jobledger.consumers.work import Lease, Partition
 from jobledger.errors import BrokerUnavailable, ConfigError, JobledgerError
@@ -33,6 +36,15 @@ FULL_PAUSE_S = 0.5
 HANDOVER_S = 8.0
 #: Seconds the group's offsets are asked for at assignment before the worker gives up.
 COMMITTED_TIMEOUT_S = 30.0
+
+
+class CommitRequest:
+    """Snapshots that another thread wants committed; ``done`` is set when ``accepted`` says how it went."""
+
+    def __init__(self, snapshots: list[tuple[Partition, Snapshot]]) -> None:
+        self.snapshots = snapshots
+        self.accepted = False
+        self.done = threading.Event()
 
 
 class Fetcher(threading.Thread):
@@ -60,7 +72,6 @@ class Fetcher(threading.Thread):
         self._settings, self._settler, self._prefetch = settings, settler, prefetch
         self._assigned, self._ended, self.wake_dispatcher, self._fail = assigned, ended, wake, fail
         self.lease = Lease(lease)
-        self.commit_lock = threading.Lock()
         self._parts: dict[int, Partition] = {}
         self._room = threading.Event()
         self.waiting = False  # for room
@@ -83,6 +94,9 @@ class Fetcher(threading.Thread):
             },
         )
         self.consumer = Consumer(conf)
+        self.committer = Committer(settings, self.consumer, self.lease, settler, fail)
+        self._commit_at = 0.0
+        self._requests: deque[CommitRequest] = deque()
 
     # -- what others ask ------------------------------------------------------------------------------------------
 
@@ -99,6 +113,12 @@ class Fetcher(threading.Thread):
         """The dispatcher took messages: there may be room again."""
         if self.waiting and self.held <= self._prefetch // 2:
             self._room.set()
+
+    def request_commit(self, snapshots: list[tuple[Partition, Snapshot]]) -> CommitRequest:
+        """Have the fetch thread commit these; what is owned no more by then is left out."""
+        request = CommitRequest(snapshots)
+        self._requests.append(request)
+        return request
 
     def drain(self) -> None:
         """Take nothing more; go on polling."""
@@ -138,8 +158,9 @@ class Fetcher(threading.Thread):
         full_since: float | None = None
         consumer = self.consumer
         while not self._closing.is_set():
-            room = self._prefetch - self.held
             now = time.monotonic()
+            self._commit_if_due(now)
+            room = self._prefetch - self.held
             if self._draining or room <= 0 or (self._full and room <= self._prefetch // 2):
                 full_since = full_since or now
                 if self._draining or now - full_since >= FULL_PAUSE_S:
@@ -155,6 +176,24 @@ class Fetcher(threading.Thread):
                 self._steer()
                 steer_at = now + POLL_S
             self._take(consumer.poll(POLL_S), room)
+
+    def _commit_if_due(self, now: float) -> None:
+        while self._requests:
+            request = self._requests.popleft()
+            request.accepted = self.committer.commit_snapshots([s for s in request.snapshots if s[0].owned])
+            request.done.set()
+        waited_for = self.lease.wanted
+        if now < self._commit_at and not waited_for:
+            return
+        self._commit_at = now + COMMIT_INTERVAL_S
+        owned = self.owned()
+        # The lease is renewed while there is something to begin, so that beginning it need not wait.
+        renew = waited_for or (self.lease.until - now < self.lease.seconds / 2 and any(p.raw for p in owned))
+        due = owned if renew else [p for p in owned if p.offsets is not None and p.offsets.changed]
+        if due:
+            self.committer.commit(due)
+        if waited_for and not self.lease.wanted:
+            self.wake_dispatcher()
 
     def _await_room(self) -> None:
         self._room.clear()
@@ -181,6 +220,9 @@ class Fetcher(threading.Thread):
                 partition.raw.append(message)
                 self.fetched += 1
         self.error = None
+        if self.lease.until < time.monotonic():
+            # After a quiet time, or after standing still: first hear from the coordinator that these are still ours.
+            self.committer.commit(self.owned())
         self.wake_dispatcher()
 
     def _message_error(self, error: KafkaError) -> None:
@@ -258,8 +300,8 @@ class Fetcher(threading.Thread):
             return
         settled = self._settler.settle(parts, time.monotonic() + self._handover)
         if not self._settler.broken:
-            self._settler.commit_last(self, parts, timeout=self._handover + 2.0)
-        left = {p.number: len(p.live) for p in parts if p.live}
+            self.committer.commit(parts, final=True)
+        left = {p.number: len(p.live) for p in parts if p.busy}
         LOG.info(
             "queue %s: handed over partitions %s%s",
             self.queue,
@@ -275,8 +317,7 @@ class Fetcher(threading.Thread):
     def _give_up(self, gone: list[TopicPartition]) -> list[Partition]:
         parts = [p for t in gone if (p := self._parts.pop(t.partition, None)) is not None]
         for p in parts:
-            p.owned = False
-            p.raw.clear()
+            p.give_up()
         if parts:
             self._ended(parts)
         return parts

@@ -156,9 +156,7 @@ class Takeover(threading.Thread):
         if not plans:
             return
         times: dict[int, int] = {}
-        ranges = {
-            (topic, p.partition.number): (p.restored.base, p.high) for p in plans if p.restored.base < p.high
-        }
+        ranges = {(topic, p.partition.number): (p.restored.base, p.high) for p in plans if p.restored.base < p.high}
         self._read_ranges(ranges, lambda m: _first(times, m), first_only=True)
         for plan in plans:
             plan.floor = plan.lifecycle_high
@@ -174,23 +172,26 @@ class Takeover(threading.Thread):
         """Commit what was found, unchanged but for ``clean=false``, and await it; False if nothing is ours any more."""
         deadline = time.monotonic() + STALL_S
         while True:
-            with fetcher.commit_lock:
-                owned = [p for p in plans if p.partition.owned]
-                if not owned or self._closing or self._settler.broken:
+            owned = [p for p in plans if p.partition.owned]
+            if not owned or self._closing or self._settler.broken:
+                return False
+            snapshots: list[tuple[Partition, Snapshot]] = []
+            for plan in owned:
+                if plan.restored.clean:
+                    plan.floor = plan.lifecycle_high
+                metadata = encode(plan.restored.base, plan.restored.done, plan.floor, False)
+                assert metadata is not None  # it was read from a text of this length
+                snapshots.append((plan.partition, Snapshot(plan.restored.base, metadata)))
+            request = fetcher.request_commit(snapshots)
+            while not request.done.wait(1.0):
+                if self._closing or not fetcher.is_alive():
                     return False
-                snapshots: list[tuple[Partition, Snapshot]] = []
-                for plan in owned:
-                    if plan.restored.clean:
-                        plan.floor = plan.lifecycle_high
-                    metadata = encode(plan.restored.base, plan.restored.done, plan.floor, False)
-                    assert metadata is not None  # it was read from a text of this length
-                    snapshots.append((plan.partition, Snapshot(plan.restored.base, metadata)))
-                if self._settler.commit_snapshots(fetcher, snapshots):
-                    return True
+            if request.accepted:
+                return True
             if time.monotonic() > deadline:
                 raise BrokerUnavailable(
                     f"{fetcher.topic}: taking over partitions {[p.partition.number for p in owned]} was not "
-                    f"acknowledged within {STALL_S:g} s: {self._settler.last_commit_error}"
+                    f"acknowledged within {STALL_S:g} s: {fetcher.committer.last_error}"
                 )
             time.sleep(0.1)
 
@@ -324,7 +325,7 @@ class Takeover(threading.Thread):
                         take(message)
                     if offset + 1 >= end or first_only:
                         del ends[where]
-                        consumer.incremental_unassign([TopicPartition(*where)])
+                        consumer.pause([TopicPartition(*where)])
                 if len(batch) < 1000 and ends:
                     # A position passes gaps that no message stands for.
                     for where_now in consumer.position([TopicPartition(t, n) for t, n in ends]):

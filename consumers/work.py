@@ -67,6 +67,8 @@ class Partition:
         self.owned = True
         self.ready = False  # the takeover is through
         self.stopped: str | None = None  # why nothing of it may be run any more
+        self.taking = False  # the dispatcher is between taking a record and putting it into `live`
+        self.aside = 0  # received, and not judged yet
         self.braked = False  # its completion map is as long as it may become
         self.paused = True  # at the client
         self.lock = threading.Lock()
@@ -89,11 +91,39 @@ class Partition:
         """Fetched records that count against the prefetch limit."""
         return 0 if self.braked or self.stopped is not None else len(self.raw)
 
+    @property
+    def busy(self) -> bool:
+        """Whether something of it is under way: what merely waits for a thread is not."""
+        return self.taking or any(not work.waiting for work in list(self.live.values()))
+
+    def begin_taking(self) -> bool:
+        """Claim the right to take records up; False if the partition is owned no more. Ends with ``taking = False``."""
+        with self.lock:
+            self.taking = self.owned and self.stopped is None and self.offsets is not None
+        return self.taking
+
+    def give_up(self) -> None:
+        """End the ownership: what is not being taken up now never will be."""
+        with self.lock:
+            self.owned = False
+        self.raw.clear()
+
 
 class Plan:
     """A task as the worker runs it, and its counts."""
 
-    __slots__ = ("decode_args", "failed", "fn", "is_async", "name", "retried", "seconds", "snoozed", "succeeded", "task")
+    __slots__ = (
+        "decode_args",
+        "failed",
+        "fn",
+        "is_async",
+        "name",
+        "retried",
+        "seconds",
+        "snoozed",
+        "succeeded",
+        "task",
+    )
 
     def __init__(self, task: Task[Any, Any]) -> None:
         self.task = task
@@ -125,6 +155,7 @@ class Work:
         "send_progress",
         "tries",
         "unsent",
+        "waiting",
     )
 
     def __init__(self, partition: Partition, offset: int, event: JobEvent | None, arrived: Arrived) -> None:
@@ -133,12 +164,13 @@ class Work:
         self.lifecycle_offset = -1
         self.tries = 0
         self.began = 0.0
-        self.abandoned = False
+        self.abandoned = False  # its outcome must not be written any more
+        self.waiting = False  # for a thread; not begun
         self.handle: asyncio.Task[None] | None = None
         self.outcome: Outcome | None = None  # only when it is not a success
         self.unsent: JobProgressed | None = None
         self.reported_at = 0.0
-        self.plan: Plan
+        self.plan: Plan | None = None  # of a task this worker knows
         self.context: JobContext
         self.kwargs: dict[str, Any]
         self.send_progress: Callable[[Work, JobProgressed], None]

@@ -1,14 +1,38 @@
-"""States and the status of a job. Pure."""
+"""A job's states, the fold of its facts, and what people see of it. Pure: no Kafka, no Avro, no database, no clock.
+
+A job's `Life` is a join-semilattice: `join` is commutative, associative and idempotent, and folding a fact is joining
+the life that knows nothing but this fact (`of`). So duplicates, replays and any order between topics converge. The
+shape is the state-based CRDT of Shapiro, Preguiça, Baquero and Zawirski (2011): a product of slots, each of which keeps
+the greatest of what it saw in a total order without clocks.
+
+* The life belongs to its greatest run; of lesser runs only the positions are kept. A product over a chain, compared
+  first, is again a semilattice.
+* ``head``: the submission before a release before any other fact, then the lowest position.
+* ``due``, ``start``, ``close``: the greatest (release, attempt); then the lowest position, of starts the highest.
+* ``report``: the greatest (release, attempt, sequence), then the lowest position.
+* ``end``: succeeded > failed > cancelled > expired, then the lowest position.
+* ``positions``: the union, of which the `FIRST` earliest and the `LAST` latest are kept. That stays a semilattice: what
+  is among the earliest of a union is among the earliest of the part it came from, so cutting early loses nothing that
+  cutting late would have kept. Progress reports are left out but the last, which its slot holds.
+
+Only facts are folded. What derives from them (release requests and decisions, dead letters) says nothing new, and its
+positions are not kept: a timeline shows facts.
+"""
 
 from __future__ import annotations
 
 import datetime as dt
 import enum
-from typing import Any
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple, TypeVar
 
 import msgspec
 
-from jobledger.schemas.events import ErrorInfo, Position
+from jobledger.schemas import events as ev
+from jobledger.schemas.events import ErrorInfo, Position, Recorded
+
+#: How many positions of a job are kept: so many of the earliest, so many of the latest.
+FIRST, LAST = 64, 192
 
 
 class State(enum.StrEnum):
@@ -26,7 +50,373 @@ class State(enum.StrEnum):
     @property
     def ended(self) -> bool:
         """Whether nothing follows in this run."""
-        return self in (State.SUCCEEDED, State.FAILED, State.CANCELLED, State.EXPIRED)
+        return self in ENDS
+
+
+#: The states that end a run, the strongest first: if the log holds two ends of a run, this one is shown.
+ENDS = (State.SUCCEEDED, State.FAILED, State.CANCELLED, State.EXPIRED)
+
+
+class Transition(NamedTuple):
+    """One arrow of a job's life: the state before (None: unknown to the table), the fact, the state after."""
+
+    before: State | None
+    fact: type[Any]
+    after: State
+    note: str = ""
+
+
+_S = State
+#: Every step a job takes when each fact is seen once and in order. What is not here does not move a job that is where
+#: the row says: it came late or twice. Documentation draws its diagram from this table (`diagram`).
+TRANSITIONS: tuple[Transition, ...] = (
+    Transition(None, ev.JobSubmitted, _S.QUEUED, "run now"),
+    Transition(None, ev.JobSubmitted, _S.SCHEDULED, "with a delay"),
+    Transition(_S.SCHEDULED, ev.JobDue, _S.QUEUED),
+    Transition(_S.RETRYING, ev.JobDue, _S.QUEUED),
+    Transition(_S.QUEUED, ev.JobStarted, _S.RUNNING),
+    Transition(_S.RUNNING, ev.JobStarted, _S.RUNNING, "taken over"),
+    Transition(_S.RUNNING, ev.JobProgressed, _S.RUNNING),
+    Transition(_S.RUNNING, ev.JobRetried, _S.RETRYING),
+    Transition(_S.RUNNING, ev.JobSnoozed, _S.SCHEDULED),
+    Transition(_S.QUEUED, ev.JobSnoozed, _S.SCHEDULED, "unknown task"),
+    Transition(_S.RUNNING, ev.JobSucceeded, _S.SUCCEEDED),
+    Transition(_S.RUNNING, ev.JobFailed, _S.FAILED),
+    Transition(_S.QUEUED, ev.JobFailed, _S.FAILED, "cannot be run"),
+    *(Transition(s, ev.JobCancelled, _S.CANCELLED) for s in (_S.SCHEDULED, _S.QUEUED, _S.RUNNING, _S.RETRYING)),
+    *(Transition(s, ev.JobExpired, _S.EXPIRED) for s in (_S.SCHEDULED, _S.QUEUED, _S.RETRYING)),
+)
+
+# -- slots ----------------------------------------------------------------------------------------------------------
+
+#: Where a record stands and when the broker appended it: (milliseconds, topic, partition, offset).
+At = tuple[int, str, int, int]
+
+
+# Slots are written as arrays, and hold nothing that could refer back to them (gc=False).
+
+
+class Head(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """Who the job is. ``rank``: 0 from the submission, 1 from a release, 2 from another fact (then no tags or parent).
+
+    ``release``, ``attempt``: as submitted. ``due_ms``: set if the submission was conditioned.
+    """
+
+    rank: int
+    at: At
+    task: str
+    queue: str
+    release: int = 0
+    attempt: int = 0
+    due_ms: int | None = None
+    tags: dict[str, str] = {}
+    parent: str | None = None
+
+
+class Due(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """The job was let go to the workers."""
+
+    release: int
+    attempt: int
+    at: At
+    due_ms: int
+
+
+class Start(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """A worker began."""
+
+    release: int
+    attempt: int
+    at: At
+
+
+class Close(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """An attempt ended and another follows at ``due_ms``. No error: it was snoozed."""
+
+    release: int
+    attempt: int
+    at: At
+    due_ms: int
+    duration_us: int
+    error: ErrorInfo | None = None
+    reason: str | None = None
+
+
+class Report(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """The last progress report."""
+
+    release: int
+    attempt: int
+    sequence: int
+    at: At
+    done: int
+    total: int | None
+    message: str | None
+
+
+class End(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """The run ended; ``rank`` is the index of its state in `ENDS`."""
+
+    rank: int
+    at: At
+    release: int
+    attempt: int
+    duration_us: int = 0
+    error: ErrorInfo | None = None
+    reason: str | None = None
+    result: bytes | None = None
+
+
+class Life(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """What is known of a job: its slots, and where its facts stand, in order of their append times."""
+
+    run: int
+    head: Head
+    due: Due | None = None
+    start: Start | None = None
+    close: Close | None = None
+    report: Report | None = None
+    end: End | None = None
+    positions: tuple[At, ...] = ()
+
+
+# -- the fold -------------------------------------------------------------------------------------------------------
+
+
+def of(run: int, release: int, attempt: int, task: str, queue: str, fact: ev.Fact, at: At) -> Life | None:
+    """The life of a job of which only this fact is known; None if the fact does not feed the fold."""
+    make = _MAKERS.get(fact.__class__)
+    return None if make is None else make(run, release, attempt, task, queue, fact, at)
+
+
+def _submitted(run: int, release: int, attempt: int, task: str, queue: str, fact: ev.JobSubmitted, at: At) -> Life:
+    spec = fact.spec
+    due_ms: int | None = None
+    if fact.due_at is not None:
+        due_ms = fact.due_at // 1000
+    elif fact.delay_ms is not None:
+        due_ms = at[0] + fact.delay_ms
+    head = Head(0, at, task, queue, release, attempt, due_ms, spec.tags, spec.parent)
+    return Life(run, head, None, None, None, None, None, (at,))
+
+
+def _due(run: int, release: int, attempt: int, task: str, queue: str, fact: ev.JobDue, at: At) -> Life:
+    head = Head(1, at, task, queue, 0, 0, None, fact.spec.tags, fact.spec.parent)
+    return Life(run, head, Due(release, attempt, at, fact.due_at // 1000), None, None, None, None, (at,))
+
+
+def _started(run: int, release: int, attempt: int, task: str, queue: str, fact: ev.JobStarted, at: At) -> Life:
+    return Life(run, Head(2, at, task, queue), None, Start(release, attempt, at), None, None, None, (at,))
+
+
+def _progressed(run: int, release: int, attempt: int, task: str, queue: str, fact: ev.JobProgressed, at: At) -> Life:
+    report = Report(release, attempt, fact.sequence, at, fact.done, fact.total, fact.message)
+    return Life(run, Head(2, at, task, queue), None, None, None, report, None, ())
+
+
+def _retried(run: int, release: int, attempt: int, task: str, queue: str, fact: ev.JobRetried, at: At) -> Life:
+    close = Close(release, attempt, at, at[0] + fact.delay_ms, fact.duration_us, fact.error, None)
+    return Life(run, Head(2, at, task, queue), None, None, close, None, None, (at,))
+
+
+def _snoozed(run: int, release: int, attempt: int, task: str, queue: str, fact: ev.JobSnoozed, at: At) -> Life:
+    close = Close(release, attempt, at, at[0] + fact.delay_ms, fact.duration_us, None, fact.reason)
+    return Life(run, Head(2, at, task, queue), None, None, close, None, None, (at,))
+
+
+def _succeeded(run: int, release: int, attempt: int, task: str, queue: str, fact: ev.JobSucceeded, at: At) -> Life:
+    end = End(0, at, release, attempt, fact.duration_us, None, None, fact.result)
+    return Life(run, Head(2, at, task, queue), None, None, None, None, end, (at,))
+
+
+def _failed(run: int, release: int, attempt: int, task: str, queue: str, fact: ev.JobFailed, at: At) -> Life:
+    end = End(1, at, release, attempt, fact.duration_us, fact.error, fact.reason)
+    return Life(run, Head(2, at, task, queue), None, None, None, None, end, (at,))
+
+
+def _cancelled(run: int, release: int, attempt: int, task: str, queue: str, fact: ev.JobCancelled, at: At) -> Life:
+    end = End(2, at, release, attempt, 0, None, fact.reason or f"by {fact.by}")
+    return Life(run, Head(2, at, task, queue), None, None, None, None, end, (at,))
+
+
+def _expired(run: int, release: int, attempt: int, task: str, queue: str, fact: ev.JobExpired, at: At) -> Life:
+    return Life(run, Head(2, at, task, queue), None, None, None, None, End(3, at, release, attempt), (at,))
+
+
+_MAKERS: dict[type[Any], Callable[[int, int, int, str, str, Any, At], Life]] = {
+    ev.JobSubmitted: _submitted,
+    ev.JobDue: _due,
+    ev.JobStarted: _started,
+    ev.JobProgressed: _progressed,
+    ev.JobRetried: _retried,
+    ev.JobSnoozed: _snoozed,
+    ev.JobSucceeded: _succeeded,
+    ev.JobFailed: _failed,
+    ev.JobCancelled: _cancelled,
+    ev.JobExpired: _expired,
+}
+
+
+def apply(life: Life | None, recorded: Recorded) -> Life | None:
+    """The life with one more fact of the same job. ``life`` None: nothing was known."""
+    event, place = recorded.event, recorded.position
+    at = (recorded.appended_ms, place.topic, place.partition, place.offset)
+    return join(life, of(event.run, event.release, event.attempt, event.task, event.queue, event.fact, at))
+
+
+def join(a: Life | None, b: Life | None) -> Life | None:
+    """The least life that knows all that two lives of the same job know; None knows nothing."""
+    if a is None or a is b:
+        return b
+    if b is None:
+        return a
+    positions = _union(a.positions, b.positions)
+    if a.run != b.run:
+        top = a if a.run > b.run else b
+        return Life(top.run, top.head, top.due, top.start, top.close, top.report, top.end, positions)
+    head, other = a.head, b.head
+    if other.rank < head.rank or (other.rank == head.rank and other.at[1:] < head.at[1:]):
+        head = other
+    due, start, close, report, end = a.due, a.start, a.close, a.report, a.end
+    if b.due is not None:
+        due = b.due if due is None else _settled(due, b.due)
+    if b.start is not None:
+        start = b.start if start is None else max(start, b.start, key=_start_rank)
+    if b.close is not None:
+        close = b.close if close is None else _settled(close, b.close)
+    if b.report is not None:
+        report = b.report if report is None else min(report, b.report, key=_report_rank)
+    if b.end is not None:
+        end = b.end if end is None else min(end, b.end, key=_end_rank)
+    return Life(a.run, head, due, start, close, report, end, positions)
+
+
+D = TypeVar("D", Due, Close)
+
+
+def _settled(a: D, b: D) -> D:
+    """The one of the greater (release, attempt), else the first in the log."""
+    mine, other = (a.release, a.attempt), (b.release, b.attempt)
+    return a if mine > other or (mine == other and a.at[1:] <= b.at[1:]) else b
+
+
+def _start_rank(start: Start) -> tuple[int, int, tuple[str, int, int]]:
+    return start.release, start.attempt, start.at[1:]
+
+
+def _report_rank(report: Report) -> tuple[int, int, int, tuple[str, int, int]]:
+    return -report.release, -report.attempt, -report.sequence, report.at[1:]
+
+
+def _end_rank(end: End) -> tuple[int, tuple[str, int, int]]:
+    return end.rank, end.at[1:]
+
+
+def _union(a: tuple[At, ...], b: tuple[At, ...]) -> tuple[At, ...]:
+    if not a or not b:
+        return a or b
+    if len(b) == 1:  # one more fact, and nearly always the latest
+        one = b[0]
+        if one > a[-1]:
+            union = a + b
+        elif one in a:
+            return a
+        else:
+            union = tuple(sorted((*a, one)))
+    else:
+        union = tuple(sorted({*a, *b}))
+    return union if len(union) <= FIRST + LAST else union[:FIRST] + union[-LAST:]
+
+
+# -- what people see ------------------------------------------------------------------------------------------------
+
+
+#: A release before every other.
+_NEVER = -(1 << 31) - 1
+
+
+class Visible(msgspec.Struct, frozen=True, gc=False):
+    """What a life shows: the projection that rows and counters are made of. Times are the broker's, in milliseconds.
+
+    ``since_ms``: when the job was submitted or, while that is not known, when the fact was appended that it is known by.
+    ``started_ms``: the last start of this run.
+    """
+
+    state: State
+    task: str
+    queue: str
+    run: int
+    attempt: int
+    release: int
+    since_ms: int
+    due_ms: int | None = None
+    started_ms: int | None = None
+    ended_ms: int | None = None
+    error: ErrorInfo | None = None
+    reason: str | None = None
+    duration_us: int | None = None
+
+
+def project(life: Life) -> Visible:
+    """What is shown of a life: of its run the end if there is one, else what came last in its life.
+
+    Last is what has the greatest (release, attempt, phase); the phases are submission, release, start, close.
+    """
+    head, start, end = life.head, life.start, life.end
+    started_ms = None if start is None else start.at[0]
+    run, task, queue, since_ms = life.run, head.task, head.queue, head.at[0]
+    if end is not None:
+        return Visible(
+            ENDS[end.rank],
+            task,
+            queue,
+            run,
+            end.attempt,
+            end.release,
+            since_ms,
+            None,
+            started_ms,
+            end.at[0],
+            end.error,
+            end.reason,
+            end.duration_us,
+        )
+    state, due_ms = State.QUEUED, head.due_ms
+    if due_ms is not None:
+        state = State.SCHEDULED
+    last = (head.release, head.attempt, 0) if head.rank == 0 else (_NEVER, 0, 0)
+    due = life.due
+    if due is not None and (due.release, due.attempt, 1) > last:
+        last, state, due_ms = (due.release, due.attempt, 1), State.QUEUED, due.due_ms
+    if start is not None and (start.release, start.attempt, 2) > last:
+        last, state, due_ms = (start.release, start.attempt, 2), State.RUNNING, None
+    report = life.report
+    if report is not None and (report.release, report.attempt, 2) > last:
+        last, state, due_ms = (report.release, report.attempt, 2), State.RUNNING, None
+    close = life.close
+    if close is not None and (close.release, close.attempt, 3) > last:
+        state = State.SCHEDULED if close.error is None else State.RETRYING
+        return Visible(
+            state,
+            task,
+            queue,
+            run,
+            close.attempt,
+            close.release,
+            since_ms,
+            close.due_ms,
+            started_ms,
+            None,
+            close.error,
+            close.reason,
+            close.duration_us,
+        )
+    return Visible(state, task, queue, run, last[1], last[0], since_ms, due_ms, started_ms)
+
+
+def awaited(visible: Visible) -> tuple[int, int]:
+    """The (release, attempt) that a scheduled or retrying job waits for."""
+    return visible.release + 1, visible.attempt + (visible.state is State.RETRYING)
 
 
 class Progress(msgspec.Struct, frozen=True):
@@ -38,7 +428,14 @@ class Progress(msgspec.Struct, frozen=True):
 
 
 class JobStatus(msgspec.Struct, frozen=True):
-    """One job as the status table knows it."""
+    """One job as the status table knows it. Times are the broker's append times.
+
+    ``attempt``, ``release``: those of what it was last seen at. ``started_at``: its last start. ``due_at``: set while it
+    waits for a time, and of the release while it is queued. ``duration``: seconds the last attempt ran. ``positions``:
+    where its facts stand in the log, in order of their append times, at most the `FIRST` first and the `LAST` last.
+    ``partial``: its submission is not in the table (not read yet, or trimmed before the table was built), so its
+    ``submitted_at`` is not known, and its tags and parent may not be.
+    """
 
     job_id: str
     task: str
@@ -59,3 +456,61 @@ class JobStatus(msgspec.Struct, frozen=True):
     reason: str | None = None
     duration: float | None = None
     positions: tuple[Position, ...] = ()
+    partial: bool = False
+
+
+def status(job_id: str, life: Life) -> JobStatus:
+    """A life as its users see it."""
+    seen, head, report, end = project(life), life.head, life.report, life.end
+    places = life.positions if report is None else _union(life.positions, (report.at,))
+    return JobStatus(
+        job_id=job_id,
+        task=seen.task,
+        queue=seen.queue,
+        state=seen.state,
+        run=seen.run,
+        attempt=seen.attempt,
+        release=seen.release,
+        tags=head.tags,
+        parent=head.parent,
+        submitted_at=_moment(head.at[0]) if head.rank == 0 else None,
+        due_at=_moment(seen.due_ms),
+        started_at=_moment(seen.started_ms),
+        ended_at=_moment(seen.ended_ms),
+        progress=None if report is None else Progress(report.done, report.total, report.message),
+        result=None if end is None or end.result is None else _decoded(end.result),
+        error=seen.error,
+        reason=seen.reason,
+        duration=None if seen.duration_us is None else seen.duration_us / 1e6,
+        positions=tuple(Position(topic, partition, offset) for _, topic, partition, offset in places),
+        partial=head.rank != 0,
+    )
+
+
+_EPOCH = dt.datetime(1970, 1, 1, tzinfo=dt.UTC)
+
+
+def _moment(ms: int | None) -> dt.datetime | None:
+    if ms is None:
+        return None
+    try:
+        return _EPOCH + dt.timedelta(milliseconds=ms)
+    except OverflowError:  # a due time that no calendar has; the job is there all the same
+        return dt.datetime.max.replace(tzinfo=dt.UTC)
+
+
+def _decoded(result: bytes) -> Any:
+    try:
+        return msgspec.json.decode(result)
+    except ValueError:  # written by something else than a worker of ours
+        return result.decode("utf-8", "replace")
+
+
+def diagram(transitions: Iterable[Transition] = TRANSITIONS) -> str:
+    """The transitions as a Mermaid state diagram."""
+    lines = ["stateDiagram-v2"]
+    for before, fact, after, note in transitions:
+        label = fact.__name__ + (f" ({note})" if note else "")
+        lines.append(f"    {before or '[*]'} --> {after}: {label}")
+    lines += [f"    {end} --> [*]" for end in ENDS]
+    return "\n".join(lines)

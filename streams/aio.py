@@ -1,20 +1,25 @@
-"""librdkafka for an event loop: delivery reports as one awaitable per batch, and the ends of partitions.
+"""Kafka for the coordinator's event loop: sends with one awaitable per batch, and the ends of partitions. Knows no events.
 
-Knows no events. Ends are not asked through Faust's consumer: its requests queue behind a fetch that waits for records.
+Sends go through aiokafka: it has one request at a time under way to a broker, with everything for all partitions that came
+meanwhile, where librdkafka sends one request per partition. At a few records a millisecond over many partitions that is a
+tenth of the requests. Ends are asked on a connection of their own: those of Faust's consumer wait behind its fetches.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from confluent_kafka import KafkaError, Message
+from aiokafka import AIOKafkaProducer
+from aiokafka import errors as aioerrors
 
 from jobledger.config import Settings
-from jobledger.errors import JobledgerError
-from jobledger.log import LogReader, LogWriter, Outgoing, translate
+from jobledger.errors import BrokerUnavailable, JobledgerError, PayloadTooLarge, TopicMissing
+from jobledger.log import LogReader, Outgoing
+
+MAX_BATCH_BYTES = 256 * 1024
 
 
 class Delivered(NamedTuple):
@@ -25,54 +30,89 @@ class Delivered(NamedTuple):
     appended_ms: int
 
 
+Outcomes = list[Delivered | JobledgerError]
+
+
 class AckedWriter:
-    """A `LogWriter` for one event loop. Waits are bounded by its delivery timeout."""
+    """An idempotent producer. ``security``: aiokafka's settings. ``patience``: seconds that a record may wait for its
+    acknowledgement, through an outage if need be. Its partitioner agrees with librdkafka's ``murmur2_random``."""
 
-    def __init__(self, writer: LogWriter) -> None:
-        self.writer = writer
+    def __init__(self, settings: Settings, security: Mapping[str, Any], patience: float) -> None:
+        self._settings = settings
+        self._producer = AIOKafkaProducer(
+            bootstrap_servers=settings.resolve_bootstrap(),
+            client_id="jobledger-coordinator",
+            acks="all",
+            enable_idempotence=True,
+            linger_ms=0,  # what comes while a request is under way is its own batch
+            max_batch_size=MAX_BATCH_BYTES,
+            max_request_size=settings.max_record_bytes,
+            request_timeout_ms=int(patience * 1000),
+            **security,
+        )
 
-    def post(self, records: Sequence[Outgoing]) -> asyncio.Future[list[Delivered | JobledgerError]]:
-        """Hand records over, at least one; what became of each, in order, once all are settled. Nothing is raised."""
-        settings = self.writer.settings
-        loop = asyncio.get_running_loop()
-        future: asyncio.Future[list[Delivered | JobledgerError]] = loop.create_future()
-        lost = JobledgerError("never sent")
-        outcomes: list[Delivered | JobledgerError] = [lost] * len(records)
-        settled = 0
-        expected = -1
+    async def start(self) -> None:
+        """Connect. Raises `BrokerUnavailable`."""
+        try:
+            await self._producer.start()
+        except aioerrors.KafkaError as exc:
+            raise self._translate(exc, "connecting") from exc
 
-        def finish() -> None:
-            if not future.done():
-                future.set_result(outcomes)
+    async def stop(self, timeout: float) -> None:
+        """Flush within ``timeout`` seconds and give the connections back."""
+        try:
+            async with asyncio.timeout(timeout):
+                await self._producer.stop()
+        except (TimeoutError, aioerrors.KafkaError):
+            await self._producer.client.close()
 
-        def on_delivery(index: int) -> None:
-            def report(error: KafkaError | None, message: Message) -> None:
-                nonlocal settled
-                if error is None:
-                    outcomes[index] = Delivered(message.partition() or 0, message.offset() or 0, message.timestamp()[1])
-                else:
-                    outcomes[index] = translate(error, settings, f"sending to {message.topic()}")
-                settled += 1  # reports come from one thread
-                if settled == expected:
-                    loop.call_soon_threadsafe(finish)
-
-            self.writer.post(records[index], report)
-
-        refused = 0
-        for index in range(len(records)):
+    async def post(self, records: Sequence[Outgoing]) -> asyncio.Future[Outcomes]:
+        """Hand records over, at least one, in order; what became of each, once all are settled. Nothing is raised."""
+        send = self._producer.send
+        under_way: list[Any] = []
+        for topic, value, key, partition, headers in records:
+            raw_key = key.encode() if isinstance(key, str) else key
             try:
-                on_delivery(index)
-            except JobledgerError as exc:
-                outcomes[index] = exc
-                refused += 1
-        expected = len(records) - refused
-        # The last report may have come before `expected` was known; finishing twice does no harm.
-        if settled == expected:
-            loop.call_soon(finish)
-        return future
+                under_way.append(await send(topic, value, raw_key, partition, None, headers))
+            except aioerrors.KafkaError as exc:
+                failed: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+                failed.set_exception(exc)
+                under_way.append(failed)
+        settled: asyncio.Future[Outcomes] = asyncio.get_running_loop().create_future()
+        gathered = asyncio.gather(*under_way, return_exceptions=True)
+
+        def settle(done: asyncio.Future[list[Any]]) -> None:
+            if settled.done():
+                return
+            if done.cancelled():
+                settled.cancel()
+                return
+            settled.set_result(
+                [
+                    self._translate(found, f"sending to {record.topic}")
+                    if isinstance(found, BaseException)
+                    else Delivered(found.partition, found.offset, found.timestamp)
+                    for found, record in zip(done.result(), records, strict=True)
+                ]
+            )
+
+        gathered.add_done_callback(settle)
+        return settled
+
+    def _translate(self, error: BaseException, what: str) -> JobledgerError:
+        address = self._settings.bootstrap or "the embedded broker"
+        if isinstance(error, aioerrors.UnknownTopicOrPartitionError):
+            return TopicMissing(f"{what}: the topic does not exist; create it with `jobledger topics apply MODULE:APP`")
+        if isinstance(error, aioerrors.MessageSizeTooLargeError | aioerrors.RecordListTooLargeError):
+            return PayloadTooLarge(
+                f"{what}: {address} refuses a record of this size; see the topic's max.message.bytes"
+            )
+        return BrokerUnavailable(
+            f"{what}: {address} did not take it in time ({error!r}); check JOBLEDGER_BOOTSTRAP and that the broker runs"
+        )
 
 
-def first_error(outcomes: Sequence[Delivered | JobledgerError]) -> JobledgerError | None:
+def first_error(outcomes: Iterable[Delivered | JobledgerError]) -> JobledgerError | None:
     """The first record that was not acknowledged, as its error."""
     return next((o for o in outcomes if isinstance(o, JobledgerError)), None)
 

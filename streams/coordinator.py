@@ -40,6 +40,7 @@ from jobledger.streams.faust_app import (
     hasten,
     origin_of,
     quieten,
+    security,
     take_place,
     work_topics,
 )
@@ -113,19 +114,19 @@ class Coordinator:
         cycle, metrics = self._cycle, self.metrics
         settled = self._started and not self._app.rebalancing
         ready = cycle is not None and settled and bool(self._app.tables.actives_ready) and cycle.ready
-        owned = [] if cycle is None else cycle.partitions
+        owned = [] if cycle is None else cycle.firing.partitions
         lag = (
             0 if cycle is None else sum(max(0, end - cycle.position(p)) for p, end in self._high.items() if p in owned)
         )
-        scheduled = 0 if cycle is None else sum(cycle.scheduled.values())
-        missing = [] if cycle is None else cycle.missing_topics
+        scheduled = 0 if cycle is None else sum(cycle.table.scheduled.values())
+        missing = [] if cycle is None else cycle.topics.missing
         state = "ready" if ready else "starting" if not self._started else "catching-up" if settled else "rebalancing"
         metrics.ready.set(ready)
         metrics.lag.set(lag)
         metrics.partitions.set(len(owned))
         metrics.scheduled.set(scheduled)
         metrics.missing_topics.set(len(missing))
-        metrics.clock_ahead.set(0 if cycle is None else cycle.clock.ahead_us / 1e6)
+        metrics.clock_ahead.set(0 if cycle is None else cycle.firing.clock.ahead_us / 1e6)
         return {
             "state": state,
             "ready": ready,
@@ -133,7 +134,7 @@ class Coordinator:
             "partitions": owned,
             "lag": lag,
             "scheduled": scheduled,
-            "next_due_us": None if cycle is None else cycle.next_due,
+            "next_due_us": None if cycle is None else cycle.firing.next_due,
             "fired": metrics.fired,
             "late": metrics.lateness(),
             "missing_topics": missing,
@@ -146,21 +147,18 @@ class Coordinator:
         """Run until `stop`. Raises what made it give up; nothing that was not dealt with is committed then."""
         loop = self._loop = asyncio.get_running_loop()
         place = take_place(self._root, self.names.namespace)
-        # What is sent must be allowed to be as large as what was read, and to wait as long as the broker may be away.
-        settings = replace(
-            self.settings,
-            submit_timeout=self.options.patience,
-            max_record_bytes=self.settings.max_record_bytes + ROOM_BYTES,
-        )
-        writer: LogWriter | None = None
+        # What is sent must be allowed to be as large as what was read.
+        settings = replace(self.settings, max_record_bytes=self.settings.max_record_bytes + ROOM_BYTES)
+        writer: AckedWriter | None = None
         tasks: list[asyncio.Task[None]] = []
         try:
             quieten()
             origin, topics = await self._with_patience(self._prepare)
             place.keep_for(origin)
             self._ends = Ends(self.settings)
-            writer = LogWriter(settings, self.names, linger_ms=1.0)
-            await loop.run_in_executor(None, writer.ensure_schema)
+            await loop.run_in_executor(None, self._publish_schema)
+            writer = AckedWriter(settings, security(self.settings), self.options.patience)
+            await writer.start()
             app, source, table = build(self.names, self.settings, self.options, self._partitions, place)
             self._app = app
             cycle = self._cycle = Cycle(
@@ -168,7 +166,7 @@ class Coordinator:
                 self.settings,
                 self.options,
                 Group(app, self.names, table),
-                AckedWriter(writer),
+                writer,
                 self._ends,
                 log.decoder(self.settings, self.names).decode,
                 self.metrics,
@@ -187,7 +185,15 @@ class Coordinator:
             quieten()
             self._started = True
             LOG.info("coordinator of %s started, local copy in %s", self.names.namespace, place.folder)
-            for work in (cycle.work, cycle.fire, cycle.sweep, self._pulse, self._survey, self._watch_faust):
+            for work in (
+                cycle.decide,
+                cycle.settle,
+                cycle.firing.run,
+                cycle.sweep,
+                self._pulse,
+                self._survey,
+                self._watch_faust,
+            ):
                 tasks.append(asyncio.create_task(self._guarded(work()), name=work.__name__))
             await self._stop.wait()
         finally:
@@ -198,7 +204,7 @@ class Coordinator:
             if self._app is not None:
                 await self._end(self._app)
             if writer is not None:
-                await loop.run_in_executor(None, writer.close, 2.0)
+                await writer.stop(2.0)
             if self._ends is not None:
                 self._ends.close()
             if isinstance(self._failure, ConsistencyError):
@@ -211,6 +217,13 @@ class Coordinator:
         """Which log the local copy must be of, and the work topics there are."""
         check_topics(self.settings, self.names, self._partitions)
         return origin_of(self.settings, changelog(self.names)), work_topics(self.settings, self.names)
+
+    def _publish_schema(self) -> None:
+        writer = LogWriter(replace(self.settings, submit_timeout=self.options.patience), self.names)
+        try:
+            writer.ensure_schema()
+        finally:
+            writer.close(0.0)
 
     async def _with_patience(self, ask: Callable[[], T]) -> T:
         """Ask in a thread, again while the broker is away, for `Options.patience` seconds."""
@@ -300,7 +313,7 @@ class Coordinator:
         assert self._ends is not None
         self._broker_seen = time.monotonic()
         while True:
-            owned = self._cycle.partitions
+            owned = self._cycle.firing.partitions
             if owned:
                 try:
                     found = await self._ends.of(self.names.coordination, owned)

@@ -24,6 +24,7 @@ from typing import Any
 
 import faust
 from confluent_kafka import KafkaException, TopicCollection
+from faust.transport.drivers.aiokafka import credentials_to_aiokafka_auth
 from faust.types import TP
 
 from jobledger import log
@@ -130,6 +131,12 @@ def credentials(kafka: Mapping[str, str]) -> Any:
         mechanism=mechanism,
         ssl_context=ssl_context(kafka) if protocol == "SASL_SSL" else None,
     )
+
+
+def security(settings: Settings) -> Mapping[str, Any]:
+    """The same for an aiokafka client of our own."""
+    found: Mapping[str, Any] = credentials_to_aiokafka_auth(credentials(settings.kafka))
+    return found
 
 
 def ssl_context(kafka: Mapping[str, str]) -> ssl.SSLContext:

@@ -52,9 +52,9 @@ class Metrics:
         self._released.inc()
         self._late.observe(late)
 
-    def rejected(self) -> None:
-        """A record was no event."""
-        self._rejected.inc()
+    def rejected(self, count: int) -> None:
+        """Records were no events."""
+        self._rejected.inc(count)
 
     def swept(self, count: int) -> None:
         """Markers were deleted."""

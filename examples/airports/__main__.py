@@ -11,15 +11,17 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import os
 import random
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -81,11 +83,14 @@ def _end(number: int, frame: object) -> None:
 def run(screen: Screen, options: argparse.Namespace) -> bool:
     """The whole run, and the end of everything it started; whether all that must be true was."""
     given = os.environ.get("JOBLEDGER_BOOTSTRAP")
+    exports = {"JOBLEDGER_HOME": os.path.relpath(options.home)}
+    exports |= {"JOBLEDGER_BOOTSTRAP": given} if given else {}
+    exports |= {"JOBLEDGER_STATUS_URL": ""} if os.environ.get("JOBLEDGER_STATUS_URL") else {}
     namespace = f"airports-{time.strftime('%Y%m%d-%H%M%S')}" if given else "airports"
     with ExitStack() as stack:
         try:
             place = stack.enter_context(claimed(options.home, namespace))
-            good = _story(screen, stack, place, given, options)
+            good, example = _story(screen, stack, place, given, options)
         finally:
             # From here on things end; a second Ctrl-C must not leave half of them behind.
             deaf = [(each, signal.signal(each, signal.SIG_IGN)) for each in (signal.SIGINT, signal.SIGTERM)]
@@ -94,11 +99,16 @@ def run(screen: Screen, options: argparse.Namespace) -> bool:
         signal.signal(each, handler)
     screen.done("stopped", "everything that was started", time.monotonic() - began)
     screen.heading("Look further")
-    screen.commands(_commands(place, given))
+    screen.commands(_commands(exports, given is None, example))
     return good
 
 
-def _story(screen: Screen, stack: ExitStack, place: Place, given: str | None, options: argparse.Namespace) -> bool:
+def _story(
+    screen: Screen, stack: ExitStack, place: Place, given: str | None, options: argparse.Namespace
+) -> tuple[bool, str | None]:
+    """Whether everything held, and the id of a job worth looking at."""
+    place.logs.mkdir()
+    logging.basicConfig(filename=place.logs / "demo.log", level=logging.INFO)
     rows = list(airports())
     if options.rows is not None:
         rows = random.Random(options.seed).sample(rows, min(options.rows, len(rows)))
@@ -112,20 +122,20 @@ def _story(screen: Screen, stack: ExitStack, place: Place, given: str | None, op
     stack.callback(app.close)
     _start_jobledger(screen, processes, app, options.concurrency)
     _import(screen, processes, app, rows)
-    good = _account(screen, app, place, rows, api)
-    return _rebuild(screen, processes, app, api) and good
+    good, example = _account(screen, app, place, rows, api)
+    return _rebuild(screen, app, api) and good, example
 
 
 def _start_broker(screen: Screen, stack: ExitStack, place: Place) -> str:
-    with screen.step("broker") as step:
+    with screen.step("broker") as shown:
 
-        def progress(what: str, done: int, total: int) -> None:
-            step.doing(f"{what} {done} of {total}" if total else what)
+        def progress(step: str, done: int, total: int) -> None:
+            shown.doing(f"{step} {done} of {total}" if total else step)
 
         kafka = EmbeddedKafka(place.home, jars=place.jars, progress=progress)
         stack.callback(kafka.close)
         started = kafka.start()
-        step.result = f"Apache Kafka {started.version} of its own at {kafka.bootstrap}"
+        shown.result = f"Apache Kafka {started.version} of its own at {kafka.bootstrap}"
         return kafka.bootstrap
 
 
@@ -210,7 +220,7 @@ def _import(screen: Screen, processes: Processes, app: App, rows: Sequence[Airpo
             time.sleep(POLL_S)
 
 
-def _account(screen: Screen, app: App, place: Place, rows: Sequence[Airport], api: str) -> bool:
+def _account(screen: Screen, app: App, place: Place, rows: Sequence[Airport], api: str) -> tuple[bool, str | None]:
     with screen.step("read back") as step:
         failed = [status.error.message if status.error else "" for status in app.jobs(state="failed", page=5_000)]
         saved = saved_rows(place.database)
@@ -229,10 +239,11 @@ def _account(screen: Screen, app: App, place: Place, rows: Sequence[Airport], ap
         f"All jobs were submitted at once, so they wait for each other. The third party got {calls['calls']:,} calls: "
         f"{calls.get('busy', 0):,} were answered 503, {calls.get('hang', 0):,} never."
     )
-    return all(check.holds for check in checks)
+    most_tried = max(lives, key=lambda job_id: lives[job_id].retries, default=None)
+    return all(check.holds for check in checks), most_tried
 
 
-def _rebuild(screen: Screen, processes: Processes, app: App, api: str) -> bool:
+def _rebuild(screen: Screen, app: App, api: str) -> bool:
     screen.heading("The status table again, from the log alone")
     return False
 
@@ -257,12 +268,23 @@ def _jobledger(*words: str) -> dict[str, Any]:
     return found
 
 
-def _commands(place: Place, given: str | None) -> dict[str, str]:
-    """What to type to look at what the run left, by what it shows."""
-    home = os.path.relpath(place.home)
-    setting = f"JOBLEDGER_BOOTSTRAP={shlex.quote(given)} " if given else ""
-    command = f"{setting}JOBLEDGER_HOME={shlex.quote(home)} {_executable()} "
-    commands = {}
-    if not given:
-        commands["the broker again, with all that was written"] = command + "kafka start --port 0"
+def _commands(exports: Mapping[str, str], own_broker: bool, example: str | None) -> list[tuple[str, str]]:
+    """What to type to look at what the run left, and what it shows."""
+    script = Path(sys.executable).with_name("jobledger")
+    jobledger = "jobledger" if shutil.which("jobledger") == str(script) else os.path.relpath(script)
+    commands = [
+        (
+            "export " + " ".join(f"{name}={shlex.quote(value)}" for name, value in exports.items()),
+            "what this run left",
+        ),
+        (f"{jobledger} jobs list --state failed", "the rejects"),
+        (f"{jobledger} jobs list --tag country=CH", "the airports of a country"),
+    ]
+    if own_broker:
+        commands.append((f"{jobledger} kafka start --port 0", "the same broker again, for the log"))
+    if example is not None:
+        commands.append((f"{jobledger} jobs show {example} --timeline", "a job that was retried"))
+    commands.append((f"{jobledger} events tail -n 20", "the end of the log"))
+    if own_broker:
+        commands.append((f"{jobledger} kafka stop", "when you have seen enough"))
     return commands

@@ -46,7 +46,7 @@ class Processes:
     """Starts children; as a context manager it stops them all, the last started first."""
 
     def __init__(self, logs: Path) -> None:
-        self._logs = logs
+        self.logs = logs
         self._children: list[Child] = []
         logs.mkdir(parents=True, exist_ok=True)
 
@@ -58,7 +58,7 @@ class Processes:
 
     def start(self, name: str, argv: Sequence[str]) -> Child:
         """Start ``argv``; what it prints goes to ``<logs>/<name>.log``."""
-        log = self._logs / f"{name}.log"
+        log = self.logs / f"{name}.log"
         with log.open("wb") as out:
             # A session of its own: Ctrl-C reaches the demo alone, which then stops its children in order.
             process = subprocess.Popen(

@@ -6,9 +6,10 @@ On a terminal the bar lives; elsewhere (a pipe, CI) a plain line comes every few
 from __future__ import annotations
 
 import io
+import re
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Self
@@ -263,16 +264,19 @@ class Screen:
         """Words that explain the figures above."""
         self.print(Padding(Text(text, "dim"), (0, 4)))
 
-    def commands(self, commands: Mapping[str, str]) -> None:
-        """What to type to look further; never wrapped, so that it can be copied."""
-        for why, command in commands.items():
-            self.print(Text(f"    # {why}", "dim"), Text(f"\n    {command}"), soft_wrap=True)
+    def commands(self, commands: Sequence[tuple[str, str]]) -> None:
+        """What to type to look further, each with what it is for; never wrapped, so that it can be copied."""
+        width = max(len(command) for command, _ in commands)
+        for command, why in commands:
+            self.print(Text(f"    {command.ljust(width)}"), Text(f"# {why}", "dim"), soft_wrap=True)
+        self.print()
 
     def save(self, path: Path, title: str) -> None:
-        """Write everything printed so far as an SVG picture."""
+        """Write everything printed so far as an SVG picture that loads nothing from elsewhere."""
         path.parent.mkdir(parents=True, exist_ok=True)
         assert self._recorder is not None, "made without picture=True"
-        self._recorder.save_svg(str(path), title=title)
+        svg = self._recorder.export_svg(title=title)
+        path.write_text(re.sub(r"@font-face \{.*?\}\s*", "", svg, flags=re.DOTALL), encoding="utf-8")
 
 
 class Step:
@@ -280,11 +284,11 @@ class Step:
 
     def __init__(self, name: str) -> None:
         self.name, self.result = name, ""
-        self.spinner: object = None
+        self.spinner: Callable[[Text], None] | None = None
 
     def doing(self, what: str) -> None:
         """Say what is being done now."""
-        if callable(self.spinner):
+        if self.spinner is not None:
             self.spinner(Text(f"{self.name}: {what} …"))
 
 

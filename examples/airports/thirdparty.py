@@ -64,9 +64,15 @@ class Service:
         self._calls: Counter[str] = Counter()
 
     async def distance(self, request: web.Request) -> web.Response:
-        """Answer one call, if that is its fate."""
+        """Answer one call, if that is its fate; a call that is wrong gets its 400 at once."""
         query = request.query_string
         self._calls[query] += 1
+        try:
+            zone = zones()[request.query["tz"]]
+            metres = distance_m(float(request.query["lat"]), float(request.query["lon"]), zone.lat, zone.lon)
+        except (KeyError, ValueError) as error:
+            self.outcomes["refused"] += 1
+            return web.json_response({"error": f"{error} is missing, no number or no zone of zone.tab"}, status=400)
         outcome, latency = fate(self.seed, query, self._calls[query])
         self.outcomes[outcome] += 1
         await asyncio.sleep(latency)
@@ -74,11 +80,6 @@ class Service:
             await asyncio.get_running_loop().create_future()  # ends when the caller hangs up
         if outcome == "busy":
             return web.json_response({"error": "busy, try again"}, status=503)
-        try:
-            zone = zones()[request.query["tz"]]
-            metres = distance_m(float(request.query["lat"]), float(request.query["lon"]), zone.lat, zone.lon)
-        except (KeyError, ValueError) as error:
-            return web.json_response({"error": f"{error} is missing, no number or no zone of zone.tab"}, status=400)
         return web.json_response({"tz": zone.name, "metres": round(metres)})
 
     async def stats(self, request: web.Request) -> web.Response:

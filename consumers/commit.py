@@ -1,0 +1,107 @@
+"""What is done becomes what the group knows: commits of one queue's partitions, and the lease that they renew.
+
+Belongs to the fetch thread: the client serialises every call of a consumer behind its poll, and with one caller an
+older snapshot can never overtake a newer one. Every commit is synchronous (a round trip, 1-2 ms).
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterable
+
+from confluent_kafka import Consumer, KafkaError, KafkaException, TopicPartition
+
+from jobledger.config import Settings
+from jobledger.consumers.offsets import Snapshot
+from jobledger.consumers.settle import Settler
+from jobledger.consumers.work import Lease, Partition
+from jobledger.errors import ConfigError, JobledgerError
+from jobledger.log import translate
+
+LOG = logging.getLogger("jobledger.worker")
+
+COMMIT_INTERVAL_S = 0.1
+
+
+class Committer:
+    """Commits for one consumer. ``fail`` stops the worker when a commit can never be accepted."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        consumer: Consumer,
+        lease: Lease,
+        settler: Settler,
+        fail: Callable[[JobledgerError], None],
+    ) -> None:
+        self._settings, self._consumer, self._lease, self._settler, self._fail = (
+            settings,
+            consumer,
+            lease,
+            settler,
+            fail,
+        )
+        self.commits = self.errors = 0
+        self.last_error: str | None = None
+
+    def commit(self, partitions: Iterable[Partition], *, final: bool = False) -> bool:
+        """Commit the present state of ``partitions``; whether the coordinator took all of it.
+
+        ``final``: they are being given up; clean where nothing is under way any more. A commit that fails is not
+        repeated: the next one says more, and only of partitions that are still owned then.
+        """
+        self._settler.drain()
+        taken: list[tuple[Partition, Snapshot]] = []
+        for partition in partitions:
+            if partition.offsets is None or not partition.ready:
+                continue
+            with partition.lock:
+                snapshot = partition.offsets.snapshot(clean=final and not partition.busy and not partition.closed)
+            if snapshot is None:
+                LOG.warning("%r: the completion map does not fit; its last commit stands", partition)
+            else:
+                taken.append((partition, snapshot))
+        return self.commit_snapshots(taken)
+
+    def commit_snapshots(self, taken: list[tuple[Partition, Snapshot]]) -> bool:
+        """Commit what is given; whether the coordinator took all of it."""
+        if self._settler.broken or not taken:
+            return False
+        asked_at = time.monotonic()
+        parts = [TopicPartition(p.topic, p.number, s.offset, s.metadata) for p, s in taken]
+        errors: dict[int, KafkaError] = {}
+        try:
+            results = self._consumer.commit(offsets=parts, asynchronous=False)
+            errors = {r.partition: r.error for r in results or () if r.error is not None}
+        except KafkaException as exc:
+            errors = {p.number: exc.args[0] for p, _ in taken}
+        self.commits += 1
+        for partition, _ in taken:
+            error = errors.get(partition.number)
+            if error is not None:
+                if partition.offsets is not None:
+                    partition.offsets.changed = True
+                self._refused(partition, error)
+        if len(errors) < len(taken):
+            # The coordinator checks the member and its epoch for the request as a whole.
+            self._lease.confirm(asked_at)
+        if not errors:
+            self.last_error = None
+        return not errors
+
+    def _refused(self, partition: Partition, error: KafkaError) -> None:
+        self.errors += 1
+        text = f"{partition!r}: {error.str()}"
+        if self.last_error != text:
+            LOG.info("commit refused, the next one will say it again: %s", text)
+            self.last_error = text
+        if error.code() == KafkaError.OFFSET_METADATA_TOO_LARGE:
+            self._fail(
+                ConfigError(
+                    "the broker takes less offset metadata than its default of 4,096 bytes: "
+                    "set the broker's offset.metadata.max.bytes to 4096 or more"
+                )
+            )
+        elif error.code() in (KafkaError.GROUP_AUTHORIZATION_FAILED, KafkaError.TOPIC_AUTHORIZATION_FAILED):
+            self._fail(translate(error, self._settings, f"committing {partition!r}"))

@@ -1,0 +1,305 @@
+"""Runs jobs and writes what became of them: coroutines on the event loop, plain functions in a pool of threads.
+
+The dispatcher decides what runs when; this module knows only one job at a time. The closing fact and what derives from
+it are sent here; that they arrived is the settler's business.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+import logging
+import queue
+import random
+import threading
+import time
+from collections.abc import Callable
+
+import uuid_utils
+
+from jobledger.consumers.facts import Facts
+from jobledger.consumers.outcome import Failed, Outcome, Retried, Snoozed, Succeeded, decide, error_info
+from jobledger.consumers.send import BY_KEY, Sender
+from jobledger.consumers.work import Work
+from jobledger.context import JobContext, enter
+from jobledger.errors import JobledgerError
+from jobledger.log import now_us
+from jobledger.schemas.codec import encode
+from jobledger.schemas.events import ErrorInfo, JobEvent, JobProgressed, JobSucceeded
+
+LOG = logging.getLogger("jobledger.worker")
+
+_monotonic = time.monotonic
+_uuid7 = uuid_utils.uuid7
+
+
+class Executor:
+    """Runs `Work` and sends its facts. ``ended`` is called on the event loop when a job's slot is free again.
+
+    ``fail`` stops the worker when a fact cannot be sent: the job then stays not done.
+    """
+
+    def __init__(
+        self,
+        facts: Facts,
+        sender: Sender,
+        lifecycle: str,
+        source: str,
+        limit: int,
+        *,
+        ended: Callable[[Work], None],
+        ended_in_thread: Callable[[Work], None],
+        fail: Callable[[JobledgerError], None],
+    ) -> None:
+        self._facts, self._sender, self._lifecycle, self._source, self._limit = facts, sender, lifecycle, source, limit
+        self._ended, self._ended_in_thread, self._fail = ended, ended_in_thread, fail
+        self._produce = sender.produce
+        self._queue: queue.SimpleQueue[Work | None] = queue.SimpleQueue()
+        self._threads: list[threading.Thread] = []
+
+    # -- running --------------------------------------------------------------------------------------------------
+
+    async def run(self, work: Work) -> None:
+        """Run a coroutine task on the loop, within its time limit, to its closing fact."""
+        enter(work.context)
+        plan = work.plan
+        assert plan is not None
+        limit = plan.task.timeout
+        clock: asyncio.Timeout | None = None
+        try:
+            if limit is None:
+                value = await plan.fn(**work.kwargs)
+            else:
+                async with asyncio.timeout(limit) as clock:
+                    value = await plan.fn(**work.kwargs)
+        except BaseException as error:  # noqa: BLE001  # SystemExit and cancellations are the job's, not the worker's
+            if not work.abandoned:
+                self.raised(work, error, clock is not None and clock.expired())
+        else:
+            self.returned(work, value)
+        self._ended(work)
+
+    def start_threads(self, count: int) -> None:
+        """Start the pool. Daemons: a function that never ends must not keep the process alive."""
+        for n in range(count):
+            thread = threading.Thread(target=self._serve, name=f"jobledger-job-{n}", daemon=True)
+            thread.start()
+            self._threads.append(thread)
+
+    def submit(self, work: Work) -> None:
+        """Run a plain function in the next free thread."""
+        self._queue.put(work)
+
+    def close(self) -> None:
+        """Tell idle threads to end."""
+        for _ in self._threads:
+            self._queue.put(None)
+
+    def _serve(self) -> None:
+        while (work := self._queue.get()) is not None:
+            contextvars.copy_context().run(self._run_here, work)
+            self._ended_in_thread(work)
+
+    def _run_here(self, work: Work) -> None:
+        enter(work.context)
+        assert work.plan is not None
+        try:
+            value = work.plan.fn(**work.kwargs)
+        except BaseException as error:  # noqa: BLE001  # as for coroutines
+            if not work.abandoned:
+                self.raised(work, error, False)
+        else:
+            self.returned(work, value)
+
+    # -- outcomes -------------------------------------------------------------------------------------------------
+
+    def returned(self, work: Work, value: object) -> None:
+        """The task's code ended well."""
+        plan = work.plan
+        assert plan is not None
+        task = plan.task
+        try:
+            result = None if value is None else task.encode_result(value)
+        except Exception as error:  # noqa: BLE001  # a result's own hooks may raise anything
+            said = error_info(error)
+            why = f"the result of {task.name}() cannot be written as JSON: {said.message}"
+            self.close_with(work, Failed("bad-result", ErrorInfo(said.type, why, said.traceback)))
+            return
+        partition = work.partition
+        source = work.event
+        assert source is not None
+        work.flush_progress()
+        duration = _monotonic() - work.began
+        try:
+            fact = encode(
+                JobEvent(
+                    str(_uuid7()),
+                    source.job_id,
+                    source.run,
+                    source.attempt,
+                    source.release,
+                    now_us(),
+                    source.task,
+                    source.queue,
+                    source.key,
+                    source.home,
+                    self._source,
+                    source.trace,
+                    JobSucceeded(result, int(duration * 1e6)),
+                )
+            )
+            if len(fact) > self._limit:
+                where = f"the limit of {self._limit} bytes (JOBLEDGER_MAX_RECORD_BYTES)"
+                self.close_with(work, self._facts.too_large(Succeeded(result), len(fact), where))
+                return
+            try:
+                self._produce(self._lifecycle, fact, source.job_id, partition.number, work.closing_delivered)
+            except BufferError:
+                self._sender.send(self._lifecycle, fact, source.job_id, partition.number, work.closing_delivered)
+        except Exception as exc:  # noqa: BLE001  # whatever it is, the job must not count as done
+            self._broken(work, exc)
+            return
+        plan.succeeded += 1
+        plan.seconds += duration
+
+    def raised(self, work: Work, error: BaseException, timed_out: bool) -> None:
+        """The task's code raised."""
+        trace = error.__traceback__
+        if trace is not None:  # the first frame is this module's
+            error = error.with_traceback(trace.tb_next or trace)
+        event, plan = work.event, work.plan
+        assert event is not None
+        assert plan is not None
+        timed_out = timed_out and isinstance(error, TimeoutError)
+        if timed_out and not str(error):
+            limit = plan.task.timeout
+            replaced = TimeoutError(f"{event.task}() ran longer than its timeout of {limit:g} s")
+            error = replaced.with_traceback(error.__traceback__)
+        self.close_with(work, decide(plan.task.retry, event.attempt, error, random.random(), timed_out=timed_out))
+
+    def close_with(self, work: Work, outcome: Outcome) -> None:
+        """Send the closing fact of any outcome and what derives from it."""
+        event = work.event
+        assert event is not None
+        try:
+            work.flush_progress()
+            duration = _monotonic() - work.began if work.began else 0.0
+            duration_us = int(duration * 1e6)
+            value = self._facts.closing(event, outcome, duration_us)
+            if len(value) > self._limit:
+                where = f"the limit of {self._limit} bytes (JOBLEDGER_MAX_RECORD_BYTES)"
+                outcome = self._facts.too_large(outcome, len(value), where)
+                value = self._facts.closing(event, outcome, duration_us)
+            derived = self._facts.derived(event, outcome)
+            work.outcome = outcome
+            work.remaining = 1 + len(derived)
+            self._sender.send(self._lifecycle, value, event.job_id, work.partition.number, work.closing_delivered)
+            for record in derived:
+                assert record.value is not None
+                self._sender.send(record.topic, record.value, record.key, BY_KEY, work.derived_delivered)
+        except Exception as exc:  # noqa: BLE001  # whatever it is, the job must not count as done
+            self._broken(work, exc)
+            return
+        _count(work, outcome, duration)
+        _say(event, outcome)
+
+    def refused_as_too_large(self, work: Work, size: int, where: str) -> None:
+        """The broker would not take the closing fact: the job fails instead, saying so."""
+        outcome = work.outcome or Succeeded()
+        self.close_with(work, self._facts.too_large(outcome, size, where))
+
+    def resend_derived(self, work: Work, outcome: Outcome, due_at: int | None, lifecycle_offset: int) -> None:
+        """Send again what derives from a closing fact that the log already holds."""
+        event = work.event
+        offsets = work.partition.offsets
+        assert event is not None
+        assert offsets is not None
+        derived = self._facts.derived(event, outcome, due_at)
+        work.remaining = len(derived)
+        with work.partition.lock:
+            if derived:
+                offsets.unsettled(work.offset, lifecycle_offset)
+            else:
+                offsets.done(work.offset)
+        if not derived:
+            work.partition.live.pop(work.offset, None)
+        for record in derived:
+            assert record.value is not None
+            self._sender.send(record.topic, record.value, record.key, BY_KEY, work.derived_delivered)
+
+    def progressed(self, work: Work, fact: JobProgressed) -> None:
+        """Send one progress fact; nobody waits for it."""
+        event = work.event
+        assert event is not None
+        try:
+            value = encode(self._facts.event(event, fact))
+            self._sender.send(self._lifecycle, value, event.job_id, work.partition.number, None)
+        except JobledgerError as exc:  # too long a message, a full queue: progress is a courtesy
+            LOG.warning("progress of job %s was not sent: %s", event.job_id, exc)
+
+    def _broken(self, work: Work, exc: Exception) -> None:
+        event = work.event
+        job_id = event.job_id if event is not None else "?"
+        LOG.error("the outcome of job %s could not be written", job_id, exc_info=exc)
+        self._fail(
+            exc
+            if isinstance(exc, JobledgerError)
+            else JobledgerError(f"the outcome of job {job_id} could not be written: {exc!r}")
+        )
+
+
+def context_of(work: Work, tags: dict[str, str], parent: str | None) -> JobContext:
+    """What the task's code sees of its job."""
+    event = work.event
+    assert event is not None
+    return JobContext(
+        job_id=event.job_id,
+        task=event.task,
+        queue=event.queue,
+        run=event.run,
+        attempt=event.attempt,
+        release=event.release,
+        tags=tags,
+        parent=parent,
+        trace=event.trace,
+        report=work.report,
+    )
+
+
+def _count(work: Work, outcome: Outcome, duration: float) -> None:
+    plan = work.plan
+    if plan is None:
+        return
+    plan.seconds += duration
+    if isinstance(outcome, Retried):
+        plan.retried += 1
+    elif isinstance(outcome, Snoozed):
+        plan.snoozed += 1
+    elif isinstance(outcome, Failed):
+        plan.failed += 1
+
+
+def _say(event: JobEvent, outcome: Outcome) -> None:
+    about = {"job_id": event.job_id, "attempt": event.attempt, "run": event.run, "task": event.task}
+    if isinstance(outcome, Failed):
+        LOG.warning(
+            "job %s (%s) failed for good at attempt %d, %s: %s: %s",
+            event.job_id,
+            event.task,
+            event.attempt,
+            outcome.reason,
+            outcome.error.type,
+            outcome.error.message,
+            extra=about,
+        )
+    elif isinstance(outcome, Retried):
+        LOG.info(
+            "job %s (%s) attempt %d failed and is tried again in %.1f s: %s: %s",
+            event.job_id,
+            event.task,
+            event.attempt,
+            outcome.delay_ms / 1000,
+            outcome.error.type,
+            outcome.error.message,
+            extra=about,
+        )

@@ -1,0 +1,419 @@
+"""The worker process: puts the parts together, starts and ends them in the right order, and answers for their health.
+
+``fetch`` (a thread per queue) → ``dispatch`` and ``execute`` (event loop, job threads) → ``settle`` (a thread): see
+there. Ending means: take nothing more, let what runs end within the grace time, flush, commit clean, leave the group.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import gc
+import logging
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from types import FrameType
+from typing import Any
+
+from jobledger.config import Settings
+from jobledger.consumers.dispatch import Dispatcher
+from jobledger.consumers.execute import Executor
+from jobledger.consumers.facts import Facts
+from jobledger.consumers.fetch import Fetcher
+from jobledger.consumers.send import Sender
+from jobledger.consumers.settle import Settler, new_arrived
+from jobledger.consumers.takeover import Takeover
+from jobledger.consumers.work import Partition
+from jobledger.errors import BrokerUnavailable, ConfigError, JobledgerError
+from jobledger.log import LogWriter, decoder, partitions_of, source
+from jobledger.retry import Retry
+from jobledger.task import Registry
+
+LOG = logging.getLogger("jobledger.worker")
+
+EXIT_OK, EXIT_BROKEN = 0, 1
+#: Environment variable by which a supervisor tells its children whom to follow into the grave.
+PARENT_VARIABLE = "_JL_SUPERVISOR"
+#: Seconds the end of a worker may take beyond its grace time: cancelling, flushing, committing, leaving.
+CLOSING_S = 12.0
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerOptions:
+    """How a worker runs.
+
+    ``queues``: to serve; None: all of the app. ``concurrency``: jobs that may run at once in this process.
+    ``threads``: how many of them may be plain functions; None: 32, or ``concurrency`` if that is less. ``grace``: seconds
+    that running jobs get to end after SIGTERM. ``prefetch``: records per queue that may wait in memory; None: twice the
+    concurrency, at least 1,000. ``lease``: seconds after the coordinator's last answer in which jobs may be begun; keep
+    it below the group's session timeout. ``linger_ms``: how long a fact may wait for company before it is sent.
+    ``unknown_task``: backoff, and how often a job is snoozed whose task this worker does not know, before it fails.
+    ``start_timeout``: seconds the broker may take to answer at the start. Raises `ConfigError`.
+    """
+
+    queues: Sequence[str] | None = None
+    concurrency: int = 100
+    threads: int | None = None
+    grace: float = 30.0
+    prefetch: int | None = None
+    lease: float = 3.0
+    linger_ms: float = 2.0
+    unknown_task: Retry = field(default_factory=lambda: Retry(max_attempts=10, initial=10.0, factor=2.0, cap=600.0))
+    start_timeout: float = 30.0
+
+    def __post_init__(self) -> None:
+        for name, least in (("concurrency", 1), ("threads", 0), ("prefetch", 1)):
+            value = getattr(self, name)
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
+                raise ConfigError(f"{name}={value!r} is not a whole number from {least} up")
+        for name in ("grace", "lease", "linger_ms", "start_timeout"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int | float) or value < 0:
+                raise ConfigError(f"{name}={value!r} is not a number from 0 up")
+
+    @property
+    def job_threads(self) -> int:
+        """Threads for plain functions."""
+        return min(32, self.concurrency) if self.threads is None else min(self.threads, self.concurrency)
+
+    @property
+    def prefetched(self) -> int:
+        """Records per queue that may wait in memory."""
+        return max(1_000, 2 * self.concurrency) if self.prefetch is None else self.prefetch
+
+
+class Worker:
+    """One worker process's machinery; `run` blocks until `stop` or an error. Use once."""
+
+    def __init__(self, registry: Registry, settings: Settings, options: WorkerOptions | None = None) -> None:
+        self.registry, self.settings, self.options = registry, settings, options or WorkerOptions()
+        registry.check()
+        names = self.options.queues
+        self.queues = [registry.check_queue(q) for q in (list(registry.queues) if names is None else names)]
+        if not self.queues or len(set(self.queues)) != len(self.queues):
+            raise ConfigError(f"queues={self.queues!r}: name at least one queue, and each once")
+        self.source = source("worker")
+        self.identity = f"{socket.gethostname()}:{os.getpid()}"
+        self.started_at = time.monotonic()
+        self.error: JobledgerError | None = None
+        self.fetchers: list[Fetcher] = []
+        self._stopping = threading.Event()
+        self._hurry = False
+        self._changed: asyncio.Event | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self.dispatcher: Dispatcher | None = None
+        self.settler: Settler | None = None
+        self.takeover: Takeover | None = None
+        self.sender: Sender | None = None
+        self.ended = threading.Event()
+
+    # -- from outside ---------------------------------------------------------------------------------------------
+
+    def stop(self, *, hurry: bool = False) -> None:
+        """Take nothing more and end within the grace time; with ``hurry`` at once. Callable from any thread."""
+        self._stopping.set()
+        self._hurry = self._hurry or hurry
+        self._signal_loop()
+
+    def fail(self, error: JobledgerError) -> None:
+        """End with an error, committing nothing more. Callable from any thread; the first error counts."""
+        if self.error is None:
+            self.error = error
+            LOG.critical("the worker stops: %s", error)
+        if self.settler is not None:
+            self.settler.broken = True
+        self.stop(hurry=True)
+
+    def _signal_loop(self) -> None:
+        loop, changed = self._loop, self._changed
+        if loop is not None and changed is not None:
+            with contextlib.suppress(RuntimeError):  # it has ended already
+                loop.call_soon_threadsafe(changed.set)
+
+    def run(self) -> int:
+        """Work until stopped; 0, or 1 if something broke (`error` says what).
+
+        Raises `ConfigError`, `TopicMissing` or `BrokerUnavailable` if it cannot start.
+        """
+        try:
+            self._check_topics()
+            with _new_runner() as runner:
+                runner.run(self._main())
+        finally:
+            self.ended.set()
+        return EXIT_OK if self.error is None else EXIT_BROKEN
+
+    # -- start ----------------------------------------------------------------------------------------------------
+
+    def _check_topics(self) -> None:
+        names = self.registry.names
+        self._patiently(lambda: self.settings.resolve_bootstrap())
+        lifecycle = self._patiently(lambda: partitions_of(self.settings, names.lifecycle))
+        for topic in (names.coordination, names.dead_letter, names.schemas):
+            self._patiently(lambda topic=topic: partitions_of(self.settings, topic))  # type: ignore[misc]
+        for queue in self.queues:
+            topic = names.jobs(queue)
+            count = self._patiently(lambda topic=topic: partitions_of(self.settings, topic))  # type: ignore[misc]
+            if count > lifecycle:
+                raise ConfigError(
+                    f"{topic} has {count} partitions and {names.lifecycle} only {lifecycle}: a job's facts lie in the "
+                    "partition of its work record's number. Make a new namespace, or the queue with fewer partitions"
+                )
+
+        def publish() -> None:
+            writer = LogWriter(self.settings, names)
+            try:
+                writer.ensure_schema()
+            finally:
+                writer.close(1.0)
+
+        self._patiently(publish)
+
+    def _patiently(self, ask: Callable[[], Any]) -> Any:
+        """The answer; a broker that is away is waited for up to ``start_timeout``."""
+        deadline = self.started_at + self.options.start_timeout
+        while True:
+            try:
+                return ask()
+            except BrokerUnavailable as exc:
+                if time.monotonic() >= deadline or self._stopping.is_set():
+                    raise
+                LOG.warning("waiting for the broker: %s", exc)
+                self._stopping.wait(0.5)
+
+    async def _main(self) -> None:
+        loop = self._loop = asyncio.get_running_loop()
+        self._changed = asyncio.Event()
+        options, registry, settings = self.options, self.registry, self.settings
+        names = registry.names
+        arrived = new_arrived()
+        sender = self.sender = Sender(settings, options.linger_ms)
+        facts = Facts(registry, self.source, settings.max_record_bytes)
+        decode = decoder(settings, names)
+        dispatcher = self.dispatcher = Dispatcher(
+            registry,
+            facts,
+            sender,
+            decode,
+            arrived,
+            concurrency=options.concurrency,
+            threads=options.job_threads,
+            waiting_limit=max(64, options.prefetched // 2),
+            unknown_task_backoff=options.unknown_task,
+            fail=self.fail,
+        )
+        executor = dispatcher.executor = Executor(
+            facts,
+            sender,
+            names.lifecycle,
+            self.source,
+            settings.max_record_bytes,
+            ended=dispatcher.ended_here,
+            ended_in_thread=dispatcher.ended_in_thread,
+            fail=self.fail,
+        )
+        settler = self.settler = Settler(
+            settings,
+            sender,
+            arrived,
+            fail=self.fail,
+            too_large=executor.refused_as_too_large,
+            each_tick=lambda: self._tick(dispatcher),
+        )
+        takeover = self.takeover = Takeover(settings, names, settler, decode, ready=dispatcher.ready, fail=self.fail)
+        self.fetchers = [
+            Fetcher(
+                settings,
+                names,
+                queue,
+                settler=settler,
+                prefetch=options.prefetched,
+                lease=options.lease,
+                assigned=takeover.take_over,
+                ended=dispatcher.ended,
+                wake=dispatcher.wake,
+                fail=self.fail,
+            )
+            for queue in self.queues
+        ]
+        dispatcher.fetchers = self.fetchers
+        if any(not plan.is_async for plan in dispatcher.plans.values()):
+            executor.start_threads(options.job_threads)
+        dispatcher.start(loop)
+        takeover.start()
+        settler.start()
+        for fetcher in self.fetchers:
+            fetcher.start()
+        LOG.info(
+            "worker %s serves %s of %s: %d tasks, %d at once, %d threads",
+            self.identity,
+            ", ".join(self.queues),
+            names.namespace,
+            len(dispatcher.plans),
+            options.concurrency,
+            options.job_threads,
+        )
+        if self._stopping.is_set():
+            self._changed.set()
+        await self._changed.wait()
+        await self._close(dispatcher, executor, settler, takeover, sender)
+
+    def _tick(self, dispatcher: Dispatcher) -> None:
+        dispatcher.tick()
+        parent = os.environ.get(PARENT_VARIABLE)
+        if parent is not None and parent != str(os.getppid()) and not self._stopping.is_set():
+            LOG.warning("the supervisor is gone: the worker stops")
+            self.stop()
+
+    # -- end ------------------------------------------------------------------------------------------------------
+
+    async def _close(
+        self, dispatcher: Dispatcher, executor: Executor, settler: Settler, takeover: Takeover, sender: Sender
+    ) -> None:
+        began = time.monotonic()
+        dispatcher.accepting = False
+        dispatcher.drop_waiting()
+        for fetcher in self.fetchers:
+            fetcher.drain()
+        takeover.close()
+        await self._wait_idle(dispatcher, began + (0.0 if self.error is not None else self.options.grace))
+        left = list(dispatcher.running)
+        if left:
+            LOG.warning("%d jobs did not end within the grace time; they are run again elsewhere", len(left))
+            for work in left:
+                work.abandoned = True
+                if work.handle is not None:
+                    work.handle.cancel()
+            await self._wait_idle(dispatcher, time.monotonic() + 1.0, ignore_hurry=True)
+        await asyncio.to_thread(self._close_rest, settler, sender)
+        executor.close()
+        dispatcher.close()
+        LOG.info("worker %s ended after %.1f s", self.identity, time.monotonic() - began)
+
+    async def _wait_idle(self, dispatcher: Dispatcher, until: float, *, ignore_hurry: bool = False) -> None:
+        while dispatcher.running and (ignore_hurry or not self._hurry):
+            left = until - time.monotonic()
+            if left <= 0:
+                return
+            dispatcher.idle.clear()
+            dispatcher.wake()
+            try:
+                await asyncio.wait_for(dispatcher.idle.wait(), min(left, 0.1))
+            except TimeoutError:
+                continue
+
+    def _close_rest(self, settler: Settler, sender: Sender) -> None:
+        """Flush, commit, leave; in a thread, because each of them waits."""
+        settler.close()
+        if self.error is None:
+            sender.flush(5.0)
+            settler.drain()
+        for fetcher in self.fetchers:
+            fetcher.close(2.0 if self.error is None else 0.0)
+        deadline = time.monotonic() + CLOSING_S
+        for fetcher in self.fetchers:
+            fetcher.join(timeout=max(0.1, deadline - time.monotonic()))
+        sender.close()
+
+    # -- health ---------------------------------------------------------------------------------------------------
+
+    def health(self) -> dict[str, Any]:
+        """What an operator asks first: ``status`` is ok, starting, stopping or unhealthy, with ``reasons``."""
+        dispatcher, settler = self.dispatcher, self.settler
+        reasons = [] if self.error is None else [str(self.error)]
+        queues: dict[str, Any] = {}
+        for fetcher in self.fetchers:
+            parts = fetcher.owned()
+            reasons += [p.stopped for p in parts if p.stopped is not None]
+            if fetcher.error is not None:
+                reasons.append(f"queue {fetcher.queue}: {fetcher.error}")
+            queues[fetcher.queue] = {
+                "partitions": [p.number for p in parts],
+                "ready": sum(p.ready for p in parts),
+                "held": fetcher.held,
+                "braked": [p.number for p in parts if p.braked],
+                "fetched": fetcher.fetched,
+                "commits": fetcher.committer.commits,
+            }
+            if fetcher.committer.last_error is not None:
+                reasons.append(f"commits are refused: {fetcher.committer.last_error}")
+        status = "unhealthy" if reasons else "stopping" if self._stopping.is_set() else "ok"
+        if dispatcher is None or settler is None:
+            return {"status": "unhealthy" if reasons else "starting", "reasons": reasons, "worker": self.identity}
+        counts = dispatcher.counts
+        return {
+            "status": status,
+            "reasons": reasons,
+            "worker": self.identity,
+            "uptime": round(time.monotonic() - self.started_at, 1),
+            "queues": queues,
+            "running": len(dispatcher.running),
+            "unacknowledged": self.sender.unacknowledged if self.sender is not None and not self.ended.is_set() else 0,
+            "started": counts.started,
+            "duplicates": counts.duplicates,
+            "found_closed": counts.found_closed,
+            "rejected": counts.rejected,
+        }
+
+    def partitions(self) -> Iterator[Partition]:
+        """Every partition owned right now."""
+        for fetcher in self.fetchers:
+            yield from fetcher.owned()
+
+
+def run_worker(registry: Registry, settings: Settings, options: WorkerOptions | None = None) -> int:
+    """Run a worker in this process until SIGTERM or SIGINT; the exit code.
+
+    A second signal ends the grace time, a third one the process. Raises what `Worker.run` raises.
+    """
+    worker = Worker(registry, settings, options)
+    restore = _handle_signals(worker) if threading.current_thread() is threading.main_thread() else lambda: None
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(50_000, 20, 100)  # a job makes hundreds of short-lived objects, none of them in a cycle
+    try:
+        return worker.run()
+    finally:
+        restore()
+
+
+def _handle_signals(worker: Worker) -> Callable[[], None]:
+    received = 0
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        nonlocal received
+        received += 1
+        if received >= 3:
+            os._exit(128 + number)
+        if received == 1:
+            threading.Thread(target=_end_at_last, args=(worker,), daemon=True).start()
+        worker.stop(hurry=received > 1)
+
+    before = {n: signal.signal(n, handle) for n in (signal.SIGTERM, signal.SIGINT)}
+
+    def restore() -> None:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+    return restore
+
+
+def _end_at_last(worker: Worker) -> None:
+    """A task that blocks the event loop must not keep a stopping worker for ever."""
+    if not worker.ended.wait(worker.options.grace + CLOSING_S + 8.0):
+        LOG.critical("the worker did not end in time, its event loop is blocked: it is killed; its jobs run elsewhere")
+        os._exit(EXIT_BROKEN)
+
+
+def _new_runner() -> asyncio.Runner:
+    if sys.platform == "win32":
+        return asyncio.Runner()
+    import uvloop
+
+    return asyncio.Runner(loop_factory=uvloop.new_event_loop)

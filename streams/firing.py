@@ -1,0 +1,162 @@
+"""The timers at work: when a release is due, that is written to the log, and nothing else (rule 5)."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import Callable, Mapping, Sequence
+
+from jobledger.errors import JobledgerError
+from jobledger.log import Outgoing, now_us
+from jobledger.names import Names
+from jobledger.schemas import codec
+from jobledger.streams.aio import AckedWriter, Delivered, Outcomes, first_error
+from jobledger.streams.decisions import Scheduled, release_decided
+from jobledger.streams.ownership import Ownership
+from jobledger.streams.table import Table
+from jobledger.streams.timers import BrokerClock, Timers, wake_at
+from jobledger.streams.work_topics import WorkTopics
+
+LOG = logging.getLogger("jobledger.coordinator")
+
+#: Decisions written at once, and batches of them that may wait for acknowledgement.
+BATCH, UNACKNOWLEDGED = 500, 8
+#: Seconds between two looks while nothing may be sent, and while a partition is not caught up.
+DISPUTED_PAUSE, BEHIND_PAUSE = 0.05, 0.02
+
+
+class Firing:
+    """The timers of the owned partitions. ``caught_up(partition)``: whether its source was read to where it ended when
+    the rows were restored; before that a timer could decide again what is decided in the log already."""
+
+    def __init__(
+        self,
+        names: Names,
+        source: str,
+        table: Table,
+        writer: AckedWriter,
+        topics: WorkTopics,
+        ownership: Ownership,
+        caught_up: Callable[[int], bool],
+        step: Callable[[str], None],
+    ) -> None:
+        self._names, self._source, self._table, self._writer = names, source, table, writer
+        self._topics, self._ownership, self._caught_up, self._step = topics, ownership, caught_up, step
+        self._timers: dict[int, Timers] = {}
+        self._decided: dict[bytes, tuple[int, int]] = {}  # written and not read back yet
+        self._armed = asyncio.Event()
+        self._room = asyncio.Semaphore(UNACKNOWLEDGED)
+        self._failure: JobledgerError | None = None
+        self.clock = BrokerClock()
+
+    @property
+    def partitions(self) -> list[int]:
+        """The partitions whose timers run here."""
+        return sorted(self._timers)
+
+    @property
+    def next_due(self) -> int | None:
+        """When the next timer passes, µs of the broker's clock."""
+        return min((at for t in self._timers.values() if (at := t.next()) is not None), default=None)
+
+    def now_ms(self) -> int:
+        """The broker's clock, as far as it is known."""
+        return self.clock.now(now_us()) // 1000
+
+    def take_over(self, timers: Mapping[int, Timers]) -> None:
+        """These are the timers now; what was decided and not read back is decided again."""
+        self._timers = dict(timers)
+        self._decided.clear()
+        self._armed.set()
+
+    def set(self, timers: Sequence[tuple[int, bytes, int]]) -> None:
+        """Look at (partition, key) at a time, µs of the broker's clock."""
+        for partition, key, at in timers:
+            if partition in self._timers:
+                self._timers[partition].set(at, key)
+        if timers:
+            self._armed.set()
+
+    def read_back(self, key: bytes) -> None:
+        """Something about this job was read: its row says now what is decided."""
+        self._decided.pop(key, None)
+
+    async def run(self) -> None:
+        """For ever. Raises what keeps decisions from being written."""
+        while self._failure is None:
+            self._armed.clear()
+            if not self._ownership.undisputed:
+                await self._ownership.confirm()
+                await asyncio.sleep(DISPUTED_PAUSE)
+                continue
+            now = self.clock.now(now_us())
+            due: list[tuple[int, bytes]] = []
+            pause = 1.0
+            for partition, timers in self._timers.items():
+                if not self._caught_up(partition):
+                    pause = min(pause, BEHIND_PAUSE)
+                    continue
+                due += [(partition, key) for key in timers.pop_passed(now, BATCH - len(due))]
+                following = timers.next()
+                if following is not None:
+                    pause = min(pause, (following - now) / 1_000_000)
+            if due:
+                await self._write_down(self._still_due(due, now))
+            elif pause > 0:
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(self._armed.wait(), pause)
+        raise self._failure
+
+    def _still_due(self, due: Sequence[tuple[int, bytes]], now: int) -> list[tuple[int, Scheduled]]:
+        """Rows that wait for a decision; timers of others are set again or forgotten."""
+        rows: list[tuple[int, Scheduled]] = []
+        for partition, key in due:
+            row = self._table.row(partition, key)
+            if not isinstance(row, Scheduled) or self._decided.get(key) == (row.run, row.release):
+                continue  # passed meanwhile, or decided already and about to be read back
+            at = wake_at(row.due)
+            wait = self._topics.wait_for(row.queue)
+            if at > now:
+                self._timers[partition].set(at, key)
+            elif wait:
+                # Nothing is written to the log for it until its topic may be there.
+                self._timers[partition].set(now + int(wait * 1_000_000), key)
+            else:
+                self._decided[key] = (row.run, row.release)
+                rows.append((partition, row))
+        return rows
+
+    async def _write_down(self, rows: Sequence[tuple[int, Scheduled]]) -> None:
+        """`ReleaseDecided` for each; a bounded number of batches waits for acknowledgement at a time."""
+        if not rows:
+            return
+        written = now_us()
+        records = [
+            Outgoing(
+                self._names.coordination,
+                codec.encode(release_decided(row, written, self._source)),
+                row.home or row.job_id,
+                partition,
+            )
+            for partition, row in rows
+        ]
+        await self._room.acquire()
+        self._step("due")
+        sent = await self._writer.post(records)
+        self._step("decisions-sent")
+        sent.add_done_callback(self._acknowledged)
+
+    def _acknowledged(self, sent: asyncio.Future[Outcomes]) -> None:
+        self._room.release()
+        if sent.cancelled():
+            return
+        received = now_us()
+        outcomes = sent.result()
+        self._step("decisions-acknowledged")
+        self._failure = self._failure or first_error(outcomes)
+        for outcome in outcomes:
+            if isinstance(outcome, Delivered):
+                self.clock.observe(received, outcome.appended_ms)
+        if self._failure is not None:
+            self._armed.set()

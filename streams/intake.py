@@ -1,0 +1,93 @@
+"""Records of the coordination topic as events; what is none becomes a dead letter. Decides nothing."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+from jobledger.errors import SchemaError, UnknownFact, UnknownSchema
+from jobledger.log import Outgoing, now_us
+from jobledger.names import Names
+from jobledger.schemas import codec
+from jobledger.schemas.events import JobEvent, RecordRejected
+from jobledger.streams.decisions import derived_id
+
+LOG = logging.getLogger("jobledger.coordinator")
+
+_OWN_PREFIX = codec.MAGIC + codec.FINGERPRINT
+#: Raw bytes of a rejected record are left out above this size: the dead letter must fit as well.
+REJECT_BYTES = 500_000
+#: Seconds after which the topic of schemas is certainly read again for a fingerprint that was not there.
+SCHEMA_PATIENCE = 1.1
+
+
+class Read(NamedTuple):
+    """An event where it stands; ``appended_ms``: the broker's clock."""
+
+    event: JobEvent
+    partition: int
+    offset: int
+    appended_ms: int
+
+
+class Intake:
+    """Decodes batches. ``decode`` may block when it meets a schema it has not seen; it then runs in a thread."""
+
+    def __init__(self, names: Names, decode: Callable[[bytes | None], JobEvent], source: str) -> None:
+        self._names, self._decode, self._source = names, decode, source
+
+    async def decode(self, messages: Sequence[Any]) -> tuple[list[Read], list[Outgoing]]:
+        """Events, and the dead letters of what is none.
+
+        Raises `UnknownFact` for a well-formed event whose fact is not known: it must not be passed.
+        """
+        read: list[Read] = []
+        rejects: list[Outgoing] = []
+        patient = True
+        for message in messages:
+            value = message.value
+            try:
+                if value is not None and value.startswith(_OWN_PREFIX):
+                    event = self._decode(value)
+                else:
+                    event = await self._decode_foreign(value, patient)
+                # Faust keeps append times as seconds.
+                read.append(Read(event, message.partition, message.offset, round(message.timestamp * 1000)))
+            except UnknownFact as exc:
+                raise UnknownFact(
+                    exc.fact,
+                    f"{_where(message)} carries the fact {exc.fact!r}, which this coordinator does not know and must not "
+                    "pass: upgrade this coordinator",
+                ) from exc
+            except SchemaError as exc:
+                # One wait is enough for all of a batch: they had all arrived before it.
+                patient = patient and not isinstance(exc, UnknownSchema)
+                rejects.append(self._reject(message, str(exc)))
+        return read, rejects
+
+    async def _decode_foreign(self, value: bytes | None, patient: bool) -> JobEvent:
+        loop = asyncio.get_running_loop()
+        try:
+            return await loop.run_in_executor(None, self._decode, value)
+        except UnknownSchema:
+            if not patient:
+                raise
+            # The topic of schemas may have been read just before this one was published.
+            await asyncio.sleep(SCHEMA_PATIENCE)
+            return await loop.run_in_executor(None, self._decode, value)
+
+    def _reject(self, message: Any, why: str) -> Outgoing:
+        LOG.error("%s is no event and goes to %s: %s", _where(message), self._names.dead_letter, why)
+        value = message.value
+        if value is not None and len(value) > REJECT_BYTES:
+            value, why = None, f"{why}; its {len(message.value)} bytes are left out here"
+        fact = RecordRejected(message.topic, message.partition, message.offset, message.key, value, why)
+        event_id = derived_id(message.topic, message.partition, message.offset, "rejected")
+        event = JobEvent(event_id, "", 0, 0, 0, now_us(), "", "", None, None, self._source, None, fact)
+        return Outgoing(self._names.dead_letter, codec.encode(event), event_id)
+
+
+def _where(message: Any) -> str:
+    return f"{message.topic}[{message.partition}]@{message.offset}"

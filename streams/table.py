@@ -1,0 +1,206 @@
+"""The coordinator's rows: durable on the changelog first, then in the local copy; restored, mended and swept here.
+
+Whoever changes rows does it through `Table.keep`, one at a time. Rows that were decided on and are not durable yet lie over
+the others, so that the next events see them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+
+from jobledger.log import Outgoing
+from jobledger.streams.aio import AckedWriter, Delivered, Ends, first_error
+from jobledger.streams.decisions import (
+    NO_FLOOR,
+    Floor,
+    Row,
+    Scheduled,
+    decode_row,
+    encode_row,
+    floor_key,
+    is_marker,
+    raised_floor,
+    sweepable,
+)
+from jobledger.streams.faust_app import Group
+from jobledger.streams.ownership import Overtaken, Ownership, Superseded
+from jobledger.streams.timers import Timers, wake_at
+
+LOG = logging.getLogger("jobledger.coordinator")
+
+#: Rows looked at in one step of a sweep or a restoration; between steps the event loop is given back.
+SCAN_CHUNK = 2_000
+#: Rows written at once by sweeps and mendings.
+WRITE_CHUNK = 500
+
+Key = tuple[int, bytes]
+
+
+class Table:
+    """Rows by (partition, key). ``changelog``: its topic. ``step`` is called between any two steps, for crash tests."""
+
+    def __init__(
+        self,
+        changelog: str,
+        group: Group,
+        writer: AckedWriter,
+        ends: Ends,
+        ownership: Ownership,
+        step: Callable[[str], None],
+    ) -> None:
+        self._changelog, self._group, self._writer, self._ends = changelog, group, writer, ends
+        self._ownership, self._step = ownership, step
+        self._lock = asyncio.Lock()
+        self._next: dict[int, int] = {}  # the changelog offset that the next row written here must get
+        self._floors: dict[int, int] = {}
+        self._pending: dict[Key, Row] = {}
+        self.scheduled: Counter[int] = Counter()
+
+    def row(self, partition: int, key: bytes) -> Row | None:
+        """A job's row, decided on or durable."""
+        pending = self._pending.get((partition, key))
+        if pending is not None:
+            return pending
+        data = self._group.rows.get(partition, key)
+        row = None if data is None else decode_row(data)
+        return None if isinstance(row, Floor) else row
+
+    def floor(self, partition: int) -> int:
+        """Every event at or below it was dealt with."""
+        return self._floors.get(partition, NO_FLOOR)
+
+    def expect(self, rows: Mapping[Key, Row]) -> None:
+        """These rows were decided on: `row` returns them from now on."""
+        self._pending.update(rows)
+
+    async def keep(self, rows: Mapping[Key, Row], epoch: int) -> None:
+        """Make rows durable, if the partitions are still this instance's; else `Superseded`, and nothing is written."""
+        async with self._lock:
+            await self._ownership.certain(epoch)
+            await self._write([(partition, key, encode_row(row)) for (partition, key), row in rows.items()])
+            for key, row in rows.items():
+                if self._pending.get(key) is row:
+                    del self._pending[key]
+
+    async def _write(self, puts: Sequence[tuple[int, bytes, bytes | None]]) -> None:
+        """On the changelog, acknowledged, then locally.
+
+        The changelog's offsets must follow one another: a gap means that another instance writes there too, so that one
+        of both was replaced without having noticed.
+        """
+        if not puts:
+            return
+        sent = await self._writer.post(
+            [Outgoing(self._changelog, value, key, partition) for partition, key, value in puts]
+        )
+        self._step("rows-sent")
+        outcomes = await sent
+        error = first_error(outcomes)
+        if error is not None:
+            raise error
+        self._step("rows-acknowledged")
+        ends: dict[int, int] = {}
+        for outcome in outcomes:
+            assert isinstance(outcome, Delivered)
+            expected = self._next.get(outcome.partition)
+            if expected is not None and outcome.offset != expected:
+                raise Overtaken(
+                    f"{self._changelog}[{outcome.partition}]: offset {outcome.offset} was given where {expected} was "
+                    "expected, so another coordinator owns this partition; this one stops and starts anew"
+                )
+            self._next[outcome.partition] = outcome.offset + 1
+            ends[outcome.partition] = outcome.offset
+        for partition, end in ends.items():
+            self._group.rows.write(partition, [(key, value) for p, key, value in puts if p == partition], end)
+
+    # -- restoring ---------------------------------------------------------------------------------------------------
+
+    async def restore(self, partitions: set[int]) -> dict[int, Timers]:
+        """After Faust has restored the local copy: floors, and the timers of every scheduled row."""
+        async with self._lock:
+            self._pending.clear()
+            self._floors.clear()
+            self.scheduled.clear()
+            self._next = {p: end for p, (_, end) in (await self._ends.of(self._changelog, partitions)).items()}
+            timers = {partition: await self._timers_of(partition) for partition in sorted(partitions)}
+            await self._mend(partitions)
+            return timers
+
+    async def _timers_of(self, partition: int) -> Timers:
+        entries: list[tuple[int, bytes]] = []
+        after = b""
+        while chunk := self._group.rows.scan(partition, after, SCAN_CHUNK):
+            after = chunk[-1][0]
+            for key, data in chunk:
+                if is_marker(data):
+                    continue
+                row = decode_row(data)
+                if isinstance(row, Scheduled):
+                    entries.append((wake_at(row.due), key))
+                elif isinstance(row, Floor):
+                    self._floors[partition] = row.offset
+            await asyncio.sleep(0)
+        self.scheduled[partition] = len(entries)
+        return Timers(entries)
+
+    async def _mend(self, partitions: set[int]) -> None:
+        """Write rows again whose changelog ends with an older version: an instance that was paused wrote it late."""
+        rows = self._group.rows
+        puts: list[tuple[int, bytes, bytes | None]] = []
+        for partition, key in sorted(rows.overtaken):
+            if partition in partitions:
+                puts.append((partition, key, rows.get(partition, key)))
+                rows.overtaken.discard((partition, key))
+        for start in range(0, len(puts), WRITE_CHUNK):
+            await self._write(puts[start : start + WRITE_CHUNK])
+        if puts:
+            LOG.warning("%d rows were written to the changelog again: a late write had covered them", len(puts))
+
+    # -- sweeping ----------------------------------------------------------------------------------------------------
+
+    async def sweep(self, partition: int, now_ms: Callable[[], int], keep_ms: int) -> int:
+        """One pass over a partition: delete markers that are committed and older than ``keep_ms``; how many."""
+        epoch = self._ownership.epoch
+        swept = 0
+        after = b""
+        while self._ownership.undisputed and epoch == self._ownership.epoch:
+            chunk = self._group.rows.scan(partition, after, SCAN_CHUNK)
+            if not chunk:
+                break
+            after = chunk[-1][0]
+            marked = [(key, data) for key, data in chunk if is_marker(data)]
+            for start in range(0, len(marked), WRITE_CHUNK):
+                swept += await self._sweep(partition, marked[start : start + WRITE_CHUNK], epoch, now_ms(), keep_ms)
+            await asyncio.sleep(0.005)  # a pass takes its time: nothing waits for it
+        return swept
+
+    async def _sweep(
+        self, partition: int, marked: Sequence[tuple[bytes, bytes]], epoch: int, now_ms: int, keep_ms: int
+    ) -> int:
+        async with self._lock:
+            try:
+                await self._ownership.certain(epoch)
+            except Superseded:
+                return 0
+            committed = self._group.committed(partition)
+            if committed is None or not self._ownership.undisputed:
+                return 0
+            gone: list[bytes] = []
+            for key, data in marked:
+                # Scanned without the lock: the row may have been replaced meanwhile, or be about to.
+                unchanged = self._group.rows.get(partition, key) == data and (partition, key) not in self._pending
+                if unchanged and sweepable(decode_row(data), committed, now_ms, keep_ms):
+                    gone.append(key)
+            if not gone:
+                return 0
+            floor = raised_floor(self.floor(partition), committed)
+            self._step("sweep-begins")
+            await self._write([(partition, floor_key(partition), encode_row(Floor(partition, floor)))])
+            self._floors[partition] = floor
+            self._step("floor-kept")
+            await self._write([(partition, key, None) for key in gone])
+            self._step("swept")
+            return len(gone)

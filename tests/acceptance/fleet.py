@@ -1,0 +1,267 @@
+"""Real processes of one namespace, and what can be done to them: started, killed, frozen, stopped, started again.
+
+Every process is known by the id it was started with and ended by it; none is left when the fleet is closed. Broker
+faults go through `EmbeddedKafka`. Knows how a command line looks, nothing of what runs behind it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Self
+
+import psutil
+
+from jobledger.kafka.embedded import EmbeddedKafka
+from tests.acceptance.audit import Window
+
+ROOT = Path(__file__).resolve().parents[2]
+TARGET = "tests/acceptance/chaos_app.py:app"
+ROLES = ("worker", "coordinator", "materializer")
+#: Seconds a process may take to stop when it is asked to.
+GRACE_S = 60.0
+
+
+class FleetError(AssertionError):
+    """A process did what it must not; the message has the end of its output."""
+
+
+def now_ms() -> int:
+    """This machine's clock, which is the embedded broker's too."""
+    return time.time_ns() // 1_000_000
+
+
+@dataclass(eq=False)
+class Member:
+    """One place in the fleet: the same role and options through several lives."""
+
+    role: str
+    name: str
+    argv: list[str]
+    log: Path
+    process: subprocess.Popen[bytes] | None = None
+    wanted: bool = True
+    lives: int = 0
+    frozen_at: int | None = None
+    codes: list[int] = field(default_factory=list)
+
+    @property
+    def pid(self) -> int:
+        """The id of the living process. Raises `FleetError` if there is none."""
+        if self.process is None:
+            raise FleetError(f"{self.name} does not run")
+        return self.process.pid
+
+    def output(self) -> str:
+        """All it has written, through all its lives."""
+        return self.log.read_text(encoding="utf-8", errors="replace") if self.log.exists() else ""
+
+    def tail(self, lines: int = 25) -> str:
+        """The end of what it wrote."""
+        return "\n".join(self.output().splitlines()[-lines:])
+
+
+class Fleet:
+    """The processes of one namespace against one broker. ``folder`` holds logs, the status table and the side log."""
+
+    def __init__(self, folder: Path, bootstrap: str, namespace: str, *, seed: str = "0", target: str = TARGET) -> None:
+        self.folder, self.bootstrap, self.namespace, self.target = folder, bootstrap, namespace, target
+        self.status = folder / "status.db"
+        self.executions = folder / "executions.log"
+        folder.mkdir(parents=True, exist_ok=True)
+        kept = {k: v for k, v in os.environ.items() if not k.startswith(("JOBLEDGER_", "CHAOS_"))}
+        self.environ = {
+            **kept,
+            "JOBLEDGER_BOOTSTRAP": bootstrap,
+            "JOBLEDGER_STATUS_URL": f"sqlite:///{self.status}",
+            "JOBLEDGER_HOME": str(folder / "home"),
+            "CHAOS_NAMESPACE": namespace,
+            "CHAOS_SEED": seed,
+            "CHAOS_EXECUTIONS": str(self.executions),
+            "PYTHONUNBUFFERED": "1",
+            # A hard error inside the C clients shall leave a trace in the log.
+            "PYTHONFAULTHANDLER": "1",
+        }
+        self.members: list[Member] = []
+        self.windows: list[Window] = []
+        self.did: Counter[str] = Counter()
+        self.deaths: list[tuple[str, int]] = []
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    # -- lives --------------------------------------------------------------------------------------------------------
+
+    def start(self, role: str, *options: str, name: str | None = None, target: str | None = None) -> Member:
+        """Start a new member; ``options`` are those of its command."""
+        name = name or f"{role}-{sum(m.role == role for m in self.members) + 1}"
+        argv = [sys.executable, "-m", "jobledger", role, target or self.target, *options]
+        member = Member(role, name, argv, self.folder / f"{name}.log")
+        self.members.append(member)
+        self.restart(member)
+        return member
+
+    def restart(self, member: Member) -> None:
+        """Start a member that does not run."""
+        with member.log.open("ab") as out:
+            member.lives += 1
+            out.write(f"--- life {member.lives} at {now_ms()}\n".encode())
+            out.flush()
+            member.process = subprocess.Popen(
+                member.argv,
+                cwd=ROOT,
+                env=self.environ,
+                stdin=subprocess.DEVNULL,
+                stdout=out,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+        member.wanted = True
+
+    def tend(self) -> None:
+        """Start again what has ended by itself, as a supervisor does, and remember how it ended."""
+        for member in self.members:
+            if member.process is None or member.frozen_at is not None:
+                continue
+            code = member.process.poll()
+            if code is not None:
+                member.codes.append(code)
+                member.process = None
+                if member.wanted:
+                    self.deaths.append((member.name, code))
+                    if len([d for d in self.deaths if d[0] == member.name]) > 20:
+                        raise FleetError(f"{member.name} keeps dying ({code}); the end of its output:\n{member.tail()}")
+                    self.restart(member)
+
+    # -- faults -------------------------------------------------------------------------------------------------------
+
+    def kill(self, member: Member) -> None:
+        """kill -9. Children of the process are left to notice by themselves."""
+        self._signal(member, signal.SIGKILL)
+        self._reap(member, 10.0)
+        self.did[f"{member.role} killed"] += 1
+
+    def freeze(self, member: Member) -> None:
+        """SIGSTOP: the process stands still, and knows nothing of it."""
+        member.frozen_at = now_ms()
+        self._signal(member, signal.SIGSTOP)
+
+    def thaw(self, member: Member) -> None:
+        """SIGCONT; the time between is kept as a `Window`."""
+        assert member.frozen_at is not None
+        self._signal(member, signal.SIGCONT)
+        self.windows.append(Window(member.role, member.frozen_at, now_ms()))
+        member.frozen_at = None
+        self.did[f"{member.role} frozen"] += 1
+
+    def stop(self, member: Member, timeout: float = GRACE_S) -> int:
+        """SIGTERM, and wait for the end; its exit code. Raises `FleetError` after ``timeout`` seconds."""
+        member.wanted = False
+        self._signal(member, signal.SIGTERM)
+        try:
+            code = self._reap(member, timeout)
+        except subprocess.TimeoutExpired:
+            raise FleetError(f"{member.name} did not stop within {timeout:g} s:\n{member.tail()}") from None
+        self.did[f"{member.role} stopped"] += 1
+        return code
+
+    def outage(self, kafka: EmbeddedKafka, seconds: float) -> None:
+        """Stop the broker, and start it again after so long."""
+        began = now_ms()
+        kafka.stop()
+        until = time.monotonic() + seconds
+        while time.monotonic() < until:  # what is away is the fact here, and it lasts as long as was asked
+            self.tend()
+            time.sleep(0.1)
+        kafka.start()
+        self.windows.append(Window("broker", began, now_ms()))
+        self.did["broker stopped"] += 1
+
+    def _signal(self, member: Member, number: int) -> None:
+        process = member.process
+        if process is not None and process.poll() is None:
+            os.kill(process.pid, number)
+
+    def _reap(self, member: Member, timeout: float) -> int:
+        assert member.process is not None
+        code = member.process.wait(timeout)
+        member.codes.append(code)
+        member.process = None
+        return code
+
+    # -- questions ----------------------------------------------------------------------------------------------------
+
+    def of(self, role: str) -> list[Member]:
+        """Members of one role."""
+        return [m for m in self.members if m.role == role]
+
+    def until(self, check: Callable[[], bool], timeout: float, what: str) -> None:
+        """Wait for a fact while tending the fleet. Raises `FleetError` naming it, with the ends of all outputs."""
+        deadline = time.monotonic() + timeout
+        while not check():
+            self.tend()
+            if time.monotonic() > deadline:
+                tails = "\n".join(f"== {m.name} (lives {m.lives}, codes {m.codes})\n{m.tail(12)}" for m in self.members)
+                raise FleetError(f"{what}: not within {timeout:g} s\n{tails}")
+            time.sleep(0.1)
+
+    def run(self, *words: str, timeout: float = 120.0) -> tuple[int, Any, str]:
+        """Run ``jobledger WORDS --json`` to its end: exit code, what it printed as JSON (None: nothing), its errors."""
+        argv = [sys.executable, "-m", "jobledger", *words, "--json"]
+        done = subprocess.run(
+            argv, cwd=ROOT, env=self.environ, capture_output=True, timeout=timeout, text=True, check=False
+        )
+        return done.returncode, json.loads(done.stdout) if done.stdout.strip() else None, done.stderr
+
+    # -- end ----------------------------------------------------------------------------------------------------------
+
+    def close(self) -> None:
+        """End every process that was started here, and what it started."""
+        family: list[psutil.Process] = []
+        for member in self.members:
+            if member.process is None:
+                continue
+            member.wanted = False
+            with contextlib.suppress(psutil.NoSuchProcess):
+                family += psutil.Process(member.process.pid).children(recursive=True)
+            self._signal(member, signal.SIGCONT)
+            self._signal(member, signal.SIGTERM)
+        deadline = time.monotonic() + 15.0
+        for member in self.members:
+            if member.process is None:
+                continue
+            try:
+                self._reap(member, max(0.1, deadline - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                self._signal(member, signal.SIGKILL)
+                self._reap(member, 10.0)
+        for process in family:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        psutil.wait_procs(family, timeout=5.0)
+
+
+@contextlib.contextmanager
+def paused(fleet: Fleet, member: Member, seconds: float) -> Iterator[None]:
+    """Freeze a member for as long as the body takes, and at least so many seconds."""
+    fleet.freeze(member)
+    until = time.monotonic() + seconds
+    try:
+        yield
+        while time.monotonic() < until:
+            fleet.tend()
+            time.sleep(0.05)
+    finally:
+        fleet.thaw(member)

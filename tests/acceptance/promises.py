@@ -1,0 +1,91 @@
+"""What Jobledger promises, word by word, with the limits that are part of the promise.
+
+Tests of processes and faults say which promise they try to break by asserting through it; `Promise.hold` then names the
+promise, and not just a number, when it breaks.
+"""
+
+from __future__ import annotations
+
+import enum
+
+
+class Promise(enum.Enum):
+    """One promise. ``says``: what is promised; ``limits``: where it ends, as the documentation says too."""
+
+    AT_LEAST_ONCE = (
+        "Every accepted job ends: its code is run until an end of it is in the log, whatever dies in between.",
+        (
+            "A job whose code was cut off runs again, so it may run more than once. One that took its process down three "
+            "times is failed as crashed."
+        ),
+    )
+    NO_RERUN_AFTER_SUCCESS = (
+        "A job whose end is in the log is not run again, kill -9 of its worker included.",
+        (
+            "A process that stood still (SIGSTOP, a suspended machine) past its session may start, within a moment of its "
+            "waking, what another has taken over. A work record that was written twice is recognised within 10 minutes or "
+            "100,000 records of its partition, whichever is less."
+        ),
+    )
+    NEVER_EARLY = (
+        "No job is let go or started before it is due, on the broker's clock, from the append of what asked for it.",
+        "The broker's clock counts, not the submitter's. If brokers of a cluster disagree, so do their partitions.",
+    )
+    STATUS_CONVERGES = (
+        "Once everything has been read, the status table says what a fold of the whole log says, whatever was killed.",
+        (
+            "Until then it is behind, and a query can ask for a position it shall have reached. Jobs older than the log's "
+            "retention are as they were copied."
+        ),
+    )
+    POISON_IS_CONTAINED = (
+        (
+            "Bytes that are no event are kept in the dead letters with their place and counted; nothing waits for them and "
+            "nothing is lost. A fact from the future on a topic that must be acted on is waited for, never passed."
+        ),
+        "Of a record at the size limit only the beginning may be kept.",
+    )
+    GRACEFUL_STOP = (
+        "SIGTERM ends a process without running any job twice: a rolling restart reruns nothing.",
+        "Jobs that outlive the grace time of the stop are cut off and run again.",
+    )
+    NOTHING_PASSED_OVER = (
+        "Every work record below a committed base has its end in the log or its bytes in the dead letters.",
+        "None: the continuous audit's metric must be 0.",
+    )
+
+    def __init__(self, says: str, limits: str) -> None:
+        self.says, self.limits = says, limits
+        self.__doc__ = f"{says} Limits: {limits}"
+
+    def hold(self, kept: bool, evidence: object = "") -> None:
+        """Fail the test naming this promise, unless it was kept."""
+        if not kept:
+            raise PromiseBroken(f"{self.name}: {self.says}\nBroken: {evidence}")
+
+
+class PromiseBroken(AssertionError):
+    """A promise was not kept; the message says which and shows the evidence."""
+
+
+#: Which promise each finding of the audit breaks.
+BROKEN_BY = {
+    "accepted, but its submission is not in the log": Promise.AT_LEAST_ONCE,
+    "not ended": Promise.AT_LEAST_ONCE,
+    "facts of a job that nobody submitted": Promise.STATUS_CONVERGES,
+    "let go, but nothing asked for it": Promise.NEVER_EARLY,
+    "let go early": Promise.NEVER_EARLY,
+    "a due time that nobody asked for": Promise.NEVER_EARLY,
+    "started early": Promise.NEVER_EARLY,
+    "started after its end was in the log": Promise.NO_RERUN_AFTER_SUCCESS,
+    "run after its end was in the log": Promise.NO_RERUN_AFTER_SUCCESS,
+    "succeeded without having been run": Promise.AT_LEAST_ONCE,
+    "passed, but not closed": Promise.NOTHING_PASSED_OVER,
+    "passed, but neither closed nor rejected": Promise.NOTHING_PASSED_OVER,
+    "passed, but no work record": Promise.NOTHING_PASSED_OVER,
+    "closed in another partition than its work record's": Promise.NOTHING_PASSED_OVER,
+    "rejected, but it is a good record": Promise.POISON_IS_CONTAINED,
+    "rejected with other bytes than it has": Promise.POISON_IS_CONTAINED,
+    "unreadable, but not rejected": Promise.POISON_IS_CONTAINED,
+    "failed, but not in the dead letters": Promise.POISON_IS_CONTAINED,
+}

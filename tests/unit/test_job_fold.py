@@ -1,0 +1,269 @@
+"""The fold of a job's facts is a join-semilattice, and shows what the transition table says."""
+
+from __future__ import annotations
+
+import datetime as dt
+import random
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from jobledger import job
+from jobledger.job import FIRST, LAST, Life, State
+from jobledger.schemas import events as ev
+from jobledger.schemas.events import JobEvent, Position, Recorded
+
+SMALL = st.integers(0, 3)
+ERROR = st.builds(ev.ErrorInfo, st.sampled_from(["ValueError", "OSError"]), st.text(max_size=3), st.none())
+SPEC = st.builds(
+    ev.JobSpec,
+    st.just(b"{}"),
+    st.dictionaries(st.sampled_from("ab"), st.text(max_size=2), max_size=2),
+    st.none() | st.just("parent"),
+)
+DELAY = st.none() | st.integers(0, 10_000)
+FACT_OF: dict[type[Any], st.SearchStrategy[Any]] = {
+    ev.JobSubmitted: st.builds(ev.JobSubmitted, SPEC, DELAY, st.none() | st.integers(0, 10**15)),
+    ev.JobDue: st.builds(ev.JobDue, SPEC, st.integers(0, 10**15)),
+    ev.JobStarted: st.builds(ev.JobStarted, st.just("host:1"), st.just("shop.jobs.mail"), st.integers(0, 9), SMALL),
+    ev.JobProgressed: st.builds(ev.JobProgressed, SMALL, SMALL, st.none() | SMALL, st.none() | st.text(max_size=2)),
+    ev.JobRetried: st.builds(ev.JobRetried, ERROR, st.integers(0, 10_000), SMALL),
+    ev.JobSnoozed: st.builds(ev.JobSnoozed, st.integers(0, 10_000), st.none() | st.text(max_size=2), SMALL),
+    ev.JobSucceeded: st.builds(ev.JobSucceeded, st.none() | st.just(b"[1]"), SMALL),
+    ev.JobFailed: st.builds(ev.JobFailed, st.just("exhausted"), ERROR, SMALL),
+    ev.JobCancelled: st.builds(ev.JobCancelled, st.just("ann"), st.none() | st.just("no need")),
+    ev.JobExpired: st.builds(ev.JobExpired, st.integers(0, 10**15)),
+    ev.ReleaseRequested: st.builds(ev.ReleaseRequested, SPEC, DELAY, st.none()),
+    ev.ReleaseDecided: st.builds(ev.ReleaseDecided, st.integers(0, 10**15)),
+    ev.DeadLettered: st.builds(ev.DeadLettered, SPEC, st.just("exhausted"), ERROR),
+}
+FACTS: st.SearchStrategy[ev.Fact] = st.one_of(*FACT_OF.values())
+
+
+def recorded(fact: ev.Fact, run: int, release: int, attempt: int, place: Position, ms: int) -> Recorded:
+    event = JobEvent("e", "j", run, attempt, release, 0, "send_mail", "mail", None, None, "test", None, fact)
+    return Recorded(event, place, ms)
+
+
+PLACES = st.builds(
+    Position, st.sampled_from(["shop.jobs.mail", "shop.lifecycle", "shop.coordination"]), st.integers(0, 2), SMALL
+)
+#: Anything at all: a position names one record, but nothing else is in order.
+ADVERSARIAL = st.lists(
+    st.builds(recorded, FACTS, st.integers(1, 2), SMALL, SMALL, PLACES, st.integers(0, 5)),
+    unique_by=lambda r: r.position,
+    max_size=14,
+)
+
+
+@st.composite
+def walks(draw: st.DrawFn) -> list[tuple[Recorded, State]]:
+    """Facts in order, each with the state that the table says follows it."""
+    state: State | None = None
+    release, attempt, sequence, ms = 1, 1, 0, 1_000
+    found: list[tuple[Recorded, State]] = []
+    for offset in range(draw(st.integers(1, 14))):
+        steps = [step for step in job.TRANSITIONS if step.before is state]
+        if not steps:
+            break
+        step = draw(st.sampled_from(steps))
+        fact = draw(FACT_OF[step.fact])
+        topic = "shop.lifecycle"
+        match fact:
+            case ev.JobSubmitted(spec=spec):
+                delayed = step.after is State.SCHEDULED
+                fact = ev.JobSubmitted(spec, 5 if delayed else None)
+                release, topic = (0, "shop.coordination") if delayed else (1, "shop.jobs.mail")
+            case ev.JobDue():
+                if state is State.RETRYING:
+                    attempt += 1
+                release, topic = release + 1, "shop.jobs.mail"
+            case ev.JobProgressed():
+                sequence += 1
+                fact = ev.JobProgressed(sequence, 1)
+        ms += draw(SMALL)
+        found.append((recorded(fact, 1, release, attempt, Position(topic, 0, offset), ms), step.after))
+        state = step.after
+    return found
+
+
+@st.composite
+def lives(draw: st.DrawFn) -> list[Recorded]:
+    """A life as it happens: every step is one of the table's."""
+    return [each for each, _ in draw(walks())]
+
+
+ANY = st.one_of(ADVERSARIAL, lives())
+
+
+def fold(facts: list[Recorded]) -> Life | None:
+    life: Life | None = None
+    for each in facts:
+        life = job.apply(life, each)
+    return life
+
+
+@given(ANY, st.randoms(use_true_random=False), st.data())
+def test_any_order_and_any_duplicates_fold_alike(
+    facts: list[Recorded], chance: random.Random, data: st.DataObject
+) -> None:
+    """Whatever the order in which a job's facts are read, and however often each is, the life is the same."""
+    again = facts + data.draw(st.lists(st.sampled_from(facts), max_size=6) if facts else st.just([]))
+    chance.shuffle(again)
+    assert fold(again) == fold(facts)
+
+
+@given(ANY, st.data())
+def test_any_split_folds_alike(facts: list[Recorded], data: st.DataObject) -> None:
+    """Parts of a life folded apart, overlapping or not, join to the life folded whole."""
+    parts = data.draw(
+        st.lists(st.sets(st.sampled_from([0, 1, 2]), min_size=1), min_size=len(facts), max_size=len(facts))
+    )
+    lives = [fold([f for f, where in zip(facts, parts, strict=True) if n in where]) for n in range(3)]
+    assert job.join(job.join(lives[0], lives[1]), lives[2]) == fold(facts)
+
+
+@given(ANY, ANY, ANY)
+def test_join_is_a_semilattice(a: list[Recorded], b: list[Recorded], c: list[Recorded]) -> None:
+    """Join is idempotent, commutative and associative, and nothing is its neutral element."""
+    taken: dict[Position, Recorded] = {}
+    x, y, z = (fold([taken.setdefault(f.position, f) for f in facts]) for facts in (a, b, c))
+    assert job.join(x, x) == x
+    assert job.join(x, y) == job.join(y, x)
+    assert job.join(job.join(x, y), z) == job.join(x, job.join(y, z))
+    assert job.join(x, None) == x == job.join(None, x)
+
+
+@given(st.lists(st.integers(0, 2_000), min_size=FIRST + LAST, max_size=600), st.randoms(use_true_random=False))
+def test_positions_are_bounded_and_still_converge(times: list[int], chance: random.Random) -> None:
+    """Of very many facts the first and the last positions are kept, the same ones in any order of reading."""
+    started = ev.JobStarted("host:1", "shop.jobs.mail", 0)
+    facts = [recorded(started, 1, n, n, Position("shop.lifecycle", 0, n), ms) for n, ms in enumerate(times)]
+    shuffled = facts.copy()
+    chance.shuffle(shuffled)
+    whole, other = fold(facts), fold(shuffled)
+    assert whole == other
+    assert whole is not None
+    at = sorted((f.appended_ms, f.position.topic, 0, f.position.offset) for f in facts)
+    assert list(whole.positions) == (at if len(at) <= FIRST + LAST else at[:FIRST] + at[-LAST:])
+
+
+@given(walks())
+def test_facts_in_order_show_what_the_table_says(walk: list[tuple[Recorded, State]]) -> None:
+    """Each fact of a life that is read in order moves the visible state along the transition table."""
+    life: Life | None = None
+    for each, state in walk:
+        life = job.apply(life, each)
+        assert life is not None
+        seen = job.project(life)
+        assert seen.state is state
+        assert (seen.release, seen.attempt) == (each.event.release, each.event.attempt)
+        assert state.ended == (seen.ended_ms is not None)
+        assert (seen.due_ms is None) or state in (State.SCHEDULED, State.QUEUED, State.RETRYING)
+
+
+@given(ANY)
+def test_every_life_has_a_status(facts: list[Recorded]) -> None:
+    """Whatever part of a life is known, it has a status, with the positions of its facts in order of append times."""
+    life = fold(facts)
+    if life is None:
+        assert all(type(f.event.fact) not in {t.fact for t in job.TRANSITIONS} for f in facts)
+        return
+    seen = job.status("j", life)
+    assert set(seen.positions) <= {f.position for f in facts}
+    times = {f.position: f.appended_ms for f in facts}
+    assert [times[p] for p in seen.positions] == sorted(times[p] for p in seen.positions)
+    assert seen.partial == (seen.submitted_at is None)
+
+
+def at(offset: int, topic: str = "shop.lifecycle", partition: int = 0) -> Position:
+    return Position(topic, partition, offset)
+
+
+def fact_list(*facts: Any) -> Life:
+    life = fold(list(facts))
+    assert life is not None
+    return life
+
+
+SUBMITTED = recorded(
+    ev.JobSubmitted(ev.JobSpec(b"{}", {"tenant": "acme"}, "p")), 1, 1, 1, at(0, "shop.jobs.mail"), 1_000
+)
+STARTED = recorded(ev.JobStarted("host:1", "shop.jobs.mail", 0), 1, 1, 1, at(1), 2_000)
+BAD = ev.ErrorInfo("ValueError", "no", "trace")
+
+
+def test_a_job_known_by_later_facts_only_has_a_status() -> None:
+    """A job whose submission was not seen is shown as what it is, without what only the submission tells."""
+    seen = job.status("j", fact_list(STARTED))
+    assert (seen.state, seen.task, seen.queue, seen.submitted_at, seen.partial) == (
+        State.RUNNING,
+        "send_mail",
+        "mail",
+        None,
+        True,
+    )
+    assert job.status("j", fact_list(STARTED, SUBMITTED)).tags == {"tenant": "acme"}
+
+
+def test_success_wins_over_every_other_end() -> None:
+    """Of several ends of one run success is shown, then failure, then cancellation; of equals the first in the log."""
+    ends = [
+        recorded(ev.JobExpired(1), 1, 1, 1, at(2), 3_000),
+        recorded(ev.JobCancelled("ann"), 1, 1, 1, at(3), 3_000),
+        recorded(ev.JobFailed("exhausted", BAD, 5), 1, 1, 1, at(4), 3_000),
+        recorded(ev.JobSucceeded(b'"late"'), 1, 2, 2, at(6), 2_500),
+        recorded(ev.JobSucceeded(b'"first"'), 1, 1, 1, at(5), 3_000),
+    ]
+    shown = [job.status("j", fact_list(*ends[:n])) for n in range(1, 6)]
+    assert [s.state.value for s in shown] == ["expired", "cancelled", "failed", "succeeded", "succeeded"]
+    assert (shown[2].error, shown[2].reason) == (BAD, "exhausted")
+    assert (shown[3].result, shown[4].result, shown[4].error) == ("late", "first", None)
+
+
+def test_a_fact_of_a_passed_attempt_changes_nothing_visible() -> None:
+    """A start that comes late, after its attempt was closed, does not show the job as running again."""
+    retried = recorded(ev.JobRetried(BAD, 500, 1_000_000), 1, 1, 1, at(2), 4_000)
+    seen = job.status("j", fact_list(SUBMITTED, retried, STARTED))
+    assert (seen.state, seen.attempt, seen.error, seen.duration) == (State.RETRYING, 1, BAD, 1.0)
+    assert seen.due_at == dt.datetime.fromtimestamp(4.5, dt.UTC)
+    due = recorded(ev.JobDue(ev.JobSpec(b"{}"), 4_500_000), 1, 2, 2, at(1, "shop.jobs.mail"), 4_501)
+    seen = job.status("j", fact_list(due, SUBMITTED, retried, STARTED))
+    assert (seen.state, seen.attempt, seen.release, seen.error) == (State.QUEUED, 2, 2, None)
+
+
+def test_a_greater_run_takes_over() -> None:
+    """A redrive starts over: nothing of the run before is shown, and its positions stay for the timeline."""
+    failed = recorded(ev.JobFailed("exhausted", BAD), 1, 1, 1, at(2), 3_000)
+    again = recorded(ev.JobSubmitted(ev.JobSpec(b"{}")), 2, 1, 1, at(9, "shop.jobs.mail"), 9_000)
+    seen = job.status("j", fact_list(again, SUBMITTED, STARTED, failed))
+    assert (seen.state, seen.run, seen.error, seen.tags) == (State.QUEUED, 2, None, {})
+    assert len(seen.positions) == 4
+
+
+def test_the_last_progress_report_is_kept() -> None:
+    """Of any number of progress reports the one with the greatest sequence is shown, and only its position is kept."""
+    reports = [recorded(ev.JobProgressed(n, n, 10, "m"), 1, 1, 1, at(10 + n), 2_000 + n) for n in range(5)]
+    seen = job.status("j", fact_list(SUBMITTED, STARTED, *reversed(reports)))
+    assert seen.progress == job.Progress(4, 10, "m")
+    assert seen.positions == (at(0, "shop.jobs.mail"), at(1), at(14))
+
+
+@pytest.mark.parametrize(
+    ("facts", "waits_for"),
+    [
+        ([recorded(ev.JobSubmitted(ev.JobSpec(b""), 5), 1, 0, 1, at(0), 1)], (1, 1)),
+        ([recorded(ev.JobRetried(BAD, 5), 1, 3, 2, at(0), 1)], (4, 3)),
+        ([recorded(ev.JobSnoozed(5), 1, 3, 2, at(0), 1)], (4, 2)),
+    ],
+)
+def test_what_a_waiting_job_waits_for(facts: list[Recorded], waits_for: tuple[int, int]) -> None:
+    """A delayed job waits for its first release, a retried one for the next attempt, a snoozed one for the same."""
+    assert job.awaited(job.project(fact_list(*facts))) == waits_for
+
+
+def test_the_diagram_shows_every_transition() -> None:
+    """The documentation's diagram is drawn from the table, with an arrow for each row."""
+    assert job.diagram().count("-->") == len(job.TRANSITIONS) + len(job.ENDS)
