@@ -59,7 +59,7 @@ chaos: $(STAMP) ## the acceptance tests, long: CHAOS_SECONDS, CHAOS_JOBS
 	@CHAOS_SECONDS=$(CHAOS_SECONDS) CHAOS_JOBS=$(CHAOS_JOBS) $(PY) -m pytest tests/acceptance --timeout=0 $(ARGS)
 
 docs: $(STAMP) ## draw docs/states.md from the table of transitions
-	@$(PY) -m jobledger.cli.states docs/states.md
+	@$(PY) docs/draw.py >docs/states.md.new && mv docs/states.md.new docs/states.md
 
 clean: ## remove what is made here, .venv included
 	@rm -rf $(VENV) build dist .demo *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache .coverage* bench/results

@@ -374,13 +374,18 @@ def run_worker(registry: Registry, settings: Settings, options: WorkerOptions | 
     """
     worker = Worker(registry, settings, options)
     restore = _handle_signals(worker) if threading.current_thread() is threading.main_thread() else lambda: None
+    try:
+        return run_tuned(worker)
+    finally:
+        restore()
+
+
+def run_tuned(worker: Worker) -> int:
+    """`Worker.run` with the interpreter's settings of a process that does nothing else."""
     gc.collect()
     gc.freeze()
     gc.set_threshold(50_000, 20, 100)  # a job makes hundreds of short-lived objects, none of them in a cycle
-    try:
-        return worker.run()
-    finally:
-        restore()
+    return worker.run()
 
 
 def _handle_signals(worker: Worker) -> Callable[[], None]:

@@ -31,6 +31,9 @@ import msgspec
 from jobledger.schemas import events as ev
 from jobledger.schemas.events import ErrorInfo, Position, Recorded
 
+#: The last millisecond of the year 9999.
+_FAR_MS = 253_402_300_799_999
+
 #: How many positions of a job are kept: so many of the earliest, so many of the latest.
 FIRST, LAST = 64, 192
 
@@ -195,7 +198,7 @@ def _submitted(run: int, release: int, attempt: int, task: str, queue: str, fact
     if fact.due_at is not None:
         due_ms = fact.due_at // 1000
     elif fact.delay_ms is not None:
-        due_ms = at[0] + fact.delay_ms
+        due_ms = _later(at, fact.delay_ms)
     head = Head(0, at, task, queue, release, attempt, due_ms, spec.tags, spec.parent)
     return Life(run, head, None, None, None, None, None, (at,))
 
@@ -215,12 +218,12 @@ def _progressed(run: int, release: int, attempt: int, task: str, queue: str, fac
 
 
 def _retried(run: int, release: int, attempt: int, task: str, queue: str, fact: ev.JobRetried, at: At) -> Life:
-    close = Close(release, attempt, at, at[0] + fact.delay_ms, fact.duration_us, fact.error, None)
+    close = Close(release, attempt, at, _later(at, fact.delay_ms), fact.duration_us, fact.error, None)
     return Life(run, Head(2, at, task, queue), None, None, close, None, None, (at,))
 
 
 def _snoozed(run: int, release: int, attempt: int, task: str, queue: str, fact: ev.JobSnoozed, at: At) -> Life:
-    close = Close(release, attempt, at, at[0] + fact.delay_ms, fact.duration_us, None, fact.reason)
+    close = Close(release, attempt, at, _later(at, fact.delay_ms), fact.duration_us, None, fact.reason)
     return Life(run, Head(2, at, task, queue), None, None, close, None, None, (at,))
 
 
@@ -241,6 +244,11 @@ def _cancelled(run: int, release: int, attempt: int, task: str, queue: str, fact
 
 def _expired(run: int, release: int, attempt: int, task: str, queue: str, fact: ev.JobExpired, at: At) -> Life:
     return Life(run, Head(2, at, task, queue), None, None, None, None, End(3, at, release, attempt), (at,))
+
+
+def _later(at: At, delay_ms: int) -> int:
+    """The append time plus a delay. A delay that no clock reaches must still fit the 64 bits of a database."""
+    return min(at[0] + delay_ms, _FAR_MS)
 
 
 _MAKERS: dict[type[Any], Callable[[int, int, int, str, str, Any, At], Life]] = {

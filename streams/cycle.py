@@ -36,6 +36,8 @@ LOG = logging.getLogger("jobledger.coordinator")
 
 #: Events held between Faust's stream and the first stage.
 INBOX = 2_000
+#: Seconds to let events come together before they are decided on.
+GATHER = 0.002
 #: Events between the two stages.
 UNDER_WAY = 4_000
 
@@ -123,6 +125,8 @@ class Cycle:
             if not self._inbox:
                 self._arrived.clear()
                 await self._arrived.wait()
+                # Events come out of Faust's stream one by one, each in a turn of the loop.
+                await asyncio.sleep(GATHER)
             async with self._changed:
                 await self._changed.wait_for(lambda: self._under_way < UNDER_WAY)
             epoch, generation = self._ownership.epoch, self._ownership.generation

@@ -131,11 +131,11 @@ class Fleet:
         member.wanted = True
 
     def tend(self) -> None:
-        """Start again what has ended by itself, as a supervisor does, and remember how it ended."""
+        """Start again what was killed or ended by itself, as a supervisor does, and remember how it ended."""
         for member in self.members:
-            if member.process is None or member.frozen_at is not None:
+            if member.frozen_at is not None:
                 continue
-            code = member.process.poll()
+            code = None if member.process is None else member.process.poll()
             if code is not None:
                 member.codes.append(code)
                 member.process = None
@@ -143,7 +143,8 @@ class Fleet:
                     self.deaths.append((member.name, code))
                     if len([d for d in self.deaths if d[0] == member.name]) > 20:
                         raise FleetError(f"{member.name} keeps dying ({code}); the end of its output:\n{member.tail()}")
-                    self.restart(member)
+            if member.process is None and member.wanted:
+                self.restart(member)
 
     # -- faults -------------------------------------------------------------------------------------------------------
 

@@ -82,7 +82,6 @@ BROKEN_BY = {
     "succeeded without having been run": Promise.AT_LEAST_ONCE,
     "passed, but not closed": Promise.NOTHING_PASSED_OVER,
     "passed, but neither closed nor rejected": Promise.NOTHING_PASSED_OVER,
-    "passed, but no work record": Promise.NOTHING_PASSED_OVER,
     "closed in another partition than its work record's": Promise.NOTHING_PASSED_OVER,
     "rejected, but it is a good record": Promise.POISON_IS_CONTAINED,
     "rejected with other bytes than it has": Promise.POISON_IS_CONTAINED,

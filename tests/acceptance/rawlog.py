@@ -8,14 +8,17 @@ from __future__ import annotations
 import io
 import json
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import fastavro
 import fastavro.schema
-from confluent_kafka import Consumer, TopicPartition
+from confluent_kafka import Consumer, KafkaException, TopicPartition
+
+T = TypeVar("T")
 
 SCHEMA_FILE = Path(__file__).resolve().parents[2] / "schemas" / "job_event.avsc"
 SINGLE_OBJECT = b"\xc3\x01"
@@ -121,7 +124,11 @@ def read(bootstrap: str, namespace: str, timeout: float = 120.0) -> Log:
     consumer = Consumer({**base, "group.id": "independent", "enable.partition.eof": False})
     log = Log(namespace)
     try:
-        names = [t for t in consumer.list_topics(timeout=20).topics.items() if t[0].startswith(namespace + ".")]
+        names = [
+            t
+            for t in _patiently(lambda: consumer.list_topics(timeout=5), timeout).topics.items()
+            if t[0].startswith(namespace + ".")
+        ]
         kept = {f"{namespace}.{n}" for n in ("lifecycle", "coordination", "dead-letter", "control", "schemas")}
         places = [
             (name, partition)
@@ -135,7 +142,7 @@ def read(bootstrap: str, namespace: str, timeout: float = 120.0) -> Log:
         schemas = Schemas()
         for first in (True, False):
             chosen = [p for p in places if (p[0] == f"{namespace}.schemas") is first]
-            ends = {p: consumer.get_watermark_offsets(TopicPartition(*p), timeout=20)[1] for p in chosen}
+            ends = {p: _end(consumer, p, timeout) for p in chosen}
             for message in _drain(consumer, ends, timeout):
                 topic, partition, offset = message.topic(), message.partition(), message.offset()
                 where = (topic, partition, offset, message.timestamp()[1])
@@ -159,11 +166,28 @@ def read(bootstrap: str, namespace: str, timeout: float = 120.0) -> Log:
         asker = Consumer({**base, "group.id": f"{namespace}.worker.{queue}"})
         try:
             wanted = [TopicPartition(t, p) for t, p in log.ends if t == f"{namespace}.jobs.{queue}"]
-            for found in asker.committed(wanted, timeout=20):
+            for found in _patiently(partial(asker.committed, wanted, timeout=5), timeout):
                 log.committed[found.topic, found.partition] = max(0, found.offset)
         finally:
             asker.close()
     return log
+
+
+def _end(consumer: Consumer, place: tuple[str, int], timeout: float) -> int:
+    low_high = _patiently(lambda: consumer.get_watermark_offsets(TopicPartition(*place), timeout=5), timeout)
+    return int(low_high[1])
+
+
+def _patiently(ask: Callable[[], T], timeout: float) -> T:
+    """Ask again while the broker is away or has not taken its partitions up yet."""
+    deadline = time.monotonic() + timeout
+    while True:
+        try:
+            return ask()
+        except KafkaException:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.2)
 
 
 def _drain(consumer: Consumer, ends: Mapping[tuple[str, int], int], timeout: float) -> Iterable[Any]:

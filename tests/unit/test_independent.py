@@ -145,6 +145,10 @@ def garbage_elsewhere(writer: Writer) -> None:
     writer.add(COORD, None, raw=b"?")
 
 
+def misplaced(writer: Writer) -> None:
+    writer.add(WORK, "JobStarted", {"worker": "w"}, job="a")
+
+
 def other_bytes(writer: Writer) -> None:
     bad = writer.add(WORK, None, raw=b"?")
     where = {"topic": bad.topic, "partition": 0, "offset": bad.offset, "raw_value": b"!"}
@@ -195,6 +199,7 @@ SABOTAGE: list[tuple[Callable[[Writer], None], set[str]]] = [
     (started_later_release_after_end, {"started after its end was in the log"}),
     (other_partition, {"closed in another partition than its work record's"}),
     (garbage, {"passed, but neither closed nor rejected", "unreadable, but not rejected"}),
+    (misplaced, {"passed, but neither closed nor rejected"}),
     (garbage_elsewhere, {"unreadable, but not rejected"}),
     (other_bytes, {"rejected with other bytes than it has"}),
     (rejected_good_one, {"rejected, but it is a good record"}),

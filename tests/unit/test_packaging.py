@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -102,6 +103,18 @@ def test_make_has_a_verb_for_everything_that_texts_tell_people_to_run() -> None:
         told |= set(re.findall(r"^(?:```)?\$ make ([a-z]+)", (ROOT / name).read_text("utf-8"), re.MULTILINE))
     assert {"demo", "test"} <= told
     assert told | {"setup", "demo", "dev", "test", "lint", "bench", "chaos", "docs", "clean"} <= verbs()
+
+
+def test_the_drawn_states_are_those_of_the_code() -> None:
+    """``docs/states.md`` is what `make docs` draws from the table of transitions as it is now."""
+    drawn = subprocess.run(
+        [sys.executable, "docs/draw.py"],
+        cwd=ROOT,
+        capture_output=True,
+        check=True,
+        env={**os.environ, "PYTHONUTF8": "1"},
+    )
+    assert (ROOT / "docs" / "states.md").read_text("utf-8") == drawn.stdout.decode(), "run: make docs"
 
 
 def test_the_pipeline_runs_the_readme_command() -> None:

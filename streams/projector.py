@@ -1,0 +1,157 @@
+"""From records to the changes of one transaction: decode, fold, project, count. Knows no broker and no SQL.
+
+Within a batch the facts of a job are joined first and its row is read and written once. States of jobs that are under
+way stay in memory, bounded, so that most are not read at all; what is in memory is always what was committed.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from confluent_kafka import Message
+
+from jobledger.errors import SchemaError
+from jobledger.job import Life, Visible, join, of, project
+from jobledger.schemas.codec import Decoder
+from jobledger.schemas.glance import glance
+from jobledger.streams.store.protocol import Changes, Partition, TagRow
+from jobledger.streams.store.rows import row
+
+LOG = logging.getLogger("jobledger.materializer")
+
+#: Jobs whose states are kept in memory between batches; a state takes about a kilobyte.
+CACHE_JOBS = 50_000
+#: Bytes of a written state above which it is not kept: tracebacks are large, and such jobs are few.
+CACHE_STATE_BYTES = 2_000
+
+
+class Loads(Protocol):
+    """Where states come from that are not in memory."""
+
+    def load(self, job_ids: Sequence[str]) -> dict[str, Life]: ...
+
+
+@dataclass(slots=True)
+class Rejected:
+    """A record that could not be read, and why."""
+
+    message: Message
+    error: SchemaError
+
+
+@dataclass(slots=True)
+class Folded:
+    """What a batch of records amounts to. ``states``: the new states, for `Projector.committed`."""
+
+    changes: Changes = field(default_factory=Changes)
+    events: Counter[str] = field(default_factory=Counter)
+    rejected: list[Rejected] = field(default_factory=list)
+    states: dict[str, tuple[Life, Visible] | None] = field(default_factory=dict)
+
+
+class Projector:
+    """Folds batches onto the states of a store. ``cache_jobs`` bounds its memory. Not thread-safe."""
+
+    def __init__(self, store: Loads, decoder: Decoder, *, cache_jobs: int = CACHE_JOBS) -> None:
+        self._store, self._decode = store, decoder.decode
+        # Two generations stand in for a least-recently-used order: when the young one is full, the old one goes.
+        self._young: dict[str, tuple[Life, Visible]] = {}
+        self._old: dict[str, tuple[Life, Visible]] = {}
+        self._generation = max(1, cache_jobs // 2)
+
+    def fold(self, messages: Iterable[Message]) -> Folded:
+        """The changes that these records make. Remembers nothing: see `committed`. Raises `StoreError`."""
+        folded = Folded()
+        news: dict[str, Life] = {}
+        offsets = folded.changes.offsets
+        decode = self._decode
+        for message in messages:
+            topic, partition, offset = message.topic(), message.partition(), message.offset()
+            if topic is None or partition is None or offset is None:
+                continue  # only messages that are errors lack them
+            place = (topic, partition)
+            offsets[place] = offset + 1
+            folded.events[topic] += 1
+            value = message.value()
+            seen = None if value is None else glance(value)
+            if seen is None:
+                try:
+                    event = decode(value)
+                except SchemaError as error:
+                    folded.rejected.append(Rejected(message, error))
+                    continue
+                seen = (event.job_id, event.run, event.release, event.attempt, event.task, event.queue, event.fact)
+            job_id = seen[0]
+            life = of(*seen[1:], (message.timestamp()[1], topic, partition, offset))
+            if life is not None:
+                known = news.get(job_id)
+                news[job_id] = life if known is None else join(known, life)  # type: ignore[assignment]  # not None
+        self._project(news, folded)
+        return folded
+
+    def merge(self, lives: Iterable[tuple[str, Life]]) -> Folded:
+        """The changes that joining these states makes. Raises `StoreError`."""
+        folded = Folded()
+        self._project(dict(lives), folded)
+        return folded
+
+    def committed(self, folded: Folded) -> None:
+        """The changes were written: remember the states."""
+        young, old = self._young, self._old
+        for job_id, state in folded.states.items():
+            if state is None:
+                young.pop(job_id, None)
+                old.pop(job_id, None)
+            else:
+                young[job_id] = state
+        if len(young) > self._generation:
+            self._old, self._young = young, {}
+
+    def _project(self, news: dict[str, Life], folded: Folded) -> None:
+        young, old = self._young, self._old
+        before = {}
+        unknown = []
+        for job_id in news:
+            state = young.get(job_id) or old.get(job_id)
+            if state is None:
+                unknown.append(job_id)
+            else:
+                before[job_id] = state
+        for job_id, life in self._store.load(unknown).items():
+            before[job_id] = (life, project(life))
+        changes, states = folded.changes, folded.states
+        counts = changes.counts
+        for job_id, life in news.items():
+            known = before.get(job_id)
+            if known is None:
+                seen = project(life)
+                if life.head.tags:
+                    changes.tags_new += _tag_rows(job_id, life, seen)
+            else:
+                life = join(known[0], life)  # type: ignore[assignment]  # both are known
+                seen, was = project(life), known[1]
+                if life.head is not known[0].head and (life.head.tags or known[0].head.tags):
+                    changes.tags_gone += _tag_rows(job_id, known[0], was)
+                    changes.tags_new += _tag_rows(job_id, life, seen)
+                key = (was.task, was.queue, was.state._value_)
+                counts[key] = counts.get(key, 0) - 1
+            key = (seen.task, seen.queue, seen.state._value_)
+            counts[key] = counts.get(key, 0) + 1
+            written = row(job_id, life, seen)
+            changes.jobs.append(written)
+            # What has ended is seldom heard of again.
+            kept = seen.ended_ms is None and len(written[-1]) <= CACHE_STATE_BYTES
+            states[job_id] = (life, seen) if kept else None
+
+
+def _tag_rows(job_id: str, life: Life, seen: Visible) -> list[TagRow]:
+    return [(name, value, seen.since_ms, job_id) for name, value in life.head.tags.items()]
+
+
+def partition_text(partition: Partition) -> str:
+    """A partition as errors and logs name it."""
+    return f"{partition[0]}[{partition[1]}]"

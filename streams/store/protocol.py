@@ -1,0 +1,139 @@
+"""What a status database must do: the write side for the one materializer, the read side for everybody.
+
+`tests/contract/test_store.py` holds every backend to it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Any, Protocol, Self
+
+import msgspec
+
+from jobledger.job import JobStatus, Life, State
+from jobledger.schemas.events import Position
+
+#: A partition of a topic.
+Partition = tuple[str, int]
+#: A tag's row: (name, value, submitted_ms, job_id).
+TagRow = tuple[str, str, int, str]
+
+
+class Count(msgspec.Struct, frozen=True):
+    """How many jobs of a task and queue are in a state."""
+
+    task: str
+    queue: str
+    state: State
+    jobs: int
+
+
+class Overdue(msgspec.Struct, frozen=True):
+    """A job that waits for ``release`` and ``attempt`` since ``due_ms``.
+
+    ``spec_at``: where a record stands that carries the whole job; None if the table has seen none.
+    """
+
+    job_id: str
+    task: str
+    queue: str
+    run: int
+    release: int
+    attempt: int
+    due_ms: int
+    spec_at: Position | None
+
+
+@dataclass(slots=True)
+class Changes:
+    """What one transaction writes. ``jobs``: rows in the order of `rows.COLUMNS`; ``counts``: differences."""
+
+    jobs: list[tuple[Any, ...]] = field(default_factory=list)
+    tags_gone: list[TagRow] = field(default_factory=list)
+    tags_new: list[TagRow] = field(default_factory=list)
+    counts: dict[tuple[str, str, str], int] = field(default_factory=dict)
+    offsets: dict[Partition, int] = field(default_factory=dict)
+    resets: Collection[Partition] = ()
+
+
+class StatusReader(Protocol):
+    """The read side. Never writes; safe from several threads, beside a writer. Raises `StoreError` if it is away."""
+
+    def job(self, job_id: str) -> JobStatus:
+        """One job. Raises `JobNotFound`."""
+
+    def jobs(
+        self,
+        *,
+        state: State | str | None = None,
+        task: str | None = None,
+        queue: str | None = None,
+        tag: tuple[str, str] | None = None,
+        after: str | None = None,
+        limit: int = 100,
+    ) -> list[JobStatus]:
+        """A page of the jobs that match every given filter, newest submission first.
+
+        ``after``: the last job id of the page before. Raises `JobNotFound` if there is no such job, `ConfigError` for
+        a state that does not exist.
+        """
+
+    def counts(self) -> list[Count]:
+        """How many jobs of each task and queue are in each state, without zeros."""
+
+    def counts_by_state(self) -> dict[str, int]:
+        """How many jobs are in each state; every state is there."""
+
+    def offsets(self) -> dict[Partition, int]:
+        """The next offset to be read of every partition."""
+
+    def reached(self, position: Position) -> bool:
+        """Whether the record at this position is in the table."""
+
+    def overdue(self, now_ms: int, bound_ms: int, limit: int = 1000) -> list[Overdue]:
+        """Scheduled and retrying jobs that were due ``bound_ms`` ago or longer, the longest first.
+
+        ``now_ms``: the broker's clock.
+        """
+
+    def lives(self) -> Iterator[tuple[str, Life, bool]]:
+        """Every job with its fold state and whether it was carried, in order of ids, in one snapshot."""
+
+    def close(self) -> None:
+        """Give the connections back."""
+
+
+class Store(Protocol):
+    """The write side, for one thread. Every write raises `LeaseLost` if another writer took the store over."""
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None: ...
+
+    def acquire(self) -> bool:
+        """Become the writer, unless another one's lease runs. Must be true before anything is written."""
+
+    def renew(self) -> None:
+        """Hold the lease longer."""
+
+    def release(self) -> None:
+        """Let another writer in at once. Does nothing if the lease is not ours."""
+
+    def offsets(self) -> dict[Partition, int]:
+        """The next offset to be read of every partition."""
+
+    def load(self, job_ids: Sequence[str]) -> dict[str, Life]:
+        """The fold states of those jobs that the table knows."""
+
+    def write(self, changes: Changes) -> None:
+        """Write all of it, or nothing: rows, tags, counters, offsets."""
+
+    def carry(self, job_ids: Sequence[str]) -> None:
+        """Mark rows that are there as carried over from the table before."""
+
+    def close(self) -> None:
+        """Release the lease and the connection."""

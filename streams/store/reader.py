@@ -1,0 +1,202 @@
+"""The read side of a status database in SQL that every backend understands. Opens nothing and writes nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from sqlalchemy import Connection, Engine, Row, func, inspect, select, tuple_
+from sqlalchemy.exc import SQLAlchemyError
+
+from jobledger import job as fold
+from jobledger.errors import ConfigError, JobNotFound, StoreError, StoreNotFound
+from jobledger.job import JobStatus, Life, State
+from jobledger.schemas.events import Position
+from jobledger.streams.store.protocol import Count, Overdue, Partition
+from jobledger.streams.store.rows import life_of
+from jobledger.streams.store.tables import SCHEMA_VERSION, counters, jobs, meta, offsets, tags, unfinished, waiting
+
+_LIFE = (jobs.c.job_id, jobs.c.slots, jobs.c.result)
+
+
+class SqlReader:
+    """`StatusReader` on an engine. ``url`` is what errors name. The engine is disposed of by `close`."""
+
+    def __init__(self, engine: Engine, url: str, namespace: str) -> None:
+        self._engine, self._url, self._namespace = engine, url, namespace
+
+    def check(self) -> None:
+        """Raise `StoreNotFound` or `StoreError` unless this is the status database of our namespace."""
+        found: dict[str, str] = {}
+        try:
+            with self._engine.connect() as db:
+                names = inspect(db).get_table_names()
+                if meta.name not in names:
+                    if names:
+                        raise StoreError(f"{self._url} is a database of something else: it has no table 'meta'")
+                    raise not_found(self._url)
+                found = {row.key: row.value for row in db.execute(select(meta.c.key, meta.c.value))}
+        except SQLAlchemyError as exc:
+            raise self._away(exc) from exc
+        judge(found, self._url, self._namespace)
+
+    def job(self, job_id: str) -> JobStatus:
+        """One job. Raises `JobNotFound`."""
+        with self._reading() as db:
+            row = db.execute(select(*_LIFE).where(jobs.c.job_id == job_id)).first()
+        if row is None:
+            raise JobNotFound(f"the status table {self._url} knows no job {job_id}")
+        return _status(row)
+
+    def jobs(
+        self,
+        *,
+        state: State | str | None = None,
+        task: str | None = None,
+        queue: str | None = None,
+        tag: tuple[str, str] | None = None,
+        after: str | None = None,
+        limit: int = 100,
+    ) -> list[JobStatus]:
+        """A page of the jobs that match every given filter, newest submission first; see `StatusReader.jobs`."""
+        if state is not None and state not in list(State):
+            raise ConfigError(f"state={state!r} is no state; there are {', '.join(State)}")
+        query = select(*_LIFE).limit(limit)
+        place: Any = (jobs.c.submitted_ms, jobs.c.job_id)
+        if tag is not None:
+            query = query.join(tags, tags.c.job_id == jobs.c.job_id)
+            query = query.where(tags.c.name == tag[0], tags.c.value == tag[1])
+            place = (tags.c.submitted_ms, tags.c.job_id)
+        if state is not None:
+            query = query.where(jobs.c.state == str(state))
+            if state != State.SUCCEEDED:
+                query = query.where(unfinished)  # implied, but only so is the index of the unfinished used
+        for column, wanted in ((jobs.c.task, task), (jobs.c.queue, queue)):
+            if wanted is not None:
+                query = query.where(column == wanted)
+        with self._reading() as db:
+            if after is not None:
+                since = db.execute(select(jobs.c.submitted_ms).where(jobs.c.job_id == after)).scalar()
+                if since is None:
+                    raise JobNotFound(f"after={after!r}: the status table {self._url} knows no such job")
+                query = query.where(tuple_(*place) < (since, after))
+            rows = db.execute(query.order_by(*(column.desc() for column in place))).all()
+        return [_status(row) for row in rows]
+
+    def counts(self) -> list[Count]:
+        """How many jobs of each task and queue are in each state, without zeros."""
+        columns = (counters.c.task, counters.c.queue, counters.c.state, counters.c.jobs)
+        with self._reading() as db:
+            rows = db.execute(select(*columns).where(counters.c.jobs != 0).order_by(*columns[:3])).all()
+        return [Count(task, queue, State(state), number) for task, queue, state, number in rows]
+
+    def counts_by_state(self) -> dict[str, int]:
+        """How many jobs are in each state; every state is there."""
+        query = select(counters.c.state, func.sum(counters.c.jobs)).group_by(counters.c.state)
+        with self._reading() as db:
+            found = {state: int(number) for state, number in db.execute(query)}
+        return {state.value: found.get(state.value, 0) for state in State}
+
+    def offsets(self) -> dict[Partition, int]:
+        """The next offset to be read of every partition."""
+        query = select(offsets.c.topic, offsets.c.partition, offsets.c.next_offset)
+        with self._reading() as db:
+            return {(topic, partition): offset for topic, partition, offset in db.execute(query)}
+
+    def reached(self, position: Position) -> bool:
+        """Whether the record at this position is in the table."""
+        query = select(offsets.c.next_offset).where(
+            offsets.c.topic == position.topic, offsets.c.partition == position.partition
+        )
+        with self._reading() as db:
+            found = db.execute(query).scalar()
+        return found is not None and found > position.offset
+
+    def overdue(self, now_ms: int, bound_ms: int, limit: int = 1000) -> list[Overdue]:
+        """Scheduled and retrying jobs that were due ``bound_ms`` ago or longer, the longest first."""
+        query = select(*_LIFE).where(waiting, jobs.c.due_ms <= now_ms - bound_ms).order_by(jobs.c.due_ms).limit(limit)
+        with self._reading() as db:
+            rows = db.execute(query).all()
+        return [_overdue(row) for row in rows]
+
+    def lives(self) -> Iterator[tuple[str, Life, bool]]:
+        """Every job with its fold state and whether it was carried, in order of ids, in one snapshot."""
+        query = select(*_LIFE, jobs.c.carried).order_by(jobs.c.job_id).execution_options(yield_per=1000)
+        with self._reading() as db:
+            for job_id, slots, result, carried in db.execute(query):
+                yield job_id, life_of(slots, result), bool(carried)
+
+    def close(self) -> None:
+        """Give the connections back."""
+        self._engine.dispose()
+
+    def _reading(self) -> _Reading:
+        return _Reading(self)
+
+    def _away(self, cause: Exception) -> StoreError:
+        return StoreError(f"the status table {self._url} cannot be read: {getattr(cause, 'orig', None) or cause}")
+
+
+class _Reading:
+    """A connection for one question, whose errors are ours."""
+
+    def __init__(self, reader: SqlReader) -> None:
+        self._reader = reader
+        self._db: Connection | None = None
+
+    def __enter__(self) -> Connection:
+        try:
+            self._db = self._reader._engine.connect()
+        except SQLAlchemyError as exc:
+            raise self._reader._away(exc) from exc
+        return self._db
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if self._db is not None:
+            self._db.close()
+        if isinstance(error, SQLAlchemyError):
+            raise self._reader._away(error) from error
+
+
+def not_found(url: str) -> StoreNotFound:
+    """The error for a status table that is not there yet."""
+    return StoreNotFound(
+        f"there is no status table at {url} yet: `jobledger streams MODULE:APP` makes one; if it runs, look whether "
+        "JOBLEDGER_STATUS_URL is the same there and here"
+    )
+
+
+def judge(found: dict[str, str], url: str, namespace: str) -> None:
+    """Raise `StoreError` unless what a database says of itself is what we need."""
+    version = found.get("schema_version")
+    if version != str(SCHEMA_VERSION):
+        raise StoreError(
+            f"{url} has schema version {version}, this Jobledger has {SCHEMA_VERSION}: set JOBLEDGER_STATUS_URL to a "
+            "new place and the table is built anew from the log"
+        )
+    if found.get("namespace") != namespace:
+        raise StoreError(
+            f"{url} is the status table of namespace {found.get('namespace')!r}, not of {namespace!r}: "
+            "set JOBLEDGER_STATUS_URL to a place of its own"
+        )
+
+
+def _status(row: Row[*tuple[Any, ...]]) -> JobStatus:
+    return fold.status(row.job_id, life_of(row.slots, row.result))
+
+
+def _overdue(row: Row[*tuple[Any, ...]]) -> Overdue:
+    life = life_of(row.slots, row.result)
+    seen = fold.project(life)
+    release, attempt = fold.awaited(seen)
+    where = life.head.at if life.head.rank < 2 else None
+    return Overdue(
+        row.job_id,
+        seen.task,
+        seen.queue,
+        seen.run,
+        release,
+        attempt,
+        seen.due_ms or 0,
+        None if where is None else Position(where[1], where[2], where[3]),
+    )

@@ -1,0 +1,328 @@
+"""Rounds beside the active materializer: the watchdog, the audit and trimming.
+
+* The **watchdog** looks for jobs whose time has come and that nobody let go, and asks the coordinator to look
+  (`ReleaseOverdue`); the coordinator judges. It acts only when the table is live: past every high watermark taken after
+  the job was overdue.
+* The **audit** counts work records below a worker group's committed offset that no fact closes. It must be 0.
+* **Trimming** deletes what is past the retention age and read by everybody (`jobledger.streams.trim`).
+
+One store is designated to run these: that of the materializer they run beside.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import dataclass
+
+import msgspec
+from confluent_kafka import KafkaException, TopicPartition
+from prometheus_client import Counter, Gauge
+
+from jobledger import commits
+from jobledger.config import Settings
+from jobledger.errors import BrokerUnavailable, JobledgerError, SchemaError
+from jobledger.job import Life
+from jobledger.log import (
+    LogReader,
+    LogWriter,
+    Outgoing,
+    admin,
+    decoder,
+    now_us,
+    partitions_of,
+    recorded,
+    source,
+    translate,
+)
+from jobledger.names import Names
+from jobledger.schemas import codec
+from jobledger.schemas.events import JobDue, JobEvent, JobSpec, JobSubmitted, Position, ReleaseOverdue
+from jobledger.streams import decisions
+from jobledger.streams.store.protocol import Overdue, StatusReader
+from jobledger.streams.trim import Partition, Readers, plan
+
+LOG = logging.getLogger("jobledger.upkeep")
+
+UNCLOSED = Gauge(
+    "jobledger_audit_unclosed_records",
+    "Work records below a committed offset that no fact closes. Must be 0.",
+    ["namespace"],
+)
+AUDITED = Gauge("jobledger_audit_time_seconds", "When the audit last came to a result.", ["namespace"])
+ASKED = Counter("jobledger_watchdog_overdue", "Overdue releases the coordinator was asked about.", ["namespace"])
+TRIMMED = Counter("jobledger_trimmed_records", "Records deleted past the retention age.", ["namespace", "topic"])
+
+#: Open jobs one audit looks at, the oldest first: one that was lost becomes the oldest as the others end.
+AUDIT_MOST = 10_000
+#: Unfinished jobs past the retention age that trimming can reason about at once; with more it waits.
+UNFINISHED_MOST = 10_000
+
+
+@dataclass(frozen=True, slots=True)
+class Cadence:
+    """Seconds. ``overdue_after``: how late a release may be before the watchdog asks; ``retention``: age of what goes."""
+
+    watch_every: float = 10.0
+    audit_every: float = 15.0
+    trim_every: float = 3600.0
+    overdue_after: float = 30.0
+    patience: float = 30.0
+    retention: float = 90 * 24 * 3600.0
+
+
+class Upkeep:
+    """The rounds of one namespace. ``active``: whether the materializer beside it is the store's writer."""
+
+    def __init__(
+        self,
+        names: Names,
+        settings: Settings,
+        queues: Sequence[str],
+        reader: StatusReader,
+        *,
+        cadence: Cadence | None = None,
+        active: Callable[[], bool] = lambda: True,
+    ) -> None:
+        self.names, self.settings, self.queues = names, settings, list(queues)
+        self.cadence = cadence or Cadence()
+        self._reader, self._active = reader, active
+        self._asked: dict[tuple[str, int, int], float] = {}
+        self._writer: LogWriter | None = None
+        self._source = source("watchdog")
+        self._decode = decoder(settings, names).decode
+
+    def run(self, stop: threading.Event) -> None:
+        """Rounds until ``stop`` is set. A broker or database that is away costs a round, not the process."""
+        rounds: list[tuple[str, float, Callable[[], object]]] = [
+            ("watchdog", self.cadence.watch_every, self.watch),
+            ("audit", self.cadence.audit_every, self.audit),
+            ("trimming", self.cadence.trim_every, self.trim),
+        ]
+        due = {name: time.monotonic() + every for name, every, _ in rounds}
+        try:
+            while not stop.wait(max(0.05, min(due.values()) - time.monotonic())):
+                for name, every, work in rounds:
+                    if time.monotonic() < due[name] or stop.is_set():
+                        continue
+                    try:
+                        if self._active():
+                            work()
+                    except (JobledgerError, KafkaException) as exc:
+                        LOG.warning("%s round failed, the next follows in %g s: %s", name, every, exc)
+                    due[name] = time.monotonic() + every
+        finally:
+            self.close()
+
+    def close(self) -> None:
+        """Give the connection back."""
+        if self._writer is not None:
+            self._writer.close()
+            self._writer = None
+
+    # -- the watchdog ---------------------------------------------------------------------------------------------
+
+    def watch(self) -> int:
+        """Ask about every release that is overdue; how many were."""
+        bound_ms = int(self.cadence.overdue_after * 1000)
+        now_ms = time.time_ns() // 1_000_000
+        suspects = {(o.job_id, o.run, o.release): o for o in self._reader.overdue(now_ms, bound_ms)}
+        if not suspects:
+            self._asked.clear()
+            return 0
+        if not self._live(self._topics()):
+            LOG.info("%d releases look overdue, but the table is not live: no judgement", len(suspects))
+            return 0
+        still = [o for o in self._reader.overdue(now_ms, bound_ms) if (o.job_id, o.run, o.release) in suspects]
+        self._asked = {k: t for k, t in self._asked.items() if k in suspects}
+        again_before = time.monotonic() - max(60.0, self.cadence.overdue_after)
+        wanted = [o for o in still if self._asked.get((o.job_id, o.run, o.release), float("-inf")) <= again_before]
+        records = []
+        with LogReader(self.settings) as log:
+            for overdue in wanted:
+                record = self._ask(log, overdue)
+                if record is not None:
+                    records.append(record)
+        if records:
+            LOG.warning("%d releases are overdue; asking the coordinator", len(records))
+            self._send(records)
+            ASKED.labels(self.names.namespace).inc(len(records))
+        for overdue in wanted:
+            self._asked[overdue.job_id, overdue.run, overdue.release] = time.monotonic()
+        return len(records)
+
+    def _ask(self, log: LogReader, overdue: Overdue) -> Outgoing | None:
+        found = None if overdue.spec_at is None else self._event_at(log, overdue.spec_at)
+        if found is None:
+            LOG.error("job %s is overdue and the log no longer holds it: nothing can release it", overdue.job_id)
+            return None
+        origin, spec = found
+        home = origin.home or overdue.job_id
+        event = JobEvent(
+            decisions.derived_id(overdue.job_id, overdue.run, overdue.release, "overdue"),
+            overdue.job_id,
+            overdue.run,
+            overdue.attempt,
+            overdue.release,
+            now_us(),
+            origin.task,
+            origin.queue,
+            origin.key,
+            origin.home,
+            self._source,
+            origin.trace,
+            ReleaseOverdue(spec, overdue.due_ms * 1000),
+        )
+        return Outgoing(self.names.coordination, codec.encode(event), home)
+
+    def _event_at(self, log: LogReader, position: Position) -> tuple[JobEvent, JobSpec] | None:
+        message = log.at(position)
+        if message is None:
+            return None
+        try:
+            event = recorded(message, self._decode).event
+        except SchemaError:
+            return None
+        fact = event.fact
+        return (event, fact.spec) if isinstance(fact, JobSubmitted | JobDue) else None
+
+    # -- the audit ------------------------------------------------------------------------------------------------
+
+    def audit(self) -> int | None:
+        """How many work records below a committed offset no fact closes; None if the table is not live."""
+        bases = {place: c.base for place, c in commits.worker_commits(self.settings, self.names, self.queues).items()}
+        if not self._live([self.names.lifecycle]):
+            return None
+        unclosed = 0
+        for job_id, life in self._reader.open_lives(AUDIT_MOST):
+            place = work_position(life, self.names)
+            if place is not None and place.offset < bases.get((place.topic, place.partition), 0):
+                unclosed += 1
+                if unclosed <= 10:
+                    LOG.error("audit: job %s at %s is below the committed offset and not closed", job_id, place)
+        UNCLOSED.labels(self.names.namespace).set(unclosed)
+        AUDITED.labels(self.names.namespace).set(time.time())
+        return unclosed
+
+    # -- trimming -------------------------------------------------------------------------------------------------
+
+    def trim(self) -> dict[Partition, int]:
+        """Delete what is past the retention age and read by everybody; the new log starts of what was trimmed."""
+        cutoff_ms = int((time.time() - self.cadence.retention) * 1000)
+        jobs = {self.names.jobs(q): q for q in self.queues}
+        bases = commits.worker_commits(self.settings, self.names, self.queues)
+        coordinator = commits.group_offsets(admin(self.settings), self.settings, self.names.coordinator_group)
+        aged: dict[Partition, int] = {}
+        starts: dict[Partition, int] = {}
+        with LogReader(self.settings) as log:
+            for topic in self._topics():
+                for partition in range(partitions_of(self.settings, topic)):
+                    starts[topic, partition] = log.watermarks(topic, partition)[0]
+                    aged[topic, partition] = log.offset_at(topic, partition, cutoff_ms)
+        aged = {place: offset for place, offset in aged.items() if offset > starts[place]}
+        if not aged:
+            return {}
+        workers: dict[Partition, int] = {}
+        for place in aged:
+            topic, partition = place
+            if topic in jobs:
+                if place in bases:
+                    workers[place] = bases[place].base
+            elif topic == self.names.lifecycle:
+                # Every queue that has this partition number must have said from where a takeover would read.
+                mine = [bases.get((t, partition)) for t in jobs if (t, partition) in starts]
+                floors = [c.floor for c in mine if c is not None and c.floor is not None]
+                if mine and len(floors) == len(mine):
+                    workers[place] = min(floors)
+            elif topic == self.names.coordination:
+                if place in coordinator:
+                    workers[place] = coordinator[place].base
+            else:
+                workers[place] = aged[place]
+        unfinished = list(self._reader.open_lives(UNFINISHED_MOST, waiting=True, before_ms=cutoff_ms))
+        if len(unfinished) >= UNFINISHED_MOST:
+            LOG.warning("%d or more jobs are past the retention age and have not ended: not trimming", UNFINISHED_MOST)
+            return {}
+        todo = plan(aged, Readers.least(aged, self._reader.offsets(), workers), unfinished)
+        if todo.resend:
+            self._resend(todo.resend.values())
+        limits = {place: limit for place, limit in todo.limits.items() if limit > starts[place]}
+        self._delete(limits)
+        for (topic, partition), limit in limits.items():
+            TRIMMED.labels(self.names.namespace, topic).inc(limit - starts[topic, partition])
+        return limits
+
+    def _resend(self, positions: Iterable[Position]) -> None:
+        """Submissions of jobs that wait for their time, once more at the log's end: same ids, the time made absolute."""
+        records = []
+        with LogReader(self.settings) as log:
+            for position in positions:
+                message = log.at(position)
+                if message is None:
+                    continue
+                found = recorded(message, self._decode)
+                fact = found.event.fact
+                if not isinstance(fact, JobSubmitted):
+                    continue
+                due_at = fact.due_at
+                if due_at is None:
+                    due_at = (found.appended_ms + (fact.delay_ms or 0)) * 1000
+                event = msgspec.structs.replace(found.event, fact=JobSubmitted(fact.spec, None, due_at))
+                records.append(Outgoing(position.topic, codec.encode(event), event.home or event.job_id))
+        self._send(records)
+
+    def _delete(self, limits: dict[Partition, int]) -> None:
+        if not limits:
+            return
+        wanted = [TopicPartition(topic, partition, offset) for (topic, partition), offset in limits.items()]
+        for future in admin(self.settings).delete_records(wanted).values():
+            try:
+                future.result()
+            except KafkaException as exc:
+                raise translate(exc.args[0], self.settings, "trimming") from exc
+
+    # -- shared ---------------------------------------------------------------------------------------------------
+
+    def _topics(self) -> list[str]:
+        return [*(self.names.jobs(q) for q in self.queues), self.names.lifecycle, self.names.coordination]
+
+    def _live(self, topics: Collection[str]) -> bool:
+        """Whether the table gets past the topics' ends of now, within the patience."""
+        with LogReader(self.settings) as log:
+            ends = {
+                (topic, partition): log.watermarks(topic, partition)[1]
+                for topic in topics
+                for partition in range(partitions_of(self.settings, topic))
+            }
+        deadline = time.monotonic() + self.cadence.patience
+        while True:
+            read = self._reader.offsets()
+            if all(read.get(place, 0) >= end for place, end in ends.items()):
+                return True
+            if time.monotonic() >= deadline:
+                return False
+            time.sleep(0.1)
+
+    def _send(self, records: list[Outgoing]) -> None:
+        if self._writer is None:
+            self._writer = LogWriter(self.settings, self.names)
+        try:
+            self._writer.send(records)
+        except BrokerUnavailable:
+            self.close()
+            raise
+
+
+def work_position(life: Life, names: Names) -> Position | None:
+    """Where the work record of a life's last release stands; None if it was never seen on a work topic."""
+    due, head = life.due, life.head
+    at = None
+    if due is not None:
+        at = due.at
+    elif head.rank == 0 and head.due_ms is None:
+        at = head.at
+    if at is None or names.queue_of(at[1]) is None:
+        return None
+    return Position(at[1], at[2], at[3])

@@ -1,0 +1,510 @@
+"""The worker against a real broker: what it runs, what it writes, what it commits."""
+
+from __future__ import annotations
+
+import threading
+import time
+import uuid
+from collections.abc import Iterator
+from typing import Any
+
+import msgspec
+import pytest
+from confluent_kafka import TopicPartition
+
+from jobledger import App, BrokerUnavailable, ConfigError, Settings, TopicMissing
+from jobledger.config import DEFAULT_MAX_RECORD_BYTES
+from jobledger.consumers import offsets
+from jobledger.consumers.worker import Worker, WorkerOptions
+from jobledger.kafka.ports import free_port
+from jobledger.kafka.topics import ensure
+from jobledger.log import LogWriter, Outgoing, admin, now_us
+from jobledger.retry import Retry
+from jobledger.schemas import codec
+from jobledger.schemas.events import (
+    DeadLettered,
+    JobDue,
+    JobEvent,
+    JobFailed,
+    JobProgressed,
+    JobRetried,
+    JobSnoozed,
+    JobSpec,
+    JobStarted,
+    JobSubmitted,
+    JobSucceeded,
+    RecordRejected,
+    ReleaseRequested,
+)
+from tests.integration.worker_app import closings, facts_of, log_of, made, until, working
+
+pytestmark = pytest.mark.kafka
+
+
+def event_of(job_id: str, task: str, args: bytes, *, release: int = 1, attempt: int = 1, fact: Any = None) -> JobEvent:
+    return JobEvent(
+        str(uuid.uuid4()), job_id, 1, attempt, release, now_us(), task, "default", None, None, "test", None,
+        fact or JobSubmitted(JobSpec(args, {"tenant": "acme"})),
+    )  # fmt: skip
+
+
+def send(app: App, *records: Outgoing) -> None:
+    writer = LogWriter(app.settings, app.names)
+    try:
+        writer.send(records)
+    finally:
+        writer.close()
+
+
+def committed(app: App) -> dict[int, tuple[int, str | None]]:
+    """What the worker group has committed, by partition."""
+    from confluent_kafka import ConsumerGroupTopicPartitions
+
+    group = app.names.worker_group("default")
+    parts = [TopicPartition(app.names.jobs("default"), p) for p in range(3)]
+    asked = admin(app.settings).list_consumer_group_offsets([ConsumerGroupTopicPartitions(group, parts)])
+    found = asked[group].result().topic_partitions
+    return {t.partition: (t.offset, t.metadata) for t in found if t.offset >= 0}
+
+
+def all_done(app: App, worker: Worker) -> bool:
+    """Whether every work record is done, acknowledged and behind the watermark."""
+    ends = {p.number: p.offsets for p in worker.partitions()}
+    return len(ends) == 3 and all(o is not None and not o.pending for o in ends.values())
+
+
+@pytest.fixture(scope="module")
+def ran(broker: str) -> Iterator[tuple[App, dict[str, str], Worker]]:
+    """One worker that has run one job of every kind; job ids by name."""
+    app = made(f"t{uuid.uuid4().hex[:12]}", broker, max_record_bytes=200_000)
+    tasks: dict[str, Any] = dict(app.tasks)
+    jobs = {
+        "add": tasks["add"].using(tags={"tenant": "acme"}).submit(1, b=2),
+        "in_thread": tasks["add_in_thread"].submit(5),
+        "returns_much": tasks["returns_much"].submit(300_000),
+        "reports": tasks["reports"].submit(200),
+        "hang": tasks["hang"].submit(7),
+        **{n: tasks[n].submit() for n in _PLAIN},
+    }
+    with working(app) as worker:
+        closed = until(
+            lambda: (c := closings(app)) if {h.job_id for h in jobs.values()} <= set(c := closings(app)) else 0
+        )
+        until(lambda: all_done(app, worker), what="everything done")
+        assert closed
+        yield app, {name: handle.job_id for name, handle in jobs.items()}, worker
+    app.close()
+
+
+_PLAIN = ("fail", "fail_in_thread", "never", "reject", "later", "snooze", "leave", "cancels_itself", "returns_nonsense",
+          "waits_for_a_job")  # fmt: skip
+
+Ran = tuple[App, dict[str, str], Worker]
+
+
+def test_a_job_is_started_and_succeeds_beside_its_work_record(ran: Ran) -> None:
+    """A job's start and success stand in lifecycle, in this order, at its work record's partition number."""
+    app, jobs, worker = ran
+    mine = [r for r in log_of(app, app.names.lifecycle) if r.event.job_id == jobs["add"]]
+    work = next(r for r in log_of(app, app.names.jobs("default")) if r.event.job_id == jobs["add"])
+    started, succeeded = mine
+    assert started.event.fact == JobStarted(worker.source, work.position.topic, work.position.offset, 0)
+    assert isinstance(succeeded.event.fact, JobSucceeded)
+    assert succeeded.event.fact.result == b"3"
+    for r in mine:
+        assert r.position.partition == work.position.partition
+        assert (r.event.run, r.event.attempt, r.event.release) == (1, 1, 1)
+        assert (r.event.task, r.event.queue, r.event.source) == ("add", "default", worker.source)
+
+
+def test_a_plain_function_runs_in_a_thread_and_knows_its_job(ran: Ran) -> None:
+    """Functions without `async` run in a job thread, with `current_job` set."""
+    app, jobs, _ = ran
+    result = facts_of(app, jobs["in_thread"])[-1].result
+    assert msgspec.json.decode(result)["sum"] == 6
+    assert msgspec.json.decode(result)["thread"].startswith("jobledger-job-")
+    assert msgspec.json.decode(result)["attempt"] == 1
+
+
+def test_a_failed_attempt_asks_for_the_next_release(ran: Ran) -> None:
+    """`JobRetried` closes the release; the derived request names the next release and attempt and carries the job."""
+    app, jobs, _ = ran
+    fact = facts_of(app, jobs["fail"])[-1]
+    assert isinstance(fact, JobRetried)
+    assert (fact.error.type, fact.error.message, fact.delay_ms) == ("ValueError", "attempt 1", 500)
+    assert fact.error.traceback is not None
+    assert "worker_app.py" in fact.error.traceback
+    assert "execute.py" not in fact.error.traceback
+    requests = [r for r in log_of(app, app.names.coordination) if r.event.job_id == jobs["fail"]]
+    assert len(requests) == 1
+    request = requests[0].event
+    assert isinstance(request.fact, ReleaseRequested)
+    assert (request.release, request.attempt, request.fact.delay_ms, request.home) == (2, 2, 500, None)
+    assert request.event_id == str(uuid.uuid5(uuid.UUID(request.job_id), "1/2/request"))
+
+
+@pytest.mark.parametrize(
+    ("name", "reason", "error"),
+    [
+        ("fail_in_thread", "exhausted", "tests.integration.worker_app.Unprintable"),
+        ("never", "never", "KeyError"),
+        ("reject", "rejected", "jobledger.retry.Reject"),
+        ("leave", "never", "SystemExit"),
+        ("hang", "timeout", "TimeoutError"),
+        ("cancels_itself", "exhausted", "asyncio.exceptions.CancelledError"),
+        ("returns_nonsense", "bad-result", "TypeError"),
+        ("returns_much", "bad-result", "PayloadTooLarge"),
+    ],
+)
+def test_a_job_that_cannot_succeed_fails_and_is_dead_lettered(ran: Ran, name: str, reason: str, error: str) -> None:
+    """Every way to fail for good is told by its reason and error, in lifecycle and whole in dead-letter."""
+    app, jobs, _ = ran
+    fact = facts_of(app, jobs[name])[-1]
+    assert isinstance(fact, JobFailed)
+    assert (fact.reason, fact.error.type) == (reason, error)
+    dead = [r.event.fact for r in log_of(app, app.names.dead_letter) if r.event.job_id == jobs[name]]
+    assert [(d.reason, d.error.type) for d in dead if isinstance(d, DeadLettered)] == [(reason, error)]
+
+
+def test_a_result_too_large_names_size_and_limit(ran: Ran) -> None:
+    """The failure of a huge result says how large it was and what the limit is."""
+    app, jobs, _ = ran
+    message = facts_of(app, jobs["returns_much"])[-1].error.message
+    assert "200000" in message
+    assert "300" in message
+
+
+def test_retry_later_and_snooze_keep_their_own_delays(ran: Ran) -> None:
+    """`RetryLater` burns an attempt, `Snooze` does not; both ask for the next release after the delay they name."""
+    app, jobs, _ = ran
+    later, snoozed = facts_of(app, jobs["later"])[-1], facts_of(app, jobs["snooze"])[-1]
+    assert isinstance(later, JobRetried)
+    assert isinstance(snoozed, JobSnoozed)
+    assert (later.delay_ms, snoozed.delay_ms, snoozed.reason) == (7500, 9000, "not yet")
+    asked = {r.event.job_id: r.event for r in log_of(app, app.names.coordination)}
+    assert (asked[jobs["later"]].release, asked[jobs["later"]].attempt) == (2, 2)
+    assert (asked[jobs["snooze"]].release, asked[jobs["snooze"]].attempt) == (2, 1)
+
+
+def test_a_fallback_runs_with_the_same_arguments(ran: Ran) -> None:
+    """When a task with a fallback has failed for good, the fallback runs as a job of its own."""
+    app, jobs, _ = ran
+    fallback = str(uuid.uuid5(uuid.UUID(jobs["hang"]), "1/fallback"))
+    found = until(lambda: [f for f in facts_of(app, fallback) if isinstance(f, JobSucceeded)])
+    assert found[0].result == f'"rescued 7 of {jobs["hang"]}"'.encode()
+
+
+def test_progress_is_throttled_and_the_last_report_is_sent(ran: Ran) -> None:
+    """200 reports in an instant become few facts, the last of them before the job's end."""
+    app, jobs, _ = ran
+    facts = facts_of(app, jobs["reports"])
+    progress = [f for f in facts if isinstance(f, JobProgressed)]
+    assert 1 <= len(progress) <= 5
+    assert (progress[-1].done, progress[-1].total, progress[-1].sequence) == (200, 200, 200)
+    assert isinstance(facts[-1], JobSucceeded)
+
+
+def test_waiting_for_a_job_inside_a_job_is_refused(ran: Ran) -> None:
+    """A job may submit another and must not wait for it; the child's id is a function of its parent."""
+    app, jobs, _ = ran
+    child = msgspec.json.decode(facts_of(app, jobs["waits_for_a_job"])[-1].result)
+    assert uuid.UUID(child).version == 5
+    until(lambda: [f for f in facts_of(app, child) if isinstance(f, JobSucceeded)])
+
+
+def test_everything_done_is_committed_with_its_floor(ran: Ran) -> None:
+    """Soon after the last job the group's offsets stand at the log's ends, dirty, with a floor the map can do with."""
+    app, _, worker = ran
+    ends = {p.number: p.offsets.end for p in worker.partitions() if p.offsets is not None}
+    found = until(lambda: (c := committed(app)) if {p: o for p, (o, _) in committed(app).items()} == ends else None)
+    for partition, (offset, metadata) in found.items():
+        said = offsets.decode(offset, metadata, offset)
+        assert not said.clean
+        assert said.floor is not None
+        assert said.floor <= max(
+            (r.position.offset + 1 for r in log_of(app, app.names.lifecycle) if r.position.partition == partition),
+            default=0,
+        )
+
+
+def test_jobs_of_other_versions_and_no_jobs_at_all(broker: str, namespace: str) -> None:
+    """Unreadable and foreign records are dead-lettered as they are and passed; jobs around them run; an unknown task
+    waits, and fails after its bound; arguments that do not fit name both sides."""
+    app = made(namespace, broker)
+    topic = app.names.jobs("default")
+    lost, bad, newer, due = (str(uuid.uuid4()) for _ in range(4))
+    snoozed_out = str(uuid.uuid4())
+    future = codec.SCHEMA_TEXT.replace('"name": "trace"', '"name": "shade", "type": "string"}, {"name": "trace"', 1)
+    good = event_of(newer, "add", b'{"a":1}')
+    foreign = future_bytes(future, good)
+    conditioned = JobSubmitted(JobSpec(b"{}"), delay_ms=5)
+    garbage = [
+        Outgoing(topic, b"garbage", "k", 0),
+        Outgoing(topic, None, "k", 0),
+        Outgoing(topic, codec.MAGIC + b"\1\2\3\4\5\6\7\x08rest", "k", 0),
+        Outgoing(topic, codec.encode(good)[:40], "k", 0),
+        Outgoing(topic, codec.encode(event_of("j", "add", b"{}", fact=JobSucceeded())), "k", 0),
+        Outgoing(topic, codec.encode(event_of("j", "add", b"{}", fact=conditioned)), "k", 0),
+    ]
+    send(
+        app,
+        Outgoing(app.names.schemas, future.encode(), codec.fingerprint(future).hex()),
+        *garbage,
+        Outgoing(topic, foreign, newer, 0),
+        Outgoing(topic, codec.encode(event_of(lost, "lost", b"{}")), lost, 0),
+        Outgoing(topic, codec.encode(event_of(bad, "add", b'{"c":1}')), bad, 0),
+        Outgoing(topic, codec.encode(event_of(due, "add", b'{"a":3}', release=4, attempt=2,
+                                              fact=JobDue(JobSpec(b'{"a":3}'), now_us()))), due, 0),
+        Outgoing(topic, codec.encode(event_of(snoozed_out, "lost", b"{}", release=5, fact=JobDue(
+            JobSpec(b"{}", {"jl-unknown-task": "2"}), now_us()))), snoozed_out, 0),
+    )  # fmt: skip
+    with working(app, unknown_task=Retry(max_attempts=2, initial=30, jitter=False)) as worker:
+        until(lambda: len(closings(app)) == 5)
+        until(lambda: all_done(app, worker), what="everything passed")
+        assert worker.health()["rejected"] == len(garbage)
+    ends = {job: records[0].event for job, records in closings(app).items()}
+    assert ends[newer].fact.result == b"2"  # type: ignore[union-attr]
+    assert (ends[due].release, ends[due].attempt) == (4, 2)
+    snoozed = ends[lost].fact
+    assert isinstance(snoozed, JobSnoozed)
+    assert (snoozed.reason, snoozed.delay_ms) == ("unknown-task", 30_000)
+    failed = ends[snoozed_out].fact
+    assert isinstance(failed, JobFailed)
+    assert failed.reason == "unknown-task"
+    request = next(r.event.fact for r in log_of(app, app.names.coordination) if r.event.job_id == lost)
+    assert isinstance(request, ReleaseRequested)
+    assert request.spec.tags == {"tenant": "acme", "jl-unknown-task": "1"}
+    misfit = ends[bad].fact
+    assert isinstance(misfit, JobFailed)
+    assert misfit.reason == "bad-arguments"
+    assert '{"c":1}' in misfit.error.message
+    assert "(a: 'int', b: 'int' = 1)" in misfit.error.message
+    rejected = [r.event.fact for r in log_of(app, app.names.dead_letter)]
+    kept = {f.offset: f.raw_value for f in rejected if isinstance(f, RecordRejected)}
+    assert kept == {n: g.value for n, g in enumerate(garbage)}
+    app.close()
+
+
+def future_bytes(schema: str, event: JobEvent) -> bytes:
+    """An event as a later version would write it, with one field more."""
+    import io
+    import json
+
+    import fastavro
+
+    parsed = fastavro.parse_schema(json.loads(schema.replace("timestamp-micros", "none")))
+    datum = msgspec.structs.asdict(event)
+    fact = event.fact
+    assert isinstance(fact, JobSubmitted)
+    body = msgspec.structs.asdict(fact) | {"spec": msgspec.structs.asdict(fact.spec)}
+    datum |= {"fact": ("jobledger.JobSubmitted", body), "shade": "blue"}
+    out = io.BytesIO()
+    fastavro.schemaless_writer(out, parsed, datum)
+    return codec.MAGIC + codec.fingerprint(schema) + out.getvalue()
+
+
+def test_a_fact_from_the_future_stops_its_partition_and_no_other(broker: str, namespace: str) -> None:
+    """A record kind this worker does not know is never passed: its partition stops, unhealthy; the others go on."""
+    app = made(namespace, broker)
+    topic = app.names.jobs("default")
+    future = codec.SCHEMA_TEXT.replace("JobExpired", "JobTeleported")
+    before, after, elsewhere = (str(uuid.uuid4()) for _ in range(3))
+    unknown = future_fact(future, event_of("x", "add", b"{}"))
+    send(
+        app,
+        Outgoing(app.names.schemas, future.encode(), codec.fingerprint(future).hex()),
+        Outgoing(topic, codec.encode(event_of(before, "add", b'{"a":1}')), before, 1),
+        Outgoing(topic, unknown, "x", 1),
+    )
+    with working(app) as worker:
+        until(lambda: worker.health()["status"] == "unhealthy")
+        send(
+            app,
+            Outgoing(topic, codec.encode(event_of(after, "add", b'{"a":2}')), after, 1),
+            Outgoing(topic, codec.encode(event_of(elsewhere, "add", b'{"a":3}')), elsewhere, 2),
+        )
+        until(lambda: elsewhere in closings(app))
+        until(lambda: committed(app).get(2, (0, ""))[0] == 1)
+        health = worker.health()
+    assert "JobTeleported" in health["reasons"][0]
+    assert "upgrade this worker" in health["reasons"][0]
+    assert set(closings(app)) == {before, elsewhere}
+    assert committed(app)[1][0] == 1
+    app.close()
+
+
+def future_fact(schema: str, event: JobEvent) -> bytes:
+    """An event whose fact is of a kind that only ``schema`` knows."""
+    import io
+    import json
+
+    import fastavro
+
+    parsed = fastavro.parse_schema(json.loads(schema.replace("timestamp-micros", "none")))
+    datum = msgspec.structs.asdict(event) | {"fact": ("jobledger.JobTeleported", {"expired_at": 1})}
+    out = io.BytesIO()
+    fastavro.schemaless_writer(out, parsed, datum)
+    return codec.MAGIC + codec.fingerprint(schema) + out.getvalue()
+
+
+def test_the_same_release_again_is_dropped_also_by_the_next_owner(broker: str, namespace: str) -> None:
+    """The first record of a release in its partition wins, within one worker's life and after a restart."""
+    app = made(namespace, broker)
+    topic = app.names.jobs("default")
+    job = str(uuid.uuid4())
+    record = Outgoing(topic, codec.encode(event_of(job, "add", b'{"a":1}')), job, 0)
+    headed = Outgoing(topic, record.value, job, 0, [("jl-job", job.encode()), ("jl-run", b"1"), ("jl-release", b"2")])
+    other = Outgoing(topic, codec.encode(event_of(job, "add", b'{"a":2}', release=2)), job, 0, headed.headers)
+    send(app, record, record, other)
+    with working(app) as worker:
+        until(lambda: len(closings(app).get(job, ())) == 2)
+        until(lambda: all_done(app, worker))
+        assert worker.health()["duplicates"] == 1
+    send(app, record, other)
+    with working(app) as worker:
+        until(lambda: worker.health().get("duplicates") == 2)
+        until(lambda: all_done(app, worker))
+    assert app.ran == [("add", 1), ("add", 2)]  # type: ignore[attr-defined]
+    assert committed(app)[0][0] == 5
+    app.close()
+
+
+def test_a_clean_restart_runs_nothing_again(broker: str, namespace: str) -> None:
+    """After a stop the offsets are committed clean at the ends, and the next worker reads no lifecycle."""
+    app = made(namespace, broker)
+    app.submit_many(app.tasks["add"].job(n) for n in range(500))
+    with working(app):
+        until(lambda: len(closings(app)) >= 300)
+    left = len(closings(app))
+    for partition, (offset, metadata) in committed(app).items():
+        assert offsets.decode(offset, metadata, 1 << 40).clean, partition
+    with working(app) as worker:
+        until(lambda: len(closings(app)) == 500)
+        until(lambda: all_done(app, worker))
+        assert worker.health()["found_closed"] == 0
+    assert left >= 300
+    assert sorted(a for _, a in app.ran) == list(range(500))  # type: ignore[attr-defined]
+    app.close()
+
+
+def test_a_takeover_finds_what_the_log_already_ends(broker: str, namespace: str) -> None:
+    """Without committed offsets, releases whose ends stand in lifecycle are not run again; what derives from an end is
+    sent again, due when it would have been; starts without an end are counted in the next start."""
+    app = made(namespace, broker)
+    topic, lifecycle = app.names.jobs("default"), app.names.lifecycle
+    done, retried, snoozed, failed, started, fresh = (str(uuid.uuid4()) for _ in range(6))
+    error = {"error": msgspec.convert({"type": "E", "message": "m"}, type=_error_type())}
+    ends: dict[str, Any] = {
+        done: JobSucceeded(b"1"),
+        retried: JobRetried(delay_ms=60_000, **error),
+        snoozed: JobSnoozed(30_000, "unknown-task"),
+        failed: JobFailed("never", **error),
+    }
+    start = JobStarted("other:1", topic, 0, 0)
+    send(app, *(Outgoing(topic, codec.encode(event_of(j, "add", b'{"a":1}')), j, 0) for j in ends))
+    send(app, Outgoing(topic, codec.encode(event_of(started, "add", b'{"a":8}')), started, 0))
+    send(app, Outgoing(topic, codec.encode(event_of(fresh, "add", b'{"a":9}')), fresh, 0))
+    send(app, *(Outgoing(lifecycle, codec.encode(event_of(j, "add", b"{}", fact=f)), j, 0) for j, f in ends.items()))
+    once = msgspec.structs.replace(start, takeover=1)
+    send(
+        app,
+        Outgoing(lifecycle, codec.encode(event_of(started, "add", b"{}", fact=start)), started, 0),
+        Outgoing(lifecycle, codec.encode(event_of(started, "add", b"{}", fact=once)), started, 0),
+    )
+    with working(app) as worker:
+        until(lambda: all_done(app, worker))
+        until(lambda: len(closings(app)) == 6)
+        assert worker.health()["found_closed"] == 4
+    assert app.ran == [("add", 8), ("add", 9)]  # type: ignore[attr-defined]
+    appended = {r.event.job_id: r.appended_ms for r in log_of(app, lifecycle) if r.event.job_id in ends}
+    asked = {r.event.job_id: r.event for r in log_of(app, app.names.coordination)}
+    assert set(asked) == {retried, snoozed}
+    for job, attempt, delay_ms in ((retried, 2, 60_000), (snoozed, 1, 30_000)):
+        fact = asked[job].fact
+        assert isinstance(fact, ReleaseRequested)
+        assert (fact.delay_ms, fact.due_at) == (None, (appended[job] + delay_ms) * 1000)
+        assert (asked[job].release, asked[job].attempt) == (2, attempt)
+    assert asked[snoozed].fact.spec.tags["jl-unknown-task"] == "1"  # type: ignore[union-attr]
+    dead = [r.event.job_id for r in log_of(app, app.names.dead_letter)]
+    assert dead == [failed]
+    starts = [f for f in facts_of(app, started) if isinstance(f, JobStarted)]
+    assert starts[-1].takeover == 2
+    app.close()
+
+
+def _error_type() -> Any:
+    from jobledger.schemas.events import ErrorInfo
+
+    return ErrorInfo
+
+
+def test_a_worker_that_stops_lets_jobs_end_and_gives_up_the_rest(broker: str, namespace: str) -> None:
+    """SIGTERM's way: within the grace time running jobs end and are closed; what does not is cancelled, left open, and
+    run by the next worker; what only waited for a thread was never started."""
+    app = made(namespace, broker)
+    gates: dict[str, threading.Event] = app.gates  # type: ignore[attr-defined]
+    for name in ("ends", "stays"):
+        gates[name] = threading.Event()
+        app.tasks["gated"].submit(name)
+    gates["thread"] = threading.Event()
+    for _ in range(3):
+        app.tasks["gated_in_thread"].submit("thread")
+    with working(app, grace=2.0, threads=1) as worker:
+        until(lambda: len(app.ran) == 3)  # type: ignore[attr-defined]
+        worker.stop()
+        gates["ends"].set()
+        gates["thread"].set()
+    results = [r.event.fact.result for rs in closings(app).values() for r in rs]  # type: ignore[union-attr]
+    assert sorted(results) == [b'"ends"', b'"thread"']
+    starts = [r for r in log_of(app, app.names.lifecycle) if isinstance(r.event.fact, JobStarted)]
+    assert len(starts) == 3
+    gates["stays"].set()
+    with working(app) as worker:
+        until(lambda: len(closings(app)) == 5)
+        until(lambda: all_done(app, worker))
+    assert sorted(n for _, n in app.ran).count("ends") == 1  # type: ignore[attr-defined]
+    app.close()
+
+
+def test_a_second_worker_takes_partitions_and_gives_them_back(broker: str, namespace: str) -> None:
+    """While workers come and go and nothing crashes, every job runs exactly once."""
+    app = made(namespace, broker)
+    total = 3_000
+    with working(app, concurrency=20):
+        app.submit_many(app.tasks["add"].job(n) for n in range(total // 2))
+        with working(app, concurrency=20) as second:
+            until(lambda: any(p.ready for p in second.partitions()), what="the second worker's share")
+            app.submit_many(app.tasks["add"].job(n) for n in range(total // 2, total))
+            until(lambda: len(app.ran) >= total * 3 // 4)  # type: ignore[attr-defined]
+        until(lambda: len(closings(app)) == total)
+    assert sorted(a for _, a in app.ran) == list(range(total))  # type: ignore[attr-defined]
+    app.close()
+
+
+def test_a_worker_that_cannot_work_says_why(broker: str, namespace: str) -> None:
+    """Missing topics, too few lifecycle partitions, an unknown queue and an absent broker fail at the start."""
+    app = App(namespace, settings=Settings(bootstrap=broker), partitions=2)
+    app.task(name="t")(_nothing)
+    with pytest.raises(TopicMissing, match="topics apply"):
+        Worker(app.registry, app.settings).run()
+    ensure(app, app.settings)
+    wide = App(namespace, settings=app.settings, partitions=2)
+    wide.task(name="t", queue="wide")(_nothing)
+    from confluent_kafka.admin import NewTopic
+
+    admin(app.settings).create_topics([NewTopic(app.names.jobs("wide"), 5, 1)])[app.names.jobs("wide")].result()
+    until(lambda: app.names.jobs("wide") in admin(app.settings).list_topics(timeout=5).topics)
+    with pytest.raises(ConfigError, match="5 partitions"):
+        Worker(wide.registry, app.settings).run()
+    with pytest.raises(ConfigError, match="nope"):
+        Worker(app.registry, app.settings, WorkerOptions(queues=["nope"]))
+    away = Settings(bootstrap=f"127.0.0.1:{free_port()}")
+    began = time.monotonic()
+    with pytest.raises(BrokerUnavailable, match="127.0.0.1"):
+        Worker(app.registry, away, WorkerOptions(start_timeout=1.0)).run()
+    assert time.monotonic() - began < 25
+    assert app.settings.max_record_bytes == DEFAULT_MAX_RECORD_BYTES
+
+
+async def _nothing() -> None:
+    pass
