@@ -7,7 +7,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 
-from bench import client, endtoend, harness
+from bench import client, endtoend, harness, materializer
 from bench.harness import Figure
 from jobledger.config import Settings
 
@@ -16,6 +16,7 @@ def suites(quick: bool) -> dict[str, Callable[[Settings], Sequence[Figure]]]:
     """Every measurement by name."""
     return {
         "client": lambda s: client.run(s, 20_000 if quick else 100_000, 300 if quick else 2_000),
+        "materializer": lambda s: materializer.run(s, 20_000 if quick else 100_000),
         "steady": lambda s: endtoend.steady(s, seconds=10 if quick else 60),
         "backlog": lambda s: endtoend.backlog(s, 100_000 if quick else 1_000_000),
     }

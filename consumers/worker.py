@@ -367,12 +367,21 @@ class Worker:
             yield from fetcher.owned()
 
 
-def run_worker(registry: Registry, settings: Settings, options: WorkerOptions | None = None) -> int:
+def run_worker(
+    registry: Registry,
+    settings: Settings,
+    options: WorkerOptions | None = None,
+    *,
+    on_ready: Callable[[Worker], None] | None = None,
+) -> int:
     """Run a worker in this process until SIGTERM or SIGINT; the exit code.
 
-    A second signal ends the grace time, a third one the process. Raises what `Worker.run` raises.
+    A second signal ends the grace time, a third one the process. ``on_ready(worker)`` is called before it starts, for
+    those who want its `Worker.health`. Raises what `Worker.run` raises.
     """
     worker = Worker(registry, settings, options)
+    if on_ready is not None:
+        on_ready(worker)
     restore = _handle_signals(worker) if threading.current_thread() is threading.main_thread() else lambda: None
     try:
         return run_tuned(worker)

@@ -24,7 +24,7 @@ from __future__ import annotations
 import datetime as dt
 import enum
 from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar, overload
 
 import msgspec
 
@@ -270,6 +270,18 @@ def apply(life: Life | None, recorded: Recorded) -> Life | None:
     event, place = recorded.event, recorded.position
     at = (recorded.appended_ms, place.topic, place.partition, place.offset)
     return join(life, of(event.run, event.release, event.attempt, event.task, event.queue, event.fact, at))
+
+
+@overload
+def join(a: Life, b: Life | None) -> Life: ...
+
+
+@overload
+def join(a: Life | None, b: Life) -> Life: ...
+
+
+@overload
+def join(a: Life | None, b: Life | None) -> Life | None: ...
 
 
 def join(a: Life | None, b: Life | None) -> Life | None:

@@ -37,6 +37,7 @@ from jobledger.streams.faust_app import (
     build,
     changelog,
     check_topics,
+    deliver_to,
     hasten,
     origin_of,
     quieten,
@@ -159,7 +160,7 @@ class Coordinator:
             await loop.run_in_executor(None, self._publish_schema)
             writer = AckedWriter(settings, security(self.settings), self.options.patience)
             await writer.start()
-            app, source, table = build(self.names, self.settings, self.options, self._partitions, place)
+            app, table = build(self.names, self.settings, self.options, self._partitions, place)
             self._app = app
             cycle = self._cycle = Cycle(
                 self.names,
@@ -173,7 +174,7 @@ class Coordinator:
                 self._step,
                 topics,
             )
-            app.agent(source, name="coordinator")(cycle.read)
+            deliver_to(app, self.names, cycle.take)
             app.on_partitions_revoked.connect(self._on_revoked, weak=False)
             table.on_recover(self._on_recover)
             if self._on_step is not None:

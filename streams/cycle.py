@@ -26,7 +26,7 @@ from jobledger.streams.aio import AckedWriter, Delivered, Ends, Outcomes, first_
 from jobledger.streams.decisions import Batch, Row, Scheduled, job_due, row_key
 from jobledger.streams.faust_app import Group, Options, changelog
 from jobledger.streams.firing import Firing
-from jobledger.streams.intake import Intake, Read
+from jobledger.streams.intake import Intake
 from jobledger.streams.metrics import Metrics
 from jobledger.streams.ownership import Ownership, Superseded
 from jobledger.streams.table import Key, Table
@@ -34,10 +34,8 @@ from jobledger.streams.work_topics import WorkTopics
 
 LOG = logging.getLogger("jobledger.coordinator")
 
-#: Events held between Faust's stream and the first stage.
+#: Records from which on no more are fetched.
 INBOX = 2_000
-#: Seconds to let events come together before they are decided on.
-GATHER = 0.002
 #: Events between the two stages.
 UNDER_WAY = 4_000
 
@@ -46,8 +44,7 @@ class Plan(NamedTuple):
     """A batch of events that was decided on; ``sent``: what becomes of its outputs, None without any."""
 
     epoch: int
-    messages: Sequence[Any]
-    read: Sequence[Read]
+    records: Sequence[Any]
     batch: Batch
     rejects: int
     sent: asyncio.Future[Outcomes] | None
@@ -109,15 +106,13 @@ class Cycle:
 
     # -- first stage: decide and send --------------------------------------------------------------------------------
 
-    async def read(self, stream: Any) -> None:
-        """Faust's agent: hands events over. The second stage acknowledges them when their rows are durable."""
-        stream.enable_acks = False
-        async for event in stream.events():
-            self._inbox.append(event)
-            self._arrived.set()
-            if len(self._inbox) >= INBOX:
-                self._room.clear()
-                await self._room.wait()
+    async def take(self, generation: int, records: list[Any]) -> None:
+        """Records as they were fetched, in order; waits while there are too many."""
+        self._inbox.extend((generation, record) for record in records)
+        self._arrived.set()
+        while len(self._inbox) >= INBOX:
+            self._room.clear()
+            await self._room.wait()
 
     async def decide(self) -> None:
         """Decide on what was read, for ever."""
@@ -125,25 +120,23 @@ class Cycle:
             if not self._inbox:
                 self._arrived.clear()
                 await self._arrived.wait()
-                # Events come out of Faust's stream one by one, each in a turn of the loop.
-                await asyncio.sleep(GATHER)
             async with self._changed:
                 await self._changed.wait_for(lambda: self._under_way < UNDER_WAY)
             epoch, generation = self._ownership.epoch, self._ownership.generation
-            messages = [self._inbox.popleft() for _ in range(min(len(self._inbox), self._options.batch))]
+            taken = [self._inbox.popleft() for _ in range(min(len(self._inbox), self._options.batch))]
             self._room.set()
             # What was fetched under an earlier assignment is fetched again, beginning further below: dealing with it
             # first would make what lies between look like seen.
-            messages = [event for event in messages if event.message.generation_id == generation]
-            if messages:
-                self._under_way += len(messages)
-                plan = await self._plan(messages, epoch)
+            records = [record for fetched_under, record in taken if fetched_under == generation]
+            if records:
+                self._under_way += len(records)
+                plan = await self._plan(records, epoch)
                 async with self._changed:
                     self._plans.append(plan)
                     self._changed.notify_all()
 
-    async def _plan(self, messages: Sequence[Any], epoch: int) -> Plan:
-        read, rejects = await self._intake.decode([event.message for event in messages])
+    async def _plan(self, records: Sequence[Any], epoch: int) -> Plan:
+        read, rejects = await self._intake.decode(records)
         while True:
             batch = Batch(self.table.row, self.table.floor, self.topics.is_open)
             for event, partition, offset, appended_ms in read:
@@ -152,7 +145,7 @@ class Cycle:
                 break
         self._step("decided")
         if epoch != self._ownership.epoch:  # rows were looked up that are not ours any more
-            return Plan(epoch, messages, read, batch, 0, None)
+            return Plan(epoch, records, batch, 0, None)
         now = now_us()
         outputs = [*(self._due(row, now) for row in batch.releases), *rejects]
         sent = await self._writer.post(outputs) if outputs else None
@@ -160,7 +153,7 @@ class Cycle:
         self.table.expect(batch.rows)
         for event, *_ in read:
             self.firing.read_back(row_key(event.job_id))
-        return Plan(epoch, messages, read, batch, len(rejects), sent)
+        return Plan(epoch, records, batch, len(rejects), sent)
 
     def _due(self, row: Scheduled, now: int) -> Outgoing:
         headers: Headers = [
@@ -183,12 +176,10 @@ class Cycle:
             try:
                 await self._settle([plan for plan in plans if plan.epoch == self._ownership.epoch])
             except Superseded:
-                LOG.info(
-                    "%d events were dropped: their partitions are being moved", sum(len(p.messages) for p in plans)
-                )
+                LOG.info("%d events were dropped: their partitions are being moved", sum(len(p.records) for p in plans))
             finally:
                 async with self._changed:
-                    self._under_way -= sum(len(plan.messages) for plan in plans)
+                    self._under_way -= sum(len(plan.records) for plan in plans)
                     self._changed.notify_all()
 
     async def _settle(self, plans: Sequence[Plan]) -> None:
@@ -226,15 +217,15 @@ class Cycle:
         for partition, change in plan.batch.waiting.items():
             self.table.scheduled[partition] += change
         self.firing.set(plan.batch.timers)
-        for event in plan.messages:
-            event.ack()
-            message = event.message
-            expected = self._position.get(message.partition)
-            if expected is not None and message.offset > expected:
-                LOG.warning(
-                    "%s[%d]: no record between %d and %d", message.topic, message.partition, expected, message.offset
-                )
-            self._position[message.partition] = message.offset + 1
+        offsets: dict[int, list[int]] = {}
+        for record in plan.records:
+            offsets.setdefault(record.partition, []).append(record.offset)
+        self._group.acknowledge(offsets)
+        for partition, done in offsets.items():
+            expected = self._position.get(partition)
+            if expected is not None and done[0] > expected:
+                LOG.warning("partition %d: no record between %d and %d", partition, expected, done[0])
+            self._position[partition] = done[-1] + 1
         self._metrics.verdicts(plan.batch.verdicts)
         self._metrics.rejected(plan.rejects)
 

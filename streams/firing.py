@@ -22,6 +22,8 @@ LOG = logging.getLogger("jobledger.coordinator")
 
 #: Decisions written at once, and batches of them that may wait for acknowledgement.
 BATCH, UNACKNOWLEDGED = 500, 8
+#: Seconds from one writing down to the next: what becomes due meanwhile goes together.
+PACE = 0.004
 #: Seconds between two looks while nothing may be sent, and while a partition is not caught up.
 DISPUTED_PAUSE, BEHIND_PAUSE = 0.05, 0.02
 
@@ -103,6 +105,7 @@ class Firing:
                     pause = min(pause, (following - now) / 1_000_000)
             if due:
                 await self._write_down(self._still_due(due, now))
+                await asyncio.sleep(PACE)
             elif pause > 0:
                 with contextlib.suppress(TimeoutError):
                     await asyncio.wait_for(self._armed.wait(), pause)

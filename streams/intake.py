@@ -38,23 +38,22 @@ class Intake:
     def __init__(self, names: Names, decode: Callable[[bytes | None], JobEvent], source: str) -> None:
         self._names, self._decode, self._source = names, decode, source
 
-    async def decode(self, messages: Sequence[Any]) -> tuple[list[Read], list[Outgoing]]:
-        """Events, and the dead letters of what is none.
+    async def decode(self, records: Sequence[Any]) -> tuple[list[Read], list[Outgoing]]:
+        """Events of consumed records, and the dead letters of what is none.
 
         Raises `UnknownFact` for a well-formed event whose fact is not known: it must not be passed.
         """
         read: list[Read] = []
         rejects: list[Outgoing] = []
         patient = True
-        for message in messages:
+        for message in records:
             value = message.value
             try:
                 if value is not None and value.startswith(_OWN_PREFIX):
                     event = self._decode(value)
                 else:
                     event = await self._decode_foreign(value, patient)
-                # Faust keeps append times as seconds.
-                read.append(Read(event, message.partition, message.offset, round(message.timestamp * 1000)))
+                read.append(Read(event, message.partition, message.offset, message.timestamp))
             except UnknownFact as exc:
                 raise UnknownFact(
                     exc.fact,

@@ -6,27 +6,31 @@ way stay in memory, bounded, so that most are not read at all; what is in memory
 
 from __future__ import annotations
 
-import logging
+import time
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Protocol
 
 from confluent_kafka import Message
 
-from jobledger.errors import SchemaError
+from jobledger.errors import SchemaError, UnknownSchema
 from jobledger.job import Life, Visible, join, of, project
 from jobledger.schemas.codec import Decoder
+from jobledger.schemas.events import JobEvent
 from jobledger.schemas.glance import glance
-from jobledger.streams.store.protocol import Changes, Partition, TagRow
+from jobledger.streams.store.protocol import Changes, TagRow
 from jobledger.streams.store.rows import row
-
-LOG = logging.getLogger("jobledger.materializer")
 
 #: Jobs whose states are kept in memory between batches; a state takes about a kilobyte.
 CACHE_JOBS = 50_000
 #: Bytes of a written state above which it is not kept: tracebacks are large, and such jobs are few.
 CACHE_STATE_BYTES = 2_000
+
+
+#: Seconds, a little more than `jobledger.log.SchemaLookup.PATIENCE`.
+SCHEMA_PATIENCE_S = 1.1
 
 
 class Loads(Protocol):
@@ -54,10 +58,21 @@ class Folded:
 
 
 class Projector:
-    """Folds batches onto the states of a store. ``cache_jobs`` bounds its memory. Not thread-safe."""
+    """Folds batches onto the states of a store. ``cache_jobs`` bounds its memory. Not thread-safe.
 
-    def __init__(self, store: Loads, decoder: Decoder, *, cache_jobs: int = CACHE_JOBS) -> None:
-        self._store, self._decode = store, decoder.decode
+    ``settle`` waits until a schema that was published before the batch was read is certainly found.
+    """
+
+    def __init__(
+        self,
+        store: Loads,
+        decoder: Decoder,
+        *,
+        cache_jobs: int = CACHE_JOBS,
+        settle: Callable[[], object] | None = None,
+    ) -> None:
+        self._store, self._decoder = store, decoder
+        self._settle = settle or partial(time.sleep, SCHEMA_PATIENCE_S)
         # Two generations stand in for a least-recently-used order: when the young one is full, the old one goes.
         self._young: dict[str, tuple[Life, Visible]] = {}
         self._old: dict[str, tuple[Life, Visible]] = {}
@@ -68,7 +83,7 @@ class Projector:
         folded = Folded()
         news: dict[str, Life] = {}
         offsets = folded.changes.offsets
-        decode = self._decode
+        patient = True
         for message in messages:
             topic, partition, offset = message.topic(), message.partition(), message.offset()
             if topic is None or partition is None or offset is None:
@@ -80,8 +95,10 @@ class Projector:
             seen = None if value is None else glance(value)
             if seen is None:
                 try:
-                    event = decode(value)
+                    event = self._decode(value, patient)
                 except SchemaError as error:
+                    # One wait is enough for all of a batch: they had all been written before it.
+                    patient = patient and not isinstance(error, UnknownSchema)
                     folded.rejected.append(Rejected(message, error))
                     continue
                 seen = (event.job_id, event.run, event.release, event.attempt, event.task, event.queue, event.fact)
@@ -89,9 +106,19 @@ class Projector:
             life = of(*seen[1:], (message.timestamp()[1], topic, partition, offset))
             if life is not None:
                 known = news.get(job_id)
-                news[job_id] = life if known is None else join(known, life)  # type: ignore[assignment]  # not None
+                news[job_id] = life if known is None else join(known, life)
         self._project(news, folded)
         return folded
+
+    def _decode(self, value: bytes | None, patient: bool) -> JobEvent:
+        try:
+            return self._decoder.decode(value)
+        except UnknownSchema:
+            if not patient:
+                raise
+            # The topic of schemas may have been read just before this one was published.
+            self._settle()
+            return self._decoder.decode(value)
 
     def merge(self, lives: Iterable[tuple[str, Life]]) -> Folded:
         """The changes that joining these states makes. Raises `StoreError`."""
@@ -132,7 +159,7 @@ class Projector:
                 if life.head.tags:
                     changes.tags_new += _tag_rows(job_id, life, seen)
             else:
-                life = join(known[0], life)  # type: ignore[assignment]  # both are known
+                life = join(known[0], life)
                 seen, was = project(life), known[1]
                 if life.head is not known[0].head and (life.head.tags or known[0].head.tags):
                     changes.tags_gone += _tag_rows(job_id, known[0], was)
@@ -150,8 +177,3 @@ class Projector:
 
 def _tag_rows(job_id: str, life: Life, seen: Visible) -> list[TagRow]:
     return [(name, value, seen.since_ms, job_id) for name, value in life.head.tags.items()]
-
-
-def partition_text(partition: Partition) -> str:
-    """A partition as errors and logs name it."""
-    return f"{partition[0]}[{partition[1]}]"

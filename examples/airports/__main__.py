@@ -197,6 +197,12 @@ def _readiness(app: App) -> dict[str, Callable[[], bool]]:
     }
 
 
+def _counts(app: App) -> dict[str, int]:
+    """How many jobs are in each state."""
+    found: dict[str, int] = app.status_table().counts_by_state()
+    return found
+
+
 def _import(screen: Screen, processes: Processes, app: App, rows: Sequence[Airport]) -> None:
     from examples.airports.app import import_airport
 

@@ -6,7 +6,6 @@ Owns the order in which they come and go; each of them is the same process that 
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import threading
 import time
@@ -19,7 +18,7 @@ import typer
 
 from jobledger.cli.loading import load_app, module_name
 from jobledger.cli.options import Bootstrap, StatusUrl, Target
-from jobledger.cli.running import Prefixed, command, passed_on, stream_children
+from jobledger.cli.running import Prefixed, command, stream_children
 
 if TYPE_CHECKING:
     from jobledger.config import Settings
@@ -65,10 +64,9 @@ def dev(
         made = topics.ensure(app, settings)
         created = sum(change.kind == "topic" for change in made.pending)
         say("dev", f"{app!r} on {address}, {f'{created} topics made' if created else 'topics in order'}")
-        passed = passed_on(address, status_url)
         more = [] if concurrency is None else ["--concurrency", str(concurrency)]
         work = command("worker", target, "--bootstrap", address, "--grace", str(WORKER_GRACE_S), *more)
-        children = [Child("worker", work), *stream_children(target, passed)]
+        children = [Child("worker", work), *stream_children(target, address, status_url)]
         # A developer's process may die as often as it likes: the next change may be the cure.
         supervisor = Supervisor(
             children,
@@ -149,36 +147,31 @@ def _watch(supervisor: Supervisor, target: str, address: str, folders: Sequence[
     for changes in changes_in(*folders, watch_filter=PythonFilter(), stop_event=done, debounce=300, step=50):
         names = sorted({_relative(path) for _, path in changes})
         shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-        parts = affected(target, address, supervisor)
+        fits = fits_as_it_is(target, address, supervisor)
         if done.is_set():
             return
-        if parts:
-            supervisor.say(f"{shown} changed: reloading {', '.join(parts)}")
-            supervisor.restart(parts)
+        if fits:
+            supervisor.say(f"{shown} changed: reloading the worker")
+            supervisor.restart(["worker"])
         else:
             supervisor.say(f"{shown} changed: the running code stays until this is mended")
 
 
-def affected(target: str, address: str, supervisor: Supervisor) -> list[str]:
-    """Which parts must be started again for the code as it is now; none if it does not load, which is said.
+def fits_as_it_is(target: str, address: str, supervisor: Supervisor) -> bool:
+    """Whether the code as it is now loads, and its topics are there; if not, why is said.
 
-    A process of its own loads it, since this one cannot load a module afresh, and makes its topics. If there are new
-    ones the stream processor must read them, too.
+    A process of its own loads it, since this one cannot load a module afresh, and makes its topics. The stream processor
+    needs no reload: it runs none of the app's code and finds new topics by itself.
     """
     words = command("topics", "apply", target, "--yes", "--json", "--bootstrap", address)
     try:
-        ended = subprocess.run(
-            words, capture_output=True, text=True, check=False, timeout=CHECK_TIMEOUT_S, env={**os.environ}
-        )
+        ended = subprocess.run(words, capture_output=True, text=True, check=False, timeout=CHECK_TIMEOUT_S)
     except subprocess.TimeoutExpired:
         supervisor.say(f"error: importing {target} took more than {CHECK_TIMEOUT_S:g} s")
-        return []
-    try:
-        applied = int(json.loads(ended.stdout.splitlines()[-1])["applied"])
-    except (ValueError, LookupError, TypeError):
+        return False
+    if ended.returncode:
         supervisor.say(_said(ended.stderr) or f"error: {target} does not load (exit code {ended.returncode})")
-        return []
-    return list(PARTS) if applied else ["worker"]
+    return not ended.returncode
 
 
 def _said(stderr: str) -> str:

@@ -107,7 +107,7 @@ def _run(words: list[str]) -> int:
 
 def _usage_error() -> type[typer.BadParameter]:
     # typer brings its own copy of click from 0.20 on; the base class is found from what both export.
-    return next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")  # type: ignore[return-value]
+    return next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")
 
 
 def _show_usage(exc: typer.BadParameter) -> None:

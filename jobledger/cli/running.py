@@ -2,20 +2,36 @@
 
 from __future__ import annotations
 
+import logging
+import signal
 import sys
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Annotated
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, closing, contextmanager
+from types import FrameType
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from jobledger.cli import logs, output
 from jobledger.cli.loading import load_app
 from jobledger.cli.options import Bootstrap, StatusUrl, Target
+from jobledger.errors import JobledgerError
 
 if TYPE_CHECKING:
     from rich.text import Text
 
+    from jobledger.app import App
+    from jobledger.consumers.worker import WorkerOptions
+    from jobledger.streams.status import Materializer
     from jobledger.streams.supervisor import Child
+
+LOG = logging.getLogger("jobledger.cli")
+
+#: Seconds that a round of upkeep under way gets to end.
+UPKEEP_END_S = 5.0
+#: Seconds that the halves of the stream processor get to stop.
+STREAMS_GRACE_S = 30.0
 
 #: The colour of each part's name before its lines.
 PART_STYLES = {
@@ -38,11 +54,14 @@ def command(*words: str) -> tuple[str, ...]:
     return (sys.executable, "-m", "jobledger", *words)
 
 
-def stream_children(target: str, passed: Sequence[str]) -> list[Child]:
+def stream_children(target: str, bootstrap: str | None, status_url: str | None) -> list[Child]:
     """The two halves of the stream processor."""
     from jobledger.streams.supervisor import Child
 
-    return [Child(name, command(name, target, *passed)) for name in ("coordinator", "materializer")]
+    return [
+        Child("coordinator", command("coordinator", target, *passed_on(bootstrap, None))),
+        Child("materializer", command("materializer", target, *passed_on(bootstrap, status_url))),
+    ]
 
 
 def passed_on(bootstrap: str | None, status_url: str | None) -> list[str]:
@@ -69,6 +88,11 @@ class Prefixed:
         said: Text = Text.from_ansi(line) if self._coloured else Text(line)
         head = Text(name.ljust(self._width), style=PART_STYLES.get(name, ""))
         self._console.print(Text.assemble(head, (" │ ", "dim"), said), soft_wrap=True)
+
+
+def _end(code: int) -> None:
+    if code:
+        raise typer.Exit(code)
 
 
 def supervised(children: Sequence[Child], *, restarts: int, grace: float) -> int:
@@ -107,12 +131,15 @@ def worker(
         app.registry.check_queue(name)
     if processes > 1:
         _worker_processes(target, processes, options, bootstrap, metrics_port)
-    from jobledger.consumers.worker import run_worker
+    from jobledger.cli.metrics import serving
+    from jobledger.consumers.worker import Worker, run_worker
 
-    with serving(metrics_port) as metrics:
-        code = run_worker(app.registry, app.settings, options)
-    if code:
-        raise typer.Exit(code)
+    with ExitStack() as stack:
+
+        def serve(made: Worker) -> None:
+            stack.enter_context(serving(metrics_port, "jobledger_worker", made.health))
+
+        _end(run_worker(app.registry, app.settings, options, on_ready=serve))
 
 
 def _worker_processes(
@@ -131,3 +158,120 @@ def _worker_processes(
         port = [] if metrics_port is None else ["--metrics-port", str(metrics_port + number if metrics_port else 0)]
         children.append(Child(f"worker-{number + 1}", command("worker", *words, *port)))
     raise typer.Exit(supervised(children, restarts=5, grace=options.grace + 15.0))
+
+
+def coordinator(target: Target, bootstrap: Bootstrap = None, metrics_port: MetricsPort = None) -> None:
+    """Let delayed and retried jobs go when they are due, until SIGTERM or Ctrl-C. Several share the partitions."""
+    logs.set_up()
+    app = load_app(target, bootstrap=bootstrap)
+    from prometheus_client import REGISTRY
+
+    from jobledger.cli.metrics import serving
+    from jobledger.streams.coordinator import run_coordinator
+
+    with serving(metrics_port):
+        _end(run_coordinator(app.names, app.settings, app.partitions, registry=REGISTRY))
+
+
+def materializer(
+    target: Target,
+    bootstrap: Bootstrap = None,
+    status_url: StatusUrl = None,
+    upkeep: Annotated[
+        bool, typer.Option("--upkeep/--no-upkeep", help="Run watchdog, audit and trimming beside this status table.")
+    ] = True,
+    metrics_port: MetricsPort = None,
+) -> None:
+    """Keep the status table abreast of the log, until SIGTERM or Ctrl-C. A second one stands by until the first ends.
+
+    With several status tables of one namespace, run all but one with --no-upkeep.
+    """
+    logs.set_up()
+    app = load_app(target, bootstrap=bootstrap, status_url=status_url)
+    from prometheus_client import REGISTRY
+
+    from jobledger.cli.metrics import serving
+    from jobledger.streams.status import Materializer
+
+    url = app.settings.resolve_status_url(app.names.namespace)
+    app.settings.resolve_bootstrap()
+    made = Materializer(app.names, app.settings, list(app.queues), url, registry=REGISTRY)
+    with serving(metrics_port), stopping() as stop:
+        rounds = threading.Thread(target=_upkeep, args=(app, url, made, stop), name="jobledger-upkeep")
+        if upkeep:
+            rounds.start()
+        try:
+            made.run(stop)
+        finally:
+            stop.set()
+            if upkeep:
+                rounds.join(UPKEEP_END_S)
+
+
+def _upkeep(app: App, url: str, made: Materializer, stop: threading.Event) -> None:
+    """Watchdog, audit and trimming, from the moment on at which there is a table to go by."""
+    from jobledger.streams.store import open_reader
+    from jobledger.streams.upkeep import Upkeep
+
+    while not made.active:
+        if stop.wait(0.2):
+            return
+    try:
+        with closing(open_reader(url, app.names.namespace)) as reader:
+            Upkeep(app.names, app.settings, list(app.queues), reader, active=lambda: made.active).run(stop)
+    except JobledgerError as exc:
+        LOG.error("watchdog, audit and trimming do not run: %s", exc)
+
+
+@contextmanager
+def stopping() -> Iterator[threading.Event]:
+    """An event that SIGTERM and SIGINT set while the block runs; a second signal of the kind acts as it does by itself."""
+    stop = threading.Event()
+    before: dict[int, Any] = {}
+
+    def asked(number: int, frame: FrameType | None) -> None:
+        stop.set()
+        signal.signal(number, before[number])
+
+    for each in (signal.SIGTERM, signal.SIGINT):
+        before[each] = signal.signal(each, asked)
+    try:
+        yield stop
+    finally:
+        for each, handler in before.items():
+            signal.signal(each, handler)
+
+
+def streams(
+    target: Target,
+    bootstrap: Bootstrap = None,
+    status_url: StatusUrl = None,
+    restarts: Annotated[
+        int, typer.Option(min=0, help="Quick deaths of one part, in a row, before all of it ends with exit code 1.")
+    ] = 5,
+    metrics_port: Annotated[
+        int | None,
+        typer.Option(
+            metavar="PORT",
+            min=1,
+            max=65534,
+            help="Serve Prometheus metrics on 127.0.0.1: the coordinator's there, the materializer's on the next port.",
+            show_default="no",
+        ),
+    ] = None,
+) -> None:
+    """Run the stream processor: coordinator and materializer, each a process of its own, supervised.
+
+    One that dies is started again, with growing pauses. Should this process be killed, both stop by themselves.
+    """
+    from dataclasses import replace
+
+    app = load_app(target, bootstrap=bootstrap, status_url=status_url)
+    app.settings.resolve_bootstrap()  # nothing to run against is said once, here, and not by each child again and again
+    children = stream_children(target, bootstrap, status_url)
+    if metrics_port is not None:
+        children = [
+            replace(child, command=(*child.command, "--metrics-port", str(metrics_port + index)))
+            for index, child in enumerate(children)
+        ]
+    _end(supervised(children, restarts=restarts, grace=STREAMS_GRACE_S))

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, Protocol, Self
@@ -48,14 +48,17 @@ class Overdue(msgspec.Struct, frozen=True):
 
 @dataclass(slots=True)
 class Changes:
-    """What one transaction writes. ``jobs``: rows in the order of `rows.COLUMNS`; ``counts``: differences."""
+    """What one transaction writes. ``jobs``: rows in the order of `rows.COLUMNS`; ``counts``: differences.
+
+    ``resets``: partitions whose next offset the log no longer had, with the log's start.
+    """
 
     jobs: list[tuple[Any, ...]] = field(default_factory=list)
     tags_gone: list[TagRow] = field(default_factory=list)
     tags_new: list[TagRow] = field(default_factory=list)
     counts: dict[tuple[str, str, str], int] = field(default_factory=dict)
     offsets: dict[Partition, int] = field(default_factory=dict)
-    resets: Collection[Partition] = ()
+    resets: dict[Partition, int] = field(default_factory=dict)
 
 
 class StatusReader(Protocol):
@@ -96,6 +99,12 @@ class StatusReader(Protocol):
         """Scheduled and retrying jobs that were due ``bound_ms`` ago or longer, the longest first.
 
         ``now_ms``: the broker's clock.
+        """
+
+    def open_lives(self, limit: int, *, waiting: bool = False, before_ms: int | None = None) -> list[tuple[str, Life]]:
+        """At most ``limit`` queued and running jobs, the oldest submission of each state first.
+
+        ``waiting``: scheduled and retrying ones, too. ``before_ms``: only those submitted earlier.
         """
 
     def lives(self) -> Iterator[tuple[str, Life, bool]]:

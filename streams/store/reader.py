@@ -119,6 +119,19 @@ class SqlReader:
             rows = db.execute(query).all()
         return [_overdue(row) for row in rows]
 
+    def open_lives(self, limit: int, *, waiting: bool = False, before_ms: int | None = None) -> list[tuple[str, Life]]:
+        """Jobs that have not ended, the oldest submission of each state first; see `StatusReader.open_lives`."""
+        states = [State.QUEUED, State.RUNNING, *((State.SCHEDULED, State.RETRYING) if waiting else ())]
+        found: list[tuple[str, Life]] = []
+        with self._reading() as db:
+            for state in states:
+                query = select(*_LIFE).where(jobs.c.state == str(state), unfinished)
+                if before_ms is not None:
+                    query = query.where(jobs.c.submitted_ms < before_ms)
+                query = query.order_by(jobs.c.submitted_ms, jobs.c.job_id).limit(limit - len(found))
+                found += [(row.job_id, life_of(row.slots, row.result)) for row in db.execute(query)]
+        return found
+
     def lives(self) -> Iterator[tuple[str, Life, bool]]:
         """Every job with its fold state and whether it was carried, in order of ids, in one snapshot."""
         query = select(*_LIFE, jobs.c.carried).order_by(jobs.c.job_id).execution_options(yield_per=1000)

@@ -54,8 +54,8 @@ _OFFSET = (
     "ON CONFLICT (topic, partition) DO UPDATE SET next_offset = excluded.next_offset"
 )
 _RESET = (
-    "INSERT INTO offsets (topic, partition, next_offset, resets) VALUES (?, ?, 0, 1) "
-    "ON CONFLICT (topic, partition) DO UPDATE SET resets = resets + 1"
+    "INSERT INTO offsets (topic, partition, next_offset, resets) VALUES (?, ?, ?, 1) "
+    "ON CONFLICT (topic, partition) DO UPDATE SET next_offset = excluded.next_offset, resets = resets + 1"
 )
 
 
@@ -262,7 +262,7 @@ class SqliteStore:
                     changes.tags_new,
                 )
             many(_COUNT, [(*key, number) for key, number in changes.counts.items() if number])
-            many(_RESET, changes.resets)
+            many(_RESET, [(*key, start) for key, start in changes.resets.items()])
             many(_OFFSET, [(*key, offset) for key, offset in changes.offsets.items()])
         if rows:
             self._greatest = max(self._greatest, rows[-1][0])

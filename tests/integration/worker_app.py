@@ -143,7 +143,7 @@ def working(app: App, **options: Any) -> Iterator[Worker]:
     def run() -> None:
         try:
             worker.run()
-        except BaseException as exc:
+        except BaseException as exc:  # noqa: BLE001  # raised again in the test's thread
             raised.append(exc)
 
     thread = threading.Thread(target=run, name="worker")

@@ -188,7 +188,7 @@ def test_job_due_carries_the_whole_job_and_a_deterministic_id() -> None:
     assert (due.task, due.queue, due.key, due.home, due.trace) == ("send", "mail", "k", JOBS[0], "trace")
     ids = {derived_id(JOBS[0], run, release, "due") for run in (1, 2) for release in (1, 2)}
     assert len(ids) == 4
-    assert due.event_id == derived_id(JOBS[0], 1, 2, "due")
+    assert due.event_id == derived_id(JOBS[0], 1, 2, "due") == str(uuid.uuid5(uuid.UUID(JOBS[0]), "1/2/due"))
     assert release_decided(row, 42, "c").event_id != due.event_id
     assert uuid.UUID(derived_id("no uuid", 1, 1, "due")).version == 5
 

@@ -1,0 +1,164 @@
+"""The status table: events a second into SQLite, with rows, counters, positions and offsets, beside a bare loop.
+
+The stream is a backlog of plain jobs: a third submissions on the work topic, a third starts and a third successes on
+lifecycle, ids ordered by time. Bare: librdkafka's consumer and the codec, and nothing done with the events.
+"""
+
+from __future__ import annotations
+
+import cProfile
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+import uuid_utils
+from confluent_kafka import OFFSET_BEGINNING, Consumer, TopicPartition
+
+from bench import harness
+from bench.harness import Figure
+from jobledger.config import Settings
+from jobledger.log import LogWriter, Outgoing, consumer_config, now_us
+from jobledger.names import Names
+from jobledger.schemas import codec
+from jobledger.schemas.events import Fact, JobEvent, JobSpec, JobStarted, JobSubmitted, JobSucceeded
+from jobledger.streams.status import Materializer
+from jobledger.streams.store import open_reader
+
+PARTITIONS = 6
+QUEUE = "mail"
+ROUNDS = 3
+
+
+def run(settings: Settings, jobs: int = 100_000) -> list[Figure]:
+    """Bare loop and materializer in turn, three rounds over the same log, best of each; then the time to be seen."""
+    names = harness.fresh_names("table")
+    harness.create(settings, names, [QUEUE], PARTITIONS)
+    try:
+        _fill(settings, names, jobs)
+        bare = ours = 0.0
+        for _ in range(ROUNDS):
+            bare = max(bare, _bare(settings, names, 3 * jobs))
+            ours = max(ours, _materialize(settings, names, jobs))
+        waits = _latency(settings, names)
+    finally:
+        harness.drop(settings, names)
+    note = f"best of {ROUNDS}, {3 * jobs:,} events of {jobs:,} jobs; bare: consume + decode"
+    return [
+        Figure("materializer", ours, "events/s", 40_000, True, bare, note),
+        Figure("visible p50", harness.percentile(waits, 0.5), "ms", None, False, None, "acknowledged → in the table, idle"),
+        Figure("visible p99", harness.percentile(waits, 0.99), "ms", None, False, None, "acknowledged → in the table, idle"),
+    ]  # fmt: skip
+
+
+def _event(job_id: str, fact: Fact) -> bytes:
+    return codec.encode(
+        JobEvent(
+            str(uuid_utils.uuid7()), job_id, 1, 1, 1, now_us(), "send_mail", QUEUE, None, None, "worker@h:1", None, fact
+        )
+    )
+
+
+def _fill(settings: Settings, names: Names, jobs: int) -> None:
+    work, lifecycle = names.jobs(QUEUE), names.lifecycle
+    writer = LogWriter(settings, names, linger_ms=5.0)
+    spec = JobSpec(b'{"to":"user1@example.org","template":"welcome"}')
+    try:
+        for begin in range(0, jobs, 20_000):
+            records = []
+            for number in range(begin, min(jobs, begin + 20_000)):
+                job_id, partition = str(uuid_utils.uuid7()), number % PARTITIONS
+                started = JobStarted("host:4711", work, number // PARTITIONS)
+                records += [
+                    Outgoing(work, _event(job_id, JobSubmitted(spec)), job_id, partition),
+                    Outgoing(lifecycle, _event(job_id, started), job_id, partition),
+                    Outgoing(lifecycle, _event(job_id, JobSucceeded(None, 1_234)), job_id, partition),
+                ]
+            writer.send(records)
+    finally:
+        writer.close()
+
+
+def _bare(settings: Settings, names: Names, events: int) -> float:
+    consumer = Consumer(consumer_config(settings))
+    topics = (names.jobs(QUEUE), names.lifecycle)
+    consumer.assign([TopicPartition(t, p, OFFSET_BEGINNING) for t in topics for p in range(PARTITIONS)])
+    try:
+        first = consumer.consume(1, 30.0)
+        seen, began = len(first), time.perf_counter()
+        while seen < events:
+            for message in consumer.consume(4_000, 0.05):
+                codec.decode(message.value())
+                message.topic(), message.partition(), message.offset()
+                seen += 1
+        return events / (time.perf_counter() - began)
+    finally:
+        consumer.close()
+
+
+def _materialize(settings: Settings, names: Names, jobs: int, profile: cProfile.Profile | None = None) -> float:
+    with tempfile.TemporaryDirectory(prefix="jobledger-bench-") as folder:
+        url = f"sqlite:///{Path(folder) / 'status.db'}"
+        made = Materializer(names, settings, [QUEUE], url)
+        stop = threading.Event()
+        failed: list[BaseException] = []
+
+        def work() -> None:
+            try:
+                if profile is None:
+                    made.run(stop)
+                else:
+                    profile.runcall(made.run, stop)
+            except BaseException as exc:
+                failed.append(exc)
+
+        thread = threading.Thread(target=work)
+        thread.start()
+        began = 0.0
+        while made.position() < 3 * jobs and not failed:
+            if not began and made.active:
+                began = time.perf_counter()
+            time.sleep(0.01)
+        took = time.perf_counter() - began
+        stop.set()
+        thread.join()
+        if failed:
+            raise failed[0]
+        reader = open_reader(url, names.namespace)
+        try:
+            counts = reader.counts_by_state()
+            assert counts["succeeded"] == jobs == sum(counts.values()), (
+                f"{jobs} jobs were written, the table has {counts}"
+            )
+        finally:
+            reader.close()
+        return 3 * jobs / took
+
+
+def _latency(settings: Settings, names: Names, rounds: int = 100) -> list[float]:
+    """Milliseconds from a submission's acknowledgement until the table has it, one at a time."""
+    own = harness.fresh_names("seen")
+    harness.create(settings, own, [QUEUE], PARTITIONS)
+    with tempfile.TemporaryDirectory(prefix="jobledger-bench-") as folder:
+        url = f"sqlite:///{Path(folder) / 'status.db'}"
+        made, stop = Materializer(own, settings, [QUEUE], url), threading.Event()
+        thread = threading.Thread(target=made.run, args=(stop,))
+        thread.start()
+        writer = LogWriter(settings, own)
+        waits = []
+        try:
+            for number in range(rounds + 5):
+                job_id = str(uuid_utils.uuid7())
+                sent = writer.send([Outgoing(own.jobs(QUEUE), _event(job_id, JobSubmitted(JobSpec(b"{}"))), job_id)])[0]
+                began = time.perf_counter()
+                place = (sent.topic, sent.partition)
+                while made.offsets().get(place, 0) <= sent.offset:
+                    time.sleep(0.0002)
+                if number >= 5:  # the first ones wait for connections
+                    waits.append((time.perf_counter() - began) * 1000)
+        finally:
+            writer.close()
+            stop.set()
+            thread.join()
+            harness.drop(settings, own)
+    return waits

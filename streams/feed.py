@@ -1,0 +1,190 @@
+"""The records of every topic the status table is made of, from given offsets on. Commits nothing: offsets are the
+reader's own business.
+
+Assigned by hand, without a group: what was read is known by the database alone, and nothing rebalances.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from types import TracebackType
+from typing import Self
+
+from confluent_kafka import OFFSET_BEGINNING, Consumer, KafkaError, KafkaException, Message, TopicPartition
+
+from jobledger.config import Settings
+from jobledger.errors import BrokerUnavailable
+from jobledger.log import consumer_config, translate
+from jobledger.names import Names
+from jobledger.streams.store.protocol import Partition
+
+LOG = logging.getLogger("jobledger.materializer")
+
+#: Kilobytes of records that wait in the client: bounds memory at any backlog.
+QUEUE_KB = 32 * 1024
+FETCH_BYTES = 16 * 1024 * 1024
+REQUEST_TIMEOUT_S = 10.0
+
+_GONE = (KafkaError.UNKNOWN_TOPIC_OR_PART, KafkaError._UNKNOWN_TOPIC, KafkaError._UNKNOWN_PARTITION)
+_OUT_OF_RANGE = (KafkaError._AUTO_OFFSET_RESET, KafkaError.OFFSET_OUT_OF_RANGE)
+_TRANSPORT = (KafkaError._TRANSPORT, KafkaError._ALL_BROKERS_DOWN, KafkaError._RESOLVE, KafkaError._TIMED_OUT)
+
+
+class Feed:
+    """Reads all work topics, lifecycle, coordination and dead letters of a namespace. For one thread; close it."""
+
+    def __init__(self, settings: Settings, names: Names) -> None:
+        self._settings, self._names = settings, names
+        self._consumer = Consumer(
+            consumer_config(
+                settings,
+                group="jobledger-status",
+                **{
+                    # An offset the log does not have is said, not silently replaced.
+                    "auto.offset.reset": "error",
+                    "queued.max.messages.kbytes": QUEUE_KB,
+                    "fetch.max.bytes": FETCH_BYTES,
+                    "allow.auto.create.topics": False,
+                },
+            )
+        )
+        self._assigned: set[Partition] = set()
+        #: Partitions whose next offset the log no longer had, with the offset read instead; the reader takes them out.
+        self.resets: dict[Partition, int] = {}
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Give the connection back."""
+        self._consumer.close()
+
+    @property
+    def assigned(self) -> frozenset[Partition]:
+        """The partitions that are read."""
+        return frozenset(self._assigned)
+
+    def present(self, timeout: float = REQUEST_TIMEOUT_S) -> set[Partition]:
+        """The partitions that there are to read, now. Raises `BrokerUnavailable`."""
+        try:
+            topics = self._consumer.list_topics(timeout=timeout).topics
+        except KafkaException as exc:
+            raise translate(exc.args[0], self._settings, "asking for topics") from exc
+        return {
+            (name, partition)
+            for name, meta in topics.items()
+            if meta.error is None and self._wanted(name)
+            for partition in meta.partitions
+        }
+
+    def _wanted(self, topic: str) -> bool:
+        names = self._names
+        return topic in (names.lifecycle, names.coordination, names.dead_letter) or names.queue_of(topic) is not None
+
+    def add(self, offsets: Mapping[Partition, int | None]) -> None:
+        """Read these partitions, too, from these offsets on; None: from the log's start."""
+        new = {place: offset for place, offset in offsets.items() if place not in self._assigned}
+        if new:
+            self._consumer.incremental_assign([_at(place, offset) for place, offset in new.items()])
+            self._assigned |= set(new)
+
+    def drop(self, partitions: Iterable[Partition]) -> None:
+        """Read these no more."""
+        known = [place for place in partitions if place in self._assigned]
+        if known:
+            self._consumer.incremental_unassign([_at(place, None) for place in known])
+            self._assigned -= set(known)
+
+    def read(self, most: int, patience: float, until: float = 0.0) -> list[Message]:
+        """Up to ``most`` records: waits ``patience`` seconds for the first, then for more ``until`` that time.
+
+        ``until``: as `time.monotonic` counts; 0: take what is there.
+        """
+        messages = self._consumer.consume(1, patience)
+        if not messages:
+            return messages
+        messages += self._consumer.consume(most - 1, max(0.0, until - time.monotonic()))
+        if any(message.error() is not None for message in messages):
+            return [message for message in messages if not self._error(message)]
+        return messages
+
+    def _error(self, message: Message) -> bool:
+        """Whether a message stands for an error; deals with it. Raises what cannot be read past."""
+        error = message.error()
+        if error is None:
+            return False
+        place = (message.topic() or "", message.partition() or 0)
+        code = error.code()
+        if code in _OUT_OF_RANGE:
+            if place in self._assigned:
+                low, high = self.watermarks(place)
+                LOG.error(
+                    "%s[%d] has no longer what was to be read next (%s): going on at its start, offset %d of %d. Was "
+                    "the topic deleted or trimmed by hand?",
+                    *(*place, error.str(), low, high),
+                )
+                self.resets[place] = low
+                # Not seek(): the partition stands still after this error, and only an assignment starts it.
+                self._consumer.incremental_unassign([_at(place, None)])
+                self._consumer.incremental_assign([_at(place, low)])
+        elif code in _GONE:
+            LOG.warning("%s[%d] is gone: %s", *place, error.str())
+            self.drop([place])
+        elif error.fatal() or not (error.retriable() or code in _TRANSPORT):
+            raise translate(error, self._settings, f"reading {place[0]}[{place[1]}]")
+        return True
+
+    def watermarks(self, place: Partition, timeout: float = REQUEST_TIMEOUT_S) -> tuple[int, int]:
+        """The log's first offset and the next one to be written. Raises `BrokerUnavailable`."""
+        try:
+            found = self._consumer.get_watermark_offsets(_at(place, None), timeout=timeout)
+        except KafkaException as exc:
+            raise translate(exc.args[0], self._settings, f"asking for the ends of {place[0]}[{place[1]}]") from exc
+        if found is None:
+            raise BrokerUnavailable(f"nobody told the ends of {place[0]}[{place[1]}] within {timeout:g} s")
+        return found
+
+    def lag(self, offsets: Mapping[Partition, int]) -> dict[str, int]:
+        """Records of each topic not read yet, as far as the client has heard. Asks nobody."""
+        found: dict[str, int] = {}
+        for place in self._assigned:
+            ends = self._consumer.get_watermark_offsets(_at(place, None), cached=True)
+            behind = 0 if ends is None or ends[1] < 0 else max(0, ends[1] - offsets.get(place, max(0, ends[0])))
+            found[place[0]] = found.get(place[0], 0) + behind
+        return found
+
+    def passed(self, ends: Mapping[Partition, int]) -> set[Partition]:
+        """Of the partitions that are read, those whose next record is at or past the given end."""
+        asked = [_at(place, None) for place in self._assigned if place in ends]
+        return {
+            (p.topic, p.partition) for p in self._consumer.position(asked) if p.offset >= ends[(p.topic, p.partition)]
+        }
+
+
+def _at(place: Partition, offset: int | None) -> TopicPartition:
+    return TopicPartition(place[0], place[1], OFFSET_BEGINNING if offset is None else offset)
+
+
+def read_until(feed: Feed, ends: Mapping[Partition, int], most: int, stall: float = 60.0) -> Iterator[list[Message]]:
+    """Batches of all records below ``ends`` of the partitions that were added.
+
+    Raises `BrokerUnavailable` if nothing comes for ``stall`` seconds.
+    """
+    last = time.monotonic()
+    while feed.assigned:
+        messages = feed.read(most, 0.05)
+        if messages:
+            last = time.monotonic()
+            # Partitions that reached their end are no longer asked for; what was fetched beyond it is left out.
+            yield [m for m in messages if (m.offset() or 0) < ends[(m.topic() or "", m.partition() or 0)]]
+        elif time.monotonic() - last > stall:
+            left = ", ".join(f"{topic}[{partition}]" for topic, partition in sorted(feed.assigned))
+            raise BrokerUnavailable(f"nothing came for {stall:g} s, and not all was read of {left}")
+        feed.drop(feed.passed(ends))

@@ -1,0 +1,278 @@
+"""The materializer: keeps the status table abreast of the log.
+
+Owns the loop, the lease and what happens when the broker, the database or another materializer gets in the way. What
+the records mean is `jobledger.job`'s, how they become rows `projector`'s, where they come from `feed`'s.
+
+A batch is one transaction: rows, counters, offsets, and the lease at its beginning. So a restart is a seek to the
+offsets in the table, and no record is counted twice or left out, whenever the process dies.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import TypeVar
+
+from confluent_kafka import Message
+from prometheus_client import CollectorRegistry
+
+from jobledger import log
+from jobledger.config import Settings
+from jobledger.errors import BrokerUnavailable, LeaseLost, SchemaError, StoreError, UnknownFact
+from jobledger.log import LogWriter, Outgoing, now_us, position_of
+from jobledger.names import Names
+from jobledger.schemas import codec
+from jobledger.schemas.events import JobEvent, RecordRejected
+from jobledger.streams.decisions import derived_id
+from jobledger.streams.feed import Feed
+from jobledger.streams.projector import CACHE_JOBS, Folded, Projector
+from jobledger.streams.store import Partition, Store, open_store
+from jobledger.streams.table_metrics import TableMetrics
+
+LOG = logging.getLogger("jobledger.materializer")
+
+#: Records in one transaction, at most.
+BATCH = 4_000
+#: Seconds between two transactions under load: fewer are cheaper, and this is how late a fact may be seen.
+LINGER_S = 0.01
+#: Seconds of waiting for records before the loop looks at everything else.
+PATIENCE_S = 0.1
+#: Seconds between two looks for new topics and partitions.
+DISCOVER_S = 5.0
+#: Seconds between two tries to get the lease.
+STAND_BY_S = 0.5
+#: Seconds between two renewals of the lease while nothing is written.
+RENEW_S = 2.0
+#: Seconds for which a database that is away is tried again.
+STORE_PATIENCE_S = 30.0
+#: Raw bytes of a rejected record above which they are left out: the dead letter must fit as well.
+REJECT_BYTES = 700_000
+
+#: Rejected records of one batch that are logged as warnings; the metric counts all.
+SAY_REJECTS = 5
+
+T = TypeVar("T")
+
+
+class Materializer:
+    """Writes the status table of one namespace; stands by while another one does.
+
+    ``queues``: those the app declares; work topics of other queues that exist in the namespace are read, too.
+    ``store_url``: where the table is. ``batch``: records a transaction at most. ``linger``: seconds between two
+    transactions under load. ``store_patience``: seconds for which a database that is away is tried again.
+    """
+
+    def __init__(
+        self,
+        names: Names,
+        settings: Settings,
+        queues: Sequence[str],
+        store_url: str,
+        *,
+        batch: int = BATCH,
+        linger: float = LINGER_S,
+        cache_jobs: int = CACHE_JOBS,
+        store_patience: float = STORE_PATIENCE_S,
+        registry: CollectorRegistry | None = None,
+        open_store: Callable[[str, str], Store] = open_store,
+    ) -> None:
+        self._names, self._settings, self._url = names, settings, store_url
+        self._queues = tuple(queues)
+        self._batch, self._linger, self._cache_jobs = batch, linger, cache_jobs
+        self._store_patience, self._open_store = store_patience, open_store
+        self.metrics = TableMetrics(registry)
+        #: The next offset of every partition, as committed.
+        self._offsets: Mapping[Partition, int] = {}
+        self._writer: LogWriter | None = None
+        self._active = threading.Event()
+
+    # -- for whoever watches ----------------------------------------------------------------------------------------
+
+    @property
+    def active(self) -> bool:
+        """Whether this materializer holds the lease."""
+        return self._active.is_set()
+
+    def offsets(self) -> Mapping[Partition, int]:
+        """The next offset of every partition, as committed. From any thread."""
+        return self._offsets
+
+    def position(self) -> int:
+        """The sum of `offsets`: grows with every record that is in the table."""
+        return sum(self.offsets().values())
+
+    def caught_up(self) -> bool:
+        """Whether every record that is in the log now is in the table. From any thread; asks the broker."""
+        return not behind(self._settings, self._names, self._offsets)
+
+    # -- the loop ---------------------------------------------------------------------------------------------------
+
+    def run(self, stop: threading.Event) -> None:
+        """Write until ``stop`` is set.
+
+        Raises `LeaseLost` if another materializer took over, `StoreError` if the database stays away or is not ours,
+        `ConfigError` for a URL of no known kind. A broker that is away is waited for; only if a dead letter cannot be
+        sent for long, `BrokerUnavailable` is raised.
+        """
+        store = self._open_store(self._url, self._names.namespace)
+        try:
+            if self._stand_by(store, stop):
+                self._write(store, stop)
+        finally:
+            self._active.clear()
+            self.metrics.active.set(0)
+            if self._writer is not None:
+                self._writer.close()
+                self._writer = None
+            try:
+                store.close()
+            except StoreError as exc:  # it is left to run out then
+                LOG.warning("the lease could not be given back: %s", exc)
+
+    def _stand_by(self, store: Store, stop: threading.Event) -> bool:
+        said = False
+        while not stop.is_set():
+            if self._persist(store.acquire, stop):
+                LOG.info("writing the status table %s", self._url)
+                return True
+            if not said:
+                LOG.info("the status table %s has a writer; standing by", self._url)
+                said = True
+            stop.wait(STAND_BY_S)
+        return False
+
+    def _write(self, store: Store, stop: threading.Event) -> None:
+        self._offsets = store.offsets()
+        projector = Projector(
+            store, log.decoder(self._settings, self._names), cache_jobs=self._cache_jobs, settle=lambda: stop.wait(1.1)
+        )
+        self._active.set()
+        self.metrics.active.set(1)
+        missing = True
+        discovered = committed = renewed = looked = float("-inf")
+        with Feed(self._settings, self._names) as feed:
+            while not stop.is_set():
+                now = time.monotonic()
+                if now - discovered > (1.0 if missing else DISCOVER_S):
+                    missing = self._discover(feed, first=discovered < 0)
+                    discovered = now
+                messages = feed.read(self._batch, PATIENCE_S, committed + self._linger)
+                if messages or feed.resets:
+                    if self._persist(partial(self._apply, store, projector, feed, messages), stop) is None:
+                        return
+                    committed = renewed = time.monotonic()
+                elif now - renewed > RENEW_S:
+                    self._persist(store.renew, stop)
+                    renewed = now
+                if now - looked > 1.0:
+                    self.metrics.lag(feed.lag(self._offsets))
+                    looked = now
+
+    def _discover(self, feed: Feed, first: bool) -> bool:
+        """Read whatever there is to read by now; whether something the app declares is still missing."""
+        try:
+            present = feed.present()
+        except BrokerUnavailable as exc:
+            LOG.warning("%s", exc)
+            return True
+        feed.add({place: self._offsets.get(place) for place in present})
+        names = self._names
+        wanted = {names.lifecycle, names.coordination, names.dead_letter, *map(names.jobs, self._queues)}
+        missing = wanted - {topic for topic, _ in present}
+        if missing and first:
+            LOG.warning(
+                "waiting for topics that do not exist yet: %s; `jobledger topics apply MODULE:APP` creates them",
+                ", ".join(sorted(missing)),
+            )
+        return bool(missing)
+
+    def _apply(self, store: Store, projector: Projector, feed: Feed, messages: Sequence[Message]) -> Folded:
+        """One batch, whole: may be repeated if it fails."""
+        folded = projector.fold(messages)
+        folded.changes.resets = dict(feed.resets)
+        self._dead_letter(folded)
+        store.write(folded.changes)
+        projector.committed(folded)
+        self._offsets = {**self._offsets, **feed.resets, **folded.changes.offsets}  # a new one: others read it
+        metrics = self.metrics
+        metrics.batches.inc()
+        metrics.jobs.inc(len(folded.changes.jobs))
+        metrics.events(folded.events)
+        for each in folded.rejected:
+            metrics.rejected(each.message.topic() or "", type(each.error).__name__)
+        for topic, _ in feed.resets:
+            metrics.reset(topic)
+        feed.resets.clear()
+        return folded
+
+    def _dead_letter(self, folded: Folded) -> None:
+        """Keep what could not be read on lifecycle, which nobody else judges; and say what was found anywhere."""
+        letters = []
+        for number, each in enumerate(folded.rejected):
+            level = logging.WARNING if number < SAY_REJECTS else logging.DEBUG
+            where = position_of(each.message)
+            # A fact of a newer version is an event, and stays where it is for a table of that version.
+            if where.topic == self._names.lifecycle and not isinstance(each.error, UnknownFact):
+                LOG.log(level, "%s is no event and goes to %s: %s", where, self._names.dead_letter, each.error)
+                letters.append(self._letter(each.message, each.error))
+            else:
+                LOG.log(level, "%s is passed: %s", where, each.error)
+        if letters:
+            if self._writer is None:
+                self._writer = LogWriter(self._settings, self._names)
+            # Before the offsets: if this process dies in between it is sent again, under the same id.
+            self._writer.send(letters)
+
+    def _letter(self, message: Message, error: SchemaError) -> Outgoing:
+        where, why = position_of(message), str(error)
+        key, value = message.key(), message.value()
+        raw_key, raw = _raw(key), _raw(value)
+        if raw is not None and len(raw) > REJECT_BYTES:
+            why, raw = f"{why}; its {len(raw)} bytes are left out here", None
+        fact = RecordRejected(where.topic, where.partition, where.offset, raw_key, raw, why)
+        event_id = derived_id(where.topic, where.partition, where.offset, "rejected")
+        source = log.source("materializer")
+        event = JobEvent(event_id, "", 0, 0, 0, now_us(), "", "", None, None, source, None, fact)
+        return Outgoing(self._names.dead_letter, codec.encode(event), event_id)
+
+    def _persist(self, act: Callable[[], T], stop: threading.Event) -> T | None:
+        """Do it, again if the database or the broker is away, for a bounded time; None if stopped meanwhile."""
+        deadline: float | None = None
+        pause = 0.1
+        while True:
+            try:
+                return act()
+            except LeaseLost:
+                raise
+            except (StoreError, BrokerUnavailable) as exc:
+                now = time.monotonic()
+                deadline = deadline or now + self._store_patience
+                if now + pause > deadline:
+                    raise
+                LOG.warning("trying again in %g s: %s", pause, exc)
+                self.metrics.retries.inc()
+                if stop.wait(pause):
+                    return None
+                pause = min(2.0, pause * 2)
+
+
+def behind(settings: Settings, names: Names, offsets: Mapping[Partition, int]) -> dict[Partition, int]:
+    """How many records of each partition are in the log but not below ``offsets``; partitions without any are left out.
+
+    Raises `BrokerUnavailable`.
+    """
+    found: dict[Partition, int] = {}
+    with Feed(settings, names) as feed:
+        for place in feed.present():
+            low, high = feed.watermarks(place)
+            lag = high - max(low, offsets.get(place, 0))
+            if lag > 0:
+                found[place] = lag
+    return found
+
+
+def _raw(data: bytes | str | None) -> bytes | None:
+    return data.encode() if isinstance(data, str) else data

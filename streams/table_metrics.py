@@ -1,0 +1,47 @@
+"""The materializer's figures for Prometheus. Knows no Kafka; whoever measures passes the values."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from prometheus_client import CollectorRegistry, Counter, Gauge
+
+
+class TableMetrics:
+    """Counters and gauges of one materializer, in ``registry`` (a private one unless given)."""
+
+    def __init__(self, registry: CollectorRegistry | None = None) -> None:
+        self.registry = registry or CollectorRegistry()
+        prefix = "jobledger_materializer_"
+
+        def counter(name: str, text: str, labels: tuple[str, ...] = ()) -> Counter:
+            return Counter(prefix + name, text, labels, registry=self.registry)
+
+        self._events = counter("events", "Records read", ("topic",))
+        self._rejected = counter("rejected_records", "Records that could not be read, by reason", ("topic", "reason"))
+        self._resets = counter("offset_resets", "Offsets that the log no longer had", ("topic",))
+        self.batches = counter("batches", "Transactions written")
+        self.jobs = counter("rows", "Job rows written")
+        self.retries = counter("store_retries", "Transactions tried again because the database was away")
+        self._lag = Gauge(prefix + "lag", "Records not in the table yet", ("topic",), registry=self.registry)
+        self.active = Gauge(
+            prefix + "active", "1 while this materializer writes, 0 while it stands by", registry=self.registry
+        )
+
+    def events(self, counts: Mapping[str, int]) -> None:
+        """So many records of these topics are in the table."""
+        for topic, count in counts.items():
+            self._events.labels(topic).inc(count)
+
+    def rejected(self, topic: str, reason: str) -> None:
+        """A record could not be read."""
+        self._rejected.labels(topic, reason).inc()
+
+    def reset(self, topic: str) -> None:
+        """A partition was read from its start again."""
+        self._resets.labels(topic).inc()
+
+    def lag(self, lags: Mapping[str, int]) -> None:
+        """Records of each topic that are not in the table yet."""
+        for topic, count in lags.items():
+            self._lag.labels(topic).set(count)

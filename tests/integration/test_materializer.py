@@ -1,0 +1,2 @@
+"""The materializer on a real broker."""
+from __future__ import annotations

@@ -1,0 +1,114 @@
+"""Trimming deletes nothing that somebody still has to read."""
+
+from __future__ import annotations
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from jobledger.commits import floor_of
+from jobledger.consumers import offsets
+from jobledger.job import Life, apply
+from jobledger.names import Names
+from jobledger.schemas import events as ev
+from jobledger.streams.trim import Readers, plan
+from jobledger.streams.upkeep import work_position
+
+WORK, LIFE, COORD = ("shop.jobs.mail", 0), ("shop.lifecycle", 0), ("shop.coordination", 0)
+SPEC = ev.JobSpec(b"{}")
+
+
+def life(*facts: tuple[ev.Fact, tuple[str, int], int, int, int]) -> Life:
+    """A life of (fact, partition, offset, release, attempt), appended a second apart."""
+    found: Life | None = None
+    for second, (fact, (topic, partition), offset, release, attempt) in enumerate(facts):
+        event = ev.JobEvent("e", "j", 1, attempt, release, 0, "t", "mail", None, None, "s", None, fact)
+        found = apply(found, ev.Recorded(event, ev.Position(topic, partition, offset), 1000 * second))
+    assert found is not None
+    return found
+
+
+RUNNING = life((ev.JobSubmitted(SPEC), WORK, 5, 1, 1), (ev.JobStarted("w", "shop.jobs.mail", 5), LIFE, 9, 1, 1))
+SCHEDULED = life((ev.JobSubmitted(SPEC, 10**9), COORD, 7, 0, 1))
+RESENT = life((ev.JobSubmitted(SPEC, 10**9), COORD, 7, 0, 1), (ev.JobSubmitted(SPEC, None, 10**15), COORD, 90, 0, 1))
+RETRYING = life(
+    (ev.JobSubmitted(SPEC), WORK, 5, 1, 1),
+    (ev.JobRetried(ev.ErrorInfo("E", "m"), 10**9), LIFE, 9, 1, 1),
+)
+
+
+def test_a_partition_that_somebody_has_not_spoken_for_is_left_alone() -> None:
+    """Without every reader's offset nothing of a partition goes."""
+    readers = Readers.least([WORK, LIFE], {WORK: 50, LIFE: 60}, {WORK: 40})
+    assert plan({WORK: 100, LIFE: 100}, readers, []).limits == {WORK: 40}
+
+
+def test_the_retention_age_is_a_limit_too() -> None:
+    """What is younger than the retention age stays, whoever has read it."""
+    assert plan({WORK: 30}, Readers({WORK: 99}), []).limits == {WORK: 30}
+
+
+def test_an_unfinished_job_holds_back_its_own_facts() -> None:
+    """No fact of a running or retrying job is deleted, on any topic."""
+    ends = {WORK: 100, LIFE: 100, COORD: 100}
+    for unfinished in (RUNNING, RETRYING):
+        trimmed = plan(ends, Readers(ends), [("j", unfinished)])
+        assert trimmed.limits == {WORK: 5, LIFE: 9, COORD: 100}
+        assert not trimmed.resend
+
+
+def test_a_job_that_waits_for_its_time_is_sent_again_once() -> None:
+    """A scheduled job does not hold the log back: its submission goes to the end first, and only if it is not there."""
+    first = plan({COORD: 80}, Readers({COORD: 80}), [("j", SCHEDULED)])
+    assert first.limits == {COORD: 80}
+    assert first.resend == {"j": ev.Position("shop.coordination", 0, 7)}
+    assert not plan({COORD: 80}, Readers({COORD: 80}), [("j", RESENT)]).resend
+    assert plan({COORD: 91}, Readers({COORD: 91}), [("j", RESENT)]).resend == {
+        "j": ev.Position("shop.coordination", 0, 90)
+    }
+
+
+PLACES = st.sampled_from([WORK, LIFE, COORD])
+OFFSETS = st.dictionaries(PLACES, st.integers(0, 100))
+
+
+@given(OFFSETS, OFFSETS, OFFSETS, st.lists(st.sampled_from([RUNNING, SCHEDULED, RESENT, RETRYING]), max_size=4))
+def test_no_limit_passes_a_reader_or_an_unfinished_job(
+    aged: dict[tuple[str, int], int],
+    store: dict[tuple[str, int], int],
+    worker: dict[tuple[str, int], int],
+    lives: list[Life],
+) -> None:
+    """Whatever the offsets, a limit is at most everybody's, and every unfinished job keeps a submission in the log."""
+    made = plan(aged, Readers.least(aged, store, worker), [(str(n), one) for n, one in enumerate(lives)])
+    for place, limit in made.limits.items():
+        assert limit <= min(aged[place], store[place], worker[place])
+    for number, one in enumerate(lives):
+        kept = [
+            offset for _, topic, partition, offset in one.positions if offset >= made.limits.get((topic, partition), 0)
+        ]
+        if one in (RUNNING, RETRYING):
+            assert len(kept) == len(one.positions)
+        else:
+            assert kept or str(number) in made.resend
+
+
+@given(st.integers(0, 2**50), st.integers(0, 2**50), st.booleans())
+def test_the_floor_is_read_as_the_worker_writes_it(base: int, floor: int, clean: bool) -> None:
+    """Trimming reads the takeover floor from the same text that a takeover reads."""
+    text = offsets.encode(base, [(base + 2, base + 5)], floor, clean)
+    assert floor_of(text) == floor
+
+
+def test_a_floor_that_cannot_be_read_is_no_floor() -> None:
+    """Anything else in the metadata says nothing, so nothing is trimmed on its word."""
+    for text in (None, "", "nonsense", "9x.12.rest", "1c.zz.rest"):
+        assert floor_of(text) is None
+
+
+def test_the_work_record_of_a_job_is_its_last_release() -> None:
+    """The audit looks at the record that was released last; a job that was never released has none."""
+    names = Names("shop")
+    assert work_position(RUNNING, names) == ev.Position("shop.jobs.mail", 0, 5)
+    assert work_position(SCHEDULED, names) is None
+    released = life((ev.JobSubmitted(SPEC), WORK, 5, 1, 1), (ev.JobDue(SPEC, 0), WORK, 70, 2, 2))
+    assert work_position(released, names) == ev.Position("shop.jobs.mail", 0, 70)
