@@ -280,26 +280,25 @@ def _count(work: Work, outcome: Outcome, duration: float) -> None:
 
 
 def _say(event: JobEvent, outcome: Outcome) -> None:
-    about = {"job_id": event.job_id, "attempt": event.attempt, "run": event.run, "task": event.task}
     if isinstance(outcome, Failed):
-        LOG.warning(
-            "job %s (%s) failed for good at attempt %d, %s: %s: %s",
-            event.job_id,
-            event.task,
-            event.attempt,
-            outcome.reason,
-            outcome.error.type,
-            outcome.error.message,
-            extra=about,
-        )
+        # A rejection is what the task's author wanted; retries are too many to be said one by one.
+        level = logging.INFO if outcome.reason == "rejected" else logging.WARNING
+        text = f"failed for good, {outcome.reason}"
     elif isinstance(outcome, Retried):
-        LOG.info(
-            "job %s (%s) attempt %d failed and is tried again in %.1f s: %s: %s",
+        level, text = logging.DEBUG, f"is tried again in {outcome.delay_ms / 1000:.1f} s"
+    else:
+        return
+    if LOG.isEnabledFor(level):
+        about = {"job_id": event.job_id, "attempt": event.attempt, "run": event.run, "task": event.task}
+        error = outcome.error
+        LOG.log(
+            level,
+            "job %s (%s) %s at attempt %d: %s: %s",
             event.job_id,
             event.task,
+            text,
             event.attempt,
-            outcome.delay_ms / 1000,
-            outcome.error.type,
-            outcome.error.message,
+            error.type,
+            error.message,
             extra=about,
         )

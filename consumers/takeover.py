@@ -305,6 +305,8 @@ class Takeover(threading.Thread):
             return
         consumer = self._consumer()
         consumer.assign([TopicPartition(t, n, ranges[t, n][0]) for t, n in ends])
+        # A pause outlives unassign(): what was paused at the end of an earlier range would stay silent for ever.
+        consumer.resume([TopicPartition(t, n) for t, n in ends])
         try:
             seen = time.monotonic()
             while ends and not self._closing and wanted():

@@ -38,8 +38,6 @@ from jobledger.task import Registry
 LOG = logging.getLogger("jobledger.worker")
 
 EXIT_OK, EXIT_BROKEN = 0, 1
-#: Environment variable by which a supervisor tells its children whom to follow into the grave.
-PARENT_VARIABLE = "_JL_SUPERVISOR"
 #: Seconds the end of a worker may take beyond its grace time: cancelling, flushing, committing, leaving.
 CLOSING_S = 12.0
 
@@ -91,7 +89,15 @@ class WorkerOptions:
 class Worker:
     """One worker process's machinery; `run` blocks until `stop` or an error. Use once."""
 
-    def __init__(self, registry: Registry, settings: Settings, options: WorkerOptions | None = None) -> None:
+    def __init__(
+        self,
+        registry: Registry,
+        settings: Settings,
+        options: WorkerOptions | None = None,
+        *,
+        on_ready: Callable[[Worker], None] | None = None,
+    ) -> None:
+        self._on_ready = on_ready
         self.registry, self.settings, self.options = registry, settings, options or WorkerOptions()
         registry.check()
         names = self.options.queues
@@ -224,7 +230,7 @@ class Worker:
             arrived,
             fail=self.fail,
             too_large=executor.refused_as_too_large,
-            each_tick=lambda: self._tick(dispatcher),
+            each_tick=dispatcher.tick,
         )
         takeover = self.takeover = Takeover(settings, names, settler, decode, ready=dispatcher.ready, fail=self.fail)
         self.fetchers = [
@@ -259,17 +265,12 @@ class Worker:
             options.concurrency,
             options.job_threads,
         )
+        if self._on_ready is not None:
+            self._on_ready(self)
         if self._stopping.is_set():
             self._changed.set()
         await self._changed.wait()
         await self._close(dispatcher, executor, settler, takeover, sender)
-
-    def _tick(self, dispatcher: Dispatcher) -> None:
-        dispatcher.tick()
-        parent = os.environ.get(PARENT_VARIABLE)
-        if parent is not None and parent != str(os.getppid()) and not self._stopping.is_set():
-            LOG.warning("the supervisor is gone: the worker stops")
-            self.stop()
 
     # -- end ------------------------------------------------------------------------------------------------------
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any, ParamSpec, TypeVar, overload
+from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping
+from typing import Any, ParamSpec, Protocol, TypeVar, overload
 
 from jobledger.client import Client, JobHandle
 from jobledger.config import Settings
@@ -17,6 +17,16 @@ from jobledger.task import DEFAULT_PARTITIONS, DEFAULT_QUEUE, JobRequest, Queue,
 
 P = ParamSpec("P")
 R = TypeVar("R")
+
+
+class TaskDecorator(Protocol):
+    """What ``@app.task(…)`` returns: turns a function, plain or ``async``, into a `Task` of its result."""
+
+    @overload
+    def __call__(self, fn: Callable[P, Coroutine[Any, Any, R]], /) -> Task[P, R]: ...
+
+    @overload
+    def __call__(self, fn: Callable[P, R], /) -> Task[P, R]: ...
 
 
 class App:
@@ -81,6 +91,9 @@ class App:
     # -- declaring ------------------------------------------------------------------------------------------------
 
     @overload
+    def task(self, fn: Callable[P, Coroutine[Any, Any, R]], /) -> Task[P, R]: ...
+
+    @overload
     def task(self, fn: Callable[P, R], /) -> Task[P, R]: ...
 
     @overload
@@ -93,11 +106,11 @@ class App:
         retry: Retry | int | None = None,
         timeout: float | None = None,
         fallback: Task[Any, Any] | str | None = None,
-    ) -> Callable[[Callable[P, R]], Task[P, R]]: ...
+    ) -> TaskDecorator: ...
 
     def task(
         self,
-        fn: Callable[P, R] | None = None,
+        fn: Callable[..., Any] | None = None,
         /,
         *,
         name: str | None = None,
@@ -105,7 +118,7 @@ class App:
         retry: Retry | int | None = None,
         timeout: float | None = None,
         fallback: Task[Any, Any] | str | None = None,
-    ) -> Task[P, R] | Callable[[Callable[P, R]], Task[P, R]]:
+    ) -> Any:
         """Register a function as a task; usable bare or with options.
 
         ``name``: what stands in the log, the function's name unless given. ``queue``: where its jobs go.
@@ -114,7 +127,7 @@ class App:
         Raises `ConfigError` or `UnknownQueue`.
         """
 
-        def register(function: Callable[P, R]) -> Task[P, R]:
+        def register(function: Callable[..., Any]) -> Task[Any, Any]:
             return self.registry.add(function, name=name, queue=queue, retry=retry, timeout=timeout, fallback=fallback)
 
         return register if fn is None else register(fn)

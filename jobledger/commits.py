@@ -39,7 +39,7 @@ def group_offsets(
     """A group's commits by (topic, partition); empty if it never committed. Raises `BrokerUnavailable`."""
     request = [ConsumerGroupTopicPartitions(group)]
     try:
-        found = client.list_consumer_group_offsets(request, request_timeout=timeout)[group].result()
+        found = client.list_consumer_group_offsets(request, request_timeout=timeout)[group].result(timeout=timeout * 2)
     except KafkaException as exc:
         raise translate(exc.args[0], settings, f"asking for the offsets of group {group}") from exc
     return {

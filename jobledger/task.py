@@ -11,7 +11,7 @@ import inspect
 import typing
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Generic, ParamSpec, Protocol, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Generic, ParamSpec, Protocol, TypeVar
 
 import msgspec
 
@@ -110,9 +110,9 @@ class Task(Generic[P, R]):
         #: The signature as text, for error messages.
         self.signature = str(inspect.signature(fn, eval_str=True))
 
-    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
-        """Run the function itself, without Jobledger (a coroutine function returns its coroutine)."""
-        return cast(R, self.fn(*args, **kwargs))
+    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> Any:
+        """Run the function itself, without Jobledger: its result, or the coroutine of an ``async`` one."""
+        return self.fn(*args, **kwargs)
 
     def __repr__(self) -> str:
         return f"<task {self.name} of queue {self.queue}>"

@@ -277,9 +277,10 @@ class Upkeep:
         if not limits:
             return
         wanted = [TopicPartition(topic, partition, offset) for (topic, partition), offset in limits.items()]
-        for future in admin(self.settings).delete_records(wanted).values():
+        client = admin(self.settings)  # kept: a client that is collected never settles its futures
+        for future in client.delete_records(wanted, request_timeout=30.0).values():
             try:
-                future.result()
+                future.result(timeout=60.0)
             except KafkaException as exc:
                 raise translate(exc.args[0], self.settings, "trimming") from exc
 

@@ -294,3 +294,7 @@ def _commands(exports: Mapping[str, str], own_broker: bool, example: str | None)
     if own_broker:
         commands.append((f"{jobledger} kafka stop", "when you have seen enough"))
     return commands
+
+
+if __name__ == "__main__":
+    sys.exit(main())

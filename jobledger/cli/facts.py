@@ -55,13 +55,13 @@ def _describe(fact: object) -> str:
         case e.JobProgressed(done=done, total=total, message=message):
             return progress(done, total, message)
         case e.JobRetried(error=error, delay_ms=delay_ms, duration_us=took):
-            return f"again in {duration(delay_ms / 1000)}{_took(took)}: {error.type}: {error.message}"
+            return f"{error.type}: {error.message}{_took(took)}, again in {duration(delay_ms / 1000)}"
         case e.JobSnoozed(delay_ms=delay_ms, reason=reason):
             return f"again in {duration(delay_ms / 1000)}" + (f": {reason}" if reason else "")
         case e.JobSucceeded(result=result, duration_us=took):
-            return _took(took).removeprefix(", ") + ("" if result is None else f" → {_text(result)}")
+            return ("" if result is None else _text(result)) + f" after {duration(took / 1e6)}"
         case e.JobFailed(reason=why, error=error, duration_us=took):
-            return f"{why}{_took(took)}: {error.type}: {error.message}"
+            return f"{why}: {error.type}: {error.message}{_took(took)}"
         case e.JobCancelled(by=by, reason=reason):
             return f"by {by}" + (f": {reason}" if reason else "")
         case e.JobExpired(expired_at=expired_at):
@@ -118,7 +118,7 @@ def _text(raw: bytes) -> str:
 
 
 def _took(micros: int) -> str:
-    return f", {duration(micros / 1e6)}" if micros else ""
+    return f" after {duration(micros / 1e6)}" if micros else ""
 
 
 def _moment(micros: int) -> str:

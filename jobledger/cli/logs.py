@@ -13,14 +13,25 @@ _LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
 
 
 class _Format(logging.Formatter):
+    """For a terminal: the time, a level that is not info, the logger if it is not ours, in colour. Else all of it."""
+
     def __init__(self, coloured: bool) -> None:
-        super().__init__("%(asctime)s %(levelname)-7s %(name)s: %(message)s", "%H:%M:%S" if coloured else None)
+        super().__init__("%(asctime)s %(levelname)-7s %(name)s: %(message)s")
         self._coloured = coloured
+        self._short = logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S")
 
     def format(self, record: logging.LogRecord) -> str:
-        text = super().format(record)
+        if not self._coloured:
+            return super().format(record)
+        words = [] if record.levelno == logging.INFO else [record.levelname.lower()]
+        words += [] if record.name.startswith("jobledger.") else [record.name]
+        if words:
+            record = logging.makeLogRecord(
+                {**record.__dict__, "msg": f"{' '.join(words)}: {record.getMessage()}", "args": ()}
+            )
+        text = self._short.format(record)
         colour = _COLOURS.get(record.levelno)
-        return f"\x1b[{colour}m{text}\x1b[0m" if self._coloured and colour else text
+        return f"\x1b[{colour}m{text}\x1b[0m" if colour else text
 
 
 def set_up(environ: dict[str, str] | None = None) -> None:

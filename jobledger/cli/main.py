@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Annotated
 
 import typer
@@ -33,18 +33,22 @@ cli = typer.Typer(
 
 RUN, ASK, OPERATE = "Run", "Submit and ask", "Operate"
 
-cli.command("dev", rich_help_panel=RUN)(dev.dev)
-cli.command("worker", rich_help_panel=RUN)(running.worker)
-cli.command("streams", rich_help_panel=RUN)(running.streams)
-cli.command("coordinator", rich_help_panel=RUN)(running.coordinator)
-cli.command("materializer", rich_help_panel=RUN)(running.materializer)
-cli.command("submit", rich_help_panel=ASK)(jobs.submit)
+_COMMANDS: tuple[tuple[str, str, Callable[..., None], str], ...] = (
+    (RUN, "dev", dev.dev, "Everything in one terminal, reloading on change."),
+    (RUN, "worker", running.worker, "Run jobs."),
+    (RUN, "streams", running.streams, "Run the stream processor: coordinator and materializer."),
+    (RUN, "coordinator", running.coordinator, "Let delayed and retried jobs go when they are due."),
+    (RUN, "materializer", running.materializer, "Keep the status table abreast of the log."),
+    (ASK, "submit", jobs.submit, "Submit a job."),
+    (OPERATE, "verify", table.verify, "Compare the status table with the log."),
+    (OPERATE, "rebuild", table.rebuild, "Make the status table anew from the log."),
+)
+for _panel, _name, _run_it, _short in _COMMANDS:
+    cli.command(_name, rich_help_panel=_panel, short_help=_short)(_run_it)
 cli.add_typer(jobs.app, name="jobs", rich_help_panel=ASK)
 cli.add_typer(events.app, name="events", rich_help_panel=ASK)
 cli.add_typer(kafka_app, name="kafka", rich_help_panel=OPERATE)
 cli.add_typer(topics_app, name="topics", rich_help_panel=OPERATE)
-cli.command("verify", rich_help_panel=OPERATE)(table.verify)
-cli.command("rebuild", rich_help_panel=OPERATE)(table.rebuild)
 
 
 def _version(wanted: bool) -> None:
@@ -71,8 +75,8 @@ def run(argv: Sequence[str] | None = None) -> None:
 
     obey_leash()
     words = list(sys.argv[1:] if argv is None else argv)
-    # A last resort below the commands' own: a client that meets no broker says so itself, in its own words, otherwise.
-    logging.lastResort = None
+    # Commands that set no logging up say what is wrong themselves: the client's own words beside it would be noise.
+    logging.getLogger("jobledger").addHandler(logging.NullHandler())
     sys.exit(_run(words))
 
 

@@ -281,7 +281,7 @@ def test_jobs_of_other_versions_and_no_jobs_at_all(broker: str, namespace: str) 
     assert isinstance(misfit, JobFailed)
     assert misfit.reason == "bad-arguments"
     assert '{"c":1}' in misfit.error.message
-    assert "(a: 'int', b: 'int' = 1)" in misfit.error.message
+    assert "(a: int, b: int = 1)" in misfit.error.message
     rejected = [r.event.fact for r in log_of(app, app.names.dead_letter)]
     kept = {f.offset: f.raw_value for f in rejected if isinstance(f, RecordRejected)}
     assert kept == {n: g.value for n, g in enumerate(garbage)}
@@ -455,6 +455,7 @@ def test_a_worker_that_stops_lets_jobs_end_and_gives_up_the_rest(broker: str, na
     with working(app, grace=2.0, threads=1) as worker:
         until(lambda: len(app.ran) == 3)  # type: ignore[attr-defined]
         worker.stop()
+        until(lambda: worker.dispatcher is not None and not worker.dispatcher.accepting)
         gates["ends"].set()
         gates["thread"].set()
     results = [r.event.fact.result for rs in closings(app).values() for r in rs]  # type: ignore[union-attr]

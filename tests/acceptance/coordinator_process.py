@@ -1,0 +1,64 @@
+"""A coordinator as a process of its own, which kills itself at a given step. Run by the fault tests, not a test itself."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import os
+import signal
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+from jobledger.config import Settings
+from jobledger.names import Names
+from jobledger.streams.coordinator import Coordinator, supervise
+from jobledger.streams.faust_app import Options
+
+
+def main() -> int:
+    """Arguments as one JSON object: bootstrap, namespace, partitions, folder, options, kill (step, which time)."""
+    given: dict[str, Any] = json.loads(sys.argv[1])
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s")
+    step, times = given.get("kill") or ("", 0)
+    seen = 0
+
+    def on_step(name: str) -> None:
+        nonlocal seen
+        if name == step:
+            seen += 1
+            if seen == times:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    async def run() -> None:
+        coordinator = Coordinator(
+            Names(given["namespace"]),
+            Settings(bootstrap=given["bootstrap"]),
+            partitions=given["partitions"],
+            options=Options(**given["options"]),
+            data_dir=Path(given["folder"]),
+            on_step=on_step if step else None,
+        )
+        threading.Thread(target=report, args=(coordinator, Path(given["health"])), daemon=True).start()
+        await supervise(coordinator)
+
+    def report(coordinator: Coordinator, file: Path) -> None:
+        while True:
+            part = file.with_suffix(".part")
+            part.write_text(json.dumps(coordinator.health()), "utf-8")
+            part.replace(file)
+            threading.Event().wait(0.1)
+
+    try:
+        asyncio.run(run())
+    except Exception:
+        logging.exception("the coordinator gave up")
+        logging.shutdown()
+        os._exit(70)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

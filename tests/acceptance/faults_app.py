@@ -1,0 +1,51 @@
+"""Jobs for the worker's fault tests: short, some failing, and each noting beside the log that its code began."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import random
+import sys
+import time
+
+from jobledger import App, Retry, current_job
+
+app = App(os.environ.get("CHAOS_NAMESPACE", "faults"), partitions=4)
+EXECUTIONS = os.environ.get("CHAOS_EXECUTIONS", os.devnull)
+
+
+def note(what: str) -> None:
+    """One line, written at once: it is there even if the process dies right after."""
+    file = os.open(EXECUTIONS, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+    try:
+        os.write(file, f"{current_job().job_id} {what}\n".encode())
+    finally:
+        os.close(file)
+
+
+@app.task(retry=Retry(max_attempts=3, initial=3600.0))
+async def work(number: int) -> int:
+    """Takes a few milliseconds; one in ten fails."""
+    note("began")
+    dice = random.Random(number)
+    await asyncio.sleep(60 if number < 0 else dice.random() * 0.05)
+    if dice.random() < 0.1:
+        raise ValueError(f"number {number}")
+    return number
+
+
+@app.task(retry=Retry(max_attempts=3, initial=3600.0))
+def thread(number: int) -> int:
+    """The same in a thread."""
+    note("began")
+    dice = random.Random(number)
+    time.sleep(dice.random() * 0.02)
+    if dice.random() < 0.1:
+        raise ValueError(f"number {number}")
+    return number
+
+
+if __name__ == "__main__":
+    first, last = int(sys.argv[1]), int(sys.argv[2])
+    app.submit_many((thread if n % 4 == 3 and n >= 0 else work).job(n) for n in range(first, last))
+    app.close()

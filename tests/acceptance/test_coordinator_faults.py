@@ -1,0 +1,324 @@
+"""The coordinator as real processes under kill -9 between any two steps, SIGSTOP, a broker that stops, and takeovers.
+
+What is asserted is read from the raw topics by code of its own: each release that was asked for has at least one JobDue, all
+its copies are the same record, none is appended before its due time, and none stands for what nobody asked for.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import uuid_utils
+from confluent_kafka import Producer
+
+from jobledger import log
+from jobledger.config import Settings
+from jobledger.kafka import topics
+from jobledger.kafka.embedded import EmbeddedKafka
+from jobledger.log import LogReader, LogWriter, Outgoing
+from jobledger.names import Names
+from jobledger.schemas import codec
+from jobledger.schemas.events import JobDue, JobEvent, JobSpec, JobSubmitted, ReleaseRequested
+
+pytestmark = [pytest.mark.kafka, pytest.mark.slow, pytest.mark.timeout(600)]
+
+PARTITIONS = 3
+CHILD = Path(__file__).with_name("coordinator_process.py")
+
+#: Every place between two steps: of a timer, of a cycle, of a commit, of a sweep.
+STEPS = [
+    "due",
+    "decisions-sent",
+    "decisions-acknowledged",
+    "decided",
+    "releases-sent",
+    "released",
+    "rows-sent",
+    "rows-acknowledged",
+    "kept",
+    "acknowledged",
+    "commit-begins",
+    "committed",
+    "sweep-begins",
+    "floor-kept",
+    "swept",
+]
+
+
+@dataclass
+class Fleet:
+    """Coordinator processes of one namespace, and what was asked of them."""
+
+    bootstrap: str
+    namespace: str
+    folder: Path
+    options: dict[str, float] = field(default_factory=dict)
+    asked: dict[tuple[str, int, int], int | None] = field(default_factory=dict)
+    children: list[subprocess.Popen[bytes]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.settings = Settings(bootstrap=self.bootstrap)
+        self.names = Names(self.namespace)
+        admin = log.admin(self.settings)
+        specs = topics.desired(self.names, {"mail": PARTITIONS}, partitions=PARTITIONS, replication=1)
+        topics.apply(admin, topics.plan(admin, specs))
+        self.writer = LogWriter(self.settings, self.names)
+        self.options = {"session_timeout": 2.0, "commit_interval": 0.2, "keep_markers": 1.0, **self.options}
+
+    def start(self, name: str = "a", kill: tuple[str, int] | None = None) -> subprocess.Popen[bytes]:
+        """One more process; ``name`` is its folder."""
+        folder = self.folder / name
+        folder.mkdir(parents=True, exist_ok=True)
+        given = {
+            "bootstrap": self.bootstrap,
+            "namespace": self.namespace,
+            "partitions": PARTITIONS,
+            "folder": str(folder / "rows"),
+            "health": str(folder / "health.json"),
+            "options": self.options,
+            "kill": kill,
+        }
+        (folder / "health.json").unlink(missing_ok=True)
+        with (folder / "log").open("ab") as out:
+            child = subprocess.Popen([sys.executable, str(CHILD), json.dumps(given)], stdout=out, stderr=out)
+        self.children.append(child)
+        return child
+
+    def log_of(self, name: str = "a") -> str:
+        """The end of what a process wrote."""
+        return (self.folder / name / "log").read_text("utf-8", "replace")[-5000:]
+
+    def health(self, name: str = "a") -> dict[str, Any]:
+        """What a process last said of itself."""
+        try:
+            found: dict[str, Any] = json.loads((self.folder / name / "health.json").read_text("utf-8"))
+        except (OSError, ValueError):
+            return {}
+        return found
+
+    def submit(self, count: int, longest_ms: int) -> list[str]:
+        """``count`` delayed jobs, due within ``longest_ms``."""
+        jobs = [str(uuid_utils.uuid7()) for _ in range(count)]
+        self.ask([(job, 0, JobSubmitted(JobSpec(b"{}"), random.randrange(longest_ms + 1))) for job in jobs])
+        return jobs
+
+    def retry(self, jobs: list[str], release: int, longest_ms: int) -> None:
+        """The next release of jobs whose last one was let go, as a worker asks for it."""
+        self.ask([(job, release, ReleaseRequested(JobSpec(b"{}"), random.randrange(longest_ms + 1))) for job in jobs])
+
+    def ask(self, requests: list[tuple[str, int, JobSubmitted | ReleaseRequested]]) -> None:
+        records = []
+        for job, release, fact in requests:
+            event = JobEvent(job, job, 1, max(release, 1), release, 0, "t", "mail", None, job, "test", None, fact)
+            records.append(Outgoing(self.names.coordination, codec.encode(event), job))
+            self.asked[job, 1, max(release, 1)] = None
+        self.writer.send(records)
+
+    def raw(self, topic: str) -> Iterator[tuple[JobEvent, int]]:
+        """Every event of a topic with its append time, ms."""
+        with LogReader(self.settings) as reader:
+            for partition in range(PARTITIONS):
+                for message in reader.read(topic, partition, 0):
+                    yield codec.decode(message.value()), message.timestamp()[1]
+
+    def due_times(self) -> dict[tuple[str, int, int], int]:
+        """When each release was due, µs: read from the requests."""
+        found: dict[tuple[str, int, int], int] = {}
+        for event, appended in self.raw(self.names.coordination):
+            if isinstance(event.fact, JobSubmitted | ReleaseRequested):
+                named = (event.job_id, event.run, max(event.release, 1))
+                found.setdefault(named, (appended + (event.fact.delay_ms or 0)) * 1000)
+        return found
+
+    def released(self) -> dict[tuple[str, int, int], list[tuple[JobEvent, int]]]:
+        """Every JobDue by what it lets go."""
+        found: dict[tuple[str, int, int], list[tuple[JobEvent, int]]] = defaultdict(list)
+        for event, appended in self.raw(self.names.jobs("mail")):
+            assert isinstance(event.fact, JobDue)
+            found[event.job_id, event.run, event.release].append((event, appended))
+        return found
+
+    def await_all(self, timeout: float = 60.0) -> dict[tuple[str, int, int], list[tuple[JobEvent, int]]]:
+        """Wait until everything that was asked for was let go, and check it."""
+        wait_for(lambda: self.asked.keys() <= self.released().keys(), timeout, self.log_of)
+        found, due = self.released(), self.due_times()
+        assert found.keys() == self.asked.keys(), "something was let go that nobody asked for"
+        for named, copies in found.items():
+            assert len({event.event_id for event, _ in copies}) == 1, f"{named} was let go under two ids"
+            assert all(appended * 1000 >= due[named] for _, appended in copies), f"{named} was early"
+        return found
+
+    def close(self) -> None:
+        for child in self.children:
+            if child.poll() is None:
+                child.send_signal(signal.SIGCONT)
+                child.kill()
+            child.wait(10)
+        self.writer.close()
+
+
+def wait_for(fact: Callable[[], bool], timeout: float, said: Callable[[], str]) -> None:
+    """Poll ``fact``; after ``timeout`` seconds fail with what the process said."""
+    deadline = time.monotonic() + timeout
+    while not fact():
+        if time.monotonic() > deadline:
+            pytest.fail(f"it did not come to be within {timeout:g} s; the coordinator said:\n{said()}")
+        time.sleep(0.1)
+
+
+@pytest.fixture
+def fleet(broker: str, namespace: str, tmp_path: Path) -> Iterator[Fleet]:
+    """A fleet of processes on the shared broker; all ended afterwards."""
+    made = Fleet(broker, namespace, tmp_path)
+    yield made
+    made.close()
+
+
+def test_kill_minus_nine_between_any_two_steps_loses_and_contradicts_nothing(fleet: Fleet) -> None:
+    """Killed at every step in turn, with and without its local copy, each time under load: every release that was asked
+    for is let go, never early, copies carry one id; at the end an unharmed process lets go what is left."""
+    jobs: list[str] = []
+    for number, step in enumerate(STEPS):
+        # Every third restart finds no local copy and restores the changelog.
+        name = f"a{number // 3}"
+        child = fleet.start(name, kill=(step, random.randrange(1, 4)))
+        fleet.retry([job for job in jobs if (job, 1, 1) in fleet.released()], 2, 300)
+        jobs = fleet.submit(40, 800)
+        deadline = time.monotonic() + 45
+        while child.poll() is None:
+            assert time.monotonic() < deadline, f"never came to step {step!r}:\n{fleet.log_of(name)}"
+            fleet.submit(2, 100)  # something must go on for every step to come
+            time.sleep(0.1)
+        assert child.returncode == -signal.SIGKILL, fleet.log_of(name)
+    fleet.start("b")
+    found = fleet.await_all()
+    assert len(found) > 40 * len(STEPS)
+
+
+def test_a_paused_instance_repeats_decisions_and_contradicts_none(fleet: Fleet) -> None:
+    """Two instances; one is stopped for longer than its session while releases are due, then goes on."""
+    one, _ = fleet.start("one"), fleet.start("two")
+    wait_for(
+        lambda: (
+            len(fleet.health("one").get("partitions", [])) + len(fleet.health("two").get("partitions", [])) == 3
+            and bool(fleet.health("one")["partitions"] and fleet.health("two")["partitions"])
+            and fleet.health("one")["ready"]
+            and fleet.health("two")["ready"]
+        ),
+        60,
+        lambda: fleet.log_of("one") + fleet.log_of("two"),
+    )
+    fleet.submit(600, 12_000)
+    wait_for(lambda: len(fleet.released()) > 50, 30, lambda: fleet.log_of("two"))
+    one.send_signal(signal.SIGSTOP)
+    # The other one owns everything now, and lets go what the paused one had.
+    wait_for(lambda: len(fleet.health("two").get("partitions", [])) == 3, 30, lambda: fleet.log_of("two"))
+    wait_for(lambda: len(fleet.released()) > 400, 60, lambda: fleet.log_of("two"))
+    one.send_signal(signal.SIGCONT)
+    fleet.submit(100, 3_000)
+    found = fleet.await_all()
+    assert len(found) == 700
+
+
+def test_an_instance_that_dies_is_replaced_by_the_other(fleet: Fleet) -> None:
+    """Two instances, one killed with kill -9 under load: the other lets go what the dead one owned."""
+    one, two = fleet.start("one"), fleet.start("two")
+    wait_for(
+        lambda: bool(fleet.health("one").get("partitions") and fleet.health("two").get("partitions")),
+        60,
+        lambda: fleet.log_of("one") + fleet.log_of("two"),
+    )
+    fleet.submit(400, 8_000)
+    wait_for(lambda: len(fleet.released()) > 50, 30, lambda: fleet.log_of("two"))
+    one.kill()
+    fleet.await_all()
+    assert two.poll() is None
+
+
+def test_sigterm_ends_cleanly_and_the_next_one_goes_on(fleet: Fleet) -> None:
+    """Exit code 0 within 10 s, and nothing is let go twice: what was dealt with is committed."""
+    first = fleet.start("a")
+    fleet.submit(200, 4_000)
+    wait_for(lambda: len(fleet.released()) > 60, 60, fleet.log_of)
+    first.terminate()
+    assert first.wait(10) == 0, fleet.log_of()
+    fleet.start("a")
+    found = fleet.await_all()
+    assert all(len(copies) == 1 for copies in found.values())
+
+
+@pytest.fixture
+def own_broker(tmp_path: Path) -> Iterator[EmbeddedKafka]:
+    """A broker that the test may stop."""
+    with EmbeddedKafka(tmp_path / "kafka") as kafka:
+        yield kafka
+
+
+def test_a_broker_that_stops_for_ten_seconds_is_survived(
+    own_broker: EmbeddedKafka, namespace: str, tmp_path: Path
+) -> None:
+    """The same process goes on, nothing is lost, early or contradicted."""
+    fleet = Fleet(own_broker.bootstrap, namespace, tmp_path)
+    try:
+        child = fleet.start()
+        fleet.submit(300, 15_000)
+        wait_for(lambda: len(fleet.released()) > 20, 60, fleet.log_of)
+        own_broker.stop()
+        time.sleep(10)  # the fault itself, not a wait for a fact
+        own_broker.start()
+        fleet.await_all(120)
+        assert child.poll() is None, fleet.log_of()
+    finally:
+        fleet.close()
+
+
+def test_a_broker_that_stays_away_ends_it_with_an_error(
+    own_broker: EmbeddedKafka, namespace: str, tmp_path: Path
+) -> None:
+    """After its patience it ends with exit code 70 and names the address: it does not wait for ever."""
+    fleet = Fleet(own_broker.bootstrap, namespace, tmp_path, options={"patience": 6.0})
+    try:
+        child = fleet.start()
+        wait_for(lambda: bool(fleet.health().get("ready")), 60, fleet.log_of)
+        fleet.submit(20, 30_000)
+        own_broker.kill()
+        assert child.wait(60) == 70, fleet.log_of()
+        assert own_broker.bootstrap in fleet.log_of()
+    finally:
+        fleet.close()
+
+
+def test_garbage_between_good_records_is_dead_lettered_and_stops_nothing(fleet: Fleet) -> None:
+    """Random bytes, half an event and no value at all, from a foreign producer, among 200 jobs."""
+    foreign = Producer({"bootstrap.servers": fleet.bootstrap})
+    fleet.start()
+    good = codec.encode(JobEvent("x", "x", 1, 1, 0, 0, "t", "mail", None, "x", "t", None, JobSubmitted(JobSpec(b"{}"))))
+    garbage = [os.urandom(40), good[:25], None, b""]
+    for number in range(20):
+        fleet.submit(10, 300)
+        foreign.produce(fleet.names.coordination, garbage[number % 4], b"k")
+        foreign.flush(10)
+    fleet.await_all()
+    with LogReader(fleet.settings) as reader:
+        rejected = [
+            (fact.raw_value, fact.offset)
+            for partition in range(PARTITIONS)
+            for message in reader.read(fleet.names.dead_letter, partition, 0)
+            if (fact := codec.decode(message.value()).fact)
+        ]
+    assert (
+        sorted(value or b"" for value, _ in rejected) == sorted((garbage * 5)[:20], key=lambda v: v or b"")
+        or len(rejected) == 20
+    )

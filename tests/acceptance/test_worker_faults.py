@@ -1,0 +1,183 @@
+"""Workers alone against faults: killed, frozen, stopped one by one; judged by the raw log and by what really ran.
+
+Without a coordinator a retried job stays where it is, so every release is looked at by itself: each must be closed, and
+none may be started once its success was in the log. ``FAULT_JOBS`` and ``FAULT_KILLS`` scale the test up.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+import uuid
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from confluent_kafka.admin import AdminClient
+
+from jobledger.config import Settings
+from jobledger.kafka import topics
+from jobledger.kafka.embedded import EmbeddedKafka
+from jobledger.names import Names
+from tests.acceptance import rawlog
+from tests.acceptance.fleet import Fleet, Member, paused
+from tests.acceptance.rawlog import Log, Record
+
+pytestmark = [pytest.mark.kafka, pytest.mark.slow]
+
+JOBS = int(os.environ.get("FAULT_JOBS", "4000"))
+KILLS = int(os.environ.get("FAULT_KILLS", "6"))
+BEYOND_SESSION_S = 9.0
+CLOSING = {"JobSucceeded", "JobFailed", "JobRetried", "JobSnoozed"}
+PARTITIONS = 4
+
+Release = tuple[str, int, int]
+
+
+@pytest.fixture(scope="module")
+def kafka() -> Iterator[EmbeddedKafka]:
+    """A broker of this module's own."""
+    with EmbeddedKafka() as broker:
+        yield broker
+
+
+@pytest.fixture
+def fleet(kafka: EmbeddedKafka, tmp_path: Path) -> Iterator[Fleet]:
+    """A namespace with its topics and no process yet."""
+    namespace = f"w{uuid.uuid4().hex[:10]}"
+    settings, names = Settings(bootstrap=kafka.bootstrap), Names(namespace)
+    specs = topics.desired(names, {"default": PARTITIONS}, partitions=PARTITIONS, replication=1)
+    client = AdminClient({"bootstrap.servers": settings.resolve_bootstrap()})
+    topics.apply(client, topics.plan(client, specs, topics.worker_groups(names, ["default"])))
+    with Fleet(tmp_path, kafka.bootstrap, namespace, target="tests/acceptance/faults_app.py:app") as made:
+        yield made
+
+
+def submit(fleet: Fleet, first: int, last: int) -> None:
+    """Submit jobs by number, in a process of its own, acknowledged when this returns."""
+    import subprocess
+    import sys
+
+    argv = [sys.executable, "-m", "tests.acceptance.faults_app", str(first), str(last)]
+    subprocess.run(argv, env=fleet.environ, check=True, cwd=Path(__file__).resolve().parents[2], timeout=120)
+
+
+class Seen:
+    """The log as it is, release by release."""
+
+    def __init__(self, fleet: Fleet) -> None:
+        self.log: Log = rawlog.read(fleet.bootstrap, fleet.namespace)
+        self.work: dict[Release, Record] = {}
+        for record in self.log.work():
+            self.work.setdefault(record.release, record)
+        self.closed: dict[Release, Record] = {}
+        self.succeeded: dict[Release, Record] = {}
+        self.starts: list[Record] = []
+        for record in self.log.of("lifecycle"):
+            if record.fact in CLOSING:
+                self.closed.setdefault(record.release, record)
+            if record.fact == "JobSucceeded":
+                self.succeeded.setdefault(record.release, record)
+            if record.fact == "JobStarted":
+                self.starts.append(record)
+
+    def open(self) -> set[Release]:
+        """Releases without an end."""
+        return set(self.work) - set(self.closed)
+
+    def begun_after_success(self) -> list[Record]:
+        """Starts that stand behind the success of their own release."""
+        found = []
+        for start in self.starts:
+            success = self.succeeded.get(start.release)
+            if success is not None and success.offset < start.offset:
+                assert success.partition == start.partition
+                found.append(start)
+        return found
+
+
+def runs(fleet: Fleet) -> Counter[str]:
+    """How often each job's code really began, by its own account."""
+    lines = fleet.executions.read_text().splitlines() if fleet.executions.exists() else []
+    return Counter(line.split()[0] for line in lines if line.split()[1] == "began")
+
+
+def all_closed(fleet: Fleet, expected: int) -> bool:
+    seen = Seen(fleet)
+    return len(seen.work) >= expected and not seen.open()
+
+
+def drained(fleet: Fleet, expected: int, timeout: float = 120.0) -> Seen:
+    """Wait until every release is closed."""
+    fleet.until(lambda: all_closed(fleet, expected), timeout, f"{expected} releases closed")
+    return Seen(fleet)
+
+
+def progress(fleet: Fleet, least: int) -> None:
+    """Wait until at least so many jobs have begun."""
+    fleet.until(lambda: sum(runs(fleet).values()) >= least, 90, f"{least} jobs begun")
+
+
+def test_kill_9_loses_nothing_and_reruns_no_success(fleet: Fleet) -> None:
+    """Workers killed again and again: every release is closed, none begins again after its success was in the log, and
+    what is committed is closed."""
+    submit(fleet, 0, JOBS)
+    workers = [fleet.start("worker", "--concurrency", "50") for _ in range(2)]
+    for n in range(KILLS):
+        progress(fleet, JOBS * (n + 1) // (KILLS + 2))
+        fleet.kill(workers[n % 2])
+        fleet.tend()
+    seen = drained(fleet, JOBS)
+    assert not seen.begun_after_success()
+    for place, base in seen.log.committed.items():
+        below = [r for r in seen.work.values() if (r.topic, r.partition) == place and r.offset < base]
+        assert all(r.release in seen.closed for r in below)
+    again = [job for job, count in runs(fleet).items() if count > 1]
+    assert len(again) <= KILLS * 50, "only what ran when its worker was killed may run again"
+
+
+def test_a_rolling_restart_reruns_nothing(fleet: Fleet) -> None:
+    """SIGTERM of one worker after the other while they work: every job's code runs exactly once."""
+    submit(fleet, 0, JOBS)
+    workers = [fleet.start("worker", "--concurrency", "20") for _ in range(2)]
+    for n, member in enumerate(workers * 2):
+        progress(fleet, JOBS * (n + 1) // 6)
+        assert fleet.stop(member) == 0, member.tail()
+        fleet.restart(member)
+    seen = drained(fleet, JOBS)
+    counted = runs(fleet)
+    assert len(counted) == JOBS
+    assert {job: count for job, count in counted.items() if count > 1} == {}
+    assert len(seen.starts) == JOBS
+
+
+def test_a_frozen_worker_finds_its_jobs_done_by_others(fleet: Fleet) -> None:
+    """A worker that stood still past its session starts nothing that was taken over meanwhile, and works again."""
+    submit(fleet, 0, JOBS)
+    members: list[Member] = [fleet.start("worker", "--concurrency", "20") for _ in range(2)]
+    progress(fleet, JOBS // 4)
+    with paused(fleet, members[0], BEYOND_SESSION_S):
+        progress(fleet, JOBS // 2)
+    thawed = fleet.windows[-1].end
+    submit(fleet, JOBS, JOBS + 500)
+    seen = drained(fleet, JOBS + 500)
+    # What was on its way out when it was frozen is sent when it wakes.
+    late = [r for r in seen.begun_after_success() if not thawed <= r.at <= thawed + 3_000]
+    assert not late
+    again = [job for job, count in runs(fleet).items() if count > 1]
+    assert len(again) <= 20, "only what ran when it was frozen may run again"
+    assert all(m.process is not None and m.process.poll() is None for m in members)
+
+
+def test_a_stop_signal_twice_does_not_wait(fleet: Fleet) -> None:
+    """The second SIGTERM ends the grace time."""
+    submit(fleet, -1, 0)  # a job that takes a minute
+    worker = fleet.start("worker", "--grace", "50")
+    progress(fleet, 1)
+    began = time.monotonic()
+    fleet._signal(worker, 15)
+    fleet._signal(worker, 15)
+    assert fleet.stop(worker) == 0
+    assert time.monotonic() - began < 20
+    assert len(Seen(fleet).open()) == 1

@@ -1,0 +1,192 @@
+"""Watchdog, audit and trimming on a real log and a real table."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from confluent_kafka import Consumer, TopicPartition
+
+from jobledger import App, Settings
+from jobledger.kafka.topics import ensure
+from jobledger.log import LogReader, LogWriter, Outgoing, consumer_config, decoder, now_us, recorded, wait_until
+from jobledger.schemas import codec
+from jobledger.schemas import events as ev
+from jobledger.streams.status import Materializer
+from jobledger.streams.store import open_reader
+from jobledger.streams.upkeep import Cadence, Upkeep
+
+pytestmark = pytest.mark.kafka
+
+PARTITIONS = 2
+
+
+class Bench:
+    """A namespace with its topics, a materializer that keeps its table, and an upkeep that is driven by hand."""
+
+    def __init__(self, broker: str, namespace: str, folder: Path) -> None:
+        url = f"sqlite:///{folder / 'status.db'}"
+        self.settings = Settings(bootstrap=broker, status_url=url)
+        self.app = App(namespace, settings=self.settings, partitions=PARTITIONS)
+        self.names = self.app.names
+
+        @self.app.task(queue="mail")
+        async def send_mail(to: str) -> None: ...
+
+        self.task = send_mail
+        ensure(self.app, self.settings)
+        self._stop = threading.Event()
+        made = Materializer(self.names, self.settings, ["mail"], url)
+        self._thread = threading.Thread(target=made.run, args=(self._stop,))
+        self._thread.start()
+        self.table = made
+        wait_until(lambda: made.active, 20, "the materializer becoming active")
+        self.reader = open_reader(url, namespace)
+
+    def upkeep(self, **cadence: float) -> Upkeep:
+        """An upkeep with a cadence of the test's."""
+        return Upkeep(self.names, self.settings, ["mail"], self.reader, cadence=Cadence(**cadence))
+
+    def caught_up(self) -> None:
+        """Wait until the table has all of the log."""
+        wait_until(self.table.caught_up, 20, "the table catching up")
+
+    def commit(self, group: str, topic: str, offsets: dict[int, int], metadata: str = "") -> None:
+        """Commit for a group, as its members would."""
+        consumer = Consumer(consumer_config(self.settings, group=group))
+        places = [TopicPartition(topic, p, o, metadata) for p, o in offsets.items()]
+        consumer.commit(offsets=places, asynchronous=False)
+        consumer.close()
+
+    def read(self, topic: str) -> list[ev.Recorded]:
+        """Every event of a topic."""
+        decode = decoder(self.settings, self.names).decode
+        with LogReader(self.settings) as log:
+            return [recorded(m, decode) for p in range(PARTITIONS) for m in log.read(topic, p, 0)]
+
+    def write(self, event: ev.JobEvent, topic: str, partition: int) -> ev.Position:
+        """Append one event."""
+        writer = LogWriter(self.settings, self.names)
+        position = writer.send([Outgoing(topic, codec.encode(event), event.job_id, partition)])[0]
+        writer.close()
+        return position
+
+    def close(self) -> None:
+        """Stop everything."""
+        self._stop.set()
+        self._thread.join(20)
+        self.reader.close()
+        self.app.close()
+
+
+@pytest.fixture
+def bench(broker: str, namespace: str, tmp_path: Path) -> Iterator[Bench]:
+    """One namespace, stopped at the end."""
+    made = Bench(broker, namespace, tmp_path)
+    yield made
+    made.close()
+
+
+def closing(bench: Bench, job_id: str) -> ev.JobEvent:
+    """The fact that ends a job well."""
+    return ev.JobEvent("e", job_id, 1, 1, 1, now_us(), "send_mail", "mail", None, None, "test", None, ev.JobSucceeded())
+
+
+def test_the_watchdog_asks_for_what_nobody_released(bench: Bench) -> None:
+    """A delayed job that no coordinator released is asked about, with its spec and the release it waits for, once."""
+    handle = bench.task.using(delay=0.05, tags={"a": "b"}).submit("x")
+    bench.caught_up()
+    upkeep = bench.upkeep(overdue_after=0.1)
+    wait_until(lambda: upkeep.watch() == 1, 20, "the watchdog asking")
+    asked = [r.event for r in bench.read(bench.names.coordination) if isinstance(r.event.fact, ev.ReleaseOverdue)]
+    assert [(e.job_id, e.run, e.release, e.attempt, e.home) for e in asked] == [(handle.job_id, 1, 1, 1, handle.job_id)]
+    assert isinstance(asked[0].fact, ev.ReleaseOverdue)
+    assert asked[0].fact.spec == ev.JobSpec(b'{"to":"x"}', {"a": "b"})
+    assert upkeep.watch() == 0, "it asks again only after a while"
+    upkeep.close()
+
+
+def test_a_backlog_is_not_overdue(bench: Bench) -> None:
+    """Jobs that wait for a worker are nobody's fault, and jobs whose time has not come are not late."""
+    bench.task.submit("x")
+    bench.task.using(delay=3600).submit("y")
+    bench.caught_up()
+    assert bench.upkeep(overdue_after=0.0).watch() == 0
+
+
+def test_the_watchdog_does_not_judge_by_an_old_table(bench: Bench) -> None:
+    """If the table is behind the log, nothing is asked: the release may be in what it has not read."""
+    bench.task.using(delay=0.01).submit("x")
+    bench.caught_up()
+    bench._stop.set()
+    bench._thread.join(20)
+    bench.task.using(delay=3600).submit("y")
+    upkeep = bench.upkeep(overdue_after=0.0, patience=0.3)
+    wait_until(lambda: bool(bench.reader.overdue(time.time_ns() // 1_000_000, 0)), 20, "the job being overdue")
+    assert upkeep.watch() == 0
+    upkeep.close()
+
+
+def test_the_audit_finds_a_record_that_was_passed_without_an_end(bench: Bench) -> None:
+    """A work record below the committed offset without a closing fact is counted, until the fact is there."""
+    handle = bench.task.submit("x")
+    place = handle.position
+    bench.caught_up()
+    upkeep = bench.upkeep()
+    assert upkeep.audit() == 0, "nothing is committed, so nothing was passed"
+    bench.commit(bench.names.worker_group("mail"), place.topic, {place.partition: place.offset + 1})
+    assert upkeep.audit() == 1
+    bench.write(closing(bench, handle.job_id), bench.names.lifecycle, place.partition)
+    assert upkeep.audit() == 0
+
+
+def starts(bench: Bench, topic: str) -> dict[int, int]:
+    """Where each partition of a topic begins."""
+    with LogReader(bench.settings) as log:
+        return {p: log.watermarks(topic, p)[0] for p in range(PARTITIONS)}
+
+
+def aged(make: Callable[[], object]) -> float:
+    """Seconds of retention so that what ``make`` wrote before is past it and what follows is not."""
+    make()
+    began = time.time()
+    wait_until(lambda: time.time() - began > 1.2, 5, "a second passing")
+    return 0.6
+
+
+def test_trimming_keeps_what_somebody_needs(bench: Bench) -> None:
+    """Old records go once workers, coordinator and table are past them; a delayed job is sent again first."""
+    names, work = bench.names, bench.names.jobs("mail")
+    ended = bench.task.submit("ended")
+    open_job = bench.task.submit("open")
+    waiting = bench.task.using(delay=3600).submit("waiting")
+    retention = aged(lambda: bench.write(closing(bench, ended.job_id), names.lifecycle, ended.position.partition))
+    bench.caught_up()
+    upkeep = bench.upkeep(retention=retention)
+    assert upkeep.trim() == {}, "no worker and no coordinator has said how far it is"
+
+    with LogReader(bench.settings) as log:
+        ends = {t: {p: log.watermarks(t, p)[1] for p in range(PARTITIONS)} for t in (work, names.coordination)}
+    floor = "1c.0.00000000.r"
+    bench.commit(names.worker_group("mail"), work, ends[work], floor)
+    bench.commit(names.coordinator_group, names.coordination, ends[names.coordination])
+    upkeep.trim()
+
+    kept = {r.event.job_id for r in bench.read(work)}
+    assert open_job.job_id in kept
+    if ended.position.partition != open_job.position.partition or ended.position.offset < open_job.position.offset:
+        assert ended.job_id not in kept
+    assert starts(bench, names.lifecycle) == dict.fromkeys(range(PARTITIONS), 0), "the takeover floor is 0"
+    assert starts(bench, names.coordination)[waiting.position.partition] == waiting.position.offset + 1
+    again = [r.event for r in bench.read(names.coordination)]
+    assert [e.job_id for e in again] == [waiting.job_id]
+    assert isinstance(again[0].fact, ev.JobSubmitted)
+    assert again[0].fact.delay_ms is None
+    bench.caught_up()
+    due_at = bench.reader.job(waiting.job_id).due_at
+    assert due_at is not None
+    assert again[0].fact.due_at == round(due_at.timestamp() * 1000) * 1000
+    upkeep.close()
