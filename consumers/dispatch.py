@@ -183,7 +183,8 @@ class Dispatcher:
         except JobledgerError as exc:
             self.fail(exc)
             return
-        if begun >= BUDGET and not self._awake:
+        # Records that are passed take no slot, so nothing else would wake us for what follows them.
+        if begun and len(running) < self._concurrency and not self._awake:
             self._awake = True
             self._loop.call_soon(self.pump)
         for fetcher in self.fetchers:

@@ -83,7 +83,7 @@ def _end(number: int, frame: object) -> None:
 def run(screen: Screen, options: argparse.Namespace) -> bool:
     """The whole run, and the end of everything it started; whether all that must be true was."""
     given = os.environ.get("JOBLEDGER_BOOTSTRAP")
-    exports = {"JOBLEDGER_HOME": os.path.relpath(options.home)}
+    exports = {"JOBLEDGER_HOME": _short(options.home.expanduser().absolute())}
     exports |= {"JOBLEDGER_BOOTSTRAP": given} if given else {}
     exports |= {"JOBLEDGER_STATUS_URL": ""} if os.environ.get("JOBLEDGER_STATUS_URL") else {}
     namespace = f"airports-{time.strftime('%Y%m%d-%H%M%S')}" if given else "airports"
@@ -274,26 +274,28 @@ def _jobledger(*words: str) -> dict[str, Any]:
     return found
 
 
-def _commands(exports: Mapping[str, str], own_broker: bool, example: str | None) -> list[tuple[str, str]]:
-    """What to type to look at what the run left, and what it shows."""
+def _commands(exports: Mapping[str, str], own_broker: bool, example: str | None) -> list[tuple[str, list[str]]]:
+    """What to type to look at what the run left, under what it shows."""
     script = Path(sys.executable).with_name("jobledger")
-    jobledger = "jobledger" if shutil.which("jobledger") == str(script) else os.path.relpath(script)
-    commands = [
-        (
-            "export " + " ".join(f"{name}={shlex.quote(value)}" for name, value in exports.items()),
-            "what this run left",
-        ),
-        (f"{jobledger} jobs list --state failed", "the rejects"),
-        (f"{jobledger} jobs list --tag country=CH", "the airports of a country"),
-    ]
-    if own_broker:
-        commands.append((f"{jobledger} kafka start --port 0", "the same broker again, for the log"))
+    jobledger = "jobledger" if shutil.which("jobledger") == str(script) else _short(script)
+    from_log = [f"{jobledger} events tail -n 20"]
     if example is not None:
-        commands.append((f"{jobledger} jobs show {example} --timeline", "a job that was retried"))
-    commands.append((f"{jobledger} events tail -n 20", "the end of the log"))
+        from_log.insert(0, f"{jobledger} jobs show {example} --timeline")
+    settings = " ".join(f"{name}={shlex.quote(value)}" for name, value in exports.items())
+    commands = [
+        ("the rejects, and the airports of one country", [f"export {settings}"]),
+        ("a job that was retried, and the end of the log", from_log),
+    ]
+    commands[0][1].extend([f"{jobledger} jobs list --state failed", f"{jobledger} jobs list --tag country=CH"])
     if own_broker:
-        commands.append((f"{jobledger} kafka stop", "when you have seen enough"))
+        from_log.insert(0, f"{jobledger} kafka start --port 0")
+        from_log.append(f"{jobledger} kafka stop")
     return commands
+
+
+def _short(path: Path) -> str:
+    """``path`` from here, if it lies below."""
+    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
 
 
 if __name__ == "__main__":

@@ -264,11 +264,12 @@ class Screen:
         """Words that explain the figures above."""
         self.print(Padding(Text(text, "dim"), (0, 4)))
 
-    def commands(self, commands: Sequence[tuple[str, str]]) -> None:
-        """What to type to look further, each with what it is for; never wrapped, so that it can be copied."""
-        width = max(len(command) for command, _ in commands)
-        for command, why in commands:
-            self.print(Text(f"    {command.ljust(width)}"), Text(f"# {why}", "dim"), soft_wrap=True)
+    def commands(self, groups: Sequence[tuple[str, Sequence[str]]]) -> None:
+        """What to type to look further, under what it is for; never wrapped, so that it can be copied."""
+        for why, commands in groups:
+            self.print(Text(f"    # {why}", "dim"))
+            for command in commands:
+                self.print(Text(f"    {command}"), soft_wrap=True)
         self.print()
 
     def save(self, path: Path, title: str) -> None:

@@ -77,10 +77,11 @@ def run(argv: Sequence[str] | None = None) -> None:
     words = list(sys.argv[1:] if argv is None else argv)
     # Commands that set no logging up say what is wrong themselves: the client's own words beside it would be noise.
     logging.getLogger("jobledger").addHandler(logging.NullHandler())
-    sys.exit(_run(words))
+    sys.exit(main(words))
 
 
-def _run(words: list[str]) -> int:
+def main(words: list[str]) -> int:
+    """Run one command line in this process; its exit code. Errors are printed, none of ours is raised."""
     options = words[: words.index("--")] if "--" in words else words
     as_json = "--json" in options
     try:

@@ -6,10 +6,7 @@ from typing import Annotated
 
 import typer
 
-from jobledger.cli import logs, output
-from jobledger.cli.loading import load_app
 from jobledger.cli.options import Bootstrap, Json, StatusUrl, Target
-from jobledger.cli.output import Exit
 
 
 def verify(

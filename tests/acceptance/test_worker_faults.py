@@ -103,15 +103,18 @@ def runs(fleet: Fleet) -> Counter[str]:
     return Counter(line.split()[0] for line in lines if line.split()[1] == "began")
 
 
-def all_closed(fleet: Fleet, expected: int) -> bool:
-    seen = Seen(fleet)
-    return len(seen.work) >= expected and not seen.open()
-
-
 def drained(fleet: Fleet, expected: int, timeout: float = 120.0) -> Seen:
     """Wait until every release is closed."""
-    fleet.until(lambda: all_closed(fleet, expected), timeout, f"{expected} releases closed")
-    return Seen(fleet)
+    seen: list[Seen] = []
+
+    def all_closed() -> bool:
+        if len(runs(fleet)) < expected:  # reading the whole log is only worth it at the end
+            return False
+        seen.append(Seen(fleet))
+        return len(seen[-1].work) >= expected and not seen[-1].open()
+
+    fleet.until(all_closed, timeout, f"{expected} releases closed")
+    return seen[-1]
 
 
 def progress(fleet: Fleet, least: int) -> None:
@@ -133,8 +136,8 @@ def test_kill_9_loses_nothing_and_reruns_no_success(fleet: Fleet) -> None:
     for place, base in seen.log.committed.items():
         below = [r for r in seen.work.values() if (r.topic, r.partition) == place and r.offset < base]
         assert all(r.release in seen.closed for r in below)
-    again = [job for job, count in runs(fleet).items() if count > 1]
-    assert len(again) <= KILLS * 50, "only what ran when its worker was killed may run again"
+    again = sum(count - 1 for count in runs(fleet).values())
+    assert again <= KILLS * 100, "only what ran, or had just ended, when its worker was killed may run again"
 
 
 def test_a_rolling_restart_reruns_nothing(fleet: Fleet) -> None:
@@ -165,8 +168,8 @@ def test_a_frozen_worker_finds_its_jobs_done_by_others(fleet: Fleet) -> None:
     # What was on its way out when it was frozen is sent when it wakes.
     late = [r for r in seen.begun_after_success() if not thawed <= r.at <= thawed + 3_000]
     assert not late
-    again = [job for job, count in runs(fleet).items() if count > 1]
-    assert len(again) <= 20, "only what ran when it was frozen may run again"
+    again = sum(count - 1 for count in runs(fleet).values())
+    assert again <= 40, "only what ran when it was frozen may run again"
     assert all(m.process is not None and m.process.poll() is None for m in members)
 
 

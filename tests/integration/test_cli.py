@@ -1,0 +1,293 @@
+"""The command line as people use it: real processes on a real broker, from the topics to the end of a job."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+pytestmark = [pytest.mark.kafka, pytest.mark.timeout(180)]
+
+WAIT_S = 60.0
+
+APP = """\
+import asyncio
+from jobledger import App, Reject, Retry, current_job
+
+app = App({namespace!r}, partitions=2)
+
+
+@app.task(queue="mail", retry=Retry(max_attempts=3, initial=0.1, jitter=False), timeout=30.0)
+async def send_mail(to: str, fail: int = 0) -> str:
+    current_job().progress(done=1, total=2, message="rendered")
+    if current_job().attempt <= fail:
+        raise RuntimeError("busy")
+    if "@" not in to:
+        raise Reject(to + " is no address")
+    return "sent to " + to
+
+
+@app.task
+def add(a: int, b: int = 1) -> int:
+    return a + b
+
+
+@app.task
+async def sleepy(seconds: float) -> None:
+    await asyncio.sleep(seconds)
+"""
+
+
+class Process:
+    """A command that runs until it is told to stop, with its output."""
+
+    def __init__(self, words: list[str], folder: Path, environ: dict[str, str]) -> None:
+        self.lines: list[str] = []
+        self._new = threading.Condition()
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "jobledger", *words],
+            cwd=folder,
+            env=environ,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        self._reader = threading.Thread(target=self._read)
+        self._reader.start()
+
+    def _read(self) -> None:
+        assert self.process.stdout is not None
+        with self.process.stdout as stream:
+            for line in stream:
+                with self._new:
+                    self.lines.append(line.rstrip("\n"))
+                    self._new.notify_all()
+
+    def said(self, *texts: str) -> None:
+        """Wait until one line has all of these."""
+        with self._new:
+            found = self._new.wait_for(lambda: any(all(t in line for t in texts) for line in self.lines), WAIT_S)
+            assert found, f"{texts} not in\n" + "\n".join(self.lines[-40:])
+
+    def stop(self, number: signal.Signals = signal.SIGTERM) -> int:
+        """Ask it to end; its exit code. Its children must be gone, too."""
+        family = psutil.Process(self.process.pid).children(recursive=True) if self.process.poll() is None else []
+        self.process.send_signal(number)
+        code = self.process.wait(WAIT_S)
+        self._reader.join(WAIT_S)
+        assert not psutil.wait_procs(family, WAIT_S)[1]
+        return code
+
+    def close(self) -> None:
+        """Leave nothing running, whatever has happened."""
+        if self.process.poll() is None:
+            family = psutil.Process(self.process.pid).children(recursive=True)
+            self.process.kill()
+            for each in family:
+                if each.is_running():
+                    each.kill()
+        self.process.wait(WAIT_S)
+        self._reader.join(WAIT_S)
+
+
+class Shop:
+    """A folder with an app of its own namespace, and the commands run in it."""
+
+    def __init__(self, folder: Path, broker: str, namespace: str) -> None:
+        self.folder, self.namespace = folder, namespace
+        self.module = f"shop_{namespace}"
+        self.target = f"{self.module}:app"
+        self.source = folder / f"{self.module}.py"
+        self.source.write_text(APP.format(namespace=namespace))
+        kept = {k: v for k, v in os.environ.items() if not k.startswith("JOBLEDGER_") and k != "FORCE_COLOR"}
+        self.environ = {
+            **kept,
+            "JOBLEDGER_BOOTSTRAP": broker,
+            "JOBLEDGER_HOME": str(folder / "home"),
+            "PYTHONUNBUFFERED": "1",
+        }
+        self.running: list[Process] = []
+
+    def run(self, *words: str) -> tuple[int, str, str]:
+        """A command to its end: exit code, standard output, standard error."""
+        done = subprocess.run(
+            [sys.executable, "-m", "jobledger", *words],
+            cwd=self.folder,
+            env=self.environ,
+            capture_output=True,
+            text=True,
+            timeout=WAIT_S,
+            check=False,
+        )
+        return done.returncode, done.stdout, done.stderr
+
+    def json(self, *words: str, code: int = 0) -> Any:
+        """What a command prints with ``--json``."""
+        ended, out, err = self.run(*words, "--json")
+        assert ended == code, out + err
+        return json.loads(out if code in (0, 4, 5) else err)
+
+    def start(self, *words: str) -> Process:
+        """A command that goes on."""
+        made = Process(list(words), self.folder, self.environ)
+        self.running.append(made)
+        return made
+
+
+@pytest.fixture
+def shop(tmp_path: Path, broker: str, namespace: str) -> Iterator[Shop]:
+    made = Shop(tmp_path, broker, namespace)
+    yield made
+    for process in made.running:
+        process.close()
+
+
+def until(check: Callable[[], bool], what: str) -> None:
+    deadline = time.monotonic() + WAIT_S
+    while not check():
+        assert time.monotonic() < deadline, what
+        time.sleep(0.1)
+
+
+def test_a_jobs_life_from_the_command_line(shop: Shop) -> None:
+    """Topics, stream processor and worker are started; jobs are submitted, waited for, listed, shown with their timeline,
+    and read from the log; what does not end well has its own exit codes; both processes stop clean."""
+    made = shop.json("topics", "apply", shop.target, "--yes")
+    assert made["applied"] > 0
+    streams, worker = shop.start("streams", shop.target), shop.start("worker", shop.target, "--metrics-port", "0")
+    worker.said("queue mail: assigned")
+
+    # what ends well
+    done = shop.json("submit", shop.target, "send_mail", "to=a@example.org", "--tag", "tenant=acme", "--wait")
+    assert (done["state"], done["result"], done["tags"]) == ("succeeded", "sent to a@example.org", {"tenant": "acme"})
+    retried = shop.json("submit", shop.target, "send_mail", "to=b@example.org", "fail=1", "--wait")
+    assert (retried["state"], retried["attempt"]) == ("succeeded", 2)
+    added = shop.json("submit", shop.target, "add", "--args", '{"a": 40, "b": 1}', "b=2")
+    assert shop.json("jobs", "wait", added["job_id"], "--app", shop.target, "--timeout", "30")["result"] == 42
+    late = shop.json("submit", shop.target, "add", "a=1", "--delay", "0.5", "--wait", "--timeout", "30")
+    assert late["state"] == "succeeded"
+
+    # what does not
+    failed = shop.json("submit", shop.target, "send_mail", "to=nobody", "--wait", code=5)
+    assert (failed["state"], failed["reason"]) == ("failed", "rejected")
+    slow = shop.json("submit", shop.target, "sleepy", "seconds=1000")["job_id"]
+    error = shop.json("jobs", "wait", slow, "--namespace", shop.namespace, "--timeout", "0.5", code=6)["error"]
+    assert error["type"] == "StatusTimeout"
+    unknown = "00000000-0000-7000-8000-000000000000"
+    for words in (["jobs", "show", unknown], ["jobs", "wait", unknown]):
+        assert shop.json(*words, "--namespace", shop.namespace, code=3)["error"]["type"] == "JobNotFound"
+
+    # lists: the namespace is known, as it is the only one of this home
+    assert [j["job_id"] for j in shop.json("jobs", "list", "--tag", "tenant=acme")] == [done["job_id"]]
+    assert [j["job_id"] for j in shop.json("jobs", "list", "--state", "failed")] == [failed["job_id"]]
+    assert len(shop.json("jobs", "list", "--task", "send_mail", "--queue", "mail")) == 3
+    assert shop.json("jobs", "list", "--limit", "1")[0]["job_id"] == slow
+    code, text, _ = shop.run("jobs", "list", "--state", "failed")
+    assert code == 0
+    assert failed["job_id"] in text
+    assert "nobody is no address" in text
+
+    # one job, from its positions in the log
+    shown = shop.json("jobs", "show", retried["job_id"], "--timeline")
+    kinds = [step["fact"]["type"] for step in shown["timeline"]]
+    assert [k for k in kinds if k != "JobProgressed"] == [
+        *("JobSubmitted", "JobStarted", "JobRetried", "JobDue", "JobStarted", "JobSucceeded")
+    ]
+    code, text, _ = shop.run("jobs", "show", retried["job_id"], "--timeline")
+    assert code == 0
+    assert [kind for kind in kinds if kind not in text] == []
+
+    # the log itself
+    assert events(shop, "--job", done["job_id"], "--from", "start")[0]["fact"]["type"] == "JobSubmitted"
+    letters = events(shop, "--topic", "dead-letter", "--from", "10m")
+    assert [(e["job_id"], e["fact"]["type"]) for e in letters] == [(failed["job_id"], "DeadLettered")]
+    assert len(events(shop, "-n", "3")) == 3
+    assert events(shop, "--from", "end") == []
+    code, _, err = shop.run("events", "tail", "--namespace", "nobodys")
+    assert (code, "no such topics" in err) == (1, True)
+
+    follower = shop.start("events", "tail", "--follow", "--from", "end", "--task", "add", "--json")
+
+    def followed() -> bool:
+        # The follower may begin after a submission; so another one is made until one is seen to its end.
+        shop.json("submit", shop.target, "add", "a=5")
+        return any("JobSucceeded" in line for line in follower.lines)
+
+    until(followed, "no event was followed")
+    assert {json.loads(line)["task"] for line in list(follower.lines)} == {"add"}
+    assert follower.stop(signal.SIGINT) == 130
+
+    assert worker.stop() == 0
+    assert streams.stop() == 0
+
+
+def events(shop: Shop, *words: str) -> list[Any]:
+    code, out, err = shop.run("events", "tail", "--namespace", shop.namespace, "--json", *words)
+    assert code == 0, err
+    return [json.loads(line) for line in out.splitlines()]
+
+
+def test_the_stream_processor_lives_through_kill_9_of_its_parts_and_its_own(shop: Shop) -> None:
+    """A killed half is started again; when the supervisor itself is killed, no orphan is left and a successor works."""
+    shop.json("topics", "apply", shop.target, "--yes")
+    first = shop.start("streams", shop.target)
+    first.said("materializer", "writing the status table")
+    part = next(p for p in psutil.Process(first.process.pid).children() if "materializer" in p.cmdline())
+    part.kill()
+    first.said("supervisor", "materializer ended with signal SIGKILL")
+    until(lambda: sum("writing the status table" in line for line in first.lines) == 2, "not started again")
+    orphans = psutil.Process(first.process.pid).children()
+    assert len(orphans) == 2
+    first.process.kill()
+    assert not psutil.wait_procs(orphans, WAIT_S)[1]
+    second = shop.start("streams", shop.target)
+    second.said("materializer", "writing the status table")
+    assert second.stop() == 0
+
+
+def test_several_worker_processes_under_one_command(shop: Shop) -> None:
+    """``--processes 2`` runs two workers that share the queues and stop together."""
+    shop.json("topics", "apply", shop.target, "--yes")
+    both = shop.start("worker", shop.target, "--processes", "2", "--queues", "mail", "--grace", "2")
+    both.said("worker-1 ", "serves mail")
+    both.said("worker-2 ", "serves mail")
+    assert both.stop(signal.SIGINT) == 0
+
+
+def test_dev_runs_everything_and_reloads_on_change(shop: Shop) -> None:
+    """One command makes the topics and runs worker and stream processor; a change is run at once, code that does not load
+    leaves the old one running, a new queue gets its topic; Ctrl-C ends it with 0."""
+    dev = shop.start("dev", shop.target)
+    dev.said("dev", "topics made")
+    dev.said("worker", "queue mail: assigned")
+    assert shop.json("submit", shop.target, "add", "a=1", "--wait")["result"] == 2
+
+    good = shop.source.read_text()
+    shop.source.write_text(good + "\ndef broken(:\n")
+    dev.said("dev", "SyntaxError")
+    dev.said("dev", "the running code stays")
+    shop.source.write_text(good.replace("return a + b", "return (a + b) * 100") + NEW_TASK)
+    dev.said("dev", "reloading the worker")
+    dev.said("worker", "queue new: assigned")
+    assert shop.json("submit", shop.target, "add", "a=1", "--wait")["result"] == 200
+    assert shop.json("submit", shop.target, "fresh", "--wait")["result"] == "new"
+    assert dev.stop(signal.SIGINT) == 0
+    dev.said("dev", "stopped")
+
+
+NEW_TASK = """
+
+@app.task(queue="new")
+def fresh() -> str:
+    return "new"
+"""

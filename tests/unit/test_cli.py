@@ -1,0 +1,373 @@
+"""The command line without a broker: help, errors in one line, exit codes, and how values are read and shown."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+from hypothesis import given
+from hypothesis import strategies as st
+
+from jobledger import errors
+from jobledger.cli import facts, output
+from jobledger.cli.events import Line, moment_ms, newest
+from jobledger.cli.jobs import read_value
+from jobledger.cli.main import cli, main
+from jobledger.cli.output import MEANINGS, Exit, duration, exit_code, relative
+from jobledger.errors import ConfigError, JobFailed, JobledgerError
+from jobledger.schemas import events as ev
+
+APP = """\
+from jobledger import App
+app = App("shop")
+
+@app.task
+def add(a: int, b: int = 1, label: str = "") -> int:
+    return a + b
+"""
+
+
+@pytest.fixture(autouse=True)
+def _project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A working directory with an app, a home without a broker, a wide terminal that is none."""
+    for name in list(os.environ):
+        if name.startswith("JOBLEDGER_") or name in ("FORCE_COLOR",):
+            monkeypatch.delenv(name)
+    monkeypatch.setenv("JOBLEDGER_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setenv("TERMINAL_WIDTH", "200")
+    (tmp_path / "cli_shop.py").write_text(APP)
+    monkeypatch.chdir(tmp_path)
+    path = list(sys.path)
+    yield
+    sys.path[:] = path
+    sys.modules.pop("cli_shop", None)
+
+
+def commands() -> list[list[str]]:
+    """Every command and group, as words."""
+    found: list[list[str]] = [[]]
+
+    def walk(command: Any, words: list[str]) -> None:
+        for name, below in getattr(command, "commands", {}).items():
+            found.append([*words, name])
+            walk(below, [*words, name])
+
+    walk(typer.main.get_command(cli), [])
+    return found
+
+
+@pytest.mark.parametrize("words", commands(), ids=" ".join)
+def test_every_command_explains_itself(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    """``--help`` of every command ends with 0 and says more than its name."""
+    assert main([*words, "--help"]) == Exit.OK
+    shown = capsys.readouterr().out
+    assert "Usage: jobledger " + " ".join(words) in shown
+    assert len(shown.splitlines()) > 6
+
+
+def test_the_commands_that_texts_name_are_there() -> None:
+    """The commands of the README exist under their names."""
+    names = {" ".join(words) for words in commands()}
+    assert names >= {
+        *("dev", "worker", "streams", "coordinator", "materializer", "submit", "verify", "rebuild"),
+        *("jobs list", "jobs show", "jobs wait", "events tail", "kafka start", "kafka stop", "kafka status"),
+        *("topics plan", "topics apply"),
+    }
+
+
+def test_the_exit_codes_are_documented(capsys: pytest.CaptureFixture[str]) -> None:
+    """``jobledger --help`` lists every exit code with its meaning."""
+    main(["--help"])
+    shown = capsys.readouterr().out
+    for code, meaning in MEANINGS.items():
+        assert re.search(rf"{int(code)} +{re.escape(meaning.replace('`', ''))}", shown), meaning
+    assert set(MEANINGS) == set(Exit)
+
+
+def test_the_version_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    """``--version`` names program and version."""
+    assert main(["--version"]) == Exit.OK
+    assert re.fullmatch(r"jobledger \d+\.\d+\.\d+\S*\n", capsys.readouterr().out)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["submit", "cli_shop:app", "ad", "a=1"], "task 'ad' is not registered with app 'shop': it has ['add']"),
+        (["submit", "cli_shop:app", "add", "a=x"], "Expected `int`, got `str`"),
+        (["submit", "cli_shop:app", "add", "nonsense"], "argument 'nonsense' is not of the form NAME=VALUE"),
+        (["submit", "cli_shop:app", "add", "--args", "[1]"], "--args '[1]' is no JSON object"),
+        (["submit", "cli_shop:app", "add", "--args", "{"], "--args '{' is no JSON"),
+        (["submit", "cli_shop:app", "add", "a=1", "--delay", "-2"], "-2"),
+        (["submit", "cli_shop:app", "add", "a=1", "--queue", "nope"], "queue 'nope' is not declared"),
+        (["submit", "cli_shop:app", "add", "a=1"], "set JOBLEDGER_BOOTSTRAP=host:port (or --bootstrap)"),
+        (["submit", "cli_shp:app", "add"], "did you mean 'cli_shop'?"),
+        (["worker", "cli_shop:app", "--queues", "default,nope"], "queue 'nope' is not declared by app 'shop'"),
+        (["streams", "cli_shop:app"], "no Kafka broker is configured"),
+        (["jobs", "list"], "Give --app MODULE:APP or --namespace NAME"),
+        (["jobs", "list", "--app", "cli_shop", "--namespace", "x"], "name the jobs twice"),
+        (
+            ["jobs", "list", "--namespace", "shop", "--state", "lost"],
+            "--state 'lost' is no state; there are scheduled,",
+        ),
+        (["jobs", "list", "--namespace", "no spaces"], "namespace 'no spaces' is not usable"),
+        (["events", "tail", "--namespace", "shop", "--from", "soon"], "--from 'soon' is neither start, end, an age"),
+        (["events", "tail", "--namespace", "shop"], "no Kafka broker is configured"),
+    ],
+)
+def test_an_error_is_one_line_that_names_the_value_and_the_way_out(
+    words: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What is wrong is said on standard error alone, in one line, with exit code 1; with --json as an object."""
+    assert main(words) == Exit.ERROR
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert said in shown.err
+    assert shown.err.startswith("error: ")
+    assert shown.err.count("\n") == 1
+    if words[0] not in ("worker", "streams"):
+        assert main([*words, "--json"]) == Exit.ERROR
+        shown = capsys.readouterr()
+        assert shown.out == ""
+        error = json.loads(shown.err)["error"]
+        assert said in error["message"]
+        assert issubclass(getattr(errors, error["type"]), JobledgerError)
+
+
+def test_a_status_table_that_is_not_there_is_not_found(capsys: pytest.CaptureFixture[str]) -> None:
+    """Asking where there is no status table yet ends with 3 and says what makes one."""
+    assert main(["jobs", "show", "x", "--namespace", "shop"]) == Exit.NOT_FOUND
+    assert "jobledger streams" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("words", [["nope"], ["jobs", "list", "--limit", "x"], ["submit"], ["worker", "--grace", "1"]])
+def test_a_wrong_command_line_is_a_usage_error(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    """What the parser refuses ends with 2, and with --json is an object, too."""
+    assert main(words) == Exit.USAGE
+    assert capsys.readouterr().out == ""
+    assert main([*words, "--json"]) == Exit.USAGE
+    assert json.loads(capsys.readouterr().err)["error"]["type"] == "UsageError"
+
+
+def test_a_traceback_is_shown_when_it_is_asked_for(capsys: pytest.CaptureFixture[str]) -> None:
+    """Without ``--traceback`` nobody sees one."""
+    words = ["submit", "cli_shop:app", "nope"]
+    main(words)
+    assert "Traceback" not in capsys.readouterr().err
+    main(["--traceback", *words])
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_a_setting_that_does_not_exist_is_refused(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A misspelled environment variable is an error that lists those there are."""
+    monkeypatch.setenv("JOBLEDGER_BOOTSRAP", "x:1")
+    assert main(["jobs", "list", "--namespace", "shop"]) == Exit.ERROR
+    assert "JOBLEDGER_BOOTSRAP is no setting" in capsys.readouterr().err
+
+
+def test_every_error_of_ours_has_an_exit_code() -> None:
+    """Errors that scripts must tell apart have codes of their own; all others are 1."""
+    codes = {name: exit_code(kind.__new__(kind)) for name, kind in vars(errors).items() if _is_error(kind)}
+    assert {name: code for name, code in codes.items() if code != Exit.ERROR} == {
+        "JobNotFound": Exit.NOT_FOUND,
+        "StoreNotFound": Exit.NOT_FOUND,
+        "StatusTimeout": Exit.TIMEOUT,
+        "JobFailed": Exit.JOB_FAILED,
+        "JobCancelled": Exit.JOB_FAILED,
+        "JobExpired": Exit.JOB_FAILED,
+    }
+    assert exit_code(JobFailed("id", "E", "m")) == Exit.JOB_FAILED
+
+
+def _is_error(kind: object) -> bool:
+    return isinstance(kind, type) and issubclass(kind, JobledgerError)
+
+
+def test_a_closed_pipe_is_quiet() -> None:
+    """Output that nobody reads any more ends the command without a word."""
+    words = [sys.executable, "-m", "jobledger", "--help"]
+    read, write = os.pipe()
+    os.close(read)
+    try:
+        done = subprocess.run(words, stdout=write, stderr=subprocess.PIPE, text=True, check=False)
+    finally:
+        os.close(write)
+    assert done.stderr == ""
+
+
+@pytest.mark.slow
+def test_help_is_quick() -> None:
+    """`jobledger --version` loads neither the database nor Faust."""
+    probe = (
+        "import sys, jobledger.cli.main; print([m for m in ('faust', 'sqlalchemy', 'watchfiles') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+# -- values ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "hint", "value"),
+    [
+        ("1", int, 1),
+        ("1", str, "1"),
+        ("01234", str, "01234"),
+        ("a@example.org", str, "a@example.org"),
+        ('"quoted"', str, "quoted"),
+        ("null", str | None, None),
+        ("7", str | None, "7"),
+        ("null", str, "null"),
+        ("[1, 2]", list[int], [1, 2]),
+        ('{"a": 1}', dict[str, int], {"a": 1}),
+        ("true", bool, True),
+        ("2026-01-31", None, "2026-01-31"),
+        ("3", int | str, 3),
+        ("", str, ""),
+    ],
+)
+def test_an_argument_is_read_as_its_parameter_takes_it(text: str, hint: Any, value: Any) -> None:
+    """JSON where it is JSON, text where the parameter takes text or nothing else fits."""
+    assert read_value(text, hint) == value
+
+
+@given(st.text())
+def test_text_for_a_text_parameter_survives(text: str) -> None:
+    """Whatever is typed for a ``str`` parameter arrives, unless it is a JSON string, which arrives unquoted."""
+    try:
+        quoted = isinstance(json.loads(text), str)
+    except ValueError:
+        quoted = False
+    assert read_value(text, str) == (json.loads(text) if quoted else text)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (0.0, "0 ms"),
+        (0.00123, "1.23 ms"),
+        (0.34, "340 ms"),
+        (0.9994, "999 ms"),
+        (1.0, "1.0 s"),
+        (59.9, "59.9 s"),
+        (59.96, "1 min"),
+        (200, "3 min 20 s"),
+        (7500, "2 h 5 min"),
+        (4 * 86400 + 3 * 3600, "4 d 3 h"),
+    ],
+)
+def test_spans_are_told_as_people_tell_them(seconds: float, text: str) -> None:
+    """Two units at most, no false precision."""
+    assert duration(seconds) == text
+
+
+@given(st.floats(0, 1e9))
+def test_every_span_has_a_text(seconds: float) -> None:
+    """No span is shown as 1000 ms, 60 s or 60 min."""
+    assert not re.match(r"(1000 ms|60(\.0)? s|60 min)", duration(seconds))
+
+
+def test_moments_are_relative() -> None:
+    """The past is ago, the future is in, nothing is a dash."""
+    assert relative(1_000_000, 13_000_000) == "12.0 s ago"
+    assert relative(13_000_000, 1_000_000) == "in 12.0 s"
+    assert relative(5, 5) == "now"
+    assert relative(None) == "-"
+
+
+def test_times_of_the_command_line() -> None:
+    """``--from`` takes an age or ISO 8601, local unless it says."""
+    assert moment_ms("10m", 1_000_000.0) == 999_400_000
+    assert moment_ms("1.5 h", 1_000_000.0) == 994_600_000
+    assert moment_ms("2026-01-31T14:05:00+00:00", 0.0) == 1_769_868_300_000
+    assert moment_ms("2026-01-31", 0.0) == int(time.mktime((2026, 1, 31, 0, 0, 0, 0, 0, -1))) * 1000
+    with pytest.raises(ConfigError, match="neither start, end"):
+        moment_ms("later", 0.0)
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 50), st.integers(0, 3), st.integers(0, 10**6)), unique=True), st.integers(1, 9)
+)
+def test_the_newest_events_are_the_last_of_all_in_order(found: list[tuple[int, int, int]], count: int) -> None:
+    """``-n`` shows the end of what is shown without it."""
+    lines = [Line(ev.Position("t", partition, offset), ms, None) for ms, partition, offset in found]
+    whole = list(newest(iter(lines), None))
+    assert [line.appended_ms for line in whole] == sorted(ms for ms, _, _ in found)
+    assert list(newest(iter(lines), count)) == whole[-count:]
+
+
+# -- showing ---------------------------------------------------------------------------------------------------------
+
+SPEC = ev.JobSpec(b'{"to":"a@example.org"}', {"tenant": "acme"})
+ERROR = ev.ErrorInfo("ValueError", "no\nsuch thing", "Traceback …")
+FACTS: list[tuple[ev.Fact, str]] = [
+    (ev.JobSubmitted(SPEC, 1500), 'in 1.5 s {"to":"a@example.org"} [tenant=acme]'),
+    (ev.JobDue(SPEC, 0), "due 19"),
+    (ev.JobStarted("h:1", "t", 0, 2), "by h:1, takeover 2"),
+    (ev.JobProgressed(1, 3, 10, "unpacking"), "3/10 (30 %) unpacking"),
+    (ev.JobRetried(ERROR, 2000, 5000), "ValueError: no such thing after 5 ms, again in 2.0 s"),
+    (ev.JobSnoozed(2000, "closed"), "again in 2.0 s: closed"),
+    (ev.JobSucceeded(b"42", 5000), "42 after 5 ms"),
+    (ev.JobFailed("exhausted", ERROR, 0), "exhausted: ValueError: no such thing"),
+    (ev.JobCancelled("ann", "why not"), "by ann: why not"),
+    (ev.JobExpired(0), "at 19"),
+    (ev.ReleaseRequested(SPEC, 10), "in 10 ms"),
+    (ev.ReleaseDecided(0), "due 19"),
+    (ev.ReleaseOverdue(SPEC, 0), "due 19"),
+    (ev.DeadLettered(SPEC, "rejected", ERROR), "rejected: ValueError"),
+    (ev.RecordRejected("t", 1, 2, None, b"\xff", "no event"), "t[1]@2: no event"),
+]
+
+
+def test_every_fact_is_shown() -> None:
+    """No kind of fact is left without words."""
+    assert {type(fact) for fact, _ in FACTS} == set(ev.Fact.__args__)
+
+
+@pytest.mark.parametrize(("fact", "text"), FACTS, ids=lambda value: type(value).__name__)
+def test_a_fact_is_one_line_and_one_json_object(fact: ev.Fact, text: str) -> None:
+    """A fact is shown on one line that begins with what matters; as JSON it carries its type, and bytes as text."""
+    # 1969 or 1970, by the time zone of whoever runs this
+    assert facts.describe(fact).startswith(text)
+    assert "\n" not in facts.describe(fact)
+    assert json.loads(json.dumps(facts.fact_json(fact)))["type"] == type(fact).__name__
+
+
+def test_arguments_and_results_are_the_json_they_hold() -> None:
+    """In JSON output nothing is base64 and nothing is JSON within a string."""
+    shown = facts.fact_json(ev.JobSubmitted(SPEC))
+    assert shown["spec"]["args"] == {"to": "a@example.org"}
+    assert facts.fact_json(ev.JobSucceeded(b"[1]"))["result"] == [1]
+
+
+def test_a_table_without_a_terminal_is_plain(capsys: pytest.CaptureFixture[str]) -> None:
+    """Columns of text under a heading: no frame, no colour, nothing cut off, one line a row."""
+    output.print_table(("a", "b"), [["x" * 300, ("y\nz", "red")], ["1", "2"]])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines == ["a" + " " * 301 + "b", "x" * 300 + "  y z", "1" + " " * 301 + "2"]
+
+
+def test_a_table_for_a_terminal_shows_ids_whole(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The first column is never cut, however narrow the terminal is; states have colours."""
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("COLUMNS", "60")
+    job = "01a20559-6ae1-7578-bb70-f86db3b39485"
+    output.print_table(("job", "state", ""), [[job, output.state_cell("failed"), "some long text " * 9]])
+    shown = capsys.readouterr().out
+    assert job in shown
+    assert "\x1b[1;31m" in shown
