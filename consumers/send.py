@@ -23,7 +23,7 @@ LOG = logging.getLogger("jobledger.worker")
 #: Let the client decide the partition by the key.
 BY_KEY = -1
 #: Records whose acknowledgement is still out, from which on no new job is begun.
-UNACKNOWLEDGED_LIMIT = 50_000
+UNACKNOWLEDGED_LIMIT = 10_000
 #: Seconds a full send queue is waited for.
 FULL_QUEUE_WAIT_S = 5.0
 
@@ -67,6 +67,23 @@ class Sender:
                         f"the send queue stayed full for {FULL_QUEUE_WAIT_S:g} s: "
                         f"{self._settings.bootstrap or 'the embedded broker'} takes nothing"
                     ) from None
+
+    def first(self, topic: str, value: bytes, key: str, timeout: float) -> None:
+        """Send a record and wait for its acknowledgement: from then on the producer has its id and its connections.
+
+        Without this the first second's jobs would run long before any of their facts is in the log. Raises what `send`
+        raises, and `BrokerUnavailable` after ``timeout`` seconds.
+        """
+        answers: list[KafkaError | None] = []
+        self.send(topic, value, key, BY_KEY, lambda error, message: answers.append(error))
+        deadline = time.monotonic() + timeout
+        while not answers:
+            self.poll(0.05)
+            if time.monotonic() > deadline:
+                address = self._settings.bootstrap or "the embedded broker"
+                raise BrokerUnavailable(f"{address} acknowledged nothing on {topic} within {timeout:g} s")
+        if answers[0] is not None:
+            raise translate(answers[0], self._settings, f"sending to {topic}")
 
     def poll(self, timeout: float = 0.0) -> None:
         """Run the delivery callbacks that have arrived."""

@@ -31,8 +31,9 @@ from jobledger.consumers.settle import Settler, new_arrived
 from jobledger.consumers.takeover import Takeover
 from jobledger.consumers.work import Partition
 from jobledger.errors import BrokerUnavailable, ConfigError, JobledgerError
-from jobledger.log import LogWriter, decoder, partitions_of, source
+from jobledger.log import decoder, partitions_of, source
 from jobledger.retry import Retry
+from jobledger.schemas import codec
 from jobledger.task import Registry
 
 LOG = logging.getLogger("jobledger.worker")
@@ -147,19 +148,23 @@ class Worker:
 
         Raises `ConfigError`, `TopicMissing` or `BrokerUnavailable` if it cannot start.
         """
+        sender: Sender | None = None
         try:
-            self._check_topics()
+            self._patiently(self.settings.resolve_bootstrap)
+            sender = self.sender = Sender(self.settings, self.options.linger_ms)
+            self._check_topics(sender)
             with _new_runner() as runner:
-                runner.run(self._main())
+                runner.run(self._main(sender))
         finally:
             self.ended.set()
+            if sender is not None:
+                sender.close()
         return EXIT_OK if self.error is None else EXIT_BROKEN
 
     # -- start ----------------------------------------------------------------------------------------------------
 
-    def _check_topics(self) -> None:
+    def _check_topics(self, sender: Sender) -> None:
         names = self.registry.names
-        self._patiently(lambda: self.settings.resolve_bootstrap())
         lifecycle = self._patiently(lambda: partitions_of(self.settings, names.lifecycle))
         for topic in (names.coordination, names.dead_letter, names.schemas):
             self._patiently(lambda topic=topic: partitions_of(self.settings, topic))  # type: ignore[misc]
@@ -172,14 +177,9 @@ class Worker:
                     "partition of its work record's number. Make a new namespace, or the queue with fewer partitions"
                 )
 
-        def publish() -> None:
-            writer = LogWriter(self.settings, names)
-            try:
-                writer.ensure_schema()
-            finally:
-                writer.close(1.0)
-
-        self._patiently(publish)
+        # The schema is there, acknowledged, before anything is written with it.
+        text, mark = codec.SCHEMA_TEXT.encode(), codec.FINGERPRINT.hex()
+        self._patiently(lambda: sender.first(names.schemas, text, mark, 10.0))
 
     def _patiently(self, ask: Callable[[], Any]) -> Any:
         """The answer; a broker that is away is waited for up to ``start_timeout``."""
@@ -193,13 +193,12 @@ class Worker:
                 LOG.warning("waiting for the broker: %s", exc)
                 self._stopping.wait(0.5)
 
-    async def _main(self) -> None:
+    async def _main(self, sender: Sender) -> None:
         loop = self._loop = asyncio.get_running_loop()
         self._changed = asyncio.Event()
         options, registry, settings = self.options, self.registry, self.settings
         names = registry.names
         arrived = new_arrived()
-        sender = self.sender = Sender(settings, options.linger_ms)
         facts = Facts(registry, self.source, settings.max_record_bytes)
         decode = decoder(settings, names)
         dispatcher = self.dispatcher = Dispatcher(
@@ -320,7 +319,6 @@ class Worker:
         deadline = time.monotonic() + CLOSING_S
         for fetcher in self.fetchers:
             fetcher.join(timeout=max(0.1, deadline - time.monotonic()))
-        sender.close()
 
     # -- health ---------------------------------------------------------------------------------------------------
 

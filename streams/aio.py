@@ -8,6 +8,7 @@ tenth of the requests. Ends are asked on a connection of their own: those of Fau
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
@@ -118,11 +119,13 @@ def first_error(outcomes: Iterable[Delivered | JobledgerError]) -> JobledgerErro
 
 
 class Ends:
-    """Where partitions begin and end, asked from the broker on a connection of its own. Close it."""
+    """Where partitions begin and end, asked from the broker on a connection of its own; asked again for ``patience``
+    seconds while a leader is being elected or the broker is away. Close it."""
 
-    def __init__(self, settings: Settings) -> None:
-        self._settings = settings
+    def __init__(self, settings: Settings, patience: float) -> None:
+        self._settings, self._patience = settings, patience
         self._reader: LogReader | None = None
+        self._closed = False
         # One thread: the reader is not to be shared.
         self._thread = ThreadPoolExecutor(1, "jobledger-ends")
 
@@ -133,11 +136,18 @@ class Ends:
     def _ask(self, topic: str, partitions: Sequence[int]) -> dict[int, tuple[int, int]]:
         if self._reader is None:
             self._reader = LogReader(self._settings)
-        return {partition: self._reader.watermarks(topic, partition) for partition in partitions}
+        deadline = time.monotonic() + self._patience
+        while True:
+            try:
+                return {partition: self._reader.watermarks(topic, partition, 5.0) for partition in partitions}
+            except BrokerUnavailable:
+                if self._closed or time.monotonic() > deadline:
+                    raise
+                time.sleep(0.2)
 
     def close(self) -> None:
         """Give the connection back; does not wait for an answer that is under way."""
-        reader = self._reader
-        if reader is not None:
-            self._thread.submit(reader.close)
+        self._closed = True
+        if self._reader is not None:
+            self._thread.submit(self._reader.close)
         self._thread.shutdown(wait=False)

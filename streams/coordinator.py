@@ -156,7 +156,7 @@ class Coordinator:
             quieten()
             origin, topics = await self._with_patience(self._prepare)
             place.keep_for(origin)
-            self._ends = Ends(self.settings)
+            self._ends = Ends(self.settings, self.options.patience / 2)
             await loop.run_in_executor(None, self._publish_schema)
             writer = AckedWriter(settings, security(self.settings), self.options.patience)
             await writer.start()

@@ -34,8 +34,9 @@ from jobledger.streams.table_metrics import TableMetrics
 
 LOG = logging.getLogger("jobledger.materializer")
 
-#: Records in one transaction, at most.
-BATCH = 4_000
+#: Records in one transaction, at most. Large, so that of a backlog the facts of a job often meet in one row's writing;
+#: what comes as it happens is written every `LINGER_S`.
+BATCH = 16_000
 #: Seconds between two transactions under load: fewer are cheaper, and this is how late a fact may be seen.
 LINGER_S = 0.01
 #: Seconds of waiting for records before the loop looks at everything else.

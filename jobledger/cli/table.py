@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Annotated
 
 import typer
 
+from jobledger.cli import output
+from jobledger.cli.loading import load_app
 from jobledger.cli.options import Bootstrap, Json, StatusUrl, Target
+from jobledger.cli.output import Cell, Exit
+
+_EQUAL: Cell = ("yes", "bold green")
+_DIFFERS: Cell = ("NO", "bold red")
 
 
 def verify(
@@ -15,8 +24,35 @@ def verify(
     status_url: StatusUrl = None,
     as_json: Json = False,
 ) -> None:
-    """Fold the whole log again and compare: exit code 0 when the status table equals it, 4 when it does not."""
-    raise NotImplementedError
+    """Fold the whole log again and compare: exit code 0 when the status table equals it, 4 when it does not.
+
+    The table may be written meanwhile. Jobs of which the log no longer holds everything are left out, and counted.
+    """
+    from jobledger.streams import rebuild as tables
+
+    app = load_app(target, bootstrap=bootstrap, status_url=status_url)
+    url = app.settings.resolve_status_url(app.names.namespace)
+    with _progress("folding the log", quiet=as_json) as tell:
+        found = tables.verify(app.names, app.settings, list(app.queues), url, tell)
+    if as_json:
+        output.print_json(found)
+    else:
+        fields: list[tuple[str, Cell]] = [
+            ("equal", _EQUAL if found.equal else _DIFFERS),
+            ("table", found.url),
+            ("jobs", f"{found.jobs:,} compared" + (f", {found.left_out:,} left out" if found.left_out else "")),
+            ("counters", _EQUAL if found.counters_equal else _DIFFERS),
+            ("digest of the table", found.table_digest),
+            ("digest of the log", found.log_digest),
+            ("read", f"{found.records:,} records in {output.duration(found.seconds)}"),
+        ]
+        if found.differing:
+            fields.append(("differing", (f"{found.differing:,} jobs, among them", "red")))
+            fields += [("", job_id) for job_id in found.first_differing]
+            fields.append(("way out", f"stop the materializer and run `jobledger rebuild {target}`"))
+        output.print_fields(fields)
+    if not found.equal:
+        raise typer.Exit(Exit.DIFFERS)
 
 
 def rebuild(
@@ -26,5 +62,40 @@ def rebuild(
     status_url: StatusUrl = None,
     as_json: Json = False,
 ) -> None:
-    """Build the status table anew from the log, beside the live one, and swap them. No job runs again."""
-    raise NotImplementedError
+    """Build the status table anew from the log, beside the live one, and swap them. No job runs again.
+
+    Stop the materializer first. Jobs of which the log no longer holds everything are carried over.
+    """
+    from jobledger.streams import rebuild as tables
+
+    app = load_app(target, bootstrap=bootstrap, status_url=status_url)
+    url = app.settings.resolve_status_url(app.names.namespace)
+    if not yes:
+        typer.confirm(f"Replace the status table {url} by one made from the log?", abort=True, err=True)
+    with _progress("folding the log", quiet=as_json) as tell:
+        made = tables.rebuild(app.names, app.settings, list(app.queues), url, tell)
+    if as_json:
+        output.print_json(made)
+        return
+    fields: list[tuple[str, Cell]] = [
+        ("table", made.url),
+        ("jobs", f"{made.jobs:,}" + (f", of which {made.carried:,} carried over" if made.carried else "")),
+        ("read", f"{made.records:,} records in {output.duration(made.seconds)}"),
+    ]
+    if made.rejected:
+        fields.append(("no events", (f"{made.rejected:,} records, passed", "yellow")))
+    output.print_fields(fields)
+
+
+@contextmanager
+def _progress(what: str, *, quiet: bool) -> Iterator[Callable[[int, int], None] | None]:
+    """A bar of records read on standard error; None where nobody looks."""
+    if quiet or not sys.stderr.isatty():
+        yield None
+        return
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=output.console(stderr=True), transient=True) as bar:
+        line = bar.add_task(what, total=None)
+        yield lambda done, total: bar.update(line, completed=done, total=total)

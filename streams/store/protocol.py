@@ -107,8 +107,8 @@ class StatusReader(Protocol):
         ``waiting``: scheduled and retrying ones, too. ``before_ms``: only those submitted earlier.
         """
 
-    def lives(self) -> Iterator[tuple[str, Life, bool]]:
-        """Every job with its fold state and whether it was carried, in order of ids, in one snapshot."""
+    def lives(self) -> Iterator[tuple[str, Life]]:
+        """Every job with its fold state, in order of ids, in one snapshot."""
 
     def close(self) -> None:
         """Give the connections back."""

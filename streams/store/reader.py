@@ -13,7 +13,8 @@ from jobledger.errors import ConfigError, JobNotFound, StoreError, StoreNotFound
 from jobledger.job import JobStatus, Life, State
 from jobledger.schemas.events import Position
 from jobledger.streams.store.protocol import Count, Overdue, Partition
-from jobledger.streams.store.rows import life_of
+from jobledger.streams.store.rows import COLUMNS, life_of, life_of_row
+from jobledger.streams.store.rows import Row as JobRow
 from jobledger.streams.store.tables import SCHEMA_VERSION, counters, jobs, meta, offsets, tags, unfinished, waiting
 
 _LIFE = (jobs.c.job_id, jobs.c.slots, jobs.c.result)
@@ -132,12 +133,24 @@ class SqlReader:
                 found += [(row.job_id, life_of(row.slots, row.result)) for row in db.execute(query)]
         return found
 
-    def lives(self) -> Iterator[tuple[str, Life, bool]]:
-        """Every job with its fold state and whether it was carried, in order of ids, in one snapshot."""
-        query = select(*_LIFE, jobs.c.carried).order_by(jobs.c.job_id).execution_options(yield_per=1000)
+    def lives(self) -> Iterator[tuple[str, Life]]:
+        """Every job with its fold state, in order of ids, in one snapshot."""
+        for row in self.rows():
+            yield row[0], life_of_row(row)
+
+    def rows(self) -> Iterator[JobRow]:
+        """Every job's row as it is written, in order of ids, in one snapshot."""
+        query = select(*(jobs.c[name] for name in COLUMNS)).order_by(jobs.c.job_id)
         with self._reading() as db:
-            for job_id, slots, result, carried in db.execute(query):
-                yield job_id, life_of(slots, result), bool(carried)
+            for row in db.execute(query.execution_options(yield_per=1000)):
+                yield tuple(row)
+
+    def counters_hold(self) -> bool:
+        """Whether the counters are what counting the rows gives. Reads the whole table."""
+        columns = (jobs.c.task, jobs.c.queue, jobs.c.state)
+        with self._reading() as db:
+            counted = {tuple(row) for row in db.execute(select(*columns, func.count()).group_by(*columns))}
+        return counted == {(each.task, each.queue, each.state.value, each.jobs) for each in self.counts()}
 
     def close(self) -> None:
         """Give the connections back."""

@@ -35,7 +35,11 @@ _decode = msgspec.msgpack.Decoder(Life).decode
 _replace = msgspec.structs.replace
 
 
-def row(job_id: str, life: Life, seen: Visible) -> tuple[Any, ...]:
+#: A job's row, in the order of `COLUMNS`.
+Row = tuple[Any, ...]
+
+
+def row(job_id: str, life: Life, seen: Visible) -> Row:
     """The row of a job; ``seen`` is the life's projection."""
     end, error = life.end, seen.error
     result = None
@@ -68,3 +72,8 @@ def life_of(slots: bytes, result: bytes | None) -> Life:
     if result is not None and life.end is not None:
         life = _replace(life, end=_replace(life.end, result=result))
     return life
+
+
+def life_of_row(row: Row) -> Life:
+    """The fold state of a whole row."""
+    return life_of(row[-1], row[-2])

@@ -11,7 +11,7 @@ import socket
 import sqlite3
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -74,8 +74,7 @@ def open_reader(url: str, namespace: str) -> SqlReader:
         raise not_found(url)
 
     def connect() -> sqlite3.Connection:
-        uri = f"file:{quote(str(path.absolute()))}?mode=ro"
-        return sqlite3.connect(uri, uri=True, timeout=BUSY_TIMEOUT_S, check_same_thread=False)
+        return sqlite3.connect(_read_only(path), uri=True, timeout=BUSY_TIMEOUT_S, check_same_thread=False)
 
     reader = SqlReader(_engine(connect), url, namespace)
     try:
@@ -88,6 +87,23 @@ def open_reader(url: str, namespace: str) -> SqlReader:
 
 def _engine(connect: Callable[[], sqlite3.Connection]) -> Engine:
     return sqlalchemy.create_engine("sqlite://", creator=connect, poolclass=sqlalchemy.QueuePool)
+
+
+def copy(url: str, namespace: str, path: Path) -> None:
+    """Copy the status table as it is at one moment, while it may be written. Raises as `open_reader` does."""
+    reader = open_reader(url, namespace)  # refuses what is not ours
+    try:
+        source, target = sqlite3.connect(_read_only(path_of(url)), uri=True), sqlite3.connect(path)
+        with closing(source), closing(target):
+            source.backup(target)
+    except sqlite3.Error as exc:
+        raise StoreError(f"the status table {url} cannot be copied: {exc}") from exc
+    finally:
+        reader.close()
+
+
+def _read_only(path: Path) -> str:
+    return f"file:{quote(str(path.absolute()))}?mode=ro"
 
 
 class SqliteStore:
@@ -288,6 +304,18 @@ class SqliteStore:
             other._db.backup(self._db)
         self._epoch = None
         self._greatest = ""
+
+    def size(self) -> int:
+        """How many jobs there are."""
+        with self._errors():
+            (number,) = self._db.execute("SELECT count(*) FROM jobs").fetchone()
+        return int(number)
+
+    def holder(self) -> str:
+        """Who has the lease: ``host:pid``, or nothing."""
+        with self._errors():
+            (holder,) = self._db.execute("SELECT holder FROM lease").fetchone()
+        return str(holder)
 
     def close(self) -> None:
         """Release the lease and the connection."""

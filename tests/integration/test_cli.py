@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import os
 import signal
@@ -15,6 +17,8 @@ from typing import Any
 
 import psutil
 import pytest
+
+from jobledger.cli.main import main
 
 pytestmark = [pytest.mark.kafka, pytest.mark.timeout(180)]
 
@@ -132,10 +136,12 @@ class Shop:
         return done.returncode, done.stdout, done.stderr
 
     def json(self, *words: str, code: int = 0) -> Any:
-        """What a command prints with ``--json``."""
-        ended, out, err = self.run(*words, "--json")
-        assert ended == code, out + err
-        return json.loads(out if code in (0, 4, 5) else err)
+        """What a command prints with ``--json``; run in this process, which is much quicker and the same code."""
+        out, err = io.StringIO(), io.StringIO()
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            ended = main([*words, "--json"])
+        assert ended == code, out.getvalue() + err.getvalue()
+        return json.loads((out if code in (0, 4, 5) else err).getvalue())
 
     def start(self, *words: str) -> Process:
         """A command that goes on."""
@@ -145,11 +151,18 @@ class Shop:
 
 
 @pytest.fixture
-def shop(tmp_path: Path, broker: str, namespace: str) -> Iterator[Shop]:
-    made = Shop(tmp_path, broker, namespace)
+def shop(tmp_path: Path, broker: str, namespace: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Shop]:
+    made, path = Shop(tmp_path, broker, namespace), list(sys.path)
+    for name in set(os.environ) - set(made.environ):
+        monkeypatch.delenv(name)
+    for name, value in made.environ.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.chdir(tmp_path)
     yield made
     for process in made.running:
         process.close()
+    sys.path[:] = path
+    sys.modules.pop(made.module, None)
 
 
 def until(check: Callable[[], bool], what: str) -> None:
@@ -280,7 +293,8 @@ def test_dev_runs_everything_and_reloads_on_change(shop: Shop) -> None:
     dev.said("dev", "reloading the worker")
     dev.said("worker", "queue new: assigned")
     assert shop.json("submit", shop.target, "add", "a=1", "--wait")["result"] == 200
-    assert shop.json("submit", shop.target, "fresh", "--wait")["result"] == "new"
+    code, out, err = shop.run("submit", shop.target, "fresh", "--wait", "--json")  # this process has the old module
+    assert json.loads(out)["result"] == "new", f"{code} {err}"
     assert dev.stop(signal.SIGINT) == 0
     dev.said("dev", "stopped")
 

@@ -1,0 +1,307 @@
+"""``rebuild`` makes the status table anew from the log; ``verify`` tells whether it is what the log says.
+
+Both fold the log once more, from its start, into a SQLite file beside the table, so memory is bounded by nothing but
+the projector's cache. Neither runs a job nor writes to the log.
+
+A job *begins within the log* if every fact the table knows of it can still be read. Of the others the log holds only a
+part, or nothing: a rebuild carries them over, joined with what the log still says, and marks them; a verification leaves
+them out.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import TypeVar
+
+import msgspec
+
+from jobledger import log
+from jobledger.config import Settings
+from jobledger.errors import StoreError
+from jobledger.job import Life
+from jobledger.names import Names
+from jobledger.streams.feed import Feed, read_until
+from jobledger.streams.projector import Projector
+from jobledger.streams.store import Changes, Partition, open_reader
+from jobledger.streams.store.reader import SqlReader
+from jobledger.streams.store.rows import Row, life_of_row
+from jobledger.streams.store.sqlite import SqliteStore, copy, path_of
+from jobledger.streams.store.sqlite import open_reader as open_sqlite
+
+LOG = logging.getLogger("jobledger.materializer")
+
+BATCH = 16_000
+#: Jobs copied or compared at a time.
+CHUNK = 2_000
+#: How many job ids that differ are named.
+NAMED = 20
+#: Seconds to wait for the running materializer to stop before a rebuild is refused.
+LEASE_PATIENCE_S = 15.0
+RENEW_S = 2.0
+
+#: Called with (records read, records in all) now and then.
+Tell = Callable[[int, int], None]
+T = TypeVar("T")
+
+
+class RebuildReport(msgspec.Struct, frozen=True):
+    """What a rebuild did. ``carried``: jobs of the table before of which the log no longer has all."""
+
+    url: str
+    jobs: int
+    carried: int
+    records: int
+    rejected: int
+    seconds: float
+
+
+class VerifyReport(msgspec.Struct, frozen=True):
+    """Whether the table is what the log says.
+
+    ``jobs``: compared ones. ``left_out``: jobs of which the log no longer has all. ``differing``: how many differ, of
+    which ``first_differing`` names some. ``counters_equal``: whether the table's counters are those of its own rows.
+    ``table_digest``, ``log_digest``: of all compared jobs.
+    """
+
+    equal: bool
+    url: str
+    jobs: int
+    left_out: int
+    differing: int
+    first_differing: tuple[str, ...]
+    counters_equal: bool
+    table_digest: str
+    log_digest: str
+    records: int
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """What the log holds of each partition: offsets from ``low`` up to, not including, ``high``."""
+
+    low: Mapping[Partition, int]
+    high: Mapping[Partition, int]
+
+    @property
+    def records(self) -> int:
+        return sum(high - self.low[place] for place, high in self.high.items())
+
+    def holds(self, life: Life) -> bool:
+        """Whether every fact that a life knows is in the span."""
+        report = life.report
+        for _, topic, partition, offset in life.positions if report is None else (*life.positions, report.at):
+            place = (topic, partition)
+            if place not in self.low or not self.low[place] <= offset < self.high[place]:
+                return False
+        return True
+
+
+def rebuild(
+    names: Names, settings: Settings, queues: Sequence[str], store_url: str, progress: Tell | None = None
+) -> RebuildReport:
+    """Build the table anew from the log beside the live one, then swap; readers see one or the other.
+
+    Takes the lease, so a running materializer must be stopped first: `StoreError` names its holder after 15 s. If
+    anything fails the live table stays as it was. ``queues`` is accepted for symmetry: work topics are found by name.
+    """
+    began = time.monotonic()
+    live = SqliteStore(store_url, names.namespace)
+    try:
+        _take(live)
+        with _beside(store_url) as temporary:
+            folder = Path(temporary)
+            url = f"sqlite:///{folder / 'new.db'}"
+            with SqliteStore(url, names.namespace) as new:
+                new.acquire()
+                span, records, rejected = _fold_log(names, settings, new, None, progress, live.renew)
+                carried = _carry(names, settings, store_url, span, new, live.renew)
+                jobs = new.size()
+                live.renew()
+                live.replace_with(new)
+    finally:
+        live.close()
+    return RebuildReport(store_url, jobs, carried, records, rejected, time.monotonic() - began)
+
+
+def verify(
+    names: Names, settings: Settings, queues: Sequence[str], store_url: str, progress: Tell | None = None
+) -> VerifyReport:
+    """Fold the log up to the table's offsets into a table of its own, and compare the two, job by job.
+
+    The table may be written meanwhile: it is compared as it was at the beginning. Raises `StoreNotFound`.
+    """
+    began = time.monotonic()
+    with _beside(store_url) as temporary:
+        folder = Path(temporary)
+        # As it is now: whoever writes it goes on, and this reads a copy.
+        copied = f"sqlite:///{folder / 'table.db'}"
+        copy(store_url, names.namespace, path_of(copied))
+        kept = open_sqlite(copied, names.namespace)
+        offsets = kept.offsets()
+        url = f"sqlite:///{folder / 'log.db'}"
+        with SqliteStore(url, names.namespace) as store:
+            store.acquire()
+            span, records, _ = _fold_log(names, settings, store, offsets, progress, lambda: None)
+        folded = open_sqlite(url, names.namespace)
+        try:
+            found = _compare(kept, folded, span)
+            counters = kept.counters_hold()
+        finally:
+            folded.close()
+            kept.close()
+    return VerifyReport(
+        equal=found.differing == 0 and counters,
+        url=store_url,
+        jobs=found.jobs,
+        left_out=found.left_out,
+        differing=found.differing,
+        first_differing=tuple(found.named),
+        counters_equal=counters,
+        table_digest=found.table.hexdigest(),
+        log_digest=found.log.hexdigest(),
+        records=records,
+        seconds=time.monotonic() - began,
+    )
+
+
+def _take(live: SqliteStore) -> None:
+    deadline = time.monotonic() + LEASE_PATIENCE_S
+    while not live.acquire():
+        if time.monotonic() > deadline:
+            raise StoreError(
+                f"the status table {live.url} is being written by {live.holder()}: stop `jobledger streams` (or "
+                "`jobledger materializer`) first, then rebuild"
+            )
+        time.sleep(0.2)
+
+
+def _beside(store_url: str) -> tempfile.TemporaryDirectory[str]:
+    parent = path_of(store_url).parent
+    parent.mkdir(parents=True, exist_ok=True)
+    return tempfile.TemporaryDirectory(prefix=".rebuild-", dir=parent)
+
+
+def _fold_log(
+    names: Names,
+    settings: Settings,
+    store: SqliteStore,
+    offsets: Mapping[Partition, int] | None,
+    progress: Tell | None,
+    alive: Callable[[], object],
+) -> tuple[Span, int, int]:
+    """Fold the log into ``store`` up to ``offsets`` (None: its end); the span read, records read, records rejected.
+
+    ``alive`` is called every two seconds.
+    """
+    projector = Projector(store, log.decoder(settings, names))
+    records = rejected = 0
+    with Feed(settings, names) as feed:
+        span = _span(feed, offsets)
+        feed.add({place: low for place, low in span.low.items() if low < span.high[place]})
+        total, renewed = span.records, time.monotonic()
+        for messages in read_until(feed, span.high, BATCH):
+            if feed.resets:
+                lost = ", ".join(f"{topic}[{partition}]" for topic, partition in sorted(feed.resets))
+                raise StoreError(f"the log was trimmed while it was read ({lost}): try again")
+            folded = projector.fold(messages)
+            store.write(folded.changes)
+            projector.committed(folded)
+            records += len(messages)
+            rejected += len(folded.rejected)
+            if progress is not None:
+                progress(records, total)
+            if time.monotonic() - renewed > RENEW_S:
+                alive()
+                renewed = time.monotonic()
+    # Also of partitions that hold nothing any more.
+    store.write(Changes(offsets=dict(span.high)))
+    return span, records, rejected
+
+
+def _span(feed: Feed, offsets: Mapping[Partition, int] | None) -> Span:
+    low: dict[Partition, int] = {}
+    high: dict[Partition, int] = {}
+    for place in sorted(feed.present()):
+        first, end = feed.watermarks(place)
+        if offsets is not None:
+            end = min(end, offsets.get(place, 0))
+        low[place], high[place] = min(first, end), end
+    return Span(low, high)
+
+
+def _carry(
+    names: Names, settings: Settings, live_url: str, span: Span, new: SqliteStore, alive: Callable[[], object]
+) -> int:
+    """Join what the live table knows of jobs that the log no longer has whole into ``new``; how many."""
+    projector = Projector(new, log.decoder(settings, names), cache_jobs=1)
+    reader = open_reader(live_url, names.namespace)
+    carried = 0
+    try:
+        older = ((job_id, life) for job_id, life in reader.lives() if not span.holds(life))
+        for some in _chunks(older, CHUNK):
+            folded = projector.merge(some)
+            new.write(folded.changes)
+            new.carry([job_id for job_id, _ in some])
+            carried += len(some)
+            alive()
+    finally:
+        reader.close()
+    return carried
+
+
+def _chunks(items: Iterator[T], size: int) -> Iterator[list[T]]:
+    while chunk := list(islice(items, size)):
+        yield chunk
+
+
+class _Comparison:
+    """Two tables walked side by side in order of ids."""
+
+    def __init__(self) -> None:
+        self.jobs = self.left_out = self.differing = 0
+        self.named: list[str] = []
+        self.table, self.log = hashlib.sha256(), hashlib.sha256()
+
+    def take(self, job_id: str, table: Row | None, log: Row | None) -> None:
+        """One job, as either has it."""
+        self.jobs += 1
+        if table is not None:
+            self.table.update(repr(table).encode())
+        if log is not None:
+            self.log.update(repr(log).encode())
+        if table != log:
+            self.differing += 1
+            if len(self.named) < NAMED:
+                self.named.append(job_id)
+
+
+def _compare(kept: SqlReader, folded: SqlReader, span: Span) -> _Comparison:
+    found = _Comparison()
+    ours, theirs = kept.rows(), folded.rows()
+    a, b = next(ours, None), next(theirs, None)
+    while a is not None or b is not None:
+        if b is None or (a is not None and a[0] < b[0]):
+            assert a is not None
+            if span.holds(life_of_row(a)):
+                found.take(a[0], a, None)
+            else:
+                found.left_out += 1
+            a = next(ours, None)
+        elif a is None or b[0] < a[0]:
+            found.take(b[0], None, b)
+            b = next(theirs, None)
+        else:
+            if span.holds(life_of_row(a)):
+                found.take(a[0], a, b)
+            else:
+                found.left_out += 1
+            a, b = next(ours, None), next(theirs, None)
+    return found
