@@ -327,7 +327,6 @@ class Takeover(threading.Thread):
                         take(message)
                     if offset + 1 >= end or first_only:
                         del ends[where]
-                        consumer.incremental_unassign([TopicPartition(*where)])
                 if len(batch) < 1000 and ends:
                     # A position passes gaps that no message stands for.
                     for where_now in consumer.position([TopicPartition(t, n) for t, n in ends]):

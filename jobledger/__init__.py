@@ -3,6 +3,8 @@
 This package re-exports what a service uses. Importing it reads no settings and opens no connection.
 """
 
+import logging
+
 from jobledger.app import App
 from jobledger.client import JobHandle
 from jobledger.config import Settings
@@ -30,6 +32,9 @@ from jobledger.schemas.events import Position
 from jobledger.task import JobRequest, Queue, Task
 
 __version__ = "0.1.0"
+
+# What a library's log lines need so that they stay silent until an application sets logging up.
+logging.getLogger("jobledger").addHandler(logging.NullHandler())
 
 __all__ = [
     "NO_RETRY",

@@ -30,6 +30,7 @@ from jobledger.errors import (
     JobNotFound,
     ResultInsideJob,
     StatusTimeout,
+    StoreNotFound,
 )
 from jobledger.job import JobStatus, State
 from jobledger.log import LogWriter, Outgoing, now_us, position_of, source, translate
@@ -46,6 +47,8 @@ WINDOW = 20_000
 CHUNK = 500
 #: Seconds between two looks at the status table while waiting.
 POLL_FIRST, POLL_MOST = 0.01, 0.25
+#: Seconds for which a wait puts up with there being no status table yet.
+START_PATIENCE = 30.0
 #: Records in the send queue from which `submit_async` waits for room in a thread (librdkafka's queue holds 100,000).
 NEAR_FULL = 90_000
 
@@ -254,15 +257,20 @@ class Client:
                 f"waiting for job {job_id} inside a job is refused: with every slot waiting, none would be left to run "
                 "it. Submit the following step from the end of this one instead"
             )
-        deadline = None if timeout is None else time.monotonic() + timeout
+        began = time.monotonic()
+        deadline = None if timeout is None else began + timeout
         pause = POLL_FIRST
-        table = self._status_source()
         while True:
             seen: JobStatus | None = None
             try:
+                table = self._status_source()
                 seen = table.job(job_id)
             except JobNotFound:
                 if at_least is None or table.reached(at_least):
+                    raise
+            except StoreNotFound:
+                # The stream processor may be starting beside us; it makes the table within seconds.
+                if time.monotonic() - began > min(START_PATIENCE, START_PATIENCE if timeout is None else timeout):
                     raise
             if seen is not None and seen.state.ended:
                 return seen

@@ -93,10 +93,11 @@ class Processes:
             time.sleep(0.02)
         raise ProcessDied(f"{child.name} was not ready within {timeout:g} s; the end of {child.log}:\n{child.tail()}")
 
-    def stop(self) -> None:
-        """End every child and what it started: politely, all at the same time, then by force."""
+    def stop(self, *names: str) -> None:
+        """End these children (none named: all) and what they started: politely, all at the same time, then by force."""
+        ending = [child for child in reversed(self._children) if not names or child.name in names]
         family: list[psutil.Process] = []
-        for child in reversed(self._children):
+        for child in ending:
             _release(child.leash)
             if child.process.poll() is None:
                 with contextlib.suppress(psutil.NoSuchProcess):
@@ -104,13 +105,13 @@ class Processes:
                     family += psutil.Process(child.process.pid).children(recursive=True)
                 child.process.terminate()
         deadline = time.monotonic() + GRACE_S
-        for child in self._children:
+        for child in ending:
             try:
                 child.process.wait(max(0.0, deadline - time.monotonic()))
             except subprocess.TimeoutExpired:
                 child.process.kill()
                 child.process.wait()
-        self._children.clear()
+            self._children.remove(child)
         _, alive = psutil.wait_procs(family, timeout=2.0)
         for process in alive:
             with contextlib.suppress(psutil.NoSuchProcess):

@@ -262,7 +262,7 @@ class Screen:
 
     def note(self, text: str) -> None:
         """Words that explain the figures above."""
-        self.print(Padding(Text(text, "dim"), (0, 4)))
+        self.print(Padding(Text(text, "dim"), (1, 4, 0, 4)))
 
     def commands(self, groups: Sequence[tuple[str, Sequence[str]]]) -> None:
         """What to type to look further, under what it is for; never wrapped, so that it can be copied."""

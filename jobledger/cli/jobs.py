@@ -103,7 +103,7 @@ def list_jobs(
         output.print_json([status_json(each) for each in found])
         return
     columns = ("job", "task", "queue", "state", "try", "submitted", "took", "")
-    output.print_table(columns, [_row(each) for each in found], empty="no such jobs")
+    output.print_table(columns, [_row(each) for each in found], optional=("queue", "took", "try"), empty="no such jobs")
     if len(found) == limit:
         output.console(stderr=True).print(f"the newest {limit}; more with --limit", style="dim")
 
@@ -134,7 +134,8 @@ def show(
     output.print_fields(_fields(status))
     if steps is not None:
         print()
-        output.print_table(("appended", "after", "event", "try", "", "position"), [row for _, row in steps])
+        columns = ("appended", "after", "event", "try", "position", "")
+        output.print_table(columns, [row for _, row in steps], optional=("position", "after"))
 
 
 @app.command("wait")
@@ -235,7 +236,7 @@ def _row(status: JobStatus) -> list[Cell]:
         status.queue,
         output.state_cell(status.state.value),
         str(status.attempt),
-        output.relative(status.submitted_at),
+        output.brief(status.submitted_at),
         "" if status.duration is None else output.duration(status.duration),
         _note(status),
     ]
@@ -317,7 +318,7 @@ def _timeline(asked: App, positions: Sequence[Position]) -> list[tuple[dict[str,
                     raise SchemaError("no longer in the log")
                 found.append(log.recorded(message, decode))
             except SchemaError as exc:
-                gone: list[Cell] = ["-", "", ("?", "dim"), "", (str(exc), "dim"), (str(position), "dim")]
+                gone: list[Cell] = ["-", "", ("?", "dim"), "", (str(position), "dim"), (str(exc), "dim")]
                 lost.append(({"position": str(position), "error": str(exc)}, gone))
     found.sort(key=lambda r: (r.appended_ms, r.event.run, r.event.release, r.position))
     first = found[0].appended_ms if found else 0
@@ -329,8 +330,8 @@ def _timeline(asked: App, positions: Sequence[Position]) -> list[tuple[dict[str,
                 f"+{output.duration((each.appended_ms - first) / 1000)}",
                 (facts.kind(each.event.fact), facts.style(each.event.fact)),
                 str(each.event.attempt),
-                facts.describe(each.event.fact),
                 (str(each.position), "dim"),
+                facts.describe(each.event.fact, most=300),
             ],
         )
         for each in found

@@ -100,6 +100,8 @@ def main(words: list[str]) -> int:
     except KeyboardInterrupt:
         return Exit.INTERRUPTED
     except typer.Abort:
+        if not as_json:
+            print(file=sys.stderr)  # the question stands on this line
         print_error("Aborted", "nothing was done", as_json=as_json)
         return Exit.ERROR
     except _usage_error() as exc:

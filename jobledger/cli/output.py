@@ -67,6 +67,9 @@ STATE_STYLES: Mapping[str, str] = {
     "expired": "dim",
 }
 
+#: Characters that the last column of a table gets at least, if it has so many.
+_LAST_COLUMN = 24
+
 #: A cell: text, or text and its style.
 Cell = str | tuple[str, str]
 
@@ -122,8 +125,18 @@ def print_json(value: Any) -> None:
     print(json.dumps(jsonable(value), ensure_ascii=False), flush=True)
 
 
-def print_table(columns: Sequence[str], rows: Sequence[Sequence[Cell]], *, empty: str = "nothing found") -> None:
-    """A table: framed and coloured for a terminal, else columns of plain text under a heading."""
+def print_table(
+    columns: Sequence[str],
+    rows: Sequence[Sequence[Cell]],
+    *,
+    optional: Sequence[str] = (),
+    empty: str = "nothing found",
+) -> None:
+    """A table: ruled and coloured for a terminal, else columns of plain text under a heading.
+
+    In a terminal only the last column is broken into lines; if the others leave it no room, ``optional`` columns go, the
+    first named first. Plain text has all of them.
+    """
     if not rows:
         console(stderr=True).print(empty, style="dim", markup=False)
         return
@@ -136,25 +149,45 @@ def print_table(columns: Sequence[str], rows: Sequence[Sequence[Cell]], *, empty
     from rich import box
     from rich.table import Table
 
-    table = Table(box=box.SIMPLE_HEAD, header_style="bold", pad_edge=False)
-    for index, name in enumerate(columns):
-        # The first column names the thing (an id, a time): it is there to be copied, so it is never cut.
-        table.add_column(name, no_wrap=index == 0, overflow="fold")
+    out = console()
+    shown = _fitting(columns, rows, optional, out.width)
+    table = Table(box=box.SIMPLE_HEAD, header_style="bold", pad_edge=False, show_edge=False)
+    for index in shown:
+        table.add_column(columns[index], no_wrap=index != shown[-1], overflow="fold")
     for row in rows:
-        table.add_row(*[styled(cell) for cell in row])
-    console().print(table)
+        table.add_row(*[styled(row[index]) for index in shown])
+    # Wider than the terminal rather than cut: what cannot be read cannot be copied either.
+    out.print(table, width=max(out.width, _width(columns, rows, shown)), crop=False)
+
+
+def _fitting(columns: Sequence[str], rows: Sequence[Sequence[Cell]], optional: Sequence[str], width: int) -> list[int]:
+    """The indices of the columns that are shown in ``width`` characters."""
+    shown = list(range(len(columns)))
+    for name in optional:
+        if _width(columns, rows, shown) <= width:
+            break
+        shown.remove(columns.index(name))
+    return shown
+
+
+def _width(columns: Sequence[str], rows: Sequence[Sequence[Cell]], shown: Sequence[int]) -> int:
+    """What the table needs: all of each column but the last, and of that one enough to be worth it."""
+    widths = [max(len(columns[i]), *(len(_plain(row[i])) for row in rows)) for i in shown]
+    return sum(widths[:-1]) + min(widths[-1], _LAST_COLUMN) + 3 * len(shown)
 
 
 def print_fields(fields: Sequence[tuple[str, Cell]]) -> None:
     """Names and values, one a line."""
     width = max((len(name) for name, _ in fields), default=0)
     out = console()
+    from rich.text import Text
+
     for name, cell in fields:
         text = styled(cell)
         lines = text.split("\n", allow_blank=True) if text.plain else [text]
         for index, line in enumerate(lines):
-            head = styled(((name if index == 0 else "").ljust(width), "dim"))
-            out.print(head + "  " + line, soft_wrap=True)
+            head = (name if index == 0 else "").ljust(width)
+            out.print(Text.assemble((head, "dim"), "  ", line), soft_wrap=True)
 
 
 def styled(cell: Cell) -> Text:
@@ -202,6 +235,16 @@ def relative(moment: dt.datetime | int | None, now_us: int | None = None) -> str
     if abs(seconds) < 0.0005:
         return "now"
     return f"{duration(seconds)} ago" if seconds > 0 else f"in {duration(-seconds)}"
+
+
+def brief(moment: dt.datetime | int | None, now_us: int | None = None) -> str:
+    """As `relative` with one unit: ``12 s ago``, ``10 min ago``."""
+    text = relative(moment, now_us)
+    words, ago = text.removesuffix(" ago").removeprefix("in ").split(" "), text.endswith(" ago")
+    if len(words) < 2:
+        return text
+    number = words[0].partition(".")[0] if words[1] == "s" else words[0]
+    return f"{number} {words[1]} ago" if ago else f"in {number} {words[1]}"
 
 
 def clock(moment: dt.datetime | int | None) -> str:
