@@ -30,8 +30,9 @@ LOG = logging.getLogger("jobledger.worker")
 BATCH = 500
 #: Seconds a poll may wait; also how late a change of pausing may be.
 POLL_S = 0.05
-#: Seconds of holding back after which the client is paused, so that polling can go on.
-FULL_PAUSE_S = 0.5
+#: Seconds between polls while nothing more fits: how late a rebalance may be served. Pausing at the client instead would
+#: throw away what it has fetched, and resuming takes it up to a second.
+SLOW_POLL_S = 0.5
 #: Seconds a revoked partition's jobs get to end, within the callback.
 HANDOVER_S = 8.0
 #: Seconds the group's offsets are asked for at assignment before the worker gives up.
@@ -75,7 +76,6 @@ class Fetcher(threading.Thread):
         self._parts: dict[int, Partition] = {}
         self._room = threading.Event()
         self.waiting = False  # for room
-        self._full = False  # paused because nothing fits
         self._draining = False
         self._closing = threading.Event()
         self._handover = HANDOVER_S
@@ -154,28 +154,21 @@ class Fetcher(threading.Thread):
                 LOG.exception("queue %s: leaving the group failed", self.queue)
 
     def _poll_until_closed(self) -> None:
-        steer_at = 0.0
-        full_since: float | None = None
         consumer = self.consumer
+        polled_at = steer_at = 0.0
         while not self._closing.is_set():
             now = time.monotonic()
             self._commit_if_due(now)
-            room = self._prefetch - self.held
-            if self._draining or room <= 0 or (self._full and room <= self._prefetch // 2):
-                full_since = full_since or now
-                if self._draining or now - full_since >= FULL_PAUSE_S:
-                    self._full = True
-                    self._steer()
-                    self._take(consumer.poll(POLL_S), 0)
-                else:
-                    self._await_room()
+            room = 0 if self._draining else self._prefetch - self.held
+            if room <= 0 and now - polled_at < SLOW_POLL_S:
+                self._await_room()
                 continue
-            full_since = None
-            if self._full or now >= steer_at:
-                self._full = False
+            if now >= steer_at:
                 self._steer()
                 steer_at = now + POLL_S
-            self._take(consumer.poll(POLL_S), room)
+            # Nothing fits: the poll is for rebalances, which come first; the one message it may give fits as well.
+            self._take(consumer.poll(POLL_S if room > 0 else 0), room)
+            polled_at = now
 
     def _commit_if_due(self, now: float) -> None:
         while self._requests:
@@ -198,7 +191,7 @@ class Fetcher(threading.Thread):
     def _await_room(self) -> None:
         self._room.clear()
         self.waiting = True
-        if self.held >= self._prefetch:
+        if self._draining or self.held >= self._prefetch:
             self._room.wait(POLL_S)
         self.waiting = False
 
@@ -244,11 +237,12 @@ class Fetcher(threading.Thread):
         self.error = text
 
     def _steer(self) -> None:
-        """Pause and resume at the client so that it fits what may be fetched."""
+        """Pause at the client what cannot be run for a while and has enough waiting; resume what can."""
         pause: list[TopicPartition] = []
         resume: list[TopicPartition] = []
         for p in self._parts.values():
-            wanted = self._full or not p.ready or p.braked or p.stopped is not None
+            idle = p.braked or not p.ready
+            wanted = p.stopped is not None or (idle and (p.paused or len(p.raw) >= self._prefetch))
             if wanted != p.paused:
                 (pause if wanted else resume).append(TopicPartition(p.topic, p.number))
                 p.paused = wanted
@@ -270,8 +264,7 @@ class Fetcher(threading.Thread):
         consumer.incremental_assign(
             [TopicPartition(p.topic, p.number, p.committed if p.committed >= 0 else OFFSET_BEGINNING) for p in new]
         )
-        # Nothing is read before the takeover is through; `_steer` resumes.
-        consumer.pause([TopicPartition(p.topic, p.number) for p in new])
+        # What is fetched from now on waits until the takeover is through.
         LOG.info("queue %s: assigned partitions %s", self.queue, [p.number for p in new])
         self._assigned(self, new)
 

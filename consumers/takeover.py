@@ -305,8 +305,6 @@ class Takeover(threading.Thread):
             return
         consumer = self._consumer()
         consumer.assign([TopicPartition(t, n, ranges[t, n][0]) for t, n in ends])
-        # A pause outlives unassign(): what was paused at the end of an earlier range would stay silent for ever.
-        consumer.resume([TopicPartition(t, n) for t, n in ends])
         try:
             seen = time.monotonic()
             while ends and not self._closing and wanted():
@@ -327,6 +325,8 @@ class Takeover(threading.Thread):
                         take(message)
                     if offset + 1 >= end or first_only:
                         del ends[where]
+                        # Not pause(): it outlives unassign(), and the partition's next range would stay silent for ever.
+                        consumer.incremental_unassign([TopicPartition(*where)])
                 if len(batch) < 1000 and ends:
                     # A position passes gaps that no message stands for.
                     for where_now in consumer.position([TopicPartition(t, n) for t, n in ends]):

@@ -70,7 +70,7 @@ class Partition:
         self.taking = False  # the dispatcher is between taking a record and putting it into `live`
         self.aside = 0  # received, and not judged yet
         self.braked = False  # its completion map is as long as it may become
-        self.paused = True  # at the client
+        self.paused = False  # at the client
         self.lock = threading.Lock()
         self.offsets: PartitionOffsets | None = None
         self.memory = ReleaseMemory()
@@ -89,7 +89,7 @@ class Partition:
     @property
     def held(self) -> int:
         """Fetched records that count against the prefetch limit."""
-        return 0 if self.braked or self.stopped is not None else len(self.raw)
+        return 0 if self.braked or self.stopped is not None or not self.ready else len(self.raw)
 
     @property
     def busy(self) -> bool:

@@ -266,8 +266,10 @@ class Client:
                 table = self._status_source()
                 seen = table.job(job_id)
             except JobNotFound:
-                if at_least is None or table.reached(at_least):
+                if at_least is None:
                     raise
+                if table.reached(at_least):
+                    seen = table.job(job_id)  # the job may have come between the two questions; if not, this raises
             except StoreNotFound:
                 # The stream processor may be starting beside us; it makes the table within seconds.
                 if time.monotonic() - began > min(START_PATIENCE, START_PATIENCE if timeout is None else timeout):

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from aiokafka import AIOKafkaProducer
 from aiokafka import errors as aioerrors
@@ -21,6 +21,8 @@ from jobledger.errors import BrokerUnavailable, JobledgerError, PayloadTooLarge,
 from jobledger.log import LogReader, Outgoing
 
 MAX_BATCH_BYTES = 256 * 1024
+
+T = TypeVar("T")
 
 
 class Delivered(NamedTuple):
@@ -131,15 +133,29 @@ class Ends:
 
     async def of(self, topic: str, partitions: Iterable[int]) -> dict[int, tuple[int, int]]:
         """First offset and high watermark by partition. Raises `BrokerUnavailable` or `TopicMissing`."""
-        return await asyncio.get_running_loop().run_in_executor(self._thread, self._ask, topic, sorted(partitions))
+        wanted = sorted(partitions)
+        return await self._ask(lambda reader: {p: reader.watermarks(topic, p, 5.0) for p in wanted})
 
-    def _ask(self, topic: str, partitions: Sequence[int]) -> dict[int, tuple[int, int]]:
+    async def keys(self, topic: str, partition: int, offsets: set[int]) -> set[bytes]:
+        """The keys of the records at these offsets, as far as they are still there."""
+
+        def read(reader: LogReader) -> set[bytes]:
+            messages = reader.read(topic, partition, min(offsets), max(offsets) + 1)
+            found = [(message.offset(), message.key()) for message in messages]
+            return {bytes(key) for offset, key in found if offset in offsets and isinstance(key, bytes)}
+
+        return await self._ask(read)
+
+    async def _ask(self, question: Callable[[LogReader], T]) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._thread, self._patiently, question)
+
+    def _patiently(self, question: Callable[[LogReader], T]) -> T:
         if self._reader is None:
             self._reader = LogReader(self._settings)
         deadline = time.monotonic() + self._patience
         while True:
             try:
-                return {partition: self._reader.watermarks(topic, partition, 5.0) for partition in partitions}
+                return question(self._reader)
             except BrokerUnavailable:
                 if self._closed or time.monotonic() > deadline:
                     raise

@@ -53,8 +53,8 @@ T = TypeVar("T")
 #: Exit codes of `run_coordinator`. 70 is EX_SOFTWARE of sysexits.h: start it again.
 EXIT_OK, EXIT_FAILED = 0, 70
 
-#: Seconds between two beats of the guard against a clock that jumps, and the gap that makes it doubt.
-PULSE, PULSE_GAP = 0.25, 1.5
+#: Seconds between two beats of the guard against a clock that jumps.
+PULSE = 0.25
 #: Seconds between two measurements of the lag; they also show that the broker is there.
 SURVEY = 2.0
 #: Records may be a little larger than what was submitted: they carry a due time and where they come from.
@@ -297,16 +297,10 @@ class Coordinator:
     # -- guards ------------------------------------------------------------------------------------------------------
 
     async def _pulse(self) -> None:
-        """Notice that this process stood still (SIGSTOP, a suspended machine) or that its clock was set."""
-        last = _clocks()
+        assert self._cycle is not None
         while True:
+            self._cycle.beat()
             await asyncio.sleep(PULSE)
-            now = _clocks()
-            gap = max(abs(b - a) for a, b in zip(last, now, strict=True))
-            if gap > PULSE_GAP and self._cycle is not None:
-                LOG.warning("this process stood still for %.1f s: nothing is sent until the group confirms it", gap)
-                self._cycle.doubt()
-            last = now
 
     async def _survey(self) -> None:
         """Measure the lag; give up if the broker is away for longer than `Options.patience`."""
@@ -332,12 +326,6 @@ class Coordinator:
                     "check JOBLEDGER_BOOTSTRAP and that the broker runs"
                 )
             await asyncio.sleep(SURVEY)
-
-
-def _clocks() -> tuple[float, float]:
-    """Wall time, and time since boot that includes a suspension where the system tells it."""
-    boot = getattr(time, "CLOCK_BOOTTIME", None)
-    return time.time(), time.monotonic() if boot is None else time.clock_gettime(boot)
 
 
 def run_coordinator(

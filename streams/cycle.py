@@ -70,7 +70,7 @@ class Cycle:
         self._names, self._options, self._group = names, options, group
         self._writer, self._ends, self._metrics, self._step = writer, ends, metrics, step
         self._source = source("coordinator")
-        self._ownership = Ownership(group)
+        self._ownership = Ownership(group, self._on_gap)
         self._intake = Intake(names, decode, self._source)
         self.table = Table(changelog(names), group, writer, ends, self._ownership, step)
         self.topics = WorkTopics(names, settings, topics)
@@ -96,9 +96,11 @@ class Cycle:
         """The next source offset to be dealt with."""
         return max(self._position.get(partition, 0), self._group.committed(partition) or 0)
 
-    def doubt(self) -> None:
-        """This process stood still, or its clock was set: it may have been replaced meanwhile."""
-        self._ownership.doubt()
+    def beat(self) -> None:
+        """To be called a few times a second: notices that this process stood still."""
+        self._ownership.beat()
+
+    def _on_gap(self) -> None:
         self.firing.clock.reset()
 
     def _caught_up(self, partition: int) -> bool:

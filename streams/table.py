@@ -26,7 +26,7 @@ from jobledger.streams.decisions import (
     sweepable,
 )
 from jobledger.streams.faust_app import Group
-from jobledger.streams.ownership import Overtaken, Ownership, Superseded
+from jobledger.streams.ownership import Ownership, Superseded
 from jobledger.streams.timers import Timers, wake_at
 
 LOG = logging.getLogger("jobledger.coordinator")
@@ -37,6 +37,7 @@ SCAN_CHUNK = 2_000
 WRITE_CHUNK = 500
 
 Key = tuple[int, bytes]
+Put = tuple[int, bytes, bytes | None]
 
 
 class Table:
@@ -85,36 +86,50 @@ class Table:
                 if self._pending.get(key) is row:
                     del self._pending[key]
 
-    async def _write(self, puts: Sequence[tuple[int, bytes, bytes | None]]) -> None:
+    async def _write(self, puts: Sequence[Put]) -> None:
         """On the changelog, acknowledged, then locally.
 
-        The changelog's offsets must follow one another: a gap means that another instance writes there too, so that one
-        of both was replaced without having noticed.
+        The changelog's offsets must follow one another: in a gap somebody else has written, who takes this partition for
+        its own as well. If the broker confirms this instance, that was a late write of one that had been paused, and what
+        it covered is written again; else this is the late one, and `Superseded` is raised.
         """
-        if not puts:
-            return
-        sent = await self._writer.post(
-            [Outgoing(self._changelog, value, key, partition) for partition, key, value in puts]
-        )
-        self._step("rows-sent")
-        outcomes = await sent
-        error = first_error(outcomes)
-        if error is not None:
-            raise error
-        self._step("rows-acknowledged")
-        ends: dict[int, int] = {}
-        for outcome in outcomes:
-            assert isinstance(outcome, Delivered)
-            expected = self._next.get(outcome.partition)
-            if expected is not None and outcome.offset != expected:
-                raise Overtaken(
-                    f"{self._changelog}[{outcome.partition}]: offset {outcome.offset} was given where {expected} was "
-                    "expected, so another coordinator owns this partition; this one stops and starts anew"
-                )
-            self._next[outcome.partition] = outcome.offset + 1
-            ends[outcome.partition] = outcome.offset
-        for partition, end in ends.items():
-            self._group.rows.write(partition, [(key, value) for p, key, value in puts if p == partition], end)
+        while puts:
+            sent = await self._writer.post(
+                [Outgoing(self._changelog, value, key, partition) for partition, key, value in puts]
+            )
+            self._step("rows-sent")
+            outcomes = await sent
+            error = first_error(outcomes)
+            if error is not None:
+                raise error
+            self._step("rows-acknowledged")
+            own: dict[int, list[int]] = {}
+            for outcome in outcomes:
+                assert isinstance(outcome, Delivered)
+                own.setdefault(outcome.partition, []).append(outcome.offset)
+            foreign = {
+                partition: strangers
+                for partition, offsets in own.items()
+                if (strangers := set(range(self._next.get(partition, min(offsets)), max(offsets))) - set(offsets))
+            }
+            if foreign and not await self._ownership.confirm(doubt=True):
+                raise Superseded
+            for partition, offsets in own.items():
+                self._next[partition] = max(offsets) + 1
+                rows = [(key, value) for p, key, value in puts if p == partition]
+                self._group.rows.write(partition, rows, max(offsets))
+            puts = await self._covered(foreign)
+
+    async def _covered(self, foreign: Mapping[int, set[int]]) -> list[Put]:
+        """The rows, as they are here, whose keys somebody else has written at these offsets of the changelog."""
+        puts: list[Put] = []
+        for partition, offsets in foreign.items():
+            keys = await self._ends.keys(self._changelog, partition, offsets)
+            LOG.warning(
+                "%s[%d]: %d late writes of another coordinator are undone", self._changelog, partition, len(keys)
+            )
+            puts += [(partition, key, self._group.rows.get(partition, key)) for key in sorted(keys)]
+        return puts
 
     # -- restoring ---------------------------------------------------------------------------------------------------
 
@@ -149,7 +164,7 @@ class Table:
     async def _mend(self, partitions: set[int]) -> None:
         """Write rows again whose changelog ends with an older version: an instance that was paused wrote it late."""
         rows = self._group.rows
-        puts: list[tuple[int, bytes, bytes | None]] = []
+        puts: list[Put] = []
         for partition, key in sorted(rows.overtaken):
             if partition in partitions:
                 puts.append((partition, key, rows.get(partition, key)))
@@ -182,25 +197,31 @@ class Table:
     ) -> int:
         async with self._lock:
             try:
-                await self._ownership.certain(epoch)
+                return await self._sweep_locked(partition, marked, epoch, now_ms, keep_ms)
             except Superseded:
                 return 0
-            committed = self._group.committed(partition)
-            if committed is None or not self._ownership.undisputed:
-                return 0
-            gone: list[bytes] = []
-            for key, data in marked:
-                # Scanned without the lock: the row may have been replaced meanwhile, or be about to.
-                unchanged = self._group.rows.get(partition, key) == data and (partition, key) not in self._pending
-                if unchanged and sweepable(decode_row(data), committed, now_ms, keep_ms):
-                    gone.append(key)
-            if not gone:
-                return 0
-            floor = raised_floor(self.floor(partition), committed)
-            self._step("sweep-begins")
-            await self._write([(partition, floor_key(partition), encode_row(Floor(partition, floor)))])
-            self._floors[partition] = floor
-            self._step("floor-kept")
-            await self._write([(partition, key, None) for key in gone])
-            self._step("swept")
-            return len(gone)
+
+    async def _sweep_locked(
+        self, partition: int, marked: Sequence[tuple[bytes, bytes]], epoch: int, now_ms: int, keep_ms: int
+    ) -> int:
+        await self._ownership.certain(epoch)
+        committed = self._group.committed(partition)
+        if committed is None or not self._ownership.undisputed:
+            return 0
+        gone: list[bytes] = []
+        for key, data in marked:
+            # Scanned without the lock: the row may have been replaced meanwhile, or be about to.
+            unchanged = self._group.rows.get(partition, key) == data and (partition, key) not in self._pending
+            if unchanged and sweepable(decode_row(data), committed, now_ms, keep_ms):
+                gone.append(key)
+        if not gone:
+            return 0
+        floor = raised_floor(self.floor(partition), committed)
+        self._step("sweep-begins")
+        await self._write([(partition, floor_key(partition), encode_row(Floor(partition, floor)))])
+        self._floors[partition] = floor
+        self._step("floor-kept")
+        await self._ownership.certain(epoch)
+        await self._write([(partition, key, None) for key in gone])
+        self._step("swept")
+        return len(gone)

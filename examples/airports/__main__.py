@@ -83,6 +83,7 @@ def _end(number: int, frame: object) -> None:
 
 def run(screen: Screen, options: argparse.Namespace) -> bool:
     """The whole run, and the end of everything it started; whether all that must be true was."""
+    start = time.monotonic()
     given = os.environ.get("JOBLEDGER_BOOTSTRAP")
     exports = {"JOBLEDGER_HOME": _short(options.home.expanduser().absolute())}
     exports |= {"JOBLEDGER_BOOTSTRAP": given} if given else {}
@@ -91,23 +92,30 @@ def run(screen: Screen, options: argparse.Namespace) -> bool:
     with ExitStack() as stack:
         try:
             place = stack.enter_context(claimed(options.home, namespace))
-            good, example = _story(screen, stack, place, given, options)
+            checks, example = _story(screen, stack, place, given, options)
         finally:
             # From here on things end; a second Ctrl-C must not leave half of them behind.
             deaf = [(each, signal.signal(each, signal.SIG_IGN)) for each in (signal.SIGINT, signal.SIGTERM)]
             began = time.monotonic()
     for each, handler in deaf:
         signal.signal(each, handler)
+    screen.print()
     screen.done("stopped", "everything that was started", time.monotonic() - began)
+    failed = sum(not check.holds for check in checks)
+    screen.verdict(
+        f"{failed} of {len(checks)} checks failed" if failed else f"All {len(checks)} checks hold",
+        f", after {time.monotonic() - start:.0f} s",
+        good=not failed,
+    )
     screen.heading("Look further")
     screen.commands(_commands(exports, given is None, example))
-    return good
+    return not failed
 
 
 def _story(
     screen: Screen, stack: ExitStack, place: Place, given: str | None, options: argparse.Namespace
-) -> tuple[bool, str | None]:
-    """Whether everything held, and the id of a job worth looking at."""
+) -> tuple[list[Check], str | None]:
+    """What must be true and whether it is, and the id of a job worth looking at."""
     place.logs.mkdir()
     logging.basicConfig(filename=place.logs / "demo.log", level=logging.INFO)
     rows = list(airports())
@@ -123,8 +131,8 @@ def _story(
     stack.callback(app.close)
     _start_jobledger(screen, processes, app, options.concurrency)
     _import(screen, processes, app, rows)
-    good, example = _account(screen, app, place, rows, api)
-    return _rebuild(screen, processes, app, api) and good, example
+    checks, example = _account(screen, app, place, rows, api)
+    return checks + _rebuild(screen, processes, app, api), example
 
 
 def _start_broker(screen: Screen, stack: ExitStack, place: Place) -> str:
@@ -227,7 +235,9 @@ def _import(screen: Screen, processes: Processes, app: App, rows: Sequence[Airpo
             time.sleep(POLL_S)
 
 
-def _account(screen: Screen, app: App, place: Place, rows: Sequence[Airport], api: str) -> tuple[bool, str | None]:
+def _account(
+    screen: Screen, app: App, place: Place, rows: Sequence[Airport], api: str
+) -> tuple[list[Check], str | None]:
     with screen.step("read back") as step:
         failed = [status.error.message if status.error else "" for status in app.jobs(state="failed", page=5_000)]
         saved = saved_rows(place.database)
@@ -247,10 +257,10 @@ def _account(screen: Screen, app: App, place: Place, rows: Sequence[Airport], ap
         f"{calls.get('busy', 0):,} were answered 503, {calls.get('hang', 0):,} never."
     )
     most_tried = max(lives, key=lambda job_id: lives[job_id].retries, default=None)
-    return all(check.holds for check in checks), most_tried
+    return checks, most_tried
 
 
-def _rebuild(screen: Screen, processes: Processes, app: App, api: str) -> bool:
+def _rebuild(screen: Screen, processes: Processes, app: App, api: str) -> list[Check]:
     screen.heading("The status table again, made from the log alone")
     with screen.step("verified") as step:
         # What the last jobs caused beside their ends may still be on its way to the table.
@@ -260,7 +270,7 @@ def _rebuild(screen: Screen, processes: Processes, app: App, api: str) -> bool:
         step.result = f"{before['jobs']:,} jobs of the table the import has made, against the log"
     with screen.step("rebuilt") as step:
         made = _jobledger("rebuild", TARGET, "--yes")
-        step.result = f"{made['jobs']:,} jobs from {made['records']:,} records; the new table took the old one's place"
+        step.result = f"{made['jobs']:,} jobs from {made['records']:,} records of the log"
     with screen.step("verified") as step:
         after = _jobledger("verify", TARGET)
         step.result = f"{after['jobs']:,} jobs of the new table, against the log"
@@ -272,14 +282,14 @@ def _rebuild(screen: Screen, processes: Processes, app: App, api: str) -> bool:
             f"digest {after['table_digest'][:16]}",
         ),
         Check(
-            "no job has run for it: no call to the third party, no record written",
+            "no job has run for it: no call, no new record",
             (_stats(api)["calls"], _written(app)) == (calls, written),
             f"{calls:,} calls, {written:,} records",
         ),
     ]
     screen.print()
     screen.checks(checks)
-    return all(check.holds for check in checks)
+    return checks
 
 
 def _abreast(app: App) -> bool:

@@ -87,8 +87,8 @@ def examples(rows: Iterable[Airport]) -> dict[str, str]:
     found: dict[str, str] = {}
     for row in rows:
         for kind in rejects(["; ".join(faults(row))] if faults(row) else []):
-            zone = f", {row.country}: {row.tz}" if FOREIGN_ZONE in kind else ""
-            found.setdefault(kind, f"{row.icao} {row.name}{zone}")
+            what = f"{row.country}, {row.tz}" if FOREIGN_ZONE in kind else row.name
+            found.setdefault(kind, f"{row.icao}: {what}")
     return found
 
 

@@ -124,7 +124,9 @@ class Progress:
         if not left:
             seconds = time.monotonic() - self._began
             return f"{self._total / seconds:,.0f} jobs/s over {seconds:.1f} s"
-        return f"{rate:,.0f} jobs/s" + (f", {left / rate:.0f} s left" if rate else "")
+        if time.monotonic() - self._began < RATE_OVER_S or not rate:
+            return f"{rate:,.0f} jobs/s"  # too early to say how long it will take
+        return f"{rate:,.0f} jobs/s, {left / rate:.0f} s left"
 
     def _picture(self) -> Group:
         width = self._screen.width - 3
@@ -259,6 +261,11 @@ class Screen:
                 Text(f"{value / max(jobs, 1):,.0f} ms a job", "dim"),
             )
         self.print(Padding(legend, (0, 4)))
+
+    def verdict(self, text: str, more: str, *, good: bool) -> None:
+        """The last word on the run."""
+        self.print()
+        self.print(Text.assemble(("  " + text, "bold green" if good else "bold red"), more))
 
     def note(self, text: str) -> None:
         """Words that explain the figures above."""

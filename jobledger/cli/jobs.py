@@ -103,7 +103,9 @@ def list_jobs(
         output.print_json([status_json(each) for each in found])
         return
     columns = ("job", "task", "queue", "state", "try", "submitted", "took", "")
-    output.print_table(columns, [_row(each) for each in found], optional=("queue", "took", "try"), empty="no such jobs")
+    output.print_table(
+        columns, [_row(each) for each in found], optional=("queue", "took", "try", "submitted"), empty="no such jobs"
+    )
     if len(found) == limit:
         output.console(stderr=True).print(f"the newest {limit}; more with --limit", style="dim")
 
@@ -248,12 +250,12 @@ def _note(status: JobStatus) -> Cell:
 
     state = status.state.value
     if state in ("scheduled", "retrying") and status.due_at is not None:
-        why = f", after {status.error.type}" if status.error is not None else ""
+        why = f", after {status.error.type.rpartition('.')[2]}" if status.error is not None else ""
         return f"due {output.relative(status.due_at)}{why}", "dim"
     if state == "running" and status.progress is not None:
         return output.shorten(progress(status.progress.done, status.progress.total, status.progress.message), 40), ""
     if state == "failed" and status.error is not None:
-        return output.shorten(f"{status.error.type}: {status.error.message}"), "red"
+        return output.shorten(f"{status.error.type.rpartition('.')[2]}: {status.error.message}"), "red"
     if status.reason:
         return output.shorten(status.reason), "dim"
     return ""

@@ -31,6 +31,7 @@ class Exit(IntEnum):
     DIFFERS = 4
     JOB_FAILED = 5
     TIMEOUT = 6
+    GAVE_UP = 70
     INTERRUPTED = 130
 
 
@@ -42,6 +43,7 @@ MEANINGS: Mapping[Exit, str] = {
     Exit.DIFFERS: "`verify`: the status table differs from the log",
     Exit.JOB_FAILED: "`jobs wait`, `submit --wait`: the job did not end well",
     Exit.TIMEOUT: "not within the time that was given",
+    Exit.GAVE_UP: "`coordinator`: it gave up and said why; start it again",
     Exit.INTERRUPTED: "interrupted (Ctrl-C)",
 }
 
@@ -68,7 +70,7 @@ STATE_STYLES: Mapping[str, str] = {
 }
 
 #: Characters that the last column of a table gets at least, if it has so many.
-_LAST_COLUMN = 24
+_LAST_COLUMN = 16
 
 #: A cell: text, or text and its style.
 Cell = str | tuple[str, str]
@@ -151,13 +153,14 @@ def print_table(
 
     out = console()
     shown = _fitting(columns, rows, optional, out.width)
-    table = Table(box=box.SIMPLE_HEAD, header_style="bold", pad_edge=False, show_edge=False)
+    table = Table(box=box.SIMPLE_HEAD, header_style="bold", padding=(0, 1, 0, 0), show_edge=False)
     for index in shown:
         table.add_column(columns[index], no_wrap=index != shown[-1], overflow="fold")
     for row in rows:
         table.add_row(*[styled(row[index]) for index in shown])
     # Wider than the terminal rather than cut: what cannot be read cannot be copied either.
-    out.print(table, width=max(out.width, _width(columns, rows, shown)), crop=False)
+    out.width = max(out.width, _width(columns, rows, shown))
+    out.print(table, crop=False)
 
 
 def _fitting(columns: Sequence[str], rows: Sequence[Sequence[Cell]], optional: Sequence[str], width: int) -> list[int]:
@@ -173,7 +176,7 @@ def _fitting(columns: Sequence[str], rows: Sequence[Sequence[Cell]], optional: S
 def _width(columns: Sequence[str], rows: Sequence[Sequence[Cell]], shown: Sequence[int]) -> int:
     """What the table needs: all of each column but the last, and of that one enough to be worth it."""
     widths = [max(len(columns[i]), *(len(_plain(row[i])) for row in rows)) for i in shown]
-    return sum(widths[:-1]) + min(widths[-1], _LAST_COLUMN) + 3 * len(shown)
+    return sum(widths[:-1]) + min(widths[-1], _LAST_COLUMN) + 2 * len(shown)
 
 
 def print_fields(fields: Sequence[tuple[str, Cell]]) -> None:

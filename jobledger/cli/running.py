@@ -238,8 +238,8 @@ def stopping() -> Iterator[threading.Event]:
     try:
         yield stop
     finally:
-        for each, handler in before.items():
-            signal.signal(each, handler)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def streams(

@@ -20,6 +20,7 @@ from urllib.parse import quote
 import sqlalchemy
 from sqlalchemy import Engine
 from sqlalchemy.dialects import sqlite
+from sqlalchemy.exc import ArgumentError
 from sqlalchemy.schema import CreateIndex, CreateTable
 
 from jobledger.errors import ConfigError, LeaseLost, StoreError
@@ -61,7 +62,10 @@ _RESET = (
 
 def path_of(url: str) -> Path:
     """The file a ``sqlite:///`` URL names. Raises `ConfigError` if it names none."""
-    database = sqlalchemy.make_url(url).database
+    try:
+        database = sqlalchemy.make_url(url).database
+    except ArgumentError:
+        database = None
     if not database or database == ":memory:":
         raise ConfigError(f"JOBLEDGER_STATUS_URL={url!r} names no file: write sqlite:///folder/status.db")
     return Path(database).expanduser()

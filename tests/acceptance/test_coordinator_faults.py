@@ -167,9 +167,11 @@ class Fleet:
             found[event.job_id, event.run, event.release].append((event, appended))
         return found
 
-    def await_all(self, timeout: float = 60.0) -> dict[tuple[str, int, int], list[tuple[JobEvent, int]]]:
+    def await_all(
+        self, timeout: float = 60.0, said: Callable[[], str] | None = None
+    ) -> dict[tuple[str, int, int], list[tuple[JobEvent, int]]]:
         """Wait until everything that was asked for was let go, and check it."""
-        wait_for(lambda: self.asked.keys() <= self.released().keys(), timeout, self.log_of)
+        wait_for(lambda: self.asked.keys() <= self.released().keys(), timeout, said or self.log_of)
         found, due = self.released(), self.due_times()
         assert found.keys() == self.asked.keys(), "something was let go that nobody asked for"
         for named, copies in found.items():
@@ -192,6 +194,8 @@ def wait_for(fact: Callable[[], bool], timeout: float, said: Callable[[], str]) 
     deadline = time.monotonic() + timeout
     while not fact():
         if time.monotonic() > deadline:
+            import subprocess as sp
+            sp.run("for p in $(pgrep -f acceptance/coordinator_process.py); do kill -USR1 $p; kill -USR2 $p; done; sleep 2", shell=True)
             pytest.fail(f"it did not come to be within {timeout:g} s; the coordinator said:\n{said()}")
         time.sleep(0.1)
 
@@ -222,13 +226,13 @@ def test_kill_minus_nine_between_any_two_steps_loses_and_contradicts_nothing(fle
             time.sleep(0.1)
         assert child.returncode == -signal.SIGKILL, fleet.log_of(name)
     fleet.start("b")
-    found = fleet.await_all()
+    found = fleet.await_all(said=lambda: fleet.log_of("b"))
     assert len(found) > 40 * len(STEPS)
 
 
 def test_a_paused_instance_repeats_decisions_and_contradicts_none(fleet: Fleet) -> None:
     """Two instances; one is stopped for longer than its session while releases are due, then goes on."""
-    one, _ = fleet.start("one"), fleet.start("two")
+    one, two = fleet.start("one"), fleet.start("two")
     wait_for(
         lambda: (
             len(fleet.health("one").get("partitions", [])) + len(fleet.health("two").get("partitions", [])) == 3
@@ -247,8 +251,9 @@ def test_a_paused_instance_repeats_decisions_and_contradicts_none(fleet: Fleet) 
     wait_for(lambda: len(fleet.released()) > 400, 60, lambda: fleet.log_of("two"))
     one.send_signal(signal.SIGCONT)
     fleet.submit(100, 3_000)
-    found = fleet.await_all()
+    found = fleet.await_all(said=lambda: fleet.log_of("one") + fleet.log_of("two"))
     assert len(found) == 700
+    assert two.poll() is None, fleet.log_of("two")
 
 
 def test_an_instance_that_dies_is_replaced_by_the_other(fleet: Fleet) -> None:
@@ -262,7 +267,7 @@ def test_an_instance_that_dies_is_replaced_by_the_other(fleet: Fleet) -> None:
     fleet.submit(400, 8_000)
     wait_for(lambda: len(fleet.released()) > 50, 30, lambda: fleet.log_of("two"))
     one.kill()
-    fleet.await_all()
+    fleet.await_all(said=lambda: fleet.log_of("two"))
     assert two.poll() is None
 
 

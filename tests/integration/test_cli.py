@@ -7,6 +7,7 @@ import io
 import json
 import os
 import signal
+import sqlite3
 import subprocess
 import sys
 import threading
@@ -242,6 +243,26 @@ def test_a_jobs_life_from_the_command_line(shop: Shop) -> None:
 
     assert worker.stop() == 0
     assert streams.stop() == 0
+
+    # the table is what the log says, and can be made anew from it
+    before = shop.json("verify", shop.target)
+    assert (before["equal"], before["differing"]) == (True, 0)
+    assert shop.json("rebuild", shop.target, "--yes")["jobs"] == before["jobs"]
+    after = shop.json("verify", shop.target)
+    assert (after["equal"], after["table_digest"]) == (True, before["table_digest"])
+    damage(shop, failed["job_id"])
+    broken = shop.json("verify", shop.target, code=4)
+    assert (broken["equal"], broken["differing"]) == (False, 1)
+
+
+def damage(shop: Shop, job_id: str) -> None:
+    """Lose one job's row, as a database that was restored from an older copy would."""
+    (path,) = (shop.folder / "home" / "status").glob("*.db")
+    with contextlib.closing(sqlite3.connect(path)) as database, database:
+        for (table,) in database.execute("SELECT name FROM sqlite_master WHERE type = 'table'").fetchall():
+            columns = {row[1] for row in database.execute(f"PRAGMA table_info({table})")}
+            if "job_id" in columns:
+                database.execute(f"DELETE FROM {table} WHERE job_id = ?", (job_id,))
 
 
 def events(shop: Shop, *words: str) -> list[Any]:

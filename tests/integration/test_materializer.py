@@ -1,2 +1,512 @@
-"""The materializer on a real broker."""
+"""The materializer on a real broker: what is in the log is in the table, once, whatever gets in the way."""
+
 from __future__ import annotations
+
+import io
+import json
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import fastavro
+import pytest
+import uuid_utils
+from confluent_kafka import TopicPartition
+
+from jobledger import log
+from jobledger.config import Settings
+from jobledger.errors import LeaseLost, StoreError, UnknownFact
+from jobledger.job import State
+from jobledger.kafka import topics
+from jobledger.log import LogReader, LogWriter, Outgoing, wait_until
+from jobledger.names import Names
+from jobledger.schemas import codec
+from jobledger.schemas import events as ev
+from jobledger.schemas.events import JobEvent, Position
+from jobledger.streams import rebuild as rebuilding
+from jobledger.streams.rebuild import rebuild, verify
+from jobledger.streams.status import Materializer
+from jobledger.streams.store import Changes, StatusReader, Store, open_reader, open_store
+from jobledger.streams.store.sqlite import SqliteStore, path_of
+
+pytestmark = pytest.mark.kafka
+
+PARTITIONS = 3
+BAD = ev.ErrorInfo("builtins.ValueError", "no", "trace")
+SPEC = ev.JobSpec(b"{}", {"tenant": "acme"})
+
+
+class World:
+    """A namespace with its topics, a writer, and an address for a table."""
+
+    def __init__(self, bootstrap: str, namespace: str, folder: Path) -> None:
+        self.settings, self.names = Settings(bootstrap=bootstrap, submit_timeout=10.0), Names(namespace)
+        self.url = f"sqlite:///{folder / 'status.db'}"
+        self.admin = log.admin(self.settings)
+        self.make("mail")
+        self.writer = LogWriter(self.settings, self.names)
+
+    def make(self, *queues: str) -> None:
+        """The topics of these queues, and all others."""
+        specs = topics.desired(self.names, dict.fromkeys(queues, PARTITIONS), partitions=PARTITIONS, replication=1)
+        topics.apply(self.admin, topics.plan(self.admin, specs))
+
+    def event(self, job_id: str, fact: ev.Fact, release: int = 1, attempt: int = 1, queue: str = "mail") -> bytes:
+        """One encoded event."""
+        event_id = str(uuid_utils.uuid7())
+        return codec.encode(
+            JobEvent(
+                event_id, job_id, 1, attempt, release, log.now_us(), "send", queue, None, None, "t@h:1", None, fact
+            )
+        )
+
+    def send(self, *records: tuple[str, str, bytes | None, int]) -> list[Position]:
+        """Write (topic, key, value, partition) and wait for the acknowledgements."""
+        return self.writer.send(Outgoing(topic, value, key, partition) for topic, key, value, partition in records)
+
+    def live(self, job_id: str, *facts: ev.Fact, partition: int = 0, queue: str = "mail") -> list[Position]:
+        """Write facts of one job, each to its topic."""
+        records = []
+        for fact in facts:
+            match fact:
+                case ev.JobSubmitted(delay_ms=int()):
+                    where, release = self.names.coordination, 0
+                case ev.JobSubmitted() | ev.JobDue():
+                    where, release = self.names.jobs(queue), 1
+                case _:
+                    where, release = self.names.lifecycle, 1
+            records.append((where, job_id, self.event(job_id, fact, release, queue=queue), partition))
+        return self.send(*records)
+
+    def fill(self, jobs: int) -> list[str]:
+        """Jobs that went well, all but every fifth, which fails, and every seventh, which is not started."""
+        ids = [str(uuid_utils.uuid7()) for _ in range(jobs)]
+        records = []
+        for n, job_id in enumerate(ids):
+            facts: list[ev.Fact] = [ev.JobSubmitted(SPEC)]
+            if n % 7:
+                facts += [ev.JobStarted("h:1", self.names.jobs("mail"), n)]
+                facts += [ev.JobFailed("exhausted", BAD) if n % 5 == 0 else ev.JobSucceeded(b"1", 5)]
+            for fact in facts:
+                topic = self.names.jobs("mail") if isinstance(fact, ev.JobSubmitted) else self.names.lifecycle
+                records.append((topic, job_id, self.event(job_id, fact), n % PARTITIONS))
+        self.send(*records)
+        return ids
+
+    def materializer(self, **options: Any) -> Materializer:
+        """A materializer for it."""
+        return Materializer(self.names, self.settings, ["mail"], self.url, **options)
+
+    def reader(self) -> StatusReader:
+        """The table's read side; closed with the world."""
+        return open_reader(self.url, self.names.namespace)
+
+    def trim(self, topic: str, partition: int, before: int) -> None:
+        """Delete a partition's records below an offset."""
+        asked = self.admin.delete_records([TopicPartition(topic, partition, before)])
+        for future in asked.values():
+            future.result(10)
+
+    def close(self) -> None:
+        self.writer.close()
+
+
+class Running:
+    """A materializer in a thread for the length of a block; what it raised is in ``error``."""
+
+    def __init__(self, made: Materializer) -> None:
+        self.made, self.error = made, None
+        self.stop = threading.Event()
+        self._thread = threading.Thread(target=self._run)
+
+    error: Exception | None
+
+    def _run(self) -> None:
+        try:
+            self.made.run(self.stop)
+        except (StoreError, OSError) as exc:
+            self.error = exc
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop.set()
+        self.join()
+
+    def join(self) -> None:
+        """Wait for its end."""
+        self._thread.join(30)
+        assert not self._thread.is_alive()
+
+    def catch_up(self) -> None:
+        """Wait until the table has everything that is in the log now."""
+        wait_until(lambda: self.error is not None or (self.made.active and self.made.caught_up()), 30, "catching up")
+        if self.error is not None:
+            raise self.error
+
+
+@pytest.fixture
+def world(broker: str, namespace: str, tmp_path: Path) -> Iterator[World]:
+    made = World(broker, namespace, tmp_path)
+    yield made
+    made.close()
+
+
+def new_id() -> str:
+    return str(uuid_utils.uuid7())
+
+
+def sample(made: Materializer, name: str, **labels: str) -> float:
+    """A metric's value; 0 if it was never touched."""
+    return made.metrics.registry.get_sample_value("jobledger_materializer_" + name, labels) or 0.0
+
+
+def test_a_jobs_whole_life_is_shown(world: World) -> None:
+    """Facts from every topic become one row with times of the broker, result, tags and the positions of all facts."""
+    job_id = new_id()
+    places = world.live(job_id, ev.JobSubmitted(SPEC, 5), ev.JobDue(SPEC, 1_000), ev.JobStarted("h:1", "t", 0))
+    with Running(world.materializer()) as running:
+        running.catch_up()
+        reader = world.reader()
+        seen = reader.job(job_id)
+        assert (seen.state, seen.task, seen.queue, seen.tags) == (State.RUNNING, "send", "mail", {"tenant": "acme"})
+        places += world.live(job_id, ev.JobProgressed(1, 3, 9, "third"), ev.JobSucceeded(b'["done"]', 7_000))
+        wait_until(lambda: reader.reached(places[-1]), 10, "reading on")
+        seen = reader.job(job_id)
+    assert (seen.state, seen.result, seen.duration) == (State.SUCCEEDED, ["done"], 0.007)
+    assert set(seen.positions) == set(places)
+    assert seen.submitted_at is not None
+    assert seen.started_at is not None
+    assert seen.ended_at is not None
+    assert seen.submitted_at <= seen.started_at <= seen.ended_at
+    assert reader.counts_by_state()["succeeded"] == sum(reader.counts_by_state().values()) == 1
+    reader.close()
+
+
+def test_a_restart_goes_on_where_the_table_ends(world: World) -> None:
+    """What was read before a stop is not counted again, and what came meanwhile is not left out."""
+    world.fill(70)
+    with Running(world.materializer()) as running:
+        running.catch_up()
+        assert running.made.position() == sample_sum(running.made)
+    more = world.fill(35)
+    with Running(world.materializer()) as running:
+        running.catch_up()
+        assert sample_sum(running.made) < 110
+    reader = world.reader()
+    assert reader.job(more[0]).state is State.QUEUED
+    assert sum(reader.counts_by_state().values()) == 105
+    reader.close()
+    assert verify(world.names, world.settings, ["mail"], world.url).equal
+
+
+def sample_sum(made: Materializer) -> float:
+    """Records read, of all topics."""
+    return sum(s.value for m in made.metrics.registry.collect() for s in m.samples if s.name.endswith("_events_total"))
+
+
+KILLED = """
+import sys, threading
+from jobledger.config import Settings
+from jobledger.names import Names
+from jobledger.streams.status import Materializer
+bootstrap, namespace, url = sys.argv[1:]
+Materializer(Names(namespace), Settings(bootstrap=bootstrap), ["mail"], url, batch=50).run(threading.Event())
+"""
+
+
+@pytest.mark.slow
+def test_kill_9_at_any_time_loses_and_doubles_nothing(world: World) -> None:
+    """A materializer killed again and again while it writes leaves a table that is what the log says."""
+    world.fill(6_000)
+    SqliteStore(world.url, world.names.namespace).close()
+    reader = world.reader()
+    read = -1
+    for _ in range(5):
+        child = subprocess.Popen(
+            [sys.executable, "-c", KILLED, str(world.settings.bootstrap), world.names.namespace, world.url]
+        )
+        try:
+            # Some progress is made every time: the dead one's lease does not hold the next one up.
+            wait_until(lambda before=read: sum(reader.offsets().values()) > before, 20, "reading on")  # type: ignore[misc]
+        finally:
+            child.kill()
+            child.wait()
+        read = sum(reader.offsets().values())
+    with Running(world.materializer()) as running:
+        running.catch_up()
+    assert sum(reader.counts_by_state().values()) == 6_000
+    reader.close()
+    found = verify(world.names, world.settings, ["mail"], world.url)
+    assert found.equal, found
+
+
+def test_garbage_is_counted_and_passed(world: World) -> None:
+    """Bytes that are no event stop nothing on any topic; those on lifecycle are kept as dead letters, under one id."""
+    job_id, names = new_id(), world.names
+    bad = [names.jobs("mail"), names.lifecycle, names.coordination, names.dead_letter]
+    framed = codec.MAGIC + codec.FINGERPRINT + b"\xff" * 40
+    places = world.send(*[(topic, "k", raw, 1) for topic in bad for raw in (b"garbage", None, framed)])
+    world.live(job_id, ev.JobSubmitted(SPEC), partition=1)
+    with Running(world.materializer()) as running:
+        running.catch_up()
+        for topic in bad:
+            assert sample(running.made, "rejected_records_total", topic=topic, reason="NotAnEvent") == 3
+    reader = world.reader()
+    assert reader.job(job_id).state is State.QUEUED
+    reader.close()
+    letters = dead_letters(world)
+    expected = [place for place in places if place.topic == names.lifecycle]
+    facts = [each.fact for each in letters]
+    assert (
+        sorted(Position(f.topic, f.partition, f.offset) for f in facts if isinstance(f, ev.RecordRejected)) == expected
+    )
+    assert [f.raw_value for f in facts if isinstance(f, ev.RecordRejected)] == [b"garbage", None, framed]
+    # The table is built once more: the same records are rejected, under the same ids.
+    path_of(world.url).unlink()
+    with Running(world.materializer()) as running:
+        running.catch_up()
+    again = dead_letters(world)
+    assert len(again) == 6
+    assert {each.event_id for each in again} == {each.event_id for each in letters}
+
+
+def dead_letters(world: World) -> list[JobEvent]:
+    """The events on the dead-letter topic."""
+    found = []
+    with LogReader(world.settings) as reader:
+        for partition in range(PARTITIONS):
+            for message in reader.read(world.names.dead_letter, partition, 0):
+                if (value := message.value()) is not None and b"rejected" not in (message.key() or b""):
+                    try:
+                        found.append(codec.decode(value))
+                    except codec.SchemaError:
+                        continue
+    return sorted(found, key=lambda e: (e.fact.partition, e.fact.offset))  # type: ignore[union-attr]
+
+
+def in_future(names: Names, job_id: str, fact: tuple[str, dict[str, Any]]) -> tuple[str, bytes]:
+    """A later version's schema, and an event written with it."""
+    schema = json.loads(codec.SCHEMA_TEXT)
+    schema["fields"].insert(2, {"name": "tenant", "type": "string", "default": ""})
+    union = next(f for f in schema["fields"] if f["name"] == "fact")["type"]
+    union.append({"type": "record", "name": "JobTeleported", "fields": [{"name": "to", "type": "string"}]})
+    text = json.dumps(schema)
+    datum = {
+        "event_id": new_id(), "job_id": job_id, "tenant": "acme", "run": 1, "attempt": 1, "release": 1,
+        "occurred_at": 1, "task": "send", "queue": "mail", "source": "t@h:1", "fact": fact,
+    }  # fmt: skip
+    out = io.BytesIO()
+    fastavro.schemaless_writer(out, fastavro.parse_schema(schema), datum)
+    return text, codec.MAGIC + codec.fingerprint(text) + out.getvalue()
+
+
+def test_a_schema_from_the_future_is_read_and_a_new_fact_passed(world: World) -> None:
+    """Events of a later version are folded as far as they are known; a fact this version does not know is counted."""
+    job_id, names = new_id(), world.names
+    with Running(world.materializer()) as running:
+        running.catch_up()
+        text, submitted = in_future(names, job_id, ("jobledger.JobSubmitted", {"spec": {"args": b"{}"}}))
+        _, teleported = in_future(names, job_id, ("jobledger.JobTeleported", {"to": "Mars"}))
+        world.writer.send([Outgoing(names.schemas, text.encode(), codec.fingerprint(text).hex())])
+        world.send((names.jobs("mail"), job_id, submitted, 0), (names.lifecycle, job_id, teleported, 0))
+        running.catch_up()
+        assert sample(running.made, "rejected_records_total", topic=names.lifecycle, reason=UnknownFact.__name__) == 1
+    reader = world.reader()
+    assert reader.job(job_id).state is State.QUEUED
+    reader.close()
+    assert dead_letters(world) == []
+
+
+def test_a_schema_published_just_before_its_first_use_is_found(world: World) -> None:
+    """A schema that was published after the topic of schemas was last read makes no event a dead letter."""
+    job_id, names = new_id(), world.names
+    with Running(world.materializer()) as running:
+        world.send((names.lifecycle, "k", codec.MAGIC + b"nowhere!" + b"x" * 20, 0))
+        running.catch_up()
+        text, submitted = in_future(names, job_id, ("jobledger.JobSubmitted", {"spec": {"args": b"{}"}}))
+        world.writer.send([Outgoing(names.schemas, text.encode(), codec.fingerprint(text).hex())])
+        world.send((names.jobs("mail"), job_id, submitted, 0))
+        running.catch_up()
+        assert sample(running.made, "rejected_records_total", topic=names.lifecycle, reason="UnknownSchema") == 1
+        assert sample(running.made, "rejected_records_total", topic=names.jobs("mail"), reason="UnknownSchema") == 0
+
+
+def test_a_second_materializer_stands_by_and_takes_over(world: World) -> None:
+    """Of two materializers of one table one writes; when it stops the other goes on at once, where it ended."""
+    first, second = Running(world.materializer()), Running(world.materializer())
+    with second, first:
+        ids = world.fill(10)
+        wait_until(lambda: first.made.active or second.made.active, 20, "either writing")
+        active, waiting = (first, second) if first.made.active else (second, first)
+        active.catch_up()
+        assert not waiting.made.active
+        active.stop.set()
+        active.join()
+        ids += world.fill(10)
+        waiting.catch_up()
+    reader = world.reader()
+    assert sum(reader.counts_by_state().values()) == len(ids)
+    reader.close()
+
+
+def test_a_materializer_that_lost_its_lease_stops(world: World) -> None:
+    """Once another writer has the table, the one before it writes nothing more and says why."""
+    with Running(world.materializer()) as running:
+        running.catch_up()
+        with SqliteStore(world.url, world.names.namespace, holder="other:1", clock=lambda: 4e9) as other:
+            assert other.acquire()
+            before = other.offsets()
+            world.fill(10)
+            running.join()
+            assert other.offsets() == before
+    assert isinstance(running.error, LeaseLost)
+    assert "other:1" in str(running.error)
+
+
+def test_a_new_queue_is_read_without_a_restart(world: World) -> None:
+    """The work topic of a queue that is added later is found, and so are its jobs."""
+    with Running(world.materializer()) as running:
+        running.catch_up()
+        world.make("mail", "sms")
+        job_id = new_id()
+        places = world.live(job_id, ev.JobSubmitted(SPEC), queue="sms")
+        reader = world.reader()
+        wait_until(lambda: reader.reached(places[0]), 20, "reading the new topic")
+        assert reader.job(job_id).queue == "sms"
+        reader.close()
+
+
+def test_a_log_that_was_cut_is_read_from_its_start(world: World) -> None:
+    """If the log no longer has what was to be read next, the materializer goes on at the log's start, and counts it."""
+    world.fill(30)
+    with Running(world.materializer()) as running:
+        running.catch_up()
+    ids = world.fill(30)
+    topic = world.names.jobs("mail")
+    reader = world.reader()
+    world.trim(topic, 0, reader.offsets()[(topic, 0)] + 5)
+    with Running(world.materializer()) as running:
+        running.catch_up()
+        assert sample(running.made, "offset_resets_total", topic=topic) == 1
+    assert reader.job(ids[-1]).state in (State.QUEUED, State.SUCCEEDED, State.FAILED)
+    reader.close()
+
+
+class Flaky:
+    """A store whose database is away for the next ``failures`` writes."""
+
+    def __init__(self, store: Store, failures: int) -> None:
+        self._store, self.failures = store, failures
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._store, name)
+
+    def write(self, changes: Changes) -> None:
+        if self.failures:
+            self.failures -= 1
+            raise StoreError("the disk is full")
+        self._store.write(changes)
+
+
+def flaky(failures: int) -> Callable[[str, str], Store]:
+    """`open_store` for a database that will be away."""
+    return lambda url, namespace: Flaky(open_store(url, namespace), failures)  # type: ignore[return-value]
+
+
+def test_a_database_that_is_away_is_tried_again(world: World) -> None:
+    """A batch that could not be written is written later, once, and nothing of it is lost or doubled."""
+    world.fill(40)
+    with Running(world.materializer(open_store=flaky(3))) as running:
+        running.catch_up()
+        assert sample(running.made, "store_retries_total") == 3
+    assert verify(world.names, world.settings, ["mail"], world.url).equal
+
+
+def test_a_database_that_stays_away_is_an_error(world: World) -> None:
+    """A materializer whose database stays away ends with what is wrong, after its patience, and does not hang."""
+    world.fill(3)
+    with Running(world.materializer(open_store=flaky(10**6), store_patience=0.5)) as running:
+        wait_until(lambda: running.error is not None, 20, "giving up")
+    assert "the disk is full" in str(running.error)
+
+
+def test_verify_names_what_differs_and_rebuild_heals_it(world: World) -> None:
+    """A table that was tampered with is found out, job by job, and a rebuild makes it what the log says again."""
+    ids = world.fill(60)
+    with Running(world.materializer()) as running:
+        running.catch_up()
+    told: list[tuple[int, int]] = []
+    found = verify(world.names, world.settings, ["mail"], world.url, lambda *n: told.append(n))
+    assert found.equal, found
+    assert (found.jobs, found.left_out, found.differing) == (60, 0, 0)
+    assert found.table_digest == found.log_digest
+    assert told[-1] == (found.records, found.records)
+    with SqliteStore(world.url, world.names.namespace) as store:
+        store._db.execute("UPDATE jobs SET state = 'failed' WHERE job_id = ?", (ids[0],))
+        store._db.execute("DELETE FROM jobs WHERE job_id = ?", (ids[3],))
+    found = verify(world.names, world.settings, ["mail"], world.url)
+    assert not found.equal
+    assert found.first_differing == (ids[0], ids[3])
+    assert not found.counters_equal
+    assert found.table_digest != found.log_digest
+    reader = world.reader()
+    made = rebuild(world.names, world.settings, ["mail"], world.url)
+    assert (made.jobs, made.carried, made.records) == (60, 0, found.records)
+    assert reader.job(ids[0]).state is State.QUEUED
+    assert reader.job(ids[3]).state is State.SUCCEEDED
+    reader.close()
+    assert verify(world.names, world.settings, ["mail"], world.url).equal
+    more = world.fill(5)
+    with Running(world.materializer()) as running:
+        running.catch_up()
+        assert sample_sum(running.made) < 20
+    assert verify(world.names, world.settings, ["mail"], world.url).jobs == 60 + len(more)
+
+
+def test_a_rebuild_carries_over_what_the_log_no_longer_has(world: World) -> None:
+    """Jobs that began before the log's start keep what the table knew, joined with what the log still says."""
+    old, running_job = new_id(), new_id()
+    world.live(old, ev.JobSubmitted(SPEC), ev.JobStarted("h:1", "t", 0), ev.JobSucceeded(b"1"))
+    world.live(running_job, ev.JobSubmitted(SPEC), ev.JobStarted("h:1", "t", 0))
+    with Running(world.materializer()) as running:
+        running.catch_up()
+    world.trim(world.names.jobs("mail"), 0, 2)
+    world.trim(world.names.lifecycle, 0, 2)
+    world.live(running_job, ev.JobSucceeded(b"2"))
+    new = world.fill(9)
+    made = rebuild(world.names, world.settings, ["mail"], world.url)
+    assert (made.jobs, made.carried) == (2 + len(new), 2)
+    reader = world.reader()
+    assert reader.job(old).result == 1
+    seen = reader.job(running_job)
+    assert (seen.state, seen.result, seen.tags, seen.partial) == (State.SUCCEEDED, 2, {"tenant": "acme"}, False)
+    assert len(reader.jobs(tag=("tenant", "acme"))) == made.jobs
+    assert sum(reader.counts_by_state().values()) == made.jobs
+    reader.close()
+    found = verify(world.names, world.settings, ["mail"], world.url)
+    assert found.equal, found
+    assert (found.jobs, found.left_out) == (len(new), 2)
+
+
+def test_a_rebuild_beside_a_running_materializer_is_refused(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While a materializer writes, a rebuild says who it is and leaves the table alone."""
+    monkeypatch.setattr(rebuilding, "LEASE_PATIENCE_S", 0.5)
+    ids = world.fill(5)
+    with Running(world.materializer()) as running:
+        running.catch_up()
+        with pytest.raises(StoreError, match="stop `jobledger streams`"):
+            rebuild(world.names, world.settings, ["mail"], world.url)
+        ids += world.fill(5)
+        running.catch_up()
+        found = verify(world.names, world.settings, ["mail"], world.url)
+    assert found.equal
+    assert found.jobs == len(ids)

@@ -1,0 +1,436 @@
+"""What every status database must do, whatever it is made of. A backend joins by one line in `BACKENDS`."""
+
+from __future__ import annotations
+
+import socket
+import sqlite3
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import sqlalchemy
+
+from jobledger import job
+from jobledger.errors import ConfigError, JobNotFound, LeaseLost, StoreError, StoreNotFound
+from jobledger.job import Life, State
+from jobledger.schemas import events as ev
+from jobledger.schemas.codec import Decoder
+from jobledger.schemas.events import Position
+from jobledger.streams.projector import Projector
+from jobledger.streams.store import Changes, Count, StatusReader, Store, open_reader, open_store
+from jobledger.streams.store.sqlite import SqliteStore
+
+NAMESPACE = "shop"
+
+
+class Clock:
+    """A clock that stands until it is moved."""
+
+    now = 1_700_000_000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+class Backend:
+    """One kind of database, empty at first."""
+
+    def __init__(self, folder: Path) -> None:
+        self.url = f"sqlite:///{folder / 'sub folder' / 'status.db'}"
+
+    def store(self, holder: str = "elsewhere:1", clock: Callable[[], float] | None = None) -> Store:
+        """A writer on it."""
+        return SqliteStore(self.url, NAMESPACE, holder=holder, clock=clock or Clock())
+
+
+BACKENDS = {"sqlite": Backend}
+
+
+@pytest.fixture(params=list(BACKENDS))
+def backend(request: pytest.FixtureRequest, tmp_path: Path) -> Backend:
+    return BACKENDS[request.param](tmp_path)
+
+
+@pytest.fixture
+def store(backend: Backend) -> Iterator[Store]:
+    with backend.store() as made:
+        assert made.acquire()
+        yield made
+
+
+@pytest.fixture
+def reader(backend: Backend, store: Store) -> Iterator[StatusReader]:
+    made = open_reader(backend.url, NAMESPACE)
+    yield made
+    made.close()
+
+
+BAD = ev.ErrorInfo("builtins.ValueError", "no", "trace")
+SPEC = ev.JobSpec(b"{}")
+
+
+def life(
+    *facts: ev.Fact,
+    ms: int = 1_000,
+    offset: int = 0,
+    release: int = 1,
+    task: str = "send",
+    queue: str = "mail",
+    topic: str = "shop.lifecycle",
+) -> Life:
+    """The life of these facts, one after the other at the same release."""
+    found: Life | None = None
+    for number, fact in enumerate(facts):
+        found = job.join(found, job.of(1, release, 1, task, queue, fact, (ms + number, topic, 0, offset + number)))
+    assert found is not None
+    return found
+
+
+def write(store: Store, lives: dict[str, Life], offsets: dict[tuple[str, int], int] | None = None) -> Projector:
+    """Merge lives into the table in one transaction."""
+    projector = Projector(store, Decoder())
+    folded = projector.merge(lives.items())
+    folded.changes.offsets.update(offsets or {})
+    store.write(folded.changes)
+    projector.committed(folded)
+    return projector
+
+
+def test_a_written_job_is_read_back_whole(store: Store, reader: StatusReader) -> None:
+    """What was folded is what a query shows and what the next writer loads, result, error and tags included."""
+    tagged = ev.JobSubmitted(ev.JobSpec(b"{}", {"tenant": "acme"}, "parent"))
+    lives = {
+        "a": life(
+            tagged, ev.JobStarted("h:1", "t", 0), ev.JobProgressed(1, 1, 2, "half"), ev.JobSucceeded(b'{"n": 1}', 5)
+        ),
+        "b": life(tagged, ev.JobStarted("h:1", "t", 0), ev.JobFailed("exhausted", BAD, 2_000_000)),
+    }
+    write(store, lives)
+    for job_id, each in lives.items():
+        assert reader.job(job_id) == job.status(job_id, each)
+    assert reader.job("a").result == {"n": 1}
+    assert reader.job("b").error == BAD
+    assert store.load(["a", "b", "c"]) == lives
+    assert dict(reader.lives()) == lives
+
+
+def test_an_unknown_job_is_not_found(reader: StatusReader) -> None:
+    """A job the table does not know is an error that names it, never a pending job."""
+    with pytest.raises(JobNotFound, match="no job nobody"):
+        reader.job("nobody")
+
+
+def test_writing_again_replaces_the_row(store: Store, reader: StatusReader) -> None:
+    """A job has one row, however often it is written, and it shows the latest."""
+    write(store, {"a": life(ev.JobSubmitted(SPEC))})
+    write(store, {"a": life(ev.JobStarted("h:1", "t", 0), ms=2_000, offset=9)})
+    assert [each.state for each in reader.jobs()] == [State.RUNNING]
+    assert reader.job("a").submitted_at is not None
+    assert [p.offset for p in reader.job("a").positions] == [0, 9]
+
+
+def test_counters_follow_the_rows(store: Store, reader: StatusReader) -> None:
+    """Counters are what counting the rows would give, after every transaction, and never count a repetition."""
+    projector = write(
+        store, {n: life(ev.JobSubmitted(SPEC), queue=q) for n, q in [("a", "mail"), ("b", "mail"), ("c", "sms")]}
+    )
+    assert reader.counts() == [Count("send", "mail", State.QUEUED, 2), Count("send", "sms", State.QUEUED, 1)]
+    for _ in range(2):
+        folded = projector.merge([("a", life(ev.JobSucceeded(), offset=5))])
+        store.write(folded.changes)
+        projector.committed(folded)
+    assert reader.counts() == [
+        Count("send", "mail", State.QUEUED, 1),
+        Count("send", "mail", State.SUCCEEDED, 1),
+        Count("send", "sms", State.QUEUED, 1),
+    ]
+    assert reader.counts_by_state() == dict.fromkeys(State, 0) | {"queued": 2, "succeeded": 1}
+
+
+def test_pages_are_newest_first_and_complete(store: Store, reader: StatusReader) -> None:
+    """Pages in order of submission, the newest first, hold every job once, also among equal times."""
+    write(store, {f"{(n * 7) % 25:02}": life(ev.JobSubmitted(SPEC), ms=1_000 + n // 4, offset=n) for n in range(25)})
+    found: list[str] = []
+    after = None
+    while page := reader.jobs(after=after, limit=4):
+        found += [each.job_id for each in page]
+        after = found[-1]
+    everything = [reader.job(job_id) for job_id in found]
+    keys = [(each.submitted_at, each.job_id) for each in everything]
+    assert len(set(found)) == 25
+    assert keys == sorted(keys, reverse=True)
+
+
+def test_filters_combine(store: Store, reader: StatusReader) -> None:
+    """State, task, queue and tag narrow a list down together, page by page."""
+    lives = {}
+    for n in range(24):
+        facts: list[ev.Fact] = [ev.JobSubmitted(ev.JobSpec(b"{}", {"tenant": f"t{n % 3}", "n": str(n)}))]
+        if n % 2:
+            facts.append(ev.JobFailed("exhausted", BAD))
+        lives[f"{n:02}"] = life(
+            *facts, ms=1_000 * n, offset=10 * n, task="send" if n % 4 < 2 else "call", queue=f"q{n % 2}"
+        )
+    write(store, lives)
+
+    def ids(**asked: object) -> list[int]:
+        return [int(each.job_id) for each in reader.jobs(**asked)]  # type: ignore[arg-type]
+
+    down = range(23, -1, -1)
+    assert ids(state="failed") == [n for n in down if n % 2]
+    assert ids(state=State.QUEUED, task="call") == [n for n in down if n % 2 == 0 and n % 4 >= 2]
+    assert ids(queue="q1", task="send") == [n for n in down if n % 2 and n % 4 < 2]
+    assert ids(tag=("tenant", "t1")) == [n for n in down if n % 3 == 1]
+    assert ids(tag=("tenant", "t1"), state="failed", after="13", limit=2) == [7, 1]
+    assert ids(tag=("tenant", "nobody")) == []
+    assert ids(state="succeeded") == []
+    with pytest.raises(ConfigError, match="'broken' is no state"):
+        ids(state="broken")
+    with pytest.raises(JobNotFound, match="after='nobody'"):
+        ids(after="nobody")
+
+
+def test_tags_follow_the_submission(store: Store, reader: StatusReader) -> None:
+    """A job is found by the tags of its submission as soon as that is known, and by no others."""
+    write(store, {"a": life(ev.JobStarted("h:1", "t", 0), ms=5_000)})
+    assert reader.jobs(tag=("tenant", "acme")) == []
+    write(store, {"a": life(ev.JobDue(ev.JobSpec(b"", {"tenant": "old"}), 1), ms=4_000, offset=50)})
+    assert len(reader.jobs(tag=("tenant", "old"))) == 1
+    write(store, {"a": life(ev.JobSubmitted(ev.JobSpec(b"", {"tenant": "acme"})), ms=1_000, offset=70)})
+    assert [each.job_id for each in reader.jobs(tag=("tenant", "acme"))] == ["a"]
+    assert reader.jobs(tag=("tenant", "old")) == []
+
+
+def test_offsets_tell_what_was_reached(store: Store, reader: StatusReader) -> None:
+    """A position is reached once its offset was passed in a transaction, and not before."""
+    place = Position("shop.jobs.mail", 2, 41)
+    assert not reader.reached(place)
+    store.write(Changes(offsets={("shop.jobs.mail", 2): 41}))
+    assert not reader.reached(place)
+    store.write(Changes(offsets={("shop.jobs.mail", 2): 42}))
+    assert reader.reached(place)
+    assert store.offsets() == reader.offsets() == {("shop.jobs.mail", 2): 42}
+    store.write(Changes(resets={("shop.jobs.mail", 2): 7}))
+    assert not reader.reached(place)
+
+
+def test_overdue_jobs_are_found(store: Store, reader: StatusReader) -> None:
+    """Only scheduled and retrying jobs can be overdue, each with what it waits for and where its spec stands."""
+    lives = {
+        "delayed": life(ev.JobSubmitted(SPEC, 5_000), ms=1_000, release=0, topic="shop.coordination"),
+        "retried": life(ev.JobRetried(BAD, 4_000), ms=1_000, release=3),
+        "later": life(ev.JobSubmitted(SPEC, 60_000), ms=1_000, release=0),
+        "done": life(ev.JobSubmitted(SPEC, 5_000), ev.JobSucceeded(), ms=1_000, release=0),
+        "let go": job.join(
+            life(ev.JobSubmitted(SPEC, 5_000), ms=1_000, release=0),
+            life(ev.JobDue(SPEC, 6_000_000), ms=6_000, offset=9),
+        ),
+    }
+    write(store, lives)
+    found = reader.overdue(16_000, 10_000)
+    assert [(o.job_id, o.release, o.attempt, o.due_ms, o.spec_at) for o in found] == [
+        ("retried", 4, 2, 5_000, None),
+        ("delayed", 1, 1, 6_000, Position("shop.coordination", 0, 0)),
+    ]
+    assert [o.job_id for o in reader.overdue(15_999, 10_000)] == ["retried"]
+
+
+def test_a_transaction_is_whole_or_not_at_all(store: Store, reader: StatusReader) -> None:
+    """If any part of a batch cannot be written, nothing of it is: no rows, no counters, no offsets."""
+    folded = Projector(store, Decoder()).merge([("a", life(ev.JobSubmitted(SPEC)))])
+    folded.changes.offsets[("shop.jobs.mail", 0)] = None  # type: ignore[assignment]  # what no column takes
+    with pytest.raises(StoreError, match="cannot be written"):
+        store.write(folded.changes)
+    assert reader.counts() == []
+    assert reader.jobs() == []
+    assert reader.offsets() == {}
+    write(store, {"a": life(ev.JobSubmitted(SPEC))})
+    assert reader.counts_by_state()["queued"] == 1
+
+
+def test_one_writer_at_a_time(backend: Backend) -> None:
+    """While a writer's lease runs nobody else gets it; once its time has passed another one does, and the first is out."""
+    clock = Clock()
+    with backend.store("one:1", clock) as one, backend.store("two:2", clock) as two:
+        assert one.acquire()
+        assert not two.acquire()
+        clock.now += 8
+        one.renew()
+        clock.now += 8
+        assert not two.acquire()
+        clock.now += 8
+        assert two.acquire()
+        with pytest.raises(LeaseLost, match="two:2"):
+            one.write(Changes(offsets={("t", 0): 1}))
+        with pytest.raises(LeaseLost):
+            one.renew()
+        assert two.offsets() == {}
+        two.write(Changes(offsets={("t", 0): 2}))
+        assert one.offsets() == {("t", 0): 2}
+
+
+def test_a_lease_that_ran_out_still_writes_if_nobody_took_it(backend: Backend) -> None:
+    """A writer that was paused beyond its lease goes on if nobody wanted its place: it cannot have missed anything."""
+    clock = Clock()
+    with backend.store("one:1", clock) as one:
+        assert one.acquire()
+        clock.now += 3600
+        one.write(Changes(offsets={("t", 0): 1}))
+
+
+def test_a_released_lease_is_free_at_once(backend: Backend) -> None:
+    """A writer that stops cleanly lets the next one in without waiting."""
+    clock = Clock()
+    with backend.store("two:2", clock) as two:
+        with backend.store("one:1", clock) as one:
+            assert one.acquire()
+        assert two.acquire()
+
+
+def test_states_written_by_another_are_loaded(backend: Backend) -> None:
+    """What the writer before wrote is what the next one folds onto."""
+    with backend.store() as one:
+        assert one.acquire()
+        write(one, {"a": life(ev.JobSubmitted(SPEC)), "c": life(ev.JobSubmitted(SPEC))})
+    with backend.store() as two:
+        assert two.acquire()
+        assert set(two.load(["a", "b", "c", "d"])) == {"a", "c"}
+        write(two, {"b": life(ev.JobSubmitted(SPEC)), "d": life(ev.JobSubmitted(SPEC))})
+        assert set(two.load(["a", "b", "c", "d", "e"])) == {"a", "b", "c", "d"}
+
+
+def test_reading_goes_on_while_a_writer_writes(backend: Backend, store: Store) -> None:
+    """Readers in other threads never fail and never see half a transaction while a writer writes."""
+    reader = open_reader(backend.url, NAMESPACE)
+    done = threading.Event()
+    seen: list[tuple[int, int]] = []
+
+    def read() -> None:
+        # What it raises, pytest reports: an exception that ends a thread is a warning, and warnings are errors.
+        while not done.is_set():
+            position = reader.offsets().get(("t", 0), 0)
+            seen.append((position, sum(reader.counts_by_state().values())))
+
+    threads = [threading.Thread(target=read) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for n in range(60):
+        write(store, {f"{n:03}-{m}": life(ev.JobSubmitted(SPEC)) for m in range(10)}, {("t", 0): 10 * (n + 1)})
+    done.set()
+    for thread in threads:
+        thread.join()
+    reader.close()
+    assert seen
+    assert all(position <= jobs for position, jobs in seen), "rows came later than the offsets that stand for them"
+
+
+def test_a_missing_table_is_said_to_be_missing(backend: Backend) -> None:
+    """Before the first materializer there is no table, and reading makes none."""
+    for _ in range(2):
+        with pytest.raises(StoreNotFound, match="JOBLEDGER_STATUS_URL"):
+            open_reader(backend.url, NAMESPACE)
+
+
+def test_another_namespaces_table_is_refused(backend: Backend, store: Store) -> None:
+    """A table of another app is neither read nor written."""
+    with pytest.raises(StoreError, match="'shop', not of 'other'"):
+        open_reader(backend.url, "other")
+    with pytest.raises(StoreError, match="'shop', not of 'other'"):
+        open_store(backend.url, "other")
+
+
+@pytest.mark.parametrize("url", ["redis://host/1", "status.db", "sqlite:", "sqlite://", "sqlite:///:memory:"])
+def test_an_address_of_no_known_kind_is_refused(url: str) -> None:
+    """An address that names no database file is refused, by name."""
+    for opens in (open_reader, open_store):
+        with pytest.raises(ConfigError, match="JOBLEDGER_STATUS_URL"):
+            opens(url, NAMESPACE)
+
+
+# -- of SQLite alone ------------------------------------------------------------------------------------------------
+
+
+def test_sqlite_a_dead_writer_of_this_machine_is_replaced_at_once(tmp_path: Path) -> None:
+    """After a kill -9 the next materializer of the machine need not wait for the lease to run out."""
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    url, clock = f"sqlite:///{tmp_path / 's.db'}", Clock()
+    one = SqliteStore(url, NAMESPACE, holder=f"{socket.gethostname()}:{ended.pid}", clock=clock)
+    assert one.acquire()
+    with SqliteStore(url, NAMESPACE, holder="two:2", clock=clock) as two:
+        assert two.acquire()
+    one.close()
+
+
+def test_sqlite_foreign_files_are_refused(tmp_path: Path) -> None:
+    """A file that is no database, a database of something else, or of another version is refused and left as it is."""
+    (tmp_path / "text.db").write_bytes(b"not a database, but long enough to be looked at" * 10)
+    with sqlite3.connect(tmp_path / "other.db") as other:
+        other.execute("CREATE TABLE meals (name TEXT)")
+    other.close()
+    SqliteStore(f"sqlite:///{tmp_path / 'old.db'}", NAMESPACE).close()
+    with sqlite3.connect(tmp_path / "old.db") as old:
+        old.execute("UPDATE meta SET value = '99' WHERE key = 'schema_version'")
+    old.close()
+    for name, text in (("text", "not a database"), ("other", "something else"), ("old", "schema version 99")):
+        url = f"sqlite:///{tmp_path / name}.db"
+        for opens in (open_reader, open_store):
+            with pytest.raises(StoreError, match=text):
+                opens(url, NAMESPACE)
+
+
+def test_sqlite_an_empty_file_is_no_table_yet(tmp_path: Path) -> None:
+    """A file that somebody only touched is a table that is not there yet, and is made into one by a writer."""
+    (tmp_path / "s.db").touch()
+    with pytest.raises(StoreNotFound):
+        open_reader(f"sqlite:///{tmp_path / 's.db'}", NAMESPACE)
+    open_store(f"sqlite:///{tmp_path / 's.db'}", NAMESPACE).close()
+    open_reader(f"sqlite:///{tmp_path / 's.db'}", NAMESPACE).close()
+
+
+def test_sqlite_queries_use_their_indexes(tmp_path: Path) -> None:
+    """No list of the newest, of a state or of the overdue reads the whole table."""
+    url = f"sqlite:///{tmp_path / 's.db'}"
+    with SqliteStore(url, NAMESPACE) as store:
+        reader = open_reader(url, NAMESPACE)
+        asked: list[tuple[str, tuple[object, ...]]] = []
+        engine = reader._engine  # type: ignore[attr-defined]
+        sqlalchemy.event.listen(
+            engine, "before_cursor_execute", lambda c, cur, sql, params, *_: asked.append((sql, params))
+        )
+        reader.jobs()
+        reader.jobs(state="failed", task="send")
+        reader.jobs(tag=("a", "b"))
+        reader.overdue(10, 1)
+        plans = [
+            " ".join(row[3] for row in store._db.execute("EXPLAIN QUERY PLAN " + sql, params)) for sql, params in asked
+        ]
+        reader.close()
+    assert "jobs_by_time" in plans[0]
+    assert "jobs_by_state" in plans[1]
+    assert "PRIMARY KEY (name=? AND value=?)" in plans[2]
+    assert "jobs_due" in plans[3]
+    assert not [plan for plan in plans if "TEMP B-TREE" in plan]
+
+
+def test_sqlite_a_new_table_is_swapped_in_whole(tmp_path: Path) -> None:
+    """Readers that are open see the table of before or the new one; writers of before have lost their lease."""
+    old_url, new_url = (f"sqlite:///{tmp_path / name}.db" for name in ("old", "new"))
+    clock = Clock()
+    with SqliteStore(old_url, NAMESPACE, clock=clock) as old, SqliteStore(new_url, NAMESPACE, clock=clock) as new:
+        assert old.acquire()
+        assert new.acquire()
+        write(old, {"a": life(ev.JobSubmitted(SPEC))})
+        write(new, {"b": life(ev.JobSubmitted(SPEC)), "c": life(ev.JobSubmitted(SPEC))})
+        reader = open_reader(old_url, NAMESPACE)
+        assert [each.job_id for each in reader.jobs()] == ["a"]
+        old.replace_with(new)
+        assert sorted(each.job_id for each in reader.jobs()) == ["b", "c"]
+        reader.close()
+        with pytest.raises(LeaseLost):
+            new.write(Changes())
+        assert old.acquire()
+        assert set(old.load(["a", "b", "c"])) == {"b", "c"}
