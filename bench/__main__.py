@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from bench import client, endtoend, harness, materializer
+from bench import client, endtoend, harness, materializer, timers, worker
 from bench.harness import Figure
 from jobledger.config import Settings
 
@@ -24,7 +24,6 @@ def suites(quick: bool) -> dict[str, Callable[[Settings], Sequence[Figure]]]:
         "client": lambda s: client.run(s, 20_000 if quick else 100_000, 300 if quick else 2_000),
         "materializer": lambda s: materializer.run(s, 20_000 if quick else 100_000),
         "worker": lambda s: of_worker(s, 20_000 if quick else 100_000),
-        "materializer": lambda s: materializer.run(s, 20_000 if quick else 100_000),
         "timers": lambda s: of_timers(
             s, 1_000 if quick else 10_000, 2.0 if quick else 20.0, 1_500 if quick else 15_000
         ),

@@ -59,7 +59,12 @@ PULSE = 0.25
 SURVEY = 2.0
 #: Records may be a little larger than what was submitted: they carry a due time and where they come from.
 ROOM_BYTES = 4_096
-STOP_TIMEOUT = 10.0
+#: Seconds for Faust to start once the broker is there, and to stop.
+START_TIMEOUT, STOP_TIMEOUT = 30.0, 10.0
+
+
+class _StoppedEarly(Exception):
+    """Asked to stop before it had begun."""
 
 
 class Coordinator:
@@ -179,9 +184,8 @@ class Coordinator:
             table.on_recover(self._on_recover)
             if self._on_step is not None:
                 app.sensors.add(CommitHook(self._step))
-            await app.start()
-            # Faust's own figures of every event cost a fifth of its speed; ours are kept by the cycle.
-            app.sensors.remove(app.monitor)
+            async with asyncio.timeout(self.options.patience + START_TIMEOUT):
+                await app.start()
             hasten(app)
             quieten()
             self._started = True
@@ -197,6 +201,8 @@ class Coordinator:
             ):
                 tasks.append(asyncio.create_task(self._guarded(work()), name=work.__name__))
             await self._stop.wait()
+        except _StoppedEarly:
+            pass
         finally:
             self._started = False
             for task in tasks:
@@ -234,6 +240,8 @@ class Coordinator:
             try:
                 return await loop.run_in_executor(None, ask)
             except BrokerUnavailable:
+                if self._stop.is_set():
+                    raise _StoppedEarly from None
                 if time.monotonic() >= deadline:
                     raise
                 LOG.warning("no broker answers yet; trying for %.0f s more", deadline - time.monotonic())

@@ -92,6 +92,17 @@ def decode_row(data: bytes) -> Row | Floor:
     return _decode(data)
 
 
+def of_unknown_kind(data: bytes) -> bool:
+    """Whether bytes that `decode_row` refuses look like a row of a kind that a later version has."""
+    try:
+        match msgspec.msgpack.decode(data):
+            case [int(tag), *_]:
+                return not isinstance(tag, bool) and tag > Floor.__struct_config__.tag  # type: ignore[operator]
+    except msgspec.DecodeError:
+        pass
+    return False
+
+
 def is_marker(data: bytes) -> bool:
     """Whether encoded bytes are a `Released` marker, without decoding them."""
     return len(data) > 1 and data[1] == _RELEASED_MARK

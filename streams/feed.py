@@ -13,10 +13,11 @@ from types import TracebackType
 from typing import Self
 
 from confluent_kafka import OFFSET_BEGINNING, Consumer, KafkaError, KafkaException, Message, TopicPartition
+from confluent_kafka.admin import OffsetSpec  # type: ignore[attr-defined]  # re-exported without saying so
 
 from jobledger.config import Settings
 from jobledger.errors import BrokerUnavailable
-from jobledger.log import consumer_config, translate
+from jobledger.log import admin, consumer_config, translate
 from jobledger.names import Names
 from jobledger.streams.store.protocol import Partition
 
@@ -30,6 +31,13 @@ REQUEST_TIMEOUT_S = 10.0
 _GONE = (KafkaError.UNKNOWN_TOPIC_OR_PART, KafkaError._UNKNOWN_TOPIC, KafkaError._UNKNOWN_PARTITION)
 _OUT_OF_RANGE = (KafkaError._AUTO_OFFSET_RESET, KafkaError.OFFSET_OUT_OF_RANGE)
 _TRANSPORT = (KafkaError._TRANSPORT, KafkaError._ALL_BROKERS_DOWN, KafkaError._RESOLVE, KafkaError._TIMED_OUT)
+#: A partition that has just been made or moved. librdkafka does not call these retriable in answers to admin requests.
+_ELECTING = (
+    KafkaError.NOT_LEADER_FOR_PARTITION,
+    KafkaError.LEADER_NOT_AVAILABLE,
+    KafkaError.UNKNOWN_TOPIC_OR_PART,
+    KafkaError.REQUEST_TIMED_OUT,
+)
 
 
 class Feed:
@@ -124,7 +132,7 @@ class Feed:
         code = error.code()
         if code in _OUT_OF_RANGE:
             if place in self._assigned:
-                low, high = self.watermarks(place)
+                low, high = bounds(self._settings, [place])[place]
                 LOG.error(
                     "%s[%d] has no longer what was to be read next (%s): going on at its start, offset %d of %d. Was "
                     "the topic deleted or trimmed by hand?",
@@ -140,16 +148,6 @@ class Feed:
         elif error.fatal() or not (error.retriable() or code in _TRANSPORT):
             raise translate(error, self._settings, f"reading {place[0]}[{place[1]}]")
         return True
-
-    def watermarks(self, place: Partition, timeout: float = REQUEST_TIMEOUT_S) -> tuple[int, int]:
-        """The log's first offset and the next one to be written. Raises `BrokerUnavailable`."""
-        try:
-            found = self._consumer.get_watermark_offsets(_at(place, None), timeout=timeout)
-        except KafkaException as exc:
-            raise translate(exc.args[0], self._settings, f"asking for the ends of {place[0]}[{place[1]}]") from exc
-        if found is None:
-            raise BrokerUnavailable(f"nobody told the ends of {place[0]}[{place[1]}] within {timeout:g} s")
-        return found
 
     def lag(self, offsets: Mapping[Partition, int]) -> dict[str, int]:
         """Records of each topic not read yet, as far as the client has heard. Asks nobody."""
@@ -170,6 +168,36 @@ class Feed:
 
 def _at(place: Partition, offset: int | None) -> TopicPartition:
     return TopicPartition(place[0], place[1], OFFSET_BEGINNING if offset is None else offset)
+
+
+def bounds(
+    settings: Settings, partitions: Iterable[Partition], timeout: float = REQUEST_TIMEOUT_S
+) -> dict[Partition, tuple[int, int]]:
+    """Of each partition the log's first offset and the next one to be written; one question for all of them.
+
+    Raises `BrokerUnavailable` if they are not told within ``timeout`` seconds, `TopicMissing` for one that is not there.
+    """
+    client = admin(settings)
+    deadline = time.monotonic() + timeout
+    found: list[dict[Partition, int]] = []
+    for spec in (OffsetSpec.earliest(), OffsetSpec.latest()):  # type: ignore[no-untyped-call]  # they bear no types
+        told: dict[Partition, int] = {}
+        left = {_at(place, None) for place in partitions}
+        while left:
+            asked = client.list_offsets(dict.fromkeys(left, spec), request_timeout=timeout)
+            for at, future in asked.items():
+                try:
+                    told[(at.topic, at.partition)] = future.result(timeout + 1.0).offset
+                except KafkaException as exc:
+                    error: KafkaError = exc.args[0]
+                    again = error.retriable() or error.code() in (*_TRANSPORT, *_ELECTING)
+                    if not again or time.monotonic() > deadline:
+                        what = f"asking for the ends of {at.topic}[{at.partition}]"
+                        raise translate(error, settings, what) from exc
+                    time.sleep(0.05)
+            left = {at for at in left if (at.topic, at.partition) not in told}
+        found.append(told)
+    return {place: (low, found[1][place]) for place, low in found[0].items()}
 
 
 def read_until(feed: Feed, ends: Mapping[Partition, int], most: int, stall: float = 60.0) -> Iterator[list[Message]]:

@@ -27,7 +27,7 @@ from jobledger.config import Settings
 from jobledger.errors import StoreError
 from jobledger.job import Life
 from jobledger.names import Names
-from jobledger.streams.feed import Feed, read_until
+from jobledger.streams.feed import Feed, bounds, read_until
 from jobledger.streams.projector import Projector
 from jobledger.streams.store import Changes, Partition, open_reader
 from jobledger.streams.store.reader import SqlReader
@@ -204,7 +204,7 @@ def _fold_log(
     projector = Projector(store, log.decoder(settings, names))
     records = rejected = 0
     with Feed(settings, names) as feed:
-        span = _span(feed, offsets)
+        span = _span(settings, feed, offsets)
         feed.add({place: low for place, low in span.low.items() if low < span.high[place]})
         total, renewed = span.records, time.monotonic()
         for messages in read_until(feed, span.high, BATCH):
@@ -226,11 +226,10 @@ def _fold_log(
     return span, records, rejected
 
 
-def _span(feed: Feed, offsets: Mapping[Partition, int] | None) -> Span:
+def _span(settings: Settings, feed: Feed, offsets: Mapping[Partition, int] | None) -> Span:
     low: dict[Partition, int] = {}
     high: dict[Partition, int] = {}
-    for place in sorted(feed.present()):
-        first, end = feed.watermarks(place)
+    for place, (first, end) in sorted(bounds(settings, feed.present()).items()):
         if offsets is not None:
             end = min(end, offsets.get(place, 0))
         low[place], high[place] = min(first, end), end

@@ -20,7 +20,7 @@ import msgspec
 import rocksdict
 from faust.stores import memory, rocksdb
 
-from jobledger.streams.decisions import decode_row, newer
+from jobledger.streams.decisions import decode_row, newer, of_unknown_kind
 
 LOG = logging.getLogger("jobledger.coordinator")
 
@@ -51,9 +51,9 @@ def merged(current: bytes | None, incoming: bytes) -> bytes | None:
     """The bytes to keep of two versions of a row: None if ``incoming`` is older, or no row at all."""
     try:
         row = decode_row(incoming)
-    except msgspec.ValidationError:
-        raise  # well-formed, but of a kind this version does not know: upgrade, do not guess
-    except msgspec.DecodeError:
+    except (msgspec.DecodeError, msgspec.ValidationError):
+        if of_unknown_kind(incoming):
+            raise  # of a later version: not to be guessed at, and not to be left out
         LOG.error("a changelog record is no row and was left out: %s…", incoming[:16].hex())
         return None
     if current is None or newer(row, decode_row(current)):

@@ -27,7 +27,7 @@ from jobledger.names import Names
 from jobledger.schemas import codec
 from jobledger.schemas.events import JobEvent, RecordRejected
 from jobledger.streams.decisions import derived_id
-from jobledger.streams.feed import Feed
+from jobledger.streams.feed import Feed, bounds
 from jobledger.streams.projector import CACHE_JOBS, Folded, Projector
 from jobledger.streams.store import Partition, Store, open_store
 from jobledger.streams.table_metrics import TableMetrics
@@ -265,14 +265,10 @@ def behind(settings: Settings, names: Names, offsets: Mapping[Partition, int]) -
 
     Raises `BrokerUnavailable`.
     """
-    found: dict[Partition, int] = {}
     with Feed(settings, names) as feed:
-        for place in feed.present():
-            low, high = feed.watermarks(place)
-            lag = high - max(low, offsets.get(place, 0))
-            if lag > 0:
-                found[place] = lag
-    return found
+        there = bounds(settings, feed.present())
+    lags = {place: high - max(low, offsets.get(place, 0)) for place, (low, high) in there.items()}
+    return {place: lag for place, lag in lags.items() if lag > 0}
 
 
 def _raw(data: bytes | str | None) -> bytes | None:

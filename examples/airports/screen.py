@@ -49,15 +49,17 @@ class Bar:
         self.parts, self.total, self.width = parts, max(total, 1e-9), width
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        drawn, amount = 0, 0.0
-        for value, style in self.parts:
-            amount += value
-            # What is there shall be seen, however little of the whole it is.
-            cells = max(round(amount / self.total * self.width) - drawn, 1 if value else 0)
-            cells = min(cells, self.width - drawn)
-            drawn += cells
+        for (_, style), cells in zip(self.parts, self.cells(), strict=True):
             yield Segment("█" * cells, Style.parse(style))
-        yield Segment("█" * (self.width - drawn), Style.parse("grey15"))
+        yield Segment("█" * (self.width - sum(self.cells())), Style.parse("grey15"))
+
+    def cells(self) -> list[int]:
+        """How long each part is: what is there shall be seen, however little of the whole it is."""
+        cells = [max(1, round(value / self.total * self.width)) if value else 0 for value, _ in self.parts]
+        whole = min(self.width, round(sum(value for value, _ in self.parts) / self.total * self.width))
+        if cells:  # the longest part makes up for rounding and for the tiny ones
+            cells[cells.index(max(cells))] -= sum(cells) - max(whole, sum(map(bool, cells)))
+        return cells
 
 
 class Rate:
@@ -211,18 +213,18 @@ class Screen:
     def heading(self, text: str) -> None:
         """A line above a part of the account."""
         self.print()
-        self.print(Padding(Rule(Text(text, "bold"), align="left", style="grey37"), (0, 2)))
+        self.print(Padding(Rule(Text(text, "bold"), align="left", style="grey37"), (0, 3, 0, 2)))
 
     def checks(self, checks: Sequence[Check]) -> None:
         """What must be true, with the figures."""
-        table = Table.grid(padding=(0, 1))
+        table = Table.grid(padding=(0, 1), expand=True)
         table.add_column(width=3, justify="right")
         table.add_column()
         table.add_column(justify="right")
         for check in checks:
             mark = Text("✓", "green") if check.holds else Text("✗", "bold red")
             table.add_row(mark, check.claim, Text(check.shown, "bold" if check.holds else "bold red"))
-        self.print(table)
+        self.print(Padding(table, (0, 3, 0, 0)))
 
     def rejects(self, found: Mapping[str, int], examples: Mapping[str, str]) -> None:
         """How many jobs were rejected for which reason, with one row as an example."""

@@ -19,7 +19,7 @@ from confluent_kafka import TopicPartition
 
 from jobledger import log
 from jobledger.config import Settings
-from jobledger.errors import LeaseLost, StoreError, UnknownFact
+from jobledger.errors import LeaseLost, SchemaError, StoreError, UnknownFact
 from jobledger.job import State
 from jobledger.kafka import topics
 from jobledger.log import LogReader, LogWriter, Outgoing, wait_until
@@ -288,7 +288,7 @@ def dead_letters(world: World) -> list[JobEvent]:
                 if (value := message.value()) is not None and b"rejected" not in (message.key() or b""):
                     try:
                         found.append(codec.decode(value))
-                    except codec.SchemaError:
+                    except SchemaError:
                         continue
     return sorted(found, key=lambda e: (e.fact.partition, e.fact.offset))  # type: ignore[union-attr]
 
@@ -419,7 +419,7 @@ class Flaky:
 
 def flaky(failures: int) -> Callable[[str, str], Store]:
     """`open_store` for a database that will be away."""
-    return lambda url, namespace: Flaky(open_store(url, namespace), failures)  # type: ignore[return-value]
+    return lambda url, namespace: Flaky(open_store(url, namespace), failures)
 
 
 def test_a_database_that_is_away_is_tried_again(world: World) -> None:

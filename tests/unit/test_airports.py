@@ -9,7 +9,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from rich.console import Console
 
@@ -265,11 +265,21 @@ def test_latencies_are_those_of_the_log() -> None:
     assert found["submit → end"] == (330.0,) * 4
 
 
-def test_a_bar_shows_what_is_there() -> None:
-    """Every part that is not empty has a cell, and the bar is never longer than its width."""
+@given(st.lists(st.integers(0, 30_000), min_size=1, max_size=5), st.just(0) | st.integers(0, 30_000))
+@example([1, 1, 1], 0)
+def test_a_bar_shows_what_is_there(values: list[int], rest: int) -> None:
+    """Every part that is not empty has a cell, no empty one has, and the bar is never longer than its width."""
+    cells = Bar([(value, "green") for value in values], sum(values) + rest, 40).cells()
+    assert [bool(cell) for cell in cells] == [bool(value) for value in values]
+    assert sum(cells) <= 40
+    assert rest or not any(values) or sum(cells) == 40
+
+
+def test_a_bar_is_as_wide_as_it_is_told() -> None:
+    """What is drawn fills the width, the part that is still to come included."""
     console = Console(width=80, color_system=None)
     with console.capture() as got:
-        console.print(Bar([(28_000, "green"), (1, "red"), (0, "cyan"), (2, "yellow")], 28_298, 40), end="")
+        console.print(Bar([(20_000, "green"), (1, "red"), (0, "cyan"), (2, "yellow")], 28_298, 40), end="")
     assert len(got.get().strip()) == 40
 
 
