@@ -17,6 +17,7 @@ from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
+import uuid_utils
 from confluent_kafka import Message
 
 from jobledger.consumers.execute import Executor, context_of
@@ -32,14 +33,17 @@ from jobledger.consumers.outcome import (
     error_info,
     unknown_task,
 )
+from jobledger.consumers.quick import plain_submission
 from jobledger.consumers.releases import release_key
 from jobledger.consumers.send import BY_KEY, UNACKNOWLEDGED_LIMIT, Sender
 from jobledger.consumers.work import Arrived, Found, Partition, Plan, Work
 from jobledger.errors import BadArguments, BrokerUnavailable, JobledgerError, SchemaError, UnknownFact
+from jobledger.log import now_us
 from jobledger.names import Names
 from jobledger.retry import Retry
 from jobledger.schemas import codec
-from jobledger.schemas.events import JobDue, JobEvent, JobFailed, JobRetried, JobSnoozed, JobSubmitted
+from jobledger.schemas.codec import encode
+from jobledger.schemas.events import JobDue, JobEvent, JobFailed, JobRetried, JobSnoozed, JobStarted, JobSubmitted
 from jobledger.task import Registry
 
 LOG = logging.getLogger("jobledger.worker")
@@ -51,6 +55,7 @@ BUDGET = 64
 
 _OWN = codec.MAGIC + codec.FINGERPRINT
 _monotonic = time.monotonic
+_uuid7 = uuid_utils.uuid7
 
 
 @dataclass(slots=True)
@@ -86,6 +91,7 @@ class Dispatcher:
         self._waiting_limit, self._backoff, self.fail = waiting_limit, unknown_task_backoff, fail
         self._names: Names = registry.names
         self._lifecycle = self._names.lifecycle
+        self._source, self._produce = facts.source, sender.produce
         self.plans = {name: Plan(task) for name, task in registry.tasks.items()}
         self.executor: Executor
         self.fetchers: list[Fetcher] = []
@@ -249,6 +255,9 @@ class Dispatcher:
         assert offset is not None
         with partition.lock:
             fresh = offsets.receive(offset)
+        if value is not None and (plain := plain_submission(value)) is not None:
+            self.accept(partition, message, plain, fresh, now)
+            return
         if not isinstance(value, bytes) or not value.startswith(_OWN):
             partition.aside += 1
             self._aside.put(partition, message, fresh)
@@ -300,9 +309,12 @@ class Dispatcher:
         """A readable event at a work position: run it, unless it is done, known already, or does not belong here."""
         offset = message.offset() or 0
         fact = event.fact
-        if not isinstance(fact, JobSubmitted | JobDue) or (isinstance(fact, JobSubmitted) and fact.conditioned):
-            kind = "conditioned JobSubmitted" if isinstance(fact, JobSubmitted) else type(fact).__name__
-            self.reject(partition, message, f"a {kind} does not belong on a work topic", fresh)
+        if type(fact) is JobSubmitted:
+            if fact.delay_ms is not None or fact.due_at is not None:
+                self.reject(partition, message, "a conditioned JobSubmitted does not belong on a work topic", fresh)
+                return
+        elif type(fact) is not JobDue:
+            self.reject(partition, message, f"a {type(fact).__name__} does not belong on a work topic", fresh)
             return
         key = release_key(event.job_id, event.run, event.release)
         found = partition.closed.pop(key, None) if partition.closed else None
@@ -352,8 +364,27 @@ class Dispatcher:
         event = work.event
         assert event is not None
         partition = work.partition
-        value = self._facts.started(event, partition.topic, work.offset, takeover)
-        self._sender.send(self._lifecycle, value, event.job_id, partition.number, None)
+        started = encode(
+            JobEvent(
+                str(_uuid7()),
+                event.job_id,
+                event.run,
+                event.attempt,
+                event.release,
+                now_us(),
+                event.task,
+                event.queue,
+                event.key,
+                event.home,
+                self._source,
+                event.trace,
+                JobStarted(self._source, partition.topic, work.offset, takeover),
+            )
+        )
+        try:
+            self._produce(self._lifecycle, started, event.job_id, partition.number)
+        except BufferError:
+            self._sender.send(self._lifecycle, started, event.job_id, partition.number, None)
         self.counts.started += 1
         self.running[work] = None
 

@@ -25,7 +25,6 @@ from jobledger.schemas.events import (
     JobRetried,
     JobSnoozed,
     JobSpec,
-    JobStarted,
     JobSubmitted,
     JobSucceeded,
     RecordRejected,
@@ -54,7 +53,7 @@ class Facts:
     def __init__(self, registry: Registry, source: str, limit: int) -> None:
         self._registry = registry
         self._names: Names = registry.names
-        self._source = source
+        self.source = source
         self._limit = limit
 
     def event(self, work: JobEvent, fact: Fact) -> JobEvent:
@@ -70,14 +69,10 @@ class Facts:
             work.queue,
             work.key,
             work.home,
-            self._source,
+            self.source,
             work.trace,
             fact,
         )
-
-    def started(self, work: JobEvent, topic: str, offset: int, takeover: int) -> bytes:
-        """`JobStarted`, encoded."""
-        return codec.encode(self.event(work, JobStarted(self._source, topic, offset, takeover)))
 
     def closing(self, work: JobEvent, outcome: Outcome, duration_us: int) -> bytes:
         """The fact that closes this release, encoded; an error's text is shortened if the record were too large."""
@@ -158,7 +153,7 @@ class Facts:
             task.queue,
             None,
             None,
-            self._source,
+            self.source,
             work.trace,
             JobSubmitted(spec),
         )
@@ -172,7 +167,7 @@ class Facts:
         def encoded(raw: bytes | None, why: str) -> bytes:
             identity = derived_id("record", topic, partition, offset)
             fact = RecordRejected(topic, partition, offset, key, raw, printable(why, 2_000))
-            return codec.encode(JobEvent(identity, "", 0, 0, 0, now_us(), "", "", None, None, self._source, None, fact))
+            return codec.encode(JobEvent(identity, "", 0, 0, 0, now_us(), "", "", None, None, self.source, None, fact))
 
         record = encoded(value, error)
         over = len(record) - self._limit

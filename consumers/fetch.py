@@ -291,7 +291,7 @@ class Fetcher(threading.Thread):
         parts = self._give_up(revoked)
         if not parts:
             return
-        settled = self._settler.settle(parts, time.monotonic() + self._handover)
+        settled = self._settle(parts)
         if not self._settler.broken:
             self.committer.commit(parts, final=True)
         left = {p.number: len(p.live) for p in parts if p.busy}
@@ -301,6 +301,19 @@ class Fetcher(threading.Thread):
             [p.number for p in parts],
             "" if settled else f"; still running, and may run twice: {left}",
         )
+
+    def _settle(self, parts: list[Partition]) -> bool:
+        """Let what is under way of ``parts`` end, within the handover time; whether it did."""
+        deadline = time.monotonic() + self._handover
+        while any(p.busy for p in parts):
+            now = time.monotonic()
+            if self._settler.broken or now >= deadline:
+                return False
+            self._settler.serve()
+            # The partitions that stay go on meanwhile: their lease must be renewed.
+            self._commit_if_due(now)
+            time.sleep(0.005)
+        return True
 
     def _on_lost(self, consumer: Consumer, lost: list[TopicPartition]) -> None:
         parts = self._give_up(lost)

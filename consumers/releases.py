@@ -38,77 +38,70 @@ def release_key(job_id: str, run: int, release: int) -> int:
 
 
 class ReleaseMemory:
-    """The latest `REMEMBERED` to twice as many releases: two generations, the older one dropped when the newer is full."""
+    """The latest `REMEMBERED` to twice as many releases: two generations, the older one dropped when the newer is full.
 
-    __slots__ = ("_capacity", "_new", "_old")
+    Each generation is a table of powers of two with linear probing, at most half full; 0 marks a free slot.
+    """
+
+    __slots__ = ("_capacity", "_count", "_limit", "_mask", "_old", "_old_count", "_old_mask", "_slots")
 
     def __init__(self, capacity: int = REMEMBERED) -> None:
         self._capacity = capacity
-        self._new = _Table()
-        self._old = _Table()
+        self._begin()
+        self._old, self._old_mask, self._old_count = array("Q", bytes(8)), 0, 0
 
-    def __contains__(self, key: int) -> bool:
-        return self._new.has(key) or self._old.has(key)
+    def _begin(self) -> None:
+        self._slots = array("Q", bytes(8 * _FIRST_SLOTS))
+        self._mask, self._limit, self._count = _FIRST_SLOTS - 1, _FIRST_SLOTS // 2, 0
 
     def __len__(self) -> int:
-        return self._new.count + self._old.count
+        return self._count + self._old_count
+
+    def __contains__(self, key: int) -> bool:
+        return bool(self._slots[_slot(self._slots, self._mask, key)]) or bool(
+            self._old_count and self._old[_slot(self._old, self._old_mask, key)]
+        )
 
     def add(self, key: int) -> bool:
         """Remember a release; False if it was known."""
-        if self._old.count and self._old.has(key):
-            return False
-        if not self._new.add(key):
-            return False
-        if self._new.count >= self._capacity:
-            self._old = self._new
-            self._new = _Table()
-        return True
-
-
-class _Table:
-    """A set of 64-bit words with linear probing, at most half full."""
-
-    __slots__ = ("_limit", "_mask", "_slots", "count")
-
-    def __init__(self, size: int = _FIRST_SLOTS) -> None:
-        self._slots = array("Q", bytes(8 * size))
-        self._mask = size - 1
-        self._limit = size // 2
-        self.count = 0
-
-    def has(self, key: int) -> bool:
+        # Written out: this runs for every record.
+        if self._old_count:
+            slots, mask = self._old, self._old_mask
+            at = key & mask
+            while found := slots[at]:
+                if found == key:
+                    return False
+                at = (at + 1) & mask
         slots, mask = self._slots, self._mask
         at = key & mask
-        while True:
-            found = slots[at]
-            if found == key:
-                return True
-            if not found:
-                return False
-            at = (at + 1) & mask
-
-    def add(self, key: int) -> bool:
-        slots, mask = self._slots, self._mask
-        at = key & mask
-        while True:
-            found = slots[at]
-            if not found:
-                break
+        while found := slots[at]:
             if found == key:
                 return False
             at = (at + 1) & mask
         slots[at] = key
-        self.count += 1
-        if self.count > self._limit:
+        self._count += 1
+        if self._count > self._limit:
             self._grow()
+        if self._count >= self._capacity:
+            self._old, self._old_mask, self._old_count = self._slots, self._mask, self._count
+            self._begin()
         return True
 
     def _grow(self) -> None:
-        bigger = _Table((self._mask + 1) * 4)
+        size = (self._mask + 1) * 4
+        bigger = array("Q", bytes(8 * size))
         for key in self._slots:
             if key:
-                bigger.add(key)
-        self._slots, self._mask, self._limit = bigger._slots, bigger._mask, bigger._limit
+                bigger[_slot(bigger, size - 1, key)] = key
+        self._slots, self._mask, self._limit = bigger, size - 1, size // 2
+
+
+def _slot(slots: array[int], mask: int, key: int) -> int:
+    """Where ``key`` stands, or the free slot where it would."""
+    at = key & mask
+    while (found := slots[at]) and found != key:
+        at = (at + 1) & mask
+    return at
 
 
 def key_of(message: Message, decoder: codec.Decoder) -> int | None:

@@ -9,13 +9,13 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 
 from confluent_kafka import KafkaError, Message
 
 from jobledger.config import Settings
 from jobledger.consumers.send import BY_KEY, Sender
-from jobledger.consumers.work import Arrived, Partition, Work
+from jobledger.consumers.work import Arrived, Work
 from jobledger.errors import BrokerUnavailable, JobledgerError
 
 LOG = logging.getLogger("jobledger.worker")
@@ -23,6 +23,8 @@ LOG = logging.getLogger("jobledger.worker")
 TICK_S = 0.1
 #: How often a record is sent again after the client gave up on it, before the worker gives up.
 RESENDS = 2
+#: Seconds between two log lines about the same trouble.
+SAY_EVERY_S = 10.0
 #: A loop that polled within so many seconds serves the delivery callbacks itself.
 _LOOP_POLLS_S = 0.05
 
@@ -46,6 +48,8 @@ class Settler(threading.Thread):
         self._drain_lock = threading.Lock()
         self._wake = threading.Event()
         self._closing = False
+        self.resent = 0
+        self._say_at = 0.0
         self.broken = False  # nothing may be committed any more
 
     # -- delivery reports -----------------------------------------------------------------------------------------
@@ -102,12 +106,20 @@ class Settler(threading.Thread):
             )
             return
         work.tries += 1
-        LOG.warning("sending to %s again: %s", topic, error.str())
+        self._say_again(topic, error)
         callback = work.closing_delivered if closing else work.derived_delivered
         try:
             self._sender.send(topic, value, message.key(), work.partition.number if closing else BY_KEY, callback)
         except JobledgerError as exc:
             self._fail(exc)
+
+    def _say_again(self, topic: str, error: KafkaError) -> None:
+        """One line a few seconds, however many records it is about."""
+        self.resent += 1
+        now = time.monotonic()
+        if now >= self._say_at:
+            self._say_at = now + SAY_EVERY_S
+            LOG.warning("records for %s are sent again (%d so far): %s", topic, self.resent, error.str())
 
     # -- the thread -----------------------------------------------------------------------------------------------
 
@@ -136,17 +148,10 @@ class Settler(threading.Thread):
         if self.is_alive() and threading.current_thread() is not self:
             self.join(timeout=5.0)
 
-    def settle(self, partitions: Iterable[Partition], deadline: float) -> bool:
-        """Wait until nothing of ``partitions`` is under way any more, at most until ``deadline`` (`time.monotonic`)."""
-        waiting = list(partitions)
-        while True:
-            self._sender.poll(0.0)
-            self.drain()
-            if not any(p.busy for p in waiting):
-                return True
-            if self.broken or time.monotonic() >= deadline:
-                return False
-            time.sleep(0.005)
+    def serve(self) -> None:
+        """Run the delivery callbacks that have arrived and take their reports; callable from any thread."""
+        self._sender.poll(0.0)
+        self.drain()
 
 
 def new_arrived() -> Arrived:

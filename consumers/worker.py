@@ -340,6 +340,12 @@ class Worker:
                 "fetched": fetcher.fetched,
                 "commits": fetcher.committer.commits,
             }
+            silent = time.monotonic() - fetcher.lease.until
+            if fetcher.lease.wanted and silent > 1.0:
+                reasons.append(
+                    f"queue {fetcher.queue}: the group coordinator has not confirmed this worker for "
+                    f"{silent + fetcher.lease.seconds:.0f} s, so nothing is begun"
+                )
             if fetcher.committer.last_error is not None:
                 reasons.append(f"commits are refused: {fetcher.committer.last_error}")
         status = "unhealthy" if reasons else "stopping" if self._stopping.is_set() else "ok"
@@ -355,6 +361,10 @@ class Worker:
             "running": len(dispatcher.running),
             "unacknowledged": self.sender.unacknowledged if self.sender is not None and not self.ended.is_set() else 0,
             "started": counts.started,
+            **{
+                name: sum(getattr(plan, name) for plan in dispatcher.plans.values())
+                for name in ("succeeded", "retried", "snoozed", "failed")
+            },
             "duplicates": counts.duplicates,
             "found_closed": counts.found_closed,
             "rejected": counts.rejected,

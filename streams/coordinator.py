@@ -31,6 +31,7 @@ from jobledger.names import Names
 from jobledger.streams.aio import AckedWriter, Ends
 from jobledger.streams.cycle import Cycle
 from jobledger.streams.faust_app import (
+    TABLE,
     CommitHook,
     Group,
     Options,
@@ -297,7 +298,10 @@ class Coordinator:
 
     async def _watch_faust(self) -> None:
         """A part of Faust that dies leaves the process up and idle: so it ends."""
+        rows = self._app.tables[TABLE].data
         while not self._app.crashed:
+            if rows.failure is not None:
+                raise rows.failure
             await asyncio.sleep(PULSE)
         reason = self._app.crash_reason
         raise reason if isinstance(reason, Exception) else RuntimeError(f"Faust crashed: {reason!r}")

@@ -7,7 +7,6 @@ way stay in memory, bounded, so that most are not read at all; what is in memory
 from __future__ import annotations
 
 import time
-from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -52,7 +51,7 @@ class Folded:
     """What a batch of records amounts to. ``states``: the new states, for `Projector.committed`."""
 
     changes: Changes = field(default_factory=Changes)
-    events: Counter[str] = field(default_factory=Counter)
+    events: dict[str, int] = field(default_factory=dict)
     rejected: list[Rejected] = field(default_factory=list)
     states: dict[str, tuple[Life, Visible] | None] = field(default_factory=dict)
 
@@ -82,7 +81,7 @@ class Projector:
         """The changes that these records make. Remembers nothing: see `committed`. Raises `StoreError`."""
         folded = Folded()
         news: dict[str, Life] = {}
-        offsets = folded.changes.offsets
+        offsets, events = folded.changes.offsets, folded.events
         patient = True
         for message in messages:
             topic, partition, offset = message.topic(), message.partition(), message.offset()
@@ -90,7 +89,7 @@ class Projector:
                 continue  # only messages that are errors lack them
             place = (topic, partition)
             offsets[place] = offset + 1
-            folded.events[topic] += 1
+            events[topic] = events.get(topic, 0) + 1
             value = message.value()
             seen = None if value is None else glance(value)
             if seen is None:
@@ -102,8 +101,8 @@ class Projector:
                     folded.rejected.append(Rejected(message, error))
                     continue
                 seen = (event.job_id, event.run, event.release, event.attempt, event.task, event.queue, event.fact)
-            job_id = seen[0]
-            life = of(*seen[1:], (message.timestamp()[1], topic, partition, offset))
+            job_id, run, release, attempt, task, queue, fact = seen
+            life = of(run, release, attempt, task, queue, fact, (message.timestamp()[1], topic, partition, offset))
             if life is not None:
                 known = news.get(job_id)
                 news[job_id] = life if known is None else join(known, life)

@@ -20,6 +20,7 @@ import msgspec
 import rocksdict
 from faust.stores import memory, rocksdb
 
+from jobledger.errors import SchemaError
 from jobledger.streams.decisions import decode_row, newer, of_unknown_kind
 
 LOG = logging.getLogger("jobledger.coordinator")
@@ -36,6 +37,8 @@ class Rows(Protocol):
 
     #: Keys whose changelog ends with an older row than the one kept: to be written to the changelog again.
     overtaken: set[tuple[int, bytes]]
+    #: Why the copy cannot be restored. Faust would only warn, and try for ever.
+    failure: Exception | None
 
     def get(self, partition: int, key: bytes) -> bytes | None:
         """A row's bytes."""
@@ -51,9 +54,12 @@ def merged(current: bytes | None, incoming: bytes) -> bytes | None:
     """The bytes to keep of two versions of a row: None if ``incoming`` is older, or no row at all."""
     try:
         row = decode_row(incoming)
-    except (msgspec.DecodeError, msgspec.ValidationError):
+    except (msgspec.DecodeError, msgspec.ValidationError) as exc:
         if of_unknown_kind(incoming):
-            raise  # of a later version: not to be guessed at, and not to be left out
+            raise SchemaError(
+                f"a row on the changelog is of a kind that this coordinator does not know ({incoming[:16].hex()}…): it was "
+                "written by a later version; upgrade this coordinator"
+            ) from exc
         LOG.error("a changelog record is no row and was left out: %s…", incoming[:16].hex())
         return None
     if current is None or newer(row, decode_row(current)):
@@ -66,6 +72,7 @@ class RocksRows(rocksdb.Store):
 
     def __post_init__(self) -> None:
         self.overtaken: set[tuple[int, bytes]] = set()
+        self.failure: Exception | None = None
 
     def get(self, partition: int, key: bytes) -> bytes | None:  # type: ignore[override]
         """A row's bytes."""
@@ -96,6 +103,13 @@ class RocksRows(rocksdb.Store):
 
     def apply_changelog_batch(self, batch: Iterable[Any], to_key: Any, to_value: Any) -> None:
         """Faust's restoring: later events win; how far the changelog is applied is written in the same batch."""
+        try:
+            self._apply(batch)
+        except Exception as exc:
+            self.failure = exc
+            raise
+
+    def _apply(self, batch: Iterable[Any]) -> None:
         seen: dict[int, dict[bytes, bytes | None]] = defaultdict(dict)
         offsets: dict[int, int] = {}
         for event in batch:
@@ -122,6 +136,7 @@ class MemoryRows(memory.Store[bytes, bytes]):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.overtaken: set[tuple[int, bytes]] = set()
+        self.failure: Exception | None = None
         self._parts: dict[int, dict[bytes, bytes]] = defaultdict(dict)
         self._sorted: tuple[int, list[bytes]] | None = None
 
@@ -149,6 +164,13 @@ class MemoryRows(memory.Store[bytes, bytes]):
 
     def apply_changelog_batch(self, batch: Iterable[Any], to_key: Any, to_value: Any) -> None:
         """Faust's restoring: later events win."""
+        try:
+            self._apply(batch)
+        except Exception as exc:
+            self.failure = exc
+            raise
+
+    def _apply(self, batch: Iterable[Any]) -> None:
         for event in batch:
             message = event.message
             partition, key, value = message.partition, message.key, message.value

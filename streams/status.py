@@ -43,6 +43,8 @@ LINGER_S = 0.01
 PATIENCE_S = 0.1
 #: Seconds between two looks for new topics and partitions.
 DISCOVER_S = 5.0
+#: Seconds a look for topics may take: well below the lease.
+DISCOVER_TIMEOUT_S = 3.0
 #: Seconds between two tries to get the lease.
 STAND_BY_S = 0.5
 #: Seconds between two renewals of the lease while nothing is written.
@@ -147,9 +149,7 @@ class Materializer:
 
     def _write(self, store: Store, stop: threading.Event) -> None:
         self._offsets = store.offsets()
-        projector = Projector(
-            store, log.decoder(self._settings, self._names), cache_jobs=self._cache_jobs, settle=lambda: stop.wait(1.1)
-        )
+        projector = Projector(store, log.decoder(self._settings, self._names), cache_jobs=self._cache_jobs)
         self._active.set()
         self.metrics.active.set(1)
         missing = True
@@ -175,7 +175,7 @@ class Materializer:
     def _discover(self, feed: Feed, first: bool) -> bool:
         """Read whatever there is to read by now; whether something the app declares is still missing."""
         try:
-            present = feed.present()
+            present = feed.present(timeout=DISCOVER_TIMEOUT_S)
         except BrokerUnavailable as exc:
             LOG.warning("%s", exc)
             return True

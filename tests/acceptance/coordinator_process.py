@@ -43,11 +43,22 @@ def main() -> int:
         )
         threading.Thread(target=report, args=(coordinator, Path(given["health"])), daemon=True).start()
         import faulthandler
+
         faulthandler.register(signal.SIGUSR2, all_threads=True)
+
         def dump():
             for t in asyncio.all_tasks():
                 t.print_stack(file=sys.stderr)
-            print("OWN", vars(coordinator._cycle._ownership), coordinator._cycle._under_way, len(coordinator._cycle._plans), len(coordinator._cycle._inbox), file=sys.stderr, flush=True)
+            print(
+                "OWN",
+                vars(coordinator._cycle._ownership),
+                coordinator._cycle._under_way,
+                len(coordinator._cycle._plans),
+                len(coordinator._cycle._inbox),
+                file=sys.stderr,
+                flush=True,
+            )
+
         asyncio.get_running_loop().add_signal_handler(signal.SIGUSR1, dump)
         await supervise(coordinator)
 

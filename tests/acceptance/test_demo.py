@@ -77,6 +77,7 @@ def wait_for(check: Callable[[], bool], timeout: float, what: str) -> None:
         time.sleep(0.1)
 
 
+@pytest.mark.timeout(420)
 def test_the_demo_balances_and_leaves_nothing_running(mark: str, tmp_path: Path) -> None:
     """With a broker of its own it ends with 0, every claim is ticked, and the commands it prints work."""
     process = demo(mark, tmp_path / "demo", 1_000, None)
@@ -87,6 +88,14 @@ def test_the_demo_balances_and_leaves_nothing_running(mark: str, tmp_path: Path)
     assert "digest" in out
     assert marked(mark) == [], "left running"
     assert 800 < len(saved_rows(tmp_path / "demo" / "airports.db")) < 1_000
+    commands = out.split("Look further", 1)[1].split("\n", 1)[1]
+    environ = {k: v for k, v in os.environ.items() if not k.startswith("JOBLEDGER_")} | {MARK: mark}
+    tried = subprocess.run(
+        ["/bin/sh", "-ec", commands], cwd=ROOT, env=environ, capture_output=True, text=True, timeout=120, check=False
+    )
+    assert tried.returncode == 0, f"{commands}\n{tried.stdout}{tried.stderr}"
+    assert "JobRetried" in tried.stdout
+    assert marked(mark) == [], "left running"
 
 
 def test_ctrl_c_stops_everything(mark: str, broker: str, tmp_path: Path) -> None:

@@ -110,7 +110,9 @@ def test_the_plain_life_is_answered() -> None:
         ev.JobSucceeded(b'{"a":1}', 2**33),
     ):
         one, two = str(uuid.uuid4()), str(uuid.uuid4())
-        event = ev.JobEvent(one, two, 1, 1, 1, 1_700_000_000_000_000, "send", "mail", None, None, "worker@h:1", None, fact)
+        event = ev.JobEvent(
+            one, two, 1, 1, 1, 1_700_000_000_000_000, "send", "mail", None, None, "worker@h:1", None, fact
+        )
         assert glance(codec.encode(event)) == seen(event)
 
 

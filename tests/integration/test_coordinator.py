@@ -1,0 +1,488 @@
+"""The coordinator on a real broker, in a thread of the test: what it lets go, keeps, rejects, refuses and restores."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import io
+import json
+import random
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import fastavro
+import pytest
+import uuid_utils
+from confluent_kafka import Consumer, Message, Producer, TopicPartition
+from confluent_kafka.admin import AdminClient
+
+from jobledger import log
+from jobledger.config import Settings
+from jobledger.errors import BrokerUnavailable, ConfigError, SchemaError, TopicMissing, UnknownFact
+from jobledger.kafka import topics
+from jobledger.log import LogReader, LogWriter, Outgoing, producer_config
+from jobledger.names import Names
+from jobledger.schemas import codec
+from jobledger.schemas.events import (
+    Fact,
+    JobDue,
+    JobEvent,
+    JobSpec,
+    JobSubmitted,
+    RecordRejected,
+    ReleaseDecided,
+    ReleaseOverdue,
+    ReleaseRequested,
+)
+from jobledger.streams.coordinator import Coordinator, supervise
+from jobledger.streams.decisions import NO_FLOOR, Released, Scheduled, decide, encode_row, floor_key, row_key
+from jobledger.streams.faust_app import Options, changelog
+
+pytestmark = [pytest.mark.kafka, pytest.mark.timeout(240)]
+
+PARTITIONS = 2
+SPEC = JobSpec(b'{"to": "a"}', {"tenant": "acme"}, None)
+
+
+class Running:
+    """A coordinator in a thread."""
+
+    def __init__(self, coordinator: Coordinator) -> None:
+        self.coordinator = coordinator
+        self.error: BaseException | None = None
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run)
+        self._thread.start()
+
+    def _run(self) -> None:
+        try:
+            asyncio.run(supervise(self.coordinator, self._stop))
+        except Exception as exc:  # noqa: BLE001  # the test looks at it
+            self.error = exc
+
+    @property
+    def alive(self) -> bool:
+        return self._thread.is_alive()
+
+    def health(self) -> dict[str, Any]:
+        """What it says of itself."""
+        return self.coordinator.health()
+
+    def stop(self) -> None:
+        """Ask it to end, and wait."""
+        self._stop.set()
+        self._thread.join(30)
+        assert not self._thread.is_alive()
+
+    def ended(self, timeout: float = 60.0) -> BaseException | None:
+        """Wait until it ends by itself; what it raised."""
+        self._thread.join(timeout)
+        assert not self._thread.is_alive(), "it went on"
+        return self.error
+
+
+class Lab:
+    """One namespace: its topics, what is sent to it and what can be read from it."""
+
+    def __init__(self, broker: str, namespace: str, folder: Path, queues: tuple[str, ...] = ("mail",)) -> None:
+        self.settings, self.names, self.folder = Settings(bootstrap=broker), Names(namespace), folder
+        self.admin: AdminClient = log.admin(self.settings)
+        self.create(*queues)
+        self.writer = LogWriter(self.settings, self.names)
+        self.reader = LogReader(self.settings)
+        self.running: list[Running] = []
+        wait_for(self._has_leaders)
+
+    def _has_leaders(self) -> bool:
+        try:
+            self.messages(self.names.coordination)
+        except BrokerUnavailable:
+            return False
+        return True
+
+    def create(self, *queues: str) -> None:
+        """The topics, with these queues."""
+        specs = topics.desired(self.names, dict.fromkeys(queues, PARTITIONS), partitions=PARTITIONS, replication=1)
+        topics.apply(self.admin, topics.plan(self.admin, specs))
+
+    def start(self, folder: str = "a", partitions: int = PARTITIONS, **options: float) -> Running:
+        """A coordinator; ``folder`` names its local copy."""
+        chosen = Options(**{"session_timeout": 2.0, "commit_interval": 0.1, **options})  # type: ignore[arg-type]
+        made = Coordinator(
+            self.names, self.settings, partitions=partitions, options=chosen, data_dir=self.folder / folder
+        )
+        running = Running(made)
+        self.running.append(running)
+        return running
+
+    def ready(self, **given: Any) -> Running:
+        """A coordinator that has caught up."""
+        running = self.start(**given)
+        wait_for(lambda: running.health()["ready"] or not running.alive)
+        assert running.alive, running.error
+        return running
+
+    def send(
+        self, fact: Fact, job: str | None = None, run: int = 1, release: int = 1, attempt: int = 1, **more: Any
+    ) -> str:
+        """One event to the coordination topic; the job's id."""
+        job = job or str(uuid_utils.uuid7())
+        fields = {"task": "send", "queue": "mail", "key": None, "home": job, "trace": None, **more}
+        event = JobEvent(
+            "id", job, run, attempt, release, 0, fields["task"], fields["queue"], fields["key"], fields["home"], "test",
+            fields["trace"], fact,
+        )  # fmt: skip
+        self.writer.send([Outgoing(self.names.coordination, codec.encode(event), job)])
+        return job
+
+    def submit(self, delay_ms: int = 0, **more: Any) -> str:
+        """A delayed job; its id."""
+        return self.send(JobSubmitted(SPEC, delay_ms), release=0, **more)
+
+    def messages(self, topic: str) -> list[Message]:
+        """All records of a topic."""
+        return [m for p in range(log.partitions_of(self.settings, topic)) for m in self.reader.read(topic, p, 0)]
+
+    def events(self, topic: str) -> list[JobEvent]:
+        """All events of a topic; what is none is left out."""
+        found = []
+        for message in self.messages(topic):
+            with contextlib.suppress(SchemaError):  # garbage is what some tests write
+                found.append(codec.decode(message.value()))
+        return found
+
+    def let_go(self, queue: str = "mail") -> list[tuple[str, int, int]]:
+        """What was let go, as (job, run, release), sorted, copies included."""
+        return sorted((e.job_id, e.run, e.release) for e in self.events(self.names.jobs(queue)))
+
+    def await_let_go(self, *wanted: tuple[str, int, int], queue: str = "mail") -> None:
+        """Wait until at least these were let go."""
+        wait_for(lambda: set(wanted) <= set(self.let_go(queue)))
+
+    def committed(self) -> int:
+        """The sum of the group's committed offsets."""
+        consumer = Consumer({**self.settings.librdkafka(), "group.id": self.names.coordinator_group})
+        try:
+            found = consumer.committed([TopicPartition(self.names.coordination, p) for p in range(PARTITIONS)], 10)
+            return sum(max(f.offset, 0) for f in found)
+        finally:
+            consumer.close()
+
+    def close(self) -> None:
+        for running in self.running:
+            running.stop()
+        self.reader.close()
+        self.writer.close()
+
+
+def wait_for(fact: Callable[[], object], timeout: float = 60.0) -> None:
+    """Poll ``fact`` until it holds."""
+    deadline = time.monotonic() + timeout
+    while not fact():
+        assert time.monotonic() < deadline, f"it did not come to be within {timeout:g} s"
+        time.sleep(0.05)
+
+
+@pytest.fixture
+def lab(broker: str, namespace: str, tmp_path: Path) -> Iterator[Lab]:
+    """A namespace of its own; its coordinators are stopped afterwards."""
+    made = Lab(broker, namespace, tmp_path)
+    yield made
+    made.close()
+
+
+def test_a_delayed_job_is_let_go_whole_when_it_is_due_and_once(lab: Lab) -> None:
+    """The record carries the whole job, release 1, the due time, its identity in headers, and lies where librdkafka's
+    partitioner puts its key; it is not appended before it is due; the offset is committed."""
+    running = lab.ready()
+    job = lab.submit(700, trace="00-ab-cd-01")
+    keyed = [lab.submit(random.randrange(300), key=f"customer-{n}") for n in range(20)]
+    lab.await_let_go((job, 1, 1), *((other, 1, 1) for other in keyed))
+    found = {codec.decode(m.value()).job_id: m for m in lab.messages(lab.names.jobs("mail"))}
+    assert len(found) == len(lab.let_go()) == 21
+    message = found[job]
+    event = codec.decode(message.value())
+    assert isinstance(event.fact, JobDue)
+    assert event.fact.spec == SPEC
+    assert (event.run, event.release, event.attempt, event.task, event.queue) == (1, 1, 1, "send", "mail")
+    assert (event.home, event.trace) == (job, "00-ab-cd-01")
+    assert event.source.startswith("coordinator@")
+    assert dict(message.headers() or []) == {"jl-job": job.encode(), "jl-run": b"1", "jl-release": b"1"}
+    assert message.timestamp()[1] * 1000 >= event.fact.due_at
+
+    # The same keys through librdkafka's own partitioner.
+    probe, placed = Producer(producer_config(lab.settings)), {}
+    for other in found.values():
+        key = bytes(other.key() or b"")
+        probe.produce(
+            lab.names.dead_letter, b"x", key, on_delivery=lambda _, m: placed.update({m.key(): m.partition()})
+        )
+    probe.flush(10)
+    assert {bytes(m.key() or b""): m.partition() for m in found.values()} == placed
+    wait_for(lambda: lab.committed() >= 42)
+    assert running.health()["fired"] == 21
+
+
+def test_duplicates_and_zombies_let_nothing_go_twice(lab: Lab) -> None:
+    """Requests sent again, decisions of others for passed, coming or unknown releases: one JobDue for each release."""
+    lab.ready()
+    job = lab.submit(0)
+    lab.await_let_go((job, 1, 1))
+    lab.send(ReleaseDecided(0), job)
+    for _ in range(3):
+        lab.send(ReleaseRequested(SPEC, 50), job, release=2, attempt=2)
+    lab.send(ReleaseDecided(0), job, release=7)
+    lab.send(ReleaseDecided(0))
+    lab.await_let_go((job, 1, 2))
+    for release in (1, 2):
+        lab.send(ReleaseRequested(SPEC, 0), job, release=release)
+        lab.send(ReleaseDecided(0), job, release=release)
+    last = lab.submit(0)
+    lab.await_let_go((last, 1, 1))
+    assert lab.let_go() == sorted([(job, 1, 1), (job, 1, 2), (last, 1, 1)])
+    second = next(e for e in lab.events(lab.names.jobs("mail")) if e.release == 2)
+    assert second.attempt == 2
+
+
+def test_a_decision_of_a_clock_that_runs_ahead_releases_nothing_early(lab: Lab) -> None:
+    """A zombie decides an hour early, again and again: its append time counts, not its clock."""
+    lab.ready()
+    job = lab.submit(1500)
+    for _ in range(5):
+        lab.send(ReleaseDecided(0), job)
+    lab.await_let_go((job, 1, 1))
+    (message,) = lab.messages(lab.names.jobs("mail"))
+    event = codec.decode(message.value())
+    assert isinstance(event.fact, JobDue)
+    assert message.timestamp()[1] * 1000 >= event.fact.due_at
+
+
+def test_the_watchdog_gets_a_release_again_under_the_same_id_or_for_the_first_time(lab: Lab) -> None:
+    """ReleaseOverdue of a passed release sends the same record again; of an unknown one it schedules it."""
+    lab.ready()
+    job = lab.submit(0)
+    lab.await_let_go((job, 1, 1))
+    (first,) = lab.events(lab.names.jobs("mail"))
+    assert isinstance(first.fact, JobDue)
+    lab.send(ReleaseOverdue(SPEC, first.fact.due_at), job)
+    wait_for(lambda: len(lab.let_go()) == 2)
+    assert {e.event_id for e in lab.events(lab.names.jobs("mail"))} == {first.event_id}
+    lost = lab.send(ReleaseOverdue(SPEC, 1), release=3, attempt=2)
+    lab.await_let_go((lost, 1, 3))
+
+
+@pytest.mark.parametrize("folder", ["same", "another"])
+def test_what_waits_survives_a_restart(lab: Lab, folder: str) -> None:
+    """With its local copy, and restored from the changelog without it: each release once, none early."""
+    first = lab.ready(folder="same")
+    jobs = [lab.submit(random.randrange(1000, 4000)) for _ in range(30)]
+    wait_for(lambda: first.health()["scheduled"] + first.health()["fired"] == 30)
+    first.stop()
+    lab.ready(folder=folder)
+    lab.await_let_go(*((job, 1, 1) for job in jobs))
+    assert lab.let_go() == sorted((job, 1, 1) for job in jobs)
+
+
+def test_what_cannot_be_read_becomes_a_dead_letter_and_stops_nothing(lab: Lab) -> None:
+    """Garbage, half an event, an unknown schema and no value: kept raw with their position, under a fixed id."""
+    running = lab.ready()
+    good = codec.encode(JobEvent("i", "j", 1, 1, 0, 0, "t", "mail", None, "j", "s", None, JobSubmitted(SPEC, 0)))
+    bad = [b"\xff\xfe garbage", good[:30], codec.MAGIC + b"\x01" * 8 + b"x", None]
+    for value in bad:
+        lab.writer.send([Outgoing(lab.names.coordination, value, "k")])
+    job = lab.submit(0)
+    lab.await_let_go((job, 1, 1))
+    wait_for(lambda: len(lab.messages(lab.names.dead_letter)) == 4)
+    letters = lab.events(lab.names.dead_letter)
+    facts = [event.fact for event in letters if isinstance(event.fact, RecordRejected)]
+    assert sorted(fact.raw_value or b"" for fact in facts) == sorted(value or b"" for value in bad)
+    assert {fact.topic for fact in facts} == {lab.names.coordination}
+    assert {fact.raw_key for fact in facts} == {b"k"}
+    assert {event.job_id for event in letters} == {""}
+    assert len({event.event_id for event in letters}) == 4
+    assert running.alive
+
+
+def test_an_event_of_a_later_schema_is_read_by_its_writers_schema(lab: Lab) -> None:
+    """A schema with a field more, published before its first use as it must be."""
+    lab.ready()
+    later = json.loads(codec.SCHEMA_TEXT)
+    later["fields"].insert(0, {"name": "invented", "type": "string", "default": ""})
+    text = json.dumps(later)
+    lab.writer.send([Outgoing(lab.names.schemas, text.encode(), codec.fingerprint(text).hex())])
+    job = str(uuid_utils.uuid7())
+    out = io.BytesIO()
+    datum = {
+        "invented": "later", "event_id": job, "job_id": job, "run": 1, "attempt": 1, "release": 0, "occurred_at": 0,
+        "task": "t", "queue": "mail", "key": None, "home": job, "source": "s", "trace": None,
+        "fact": ("jobledger.JobSubmitted", {"spec": {"args": b"{}", "tags": {}, "parent": None}, "delay_ms": 10}),
+    }  # fmt: skip
+    fastavro.schemaless_writer(out, fastavro.parse_schema(json.loads(text)), datum)
+    value = codec.MAGIC + codec.fingerprint(text) + out.getvalue()
+    lab.writer.send([Outgoing(lab.names.coordination, value, job)])
+    lab.await_let_go((job, 1, 1))
+
+
+def test_an_unknown_fact_stops_it_and_is_never_passed(lab: Lab) -> None:
+    """It names the position and the way out, and its offset is not committed, however often it starts."""
+    later = json.loads(codec.SCHEMA_TEXT)
+    later["fields"][-1]["type"].append(
+        {"type": "record", "name": "LockTaken", "fields": [{"name": "holder", "type": "string"}]}
+    )
+    text = json.dumps(later)
+    lab.writer.send([Outgoing(lab.names.schemas, text.encode(), codec.fingerprint(text).hex())])
+    datum = {
+        "event_id": "e", "job_id": "j", "run": 1, "attempt": 1, "release": 0, "occurred_at": 0, "task": "t",
+        "queue": "mail", "key": None, "home": "j", "source": "s", "trace": None,
+        "fact": ("jobledger.LockTaken", {"holder": "x"}),
+    }  # fmt: skip
+    out = io.BytesIO()
+    fastavro.schemaless_writer(out, fastavro.parse_schema(json.loads(text)), datum)
+    lab.writer.send([Outgoing(lab.names.coordination, codec.MAGIC + codec.fingerprint(text) + out.getvalue(), "j")])
+    for _ in range(2):
+        error = lab.start().ended()
+        assert isinstance(error, UnknownFact)
+        assert "LockTaken" in str(error)
+        assert "upgrade" in str(error)
+        assert f"{lab.names.coordination}[" in str(error)
+    assert lab.committed() == 0
+    assert lab.messages(lab.names.dead_letter) == []
+
+
+def test_a_release_to_a_topic_that_is_missing_waits_for_it(lab: Lab) -> None:
+    """It is held back and reported, other queues go on, decisions do not pile up, and once the topic is there it goes."""
+    running = lab.ready()
+    held, other = lab.submit(0, queue="later"), lab.submit(0)
+    lab.await_let_go((other, 1, 1))
+    wait_for(lambda: running.health()["missing_topics"] == [lab.names.jobs("later")])
+    last = lab.submit(0)
+    lab.await_let_go((last, 1, 1))
+    assert running.health()["scheduled"] == 1
+    lab.create("mail", "later")
+    lab.await_let_go((held, 1, 1), queue="later")
+    wait_for(lambda: running.health()["missing_topics"] == [])
+    decided = [e for e in lab.events(lab.names.coordination) if e.job_id == held and isinstance(e.fact, ReleaseDecided)]
+    assert len(decided) <= 6
+    assert lab.let_go("later") == [(held, 1, 1)]
+
+
+def test_markers_are_swept_and_lost_offsets_release_nothing_again(lab: Lab) -> None:
+    """After the sweep only the floor is left; a group that has lost its offsets reads everything again and skips it,
+    with its local copy and without."""
+    first = lab.ready(folder="a", keep_markers=0.5)
+    jobs = [lab.submit(random.randrange(200)) for _ in range(20)]
+    lab.await_let_go(*((job, 1, 1) for job in jobs))
+    left = {floor_key(p) for p in range(PARTITIONS)}
+
+    def rows() -> set[bytes]:
+        found: dict[bytes, bytes | None] = {}
+        for message in lab.messages(changelog(lab.names)):
+            found[bytes(message.key() or b"")] = message.value()
+        return {key for key, value in found.items() if value is not None}
+
+    wait_for(lambda: rows() and rows() <= left)
+    first.stop()
+    for folder in ("a", "b"):
+        lab.admin.delete_consumer_groups([lab.names.coordinator_group])[lab.names.coordinator_group].result(10)
+        again = lab.ready(folder=folder, keep_markers=0.5)
+        wait_for(lambda: lab.committed() >= 40)
+        last = lab.submit(0)
+        lab.await_let_go((last, 1, 1))
+        jobs.append(last)
+        wait_for(lambda: rows() <= left)
+        again.stop()
+    assert lab.let_go() == sorted((job, 1, 1) for job in jobs)
+
+
+def scheduled(job: str, partition: int, offset: int, due: int) -> Scheduled:
+    """A row as the event at ``offset`` would have made it."""
+    event = JobEvent("i", job, 1, 1, 1, 0, "t", "mail", None, job, "s", None, ReleaseRequested(SPEC, None, due))
+    made = decide(None, NO_FLOOR, event, partition, offset, 0).row
+    assert isinstance(made, Scheduled)
+    return made
+
+
+def test_a_late_write_of_a_paused_instance_is_undone_when_it_is_restored(lab: Lab) -> None:
+    """An older row stands last on the changelog: the newer one wins, and is written to the changelog again."""
+    first = lab.ready(folder="a")
+    job = lab.submit(0)
+    lab.await_let_go((job, 1, 1))
+    wait_for(lambda: lab.committed() >= 2)
+    first.stop()
+    marker = next(m for m in lab.messages(changelog(lab.names)) if m.key() == job.encode() and m.value() is not None)
+    partition = marker.partition() or 0
+    stale = encode_row(scheduled(job, partition, 0, 1))
+    lab.writer.send([Outgoing(changelog(lab.names), stale, row_key(job), partition)])
+    lab.ready(folder="b")
+    wait_for(lambda: lab.messages(changelog(lab.names))[-1].value() != stale)
+    newest = [m.value() for m in lab.messages(changelog(lab.names)) if m.key() == job.encode()][-1]
+    assert newest != stale
+    other = lab.submit(0)
+    lab.await_let_go((other, 1, 1))
+    assert lab.let_go() == sorted([(job, 1, 1), (other, 1, 1)])
+
+
+def test_a_late_write_under_the_owners_eyes_is_undone_at_its_next_write(lab: Lab) -> None:
+    """A foreign record on the changelog shows as a gap; the group confirms the owner, which writes its row again."""
+    running = lab.ready()
+    job = lab.submit(60_000)
+    wait_for(lambda: running.health()["scheduled"] == 1)
+    mine = next(m for m in lab.messages(changelog(lab.names)) if m.key() == job.encode())
+    partition = mine.partition() or 0
+    forged = encode_row(Released(partition, 0, 1, 1, 0))
+    lab.writer.send([Outgoing(changelog(lab.names), forged, row_key(job), partition)])
+
+    def newest() -> object:
+        return [m.value() for m in lab.messages(changelog(lab.names)) if m.key() == job.encode()][-1]
+
+    assert newest() == forged
+    while newest() == forged:
+        other = lab.submit(0)  # some of them lie in that partition
+        lab.await_let_go((other, 1, 1))
+    assert newest() == mine.value()
+    assert running.alive
+
+
+def test_wrong_partition_counts_and_missing_topics_are_refused_at_the_start(
+    broker: str, namespace: str, tmp_path: Path, lab: Lab
+) -> None:
+    """Faust would run on, up and idle: so it is an error that names the topic and both numbers."""
+    error = lab.start(partitions=5).ended()
+    assert isinstance(error, ConfigError)
+    assert lab.names.coordination in str(error)
+    assert "2 partitions, not 5" in str(error)
+    nowhere = Running(Coordinator(Names("nowhere"), lab.settings, partitions=2, data_dir=tmp_path / "n"))
+    assert isinstance(nowhere.ended(), TopicMissing)
+
+
+def test_two_instances_share_the_partitions_and_let_each_release_go_once(lab: Lab) -> None:
+    """While one joins and leaves in the middle of it: a clean hand-over repeats nothing."""
+    one = lab.ready(folder="one")
+    jobs = [lab.submit(random.randrange(8000)) for _ in range(300)]
+    two = lab.start(folder="two")
+    wait_for(lambda: one.health()["partitions"] and two.health()["partitions"])
+    assert sorted(one.health()["partitions"] + two.health()["partitions"]) == [0, 1]
+    one.stop()
+    lab.await_let_go(*((job, 1, 1) for job in jobs))
+    assert set(lab.let_go()) == {(job, 1, 1) for job in jobs}
+    assert len(lab.let_go()) <= len(jobs) + 5
+
+
+def test_metrics_tell_what_happened(lab: Lab) -> None:
+    """Counted by verdict; lateness as a histogram; gauges follow the health."""
+    running = lab.ready()
+    job = lab.submit(0)
+    lab.submit(3_600_000)
+    lab.await_let_go((job, 1, 1))
+    wait_for(lambda: running.health()["scheduled"] == 1)
+    metrics = running.coordinator.metrics.registry
+    prefix = "jobledger_coordinator_"
+    assert metrics.get_sample_value(prefix + "events_total", {"verdict": "scheduled"}) == 2
+    assert metrics.get_sample_value(prefix + "events_total", {"verdict": "released"}) == 1
+    assert metrics.get_sample_value(prefix + "releases_total") == 1
+    assert metrics.get_sample_value(prefix + "lateness_seconds_count") == 1
+    assert metrics.get_sample_value(prefix + "scheduled") == 1
+    assert metrics.get_sample_value(prefix + "ready") == 1

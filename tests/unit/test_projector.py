@@ -1,0 +1,144 @@
+"""Batches become changes: the same ones however the records are cut into batches, with bounded memory."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from collections.abc import Sequence
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from jobledger.job import Life
+from jobledger.schemas import codec
+from jobledger.schemas import events as ev
+from jobledger.schemas.events import JobEvent
+from jobledger.streams.projector import Projector
+from jobledger.streams.store import Changes
+from jobledger.streams.store.rows import Row, life_of_row
+
+
+class Message:
+    """A consumed record, as far as the projector looks at one."""
+
+    def __init__(self, topic: str, partition: int, offset: int, value: bytes | None, ms: int) -> None:
+        self._all = (topic, partition, offset, value, ms)
+
+    def topic(self) -> str:
+        return self._all[0]
+
+    def partition(self) -> int:
+        return self._all[1]
+
+    def offset(self) -> int:
+        return self._all[2]
+
+    def value(self) -> bytes | None:
+        return self._all[3]
+
+    def timestamp(self) -> tuple[int, int]:
+        return 2, self._all[4]
+
+
+class Table:
+    """The rows that were written, in memory, and how often one was read."""
+
+    def __init__(self) -> None:
+        self.rows: dict[str, Row] = {}
+        self.tags: set[tuple[str, str, int, str]] = set()
+        self.counts: Counter[tuple[str, str, str]] = Counter()
+        self.loads = 0
+
+    def load(self, job_ids: Sequence[str]) -> dict[str, Life]:
+        self.loads += len(job_ids)
+        return {job_id: life_of_row(self.rows[job_id]) for job_id in job_ids if job_id in self.rows}
+
+    def write(self, changes: Changes) -> None:
+        self.rows |= {row[0]: row for row in changes.jobs}
+        self.tags -= set(changes.tags_gone)
+        self.tags |= set(changes.tags_new)
+        self.counts.update(changes.counts)
+
+
+BAD = ev.ErrorInfo("builtins.ValueError", "no", "x" * 3_000)
+
+
+def stream(chance: random.Random, jobs: int) -> list[Message]:
+    """Lives of jobs that interleave, some of them cut, some out of order."""
+    lives: list[list[JobEvent]] = []
+    for n in range(jobs):
+        ends: list[ev.Fact] = [
+            ev.JobSucceeded(b"1"),
+            ev.JobRetried(BAD, 5),
+            ev.JobFailed("never", BAD),
+            ev.JobProgressed(1, 1),
+        ]
+        facts: list[ev.Fact] = [
+            ev.JobSubmitted(ev.JobSpec(b"{}", {"n": str(n % 3)} if n % 2 else {})),
+            ev.JobStarted("h:1", "t", 0),
+            chance.choice(ends),
+        ]
+        if chance.random() < 0.3:
+            facts.pop(chance.randrange(3))
+        if chance.random() < 0.3:
+            chance.shuffle(facts)
+        job_id = f"00000000-0000-7000-8000-{n:012}"
+        lives.append(
+            [
+                JobEvent(job_id, job_id, 1, 1, 1, 1_700_000_000_000_000, "send", "mail", None, None, "t", None, f)
+                for f in facts
+            ]
+        )
+    found: list[Message] = []
+    while lives:
+        life = chance.choice(lives)
+        event = life.pop(0)
+        topic = "s.jobs.mail" if isinstance(event.fact, ev.JobSubmitted) else "s.lifecycle"
+        found.append(Message(topic, 0, len(found), codec.encode(event), 1_000 + len(found) // 2))
+        if not life:
+            lives.remove(life)
+    return found
+
+
+def run(messages: list[Message], sizes: list[int], cache_jobs: int) -> Table:
+    """Fold the messages in batches of these sizes, over and over."""
+    table = Table()
+    projector = Projector(table, codec.Decoder(), cache_jobs=cache_jobs)
+    at = turn = 0
+    while at < len(messages):
+        folded = projector.fold(messages[at : at + sizes[turn % len(sizes)]])  # type: ignore[arg-type]  # as far as it looks
+        table.write(folded.changes)
+        projector.committed(folded)
+        at, turn = at + sizes[turn % len(sizes)], turn + 1
+        assert len(projector._young) + len(projector._old) <= 2 * cache_jobs + 2 * max(sizes)
+    return table
+
+
+@settings(max_examples=40)
+@given(st.randoms(use_true_random=False), st.lists(st.integers(1, 40), min_size=1, max_size=5), st.integers(0, 20))
+def test_batches_of_any_size_and_any_memory_make_the_same_table(
+    chance: random.Random, sizes: list[int], cache_jobs: int
+) -> None:
+    """However records are cut into batches, and however little is kept in memory, rows, tags and counters are the same."""
+    messages = stream(chance, 30)
+    whole, other = run(messages, [len(messages)], 10_000), run(messages, sizes, cache_jobs)
+    assert other.rows == whole.rows
+    assert other.tags == whole.tags
+    assert +other.counts == +whole.counts
+    assert +other.counts == Counter((row[2], row[3], row[1]) for row in other.rows.values())
+
+
+def test_a_batch_that_was_not_committed_is_forgotten() -> None:
+    """Folding the same records again after a failed transaction gives the same changes."""
+    table = Table()
+    projector = Projector(table, codec.Decoder())
+    messages = stream(random.Random(1), 10)
+    first = projector.fold(messages[:9])  # type: ignore[arg-type]
+    again = projector.fold(messages[:9])  # type: ignore[arg-type]
+    assert first.changes == again.changes
+
+
+def test_jobs_under_way_are_not_read_again() -> None:
+    """The facts of a job that is under way meet its state in memory; only new jobs are asked for."""
+    messages = sorted(stream(random.Random(2), 50), key=lambda m: m.offset())
+    assert run(messages, [10], 1_000).loads < len(messages) / 2
