@@ -39,6 +39,8 @@ from jobledger.task import Registry
 LOG = logging.getLogger("jobledger.worker")
 
 EXIT_OK, EXIT_BROKEN = 0, 1
+#: Seconds a stopping worker waits for acknowledgements.
+FLUSH_S = 5.0
 #: Seconds the end of a worker may take beyond its grace time: cancelling, flushing, committing, leaving.
 CLOSING_S = 12.0
 
@@ -312,11 +314,18 @@ class Worker:
         """Flush, commit, leave; in a thread, because each of them waits."""
         settler.close()
         if self.error is None:
-            sender.flush(5.0)
+            left = sender.flush(FLUSH_S)
             settler.drain()
+            if left:
+                self.fail(
+                    BrokerUnavailable(
+                        f"{left} records were not acknowledged within {FLUSH_S:g} s of the stop; their jobs are not "
+                        "committed, and another worker takes them up"
+                    )
+                )
         for fetcher in self.fetchers:
             fetcher.close(2.0 if self.error is None else 0.0)
-        deadline = time.monotonic() + CLOSING_S
+        deadline = time.monotonic() + (CLOSING_S if self.error is None else 2.0)
         for fetcher in self.fetchers:
             fetcher.join(timeout=max(0.1, deadline - time.monotonic()))
 

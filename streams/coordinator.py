@@ -196,6 +196,7 @@ class Coordinator:
                 cycle.settle,
                 cycle.firing.run,
                 cycle.sweep,
+                cycle.topics.watch,
                 self._pulse,
                 self._survey,
                 self._watch_faust,

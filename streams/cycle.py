@@ -143,7 +143,7 @@ class Cycle:
             batch = Batch(self.table.row, self.table.floor, self.topics.is_open)
             for event, partition, offset, appended_ms in read:
                 batch.add(event, partition, offset, appended_ms)
-            if not batch.closed or not await self.topics.look_for(batch.closed):
+            if not batch.closed or not await self.topics.find(batch.closed):
                 break
         self._step("decided")
         if epoch != self._ownership.epoch:  # rows were looked up that are not ours any more

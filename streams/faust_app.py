@@ -1,9 +1,9 @@
-"""How Faust is set up for the coordinator: its settings, security, local folder, and the noise it makes.
+"""How Faust is set up for the coordinator.
 
-Owns everything that must know Faust's or aiokafka's inside; the cycle and the timers see the small `Group` only.
-The settings are those that held in measurements with faust-streaming 0.15.3. Faust keeps the group, the assignment, the
-restoring of the table and the committing of offsets; every record the coordinator sends goes through librdkafka
-(`jobledger.log`), which is idempotent, bounded in time, and says at once that a topic is missing.
+Owns everything that must know Faust's inside; the cycle and the timers see the small `Group` only. The settings are those
+that held in measurements with faust-streaming 0.15.3. Faust keeps the group, the assignment, the restoring of the table and
+the committing of offsets. What the coordinator sends goes through a producer of its own (`jobledger.streams.aio`): Faust's is
+not idempotent, and it writes rows locally before they are acknowledged.
 """
 
 from __future__ import annotations
@@ -92,131 +92,7 @@ def faust_settings(settings: Settings, options: Options, partitions: int, place:
     }
 
 
-_SSL_FILES = {"ssl.ca.location", "ssl.certificate.location", "ssl.key.location", "ssl.key.password"}
-_KNOWN_SECURITY = _SSL_FILES | {
-    "security.protocol",
-    "sasl.mechanism",
-    "sasl.mechanisms",
-    "sasl.username",
-    "sasl.password",
-    "ssl.ca.pem",
-    "ssl.endpoint.identification.algorithm",
-    "enable.ssl.certificate.verification",
-}
-
-
-def credentials(kafka: Mapping[str, str]) -> Any:
-    """Security settings with librdkafka's names as Faust's credentials; None for plain text.
-
-    Raises `ConfigError` for a security setting that has no translation: it must not be left out in silence.
-    """
-    for name in kafka:
-        if name.startswith(("ssl.", "sasl.", "security.")) and name not in _KNOWN_SECURITY:
-            raise ConfigError(
-                f"Kafka setting {name!r} cannot be translated for the coordinator (aiokafka); "
-                f"known are {', '.join(sorted(_KNOWN_SECURITY))}"
-            )
-    protocol = kafka.get("security.protocol", "PLAINTEXT").upper()
-    if protocol == "PLAINTEXT":
-        return None
-    if protocol == "SSL":
-        return faust.SSLCredentials(ssl_context(kafka))
-    if protocol not in ("SASL_PLAINTEXT", "SASL_SSL"):
-        raise ConfigError(f"security.protocol={protocol!r} is none of PLAINTEXT, SSL, SASL_PLAINTEXT, SASL_SSL")
-    mechanism = kafka.get("sasl.mechanism", kafka.get("sasl.mechanisms", "PLAIN")).upper()
-    if mechanism not in ("PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512"):
-        raise ConfigError(f"sasl.mechanism={mechanism!r} is none of PLAIN, SCRAM-SHA-256, SCRAM-SHA-512")
-    return faust.SASLCredentials(
-        username=kafka.get("sasl.username"),
-        password=kafka.get("sasl.password"),
-        mechanism=mechanism,
-        ssl_context=ssl_context(kafka) if protocol == "SASL_SSL" else None,
-    )
-
-
-def security(settings: Settings) -> Mapping[str, Any]:
-    """The same for an aiokafka client of our own."""
-    found: Mapping[str, Any] = aiokafka.credentials_to_aiokafka_auth(credentials(settings.kafka))
-    return found
-
-
-def ssl_context(kafka: Mapping[str, str]) -> ssl.SSLContext:
-    """A client context from librdkafka's ``ssl.*`` settings. Raises `ConfigError` naming what cannot be read."""
-    authority = kafka.get("ssl.ca.location")
-    folder = authority is not None and Path(authority).is_dir()
-    try:
-        context = ssl.create_default_context(
-            cafile=None if folder else authority,
-            capath=authority if folder else None,
-            cadata=kafka.get("ssl.ca.pem"),
-        )
-        if "ssl.certificate.location" in kafka:
-            context.load_cert_chain(
-                kafka["ssl.certificate.location"], kafka.get("ssl.key.location"), kafka.get("ssl.key.password")
-            )
-    except (OSError, ssl.SSLError) as exc:
-        files = {name: kafka[name] for name in sorted(_SSL_FILES - {"ssl.key.password"}) if name in kafka}
-        raise ConfigError(f"the TLS settings {files} cannot be used: {exc}") from exc
-    if kafka.get("ssl.endpoint.identification.algorithm", "https").lower() == "none":
-        context.check_hostname = False
-    if kafka.get("enable.ssl.certificate.verification", "true").lower() == "false":
-        context.check_hostname = False
-        context.verify_mode = ssl.CERT_NONE
-    return context
-
-
-# -- the local folder -----------------------------------------------------------------------------------------------
-
-
-@dataclass(slots=True)
-class Place:
-    """The folder of one running coordinator. ``instance``: its static group member id, so that a restart rejoins at
-    once instead of waiting for the dead member's session; None without a durable folder."""
-
-    folder: Path
-    durable: bool
-    instance: str | None
-    lock: int | None
-
-    def release(self) -> None:
-        """Let another coordinator have the folder."""
-        if self.lock is not None:
-            os.close(self.lock)
-            self.lock = None
-
-    def keep_for(self, origin: str) -> None:
-        """Throw the rows away unless they were restored from the log that ``origin`` names."""
-        mark = self.folder / "origin"
-        if self.durable and (not mark.exists() or mark.read_text("utf-8") != origin):
-            self.clear()
-            mark.write_text(origin, "utf-8")
-
-    def clear(self) -> None:
-        """Throw the rows away: they are restored from the changelog."""
-        (self.folder / "origin").unlink(missing_ok=True)
-        for version in self.folder.glob("v*"):
-            shutil.rmtree(version, ignore_errors=True)
-
-
-def take_place(root: Path, namespace: str) -> Place:
-    """The first folder under ``root`` that no running coordinator holds; in memory if none can be written."""
-    if not is_writable(root):
-        LOG.warning("%s cannot be written: rows are kept in memory, a restart replays the whole changelog", root)
-        return Place(root, False, None, None)
-    for number in range(1000):
-        folder = root / str(number)
-        folder.mkdir(exist_ok=True)
-        lock = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            os.close(lock)
-            continue
-        member = folder / "member"
-        if not member.exists():
-            member.write_text(f"{namespace}-{socket.gethostname()}-{uuid.uuid4().hex[:12]}", "utf-8")
-        return Place(folder, True, member.read_text("utf-8"), lock)
-    raise ConfigError(f"1,000 coordinators run with rows under {root}: give this one a data folder of its own")
+# -- what must be there -------------------------------------------------------------------------------------------------
 
 
 def origin_of(settings: Settings, topic: str) -> str:
@@ -430,54 +306,3 @@ def deliver_to(app: Any, names: Names, deliver: Callable[[int, list[Any]], Corou
     """Have the source topic's records handed to ``deliver(generation, records)``, in order; before the app starts."""
     app.consumer.source = names.coordination
     app.consumer.deliver = deliver
-
-
-# -- noise ----------------------------------------------------------------------------------------------------------
-
-
-class RateLimit(logging.Filter):
-    """Lets one record of each message template pass per ``interval`` seconds, and says how many were held back."""
-
-    def __init__(self, interval: float = 10.0, clock: Callable[[], float] = time.monotonic) -> None:
-        super().__init__()
-        self._interval, self._clock = interval, clock
-        self._last: dict[tuple[str, str], float] = {}
-        self._held: dict[tuple[str, str], int] = {}
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        """Whether the record passes."""
-        template = (record.name, str(record.msg)[:80])
-        now = self._clock()
-        last = self._last.get(template)
-        if last is not None and now - last < self._interval:
-            self._held[template] = self._held.get(template, 0) + 1
-            return False
-        if len(self._last) > 1000:
-            self._last.clear()
-        self._last[template] = now
-        held = self._held.pop(template, 0)
-        if held:
-            record.msg = f"{record.msg} [{held} more like this were held back]"
-        return True
-
-
-#: In an outage aiokafka writes hundreds of lines a second, and Faust's timers complain about every late beat.
-_NOISY = ("aiokafka", "faust", "mode")
-#: A module of ours whose logger Faust uses for the services defined there.
-_OURS = "jobledger.streams.rows"
-_limit = RateLimit()
-
-
-def quieten(level: int = logging.WARNING) -> None:
-    """Let Faust, mode and aiokafka log from ``level`` up only, and each message once in 10 s."""
-    for name in [*_NOISY, *logging.root.manager.loggerDict]:
-        if name.partition(".")[0] in _NOISY:
-            logger = logging.getLogger(name)
-            # A filter on a logger does not see its children's records: so each one gets it.
-            if _limit not in logger.filters:
-                logger.addFilter(_limit)
-    for name in (*_NOISY, _OURS):
-        logging.getLogger(name).setLevel(level)
-    # Restarting a fetcher in a rebalance is logged as an error with a traceback; it is neither.
-    with contextlib.suppress(KeyError):
-        logging.getLogger("faust.transport.consumer").setLevel(max(level, logging.ERROR))

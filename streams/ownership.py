@@ -77,6 +77,7 @@ class Ownership:
         self.epoch += 1
         self.generation = self._group.generation
         self._doubted = False
+        self._last_beat = self._clocks()
 
     async def confirm(self, *, doubt: bool = False) -> bool:
         """Whether this instance may act; in doubt, or with ``doubt``, the broker is asked."""

@@ -76,11 +76,15 @@ class RocksRows(rocksdb.Store):
 
     def get(self, partition: int, key: bytes) -> bytes | None:  # type: ignore[override]
         """A row's bytes."""
-        found: bytes | None = self._db_for_partition(partition).get(key)
+        db = self._dbs.get(partition)
+        found: bytes | None = None if db is None else db.get(key)
         return found
 
     def write(self, partition: int, puts: Iterable[Put], changelog_offset: int) -> None:
         """Take over acknowledged rows, and how far the changelog is applied, in one atomic write."""
+        db = self._dbs.get(partition)
+        if db is None:
+            return  # gone elsewhere meanwhile: restored from the changelog if it comes back
         batch = rocksdict.WriteBatch(raw_mode=True)
         for key, value in puts:
             if value is None:
@@ -88,13 +92,16 @@ class RocksRows(rocksdb.Store):
             else:
                 batch.put(key, value)
         batch.put(self.offset_key, str(changelog_offset).encode())
-        self._db_for_partition(partition).write(batch)
+        db.write(batch)
 
     def scan(self, partition: int, after: bytes, limit: int) -> list[tuple[bytes, bytes]]:
         """Rows above ``after`` in key order."""
         found: list[tuple[bytes, bytes]] = []
+        db = self._dbs.get(partition)
+        if db is None:
+            return found
         # The least key above: so an iterator never begins with the one already seen.
-        for key, value in self._db_for_partition(partition).items(from_key=after + b"\0" if after else b""):
+        for key, value in db.items(from_key=after + b"\0" if after else b""):
             if key != self.offset_key:
                 found.append((key, value))
                 if len(found) >= limit:
@@ -128,6 +135,23 @@ class RocksRows(rocksdb.Store):
             seen[partition][key] = value
         for partition, offset in offsets.items():
             self.write(partition, seen[partition].items(), offset)
+
+    def revoke_partitions(self, table: Any, tps: Any) -> None:
+        """Close what went elsewhere. Faust leaves that to the garbage collector, and a copy that comes back while the old
+        one is not collected is locked: it then tries for 30 seconds and crashes."""
+        for tp in tps:
+            if tp.topic in table.changelog_topic.topics:
+                self._close(tp.partition)
+
+    async def stop(self) -> None:
+        """Close everything."""
+        for partition in list(self._dbs):
+            self._close(partition)
+
+    def _close(self, partition: int) -> None:
+        db = self._dbs.pop(partition, None)
+        if db is not None:
+            db.close()
 
 
 class MemoryRows(memory.Store[bytes, bytes]):
@@ -212,15 +236,3 @@ class RowTable(faust.Table[bytes, bytes]):
             made = MemoryRows("memory://", self.app, self, options={}, **options)
         self.rows = made
         return made
-
-
-def is_writable(folder: Path) -> bool:
-    """Whether rows can be kept under ``folder``, which is made if it is not there."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / ".probe"
-        probe.write_bytes(b"")
-        probe.unlink()
-    except OSError:
-        return False
-    return True

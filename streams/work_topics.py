@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterable
 
 from jobledger.config import Settings
-from jobledger.errors import TopicMissing
+from jobledger.errors import BrokerUnavailable, TopicMissing
 from jobledger.log import partitions_of
 from jobledger.names import Names
 
@@ -16,6 +16,8 @@ LOG = logging.getLogger("jobledger.coordinator")
 
 #: Seconds between two looks for a missing topic: at first, and at most.
 RETRY, RETRY_MOST = 1.0, 60.0
+#: Seconds between two looks whether one is due.
+BEAT = 0.25
 
 
 class WorkTopics:
@@ -38,27 +40,30 @@ class WorkTopics:
     def wait_for(self, queue: str) -> float:
         """Seconds until a queue whose topic is missing should be tried again; 0 for any other."""
         found = self._missing.get(self._names.jobs(queue))
-        return 0.0 if found is None else max(found[0] - time.monotonic(), 0.1)
+        return 0.0 if found is None else max(found[0] - time.monotonic(), 0.0) + BEAT
 
-    async def look_for(self, queues: Iterable[str]) -> bool:
-        """Look for topics that are not known, each at its own pace; whether one was found."""
-        found = False
-        for queue in queues:
-            topic = self._names.jobs(queue)
-            due, pause = self._missing.get(topic, (0.0, RETRY))
-            if time.monotonic() < due:
-                continue
-            try:
-                await asyncio.get_running_loop().run_in_executor(None, partitions_of, self._settings, topic)
-            except TopicMissing:
-                self._missing[topic] = (time.monotonic() + pause, min(pause * 2, RETRY_MOST))
-                LOG.error(
-                    "%s does not exist: releases to it are held back and tried again; "
-                    "create it with `jobledger topics apply MODULE:APP`",
-                    topic,
-                )
-            else:
-                self._known.add(topic)
-                self._missing.pop(topic, None)
-                found = True
-        return found
+    async def find(self, queues: Iterable[str]) -> bool:
+        """Look for topics that are neither known nor known to be missing; whether one was found."""
+        topics = {self._names.jobs(queue) for queue in queues} - self._known - self._missing.keys()
+        return any([await self._look(topic) for topic in sorted(topics)])
+
+    async def watch(self) -> None:
+        """Look again for those that are missing, each at its own pace, for ever."""
+        while True:
+            for topic, (due, _) in list(self._missing.items()):
+                if time.monotonic() >= due:
+                    await self._look(topic)
+            await asyncio.sleep(BEAT)
+
+    async def _look(self, topic: str) -> bool:
+        _, pause = self._missing.get(topic, (0.0, RETRY))
+        try:
+            await asyncio.get_running_loop().run_in_executor(None, partitions_of, self._settings, topic)
+        except (TopicMissing, BrokerUnavailable) as exc:
+            self._missing[topic] = (time.monotonic() + pause, min(pause * 2, RETRY_MOST))
+            LOG.error("releases are held back until their topic is there: %s", exc)
+            return False
+        if self._missing.pop(topic, None) is not None:
+            LOG.warning("%s is there now: releases to it go on", topic)
+        self._known.add(topic)
+        return True

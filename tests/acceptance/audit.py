@@ -147,6 +147,7 @@ def _never_early(log: Log, found: Audit) -> None:
         if record.body["due_at"] not in causes and record.release not in overdue:
             found.broken("a due time that nobody asked for", f"{show(record)}: {record.body['due_at']} of {causes}")
     found.noted["released more than once"] = sum(1 for n in let_go.values() if n > 1)
+    found.noted["asked for by the watchdog"] = len(overdue)
     for record in log.of("lifecycle"):
         due_us = allowed_at.get(record.release) if record.fact == "JobStarted" else None
         if due_us is not None and record.at * 1000 < due_us:

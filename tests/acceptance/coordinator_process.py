@@ -42,24 +42,6 @@ def main() -> int:
             on_step=on_step if step else None,
         )
         threading.Thread(target=report, args=(coordinator, Path(given["health"])), daemon=True).start()
-        import faulthandler
-
-        faulthandler.register(signal.SIGUSR2, all_threads=True)
-
-        def dump():
-            for t in asyncio.all_tasks():
-                t.print_stack(file=sys.stderr)
-            print(
-                "OWN",
-                vars(coordinator._cycle._ownership),
-                coordinator._cycle._under_way,
-                len(coordinator._cycle._plans),
-                len(coordinator._cycle._inbox),
-                file=sys.stderr,
-                flush=True,
-            )
-
-        asyncio.get_running_loop().add_signal_handler(signal.SIGUSR1, dump)
         await supervise(coordinator)
 
     def report(coordinator: Coordinator, file: Path) -> None:
@@ -72,7 +54,7 @@ def main() -> int:
     try:
         asyncio.run(run())
     except Exception:
-        logging.exception("the coordinator gave up")
+        logging.getLogger("jobledger").exception("the coordinator gave up")
         logging.shutdown()
         os._exit(70)
     return 0

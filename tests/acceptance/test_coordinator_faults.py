@@ -194,12 +194,6 @@ def wait_for(fact: Callable[[], bool], timeout: float, said: Callable[[], str]) 
     deadline = time.monotonic() + timeout
     while not fact():
         if time.monotonic() > deadline:
-            import subprocess as sp
-
-            sp.run(
-                "for p in $(pgrep -f acceptance/coordinator_process.py); do kill -USR1 $p; kill -USR2 $p; done; sleep 2",
-                shell=True,
-            )
             pytest.fail(f"it did not come to be within {timeout:g} s; the coordinator said:\n{said()}")
         time.sleep(0.1)
 

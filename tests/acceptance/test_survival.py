@@ -34,6 +34,7 @@ SEED = os.environ.get("CHAOS_SEED") or uuid.uuid4().hex[:8]
 #: Beyond every session: the workers' and the coordinators' are 6 s here, the materializer's lease is no longer.
 BEYOND_SESSION_S = 9.0
 OUTAGE_S = 10.0
+OPTIONS: dict[str, tuple[str, ...]] = {"worker": ("--concurrency", "50"), "coordinator": (), "materializer": ()}
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +95,7 @@ def ready(fleet: Fleet, **members: int) -> None:
     assert code == 0, errors
     for role, number in members.items():
         for _ in range(number):
-            fleet.start(role, *(("--concurrency", "50") if role == "worker" else ()))
+            fleet.start(role, *OPTIONS[role])
 
 
 def settle(fleet: Fleet, service: Service, timeout: float) -> None:
@@ -131,16 +132,22 @@ def judge(fleet: Fleet, service: Service, *, seed: str) -> tuple[independent.Log
         differences = independent.compare(folded, independent.table(fleet.status))
         return not differences and all(log.committed.get(at, 0) >= end for at, end in log.ends.items())
 
+    def keep() -> None:
+        lines = (independent.show(r) for r in sorted(log.records, key=lambda r: (r.at, r.place)))
+        (fleet.folder / "log.txt").write_text("\n".join(lines) + f"\n{fleet.windows}\n")
+
     try:
         fleet.until(
             converged, 30.0, "the independent fold agrees with the table, and every work record is acknowledged"
         )
     except AssertionError as exc:
+        keep()
         lives = "\n".join("\n".join(independent.life_of(log, d.job_id)) for d in differences[:3])
         Promise.STATUS_CONVERGES.hold(not differences, f"{len(differences)} differences: {differences[:5]}\n{lives}")
         behind = {at: (log.committed.get(at, 0), end) for at, end in log.ends.items()}
         raise AssertionError(f"{exc}\ncommitted and end: {behind}") from None
 
+    keep()
     executions = independent.read_executions(fleet.executions)
     audit = independent.audit(log, service.accepted, fleet.windows, executions)
     for kind, number in audit.counts.items():

@@ -441,6 +441,29 @@ def _error_type() -> Any:
     return ErrorInfo
 
 
+def test_a_result_the_broker_refuses_fails_the_job(broker: str, namespace: str) -> None:
+    """A closing fact larger than its topic takes becomes a failure that says so, and the worker goes on."""
+    from confluent_kafka.admin import AlterConfigOpType, ConfigEntry, ConfigResource, ResourceType
+
+    app = made(namespace, broker)
+    client = admin(app.settings)
+    smaller = ConfigEntry("max.message.bytes", "20000", incremental_operation=AlterConfigOpType.SET)
+    topic = ConfigResource(ResourceType.TOPIC, app.names.lifecycle, incremental_configs=[smaller])
+    for future in client.incremental_alter_configs([topic]).values():
+        future.result(timeout=20)
+    large = app.tasks["returns_much"].submit(50_000).job_id
+    small = app.tasks["returns_much"].submit(50).job_id
+    with working(app) as worker:
+        until(lambda: {large, small} <= set(closings(app)))
+        until(lambda: all_done(app, worker))
+    fact = facts_of(app, large)[-1]
+    assert isinstance(fact, JobFailed)
+    assert fact.reason == "bad-result"
+    assert "max.message.bytes" in fact.error.message
+    assert isinstance(facts_of(app, small)[-1], JobSucceeded)
+    app.close()
+
+
 def test_a_worker_that_stops_lets_jobs_end_and_gives_up_the_rest(broker: str, namespace: str) -> None:
     """SIGTERM's way: within the grace time running jobs end and are closed; what does not is cancelled, left open, and
     run by the next worker; what only waited for a thread was never started."""

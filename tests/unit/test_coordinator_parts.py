@@ -145,6 +145,9 @@ def rows(request: pytest.FixtureRequest, tmp_path: Path) -> Any:
         place = Place(tmp_path, request.param == "rocksdb", None, None)
         app, table = faust_app.build(Names("shop"), Settings(bootstrap="h:1"), Options(), 2, place)
         app._create_directories()
+        if place.durable:
+            for partition in range(2):
+                table.data._db_for_partition(partition)
         return table.data
 
     made = asyncio.run(make())

@@ -1,0 +1,56 @@
+"""What Faust and its clients log, bounded: in an outage aiokafka alone writes hundreds of lines a second."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import time
+from collections.abc import Callable
+
+
+class RateLimit(logging.Filter):
+    """Lets one record of each message template pass per ``interval`` seconds, and says how many were held back."""
+
+    def __init__(self, interval: float = 10.0, clock: Callable[[], float] = time.monotonic) -> None:
+        super().__init__()
+        self._interval, self._clock = interval, clock
+        self._last: dict[tuple[str, str], float] = {}
+        self._held: dict[tuple[str, str], int] = {}
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Whether the record passes."""
+        template = (record.name, str(record.msg)[:80])
+        now = self._clock()
+        last = self._last.get(template)
+        if last is not None and now - last < self._interval:
+            self._held[template] = self._held.get(template, 0) + 1
+            return False
+        if len(self._last) > 1000:
+            self._last.clear()
+        self._last[template] = now
+        held = self._held.pop(template, 0)
+        if held:
+            record.msg = f"{record.msg} [{held} more like this were held back]"
+        return True
+
+
+#: In an outage aiokafka writes hundreds of lines a second, and Faust's timers complain about every late beat.
+_NOISY = ("aiokafka", "faust", "mode")
+#: A module of ours whose logger Faust uses for the services defined there.
+_OURS = "jobledger.streams.rows"
+_limit = RateLimit()
+
+
+def quieten(level: int = logging.WARNING) -> None:
+    """Let Faust, mode and aiokafka log from ``level`` up only, and each message once in 10 s."""
+    for name in [*_NOISY, *logging.root.manager.loggerDict]:
+        if name.partition(".")[0] in _NOISY:
+            logger = logging.getLogger(name)
+            # A filter on a logger does not see its children's records: so each one gets it.
+            if _limit not in logger.filters:
+                logger.addFilter(_limit)
+    for name in (*_NOISY, _OURS):
+        logging.getLogger(name).setLevel(level)
+    # Restarting a fetcher in a rebalance is logged as an error with a traceback; it is neither.
+    with contextlib.suppress(KeyError):
+        logging.getLogger("faust.transport.consumer").setLevel(max(level, logging.ERROR))

@@ -1,0 +1,48 @@
+"""``--metrics-port``: what a process counts, and the figures of its health, over HTTP."""
+
+from __future__ import annotations
+
+import logging
+import re
+import socket
+import urllib.request
+
+import pytest
+
+from jobledger.cli.metrics import HOST, serving
+from jobledger.errors import PortTaken
+
+HEALTH = {
+    "status": "ok",
+    "reasons": [],
+    "running": 3,
+    "worker": "h:1",
+    "queues": {"mail": {"partitions": [0, 1], "held": 7}, "default": {"partitions": [], "held": 0}},
+}
+
+
+def test_health_figures_are_gauges(caplog: pytest.LogCaptureFixture) -> None:
+    """Every number of a health report is a gauge, those of queues with a label; lists count; text is left out."""
+    with caplog.at_level(logging.INFO, "jobledger.metrics"), serving(0, "jl_test", lambda: HEALTH):
+        found = re.search(r"http://\S+", caplog.text)
+        assert found is not None
+        with urllib.request.urlopen(found.group(), timeout=10) as answer:
+            text = answer.read().decode()
+    lines = set(text.splitlines())
+    assert {"jl_test_healthy 1.0", "jl_test_running 3.0"} <= lines
+    assert {'jl_test_queue_held{queue="mail"} 7.0', 'jl_test_queue_partitions{queue="mail"} 2.0'} <= lines
+    assert "h:1" not in text
+
+
+def test_a_taken_port_is_named() -> None:
+    """A port of somebody else's is said with the way out."""
+    with socket.create_server((HOST, 0)) as other:
+        port = other.getsockname()[1]
+        with pytest.raises(PortTaken, match=f"{HOST}:{port}.*choose another --metrics-port"), serving(port):
+            pass
+
+
+def test_no_port_serves_nothing() -> None:
+    """Without the option there is no server."""
+    with serving(None):
+        pass
