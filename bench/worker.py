@@ -115,7 +115,7 @@ def bare(namespace: str, bootstrap: str, jobs: int, task: str, at_once: int) -> 
                 began, used = time.perf_counter(), cpu_s()
             for message in batch:
                 if message.error() is None:
-                    pending[message.partition()][message.offset()] = None
+                    pending[message.partition() or 0][message.offset() or 0] = None
                     await room.acquire()
                     task_ = asyncio.get_running_loop().create_task(one(message))
                     tasks.add(task_)

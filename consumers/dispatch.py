@@ -9,9 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import queue
 import random
-import threading
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
@@ -20,6 +18,7 @@ from dataclasses import dataclass, field
 import uuid_utils
 from confluent_kafka import Message
 
+from jobledger.consumers.aside import Aside, Read
 from jobledger.consumers.execute import Executor, context_of
 from jobledger.consumers.facts import Facts
 from jobledger.consumers.fetch import Fetcher
@@ -37,7 +36,7 @@ from jobledger.consumers.quick import plain_submission
 from jobledger.consumers.releases import release_key
 from jobledger.consumers.send import BY_KEY, UNACKNOWLEDGED_LIMIT, Sender
 from jobledger.consumers.work import Arrived, Found, Partition, Plan, Work
-from jobledger.errors import BadArguments, BrokerUnavailable, JobledgerError, SchemaError, UnknownFact
+from jobledger.errors import BadArguments, JobledgerError, SchemaError, UnknownFact
 from jobledger.log import now_us
 from jobledger.names import Names
 from jobledger.retry import Retry
@@ -106,7 +105,7 @@ class Dispatcher:
         self.accepting = True
         self.needs_tick = False
         self.idle = asyncio.Event()
-        self._aside = Aside(decoder, self)
+        self._aside = Aside(decoder, lambda *read: self.call(self.from_aside, *read), fail)
 
     def start(self, loop: asyncio.AbstractEventLoop) -> None:
         """Begin on ``loop``, which must be the running one."""
@@ -283,9 +282,7 @@ class Dispatcher:
             with partition.lock:
                 offsets.hold(None)
 
-    def from_aside(
-        self, partition: Partition, message: Message, read: JobEvent | UnknownFact | str, fresh: bool
-    ) -> None:
+    def from_aside(self, partition: Partition, message: Message, read: Read, fresh: bool) -> None:
         """A record came back from `Aside`: as an event, a fact nobody here knows, or why it cannot be read."""
         partition.aside -= 1
         if not partition.begin_taking():
@@ -472,48 +469,6 @@ class Dispatcher:
         partition.stopped = why
         self.counts.reasons[repr(partition)] = why
         LOG.critical("partition stopped: %s", why)
-
-
-class Aside(threading.Thread):
-    """Decodes records of other writers' schemas: looking one up may wait for the broker, which the loop must not."""
-
-    def __init__(self, decoder: codec.Decoder, dispatcher: Dispatcher) -> None:
-        super().__init__(name="jobledger-aside", daemon=True)
-        self._decoder, self._dispatcher = decoder, dispatcher
-        self._todo: queue.SimpleQueue[tuple[Partition, Message, bool] | None] = queue.SimpleQueue()
-
-    def put(self, partition: Partition, message: Message, fresh: bool) -> None:
-        """Take a record that was received already."""
-        self._todo.put((partition, message, fresh))
-
-    def close(self) -> None:
-        """End after what is queued."""
-        self._todo.put(None)
-
-    def run(self) -> None:
-        """Decode until closed."""
-        while (item := self._todo.get()) is not None:
-            try:
-                self._one(*item)
-            except JobledgerError as exc:
-                self._dispatcher.fail(exc)
-
-    def _one(self, partition: Partition, message: Message, fresh: bool) -> None:
-        value = message.value()
-        read: JobEvent | UnknownFact | str
-        for attempt in range(3):
-            try:
-                read = self._decoder.decode(value if isinstance(value, bytes) else None)
-            except UnknownFact as exc:
-                read = exc
-            except SchemaError as exc:
-                read = str(exc)
-            except BrokerUnavailable:
-                if attempt == 2:
-                    raise
-                continue
-            break
-        self._dispatcher.call(self._dispatcher.from_aside, partition, message, read, fresh)
 
 
 def _tags(event: JobEvent) -> Mapping[str, str]:

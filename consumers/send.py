@@ -22,8 +22,8 @@ LOG = logging.getLogger("jobledger.worker")
 
 #: Let the client decide the partition by the key.
 BY_KEY = -1
-#: Records whose acknowledgement is still out, from which on no new job is begun.
-UNACKNOWLEDGED_LIMIT = 10_000
+#: Records whose acknowledgement is still out, from which on no new job is begun: a crash runs so many halves again at most.
+UNACKNOWLEDGED_LIMIT = 4_000
 #: Seconds a full send queue is waited for.
 FULL_QUEUE_WAIT_S = 5.0
 

@@ -41,12 +41,12 @@ from jobledger.streams.faust_app import (
     deliver_to,
     hasten,
     origin_of,
-    quieten,
-    security,
-    take_place,
     work_topics,
 )
 from jobledger.streams.metrics import Metrics
+from jobledger.streams.noise import quieten
+from jobledger.streams.place import take_place
+from jobledger.streams.security import security
 
 LOG = logging.getLogger("jobledger.coordinator")
 T = TypeVar("T")

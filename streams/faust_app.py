@@ -9,18 +9,9 @@ not idempotent, and it writes rows locally before they are acknowledged.
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import fcntl
 import logging
-import os
-import shutil
-import socket
-import ssl
-import time
-import uuid
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import faust
@@ -32,7 +23,9 @@ from jobledger import log
 from jobledger.config import Settings
 from jobledger.errors import ConfigError
 from jobledger.names import Names
-from jobledger.streams.rows import Rows, RowTable, is_writable
+from jobledger.streams.place import Place
+from jobledger.streams.rows import Rows, RowTable
+from jobledger.streams.security import credentials
 
 LOG = logging.getLogger("jobledger.coordinator")
 
@@ -205,6 +198,17 @@ class SourceConsumer(aiokafka.Consumer):
             self._read_offset[tp] = last
         if taken:
             await self.wait_first(self.deliver(generation, taken), self.suspend_flow.wait())
+
+    async def perform_seek(self) -> None:
+        """Back to what was committed; where nothing was, to the beginning.
+
+        aiokafka seeks only to committed offsets above 0. Elsewhere the position would stay behind what was fetched while
+        the table was restored, and was dropped: those records would never be read.
+        """
+        await super().perform_seek()
+        fresh = [tp for tp in self.assignment() if tp.topic == self.source and not self._committed_offset[tp]]
+        if fresh:
+            await self._thread.seek_to_beginning(*map(aiokafka.ensure_aiokafka_TP, fresh))
 
     def verify_event_path(self, now: float, tp: Any) -> None:
         """Faust looks here for streams that stand still; there is none. The coordinator watches its own lag."""

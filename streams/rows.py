@@ -12,7 +12,6 @@ import logging
 from bisect import bisect_right
 from collections import defaultdict
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any, Protocol
 
 import faust

@@ -138,7 +138,7 @@ def account(
             f"{len(saved):,} = {succeeded:,}",
         ),
         Check(
-            "every saved row is right: its distance recomputed by another formula",
+            "every saved row is right, its distance by a second formula",
             not wrong,
             f"{len(saved) - len(wrong):,} of {len(saved):,}",
         ),

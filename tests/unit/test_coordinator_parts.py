@@ -19,9 +19,12 @@ from jobledger.errors import ConfigError, SchemaError
 from jobledger.names import Names
 from jobledger.streams import faust_app
 from jobledger.streams.decisions import Floor, Released, decode_row, encode_row
-from jobledger.streams.faust_app import Options, Place, RateLimit, changelog, credentials, faust_settings, take_place
+from jobledger.streams.faust_app import Options, changelog, faust_settings
+from jobledger.streams.noise import RateLimit
 from jobledger.streams.ownership import GAP, Ownership, Superseded
+from jobledger.streams.place import Place, take_place
 from jobledger.streams.rows import MemoryRows, RocksRows, merged
+from jobledger.streams.security import credentials
 
 # -- security --------------------------------------------------------------------------------------------------------
 

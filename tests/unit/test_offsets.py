@@ -29,7 +29,7 @@ steps = st.lists(
 
 
 @given(steps, st.lists(st.integers(0, 3), min_size=800, max_size=800), st.integers(0, 1 << 33))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 def test_any_order_of_completions_and_restarts_keeps_exactly_what_is_done(
     plan: list[tuple[str, int]], gaps: list[int], first: int
 ) -> None:
@@ -79,8 +79,8 @@ def test_the_text_reads_back_as_it_was_written(base: int, floor: int, data: st.D
     assert decode(base, text, LOG_END << 1) == Restored(base, tuple(ranges), floor, True)
 
 
-@given(st.lists(st.tuples(st.integers(1, 3000), st.integers(0, 800)), min_size=1, max_size=60), st.integers(0, 1 << 32))
-@settings(max_examples=60, deadline=None)
+@given(st.lists(st.tuples(st.integers(1, 3000), st.integers(0, 800)), min_size=1, max_size=30), st.integers(0, 1 << 32))
+@settings(max_examples=25, deadline=None)
 def test_below_the_brake_the_text_always_fits(bursts: list[tuple[int, int]], seed: int) -> None:
     """Whoever stops intake at the brake never meets a map that is too long, whatever completes in whatever order."""
     tracker = PartitionOffsets(Restored(0), 0)
@@ -102,15 +102,15 @@ def test_below_the_brake_the_text_always_fits(bursts: list[tuple[int, int]], see
     assert tracker.snapshot() is not None
 
 
-def test_a_straggler_does_not_stop_intake_of_a_million_others() -> None:
+def test_a_straggler_does_not_stop_intake_of_many_others() -> None:
     """One record that stays open costs a few bytes: with few others open, intake never brakes."""
     tracker = PartitionOffsets(Restored(0), 0)
     tracker.receive(0)
-    for offset in range(1, 1_000_000):
+    for offset in range(1, 200_000):
         tracker.receive(offset)
         if offset >= 100:
             tracker.done(offset - 99)
-        if offset % 50_000 == 0:
+        if offset % 10_000 == 0:
             assert not tracker.braked
     taken = tracker.snapshot()
     assert taken is not None

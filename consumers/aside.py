@@ -1,0 +1,65 @@
+"""Reads records of other writers' schemas, away from the event loop: looking a schema up may wait for the broker."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Callable
+
+from confluent_kafka import Message
+
+from jobledger.consumers.work import Partition
+from jobledger.errors import BrokerUnavailable, JobledgerError, SchemaError, UnknownFact
+from jobledger.schemas.codec import Decoder
+from jobledger.schemas.events import JobEvent
+
+#: What a record turned out to be: an event, a fact this version does not know, or why it cannot be read.
+Read = JobEvent | UnknownFact | str
+
+#: How often the broker is asked for a schema before the worker gives up.
+LOOKUPS = 3
+
+
+class Aside(threading.Thread):
+    """Decodes what it is given, in order. ``back`` is called in this thread with each record and what it is."""
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        back: Callable[[Partition, Message, Read, bool], None],
+        fail: Callable[[JobledgerError], None],
+    ) -> None:
+        super().__init__(name="jobledger-aside", daemon=True)
+        self._decoder, self._back, self._fail = decoder, back, fail
+        self._todo: queue.SimpleQueue[tuple[Partition, Message, bool] | None] = queue.SimpleQueue()
+
+    def put(self, partition: Partition, message: Message, fresh: bool) -> None:
+        """Take a record that was received already."""
+        self._todo.put((partition, message, fresh))
+
+    def close(self) -> None:
+        """End after what is queued."""
+        self._todo.put(None)
+
+    def run(self) -> None:
+        """Decode until closed."""
+        while (item := self._todo.get()) is not None:
+            partition, message, fresh = item
+            try:
+                self._back(partition, message, self._read(message), fresh)
+            except JobledgerError as exc:
+                self._fail(exc)
+
+    def _read(self, message: Message) -> Read:
+        value = message.value()
+        for left in reversed(range(LOOKUPS)):
+            try:
+                return self._decoder.decode(value if isinstance(value, bytes) else None)
+            except UnknownFact as exc:
+                return exc
+            except SchemaError as exc:
+                return str(exc)
+            except BrokerUnavailable:
+                if not left:
+                    raise
+        raise AssertionError("unreachable")
