@@ -254,6 +254,8 @@ class Fetcher(threading.Thread):
     # -- rebalances: run inside poll, in this thread ------------------------------------------------------------------
 
     def _on_assign(self, consumer: Consumer, assigned: list[TopicPartition]) -> None:
+        if not assigned:  # told so after giving partitions up
+            return
         committed = self._committed(consumer, assigned)
         new: list[Partition] = []
         for where in committed:

@@ -43,7 +43,7 @@ class _Plan:
 
     def __init__(self, partition: Partition) -> None:
         self.partition = partition
-        self.low = self.high = self.lifecycle_high = 0
+        self.low = self.high = self.lifecycle_low = self.lifecycle_high = 0
         self.restored = Restored(0)
         self.floor = 0
         self.seed_from = 0
@@ -131,7 +131,7 @@ class Takeover(threading.Thread):
         """What the last owner left, held against the log as it is."""
         partition = plan.partition
         plan.low, plan.high = self._ends(partition.topic, partition.number)
-        plan.lifecycle_high = self._ends(self._names.lifecycle, partition.number)[1]
+        plan.lifecycle_low, plan.lifecycle_high = self._ends(self._names.lifecycle, partition.number)
         base = partition.committed
         if base > plan.high:
             LOG.error(
@@ -153,13 +153,12 @@ class Takeover(threading.Thread):
 
     def _unknown_floors(self, topic: str, plans: list[_Plan]) -> None:
         """No floor is known: no outcome of what follows the base can be older than the record at the base."""
-        if not plans:
-            return
-        times: dict[int, int] = {}
-        ranges = {(topic, p.partition.number): (p.restored.base, p.high) for p in plans if p.restored.base < p.high}
-        self._read_ranges(ranges, lambda m: _first(times, m), first_only=True)
         for plan in plans:
             plan.floor = plan.lifecycle_high
+        plans = [p for p in plans if p.restored.base < p.high and p.lifecycle_low < p.lifecycle_high]
+        times: dict[int, int] = {}
+        ranges = {(topic, p.partition.number): (p.restored.base, p.high) for p in plans}
+        self._read_ranges(ranges, lambda m: _first(times, m), first_only=True)
         asked = [TopicPartition(self._names.lifecycle, number, stamp) for number, stamp in times.items()]
         if asked:
             found = {t.partition: t.offset for t in self._consumer().offsets_for_times(asked, REQUEST_TIMEOUT_S)}
@@ -272,7 +271,8 @@ class Takeover(threading.Thread):
 
     def _consumer(self) -> Consumer:
         if self._reader is None:
-            self._reader = Consumer(consumer_config(self._settings))
+            # The end of a partition may be a mark that no message stands for; only the end-of-partition event tells.
+            self._reader = Consumer(consumer_config(self._settings) | {"enable.partition.eof": True})
         return self._reader
 
     def _drop_reader(self) -> None:
@@ -299,7 +299,7 @@ class Takeover(threading.Thread):
         first_only: bool = False,
         wanted: Callable[[], bool] = lambda: True,
     ) -> None:
-        """Every message of half-open ranges of offsets; offsets may have gaps."""
+        """Every message of half-open ranges of offsets, which may have gaps; none of them lies beyond the log's end."""
         ends = {where: end for where, (start, end) in ranges.items() if start < end}
         if not ends:
             return
@@ -308,37 +308,34 @@ class Takeover(threading.Thread):
         try:
             seen = time.monotonic()
             while ends and not self._closing and wanted():
-                batch = consumer.consume(1000, 0.02)
-                for message in batch:
+                for message in consumer.consume(1000, 0.02):
                     where: tuple[Any, Any] = (message.topic(), message.partition())
-                    error = message.error()
-                    if error is not None:
-                        if not error.retriable() and error.code() not in _PASSING:
-                            raise translate(error, self._settings, f"reading {where[0]}[{where[1]}]")
-                        continue
-                    seen = time.monotonic()
                     end = ends.get(where)
                     if end is None:
                         continue
                     offset = message.offset() or 0
-                    if offset < end:
-                        take(message)
-                    if offset + 1 >= end or first_only:
+                    error = message.error()
+                    if error is None:
+                        seen = time.monotonic()
+                        if offset < end:
+                            take(message)
+                        over = offset + 1 >= end or first_only
+                    elif error.code() == KafkaError._PARTITION_EOF:
+                        over = offset >= end
+                    elif error.retriable() or error.code() in _PASSING:
+                        continue
+                    else:
+                        raise translate(error, self._settings, f"reading {where[0]}[{where[1]}]")
+                    if over:
                         del ends[where]
-                        # Not pause(): it outlives unassign(), and the partition's next range would stay silent for ever.
-                        consumer.incremental_unassign([TopicPartition(*where)])
-                if len(batch) < 1000 and ends:
-                    # A position passes gaps that no message stands for.
-                    for where_now in consumer.position([TopicPartition(t, n) for t, n in ends]):
-                        if where_now.offset >= ends[where_now.topic, where_now.partition]:
-                            del ends[where_now.topic, where_now.partition]
+                        consumer.pause([TopicPartition(*where)])
                 if time.monotonic() - seen > STALL_S:
                     raise BrokerUnavailable(f"taking over: {sorted(ends)} gave nothing for {STALL_S:g} s")
         finally:
             consumer.unassign()
 
 
-_PASSING = (KafkaError._TRANSPORT, KafkaError._ALL_BROKERS_DOWN, KafkaError._PARTITION_EOF)
+_PASSING = (KafkaError._TRANSPORT, KafkaError._ALL_BROKERS_DOWN)
 
 
 def _first(times: dict[int, int], message: Message) -> None:

@@ -16,7 +16,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any
 
@@ -34,6 +34,8 @@ from jobledger.errors import BrokerUnavailable, ConfigError, JobledgerError
 from jobledger.log import decoder, partitions_of, source
 from jobledger.schemas import codec
 from jobledger.task import Registry
+
+__all__ = ["EXIT_BROKEN", "EXIT_OK", "Worker", "WorkerOptions", "run_tuned", "run_worker"]
 
 LOG = logging.getLogger("jobledger.worker")
 
