@@ -219,7 +219,7 @@ class Screen:
         """What must be true, with the figures."""
         table = Table.grid(padding=(0, 1), expand=True)
         table.add_column(width=3, justify="right")
-        table.add_column()
+        table.add_column(ratio=1)
         table.add_column(justify="right")
         for check in checks:
             mark = Text("✓", "green") if check.holds else Text("✗", "bold red")

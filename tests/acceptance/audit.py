@@ -171,6 +171,8 @@ def _no_rerun(log: Log, frozen: Sequence[Window], executions: Sequence[Execution
             if done is not None:
                 if _within(zombies, done.at, record.at):
                     found.noted["started again by a process that had stood still"] += 1
+                elif _let_go_by_a_zombie(record.release, done, closes, zombies):
+                    found.noted["started again because a process that had stood still let it go"] += 1
                 else:
                     found.broken("started after its end was in the log", f"{show(record)} after {show(done)}")
         elif record.fact in CLOSING:
@@ -194,6 +196,8 @@ def _no_rerun(log: Log, frozen: Sequence[Window], executions: Sequence[Execution
         if early:
             if _within(zombies, early[0].at, execution.began):
                 found.noted["run again by a process that had stood still"] += 1
+            elif _let_go_by_a_zombie(release, early[0], closes, zombies):
+                found.noted["run again because a process that had stood still let it go"] += 1
             else:
                 found.broken("run after its end was in the log", f"{execution} after {show(early[0])}")
     found.noted["releases run more than once"] = sum(1 for n in runs.values() if n > 1)
@@ -201,6 +205,25 @@ def _no_rerun(log: Log, frozen: Sequence[Window], executions: Sequence[Execution
         for record in facts:
             if record.fact == "JobSucceeded" and not runs[record.release]:
                 found.broken("succeeded without having been run", show(record))
+
+
+def _let_go_by_a_zombie(
+    release: tuple[str, int, int],
+    done: Record,
+    closes: Mapping[tuple[str, int, int], Sequence[Record]],
+    zombies: Sequence[Window],
+) -> bool:
+    """Whether a release follows from a second end of an earlier one, and the first end and that lie in one stand-still.
+
+    The process had begun the job, stood still, and when it woke its attempt ended in a retry, while another process had
+    ended the job meanwhile.
+    """
+    job, run, number = release
+    return any(
+        other.fact in ("JobRetried", "JobSnoozed") and _within(zombies, done.at, other.at)
+        for earlier in range(1, number)
+        for other in closes.get((job, run, earlier), ())
+    )
 
 
 def _belongs(record: Record) -> bool:

@@ -235,6 +235,19 @@ def test_a_start_after_the_end_is_excused_only_for_who_stood_still_at_both_times
     assert not good.judge(frozen=[both._replace(begin=closed.at - 9000, end=closed.at - 8000)]).good
 
 
+def test_a_release_that_follows_from_an_end_while_standing_still_is_excused_only_then(good: Writer) -> None:
+    """A retry that a process wrote when it woke lets an ended job go again; outside a stand-still that is a violation."""
+    closed = next(r for r in good.log.records if r.fact == "JobSucceeded")
+    retried = good.add(LIFE, "JobRetried", {"error": ERROR, "delay_ms": 0, "duration_us": 1})
+    good.add(COORD, "ReleaseRequested", {"spec": SPEC, "delay_ms": 0, "due_at": None}, release=2, attempt=2)
+    good.add(WORK, "JobDue", {"spec": SPEC, "due_at": good.clock * 1000}, release=2, attempt=2)
+    good.start("a", release=2, attempt=2, after=60_000)
+    good.succeed("a", release=2, attempt=2)
+    assert set(good.judge().counts) == {"started after its end was in the log"}
+    assert good.judge(frozen=[Window("worker", closed.at - 1, retried.at)]).good
+    assert not good.judge(frozen=[Window("worker", closed.at + 1, retried.at)]).good
+
+
 def test_a_run_that_the_log_does_not_know_of_is_found_by_the_side_log(good: Writer) -> None:
     """Code that ran after its end was in the log is found even if nothing says that it was started."""
     ends = {r.release: r.at for r in good.log.records if r.fact in ("JobSucceeded", "JobFailed", "JobRetried")}
