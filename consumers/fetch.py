@@ -140,6 +140,8 @@ class Fetcher(threading.Thread):
                 [self.topic], on_assign=self._on_assign, on_revoke=self._on_revoke, on_lost=self._on_lost
             )
             self._poll_until_closed()
+            # Before leaving: within it, the coordinator may know this member no more.
+            self._hand_over(list(self._parts.values()))
         except JobledgerError as exc:
             self._fail(exc)
         except KafkaException as exc:
@@ -290,7 +292,11 @@ class Fetcher(threading.Thread):
             time.sleep(0.1)
 
     def _on_revoke(self, consumer: Consumer, revoked: list[TopicPartition]) -> None:
-        parts = self._give_up(revoked)
+        self._hand_over([p for t in revoked if (p := self._parts.get(t.partition)) is not None])
+
+    def _hand_over(self, parts: list[Partition]) -> None:
+        """Give partitions up, let what runs of them end, and commit them for the last time."""
+        self._give_up(parts)
         if not parts:
             return
         settled = self._settle(parts)
@@ -318,14 +324,14 @@ class Fetcher(threading.Thread):
         return True
 
     def _on_lost(self, consumer: Consumer, lost: list[TopicPartition]) -> None:
-        parts = self._give_up(lost)
+        parts = [p for t in lost if (p := self._parts.get(t.partition)) is not None]
+        self._give_up(parts)
         if parts:
             LOG.warning("queue %s: lost partitions %s; nothing is committed", self.queue, [p.number for p in parts])
 
-    def _give_up(self, gone: list[TopicPartition]) -> list[Partition]:
-        parts = [p for t in gone if (p := self._parts.pop(t.partition, None)) is not None]
+    def _give_up(self, parts: list[Partition]) -> None:
         for p in parts:
             p.give_up()
+            self._parts.pop(p.number, None)
         if parts:
             self._ended(parts)
-        return parts

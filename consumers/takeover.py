@@ -346,7 +346,8 @@ class Takeover(threading.Thread):
                         raise translate(error, self._settings, f"reading {where[0]}[{where[1]}]")
                     if over:
                         del ends[where]
-                        consumer.pause([TopicPartition(*where)])
+                        # Not pause(): it outlives unassign(), and the partition's next range would stay silent for ever.
+                        consumer.incremental_unassign([TopicPartition(*where)])
                 if time.monotonic() - seen > STALL_S:
                     raise BrokerUnavailable(f"taking over: {sorted(ends)} gave nothing for {STALL_S:g} s")
         finally:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import faulthandler
 import gc
 import logging
 import os
@@ -44,6 +45,8 @@ EXIT_OK, EXIT_BROKEN = 0, 1
 FLUSH_S = 5.0
 #: Seconds the end of a worker may take beyond its grace time: cancelling, flushing, committing, leaving.
 CLOSING_S = 12.0
+#: Seconds beyond all that after which a worker that has not ended is killed.
+MARGIN_S = 5.0
 
 
 class Worker:
@@ -55,9 +58,9 @@ class Worker:
         settings: Settings,
         options: WorkerOptions | None = None,
         *,
-        on_ready: Callable[[Worker], None] | None = None,
+        must_end_in: Callable[[float], None] = lambda seconds: None,
     ) -> None:
-        self._on_ready = on_ready
+        self._must_end_in = must_end_in
         self.registry, self.settings, self.options = registry, settings, options or WorkerOptions()
         registry.check()
         names = self.options.queues
@@ -223,8 +226,6 @@ class Worker:
             options.concurrency,
             options.job_threads,
         )
-        if self._on_ready is not None:
-            self._on_ready(self)
         if self._stopping.is_set():
             self._changed.set()
         await self._changed.wait()
@@ -236,6 +237,7 @@ class Worker:
         self, dispatcher: Dispatcher, executor: Executor, settler: Settler, takeover: Takeover, sender: Sender
     ) -> None:
         began = time.monotonic()
+        self._must_end_in(self.options.grace + 1.0 + CLOSING_S + MARGIN_S)
         LOG.info(
             "worker %s stops; %d jobs run, and have %g s", self.identity, len(dispatcher.running), self.options.grace
         )
@@ -253,6 +255,7 @@ class Worker:
                 if work.handle is not None:
                     work.handle.cancel()
             await self._wait_idle(dispatcher, time.monotonic() + 1.0, ignore_hurry=True)
+        self._must_end_in(CLOSING_S + MARGIN_S)
         await asyncio.to_thread(self._close_rest, settler, sender)
         executor.close()
         dispatcher.close()
@@ -357,7 +360,7 @@ def run_worker(
     A second signal ends the grace time, a third one the process. ``on_ready(worker)`` is called before it starts, for
     those who want its `Worker.health`. Raises what `Worker.run` raises.
     """
-    worker = Worker(registry, settings, options)
+    worker = Worker(registry, settings, options, must_end_in=_end_at_last)
     if on_ready is not None:
         on_ready(worker)
     restore = _handle_signals(worker) if threading.current_thread() is threading.main_thread() else lambda: None
@@ -365,6 +368,7 @@ def run_worker(
         return run_tuned(worker)
     finally:
         restore()
+        faulthandler.cancel_dump_traceback_later()
 
 
 def run_tuned(worker: Worker) -> int:
@@ -383,8 +387,8 @@ def _handle_signals(worker: Worker) -> Callable[[], None]:
         received += 1
         if received >= 3:
             os._exit(128 + number)
-        if received == 1:
-            threading.Thread(target=_end_at_last, args=(worker,), daemon=True).start()
+        if received == 1:  # a task that blocks the event loop would keep the worker from even beginning to stop
+            _end_at_last(worker.options.grace + 1.0 + CLOSING_S + MARGIN_S)
         worker.stop(hurry=received > 1)
 
     before = {n: signal.signal(n, handle) for n in (signal.SIGTERM, signal.SIGINT)}
@@ -396,11 +400,14 @@ def _handle_signals(worker: Worker) -> Callable[[], None]:
     return restore
 
 
-def _end_at_last(worker: Worker) -> None:
-    """A task that blocks the event loop must not keep a stopping worker for ever."""
-    if not worker.ended.wait(worker.options.grace + CLOSING_S + 8.0):
-        LOG.critical("the worker did not end in time, its event loop is blocked: it is killed; its jobs run elsewhere")
-        os._exit(EXIT_BROKEN)
+def _end_at_last(seconds: float) -> None:
+    """End the process with exit code 1 and the stacks of its threads on stderr, unless it has ended by then.
+
+    The watch needs no interpreter lock: neither a task that holds it nor a client that does not return keeps a stopping
+    worker alive. What was not committed is taken over like a killed worker's.
+    """
+    with contextlib.suppress(Exception):  # stderr may be no file
+        faulthandler.dump_traceback_later(seconds, exit=True)
 
 
 def _new_runner() -> asyncio.Runner:

@@ -9,11 +9,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 import msgspec
-from confluent_kafka import ConsumerGroupTopicPartitions, KafkaException
-from confluent_kafka.admin import AdminClient
+from confluent_kafka import Consumer, KafkaException, TopicPartition
 
 from jobledger.config import Settings
-from jobledger.log import admin, translate
+from jobledger.log import consumer_config, partitions_of, translate
 from jobledger.names import Names
 
 
@@ -34,27 +33,27 @@ def floor_of(metadata: str | None) -> int | None:
 
 
 def group_offsets(
-    client: AdminClient, settings: Settings, group: str, timeout: float = 10.0
+    settings: Settings, group: str, topic: str, timeout: float = 10.0
 ) -> dict[tuple[str, int], Committed]:
-    """A group's commits by (topic, partition); empty if it never committed. Raises `BrokerUnavailable`."""
-    request = [ConsumerGroupTopicPartitions(group)]
+    """A group's commits of one topic by (topic, partition); empty if it never committed. Raises `BrokerUnavailable`.
+
+    Asked for as a member would, without becoming one: librdkafka's admin request for the same aborts the process
+    (assertion ``eonce->refcnt > 0``, librdkafka issue 4605) when the broker goes away in the middle of it.
+    """
+    places = [TopicPartition(topic, partition) for partition in range(partitions_of(settings, topic))]
+    asker = Consumer(consumer_config(settings, group=group))
     try:
-        found = client.list_consumer_group_offsets(request, request_timeout=timeout)[group].result(timeout=timeout * 2)
+        found = asker.committed(places, timeout)
     except KafkaException as exc:
         raise translate(exc.args[0], settings, f"asking for the offsets of group {group}") from exc
-    return {
-        (p.topic, p.partition): Committed(p.offset, floor_of(p.metadata))
-        for p in found.topic_partitions or ()
-        if p.offset >= 0
-    }
+    finally:
+        asker.close()
+    return {(p.topic, p.partition): Committed(p.offset, floor_of(p.metadata)) for p in found if p.offset >= 0}
 
 
 def worker_commits(settings: Settings, names: Names, queues: Iterable[str]) -> dict[tuple[str, int], Committed]:
     """The commits of every queue's worker group, by work topic and partition."""
-    client = admin(settings)
     found: dict[tuple[str, int], Committed] = {}
     for queue in queues:
-        topic = names.jobs(queue)
-        offsets = group_offsets(client, settings, names.worker_group(queue))
-        found.update({place: c for place, c in offsets.items() if place[0] == topic})
+        found.update(group_offsets(settings, names.worker_group(queue), names.jobs(queue)))
     return found

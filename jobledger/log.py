@@ -36,6 +36,14 @@ LOG = logging.getLogger("jobledger.kafka")
 #: One partitioner everywhere: the same key lands on the same partition from librdkafka, Java and Faust.
 PARTITIONER = "murmur2_random"
 
+#: What a broker answers while a partition's leader is being chosen or moved.
+ELECTING = (
+    KafkaError.NOT_LEADER_FOR_PARTITION,
+    KafkaError.LEADER_NOT_AVAILABLE,
+    KafkaError.UNKNOWN_LEADER_EPOCH,
+    KafkaError.FENCED_LEADER_EPOCH,
+)
+
 Headers = list[tuple[str, bytes]]
 DeliveryCallback = Callable[[KafkaError | None, Message], None]
 
@@ -228,7 +236,9 @@ class LogWriter:
         return self.producer.flush(timeout)
 
     def close(self, timeout: float = 10.0) -> None:
-        """Flush within ``timeout`` seconds and stop the thread."""
+        """Flush within ``timeout`` seconds and stop the thread. A second call does nothing."""
+        if self._closing.is_set():
+            return
         self.producer.flush(timeout)
         self._closing.set()
         if self._thread is not None:
@@ -274,10 +284,17 @@ class LogReader:
 
     def watermarks(self, topic: str, partition: int, timeout: float = 10.0) -> tuple[int, int]:
         """The log's first offset and its high watermark (the next offset to be written)."""
-        try:
-            low, high = self._consumer.get_watermark_offsets(TopicPartition(topic, partition), timeout=timeout)
-        except KafkaException as exc:
-            raise translate(exc.args[0], self.settings, f"asking for the ends of {topic}[{partition}]") from exc
+        deadline = time.monotonic() + timeout
+        while True:
+            try:
+                low, high = self._consumer.get_watermark_offsets(TopicPartition(topic, partition), timeout=timeout)
+                break
+            except KafkaException as exc:
+                # A topic made a moment ago, or a partition between leaders: nobody is away, so ask again.
+                if exc.args[0].code() in ELECTING and time.monotonic() < deadline:
+                    time.sleep(0.05)
+                    continue
+                raise translate(exc.args[0], self.settings, f"asking for the ends of {topic}[{partition}]") from exc
         return low, high
 
     def offset_at(self, topic: str, partition: int, timestamp_ms: int, timeout: float = 10.0) -> int:

@@ -213,7 +213,7 @@ class Upkeep:
         cutoff_ms = int((time.time() - self.cadence.retention) * 1000)
         jobs = {self.names.jobs(q): q for q in self.queues}
         bases = commits.worker_commits(self.settings, self.names, self.queues)
-        coordinator = commits.group_offsets(admin(self.settings), self.settings, self.names.coordinator_group)
+        coordinator = commits.group_offsets(self.settings, self.names.coordinator_group, self.names.coordination)
         aged: dict[Partition, int] = {}
         starts: dict[Partition, int] = {}
         with LogReader(self.settings) as log:
