@@ -33,7 +33,7 @@ pytestmark = pytest.mark.kafka
 @pytest.fixture
 def app(broker: str, namespace: str) -> Iterator[App]:
     """An app with its topics."""
-    app = App(namespace, settings=Settings(bootstrap=broker, submit_timeout=10.0), partitions=3)
+    app = App(namespace, settings=Settings(bootstrap=broker, submit_timeout=60.0), partitions=3)
     declare(app)
     ensure(app, app.settings)
     yield app
