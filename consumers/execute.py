@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable
 
 import uuid_utils
+from confluent_kafka import KafkaException
 
 from jobledger.consumers.facts import Facts
 from jobledger.consumers.outcome import Failed, Outcome, Retried, Snoozed, Succeeded, decide, error_info
@@ -154,7 +155,7 @@ class Executor:
                 return
             try:
                 self._produce(self._lifecycle, fact, source.job_id, partition.number, work.closing_delivered)
-            except BufferError:
+            except (BufferError, KafkaException):
                 self._sender.send(self._lifecycle, fact, source.job_id, partition.number, work.closing_delivered)
         except Exception as exc:  # noqa: BLE001  # whatever it is, the job must not count as done
             self._broken(work, exc)

@@ -76,6 +76,8 @@ class Fetcher(threading.Thread):
         self._parts: dict[int, Partition] = {}
         self._room = threading.Event()
         self.waiting = False  # for room
+        self._filled = False
+        self._half = max(1, prefetch // 2)
         self._draining = False
         self._closing = threading.Event()
         self._handover = HANDOVER_S
@@ -111,7 +113,7 @@ class Fetcher(threading.Thread):
 
     def taken(self) -> None:
         """The dispatcher took messages: there may be room again."""
-        if self.waiting and self.held <= self._prefetch // 2:
+        if self.waiting and self.held < self._half:
             self._room.set()
 
     def request_commit(self, snapshots: list[tuple[Partition, Snapshot]]) -> CommitRequest:
@@ -161,7 +163,7 @@ class Fetcher(threading.Thread):
         while not self._closing.is_set():
             now = time.monotonic()
             self._commit_if_due(now)
-            room = 0 if self._draining else self._prefetch - self.held
+            room = self._room_left()
             if room <= 0 and now - polled_at < SLOW_POLL_S:
                 self._await_room()
                 continue
@@ -171,6 +173,15 @@ class Fetcher(threading.Thread):
             # Nothing fits: the poll is for rebalances, which come first; the one message it may give fits as well.
             self._take(consumer.poll(POLL_S if room > 0 else 0), room)
             polled_at = now
+
+    def _room_left(self) -> int:
+        """How many messages to take now. Once full, none until half of them are gone: few large batches cost less."""
+        held = self.held
+        if self._draining or held >= (self._half if self._filled else self._prefetch):
+            self._filled = True
+            return 0
+        self._filled = False
+        return self._prefetch - held
 
     def _commit_if_due(self, now: float) -> None:
         while self._requests:
@@ -193,7 +204,7 @@ class Fetcher(threading.Thread):
     def _await_room(self) -> None:
         self._room.clear()
         self.waiting = True
-        if self._draining or self.held >= self._prefetch:
+        if self._draining or self.held >= self._half:
             self._room.wait(POLL_S)
         self.waiting = False
 

@@ -15,17 +15,17 @@ from typing import Any
 from confluent_kafka import KafkaError, KafkaException, Message, Producer
 
 from jobledger.config import Settings
-from jobledger.errors import BrokerUnavailable
-from jobledger.log import producer_config, translate
+from jobledger.errors import BrokerUnavailable, JobledgerError
+from jobledger.log import MISSING, producer_config, translate
 
 LOG = logging.getLogger("jobledger.worker")
 
 #: Let the client decide the partition by the key.
 BY_KEY = -1
 #: Records whose acknowledgement is still out, from which on no new job is begun: a crash runs so many halves again at most.
-UNACKNOWLEDGED_LIMIT = 4_000
-#: Seconds a full send queue is waited for.
-FULL_QUEUE_WAIT_S = 5.0
+UNACKNOWLEDGED_LIMIT = 8_000
+#: Seconds a full send queue, or a topic that is said to be missing, is waited for.
+WAIT_S = 10.0
 
 Delivered = Callable[[KafkaError | None, Message], None]
 
@@ -37,6 +37,7 @@ class Sender:
         self._settings = settings
         conf: dict[str, Any] = producer_config(settings, linger_ms=linger_ms)
         self._producer = Producer(conf)
+        self._alone: Producer | None = None
         #: `time.monotonic` of the last poll.
         self.polled_at = 0.0
         self.produce = self._producer.produce
@@ -45,28 +46,41 @@ class Sender:
         self, topic: str, value: bytes, key: str | bytes | None, partition: int, on_delivery: Delivered | None
     ) -> None:
         """Queue a record. Raises `BrokerUnavailable` if the queue stays full, `TopicMissing` if there is no such topic."""
-        try:
-            self.produce(topic, value, key, partition, on_delivery)
-        except BufferError:
-            self._send_when_room(topic, value, key, partition, on_delivery)
-        except KafkaException as exc:
-            raise translate(exc.args[0], self._settings, f"sending to {topic}") from exc
-
-    def _send_when_room(
-        self, topic: str, value: bytes, key: str | bytes | None, partition: int, on_delivery: Delivered | None
-    ) -> None:
-        deadline = time.monotonic() + FULL_QUEUE_WAIT_S
+        deadline = 0.0
         while True:
-            self.poll(0.01)
             try:
                 self.produce(topic, value, key, partition, on_delivery)
                 return
             except BufferError:
-                if time.monotonic() > deadline:
-                    raise BrokerUnavailable(
-                        f"the send queue stayed full for {FULL_QUEUE_WAIT_S:g} s: "
-                        f"{self._settings.bootstrap or 'the embedded broker'} takes nothing"
-                    ) from None
+                problem: JobledgerError = BrokerUnavailable(
+                    f"the send queue stayed full for {WAIT_S:g} s: "
+                    f"{self._settings.bootstrap or 'the embedded broker'} takes nothing"
+                )
+            except KafkaException as exc:
+                problem = translate(exc.args[0], self._settings, f"sending to {topic}")
+                # A broker that shuts down says that its topics do not exist.
+                if exc.args[0].code() not in MISSING:
+                    raise problem from exc
+            deadline = deadline or time.monotonic() + WAIT_S
+            if time.monotonic() > deadline:
+                raise problem
+            self.poll(0.01)
+
+    def send_alone(
+        self, topic: str, value: bytes, key: str | bytes | None, partition: int, delivered: Delivered
+    ) -> None:
+        """Queue a record that shall be no batch's member: the broker refuses batches as a whole.
+
+        A producer of its own does that, so its records and the others' are in no order. Raises what `send` raises.
+        """
+        if self._alone is None:
+            self._alone = Producer({**producer_config(self._settings), "batch.num.messages": 1})
+        try:
+            self._alone.produce(topic, value, key, partition, delivered)
+        except BufferError:
+            raise BrokerUnavailable(f"the send queue for single records is full: {topic} takes nothing") from None
+        except KafkaException as exc:
+            raise translate(exc.args[0], self._settings, f"sending to {topic}") from exc
 
     def first(self, topic: str, value: bytes, key: str, timeout: float) -> None:
         """Send a record and wait for its acknowledgement: from then on the producer has its id and its connections.
@@ -89,18 +103,23 @@ class Sender:
         """Run the delivery callbacks that have arrived."""
         self.polled_at = time.monotonic()
         self._producer.poll(timeout)
+        if self._alone is not None:
+            self._alone.poll(0.0)
 
     @property
     def unacknowledged(self) -> int:
         """Records sent whose callback has not run."""
-        return len(self._producer)
+        return len(self._producer) + (0 if self._alone is None else len(self._alone))
 
     def flush(self, timeout: float) -> int:
         """Wait until everything is acknowledged; how many records are not."""
-        return self._producer.flush(timeout)
+        left = self._producer.flush(timeout)
+        return left + (0 if self._alone is None else self._alone.flush(timeout))
 
     def close(self) -> None:
         """Drop what is left and give the connection back: closing must not wait for a broker that is away."""
-        self._producer.purge()
-        self._producer.flush(1.0)
-        self._producer.close()
+        for producer in (self._producer, self._alone):
+            if producer is not None:
+                producer.purge()
+                producer.flush(1.0)
+                producer.close()

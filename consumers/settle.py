@@ -16,7 +16,7 @@ from confluent_kafka import KafkaError, Message
 from jobledger.config import Settings
 from jobledger.consumers.send import BY_KEY, Sender
 from jobledger.consumers.work import Arrived, Work
-from jobledger.errors import BrokerUnavailable, JobledgerError
+from jobledger.errors import BrokerUnavailable, JobledgerError, PayloadTooLarge
 
 LOG = logging.getLogger("jobledger.worker")
 
@@ -75,7 +75,9 @@ class Settler(threading.Thread):
                 found = message.offset()
                 assert found is not None
                 work.lifecycle_offset = found
-                offsets.acknowledged(found)
+                # Only one producer's records come in order: another's tell nothing about what is still on its way.
+                if message.topic() not in work.alone:
+                    offsets.acknowledged(found)
                 if work.remaining:
                     offsets.unsettled(work.offset, found)
             if not work.remaining:
@@ -91,10 +93,8 @@ class Settler(threading.Thread):
             # It may have arrived all the same; then before everything that was acknowledged since.
             with partition.lock:
                 partition.offsets.unsettled(work.offset, partition.offsets.floor)
-        if error.code() == KafkaError.MSG_SIZE_TOO_LARGE and closing and work.tries <= RESENDS:
-            work.tries += 1
-            size = len(value) if value is not None else 0
-            self._too_large(work, size, f"what topic {topic} takes (its max.message.bytes)")
+        if error.code() == KafkaError.MSG_SIZE_TOO_LARGE and isinstance(value, bytes):
+            self._refused_by_size(work, closing, topic, value, message.key())
             return
         if error.fatal() or work.tries >= RESENDS or not isinstance(value, bytes):
             self._fail(
@@ -110,6 +110,22 @@ class Settler(threading.Thread):
         callback = work.closing_delivered if closing else work.derived_delivered
         try:
             self._sender.send(topic, value, message.key(), work.partition.number if closing else BY_KEY, callback)
+        except JobledgerError as exc:
+            self._fail(exc)
+
+    def _refused_by_size(self, work: Work, closing: bool, topic: str, value: bytes, key: str | bytes | None) -> None:
+        """The broker refused a batch for its size; whose fault that is shows when each record goes alone."""
+        limit = f"what topic {topic} takes (its max.message.bytes)"
+        callback = work.closing_delivered if closing else work.derived_delivered
+        try:
+            if topic not in work.alone:
+                work.alone |= {topic}
+                self._sender.send_alone(topic, value, key, work.partition.number if closing else BY_KEY, callback)
+            elif closing and work.event is not None and not work.shortened:
+                work.alone, work.shortened = work.alone - {topic}, True
+                self._too_large(work, len(value), limit)
+            else:
+                raise PayloadTooLarge(f"a record of {len(value)} bytes is above {limit}: raise it")
         except JobledgerError as exc:
             self._fail(exc)
 

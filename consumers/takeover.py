@@ -307,6 +307,8 @@ class Takeover(threading.Thread):
             except KafkaException as exc:
                 if time.monotonic() > deadline or self._closing:
                     raise translate(exc.args[0], self._settings, f"asking for the ends of {topic}[{number}]") from exc
+                # A broker that shuts down says that its topics do not exist, and a client believes that for minutes.
+                self._drop_reader()
                 time.sleep(0.2)
 
     def _read_ranges(

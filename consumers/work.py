@@ -138,6 +138,7 @@ class Work:
 
     __slots__ = (
         "abandoned",
+        "alone",
         "arrived",
         "began",
         "context",
@@ -153,6 +154,7 @@ class Work:
         "remaining",
         "reported_at",
         "send_progress",
+        "shortened",
         "tries",
         "unsent",
         "waiting",
@@ -166,6 +168,9 @@ class Work:
         self.began = 0.0
         self.abandoned = False  # its outcome must not be written any more
         self.waiting = False  # for a thread; not begun
+        #: Topics to which its records go as batches of their own, because a batch was refused for its size.
+        self.alone: frozenset[str] = frozenset()
+        self.shortened = False  # its outcome was replaced, because it was too large by itself
         self.handle: asyncio.Task[None] | None = None
         self.outcome: Outcome | None = None  # only when it is not a success
         self.unsent: JobProgressed | None = None

@@ -36,6 +36,11 @@ LOG = logging.getLogger("jobledger.kafka")
 #: One partitioner everywhere: the same key lands on the same partition from librdkafka, Java and Faust.
 PARTITIONER = "murmur2_random"
 
+#: What is said of a topic that does not exist; a broker that shuts down says it of those that do.
+MISSING = (KafkaError._UNKNOWN_TOPIC, KafkaError._UNKNOWN_PARTITION, KafkaError.UNKNOWN_TOPIC_OR_PART)
+#: Seconds until it is believed.
+MISSING_S = 5.0
+
 #: What a broker answers while a partition's leader is being chosen or moved.
 ELECTING = (
     KafkaError.NOT_LEADER_FOR_PARTITION,
@@ -269,8 +274,9 @@ class LogReader:
         self.settings = settings
         # A question about the next partition waits behind the fetch of the one before, on the same connection; with the
         # default of 500 ms for a fetch that finds nothing, twelve partitions cost two seconds of waiting.
-        more = {"fetch.wait.max.ms": 10}
-        self._consumer = Consumer(consumer_config(settings, group="jobledger-readers", **more))
+        self._conf = consumer_config(settings, group="jobledger-readers", **{"fetch.wait.max.ms": 10})
+        self._consumer = Consumer(self._conf)
+        self._reading = 0
 
     def __enter__(self) -> Self:
         return self
@@ -283,19 +289,31 @@ class LogReader:
         self._consumer.close()
 
     def watermarks(self, topic: str, partition: int, timeout: float = 10.0) -> tuple[int, int]:
-        """The log's first offset and its high watermark (the next offset to be written)."""
-        deadline = time.monotonic() + timeout
+        """The log's first offset and its high watermark (the next offset to be written).
+
+        Raises `TopicMissing` after it was said for `MISSING_S` seconds, `BrokerUnavailable` after ``timeout``.
+        """
+        began = time.monotonic()
         while True:
             try:
                 low, high = self._consumer.get_watermark_offsets(TopicPartition(topic, partition), timeout=timeout)
-                break
+                return low, high
             except KafkaException as exc:
+                code, passed = exc.args[0].code(), time.monotonic() - began
                 # A topic made a moment ago, or a partition between leaders: nobody is away, so ask again.
-                if exc.args[0].code() in ELECTING and time.monotonic() < deadline:
-                    time.sleep(0.05)
-                    continue
-                raise translate(exc.args[0], self.settings, f"asking for the ends of {topic}[{partition}]") from exc
-        return low, high
+                again = code in ELECTING and passed < timeout
+                if code in MISSING and passed < min(timeout, MISSING_S):
+                    again = True
+                    self._renew()
+                if not again:
+                    raise translate(exc.args[0], self.settings, f"asking for the ends of {topic}[{partition}]") from exc
+                time.sleep(0.05)
+
+    def _renew(self) -> None:
+        """Begin with a new client: one that was told that a topic does not exist goes on believing it for minutes."""
+        if not self._reading:
+            self._consumer.close()
+            self._consumer = Consumer(self._conf)
 
     def offset_at(self, topic: str, partition: int, timestamp_ms: int, timeout: float = 10.0) -> int:
         """The first offset appended at or after a time; the high watermark if there is none."""
@@ -318,6 +336,7 @@ class LogReader:
         if start >= end:
             return
         here = TopicPartition(topic, partition, start)
+        self._reading += 1
         self._consumer.assign([here])
         try:
             last_seen = time.monotonic()
@@ -340,6 +359,7 @@ class LogReader:
                 if not batch and time.monotonic() - last_seen > stall:
                     raise BrokerUnavailable(f"{topic}[{partition}] gave nothing at offset {where} for {stall:g} s")
         finally:
+            self._reading -= 1
             self._consumer.unassign()
 
     def at(self, position: Position) -> Message | None:
@@ -350,42 +370,62 @@ class LogReader:
 
 
 class SchemaLookup:
-    """``lookup(fingerprint)`` for `codec.Decoder`: reads ``<ns>.schemas`` to its end when asked for an unknown one."""
+    """``lookup(fingerprint)`` for `codec.Decoder`: asked for an unknown one, reads what is new on ``<ns>.schemas``.
 
-    #: Seconds between two readings of the topic for fingerprints that were not there.
-    PATIENCE = 1.0
+    The topic's end is asked for every time. A schema is published before its first record, so what is not there now is
+    published nowhere; an answer from a moment ago would reject the good records of a writer that has just begun.
+    """
 
     def __init__(self, settings: Settings, names: Names) -> None:
         self._settings, self._names = settings, names
         self._known: dict[bytes, str] = {}
-        self._last_read = float("-inf")
+        self._reader: LogReader | None = None
+        self._partitions = 0
+        self._next: dict[int, int] = {}
         self._lock = threading.Lock()
 
     def __call__(self, fingerprint: bytes) -> str | None:
-        """The schema's text, or None if it is published nowhere."""
+        """The schema's text, or None if it is published nowhere. Raises `BrokerUnavailable`, `TopicMissing`."""
         with self._lock:
-            found = self._known.get(fingerprint)
-            if found is None and time.monotonic() - self._last_read > self.PATIENCE:
-                self._read()
-                self._last_read = time.monotonic()
-                found = self._known.get(fingerprint)
-            return found
+            if fingerprint not in self._known:
+                try:
+                    self._read()
+                except Exception:
+                    self._drop()
+                    raise
+            return self._known.get(fingerprint)
+
+    def _drop(self) -> None:
+        """Begin anew next time: a client that saw the broker go may believe for minutes that there is no such topic."""
+        reader, self._reader = self._reader, None
+        if reader is not None:
+            reader.close()
 
     def _read(self) -> None:
         topic = self._names.schemas
-        with LogReader(self._settings) as reader:
-            for partition in range(partitions_of(self._settings, topic)):
-                for message in reader.read(topic, partition, 0):
-                    key, value = message.key(), message.value()
-                    if key is None or value is None:
-                        continue
-                    try:
-                        text = bytes(value).decode()
-                        mark = codec.fingerprint(text)
-                    except (UnicodeDecodeError, SchemaError) as exc:
-                        LOG.warning("%s is no schema: %s", position_of(message), exc)
-                        continue
-                    self._known[mark] = text
+        if self._reader is None:
+            self._partitions = partitions_of(self._settings, topic)
+            self._reader = LogReader(self._settings)
+        for partition in range(self._partitions):
+            begin = self._next.get(partition, 0)
+            _, end = self._reader.watermarks(topic, partition)
+            if end < begin:  # another topic of this name
+                begin = 0
+            for message in self._reader.read(topic, partition, begin, end):
+                self._learn(message)
+            self._next[partition] = end
+
+    def _learn(self, message: Message) -> None:
+        key, value = message.key(), message.value()
+        if key is None or value is None:
+            return
+        try:
+            text = bytes(value).decode()
+            mark = codec.fingerprint(text)
+        except (UnicodeDecodeError, SchemaError) as exc:
+            LOG.warning("%s is no schema: %s", position_of(message), exc)
+            return
+        self._known[mark] = text
 
 
 def decoder(settings: Settings, names: Names) -> codec.Decoder:

@@ -62,6 +62,8 @@ SURVEY = 2.0
 ROOM_BYTES = 4_096
 #: Seconds for Faust to start once the broker is there, and to stop.
 START_TIMEOUT, STOP_TIMEOUT = 30.0, 10.0
+#: Seconds to end what was begun, when asked to stop.
+FINISH_TIMEOUT = 3.0
 
 
 class _StoppedEarly(Exception):
@@ -203,6 +205,8 @@ class Coordinator:
             ):
                 tasks.append(asyncio.create_task(self._guarded(work()), name=work.__name__))
             await self._stop.wait()
+            if self._failure is None:
+                await cycle.finish(FINISH_TIMEOUT)
         except _StoppedEarly:
             pass
         finally:

@@ -81,6 +81,7 @@ class Cycle:
         self._arrived, self._room = asyncio.Event(), asyncio.Event()
         self._plans: deque[Plan] = deque()
         self._under_way = 0
+        self._ending = False
         self._changed = asyncio.Condition()  # of `_plans` and `_under_way`
         self._position: dict[int, int] = {}  # everything below was dealt with
         self._barrier: dict[int, int] = {}  # no timer acts before the source was read up to here
@@ -110,6 +111,8 @@ class Cycle:
 
     async def take(self, generation: int, records: list[Any]) -> None:
         """Records as they were fetched, in order; waits while there are too many."""
+        if self._ending:
+            return  # the next owner's
         self._inbox.extend((generation, record) for record in records)
         self._arrived.set()
         while len(self._inbox) >= INBOX:
@@ -246,6 +249,18 @@ class Cycle:
         except TimeoutError:
             LOG.warning("the partitions are given back before %d events were dealt with", self._under_way)
         self._ownership.moved()
+
+    async def finish(self, seconds: float) -> None:
+        """End what was begun, begin nothing more: what was let go is then written down, and not let go again."""
+        self._ending = True
+        self.firing.take_over({})
+        self._inbox.clear()
+        self._room.set()
+        try:
+            async with asyncio.timeout(seconds), self._changed:
+                await self._changed.wait_for(lambda: self._under_way == 0)
+        except TimeoutError:
+            LOG.warning("%d events were not dealt with within %g s; the next start does it", self._under_way, seconds)
 
     async def rebuild(self) -> None:
         """The table is restored, streams stand still: set up timers, floors, barriers for the partitions owned now."""

@@ -107,8 +107,10 @@ class Firing:
                 await self._write_down(self._still_due(due, now))
                 await asyncio.sleep(PACE)
             elif pause > 0:
+                # Not wait_for: before Python 3.12 it swallows a cancellation that comes together with what it waits for.
                 with contextlib.suppress(TimeoutError):
-                    await asyncio.wait_for(self._armed.wait(), pause)
+                    async with asyncio.timeout(pause):
+                        await self._armed.wait()
         raise self._failure
 
     def _still_due(self, due: Sequence[tuple[int, bytes]], now: int) -> list[tuple[int, Scheduled]]:

@@ -7,7 +7,7 @@ import logging
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-from jobledger.errors import SchemaError, UnknownFact, UnknownSchema
+from jobledger.errors import SchemaError, UnknownFact
 from jobledger.log import Outgoing, now_us
 from jobledger.names import Names
 from jobledger.schemas import codec
@@ -19,8 +19,6 @@ LOG = logging.getLogger("jobledger.coordinator")
 _OWN_PREFIX = codec.MAGIC + codec.FINGERPRINT
 #: Raw bytes of a rejected record are left out above this size: the dead letter must fit as well.
 REJECT_BYTES = 500_000
-#: Seconds after which the topic of schemas is certainly read again for a fingerprint that was not there.
-SCHEMA_PATIENCE = 1.1
 
 
 class Read(NamedTuple):
@@ -45,14 +43,14 @@ class Intake:
         """
         read: list[Read] = []
         rejects: list[Outgoing] = []
-        patient = True
+        loop = asyncio.get_running_loop()
         for message in records:
             value = message.value
             try:
                 if value is not None and value.startswith(_OWN_PREFIX):
                     event = self._decode(value)
                 else:
-                    event = await self._decode_foreign(value, patient)
+                    event = await loop.run_in_executor(None, self._decode, value)
                 read.append(Read(event, message.partition, message.offset, message.timestamp))
             except UnknownFact as exc:
                 raise UnknownFact(
@@ -61,21 +59,8 @@ class Intake:
                     "pass: upgrade this coordinator",
                 ) from exc
             except SchemaError as exc:
-                # One wait is enough for all of a batch: they had all arrived before it.
-                patient = patient and not isinstance(exc, UnknownSchema)
                 rejects.append(self._reject(message, str(exc)))
         return read, rejects
-
-    async def _decode_foreign(self, value: bytes | None, patient: bool) -> JobEvent:
-        loop = asyncio.get_running_loop()
-        try:
-            return await loop.run_in_executor(None, self._decode, value)
-        except UnknownSchema:
-            if not patient:
-                raise
-            # The topic of schemas may have been read just before this one was published.
-            await asyncio.sleep(SCHEMA_PATIENCE)
-            return await loop.run_in_executor(None, self._decode, value)
 
     def _reject(self, message: Any, why: str) -> Outgoing:
         LOG.error("%s is no event and goes to %s: %s", _where(message), self._names.dead_letter, why)

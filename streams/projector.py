@@ -6,18 +6,15 @@ way stay in memory, bounded, so that most are not read at all; what is in memory
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Protocol
 
 from confluent_kafka import Message
 
-from jobledger.errors import SchemaError, UnknownSchema
+from jobledger.errors import SchemaError
 from jobledger.job import Life, Visible, join, of, project
 from jobledger.schemas.codec import Decoder
-from jobledger.schemas.events import JobEvent
 from jobledger.schemas.glance import glance
 from jobledger.streams.store.protocol import Changes, TagRow
 from jobledger.streams.store.rows import row
@@ -26,10 +23,6 @@ from jobledger.streams.store.rows import row
 CACHE_JOBS = 50_000
 #: Bytes of a written state above which it is not kept: tracebacks are large, and such jobs are few.
 CACHE_STATE_BYTES = 2_000
-
-
-#: Seconds, a little more than `jobledger.log.SchemaLookup.PATIENCE`.
-SCHEMA_PATIENCE_S = 1.1
 
 
 class Loads(Protocol):
@@ -57,21 +50,10 @@ class Folded:
 
 
 class Projector:
-    """Folds batches onto the states of a store. ``cache_jobs`` bounds its memory. Not thread-safe.
+    """Folds batches onto the states of a store. ``cache_jobs`` bounds its memory. Not thread-safe."""
 
-    ``settle`` waits until a schema that was published before the batch was read is certainly found.
-    """
-
-    def __init__(
-        self,
-        store: Loads,
-        decoder: Decoder,
-        *,
-        cache_jobs: int = CACHE_JOBS,
-        settle: Callable[[], object] | None = None,
-    ) -> None:
+    def __init__(self, store: Loads, decoder: Decoder, *, cache_jobs: int = CACHE_JOBS) -> None:
         self._store, self._decoder = store, decoder
-        self._settle = settle or partial(time.sleep, SCHEMA_PATIENCE_S)
         # Two generations stand in for a least-recently-used order: when the young one is full, the old one goes.
         self._young: dict[str, tuple[Life, Visible]] = {}
         self._old: dict[str, tuple[Life, Visible]] = {}
@@ -82,7 +64,6 @@ class Projector:
         folded = Folded()
         news: dict[str, Life] = {}
         offsets, events = folded.changes.offsets, folded.events
-        patient = True
         for message in messages:
             topic, partition, offset = message.topic(), message.partition(), message.offset()
             if topic is None or partition is None or offset is None:
@@ -94,10 +75,8 @@ class Projector:
             seen = None if value is None else glance(value)
             if seen is None:
                 try:
-                    event = self._decode(value, patient)
+                    event = self._decoder.decode(value)
                 except SchemaError as error:
-                    # One wait is enough for all of a batch: they had all been written before it.
-                    patient = patient and not isinstance(error, UnknownSchema)
                     folded.rejected.append(Rejected(message, error))
                     continue
                 seen = (event.job_id, event.run, event.release, event.attempt, event.task, event.queue, event.fact)
@@ -108,16 +87,6 @@ class Projector:
                 news[job_id] = life if known is None else join(known, life)
         self._project(news, folded)
         return folded
-
-    def _decode(self, value: bytes | None, patient: bool) -> JobEvent:
-        try:
-            return self._decoder.decode(value)
-        except UnknownSchema:
-            if not patient:
-                raise
-            # The topic of schemas may have been read just before this one was published.
-            self._settle()
-            return self._decoder.decode(value)
 
     def merge(self, lives: Iterable[tuple[str, Life]]) -> Folded:
         """The changes that joining these states makes. Raises `StoreError`."""

@@ -77,6 +77,8 @@ class Rate:
     @property
     def value(self) -> float:
         """Jobs a second; 0 before two looks."""
+        if not self._seen:
+            return 0.0
         (then, before), (now, ended) = self._seen[0], self._seen[-1]
         return (ended - before) / (now - then) if now > then else 0.0
 

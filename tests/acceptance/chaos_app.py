@@ -43,7 +43,7 @@ class Hopeless(Exception):
 
 FAST = Retry(max_attempts=4, initial=0.05, factor=2.0, cap=0.5, never=(Hopeless,))
 #: Seconds. A worker that stands still makes good jobs pass it as well, so how these end is left to chance.
-TIME_LIMIT = 1.0
+TIME_LIMIT = 2.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +61,8 @@ def fate(number: int, seed: str = SEED) -> Fate:
     dice = random.Random(f"{seed}/{number}")
     kind: Kind = dice.choices(("quick", "thread", "timed", "consoled", "parent", "delayed"), (55, 15, 4, 4, 4, 18))[0]
     delay = dice.choice((0.0, 0.2, 0.5, 1.0, 2.0, 4.0)) if kind == "delayed" else None
-    pause = dice.choice((0.0, 0.0, 0.005, 0.02, 0.1))
+    # Long enough, often enough, that whoever is killed is always in the middle of some.
+    pause = dice.choice((0.0, 0.0, 0.005, 0.02, 0.1, 0.3, 1.0))
     if kind == "parent":
         return Fate(kind, ("ok",), delay, pause)
     if kind == "consoled":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import io
 import math
 import sqlite3
 from collections import Counter
@@ -28,7 +29,7 @@ from examples.airports.rows import (
     zones,
     zones_of_countries,
 )
-from examples.airports.screen import Bar, Rate
+from examples.airports.screen import Bar, Progress, Rate, Screen
 from examples.airports.thirdparty import BUSY_SHARE, HANG_SHARE, LATENCY_MS, distance_m, fate
 from jobledger.schemas.events import (
     ErrorInfo,
@@ -304,3 +305,12 @@ def test_a_folder_of_somebody_else_is_not_taken(tmp_path: Path) -> None:
             pass
     with claimed(tmp_path / "ours", "airports") as place:
         assert not place.database.exists()
+
+
+def test_progress_that_is_interrupted_before_it_showed_anything_ends_all_the_same() -> None:
+    """Ctrl-C may come right after the last submission; what the bar shows at its end must not hide it."""
+    for terminal in (True, False):
+        screen = Screen(picture=False)
+        screen.console = Console(force_terminal=terminal, file=io.StringIO(), width=100)
+        with pytest.raises(KeyboardInterrupt), Progress(screen, 3):
+            raise KeyboardInterrupt

@@ -1,0 +1,48 @@
+"""Reading the log on a real broker: schemas of other writers, and topics that are not there."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+
+from jobledger.config import Settings
+from jobledger.errors import TopicMissing
+from jobledger.kafka import topics
+from jobledger.log import LogReader, LogWriter, Outgoing, SchemaLookup, admin
+from jobledger.names import Names
+from jobledger.schemas import codec
+
+pytestmark = pytest.mark.kafka
+
+
+def test_a_schema_is_found_however_lately_it_was_not_there(broker: str, namespace: str) -> None:
+    """A lookup that found nothing, for garbage perhaps, does not hide what is published right after it."""
+    names, settings = Names(namespace), Settings(bootstrap=broker)
+    client = admin(settings)
+    topics.apply(client, topics.plan(client, topics.desired(names, {}, partitions=1, replication=1)))
+    lookup = SchemaLookup(settings, names)
+    writer = LogWriter(settings, None)
+    try:
+        for version in range(20):
+            text = codec.SCHEMA_TEXT.replace('"name": "trace"', f'"name": "trace{version}"', 1)
+            mark = codec.fingerprint(text)
+            assert lookup(mark) is None
+            writer.send(
+                [
+                    Outgoing(names.schemas, b"no schema", f"garbage-{version}"),
+                    Outgoing(names.schemas, text.encode(), mark.hex()),
+                ]
+            )
+            assert lookup(mark) == text
+            assert lookup(b"\1\2\3\4\5\6\7\x08") is None
+    finally:
+        writer.close()
+
+
+def test_a_topic_that_does_not_exist_is_believed_to_be_missing_after_a_while(broker: str, namespace: str) -> None:
+    """Not at once, because a broker that shuts down says the same of all its topics, but within its bound."""
+    began = time.monotonic()
+    with LogReader(Settings(bootstrap=broker)) as reader, pytest.raises(TopicMissing, match="topics apply"):
+        reader.watermarks(f"{namespace}.nothing", 0, timeout=1.0)
+    assert time.monotonic() - began < 20
