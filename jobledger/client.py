@@ -251,7 +251,7 @@ class Client:
         return table.job(job_id)
 
     def wait(self, job_id: str, *, at_least: Position | None = None, timeout: float | None = None) -> JobStatus:
-        """Wait until the job has ended; its final status."""
+        """Wait until the job has ended; its final status, at least as new as ``at_least``."""
         if maybe_current_job() is not None:
             raise ResultInsideJob(
                 f"waiting for job {job_id} inside a job is refused: with every slot waiting, none would be left to run "
@@ -275,7 +275,11 @@ class Client:
                 if time.monotonic() - began > min(START_PATIENCE, START_PATIENCE if timeout is None else timeout):
                     raise
             if seen is not None and seen.state.ended:
-                return seen
+                if at_least is None:
+                    return seen
+                # Its end may be read before its submission: they stand on different topics.
+                if table.reached(at_least):
+                    return table.job(job_id)
             if deadline is not None and time.monotonic() >= deadline:
                 state = "not in the status table yet" if seen is None else seen.state.value
                 raise StatusTimeout(
