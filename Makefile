@@ -40,7 +40,7 @@ dev: $(STAMP) ## broker, worker and stream processor of the demo app, reloading 
 
 # pytest last: its closing line is the last thing to be read.
 test: lint ## lint, types and every test, on real Kafka
-	@$(PY) -m pytest $(ARGS)
+	@$(PY) -m pytest --numprocesses 2 --dist loadfile $(ARGS)
 
 lint: $(STAMP) ## formatting, lint, types, layers
 	@$(PY) -m ruff format --check --quiet . || { echo "run: make format" >&2; exit 1; }

@@ -13,7 +13,7 @@ import tomllib
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-NEEDED = {"hypothesis", "import-linter", "mypy", "pytest", "pytest-timeout", "ruff", "types-psutil"}
+NEEDED = {"hypothesis", "import-linter", "mypy", "pytest", "pytest-timeout", "pytest-xdist", "ruff", "types-psutil"}
 PIP = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--quiet", "--retries", "5"]
 
 

@@ -1,4 +1,4 @@
-"""Which broker the tests run against, decided once per session and said in the summary.
+"""Which broker the tests run against, decided once per process and said in the summary.
 
 The environment's (``JOBLEDGER_BOOTSTRAP``), else a container where a Docker engine answers and has, or can pull, the
 image ``JOBLEDGER_TEST_KAFKA_IMAGE``, else the embedded broker. A run without broker tests starts none.
@@ -10,7 +10,7 @@ import os
 import time
 import uuid
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 
 import pytest
@@ -26,6 +26,7 @@ DEFAULT_IMAGE = "apache/kafka:4.1.0"
 ENGINE_TIMEOUT_S = 5
 CONTAINER_TIMEOUT_S = 90
 
+SAID = "jobledger-said"
 _said: list[str] = []
 
 
@@ -35,20 +36,20 @@ class NoContainer(Exception):
 
 @pytest.fixture(scope="session")
 def broker(request: pytest.FixtureRequest) -> Iterator[str]:
-    """``host:port`` of a real broker that every test of the session shares; use `namespace` to keep apart."""
+    """``host:port`` of a real broker that every test of this process shares; use `namespace` to keep apart."""
     given = os.environ.get("JOBLEDGER_BOOTSTRAP")
     if given:
-        _say(request.config, f"{given} (JOBLEDGER_BOOTSTRAP)")
+        _say(request.config, f"broker: {given} (JOBLEDGER_BOOTSTRAP)")
         yield given
         return
     with ExitStack() as stack:
         try:
             address, image = _container(stack)
-            _say(request.config, f"{address} (container {image})")
+            _say(request.config, f"broker: {address} (container {image})")
         except NoContainer as reason:
             kafka = stack.enter_context(EmbeddedKafka())
             address = kafka.bootstrap
-            _say(request.config, f"{address} (embedded Kafka {KAFKA_VERSION}; no container: {reason})")
+            _say(request.config, f"broker: {address} (embedded Kafka {KAFKA_VERSION}; no container: {reason})")
         yield address
 
 
@@ -58,14 +59,32 @@ def namespace() -> str:
     return f"t{uuid.uuid4().hex[:12]}"
 
 
+@pytest.fixture
+def say(request: pytest.FixtureRequest) -> Callable[[str], None]:
+    """Puts a line into the summary at the session's end, and at once where it can be seen."""
+    return lambda line: _say(request.config, line)
+
+
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """Say which broker was used, also when the line above has scrolled away."""
+    """Say which broker was used and what tests had to say, also when that has scrolled away."""
     for line in _said:
         terminalreporter.write_line(line)
 
 
-def _say(config: pytest.Config, what: str) -> None:
-    line = f"broker: {what}"
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: object, error: object) -> None:
+    """What was said in a process of pytest-xdist's is said here, in the one that writes the summary."""
+    _said.extend(getattr(node, "workeroutput", {}).get(SAID, ()))
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Hand over what was said, if this is a process of pytest-xdist's."""
+    output = getattr(session.config, "workeroutput", None)
+    if output is not None:
+        output[SAID] = list(_said)
+
+
+def _say(config: pytest.Config, line: str) -> None:
     _said.append(line)
     reporter = config.pluginmanager.get_plugin("terminalreporter")
     if reporter is not None:

@@ -138,6 +138,10 @@ def read(bootstrap: str, namespace: str, timeout: float = 120.0) -> Log:
         ]
         if not places:
             raise SystemExit(f"{bootstrap} has no topic of namespace {namespace}")
+        # What is committed before what is written: while workers run, a job may end and be committed between the two.
+        log.committed = _committed(
+            base, namespace, [p for p in places if p[0].startswith(f"{namespace}.jobs.")], timeout
+        )
         # Schemas first: what they decode comes after.
         schemas = Schemas()
         for first in (True, False):
@@ -162,15 +166,23 @@ def read(bootstrap: str, namespace: str, timeout: float = 120.0) -> Log:
             log.ends.update({p: end for p, end in ends.items() if p[0].startswith(f"{namespace}.jobs.")})
     finally:
         consumer.close()
-    for queue in {topic.removeprefix(f"{namespace}.jobs.") for topic, _ in log.ends}:
-        asker = Consumer({**base, "group.id": f"{namespace}.worker.{queue}"})
+    return log
+
+
+def _committed(
+    base: dict[str, Any], namespace: str, places: list[tuple[str, int]], timeout: float
+) -> dict[tuple[str, int], int]:
+    """The offsets that the workers' groups have committed on their work topics."""
+    committed = {}
+    for topic in {topic for topic, _ in places}:
+        asker = Consumer({**base, "group.id": f"{namespace}.worker.{topic.removeprefix(f'{namespace}.jobs.')}"})
         try:
-            wanted = [TopicPartition(t, p) for t, p in log.ends if t == f"{namespace}.jobs.{queue}"]
+            wanted = [TopicPartition(t, p) for t, p in places if t == topic]
             for found in _patiently(partial(asker.committed, wanted, timeout=5), timeout):
-                log.committed[found.topic, found.partition] = max(0, found.offset)
+                committed[found.topic, found.partition] = max(0, found.offset)
         finally:
             asker.close()
-    return log
+    return committed
 
 
 def _end(consumer: Consumer, place: tuple[str, int], timeout: float) -> int:

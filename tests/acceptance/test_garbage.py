@@ -10,6 +10,7 @@ import json
 import os
 import time
 import uuid
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -149,7 +150,7 @@ def committed(fleet: Fleet, group: str, topic: str, partition: int) -> int:
 
 @pytest.mark.timeout(200)
 def test_garbage_on_every_topic_is_kept_and_counted_and_good_jobs_go_on(
-    broker: str, namespace: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    broker: str, namespace: str, tmp_path: Path, say: Callable[[str], None]
 ) -> None:
     """Twelve kinds of bytes that are no event, on every partition of every topic, before and while 500 jobs run: each of
     them is in the dead letters, bytes and place, if somebody had to act on it; every job ends as it must; events of a
@@ -212,12 +213,11 @@ def test_garbage_on_every_topic_is_kept_and_counted_and_good_jobs_go_on(
         )
         Promise.POISON_IS_CONTAINED.hold(misplaced in kept, "an event that does not belong on a work topic is kept")
         Promise.POISON_IS_CONTAINED.hold(not fleet.deaths, f"processes ended by themselves: {fleet.deaths}")
-        with capsys.disabled():
-            print(
-                f"\ngarbage: {len(poison.placed)} unreadable records on {len({p[:2] for p in poison.placed})} partitions, "
-                f"{len(kept)} kept in the dead letters; {counts(fleet)[0]} jobs ended in "
-                f"{time.monotonic() - began:.0f} s; within the limits: {dict(audit.noted)}"
-            )
+        say(
+            f"garbage: {len(poison.placed)} unreadable records on {len({p[:2] for p in poison.placed})} partitions, "
+            f"{len(kept)} kept in the dead letters; {counts(fleet)[0]} jobs ended in "
+            f"{time.monotonic() - began:.0f} s; within the limits: {dict(audit.noted)}"
+        )
 
 
 def ended_jobs(fleet: Fleet) -> set[str]:

@@ -15,7 +15,7 @@ import sys
 import time
 import uuid
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -202,11 +202,6 @@ def submits(record: independent.Record) -> bool:
     return record.fact == "JobSubmitted"
 
 
-def say(capsys: pytest.CaptureFixture[str], line: str) -> None:
-    with capsys.disabled():
-        print(f"\n{line}")
-
-
 def summary(fleet: Fleet, log: independent.Log, audit: independent.Audit, seed: str, seconds: float) -> str:
     """What was done and what was seen, in one line."""
     states = Counter(f.state for f in independent.fold(log.records).values())
@@ -220,7 +215,7 @@ def summary(fleet: Fleet, log: independent.Log, audit: independent.Audit, seed: 
 
 @pytest.mark.timeout(300)
 def test_whatever_is_killed_frozen_or_away_every_job_ends_once_and_is_told_right(
-    kafka: EmbeddedKafka, tmp_path: Path, namespace: str, capsys: pytest.CaptureFixture[str]
+    kafka: EmbeddedKafka, tmp_path: Path, namespace: str, say: Callable[[str], None]
 ) -> None:
     """Workers, coordinators and materializers are killed three times each and frozen past their sessions once, and the
     broker is away for ten seconds: every accepted job ends as it must, none early, none again after its end was in the
@@ -253,17 +248,17 @@ def test_whatever_is_killed_frozen_or_away_every_job_ends_once_and_is_told_right
         fleet.outage(kafka, OUTAGE_S)
         settle(fleet, service, 120.0)
         log, audit = judge(fleet, service, seed=SEED)
-        say(capsys, summary(fleet, log, audit, SEED, time.monotonic() - began))
+        say(summary(fleet, log, audit, SEED, time.monotonic() - began))
 
 
 @pytest.mark.timeout(0)
 @pytest.mark.skipif(not SECONDS, reason="the long form: make chaos")
 def test_the_promises_hold_through_random_faults_for_as_long_as_asked(
-    kafka: EmbeddedKafka, tmp_path: Path, namespace: str, capsys: pytest.CaptureFixture[str]
+    kafka: EmbeddedKafka, tmp_path: Path, namespace: str, say: Callable[[str], None]
 ) -> None:
     """As the short form, with faults drawn at random, several at a time, for CHAOS_SECONDS over CHAOS_JOBS."""
     began = time.monotonic()
-    say(capsys, f"chaos: {JOBS} jobs, {SECONDS:g} s, CHAOS_SEED={SEED}, logs in {tmp_path}")
+    say(f"chaos: {JOBS} jobs, {SECONDS:g} s, CHAOS_SEED={SEED}, logs in {tmp_path}")
     with ExitStack() as stack:
         fleet = stack.enter_context(Fleet(tmp_path, kafka.bootstrap, namespace, seed=SEED))
         ready(fleet, worker=3, coordinator=2, materializer=2)
@@ -303,19 +298,18 @@ def test_the_promises_hold_through_random_faults_for_as_long_as_asked(
             if time.monotonic() - told > 60:
                 told = time.monotonic()
                 say(
-                    capsys,
                     f"chaos: {told - began:.0f} s, {counts(fleet)} of {len(service.accepted)} ended; {fleet.did}",
                 )
         for _, member in thaws:
             fleet.thaw(member)
         settle(fleet, service, 600.0)
         log, audit = judge(fleet, service, seed=SEED)
-        say(capsys, summary(fleet, log, audit, SEED, time.monotonic() - began))
+        say(summary(fleet, log, audit, SEED, time.monotonic() - began))
 
 
 @pytest.mark.timeout(200)
 def test_a_rolling_restart_under_load_runs_nothing_twice(
-    kafka: EmbeddedKafka, tmp_path: Path, namespace: str, capsys: pytest.CaptureFixture[str]
+    kafka: EmbeddedKafka, tmp_path: Path, namespace: str, say: Callable[[str], None]
 ) -> None:
     """Two workers are replaced by SIGTERM, one after the other and twice round, while jobs keep coming: every release is
     started once and its code is run once."""
@@ -338,4 +332,4 @@ def test_a_rolling_restart_under_load_runs_nothing_twice(
         log, audit = judge(fleet, service, seed=SEED)
         for kind in ("releases run more than once", "releases started more than once", "closed more than once"):
             Promise.GRACEFUL_STOP.hold(audit.noted[kind] == 0, f"{kind}: {audit.noted[kind]}")
-        say(capsys, summary(fleet, log, audit, SEED, time.monotonic() - began))
+        say(summary(fleet, log, audit, SEED, time.monotonic() - began))
