@@ -55,6 +55,9 @@ BUDGET = 64
 #: Seconds until it is looked again whether enough is acknowledged.
 REST_S = 0.005
 
+#: Seconds until delivery callbacks are run when nothing else happens.
+POLL_S = 0.005
+
 _OWN = codec.MAGIC + codec.FINGERPRINT
 _monotonic = time.monotonic
 _uuid7 = uuid_utils.uuid7
@@ -107,7 +110,7 @@ class Dispatcher:
         self._awake = False
         self.accepting = True
         self.needs_tick = False
-        self._resting = False
+        self._resting = self._polling = False
         self.idle = asyncio.Event()
         self._aside = Aside(decoder, lambda *read: self.call(self.from_aside, *read), fail)
 
@@ -183,6 +186,9 @@ class Dispatcher:
             self._in_threads -= 1
         # Every time: few delivery callbacks at once cost less than many (measured: a tenth of the whole).
         self._sender.poll()
+        if not self._polling and self._sender.unacknowledged:
+            self._polling = True
+            self._loop.call_later(POLL_S, self._poll)
         if not self.accepting:
             if not running:
                 self.idle.set()
@@ -199,6 +205,13 @@ class Dispatcher:
             self._loop.call_soon(self.pump)
         for fetcher in self.fetchers:
             fetcher.taken()
+
+    def _poll(self) -> None:
+        """Acknowledgements come also when no job begins or ends, and what they settle is to be committed."""
+        self._sender.poll()
+        self._polling = bool(self._sender.unacknowledged)
+        if self._polling:
+            self._loop.call_later(POLL_S, self._poll)
 
     def _take_turns(self, budget: int) -> int:
         ring, running = self._ring, self.running
