@@ -149,10 +149,11 @@ class Dispatcher:
     def ready(self, partitions: list[Partition]) -> None:
         """Partitions whose takeover is through. Callable from any thread."""
         self.call(self._ring_add, partitions)
-        self.wake()
 
     def _ring_add(self, partitions: list[Partition]) -> None:
         self._ring.extend(p for p in partitions if p.owned)
+        # From here, not from where `ready` is called: a pump that was on its way then goes before this, and sees nothing.
+        self.wake()
 
     def ended(self, partitions: list[Partition]) -> None:
         """Partitions that are owned no more; what runs of them goes on. Callable from any thread."""

@@ -25,6 +25,8 @@ REMEMBERED = 100_000
 REMEMBERED_MS = 10 * 60 * 1000
 
 _FIRST_SLOTS = 1 << 10
+#: Slots for each remembered release, at least, in a full table: below it probing gets long.
+_ROOM = 1.3
 _PREFIX = codec.MAGIC + codec.FINGERPRINT
 #: The header's first fields: event_id, job_id, run, attempt, release. A datum's bytes begin with them.
 _PEEK = fastavro.parse_schema(
@@ -40,13 +42,15 @@ def release_key(job_id: str, run: int, release: int) -> int:
 class ReleaseMemory:
     """The latest `REMEMBERED` to twice as many releases: two generations, the older one dropped when the newer is full.
 
-    Each generation is a table of powers of two with linear probing, at most half full; 0 marks a free slot.
+    Each generation is a table of a power of two with linear probing; 0 marks a free slot. It grows when half full, up to
+    the smallest size that holds the capacity: a megabyte for the default one.
     """
 
-    __slots__ = ("_capacity", "_count", "_limit", "_mask", "_old", "_old_count", "_old_mask", "_slots")
+    __slots__ = ("_capacity", "_count", "_limit", "_mask", "_most", "_old", "_old_count", "_old_mask", "_slots")
 
     def __init__(self, capacity: int = REMEMBERED) -> None:
         self._capacity = capacity
+        self._most = max(_FIRST_SLOTS, 1 << int(capacity * _ROOM).bit_length())
         self._begin()
         self._old, self._old_mask, self._old_count = array("Q", bytes(8)), 0, 0
 
@@ -88,12 +92,13 @@ class ReleaseMemory:
         return True
 
     def _grow(self) -> None:
-        size = (self._mask + 1) * 4
+        size = min((self._mask + 1) * 4, self._most)
         bigger = array("Q", bytes(8 * size))
         for key in self._slots:
             if key:
                 bigger[_slot(bigger, size - 1, key)] = key
-        self._slots, self._mask, self._limit = bigger, size - 1, size // 2
+        self._slots, self._mask = bigger, size - 1
+        self._limit = size // 2 if size < self._most else size
 
 
 def _slot(slots: array[int], mask: int, key: int) -> int:

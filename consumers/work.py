@@ -28,6 +28,8 @@ Arrived = deque[tuple["Work", bool, KafkaError | None, Message]]
 #: Seconds between two progress facts of one job.
 PROGRESS_INTERVAL_S = 0.1
 
+_NOWHERE: frozenset[str] = frozenset()  # one for all: Python makes a new one each time
+
 
 class Lease:
     """Until when a queue's partitions are certainly ours: the coordinator took a commit of this member lately.
@@ -169,14 +171,14 @@ class Work:
         self.abandoned = False  # its outcome must not be written any more
         self.waiting = False  # for a thread; not begun
         #: Topics to which its records go as batches of their own, because a batch was refused for its size.
-        self.alone: frozenset[str] = frozenset()
+        self.alone = _NOWHERE
         self.shortened = False  # its outcome was replaced, because it was too large by itself
-        self.handle: asyncio.Task[None] | None = None
+        self.handle: asyncio.Task[None] | None = None  # while it runs
         self.outcome: Outcome | None = None  # only when it is not a success
         self.unsent: JobProgressed | None = None
         self.reported_at = 0.0
         self.plan: Plan | None = None  # of a task this worker knows
-        self.context: JobContext
+        self.context: JobContext | None = None  # until it begins
         self.kwargs: dict[str, Any]
         self.send_progress: Callable[[Work, JobProgressed], None]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import threading
 import time
 import uuid
@@ -22,6 +23,7 @@ from confluent_kafka.admin import (  # type: ignore[attr-defined]  # re-exported
 from jobledger import App, BrokerUnavailable, ConfigError, Settings, TopicMissing
 from jobledger.config import DEFAULT_MAX_RECORD_BYTES
 from jobledger.consumers import offsets
+from jobledger.consumers.work import Work
 from jobledger.consumers.worker import Worker, WorkerOptions
 from jobledger.kafka.ports import free_port
 from jobledger.kafka.topics import ensure
@@ -496,6 +498,60 @@ def test_a_worker_that_stops_lets_jobs_end_and_gives_up_the_rest(broker: str, na
         until(lambda: all_done(app, worker))
     assert sorted(n for _, n in app.ran).count("ends") == 1  # type: ignore[attr-defined]
     app.close()
+
+
+def test_a_partition_that_gets_ready_while_the_dispatcher_is_being_woken_is_not_left_waiting(
+    broker: str, namespace: str
+) -> None:
+    """Records that were fetched before a takeover ends run as soon as it has ended, though nothing else happens then."""
+    app = made(namespace, broker)
+    with working(app) as worker:
+        until(lambda: [p.ready for p in worker.partitions()] == [True] * 3)
+        owned = list(worker.partitions())
+        dispatcher = worker.dispatcher
+        assert dispatcher is not None
+        dispatcher.ended(owned)
+        app.tasks["add"].submit(1)
+        until(lambda: any(p.raw for p in owned))
+        time.sleep(0.2)
+        assert not closings(app)
+
+        def at_once() -> None:
+            dispatcher.wake()  # for a message, as the fetch thread does
+            dispatcher.ready(owned)
+
+        dispatcher.call(at_once)
+        until(lambda: closings(app), timeout=10.0)
+    app.close()
+
+
+def test_nothing_of_an_ended_job_waits_for_the_garbage_collector(broker: str, namespace: str) -> None:
+    """However a job ends, what the worker knew of it is freed at once: without cycles, memory does not follow the rate."""
+
+    def works() -> int:
+        return sum(type(found) is Work for found in gc.get_objects())
+
+    app = made(namespace, broker)
+    kinds = ("add", "add_in_thread", "reports", "hang", "reject", "never", "fail_in_thread", "returns_nonsense")
+    with working(app, threads=2) as worker:
+        gc.collect()
+        before = works()  # of other tests' workers
+        gc.disable()
+        try:
+            for name in kinds:
+                app.submit_many(app.tasks[name].job(*([] if name not in _TAKES_A_NUMBER else [1])) for _ in range(20))
+            until(lambda: len(closings(app)) == 20 * (len(kinds) + 1))  # each `hang` has a fallback
+            until(lambda: all_done(app, worker), what="everything done")
+            # The two threads hold what they ran last.
+            until(lambda: works() <= before + 2, 5.0, "their freeing")
+            assert worker.dispatcher is not None
+            assert worker.dispatcher.counts.started == 20 * (len(kinds) + 1)
+        finally:
+            gc.enable()
+    app.close()
+
+
+_TAKES_A_NUMBER = ("add", "add_in_thread", "reports", "hang")
 
 
 def test_a_second_worker_takes_partitions_and_gives_them_back(broker: str, namespace: str) -> None:
