@@ -86,6 +86,7 @@ TRANSITIONS: tuple[Transition, ...] = (
     Transition(_S.RUNNING, ev.JobSucceeded, _S.SUCCEEDED),
     Transition(_S.RUNNING, ev.JobFailed, _S.FAILED),
     Transition(_S.QUEUED, ev.JobFailed, _S.FAILED, "cannot be run"),
+    *(Transition(s, ev.JobFailed, _S.FAILED, "too large for its work topic") for s in (_S.SCHEDULED, _S.RETRYING)),
     *(Transition(s, ev.JobCancelled, _S.CANCELLED) for s in (_S.SCHEDULED, _S.QUEUED, _S.RUNNING, _S.RETRYING)),
     *(Transition(s, ev.JobExpired, _S.EXPIRED) for s in (_S.SCHEDULED, _S.QUEUED, _S.RETRYING)),
 )

@@ -15,7 +15,11 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple, Self
 
 from confluent_kafka import Consumer, KafkaError, KafkaException, Message, Producer, TopicPartition
-from confluent_kafka.admin import AdminClient
+from confluent_kafka.admin import (  # type: ignore[attr-defined]  # re-exported without saying so
+    AdminClient,
+    ConfigResource,
+    ResourceType,
+)
 
 from jobledger.config import Settings
 from jobledger.errors import (
@@ -265,6 +269,21 @@ def partitions_of(settings: Settings, topic: str, timeout: float = 10.0) -> int:
     if meta.error is not None:
         raise translate(meta.error, settings, f"asking for {topic}")
     return len(meta.partitions)
+
+
+def batch_limits(settings: Settings, topics: Iterable[str], timeout: float = 10.0) -> dict[str, int]:
+    """The ``max.message.bytes`` of topics, bytes a batch; without those whose settings this user may not see, or that are
+    missing. Raises `BrokerUnavailable`."""
+    limits: dict[str, int] = {}
+    client = admin(settings)  # held: its answers die with it
+    wanted = [ConfigResource(ResourceType.TOPIC, topic) for topic in topics]
+    for resource, future in client.describe_configs(wanted, request_timeout=timeout).items() if wanted else ():
+        try:
+            limits[resource.name] = int(future.result(timeout + 5.0)["max.message.bytes"].value)
+        except KafkaException as exc:
+            if exc.args[0].code() not in (KafkaError.TOPIC_AUTHORIZATION_FAILED, *MISSING):
+                raise translate(exc.args[0], settings, f"asking for the settings of {resource.name}") from exc
+    return limits
 
 
 class LogReader:

@@ -90,7 +90,7 @@ class JobSucceeded(msgspec.Struct, frozen=True, gc=False):
 
 #: Why a job failed for good.
 FailureReason = Literal[
-    "exhausted", "rejected", "never", "timeout", "bad-arguments", "bad-result", "unknown-task", "crashed"
+    "exhausted", "rejected", "never", "timeout", "bad-arguments", "bad-result", "too-large", "unknown-task", "crashed"
 ]
 
 

@@ -21,6 +21,8 @@ from jobledger.errors import BrokerUnavailable, JobledgerError, PayloadTooLarge,
 from jobledger.log import LogReader, Outgoing
 
 MAX_BATCH_BYTES = 256 * 1024
+#: Of a record and of a batch with one record, beside key, value and headers, at most.
+_OVERHEAD, _HEADER_OVERHEAD = 61 + 26, 10
 
 T = TypeVar("T")
 
@@ -38,9 +40,13 @@ Outcomes = list[Delivered | JobledgerError]
 
 class AckedWriter:
     """An idempotent producer. ``security``: aiokafka's settings. ``patience``: seconds that a record may wait for its
-    acknowledgement, through an outage if need be. Its partitioner agrees with librdkafka's ``murmur2_random``."""
+    acknowledgement, through an outage if need be. ``max_batch``: bytes that every topic takes as one batch; a broker that
+    refuses a batch for its size refuses all that follows, because the sequence has a gap then. Its partitioner agrees
+    with librdkafka's ``murmur2_random``."""
 
-    def __init__(self, settings: Settings, security: Mapping[str, Any], patience: float) -> None:
+    def __init__(
+        self, settings: Settings, security: Mapping[str, Any], patience: float, max_batch: int = MAX_BATCH_BYTES
+    ) -> None:
         self._settings = settings
         self._producer = AIOKafkaProducer(
             bootstrap_servers=settings.resolve_bootstrap(),
@@ -48,7 +54,7 @@ class AckedWriter:
             acks="all",
             enable_idempotence=True,
             linger_ms=0,  # what comes while a request is under way is its own batch
-            max_batch_size=MAX_BATCH_BYTES,
+            max_batch_size=min(max_batch, MAX_BATCH_BYTES),
             max_request_size=settings.max_record_bytes,
             request_timeout_ms=int(patience * 1000),
             **security,
@@ -113,6 +119,12 @@ class AckedWriter:
         return BrokerUnavailable(
             f"{what}: {address} did not take it in time ({error!r}); check JOBLEDGER_BOOTSTRAP and that the broker runs"
         )
+
+
+def record_bytes(record: Outgoing) -> int:
+    """The size, at most, of the batch that carries this record alone: what a topic's ``max.message.bytes`` is about."""
+    headers = sum(len(name) + len(value or b"") + _HEADER_OVERHEAD for name, value in record.headers or ())
+    return _OVERHEAD + len(record.key or b"") + len(record.value or b"") + headers
 
 
 def first_error(outcomes: Iterable[Delivered | JobledgerError]) -> JobledgerError | None:

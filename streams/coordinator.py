@@ -28,7 +28,7 @@ from jobledger.config import Settings
 from jobledger.errors import BrokerUnavailable, JobledgerError
 from jobledger.log import LogWriter
 from jobledger.names import Names
-from jobledger.streams.aio import AckedWriter, Ends
+from jobledger.streams.aio import MAX_BATCH_BYTES, AckedWriter, Ends
 from jobledger.streams.cycle import Cycle
 from jobledger.streams.faust_app import (
     TABLE,
@@ -162,11 +162,11 @@ class Coordinator:
         tasks: list[asyncio.Task[None]] = []
         try:
             quieten()
-            origin, topics = await self._with_patience(self._prepare)
+            origin, topics, max_batch = await self._with_patience(self._prepare)
             place.keep_for(origin)
             self._ends = Ends(self.settings, self.options.patience / 2)
             await loop.run_in_executor(None, self._publish_schema)
-            writer = AckedWriter(settings, security(self.settings), self.options.patience)
+            writer = AckedWriter(settings, security(self.settings), self.options.patience, max_batch)
             await writer.start()
             app, table = build(self.names, self.settings, self.options, self._partitions, place)
             self._app = app
@@ -226,10 +226,16 @@ class Coordinator:
         if self._failure is not None:
             raise self._failure
 
-    def _prepare(self) -> tuple[str, set[str]]:
-        """Which log the local copy must be of, and the work topics there are."""
-        check_topics(self.settings, self.names, self._partitions)
-        return origin_of(self.settings, changelog(self.names)), work_topics(self.settings, self.names)
+    def _prepare(self) -> tuple[str, dict[str, int | None], int]:
+        """Which log the local copy must be of; the work topics there are, with the largest batch each takes; and the
+        largest that every topic takes to which this coordinator writes."""
+        names = self.names
+        check_topics(self.settings, names, self._partitions)
+        work = work_topics(self.settings, names)
+        others = (names.coordination, changelog(names), names.lifecycle, names.dead_letter)
+        limits = [*work.values(), *log.batch_limits(self.settings, others).values()]
+        most = min((limit for limit in limits if limit is not None), default=MAX_BATCH_BYTES)
+        return origin_of(self.settings, changelog(names)), work, most
 
     def _publish_schema(self) -> None:
         writer = LogWriter(replace(self.settings, submit_timeout=self.options.patience), self.names)

@@ -14,16 +14,16 @@ import asyncio
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from jobledger.config import Settings
 from jobledger.log import Headers, Outgoing, now_us, source
 from jobledger.names import Names
 from jobledger.schemas import codec
-from jobledger.schemas.events import JobEvent
-from jobledger.streams.aio import AckedWriter, Delivered, Ends, Outcomes, first_error
-from jobledger.streams.decisions import Batch, Row, Scheduled, job_due, row_key
+from jobledger.schemas.events import ErrorInfo, JobEvent
+from jobledger.streams.aio import AckedWriter, Delivered, Ends, Outcomes, first_error, record_bytes
+from jobledger.streams.decisions import Batch, Row, Scheduled, job_due, row_key, undeliverable
 from jobledger.streams.faust_app import Group, Options, changelog
 from jobledger.streams.firing import Firing
 from jobledger.streams.intake import Intake
@@ -41,18 +41,21 @@ UNDER_WAY = 4_000
 
 
 class Plan(NamedTuple):
-    """A batch of events that was decided on; ``sent``: what becomes of its outputs, None without any."""
+    """A batch of events that was decided on; ``sent``: what becomes of its outputs, None without any, those of
+    ``released`` first; ``refused``: how many releases are too large for their topics."""
 
     epoch: int
     records: Sequence[Any]
     batch: Batch
     rejects: int
+    refused: int
+    released: Sequence[Scheduled]
     sent: asyncio.Future[Outcomes] | None
 
 
 class Cycle:
     """One instance's share of the schedules. ``step`` is called between any two steps, for crash tests; ``topics`` are
-    work topics known to exist."""
+    work topics known to exist, and the largest batch each takes."""
 
     def __init__(
         self,
@@ -65,7 +68,7 @@ class Cycle:
         decode: Callable[[bytes | None], JobEvent],
         metrics: Metrics,
         step: Callable[[str], None],
-        topics: Iterable[str] = (),
+        topics: Mapping[str, int | None] | None = None,
     ) -> None:
         self._names, self._options, self._group = names, options, group
         self._writer, self._ends, self._metrics, self._step = writer, ends, metrics, step
@@ -73,7 +76,7 @@ class Cycle:
         self._ownership = Ownership(group, self._on_gap)
         self._intake = Intake(names, decode, self._source)
         self.table = Table(changelog(names), group, writer, ends, self._ownership, step)
-        self.topics = WorkTopics(names, settings, topics)
+        self.topics = WorkTopics(names, settings, topics or {})
         self.firing = Firing(
             names, self._source, self.table, writer, self.topics, self._ownership, self._caught_up, step
         )
@@ -150,15 +153,35 @@ class Cycle:
                 break
         self._step("decided")
         if epoch != self._ownership.epoch:  # rows were looked up that are not ours any more
-            return Plan(epoch, records, batch, 0, None)
-        now = now_us()
-        outputs = [*(self._due(row, now) for row in batch.releases), *rejects]
+            return Plan(epoch, records, batch, 0, 0, (), None)
+        released, outputs, ended = self._outputs(batch.releases)
+        outputs += [*ended, *rejects]
         sent = await self._writer.post(outputs) if outputs else None
         self._step("releases-sent")
         self.table.expect(batch.rows)
         for event, *_ in read:
             self.firing.read_back(row_key(event.job_id))
-        return Plan(epoch, records, batch, len(rejects), sent)
+        return Plan(epoch, records, batch, len(rejects), len(batch.releases) - len(released), released, sent)
+
+    def _outputs(self, releases: Sequence[Scheduled]) -> tuple[list[Scheduled], list[Outgoing], list[Outgoing]]:
+        """What lets jobs go: their rows and records; and what ends those whose topic takes less than the one that brought
+        them here. Sent, these would be refused together with all that shares their batch."""
+        now = now_us()
+        released: list[Scheduled] = []
+        outputs: list[Outgoing] = []
+        ended: list[Outgoing] = []
+        for row in releases:
+            record = self._due(row, now)
+            over = self.topics.refuses(record.topic, record_bytes(record))
+            if over is None:
+                released.append(row)
+                outputs.append(record)
+                continue
+            LOG.error("job %s (%s) ends in the dead letters: %s", row.job_id, row.task, over)
+            failed, letter = undeliverable(row, ErrorInfo("PayloadTooLarge", over), now, self._source)
+            ended.append(Outgoing(self._names.lifecycle, codec.encode(failed), row.job_id))
+            ended.append(Outgoing(self._names.dead_letter, codec.encode(letter), row.job_id))
+        return released, outputs, ended
 
     def _due(self, row: Scheduled, now: int) -> Outgoing:
         headers: Headers = [
@@ -192,7 +215,7 @@ class Cycle:
             return
         for plan in plans:
             if plan.sent is not None:
-                self._released(plan.batch.releases, await plan.sent)
+                self._released(plan.released, await plan.sent)
         self._step("released")
         rows: dict[Key, Row] = {}
         for plan in plans:
@@ -214,7 +237,7 @@ class Cycle:
                 self._metrics.released(outcome.appended_ms / 1000 - row.due / 1_000_000)
         error = first_error(outcomes)
         if error is not None:
-            # Among others: a work topic that was deleted. At the next start it is looked for, and then held back.
+            # Among others: a work topic that was deleted, or takes less than it did. The next start sees that.
             raise error
 
     def _acknowledge(self, plan: Plan) -> None:
@@ -233,6 +256,7 @@ class Cycle:
             self._position[partition] = done[-1] + 1
         self._metrics.verdicts(plan.batch.verdicts)
         self._metrics.rejected(plan.rejects)
+        self._metrics.undeliverable(plan.refused)
 
     # -- assignment --------------------------------------------------------------------------------------------------
 

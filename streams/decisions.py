@@ -22,8 +22,11 @@ from collections.abc import Callable
 import msgspec
 
 from jobledger.schemas.events import (
+    DeadLettered,
+    ErrorInfo,
     JobDue,
     JobEvent,
+    JobFailed,
     JobSpec,
     JobSubmitted,
     ReleaseDecided,
@@ -281,6 +284,20 @@ def release_decided(row: Scheduled, now_us: int, source: str) -> JobEvent:
         row.trace,
         ReleaseDecided(row.due),
     )
+
+
+def undeliverable(row: Scheduled, error: ErrorInfo, now_us: int, source: str) -> tuple[JobEvent, JobEvent]:
+    """How a job ends whose release no work topic takes: that it failed, and the failed job, whole."""
+    fact: JobFailed | DeadLettered
+    made: list[JobEvent] = []
+    for what, fact in (
+        ("too-large", JobFailed("too-large", error)),
+        ("dead-letter", DeadLettered(JobSpec(row.args, row.tags, row.parent), "too-large", error)),
+    ):
+        due = job_due(row, now_us, source)
+        identity = derived_id(row.job_id, row.run, row.release, what)
+        made.append(msgspec.structs.replace(due, event_id=identity, fact=fact))
+    return made[0], made[1]
 
 
 # -- a batch --------------------------------------------------------------------------------------------------------

@@ -113,13 +113,14 @@ def check_topics(settings: Settings, names: Names, partitions: int) -> None:
             )
 
 
-def work_topics(settings: Settings, names: Names) -> set[str]:
-    """The work topics there are. Raises `BrokerUnavailable`."""
+def work_topics(settings: Settings, names: Names) -> dict[str, int | None]:
+    """The work topics there are, and the largest batch each takes if that may be known. Raises `BrokerUnavailable`."""
     try:
         found = log.admin(settings).list_topics(timeout=10).topics
     except KafkaException as exc:
         raise log.translate(exc.args[0], settings, "asking for the topics") from exc
-    return {topic for topic in found if names.queue_of(topic) is not None}
+    topics = [topic for topic in found if names.queue_of(topic) is not None]
+    return dict.fromkeys(topics) | log.batch_limits(settings, topics)
 
 
 def changelog(names: Names) -> str:

@@ -26,6 +26,9 @@ class Metrics:
         self._events = counter("events", "Events of the coordination topic, by what was decided", ("verdict",))
         self._released = counter("releases", "JobDue records acknowledged")
         self._rejected = counter("rejected_records", "Records that were no event and went to the dead letters")
+        self._undeliverable = counter(
+            "undeliverable_jobs", "Jobs that ended because their work topic refuses their size"
+        )
         self._swept = counter("swept_markers", "Markers of passed releases that were deleted")
         self._late = Histogram(
             prefix + "lateness_seconds",
@@ -55,6 +58,10 @@ class Metrics:
     def rejected(self, count: int) -> None:
         """Records were no events."""
         self._rejected.inc(count)
+
+    def undeliverable(self, count: int) -> None:
+        """Jobs ended because their releases are larger than their work topics take."""
+        self._undeliverable.inc(count)
 
     def swept(self, count: int) -> None:
         """Markers were deleted."""

@@ -1,15 +1,15 @@
-"""Which work topics there are. A release to one that is missing is held back, looked for at a growing pace, never lost."""
+"""Which work topics there are, and how large a record each takes. A release to one that is missing is held back, looked for at a growing pace, never lost."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from jobledger.config import Settings
 from jobledger.errors import BrokerUnavailable, TopicMissing
-from jobledger.log import partitions_of
+from jobledger.log import batch_limits, partitions_of
 from jobledger.names import Names
 
 LOG = logging.getLogger("jobledger.coordinator")
@@ -21,11 +21,11 @@ BEAT = 0.25
 
 
 class WorkTopics:
-    """``known``: topics that exist. Times are this process's monotonic clock, seconds."""
+    """``known``: topics that exist, and the largest batch each takes (bytes; None: not known). Times are this process's monotonic clock, seconds."""
 
-    def __init__(self, names: Names, settings: Settings, known: Iterable[str] = ()) -> None:
+    def __init__(self, names: Names, settings: Settings, known: Mapping[str, int | None]) -> None:
         self._names, self._settings = names, settings
-        self._known = set(known)
+        self._known = dict(known)
         self._missing: dict[str, tuple[float, float]] = {}  # topic: next look, pause after it
 
     @property
@@ -37,6 +37,13 @@ class WorkTopics:
         """Whether the queue's topic is known to exist."""
         return self._names.jobs(queue) in self._known
 
+    def refuses(self, topic: str, size: int) -> str | None:
+        """Why a record whose batch has ``size`` bytes will not be taken; None if it will, as far as is known."""
+        limit = self._known.get(topic)
+        if limit is None or size <= limit:
+            return None
+        return f"its release makes {size} bytes, above the {limit} that {topic} takes (max.message.bytes): raise it"
+
     def wait_for(self, queue: str) -> float:
         """Seconds until a queue whose topic is missing should be tried again; 0 for any other."""
         found = self._missing.get(self._names.jobs(queue))
@@ -44,7 +51,7 @@ class WorkTopics:
 
     async def find(self, queues: Iterable[str]) -> bool:
         """Look for topics that are neither known nor known to be missing; whether one was found."""
-        topics = {self._names.jobs(queue) for queue in queues} - self._known - self._missing.keys()
+        topics = {self._names.jobs(queue) for queue in queues} - self._known.keys() - self._missing.keys()
         return any([await self._look(topic) for topic in sorted(topics)])
 
     async def watch(self) -> None:
@@ -58,12 +65,16 @@ class WorkTopics:
     async def _look(self, topic: str) -> bool:
         _, pause = self._missing.get(topic, (0.0, RETRY))
         try:
-            await asyncio.get_running_loop().run_in_executor(None, partitions_of, self._settings, topic)
+            limit = await asyncio.get_running_loop().run_in_executor(None, self._ask, topic)
         except (TopicMissing, BrokerUnavailable) as exc:
             self._missing[topic] = (time.monotonic() + pause, min(pause * 2, RETRY_MOST))
             LOG.error("releases are held back until their topic is there: %s", exc)
             return False
         if self._missing.pop(topic, None) is not None:
             LOG.warning("%s is there now: releases to it go on", topic)
-        self._known.add(topic)
+        self._known[topic] = limit
         return True
+
+    def _ask(self, topic: str) -> int | None:
+        partitions_of(self._settings, topic)
+        return batch_limits(self._settings, [topic]).get(topic)

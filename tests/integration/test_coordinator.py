@@ -17,7 +17,13 @@ import fastavro
 import pytest
 import uuid_utils
 from confluent_kafka import Consumer, KafkaException, Message, Producer, TopicPartition
-from confluent_kafka.admin import AdminClient
+from confluent_kafka.admin import (  # type: ignore[attr-defined]  # re-exported without saying so
+    AdminClient,
+    AlterConfigOpType,
+    ConfigEntry,
+    ConfigResource,
+    ResourceType,
+)
 
 from jobledger import log
 from jobledger.config import Settings
@@ -27,9 +33,11 @@ from jobledger.log import LogReader, LogWriter, Outgoing, producer_config
 from jobledger.names import Names
 from jobledger.schemas import codec
 from jobledger.schemas.events import (
+    DeadLettered,
     Fact,
     JobDue,
     JobEvent,
+    JobFailed,
     JobSpec,
     JobSubmitted,
     RecordRejected,
@@ -367,6 +375,32 @@ def test_a_release_to_a_topic_that_is_missing_waits_for_it(lab: Lab) -> None:
     decided = [e for e in lab.events(lab.names.coordination) if e.job_id == held and isinstance(e.fact, ReleaseDecided)]
     assert len(decided) <= 6
     assert lab.let_go("later") == [(held, 1, 1)]
+
+
+def test_a_release_larger_than_its_work_topic_takes_ends_its_job_and_no_other(lab: Lab) -> None:
+    """The batch it shared is sent again one by one; the job itself fails, and stands whole in the dead letters."""
+    limit = ConfigEntry("max.message.bytes", "4000", incremental_operation=AlterConfigOpType.SET)
+    topic = ConfigResource(ResourceType.TOPIC, lab.names.jobs("mail"), incremental_configs=[limit])
+    for future in lab.admin.incremental_alter_configs([topic]).values():
+        future.result(timeout=20)
+    spec = JobSpec(b'{"to": "%s"}' % (b"a" * 20_000), {"tenant": "acme"}, None)
+    small = [lab.submit(0) for _ in range(20)]
+    large = lab.send(JobSubmitted(spec, 0), release=0)
+    small += [lab.submit(0) for _ in range(20)]
+    running = lab.ready()
+    lab.await_let_go(*((job, 1, 1) for job in small))
+    wait_for(lambda: lab.messages(lab.names.dead_letter))
+    (failed,) = lab.events(lab.names.lifecycle)
+    (letter,) = lab.events(lab.names.dead_letter)
+    assert isinstance(failed.fact, JobFailed)
+    assert isinstance(letter.fact, DeadLettered)
+    assert [(e.job_id, e.run, e.release) for e in (failed, letter)] == [(large, 1, 1)] * 2
+    assert (failed.fact.reason, letter.fact.reason) == ("too-large", "too-large")
+    assert "max.message.bytes" in failed.fact.error.message
+    assert letter.fact.spec == spec
+    assert running.alive
+    wait_for(lambda: running.health()["scheduled"] == 0)
+    assert running.coordinator.metrics.registry.get_sample_value("jobledger_coordinator_undeliverable_jobs_total") == 1
 
 
 def test_markers_are_swept_and_lost_offsets_release_nothing_again(lab: Lab) -> None:
