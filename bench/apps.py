@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import os
+import time
+from dataclasses import dataclass
 
 from jobledger import App
 
@@ -24,3 +26,18 @@ async def nap(number: int, seconds: float = 0.05) -> None:
 @app.task(queue="bench")
 def noop_in_thread(number: int) -> None:
     """Nothing, in a thread."""
+
+
+@app.event
+@dataclass(frozen=True)
+class Emitted:
+    """When it was emitted, by this machine's clock (ns)."""
+
+    at_ns: int
+    text: str = "something that happened, in about as many words as such a thing takes"
+
+
+@app.on(Emitted, queue="bench")
+async def handle(event: Emitted) -> float:
+    """Milliseconds since the event was emitted."""
+    return (time.time_ns() - event.at_ns) / 1e6

@@ -6,13 +6,15 @@ This package re-exports what a service uses. Importing it reads no settings and 
 import logging
 
 from jobledger.app import App
-from jobledger.client import JobHandle
+from jobledger.client import EventHandle, JobHandle
 from jobledger.config import Settings
 from jobledger.context import JobContext, current_job
 from jobledger.errors import (
     BadArguments,
+    BadEvent,
     BrokerUnavailable,
     ConfigError,
+    IncompatibleEvent,
     JobCancelled,
     JobExpired,
     JobFailed,
@@ -40,8 +42,11 @@ __all__ = [
     "NO_RETRY",
     "App",
     "BadArguments",
+    "BadEvent",
     "BrokerUnavailable",
     "ConfigError",
+    "EventHandle",
+    "IncompatibleEvent",
     "JobCancelled",
     "JobContext",
     "JobExpired",

@@ -5,10 +5,12 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping
-from typing import Any, ParamSpec, Protocol, TypeVar, overload
+from typing import Any, ParamSpec, Protocol, TypeVar, dataclass_transform, overload
 
-from jobledger.client import Client, JobHandle
+from jobledger.client import Client, EventHandle, JobHandle
 from jobledger.config import Settings
+from jobledger.domain import EventType, Format, as_event_class
+from jobledger.errors import ConfigError
 from jobledger.job import JobStatus, State
 from jobledger.names import Names
 from jobledger.retry import Retry
@@ -17,6 +19,7 @@ from jobledger.task import DEFAULT_PARTITIONS, DEFAULT_QUEUE, JobRequest, Queue,
 
 P = ParamSpec("P")
 R = TypeVar("R")
+E = TypeVar("E")
 
 
 class TaskDecorator(Protocol):
@@ -27,6 +30,13 @@ class TaskDecorator(Protocol):
 
     @overload
     def __call__(self, fn: Callable[P, R], /) -> Task[P, R]: ...
+
+
+class EventDecorator(Protocol):
+    """What ``@app.event(…)`` returns."""
+
+    @dataclass_transform(frozen_default=True)
+    def __call__(self, cls: type[E], /) -> type[E]: ...
 
 
 class App:
@@ -69,6 +79,11 @@ class App:
     def queues(self) -> Mapping[str, Queue]:
         """Queues by name, each with its partition count."""
         return self.registry.queues
+
+    @property
+    def events(self) -> Mapping[str, EventType]:
+        """Event types by name."""
+        return self.registry.events
 
     @property
     def partitions(self) -> int:
@@ -131,6 +146,106 @@ class App:
             return self.registry.add(function, name=name, queue=queue, retry=retry, timeout=timeout, fallback=fallback)
 
         return register if fn is None else register(fn)
+
+    @overload
+    def event(self, cls: type[E], /) -> type[E]: ...
+
+    @overload
+    def event(
+        self,
+        /,
+        *,
+        name: str | None = None,
+        key: str | None = None,
+        topic: str | None = None,
+        format: Format = "jobledger",
+        partitions: int | None = None,
+        retention_days: float | None = None,
+    ) -> EventDecorator: ...
+
+    @dataclass_transform(frozen_default=True)
+    def event(
+        self,
+        cls: type[Any] | None = None,
+        /,
+        *,
+        name: str | None = None,
+        key: str | None = None,
+        topic: str | None = None,
+        format: Format = "jobledger",
+        partitions: int | None = None,
+        retention_days: float | None = None,
+    ) -> Any:
+        """Register a class of domain events; usable bare or with options. A plain class becomes a frozen dataclass;
+        dataclasses, msgspec Structs and pydantic models stay what they are. Its Avro schema is derived from its fields.
+
+        ``name``: what stands in the log, the class's name unless given. ``key``: the field whose value keeps events in
+        order. ``partitions``: of its topic, the app's unless given. ``retention_days``: how long events are kept, for good
+        unless given. ``topic``, ``format``: another program's topic to
+        read from (``"jobledger"`` or ``"json"``); such events cannot be emitted. Raises `ConfigError`.
+        """
+
+        def register(found: type[Any]) -> type[Any]:
+            made = as_event_class(found)
+            self.registry.add_event(
+                made,
+                name=name or made.__name__,
+                key=key,
+                topic=topic,
+                format=format,
+                partitions=partitions,
+                retention_days=retention_days,
+            )
+            return made
+
+        return register if cls is None else register(cls)
+
+    def on(
+        self,
+        event: type[Any],
+        /,
+        *,
+        name: str | None = None,
+        queue: str = DEFAULT_QUEUE,
+        retry: Retry | int | None = None,
+        timeout: float | None = None,
+        fallback: Task[Any, Any] | str | None = None,
+    ) -> TaskDecorator:
+        """Register a function as a handler of an event class: for every event from now on, one job that runs it.
+
+        The function takes the event. Options as for `task`. Events of the past: ``jobledger backfill``. Raises
+        `ConfigError`, `BadEvent` or `UnknownQueue`.
+        """
+        self.registry.event_of(event)
+
+        def register(function: Callable[..., Any]) -> Task[Any, Any]:
+            task = self.registry.add(function, name=name, queue=queue, retry=retry, timeout=timeout, fallback=fallback)
+            try:
+                self.registry.add_handler(event, task)
+            except ConfigError:
+                del self.registry.tasks[task.name]
+                raise
+            return task
+
+        return register
+
+    # -- emitting -------------------------------------------------------------------------------------------------
+
+    def emit(self, event: Any) -> EventHandle:
+        """Write down that something happened; returns once the log has acknowledged it. What follows from it is the
+        handlers' business.
+
+        Raises `BadEvent`, `IncompatibleEvent`, `PayloadTooLarge`, `TopicMissing` or `BrokerUnavailable`.
+        """
+        return self.client.emit(self.registry.event_of(type(event)), event)
+
+    async def emit_async(self, event: Any) -> EventHandle:
+        """`emit` for asyncio: the event loop goes on while the log acknowledges."""
+        return await self.client.emit_async(self.registry.event_of(type(event)), event)
+
+    def emit_many(self, events: Iterable[Any]) -> list[EventHandle]:
+        """Emit events in large batches; handles, in order, once the log has acknowledged all."""
+        return self.client.emit_many((self.registry.event_of(type(event)), event) for event in events)
 
     # -- submitting -----------------------------------------------------------------------------------------------
 

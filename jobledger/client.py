@@ -21,7 +21,9 @@ from confluent_kafka import KafkaError, Message
 
 from jobledger.config import Settings
 from jobledger.context import JobContext, maybe_current_job
+from jobledger.domain import EVENT_HEADER, EventType, earlier_of
 from jobledger.errors import (
+    BadEvent,
     BrokerUnavailable,
     JobCancelled,
     JobExpired,
@@ -33,9 +35,10 @@ from jobledger.errors import (
     StoreNotFound,
 )
 from jobledger.job import JobStatus, State
-from jobledger.log import LogWriter, Outgoing, now_us, position_of, source, translate
+from jobledger.log import Headers, LogWriter, Outgoing, SchemaLookup, now_us, position_of, source, translate
 from jobledger.names import Names
 from jobledger.schemas import codec
+from jobledger.schemas.derive import check_evolution
 from jobledger.schemas.events import JobEvent, JobSpec, JobSubmitted, Position
 from jobledger.task import JobRequest
 
@@ -92,6 +95,18 @@ class JobHandle(Generic[R]):
         return result_of(self.wait(timeout))  # type: ignore[no-any-return]  # what JSON holds is the task's word
 
 
+class EventHandle:
+    """An event the log has acknowledged. ``event_id``: its id; ``position``: where it stands in the log."""
+
+    __slots__ = ("event_id", "position")
+
+    def __init__(self, event_id: str, position: Position) -> None:
+        self.event_id, self.position = event_id, position
+
+    def __repr__(self) -> str:
+        return f"<event {self.event_id} at {self.position}>"
+
+
 def result_of(status: JobStatus) -> Any:
     """The result of an ended job, or the error it ended with."""
     if status.state is State.SUCCEEDED:
@@ -122,6 +137,7 @@ class Client:
         self._single: LogWriter | None = None
         self._bulk: LogWriter | None = None
         self._source = source("client")
+        self._event_schemas: set[bytes] = set()  # published, and judged against what stands on the log
 
     def _after_fork(self) -> None:
         """A forked child must not use its parent's producer: librdkafka's threads did not come along."""
@@ -187,12 +203,16 @@ class Client:
         """Submit one job and wait for its acknowledgement; see `Task.submit` for the errors."""
         writer = self._writer(bulk=False)
         job_id, record = self._outgoing(request, maybe_current_job())
+        return JobHandle(self, job_id, self._sent(writer, record, f"submitting job {job_id}"))
+
+    def _sent(self, writer: LogWriter, record: Outgoing, what: str) -> Position:
+        """Send one record and wait for its acknowledgement."""
         ack = _Ack()
         writer.post(record, ack)
         # librdkafka gives up by itself after submit_timeout; the margin is for its callback to arrive.
         if not ack.event.wait(self.settings.submit_timeout + 5.0):
-            raise BrokerUnavailable(f"job {job_id}: no acknowledgement within {self.settings.submit_timeout:g} s")
-        return JobHandle(self, job_id, ack.position(self.settings, f"submitting job {job_id}"))
+            raise BrokerUnavailable(f"{what}: no acknowledgement within {self.settings.submit_timeout:g} s")
+        return ack.position(self.settings, what)
 
     async def submit_async(self, request: JobRequest[R]) -> JobHandle[R]:
         """`submit` for asyncio; waits without holding the event loop."""
@@ -201,8 +221,12 @@ class Client:
         if writer is None:  # connecting and publishing the schema block; only once
             writer = await loop.run_in_executor(None, self._writer, False)
         job_id, record = self._outgoing(request, maybe_current_job())
+        return JobHandle(self, job_id, await self._acknowledged(writer, record, f"submitting job {job_id}"))
+
+    async def _acknowledged(self, writer: LogWriter, record: Outgoing, what: str) -> Position:
+        """Send one record and wait for its acknowledgement without holding the event loop."""
+        loop = asyncio.get_running_loop()
         future: asyncio.Future[Position] = loop.create_future()
-        what = f"submitting job {job_id}"
 
         def settle(error: KafkaError | None, position: Position) -> None:
             if future.done():
@@ -216,18 +240,77 @@ class Client:
             loop.call_soon_threadsafe(settle, error, position_of(message))
 
         await _post_async(writer, record, delivered)
-        return JobHandle(self, job_id, await future)
+        return await future
 
     def submit_many(self, requests: Iterable[JobRequest[R]]) -> list[JobHandle[R]]:
         """Submit jobs in large batches and wait for every acknowledgement; handles in order.
 
         If one fails, the error is raised after the others have been settled; the jobs before it may have been accepted.
         """
-        many: _Many[R] = _Many(self, self._writer(bulk=True))
+        many = _Many(self.settings, self._writer(bulk=True), "jobs")
         inside = maybe_current_job()
         for request in requests:
             many.add(*self._outgoing(request, inside))
-        return many.finish()
+        return [JobHandle(self, job_id, position) for job_id, position in many.finish()]
+
+    # -- events ---------------------------------------------------------------------------------------------------
+
+    def _event(self, kind: EventType, event: Any, inside: JobContext | None) -> tuple[str, Outgoing]:
+        """The event's id and its record. Emitted by a job, the id follows from the job: a rerun says nothing new."""
+        value, key = kind.encode(event)
+        if inside is None:
+            event_id, trace = str(uuid_utils.uuid7()), None
+        else:
+            event_id, trace = inside.child_id(f"event {kind.name}", value), inside.trace
+        headers: Headers = [(EVENT_HEADER, event_id.encode()), ("jl-source", self._source.encode())]
+        if trace is not None:
+            headers.append(("traceparent", trace.encode()))
+        return event_id, Outgoing(kind.topic, value, key or event_id, None, headers)
+
+    def _published(self, kind: EventType) -> None:
+        """See to it that the event's schema is on the log, once; it must read what stands there already."""
+        if kind.fingerprint in self._event_schemas:
+            return
+        if kind.foreign:
+            raise BadEvent(
+                f"event {kind.name!r} stands on {kind.topic}, a topic of others: it can be handled, not emitted"
+            )
+        lookup = SchemaLookup(self.settings, self.names)
+        try:
+            known = lookup.all()
+        finally:
+            lookup.close()
+        check_evolution(kind.name, kind.schema, earlier_of(kind, known))
+        if kind.fingerprint not in known:
+            record = Outgoing(self.names.schemas, kind.schema.encode(), kind.fingerprint.hex())
+            self._writer(bulk=False).send([record])
+        self._event_schemas.add(kind.fingerprint)
+
+    def emit(self, kind: EventType, event: Any) -> EventHandle:
+        """Write one event and wait for its acknowledgement; see `App.emit` for the errors."""
+        event_id, record = self._event(kind, event, maybe_current_job())
+        self._published(kind)
+        return EventHandle(event_id, self._sent(self._writer(bulk=False), record, f"emitting {kind.name} {event_id}"))
+
+    async def emit_async(self, kind: EventType, event: Any) -> EventHandle:
+        """`emit` for asyncio; waits without holding the event loop."""
+        event_id, record = self._event(kind, event, maybe_current_job())
+        writer = self._single if self._single is not None and self._pid == os.getpid() else None
+        if writer is None or kind.fingerprint not in self._event_schemas:
+            loop = asyncio.get_running_loop()
+            await loop.run_in_executor(None, self._published, kind)
+            writer = await loop.run_in_executor(None, self._writer, False)
+        position = await self._acknowledged(writer, record, f"emitting {kind.name} {event_id}")
+        return EventHandle(event_id, position)
+
+    def emit_many(self, events: Iterable[tuple[EventType, Any]]) -> list[EventHandle]:
+        """Write events in large batches and wait for every acknowledgement; handles in order."""
+        many = _Many(self.settings, self._writer(bulk=True), "events")
+        inside = maybe_current_job()
+        for kind, event in events:
+            self._published(kind)
+            many.add(*self._event(kind, event, inside))
+        return [EventHandle(event_id, position) for event_id, position in many.finish()]
 
     # -- asking ---------------------------------------------------------------------------------------------------
 
@@ -311,15 +394,15 @@ class _Ack:
         return self._position
 
 
-class _Many(Generic[R]):
-    """The acknowledgements of one `submit_many`, with a bound on how many are outstanding.
+class _Many:
+    """The acknowledgements of one `submit_many` or `emit_many`, with a bound on how many are outstanding.
 
-    The caller's own thread serves the callbacks, between jobs: a second thread would fight for the interpreter.
+    The caller's own thread serves the callbacks, between records: a second thread would fight for the interpreter.
     """
 
-    def __init__(self, client: Client, writer: LogWriter) -> None:
-        self._client, self._writer = client, writer
-        self._jobs: list[tuple[str, str]] = []
+    def __init__(self, settings: Settings, writer: LogWriter, what: str) -> None:
+        self._settings, self._writer, self._what = settings, writer, what
+        self._added: list[tuple[str, str]] = []
         self._places: dict[int, tuple[int, int]] = {}
         self._settled = 0
         self._failed: KafkaError | None = None
@@ -331,39 +414,36 @@ class _Many(Generic[R]):
             self._failed = self._failed or error
         self._settled += 1
 
-    def add(self, job_id: str, record: Outgoing) -> None:
-        """Send one more job; waits while `WINDOW` are outstanding."""
-        index = len(self._jobs)
+    def add(self, identity: str, record: Outgoing) -> None:
+        """Send one more; waits while `WINDOW` are outstanding."""
+        index = len(self._added)
         if not index % CHUNK:
             self._writer.producer.poll(0)
             if index - self._settled >= WINDOW:
                 self._await(WINDOW - CHUNK)
         self._writer.post(record, partial(self._delivered, index))
-        self._jobs.append((job_id, record.topic))
+        self._added.append((identity, record.topic))
 
     def _await(self, outstanding: int) -> None:
         """Serve callbacks until no more than ``outstanding`` are missing; bounded from the last one that came."""
-        patience = self._client.settings.submit_timeout + 5.0
+        patience = self._settings.submit_timeout + 5.0
         settled, since = self._settled, time.monotonic()
-        while len(self._jobs) - self._settled > outstanding:
+        while len(self._added) - self._settled > outstanding:
             self._writer.producer.poll(0.05)
             if self._settled != settled:
                 settled, since = self._settled, time.monotonic()
             elif time.monotonic() - since > patience:
-                missing = len(self._jobs) - self._settled
-                raise BrokerUnavailable(f"{missing} of {len(self._jobs)} submissions were not acknowledged in time")
+                missing = len(self._added) - self._settled
+                raise BrokerUnavailable(f"{missing} of {len(self._added)} {self._what} were not acknowledged in time")
 
-    def finish(self) -> list[JobHandle[R]]:
-        """All handles in order, or the first error."""
+    def finish(self) -> list[tuple[str, Position]]:
+        """The id and the position of each in order, or the first error."""
         self._await(0)
         if self._failed is not None:
-            what = f"{len(self._places)} of {len(self._jobs)} jobs were accepted; the others"
-            raise translate(self._failed, self._client.settings, what)
+            what = f"{len(self._places)} of {len(self._added)} {self._what} were accepted; the others"
+            raise translate(self._failed, self._settings, what)
         places = self._places
-        return [
-            JobHandle(self._client, job_id, Position(topic, *places[index]))
-            for index, (job_id, topic) in enumerate(self._jobs)
-        ]
+        return [(identity, Position(topic, *places[index])) for index, (identity, topic) in enumerate(self._added)]
 
 
 async def _post_async(
@@ -381,4 +461,4 @@ def jsonable(value: Any) -> Any:
     return msgspec.to_builtins(value, enc_hook=str)
 
 
-__all__ = ["Client", "JobHandle", "JobledgerError", "StatusSource", "jsonable", "result_of"]
+__all__ = ["Client", "EventHandle", "JobHandle", "JobledgerError", "StatusSource", "jsonable", "result_of"]

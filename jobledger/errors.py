@@ -4,7 +4,9 @@
 ├── ``ConfigError``              the app, a setting or an option is wrong; raised when the app is loaded or called
 │   ├── ``UnknownTask``          a task name nobody registered
 │   ├── ``UnknownQueue``         a queue the app does not declare
-│   └── ``BadArguments``         arguments that do not fit the task's signature
+│   ├── ``BadArguments``         arguments that do not fit the task's signature
+│   ├── ``BadEvent``             an event whose values do not fit its class
+│   └── ``IncompatibleEvent``    an event class that cannot read what earlier ones wrote
 ├── ``BrokerUnavailable``        no broker answered within the bound
 ├── ``PayloadTooLarge``          one record would exceed the broker's limit
 ├── ``TopicMissing``             a topic the app needs is not there
@@ -46,6 +48,14 @@ class UnknownQueue(ConfigError):
 
 class BadArguments(ConfigError):
     """The arguments do not fit the task's signature, or cannot be written as JSON."""
+
+
+class BadEvent(ConfigError):
+    """The event's values do not fit its class, or its class is no event of the app."""
+
+
+class IncompatibleEvent(ConfigError):
+    """The event's class cannot read what an earlier version of it wrote to the log."""
 
 
 class BrokerUnavailable(JobledgerError):

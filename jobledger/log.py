@@ -414,6 +414,17 @@ class SchemaLookup:
                     raise
             return self._known.get(fingerprint)
 
+    def all(self) -> dict[bytes, str]:
+        """Every published schema by its fingerprint. Raises `BrokerUnavailable`, `TopicMissing`."""
+        with self._lock:
+            self._read()
+            return dict(self._known)
+
+    def close(self) -> None:
+        """Give the connection back; the next question opens a new one."""
+        with self._lock:
+            self._drop()
+
     def _drop(self) -> None:
         """Begin anew next time: a client that saw the broker go may believe for minutes that there is no such topic."""
         reader, self._reader = self._reader, None

@@ -63,6 +63,15 @@ class Names:
         """Compacted: every writer's schema by its fingerprint."""
         return f"{self.namespace}.schemas"
 
+    def events(self, name: str) -> str:
+        """The topic of one class of domain events."""
+        return f"{self.namespace}.events.{name}"
+
+    @property
+    def router_group(self) -> str:
+        """The consumer group that turns domain events into jobs."""
+        return f"{self.namespace}.router"
+
     def worker_group(self, queue: str) -> str:
         """The consumer group that runs a queue."""
         return f"{self.namespace}.worker.{queue}"

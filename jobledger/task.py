@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any, Generic, ParamSpec, Protocol, TypeVar
 
 import msgspec
 
-from jobledger.errors import BadArguments, ConfigError, UnknownQueue, UnknownTask
+from jobledger.domain import EventType, Handler
+from jobledger.errors import BadArguments, BadEvent, ConfigError, UnknownQueue, UnknownTask
 from jobledger.names import Names, check_name
 from jobledger.retry import Retry, check_delay
 
@@ -225,6 +226,9 @@ class Registry:
         self.partitions = check_partitions(partitions, "App(partitions=…)")
         self.submitter = submitter
         self.tasks: dict[str, Task[Any, Any]] = {}
+        #: Event types by name, and the handlers of each.
+        self.events: dict[str, EventType] = {}
+        self.handlers: dict[str, list[Handler]] = {}
         self._declared: dict[str, Queue] | None = None
         if queues is not None:
             declared = [q if isinstance(q, Queue) else Queue(q) for q in queues]
@@ -296,6 +300,43 @@ class Registry:
             raise UnknownTask(
                 f"task {name!r} is not registered with app {self.names.namespace!r}: it has {sorted(self.tasks)}"
             ) from None
+
+    def add_event(self, cls: type[Any], **options: Any) -> EventType:
+        """Register a class of events; `ConfigError` for a name or topic that is taken."""
+        made = EventType(cls, names=self.names, **options)
+        other = self.events.get(made.name)
+        if other is not None and _origin(other.cls) != _origin(cls):
+            raise ConfigError(f"event {made.name!r} is already registered; give one of the two @app.event(name=…)")
+        same = [e for e in self.events.values() if e.topic == made.topic and e.name != made.name]
+        if same:
+            raise ConfigError(f"event {made.name!r}: topic {made.topic!r} is that of event {same[0].name!r} already")
+        self.events[made.name] = made
+        return made
+
+    def event_of(self, cls: type[Any]) -> EventType:
+        """The event type of a class, or `BadEvent` naming those there are."""
+        for found in self.events.values():
+            if found.cls is cls:
+                return found
+        raise BadEvent(
+            f"{getattr(cls, '__qualname__', cls)!r} is no event of app {self.names.namespace!r}: it has "
+            f"{sorted(self.events)}; decorate the class with @app.event"
+        )
+
+    def add_handler(self, cls: type[Any], task: Task[Any, Any]) -> Handler:
+        """Let ``task`` handle events of ``cls``. A module that is loaded again replaces its own handlers."""
+        made = Handler(self.event_of(cls), task)
+        known = self.handlers.setdefault(made.event.name, [])
+        known[:] = [*(h for h in known if h.task.name != task.name), made]
+        return made
+
+    def handler(self, name: str) -> Handler:
+        """The handler of this name, or `UnknownTask` naming those there are."""
+        found = [handler for handlers in self.handlers.values() for handler in handlers]
+        for handler in found:
+            if handler.task.name == name:
+                return handler
+        raise UnknownTask(f"no handler is called {name!r}: there are {sorted(h.task.name for h in found)}")
 
     def check(self) -> None:
         """What can be judged only when every task is there: fallbacks. Raises `ConfigError`; run when an app is loaded."""

@@ -105,9 +105,11 @@ class Supervisor:
         self._inbox.put(("stop", "", 0))
 
     def restart(self, names: Sequence[str]) -> None:
-        """Stop these children cleanly and start them again at once; counts as no death. From any thread."""
+        """Stop these children, as far as there are such, cleanly and start them again at once; counts as no death. From
+        any thread."""
         for name in names:
-            self._inbox.put(("restart", name, 0))
+            if name in self._running:
+                self._inbox.put(("restart", name, 0))
 
     def run(self) -> int:
         """Run until stopped; 0, or 1 if a child died too often. In the main thread SIGINT, SIGTERM, SIGHUP stop it."""

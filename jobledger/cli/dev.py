@@ -31,7 +31,7 @@ KILL_AFTER_S = 15.0
 #: Seconds that the new code may take to be imported and its topics to be made.
 CHECK_TIMEOUT_S = 60.0
 
-PARTS = ("worker", "coordinator", "materializer")
+PARTS = ("worker", "router", "coordinator", "materializer")
 
 
 def dev(
@@ -67,6 +67,8 @@ def dev(
         more = [] if concurrency is None else ["--concurrency", str(concurrency)]
         work = command("worker", target, "--bootstrap", address, "--grace", str(WORKER_GRACE_S), *more)
         children = [Child("worker", work), *stream_children(target, address, status_url)]
+        if app.registry.handlers:
+            children.insert(1, Child("router", command("router", target, "--bootstrap", address)))
         # A developer's process may die as often as it likes: the next change may be the cure.
         supervisor = Supervisor(
             children,
@@ -152,7 +154,7 @@ def _watch(supervisor: Supervisor, target: str, address: str, folders: Sequence[
             return
         if fits:
             supervisor.say(f"{shown} changed: reloading the worker")
-            supervisor.restart(["worker"])
+            supervisor.restart(["worker", "router"])
         else:
             supervisor.say(f"{shown} changed: the running code stays until this is mended")
 

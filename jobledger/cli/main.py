@@ -36,6 +36,7 @@ RUN, ASK, OPERATE = "Run", "Submit and ask", "Operate"
 _COMMANDS: tuple[tuple[str, str, Callable[..., None], str], ...] = (
     (RUN, "dev", dev.dev, "Everything in one terminal, reloading on change."),
     (RUN, "worker", running.worker, "Run jobs."),
+    (RUN, "router", running.router, "Submit a job for each handler of each domain event."),
     (RUN, "streams", running.streams, "Run the stream processor: coordinator and materializer."),
     (RUN, "coordinator", running.coordinator, "Let delayed and retried jobs go when they are due."),
     (RUN, "materializer", running.materializer, "Keep the status table abreast of the log."),

@@ -36,6 +36,7 @@ STREAMS_GRACE_S = 30.0
 #: The colour of each part's name before its lines.
 PART_STYLES = {
     "worker": "green",
+    "router": "cyan",
     "coordinator": "magenta",
     "materializer": "blue",
     "kafka": "yellow",
@@ -158,6 +159,18 @@ def _worker_processes(
         port = [] if metrics_port is None else ["--metrics-port", str(metrics_port + number if metrics_port else 0)]
         children.append(Child(f"worker-{number + 1}", command("worker", *words, *port)))
     raise typer.Exit(supervised(children, restarts=5, grace=options.grace + 15.0))
+
+
+def router(target: Target, bootstrap: Bootstrap = None, metrics_port: MetricsPort = None) -> None:
+    """Submit a job for each handler of each domain event, until SIGTERM or Ctrl-C. Several share the partitions."""
+    logs.set_up()
+    app = load_app(target, bootstrap=bootstrap)
+    from jobledger.cli.metrics import serving
+    from jobledger.consumers.router import Router
+
+    made = Router(app.registry, app.settings)
+    with serving(metrics_port, "jobledger_router", made.health), stopping() as stop:
+        made.run(stop)
 
 
 def coordinator(target: Target, bootstrap: Bootstrap = None, metrics_port: MetricsPort = None) -> None:

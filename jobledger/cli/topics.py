@@ -81,9 +81,7 @@ def _plan(target: str, bootstrap: str | None, replication: int | None) -> tuple[
     address = loaded.settings.resolve_bootstrap()
     admin = log.admin(loaded.settings)
     copies = replication or topics.default_replication(admin, address=address)
-    queues = topics.queue_partitions(loaded)
-    specs = topics.desired(loaded.names, queues, partitions=loaded.partitions, replication=copies)
-    made = topics.plan(admin, specs, topics.worker_groups(loaded.names, queues), address=address)
+    made = topics.plan(admin, *topics.wanted(loaded, copies), address=address)
     return admin, made, address
 
 

@@ -141,6 +141,19 @@ class HasPartitions(Protocol):
     def partitions(self) -> int | None: ...
 
 
+class HasTopic(HasPartitions, Protocol):
+    """A class of events, as far as its topic is concerned. ``foreign``: the topic is another program's business."""
+
+    @property
+    def topic(self) -> str: ...
+
+    @property
+    def foreign(self) -> bool: ...
+
+    @property
+    def retention_days(self) -> float | None: ...
+
+
 class DeclaresTopics(Protocol):
     """An app, as far as its topics are concerned."""
 
@@ -151,13 +164,23 @@ class DeclaresTopics(Protocol):
     def queues(self) -> Mapping[str, HasPartitions]: ...
 
     @property
+    def events(self) -> Mapping[str, HasTopic]: ...
+
+    @property
     def partitions(self) -> int: ...
 
 
-def desired(names: Names, queues: Mapping[str, int], *, partitions: int, replication: int) -> list[TopicSpec]:
+def desired(
+    names: Names,
+    queues: Mapping[str, int],
+    *,
+    partitions: int,
+    replication: int,
+    events: Iterable[HasTopic] = (),
+) -> list[TopicSpec]:
     """Every topic that a namespace needs: pure.
 
-    ``queues``: partitions of each queue's work topic. ``partitions``: of coordination, dead-letter and the
+    ``queues``: partitions of each queue's work topic. ``events``: whose own topics are needed. ``partitions``: of coordination, dead-letter and the
     coordinator's changelog, and the least that lifecycle gets. ``replication``: copies of each partition; from three
     on, two must have a record before it is acknowledged. Raises `ConfigError` for a count below 1.
     """
@@ -172,6 +195,10 @@ def desired(names: Names, queues: Mapping[str, int], *, partitions: int, replica
     kept = {**base, "cleanup.policy": "delete", "retention.ms": "-1", "retention.bytes": "-1"}
     compacted = {**base, "cleanup.policy": "compact", "segment.bytes": str(COMPACTED_SEGMENT_BYTES)}
     specs = [TopicSpec(names.jobs(queue), count, replication, kept) for queue, count in sorted(queues.items())]
+    for event in sorted((e for e in events if not e.foreign), key=lambda e: e.topic):
+        days = event.retention_days
+        retention = {} if days is None else {"retention.ms": str(round(days * 86_400_000))}
+        specs.append(TopicSpec(event.topic, event.partitions or partitions, replication, {**kept, **retention}))
     specs += [
         TopicSpec(
             names.lifecycle,
@@ -212,13 +239,22 @@ def changelog(names: Names) -> str:
     return f"{names.coordinator_group}-schedules-changelog"
 
 
-def worker_groups(names: Names, queues: Iterable[str]) -> list[GroupSpec]:
-    """The settings of every queue's worker group: pure."""
+def worker_groups(names: Names, queues: Iterable[str], *, routed: bool = False) -> list[GroupSpec]:
+    """The settings of every queue's worker group, and of the router's if there is one: pure."""
     config = {
         "consumer.session.timeout.ms": str(SESSION_TIMEOUT_MS),
         "consumer.heartbeat.interval.ms": str(HEARTBEAT_INTERVAL_MS),
     }
-    return [GroupSpec(names.worker_group(queue), config) for queue in sorted(queues)]
+    groups = [names.worker_group(queue) for queue in sorted(queues)]
+    return [GroupSpec(name, config) for name in [*groups, *([names.router_group] if routed else [])]]
+
+
+def wanted(app: DeclaresTopics, replication: int) -> tuple[list[TopicSpec], list[GroupSpec]]:
+    """Every topic and group that an app needs: pure."""
+    queues = queue_partitions(app)
+    events = list(app.events.values())
+    specs = desired(app.names, queues, partitions=app.partitions, replication=replication, events=events)
+    return specs, worker_groups(app.names, queues, routed=bool(events))
 
 
 def compare(spec: TopicSpec, partitions: int | None, config: Mapping[str, str | None]) -> list[Change]:
@@ -303,9 +339,7 @@ def ensure(app: DeclaresTopics, settings: Settings, replication: int = 1) -> Pla
     """
     address = settings.resolve_bootstrap()
     admin = log.admin(settings)
-    queues = queue_partitions(app)
-    specs = desired(app.names, queues, partitions=app.partitions, replication=replication)
-    made = plan(admin, specs, worker_groups(app.names, queues), address=address)
+    made = plan(admin, *wanted(app, replication), address=address)
     apply(admin, made, address=address)
     return made
 

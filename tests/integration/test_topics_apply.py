@@ -17,6 +17,7 @@ from confluent_kafka.admin import (  # type: ignore[attr-defined]  # re-exported
 
 from jobledger import log
 from jobledger.config import Settings
+from jobledger.domain import EventType
 from jobledger.errors import BrokerUnavailable, ConfigError
 from jobledger.kafka import topics
 from jobledger.kafka.topics import Plan, Step
@@ -36,6 +37,7 @@ class App:
 
     names: Names
     queues: Mapping[str, Queue] = field(default_factory=lambda: {"default": Queue(None), "mail": Queue(6)})
+    events: Mapping[str, EventType] = field(default_factory=dict)
     partitions: int = 3
 
 

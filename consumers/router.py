@@ -1,0 +1,340 @@
+"""The router: reads domain events and submits one job for each of their handlers. Keeps no state and asks nobody.
+
+A job's id follows from the event's and the handler's, so whatever is routed again, after a crash or by a successor, is
+the same job. Offsets are committed after every job of a batch has been acknowledged; so nothing is skipped, either.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+from confluent_kafka import Consumer, KafkaError, KafkaException, Message, TopicPartition
+
+from jobledger.config import Settings
+from jobledger.consumers.facts import Facts
+from jobledger.consumers.send import BY_KEY, Sender
+from jobledger.domain import EVENT_TAG, EventType, Handler, earlier_of, event_id_of
+from jobledger.errors import BrokerUnavailable, ConfigError, JobledgerError, PayloadTooLarge, SchemaError
+from jobledger.log import LogWriter, Outgoing, SchemaLookup, consumer_config, now_us, partitions_of, source, translate
+from jobledger.schemas import codec
+from jobledger.schemas.derive import check_evolution
+from jobledger.schemas.events import JobEvent, JobSpec, JobSubmitted
+from jobledger.task import Registry
+
+LOG = logging.getLogger("jobledger.router")
+
+#: Events of one batch: what a crash routes again at most, besides what a commit had not reached.
+BATCH = 1_000
+#: Seconds between two commits, and that a poll waits for the first event of a batch.
+COMMIT_INTERVAL_S, POLL_S = 0.1, 0.1
+#: How often a record is sent again that was not delivered, before the router gives up.
+RESENDS = 3
+#: Seconds the broker may take to answer at the start.
+START_TIMEOUT_S = 30.0
+
+
+class Routes:
+    """What becomes of one event: the jobs of its handlers. Pure but for ``lookup``, which is asked for unknown schemas."""
+
+    def __init__(
+        self,
+        registry: Registry,
+        facts: Facts,
+        writer: str,
+        handlers: Iterable[Handler],
+        lookup: Callable[[bytes], str | None],
+    ) -> None:
+        self._names, self._facts, self._source, self._lookup = registry.names, facts, writer, lookup
+        self._by_topic: dict[str, tuple[EventType, list[Handler]]] = {}
+        for handler in handlers:
+            self._by_topic.setdefault(handler.event.topic, (handler.event, []))[1].append(handler)
+
+    @property
+    def topics(self) -> list[str]:
+        """The topics to be read."""
+        return sorted(self._by_topic)
+
+    def jobs(self, message: Message) -> list[tuple[str, Outgoing]]:
+        """The jobs that follow from a record, by id. Raises `SchemaError` for bytes that are no such event."""
+        kind, handlers = self._by_topic[message.topic() or ""]
+        plain = kind.decode(message.value(), self._lookup)
+        headers: dict[str, Any] = dict(message.headers() or ())
+        event_id = event_id_of(headers, kind.topic, message.partition() or 0, message.offset() or 0)
+        trace = headers.get("traceparent")
+        return [
+            self._job(handler, event_id, plain, trace.decode(errors="replace") if isinstance(trace, bytes) else None)
+            for handler in handlers
+        ]
+
+    def _job(self, handler: Handler, event_id: str, plain: dict[str, Any], trace: str | None) -> tuple[str, Outgoing]:
+        task = handler.task
+        job_id = handler.job_id(event_id)
+        spec = JobSpec(handler.args(plain), {EVENT_TAG: event_id})
+        event = JobEvent(
+            job_id,
+            job_id,
+            1,
+            1,
+            1,
+            now_us(),
+            task.name,
+            task.queue,
+            None,
+            None,
+            self._source,
+            trace,
+            JobSubmitted(spec),
+        )
+        return job_id, Outgoing(self._names.jobs(task.queue), codec.encode(event), job_id)
+
+    def rejected(self, message: Message, why: str) -> Outgoing:
+        """The dead letter of a record that is no event, whole."""
+        key, value = message.key(), message.value()
+        return self._facts.rejected(
+            message.topic() or "",
+            message.partition() or 0,
+            message.offset() or 0,
+            key if isinstance(key, bytes) else None,
+            value if isinstance(value, bytes) else None,
+            why,
+        )
+
+
+class Batch:
+    """Records on their way: each is sent again a few times if need be, until all are acknowledged."""
+
+    def __init__(self, sender: Sender, address: str) -> None:
+        self._sender, self._address = sender, address
+        self._open = 0
+        self._error: JobledgerError | None = None
+        self._too_large: list[tuple[Message, Outgoing]] = []
+
+    def send(self, origin: Message, record: Outgoing) -> None:
+        """Queue a record that follows from ``origin``. Raises `BrokerUnavailable` or `TopicMissing`."""
+        self._open += 1
+        self._send(origin, record, 0, alone=False)
+
+    def _send(self, origin: Message, record: Outgoing, tries: int, *, alone: bool) -> None:
+        def delivered(error: KafkaError | None, message: Message) -> None:
+            if error is None:
+                self._open -= 1
+                return
+            try:
+                if error.code() == KafkaError.MSG_SIZE_TOO_LARGE:
+                    # The broker refuses a batch as a whole: whose fault it is shows when each record goes alone.
+                    if alone:
+                        self._open -= 1
+                        self._too_large.append((origin, record))
+                    else:
+                        self._send(origin, record, tries, alone=True)
+                elif error.fatal() or tries >= RESENDS:
+                    raise BrokerUnavailable(
+                        f"a record for {record.topic} could not be delivered ({error.str()}; sent {tries + 1} times): "
+                        f"{self._address} does not take it. Its event was not committed; the next router takes it up"
+                    )
+                else:
+                    self._send(origin, record, tries + 1, alone=alone)
+            except JobledgerError as exc:
+                self._error = self._error or exc
+
+        assert record.value is not None
+        if alone:
+            assert record.key is not None
+            self._sender.send_alone(record.topic, record.value, record.key, BY_KEY, delivered)
+        else:
+            self._sender.send(record.topic, record.value, record.key, BY_KEY, delivered)
+
+    def settle(self) -> list[tuple[Message, Outgoing]]:
+        """Wait until everything is acknowledged. Raises what kept a record from being so. Returns those that their topic
+        refuses for their size, with the records that they follow from."""
+        while self._open and self._error is None:
+            self._sender.poll(0.05)
+        if self._error is not None:
+            raise self._error
+        refused, self._too_large = self._too_large, []
+        return refused
+
+
+class Router:
+    """One router process's machinery; `run` blocks until it is told to stop or an error. Use once.
+
+    Raises `ConfigError` if the app has no handlers.
+    """
+
+    def __init__(self, registry: Registry, settings: Settings) -> None:
+        registry.check()
+        self.registry, self.settings, self.names = registry, settings, registry.names
+        self._handlers = [handler for handlers in registry.handlers.values() for handler in handlers]
+        if not self._handlers:
+            raise ConfigError(f"app {self.names.namespace!r} has no handlers: decorate a function with @app.on(Event)")
+        self._lookup = SchemaLookup(settings, self.names)
+        writer = source("router")
+        facts = Facts(registry, writer, settings.max_record_bytes)
+        self.routes = Routes(registry, facts, writer, self._handlers, self._lookup)
+        self._address = settings.bootstrap or "the embedded broker"
+        self.events = self.jobs = self.rejected = 0
+        self.partitions: dict[tuple[str, int], int] = {}  # owned: the next offset to be committed, -1 before the first
+        self.started_at = time.monotonic()
+
+    def health(self) -> dict[str, Any]:
+        """What it has done so far, as plain values."""
+        return {
+            "uptime": round(time.monotonic() - self.started_at, 1),
+            "partitions": len(self.partitions),
+            "events": self.events,
+            "jobs": self.jobs,
+            "rejected": self.rejected,
+        }
+
+    # -- start ----------------------------------------------------------------------------------------------------
+
+    def _prepare(self) -> None:
+        """Topics are there, our schema is published, and the handlers' classes read what was written before them."""
+        queues = {self.names.jobs(handler.task.queue) for handler in self._handlers}
+        for topic in sorted({*self.routes.topics, *queues, self.names.dead_letter}):
+            partitions_of(self.settings, topic)
+        writer = LogWriter(self.settings, self.names)
+        try:
+            writer.ensure_schema()
+        finally:
+            writer.close(1.0)
+        known = self._lookup.all()
+        for kind in {handler.event.name: handler.event for handler in self._handlers}.values():
+            if not kind.foreign:
+                check_evolution(kind.name, kind.schema, earlier_of(kind, known))
+
+    def _patiently(self, stop: threading.Event) -> None:
+        deadline = time.monotonic() + START_TIMEOUT_S
+        while True:
+            try:
+                self.settings.resolve_bootstrap()
+                return self._prepare()
+            except BrokerUnavailable:
+                if stop.is_set() or time.monotonic() > deadline:
+                    raise
+                LOG.warning("no broker answers yet")
+                stop.wait(1.0)
+
+    # -- run ------------------------------------------------------------------------------------------------------
+
+    def run(self, stop: threading.Event) -> None:
+        """Route until ``stop`` is set. Raises what keeps it from going on; nothing that was not acknowledged is committed then."""
+        self._patiently(stop)
+        sender = Sender(self.settings, 1.0)
+        consumer = Consumer(
+            consumer_config(
+                self.settings,
+                group=self.names.router_group,
+                **{"group.protocol": "consumer", "queued.max.messages.kbytes": 16_384, "fetch.error.backoff.ms": 100},
+            )
+        )
+        try:
+            consumer.subscribe(
+                self.routes.topics, on_assign=self._on_assign, on_revoke=self._on_revoke, on_lost=self._on_lost
+            )
+            self._loop(consumer, sender, stop)
+            self._commit(consumer)
+        except KafkaException as exc:
+            raise translate(exc.args[0], self.settings, "reading events") from exc
+        finally:
+            consumer.close()
+            sender.close()
+            self._lookup.close()
+
+    def _loop(self, consumer: Consumer, sender: Sender, stop: threading.Event) -> None:
+        committed_at = 0.0
+        while not stop.is_set():
+            first = consumer.poll(POLL_S)
+            if first is not None:
+                self._route([first, *consumer.consume(BATCH - 1, 0)], sender)
+            now = time.monotonic()
+            if now - committed_at >= COMMIT_INTERVAL_S:
+                committed_at = now
+                self._commit(consumer)
+
+    def _route(self, messages: Sequence[Message], sender: Sender) -> None:
+        """Everything that follows from these records, acknowledged."""
+        batch = Batch(sender, self._address)
+        ends: dict[tuple[str, int], int] = {}
+        routed = 0
+        for message in messages:
+            error = message.error()
+            if error is not None:
+                self._message_error(error)
+                continue
+            where = (message.topic() or "", message.partition() or 0)
+            if where not in self.partitions:
+                continue  # revoked meanwhile
+            ends[where] = (message.offset() or 0) + 1
+            self.events += 1
+            try:
+                for _, record in self.routes.jobs(message):
+                    self._check_size(record)
+                    batch.send(message, record)
+                    routed += 1
+            except SchemaError as exc:
+                self._reject(batch, message, str(exc))
+        for message, record in batch.settle():
+            routed -= 1
+            why = f"its job makes a record of {len(record.value or b'')} bytes, above what {record.topic} takes"
+            self._reject(batch, message, f"{why} (max.message.bytes)")
+        if batch.settle():  # dead letters
+            raise PayloadTooLarge(
+                f"{self.names.dead_letter} takes less (max.message.bytes) than the topics of events: raise it"
+            )
+        self.jobs += routed
+        self.partitions.update(ends)
+
+    def _check_size(self, record: Outgoing) -> None:
+        limit = self.settings.max_record_bytes
+        if record.value is not None and len(record.value) > limit:
+            raise SchemaError(
+                f"its job makes a record of {len(record.value)} bytes, above the limit of {limit} bytes "
+                "(JOBLEDGER_MAX_RECORD_BYTES)"
+            )
+
+    def _reject(self, batch: Batch, message: Message, why: str) -> None:
+        self.rejected += 1
+        LOG.error("%s[%s]@%s goes to the dead letters: %s", message.topic(), message.partition(), message.offset(), why)
+        batch.send(message, self.routes.rejected(message, why))
+
+    def _message_error(self, error: KafkaError) -> None:
+        code = error.code()
+        if error.fatal() or code in (KafkaError.GROUP_AUTHORIZATION_FAILED, KafkaError.TOPIC_AUTHORIZATION_FAILED):
+            raise translate(error, self.settings, "reading events")
+        LOG.warning("reading events: %s", error.str())
+
+    def _commit(self, consumer: Consumer) -> None:
+        """Commit what is acknowledged. A commit that fails is not repeated: the next says more, or the next owner routes
+        the same jobs again."""
+        due = [TopicPartition(t, p, offset) for (t, p), offset in self.partitions.items() if offset >= 0]
+        if not due:
+            return
+        try:
+            results = consumer.commit(offsets=due, asynchronous=False) or ()
+        except KafkaException as exc:
+            LOG.info("commit refused: %s", exc.args[0].str())
+            return
+        for done in results:
+            if done.error is None and self.partitions.get((done.topic, done.partition)) == done.offset:
+                self.partitions[done.topic, done.partition] = -1
+
+    # -- rebalances: run inside poll, where nothing is under way ------------------------------------------------------
+
+    def _on_assign(self, consumer: Consumer, assigned: list[TopicPartition]) -> None:
+        for where in assigned:
+            self.partitions[where.topic, where.partition] = -1
+        if assigned:
+            LOG.info("assigned %s", [f"{w.topic}[{w.partition}]" for w in assigned])
+
+    def _on_revoke(self, consumer: Consumer, revoked: list[TopicPartition]) -> None:
+        self._commit(consumer)
+        self._on_lost(consumer, revoked)
+
+    def _on_lost(self, consumer: Consumer, lost: list[TopicPartition]) -> None:
+        for where in lost:
+            self.partitions.pop((where.topic, where.partition), None)

@@ -1,0 +1,186 @@
+"""Domain events: what happened in a service, as a class; and the handlers that become jobs of it.
+
+An event type is a class with fields, its Avro schema and its topic. A handler is a task that takes one event: for each
+pair of event and handler there is one job, whose id is a function of both.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import io
+import json
+import uuid
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, Literal
+
+import fastavro
+import msgspec
+
+from jobledger.errors import BadEvent, ConfigError, NotAnEvent, SchemaError, UnknownSchema
+from jobledger.names import Names, check_name
+from jobledger.schemas import codec
+from jobledger.schemas.derive import derive, dumper, is_pydantic
+
+if TYPE_CHECKING:
+    from jobledger.task import Task
+
+#: How values stand on a topic: ours, plain JSON, or Avro with a registry's frame.
+Format = Literal["jobledger", "json"]
+FORMATS: tuple[str, ...] = ("jobledger", "json")
+
+#: The header that carries an event's id (text).
+EVENT_HEADER = "jl-event"
+#: The tag by which the jobs of an event are found.
+EVENT_TAG = "event"
+
+
+def as_event_class(cls: type[Any]) -> type[Any]:
+    """``cls`` with fields: as it is if it is a dataclass, msgspec Struct or pydantic model, else a frozen dataclass."""
+    if not isinstance(cls, type):
+        raise ConfigError(f"@app.event is for classes, {cls!r} is none")
+    if "__dataclass_fields__" in cls.__dict__ or issubclass(cls, msgspec.Struct) or is_pydantic(cls):
+        return cls
+    return dataclasses.dataclass(frozen=True)(cls)
+
+
+class EventType:
+    """A class of events of one namespace. ``key``: the field by whose value events are kept in order; None: none are.
+
+    ``topic``: another's topic, which Jobledger reads and never writes. ``partitions``: of its own topic; None: the app's. ``retention_days``: how long its topic keeps events; None: for good.
+    """
+
+    def __init__(
+        self,
+        cls: type[Any],
+        *,
+        names: Names,
+        name: str,
+        key: str | None,
+        topic: str | None,
+        format: Format,
+        partitions: int | None,
+        retention_days: float | None = None,
+    ) -> None:
+        check_name("event", name)
+        if retention_days is not None and not retention_days > 0:
+            raise ConfigError(f"event {name!r}: retention_days={retention_days!r} is not a number above 0")
+        self.retention_days = retention_days
+        if format not in FORMATS:
+            raise ConfigError(f"event {name!r}: format={format!r} is none of {', '.join(FORMATS)}")
+        if topic is None and format != "jobledger":
+            raise ConfigError(f"event {name!r}: format={format!r} is for the topics of others; give topic=… as well")
+        self.cls, self.name, self.key, self.format, self.partitions = cls, name, key, format, partitions
+        self.foreign = topic is not None
+        self.topic = topic or names.events(name)
+        record_namespace = f"{names.namespace.replace('-', '_')}.events"
+        if record_namespace[0].isdigit():
+            record_namespace = f"_{record_namespace}"
+        #: The Avro name of its record.
+        self.fullname = f"{record_namespace}.{name}"
+        self.schema = derive(cls, name, record_namespace)
+        self.fingerprint = codec.fingerprint(self.schema)
+        self._parsed = fastavro.parse_schema(json.loads(self.schema))
+        self._dump = dumper(cls)
+        self._readers: dict[bytes, Any] = {}
+        if key is not None and key not in {f["name"] for f in json.loads(self.schema)["fields"]}:
+            raise ConfigError(f"event {name!r}: key={key!r} is no field of {cls.__qualname__}")
+
+    def __repr__(self) -> str:
+        return f"<event {self.name} on {self.topic}>"
+
+    def encode(self, event: Any) -> tuple[bytes, str | None]:
+        """An instance as bytes (Avro single-object encoding), and its key. Raises `BadEvent` naming what does not fit."""
+        try:
+            plain = self._dump(event)
+            out = io.BytesIO()
+            out.write(codec.MAGIC + self.fingerprint)
+            fastavro.schemaless_writer(out, self._parsed, plain)
+        except Exception as exc:
+            raise BadEvent(f"{event!r} does not fit event {self.name!r}: {exc}") from exc
+        key = None if self.key is None else plain[self.key]
+        return out.getvalue(), None if key is None else str(key)
+
+    def decode(self, value: bytes | None, lookup: Callable[[bytes], str | None]) -> dict[str, Any]:
+        """A record's value as plain values by field, resolved to this class's schema. Raises `SchemaError`.
+
+        ``lookup``: the schema's text for a fingerprint that was not seen before, None if it is published nowhere.
+        """
+        if value is None:
+            raise NotAnEvent("the record has no value")
+        if self.format == "json":
+            try:
+                found = msgspec.json.decode(value)
+            except msgspec.DecodeError as exc:
+                raise NotAnEvent(f"no JSON: {exc}") from exc
+            if not isinstance(found, dict):
+                raise NotAnEvent("the JSON is no object")
+            return found
+        if not value.startswith(codec.MAGIC) or len(value) < 10:
+            raise NotAnEvent("the value does not begin with an Avro single-object header")
+        mark = value[2:10]
+        earlier: Any = None
+        if mark != self.fingerprint and (earlier := self._readers.get(mark)) is None:
+            earlier = self._readers[mark] = self._earlier(mark, lookup)
+        try:
+            data = io.BytesIO(value[10:])
+            plain: Any = fastavro.schemaless_reader(data, earlier or self._parsed, self._parsed if earlier else None)
+        except Exception as exc:
+            raise NotAnEvent(f"the bytes are no {self.name}: {exc}") from exc
+        return plain  # type: ignore[no-any-return]  # a record is a dict
+
+    def _earlier(self, mark: bytes, lookup: Callable[[bytes], str | None]) -> Any:
+        text = lookup(mark)
+        if text is None:
+            raise UnknownSchema(f"the schema with fingerprint {mark.hex()} is published nowhere")
+        try:
+            return fastavro.parse_schema(json.loads(text))
+        except Exception as exc:
+            raise SchemaError(f"the schema with fingerprint {mark.hex()} is no Avro schema: {exc}") from exc
+
+
+class Handler:
+    """A task that takes one event of a type. ``parameter``: the one that takes it."""
+
+    def __init__(self, event: EventType, task: Task[Any, Any]) -> None:
+        parameters = list(inspect.signature(task.fn).parameters.values())
+        needed = [p.name for p in parameters if p.default is p.empty]
+        if not parameters or needed not in ([], [parameters[0].name]):
+            raise ConfigError(
+                f"handler {task.name!r} takes ({', '.join(p.name for p in parameters)}): a handler takes the event, "
+                "and what else it takes has defaults"
+            )
+        self.event, self.task, self.parameter = event, task, parameters[0].name
+
+    def __repr__(self) -> str:
+        return f"<handler {self.task.name} of {self.event.name}>"
+
+    def job_id(self, event_id: str) -> str:
+        """The job that handles this event: always the same."""
+        return str(uuid.uuid5(uuid.UUID(event_id), self.task.name))
+
+    def args(self, plain: Mapping[str, Any]) -> bytes:
+        """The job's arguments for an event's plain values."""
+        return msgspec.json.encode({self.parameter: plain})
+
+
+def earlier_of(kind: EventType, known: Mapping[bytes, str]) -> dict[str, str]:
+    """Of all published schemas those that earlier forms of this event wrote with, by fingerprint in hex."""
+    found: dict[str, str] = {}
+    for mark, text in known.items():
+        head = json.loads(text)
+        if isinstance(head, dict) and f"{head.get('namespace')}.{head.get('name')}" == kind.fullname:
+            found[mark.hex()] = text
+    found.pop(kind.fingerprint.hex(), None)
+    return found
+
+
+def event_id_of(headers: Mapping[str, Any], topic: str, partition: int, offset: int) -> str:
+    """An event's id: its header, else, for one that another program wrote, a function of where it stands."""
+    said = headers.get(EVENT_HEADER)
+    if isinstance(said, bytes):
+        try:
+            return str(uuid.UUID(said.decode()))
+        except ValueError:
+            pass
+    return str(uuid.uuid5(uuid.NAMESPACE_OID, f"{topic}/{partition}/{offset}"))

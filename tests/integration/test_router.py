@@ -1,0 +1,311 @@
+"""Domain events on a real broker: emitted, routed to their handlers, once each; garbage, evolution, restarts."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import threading
+import time
+import uuid
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+import msgspec
+import pytest
+from confluent_kafka.admin import (  # type: ignore[attr-defined]  # re-exported without saying so
+    AlterConfigOpType,
+    ConfigEntry,
+    ConfigResource,
+    NewTopic,
+    ResourceType,
+)
+
+from jobledger import App, BadEvent, ConfigError, IncompatibleEvent, Settings, TopicMissing
+from jobledger.consumers.router import Router
+from jobledger.kafka.topics import ensure
+from jobledger.log import LogWriter, Outgoing, admin
+from jobledger.schemas.events import JobSubmitted, JobSucceeded, RecordRejected
+from tests.integration.worker_app import log_of, until, working
+
+pytestmark = pytest.mark.kafka
+
+
+class UserRegistered(msgspec.Struct, frozen=True):
+    user_id: str
+    plan: str = "free"
+
+
+class Changed(msgspec.Struct):
+    """`UserRegistered`, with another type for a field."""
+
+    user_id: int
+
+
+class Grown(msgspec.Struct):
+    """`UserRegistered`, with one more field."""
+
+    user_id: str
+    plan: str = "free"
+    source: str = "web"
+
+
+class UserLeft(msgspec.Struct, frozen=True):
+    user_id: str
+
+
+class Parcel(msgspec.Struct, frozen=True):
+    number: int
+
+
+def built(namespace: str, broker: str) -> tuple[App, list[tuple[str, str]]]:
+    """An app with two events, three handlers and a foreign topic; and what its handlers have run."""
+    app = App(namespace, settings=Settings(bootstrap=broker), partitions=2)
+    ran: list[tuple[str, str]] = []
+    app.event(key="user_id")(UserRegistered)
+    app.event(UserLeft)
+    app.event(topic=f"{namespace}-parcels", format="json")(Parcel)
+
+    @app.on(UserRegistered, queue="crm")
+    async def sync_crm(event: UserRegistered) -> str:
+        ran.append(("sync_crm", event.user_id))
+        return event.plan
+
+    @app.on(UserRegistered, queue="mail")
+    def welcome(event: UserRegistered, template: str = "welcome") -> str:
+        ran.append(("welcome", event.user_id))
+        return f"{template} {event.user_id}"
+
+    @app.on(Parcel, queue="mail")
+    async def track(event: Parcel) -> int:
+        ran.append(("track", str(event.number)))
+        return event.number
+
+    return app, ran
+
+
+@pytest.fixture
+def lab(broker: str, namespace: str) -> Iterator[tuple[App, list[tuple[str, str]]]]:
+    app, ran = built(namespace, broker)
+    client = admin(app.settings)
+    client.create_topics([NewTopic(f"{namespace}-parcels", 2, 1)])[f"{namespace}-parcels"].result(timeout=20)
+    ensure(app, app.settings)
+    yield app, ran
+    app.close()
+
+
+Lab = tuple[App, list[tuple[str, str]]]
+
+
+@contextlib.contextmanager
+def routing(app: App) -> Iterator[Router]:
+    """A router in a thread; stopped at the end, and its error raised."""
+    router, stop, raised = Router(app.registry, app.settings), threading.Event(), []
+
+    def run() -> None:
+        try:
+            router.run(stop)
+        except BaseException as exc:  # noqa: BLE001  # raised again in the test's thread
+            raised.append(exc)
+
+    thread = threading.Thread(target=run, name="router")
+    thread.start()
+    try:
+        yield router
+    finally:
+        stop.set()
+        thread.join(timeout=40)
+        assert not thread.is_alive(), "the router did not end"
+    if raised:
+        raise raised[0]
+
+
+def submitted(app: App) -> Counter[str]:
+    """How often each job was submitted, by id."""
+    records = [r for queue in app.queues for r in log_of(app, app.names.jobs(queue))]
+    return Counter(r.event.job_id for r in records if isinstance(r.event.fact, JobSubmitted))
+
+
+def expected(app: App, event_ids: list[str], name: str) -> set[str]:
+    """The jobs that follow from events of a type."""
+    return {handler.job_id(event_id) for event_id in event_ids for handler in app.registry.handlers[name]}
+
+
+def test_each_handler_of_an_event_is_a_job_of_its_own(lab: Lab) -> None:
+    """Emitted in every form and before a router runs; each pair runs once, with the event as it was, findable by it."""
+    app, ran = lab
+    handles = [app.emit(UserRegistered("a", "paid"))]
+    handles += app.emit_many(UserRegistered(f"m{i}") for i in range(50))
+    with working(app), routing(app):
+        late = app.emit(UserRegistered("late"))
+        app.emit(UserLeft("a"))  # nobody handles it
+        until(lambda: len(ran) == 104)
+    wanted = {(task, who) for task in ("sync_crm", "welcome") for who in ["a", "late", *(f"m{i}" for i in range(50))]}
+    assert Counter(ran) == Counter(wanted)
+    assert submitted(app) == Counter(expected(app, [h.event_id for h in [*handles, late]], "UserRegistered"))
+    crm = app.registry.handler("sync_crm").job_id(handles[0].event_id)
+    facts = [r.event for r in log_of(app, app.names.lifecycle) if r.event.job_id == crm]
+    assert [f.fact.result for f in facts if isinstance(f.fact, JobSucceeded)] == [b'"paid"']
+    (submission,) = [r.event for r in log_of(app, app.names.jobs("crm")) if r.event.job_id == crm]
+    assert submission.fact.spec.tags == {"event": handles[0].event_id}  # type: ignore[union-attr]  # a submission
+    assert (submission.task, submission.queue) == ("sync_crm", "crm")
+
+
+def test_events_of_one_key_stand_in_one_partition_in_their_order(lab: Lab) -> None:
+    """So that any reader of the topic sees one user's events in the order of their happening."""
+    app, _ = lab
+    handles = app.emit_many(UserRegistered(f"u{i % 3}", str(i)) for i in range(60))
+    by_user: dict[int, list[tuple[int, int]]] = {}
+    for i, handle in enumerate(handles):
+        by_user.setdefault(i % 3, []).append((handle.position.partition, handle.position.offset))
+    for places in by_user.values():
+        assert len({partition for partition, _ in places}) == 1
+        assert places == sorted(places)
+
+
+def test_another_router_goes_on_where_the_first_ended_and_submits_nothing_twice(lab: Lab) -> None:
+    """A clean stop commits all of it; events that come while none runs wait on the log."""
+    app, _ = lab
+    handles = app.emit_many(UserRegistered(f"a{i}") for i in range(200))
+    with routing(app) as router:
+        until(lambda: router.jobs == 400)
+    handles += app.emit_many(UserRegistered(f"b{i}") for i in range(200))
+    with routing(app) as router:
+        until(lambda: router.jobs == 400)
+        time.sleep(0.5)
+    assert router.events == 200
+    assert submitted(app) == Counter(expected(app, [h.event_id for h in handles], "UserRegistered"))
+
+
+def test_two_routers_share_the_partitions(lab: Lab) -> None:
+    """Each event goes through one of them, also while the second comes and the first goes."""
+    app, _ = lab
+    handles = app.emit_many(UserRegistered(f"a{i}") for i in range(500))
+    with routing(app) as second:
+        with routing(app) as first:
+            until(lambda: len(first.partitions) > 0 and len(second.partitions) > 0, timeout=60.0)
+            handles += app.emit_many(UserRegistered(f"b{i}") for i in range(500))
+            until(lambda: set(submitted(app)) == expected(app, [h.event_id for h in handles], "UserRegistered"))
+        handles += app.emit_many(UserRegistered(f"c{i}") for i in range(500))
+        until(
+            lambda: set(submitted(app)) == expected(app, [h.event_id for h in handles], "UserRegistered"), timeout=60.0
+        )
+
+
+def test_what_is_no_event_becomes_a_dead_letter_and_others_go_on(lab: Lab) -> None:
+    """Garbage, an unknown schema, nothing at all; and an event whose job is larger than its topic takes."""
+    app, ran = lab
+    topic = app.events["UserRegistered"].topic
+    small = ConfigEntry("max.message.bytes", "5000", incremental_operation=AlterConfigOpType.SET)
+    resource = ConfigResource(ResourceType.TOPIC, app.names.jobs("crm"), incremental_configs=[small])
+    client = admin(app.settings)  # held: its answers die with it
+    for future in client.incremental_alter_configs([resource]).values():
+        future.result(timeout=20)
+    writer = LogWriter(app.settings, app.names)
+    bad = [b"garbage", b"\xc3\x01" + b"\x07" * 8 + b"x", None]
+    writer.send([Outgoing(topic, value, "k") for value in bad])
+    writer.close()
+    app.emit(UserRegistered("x" * 20_000))
+    app.emit(UserRegistered("good"))
+    with working(app), routing(app) as router:
+        until(lambda: ("sync_crm", "good") in ran and ("welcome", "good") in ran)
+        until(lambda: router.rejected == 4)
+        until(lambda: len(log_of(app, app.names.dead_letter)) == 4)
+        assert ("welcome", "x" * 20_000) in ran
+    facts = [r.event.fact for r in log_of(app, app.names.dead_letter)]
+    letters = [fact for fact in facts if isinstance(fact, RecordRejected)]
+    assert sorted(fact.raw_value or b"" for fact in letters)[:3] == sorted(value or b"" for value in bad)
+    assert any("max.message.bytes" in fact.error for fact in letters)
+    assert {fact.topic for fact in letters} == {topic}
+
+
+def test_json_that_others_write_is_handled_too(lab: Lab) -> None:
+    """By its place it has an id; what does not fit the handler's class ends as that job's bad arguments."""
+    app, ran = lab
+    topic = app.events["Parcel"].topic
+    writer = LogWriter(app.settings, app.names)
+    places = writer.send(
+        Outgoing(topic, json.dumps(value).encode(), "k")
+        for value in ({"number": 7}, {"number": "seven"}, {"number": 8})
+    )
+    writer.close()
+    with pytest.raises(BadEvent, match="handled, not emitted"):
+        app.emit(Parcel(1))
+    with working(app) as worker, routing(app):
+        until(lambda: sorted(ran) == [("track", "7"), ("track", "8")])
+        until(lambda: worker.health()["queues"] and len(submitted(app)) == 3)
+        until(lambda: len(log_of(app, app.names.dead_letter)) == 1)
+    ids = [str(uuid.uuid5(uuid.NAMESPACE_OID, f"{p.topic}/{p.partition}/{p.offset}")) for p in places]
+    assert set(submitted(app)) == expected(app, ids, "Parcel")
+
+
+def test_a_class_that_cannot_read_what_was_written_is_refused_before_it_writes(lab: Lab, broker: str) -> None:
+    """By the emitter and by the router; a class with one more field that has a default goes on reading the old."""
+    app, _ = lab
+    app.emit(UserRegistered("old", "paid"))
+
+    other = App(app.names.namespace, settings=Settings(bootstrap=broker), partitions=2)
+    other.event(name="UserRegistered")(Changed)
+    with pytest.raises(IncompatibleEvent, match="UserRegistered"):
+        other.emit(Changed(1))
+    other.on(Changed, name="never", queue="crm")(lambda event: None)
+    with pytest.raises(IncompatibleEvent, match="UserRegistered"):
+        Router(other.registry, other.settings).run(threading.Event())
+    other.close()
+
+    ran: list[Any] = []
+    grown = App(app.names.namespace, settings=Settings(bootstrap=broker), partitions=2)
+    grown.event(name="UserRegistered")(Grown)
+
+    @grown.on(Grown, queue="crm")
+    async def keep(event: Grown) -> None:
+        ran.append(event)
+
+    grown.emit(Grown("new", "free", "app"))
+    with working(grown, queues=["crm"]), routing(grown):
+        until(lambda: len(ran) == 2)
+    assert sorted((e.user_id, e.plan, e.source) for e in ran) == [("new", "free", "app"), ("old", "paid", "web")]
+    grown.close()
+
+
+def test_an_event_that_a_job_emits_is_the_same_when_the_job_runs_again(lab: Lab) -> None:
+    """A rerun of the job says nothing new: its events have the ids they had, and so have their jobs."""
+    app, _ = lab
+    seen: list[str] = []
+
+    @app.task(queue="crm", retry=2)
+    async def registers(user: str) -> None:
+        seen.append((await app.emit_async(UserRegistered(user))).event_id)
+        if len(seen) == 1:
+            raise ConnectionError("once")
+
+    job = registers.submit("u")
+    with working(app):
+        until(lambda: len(seen) == 1)
+    # What the coordinator would do after the backoff.
+    from jobledger.schemas import codec
+    from jobledger.schemas.events import JobDue, JobSpec
+
+    record = next(r for r in log_of(app, app.names.jobs("crm")) if r.event.job_id == job.job_id)
+    spec: JobSpec = record.event.fact.spec  # type: ignore[union-attr]  # a submission
+    again = msgspec.structs.replace(record.event, release=2, attempt=2, fact=JobDue(spec, 0))
+    writer = LogWriter(app.settings, app.names)
+    writer.send([Outgoing(app.names.jobs("crm"), codec.encode(again), job.job_id)])
+    writer.close()
+    with working(app), routing(app):
+        until(lambda: len(seen) == 2)
+        until(lambda: expected(app, seen[:1], "UserRegistered") <= set(submitted(app)))
+    assert seen[0] == seen[1]
+
+
+def test_a_router_that_cannot_work_says_why(broker: str, namespace: str) -> None:
+    """No handlers; a topic that is not there."""
+    app, _ = built(namespace, broker)
+    with pytest.raises(TopicMissing, match=r"topics apply"):
+        Router(app.registry, app.settings).run(threading.Event())
+    with pytest.raises(TopicMissing):
+        app.emit(UserLeft("a"))
+    app.close()
+    empty = App(namespace, settings=Settings(bootstrap=broker))
+    with pytest.raises(ConfigError, match=r"@app\.on"):
+        Router(empty.registry, empty.settings)
