@@ -20,7 +20,7 @@ import msgspec
 from jobledger.errors import BadEvent, ConfigError, NotAnEvent, SchemaError, UnknownSchema
 from jobledger.names import Names, check_name
 from jobledger.schemas import codec
-from jobledger.schemas.derive import derive, dumper, is_pydantic
+from jobledger.schemas.derive import derive, dumper, is_pydantic, read_nested
 
 if TYPE_CHECKING:
     from jobledger.task import Task
@@ -100,6 +100,15 @@ class EventType:
             raise BadEvent(f"{event!r} does not fit event {self.name!r}: {exc}") from exc
         key = None if self.key is None else plain[self.key]
         return out.getvalue(), None if key is None else str(key)
+
+    def of(self, values: Mapping[str, Any]) -> Any:
+        """An instance from JSON values by field. Raises `BadEvent` naming what does not fit."""
+        try:
+            if is_pydantic(self.cls):
+                return self.cls.model_validate(values)
+            return msgspec.convert(values, self.cls, dec_hook=read_nested)
+        except (ValueError, TypeError) as exc:
+            raise BadEvent(f"{dict(values)!r} does not fit event {self.name!r}: {exc}") from exc
 
     def decode(self, value: bytes | None, lookup: Callable[[bytes], str | None]) -> dict[str, Any]:
         """A record's value as plain values by field, resolved to this class's schema. Raises `SchemaError`.

@@ -230,11 +230,12 @@ def _nested(value: Any) -> Any:
 
 def _checked(plain: dict[str, Any], cls: type[Any]) -> dict[str, Any]:
     # Annotations are not enforced by Python: what does not fit shall be said here, not by a handler days later.
-    msgspec.convert(plain, cls, builtin_types=_KEPT, dec_hook=_validated)
+    msgspec.convert(plain, cls, builtin_types=_KEPT, dec_hook=read_nested)
     return plain
 
 
-def _validated(kind: type[Any], value: Any) -> Any:
+def read_nested(kind: type[Any], value: Any) -> Any:
+    """For msgspec: a pydantic model inside another class."""
     if is_pydantic(kind):
         return kind.model_validate(value)
     raise TypeError(f"{kind.__qualname__} has no Avro form")

@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from jobledger.app import App
     from jobledger.job import JobStatus
     from jobledger.schemas.events import Position
-    from jobledger.task import Task
 
 app = typer.Typer(name="jobs", help="Ask the status table about jobs.", no_args_is_help=True)
 
@@ -56,7 +55,7 @@ def submit(
 
     loaded = load_app(target, bootstrap=bootstrap, status_url=status_url)
     found = loaded.registry.task(task)
-    arguments = _arguments(found, pairs or [], args)
+    arguments = _arguments(found.fn, pairs or [], args)
     bound = found.using(delay=delay, tags=dict(_split(each, "--tag") for each in tag or []), queue=queue)
     try:
         handle = bound.submit(**arguments)
@@ -78,6 +77,40 @@ def submit(
         _finish(handle.wait(timeout), as_json)
     finally:
         loaded.close()
+
+
+def emit(
+    target: Target,
+    event: Annotated[str, typer.Argument(metavar="EVENT", help="The event's name.")],
+    pairs: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[FIELD=VALUE]...", help="Fields. A value is JSON; what is not JSON, or meant for a str, is text."
+        ),
+    ] = None,
+    args: Annotated[str | None, typer.Option(metavar="JSON", help="Fields as one JSON object.")] = None,
+    bootstrap: Bootstrap = None,
+    as_json: Json = False,
+) -> None:
+    """Emit a domain event; done once the log has acknowledged it. What follows is its handlers' business.
+
+    Example: jobledger emit shop:app UserRegistered user_id=u-1 plan=free
+    """
+    from jobledger.cli.loading import load_app
+
+    loaded = load_app(target, bootstrap=bootstrap)
+    try:
+        found = loaded.registry.events.get(event)
+        if found is None:
+            raise ConfigError(f"no event is called {event!r}: there are {sorted(loaded.registry.events)}")
+        made = found.of(_arguments(found.cls, pairs or [], args))
+        handle = loaded.emit(made)
+    finally:
+        loaded.close()
+    if as_json:
+        output.print_json({"event_id": handle.event_id, "position": str(handle.position), "event": event})
+    else:
+        output.print_fields([("event", handle.event_id), ("log", str(handle.position))])
 
 
 @app.command("list")
@@ -164,8 +197,8 @@ def wait(
 # -- arguments -------------------------------------------------------------------------------------------------------
 
 
-def _arguments(task: Task[Any, Any], pairs: Sequence[str], text: str | None) -> dict[str, Any]:
-    """Keyword arguments from ``--args`` and ``NAME=VALUE``; the latter win."""
+def _arguments(annotated: Any, pairs: Sequence[str], text: str | None) -> dict[str, Any]:
+    """Values by name from ``--args`` and ``NAME=VALUE``; the latter win. ``annotated``: the function or class they are for."""
     found: dict[str, Any] = {}
     if text is not None:
         try:
@@ -174,7 +207,7 @@ def _arguments(task: Task[Any, Any], pairs: Sequence[str], text: str | None) -> 
             raise BadArguments(f"--args {text!r} is no JSON: {exc}") from None
         if not isinstance(found, dict):
             raise BadArguments(f"--args {text!r} is no JSON object; write '{{\"name\": value}}'")
-    hints = typing.get_type_hints(task.fn)
+    hints = typing.get_type_hints(annotated)
     for pair in pairs:
         name, value = _split(pair, "argument")
         found[name] = read_value(value, hints.get(name))

@@ -13,7 +13,7 @@ from typing import Annotated
 
 import typer
 
-from jobledger.cli import dev, events, jobs, running, table
+from jobledger.cli import backfill, dev, events, jobs, running, table
 from jobledger.cli.kafka import app as kafka_app
 from jobledger.cli.output import MEANINGS, Exit, exit_code, print_error
 from jobledger.cli.topics import app as topics_app
@@ -41,6 +41,8 @@ _COMMANDS: tuple[tuple[str, str, Callable[..., None], str], ...] = (
     (RUN, "coordinator", running.coordinator, "Let delayed and retried jobs go when they are due."),
     (RUN, "materializer", running.materializer, "Keep the status table abreast of the log."),
     (ASK, "submit", jobs.submit, "Submit a job."),
+    (ASK, "emit", jobs.emit, "Emit a domain event."),
+    (OPERATE, "backfill", backfill.backfill, "Run a handler over events of the past."),
     (OPERATE, "verify", table.verify, "Compare the status table with the log."),
     (OPERATE, "rebuild", table.rebuild, "Make the status table anew from the log."),
 )

@@ -21,7 +21,8 @@ from confluent_kafka.admin import (  # type: ignore[attr-defined]  # re-exported
     ResourceType,
 )
 
-from jobledger import App, BadEvent, ConfigError, IncompatibleEvent, Settings, TopicMissing
+from jobledger import App, BadEvent, ConfigError, EventHandle, IncompatibleEvent, Settings, TopicMissing
+from jobledger.consumers.backfill import Backfill, Plan, Progress, events_per_second
 from jobledger.consumers.router import Router
 from jobledger.kafka.topics import ensure
 from jobledger.log import LogWriter, Outgoing, admin
@@ -309,3 +310,83 @@ def test_a_router_that_cannot_work_says_why(broker: str, namespace: str) -> None
     empty = App(namespace, settings=Settings(bootstrap=broker))
     with pytest.raises(ConfigError, match=r"@app\.on"):
         Router(empty.registry, empty.settings)
+
+
+# -- backfill ---------------------------------------------------------------------------------------------------------
+
+
+def backfilled(app: App, known: set[str] | None = None, stop: threading.Event | None = None, **plan: Any) -> Progress:
+    """One run of the backfill of `sync_crm`; ``known``: what the status table has."""
+    run = Backfill(app.registry, app.settings, Plan("sync_crm", **plan), lambda job_id: job_id in (known or ()))
+    return run.run(stop or threading.Event())
+
+
+def crm_jobs(app: App, handles: list[EventHandle]) -> Counter[str]:
+    """The jobs that `sync_crm` must have for these events, once each."""
+    return Counter(app.registry.handler("sync_crm").job_id(h.event_id) for h in handles)
+
+
+def test_a_backfill_submits_what_the_status_table_does_not_know(lab: Lab) -> None:
+    """A dry run counts and sends nothing; the run itself passes over what is known, and what is no event."""
+    app, _ = lab
+    handles = app.emit_many(UserRegistered(f"u{i}") for i in range(300))
+    writer = LogWriter(app.settings, app.names)
+    writer.send([Outgoing(app.events["UserRegistered"].topic, b"garbage", "k")])
+    writer.close()
+    wanted = crm_jobs(app, handles)
+    known = set(list(wanted)[:100])
+    dry = backfilled(app, known, dry_run=True)
+    assert (dry.events, dry.submitted, dry.known, dry.unreadable, dry.done) == (301, 200, 100, 1, True)
+    assert not submitted(app)
+    real = backfilled(app, known)
+    assert (real.events, real.submitted, real.known, real.unreadable, real.done) == (301, 200, 100, 1, True)
+    assert submitted(app) == Counter(set(wanted) - known)
+
+
+def test_a_backfill_keeps_to_its_bounds_of_time(lab: Lab) -> None:
+    """By the broker's clock: from the first bound on, before the second; what comes later is the router's."""
+    app, _ = lab
+    handles: list[EventHandle] = []
+    bounds: list[int] = []
+    for part in range(3):
+        handles += app.emit_many(UserRegistered(f"p{part}-{i}") for i in range(20))
+        time.sleep(0.05)
+        bounds.append(round(time.time() * 1000))
+        time.sleep(0.05)
+    found = backfilled(app, since=bounds[0], until=bounds[1])
+    assert (found.submitted, found.done) == (20, True)
+    assert submitted(app) == crm_jobs(app, handles[20:40])
+
+
+def test_an_interrupted_backfill_goes_on_where_it_was(lab: Lab) -> None:
+    """At its pace, within its first range; with other bounds it asks first; a finished one begins anew."""
+    app, _ = lab
+    handles = app.emit_many(UserRegistered(f"u{i}") for i in range(400))
+    stop = threading.Event()
+    run = Backfill(app.registry, app.settings, Plan("sync_crm", rate=200.0), lambda job_id: False)
+    began = time.monotonic()
+    first = run.run(stop, lambda progress: stop.set() if progress.submitted >= 100 else None)
+    assert time.monotonic() - began >= 0.3
+    assert not first.done
+    assert 100 <= first.submitted < 200
+    later = app.emit(UserRegistered("later"))
+    with pytest.raises(ConfigError, match="--restart"):
+        backfilled(app, since=1)
+    second = backfilled(app)
+    assert (second.resumed, second.done) == (True, True)
+    assert first.submitted + second.submitted == 400
+    assert submitted(app) == crm_jobs(app, handles)
+    third = backfilled(app, known=set(crm_jobs(app, handles)))
+    assert (third.resumed, third.submitted, third.known) == (False, 1, 400)
+    assert submitted(app) == crm_jobs(app, [*handles, later])
+
+
+@pytest.mark.parametrize(("text", "rate"), [("50/s", 50.0), ("3000/min", 50.0), ("7200 / h", 2.0), ("0.5/sec", 0.5)])
+def test_rates_are_read(text: str, rate: float) -> None:
+    assert events_per_second(text) == rate
+
+
+@pytest.mark.parametrize("text", ["", "50", "0/s", "-1/s", "fast", "5/day"])
+def test_what_is_no_rate_is_refused(text: str) -> None:
+    with pytest.raises(ConfigError, match="50/s"):
+        events_per_second(text)

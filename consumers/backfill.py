@@ -1,0 +1,288 @@
+"""Backfill: a handler over events of the past. Bounded, at a pace, and after an interruption it goes on where it was.
+
+A job's id follows from event and handler; what the status table knows already, because the router or an earlier backfill
+has submitted it, is passed over.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from confluent_kafka import Consumer, KafkaException, Message, TopicPartition
+
+from jobledger.config import Settings
+from jobledger.consumers.facts import Facts
+from jobledger.consumers.router import Batch, Routes
+from jobledger.consumers.send import Sender
+from jobledger.errors import BrokerUnavailable, ConfigError, JobledgerError, SchemaError
+from jobledger.log import LogReader, LogWriter, SchemaLookup, consumer_config, partitions_of, source, translate
+from jobledger.task import Registry
+
+#: Events between two commits of the progress, at most; with a pace a tenth of a second's.
+CHUNK = 500
+#: Seconds that a question about offsets may take.
+ASK_S = 15.0
+#: How often the progress is committed again before it is an error.
+COMMITS = 5
+
+_RATE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*/\s*(s|sec|m|min|h|hour)\s*")
+_UNITS = {"s": 1.0, "sec": 1.0, "m": 60.0, "min": 60.0, "h": 3600.0, "hour": 3600.0}
+
+
+def events_per_second(text: str) -> float:
+    """``"50/s"``, ``"3000/min"`` or ``"1000/h"`` as events a second. Raises `ConfigError`."""
+    found = _RATE.fullmatch(text)
+    if found is None or float(found[1]) <= 0:
+        raise ConfigError(f"rate={text!r} is no rate: write 50/s, 3000/min or 1000/h")
+    return float(found[1]) / _UNITS[found[2]]
+
+
+@dataclass(slots=True)
+class Progress:
+    """How far a backfill is. ``total``: offsets of its range; the counts are of events: looked at, submitted as jobs, known
+    to the status table already, not readable."""
+
+    total: int = 0
+    passed: int = 0
+    events: int = 0
+    submitted: int = 0
+    known: int = 0
+    unreadable: int = 0
+    resumed: bool = False
+    done: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Range:
+    """Offsets of one partition: ``begin`` is the first, ``end`` the one behind the last, ``at`` where it goes on."""
+
+    begin: int
+    end: int
+    at: int
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What to go over. ``since``, ``until``: milliseconds of the broker's clock, None for the log's begin and its end now.
+    ``rate``: events a second, None for as fast as it goes. ``dry_run``: count, send nothing. ``restart``: forget an
+    interrupted one of the same handler."""
+
+    handler: str
+    since: int | None = None
+    until: int | None = None
+    rate: float | None = None
+    dry_run: bool = False
+    restart: bool = False
+    chunk: int = field(default=CHUNK)
+
+
+class Backfill:
+    """One run. ``known(job_id)``: whether the status table has the job. Raises `UnknownTask` for no such handler."""
+
+    def __init__(self, registry: Registry, settings: Settings, plan: Plan, known: Callable[[str], bool]) -> None:
+        registry.check()
+        self.settings, self.names, self.plan, self._known = settings, registry.names, plan, known
+        self.handler = registry.handler(plan.handler)
+        self.topic = self.handler.event.topic
+        self._lookup = SchemaLookup(settings, self.names)
+        writer = source("backfill")
+        facts = Facts(registry, writer, settings.max_record_bytes)
+        self._routes = Routes(registry, facts, writer, [self.handler], self._lookup)
+        self.progress = Progress()
+        self._conf = consumer_config(settings, group=f"{self.names.namespace}.backfill.{plan.handler}")
+        self._label = json.dumps({"since": plan.since, "until": plan.until})
+
+    # -- what to read ---------------------------------------------------------------------------------------------
+
+    def _ranges(self, consumer: Consumer) -> dict[int, Range]:
+        """The range of each partition: an interrupted run's, as it was fixed then, or a new one."""
+        parts = [TopicPartition(self.topic, p) for p in range(partitions_of(self.settings, self.topic))]
+        before = {} if self.plan.dry_run or self.plan.restart else self._interrupted(consumer.committed(parts, ASK_S))
+        if before:
+            self.progress.resumed = True
+            return before
+        ranges: dict[int, Range] = {}
+        with LogReader(self.settings) as reader:
+            for part in parts:
+                low, high = reader.watermarks(self.topic, part.partition)
+                begin = self._at_time(consumer, part.partition, self.plan.since, low, high)
+                end = self._at_time(consumer, part.partition, self.plan.until, high, high)
+                ranges[part.partition] = Range(max(low, begin), max(low, begin, end), max(low, begin))
+        return ranges
+
+    def _interrupted(self, committed: list[TopicPartition]) -> dict[int, Range]:
+        found: dict[int, Range] = {}
+        for part in committed:
+            if part.offset < 0 or not part.metadata:
+                continue
+            said = json.loads(part.metadata)
+            if said["done"]:
+                continue
+            if said["label"] != self._label:
+                raise ConfigError(
+                    f"a backfill of {self.plan.handler!r} with other bounds was interrupted ({said['label']}): give the same "
+                    "--from and --to to go on with it, or --restart to begin anew"
+                )
+            found[part.partition] = Range(said["begin"], said["end"], part.offset)
+        return found
+
+    def _at_time(self, consumer: Consumer, partition: int, at_ms: int | None, otherwise: int, high: int) -> int:
+        if at_ms is None:
+            return otherwise
+        (found,) = consumer.offsets_for_times([TopicPartition(self.topic, partition, at_ms)], ASK_S)
+        if found.error is not None:
+            raise translate(found.error, self.settings, f"asking for offsets of {self.topic}")
+        return high if found.offset < 0 else found.offset
+
+    # -- run ------------------------------------------------------------------------------------------------------
+
+    def run(self, stop: threading.Event, tell: Callable[[Progress], None] = lambda progress: None) -> Progress:
+        """Go over the range until its end or ``stop``; ``tell`` is called a few times a second. The progress at the end.
+
+        Raises `BrokerUnavailable`, `TopicMissing`, `ConfigError`; what was submitted by then stays, and another run goes on.
+        """
+        consumer, sender = Consumer(self._conf), Sender(self.settings, 1.0)
+        try:
+            if not self.plan.dry_run:
+                partitions_of(self.settings, self.names.jobs(self.handler.task.queue))
+                writer = LogWriter(self.settings, self.names)
+                try:
+                    writer.ensure_schema()
+                finally:
+                    writer.close(1.0)
+            ranges = self._ranges(consumer)
+            self.progress.total = sum(r.end - r.begin for r in ranges.values())
+            self.progress.passed = sum(r.at - r.begin for r in ranges.values())
+            if not self.plan.dry_run:
+                self._save(consumer, ranges, {p: r.at for p, r in ranges.items()})
+            self._go(consumer, sender, ranges, stop, tell)
+        except KafkaException as exc:
+            raise translate(exc.args[0], self.settings, f"reading {self.topic}") from exc
+        finally:
+            consumer.close()
+            sender.close()
+            self._lookup.close()
+        return self.progress
+
+    def _go(
+        self,
+        consumer: Consumer,
+        sender: Sender,
+        ranges: dict[int, Range],
+        stop: threading.Event,
+        tell: Callable[[Progress], None],
+    ) -> None:
+        at = {partition: r.at for partition, r in ranges.items()}
+        pace = _Pace(self.plan.rate)
+        size = self.plan.chunk if self.plan.rate is None else max(1, min(self.plan.chunk, int(self.plan.rate / 10)))
+        for chunk in self._chunks(ranges, size, stop):
+            self._submit(sender, chunk)
+            for message in chunk:
+                partition, offset = message.partition() or 0, message.offset() or 0
+                self.progress.passed += offset + 1 - at[partition]
+                at[partition] = offset + 1
+            if not self.plan.dry_run:
+                self._save(consumer, ranges, at)
+            tell(self.progress)
+            if stop.wait(pace.wait_for(len(chunk))):
+                return
+        if stop.is_set():
+            return
+        self.progress.done, self.progress.passed = True, self.progress.total
+        if not self.plan.dry_run:
+            self._save(consumer, ranges, {p: r.end for p, r in ranges.items()})
+        tell(self.progress)
+
+    def _chunks(self, ranges: dict[int, Range], size: int, stop: threading.Event) -> Iterator[list[Message]]:
+        with LogReader(self.settings) as reader:
+            for partition, r in sorted(ranges.items()):
+                chunk: list[Message] = []
+                for message in reader.read(self.topic, partition, r.at, r.end) if r.at < r.end else ():
+                    chunk.append(message)
+                    if len(chunk) >= size:
+                        yield chunk
+                        chunk = []
+                    if stop.is_set():
+                        return
+                if chunk:
+                    yield chunk
+
+    def _submit(self, sender: Sender, chunk: list[Message]) -> None:
+        batch = Batch(sender, self.settings.bootstrap or "the embedded broker")
+        for message in chunk:
+            self.progress.events += 1
+            try:
+                ((job_id, record),) = self._routes.jobs(message)
+            except SchemaError:
+                self.progress.unreadable += 1  # the router has put it among the dead letters when it came
+                continue
+            if self._known(job_id):
+                self.progress.known += 1
+                continue
+            self.progress.submitted += 1
+            if not self.plan.dry_run:
+                batch.send(message, record)
+        for message, record in batch.settle():
+            raise JobledgerError(
+                f"the job of {message.topic()}[{message.partition()}]@{message.offset()} makes a record of "
+                f"{len(record.value or b'')} bytes, above what {record.topic} takes (max.message.bytes): raise it and go on"
+            )
+
+    def _save(self, consumer: Consumer, ranges: dict[int, Range], at: dict[int, int]) -> None:
+        """Commit how far it is, and the range, for a run that goes on."""
+        done = all(at[p] >= r.end for p, r in ranges.items())
+        offsets = [
+            TopicPartition(
+                self.topic,
+                partition,
+                at[partition],
+                json.dumps({"begin": r.begin, "end": r.end, "label": self._label, "done": done}),
+            )
+            for partition, r in ranges.items()
+        ]
+        error: Any = None
+        for _ in range(COMMITS):
+            try:
+                results = consumer.commit(offsets=offsets, asynchronous=False) or ()
+            except KafkaException as exc:
+                error = exc.args[0]
+            else:
+                error = next((r.error for r in results if r.error is not None), None)
+            if error is None:
+                return
+            time.sleep(0.5)
+        raise BrokerUnavailable(f"the progress of the backfill could not be committed: {error.str()}")
+
+
+class _Pace:
+    """Seconds to wait so that no more than ``rate`` events a second pass; None never waits."""
+
+    def __init__(self, rate: float | None) -> None:
+        self._rate, self._next = rate, time.monotonic()
+
+    def wait_for(self, count: int) -> float:
+        if self._rate is None:
+            return 0.0
+        now = time.monotonic()
+        # What was lost to a slow broker is not made up for: a pace is a promise to those downstream.
+        self._next = max(self._next, now - 0.1) + count / self._rate
+        return max(0.0, self._next - now)
+
+
+def known_to(job: Callable[[str], object], missing: type[Exception]) -> Callable[[str], bool]:
+    """``known`` by a status table's ``job``, which raises ``missing`` for an id that it does not have."""
+
+    def known(job_id: str) -> bool:
+        try:
+            job(job_id)
+        except missing:
+            return False
+        return True
+
+    return known

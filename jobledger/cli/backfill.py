@@ -1,0 +1,123 @@
+"""``jobledger backfill``: a handler over events of the past."""
+
+from __future__ import annotations
+
+import datetime as dt
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from jobledger.cli import output
+from jobledger.cli.loading import load_app
+from jobledger.cli.options import Bootstrap, Json, StatusUrl, Target
+from jobledger.cli.output import Cell, Exit
+
+if TYPE_CHECKING:
+    from jobledger.consumers.backfill import Progress
+
+
+def backfill(
+    target: Target,
+    handler: Annotated[str, typer.Argument(metavar="HANDLER", help="The handler's name.")],
+    since: Annotated[
+        str | None,
+        typer.Option(
+            "--from",
+            metavar="TIME",
+            help="Events from then on; ISO, UTC unless it says otherwise.",
+            show_default="the oldest kept",
+        ),
+    ] = None,
+    until: Annotated[
+        str | None, typer.Option("--to", metavar="TIME", help="Events before then.", show_default="now")
+    ] = None,
+    rate: Annotated[
+        str | None,
+        typer.Option(metavar="N/s", help="At most so many: 50/s, 3000/min, 1000/h.", show_default="no limit"),
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Count what would be submitted; send nothing.")] = False,
+    restart: Annotated[bool, typer.Option("--restart", help="Forget an interrupted one, begin anew.")] = False,
+    bootstrap: Bootstrap = None,
+    status_url: StatusUrl = None,
+    as_json: Json = False,
+) -> None:
+    """Submit a handler's jobs for events of the past, up to now. Jobs that the status table knows are passed over.
+
+    Ctrl-C interrupts it; the same command goes on where it was. Example: jobledger backfill shop:app sync_crm --from
+    2026-01-01 --rate 50/s --dry-run
+    """
+    from jobledger.cli.running import stopping
+    from jobledger.consumers.backfill import Backfill, Plan, events_per_second, known_to
+    from jobledger.errors import JobNotFound
+
+    app = load_app(target, bootstrap=bootstrap, status_url=status_url)
+    plan = Plan(
+        handler,
+        _milliseconds(since, "--from"),
+        _milliseconds(until, "--to"),
+        None if rate is None else events_per_second(rate),
+        dry_run,
+        restart,
+    )
+    try:
+        made = Backfill(app.registry, app.settings, plan, known_to(app.status_table().job, JobNotFound))
+        with _bar(handler, quiet=as_json) as tell, stopping() as stop:
+            found = made.run(stop, tell)
+    finally:
+        app.close()
+    if as_json:
+        output.print_json(
+            {
+                "handler": handler,
+                "topic": made.topic,
+                "done": found.done,
+                "resumed": found.resumed,
+                "dry_run": dry_run,
+                "events": found.events,
+                "submitted": found.submitted,
+                "known": found.known,
+                "unreadable": found.unreadable,
+            }
+        )
+    else:
+        fields: list[tuple[str, Cell]] = [
+            ("events", f"{found.events:,} of {made.topic}" + (", going on where it was" if found.resumed else "")),
+            ("would submit" if dry_run else "submitted", f"{found.submitted:,} jobs"),
+            ("known already", f"{found.known:,} jobs"),
+        ]
+        if found.unreadable:
+            fields.append(("no events", (f"{found.unreadable:,} records, passed", "yellow")))
+        if not found.done:
+            fields.append(("interrupted", ("the same command goes on where this one was", "yellow")))
+        output.print_fields(fields)
+    if not found.done:
+        raise typer.Exit(Exit.INTERRUPTED)
+
+
+def _milliseconds(text: str | None, option: str) -> int | None:
+    if text is None:
+        return None
+    try:
+        when = dt.datetime.fromisoformat(text)
+    except ValueError:
+        raise typer.BadParameter(f"{text!r} is no ISO date or time, such as 2026-01-31 or 2026-01-31T08:00:00+01:00",
+                                 param_hint=option) from None  # fmt: skip
+    return round((when if when.tzinfo is not None else when.replace(tzinfo=dt.UTC)).timestamp() * 1000)
+
+
+@contextmanager
+def _bar(what: str, *, quiet: bool) -> Iterator[Callable[[Progress], None]]:
+    """A bar of the range on standard error; none where nobody looks."""
+    if quiet or not sys.stderr.isatty():
+        yield lambda progress: None
+        return
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+    from rich.progress import Progress as Bar
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Bar(*columns, console=output.console(stderr=True), transient=True) as bar:
+        line = bar.add_task(what, total=None)
+        yield lambda progress: bar.update(line, completed=progress.passed, total=progress.total)

@@ -1,0 +1,99 @@
+"""The router against faults: killed, frozen, its broker stopped; of each event and handler exactly one job is run.
+
+``ROUTER_EVENTS`` and ``ROUTER_KILLS`` scale the test up.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import threading
+import time
+import uuid
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from jobledger import App, Settings
+from jobledger.kafka import topics
+from jobledger.kafka.embedded import EmbeddedKafka
+from jobledger.schemas.events import JobStarted, JobSubmitted, JobSucceeded
+from tests.acceptance import events_app
+from tests.acceptance.fleet import Fleet
+from tests.integration.worker_app import log_of, until
+
+pytestmark = [pytest.mark.kafka, pytest.mark.slow]
+
+EVENTS = int(os.environ.get("ROUTER_EVENTS", "6000"))
+KILLS = int(os.environ.get("ROUTER_KILLS", "12"))
+BEYOND_SESSION_S = 9.0
+
+
+def test_each_event_and_handler_is_one_job_whatever_happens_to_the_router(
+    tmp_path: Path, say: Callable[[str], None]
+) -> None:
+    """Two routers, one killed again and again at random moments, one frozen beyond its session, the broker stopped."""
+    dice = random.Random(7)
+    with EmbeddedKafka() as kafka:
+        namespace = f"r{uuid.uuid4().hex[:10]}"
+        app = App(namespace, settings=Settings(bootstrap=kafka.bootstrap), partitions=4)
+        app.event(key="user")(events_app.Happened)
+        app.on(events_app.Happened, queue="crm")(events_app.sync.fn)
+        app.on(events_app.Happened, queue="mail")(events_app.write.fn)
+        topics.ensure(app, app.settings)
+        with Fleet(tmp_path, kafka.bootstrap, namespace, target="tests/acceptance/events_app.py:app") as fleet:
+            ids: list[str] = []
+
+            def emit() -> None:
+                for first in range(0, EVENTS, 100):
+                    batch = (events_app.Happened(n, f"user-{n % 50}") for n in range(first, first + 100))
+                    ids.extend(handle.event_id for handle in app.emit_many(batch))
+                    time.sleep(0.2)
+
+            emitting = threading.Thread(target=emit)
+            emitting.start()
+            killed, frozen = fleet.start("router"), fleet.start("router")
+            for kill in range(KILLS):
+                time.sleep(dice.uniform(0.3, 2.5))
+                fleet.kill(killed)
+                fleet.tend()
+                if kill == KILLS // 3:
+                    fleet.freeze(frozen)
+                    time.sleep(BEYOND_SESSION_S)
+                    fleet.thaw(frozen)
+                if kill == KILLS * 2 // 3:
+                    kafka.stop()
+                    time.sleep(3.0)
+                    kafka.start()
+            emitting.join(timeout=120)
+            assert len(ids) == EVENTS
+            wanted = {handler.job_id(event_id) for event_id in ids for handler in app.registry.handlers["Happened"]}
+
+            def submitted() -> Counter[str]:
+                records = [r for queue in app.queues for r in log_of(app, app.names.jobs(queue))]
+                return Counter(r.event.job_id for r in records if isinstance(r.event.fact, JobSubmitted))
+
+            def all_there() -> bool:
+                fleet.tend()
+                return set(submitted()) >= wanted
+
+            until(all_there, timeout=90.0, what="a job for each event and handler")
+            assert set(submitted()) == wanted
+            for router in (killed, frozen):
+                assert fleet.stop(router) == 0, router.tail()
+            fleet.start("worker")
+            until(lambda: len(_of(app, JobSucceeded)) >= len(wanted), timeout=90.0, what="the end of all jobs")
+            runs = Counter(line.split()[1] for line in fleet.executions.read_text().splitlines())
+            again = sum(count - 1 for count in submitted().values())
+            fleet.stop(fleet.members[-1])
+        assert Counter(runs.values()) == {1: 2 * EVENTS}
+        assert Counter(_of(app, JobStarted).values()) == {1: 2 * EVENTS}
+        app.close()
+    say(f"router: {EVENTS} events, {len(wanted)} jobs, each run once; submitted again {again}x; {dict(fleet.did)}")
+
+
+def _of(app: App, fact: type) -> Counter[str]:
+    """How many facts of a kind each job has."""
+    return Counter(r.event.job_id for r in log_of(app, app.names.lifecycle) if isinstance(r.event.fact, fact))
