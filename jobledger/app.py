@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping
-from typing import Any, ParamSpec, Protocol, TypeVar, dataclass_transform, overload
+from typing import TYPE_CHECKING, Any, Literal, ParamSpec, Protocol, TypeVar, dataclass_transform, overload
 
 from jobledger.client import Client, EventHandle, JobHandle
 from jobledger.config import Settings
@@ -16,6 +16,9 @@ from jobledger.names import Names
 from jobledger.retry import Retry
 from jobledger.schemas.events import Position
 from jobledger.task import DEFAULT_PARTITIONS, DEFAULT_QUEUE, JobRequest, Queue, Registry, Task
+
+if TYPE_CHECKING:
+    from jobledger.lifecycle import LifecycleStream
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -255,6 +258,33 @@ class App:
         ``jobs``: from `Task.job` or ``task.using(…).job``; consumed as it goes, so a generator is fine.
         """
         return self.client.submit_many(jobs)
+
+    # -- following ------------------------------------------------------------------------------------------------
+
+    def lifecycle(
+        self,
+        group: str,
+        *,
+        facts: Iterable[type[Any]] | None = None,
+        start: Literal["earliest", "latest"] = "earliest",
+        timeout: float | None = None,
+    ) -> LifecycleStream:
+        """Everything that happens to the app's jobs, as a stream of `Recorded` events for another service.
+
+        ``group``: who reads; several processes of one group share the partitions, and each group reads all of it. ``facts``:
+        only these, for example ``(JobSucceeded, JobFailed)``. ``start``: where a group begins that was never here.
+        ``timeout``: end after so many seconds without a record; None: never. A record is done when the next one is asked
+        for; a reader that dies before gets it again.
+
+            with app.lifecycle("billing", facts=(JobSucceeded,)) as stream:
+                for record in stream:
+                    bill(record.event.job_id, record.event.fact.duration_us)
+        """
+        from jobledger.lifecycle import LifecycleStream
+
+        return LifecycleStream(
+            self.settings, self.names, list(self.queues), group, facts=facts, start=start, timeout=timeout
+        )
 
     # -- asking ---------------------------------------------------------------------------------------------------
 

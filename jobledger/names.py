@@ -72,6 +72,10 @@ class Names:
         """The consumer group that turns domain events into jobs."""
         return f"{self.namespace}.router"
 
+    def lifecycle_group(self, name: str) -> str:
+        """The consumer group of one reader of everything that happens."""
+        return f"{self.namespace}.lifecycle.{name}"
+
     def worker_group(self, queue: str) -> str:
         """The consumer group that runs a queue."""
         return f"{self.namespace}.worker.{queue}"

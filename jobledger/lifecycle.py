@@ -1,0 +1,208 @@
+"""Everything that happens to jobs, as one typed stream for other services: billing, audits, webhooks, a cache.
+
+A consumer group of its own reads every topic of the namespace. A record counts as done when the next one is asked for, so
+a service that dies in the middle of one gets it again: at least once, each partition in its order.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections import deque
+from collections.abc import AsyncIterator, Iterable, Iterator
+from typing import Any, Literal, Self
+
+from confluent_kafka import Consumer, KafkaError, KafkaException, Message, TopicPartition
+
+from jobledger.config import Settings
+from jobledger.errors import ConfigError, SchemaError, UnknownFact
+from jobledger.log import consumer_config, decoder, position_of, recorded, translate
+from jobledger.names import Names, check_name
+from jobledger.schemas.events import Fact, Recorded
+
+LOG = logging.getLogger("jobledger.lifecycle")
+
+#: Seconds between two commits.
+COMMIT_S = 1.0
+#: Records fetched at once, and seconds that are waited for the first of them.
+BATCH, POLL_S = 500, 0.2
+
+
+class LifecycleStream:
+    """See `App.lifecycle`. Iterate over it, plainly or with ``async for``, in one thread or task; close it."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        names: Names,
+        queues: Iterable[str],
+        group: str,
+        *,
+        facts: Iterable[type[Any]] | None = None,
+        start: Literal["earliest", "latest"] = "earliest",
+        timeout: float | None = None,
+    ) -> None:
+        check_name("group", group)
+        if start not in ("earliest", "latest"):
+            raise ConfigError(f"start={start!r} is neither 'earliest' nor 'latest'")
+        self._facts = None if facts is None else tuple(facts)
+        unknown = [f for f in self._facts or () if f not in Fact.__args__]
+        if unknown:
+            raise ConfigError(f"facts={unknown!r}: these are no facts; there are {[f.__name__ for f in Fact.__args__]}")
+        self._settings, self._timeout = settings, timeout
+        self._topics = [names.lifecycle, names.coordination, names.dead_letter, *(names.jobs(q) for q in queues)]
+        self._decode = decoder(settings, names).decode
+        self._consumer = Consumer(
+            consumer_config(
+                settings,
+                group=names.lifecycle_group(group),
+                **{
+                    "group.protocol": "consumer",
+                    "auto.offset.reset": start,
+                    "queued.max.messages.kbytes": 16_384,
+                    "allow.auto.create.topics": False,
+                },
+            )
+        )
+        self._fetched: deque[Message] = deque()
+        self._current: tuple[str, int, int] | None = None  # handed out, not known to be done
+        self._done: dict[tuple[str, int], int] = {}  # the next offsets, not committed
+        self._owned: set[tuple[str, int]] = set()
+        self._committed_at = time.monotonic()
+        #: Records that were no events and were passed.
+        self.skipped = 0
+        self._subscribed = self._closed = False
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        self.close(done=kind is None)
+
+    def close(self, *, done: bool = True) -> None:
+        """Commit and leave the group. ``done``: whether the record handed out last counts as dealt with."""
+        if self._closed:
+            return
+        self._closed = True
+        if done:
+            self._finish_current()
+        try:
+            self.commit()
+        finally:
+            self._consumer.close()
+
+    # -- iterating ------------------------------------------------------------------------------------------------
+
+    def __iter__(self) -> Iterator[Recorded]:
+        last = time.monotonic()
+        while not self._closed:
+            found = self._next()
+            if found is not None:
+                yield found
+                last = time.monotonic()
+            elif self._over(last):
+                return
+
+    async def __aiter__(self) -> AsyncIterator[Recorded]:
+        last = time.monotonic()
+        while not self._closed:
+            if not self._fetched:
+                await asyncio.to_thread(self._fetch)
+            found = self._next(fetch=False)
+            if found is not None:
+                yield found
+                last = time.monotonic()
+            elif not self._fetched and self._over(last):
+                return
+
+    def _over(self, last: float) -> bool:
+        return self._timeout is not None and time.monotonic() - last >= self._timeout
+
+    def _next(self, *, fetch: bool = True) -> Recorded | None:
+        """The next record that is wanted, None if there is none right now. The one before counts as done from here on.
+
+        Raises `UnknownFact` for an event of a newer version: it must not be passed.
+        """
+        self._finish_current()
+        if time.monotonic() - self._committed_at >= COMMIT_S:
+            self.commit()
+        if fetch and not self._fetched:
+            self._fetch()
+        while self._fetched:
+            message = self._fetched.popleft()
+            where = position_of(message)
+            if (where.topic, where.partition) not in self._owned:
+                continue  # given to another member meanwhile
+            self._current = (where.topic, where.partition, where.offset)
+            try:
+                found = recorded(message, self._decode)
+            except UnknownFact as exc:
+                self._current = None
+                raise UnknownFact(exc.fact, f"{where} carries the fact {exc.fact!r}: upgrade this reader") from exc
+            except SchemaError as exc:
+                self.skipped += 1
+                LOG.warning("%s is no event and is passed: %s", where, exc)
+            else:
+                if self._facts is None or isinstance(found.event.fact, self._facts):
+                    return found
+            self._finish_current()
+        return None
+
+    def _finish_current(self) -> None:
+        if self._current is not None:
+            topic, partition, offset = self._current
+            if (topic, partition) in self._owned:
+                self._done[topic, partition] = offset + 1
+            self._current = None
+
+    def _fetch(self) -> None:
+        """Wait a moment for records. Raises `BrokerUnavailable`, `TopicMissing` for what will not mend itself."""
+        consumer = self._consumer
+        try:
+            if not self._subscribed:
+                self._subscribed = True
+                consumer.subscribe(
+                    self._topics, on_assign=self._on_assign, on_revoke=self._on_revoke, on_lost=self._on_lost
+                )
+            first = consumer.poll(POLL_S)
+            batch = [] if first is None else [first, *consumer.consume(BATCH - 1, 0)]
+        except KafkaException as exc:
+            raise translate(exc.args[0], self._settings, "reading the lifecycle") from exc
+        for message in batch:
+            error = message.error()
+            if error is None:
+                self._fetched.append(message)
+            elif error.fatal() or error.code() in (
+                KafkaError.UNKNOWN_TOPIC_OR_PART,
+                KafkaError.TOPIC_AUTHORIZATION_FAILED,
+                KafkaError.GROUP_AUTHORIZATION_FAILED,
+            ):
+                raise translate(error, self._settings, "reading the lifecycle")
+
+    def commit(self) -> None:
+        """Commit what is done now. A refused commit is not an error: those records come again."""
+        self._committed_at = time.monotonic()
+        due = [TopicPartition(topic, partition, offset) for (topic, partition), offset in self._done.items()]
+        if not due:
+            return
+        try:
+            self._consumer.commit(offsets=due, asynchronous=False)
+        except KafkaException as exc:
+            LOG.info("commit refused: %s", exc.args[0].str())
+        else:
+            self._done.clear()
+
+    # -- rebalances: run inside poll ------------------------------------------------------------------------------------
+
+    def _on_assign(self, consumer: Consumer, assigned: list[TopicPartition]) -> None:
+        self._owned |= {(p.topic, p.partition) for p in assigned}
+
+    def _on_revoke(self, consumer: Consumer, revoked: list[TopicPartition]) -> None:
+        self.commit()
+        self._on_lost(consumer, revoked)
+
+    def _on_lost(self, consumer: Consumer, lost: list[TopicPartition]) -> None:
+        for place in {(p.topic, p.partition) for p in lost}:
+            self._owned.discard(place)
+            self._done.pop(place, None)
