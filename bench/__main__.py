@@ -28,6 +28,7 @@ def suites(quick: bool) -> dict[str, Callable[[Settings], Sequence[Figure]]]:
             s, 1_000 if quick else 10_000, 2.0 if quick else 20.0, 1_500 if quick else 15_000
         ),
         "events": lambda s: events.run(s, 20_000 if quick else 100_000, 300 if quick else 2_000),
+        "projection": lambda s: events.projection(s, 100_000 if quick else 1_000_000),
         "steady": lambda s: endtoend.steady(s, seconds=10 if quick else 60),
         "backlog": lambda s: endtoend.backlog(s, 100_000 if quick else 1_000_000),
     }

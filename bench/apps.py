@@ -5,7 +5,11 @@ from __future__ import annotations
 import asyncio
 import os
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
+
+from sqlalchemy import Column, Integer, MetaData, Table
 
 from jobledger import App
 
@@ -41,3 +45,12 @@ class Emitted:
 async def handle(event: Emitted) -> float:
     """Milliseconds since the event was emitted."""
     return (time.time_ns() - event.at_ns) / 1e6
+
+
+per_bucket = Table("per_bucket", MetaData(), Column("bucket", Integer, primary_key=True), Column("events", Integer))
+
+
+@app.projection(Emitted, table=per_bucket, key=lambda event: event.at_ns % 1_000)
+def count(row: Mapping[str, Any] | None, event: Emitted) -> dict[str, int]:
+    """Events by one of a thousand buckets."""
+    return {"events": (row["events"] if row else 0) + 1}

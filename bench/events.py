@@ -19,6 +19,8 @@ import fastavro
 import msgspec
 from confluent_kafka import Consumer, Producer, TopicPartition
 from confluent_kafka.cimpl import NewTopic
+from sqlalchemy import Engine, text
+from sqlalchemy.exc import OperationalError
 
 from bench import harness
 from bench.endtoend import PARTITIONS, Processes
@@ -30,6 +32,7 @@ from jobledger.domain import EventType
 from jobledger.kafka.topics import ensure
 from jobledger.log import LogReader, admin, consumer_config, decoder, partitions_of, producer_config, recorded
 from jobledger.schemas.events import JobSucceeded
+from jobledger.streams.projections import open_engine
 
 #: Emitted a second while the way to the handler is measured.
 PACE = 200
@@ -154,3 +157,54 @@ def _results(app: App) -> dict[str, float]:
                 if isinstance(event.fact, JobSucceeded) and event.fact.result is not None:
                     found[event.job_id] = msgspec.json.decode(event.fact.result)
     return found
+
+
+def projection(settings: Settings, events: int) -> list[Figure]:
+    """A projection in a process of its own over a log of events; its speed and its resident memory."""
+    names = harness.fresh_names("projection")
+    os.environ.update(BENCH_NAMESPACE=names.namespace, BENCH_PARTITIONS=str(PARTITIONS))
+    from bench import apps  # its namespace comes from the environment
+
+    app = App(names.namespace, settings=settings, partitions=PARTITIONS)
+    app.event(apps.Emitted)
+    ensure(app, settings)
+    samples: list[float] = []
+    with tempfile.TemporaryDirectory(prefix="jobledger-bench-") as folder:
+        processes = Processes(settings, names.namespace, Path(folder))
+        try:
+            for first in range(0, events, 100_000):
+                app.emit_many(apps.Emitted(n) for n in range(first, min(events, first + 100_000)))
+            process = processes.start("projection", "projections", "run", "bench.apps:app")
+            engine = open_engine(processes.env["JOBLEDGER_STATUS_URL"])
+            began, before, done = 0.0, 0, 0
+            while done < events:
+                time.sleep(0.25)
+                processes.check()
+                done = _folded(engine)
+                if done and not began:
+                    began, before = time.perf_counter(), done
+                if done > events / 10:
+                    samples.append(process.memory_info().rss / 2**20)
+            took = time.perf_counter() - began
+            engine.dispose()
+        finally:
+            processes.stop()
+            app.close()
+            harness.drop(settings, names)
+    median = harness.percentile(samples, 0.5)
+    spread = max(max(samples) - median, median - min(samples)) / median * 100
+    how = f"{events:,} events into 1,000 rows, SQLite, offsets in the same transactions"
+    return [
+        Figure("projection", (events - before) / took, "events/s", 40_000, True, None, how),
+        Figure(
+            "projection's memory spread", spread, "%", 10.0, False, None, f"± around {median:.0f} MiB, after a tenth"
+        ),
+    ]
+
+
+def _folded(engine: Engine) -> int:
+    try:
+        with engine.connect() as db:
+            return int(db.execute(text("SELECT COALESCE(SUM(next_offset), 0) FROM jobledger_projections")).scalar_one())
+    except OperationalError:  # there is no table yet
+        return 0

@@ -18,11 +18,16 @@ from jobledger.schemas.events import Position
 from jobledger.task import DEFAULT_PARTITIONS, DEFAULT_QUEUE, JobRequest, Queue, Registry, Task
 
 if TYPE_CHECKING:
+    import datetime as dt
+
+    from sqlalchemy import Table
+
     from jobledger.lifecycle import LifecycleStream
 
 P = ParamSpec("P")
 R = TypeVar("R")
 E = TypeVar("E")
+F = TypeVar("F", bound=Callable[..., Any])
 
 
 class TaskDecorator(Protocol):
@@ -258,6 +263,34 @@ class App:
         ``jobs``: from `Task.job` or ``task.using(…).job``; consumed as it goes, so a generator is fine.
         """
         return self.client.submit_many(jobs)
+
+    def projection(
+        self,
+        *events: type[Any],
+        table: Table,
+        key: Callable[[Any], Any],
+        name: str | None = None,
+        facts: Iterable[type[Any]] = (),
+        start: dt.datetime | None = None,
+    ) -> Callable[[F], F]:
+        """Register a fold of domain events, or of job facts, into a table of your own; `jobledger projections run` runs it.
+
+        ``table``: a SQLAlchemy `Table` with a primary key; it is made in the status database. ``key(event)``: the primary
+        key of the row that an event changes (a tuple for several columns); None passes it over. The function takes the row
+        as a dict (None: there is none) and the event, and returns the row after, or None to delete it; with a third
+        parameter it is told where the record stands. It must be pure: `verify` and `rebuild` call it again. ``facts``:
+        instead of events, what happened to jobs, as `Recorded`. ``start``: events before are passed over.
+
+        Offsets are kept in the same transactions: each record is folded exactly once. Raises `ConfigError`.
+        """
+
+        def register(fold: F) -> F:
+            kinds = [self.registry.event_of(event) for event in events]
+            named = name or getattr(fold, "__name__", "")
+            self.registry.add_projection(fold, name=named, table=table, key=key, events=kinds, facts=facts, start=start)
+            return fold
+
+        return register
 
     # -- following ------------------------------------------------------------------------------------------------
 

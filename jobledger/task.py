@@ -18,6 +18,7 @@ import msgspec
 from jobledger.domain import EventType, Handler
 from jobledger.errors import BadArguments, BadEvent, ConfigError, UnknownQueue, UnknownTask
 from jobledger.names import Names, check_name
+from jobledger.projection import Projection
 from jobledger.retry import Retry, check_delay
 
 if TYPE_CHECKING:
@@ -229,6 +230,7 @@ class Registry:
         #: Event types by name, and the handlers of each.
         self.events: dict[str, EventType] = {}
         self.handlers: dict[str, list[Handler]] = {}
+        self.projections: dict[str, Projection] = {}
         self._declared: dict[str, Queue] | None = None
         if queues is not None:
             declared = [q if isinstance(q, Queue) else Queue(q) for q in queues]
@@ -328,6 +330,18 @@ class Registry:
         made = Handler(self.event_of(cls), task)
         known = self.handlers.setdefault(made.event.name, [])
         known[:] = [*(h for h in known if h.task.name != task.name), made]
+        return made
+
+    def add_projection(self, fold: Callable[..., Any], **options: Any) -> Projection:
+        """Register a fold; `ConfigError` for a name or a table that is taken."""
+        made = Projection(fold, **options)
+        for other in self.projections.values():
+            taken = other.name == made.name or other.table.name == made.table.name
+            if taken and _origin(other.fold) != _origin(fold):
+                raise ConfigError(
+                    f"projection {made.name!r}: {other!r} is registered already; give another name and table"
+                )
+        self.projections[made.name] = made
         return made
 
     def handler(self, name: str) -> Handler:

@@ -18,7 +18,7 @@ import typer
 
 from jobledger.cli.loading import load_app, module_name
 from jobledger.cli.options import Bootstrap, StatusUrl, Target
-from jobledger.cli.running import Prefixed, command, stream_children
+from jobledger.cli.running import Prefixed, command, passed_on, stream_children
 
 if TYPE_CHECKING:
     from jobledger.config import Settings
@@ -31,7 +31,7 @@ KILL_AFTER_S = 15.0
 #: Seconds that the new code may take to be imported and its topics to be made.
 CHECK_TIMEOUT_S = 60.0
 
-PARTS = ("worker", "router", "coordinator", "materializer")
+PARTS = ("worker", "router", "projections", "coordinator", "materializer")
 
 
 def dev(
@@ -69,6 +69,10 @@ def dev(
         children = [Child("worker", work), *stream_children(target, address, status_url)]
         if app.registry.handlers:
             children.insert(1, Child("router", command("router", target, "--bootstrap", address)))
+        if app.registry.projections:
+            children.append(
+                Child("projections", command("projections", "run", target, *passed_on(address, status_url)))
+            )
         # A developer's process may die as often as it likes: the next change may be the cure.
         supervisor = Supervisor(
             children,
@@ -154,7 +158,7 @@ def _watch(supervisor: Supervisor, target: str, address: str, folders: Sequence[
             return
         if fits:
             supervisor.say(f"{shown} changed: reloading the worker")
-            supervisor.restart(["worker", "router"])
+            supervisor.restart(["worker", "router", "projections"])
         else:
             supervisor.say(f"{shown} changed: the running code stays until this is mended")
 

@@ -37,6 +37,7 @@ STREAMS_GRACE_S = 30.0
 PART_STYLES = {
     "worker": "green",
     "router": "cyan",
+    "projections": "blue",
     "coordinator": "magenta",
     "materializer": "blue",
     "kafka": "yellow",

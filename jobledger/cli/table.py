@@ -32,7 +32,7 @@ def verify(
 
     app = load_app(target, bootstrap=bootstrap, status_url=status_url)
     url = app.settings.resolve_status_url(app.names.namespace)
-    with _progress("folding the log", quiet=as_json) as tell:
+    with progress_bar("folding the log", quiet=as_json) as tell:
         found = tables.verify(app.names, app.settings, list(app.queues), url, tell)
     if as_json:
         output.print_json(found)
@@ -72,7 +72,7 @@ def rebuild(
     url = app.settings.resolve_status_url(app.names.namespace)
     if not yes:
         typer.confirm(f"Replace the status table {url} by one made from the log?", abort=True, err=True)
-    with _progress("folding the log", quiet=as_json) as tell:
+    with progress_bar("folding the log", quiet=as_json) as tell:
         made = tables.rebuild(app.names, app.settings, list(app.queues), url, tell)
     if as_json:
         output.print_json(made)
@@ -88,7 +88,7 @@ def rebuild(
 
 
 @contextmanager
-def _progress(what: str, *, quiet: bool) -> Iterator[Callable[[int, int], None] | None]:
+def progress_bar(what: str, *, quiet: bool) -> Iterator[Callable[[int, int], None] | None]:
     """A bar of records read on standard error; None where nobody looks."""
     if quiet or not sys.stderr.isatty():
         yield None

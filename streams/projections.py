@@ -1,0 +1,480 @@
+"""Projections at work: batches from the log, a person's fold, and the offsets in the same transaction.
+
+Every transaction begins by moving the offsets from where this process believes them to be. If somebody else has moved
+them, nothing is written: so two processes of one projection fold nothing twice, and a killed one leaves nothing half.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import sqlalchemy
+from confluent_kafka import OFFSET_BEGINNING, Consumer, KafkaException, Message, TopicPartition
+from sqlalchemy import (
+    BigInteger,
+    Column,
+    Connection,
+    Engine,
+    Integer,
+    MetaData,
+    PrimaryKeyConstraint,
+    Table,
+    Text,
+    and_,
+    bindparam,
+    delete,
+    event,
+    select,
+    tuple_,
+    update,
+)
+from sqlalchemy.dialects import postgresql, sqlite
+
+from jobledger.config import Settings
+from jobledger.domain import event_id_of
+from jobledger.errors import ConfigError, JobledgerError, SchemaError, StoreError, UnknownFact
+from jobledger.log import (
+    LogReader,
+    SchemaLookup,
+    consumer_config,
+    decoder,
+    partitions_of,
+    position_of,
+    recorded,
+    translate,
+)
+from jobledger.names import Names
+from jobledger.projection import RESERVED, Projection, Where
+from jobledger.schemas.derive import is_pydantic
+
+LOG = logging.getLogger("jobledger.projection")
+
+#: Records of one transaction at most, and seconds that are waited for the first.
+BATCH, POLL_S = 5_000, 0.1
+#: Keys asked for in one statement.
+KEYS_A_QUERY = 400
+#: Seconds a statement waits for another writer, and between two tries of a database that is away.
+BUSY_S, AWAY_S = 30.0, 1.0
+#: How often in a row the database may be away before it is an error.
+AWAY_TRIES = 30
+ASK_S = 15.0
+
+Place = tuple[str, int]
+Item = tuple[tuple[Any, ...], Any, Where]
+
+_metadata = MetaData()
+offsets_table = Table(
+    f"{RESERVED}projections",
+    _metadata,
+    Column("namespace", Text, nullable=False),
+    Column("projection", Text, nullable=False),
+    Column("topic", Text, nullable=False),
+    Column("partition", Integer, nullable=False),
+    Column("next_offset", BigInteger, nullable=False),
+    PrimaryKeyConstraint("namespace", "projection", "topic", "partition"),
+)
+
+
+class Overtaken(StoreError):
+    """Another process has moved this projection's offsets."""
+
+
+def database_of(status_url: str) -> str:
+    """Where projections live, by the status table's URL: the same PostgreSQL database; beside a SQLite file, one of its
+    own, since a rebuild swaps that file and SQLite has one writer at a time."""
+    url = sqlalchemy.make_url(status_url)
+    if url.get_backend_name() == "sqlite":
+        if not url.database or url.database == ":memory:":
+            raise ConfigError(f"JOBLEDGER_STATUS_URL={status_url!r} names no file: write sqlite:///folder/status.db")
+        stem, dot, suffix = url.database.rpartition(".")
+        return f"sqlite:///{stem if dot else suffix}-projections.{suffix if dot else 'db'}"
+    if url.get_backend_name() == "postgresql":
+        return url.set(drivername="postgresql+psycopg").render_as_string(hide_password=False)
+    raise ConfigError(f"JOBLEDGER_STATUS_URL: {url.get_backend_name()!r} is of a kind that is not known")
+
+
+def open_engine(status_url: str) -> Engine:
+    """An engine for `database_of`; SQLite in WAL mode, every transaction of it a writer's from its first statement."""
+    url = database_of(status_url)
+    if not url.startswith("sqlite"):
+        engine = sqlalchemy.create_engine(url)
+    else:
+        Path(url.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
+        engine = sqlalchemy.create_engine(url, connect_args={"timeout": BUSY_S})
+
+        @event.listens_for(engine, "connect")
+        def _(connection: Any, record: object) -> None:
+            connection.isolation_level = None
+            connection.execute("PRAGMA journal_mode=WAL")
+            connection.execute("PRAGMA synchronous=NORMAL")
+
+        @event.listens_for(engine, "begin")
+        def _(connection: Connection) -> None:
+            connection.exec_driver_sql("BEGIN IMMEDIATE")
+
+    return engine
+
+
+class Reading:
+    """Records of the log as what a fold takes. Counts what it passes over in ``unreadable``."""
+
+    def __init__(self, projection: Projection, settings: Settings, names: Names, queues: Sequence[str]) -> None:
+        self._projection = projection
+        self._lookup = SchemaLookup(settings, names)
+        self._decode = decoder(settings, names).decode
+        self._converters: dict[str, Callable[[Any], Any]] = {}
+        for topic, kind in projection.events.items():
+            self._converters[topic] = kind.cls.model_validate if is_pydantic(kind.cls) else kind.of
+        lifecycle = (names.lifecycle, names.coordination, names.dead_letter, *(names.jobs(q) for q in queues))
+        self.topics = sorted(projection.events) or list(lifecycle)
+        self.unreadable = 0
+
+    def items(self, messages: Sequence[Message]) -> Iterator[Item]:
+        """(key, event, where) of each record that is the projection's business. Raises what must not be passed."""
+        projection = self._projection
+        for message in messages:
+            appended_ms = message.timestamp()[1]
+            if projection.start_ms is not None and appended_ms < projection.start_ms:
+                continue
+            where = position_of(message)
+            try:
+                if projection.facts:
+                    found: Any = recorded(message, self._decode)
+                    if not isinstance(found.event.fact, projection.facts):
+                        continue
+                    event_id = found.event.event_id
+                else:
+                    kind = projection.events[where.topic]
+                    plain = kind.decode(message.value(), self._lookup)
+                    event_id = event_id_of(dict(message.headers() or ()), where.topic, where.partition, where.offset)
+                    found = self._converters[where.topic](plain)
+            except UnknownFact as exc:
+                raise UnknownFact(exc.fact, f"{where} carries the fact {exc.fact!r}: upgrade this projection") from exc
+            except (SchemaError, ConfigError, ValueError) as exc:
+                self.unreadable += 1
+                LOG.error("%s is passed over by %s: %s", where, projection.name, exc)
+                continue
+            key = projection.key(found)
+            if key is not None:
+                yield key if isinstance(key, tuple) else (key,), found, Where(event_id, where, appended_ms)
+
+
+class Folding:
+    """A fold into one table: the live one, or a copy of it for `verify` and `rebuild`."""
+
+    def __init__(self, projection: Projection, table: Table) -> None:
+        self._projection, self.table = projection, table
+        self._keys = list(table.primary_key.columns)
+        self._names = [column.name for column in table.columns]
+        self._key_names = [column.name for column in self._keys]
+
+    def apply(self, db: Connection, items: Sequence[Item]) -> None:
+        """Fold items in their order: rows are read once and written once a batch. Raises `JobledgerError` naming the
+        record at which the fold failed."""
+        before = self._rows(db, list(dict.fromkeys(key for key, _, _ in items)))
+        after = dict(before)
+        fold, wants_where, names = self._projection.fold, self._projection.wants_where, self._key_names
+        for key, found, where in items:
+            try:
+                row = fold(after.get(key), found, where) if wants_where else fold(after.get(key), found)
+                after[key] = None if row is None else {**row, **dict(zip(names, key, strict=True))}
+            except Exception as exc:
+                raise JobledgerError(
+                    f"projection {self._projection.name}: its fold failed at {where.position} ({exc!r}); nothing of the "
+                    "batch was written. Mend it and start again: it goes on there"
+                ) from exc
+        self._write(db, [row for key, row in after.items() if row is not None and row != before.get(key)])
+        gone = [key for key, row in after.items() if row is None and before.get(key) is not None]
+        if gone:
+            match = and_(*(column == bindparam(f"k_{column.name}") for column in self._keys))
+            named = [dict(zip([f"k_{n}" for n in names], key, strict=True)) for key in gone]
+            db.execute(delete(self.table).where(match), named)
+
+    def _rows(self, db: Connection, keys: list[tuple[Any, ...]]) -> dict[tuple[Any, ...], dict[str, Any] | None]:
+        found: dict[tuple[Any, ...], dict[str, Any] | None] = dict.fromkeys(keys)
+        width = len(self._keys)
+        for first in range(0, len(keys), KEYS_A_QUERY):
+            some = keys[first : first + KEYS_A_QUERY]
+            wanted = self._keys[0].in_([k[0] for k in some]) if width == 1 else tuple_(*self._keys).in_(some)
+            for row in db.execute(select(self.table).where(wanted)).mappings():
+                found[tuple(row[name] for name in self._key_names)] = dict(row)
+        return found
+
+    def _write(self, db: Connection, rows: list[dict[str, Any]]) -> None:
+        # One statement for those rows that name the same columns: what a fold leaves out keeps what it was.
+        by_columns: dict[tuple[str, ...], list[dict[str, Any]]] = {}
+        for row in rows:
+            unknown = [name for name in row if name not in self._names]
+            if unknown:
+                raise JobledgerError(f"projection {self._projection.name}: table {self.table.name} has no {unknown}")
+            by_columns.setdefault(tuple(sorted(row)), []).append(row)
+        insert = postgresql.insert if db.dialect.name == "postgresql" else sqlite.insert
+        for columns, some in by_columns.items():
+            made = insert(self.table)
+            rest = {name: made.excluded[name] for name in columns if name not in self._key_names}
+            if rest:
+                db.execute(made.on_conflict_do_update(index_elements=self._keys, set_=rest), some)
+            else:
+                db.execute(made.on_conflict_do_nothing(), some)
+
+
+@dataclass(slots=True)
+class Checked:
+    """What `verify` and `rebuild` found. ``equal``: None after a rebuild."""
+
+    projection: str
+    equal: bool | None
+    rows: int
+    records: int
+    unreadable: int
+    digest: str
+    live_digest: str
+    seconds: float
+
+
+class Runner:
+    """One projection in one process; `run` blocks. Use from one thread, and close it."""
+
+    def __init__(
+        self, projection: Projection, settings: Settings, names: Names, queues: Sequence[str], status_url: str
+    ) -> None:
+        self.projection, self.settings, self.names = projection, settings, names
+        self._reading = Reading(projection, settings, names, queues)
+        self._engine = open_engine(status_url)
+        self.folded = 0
+        self._mine = and_(offsets_table.c.namespace == names.namespace, offsets_table.c.projection == projection.name)
+
+    def close(self) -> None:
+        """Give the connections back."""
+        self._engine.dispose()
+
+    @property
+    def unreadable(self) -> int:
+        """Records that were no events and were passed."""
+        return self._reading.unreadable
+
+    # -- the database ---------------------------------------------------------------------------------------------
+
+    def _patiently(self, stop: threading.Event, work: Callable[[], None]) -> None:
+        """Try again while the database is away, a bounded number of times."""
+        tries = 0
+        while True:
+            try:
+                work()
+                return
+            except sqlalchemy.exc.OperationalError as exc:
+                tries += 1
+                if tries > AWAY_TRIES or stop.is_set():
+                    shown = self._engine.url.render_as_string(hide_password=True)
+                    raise StoreError(f"projection {self.projection.name}: {shown} does not answer: {exc.orig}") from exc
+                LOG.warning("projection %s: the database does not answer: %s", self.projection.name, exc.orig)
+                stop.wait(AWAY_S)
+
+    def _set_up(self) -> None:
+        with self._engine.begin() as db:
+            _metadata.create_all(db)
+            self.projection.table.create(db, checkfirst=True)
+
+    def offsets(self, db: Connection) -> dict[Place, int]:
+        """The next offsets, by place."""
+        rows = db.execute(select(offsets_table).where(self._mine)).mappings()
+        return {(row["topic"], row["partition"]): row["next_offset"] for row in rows}
+
+    def _move(self, db: Connection, before: Mapping[Place, int], after: Mapping[Place, int]) -> None:
+        """Move the offsets; raises `Overtaken` unless they stand where they are believed to be."""
+        for (topic, partition), offset in after.items():
+            place = and_(self._mine, offsets_table.c.topic == topic, offsets_table.c.partition == partition)
+            known = before.get((topic, partition))
+            if known is None:
+                values = {
+                    "namespace": self.names.namespace, "projection": self.projection.name, "topic": topic,
+                    "partition": partition, "next_offset": offset,
+                }  # fmt: skip
+                insert = postgresql.insert if db.dialect.name == "postgresql" else sqlite.insert
+                moved = db.execute(insert(offsets_table).values(values).on_conflict_do_nothing())
+            else:
+                place = and_(place, offsets_table.c.next_offset == known)
+                moved = db.execute(update(offsets_table).where(place).values(next_offset=offset))
+            if moved.rowcount != 1:
+                raise Overtaken(f"another process folds projection {self.projection.name}")
+
+    # -- running --------------------------------------------------------------------------------------------------
+
+    def run(self, stop: threading.Event, *, until_end: bool = False) -> None:
+        """Fold until ``stop``, or with ``until_end`` until what the log held at the beginning is folded.
+
+        Raises `JobledgerError` if the fold fails, `StoreError` if the database stays away, `BrokerUnavailable`,
+        `TopicMissing`, `UnknownFact`; nothing is lost, and the next run goes on.
+        """
+        self._patiently(stop, self._set_up)
+        while not stop.is_set():
+            try:
+                self._follow(stop, until_end)
+                return
+            except Overtaken as exc:
+                LOG.warning("%s; looking again", exc)
+                stop.wait(2.0)
+
+    def _places(self) -> list[Place]:
+        return [(t, p) for t in self._reading.topics for p in range(partitions_of(self.settings, t))]
+
+    def _follow(self, stop: threading.Event, until_end: bool) -> None:
+        folding = Folding(self.projection, self.projection.table)
+        known: dict[Place, int] = {}
+
+        def load() -> None:
+            with self._engine.begin() as db:
+                known.clear()
+                known.update(self.offsets(db))
+
+        self._patiently(stop, load)
+        with _consumer(self.settings) as consumer:
+            places = self._places()
+            ends = self._ends(places) if until_end else {}
+            consumer.assign([TopicPartition(t, p, known.get((t, p), OFFSET_BEGINNING)) for t, p in places])
+            while not stop.is_set():
+                if until_end and not _open(consumer, ends, known):
+                    return
+                messages = _fetch(consumer, self.settings)
+                if messages:
+                    self._patiently(stop, lambda batch=messages: self._transaction(folding, known, batch))  # type: ignore[misc]
+
+    def _ends(self, places: Sequence[Place]) -> dict[Place, int]:
+        with LogReader(self.settings) as reader:
+            found = {place: reader.watermarks(*place) for place in places}
+        return {place: high for place, (low, high) in found.items() if high > low}
+
+    def _transaction(self, folding: Folding, known: dict[Place, int], messages: Sequence[Message]) -> None:
+        after = _ends_of(messages)
+        with self._engine.begin() as db:
+            self._move(db, known, after)
+            items = list(self._reading.items(messages))
+            folding.apply(db, items)
+        known.update(after)
+        self.folded += len(items)
+
+    # -- checking -------------------------------------------------------------------------------------------------
+
+    def verify(self, stop: threading.Event, tell: Callable[[int, int], None] = lambda done, total: None) -> Checked:
+        """Fold the log again, up to where the live table is, into a copy, and compare. The live table may be written."""
+        began = time.monotonic()
+        self._patiently(stop, self._set_up)
+        with self._engine.begin() as db:
+            ends = self.offsets(db)
+            live, rows = _digest(db, self.projection.table)
+        copy, records = self._fold_again(ends, stop, tell, "verify")
+        with self._engine.begin() as db:
+            again, _ = _digest(db, copy)
+            copy.drop(db)
+        took = time.monotonic() - began
+        return Checked(self.projection.name, again == live, rows, records, self.unreadable, again, live, took)
+
+    def rebuild(self, stop: threading.Event, tell: Callable[[int, int], None] = lambda done, total: None) -> Checked:
+        """Fold the whole log into a copy, then put its rows in the live table's place, in one transaction with the
+        offsets. A process that runs meanwhile notices and goes on from there."""
+        began = time.monotonic()
+        self._patiently(stop, self._set_up)
+        ends = self._ends(self._places())
+        copy, records = self._fold_again(ends, stop, tell, "rebuild")
+        table = self.projection.table
+        with self._engine.begin() as db:
+            live, _ = _digest(db, table)
+            db.execute(delete(offsets_table).where(self._mine))
+            self._move(db, {}, ends)
+            db.execute(delete(table))
+            db.execute(table.insert().from_select([c.name for c in copy.columns], select(copy)))
+            made, rows = _digest(db, table)
+            copy.drop(db)
+        took = time.monotonic() - began
+        return Checked(self.projection.name, None, rows, records, self.unreadable, made, live, took)
+
+    def _fold_again(
+        self, ends: Mapping[Place, int], stop: threading.Event, tell: Callable[[int, int], None], why: str
+    ) -> tuple[Table, int]:
+        """The log up to ``ends``, folded into a new table of its own; and how many records that were."""
+        copy = self.projection.table.to_metadata(MetaData(), name=f"{RESERVED}{self.projection.name}_{why}")
+        copy.indexes.clear()
+        with self._engine.begin() as db:
+            copy.drop(db, checkfirst=True)
+            copy.create(db)
+        with LogReader(self.settings) as reader:
+            at = {place: reader.watermarks(*place)[0] for place in ends}
+        folding, total, done = Folding(self.projection, copy), sum(ends.values()), 0
+        with _consumer(self.settings) as consumer:
+            consumer.assign([TopicPartition(t, p, OFFSET_BEGINNING) for t, p in ends])
+            while _open(consumer, ends, at):
+                if stop.is_set():
+                    raise JobledgerError(
+                        f"{why} of projection {self.projection.name} was interrupted; nothing has changed"
+                    )
+                messages = [m for m in _fetch(consumer, self.settings) if (m.offset() or 0) < ends[_place(m)]]
+                if not messages:
+                    continue
+                with self._engine.begin() as db:
+                    folding.apply(db, list(self._reading.items(messages)))
+                at.update(_ends_of(messages))
+                done += len(messages)
+                tell(sum(at.values()), total)
+        return copy, done
+
+
+def _place(message: Message) -> Place:
+    return message.topic() or "", message.partition() or 0
+
+
+def _ends_of(messages: Sequence[Message]) -> dict[Place, int]:
+    return {_place(message): (message.offset() or 0) + 1 for message in messages}
+
+
+def _open(consumer: Consumer, ends: Mapping[Place, int], at: Mapping[Place, int]) -> bool:
+    """Whether a partition is not read to its end. The client's own position passes gaps that no record stands for."""
+    left = [place for place, end in ends.items() if at.get(place, 0) < end]
+    if not left:
+        return False
+    positions = consumer.position([TopicPartition(*place) for place in left])
+    return any(p.offset < ends[p.topic, p.partition] for p in positions)
+
+
+@contextmanager
+def _consumer(settings: Settings) -> Iterator[Consumer]:
+    more = {"queued.max.messages.kbytes": 32_768, "allow.auto.create.topics": False}
+    consumer = Consumer(consumer_config(settings, group="jobledger-projections", **more))
+    try:
+        yield consumer
+    finally:
+        consumer.close()
+
+
+def _fetch(consumer: Consumer, settings: Settings) -> list[Message]:
+    try:
+        first = consumer.poll(POLL_S)
+        messages = [] if first is None else [first, *consumer.consume(BATCH - 1, 0)]
+    except KafkaException as exc:
+        raise translate(exc.args[0], settings, "reading for a projection") from exc
+    for message in messages:
+        error = message.error()
+        if error is not None and (error.fatal() or not error.retriable()):
+            raise translate(error, settings, "reading for a projection")
+    return [message for message in messages if message.error() is None]
+
+
+def _digest(db: Connection, table: Table) -> tuple[str, int]:
+    """A digest of a table's rows in the order of their keys, and how many there are. Streams: memory is bounded."""
+    digest, rows = hashlib.sha256(), 0
+    asked = select(table).order_by(*table.primary_key.columns).execution_options(yield_per=1_000)
+    for row in db.execute(asked):
+        digest.update(msgspec.json.encode(list(row), enc_hook=repr))
+        rows += 1
+    return digest.hexdigest(), rows
+
+
+__all__ = ["Checked", "Overtaken", "Runner", "database_of", "open_engine"]
