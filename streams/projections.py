@@ -30,46 +30,35 @@ from sqlalchemy import (
     Table,
     Text,
     and_,
-    bindparam,
     delete,
     event,
     select,
-    tuple_,
     update,
 )
 from sqlalchemy.dialects import postgresql, sqlite
 
 from jobledger.config import Settings
-from jobledger.domain import event_id_of
-from jobledger.errors import ConfigError, JobledgerError, SchemaError, StoreError, UnknownFact
+from jobledger.errors import ConfigError, JobledgerError, StoreError
 from jobledger.log import (
     LogReader,
-    SchemaLookup,
     consumer_config,
-    decoder,
     partitions_of,
-    position_of,
-    recorded,
     translate,
 )
 from jobledger.names import Names
-from jobledger.projection import RESERVED, Projection, Where
-from jobledger.schemas.derive import is_pydantic
+from jobledger.projection import RESERVED, Projection
+from jobledger.streams.folding import Folding, Reading
 
 LOG = logging.getLogger("jobledger.projection")
 
 #: Records of one transaction at most, and seconds that are waited for the first.
 BATCH, POLL_S = 5_000, 0.1
-#: Keys asked for in one statement.
-KEYS_A_QUERY = 400
 #: Seconds a statement waits for another writer, and between two tries of a database that is away.
 BUSY_S, AWAY_S = 30.0, 1.0
 #: How often in a row the database may be away before it is an error.
 AWAY_TRIES = 30
-ASK_S = 15.0
 
 Place = tuple[str, int]
-Item = tuple[tuple[Any, ...], Any, Where]
 
 _metadata = MetaData()
 offsets_table = Table(
@@ -122,109 +111,6 @@ def open_engine(status_url: str) -> Engine:
             connection.exec_driver_sql("BEGIN IMMEDIATE")
 
     return engine
-
-
-class Reading:
-    """Records of the log as what a fold takes. Counts what it passes over in ``unreadable``."""
-
-    def __init__(self, projection: Projection, settings: Settings, names: Names, queues: Sequence[str]) -> None:
-        self._projection = projection
-        self._lookup = SchemaLookup(settings, names)
-        self._decode = decoder(settings, names).decode
-        self._converters: dict[str, Callable[[Any], Any]] = {}
-        for topic, kind in projection.events.items():
-            self._converters[topic] = kind.cls.model_validate if is_pydantic(kind.cls) else kind.of
-        lifecycle = (names.lifecycle, names.coordination, names.dead_letter, *(names.jobs(q) for q in queues))
-        self.topics = sorted(projection.events) or list(lifecycle)
-        self.unreadable = 0
-
-    def items(self, messages: Sequence[Message]) -> Iterator[Item]:
-        """(key, event, where) of each record that is the projection's business. Raises what must not be passed."""
-        projection = self._projection
-        for message in messages:
-            appended_ms = message.timestamp()[1]
-            if projection.start_ms is not None and appended_ms < projection.start_ms:
-                continue
-            where = position_of(message)
-            try:
-                if projection.facts:
-                    found: Any = recorded(message, self._decode)
-                    if not isinstance(found.event.fact, projection.facts):
-                        continue
-                    event_id = found.event.event_id
-                else:
-                    kind = projection.events[where.topic]
-                    plain = kind.decode(message.value(), self._lookup)
-                    event_id = event_id_of(dict(message.headers() or ()), where.topic, where.partition, where.offset)
-                    found = self._converters[where.topic](plain)
-            except UnknownFact as exc:
-                raise UnknownFact(exc.fact, f"{where} carries the fact {exc.fact!r}: upgrade this projection") from exc
-            except (SchemaError, ConfigError, ValueError) as exc:
-                self.unreadable += 1
-                LOG.error("%s is passed over by %s: %s", where, projection.name, exc)
-                continue
-            key = projection.key(found)
-            if key is not None:
-                yield key if isinstance(key, tuple) else (key,), found, Where(event_id, where, appended_ms)
-
-
-class Folding:
-    """A fold into one table: the live one, or a copy of it for `verify` and `rebuild`."""
-
-    def __init__(self, projection: Projection, table: Table) -> None:
-        self._projection, self.table = projection, table
-        self._keys = list(table.primary_key.columns)
-        self._names = [column.name for column in table.columns]
-        self._key_names = [column.name for column in self._keys]
-
-    def apply(self, db: Connection, items: Sequence[Item]) -> None:
-        """Fold items in their order: rows are read once and written once a batch. Raises `JobledgerError` naming the
-        record at which the fold failed."""
-        before = self._rows(db, list(dict.fromkeys(key for key, _, _ in items)))
-        after = dict(before)
-        fold, wants_where, names = self._projection.fold, self._projection.wants_where, self._key_names
-        for key, found, where in items:
-            try:
-                row = fold(after.get(key), found, where) if wants_where else fold(after.get(key), found)
-                after[key] = None if row is None else {**row, **dict(zip(names, key, strict=True))}
-            except Exception as exc:
-                raise JobledgerError(
-                    f"projection {self._projection.name}: its fold failed at {where.position} ({exc!r}); nothing of the "
-                    "batch was written. Mend it and start again: it goes on there"
-                ) from exc
-        self._write(db, [row for key, row in after.items() if row is not None and row != before.get(key)])
-        gone = [key for key, row in after.items() if row is None and before.get(key) is not None]
-        if gone:
-            match = and_(*(column == bindparam(f"k_{column.name}") for column in self._keys))
-            named = [dict(zip([f"k_{n}" for n in names], key, strict=True)) for key in gone]
-            db.execute(delete(self.table).where(match), named)
-
-    def _rows(self, db: Connection, keys: list[tuple[Any, ...]]) -> dict[tuple[Any, ...], dict[str, Any] | None]:
-        found: dict[tuple[Any, ...], dict[str, Any] | None] = dict.fromkeys(keys)
-        width = len(self._keys)
-        for first in range(0, len(keys), KEYS_A_QUERY):
-            some = keys[first : first + KEYS_A_QUERY]
-            wanted = self._keys[0].in_([k[0] for k in some]) if width == 1 else tuple_(*self._keys).in_(some)
-            for row in db.execute(select(self.table).where(wanted)).mappings():
-                found[tuple(row[name] for name in self._key_names)] = dict(row)
-        return found
-
-    def _write(self, db: Connection, rows: list[dict[str, Any]]) -> None:
-        # One statement for those rows that name the same columns: what a fold leaves out keeps what it was.
-        by_columns: dict[tuple[str, ...], list[dict[str, Any]]] = {}
-        for row in rows:
-            unknown = [name for name in row if name not in self._names]
-            if unknown:
-                raise JobledgerError(f"projection {self._projection.name}: table {self.table.name} has no {unknown}")
-            by_columns.setdefault(tuple(sorted(row)), []).append(row)
-        insert = postgresql.insert if db.dialect.name == "postgresql" else sqlite.insert
-        for columns, some in by_columns.items():
-            made = insert(self.table)
-            rest = {name: made.excluded[name] for name in columns if name not in self._key_names}
-            if rest:
-                db.execute(made.on_conflict_do_update(index_elements=self._keys, set_=rest), some)
-            else:
-                db.execute(made.on_conflict_do_nothing(), some)
 
 
 @dataclass(slots=True)
