@@ -4,8 +4,11 @@
 ├── ``ConfigError``              the app, a setting or an option is wrong; raised when the app is loaded or called
 │   ├── ``UnknownTask``          a task name nobody registered
 │   ├── ``UnknownQueue``         a queue the app does not declare
+│   ├── ``RegistryNeeded``       a record that only a Schema Registry explains, and none is configured
+│   ├── ``SchemaRefused``        the Schema Registry does not take this version's schema
 │   └── ``BadArguments``         arguments that do not fit the task's signature
 ├── ``BrokerUnavailable``        no broker answered within the bound
+│   └── ``RegistryUnavailable``  no Schema Registry answered within the bound
 ├── ``PayloadTooLarge``          one record would exceed the broker's limit
 ├── ``TopicMissing``             a topic the app needs is not there
 ├── ``PortTaken``                the embedded broker's port belongs to somebody else
@@ -48,8 +51,23 @@ class BadArguments(ConfigError):
     """The arguments do not fit the task's signature, or cannot be written as JSON."""
 
 
+class RegistryNeeded(ConfigError):
+    """A record carries a Schema Registry's id, and no registry is configured: ``JOBLEDGER_SCHEMA_REGISTRY`` names it.
+
+    No `SchemaError`: the record may be good, so it is neither rejected nor passed.
+    """
+
+
+class SchemaRefused(ConfigError):
+    """The Schema Registry does not take this version's schema for a topic; nothing was sent."""
+
+
 class BrokerUnavailable(JobledgerError):
     """No broker answered, or none acknowledged, within the bound."""
+
+
+class RegistryUnavailable(BrokerUnavailable):
+    """The Schema Registry did not answer within the bound; what needed it is neither done nor rejected."""
 
 
 class PayloadTooLarge(JobledgerError):
