@@ -9,12 +9,12 @@ from collections.abc import Callable
 from confluent_kafka import Message
 
 from jobledger.consumers.work import Partition
-from jobledger.errors import BrokerUnavailable, JobledgerError, SchemaError, UnknownFact
+from jobledger.errors import BrokerUnavailable, JobledgerError, RegistryNeeded, SchemaError, UnknownFact
 from jobledger.schemas.codec import Decoder
 from jobledger.schemas.events import JobEvent
 
-#: What a record turned out to be: an event, a fact this version does not know, or why it cannot be read.
-Read = JobEvent | UnknownFact | str
+#: What a record turned out to be: an event, what keeps this worker from judging it, or why it cannot be read.
+Read = JobEvent | UnknownFact | RegistryNeeded | str
 
 #: How often the broker is asked for a schema before the worker gives up.
 LOOKUPS = 3
@@ -55,7 +55,7 @@ class Aside(threading.Thread):
         for left in reversed(range(LOOKUPS)):
             try:
                 return self._decoder.decode(value if isinstance(value, bytes) else None)
-            except UnknownFact as exc:
+            except (UnknownFact, RegistryNeeded) as exc:
                 return exc
             except SchemaError as exc:
                 return str(exc)

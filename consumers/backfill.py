@@ -21,7 +21,8 @@ from jobledger.consumers.facts import Facts
 from jobledger.consumers.router import Batch, Routes
 from jobledger.consumers.send import Sender
 from jobledger.errors import BrokerUnavailable, ConfigError, JobledgerError, SchemaError
-from jobledger.log import LogReader, LogWriter, SchemaLookup, consumer_config, partitions_of, source, translate
+from jobledger.log import LogReader, consumer_config, partitions_of, source, translate
+from jobledger.lookup import SchemaLookup
 from jobledger.task import Registry
 
 #: Events between two commits of the progress, at most; with a pace a tenth of a second's.
@@ -147,15 +148,11 @@ class Backfill:
 
         Raises `BrokerUnavailable`, `TopicMissing`, `ConfigError`; what was submitted by then stays, and another run goes on.
         """
-        consumer, sender = Consumer(self._conf), Sender(self.settings, 1.0)
+        consumer, sender = Consumer(self._conf), Sender(self.settings, self.names, 1.0)
         try:
             if not self.plan.dry_run:
                 partitions_of(self.settings, self.names.jobs(self.handler.task.queue))
-                writer = LogWriter(self.settings, self.names)
-                try:
-                    writer.ensure_schema()
-                finally:
-                    writer.close(1.0)
+                sender.prepare([self.names.jobs(self.handler.task.queue)])
             ranges = self._ranges(consumer)
             self.progress.total = sum(r.end - r.begin for r in ranges.values())
             self.progress.passed = sum(r.at - r.begin for r in ranges.values())

@@ -36,7 +36,7 @@ from jobledger.consumers.quick import plain_submission
 from jobledger.consumers.releases import release_key
 from jobledger.consumers.send import BY_KEY, UNACKNOWLEDGED_LIMIT, Sender
 from jobledger.consumers.work import Arrived, Found, Partition, Plan, Work
-from jobledger.errors import BadArguments, JobledgerError, SchemaError, UnknownFact
+from jobledger.errors import BadArguments, JobledgerError, RegistryNeeded, SchemaError, UnknownFact
 from jobledger.log import now_us
 from jobledger.names import Names
 from jobledger.retry import Retry
@@ -51,6 +51,9 @@ LOG = logging.getLogger("jobledger.worker")
 SLICE = 16
 #: Records begun in one go before the loop gets a turn.
 BUDGET = 64
+
+#: Records of one partition that may wait for `Aside` to find their schemas: what looks for them wakes us.
+ASIDE_LIMIT = 1_000
 
 #: Seconds until it is looked again whether enough is acknowledged.
 REST_S = 0.005
@@ -97,6 +100,7 @@ class Dispatcher:
         self._names: Names = registry.names
         self._lifecycle = self._names.lifecycle
         self._source, self._produce = facts.source, sender.produce
+        self._own_form = decoder.own_form
         self.plans = {name: Plan(task) for name, task in registry.tasks.items()}
         self.executor: Executor
         self.fetchers: list[Fetcher] = []
@@ -245,7 +249,7 @@ class Dispatcher:
     def _take_slice(self, partition: Partition, most: int) -> int:
         """Take up to ``most`` records of one partition."""
         raw, lease, offsets = partition.raw, partition.lease, partition.offsets
-        if offsets is None or not partition.begin_taking():
+        if offsets is None or partition.aside > ASIDE_LIMIT or not partition.begin_taking():
             return 0
         taken = 0
         try:
@@ -282,14 +286,21 @@ class Dispatcher:
         if value is not None and (plain := plain_submission(value)) is not None:
             self.accept(partition, message, plain, fresh, now)
             return
-        if not isinstance(value, bytes) or not value.startswith(_OWN):
-            partition.aside += 1
-            self._aside.put(partition, message, fresh)
-            return
+        own = value if isinstance(value, bytes) else b""
+        if not own.startswith(_OWN):
+            framed = self._own_form(own)
+            if framed is None:
+                partition.aside += 1
+                self._aside.put(partition, message, fresh)
+                return
+            if (plain := plain_submission(framed)) is not None:
+                self.accept(partition, message, plain, fresh, now)
+                return
+            own = framed
         try:
-            event = codec.decode(value)
+            event = codec.decode(own)
         except UnknownFact as exc:
-            self.stop_partition(partition, message, exc)
+            self.stop_partition(partition, message, f"{exc}: upgrade this worker")
         except SchemaError as exc:
             self.reject(partition, message, str(exc), fresh)
         else:
@@ -308,13 +319,15 @@ class Dispatcher:
                 offsets.hold(None)
 
     def from_aside(self, partition: Partition, message: Message, read: Read, fresh: bool) -> None:
-        """A record came back from `Aside`: as an event, a fact nobody here knows, or why it cannot be read."""
+        """A record came back from `Aside`: as an event, what keeps this worker from judging it, or why it cannot be read."""
         partition.aside -= 1
         if not partition.begin_taking():
             return  # received and not done: the next owner's
         try:
             if isinstance(read, UnknownFact):
-                self.stop_partition(partition, message, read)
+                self.stop_partition(partition, message, f"{read}: upgrade this worker")
+            elif isinstance(read, RegistryNeeded):
+                self.stop_partition(partition, message, str(read))
             elif isinstance(read, str):
                 self.reject(partition, message, read, fresh)
             else:
@@ -495,12 +508,10 @@ class Dispatcher:
         assert record.value is not None
         self._sender.send(record.topic, record.value, record.key, BY_KEY, work.derived_delivered)
 
-    def stop_partition(self, partition: Partition, message: Message, error: UnknownFact) -> None:
-        """A newer version wrote this record: nothing of the partition is run until this worker is upgraded."""
-        why = f"{partition!r}@{message.offset()}: {error}: upgrade this worker"
-        partition.stopped = why
-        self.counts.reasons[repr(partition)] = why
-        LOG.critical("partition stopped: %s", why)
+    def stop_partition(self, partition: Partition, message: Message, why: str) -> None:
+        """A newer version wrote this record, or only a registry explains it: nothing of the partition is run until this
+        worker is upgraded, or told the registry."""
+        self.counts.reasons[repr(partition)] = partition.stop(message, why)
 
 
 def _tags(event: JobEvent) -> Mapping[str, str]:

@@ -124,6 +124,7 @@ def key_of(message: Message, decoder: codec.Decoder) -> int | None:
     value = message.value()
     if not isinstance(value, bytes):
         return None
+    value = decoder.own_form(value) or value
     if value.startswith(_PREFIX):
         try:
             head: Any = fastavro.schemaless_reader(io.BytesIO(value[len(_PREFIX) :]), _PEEK, None)

@@ -19,7 +19,8 @@ from jobledger.consumers.facts import Facts
 from jobledger.consumers.send import BY_KEY, Sender
 from jobledger.domain import EVENT_TAG, EventType, Handler, earlier_of, event_id_of
 from jobledger.errors import BrokerUnavailable, ConfigError, JobledgerError, PayloadTooLarge, SchemaError
-from jobledger.log import LogWriter, Outgoing, SchemaLookup, consumer_config, now_us, partitions_of, source, translate
+from jobledger.log import Outgoing, consumer_config, now_us, partitions_of, source, translate
+from jobledger.lookup import SchemaLookup
 from jobledger.schemas import codec
 from jobledger.schemas.derive import check_evolution
 from jobledger.schemas.events import JobEvent, JobSpec, JobSubmitted
@@ -192,22 +193,24 @@ class Router:
 
     # -- start ----------------------------------------------------------------------------------------------------
 
-    def _prepare(self) -> None:
-        """Topics are there, our schema is published, and the handlers' classes read what was written before them."""
+    def _prepare(self) -> Sender:
+        """Topics are there, the handlers' classes read what was written before them, our schema is published."""
         queues = {self.names.jobs(handler.task.queue) for handler in self._handlers}
         for topic in sorted({*self.routes.topics, *queues, self.names.dead_letter}):
             partitions_of(self.settings, topic)
-        writer = LogWriter(self.settings, self.names)
-        try:
-            writer.ensure_schema()
-        finally:
-            writer.close(1.0)
         known = self._lookup.all()
         for kind in {handler.event.name: handler.event for handler in self._handlers}.values():
             if not kind.foreign:
                 check_evolution(kind.name, kind.schema, earlier_of(kind, known))
+        sender = Sender(self.settings, self.names, 1.0)
+        try:
+            sender.prepare([*sorted(queues), self.names.dead_letter])
+        except BaseException:
+            sender.close()
+            raise
+        return sender
 
-    def _patiently(self, stop: threading.Event) -> None:
+    def _patiently(self, stop: threading.Event) -> Sender:
         deadline = time.monotonic() + START_TIMEOUT_S
         while True:
             try:
@@ -223,8 +226,7 @@ class Router:
 
     def run(self, stop: threading.Event) -> None:
         """Route until ``stop`` is set. Raises what keeps it from going on; nothing that was not acknowledged is committed then."""
-        self._patiently(stop)
-        sender = Sender(self.settings, 1.0)
+        sender = self._patiently(stop)
         consumer = Consumer(
             consumer_config(
                 self.settings,

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from confluent_kafka import KafkaError, KafkaException, Message, Producer
@@ -17,6 +17,9 @@ from confluent_kafka import KafkaError, KafkaException, Message, Producer
 from jobledger.config import Settings
 from jobledger.errors import BrokerUnavailable, JobledgerError
 from jobledger.log import MISSING, producer_config, translate
+from jobledger.names import Names
+from jobledger.schemas import codec
+from jobledger.wire import Framing, framing
 
 LOG = logging.getLogger("jobledger.worker")
 
@@ -31,16 +34,41 @@ Delivered = Callable[[KafkaError | None, Message], None]
 
 
 class Sender:
-    """A producer with a bounded wait for room. ``linger_ms``: how long a record may wait for company."""
+    """A producer with a bounded wait for room. ``linger_ms``: how long a record may wait for company.
 
-    def __init__(self, settings: Settings, linger_ms: float) -> None:
-        self._settings = settings
+    With a Schema Registry what is sent is framed for it; nothing stands in the way without one.
+    """
+
+    def __init__(self, settings: Settings, names: Names, linger_ms: float) -> None:
+        self._settings, self._schemas = settings, names.schemas
         conf: dict[str, Any] = producer_config(settings, linger_ms=linger_ms)
         self._producer = Producer(conf)
         self._alone: Producer | None = None
         #: `time.monotonic` of the last poll.
         self.polled_at = 0.0
-        self.produce = self._producer.produce
+        self._framing: Framing | None = framing(settings, self._publish)
+        self.produce: Callable[..., None] = self._producer.produce if self._framing is None else self._produce_framed
+
+    def _produce_framed(
+        self,
+        topic: str,
+        value: bytes,
+        key: str | bytes | None,
+        partition: int,
+        on_delivery: Delivered | None = None,
+    ) -> None:
+        assert self._framing is not None
+        self._producer.produce(topic, self._framing.framed(topic, value), key, partition, on_delivery)
+
+    def _publish(self, key: str) -> None:
+        self.first(self._schemas, codec.SCHEMA_TEXT.encode(), key, WAIT_S)
+
+    def prepare(self, topics: Iterable[str]) -> None:
+        """Publish this version's schema, and have it registered for these topics; all of it acknowledged. For the start: it
+        waits. Raises what `first` raises, `RegistryUnavailable`, `SchemaRefused` and `ConfigError`."""
+        self._publish(codec.FINGERPRINT.hex())
+        if self._framing is not None:
+            self._framing.prepare(topics)
 
     def send(
         self, topic: str, value: bytes, key: str | bytes | None, partition: int, on_delivery: Delivered | None
@@ -76,7 +104,8 @@ class Sender:
         if self._alone is None:
             self._alone = Producer({**producer_config(self._settings), "batch.num.messages": 1})
         try:
-            self._alone.produce(topic, value, key, partition, delivered)
+            framed = value if self._framing is None else self._framing.framed(topic, value)
+            self._alone.produce(topic, framed, key, partition, delivered)
         except BufferError:
             raise BrokerUnavailable(f"the send queue for single records is full: {topic} takes nothing") from None
         except KafkaException as exc:

@@ -23,7 +23,7 @@ from jobledger.consumers.offsets import PartitionOffsets, Restored, Snapshot, de
 from jobledger.consumers.releases import REMEMBERED, REMEMBERED_MS, key_of, release_key
 from jobledger.consumers.settle import Settler
 from jobledger.consumers.work import Found, Partition
-from jobledger.errors import BrokerUnavailable, JobledgerError, SchemaError
+from jobledger.errors import BrokerUnavailable, JobledgerError, RegistryNeeded, SchemaError
 from jobledger.log import consumer_config, translate
 from jobledger.names import Names
 from jobledger.schemas.codec import Decoder
@@ -121,9 +121,11 @@ class Takeover(threading.Thread):
         for plan in plans:
             plan.partition.offsets = PartitionOffsets(plan.restored, plan.lifecycle_high)
         self._read(fetcher.topic, plans)
-        for plan in plans:
+        # A stopped one is not taken over: what was committed above stands, and the next owner begins where this one did.
+        read = [p for p in plans if p.partition.stopped is None]
+        for plan in read:
             self._conclude(plan)
-        done = [p.partition for p in plans if p.partition.owned]
+        done = [p.partition for p in read if p.partition.owned]
         for partition in done:
             partition.ready = True
         self._ready(done)
@@ -222,19 +224,22 @@ class Takeover(threading.Thread):
 
         def take(message: Message) -> None:
             partition = by_number[message.partition() or 0].partition
-            if message.topic() == topic:
-                key = key_of(message, self._decoder)
-                if key is not None:
+            try:
+                if message.topic() != topic:
+                    self._scanned(partition, message)
+                elif (key := key_of(message, self._decoder)) is not None:
                     partition.memory.add(key)
                     self.seeded += 1
-            else:
-                self._scanned(partition, message)
+            except RegistryNeeded as exc:
+                # What it says may be that a job is done: not knowing it, nothing of the partition may be run.
+                if partition.stopped is None:
+                    partition.stop(message, str(exc))
 
         self._read_ranges(ranges, take, wanted=lambda: any(p.partition.owned for p in plans))
 
     def _scanned(self, partition: Partition, message: Message) -> None:
         value = message.value()
-        raw = value if isinstance(value, bytes) else None
+        raw = (self._decoder.own_form(value) or value) if isinstance(value, bytes) else None
         seen = None if raw is None else glance(raw)
         if seen is not None and raw is not None:
             key = release_key(seen[0], seen[1], seen[2])

@@ -7,6 +7,7 @@ them, the settler (its own thread) marks records done. `Partition.lock` guards `
 from __future__ import annotations
 
 import asyncio
+import logging
 import threading
 import time
 from collections import deque
@@ -19,8 +20,11 @@ from jobledger.consumers.offsets import PartitionOffsets
 from jobledger.consumers.outcome import Outcome
 from jobledger.consumers.releases import ReleaseMemory
 from jobledger.context import JobContext
+from jobledger.log import position_of
 from jobledger.schemas.events import Fact, JobEvent, JobProgressed
 from jobledger.task import Task
+
+LOG = logging.getLogger("jobledger.worker")
 
 #: Delivery reports wait here until the settler takes them: (what was sent for, whether it closes, error, message).
 Arrived = deque[tuple["Work", bool, KafkaError | None, Message]]
@@ -103,6 +107,14 @@ class Partition:
         with self.lock:
             self.taking = self.owned and self.stopped is None and self.offsets is not None
         return self.taking
+
+    def stop(self, message: Message, why: str) -> str:
+        """Let nothing more of it be run, because of a message that this worker cannot judge; the reason as it is told."""
+        where = position_of(message)
+        here = f"{self!r}@{where.offset}" if where.topic == self.topic else f"{self!r}, because of {where}"
+        self.stopped = f"{here}: {why}"
+        LOG.critical("partition stopped: %s", self.stopped)
+        return self.stopped
 
     def give_up(self) -> None:
         """End the ownership: what is not being taken up now never will be."""

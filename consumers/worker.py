@@ -33,7 +33,6 @@ from jobledger.consumers.takeover import Takeover
 from jobledger.consumers.work import Partition
 from jobledger.errors import BrokerUnavailable, ConfigError, JobledgerError
 from jobledger.log import decoder, partitions_of, source
-from jobledger.schemas import codec
 from jobledger.task import Registry
 
 __all__ = ["EXIT_BROKEN", "EXIT_OK", "Worker", "WorkerOptions", "run_tuned", "run_worker"]
@@ -113,7 +112,7 @@ class Worker:
         sender: Sender | None = None
         try:
             self._patiently(self.settings.resolve_bootstrap)
-            sender = self.sender = Sender(self.settings, self.options.linger_ms)
+            sender = self.sender = Sender(self.settings, self.registry.names, self.options.linger_ms)
             self._check_topics(sender)
             with _new_runner() as runner:
                 runner.run(self._main(sender))
@@ -140,8 +139,10 @@ class Worker:
                 )
 
         # The schema is there, acknowledged, before anything is written with it.
-        text, mark = codec.SCHEMA_TEXT.encode(), codec.FINGERPRINT.hex()
-        self._patiently(lambda: sender.first(names.schemas, text, mark, 10.0))
+        tasks = self.registry.tasks
+        fallbacks = {tasks[t.fallback].queue for t in tasks.values() if t.fallback is not None}
+        written = [names.lifecycle, names.coordination, names.dead_letter, *map(names.jobs, sorted(fallbacks))]
+        self._patiently(lambda: sender.prepare(written))
 
     def _patiently(self, ask: Callable[[], Any]) -> Any:
         """The answer; a broker that is away is waited for up to ``start_timeout``."""
@@ -152,7 +153,7 @@ class Worker:
             except BrokerUnavailable as exc:
                 if time.monotonic() >= deadline or self._stopping.is_set():
                     raise
-                LOG.warning("waiting for the broker: %s", exc)
+                LOG.warning("waiting: %s", exc)
                 self._stopping.wait(0.5)
 
     async def _main(self, sender: Sender) -> None:

@@ -35,7 +35,8 @@ from jobledger.errors import (
     StoreNotFound,
 )
 from jobledger.job import JobStatus, State
-from jobledger.log import Headers, LogWriter, Outgoing, SchemaLookup, now_us, position_of, source, translate
+from jobledger.log import Headers, LogWriter, Outgoing, now_us, position_of, source, translate
+from jobledger.lookup import SchemaLookup
 from jobledger.names import Names
 from jobledger.schemas import codec
 from jobledger.schemas.derive import check_evolution
@@ -148,14 +149,15 @@ class Client:
 
     def _writer(self, bulk: bool) -> LogWriter:
         self._after_fork()
-        if bulk:
-            self._writer(bulk=False)  # publishes the schema
+        single = self._writer(bulk=False) if bulk else None  # publishes the schema
         found = self._bulk if bulk else self._single
         if found is None:
             with self._lock:
                 found = self._bulk if bulk else self._single
-                if found is None and bulk:
-                    found = self._bulk = LogWriter(self.settings, None, linger_ms=5.0, serve=False)
+                if found is None and single is not None:
+                    found = self._bulk = LogWriter(
+                        self.settings, None, linger_ms=5.0, serve=False, framing=single.framing
+                    )
                 elif found is None:
                     found = self._single = LogWriter(self.settings, self.names)
                 atexit.register(found.close, 5.0)
@@ -449,8 +451,8 @@ class _Many:
 async def _post_async(
     writer: LogWriter, record: Outgoing, delivered: Callable[[KafkaError | None, Message], None]
 ) -> None:
-    """`LogWriter.post`; near a full queue the waiting for room happens off the event loop."""
-    if len(writer.producer) < NEAR_FULL:
+    """`LogWriter.post`; near a full queue the waiting for room happens off the event loop, as does a registration."""
+    if len(writer.producer) < NEAR_FULL and not writer.waits_for(record):
         writer.post(record, delivered)
     else:
         await asyncio.get_running_loop().run_in_executor(None, writer.post, record, delivered)

@@ -19,7 +19,17 @@ PREFIX = "JOBLEDGER_"
 KAFKA_PREFIX = "JOBLEDGER_KAFKA__"
 
 #: Environment variables that are read, beside ``JOBLEDGER_KAFKA__*``.
-KNOWN = ("BOOTSTRAP", "STATUS_URL", "SUBMIT_TIMEOUT", "MAX_RECORD_BYTES", "HOME", "LOG_LEVEL", "TEST_KAFKA_IMAGE")
+KNOWN = (
+    "BOOTSTRAP",
+    "SCHEMA_REGISTRY",
+    "STATUS_URL",
+    "SUBMIT_TIMEOUT",
+    "MAX_RECORD_BYTES",
+    "HOME",
+    "LOG_LEVEL",
+    "TEST_KAFKA_IMAGE",
+    "TEST_REGISTRY",
+)
 
 DEFAULT_MAX_RECORD_BYTES = 1_000_000  # the broker's message.max.bytes default is 1,048,588 with the batch overhead
 DEFAULT_SUBMIT_TIMEOUT_S = 30.0
@@ -36,6 +46,8 @@ class Settings:
     ``max_record_bytes``: largest encoded record that is sent; larger ones raise `PayloadTooLarge`.
     ``kafka``: extra client settings with librdkafka's names, e.g. ``{"security.protocol": "SSL"}``.
     ``home``: folder of the embedded broker's data, jars and pid file.
+    ``schema_registry``: URL of a Confluent-compatible Schema Registry, ``http[s]://[user:password@]host[:port][/path]``, or
+    None for events that need none. Not shown where settings are: it may hold a password.
     """
 
     bootstrap: str | None = None
@@ -44,6 +56,7 @@ class Settings:
     max_record_bytes: int = DEFAULT_MAX_RECORD_BYTES
     kafka: Mapping[str, str] = field(default_factory=dict)
     home: Path = field(default_factory=lambda: default_home())
+    schema_registry: str | None = field(default=None, repr=False)
 
     @classmethod
     def from_env(cls, environ: Mapping[str, str] | None = None) -> Settings:
@@ -63,6 +76,7 @@ class Settings:
             max_record_bytes=int(_positive(env, "MAX_RECORD_BYTES", DEFAULT_MAX_RECORD_BYTES)),
             kafka=kafka,
             home=Path(env[PREFIX + "HOME"]).expanduser() if env.get(PREFIX + "HOME") else default_home(),
+            schema_registry=env.get(PREFIX + "SCHEMA_REGISTRY") or None,
         )
 
     def with_bootstrap(self, bootstrap: str | None) -> Settings:

@@ -6,8 +6,11 @@
 │   ├── ``UnknownQueue``         a queue the app does not declare
 │   ├── ``BadArguments``         arguments that do not fit the task's signature
 │   ├── ``BadEvent``             an event whose values do not fit its class
-│   └── ``IncompatibleEvent``    an event class that cannot read what earlier ones wrote
+│   ├── ``IncompatibleEvent``    an event class that cannot read what earlier ones wrote
+│   ├── ``RegistryNeeded``       a record that only a Schema Registry explains, and none is configured
+│   └── ``SchemaRefused``        the Schema Registry does not take this version's schema
 ├── ``BrokerUnavailable``        no broker answered within the bound
+│   └── ``RegistryUnavailable``  no Schema Registry answered within the bound
 ├── ``PayloadTooLarge``          one record would exceed the broker's limit
 ├── ``TopicMissing``             a topic the app needs is not there
 ├── ``PortTaken``                the embedded broker's port belongs to somebody else
@@ -58,8 +61,23 @@ class IncompatibleEvent(ConfigError):
     """The event's class cannot read what an earlier version of it wrote to the log."""
 
 
+class RegistryNeeded(ConfigError):
+    """A record carries a Schema Registry's id, and no registry is configured: ``JOBLEDGER_SCHEMA_REGISTRY`` names it.
+
+    No `SchemaError`: the record may be good, so it is neither rejected nor passed.
+    """
+
+
+class SchemaRefused(ConfigError):
+    """The Schema Registry does not take this version's schema for a topic; nothing was sent."""
+
+
 class BrokerUnavailable(JobledgerError):
     """No broker answered, or none acknowledged, within the bound."""
+
+
+class RegistryUnavailable(BrokerUnavailable):
+    """The Schema Registry did not answer within the bound; what needed it is neither done nor rejected."""
 
 
 class PayloadTooLarge(JobledgerError):

@@ -27,13 +27,13 @@ from jobledger.errors import (
     JobledgerError,
     NotAnEvent,
     PayloadTooLarge,
-    SchemaError,
     StatusTimeout,
     TopicMissing,
 )
 from jobledger.names import Names
 from jobledger.schemas import codec
 from jobledger.schemas.events import JobEvent, Position, Recorded
+from jobledger.wire import Framing, framing
 
 LOG = logging.getLogger("jobledger.kafka")
 
@@ -135,12 +135,23 @@ class LogWriter:
     """A producer with a thread that serves its delivery callbacks, bounded waits, and our schema published first.
 
     Thread-safe. ``names`` None leaves the schema unpublished (for records that are no events, or where another writer
-    has published it). ``serve`` False starts no thread: the caller polls, as bulk senders do.
+    has published it). ``serve`` False starts no thread: the caller polls, as bulk senders do. ``framing``: another
+    writer's, to frame as it does; otherwise the settings decide, and without ``names`` records go as they are. Raises
+    `ConfigError` for a Schema Registry that cannot be used.
     """
 
-    def __init__(self, settings: Settings, names: Names | None, *, linger_ms: float = 0.0, serve: bool = True) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        names: Names | None,
+        *,
+        linger_ms: float = 0.0,
+        serve: bool = True,
+        framing: Framing | None = None,
+    ) -> None:
         self.settings = settings
         self._names = names
+        self.framing = framing or self._own_framing()
         self.producer = Producer(producer_config(settings, linger_ms=linger_ms))
         self._schema_published = names is None
         self._lock = threading.Lock()
@@ -161,17 +172,31 @@ class LogWriter:
         with self._lock:
             if self._schema_published or self._names is None:
                 return
-            record = Outgoing(self._names.schemas, codec.SCHEMA_TEXT.encode(), codec.FINGERPRINT.hex())
-            self._send_all([record])
+            self.publish(codec.FINGERPRINT.hex())
             self._schema_published = True
+
+    def _own_framing(self) -> Framing | None:
+        return None if self._names is None else framing(self.settings, self.publish)
+
+    def publish(self, key: str) -> None:
+        """Write this version's schema to ``<ns>.schemas`` under ``key``, acknowledged."""
+        assert self._names is not None
+        self._send_all([Outgoing(self._names.schemas, codec.SCHEMA_TEXT.encode(), key)])
+
+    def waits_for(self, record: Outgoing) -> bool:
+        """Whether posting this record waits until its topic's schema is registered."""
+        return self.framing is not None and self.framing.waits(record.topic, record.value)
 
     def post(self, record: Outgoing, on_delivery: DeliveryCallback) -> None:
         """Hand a record to the client's queue and return; ``on_delivery(error, message)`` runs in another thread.
 
         A full queue is waited for up to ``submit_timeout``, then `BrokerUnavailable`. A value above
-        ``max_record_bytes`` raises `PayloadTooLarge` and sends nothing.
+        ``max_record_bytes`` raises `PayloadTooLarge` and sends nothing. With a Schema Registry a topic's first event is
+        registered before: `RegistryUnavailable`, `SchemaRefused` or `ConfigError` if that fails.
         """
         value = record.value
+        if value is not None and self.framing is not None:
+            value = self.framing.framed(record.topic, value)
         if value is not None and len(value) > self.settings.max_record_bytes:
             raise PayloadTooLarge(
                 f"a record of {len(value)} bytes for {record.topic} is above the limit of "
@@ -388,79 +413,15 @@ class LogReader:
         return None
 
 
-class SchemaLookup:
-    """``lookup(fingerprint)`` for `codec.Decoder`: asked for an unknown one, reads what is new on ``<ns>.schemas``.
-
-    The topic's end is asked for every time. A schema is published before its first record, so what is not there now is
-    published nowhere; an answer from a moment ago would reject the good records of a writer that has just begun.
-    """
-
-    def __init__(self, settings: Settings, names: Names) -> None:
-        self._settings, self._names = settings, names
-        self._known: dict[bytes, str] = {}
-        self._reader: LogReader | None = None
-        self._partitions = 0
-        self._next: dict[int, int] = {}
-        self._lock = threading.Lock()
-
-    def __call__(self, fingerprint: bytes) -> str | None:
-        """The schema's text, or None if it is published nowhere. Raises `BrokerUnavailable`, `TopicMissing`."""
-        with self._lock:
-            if fingerprint not in self._known:
-                try:
-                    self._read()
-                except Exception:
-                    self._drop()
-                    raise
-            return self._known.get(fingerprint)
-
-    def all(self) -> dict[bytes, str]:
-        """Every published schema by its fingerprint. Raises `BrokerUnavailable`, `TopicMissing`."""
-        with self._lock:
-            self._read()
-            return dict(self._known)
-
-    def close(self) -> None:
-        """Give the connection back; the next question opens a new one."""
-        with self._lock:
-            self._drop()
-
-    def _drop(self) -> None:
-        """Begin anew next time: a client that saw the broker go may believe for minutes that there is no such topic."""
-        reader, self._reader = self._reader, None
-        if reader is not None:
-            reader.close()
-
-    def _read(self) -> None:
-        topic = self._names.schemas
-        if self._reader is None:
-            self._partitions = partitions_of(self._settings, topic)
-            self._reader = LogReader(self._settings)
-        for partition in range(self._partitions):
-            begin = self._next.get(partition, 0)
-            _, end = self._reader.watermarks(topic, partition)
-            if end < begin:  # another topic of this name
-                begin = 0
-            for message in self._reader.read(topic, partition, begin, end):
-                self._learn(message)
-            self._next[partition] = end
-
-    def _learn(self, message: Message) -> None:
-        key, value = message.key(), message.value()
-        if key is None or value is None:
-            return
-        try:
-            text = bytes(value).decode()
-            mark = codec.fingerprint(text)
-        except (UnicodeDecodeError, SchemaError) as exc:
-            LOG.warning("%s is no schema: %s", position_of(message), exc)
-            return
-        self._known[mark] = text
-
-
 def decoder(settings: Settings, names: Names) -> codec.Decoder:
-    """A decoder that finds other writers' schemas on ``<ns>.schemas``."""
-    return codec.Decoder(SchemaLookup(settings, names))
+    """A decoder that finds other writers' schemas on ``<ns>.schemas``, and in the Schema Registry if one is configured.
+
+    Raises `ConfigError` for a registry that cannot be used.
+    """
+    from jobledger.lookup import SchemaLookup  # late: it reads through this module
+
+    lookup = SchemaLookup(settings, names)
+    return codec.Decoder(lookup, lookup.by_id)
 
 
 def recorded(message: Message, decode: Callable[[bytes | None], JobEvent]) -> Recorded:

@@ -1,7 +1,8 @@
 """Bytes ↔ events. fastavro encodes and decodes every event; framing, types and schema lookup are ours.
 
 Framing without a registry is Avro single-object encoding: ``C3 01``, the CRC-64-AVRO fingerprint of the writer's schema
-in little endian, the datum (Avro specification, "Single-object encoding").
+in little endian, the datum (Avro specification, "Single-object encoding"). `encode` writes this form; with a Schema Registry
+the senders put the Confluent frame in its place (`jobledger.wire`). Both are read at any time.
 
 Reading resolves by the writer's schema: fields this version does not know are dropped, fields the writer did not know
 take their defaults, and a fact this version does not know raises `UnknownFact` with its name.
@@ -21,8 +22,9 @@ import msgspec
 from fastavro import schemaless_reader as _read
 from fastavro import schemaless_writer as _write
 
-from jobledger.errors import NotAnEvent, SchemaError, UnknownFact, UnknownSchema
+from jobledger.errors import NotAnEvent, RegistryNeeded, SchemaError, UnknownFact, UnknownSchema
 from jobledger.schemas import events as ev
+from jobledger.schemas import frame
 
 MAGIC = b"\xc3\x01"
 _HEAD = 10  # magic and fingerprint
@@ -281,29 +283,48 @@ def _build_foreign(datum: dict[str, Any]) -> ev.JobEvent:
 
 
 class Decoder:
-    """Reads events of any published writer's schema.
+    """Reads events of any published writer's schema, in either framing.
 
     ``lookup(fingerprint) -> schema text | None`` is asked once for a fingerprint not seen before; it reads the schemas
     topic to its end. Without it only this version's own schema is known. A fingerprint that was not found is asked for
     again at the next record: it may have been published since.
+
+    ``by_id(id, likely) -> schema text | None`` is the same for the ids in Confluent frames; ``likely``: the datum looks
+    like an event's, so a "no" had better be certain. It raises `RegistryNeeded` if only a registry could tell and none is
+    configured. Without it such frames are no events.
     """
 
-    def __init__(self, lookup: Callable[[bytes], str | None] | None = None) -> None:
-        self._lookup = lookup
+    def __init__(
+        self,
+        lookup: Callable[[bytes], str | None] | None = None,
+        by_id: Callable[[int, bool], str | None] | None = None,
+    ) -> None:
+        self._lookup, self._by_id = lookup, by_id
+        #: Schemas by the fingerprint, or by the frame's head.
         self._foreign: dict[bytes, Any] = {}
+        #: Heads of frames known to carry this version's schema: a registry may give one schema several ids.
+        self._own_heads: set[bytes] = set()
+
+    def own_form(self, value: bytes) -> bytes | None:
+        """A framed value as `encode` would have written it, if its id is known to be this version's schema; else None.
+
+        Asks nobody: so `glance` and what builds on it serve both framings.
+        """
+        return _PREFIX + value[frame.HEAD :] if value[: frame.HEAD] in self._own_heads else None
+
+    def asks(self, value: bytes | None) -> bool:
+        """Whether `decode` may have to look for this value's schema, and so to wait."""
+        return value is None or not (value[:_HEAD] == _PREFIX or value[: frame.HEAD] in self._own_heads)
 
     def decode(self, value: bytes | None) -> ev.JobEvent:
-        """One event. Raises `NotAnEvent`, `UnknownSchema` or `UnknownFact`, all of them `SchemaError`."""
+        """One event. Raises `NotAnEvent`, `UnknownSchema` or `UnknownFact`, all of them `SchemaError`; and `RegistryNeeded`
+        for what may be a good event that only a registry could explain."""
         if value is None:
             raise NotAnEvent("the record has no value")
         if value[:_HEAD] == _PREFIX:
-            stream = io.BytesIO(value)
-            stream.seek(_HEAD)
-            try:
-                datum: Any = _read(stream, _SCHEMA, None, True)
-            except Exception as exc:
-                raise NotAnEvent(f"framed as an event, but damaged: {exc!r}") from exc
-            return build(datum)
+            return build(_datum(value, _HEAD, _SCHEMA))
+        if self._by_id is not None and frame.is_framed(value):
+            return self._decode_framed(value)
         return self._decode_foreign(value)
 
     def _decode_foreign(self, value: bytes) -> ev.JobEvent:
@@ -316,15 +337,49 @@ class Decoder:
             if text is None:
                 raise UnknownSchema(f"no schema with fingerprint {mark.hex()} is published")
             schema = self._foreign[mark] = _parse(text)
-        stream = io.BytesIO(value)
-        stream.seek(_HEAD)
-        try:
-            datum: Any = _read(stream, schema, None, True)
-        except Exception as exc:
-            raise NotAnEvent(f"framed as an event, but damaged: {exc!r}") from exc
+        datum = _datum(value, _HEAD, schema)
         if not isinstance(datum, dict):
             raise NotAnEvent(f"schema {mark.hex()} is not a record")
         return _build_foreign(datum)
+
+    def _decode_framed(self, value: bytes) -> ev.JobEvent:
+        head = value[: frame.HEAD]
+        if head not in self._own_heads and head not in self._foreign:
+            self._learn(head, value)
+        if head in self._own_heads:
+            return build(_datum(value, frame.HEAD, _SCHEMA))
+        return _build_foreign(_datum(value, frame.HEAD, self._foreign[head]))
+
+    def _learn(self, head: bytes, value: bytes) -> None:
+        assert self._by_id is not None
+        number, likely = frame.id_of(value), frame.looks_like_an_event(value)
+        try:
+            text = self._by_id(number, likely)
+        except RegistryNeeded:
+            if likely:
+                raise
+            raise NotAnEvent(f"begins with a zero byte, but no event follows: {value[:8].hex()}") from None
+        if text is None:
+            raise UnknownSchema(f"no schema with id {number} is registered")
+        if fingerprint(text) == FINGERPRINT:
+            self._own_heads.add(head)
+            return
+        schema = _parse(text)
+        fields = {f["name"] for f in schema.get("fields", ())} if isinstance(schema, dict) else set()
+        # A registry serves others, too: their records are none of ours, whatever the version.
+        if not {"job_id", "fact"} <= fields:
+            named = schema.get("name", "?") if isinstance(schema, dict) else "?"
+            raise NotAnEvent(f"schema id {number} is {named}, which is no JobEvent")
+        self._foreign[head] = schema
+
+
+def _datum(value: bytes, at: int, schema: Any) -> Any:
+    stream = io.BytesIO(value)
+    stream.seek(at)
+    try:
+        return _read(stream, schema, None, True)
+    except Exception as exc:
+        raise NotAnEvent(f"framed as an event, but damaged: {exc!r}") from exc
 
 
 _own = Decoder()

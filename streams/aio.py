@@ -19,6 +19,7 @@ from aiokafka import errors as aioerrors
 from jobledger.config import Settings
 from jobledger.errors import BrokerUnavailable, JobledgerError, PayloadTooLarge, TopicMissing
 from jobledger.log import LogReader, Outgoing
+from jobledger.wire import Framing
 
 MAX_BATCH_BYTES = 256 * 1024
 #: Of a record and of a batch with one record, beside key, value and headers, at most.
@@ -41,13 +42,18 @@ Outcomes = list[Delivered | JobledgerError]
 class AckedWriter:
     """An idempotent producer. ``security``: aiokafka's settings. ``patience``: seconds that a record may wait for its
     acknowledgement, through an outage if need be. ``max_batch``: bytes that every topic takes as one batch; a broker that
-    refuses a batch for its size refuses all that follows, because the sequence has a gap then. Its partitioner agrees
-    with librdkafka's ``murmur2_random``."""
+    refuses a batch for its size refuses all that follows, because the sequence has a gap then. ``framing``: how events
+    are framed for a Schema Registry. Its partitioner agrees with librdkafka's ``murmur2_random``."""
 
     def __init__(
-        self, settings: Settings, security: Mapping[str, Any], patience: float, max_batch: int = MAX_BATCH_BYTES
+        self,
+        settings: Settings,
+        security: Mapping[str, Any],
+        patience: float,
+        max_batch: int = MAX_BATCH_BYTES,
+        framing: Framing | None = None,
     ) -> None:
-        self._settings = settings
+        self._settings, self._framing = settings, framing
         self._producer = AIOKafkaProducer(
             bootstrap_servers=settings.resolve_bootstrap(),
             client_id="jobledger-coordinator",
@@ -77,17 +83,28 @@ class AckedWriter:
 
     async def post(self, records: Sequence[Outgoing]) -> asyncio.Future[Outcomes]:
         """Hand records over, at least one, in order; what became of each, once all are settled. Nothing is raised."""
-        send = self._producer.send
+        send, framing = self._producer.send, self._framing
+        loop = asyncio.get_running_loop()
+        settled: asyncio.Future[Outcomes] = loop.create_future()
+        if framing is not None:
+            new = {record.topic for record in records if framing.waits(record.topic, record.value)}
+            try:
+                if new:  # a work topic that was made since the start
+                    await loop.run_in_executor(None, framing.prepare, new)
+            except JobledgerError as exc:
+                settled.set_result([exc] * len(records))
+                return settled
         under_way: list[Any] = []
         for topic, value, key, partition, headers in records:
+            if framing is not None and value is not None:
+                value = framing.framed(topic, value)
             raw_key = key.encode() if isinstance(key, str) else key
             try:
                 under_way.append(await send(topic, value, raw_key, partition, None, headers))
             except aioerrors.KafkaError as exc:
-                failed: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+                failed: asyncio.Future[Any] = loop.create_future()
                 failed.set_exception(exc)
                 under_way.append(failed)
-        settled: asyncio.Future[Outcomes] = asyncio.get_running_loop().create_future()
         gathered = asyncio.gather(*under_way, return_exceptions=True)
 
         def settle(done: asyncio.Future[list[Any]]) -> None:

@@ -17,6 +17,7 @@ import threading
 import time
 from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -47,6 +48,7 @@ from jobledger.streams.metrics import Metrics
 from jobledger.streams.noise import quieten
 from jobledger.streams.place import take_place
 from jobledger.streams.security import security
+from jobledger.wire import framing
 
 LOG = logging.getLogger("jobledger.coordinator")
 T = TypeVar("T")
@@ -154,7 +156,7 @@ class Coordinator:
 
     async def run(self) -> None:
         """Run until `stop`. Raises what made it give up; nothing that was not dealt with is committed then."""
-        loop = self._loop = asyncio.get_running_loop()
+        self._loop = asyncio.get_running_loop()
         place = take_place(self._root, self.names.namespace)
         # What is sent must be allowed to be as large as what was read.
         settings = replace(self.settings, max_record_bytes=self.settings.max_record_bytes + ROOM_BYTES)
@@ -165,8 +167,12 @@ class Coordinator:
             origin, topics, max_batch = await self._with_patience(self._prepare)
             place.keep_for(origin)
             self._ends = Ends(self.settings, self.options.patience / 2)
-            await loop.run_in_executor(None, self._publish_schema)
-            writer = AckedWriter(settings, security(self.settings), self.options.patience, max_batch)
+            framed = framing(self.settings, self._publish)
+            await self._with_patience(partial(self._publish, None))
+            if framed is not None:
+                written = (self.names.coordination, self.names.lifecycle, self.names.dead_letter, *topics)
+                await self._with_patience(partial(framed.prepare, written))
+            writer = AckedWriter(settings, security(self.settings), self.options.patience, max_batch, framed)
             await writer.start()
             app, table = build(self.names, self.settings, self.options, self._partitions, place)
             self._app = app
@@ -177,7 +183,7 @@ class Coordinator:
                 Group(app, self.names, table),
                 writer,
                 self._ends,
-                log.decoder(self.settings, self.names).decode,
+                log.decoder(self.settings, self.names),
                 self.metrics,
                 self._step,
                 topics,
@@ -237,10 +243,14 @@ class Coordinator:
         most = min((limit for limit in limits if limit is not None), default=MAX_BATCH_BYTES)
         return origin_of(self.settings, changelog(names)), work, most
 
-    def _publish_schema(self) -> None:
+    def _publish(self, key: str | None) -> None:
+        """Publish this version's schema, under ``key`` or by its fingerprint."""
         writer = LogWriter(replace(self.settings, submit_timeout=self.options.patience), self.names)
         try:
-            writer.ensure_schema()
+            if key is None:
+                writer.ensure_schema()
+            else:
+                writer.publish(key)
         finally:
             writer.close(0.0)
 
@@ -251,12 +261,12 @@ class Coordinator:
         while True:
             try:
                 return await loop.run_in_executor(None, ask)
-            except BrokerUnavailable:
+            except BrokerUnavailable as exc:
                 if self._stop.is_set():
                     raise _StoppedEarly from None
                 if time.monotonic() >= deadline:
                     raise
-                LOG.warning("no broker answers yet; trying for %.0f s more", deadline - time.monotonic())
+                LOG.warning("trying for %.0f s more: %s", deadline - time.monotonic(), exc)
                 await asyncio.sleep(1.0)
 
     async def _end(self, app: Any) -> None:

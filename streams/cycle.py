@@ -21,7 +21,7 @@ from jobledger.config import Settings
 from jobledger.log import Headers, Outgoing, now_us, source
 from jobledger.names import Names
 from jobledger.schemas import codec
-from jobledger.schemas.events import ErrorInfo, JobEvent
+from jobledger.schemas.events import ErrorInfo
 from jobledger.streams.aio import AckedWriter, Delivered, Ends, Outcomes, first_error, record_bytes
 from jobledger.streams.decisions import Batch, Row, Scheduled, job_due, row_key, undeliverable
 from jobledger.streams.faust_app import Group, Options, changelog
@@ -65,7 +65,7 @@ class Cycle:
         group: Group,
         writer: AckedWriter,
         ends: Ends,
-        decode: Callable[[bytes | None], JobEvent],
+        decoder: codec.Decoder,
         metrics: Metrics,
         step: Callable[[str], None],
         topics: Mapping[str, int | None] | None = None,
@@ -74,7 +74,7 @@ class Cycle:
         self._writer, self._ends, self._metrics, self._step = writer, ends, metrics, step
         self._source = source("coordinator")
         self._ownership = Ownership(group, self._on_gap)
-        self._intake = Intake(names, decode, self._source)
+        self._intake = Intake(names, decoder, self._source)
         self.table = Table(changelog(names), group, writer, ends, self._ownership, step)
         self.topics = WorkTopics(names, settings, topics or {})
         self.firing = Firing(

@@ -12,8 +12,9 @@ from sqlalchemy.dialects import postgresql, sqlite
 
 from jobledger.config import Settings
 from jobledger.domain import event_id_of
-from jobledger.errors import ConfigError, JobledgerError, SchemaError, UnknownFact
-from jobledger.log import SchemaLookup, decoder, position_of, recorded
+from jobledger.errors import BadEvent, JobledgerError, SchemaError, UnknownFact
+from jobledger.log import decoder, position_of, recorded
+from jobledger.lookup import SchemaLookup
 from jobledger.names import Names
 from jobledger.projection import Projection, Where
 from jobledger.schemas.derive import is_pydantic
@@ -62,7 +63,7 @@ class Reading:
                     found = self._converters[where.topic](plain)
             except UnknownFact as exc:
                 raise UnknownFact(exc.fact, f"{where} carries the fact {exc.fact!r}: upgrade this projection") from exc
-            except (SchemaError, ConfigError, ValueError) as exc:
+            except (SchemaError, BadEvent, ValueError) as exc:
                 self.unreadable += 1
                 LOG.error("%s is passed over by %s: %s", where, projection.name, exc)
                 continue

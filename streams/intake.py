@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from jobledger.errors import SchemaError, UnknownFact
+from jobledger.errors import RegistryNeeded, SchemaError, UnknownFact
 from jobledger.log import Outgoing, now_us
 from jobledger.names import Names
 from jobledger.schemas import codec
@@ -16,7 +16,6 @@ from jobledger.streams.decisions import derived_id
 
 LOG = logging.getLogger("jobledger.coordinator")
 
-_OWN_PREFIX = codec.MAGIC + codec.FINGERPRINT
 #: Raw bytes of a rejected record are left out above this size: the dead letter must fit as well.
 REJECT_BYTES = 500_000
 
@@ -31,26 +30,25 @@ class Read(NamedTuple):
 
 
 class Intake:
-    """Decodes batches. ``decode`` may block when it meets a schema it has not seen; it then runs in a thread."""
+    """Decodes batches. ``decoder`` may block when it meets a schema it has not seen; it then runs in a thread."""
 
-    def __init__(self, names: Names, decode: Callable[[bytes | None], JobEvent], source: str) -> None:
-        self._names, self._decode, self._source = names, decode, source
+    def __init__(self, names: Names, decoder: codec.Decoder, source: str) -> None:
+        self._names, self._decoder, self._source = names, decoder, source
 
     async def decode(self, records: Sequence[Any]) -> tuple[list[Read], list[Outgoing]]:
         """Events of consumed records, and the dead letters of what is none.
 
-        Raises `UnknownFact` for a well-formed event whose fact is not known: it must not be passed.
+        Raises `UnknownFact` for a well-formed event whose fact is not known: it must not be passed. `RegistryNeeded`
+        for what may be one; `BrokerUnavailable` if its schema cannot be looked for.
         """
         read: list[Read] = []
         rejects: list[Outgoing] = []
         loop = asyncio.get_running_loop()
+        decode, asks = self._decoder.decode, self._decoder.asks
         for message in records:
             value = message.value
             try:
-                if value is not None and value.startswith(_OWN_PREFIX):
-                    event = self._decode(value)
-                else:
-                    event = await loop.run_in_executor(None, self._decode, value)
+                event = await loop.run_in_executor(None, decode, value) if asks(value) else decode(value)
                 read.append(Read(event, message.partition, message.offset, message.timestamp))
             except UnknownFact as exc:
                 raise UnknownFact(
@@ -58,6 +56,8 @@ class Intake:
                     f"{_where(message)} carries the fact {exc.fact!r}, which this coordinator does not know and must not "
                     "pass: upgrade this coordinator",
                 ) from exc
+            except RegistryNeeded as exc:
+                raise RegistryNeeded(f"{_where(message)}: {exc}") from exc
             except SchemaError as exc:
                 rejects.append(self._reject(message, str(exc)))
         return read, rejects

@@ -73,6 +73,9 @@ class Projector:
             events[topic] = events.get(topic, 0) + 1
             value = message.value()
             seen = None if value is None else glance(value)
+            if seen is None and value is not None and (own := self._decoder.own_form(value)) is not None:
+                value = own
+                seen = glance(value)
             if seen is None:
                 try:
                     event = self._decoder.decode(value)

@@ -2,6 +2,8 @@
 
 The environment's (``JOBLEDGER_BOOTSTRAP``), else a container where a Docker engine answers and has, or can pull, the
 image ``JOBLEDGER_TEST_KAFKA_IMAGE``, else the embedded broker. A run without broker tests starts none.
+
+The Schema Registry is the environment's (``JOBLEDGER_TEST_REGISTRY``); without it the tests that need one are skipped.
 """
 
 from __future__ import annotations
@@ -51,6 +53,18 @@ def broker(request: pytest.FixtureRequest) -> Iterator[str]:
             address = kafka.bootstrap
             _say(request.config, f"broker: {address} (embedded Kafka {KAFKA_VERSION}; no container: {reason})")
         yield address
+
+
+@pytest.fixture(scope="session")
+def registry_url(request: pytest.FixtureRequest) -> str:
+    """The URL of a real Schema Registry that every test shares; subjects begin with the namespace, which keeps apart."""
+    given = os.environ.get("JOBLEDGER_TEST_REGISTRY")
+    if not given:
+        why = "no Schema Registry: set JOBLEDGER_TEST_REGISTRY to the URL of one, for its tests to run"
+        _say(request.config, f"registry: none; {why}")
+        pytest.skip(why)
+    _say(request.config, f"registry: {given} (JOBLEDGER_TEST_REGISTRY)")
+    return given
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ import typer
 
 from jobledger.cli import output
 from jobledger.cli.options import AppOption, Bootstrap, Json, Namespace, place
-from jobledger.errors import BrokerUnavailable, ConfigError, SchemaError, TopicMissing
+from jobledger.errors import BrokerUnavailable, ConfigError, RegistryNeeded, SchemaError, TopicMissing
 
 if TYPE_CHECKING:
     from confluent_kafka import Message
@@ -281,7 +281,7 @@ class _Tail:
         position, appended = log.position_of(message), message.timestamp()[1]
         try:
             return Line(position, appended, log.recorded(message, self._decode))
-        except SchemaError as exc:
+        except (SchemaError, RegistryNeeded) as exc:
             return Line(position, appended, None, str(exc))
 
 

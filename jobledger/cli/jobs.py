@@ -339,7 +339,7 @@ def _timeline(asked: App, positions: Sequence[Position]) -> list[tuple[dict[str,
     """A job's events read from the log where the status says they stand, in order of their append times."""
     from jobledger import log
     from jobledger.cli import facts
-    from jobledger.errors import SchemaError
+    from jobledger.errors import RegistryNeeded, SchemaError
     from jobledger.schemas.events import Recorded
 
     decode = log.decoder(asked.settings, asked.names).decode
@@ -352,7 +352,7 @@ def _timeline(asked: App, positions: Sequence[Position]) -> list[tuple[dict[str,
                 if message is None:
                     raise SchemaError("no longer in the log")
                 found.append(log.recorded(message, decode))
-            except SchemaError as exc:
+            except (SchemaError, RegistryNeeded) as exc:
                 gone: list[Cell] = ["-", "", ("?", "dim"), "", (str(position), "dim"), (str(exc), "dim")]
                 lost.append(({"position": str(position), "error": str(exc)}, gone))
     found.sort(key=lambda r: (r.appended_ms, r.event.run, r.event.release, r.position))

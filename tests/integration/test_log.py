@@ -9,7 +9,8 @@ import pytest
 from jobledger.config import Settings
 from jobledger.errors import TopicMissing
 from jobledger.kafka import topics
-from jobledger.log import LogReader, LogWriter, Outgoing, SchemaLookup, admin
+from jobledger.log import LogReader, LogWriter, Outgoing, admin
+from jobledger.lookup import SchemaLookup
 from jobledger.names import Names
 from jobledger.schemas import codec
 

@@ -1,0 +1,68 @@
+"""How what is sent is framed: with a Schema Registry the Confluent frame takes the place of the single-object head.
+
+`codec.encode` always writes the single-object form; senders ask `Framing` for the bytes to send. Reading takes both forms
+at any time: `codec.Decoder`, `jobledger.lookup`.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable
+
+from jobledger.config import Settings
+from jobledger.registry import Registry
+from jobledger.schemas import codec, frame
+
+_OWN = codec.MAGIC + codec.FINGERPRINT
+_SKIP = len(_OWN)
+
+
+def id_key(schema_id: int) -> str:
+    """The key on ``<ns>.schemas`` of the schema that a registry knows by this id."""
+    return f"id-{schema_id}"
+
+
+class Framing:
+    """Frames events by topic, subject ``<topic>-value``. Thread-safe.
+
+    ``publish(key)`` writes this version's schema to ``<ns>.schemas`` under a key, acknowledged: an id is there before the
+    first record that carries it, so that the log can be read without the registry.
+    """
+
+    def __init__(self, url: str, publish: Callable[[str], None]) -> None:
+        self._registry, self._publish = Registry(url), publish
+        self._heads: dict[str, bytes] = {}
+        self._published: set[int] = set()
+        self._lock = threading.Lock()
+
+    def waits(self, topic: str, value: bytes | None) -> bool:
+        """Whether `framed` would have to register the topic's schema first."""
+        return topic not in self._heads and value is not None and value.startswith(_OWN)
+
+    def prepare(self, topics: Iterable[str]) -> None:
+        """Register this version's schema for topics, confirmed. Raises `RegistryUnavailable`, `SchemaRefused`,
+        `ConfigError`, and what ``publish`` raises."""
+        for topic in topics:
+            if topic not in self._heads:
+                self._register(topic)
+
+    def framed(self, topic: str, value: bytes) -> bytes:
+        """The bytes to send; what is no event of this version's stays as it is. Raises what `prepare` raises."""
+        if not value.startswith(_OWN):
+            return value
+        return (self._heads.get(topic) or self._register(topic)) + value[_SKIP:]
+
+    def _register(self, topic: str) -> bytes:
+        with self._lock:
+            if topic not in self._heads:
+                found = self._registry.register(f"{topic}-value", codec.SCHEMA_TEXT)
+                if found not in self._published:
+                    self._publish(id_key(found))
+                    self._published.add(found)
+                self._heads[topic] = frame.head(found)
+            return self._heads[topic]
+
+
+def framing(settings: Settings, publish: Callable[[str], None]) -> Framing | None:
+    """The framing that the settings ask for; None: single-object encoding."""
+    return None if settings.schema_registry is None else Framing(settings.schema_registry, publish)

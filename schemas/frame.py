@@ -1,0 +1,65 @@
+"""The Confluent frame around an Avro datum: ``00``, the schema's id in a registry as four bytes in big endian, the datum.
+
+Bytes only: which schema an id stands for is the registry's to say.
+"""
+
+from __future__ import annotations
+
+MARK = b"\0"
+#: Bytes before the datum.
+HEAD = 5
+
+#: Bytes of an id in an event that is looked at without its schema; ours have 36.
+_ID_MOST = 1_000
+_LONG_MOST = 10
+
+
+def head(schema_id: int) -> bytes:
+    """What stands before a datum of this schema. Raises `ValueError` for an id that does not fit four bytes."""
+    if not 0 <= schema_id < 1 << 32:
+        raise ValueError(f"{schema_id} is no schema id")
+    return MARK + schema_id.to_bytes(4, "big")
+
+
+def id_of(value: bytes) -> int:
+    """The schema id in a framed value's head."""
+    return int.from_bytes(value[1:HEAD], "big")
+
+
+def is_framed(value: bytes) -> bool:
+    """Whether a value has a head and something behind it. Garbage may begin with a zero byte as well."""
+    return value[:1] == MARK and len(value) > HEAD
+
+
+def looks_like_an_event(value: bytes) -> bool:
+    """Whether the datum begins as every event does, whatever its schema's version: two ids that are text, three numbers.
+
+    For a frame whose schema cannot be had: what looks so may be a good record, what does not is none. Chance all but never
+    makes two lengths fit two printable texts.
+    """
+    try:
+        at = _after_text(value, _after_text(value, HEAD, 1), 0)  # a record that was rejected is no job's
+        for _ in range(3):
+            at = _after_long(value, at)[1]
+    except (ValueError, IndexError):
+        return False
+    return True
+
+
+def _after_text(value: bytes, at: int, least: int) -> int:
+    length, begin = _after_long(value, at)
+    end = begin + length
+    if not least <= length <= _ID_MOST or end > len(value) or not value[begin:end].decode().isprintable():
+        raise ValueError("no id")
+    return end
+
+
+def _after_long(value: bytes, at: int) -> tuple[int, int]:
+    number = shift = 0
+    for end in range(at, at + _LONG_MOST):
+        group = value[end]
+        number |= (group & 0x7F) << shift
+        if group < 0x80:
+            return number >> 1 ^ -(number & 1), end + 1
+        shift += 7
+    raise ValueError("no number")

@@ -1,0 +1,548 @@
+"""The wire with a real Schema Registry: what is registered, what is written, and that both framings are read everywhere."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import io
+import json
+import re
+import threading
+import time
+import uuid
+from collections.abc import Iterator
+from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import fastavro
+import httpx2
+import msgspec
+import pytest
+from confluent_kafka import Producer
+
+from jobledger import App, BrokerUnavailable
+from jobledger.errors import RegistryNeeded, RegistryUnavailable, SchemaRefused
+from jobledger.kafka.ports import free_port
+from jobledger.log import LogReader, LogWriter, Outgoing, decoder, partitions_of
+from jobledger.registry import COMPATIBILITY, Registry
+from jobledger.schemas import codec, frame
+from jobledger.schemas.events import ErrorInfo, JobEvent, JobFailed, JobSpec, JobSubmitted, JobSucceeded, RecordRejected
+from jobledger.streams.coordinator import Coordinator, supervise
+from jobledger.streams.faust_app import Options
+from jobledger.streams.rebuild import verify
+from jobledger.streams.status import Materializer
+from tests.integration.worker_app import build, closings, log_of, made, until, working
+
+pytestmark = pytest.mark.kafka
+
+OWN = codec.MAGIC + codec.FINGERPRINT
+#: An id that no registry of a test has.
+NOWHERE = 0x7FFF_FF00
+
+
+def with_registry(app: App, url: str | None) -> App:
+    """The same app under other settings, as another process of a deployment would be."""
+    settings = app.settings
+    return build(app.names.namespace, settings.resolve_bootstrap(), schema_registry=url, home=settings.home)
+
+
+def raw_of(app: App, *topics: str) -> list[bytes]:
+    """Every value of topics, as it stands in the log."""
+    found = []
+    with LogReader(app.settings) as reader:
+        for topic in topics:
+            for partition in range(partitions_of(app.settings, topic)):
+                found += [m.value() or b"" for m in reader.read(topic, partition, 0)]
+    return found
+
+
+def written(app: App) -> list[str]:
+    """The topics of events."""
+    names = app.names
+    return [names.jobs("default"), names.lifecycle, names.coordination, names.dead_letter]
+
+
+def framed(event: JobEvent, schema_id: int) -> bytes:
+    """An event as another writer would frame it."""
+    return frame.head(schema_id) + codec.encode(event)[len(OWN) :]
+
+
+def submission(task: str = "add", args: bytes = b'{"a":1}') -> JobEvent:
+    """A job."""
+    job = str(uuid.uuid4())
+    return JobEvent(
+        job, job, 1, 1, 1, 0, task, "default", None, None, "test", None, JobSubmitted(JobSpec(args))
+    )  # fmt: skip
+
+
+def produce(app: App, topic: str, *values: bytes, partition: int = 0) -> None:
+    """Send bytes as they are."""
+    writer = LogWriter(app.settings, None)
+    try:
+        writer.send(Outgoing(topic, value, "k", partition) for value in values)
+    finally:
+        writer.close()
+
+
+def streams_of(app: App, folder: Path) -> tuple[Materializer, Coordinator]:
+    """The two parts of an app's stream processor."""
+    table = Materializer(app.names, app.settings, ["default"], f"sqlite:///{folder / 'status.db'}")
+    options = Options(session_timeout=2.0, commit_interval=0.1)
+    return table, Coordinator(
+        app.names, app.settings, partitions=app.partitions, options=options, data_dir=folder / "coordinator"
+    )
+
+
+@contextlib.contextmanager
+def streaming(app: App, folder: Path) -> Iterator[Materializer]:
+    """Coordinator and materializer of an app, in threads; their errors are raised at the end."""
+    stop = threading.Event()
+    raised: list[BaseException] = []
+    table, coordinator = streams_of(app, folder)
+
+    def run(what: Any) -> None:
+        try:
+            what()
+        except BaseException as exc:  # noqa: BLE001  # raised again in the test's thread
+            raised.append(exc)
+
+    works = (lambda: table.run(stop), lambda: asyncio.run(supervise(coordinator, stop)))
+    threads = [threading.Thread(target=run, args=(work,)) for work in works]
+    for thread in threads:
+        thread.start()
+    try:
+        until(lambda: raised or (table.active and coordinator.health()["ready"]), 60.0, "the streams being ready")
+        yield table
+    finally:
+        stop.set()
+        for thread in threads:
+            thread.join(40)
+        assert not any(thread.is_alive() for thread in threads)
+    if raised:
+        raise raised[0]
+
+
+@pytest.fixture
+def api(registry_url: str) -> Iterator[httpx2.Client]:
+    """The registry's own API, for those who know nothing of Jobledger."""
+    with httpx2.Client(base_url=registry_url + "/", headers={"Content-Type": "application/json"}) as client:
+        yield client
+
+
+# -- the client ------------------------------------------------------------------------------------------------------
+
+
+def test_a_subject_is_registered_once_and_reads_all_that_was_written(
+    registry_url: str, api: httpx2.Client, namespace: str
+) -> None:
+    """Registering again gives the same id; a new subject is BACKWARD_TRANSITIVE; what an operator sets then stays."""
+    subject = f"{namespace}.jobs.a-value"
+    client = Registry(registry_url)
+    first = client.register(subject, codec.SCHEMA_TEXT)
+    assert Registry(registry_url).register(subject, codec.SCHEMA_TEXT) == first
+    assert api.get(f"subjects/{subject}/versions").json() == [1]
+    assert api.get(f"config/{subject}").json() == {"compatibilityLevel": COMPATIBILITY}
+    api.put(f"config/{subject}", json={"compatibility": "FULL_TRANSITIVE"}).raise_for_status()
+    later = codec.SCHEMA_TEXT.replace(
+        '"name": "trace"', '"name": "shade", "type": "string", "default": ""}, {"name": "trace"', 1
+    )
+    second = client.register(subject, later)
+    assert second != first
+    assert api.get(f"config/{subject}").json() == {"compatibilityLevel": "FULL_TRANSITIVE"}
+    found = client.schema(second)
+    assert found is not None
+    assert codec.fingerprint(found) == codec.fingerprint(later)
+
+
+def test_an_unknown_id_is_a_no(registry_url: str) -> None:
+    """The registry's own 404 is an answer."""
+    assert Registry(registry_url).schema(NOWHERE, sure=False) is None
+
+
+def test_a_registry_that_refuses_the_schema_stops_the_writer(
+    broker: str, registry_url: str, api: httpx2.Client, namespace: str
+) -> None:
+    """Nothing is sent, and the error names subject, registry and why."""
+    app = made(namespace, broker, schema_registry=registry_url)
+    subject = f"{app.names.jobs('default')}-value"
+    other = {"type": "record", "name": "JobEvent", "namespace": "jobledger", "fields": [{"name": "z", "type": "int"}]}
+    api.post(f"subjects/{subject}/versions", json={"schema": json.dumps(other)}).raise_for_status()
+    api.put(f"config/{subject}", json={"compatibility": "FULL_TRANSITIVE"}).raise_for_status()
+    with pytest.raises(SchemaRefused, match=subject):
+        app.tasks["add"].submit(1)
+    assert raw_of(app, app.names.jobs("default")) == []
+    app.close()
+
+
+def test_a_registry_that_is_away_at_the_first_submission_is_named(broker: str, namespace: str) -> None:
+    """The submission fails with the registry's address and the setting; nothing is sent."""
+    app = made(namespace, broker, schema_registry=f"http://127.0.0.1:{free_port()}")
+    with pytest.raises(RegistryUnavailable, match="JOBLEDGER_SCHEMA_REGISTRY"):
+        app.tasks["add"].submit(1)
+    assert raw_of(app, app.names.jobs("default")) == []
+    app.close()
+
+
+# -- end to end ------------------------------------------------------------------------------------------------------
+
+
+def test_all_parts_work_with_a_registry(
+    broker: str, registry_url: str, api: httpx2.Client, namespace: str, tmp_path: Path
+) -> None:
+    """Client, worker, coordinator and materializer: every event is framed, every topic that is written has its subject and
+    no other has one, and the table equals the log."""
+    app = made(namespace, broker, schema_registry=registry_url, home=tmp_path)
+    add: Any = app.tasks["add"]
+    jobs = [add.submit(n) for n in range(20)]
+    with working(app), streaming(app, tmp_path) as table:
+        jobs += app.submit_many(add.job(n) for n in range(50))
+        jobs.append(app.tasks["fail"].submit(1))
+        jobs.append(add.using(delay=0.5).submit(1))
+        jobs.append(asyncio.run(_submitted(add)))
+        until(lambda: {j.job_id for j in jobs} <= _ended(app), 60.0, "all jobs ended")
+        until(table.caught_up)
+    report = verify(app.names, app.settings, ["default"], f"sqlite:///{tmp_path / 'status.db'}")
+    assert report.equal
+    assert report.jobs == len(jobs)
+    values = raw_of(app, *written(app))
+    assert {value[:1] for value in values} == {b"\0"}
+    subjects = {s for s in api.get("subjects").json() if s.startswith(namespace + ".")}
+    assert subjects == {f"{topic}-value" for topic in written(app)}
+    for subject in subjects:
+        assert api.get(f"config/{subject}").json() == {"compatibilityLevel": COMPATIBILITY}
+        assert api.get(f"subjects/{subject}/versions").json() == [1]
+    # A plain reader that knows the registry and nothing of ours reads what we wrote.
+    schema = fastavro.parse_schema(json.loads(api.get(f"schemas/ids/{frame.id_of(values[0])}").json()["schema"]))
+    read: Any = fastavro.schemaless_reader(io.BytesIO(values[0][5:]), schema, None)
+    assert read["job_id"] in {j.job_id for j in jobs}
+    app.close()
+
+
+async def _submitted(task: Any) -> Any:
+    return await task.submit_async(7)
+
+
+def _ended(app: App) -> set[str]:
+    return {
+        job
+        for job, facts in closings(app).items()
+        if any(isinstance(r.event.fact, JobSucceeded | JobFailed) for r in facts)
+    }
+
+
+def test_a_deployment_rolls_to_the_registry_and_back(
+    broker: str, registry_url: str, namespace: str, tmp_path: Path
+) -> None:
+    """Old and new records stand in one topic, workers of either setting run all of them, nothing runs twice, and the table
+    is the same whoever reads; once rolled back, the registry is not needed to read what it framed."""
+    plain = made(namespace, broker, home=tmp_path)
+    registered = with_registry(plain, registry_url)
+    jobs: list[str] = []
+
+    def all_ended() -> bool:
+        return set(jobs) <= _ended(plain)
+
+    for turn, (sender, runner) in enumerate(
+        [(plain, registered), (registered, plain), (plain, plain), (registered, registered), (plain, registered)]
+    ):
+        jobs += [sender.tasks["add"].submit(turn * 10 + n).job_id for n in range(6)]
+        jobs.append(sender.tasks["add"].using(delay=0.2).submit(turn * 10 + 9).job_id)
+        with working(runner), streaming(runner, tmp_path) as table:
+            until(all_ended, 60.0, "all jobs ended")
+            until(table.caught_up)
+    ends = closings(plain)
+    assert {job: len(ends[job]) for job in jobs} == dict.fromkeys(jobs, 1)
+    assert closings(registered).keys() == ends.keys()
+    for topic in (plain.names.jobs("default"), plain.names.lifecycle, plain.names.coordination):
+        assert {value[:1] for value in raw_of(plain, topic)} == {b"\0", codec.MAGIC[:1]}
+    url = f"sqlite:///{tmp_path / 'status.db'}"
+    away = replace(plain.settings, schema_registry=f"http://127.0.0.1:{free_port()}")
+    for settings in (plain.settings, registered.settings, away):
+        assert verify(plain.names, settings, ["default"], url).equal
+    plain.close()
+    registered.close()
+
+
+def test_a_takeover_reads_both_framings(broker: str, registry_url: str, namespace: str) -> None:
+    """What the log says is done is not run again, and a release of before is dropped, whichever way either is framed."""
+    plain = made(namespace, broker)
+    registered = with_registry(plain, registry_url)
+    names = plain.names
+    done, fresh = [submission() for _ in range(4)], [submission(args=b'{"a":7}') for _ in range(2)]
+    facts = [JobSucceeded(b"2", 5), JobFailed("rejected", ErrorInfo("X", "no", None))] * 2
+    for app, jobs, ends in ((plain, done[:2], facts[:2]), (registered, done[2:], facts[2:])):
+        send_events(app, names.jobs("default"), *jobs)
+        send_events(
+            app, names.lifecycle, *(msgspec.structs.replace(j, fact=f) for j, f in zip(jobs, ends, strict=True))
+        )
+    send_events(registered, names.jobs("default"), fresh[0])
+    with working(plain) as worker:
+        until(lambda: fresh[0].job_id in closings(plain))
+        assert worker.takeover is not None
+        assert worker.takeover.found == 4
+        until(lambda: sum(len(p.live) for p in worker.partitions()) == 0, what="everything settled")
+    # The same releases again, each in the other framing; the next owner's memory is seeded from before its base.
+    send_events(plain, names.jobs("default"), *done[2:], fresh[0])
+    send_events(registered, names.jobs("default"), *done[:2], fresh[1])
+    with working(registered) as worker:
+        until(lambda: fresh[1].job_id in closings(plain))
+        assert worker.takeover is not None
+        assert worker.takeover.seeded == 5
+        assert worker.health()["duplicates"] == 5
+    assert plain.ran == [("add", 7)]  # type: ignore[attr-defined]
+    assert registered.ran == [("add", 7)]  # type: ignore[attr-defined]
+    plain.close()
+    registered.close()
+
+
+def test_a_takeover_that_cannot_read_an_end_runs_nothing(broker: str, registry_url: str, namespace: str) -> None:
+    """A closing fact in a frame that nobody here explains: the partition stops, also for the job it closes, and the next
+    owner, who has the setting, still finds the end and does not run the job again."""
+    app = made(namespace, broker)
+    registered = with_registry(app, registry_url)
+    names = app.names
+    schema_id = Registry(registry_url).register(f"{names.lifecycle}-value", codec.SCHEMA_TEXT)
+    done, fresh = submission(), submission(args=b'{"a":7}')
+    send_events(app, names.jobs("default"), done, fresh)
+    produce(app, names.lifecycle, framed(msgspec.structs.replace(done, fact=JobSucceeded(b"2", 5)), schema_id))
+    with working(app) as worker:
+        until(lambda: worker.health()["reasons"])
+        assert f"{names.lifecycle}[0]@0" in worker.health()["reasons"][0]
+        assert "JOBLEDGER_SCHEMA_REGISTRY" in worker.health()["reasons"][0]
+    with working(registered) as worker:
+        until(lambda: fresh.job_id in closings(registered))
+        assert worker.takeover is not None
+        assert worker.takeover.found == 1
+    assert app.ran == []  # type: ignore[attr-defined]
+    assert registered.ran == [("add", 7)]  # type: ignore[attr-defined]
+    app.close()
+    registered.close()
+
+
+def send_events(app: App, topic: str, *events: JobEvent) -> None:
+    """Events to partition 0, framed as the app's settings say, without headers."""
+    writer = LogWriter(app.settings, app.names)
+    try:
+        writer.send(Outgoing(topic, codec.encode(event), event.job_id, 0) for event in events)
+    finally:
+        writer.close()
+
+
+# -- other people's writers and readers ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("version", ["ours", "theirs"])
+def test_a_plain_confluent_producer_submits_a_job(
+    broker: str, registry_url: str, api: httpx2.Client, namespace: str, version: str
+) -> None:
+    """With the published schema, or one of its own that Avro resolves, fastavro and five bytes of frame: the job runs."""
+    app = made(namespace, broker, schema_registry=registry_url)
+    topic = app.names.jobs("default")
+    schema: Any = json.loads(codec.SCHEMA_TEXT)
+    if version == "theirs":
+        schema["fields"].insert(3, {"name": "region", "type": "string", "default": "here"})
+        schema["fields"][-1]["type"] = schema["fields"][-1]["type"][:2]  # it writes submissions only
+    answer = api.post(f"subjects/{topic}-value/versions", json={"schema": json.dumps(schema)}).json()
+    job = str(uuid.uuid4())
+    datum = {
+        "event_id": job, "job_id": job, "run": 1, "attempt": 1, "release": 1, "region": "there",
+        "occurred_at": time.time_ns() // 1000, "task": "add", "queue": "default", "key": None, "home": None,
+        "source": "billing@java", "trace": None,
+        "fact": ("jobledger.JobSubmitted",
+                 {"spec": {"args": b'{"a": 40, "b": 2}', "tags": {"by": "billing"}, "parent": None},
+                  "delay_ms": None, "due_at": None}),
+    }  # fmt: skip
+    out = io.BytesIO()
+    out.write(b"\0" + answer["id"].to_bytes(4, "big"))
+    fastavro.schemaless_writer(out, fastavro.parse_schema(schema), datum)
+    producer = Producer({"bootstrap.servers": broker, "partitioner": "murmur2_random"})
+    producer.produce(topic, out.getvalue(), job)
+    assert producer.flush(10) == 0
+    producer.close()
+    with working(app):
+        until(lambda: job in closings(app))
+    assert closings(app)[job][0].event.fact.result == b"42"  # type: ignore[union-attr]
+    app.close()
+
+
+def test_the_example_for_other_languages_runs(broker: str, registry_url: str, namespace: str) -> None:
+    """What docs/wire.md shows is all that it takes, before any part of ours has registered anything."""
+    app = made(namespace, broker, schema_registry=registry_url)
+    block = re.search(r"```python\n(.*?)```", Path("docs/wire.md").read_text("utf-8"), re.DOTALL)
+    assert block is not None
+    given = {
+        "bootstrap": broker,
+        "registry": registry_url,
+        "topic": app.names.jobs("default"),
+        "schema_file": "schemas/job_event.avsc",
+    }
+    exec(compile(block[1], "docs/wire.md", "exec"), given)  # noqa: S102  # our own page
+    with working(app):
+        until(lambda: given["job_id"] in closings(app))
+    assert closings(app)[given["job_id"]][0].event.fact.result == b"42"  # type: ignore[union-attr]
+    app.close()
+
+
+def test_without_the_setting_a_frame_waits_and_garbage_does_not(broker: str, registry_url: str, namespace: str) -> None:
+    """A frame whose schema only a registry has stops its partition, and nothing is rejected; garbage behind a zero byte is
+    dead-lettered. With the setting the job runs."""
+    app = made(namespace, broker)
+    topic = app.names.jobs("default")
+    registered = with_registry(app, registry_url)
+    schema_id = Registry(registry_url).register(f"{topic}-value", codec.SCHEMA_TEXT)
+    good, elsewhere = submission(), submission()
+    produce(app, topic, bytes(40), framed(good, schema_id), partition=0)
+    produce(app, topic, codec.encode(elsewhere), partition=1)
+    with working(app) as worker:
+        until(lambda: worker.health()["reasons"])
+        until(lambda: elsewhere.job_id in closings(app))
+        assert f"{topic}[0]@1" in worker.health()["reasons"][0]
+        assert "JOBLEDGER_SCHEMA_REGISTRY" in worker.health()["reasons"][0]
+        until(lambda: raw_of(app, app.names.dead_letter))
+    with working(registered):
+        until(lambda: good.job_id in closings(registered))
+    letters = [r.event.fact for r in log_of(registered, app.names.dead_letter)]
+    assert [fact.offset for fact in letters if isinstance(fact, RecordRejected)] == [0]
+    app.close()
+    registered.close()
+
+
+def test_an_id_that_nobody_has_is_rejected_like_an_unknown_fingerprint(
+    broker: str, registry_url: str, namespace: str
+) -> None:
+    """The registry says no: the record goes to the dead letters, whole, and the next one runs."""
+    app = made(namespace, broker, schema_registry=registry_url)
+    topic = app.names.jobs("default")
+    lost, garbage, good = framed(submission(), NOWHERE), b"\0\xff\xff\xff\xff garbage", submission()
+    produce(app, topic, lost, garbage, codec.encode(good))
+    with working(app):
+        until(lambda: good.job_id in closings(app))
+        until(lambda: len(raw_of(app, app.names.dead_letter)) == 2)
+    letters = [r.event.fact for r in log_of(app, app.names.dead_letter)]
+    assert {fact.raw_value for fact in letters if isinstance(fact, RecordRejected)} == {lost, garbage}
+    app.close()
+
+
+def test_a_registry_that_is_away_rejects_nothing(broker: str, registry_url: str, namespace: str) -> None:
+    """A reader that cannot ask stops with the registry's address; nothing is dead-lettered, and the job runs later."""
+    app = made(namespace, broker, schema_registry=registry_url)
+    topic = app.names.jobs("default")
+    schema_id = Registry(registry_url).register(f"{topic}-value", codec.SCHEMA_TEXT)
+    job = submission()
+    value = framed(job, schema_id)
+    produce(app, topic, value)
+    address = f"http://127.0.0.1:{free_port()}"
+    away = replace(app.settings, schema_registry=address)
+    with pytest.raises(RegistryUnavailable, match=address):
+        decoder(away, app.names).decode(value)
+    with pytest.raises(RegistryNeeded, match="JOBLEDGER_SCHEMA_REGISTRY"):
+        decoder(replace(app.settings, schema_registry=None), app.names).decode(value)
+    assert issubclass(RegistryUnavailable, BrokerUnavailable)
+    with working(app):
+        until(lambda: job.job_id in closings(app))
+    assert raw_of(app, app.names.dead_letter) == []
+    app.close()
+
+
+class Door:
+    """A way to the registry that can be closed: then it answers as an overloaded proxy does."""
+
+    def __init__(self, registry_url: str) -> None:
+        self.closed = False
+        door = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def answer(self) -> None:
+                body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+                if door.closed:
+                    status, content = 503, b""
+                else:
+                    sent = httpx2.request(
+                        self.command,
+                        registry_url + self.path,
+                        content=body,
+                        headers={"Content-Type": "application/json"},
+                    )
+                    status, content = sent.status_code, sent.content
+                self.send_response(status)
+                self.send_header("Content-Length", str(len(content)))
+                self.end_headers()
+                self.wfile.write(content)
+
+            do_GET = do_POST = do_PUT = answer
+
+            def log_message(self, *args: Any) -> None:
+                """Say nothing."""
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.server.server_port}"
+        threading.Thread(target=self.server.serve_forever, args=(0.01,), daemon=True).start()
+
+
+@pytest.fixture
+def door(registry_url: str) -> Iterator[Door]:
+    """A door to the registry, open."""
+    made = Door(registry_url)
+    yield made
+    made.server.shutdown()
+    made.server.server_close()
+
+
+def test_a_registry_that_goes_away_stops_only_what_needs_it(
+    broker: str, registry_url: str, namespace: str, door: Door
+) -> None:
+    """Submissions and jobs go on with the ids that are known. A record with another id ends the worker, unrejected; it runs
+    once the registry is back."""
+    app = made(namespace, broker, schema_registry=door.url)
+    topic = app.names.jobs("default")
+    # The same schema but for its words: another id in the registry, the same bytes.
+    schema = json.loads(codec.SCHEMA_TEXT) | {"doc": namespace}
+    other = Registry(registry_url).register(f"{namespace}.elsewhere-value", json.dumps(schema))
+    job = submission(args=b'{"a":3}')
+    with working(app) as worker:
+        first = app.tasks["add"].submit(1).job_id
+        until(lambda: first in closings(app))
+        door.closed = True
+        second = app.tasks["add"].submit(2).job_id
+        until(lambda: second in closings(app))
+        produce(app, topic, framed(job, other))
+        until(lambda: worker.error)
+        assert isinstance(worker.error, RegistryUnavailable)
+        assert "HTTP status 503" in str(worker.error)
+    with pytest.raises(RegistryUnavailable), working(app, start_timeout=0.5) as worker:
+        until(worker.ended.is_set)
+    door.closed = False
+    with working(app):
+        until(lambda: job.job_id in closings(app))
+    assert {len(facts) for facts in closings(app).values()} == {1}
+    assert raw_of(app, app.names.dead_letter) == []
+    app.close()
+
+
+def test_streams_without_the_setting_stop_at_a_frame(
+    broker: str, registry_url: str, namespace: str, tmp_path: Path
+) -> None:
+    """Coordinator and materializer name record and setting, and pass nothing; with the setting they go on from there."""
+    app = made(namespace, broker, home=tmp_path)
+    registered = with_registry(app, registry_url)
+    delayed = submission()
+    delayed = JobEvent(
+        delayed.event_id, delayed.job_id, 1, 1, 0, 0, "add", "default", None, delayed.job_id, "test", None,
+        JobSubmitted(JobSpec(b'{"a":1}'), 1),
+    )  # fmt: skip
+    schema_id = Registry(registry_url).register(f"{app.names.coordination}-value", codec.SCHEMA_TEXT)
+    produce(app, app.names.coordination, framed(delayed, schema_id))
+    table, coordinator = streams_of(app, tmp_path)
+    with pytest.raises(RegistryNeeded, match="JOBLEDGER_SCHEMA_REGISTRY"):
+        table.run(threading.Event())
+    with pytest.raises(RegistryNeeded, match=r"coordination\[0\]@0: .*JOBLEDGER_SCHEMA_REGISTRY"):
+        asyncio.run(supervise(coordinator, threading.Event()))
+    assert raw_of(app, app.names.dead_letter) == []
+    with working(registered), streaming(registered, tmp_path) as table:
+        until(lambda: delayed.job_id in closings(registered))
+        until(table.caught_up)
+    assert verify(app.names, registered.settings, ["default"], f"sqlite:///{tmp_path / 'status.db'}").equal
+    app.close()
+    registered.close()

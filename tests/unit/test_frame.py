@@ -1,0 +1,159 @@
+"""The Confluent frame: both ways of framing carry the same event, and what merely looks like a frame is never guessed."""
+
+from __future__ import annotations
+
+import io
+import json
+from typing import Any
+
+import fastavro
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from jobledger.errors import NotAnEvent, RegistryNeeded, SchemaError, UnknownSchema
+from jobledger.schemas import codec, frame
+from jobledger.schemas import events as ev
+from jobledger.schemas.glance import glance
+from tests.unit.test_codec import EVENTS, an_event, in_future
+
+HEAD = len(codec.MAGIC + codec.FINGERPRINT)
+IDS = st.integers(min_value=0, max_value=2**32 - 1)
+
+
+def framed(value: bytes, schema_id: int) -> bytes:
+    """A value in single-object form, framed."""
+    return frame.head(schema_id) + value[HEAD:]
+
+
+def asked(schemas: dict[int, str]) -> codec.Decoder:
+    """A decoder with a registry of these schemas."""
+    return codec.Decoder(None, lambda schema_id, likely: schemas.get(schema_id))
+
+
+def without_a_registry(schema_id: int, likely: bool) -> str | None:
+    """Nobody knows the id."""
+    raise RegistryNeeded("no registry")
+
+
+@given(EVENTS, IDS)
+def test_both_framings_carry_the_same_event(event: ev.JobEvent, schema_id: int) -> None:
+    """A framed event is the event, whatever its id; once the id is known nobody is asked, and the single-object form of
+    before is had back byte by byte."""
+    single = codec.encode(event)
+    value = framed(single, schema_id)
+    decoder = asked({schema_id: codec.SCHEMA_TEXT})
+    assert decoder.asks(value)
+    assert decoder.own_form(value) is None
+    assert decoder.decode(value) == decoder.decode(single) == event
+    assert not decoder.asks(value)
+    assert not decoder.asks(single)
+    assert decoder.own_form(value) == single
+    assert decoder.own_form(single) is None
+
+
+def test_a_glance_serves_both_framings() -> None:
+    """What is read at a glance in one framing is so in the other."""
+    event = ev.JobEvent(
+        "0" * 36, "1" * 36, 1, 1, 1, 1_700_000_000_000_000, "send", "mail", None, None, "t", None,
+        ev.JobSubmitted(ev.JobSpec(b"{}")),
+    )  # fmt: skip
+    single = codec.encode(event)
+    decoder = asked({5: codec.SCHEMA_TEXT})
+    decoder.decode(framed(single, 5))
+    own = decoder.own_form(framed(single, 5))
+    assert own is not None
+    assert glance(single) is not None
+    assert glance(own) == glance(single)
+
+
+def test_a_frame_is_what_a_plain_avro_library_writes() -> None:
+    """Zero, the id in big endian, and the datum as fastavro writes it with the published schema."""
+    event = an_event()
+    datum: Any = fastavro.schemaless_reader(
+        io.BytesIO(codec.encode(event)[HEAD:]), fastavro.parse_schema(json.loads(codec.SCHEMA_TEXT)), None, True
+    )
+    out = io.BytesIO()
+    fastavro.schemaless_writer(out, fastavro.parse_schema(json.loads(codec.SCHEMA_TEXT)), datum)
+    value = b"\0" + (258).to_bytes(4, "big") + out.getvalue()
+    assert value[:5] == b"\0\0\0\1\2"
+    assert framed(codec.encode(event), 258) == value
+    assert asked({258: codec.SCHEMA_TEXT}).decode(value) == event
+
+
+def test_an_event_of_a_later_schema_is_read_by_its_id() -> None:
+    """The writer's schema resolves, in a frame as in the other form."""
+    spec = {"args": b"{}", "tags": {"a": "b"}, "parent": None}
+    raw, published = in_future(("jobledger.JobSubmitted", {"spec": spec, "delay_ms": 5, "weight": 3}))
+    decoder = asked({7: next(iter(published.values()))})
+    value = framed(raw, 7)
+    assert decoder.decode(value) == an_event(ev.JobSubmitted(ev.JobSpec(b"{}", {"a": "b"}), 5))
+    assert decoder.own_form(value) is None
+
+
+@pytest.mark.parametrize(
+    "schema",
+    ['{"type": "record", "name": "Order", "fields": [{"name": "id", "type": "string"}]}', '"string"', '["int"]'],
+)
+def test_another_teams_record_is_no_event(schema: str) -> None:
+    """A registry serves others, too: what they wrote is rejected, and stops nothing."""
+    with pytest.raises(NotAnEvent, match="schema id 7"):
+        asked({7: schema}).decode(b"\0\0\0\0\7" + b"\2x")
+
+
+def test_an_id_that_the_registry_does_not_know_is_named() -> None:
+    """An unknown id raises `UnknownSchema`, and is asked for again at the next record."""
+    schemas: dict[int, str] = {}
+    decoder = asked(schemas)
+    value = framed(codec.encode(an_event()), 9)
+    with pytest.raises(UnknownSchema, match="id 9"):
+        decoder.decode(value)
+    schemas[9] = codec.SCHEMA_TEXT
+    assert decoder.decode(value) == an_event()
+
+
+@given(EVENTS.filter(lambda e: e.event_id.isprintable() and e.event_id != "" and e.job_id.isprintable()), IDS)
+def test_an_event_is_never_rejected_for_want_of_a_registry(event: ev.JobEvent, schema_id: int) -> None:
+    """A framed event whose id nobody knows raises `RegistryNeeded`, which no reader takes for garbage."""
+    decoder = codec.Decoder(None, without_a_registry)
+    value = framed(codec.encode(event), schema_id)
+    assert frame.looks_like_an_event(value)
+    with pytest.raises(RegistryNeeded):
+        decoder.decode(value)
+    assert not issubclass(RegistryNeeded, SchemaError)
+
+
+@given(st.binary(max_size=60))
+def test_garbage_behind_a_zero_byte_is_contained(rest: bytes) -> None:
+    """Whatever follows a zero byte: without a registry it is garbage, or it begins as an event does and waits for one."""
+    value = b"\0" + rest
+    with pytest.raises((NotAnEvent, RegistryNeeded)) as caught:
+        codec.Decoder(None, without_a_registry).decode(value)
+    assert (caught.type is RegistryNeeded) == (len(value) > frame.HEAD and frame.looks_like_an_event(value))
+
+
+@pytest.mark.parametrize(
+    "value",
+    [b"\0", b"\0\0\0\0\1", bytes(100), "zwölf".encode("utf-16-be") * 9, (12345).to_bytes(8, "big"), b"\0\0\0\1{}" * 20],
+)
+def test_everyday_garbage_does_not_look_like_an_event(value: bytes) -> None:
+    """Empty heads, zeros, UTF-16 text, a Java long: rejected at once, registry or not."""
+    assert not (frame.is_framed(value) and frame.looks_like_an_event(value))
+    with pytest.raises(NotAnEvent):
+        codec.Decoder(None, without_a_registry).decode(value)
+
+
+@given(EVENTS, st.data())
+def test_a_damaged_frame_is_refused_by_name(event: ev.JobEvent, data: st.DataObject) -> None:
+    """A frame that ends too early is a `SchemaError`, nothing else."""
+    value = framed(codec.encode(event), 3)
+    cut = data.draw(st.integers(0, len(value) - 1))
+    with pytest.raises(SchemaError):
+        asked({3: codec.SCHEMA_TEXT}).decode(value[:cut])
+
+
+@pytest.mark.parametrize("schema_id", [-1, 2**32])
+def test_an_id_of_more_than_four_bytes_is_refused(schema_id: int) -> None:
+    """A frame has room for four bytes."""
+    with pytest.raises(ValueError, match="no schema id"):
+        frame.head(schema_id)

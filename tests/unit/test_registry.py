@@ -1,0 +1,142 @@
+"""The Schema Registry's client where no registry answers, or something else does. The real one: tests/integration."""
+
+from __future__ import annotations
+
+import builtins
+import json
+import threading
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+import pytest
+
+from jobledger import registry
+from jobledger.config import Settings
+from jobledger.errors import BrokerUnavailable, ConfigError, NotAnEvent, RegistryUnavailable, SchemaError
+from jobledger.kafka.ports import free_port
+from jobledger.registry import Registry
+
+Answer = tuple[int, Any]
+
+
+@pytest.fixture(autouse=True)
+def hurry(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ask again at once."""
+    monkeypatch.setattr(registry, "PAUSE_S", 0.0)
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+
+
+@pytest.fixture
+def server() -> Iterator[Callable[..., tuple[str, list[Any]]]]:
+    """An HTTP server that gives these answers, the last one for ever; its address, and what it was asked."""
+    running: list[ThreadingHTTPServer] = []
+
+    def start(*answers: Answer) -> tuple[str, list[Any]]:
+        left, seen = list(answers), list[Any]()
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                seen.append((self.path, self.headers.get("Authorization")))
+                status, body = left.pop(0) if len(left) > 1 else left[0]
+                raw = body.encode() if isinstance(body, str) else json.dumps(body).encode()
+                self.send_response(status)
+                self.send_header("Content-Length", str(len(raw)))
+                self.end_headers()
+                self.wfile.write(raw)
+
+            def log_message(self, *args: Any) -> None:
+                """Say nothing."""
+
+        made = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        threading.Thread(target=made.serve_forever, args=(0.01,), daemon=True).start()
+        running.append(made)
+        return f"127.0.0.1:{made.server_port}", seen
+
+    yield start
+    for made in running:
+        made.shutdown()
+        made.server_close()
+
+
+NONE = (404, {"error_code": 40403, "message": "Schema not found"})
+
+
+def test_a_registry_that_is_away_is_named_and_its_password_is_not() -> None:
+    """The error names the address without the password, the setting and the way out; it is retried as a broker's is."""
+    port = free_port()
+    with pytest.raises(RegistryUnavailable, match="JOBLEDGER_SCHEMA_REGISTRY") as caught:
+        Registry(f"http://me:s3cret@127.0.0.1:{port}/api").schema(1)
+    assert f"http://me:***@127.0.0.1:{port}/api" in str(caught.value)
+    assert "s3cret" not in str(caught.value)
+    assert isinstance(caught.value, BrokerUnavailable)
+    assert "s3cret" not in repr(Settings(schema_registry="http://me:s3cret@here"))
+
+
+def test_a_busy_registry_is_asked_again(server: Callable[..., tuple[str, list[Any]]]) -> None:
+    """Overload and restarts of a registry are waited for, a few times."""
+    address, seen = server((503, "later"), (429, {}), (200, {"schema": '"int"'}))
+    assert Registry(f"http://{address}/").schema(4) == '"int"'
+    assert [path for path, _ in seen] == ["/schemas/ids/4"] * 3
+    address, _ = server((503, "later"))
+    with pytest.raises(RegistryUnavailable, match="HTTP status 503"):
+        Registry(f"http://{address}").schema(4)
+
+
+def test_a_no_is_asked_again_where_it_must_be_certain(server: Callable[..., tuple[str, list[Any]]]) -> None:
+    """An instance that follows another may know an id a moment later."""
+    address, seen = server(NONE, NONE, (200, {"schema": '"int"'}))
+    assert Registry(f"http://{address}").schema(4) == '"int"'
+    address, seen = server(NONE)
+    assert Registry(f"http://{address}").schema(4, sure=False) is None
+    assert len(seen) == 1
+
+
+@pytest.mark.parametrize("answer", [(404, "<html>"), (404, {"detail": "no such path"}), (200, "<html>"), (200, [])])
+def test_another_server_is_never_taken_for_a_registry(
+    server: Callable[..., tuple[str, list[Any]]], answer: Answer
+) -> None:
+    """A 404 of a wrong address must not reject good records: only a registry's own "no" is one."""
+    address, _ = server(answer)
+    with pytest.raises(ConfigError, match="JOBLEDGER_SCHEMA_REGISTRY"):
+        Registry(f"http://{address}").schema(4)
+
+
+def test_credentials_are_sent_and_their_refusal_is_said(server: Callable[..., tuple[str, list[Any]]]) -> None:
+    """User and password of the URL go out as basic authentication."""
+    address, seen = server((401, {}))
+    with pytest.raises(ConfigError, match="refuses us"):
+        Registry(f"http://me:p%40ss@{address}").schema(4)
+    assert seen == [("/schemas/ids/4", "Basic bWU6cEBzcw==")]
+
+
+def test_schemas_of_other_kinds_are_no_events(server: Callable[..., tuple[str, list[Any]]]) -> None:
+    """A registry holds other kinds of schemas, too."""
+    address, _ = server((200, {"schema": "message X {}", "schemaType": "PROTOBUF"}))
+    with pytest.raises(NotAnEvent, match="PROTOBUF"):
+        Registry(f"http://{address}").schema(4)
+    address, _ = server((200, {"schema": '"int"', "references": [{"name": "x", "subject": "y", "version": 1}]}))
+    with pytest.raises(SchemaError, match="register it whole"):
+        Registry(f"http://{address}").schema(4)
+
+
+@pytest.mark.parametrize("url", ["here:8081", "ftp://here", "http://", "http://here:port", "http://u:s3cret@here/?a=b"])
+def test_a_url_of_another_kind_is_refused(url: str) -> None:
+    """A typo is said at the start, and no password with it."""
+    with pytest.raises(ConfigError, match="JOBLEDGER_SCHEMA_REGISTRY") as caught:
+        Registry(url)
+    assert "s3cret" not in str(caught.value)
+
+
+def test_a_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the extra the error says what to install."""
+    real = builtins.__import__
+
+    def without(name: str, *args: Any, **more: Any) -> Any:
+        if name == "httpx2":
+            raise ImportError(name)
+        return real(name, *args, **more)
+
+    monkeypatch.setattr(builtins, "__import__", without)
+    with pytest.raises(ConfigError, match=r"jobledger\[registry\]"):
+        Registry("http://here:8081")
