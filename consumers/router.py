@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from confluent_kafka import Consumer, KafkaError, KafkaException, Message, TopicPartition
@@ -39,7 +39,7 @@ START_TIMEOUT_S = 30.0
 
 
 class Routes:
-    """What becomes of one event: the jobs of its handlers. Pure but for ``lookup``, which is asked for unknown schemas."""
+    """What becomes of one event: the jobs of its handlers. Pure but for ``schemas``, which are asked for unknown ones."""
 
     def __init__(
         self,
@@ -47,9 +47,9 @@ class Routes:
         facts: Facts,
         writer: str,
         handlers: Iterable[Handler],
-        lookup: Callable[[bytes], str | None],
+        schemas: SchemaLookup,
     ) -> None:
-        self._names, self._facts, self._source, self._lookup = registry.names, facts, writer, lookup
+        self._names, self._facts, self._source, self._schemas = registry.names, facts, writer, schemas
         self._by_topic: dict[str, tuple[EventType, list[Handler]]] = {}
         for handler in handlers:
             self._by_topic.setdefault(handler.event.topic, (handler.event, []))[1].append(handler)
@@ -62,7 +62,7 @@ class Routes:
     def jobs(self, message: Message) -> list[tuple[str, Outgoing]]:
         """The jobs that follow from a record, by id. Raises `SchemaError` for bytes that are no such event."""
         kind, handlers = self._by_topic[message.topic() or ""]
-        plain = kind.decode(message.value(), self._lookup)
+        plain = kind.decode(message.value(), self._schemas, self._schemas.by_id)
         headers: dict[str, Any] = dict(message.headers() or ())
         event_id = event_id_of(headers, kind.topic, message.partition() or 0, message.offset() or 0)
         trace = headers.get("traceparent")
@@ -172,6 +172,11 @@ class Router:
         self._handlers = [handler for handlers in registry.handlers.values() for handler in handlers]
         if not self._handlers:
             raise ConfigError(f"app {self.names.namespace!r} has no handlers: decorate a function with @app.on(Event)")
+        needs = sorted({handler.event.name for handler in self._handlers if handler.event.format == "avro"})
+        if needs and settings.schema_registry is None:
+            raise ConfigError(
+                f"events {needs} are Avro with a Schema Registry's ids: set JOBLEDGER_SCHEMA_REGISTRY to its URL"
+            )
         self._lookup = SchemaLookup(settings, self.names)
         writer = source("router")
         facts = Facts(registry, writer, settings.max_record_bytes)

@@ -38,10 +38,12 @@ from jobledger.job import JobStatus, State
 from jobledger.log import Headers, LogWriter, Outgoing, now_us, position_of, source, translate
 from jobledger.lookup import SchemaLookup
 from jobledger.names import Names
-from jobledger.schemas import codec
+from jobledger.registry import Registry
+from jobledger.schemas import codec, frame
 from jobledger.schemas.derive import check_evolution
 from jobledger.schemas.events import JobEvent, JobSpec, JobSubmitted, Position
 from jobledger.task import JobRequest
+from jobledger.wire import id_key
 
 R = TypeVar("R")
 
@@ -55,6 +57,8 @@ POLL_FIRST, POLL_MOST = 0.01, 0.25
 START_PATIENCE = 30.0
 #: Records in the send queue from which `submit_async` waits for room in a thread (librdkafka's queue holds 100,000).
 NEAR_FULL = 90_000
+
+_SINGLE_OBJECT = 10  # bytes before the datum in the single-object encoding
 
 
 class StatusSource(Protocol):
@@ -138,7 +142,8 @@ class Client:
         self._single: LogWriter | None = None
         self._bulk: LogWriter | None = None
         self._source = source("client")
-        self._event_schemas: set[bytes] = set()  # published, and judged against what stands on the log
+        #: Published, and judged against what stands on the log: what each is framed with, if not as a single object.
+        self._event_schemas: dict[bytes, bytes] = {}
 
     def _after_fork(self) -> None:
         """A forked child must not use its parent's producer: librdkafka's threads did not come along."""
@@ -283,15 +288,26 @@ class Client:
         finally:
             lookup.close()
         check_evolution(kind.name, kind.schema, earlier_of(kind, known))
-        if kind.fingerprint not in known:
-            record = Outgoing(self.names.schemas, kind.schema.encode(), kind.fingerprint.hex())
-            self._writer(bulk=False).send([record])
-        self._event_schemas.add(kind.fingerprint)
+        keys = [] if kind.fingerprint in known else [kind.fingerprint.hex()]
+        head = b""
+        if self.settings.schema_registry is not None:
+            number = Registry(self.settings.schema_registry).register(f"{kind.topic}-value", kind.schema)
+            head = frame.head(number)
+            keys.append(id_key(number))  # so that the log can be read without the registry
+        self._writer(bulk=False).send([Outgoing(self.names.schemas, kind.schema.encode(), key) for key in keys])
+        self._event_schemas[kind.fingerprint] = head
+
+    def _framed(self, kind: EventType, record: Outgoing) -> Outgoing:
+        """The record as it is sent: with a Schema Registry in its frame."""
+        head = self._event_schemas[kind.fingerprint]
+        assert record.value is not None
+        return record._replace(value=head + record.value[_SINGLE_OBJECT:]) if head else record
 
     def emit(self, kind: EventType, event: Any) -> EventHandle:
         """Write one event and wait for its acknowledgement; see `App.emit` for the errors."""
         event_id, record = self._event(kind, event, maybe_current_job())
         self._published(kind)
+        record = self._framed(kind, record)
         return EventHandle(event_id, self._sent(self._writer(bulk=False), record, f"emitting {kind.name} {event_id}"))
 
     async def emit_async(self, kind: EventType, event: Any) -> EventHandle:
@@ -302,6 +318,7 @@ class Client:
             loop = asyncio.get_running_loop()
             await loop.run_in_executor(None, self._published, kind)
             writer = await loop.run_in_executor(None, self._writer, False)
+        record = self._framed(kind, record)
         position = await self._acknowledged(writer, record, f"emitting {kind.name} {event_id}")
         return EventHandle(event_id, position)
 
@@ -311,7 +328,8 @@ class Client:
         inside = maybe_current_job()
         for kind, event in events:
             self._published(kind)
-            many.add(*self._event(kind, event, inside))
+            event_id, record = self._event(kind, event, inside)
+            many.add(event_id, self._framed(kind, record))
         return [EventHandle(event_id, position) for event_id, position in many.finish()]
 
     # -- asking ---------------------------------------------------------------------------------------------------

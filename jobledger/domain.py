@@ -15,19 +15,22 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
 import fastavro
+import fastavro.schema
 import msgspec
 
-from jobledger.errors import BadEvent, ConfigError, NotAnEvent, SchemaError, UnknownSchema
+from jobledger.errors import BadEvent, ConfigError, NotAnEvent, RegistryNeeded, SchemaError, UnknownSchema
 from jobledger.names import Names, check_name
-from jobledger.schemas import codec
+from jobledger.schemas import codec, frame
 from jobledger.schemas.derive import derive, dumper, is_pydantic, read_nested
 
 if TYPE_CHECKING:
     from jobledger.task import Task
 
-#: How values stand on a topic: ours, plain JSON, or Avro with a registry's frame.
-Format = Literal["jobledger", "json"]
-FORMATS: tuple[str, ...] = ("jobledger", "json")
+#: How values stand on a topic: as ours do, as JSON, or as Avro in a Schema Registry's frame.
+Format = Literal["jobledger", "json", "avro"]
+FORMATS: tuple[str, ...] = ("jobledger", "json", "avro")
+
+_SINGLE_OBJECT = 10  # bytes before the datum in the single-object encoding
 
 #: The header that carries an event's id (text).
 EVENT_HEADER = "jl-event"
@@ -110,10 +113,16 @@ class EventType:
         except (ValueError, TypeError) as exc:
             raise BadEvent(f"{dict(values)!r} does not fit event {self.name!r}: {exc}") from exc
 
-    def decode(self, value: bytes | None, lookup: Callable[[bytes], str | None]) -> dict[str, Any]:
+    def decode(
+        self,
+        value: bytes | None,
+        lookup: Callable[[bytes], str | None],
+        by_id: Callable[[int, bool], str | None] | None = None,
+    ) -> dict[str, Any]:
         """A record's value as plain values by field, resolved to this class's schema. Raises `SchemaError`.
 
-        ``lookup``: the schema's text for a fingerprint that was not seen before, None if it is published nowhere.
+        ``lookup``: the schema's text for a fingerprint that was not seen before, None if it is published nowhere; ``by_id``:
+        the same for the id in a Schema Registry's frame, as of `jobledger.lookup.SchemaLookup`.
         """
         if value is None:
             raise NotAnEvent("the record has no value")
@@ -125,27 +134,45 @@ class EventType:
             if not isinstance(found, dict):
                 raise NotAnEvent("the JSON is no object")
             return found
-        if not value.startswith(codec.MAGIC) or len(value) < 10:
-            raise NotAnEvent("the value does not begin with an Avro single-object header")
-        mark = value[2:10]
+        if by_id is not None and frame.is_framed(value):
+            head, at = value[: frame.HEAD], frame.HEAD
+        elif self.format == "jobledger" and value.startswith(codec.MAGIC) and len(value) >= _SINGLE_OBJECT:
+            head, at = value[2:_SINGLE_OBJECT], _SINGLE_OBJECT
+        else:
+            raise NotAnEvent(f"the value has no Avro head: it begins with {value[:8].hex() or 'nothing'}")
         earlier: Any = None
-        if mark != self.fingerprint and (earlier := self._readers.get(mark)) is None:
-            earlier = self._readers[mark] = self._earlier(mark, lookup)
+        if head != self.fingerprint and (earlier := self._readers.get(head)) is None:
+            text = lookup(head) if at == _SINGLE_OBJECT else self._by_id(by_id, value)
+            earlier = self._readers[head] = self._writer(text, head)
         try:
-            data = io.BytesIO(value[10:])
+            data = io.BytesIO(value[at:])
             plain: Any = fastavro.schemaless_reader(data, earlier or self._parsed, self._parsed if earlier else None)
         except Exception as exc:
             raise NotAnEvent(f"the bytes are no {self.name}: {exc}") from exc
         return plain  # type: ignore[no-any-return]  # a record is a dict
 
-    def _earlier(self, mark: bytes, lookup: Callable[[bytes], str | None]) -> Any:
-        text = lookup(mark)
-        if text is None:
-            raise UnknownSchema(f"the schema with fingerprint {mark.hex()} is published nowhere")
+    def _by_id(self, by_id: Callable[[int, bool], str | None] | None, value: bytes) -> str | None:
+        assert by_id is not None
         try:
-            return fastavro.parse_schema(json.loads(text))
-        except Exception as exc:
-            raise SchemaError(f"the schema with fingerprint {mark.hex()} is no Avro schema: {exc}") from exc
+            return by_id(frame.id_of(value), True)
+        except RegistryNeeded as exc:
+            if self.format == "avro":
+                raise
+            # Our emitters publish the ids they use beside the log: so this is none of theirs, but garbage.
+            raise NotAnEvent(f"{exc}, or this is no event") from None
+
+    def _writer(self, text: str | None, head: bytes) -> Any:
+        """The writer's schema, under the name of ours: others call the same record what they like."""
+        if text is None:
+            raise UnknownSchema(f"the schema {head.hex()} is published nowhere")
+        try:
+            written = json.loads(text)
+            if not isinstance(written, dict) or written.get("type") != "record":
+                raise NotAnEvent(f"schema {head.hex()} is no record")
+            ours = json.loads(self.schema)
+            return fastavro.parse_schema({**written, "name": ours["name"], "namespace": ours["namespace"]})
+        except (ValueError, fastavro.schema.SchemaParseException) as exc:
+            raise SchemaError(f"the schema {head.hex()} is no Avro schema: {exc}") from exc
 
 
 class Handler:

@@ -10,6 +10,7 @@ import re
 import threading
 import time
 import uuid
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -21,11 +22,14 @@ import httpx2
 import msgspec
 import pytest
 from confluent_kafka import Producer
+from confluent_kafka.cimpl import NewTopic
 
-from jobledger import App, BrokerUnavailable
+from jobledger import App, BrokerUnavailable, ConfigError, Settings
+from jobledger.consumers.router import Router
 from jobledger.errors import RegistryNeeded, RegistryUnavailable, SchemaRefused
 from jobledger.kafka.ports import free_port
-from jobledger.log import LogReader, LogWriter, Outgoing, decoder, partitions_of
+from jobledger.kafka.topics import ensure
+from jobledger.log import LogReader, LogWriter, Outgoing, admin, decoder, partitions_of
 from jobledger.registry import COMPATIBILITY, Registry
 from jobledger.schemas import codec, frame
 from jobledger.schemas.events import ErrorInfo, JobEvent, JobFailed, JobSpec, JobSubmitted, JobSucceeded, RecordRejected
@@ -33,6 +37,7 @@ from jobledger.streams.coordinator import Coordinator, supervise
 from jobledger.streams.faust_app import Options
 from jobledger.streams.rebuild import verify
 from jobledger.streams.status import Materializer
+from tests.integration.test_router import routing
 from tests.integration.worker_app import build, closings, log_of, made, until, working
 
 pytestmark = pytest.mark.kafka
@@ -546,3 +551,86 @@ def test_streams_without_the_setting_stop_at_a_frame(
     assert verify(app.names, registered.settings, ["default"], f"sqlite:///{tmp_path / 'status.db'}").equal
     app.close()
     registered.close()
+
+
+# -- domain events ----------------------------------------------------------------------------------------------------
+
+
+class Paid(msgspec.Struct, frozen=True):
+    order: str
+    cents: int = 0
+
+
+class Weighed(msgspec.Struct, frozen=True):
+    parcel: str
+    grams: int = 0
+
+
+def with_events(namespace: str, broker: str, url: str | None, *, avro: bool = True) -> tuple[App, list[Any]]:
+    """An app with an event of its own and one of others, and what its handlers have run."""
+    app = App(namespace, settings=Settings(bootstrap=broker, schema_registry=url), partitions=2)
+    ran: list[Any] = []
+    app.event(Paid)
+
+    @app.on(Paid)
+    async def book(event: Paid) -> None:
+        ran.append(event)
+
+    if avro:
+        app.event(topic=f"{namespace}-scales", format="avro")(Weighed)
+
+        @app.on(Weighed)
+        async def ship(event: Weighed) -> None:
+            ran.append(event)
+
+    return app, ran
+
+
+def test_domain_events_are_framed_too_and_read_without_the_registry(
+    broker: str, registry_url: str, namespace: str, api: httpx2.Client
+) -> None:
+    """Emitted with a registry and without, in turn; a router that knows no registry handles them all."""
+    app, ran = with_events(namespace, broker, None, avro=False)
+    ensure(app, app.settings)
+    with_it, _ = with_events(namespace, broker, registry_url, avro=False)
+    app.emit(Paid("plain", 1))
+    with_it.emit(Paid("framed", 2))
+    with_it.emit_many([Paid("framed", 3)])
+    app.emit(Paid("plain", 4))
+    topic = app.events["Paid"].topic
+    assert Counter(value[:1] for value in raw_of(app, topic)) == {b"\xc3": 2, b"\0": 2}
+    (version,) = api.get(f"subjects/{topic}-value/versions").json()
+    text = api.get(f"subjects/{topic}-value/versions/{version}").json()["schema"]
+    assert {f["name"] for f in json.loads(text)["fields"]} == {"order", "cents"}
+    produce(app, topic, b"\0garbage with a zero byte", b"\0\0\0\x7f\xff")
+    with working(app), routing(app) as router:
+        until(lambda: len(ran) == 4)
+        until(lambda: router.rejected == 2)
+    assert sorted(event.cents for event in ran) == [1, 2, 3, 4]
+    app.close()
+    with_it.close()
+
+
+def test_avro_of_others_is_handled_by_the_schema_it_was_written_with(
+    broker: str, registry_url: str, namespace: str, api: httpx2.Client
+) -> None:
+    """Another program's record, of another name, with a field more and one less; without the setting the router says so."""
+    app, ran = with_events(namespace, broker, registry_url)
+    client = admin(app.settings)
+    topic = f"{namespace}-scales"
+    client.create_topics([NewTopic(topic, 1, 1)])[topic].result(timeout=20)
+    ensure(app, app.settings)
+    theirs = {
+        "type": "record", "name": "ScaleReading", "namespace": "warehouse",
+        "fields": [{"name": "scale", "type": "string"}, {"name": "parcel", "type": "string"}],
+    }  # fmt: skip
+    answer = api.post(f"subjects/{topic}-value/versions", json={"schema": json.dumps(theirs)}).json()
+    out = io.BytesIO()
+    fastavro.schemaless_writer(out, fastavro.parse_schema(theirs), {"scale": "s1", "parcel": "p-7"})
+    produce(app, topic, b"\0" + answer["id"].to_bytes(4, "big") + out.getvalue())
+    with working(app), routing(app):
+        until(lambda: ran == [Weighed("p-7", 0)])
+    app.close()
+    lost, _ = with_events(namespace, broker, None)
+    with pytest.raises(ConfigError, match="JOBLEDGER_SCHEMA_REGISTRY"):
+        Router(lost.registry, lost.settings)
