@@ -87,7 +87,7 @@ class Poison:
             good[:-1],
             good[:10] + b"\xff" * 40,
             unknown,
-            b"\x00\x00\x00\x00\x07" + good[10:],  # a registry's frame, and there is no registry
+            b"\x00\x00\x00\x00\x07" + good[:9:-1],  # a registry's frame, and no event in it
             os.urandom(2_000),
         ]
         for n, value in enumerate(values):
