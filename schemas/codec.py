@@ -348,7 +348,11 @@ class Decoder:
             self._learn(head, value)
         if head in self._own_heads:
             return build(_datum(value, frame.HEAD, _SCHEMA))
-        return _build_foreign(_datum(value, frame.HEAD, self._foreign[head]))
+        schema = self._foreign[head]
+        datum = _datum(value, frame.HEAD, schema)
+        if isinstance(datum["fact"], dict):  # of a schema with one fact, which the reader then does not name
+            datum["fact"] = (_only_fact(schema), datum["fact"])
+        return _build_foreign(datum)
 
     def _learn(self, head: bytes, value: bytes) -> None:
         assert self._by_id is not None
@@ -371,6 +375,12 @@ class Decoder:
             named = schema.get("name", "?") if isinstance(schema, dict) else "?"
             raise NotAnEvent(f"schema id {number} is {named}, which is no JobEvent")
         self._foreign[head] = schema
+
+
+def _only_fact(schema: Any) -> str:
+    kind = next(f["type"] for f in schema["fields"] if f["name"] == "fact")
+    kind = kind[0] if isinstance(kind, list) else kind
+    return str(kind["name"] if isinstance(kind, dict) else kind)
 
 
 def _datum(value: bytes, at: int, schema: Any) -> Any:

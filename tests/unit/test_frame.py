@@ -7,6 +7,7 @@ import json
 from typing import Any
 
 import fastavro
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -89,6 +90,21 @@ def test_an_event_of_a_later_schema_is_read_by_its_id() -> None:
     value = framed(raw, 7)
     assert decoder.decode(value) == an_event(ev.JobSubmitted(ev.JobSpec(b"{}", {"a": "b"}), 5))
     assert decoder.own_form(value) is None
+
+
+@pytest.mark.parametrize("union", [True, False])
+def test_a_schema_that_knows_one_fact_only_is_read(union: bool) -> None:
+    """A writer that only submits may leave all other facts out of its schema, and the union with them."""
+    schema = json.loads(codec.SCHEMA_TEXT)
+    submitted = schema["fields"][-1]["type"][0]
+    schema["fields"][-1]["type"] = [submitted] if union else submitted
+    event = an_event()
+    datum = msgspec.structs.asdict(event)
+    datum["fact"] = {"spec": {"args": b"{}", "tags": {}, "parent": None}, "delay_ms": 3, "due_at": None}
+    out = io.BytesIO()
+    fastavro.schemaless_writer(out, fastavro.parse_schema(schema), datum)
+    found = asked({8: json.dumps(schema)}).decode(frame.head(8) + out.getvalue())
+    assert found == msgspec.structs.replace(event, fact=ev.JobSubmitted(ev.JobSpec(b"{}"), 3))
 
 
 @pytest.mark.parametrize(
