@@ -1,0 +1,45 @@
+"""A program in another language, built by Maven from `examples/java`: it has the schema and docs/wire.md, and nothing of ours."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from jobledger.kafka.topics import ensure
+from jobledger.schemas.events import JobSucceeded
+from tests.integration.worker_app import closings, made, working
+
+pytestmark = [pytest.mark.kafka, pytest.mark.slow]
+
+ROOT = Path(__file__).resolve().parents[2]
+MAVEN = shutil.which("mvn") if shutil.which("javac") else None
+
+
+@pytest.mark.skipif(MAVEN is None, reason="no mvn and javac on the path: the example in Java is not built")
+@pytest.mark.timeout(600)
+def test_a_java_program_submits_a_job_and_reads_its_end(broker: str, namespace: str, tmp_path: Path) -> None:
+    """It publishes the schema itself, submits `add(40, 2)`, and sees the start and the result on the lifecycle topic."""
+    app = made(namespace, broker)
+    ensure(app, app.settings)
+    project = tmp_path / "java"
+    shutil.copytree(ROOT / "examples" / "java", project)
+    assert MAVEN is not None
+    maven = [MAVEN, "--batch-mode", "--quiet", "--file", str(project / "pom.xml")]
+    built = subprocess.run([*maven, "compile"], capture_output=True, text=True, timeout=400, check=False)
+    if built.returncode and "Could not transfer artifact" in built.stdout:
+        pytest.skip("no Maven repository can be reached: the example in Java is not built")
+    assert built.returncode == 0, built.stdout
+    words = [broker, namespace, "default", "add", '{"a":40,"b":2}', str(ROOT / "schemas" / "job_event.avsc")]
+    run = [*maven, "exec:java", "-Dexec.mainClass=Wire", "-Dexec.args=" + " ".join(f"'{word}'" for word in words)]
+    with working(app):
+        ran = subprocess.run(run, capture_output=True, text=True, timeout=180, check=False)
+        assert ran.returncode == 0, ran.stdout + ran.stderr
+    # Maven colours its output even where nobody looks.
+    assert re.sub("\x1b\\[[0-9;]*m", "", ran.stdout).split("\n")[:2] == ["JobStarted", "JobSucceeded 42"]
+    ((record,),) = closings(app).values()
+    assert isinstance(record.event.fact, JobSucceeded)
+    app.close()
