@@ -57,8 +57,9 @@ class Bar:
         """How long each part is: what is there shall be seen, however little of the whole it is."""
         cells = [max(1, round(value / self.total * self.width)) if value else 0 for value, _ in self.parts]
         whole = min(self.width, round(sum(value for value, _ in self.parts) / self.total * self.width))
-        if cells:  # the longest part makes up for rounding and for the tiny ones
-            cells[cells.index(max(cells))] -= sum(cells) - max(whole, sum(map(bool, cells)))
+        whole = max(whole, sum(map(bool, cells)))
+        while any(cells) and sum(cells) != whole:  # the longest part makes up for rounding and for the tiny ones
+            cells[cells.index(max(cells))] += 1 if sum(cells) < whole else -1
         return cells
 
 

@@ -268,6 +268,7 @@ def test_latencies_are_those_of_the_log() -> None:
 
 @given(st.lists(st.integers(0, 30_000), min_size=1, max_size=5), st.just(0) | st.integers(0, 30_000))
 @example([1, 1, 1], 0)
+@example([1, 69, 67], 1627)
 def test_a_bar_shows_what_is_there(values: list[int], rest: int) -> None:
     """Every part that is not empty has a cell, no empty one has, and the bar is never longer than its width."""
     cells = Bar([(value, "green") for value in values], sum(values) + rest, 40).cells()
