@@ -1,0 +1,63 @@
+"""A small shop: the app that `docker compose up` runs, and a place to begin.
+
+Namespace and settings come from the environment. It sends no mail: what it does is said in the result.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from sqlalchemy import Column, Integer, MetaData, String, Table
+
+from jobledger import App, Reject, Retry, current_job
+
+app = App("shop")
+
+
+@app.event(key="user_id")
+@dataclass(frozen=True)
+class UserRegistered:
+    """Somebody has signed up."""
+
+    user_id: str
+    plan: str = "free"
+
+
+@app.task(queue="mail", retry=Retry(max_attempts=4, initial=0.5))
+async def send_mail(to: str, template: str = "welcome") -> str:
+    """Three pages, a tenth of a second each; an address that begins with "slow" fails once."""
+    if "@" not in to:
+        raise Reject(f"{to!r} is no address")
+    job = current_job()
+    if job.attempt == 1 and to.startswith("slow"):
+        raise ConnectionError("the mail server hung up")
+    for page in range(3):
+        job.progress(done=page + 1, total=3)
+        await asyncio.sleep(0.1)
+    return f"sent {template} to {to}"
+
+
+@app.on(UserRegistered, queue="crm", retry=5)
+async def sync_crm(event: UserRegistered) -> str:
+    """Tells the customer database."""
+    return f"{event.user_id} is in the customer database"
+
+
+@app.on(UserRegistered, queue="mail")
+async def welcome(event: UserRegistered) -> str:
+    """Says hello."""
+    return f"wrote to {event.user_id}"
+
+
+signups = Table(
+    "signups", MetaData(), Column("plan", String, primary_key=True), Column("people", Integer, nullable=False)
+)
+
+
+@app.projection(UserRegistered, table=signups, key=lambda event: event.plan)
+def count_signups(row: Mapping[str, Any] | None, event: UserRegistered) -> dict[str, int]:
+    """People by plan."""
+    return {"people": (row["people"] if row else 0) + 1}
