@@ -1,14 +1,17 @@
-"""The status table: events a second into SQLite, with rows, counters, positions and offsets, beside a bare loop.
+"""The status table: events a second into SQLite and PostgreSQL, with rows, counters, positions and offsets, beside a bare loop.
 
 The stream is a backlog of plain jobs: a third submissions on the work topic, a third starts and a third successes on
-lifecycle, ids ordered by time. Bare: librdkafka's consumer and the codec, and nothing done with the events.
+lifecycle, ids ordered by time. PostgreSQL as `tests.postgres` finds it, with its settings as they come. Bare: librdkafka's consumer and the codec, and nothing done with the events.
 """
 
 from __future__ import annotations
 
+import sys
 import tempfile
 import threading
 import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 import uuid_utils
@@ -23,6 +26,7 @@ from jobledger.schemas import codec
 from jobledger.schemas.events import Fact, JobEvent, JobSpec, JobStarted, JobSubmitted, JobSucceeded
 from jobledger.streams.status import Materializer
 from jobledger.streams.store import open_reader
+from tests.postgres import NoPostgres, databases
 
 PARTITIONS = 6
 QUEUE = "mail"
@@ -31,27 +35,50 @@ ROUNDS = 3
 
 def run(settings: Settings, jobs: int = 100_000) -> list[Figure]:
     """Bare loop and materializer in turn, three rounds over the same log, best of each; then the time to be seen."""
+    figures: list[Figure] = []
     names = harness.fresh_names("table")
     harness.create(settings, names, [QUEUE], PARTITIONS)
     try:
         _fill(settings, names, jobs)
-        bare = ours = 0.0
-        bare_cpu = our_cpu = float("inf")
-        for _ in range(ROUNDS):
-            before = time.process_time()
-            bare = max(bare, _bare(settings, names, 3 * jobs))
-            between = time.process_time()
-            ours = max(ours, _materialize(settings, names, jobs))
-            bare_cpu, our_cpu = min(bare_cpu, between - before), min(our_cpu, time.process_time() - between)
-        waits = _latency(settings, names)
+        figures += _measure("", settings, names, jobs, _sqlite)
+        try:
+            with databases(fsync=True) as server:
+                print(f"  PostgreSQL: {server.what}", file=sys.stderr, flush=True)
+                figures += _measure(" (PostgreSQL)", settings, names, jobs, server.database)
+        except NoPostgres as why:
+            print(f"  without PostgreSQL: {why}", file=sys.stderr, flush=True)
     finally:
         harness.drop(settings, names)
+    return figures
+
+
+@contextmanager
+def _sqlite() -> Iterator[str]:
+    with tempfile.TemporaryDirectory(prefix="jobledger-bench-") as folder:
+        yield f"sqlite:///{Path(folder) / 'status.db'}"
+
+
+def _measure(
+    which: str, settings: Settings, names: Names, jobs: int, place: Callable[[], AbstractContextManager[str]]
+) -> list[Figure]:
+    """``place``: an empty database for each round, by its URL."""
+    bare = ours = 0.0
+    bare_cpu = our_cpu = float("inf")
+    for _ in range(ROUNDS):
+        before = time.process_time()
+        bare = max(bare, _bare(settings, names, 3 * jobs))
+        between = time.process_time()
+        with place() as url:
+            ours = max(ours, _materialize(settings, names, jobs, url))
+        bare_cpu, our_cpu = min(bare_cpu, between - before), min(our_cpu, time.process_time() - between)
+    with place() as url:
+        waits = _latency(settings, url)
     note = f"best of {ROUNDS}, {3 * jobs:,} events of {jobs:,} jobs; bare: consume + decode"
     return [
-        Figure("materializer", ours, "events/s", 40_000, True, bare, note),
-        Figure("materializer, CPU", our_cpu / jobs / 3 * 1e6, "µs/event", None, False, bare_cpu / jobs / 3 * 1e6, "all threads of the process, least of the rounds"),
-        Figure("visible p50", harness.percentile(waits, 0.5), "ms", None, False, None, "acknowledged → in the table, idle"),
-        Figure("visible p99", harness.percentile(waits, 0.99), "ms", None, False, None, "acknowledged → in the table, idle"),
+        Figure(f"materializer{which}", ours, "events/s", 40_000, True, bare, note),
+        Figure(f"materializer{which}, CPU", our_cpu / jobs / 3 * 1e6, "µs/event", None, False, bare_cpu / jobs / 3 * 1e6, "all threads of the process, least of the rounds"),
+        Figure(f"visible{which} p50", harness.percentile(waits, 0.5), "ms", None, False, None, "acknowledged → in the table, idle"),
+        Figure(f"visible{which} p99", harness.percentile(waits, 0.99), "ms", None, False, None, "acknowledged → in the table, idle"),
     ]  # fmt: skip
 
 
@@ -100,56 +127,50 @@ def _bare(settings: Settings, names: Names, events: int) -> float:
         consumer.close()
 
 
-def _materialize(settings: Settings, names: Names, jobs: int) -> float:
-    with tempfile.TemporaryDirectory(prefix="jobledger-bench-") as folder:
-        url = f"sqlite:///{Path(folder) / 'status.db'}"
-        made = Materializer(names, settings, [QUEUE], url)
-        stop = threading.Event()
-        thread = threading.Thread(target=made.run, args=(stop,))
-        thread.start()
-        began = 0.0
-        while made.position() < 3 * jobs and thread.is_alive():
-            if not began and made.active:
-                began = time.perf_counter()
-            time.sleep(0.01)
-        took = time.perf_counter() - began
-        stop.set()
-        thread.join()
-        reader = open_reader(url, names.namespace)
-        try:
-            counts = reader.counts_by_state()
-            assert counts["succeeded"] == jobs == sum(counts.values()), (
-                f"{jobs} jobs were written, the table has {counts}"
-            )
-        finally:
-            reader.close()
-        return 3 * jobs / took
+def _materialize(settings: Settings, names: Names, jobs: int, url: str) -> float:
+    made = Materializer(names, settings, [QUEUE], url)
+    stop = threading.Event()
+    thread = threading.Thread(target=made.run, args=(stop,))
+    thread.start()
+    began = 0.0
+    while made.position() < 3 * jobs and thread.is_alive():
+        if not began and made.active:
+            began = time.perf_counter()
+        time.sleep(0.01)
+    took = time.perf_counter() - began
+    stop.set()
+    thread.join()
+    reader = open_reader(url, names.namespace)
+    try:
+        counts = reader.counts_by_state()
+        assert counts["succeeded"] == jobs == sum(counts.values()), f"{jobs} jobs were written, the table has {counts}"
+    finally:
+        reader.close()
+    return 3 * jobs / took
 
 
-def _latency(settings: Settings, names: Names, rounds: int = 100) -> list[float]:
+def _latency(settings: Settings, url: str, rounds: int = 100) -> list[float]:
     """Milliseconds from a submission's acknowledgement until the table has it, one at a time."""
     own = harness.fresh_names("seen")
     harness.create(settings, own, [QUEUE], PARTITIONS)
-    with tempfile.TemporaryDirectory(prefix="jobledger-bench-") as folder:
-        url = f"sqlite:///{Path(folder) / 'status.db'}"
-        made, stop = Materializer(own, settings, [QUEUE], url), threading.Event()
-        thread = threading.Thread(target=made.run, args=(stop,))
-        thread.start()
-        writer = LogWriter(settings, own)
-        waits = []
-        try:
-            for number in range(rounds + 5):
-                job_id = str(uuid_utils.uuid7())
-                sent = writer.send([Outgoing(own.jobs(QUEUE), _event(job_id, JobSubmitted(JobSpec(b"{}"))), job_id)])[0]
-                began = time.perf_counter()
-                place = (sent.topic, sent.partition)
-                while made.offsets().get(place, 0) <= sent.offset:
-                    time.sleep(0.0002)
-                if number >= 5:  # the first ones wait for connections
-                    waits.append((time.perf_counter() - began) * 1000)
-        finally:
-            writer.close()
-            stop.set()
-            thread.join()
-            harness.drop(settings, own)
+    made, stop = Materializer(own, settings, [QUEUE], url), threading.Event()
+    thread = threading.Thread(target=made.run, args=(stop,))
+    thread.start()
+    writer = LogWriter(settings, own)
+    waits = []
+    try:
+        for number in range(rounds + 5):
+            job_id = str(uuid_utils.uuid7())
+            sent = writer.send([Outgoing(own.jobs(QUEUE), _event(job_id, JobSubmitted(JobSpec(b"{}"))), job_id)])[0]
+            began = time.perf_counter()
+            place = (sent.topic, sent.partition)
+            while made.offsets().get(place, 0) <= sent.offset:
+                time.sleep(0.0002)
+            if number >= 5:  # the first ones wait for connections
+                waits.append((time.perf_counter() - began) * 1000)
+    finally:
+        writer.close()
+        stop.set()
+        thread.join()
+        harness.drop(settings, own)
     return waits

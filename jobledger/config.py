@@ -28,6 +28,7 @@ KNOWN = (
     "HOME",
     "LOG_LEVEL",
     "TEST_KAFKA_IMAGE",
+    "TEST_POSTGRES",
     "TEST_REGISTRY",
 )
 
@@ -40,8 +41,8 @@ class Settings:
     """How this process reaches Kafka and the status database.
 
     ``bootstrap``: ``host:port[,host:port]`` or None for the embedded broker if it runs.
-    ``status_url``: ``sqlite:///path`` (``postgresql://…`` comes later); None means one SQLite file per namespace under
-    the user's data folder.
+    ``status_url``: ``sqlite:///path`` or ``postgresql://user:password@host/database``; None means one SQLite file per
+    namespace under the user's data folder. Not shown where settings are: it may hold a password.
     ``submit_timeout``: seconds a submission may wait for its acknowledgement before `BrokerUnavailable`.
     ``max_record_bytes``: largest encoded record that is sent; larger ones raise `PayloadTooLarge`.
     ``kafka``: extra client settings with librdkafka's names, e.g. ``{"security.protocol": "SSL"}``.
@@ -51,7 +52,7 @@ class Settings:
     """
 
     bootstrap: str | None = None
-    status_url: str | None = None
+    status_url: str | None = field(default=None, repr=False)
     submit_timeout: float = DEFAULT_SUBMIT_TIMEOUT_S
     max_record_bytes: int = DEFAULT_MAX_RECORD_BYTES
     kafka: Mapping[str, str] = field(default_factory=dict)

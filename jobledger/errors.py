@@ -17,6 +17,8 @@
 ├── ``KafkaStartFailed``         the embedded broker did not come up
 ├── ``StoreError``               the status database is away, or is not ours
 │   ├── ``StoreNotFound``        there is no status table at this address yet
+│   ├── ``StoreUnavailable``     no database answers there now; it may later
+│   ├── ``CommitUnknown``        the table is not where its writer left it: it reads on from the table's offsets
 │   └── ``LeaseLost``            another materializer took this store over
 ├── ``StatusTimeout``            the status table did not reach a position, or a job its end, in time
 ├── ``JobNotFound``              no such job in the status table (never reported as "pending")
@@ -102,6 +104,17 @@ class StoreError(JobledgerError):
 
 class StoreNotFound(StoreError):
     """There is no status table at this address yet."""
+
+
+class StoreUnavailable(StoreError):
+    """No database answers at this address now. It may later: what was asked can be tried again."""
+
+
+class CommitUnknown(StoreError):
+    """The table is not where its writer left it: a connection broke in a commit, or a crash took the last commits away.
+
+    Nothing is lost: the offsets are in the table, and its writer reads on from them.
+    """
 
 
 class LeaseLost(StoreError):

@@ -17,12 +17,14 @@ from jobledger.job import Life, Visible, join, of, project
 from jobledger.schemas.codec import Decoder
 from jobledger.schemas.glance import glance
 from jobledger.streams.store.protocol import Changes, TagRow
-from jobledger.streams.store.rows import row
+from jobledger.streams.store.rows import key_text, row
 
 #: Jobs whose states are kept in memory between batches; a state takes about a kilobyte.
 CACHE_JOBS = 50_000
 #: Bytes of a written state above which it is not kept: tracebacks are large, and such jobs are few.
 CACHE_STATE_BYTES = 2_000
+#: Characters of a UUID.
+ID_LENGTH = 36
 
 
 class Loads(Protocol):
@@ -86,6 +88,8 @@ class Projector:
             job_id, run, release, attempt, task, queue, fact = seen
             life = of(run, release, attempt, task, queue, fact, (message.timestamp()[1], topic, partition, offset))
             if life is not None:
+                if len(job_id) != ID_LENGTH or "\0" in job_id:
+                    job_id = key_text(job_id)  # no id of ours: may be anything
                 known = news.get(job_id)
                 news[job_id] = life if known is None else join(known, life)
         self._project(news, folded)
@@ -135,11 +139,11 @@ class Projector:
                 if life.head is not known[0].head and (life.head.tags or known[0].head.tags):
                     changes.tags_gone += _tag_rows(job_id, known[0], was)
                     changes.tags_new += _tag_rows(job_id, life, seen)
-                key = (was.task, was.queue, was.state._value_)
+                key = (key_text(was.task), key_text(was.queue), was.state._value_)
                 counts[key] = counts.get(key, 0) - 1
-            key = (seen.task, seen.queue, seen.state._value_)
-            counts[key] = counts.get(key, 0) + 1
             written = row(job_id, life, seen)
+            key = (written[2], written[3], written[1])
+            counts[key] = counts.get(key, 0) + 1
             changes.jobs.append(written)
             # What has ended is seldom heard of again.
             kept = seen.ended_ms is None and len(written[-1]) <= CACHE_STATE_BYTES
@@ -147,4 +151,4 @@ class Projector:
 
 
 def _tag_rows(job_id: str, life: Life, seen: Visible) -> list[TagRow]:
-    return [(name, value, seen.since_ms, job_id) for name, value in life.head.tags.items()]
+    return [(key_text(name), key_text(value), seen.since_ms, job_id) for name, value in life.head.tags.items()]

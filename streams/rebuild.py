@@ -1,7 +1,7 @@
 """``rebuild`` makes the status table anew from the log; ``verify`` tells whether it is what the log says.
 
-Both fold the log once more, from its start, into a SQLite file beside the table, so memory is bounded by nothing but
-the projector's cache. Neither runs a job nor writes to the log.
+Both fold the log once more, from its start: ``rebuild`` into a table of the same kind beside the live one, ``verify`` into
+a SQLite file. So memory is bounded by nothing but the projector's cache. Neither runs a job nor writes to the log.
 
 A job *begins within the log* if every fact the table knows of it can still be read. Of the others the log holds only a
 part, or nothing: a rebuild carries them over, joined with what the log still says, and marks them; a verification leaves
@@ -29,10 +29,10 @@ from jobledger.job import Life
 from jobledger.names import Names
 from jobledger.streams.feed import Feed, bounds, read_until
 from jobledger.streams.projector import Projector
-from jobledger.streams.store import Changes, Partition, open_reader
+from jobledger.streams.store import Changes, Partition, Store, copy, open_reader, open_store, scratch, shown
 from jobledger.streams.store.reader import SqlReader
 from jobledger.streams.store.rows import Row, life_of_row
-from jobledger.streams.store.sqlite import SqliteStore, copy, path_of
+from jobledger.streams.store.sqlite import SCRATCH, SqliteStore
 from jobledger.streams.store.sqlite import open_reader as open_sqlite
 
 LOG = logging.getLogger("jobledger.materializer")
@@ -113,22 +113,15 @@ def rebuild(
     anything fails the live table stays as it was. ``queues`` is accepted for symmetry: work topics are found by name.
     """
     began = time.monotonic()
-    live = SqliteStore(store_url, names.namespace)
-    try:
-        _take(live)
-        with _beside(store_url) as temporary:
-            folder = Path(temporary)
-            url = f"sqlite:///{folder / 'new.db'}"
-            with SqliteStore(url, names.namespace) as new:
-                new.acquire()
-                span, records, rejected = _fold_log(names, settings, new, None, progress, live.renew)
-                carried = _carry(names, settings, store_url, span, new, live.renew)
-                jobs = new.size()
-                live.renew()
-                live.replace_with(new)
-    finally:
-        live.close()
-    return RebuildReport(store_url, jobs, carried, records, rejected, time.monotonic() - began)
+    with open_store(store_url, names.namespace) as live:
+        _take(live, store_url)
+        with live.beside() as new:
+            span, records, rejected = _fold_log(names, settings, new, None, progress, live.renew)
+            carried = _carry(names, settings, store_url, span, new, live.renew)
+            jobs = new.size()
+            live.renew()
+            live.replace_with(new)
+    return RebuildReport(shown(store_url), jobs, carried, records, rejected, time.monotonic() - began)
 
 
 def verify(
@@ -139,11 +132,11 @@ def verify(
     The table may be written meanwhile: it is compared as it was at the beginning. Raises `StoreNotFound`.
     """
     began = time.monotonic()
-    with _beside(store_url) as temporary:
+    with _scratch(store_url) as temporary:
         folder = Path(temporary)
         # As it is now: whoever writes it goes on, and this reads a copy.
+        copy(store_url, names.namespace, folder / "table.db")
         copied = f"sqlite:///{folder / 'table.db'}"
-        copy(store_url, names.namespace, path_of(copied))
         kept = open_sqlite(copied, names.namespace)
         offsets = kept.offsets()
         url = f"sqlite:///{folder / 'log.db'}"
@@ -159,7 +152,7 @@ def verify(
             kept.close()
     return VerifyReport(
         equal=found.differing == 0 and counters,
-        url=store_url,
+        url=shown(store_url),
         jobs=found.jobs,
         left_out=found.left_out,
         differing=found.differing,
@@ -172,27 +165,28 @@ def verify(
     )
 
 
-def _take(live: SqliteStore) -> None:
+def _take(live: Store, url: str) -> None:
     deadline = time.monotonic() + LEASE_PATIENCE_S
     while not live.acquire():
         if time.monotonic() > deadline:
             raise StoreError(
-                f"the status table {live.url} is being written by {live.holder()}: stop `jobledger streams` (or "
+                f"the status table {shown(url)} is being written by {live.holder()}: stop `jobledger streams` (or "
                 "`jobledger materializer`) first, then rebuild"
             )
         time.sleep(0.2)
 
 
-def _beside(store_url: str) -> tempfile.TemporaryDirectory[str]:
-    parent = path_of(store_url).parent
-    parent.mkdir(parents=True, exist_ok=True)
-    return tempfile.TemporaryDirectory(prefix=".rebuild-", dir=parent)
+def _scratch(store_url: str) -> tempfile.TemporaryDirectory[str]:
+    parent = scratch(store_url)
+    if parent is not None:
+        parent.mkdir(parents=True, exist_ok=True)
+    return tempfile.TemporaryDirectory(prefix=SCRATCH, dir=parent)
 
 
 def _fold_log(
     names: Names,
     settings: Settings,
-    store: SqliteStore,
+    store: Store,
     offsets: Mapping[Partition, int] | None,
     progress: Tell | None,
     alive: Callable[[], object],
@@ -236,9 +230,7 @@ def _span(settings: Settings, feed: Feed, offsets: Mapping[Partition, int] | Non
     return Span(low, high)
 
 
-def _carry(
-    names: Names, settings: Settings, live_url: str, span: Span, new: SqliteStore, alive: Callable[[], object]
-) -> int:
+def _carry(names: Names, settings: Settings, live_url: str, span: Span, new: Store, alive: Callable[[], object]) -> int:
     """Join what the live table knows of jobs that the log no longer has whole into ``new``; how many."""
     projector = Projector(new, log.decoder(settings, names), cache_jobs=1)
     reader = open_reader(live_url, names.namespace)

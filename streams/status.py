@@ -21,7 +21,15 @@ from prometheus_client import CollectorRegistry
 
 from jobledger import log
 from jobledger.config import Settings
-from jobledger.errors import BrokerUnavailable, LeaseLost, SchemaError, StoreError, UnknownFact
+from jobledger.errors import (
+    BrokerUnavailable,
+    CommitUnknown,
+    LeaseLost,
+    SchemaError,
+    StoreError,
+    StoreUnavailable,
+    UnknownFact,
+)
 from jobledger.log import LogWriter, Outgoing, now_us, position_of
 from jobledger.names import Names
 from jobledger.schemas import codec
@@ -29,7 +37,7 @@ from jobledger.schemas.events import JobEvent, RecordRejected
 from jobledger.streams.decisions import derived_id
 from jobledger.streams.feed import Feed, bounds
 from jobledger.streams.projector import CACHE_JOBS, Folded, Projector
-from jobledger.streams.store import Partition, Store, open_store
+from jobledger.streams.store import Partition, Store, open_store, shown
 from jobledger.streams.table_metrics import TableMetrics
 
 LOG = logging.getLogger("jobledger.materializer")
@@ -120,10 +128,20 @@ class Materializer:
         `ConfigError` for a URL of no known kind. A broker that is away is waited for; only if a dead letter cannot be
         sent for long, `BrokerUnavailable` is raised.
         """
-        store = self._open_store(self._url, self._names.namespace)
+        opens = partial(self._open_store, self._url, self._names.namespace)
+        # Only a database that is away is waited for here; one that refuses us, or is not ours, will do so again.
+        store = self._persist(opens, stop, StoreUnavailable)
+        if store is None:
+            return
         try:
-            if self._stand_by(store, stop):
-                self._write(store, stop)
+            going = self._stand_by(store, stop)
+            while going:
+                going = False
+                try:
+                    self._write(store, stop)
+                except CommitUnknown as exc:
+                    LOG.warning("%s; reading on from its offsets", exc)
+                    going = not stop.is_set()
         finally:
             self._active.clear()
             self.metrics.active.set(0)
@@ -139,16 +157,19 @@ class Materializer:
         said = False
         while not stop.is_set():
             if self._persist(store.acquire, stop):
-                LOG.info("writing the status table %s", self._url)
+                LOG.info("writing the status table %s", shown(self._url))
                 return True
             if not said:
-                LOG.info("the status table %s has a writer; standing by", self._url)
+                LOG.info("the status table %s has a writer; standing by", shown(self._url))
                 said = True
             stop.wait(STAND_BY_S)
         return False
 
     def _write(self, store: Store, stop: threading.Event) -> None:
-        self._offsets = store.offsets()
+        offsets = self._persist(store.offsets, stop)
+        if offsets is None:
+            return
+        self._offsets = offsets
         projector = Projector(store, log.decoder(self._settings, self._names), cache_jobs=self._cache_jobs)
         self._active.set()
         self.metrics.active.set(1)
@@ -239,16 +260,19 @@ class Materializer:
         event = JobEvent(event_id, "", 0, 0, 0, now_us(), "", "", None, None, source, None, fact)
         return Outgoing(self._names.dead_letter, codec.encode(event), event_id)
 
-    def _persist(self, act: Callable[[], T], stop: threading.Event) -> T | None:
-        """Do it, again if the database or the broker is away, for a bounded time; None if stopped meanwhile."""
+    def _persist(self, act: Callable[[], T], stop: threading.Event, passing: type[StoreError] = StoreError) -> T | None:
+        """Do it, again if the database or the broker is away, for a bounded time; None if stopped meanwhile.
+
+        ``passing``: errors of the database that may pass.
+        """
         deadline: float | None = None
         pause = 0.1
         while True:
             try:
                 return act()
-            except LeaseLost:
+            except (LeaseLost, CommitUnknown):
                 raise
-            except (StoreError, BrokerUnavailable) as exc:
+            except (passing, BrokerUnavailable) as exc:
                 now = time.monotonic()
                 deadline = deadline or now + self._store_patience
                 if now + pause > deadline:

@@ -3,6 +3,9 @@
 The environment's (``JOBLEDGER_BOOTSTRAP``), else a container where a Docker engine answers and has, or can pull, the
 image ``JOBLEDGER_TEST_KAFKA_IMAGE``, else the embedded broker. A run without broker tests starts none.
 
+The PostgreSQL server is the environment's (``JOBLEDGER_TEST_POSTGRES``), else one of our own (`tests.postgres`); where
+there is none, the tests that need one are skipped and the summary says why.
+
 The Schema Registry is the environment's (``JOBLEDGER_TEST_REGISTRY``); without it the tests that need one are skipped.
 """
 
@@ -23,6 +26,7 @@ from jobledger.kafka.broker import BROKER_CONFIG
 from jobledger.kafka.defaults import KAFKA_VERSION
 from jobledger.kafka.embedded import EmbeddedKafka
 from jobledger.kafka.ports import free_port
+from tests.postgres import Databases, NoPostgres, Server, databases
 
 DEFAULT_IMAGE = "apache/kafka:4.1.0"
 ENGINE_TIMEOUT_S = 5
@@ -53,6 +57,31 @@ def broker(request: pytest.FixtureRequest) -> Iterator[str]:
             address = kafka.bootstrap
             _say(request.config, f"broker: {address} (embedded Kafka {KAFKA_VERSION}; no container: {reason})")
         yield address
+
+
+@pytest.fixture(scope="session")
+def postgres(request: pytest.FixtureRequest) -> Iterator[Databases]:
+    """A real PostgreSQL server that every test of this process shares; each takes a database of its own."""
+    with ExitStack() as stack:
+        try:
+            found = stack.enter_context(databases())
+        except NoPostgres as why:
+            _say(request.config, f"postgresql: none; {why}")
+            pytest.skip(str(why))
+        _say(request.config, f"postgresql: {found.what}")
+        yield found
+
+
+@pytest.fixture
+def postgres_server(request: pytest.FixtureRequest) -> Iterator[Server]:
+    """A PostgreSQL server of the test's own, which it may stop and start."""
+    with ExitStack() as stack:
+        try:
+            found = stack.enter_context(Server())
+        except NoPostgres as why:
+            _say(request.config, f"postgresql that can be stopped: none; {why}")
+            pytest.skip(str(why))
+        yield found
 
 
 @pytest.fixture(scope="session")

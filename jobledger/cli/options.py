@@ -23,7 +23,9 @@ Bootstrap = Annotated[
 StatusUrl = Annotated[
     str | None,
     typer.Option(
-        metavar="URL", help="Status table, sqlite:///PATH; wins over JOBLEDGER_STATUS_URL.", show_default="settings"
+        metavar="URL",
+        help="Status table, sqlite:///PATH or postgresql://USER@HOST/DB; wins over JOBLEDGER_STATUS_URL.",
+        show_default="settings",
     ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]

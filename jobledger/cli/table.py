@@ -67,11 +67,12 @@ def rebuild(
     Stop the materializer first. Jobs of which the log no longer holds everything are carried over.
     """
     from jobledger.streams import rebuild as tables
+    from jobledger.streams.store import shown
 
     app = load_app(target, bootstrap=bootstrap, status_url=status_url)
     url = app.settings.resolve_status_url(app.names.namespace)
     if not yes:
-        typer.confirm(f"Replace the status table {url} by one made from the log?", abort=True, err=True)
+        typer.confirm(f"Replace the status table {shown(url)} by one made from the log?", abort=True, err=True)
     with progress_bar("folding the log", quiet=as_json) as tell:
         made = tables.rebuild(app.names, app.settings, list(app.queues), url, tell)
     if as_json:

@@ -2,19 +2,37 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from jobledger.errors import ConfigError
+from jobledger.streams.store.address import shown
 from jobledger.streams.store.protocol import Changes, Count, Overdue, Partition, StatusReader, Store
 
-__all__ = ["Changes", "Count", "Overdue", "Partition", "StatusReader", "Store", "open_reader", "open_store"]
+__all__ = [
+    "Changes",
+    "Count",
+    "Overdue",
+    "Partition",
+    "StatusReader",
+    "Store",
+    "copy",
+    "open_reader",
+    "open_store",
+    "scratch",
+    "shown",
+]
 
 
 def open_reader(url: str, namespace: str) -> StatusReader:
     """The read side of the status database at ``url``.
 
-    Raises `StoreNotFound` if there is none yet, `StoreError` if it is of another namespace or version, `ConfigError`
-    for a URL of a kind that is not known.
+    Raises `StoreNotFound` if there is none yet, `StoreUnavailable` if it does not answer, `StoreError` if it is of
+    another namespace or version or lets us not in, `ConfigError` for a URL of a kind that is not known.
     """
-    _check(url)
+    if _is_postgres(url):
+        from jobledger.streams.store import postgres_reader
+
+        return postgres_reader.open_reader(url, namespace)
     from jobledger.streams.store import sqlite
 
     return sqlite.open_reader(url, namespace)
@@ -22,15 +40,57 @@ def open_reader(url: str, namespace: str) -> StatusReader:
 
 def open_store(url: str, namespace: str) -> Store:
     """The write side of the status database at ``url``, made if it is missing. Raises as `open_reader` does."""
-    _check(url)
+    if _is_postgres(url):
+        from jobledger.streams.store import postgres
+
+        return postgres.PostgresStore(url, namespace)
     from jobledger.streams.store import sqlite
 
     return sqlite.SqliteStore(url, namespace)
 
 
-def _check(url: str) -> None:
+def copy(url: str, namespace: str, path: Path) -> None:
+    """Copy the status table as it is at one moment into a SQLite file, while it may be written.
+
+    Raises as `open_reader` does.
+    """
+    if _is_postgres(url):
+        from jobledger.streams.store import postgres_reader
+
+        postgres_reader.copy(url, namespace, path)
+        return
+    from jobledger.streams.store import sqlite
+
+    sqlite.copy(url, namespace, path)
+
+
+def scratch(url: str) -> Path | None:
+    """A folder with room for a table like that at ``url``: the one of a file; None: the system's own for such things."""
+    if _is_postgres(url):
+        return None
+    from jobledger.streams.store import sqlite
+
+    return sqlite.path_of(url).parent
+
+
+def _is_postgres(url: str) -> bool:
     scheme, found, _ = url.partition(":")
-    if not found or scheme != "sqlite":
+    if found and scheme == "postgresql":
+        _needs_driver()
+        return True
+    if found and scheme == "sqlite":
+        return False
+    raise ConfigError(
+        f"JOBLEDGER_STATUS_URL={shown(url)!r} is of a kind that is not known: write sqlite:///folder/status.db or "
+        "postgresql://user:password@host/database"
+    )
+
+
+def _needs_driver() -> None:
+    try:
+        import psycopg  # noqa: F401  # without its C library it is there and cannot be imported
+    except ImportError as exc:
         raise ConfigError(
-            f"JOBLEDGER_STATUS_URL={url!r} is of a kind that is not known: write sqlite:///folder/status.db"
-        )
+            "JOBLEDGER_STATUS_URL names a PostgreSQL database, and the driver for it is missing: "
+            f"pip install 'jobledger[postgres]' ({exc})"
+        ) from exc

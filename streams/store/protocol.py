@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, Protocol, Self
@@ -115,7 +116,11 @@ class StatusReader(Protocol):
 
 
 class Store(Protocol):
-    """The write side, for one thread. Every write raises `LeaseLost` if another writer took the store over."""
+    """The write side, for one thread. Every write raises `LeaseLost` if another writer took the store over.
+
+    `CommitUnknown` is raised once if the table is not where this writer left it: a connection broke in a commit, or the
+    database lost its last moments in a crash. What was read and folded since is void, and nothing was written.
+    """
 
     def __enter__(self) -> Self: ...
 
@@ -133,7 +138,7 @@ class Store(Protocol):
         """Let another writer in at once. Does nothing if the lease is not ours."""
 
     def offsets(self) -> dict[Partition, int]:
-        """The next offset to be read of every partition."""
+        """The next offset to be read of every partition. After `CommitUnknown` a writer begins here again."""
 
     def load(self, job_ids: Sequence[str]) -> dict[str, Life]:
         """The fold states of those jobs that the table knows."""
@@ -143,6 +148,21 @@ class Store(Protocol):
 
     def carry(self, job_ids: Sequence[str]) -> None:
         """Mark rows that are there as carried over from the table before."""
+
+    def beside(self) -> AbstractContextManager[Self]:
+        """An empty table of the same namespace, leased, that this one can be replaced with; gone when the block ends."""
+
+    def replace_with(self, other: Self) -> None:
+        """Take over everything that ``other`` (of `beside`) holds, in one transaction; readers see either or.
+
+        Needs the lease, which ends with it: whoever wrote either before must acquire it again.
+        """
+
+    def size(self) -> int:
+        """How many jobs there are."""
+
+    def holder(self) -> str:
+        """Who has the lease: ``host:pid``, or nothing."""
 
     def close(self) -> None:
         """Release the lease and the connection."""

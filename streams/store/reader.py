@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from sqlalchemy import Connection, Engine, Row, func, inspect, select, tuple_
@@ -12,8 +12,9 @@ from jobledger import job as fold
 from jobledger.errors import ConfigError, JobNotFound, StoreError, StoreNotFound
 from jobledger.job import JobStatus, Life, State
 from jobledger.schemas.events import Position
+from jobledger.streams.store.address import shown
 from jobledger.streams.store.protocol import Count, Overdue, Partition
-from jobledger.streams.store.rows import COLUMNS, life_of, life_of_row
+from jobledger.streams.store.rows import COLUMNS, key_text, life_of, life_of_row
 from jobledger.streams.store.rows import Row as JobRow
 from jobledger.streams.store.tables import SCHEMA_VERSION, counters, jobs, meta, offsets, tags, unfinished, waiting
 
@@ -21,17 +22,30 @@ _LIFE = (jobs.c.job_id, jobs.c.slots, jobs.c.result)
 
 
 class SqlReader:
-    """`StatusReader` on an engine. ``url`` is what errors name. The engine is disposed of by `close`."""
+    """`StatusReader` on an engine. ``url`` is what errors name. The engine is disposed of by `close`.
 
-    def __init__(self, engine: Engine, url: str, namespace: str) -> None:
-        self._engine, self._url, self._namespace = engine, url, namespace
+    ``schema``: where the tables are, if not where the engine looks by itself. ``explain``: makes a database's errors
+    ours, where it knows more than what the driver says.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        url: str,
+        namespace: str,
+        *,
+        schema: str | None = None,
+        explain: Callable[[Exception, str], StoreError] | None = None,
+    ) -> None:
+        self._engine, self._url, self._namespace, self._schema = engine, shown(url), namespace, schema
+        self._explain = explain
 
     def check(self) -> None:
         """Raise `StoreNotFound` or `StoreError` unless this is the status database of our namespace."""
         found: dict[str, str] = {}
         try:
             with self._engine.connect() as db:
-                names = inspect(db).get_table_names()
+                names = inspect(db).get_table_names(self._schema)
                 if meta.name not in names:
                     if names:
                         raise StoreError(f"{self._url} is a database of something else: it has no table 'meta'")
@@ -44,7 +58,7 @@ class SqlReader:
     def job(self, job_id: str) -> JobStatus:
         """One job. Raises `JobNotFound`."""
         with self._reading() as db:
-            row = db.execute(select(*_LIFE).where(jobs.c.job_id == job_id)).first()
+            row = db.execute(select(*_LIFE).where(jobs.c.job_id == key_text(job_id))).first()
         if row is None:
             raise JobNotFound(f"the status table {self._url} knows no job {job_id}")
         return _status(row)
@@ -66,7 +80,7 @@ class SqlReader:
         place: Any = (jobs.c.submitted_ms, jobs.c.job_id)
         if tag is not None:
             query = query.join(tags, tags.c.job_id == jobs.c.job_id)
-            query = query.where(tags.c.name == tag[0], tags.c.value == tag[1])
+            query = query.where(tags.c.name == key_text(tag[0]), tags.c.value == key_text(tag[1]))
             place = (tags.c.submitted_ms, tags.c.job_id)
         if state is not None:
             query = query.where(jobs.c.state == str(state))
@@ -74,13 +88,13 @@ class SqlReader:
                 query = query.where(unfinished)  # implied, but only so is the index of the unfinished used
         for column, wanted in ((jobs.c.task, task), (jobs.c.queue, queue)):
             if wanted is not None:
-                query = query.where(column == wanted)
+                query = query.where(column == key_text(wanted))
         with self._reading() as db:
             if after is not None:
-                since = db.execute(select(jobs.c.submitted_ms).where(jobs.c.job_id == after)).scalar()
+                since = db.execute(select(jobs.c.submitted_ms).where(jobs.c.job_id == key_text(after))).scalar()
                 if since is None:
                     raise JobNotFound(f"after={after!r}: the status table {self._url} knows no such job")
-                query = query.where(tuple_(*place) < (since, after))
+                query = query.where(tuple_(*place) < (since, key_text(after)))
             rows = db.execute(query.order_by(*(column.desc() for column in place))).all()
         return [_status(row) for row in rows]
 
@@ -160,6 +174,8 @@ class SqlReader:
         return _Reading(self)
 
     def _away(self, cause: Exception) -> StoreError:
+        if self._explain is not None:
+            return self._explain(cause, "read")
         return StoreError(f"the status table {self._url} cannot be read: {getattr(cause, 'orig', None) or cause}")
 
 
@@ -187,7 +203,7 @@ class _Reading:
 def not_found(url: str) -> StoreNotFound:
     """The error for a status table that is not there yet."""
     return StoreNotFound(
-        f"there is no status table at {url} yet: `jobledger streams MODULE:APP` makes one; if it runs, look whether "
+        f"there is no status table at {shown(url)} yet: `jobledger streams MODULE:APP` makes one; if it runs, look whether "
         "JOBLEDGER_STATUS_URL is the same there and here"
     )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from typing import Any
 
 import msgspec
@@ -30,6 +31,9 @@ COLUMNS = (
 #: Text columns are cut here: they are for SQL and lists, the slots have the whole.
 MESSAGE_MOST = 500
 
+#: Characters of a text that is a key, at most: three of them, four bytes each, must fit an index entry of PostgreSQL.
+KEY_MOST = 200
+
 _encode = msgspec.msgpack.Encoder().encode
 _decode = msgspec.msgpack.Decoder(Life).decode
 _replace = msgspec.structs.replace
@@ -37,6 +41,18 @@ _replace = msgspec.structs.replace
 
 #: A job's row, in the order of `COLUMNS`.
 Row = tuple[Any, ...]
+
+
+def plain(text: str) -> str:
+    """``text`` without the one character that PostgreSQL's text cannot hold."""
+    return text.replace("\0", "\ufffd") if "\0" in text else text
+
+
+def key_text(text: str) -> str:
+    """``text`` as it stands in keys and is asked for: itself, or if it is too long its beginning and a digest of it all."""
+    if len(text) > KEY_MOST:
+        text = f"{text[: KEY_MOST - 33]}…{hashlib.sha256(text.encode('utf-8', 'replace')).hexdigest()[:32]}"
+    return plain(text)
 
 
 def row(job_id: str, life: Life, seen: Visible) -> Row:
@@ -50,8 +66,8 @@ def row(job_id: str, life: Life, seen: Visible) -> Row:
     return (
         job_id,
         seen.state._value_,  # a plain str: the driver adapts subclasses, slowly
-        seen.task,
-        seen.queue,
+        key_text(seen.task),
+        key_text(seen.queue),
         seen.run,
         seen.attempt,
         seen.release,
@@ -59,8 +75,8 @@ def row(job_id: str, life: Life, seen: Visible) -> Row:
         seen.due_ms,
         seen.started_ms,
         seen.ended_ms,
-        None if error is None else error.type,
-        None if error is None else error.message[:MESSAGE_MOST],
+        None if error is None else plain(error.type),
+        None if error is None else plain(error.message[:MESSAGE_MOST]),
         result,
         _encode(life),
     )

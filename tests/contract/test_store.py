@@ -8,8 +8,10 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
 from pathlib import Path
 
+import psycopg
 import pytest
 import sqlalchemy
 
@@ -20,8 +22,12 @@ from jobledger.schemas import events as ev
 from jobledger.schemas.codec import Decoder
 from jobledger.schemas.events import Position
 from jobledger.streams.projector import Projector
-from jobledger.streams.store import Changes, Count, StatusReader, Store, open_reader, open_store
-from jobledger.streams.store.sqlite import SqliteStore
+from jobledger.streams.store import Changes, Count, StatusReader, Store, copy, open_reader, open_store
+from jobledger.streams.store.connecting import schema_of
+from jobledger.streams.store.postgres import PostgresStore
+from jobledger.streams.store.rows import key_text
+from jobledger.streams.store.sqlite import SqliteStore, path_of
+from tests.postgres import Databases
 
 NAMESPACE = "shop"
 
@@ -36,22 +42,46 @@ class Clock:
 
 
 class Backend:
-    """One kind of database, empty at first."""
+    """One kind of database, empty at first: its URL, and the class that writes it."""
 
-    def __init__(self, folder: Path) -> None:
-        self.url = f"sqlite:///{folder / 'sub folder' / 'status.db'}"
+    def __init__(self, url: str, kind: type[SqliteStore | PostgresStore]) -> None:
+        self.url, self._kind = url, kind
 
     def store(self, holder: str = "elsewhere:1", clock: Callable[[], float] | None = None) -> Store:
         """A writer on it."""
-        return SqliteStore(self.url, NAMESPACE, holder=holder, clock=clock or Clock())
+        return self._kind(self.url, NAMESPACE, holder=holder, clock=clock or Clock())
+
+    def execute(self, statement: str) -> None:
+        """Change it behind its writers' backs."""
+        if self._kind is SqliteStore:
+            with closing(sqlite3.connect(path_of(self.url))) as file, file:
+                file.execute(statement)
+            return
+        with psycopg.connect(self.url) as db:
+            db.execute(f"SET search_path = {schema_of(NAMESPACE)}")
+            db.execute(statement)
 
 
-BACKENDS = {"sqlite": Backend}
+@contextmanager
+def sqlite_backend(request: pytest.FixtureRequest) -> Iterator[Backend]:
+    folder: Path = request.getfixturevalue("tmp_path")
+    yield Backend(f"sqlite:///{folder / 'sub folder' / 'status.db'}", SqliteStore)
+
+
+@contextmanager
+def postgres_backend(request: pytest.FixtureRequest) -> Iterator[Backend]:
+    server: Databases = request.getfixturevalue("postgres")
+    with server.database() as url:
+        yield Backend(url, PostgresStore)
+
+
+BACKENDS = {"sqlite": sqlite_backend, "postgresql": postgres_backend}
 
 
 @pytest.fixture(params=list(BACKENDS))
-def backend(request: pytest.FixtureRequest, tmp_path: Path) -> Backend:
-    return BACKENDS[request.param](tmp_path)
+def backend(request: pytest.FixtureRequest) -> Iterator[Backend]:
+    with BACKENDS[request.param](request) as made:
+        yield made
 
 
 @pytest.fixture
@@ -336,18 +366,95 @@ def test_a_missing_table_is_said_to_be_missing(backend: Backend) -> None:
 
 def test_another_namespaces_table_is_refused(backend: Backend, store: Store) -> None:
     """A table of another app is neither read nor written."""
-    with pytest.raises(StoreError, match="'shop', not of 'other'"):
-        open_reader(backend.url, "other")
-    with pytest.raises(StoreError, match="'shop', not of 'other'"):
-        open_store(backend.url, "other")
+    backend.execute("UPDATE meta SET value = 'other' WHERE key = 'namespace'")
+    for opens in (open_reader, open_store):
+        with pytest.raises(StoreError, match="'other', not of 'shop'"):
+            opens(backend.url, NAMESPACE)
 
 
-@pytest.mark.parametrize("url", ["redis://host/1", "status.db", "sqlite:", "sqlite://", "sqlite:///:memory:"])
+@pytest.mark.parametrize(
+    "url",
+    [
+        "redis://me:secret@host/1",
+        "status.db",
+        "postgresql://me:secret@host",
+        "postgresql://me:pw@host:secret/db",
+        "sqlite:",
+        "sqlite://",
+        "sqlite:///:memory:",
+    ],
+)
 def test_an_address_of_no_known_kind_is_refused(url: str) -> None:
     """An address that names no database file is refused, by name."""
     for opens in (open_reader, open_store):
-        with pytest.raises(ConfigError, match="JOBLEDGER_STATUS_URL"):
+        with pytest.raises(ConfigError, match="JOBLEDGER_STATUS_URL") as found:
             opens(url, NAMESPACE)
+        assert "secret" not in str(found.value)
+
+
+def test_a_new_table_is_swapped_in_whole(backend: Backend, store: Store, reader: StatusReader) -> None:
+    """Readers that are open see the table of before or the new one; writers of before have lost their lease."""
+    write(store, {"a": life(ev.JobSubmitted(SPEC))}, {("t", 0): 1})
+    with store.beside() as new:
+        write(new, {"b": life(ev.JobSubmitted(SPEC)), "c": life(ev.JobSubmitted(SPEC))}, {("t", 0): 5})
+        assert [each.job_id for each in reader.jobs()] == ["a"]
+        assert new.size() == 2
+        store.replace_with(new)
+        assert sorted(each.job_id for each in reader.jobs()) == ["b", "c"]
+        with pytest.raises(LeaseLost):
+            new.write(Changes())
+    with pytest.raises(LeaseLost):
+        store.write(Changes())
+    assert (store.size(), store.holder(), store.offsets()) == (2, "", {("t", 0): 5})
+    assert store.acquire()
+    assert set(store.load(["a", "b", "c"])) == {"b", "c"}
+    with backend.store("two:2") as two:
+        assert not two.acquire()
+
+
+def test_a_new_table_that_is_not_taken_leaves_nothing(store: Store, reader: StatusReader) -> None:
+    """If a rebuild fails the live table is as it was, its writer still has it, and the next rebuild begins afresh."""
+    write(store, {"a": life(ev.JobSubmitted(SPEC))})
+    for job_id in ("b", "c"):
+        with store.beside() as new:
+            write(new, {job_id: life(ev.JobSubmitted(SPEC))})
+            assert new.size() == 1
+    write(store, {"d": life(ev.JobSubmitted(SPEC))})
+    assert sorted(each.job_id for each in reader.jobs()) == ["a", "d"]
+
+
+def test_a_copy_is_the_table_as_it_was(backend: Backend, store: Store, tmp_path: Path) -> None:
+    """A copy has every row, counter, tag and offset, whatever is written afterwards."""
+    tagged = ev.JobSubmitted(ev.JobSpec(b"{}", {"tenant": "acme"}))
+    lives = {"a": life(tagged), "b": life(tagged, ev.JobSucceeded(b"7"))}
+    write(store, lives, {("t", 3): 9})
+    store.carry(["b"])
+    copy(backend.url, NAMESPACE, tmp_path / "copy.db")
+    write(store, {"c": life(tagged)}, {("t", 3): 10})
+    copied = open_reader(f"sqlite:///{tmp_path / 'copy.db'}", NAMESPACE)
+    assert dict(copied.lives()) == lives
+    assert copied.offsets() == {("t", 3): 9}
+    assert [each.job_id for each in copied.jobs(tag=("tenant", "acme"))] == ["b", "a"]
+    assert copied.counts_by_state() == dict.fromkeys(State, 0) | {"queued": 1, "succeeded": 1}
+    copied.close()
+
+
+def test_texts_of_any_kind_are_taken(store: Store, reader: StatusReader) -> None:
+    """What others wrote into an event, too long or with a zero in it, stops no table and is found by what it is."""
+    long, zero = "ü" * 5_000, "a\0b"
+    error = ev.ErrorInfo(zero, zero + long, "trace\0")
+    for number, text in enumerate((long, zero, "\u2028 '\"\\N\t\n%s ?")):
+        facts = (ev.JobSubmitted(ev.JobSpec(b"\0", {text: text, "n": text})), ev.JobFailed("exhausted", error))
+        each = life(*facts, task=text, queue=text, offset=10 * number)
+        write(store, {key_text(text): each})
+        assert reader.job(text) == job.status(key_text(text), each)
+        for found in (reader.jobs(tag=("n", text)), reader.jobs(tag=(text, text)), reader.jobs(task=text, queue=text)):
+            assert [status.job_id for status in found] == [key_text(text)]
+        assert store.load([key_text(text)]) == {key_text(text): each}
+    assert reader.counts_by_state()["failed"] == 3
+    write(store, {key_text(long): life(ev.JobSucceeded(), offset=99)})
+    assert reader.counts_by_state()["succeeded"] == 1
+    assert len({key_text(long), key_text(long + "x"), key_text(long[:-1])}) == 3
 
 
 # -- of SQLite alone ------------------------------------------------------------------------------------------------
@@ -414,23 +521,3 @@ def test_sqlite_queries_use_their_indexes(tmp_path: Path) -> None:
     assert "PRIMARY KEY (name=? AND value=?)" in plans[2]
     assert "jobs_due" in plans[3]
     assert not [plan for plan in plans if "TEMP B-TREE" in plan]
-
-
-def test_sqlite_a_new_table_is_swapped_in_whole(tmp_path: Path) -> None:
-    """Readers that are open see the table of before or the new one; writers of before have lost their lease."""
-    old_url, new_url = (f"sqlite:///{tmp_path / name}.db" for name in ("old", "new"))
-    clock = Clock()
-    with SqliteStore(old_url, NAMESPACE, clock=clock) as old, SqliteStore(new_url, NAMESPACE, clock=clock) as new:
-        assert old.acquire()
-        assert new.acquire()
-        write(old, {"a": life(ev.JobSubmitted(SPEC))})
-        write(new, {"b": life(ev.JobSubmitted(SPEC)), "c": life(ev.JobSubmitted(SPEC))})
-        reader = open_reader(old_url, NAMESPACE)
-        assert [each.job_id for each in reader.jobs()] == ["a"]
-        old.replace_with(new)
-        assert sorted(each.job_id for each in reader.jobs()) == ["b", "c"]
-        reader.close()
-        with pytest.raises(LeaseLost):
-            new.write(Changes())
-        assert old.acquire()
-        assert set(old.load(["a", "b", "c"])) == {"b", "c"}

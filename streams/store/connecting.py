@@ -1,0 +1,138 @@
+"""Connections to PostgreSQL: where a URL leads, how long to try, and errors that name the way out and never a password."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from typing import Any
+
+import psycopg
+import sqlalchemy
+from psycopg import errors
+from sqlalchemy import URL
+from sqlalchemy.dialects.postgresql import psycopg as dialect
+from sqlalchemy.exc import ArgumentError, DBAPIError
+
+from jobledger.errors import ConfigError, StoreError, StoreUnavailable
+from jobledger.streams.store.address import shown
+
+#: Seconds one try may take; a URL's own ``connect_timeout`` wins.
+CONNECT_TIMEOUT_S = 5
+#: Pauses in seconds between two tries: first, most.
+PAUSE_FIRST_S, PAUSE_MOST_S = 0.1, 1.0
+#: A peer that vanished without a word is given up after about half a minute, not after the system's two hours.
+_ALIVE = {"keepalives_idle": 10, "keepalives_interval": 5, "keepalives_count": 3, "tcp_user_timeout": 30_000}
+#: Bytes of a name in PostgreSQL.
+_NAME_BYTES = 63
+
+#: What a server says at the door, for which waiting is no remedy, and what is. A refusal there has no code that the
+#: driver hands on, so the words must do; another language's words are shown as they are, and tried again.
+_AT_THE_DOOR = (
+    ("password authentication failed", "the user or the password in JOBLEDGER_STATUS_URL is wrong"),
+    ("no password supplied", "it asks for a password: write it into JOBLEDGER_STATUS_URL, or into ~/.pgpass"),
+    ("no pg_hba.conf entry", "its pg_hba.conf lets this user in from elsewhere, or with TLS only (?sslmode=require)"),
+    ("permission denied for database", "this user may not connect to it: GRANT CONNECT ON DATABASE helps"),
+    ("is not permitted to log in", "this user may not log in: ALTER ROLE … LOGIN helps"),
+)
+_MISSING_DATABASE = "create it with `createdb`, or correct JOBLEDGER_STATUS_URL"
+
+
+class Address:
+    """Where a ``postgresql://`` URL and a namespace lead: server, database, schema. Raises `ConfigError`."""
+
+    def __init__(self, url: str, namespace: str) -> None:
+        try:
+            parsed = sqlalchemy.make_url(url)
+        except (ArgumentError, ValueError):
+            # Not its words: they may quote a part of the password.
+            raise _unusable(url) from None
+        if not parsed.database:
+            raise _unusable(url)
+        self._url = parsed.set(drivername="postgresql+psycopg")
+        self.shown, self.schema = shown(url), schema_of(namespace)
+        self.user = parsed.username
+        where = parsed.host or parsed.query.get("host") or "the local socket"
+        self.place = f"database {parsed.database!r} on {where}{f':{parsed.port}' if parsed.port else ''}"
+
+    @property
+    def url(self) -> URL:
+        """For an engine; holds the password."""
+        return self._url
+
+    def connect(self, patience: float = 0.0) -> psycopg.Connection[Any]:
+        """A new connection, tried for for ``patience`` seconds. Raises `StoreUnavailable`, `StoreError`."""
+        # What the engine would do, but with our patience. The dialect bears no types.
+        options = dialect.PGDialect_psycopg().create_connect_args(self._url)[1]  # type: ignore[no-untyped-call]
+        deadline, pause = time.monotonic() + patience, PAUSE_FIRST_S
+        while True:
+            try:
+                return psycopg.connect(**{"connect_timeout": CONNECT_TIMEOUT_S, **_ALIVE, **options})
+            except psycopg.Error as exc:
+                error = self.explain(exc, "reached")
+                if not isinstance(error, StoreUnavailable) or time.monotonic() + pause > deadline:
+                    raise error from exc
+            time.sleep(pause)
+            pause = min(PAUSE_MOST_S, pause * 2)
+
+    def explain(self, exc: BaseException, doing: str) -> StoreError:
+        """The driver's error as ours; ``doing``: what cannot be done to the status table."""
+        cause: BaseException = getattr(exc, "orig", None) or exc
+        if isinstance(cause, StoreError):
+            return cause
+        # The tail of a refusal names host and port once more and, on some, asks whether the server runs.
+        said = " ".join(str(cause).split("\n\tIs the server")[0].split())
+        head = f"the status table in {self.place} cannot be {doing}"
+        for words, remedy in _AT_THE_DOOR:
+            if words in said:
+                return StoreError(f"{head} by user {self.user!r}: {remedy} ({said})")
+        if isinstance(cause, errors.InvalidCatalogName) or ("database" in said and said.endswith("does not exist")):
+            return StoreError(f"{head}: there is no such database; {_MISSING_DATABASE} ({said})")
+        if isinstance(cause, errors.InsufficientPrivilege):
+            return StoreError(
+                f"{head} by user {self.user!r}: {said}. Whoever runs `jobledger streams` must own the schema "
+                f"{self.schema!r} (CREATE SCHEMA … AUTHORIZATION, or GRANT CREATE ON DATABASE); who only asks needs "
+                "USAGE on it and SELECT on its tables"
+            )
+        if isinstance(cause, errors.ReadOnlySqlTransaction):
+            return StoreError(
+                f"{head}: it only reads, as a standby does, or for this user {self.user!r} ({said}): name the primary "
+                "in JOBLEDGER_STATUS_URL, or another user"
+            )
+        if isinstance(cause, errors.LockNotAvailable):
+            return StoreError(f"{head}: somebody has held its tables too long, in a transaction left open? ({said})")
+        if isinstance(cause, ImportError):
+            return StoreError(f"{head}: {cause}")
+        if _is_away(exc, cause):
+            return StoreUnavailable(f"{head}: it does not answer ({said})")
+        return StoreError(f"{head}: {said}")
+
+
+def schema_of(namespace: str) -> str:
+    """The schema that holds a namespace's tables; a name too long for PostgreSQL ends in a digest."""
+    name = f"jobledger_{namespace}"
+    if len(name) > _NAME_BYTES:
+        name = f"{name[: _NAME_BYTES - 17]}_{hashlib.sha256(name.encode()).hexdigest()[:16]}"
+    return name
+
+
+def schema_beside(schema: str) -> str:
+    """The schema in which a new table is made beside the live one. No namespace has a dot."""
+    return f"{schema[: _NAME_BYTES - 4]}.new"
+
+
+def _is_away(exc: BaseException, cause: BaseException) -> bool:
+    if isinstance(exc, DBAPIError) and exc.connection_invalidated:
+        return True
+    if not isinstance(cause, psycopg.OperationalError):
+        return False
+    # Without a code: the connection broke or never came to be. 08: connection, 57P: the server stops, starts or throws
+    # its clients out, 53300: too many clients.
+    code = cause.sqlstate or ""
+    return not code or code.startswith(("08", "57P")) or code == "53300"
+
+
+def _unusable(url: str) -> ConfigError:
+    return ConfigError(
+        f"JOBLEDGER_STATUS_URL={shown(url)!r} names no database: write postgresql://user:password@host/database, with "
+        "signs other than letters and digits in the password as %40 and the like"
+    )

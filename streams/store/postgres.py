@@ -1,0 +1,348 @@
+"""The status database in PostgreSQL: a schema for each namespace, so it can live beside other tables and namespaces.
+
+``synchronous_commit`` is off for what is written from the log: after a crash of the server its last moments may be
+missing, whole transactions at a time. That loses nothing here: the offsets are in the same transactions, and a writer
+that finds the table behind where it left it (`CommitUnknown`) reads on from there. What gives a lease away, and what
+swaps a table, is forced to disk.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, suppress
+from typing import Any, ClassVar, Self
+
+import psycopg
+from psycopg import errors, sql
+from sqlalchemy.dialects import postgresql
+from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.schema import CreateIndex, CreateTable
+
+from jobledger.errors import CommitUnknown, StoreError
+from jobledger.streams.store.connecting import Address, schema_beside
+from jobledger.streams.store.protocol import Changes, Partition
+from jobledger.streams.store.reader import judge
+from jobledger.streams.store.rows import COLUMNS, Row
+from jobledger.streams.store.tables import counters, jobs, lease, meta, metadata, offsets, tags
+from jobledger.streams.store.writer import LEASE_S, SqlStore
+
+LOG = logging.getLogger("jobledger.materializer")
+
+#: How long a statement waits for a lock of others: somebody reads while a rebuild swaps, or changes the table by hand.
+LOCK_TIMEOUT = "10s"
+
+#: In the order in which a swap locks them: that in which readers come by them, so neither waits for the other in a ring.
+_TABLES = (jobs, tags, counters, offsets, lease, meta)
+_COLUMNS = ", ".join(f'"{name}"' for name in COLUMNS)
+#: The types of `COLUMNS` as the binary format must be told them.
+_TYPES = ["text"] * 4 + ["int8"] * 7 + ["text"] * 2 + ["bytea"] * 2
+_set = ", ".join(f'"{name}" = excluded."{name}"' for name in COLUMNS[1:])
+_INCOMING = (
+    "CREATE TEMPORARY TABLE incoming ("
+    + ", ".join(f'"{name}" {kind}' for name, kind in zip(COLUMNS, _TYPES, strict=True))
+    + ") ON COMMIT DELETE ROWS"
+)
+_COPY = f"COPY incoming ({_COLUMNS}) FROM STDIN (FORMAT BINARY)"
+_UPSERT_JOBS = (
+    f"INSERT INTO jobs ({_COLUMNS}) SELECT {_COLUMNS} FROM incoming ON CONFLICT (job_id) DO UPDATE SET {_set}"
+)
+_TAGS = "unnest(%s::text[], %s::text[], %s::bigint[], %s::text[])"
+_TAGS_GONE = (
+    f"DELETE FROM tags USING {_TAGS} AS gone (name, value, submitted_ms, job_id) WHERE tags.name = gone.name "
+    "AND tags.value = gone.value AND tags.submitted_ms = gone.submitted_ms AND tags.job_id = gone.job_id"
+)
+_TAGS_NEW = f"INSERT INTO tags (name, value, submitted_ms, job_id) SELECT * FROM {_TAGS} ON CONFLICT DO NOTHING"
+_COUNT = (
+    "INSERT INTO counters AS known (task, queue, state, jobs) "
+    "SELECT * FROM unnest(%s::text[], %s::text[], %s::text[], %s::bigint[]) "
+    "ON CONFLICT (task, queue, state) DO UPDATE SET jobs = known.jobs + excluded.jobs"
+)
+_PLACES = "unnest(%s::text[], %s::int[], %s::bigint[])"
+_OFFSET = (
+    f"INSERT INTO offsets (topic, partition, next_offset) SELECT * FROM {_PLACES} "
+    "ON CONFLICT (topic, partition) DO UPDATE SET next_offset = excluded.next_offset"
+)
+_RESET = (
+    f"INSERT INTO offsets AS known (topic, partition, next_offset, resets) SELECT *, 1 FROM {_PLACES} "
+    "ON CONFLICT (topic, partition) DO UPDATE SET next_offset = excluded.next_offset, resets = known.resets + 1"
+)
+
+
+class PostgresStore(SqlStore):
+    """`Store` in a schema of a PostgreSQL database, which is made if it is missing.
+
+    ``lease_s``: seconds after which a silent writer may be replaced, by the database's clock unless ``clock`` is given
+    (for tests). A writer whose connection has ended is replaced at once. ``schema``: another than the namespace's.
+    Raises `StoreUnavailable` if nothing answers, `StoreError` if the database lets us not in or the tables are not ours.
+    """
+
+    FOR_UPDATE: ClassVar[str] = " FOR UPDATE"
+
+    def __init__(
+        self,
+        url: str,
+        namespace: str,
+        *,
+        lease_s: float = LEASE_S,
+        holder: str | None = None,
+        clock: Callable[[], float] | None = None,
+        schema: str | None = None,
+    ) -> None:
+        super().__init__(url, namespace, lease_s=lease_s, holder=holder, clock=clock)
+        self._url, self._address = url, Address(url, namespace)
+        self.schema = schema or self._address.schema
+        self._db: psycopg.Connection[Any] | None = None
+        #: The offsets as this writer last knew them to be in the table; None: it does not know.
+        self._left: Mapping[Partition, int] | None = None
+        try:
+            self._make()
+        except BaseException:
+            self._disconnect()
+            raise
+
+    # -- the connection -----------------------------------------------------------------------------------------------
+
+    def _connected(self) -> psycopg.Connection[Any]:
+        """The connection, made anew if it broke. Raises `CommitUnknown` if the table is not where this writer left it."""
+        if self._db is not None and not self._db.closed:
+            return self._db
+        self._db = None
+        db = self._address.connect()
+        try:
+            db.execute("SET synchronous_commit = off")
+            db.execute(f"SET lock_timeout = '{LOCK_TIMEOUT}'")
+            db.execute(sql.SQL("SET search_path = {}").format(sql.Identifier(self.schema)))
+            db.execute(_INCOMING)
+            if self._epoch is not None:
+                self._mark(db, self._epoch)
+                if self._left is not None:
+                    self._check(db)
+            db.commit()
+        except BaseException:
+            db.close()
+            raise
+        self._db = db
+        return db
+
+    def _check(self, db: psycopg.Connection[Any]) -> None:
+        found = _offsets(db)
+        if found != self._left:
+            raise CommitUnknown(
+                f"the status table in {self._address.place} is not where this writer left it: the connection broke in a "
+                "commit, or a crash of the server took the last ones away"
+            )
+
+    @contextmanager
+    def _errors(self) -> Iterator[None]:
+        try:
+            yield
+        except (psycopg.Error, SQLAlchemyError) as exc:
+            raise self._address.explain(exc, "written") from exc
+
+    @contextmanager
+    def _transaction(self) -> Iterator[None]:
+        with self._errors():
+            db = self._connected()
+            try:
+                yield
+                db.commit()
+            except BaseException:
+                with suppress(psycopg.Error):  # of a connection that broke: it is made anew
+                    db.rollback()
+                raise
+
+    def _reading(self) -> AbstractContextManager[None]:
+        return self._transaction()  # or it would stay open behind the query
+
+    def _run(self, sql: str, *values: object) -> psycopg.Cursor[Any]:
+        return self._connected().execute(sql.replace("?", "%s"), values)
+
+    def _run_many(self, sql: str, rows: Iterable[Sequence[object]]) -> None:
+        self._connected().cursor().executemany(sql.replace("?", "%s"), rows)
+
+    def _disconnect(self) -> None:
+        if self._db is not None:
+            self._db.close()
+            self._db = None
+
+    # -- the tables ---------------------------------------------------------------------------------------------------
+
+    def _make(self) -> None:
+        with self._transaction():
+            if not self._there():
+                self._durable()
+                # Of two that start at once the second waits, and finds the tables.
+                self._run("SELECT pg_advisory_xact_lock(?)", _number(self.schema))
+                if not self._there():
+                    self._create()
+            found: dict[str, str] = dict(self._run("SELECT key, value FROM meta").fetchall())
+            judge(found, self.url, self.namespace)
+
+    def _there(self) -> bool:
+        query = "SELECT c.relname FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace WHERE n.nspname = ?"
+        names = {
+            name for (name,) in self._run(query + " AND c.relkind IN ('r', 'p', 'v', 'm')", self.schema).fetchall()
+        }
+        if names and meta.name not in names:
+            raise StoreError(
+                f"schema {self.schema!r} of {self._address.place} is something else's: it has no table 'meta'"
+            )
+        return bool(names)
+
+    def _create(self) -> None:
+        db, dialect = self._connected(), postgresql.dialect()  # type: ignore[no-untyped-call]  # it bears no types
+        if db.execute("SELECT 1 FROM pg_namespace WHERE nspname = %s", (self.schema,)).fetchone() is None:
+            db.execute(sql.SQL("CREATE SCHEMA {}").format(sql.Identifier(self.schema)))
+        for table in metadata.sorted_tables:
+            db.execute(str(CreateTable(table).compile(dialect=dialect)))
+            for index in sorted(table.indexes, key=lambda i: str(i.name)):
+                db.execute(str(CreateIndex(index).compile(dialect=dialect)))
+        self._first_rows()
+
+    def _durable(self) -> None:
+        """This transaction is on disk when it has committed."""
+        self._run("SET LOCAL synchronous_commit = on")
+
+    # -- the lease ----------------------------------------------------------------------------------------------------
+
+    def _now(self) -> tuple[str, tuple[int, ...]]:
+        if self._clock is not None:
+            return super()._now()
+        return "(extract(epoch FROM clock_timestamp()) * 1000)::bigint", ()  # one clock for all machines
+
+    def _gone(self, holder: str, epoch: int) -> bool:
+        # A writer's connection holds a lock for as long as it lives; with it the process ended, on whatever machine.
+        ((free,),) = self._run("SELECT pg_try_advisory_xact_lock(?, ?)", *self._mark_of(epoch)).fetchall()
+        return bool(free)
+
+    def _take(self, epoch: int) -> None:
+        self._durable()
+        super()._take(epoch)
+        self._mark(self._connected(), epoch)
+        self._left = None
+
+    def _mark(self, db: psycopg.Connection[Any], epoch: int) -> None:
+        # Not waited for: whoever has it is about to find the last writer gone, and to write itself.
+        db.execute("SELECT pg_try_advisory_lock(%s, %s)", self._mark_of(epoch))
+
+    def _mark_of(self, epoch: int) -> tuple[int, int]:
+        return _number(self.schema) >> 32, epoch & 0x7FFFFFFF
+
+    # -- rows ---------------------------------------------------------------------------------------------------------
+
+    def offsets(self) -> dict[Partition, int]:
+        """The next offset to be read of every partition; a writer goes on from what it is told here."""
+        self._left = None
+        with self._transaction():
+            found = _offsets(self._connected())
+            if self._epoch is not None:
+                self._greatest = self._last()
+        self._left = found
+        return dict(found)
+
+    def _states(self, job_ids: Sequence[str]) -> Iterable[tuple[str, bytes, bytes | None]]:
+        return self._run("SELECT job_id, slots, result FROM jobs WHERE job_id = ANY(?)", list(job_ids)).fetchall()
+
+    def write(self, changes: Changes) -> None:
+        """Write all of it, or nothing: rows, tags, counters, offsets."""
+        super().write(changes)
+        if self._left is not None:
+            self._left = {**self._left, **changes.resets, **changes.offsets}
+
+    def _put(self, rows: Sequence[Row], changes: Changes) -> None:
+        cursor = self._connected().cursor()
+        if rows:
+            with cursor.copy(_COPY) as incoming:
+                incoming.set_types(_TYPES)
+                for row in rows:
+                    incoming.write_row(row)
+            cursor.execute(_UPSERT_JOBS)
+        counts = [(*key, number) for key, number in changes.counts.items() if number]
+        resets = [(*key, start) for key, start in changes.resets.items()]
+        reached = [(*key, offset) for key, offset in changes.offsets.items()]
+        for statement, values in (
+            (_TAGS_GONE, changes.tags_gone),
+            (_TAGS_NEW, changes.tags_new),
+            (_COUNT, counts),
+            (_RESET, resets),
+            (_OFFSET, reached),
+        ):
+            if values:
+                cursor.execute(statement, [list(column) for column in zip(*values, strict=True)])
+
+    # -- a table beside this one --------------------------------------------------------------------------------------
+
+    @contextmanager
+    def beside(self) -> Iterator[Self]:
+        """An empty table of the same namespace that this one can be replaced with; gone when the block ends.
+
+        It is a schema of its own; what a rebuild that was killed left of it goes with the next one.
+        """
+        schema = schema_beside(self.schema)
+        gone = sql.SQL("DROP SCHEMA IF EXISTS {} CASCADE").format(sql.Identifier(schema))
+        with self._transaction():
+            self._own()
+            self._connected().execute(gone)
+        try:
+            with type(self)(self._url, self.namespace, schema=schema) as new:
+                new.acquire()
+                yield new
+        finally:
+            try:
+                with self._transaction():
+                    self._connected().execute(gone)
+            except StoreError as exc:
+                LOG.warning("schema %s is left behind; the next rebuild takes it away: %s", schema, exc)
+
+    def replace_with(self, other: Self) -> None:
+        """Take over everything that ``other`` holds, in one transaction; readers see either or.
+
+        Needs the lease, which ends with it: whoever wrote either table before must acquire it again. What others were
+        granted on the tables holds for the new ones. Raises `StoreError` if views hang on them: they would go with them.
+        """
+        with self._transaction():
+            self._durable()
+            self._own()
+            assert self._epoch is not None
+            db = self._connected()
+            for table in _TABLES:
+                here, there = sql.Identifier(self.schema, table.name), sql.Identifier(other.schema, table.name)
+                db.execute(sql.SQL("LOCK TABLE {} IN ACCESS EXCLUSIVE MODE").format(here))
+                granted = db.execute(
+                    "SELECT acl.privilege_type, r.rolname, acl.is_grantable "
+                    "FROM pg_class c, aclexplode(c.relacl) acl LEFT JOIN pg_roles r ON r.oid = acl.grantee "
+                    "WHERE c.oid = %s::regclass AND acl.grantee <> c.relowner",
+                    (here.as_string(db),),
+                ).fetchall()
+                try:
+                    db.execute(sql.SQL("DROP TABLE {}").format(here))
+                except errors.DependentObjectsStillExist as exc:
+                    raise StoreError(
+                        f"the status table {self.url} is not replaced, for {exc.diag.message_detail}. Drop that, rebuild, "
+                        "and make it again"
+                    ) from exc
+                db.execute(
+                    sql.SQL("ALTER TABLE {} SET SCHEMA {}").format(there, sql.Identifier(self.schema)),
+                )
+                for privilege, role, grantable in granted:
+                    db.execute(
+                        sql.SQL("GRANT {} ON {} TO {} {}").format(
+                            *(sql.SQL(privilege), here, sql.SQL("PUBLIC") if role is None else sql.Identifier(role)),
+                            sql.SQL("WITH GRANT OPTION" if grantable else ""),
+                        )
+                    )
+            db.execute("UPDATE lease SET epoch = %s, holder = '', until_ms = 0", (self._epoch + 1,))
+        self._epoch = other._epoch = None
+        self._greatest = ""
+
+
+def _offsets(db: psycopg.Connection[Any]) -> dict[Partition, int]:
+    rows = db.execute("SELECT topic, partition, next_offset FROM offsets").fetchall()
+    return {(topic, partition): offset for topic, partition, offset in rows}
+
+
+def _number(schema: str) -> int:
+    """A schema's name as a number for advisory locks, 63 bits."""
+    return int.from_bytes(hashlib.sha256(schema.encode()).digest()[:8]) >> 1

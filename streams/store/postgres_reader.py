@@ -1,0 +1,69 @@
+"""The read side of the status database in PostgreSQL, and a copy of it for a comparison. Never writes there."""
+
+from __future__ import annotations
+
+import sqlite3
+from contextlib import closing
+from itertools import islice
+from pathlib import Path
+
+import sqlalchemy
+from sqlalchemy import Engine, select
+from sqlalchemy.exc import SQLAlchemyError
+
+from jobledger.errors import StoreError
+from jobledger.streams.store.connecting import Address
+from jobledger.streams.store.reader import SqlReader
+from jobledger.streams.store.sqlite import SqliteStore
+from jobledger.streams.store.tables import counters, jobs, offsets, tags
+
+#: Seconds for which a reader tries a database that does not answer. (A materializer has its own patience.)
+READ_PATIENCE_S = 5.0
+#: Rows copied at a time.
+_CHUNK = 2_000
+
+
+def open_reader(url: str, namespace: str) -> SqlReader:
+    """The read side of a namespace's tables.
+
+    Raises `StoreNotFound` if there are none, `StoreUnavailable` if nothing answers for five seconds, `StoreError` if the
+    database lets us not in or the tables are not ours, `ConfigError` for a URL without a database.
+    """
+    address = Address(url, namespace)
+    reader = SqlReader(_engine(address), url, namespace, schema=address.schema, explain=address.explain)
+    try:
+        reader.check()
+    except BaseException:
+        reader.close()
+        raise
+    return reader
+
+
+def copy(url: str, namespace: str, path: Path) -> None:
+    """Copy the table as it is at one moment into a SQLite file. Raises as `open_reader` does."""
+    address = Address(url, namespace)
+    open_reader(url, namespace).close()  # refuses what is not ours
+    SqliteStore(f"sqlite:///{path}", namespace).close()
+    engine = _engine(address).execution_options(isolation_level="REPEATABLE READ")
+    try:
+        with closing(sqlite3.connect(path)) as target, engine.connect() as source, target:
+            for table in (jobs, tags, counters, offsets):
+                rows = source.execute(select(table).execution_options(yield_per=_CHUNK))
+                marks = ", ".join("?" * len(table.columns))
+                while some := [tuple(row) for row in islice(rows, _CHUNK)]:
+                    target.executemany(f"INSERT INTO {table.name} VALUES ({marks})", some)
+    except SQLAlchemyError as exc:
+        raise address.explain(exc, "copied") from exc
+    except sqlite3.Error as exc:
+        raise StoreError(f"a copy of the status table {address.shown} cannot be written: {exc}") from exc
+    finally:
+        engine.dispose()
+
+
+def _engine(address: Address) -> Engine:
+    return sqlalchemy.create_engine(
+        address.url,
+        creator=lambda: address.connect(READ_PATIENCE_S),
+        pool_pre_ping=True,  # a server that was started again has closed what is in the pool
+        execution_options={"schema_translate_map": {None: address.schema}, "postgresql_readonly": True},
+    )
