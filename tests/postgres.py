@@ -164,9 +164,15 @@ class Server(Databases):
     def _let_in(self, folder: Path, user: str) -> None:
         shutil.chown(folder, user)
         if not _reachable(self._programs / "postgres", user):
-            # They lie where that user may not look: it gets a copy.
-            shutil.copytree(self._programs.parent, folder / "programs", symlinks=True)
-            self._programs = folder / "programs" / "bin"
+            # They lie where that user may not look, in somebody's home: it gets a copy, with the libraries that a wheel
+            # puts beside its package.
+            install = self._programs.parent
+            package, programs = install.parent, folder / "programs"
+            shutil.copytree(install, programs / package.name / install.name, symlinks=True)
+            libraries = package.with_name(f"{package.name}.libs")
+            if libraries.is_dir():
+                shutil.copytree(libraries, programs / libraries.name)
+            self._programs = programs / package.name / install.name / "bin"
 
     def _popen(self, program: str, *words: str) -> subprocess.Popen[bytes]:
         with (Path(self._folder.name) / "log").open("ab") as log:

@@ -31,7 +31,7 @@ _AT_THE_DOOR = (
     ("password authentication failed", "the user or the password in JOBLEDGER_STATUS_URL is wrong"),
     ("no password supplied", "it asks for a password: write it into JOBLEDGER_STATUS_URL, or into ~/.pgpass"),
     ("no pg_hba.conf entry", "its pg_hba.conf lets this user in from elsewhere, or with TLS only (?sslmode=require)"),
-    ("permission denied for database", "this user may not connect to it: GRANT CONNECT ON DATABASE helps"),
+    ("CONNECT privilege", "this user may not connect to it: GRANT CONNECT ON DATABASE helps"),
     ("is not permitted to log in", "this user may not log in: ALTER ROLE … LOGIN helps"),
 )
 _MISSING_DATABASE = "create it with `createdb`, or correct JOBLEDGER_STATUS_URL"

@@ -177,7 +177,9 @@ class PostgresStore(SqlStore):
                 self._run("SELECT pg_advisory_xact_lock(?)", _number(self.schema))
                 if not self._there():
                     self._create()
-            found: dict[str, str] = dict(self._run("SELECT key, value FROM meta").fetchall())
+            # By its whole name: a schema that this user may not use is silently no part of the search path.
+            asking = sql.SQL("SELECT key, value FROM {}").format(sql.Identifier(self.schema, meta.name))
+            found: dict[str, str] = dict(self._connected().execute(asking).fetchall())
             judge(found, self.url, self.namespace)
 
     def _there(self) -> bool:

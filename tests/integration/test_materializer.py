@@ -4,22 +4,26 @@ from __future__ import annotations
 
 import io
 import json
+import sqlite3
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack, closing
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 import fastavro
+import psycopg
 import pytest
 import uuid_utils
 from confluent_kafka import TopicPartition
 
 from jobledger import log
 from jobledger.config import Settings
-from jobledger.errors import LeaseLost, SchemaError, StoreError, UnknownFact
+from jobledger.errors import LeaseLost, SchemaError, StoreError, StoreUnavailable, UnknownFact
 from jobledger.job import State
 from jobledger.kafka import topics
 from jobledger.log import LogReader, LogWriter, Outgoing, wait_until
@@ -31,7 +35,10 @@ from jobledger.streams import rebuild as rebuilding
 from jobledger.streams.rebuild import rebuild, verify
 from jobledger.streams.status import Materializer
 from jobledger.streams.store import Changes, StatusReader, Store, open_reader, open_store
+from jobledger.streams.store.connecting import schema_of
+from jobledger.streams.store.postgres import PostgresStore
 from jobledger.streams.store.sqlite import SqliteStore, path_of
+from tests.postgres import Databases, Server
 
 pytestmark = pytest.mark.kafka
 
@@ -43,9 +50,9 @@ SPEC = ev.JobSpec(b"{}", {"tenant": "acme"})
 class World:
     """A namespace with its topics, a writer, and an address for a table."""
 
-    def __init__(self, bootstrap: str, namespace: str, folder: Path) -> None:
+    def __init__(self, bootstrap: str, namespace: str, url: str) -> None:
         self.settings, self.names = Settings(bootstrap=bootstrap, submit_timeout=10.0), Names(namespace)
-        self.url = f"sqlite:///{folder / 'status.db'}"
+        self.url = url
         self.admin = log.admin(self.settings)
         self.make("mail")
         self.writer = LogWriter(self.settings, self.names)
@@ -105,6 +112,18 @@ class World:
         """The table's read side; closed with the world."""
         return open_reader(self.url, self.names.namespace)
 
+    def execute(self, *statements: str) -> None:
+        """Change the table behind its writers' backs."""
+        if self.url.startswith("sqlite"):
+            with closing(sqlite3.connect(path_of(self.url))) as file, file:
+                for statement in statements:
+                    file.execute(statement)
+            return
+        with psycopg.connect(self.url) as db:
+            db.execute(f'SET search_path = "{schema_of(self.names.namespace)}"')
+            for statement in statements:
+                db.execute(statement)
+
     def trim(self, topic: str, partition: int, before: int) -> None:
         """Delete a partition's records below an offset."""
         asked = self.admin.delete_records([TopicPartition(topic, partition, before)])
@@ -153,11 +172,20 @@ class Running:
             raise self.error
 
 
+#: What is run on every kind of database, the others being about the log.
+on_both = pytest.mark.parametrize("world", ["sqlite", "postgresql"], indirect=True)
+
+
 @pytest.fixture
-def world(broker: str, namespace: str, tmp_path: Path) -> Iterator[World]:
-    made = World(broker, namespace, tmp_path)
-    yield made
-    made.close()
+def world(request: pytest.FixtureRequest, broker: str, namespace: str, tmp_path: Path) -> Iterator[World]:
+    with ExitStack() as stack:
+        url = f"sqlite:///{tmp_path / 'status.db'}"
+        if getattr(request, "param", "sqlite") == "postgresql":
+            server: Databases = request.getfixturevalue("postgres")
+            url = stack.enter_context(server.database())
+        made = World(broker, namespace, url)
+        stack.callback(made.close)
+        yield made
 
 
 def new_id() -> str:
@@ -191,6 +219,7 @@ def test_a_jobs_whole_life_is_shown(world: World) -> None:
     reader.close()
 
 
+@on_both
 def test_a_restart_goes_on_where_the_table_ends(world: World) -> None:
     """What was read before a stop is not counted again, and what came meanwhile is not left out."""
     world.fill(70)
@@ -224,10 +253,11 @@ Materializer(Names(namespace), Settings(bootstrap=bootstrap), ["mail"], url, bat
 
 
 @pytest.mark.slow
+@on_both
 def test_kill_9_at_any_time_loses_and_doubles_nothing(world: World) -> None:
     """A materializer killed again and again while it writes leaves a table that is what the log says."""
     world.fill(6_000)
-    SqliteStore(world.url, world.names.namespace).close()
+    open_store(world.url, world.names.namespace).close()
     reader = world.reader()
     read = -1
     for _ in range(5):
@@ -247,6 +277,45 @@ def test_kill_9_at_any_time_loses_and_doubles_nothing(world: World) -> None:
     reader.close()
     found = verify(world.names, world.settings, ["mail"], world.url)
     assert found.equal, found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("crash", [False, True], ids=["stopped", "crashed"])
+def test_a_database_that_is_away_for_ten_seconds_loses_nothing(
+    broker: str, namespace: str, postgres_server: Server, crash: bool
+) -> None:
+    """PostgreSQL that stops while the table is written, or crashes and loses its last commits, costs time and nothing else.
+
+    A materializer that is killed with it, and one that lives through it, both leave a table that is what the log says.
+    """
+    with postgres_server.database() as url, closing(World(broker, namespace, url)) as world:
+        world.fill(3_000)
+        open_store(url, namespace).close()
+        child = subprocess.Popen([sys.executable, "-c", KILLED, broker, namespace, url])
+        try:
+            reader = world.reader()
+            wait_until(lambda: bool(reader.offsets()), 20, "the first rows")
+        finally:
+            child.kill()
+            child.wait()
+        with Running(world.materializer(batch=20)) as running:
+            begun = sum(reader.offsets().values())
+            wait_until(lambda: running.made.position() > begun, 20, "reading on")
+            postgres_server.stop(at_once=crash)
+            world.fill(500)
+            with pytest.raises(StoreUnavailable, match=f"127.0.0.1:{postgres_server.port}"):
+                reader.offsets()
+            time.sleep(5.0)  # with the reader's patience: ten seconds
+            assert running.error is None
+            postgres_server.start()
+            running.catch_up()
+            assert sample(running.made, "store_retries_total") > 0
+        assert sum(reader.counts_by_state().values()) == 3_500
+        reader.close()
+        found = verify(world.names, world.settings, ["mail"], url)
+        assert found.equal, found
+        assert rebuild(world.names, world.settings, ["mail"], url).jobs == 3_500
+        assert verify(world.names, world.settings, ["mail"], url).equal
 
 
 def test_garbage_is_counted_and_passed(world: World) -> None:
@@ -340,6 +409,7 @@ def test_a_schema_published_just_before_its_first_use_is_found(world: World) -> 
         assert sample(running.made, "rejected_records_total", topic=names.jobs("mail"), reason="UnknownSchema") == 0
 
 
+@on_both
 def test_a_second_materializer_stands_by_and_takes_over(world: World) -> None:
     """Of two materializers of one table one writes; when it stops the other goes on at once, where it ended."""
     first, second = Running(world.materializer()), Running(world.materializer())
@@ -358,11 +428,13 @@ def test_a_second_materializer_stands_by_and_takes_over(world: World) -> None:
     reader.close()
 
 
+@on_both
 def test_a_materializer_that_lost_its_lease_stops(world: World) -> None:
     """Once another writer has the table, the one before it writes nothing more and says why."""
     with Running(world.materializer()) as running:
         running.catch_up()
-        with SqliteStore(world.url, world.names.namespace, holder="other:1", clock=lambda: 4e9) as other:
+        kind = SqliteStore if world.url.startswith("sqlite") else PostgresStore
+        with kind(world.url, world.names.namespace, holder="other:1", clock=lambda: 4e9) as other:
             assert other.acquire()
             before = other.offsets()
             world.fill(10)
@@ -439,6 +511,7 @@ def test_a_database_that_stays_away_is_an_error(world: World) -> None:
     assert "the disk is full" in str(running.error)
 
 
+@on_both
 def test_verify_names_what_differs_and_rebuild_heals_it(world: World) -> None:
     """A table that was tampered with is found out, job by job, and a rebuild makes it what the log says again."""
     ids = world.fill(60)
@@ -450,9 +523,9 @@ def test_verify_names_what_differs_and_rebuild_heals_it(world: World) -> None:
     assert (found.jobs, found.left_out, found.differing) == (60, 0, 0)
     assert found.table_digest == found.log_digest
     assert told[-1] == (found.records, found.records)
-    with SqliteStore(world.url, world.names.namespace) as store:
-        store._db.execute("UPDATE jobs SET state = 'failed' WHERE job_id = ?", (ids[0],))
-        store._db.execute("DELETE FROM jobs WHERE job_id = ?", (ids[3],))
+    world.execute(
+        f"UPDATE jobs SET state = 'failed' WHERE job_id = '{ids[0]}'", f"DELETE FROM jobs WHERE job_id = '{ids[3]}'"
+    )
     found = verify(world.names, world.settings, ["mail"], world.url)
     assert not found.equal
     assert found.first_differing == (ids[0], ids[3])
@@ -472,6 +545,7 @@ def test_verify_names_what_differs_and_rebuild_heals_it(world: World) -> None:
     assert verify(world.names, world.settings, ["mail"], world.url).jobs == 60 + len(more)
 
 
+@on_both
 def test_a_rebuild_carries_over_what_the_log_no_longer_has(world: World) -> None:
     """Jobs that began before the log's start keep what the table knew, joined with what the log still says."""
     old, running_job = new_id(), new_id()
@@ -497,6 +571,7 @@ def test_a_rebuild_carries_over_what_the_log_no_longer_has(world: World) -> None
     assert (found.jobs, found.left_out) == (len(new), 2)
 
 
+@on_both
 def test_a_rebuild_beside_a_running_materializer_is_refused(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     """While a materializer writes, a rebuild says who it is and leaves the table alone."""
     monkeypatch.setattr(rebuilding, "LEASE_PATIENCE_S", 0.5)

@@ -1,0 +1,310 @@
+"""What only PostgreSQL has: users and their rights, other people's tables, connections that break, servers that crash."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import threading
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import psycopg
+import pytest
+import sqlalchemy
+
+from jobledger.config import Settings
+from jobledger.errors import CommitUnknown, LeaseLost, StoreError, StoreNotFound, StoreUnavailable
+from jobledger.job import State
+from jobledger.kafka.ports import free_port
+from jobledger.schemas import events as ev
+from jobledger.streams.store import Changes, open_reader, open_store, shown
+from jobledger.streams.store.connecting import schema_beside, schema_of
+from jobledger.streams.store.postgres import PostgresStore
+from tests.contract.test_store import NAMESPACE, SPEC, life, write
+from tests.postgres import Databases, Server
+
+SCHEMA = f"jobledger_{NAMESPACE}"
+PASSWORD = "s3cret/@:%?#"
+
+
+@pytest.fixture
+def url(postgres: Databases) -> Iterator[str]:
+    with postgres.database() as made:
+        yield made
+
+
+@contextmanager
+def member(postgres: Databases, url: str, *grants: str) -> Iterator[str]:
+    """The URL of a user with these rights in the database, each a statement with ``{role}``; they go with the user."""
+    with postgres.role(PASSWORD) as role:
+        name = sqlalchemy.make_url(url).database
+        for grant in grants:
+            postgres.execute(grant.format(role=role, database=name), url)
+        try:
+            yield sqlalchemy.make_url(url).set(username=role, password=PASSWORD).render_as_string(hide_password=False)
+        finally:
+            postgres.execute(f"DROP OWNED BY {role} CASCADE", url)
+
+
+def break_connections(postgres: Databases, url: str) -> None:
+    """End every session on a database, as a server that stops or a network that fails does."""
+    name = sqlalchemy.make_url(url).database
+    ended = "pg_terminate_backend(pid)"
+    postgres.execute(
+        f"SELECT {ended} FROM pg_stat_activity WHERE datname = '{name}' AND backend_type = 'client backend'"
+    )
+
+
+def refused(url: str, *words: str, by: type[StoreError] = StoreError) -> None:
+    """Opened for reading or writing it is an error that has these words and not the password, nor has its traceback."""
+    for opens in (open_reader, open_store):
+        with pytest.raises(StoreError) as found:
+            opens(url, NAMESPACE)
+        assert type(found.value) is by
+        said = str(found.value)
+        assert [word for word in words if word not in said] == [], said
+        everything = "".join(traceback.format_exception(found.value))
+        assert "s3cret" not in everything.replace(f'PASSWORD = "{PASSWORD}"', "")
+
+
+def test_a_wrong_password_is_said(postgres: Databases, url: str) -> None:
+    """A wrong password is an error at once that names host, database and user, and no password."""
+    with member(postgres, url) as right:
+        wrong = sqlalchemy.make_url(right).set(password="s3cret-but-wrong").render_as_string(hide_password=False)
+        database = sqlalchemy.make_url(url).database
+        refused(wrong, "127.0.0.1", f"database '{database}'", "the user or the password", "jl_")
+        nowhere = sqlalchemy.make_url(right).set(database="none_here").render_as_string(hide_password=False)
+        refused(nowhere, "there is no such database", "none_here")
+        postgres.execute(f"REVOKE CONNECT ON DATABASE {database} FROM PUBLIC")
+        refused(right, "GRANT CONNECT ON DATABASE")
+        assert PASSWORD not in shown(right)
+        assert "s3cret" not in shown(f"postgresql://host/db?user=me&password={PASSWORD}")
+
+
+def test_settings_do_not_show_a_password() -> None:
+    """What a log or a debugger shows of the settings has no password in it."""
+    assert "s3cret" not in repr(Settings(status_url="postgresql://me:s3cret@host/db"))
+
+
+def test_a_server_that_is_away_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where nothing listens, the error after a bounded time names host, port and database, and may be tried again."""
+    monkeypatch.setattr("jobledger.streams.store.postgres_reader.READ_PATIENCE_S", 0.3)
+    port = free_port()
+    refused(f"postgresql://me:s3cret@127.0.0.1:{port}/db", f"127.0.0.1:{port}", "'db'", by=StoreUnavailable)
+
+
+def test_a_user_without_rights_is_told_which(postgres: Databases, url: str) -> None:
+    """A user who may make no schema is told who must; once the table is there a reader needs no more than SELECT."""
+    with member(postgres, url) as reads:
+        with pytest.raises(StoreError, match="must own the schema"):
+            open_store(reads, NAMESPACE)
+        with pytest.raises(StoreNotFound):
+            open_reader(reads, NAMESPACE)
+        with PostgresStore(url, NAMESPACE) as store:
+            assert store.acquire()
+            write(store, {"a": life(ev.JobSubmitted(SPEC))})
+            refused(reads, "permission denied for", "USAGE", SCHEMA)
+            role = sqlalchemy.make_url(reads).username
+            postgres.execute(f"GRANT USAGE ON SCHEMA {SCHEMA} TO {role}", url)
+            postgres.execute(f"GRANT SELECT ON ALL TABLES IN SCHEMA {SCHEMA} TO {role}", url)
+            reader = open_reader(reads, NAMESPACE)
+            assert [each.job_id for each in reader.jobs()] == ["a"]
+            with store.beside() as new:
+                store.replace_with(new)
+            assert reader.jobs() == []  # what was granted holds for the new table
+            reader.close()
+        with open_store(reads, NAMESPACE) as other, pytest.raises(StoreError, match="permission denied"):
+            other.acquire()
+
+
+def test_a_database_that_only_reads_is_said(postgres: Databases, url: str) -> None:
+    """A standby, or a user for whom transactions only read, is no place for a writer, and the error says so."""
+    only = "ALTER ROLE {role} SET default_transaction_read_only = on"
+    with member(postgres, url, only) as reads, pytest.raises(StoreError, match="it only reads"):
+        open_store(reads, NAMESPACE)
+
+
+def test_a_schema_that_was_made_for_the_user_is_enough(postgres: Databases, url: str) -> None:
+    """Who owns the schema needs no right on the database, except for a rebuild, which makes one beside it."""
+    with member(postgres, url, f"CREATE SCHEMA {SCHEMA} AUTHORIZATION {{role}}") as owner:
+        with open_store(owner, NAMESPACE) as store:
+            assert store.acquire()
+            write(store, {"a": life(ev.JobSubmitted(SPEC))})
+            with pytest.raises(StoreError, match="CREATE ON DATABASE"), store.beside():
+                pass
+        open_reader(owner, NAMESPACE).close()
+
+
+def test_namespaces_and_others_live_in_one_database(postgres: Databases, url: str) -> None:
+    """Each namespace has its own tables, also beside tables of the same names that are somebody else's."""
+    postgres.execute("CREATE TABLE jobs (job_id int)", url)
+    postgres.execute("CREATE TABLE meta (key int)", url)
+    names = ["shop", "Shop", "shop-2", "n" * 100, "n" * 99 + "m"]
+    for name in names:
+        with open_store(url, name) as store:
+            assert store.acquire()
+            write(store, {name: life(ev.JobSubmitted(SPEC))})
+    for name in names:
+        reader = open_reader(url, name)
+        assert [each.job_id for each in reader.jobs()] == [name]
+        reader.close()
+    assert postgres.execute("SELECT count(*) FROM jobs", url) == [(0,)]
+    assert len({schema_beside(schema_of(name)) for name in names} | {schema_of(name) for name in names}) == 10
+
+
+def test_a_schema_of_something_else_is_refused(postgres: Databases, url: str) -> None:
+    """A schema of our name with tables that are not ours is left as it is."""
+    postgres.execute(f"CREATE SCHEMA {SCHEMA} CREATE TABLE meals (name text)", url)
+    refused(url, "something else")
+
+
+def test_two_that_make_the_table_at_once_make_one(url: str) -> None:
+    """Materializers that start together on an empty database find one table, and one of them writes it."""
+    stores: list[PostgresStore] = []
+    threads = [threading.Thread(target=lambda: stores.append(PostgresStore(url, NAMESPACE))) for _ in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(stores) == 6
+    assert sum([store.acquire() for store in stores]) == 1
+    for store in stores:
+        store.close()
+
+
+def test_a_writer_whose_connection_ended_is_replaced_at_once(postgres: Databases, url: str) -> None:
+    """A writer that died, on whatever machine, need not be waited for; one that lives and is silent keeps its place."""
+    with PostgresStore(url, NAMESPACE, holder="there:1") as one, PostgresStore(url, NAMESPACE, holder="two:2") as two:
+        assert one.acquire()
+        assert not two.acquire()
+        break_connections(postgres, url)
+        with pytest.raises(StoreUnavailable):
+            two.acquire()  # its own connection has broken, too; the next try has a new one
+        assert two.acquire()
+        with pytest.raises(StoreUnavailable):
+            one.renew()
+        with pytest.raises(LeaseLost, match="two:2"):
+            one.renew()
+
+
+def test_a_connection_that_breaks_between_batches_costs_nothing(postgres: Databases, url: str) -> None:
+    """A writer whose connection broke writes on over a new one, still its lease's holder for the others."""
+    with PostgresStore(url, NAMESPACE) as one, PostgresStore(url, NAMESPACE, holder="two:2") as two:
+        assert one.acquire()
+        assert one.offsets() == {}
+        one.write(Changes(offsets={("t", 0): 1}))
+        break_connections(postgres, url)
+        with pytest.raises(StoreUnavailable):
+            one.write(Changes(offsets={("t", 0): 2}))
+        one.write(Changes(offsets={("t", 0): 2}))
+        with pytest.raises(StoreUnavailable):
+            two.acquire()
+        assert not two.acquire()
+        assert one.offsets() == {("t", 0): 2}
+
+
+@pytest.mark.parametrize("found", [None, 1, 9])
+def test_a_table_that_is_not_where_it_was_left_is_noticed(postgres: Databases, url: str, found: int | None) -> None:
+    """After a broken connection a writer that finds other offsets, of lost commits or of one it took for failed, writes
+    nothing before it has begun again at the offsets that are there."""
+    with PostgresStore(url, NAMESPACE) as store:
+        assert store.acquire()
+        store.offsets()
+        write(store, {"b": life(ev.JobSubmitted(SPEC))}, {("t", 0): 5})
+        change = "DELETE FROM {}.offsets" if found is None else f"UPDATE {{}}.offsets SET next_offset = {found}"
+        postgres.execute(change.format(SCHEMA), url)
+        break_connections(postgres, url)
+        with pytest.raises(StoreUnavailable):
+            store.write(Changes(offsets={("t", 0): 6}))
+        for act in (lambda: store.write(Changes(offsets={("t", 0): 6})), store.renew, lambda: store.load(["a"])):
+            with pytest.raises(CommitUnknown, match="not where this writer left it"):
+                act()
+        assert store.offsets() == ({} if found is None else {("t", 0): found})
+        store.write(Changes(offsets={("t", 0): 6}))
+        assert store.offsets() == {("t", 0): 6}
+
+
+def test_what_a_crash_takes_away_is_whole_transactions(postgres_server: Server) -> None:
+    """After a crash of the server rows, counters and offsets are of one moment, and the lease's epoch is never lost."""
+    with postgres_server.database() as url, PostgresStore(url, NAMESPACE) as store:
+        assert store.acquire()
+        store.offsets()
+        for number in range(50):
+            write(store, {f"{number:03}": life(ev.JobSubmitted(SPEC))}, {("t", 0): number + 1})
+        postgres_server.stop(at_once=True)
+        with pytest.raises(StoreUnavailable):
+            store.renew()
+        postgres_server.start()
+        try:
+            store.renew()
+        except CommitUnknown:  # the usual: what was not yet on disk is gone
+            assert store.offsets()[("t", 0)] < 50
+        offset = store.offsets().get(("t", 0), 0)
+        assert store.size() == offset
+        reader = open_reader(url, NAMESPACE)
+        assert reader.counts_by_state()[State.QUEUED] == offset
+        reader.close()
+        write(store, {f"{n:03}": life(ev.JobSubmitted(SPEC)) for n in range(offset, 50)}, {("t", 0): 50})
+        assert store.size() == 50
+
+
+def test_a_view_of_somebody_elses_stops_a_swap(postgres: Databases, url: str) -> None:
+    """A rebuild drops nobody's view: it says what is in the way and leaves the table as it was."""
+    with PostgresStore(url, NAMESPACE) as store:
+        assert store.acquire()
+        write(store, {"a": life(ev.JobSubmitted(SPEC))})
+        postgres.execute(f"CREATE VIEW mine AS SELECT job_id FROM {SCHEMA}.jobs", url)
+        with store.beside() as new, pytest.raises(StoreError, match=r"view public\.mine depends on"):
+            store.replace_with(new)
+        assert postgres.execute("SELECT * FROM mine", url) == [("a",)]
+        write(store, {"b": life(ev.JobSubmitted(SPEC))})
+        assert postgres.execute("SELECT count(*) FROM mine", url) == [(2,)]
+        assert postgres.execute("SELECT count(*) FROM pg_namespace WHERE nspname LIKE 'jobledger%'", url) == [(1,)]
+
+
+def test_queries_use_their_indexes(postgres: Databases, url: str) -> None:
+    """No list of the newest, of a state, of a tag or of the overdue reads the whole table."""
+    with PostgresStore(url, NAMESPACE) as store:
+        assert store.acquire()
+        tagged = ev.JobSubmitted(ev.JobSpec(b"{}", {"a": "b"}))
+        for begin in range(0, 6_000, 2_000):
+            write(store, {f"{n:06}": life(tagged, ev.JobSucceeded(), ms=n) for n in range(begin, begin + 2_000)})
+        later = ev.JobSubmitted(SPEC, 3_600_000)
+        write(store, {f"later {n:06}": life(later, release=0, ms=n * 1_000) for n in range(2_000)})
+        postgres.execute("ANALYZE", url)
+        reader = open_reader(url, NAMESPACE)
+        plans: list[str] = []
+        engine = reader._engine  # type: ignore[attr-defined]
+
+        def explain(connection: object, cursor: psycopg.Cursor[tuple[str]], sql: str, params: Any, *_: object) -> None:
+            with cursor.connection.cursor() as asking:
+                plans.append("\n".join(line for (line,) in asking.execute("EXPLAIN " + sql, params)))
+
+        sqlalchemy.event.listen(engine, "before_cursor_execute", explain)
+        reader.jobs()
+        reader.jobs(state="failed", task="send")
+        reader.jobs(tag=("a", "b"))
+        reader.overdue(10, 1)
+        reader.job("000001")
+        reader.close()
+    for plan, index in zip(plans, ("jobs_by_time", "jobs_by_state", "tags_pkey", "jobs_due", "jobs_pkey"), strict=True):
+        assert index in plan
+        assert "Seq Scan" not in plan
+        assert "Sort" not in plan
+
+
+def test_a_missing_driver_names_the_extra() -> None:
+    """Without psycopg a PostgreSQL URL is an error that says what to install."""
+    code = (
+        "import sys; sys.modules['psycopg'] = None\n"
+        "from jobledger.errors import ConfigError\n"
+        "from jobledger.streams.store import open_reader, open_store\n"
+        "for opens in (open_reader, open_store):\n"
+        "    try: opens('postgresql://me:s3cret@host/db', 'shop')\n"
+        "    except ConfigError as exc: print(exc)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.count("pip install 'jobledger[postgres]'") == 2
+    assert "s3cret" not in done.stdout
