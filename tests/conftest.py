@@ -17,6 +17,7 @@ import uuid
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from typing import TypeVar
 
 import pytest
 from confluent_kafka import KafkaException
@@ -31,6 +32,8 @@ from tests.postgres import Databases, NoPostgres, Server, databases
 DEFAULT_IMAGE = "apache/kafka:4.1.0"
 ENGINE_TIMEOUT_S = 5
 CONTAINER_TIMEOUT_S = 90
+
+Found = TypeVar("Found")
 
 SAID = "jobledger-said"
 _said: list[str] = []
@@ -63,11 +66,7 @@ def broker(request: pytest.FixtureRequest) -> Iterator[str]:
 def postgres(request: pytest.FixtureRequest) -> Iterator[Databases]:
     """A real PostgreSQL server that every test of this process shares; each takes a database of its own."""
     with ExitStack() as stack:
-        try:
-            found = stack.enter_context(databases())
-        except NoPostgres as why:
-            _say(request.config, f"postgresql: none; {why}")
-            pytest.skip(str(why))
+        found = _or_skip(request.config, "postgresql", lambda: stack.enter_context(databases()))
         _say(request.config, f"postgresql: {found.what}")
         yield found
 
@@ -76,12 +75,17 @@ def postgres(request: pytest.FixtureRequest) -> Iterator[Databases]:
 def postgres_server(request: pytest.FixtureRequest) -> Iterator[Server]:
     """A PostgreSQL server of the test's own, which it may stop and start."""
     with ExitStack() as stack:
-        try:
-            found = stack.enter_context(Server())
-        except NoPostgres as why:
-            _say(request.config, f"postgresql that can be stopped: none; {why}")
-            pytest.skip(str(why))
-        yield found
+        yield _or_skip(request.config, "postgresql to be stopped", lambda: stack.enter_context(Server()))
+
+
+def _or_skip(config: pytest.Config, what: str, start: Callable[[], Found]) -> Found:
+    try:
+        return start()
+    except NoPostgres as why:
+        line = f"{what}: none; {why}"
+        if line not in _said:
+            _say(config, line)
+        pytest.skip(str(why))
 
 
 @pytest.fixture(scope="session")

@@ -30,13 +30,7 @@ def open_reader(url: str, namespace: str) -> SqlReader:
     database lets us not in or the tables are not ours, `ConfigError` for a URL without a database.
     """
     address = Address(url, namespace)
-    reader = SqlReader(_engine(address), url, namespace, schema=address.schema, explain=address.explain)
-    try:
-        reader.check()
-    except BaseException:
-        reader.close()
-        raise
-    return reader
+    return SqlReader(_engine(address), url, namespace, schema=address.schema, explain=address.explain).checked()
 
 
 def copy(url: str, namespace: str, path: Path) -> None:

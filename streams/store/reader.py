@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, Self
 
 from sqlalchemy import Connection, Engine, Row, func, inspect, select, tuple_
 from sqlalchemy.exc import SQLAlchemyError
@@ -40,8 +40,16 @@ class SqlReader:
         self._engine, self._url, self._namespace, self._schema = engine, shown(url), namespace, schema
         self._explain = explain
 
-    def check(self) -> None:
-        """Raise `StoreNotFound` or `StoreError` unless this is the status database of our namespace."""
+    def checked(self) -> Self:
+        """This reader; closed, and `StoreNotFound` or `StoreError` raised, unless it reads our namespace's table."""
+        try:
+            self._check()
+        except BaseException:
+            self.close()
+            raise
+        return self
+
+    def _check(self) -> None:
         found: dict[str, str] = {}
         try:
             with self._engine.connect() as db:

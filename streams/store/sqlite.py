@@ -80,13 +80,7 @@ def open_reader(url: str, namespace: str) -> SqlReader:
     def connect() -> sqlite3.Connection:
         return sqlite3.connect(_read_only(path), uri=True, timeout=BUSY_TIMEOUT_S, check_same_thread=False)
 
-    reader = SqlReader(_engine(connect), url, namespace)
-    try:
-        reader.check()
-    except BaseException:
-        reader.close()
-        raise
-    return reader
+    return SqlReader(_engine(connect), url, namespace).checked()
 
 
 def _engine(connect: Callable[[], sqlite3.Connection]) -> Engine:

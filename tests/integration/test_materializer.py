@@ -18,6 +18,7 @@ from typing import Any, Self
 import fastavro
 import psycopg
 import pytest
+import sqlalchemy
 import uuid_utils
 from confluent_kafka import TopicPartition
 
@@ -316,6 +317,25 @@ def test_a_database_that_is_away_for_ten_seconds_loses_nothing(
         assert found.equal, found
         assert rebuild(world.names, world.settings, ["mail"], url).jobs == 3_500
         assert verify(world.names, world.settings, ["mail"], url).equal
+
+
+def test_a_materializer_waits_for_its_database_at_the_start(
+    broker: str, namespace: str, postgres_server: Server
+) -> None:
+    """A materializer that starts before its database does begins when that answers; one it is refused by ends at once."""
+    with postgres_server.database() as url, closing(World(broker, namespace, url)) as world:
+        world.fill(10)
+        postgres_server.stop()
+        with Running(world.materializer()) as running:
+            wait_until(lambda: sample(running.made, "store_retries_total") > 0, 20, "a try in vain")
+            postgres_server.start()
+            running.catch_up()
+        with postgres_server.role("right") as role:
+            world.url = sqlalchemy.make_url(url).set(username=role, password="wrong").render_as_string(False)
+            with Running(world.materializer()) as running:
+                wait_until(lambda: running.error is not None, 20, "giving up")
+    assert "the user or the password" in str(running.error)
+    assert sample(running.made, "store_retries_total") == 0
 
 
 def test_garbage_is_counted_and_passed(world: World) -> None:
