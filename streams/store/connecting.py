@@ -16,12 +16,18 @@ from sqlalchemy.exc import ArgumentError, DBAPIError
 from jobledger.errors import ConfigError, StoreError, StoreUnavailable
 from jobledger.streams.store.address import shown
 
-#: Seconds one try may take; a URL's own ``connect_timeout`` wins.
-CONNECT_TIMEOUT_S = 5
 #: Pauses in seconds between two tries: first, most.
 PAUSE_FIRST_S, PAUSE_MOST_S = 0.1, 1.0
-#: A peer that vanished without a word is given up after about half a minute, not after the system's two hours.
-_ALIVE = {"keepalives_idle": 10, "keepalives_interval": 5, "keepalives_count": 3, "tcp_user_timeout": 30_000}
+#: Of a connection, where the URL does not say otherwise. One try takes five seconds at most; a peer that vanished without a
+#: word is given up after about half a minute, not after the system's two hours.
+_DEFAULTS = {
+    "client_encoding": "utf8",
+    "connect_timeout": 5,
+    "keepalives_idle": 10,
+    "keepalives_interval": 5,
+    "keepalives_count": 3,
+    "tcp_user_timeout": 30_000,
+}
 #: Bytes of a name in PostgreSQL.
 _NAME_BYTES = 63
 
@@ -66,7 +72,7 @@ class Address:
         deadline, pause = time.monotonic() + patience, PAUSE_FIRST_S
         while True:
             try:
-                return psycopg.connect(**{"connect_timeout": CONNECT_TIMEOUT_S, **_ALIVE, **options})
+                return psycopg.connect(**{**_DEFAULTS, **options})
             except psycopg.Error as exc:
                 error = self.explain(exc, "reached")
                 if not isinstance(error, StoreUnavailable) or time.monotonic() + pause > deadline:

@@ -94,6 +94,8 @@ class PostgresStore(SqlStore):
         self._url, self._address = url, Address(url, namespace)
         self.schema = schema or self._address.schema
         self._db: psycopg.Connection[Any] | None = None
+        #: Whether this session holds the lock that tells others of its life.
+        self._marked = False
         #: The offsets as this writer last knew them to be in the table; None: it does not know.
         self._left: Mapping[Partition, int] | None = None
         try:
@@ -194,6 +196,12 @@ class PostgresStore(SqlStore):
         return bool(names)
 
     def _create(self) -> None:
+        ((encoding,),) = self._run("SHOW server_encoding").fetchall()
+        if encoding != "UTF8":
+            raise StoreError(
+                f"{self._address.place} is encoded in {encoding}, which cannot hold every text: make one with "
+                "`createdb --encoding=UTF8 --template=template0`"
+            )
         db, dialect = self._connected(), postgresql.dialect()  # type: ignore[no-untyped-call]  # it bears no types
         if db.execute("SELECT 1 FROM pg_namespace WHERE nspname = %s", (self.schema,)).fetchone() is None:
             db.execute(sql.SQL("CREATE SCHEMA {}").format(sql.Identifier(self.schema)))
@@ -225,9 +233,15 @@ class PostgresStore(SqlStore):
         self._mark(self._connected(), epoch)
         self._left = None
 
+    def _own(self) -> None:
+        super()._own()
+        if not self._marked and self._epoch is not None:
+            self._mark(self._connected(), self._epoch)
+
     def _mark(self, db: psycopg.Connection[Any], epoch: int) -> None:
-        # Not waited for: whoever has it is about to find the last writer gone, and to write itself.
-        db.execute("SELECT pg_try_advisory_lock(%s, %s)", self._mark_of(epoch))
+        # Not waited for: it is with the session before, whose end the server has not noticed yet, and is asked for again;
+        # or with another that finds the last writer gone and is about to write itself.
+        ((self._marked,),) = db.execute("SELECT pg_try_advisory_lock(%s, %s)", self._mark_of(epoch)).fetchall()
 
     def _mark_of(self, epoch: int) -> tuple[int, int]:
         return _number(self.schema) >> 32, epoch & 0x7FFFFFFF

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import threading
@@ -51,7 +52,7 @@ def member(postgres: Databases, url: str, *grants: str) -> Iterator[str]:
 def break_connections(postgres: Databases, url: str) -> None:
     """End every session on a database, as a server that stops or a network that fails does."""
     name = sqlalchemy.make_url(url).database
-    ended = "pg_terminate_backend(pid)"
+    ended = "pg_terminate_backend(pid, 5000)"  # waits for their ends
     postgres.execute(
         f"SELECT {ended} FROM pg_stat_activity WHERE datname = '{name}' AND backend_type = 'client backend'"
     )
@@ -158,6 +159,17 @@ def test_a_schema_of_something_else_is_refused(postgres: Databases, url: str) ->
     """A schema of our name with tables that are not ours is left as it is."""
     postgres.execute(f"CREATE SCHEMA {SCHEMA} CREATE TABLE meals (name text)", url)
     refused(url, "something else")
+
+
+def test_a_database_that_cannot_hold_every_text_is_refused(postgres: Databases) -> None:
+    """A database in another encoding than UTF-8 is refused at once, and not by the first name that does not fit."""
+    name = f"jl_latin_{os.getpid()}"
+    postgres.execute(f"CREATE DATABASE {name} ENCODING 'LATIN1' LOCALE 'C' TEMPLATE template0")
+    try:
+        with pytest.raises(StoreError, match="encoded in LATIN1"):
+            open_store(postgres.at(database=name), NAMESPACE)
+    finally:
+        postgres.execute(f"DROP DATABASE {name} WITH (FORCE)")
 
 
 def test_two_that_make_the_table_at_once_make_one(url: str) -> None:
