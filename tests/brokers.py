@@ -1,0 +1,158 @@
+"""A cluster of real brokers on this machine, each of which can be killed, stopped and started again; TLS if asked for.
+
+Made of the same process as `jobledger.kafka.embedded.EmbeddedKafka`: no Docker, no installed Java. All nodes are broker
+and controller, so one of three may be away. They end with the process that made them.
+"""
+
+from __future__ import annotations
+
+import shutil
+import signal
+import tempfile
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from jobledger.config import default_home
+from jobledger.kafka import broker
+from jobledger.kafka.defaults import HOST, KAFKA_VERSION, STOP_TIMEOUT_S
+from jobledger.kafka.jars import classpath
+from jobledger.kafka.ports import free_port
+
+START_TIMEOUT_S = 90.0
+HEAP_MB = 256
+
+#: Every topic on three brokers, of which two must have a record before it is acknowledged; Kafka's own topics, too.
+REPLICATED: Mapping[str, str] = {
+    "default.replication.factor": "3",
+    "min.insync.replicas": "2",
+    "offsets.topic.replication.factor": "3",
+    "transaction.state.log.replication.factor": "3",
+    "transaction.state.log.min.isr": "2",
+    "share.coordinator.state.topic.replication.factor": "3",
+    "share.coordinator.state.topic.min.isr": "2",
+}
+
+
+class Brokers:
+    """``size`` brokers, numbered from 1. For `with`.
+
+    ``config`` goes above `jobledger.kafka.broker.BROKER_CONFIG` (with more than one broker, above `REPLICATED`, too).
+    ``listeners`` names protocols (``SSL``, ``SASL_SSL``) that every broker speaks beside plain text; their ports are in
+    `listener`. Files that ``config`` names must be there before the start.
+    """
+
+    def __init__(
+        self,
+        size: int = 1,
+        *,
+        config: Mapping[str, str] | None = None,
+        listeners: tuple[str, ...] = (),
+        heap_mb: int = HEAP_MB,
+    ) -> None:
+        self.folder = Path(tempfile.mkdtemp(prefix="jobledger-kafka-"))
+        taken: set[int] = set()
+        id_ = broker.cluster_id()
+        controllers = {node: _port(taken) for node in range(1, size + 1)}
+        path = classpath(default_home() / "jars")
+        self._launches = {
+            node: broker.Launch(
+                path,
+                _port(taken),
+                self.folder / str(node) / "data",
+                heap_mb,
+                KAFKA_VERSION,
+                {**(REPLICATED if size > 1 else {}), **(config or {})},
+                {protocol: _port(taken) for protocol in listeners},
+                broker.Cluster(id_, node, controllers),
+            )
+            for node in controllers
+        }
+
+    @property
+    def nodes(self) -> list[int]:
+        """The numbers of all brokers, whether they run or not."""
+        return list(self._launches)
+
+    @property
+    def bootstrap(self) -> str:
+        """All brokers in plain text, ``host:port,host:port``."""
+        return ",".join(f"{HOST}:{launch.port}" for launch in self._launches.values())
+
+    def listener(self, protocol: str) -> str:
+        """All brokers' listeners that speak ``protocol``, ``host:port,host:port``."""
+        return ",".join(f"{HOST}:{launch.listeners[protocol]}" for launch in self._launches.values())
+
+    def log(self, node: int) -> str:
+        """What this broker has logged since its last start."""
+        return self._files(node).log.read_text("utf-8", "replace")
+
+    def start(self, *nodes: int) -> None:
+        """Start these brokers at once (default: all), and return when each answers."""
+        with ThreadPoolExecutor() as pool:
+            for done in [pool.submit(self._start, node) for node in nodes or self.nodes]:
+                done.result()
+
+    def stop(self, node: int) -> None:
+        """SIGTERM: its leaderships move away first."""
+        self._end(node, STOP_TIMEOUT_S)
+
+    def kill(self, node: int) -> None:
+        """kill -9."""
+        self._end(node, 0)
+
+    def pause(self, node: int) -> None:
+        """SIGSTOP: its connections stay open and nothing answers."""
+        self._running(node).process.send_signal(signal.SIGSTOP)
+
+    def resume(self, node: int) -> None:
+        """SIGCONT."""
+        self._running(node).process.send_signal(signal.SIGCONT)
+
+    def close(self) -> None:
+        """End all of them, and remove their data."""
+        for node in self.nodes:
+            if broker.running(self._files(node)) is not None:
+                self.kill(node)
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def __enter__(self) -> Self:
+        try:
+            self.start()
+        except BaseException:
+            self.close()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _start(self, node: int) -> None:
+        files = self._files(node)
+        files.root.mkdir(parents=True, exist_ok=True)
+        broker.launch(
+            files, self._launches[node], detach=False, timeout=START_TIMEOUT_S, report=lambda step, done, total: None
+        )
+
+    def _files(self, node: int) -> broker.Files:
+        return broker.Files.of(self.folder / str(node))
+
+    def _running(self, node: int) -> broker.Running:
+        found = broker.running(self._files(node))
+        assert found is not None, f"broker {node} does not run"
+        return found
+
+    def _end(self, node: int, timeout: float) -> None:
+        broker.end(self._running(node).process.pid, timeout)
+
+
+def _port(taken: set[int]) -> int:
+    # Ports are only bound when the brokers start, so that none of them may be given out twice before.
+    while (port := free_port()) in taken:
+        pass
+    taken.add(port)
+    return port
