@@ -32,7 +32,7 @@ from jobledger.domain import EventType
 from jobledger.kafka.topics import ensure
 from jobledger.log import LogReader, admin, consumer_config, decoder, partitions_of, producer_config, recorded
 from jobledger.schemas.events import JobSucceeded
-from jobledger.streams.projections import open_engine
+from jobledger.streams.projection_store import ProjectionStore
 
 #: Emitted a second while the way to the handler is measured.
 PACE = 200
@@ -175,18 +175,18 @@ def projection(settings: Settings, events: int) -> list[Figure]:
             for first in range(0, events, 100_000):
                 app.emit_many(apps.Emitted(n) for n in range(first, min(events, first + 100_000)))
             process = processes.start("projection", "projections", "run", "bench.apps:app")
-            engine = open_engine(processes.env["JOBLEDGER_STATUS_URL"])
+            store = ProjectionStore(processes.env["JOBLEDGER_STATUS_URL"], names.namespace)
             began, before, done = 0.0, 0, 0
             while done < events:
                 time.sleep(0.25)
                 processes.check()
-                done = _folded(engine)
+                done = _folded(store.engine)
                 if done and not began:
                     began, before = time.perf_counter(), done
                 if done > events / 10:
                     samples.append(process.memory_info().rss / 2**20)
             took = time.perf_counter() - began
-            engine.dispose()
+            store.close()
         finally:
             processes.stop()
             app.close()

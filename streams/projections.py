@@ -13,8 +13,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import msgspec
 import sqlalchemy
@@ -23,7 +21,6 @@ from sqlalchemy import (
     BigInteger,
     Column,
     Connection,
-    Engine,
     Integer,
     MetaData,
     PrimaryKeyConstraint,
@@ -31,14 +28,13 @@ from sqlalchemy import (
     Text,
     and_,
     delete,
-    event,
     select,
     update,
 )
 from sqlalchemy.dialects import postgresql, sqlite
 
 from jobledger.config import Settings
-from jobledger.errors import ConfigError, JobledgerError, StoreError
+from jobledger.errors import JobledgerError, StoreError, StoreUnavailable
 from jobledger.log import (
     LogReader,
     consumer_config,
@@ -48,13 +44,14 @@ from jobledger.log import (
 from jobledger.names import Names
 from jobledger.projection import RESERVED, Projection
 from jobledger.streams.folding import Folding, Reading
+from jobledger.streams.projection_store import ProjectionStore
 
 LOG = logging.getLogger("jobledger.projection")
 
 #: Records of one transaction at most, and seconds that are waited for the first.
 BATCH, POLL_S = 5_000, 0.1
-#: Seconds a statement waits for another writer, and between two tries of a database that is away.
-BUSY_S, AWAY_S = 30.0, 1.0
+#: Seconds between two tries of a database that is away.
+AWAY_S = 1.0
 #: How often in a row the database may be away before it is an error.
 AWAY_TRIES = 30
 
@@ -75,42 +72,6 @@ offsets_table = Table(
 
 class Overtaken(StoreError):
     """Another process has moved this projection's offsets."""
-
-
-def database_of(status_url: str) -> str:
-    """Where projections live, by the status table's URL: the same PostgreSQL database; beside a SQLite file, one of its
-    own, since a rebuild swaps that file and SQLite has one writer at a time."""
-    url = sqlalchemy.make_url(status_url)
-    if url.get_backend_name() == "sqlite":
-        if not url.database or url.database == ":memory:":
-            raise ConfigError(f"JOBLEDGER_STATUS_URL={status_url!r} names no file: write sqlite:///folder/status.db")
-        stem, dot, suffix = url.database.rpartition(".")
-        return f"sqlite:///{stem if dot else suffix}-projections.{suffix if dot else 'db'}"
-    if url.get_backend_name() == "postgresql":
-        return url.set(drivername="postgresql+psycopg").render_as_string(hide_password=False)
-    raise ConfigError(f"JOBLEDGER_STATUS_URL: {url.get_backend_name()!r} is of a kind that is not known")
-
-
-def open_engine(status_url: str) -> Engine:
-    """An engine for `database_of`; SQLite in WAL mode, every transaction of it a writer's from its first statement."""
-    url = database_of(status_url)
-    if not url.startswith("sqlite"):
-        engine = sqlalchemy.create_engine(url)
-    else:
-        Path(url.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
-        engine = sqlalchemy.create_engine(url, connect_args={"timeout": BUSY_S})
-
-        @event.listens_for(engine, "connect")
-        def _(connection: Any, record: object) -> None:
-            connection.isolation_level = None
-            connection.execute("PRAGMA journal_mode=WAL")
-            connection.execute("PRAGMA synchronous=NORMAL")
-
-        @event.listens_for(engine, "begin")
-        def _(connection: Connection) -> None:
-            connection.exec_driver_sql("BEGIN IMMEDIATE")
-
-    return engine
 
 
 @dataclass(slots=True)
@@ -135,13 +96,14 @@ class Runner:
     ) -> None:
         self.projection, self.settings, self.names = projection, settings, names
         self._reading = Reading(projection, settings, names, queues)
-        self._engine = open_engine(status_url)
+        self._store = ProjectionStore(status_url, names.namespace)
+        self._engine = self._store.engine
         self.folded = 0
         self._mine = and_(offsets_table.c.namespace == names.namespace, offsets_table.c.projection == projection.name)
 
     def close(self) -> None:
         """Give the connections back."""
-        self._engine.dispose()
+        self._store.close()
 
     @property
     def unreadable(self) -> int:
@@ -151,24 +113,24 @@ class Runner:
     # -- the database ---------------------------------------------------------------------------------------------
 
     def _patiently(self, stop: threading.Event, work: Callable[[], None]) -> None:
-        """Try again while the database is away, a bounded number of times."""
+        """Try again while the database is away, a bounded number of times. Raises `StoreError`."""
         tries = 0
         while True:
             try:
                 work()
                 return
-            except sqlalchemy.exc.OperationalError as exc:
+            except (sqlalchemy.exc.DBAPIError, StoreError) as exc:
+                if isinstance(exc, Overtaken):
+                    raise
+                error = self._store.explain(exc, f"projection {self.projection.name}")
                 tries += 1
-                if tries > AWAY_TRIES or stop.is_set():
-                    shown = self._engine.url.render_as_string(hide_password=True)
-                    raise StoreError(f"projection {self.projection.name}: {shown} does not answer: {exc.orig}") from exc
-                LOG.warning("projection %s: the database does not answer: %s", self.projection.name, exc.orig)
+                if not isinstance(error, StoreUnavailable) or tries > AWAY_TRIES or stop.is_set():
+                    raise error from exc
+                LOG.warning("%s; trying again", error)
                 stop.wait(AWAY_S)
 
     def _set_up(self) -> None:
-        with self._engine.begin() as db:
-            _metadata.create_all(db)
-            self.projection.table.create(db, checkfirst=True)
+        self._store.make(offsets_table, self.projection.table)
 
     def offsets(self, db: Connection) -> dict[Place, int]:
         """The next offsets, by place."""
@@ -177,7 +139,7 @@ class Runner:
 
     def _move(self, db: Connection, before: Mapping[Place, int], after: Mapping[Place, int]) -> None:
         """Move the offsets; raises `Overtaken` unless they stand where they are believed to be."""
-        for (topic, partition), offset in after.items():
+        for (topic, partition), offset in sorted(after.items()):  # one order for all: they cannot lock each other out
             place = and_(self._mine, offsets_table.c.topic == topic, offsets_table.c.partition == partition)
             known = before.get((topic, partition))
             if known is None:
@@ -186,7 +148,9 @@ class Runner:
                     "partition": partition, "next_offset": offset,
                 }  # fmt: skip
                 insert = postgresql.insert if db.dialect.name == "postgresql" else sqlite.insert
-                moved = db.execute(insert(offsets_table).values(values).on_conflict_do_nothing())
+                made = insert(offsets_table).values(values).on_conflict_do_nothing()
+                # An INSERT's count is dropped unless it is asked for.
+                moved = db.execute(made, execution_options={"preserve_rowcount": True})
             else:
                 place = and_(place, offsets_table.c.next_offset == known)
                 moved = db.execute(update(offsets_table).where(place).values(next_offset=offset))
@@ -254,7 +218,7 @@ class Runner:
         """Fold the log again, up to where the live table is, into a copy, and compare. The live table may be written."""
         began = time.monotonic()
         self._patiently(stop, self._set_up)
-        with self._engine.begin() as db:
+        with self._store.begin_snapshot() as db:
             ends = self.offsets(db)
             live, rows = _digest(db, self.projection.table)
         copy, records = self._fold_again(ends, stop, tell, "verify")
@@ -363,4 +327,4 @@ def _digest(db: Connection, table: Table) -> tuple[str, int]:
     return digest.hexdigest(), rows
 
 
-__all__ = ["Checked", "Overtaken", "Runner", "database_of", "open_engine"]
+__all__ = ["Checked", "Overtaken", "Runner"]

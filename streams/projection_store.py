@@ -1,0 +1,116 @@
+"""The database that projections live in: where it is, how it is opened, and which of its errors pass by themselves."""
+
+from __future__ import annotations
+
+import sqlite3
+from pathlib import Path
+from typing import Any
+
+import sqlalchemy
+from sqlalchemy import Connection, Engine, Table, event, func, select
+from sqlalchemy.exc import SQLAlchemyError
+
+from jobledger.errors import ConfigError, StoreError, StoreUnavailable
+from jobledger.streams.store.address import shown
+
+#: Seconds a statement waits for another writer of a SQLite file.
+BUSY_S = 30.0
+#: SQLite's primary result codes that may pass by themselves: BUSY, LOCKED, IOERR, FULL, CANTOPEN.
+_SQLITE_PASSING = {5, 6, 10, 13, 14}
+#: Of two transactions that cannot both be done, PostgreSQL gives up one: serialization, deadlock.
+_POSTGRES_PASSING = {"40001", "40P01"}
+#: The advisory lock under which tables are made: any number that nobody else uses.
+_MAKING = 0x6A6F_626C_6564_6765
+
+
+def database_of(status_url: str) -> str:
+    """Where projections live, by the status table's URL: the same PostgreSQL database; beside a SQLite file, one of its
+    own, since a rebuild swaps that file and SQLite has one writer at a time. Raises `ConfigError`."""
+    scheme = status_url.partition(":")[0]
+    if scheme == "sqlite":
+        path = sqlalchemy.make_url(status_url).database
+        if not path or path == ":memory:":
+            raise ConfigError(f"JOBLEDGER_STATUS_URL={status_url!r} names no file: write sqlite:///folder/status.db")
+        stem, dot, suffix = path.rpartition(".")
+        return f"sqlite:///{stem if dot else suffix}-projections.{suffix if dot else 'db'}"
+    if scheme == "postgresql":
+        return status_url
+    raise ConfigError(
+        f"JOBLEDGER_STATUS_URL={shown(status_url)!r} is of a kind that is not known: write sqlite:///folder/status.db or "
+        "postgresql://user:password@host/database"
+    )
+
+
+class ProjectionStore:
+    """An engine for `database_of`. Use it from one thread, and close it. Raises `ConfigError`.
+
+    SQLite is in WAL mode, and every transaction of it a writer's from its first statement.
+    """
+
+    def __init__(self, status_url: str, namespace: str) -> None:
+        url = database_of(status_url)
+        self._url = url
+        if url.startswith("sqlite"):
+            self._address = None
+            self.engine = _sqlite(url)
+        else:
+            from jobledger.streams.store.connecting import Address  # late: its driver is an extra
+
+            self._address = address = Address(url, namespace)
+            # A server that was started again has closed what is in the pool.
+            self.engine = sqlalchemy.create_engine(address.url, creator=address.connect, pool_pre_ping=True)
+
+    def begin_snapshot(self) -> Any:
+        """A transaction that sees the database as it is at its first statement, whoever writes meanwhile."""
+        engine = self.engine
+        if self._address is not None:
+            engine = engine.execution_options(isolation_level="REPEATABLE READ")
+        return engine.begin()
+
+    def make(self, *tables: Table) -> None:
+        """Make those of the tables that are missing. Several processes may do so at once."""
+        with self.engine.begin() as db:
+            if self._address is not None:
+                # Two that look, and then make, would collide.
+                db.execute(select(func.pg_advisory_xact_lock(_MAKING)))
+            for table in tables:
+                table.create(db, checkfirst=True)
+
+    def close(self) -> None:
+        """Give the connections back."""
+        self.engine.dispose()
+
+    def explain(self, exc: SQLAlchemyError | StoreError, who: str) -> StoreError:
+        """The driver's error as ours, `StoreUnavailable` if it may pass by itself; ``who``: the projection, for people."""
+        cause: Any = getattr(exc, "orig", None) or exc
+        if self._address is None:
+            passing = isinstance(cause, sqlite3.Error) and (cause.sqlite_errorcode or 0) & 0xFF in _SQLITE_PASSING
+            return (StoreUnavailable if passing else StoreError)(f"{who}: {shown(self._url)}: {cause}")
+        code, said = getattr(cause, "sqlstate", None), str(cause).partition("\n")[0]
+        if code in _POSTGRES_PASSING:
+            return StoreUnavailable(f"{who}: {self._address.place}: {said}")
+        if code == "42501":  # insufficient_privilege
+            return StoreError(
+                f"{who} cannot be kept in {self._address.place} by user {self._address.user!r}: {said}. Its "
+                "table and `jobledger_projections` are made in the user's own schema search path: GRANT CREATE ON SCHEMA "
+                "helps, or `?options=-csearch_path%3Dyours` in JOBLEDGER_STATUS_URL"
+            )
+        found = self._address.explain(exc, "reached")
+        return type(found)(f"{who}: {found}")
+
+
+def _sqlite(url: str) -> Engine:
+    Path(url.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
+    engine = sqlalchemy.create_engine(url, connect_args={"timeout": BUSY_S})
+
+    @event.listens_for(engine, "connect")
+    def _(connection: Any, record: object) -> None:
+        connection.isolation_level = None
+        connection.execute("PRAGMA journal_mode=WAL")
+        connection.execute("PRAGMA synchronous=NORMAL")
+
+    @event.listens_for(engine, "begin")
+    def _(connection: Connection) -> None:
+        connection.exec_driver_sql("BEGIN IMMEDIATE")
+
+    return engine
