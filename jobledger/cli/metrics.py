@@ -1,4 +1,7 @@
-"""Prometheus metrics of one process over HTTP, on the loopback address: what it counts itself, and its health's figures."""
+"""Prometheus metrics of one process over HTTP: what it counts itself, and its health's figures.
+
+On the loopback address unless another is asked for. They name tasks, queues and topics, and hold no job's contents.
+"""
 
 from __future__ import annotations
 
@@ -10,11 +13,10 @@ from typing import Any
 from prometheus_client import REGISTRY, start_http_server
 from prometheus_client.core import GaugeMetricFamily
 
+from jobledger.cli.options import Listen
 from jobledger.errors import PortTaken
 
 LOG = logging.getLogger("jobledger.metrics")
-
-HOST = "127.0.0.1"
 
 Health = Callable[[], Mapping[str, Any]]
 
@@ -51,22 +53,19 @@ class HealthFigures:
 
 
 @contextmanager
-def serving(port: int | None, prefix: str = "", health: Health | None = None) -> Iterator[None]:
-    """Serve metrics on ``port`` of 127.0.0.1 (0: a free one, which is logged; None: not at all) while the block runs.
-
-    Raises `PortTaken`.
-    """
-    if port is None:
+def serving(at: Listen | None, prefix: str = "", health: Health | None = None) -> Iterator[None]:
+    """Serve metrics at ``at`` while the block runs; a free port is logged. None: not at all. Raises `PortTaken`."""
+    if at is None:
         yield
         return
     collector = None if health is None else HealthFigures(prefix, health)
     try:
-        server, thread = start_http_server(port, HOST)
+        server, thread = start_http_server(at.port, at.host)
     except OSError as exc:
         raise PortTaken(
-            f"metrics cannot be served on {HOST}:{port}: {exc.strerror}; choose another --metrics-port (0: a free one)"
+            f"metrics cannot be served on {at}: {exc.strerror}; choose another --metrics-port (0: a free one)"
         ) from exc
-    LOG.info("metrics on http://%s:%d/metrics", HOST, server.server_port)
+    LOG.info("metrics on http://%s/metrics", at._replace(port=server.server_port))
     if collector is not None:
         REGISTRY.register(collector)
     try:

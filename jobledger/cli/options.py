@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, NamedTuple
 
 import typer
 
@@ -38,6 +38,44 @@ Namespace = Annotated[
         metavar="NAME",
         help="Or its namespace alone, without importing the app.",
         show_default="the only one on this machine",
+    ),
+]
+
+
+#: Where metrics are served unless a host is given.
+HOST = "127.0.0.1"
+
+
+class Listen(NamedTuple):
+    """Where metrics are served; port 0: a free one."""
+
+    host: str
+    port: int
+
+    @classmethod
+    def parse(cls, text: str) -> Listen:
+        """``PORT`` on the loopback address, or ``HOST:PORT``. Raises `typer.BadParameter`."""
+        host, _, port = text.rpartition(":")
+        if not port.isascii() or not port.isdigit() or int(port) > 65535:
+            raise typer.BadParameter(f"{text!r}: write a port, 0 to 65535 (0: a free one), or HOST:PORT")
+        return cls(host.strip("[]") or HOST, int(port))
+
+    def __str__(self) -> str:
+        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+
+    def following(self, count: int) -> Listen:
+        """The same host, ``count`` ports on; a free port stays one."""
+        return self._replace(port=self.port + count if self.port else 0)
+
+
+Metrics = Annotated[
+    Listen | None,
+    typer.Option(
+        "--metrics-port",
+        parser=Listen.parse,
+        metavar="[HOST:]PORT",
+        help="Serve Prometheus metrics; on 127.0.0.1 unless a host is given, e.g. 0.0.0.0:9100.",
+        show_default="no",
     ),
 ]
 

@@ -11,7 +11,7 @@ import typer
 
 from jobledger.cli import logs, output
 from jobledger.cli.loading import load_app
-from jobledger.cli.options import Bootstrap, Json, StatusUrl, Target
+from jobledger.cli.options import Bootstrap, Json, Metrics, StatusUrl, Target
 from jobledger.cli.output import Cell, Exit
 from jobledger.cli.running import stopping
 from jobledger.cli.table import progress_bar
@@ -34,13 +34,20 @@ def run(
     ] = None,
     bootstrap: Bootstrap = None,
     status_url: StatusUrl = None,
+    metrics: Metrics = None,
 ) -> None:
     """Keep projections abreast of the log, until SIGTERM or Ctrl-C. One that fails ends all; the next start goes on."""
+    from jobledger.cli.metrics import serving
+
     logs.set_up()
     loaded = load_app(target, bootstrap=bootstrap, status_url=status_url)
     runners = [_runner(loaded, name) for name in names or _all(loaded)]
     failed: list[JobledgerError] = []
-    with ExitStack() as stack, stopping() as stop:
+
+    def counts() -> dict[str, int]:
+        return {"folded": sum(r.folded for r in runners), "unreadable": sum(r.unreadable for r in runners)}
+
+    with ExitStack() as stack, serving(metrics, "jobledger_projections", counts), stopping() as stop:
         for runner in runners:
             stack.callback(runner.close)
 

@@ -15,7 +15,7 @@ import typer
 
 from jobledger.cli import logs, output
 from jobledger.cli.loading import load_app
-from jobledger.cli.options import Bootstrap, StatusUrl, Target
+from jobledger.cli.options import Bootstrap, Listen, Metrics, StatusUrl, Target
 from jobledger.errors import JobledgerError
 
 if TYPE_CHECKING:
@@ -44,11 +44,6 @@ PART_STYLES = {
     "dev": "bold cyan",
     "supervisor": "bold cyan",
 }
-
-MetricsPort = Annotated[
-    int | None,
-    typer.Option(metavar="PORT", min=0, max=65535, help="Serve Prometheus metrics on 127.0.0.1.", show_default="no"),
-]
 
 
 def command(*words: str) -> tuple[str, ...]:
@@ -117,7 +112,7 @@ def worker(
     processes: Annotated[int, typer.Option(min=1, help="Worker processes, supervised.")] = 1,
     grace: Annotated[float, typer.Option(min=0, metavar="SECONDS", help="For running jobs to end on SIGTERM.")] = 30.0,
     bootstrap: Bootstrap = None,
-    metrics_port: MetricsPort = None,
+    metrics: Metrics = None,
 ) -> None:
     """Run jobs until SIGTERM or Ctrl-C; then finish what runs, commit, and leave. A second one cuts the grace time.
 
@@ -132,20 +127,20 @@ def worker(
     for name in names or []:
         app.registry.check_queue(name)
     if processes > 1:
-        _worker_processes(target, processes, options, bootstrap, metrics_port)
+        _worker_processes(target, processes, options, bootstrap, metrics)
     from jobledger.cli.metrics import serving
     from jobledger.consumers.worker import Worker, run_worker
 
     with ExitStack() as stack:
 
         def serve(made: Worker) -> None:
-            stack.enter_context(serving(metrics_port, "jobledger_worker", made.health))
+            stack.enter_context(serving(metrics, "jobledger_worker", made.health))
 
         _end(run_worker(app.registry, app.settings, options, on_ready=serve))
 
 
 def _worker_processes(
-    target: str, processes: int, options: WorkerOptions, bootstrap: str | None, metrics_port: int | None
+    target: str, processes: int, options: WorkerOptions, bootstrap: str | None, metrics: Listen | None
 ) -> None:
     from jobledger.streams.supervisor import Child
 
@@ -157,12 +152,12 @@ def _worker_processes(
         words += ["--threads", str(options.threads)]
     children = []
     for number in range(processes):
-        port = [] if metrics_port is None else ["--metrics-port", str(metrics_port + number if metrics_port else 0)]
+        port = [] if metrics is None else ["--metrics-port", str(metrics.following(number))]
         children.append(Child(f"worker-{number + 1}", command("worker", *words, *port)))
     raise typer.Exit(supervised(children, restarts=5, grace=options.grace + 15.0))
 
 
-def router(target: Target, bootstrap: Bootstrap = None, metrics_port: MetricsPort = None) -> None:
+def router(target: Target, bootstrap: Bootstrap = None, metrics: Metrics = None) -> None:
     """Submit a job for each handler of each domain event, until SIGTERM or Ctrl-C. Several share the partitions."""
     logs.set_up()
     app = load_app(target, bootstrap=bootstrap)
@@ -170,11 +165,11 @@ def router(target: Target, bootstrap: Bootstrap = None, metrics_port: MetricsPor
     from jobledger.consumers.router import Router
 
     made = Router(app.registry, app.settings)
-    with serving(metrics_port, "jobledger_router", made.health), stopping() as stop:
+    with serving(metrics, "jobledger_router", made.health), stopping() as stop:
         made.run(stop)
 
 
-def coordinator(target: Target, bootstrap: Bootstrap = None, metrics_port: MetricsPort = None) -> None:
+def coordinator(target: Target, bootstrap: Bootstrap = None, metrics: Metrics = None) -> None:
     """Let delayed and retried jobs go when they are due, until SIGTERM or Ctrl-C. Several share the partitions."""
     logs.set_up()
     app = load_app(target, bootstrap=bootstrap)
@@ -183,7 +178,7 @@ def coordinator(target: Target, bootstrap: Bootstrap = None, metrics_port: Metri
     from jobledger.cli.metrics import serving
     from jobledger.streams.coordinator import run_coordinator
 
-    with serving(metrics_port):
+    with serving(metrics):
         _end(run_coordinator(app.names, app.settings, app.partitions, registry=REGISTRY))
 
 
@@ -194,7 +189,7 @@ def materializer(
     upkeep: Annotated[
         bool, typer.Option("--upkeep/--no-upkeep", help="Run watchdog, audit and trimming beside this status table.")
     ] = True,
-    metrics_port: MetricsPort = None,
+    metrics: Metrics = None,
 ) -> None:
     """Keep the status table abreast of the log, until SIGTERM or Ctrl-C. A second one stands by until the first ends.
 
@@ -210,7 +205,7 @@ def materializer(
     url = app.settings.resolve_status_url(app.names.namespace)
     app.settings.resolve_bootstrap()
     made = Materializer(app.names, app.settings, list(app.queues), url, registry=REGISTRY)
-    with serving(metrics_port), stopping() as stop:
+    with serving(metrics), stopping() as stop:
         rounds = threading.Thread(target=_upkeep, args=(app, url, made, stop), name="jobledger-upkeep")
         if upkeep:
             rounds.start()
@@ -263,29 +258,20 @@ def streams(
     restarts: Annotated[
         int, typer.Option(min=0, help="Quick deaths of one part, in a row, before all of it ends with exit code 1.")
     ] = 5,
-    metrics_port: Annotated[
-        int | None,
-        typer.Option(
-            metavar="PORT",
-            min=1,
-            max=65534,
-            help="Serve Prometheus metrics on 127.0.0.1: the coordinator's there, the materializer's on the next port.",
-            show_default="no",
-        ),
-    ] = None,
+    metrics: Metrics = None,
 ) -> None:
     """Run the stream processor: coordinator and materializer, each a process of its own, supervised.
 
-    One that dies is started again, with growing pauses. Should this process be killed, both stop by themselves.
+    The coordinator's metrics are on --metrics-port, the materializer's on the next port. One that dies is started again, with growing pauses. Should this process be killed, both stop by themselves.
     """
     from dataclasses import replace
 
     app = load_app(target, bootstrap=bootstrap, status_url=status_url)
     app.settings.resolve_bootstrap()  # nothing to run against is said once, here, and not by each child again and again
     children = stream_children(target, bootstrap, status_url)
-    if metrics_port is not None:
+    if metrics is not None:
         children = [
-            replace(child, command=(*child.command, "--metrics-port", str(metrics_port + index)))
+            replace(child, command=(*child.command, "--metrics-port", str(metrics.following(index))))
             for index, child in enumerate(children)
         ]
     _end(supervised(children, restarts=restarts, grace=STREAMS_GRACE_S))

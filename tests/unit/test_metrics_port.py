@@ -8,8 +8,10 @@ import socket
 import urllib.request
 
 import pytest
+import typer
 
-from jobledger.cli.metrics import HOST, serving
+from jobledger.cli.metrics import serving
+from jobledger.cli.options import HOST, Listen
 from jobledger.errors import PortTaken
 
 HEALTH = {
@@ -23,7 +25,7 @@ HEALTH = {
 
 def test_health_figures_are_gauges(caplog: pytest.LogCaptureFixture) -> None:
     """Every number of a health report is a gauge, those of queues with a label; lists count; text is left out."""
-    with caplog.at_level(logging.INFO, "jobledger.metrics"), serving(0, "jl_test", lambda: HEALTH):
+    with caplog.at_level(logging.INFO, "jobledger.metrics"), serving(Listen(HOST, 0), "jl_test", lambda: HEALTH):
         found = re.search(r"http://\S+", caplog.text)
         assert found is not None
         with urllib.request.urlopen(found.group(), timeout=10) as answer:
@@ -38,7 +40,10 @@ def test_a_taken_port_is_named() -> None:
     """A port of somebody else's is said with the way out."""
     with socket.create_server((HOST, 0)) as other:
         port = other.getsockname()[1]
-        with pytest.raises(PortTaken, match=f"{HOST}:{port}.*choose another --metrics-port"), serving(port):
+        with (
+            pytest.raises(PortTaken, match=f"{HOST}:{port}.*choose another --metrics-port"),
+            serving(Listen(HOST, port)),
+        ):
             pass
 
 
@@ -46,3 +51,26 @@ def test_no_port_serves_nothing() -> None:
     """Without the option there is no server."""
     with serving(None):
         pass
+
+
+@pytest.mark.parametrize(
+    ("text", "host", "port", "shown"),
+    [
+        ("9100", HOST, 9100, "127.0.0.1:9100"),
+        ("0.0.0.0:9100", "0.0.0.0", 9100, "0.0.0.0:9100"),  # parsed, not listened on
+        ("[::]:0", "::", 0, "[::]:0"),
+    ],
+)
+def test_where_to_listen(text: str, host: str, port: int, shown: str) -> None:
+    """A port alone is on the loopback address."""
+    found = Listen.parse(text)
+    assert found == Listen(host, port)
+    assert str(found) == shown
+    assert found.following(2).port == (port + 2 if port else 0)
+
+
+@pytest.mark.parametrize("text", ["", "nine", "70000", "localhost:", "-1"])
+def test_what_is_no_port_is_refused(text: str) -> None:
+    """With the value and what to write."""
+    with pytest.raises(typer.BadParameter, match="HOST:PORT"):
+        Listen.parse(text)
