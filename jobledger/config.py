@@ -29,6 +29,7 @@ KNOWN = (
     "LOG_LEVEL",
     "TEST_KAFKA_IMAGE",
     "TEST_POSTGRES",
+    "TEST_PROMETHEUS",
     "TEST_REGISTRY",
 )
 

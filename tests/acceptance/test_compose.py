@@ -28,8 +28,8 @@ pytestmark = [pytest.mark.kafka, pytest.mark.timeout(900)]
 ROOT = Path(__file__).resolve().parents[2]
 PULL_S, BUILD_S, UP_S = 300, 600, 240
 PORTS = ("KAFKA_PORT", "REGISTRY_PORT", "POSTGRES_PORT", "PROMETHEUS_PORT", "GRAFANA_PORT")
-#: Debian's, for machines that cannot have the official image.
-PROMETHEUS = Path("/usr/bin/prometheus")
+#: A program of this machine, where the official image cannot be had.
+PROMETHEUS = os.environ.get("JOBLEDGER_TEST_PROMETHEUS") or shutil.which("prometheus")
 
 
 class Stack:
@@ -183,11 +183,11 @@ def test_prometheus_sees_every_part(stack: Stack, tmp_path: Path, say: Callable[
     """A real Prometheus with docker/prometheus.yml: all parts answer, alerts are silent, each panel's queries have data."""
     how = "the official image"
     if stack.docker("image", "inspect", stack.config("prometheus")["image"], check=False).returncode:
-        if not PROMETHEUS.exists():
+        if PROMETHEUS is None:
             stack.image("prometheus")
         else:
             # The same settings and the same place in the network, by another build of the program.
-            how = f"{PROMETHEUS} in {stack.config('worker')['image']}"
+            how = f"{Path(PROMETHEUS).name} of this machine in {stack.config('worker')['image']}"
             stack.files.append(_with_this_machines(tmp_path, stack))
     stack.compose("--profile", "metrics", "up", "--detach", "--no-deps", "prometheus", seconds=UP_S)
     at = f"http://127.0.0.1:{stack.ports['PROMETHEUS_PORT']}"
@@ -226,7 +226,7 @@ def _with_this_machines(folder: Path, stack: Stack) -> str:
             "--config.file=/etc/prometheus/prometheus.yml",
             "--storage.tsdb.path=/prometheus",
         ],
-        "volumes": [f"{PROMETHEUS}:/opt/prometheus:ro"],
+        "volumes": [f"{Path(PROMETHEUS or '').absolute()}:/opt/prometheus:ro"],
     }
     file = folder / "prometheus.json"
     file.write_text(json.dumps({"services": {"prometheus": service}}), "utf-8")
