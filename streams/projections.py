@@ -34,7 +34,7 @@ from sqlalchemy import (
 from sqlalchemy.dialects import postgresql, sqlite
 
 from jobledger.config import Settings
-from jobledger.errors import JobledgerError, StoreError, StoreUnavailable
+from jobledger.errors import BrokerUnavailable, JobledgerError, StoreError, StoreUnavailable
 from jobledger.log import (
     LogReader,
     consumer_config,
@@ -52,6 +52,8 @@ LOG = logging.getLogger("jobledger.projection")
 BATCH, POLL_S = 5_000, 0.1
 #: Seconds between two tries of a database that is away.
 AWAY_S = 1.0
+#: Seconds between two looks for partitions that were added.
+LOOK_S = 10.0
 #: How often in a row the database may be away before it is an error.
 AWAY_TRIES = 30
 
@@ -191,12 +193,29 @@ class Runner:
             places = self._places()
             ends = self._ends(places) if until_end else {}
             consumer.assign([TopicPartition(t, p, known.get((t, p), OFFSET_BEGINNING)) for t, p in places])
+            look_at = time.monotonic() + LOOK_S
             while not stop.is_set():
+                if not until_end and time.monotonic() >= look_at:
+                    places = self._join_new(consumer, places, known)
+                    look_at = time.monotonic() + LOOK_S
                 if until_end and not _open(consumer, ends, known):
                     return
                 messages = _fetch(consumer, self.settings)
                 if messages:
                     self._patiently(stop, lambda batch=messages: self._transaction(folding, known, batch))  # type: ignore[misc]
+
+    def _join_new(self, consumer: Consumer, places: Sequence[Place], known: Mapping[Place, int]) -> list[Place]:
+        """Read partitions, too, that were added meanwhile; the partitions that are read."""
+        try:
+            found = self._places()
+        except BrokerUnavailable as exc:
+            LOG.warning("projection %s: %s", self.projection.name, exc)
+            return list(places)
+        new = sorted(set(found) - set(places))
+        if new:
+            LOG.info("projection %s reads %d partitions more: %s", self.projection.name, len(new), new)
+            consumer.incremental_assign([TopicPartition(t, p, known.get((t, p), OFFSET_BEGINNING)) for t, p in new])
+        return [*places, *new]
 
     def _ends(self, places: Sequence[Place]) -> dict[Place, int]:
         with LogReader(self.settings) as reader:

@@ -1,0 +1,156 @@
+"""Queues that grow while everything runs: partitions are added, or a second generation takes over."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from sqlalchemy import Column, Integer, MetaData, String, Table
+
+from jobledger import App, Queue, Retry, Settings, current_job
+from jobledger.kafka.topics import ensure
+from jobledger.schemas.events import JobSucceeded
+from jobledger.streams import projections
+from jobledger.streams.coordinator import Coordinator, supervise
+from jobledger.streams.faust_app import Options
+from jobledger.streams.projections import Runner
+from jobledger.streams.rebuild import verify
+from jobledger.streams.status import Materializer
+from tests.integration.test_router import routing
+from tests.integration.worker_app import closings, log_of, until, working
+
+pytestmark = pytest.mark.kafka
+
+
+@dataclass(frozen=True)
+class Seen:
+    number: int
+
+
+def declared(namespace: str, settings: Settings, queues: list[Queue], *, queue: str, events: int) -> App:
+    """One deployment of an app: its task is on ``queue``, its events' topic has ``events`` partitions."""
+    app = App(namespace, settings=settings, partitions=4, queues=queues)
+    app.event(partitions=events)(Seen)
+
+    @app.task(queue=queue, retry=Retry(max_attempts=3, initial=0.5, jitter=False))
+    async def work(number: int, fail: int = 0) -> int:
+        if current_job().attempt <= fail:
+            raise ValueError(number)
+        return number
+
+    @app.on(Seen, queue=queue)
+    async def handle(event: Seen) -> int:
+        return event.number
+
+    table = Table("seen", MetaData(), Column("key", String, primary_key=True), Column("events", Integer))
+
+    @app.projection(Seen, table=table, key=lambda event: "all")
+    def count(row: Any, event: Seen) -> dict[str, int]:
+        return {"events": (row["events"] if row else 0) + 1}
+
+    return app
+
+
+@contextmanager
+def threads(*runs: Callable[[threading.Event], None]) -> Iterator[None]:
+    """Each in a thread until the block ends; an error is raised."""
+    stop, failed = threading.Event(), list[BaseException]()
+
+    def run(one: Callable[[threading.Event], None]) -> None:
+        try:
+            one(stop)
+        except BaseException as exc:  # noqa: BLE001  # raised below
+            failed.append(exc)
+
+    running = [threading.Thread(target=run, args=(one,)) for one in runs]
+    for thread in running:
+        thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        for thread in running:
+            thread.join(40)
+    if failed:
+        raise failed[0]
+
+
+def states(app: App) -> dict[str, int]:
+    """Jobs by state, as the status table has them."""
+    return {state: count for state, count in app.status_table().counts_by_state().items() if count}
+
+
+def test_partitions_are_added_while_everything_runs(
+    broker: str, namespace: str, tmp_path: Path, say: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a queue and of an event, two to four: worker, router, materializer and projection go on, and take the new ones."""
+    monkeypatch.setattr(projections, "LOOK_S", 1.0)
+    settings = Settings(bootstrap=broker, status_url=f"sqlite:///{tmp_path / 'status.db'}", home=tmp_path)
+    small, large = (
+        declared(namespace, settings, [Queue("q", partitions=count)], queue="q", events=count) for count in (2, 4)
+    )
+    ensure(small, settings)
+    url = settings.resolve_status_url(namespace)
+    table = Materializer(small.names, settings, ["q"], url)
+    runner = Runner(small.registry.projections["count"], settings, small.names, ["q"], url)
+    with ExitStack() as stack:
+        for app in (small, large):
+            stack.callback(app.close)
+        stack.callback(runner.close)
+        stack.enter_context(threads(table.run, runner.run))
+        stack.enter_context(working(small))
+        stack.enter_context(routing(small))
+        small.submit_many(small.tasks["work"].job(n) for n in range(100))
+        small.emit_many(Seen(n) for n in range(100))
+        until(lambda: len(closings(small)) == 200)
+        began = time.monotonic()
+        ensure(large, settings)  # what `jobledger topics apply` does
+        large.submit_many(large.tasks["work"].job(n) for n in range(100, 200))
+        large.emit_many(Seen(n) for n in range(100, 200))
+        until(lambda: len(closings(large)) == 400, 60)
+        took = time.monotonic() - began
+        until(lambda: states(small) == {"succeeded": 400}, 30)
+        until(lambda: runner.folded == 200, 30)
+        found = Counter(r.position.partition for r in log_of(large, large.names.jobs("q")))
+        assert set(found) == {0, 1, 2, 3}
+    assert all(len(ends) == 1 for ends in closings(large).values())
+    checked = verify(large.names, settings, ["q"], url)
+    assert checked.equal
+    say(f"growth: two partitions to four; the jobs on the new ones had run {took:.1f} s later")
+
+
+def test_a_second_generation_of_a_queue_takes_over(broker: str, namespace: str, tmp_path: Path) -> None:
+    """What was submitted to the first one, delayed and retried jobs included, ends there; new jobs are the second's. Then the
+    first one is empty and its declaration can go."""
+    settings = Settings(bootstrap=broker, status_url=f"sqlite:///{tmp_path / 'status.db'}", home=tmp_path)
+    first = declared(namespace, settings, [Queue("q", partitions=1)], queue="q", events=2)
+    both = declared(namespace, settings, [Queue("q", partitions=1), Queue("q-2", partitions=4)], queue="q-2", events=2)
+    url = settings.resolve_status_url(namespace)
+    with ExitStack() as stack:
+        for app in (first, both):
+            stack.callback(app.close)
+        ensure(first, settings)
+        work = first.tasks["work"]
+        old = [work.submit(1), work.submit(2, fail=2), work.using(delay=3).submit(3)]
+        ensure(both, settings)
+        table = Materializer(both.names, settings, ["q", "q-2"], url)
+        quick = Options(session_timeout=2.0, commit_interval=0.1)
+        made = Coordinator(both.names, settings, partitions=both.partitions, options=quick, data_dir=tmp_path / "c")
+        stack.enter_context(threads(table.run, lambda stop: asyncio.run(supervise(made, stop))))
+        stack.enter_context(working(both))
+        new = [both.tasks["work"].submit(4), both.tasks["work"].submit(5, fail=1)]
+        ids = {handle.job_id for handle in [*old, *new]}
+        until(lambda: sum(isinstance(e.event.fact, JobSucceeded) for c in closings(both).values() for e in c) == 5, 60)
+        until(lambda: states(both) == {"succeeded": 5}, 30)
+        where = {row.job_id: row.queue for row in both.jobs()}
+        assert set(where) == ids
+        assert {where[h.job_id] for h in old} == {"q"}
+        assert {where[h.job_id] for h in new} == {"q-2"}
