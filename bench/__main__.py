@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from bench import client, endtoend, events, harness, materializer, timers, worker
+from bench import client, endtoend, events, harness, materializer, scaling, timers, worker
 from bench.harness import Figure
 from jobledger.config import Settings
 
@@ -30,6 +30,8 @@ def suites(quick: bool) -> dict[str, Callable[[Settings], Sequence[Figure]]]:
         "events": lambda s: events.run(s, 20_000 if quick else 100_000, 300 if quick else 2_000),
         "projection": lambda s: events.projection(s, 100_000 if quick else 1_000_000),
         "steady": lambda s: endtoend.steady(s, seconds=10 if quick else 60),
+        "scaling": lambda s: scaling.run(s, seconds=5 if quick else 20),
+        "idle": lambda s: scaling.idle(s, seconds=5 if quick else 60),
         "backlog": lambda s: endtoend.backlog(s, 100_000 if quick else 1_000_000),
     }
 

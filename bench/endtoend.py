@@ -28,13 +28,13 @@ STOP_S = 30.0
 class Processes:
     """Child processes of one measurement; `stop` ends them by pid, cleanly first."""
 
-    def __init__(self, settings: Settings, namespace: str, folder: Path) -> None:
+    def __init__(self, settings: Settings, namespace: str, folder: Path, partitions: int = PARTITIONS) -> None:
         self.env = os.environ | {
             "JOBLEDGER_BOOTSTRAP": settings.resolve_bootstrap(),
             "JOBLEDGER_STATUS_URL": f"sqlite:///{folder / 'status.db'}",
             "JOBLEDGER_HOME": str(folder),
             "BENCH_NAMESPACE": namespace,
-            "BENCH_PARTITIONS": str(PARTITIONS),
+            "BENCH_PARTITIONS": str(partitions),
         }
         self._folder = folder
         self._running: list[tuple[str, subprocess.Popen[bytes]]] = []
@@ -128,6 +128,10 @@ def _steady(settings: Settings, namespace: str, processes: Processes, rate: int,
 
 async def _noop(number: int) -> None:
     """The submitter's side of `bench.apps.noop`."""
+
+
+async def _nap(number: int, seconds: float = 0.05) -> None:
+    """The submitter's side of `bench.apps.nap`."""
 
 
 def _ended(app: object) -> int:
