@@ -25,6 +25,7 @@ KNOWN = (
     "STATUS_URL",
     "SUBMIT_TIMEOUT",
     "MAX_RECORD_BYTES",
+    "RETENTION_DAYS",
     "HOME",
     "LOG_LEVEL",
     "TEST_KAFKA_IMAGE",
@@ -35,6 +36,7 @@ KNOWN = (
 
 DEFAULT_MAX_RECORD_BYTES = 1_000_000  # the broker's message.max.bytes default is 1,048,588 with the batch overhead
 DEFAULT_SUBMIT_TIMEOUT_S = 30.0
+DEFAULT_RETENTION_DAYS = 90.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +48,7 @@ class Settings:
     namespace under the user's data folder. Not shown where settings are: it may hold a password.
     ``submit_timeout``: seconds a submission may wait for its acknowledgement before `BrokerUnavailable`.
     ``max_record_bytes``: largest encoded record that is sent; larger ones raise `PayloadTooLarge`.
+    ``retention_days``: how long the log keeps what happened to jobs that have ended; the stream processor deletes what is older.
     ``kafka``: extra client settings with librdkafka's names, e.g. ``{"security.protocol": "SSL"}``.
     ``home``: folder of the embedded broker's data, jars and pid file.
     ``schema_registry``: URL of a Confluent-compatible Schema Registry, ``http[s]://[user:password@]host[:port][/path]``, or
@@ -56,6 +59,7 @@ class Settings:
     status_url: str | None = field(default=None, repr=False)
     submit_timeout: float = DEFAULT_SUBMIT_TIMEOUT_S
     max_record_bytes: int = DEFAULT_MAX_RECORD_BYTES
+    retention_days: float = DEFAULT_RETENTION_DAYS
     kafka: Mapping[str, str] = field(default_factory=dict)
     home: Path = field(default_factory=lambda: default_home())
     schema_registry: str | None = field(default=None, repr=False)
@@ -76,6 +80,7 @@ class Settings:
             status_url=env.get(PREFIX + "STATUS_URL") or None,
             submit_timeout=_positive(env, "SUBMIT_TIMEOUT", DEFAULT_SUBMIT_TIMEOUT_S),
             max_record_bytes=int(_positive(env, "MAX_RECORD_BYTES", DEFAULT_MAX_RECORD_BYTES)),
+            retention_days=_positive(env, "RETENTION_DAYS", DEFAULT_RETENTION_DAYS),
             kafka=kafka,
             home=Path(env[PREFIX + "HOME"]).expanduser() if env.get(PREFIX + "HOME") else default_home(),
             schema_registry=env.get(PREFIX + "SCHEMA_REGISTRY") or None,

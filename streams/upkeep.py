@@ -87,7 +87,7 @@ class Upkeep:
         active: Callable[[], bool] = lambda: True,
     ) -> None:
         self.names, self.settings, self.queues = names, settings, list(queues)
-        self.cadence = cadence or Cadence()
+        self.cadence = cadence or Cadence(retention=settings.retention_days * 24 * 3600.0)
         self._reader, self._active = reader, active
         self._asked: dict[tuple[str, int, int], float] = {}
         self._writer: LogWriter | None = None

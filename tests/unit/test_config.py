@@ -18,6 +18,7 @@ def test_settings_are_read_from_the_environment(tmp_path: Path) -> None:
             "JOBLEDGER_BOOTSTRAP": "a:1,b:2",
             "JOBLEDGER_STATUS_URL": "sqlite:///x.db",
             "JOBLEDGER_SUBMIT_TIMEOUT": "2.5",
+            "JOBLEDGER_RETENTION_DAYS": "7",
             "JOBLEDGER_HOME": str(tmp_path),
             "JOBLEDGER_KAFKA__SECURITY_PROTOCOL": "SASL_SSL",
             "JOBLEDGER_SCHEMA_REGISTRY": "http://me:secret@here",
@@ -26,6 +27,7 @@ def test_settings_are_read_from_the_environment(tmp_path: Path) -> None:
     )
     assert settings.bootstrap == "a:1,b:2"
     assert settings.submit_timeout == 2.5
+    assert (settings.retention_days, Settings().retention_days) == (7, 90)
     assert settings.schema_registry == "http://me:secret@here"
     assert "secret" not in repr(settings)
     assert settings.kafka == {"security.protocol": "SASL_SSL"}
