@@ -1,0 +1,273 @@
+"""Three brokers, three copies, two of which must have a record: whichever broker dies, stands still or is replaced, nothing is
+lost and nothing runs again.
+
+What is put under load is everything at once: submissions, workers, the coordinator (Faust and aiokafka), the materializer and
+the router (librdkafka).
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import threading
+import time
+import uuid
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+from confluent_kafka import KafkaException
+from confluent_kafka.admin import AdminClient
+
+from jobledger import App, BrokerUnavailable, Settings
+from jobledger.kafka import topics
+from jobledger.schemas.events import JobSubmitted
+from tests.acceptance import events_app, independent
+from tests.acceptance.audit import Window
+from tests.acceptance.fleet import Fleet, now_ms
+from tests.acceptance.test_survival import Service, counts, judge, ready, settle, summary
+from tests.brokers import Brokers
+from tests.integration.worker_app import log_of, until
+
+pytestmark = [pytest.mark.kafka, pytest.mark.slow, pytest.mark.timeout(400)]
+
+JOBS = int(os.environ.get("CHAOS_JOBS", "4500")) // 3
+SEED = os.environ.get("CHAOS_SEED") or uuid.uuid4().hex[:8]
+#: Longer than the brokers' sessions (3 s) and the clients' and groups' (6 s).
+BEYOND_SESSION_S = 10.0
+#: Seconds in which a healthy cluster has chosen new leaders and all copies have caught up.
+IN_SYNC_S = 60.0
+
+
+@pytest.fixture(scope="module")
+def brokers() -> Iterator[Brokers]:
+    """Three brokers of this module's own."""
+    with Brokers(3) as made:
+        yield made
+
+
+class Cluster:
+    """What the cluster says of itself, through whichever broker answers."""
+
+    def __init__(self, brokers: Brokers) -> None:
+        self._brokers = brokers
+        self._admin = AdminClient({"bootstrap.servers": brokers.bootstrap, "log_level": 0})
+
+    def leaders(self, namespace: str) -> Counter[int]:
+        """How many partitions of a namespace each broker leads."""
+        found = self._admin.list_topics(timeout=10).topics
+        return Counter(
+            p.leader for name, t in found.items() if name.startswith(namespace) for p in t.partitions.values()
+        )
+
+    def in_sync(self) -> bool:
+        """Whether every partition has a leader and all its copies."""
+        try:
+            found = self._admin.list_topics(timeout=2).topics
+        except KafkaException:
+            return False
+        parts = [p for topic in found.values() for p in topic.partitions.values()]
+        return bool(parts) and all(p.leader > 0 and len(p.isrs) == len(p.replicas) for p in parts)
+
+    def busiest(self, namespace: str) -> int:
+        """The broker that leads most."""
+        ((node, _),) = self.leaders(namespace).most_common(1)
+        return node
+
+
+def gaps(log: independent.Log) -> str:
+    """The longest times in which nothing was accepted, and nothing started, by the brokers' clock, for people."""
+    found = []
+    for what, fact in (("submissions", "JobSubmitted"), ("starts", "JobStarted")):
+        times = sorted(record.at for record in log.records if record.fact == fact)
+        longest = max(after - before for before, after in itertools.pairwise(times))
+        found.append(f"longest gap in {what} {longest / 1000:.1f} s")
+    return ", ".join(found)
+
+
+def replicated(brokers: Brokers, fleet: Fleet) -> None:
+    """`topics apply` has asked for three copies of everything, and two to acknowledge, by itself."""
+    admin = AdminClient({"bootstrap.servers": brokers.bootstrap, "log_level": 0})
+    mine = {n: t for n, t in admin.list_topics(timeout=10).topics.items() if n.startswith(fleet.namespace)}
+    assert len(mine) >= 6
+    assert {len(p.replicas) for topic in mine.values() for p in topic.partitions.values()} == {3}
+
+
+def test_whichever_leader_is_killed_every_job_ends_once(
+    brokers: Brokers, tmp_path: Path, namespace: str, say: Callable[[str], None]
+) -> None:
+    """kill -9 of the broker that leads most, three times, each started again; every part goes on by itself."""
+    began = time.monotonic()
+    cluster = Cluster(brokers)
+    with ExitStack() as stack:
+        fleet = stack.enter_context(Fleet(tmp_path, brokers.bootstrap, namespace, seed=SEED))
+        ready(fleet, worker=2, coordinator=2, materializer=1)
+        replicated(brokers, fleet)
+        service = Service(fleet, 0, JOBS, rate=JOBS / 30)
+        stack.callback(service.close)
+        fleet.until(lambda: counts(fleet)[0] >= JOBS // 50, 60.0, "the first jobs ended")
+        for _ in range(3):
+            node = cluster.busiest(namespace)
+            at = now_ms()
+            brokers.kill(node)
+            goal = min(counts(fleet)[0] + JOBS // 20, JOBS)
+            fleet.until(lambda goal=goal: counts(fleet)[0] >= goal, 60.0, f"{goal} jobs ended")  # type: ignore[misc]
+            brokers.start(node)
+            fleet.until(cluster.in_sync, IN_SYNC_S, "all copies are in sync again")
+            fleet.windows.append(Window("broker", at, now_ms()))
+            fleet.did[f"broker {node} killed"] += 1
+        settle(fleet, service, 120.0)
+        log, audit = judge(fleet, service, seed=SEED)
+        say(f"three brokers, killed: {gaps(log)}; {summary(fleet, log, audit, SEED, time.monotonic() - began)}")
+        assert fleet.deaths == []
+
+
+def test_a_rolling_restart_of_the_brokers_is_hardly_seen(
+    brokers: Brokers, tmp_path: Path, namespace: str, say: Callable[[str], None]
+) -> None:
+    """SIGTERM, start, in sync, the next: no part ends, no release is started twice."""
+    began = time.monotonic()
+    cluster = Cluster(brokers)
+    with ExitStack() as stack:
+        fleet = stack.enter_context(Fleet(tmp_path, brokers.bootstrap, namespace, seed=SEED))
+        ready(fleet, worker=2, coordinator=1, materializer=1)
+        service = Service(fleet, 0, JOBS, rate=JOBS / 30)
+        stack.callback(service.close)
+        fleet.until(lambda: counts(fleet)[0] >= JOBS // 50, 60.0, "the first jobs ended")
+        for node in brokers.nodes:
+            at = now_ms()
+            brokers.stop(node)
+            brokers.start(node)
+            fleet.until(cluster.in_sync, IN_SYNC_S, "all copies are in sync again")
+            fleet.windows.append(Window("broker", at, now_ms()))
+            fleet.did["broker restarted"] += 1
+        settle(fleet, service, 120.0)
+        log, audit = judge(fleet, service, seed=SEED)
+        say(f"three brokers, restarted: {gaps(log)}; {summary(fleet, log, audit, SEED, time.monotonic() - began)}")
+        assert fleet.deaths == []
+        assert audit.noted["releases started more than once"] == 0
+
+
+def test_a_leader_that_stands_still_is_left_behind(
+    brokers: Brokers, tmp_path: Path, namespace: str, say: Callable[[str], None]
+) -> None:
+    """SIGSTOP of the broker that leads most, longer than every session, and SIGCONT: what it still answers harms nothing."""
+    began = time.monotonic()
+    cluster = Cluster(brokers)
+    with ExitStack() as stack:
+        fleet = stack.enter_context(Fleet(tmp_path, brokers.bootstrap, namespace, seed=SEED))
+        ready(fleet, worker=2, coordinator=1, materializer=1)
+        service = Service(fleet, 0, JOBS, rate=JOBS / 30)
+        stack.callback(service.close)
+        fleet.until(lambda: counts(fleet)[0] >= JOBS // 50, 60.0, "the first jobs ended")
+        node, at = cluster.busiest(namespace), now_ms()
+        brokers.pause(node)
+        stack.callback(brokers.resume, node)
+        goal = counts(fleet)[0] + JOBS // 20
+        thaw = time.monotonic() + BEYOND_SESSION_S
+        fleet.until(lambda: counts(fleet)[0] >= goal and time.monotonic() > thaw, 60.0, f"{goal} jobs ended")
+        brokers.resume(node)
+        fleet.until(cluster.in_sync, IN_SYNC_S, "all copies are in sync again")
+        fleet.windows.append(Window("broker", at, now_ms()))
+        fleet.did["broker frozen"] += 1
+        settle(fleet, service, 120.0)
+        log, audit = judge(fleet, service, seed=SEED)
+        say(f"three brokers, frozen: {gaps(log)}; {summary(fleet, log, audit, SEED, time.monotonic() - began)}")
+
+
+def test_with_one_of_three_left_nothing_is_acknowledged_and_all_goes_on_later(
+    brokers: Brokers, tmp_path: Path, namespace: str, say: Callable[[str], None]
+) -> None:
+    """Two brokers killed at once: what is submitted then waits, and fails within its time; once they are back, all that was
+    acknowledged ends, and the parts go on by themselves."""
+    began = time.monotonic()
+    cluster = Cluster(brokers)
+    with ExitStack() as stack:
+        fleet = stack.enter_context(Fleet(tmp_path, brokers.bootstrap, namespace, seed=SEED))
+        ready(fleet, worker=2, coordinator=1, materializer=1)
+        service = Service(fleet, 0, JOBS, rate=JOBS / 20)
+        stack.callback(service.close)
+        fleet.until(lambda: counts(fleet)[0] >= JOBS // 50, 60.0, "the first jobs ended")
+        app = App(namespace, settings=Settings(bootstrap=brokers.bootstrap, submit_timeout=6.0), partitions=4)
+        stack.callback(app.close)
+        quick = app.task(name="quick")(_quick)
+        quick.submit(10_000_000)  # connected, and its schema is there
+        at = now_ms()
+        for node in (1, 2):
+            brokers.kill(node)
+        asked = time.monotonic()
+        with pytest.raises(BrokerUnavailable, match="did not answer in time"):
+            quick.submit(10_000_001)
+        took = time.monotonic() - asked
+        assert 5.0 < took < 12.0
+        brokers.start(1, 2)
+        fleet.until(cluster.in_sync, IN_SYNC_S, "all copies are in sync again")
+        fleet.windows.append(Window("broker", at, now_ms()))
+        fleet.did["brokers killed, two of three"] += 1
+        settle(fleet, service, 120.0)
+        log, audit = judge(fleet, service, seed=SEED)
+        say(
+            f"three brokers, one left: a submission failed after {took:.1f} s; {gaps(log)}; "
+            f"{summary(fleet, log, audit, SEED, time.monotonic() - began)}"
+        )
+        assert fleet.deaths == []
+
+
+async def _quick(number: int) -> int:
+    """The submitter's side of `chaos_app.quick`."""
+    return number
+
+
+def test_the_router_passes_no_event_when_leaders_are_killed(
+    brokers: Brokers, tmp_path: Path, namespace: str, say: Callable[[str], None]
+) -> None:
+    """Of each event and handler one job, run once, while brokers are killed under emitters, router and workers."""
+    events, ids = JOBS, list[str]()
+    cluster = Cluster(brokers)
+    app = App(namespace, settings=Settings(bootstrap=brokers.bootstrap), partitions=4)
+    app.event(key="user")(events_app.Happened)
+    app.on(events_app.Happened, queue="crm")(events_app.sync.fn)
+    app.on(events_app.Happened, queue="mail")(events_app.write.fn)
+    topics.ensure(app, app.settings, 3)
+
+    def emit() -> None:
+        for first in range(0, events, 50):
+            batch = [events_app.Happened(n, f"user-{n % 50}") for n in range(first, min(events, first + 50))]
+            ids.extend(handle.event_id for handle in app.emit_many(batch))
+            time.sleep(0.4)
+
+    with Fleet(tmp_path, brokers.bootstrap, namespace, target="tests/acceptance/events_app.py:app") as fleet:
+        for role in ("router", "router", "worker"):
+            fleet.start(role)
+        emitting = threading.Thread(target=emit)
+        emitting.start()
+        for _ in range(2):
+            time.sleep(2.0)
+            node = cluster.busiest(namespace)
+            brokers.kill(node)
+            time.sleep(2.0)
+            brokers.start(node)
+            until(cluster.in_sync, IN_SYNC_S, "all copies in sync")
+        emitting.join(timeout=120)
+        assert len(ids) == events
+        wanted = {handler.job_id(event_id) for event_id in ids for handler in app.registry.handlers["Happened"]}
+
+        def runs() -> Counter[str]:
+            lines = fleet.executions.read_text().splitlines() if fleet.executions.exists() else []
+            return Counter(line.split()[1] for line in lines)
+
+        until(lambda: len(runs()) >= 2 * events, 90.0, "the end of all jobs")
+        submitted = Counter(
+            r.event.job_id
+            for queue in app.queues
+            for r in log_of(app, app.names.jobs(queue))
+            if isinstance(r.event.fact, JobSubmitted)
+        )
+        assert set(submitted) == wanted
+        assert Counter(runs().values()) == {1: 2 * events}
+        fleet.tend()
+        assert fleet.deaths == []
+    app.close()
+    say(f"three brokers, router: {events} events, {len(wanted)} jobs, each run once; 2 leaders killed")
