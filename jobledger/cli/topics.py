@@ -25,6 +25,7 @@ _STYLES = {
     "add-partitions": "yellow",
     "alter-config": "yellow",
     "refuse": "bold red",
+    "advise": "yellow",
     "unchanged": "dim",
 }
 
@@ -92,6 +93,8 @@ def _show(made: Plan, address: str, as_json: bool) -> None:
     print_table(["name", "step", "partitions", "settings"], [_row(change) for change in made.changes])
     for change in made.refused:
         console().print(f"refused: {change.reason}", style="bold red", markup=False)
+    for change in made.advice:
+        console().print(f"note: {change.reason}", style="yellow", markup=False)
     if not made.pending and not made.refused:
         console().print(f"nothing to do: {address} has what the app declares")
 

@@ -70,6 +70,7 @@ class Step(StrEnum):
     PARTITIONS = "add-partitions"
     CONFIG = "alter-config"
     REFUSE = "refuse"
+    ADVISE = "advise"  # what only the cluster's administrators can do
     UNCHANGED = "unchanged"
 
 
@@ -118,12 +119,17 @@ class Plan:
     @property
     def pending(self) -> tuple[Change, ...]:
         """What `apply` would do."""
-        return tuple(c for c in self.changes if c.step not in (Step.UNCHANGED, Step.REFUSE))
+        return tuple(c for c in self.changes if c.step not in (Step.UNCHANGED, Step.REFUSE, Step.ADVISE))
 
     @property
     def refused(self) -> tuple[Change, ...]:
         """What will not be done, with the reasons; while there is one, `apply` does nothing."""
         return tuple(c for c in self.changes if c.step is Step.REFUSE)
+
+    @property
+    def advice(self) -> tuple[Change, ...]:
+        """What should be done by others, with the reasons."""
+        return tuple(c for c in self.changes if c.step is Step.ADVISE)
 
     def as_dict(self) -> dict[str, Any]:
         """The plan as plain values, for JSON."""
@@ -189,7 +195,7 @@ def desired(
             raise ConfigError(f"{what}={count} is too small: a topic has at least 1")
     base = {
         "message.timestamp.type": "LogAppendTime",  # one clock for delays, expiries and leases
-        "min.insync.replicas": "2" if replication >= 3 else "1",
+        "min.insync.replicas": _min_insync(replication),
     }
     # Trimmed by DeleteRecords once every reader is past a record, never by age or size.
     kept = {**base, "cleanup.policy": "delete", "retention.ms": "-1", "retention.bytes": "-1"}
@@ -234,6 +240,10 @@ def desired(
     return specs
 
 
+def _min_insync(copies: int) -> str:
+    return "2" if copies >= 3 else "1"
+
+
 def changelog(names: Names) -> str:
     """The changelog of the coordinator's table of schedules, under the name that Faust gives it."""
     return f"{names.coordinator_group}-schedules-changelog"
@@ -257,8 +267,11 @@ def wanted(app: DeclaresTopics, replication: int) -> tuple[list[TopicSpec], list
     return specs, worker_groups(app.names, queues, routed=bool(events))
 
 
-def compare(spec: TopicSpec, partitions: int | None, config: Mapping[str, str | None]) -> list[Change]:
-    """How one topic differs from its spec: pure. ``partitions`` None means that there is no such topic."""
+def compare(
+    spec: TopicSpec, partitions: int | None, config: Mapping[str, str | None], copies: int | None = None
+) -> list[Change]:
+    """How one topic differs from its spec: pure. ``partitions`` None means that there is no such topic; ``copies``: of the
+    partition that has fewest, None if that is not known."""
     if partitions is None:
         return [
             Change(
@@ -282,7 +295,24 @@ def compare(spec: TopicSpec, partitions: int | None, config: Mapping[str, str | 
             changes.append(_refusal(spec, counts, "Kafka cannot take partitions away"))
         elif spec.growth is Growth.FIXED:
             changes.append(_refusal(spec, counts, spec.why_fixed))
-    differing = _differing(spec.config, config)
+    wanted_config = dict(spec.config)
+    if copies is not None:
+        # By the copies that there are: two that must acknowledge, of one, would stop every write; and an apply while one of
+        # three brokers is away must not lower it.
+        wanted_config["min.insync.replicas"] = _min_insync(copies)
+    if copies is not None and copies < spec.replication:
+        changes.append(
+            Change(
+                Step.ADVISE,
+                "topic",
+                spec.name,
+                replication=copies,
+                reason=f"topic {spec.name!r} has {copies} of {spec.replication} copies: with a broker that is lost for good, "
+                "records are. Raise it with kafka-reassign-partitions.sh, or your vendor's way, and apply again; or say "
+                f"--replication {copies}",
+            )
+        )
+    differing = _differing(wanted_config, config)
     if differing:
         changes.append(Change(Step.CONFIG, "topic", spec.name, config=differing))
     return changes or [Change(Step.UNCHANGED, "topic", spec.name, partitions=(partitions, partitions))]
@@ -296,9 +326,11 @@ def plan(
     ``address`` is what `BrokerUnavailable` names when nobody answers within three attempts of 5 s each.
     """
     counts = _partition_counts(admin, [spec.name for spec in specs], address)
-    present = [name for name, count in counts.items() if count is not None]
-    configs = _configs(admin, ResourceType.TOPIC, present, address)
-    changes = [c for spec in specs for c in compare(spec, counts[spec.name], configs.get(spec.name, {}))]
+    configs = _configs(admin, ResourceType.TOPIC, [name for name, (count, _) in counts.items() if count], address)
+    changes: list[Change] = []
+    for spec in specs:
+        count, copies = counts[spec.name]
+        changes += compare(spec, count, configs.get(spec.name, {}), copies)
     if groups:
         bounds = _broker_config(admin, address)
         found = _configs(admin, ResourceType.GROUP, [group.name for group in groups], address)
@@ -380,14 +412,17 @@ def _differing(wanted: Mapping[str, str], found: Mapping[str, str | None]) -> di
     return {key: (found.get(key), value) for key, value in wanted.items() if found.get(key) != value}
 
 
-def _partition_counts(admin: AdminClient, names: Sequence[str], address: str) -> dict[str, int | None]:
-    counts: dict[str, int | None] = {}
+def _partition_counts(
+    admin: AdminClient, names: Sequence[str], address: str
+) -> dict[str, tuple[int | None, int | None]]:
+    """Partitions of each topic, and copies of the partition that has fewest; None for a topic that is not there."""
+    counts: dict[str, tuple[int | None, int | None]] = {}
     answers = _request(lambda left: _describe(admin, left), names, "describe topics", address)
     for name, answer in answers.items():
         if not isinstance(answer, KafkaException):
-            counts[name] = len(answer.partitions)
+            counts[name] = len(answer.partitions), min(len(p.replicas) for p in answer.partitions)
         elif _code(answer) == KafkaError.UNKNOWN_TOPIC_OR_PART:
-            counts[name] = None
+            counts[name] = None, None
         else:
             raise _refused_by_cluster(answer, f"describe topic {name}")
     return counts

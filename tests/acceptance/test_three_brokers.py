@@ -271,3 +271,27 @@ def test_the_router_passes_no_event_when_leaders_are_killed(
         assert fleet.deaths == []
     app.close()
     say(f"three brokers, router: {events} events, {len(wanted)} jobs, each run once; 2 leaders killed")
+
+
+def test_topics_that_have_one_copy_still_take_records_after_an_apply(
+    brokers: Brokers, tmp_path: Path, namespace: str
+) -> None:
+    """Made when the cluster had one broker: `topics apply` says what is missing, and asks for no second acknowledgement."""
+    with Fleet(tmp_path, brokers.bootstrap, namespace) as fleet:
+        assert fleet.run("topics", "apply", fleet.target, "--yes", "--replication", "1")[0] == 0
+        code, plan, errors = fleet.run("topics", "apply", fleet.target, "--yes")
+        assert code == 0, errors
+        assert plan["pending"] == 0
+        advised = [change for change in plan["changes"] if change["step"] == "advise"]
+        assert len(advised) == len({c["name"] for c in plan["changes"] if c["kind"] == "topic"})
+        assert "1 of 3 copies" in advised[0]["reason"]
+        app = App(namespace, settings=Settings(bootstrap=brokers.bootstrap, submit_timeout=10.0), partitions=4)
+        assert app.task(name="quick")(_quick).submit(1).position.offset >= 0
+        app.close()
+        code, _, errors = fleet.run("topics", "plan", fleet.target, "--replication", "4")
+        assert code == 0  # what is there stays; only a new topic would be refused
+    with Fleet(tmp_path / "more", brokers.bootstrap, f"{namespace}-more") as fleet:
+        code, _, errors = fleet.run("topics", "apply", fleet.target, "--yes", "--replication", "4")
+        assert code == 1
+        assert "4" in errors
+        assert "3" in errors

@@ -182,3 +182,22 @@ def test_group_settings_stay_within_the_brokers_bounds(bounds: dict[str, str | N
     """A group's setting is moved into the bounds that the broker sets, where they are known."""
     fitted = within_bounds({"consumer.session.timeout.ms": "6000"}, bounds)
     assert fitted == {"consumer.session.timeout.ms": expected}
+
+
+@pytest.mark.parametrize(
+    ("copies", "asked", "insync", "advised"), [(1, 3, "1", True), (3, 3, "2", False), (3, 2, "2", False)]
+)
+def test_what_must_acknowledge_follows_the_copies_that_there_are(
+    copies: int, asked: int, insync: str, advised: bool
+) -> None:
+    """One copy of three asked for: no write is stopped, and it is said. Three, asked for while a broker is away: kept."""
+    spec = specs(replication=asked)["shop.lifecycle"]
+    there = {**spec.config, "min.insync.replicas": insync}
+    (change,) = compare(spec, spec.partitions, there, copies)
+    assert change.step is (Step.ADVISE if advised else Step.UNCHANGED)
+    if advised:
+        assert "1 of 3 copies" in change.reason
+        assert "kafka-reassign-partitions" in change.reason
+    plan = Plan((change,))
+    assert (plan.pending, plan.refused) == ((), ())
+    assert len(plan.advice) == advised
