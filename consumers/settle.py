@@ -13,6 +13,7 @@ from collections.abc import Callable
 
 from confluent_kafka import KafkaError, Message
 
+from jobledger.access import denied, write
 from jobledger.config import Settings
 from jobledger.consumers.send import BY_KEY, Sender
 from jobledger.consumers.work import Arrived, Work
@@ -96,6 +97,10 @@ class Settler(threading.Thread):
         if error.code() == KafkaError.MSG_SIZE_TOO_LARGE and isinstance(value, bytes):
             self._refused_by_size(work, closing, topic, value, message.key())
             return
+        refused = denied(error, self._settings, f"sending to {topic}", write(topic))
+        if refused is not None:
+            self._fail(refused)
+            return
         if error.fatal() or work.tries >= RESENDS or not isinstance(value, bytes):
             self._fail(
                 BrokerUnavailable(
@@ -151,10 +156,14 @@ class Settler(threading.Thread):
             self._fail(JobledgerError(f"the worker's settler broke: {exc!r}"))
 
     def tick(self) -> None:
-        """Serve delivery reports."""
+        """Serve delivery reports. Fails if the cluster no longer lets this client in."""
         if time.monotonic() - self._sender.polled_at > _LOOP_POLLS_S:
             self._sender.poll(0.0)
         self.drain()
+        try:
+            self._sender.check()
+        except JobledgerError as exc:
+            self._fail(exc)
         self._each_tick()
 
     def close(self) -> None:

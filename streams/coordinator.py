@@ -25,8 +25,10 @@ from faust.exceptions import ConsistencyError
 from prometheus_client import CollectorRegistry
 
 from jobledger import log
+from jobledger.access import knock
 from jobledger.config import Settings
-from jobledger.errors import BrokerUnavailable, JobledgerError
+from jobledger.errors import AccessDenied, BrokerUnavailable, JobledgerError
+from jobledger.kafka import acls
 from jobledger.log import LogWriter
 from jobledger.names import Names
 from jobledger.streams.aio import MAX_BATCH_BYTES, AckedWriter, Ends
@@ -53,8 +55,9 @@ from jobledger.wire import framing
 LOG = logging.getLogger("jobledger.coordinator")
 T = TypeVar("T")
 
-#: Exit codes of `run_coordinator`. 70 is EX_SOFTWARE of sysexits.h: start it again.
-EXIT_OK, EXIT_FAILED = 0, 70
+#: Exit codes of `run_coordinator`. 70 and 77 are EX_SOFTWARE and EX_NOPERM of sysexits.h: start it again; the cluster
+#: refuses it.
+EXIT_OK, EXIT_FAILED, EXIT_DENIED = 0, 70, 77
 
 #: Seconds between two beats of the guard against a clock that jumps.
 PULSE = 0.25
@@ -91,7 +94,7 @@ class Coordinator:
         registry: CollectorRegistry | None = None,
         on_step: Callable[[str], None] | None = None,
     ) -> None:
-        self.names, self.settings = names, settings
+        self.names, self.settings = names, settings.acting_as("coordinator")
         self.options = options or Options()
         self.metrics = Metrics(registry)
         self._partitions = partitions
@@ -236,8 +239,12 @@ class Coordinator:
         """Which log the local copy must be of; the work topics there are, with the largest batch each takes; and the
         largest that every topic takes to which this coordinator writes."""
         names = self.names
+        knock(self.settings)
+        fixed = (names.coordination, changelog(names), names.lifecycle, names.dead_letter, names.schemas)
+        acls.check(self.settings, names.namespace, fixed)
         check_topics(self.settings, names, self._partitions)
         work = work_topics(self.settings, names)
+        acls.check(self.settings, names.namespace, work)
         others = (names.coordination, changelog(names), names.lifecycle, names.dead_letter)
         limits = [*work.values(), *log.batch_limits(self.settings, others).values()]
         most = min((limit for limit in limits if limit is not None), default=MAX_BATCH_BYTES)
@@ -376,7 +383,7 @@ def run_coordinator(
     """Run one coordinator in this thread until SIGTERM, SIGINT or ``stop_event``; its exit code.
 
     Signals are handled if this is the main thread. ``on_ready(coordinator)`` is called before it starts, for those who
-    want its `Coordinator.health`. What makes it give up is logged; the code then is 70.
+    want its `Coordinator.health`. What makes it give up is logged; the code then is 70, or 77 for `AccessDenied`.
     """
     options = options or Options()
     if session_timeout_s is not None:
@@ -398,7 +405,7 @@ def run_coordinator(
             pass
         except JobledgerError as exc:
             LOG.error("%s", exc)
-            code = EXIT_FAILED
+            code = EXIT_DENIED if isinstance(exc, AccessDenied) else EXIT_FAILED
         except Exception:
             LOG.exception("the coordinator gave up")
             code = EXIT_FAILED
