@@ -23,7 +23,7 @@ from jobledger.consumers.router import Batch, Routes
 from jobledger.consumers.send import Sender
 from jobledger.errors import BrokerUnavailable, ConfigError, JobledgerError, SchemaError
 from jobledger.kafka import acls
-from jobledger.log import LogReader, consumer_config, partitions_of, source, translate
+from jobledger.log import LogReader, committed, consumer_config, partitions_of, source, translate
 from jobledger.log import consumer as make_consumer
 from jobledger.lookup import SchemaLookup
 from jobledger.task import Registry
@@ -109,7 +109,8 @@ class Backfill:
     def _ranges(self, consumer: Consumer) -> dict[int, Range]:
         """The range of each partition: an interrupted run's, as it was fixed then, or a new one."""
         parts = [TopicPartition(self.topic, p) for p in range(partitions_of(self.settings, self.topic))]
-        before = {} if self.plan.dry_run or self.plan.restart else self._interrupted(consumer.committed(parts, ASK_S))
+        found = [] if self.plan.dry_run else committed(consumer, parts, self.settings, join(self._group), ASK_S)
+        before = {} if self.plan.restart else self._interrupted(found)
         if before:
             self.progress.resumed = True
             return before

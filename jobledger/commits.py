@@ -9,11 +9,11 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 import msgspec
-from confluent_kafka import KafkaException, TopicPartition
+from confluent_kafka import TopicPartition
 
 from jobledger.access import Need
 from jobledger.config import Settings
-from jobledger.log import consumer, consumer_config, partitions_of, translate
+from jobledger.log import committed, consumer, consumer_config, partitions_of
 from jobledger.names import Names
 
 
@@ -44,10 +44,7 @@ def group_offsets(
     places = [TopicPartition(topic, partition) for partition in range(partitions_of(settings, topic))]
     asker = consumer(consumer_config(settings, group=group))
     try:
-        found = asker.committed(places, timeout)
-    except KafkaException as exc:
-        describe = Need("Describe", "group", group)
-        raise translate(exc.args[0], settings, f"asking for the offsets of group {group}", describe) from exc
+        found = committed(asker, places, settings, Need("Describe", "group", group), timeout)
     finally:
         asker.close()
     return {(p.topic, p.partition): Committed(p.offset, floor_of(p.metadata)) for p in found if p.offset >= 0}

@@ -24,6 +24,7 @@ from confluent_kafka.admin import (  # type: ignore[attr-defined]  # re-exported
 from jobledger.access import Door, Need, denied, read, unusable, write
 from jobledger.config import Settings
 from jobledger.errors import (
+    AccessDenied,
     BrokerUnavailable,
     JobledgerError,
     NotAnEvent,
@@ -350,6 +351,28 @@ def partitions_of(settings: Settings, topic: str, timeout: float = 10.0, *, need
     if meta.error is not None:
         raise translate(meta.error, settings, f"asking for {topic}", need or read(topic))
     return len(meta.partitions)
+
+
+def committed(
+    asker: Consumer, places: Sequence[TopicPartition], settings: Settings, need: Need, timeout: float = 10.0
+) -> list[TopicPartition]:
+    """The commits of the group that ``asker`` names and is no member of; ``need``: the right on it that is told of. Raises `BrokerUnavailable` after ``timeout``
+    seconds, `AccessDenied`.
+
+    The client asks for the group's coordinator for ever where it is not told, and says why in another place.
+    """
+    deadline = time.monotonic() + timeout
+    while True:
+        try:
+            return asker.committed(list(places), min(timeout, 1.0))
+        except KafkaException as exc:
+            problem: KafkaError = exc.args[0]
+        heard = asker.poll(0)
+        error = None if heard is None else heard.error()
+        failed = translate(error or problem, settings, f"asking for the offsets of group {need.name}", need)
+        again = problem.retriable() or problem.code() in (KafkaError._TIMED_OUT, *PASSING[:2])
+        if isinstance(failed, AccessDenied) or not again or time.monotonic() > deadline:
+            raise failed
 
 
 def batch_limits(settings: Settings, topics: Iterable[str], timeout: float = 10.0) -> dict[str, int]:

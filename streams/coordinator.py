@@ -25,13 +25,13 @@ from faust.exceptions import ConsistencyError
 from prometheus_client import CollectorRegistry
 
 from jobledger import log
-from jobledger.access import knock
+from jobledger.access import join, knock, read, unauthorized
 from jobledger.config import Settings
 from jobledger.errors import AccessDenied, BrokerUnavailable, JobledgerError
 from jobledger.kafka import acls
 from jobledger.log import LogWriter
 from jobledger.names import Names
-from jobledger.streams.aio import MAX_BATCH_BYTES, AckedWriter, Ends
+from jobledger.streams.aio import MAX_BATCH_BYTES, AckedWriter, Ends, denied_kind
 from jobledger.streams.cycle import Cycle
 from jobledger.streams.faust_app import (
     TABLE,
@@ -44,6 +44,7 @@ from jobledger.streams.faust_app import (
     deliver_to,
     hasten,
     origin_of,
+    stuck,
     work_topics,
 )
 from jobledger.streams.metrics import Metrics
@@ -197,7 +198,7 @@ class Coordinator:
             if self._on_step is not None:
                 app.sensors.add(CommitHook(self._step))
             async with asyncio.timeout(self.options.patience + START_TIMEOUT):
-                await app.start()
+                await self._or_stuck(app.start())
             hasten(app)
             quieten()
             self._started = True
@@ -211,6 +212,7 @@ class Coordinator:
                 self._pulse,
                 self._survey,
                 self._watch_faust,
+                self._watch_group,
             ):
                 tasks.append(asyncio.create_task(self._guarded(work()), name=work.__name__))
             await self._stop.wait()
@@ -324,6 +326,25 @@ class Coordinator:
         except Exception as exc:  # noqa: BLE001  # whatever it is ends the coordinator
             self._fail(exc)
 
+    async def _or_stuck(self, starting: Awaitable[Any]) -> None:
+        """Let Faust start, unless its client cannot."""
+        start, watch = asyncio.ensure_future(starting), asyncio.create_task(self._watch_group())
+        try:
+            await asyncio.wait([start, watch], return_when=asyncio.FIRST_COMPLETED)
+            if watch.done():
+                watch.result()
+            await start
+        finally:
+            start.cancel()
+            watch.cancel()
+            await asyncio.gather(start, watch, return_exceptions=True)
+
+    async def _watch_group(self) -> None:
+        """A client that may not join its group waits for somebody to ask it why."""
+        while (reason := stuck(self._app)) is None:
+            await asyncio.sleep(PULSE)
+        raise self._explained(reason)
+
     async def _watch_faust(self) -> None:
         """A part of Faust that dies leaves the process up and idle: so it ends."""
         rows = self._app.tables[TABLE].data
@@ -332,7 +353,17 @@ class Coordinator:
                 raise rows.failure
             await asyncio.sleep(PULSE)
         reason = self._app.crash_reason
-        raise reason if isinstance(reason, Exception) else RuntimeError(f"Faust crashed: {reason!r}")
+        raise self._explained(reason) if isinstance(reason, Exception) else RuntimeError(f"Faust crashed: {reason!r}")
+
+    def _explained(self, reason: Exception) -> Exception:
+        """Our error for a right that Faust's client lacks; any other as it is."""
+        kind = denied_kind(reason)
+        if kind is None:
+            return reason
+        names = self.names
+        source, rows = names.coordination, changelog(names)
+        needs = (read(rows if rows in str(reason) else source), join(names.coordinator_group))
+        return unauthorized(self.settings, "running the coordinator's group", kind, *needs)
 
     # -- guards ------------------------------------------------------------------------------------------------------
 
@@ -341,6 +372,11 @@ class Coordinator:
         while True:
             self._cycle.beat()
             await asyncio.sleep(PULSE)
+
+    async def _still_let_in(self) -> None:
+        """A password that was changed, or a certificate that has expired, looks like a broker that is away."""
+        with contextlib.suppress(BrokerUnavailable):
+            await asyncio.get_running_loop().run_in_executor(None, knock, self.settings, SURVEY)
 
     async def _survey(self) -> None:
         """Measure the lag; give up if the broker is away for longer than `Options.patience`."""
@@ -354,8 +390,11 @@ class Coordinator:
                     found = await self._ends.of(self.names.coordination, owned)
                     self._high = {p: end for p, (_, end) in found.items()}
                     self._broker_seen = time.monotonic()
+                except AccessDenied:
+                    raise
                 except JobledgerError as exc:
                     LOG.warning("%s", exc)
+                    await self._still_let_in()
             else:
                 self._broker_seen = max(self._broker_seen, time.monotonic() - self.options.patience / 2)
             self.health()

@@ -286,6 +286,15 @@ class Group:
         return took and self.settled
 
 
+def stuck(app: Any) -> Exception | None:
+    """What keeps the group's client from going on; None if nothing does. It says so only to whoever polls it for records,
+    which Faust does not do before it has partitions."""
+    client = getattr(getattr(app.consumer, "_thread", None), "_consumer", None)
+    group = getattr(client, "_coordinator", None)
+    pending: Exception | None = getattr(group, "_pending_exception", None)
+    return pending
+
+
 def hasten(app: Any) -> None:
     """Let an idle fetch return sooner: whatever else is asked on its connection, as in a rebalance, waits behind it.
 

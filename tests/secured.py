@@ -6,12 +6,14 @@ Its plain listener stands for the people who run it: whoever comes in there may 
 from __future__ import annotations
 
 import secrets
+import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
 from confluent_kafka.admin import (  # type: ignore[attr-defined]  # re-exported without saying so
+    AclBindingFilter,
     AdminClient,
     ScramCredentialInfo,
     ScramMechanism,
@@ -19,6 +21,9 @@ from confluent_kafka.admin import (  # type: ignore[attr-defined]  # re-exported
     UserScramCredentialUpsertion,
 )
 
+from jobledger.config import Settings
+from jobledger.kafka import acls
+from jobledger.kafka.acls import Right
 from tests.brokers import Brokers
 from tests.certificates import Authority, Identity
 
@@ -90,6 +95,21 @@ class Secured:
         admin = self.admin
         for future in admin.alter_user_scram_credentials(wanted).values():
             future.result(30)
+
+    def give(self, principal: str, *wanted: Right) -> None:
+        """Allow this."""
+        acls.grant(self.admin, Settings(), [acls.binding(principal, right) for right in wanted])
+
+    def take(self, principal: str, right: Right) -> None:
+        """Allow it no more; returns once the broker knows."""
+        given = acls.binding(principal, right)
+        pattern = (given.restype, given.name, given.resource_pattern_type)
+        same = AclBindingFilter(*pattern, principal, given.host, given.operation, given.permission_type)
+        admin = self.admin
+        (taken,) = admin.delete_acls([same]).values()
+        assert len(taken.result(10)) == 1
+        while admin.describe_acls(same).result(10):
+            time.sleep(0.01)
 
     def address(self, way: str) -> str:
         """Where clients that come in this way connect."""
