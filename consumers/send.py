@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from typing import Any
 
 from confluent_kafka import KafkaError, KafkaException, Message, Producer
@@ -17,7 +18,7 @@ from confluent_kafka import KafkaError, KafkaException, Message, Producer
 from jobledger.access import Door, write
 from jobledger.config import Settings
 from jobledger.errors import BrokerUnavailable, JobledgerError
-from jobledger.log import MISSING, producer, producer_config, translate
+from jobledger.log import MISSING, producer, producer_config, undelivered
 from jobledger.names import Names
 from jobledger.schemas import codec
 from jobledger.wire import Framing, framing
@@ -43,6 +44,7 @@ class Sender:
     def __init__(self, settings: Settings, names: Names, linger_ms: float) -> None:
         self._settings, self._schemas = settings, names.schemas
         self._door = Door(settings)
+        self._fatal: KafkaError | None = None
         conf: dict[str, Any] = producer_config(settings, linger_ms=linger_ms, door=self._door)
         self._producer = producer(conf)
         self._alone: Producer | None = None
@@ -92,7 +94,7 @@ class Sender:
                 # A broker that shuts down says that its topics do not exist.
                 if exc.args[0].code() not in MISSING:
                     raise problem from exc
-            self._door.check()
+            self.check()
             deadline = deadline or time.monotonic() + WAIT_S
             if time.monotonic() > deadline:
                 raise problem
@@ -127,7 +129,8 @@ class Sender:
         deadline = time.monotonic() + timeout
         while not answers:
             self.poll(0.05)
-            self._door.check()
+            if not answers:
+                self.check()
             if time.monotonic() > deadline:
                 address = self._settings.bootstrap or "the embedded broker"
                 raise BrokerUnavailable(f"{address} acknowledged nothing on {topic} within {timeout:g} s")
@@ -136,18 +139,24 @@ class Sender:
 
     def failed(self, error: KafkaError, topic: str) -> JobledgerError:
         """Our error for a record that was not delivered, or cannot be."""
-        return self._door.refusal or translate(error, self._settings, f"sending to {topic}", write(topic))
+        error = self._fatal or error
+        return self._door.refusal or undelivered(error, self._settings, f"sending to {topic}", write(topic))
 
     def check(self) -> None:
-        """Raise `NotAuthenticated` if the cluster no longer lets this client in."""
+        """Raise `AccessDenied` if the cluster no longer lets this client in, or this producer is at its end."""
         self._door.check()
+        if self._fatal is not None:
+            raise self.failed(self._fatal, self._schemas)
 
     def poll(self, timeout: float = 0.0) -> None:
         """Run the delivery callbacks that have arrived."""
         self.polled_at = time.monotonic()
-        self._producer.poll(timeout)
-        if self._alone is not None:
-            self._alone.poll(0.0)
+        try:
+            self._producer.poll(timeout)
+            if self._alone is not None:
+                self._alone.poll(0.0)
+        except KafkaException as exc:
+            self._fatal = exc.args[0]
 
     @property
     def unacknowledged(self) -> int:
@@ -163,6 +172,7 @@ class Sender:
         """Drop what is left and give the connection back: closing must not wait for a broker that is away."""
         for each in (self._producer, self._alone):
             if each is not None:
-                each.purge()
-                each.flush(1.0)
-                each.close()
+                with suppress(KafkaException):  # of one that is at its end
+                    each.purge()
+                    each.flush(1.0)
+                    each.close()

@@ -13,11 +13,10 @@ from collections.abc import Callable
 
 from confluent_kafka import KafkaError, Message
 
-from jobledger.access import denied, write
 from jobledger.config import Settings
 from jobledger.consumers.send import BY_KEY, Sender
 from jobledger.consumers.work import Arrived, Work
-from jobledger.errors import BrokerUnavailable, JobledgerError, PayloadTooLarge
+from jobledger.errors import AccessDenied, BrokerUnavailable, JobledgerError, PayloadTooLarge
 
 LOG = logging.getLogger("jobledger.worker")
 
@@ -97,8 +96,8 @@ class Settler(threading.Thread):
         if error.code() == KafkaError.MSG_SIZE_TOO_LARGE and isinstance(value, bytes):
             self._refused_by_size(work, closing, topic, value, message.key())
             return
-        refused = denied(error, self._settings, f"sending to {topic}", write(topic))
-        if refused is not None:
+        refused = self._sender.failed(error, topic)
+        if isinstance(refused, AccessDenied):
             self._fail(refused)
             return
         if error.fatal() or work.tries >= RESENDS or not isinstance(value, bytes):

@@ -439,7 +439,7 @@ class _Many:
         """Send one more; waits while `WINDOW` are outstanding."""
         index = len(self._added)
         if not index % CHUNK:
-            self._writer.producer.poll(0)
+            self._writer.poll(0)
             if index - self._settled >= WINDOW:
                 self._await(WINDOW - CHUNK)
         self._writer.post(record, partial(self._delivered, index))
@@ -450,8 +450,7 @@ class _Many:
         patience = self._settings.submit_timeout + 5.0
         settled, since = self._settled, time.monotonic()
         while len(self._added) - self._settled > outstanding:
-            self._writer.producer.poll(0.05)
-            self._writer.give_up_if_refused()
+            self._writer.poll(0.05)
             if self._settled != settled:
                 settled, since = self._settled, time.monotonic()
             elif time.monotonic() - since > patience:

@@ -12,6 +12,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from typing import Any, NamedTuple, Self
 
 from confluent_kafka import Consumer, KafkaError, KafkaException, Message, Producer, TopicPartition
@@ -21,7 +22,7 @@ from confluent_kafka.admin import (  # type: ignore[attr-defined]  # re-exported
     ResourceType,
 )
 
-from jobledger.access import Door, Need, denied, read, unusable, write
+from jobledger.access import Door, Need, denied, read, unauthorized, unusable, write
 from jobledger.config import Settings
 from jobledger.errors import (
     AccessDenied,
@@ -156,6 +157,14 @@ def translate(error: KafkaError, settings: Settings, what: str, *needs: Need) ->
     )
 
 
+def undelivered(error: KafkaError, settings: Settings, what: str, *needs: Need) -> JobledgerError:
+    """`translate` for a producer's errors."""
+    if error.code() == KafkaError.CLUSTER_AUTHORIZATION_FAILED:
+        # An idempotent producer may begin only if it may write to some topic.
+        return unauthorized(settings, what, "topic", *needs)
+    return translate(error, settings, what, *needs)
+
+
 class Outgoing(NamedTuple):
     """One record to send. ``partition`` None lets the key decide."""
 
@@ -188,6 +197,7 @@ class LogWriter:
         self._names = names
         self.framing = framing or self._own_framing()
         self._door = Door(settings)
+        self._fatal: KafkaError | None = None
         self.producer = producer(producer_config(settings, linger_ms=linger_ms, door=self._door))
         self._schema_published = names is None
         self._lock = threading.Lock()
@@ -199,17 +209,21 @@ class LogWriter:
 
     def _serve(self) -> None:
         while not self._closing.is_set():
-            self.producer.poll(0.1)
-            self.give_up_if_refused()
+            self.poll(0.1)
 
-    def give_up_if_refused(self) -> None:
-        """Once the cluster does not let this client in, settle what waits with that: nobody shall wait in vain."""
-        if self._door.refusal is not None:
+    def poll(self, timeout: float) -> None:
+        """Run the delivery callbacks that have arrived. Once the cluster does not let this client in, what waits is settled
+        with that: nobody shall wait in vain."""
+        try:
+            self.producer.poll(timeout)
+        except KafkaException as exc:  # this producer is at its end
+            self._fatal = exc.args[0]
+        if self._fatal is not None or self._door.refusal is not None:
             self.producer.purge()
 
     def failed(self, error: KafkaError, what: str, *needs: Need) -> JobledgerError:
         """Our error for a record that was not delivered."""
-        return self._door.refusal or translate(error, self.settings, what, *needs)
+        return self._door.refusal or undelivered(self._fatal or error, self.settings, what, *needs)
 
     def ensure_schema(self) -> None:
         """Publish this version's schema, acknowledged, unless this writer has done so."""
@@ -268,7 +282,7 @@ class LogWriter:
                         "check JOBLEDGER_BOOTSTRAP and that the broker runs"
                     ) from None
                 if self._thread is None:
-                    self.producer.poll(0.005)
+                    self.poll(0.005)
                 else:
                     time.sleep(0.005)
             except KafkaException as exc:
@@ -313,17 +327,20 @@ class LogWriter:
 
     def flush(self, timeout: float) -> int:
         """Wait until the queue is empty; how many records are still unacknowledged."""
-        return self.producer.flush(timeout)
+        with suppress(KafkaException):  # of a producer that is at its end: its records have failed
+            return self.producer.flush(timeout)
+        return len(self.producer)
 
     def close(self, timeout: float = 10.0) -> None:
         """Flush within ``timeout`` seconds and stop the thread. A second call does nothing."""
         if self._closing.is_set():
             return
-        self.producer.flush(timeout)
+        self.flush(timeout)
         self._closing.set()
         if self._thread is not None:
             self._thread.join(timeout=1.0)
-        self.producer.close()
+        with suppress(KafkaException):
+            self.producer.close()
 
 
 def position_of(message: Message) -> Position:

@@ -131,7 +131,7 @@ def _principal(text: str) -> tuple[str, str]:
 
 def _right(role: str, right: Right) -> list[Cell]:
     name = f"{right.name}*" if right.pattern == "prefixed" else right.name
-    return [role, right.operation, f"{right.kind} {name}", right.lost or "does not run"]
+    return [role, right.operation, f"{right.kind} {name}", f"no {right.lost}" if right.lost else "does not run"]
 
 
 def _grant(loaded: App, wanted: list[tuple[str, Right]], yes: bool, as_json: bool) -> None:

@@ -81,7 +81,7 @@ _LOG = [
     *_topic("<ns>.dead-letter", "Read"),
     *_topic("<ns>.schemas", "Read"),
 ]
-_LIMITS = "batches are bounded by a default, not by what each topic takes"
+_LIMITS = "knowledge of what each topic takes: batches are bounded by a default"
 _TRIMMING = "trimming: the log grows"
 
 #: Role: what it needs, and nothing else.
@@ -115,8 +115,8 @@ TABLE: Mapping[str, Sequence[Right]] = {
         *_LOG,
         *_topic("<ns>.dead-letter", "Write"),
         *_topic("<ns>.schemas", "Write"),
-        *_topic("<ns>.coordination", "Write", lost="the watchdog"),
-        *_group("<ns>.worker.", "Describe", lost="the audit, and trimming"),
+        *_topic("<ns>.coordination", "Write", lost="watchdog"),
+        *_group("<ns>.worker.", "Describe", lost="audit, no trimming"),
         *_group("<ns>.coordinator", "Describe", lost=_TRIMMING),
         *_topic("<ns>.jobs.", "Delete", lost=_TRIMMING),
         *_topic("<ns>.lifecycle", "Delete", lost=_TRIMMING),
@@ -144,10 +144,10 @@ TABLE: Mapping[str, Sequence[Right]] = {
     "web": [*_LOG],
     "admin": [
         *_topic("<ns>.", "Create", "Alter", "AlterConfigs"),
-        Right(GROUP, "<ns>.", "AlterConfigs", PREFIXED, "the groups' own session times: a dead worker is missed later"),
         Right(
-            CLUSTER, "kafka-cluster", "DescribeConfigs", LITERAL, "the broker's bounds for the groups' session times"
+            GROUP, "<ns>.", "AlterConfigs", PREFIXED, "session times of the groups' own: a dead worker is missed later"
         ),
+        Right(CLUSTER, "kafka-cluster", "DescribeConfigs", LITERAL, "knowledge of the broker's bounds for those times"),
     ],
 }
 
@@ -193,6 +193,9 @@ def rights(name: str, namespace: str, foreign: Iterable[str] = ()) -> list[Right
             if key not in found or found[key].lost:
                 found[key] = made
     others = foreign if name in _HANDLES else ()
+    for kind, resource, pattern, operation in [*found]:
+        if operation == "Describe" and (kind, resource, pattern, "Read") in found:
+            del found[kind, resource, pattern, operation]
     return [*found.values(), *(Right(TOPIC, topic, "Read") for topic in sorted(others))]
 
 
