@@ -139,8 +139,8 @@ class Sender:
 
     def failed(self, error: KafkaError, topic: str) -> JobledgerError:
         """Our error for a record that was not delivered, or cannot be."""
-        error = self._fatal or error
-        return self._door.refusal or undelivered(error, self._settings, f"sending to {topic}", write(topic))
+        what, found = f"sending to {topic}", self._fatal or error
+        return self._door.behind(error) or undelivered(found, self._settings, what, write(topic))
 
     def check(self) -> None:
         """Raise `AccessDenied` if the cluster no longer lets this client in, or this producer is at its end."""

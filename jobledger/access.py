@@ -110,12 +110,16 @@ def refusal(settings: Settings, said: str) -> NotAuthenticated:
 
 
 class Door:
-    """Given to a client as its ``error_cb``: hears of refused connections. Thread-safe."""
+    """Given to a client as its ``error_cb``: hears of refused connections. Thread-safe.
 
-    def __init__(self, settings: Settings) -> None:
-        self._settings = settings
+    ``patient`` False: a token that is not given is a refusal at once, where a running client has one that may still be good.
+    """
+
+    def __init__(self, settings: Settings, *, patient: bool = True) -> None:
+        self._settings, self._patient = settings, patient
         self._lock = threading.Lock()
         self._first: float | None = None
+        self._no_token = ""
         self._looked = float("-inf")
         self._said: dict[str, float] = {}
         self._refusal: NotAuthenticated | None = None
@@ -123,6 +127,13 @@ class Door:
     @property
     def refusal(self) -> NotAuthenticated | None:
         """Why this client is not let in; None as long as it may be, or is away."""
+        return self._refusal
+
+    def behind(self, error: KafkaError) -> NotAuthenticated | None:
+        """The refusal behind an error of the client's; None if there is none. A client says once that it has got no token,
+        and might get one yet: that counts when something has timed out over it."""
+        if self._refusal is None and self._no_token and error.code() == KafkaError._MSG_TIMED_OUT:
+            return refusal(self._settings, self._no_token)
         return self._refusal
 
     def check(self) -> None:
@@ -136,13 +147,17 @@ class Door:
             if self._refusal is not None:
                 return
             if error.code() in _REFUSED or _refused_in_words(error):
-                if self._first is None:
+                if "OAUTHBEARER token" in text:
+                    self._no_token = text
+                    if not self._patient:
+                        self._refusal = refusal(self._settings, text)
+                elif self._first is None:
                     self._first = now
                 elif now - self._first >= AGAIN_S:
                     self._refusal = refusal(self._settings, text)
             elif error.code() == KafkaError._ALL_BROKERS_DOWN:
                 self._look(now)
-            elif error.code() == KafkaError._TRANSPORT:
+            elif error.code() == KafkaError._TRANSPORT and "Connect to" in text:
                 self._first = None  # a broker that is away, or comes up: what it refused before says nothing
             said = re.sub(r"\(.*|\d+ms", "", text)
             if now - self._said.get(said, float("-inf")) < SAY_EVERY_S:
@@ -173,7 +188,7 @@ def _refused_in_words(error: KafkaError) -> bool:
 def knock(settings: Settings, timeout: float = KNOCK_S) -> None:
     """Return once the cluster has let this client in. Raises `NotAuthenticated` as soon as it is plain that it will not;
     `BrokerUnavailable` if nobody has answered within ``timeout`` seconds; `ConfigError` for unusable settings."""
-    door = Door(settings)
+    door = Door(settings, patient=False)
     conf: dict[str, Any] = {**settings.librdkafka(), "error_cb": door, "logger": LOG, "log_level": 0}
     try:
         client = AdminClient(conf)

@@ -223,7 +223,7 @@ class LogWriter:
 
     def failed(self, error: KafkaError, what: str, *needs: Need) -> JobledgerError:
         """Our error for a record that was not delivered."""
-        return self._door.refusal or undelivered(self._fatal or error, self.settings, what, *needs)
+        return self._door.behind(error) or undelivered(self._fatal or error, self.settings, what, *needs)
 
     def ensure_schema(self) -> None:
         """Publish this version's schema, acknowledged, unless this writer has done so."""
