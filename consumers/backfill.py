@@ -16,12 +16,15 @@ from typing import Any
 
 from confluent_kafka import Consumer, KafkaException, Message, TopicPartition
 
+from jobledger.access import denied, join, knock, read
 from jobledger.config import Settings
 from jobledger.consumers.facts import Facts
 from jobledger.consumers.router import Batch, Routes
 from jobledger.consumers.send import Sender
 from jobledger.errors import BrokerUnavailable, ConfigError, JobledgerError, SchemaError
-from jobledger.log import LogReader, consumer_config, partitions_of, source, translate
+from jobledger.kafka import acls
+from jobledger.log import LogReader, committed, consumer_config, partitions_of, source, translate
+from jobledger.log import consumer as make_consumer
 from jobledger.lookup import SchemaLookup
 from jobledger.task import Registry
 
@@ -88,6 +91,7 @@ class Backfill:
 
     def __init__(self, registry: Registry, settings: Settings, plan: Plan, known: Callable[[str], bool]) -> None:
         registry.check()
+        settings = settings.acting_as("backfill")
         self.settings, self.names, self.plan, self._known = settings, registry.names, plan, known
         self.handler = registry.handler(plan.handler)
         self.topic = self.handler.event.topic
@@ -96,7 +100,8 @@ class Backfill:
         facts = Facts(registry, writer, settings.max_record_bytes)
         self._routes = Routes(registry, facts, writer, [self.handler], self._lookup)
         self.progress = Progress()
-        self._conf = consumer_config(settings, group=f"{self.names.namespace}.backfill.{plan.handler}")
+        self._group = self.names.backfill_group(plan.handler)
+        self._conf = consumer_config(settings, group=self._group)
         self._label = json.dumps({"since": plan.since, "until": plan.until})
 
     # -- what to read ---------------------------------------------------------------------------------------------
@@ -104,7 +109,8 @@ class Backfill:
     def _ranges(self, consumer: Consumer) -> dict[int, Range]:
         """The range of each partition: an interrupted run's, as it was fixed then, or a new one."""
         parts = [TopicPartition(self.topic, p) for p in range(partitions_of(self.settings, self.topic))]
-        before = {} if self.plan.dry_run or self.plan.restart else self._interrupted(consumer.committed(parts, ASK_S))
+        found = [] if self.plan.dry_run else committed(consumer, parts, self.settings, join(self._group), ASK_S)
+        before = {} if self.plan.restart else self._interrupted(found)
         if before:
             self.progress.resumed = True
             return before
@@ -138,7 +144,7 @@ class Backfill:
             return otherwise
         (found,) = consumer.offsets_for_times([TopicPartition(self.topic, partition, at_ms)], ASK_S)
         if found.error is not None:
-            raise translate(found.error, self.settings, f"asking for offsets of {self.topic}")
+            raise translate(found.error, self.settings, f"asking for offsets of {self.topic}", read(self.topic))
         return high if found.offset < 0 else found.offset
 
     # -- run ------------------------------------------------------------------------------------------------------
@@ -148,11 +154,14 @@ class Backfill:
 
         Raises `BrokerUnavailable`, `TopicMissing`, `ConfigError`; what was submitted by then stays, and another run goes on.
         """
-        consumer, sender = Consumer(self._conf), Sender(self.settings, self.names, 1.0)
+        knock(self.settings)
+        consumer, sender = make_consumer(self._conf), Sender(self.settings, self.names, 1.0)
         try:
+            work = self.names.jobs(self.handler.task.queue)
+            acls.check(self.settings, self.names.namespace, [self.topic, work, self.names.schemas])
             if not self.plan.dry_run:
-                partitions_of(self.settings, self.names.jobs(self.handler.task.queue))
-                sender.prepare([self.names.jobs(self.handler.task.queue)])
+                partitions_of(self.settings, work)
+                sender.prepare([work])
             ranges = self._ranges(consumer)
             self.progress.total = sum(r.end - r.begin for r in ranges.values())
             self.progress.passed = sum(r.at - r.begin for r in ranges.values())
@@ -160,7 +169,8 @@ class Backfill:
                 self._save(consumer, ranges, {p: r.at for p, r in ranges.items()})
             self._go(consumer, sender, ranges, stop, tell)
         except KafkaException as exc:
-            raise translate(exc.args[0], self.settings, f"reading {self.topic}") from exc
+            needs = (read(self.topic), join(self._group))
+            raise translate(exc.args[0], self.settings, f"reading {self.topic}", *needs) from exc
         finally:
             consumer.close()
             sender.close()
@@ -253,6 +263,10 @@ class Backfill:
                 error = next((r.error for r in results if r.error is not None), None)
             if error is None:
                 return
+            what = "committing the progress of the backfill"
+            refused = denied(error, self.settings, what, join(self._group), read(self.topic))
+            if refused is not None:
+                raise refused
             time.sleep(0.5)
         raise BrokerUnavailable(f"the progress of the backfill could not be committed: {error.str()}")
 

@@ -12,12 +12,12 @@ from collections.abc import Callable, Iterable
 
 from confluent_kafka import Consumer, KafkaError, KafkaException, TopicPartition
 
+from jobledger.access import denied, join, read
 from jobledger.config import Settings
 from jobledger.consumers.offsets import Snapshot
 from jobledger.consumers.settle import Settler
 from jobledger.consumers.work import Lease, Partition
 from jobledger.errors import ConfigError, JobledgerError
-from jobledger.log import translate
 
 LOG = logging.getLogger("jobledger.worker")
 
@@ -31,10 +31,12 @@ class Committer:
         self,
         settings: Settings,
         consumer: Consumer,
+        group: str,
         lease: Lease,
         settler: Settler,
         fail: Callable[[JobledgerError], None],
     ) -> None:
+        self._group = group
         self._settings, self._consumer, self._lease, self._settler, self._fail = (
             settings,
             consumer,
@@ -103,5 +105,7 @@ class Committer:
                     "set the broker's offset.metadata.max.bytes to 4096 or more"
                 )
             )
-        elif error.code() in (KafkaError.GROUP_AUTHORIZATION_FAILED, KafkaError.TOPIC_AUTHORIZATION_FAILED):
-            self._fail(translate(error, self._settings, f"committing {partition!r}"))
+        elif refused := denied(
+            error, self._settings, f"committing {partition!r}", read(partition.topic), join(self._group)
+        ):
+            self._fail(refused)

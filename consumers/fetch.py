@@ -15,13 +15,14 @@ from typing import Any
 
 from confluent_kafka import OFFSET_BEGINNING, Consumer, KafkaError, KafkaException, Message, TopicPartition
 
+from jobledger.access import Door, denied, join, read
 from jobledger.config import Settings
 from jobledger.consumers.commit import COMMIT_INTERVAL_S, Committer
 from jobledger.consumers.offsets import Snapshot
 from jobledger.consumers.settle import Settler
 from jobledger.consumers.work import Lease, Partition
-from jobledger.errors import BrokerUnavailable, ConfigError, JobledgerError
-from jobledger.log import consumer_config, translate
+from jobledger.errors import AccessDenied, BrokerUnavailable, ConfigError, JobledgerError
+from jobledger.log import consumer, consumer_config, translate
 from jobledger.names import Names
 
 LOG = logging.getLogger("jobledger.worker")
@@ -83,9 +84,12 @@ class Fetcher(threading.Thread):
         self._handover = HANDOVER_S
         self.fetched = 0
         self.error: str | None = None
+        self._group = names.worker_group(queue)
+        self._door = Door(settings)
         conf = consumer_config(
             settings,
-            group=names.worker_group(queue),
+            group=self._group,
+            door=self._door,
             **{
                 "group.protocol": "consumer",
                 "group.remote.assignor": "range",
@@ -95,8 +99,8 @@ class Fetcher(threading.Thread):
                 "fetch.error.backoff.ms": 100,
             },
         )
-        self.consumer = Consumer(conf)
-        self.committer = Committer(settings, self.consumer, self.lease, settler, fail)
+        self.consumer = consumer(conf)
+        self.committer = Committer(settings, self.consumer, self._group, self.lease, settler, fail)
         self._commit_at = 0.0
         self._requests: deque[CommitRequest] = deque()
 
@@ -147,7 +151,7 @@ class Fetcher(threading.Thread):
         except JobledgerError as exc:
             self._fail(exc)
         except KafkaException as exc:
-            self._fail(translate(exc.args[0], self._settings, f"reading {self.topic}"))
+            self._fail(self._translated(exc.args[0]))
         except Exception as exc:
             LOG.exception("the fetch thread of queue %s broke", self.queue)
             self._fail(JobledgerError(f"the fetch thread of queue {self.queue!r} broke: {exc!r}"))
@@ -158,7 +162,7 @@ class Fetcher(threading.Thread):
                 LOG.exception("queue %s: leaving the group failed", self.queue)
 
     def _poll_until_closed(self) -> None:
-        consumer = self.consumer
+        polling = self.consumer
         polled_at = steer_at = 0.0
         while not self._closing.is_set():
             now = time.monotonic()
@@ -168,10 +172,11 @@ class Fetcher(threading.Thread):
                 self._await_room()
                 continue
             if now >= steer_at:
+                self._door.check()
                 self._steer()
                 steer_at = now + POLL_S
             # Nothing fits: the poll is for rebalances, which come first; the one message it may give fits as well.
-            self._take(consumer.poll(POLL_S if room > 0 else 0), room)
+            self._take(polling.poll(POLL_S if room > 0 else 0), room)
             polled_at = now
 
     def _room_left(self) -> int:
@@ -233,12 +238,9 @@ class Fetcher(threading.Thread):
 
     def _message_error(self, error: KafkaError) -> None:
         code = error.code()
-        if error.fatal() or code in (
-            KafkaError.GROUP_AUTHORIZATION_FAILED,
-            KafkaError.TOPIC_AUTHORIZATION_FAILED,
-            KafkaError._AUTHENTICATION,
-        ):
-            raise translate(error, self._settings, f"reading {self.topic}")
+        found = self._translated(error)
+        if error.fatal() or isinstance(found, AccessDenied):
+            raise found
         if code in (KafkaError.UNSUPPORTED_VERSION, KafkaError._UNSUPPORTED_FEATURE, KafkaError.UNSUPPORTED_ASSIGNOR):
             raise ConfigError(
                 f"the broker does not know the consumer group protocol that workers need ({error.str()}): "
@@ -248,6 +250,9 @@ class Fetcher(threading.Thread):
         if text != self.error:
             LOG.warning("queue %s: %s", self.queue, text)
         self.error = text
+
+    def _translated(self, error: KafkaError) -> JobledgerError:
+        return translate(error, self._settings, f"reading {self.topic}", read(self.topic), join(self._group))
 
     def _steer(self) -> None:
         """Pause at the client what cannot be run for a while and has enough waiting; resume what can."""
@@ -294,6 +299,9 @@ class Fetcher(threading.Thread):
                 problem: Any = errors[0]
             except KafkaException as exc:
                 problem = exc.args[0]
+            found_denied = denied(problem, self._settings, f"reading {self.topic}", read(self.topic), join(self._group))
+            if found_denied is not None:
+                raise found_denied
             if time.monotonic() > deadline or self._closing.is_set():
                 # Never taken for "nothing committed": that would run everything again.
                 raise BrokerUnavailable(

@@ -14,12 +14,22 @@ from typing import Any
 
 from confluent_kafka import Consumer, KafkaError, KafkaException, Message, TopicPartition
 
+from jobledger.access import Door, denied, join, knock, read
 from jobledger.config import Settings
 from jobledger.consumers.facts import Facts
 from jobledger.consumers.send import BY_KEY, Sender
 from jobledger.domain import EVENT_TAG, EventType, Handler, earlier_of, event_id_of
-from jobledger.errors import BrokerUnavailable, ConfigError, JobledgerError, PayloadTooLarge, SchemaError
-from jobledger.log import Outgoing, consumer_config, now_us, partitions_of, source, translate
+from jobledger.errors import (
+    AccessDenied,
+    BrokerUnavailable,
+    ConfigError,
+    JobledgerError,
+    PayloadTooLarge,
+    SchemaError,
+)
+from jobledger.kafka import acls
+from jobledger.log import Outgoing, consumer_config, error_topic, now_us, partitions_of, source, translate
+from jobledger.log import consumer as make_consumer
 from jobledger.lookup import SchemaLookup
 from jobledger.schemas import codec
 from jobledger.schemas.derive import check_evolution
@@ -125,6 +135,9 @@ class Batch:
                 self._open -= 1
                 return
             try:
+                refused = self._sender.failed(error, record.topic)
+                if isinstance(refused, AccessDenied):
+                    raise refused
                 if error.code() == KafkaError.MSG_SIZE_TOO_LARGE:
                     # The broker refuses a batch as a whole: whose fault it is shows when each record goes alone.
                     if alone:
@@ -154,6 +167,7 @@ class Batch:
         refuses for their size, with the records that they follow from."""
         while self._open and self._error is None:
             self._sender.poll(0.05)
+            self._sender.check()
         if self._error is not None:
             raise self._error
         refused, self._too_large = self._too_large, []
@@ -168,6 +182,7 @@ class Router:
 
     def __init__(self, registry: Registry, settings: Settings) -> None:
         registry.check()
+        settings = settings.acting_as("router")
         self.registry, self.settings, self.names = registry, settings, registry.names
         self._handlers = [handler for handlers in registry.handlers.values() for handler in handlers]
         if not self._handlers:
@@ -181,6 +196,7 @@ class Router:
         writer = source("router")
         facts = Facts(registry, writer, settings.max_record_bytes)
         self.routes = Routes(registry, facts, writer, self._handlers, self._lookup)
+        self._door = Door(settings)
         self._address = settings.bootstrap or "the embedded broker"
         self.events = self.jobs = self.rejected = 0
         self.partitions: dict[tuple[str, int], int] = {}  # owned: the next offset to be committed, -1 before the first
@@ -201,7 +217,9 @@ class Router:
     def _prepare(self) -> Sender:
         """Topics are there, the handlers' classes read what was written before them, our schema is published."""
         queues = {self.names.jobs(handler.task.queue) for handler in self._handlers}
-        for topic in sorted({*self.routes.topics, *queues, self.names.dead_letter}):
+        names = self.names
+        acls.check(self.settings, names.namespace, [*self.routes.topics, *queues, names.dead_letter, names.schemas])
+        for topic in sorted({*self.routes.topics, *queues, names.dead_letter}):
             partitions_of(self.settings, topic)
         known = self._lookup.all()
         for kind in {handler.event.name: handler.event for handler in self._handlers}.values():
@@ -219,7 +237,7 @@ class Router:
         deadline = time.monotonic() + START_TIMEOUT_S
         while True:
             try:
-                self.settings.resolve_bootstrap()
+                knock(self.settings)
                 return self._prepare()
             except BrokerUnavailable:
                 if stop.is_set() or time.monotonic() > deadline:
@@ -232,10 +250,11 @@ class Router:
     def run(self, stop: threading.Event) -> None:
         """Route until ``stop`` is set. Raises what keeps it from going on; nothing that was not acknowledged is committed then."""
         sender = self._patiently(stop)
-        consumer = Consumer(
+        consumer = make_consumer(
             consumer_config(
                 self.settings,
                 group=self.names.router_group,
+                door=self._door,
                 **{"group.protocol": "consumer", "queued.max.messages.kbytes": 16_384, "fetch.error.backoff.ms": 100},
             )
         )
@@ -246,7 +265,7 @@ class Router:
             self._loop(consumer, sender, stop)
             self._commit(consumer)
         except KafkaException as exc:
-            raise translate(exc.args[0], self.settings, "reading events") from exc
+            raise translate(exc.args[0], self.settings, "reading events", join(self.names.router_group)) from exc
         finally:
             consumer.close()
             sender.close()
@@ -256,7 +275,9 @@ class Router:
         committed_at = 0.0
         while not stop.is_set():
             first = consumer.poll(POLL_S)
-            if first is not None:
+            if first is None:
+                self._door.check()
+            else:
                 self._route([first, *consumer.consume(BATCH - 1, 0)], sender)
             now = time.monotonic()
             if now - committed_at >= COMMIT_INTERVAL_S:
@@ -271,7 +292,7 @@ class Router:
         for message in messages:
             error = message.error()
             if error is not None:
-                self._message_error(error)
+                self._message_error(message, error)
                 continue
             where = (message.topic() or "", message.partition() or 0)
             if where not in self.partitions:
@@ -309,10 +330,11 @@ class Router:
         LOG.error("%s[%s]@%s goes to the dead letters: %s", message.topic(), message.partition(), message.offset(), why)
         batch.send(message, self.routes.rejected(message, why))
 
-    def _message_error(self, error: KafkaError) -> None:
-        code = error.code()
-        if error.fatal() or code in (KafkaError.GROUP_AUTHORIZATION_FAILED, KafkaError.TOPIC_AUTHORIZATION_FAILED):
-            raise translate(error, self.settings, "reading events")
+    def _message_error(self, message: Message, error: KafkaError) -> None:
+        topic = error_topic(message, self.routes.topics)
+        found = translate(error, self.settings, f"reading {topic}", read(topic), join(self.names.router_group))
+        if error.fatal() or isinstance(found, AccessDenied):
+            raise found
         LOG.warning("reading events: %s", error.str())
 
     def _commit(self, consumer: Consumer) -> None:
@@ -324,6 +346,11 @@ class Router:
         try:
             results = consumer.commit(offsets=due, asynchronous=False) or ()
         except KafkaException as exc:
+            refused = denied(
+                exc.args[0], self.settings, "committing", *map(read, self.routes.topics), join(self.names.router_group)
+            )
+            if refused is not None:
+                raise refused from exc
             LOG.info("commit refused: %s", exc.args[0].str())
             return
         for done in results:

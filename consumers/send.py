@@ -10,13 +10,15 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from typing import Any
 
 from confluent_kafka import KafkaError, KafkaException, Message, Producer
 
+from jobledger.access import Door, write
 from jobledger.config import Settings
 from jobledger.errors import BrokerUnavailable, JobledgerError
-from jobledger.log import MISSING, producer_config, translate
+from jobledger.log import MISSING, producer, producer_config, undelivered
 from jobledger.names import Names
 from jobledger.schemas import codec
 from jobledger.wire import Framing, framing
@@ -41,8 +43,10 @@ class Sender:
 
     def __init__(self, settings: Settings, names: Names, linger_ms: float) -> None:
         self._settings, self._schemas = settings, names.schemas
-        conf: dict[str, Any] = producer_config(settings, linger_ms=linger_ms)
-        self._producer = Producer(conf)
+        self._door = Door(settings)
+        self._fatal: KafkaError | None = None
+        conf: dict[str, Any] = producer_config(settings, linger_ms=linger_ms, door=self._door)
+        self._producer = producer(conf)
         self._alone: Producer | None = None
         #: `time.monotonic` of the last poll.
         self.polled_at = 0.0
@@ -73,7 +77,8 @@ class Sender:
     def send(
         self, topic: str, value: bytes, key: str | bytes | None, partition: int, on_delivery: Delivered | None
     ) -> None:
-        """Queue a record. Raises `BrokerUnavailable` if the queue stays full, `TopicMissing` if there is no such topic."""
+        """Queue a record. Raises `BrokerUnavailable` if the queue stays full, `TopicMissing` if there is no such topic,
+        `AccessDenied` if the cluster refuses it."""
         deadline = 0.0
         while True:
             try:
@@ -85,10 +90,11 @@ class Sender:
                     f"{self._settings.bootstrap or 'the embedded broker'} takes nothing"
                 )
             except KafkaException as exc:
-                problem = translate(exc.args[0], self._settings, f"sending to {topic}")
+                problem = self.failed(exc.args[0], topic)
                 # A broker that shuts down says that its topics do not exist.
                 if exc.args[0].code() not in MISSING:
                     raise problem from exc
+            self.check()
             deadline = deadline or time.monotonic() + WAIT_S
             if time.monotonic() > deadline:
                 raise problem
@@ -102,14 +108,15 @@ class Sender:
         A producer of its own does that, so its records and the others' are in no order. Raises what `send` raises.
         """
         if self._alone is None:
-            self._alone = Producer({**producer_config(self._settings), "batch.num.messages": 1})
+            conf = producer_config(self._settings, door=self._door)
+            self._alone = producer({**conf, "batch.num.messages": 1})
         try:
             framed = value if self._framing is None else self._framing.framed(topic, value)
             self._alone.produce(topic, framed, key, partition, delivered)
         except BufferError:
             raise BrokerUnavailable(f"the send queue for single records is full: {topic} takes nothing") from None
         except KafkaException as exc:
-            raise translate(exc.args[0], self._settings, f"sending to {topic}") from exc
+            raise self.failed(exc.args[0], topic) from exc
 
     def first(self, topic: str, value: bytes, key: str, timeout: float) -> None:
         """Send a record and wait for its acknowledgement: from then on the producer has its id and its connections.
@@ -122,18 +129,34 @@ class Sender:
         deadline = time.monotonic() + timeout
         while not answers:
             self.poll(0.05)
+            if not answers:
+                self.check()
             if time.monotonic() > deadline:
                 address = self._settings.bootstrap or "the embedded broker"
                 raise BrokerUnavailable(f"{address} acknowledged nothing on {topic} within {timeout:g} s")
         if answers[0] is not None:
-            raise translate(answers[0], self._settings, f"sending to {topic}")
+            raise self.failed(answers[0], topic)
+
+    def failed(self, error: KafkaError, topic: str) -> JobledgerError:
+        """Our error for a record that was not delivered, or cannot be."""
+        what, found = f"sending to {topic}", self._fatal or error
+        return self._door.behind(error) or undelivered(found, self._settings, what, write(topic))
+
+    def check(self) -> None:
+        """Raise `AccessDenied` if the cluster no longer lets this client in, or this producer is at its end."""
+        self._door.check()
+        if self._fatal is not None:
+            raise self.failed(self._fatal, self._schemas)
 
     def poll(self, timeout: float = 0.0) -> None:
         """Run the delivery callbacks that have arrived."""
         self.polled_at = time.monotonic()
-        self._producer.poll(timeout)
-        if self._alone is not None:
-            self._alone.poll(0.0)
+        try:
+            self._producer.poll(timeout)
+            if self._alone is not None:
+                self._alone.poll(0.0)
+        except KafkaException as exc:
+            self._fatal = exc.args[0]
 
     @property
     def unacknowledged(self) -> int:
@@ -147,8 +170,9 @@ class Sender:
 
     def close(self) -> None:
         """Drop what is left and give the connection back: closing must not wait for a broker that is away."""
-        for producer in (self._producer, self._alone):
-            if producer is not None:
-                producer.purge()
-                producer.flush(1.0)
-                producer.close()
+        for each in (self._producer, self._alone):
+            if each is not None:
+                with suppress(KafkaException):  # of one that is at its end
+                    each.purge()
+                    each.flush(1.0)
+                    each.close()

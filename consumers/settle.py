@@ -16,7 +16,7 @@ from confluent_kafka import KafkaError, Message
 from jobledger.config import Settings
 from jobledger.consumers.send import BY_KEY, Sender
 from jobledger.consumers.work import Arrived, Work
-from jobledger.errors import BrokerUnavailable, JobledgerError, PayloadTooLarge
+from jobledger.errors import AccessDenied, BrokerUnavailable, JobledgerError, PayloadTooLarge
 
 LOG = logging.getLogger("jobledger.worker")
 
@@ -96,6 +96,10 @@ class Settler(threading.Thread):
         if error.code() == KafkaError.MSG_SIZE_TOO_LARGE and isinstance(value, bytes):
             self._refused_by_size(work, closing, topic, value, message.key())
             return
+        refused = self._sender.failed(error, topic)
+        if isinstance(refused, AccessDenied):
+            self._fail(refused)
+            return
         if error.fatal() or work.tries >= RESENDS or not isinstance(value, bytes):
             self._fail(
                 BrokerUnavailable(
@@ -151,10 +155,14 @@ class Settler(threading.Thread):
             self._fail(JobledgerError(f"the worker's settler broke: {exc!r}"))
 
     def tick(self) -> None:
-        """Serve delivery reports."""
+        """Serve delivery reports. Fails if the cluster no longer lets this client in."""
         if time.monotonic() - self._sender.polled_at > _LOOP_POLLS_S:
             self._sender.poll(0.0)
         self.drain()
+        try:
+            self._sender.check()
+        except JobledgerError as exc:
+            self._fail(exc)
         self._each_tick()
 
     def close(self) -> None:

@@ -17,14 +17,15 @@ from typing import Any
 
 from confluent_kafka import Consumer, KafkaError, KafkaException, Message, TopicPartition
 
+from jobledger.access import read
 from jobledger.config import Settings
 from jobledger.consumers.fetch import Fetcher
 from jobledger.consumers.offsets import PartitionOffsets, Restored, Snapshot, decode, encode
 from jobledger.consumers.releases import REMEMBERED, REMEMBERED_MS, key_of, release_key
 from jobledger.consumers.settle import Settler
 from jobledger.consumers.work import Found, Partition
-from jobledger.errors import BrokerUnavailable, JobledgerError, RegistryNeeded, SchemaError
-from jobledger.log import consumer_config, translate
+from jobledger.errors import AccessDenied, BrokerUnavailable, JobledgerError, RegistryNeeded, SchemaError
+from jobledger.log import PASSING, consumer, consumer_config, translate
 from jobledger.names import Names
 from jobledger.schemas.codec import Decoder
 from jobledger.schemas.events import CLOSING, Fact, JobStarted, JobSucceeded
@@ -295,7 +296,7 @@ class Takeover(threading.Thread):
     def _consumer(self) -> Consumer:
         if self._reader is None:
             # The end of a partition may be a mark that no message stands for; only the end-of-partition event tells.
-            self._reader = Consumer(consumer_config(self._settings) | {"enable.partition.eof": True})
+            self._reader = consumer(consumer_config(self._settings) | {"enable.partition.eof": True})
         return self._reader
 
     def _drop_reader(self) -> None:
@@ -310,8 +311,10 @@ class Takeover(threading.Thread):
                 low, high = self._consumer().get_watermark_offsets(TopicPartition(topic, number), REQUEST_TIMEOUT_S)
                 return low, high
             except KafkaException as exc:
-                if time.monotonic() > deadline or self._closing:
-                    raise translate(exc.args[0], self._settings, f"asking for the ends of {topic}[{number}]") from exc
+                what = f"asking for the ends of {topic}[{number}]"
+                problem = translate(exc.args[0], self._settings, what, read(topic))
+                if isinstance(problem, AccessDenied) or time.monotonic() > deadline or self._closing:
+                    raise problem from exc
                 # A broker that shuts down says that its topics do not exist, and a client believes that for minutes.
                 self._drop_reader()
                 time.sleep(0.2)
@@ -328,12 +331,12 @@ class Takeover(threading.Thread):
         ends = {where: end for where, (start, end) in ranges.items() if start < end}
         if not ends:
             return
-        consumer = self._consumer()
-        consumer.assign([TopicPartition(t, n, ranges[t, n][0]) for t, n in ends])
+        reader = self._consumer()
+        reader.assign([TopicPartition(t, n, ranges[t, n][0]) for t, n in ends])
         try:
             seen = time.monotonic()
             while ends and not self._closing and wanted():
-                for message in consumer.consume(1000, 0.02):
+                for message in reader.consume(1000, 0.02):
                     where: tuple[Any, Any] = (message.topic(), message.partition())
                     end = ends.get(where)
                     if end is None:
@@ -347,21 +350,18 @@ class Takeover(threading.Thread):
                         over = offset + 1 >= end or first_only
                     elif error.code() == KafkaError._PARTITION_EOF:
                         over = offset >= end
-                    elif error.retriable() or error.code() in _PASSING:
+                    elif error.retriable() or error.code() in PASSING:
                         continue
                     else:
-                        raise translate(error, self._settings, f"reading {where[0]}[{where[1]}]")
+                        raise translate(error, self._settings, f"reading {where[0]}[{where[1]}]", read(where[0]))
                     if over:
                         del ends[where]
                         # Not pause(): it outlives unassign(), and the partition's next range would stay silent for ever.
-                        consumer.incremental_unassign([TopicPartition(*where)])
+                        reader.incremental_unassign([TopicPartition(*where)])
                 if time.monotonic() - seen > STALL_S:
                     raise BrokerUnavailable(f"taking over: {sorted(ends)} gave nothing for {STALL_S:g} s")
         finally:
-            consumer.unassign()
-
-
-_PASSING = (KafkaError._TRANSPORT, KafkaError._ALL_BROKERS_DOWN)
+            reader.unassign()
 
 
 def _first(times: dict[int, int], message: Message) -> None:

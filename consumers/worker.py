@@ -18,9 +18,11 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from types import FrameType
 from typing import Any
 
+from jobledger.access import knock
 from jobledger.config import Settings
 from jobledger.consumers.dispatch import Dispatcher
 from jobledger.consumers.execute import Executor
@@ -31,7 +33,8 @@ from jobledger.consumers.send import Sender
 from jobledger.consumers.settle import Settler, new_arrived
 from jobledger.consumers.takeover import Takeover
 from jobledger.consumers.work import Partition
-from jobledger.errors import BrokerUnavailable, ConfigError, JobledgerError
+from jobledger.errors import AccessDenied, BrokerUnavailable, ConfigError, JobledgerError
+from jobledger.kafka import acls
 from jobledger.log import decoder, partitions_of, source
 from jobledger.task import Registry
 
@@ -39,7 +42,8 @@ __all__ = ["EXIT_BROKEN", "EXIT_OK", "Worker", "WorkerOptions", "run_tuned", "ru
 
 LOG = logging.getLogger("jobledger.worker")
 
-EXIT_OK, EXIT_BROKEN = 0, 1
+#: 77 is EX_NOPERM of sysexits.h: the cluster refuses this worker, and starting it again does not help by itself.
+EXIT_OK, EXIT_BROKEN, EXIT_DENIED = 0, 1, 77
 #: Seconds a stopping worker waits for acknowledgements.
 FLUSH_S = 5.0
 #: Seconds the end of a worker may take beyond its grace time: cancelling, flushing, committing, leaving.
@@ -60,6 +64,7 @@ class Worker:
         must_end_in: Callable[[float], None] = lambda seconds: None,
     ) -> None:
         self._must_end_in = must_end_in
+        settings = settings.acting_as("worker")
         self.registry, self.settings, self.options = registry, settings, options or WorkerOptions()
         registry.check()
         names = self.options.queues
@@ -105,13 +110,13 @@ class Worker:
                 loop.call_soon_threadsafe(changed.set)
 
     def run(self) -> int:
-        """Work until stopped; 0, or 1 if something broke (`error` says what).
+        """Work until stopped; 0, or if something broke (`error` says what) 1, or 77 for `AccessDenied`.
 
-        Raises `ConfigError`, `TopicMissing` or `BrokerUnavailable` if it cannot start.
+        Raises `ConfigError`, `TopicMissing`, `AccessDenied` or `BrokerUnavailable` if it cannot start.
         """
         sender: Sender | None = None
         try:
-            self._patiently(self.settings.resolve_bootstrap)
+            self._patiently(lambda: knock(self.settings))
             sender = self.sender = Sender(self.settings, self.registry.names, self.options.linger_ms)
             self._check_topics(sender)
             with _new_runner() as runner:
@@ -120,18 +125,22 @@ class Worker:
             self.ended.set()
             if sender is not None:
                 sender.close()
-        return EXIT_OK if self.error is None else EXIT_BROKEN
+        if self.error is None:
+            return EXIT_OK
+        return EXIT_DENIED if isinstance(self.error, AccessDenied) else EXIT_BROKEN
 
     # -- start ----------------------------------------------------------------------------------------------------
 
     def _check_topics(self, sender: Sender) -> None:
         names = self.registry.names
+        others = (names.lifecycle, names.coordination, names.dead_letter, names.schemas)
+        self._patiently(lambda: acls.check(self.settings, names.namespace, [*others, *map(names.jobs, self.queues)]))
         lifecycle = self._patiently(lambda: partitions_of(self.settings, names.lifecycle))
         for topic in (names.coordination, names.dead_letter, names.schemas):
-            self._patiently(lambda topic=topic: partitions_of(self.settings, topic))  # type: ignore[misc]
+            self._patiently(partial(partitions_of, self.settings, topic))
         for queue in self.queues:
             topic = names.jobs(queue)
-            count = self._patiently(lambda topic=topic: partitions_of(self.settings, topic))  # type: ignore[misc]
+            count = self._patiently(partial(partitions_of, self.settings, topic))
             if count > lifecycle:
                 raise ConfigError(
                     f"{topic} has {count} partitions and {names.lifecycle} only {lifecycle}: a job's facts lie in the "

@@ -19,6 +19,7 @@ import msgspec
 import uuid_utils
 from confluent_kafka import KafkaError, Message
 
+from jobledger.access import write
 from jobledger.config import Settings
 from jobledger.context import JobContext, maybe_current_job
 from jobledger.domain import EVENT_HEADER, EventType, earlier_of
@@ -35,7 +36,7 @@ from jobledger.errors import (
     StoreNotFound,
 )
 from jobledger.job import JobStatus, State
-from jobledger.log import Headers, LogWriter, Outgoing, now_us, position_of, source, translate
+from jobledger.log import Headers, LogWriter, Outgoing, now_us, position_of, source
 from jobledger.lookup import SchemaLookup
 from jobledger.names import Names
 from jobledger.registry import Registry
@@ -219,7 +220,7 @@ class Client:
         # librdkafka gives up by itself after submit_timeout; the margin is for its callback to arrive.
         if not ack.event.wait(self.settings.submit_timeout + 5.0):
             raise BrokerUnavailable(f"{what}: no acknowledgement within {self.settings.submit_timeout:g} s")
-        return ack.position(self.settings, what)
+        return ack.position(writer, what, record.topic)
 
     async def submit_async(self, request: JobRequest[R]) -> JobHandle[R]:
         """`submit` for asyncio; waits without holding the event loop."""
@@ -241,7 +242,7 @@ class Client:
             if error is None:
                 future.set_result(position)
             else:
-                future.set_exception(translate(error, self.settings, what))
+                future.set_exception(writer.failed(error, what, write(record.topic)))
 
         def delivered(error: KafkaError | None, message: Message) -> None:
             loop.call_soon_threadsafe(settle, error, position_of(message))
@@ -407,10 +408,10 @@ class _Ack:
         self._error, self._position = error, position_of(message)
         self.event.set()
 
-    def position(self, settings: Settings, what: str) -> Position:
+    def position(self, writer: LogWriter, what: str, topic: str) -> Position:
         """Where the record stands; raises what went wrong."""
         if self._error is not None or self._position is None:
-            raise translate(self._error or KafkaError(KafkaError._FAIL), settings, what)
+            raise writer.failed(self._error or KafkaError(KafkaError._FAIL), what, write(topic))
         return self._position
 
 
@@ -425,20 +426,20 @@ class _Many:
         self._added: list[tuple[str, str]] = []
         self._places: dict[int, tuple[int, int]] = {}
         self._settled = 0
-        self._failed: KafkaError | None = None
+        self._failed: tuple[KafkaError, str] | None = None
 
     def _delivered(self, index: int, error: KafkaError | None, message: Message) -> None:
         if error is None:
             self._places[index] = (message.partition() or 0, message.offset() or 0)
         else:
-            self._failed = self._failed or error
+            self._failed = self._failed or (error, message.topic() or "")
         self._settled += 1
 
     def add(self, identity: str, record: Outgoing) -> None:
         """Send one more; waits while `WINDOW` are outstanding."""
         index = len(self._added)
         if not index % CHUNK:
-            self._writer.producer.poll(0)
+            self._writer.poll(0)
             if index - self._settled >= WINDOW:
                 self._await(WINDOW - CHUNK)
         self._writer.post(record, partial(self._delivered, index))
@@ -449,7 +450,7 @@ class _Many:
         patience = self._settings.submit_timeout + 5.0
         settled, since = self._settled, time.monotonic()
         while len(self._added) - self._settled > outstanding:
-            self._writer.producer.poll(0.05)
+            self._writer.poll(0.05)
             if self._settled != settled:
                 settled, since = self._settled, time.monotonic()
             elif time.monotonic() - since > patience:
@@ -461,7 +462,8 @@ class _Many:
         self._await(0)
         if self._failed is not None:
             what = f"{len(self._places)} of {len(self._added)} {self._what} were accepted; the others"
-            raise translate(self._failed, self._settings, what)
+            error, topic = self._failed
+            raise self._writer.failed(error, what, write(topic))
         places = self._places
         return [(identity, Position(topic, *places[index])) for index, (identity, topic) in enumerate(self._added)]
 

@@ -9,10 +9,11 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 import msgspec
-from confluent_kafka import Consumer, KafkaException, TopicPartition
+from confluent_kafka import TopicPartition
 
+from jobledger.access import Need
 from jobledger.config import Settings
-from jobledger.log import consumer_config, partitions_of, translate
+from jobledger.log import committed, consumer, consumer_config, partitions_of
 from jobledger.names import Names
 
 
@@ -41,11 +42,9 @@ def group_offsets(
     (assertion ``eonce->refcnt > 0``, librdkafka issue 4605) when the broker goes away in the middle of it.
     """
     places = [TopicPartition(topic, partition) for partition in range(partitions_of(settings, topic))]
-    asker = Consumer(consumer_config(settings, group=group))
+    asker = consumer(consumer_config(settings, group=group))
     try:
-        found = asker.committed(places, timeout)
-    except KafkaException as exc:
-        raise translate(exc.args[0], settings, f"asking for the offsets of group {group}") from exc
+        found = committed(asker, places, settings, Need("Describe", "group", group), timeout)
     finally:
         asker.close()
     return {(p.topic, p.partition): Committed(p.offset, floor_of(p.metadata)) for p in found if p.offset >= 0}

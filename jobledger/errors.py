@@ -11,6 +11,9 @@
 │   └── ``SchemaRefused``        the Schema Registry does not take this version's schema
 ├── ``BrokerUnavailable``        no broker answered within the bound
 │   └── ``RegistryUnavailable``  no Schema Registry answered within the bound
+├── ``AccessDenied``             the cluster refuses this client; trying again does not help
+│   ├── ``NotAuthenticated``     it does not let it in: password, certificate, listener
+│   └── ``NotAuthorized``        it does not let it do something: an ACL is missing
 ├── ``PayloadTooLarge``          one record would exceed the broker's limit
 ├── ``TopicMissing``             a topic the app needs is not there
 ├── ``PortTaken``                the embedded broker's port belongs to somebody else
@@ -80,6 +83,29 @@ class BrokerUnavailable(JobledgerError):
 
 class RegistryUnavailable(BrokerUnavailable):
     """The Schema Registry did not answer within the bound; what needed it is neither done nor rejected."""
+
+
+class AccessDenied(JobledgerError):
+    """The cluster refuses this client. What was to be sent was not, and trying again does not help."""
+
+
+class NotAuthenticated(AccessDenied):
+    """The cluster does not let this client in: a password, a certificate or the kind of listener is wrong."""
+
+
+class NotAuthorized(AccessDenied):
+    """The cluster lets this client in, and does not let it do this.
+
+    ``role``: the part of Jobledger that asked, e.g. ``worker``; ``operation``, ``resource_type`` and ``resource``: the right
+    it lacks, e.g. ``Write``, ``topic``, ``shop.lifecycle``.
+    """
+
+    def __init__(self, message: str, *, role: str, operation: str, resource_type: str, resource: str) -> None:
+        super().__init__(message)
+        self.role = role
+        self.operation = operation
+        self.resource_type = resource_type
+        self.resource = resource
 
 
 class PayloadTooLarge(JobledgerError):

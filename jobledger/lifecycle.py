@@ -15,9 +15,11 @@ from typing import Any, Literal, Self
 
 from confluent_kafka import Consumer, KafkaError, KafkaException, Message, TopicPartition
 
+from jobledger.access import Door, join, knock, read
 from jobledger.config import Settings
 from jobledger.errors import ConfigError, SchemaError, UnknownFact
-from jobledger.log import consumer_config, decoder, position_of, recorded, translate
+from jobledger.kafka import acls
+from jobledger.log import consumer, consumer_config, decoder, error_topic, position_of, recorded, translate
 from jobledger.names import Names, check_name
 from jobledger.schemas.events import Fact, Recorded
 
@@ -50,13 +52,18 @@ class LifecycleStream:
         unknown = [f for f in self._facts or () if f not in Fact.__args__]
         if unknown:
             raise ConfigError(f"facts={unknown!r}: these are no facts; there are {[f.__name__ for f in Fact.__args__]}")
+        settings = settings.acting_as("reader")
         self._settings, self._timeout = settings, timeout
+        self._names, self._checked = names, False
         self._topics = [names.lifecycle, names.coordination, names.dead_letter, *(names.jobs(q) for q in queues)]
         self._decode = decoder(settings, names).decode
-        self._consumer = Consumer(
+        self._group = names.lifecycle_group(group)
+        self._door = Door(settings)
+        self._consumer = consumer(
             consumer_config(
                 settings,
-                group=names.lifecycle_group(group),
+                group=self._group,
+                door=self._door,
                 **{
                     "group.protocol": "consumer",
                     "auto.offset.reset": start,
@@ -157,8 +164,12 @@ class LifecycleStream:
             self._current = None
 
     def _fetch(self) -> None:
-        """Wait a moment for records. Raises `BrokerUnavailable`, `TopicMissing` for what will not mend itself."""
+        """Wait a moment for records. Raises `BrokerUnavailable`, `TopicMissing`, `AccessDenied`: what will not mend itself."""
         consumer = self._consumer
+        if not self._checked:
+            knock(self._settings)
+            acls.check(self._settings, self._names.namespace, [*self._topics, self._names.schemas])
+            self._checked = True
         try:
             if not self._subscribed:
                 self._subscribed = True
@@ -168,7 +179,7 @@ class LifecycleStream:
             first = consumer.poll(POLL_S)
             batch = [] if first is None else [first, *consumer.consume(BATCH - 1, 0)]
         except KafkaException as exc:
-            raise translate(exc.args[0], self._settings, "reading the lifecycle") from exc
+            raise translate(exc.args[0], self._settings, "reading the lifecycle", join(self._group)) from exc
         for message in batch:
             error = message.error()
             if error is None:
@@ -178,7 +189,10 @@ class LifecycleStream:
                 KafkaError.TOPIC_AUTHORIZATION_FAILED,
                 KafkaError.GROUP_AUTHORIZATION_FAILED,
             ):
-                raise translate(error, self._settings, "reading the lifecycle")
+                topic = error_topic(message, self._topics)
+                raise translate(error, self._settings, f"reading {topic}", read(topic), join(self._group))
+        if not batch:
+            self._door.check()
 
     def commit(self) -> None:
         """Commit what is done now. A refused commit is not an error: those records come again."""

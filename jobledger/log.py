@@ -12,6 +12,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from typing import Any, NamedTuple, Self
 
 from confluent_kafka import Consumer, KafkaError, KafkaException, Message, Producer, TopicPartition
@@ -21,8 +22,10 @@ from confluent_kafka.admin import (  # type: ignore[attr-defined]  # re-exported
     ResourceType,
 )
 
+from jobledger.access import Door, Need, denied, read, unauthorized, unusable, write
 from jobledger.config import Settings
 from jobledger.errors import (
+    AccessDenied,
     BrokerUnavailable,
     JobledgerError,
     NotAnEvent,
@@ -53,6 +56,9 @@ ELECTING = (
     KafkaError.FENCED_LEADER_EPOCH,
 )
 
+#: What a reader without a group passes over: connections mend themselves, and the group's name stands there for the form.
+PASSING = (KafkaError._TRANSPORT, KafkaError._ALL_BROKERS_DOWN, KafkaError.GROUP_AUTHORIZATION_FAILED)
+
 Headers = list[tuple[str, bytes]]
 DeliveryCallback = Callable[[KafkaError | None, Message], None]
 
@@ -67,10 +73,16 @@ def now_us() -> int:
     return time.time_ns() // 1000
 
 
-def producer_config(settings: Settings, *, linger_ms: float = 0.0, timeout: float | None = None) -> dict[str, Any]:
-    """Settings of every producer: idempotent, ``acks=all``, one partitioner. ``timeout``: seconds to an ack."""
+def producer_config(
+    settings: Settings, *, linger_ms: float = 0.0, timeout: float | None = None, door: Door | None = None
+) -> dict[str, Any]:
+    """Settings of every producer: idempotent, ``acks=all``, one partitioner. ``timeout``: seconds to an ack. ``door``: who
+    hears that it is not let in."""
     return {
+        # As `jobledger.config.PATIENCE`, for what was sent to a broker that stands still.
+        "request.timeout.ms": 8_000,
         **settings.librdkafka(),
+        "error_cb": door or Door(settings),
         "partitioner": PARTITIONER,
         "enable.idempotence": True,
         "acks": "all",
@@ -83,10 +95,14 @@ def producer_config(settings: Settings, *, linger_ms: float = 0.0, timeout: floa
     }
 
 
-def consumer_config(settings: Settings, *, group: str = "jobledger-readers", **more: Any) -> dict[str, Any]:
-    """Settings of a consumer that is assigned by hand and commits nothing, unless ``more`` says otherwise."""
+def consumer_config(
+    settings: Settings, *, group: str = "jobledger-readers", door: Door | None = None, **more: Any
+) -> dict[str, Any]:
+    """Settings of a consumer that is assigned by hand and commits nothing, unless ``more`` says otherwise. ``door``: who
+    hears that it is not let in."""
     return {
         **settings.librdkafka(),
+        "error_cb": door or Door(settings),
         "group.id": group,
         "enable.auto.commit": False,
         "enable.auto.offset.store": False,
@@ -100,13 +116,35 @@ def consumer_config(settings: Settings, *, group: str = "jobledger-readers", **m
 
 
 def admin(settings: Settings) -> AdminClient:
-    """An admin client."""
+    """An admin client. Raises `ConfigError` for settings that cannot be used."""
     conf: dict[str, Any] = {**settings.librdkafka(), "logger": LOG}
-    return AdminClient(conf)
+    try:
+        return AdminClient(conf)
+    except KafkaException as exc:
+        raise unusable(exc) from exc
 
 
-def translate(error: KafkaError, settings: Settings, what: str) -> JobledgerError:
-    """Our error for one of Kafka's, naming the address and the way out."""
+def producer(conf: dict[str, Any]) -> Producer:
+    """A producer. Raises `ConfigError` for settings that cannot be used."""
+    try:
+        return Producer(conf)
+    except KafkaException as exc:
+        raise unusable(exc) from exc
+
+
+def consumer(conf: dict[str, Any]) -> Consumer:
+    """A consumer. Raises `ConfigError` for settings that cannot be used."""
+    try:
+        return Consumer(conf)
+    except KafkaException as exc:
+        raise unusable(exc) from exc
+
+
+def translate(error: KafkaError, settings: Settings, what: str, *needs: Need) -> JobledgerError:
+    """Our error for one of Kafka's, naming the address and the way out; ``needs``: the rights that ``what`` takes."""
+    refused = denied(error, settings, what, *needs)
+    if refused is not None:
+        return refused
     code = error.code()
     if code in (KafkaError.MSG_SIZE_TOO_LARGE, KafkaError._INVALID_ARG):
         return PayloadTooLarge(
@@ -119,6 +157,14 @@ def translate(error: KafkaError, settings: Settings, what: str) -> JobledgerErro
     return BrokerUnavailable(
         f"{what}: {address} did not answer in time ({error.str()}); check JOBLEDGER_BOOTSTRAP and that the broker runs"
     )
+
+
+def undelivered(error: KafkaError, settings: Settings, what: str, *needs: Need) -> JobledgerError:
+    """`translate` for a producer's errors."""
+    if error.code() == KafkaError.CLUSTER_AUTHORIZATION_FAILED:
+        # An idempotent producer may begin only if it may write to some topic.
+        return unauthorized(settings, what, "topic", *needs)
+    return translate(error, settings, what, *needs)
 
 
 class Outgoing(NamedTuple):
@@ -152,7 +198,9 @@ class LogWriter:
         self.settings = settings
         self._names = names
         self.framing = framing or self._own_framing()
-        self.producer = Producer(producer_config(settings, linger_ms=linger_ms))
+        self._door = Door(settings)
+        self._fatal: KafkaError | None = None
+        self.producer = producer(producer_config(settings, linger_ms=linger_ms, door=self._door))
         self._schema_published = names is None
         self._lock = threading.Lock()
         self._closing = threading.Event()
@@ -163,7 +211,21 @@ class LogWriter:
 
     def _serve(self) -> None:
         while not self._closing.is_set():
-            self.producer.poll(0.1)
+            self.poll(0.1)
+
+    def poll(self, timeout: float) -> None:
+        """Run the delivery callbacks that have arrived. Once the cluster does not let this client in, what waits is settled
+        with that: nobody shall wait in vain."""
+        try:
+            self.producer.poll(timeout)
+        except KafkaException as exc:  # this producer is at its end
+            self._fatal = exc.args[0]
+        if self._fatal is not None or self._door.refusal is not None:
+            self.producer.purge()
+
+    def failed(self, error: KafkaError, what: str, *needs: Need) -> JobledgerError:
+        """Our error for a record that was not delivered."""
+        return self._door.behind(error) or undelivered(self._fatal or error, self.settings, what, *needs)
 
     def ensure_schema(self) -> None:
         """Publish this version's schema, acknowledged, unless this writer has done so."""
@@ -222,16 +284,16 @@ class LogWriter:
                         "check JOBLEDGER_BOOTSTRAP and that the broker runs"
                     ) from None
                 if self._thread is None:
-                    self.producer.poll(0.005)
+                    self.poll(0.005)
                 else:
                     time.sleep(0.005)
             except KafkaException as exc:
-                raise translate(exc.args[0], self.settings, f"sending to {record.topic}") from exc
+                raise self.failed(exc.args[0], f"sending to {record.topic}", write(record.topic)) from exc
 
     def send(self, records: Iterable[Outgoing]) -> list[Position]:
         """Send records and wait for all acknowledgements; their positions, in order.
 
-        Raises `BrokerUnavailable`, `PayloadTooLarge` or `TopicMissing` for the first that failed.
+        Raises `BrokerUnavailable`, `PayloadTooLarge`, `TopicMissing` or `AccessDenied` for the first that failed.
         """
         self.ensure_schema()
         return self._send_all(records)
@@ -262,22 +324,25 @@ class LogWriter:
                     f"{self.settings.submit_timeout:g} s (JOBLEDGER_SUBMIT_TIMEOUT)"
                 )
         if failed:
-            raise translate(failed[0][0], self.settings, f"sending to {failed[0][1]}")
+            raise self.failed(failed[0][0], f"sending to {failed[0][1]}", write(failed[0][1]))
         return [p for p in positions if p is not None]
 
     def flush(self, timeout: float) -> int:
         """Wait until the queue is empty; how many records are still unacknowledged."""
-        return self.producer.flush(timeout)
+        with suppress(KafkaException):  # of a producer that is at its end: its records have failed
+            return self.producer.flush(timeout)
+        return len(self.producer)
 
     def close(self, timeout: float = 10.0) -> None:
         """Flush within ``timeout`` seconds and stop the thread. A second call does nothing."""
         if self._closing.is_set():
             return
-        self.producer.flush(timeout)
+        self.flush(timeout)
         self._closing.set()
         if self._thread is not None:
             self._thread.join(timeout=1.0)
-        self.producer.close()
+        with suppress(KafkaException):
+            self.producer.close()
 
 
 def position_of(message: Message) -> Position:
@@ -285,15 +350,48 @@ def position_of(message: Message) -> Position:
     return Position(message.topic() or "", message.partition() or 0, message.offset() or 0)
 
 
-def partitions_of(settings: Settings, topic: str, timeout: float = 10.0) -> int:
-    """How many partitions a topic has. Raises `TopicMissing` or `BrokerUnavailable`."""
+def error_topic(message: Message, topics: Sequence[str]) -> str:
+    """The topic that a consumer's error is about, as far as it says: it may name it in its text only."""
+    named = message.topic()
+    if named:
+        return named
+    error = message.error()
+    text = "" if error is None else error.str()
+    return next((topic for topic in sorted(topics, key=len, reverse=True) if topic in text), " or ".join(topics))
+
+
+def partitions_of(settings: Settings, topic: str, timeout: float = 10.0, *, need: Need | None = None) -> int:
+    """How many partitions a topic has. Raises `TopicMissing`, `BrokerUnavailable`, or `AccessDenied` naming ``need``, what
+    the caller wants of the topic (None: to read it)."""
     try:
         meta = admin(settings).list_topics(topic, timeout=timeout).topics[topic]
     except KafkaException as exc:
         raise translate(exc.args[0], settings, f"asking for {topic}") from exc
     if meta.error is not None:
-        raise translate(meta.error, settings, f"asking for {topic}")
+        raise translate(meta.error, settings, f"asking for {topic}", need or read(topic))
     return len(meta.partitions)
+
+
+def committed(
+    asker: Consumer, places: Sequence[TopicPartition], settings: Settings, need: Need, timeout: float = 10.0
+) -> list[TopicPartition]:
+    """The commits of the group that ``asker`` names and is no member of; ``need``: the right on it that is told of. Raises `BrokerUnavailable` after ``timeout``
+    seconds, `AccessDenied`.
+
+    The client asks for the group's coordinator for ever where it is not told, and says why in another place.
+    """
+    deadline = time.monotonic() + timeout
+    while True:
+        try:
+            return asker.committed(list(places), min(timeout, 1.0))
+        except KafkaException as exc:
+            problem: KafkaError = exc.args[0]
+        heard = asker.poll(0)
+        error = None if heard is None else heard.error()
+        failed = translate(error or problem, settings, f"asking for the offsets of group {need.name}", need)
+        again = problem.retriable() or problem.code() in (KafkaError._TIMED_OUT, *PASSING[:2])
+        if isinstance(failed, AccessDenied) or not again or time.monotonic() > deadline:
+            raise failed
 
 
 def batch_limits(settings: Settings, topics: Iterable[str], timeout: float = 10.0) -> dict[str, int]:
@@ -318,8 +416,8 @@ class LogReader:
         self.settings = settings
         # A question about the next partition waits behind the fetch of the one before, on the same connection; with the
         # default of 500 ms for a fetch that finds nothing, twelve partitions cost two seconds of waiting.
-        self._conf = consumer_config(settings, group="jobledger-readers", **{"fetch.wait.max.ms": 10})
-        self._consumer = Consumer(self._conf)
+        self._conf = consumer_config(settings) | {"fetch.wait.max.ms": 10}
+        self._consumer = consumer(self._conf)
         self._reading = 0
 
     def __enter__(self) -> Self:
@@ -350,21 +448,23 @@ class LogReader:
                     again = True
                     self._renew()
                 if not again:
-                    raise translate(exc.args[0], self.settings, f"asking for the ends of {topic}[{partition}]") from exc
+                    what = f"asking for the ends of {topic}[{partition}]"
+                    raise translate(exc.args[0], self.settings, what, read(topic)) from exc
                 time.sleep(0.05)
 
     def _renew(self) -> None:
         """Begin with a new client: one that was told that a topic does not exist goes on believing it for minutes."""
         if not self._reading:
             self._consumer.close()
-            self._consumer = Consumer(self._conf)
+            self._consumer = consumer(self._conf)
 
     def offset_at(self, topic: str, partition: int, timestamp_ms: int, timeout: float = 10.0) -> int:
         """The first offset appended at or after a time; the high watermark if there is none."""
         try:
             found = self._consumer.offsets_for_times([TopicPartition(topic, partition, timestamp_ms)], timeout=timeout)
         except KafkaException as exc:
-            raise translate(exc.args[0], self.settings, f"asking {topic}[{partition}] for a time") from exc
+            what = f"asking {topic}[{partition}] for a time"
+            raise translate(exc.args[0], self.settings, what, read(topic)) from exc
         return found[0].offset if found[0].offset >= 0 else self.watermarks(topic, partition, timeout)[1]
 
     def read(
@@ -389,9 +489,9 @@ class LogReader:
                 for message in batch:
                     error = message.error()
                     if error is not None:
-                        if error.retriable() or error.code() in (KafkaError._TRANSPORT, KafkaError._ALL_BROKERS_DOWN):
+                        if error.retriable() or error.code() in PASSING:
                             continue
-                        raise translate(error, self.settings, f"reading {topic}[{partition}]")
+                        raise translate(error, self.settings, f"reading {topic}[{partition}]", read(topic))
                     last_seen = time.monotonic()
                     if (message.offset() or 0) >= end:
                         return

@@ -72,6 +72,10 @@ class Names:
         """The consumer group that turns domain events into jobs."""
         return f"{self.namespace}.router"
 
+    def backfill_group(self, handler: str) -> str:
+        """The group that holds how far a backfill is."""
+        return f"{self.namespace}.backfill.{handler}"
+
     def lifecycle_group(self, name: str) -> str:
         """The consumer group of one reader of everything that happens."""
         return f"{self.namespace}.lifecycle.{name}"

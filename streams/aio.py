@@ -8,6 +8,7 @@ tenth of the requests. Ends are asked on a connection of their own: those of Fau
 from __future__ import annotations
 
 import asyncio
+import ssl
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -15,15 +16,32 @@ from typing import Any, NamedTuple, TypeVar
 
 from aiokafka import AIOKafkaProducer
 from aiokafka import errors as aioerrors
+from aiokafka.conn import create_conn
 
+from jobledger.access import Need, refusal, unauthorized, write
 from jobledger.config import Settings
-from jobledger.errors import BrokerUnavailable, JobledgerError, PayloadTooLarge, TopicMissing
+from jobledger.errors import BrokerUnavailable, JobledgerError, NotAuthenticated, PayloadTooLarge, TopicMissing
 from jobledger.log import LogReader, Outgoing
+from jobledger.streams.noise import quieten
+from jobledger.tls import trouble
 from jobledger.wire import Framing
 
 MAX_BATCH_BYTES = 256 * 1024
 #: Of a record and of a batch with one record, beside key, value and headers, at most.
 _OVERHEAD, _HEADER_OVERHEAD = 61 + 26, 10
+
+_DENIED = (
+    (aioerrors.TopicAuthorizationFailedError, "topic"),
+    (aioerrors.GroupAuthorizationFailedError, "group"),
+    (aioerrors.ClusterAuthorizationFailedError, "cluster"),
+    (aioerrors.TransactionalIdAuthorizationFailed, "transactional-id"),
+)
+_REFUSED = (
+    aioerrors.SaslAuthenticationFailed,
+    aioerrors.AuthenticationFailedError,
+    aioerrors.UnsupportedSaslMechanismError,
+    aioerrors.IllegalSaslStateError,
+)
 
 T = TypeVar("T")
 
@@ -53,7 +71,7 @@ class AckedWriter:
         max_batch: int = MAX_BATCH_BYTES,
         framing: Framing | None = None,
     ) -> None:
-        self._settings, self._framing = settings, framing
+        self._settings, self._framing, self._security = settings, framing, security
         self._producer = AIOKafkaProducer(
             bootstrap_servers=settings.resolve_bootstrap(),
             client_id="jobledger-coordinator",
@@ -67,11 +85,32 @@ class AckedWriter:
         )
 
     async def start(self) -> None:
-        """Connect. Raises `BrokerUnavailable`."""
+        """Connect. Raises `BrokerUnavailable`, and `NotAuthenticated` if the cluster does not let this client in."""
         try:
             await self._producer.start()
         except aioerrors.KafkaError as exc:
-            raise self._translate(exc, "connecting") from exc
+            refused = await self._refused()
+            raise refused or self._translate(exc, "connecting") from exc
+        finally:
+            quieten()
+
+    async def _refused(self) -> NotAuthenticated | None:
+        """Why a connection is not let in; the client itself only says that there is none."""
+        host, _, port = self._settings.resolve_bootstrap().split(",")[0].strip().rpartition(":")
+        try:
+            connection = await create_conn(host, int(port), **self._security, request_timeout_ms=10_000)
+        except NotAuthenticated as exc:
+            return exc
+        except (ssl.SSLError, *_REFUSED) as exc:
+            loop = asyncio.get_running_loop()
+            return await loop.run_in_executor(None, refusal, self._settings, str(exc))
+        except (OSError, aioerrors.KafkaError, TimeoutError):
+            found = await asyncio.get_running_loop().run_in_executor(
+                None, trouble, self._settings.resolve_bootstrap(), self._settings.kafka
+            )
+            return None if found is None else NotAuthenticated(found)
+        connection.close()
+        return None
 
     async def stop(self, timeout: float) -> None:
         """Flush within ``timeout`` seconds and give the connections back."""
@@ -115,7 +154,7 @@ class AckedWriter:
                 return
             settled.set_result(
                 [
-                    self._translate(found, f"sending to {record.topic}")
+                    self._translate(found, f"sending to {record.topic}", write(record.topic))
                     if isinstance(found, BaseException)
                     else Delivered(found.partition, found.offset, found.timestamp)
                     for found, record in zip(done.result(), records, strict=True)
@@ -125,7 +164,14 @@ class AckedWriter:
         gathered.add_done_callback(settle)
         return settled
 
-    def _translate(self, error: BaseException, what: str) -> JobledgerError:
+    def _translate(self, error: BaseException, what: str, *needs: Need) -> JobledgerError:
+        if isinstance(error, NotAuthenticated):
+            return error
+        kind = denied_kind(error)
+        if kind is not None:
+            return unauthorized(self._settings, what, kind, *needs)
+        if isinstance(error, _REFUSED):
+            return refusal(self._settings, str(error))
         address = self._settings.bootstrap or "the embedded broker"
         if isinstance(error, aioerrors.UnknownTopicOrPartitionError):
             return TopicMissing(f"{what}: the topic does not exist; create it with `jobledger topics apply MODULE:APP`")
@@ -136,6 +182,11 @@ class AckedWriter:
         return BrokerUnavailable(
             f"{what}: {address} did not take it in time ({error!r}); check JOBLEDGER_BOOTSTRAP and that the broker runs"
         )
+
+
+def denied_kind(error: BaseException | None) -> str | None:
+    """The kind of resource that an error of aiokafka's says this user lacks a right on; None for any other error."""
+    return next((kind for of, kind in _DENIED if isinstance(error, of)), None)
 
 
 def record_bytes(record: Outgoing) -> int:

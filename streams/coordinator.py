@@ -25,11 +25,13 @@ from faust.exceptions import ConsistencyError
 from prometheus_client import CollectorRegistry
 
 from jobledger import log
+from jobledger.access import join, knock, read, unauthorized
 from jobledger.config import Settings
-from jobledger.errors import BrokerUnavailable, JobledgerError
+from jobledger.errors import AccessDenied, BrokerUnavailable, JobledgerError
+from jobledger.kafka import acls
 from jobledger.log import LogWriter
 from jobledger.names import Names
-from jobledger.streams.aio import MAX_BATCH_BYTES, AckedWriter, Ends
+from jobledger.streams.aio import MAX_BATCH_BYTES, AckedWriter, Ends, denied_kind
 from jobledger.streams.cycle import Cycle
 from jobledger.streams.faust_app import (
     TABLE,
@@ -42,6 +44,7 @@ from jobledger.streams.faust_app import (
     deliver_to,
     hasten,
     origin_of,
+    stuck,
     work_topics,
 )
 from jobledger.streams.metrics import Metrics
@@ -53,8 +56,9 @@ from jobledger.wire import framing
 LOG = logging.getLogger("jobledger.coordinator")
 T = TypeVar("T")
 
-#: Exit codes of `run_coordinator`. 70 is EX_SOFTWARE of sysexits.h: start it again.
-EXIT_OK, EXIT_FAILED = 0, 70
+#: Exit codes of `run_coordinator`. 70 and 77 are EX_SOFTWARE and EX_NOPERM of sysexits.h: start it again; the cluster
+#: refuses it.
+EXIT_OK, EXIT_FAILED, EXIT_DENIED = 0, 70, 77
 
 #: Seconds between two beats of the guard against a clock that jumps.
 PULSE = 0.25
@@ -91,7 +95,7 @@ class Coordinator:
         registry: CollectorRegistry | None = None,
         on_step: Callable[[str], None] | None = None,
     ) -> None:
-        self.names, self.settings = names, settings
+        self.names, self.settings = names, settings.acting_as("coordinator")
         self.options = options or Options()
         self.metrics = Metrics(registry)
         self._partitions = partitions
@@ -194,7 +198,7 @@ class Coordinator:
             if self._on_step is not None:
                 app.sensors.add(CommitHook(self._step))
             async with asyncio.timeout(self.options.patience + START_TIMEOUT):
-                await app.start()
+                await self._or_stuck(app.start())
             hasten(app)
             quieten()
             self._started = True
@@ -208,6 +212,7 @@ class Coordinator:
                 self._pulse,
                 self._survey,
                 self._watch_faust,
+                self._watch_group,
             ):
                 tasks.append(asyncio.create_task(self._guarded(work()), name=work.__name__))
             await self._stop.wait()
@@ -236,8 +241,12 @@ class Coordinator:
         """Which log the local copy must be of; the work topics there are, with the largest batch each takes; and the
         largest that every topic takes to which this coordinator writes."""
         names = self.names
+        knock(self.settings)
+        fixed = (names.coordination, changelog(names), names.lifecycle, names.dead_letter, names.schemas)
+        acls.check(self.settings, names.namespace, fixed)
         check_topics(self.settings, names, self._partitions)
         work = work_topics(self.settings, names)
+        acls.check(self.settings, names.namespace, work)
         others = (names.coordination, changelog(names), names.lifecycle, names.dead_letter)
         limits = [*work.values(), *log.batch_limits(self.settings, others).values()]
         most = min((limit for limit in limits if limit is not None), default=MAX_BATCH_BYTES)
@@ -317,6 +326,25 @@ class Coordinator:
         except Exception as exc:  # noqa: BLE001  # whatever it is ends the coordinator
             self._fail(exc)
 
+    async def _or_stuck(self, starting: Awaitable[Any]) -> None:
+        """Let Faust start, unless its client cannot."""
+        start, watch = asyncio.ensure_future(starting), asyncio.create_task(self._watch_group())
+        try:
+            await asyncio.wait([start, watch], return_when=asyncio.FIRST_COMPLETED)
+            if watch.done():
+                watch.result()
+            await start
+        finally:
+            start.cancel()
+            watch.cancel()
+            await asyncio.gather(start, watch, return_exceptions=True)
+
+    async def _watch_group(self) -> None:
+        """A client that may not join its group waits for somebody to ask it why."""
+        while (reason := stuck(self._app)) is None:
+            await asyncio.sleep(PULSE)
+        raise self._explained(reason)
+
     async def _watch_faust(self) -> None:
         """A part of Faust that dies leaves the process up and idle: so it ends."""
         rows = self._app.tables[TABLE].data
@@ -325,7 +353,17 @@ class Coordinator:
                 raise rows.failure
             await asyncio.sleep(PULSE)
         reason = self._app.crash_reason
-        raise reason if isinstance(reason, Exception) else RuntimeError(f"Faust crashed: {reason!r}")
+        raise self._explained(reason) if isinstance(reason, Exception) else RuntimeError(f"Faust crashed: {reason!r}")
+
+    def _explained(self, reason: Exception) -> Exception:
+        """Our error for a right that Faust's client lacks; any other as it is."""
+        kind = denied_kind(reason)
+        if kind is None:
+            return reason
+        names = self.names
+        source, rows = names.coordination, changelog(names)
+        needs = (read(rows if rows in str(reason) else source), join(names.coordinator_group))
+        return unauthorized(self.settings, "running the coordinator's group", kind, *needs)
 
     # -- guards ------------------------------------------------------------------------------------------------------
 
@@ -334,6 +372,11 @@ class Coordinator:
         while True:
             self._cycle.beat()
             await asyncio.sleep(PULSE)
+
+    async def _still_let_in(self) -> None:
+        """A password that was changed, or a certificate that has expired, looks like a broker that is away."""
+        with contextlib.suppress(BrokerUnavailable):
+            await asyncio.get_running_loop().run_in_executor(None, knock, self.settings, SURVEY)
 
     async def _survey(self) -> None:
         """Measure the lag; give up if the broker is away for longer than `Options.patience`."""
@@ -347,8 +390,11 @@ class Coordinator:
                     found = await self._ends.of(self.names.coordination, owned)
                     self._high = {p: end for p, (_, end) in found.items()}
                     self._broker_seen = time.monotonic()
+                except AccessDenied:
+                    raise
                 except JobledgerError as exc:
                     LOG.warning("%s", exc)
+                    await self._still_let_in()
             else:
                 self._broker_seen = max(self._broker_seen, time.monotonic() - self.options.patience / 2)
             self.health()
@@ -376,7 +422,7 @@ def run_coordinator(
     """Run one coordinator in this thread until SIGTERM, SIGINT or ``stop_event``; its exit code.
 
     Signals are handled if this is the main thread. ``on_ready(coordinator)`` is called before it starts, for those who
-    want its `Coordinator.health`. What makes it give up is logged; the code then is 70.
+    want its `Coordinator.health`. What makes it give up is logged; the code then is 70, or 77 for `AccessDenied`.
     """
     options = options or Options()
     if session_timeout_s is not None:
@@ -398,7 +444,7 @@ def run_coordinator(
             pass
         except JobledgerError as exc:
             LOG.error("%s", exc)
-            code = EXIT_FAILED
+            code = EXIT_DENIED if isinstance(exc, AccessDenied) else EXIT_FAILED
         except Exception:
             LOG.exception("the coordinator gave up")
             code = EXIT_FAILED

@@ -20,6 +20,7 @@ from faust.transport.drivers import aiokafka
 from faust.types import TP
 
 from jobledger import log
+from jobledger.access import read
 from jobledger.config import Settings
 from jobledger.errors import ConfigError
 from jobledger.names import Names
@@ -95,7 +96,7 @@ def origin_of(settings: Settings, topic: str) -> str:
         cluster = admin.describe_cluster(request_timeout=10).result().cluster_id
         described = admin.describe_topics(TopicCollection([topic]), request_timeout=10)[topic].result()
     except KafkaException as exc:
-        raise log.translate(exc.args[0], settings, f"asking for {topic}") from exc
+        raise log.translate(exc.args[0], settings, f"asking for {topic}", read(topic)) from exc
     return f"{cluster}/{described.topic_id}"
 
 
@@ -105,7 +106,7 @@ def check_topics(settings: Settings, names: Names, partitions: int) -> None:
     Faust would go on with a mismatch: up, and idle.
     """
     for topic in (names.coordination, changelog(names)):
-        found = log.partitions_of(settings, topic)
+        found = log.partitions_of(settings, topic, need=read(topic))
         if found != partitions:
             raise ConfigError(
                 f"{topic} has {found} partitions, not {partitions}: the app's partitions, those of {names.coordination} "
@@ -283,6 +284,15 @@ class Group:
             offset = 0
         took: bool = await self.app.consumer._commit({TP(self._names.coordination, first): offset})
         return took and self.settled
+
+
+def stuck(app: Any) -> Exception | None:
+    """What keeps the group's client from going on; None if nothing does. It says so only to whoever polls it for records,
+    which Faust does not do before it has partitions."""
+    client = getattr(getattr(app.consumer, "_thread", None), "_consumer", None)
+    group = getattr(client, "_coordinator", None)
+    pending: Exception | None = getattr(group, "_pending_exception", None)
+    return pending
 
 
 def hasten(app: Any) -> None:

@@ -12,12 +12,13 @@ from collections.abc import Iterable, Iterator, Mapping
 from types import TracebackType
 from typing import Self
 
-from confluent_kafka import OFFSET_BEGINNING, Consumer, KafkaError, KafkaException, Message, TopicPartition
+from confluent_kafka import OFFSET_BEGINNING, KafkaError, KafkaException, Message, TopicPartition
 from confluent_kafka.admin import OffsetSpec  # type: ignore[attr-defined]  # re-exported without saying so
 
+from jobledger.access import Door, read
 from jobledger.config import Settings
 from jobledger.errors import BrokerUnavailable
-from jobledger.log import admin, consumer_config, translate
+from jobledger.log import PASSING, admin, consumer, consumer_config, translate
 from jobledger.names import Names
 from jobledger.streams.store.protocol import Partition
 
@@ -45,10 +46,12 @@ class Feed:
 
     def __init__(self, settings: Settings, names: Names) -> None:
         self._settings, self._names = settings, names
-        self._consumer = Consumer(
+        self._door = Door(settings)
+        self._consumer = consumer(
             consumer_config(
                 settings,
                 group="jobledger-status",
+                door=self._door,
                 **{
                     # An offset the log does not have is said, not silently replaced.
                     "auto.offset.reset": "error",
@@ -80,7 +83,8 @@ class Feed:
         return frozenset(self._assigned)
 
     def present(self, timeout: float = REQUEST_TIMEOUT_S) -> set[Partition]:
-        """The partitions that there are to read, now. Raises `BrokerUnavailable`."""
+        """The partitions that there are to read, now. Raises `BrokerUnavailable`, `NotAuthenticated`."""
+        self._door.check()
         try:
             topics = self._consumer.list_topics(timeout=timeout).topics
         except KafkaException as exc:
@@ -117,6 +121,7 @@ class Feed:
         """
         messages = self._consumer.consume(1, patience)
         if not messages:
+            self._door.check()
             return messages
         messages += self._consumer.consume(most - 1, max(0.0, until - time.monotonic()))
         if any(message.error() is not None for message in messages):
@@ -145,8 +150,8 @@ class Feed:
         elif code in _GONE:
             LOG.warning("%s[%d] is gone: %s", *place, error.str())
             self.drop([place])
-        elif error.fatal() or not (error.retriable() or code in _TRANSPORT):
-            raise translate(error, self._settings, f"reading {place[0]}[{place[1]}]")
+        elif error.fatal() or not (error.retriable() or code in _TRANSPORT or code in PASSING):
+            raise translate(error, self._settings, f"reading {place[0]}[{place[1]}]", read(place[0]))
         return True
 
     def lag(self, offsets: Mapping[Partition, int]) -> dict[str, int]:
@@ -193,7 +198,7 @@ def bounds(
                     again = error.retriable() or error.code() in (*_TRANSPORT, *_ELECTING)
                     if not again or time.monotonic() > deadline:
                         what = f"asking for the ends of {at.topic}[{at.partition}]"
-                        raise translate(error, settings, what) from exc
+                        raise translate(error, settings, what, read(at.topic)) from exc
                     time.sleep(0.05)
             left = {at for at in left if (at.topic, at.partition) not in told}
         found.append(told)

@@ -7,6 +7,8 @@ import logging
 import time
 from collections.abc import Callable
 
+from aiokafka import errors as aioerrors
+
 
 class RateLimit(logging.Filter):
     """Lets one record of each message template pass per ``interval`` seconds, and says how many were held back."""
@@ -34,11 +36,29 @@ class RateLimit(logging.Filter):
         return True
 
 
+class SaidElsewhere(logging.Filter):
+    """Holds back the tracebacks of refused rights, of which the coordinator says what is missing, and of a client that was
+    stopped after it had crashed on one."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Whether the record passes."""
+        error = record.exc_info[1] if record.exc_info else None
+        over = isinstance(error, RuntimeError) and str(error) == "Event loop is closed"
+        return not (over or isinstance(error, _REFUSED) or isinstance(getattr(error, "__cause__", None), _REFUSED))
+
+
+_REFUSED = (
+    aioerrors.TopicAuthorizationFailedError,
+    aioerrors.GroupAuthorizationFailedError,
+    aioerrors.ClusterAuthorizationFailedError,
+)
+
 #: In an outage aiokafka writes hundreds of lines a second, and Faust's timers complain about every late beat.
 _NOISY = ("aiokafka", "faust", "mode")
 #: A module of ours whose logger Faust uses for the services defined there.
 _OURS = "jobledger.streams.rows"
-_limit = RateLimit()
+_CONSUMER = "jobledger.streams.faust_app"
+_filters = (SaidElsewhere(), RateLimit())
 
 
 def quieten(level: int = logging.WARNING) -> None:
@@ -47,10 +67,11 @@ def quieten(level: int = logging.WARNING) -> None:
         if name.partition(".")[0] in _NOISY:
             logger = logging.getLogger(name)
             # A filter on a logger does not see its children's records: so each one gets it.
-            if _limit not in logger.filters:
-                logger.addFilter(_limit)
+            for each in _filters:
+                logger.addFilter(each)  # twice is once
     for name in (*_NOISY, _OURS):
         logging.getLogger(name).setLevel(level)
+    logging.getLogger(_CONSUMER).addFilter(_filters[0])
     # Restarting a fetcher in a rebalance is logged as an error with a traceback; it is neither.
     with contextlib.suppress(KeyError):
         logging.getLogger("faust.transport.consumer").setLevel(max(level, logging.ERROR))

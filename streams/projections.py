@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import msgspec
 import sqlalchemy
@@ -33,14 +34,12 @@ from sqlalchemy import (
 )
 from sqlalchemy.dialects import postgresql, sqlite
 
+from jobledger.access import knock, read
 from jobledger.config import Settings
 from jobledger.errors import BrokerUnavailable, JobledgerError, StoreError, StoreUnavailable
-from jobledger.log import (
-    LogReader,
-    consumer_config,
-    partitions_of,
-    translate,
-)
+from jobledger.kafka import acls
+from jobledger.log import PASSING, LogReader, consumer_config, partitions_of, translate
+from jobledger.log import consumer as make_consumer
 from jobledger.names import Names
 from jobledger.projection import RESERVED, Projection
 from jobledger.streams.folding import Folding, Reading
@@ -96,6 +95,7 @@ class Runner:
     def __init__(
         self, projection: Projection, settings: Settings, names: Names, queues: Sequence[str], status_url: str
     ) -> None:
+        settings = settings.acting_as("projection")
         self.projection, self.settings, self.names = projection, settings, names
         self._reading = Reading(projection, settings, names, queues)
         self._store = ProjectionStore(status_url, names.namespace)
@@ -167,6 +167,8 @@ class Runner:
         Raises `JobledgerError` if the fold fails, `StoreError` if the database stays away, `BrokerUnavailable`,
         `TopicMissing`, `UnknownFact`; nothing is lost, and the next run goes on.
         """
+        knock(self.settings)
+        acls.check(self.settings, self.names.namespace, [*self._reading.topics, self.names.schemas])
         self._patiently(stop, self._set_up)
         while not stop.is_set():
             try:
@@ -315,8 +317,8 @@ def _open(consumer: Consumer, ends: Mapping[Place, int], at: Mapping[Place, int]
 
 @contextmanager
 def _consumer(settings: Settings) -> Iterator[Consumer]:
-    more = {"queued.max.messages.kbytes": 32_768, "allow.auto.create.topics": False}
-    consumer = Consumer(consumer_config(settings, group="jobledger-projections", **more))
+    more: dict[str, Any] = {"queued.max.messages.kbytes": 32_768, "allow.auto.create.topics": False}
+    consumer = make_consumer(consumer_config(settings, group="jobledger-projections", **more))
     try:
         yield consumer
     finally:
@@ -331,8 +333,8 @@ def _fetch(consumer: Consumer, settings: Settings) -> list[Message]:
         raise translate(exc.args[0], settings, "reading for a projection") from exc
     for message in messages:
         error = message.error()
-        if error is not None and (error.fatal() or not error.retriable()):
-            raise translate(error, settings, "reading for a projection")
+        if error is not None and (error.fatal() or not (error.retriable() or error.code() in PASSING)):
+            raise translate(error, settings, f"reading {message.topic()} for a projection", read(message.topic() or ""))
     return [message for message in messages if message.error() is None]
 
 

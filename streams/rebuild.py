@@ -26,6 +26,7 @@ from jobledger import log
 from jobledger.config import Settings
 from jobledger.errors import StoreError
 from jobledger.job import Life
+from jobledger.kafka import acls
 from jobledger.names import Names
 from jobledger.streams.feed import Feed, bounds, read_until
 from jobledger.streams.projector import Projector
@@ -110,9 +111,11 @@ def rebuild(
     """Build the table anew from the log beside the live one, then swap; readers see one or the other.
 
     Takes the lease, so a running materializer must be stopped first: `StoreError` names its holder after 15 s. If
-    anything fails the live table stays as it was. ``queues`` is accepted for symmetry: work topics are found by name.
+    anything fails the live table stays as it was. Work topics are found by name; ``queues`` are those that must be readable:
+    `NotAuthorized` if one is not.
     """
     began = time.monotonic()
+    settings = _allowed(names, settings, queues)
     with open_store(store_url, names.namespace) as live:
         _take(live, store_url)
         with live.beside() as new:
@@ -124,14 +127,23 @@ def rebuild(
     return RebuildReport(shown(store_url), jobs, carried, records, rejected, time.monotonic() - began)
 
 
+def _allowed(names: Names, settings: Settings, queues: Sequence[str]) -> Settings:
+    """The settings of one who only reads. A topic that this user may not read is not listed, and would count as empty."""
+    settings = settings.acting_as("web")
+    topics = (*map(names.jobs, queues), names.lifecycle, names.coordination, names.dead_letter, names.schemas)
+    acls.check(settings, names.namespace, topics)
+    return settings
+
+
 def verify(
     names: Names, settings: Settings, queues: Sequence[str], store_url: str, progress: Tell | None = None
 ) -> VerifyReport:
     """Fold the log up to the table's offsets into a table of its own, and compare the two, job by job.
 
-    The table may be written meanwhile: it is compared as it was at the beginning. Raises `StoreNotFound`.
+    The table may be written meanwhile: it is compared as it was at the beginning. Raises `StoreNotFound`, `NotAuthorized`.
     """
     began = time.monotonic()
+    settings = _allowed(names, settings, queues)
     with _scratch(store_url) as temporary:
         folder = Path(temporary)
         # As it is now: whoever writes it goes on, and this reads a copy.

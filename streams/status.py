@@ -30,6 +30,7 @@ from jobledger.errors import (
     StoreUnavailable,
     UnknownFact,
 )
+from jobledger.kafka import acls
 from jobledger.log import LogWriter, Outgoing, now_us, position_of
 from jobledger.names import Names
 from jobledger.schemas import codec
@@ -90,7 +91,7 @@ class Materializer:
         registry: CollectorRegistry | None = None,
         open_store: Callable[[str, str], Store] = open_store,
     ) -> None:
-        self._names, self._settings, self._url = names, settings, store_url
+        self._names, self._settings, self._url = names, settings.acting_as("materializer"), store_url
         self._queues = tuple(queues)
         self._batch, self._linger, self._cache_jobs = batch, linger, cache_jobs
         self._store_patience, self._open_store = store_patience, open_store
@@ -125,8 +126,8 @@ class Materializer:
         """Write until ``stop`` is set.
 
         Raises `LeaseLost` if another materializer took over, `StoreError` if the database stays away or is not ours,
-        `ConfigError` for a URL of no known kind. A broker that is away is waited for; only if a dead letter cannot be
-        sent for long, `BrokerUnavailable` is raised.
+        `ConfigError` for a URL of no known kind, `AccessDenied` if the cluster refuses this client. A broker that is away is
+        waited for; only if a dead letter cannot be sent for long, `BrokerUnavailable` is raised.
         """
         opens = partial(self._open_store, self._url, self._names.namespace)
         # Only a database that is away is waited for here; one that refuses us, or is not ours, will do so again.
@@ -204,6 +205,12 @@ class Materializer:
         names = self._names
         wanted = {names.lifecycle, names.coordination, names.dead_letter, *map(names.jobs, self._queues)}
         missing = wanted - {topic for topic, _ in present}
+        if first or missing:
+            # A topic that this user may not read is not listed: that must not pass for one that does not exist.
+            try:
+                acls.check(self._settings, names.namespace, [*wanted, names.schemas] if first else missing)
+            except BrokerUnavailable as exc:
+                LOG.warning("%s", exc)
         if missing and first:
             LOG.warning(
                 "waiting for topics that do not exist yet: %s; `jobledger topics apply MODULE:APP` creates them",

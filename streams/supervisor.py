@@ -21,6 +21,8 @@ from types import FrameType
 DEFAULT_GRACE_S = 45.0
 #: Seconds a child may take to stop by itself after its parent has gone.
 ORPHAN_GRACE_S = 60.0
+#: A child that ends with it was refused by the Kafka cluster (EX_NOPERM of sysexits.h): another start would be, too.
+DENIED = 77
 #: Names the inherited end of the leash. Deliberately outside ``JOBLEDGER_*``: it is no setting.
 LEASH = "_JOBLEDGER_LEASH"
 
@@ -97,7 +99,7 @@ class Supervisor:
         # Signal handlers put into it, so it must be safe to enter again: SimpleQueue is, Queue is not.
         self._inbox: queue.SimpleQueue[tuple[str, str, int]] = queue.SimpleQueue()
         self._stopping = False
-        self._gave_up = False
+        self._code = 0
         self._leash = -1
 
     def stop(self) -> None:
@@ -112,7 +114,8 @@ class Supervisor:
                 self._inbox.put(("restart", name, 0))
 
     def run(self) -> int:
-        """Run until stopped; 0, or 1 if a child died too often. In the main thread SIGINT, SIGTERM, SIGHUP stop it."""
+        """Run until stopped; 0, or 1 if a child died too often, 77 if one was refused by the cluster. In the main thread
+        SIGINT, SIGTERM, SIGHUP stop it."""
         inherited, self._leash = os.pipe()
         handlers = self._install() if threading.current_thread() is threading.main_thread() else {}
         try:
@@ -121,7 +124,7 @@ class Supervisor:
                 for each in self._running.values():
                     self._tend(each, inherited, now)
                 if self._stopping and all(each.process is None for each in self._running.values()):
-                    return 1 if self._gave_up else 0
+                    return self._code
                 try:
                     event, name, code = self._inbox.get(timeout=self._patience(time.monotonic()))
                 except queue.Empty:
@@ -195,11 +198,16 @@ class Supervisor:
         if each.again:
             each.start_at = now
             return
+        if code == DENIED:
+            self.say(f"{name} ended with {how(code)}, refused by the Kafka cluster: another start would be, too")
+            self._code = DENIED
+            self._begin_stop(force=False)
+            return
         lived = now - each.started
         pause = each.restarts.died(lived)
         if pause is None:
             self.say(f"{name} ended with {how(code)}; it died {each.restarts.deaths} times in a row: giving up")
-            self._gave_up = True
+            self._code = 1
             self._begin_stop(force=False)
             return
         self.say(f"{name} ended with {how(code)} after {lived:.1f} s; starting it again in {pause:g} s")

@@ -22,6 +22,7 @@ from confluent_kafka import KafkaException, TopicPartition
 from prometheus_client import Counter, Gauge
 
 from jobledger import commits
+from jobledger.access import Need
 from jobledger.config import Settings
 from jobledger.errors import BrokerUnavailable, JobledgerError, SchemaError
 from jobledger.job import Life
@@ -86,6 +87,7 @@ class Upkeep:
         cadence: Cadence | None = None,
         active: Callable[[], bool] = lambda: True,
     ) -> None:
+        settings = settings.acting_as("materializer")
         self.names, self.settings, self.queues = names, settings, list(queues)
         self.cadence = cadence or Cadence(retention=settings.retention_days * 24 * 3600.0)
         self._reader, self._active = reader, active
@@ -278,11 +280,12 @@ class Upkeep:
             return
         wanted = [TopicPartition(topic, partition, offset) for (topic, partition), offset in limits.items()]
         client = admin(self.settings)  # kept: a client that is collected never settles its futures
-        for future in client.delete_records(wanted, request_timeout=30.0).values():
+        for at, future in client.delete_records(wanted, request_timeout=30.0).items():
             try:
                 future.result(timeout=60.0)
             except KafkaException as exc:
-                raise translate(exc.args[0], self.settings, "trimming") from exc
+                delete = Need("Delete", "topic", at.topic)
+                raise translate(exc.args[0], self.settings, f"trimming {at.topic}", delete) from exc
 
     # -- shared ---------------------------------------------------------------------------------------------------
 

@@ -7,6 +7,7 @@ import logging
 import time
 from collections.abc import Iterable, Mapping
 
+from jobledger.access import write
 from jobledger.config import Settings
 from jobledger.errors import BrokerUnavailable, TopicMissing
 from jobledger.log import batch_limits, partitions_of
@@ -76,5 +77,5 @@ class WorkTopics:
         return True
 
     def _ask(self, topic: str) -> int | None:
-        partitions_of(self._settings, topic)
+        partitions_of(self._settings, topic, need=write(topic))
         return batch_limits(self._settings, [topic]).get(topic)

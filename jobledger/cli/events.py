@@ -100,7 +100,7 @@ def tail(
         return (task is None or event.task == task) and (job is None or event.job_id == job)
 
     show = _json_line if as_json else _Printer(asked.names)
-    with _Tail(asked.settings, asked.names, topic) as reader:
+    with _Tail(asked.settings, asked.names, topic, list(asked.queues)) as reader:
         skim = last if task is None and job is None and since is None and not at_end and begin is None else None
         reader.begin(since=since, at_end=at_end, last=skim)
         for line in newest(filter(wanted, reader.until_now()), last):
@@ -146,14 +146,14 @@ def _order(line: Line) -> tuple[int, Position]:
 class _Tail:
     """Reads all partitions of a namespace's topics at once: first up to now, then onwards."""
 
-    def __init__(self, settings: Settings, names: Names, topics: Topics) -> None:
-        from confluent_kafka import Consumer
-
+    def __init__(self, settings: Settings, names: Names, topics: Topics, queues: Sequence[str]) -> None:
         from jobledger import log
 
+        settings = settings.acting_as("web")
         self._settings, self._names, self._topics = settings, names, topics
+        self._queues = queues
         self._decode: Callable[[bytes | None], JobEvent] = log.decoder(settings, names).decode
-        self._consumer = Consumer(log.consumer_config(settings))
+        self._consumer = log.consumer(log.consumer_config(settings))
         self._next: dict[Partition, int] = {}
         self._end: dict[Partition, int] = {}
 
@@ -166,7 +166,14 @@ class _Tail:
     def begin(self, *, since: int | None, at_end: bool, last: int | None) -> None:
         """Choose where each partition begins: an append time, the end, ``last`` records before it, or the start."""
         from jobledger import log
+        from jobledger.access import knock
+        from jobledger.kafka import acls
 
+        knock(self._settings)
+        names = self._names
+        all_of_them = (*map(names.jobs, self._queues), names.lifecycle, names.coordination, names.dead_letter)
+        # What this user may not read is not even listed, and would be left out without a word.
+        acls.check(self._settings, names.namespace, [*filter(self._belongs, all_of_them), names.schemas])
         found = self._partitions()
         if not found:
             raise TopicMissing(
@@ -262,17 +269,16 @@ class _Tail:
         return int(offset) if offset >= 0 else -1
 
     def _poll(self, timeout: float) -> list[Line]:
-        from confluent_kafka import KafkaError
-
-        from jobledger import log
+        from jobledger import access, log
 
         lines: list[Line] = []
         for message in self._consumer.consume(1000, timeout):
             error = message.error()
             if error is None:
                 lines.append(self._line(message))
-            elif not (error.retriable() or error.code() in (KafkaError._TRANSPORT, KafkaError._ALL_BROKERS_DOWN)):
-                raise log.translate(error, self._settings, "reading events")
+            elif not (error.retriable() or error.code() in log.PASSING):
+                topic = message.topic() or "?"
+                raise log.translate(error, self._settings, f"reading {topic}", access.read(topic))
         return lines
 
     def _line(self, message: Message) -> Line:

@@ -32,6 +32,7 @@ class Exit(IntEnum):
     JOB_FAILED = 5
     TIMEOUT = 6
     GAVE_UP = 70
+    DENIED = 77
     INTERRUPTED = 130
 
 
@@ -44,6 +45,7 @@ MEANINGS: Mapping[Exit, str] = {
     Exit.JOB_FAILED: "`jobs wait`, `submit --wait`: the job did not end well",
     Exit.TIMEOUT: "not within the time that was given",
     Exit.GAVE_UP: "`coordinator`: it gave up and said why; start it again",
+    Exit.DENIED: "the Kafka cluster does not let this user in, or do what it takes",
     Exit.INTERRUPTED: "interrupted (Ctrl-C)",
 }
 
@@ -54,6 +56,7 @@ _CODES: Mapping[str, Exit] = {
     "StatusTimeout": Exit.TIMEOUT,
     "JobFailed": Exit.JOB_FAILED,
     "JobCancelled": Exit.JOB_FAILED,
+    "AccessDenied": Exit.DENIED,
     "JobExpired": Exit.JOB_FAILED,
 }
 

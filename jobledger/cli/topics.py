@@ -1,10 +1,12 @@
-"""``jobledger topics plan|apply MODULE:APP``: the topics an app declares, beside those the cluster has.
+"""``jobledger topics plan|apply|acls MODULE:APP``: the topics an app declares, beside those the cluster has, and who may
+do what with them.
 
 Exit codes: 0 in order (a plan with pending steps included); 1 an error, or a plan that refuses something.
 """
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -12,10 +14,13 @@ import typer
 from jobledger.cli.loading import load_app
 from jobledger.cli.options import Bootstrap, Json, Target
 from jobledger.cli.output import Cell, Exit, console, print_json, print_table
+from jobledger.errors import ConfigError
 
 if TYPE_CHECKING:
     from confluent_kafka.admin import AdminClient
 
+    from jobledger.app import App
+    from jobledger.kafka.acls import Right
     from jobledger.kafka.topics import Change, Plan
 
 app = typer.Typer(name="topics", help="Topics as code: what the app needs, and how to get there.", no_args_is_help=True)
@@ -74,13 +79,91 @@ def apply(
         console().print(f"applied {_changes(len(made.pending))}")
 
 
+@app.command("acls")
+def acls(
+    target: Target,
+    principal: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="ROLE=PRINCIPAL",
+            help="Who has a role, e.g. worker=User:jobs; may be repeated. `streams` stands for coordinator and materializer.",
+            show_default="show what each role needs",
+        ),
+    ] = None,
+    apply: Annotated[bool, typer.Option("--apply", help="Create the ACLs; asks first.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+    bootstrap: Bootstrap = None,
+    as_json: Json = False,
+) -> None:
+    """Print the least rights that each part needs, as `kafka-acls.sh` commands; with --apply create them.
+
+    Example: jobledger topics acls shop:app --principal client=User:web --principal worker=User:jobs
+    """
+    from jobledger.kafka import acls as rules
+
+    loaded = load_app(target, bootstrap=bootstrap)
+    foreign = [event.topic for event in loaded.events.values() if event.foreign]
+    given = [_principal(each) for each in principal or ()]
+    wanted = [
+        (role, who, right)
+        for role, who in given or [(role, "") for role in rules.TABLE]
+        for right in rules.rights(role, loaded.names.namespace, foreign)
+    ]
+    if apply:
+        _grant(loaded, [(who, right) for _, who, right in wanted if who], yes, as_json)
+    elif as_json:
+        print_json([{"role": role, "principal": who or None, **asdict(right)} for role, who, right in wanted])
+    elif given:
+        server = loaded.settings.bootstrap or "HOST:PORT"
+        for role, who in given:
+            print(f"# {role}: {', '.join(rules.WHO[each] for each in rules.roles(role))}")
+            for line in rules.commands(who, [right for r, w, right in wanted if (r, w) == (role, who)], server):
+                print(line)
+    else:
+        print_table(["role", "right", "on", "without it"], [_right(role, right) for role, _, right in wanted])
+
+
+def _principal(text: str) -> tuple[str, str]:
+    role, equals, who = text.partition("=")
+    if not equals or ":" not in who:
+        raise ConfigError(f"--principal {text!r} is not ROLE=PRINCIPAL, e.g. worker=User:jobs")
+    return role, who
+
+
+def _right(role: str, right: Right) -> list[Cell]:
+    name = f"{right.name}*" if right.pattern == "prefixed" else right.name
+    return [role, right.operation, f"{right.kind} {name}", f"no {right.lost}" if right.lost else "does not run"]
+
+
+def _grant(loaded: App, wanted: list[tuple[str, Right]], yes: bool, as_json: bool) -> None:
+    from jobledger import log
+    from jobledger.access import knock
+    from jobledger.kafka import acls as rules
+
+    if not wanted:
+        raise ConfigError("--apply needs to know who: --principal ROLE=PRINCIPAL, e.g. --principal worker=User:jobs")
+    settings = loaded.settings.acting_as("admin")
+    address = settings.resolve_bootstrap()
+    if not yes:
+        typer.confirm(f"Allow {len(wanted)} operations at {address}?", abort=True, err=True)
+    knock(settings)
+    rules.grant(log.admin(settings), settings, [rules.binding(who, right) for who, right in wanted])
+    if as_json:
+        print_json({"granted": [{"principal": who, **asdict(right)} for who, right in wanted]})
+    else:
+        console().print(f"{len(wanted)} operations are allowed at {address}")
+
+
 def _plan(target: str, bootstrap: str | None, replication: int | None) -> tuple[AdminClient, Plan, str]:
     from jobledger import log
+    from jobledger.access import knock
     from jobledger.kafka import topics
 
     loaded = load_app(target, bootstrap=bootstrap)
-    address = loaded.settings.resolve_bootstrap()
-    admin = log.admin(loaded.settings)
+    settings = loaded.settings.acting_as("admin")
+    address = settings.resolve_bootstrap()
+    knock(settings)
+    admin = log.admin(settings)
     copies = replication or topics.default_replication(admin, address=address)
     made = topics.plan(admin, *topics.wanted(loaded, copies), address=address)
     return admin, made, address

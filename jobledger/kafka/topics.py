@@ -25,6 +25,7 @@ from confluent_kafka.admin import (  # type: ignore[attr-defined]  # re-exported
 )
 
 from jobledger import log
+from jobledger.access import Need, denied
 from jobledger.config import Settings
 from jobledger.errors import BrokerUnavailable, ConfigError, JobledgerError
 from jobledger.names import Names
@@ -346,7 +347,7 @@ def apply(admin: AdminClient, plan: Plan, *, address: str = "the cluster") -> tu
 
     May be repeated. Settings of groups only make a rebalance quicker, so a cluster that forbids them is noted, not an
     error. Raises `ConfigError` before anything is changed if the plan refuses something, or if the cluster refuses a
-    topic; `BrokerUnavailable` if nobody answers.
+    topic; `AccessDenied` if this user may not; `BrokerUnavailable` if nobody answers.
     """
     if plan.refused:
         raise ConfigError("nothing was changed. " + " ".join(change.reason for change in plan.refused))
@@ -424,7 +425,7 @@ def _partition_counts(
         elif _code(answer) == KafkaError.UNKNOWN_TOPIC_OR_PART:
             counts[name] = None, None
         else:
-            raise _refused_by_cluster(answer, f"describe topic {name}")
+            raise _refused_by_cluster(answer, f"describe topic {name}", "Alter", name)
     return counts
 
 
@@ -445,7 +446,7 @@ def _configs(
         if not isinstance(answer, KafkaException):
             found[name] = {key: entry.value for key, entry in answer.items()}
         elif kind is ResourceType.TOPIC:
-            raise _refused_by_cluster(answer, f"read the settings of topic {name}")
+            raise _refused_by_cluster(answer, f"read the settings of topic {name}", "AlterConfigs", name)
         # A group's or broker's settings may be hidden from this user; then they count as unknown.
     return found
 
@@ -484,7 +485,7 @@ def _apply_topics(admin: AdminClient, step: Step, changes: Sequence[Change], add
         # Made by somebody else since the plan, or by an attempt of ours whose answer was lost.
         if step is Step.CREATE and _code(answer) == KafkaError.TOPIC_ALREADY_EXISTS:
             continue
-        raise _refused_by_cluster(answer, f"{what} of topic {name}")
+        raise _refused_by_cluster(answer, f"{what} of topic {name}", _OPERATIONS[step], name)
 
 
 def _new_topic(change: Change) -> NewTopic:
@@ -593,5 +594,12 @@ def _code(error: KafkaException) -> int:
     return code
 
 
-def _refused_by_cluster(error: KafkaException, what: str) -> JobledgerError:
+#: The right on a topic that a step takes.
+_OPERATIONS = {Step.CREATE: "Create", Step.PARTITIONS: "Alter", Step.CONFIG: "AlterConfigs"}
+
+
+def _refused_by_cluster(error: KafkaException, what: str, operation: str = "", topic: str = "") -> JobledgerError:
+    refused = denied(error.args[0], Settings(role="admin"), what, Need(operation, "topic", topic))
+    if refused is not None:
+        return refused
     return ConfigError(f"the cluster refused to {what}: {error.args[0].str()} ({error.args[0].name()})")

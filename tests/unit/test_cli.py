@@ -192,6 +192,9 @@ def test_every_error_of_ours_has_an_exit_code() -> None:
         "JobFailed": Exit.JOB_FAILED,
         "JobCancelled": Exit.JOB_FAILED,
         "JobExpired": Exit.JOB_FAILED,
+        "AccessDenied": Exit.DENIED,
+        "NotAuthenticated": Exit.DENIED,
+        "NotAuthorized": Exit.DENIED,
     }
     assert exit_code(JobFailed("id", "E", "m")) == Exit.JOB_FAILED
 

@@ -20,7 +20,7 @@ def test_settings_are_read_from_the_environment(tmp_path: Path) -> None:
             "JOBLEDGER_SUBMIT_TIMEOUT": "2.5",
             "JOBLEDGER_RETENTION_DAYS": "7",
             "JOBLEDGER_HOME": str(tmp_path),
-            "JOBLEDGER_KAFKA__SECURITY_PROTOCOL": "SASL_SSL",
+            "JOBLEDGER_KAFKA__SECURITY_PROTOCOL": "SSL",
             "JOBLEDGER_SCHEMA_REGISTRY": "http://me:secret@here",
             "PATH": "ignored",
         }
@@ -30,7 +30,7 @@ def test_settings_are_read_from_the_environment(tmp_path: Path) -> None:
     assert (settings.retention_days, Settings().retention_days) == (7, 90)
     assert settings.schema_registry == "http://me:secret@here"
     assert "secret" not in repr(settings)
-    assert settings.kafka == {"security.protocol": "SASL_SSL"}
+    assert settings.kafka == {"security.protocol": "SSL"}
     assert settings.librdkafka()["bootstrap.servers"] == "a:1,b:2"
     assert settings.resolve_status_url("shop") == "sqlite:///x.db"
 

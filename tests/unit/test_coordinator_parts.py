@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import ssl
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jobledger.config import Settings
-from jobledger.errors import ConfigError, SchemaError
+from jobledger.errors import SchemaError
 from jobledger.names import Names
 from jobledger.streams import faust_app
 from jobledger.streams.decisions import Floor, Released, decode_row, encode_row
@@ -24,50 +23,6 @@ from jobledger.streams.noise import RateLimit
 from jobledger.streams.ownership import GAP, Ownership, Superseded
 from jobledger.streams.place import Place, take_place
 from jobledger.streams.rows import MemoryRows, RocksRows, merged
-from jobledger.streams.security import credentials
-
-# -- security --------------------------------------------------------------------------------------------------------
-
-
-def test_without_security_settings_the_connection_is_plain() -> None:
-    """No credentials at all; other settings of librdkafka's are left to librdkafka."""
-    assert credentials({}) is None
-    assert credentials({"client.id": "x", "security.protocol": "plaintext"}) is None
-
-
-@pytest.mark.parametrize("name", ["sasl.mechanism", "sasl.mechanisms"])
-def test_sasl_is_translated(name: str) -> None:
-    """Under both of librdkafka's names for the mechanism."""
-    found = credentials(
-        {"security.protocol": "sasl_plaintext", name: "SCRAM-SHA-512", "sasl.username": "u", "sasl.password": "p"}
-    )
-    assert (found.username, found.password, found.mechanism.value) == ("u", "p", "SCRAM-SHA-512")
-    assert (found.protocol.value, found.ssl_context) == ("SASL_PLAINTEXT", None)
-
-
-def test_tls_is_translated() -> None:
-    """Verified by default; without verification or host names only when that is said."""
-    strict = credentials({"security.protocol": "SSL"}).context
-    assert (strict.verify_mode, strict.check_hostname) == (ssl.CERT_REQUIRED, True)
-    no_host = credentials({"security.protocol": "SASL_SSL", "ssl.endpoint.identification.algorithm": "none"})
-    assert (no_host.ssl_context.verify_mode, no_host.ssl_context.check_hostname) == (ssl.CERT_REQUIRED, False)
-    lax = credentials({"security.protocol": "SSL", "enable.ssl.certificate.verification": "false"}).context
-    assert (lax.verify_mode, lax.check_hostname) == (ssl.CERT_NONE, False)
-
-
-@pytest.mark.parametrize(
-    ("settings", "named"),
-    [
-        ({"security.protocol": "SSH"}, "SSH"),
-        ({"security.protocol": "SASL_SSL", "sasl.mechanism": "GSSAPI"}, "GSSAPI"),
-        ({"ssl.keystore.location": "x"}, "ssl.keystore.location"),
-        ({"security.protocol": "SSL", "ssl.ca.location": "/nowhere/ca.pem"}, "/nowhere/ca.pem"),
-    ],
-)
-def test_security_that_cannot_be_translated_is_refused_by_name(settings: dict[str, str], named: str) -> None:
-    """It must not be left out in silence."""
-    with pytest.raises(ConfigError, match=named):
-        credentials(settings)
 
 
 def test_faust_reads_nothing_from_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

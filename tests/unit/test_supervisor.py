@@ -123,6 +123,15 @@ def test_a_child_that_keeps_dying_ends_them_all() -> None:
     assert not any(psutil.pid_exists(pid) for pid in both.pids("good"))
 
 
+def test_a_child_that_the_cluster_refuses_ends_them_all_at_once() -> None:
+    """Exit code 77 is not tried again: it becomes the supervisor's own, and the others are stopped cleanly."""
+    running = Running(Child("refused", python("raise SystemExit(77)")), Child("other", python(PATIENT)))
+    running.thread.join(WAIT_S)
+    assert running.code == 77
+    assert sum("refused by the Kafka cluster" in line for _, line in running.said) == 1
+    assert not any("starting it again" in line for _, line in running.said)
+
+
 def test_a_restart_that_was_asked_for_counts_as_no_death() -> None:
     """`restart` stops a child cleanly and starts it again at once, even where no death is forgiven."""
     one = Running(Child("a", python(PATIENT)), restarts=lambda: Restarts(most=0))

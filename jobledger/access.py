@@ -1,0 +1,216 @@
+"""Who may come in and do what: a cluster's refusals, told apart from a cluster that is away, and put into words.
+
+Kafka's clients try for ever to come in, also where they never will be let in. A `Door` listens to what a client says of its
+connections; `knock` asks once.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import threading
+import time
+from typing import Any, NamedTuple
+
+from confluent_kafka import KafkaError, KafkaException
+from confluent_kafka.admin import AdminClient
+
+from jobledger import tls
+from jobledger.config import Settings
+from jobledger.errors import AccessDenied, BrokerUnavailable, ConfigError, NotAuthenticated, NotAuthorized
+
+LOG = logging.getLogger("jobledger.kafka")
+
+#: A cluster that starts may refuse for a moment: so it must have done so twice, this many seconds apart.
+AGAIN_S = 0.4
+#: Seconds for which the same line about connections is not said again.
+SAY_EVERY_S = 30.0
+KNOCK_S = 10.0
+
+_DENIED = {
+    KafkaError.TOPIC_AUTHORIZATION_FAILED: "topic",
+    KafkaError.GROUP_AUTHORIZATION_FAILED: "group",
+    KafkaError.CLUSTER_AUTHORIZATION_FAILED: "cluster",
+    KafkaError.TRANSACTIONAL_ID_AUTHORIZATION_FAILED: "transactional-id",
+}
+_REFUSED = (KafkaError._AUTHENTICATION, KafkaError._SSL, KafkaError.SASL_AUTHENTICATION_FAILED)
+
+
+class Need(NamedTuple):
+    """A right that is needed for something: ``Write`` on ``topic`` ``shop.lifecycle``."""
+
+    operation: str
+    kind: str
+    name: str
+
+
+def read(topic: str) -> Need:
+    """The right to read a topic."""
+    return Need("Read", "topic", topic)
+
+
+def write(topic: str) -> Need:
+    """The right to write to a topic."""
+    return Need("Write", "topic", topic)
+
+
+def join(group: str) -> Need:
+    """The right to be a member of a group, and to commit for it."""
+    return Need("Read", "group", group)
+
+
+def denied(error: KafkaError, settings: Settings, what: str, *needs: Need) -> AccessDenied | None:
+    """Our error if Kafka's says that this user may not come in, or may not do this; else None.
+
+    ``needs``: the rights that ``what`` takes; the first of the kind that Kafka speaks of is named.
+    """
+    code = error.code()
+    if code in _REFUSED:
+        return refusal(settings, error.str())
+    kind = _DENIED.get(code)
+    return None if kind is None else unauthorized(settings, what, kind, *needs)
+
+
+def unauthorized(settings: Settings, what: str, kind: str, *needs: Need) -> NotAuthorized:
+    """The error for rights on a ``kind`` of resource that are lacking; its attributes are the first one's."""
+    lacking = [n for n in needs if n.kind == kind] or [Need("a right", kind, "")]
+    need = lacking[0]
+    shown = ", ".join(f"{n.operation} on {kind} {n.name}".rstrip() for n in lacking)
+    user = f"user {name!r}" if (name := settings.kafka.get("sasl.username")) else "this user"
+    return NotAuthorized(
+        f"{what}: the cluster does not let {user} do this: the {settings.role} needs {shown}; "
+        "`jobledger topics acls MODULE:APP` prints the rights of each part",
+        role=settings.role,
+        operation=need.operation,
+        resource_type=kind,
+        resource=need.name,
+    )
+
+
+def refusal(settings: Settings, said: str) -> NotAuthenticated:
+    """The error for a client that is not let in; ``said``: the client's or broker's own words. Looks at the brokers' TLS."""
+    address = settings.bootstrap or "the embedded broker"
+    kafka = settings.kafka
+    found = None
+    if "SASL" not in said:  # whoever is asked for a password has got through TLS
+        try:
+            found = tls.trouble(settings.resolve_bootstrap(), kafka)
+        except (ConfigError, BrokerUnavailable) as exc:
+            found = f"{address}: {exc}"
+    if found is not None:
+        return NotAuthenticated(found)
+    words = re.sub(r"\s*\((after|install).*", "", said.rpartition("bootstrap: ")[2])
+    ways = [name for name in kafka if name.startswith("sasl.") and "secret" not in name and "password" not in name]
+    if not ways:
+        return NotAuthenticated(f"{address} does not let this client in: {words}; check JOBLEDGER_KAFKA__*")
+    shown = ", ".join(f"{tls.setting(name)}={kafka[name]}" for name in sorted(ways))
+    return NotAuthenticated(
+        f"{address} does not let this client in: {words}; check {shown}, and the password or secret beside it"
+    )
+
+
+class Door:
+    """Given to a client as its ``error_cb``: hears of refused connections. Thread-safe.
+
+    ``patient`` False: a token that is not given is a refusal at once, where a running client has one that may still be good.
+    """
+
+    def __init__(self, settings: Settings, *, patient: bool = True) -> None:
+        self._settings, self._patient = settings, patient
+        self._lock = threading.Lock()
+        self._first: float | None = None
+        self._no_token = ""
+        self._looked = float("-inf")
+        self._said: dict[str, float] = {}
+        self._refusal: NotAuthenticated | None = None
+
+    @property
+    def refusal(self) -> NotAuthenticated | None:
+        """Why this client is not let in; None as long as it may be, or is away."""
+        return self._refusal
+
+    def behind(self, error: KafkaError) -> NotAuthenticated | None:
+        """The refusal behind an error of the client's; None if there is none. A client says once that it has got no token,
+        and might get one yet: that counts when something has timed out over it."""
+        if self._refusal is None and self._no_token and error.code() == KafkaError._MSG_TIMED_OUT:
+            return refusal(self._settings, self._no_token)
+        return self._refusal
+
+    def check(self) -> None:
+        """Raise `NotAuthenticated` if the cluster does not let this client in."""
+        if self._refusal is not None:
+            raise self._refusal
+
+    def __call__(self, error: KafkaError) -> None:
+        now, text = time.monotonic(), error.str()
+        with self._lock:
+            if self._refusal is not None:
+                return
+            if error.code() in _REFUSED or _refused_in_words(error):
+                if "OAUTHBEARER token" in text:
+                    self._no_token = text
+                    if not self._patient:
+                        self._refusal = refusal(self._settings, text)
+                elif self._first is None:
+                    self._first = now
+                elif now - self._first >= AGAIN_S:
+                    self._refusal = refusal(self._settings, text)
+            elif error.code() == KafkaError._ALL_BROKERS_DOWN:
+                self._look(now)
+            elif error.code() == KafkaError._TRANSPORT and "Connect to" in text:
+                self._first = None  # a broker that is away, or comes up: what it refused before says nothing
+            said = re.sub(r"\(.*|\d+ms", "", text)
+            if now - self._said.get(said, float("-inf")) < SAY_EVERY_S:
+                return
+            self._said[said] = now
+        LOG.warning("%s", text)
+
+    def _look(self, now: float) -> None:
+        """A broker that speaks TLS hangs up on a client that does not, without a word: so ask it."""
+        plain = self._settings.kafka.get("security.protocol", "PLAINTEXT").upper() in ("PLAINTEXT", "SASL_PLAINTEXT")
+        if not plain or now - self._looked < SAY_EVERY_S:
+            return
+        self._looked = now
+        try:
+            found = tls.trouble(self._settings.resolve_bootstrap(), self._settings.kafka, 1.0)
+        except (ConfigError, BrokerUnavailable):
+            return
+        if found is not None:
+            self._refusal = NotAuthenticated(found)
+
+
+def _refused_in_words(error: KafkaError) -> bool:
+    # A broker's alert on our certificate arrives as a broken connection.
+    text = error.str()
+    return error.code() == KafkaError._TRANSPORT and ("SSL alert" in text or "PLAINTEXT broker listener" in text)
+
+
+def knock(settings: Settings, timeout: float = KNOCK_S) -> None:
+    """Return once the cluster has let this client in. Raises `NotAuthenticated` as soon as it is plain that it will not;
+    `BrokerUnavailable` if nobody has answered within ``timeout`` seconds; `ConfigError` for unusable settings."""
+    door = Door(settings, patient=False)
+    conf: dict[str, Any] = {**settings.librdkafka(), "error_cb": door, "logger": LOG, "log_level": 0}
+    try:
+        client = AdminClient(conf)
+    except KafkaException as exc:
+        raise unusable(exc) from exc
+    asked = client.describe_cluster(request_timeout=timeout)
+    deadline = time.monotonic() + timeout
+    while not asked.done() and time.monotonic() < deadline:
+        client.poll(0.02)
+        door.check()
+    if asked.done() and asked.exception() is None:
+        return
+    found = tls.trouble(settings.resolve_bootstrap(), settings.kafka)
+    if found is not None:
+        raise NotAuthenticated(found)
+    raise BrokerUnavailable(
+        f"{settings.bootstrap or 'the embedded broker'} did not answer within {timeout:g} s; "
+        "check JOBLEDGER_BOOTSTRAP and that the broker runs"
+    )
+
+
+def unusable(error: KafkaException) -> ConfigError:
+    """The error for client settings that no client can be made with."""
+    text = re.sub(r"^Failed to create \w+( \w+)?: ", "", error.args[0].str())
+    return ConfigError(f"the Kafka settings (JOBLEDGER_KAFKA__*) cannot be used: {text}")

@@ -1,0 +1,281 @@
+"""The least rights of each part, as data; how they are told to a cluster, and what of them is missing.
+
+`TABLE` is the one place where they stand: the command line, the docs and the tests read it. Rights that Kafka implies are
+left out: who may read, write, delete from or alter a topic may describe it; who may alter its settings may read them.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import shlex
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from confluent_kafka import KafkaError, KafkaException, TopicCollection
+from confluent_kafka.admin import (  # type: ignore[attr-defined]  # re-exported without saying so
+    AclBinding,
+    AclOperation,
+    AclPermissionType,
+    AdminClient,
+    ResourcePatternType,
+    ResourceType,
+)
+
+from jobledger import log
+from jobledger.access import Need, unauthorized
+from jobledger.config import Settings
+from jobledger.errors import ConfigError
+
+LOG = logging.getLogger("jobledger.kafka")
+
+REQUEST_TIMEOUT_S = 10.0
+
+TOPIC, GROUP, CLUSTER = "topic", "group", "cluster"
+LITERAL, PREFIXED = "literal", "prefixed"
+
+#: What a cluster may do that does not tell: anything, until it refuses.
+_ANY = tuple(AclOperation)
+
+
+@dataclass(frozen=True, slots=True)
+class Right:
+    """One operation on resources. ``name`` holds ``<ns>`` for the namespace; with ``pattern`` prefixed it is a beginning.
+
+    ``lost``: what does not work without it; empty: the part does not work at all. ``when``: who needs it, if not everybody
+    with this role.
+    """
+
+    kind: str
+    name: str
+    operation: str
+    pattern: str = LITERAL
+    lost: str = ""
+    when: str = ""
+
+    def covers(self, topic: str) -> bool:
+        """Whether it is about this topic."""
+        same = topic.startswith(self.name) if self.pattern == PREFIXED else topic == self.name
+        return self.kind == TOPIC and same
+
+    def of(self, namespace: str) -> Right:
+        """The same for one namespace."""
+        return Right(
+            self.kind, self.name.replace("<ns>", namespace), self.operation, self.pattern, self.lost, self.when
+        )
+
+
+def _topic(name: str, *operations: str, lost: str = "", when: str = "") -> list[Right]:
+    pattern = PREFIXED if name.endswith(".") else LITERAL
+    return [Right(TOPIC, name, operation, pattern, lost, when) for operation in operations]
+
+
+def _group(name: str, operation: str, lost: str = "") -> list[Right]:
+    return [Right(GROUP, name, operation, PREFIXED if name.endswith(".") else LITERAL, lost)]
+
+
+_LOG = [
+    *_topic("<ns>.jobs.", "Read"),
+    *_topic("<ns>.lifecycle", "Read"),
+    *_topic("<ns>.coordination", "Read"),
+    *_topic("<ns>.dead-letter", "Read"),
+    *_topic("<ns>.schemas", "Read"),
+]
+_LIMITS = "knowledge of what each topic takes: batches are bounded by a default"
+_TRIMMING = "trimming: the log grows"
+
+#: Role: what it needs, and nothing else.
+TABLE: Mapping[str, Sequence[Right]] = {
+    "client": [
+        *_topic("<ns>.jobs.", "Write"),
+        *_topic("<ns>.coordination", "Write", lost="delays", when="delayed jobs"),
+        *_topic("<ns>.schemas", "Write"),
+        *_topic("<ns>.schemas", "Read", lost="`emit`", when="events"),
+        *_topic("<ns>.events.", "Write", lost="`emit`", when="events"),
+    ],
+    "worker": [
+        *_topic("<ns>.jobs.", "Read"),
+        *_group("<ns>.worker.", "Read"),
+        *_topic("<ns>.lifecycle", "Read", "Write"),
+        *_topic("<ns>.coordination", "Write"),
+        *_topic("<ns>.dead-letter", "Write"),
+        *_topic("<ns>.schemas", "Read", "Write"),
+    ],
+    "coordinator": [
+        *_topic("<ns>.coordination", "Read", "Write"),
+        *_group("<ns>.coordinator", "Read"),
+        *_topic("<ns>.coordinator-schedules-changelog", "Read", "Write"),
+        *_topic("<ns>.jobs.", "Write"),
+        *_topic("<ns>.lifecycle", "Write"),
+        *_topic("<ns>.dead-letter", "Write"),
+        *_topic("<ns>.schemas", "Read", "Write"),
+        *_topic("<ns>.", "DescribeConfigs", lost=_LIMITS),
+    ],
+    "materializer": [
+        *_LOG,
+        *_topic("<ns>.dead-letter", "Write"),
+        *_topic("<ns>.schemas", "Write"),
+        *_topic("<ns>.coordination", "Write", lost="watchdog"),
+        *_group("<ns>.worker.", "Describe", lost="audit, no trimming"),
+        *_group("<ns>.coordinator", "Describe", lost=_TRIMMING),
+        *_topic("<ns>.jobs.", "Delete", lost=_TRIMMING),
+        *_topic("<ns>.lifecycle", "Delete", lost=_TRIMMING),
+        *_topic("<ns>.coordination", "Delete", lost=_TRIMMING),
+    ],
+    "router": [
+        *_topic("<ns>.events.", "Read"),
+        *_group("<ns>.router", "Read"),
+        *_topic("<ns>.jobs.", "Write"),
+        *_topic("<ns>.dead-letter", "Write"),
+        *_topic("<ns>.schemas", "Read", "Write"),
+    ],
+    "backfill": [
+        *_topic("<ns>.events.", "Read"),
+        *_group("<ns>.backfill.", "Read"),
+        *_topic("<ns>.jobs.", "Write"),
+        *_topic("<ns>.schemas", "Read", "Write"),
+    ],
+    "projection": [
+        *_topic("<ns>.events.", "Read", lost="projections of events"),
+        *(Right(r.kind, r.name, r.operation, r.pattern, "projections of facts") for r in _LOG[:-1]),
+        *_topic("<ns>.schemas", "Read"),
+    ],
+    "reader": [*_LOG, *_group("<ns>.lifecycle.", "Read")],
+    "web": [*_LOG],
+    "admin": [
+        *_topic("<ns>.", "Create", "Alter", "AlterConfigs"),
+        Right(
+            GROUP, "<ns>.", "AlterConfigs", PREFIXED, "session times of the groups' own: a dead worker is missed later"
+        ),
+        Right(CLUSTER, "kafka-cluster", "DescribeConfigs", LITERAL, "knowledge of the broker's bounds for those times"),
+    ],
+}
+
+#: Roles that read the topics of events, also those of others.
+_HANDLES = ("router", "backfill", "projection")
+
+#: What people say for several roles at once: `jobledger streams` runs both under one user.
+TOGETHER: Mapping[str, Sequence[str]] = {"streams": ("coordinator", "materializer")}
+
+#: What each role is, for people.
+WHO: Mapping[str, str] = {
+    "client": "submits jobs, emits events, waits for results",
+    "worker": "`jobledger worker`; also the client's if its jobs submit or emit, or have a fallback",
+    "coordinator": "`jobledger coordinator`, and half of `jobledger streams`",
+    "materializer": "`jobledger materializer`, and half of `jobledger streams`",
+    "router": "`jobledger router`; also Read on topics of others that it handles",
+    "backfill": "`jobledger backfill`",
+    "projection": "`jobledger projections`",
+    "reader": "`app.lifecycle(group)`",
+    "web": "`jobledger events`, `verify`, `rebuild`; to ask the status table takes no right on Kafka at all",
+    "admin": "`jobledger topics apply`; `topics acls --apply` needs Alter on the cluster beside it",
+}
+
+
+def roles(name: str) -> Sequence[str]:
+    """The roles that a name stands for. Raises `ConfigError` for one that is none."""
+    if name in TABLE:
+        return (name,)
+    if name in TOGETHER:
+        return TOGETHER[name]
+    raise ConfigError(f"{name!r} is no role; there are {', '.join([*TABLE, *TOGETHER])}")
+
+
+def rights(name: str, namespace: str, foreign: Iterable[str] = ()) -> list[Right]:
+    """What a role, or several under one name, needs in a namespace: each right once. ``foreign``: topics of others that the
+    app handles events of. Raises `ConfigError` for a name that is no role's."""
+    found: dict[tuple[str, str, str, str], Right] = {}
+    for role in roles(name):
+        for right in TABLE[role]:
+            made = right.of(namespace)
+            key = (made.kind, made.name, made.pattern, made.operation)
+            # What one of them can do without another may need.
+            if key not in found or found[key].lost:
+                found[key] = made
+    others = foreign if name in _HANDLES else ()
+    for kind, resource, pattern, operation in [*found]:
+        if operation == "Describe" and (kind, resource, pattern, "Read") in found:
+            del found[kind, resource, pattern, operation]
+    return [*found.values(), *(Right(TOPIC, topic, "Read") for topic in sorted(others))]
+
+
+def commands(principal: str, wanted: Iterable[Right], server: str) -> Iterator[str]:
+    """The lines of `kafka-acls.sh` that allow this, one a resource."""
+    by_resource: dict[tuple[str, str, str], list[str]] = {}
+    for right in wanted:
+        by_resource.setdefault((right.kind, right.name, right.pattern), []).append(right.operation)
+    for (kind, name, pattern), operations in by_resource.items():
+        words = ["kafka-acls.sh", "--bootstrap-server", server, "--command-config", "admin.properties", "--add"]
+        words += ["--allow-principal", principal]
+        words += [word for operation in operations for word in ("--operation", operation)]
+        words += ["--cluster"] if kind == CLUSTER else [f"--{kind}", name, "--resource-pattern-type", pattern]
+        yield shlex.join(words)
+
+
+def _operation(right: Right) -> AclOperation:
+    return AclOperation[re.sub(r"(?<!^)(?=[A-Z])", "_", right.operation).upper()]
+
+
+def binding(principal: str, right: Right) -> AclBinding:
+    """The ACL that allows it, as Kafka's admin client takes it."""
+    kinds = {TOPIC: ResourceType.TOPIC, GROUP: ResourceType.GROUP, CLUSTER: ResourceType.BROKER}
+    return AclBinding(
+        kinds[right.kind],
+        right.name,
+        ResourcePatternType[right.pattern.upper()],
+        principal,
+        "*",
+        _operation(right),
+        AclPermissionType.ALLOW,
+    )
+
+
+def check(settings: Settings, namespace: str, topics: Iterable[str]) -> None:
+    """Ask the cluster what this user may do with these topics, and raise `NotAuthorized` naming everything that its role
+    (``settings.role``) cannot do without. What it can do without is logged.
+
+    Topics that do not exist are passed over, as is a cluster that does not tell. Raises `BrokerUnavailable`.
+    """
+    asked, lacking, spared = sorted(set(topics)), [], []
+    client = log.admin(settings)  # held: its answers die with it
+    told = client.describe_topics(
+        TopicCollection(asked), include_authorized_operations=True, request_timeout=REQUEST_TIMEOUT_S
+    )
+    for topic, future in told.items():
+        may: Container[AclOperation] = ()
+        try:
+            may = future.result(2 * REQUEST_TIMEOUT_S).authorized_operations or _ANY
+        except KafkaException as exc:
+            if exc.args[0].code() == KafkaError.UNKNOWN_TOPIC_OR_PART:
+                continue
+            if exc.args[0].code() != KafkaError.TOPIC_AUTHORIZATION_FAILED:
+                raise log.translate(exc.args[0], settings, f"asking for the rights on {topic}") from exc
+        for right in rights(settings.role, namespace):
+            if right.covers(topic) and _operation(right) not in may:
+                need = Need(right.operation, TOPIC, topic)
+                if right.lost:
+                    spared.append(f"{right.operation} on topic {topic} ({right.lost})")
+                else:
+                    lacking.append(need)
+    if lacking:
+        raise unauthorized(settings, "starting", TOPIC, *lacking)
+    for line in spared:
+        LOG.warning("the %s goes on without a right: %s", settings.role, line)
+
+
+def grant(admin: AdminClient, settings: Settings, bindings: Sequence[AclBinding]) -> None:
+    """Create ACLs; those that are there already stay. Raises `AccessDenied`, `BrokerUnavailable`, and `ConfigError` for a
+    cluster that keeps none."""
+    if not bindings:
+        return
+    for future in admin.create_acls(list(bindings), request_timeout=REQUEST_TIMEOUT_S).values():
+        try:
+            future.result(2 * REQUEST_TIMEOUT_S)
+        except KafkaException as exc:
+            error = exc.args[0]
+            if error.name() == "SECURITY_DISABLED":
+                raise ConfigError(
+                    "this cluster keeps no ACLs: its brokers have no authorizer (authorizer.class.name)"
+                ) from exc
+            alter = Need("Alter", CLUSTER, "kafka-cluster")
+            raise log.translate(error, settings, "creating ACLs", alter) from exc

@@ -1,0 +1,179 @@
+"""TLS as Python does it, from librdkafka's ``ssl.*`` settings: for aiokafka, and to find out why a broker hangs up."""
+
+from __future__ import annotations
+
+import os
+import socket
+import ssl
+import tempfile
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+
+from jobledger.errors import ConfigError
+
+#: What has a translation. Any other ``ssl.*`` setting is refused: left out in silence it would weaken a connection.
+KNOWN = frozenset(
+    {
+        "ssl.ca.location",
+        "ssl.ca.pem",
+        "ssl.certificate.location",
+        "ssl.certificate.pem",
+        "ssl.key.location",
+        "ssl.key.pem",
+        "ssl.key.password",
+        "ssl.endpoint.identification.algorithm",
+        "enable.ssl.certificate.verification",
+    }
+)
+#: Files that may be named in a message; passwords and keys may not.
+_FILES = ("ssl.ca.location", "ssl.certificate.location", "ssl.key.location")
+#: Seconds that one broker may take to answer a look at it.
+LOOK_S = 2.0
+
+_UNTRUSTED = (2, 18, 19, 20, 21)
+_ELSEWHERE = (62, 63, 64)
+_EXPIRED, _NOT_YET = 10, 9
+
+
+def setting(name: str) -> str:
+    """The environment variable that stands for a client setting."""
+    return f"JOBLEDGER_KAFKA__{name.upper().replace('.', '_')}"
+
+
+def context(kafka: Mapping[str, str]) -> ssl.SSLContext:
+    """A client context. Raises `ConfigError` for a setting without a translation and for what cannot be read."""
+    for name in kafka:
+        if name.startswith("ssl.keystore."):
+            raise ConfigError(
+                f"{setting(name)}: the coordinator (aiokafka) reads no PKCS#12 keystore. Take the certificate and the key "
+                "out once, `openssl pkcs12 -in keystore.p12 -out client.pem`, and name that file in "
+                f"{setting('ssl.certificate.location')} and {setting('ssl.key.location')}"
+            )
+        if name.startswith("ssl.") and name not in KNOWN:
+            raise ConfigError(
+                f"{setting(name)} has no translation for the coordinator (aiokafka), and leaving it out could weaken its "
+                f"connections; known are {', '.join(sorted(KNOWN))}"
+            )
+    authority = kafka.get("ssl.ca.location")
+    if authority == "probe":  # librdkafka's word for the system's own
+        authority = None
+    folder = authority is not None and Path(authority).is_dir()
+    try:
+        made = ssl.create_default_context(
+            cafile=None if folder else authority,
+            capath=authority if folder else None,
+            cadata=kafka.get("ssl.ca.pem"),
+        )
+        _load_certificate(made, kafka)
+    except (OSError, ssl.SSLError, ValueError) as exc:
+        files = {name: kafka[name] for name in _FILES if name in kafka}
+        raise ConfigError(
+            f"the TLS settings {files} cannot be used: {exc or type(exc).__name__}{_hint(kafka)}"
+        ) from exc
+    # From Python 3.13 on the default asks more of a chain than librdkafka does; one setting must mean one thing.
+    made.verify_flags &= ~getattr(ssl, "VERIFY_X509_STRICT", 0)
+    if kafka.get("ssl.endpoint.identification.algorithm", "https").lower() == "none":
+        made.check_hostname = False
+    if kafka.get("enable.ssl.certificate.verification", "true").lower() == "false":
+        made.check_hostname = False
+        made.verify_mode = ssl.CERT_NONE
+    return made
+
+
+def _hint(kafka: Mapping[str, str]) -> str:
+    for name in _FILES:
+        if name in kafka and not os.access(kafka[name], os.R_OK):
+            return f"; {setting(name)}={kafka[name]} cannot be read"
+    return f"; is {setting('ssl.key.password')} right?" if "ssl.key.password" in kafka else ""
+
+
+def _load_certificate(made: ssl.SSLContext, kafka: Mapping[str, str]) -> None:
+    # Not None where there is none: OpenSSL would ask at the terminal.
+    password = kafka.get("ssl.key.password", "")
+    chain, key = kafka.get("ssl.certificate.location"), kafka.get("ssl.key.location")
+    texts = (kafka.get("ssl.certificate.pem"), kafka.get("ssl.key.pem"))
+    if texts == (None, None):
+        if chain is not None:
+            made.load_cert_chain(chain, key, password)
+        elif key is not None:
+            raise ValueError("there is a key and no certificate: set ssl.certificate.location as well")
+        return
+    # Python reads certificates from files only: these live for a moment, readable by this user alone.
+    with tempfile.TemporaryDirectory(prefix="jobledger-tls-") as folder:
+        paths = [chain, key]
+        for index, text in enumerate(texts):
+            if text is not None:
+                path = Path(folder, str(index))
+                path.touch(0o600)
+                path.write_text(text, "utf-8")
+                paths[index] = str(path)
+        if paths[0] is None:
+            raise ValueError("there is a key and no certificate: set ssl.certificate.pem as well")
+        made.load_cert_chain(paths[0], paths[1], password)
+
+
+def trouble(bootstrap: str, kafka: Mapping[str, str], timeout: float = LOOK_S) -> str | None:
+    """Why TLS does not come about with one of these brokers, and the way out; None if nothing can be said against it.
+
+    Looks at each in turn, ``timeout`` seconds a step. A broker that does not answer is no trouble of TLS. Raises
+    `ConfigError` for settings that cannot be used.
+    """
+    wanted = kafka.get("security.protocol", "PLAINTEXT").upper() in ("SSL", "SASL_SSL")
+    for address in bootstrap.split(","):
+        host, _, port = address.strip().rpartition(":")
+        with suppress(OSError, ValueError), socket.create_connection((host.strip("[]"), int(port)), timeout) as plain:
+            found = _refusal(plain, host.strip("[]"), kafka) if wanted else _speaks_tls(plain)
+            if found is not None:
+                return f"{address.strip()} {found}"
+    return None
+
+
+def _speaks_tls(plain: socket.socket) -> str | None:
+    asked = ssl.create_default_context()
+    asked.check_hostname, asked.verify_mode = False, ssl.CERT_NONE
+    try:
+        asked.wrap_socket(plain).close()
+    except (OSError, ValueError):
+        return None
+    return f"speaks TLS, and this client does not: set {setting('security.protocol')} to SSL or SASL_SSL"
+
+
+def _refusal(plain: socket.socket, host: str, kafka: Mapping[str, str]) -> str | None:
+    try:
+        with context(kafka).wrap_socket(plain, server_hostname=host) as tls:
+            # In TLS 1.3 what a broker thinks of a client's certificate comes after the handshake.
+            tls.recv(1)
+    except ssl.SSLCertVerificationError as exc:
+        return _verdict(exc, host)
+    except TimeoutError:
+        return None  # it waits for us to speak: we are in
+    except ssl.SSLError as exc:
+        if "CERTIFICATE" in (exc.reason or ""):
+            said = (exc.reason or "").lower().replace("_", " ")
+            return (
+                f"does not take this client's certificate ({said}): check {setting('ssl.certificate.location')} and "
+                f"{setting('ssl.key.location')}, whether it has expired, and that the broker trusts its authority"
+            )
+        if exc.reason in ("WRONG_VERSION_NUMBER", "UNEXPECTED_EOF_WHILE_READING", "RECORD_LAYER_FAILURE"):
+            return f"does not speak TLS: check {setting('security.protocol')} and the port"
+        return f"breaks the TLS handshake off ({exc.reason})"
+    except ConnectionError:
+        return None
+    return None
+
+
+def _verdict(exc: ssl.SSLCertVerificationError, host: str) -> str:
+    if exc.verify_code in _ELSEWHERE:
+        return (
+            f"shows a certificate that is not for {host} ({exc.verify_message}): connect by a name that it holds, or turn "
+            f"the check off with {setting('ssl.endpoint.identification.algorithm')}=none"
+        )
+    if exc.verify_code in (_EXPIRED, _NOT_YET):
+        return f"shows a certificate out of its time ({exc.verify_message}): renew it, and check the clocks"
+    if exc.verify_code in _UNTRUSTED:
+        return (
+            f"shows a certificate that is not trusted ({exc.verify_message}): {setting('ssl.ca.location')} must hold the "
+            "certificate of the authority that signed it"
+        )
+    return f"shows a certificate that is not taken: {exc.verify_message}"

@@ -1,0 +1,113 @@
+"""Tokens for SASL/OAUTHBEARER, as librdkafka's ``sasl.oauthbearer.method=oidc`` gets them, for aiokafka.
+
+The client credentials grant of OAuth 2.0 (RFC 6749, section 4.4): a client id and a secret are changed for a token.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import json
+import logging
+import ssl
+import threading
+import time
+import urllib.error
+import urllib.parse
+import urllib.request
+from collections.abc import Mapping
+from typing import Any
+
+from aiokafka.abc import AbstractTokenProvider
+
+from jobledger.errors import ConfigError, NotAuthenticated
+from jobledger.tls import setting
+
+LOG = logging.getLogger("jobledger.kafka")
+
+_METHOD, _ID, _SECRET = "sasl.oauthbearer.method", "sasl.oauthbearer.client.id", "sasl.oauthbearer.client.secret"
+_URL, _SCOPE, _EXTENSIONS = (
+    "sasl.oauthbearer.token.endpoint.url",
+    "sasl.oauthbearer.scope",
+    "sasl.oauthbearer.extensions",
+)
+_CA, _CA_PEM = "https.ca.location", "https.ca.pem"
+KNOWN = {_METHOD, _ID, _SECRET, _URL, _SCOPE, _EXTENSIONS, _CA, _CA_PEM}
+
+#: Seconds the endpoint may take.
+TIMEOUT_S = 10.0
+#: Share of a token's life after which a new one is asked for.
+RENEW_AT = 0.8
+
+
+class ClientCredentials(AbstractTokenProvider):  # type: ignore[misc]  # aiokafka ships no types
+    """Gets and keeps a token. Raises `ConfigError` for settings of another method."""
+
+    def __init__(self, kafka: Mapping[str, str]) -> None:
+        if kafka.get(_METHOD, "default").lower() != "oidc":
+            raise ConfigError(
+                f"{setting('sasl.mechanism')}=OAUTHBEARER works with {setting(_METHOD)}=oidc alone, with a client id and "
+                "secret at a token endpoint: a token of another origin, as AWS MSK's IAM signs them, has no way in by "
+                "settings. Use SASL/SCRAM or mutual TLS there"
+            )
+        for name in (_URL, _ID, _SECRET):
+            if not kafka.get(name):
+                raise ConfigError(f"{setting(_METHOD)}=oidc needs {setting(name)}")
+        self._url, self._id, self._secret = kafka[_URL], kafka[_ID], kafka[_SECRET]
+        if not self._url.startswith(("https://", "http://")):
+            raise ConfigError(f"{setting(_URL)}={self._url} is no URL: it begins with https:// or http://")
+        self._scope = kafka.get(_SCOPE)
+        self._extensions = _pairs(kafka.get(_EXTENSIONS, ""))
+        self._ca = (kafka.get(_CA), kafka.get(_CA_PEM))
+        self._lock = threading.Lock()
+        self._token, self._until = "", 0.0
+
+    async def token(self) -> str:
+        """A token that is good for a while; asks for one if need be. Raises `NotAuthenticated`."""
+        return await asyncio.get_running_loop().run_in_executor(None, self.fetch)
+
+    def extensions(self) -> dict[str, str]:
+        """What goes to the broker beside the token."""
+        return dict(self._extensions)
+
+    def fetch(self) -> str:
+        """`token`, blocking."""
+        with self._lock:
+            if time.monotonic() >= self._until:
+                self._token, lasts = self._ask()
+                self._until = time.monotonic() + lasts * RENEW_AT
+            return self._token
+
+    def _ask(self) -> tuple[str, float]:
+        form = {"grant_type": "client_credentials"} | ({"scope": self._scope} if self._scope else {})
+        pair = ":".join(urllib.parse.quote(word, safe="") for word in (self._id, self._secret))
+        asked = urllib.request.Request(
+            self._url,
+            urllib.parse.urlencode(form).encode(),
+            {
+                "Authorization": f"Basic {base64.b64encode(pair.encode()).decode()}",
+                "Content-Type": "application/x-www-form-urlencoded",
+                "Accept": "application/json",
+            },
+        )
+        try:
+            with urllib.request.urlopen(asked, timeout=TIMEOUT_S, context=self._tls()) as answer:
+                said: Any = json.load(answer)
+            return str(said["access_token"]), float(said.get("expires_in", 300.0))
+        except urllib.error.HTTPError as exc:
+            with exc:
+                problem = f"answers {exc.code} {exc.reason}"
+        except (OSError, ValueError, KeyError, TypeError) as exc:
+            problem = f"gives no token ({exc})"
+        raise NotAuthenticated(f"the token endpoint {self._url} {problem}: check {setting(_ID)} and {setting(_SECRET)}")
+
+    def _tls(self) -> ssl.SSLContext | None:
+        if not self._url.startswith("https://"):
+            return None
+        place, text = self._ca
+        return ssl.create_default_context(cafile=place if place != "probe" else None, cadata=text)
+
+
+def _pairs(text: str) -> dict[str, str]:
+    pairs = [each.partition("=") for each in text.split(",") if each.strip()]
+    return {name.strip(): value.strip() for name, _, value in pairs}

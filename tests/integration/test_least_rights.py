@@ -1,0 +1,362 @@
+"""The table of least rights is least: with one right fewer a part says which, or goes on without what the table says.
+
+Each part runs in this process, under its own user by mutual TLS; one right of it is taken away, and given back after.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+from sqlalchemy import Column, Integer, MetaData, String, Table
+
+from jobledger import App, Settings
+from jobledger.consumers.backfill import Backfill, Plan
+from jobledger.consumers.router import Router
+from jobledger.consumers.worker import Worker, WorkerOptions
+from jobledger.errors import JobledgerError, NotAuthorized
+from jobledger.kafka import acls, topics
+from jobledger.kafka.acls import TABLE, Right
+from jobledger.log import admin as admin_client
+from jobledger.schemas.events import JobSubmitted
+from jobledger.streams.coordinator import Coordinator, supervise
+from jobledger.streams.projections import Runner
+from jobledger.streams.status import Materializer
+from jobledger.streams.store import open_reader
+from jobledger.streams.upkeep import Cadence, Upkeep
+from tests.secured import MTLS, Secured
+
+pytestmark = [pytest.mark.kafka, pytest.mark.timeout(60)]
+
+#: Seconds in which a part must have said what it lacks.
+BOUND_S = 25.0
+NAMESPACE = "least"
+
+meta = MetaData()
+people = Table("people", meta, Column("user_id", String, primary_key=True), Column("seen", Integer))
+ends = Table("ends", meta, Column("task", String, primary_key=True), Column("count", Integer))
+
+
+@dataclass(frozen=True)
+class Registered:
+    """Somebody has signed up."""
+
+    user_id: str
+
+
+def build(namespace: str, settings: Settings) -> App:
+    """The app of these tests."""
+    app = App(namespace, settings=settings, partitions=1)
+
+    app.event(key="user_id")(Registered)
+
+    @app.task
+    async def add(a: int) -> int:
+        return a + 1
+
+    @app.on(Registered)
+    async def welcome(event: Registered) -> str:
+        return event.user_id
+
+    @app.projection(Registered, table=people, key=lambda event: event.user_id)
+    def count_people(row: Any, event: Any) -> dict[str, int]:
+        return {"seen": (row["seen"] if row else 0) + 1}
+
+    @app.projection(facts=(JobSubmitted,), table=ends, key=lambda found: found.event.task)
+    def count_jobs(row: Any, found: Any) -> dict[str, int]:
+        return {"count": (row["count"] if row else 0) + 1}
+
+    app.add = add  # type: ignore[attr-defined]
+    return app
+
+
+@dataclass
+class World:
+    """The cluster, one namespace on it, and a folder for what the parts keep."""
+
+    secured: Secured
+    folder: Path
+    boss: App = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.boss = build(NAMESPACE, self.settings(None))
+        topics.ensure(self.boss, self.settings(None))
+
+    def settings(self, user: str | None, **more: Any) -> Settings:
+        """Of one user; None: of the people who run the cluster."""
+        more = {"home": self.folder, "submit_timeout": 15.0, "status_url": f"sqlite:///{self.folder}/s.db", **more}
+        if user is None:
+            return Settings(bootstrap=self.secured.brokers.bootstrap, **more)
+        return Settings(bootstrap=self.secured.address(MTLS), kafka=self.secured.kafka(user, MTLS), **more)
+
+    def app(self, user: str) -> App:
+        """The app under one user."""
+        return build(NAMESPACE, self.settings(user))
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
+    """The cluster of this module; every role is a user that has its rights."""
+    folder = tmp_path_factory.mktemp("least")
+    with Secured(folder, TABLE) as secured:
+        made = World(secured, folder)
+        for role in TABLE:
+            secured.give(f"User:{role}", *acls.rights(role, NAMESPACE))
+        yield made
+        made.boss.close()
+
+
+# -- what each role does -------------------------------------------------------------------------------------------------
+
+
+class Degraded(Exception):
+    """It went on without something; the error says what was refused."""
+
+
+def client(world: World, refused: list[JobledgerError]) -> None:
+    """Submits, also delayed; emits."""
+    app = world.app("client")
+    try:
+        app.add.submit(1)  # type: ignore[attr-defined]
+        for optional in (lambda: app.add.using(delay=3600).submit(1), lambda: app.emit(Registered("u"))):  # type: ignore[attr-defined]
+            try:
+                optional()
+            except NotAuthorized as exc:
+                refused.append(exc)
+    finally:
+        app.close()
+
+
+def worker(world: World, refused: list[JobledgerError]) -> None:
+    """Takes a partition over and runs a job to its end."""
+    world.boss.add.submit(1)  # type: ignore[attr-defined]
+    app = world.app("worker")
+    made = Worker(app.registry, app.settings, WorkerOptions(grace=1.0))
+    with in_thread(made.run, made.stop) as alive:
+        until(lambda: made.health().get("succeeded", 0) >= 1, alive)
+    if made.error is not None:
+        raise made.error
+
+
+def coordinator(world: World, refused: list[JobledgerError]) -> None:
+    """Lets a delayed job go."""
+    world.boss.add.using(delay=0.01).submit(1)  # type: ignore[attr-defined]
+    stop = threading.Event()
+    made = Coordinator(
+        world.boss.names, world.settings("coordinator"), partitions=1, data_dir=world.folder / uuid.uuid4().hex
+    )
+    with in_thread(lambda: asyncio.run(supervise(made, stop)), stop.set) as alive:
+        until(lambda: made.health()["fired"] >= 1, alive)
+
+
+def materializer(world: World, refused: list[JobledgerError]) -> None:
+    """Writes the table; keeps what cannot be read on lifecycle; watchdog, audit and trimming."""
+    url, names = f"sqlite:///{world.folder}/{uuid.uuid4().hex}.db", world.boss.names
+    settings, stop = world.settings("materializer"), threading.Event()
+    handle = world.boss.add.using(delay=0.01).submit(1)  # type: ignore[attr-defined]  # nobody lets it go
+    garbage(world)
+    made = Materializer(names, settings, ["default"], url)
+    with in_thread(lambda: made.run(stop), stop.set) as alive:
+        until(lambda: made.active and made.position() > 0 and made.caught_up(), alive)
+        if not alive.is_alive():
+            return
+        cadence = Cadence(overdue_after=0.0, retention=-60.0, patience=5.0)
+        with contextlib.closing(open_reader(url, names.namespace)) as reader:
+            upkeep = Upkeep(names, settings, ["default"], reader, cadence=cadence)
+            assert reader.job(handle.job_id)
+            for act in (upkeep.watch, upkeep.audit, upkeep.trim):
+                try:
+                    act()
+                except NotAuthorized as exc:
+                    refused.append(exc)
+            upkeep.close()
+
+
+def router(world: World, refused: list[JobledgerError]) -> None:
+    """Makes a job of an event."""
+    world.boss.emit(Registered("u"))
+    app, stop = world.app("router"), threading.Event()
+    made = Router(app.registry, app.settings)
+    with in_thread(lambda: made.run(stop), stop.set) as alive:
+        until(lambda: made.jobs >= 1, alive)
+
+
+def backfill(world: World, refused: list[JobledgerError]) -> None:
+    """Makes jobs of the events of the past."""
+    world.boss.emit(Registered("u"))
+    app = world.app("backfill")
+    progress = Backfill(app.registry, app.settings, Plan("welcome", restart=True), lambda job_id: False).run(
+        threading.Event()
+    )
+    assert progress.done
+    assert progress.submitted >= 1
+
+
+def projection(world: World, refused: list[JobledgerError]) -> None:
+    """Folds events, and facts."""
+    world.boss.emit(Registered("u"))
+    app = world.app("projection")
+    for name in ("count_people", "count_jobs"):
+        found = app.registry.projections[name]
+        url = f"sqlite:///{world.folder}/{uuid.uuid4().hex}.db"
+        runner = Runner(found, app.settings, app.names, list(app.queues), url)
+        try:
+            runner.run(threading.Event(), until_end=True)
+            assert runner.folded
+        except NotAuthorized as exc:
+            refused.append(exc)
+        finally:
+            runner.close()
+    if len(refused) == 2:
+        raise refused[0]
+
+
+def reader(world: World, refused: list[JobledgerError]) -> None:
+    """Follows what happens, in a group."""
+    world.boss.add.submit(1)  # type: ignore[attr-defined]
+    with world.app("reader").lifecycle(f"g{uuid.uuid4().hex[:6]}", timeout=BOUND_S) as stream:
+        assert next(iter(stream), None) is not None
+        stream.commit()
+
+
+def web(world: World, refused: list[JobledgerError]) -> None:
+    """Reads the log for people."""
+    from jobledger.cli.events import Topics, _Tail
+
+    app = world.app("web")
+    with _Tail(app.settings, app.names, Topics.ALL, list(app.queues)) as tail:
+        tail.begin(since=None, at_end=False, last=None)
+        assert list(tail.until_now())
+
+
+def admin(world: World, refused: list[JobledgerError]) -> None:
+    """Creates topics, adds partitions, changes settings."""
+    namespace = f"adm{uuid.uuid4().hex[:8]}"
+    for right in TABLE["admin"]:
+        if right.of(NAMESPACE) != taken.get("admin"):
+            world.secured.give("User:admin", right.of(namespace))
+    settings, app = world.settings("admin"), build(namespace, world.settings(None))
+    boss = admin_client(world.settings(None))
+    specs, groups = topics.wanted(app, 1)
+    few = [s for s in specs if s.name in (app.names.dead_letter, app.names.control)]
+    topics.apply(boss, topics.plan(boss, few))
+    grown = [topics.TopicSpec(s.name, s.partitions + (s.name == app.names.dead_letter), 1, {"retention.ms": "5000"})
+             if s in few else s for s in specs]  # fmt: skip
+    made = topics.plan(admin_client(settings), grown, groups)
+    assert {c.step.value for c in made.pending} == {"create", "add-partitions", "alter-config"}
+    notes = topics.apply(admin_client(settings), made)
+    refused += [Noted(note) for note in notes]
+
+
+class Noted(JobledgerError):
+    """A note of `topics apply`."""
+
+
+ROLES: dict[str, Callable[[World, list[JobledgerError]], None]] = {
+    "client": client,
+    "worker": worker,
+    "coordinator": coordinator,
+    "materializer": materializer,
+    "router": router,
+    "backfill": backfill,
+    "projection": projection,
+    "reader": reader,
+    "web": web,
+    "admin": admin,
+}
+#: What is taken away right now, by role.
+taken: dict[str, Right] = {}
+RIGHTS = [(role, right.of(NAMESPACE)) for role, rights in TABLE.items() for right in rights]
+
+
+@contextlib.contextmanager
+def in_thread(run: Callable[[], Any], stop: Callable[[], None]) -> Iterator[threading.Thread]:
+    """``run`` in a thread of its own, stopped at the end; what it raises is raised here."""
+    raised: list[BaseException] = []
+
+    def guarded() -> None:
+        try:
+            run()
+        except BaseException as exc:  # noqa: BLE001  # raised again below
+            raised.append(exc)
+
+    thread = threading.Thread(target=guarded)
+    thread.start()
+    try:
+        yield thread
+    finally:
+        stop()
+        thread.join(BOUND_S)
+        assert not thread.is_alive()
+    if raised:
+        raise raised[0]
+
+
+def until(done: Callable[[], bool], alive: threading.Thread) -> None:
+    """Wait until it is done, or the thread that does it has ended."""
+    deadline = time.monotonic() + BOUND_S
+    while alive.is_alive() and not done():
+        assert time.monotonic() < deadline, "neither done nor refused in time"
+        time.sleep(0.02)
+
+
+def garbage(world: World) -> None:
+    """A record on lifecycle that is no event."""
+    from jobledger.log import LogWriter, Outgoing
+
+    writer = LogWriter(world.settings(None), None)
+    writer.send([Outgoing(world.boss.names.lifecycle, b"garbage", "x")])
+    writer.close()
+
+
+# -- the tests -----------------------------------------------------------------------------------------------------------
+
+
+def test_every_role_is_tried() -> None:
+    """A role that is added to the table needs an action here."""
+    assert list(ROLES) == list(TABLE)
+
+
+@pytest.mark.parametrize("role", ROLES)
+def test_a_part_runs_with_the_least_rights(world: World, role: str) -> None:
+    """With all of its rights, and no others, nothing is refused."""
+    refused: list[JobledgerError] = []
+    ROLES[role](world, refused)
+    assert refused == []
+
+
+@pytest.mark.parametrize(
+    ("role", "right"), RIGHTS, ids=[f"{role}-{r.operation}-{r.kind}-{r.name.rstrip('.')}" for role, r in RIGHTS]
+)
+def test_a_right_fewer_is_said(world: World, role: str, right: Right, caplog: pytest.LogCaptureFixture) -> None:
+    """The error names the right that is missing and how to get it; what the table calls dispensable is missed alone."""
+    refused: list[JobledgerError] = []
+    world.secured.take(f"User:{role}", right)
+    taken[role] = right
+    began = time.monotonic()
+    try:
+        if right.lost:
+            ROLES[role](world, refused)
+            said = "\n".join([*map(str, refused), *(record.getMessage() for record in caplog.records)])
+        else:
+            with pytest.raises(NotAuthorized) as caught:
+                ROLES[role](world, refused)
+            found = caught.value
+            assert found.role == role
+            assert (found.operation, found.resource_type) == (right.operation, right.kind)
+            said = str(found)
+            assert "jobledger topics acls" in said
+        if role != "admin":
+            assert f"{right.operation} on {right.kind} {right.name}" in said
+        assert time.monotonic() - began < BOUND_S
+    finally:
+        del taken[role]
+        world.secured.give(f"User:{role}", right)
