@@ -27,6 +27,8 @@ from jobledger.tls import trouble
 from jobledger.wire import Framing
 
 MAX_BATCH_BYTES = 256 * 1024
+#: How long one request may take, and how soon new leaders are seen: as `jobledger.config.PATIENCE`.
+REQUEST_TIMEOUT_MS, METADATA_AGE_MS = 8_000, 5_000
 #: Of a record and of a batch with one record, beside key, value and headers, at most.
 _OVERHEAD, _HEADER_OVERHEAD = 61 + 26, 10
 
@@ -81,8 +83,12 @@ class AckedWriter:
             max_batch_size=min(max_batch, MAX_BATCH_BYTES),
             max_request_size=settings.max_record_bytes,
             request_timeout_ms=int(patience * 1000),
+            metadata_max_age_ms=METADATA_AGE_MS,
             **security,
         )
+        # aiokafka has one setting for how long a record may wait and how long a request may. With the first for both, a
+        # broker that stands still would hold its partitions' records for all of it, though others lead them by then.
+        self._producer.client._request_timeout_ms = min(int(patience * 1000), REQUEST_TIMEOUT_MS)
 
     async def start(self) -> None:
         """Connect. Raises `BrokerUnavailable`, and `NotAuthenticated` if the cluster does not let this client in."""

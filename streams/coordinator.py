@@ -44,6 +44,7 @@ from jobledger.streams.faust_app import (
     deliver_to,
     hasten,
     origin_of,
+    progress,
     stuck,
     work_topics,
 )
@@ -197,8 +198,7 @@ class Coordinator:
             table.on_recover(self._on_recover)
             if self._on_step is not None:
                 app.sensors.add(CommitHook(self._step))
-            async with asyncio.timeout(self.options.patience + START_TIMEOUT):
-                await self._or_stuck(app.start())
+            await self._or_stuck(app.start())
             hasten(app)
             quieten()
             self._started = True
@@ -327,17 +327,31 @@ class Coordinator:
             self._fail(exc)
 
     async def _or_stuck(self, starting: Awaitable[Any]) -> None:
-        """Let Faust start, unless its client cannot."""
-        start, watch = asyncio.ensure_future(starting), asyncio.create_task(self._watch_group())
+        """Let Faust start, unless its client cannot, or comes no further. Restoring a large table may take its time."""
+        start = asyncio.ensure_future(starting)
+        watches = [asyncio.create_task(watch) for watch in (self._watch_group(), self._watch_start())]
         try:
-            await asyncio.wait([start, watch], return_when=asyncio.FIRST_COMPLETED)
-            if watch.done():
-                watch.result()
+            await asyncio.wait([start, *watches], return_when=asyncio.FIRST_COMPLETED)
+            for watch in watches:
+                if watch.done():
+                    watch.result()
             await start
         finally:
-            start.cancel()
-            watch.cancel()
-            await asyncio.gather(start, watch, return_exceptions=True)
+            for task in (start, *watches):
+                task.cancel()
+            await asyncio.gather(start, *watches, return_exceptions=True)
+
+    async def _watch_start(self) -> None:
+        """Faust waits for ever for an answer that a broker which stood still will not give any more."""
+        seen, since = progress(self._app), time.monotonic()
+        while time.monotonic() - since < START_TIMEOUT:
+            await asyncio.sleep(PULSE)
+            if (now := progress(self._app)) != seen:
+                seen, since = now, time.monotonic()
+        raise BrokerUnavailable(
+            f"the coordinator came no further for {START_TIMEOUT:.0f} s with joining its group and reading its table; look "
+            f"whether every broker of {self.settings.resolve_bootstrap()} answers"
+        )
 
     async def _watch_group(self) -> None:
         """A client that may not join its group waits for somebody to ask it why."""

@@ -24,6 +24,7 @@ from jobledger.access import read
 from jobledger.config import Settings
 from jobledger.errors import ConfigError
 from jobledger.names import Names
+from jobledger.streams.aio import METADATA_AGE_MS
 from jobledger.streams.place import Place
 from jobledger.streams.rows import Rows, RowTable
 from jobledger.streams.security import credentials
@@ -76,7 +77,10 @@ def faust_settings(settings: Settings, options: Options, partitions: int, place:
         "broker_session_timeout": options.session_timeout,
         "broker_heartbeat_interval": options.session_timeout / 6,
         "broker_rebalance_timeout": max(10.0, options.session_timeout),
-        "broker_request_timeout": max(30.0, options.session_timeout + 1),
+        # Longer than a join may wait for the group's other members, and no longer: a broker that stands still costs as much.
+        "broker_request_timeout": max(10.0, options.session_timeout) + 2,
+        "consumer_metadata_max_age_ms": METADATA_AGE_MS,
+        "producer_metadata_max_age_ms": METADATA_AGE_MS,
         "broker_max_poll_records": 2000,
         "broker_commit_interval": options.commit_interval,
         "stream_buffer_maxsize": 4096,
@@ -293,6 +297,13 @@ def stuck(app: Any) -> Exception | None:
     group = getattr(client, "_coordinator", None)
     pending: Exception | None = getattr(group, "_pending_exception", None)
     return pending
+
+
+def progress(app: Any) -> tuple[object, ...]:
+    """What changes while a start comes on: the group's generation, and how far the table's changelog is read."""
+    recovery = app.tables.recovery
+    group = getattr(getattr(getattr(app.consumer, "_thread", None), "_consumer", None), "_coordinator", None)
+    return getattr(group, "generation", None), len(recovery.active_highwaters), list(recovery.active_offsets.values())
 
 
 def hasten(app: Any) -> None:
