@@ -109,6 +109,14 @@ def refusal(settings: Settings, said: str) -> NotAuthenticated:
     )
 
 
+def _told_by_door(record: logging.LogRecord) -> bool:
+    """A connection that fails is told by every `Door`, once in a while; librdkafka would say so at each attempt."""
+    return not record.getMessage().startswith("FAIL [")
+
+
+LOG.addFilter(_told_by_door)
+
+
 class Door:
     """Given to a client as its ``error_cb``: hears of refused connections. Thread-safe.
 

@@ -130,13 +130,23 @@ def trouble(bootstrap: str, kafka: Mapping[str, str], timeout: float = LOOK_S) -
 
 
 def _speaks_tls(plain: socket.socket) -> str | None:
+    # Without a TLS socket: Python leaks one that is reset while it is being made.
     asked = ssl.create_default_context()
     asked.check_hostname, asked.verify_mode = False, ssl.CERT_NONE
+    incoming, hello = ssl.MemoryBIO(), ssl.MemoryBIO()
+    with suppress(ssl.SSLWantReadError):
+        asked.wrap_bio(incoming, hello).do_handshake()
     try:
-        asked.wrap_socket(plain).close()
-    except (OSError, ValueError):
+        plain.sendall(hello.read())
+        head = b""
+        while len(head) < 6 and (more := plain.recv(6 - len(head))):
+            head += more
+    except OSError:
         return None
-    return f"speaks TLS, and this client does not: set {setting('security.protocol')} to SSL or SASL_SSL"
+    # An alert, or the answer to a greeting; a greeting would be our own, of a socket that has connected to itself.
+    if head[:1] == b"\x15" or (head[:1] == b"\x16" and head[5:6] == b"\x02"):
+        return f"speaks TLS, and this client does not: set {setting('security.protocol')} to SSL or SASL_SSL"
+    return None
 
 
 def _refusal(plain: socket.socket, host: str, kafka: Mapping[str, str]) -> str | None:
