@@ -279,14 +279,15 @@ class Coordinator:
                 await asyncio.sleep(1.0)
 
     async def _end(self, app: Any) -> None:
-        # Offsets of what was dealt with are committed in here; a broker that is away must not hold the end up.
-        try:
-            async with asyncio.timeout(STOP_TIMEOUT):
-                await app.stop()
-        except TimeoutError:
+        # Offsets of what was dealt with are committed in here; a broker that is away must not hold the end up. Not by a
+        # timeout around it: something in there takes a cancellation for its own, and goes on waiting.
+        stopping = asyncio.ensure_future(app.stop())
+        done, _ = await asyncio.wait({stopping}, timeout=STOP_TIMEOUT)
+        if not done:
+            stopping.cancel()
             LOG.warning("Faust did not stop within %.0f s", STOP_TIMEOUT)
-        except Exception as exc:  # noqa: BLE001  # an unclean end of Faust loses nothing
-            LOG.warning("Faust did not stop cleanly: %r", exc)
+        elif (problem := stopping.exception()) is not None:  # an unclean end of Faust loses nothing
+            LOG.warning("Faust did not stop cleanly: %r", problem)
 
     def _step(self, name: str) -> None:
         if self._on_step is not None:
@@ -399,18 +400,16 @@ class Coordinator:
         self._broker_seen = time.monotonic()
         while True:
             owned = self._cycle.firing.partitions
-            if owned:
-                try:
-                    found = await self._ends.of(self.names.coordination, owned)
-                    self._high = {p: end for p, (_, end) in found.items()}
-                    self._broker_seen = time.monotonic()
-                except AccessDenied:
-                    raise
-                except JobledgerError as exc:
-                    LOG.warning("%s", exc)
-                    await self._still_let_in()
-            else:
-                self._broker_seen = max(self._broker_seen, time.monotonic() - self.options.patience / 2)
+            try:
+                # Whoever owns nothing, as in a group that fell apart because the broker is away, asks all the same.
+                found = await self._ends.of(self.names.coordination, owned or [0])
+                self._high = {p: end for p, (_, end) in found.items() if p in owned}
+                self._broker_seen = time.monotonic()
+            except AccessDenied:
+                raise
+            except JobledgerError as exc:
+                LOG.warning("%s", exc)
+                await self._still_let_in()
             self.health()
             away = time.monotonic() - self._broker_seen
             if away > self.options.patience:

@@ -85,6 +85,10 @@ class Brokers:
         """All brokers' listeners that speak ``protocol``, ``host:port,host:port``."""
         return ",".join(f"{HOST}:{launch.listeners[protocol]}" for launch in self._launches.values())
 
+    def runs(self, node: int) -> bool:
+        """Whether this broker's process is there."""
+        return broker.running(self._files(node)) is not None
+
     def log(self, node: int) -> str:
         """What this broker has logged since its last start."""
         return self._files(node).log.read_text("utf-8", "replace")

