@@ -26,6 +26,7 @@ from jobledger.kafka import acls
 from jobledger.log import LogReader, committed, consumer_config, partitions_of, source, translate
 from jobledger.log import consumer as make_consumer
 from jobledger.lookup import SchemaLookup
+from jobledger.names import lane
 from jobledger.task import Registry
 
 #: Events between two commits of the progress, at most; with a pace a tenth of a second's.
@@ -157,7 +158,7 @@ class Backfill:
         knock(self.settings)
         consumer, sender = make_consumer(self._conf), Sender(self.settings, self.names, 1.0)
         try:
-            work = self.names.jobs(self.handler.task.queue)
+            work = self.names.jobs(lane(self.handler.task.queue, self.handler.task.policy.priority))
             acls.check(self.settings, self.names.namespace, [self.topic, work, self.names.schemas])
             if not self.plan.dry_run:
                 partitions_of(self.settings, work)

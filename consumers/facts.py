@@ -14,7 +14,7 @@ import uuid_utils
 
 from jobledger.consumers.outcome import UNKNOWN_TASK_TAG, Failed, Outcome, Retried, Snoozed, Succeeded, printable
 from jobledger.log import Outgoing, now_us
-from jobledger.names import Names
+from jobledger.names import Names, lane
 from jobledger.schemas import codec
 from jobledger.schemas.events import (
     DeadLettered,
@@ -141,7 +141,13 @@ class Facts:
             return []
         task = self._registry.task(failed.fallback)
         job_id = derived_id(work.job_id, work.run, "fallback")
-        spec = msgspec.structs.replace(_untagged(_spec(work)), parent=work.job_id)
+        spec = msgspec.structs.replace(
+            _untagged(_spec(work)),
+            parent=work.job_id,
+            expires_in_ms=None,
+            expires_at=None,
+            priority=task.policy.priority,
+        )
         event = JobEvent(
             job_id,
             job_id,
@@ -157,7 +163,7 @@ class Facts:
             work.trace,
             JobSubmitted(spec),
         )
-        return [Outgoing(self._names.jobs(task.queue), codec.encode(event), job_id)]
+        return [Outgoing(self._names.jobs(lane(task.queue, task.policy.priority)), codec.encode(event), job_id)]
 
     def rejected(
         self, topic: str, partition: int, offset: int, key: bytes | None, value: bytes | None, error: str

@@ -7,11 +7,12 @@ which costs five times as much. A test with Hypothesis holds both ways to the sa
 
 from __future__ import annotations
 
+from jobledger.schemas.codec import PLAIN_END
 from jobledger.schemas.events import JobEvent, JobSpec, JobSubmitted
 from jobledger.schemas.glance import glance
 
 _TITLES = 95  # where task, queue, key, home, source and trace begin, in the shape that `glance` answers for
-_NONE_FOUR_TIMES = 4  # no tags, no parent, no delay, no due time
+_REST = len(PLAIN_END)
 
 
 def plain_submission(value: bytes) -> JobEvent | None:
@@ -27,5 +28,5 @@ def plain_submission(value: bytes) -> JobEvent | None:
     at = key_at + 5 + (value[key_at + 2] >> 1)  # behind key, home, source, trace and the union's branch
     at += 1 if value[at] < 0x80 else 2  # the arguments' length
     job_id, run, release, attempt, task, queue, _ = seen
-    fact = JobSubmitted(JobSpec(value[at:-_NONE_FOUR_TIMES]))
+    fact = JobSubmitted(JobSpec(value[at:-_REST]))
     return JobEvent(value[11:47].decode(), job_id, run, attempt, release, 0, task, queue, None, None, "", None, fact)

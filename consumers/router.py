@@ -31,6 +31,7 @@ from jobledger.kafka import acls
 from jobledger.log import Outgoing, consumer_config, error_topic, now_us, partitions_of, source, translate
 from jobledger.log import consumer as make_consumer
 from jobledger.lookup import SchemaLookup
+from jobledger.names import lane
 from jobledger.schemas import codec
 from jobledger.schemas.derive import check_evolution
 from jobledger.schemas.events import JobEvent, JobSpec, JobSubmitted
@@ -84,7 +85,7 @@ class Routes:
     def _job(self, handler: Handler, event_id: str, plain: dict[str, Any], trace: str | None) -> tuple[str, Outgoing]:
         task = handler.task
         job_id = handler.job_id(event_id)
-        spec = JobSpec(handler.args(plain), {EVENT_TAG: event_id})
+        spec = JobSpec(handler.args(plain), {EVENT_TAG: event_id}, priority=task.policy.priority)
         event = JobEvent(
             job_id,
             job_id,
@@ -100,7 +101,7 @@ class Routes:
             trace,
             JobSubmitted(spec),
         )
-        return job_id, Outgoing(self._names.jobs(task.queue), codec.encode(event), job_id)
+        return job_id, Outgoing(self._names.jobs(lane(task.queue, task.policy.priority)), codec.encode(event), job_id)
 
     def rejected(self, message: Message, why: str) -> Outgoing:
         """The dead letter of a record that is no event, whole."""
@@ -216,7 +217,7 @@ class Router:
 
     def _prepare(self) -> Sender:
         """Topics are there, the handlers' classes read what was written before them, our schema is published."""
-        queues = {self.names.jobs(handler.task.queue) for handler in self._handlers}
+        queues = {self.names.jobs(lane(handler.task.queue, handler.task.policy.priority)) for handler in self._handlers}
         names = self.names
         acls.check(self.settings, names.namespace, [*self.routes.topics, *queues, names.dead_letter, names.schemas])
         for topic in sorted({*self.routes.topics, *queues, names.dead_letter}):

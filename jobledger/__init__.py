@@ -29,6 +29,7 @@ from jobledger.errors import (
     UnknownTask,
 )
 from jobledger.job import JobStatus, State
+from jobledger.policy import Adaptive, Breaker
 from jobledger.retry import NO_RETRY, Reject, Retry, RetryLater, Snooze
 from jobledger.schemas.events import Position
 from jobledger.task import JobRequest, Queue, Task
@@ -40,9 +41,11 @@ logging.getLogger("jobledger").addHandler(logging.NullHandler())
 
 __all__ = [
     "NO_RETRY",
+    "Adaptive",
     "App",
     "BadArguments",
     "BadEvent",
+    "Breaker",
     "BrokerUnavailable",
     "ConfigError",
     "EventHandle",

@@ -13,6 +13,7 @@ from jobledger.domain import EventType, Format, as_event_class
 from jobledger.errors import ConfigError
 from jobledger.job import JobStatus, State
 from jobledger.names import Names
+from jobledger.policy import KEY_HOLD_MAX_S, LEASE_S, Adaptive, Breaker
 from jobledger.retry import Retry
 from jobledger.schemas.events import Position
 from jobledger.task import DEFAULT_PARTITIONS, DEFAULT_QUEUE, JobRequest, Queue, Registry, Task
@@ -89,6 +90,11 @@ class App:
         return self.registry.queues
 
     @property
+    def lanes(self) -> Mapping[str, int]:
+        """Partitions of every work topic, by queue, or by queue and priority (``mail.high``)."""
+        return self.registry.lanes
+
+    @property
     def events(self) -> Mapping[str, EventType]:
         """Event types by name."""
         return self.registry.events
@@ -129,6 +135,18 @@ class App:
         retry: Retry | int | None = None,
         timeout: float | None = None,
         fallback: Task[Any, Any] | str | None = None,
+        key: str | Callable[..., Any] | None = None,
+        key_hold_max: float = KEY_HOLD_MAX_S,
+        priority: Literal["high", "normal", "low"] | None = None,
+        rate: str | float | None = None,
+        concurrency: int | None = None,
+        isolation: Literal["process"] | None = None,
+        max_memory: str | int | None = None,
+        long: bool | None = None,
+        lease: float = LEASE_S,
+        expires_in: float | None = None,
+        adaptive: Adaptive | bool | None = None,
+        breaker: Breaker | bool | None = None,
     ) -> TaskDecorator: ...
 
     def task(
@@ -141,17 +159,56 @@ class App:
         retry: Retry | int | None = None,
         timeout: float | None = None,
         fallback: Task[Any, Any] | str | None = None,
+        key: str | Callable[..., Any] | None = None,
+        key_hold_max: float = KEY_HOLD_MAX_S,
+        priority: Literal["high", "normal", "low"] | None = None,
+        rate: str | float | None = None,
+        concurrency: int | None = None,
+        isolation: Literal["process"] | None = None,
+        max_memory: str | int | None = None,
+        long: bool | None = None,
+        lease: float = LEASE_S,
+        expires_in: float | None = None,
+        adaptive: Adaptive | bool | None = None,
+        breaker: Breaker | bool | None = None,
     ) -> Any:
         """Register a function as a task; usable bare or with options.
 
         ``name``: what stands in the log, the function's name unless given. ``queue``: where its jobs go.
-        ``retry``: a `Retry`, or just the number of attempts. ``timeout``: seconds, for ``async def`` only.
+        ``retry``: a `Retry`, or just the number of attempts. ``timeout``: seconds an attempt may take.
         ``fallback``: a task with the same parameters, run as a job of its own when this one has failed for good.
-        Raises `ConfigError` or `UnknownQueue`.
+
+        ``key``: the parameter, or a function of the arguments, whose value keeps jobs in order: those of one key run one
+        at a time, in the order of submission; one that is tried again holds its key for at most ``key_hold_max`` seconds.
+        ``priority``: ``high`` or ``low``, before or after the queue's others. ``rate`` (``"100/s"``), ``concurrency``:
+        limits for all workers together. ``isolation="process"``: run in a child process, where a timeout kills and
+        ``max_memory`` (``"512MiB"``) holds. ``long``: for more than a minute (so is a longer ``timeout``): the job is held
+        by a lease of ``lease`` seconds, renewed while its worker lives. ``expires_in``: seconds after its submission from
+        which on a job is not started any more. ``adaptive``: let the task's concurrency follow what it calls (`Adaptive`).
+        ``breaker``: stop calling what keeps failing (`Breaker`). Raises `ConfigError` or `UnknownQueue`.
         """
 
         def register(function: Callable[..., Any]) -> Task[Any, Any]:
-            return self.registry.add(function, name=name, queue=queue, retry=retry, timeout=timeout, fallback=fallback)
+            return self.registry.add(
+                function,
+                name=name,
+                queue=queue,
+                retry=retry,
+                timeout=timeout,
+                fallback=fallback,
+                key=key,
+                key_hold_max=key_hold_max,
+                priority=priority,
+                rate=rate,
+                concurrency=concurrency,
+                isolation=isolation,
+                max_memory=max_memory,
+                long=long,
+                lease=lease,
+                expires_in=expires_in,
+                adaptive=adaptive,
+                breaker=breaker,
+            )
 
         return register if fn is None else register(fn)
 
@@ -316,7 +373,7 @@ class App:
         from jobledger.lifecycle import LifecycleStream
 
         return LifecycleStream(
-            self.settings, self.names, list(self.queues), group, facts=facts, start=start, timeout=timeout
+            self.settings, self.names, list(self.lanes), group, facts=facts, start=start, timeout=timeout
         )
 
     # -- asking ---------------------------------------------------------------------------------------------------

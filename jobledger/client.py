@@ -38,7 +38,7 @@ from jobledger.errors import (
 from jobledger.job import JobStatus, State
 from jobledger.log import Headers, LogWriter, Outgoing, now_us, position_of, source
 from jobledger.lookup import SchemaLookup
-from jobledger.names import Names
+from jobledger.names import Names, lane
 from jobledger.registry import Registry
 from jobledger.schemas import codec, frame
 from jobledger.schemas.derive import check_evolution
@@ -198,14 +198,19 @@ class Client:
             now_us(),
             task.name,
             request.queue,
-            None,
+            request.key,
             job_id if delayed else None,
             self._source,
             trace,
-            JobSubmitted(JobSpec(request.args, request.tags, parent), request.delay_ms),
+            JobSubmitted(
+                JobSpec(request.args, request.tags, parent, request.expires_in_ms, None, request.priority),
+                request.delay_ms,
+            ),
         )
-        topic = self.names.coordination if delayed else self.names.jobs(request.queue)
-        return job_id, Outgoing(topic, codec.encode(event), job_id)
+        if delayed:
+            return job_id, Outgoing(self.names.coordination, codec.encode(event), job_id)
+        topic = self.names.jobs(lane(request.queue, request.priority))
+        return job_id, Outgoing(topic, codec.encode(event), request.key or job_id)
 
     def submit(self, request: JobRequest[R]) -> JobHandle[R]:
         """Submit one job and wait for its acknowledgement; see `Task.submit` for the errors."""

@@ -20,6 +20,11 @@ def check_name(kind: str, name: str) -> str:
     return name
 
 
+def lane(queue: str, priority: str | None) -> str:
+    """What stands for a queue's level in the names of its work topic and group. No queue's name has a dot."""
+    return queue if priority is None else f"{queue}.{priority}"
+
+
 @dataclass(frozen=True, slots=True)
 class Names:
     """Topic and consumer group names under one namespace (the app's name)."""
@@ -29,14 +34,19 @@ class Names:
     def __post_init__(self) -> None:
         check_name("namespace", self.namespace)
 
-    def jobs(self, queue: str) -> str:
-        """The work topic of a queue."""
-        return f"{self.namespace}.jobs.{queue}"
+    def jobs(self, lane: str) -> str:
+        """The work topic of a queue, or of one of its priorities (see `lane`)."""
+        return f"{self.namespace}.jobs.{lane}"
+
+    def lane_of(self, topic: str) -> str | None:
+        """What stands for the queue, or its priority, in the name of a work topic; None for any other topic."""
+        prefix = f"{self.namespace}.jobs."
+        return topic[len(prefix) :] if topic.startswith(prefix) else None
 
     def queue_of(self, topic: str) -> str | None:
         """The queue of a work topic of this namespace, or None for any other topic."""
-        prefix = f"{self.namespace}.jobs."
-        return topic[len(prefix) :] if topic.startswith(prefix) else None
+        found = self.lane_of(topic)
+        return None if found is None else found.partition(".")[0]
 
     @property
     def lifecycle(self) -> str:
@@ -80,9 +90,9 @@ class Names:
         """The consumer group of one reader of everything that happens."""
         return f"{self.namespace}.lifecycle.{name}"
 
-    def worker_group(self, queue: str) -> str:
-        """The consumer group that runs a queue."""
-        return f"{self.namespace}.worker.{queue}"
+    def worker_group(self, lane: str) -> str:
+        """The consumer group that runs a queue, or one of its priorities (see `lane`)."""
+        return f"{self.namespace}.worker.{lane}"
 
     @property
     def coordinator_group(self) -> str:

@@ -10,40 +10,96 @@ import asyncio
 import inspect
 import typing
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Generic, ParamSpec, Protocol, TypeVar
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, Generic, Literal, ParamSpec, Protocol, TypeVar
 
 import msgspec
 
 from jobledger.domain import EventType, Handler
 from jobledger.errors import BadArguments, BadEvent, ConfigError, UnknownQueue, UnknownTask
-from jobledger.names import Names, check_name
+from jobledger.names import Names, check_name, lane
+from jobledger.policy import (
+    KEY_HOLD_MAX_S,
+    LEASE_S,
+    Limits,
+    Policy,
+    Priority,
+    check_expiry,
+    check_keyed,
+    check_priority,
+    policy_of,
+)
 from jobledger.projection import Projection
 from jobledger.retry import Retry, check_delay
 
 if TYPE_CHECKING:
     from jobledger.client import JobHandle
 
+#: `policy_of`'s arguments, where a task says nothing.
+POLICY_DEFAULTS: dict[str, Any] = {
+    "key": None,
+    "key_hold_max": KEY_HOLD_MAX_S,
+    "priority": None,
+    "rate": None,
+    "concurrency": None,
+    "isolation": None,
+    "max_memory": None,
+    "long": None,
+    "lease": LEASE_S,
+    "expires_in": None,
+    "adaptive": None,
+    "breaker": None,
+}
+
 P = ParamSpec("P")
 R = TypeVar("R")
 
 DEFAULT_QUEUE = "default"
 DEFAULT_PARTITIONS = 6
-#: A task whose timeout is above this many seconds will be leased (a later version); until then it is refused.
 MAX_TIMEOUT_S = 24 * 3600.0
+#: Characters a key may have.
+KEY_MOST = 500
 
 
 @dataclass(frozen=True, slots=True)
 class Queue:
-    """A queue of the app. ``partitions``: of its work topic; None takes the app's default."""
+    """A queue of the app.
+
+    ``partitions``: of each of its work topics; None takes the app's default. ``priorities``: whether jobs may be of high
+    or low priority; each level is a topic of its own. ``fair_by``: a tag; its values take turns, so that no tenant waits
+    behind another's backlog. ``rate`` (``"100/s"``) and ``concurrency``: limits for all of the queue's workers together.
+    Raises `ConfigError`.
+    """
 
     name: str
     partitions: int | None = None
+    priorities: bool = False
+    fair_by: str | None = None
+    rate: str | float | None = None
+    concurrency: int | None = None
 
     def __post_init__(self) -> None:
         check_name("queue", self.name)
         if self.partitions is not None:
             check_partitions(self.partitions, f"Queue({self.name!r}, partitions=…)")
+        if self.fair_by is not None and (not isinstance(self.fair_by, str) or not self.fair_by):
+            raise ConfigError(f"Queue({self.name!r}): fair_by={self.fair_by!r} is not the name of a tag")
+        Limits.of(self.rate, self.concurrency, f"Queue({self.name!r})")
+
+    @property
+    def limits(self) -> Limits:
+        """Its limits for the whole group."""
+        return Limits.of(self.rate, self.concurrency, f"Queue({self.name!r})")
+
+    @property
+    def levels(self) -> tuple[Priority | None, ...]:
+        """The priorities its jobs may have, the highest first."""
+        return ("high", None, "low") if self.priorities else (None,)
+
+    @property
+    def lanes(self) -> tuple[str, ...]:
+        """What stands for it in the names of work topics and groups, a lane a priority, the highest first."""
+        return tuple(lane(self.name, level) for level in self.levels)
 
 
 def check_partitions(count: object, what: str) -> int:
@@ -62,6 +118,9 @@ class JobRequest(Generic[R]):
     queue: str
     tags: dict[str, str] = field(default_factory=dict)
     delay_ms: int | None = None
+    key: str | None = None
+    priority: Priority | None = None
+    expires_in_ms: int | None = None
 
 
 class Submitter(Protocol):
@@ -99,9 +158,10 @@ class Task(Generic[P, R]):
         retry: Retry,
         timeout: float | None,
         fallback: str | None,
+        policy: Policy,
     ) -> None:
         self.registry, self.fn, self.name, self.queue = registry, fn, name, queue
-        self.retry, self.timeout, self.fallback = retry, timeout, fallback
+        self.retry, self.timeout, self.fallback, self.policy = retry, timeout, fallback, policy
         self.is_async = asyncio.iscoroutinefunction(fn)
         self.__doc__ = fn.__doc__
         self.__name__ = getattr(fn, "__name__", name)
@@ -109,6 +169,12 @@ class Task(Generic[P, R]):
         self._names, self._struct = _arguments_struct(fn, name)
         self._decoder = msgspec.json.Decoder(self._struct, dec_hook=_dec_hook)
         self._fields = self._struct.__struct_fields__
+        if isinstance(policy.key, str) and policy.key not in self._fields:
+            raise ConfigError(
+                f"task {name!r}: key={policy.key!r} is none of its parameters ({', '.join(self._fields) or 'it has none'})"
+            )
+        #: Jobs of it are described without options: what `job` makes is the same for all but the arguments.
+        self._simple = policy.key is None and policy.expires_in is None and policy.priority is None
         #: The signature as text, for error messages.
         self.signature = str(inspect.signature(fn, eval_str=True))
 
@@ -121,7 +187,9 @@ class Task(Generic[P, R]):
 
     def job(self, *args: P.args, **kwargs: P.kwargs) -> JobRequest[R]:
         """Describe a job without submitting it. Raises `BadArguments` if the arguments do not fit."""
-        return JobRequest(self, self.encode_args(args, kwargs), self.queue)
+        if self._simple:
+            return JobRequest(self, self.encode_args(args, kwargs), self.queue)
+        return self.using().job(*args, **kwargs)
 
     def submit(self, *args: P.args, **kwargs: P.kwargs) -> JobHandle[R]:
         """Submit a job; returns once the log has acknowledged it.
@@ -143,16 +211,63 @@ class Task(Generic[P, R]):
         delay: float | None = None,
         tags: Mapping[str, str] | None = None,
         queue: str | None = None,
+        key: str | None = None,
+        priority: Literal["high", "normal", "low"] | None = None,
+        expires_in: float | None = None,
     ) -> BoundTask[P, R]:
         """The task with options for one submission.
 
         ``delay``: seconds, counted on the broker's clock from the append. ``tags``: text to find the job by.
-        ``queue``: another queue of the app. Raises `ConfigError` or `UnknownQueue` at once.
+        ``queue``: another queue of the app. ``key``: jobs of one key run one at a time, in the order of submission.
+        ``priority``: on a queue with priorities. ``expires_in``: seconds after which the job is not started any more,
+        counted as the delay is. Raises `ConfigError` or `UnknownQueue` at once.
         """
-        delay_ms = None if delay is None else round(check_delay(delay, "delay") * 1000)
+        what = f"task {self.name!r}"
+        policy = self.policy
         if queue is not None:
             self.registry.check_queue(queue)
-        return BoundTask(self, queue or self.queue, check_tags(tags), delay_ms)
+            if queue != self.queue and policy.limits:
+                raise ConfigError(
+                    f"{what} has limits, which count the partitions of its queue {self.queue!r}: it cannot go to {queue!r}"
+                )
+        level = policy.priority if priority is None else check_priority(priority, f"{what}: priority")
+        if key is not None:
+            if not isinstance(key, str) or not 0 < len(key) <= KEY_MOST:
+                raise ConfigError(f"{what}: key={key!r} is not a text of 1 to {KEY_MOST} characters")
+            bounded = self.is_async or policy.isolation is not None
+            check_keyed(what, self.timeout, policy.long, level, bounded=bounded)
+        elif policy.key is not None:
+            check_keyed(what, self.timeout, policy.long, level, bounded=True)
+        if level is not None:
+            self.registry.check_level(queue or self.queue, level)
+        return BoundTask(
+            self,
+            queue or self.queue,
+            check_tags(tags),
+            None if delay is None else round(check_delay(delay, "delay") * 1000),
+            key,
+            level,
+            _ms(policy.expires_in if expires_in is None else check_expiry(expires_in)),
+        )
+
+    def key_of(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> str | None:
+        """The ordering key of a job with these arguments; None if the task has none. Raises `BadArguments`."""
+        key = self.policy.key
+        if key is None:
+            return None
+        if isinstance(key, str):
+            bound = {**dict(zip(self._names, args, strict=False)), **kwargs}
+            if key not in bound:
+                raise BadArguments(f"{self.name}{self.signature} is keyed by {key!r}, which was not given")
+            found = bound[key]
+        else:
+            found = key(*args, **kwargs)
+        text = str(found) if isinstance(found, str | int) else ""
+        if not 0 < len(text) <= KEY_MOST:
+            raise BadArguments(
+                f"the key of {self.name}() is {found!r}: it must be a whole number, or a text of 1 to {KEY_MOST} characters"
+            )
+        return text
 
     def encode_args(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bytes:
         """Arguments as a JSON object by parameter name; `BadArguments` names what does not fit."""
@@ -194,12 +309,25 @@ class Task(Generic[P, R]):
 class BoundTask(Generic[P, R]):
     """A task with options of one submission; see `Task.using`."""
 
-    def __init__(self, task: Task[P, R], queue: str, tags: dict[str, str], delay_ms: int | None) -> None:
+    def __init__(
+        self,
+        task: Task[P, R],
+        queue: str,
+        tags: dict[str, str],
+        delay_ms: int | None,
+        key: str | None,
+        priority: Priority | None,
+        expires_in_ms: int | None,
+    ) -> None:
         self.task, self.queue, self.tags, self.delay_ms = task, queue, tags, delay_ms
+        self.key, self.priority, self.expires_in_ms = key, priority, expires_in_ms
 
     def job(self, *args: P.args, **kwargs: P.kwargs) -> JobRequest[R]:
         """As `Task.job`."""
-        return JobRequest(self.task, self.task.encode_args(args, kwargs), self.queue, self.tags, self.delay_ms)
+        task = self.task
+        encoded = task.encode_args(args, kwargs)
+        key = task.key_of(args, kwargs) if self.key is None else self.key
+        return JobRequest(task, encoded, self.queue, self.tags, self.delay_ms, key, self.priority, self.expires_in_ms)
 
     def submit(self, *args: P.args, **kwargs: P.kwargs) -> JobHandle[R]:
         """As `Task.submit`."""
@@ -244,7 +372,15 @@ class Registry:
         found = self._declared
         if found is None:
             found = {t.queue: Queue(t.queue) for t in self.tasks.values()} or {DEFAULT_QUEUE: Queue(DEFAULT_QUEUE)}
-        return {n: Queue(n, q.partitions or self.partitions) for n, q in sorted(found.items())}
+            for task in self.tasks.values():  # who names a priority wants the levels
+                if task.policy.priority is not None:
+                    found[task.queue] = Queue(task.queue, priorities=True)
+        return {n: replace(q, partitions=q.partitions or self.partitions) for n, q in sorted(found.items())}
+
+    @property
+    def lanes(self) -> dict[str, int]:
+        """The partition count of every work topic, by what stands for it in its name: the queue, or queue and priority."""
+        return {name: queue.partitions or self.partitions for queue in self.queues.values() for name in queue.lanes}
 
     def check_queue(self, queue: str) -> str:
         """``queue`` if the app has it, else `UnknownQueue` naming those it has."""
@@ -256,6 +392,13 @@ class Registry:
             )
         return queue
 
+    def check_level(self, queue: str, priority: str) -> None:
+        """Raise `ConfigError` unless the queue has priorities."""
+        if not self.queues[queue].priorities:
+            raise ConfigError(
+                f"priority={priority!r}: queue {queue!r} has no priorities; declare it as Queue({queue!r}, priorities=True)"
+            )
+
     def add(
         self,
         fn: Callable[..., Any],
@@ -265,6 +408,7 @@ class Registry:
         retry: Retry | int | None,
         timeout: float | None,
         fallback: Task[Any, Any] | str | None,
+        **policy: Any,
     ) -> Task[Any, Any]:
         """Register a function; `ConfigError`, `UnknownQueue` if an option cannot hold."""
         task_name = name if name is not None else getattr(fn, "__name__", "")
@@ -281,7 +425,12 @@ class Registry:
         if retry is not None and not isinstance(retry, Retry):
             raise ConfigError(f"task {task_name!r}: retry={retry!r} is neither a Retry nor a number of attempts")
         if timeout is not None:
-            _check_timeout(task_name, timeout, fn)
+            _check_timeout(task_name, timeout)
+        judged = policy_of(
+            task_name, timeout=timeout, is_async=asyncio.iscoroutinefunction(fn), **{**POLICY_DEFAULTS, **policy}
+        )
+        if judged.priority is not None and self._declared is not None:
+            self.check_level(queue, judged.priority)
         task: Task[Any, Any] = Task(
             self,
             fn,
@@ -290,6 +439,7 @@ class Registry:
             retry=retry or Retry(),
             timeout=None if timeout is None else float(timeout),
             fallback=fallback.name if isinstance(fallback, Task) else fallback,
+            policy=judged,
         )
         self.tasks[task_name] = task
         return task
@@ -352,8 +502,17 @@ class Registry:
                 return handler
         raise UnknownTask(f"no handler is called {name!r}: there are {sorted(h.task.name for h in found)}")
 
+    def _check_limits(self) -> None:
+        """Each partition carries a share of a limit, so there must be one for each of them."""
+        queues = self.queues
+        owners = [(f"queue {q.name!r}", q, q.limits) for q in queues.values()]
+        owners += [(f"task {t.name!r}", queues[t.queue], t.policy.limits) for t in self.tasks.values()]
+        for what, queue, limits in owners:
+            check_shares(what, queue, limits, self.partitions)
+
     def check(self) -> None:
-        """What can be judged only when every task is there: fallbacks. Raises `ConfigError`; run when an app is loaded."""
+        """What can be judged only when all is there: fallbacks, limits. Raises `ConfigError`; run when an app is loaded."""
+        self._check_limits()
         for task in self.tasks.values():
             if task.fallback is None:
                 continue
@@ -376,16 +535,27 @@ class Registry:
                 )
 
 
-def _check_timeout(task: str, timeout: object, fn: Callable[..., Any]) -> None:
+def check_shares(what: str, queue: Queue, limits: Limits, partitions: int) -> None:
+    """Raise `ConfigError` if a limit of concurrency is less than the partitions of the queue's work topics."""
+    count = (queue.partitions or partitions) * len(queue.levels)
+    if limits.concurrency is not None and limits.concurrency < count:
+        of = "partitions" if not queue.priorities else "partitions, those of all priorities counted,"
+        raise ConfigError(
+            f"{what}: concurrency={limits.concurrency} is less than the {count} {of} of queue {queue.name!r}, each of which "
+            f"carries a share of it: declare Queue({queue.name!r}, partitions={max(1, limits.concurrency // len(queue.levels))}) "
+            "or less for it alone"
+        )
+
+
+def _check_timeout(task: str, timeout: object) -> None:
     if isinstance(timeout, bool) or not isinstance(timeout, int | float) or not 0 < timeout <= MAX_TIMEOUT_S:
         raise ConfigError(
             f"task {task!r}: timeout={timeout!r} is not a number of seconds above 0, at most {MAX_TIMEOUT_S:.0f}"
         )
-    if not asyncio.iscoroutinefunction(fn):
-        raise ConfigError(
-            f"task {task!r}: timeout={timeout!r} needs `async def`: a thread cannot be stopped from outside. "
-            "Make the task async, or bound the calls it makes"
-        )
+
+
+def _ms(seconds: float | None) -> int | None:
+    return None if seconds is None else max(1, round(seconds * 1000))
 
 
 def _origin(fn: Callable[..., Any]) -> tuple[str, str]:

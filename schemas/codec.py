@@ -37,6 +37,8 @@ _HAS_SPEC = frozenset(c for c in _FACTS.values() if "spec" in c.__struct_fields_
 _HAS_ERROR_INFO = frozenset({ev.JobRetried, ev.JobFailed, ev.DeadLettered})
 
 _asdict = msgspec.structs.asdict
+#: How the body of a plain `JobSubmitted` ends: no tags, parent, expiry (two ways), priority, delay, due time.
+PLAIN_END = b"\0" * 7
 _JobEvent, _JobSpec, _ErrorInfo = ev.JobEvent, ev.JobSpec, ev.ErrorInfo
 
 
@@ -179,8 +181,10 @@ def _submitted(fact: ev.JobSubmitted) -> bytes | None:
     spec = fact.spec
     if spec.tags or spec.parent is not None or fact.delay_ms is not None or fact.due_at is not None:
         return None
+    if spec.expires_in_ms is not None or spec.expires_at is not None or spec.priority is not None:
+        return None
     args = spec.args
-    return _long(len(args)) + args + b"\0\0\0\0"
+    return _long(len(args)) + args + PLAIN_END
 
 
 def _started(fact: ev.JobStarted) -> bytes:

@@ -12,11 +12,18 @@ import msgspec
 
 
 class JobSpec(msgspec.Struct, frozen=True, gc=False):
-    """The whole job. ``args``: JSON object by parameter name; ``tags``: text to find it by; ``parent``: a job id."""
+    """The whole job. ``args``: JSON object by parameter name; ``tags``: text to find it by; ``parent``: a job id.
+
+    ``expires_in_ms`` counts from the append time of the submission; what derives from one says ``expires_at`` instead.
+    ``priority``: ``high`` or ``low``, None for the normal one.
+    """
 
     args: bytes
     tags: dict[str, str] = {}
     parent: str | None = None
+    expires_in_ms: int | None = None
+    expires_at: int | None = None
+    priority: str | None = None
 
 
 class ErrorInfo(msgspec.Struct, frozen=True, gc=False):
@@ -66,19 +73,27 @@ class JobProgressed(msgspec.Struct, frozen=True, gc=False):
 
 
 class JobRetried(msgspec.Struct, frozen=True, gc=False):
-    """The attempt failed; release + 1 and attempt + 1 follow ``delay_ms`` after this record's append time."""
+    """The attempt failed; release + 1 and attempt + 1 follow ``delay_ms`` after this record's append time.
+
+    ``in_place``: the same release goes on with attempt + 1, and its worker holds its key meanwhile.
+    """
 
     error: ErrorInfo
     delay_ms: int
     duration_us: int = 0
+    in_place: bool = False
 
 
 class JobSnoozed(msgspec.Struct, frozen=True, gc=False):
-    """The job asked to run later; release + 1 and the same attempt follow ``delay_ms`` after the append time."""
+    """The job asked to run later; release + 1 and the same attempt follow ``delay_ms`` after the append time.
+
+    ``in_place``: the same release goes on, and its worker holds its key meanwhile.
+    """
 
     delay_ms: int
     reason: str | None = None
     duration_us: int = 0
+    in_place: bool = False
 
 
 class JobSucceeded(msgspec.Struct, frozen=True, gc=False):
@@ -90,7 +105,16 @@ class JobSucceeded(msgspec.Struct, frozen=True, gc=False):
 
 #: Why a job failed for good.
 FailureReason = Literal[
-    "exhausted", "rejected", "never", "timeout", "bad-arguments", "bad-result", "too-large", "unknown-task", "crashed"
+    "exhausted",
+    "rejected",
+    "never",
+    "timeout",
+    "bad-arguments",
+    "bad-result",
+    "too-large",
+    "unknown-task",
+    "crashed",
+    "key-held",
 ]
 
 
@@ -155,6 +179,65 @@ class RecordRejected(msgspec.Struct, frozen=True, gc=False):
     error: str
 
 
+class JobLeased(msgspec.Struct, frozen=True, gc=False):
+    """A long job left its work record for a lease of ``lease_ms`` from this record's append time."""
+
+    worker: str
+    lease_ms: int
+
+
+class Leased(msgspec.Struct, frozen=True, gc=False):
+    """Derived from `JobLeased`: release the job again if the lease ends before the job does.
+
+    ``crashes``: how many leases of this run ended so before.
+    """
+
+    spec: JobSpec
+    worker: str
+    lease_ms: int
+    crashes: int = 0
+
+
+class LeaseRenewed(msgspec.Struct, frozen=True, gc=False):
+    """Derived: the worker of a leased job is alive. ``lease_ms`` 0 gives the job back at once."""
+
+    worker: str
+    lease_ms: int
+
+
+class CancelRequested(msgspec.Struct, frozen=True, gc=False):
+    """Somebody wants this run of the job to end."""
+
+    by: str
+    reason: str | None = None
+
+
+class QueuePaused(msgspec.Struct, frozen=True, gc=False):
+    """Nothing of the event's queue, or of its task where the queue is empty, is to be started."""
+
+    by: str
+    reason: str | None = None
+
+
+class QueueResumed(msgspec.Struct, frozen=True, gc=False):
+    """Ends `QueuePaused`."""
+
+    by: str
+    reason: str | None = None
+
+
+class QueueLimited(msgspec.Struct, frozen=True, gc=False):
+    """Limits of the event's queue or task, for the group, in place of the code's: ``rate`` a second, ``concurrency``.
+
+    Without either the code's count again.
+    """
+
+    rate: float | None = None
+    concurrency: int | None = None
+    by: str = ""
+    reason: str | None = None
+
+
 Fact = (
     JobSubmitted
     | JobDue
@@ -171,14 +254,28 @@ Fact = (
     | ReleaseOverdue
     | DeadLettered
     | RecordRejected
+    | JobLeased
+    | Leased
+    | LeaseRenewed
+    | CancelRequested
+    | QueuePaused
+    | QueueResumed
+    | QueueLimited
 )
 
-#: Facts that end one release: the work record's offset may be acknowledged once such a fact is durable.
+#: Facts that end one release (unless `in_place`): the work record is done once such a fact is durable.
 CLOSING = (JobRetried, JobSnoozed, JobSucceeded, JobFailed, JobCancelled, JobExpired)
 #: Facts that end a run.
 TERMINAL = (JobSucceeded, JobFailed, JobCancelled, JobExpired)
+#: Facts of people on the control topic.
+CONTROL = (CancelRequested, QueuePaused, QueueResumed, QueueLimited)
 #: Facts that may stand in a work topic.
 WORK = (JobSubmitted, JobDue)
+
+
+def closes(fact: Fact) -> bool:
+    """Whether ``fact`` ends its release."""
+    return isinstance(fact, CLOSING) and not getattr(fact, "in_place", False)
 
 
 class JobEvent(msgspec.Struct, frozen=True, gc=False):

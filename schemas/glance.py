@@ -13,7 +13,7 @@ from collections.abc import Callable
 from typing import Any
 
 from jobledger.schemas import events as ev
-from jobledger.schemas.codec import FINGERPRINT, MAGIC
+from jobledger.schemas.codec import FINGERPRINT, MAGIC, PLAIN_END
 
 #: (job_id, run, release, attempt, task, queue, fact). Of the fact, what the fold does not need is left empty.
 Glance = tuple[str, int, int, int, str, str, ev.Fact]
@@ -21,7 +21,6 @@ Glance = tuple[str, int, int, int, str, str, ev.Fact]
 _LEAD = MAGIC + FINGERPRINT + b"H"  # 36, the length of an id, as an Avro long
 _EIGHT_GROUPS, _EIGHT_ENDS = 0x8080808080808080, 0x0080808080808080
 _TIME, _TITLES = 87, 95  # where the time begins, and what follows it if it takes eight bytes, as until the year 2248
-_NONE_FOUR_TIMES = b"\0\0\0\0"  # no tags, no parent, no delay, no due time
 
 _SUBMITTED = ev.JobSubmitted(ev.JobSpec(b""))
 _STARTED = ev.JobStarted("", "", 0)
@@ -80,7 +79,7 @@ def _submitted(value: bytes, at: int) -> ev.Fact | None:
             return None
     if length & 1:
         return None
-    return _SUBMITTED if value[at + (length >> 1) :] == _NONE_FOUR_TIMES else None
+    return _SUBMITTED if value[at + (length >> 1) :] == PLAIN_END else None
 
 
 def _started(value: bytes, at: int) -> ev.Fact | None:

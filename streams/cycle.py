@@ -190,7 +190,7 @@ class Cycle:
             ("jl-release", b"%d" % row.release),
         ]
         value = codec.encode(job_due(row, now, self._source))
-        return Outgoing(self._names.jobs(row.queue), value, row.key or row.job_id, None, headers)
+        return Outgoing(self._names.jobs(row.lane), value, row.key or row.job_id, None, headers)
 
     # -- second stage: make durable and acknowledge ------------------------------------------------------------------
 

@@ -21,6 +21,7 @@ from collections.abc import Callable
 
 import msgspec
 
+from jobledger.names import lane
 from jobledger.schemas.events import (
     DeadLettered,
     ErrorInfo,
@@ -57,6 +58,18 @@ class Scheduled(msgspec.Struct, frozen=True, array_like=True, tag=0, gc=False):
     args: bytes
     tags: dict[str, str]
     parent: str | None
+    expires_at: int | None = None
+    priority: str | None = None
+
+    @property
+    def spec(self) -> JobSpec:
+        """The job."""
+        return JobSpec(self.args, self.tags, self.parent, None, self.expires_at, self.priority)
+
+    @property
+    def lane(self) -> str:
+        """What stands for its work topic: the queue, or queue and priority."""
+        return lane(self.queue, self.priority)
 
 
 class Released(msgspec.Struct, frozen=True, array_like=True, tag=1, gc=False):
@@ -157,14 +170,16 @@ def decide(row: Row | None, floor: int, event: JobEvent, partition: int, offset:
         case JobSubmitted():
             # A conditioned submission is release 0: what it asks for is the first release of its run.
             due = _due(fact.delay_ms, fact.due_at, appended_ms)
-            return _requested(row, event, fact.spec, max(event.release, 1), due, partition, offset, "scheduled")
+            return _requested(
+                row, event, fact.spec, max(event.release, 1), due, partition, offset, appended_ms, "scheduled"
+            )
         case ReleaseRequested():
             due = _due(fact.delay_ms, fact.due_at, appended_ms)
-            return _requested(row, event, fact.spec, event.release, due, partition, offset, "scheduled")
+            return _requested(row, event, fact.spec, event.release, due, partition, offset, appended_ms, "scheduled")
         case ReleaseDecided():
             return _decided(row, event, partition, offset, appended_ms)
         case ReleaseOverdue():
-            return _overdue(row, event, fact, partition, offset)
+            return _overdue(row, event, fact, partition, offset, appended_ms)
         case _:
             return _UNEXPECTED
 
@@ -176,12 +191,20 @@ def _due(delay_ms: int | None, due_at: int | None, appended_ms: int) -> int:
 
 
 def _requested(
-    row: Row | None, event: JobEvent, spec: JobSpec, release: int, due: int, partition: int, offset: int, verdict: str
+    row: Row | None,
+    event: JobEvent,
+    spec: JobSpec,
+    release: int,
+    due: int,
+    partition: int,
+    offset: int,
+    appended_ms: int,
+    verdict: str,
 ) -> Decision:
     """The first request of a release wins; one that was passed, or asked for before, changes nothing."""
     if row is not None and (event.run, release) <= (row.run, row.release):
         return _PASSED
-    made = _schedule(event, spec, release, due, partition, offset)
+    made = _schedule(event, spec, release, due, partition, offset, appended_ms)
     return Decision(verdict, row=made, wake_at=wake_at(due))
 
 
@@ -195,19 +218,30 @@ def _decided(row: Row | None, event: JobEvent, partition: int, offset: int, appe
     return Decision("released", row=marker, release=row)
 
 
-def _overdue(row: Row | None, event: JobEvent, fact: ReleaseOverdue, partition: int, offset: int) -> Decision:
+def _overdue(
+    row: Row | None, event: JobEvent, fact: ReleaseOverdue, partition: int, offset: int, appended_ms: int
+) -> Decision:
     """The release that is named, never a new one: sent again, looked at again, or, if its request was lost, scheduled."""
     named = (event.run, event.release)
     if row is None or (row.run, row.release) < named:
-        return _requested(row, event, fact.spec, event.release, fact.due_at, partition, offset, "recreated")
+        return _requested(
+            row, event, fact.spec, event.release, fact.due_at, partition, offset, appended_ms, "recreated"
+        )
     if (row.run, row.release) > named:
         return _PASSED
     if isinstance(row, Scheduled):
         return Decision("looked-again", wake_at=wake_at(row.due))
-    return Decision("sent-again", release=_schedule(event, fact.spec, event.release, fact.due_at, partition, offset))
+    return Decision(
+        "sent-again", release=_schedule(event, fact.spec, event.release, fact.due_at, partition, offset, appended_ms)
+    )
 
 
-def _schedule(event: JobEvent, spec: JobSpec, release: int, due: int, partition: int, offset: int) -> Scheduled:
+def _schedule(
+    event: JobEvent, spec: JobSpec, release: int, due: int, partition: int, offset: int, appended_ms: int
+) -> Scheduled:
+    expires_at = spec.expires_at
+    if expires_at is None and spec.expires_in_ms is not None:
+        expires_at = (appended_ms + spec.expires_in_ms) * 1000
     return Scheduled(
         partition,
         offset,
@@ -224,6 +258,8 @@ def _schedule(event: JobEvent, spec: JobSpec, release: int, due: int, partition:
         spec.args,
         spec.tags,
         spec.parent,
+        expires_at,
+        spec.priority,
     )
 
 
@@ -263,7 +299,7 @@ def job_due(row: Scheduled, now_us: int, source: str) -> JobEvent:
         row.home,
         source,
         row.trace,
-        JobDue(JobSpec(row.args, row.tags, row.parent), row.due),
+        JobDue(row.spec, row.due),
     )
 
 
@@ -292,7 +328,7 @@ def undeliverable(row: Scheduled, error: ErrorInfo, now_us: int, source: str) ->
     made: list[JobEvent] = []
     for what, fact in (
         ("too-large", JobFailed("too-large", error)),
-        ("dead-letter", DeadLettered(JobSpec(row.args, row.tags, row.parent), "too-large", error)),
+        ("dead-letter", DeadLettered(row.spec, "too-large", error)),
     ):
         due = job_due(row, now_us, source)
         identity = derived_id(row.job_id, row.run, row.release, what)
@@ -308,7 +344,7 @@ class Batch:
 
     ``rows``: new rows by (partition, key), to be written after ``releases`` are acknowledged. ``releases``: jobs to let
     go, in order. ``timers``: (partition, key, µs) at which to look at a row. ``verdicts``: how many of each.
-    ``closed``: queues a release was held back for, because ``is_open(queue)`` was false. ``waiting``: by how much the
+    ``closed``: lanes a release was held back for, because ``is_open(lane)`` was false. ``waiting``: by how much the
     number of scheduled rows changes, by partition.
     """
 
@@ -316,7 +352,7 @@ class Batch:
         self,
         row: Callable[[int, bytes], Row | None],
         floor: Callable[[int], int],
-        is_open: Callable[[str], bool] = lambda queue: True,
+        is_open: Callable[[str], bool] = lambda lane: True,
     ) -> None:
         self._row, self._floor, self._is_open = row, floor, is_open
         self.rows: dict[tuple[int, bytes], Row] = {}
@@ -332,9 +368,9 @@ class Batch:
         row = self.rows.get((partition, key)) or self._row(partition, key)
         decision = decide(row, self._floor(partition), event, partition, offset, appended_ms)
         released = decision.release
-        if released is not None and not self._is_open(released.queue):
+        if released is not None and not self._is_open(released.lane):
             # Left as it is: scheduled, so that its timer tries again once the queue's topic is there.
-            self.closed.add(released.queue)
+            self.closed.add(released.lane)
             self.verdicts["held-back"] += 1
             if isinstance(row, Scheduled):
                 self.timers.append((partition, key, wake_at(row.due)))

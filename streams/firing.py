@@ -121,7 +121,7 @@ class Firing:
             if not isinstance(row, Scheduled) or self._decided.get(key) == (row.run, row.release):
                 continue  # passed meanwhile, or decided already and about to be read back
             at = wake_at(row.due)
-            wait = self._topics.wait_for(row.queue)
+            wait = self._topics.wait_for(row.lane)
             if at > now:
                 self._timers[partition].set(at, key)
             elif wait:

@@ -34,9 +34,9 @@ class WorkTopics:
         """Topics that releases wait for."""
         return sorted(self._missing)
 
-    def is_open(self, queue: str) -> bool:
-        """Whether the queue's topic is known to exist."""
-        return self._names.jobs(queue) in self._known
+    def is_open(self, lane: str) -> bool:
+        """Whether the topic of a queue, or of one of its priorities, is known to exist."""
+        return self._names.jobs(lane) in self._known
 
     def refuses(self, topic: str, size: int) -> str | None:
         """Why a record whose batch has ``size`` bytes will not be taken; None if it will, as far as is known."""
@@ -45,14 +45,14 @@ class WorkTopics:
             return None
         return f"its release makes {size} bytes, above the {limit} that {topic} takes (max.message.bytes): raise it"
 
-    def wait_for(self, queue: str) -> float:
-        """Seconds until a queue whose topic is missing should be tried again; 0 for any other."""
-        found = self._missing.get(self._names.jobs(queue))
+    def wait_for(self, lane: str) -> float:
+        """Seconds until a lane whose topic is missing should be tried again; 0 for any other."""
+        found = self._missing.get(self._names.jobs(lane))
         return 0.0 if found is None else max(found[0] - time.monotonic(), 0.0) + BEAT
 
-    async def find(self, queues: Iterable[str]) -> bool:
+    async def find(self, lanes: Iterable[str]) -> bool:
         """Look for topics that are neither known nor known to be missing; whether one was found."""
-        topics = {self._names.jobs(queue) for queue in queues} - self._known.keys() - self._missing.keys()
+        topics = {self._names.jobs(lane) for lane in lanes} - self._known.keys() - self._missing.keys()
         return any([await self._look(topic) for topic in sorted(topics)])
 
     async def watch(self) -> None:

@@ -100,7 +100,7 @@ def tail(
         return (task is None or event.task == task) and (job is None or event.job_id == job)
 
     show = _json_line if as_json else _Printer(asked.names)
-    with _Tail(asked.settings, asked.names, topic, list(asked.queues)) as reader:
+    with _Tail(asked.settings, asked.names, topic, list(asked.lanes)) as reader:
         skim = last if task is None and job is None and since is None and not at_end and begin is None else None
         reader.begin(since=since, at_end=at_end, last=skim)
         for line in newest(filter(wanted, reader.until_now()), last):

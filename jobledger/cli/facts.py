@@ -19,6 +19,11 @@ FACT_STYLES: Mapping[str, str] = {
     "JobSnoozed": "magenta",
     "JobSucceeded": "green",
     "JobFailed": "bold red",
+    "JobLeased": "yellow",
+    "CancelRequested": "magenta",
+    "QueuePaused": "magenta",
+    "QueueResumed": "magenta",
+    "QueueLimited": "magenta",
     "JobCancelled": "dim",
     "JobExpired": "dim",
     "DeadLettered": "red",
@@ -66,6 +71,20 @@ def _describe(fact: object) -> str:
             return f"by {by}" + (f": {reason}" if reason else "")
         case e.JobExpired(expired_at=expired_at):
             return f"at {_moment(expired_at)}"
+        case e.JobLeased(worker=worker, lease_ms=lease_ms) | e.LeaseRenewed(worker=worker, lease_ms=lease_ms):
+            return f"by {worker} for {duration(lease_ms / 1000)}" if lease_ms else f"given back by {worker}"
+        case e.Leased(worker=worker, lease_ms=lease_ms, crashes=crashes):
+            return f"by {worker} for {duration(lease_ms / 1000)}" + (f", {crashes} ended before" if crashes else "")
+        case (
+            e.CancelRequested(by=by, reason=reason)
+            | e.QueuePaused(by=by, reason=reason)
+            | e.QueueResumed(by=by, reason=reason)
+        ):
+            return f"by {by}" + (f": {reason}" if reason else "")
+        case e.QueueLimited(rate=rate, concurrency=concurrency, by=by, reason=reason):
+            said = [] if rate is None else [f"{rate:g}/s"]
+            said += [] if concurrency is None else [f"{concurrency} at once"]
+            return (" and ".join(said) or "as in the code") + f" by {by}" + (f": {reason}" if reason else "")
         case e.DeadLettered(reason=why, error=error):
             return f"{why}: {error.type}: {error.message}"
         case e.RecordRejected(topic=topic, partition=partition, offset=offset, error=text):

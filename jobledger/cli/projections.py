@@ -157,4 +157,4 @@ def _runner(loaded: App, name: str) -> Runner:
     if found is None:
         raise ConfigError(f"no projection is called {name!r}: there are {sorted(loaded.registry.projections)}")
     url = loaded.settings.resolve_status_url(loaded.names.namespace)
-    return Runner(found, loaded.settings, loaded.names, list(loaded.queues), url)
+    return Runner(found, loaded.settings, loaded.names, list(loaded.lanes), url)

@@ -204,7 +204,7 @@ def materializer(
 
     url = app.settings.resolve_status_url(app.names.namespace)
     app.settings.resolve_bootstrap()
-    made = Materializer(app.names, app.settings, list(app.queues), url, registry=REGISTRY)
+    made = Materializer(app.names, app.settings, list(app.lanes), url, registry=REGISTRY)
     with serving(metrics), stopping() as stop:
         rounds = threading.Thread(target=_upkeep, args=(app, url, made, stop), name="jobledger-upkeep")
         if upkeep:
@@ -227,7 +227,7 @@ def _upkeep(app: App, url: str, made: Materializer, stop: threading.Event) -> No
             return
     try:
         with closing(open_reader(url, app.names.namespace)) as reader:
-            Upkeep(app.names, app.settings, list(app.queues), reader, active=lambda: made.active).run(stop)
+            Upkeep(app.names, app.settings, list(app.lanes), reader, active=lambda: made.active).run(stop)
     except JobledgerError as exc:
         LOG.error("watchdog, audit and trimming do not run: %s", exc)
 

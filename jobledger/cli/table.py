@@ -33,7 +33,7 @@ def verify(
     app = load_app(target, bootstrap=bootstrap, status_url=status_url)
     url = app.settings.resolve_status_url(app.names.namespace)
     with progress_bar("folding the log", quiet=as_json) as tell:
-        found = tables.verify(app.names, app.settings, list(app.queues), url, tell)
+        found = tables.verify(app.names, app.settings, list(app.lanes), url, tell)
     if as_json:
         output.print_json(found)
     else:
@@ -74,7 +74,7 @@ def rebuild(
     if not yes:
         typer.confirm(f"Replace the status table {shown(url)} by one made from the log?", abort=True, err=True)
     with progress_bar("folding the log", quiet=as_json) as tell:
-        made = tables.rebuild(app.names, app.settings, list(app.queues), url, tell)
+        made = tables.rebuild(app.names, app.settings, list(app.lanes), url, tell)
     if as_json:
         output.print_json(made)
         return

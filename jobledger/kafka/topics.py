@@ -28,7 +28,7 @@ from jobledger import log
 from jobledger.access import Need, denied
 from jobledger.config import Settings
 from jobledger.errors import BrokerUnavailable, ConfigError, JobledgerError
-from jobledger.names import Names
+from jobledger.names import Names, lane
 
 REQUEST_TIMEOUT_S = 5.0
 ATTEMPTS = 3
@@ -142,10 +142,17 @@ class Plan:
 
 
 class HasPartitions(Protocol):
-    """A queue, as far as its topic is concerned. ``partitions`` None means the app's default."""
+    """What has topics of its own. ``partitions`` None means the app's default."""
 
     @property
     def partitions(self) -> int | None: ...
+
+
+class HasLevels(HasPartitions, Protocol):
+    """A queue, as far as its topics are concerned: one for each of its ``levels``."""
+
+    @property
+    def levels(self) -> Sequence[str | None]: ...
 
 
 class HasTopic(HasPartitions, Protocol):
@@ -168,7 +175,7 @@ class DeclaresTopics(Protocol):
     def names(self) -> Names: ...
 
     @property
-    def queues(self) -> Mapping[str, HasPartitions]: ...
+    def queues(self) -> Mapping[str, HasLevels]: ...
 
     @property
     def events(self) -> Mapping[str, HasTopic]: ...
@@ -378,8 +385,12 @@ def ensure(app: DeclaresTopics, settings: Settings, replication: int = 1) -> Pla
 
 
 def queue_partitions(app: DeclaresTopics) -> dict[str, int]:
-    """The partitions of each queue's work topic: pure."""
-    return {name: queue.partitions or app.partitions for name, queue in app.queues.items()}
+    """The partitions of each work topic, by queue, or by queue and priority: pure."""
+    return {
+        lane(name, level): queue.partitions or app.partitions
+        for name, queue in app.queues.items()
+        for level in queue.levels
+    }
 
 
 def within_bounds(config: Mapping[str, str], broker: Mapping[str, str | None]) -> dict[str, str]:

@@ -207,7 +207,7 @@ def projection(world: World, refused: list[JobledgerError]) -> None:
     for name in ("count_people", "count_jobs"):
         found = app.registry.projections[name]
         url = f"sqlite:///{world.folder}/{uuid.uuid4().hex}.db"
-        runner = Runner(found, app.settings, app.names, list(app.queues), url)
+        runner = Runner(found, app.settings, app.names, list(app.lanes), url)
         try:
             runner.run(threading.Event(), until_end=True)
             assert runner.folded
@@ -232,7 +232,7 @@ def web(world: World, refused: list[JobledgerError]) -> None:
     from jobledger.cli.events import Topics, _Tail
 
     app = world.app("web")
-    with _Tail(app.settings, app.names, Topics.ALL, list(app.queues)) as tail:
+    with _Tail(app.settings, app.names, Topics.ALL, list(app.lanes)) as tail:
         tail.begin(since=None, at_end=False, last=None)
         assert list(tail.until_now())
 

@@ -53,7 +53,7 @@ def app(request: pytest.FixtureRequest, broker: str, namespace: str, tmp_path: P
 
 def runner_of(app: App, name: str = "count_by_user") -> Runner:
     url = app.settings.resolve_status_url(app.names.namespace)
-    return Runner(app.registry.projections[name], app.settings, app.names, list(app.queues), url)
+    return Runner(app.registry.projections[name], app.settings, app.names, list(app.lanes), url)
 
 
 def store_of(app: App) -> ProjectionStore:

@@ -29,6 +29,7 @@ pytestmark = pytest.mark.kafka
 @dataclass(frozen=True)
 class Queue:
     partitions: int | None
+    levels: tuple[str | None, ...] = (None,)
 
 
 @dataclass(frozen=True)

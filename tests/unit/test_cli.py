@@ -337,6 +337,13 @@ FACTS: list[tuple[ev.Fact, str]] = [
     (ev.ReleaseOverdue(SPEC, 0), "due 19"),
     (ev.DeadLettered(SPEC, "rejected", ERROR), "rejected: ValueError"),
     (ev.RecordRejected("t", 1, 2, None, b"\xff", "no event"), "t[1]@2: no event"),
+    (ev.JobLeased("h:1", 30_000), "by h:1 for 30"),
+    (ev.Leased(SPEC, "h:1", 30_000, 1), "by h:1 for 30"),
+    (ev.LeaseRenewed("h:1", 0), "given back by h:1"),
+    (ev.CancelRequested("ann", "wrong list"), "by ann: wrong list"),
+    (ev.QueuePaused("ann", "they are down"), "by ann: they are down"),
+    (ev.QueueResumed("ann"), "by ann"),
+    (ev.QueueLimited(5.0, 3, "ann"), "5/s and 3 at once by ann"),
 ]
 
 

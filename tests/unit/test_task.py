@@ -156,7 +156,7 @@ def test_a_parameter_that_cannot_travel_is_refused_at_load() -> None:
         ({"queue": "no such"}, "no such"),
         ({"retry": "often"}, "often"),
         ({"retry": 0}, "max_attempts"),
-        ({"timeout": 5}, "needs `async def`"),
+        ({"key": "to", "timeout": 5}, "make the task `async def`"),
         ({"timeout": -1}, "timeout=-1"),
         ({"name": ""}, "task name"),
     ],
@@ -240,8 +240,8 @@ def test_options_of_a_submission_are_checked_at_once(options: dict[str, Any], na
 
 def test_an_unknown_option_is_a_type_error() -> None:
     """An option that is not built is not there."""
-    with pytest.raises(TypeError, match="priority"):
-        task_of(send).using(priority=3)  # type: ignore[call-arg]  # the point of the test
+    with pytest.raises(TypeError, match="colour"):
+        task_of(send).using(colour=3)  # type: ignore[call-arg]  # the point of the test
 
 
 def test_requests_carry_their_options() -> None:
