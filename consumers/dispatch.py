@@ -389,14 +389,20 @@ class Dispatcher:
             tags = {k: v for k, v in tags.items() if k != UNKNOWN_TASK_TAG}
         work.send_progress = self.executor.progressed
         work.context = context_of(work, tags, spec.parent)
-        if plan.is_async:
-            self._begin(work, now, partition.starts.pop(key, 0) if partition.starts else 0)
+        self._start(work, now, partition.starts.pop(key, 0) if partition.starts else 0)
+
+    def _start(self, work: Work, now: float, takeover: int) -> None:
+        """Run a job that may run: where its task's code runs, now or as soon as there is room."""
+        assert work.plan is not None
+        if work.plan.is_async:
+            self._begin(work, now, takeover)
             work.handle = self._loop.create_task(self.executor.run(work))
         elif self._in_threads < self._threads:
-            self._begin(work, now, partition.starts.pop(key, 0) if partition.starts else 0)
+            self._begin(work, now, takeover)
             self._in_threads += 1
             self.executor.submit(work)
         else:
+            work.takeover = takeover
             work.waiting = True
             self._waiting.append(work)
 
@@ -447,11 +453,7 @@ class Dispatcher:
                     break
                 waiting.popleft()
                 work.waiting = False
-                event = work.event
-                assert event is not None
-                starts = partition.starts
-                takeover = starts.pop(release_key(event.job_id, event.run, event.release), 0) if starts else 0
-                self._begin(work, now, takeover)
+                self._begin(work, now, work.takeover)
                 self._in_threads += 1
                 self.executor.submit(work)
                 begun += 1

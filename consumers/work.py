@@ -169,6 +169,7 @@ class Work:
         "reported_at",
         "send_progress",
         "shortened",
+        "takeover",
         "tries",
         "unsent",
         "waiting",
@@ -179,6 +180,7 @@ class Work:
         self.remaining = 1  # acknowledgements still to come before the record is done
         self.lifecycle_offset = -1
         self.tries = 0
+        self.takeover = 0  # starts of this release without an end, that the log shows
         self.began = 0.0
         self.abandoned = False  # its outcome must not be written any more
         self.waiting = False  # for a thread; not begun
