@@ -15,18 +15,30 @@ import threading
 import time
 from collections.abc import Callable
 
+import msgspec
 import uuid_utils
 from confluent_kafka import KafkaException
 
 from jobledger.consumers.facts import Facts
-from jobledger.consumers.outcome import Failed, Outcome, Retried, Snoozed, Succeeded, decide, error_info
+from jobledger.consumers.outcome import (
+    UNKNOWN_TASK_TAG,
+    Failed,
+    Outcome,
+    Retried,
+    Snoozed,
+    Succeeded,
+    decide,
+    error_info,
+    holding,
+)
 from jobledger.consumers.send import BY_KEY, Sender
 from jobledger.consumers.work import Work
 from jobledger.context import JobContext, enter
 from jobledger.errors import JobledgerError
 from jobledger.log import now_us
+from jobledger.policy import KEY_HOLD_MAX_S
 from jobledger.schemas.codec import encode
-from jobledger.schemas.events import ErrorInfo, JobEvent, JobProgressed, JobSucceeded
+from jobledger.schemas.events import ErrorInfo, JobEvent, JobProgressed, JobSpec, JobSucceeded
 
 LOG = logging.getLogger("jobledger.worker")
 
@@ -172,6 +184,9 @@ class Executor:
         event, plan = work.event, work.plan
         assert event is not None
         assert plan is not None
+        if work.stop_outcome is not None:
+            self.close_with(work, work.stop_outcome)
+            return
         timed_out = timed_out and isinstance(error, TimeoutError)
         if timed_out and not str(error):
             limit = plan.task.timeout
@@ -179,10 +194,24 @@ class Executor:
             error = replaced.with_traceback(error.__traceback__)
         self.close_with(work, decide(plan.task.retry, event.attempt, error, random.random(), timed_out=timed_out))
 
+    def stop(self, work: Work, outcome: Outcome) -> None:
+        """Ask running code to end; what it raises from now on comes to ``outcome``. One that returns all the same has
+        succeeded. A coroutine is cancelled; a thread goes on."""
+        work.stop_outcome = outcome
+        if work.handle is not None:
+            work.handle.cancel()
+
     def close_with(self, work: Work, outcome: Outcome) -> None:
-        """Send the closing fact of any outcome and what derives from it."""
+        """Send the closing fact of any outcome and what derives from it; under a key, an attempt that is made again closes
+        nothing."""
         event = work.event
         assert event is not None
+        if event.key is not None and isinstance(outcome, Retried | Snoozed):
+            most = KEY_HOLD_MAX_S if work.plan is None else work.plan.task.policy.key_hold_max
+            outcome = holding(outcome, _monotonic() - work.held_since if work.held_since else 0.0, most, event.key)
+        if isinstance(outcome, Retried | Snoozed) and outcome.in_place:
+            self._goes_on(work, event, outcome)
+            return
         try:
             work.flush_progress()
             duration = _monotonic() - work.began if work.began else 0.0
@@ -202,6 +231,23 @@ class Executor:
         except Exception as exc:  # noqa: BLE001  # whatever it is, the job must not count as done
             self._broken(work, exc)
             return
+        _count(work, outcome, duration)
+        _say(event, outcome)
+
+    def _goes_on(self, work: Work, event: JobEvent, outcome: Retried | Snoozed) -> None:
+        """Say that the job is tried again in place; the dispatcher sees to it after ``again_s``."""
+        try:
+            work.flush_progress()
+            duration = _monotonic() - work.began if work.began else 0.0
+            value = self._facts.closing(event, outcome, int(duration * 1e6))
+            work.noted = False
+            self._sender.send(self._lifecycle, value, event.job_id, work.partition.number, work.noted_delivered)
+        except Exception as exc:  # noqa: BLE001  # as in `close_with`
+            self._broken(work, exc)
+            return
+        work.outcome = outcome
+        work.event = msgspec.structs.replace(event, attempt=event.attempt + isinstance(outcome, Retried))
+        work.again_s = outcome.delay_ms / 1000
         _count(work, outcome, duration)
         _say(event, outcome)
 
@@ -257,10 +303,14 @@ def _enter(work: Work) -> None:
     enter(context)
 
 
-def context_of(work: Work, tags: dict[str, str], parent: str | None) -> JobContext:
+def context_of(work: Work) -> JobContext:
     """What the task's code sees of its job."""
     event = work.event
     assert event is not None
+    spec: JobSpec = event.fact.spec  # type: ignore[union-attr]  # it stood on a work topic
+    tags = spec.tags
+    if UNKNOWN_TASK_TAG in tags:
+        tags = {k: v for k, v in tags.items() if k != UNKNOWN_TASK_TAG}
     return JobContext(
         job_id=event.job_id,
         task=event.task,
@@ -269,7 +319,7 @@ def context_of(work: Work, tags: dict[str, str], parent: str | None) -> JobConte
         attempt=event.attempt,
         release=event.release,
         tags=tags,
-        parent=parent,
+        parent=spec.parent,
         trace=event.trace,
         report=work.report,
     )

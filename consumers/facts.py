@@ -12,7 +12,17 @@ from collections.abc import Mapping
 import msgspec
 import uuid_utils
 
-from jobledger.consumers.outcome import UNKNOWN_TASK_TAG, Failed, Outcome, Retried, Snoozed, Succeeded, printable
+from jobledger.consumers.outcome import (
+    UNKNOWN_TASK_TAG,
+    Cancelled,
+    Expired,
+    Failed,
+    Outcome,
+    Retried,
+    Snoozed,
+    Succeeded,
+    printable,
+)
 from jobledger.log import Outgoing, now_us
 from jobledger.names import Names, lane
 from jobledger.schemas import codec
@@ -20,7 +30,9 @@ from jobledger.schemas.events import (
     DeadLettered,
     ErrorInfo,
     Fact,
+    JobCancelled,
     JobEvent,
+    JobExpired,
     JobFailed,
     JobRetried,
     JobSnoozed,
@@ -79,11 +91,17 @@ class Facts:
         if isinstance(outcome, Succeeded):
             return codec.encode(self.event(work, JobSucceeded(outcome.result, duration_us)))
         if isinstance(outcome, Snoozed):
-            return codec.encode(self.event(work, JobSnoozed(outcome.delay_ms, outcome.reason, duration_us)))
+            return codec.encode(
+                self.event(work, JobSnoozed(outcome.delay_ms, outcome.reason, duration_us, outcome.in_place))
+            )
+        if isinstance(outcome, Cancelled):
+            return codec.encode(self.event(work, JobCancelled(outcome.by, outcome.reason)))
+        if isinstance(outcome, Expired):
+            return codec.encode(self.event(work, JobExpired(outcome.at)))
 
         def fact(error: ErrorInfo) -> Fact:
             if isinstance(outcome, Retried):
-                return JobRetried(error, outcome.delay_ms, duration_us)
+                return JobRetried(error, outcome.delay_ms, duration_us, outcome.in_place)
             return JobFailed(outcome.reason, error, duration_us)
 
         value = codec.encode(self.event(work, fact(outcome.error)))
@@ -105,6 +123,8 @@ class Facts:
 
     def derived(self, work: JobEvent, outcome: Outcome, due_at: int | None = None) -> list[Outgoing]:
         """What others must act on. ``due_at``: micros, when the closing fact's append time is known already."""
+        if getattr(outcome, "in_place", False):
+            return []
         if isinstance(outcome, Retried):
             return [self._release(work, work.attempt + 1, outcome.delay_ms, due_at, _spec(work))]
         if isinstance(outcome, Snoozed):

@@ -50,7 +50,7 @@ class CommitRequest:
 
 
 class Fetcher(threading.Thread):
-    """Fetches one queue. ``prefetch``: messages that may wait for the dispatcher.
+    """Fetches one queue, or one of its priorities: ``lane``. ``prefetch``: messages that may wait for the dispatcher.
 
     ``assigned`` is told of new partitions (the takeover), ``revoked`` of ended ones, ``wake`` of new messages.
     """
@@ -59,7 +59,7 @@ class Fetcher(threading.Thread):
         self,
         settings: Settings,
         names: Names,
-        queue: str,
+        lane: str,
         *,
         settler: Settler,
         prefetch: int,
@@ -69,8 +69,8 @@ class Fetcher(threading.Thread):
         wake: Callable[[], None],
         fail: Callable[[JobledgerError], None],
     ) -> None:
-        super().__init__(name=f"jobledger-fetch-{queue}", daemon=True)
-        self.queue, self.topic = queue, names.jobs(queue)
+        super().__init__(name=f"jobledger-fetch-{lane}", daemon=True)
+        self.queue, self.topic = lane, names.jobs(lane)
         self._settings, self._settler, self._prefetch = settings, settler, prefetch
         self._assigned, self._ended, self.wake_dispatcher, self._fail = assigned, ended, wake, fail
         self.lease = Lease(lease)
@@ -84,7 +84,7 @@ class Fetcher(threading.Thread):
         self._handover = HANDOVER_S
         self.fetched = 0
         self.error: str | None = None
-        self._group = names.worker_group(queue)
+        self._group = names.worker_group(lane)
         self._door = Door(settings)
         conf = consumer_config(
             settings,
@@ -113,7 +113,7 @@ class Fetcher(threading.Thread):
     @property
     def held(self) -> int:
         """Messages that wait for the dispatcher."""
-        return sum(p.held for p in list(self._parts.values()))
+        return sum(p.fetched for p in list(self._parts.values()))
 
     def taken(self) -> None:
         """The dispatcher took messages: there may be room again."""

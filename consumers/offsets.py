@@ -105,6 +105,16 @@ class PartitionOffsets:
         """The record's outcome is durable at ``lifecycle_offset``, but what derives from it is not yet."""
         self._unsettled[offset] = lifecycle_offset
 
+    def note(self, offset: int, lifecycle_offset: int) -> None:
+        """The record's job goes on, but what was said of it at ``lifecycle_offset`` must be found by the next owner."""
+        if offset in self._pending:
+            self._unsettled.setdefault(offset, lifecycle_offset)
+
+    @property
+    def settled(self) -> bool:
+        """Whether no outcome or note has to be looked for in the log."""
+        return not self._unsettled
+
     def hold(self, floor: int | None) -> None:
         """Keep the floor here (a former owner's outcomes are found, but not all in the map yet); None ends it."""
         if floor != self._hold:

@@ -16,7 +16,8 @@ class WorkerOptions:
     ``queues``: to serve; None: all of the app. ``concurrency``: jobs that may run at once in this process.
     ``threads``: how many of them may be plain functions; None: 32, or ``concurrency`` if that is less. ``grace``: seconds
     that running jobs get to end after SIGTERM. ``prefetch``: records per queue that may wait in memory; None: twice the
-    concurrency, at least 1,000. ``lease``: seconds after the coordinator's last answer in which jobs may be begun; keep
+    concurrency, at least 1,000. ``lookahead``: records that may wait for their turn, their key or a limit, in all.
+    ``lease``: seconds after the coordinator's last answer in which jobs may be begun; keep
     it below the group's session timeout. ``linger_ms``: how long a fact may wait for company before it is sent.
     ``unknown_task``: backoff, and how often a job is snoozed whose task this worker does not know, before it fails.
     ``start_timeout``: seconds the broker may take to answer at the start. Raises `ConfigError`.
@@ -27,13 +28,14 @@ class WorkerOptions:
     threads: int | None = None
     grace: float = 30.0
     prefetch: int | None = None
+    lookahead: int = 10_000
     lease: float = 3.0
     linger_ms: float = 2.0
     unknown_task: Retry = field(default_factory=lambda: Retry(max_attempts=10, initial=10.0, factor=2.0, cap=600.0))
     start_timeout: float = 30.0
 
     def __post_init__(self) -> None:
-        for name, least in (("concurrency", 1), ("threads", 0), ("prefetch", 1)):
+        for name, least in (("concurrency", 1), ("threads", 0), ("prefetch", 1), ("lookahead", 1)):
             value = getattr(self, name)
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
                 raise ConfigError(f"{name}={value!r} is not a whole number from {least} up")

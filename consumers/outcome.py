@@ -8,7 +8,7 @@ from __future__ import annotations
 import traceback
 from asyncio import CancelledError
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from jobledger.retry import Reject, Retry, RetryLater, Snooze
 from jobledger.schemas.events import ErrorInfo, FailureReason
@@ -37,15 +37,20 @@ class Retried:
 
     error: ErrorInfo
     delay_ms: int
+    in_place: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class Snoozed:
-    """The same attempt shall be made again after ``delay_ms``. ``tags``: put on the job, None leaves them."""
+    """The same attempt shall be made again after ``delay_ms``. ``tags``: put on the job, None leaves them.
+
+    ``in_place``, here and of `Retried`: by the same worker, which holds the job's key meanwhile.
+    """
 
     delay_ms: int
     reason: str | None = None
     tags: Mapping[str, str] | None = None
+    in_place: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +61,51 @@ class Failed:
     error: ErrorInfo
 
 
-Outcome = Succeeded | Retried | Snoozed | Failed
+@dataclass(frozen=True, slots=True)
+class Cancelled:
+    """Somebody asked for the job's end."""
+
+    by: str
+    reason: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Expired:
+    """The job was to be started before ``at`` (µs, broker's clock), and was not."""
+
+    at: int
+
+
+Outcome = Succeeded | Retried | Snoozed | Failed | Cancelled | Expired
+
+
+def holding(outcome: Retried | Snoozed, held_s: float, most_s: float, key: str) -> Retried | Snoozed | Failed:
+    """What becomes of an attempt that is made again under an ordering key, which it has held for ``held_s`` seconds.
+
+    It goes on in place, so that no later job of the key passes it; a wait that would hold the key for more than ``most_s``
+    fails the job instead.
+    """
+    if held_s + outcome.delay_ms / 1000 <= most_s:
+        return replace(outcome, in_place=True)
+    if isinstance(outcome, Retried):
+        return Failed("key-held", outcome.error)
+    if outcome.reason == "unknown-task":
+        return Failed(
+            "unknown-task", ErrorInfo("UnknownTask", f"no worker that knew the task came within {most_s:g} s")
+        )
+    said = f": {outcome.reason}" if outcome.reason else ""
+    what = f"a snooze of {outcome.delay_ms / 1000:g} s would hold key {key!r} for more than key_hold_max={most_s:g} s{said}"
+    return Failed("key-held", ErrorInfo("KeyHeld", printable(what, MESSAGE_LIMIT)))
+
+
+def answered(outcome: Outcome | None) -> bool | None:
+    """Whether what the job calls did its part, as far as the outcome tells; None: it does not. None stands for success."""
+    match outcome:
+        case None | Succeeded():
+            return True
+        case Retried() | Failed(reason="exhausted" | "timeout" | "key-held"):
+            return False
+    return None
 
 
 def decide(

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from confluent_kafka import KafkaError, Message
 
 from jobledger.config import Settings
+from jobledger.consumers.clock import BrokerClock
 from jobledger.consumers.send import BY_KEY, Sender
 from jobledger.consumers.work import Arrived, Work
 from jobledger.errors import AccessDenied, BrokerUnavailable, JobledgerError, PayloadTooLarge
@@ -51,12 +52,14 @@ class Settler(threading.Thread):
         self.resent = 0
         self._say_at = 0.0
         self.broken = False  # nothing may be committed any more
+        self.clock = BrokerClock()
 
     # -- delivery reports -----------------------------------------------------------------------------------------
 
     def drain(self) -> None:
         """Take every delivery report that has arrived; callable from any thread."""
         arrived = self.arrived
+        message: Message | None = None
         with self._drain_lock:
             while arrived:
                 work, closing, error, message = arrived.popleft()
@@ -64,11 +67,21 @@ class Settler(threading.Thread):
                     self._delivered(work, closing, message)
                 elif not self.broken:
                     self._undelivered(work, closing, error, message)
+        if message is not None:
+            self.clock.observe(message.timestamp()[1])
 
-    def _delivered(self, work: Work, closing: bool, message: Message) -> None:
+    def _delivered(self, work: Work, closing: bool | None, message: Message) -> None:
         partition = work.partition
         offsets = partition.offsets
         assert offsets is not None
+        if closing is None:
+            work.noted = True
+            with partition.lock:
+                stands_at = message.offset() or 0
+                if message.topic() not in work.alone:
+                    offsets.acknowledged(stands_at)
+                offsets.note(work.offset, stands_at)
+            return
         work.remaining -= 1
         with partition.lock:
             if closing:
@@ -85,11 +98,11 @@ class Settler(threading.Thread):
         if not work.remaining:
             partition.live.pop(work.offset, None)
 
-    def _undelivered(self, work: Work, closing: bool, error: KafkaError, message: Message) -> None:
+    def _undelivered(self, work: Work, closing: bool | None, error: KafkaError, message: Message) -> None:
         partition = work.partition
         value = message.value()
         topic = message.topic() or ""
-        if closing and partition.offsets is not None:
+        if closing is not False and partition.offsets is not None:
             # It may have arrived all the same; then before everything that was acknowledged since.
             with partition.lock:
                 partition.offsets.unsettled(work.offset, partition.offsets.floor)
@@ -111,20 +124,26 @@ class Settler(threading.Thread):
             return
         work.tries += 1
         self._say_again(topic, error)
-        callback = work.closing_delivered if closing else work.derived_delivered
+        beside = closing is not False  # beside the work record, in the partition of its number
         try:
-            self._sender.send(topic, value, message.key(), work.partition.number if closing else BY_KEY, callback)
+            self._sender.send(
+                topic, value, message.key(), work.partition.number if beside else BY_KEY, work.delivered(closing)
+            )
         except JobledgerError as exc:
             self._fail(exc)
 
-    def _refused_by_size(self, work: Work, closing: bool, topic: str, value: bytes, key: str | bytes | None) -> None:
+    def _refused_by_size(
+        self, work: Work, closing: bool | None, topic: str, value: bytes, key: str | bytes | None
+    ) -> None:
         """The broker refused a batch for its size; whose fault that is shows when each record goes alone."""
         limit = f"what topic {topic} takes (its max.message.bytes)"
-        callback = work.closing_delivered if closing else work.derived_delivered
+        beside = closing is not False
         try:
             if topic not in work.alone:
                 work.alone |= {topic}
-                self._sender.send_alone(topic, value, key, work.partition.number if closing else BY_KEY, callback)
+                self._sender.send_alone(
+                    topic, value, key, work.partition.number if beside else BY_KEY, work.delivered(closing)
+                )
             elif closing and work.event is not None and not work.shortened:
                 work.alone, work.shortened = work.alone - {topic}, True
                 self._too_large(work, len(value), limit)

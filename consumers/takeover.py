@@ -28,7 +28,7 @@ from jobledger.errors import AccessDenied, BrokerUnavailable, JobledgerError, Re
 from jobledger.log import PASSING, consumer, consumer_config, translate
 from jobledger.names import Names
 from jobledger.schemas.codec import Decoder
-from jobledger.schemas.events import CLOSING, Fact, JobStarted, JobSucceeded
+from jobledger.schemas.events import Fact, JobRetried, JobSnoozed, JobStarted, JobSucceeded, closes
 from jobledger.schemas.glance import glance
 
 LOG = logging.getLogger("jobledger.worker")
@@ -256,8 +256,12 @@ class Takeover(threading.Thread):
             return  # the materializer's to report
         fact = event.fact
         key = release_key(event.job_id, event.run, event.release)
-        if isinstance(fact, CLOSING):
+        if closes(fact):
             self._note_end(partition, message, key, fact)
+        elif isinstance(fact, JobRetried | JobSnoozed):  # in place: that start has ended, and the next one is due
+            partition.starts.pop(key, None)
+            attempt = event.attempt + isinstance(fact, JobRetried)
+            partition.held[key] = (attempt, message.timestamp()[1] + fact.delay_ms, message.offset() or 0)
         elif isinstance(fact, JobStarted):
             self._note_start(partition, key, fact.takeover)
 
@@ -268,6 +272,7 @@ class Takeover(threading.Thread):
     def _note_end(self, partition: Partition, message: Message, key: int, fact: Fact) -> None:
         partition.closed.setdefault(key, Found(message.offset() or 0, message.timestamp()[1], fact))
         partition.starts.pop(key, None)
+        partition.held.pop(key, None)
 
     def _conclude(self, plan: _Plan) -> None:
         partition = plan.partition
@@ -276,11 +281,12 @@ class Takeover(threading.Thread):
         for key in [k for k in partition.closed if k in partition.memory]:
             del partition.closed[key]
         partition.scanned_to = plan.high
-        if partition.closed:
+        if partition.closed or partition.held:
             partition.offsets.hold(plan.floor)
         if plan.high <= plan.restored.base:
             partition.closed.clear()
             partition.starts.clear()
+            partition.held.clear()
             partition.offsets.hold(None)
         self.found += len(partition.closed)
         LOG.info(

@@ -16,6 +16,7 @@ from typing import Any
 
 from confluent_kafka import KafkaError, Message
 
+from jobledger.consumers.gates import AdaptiveGate, BreakerGate, Gate, Room, Scope
 from jobledger.consumers.offsets import PartitionOffsets
 from jobledger.consumers.outcome import Outcome
 from jobledger.consumers.releases import ReleaseMemory
@@ -26,8 +27,9 @@ from jobledger.task import Task
 
 LOG = logging.getLogger("jobledger.worker")
 
-#: Delivery reports wait here until the settler takes them: (what was sent for, whether it closes, error, message).
-Arrived = deque[tuple["Work", bool, KafkaError | None, Message]]
+#: Delivery reports wait here until the settler takes them: (what was sent for, whether it closes (None: it is said in
+#: place, and the job goes on), error, message).
+Arrived = deque[tuple["Work", bool | None, KafkaError | None, Message]]
 
 #: Seconds between two progress facts of one job.
 PROGRESS_INTERVAL_S = 0.1
@@ -63,6 +65,20 @@ class Found:
         self.offset, self.appended_ms, self.fact = offset, appended_ms, fact
 
 
+class Line:
+    """Jobs of one partition that wait, in order. ``serial``: one at a time; ``busy``: one of them runs, or is held.
+
+    ``queued``: it stands where lines are looked at, its stage's or a gate's.
+    """
+
+    __slots__ = ("busy", "identity", "partition", "queued", "serial", "works")
+
+    def __init__(self, partition: Partition, identity: tuple[str, ...], serial: bool) -> None:
+        self.partition, self.identity, self.serial = partition, identity, serial
+        self.busy = self.queued = False
+        self.works: deque[Work] = deque()
+
+
 class Partition:
     """One partition of a work topic, from its assignment to its end here. Assigned again, it is a new one."""
 
@@ -88,12 +104,25 @@ class Partition:
         self.starts: dict[int, int] = {}
         self.scanned_to = 0
         self.last_commit: tuple[int, str] | None = None
+        #: What waits here, by (kind, name, …), and how many jobs that is.
+        self.lines: dict[tuple[str, ...], Line] = {}
+        self.waiting = 0
+        #: Attempts that a former owner made in place, by release: (attempt to come, due in ms of the broker's clock, where
+        #: on lifecycle that stands).
+        self.held: dict[int, tuple[int, int, int]] = {}
 
     def __repr__(self) -> str:
         return f"{self.topic}[{self.number}]"
 
+    def oldest_ms(self) -> int | None:
+        """When the oldest record that waits here was appended; None: none waits."""
+        try:
+            return int(self.raw[0].timestamp()[1])
+        except IndexError:
+            return None
+
     @property
-    def held(self) -> int:
+    def fetched(self) -> int:
         """Fetched records that count against the prefetch limit."""
         return 0 if self.braked or self.stopped is not None or not self.ready else len(self.raw)
 
@@ -127,12 +156,17 @@ class Plan:
     """A task as the worker runs it, and its counts."""
 
     __slots__ = (
+        "adaptive",
+        "breaker",
         "decode_args",
         "failed",
         "fn",
+        "gates",
         "is_async",
         "name",
         "retried",
+        "room",
+        "scope",
         "seconds",
         "snoozed",
         "succeeded",
@@ -145,6 +179,18 @@ class Plan:
         self.decode_args = task.decode_args
         self.succeeded = self.retried = self.snoozed = self.failed = 0
         self.seconds = 0.0
+        policy = task.policy
+        self.scope = Scope(f"task {task.name}", policy.limits)
+        self.adaptive = None if policy.adaptive is None else AdaptiveGate(f"task {task.name}", policy.adaptive)
+        self.breaker = None if policy.breaker is None else BreakerGate(f"task {task.name}", policy.breaker)
+        self.gates: tuple[Gate, ...] = ()
+        self.room: Room | None = None  # where its code runs, if there is not room for any number
+        self.regate()
+
+    def regate(self) -> None:
+        """Its limits or pauses were changed."""
+        found = (self.scope if self.scope.active else None, self.adaptive, self.breaker)
+        self.gates = tuple(gate for gate in found if gate is not None)
 
 
 class Work:
@@ -152,14 +198,20 @@ class Work:
 
     __slots__ = (
         "abandoned",
+        "again_s",
         "alone",
         "arrived",
         "began",
         "context",
         "event",
+        "expires_at",
+        "gates",
         "handle",
+        "held_since",
         "kwargs",
         "lifecycle_offset",
+        "line",
+        "noted",
         "offset",
         "outcome",
         "partition",
@@ -169,6 +221,7 @@ class Work:
         "reported_at",
         "send_progress",
         "shortened",
+        "stop_outcome",
         "takeover",
         "tries",
         "unsent",
@@ -183,7 +236,14 @@ class Work:
         self.takeover = 0  # starts of this release without an end, that the log shows
         self.began = 0.0
         self.abandoned = False  # its outcome must not be written any more
-        self.waiting = False  # for a thread; not begun
+        self.waiting = False  # in a line or for a thread; not begun
+        self.line: Line | None = None  # that it waits in, or holds up
+        self.gates: tuple[Gate, ...] = ()  # that count it while it runs
+        self.expires_at: int | None = None  # µs of the broker's clock
+        self.held_since = 0.0  # since when it holds its key
+        self.again_s: float | None = None  # tried again in place, so many seconds from now
+        self.noted = True  # what it said in place is acknowledged
+        self.stop_outcome: Outcome | None = None  # somebody asked it to end: what it comes to then
         #: Topics to which its records go as batches of their own, because a batch was refused for its size.
         self.alone = _NOWHERE
         self.shortened = False  # its outcome was replaced, because it was too large by itself
@@ -199,6 +259,16 @@ class Work:
     def closing_delivered(self, error: KafkaError | None, message: Message) -> None:
         """Delivery callback of the closing fact."""
         self.arrived.append((self, True, error, message))
+
+    def delivered(self, closing: bool | None) -> Callable[[KafkaError | None, Message], None]:
+        """The delivery callback of one kind of record; as in `Arrived`."""
+        return (
+            self.noted_delivered if closing is None else self.closing_delivered if closing else self.derived_delivered
+        )
+
+    def noted_delivered(self, error: KafkaError | None, message: Message) -> None:
+        """Delivery callback of a fact that closes nothing, but must be found by a later owner."""
+        self.arrived.append((self, None, error, message))
 
     def derived_delivered(self, error: KafkaError | None, message: Message) -> None:
         """Delivery callback of a derived record."""

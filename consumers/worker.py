@@ -24,6 +24,7 @@ from typing import Any
 
 from jobledger.access import knock
 from jobledger.config import Settings
+from jobledger.consumers.control import ControlReader
 from jobledger.consumers.dispatch import Dispatcher
 from jobledger.consumers.execute import Executor
 from jobledger.consumers.facts import Facts
@@ -36,6 +37,7 @@ from jobledger.consumers.work import Partition
 from jobledger.errors import AccessDenied, BrokerUnavailable, ConfigError, JobledgerError
 from jobledger.kafka import acls
 from jobledger.log import decoder, partitions_of, source
+from jobledger.names import lane as lane_of
 from jobledger.task import Registry
 
 __all__ = ["EXIT_BROKEN", "EXIT_OK", "Worker", "WorkerOptions", "run_tuned", "run_worker"]
@@ -71,6 +73,7 @@ class Worker:
         self.queues = [registry.check_queue(q) for q in (list(registry.queues) if names is None else names)]
         if not self.queues or len(set(self.queues)) != len(self.queues):
             raise ConfigError(f"queues={self.queues!r}: name at least one queue, and each once")
+        self.lanes = [lane for queue in self.queues for lane in registry.queues[queue].lanes]
         self.source = source("worker")
         self.identity = f"{socket.gethostname()}:{os.getpid()}"
         self.started_at = time.monotonic()
@@ -84,6 +87,7 @@ class Worker:
         self.settler: Settler | None = None
         self.takeover: Takeover | None = None
         self.sender: Sender | None = None
+        self.control: ControlReader | None = None
         self.ended = threading.Event()
 
     # -- from outside ---------------------------------------------------------------------------------------------
@@ -133,13 +137,13 @@ class Worker:
 
     def _check_topics(self, sender: Sender) -> None:
         names = self.registry.names
-        others = (names.lifecycle, names.coordination, names.dead_letter, names.schemas)
-        self._patiently(lambda: acls.check(self.settings, names.namespace, [*others, *map(names.jobs, self.queues)]))
+        others = (names.lifecycle, names.coordination, names.dead_letter, names.schemas, names.control)
+        self._patiently(lambda: acls.check(self.settings, names.namespace, [*others, *map(names.jobs, self.lanes)]))
         lifecycle = self._patiently(lambda: partitions_of(self.settings, names.lifecycle))
-        for topic in (names.coordination, names.dead_letter, names.schemas):
+        for topic in (names.coordination, names.dead_letter, names.schemas, names.control):
             self._patiently(partial(partitions_of, self.settings, topic))
-        for queue in self.queues:
-            topic = names.jobs(queue)
+        for lane in self.lanes:
+            topic = names.jobs(lane)
             count = self._patiently(partial(partitions_of, self.settings, topic))
             if count > lifecycle:
                 raise ConfigError(
@@ -149,7 +153,8 @@ class Worker:
 
         # The schema is there, acknowledged, before anything is written with it.
         tasks = self.registry.tasks
-        fallbacks = {tasks[t.fallback].queue for t in tasks.values() if t.fallback is not None}
+        followers = [tasks[t.fallback] for t in tasks.values() if t.fallback is not None]
+        fallbacks = {lane_of(task.queue, task.policy.priority) for task in followers}
         written = [names.lifecycle, names.coordination, names.dead_letter, *map(names.jobs, sorted(fallbacks))]
         self._patiently(lambda: sender.prepare(written))
 
@@ -179,10 +184,13 @@ class Worker:
             sender,
             decode,
             arrived,
+            queues=self.queues,
             concurrency=options.concurrency,
             threads=options.job_threads,
             waiting_limit=max(64, options.prefetched // 2),
+            lookahead=options.lookahead,
             unknown_task_backoff=options.unknown_task,
+            broker_ms=lambda: settler.clock.ms(),
             fail=self.fail,
         )
         executor = dispatcher.executor = Executor(
@@ -208,7 +216,7 @@ class Worker:
             Fetcher(
                 settings,
                 names,
-                queue,
+                lane,
                 settler=settler,
                 prefetch=options.prefetched,
                 lease=options.lease,
@@ -217,12 +225,22 @@ class Worker:
                 wake=dispatcher.wake,
                 fail=self.fail,
             )
-            for queue in self.queues
+            for lane in self.lanes
         ]
         dispatcher.fetchers = self.fetchers
         if any(not plan.is_async for plan in dispatcher.plans.values()):
             executor.start_threads(options.job_threads)
         dispatcher.start(loop)
+        control = self.control = ControlReader(
+            settings,
+            names,
+            dispatcher.control,
+            cancelled=lambda *order: dispatcher.call(dispatcher.cancelled, *order),
+            regated=lambda: dispatcher.call(dispatcher.regate),
+            fail=self.fail,
+        )
+        control.start()
+        await asyncio.to_thread(control.await_live)
         takeover.start()
         settler.start()
         for fetcher in self.fetchers:
@@ -256,6 +274,8 @@ class Worker:
         for fetcher in self.fetchers:
             fetcher.drain()
         takeover.close()
+        if self.control is not None:
+            self.control.close()
         await self._wait_idle(dispatcher, began + (0.0 if self.error is not None else self.options.grace))
         left = list(dispatcher.running)
         if left:

@@ -128,22 +128,18 @@ class Breaker:
     """Stop calling what keeps failing: after ``failures`` failed attempts in a row of a task in a worker, its jobs are
     snoozed instead of burning attempts; after ``reset`` seconds one is let through to try (M. Nygard, "Release It!", 2007).
 
-    ``on``: which exceptions count; a `Reject` or a `Snooze` never does.
+    A failed attempt is one that is tried again, or was the last; a job that was rejected, snoozed or cancelled says
+    nothing about what it calls.
     """
 
     failures: int = 5
     reset: float = 30.0
-    on: tuple[type[BaseException], ...] = (Exception,)
 
     def __post_init__(self) -> None:
         if isinstance(self.failures, bool) or not isinstance(self.failures, int) or self.failures < 1:
             raise ConfigError(f"Breaker(failures={self.failures!r}) is not a whole number from 1 up")
         if isinstance(self.reset, bool) or not isinstance(self.reset, int | float) or not 0 < self.reset <= 86400:
             raise ConfigError(f"Breaker(reset={self.reset!r}) is not a number of seconds above 0, at most a day")
-        on = self.on if isinstance(self.on, tuple) else (self.on,)
-        if not on or not all(isinstance(kind, type) and issubclass(kind, BaseException) for kind in on):
-            raise ConfigError(f"Breaker(on={self.on!r}) names something that is no exception class")
-        object.__setattr__(self, "on", on)
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,37 @@
+"""The broker's clock, as a worker can know it: expiries are counted on it, and every record it appends tells the time."""
+
+from __future__ import annotations
+
+import time
+
+#: Milliseconds after which what was learned is forgotten, in two halves: clocks are set, and brokers change.
+_HALF_MS = 60_000.0
+
+
+class BrokerClock:
+    """An estimate that is never ahead: a record heard of now was appended at its time or, on its way, a little before.
+
+    Until a record tells, this machine's own clock stands for it.
+    """
+
+    __slots__ = ("_before", "_now", "_since")
+
+    def __init__(self) -> None:
+        self._now: float | None = None  # the best difference of this half, and of the one before
+        self._before: float | None = None
+        self._since = 0.0
+
+    def observe(self, appended_ms: int) -> None:
+        """A record that was just heard of carries this append time (milliseconds since the epoch; -1: none)."""
+        if appended_ms <= 0:
+            return
+        here = time.time() * 1000
+        if here - self._since > _HALF_MS:
+            self._before, self._now, self._since = self._now, None, here
+        seen = appended_ms - here
+        self._now = seen if self._now is None else max(self._now, seen)
+
+    def ms(self) -> float:
+        """Milliseconds since the epoch, broker's clock."""
+        known = [d for d in (self._now, self._before) if d is not None]
+        return time.time() * 1000 + (max(known) if known else 0.0)

@@ -1,0 +1,369 @@
+"""What may begin now: limits of a group, pauses, a task's adaptive concurrency, its circuit breaker. Pure, on one thread.
+
+A gate says how many more jobs it lets through (`free`), is told when one begins and ends, and says when to ask again
+(`wait`). Limits hold for a whole consumer group without anybody counting for all: each partition number of a queue
+carries a share, and a worker has the shares of the partitions it owns (`share_of`). So a limit is kept exactly while
+partitions stay where they are; while they move, both owners may use a share for a moment. With all load in one
+partition, only that partition's worker's shares are used.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Iterable
+from typing import Any, Protocol
+
+from jobledger.policy import Adaptive, Breaker, Limits
+
+#: As many as anybody could want.
+ENDLESS = 1 << 30
+#: Seconds of its rate that a bucket holds: what may begin at once after a quiet time.
+BURST_S = 0.1
+
+
+class Gate(Protocol):
+    """One condition. Times are seconds of a monotonic clock. ``parked``: what waits for it to open."""
+
+    parked: deque[Any]
+    name: str
+
+    def free(self, now: float) -> int:
+        """How many more may begin now."""
+        ...
+
+    def begin(self, now: float) -> None:
+        """One begins."""
+        ...
+
+    def end(self, now: float, seconds: float, good: bool | None) -> None:
+        """One that ran for ``seconds`` ended. ``good``: whether what it calls answered; None: that says nothing."""
+        ...
+
+    def wait(self, now: float) -> float | None:
+        """Seconds until it may open by itself; None: only something that happens opens it."""
+        ...
+
+    def describe(self) -> str:
+        """What holds jobs back, for people."""
+        ...
+
+    def passes_in(self, waiting: int) -> float:
+        """About how many seconds pass until ``waiting`` jobs have gone through; used to set jobs aside."""
+        ...
+
+
+def share_of(limit: int, owned: Iterable[int], total: int) -> int:
+    """The part of a whole number that the owned ones of ``total`` partitions carry; over all owners it is ``limit``.
+
+    Never 0 for who owns one: a limit below the number of partitions is refused where it is declared, and a worker that
+    meets one all the same had better be over it than stand still.
+    """
+    each, rest = divmod(limit, total)
+    numbers = [n for n in owned if n < total]
+    return max(1, sum(each + (n < rest) for n in numbers)) if numbers else 0
+
+
+class Scope:
+    """What people may limit or pause: a queue or a task. ``declared``: in the code; ``ordered``: at run time."""
+
+    __slots__ = (
+        "_filled_at",
+        "_owned",
+        "_rate",
+        "_slots",
+        "_tokens",
+        "_total",
+        "declared",
+        "name",
+        "ordered",
+        "parked",
+        "paused",
+        "running",
+    )
+
+    def __init__(self, name: str, declared: Limits) -> None:
+        self.name, self.declared = name, declared
+        self.ordered: Limits | None = None
+        self.paused: str | None = None  # who paused it, and why
+        self.parked: deque[Any] = deque()
+        self.running = 0
+        self._owned: list[int] = []
+        self._total = 1
+        self._rate: float | None = None
+        self._slots: int | None = None
+        self._tokens, self._filled_at = 0.0, -math.inf
+        self._divide()
+
+    @property
+    def limits(self) -> Limits:
+        """Those in force, of the whole group."""
+        return self.declared if self.ordered is None else self.ordered
+
+    @property
+    def active(self) -> bool:
+        """Whether it holds anything back at all."""
+        return self.paused is not None or bool(self.limits)
+
+    @property
+    def rate(self) -> float | None:
+        """Starts a second that this worker may make; None: no limit."""
+        return self._rate
+
+    @property
+    def slots(self) -> int | None:
+        """Jobs that this worker may run at once; None: no limit."""
+        return self._slots
+
+    def order(self, limits: Limits | None) -> None:
+        """Other limits than the declared ones, from now on; None: the declared ones again."""
+        self.ordered = limits
+        self._divide()
+
+    def own(self, owned: Iterable[int], total: int) -> None:
+        """This worker has these of ``total`` partitions."""
+        self._owned, self._total = sorted(owned), max(1, total)
+        self._divide()
+
+    def _divide(self) -> None:
+        limits = self.limits
+        held = len([n for n in self._owned if n < self._total])
+        self._rate = None if limits.rate is None else limits.rate * held / self._total
+        self._slots = None if limits.concurrency is None else share_of(limits.concurrency, self._owned, self._total)
+
+    def _fill(self, now: float) -> None:
+        rate = self._rate
+        assert rate is not None
+        full = max(1.0, rate * BURST_S)
+        self._tokens = min(full, self._tokens + (now - self._filled_at) * rate) if rate else 0.0
+        self._filled_at = now
+
+    def free(self, now: float) -> int:
+        """See `Gate.free`."""
+        if self.paused is not None:
+            return 0
+        free = ENDLESS if self._slots is None else self._slots - self.running
+        if self._rate is not None and free > 0:
+            self._fill(now)
+            free = min(free, int(self._tokens + 1e-9))
+        return max(0, free)
+
+    def begin(self, now: float) -> None:
+        """See `Gate.begin`."""
+        self.running += 1
+        if self._rate is not None:
+            self._fill(now)
+            self._tokens -= 1.0
+
+    def end(self, now: float, seconds: float, good: bool | None) -> None:
+        """See `Gate.end`."""
+        self.running -= 1
+
+    def wait(self, now: float) -> float | None:
+        """See `Gate.wait`."""
+        if self.paused is not None or not self._rate:
+            return None
+        if self._slots is not None and self.running >= self._slots:
+            return None
+        self._fill(now)
+        return max(0.0, (1.0 - self._tokens) / self._rate)
+
+    def describe(self) -> str:
+        """What holds jobs back, for people."""
+        limits = self.limits
+        if self.paused is not None:
+            return f"{self.name}: paused {self.paused}"
+        said = [] if limits.rate is None else [f"{limits.rate:g} a second"]
+        said += [] if limits.concurrency is None else [f"{limits.concurrency} at once"]
+        return f"{self.name}: {' and '.join(said)} for all workers"
+
+    def passes_in(self, waiting: int) -> float:
+        """About how many seconds pass until ``waiting`` jobs have gone through; used to set jobs aside."""
+        if self.paused is not None:
+            return 60.0
+        return waiting / self._rate if self._rate else 30.0
+
+
+class AdaptiveGate:
+    """`Adaptive` at work: a concurrency that follows what the task calls, in this worker.
+
+    Judged once a window, which lasts for at least `WINDOW_S` seconds and as many ended jobs as may run at once: more than
+    a tenth failed, or the mean latency is above ``tolerance`` times the best mean seen: multiply by ``backoff``; else, if
+    the concurrency was used up: add one. The best mean is forgotten by a hundredth each window, so that a service that
+    became slower for good is not held against its past for ever.
+    """
+
+    WINDOW_S = 0.5
+    FAILED_SHARE = 0.1
+
+    __slots__ = (
+        "_began_at",
+        "_best",
+        "_failed",
+        "_full",
+        "_seconds",
+        "_timed",
+        "limit",
+        "name",
+        "parked",
+        "policy",
+        "running",
+    )
+
+    def __init__(self, name: str, policy: Adaptive) -> None:
+        self.name, self.policy = name, policy
+        self.limit = float(min(policy.most, max(policy.least, 10)))
+        self.running = 0
+        self.parked: deque[Any] = deque()
+        self._best: float | None = None
+        self._began_at = -math.inf
+        self._reset(-math.inf)
+
+    def _reset(self, now: float) -> None:
+        self._began_at = now
+        self._seconds, self._timed, self._failed, self._full = 0.0, 0, 0, False
+
+    def free(self, now: float) -> int:
+        """See `Gate.free`."""
+        free = int(self.limit) - self.running
+        if free <= 0:
+            self._full = True
+        return max(0, free)
+
+    def begin(self, now: float) -> None:
+        """See `Gate.begin`."""
+        self.running += 1
+        if self._began_at == -math.inf:
+            self._began_at = now
+
+    def end(self, now: float, seconds: float, good: bool | None) -> None:
+        """See `Gate.end`."""
+        self.running -= 1
+        if good is None:
+            return
+        self._timed += 1
+        self._seconds += seconds
+        self._failed += not good
+        if now - self._began_at >= self.WINDOW_S and self._timed >= min(int(self.limit), 50):
+            self._judge(now)
+
+    def _judge(self, now: float) -> None:
+        policy = self.policy
+        mean = self._seconds / self._timed
+        slow = self._best is not None and mean > self._best * policy.tolerance
+        if slow or self._failed > self._timed * self.FAILED_SHARE:
+            self.limit = max(float(policy.least), self.limit * policy.backoff)
+        elif self._full:
+            self.limit = min(float(policy.most), self.limit + 1.0)
+        if not self._failed:
+            self._best = mean if self._best is None else min(mean, self._best * 1.01)
+        self._reset(now)
+
+    def wait(self, now: float) -> float | None:
+        """See `Gate.wait`."""
+        return None
+
+    def describe(self) -> str:
+        """See `Scope.describe`."""
+        return f"{self.name}: {int(self.limit)} at once in a worker, by how what it calls answers"
+
+    def passes_in(self, waiting: int) -> float:
+        """See `Scope.passes_in`."""
+        return 10.0
+
+
+class BreakerGate:
+    """`Breaker` at work: closed, open for ``reset`` seconds after so many failures in a row, then one job tries."""
+
+    __slots__ = ("_failures", "_open_until", "_trying", "name", "parked", "policy", "trips")
+
+    def __init__(self, name: str, policy: Breaker) -> None:
+        self.name, self.policy = name, policy
+        self.parked: deque[Any] = deque()
+        self._failures = 0
+        self._open_until: float | None = None
+        self._trying = 0
+        self.trips = 0
+
+    @property
+    def is_open(self) -> bool:
+        """Whether it holds jobs back, but for one that may try."""
+        return self._open_until is not None
+
+    def free(self, now: float) -> int:
+        """See `Gate.free`."""
+        if self._open_until is None:
+            return ENDLESS
+        return 0 if now < self._open_until or self._trying else 1
+
+    def begin(self, now: float) -> None:
+        """See `Gate.begin`."""
+        if self._open_until is not None:
+            self._trying += 1
+
+    def end(self, now: float, seconds: float, good: bool | None) -> None:
+        """See `Gate.end`."""
+        self._trying = max(0, self._trying - 1)
+        if good:
+            self._failures, self._open_until = 0, None
+        elif good is not None:
+            self._failures += 1
+            if self._failures >= self.policy.failures and (self._open_until is None or now >= self._open_until):
+                self.trips += 1
+                self._open_until = now + self.policy.reset
+        elif self._open_until is not None and now >= self._open_until:
+            self._open_until = now  # what tried said nothing: another may
+
+    def wait(self, now: float) -> float | None:
+        """See `Gate.wait`."""
+        return None if self._open_until is None or self._trying else max(0.0, self._open_until - now)
+
+    def describe(self) -> str:
+        """See `Scope.describe`."""
+        return f"{self.name}: its circuit is open after {self._failures} failures in a row"
+
+    def passes_in(self, waiting: int) -> float:
+        """See `Scope.passes_in`."""
+        return self.policy.reset
+
+
+class Room:
+    """How many may be in one place at once: the threads, the child processes."""
+
+    __slots__ = ("most", "name", "parked", "running")
+
+    def __init__(self, name: str, most: int) -> None:
+        self.name, self.most, self.running = name, most, 0
+        self.parked: deque[Any] = deque()
+
+    def free(self, now: float) -> int:
+        """See `Gate.free`."""
+        return max(0, self.most - self.running)
+
+    def begin(self, now: float) -> None:
+        """See `Gate.begin`."""
+        self.running += 1
+
+    def end(self, now: float, seconds: float, good: bool | None) -> None:
+        """See `Gate.end`."""
+        self.running -= 1
+
+    def wait(self, now: float) -> float | None:
+        """See `Gate.wait`."""
+        return None
+
+    def describe(self) -> str:
+        """See `Gate.describe`."""
+        return f"{self.most} {self.name}"
+
+    def passes_in(self, waiting: int) -> float:
+        """See `Gate.passes_in`."""
+        return 10.0
+
+
+def closed_gate(gates: Iterable[Gate], now: float) -> Gate | None:
+    """The first gate that lets nothing through."""
+    for gate in gates:
+        if gate.free(now) <= 0:
+            return gate
+    return None
