@@ -59,6 +59,7 @@ from jobledger.schemas.events import (
     JobSpec,
     JobStarted,
     JobSubmitted,
+    lasting,
 )
 from jobledger.task import Registry
 
@@ -910,11 +911,7 @@ class Dispatcher:
 
 def _expiring(event: JobEvent, spec: JobSpec, appended_ms: int) -> JobEvent:
     """The event with its expiry as a time: what derives from it is appended later."""
-    at = spec.expires_at
-    if at is None:
-        assert spec.expires_in_ms is not None
-        at = (appended_ms + spec.expires_in_ms) * 1000
-    fact = msgspec.structs.replace(event.fact, spec=msgspec.structs.replace(spec, expires_in_ms=None, expires_at=at))
+    fact = msgspec.structs.replace(event.fact, spec=lasting(spec, appended_ms))
     return msgspec.structs.replace(event, fact=fact)
 
 

@@ -13,10 +13,11 @@ from jobledger.domain import EventType, Format, as_event_class
 from jobledger.errors import ConfigError
 from jobledger.job import JobStatus, State
 from jobledger.names import Names
-from jobledger.policy import KEY_HOLD_MAX_S, LEASE_S, Adaptive, Breaker
+from jobledger.orders import Job, Kind, Orders
+from jobledger.policy import KEY_HOLD_MAX_S, LEASE_S, Adaptive, Breaker, Limits
 from jobledger.retry import Retry
 from jobledger.schemas.events import Position
-from jobledger.task import DEFAULT_PARTITIONS, DEFAULT_QUEUE, JobRequest, Queue, Registry, Task
+from jobledger.task import DEFAULT_PARTITIONS, DEFAULT_QUEUE, JobRequest, Queue, Registry, Task, check_shares
 
 if TYPE_CHECKING:
     import datetime as dt
@@ -67,6 +68,7 @@ class App:
         self.settings = settings or Settings.from_env()
         self.registry = Registry(name, queues=queues, partitions=partitions, submitter=lambda: self.client)
         self._client: Client | None = None
+        self._orders: Orders | None = None
         self._reader: Any = None
         self._lock = threading.Lock()
         self._pid = os.getpid()
@@ -112,6 +114,13 @@ class App:
                 if self._client is None:
                     self._client = Client(self.settings, self.names, self.status_table)
         return self._client
+
+    @property
+    def orders(self) -> Orders:
+        """What people order: cancel, pause, resume, limit; see also `cancel`, `pause`, `resume` and `limit`."""
+        if self._orders is None:
+            self._orders = Orders(self.settings, self.names, lambda: self.client.writer())
+        return self._orders
 
     def check(self) -> None:
         """Raise `ConfigError` for what can be judged only when every task is registered; workers and the CLI call it."""
@@ -348,6 +357,54 @@ class App:
             return fold
 
         return register
+
+    # -- ordering -------------------------------------------------------------------------------------------------
+
+    def cancel(self, job_id: str, reason: str | None = None, *, run: int = 1, by: str | None = None) -> None:
+        """Want a job to end; returns once the log has acknowledged that.
+
+        One that waits, for its turn, a time or a retry, is not started any more; one that runs is told: a coroutine is
+        cancelled, a thread gets an exception where Python runs in it, a process is ended. One that has ended stays what it is. ``by``: who
+        wants it, this user and host unless given. Raises `ConfigError`, `TopicMissing` or `BrokerUnavailable`.
+        """
+        self.orders.cancel([Job(job_id, run)], reason, by)
+
+    def pause(
+        self, *, queue: str | None = None, task: str | None = None, reason: str | None = None, by: str | None = None
+    ) -> None:
+        """Start nothing more of a queue or a task, on any worker, until `resume`. What runs goes on. Raises as `cancel`."""
+        self.orders.pause(*self._ordered(queue, task), reason, by)
+
+    def resume(
+        self, *, queue: str | None = None, task: str | None = None, reason: str | None = None, by: str | None = None
+    ) -> None:
+        """End a `pause`. Raises as `cancel`."""
+        self.orders.resume(*self._ordered(queue, task), reason, by)
+
+    def limit(
+        self,
+        *,
+        queue: str | None = None,
+        task: str | None = None,
+        rate: str | float | None = None,
+        concurrency: int | None = None,
+        reason: str | None = None,
+        by: str | None = None,
+    ) -> None:
+        """Limit a queue or task for all workers together, in place of what the code says; without ``rate`` and
+        ``concurrency`` the code's limits count again. Raises as `cancel`."""
+        kind, name = self._ordered(queue, task)
+        limits = Limits.of(rate, concurrency, f"{kind} {name!r}")
+        on = self.queues[name if kind == "queue" else self.registry.task(name).queue]
+        check_shares(f"{kind} {name!r}", on, limits, self.partitions)
+        self.orders.limit(kind, name, limits or None, reason, by)
+
+    def _ordered(self, queue: str | None, task: str | None) -> tuple[Kind, str]:
+        if (queue is None) == (task is None):
+            raise ConfigError(f"queue={queue!r}, task={task!r}: name one of the two")
+        if queue is not None:
+            return "queue", self.registry.check_queue(queue)
+        return "task", self.registry.task(task or "").name
 
     # -- following ------------------------------------------------------------------------------------------------
 

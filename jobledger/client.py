@@ -39,6 +39,7 @@ from jobledger.job import JobStatus, State
 from jobledger.log import Headers, LogWriter, Outgoing, now_us, position_of, source
 from jobledger.lookup import SchemaLookup
 from jobledger.names import Names, lane
+from jobledger.orders import Job, Orders
 from jobledger.registry import Registry
 from jobledger.schemas import codec, frame
 from jobledger.schemas.derive import check_evolution
@@ -91,6 +92,10 @@ class JobHandle(Generic[R]):
         Raises `StatusTimeout` after ``timeout`` seconds (None: for ever), `ResultInsideJob` inside a job.
         """
         return self._client.wait(self.job_id, at_least=self.position, timeout=timeout)
+
+    def cancel(self, reason: str | None = None) -> None:
+        """Want the job to end, durably: it is not started any more, or told if it runs; see `App.cancel`."""
+        self._client.cancel(self.job_id, reason)
 
     def result(self, timeout: float | None = None) -> R:
         """Wait for the job's end and return its result, as JSON gives it.
@@ -169,6 +174,14 @@ class Client:
                 atexit.register(found.close, 5.0)
         found.ensure_schema()
         return found
+
+    def writer(self) -> LogWriter:
+        """What sends at once; connected and ready."""
+        return self._writer(bulk=False)
+
+    def cancel(self, job_id: str, reason: str | None = None, run: int = 1) -> None:
+        """Want a job to end; see `App.cancel`."""
+        Orders(self.settings, self.names, self.writer).cancel([Job(job_id, run)], reason)
 
     def close(self) -> None:
         """Flush and close the connections; the next submission opens new ones."""

@@ -144,6 +144,7 @@ class Close(msgspec.Struct, frozen=True, array_like=True, gc=False):
     duration_us: int
     error: ErrorInfo | None = None
     reason: str | None = None
+    in_place: bool = False
 
 
 class Report(msgspec.Struct, frozen=True, array_like=True, gc=False):
@@ -219,12 +220,12 @@ def _progressed(run: int, release: int, attempt: int, task: str, queue: str, fac
 
 
 def _retried(run: int, release: int, attempt: int, task: str, queue: str, fact: ev.JobRetried, at: At) -> Life:
-    close = Close(release, attempt, at, _later(at, fact.delay_ms), fact.duration_us, fact.error, None)
+    close = Close(release, attempt, at, _later(at, fact.delay_ms), fact.duration_us, fact.error, None, fact.in_place)
     return Life(run, Head(2, at, task, queue), None, None, close, None, None, (at,))
 
 
 def _snoozed(run: int, release: int, attempt: int, task: str, queue: str, fact: ev.JobSnoozed, at: At) -> Life:
-    close = Close(release, attempt, at, _later(at, fact.delay_ms), fact.duration_us, None, fact.reason)
+    close = Close(release, attempt, at, _later(at, fact.delay_ms), fact.duration_us, None, fact.reason, fact.in_place)
     return Life(run, Head(2, at, task, queue), None, None, close, None, None, (at,))
 
 
@@ -425,7 +426,8 @@ def project(life: Life) -> Visible:
             close.attempt,
             close.release,
             since_ms,
-            close.due_ms,
+            # In place its worker goes on with it: nobody is late who does not let it go.
+            None if close.in_place else close.due_ms,
             started_ms,
             None,
             close.error,

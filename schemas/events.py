@@ -278,6 +278,14 @@ def closes(fact: Fact) -> bool:
     return isinstance(fact, CLOSING) and not getattr(fact, "in_place", False)
 
 
+def lasting(spec: JobSpec, appended_ms: int) -> JobSpec:
+    """The job of a submission appended at ``appended_ms``, as what derives from it must carry it: its expiry as a time."""
+    if spec.expires_in_ms is None:
+        return spec
+    at = (appended_ms + spec.expires_in_ms) * 1000 if spec.expires_at is None else spec.expires_at
+    return msgspec.structs.replace(spec, expires_in_ms=None, expires_at=at)
+
+
 class JobEvent(msgspec.Struct, frozen=True, gc=False):
     """One change in a job's life. ``occurred_at`` is the writer's clock: for people, not for decisions."""
 

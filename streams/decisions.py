@@ -33,6 +33,7 @@ from jobledger.schemas.events import (
     ReleaseDecided,
     ReleaseOverdue,
     ReleaseRequested,
+    lasting,
 )
 from jobledger.streams.timers import wake_at
 
@@ -239,9 +240,7 @@ def _overdue(
 def _schedule(
     event: JobEvent, spec: JobSpec, release: int, due: int, partition: int, offset: int, appended_ms: int
 ) -> Scheduled:
-    expires_at = spec.expires_at
-    if expires_at is None and spec.expires_in_ms is not None:
-        expires_at = (appended_ms + spec.expires_in_ms) * 1000
+    spec = lasting(spec, appended_ms)
     return Scheduled(
         partition,
         offset,
@@ -258,7 +257,7 @@ def _schedule(
         spec.args,
         spec.tags,
         spec.parent,
-        expires_at,
+        spec.expires_at,
         spec.priority,
     )
 

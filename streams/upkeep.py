@@ -40,8 +40,16 @@ from jobledger.log import (
 )
 from jobledger.names import Names
 from jobledger.schemas import codec
-from jobledger.schemas.events import JobDue, JobEvent, JobSpec, JobSubmitted, Position, ReleaseOverdue
-from jobledger.streams import decisions
+from jobledger.schemas.events import (
+    JobDue,
+    JobEvent,
+    JobSpec,
+    JobSubmitted,
+    Position,
+    ReleaseOverdue,
+    lasting,
+)
+from jobledger.streams import cancels, decisions
 from jobledger.streams.store.protocol import Overdue, StatusReader
 from jobledger.streams.trim import Partition, Readers, plan
 
@@ -102,6 +110,7 @@ class Upkeep:
             ("watchdog", self.cadence.watch_every, self.watch),
             ("audit", self.cadence.audit_every, self.audit),
             ("trimming", self.cadence.trim_every, self.trim),
+            ("cancels", self.cadence.trim_every, self.forget_cancels),
         ]
         due = {name: time.monotonic() + every for name, every, _ in rounds}
         try:
@@ -184,11 +193,11 @@ class Upkeep:
         if message is None:
             return None
         try:
-            event = recorded(message, self._decode).event
+            found = recorded(message, self._decode)
         except SchemaError:
             return None
-        fact = event.fact
-        return (event, fact.spec) if isinstance(fact, JobSubmitted | JobDue) else None
+        fact = found.event.fact
+        return (found.event, lasting(fact.spec, found.appended_ms)) if isinstance(fact, JobSubmitted | JobDue) else None
 
     # -- the audit ------------------------------------------------------------------------------------------------
 
@@ -207,6 +216,17 @@ class Upkeep:
         UNCLOSED.labels(self.names.namespace).set(unclosed)
         AUDITED.labels(self.names.namespace).set(time.time())
         return unclosed
+
+    # -- cancels --------------------------------------------------------------------------------------------------
+
+    def forget_cancels(self) -> int:
+        """Take cancels of runs that have ended off the control topic; how many."""
+        with LogReader(self.settings) as log:
+            found = cancels.standing(log, self.names, self._decode)
+        done = list(cancels.settled(found, self.names, self._reader))
+        if done:
+            self._send(done)
+        return len(done)
 
     # -- trimming -------------------------------------------------------------------------------------------------
 
@@ -271,7 +291,9 @@ class Upkeep:
                 due_at = fact.due_at
                 if due_at is None:
                     due_at = (found.appended_ms + (fact.delay_ms or 0)) * 1000
-                event = msgspec.structs.replace(found.event, fact=JobSubmitted(fact.spec, None, due_at))
+                event = msgspec.structs.replace(
+                    found.event, fact=JobSubmitted(lasting(fact.spec, found.appended_ms), None, due_at)
+                )
                 records.append(Outgoing(position.topic, codec.encode(event), event.home or event.job_id))
         self._send(records)
 

@@ -1,4 +1,4 @@
-"""``jobledger submit`` and ``jobledger jobs list|show|wait``: the client, from the command line."""
+"""``jobledger submit`` and ``jobledger jobs list|show|wait|cancel``: the client, from the command line."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from jobledger.errors import BadArguments, ConfigError
 
 if TYPE_CHECKING:
     import datetime as dt
+    from collections.abc import Iterator
 
     from jobledger.app import App
     from jobledger.job import JobStatus
@@ -39,6 +40,11 @@ def submit(
     delay: Annotated[float | None, typer.Option(metavar="SECONDS", help="Run it only after this time.")] = None,
     tag: Annotated[list[str] | None, typer.Option(metavar="NAME=VALUE", help="To find it by; may be repeated.")] = None,
     queue: Annotated[str | None, typer.Option(help="Another queue than the task's.", show_default=False)] = None,
+    key: Annotated[str | None, typer.Option(help="Jobs of one key run one at a time, in order.")] = None,
+    priority: Annotated[str | None, typer.Option(help="high or low, on a queue with priorities.")] = None,
+    expires_in: Annotated[
+        float | None, typer.Option(metavar="SECONDS", help="Do not start it any more after this time.")
+    ] = None,
     wait: Annotated[
         bool, typer.Option("--wait", help="Wait for its end; exit code 5 if it does not end well.")
     ] = False,
@@ -56,7 +62,14 @@ def submit(
     loaded = load_app(target, bootstrap=bootstrap, status_url=status_url)
     found = loaded.registry.task(task)
     arguments = _arguments(found.fn, pairs or [], args)
-    bound = found.using(delay=delay, tags=dict(_split(each, "--tag") for each in tag or []), queue=queue)
+    bound = found.using(
+        delay=delay,
+        tags=dict(_split(each, "--tag") for each in tag or []),
+        queue=queue,
+        key=key,
+        priority=priority,  # type: ignore[arg-type]  # judged there
+        expires_in=expires_in,
+    )
     try:
         handle = bound.submit(**arguments)
         if not wait:
@@ -192,6 +205,89 @@ def wait(
     finally:
         asked.close()
     _finish(status, as_json)
+
+
+@app.command("cancel")
+def cancel(
+    job_ids: Annotated[list[str] | None, typer.Argument(metavar="[ID]...", help="Jobs by their ids.")] = None,
+    where: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=VALUE",
+            help="All that have not ended with this task, queue, state or tag (tag.NAME=VALUE); repeat it to narrow.",
+        ),
+    ] = None,
+    reason: Annotated[str | None, typer.Option("--reason", "-r", help="Why, for those who ask later.")] = None,
+    by: Annotated[str | None, typer.Option("--by", help="Who wants it.", show_default="user@host")] = None,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say which.")] = False,
+    app: AppOption = None,
+    namespace: Namespace = None,
+    bootstrap: Bootstrap = None,
+    status_url: StatusUrl = None,
+    as_json: Json = False,
+) -> None:
+    """Cancel jobs, durably: what waits is not started, what runs is told to end, what has ended stays what it is.
+
+    Example: jobledger jobs cancel --app shop:app --where task=send_mail --where tag.tenant=acme --reason "wrong list"
+    """
+    from jobledger.orders import Job
+
+    if not job_ids and not where:
+        raise ConfigError("which jobs? Give their ids, or --where NAME=VALUE")
+    if job_ids and where:
+        raise ConfigError("give ids or --where, not both")
+    asked = place(app, namespace, bootstrap, status_url)
+    try:
+        if job_ids:
+            found = [Job(job_id) for job_id in job_ids]
+        else:
+            found = [Job(s.job_id, s.run, s.task, s.queue) for s in _open_jobs(asked, where or [])]
+            if not as_json and not dry_run and found and not yes:
+                typer.confirm(f"Cancel {_jobs(len(found))}?", abort=True, err=True)
+        if found and not dry_run:
+            asked.orders.cancel(found, reason, by)
+    finally:
+        asked.close()
+    if as_json:
+        output.print_json({"cancelled": 0 if dry_run else len(found), "jobs": [job.job_id for job in found]})
+    elif dry_run:
+        for job in found:
+            output.console().print(f"{job.job_id}  {job.task}  {job.queue}", markup=False, highlight=False)
+        output.console(stderr=True).print(f"{_jobs(len(found))}; nothing was changed", style="dim")
+    else:
+        output.console().print(f"asked {_jobs(len(found))} to end" if found else "no such jobs", markup=False)
+
+
+def _jobs(count: int) -> str:
+    return "1 job" if count == 1 else f"{count:,} jobs"
+
+
+def _open_jobs(asked: App, where: Sequence[str]) -> Iterator[JobStatus]:
+    """Jobs that have not ended and match everything."""
+    from jobledger.job import State
+
+    state: str | None = None
+    task: str | None = None
+    queue: str | None = None
+    tag: tuple[str, str] | None = None
+    for each in where:
+        name, value = _split(each, "--where")
+        if name == "state":
+            state = _state(value)
+        elif name == "task":
+            task = value
+        elif name == "queue":
+            queue = value
+        elif name.startswith("tag.") and tag is None and len(name) > 4:
+            tag = (name[4:], value)
+        else:
+            raise ConfigError(f"--where {each!r}: write task=…, queue=…, state=… or, once, tag.NAME=…")
+    states = [s for s in State if not s.ended] if state is None else [State(state)]
+    if any(s.ended for s in states):
+        raise ConfigError(f"--where state={state}: those jobs have ended")
+    for one in states:
+        yield from asked.jobs(state=one.value, task=task, queue=queue, tag=tag)
 
 
 # -- arguments -------------------------------------------------------------------------------------------------------

@@ -1,0 +1,168 @@
+"""What people order of jobs, queues and tasks: cancel, pause, resume, limit. Every order is a fact with who and why.
+
+Orders stand on the compacted control topic, which workers read before they start anything and follow from then on: an
+order holds for workers that were down when it was given, until another one takes its place.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import getpass
+import socket
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import uuid_utils
+
+from jobledger.config import Settings
+from jobledger.errors import ConfigError, JobledgerError
+from jobledger.log import LogReader, LogWriter, Outgoing, decoder, now_us, source
+from jobledger.names import Names
+from jobledger.policy import Limits
+from jobledger.schemas import codec
+from jobledger.schemas.events import CancelRequested, JobEvent, QueueLimited, QueuePaused, QueueResumed
+
+Kind = Literal["queue", "task"]
+#: Characters of a reason, and of who gives an order.
+REASON_MOST, BY_MOST = 1_000, 200
+#: The most cancels that are sent before their acknowledgements are awaited.
+AT_ONCE = 5_000
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """What a cancel needs to know of a job. ``home``: the key of its coordination records; None: its id."""
+
+    job_id: str
+    run: int = 1
+    task: str = ""
+    queue: str = ""
+    home: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """The orders in force on one queue or task. ``paused``: by whom, and why; None: it is not."""
+
+    kind: Kind
+    name: str
+    paused: str | None = None
+    limits: Limits | None = None
+    limited: str | None = None
+
+
+def who() -> str:
+    """The person at this machine, as far as it can be known: ``user@host``."""
+    user = "unknown"
+    with contextlib.suppress(OSError, KeyError, ImportError):  # a container may run under a number without a name
+        user = getpass.getuser()
+    return f"{user}@{socket.gethostname()}"
+
+
+def cancel_key(job_id: str, run: int) -> str:
+    """Where a cancel stands on the control topic."""
+    return f"cancel:{job_id}:{run}"
+
+
+class Orders:
+    """Gives orders in one namespace. ``writer``: opened at the first of them."""
+
+    def __init__(self, settings: Settings, names: Names, writer: Callable[[], LogWriter]) -> None:
+        self._settings, self._names, self._writer = settings, names, writer
+        self._source = source("client")
+
+    def cancel(self, jobs: Sequence[Job], reason: str | None = None, by: str | None = None) -> None:
+        """Want these jobs to end; returns once the log has acknowledged all of it.
+
+        One that waits is not started any more, one that runs is told, one that has ended stays what it is. Raises
+        `ConfigError`, `TopicMissing`, `AccessDenied` or `BrokerUnavailable`; then some may have been cancelled.
+        """
+        fact = CancelRequested(_text(by or who(), "by", BY_MOST), _reason(reason))
+        for start in range(0, len(jobs), AT_ONCE):
+            records: list[Outgoing] = []
+            for job in jobs[start : start + AT_ONCE]:
+                value = codec.encode(self._event(fact, job.job_id, job.run, job.task, job.queue, job.home))
+                # For workers, and for the coordinator that may hold it back until a time.
+                records.append(Outgoing(self._names.control, value, cancel_key(job.job_id, job.run)))
+                records.append(Outgoing(self._names.coordination, value, job.home or job.job_id))
+            self._writer().send(records)
+
+    def pause(self, kind: Kind, name: str, reason: str | None = None, by: str | None = None) -> None:
+        """Start nothing more of a queue or task; what runs goes on. Raises as `cancel` does."""
+        self._order(f"pause:{kind}:{name}", kind, name, QueuePaused(_text(by or who(), "by", BY_MOST), _reason(reason)))
+
+    def resume(self, kind: Kind, name: str, reason: str | None = None, by: str | None = None) -> None:
+        """End a pause. Raises as `cancel` does."""
+        self._order(
+            f"pause:{kind}:{name}", kind, name, QueueResumed(_text(by or who(), "by", BY_MOST), _reason(reason))
+        )
+
+    def limit(
+        self, kind: Kind, name: str, limits: Limits | None, reason: str | None = None, by: str | None = None
+    ) -> None:
+        """Other limits than those in the code, for all workers together; None: the code's again. Raises as `cancel` does."""
+        wanted = limits or Limits()
+        fact = QueueLimited(wanted.rate, wanted.concurrency, _text(by or who(), "by", BY_MOST), _reason(reason))
+        self._order(f"limit:{kind}:{name}", kind, name, fact)
+
+    def _order(self, key: str, kind: Kind, name: str, fact: QueuePaused | QueueResumed | QueueLimited) -> None:
+        task, queue = (name, "") if kind == "task" else ("", name)
+        event = self._event(fact, "", 0, task, queue, None)
+        self._writer().send([Outgoing(self._names.control, codec.encode(event), key)])
+
+    def _event(
+        self,
+        fact: CancelRequested | QueuePaused | QueueResumed | QueueLimited,
+        job_id: str,
+        run: int,
+        task: str,
+        queue: str,
+        home: str | None,
+    ) -> JobEvent:
+        return JobEvent(
+            str(uuid_utils.uuid7()), job_id, run, 0, 0, now_us(), task, queue, None, home, self._source, None, fact
+        )
+
+    def standing(self) -> list[Standing]:
+        """The pauses and limits in force, by kind and name. Raises `BrokerUnavailable` or `TopicMissing`."""
+        decode = decoder(self._settings, self._names).decode
+        found: dict[tuple[str, str], Standing] = {}
+        with LogReader(self._settings) as log:
+            for message in log.read(self._names.control, 0, 0):
+                value = message.value()
+                try:
+                    event = decode(value if isinstance(value, bytes) else None)
+                except JobledgerError:
+                    continue  # a tombstone, or nothing of ours
+                kind: Kind = "queue" if event.queue else "task"
+                name = event.queue or event.task
+                known = found.get((kind, name), Standing(kind, name))
+                paused, limits, limited = known.paused, known.limits, known.limited
+                match event.fact:
+                    case QueuePaused(by=by, reason=why):
+                        paused = said(by, why)
+                    case QueueResumed():
+                        paused = None
+                    case QueueLimited(rate=rate, concurrency=concurrency, by=by, reason=why):
+                        limits = Limits(rate, concurrency) or None
+                        limited = said(by, why) if limits else None
+                    case _:
+                        continue
+                found[kind, name] = Standing(kind, name, paused, limits, limited)
+        return [found[place] for place in sorted(found) if found[place].paused or found[place].limits]
+
+
+def said(by: str, reason: str | None) -> str:
+    """Who, and why."""
+    return f"by {by}" + (f": {reason}" if reason else "")
+
+
+def _reason(reason: str | None) -> str | None:
+    return None if reason is None else _text(reason, "reason", REASON_MOST)
+
+
+def _text(text: object, what: str, most: int) -> str:
+    if not isinstance(text, str) or not text or len(text) > most:
+        raise ConfigError(f"{what}={text!r} is not a text of 1 to {most} characters")
+    return text

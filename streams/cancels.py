@@ -1,0 +1,42 @@
+"""Cancels of runs that have ended are taken off the control topic, so that workers need not keep them for ever."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+from jobledger.errors import JobNotFound, SchemaError
+from jobledger.log import LogReader, Outgoing
+from jobledger.names import Names
+from jobledger.schemas.events import CancelRequested, JobEvent
+from jobledger.streams.store.protocol import StatusReader
+
+
+def standing(log: LogReader, names: Names, decode: Callable[[bytes | None], JobEvent]) -> dict[str, JobEvent]:
+    """The cancels on the control topic that no tombstone ended, by key."""
+    found: dict[str, JobEvent] = {}
+    for message in log.read(names.control, 0, 0):
+        key, value = message.key(), message.value()
+        name = key.decode(errors="replace") if isinstance(key, bytes) else str(key or "")
+        if not name.startswith("cancel:"):
+            continue
+        if value is None:
+            found.pop(name, None)
+            continue
+        try:
+            event = decode(value if isinstance(value, bytes) else None)
+        except SchemaError:
+            continue
+        if isinstance(event.fact, CancelRequested):
+            found[name] = event
+    return found
+
+
+def settled(cancels: dict[str, JobEvent], names: Names, table: StatusReader) -> Iterator[Outgoing]:
+    """Tombstones for those whose run the table has seen end, or give way to a later run."""
+    for key, event in cancels.items():
+        try:
+            status = table.job(event.job_id)
+        except JobNotFound:
+            continue  # not read yet, or trimmed: one order too many does no harm
+        if status.run > event.run or (status.run == event.run and status.state.ended):
+            yield Outgoing(names.control, None, key, 0)
