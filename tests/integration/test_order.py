@@ -1,0 +1,405 @@
+"""What runs next: keys, fair turns, priorities, limits, pauses, cancels and expiries, with a real broker."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+import uuid
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import ExitStack
+from typing import Any
+
+import pytest
+
+from jobledger import App, Breaker, Queue, Retry, Settings, Snooze, current_job
+from jobledger.kafka.topics import ensure
+from jobledger.schemas.events import (
+    JobCancelled,
+    JobExpired,
+    JobFailed,
+    JobRetried,
+    JobSnoozed,
+    JobStarted,
+    JobSucceeded,
+)
+from tests.integration.worker_app import closings, facts_of, log_of, until, working
+
+pytestmark = pytest.mark.kafka
+
+
+class Seen:
+    """What ran, in order: (name, when it began, when it ended)."""
+
+    def __init__(self) -> None:
+        self.began: list[tuple[Any, float]] = []
+        self.ended: list[tuple[Any, float]] = []
+        self.running: Counter[str] = Counter()
+        self.most: Counter[str] = Counter()
+        self.open = threading.Event()
+        self.fail = True
+
+    async def run(self, name: Any, group: str, seconds: float) -> None:
+        self.began.append((name, time.monotonic()))
+        self.running[group] += 1
+        self.most[group] = max(self.most[group], self.running[group])
+        try:
+            await asyncio.sleep(seconds)
+        finally:
+            self.running[group] -= 1
+            self.ended.append((name, time.monotonic()))
+
+    def names(self) -> list[Any]:
+        return [name for name, _ in self.began]
+
+
+def built(broker: str, namespace: str, seen: Seen) -> App:
+    app = App(
+        namespace,
+        settings=Settings(bootstrap=broker, submit_timeout=20.0),
+        partitions=2,
+        queues=[
+            Queue("default"),
+            Queue("fair", fair_by="tenant"),
+            Queue("levels", priorities=True),
+            Queue("slow", rate="20/s", concurrency=4),
+        ],
+    )
+
+    @app.task(key="account", timeout=10, retry=Retry(max_attempts=3, initial=0.3, jitter=False), key_hold_max=5.0)
+    async def book(account: str, n: int, fails: int = 0, seconds: float = 0.01) -> int:
+        await seen.run((account, n, current_job().attempt), account, seconds)
+        if current_job().attempt <= fails:
+            raise ValueError(f"attempt {current_job().attempt}")
+        return n
+
+    @app.task(key="account", timeout=10, retry=Retry(max_attempts=9, initial=30.0), key_hold_max=2.0)
+    async def stuck(account: str, how: str = "fails") -> None:
+        await seen.run((account, "stuck", current_job().attempt), account, 0)
+        if how == "snoozes":
+            raise Snooze(60.0, "not before midnight")
+        raise ValueError("no luck")
+
+    @app.task(queue="fair")
+    async def serve(tenant: str, n: int) -> None:
+        await seen.run((tenant, n), "fair", 0.01)
+
+    @app.task(queue="fair")
+    def serve_in_thread(tenant: str, n: int) -> None:
+        seen.began.append(((tenant, n), time.monotonic()))
+        time.sleep(0.01)
+
+    @app.task(queue="levels")
+    async def work(n: int, seconds: float = 0.01) -> None:
+        await seen.run((current_job().tags.get("level", "normal"), n), "levels", seconds)
+
+    @app.task(queue="slow")
+    async def call(n: int, seconds: float = 0.0) -> None:
+        await seen.run(n, "slow", seconds)
+
+    @app.task(rate="10/s")
+    async def rated(n: int) -> None:
+        await seen.run(("rated", n), "rated", 0)
+
+    @app.task
+    async def free(n: int) -> None:
+        await seen.run(("free", n), "free", 0)
+
+    @app.task(
+        breaker=Breaker(failures=3, reset=1.0), retry=Retry(max_attempts=50, initial=0.05, jitter=False, cap=0.05)
+    )
+    async def flaky(n: int) -> None:
+        await seen.run(("flaky", n), "flaky", 0)
+        if seen.fail:
+            raise ConnectionError("it is down")
+
+    @app.task
+    async def waits(n: int) -> int:
+        await seen.run(("waits", n), "waits", 0)
+        while not seen.open.is_set():
+            await asyncio.sleep(0.01)
+        return n
+
+    ensure(app, app.settings)
+    return app
+
+
+@pytest.fixture
+def seen() -> Seen:
+    return Seen()
+
+
+@pytest.fixture
+def app(broker: str, seen: Seen) -> Iterator[App]:
+    made = built(broker, f"o{uuid.uuid4().hex[:12]}", seen)
+    yield made
+    made.close()
+
+
+def ended(app: App, count: int, timeout: float = 60.0) -> dict[str, list[Any]]:
+    """Terminal facts by job, once there are ``count``."""
+
+    def found() -> dict[str, list[Any]] | None:
+        seen = {
+            job: [r.event.fact for r in records if not isinstance(r.event.fact, JobRetried | JobSnoozed)]
+            for job, records in closings(app).items()
+        }
+        seen = {job: facts for job, facts in seen.items() if facts}
+        return seen if len(seen) >= count else None
+
+    return until(found, timeout, f"{count} ends")  # type: ignore[no-any-return]  # what `found` gives
+
+
+# -- keys -------------------------------------------------------------------------------------------------------------
+
+
+def test_jobs_of_one_key_run_one_at_a_time_in_the_order_of_submission(app: App, seen: Seen) -> None:
+    """KEY_ORDER: whatever fails and is tried again, nothing of the key passes it; other keys do not wait for it."""
+    book = app.tasks["book"]
+    jobs = [book.job("a", n, fails=1 if n == 3 else 0) for n in range(10)]
+    jobs += [book.job(f"other-{n % 20}", n) for n in range(200)]
+    app.submit_many(jobs)
+    with working(app):
+        facts = ended(app, 210)
+    assert all(isinstance(f, JobSucceeded) for of in facts.values() for f in of)
+    mine = [(n, attempt) for (account, n, attempt) in seen.names() if account == "a"]
+    assert mine == [(0, 1), (1, 1), (2, 1), (3, 1), (3, 2), *((n, 1) for n in range(4, 10))]
+    assert max(most for group, most in seen.most.items()) == 1
+    for other in range(20):
+        assert [n for (account, n, _) in seen.names() if account == f"other-{other}"] == list(range(other, 200, 20))
+    held_since = next(at for name, at in seen.began if name == ("a", 3, 1))
+    before_it_went_on = [name for name, at in seen.began if at < held_since + 0.3 and name[0] != "a"]
+    assert len(before_it_went_on) == 200, "the other keys waited for it"
+
+
+def test_a_retry_under_a_key_is_told_and_closes_nothing(app: App) -> None:
+    """In place: `JobRetried` says so, the release stays, attempts grow, and no release is asked for."""
+    handle = app.tasks["book"].submit("k", 1, fails=2)
+    with working(app):
+        ended(app, 1)
+    facts = facts_of(app, handle.job_id)
+    assert [type(f) for f in facts] == [JobStarted, JobRetried, JobStarted, JobRetried, JobStarted, JobSucceeded]
+    assert all(f.in_place for f in facts if isinstance(f, JobRetried))
+    records = [r.event for r in log_of(app, app.names.lifecycle) if r.event.job_id == handle.job_id]
+    assert {e.release for e in records} == {1}
+    assert [e.attempt for e in records] == [1, 1, 2, 2, 3, 3]
+    assert log_of(app, app.names.coordination) == []
+
+
+@pytest.mark.parametrize(("how", "text"), [("fails", "no luck"), ("snoozes", "not before midnight")])
+def test_a_key_is_held_for_a_bounded_time(app: App, seen: Seen, how: str, text: str) -> None:
+    """A wait beyond `key_hold_max` dead-letters the job, saying so, and the next one of the key goes on."""
+    first = app.tasks["stuck"].submit("k", how)
+    second = app.tasks["book"].submit("k", 2)
+    with working(app):
+        facts = ended(app, 2)
+    (failed,) = facts[first.job_id]
+    assert isinstance(failed, JobFailed)
+    assert failed.reason == "key-held"
+    assert text in failed.error.message
+    assert isinstance(facts[second.job_id][0], JobSucceeded)
+    assert [r.event.job_id for r in log_of(app, app.names.dead_letter)] == [first.job_id]
+
+
+def test_attempts_in_place_are_counted_on_by_the_next_owner(app: App, seen: Seen) -> None:
+    """A worker that stops while a key is held hands over cleanly what it knows: no attempt is made twice."""
+    handle = app.tasks["book"].submit("k", 1, fails=2)
+    with working(app):
+        until(lambda: any(isinstance(f, JobRetried) for f in facts_of(app, handle.job_id)))
+    assert not any(isinstance(f, JobSucceeded) for f in facts_of(app, handle.job_id))
+    with working(app):
+        ended(app, 1)
+    facts = facts_of(app, handle.job_id)
+    assert sum(isinstance(f, JobRetried) for f in facts) == 2
+    assert seen.names() == [("k", 1, 1), ("k", 1, 2), ("k", 1, 3)]
+
+
+# -- fairness ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("task", ["serve", "serve_in_thread"])
+def test_a_hot_tenant_does_not_starve_the_others(app: App, seen: Seen, task: str) -> None:
+    """With a thousand jobs of one tenant before them, ten of another are among the first to run."""
+    work = app.tasks[task]
+    app.submit_many(work.using(tags={"tenant": "hot"}).job("hot", n) for n in range(1000))
+    app.submit_many(work.using(tags={"tenant": "small"}).job("small", n) for n in range(10))
+    with working(app, concurrency=4, threads=4):
+        ended(app, 1010, timeout=90.0)
+    order = seen.names()
+    last = max(at for at, (tenant, _) in enumerate(order) if tenant == "small")
+    assert last < 600, f"the last of the small tenant was number {last}"
+    assert Counter(order).most_common(1)[0][1] == 1
+
+
+# -- priorities -------------------------------------------------------------------------------------------------------
+
+
+def test_high_passes_a_backlog_of_low_and_low_still_moves(app: App, seen: Seen) -> None:
+    """High priority begins within a few starts, and while high is never empty low gets its share."""
+    work = app.tasks["work"]
+    low = work.using(priority="low", tags={"level": "low"})
+    high = work.using(priority="high", tags={"level": "high"})
+    app.submit_many(low.job(n) for n in range(1500))
+    with working(app, concurrency=4):
+        until(lambda: len(seen.began) > 50)
+        before = len(seen.began)
+        handle = high.submit(1)
+        until(lambda: ("high", 1) in seen.names())
+        at = seen.names().index(("high", 1))
+        assert at - before < 40, f"{at - before} low ones came first"
+        app.submit_many(high.job(n) for n in range(2, 602))
+        ended(app, 2101, timeout=90.0)
+    assert handle.job_id in closings(app)
+    order = [level for level, _ in seen.names()]
+    first, last = order.index("high"), len(order) - 1 - order[::-1].index("high")
+    among = order[first:last].count("low")
+    assert among >= 600 / 64 / 2, f"only {among} low ones ran among 600 high ones"
+
+
+# -- limits -----------------------------------------------------------------------------------------------------------
+
+
+def test_limits_hold_for_all_workers_together(app: App, seen: Seen) -> None:
+    """Two workers, four at once and twenty a second on a queue of two partitions: never more."""
+    app.submit_many(app.tasks["call"].job(n, 0.05) for n in range(80))
+    with ExitStack() as both:
+        for _ in range(2):
+            both.enter_context(working(app, queues=["slow"]))
+        ended(app, 80, timeout=60.0)
+    assert seen.most["slow"] <= 4
+    times = sorted(at for _, at in seen.began)
+    took = times[-1] - times[0]
+    assert took >= 80 / 20 * 0.8, f"80 jobs at 20 a second took {took:.1f} s"
+    for at in range(len(times) - 30):
+        assert times[at + 30] - times[at] > 0.75, "thirty began within less than a second"
+
+
+def test_a_limited_task_does_not_hold_up_the_rest_of_its_queue(app: App, seen: Seen) -> None:
+    """Behind a thousand jobs of a task that may start ten times a second, another task's run at once."""
+    app.submit_many(app.tasks["rated"].job(n) for n in range(1000))
+    app.submit_many(app.tasks["free"].job(n) for n in range(50))
+    with working(app, queues=["default"], lookahead=400):
+        until(lambda: sum(name[0] == "free" for name in seen.names()) == 50, 20.0, "the others")
+        rated = sum(name[0] == "rated" for name in seen.names())
+    assert rated < 200
+    aside = [r.event.fact for r in log_of(app, app.names.lifecycle) if isinstance(r.event.fact, JobSnoozed)]
+    assert aside
+    assert "task rated: 10 a second" in (aside[0].reason or "")
+
+
+def test_limits_are_changed_at_run_time_and_hold_for_workers_that_come_later(app: App, seen: Seen) -> None:
+    """An order replaces what the code says, until the code's limits are called back."""
+    app.limit(queue="slow", rate=500, concurrency=50, reason="they raised our quota")
+    app.submit_many(app.tasks["call"].job(n) for n in range(150))
+    began = time.monotonic()
+    with working(app, queues=["slow"]):
+        ended(app, 150)
+        assert time.monotonic() - began < 6.0
+        app.limit(queue="slow", rate="5/s")
+        time.sleep(0.5)
+        before = len(seen.began)
+        app.submit_many(app.tasks["call"].job(n) for n in range(200, 230))
+        time.sleep(2.0)
+        assert len(seen.began) - before <= 15
+        assert [(s.kind, s.name, s.limits.rate) for s in app.orders.standing() if s.limits] == [("queue", "slow", 5.0)]
+        app.limit(queue="slow")
+        ended(app, 180)
+    assert app.orders.standing() == []
+
+
+# -- pauses -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_paused_queue_starts_nothing_until_it_is_resumed(app: App, seen: Seen) -> None:
+    """The pause was ordered while no worker ran, and holds; what is resumed goes on at once."""
+    app.pause(queue="slow", reason="their maintenance", by="ann@desk")
+    app.submit_many(app.tasks["call"].job(n) for n in range(5))
+    app.submit_many(app.tasks["free"].job(n) for n in range(5))
+    with working(app):
+        ended(app, 5)
+        time.sleep(0.5)
+        assert not [name for name in seen.names() if isinstance(name, int)]
+        (standing,) = app.orders.standing()
+        assert (standing.name, standing.paused) == ("slow", "by ann@desk: their maintenance")
+        app.resume(queue="slow")
+        ended(app, 10, timeout=10.0)
+    assert app.orders.standing() == []
+
+
+def test_a_paused_task_lets_the_others_of_its_queue_run(app: App, seen: Seen) -> None:
+    """A task is paused while its queue goes on, and its jobs run once it is resumed."""
+    app.pause(task="rated")
+    app.submit_many(app.tasks["rated"].job(n) for n in range(5))
+    app.submit_many(app.tasks["free"].job(n) for n in range(50))
+    with working(app):
+        ended(app, 50)
+        assert not [name for name in seen.names() if name[0] == "rated"]
+        app.resume(task="rated")
+        ended(app, 55, timeout=10.0)
+
+
+# -- cancels and expiries ---------------------------------------------------------------------------------------------
+
+
+def test_a_cancelled_job_is_never_started(app: App, seen: Seen) -> None:
+    """CANCEL_IS_DURABLE: ordered while no worker ran; the fact says who and why, and the others run."""
+    handles = app.submit_many(app.tasks["free"].job(n) for n in range(20))
+    keyed = app.tasks["book"].submit("k", 1)
+    for handle in [*handles[::2], keyed]:
+        handle.cancel("wrong list")
+    with working(app):
+        facts = ended(app, 21)
+    assert sorted(n for _, n in seen.names()) == list(range(1, 20, 2))
+    for handle in [*handles[::2], keyed]:
+        (fact,) = facts[handle.job_id]
+        assert isinstance(fact, JobCancelled)
+        assert fact.reason == "wrong list"
+        assert "@" in fact.by
+
+
+def test_a_running_job_is_told(app: App, seen: Seen) -> None:
+    """A coroutine is cancelled where it waits; one that waits for its retry under a key is not begun again."""
+    running, other = (app.tasks["waits"].submit(n) for n in range(2))
+    held = app.tasks["book"].submit("k", 1, fails=2)
+    with working(app):
+        until(lambda: len(seen.began) >= 3)
+        running.cancel("enough")
+        held.cancel()
+        facts = ended(app, 2, timeout=10.0)
+        assert isinstance(facts[running.job_id][0], JobCancelled)
+        assert isinstance(facts[held.job_id][0], JobCancelled)
+        seen.open.set()
+        assert isinstance(ended(app, 3)[other.job_id][0], JobSucceeded)
+
+
+def test_an_expired_job_is_not_started(app: App, seen: Seen) -> None:
+    """Its time is counted from the append; what is in time runs."""
+    late = app.tasks["free"].using(expires_in=0.5).submit(1)
+    intime = app.tasks["free"].using(expires_in=60).submit(2)
+    keyed = app.tasks["book"].using(expires_in=0.5).submit("k", 3)
+    time.sleep(0.8)
+    with working(app):
+        facts = ended(app, 3)
+    assert isinstance(facts[late.job_id][0], JobExpired)
+    assert isinstance(facts[keyed.job_id][0], JobExpired)
+    assert isinstance(facts[intime.job_id][0], JobSucceeded)
+    assert seen.names() == [("free", 2)]
+
+
+# -- what fails -------------------------------------------------------------------------------------------------------
+
+
+def test_an_open_circuit_burns_no_attempts(app: App, seen: Seen) -> None:
+    """After three failures in a row one job in a while tries, and all go on when that one succeeds."""
+    app.submit_many(app.tasks["flaky"].job(n) for n in range(30))
+    with working(app, concurrency=1):
+        until(lambda: len(seen.began) >= 3)
+        time.sleep(2.5)
+        assert len(seen.began) <= 3 + 4
+        assert len({r.event.job_id for r in log_of(app, app.names.lifecycle)}) <= 3 + 4
+        seen.fail = False
+        # The three that failed wait for a coordinator, which does not run here; all others succeed.
+        until(
+            lambda: sum(isinstance(r.event.fact, JobSucceeded) for of in closings(app).values() for r in of) >= 26, 20.0
+        )
