@@ -92,6 +92,7 @@ TABLE: Mapping[str, Sequence[Right]] = {
         *_topic("<ns>.schemas", "Write"),
         *_topic("<ns>.schemas", "Read", lost="`emit`", when="events"),
         *_topic("<ns>.events.", "Write", lost="`emit`", when="events"),
+        *_topic("<ns>.control", "Write", lost="`cancel`, `pause`, `limit`", when="orders"),
     ],
     "worker": [
         *_topic("<ns>.jobs.", "Read"),
@@ -100,6 +101,7 @@ TABLE: Mapping[str, Sequence[Right]] = {
         *_topic("<ns>.coordination", "Write"),
         *_topic("<ns>.dead-letter", "Write"),
         *_topic("<ns>.schemas", "Read", "Write"),
+        *_topic("<ns>.control", "Read"),
     ],
     "coordinator": [
         *_topic("<ns>.coordination", "Read", "Write"),
@@ -116,6 +118,7 @@ TABLE: Mapping[str, Sequence[Right]] = {
         *_topic("<ns>.dead-letter", "Write"),
         *_topic("<ns>.schemas", "Write"),
         *_topic("<ns>.coordination", "Write", lost="watchdog"),
+        *_topic("<ns>.control", "Read", "Write", lost="forgetting of cancels whose jobs have ended"),
         *_group("<ns>.worker.", "Describe", lost="audit, no trimming"),
         *_group("<ns>.coordinator", "Describe", lost=_TRIMMING),
         *_topic("<ns>.jobs.", "Delete", lost=_TRIMMING),

@@ -52,6 +52,7 @@ def test_the_names_are_those_of_the_namespace() -> None:
         names.coordination,
         names.dead_letter,
         names.schemas,
+        names.control,
         names.events("e"),
         changelog(names),
         names.router_group,

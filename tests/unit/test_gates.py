@@ -1,0 +1,176 @@
+"""Limits, pauses, adaptive concurrency and circuit breakers, as pure rules on a clock of the test's."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from jobledger.consumers.gates import ENDLESS, AdaptiveGate, BreakerGate, Room, Scope, closed_gate, share_of
+from jobledger.policy import Adaptive, Breaker, Limits
+
+
+@given(st.integers(1, 60), st.integers(0, 500), st.integers(1, 9), st.randoms(use_true_random=False))
+def test_the_shares_of_all_workers_are_the_limit(total: int, above: int, workers: int, random: object) -> None:
+    """However partitions are dealt out, shares add up to the limit, and who owns one has at least one."""
+    limit = total + above
+    owned: list[list[int]] = [[] for _ in range(workers)]
+    for number in range(total):
+        owned[random.randrange(workers)].append(number)  # type: ignore[attr-defined]  # a random.Random
+    shares = [share_of(limit, mine, total) for mine in owned]
+    assert sum(shares) == limit
+    assert all((share > 0) == bool(mine) for share, mine in zip(shares, owned, strict=True))
+
+
+def test_a_partition_that_was_added_later_carries_no_share() -> None:
+    """Numbers beyond those that were counted neither add to the limit nor stand still."""
+    assert share_of(6, [6, 7], 6) == 0
+    assert share_of(6, [0, 7], 6) == 1
+    assert share_of(2, [4, 5], 6) == 1, "a limit below the partitions, met all the same, does not stop the worker"
+
+
+@given(
+    st.floats(0.5, 500),
+    st.lists(st.tuples(st.floats(0, 0.5), st.integers(0, 50)), min_size=1, max_size=60),
+)
+def test_no_window_has_more_starts_than_the_rate_and_a_burst(rate: float, steps: list[tuple[float, int]]) -> None:
+    """Whatever asks whenever: starts in any span of time are at most the rate times the span, and the burst."""
+    scope = Scope("queue q", Limits(rate))
+    scope.own([0, 1], 2)
+    now = 0.0
+    starts: list[float] = []
+    for pause, wanted in steps:
+        now += pause
+        for _ in range(min(wanted, scope.free(now))):
+            scope.begin(now)
+            starts.append(now)
+    burst = max(1.0, rate * 0.1)
+    for first, at in enumerate(starts):
+        for last in range(first, len(starts)):
+            assert last - first + 1 <= (starts[last] - at) * rate + burst + 1e-6
+
+
+@given(st.floats(0.2, 100))
+def test_a_rate_opens_when_it_says(rate: float) -> None:
+    """After `wait` seconds one may begin; a little before, none."""
+    scope = Scope("task t", Limits(rate))
+    scope.own([0], 1)
+    now = 1000.0
+    while scope.free(now):
+        scope.begin(now)
+    wait = scope.wait(now)
+    assert wait is not None
+    assert scope.free(now + wait * 0.98) == 0
+    assert scope.free(now + wait + 0.001) >= 1
+
+
+def test_half_the_partitions_have_half_the_limits() -> None:
+    """A worker has the shares of what it owns, in starts a second and at once; with none it starts nothing."""
+    scope = Scope("queue q", Limits(10.0, 7))
+    scope.own([0, 2], 4)
+    assert (scope.rate, scope.slots) == (5.0, 4)
+    scope.own([], 4)
+    assert scope.free(0.0) == 0
+    assert scope.wait(0.0) is None
+
+
+def test_concurrency_counts_what_runs() -> None:
+    """One begins, one place less; it ends, one more."""
+    scope = Scope("queue q", Limits(None, 2))
+    scope.own([0], 1)
+    scope.begin(0)
+    scope.begin(0)
+    assert scope.free(0) == 0
+    scope.end(1, 1.0, True)
+    assert scope.free(1) == 1
+
+
+def test_an_order_takes_the_place_of_what_the_code_says() -> None:
+    """Until it is called back; a pause closes whatever the limits are."""
+    scope = Scope("queue q", Limits(None, 2))
+    scope.own([0], 1)
+    scope.order(Limits(None, 5))
+    assert scope.free(0) == 5
+    scope.order(None)
+    assert scope.free(0) == 2
+    scope.paused = "by ann: lunch"
+    assert (scope.free(0), scope.wait(0), scope.active) == (0, None, True)
+    assert "paused by ann: lunch" in scope.describe()
+    free = Scope("queue q", Limits())
+    assert not free.active
+    assert free.free(0) == ENDLESS
+
+
+def run(gate: AdaptiveGate, seconds: float, latency: float, good: bool = True) -> None:
+    """Keep the gate's concurrency used up for so long."""
+    now = run.now  # type: ignore[attr-defined]  # goes on where the last call ended
+    end = now + seconds
+    while now < end:
+        begun = 0
+        while gate.free(now):
+            gate.begin(now)
+            begun += 1
+        now += latency
+        for _ in range(begun):
+            gate.end(now, latency, good)
+    run.now = now  # type: ignore[attr-defined]  # as above
+
+
+@pytest.mark.parametrize("how", ["errors", "latency"])
+def test_adaptive_concurrency_grows_while_it_is_well_and_shrinks_when_it_is_not(how: str) -> None:
+    """Additive increase, multiplicative decrease, within the bounds; and back when it is well again."""
+    run.now = 0.0  # type: ignore[attr-defined]  # each test its own time
+    gate = AdaptiveGate("task t", Adaptive(least=2, most=30))
+    run(gate, 60, 0.05)
+    assert gate.limit == 30
+    run(gate, 20, 0.05 if how == "errors" else 0.5, good=how != "errors")
+    assert gate.limit == 2
+    assert gate.free(run.now) <= 2  # type: ignore[attr-defined]  # as above
+    run(gate, 60, 0.05)
+    assert gate.limit > 10
+
+
+def test_adaptive_concurrency_does_not_grow_while_it_is_not_used() -> None:
+    """Few jobs say nothing about how many there could be."""
+    gate = AdaptiveGate("task t", Adaptive(most=100))
+    before = gate.limit
+    for n in range(200):
+        gate.begin(n)
+        gate.end(n + 0.1, 0.1, True)
+    assert gate.limit == before
+
+
+def test_a_breaker_opens_after_failures_in_a_row_and_lets_one_try() -> None:
+    """Three in a row open it; after `reset` seconds one may try; its failure opens it again, its success closes it."""
+    gate = BreakerGate("task t", Breaker(failures=3, reset=10))
+    for good in (False, False, True, False, False):
+        gate.begin(0)
+        gate.end(0, 0.1, good)
+    assert gate.free(0) == ENDLESS
+    gate.begin(1)
+    gate.end(1, 0.1, False)
+    assert gate.is_open
+    assert (gate.free(5), gate.wait(5)) == (0, 6.0)
+    assert gate.free(11) == 1
+    gate.begin(11)
+    assert gate.free(11) == 0, "one tries, the others wait"
+    gate.end(12, 0.1, False)
+    assert gate.free(21) == 0
+    assert gate.free(22) == 1
+    gate.begin(22)
+    gate.end(23, 0.1, None)
+    assert gate.free(23) == 1, "what was cancelled said nothing: another tries"
+    gate.begin(23)
+    gate.end(24, 0.1, True)
+    assert gate.free(24) == ENDLESS
+    assert gate.trips == 2
+
+
+def test_the_first_closed_gate_is_named() -> None:
+    """Of several conditions the first that is not met; None if all are."""
+    room = Room("threads", 1)
+    breaker = BreakerGate("task t", Breaker())
+    assert closed_gate((room, breaker), 0) is None
+    room.begin(0)
+    assert closed_gate((breaker, room), 0) is room
+    assert room.describe() == "1 threads"

@@ -1,0 +1,194 @@
+"""Policies judge themselves: what cannot hold, or not together, is refused when the app is loaded, naming the way out."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import pytest
+
+from jobledger import Adaptive, App, BadArguments, Breaker, ConfigError, Queue, Settings
+from jobledger.consumers.outcome import Cancelled, Failed, Retried, Snoozed, Succeeded, answered, holding
+from jobledger.policy import Limits, parse_rate, parse_size
+from jobledger.schemas.events import ErrorInfo, JobSpec, lasting
+
+
+def app_of(**options: Any) -> App:
+    return App("shop", settings=Settings(bootstrap="127.0.0.1:1"), **options)
+
+
+async def ship(order: str, to: str = "home") -> None:
+    """A task."""
+
+
+def ship_in_thread(order: str) -> None:
+    """A task."""
+
+
+@pytest.mark.parametrize(
+    ("rate", "a_second"),
+    [("100/s", 100.0), ("30/min", 0.5), ("30/m", 0.5), ("3600/h", 1.0), (" 86400 / d ", 1.0), (7, 7.0)],
+)
+def test_rates_are_read(rate: Any, a_second: float) -> None:
+    """A number, a slash and a unit; or a number a second."""
+    assert parse_rate(rate) == a_second
+
+
+@pytest.mark.parametrize("rate", ["fast", "0/s", "-1/s", 0, -1, float("nan"), float("inf"), True, "10/week", None])
+def test_what_is_no_rate_is_refused(rate: Any) -> None:
+    """The error names the value and shows how to write it."""
+    with pytest.raises(ConfigError, match=r"is no rate: say '100/s'"):
+        parse_rate(rate)
+
+
+def test_sizes_are_read() -> None:
+    """Powers of two and of ten, as they are written."""
+    assert [parse_size(s) for s in ("512MiB", "2GB", "1.5 KiB", 7)] == [512 * 2**20, 2 * 10**9, 1536, 7]
+    for wrong in ("much", "0", 0, True, "5 miles"):
+        with pytest.raises(ConfigError, match="is no size"):
+            parse_size(wrong)
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"key": "order"}, "needs a timeout of at most 60 s"),
+        ({"key": "order", "timeout": 61}, "needs a timeout of at most 60 s"),
+        ({"key": "order", "timeout": 5, "priority": "high"}, "choose one of the two"),
+        ({"key": "no such", "timeout": 5}, "is none of its parameters"),
+        ({"key": "", "timeout": 5}, "neither the name of a parameter nor a function"),
+        ({"key": "order", "timeout": 5, "key_hold_max": 0}, "key_hold_max=0"),
+        ({"priority": "urgent"}, "none of 'high', 'normal', 'low'"),
+        ({"rate": "often"}, "is no rate"),
+        ({"concurrency": 0}, "concurrency=0 is not a whole number"),
+        ({"isolation": "container"}, "is not 'process'"),
+        ({"max_memory": "1GiB"}, "needs isolation='process'"),
+        ({"isolation": "process", "max_memory": "much"}, "is no size"),
+        ({"timeout": 90, "long": False}, "long=False cannot hold"),
+        ({"long": True, "lease": 1}, "lease=1 is not a number of seconds from 5"),
+        ({"expires_in": -1}, "expires_in=-1"),
+        ({"adaptive": 5}, "neither True nor a Adaptive"),
+        ({"breaker": "yes"}, "neither True nor a Breaker"),
+    ],
+)
+def test_what_cannot_hold_is_refused_at_load(options: dict[str, Any], says: str) -> None:
+    """The error names the task, the option and the way out."""
+    with pytest.raises(ConfigError, match=says):
+        app_of().task(**options)(ship)
+
+
+def test_a_thread_cannot_be_keyed() -> None:
+    """It cannot be made to end, so it could hold its key for ever."""
+    with pytest.raises(ConfigError, match="isolation='process'"):
+        app_of().task(key="order", timeout=5)(ship_in_thread)
+    assert app_of().task(key="order", timeout=5, isolation="process")(ship_in_thread).policy.key == "order"
+
+
+def test_adaptive_and_breaker_judge_themselves() -> None:
+    """Bounds that contradict each other are refused."""
+    for make, says in (
+        (lambda: Adaptive(least=5, most=2), "least=5"),
+        (lambda: Adaptive(tolerance=1.0), "tolerance"),
+        (lambda: Adaptive(backoff=1.5), "backoff"),
+        (lambda: Adaptive(least=0), "least=0"),
+        (lambda: Breaker(failures=0), "failures=0"),
+        (lambda: Breaker(reset=0), "reset=0"),
+    ):
+        with pytest.raises(ConfigError, match=says):
+            make()
+    policy = app_of().task(adaptive=True, breaker=True)(ship).policy
+    assert (policy.adaptive, policy.breaker) == (Adaptive(), Breaker())
+
+
+def test_a_limit_below_the_partitions_is_refused_with_the_way_out() -> None:
+    """Each partition carries a share; the error says how many partitions would do."""
+    app = app_of(queues=[Queue("mail", 6, concurrency=5)])
+    with pytest.raises(ConfigError, match=r"declare Queue\('mail', partitions=5\) or less"):
+        app.check()
+    app = app_of(queues=[Queue("mail", 6, priorities=True)])
+    app.task(queue="mail", concurrency=17)(ship)
+    with pytest.raises(ConfigError, match=r"the 18 partitions, those of all priorities counted, .*partitions=5"):
+        app.check()
+    app_of(queues=[Queue("mail", 6, concurrency=6)]).check()
+
+
+def test_keys_come_from_a_parameter_or_a_function() -> None:
+    """Whole numbers and short texts; what is none is refused by the submission."""
+    app = app_of()
+    by_name = app.task(name="a", key="order", timeout=5)(ship)
+    assert by_name.job("o-1").key == "o-1"
+    assert by_name.using(key="other").job("o-1").key == "other"
+    by_function = app.task(name="b", key=lambda order, to="home": f"{to}/{order}", timeout=5)(ship)
+    assert by_function.job("o-1", to="x").key == "x/o-1"
+    assert by_function.job("o-1").key == "home/o-1"
+    with pytest.raises(BadArguments, match="is keyed by 'to', which was not given"):
+        app.task(name="c", key="to", timeout=5)(ship).job("o-1")
+    with pytest.raises(BadArguments, match="1 to 500 characters"):
+        by_name.job("x" * 501)
+    for wrong in ("", "x" * 501, 5):
+        with pytest.raises(ConfigError, match="1 to 500 characters"):
+            by_name.using(key=wrong)  # type: ignore[arg-type]  # the point of the test
+    with pytest.raises(ConfigError, match="needs a timeout"):
+        app.task(name="d")(ship).using(key="k")
+
+
+def test_priorities_need_levels() -> None:
+    """On a declared queue they are declared; a task that names one makes its queue have them."""
+    app = app_of(queues=["mail"])
+    with pytest.raises(ConfigError, match=r"declare it as Queue\('mail', priorities=True\)"):
+        app.task(queue="mail", priority="high")(ship)
+    task = app.task(queue="mail")(ship)
+    with pytest.raises(ConfigError, match="has no priorities"):
+        task.using(priority="low")
+    assert task.using(priority="normal").job("o").priority is None
+    free = app_of()
+    assert free.task(priority="high")(ship).job("o").priority == "high"
+    assert list(free.lanes) == ["default.high", "default", "default.low"]
+
+
+def test_a_limited_task_stays_in_its_queue() -> None:
+    """Its shares count that queue's partitions."""
+    app = app_of(queues=["mail", "other"])
+    task = app.task(queue="mail", rate="5/s")(ship)
+    with pytest.raises(ConfigError, match="has limits, which count the partitions of its queue 'mail'"):
+        task.using(queue="other")
+    assert Limits.of("5/s", None, "x")
+    assert not Limits()
+
+
+ERROR = ErrorInfo("E", "no")
+
+
+def test_a_held_key_is_let_go_in_time() -> None:
+    """In place while the wait fits, else failed: with its error, or saying what it waited for."""
+    assert holding(Retried(ERROR, 2000), 3.0, 5.0, "k") == Retried(ERROR, 2000, in_place=True)
+    assert holding(Retried(ERROR, 2001), 3.0, 5.0, "k") == Failed("key-held", ERROR)
+    assert holding(Snoozed(1000, "night"), 0.0, 5.0, "k") == Snoozed(1000, "night", in_place=True)
+    late = holding(Snoozed(9000, "night"), 0.0, 5.0, "k")
+    assert isinstance(late, Failed)
+    assert "snooze of 9 s would hold key 'k' for more than key_hold_max=5 s: night" in late.error.message
+    unknown = holding(Snoozed(9000, "unknown-task"), 0.0, 5.0, "k")
+    assert isinstance(unknown, Failed)
+    assert unknown.reason == "unknown-task"
+
+
+def test_what_an_outcome_says_of_what_was_called() -> None:
+    """Success and failure do; what people or the job itself decided does not."""
+    assert answered(None) is True
+    assert answered(Succeeded()) is True
+    assert answered(Retried(ERROR, 1)) is False
+    assert answered(Failed("exhausted", ERROR)) is False
+    assert [answered(o) for o in (Snoozed(1), Cancelled("ann"), Failed("rejected", ERROR))] == [None] * 3
+
+
+def test_an_expiry_is_made_a_time_once() -> None:
+    """Relative to the submission's append; a time stays what it is."""
+    assert lasting(JobSpec(b"{}", expires_in_ms=500), 1_000) == JobSpec(b"{}", expires_at=1_500_000)
+    assert lasting(JobSpec(b"{}", expires_at=7), 1_000) == JobSpec(b"{}", expires_at=7)
+    assert lasting(JobSpec(b"{}", expires_in_ms=500, expires_at=7), 1_000) == JobSpec(b"{}", expires_at=7)
+
+
+def test_a_policy_does_not_change_the_function() -> None:
+    """Called directly, the task is its function."""
+    task = app_of().task(key="order", timeout=5, rate="1/d")(ship)
+    assert asyncio.run(task("o")) is None

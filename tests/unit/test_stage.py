@@ -1,0 +1,87 @@
+"""Turns between stages: weights, ageing, no claims from idle times."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from jobledger.consumers.gates import Scope
+from jobledger.consumers.stage import AGEING_MOST, AGEING_S, WEIGHTS, Stage, Turns
+from jobledger.policy import Limits
+from jobledger.task import Queue
+
+
+def stages() -> dict[str | None, Stage]:
+    queue = Queue("q", 1, priorities=True)
+    scope = Scope("queue q", Limits())
+    return {level: Stage(queue, level, scope) for level in queue.levels}
+
+
+def test_starts_are_shared_by_weight() -> None:
+    """While all have work, of 7,300 starts high has 6,400, normal 800 and low 100."""
+    turns, all_of_them = Turns(), stages()
+    had: Counter[str | None] = Counter()
+    for _ in range(7300):
+        stage = turns.next_of(list(all_of_them.values()))
+        turns.took(stage, 1)
+        had[stage.level] += 1
+    assert abs(had["high"] - 6400) <= 64
+    assert abs(had[None] - 800) <= 8
+    assert abs(had["low"] - 100) <= 2
+
+
+def test_who_was_idle_has_no_claims() -> None:
+    """A level that had nothing to do for long is next once, and then in its turn."""
+    turns, all_of_them = Turns(), stages()
+    high, low = all_of_them["high"], all_of_them["low"]
+    for _ in range(1000):
+        turns.took(turns.next_of([low]), 1)
+    first = [turns.next_of([low, high]) for _ in range(1)]
+    assert first == [high] or high.passed >= low.passed - 1
+    had: Counter[str | None] = Counter()
+    for _ in range(130):
+        stage = turns.next_of([low, high])
+        turns.took(stage, 1)
+        had[stage.level] += 1
+    assert had["low"] >= 1, "low does not starve while high catches up"
+    assert had["high"] >= 120
+
+
+class Waiting:
+    """A partition whose oldest record is of a time."""
+
+    def __init__(self, oldest: int | None) -> None:
+        self.oldest = oldest
+
+    def oldest_ms(self) -> int | None:
+        return self.oldest
+
+
+def test_weights_double_with_age_up_to_the_highest() -> None:
+    """A low record that waits long weighs as much as a new high one; with nothing waiting the weight is the level's."""
+    low = stages()["low"]
+    now = 10_000_000.0
+    for waited, weight in ((0.0, 1.0), (AGEING_S, 2.0), (3 * AGEING_S, 8.0), (100 * AGEING_S, 2.0**AGEING_MOST)):
+        low.parts.clear()
+        low.parts.extend([Waiting(None), Waiting(int(now - waited * 1000))])  # type: ignore[list-item]  # all that is asked
+        low.age(now)
+        assert low.weight == weight
+    assert low.weight == WEIGHTS["high"]
+    low.parts.clear()
+    low.age(now)
+    assert low.weight == 1.0
+
+
+@given(st.lists(st.sampled_from(["high", None, "low"]), min_size=1, max_size=400))
+def test_no_stage_waits_for_longer_than_its_weight_says(absent: list[str | None]) -> None:
+    """Low, always there, is served at least once in 74 starts whatever the others do."""
+    turns, all_of_them = Turns(), stages()
+    since = 0
+    for gone in absent:
+        present = [s for level, s in all_of_them.items() if level == "low" or level != gone]
+        stage = turns.next_of(present)
+        turns.took(stage, 1)
+        since = 0 if stage.level == "low" else since + 1
+        assert since <= 74
