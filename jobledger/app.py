@@ -14,7 +14,7 @@ from jobledger.errors import ConfigError
 from jobledger.job import JobStatus, State
 from jobledger.names import Names
 from jobledger.orders import Job, Kind, Orders
-from jobledger.policy import KEY_HOLD_MAX_S, LEASE_S, Adaptive, Breaker, Limits
+from jobledger.policy import KEY_HOLD_MAX_S, Adaptive, Breaker, Limits
 from jobledger.retry import Retry
 from jobledger.schemas.events import Position
 from jobledger.task import DEFAULT_PARTITIONS, DEFAULT_QUEUE, JobRequest, Queue, Registry, Task, check_shares
@@ -149,10 +149,6 @@ class App:
         priority: Literal["high", "normal", "low"] | None = None,
         rate: str | float | None = None,
         concurrency: int | None = None,
-        isolation: Literal["process"] | None = None,
-        max_memory: str | int | None = None,
-        long: bool | None = None,
-        lease: float = LEASE_S,
         expires_in: float | None = None,
         adaptive: Adaptive | bool | None = None,
         breaker: Breaker | bool | None = None,
@@ -173,10 +169,6 @@ class App:
         priority: Literal["high", "normal", "low"] | None = None,
         rate: str | float | None = None,
         concurrency: int | None = None,
-        isolation: Literal["process"] | None = None,
-        max_memory: str | int | None = None,
-        long: bool | None = None,
-        lease: float = LEASE_S,
         expires_in: float | None = None,
         adaptive: Adaptive | bool | None = None,
         breaker: Breaker | bool | None = None,
@@ -184,16 +176,14 @@ class App:
         """Register a function as a task; usable bare or with options.
 
         ``name``: what stands in the log, the function's name unless given. ``queue``: where its jobs go.
-        ``retry``: a `Retry`, or just the number of attempts. ``timeout``: seconds an attempt may take.
+        ``retry``: a `Retry`, or just the number of attempts. ``timeout``: seconds an attempt may take, for ``async def`` only.
         ``fallback``: a task with the same parameters, run as a job of its own when this one has failed for good.
 
         ``key``: the parameter, or a function of the arguments, whose value keeps jobs in order: those of one key run one
         at a time, in the order of submission; one that is tried again holds its key for at most ``key_hold_max`` seconds.
         ``priority``: ``high`` or ``low``, before or after the queue's others. ``rate`` (``"100/s"``), ``concurrency``:
-        limits for all workers together. ``isolation="process"``: run in a child process, where a timeout kills and
-        ``max_memory`` (``"512MiB"``) holds. ``long``: for more than a minute (so is a longer ``timeout``): the job is held
-        by a lease of ``lease`` seconds, renewed while its worker lives. ``expires_in``: seconds after its submission from
-        which on a job is not started any more. ``adaptive``: let the task's concurrency follow what it calls (`Adaptive`).
+        limits for all workers together. ``expires_in``: seconds after its submission from which on a job is not started
+        any more. ``adaptive``: let the task's concurrency follow what it calls (`Adaptive`).
         ``breaker``: stop calling what keeps failing (`Breaker`). Raises `ConfigError` or `UnknownQueue`.
         """
 
@@ -210,10 +200,6 @@ class App:
                 priority=priority,
                 rate=rate,
                 concurrency=concurrency,
-                isolation=isolation,
-                max_memory=max_memory,
-                long=long,
-                lease=lease,
                 expires_in=expires_in,
                 adaptive=adaptive,
                 breaker=breaker,
@@ -364,8 +350,7 @@ class App:
         """Want a job to end; returns once the log has acknowledged that.
 
         One that waits, for its turn, a time or a retry, is not started any more; one that runs is told: a coroutine is
-        cancelled, a thread gets an exception where Python runs in it, a process is ended. One that has ended stays what it is. ``by``: who
-        wants it, this user and host unless given. Raises `ConfigError`, `TopicMissing` or `BrokerUnavailable`.
+        cancelled, a thread goes on. One that has ended stays what it is. ``by``: who wants it, this user and host unless given. Raises `ConfigError`, `TopicMissing` or `BrokerUnavailable`.
         """
         self.orders.cancel([Job(job_id, run)], reason, by)
 

@@ -17,12 +17,25 @@ def app_of(**options: Any) -> App:
     return App("shop", settings=Settings(bootstrap="127.0.0.1:1"), **options)
 
 
+def task_of(app: App, fn: Any = None, **options: Any) -> Any:
+    """A task with options that ``App.task`` does not offer yet, too."""
+    given = {"name": None, "queue": "default", "retry": None, "timeout": None, "fallback": None, **options}
+    return app.registry.add(fn or ship, **given)
+
+
 async def ship(order: str, to: str = "home") -> None:
     """A task."""
 
 
 def ship_in_thread(order: str) -> None:
     """A task."""
+
+
+def test_what_is_not_built_is_not_offered() -> None:
+    """No option is taken that nothing obeys."""
+    for option in ("isolation", "max_memory", "long", "lease"):
+        with pytest.raises(TypeError, match=option):
+            app_of().task(**{option: None})
 
 
 @pytest.mark.parametrize(
@@ -74,14 +87,16 @@ def test_sizes_are_read() -> None:
 def test_what_cannot_hold_is_refused_at_load(options: dict[str, Any], says: str) -> None:
     """The error names the task, the option and the way out."""
     with pytest.raises(ConfigError, match=says):
-        app_of().task(**options)(ship)
+        task_of(app_of(), **options)
 
 
 def test_a_thread_cannot_be_keyed() -> None:
     """It cannot be made to end, so it could hold its key for ever."""
-    with pytest.raises(ConfigError, match="isolation='process'"):
+    with pytest.raises(ConfigError, match="needs `async def`"):
         app_of().task(key="order", timeout=5)(ship_in_thread)
-    assert app_of().task(key="order", timeout=5, isolation="process")(ship_in_thread).policy.key == "order"
+    with pytest.raises(ConfigError, match="make the task `async def`"):
+        app_of().task(key="order")(ship_in_thread)
+    assert task_of(app_of(), ship_in_thread, key="order", timeout=5, isolation="process").policy.key == "order"
 
 
 def test_adaptive_and_breaker_judge_themselves() -> None:
