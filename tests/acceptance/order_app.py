@@ -1,0 +1,62 @@
+"""Jobs for the fault tests of order and cancels: keyed ones that fail and go on, each noting beside the log what it did.
+
+``python -m tests.acceptance.order_app submit ACCOUNTS EACH`` submits; ``cancel REASON ID…`` cancels.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import random
+import sys
+
+from jobledger import App, Retry, current_job
+from jobledger.orders import Job
+
+app = App(os.environ.get("CHAOS_NAMESPACE", "order"), partitions=4)
+EXECUTIONS = os.environ.get("CHAOS_EXECUTIONS", os.devnull)
+
+
+def note(what: str) -> None:
+    """One line, written at once: it is there even if the process dies right after."""
+    file = os.open(EXECUTIONS, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+    try:
+        os.write(file, f"{current_job().job_id} {what}\n".encode())
+    finally:
+        os.close(file)
+
+
+@app.task(key="account", timeout=20, retry=Retry(max_attempts=4, initial=0.1, factor=1.0))
+async def book(account: str, number: int) -> int:
+    """Takes a few milliseconds; every seventh fails at first, every fiftieth to the end."""
+    attempt = current_job().attempt
+    note(f"began {account} {number} {attempt}")
+    await asyncio.sleep(random.random() * 0.01)
+    if (number % 7 == 3 and attempt == 1) or number % 50 == 49:
+        raise ValueError(f"number {number}, attempt {attempt}")
+    note(f"ended {account} {number} {attempt}")
+    return number
+
+
+@app.task
+async def plain(number: int) -> int:
+    """Takes a few milliseconds."""
+    note(f"began {number}")
+    await asyncio.sleep(random.random() * 0.02)
+    return number
+
+
+if __name__ == "__main__":
+    match sys.argv[1:]:
+        case ["submit", accounts, each]:
+            app.submit_many(
+                book.job(f"account-{account}", number)
+                for number in range(int(each))
+                for account in range(int(accounts))
+            )
+        case ["plain", count]:
+            for handle in app.submit_many(plain.job(n) for n in range(int(count))):
+                print(handle.job_id)
+        case ["cancel", reason]:
+            app.orders.cancel([Job(line.strip()) for line in sys.stdin], reason)
+    app.close()
