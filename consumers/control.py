@@ -141,11 +141,15 @@ class ControlReader(threading.Thread):
             if error.code() == KafkaError._PARTITION_EOF:
                 self.live.set()
                 return
+            if error.retriable() or error.code() in PASSING:  # the client goes on trying by itself
+                if self.error is None:
+                    LOG.warning("%s: %s", self._topic, error.str())
+                self.error = error.str()
+                return
             problem = translate(error, self._settings, f"reading {self._topic}", read(self._topic))
             if isinstance(problem, AccessDenied) or error.fatal():
                 raise problem
-            if not (error.retriable() or error.code() in PASSING) or self.error is None:
-                LOG.warning("%s: %s", self._topic, error.str())
+            LOG.warning("%s: %s", self._topic, error.str())
             self.error = error.str()
             return
         self.error = None

@@ -288,7 +288,9 @@ class Executor:
     def _broken(self, work: Work, exc: Exception) -> None:
         event = work.event
         job_id = event.job_id if event is not None else "?"
-        LOG.error("the outcome of job %s could not be written", job_id, exc_info=exc)
+        # What is known to go wrong says itself; where in our code it was noticed says nothing more.
+        known = isinstance(exc, JobledgerError)
+        LOG.error("the outcome of job %s could not be written: %s", job_id, exc, exc_info=None if known else exc)
         self._fail(
             exc
             if isinstance(exc, JobledgerError)

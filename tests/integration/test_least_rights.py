@@ -122,11 +122,15 @@ class Degraded(Exception):
 
 
 def client(world: World, refused: list[JobledgerError]) -> None:
-    """Submits, also delayed; emits."""
+    """Submits, also delayed; emits; orders."""
     app = world.app("client")
     try:
         app.add.submit(1)  # type: ignore[attr-defined]
-        for optional in (lambda: app.add.using(delay=3600).submit(1), lambda: app.emit(Registered("u"))):  # type: ignore[attr-defined]
+        for optional in (
+            lambda: app.add.using(delay=3600).submit(1),  # type: ignore[attr-defined]
+            lambda: app.emit(Registered("u")),
+            lambda: app.resume(queue="default"),
+        ):
             try:
                 optional()
             except NotAuthorized as exc:
@@ -158,11 +162,12 @@ def coordinator(world: World, refused: list[JobledgerError]) -> None:
 
 
 def materializer(world: World, refused: list[JobledgerError]) -> None:
-    """Writes the table; keeps what cannot be read on lifecycle; watchdog, audit and trimming."""
+    """Writes the table; keeps what cannot be read on lifecycle; watchdog, audit, trimming, and cancels that are settled."""
     url, names = f"sqlite:///{world.folder}/{uuid.uuid4().hex}.db", world.boss.names
     settings, stop = world.settings("materializer"), threading.Event()
     handle = world.boss.add.using(delay=0.01).submit(1)  # type: ignore[attr-defined]  # nobody lets it go
     garbage(world)
+    ended_and_cancelled(world)
     made = Materializer(names, settings, ["default"], url)
     with in_thread(lambda: made.run(stop), stop.set) as alive:
         until(lambda: made.active and made.position() > 0 and made.caught_up(), alive)
@@ -172,7 +177,7 @@ def materializer(world: World, refused: list[JobledgerError]) -> None:
         with contextlib.closing(open_reader(url, names.namespace)) as reader:
             upkeep = Upkeep(names, settings, ["default"], reader, cadence=cadence)
             assert reader.job(handle.job_id)
-            for act in (upkeep.watch, upkeep.audit, upkeep.trim):
+            for act in (upkeep.watch, upkeep.audit, upkeep.trim, upkeep.forget_cancels):
                 try:
                     act()
                 except NotAuthorized as exc:
@@ -315,6 +320,22 @@ def garbage(world: World) -> None:
     writer = LogWriter(world.settings(None), None)
     writer.send([Outgoing(world.boss.names.lifecycle, b"garbage", "x")])
     writer.close()
+
+
+def ended_and_cancelled(world: World) -> None:
+    """A job that has ended, and a cancel that came too late for it."""
+    from jobledger.log import LogWriter, Outgoing, now_us
+    from jobledger.schemas import codec
+    from jobledger.schemas.events import JobEvent, JobSucceeded
+
+    names, job_id = world.boss.names, str(uuid.uuid4())
+    end = JobEvent(
+        str(uuid.uuid4()), job_id, 1, 1, 1, now_us(), "add", "default", None, None, "test", None, JobSucceeded()
+    )
+    writer = LogWriter(world.settings(None), names)
+    writer.send([Outgoing(names.lifecycle, codec.encode(end), job_id)])
+    writer.close()
+    world.boss.cancel(job_id, "too late")
 
 
 # -- the tests -----------------------------------------------------------------------------------------------------------
