@@ -32,6 +32,7 @@ from jobledger.consumers.outcome import (
     holding,
 )
 from jobledger.consumers.send import BY_KEY, Sender
+from jobledger.consumers.telling import Teller
 from jobledger.consumers.work import Work
 from jobledger.context import JobContext, enter
 from jobledger.errors import JobledgerError
@@ -67,6 +68,7 @@ class Executor:
         self._facts, self._sender, self._lifecycle, self._source, self._limit = facts, sender, lifecycle, source, limit
         self._ended, self._ended_in_thread, self._fail = ended, ended_in_thread, fail
         self._produce = sender.produce
+        self.teller: Teller | None = None  # if somebody wants to be told
         self._queue: queue.SimpleQueue[Work | None] = queue.SimpleQueue()
         self._threads: list[threading.Thread] = []
 
@@ -192,6 +194,8 @@ class Executor:
             limit = plan.task.timeout
             replaced = TimeoutError(f"{event.task}() ran longer than its timeout of {limit:g} s")
             error = replaced.with_traceback(error.__traceback__)
+        if self.teller is not None:
+            self.teller.note(work, error)
         self.close_with(work, decide(plan.task.retry, event.attempt, error, random.random(), timed_out=timed_out))
 
     def stop(self, work: Work, outcome: Outcome) -> None:
@@ -233,6 +237,8 @@ class Executor:
             return
         _count(work, outcome, duration)
         _say(event, outcome)
+        if self.teller is not None:
+            self.teller.tell(work, outcome)
 
     def _goes_on(self, work: Work, event: JobEvent, outcome: Retried | Snoozed) -> None:
         """Say that the job is tried again in place; the dispatcher sees to it after ``again_s``."""
@@ -245,6 +251,8 @@ class Executor:
         except Exception as exc:  # noqa: BLE001  # as in `close_with`
             self._broken(work, exc)
             return
+        if self.teller is not None:
+            self.teller.tell(work, outcome)
         work.outcome = outcome
         work.event = msgspec.structs.replace(event, attempt=event.attempt + isinstance(outcome, Retried))
         work.again_s = outcome.delay_ms / 1000

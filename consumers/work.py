@@ -22,6 +22,7 @@ from jobledger.consumers.outcome import Outcome
 from jobledger.consumers.releases import ReleaseMemory
 from jobledger.context import JobContext
 from jobledger.log import position_of
+from jobledger.middleware import runner
 from jobledger.schemas.events import Fact, JobEvent, JobProgressed
 from jobledger.task import Task
 
@@ -175,7 +176,7 @@ class Plan:
 
     def __init__(self, task: Task[Any, Any]) -> None:
         self.task = task
-        self.name, self.fn, self.is_async = task.name, task.fn, task.is_async
+        self.name, self.fn, self.is_async = task.name, runner(task), task.is_async
         self.decode_args = task.decode_args
         self.succeeded = self.retried = self.snoozed = self.failed = 0
         self.seconds = 0.0

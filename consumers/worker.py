@@ -26,18 +26,20 @@ from jobledger.access import knock
 from jobledger.config import Settings
 from jobledger.consumers.control import ControlReader
 from jobledger.consumers.dispatch import Dispatcher
-from jobledger.consumers.execute import Executor
+from jobledger.consumers.execute import Executor, context_of
 from jobledger.consumers.facts import Facts
 from jobledger.consumers.fetch import Fetcher
 from jobledger.consumers.options import WorkerOptions
 from jobledger.consumers.send import Sender
 from jobledger.consumers.settle import Settler, new_arrived
 from jobledger.consumers.takeover import Takeover
+from jobledger.consumers.telling import Teller
 from jobledger.consumers.work import Partition
-from jobledger.errors import AccessDenied, BrokerUnavailable, ConfigError, JobledgerError
+from jobledger.errors import AccessDenied, BrokerUnavailable, ConfigError, JobledgerError, ResourceFailed
 from jobledger.kafka import acls
 from jobledger.log import decoder, partitions_of, source
 from jobledger.names import lane as lane_of
+from jobledger.resources import Resource
 from jobledger.task import Registry
 
 __all__ = ["EXIT_BROKEN", "EXIT_OK", "Worker", "WorkerOptions", "run_tuned", "run_worker"]
@@ -230,6 +232,16 @@ class Worker:
         dispatcher.fetchers = self.fetchers
         if any(not plan.is_async for plan in dispatcher.plans.values()):
             executor.start_threads(options.job_threads)
+        try:
+            await registry.resources.open(self._wanted())
+        except ResourceFailed as exc:
+            self.fail(exc)
+            await registry.resources.close()
+            return
+        teller = Teller(registry, loop, context_of)
+        if teller.needed:
+            executor.teller = teller
+            teller.start()
         dispatcher.start(loop)
         control = self.control = ControlReader(
             settings,
@@ -285,11 +297,28 @@ class Worker:
                 if work.handle is not None:
                     work.handle.cancel()
             await self._wait_idle(dispatcher, time.monotonic() + 1.0, ignore_hurry=True)
+        await self._close_hooks(executor, began)
         self._must_end_in(CLOSING_S + MARGIN_S)
         await asyncio.to_thread(self._close_rest, settler, sender)
         executor.close()
         dispatcher.close()
         LOG.info("worker %s ended after %.1f s", self.identity, time.monotonic() - began)
+
+    async def _close_hooks(self, executor: Executor, began: float) -> None:
+        """Let hooks be called, and close resources, in what is left of the grace time."""
+        left = 1.0 if self.error is not None else max(1.0, began + self.options.grace - time.monotonic())
+        if executor.teller is not None:
+            await asyncio.to_thread(executor.teller.close, left)
+        try:
+            async with asyncio.timeout(left):
+                await self.registry.resources.close()
+        except TimeoutError:
+            LOG.warning("resources were not closed within %.0f s", left)
+
+    def _wanted(self) -> list[Resource[Any]]:
+        """The resources that this worker's tasks ask for; children open their own."""
+        tasks = [t for t in self.registry.tasks.values() if t.queue in self.queues and t.policy.isolation is None]
+        return list(dict.fromkeys(r for task in tasks for r in task.dependencies.values()))
 
     async def _wait_idle(self, dispatcher: Dispatcher, until: float, *, ignore_hurry: bool = False) -> None:
         while dispatcher.running and (ignore_hurry or not self._hurry):

@@ -21,6 +21,7 @@ from jobledger.errors import (
     JobledgerError,
     JobNotFound,
     PayloadTooLarge,
+    ResourceFailed,
     ResultInsideJob,
     StatusTimeout,
     StoreError,
@@ -30,6 +31,7 @@ from jobledger.errors import (
 )
 from jobledger.job import JobStatus, State
 from jobledger.policy import Adaptive, Breaker
+from jobledger.resources import Depends, Resource
 from jobledger.retry import NO_RETRY, Reject, Retry, RetryLater, Snooze
 from jobledger.schemas.events import Position
 from jobledger.task import JobRequest, Queue, Task
@@ -48,6 +50,7 @@ __all__ = [
     "Breaker",
     "BrokerUnavailable",
     "ConfigError",
+    "Depends",
     "EventHandle",
     "IncompatibleEvent",
     "JobCancelled",
@@ -63,6 +66,8 @@ __all__ = [
     "Position",
     "Queue",
     "Reject",
+    "Resource",
+    "ResourceFailed",
     "ResultInsideJob",
     "Retry",
     "RetryLater",

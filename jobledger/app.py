@@ -12,9 +12,11 @@ from jobledger.config import Settings
 from jobledger.domain import EventType, Format, as_event_class
 from jobledger.errors import ConfigError
 from jobledger.job import JobStatus, State
+from jobledger.middleware import Around, Which
 from jobledger.names import Names
 from jobledger.orders import Job, Kind, Orders
 from jobledger.policy import KEY_HOLD_MAX_S, Adaptive, Breaker, Limits
+from jobledger.resources import Resource, ResourceDecorator
 from jobledger.retry import Retry
 from jobledger.schemas.events import Position
 from jobledger.task import DEFAULT_PARTITIONS, DEFAULT_QUEUE, JobRequest, Queue, Registry, Task, check_shares
@@ -30,6 +32,9 @@ P = ParamSpec("P")
 R = TypeVar("R")
 E = TypeVar("E")
 F = TypeVar("F", bound=Callable[..., Any])
+A = TypeVar("A", bound=Around)
+M = TypeVar("M")
+T = TypeVar("T")
 
 
 class TaskDecorator(Protocol):
@@ -288,6 +293,49 @@ class App:
             return task
 
         return register
+
+    # -- what surrounds tasks -----------------------------------------------------------------------------------------
+
+    #: Declare a resource: ``@app.resource`` on a function that makes it, or on a generator that yields it and closes it
+    #: after. Opened once a process, when a worker starts whose tasks ask for it with `Depends`; closed when it ends.
+    resource = ResourceDecorator()
+
+    def use(self, resource: Resource[T]) -> T:
+        """The value of a resource in this process, opened now if it is not: for code that no parameter reaches.
+
+        Raises `ResourceFailed`, or `ConfigError` for an ``async`` one that is not open. What is opened here is closed when
+        a worker of this process ends, if there is one.
+        """
+        return self.registry.resources.get(resource)
+
+    def around(self, fn: A | None = None, /, *, tasks: Which = None) -> Any:
+        """Register a generator function of the job that surrounds every attempt: it yields once, and the task runs there.
+
+        It runs where the task's code does, and sees what the task raises. What it raises itself is the attempt's error;
+        what it swallows is raised again behind it. An ``async`` one surrounds only ``async`` tasks. The first one
+        registered is the outermost. ``tasks``: those it is for, or a function that tells. Raises `ConfigError`.
+        """
+
+        def register(function: A) -> A:
+            self.registry.hooks.add_around(function, tasks)
+            return function
+
+        return register if fn is None else register(fn)
+
+    def middleware(self, made: M | None = None, /, *, tasks: Which = None) -> Any:
+        """Register an object, or a class that is made without arguments, with any of these methods, plain or ``async``:
+
+        ``before(job)`` and ``after(job, result)`` run where the task's code does; what ``before`` raises is the attempt's
+        error. ``retry(job, error, delay)`` and ``failure(job, error)`` are told by the worker, in a thread of their own
+        or on its event loop, once the fact is on its way. ``around(job)``: as for `around`. What the others raise is
+        logged and changes nothing. ``tasks``: those it is for, or a function that tells. Raises `ConfigError`.
+        """
+
+        def register(middleware: M) -> M:
+            self.registry.hooks.add(middleware, tasks)
+            return middleware
+
+        return register if made is None else register(made)
 
     # -- emitting -------------------------------------------------------------------------------------------------
 

@@ -19,6 +19,7 @@ import msgspec
 import uuid_utils
 from confluent_kafka import KafkaError, Message
 
+from jobledger import tracing
 from jobledger.access import write
 from jobledger.config import Settings
 from jobledger.context import JobContext, maybe_current_job
@@ -196,11 +197,11 @@ class Client:
         """The job's id and the record that submits it."""
         task = request.task
         if inside is None:
-            job_id, parent, trace = str(uuid_utils.uuid7()), None, None
+            job_id, parent, trace = str(uuid_utils.uuid7()), None, tracing.current()
             event_id = job_id
         else:
             job_id = event_id = inside.child_id(task.name, request.args)
-            parent, trace = inside.job_id, inside.trace
+            parent, trace = inside.job_id, tracing.current() or inside.trace
         delayed = request.delay_ms is not None
         event = JobEvent(
             event_id,
@@ -228,8 +229,9 @@ class Client:
     def submit(self, request: JobRequest[R]) -> JobHandle[R]:
         """Submit one job and wait for its acknowledgement; see `Task.submit` for the errors."""
         writer = self._writer(bulk=False)
-        job_id, record = self._outgoing(request, maybe_current_job())
-        return JobHandle(self, job_id, self._sent(writer, record, f"submitting job {job_id}"))
+        with tracing.submitting(request.task.name, request.queue):
+            job_id, record = self._outgoing(request, maybe_current_job())
+            return JobHandle(self, job_id, self._sent(writer, record, f"submitting job {job_id}"))
 
     def _sent(self, writer: LogWriter, record: Outgoing, what: str) -> Position:
         """Send one record and wait for its acknowledgement."""
@@ -246,8 +248,9 @@ class Client:
         writer = self._single if self._single is not None and self._pid == os.getpid() else None
         if writer is None:  # connecting and publishing the schema block; only once
             writer = await loop.run_in_executor(None, self._writer, False)
-        job_id, record = self._outgoing(request, maybe_current_job())
-        return JobHandle(self, job_id, await self._acknowledged(writer, record, f"submitting job {job_id}"))
+        with tracing.submitting(request.task.name, request.queue):
+            job_id, record = self._outgoing(request, maybe_current_job())
+            return JobHandle(self, job_id, await self._acknowledged(writer, record, f"submitting job {job_id}"))
 
     async def _acknowledged(self, writer: LogWriter, record: Outgoing, what: str) -> Position:
         """Send one record and wait for its acknowledgement without holding the event loop."""
@@ -275,9 +278,10 @@ class Client:
         """
         many = _Many(self.settings, self._writer(bulk=True), "jobs")
         inside = maybe_current_job()
-        for request in requests:
-            many.add(*self._outgoing(request, inside))
-        return [JobHandle(self, job_id, position) for job_id, position in many.finish()]
+        with tracing.submitting("", ""):  # one span for all: a span a job would cost more than the submission
+            for request in requests:
+                many.add(*self._outgoing(request, inside))
+            return [JobHandle(self, job_id, position) for job_id, position in many.finish()]
 
     # -- events ---------------------------------------------------------------------------------------------------
 
@@ -285,9 +289,9 @@ class Client:
         """The event's id and its record. Emitted by a job, the id follows from the job: a rerun says nothing new."""
         value, key = kind.encode(event)
         if inside is None:
-            event_id, trace = str(uuid_utils.uuid7()), None
+            event_id, trace = str(uuid_utils.uuid7()), tracing.current()
         else:
-            event_id, trace = inside.child_id(f"event {kind.name}", value), inside.trace
+            event_id, trace = inside.child_id(f"event {kind.name}", value), tracing.current() or inside.trace
         headers: Headers = [(EVENT_HEADER, event_id.encode()), ("jl-source", self._source.encode())]
         if trace is not None:
             headers.append(("traceparent", trace.encode()))

@@ -179,7 +179,7 @@ class Handler:
     """A task that takes one event of a type. ``parameter``: the one that takes it."""
 
     def __init__(self, event: EventType, task: Task[Any, Any]) -> None:
-        parameters = list(inspect.signature(task.fn).parameters.values())
+        parameters = [p for p in inspect.signature(task.fn).parameters.values() if p.name not in task.dependencies]
         needed = [p.name for p in parameters if p.default is p.empty]
         if not parameters or needed not in ([], [parameters[0].name]):
             raise ConfigError(

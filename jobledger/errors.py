@@ -18,6 +18,7 @@
 ├── ``TopicMissing``             a topic the app needs is not there
 ├── ``PortTaken``                the embedded broker's port belongs to somebody else
 ├── ``KafkaStartFailed``         the embedded broker did not come up
+├── ``ResourceFailed``           a resource that tasks need could not be opened
 ├── ``StoreError``               the status database is away, or is not ours
 │   ├── ``StoreNotFound``        there is no status table at this address yet
 │   ├── ``StoreUnavailable``     no database answers there now; it may later
@@ -122,6 +123,10 @@ class PortTaken(JobledgerError):
 
 class KafkaStartFailed(JobledgerError):
     """The embedded broker did not come up; the message carries the end of its log."""
+
+
+class ResourceFailed(JobledgerError):
+    """A resource that tasks need could not be opened; the message names it, and the cause is its own error."""
 
 
 class StoreError(JobledgerError):

@@ -17,6 +17,7 @@ import msgspec
 
 from jobledger.domain import EventType, Handler
 from jobledger.errors import BadArguments, BadEvent, ConfigError, UnknownQueue, UnknownTask
+from jobledger.middleware import Hooks
 from jobledger.names import Names, check_name, lane
 from jobledger.policy import (
     KEY_HOLD_MAX_S,
@@ -30,6 +31,7 @@ from jobledger.policy import (
     policy_of,
 )
 from jobledger.projection import Projection
+from jobledger.resources import Dependency, Resources, dependencies
 from jobledger.retry import Retry, check_delay
 
 if TYPE_CHECKING:
@@ -166,6 +168,13 @@ class Task(Generic[P, R]):
         self.__doc__ = fn.__doc__
         self.__name__ = getattr(fn, "__name__", name)
         self.__wrapped__ = fn
+        #: Parameters that the worker fills with resources.
+        self.dependencies = dependencies(fn)
+        wrong = [r.name for r in self.dependencies.values() if r.is_async and not self.is_async]
+        if wrong:
+            raise ConfigError(
+                f"task {name!r} is a plain function, and resource {wrong[0]!r}, which it asks for, is async"
+            )
         self._names, self._struct = _arguments_struct(fn, name)
         self._decoder = msgspec.json.Decoder(self._struct, dec_hook=_dec_hook)
         self._fields = self._struct.__struct_fields__
@@ -176,10 +185,19 @@ class Task(Generic[P, R]):
         #: Jobs of it are described without options: what `job` makes is the same for all but the arguments.
         self._simple = policy.key is None and policy.expires_in is None and policy.priority is None
         #: The signature as text, for error messages.
-        self.signature = str(inspect.signature(fn, eval_str=True))
+        signature = inspect.signature(fn, eval_str=True)
+        kept = [p for p in signature.parameters.values() if p.name not in self.dependencies]
+        self.signature = str(signature.replace(parameters=kept))
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> Any:
-        """Run the function itself, without Jobledger: its result, or the coroutine of an ``async`` one."""
+        """Run the function itself, without Jobledger: its result, or the coroutine of an ``async`` one.
+
+        Resources it asks for must be given, by name: nobody opens them. Raises `BadArguments` if they are not.
+        """
+        if self.dependencies:
+            given = inspect.signature(self.fn).bind_partial(*args, **kwargs).arguments
+            if missing := [name for name in self.dependencies if name not in given]:
+                raise BadArguments(f"{self.name}() is called here and now: give it {missing[0]}=… yourself")
         return self.fn(*args, **kwargs)
 
     def __repr__(self) -> str:
@@ -354,6 +372,7 @@ class Registry:
         self.names = Names(namespace)
         self.partitions = check_partitions(partitions, "App(partitions=…)")
         self.submitter = submitter
+        self.hooks, self.resources = Hooks(), Resources()
         self.tasks: dict[str, Task[Any, Any]] = {}
         #: Event types by name, and the handlers of each.
         self.events: dict[str, EventType] = {}
@@ -511,9 +530,10 @@ class Registry:
             check_shares(what, queue, limits, self.partitions)
 
     def check(self) -> None:
-        """What can be judged only when all is there: fallbacks, limits. Raises `ConfigError`; run when an app is loaded."""
+        """What can be judged only when all is there: fallbacks, limits, hooks. Raises `ConfigError`; run when an app is loaded."""
         self._check_limits()
         for task in self.tasks.values():
+            self.hooks.of(task)
             if task.fallback is None:
                 continue
             if task.fallback not in self.tasks:
@@ -577,7 +597,16 @@ def _arguments_struct(fn: Callable[..., Any], name: str) -> tuple[tuple[str, ...
         raise ConfigError(f"task {name!r}: its signature cannot be read: {exc}") from exc
     fields: list[tuple[str, Any] | tuple[str, Any, Any]] = []
     positional: list[str] = []
+    filled = ""
     for parameter in parameters:
+        if isinstance(parameter.default, Dependency):
+            filled = parameter.name
+            continue
+        if filled and parameter.kind is parameter.POSITIONAL_OR_KEYWORD:
+            raise ConfigError(
+                f"task {name!r}: {parameter.name} comes after {filled}, which the worker fills; put resources last, "
+                "or behind a *"
+            )
         if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD, parameter.POSITIONAL_ONLY):
             raise ConfigError(
                 f"task {name!r}: parameter {parameter} cannot travel by name; write every parameter out, "

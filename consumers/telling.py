@@ -1,0 +1,118 @@
+"""Tells middleware what became of attempts: `retry` and `failure`, after the fact is on its way to the log.
+
+A thread of its own: a hook that takes its time holds up no job. Coroutines run on the worker's event loop. What a hook
+raises is logged and changes nothing. Hooks that are not through when the grace time is over are not waited for.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+import logging
+import queue
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import Any
+
+from jobledger.consumers.outcome import Failed, Outcome, Retried
+from jobledger.consumers.work import Work
+from jobledger.context import JobContext, enter
+from jobledger.errors import JobFailed
+from jobledger.middleware import Hook
+from jobledger.task import Registry
+
+LOG = logging.getLogger("jobledger.worker")
+
+#: Untold outcomes from which on they are dropped, and it is said: they hold the errors' frames.
+MOST = 10_000
+
+
+class Teller(threading.Thread):
+    """Calls ``retry(job, error, delay)`` and ``failure(job, error)``.
+
+    ``error`` is the exception; where only its text is known, of a child process or a job that was not begun, a
+    `JobFailed` with it. ``delay``: seconds until the next attempt.
+    """
+
+    def __init__(
+        self, registry: Registry, loop: asyncio.AbstractEventLoop, context_of: Callable[[Work], JobContext]
+    ) -> None:
+        super().__init__(name="jobledger-hooks", daemon=True)
+        self._loop, self._context_of = loop, context_of
+        self._hooks: dict[str, list[Hook]] = {
+            task.name: [hook for hook in registry.hooks.of(task) if hook.name in ("retry", "failure")]
+            for task in registry.tasks.values()
+        }
+        self.needed = any(self._hooks.values())
+        self._errors: dict[Work, BaseException] = {}
+        self._todo: queue.SimpleQueue[tuple[Hook, JobContext, tuple[Any, ...]] | None] = queue.SimpleQueue()
+        self._running: set[Future[None]] = set()
+        self.dropped = 0
+
+    def note(self, work: Work, error: BaseException) -> None:
+        """The exception of an attempt that is being judged. Callable from any thread."""
+        self._errors[work] = error
+
+    def tell(self, work: Work, outcome: Outcome) -> None:
+        """What became of it. Callable from any thread."""
+        error = self._errors.pop(work, None)
+        if work.plan is None or not isinstance(outcome, Retried | Failed):
+            return
+        wanted = "retry" if isinstance(outcome, Retried) else "failure"
+        hooks = [hook for hook in self._hooks.get(work.plan.name, ()) if hook.name == wanted]
+        if not hooks:
+            return
+        if self._todo.qsize() > MOST:
+            if not self.dropped:
+                LOG.error("%d outcomes wait for %s: hooks are too slow, and are not told of more", MOST, hooks[0].said)
+            self.dropped += 1
+            return
+        job = self._context_of(work)
+        said = outcome.error
+        told = error or JobFailed(job.job_id, said.type, said.message, said.traceback)
+        more = (outcome.delay_ms / 1000,) if isinstance(outcome, Retried) else ()
+        for hook in hooks:
+            self._todo.put((hook, job, (told, *more)))
+
+    def run(self) -> None:
+        """Call hooks until closed."""
+        while (item := self._todo.get()) is not None:
+            contextvars.copy_context().run(self._call, *item)
+
+    def _call(self, hook: Hook, job: JobContext, more: tuple[Any, ...]) -> None:
+        enter(job)
+        try:
+            if hook.is_async:
+                running = asyncio.run_coroutine_threadsafe(self._await(hook, job, more), self._loop)
+                self._running.add(running)
+                running.add_done_callback(self._running.discard)
+            else:
+                hook.fn(job, *more)
+        except Exception:  # noqa: BLE001  # logged there
+            _failed(hook, job)
+
+    async def _await(self, hook: Hook, job: JobContext, more: tuple[Any, ...]) -> None:
+        enter(job)
+        try:
+            await hook.fn(job, *more)
+        except Exception:  # noqa: BLE001  # logged there
+            _failed(hook, job)
+
+    def close(self, seconds: float) -> None:
+        """Let what is under way end, for so many seconds at most. Not on the event loop."""
+        if not self.is_alive():
+            return
+        deadline = time.monotonic() + seconds
+        self._todo.put(None)
+        self.join(max(0.0, deadline - time.monotonic()))
+        while self._running and time.monotonic() < deadline:
+            time.sleep(0.01)
+        left = self._todo.qsize() + len(self._running)
+        if left or self.dropped:
+            LOG.warning("%d hooks did not end within the grace time, %d were not called", left, self.dropped)
+
+
+def _failed(hook: Hook, job: JobContext) -> None:
+    LOG.exception("%s failed for job %s (%s); the job is what it was", hook.said, job.job_id, job.task)

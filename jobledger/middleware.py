@@ -1,0 +1,262 @@
+"""What runs around a task's code: hooks, resources, spans; compiled into one function for each task.
+
+`runner` is what a worker calls in a task's place, in its own process or in a child's: the task's function itself, if
+nothing is to be done around it. What is told only after the worker has judged an attempt, `retry` and `failure`, is
+called by the worker: see `jobledger.consumers.telling`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import logging
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from jobledger import tracing
+from jobledger.context import JobContext, current_job
+from jobledger.errors import ConfigError
+
+if TYPE_CHECKING:
+    from jobledger.task import Task
+
+LOG = logging.getLogger("jobledger.worker")
+
+#: Which tasks a hook is for: a function of the task, or tasks or their names. None: all.
+Which = Callable[["Task[Any, Any]"], bool] | Iterable["Task[Any, Any] | str"] | None
+#: What runs a job's code: (job, keyword arguments) → result, or an awaitable of it.
+Inner = Callable[[JobContext, dict[str, Any]], Any]
+Around = Callable[[JobContext], Iterator[None]] | Callable[[JobContext], AsyncIterator[None]]
+
+NAMES = ("before", "after", "retry", "failure", "around")
+
+
+class Hook:
+    """One hook, as it was registered: its name among `NAMES`, its function, and the tasks it is for."""
+
+    __slots__ = ("fn", "is_async", "name", "said", "which")
+
+    def __init__(self, name: str, fn: Callable[..., Any], said: str, which: Which) -> None:
+        self.name, self.fn, self.said = name, fn, said
+        raw = inspect.unwrap(fn)
+        self.is_async = inspect.iscoroutinefunction(raw) or inspect.isasyncgenfunction(raw)
+        if name == "around" and raw is fn:
+            if not (inspect.isgeneratorfunction(fn) or inspect.isasyncgenfunction(fn)):
+                raise ConfigError(
+                    f"{said} is no generator: it does what comes before, yields once, and does what comes after"
+                )
+            self.fn = contextlib.asynccontextmanager(fn) if self.is_async else contextlib.contextmanager(fn)
+        self.which: Callable[[Task[Any, Any]], bool] | frozenset[str] | None
+        if which is None or callable(which):
+            self.which = which
+        else:
+            self.which = frozenset(each if isinstance(each, str) else each.name for each in which)
+
+    def meant(self, task: Task[Any, Any]) -> bool:
+        """Whether the hook is for this task."""
+        if self.which is None:
+            return True
+        return task.name in self.which if isinstance(self.which, frozenset) else self.which(task)
+
+
+class Hooks:
+    """The hooks of an app, the outermost first."""
+
+    def __init__(self) -> None:
+        self.all: list[Hook] = []
+
+    def add(self, middleware: object, which: Which = None) -> None:
+        """Register an object, or a class to be made one of. Raises `ConfigError` if it has no hook."""
+        made = middleware() if inspect.isclass(middleware) else middleware
+        kind = type(made).__qualname__
+        found = [(n, fn) for n in NAMES if callable(fn := getattr(made, n, None))]
+        if not found:
+            raise ConfigError(f"middleware {kind} has none of {', '.join(NAMES)}")
+        # A method's __wrapped__ or generator nature is its function's.
+        self.all += [Hook(name, fn, f"{kind}.{name}", which) for name, fn in found]
+
+    def add_around(self, fn: Callable[..., Any], which: Which = None) -> None:
+        """Register a generator function of the job. Raises `ConfigError`."""
+        self.all.append(Hook("around", fn, f"around {getattr(fn, '__qualname__', fn)!s}", which))
+
+    def of(self, task: Task[Any, Any]) -> list[Hook]:
+        """Those for a task. Raises `ConfigError` if one of them cannot run where the task's code does."""
+        found = [hook for hook in self.all if hook.meant(task)]
+        for hook in found:
+            if hook.is_async and not task.is_async and hook.name in ("before", "after", "around"):
+                raise ConfigError(
+                    f"{hook.said} is async, and task {task.name!r} is a plain function, which runs where no event loop "
+                    "is: give it a plain hook, or keep this one from it with tasks=lambda task: task.is_async"
+                )
+        return found
+
+
+def runner(task: Task[Any, Any]) -> Callable[..., Any]:
+    """The function to call with a job's arguments, where `current_job` is the job: a coroutine function for ``async`` tasks.
+
+    It is ``task.fn`` itself where there is nothing to do around it. Made when a worker or a child starts.
+    """
+    registry = task.registry
+    hooks = [h for h in registry.hooks.of(task) if h.name in ("around", "before", "after")]
+    span = tracing.span_of(task)
+    if not hooks and not task.dependencies and span is None:
+        return task.fn
+    inner = _code(task)
+    for hook in reversed(hooks):
+        wrap = _WRAPS[hook.name, task.is_async]
+        inner = wrap(hook, inner)
+    if span is not None:
+        inner = _WRAPS["around", task.is_async](span, inner)
+    if task.is_async:
+
+        async def run_async(**kwargs: Any) -> Any:
+            return await inner(current_job(), kwargs)
+
+        return run_async
+
+    def run(**kwargs: Any) -> Any:
+        return inner(current_job(), kwargs)
+
+    return run
+
+
+def _code(task: Task[Any, Any]) -> Inner:
+    fn, needs, store = task.fn, tuple(task.dependencies.items()), task.registry.resources
+    if task.is_async:
+
+        async def call_async(job: JobContext, kwargs: dict[str, Any]) -> Any:
+            for name, resource in needs:
+                kwargs[name] = await store.get_async(resource)
+            return await fn(**kwargs)
+
+        return call_async
+
+    def call(job: JobContext, kwargs: dict[str, Any]) -> Any:
+        for name, resource in needs:
+            kwargs[name] = store.get(resource)
+        return fn(**kwargs)
+
+    return call
+
+
+# What an `around` swallows has happened all the same: the error is raised again behind it. References to it are dropped,
+# or the frames it holds would wait for Python's collector.
+
+
+def _around(hook: Any, inner: Inner) -> Inner:
+    make: Callable[[JobContext], contextlib.AbstractContextManager[None, bool]] = hook.fn
+
+    def call(job: JobContext, kwargs: dict[str, Any]) -> Any:
+        raised: BaseException | None = None
+        try:
+            with make(job):
+                try:
+                    return inner(job, kwargs)
+                except BaseException as error:
+                    raised = error
+                    raise
+            assert raised is not None
+            raise raised
+        finally:
+            raised = None
+
+    return call
+
+
+def _around_async(hook: Any, inner: Inner) -> Inner:
+    make: Callable[[JobContext], contextlib.AbstractAsyncContextManager[None, bool]] = hook.fn
+    if not hook.is_async:
+        made: Callable[[JobContext], contextlib.AbstractContextManager[None, bool]] = hook.fn
+
+        def make(job: JobContext) -> contextlib.AbstractAsyncContextManager[None, bool]:
+            return _Async(made(job))
+
+    async def call(job: JobContext, kwargs: dict[str, Any]) -> Any:
+        raised: BaseException | None = None
+        try:
+            async with make(job):
+                try:
+                    return await inner(job, kwargs)
+                except BaseException as error:
+                    raised = error
+                    raise
+            assert raised is not None
+            raise raised
+        finally:
+            raised = None
+
+    return call
+
+
+class _Async(contextlib.AbstractAsyncContextManager[None, bool]):
+    """A plain context manager around a coroutine."""
+
+    def __init__(self, inner: contextlib.AbstractContextManager[None, bool]) -> None:
+        self._inner = inner
+
+    async def __aenter__(self) -> None:
+        self._inner.__enter__()
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
+    ) -> bool:
+        return bool(self._inner.__exit__(kind, error, where))
+
+
+def _before(hook: Hook, inner: Inner) -> Inner:
+    def call(job: JobContext, kwargs: dict[str, Any]) -> Any:
+        hook.fn(job)
+        return inner(job, kwargs)
+
+    return call
+
+
+def _before_async(hook: Hook, inner: Inner) -> Inner:
+    async def call(job: JobContext, kwargs: dict[str, Any]) -> Any:
+        said = hook.fn(job)
+        if hook.is_async:
+            await said
+        return await inner(job, kwargs)
+
+    return call
+
+
+def _after(hook: Hook, inner: Inner) -> Inner:
+    def call(job: JobContext, kwargs: dict[str, Any]) -> Any:
+        result = inner(job, kwargs)
+        try:
+            hook.fn(job, result)
+        except Exception:  # noqa: BLE001  # logged there
+            _failed(hook, job)
+        return result
+
+    return call
+
+
+def _after_async(hook: Hook, inner: Inner) -> Inner:
+    async def call(job: JobContext, kwargs: dict[str, Any]) -> Any:
+        result = await inner(job, kwargs)
+        try:
+            said = hook.fn(job, result)
+            if isinstance(said, Awaitable):
+                await said
+        except Exception:  # noqa: BLE001  # logged there
+            _failed(hook, job)
+        return result
+
+    return call
+
+
+def _failed(hook: Hook, job: JobContext) -> None:
+    LOG.exception("%s failed for job %s (%s); the job is what it was", hook.said, job.job_id, job.task)
+
+
+_WRAPS: dict[tuple[str, bool], Callable[[Any, Inner], Inner]] = {
+    ("around", False): _around,
+    ("around", True): _around_async,
+    ("before", False): _before,
+    ("before", True): _before_async,
+    ("after", False): _after,
+    ("after", True): _after_async,
+}

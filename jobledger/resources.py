@@ -1,0 +1,212 @@
+"""What tasks share in a process: connections, pools, clients. Opened once, handed to the tasks that ask, closed at the end.
+
+A resource is a function, plain or ``async``; a generator yields the value and closes it after. A task, or another
+resource, asks with a parameter whose default is `Depends`: such a parameter is no argument of the job.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import inspect
+import logging
+import os
+import threading
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
+from typing import Any, Generic, TypeVar, overload
+
+from jobledger.errors import ConfigError, ResourceFailed
+
+LOG = logging.getLogger("jobledger.worker")
+
+T = TypeVar("T")
+_NONE: Any = object()
+
+
+class Resource(Generic[T]):
+    """A declared resource; made by ``@app.resource``. ``needs``: the resources its own parameters ask for."""
+
+    def __init__(self, fn: Callable[..., Any], name: str | None = None) -> None:
+        self.name = name or getattr(fn, "__name__", "")
+        self.fn = fn
+        self.__doc__ = fn.__doc__
+        raw = inspect.unwrap(fn)
+        self.is_async = inspect.iscoroutinefunction(raw) or inspect.isasyncgenfunction(raw)
+        self._open: Callable[..., Any] = fn
+        self._managed = inspect.isgeneratorfunction(raw) or inspect.isasyncgenfunction(raw)
+        if self._managed and raw is fn:  # one that is decorated as a context manager stays what it is
+            self._open = contextlib.asynccontextmanager(fn) if self.is_async else contextlib.contextmanager(fn)
+        self.needs = dependencies(fn)
+        wrong = [n.name for n in self.needs.values() if n.is_async and not self.is_async]
+        if wrong:
+            raise ConfigError(f"resource {self.name!r} is a plain function, and {wrong[0]!r}, which it needs, is async")
+        asked = [p.name for p in inspect.signature(fn).parameters.values() if p.default is p.empty]
+        if asked:
+            raise ConfigError(f"resource {self.name!r}: parameter {asked[0]!r} has no default; nobody gives it one")
+
+    def __repr__(self) -> str:
+        return f"<resource {self.name}>"
+
+
+class Dependency:
+    """What `Depends` puts in a parameter's default."""
+
+    __slots__ = ("resource",)
+
+    def __init__(self, resource: Resource[Any]) -> None:
+        self.resource = resource
+
+    def __repr__(self) -> str:
+        return f"Depends({self.resource.name})"
+
+
+def Depends(resource: Resource[T]) -> T:  # the name people know it by
+    """As a parameter's default: let the worker give it the value of ``resource``. Raises `ConfigError` for anything else.
+
+    @app.task
+    async def charge(order_id: str, *, pool: Pool = Depends(pool)) -> None: ...
+    """
+    if not isinstance(resource, Resource):
+        raise ConfigError(f"Depends({resource!r}): that is no resource; decorate the function with @app.resource")
+    return Dependency(resource)  # type: ignore[return-value]  # a default that stands for the value
+
+
+def dependencies(fn: Callable[..., Any]) -> dict[str, Resource[Any]]:
+    """The parameters of ``fn`` that ask for resources."""
+    try:
+        parameters = inspect.signature(fn).parameters.values()
+    except (TypeError, ValueError):
+        return {}
+    return {p.name: p.default.resource for p in parameters if isinstance(p.default, Dependency)}
+
+
+class Resources:
+    """The resources of one app that are open in this process. A forked child starts with none of them."""
+
+    def __init__(self) -> None:
+        self._forget()
+
+    def _forget(self) -> None:
+        self._pid = os.getpid()
+        self._lock = threading.RLock()
+        self._values: dict[Resource[Any], Any] = {}
+        self._closers: list[tuple[Resource[Any], Any]] = []
+        self._async_lock: tuple[asyncio.AbstractEventLoop, asyncio.Lock] | None = None
+        self._users = 0
+
+    def _here(self) -> dict[Resource[Any], Any]:
+        if self._pid != os.getpid():
+            self._forget()
+        return self._values
+
+    def get(self, resource: Resource[T]) -> T:
+        """The value; opened now if it is not. Raises `ResourceFailed`; `ConfigError` for an ``async`` one that is not open."""
+        found = self._here().get(resource, _NONE)
+        if found is not _NONE:
+            return found  # type: ignore[no-any-return]  # stored by the key's type
+        if resource.is_async:
+            raise ConfigError(
+                f"resource {resource.name!r} is async and not open: let an async task ask for it by a parameter"
+            )
+        with self._lock:
+            if resource not in self._values:
+                needs = {name: self.get(other) for name, other in resource.needs.items()}
+                with _naming(resource):
+                    made = resource._open(**needs)
+                    if resource._managed:
+                        self._values[resource] = made.__enter__()
+                        self._closers.append((resource, made))
+                    else:
+                        self._values[resource] = made
+                LOG.info("resource %s is open", resource.name)
+            return self._values[resource]  # type: ignore[no-any-return]  # as above
+
+    async def get_async(self, resource: Resource[T]) -> T:
+        """`get` on the event loop, for both kinds."""
+        found = self._here().get(resource, _NONE)
+        if found is not _NONE:
+            return found  # type: ignore[no-any-return]  # as above
+        if not resource.is_async:
+            return self.get(resource)
+        needs = {name: await self.get_async(other) for name, other in resource.needs.items()}
+        loop = asyncio.get_running_loop()
+        if self._async_lock is None or self._async_lock[0] is not loop:
+            self._async_lock = (loop, asyncio.Lock())
+        async with self._async_lock[1]:
+            if resource not in self._values:
+                with _naming(resource):
+                    made = resource._open(**needs)
+                    if resource._managed:
+                        self._values[resource] = await made.__aenter__()
+                        self._closers.append((resource, made))
+                    else:
+                        self._values[resource] = await made
+                LOG.info("resource %s is open", resource.name)
+        return self._values[resource]  # type: ignore[no-any-return]  # as above
+
+    async def open(self, wanted: Iterable[Resource[Any]]) -> None:
+        """Open these, and what they need, for one more worker. Raises `ResourceFailed`."""
+        self._here()
+        self._users += 1
+        for resource in wanted:
+            for each in _with_needs(resource):
+                if each.is_async:
+                    await self.get_async(each)
+                else:  # it may take its time, and the loop has other things to do
+                    await asyncio.to_thread(self.get, each)
+
+    async def close(self) -> None:
+        """Close what is open, the last first, when the last worker of this process ends. What fails is logged."""
+        if self._pid != os.getpid():
+            return
+        self._users -= 1
+        if self._users > 0:
+            return
+        while self._closers:
+            resource, made = self._closers.pop()
+            try:
+                if resource.is_async:
+                    await made.__aexit__(None, None, None)
+                else:
+                    await asyncio.to_thread(made.__exit__, None, None, None)
+                LOG.info("resource %s is closed", resource.name)
+            except Exception:
+                LOG.exception("resource %s could not be closed", resource.name)
+        self._forget()
+
+
+def _with_needs(resource: Resource[Any]) -> Iterator[Resource[Any]]:
+    """The resource after all it needs."""
+    for other in resource.needs.values():
+        yield from _with_needs(other)
+    yield resource
+
+
+@contextlib.contextmanager
+def _naming(resource: Resource[Any]) -> Iterator[None]:
+    try:
+        yield
+    except Exception as exc:
+        raise ResourceFailed(
+            f"resource {resource.name!r} could not be opened: {type(exc).__qualname__}: {exc}"
+        ) from exc
+
+
+class ResourceDecorator:
+    """What ``@app.resource`` is: turns a function into a `Resource` of the value it returns or yields."""
+
+    @overload
+    def __call__(self, fn: Callable[..., AsyncIterator[T]], /) -> Resource[T]: ...
+
+    @overload
+    def __call__(self, fn: Callable[..., Iterator[T]], /) -> Resource[T]: ...
+
+    @overload
+    def __call__(self, fn: Callable[..., Awaitable[T]], /) -> Resource[T]: ...
+
+    @overload
+    def __call__(self, fn: Callable[..., T], /) -> Resource[T]: ...
+
+    def __call__(self, fn: Callable[..., Any], /) -> Resource[Any]:
+        """Declare a resource. Raises `ConfigError`."""
+        return Resource(fn)
