@@ -80,8 +80,10 @@ class Committer:
         except KafkaException as exc:
             errors = {p.number: exc.args[0] for p, _ in taken}
         self.commits += 1
-        for partition, _ in taken:
+        for partition, said in taken:
             error = errors.get(partition.number)
+            if error is None:
+                partition.last_commit = (said.offset, said.metadata)
             if error is not None:
                 if partition.offsets is not None:
                     partition.offsets.changed = True

@@ -11,6 +11,7 @@ import contextlib
 import logging
 import random
 import time
+from bisect import bisect_left
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -41,7 +42,7 @@ from jobledger.consumers.quick import plain_submission
 from jobledger.consumers.releases import release_key
 from jobledger.consumers.send import BY_KEY, UNACKNOWLEDGED_LIMIT, Sender
 from jobledger.consumers.stage import Stage, Turns
-from jobledger.consumers.work import Arrived, Found, Line, Partition, Plan, Work
+from jobledger.consumers.work import WAIT_BOUNDS_MS, Arrived, Found, Line, Partition, Plan, Work
 from jobledger.errors import BadArguments, JobledgerError, RegistryNeeded, SchemaError, UnknownFact
 from jobledger.log import now_us
 from jobledger.names import Names, lane
@@ -125,6 +126,7 @@ class Dispatcher:
         self._concurrency, self._lookahead = concurrency, lookahead
         self._waiting_limit, self._backoff, self.fail = waiting_limit, unknown_task_backoff, fail
         self._broker_ms = broker_ms
+        self._clock_ms = 0.0  # the broker's clock less this machine's, looked at with each tick
         self._names: Names = registry.names
         self._lifecycle = self._names.lifecycle
         self._source, self._produce = facts.source, sender.produce
@@ -173,6 +175,7 @@ class Dispatcher:
     def tick(self) -> None:
         """Called by the settler every 0.1 s: late progress is sent, and what waited for acknowledgements goes on."""
         now = _monotonic()
+        self._clock_ms = self._broker_ms() - time.time() * 1000
         for work in list(self.running):
             if work.unsent is not None:
                 work.flush_progress(now)
@@ -579,6 +582,7 @@ class Dispatcher:
             spec = event.fact.spec  # type: ignore[union-attr]  # one of the two, as judged above
         work = Work(partition, offset, event, self._arrived)
         work.expires_at = spec.expires_at
+        work.appended = message.timestamp()[1]
         partition.live[offset] = work
         if found is not None:
             self._settle_found(work, found)
@@ -774,6 +778,12 @@ class Dispatcher:
                 gate.begin(now)
         if event.key is not None:
             work.held_since = work.held_since or now
+        at_us = now_us()
+        if work.appended > 0:
+            waited_ms = at_us / 1000 + self._clock_ms - work.appended
+            work.appended = 0
+            stage.waits[bisect_left(WAIT_BOUNDS_MS, waited_ms)] += 1
+            stage.waited_ms += waited_ms
         started = encode(
             JobEvent(
                 str(_uuid7()),
@@ -781,7 +791,7 @@ class Dispatcher:
                 event.run,
                 event.attempt,
                 event.release,
-                now_us(),
+                at_us,
                 event.task,
                 event.queue,
                 event.key,
@@ -796,6 +806,7 @@ class Dispatcher:
         except (BufferError, KafkaException):
             self._sender.send(self._lifecycle, started, event.job_id, partition.number, None)
         self.counts.started += 1
+        plan.started += 1
         self.running[work] = None
 
     def _start_waiting(self) -> int:

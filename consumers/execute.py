@@ -13,6 +13,7 @@ import queue
 import random
 import threading
 import time
+from bisect import bisect_left
 from collections.abc import Callable
 
 import msgspec
@@ -22,6 +23,8 @@ from confluent_kafka import KafkaException
 from jobledger.consumers.facts import Facts
 from jobledger.consumers.outcome import (
     UNKNOWN_TASK_TAG,
+    Cancelled,
+    Expired,
     Failed,
     Outcome,
     Retried,
@@ -33,7 +36,7 @@ from jobledger.consumers.outcome import (
 )
 from jobledger.consumers.send import BY_KEY, Sender
 from jobledger.consumers.telling import Teller
-from jobledger.consumers.work import Work
+from jobledger.consumers.work import RUN_BOUNDS_S, Work
 from jobledger.context import JobContext, enter
 from jobledger.errors import JobledgerError
 from jobledger.log import now_us
@@ -177,6 +180,7 @@ class Executor:
             return
         plan.succeeded += 1
         plan.seconds += duration
+        plan.runs[bisect_left(RUN_BOUNDS_S, duration)] += 1
 
     def raised(self, work: Work, error: BaseException, timed_out: bool) -> None:
         """The task's code raised."""
@@ -340,12 +344,18 @@ def _count(work: Work, outcome: Outcome, duration: float) -> None:
     if plan is None:
         return
     plan.seconds += duration
+    if work.began:
+        plan.runs[bisect_left(RUN_BOUNDS_S, duration)] += 1
     if isinstance(outcome, Retried):
         plan.retried += 1
     elif isinstance(outcome, Snoozed):
         plan.snoozed += 1
     elif isinstance(outcome, Failed):
         plan.failed += 1
+    elif isinstance(outcome, Cancelled):
+        plan.cancelled += 1
+    elif isinstance(outcome, Expired):
+        plan.expired += 1
 
 
 def _say(event: JobEvent, outcome: Outcome) -> None:

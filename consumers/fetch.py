@@ -83,6 +83,7 @@ class Fetcher(threading.Thread):
         self._closing = threading.Event()
         self._handover = HANDOVER_S
         self.fetched = 0
+        self.moved = {"assigned": 0, "revoked": 0, "lost": 0}
         self.error: str | None = None
         self._group = names.worker_group(lane)
         self._door = Door(settings)
@@ -274,6 +275,7 @@ class Fetcher(threading.Thread):
     def _on_assign(self, consumer: Consumer, assigned: list[TopicPartition]) -> None:
         if not assigned:  # told so after giving partitions up
             return
+        self.moved["assigned"] += 1
         committed = self._committed(consumer, assigned)
         new: list[Partition] = []
         for where in committed:
@@ -311,6 +313,7 @@ class Fetcher(threading.Thread):
             time.sleep(0.1)
 
     def _on_revoke(self, consumer: Consumer, revoked: list[TopicPartition]) -> None:
+        self.moved["revoked"] += 1
         self._hand_over([p for t in revoked if (p := self._parts.get(t.partition)) is not None])
 
     def _hand_over(self, parts: list[Partition]) -> None:
@@ -344,6 +347,7 @@ class Fetcher(threading.Thread):
 
     def _on_lost(self, consumer: Consumer, lost: list[TopicPartition]) -> None:
         parts = [p for t in lost if (p := self._parts.get(t.partition)) is not None]
+        self.moved["lost"] += 1
         self._give_up(parts)
         if parts:
             LOG.warning("queue %s: lost partitions %s; nothing is committed", self.queue, [p.number for p in parts])

@@ -14,7 +14,7 @@ from collections import deque
 from collections.abc import Sequence
 
 from jobledger.consumers.gates import Scope
-from jobledger.consumers.work import Line, Partition, Work
+from jobledger.consumers.work import WAIT_BOUNDS_MS, Line, Partition, Work
 from jobledger.names import lane
 from jobledger.task import Queue
 
@@ -38,7 +38,9 @@ class Stage:
         "queue",
         "ready",
         "scope",
+        "waited_ms",
         "waiting",
+        "waits",
         "weight",
     )
 
@@ -49,6 +51,8 @@ class Stage:
         self.levelled = queue.priorities
         self.base_weight = self.weight = WEIGHTS[level]
         self.passed = 0.0
+        self.waits = [0] * (len(WAIT_BOUNDS_MS) + 1)  # starts, by `WAIT_BOUNDS_MS`
+        self.waited_ms = 0.0
         self.parts: deque[Partition] = deque()
         #: Lines whose first job may be startable.
         self.ready: deque[Line] = deque()

@@ -32,6 +32,10 @@ LOG = logging.getLogger("jobledger.worker")
 #: place, and the job goes on), error, message).
 Arrived = deque[tuple["Work", bool | None, KafkaError | None, Message]]
 
+#: Upper bounds of the histograms: of milliseconds that jobs waited, of seconds that attempts ran.
+WAIT_BOUNDS_MS = (5.0, 10.0, 25.0, 50.0, 100.0, 250.0, 500.0, 1e3, 2.5e3, 5e3, 10e3, 30e3, 60e3, 300e3, 1800e3, 7200e3)
+RUN_BOUNDS_S = (0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0, 1800.0, 7200.0)
+
 #: Seconds between two progress facts of one job.
 PROGRESS_INTERVAL_S = 0.1
 
@@ -159,7 +163,9 @@ class Plan:
     __slots__ = (
         "adaptive",
         "breaker",
+        "cancelled",
         "decode_args",
+        "expired",
         "failed",
         "fn",
         "gates",
@@ -167,9 +173,11 @@ class Plan:
         "name",
         "retried",
         "room",
+        "runs",
         "scope",
         "seconds",
         "snoozed",
+        "started",
         "succeeded",
         "task",
     )
@@ -178,7 +186,8 @@ class Plan:
         self.task = task
         self.name, self.fn, self.is_async = task.name, runner(task), task.is_async
         self.decode_args = task.decode_args
-        self.succeeded = self.retried = self.snoozed = self.failed = 0
+        self.started = self.succeeded = self.retried = self.snoozed = self.failed = self.cancelled = self.expired = 0
+        self.runs = [0] * (len(RUN_BOUNDS_S) + 1)  # attempts that ended, by `RUN_BOUNDS_S`
         self.seconds = 0.0
         policy = task.policy
         self.scope = Scope(f"task {task.name}", policy.limits)
@@ -201,6 +210,7 @@ class Work:
         "abandoned",
         "again_s",
         "alone",
+        "appended",
         "arrived",
         "began",
         "context",
@@ -236,6 +246,7 @@ class Work:
         self.tries = 0
         self.takeover = 0  # starts of this release without an end, that the log shows
         self.began = 0.0
+        self.appended = 0  # when its record was (ms, broker's clock); 0: not known, or counted already
         self.abandoned = False  # its outcome must not be written any more
         self.waiting = False  # in a line or for a thread; not begun
         self.line: Line | None = None  # that it waits in, or holds up

@@ -6,12 +6,13 @@ On the loopback address unless another is asked for. They name tasks, queues and
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 from prometheus_client import REGISTRY, start_http_server
 from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.registry import Collector
 
 from jobledger.cli.options import Listen
 from jobledger.errors import PortTaken
@@ -21,7 +22,7 @@ LOG = logging.getLogger("jobledger.metrics")
 Health = Callable[[], Mapping[str, Any]]
 
 
-class HealthFigures:
+class HealthFigures(Collector):
     """A collector: every number of a health report, and of each of its ``queues``, as a gauge ``<prefix>_<name>``."""
 
     def __init__(self, prefix: str, health: Health) -> None:
@@ -53,12 +54,17 @@ class HealthFigures:
 
 
 @contextmanager
-def serving(at: Listen | None, prefix: str = "", health: Health | None = None) -> Iterator[None]:
-    """Serve metrics at ``at`` while the block runs; a free port is logged. None: not at all. Raises `PortTaken`."""
+def serving(
+    at: Listen | None, prefix: str = "", health: Health | None = None, more: Sequence[Collector] = ()
+) -> Iterator[None]:
+    """Serve metrics at ``at`` while the block runs; a free port is logged. None: not at all. Raises `PortTaken`.
+
+    ``health``: a report whose numbers are served, too; ``more``: collectors of other figures.
+    """
     if at is None:
         yield
         return
-    collector = None if health is None else HealthFigures(prefix, health)
+    collectors: list[Collector] = [*([] if health is None else [HealthFigures(prefix, health)]), *more]
     try:
         server, thread = start_http_server(at.port, at.host)
     except OSError as exc:
@@ -66,12 +72,12 @@ def serving(at: Listen | None, prefix: str = "", health: Health | None = None) -
             f"metrics cannot be served on {at}: {exc.strerror}; choose another --metrics-port (0: a free one)"
         ) from exc
     LOG.info("metrics on http://%s/metrics", at._replace(port=server.server_port))
-    if collector is not None:
+    for collector in collectors:
         REGISTRY.register(collector)
     try:
         yield
     finally:
-        if collector is not None:
+        for collector in collectors:
             REGISTRY.unregister(collector)
         server.shutdown()
         server.server_close()

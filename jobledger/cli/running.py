@@ -129,12 +129,13 @@ def worker(
     if processes > 1:
         _worker_processes(target, processes, options, bootstrap, metrics)
     from jobledger.cli.metrics import serving
+    from jobledger.consumers.metrics import WorkerMetrics
     from jobledger.consumers.worker import Worker, run_worker
 
     with ExitStack() as stack:
 
         def serve(made: Worker) -> None:
-            stack.enter_context(serving(metrics, "jobledger_worker", made.health))
+            stack.enter_context(serving(metrics, "jobledger_worker", made.health, [WorkerMetrics(made)]))
 
         _end(run_worker(app.registry, app.settings, options, on_ready=serve))
 

@@ -1,0 +1,131 @@
+"""What a worker tells Prometheus, with a real broker; and that the dashboard and the alerts ask for what there is."""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from pathlib import Path
+
+import pytest
+from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.parser import text_string_to_metric_families
+
+from jobledger import NO_RETRY, App, Breaker, Queue, Settings
+from jobledger.consumers.metrics import WorkerMetrics
+from jobledger.consumers.worker import Worker
+from jobledger.kafka.topics import ensure
+from tests.integration.worker_app import until, working
+
+pytestmark = pytest.mark.kafka
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def told(worker: Worker) -> dict[tuple[str, tuple[tuple[str, str], ...]], float]:
+    """Every sample by name and labels."""
+    registry = CollectorRegistry()
+    registry.register(WorkerMetrics(worker))
+    text = generate_latest(registry).decode()
+    return {
+        (s.name.removeprefix("jobledger_worker_"), tuple(sorted(s.labels.items()))): s.value
+        for family in text_string_to_metric_families(text)
+        for s in family.samples
+    }
+
+
+def test_every_figure_of_a_worker(broker: str, namespace: str) -> None:
+    """Counts by task and outcome, histograms, what runs and waits, lag, gap, map, gates, rebalances; what stood on the log
+    before the worker came has waited since then."""
+    app = App(
+        namespace,
+        settings=Settings(bootstrap=broker),
+        queues=[Queue("mail", partitions=1, priorities=True), Queue("held", partitions=1)],
+    )
+    gate: dict[str, bool] = {}
+
+    @app.task(queue="mail")
+    async def quick(n: int) -> None: ...
+
+    @app.task(queue="mail", retry=NO_RETRY, rate="1000/s", breaker=Breaker(failures=1, reset=3600))
+    def broken(n: int) -> None:
+        raise ValueError(n)
+
+    @app.task(queue="mail")
+    async def waits(n: int) -> None:
+        import asyncio
+
+        while not gate:
+            await asyncio.sleep(0.01)
+
+    @app.task(queue="held")
+    async def never(n: int) -> None: ...
+
+    ensure(app, app.settings)
+    for n in range(5):
+        quick.submit(n)
+    quick.using(priority="high").submit(1)
+    time.sleep(1.0)
+    with working(app) as worker:
+        until(lambda: worker.dispatcher is not None and worker.dispatcher.plans["quick"].succeeded == 6)
+        broken.submit(1)
+        waits.submit(1)
+        app.pause(queue="held", reason="tried")
+        until(lambda: worker.dispatcher is not None and worker.dispatcher.scopes["held"].paused)
+        for n in range(7):
+            never.submit(n)
+        for n in range(3):
+            quick.submit(n)
+
+        def counted() -> bool:
+            figures = told(worker)
+            lag = figures.get(("lag", (("partition", "0"), ("priority", "normal"), ("queue", "held"))))
+            return lag == 7 and figures["jobs_ended_total", mail("quick", outcome="succeeded")] == 9
+
+        def mail(task: str, **more: str) -> tuple[tuple[str, str], ...]:
+            return tuple(sorted({"task": task, "queue": "mail", **more}.items()))
+
+        until(counted)
+        time.sleep(0.3)
+        found = told(worker)
+
+        def lane(queue: str, priority: str, **more: str) -> tuple[tuple[str, str], ...]:
+            return tuple(sorted({"queue": queue, "priority": priority, **more}.items()))
+
+        assert found["jobs_started_total", mail("quick")] == 9
+        assert found["jobs_ended_total", mail("broken", outcome="failed")] == 1
+        assert found["in_flight", mail("waits")] == 1
+        assert found["run_seconds_count", mail("quick")] == 9
+        assert found["run_seconds_bucket", mail("quick", le="+Inf")] == 9
+        assert found["wait_seconds_count", lane("mail", "normal")] == 5 + 1 + 1 + 3
+        assert found["wait_seconds_count", lane("mail", "high")] == 1
+        # Those that were there before the worker have waited for longer than a second, the later ones not.
+        assert found["wait_seconds_bucket", lane("mail", "high", le="1.0")] == 0
+        assert found["wait_seconds_bucket", lane("mail", "high", le="30.0")] == 1
+        assert 3 <= found["wait_seconds_bucket", lane("mail", "normal", le="1.0")] <= 5
+        assert found["wait_seconds_sum", lane("mail", "normal")] > 5
+        assert (
+            found["watermark_gap", lane("mail", "normal", partition="0")] == 4
+        )  # the one that waits, and three beyond
+        assert found["pending", lane("mail", "normal", partition="0")] == 1
+        assert 10 < found["map_bytes", lane("mail", "normal", partition="0")] < 200
+        assert found["braked", lane("mail", "normal", partition="0")] == 0
+        assert found["lag", lane("mail", "normal", partition="0")] == 4
+        assert found["rebalances_total", lane("mail", "normal", kind="assigned")] == 1
+        assert found["commits_total", lane("mail", "normal")] > 0
+        assert found["failed_commits_total", lane("mail", "normal")] == 0
+        assert found["paused", (("kind", "queue"), ("name", "held"))] == 1
+        assert found["paused", (("kind", "queue"), ("name", "mail"))] == 0
+        assert found["limit_rate", (("kind", "task"), ("name", "broken"))] == 1000
+        assert found["circuit_open", (("task", "broken"),)] == 1
+        assert found["circuit_trips_total", (("task", "broken"),)] == 1
+        assert found["oldest_wait_seconds", lane("held", "normal")] > 0
+        asked = set(re.findall(r"jobledger_worker_\w+", (ROOT / "docker/alerts.yml").read_text("utf-8")))
+        board = json.loads((ROOT / "docker/grafana/jobledger.json").read_text("utf-8"))
+        for panel in board["panels"]:
+            for target in panel["targets"]:
+                asked |= set(re.findall(r"jobledger_worker_\w+", target["expr"]))
+        health = {f"jobledger_worker_{name}" for name in ("healthy", "queue_held", *worker.health())}
+        assert asked - health - {f"jobledger_worker_{name}" for name, _ in found} == set()
+        gate["open"] = True
+    app.close()
