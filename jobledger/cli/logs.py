@@ -1,14 +1,20 @@
-"""Logging of the commands that run: one line a message on standard error, coloured where somebody looks."""
+"""Logging of the commands that run: one line a message on standard error, coloured where somebody looks, or JSON.
+
+What a job's code logs carries the job's fields, whichever logger it uses: ``logging``'s, or ``structlog``'s.
+"""
 
 from __future__ import annotations
 
 import logging
 import os
 import sys
+from typing import Any
 
 from jobledger.errors import ConfigError
+from jobledger.logs import FIELDS, JobFilter, add_job
 
 _COLOURS = {logging.WARNING: "33", logging.ERROR: "31", logging.CRITICAL: "1;31", logging.DEBUG: "2"}
+_FORMATS = ("text", "json")
 _LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
 
 
@@ -21,6 +27,7 @@ class _Format(logging.Formatter):
         self._short = logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S")
 
     def format(self, record: logging.LogRecord) -> str:
+        record = _telling(record)
         if not self._coloured:
             return super().format(record)
         words = [] if record.levelno == logging.INFO else [record.levelname.lower()]
@@ -34,19 +41,67 @@ class _Format(logging.Formatter):
         return f"\x1b[{colour}m{text}\x1b[0m" if colour else text
 
 
-def set_up(environ: dict[str, str] | None = None) -> None:
-    """Send log messages from ``JOBLEDGER_LOG_LEVEL`` (default info) up to standard error.
+def _telling(record: logging.LogRecord) -> logging.LogRecord:
+    """A line of the app's own, with the job it was written in; Jobledger's lines say it in words."""
+    found = {name: getattr(record, name) for name in FIELDS if hasattr(record, name)}
+    if not found or record.name.startswith("jobledger"):
+        return record
+    about = " ".join(f"{name}={value}" for name, value in found.items())
+    return logging.makeLogRecord({**record.__dict__, "msg": f"{record.getMessage()} [{about}]", "args": ()})
 
-    A root logger that somebody has configured already (the app's module may) is left as it is.
+
+def _json() -> logging.Formatter:
+    """One JSON object a line: timestamp (UTC), level, logger, event, the job's fields, what ``extra`` gave, exception."""
+    import structlog  # it takes its time, and only this needs it
+
+    shared: list[Any] = [
+        structlog.stdlib.add_log_level,
+        structlog.stdlib.add_logger_name,
+        structlog.stdlib.ExtraAdder(),
+        structlog.processors.TimeStamper(fmt="iso", utc=True),
+        structlog.processors.format_exc_info,
+    ]
+    if not structlog.is_configured():
+        structlog.configure(
+            processors=[
+                structlog.stdlib.filter_by_level,
+                structlog.contextvars.merge_contextvars,
+                add_job,
+                structlog.stdlib.PositionalArgumentsFormatter(),
+                *shared[:2],
+                *shared[3:],
+                structlog.stdlib.ProcessorFormatter.wrap_for_formatter,
+            ],
+            logger_factory=structlog.stdlib.LoggerFactory(),
+            wrapper_class=structlog.stdlib.BoundLogger,
+            cache_logger_on_first_use=True,
+        )
+    return structlog.stdlib.ProcessorFormatter(
+        foreign_pre_chain=shared,
+        processors=[
+            structlog.stdlib.ProcessorFormatter.remove_processors_meta,
+            structlog.processors.JSONRenderer(default=str),
+        ],
+    )
+
+
+def set_up(environ: dict[str, str] | None = None) -> None:
+    """Send log messages from ``JOBLEDGER_LOG_LEVEL`` (default info) up to standard error, as ``JOBLEDGER_LOG_FORMAT`` says.
+
+    A root logger that somebody has configured already (the app's module may) is left as it is. Raises `ConfigError`.
     """
     env = os.environ if environ is None else environ
     text = (env.get("JOBLEDGER_LOG_LEVEL") or "INFO").upper()
     if text not in _LEVELS:
         raise ConfigError(f"JOBLEDGER_LOG_LEVEL={text!r} is no level; there are {', '.join(_LEVELS)}")
+    kind = (env.get("JOBLEDGER_LOG_FORMAT") or "text").lower()
+    if kind not in _FORMATS:
+        raise ConfigError(f"JOBLEDGER_LOG_FORMAT={kind!r} is no format; there are {', '.join(_FORMATS)}")
     if logging.getLogger().handlers:
         return
     handler = logging.StreamHandler()
     coloured = (sys.stderr.isatty() or bool(env.get("FORCE_COLOR"))) and not env.get("NO_COLOR")
-    handler.setFormatter(_Format(coloured))
+    handler.setFormatter(_json() if kind == "json" else _Format(coloured))
+    handler.addFilter(JobFilter())
     logging.basicConfig(level=logging.WARNING, handlers=[handler])
     logging.getLogger("jobledger").setLevel(text)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING, Annotated, NamedTuple
 
 import typer
@@ -76,6 +77,25 @@ Metrics = Annotated[
         metavar="[HOST:]PORT",
         help="Serve Prometheus metrics; on 127.0.0.1 unless a host is given, e.g. 0.0.0.0:9100.",
         show_default="no",
+    ),
+]
+
+
+def _log_format(text: str) -> str:
+    if text not in ("text", "json"):
+        raise typer.BadParameter(f"{text!r}: text or json")
+    os.environ["JOBLEDGER_LOG_FORMAT"] = text  # for the processes that this one starts, too
+    return text
+
+
+LogFormat = Annotated[
+    str | None,
+    typer.Option(
+        "--log-format",
+        parser=_log_format,
+        metavar="text|json",
+        help="One line of text or one JSON object a message; wins over JOBLEDGER_LOG_FORMAT.",
+        show_default="text",
     ),
 ]
 

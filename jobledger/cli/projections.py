@@ -11,7 +11,7 @@ import typer
 
 from jobledger.cli import logs, output
 from jobledger.cli.loading import load_app
-from jobledger.cli.options import Bootstrap, Json, Metrics, StatusUrl, Target
+from jobledger.cli.options import Bootstrap, Json, LogFormat, Metrics, StatusUrl, Target
 from jobledger.cli.output import Cell, Exit
 from jobledger.cli.running import stopping
 from jobledger.cli.table import progress_bar
@@ -35,6 +35,7 @@ def run(
     bootstrap: Bootstrap = None,
     status_url: StatusUrl = None,
     metrics: Metrics = None,
+    log_format: LogFormat = None,
 ) -> None:
     """Keep projections abreast of the log, until SIGTERM or Ctrl-C. One that fails ends all; the next start goes on."""
     from jobledger.cli.metrics import serving

@@ -15,7 +15,7 @@ import typer
 
 from jobledger.cli import logs, output
 from jobledger.cli.loading import load_app
-from jobledger.cli.options import Bootstrap, Listen, Metrics, StatusUrl, Target
+from jobledger.cli.options import Bootstrap, Listen, LogFormat, Metrics, StatusUrl, Target
 from jobledger.errors import JobledgerError
 
 if TYPE_CHECKING:
@@ -82,6 +82,9 @@ class Prefixed:
     def __call__(self, name: str, line: str) -> None:
         from rich.text import Text
 
+        if line.startswith("{"):  # JSON is for machines, which read no prefix
+            self._console.print(Text(line), soft_wrap=True)
+            return
         said: Text = Text.from_ansi(line) if self._coloured else Text(line)
         head = Text(name.ljust(self._width), style=PART_STYLES.get(name, ""))
         self._console.print(Text.assemble(head, (" │ ", "dim"), said), soft_wrap=True)
@@ -113,6 +116,7 @@ def worker(
     grace: Annotated[float, typer.Option(min=0, metavar="SECONDS", help="For running jobs to end on SIGTERM.")] = 30.0,
     bootstrap: Bootstrap = None,
     metrics: Metrics = None,
+    log_format: LogFormat = None,
 ) -> None:
     """Run jobs until SIGTERM or Ctrl-C; then finish what runs, commit, and leave. A second one cuts the grace time.
 
@@ -158,7 +162,7 @@ def _worker_processes(
     raise typer.Exit(supervised(children, restarts=5, grace=options.grace + 15.0))
 
 
-def router(target: Target, bootstrap: Bootstrap = None, metrics: Metrics = None) -> None:
+def router(target: Target, bootstrap: Bootstrap = None, metrics: Metrics = None, log_format: LogFormat = None) -> None:
     """Submit a job for each handler of each domain event, until SIGTERM or Ctrl-C. Several share the partitions."""
     logs.set_up()
     app = load_app(target, bootstrap=bootstrap)
@@ -170,7 +174,9 @@ def router(target: Target, bootstrap: Bootstrap = None, metrics: Metrics = None)
         made.run(stop)
 
 
-def coordinator(target: Target, bootstrap: Bootstrap = None, metrics: Metrics = None) -> None:
+def coordinator(
+    target: Target, bootstrap: Bootstrap = None, metrics: Metrics = None, log_format: LogFormat = None
+) -> None:
     """Let delayed and retried jobs go when they are due, until SIGTERM or Ctrl-C. Several share the partitions."""
     logs.set_up()
     app = load_app(target, bootstrap=bootstrap)
@@ -191,6 +197,7 @@ def materializer(
         bool, typer.Option("--upkeep/--no-upkeep", help="Run watchdog, audit and trimming beside this status table.")
     ] = True,
     metrics: Metrics = None,
+    log_format: LogFormat = None,
 ) -> None:
     """Keep the status table abreast of the log, until SIGTERM or Ctrl-C. A second one stands by until the first ends.
 
@@ -260,6 +267,7 @@ def streams(
         int, typer.Option(min=0, help="Quick deaths of one part, in a row, before all of it ends with exit code 1.")
     ] = 5,
     metrics: Metrics = None,
+    log_format: LogFormat = None,
 ) -> None:
     """Run the stream processor: coordinator and materializer, each a process of its own, supervised.
 
