@@ -15,6 +15,7 @@ from bisect import bisect_left
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 
 import msgspec
 import uuid_utils
@@ -38,6 +39,7 @@ from jobledger.consumers.outcome import (
     error_info,
     unknown_task,
 )
+from jobledger.consumers.places import Places
 from jobledger.consumers.quick import plain_submission
 from jobledger.consumers.releases import release_key
 from jobledger.consumers.send import BY_KEY, UNACKNOWLEDGED_LIMIT, Sender
@@ -116,6 +118,7 @@ class Dispatcher:
         queues: Iterable[str],
         concurrency: int,
         threads: int,
+        children: int,
         waiting_limit: int,
         lookahead: int,
         unknown_task_backoff: Retry,
@@ -131,11 +134,12 @@ class Dispatcher:
         self._lifecycle = self._names.lifecycle
         self._source, self._produce = facts.source, sender.produce
         self._own_form = decoder.own_form
-        self.threads = Room("threads", threads)
-        self.rooms = [self.threads]
+        self.threads, self.processes = Room("threads", threads), Room("processes", children)
+        self.places: Places
         self.plans = {name: Plan(task) for name, task in registry.tasks.items()}
         for plan in self.plans.values():
-            plan.room = None if plan.is_async else self.threads
+            isolated = plan.task.policy.isolation is not None
+            plan.room = self.processes if isolated else None if plan.is_async else self.threads
         self.scopes = {name: Scope(f"queue {name}", registry.queues[name].limits) for name in queues}
         self.stages = {
             self._names.jobs(lane(name, level)): Stage(registry.queues[name], level, scope)
@@ -165,7 +169,7 @@ class Dispatcher:
 
     def start(self, loop: asyncio.AbstractEventLoop) -> None:
         """Begin on ``loop``, which must be the running one."""
-        self._loop = loop
+        self._loop = self.places.loop = loop
         self._aside.start()
 
     def close(self) -> None:
@@ -303,7 +307,7 @@ class Dispatcher:
         if work.plan is not None:
             assert work.event is not None
             work.kwargs = work.plan.decode_args(work.event.fact.spec.args)  # type: ignore[union-attr]  # of a work topic
-        work.outcome, work.takeover = None, 0
+        work.outcome, work.takeover, work.suspect = None, 0, False
         line.works.appendleft(work)
         partition.waiting += 1
         line.busy = False
@@ -317,9 +321,10 @@ class Dispatcher:
         while self._finished:
             work = self._finished.popleft()
             del running[work]
-            assert work.plan is not None
-            if work.plan.room is not None:
-                work.plan.room.running -= 1
+            if work.room is not None:
+                work.room.running -= 1
+            if work.timer is not None:
+                work.timer.cancel()
             if work.line is not None or work.gates:
                 self._left(work)
         # Every time: few delivery callbacks at once cost less than many (measured: a tenth of the whole).
@@ -522,7 +527,7 @@ class Dispatcher:
             partition.closed.clear()
             partition.starts.clear()
             partition.held.clear()
-            partition.scanned_to = 0
+            partition.scanned_to = partition.careful = 0
         if not partition.closed and not partition.held:
             with partition.lock:
                 offsets.hold(None)
@@ -587,7 +592,9 @@ class Dispatcher:
         if found is not None:
             self._settle_found(work, found)
             return
-        work.takeover = partition.starts.pop(key, 0) if partition.starts else 0
+        if partition.scanned_to:
+            work.takeover = partition.starts.pop(key, 0)
+            work.suspect = work.takeover > 0 or offset < partition.careful
         plan = work.plan = self.plans.get(event.task)
         if plan is not None:
             try:
@@ -595,6 +602,9 @@ class Dispatcher:
             except BadArguments as exc:
                 self.executor.close_with(work, Failed("bad-arguments", error_info(exc)))
                 return
+        if work.takeover and (crashed := self.places.crashed(work.takeover)) is not None:
+            self.executor.close_with(work, crashed)
+            return
         if event.key is not None:
             self._enqueue_keyed(work, event.key, partition.held.pop(key, None) if partition.held else None)
             return
@@ -700,8 +710,8 @@ class Dispatcher:
         ended = self._ended_before(work)
         if ended is None and plan is not None:
             gate = closed_gate(plan.gates, now)
-            if gate is None and plan.room is not None and plan.room.free(now) <= 0:
-                gate = plan.room
+            if gate is None and (room := self.places.room_of(work, plan)) is not None and room.free(now) <= 0:
+                gate = room
             if gate is not None:
                 line.queued = True
                 gate.parked.append(line)
@@ -749,21 +759,20 @@ class Dispatcher:
         """Run a job that may run: where its task's code runs, now or as soon as there is room."""
         plan = work.plan
         assert plan is not None
-        room = plan.room
+        room = self.places.room_of(work, plan)
         if room is None:
             self._begin(work, now)
-            work.handle = self._loop.create_task(self.executor.run(work))
         elif room.running < room.most:
             room.running += 1
+            work.room = room
             self._begin(work, now)
-            self.executor.submit(work)
         else:
             work.waiting = True
             stage = self.stages[work.partition.topic]
             stage.waiting.setdefault(room.name, deque()).append(work)
 
     def _begin(self, work: Work, now: float) -> None:
-        """Say that the job starts. Nobody waits for that: the closing fact follows it in the same partition."""
+        """Count the job as begun, say so and run it."""
         work.began = now
         event, plan = work.event, work.plan
         assert event is not None
@@ -784,6 +793,23 @@ class Dispatcher:
             work.appended = 0
             stage.waits[bisect_left(WAIT_BOUNDS_MS, waited_ms)] += 1
             stage.waited_ms += waited_ms
+        if partition.offsets is not None:
+            partition.offsets.begin(work.offset)
+        self.counts.started += 1
+        plan.started += 1
+        self.running[work] = None
+        self._say_started(work, at_us)
+
+    def begin_again(self, work: Work) -> None:
+        """A job whose process died starts once more, where it is counted already."""
+        self.counts.started += 1
+        self._say_started(work, now_us())
+
+    def _say_started(self, work: Work, at_us: int) -> None:
+        """Say that the job starts, and run it. Nobody waits for the acknowledgement, because the closing fact follows in the
+        same partition; but a suspect is run only then."""
+        event, partition = work.event, work.partition
+        assert event is not None
         started = encode(
             JobEvent(
                 str(_uuid7()),
@@ -801,18 +827,30 @@ class Dispatcher:
                 JobStarted(self._source, partition.topic, work.offset, work.takeover),
             )
         )
+        if work.suspect:
+            noted = partial(self.places.start_noted, work)
+            self._sender.send(self._lifecycle, started, event.job_id, partition.number, noted)
+            return
         try:
             self._produce(self._lifecycle, started, event.job_id, partition.number)
         except (BufferError, KafkaException):
             self._sender.send(self._lifecycle, started, event.job_id, partition.number, None)
-        self.counts.started += 1
-        plan.started += 1
-        self.running[work] = None
+        if work.room is None:
+            work.handle = self._loop.create_task(self.executor.run(work))
+        else:
+            self.places.go(work)
+
+    def may_go_on(self, work: Work) -> bool:
+        """Whether a job that is counted as running may be run now: nobody else can have taken it over."""
+        partition = work.partition
+        return (
+            self.accepting and partition.owned and partition.stopped is None and _monotonic() <= partition.lease.until
+        )
 
     def _start_waiting(self) -> int:
         """Give rooms that have room what waits for them."""
         begun = 0
-        for room in self.rooms:
+        for room in self.places.rooms:
             name = room.name
             stages = [stage for stage in self._all_stages if stage.waiting.get(name)]
             while stages and room.running < room.most and len(self.running) < self._concurrency:
@@ -844,10 +882,11 @@ class Dispatcher:
                 self.executor.close_with(work, ended)
                 return True
             assert work.plan is not None
-            assert work.plan.room is not None
-            work.plan.room.running += 1
+            room = self.places.room_of(work, work.plan)
+            if room is not None:
+                room.running += 1
+                work.room = room
             self._begin(work, now)
-            self.executor.submit(work)
             return True
         finally:
             partition.taking = False

@@ -21,6 +21,7 @@ import uuid_utils
 from confluent_kafka import KafkaException
 
 from jobledger.consumers.facts import Facts
+from jobledger.consumers.interrupts import Interrupts
 from jobledger.consumers.outcome import (
     UNKNOWN_TASK_TAG,
     Cancelled,
@@ -30,19 +31,20 @@ from jobledger.consumers.outcome import (
     Retried,
     Snoozed,
     Succeeded,
+    bad_result,
     decide,
-    error_info,
     holding,
+    timed_out,
 )
 from jobledger.consumers.send import BY_KEY, Sender
 from jobledger.consumers.telling import Teller
 from jobledger.consumers.work import RUN_BOUNDS_S, Work
 from jobledger.context import JobContext, enter
-from jobledger.errors import JobledgerError
+from jobledger.errors import JobledgerError, TaskCancelled, TaskTimedOut
 from jobledger.log import now_us
 from jobledger.policy import KEY_HOLD_MAX_S
 from jobledger.schemas.codec import encode
-from jobledger.schemas.events import ErrorInfo, JobEvent, JobProgressed, JobSpec, JobSucceeded
+from jobledger.schemas.events import JobEvent, JobProgressed, JobSpec, JobSucceeded
 
 LOG = logging.getLogger("jobledger.worker")
 
@@ -72,6 +74,8 @@ class Executor:
         self._ended, self._ended_in_thread, self._fail = ended, ended_in_thread, fail
         self._produce = sender.produce
         self.teller: Teller | None = None  # if somebody wants to be told
+        self.interrupts = Interrupts()
+        self.stop_child: Callable[[Work], None] = lambda work: None
         self._queue: queue.SimpleQueue[Work | None] = queue.SimpleQueue()
         self._threads: list[threading.Thread] = []
 
@@ -123,10 +127,10 @@ class Executor:
         _enter(work)
         assert work.plan is not None
         try:
-            value = work.plan.fn(**work.kwargs)
+            value = self.interrupts.call(work)
         except BaseException as error:  # noqa: BLE001  # as for coroutines
             if not work.abandoned:
-                self.raised(work, error, False)
+                self.raised(work, error, work.interrupted is TaskTimedOut)
         else:
             self.returned(work, value)
 
@@ -140,10 +144,14 @@ class Executor:
         try:
             result = None if value is None else task.encode_result(value)
         except Exception as error:  # noqa: BLE001  # a result's own hooks may raise anything
-            said = error_info(error)
-            why = f"the result of {task.name}() cannot be written as JSON: {said.message}"
-            self.close_with(work, Failed("bad-result", ErrorInfo(said.type, why, said.traceback)))
+            self.close_with(work, bad_result(task.name, error))
             return
+        self.succeeded(work, result)
+
+    def succeeded(self, work: Work, result: bytes | None) -> None:
+        """Send the closing fact of a success. ``result``: JSON, or None."""
+        plan = work.plan
+        assert plan is not None
         partition = work.partition
         source = work.event
         assert source is not None
@@ -182,8 +190,8 @@ class Executor:
         plan.seconds += duration
         plan.runs[bisect_left(RUN_BOUNDS_S, duration)] += 1
 
-    def raised(self, work: Work, error: BaseException, timed_out: bool) -> None:
-        """The task's code raised."""
+    def raised(self, work: Work, error: BaseException, late: bool) -> None:
+        """The task's code raised. ``late``: its time limit was over."""
         trace = error.__traceback__
         if trace is not None:  # the first frame is this module's
             error = error.with_traceback(trace.tb_next or trace)
@@ -193,21 +201,30 @@ class Executor:
         if work.stop_outcome is not None:
             self.close_with(work, work.stop_outcome)
             return
-        timed_out = timed_out and isinstance(error, TimeoutError)
-        if timed_out and not str(error):
-            limit = plan.task.timeout
-            replaced = TimeoutError(f"{event.task}() ran longer than its timeout of {limit:g} s")
-            error = replaced.with_traceback(error.__traceback__)
+        late = late and isinstance(error, TimeoutError | TaskTimedOut)
+        if late and not str(error):
+            assert plan.task.timeout is not None
+            error = timed_out(event.task, plan.task.timeout, error)
         if self.teller is not None:
             self.teller.note(work, error)
-        self.close_with(work, decide(plan.task.retry, event.attempt, error, random.random(), timed_out=timed_out))
+        self.close_with(work, decide(plan.task.retry, event.attempt, error, random.random(), timed_out=late))
 
     def stop(self, work: Work, outcome: Outcome) -> None:
         """Ask running code to end; what it raises from now on comes to ``outcome``. One that returns all the same has
-        succeeded. A coroutine is cancelled; a thread goes on."""
+        succeeded. A coroutine is cancelled, a thread is told at its next bytecode, a child process killed in the end."""
         work.stop_outcome = outcome
+        self.end(work)
+
+    def end(self, work: Work) -> None:
+        """Let running code end, wherever it runs."""
         if work.handle is not None:
             work.handle.cancel()
+        elif not self.interrupts.interrupt(work, TaskCancelled):
+            self.stop_child(work)
+
+    def late(self, work: Work) -> None:
+        """The time limit of a function in a thread is over."""
+        self.interrupts.interrupt(work, TaskTimedOut)
 
     def close_with(self, work: Work, outcome: Outcome) -> None:
         """Send the closing fact of any outcome and what derives from it; under a key, an attempt that is made again closes

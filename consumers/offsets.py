@@ -8,7 +8,8 @@ The idea of a completion map in the commit's metadata is the Confluent Parallel 
 map of different moments, an unreadable map taken as "done", intake that stalls at the limit) is what the rules below
 are for.
 
-Text: ``1<c|d>.<floor>.<checksum>.<r|b><map>``: version; clean or dirty; the floor in hex; CRC-32 over base, floor and
+Text: ``2<c|d>.<floor>.<begun>.<checksum>.<r|b><map>``: version; clean or dirty; the floor in hex; how far beyond the base
+records were begun, in hex; CRC-32 over base, floor, begun and
 map, because a map means nothing beside another base; then run lengths (LEB128 varints, not-done and done in turn, from
 the base on) or a bitset (bit n: base + n is done), in base64, whichever is shorter.
 """
@@ -24,23 +25,26 @@ from dataclasses import dataclass
 METADATA_LIMIT = 4096
 #: Intake stops when what is pending could make the text longer than this share of the limit.
 BRAKE = 0.75
-_HEAD_ROOM = 40  # version, flag, floor, checksum and separators
+_HEAD_ROOM = 60  # version, flag, floor, begun, checksum and separators
 _PAYLOAD_BUDGET = (int(METADATA_LIMIT * BRAKE) - _HEAD_ROOM) * 3 // 4  # bytes before base64
 #: A bitset of so many records always stays below the brake.
 SPAN_BUDGET = _PAYLOAD_BUDGET * 8
-_VERSION = "1"
+_VERSION = "2"
+_BEFORE = "1"  # without ``begun``; read, not written
 
 Ranges = tuple[tuple[int, int], ...]
 
 
 @dataclass(frozen=True, slots=True)
 class Restored:
-    """What a commit said. ``done``: half-open ranges at or beyond ``base``; ``floor`` None: not known."""
+    """What a commit said. ``done``: half-open ranges at or beyond ``base``; ``floor`` None: not known. ``begun``: no record
+    from here on had been begun when it was said."""
 
     base: int
     done: Ranges = ()
     floor: int | None = None
     clean: bool = False
+    begun: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +62,7 @@ class PartitionOffsets:
     assignment. Offsets that never come (compaction, transaction marks) count as done once a later one came.
     """
 
-    __slots__ = ("_ahead", "_end", "_hold", "_low", "_next_outcome", "_pending", "_unsettled", "changed")
+    __slots__ = ("_ahead", "_begun", "_end", "_hold", "_low", "_next_outcome", "_pending", "_unsettled", "changed")
 
     def __init__(self, restored: Restored, start_floor: int) -> None:
         # Keys in the log's order, because they are put in that order: the first one is the watermark.
@@ -69,9 +73,16 @@ class PartitionOffsets:
         self._next_outcome = start_floor
         self._hold: int | None = None
         self._unsettled: dict[int, int] = {}
+        self._begun = restored.begun
         #: Whether a snapshot would differ from the last one.
         self.changed = True
         self._absorb()
+
+    def begin(self, offset: int) -> None:
+        """The record is begun: should this process die, it may have died of it. Needs no lock."""
+        if offset >= self._begun:
+            self._begun = offset + 1
+            self.changed = True
 
     # -- intake and completion ------------------------------------------------------------------------------------
 
@@ -169,7 +180,7 @@ class PartitionOffsets:
         """
         self._absorb()
         base = self._low = self.base
-        metadata = encode(base, self._done(), self.floor, clean)
+        metadata = encode(base, self._done(), self.floor, clean, self._begun)
         if metadata is None:
             return None
         self.changed = False
@@ -199,7 +210,7 @@ class PartitionOffsets:
             self._end = max(self._end, self._ahead.pop()[1])
 
 
-def encode(base: int, done: Iterable[tuple[int, int]], floor: int, clean: bool) -> str | None:
+def encode(base: int, done: Iterable[tuple[int, int]], floor: int, clean: bool, begun: int = 0) -> str | None:
     """The metadata text, or None if it would be longer than `METADATA_LIMIT`."""
     ranges = list(done)
     payload = b""
@@ -211,7 +222,8 @@ def encode(base: int, done: Iterable[tuple[int, int]], floor: int, clean: bool) 
             payload = runs
         else:
             payload, kind = _bits(base, ranges), "b"
-    body = f"{floor:x}.{_checksum(base, floor, payload):08x}.{kind}"
+    ahead = max(0, begun - base)
+    body = f"{floor:x}.{ahead:x}.{_checksum(base, floor, payload, ahead):08x}.{kind}"
     text = f"{_VERSION}{'c' if clean else 'd'}.{body}{binascii.b2a_base64(payload, newline=False).decode()}"
     return text if len(text) <= METADATA_LIMIT else None
 
@@ -226,10 +238,14 @@ def decode(base: int, metadata: str | None, log_end: int) -> Restored:
     if not metadata:
         return nothing
     try:
-        head, floor_text, checksum, body = metadata.split(".", 3)
-        floor = int(floor_text, 16)
+        head, floor_text, rest = metadata.split(".", 2)
+        if head[:1] not in (_VERSION, _BEFORE) or head[1:] not in ("c", "d"):
+            return nothing
+        ahead_text, rest = rest.split(".", 1) if head[0] == _VERSION else ("0", rest)
+        checksum, body = rest.split(".", 1)
+        floor, ahead = int(floor_text, 16), int(ahead_text, 16)
         payload = binascii.a2b_base64(body[1:].encode("ascii"), strict_mode=True)
-        if head not in (_VERSION + "c", _VERSION + "d") or int(checksum, 16) != _checksum(base, floor, payload):
+        if int(checksum, 16) != _checksum(base, floor, payload, ahead if head[0] == _VERSION else None):
             return nothing
         if body[0] == "r":
             ranges = tuple(_from_runs(base, payload))
@@ -241,11 +257,12 @@ def decode(base: int, metadata: str | None, log_end: int) -> Restored:
         return nothing
     if base > log_end or (ranges and ranges[-1][1] > log_end):
         return nothing
-    return Restored(base, ranges, floor, head[1] == "c")
+    return Restored(base, ranges, floor, head[1] == "c", base + ahead)
 
 
-def _checksum(base: int, floor: int, payload: bytes) -> int:
-    return zlib.crc32(payload, zlib.crc32(f"{base}/{floor}".encode()))
+def _checksum(base: int, floor: int, payload: bytes, ahead: int | None) -> int:
+    about = f"{base}/{floor}" if ahead is None else f"{base}/{floor}/{ahead}"
+    return zlib.crc32(payload, zlib.crc32(about.encode()))
 
 
 def _varint_size(number: int) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -14,7 +15,9 @@ class WorkerOptions:
     """How a worker runs.
 
     ``queues``: to serve; None: all of the app. ``concurrency``: jobs that may run at once in this process.
-    ``threads``: how many of them may be plain functions; None: 32, or ``concurrency`` if that is less. ``grace``: seconds
+    ``threads``: how many of them may be plain functions; None: 32, or ``concurrency`` if that is less. ``children``:
+    processes for tasks with ``isolation="process"``, one job at a time in each; None: as many as there are CPUs for this
+    process. ``jobs_per_child``: after so many a child is replaced. ``grace``: seconds
     that running jobs get to end after SIGTERM. ``prefetch``: records per queue that may wait in memory; None: twice the
     concurrency, at least 1,000. ``lookahead``: records that may wait for their turn, their key or a limit, in all.
     ``lease``: seconds after the coordinator's last answer in which jobs may be begun; keep
@@ -26,6 +29,8 @@ class WorkerOptions:
     queues: Sequence[str] | None = None
     concurrency: int = 100
     threads: int | None = None
+    children: int | None = None
+    jobs_per_child: int = 10_000
     grace: float = 30.0
     prefetch: int | None = None
     lookahead: int = 10_000
@@ -35,7 +40,14 @@ class WorkerOptions:
     start_timeout: float = 30.0
 
     def __post_init__(self) -> None:
-        for name, least in (("concurrency", 1), ("threads", 0), ("prefetch", 1), ("lookahead", 1)):
+        for name, least in (
+            ("concurrency", 1),
+            ("threads", 0),
+            ("children", 1),
+            ("jobs_per_child", 1),
+            ("prefetch", 1),
+            ("lookahead", 1),
+        ):
             value = getattr(self, name)
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
                 raise ConfigError(f"{name}={value!r} is not a whole number from {least} up")
@@ -48,6 +60,13 @@ class WorkerOptions:
     def job_threads(self) -> int:
         """Threads for plain functions."""
         return min(32, self.concurrency) if self.threads is None else min(self.threads, self.concurrency)
+
+    @property
+    def job_children(self) -> int:
+        """Child processes for isolated tasks."""
+        if self.children is not None:
+            return self.children
+        return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
     @property
     def prefetched(self) -> int:

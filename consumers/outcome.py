@@ -131,6 +131,19 @@ def decide(
     return Retried(info, _ms(retry.delay_after(attempt, uniform)))
 
 
+def bad_result(task: str, error: BaseException) -> Failed:
+    """The outcome of an attempt whose result is no JSON."""
+    said = error_info(error)
+    why = f"the result of {task}() cannot be written as JSON: {said.message}"
+    return Failed("bad-result", ErrorInfo(said.type, why, said.traceback))
+
+
+def timed_out(task: str, limit: float, error: BaseException) -> TimeoutError:
+    """What an attempt raised that was ended by its time limit, as a `TimeoutError` that says so."""
+    said = TimeoutError(f"{task}() ran longer than its timeout of {limit:g} s")
+    return said.with_traceback(error.__traceback__)
+
+
 def unknown_task(
     task: str, known: list[str], tags: Mapping[str, str], backoff: Retry, uniform: float
 ) -> Snoozed | Failed:

@@ -12,6 +12,7 @@ import logging
 import queue
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
 from typing import Any
 
@@ -38,6 +39,8 @@ REQUEST_TIMEOUT_S = 10.0
 STALL_S = 60.0
 #: Seconds after which a reader that nobody needs gives its connections back.
 IDLE_S = 10.0
+#: Starts that a process that died may have taken with it: those of so many milliseconds, and within these bounds.
+UNSEEN_MS, UNSEEN_LEAST, UNSEEN_MOST = 250, 16, 1_000
 
 
 class _Plan:
@@ -49,6 +52,14 @@ class _Plan:
         self.restored = Restored(0)
         self.floor = 0
         self.seed_from = 0
+        self.begun = 0  # no start of a record from here on is in the log
+        self.lately: deque[int] = deque(maxlen=UNSEEN_MOST)  # when records of it were begun, in ms
+
+    @property
+    def unseen(self) -> int:
+        """How many more records may have been begun: their starts were still on their way when the process died."""
+        last = self.lately[-1] if self.lately else 0
+        return UNSEEN_LEAST + sum(at > last - UNSEEN_MS for at in self.lately)
 
 
 class Takeover(threading.Thread):
@@ -182,7 +193,8 @@ class Takeover(threading.Thread):
             for plan in owned:
                 if plan.restored.clean:
                     plan.floor = plan.lifecycle_high
-                metadata = encode(plan.restored.base, plan.restored.done, plan.floor, False)
+                restored = plan.restored
+                metadata = encode(restored.base, restored.done, plan.floor, False, restored.begun)
                 assert metadata is not None  # it was read from a text of this length
                 snapshots.append((plan.partition, Snapshot(plan.restored.base, metadata)))
             request = fetcher.request_commit(snapshots)
@@ -227,7 +239,7 @@ class Takeover(threading.Thread):
             partition = by_number[message.partition() or 0].partition
             try:
                 if message.topic() != topic:
-                    self._scanned(partition, message)
+                    self._scanned(by_number[message.partition() or 0], message)
                 elif (key := key_of(message, self._decoder)) is not None:
                     partition.memory.add(key)
                     self.seeded += 1
@@ -238,7 +250,8 @@ class Takeover(threading.Thread):
 
         self._read_ranges(ranges, take, wanted=lambda: any(p.partition.owned for p in plans))
 
-    def _scanned(self, partition: Partition, message: Message) -> None:
+    def _scanned(self, plan: _Plan, message: Message) -> None:
+        partition = plan.partition
         value = message.value()
         raw = (self._decoder.own_form(value) or value) if isinstance(value, bytes) else None
         seen = None if raw is None else glance(raw)
@@ -247,8 +260,9 @@ class Takeover(threading.Thread):
             if type(seen[6]) is JobSucceeded:
                 self._note_end(partition, message, key, seen[6])
             elif type(seen[6]) is JobStarted:
-                # A glance leaves the count out; in the shape it answers for, the count is the last byte.
+                # A glance leaves it all out; in the shape it answers for, the count is the last byte.
                 self._note_start(partition, key, raw[-1] >> 1)
+                self._begun_at(plan, *_started_at(raw), message.timestamp()[1])
             return
         try:
             event = self._decoder.decode(raw)
@@ -264,6 +278,13 @@ class Takeover(threading.Thread):
             partition.held[key] = (attempt, message.timestamp()[1] + fact.delay_ms, message.offset() or 0)
         elif isinstance(fact, JobStarted):
             self._note_start(partition, key, fact.takeover)
+            self._begun_at(plan, fact.work_topic.encode(), fact.work_offset, message.timestamp()[1])
+
+    @staticmethod
+    def _begun_at(plan: _Plan, topic: bytes, offset: int, appended_ms: int) -> None:
+        if topic.endswith(plan.partition.topic.encode()):
+            plan.begun = max(plan.begun, offset + 1)
+            plan.lately.append(appended_ms)
 
     def _note_start(self, partition: Partition, key: int, takeover: int) -> None:
         if key not in partition.closed:
@@ -281,6 +302,8 @@ class Takeover(threading.Thread):
         for key in [k for k in partition.closed if k in partition.memory]:
             del partition.closed[key]
         partition.scanned_to = plan.high
+        if not plan.restored.clean and partition.committed >= 0:
+            partition.careful = max(plan.begun, plan.restored.begun, plan.restored.base) + plan.unseen
         if partition.closed or partition.held:
             partition.offsets.hold(plan.floor)
         if plan.high <= plan.restored.base:
@@ -368,6 +391,20 @@ class Takeover(threading.Thread):
                     raise BrokerUnavailable(f"taking over: {sorted(ends)} gave nothing for {STALL_S:g} s")
         finally:
             reader.unassign()
+
+
+def _started_at(raw: bytes) -> tuple[bytes, int]:
+    """The end of the topic's name and the offset in the bytes of a plain `JobStarted`: … topic, offset, a byte's count.
+
+    Read from the end: of a number's bytes all but the last have the high bit, and a name's have none.
+    """
+    end = at = len(raw) - 2
+    while raw[at - 1] & 0x80:
+        at -= 1
+    number = 0
+    for n, byte in enumerate(raw[at : end + 1]):
+        number |= (byte & 0x7F) << 7 * n
+    return raw[max(0, at - 300) : at], number >> 1
 
 
 def _first(times: dict[int, int], message: Message) -> None:

@@ -21,6 +21,7 @@ from jobledger.consumers.offsets import PartitionOffsets
 from jobledger.consumers.outcome import Outcome
 from jobledger.consumers.releases import ReleaseMemory
 from jobledger.context import JobContext
+from jobledger.errors import TaskInterrupted
 from jobledger.log import position_of
 from jobledger.middleware import runner
 from jobledger.schemas.events import Fact, JobEvent, JobProgressed
@@ -108,6 +109,8 @@ class Partition:
         self.closed: dict[int, Found] = {}
         self.starts: dict[int, int] = {}
         self.scanned_to = 0
+        #: Below this offset are records that the last owner, who did not leave cleanly, may have begun.
+        self.careful = 0
         self.last_commit: tuple[int, str] | None = None
         #: What waits here, by (kind, name, …), and how many jobs that is.
         self.lines: dict[tuple[str, ...], Line] = {}
@@ -219,6 +222,7 @@ class Work:
         "gates",
         "handle",
         "held_since",
+        "interrupted",
         "kwargs",
         "lifecycle_offset",
         "line",
@@ -230,10 +234,13 @@ class Work:
         "progressed",
         "remaining",
         "reported_at",
+        "room",
         "send_progress",
         "shortened",
         "stop_outcome",
+        "suspect",
         "takeover",
+        "timer",
         "tries",
         "unsent",
         "waiting",
@@ -245,6 +252,10 @@ class Work:
         self.lifecycle_offset = -1
         self.tries = 0
         self.takeover = 0  # starts of this release without an end, that the log shows
+        self.suspect = False  # it may have taken a process down: run where that is seen, its start in the log first
+        self.room: Room | None = None  # where it runs and is counted
+        self.timer: asyncio.TimerHandle | None = None  # of a thread's time limit
+        self.interrupted: type[TaskInterrupted] | None = None  # raised in its thread
         self.began = 0.0
         self.appended = 0  # when its record was (ms, broker's clock); 0: not known, or counted already
         self.abandoned = False  # its outcome must not be written any more
@@ -286,8 +297,8 @@ class Work:
         """Delivery callback of a derived record."""
         self.arrived.append((self, False, error, message))
 
-    def report(self, context: JobContext, progressed: JobProgressed) -> None:
-        """`JobContext.progress` ends here, in any thread: sent, or kept until the interval is over or the job ends."""
+    def report(self, context: JobContext | None, progressed: JobProgressed) -> None:
+        """`JobContext.progress` ends here, in any thread or from a child: sent, or kept until the interval is over or the job ends."""
         now = time.monotonic()
         if now - self.reported_at < PROGRESS_INTERVAL_S:
             self.unsent = progressed

@@ -24,12 +24,14 @@ from typing import Any
 
 from jobledger.access import knock
 from jobledger.config import Settings
+from jobledger.consumers.children import Children, ChildSettings, find_target
 from jobledger.consumers.control import ControlReader
 from jobledger.consumers.dispatch import Dispatcher
 from jobledger.consumers.execute import Executor, context_of
 from jobledger.consumers.facts import Facts
 from jobledger.consumers.fetch import Fetcher
 from jobledger.consumers.options import WorkerOptions
+from jobledger.consumers.places import Places
 from jobledger.consumers.send import Sender
 from jobledger.consumers.settle import Settler, new_arrived
 from jobledger.consumers.takeover import Takeover
@@ -90,6 +92,8 @@ class Worker:
         self.takeover: Takeover | None = None
         self.sender: Sender | None = None
         self.control: ControlReader | None = None
+        self.children: Children | None = None
+        self._target = self._find_target()
         self.ended = threading.Event()
 
     # -- from outside ---------------------------------------------------------------------------------------------
@@ -189,6 +193,7 @@ class Worker:
             queues=self.queues,
             concurrency=options.concurrency,
             threads=options.job_threads,
+            children=options.job_children,
             waiting_limit=max(64, options.prefetched // 2),
             lookahead=options.lookahead,
             unknown_task_backoff=options.unknown_task,
@@ -205,6 +210,19 @@ class Worker:
             ended_in_thread=dispatcher.ended_in_thread,
             fail=self.fail,
         )
+        children = self.children = self._children()
+        places = dispatcher.places = Places(
+            executor,
+            dispatcher.threads,
+            dispatcher.processes,
+            children,
+            begin_again=dispatcher.begin_again,
+            done=dispatcher.ended_in_thread,
+            may_go_on=dispatcher.may_go_on,
+            call=dispatcher.call,
+            fail=self.fail,
+        )
+        executor.stop_child = places.stop
         settler = self.settler = Settler(
             settings,
             sender,
@@ -230,7 +248,7 @@ class Worker:
             for lane in self.lanes
         ]
         dispatcher.fetchers = self.fetchers
-        if any(not plan.is_async for plan in dispatcher.plans.values()):
+        if any(not plan.is_async and plan.task.policy.isolation is None for plan in dispatcher.plans.values()):
             executor.start_threads(options.job_threads)
         try:
             await registry.resources.open(self._wanted())
@@ -243,6 +261,8 @@ class Worker:
             executor.teller = teller
             teller.start()
         dispatcher.start(loop)
+        if children is not None and self._isolated():
+            children.warm()
         control = self.control = ControlReader(
             settings,
             names,
@@ -294,9 +314,13 @@ class Worker:
             LOG.warning("%d jobs did not end within the grace time; they are run again elsewhere", len(left))
             for work in left:
                 work.abandoned = True
-                if work.handle is not None:
-                    work.handle.cancel()
+                if self.children is not None and self.children.holds(work):
+                    self.children.abandoned(work)
+                else:
+                    executor.end(work)
             await self._wait_idle(dispatcher, time.monotonic() + 1.0, ignore_hurry=True)
+        if self.children is not None:
+            await self.children.close()
         await self._close_hooks(executor, began)
         self._must_end_in(CLOSING_S + MARGIN_S)
         await asyncio.to_thread(self._close_rest, settler, sender)
@@ -314,6 +338,44 @@ class Worker:
                 await self.registry.resources.close()
         except TimeoutError:
             LOG.warning("resources were not closed within %.0f s", left)
+
+    def _isolated(self) -> list[str]:
+        """The tasks it serves that run in child processes."""
+        return [
+            t.name for t in self.registry.tasks.values() if t.queue in self.queues and t.policy.isolation is not None
+        ]
+
+    def _children(self) -> Children | None:
+        """Child processes, for isolated tasks and for jobs that may have taken a worker down; None if there can be none."""
+        if self._target is None:
+            return None
+        options, dispatcher = self.options, self.dispatcher
+        assert dispatcher is not None
+        return Children(
+            ChildSettings(options.job_children, options.jobs_per_child, self._target, self.settings),
+            said=lambda work, outcome: dispatcher.places.said(work, outcome),
+            died=lambda work, error: dispatcher.places.died(work, error),
+            ended=lambda work, why, error: dispatcher.places.ended(work, why, error),
+            unusable=self._no_children,
+        )
+
+    def _no_children(self, error: JobledgerError) -> None:
+        if self._isolated():
+            self.fail(error)
+        else:
+            LOG.warning("%s\nJobs that may have taken a worker down are run beside the others", error)
+
+    def _find_target(self) -> str | None:
+        if os.name != "posix":
+            return None
+        try:
+            return find_target(self.registry)
+        except ConfigError as exc:
+            isolated = self._isolated()
+            if isolated:
+                raise ConfigError(f"isolation='process' of task {isolated[0]!r}: {exc}") from None
+            LOG.debug("%s", exc)
+            return None
 
     def _wanted(self) -> list[Resource[Any]]:
         """The resources that this worker's tasks ask for; children open their own."""
@@ -392,6 +454,7 @@ class Worker:
             "running": len(dispatcher.running),
             "unacknowledged": self.sender.unacknowledged if self.sender is not None and not self.ended.is_set() else 0,
             "started": counts.started,
+            "children": self._about_children(),
             **{
                 name: sum(getattr(plan, name) for plan in dispatcher.plans.values())
                 for name in ("succeeded", "retried", "snoozed", "failed")
@@ -400,6 +463,12 @@ class Worker:
             "found_closed": counts.found_closed,
             "rejected": counts.rejected,
         }
+
+    def _about_children(self) -> dict[str, int]:
+        children = self.children
+        if children is None:
+            return {"processes": 0, "died": 0, "killed": 0}
+        return {"processes": children.count, "died": children.deaths, "killed": children.killed}
 
     def partitions(self) -> Iterator[Partition]:
         """Every partition owned right now."""

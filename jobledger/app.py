@@ -154,6 +154,8 @@ class App:
         priority: Literal["high", "normal", "low"] | None = None,
         rate: str | float | None = None,
         concurrency: int | None = None,
+        isolation: Literal["process"] | None = None,
+        max_memory: str | int | None = None,
         expires_in: float | None = None,
         adaptive: Adaptive | bool | None = None,
         breaker: Breaker | bool | None = None,
@@ -174,6 +176,8 @@ class App:
         priority: Literal["high", "normal", "low"] | None = None,
         rate: str | float | None = None,
         concurrency: int | None = None,
+        isolation: Literal["process"] | None = None,
+        max_memory: str | int | None = None,
         expires_in: float | None = None,
         adaptive: Adaptive | bool | None = None,
         breaker: Breaker | bool | None = None,
@@ -181,13 +185,17 @@ class App:
         """Register a function as a task; usable bare or with options.
 
         ``name``: what stands in the log, the function's name unless given. ``queue``: where its jobs go.
-        ``retry``: a `Retry`, or just the number of attempts. ``timeout``: seconds an attempt may take, for ``async def`` only.
+        ``retry``: a `Retry`, or just the number of attempts. ``timeout``: seconds an attempt may take; then a coroutine is
+        cancelled, and `TaskTimedOut` is raised in a function: in a thread when it next executes Python code, in a process
+        of its own, which is killed 5 s later, whatever it waits for.
         ``fallback``: a task with the same parameters, run as a job of its own when this one has failed for good.
 
         ``key``: the parameter, or a function of the arguments, whose value keeps jobs in order: those of one key run one
         at a time, in the order of submission; one that is tried again holds its key for at most ``key_hold_max`` seconds.
         ``priority``: ``high`` or ``low``, before or after the queue's others. ``rate`` (``"100/s"``), ``concurrency``:
-        limits for all workers together. ``expires_in``: seconds after its submission from which on a job is not started
+        limits for all workers together. ``isolation="process"``: run it in a child process, one job at a time in each: for
+        code that keeps a CPU busy, must end at its timeout, or may crash. ``max_memory`` (``"512MiB"``): what such a
+        process may use; the attempt that takes more fails. ``expires_in``: seconds after its submission from which on a job is not started
         any more. ``adaptive``: let the task's concurrency follow what it calls (`Adaptive`).
         ``breaker``: stop calling what keeps failing (`Breaker`). Raises `ConfigError` or `UnknownQueue`.
         """
@@ -205,6 +213,8 @@ class App:
                 priority=priority,
                 rate=rate,
                 concurrency=concurrency,
+                isolation=isolation,
+                max_memory=max_memory,
                 expires_in=expires_in,
                 adaptive=adaptive,
                 breaker=breaker,

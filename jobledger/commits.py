@@ -28,7 +28,7 @@ def floor_of(metadata: str | None) -> int | None:
     """The takeover floor in a commit's metadata; None if it cannot be read."""
     try:
         head, floor, _ = (metadata or "").split(".", 2)
-        return int(floor, 16) if head in ("1c", "1d") else None
+        return int(floor, 16) if head in ("1c", "1d", "2c", "2d") else None
     except ValueError:
         return None
 

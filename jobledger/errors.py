@@ -34,9 +34,26 @@
     ├── ``NotAnEvent``           no known framing
     ├── ``UnknownSchema``        framed, but the writer's schema is nowhere published
     └── ``UnknownFact``          a well-formed event whose fact this version does not know
+
+``TaskInterrupted``              (a `BaseException`) told to a task's code in a thread or a process: end
+├── ``TaskTimedOut``             its ``timeout`` is over
+└── ``TaskCancelled``            its job was cancelled
 """
 
 from __future__ import annotations
+
+
+class TaskInterrupted(BaseException):
+    """Raised inside a task's code that runs in a thread or a process of its own, to end it; no `Exception`, so that
+    ``except Exception`` lets it pass. Clean up and let it go on: what returns all the same has succeeded."""
+
+
+class TaskTimedOut(TaskInterrupted):
+    """The attempt has run for as long as the task's ``timeout``."""
+
+
+class TaskCancelled(TaskInterrupted):
+    """Somebody cancelled the job."""
 
 
 class JobledgerError(Exception):

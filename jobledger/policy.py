@@ -232,7 +232,7 @@ def check_keyed(what: str, timeout: float | None, long: bool, priority: str | No
     if not bounded:
         raise ConfigError(
             f"{what}: a keyed job holds up all that follow it under its key, and a thread cannot be made to end: "
-            "make the task `async def`"
+            "make the task `async def`, or give it isolation='process'"
         )
     if timeout is None or timeout > KEYED_TIMEOUT_MOST_S or long:
         raise ConfigError(

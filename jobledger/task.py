@@ -444,7 +444,7 @@ class Registry:
         if retry is not None and not isinstance(retry, Retry):
             raise ConfigError(f"task {task_name!r}: retry={retry!r} is neither a Retry nor a number of attempts")
         if timeout is not None:
-            _check_timeout(task_name, timeout, fn, policy.get("isolation"))
+            _check_timeout(task_name, timeout)
         judged = policy_of(
             task_name, timeout=timeout, is_async=asyncio.iscoroutinefunction(fn), **{**POLICY_DEFAULTS, **policy}
         )
@@ -567,15 +567,10 @@ def check_shares(what: str, queue: Queue, limits: Limits, partitions: int) -> No
         )
 
 
-def _check_timeout(task: str, timeout: object, fn: Callable[..., Any], isolation: object) -> None:
+def _check_timeout(task: str, timeout: object) -> None:
     if isinstance(timeout, bool) or not isinstance(timeout, int | float) or not 0 < timeout <= MAX_TIMEOUT_S:
         raise ConfigError(
             f"task {task!r}: timeout={timeout!r} is not a number of seconds above 0, at most {MAX_TIMEOUT_S:.0f}"
-        )
-    if isolation is None and not asyncio.iscoroutinefunction(fn):
-        raise ConfigError(
-            f"task {task!r}: timeout={timeout!r} needs `async def`: a thread cannot be stopped from outside. "
-            "Make the task async, or bound the calls it makes"
         )
 
 

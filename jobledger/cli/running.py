@@ -112,6 +112,10 @@ def worker(
     threads: Annotated[
         int | None, typer.Option(min=0, help="Of these, plain functions at once.", show_default="32 at most")
     ] = None,
+    children: Annotated[
+        int | None,
+        typer.Option(min=1, help="Child processes, for tasks with isolation='process'.", show_default="one a CPU"),
+    ] = None,
     processes: Annotated[int, typer.Option(min=1, help="Worker processes, supervised.")] = 1,
     grace: Annotated[float, typer.Option(min=0, metavar="SECONDS", help="For running jobs to end on SIGTERM.")] = 30.0,
     bootstrap: Bootstrap = None,
@@ -125,7 +129,7 @@ def worker(
     from jobledger.consumers.worker import WorkerOptions
 
     names = None if queues is None else [name.strip() for name in queues.split(",") if name.strip()]
-    options = WorkerOptions(queues=names, concurrency=concurrency, threads=threads, grace=grace)
+    options = WorkerOptions(queues=names, concurrency=concurrency, threads=threads, children=children, grace=grace)
     logs.set_up()
     app = load_app(target, bootstrap=bootstrap)
     for name in names or []:
@@ -155,6 +159,8 @@ def _worker_processes(
         words += ["--queues", ",".join(options.queues)]
     if options.threads is not None:
         words += ["--threads", str(options.threads)]
+    if options.children is not None:
+        words += ["--children", str(options.children)]
     children = []
     for number in range(processes):
         port = [] if metrics is None else ["--metrics-port", str(metrics.following(number))]

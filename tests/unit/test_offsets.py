@@ -72,11 +72,12 @@ def test_the_text_reads_back_as_it_was_written(base: int, floor: int, data: st.D
     for gap, length in lengths:
         ranges.append((at + gap, at + gap + length))
         at += gap + length
-    text = encode(base, ranges, floor, True)
+    begun = data.draw(st.integers(base, base + 100_000))
+    text = encode(base, ranges, floor, True, begun)
     assert text is not None
     assert len(text.encode()) <= METADATA_LIMIT
     assert "\0" not in text
-    assert decode(base, text, LOG_END << 1) == Restored(base, tuple(ranges), floor, True)
+    assert decode(base, text, LOG_END << 1) == Restored(base, tuple(ranges), floor, True, begun)
 
 
 @given(st.lists(st.tuples(st.integers(1, 3000), st.integers(0, 800)), min_size=1, max_size=30), st.integers(0, 1 << 32))
@@ -126,6 +127,9 @@ def test_a_straggler_does_not_stop_intake_of_many_others() -> None:
         "garbage",
         "1c.5.00000000.r",
         "2c.5.00000000.r",
+        "2c.5.0.00000000.r",
+        "2c.5.x.00000000.r",
+        "3c.5.0.00000000.r",
         "1c.x.00000000.r",
         "1c.5.00000000.zAAAA",
         "1c.5.00000000.r\x7f\x80",
@@ -149,6 +153,32 @@ def test_a_map_beside_another_base_is_refused() -> None:
     text = encode(100, [(101, 105)], 3, True)
     assert decode(100, text, 200).done == ((101, 105),)
     assert decode(99, text, 200) == Restored(99)
+
+
+def test_the_text_of_the_version_before_is_read() -> None:
+    """While workers are being replaced, both write; how far an old one had begun is not known."""
+    # Written by that version: base 100, done 101 to 104 and 110, floor 0x2a, clean.
+    assert decode(100, "1c.2a.077dfe9d.rAQQFAQ==", 200) == Restored(100, ((101, 105), (110, 111)), 42, True, 100)
+
+
+def test_what_was_begun_is_told_to_the_next_owner() -> None:
+    """How far records were begun, done or not, in whatever order; it never goes back."""
+    tracker = PartitionOffsets(Restored(10), 0)
+    for offset in range(10, 20):
+        tracker.receive(offset)
+    taken = tracker.snapshot()
+    assert taken is not None
+    assert decode(taken.offset, taken.metadata, 20).begun == 10, "received is not begun"
+    tracker.begin(14)
+    tracker.begin(11)
+    assert tracker.changed, "or it would not be committed"
+    tracker.done(10)
+    taken = tracker.snapshot()
+    assert taken is not None
+    assert (taken.offset, decode(taken.offset, taken.metadata, 20).begun) == (11, 15)
+    heir = PartitionOffsets(decode(taken.offset, taken.metadata, 20), 0).snapshot()
+    assert heir is not None
+    assert decode(11, heir.metadata, 20).begun == 15
 
 
 def test_a_map_beyond_the_logs_end_is_refused() -> None:

@@ -1,0 +1,254 @@
+"""A child process: runs one job after the other, each alone, and says what became of it.
+
+It is forked, with the app imported, by the nursery (`jobledger.consumers.nursery`), and ends when the worker closes the
+connection. What it writes to standard error goes to the worker, which passes it on and keeps the last of it: of a child
+that dies these are the last words.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import contextvars
+import faulthandler
+import gc
+import logging
+import os
+import random
+import signal
+import socket
+import struct
+import sys
+import time
+from collections.abc import Callable
+from types import FrameType
+from typing import Any
+
+from jobledger.consumers.frames import Ended, Progress, Run, decode_run, ended, frame
+from jobledger.consumers.outcome import Failed, Outcome, Succeeded, bad_result, decide, error_info, timed_out
+from jobledger.context import JobContext, enter
+from jobledger.errors import BadArguments, TaskCancelled, TaskInterrupted, TaskTimedOut
+from jobledger.middleware import runner
+from jobledger.retry import Retry
+from jobledger.schemas.events import JobProgressed
+from jobledger.task import Registry, Task
+
+LOG = logging.getLogger("jobledger.worker")
+
+#: The signal that tells a plain function to end.
+INTERRUPT = signal.SIGUSR1
+#: Seconds between two progress messages of one job.
+PROGRESS_INTERVAL_S = 0.1
+#: What address space a job with ``max_memory`` may have beyond it: past that, Python says `MemoryError`. The worker looks
+#: at the memory in use a few times a second; this is for a job that takes much at once.
+HEADROOM = 256 << 20
+
+_LENGTH = struct.Struct(">I")
+
+
+class Child:
+    """Serves one connection; see the module."""
+
+    def __init__(self, registry: Registry, connection: socket.socket) -> None:
+        self._registry, self._connection = registry, connection
+        self._functions: dict[str, Callable[..., Any]] = {}
+        self._loop: asyncio.Runner | None = None
+        self._running: asyncio.Task[Any] | None = None  # a coroutine task's
+        self._inside = False  # a plain function's code runs
+        self._late = False  # the coroutine's time was over
+        self._most: int | None = None  # the limit of memory that is set
+        self._began = 0.0
+        self._task: Task[Any, Any] | None = None
+        self._reported_at = 0.0
+        self._unsent: JobProgressed | None = None
+
+    def serve(self) -> None:
+        """Run what comes until the connection ends."""
+        signal.signal(INTERRUPT, self._interrupted)
+        while (body := self._receive()) is not None:
+            said = self._run(decode_run(body))
+            if self._unsent is not None:
+                self._send_progress(self._unsent)
+            self._connection.sendall(frame(said))
+        self._close()
+
+    def _receive(self) -> bytes | None:
+        head = self._exactly(_LENGTH.size)
+        return None if head is None else self._exactly(_LENGTH.unpack(head)[0])
+
+    def _exactly(self, count: int) -> bytes | None:
+        found = self._connection.recv(count)
+        if len(found) == count:
+            return found
+        parts = bytearray(found)
+        while len(parts) < count:
+            if not found:
+                return None
+            found = self._connection.recv(count - len(parts))
+            parts += found
+        return bytes(parts)
+
+    # -- one attempt --------------------------------------------------------------------------------------------------
+
+    def _run(self, run: Run) -> Ended:
+        task = self._task = self._registry.tasks.get(run.task)
+        if task is None:  # the code on disk is not what the worker runs
+            missing = LookupError(f"the child process has no task {run.task!r}: was the app changed under its worker?")
+            return ended(decide(Retry(), run.attempt, missing, random.random()))
+        try:
+            kwargs = task.decode_args(run.args)
+        except BadArguments as exc:
+            return ended(Failed("bad-arguments", error_info(exc)))
+        context = JobContext(
+            job_id=run.job_id,
+            task=run.task,
+            queue=run.queue,
+            run=run.run,
+            attempt=run.attempt,
+            release=run.release,
+            tags=run.tags,
+            parent=run.parent,
+            trace=run.trace,
+            report=self._report,
+        )
+        self._reported_at, self._unsent = 0.0, None
+        try:
+            value = self._call(task, context, kwargs)
+        except BaseException as error:  # noqa: BLE001  # SystemExit is the job's, as in a thread
+            return ended(self._judge(task, run, error))
+        return ended(self._returned(task, value))
+
+    def _call(self, task: Task[Any, Any], context: JobContext, kwargs: dict[str, Any]) -> Any:
+        function = self._functions.get(task.name)
+        if function is None:
+            function = self._functions[task.name] = runner(task)
+        if task.policy.max_memory != self._most:
+            self._most = task.policy.max_memory
+            limit_memory(self._most)
+        if task.is_async:
+            if self._loop is None:
+                self._loop = asyncio.Runner()
+            return self._loop.run(self._await(function, context, kwargs, task.timeout))
+        return contextvars.copy_context().run(self._plainly, function, context, kwargs)
+
+    async def _await(
+        self, function: Callable[..., Any], context: JobContext, kwargs: dict[str, Any], limit: float | None
+    ) -> Any:
+        enter(context)
+        self._running = asyncio.current_task()
+        clock = asyncio.timeout(limit)
+        try:
+            async with clock:
+                return await function(**kwargs)
+        finally:
+            self._running = None
+            self._late = clock.expired()
+
+    def _plainly(self, function: Callable[..., Any], context: JobContext, kwargs: dict[str, Any]) -> Any:
+        """Run a function that `_interrupted` may end."""
+        enter(context)
+        self._began = time.monotonic()
+        value: Any = None
+        returned = False
+        try:
+            self._inside = True
+            value = function(**kwargs)
+            returned = True
+            self._inside = False
+        except TaskInterrupted:
+            # One is raised at most, so what follows is undisturbed. It may have come when the code was through.
+            if not returned:
+                raise
+        finally:
+            self._inside = False
+        return value
+
+    def _interrupted(self, number: int, frame: FrameType | None) -> None:
+        if self._running is not None and self._loop is not None:
+            self._loop.get_loop().call_soon_threadsafe(self._running.cancel)
+        elif self._inside:
+            self._inside = False
+            limit = None if self._task is None else self._task.timeout
+            over = limit is not None and time.monotonic() - self._began >= limit
+            raise TaskTimedOut if over else TaskCancelled
+
+    # -- its end ------------------------------------------------------------------------------------------------------
+
+    def _returned(self, task: Task[Any, Any], value: Any) -> Outcome:
+        try:
+            return Succeeded(task.encode_result(value))
+        except Exception as error:  # noqa: BLE001  # a result's own hooks may raise anything
+            return bad_result(task.name, error)
+
+    def _judge(self, task: Task[Any, Any], run: Run, error: BaseException) -> Outcome:
+        late = self._late and isinstance(error, TimeoutError) if task.is_async else isinstance(error, TaskTimedOut)
+        if late and not str(error):
+            assert task.timeout is not None
+            error = timed_out(task.name, task.timeout, error)
+        return decide(task.retry, run.attempt, error, random.random(), timed_out=late)
+
+    def _report(self, context: JobContext, progressed: JobProgressed) -> None:
+        now = time.monotonic()
+        if now - self._reported_at < PROGRESS_INTERVAL_S:
+            self._unsent = progressed
+            return
+        self._reported_at = now
+        self._send_progress(progressed)
+
+    def _send_progress(self, said: JobProgressed) -> None:
+        self._unsent = None
+        self._connection.sendall(frame(Progress(said.sequence, said.done, said.total, said.message)))
+
+    def _close(self) -> None:
+        with contextlib.suppress(Exception):  # logged there; and the process ends anyway
+            if self._loop is None:
+                self._loop = asyncio.Runner()
+            self._loop.run(self._registry.resources.close())
+            self._loop.close()
+
+
+def run_child(registry: Registry, connection: socket.socket, errors: int) -> None:
+    """Be a child, in a process that was just forked for it; does not return. ``errors``: what standard error shall be."""
+    status = 1
+    try:
+        os.dup2(errors, 2)
+        os.close(errors)
+        faulthandler.enable(file=2)
+        _die_with_the_nursery()
+        gc.enable()
+        random.seed()
+        connection.setblocking(True)
+        Child(registry, connection).serve()
+        status = 0
+    except (BrokenPipeError, ConnectionResetError):
+        status = 0  # the worker is gone, and nobody is left to be told
+    except BaseException:
+        LOG.exception("a child process broke")
+    finally:
+        with contextlib.suppress(Exception):
+            logging.shutdown()
+            sys.stdout.flush()
+            sys.stderr.flush()
+        os._exit(status)
+
+
+def limit_memory(most: int | None) -> None:
+    """Let allocations of this process fail, as `MemoryError`, well above ``most`` bytes; as far as the system has that.
+    None: no more."""
+    import resource
+
+    with contextlib.suppress(ValueError, OSError):
+        _, hard = resource.getrlimit(resource.RLIMIT_DATA)
+        wanted = hard if most is None else most + HEADROOM
+        if most is not None and hard != resource.RLIM_INFINITY:
+            wanted = min(wanted, hard)
+        resource.setrlimit(resource.RLIMIT_DATA, (wanted, hard))
+
+
+def _die_with_the_nursery() -> None:
+    """Linux ends this process with its parent. Elsewhere the end of the connection does, once the job at hand is over."""
+    if sys.platform == "linux":
+        import ctypes
+
+        with contextlib.suppress(Exception):
+            ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG

@@ -1,0 +1,629 @@
+"""The child processes of a worker: kept warm, one job at a time in each, ended when a job will not end by itself.
+
+Everything here runs on the worker's event loop. Whatever happens to a child, its worker lives and says what became of
+the job: it timed out, took too much memory, was cancelled; or the process died of the job.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import logging
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jobledger.config import Settings
+from jobledger.consumers.child import INTERRUPT
+from jobledger.consumers.frames import Progress, Run, Splitter, decode_said, frame, outcome_of
+from jobledger.consumers.outcome import MESSAGE_LIMIT, TRACEBACK_LIMIT, Outcome, printable
+from jobledger.consumers.work import Work
+from jobledger.errors import ConfigError, JobledgerError
+from jobledger.schemas.events import ErrorInfo, JobProgressed
+from jobledger.task import Registry
+
+LOG = logging.getLogger("jobledger.worker")
+
+#: Seconds that a job gets to clean up after it was told to end; then its process is killed.
+SOFT_S = 5.0
+#: Seconds between two looks at the memory of children whose jobs have a limit.
+WATCH_S = 0.05
+#: Seconds to wait for how a child ended, once its connection has.
+STATUS_S = 2.0
+#: Seconds until a nursery that died is started anew, and the longest such wait.
+AGAIN_S, AGAIN_MOST_S = 0.5, 30.0
+#: Characters of standard error that are kept as last words.
+LAST_WORDS = 4_000
+#: Share of ``max_memory`` from which on a child is replaced after its job: what it keeps would be the next one's.
+REPLACE_AT = 0.8
+
+PAGE = os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 4096
+
+
+def find_target(registry: Registry) -> str:
+    """How another process names the app of a registry: ``module:attribute``, or ``path.py:attribute`` of a script.
+
+    Raises `ConfigError` if no loaded module holds the app at its top level.
+    """
+    homes = {task.fn.__module__ for task in registry.tasks.values() if getattr(task.fn, "__module__", None)}
+    others = [name for name in list(sys.modules) if name not in homes and not name.startswith("jobledger")]
+    for name in [*sorted(homes), *others]:
+        module = sys.modules.get(name)
+        for attribute, value in list(vars(module).items()) if module is not None else ():
+            if _is_app(value) and value.registry is registry:
+                if name != "__main__":
+                    return f"{name}:{attribute}"
+                spec, path = getattr(module, "__spec__", None), getattr(module, "__file__", None)
+                if spec is not None:
+                    return f"{spec.name}:{attribute}"
+                if path is not None:
+                    return f"{Path(path).absolute()}:{attribute}"
+    raise ConfigError(
+        f"app {registry.names.namespace!r} is no variable of a module, so a child process cannot import it: put it and its "
+        "tasks at the top level of one"
+    )
+
+
+def _is_app(value: object) -> bool:
+    # By name: jobledger.app stands above this package. Not by its attributes: a lazy object might answer to any.
+    return any(kind.__module__ == "jobledger.app" and kind.__qualname__ == "App" for kind in type(value).__mro__)
+
+
+@dataclass(frozen=True, slots=True)
+class ChildSettings:
+    """``most``: children at once. ``jobs_each``: after so many jobs a child is replaced. ``target``: see `find_target`."""
+
+    most: int
+    jobs_each: int
+    target: str
+    settings: Settings
+
+
+class _Words(asyncio.Protocol):
+    """A child's standard error: passed on as it comes, and the last of it kept."""
+
+    def __init__(self) -> None:
+        self.kept = b""
+        self.over = False
+
+    def data_received(self, data: bytes) -> None:
+        self.kept = (self.kept + data)[-LAST_WORDS:]
+        with contextlib.suppress(Exception):  # nobody reads ours: that is not the job's fault
+            sys.stderr.write(data.decode("utf-8", "replace"))
+            sys.stderr.flush()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self.over = True
+
+
+class _Child(asyncio.Protocol):
+    """One child, as the worker sees it."""
+
+    def __init__(self, owner: Children) -> None:
+        self._owner = owner
+        self._split = Splitter()
+        self.words = _Words()
+        self.transport: asyncio.Transport | None = None
+        self.pid = 0
+        self.pidfd = -1
+        self.status: int | None = None  # waitpid's, once it has ended
+        self.work: Work | None = None
+        self.jobs = 0
+        self.began = 0.0
+        self.leaving = False  # told to end, when its job is over
+        self.gone = False
+        self.why: str | None = None  # why we killed it: timeout, memory, stop
+        self.timers: list[asyncio.TimerHandle] = []
+        self.peak = 0
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self.transport = transport  # type: ignore[assignment]  # a socket's
+
+    def data_received(self, data: bytes) -> None:
+        for body in self._split.feed(data):
+            said = decode_said(body)
+            if isinstance(said, Progress):
+                if self.work is not None:
+                    self.work.report(None, JobProgressed(said.sequence, said.done, said.total, said.message))
+            else:
+                self._owner._said(self, outcome_of(said))
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._owner._lost(self)
+
+    def send(self, data: bytes) -> None:
+        if self.transport is not None:
+            self.transport.write(data)
+
+    def signal(self, number: int) -> None:
+        """A signal to the process, if it is still there."""
+        with contextlib.suppress(ProcessLookupError, OSError):
+            if self.pidfd >= 0:
+                signal.pidfd_send_signal(self.pidfd, number)
+            elif self.pid and self.status is None:
+                os.kill(self.pid, number)
+
+    def kill(self) -> None:
+        """End the process, and those it started."""
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            if self.pid and self.status is None:
+                os.killpg(self.pid, signal.SIGKILL)
+        self.signal(signal.SIGKILL)
+
+    def memory(self) -> int:
+        """Bytes in use; 0 where the system does not tell."""
+        try:
+            with open(f"/proc/{self.pid}/statm", "rb") as file:
+                return int(file.read().split()[1]) * PAGE
+        except (OSError, IndexError, ValueError):
+            return 0
+
+
+class Children:
+    """The pool. ``said(work, outcome)``: a job's code came to that. ``died(work, error)``: its process did of it, or with
+    it. ``ended(work, why, error)``: we ended it, ``why``: ``timeout``, ``memory`` or ``stop``. Each of these three frees
+    the child and is told once for each `run`. ``unusable(error)``: there can be no children.
+    """
+
+    def __init__(
+        self,
+        about: ChildSettings,
+        *,
+        said: Callable[[Work, Outcome], None],
+        died: Callable[[Work, ErrorInfo], None],
+        ended: Callable[[Work, str, BaseException], None],
+        unusable: Callable[[JobledgerError], None],
+    ) -> None:
+        self._about = about
+        self._on_said, self._on_died, self._on_ended, self._unusable = said, died, ended, unusable
+        self._loop: asyncio.AbstractEventLoop
+        self._nursery: subprocess.Popen[bytes] | None = None
+        self._control: socket.socket | None = None
+        self._ready = False
+        self._again_s = AGAIN_S
+        self._lines = b""
+        self._born: deque[_Child] = deque()  # asked for, the oldest first
+        self._all: set[_Child] = set()
+        self._idle: list[_Child] = []
+        self._waiting: deque[Work] = deque()
+        self._by_pid: dict[int, _Child] = {}
+        self._of: dict[Work, _Child] = {}
+        self._watched: set[_Child] = set()
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._closing = False
+        self.deaths = self.killed = self.born = 0
+        self.broken: JobledgerError | None = None
+
+    # -- from outside -------------------------------------------------------------------------------------------------
+
+    def warm(self) -> None:
+        """Start the nursery and all children now, so that the first jobs need not wait."""
+        self._loop = asyncio.get_running_loop()
+        self._start_nursery()
+        for _ in range(self._about.most):
+            self._hatch()
+
+    @property
+    def count(self) -> int:
+        """Children there are."""
+        return len(self._all)
+
+    def run(self, work: Work) -> None:
+        """Run the attempt in a child, as soon as one is free."""
+        if self.broken is not None:
+            self._on_died(work, ErrorInfo("ChildProcessError", str(self.broken)))
+            return
+        if self._nursery is None:
+            self._loop = asyncio.get_running_loop()
+            self._start_nursery()
+        if self._idle:
+            self._give(self._idle.pop(), work)
+            return
+        self._waiting.append(work)
+        if len(self._all) < max(self._about.most, 1) + len(self._waiting) and not self._born:
+            self._hatch()
+
+    def stop(self, work: Work) -> None:
+        """Tell the job to end; it is killed if it does not."""
+        child = self._of.get(work)
+        if child is None:
+            with contextlib.suppress(ValueError):
+                self._waiting.remove(work)
+                self._on_ended(work, "stop", ChildProcessError("it was cancelled before a child was free"))
+            return
+        child.signal(INTERRUPT)
+        child.timers.append(self._loop.call_later(SOFT_S, self._kill, child, "stop"))
+
+    def holds(self, work: Work) -> bool:
+        """Whether it runs here, or waits here for a child."""
+        return work in self._of or work in self._waiting
+
+    def abandoned(self, work: Work) -> None:
+        """Nobody wants to know any more what it comes to: kill it. It is told as ended."""
+        child = self._of.get(work)
+        if child is not None:
+            self._kill(child, "stop")
+        else:
+            self.stop(work)
+
+    async def close(self, seconds: float = 2.0) -> None:
+        """Let idle children end, and everything after ``seconds``."""
+        self._closing = True
+        for child in list(self._all):
+            child.leaving = True
+            if child.work is None and child.transport is not None:
+                child.transport.close()
+        for task in list(self._tasks):
+            task.cancel()
+        until = time.monotonic() + seconds
+        while self._all and time.monotonic() < until:
+            await asyncio.sleep(0.01)
+        for child in list(self._all):
+            child.kill()
+        if self._control is not None:
+            self._loop.remove_reader(self._control)
+            self._control.close()
+            self._control = None
+        if self._nursery is not None:
+            try:
+                await asyncio.to_thread(self._nursery.wait, 2.0)
+            except subprocess.TimeoutExpired:
+                self._nursery.kill()
+                await asyncio.to_thread(self._nursery.wait)
+            self._nursery = None
+        for child in list(self._all):
+            self._forget(child)
+
+    # -- the nursery --------------------------------------------------------------------------------------------------
+
+    def _start_nursery(self) -> None:
+        ours, theirs = socket.socketpair()
+        rest = {
+            "bootstrap": self._about.settings.bootstrap,
+            "status_url": self._about.settings.status_url,
+            "path": [entry or str(Path.cwd()) for entry in sys.path],
+        }
+        with theirs:
+            self._nursery = subprocess.Popen(
+                [
+                    sys.executable,
+                    "-m",
+                    "jobledger.cli.nursery",
+                    self._about.target,
+                    str(theirs.fileno()),
+                    json.dumps(rest),
+                ],
+                pass_fds=(theirs.fileno(),),
+                stdin=subprocess.DEVNULL,
+                stderr=subprocess.PIPE,
+                start_new_session=True,
+            )
+        ours.setblocking(False)
+        self._control, self._ready, self._lines = ours, False, b""
+        self._loop.add_reader(ours, self._told)
+        self._nursery_words = _Words()
+        assert self._nursery.stderr is not None
+        self._later(self._listen(self._nursery.stderr, self._nursery_words))
+
+    async def _listen(self, pipe: Any, words: _Words) -> None:
+        await self._loop.connect_read_pipe(lambda: words, pipe)
+
+    def _later(self, job: Any) -> None:
+        task = self._loop.create_task(job)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    def _told(self) -> None:
+        assert self._control is not None
+        try:
+            data = self._control.recv(65536)
+        except BlockingIOError:
+            return
+        except OSError:
+            data = b""
+        if not data:
+            self._nursery_died()
+            return
+        *lines, self._lines = (self._lines + data).split(b"\n")
+        for line in lines:
+            told = json.loads(line)
+            if "born" in told:
+                self._is_born(told["born"])
+            elif "died" in told:
+                self._has_died(told["died"], told["status"])
+            else:
+                self._ready, self._again_s = True, AGAIN_S
+                if told["ready"] > 1:
+                    LOG.warning(
+                        "importing %s started %d threads; child processes are forked without them: start threads when a "
+                        "job or a resource needs them",
+                        self._about.target,
+                        told["ready"] - 1,
+                    )
+
+    def _nursery_died(self) -> None:
+        """With it died all children: they are its children, and the system sees to it."""
+        assert self._control is not None
+        self._loop.remove_reader(self._control)
+        self._control.close()
+        self._control = None
+        nursery, self._nursery = self._nursery, None
+        if nursery is not None:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                nursery.wait(0.2)
+            if nursery.poll() is None:
+                nursery.kill()
+                nursery.wait()
+        if self._closing:
+            return
+        for child in list(self._all):
+            child.status = child.status if child.status is not None else 9
+            child.kill()
+        if not self._ready:
+            self._loop.call_later(0.2, self._give_up, nursery.returncode if nursery is not None else None)
+            return
+        LOG.error(
+            "the process that children are forked from ended with %s; it is started again",
+            nursery and nursery.returncode,
+        )
+        self._loop.call_later(self._again_s, self._start_again)
+        self._again_s = min(AGAIN_MOST_S, self._again_s * 2)
+
+    def _give_up(self, code: int | None) -> None:
+        words = self._nursery_words.kept.decode("utf-8", "replace").strip()
+        self.broken = ConfigError(
+            f"no child processes: importing {self._about.target} in one failed with exit code {code}:\n{words}"
+        )
+        self._unusable(self.broken)
+        waiting, self._waiting = self._waiting, deque()
+        for work in waiting:
+            self._on_died(work, ErrorInfo("ChildProcessError", str(self.broken)))
+
+    def _start_again(self) -> None:
+        if self._closing or self._nursery is not None:
+            return
+        self._start_nursery()
+        for _ in range(max(len(self._waiting), self._about.most - len(self._all))):
+            self._hatch()
+
+    def _hatch(self) -> None:
+        """Ask for one more child."""
+        if self._closing or self._control is None:
+            return
+        child = _Child(self)
+        self._all.add(child)
+        self._born.append(child)
+        ours, theirs = socket.socketpair()
+        read, write = os.pipe()
+        try:
+            socket.send_fds(self._control, [b"F"], [theirs.fileno(), write])
+        except OSError as exc:
+            LOG.warning("no child process could be asked for: %s", exc)
+            self._born.remove(child)
+            self._all.discard(child)
+            ours.close()
+            os.close(read)
+            return
+        finally:
+            theirs.close()
+            os.close(write)
+        ours.setblocking(False)
+        self._later(self._connect(child, ours, read))
+
+    async def _connect(self, child: _Child, ours: socket.socket, read: int) -> None:
+        await self._listen(os.fdopen(read, "rb", 0), child.words)
+        await self._loop.create_connection(lambda: child, sock=ours)
+        self._use(child)
+
+    def _is_born(self, pid: int) -> None:
+        if not self._born:
+            return
+        child = self._born.popleft()
+        self.born += 1
+        child.pid = pid
+        self._by_pid[pid] = child
+        if hasattr(os, "pidfd_open"):
+            with contextlib.suppress(OSError):
+                child.pidfd = os.pidfd_open(pid)
+        self._use(child)
+
+    def _use(self, child: _Child) -> None:
+        """It is there in every respect: give it what waits."""
+        if not child.pid or child.transport is None or child.gone:
+            return
+        if self._waiting:
+            self._give(child, self._waiting.popleft())
+        elif self._closing or len(self._idle) >= self._about.most:
+            self._dismiss(child)
+        else:
+            self._idle.append(child)
+
+    def _dismiss(self, child: _Child) -> None:
+        child.leaving = True
+        if child.transport is not None:
+            child.transport.close()
+
+    # -- one job ------------------------------------------------------------------------------------------------------
+
+    def _give(self, child: _Child, work: Work) -> None:
+        event, plan, context = work.event, work.plan, work.context
+        assert event is not None
+        assert plan is not None
+        assert context is not None
+        work.context = None
+        child.work, child.began, child.why, child.peak = work, time.monotonic(), None, 0
+        self._of[work] = child
+        spec = event.fact.spec  # type: ignore[union-attr]  # it stood on a work topic
+        child.send(
+            frame(
+                Run(
+                    event.task,
+                    spec.args,
+                    event.job_id,
+                    event.queue,
+                    event.run,
+                    event.attempt,
+                    event.release,
+                    dict(context.tags),
+                    spec.parent,
+                    event.trace,
+                )
+            )
+        )
+        limit = plan.task.timeout
+        if limit is not None:
+            if not plan.is_async:  # a coroutine sees to that itself
+                child.timers.append(self._loop.call_later(limit, child.signal, INTERRUPT))
+            child.timers.append(self._loop.call_later(limit + SOFT_S, self._kill, child, "timeout"))
+        if plan.task.policy.max_memory is not None:
+            if not self._watched:
+                self._loop.call_later(WATCH_S, self._watch)
+            self._watched.add(child)
+        if work.stop_outcome is not None:
+            self.stop(work)
+
+    def _watch(self) -> None:
+        for child in list(self._watched):
+            work = child.work
+            if work is None or work.plan is None or (most := work.plan.task.policy.max_memory) is None:
+                self._watched.discard(child)
+                continue
+            child.peak = child.memory()
+            if child.peak > most:
+                self._kill(child, "memory")
+        if self._watched:
+            self._loop.call_later(WATCH_S, self._watch)
+
+    def _kill(self, child: _Child, why: str) -> None:
+        if child.work is None or child.why is not None:
+            return
+        child.why = why
+        self.killed += 1
+        child.kill()
+
+    def _release(self, child: _Child) -> Work | None:
+        work, child.work = child.work, None
+        for timer in child.timers:
+            timer.cancel()
+        child.timers.clear()
+        self._watched.discard(child)
+        if work is not None:
+            self._of.pop(work, None)
+        return work
+
+    def _said(self, child: _Child, outcome: Outcome) -> None:
+        if child.why is not None:  # it was through at the last moment, and dies all the same
+            child.leaving = True
+        most = None
+        if child.work is not None and child.work.plan is not None:
+            most = child.work.plan.task.policy.max_memory
+        work = self._release(child)
+        child.jobs += 1
+        full = most is not None and child.memory() > most * REPLACE_AT
+        if child.leaving or self._closing or full or child.jobs >= self._about.jobs_each:
+            self._dismiss(child)
+            if not self._closing and len(self._all) <= self._about.most:
+                self._hatch()
+        elif self._waiting:
+            self._give(child, self._waiting.popleft())
+        else:
+            self._idle.append(child)
+        if work is not None:
+            self._on_said(work, outcome)
+
+    def _lost(self, child: _Child) -> None:
+        """Its connection ended: it has ended, or is about to."""
+        child.gone = True
+        if child in self._idle:
+            self._idle.remove(child)
+        if child.status is None and self._control is not None:
+            child.timers.append(self._loop.call_later(STATUS_S, self._bury, child))
+        else:
+            self._loop.call_later(0.01, self._bury, child)
+
+    def _has_died(self, pid: int, status: int) -> None:
+        child = self._by_pid.pop(pid, None)
+        if child is None:
+            return
+        child.status = status
+        # What it wrote last may still be on its way; `_lost` comes of itself.
+        if child.gone:
+            self._loop.call_later(0.01, self._bury, child)
+
+    def _bury(self, child: _Child) -> None:
+        if child not in self._all:
+            return
+        if child.status is None and self._control is not None:
+            child.kill()
+        expected = child.leaving
+        work = self._release(child)
+        self._forget(child)
+        if not self._closing and (self._waiting or len(self._all) < self._about.most):
+            self._hatch()
+        if work is None:
+            if not expected and not self._closing:
+                LOG.warning("an idle child process ended by itself: %s", _end(child.status))
+            return
+        plan = work.plan
+        assert plan is not None
+        if child.why == "timeout":
+            limit = plan.task.timeout
+            error: BaseException = TimeoutError(
+                f"{plan.name}() ran longer than its timeout of {limit:g} s and went on for {SOFT_S:g} s after it was told "
+                "to end; its process was killed"
+            )
+            self._on_ended(work, "timeout", error)
+        elif child.why == "memory":
+            most = plan.task.policy.max_memory or 0
+            error = MemoryError(
+                f"{plan.name}() used {child.peak / 2**20:,.0f} MiB and may use max_memory={most / 2**20:,.0f} MiB; its "
+                "process was killed"
+            )
+            self._on_ended(work, "memory", error)
+        elif child.why is not None:
+            self._on_ended(work, "stop", ChildProcessError("its process was killed"))
+        else:
+            self.deaths += 1
+            self._on_died(work, last_words(child.status, child.words.kept))
+
+    def _forget(self, child: _Child) -> None:
+        self._all.discard(child)
+        self._by_pid.pop(child.pid, None)
+        for timer in child.timers:
+            timer.cancel()
+        if child.pidfd >= 0:
+            os.close(child.pidfd)
+            child.pidfd = -1
+        if child.transport is not None and not child.gone:
+            child.transport.abort()
+
+
+def _end(status: int | None) -> str:
+    """``waitpid``'s status in words."""
+    if status is None:
+        return "it left no exit status"
+    code = os.waitstatus_to_exitcode(status)
+    if code >= 0:
+        return f"exit code {code}"
+    try:
+        return f"signal {-code} ({signal.Signals(-code).name})"
+    except ValueError:
+        return f"signal {-code}"
+
+
+def last_words(status: int | None, errors: bytes) -> ErrorInfo:
+    """How a child ended, and what it wrote to standard error last, as an error."""
+    text = errors.decode("utf-8", "replace").strip()
+    said = f"the process that ran it ended by itself: {_end(status)}"
+    if text:
+        said += f"; it said last: {text.splitlines()[-1]}"
+    return ErrorInfo("ProcessDied", printable(said, MESSAGE_LIMIT), printable(text, TRACEBACK_LIMIT) or None)

@@ -1,0 +1,113 @@
+"""What a worker and its child processes say to each other: messages, each with its length before it.
+
+Nothing is pickled: arguments and results are the JSON that stands in the log, and an exception travels as the outcome
+that the child judged it to be.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterator
+from typing import Any
+
+import msgspec
+
+from jobledger.consumers.outcome import Failed, Outcome, Retried, Snoozed, Succeeded
+from jobledger.schemas.events import ErrorInfo
+
+_LENGTH = struct.Struct(">I")
+
+
+class Run(msgspec.Struct, array_like=True, gc=False):
+    """Worker → child: run an attempt."""
+
+    task: str
+    args: bytes
+    job_id: str
+    queue: str
+    run: int
+    attempt: int
+    release: int
+    tags: dict[str, str]
+    parent: str | None
+    trace: str | None
+
+
+class Progress(msgspec.Struct, array_like=True, tag="p", gc=False):
+    """Child → worker: what the job reported of itself."""
+
+    sequence: int
+    done: int
+    total: int | None
+    message: str | None
+
+
+class Ended(msgspec.Struct, array_like=True, tag="e", gc=False):
+    """Child → worker: the attempt ended so. ``kind``: ``ok``, ``retried``, ``snoozed`` or ``failed``."""
+
+    kind: str
+    result: bytes | None = None
+    delay_ms: int = 0
+    reason: str | None = None
+    error: tuple[str, str, str | None] | None = None  # type, message, traceback
+
+
+Said = Progress | Ended
+
+_encoder = msgspec.msgpack.Encoder()
+decode_run = msgspec.msgpack.Decoder(Run).decode
+decode_said = msgspec.msgpack.Decoder(Said).decode
+
+
+def frame(message: Any) -> bytes:
+    """A message as bytes, its length first."""
+    body = _encoder.encode(message)
+    return _LENGTH.pack(len(body)) + body
+
+
+class Splitter:
+    """Finds the messages in a stream of bytes."""
+
+    def __init__(self) -> None:
+        self._rest = bytearray()
+
+    def feed(self, data: bytes) -> Iterator[bytes]:
+        """The bodies that are complete now."""
+        rest = self._rest
+        rest += data
+        at = 0
+        while len(rest) - at >= _LENGTH.size:
+            (length,) = _LENGTH.unpack_from(rest, at)
+            end = at + _LENGTH.size + length
+            if len(rest) < end:
+                break
+            yield bytes(rest[at + _LENGTH.size : end])
+            at = end
+        del rest[:at]
+
+
+def ended(outcome: Outcome) -> Ended:
+    """An outcome as a message."""
+    match outcome:
+        case Succeeded(result):
+            return Ended("ok", result)
+        case Snoozed(delay_ms, reason):
+            return Ended("snoozed", None, delay_ms, reason)
+        case Retried(error, delay_ms):
+            return Ended("retried", None, delay_ms, None, (error.type, error.message, error.traceback))
+        case Failed(why, error):
+            return Ended("failed", None, 0, why, (error.type, error.message, error.traceback))
+    raise TypeError(f"{type(outcome).__name__} is nothing that a child says")
+
+
+def outcome_of(said: Ended) -> Outcome:
+    """The outcome that a message tells. Raises `ValueError` for none that a child can have sent."""
+    if said.kind == "ok":
+        return Succeeded(said.result)
+    if said.kind == "snoozed":
+        return Snoozed(said.delay_ms, said.reason)
+    if said.error is not None and said.kind == "retried":
+        return Retried(ErrorInfo(*said.error), said.delay_ms)
+    if said.error is not None and said.kind == "failed" and said.reason is not None:
+        return Failed(said.reason, ErrorInfo(*said.error))  # type: ignore[arg-type]  # as a child wrote it
+    raise ValueError(f"a child said {said!r}")

@@ -1,0 +1,173 @@
+"""Where a job's code runs: the event loop, a thread, a child process; and what is done with jobs that may kill.
+
+A job that may have taken a process down with it is a *suspect*: its next start stands in the log, acknowledged, before
+its code runs, and the code runs in a child process, whose end this worker sees. `CRASHES` ends without a word and it is
+failed as ``crashed``; jobs beside it are in other processes, and suffer nothing.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable
+
+from confluent_kafka import KafkaError, Message
+
+from jobledger.consumers.children import Children
+from jobledger.consumers.execute import Executor, context_of
+from jobledger.consumers.gates import Room
+from jobledger.consumers.outcome import Failed, Outcome, Succeeded
+from jobledger.consumers.work import Plan, Work
+from jobledger.errors import BrokerUnavailable, JobledgerError
+from jobledger.schemas.events import ErrorInfo
+
+LOG = logging.getLogger("jobledger.worker")
+
+#: Starts without an end after which a job is failed as ``crashed``, if the last of them was in a process whose end was seen.
+CRASHES = 3
+#: The same, if nobody saw the ends: the workers themselves died, perhaps of something else.
+UNSEEN_CRASHES = 10
+
+
+class Places:
+    """Sends begun jobs to where they run. On the event loop.
+
+    ``begin_again(work)``: says that it starts once more. ``done(work)``: its room and slot are free.
+    """
+
+    def __init__(
+        self,
+        executor: Executor,
+        threads: Room,
+        processes: Room,
+        children: Children | None,
+        *,
+        begin_again: Callable[[Work], None],
+        done: Callable[[Work], None],
+        may_go_on: Callable[[Work], bool],
+        call: Callable[..., None],
+        fail: Callable[[JobledgerError], None],
+    ) -> None:
+        self.executor, self.threads, self.processes = executor, threads, processes
+        #: Those that were there when a process died for the second time or more: one at a time.
+        self.alone = Room("alone", 1)
+        self.children = children
+        self._begin_again, self._done, self._may_go_on = begin_again, done, may_go_on
+        self._call, self._fail = call, fail
+        self.loop: asyncio.AbstractEventLoop
+
+    @property
+    def rooms(self) -> list[Room]:
+        """All of them."""
+        return [self.threads, self.processes, self.alone]
+
+    def room_of(self, work: Work, plan: Plan) -> Room | None:
+        """Where the job is to run; None: on the event loop."""
+        if work.suspect and self.children is not None and self.children.broken is None:
+            return self.alone if work.takeover >= 2 else self.processes
+        return plan.room
+
+    def crashed(self, starts: int) -> Failed | None:
+        """What becomes of a job whose code was started so often without an end, as the log tells; None: it is run."""
+        witnessed = self.children is not None and self.children.broken is None
+        most = UNSEEN_CRASHES if witnessed else CRASHES
+        if starts < most:
+            return None
+        said = (
+            f"its code was started {starts} times and never came to an end: each time the worker process died, or stood "
+            "still; what it said last is in that process's log"
+        )
+        return Failed("crashed", ErrorInfo("ProcessDied", said))
+
+    def go(self, work: Work) -> None:
+        """Run the code of a job that was begun; of a suspect only if it is still ours."""
+        plan, room = work.plan, work.room
+        assert plan is not None
+        if work.suspect and (work.abandoned or not self._may_go_on(work)):
+            self._done(work)
+        elif work.stop_outcome is not None and work.suspect:  # cancelled while its start was written
+            self.executor.close_with(work, work.stop_outcome)
+            self._done(work)
+        elif room is None:
+            work.handle = self.loop.create_task(self.executor.run(work))
+        elif room is self.threads:
+            if plan.task.timeout is not None:
+                work.timer = self.loop.call_later(plan.task.timeout, self.executor.late, work)
+            self.executor.submit(work)
+        else:
+            assert self.children is not None
+            self.children.run(work)
+
+    def start_noted(self, work: Work, error: KafkaError | None, message: Message) -> None:
+        """Delivery callback of a suspect's `JobStarted`, in any thread."""
+        if error is None:
+            self._call(self._noted, work, message.offset() or 0)
+        else:
+            self._fail(
+                BrokerUnavailable(
+                    f"the start of job {work.event.job_id if work.event else '?'} could not be written ({error.str()}), and "
+                    "it may not run without: it may have taken a process down before"
+                )
+            )
+
+    def _noted(self, work: Work, lifecycle_offset: int) -> None:
+        partition = work.partition
+        if partition.offsets is not None:
+            with partition.lock:  # the next owner shall find how often it was started
+                partition.offsets.note(work.offset, lifecycle_offset)
+        self.go(work)
+
+    # -- what children tell -------------------------------------------------------------------------------------------
+
+    def said(self, work: Work, outcome: Outcome) -> None:
+        """The code came to an end in a child."""
+        if not work.abandoned:
+            if isinstance(outcome, Succeeded):
+                self.executor.succeeded(work, outcome.result)
+            else:
+                self.executor.close_with(work, work.stop_outcome or outcome)
+        self._done(work)
+
+    def ended(self, work: Work, why: str, error: BaseException) -> None:
+        """Its process was ended by this worker."""
+        if not work.abandoned:
+            if work.stop_outcome is not None:
+                self.executor.close_with(work, work.stop_outcome)
+            elif why != "stop":
+                self.executor.raised(work, error, why == "timeout")
+        self._done(work)
+
+    def died(self, work: Work, error: ErrorInfo) -> None:
+        """Its process ended by itself: it is run again, until it has done so for the third time."""
+        event = work.event
+        assert event is not None
+        work.takeover += 1
+        children = self.children
+        if work.abandoned:
+            self._done(work)
+        elif work.stop_outcome is not None:
+            self.executor.close_with(work, work.stop_outcome)
+            self._done(work)
+        elif work.takeover >= CRASHES and (children is None or children.broken is None):
+            self.executor.close_with(work, Failed("crashed", error))
+            self._done(work)
+        elif not self._may_go_on(work) or (children is not None and children.broken is not None):
+            self._done(work)  # not done: whoever owns it next finds its starts
+        else:
+            LOG.warning(
+                "job %s (%s) is started again, for the %s time: %s",
+                event.job_id,
+                event.task,
+                {1: "second", 2: "third"}.get(work.takeover, f"{work.takeover + 1}th"),
+                error.message,
+            )
+            work.suspect = True
+            work.began = time.monotonic()
+            work.context = context_of(work)
+            self._begin_again(work)
+
+    def stop(self, work: Work) -> None:
+        """Let a job in a child end."""
+        if self.children is not None:
+            self.children.stop(work)

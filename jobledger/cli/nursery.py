@@ -1,0 +1,32 @@
+"""What ``python -m jobledger.cli.nursery`` is: started by a worker, never by people. See `jobledger.consumers.nursery`.
+
+Arguments: the app, the number of the control socket's descriptor, and JSON with ``bootstrap``, ``status_url`` and
+``path``, the worker's ``sys.path``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import socket
+import sys
+
+from jobledger.cli import logs
+from jobledger.cli.loading import load_app
+
+
+def main(target: str, descriptor: str, rest: str) -> None:
+    """Import the app and serve the worker."""
+    told = json.loads(rest)
+    sys.path[:] = [*told["path"], *(entry for entry in sys.path if entry not in told["path"])]
+    logs.set_up()
+    app = load_app(target, bootstrap=told["bootstrap"], status_url=told["status_url"])
+    from jobledger.consumers.nursery import Nursery
+
+    # A worker that is gone needs no children.
+    with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+        Nursery(app.registry, socket.socket(fileno=int(descriptor))).serve()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,199 @@
+"""Tasks of the tests of child processes. An app at a module's top level: a child imports it by its name.
+
+One namespace a process, handed to the children in the environment; each test has a queue of its own.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ctypes
+import os
+import signal
+import subprocess
+import sys
+import time
+import uuid
+from typing import Any
+
+from jobledger import NO_RETRY, App, Depends, Reject, Retry, Snooze, TaskCancelled, TaskTimedOut, current_job
+
+NAMESPACE = os.environ.setdefault("ISOLATED_NAMESPACE", f"t{uuid.uuid4().hex[:12]}")
+app = App(NAMESPACE, partitions=2)
+ONCE = Retry(max_attempts=2, initial=0.1, jitter=False)
+
+
+def note(path: str, line: object) -> None:
+    """Add a line to a file, in one write."""
+    with open(path, "a") as file:
+        file.write(f"{line}\n")
+
+
+class Unpicklable(Exception):
+    """Holds what cannot be pickled, and has no text."""
+
+    def __init__(self) -> None:
+        self.held = lambda: None
+
+    def __str__(self) -> str:
+        raise RuntimeError("no text")
+
+
+@app.resource
+def opened() -> Any:
+    """Says in which process it was opened."""
+    yield os.getpid()
+
+
+@app.task(isolation="process")
+def where(n: int, *, pid: int = Depends(opened)) -> dict[str, Any]:
+    """Tells about its process."""
+    job = current_job()
+    job.progress(1, 2, "half")
+    return {"n": n, "pid": os.getpid(), "opened": pid, "attempt": job.attempt, "tags": dict(job.tags)}
+
+
+@app.task(isolation="process")
+async def where_async(n: int) -> int:
+    """The same on an event loop."""
+    await asyncio.sleep(0.01)
+    return os.getpid()
+
+
+@app.task(isolation="process")
+def parent(n: int) -> str:
+    """Submits a job from a child process."""
+    return where.submit(n).job_id
+
+
+@app.task(isolation="process", retry=ONCE)
+def fails(how: str) -> Any:
+    """Ends badly in one of several ways."""
+    match how:
+        case "unpicklable":
+            raise Unpicklable
+        case "reject":
+            raise Reject("never")
+        case "snooze":
+            raise Snooze(9.0, "not yet")
+        case "result":
+            return object()
+        case "exit":
+            sys.exit(3)
+    raise ValueError(how)
+
+
+@app.task(isolation="process", timeout=0.5, retry=NO_RETRY)
+def hangs(how: str, path: str) -> str:
+    """Does not end, and is told to."""
+    if how == "waits":
+        time.sleep(60)
+    if how == "cleans up":
+        try:
+            time.sleep(60)
+        except TaskTimedOut:
+            note(path, "cleaned up")
+            raise
+    if how == "returns":
+        try:
+            time.sleep(60)
+        except TaskTimedOut:
+            return "in time after all"
+    child = subprocess.Popen(["sleep", "600"])
+    note(path, child.pid)
+    while True:  # deaf
+        try:
+            time.sleep(60)
+        except BaseException as told:  # noqa: BLE001  # it is the point
+            note(path, type(told).__name__)
+
+
+@app.task(isolation="process", timeout=0.5, retry=NO_RETRY)
+async def hangs_async(how: str) -> None:
+    """A coroutine that does not end; blocking, nobody can cancel it."""
+    if how == "blocks":
+        end = time.monotonic() + 60
+        while time.monotonic() < end:
+            pass
+    await asyncio.sleep(60)
+
+
+@app.task(isolation="process", max_memory="200MiB", retry=NO_RETRY)
+def takes(mebibytes: int, at_once: bool) -> int:
+    """Takes memory, bit by bit or at once."""
+    if at_once:
+        return len(bytearray(mebibytes << 20))
+    kept = []
+    for _ in range(mebibytes // 10):
+        kept.append(b"x" * (10 << 20))
+        time.sleep(0.05)
+    return len(kept)
+
+
+@app.task(isolation="process", queue="deadly")
+def dies(how: str) -> None:
+    """Takes its process along."""
+    print(f"about to die: {how}", file=sys.stderr, flush=True)
+    if how == "segfault":
+        ctypes.string_at(0)
+    if how == "kill":
+        os.kill(os.getpid(), signal.SIGKILL)
+    os._exit(7)
+
+
+@app.task(isolation="process", queue="deadly")
+def dies_once(path: str) -> str:
+    """Takes its process along at the first time."""
+    if not os.path.exists(path):
+        note(path, "was here")
+        os._exit(7)
+    return "alive"
+
+
+@app.task(isolation="process", queue="deadly")
+def good(n: int) -> int:
+    """Minds its own business."""
+    return n
+
+
+@app.task(isolation="process")
+def waits(path: str) -> None:
+    """Runs until it is told to end."""
+    note(path, os.getpid())
+    try:
+        time.sleep(60)
+    except TaskCancelled:
+        note(path, "told")
+        raise
+
+
+@app.task(queue="threads", timeout=0.5, retry=NO_RETRY)
+def hangs_in_thread(how: str) -> str:
+    """A thread that is told at its next bytecode."""
+    end = time.monotonic() + 20
+    try:
+        while time.monotonic() < end:
+            time.sleep(0.01)
+    except TaskTimedOut:
+        if how == "returns":
+            return "in time after all"
+        raise
+    return "was not told"
+
+
+@app.task(queue="threads")
+def waits_in_thread(path: str) -> None:
+    """Runs until it is told to end."""
+    note(path, "began")
+    end = time.monotonic() + 20
+    try:
+        while time.monotonic() < end:
+            time.sleep(0.01)
+    except TaskCancelled:
+        note(path, "told")
+        raise
+
+
+@app.task(queue="threads")
+def quick(n: int) -> int:
+    """Ends at once."""
+    return n

@@ -1,0 +1,267 @@
+"""Tasks in child processes, and how running code is made to end, with a real broker and real processes."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import psutil
+import pytest
+
+from jobledger import App, ConfigError, Retry, Settings
+from jobledger.consumers.worker import Worker
+from jobledger.kafka.topics import ensure
+from jobledger.schemas.events import (
+    JobCancelled,
+    JobFailed,
+    JobProgressed,
+    JobRetried,
+    JobSnoozed,
+    JobStarted,
+    JobSucceeded,
+)
+from tests.integration import isolated_app as tasks
+from tests.integration.worker_app import closings, facts_of, log_of, until, working
+
+pytestmark = pytest.mark.kafka
+
+
+@pytest.fixture(scope="module")
+def app(broker: str) -> App:
+    """The app of all tests here, with its topics."""
+    tasks.app.settings = Settings(bootstrap=broker, submit_timeout=20.0)
+    ensure(tasks.app, tasks.app.settings)
+    return tasks.app
+
+
+@pytest.fixture
+def worker(app: App) -> Iterator[Worker]:
+    """A worker with two children."""
+    with working(app, children=2, grace=3.0) as made:
+        yield made
+
+
+def end_of(app: App, job_id: str, timeout: float = 30.0) -> Any:
+    """The fact that ended a job."""
+    return until(lambda: closings(app).get(job_id), timeout, f"the end of {job_id}")[-1].event.fact
+
+
+def result_of(app: App, job_id: str) -> Any:
+    """What a job returned."""
+    fact = end_of(app, job_id)
+    assert isinstance(fact, JobSucceeded), fact
+    return None if fact.result is None else msgspec.json.decode(fact.result)
+
+
+def alive(pid: int) -> bool:
+    """Whether a process is there, and no mere zombie."""
+    return psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+
+
+def test_a_child_is_a_job_s_whole_world(app: App, worker: Worker) -> None:
+    """Arguments, context, progress, resources, results and jobs of its own, plain and async."""
+    first = tasks.where.using(tags={"tenant": "a"}).submit(1)
+    found = result_of(app, first.job_id)
+    assert found["pid"] != os.getpid()
+    assert found == {"n": 1, "pid": found["pid"], "opened": found["pid"], "attempt": 1, "tags": {"tenant": "a"}}
+    progress = [f for f in facts_of(app, first.job_id) if isinstance(f, JobProgressed)]
+    assert [(f.done, f.total, f.message) for f in progress] == [(1, 2, "half")]
+    assert result_of(app, tasks.where_async.submit(1).job_id) != os.getpid()
+    child = result_of(app, tasks.parent.submit(5).job_id)
+    assert result_of(app, child)["n"] == 5
+    many = app.submit_many(tasks.where.job(n) for n in range(300))
+    until(lambda: closings(app).keys() >= {h.job_id for h in many}, what="300 jobs")
+    pids = {result["pid"] for result in (result_of(app, h.job_id) for h in many[::10])}
+    assert 1 <= len(pids) <= 2
+    assert worker.health()["children"] == {"processes": 2, "died": 0, "killed": 0}
+
+
+@pytest.mark.parametrize(
+    ("how", "kind", "says"),
+    [
+        ("unpicklable", "exhausted", "<its str() raised RuntimeError>"),
+        ("reject", "rejected", "never"),
+        ("result", "bad-result", "cannot be written as JSON"),
+        ("exit", "never", "3"),
+        ("plain", "exhausted", "plain"),
+    ],
+)
+def test_what_is_raised_in_a_child_is_judged_as_elsewhere(
+    app: App, worker: Worker, how: str, kind: str, says: str
+) -> None:
+    """Retries, rejections, bad results and exits come to the same facts, with type, text and traceback."""
+    handle = tasks.fails.submit(how)
+    fact = next(f for f in _until_fact(app, handle.job_id, JobRetried | JobFailed))
+    if kind == "exhausted":
+        assert isinstance(fact, JobRetried)
+        assert says in fact.error.message
+        assert "isolated_app.py" in (fact.error.traceback or "")
+    else:
+        assert isinstance(fact, JobFailed)
+        assert (fact.reason, says in fact.error.message) == (kind, True)
+
+
+def _until_fact(app: App, job_id: str, kind: Any) -> list[Any]:
+    return until(lambda: [f for f in facts_of(app, job_id) if isinstance(f, kind)], what=f"a {kind}")  # type: ignore[no-any-return]
+
+
+def test_a_child_snoozes(app: App, worker: Worker) -> None:
+    """A snooze is one."""
+    fact = _until_fact(app, tasks.fails.submit("snooze").job_id, JobSnoozed)[0]
+    assert (fact.delay_ms, fact.reason) == (9000, "not yet")
+
+
+def test_a_timeout_is_told_then_enforced(app: App, worker: Worker, tmp_path: Path) -> None:
+    """The function is told, may clean up or still return; who is deaf is killed, with what it started."""
+    path = tmp_path / "noted"
+    waits = tasks.hangs.submit("waits", str(path))
+    cleans = tasks.hangs.submit("cleans up", str(path))
+    returns = tasks.hangs.submit("returns", str(path))
+    coroutine = tasks.hangs_async.submit("sleeps")
+    for handle, most in ((waits, 2.0), (cleans, 2.0), (coroutine, 2.0)):
+        fact = end_of(app, handle.job_id)
+        assert isinstance(fact, JobFailed)
+        assert (fact.reason, fact.error.type) == ("timeout", "TimeoutError")
+        assert "ran longer than its timeout of 0.5 s" in fact.error.message
+        assert 0.5 <= fact.duration_us / 1e6 < most
+    assert result_of(app, returns.job_id) == "in time after all"
+    assert path.read_text() == "cleaned up\n"
+    assert worker.health()["children"]["killed"] == 0
+    deaf = tasks.hangs.submit("deaf", str(path))
+    blocking = tasks.hangs_async.submit("blocks")
+    for handle in (deaf, blocking):
+        fact = end_of(app, handle.job_id)
+        assert isinstance(fact, JobFailed)
+        assert fact.reason == "timeout"
+        assert "its process was killed" in fact.error.message
+        assert 5.5 <= fact.duration_us / 1e6 < 9
+    _, started, told = path.read_text().split("\n", 2)
+    assert told == "TaskTimedOut\n"
+    until(lambda: not alive(int(started)), what="the end of what the job had started")
+    assert worker.health()["children"]["killed"] == 2
+    assert result_of(app, tasks.where.submit(1).job_id)["n"] == 1
+
+
+def test_memory_is_bounded(app: App, worker: Worker) -> None:
+    """Who takes too much by and by is killed, who takes it at once gets a `MemoryError`; who takes less is left alone."""
+    slow, fast, fine = tasks.takes.submit(400, False), tasks.takes.submit(4000, True), tasks.takes.submit(100, False)
+    fact = end_of(app, slow.job_id)
+    assert isinstance(fact, JobFailed)
+    assert fact.error.type == "MemoryError"
+    assert "may use max_memory=200 MiB" in fact.error.message
+    fact = end_of(app, fast.job_id)
+    assert isinstance(fact, JobFailed)
+    assert fact.error.type == "MemoryError"
+    assert result_of(app, fine.job_id) == 10
+
+
+def test_what_kills_its_process_is_quarantined_with_its_last_words(app: App, worker: Worker, tmp_path: Path) -> None:
+    """Three starts and no more, the process's own words in the dead letter; the jobs beside it run once."""
+    before = app.submit_many(tasks.good.job(n) for n in range(50))
+    ways = {how: tasks.dies.submit(how) for how in ("exit", "kill", "segfault")}
+    once = tasks.dies_once.submit(str(tmp_path / "once"))
+    after = app.submit_many(tasks.good.job(n) for n in range(50))
+    said = {
+        "exit": ("exit code 7", "about to die: exit"),
+        "kill": ("signal 9 (SIGKILL)", "about to die: kill"),
+        "segfault": ("signal 11 (SIGSEGV)", "Fatal Python error: Segmentation fault"),
+    }
+    for how, (ended, words) in said.items():
+        fact = end_of(app, ways[how].job_id)
+        assert isinstance(fact, JobFailed)
+        assert (fact.reason, fact.error.type) == ("crashed", "ProcessDied")
+        assert ended in fact.error.message
+        assert words in (fact.error.traceback or "")
+        starts = [f for f in facts_of(app, ways[how].job_id) if isinstance(f, JobStarted)]
+        assert [f.takeover for f in starts] == [0, 1, 2]
+    assert result_of(app, once.job_id) == "alive"
+    until(lambda: closings(app).keys() >= {h.job_id for h in (*before, *after)}, what="the good ones")
+    facts = facts_by_job(app)
+    for handle in (*before, *after):
+        assert [type(f) for f in facts[handle.job_id]] == [JobStarted, JobSucceeded]
+    assert worker.health()["children"]["died"] == 10
+
+
+def facts_by_job(app: App) -> dict[str, list[Any]]:
+    """Facts by job, in the log's order."""
+    found: dict[str, list[Any]] = {}
+    for record in log_of(app, app.names.lifecycle):
+        found.setdefault(record.event.job_id, []).append(record.event.fact)
+    return found
+
+
+@pytest.mark.parametrize("task", ["waits", "waits_in_thread"])
+def test_a_cancel_reaches_running_code(app: App, worker: Worker, tmp_path: Path, task: str) -> None:
+    """In a process and in a thread alike it is told, and ends as cancelled."""
+    path = tmp_path / "noted"
+    handle = app.tasks[task].submit(str(path))
+    until(path.exists, what="its begin")
+    handle.cancel("changed my mind")
+    fact = end_of(app, handle.job_id, 10.0)
+    assert isinstance(fact, JobCancelled)
+    assert fact.reason == "changed my mind"
+    assert path.read_text().endswith("told\n")
+
+
+def test_a_thread_is_told_of_its_timeout(app: App, worker: Worker) -> None:
+    """Where it executes Python it ends soon after; what returns all the same has succeeded; the thread goes on working."""
+    raises, returns = tasks.hangs_in_thread.submit("raises"), tasks.hangs_in_thread.submit("returns")
+    fact = end_of(app, raises.job_id)
+    assert isinstance(fact, JobFailed)
+    assert (fact.reason, fact.error.type) == ("timeout", "TimeoutError")
+    assert 0.5 <= fact.duration_us / 1e6 < 2.0
+    assert result_of(app, returns.job_id) == "in time after all"
+    many = app.submit_many(tasks.quick.job(n) for n in range(200))
+    until(lambda: closings(app).keys() >= {h.job_id for h in many}, what="200 jobs")
+
+
+def test_children_are_replaced(app: App) -> None:
+    """After so many jobs, and when the process that forks them dies."""
+    with working(app, children=1, jobs_per_child=5) as worker:
+        many = app.submit_many(tasks.where.job(n) for n in range(20))
+        pids = {result_of(app, h.job_id)["pid"] for h in many}
+        assert len(pids) == 4
+        me = psutil.Process()
+        nursery = next(p for p in me.children() if "jobledger.cli.nursery" in p.cmdline())
+        nursery.send_signal(signal.SIGKILL)
+        assert result_of(app, tasks.where.submit(1).job_id)["pid"] not in pids
+        assert worker.health()["status"] == "ok"
+
+
+def test_a_worker_leaves_no_process_behind(app: App, tmp_path: Path) -> None:
+    """What runs beyond the grace time is killed; children, nursery and all are gone with the worker."""
+    path = tmp_path / "noted"
+    with working(app, children=2, grace=0.5):
+        handle = tasks.waits.submit(str(path))
+        until(path.exists, what="its begin")
+        pid = int(path.read_text())
+        nursery = next(p for p in psutil.Process().children() if "jobledger.cli.nursery" in p.cmdline())
+        family = [nursery, *nursery.children(recursive=True)]
+        assert pid in {p.pid for p in family}
+        began = time.monotonic()
+    assert time.monotonic() - began < 8.0
+    assert not any(alive(p.pid) for p in family)
+    assert handle.job_id not in closings(app)
+    with working(app, children=2, grace=0.5):
+        until(lambda: len(path.read_text().split()) > 1, what="its second run")
+        handle.cancel("enough")
+        assert isinstance(end_of(app, handle.job_id), JobCancelled)
+
+
+def test_an_app_that_cannot_be_imported_is_refused(broker: str, namespace: str) -> None:
+    """The error says what to do; without isolated tasks such an app works as ever."""
+    hidden = App(namespace, settings=Settings(bootstrap=broker), partitions=2)
+    hidden.task(name="plain")(_plain)
+    Worker(hidden.registry, hidden.settings)
+    hidden.task(name="isolated", isolation="process", retry=Retry())(_plain)
+    with pytest.raises(ConfigError, match=r"isolation='process' of task 'isolated'.*top level"):
+        Worker(hidden.registry, hidden.settings)
+
+
+def _plain(n: int) -> int:
+    return n
