@@ -32,6 +32,19 @@ def noop_in_thread(number: int) -> None:
     """Nothing, in a thread."""
 
 
+@app.task(queue="bench", isolation="process")
+def noop_in_process(number: int) -> None:
+    """Nothing, in a child process."""
+
+
+@app.task(queue="bench", isolation="process")
+def busy_in_process(number: int, seconds: float = 0.01) -> None:
+    """Keeps a CPU busy, by the process's own clock."""
+    end = time.process_time() + seconds
+    while time.process_time() < end:
+        pass
+
+
 @app.event
 @dataclass(frozen=True)
 class Emitted:

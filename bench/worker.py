@@ -142,9 +142,11 @@ def figures(jobs: int, took: float, used: float) -> dict[str, Any]:
     }
 
 
-def worked(namespace: str, bootstrap: str, jobs: int, task: str, at_once: int) -> dict[str, Any]:
+def worked(
+    namespace: str, bootstrap: str, jobs: int, task: str, at_once: int, app: App | None = None
+) -> dict[str, Any]:
     """The real worker over the same topic, until every fact is acknowledged, as the bare loop's flush does."""
-    app = build(namespace, bootstrap)
+    app = app or build(namespace, bootstrap)
     worker = Worker(app.registry, app.settings, WorkerOptions(concurrency=at_once))
     found: dict[str, Any] = {}
 
@@ -170,6 +172,23 @@ def worked(namespace: str, bootstrap: str, jobs: int, task: str, at_once: int) -
     threading.Thread(target=watch, daemon=True).start()
     run_tuned(worker)
     return found
+
+
+def imported(namespace: str, bootstrap: str) -> App:
+    """The app of `bench.apps`, which child processes can import; once a process, because its namespace is fixed then."""
+    os.environ["BENCH_NAMESPACE"], os.environ["BENCH_PARTITIONS"] = namespace, str(PARTITIONS)
+    from bench.apps import app
+
+    app.settings = Settings(bootstrap=bootstrap)
+    return app
+
+
+def isolated(namespace: str, bootstrap: str, jobs: int, task: str) -> dict[str, Any]:
+    """`worked`, for a task in child processes, as many as there are CPUs; jobs submitted before."""
+    app = imported(namespace, bootstrap)
+    ensure(app, app.settings)
+    app.submit_many(app.tasks[task].job(n) for n in range(jobs))
+    return worked(namespace, bootstrap, jobs, task, 100, app)
 
 
 def rss_mb() -> float:
@@ -302,6 +321,13 @@ def measure(bootstrap: str, jobs: int, only: str | None) -> dict[str, Any]:
     if want("threads"):
         space = prepared(bootstrap, "plain", jobs // 4)
         report["threads"] = {"worker": alone(worked, space, bootstrap, jobs // 4, "plain", 100)}
+    if want("processes"):
+        space, busy = f"bench{uuid.uuid4().hex[:8]}", f"bench{uuid.uuid4().hex[:8]}"
+        report["processes"] = {
+            "cpus": len(os.sched_getaffinity(0)),
+            "noop": alone(isolated, space, bootstrap, jobs // 8, "noop_in_process"),
+            "busy_10_ms": alone(isolated, busy, bootstrap, 1_000, "busy_in_process"),
+        }
     if want("naps"):
         naps = 5_000 if jobs >= 20_000 else jobs
         bare_space, space = prepared(bootstrap, "nap", naps), prepared(bootstrap, "nap", naps)
@@ -324,7 +350,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--jobs", type=int, default=100_000)
     parser.add_argument("--bootstrap", default=os.environ.get("JOBLEDGER_BOOTSTRAP"))
-    parser.add_argument("--only", help="noop, threads, naps, latency; separated by commas")
+    parser.add_argument("--only", help="noop, threads, processes, naps, latency; separated by commas")
     given = parser.parse_args()
     if given.bootstrap:
         print(json.dumps(measure(given.bootstrap, given.jobs, given.only), indent=2))

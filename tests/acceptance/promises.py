@@ -40,10 +40,15 @@ class Promise(enum.Enum):
     )
     POISON_IS_CONTAINED = (
         (
-            "Bytes that are no event are kept in the dead letters with their place and counted; nothing waits for them and "
-            "nothing is lost. A fact from the future on a topic that must be acted on is waited for, never passed."
+            "A job that takes its process down is failed as crashed at the third start, and the jobs beside it run once "
+            "more at most. Bytes that are no event are kept in the dead letters with their place and counted; nothing waits "
+            "for them and nothing is lost. A fact from the future on a topic that must be acted on is waited for, never passed."
         ),
-        "Of a record at the size limit only the beginning may be kept.",
+        (
+            "A job that dies before its first start is in the log may be started a fourth time. An app that children cannot "
+            "import has no witness: there the worker dies three times. Of a record at the size limit only the beginning may "
+            "be kept."
+        ),
     )
     GRACEFUL_STOP = (
         "SIGTERM ends a process without running any job twice: a rolling restart reruns nothing.",

@@ -144,11 +144,11 @@ def test_kill_9_loses_nothing_and_reruns_no_success(fleet: Fleet) -> None:
 
 
 def test_a_rolling_restart_reruns_nothing(fleet: Fleet) -> None:
-    """SIGTERM of one worker after the other while they work: every job's code runs exactly once."""
+    """SIGTERM of one of three workers after the other while they work: every job's code runs exactly once."""
     submit(fleet, 0, JOBS)
-    workers = [fleet.start("worker", "--concurrency", "20") for _ in range(2)]
+    workers = [fleet.start("worker", "--concurrency", "20") for _ in range(3)]
     for n, member in enumerate(workers * 2):
-        progress(fleet, JOBS * (n + 1) // 6)
+        progress(fleet, JOBS * (n + 1) // 8)
         assert fleet.stop(member) == 0, member.tail()
         fleet.restart(member)
     seen = drained(fleet, JOBS)

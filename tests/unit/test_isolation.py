@@ -1,0 +1,163 @@
+"""The parts of child processes that need none: messages, interrupts, who is blamed, how the app is named."""
+
+from __future__ import annotations
+
+import threading
+import time
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from jobledger import App, ConfigError, Settings, TaskTimedOut
+from jobledger.consumers.children import find_target, last_words
+from jobledger.consumers.frames import Run as RunMessage
+from jobledger.consumers.frames import Splitter, decode_run, decode_said, ended, frame, outcome_of
+from jobledger.consumers.gates import Room
+from jobledger.consumers.interrupts import Interrupts
+from jobledger.consumers.outcome import Failed, Outcome, Retried, Snoozed, Succeeded
+from jobledger.consumers.places import CRASHES, UNSEEN_CRASHES, Places
+from jobledger.consumers.takeover import _started_at
+from jobledger.consumers.work import Work
+from jobledger.schemas.codec import encode
+from jobledger.schemas.events import ErrorInfo, JobEvent, JobStarted
+from jobledger.schemas.glance import glance
+
+texts = st.text(max_size=30)
+errors = st.builds(ErrorInfo, texts, texts, st.none() | texts)
+delays = st.integers(0, 1 << 40)
+outcomes = st.one_of(
+    st.builds(Succeeded, st.none() | st.binary(max_size=50)),
+    st.builds(Retried, errors, delays),
+    st.builds(Snoozed, delays, st.none() | texts),
+    st.builds(Failed, st.sampled_from(["exhausted", "never", "bad-result"]), errors),
+)
+
+module_app = App("unit-isolation", settings=Settings(bootstrap="127.0.0.1:1"))
+
+
+@module_app.task(isolation="process")
+def task_of_module(n: int) -> int:
+    """Found with its app, by the module's name."""
+    return n
+
+
+@given(outcomes)
+def test_an_outcome_travels_unchanged(outcome: Outcome) -> None:
+    """What a child says is what the worker hears."""
+    (body,) = Splitter().feed(frame(ended(outcome)))
+    said = decode_said(body)
+    assert not hasattr(said, "sequence")
+    assert outcome_of(cast(Any, said)) == outcome
+
+
+@given(st.lists(st.binary(max_size=200), max_size=10), st.lists(st.integers(1, 50), max_size=60))
+def test_messages_are_found_however_the_bytes_come(bodies: list[bytes], cuts: list[int]) -> None:
+    """Any cut of the stream gives the same messages, in order."""
+    runs = [RunMessage("t", body, "id", "q", 1, 1, 1, {"a": "b"}, None, None) for body in bodies]
+    stream = b"".join(map(frame, runs))
+    splitter, found, at = Splitter(), [], 0
+    for cut in [*cuts, len(stream)]:
+        found += [decode_run(body).args for body in splitter.feed(stream[at : at + cut])]
+        at += cut
+    assert found == bodies
+
+
+def work_of(function: Any) -> Work:
+    """As much of a `Work` as `Interrupts` looks at."""
+    found = Work(cast(Any, None), 0, None, cast(Any, None))
+    found.plan, found.kwargs = cast(Any, SimpleNamespace(fn=function)), {}
+    return found
+
+
+def test_an_interrupt_is_raised_inside_or_not_at_all() -> None:
+    """Told at any moment around its end, a function either raises it or returns; nothing leaks into what follows."""
+    interrupts = Interrupts()
+    raised = returned = 0
+    for n in range(300):
+        inside = threading.Event()
+
+        def function(inside: threading.Event = inside) -> str:
+            inside.set()
+            for _ in range(200):
+                pass
+            return "done"
+
+        work = work_of(function)
+
+        def tell(work: Work = work, inside: threading.Event = inside, n: int = n) -> None:
+            inside.wait(5)
+            time.sleep((n % 30) * 1e-6)
+            interrupts.interrupt(work, TaskTimedOut)
+
+        teller = threading.Thread(target=tell)
+        teller.start()
+        try:
+            assert interrupts.call(work) == "done"
+            returned += 1
+        except TaskTimedOut:
+            raised += 1
+        # If one were still pending in this thread, it would come here.
+        teller.join()
+        sum(range(1000))
+    assert raised + returned == 300
+    assert not interrupts.interrupt(work_of(lambda: None), TaskTimedOut), "nobody runs it"
+
+
+def test_a_start_is_read_from_the_end() -> None:
+    """The offset and topic of a `JobStarted` that a glance answers for, at every size of number."""
+    for offset in (0, 1, 63, 64, 8191, 8192, 1 << 20, (1 << 40) + 7):
+        fact = JobStarted("host:1", "ns.jobs.mail.high", offset, 3)
+        job = "0192f3a4-0000-7000-8000-000000000001"
+        raw = encode(JobEvent(job, job, 1, 1, 1, 1_790_000_000_000_000, "t", "mail", None, None, "w", None, fact))
+        assert glance(raw) is not None
+        name, found = _started_at(raw)
+        assert (found, name.endswith(b"ns.jobs.mail.high"), raw[-1] >> 1) == (offset, True, 3)
+
+
+def places(children: object | None) -> Places:
+    """Places with or without children to be witnesses."""
+    nothing = cast(Any, None)
+    return Places(
+        nothing,
+        Room("threads", 1),
+        Room("processes", 1),
+        cast(Any, children),
+        begin_again=nothing,
+        done=nothing,
+        may_go_on=nothing,
+        call=nothing,
+        fail=nothing,
+    )
+
+
+def test_who_is_blamed() -> None:
+    """Three starts without an end, or ten where each end may have been the worker's own."""
+    alone, witnessed = places(None), places(SimpleNamespace(broken=None))
+    assert alone.crashed(CRASHES - 1) is None
+    found = alone.crashed(CRASHES)
+    assert found is not None
+    assert (found.reason, "started 3 times" in found.error.message) == ("crashed", True)
+    assert witnessed.crashed(UNSEEN_CRASHES - 1) is None
+    assert witnessed.crashed(UNSEEN_CRASHES) is not None
+    assert places(SimpleNamespace(broken=ConfigError("x"))).crashed(CRASHES) is not None, "broken ones see nothing"
+
+
+def test_last_words_name_the_signal_and_the_last_line() -> None:
+    """Exit codes, signals, and processes that left no status."""
+    killed = last_words(9, b"first\nlast \xff line\n")
+    assert (
+        killed.message == "the process that ran it ended by itself: signal 9 (SIGKILL); it said last: last \ufffd line"
+    )
+    assert killed.traceback == "first\nlast \ufffd line"
+    assert last_words(7 << 8, b"").message.endswith("exit code 7")
+    assert last_words(None, b"").message.endswith("it left no exit status")
+
+
+def test_an_app_is_named_by_its_module() -> None:
+    """The module of its tasks, or any other that holds it; else the error says what to do."""
+    assert find_target(module_app.registry) == f"{__name__}:module_app"
+    with pytest.raises(ConfigError, match="put it and its tasks at the top level"):
+        find_target(App("nowhere", settings=Settings(bootstrap="127.0.0.1:1")).registry)
