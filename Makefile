@@ -13,11 +13,11 @@ CHAOS_SECONDS ?= 900
 CHAOS_JOBS ?= 200000
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo dev test lint format bench chaos docs clean
+.PHONY: help setup demo dev test lint format bench bench-peers chaos docs clean
 .NOTPARALLEL:
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup: $(STAMP) ## everything into .venv (done by the others when it is needed)
 
@@ -55,6 +55,9 @@ format: $(STAMP) ## write the formatting that lint asks for
 bench: $(STAMP) ## figures beside a bare librdkafka loop of the same run
 	@$(PY) -m bench $(ARGS)
 
+bench-peers: $(STAMP) ## Celery, Dramatiq, Taskiq, BullMQ and ours in turn; installs them under .bench-peers/
+	@$(PY) -m bench.peers $(ARGS)
+
 chaos: $(STAMP) ## the acceptance tests, long: CHAOS_SECONDS, CHAOS_JOBS
 	@CHAOS_SECONDS=$(CHAOS_SECONDS) CHAOS_JOBS=$(CHAOS_JOBS) $(PY) -m pytest tests/acceptance --timeout=0 $(ARGS)
 
@@ -62,5 +65,5 @@ docs: $(STAMP) ## draw docs/states.md from the table of transitions
 	@$(PY) docs/draw.py >docs/states.md.new && mv docs/states.md.new docs/states.md
 
 clean: ## remove what is made here, .venv included
-	@rm -rf $(VENV) build dist .demo *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache .coverage* bench/results
+	@rm -rf $(VENV) build dist .demo *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache .coverage* bench/results .bench-peers
 	@find . -name __pycache__ -type d -not -path './.git/*' -prune -exec rm -rf {} +

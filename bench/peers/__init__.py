@@ -1,0 +1,1 @@
+"""This project beside other job systems, in turn on one machine: ``python -m bench.peers``, `make bench-peers`."""
