@@ -18,10 +18,12 @@ from jobledger.names import Names
 
 
 class Committed(msgspec.Struct, frozen=True):
-    """A partition's committed offset. ``floor``: the lifecycle offset a takeover reads from, None if it says none."""
+    """A partition's committed offset. ``floor``: the lifecycle offset a takeover reads from, None if it says none.
+    ``metadata``: the text it is from."""
 
     base: int
     floor: int | None = None
+    metadata: str | None = None
 
 
 def floor_of(metadata: str | None) -> int | None:
@@ -47,7 +49,9 @@ def group_offsets(
         found = committed(asker, places, settings, Need("Describe", "group", group), timeout)
     finally:
         asker.close()
-    return {(p.topic, p.partition): Committed(p.offset, floor_of(p.metadata)) for p in found if p.offset >= 0}
+    return {
+        (p.topic, p.partition): Committed(p.offset, floor_of(p.metadata), p.metadata) for p in found if p.offset >= 0
+    }
 
 
 def worker_commits(settings: Settings, names: Names, queues: Iterable[str]) -> dict[tuple[str, int], Committed]:

@@ -48,6 +48,13 @@ MISSING = (KafkaError._UNKNOWN_TOPIC, KafkaError._UNKNOWN_PARTITION, KafkaError.
 #: Seconds until it is believed.
 MISSING_S = 5.0
 
+#: What a broker answers while a group's coordinator is being chosen, or reads what the group has committed.
+SEATING = (
+    KafkaError.NOT_COORDINATOR,
+    KafkaError.COORDINATOR_NOT_AVAILABLE,
+    KafkaError.COORDINATOR_LOAD_IN_PROGRESS,
+)
+
 #: What a broker answers while a partition's leader is being chosen or moved.
 ELECTING = (
     KafkaError.NOT_LEADER_FOR_PARTITION,
@@ -389,9 +396,10 @@ def committed(
         heard = asker.poll(0)
         error = None if heard is None else heard.error()
         failed = translate(error or problem, settings, f"asking for the offsets of group {need.name}", need)
-        again = problem.retriable() or problem.code() in (KafkaError._TIMED_OUT, *PASSING[:2])
+        again = problem.retriable() or problem.code() in (KafkaError._TIMED_OUT, *SEATING, *PASSING[:2])
         if isinstance(failed, AccessDenied) or not again or time.monotonic() > deadline:
             raise failed
+        time.sleep(0.05)  # some answers come at once
 
 
 def batch_limits(settings: Settings, topics: Iterable[str], timeout: float = 10.0) -> dict[str, int]:

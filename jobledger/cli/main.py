@@ -13,7 +13,7 @@ from typing import Annotated
 
 import typer
 
-from jobledger.cli import backfill, dev, events, jobs, orders, projections, running, table
+from jobledger.cli import backfill, check, dev, events, jobs, orders, projections, running, table
 from jobledger.cli.kafka import app as kafka_app
 from jobledger.cli.output import MEANINGS, Exit, exit_code, print_error
 from jobledger.cli.topics import app as topics_app
@@ -43,6 +43,7 @@ _COMMANDS: tuple[tuple[str, str, Callable[..., None], str], ...] = (
     (ASK, "submit", jobs.submit, "Submit a job."),
     (ASK, "emit", jobs.emit, "Emit a domain event."),
     (OPERATE, "backfill", backfill.backfill, "Run a handler over events of the past."),
+    (OPERATE, "check", check.check, "Before a deploy: jobs in the log that this app could not run."),
     (OPERATE, "verify", table.verify, "Compare the status table with the log."),
     (OPERATE, "rebuild", table.rebuild, "Make the status table anew from the log."),
 )

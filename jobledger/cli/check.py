@@ -1,0 +1,264 @@
+"""``jobledger check``: would this version of the app still run the jobs that are in the log?"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+import typer
+
+from jobledger.cli import output
+from jobledger.cli.loading import load_app
+from jobledger.cli.options import Bootstrap, Json, Target
+from jobledger.cli.output import Cell, Exit
+from jobledger.cli.table import progress_bar
+
+if TYPE_CHECKING:
+    from confluent_kafka import Message
+
+    from jobledger.app import App
+    from jobledger.log import LogReader
+
+#: Messages between two looks at the progress bar.
+TELL_EVERY = 2_000
+
+
+class Misfit(msgspec.Struct):
+    """Jobs of one task that this app cannot run. ``waits``: those that wait for a time or a retry; ``queued``: the others."""
+
+    task: str
+    queue: str
+    problem: str
+    says: str
+    example: str
+    queued: int = 0
+    waits: int = 0
+
+
+class Checked(msgspec.Struct):
+    """What was found. ``jobs``: looked at; ``unread``: records that are no events this version reads."""
+
+    namespace: str
+    jobs: int = 0
+    queued: int = 0
+    waits: int = 0
+    unread: int = 0
+    seconds: float = 0.0
+    misfits: list[Misfit] = []
+
+
+class Check:
+    """Looks at every job that has not ended: what the worker groups have not committed, and what the coordinator keeps.
+
+    Memory: one entry for each kind of misfit, and one for each misfit among a partition's waiting jobs.
+    """
+
+    def __init__(self, app: App) -> None:
+        self.app = app
+        self.found = Checked(app.names.namespace)
+        self._kinds: dict[tuple[str, str, str, str], Misfit] = {}
+
+    def run(self, tell: Callable[[int, int], None] | None) -> Checked:
+        """Read the log once. Raises `BrokerUnavailable` or `TopicMissing`."""
+        from jobledger.consumers.offsets import Restored, decode
+        from jobledger.kafka.topics import changelog
+        from jobledger.log import LogReader, decoder, partitions_of
+        from jobledger.streams.faust_app import work_topics
+
+        app, began = self.app, time.monotonic()
+        names, settings = app.names, app.settings
+        read = decoder(settings, names).decode
+        with LogReader(settings) as reader:
+            plan: list[tuple[str, int, int, int, Restored | None]] = []
+            for topic in sorted(work_topics(settings, names)):
+                bases = self._commits(topic)
+                for number in range(partitions_of(settings, topic)):
+                    low, high = reader.watermarks(topic, number)
+                    base, metadata = bases.get(number, (low, None))
+                    plan.append((topic, number, max(low, base), high, decode(base, metadata, high)))
+            rows = changelog(names)
+            for number in range(partitions_of(settings, rows)):
+                plan.append((rows, number, *reader.watermarks(rows, number), None))
+            total, done = sum(end - start for _, _, start, end, _ in plan), 0
+            for topic, number, start, end, restored in plan:
+                seen = self._watched(reader, topic, number, start, end, done, total, tell)
+                if restored is None:
+                    self._waiting(seen)
+                else:
+                    self._queued(names.queue_of(topic) or topic, seen, restored, read)
+                done += end - start
+        self.found.misfits = sorted(self._kinds.values(), key=lambda m: (-m.queued - m.waits, m.task))
+        self.found.jobs = self.found.queued + self.found.waits
+        self.found.seconds = time.monotonic() - began
+        return self.found
+
+    def _commits(self, topic: str) -> dict[int, tuple[int, str | None]]:
+        from jobledger.commits import group_offsets
+
+        names = self.app.names
+        lane = names.queue_of(topic)
+        assert lane is not None
+        found = group_offsets(self.app.settings, names.worker_group(lane), topic)
+        return {number: (commit.base, commit.metadata) for (_, number), commit in found.items()}
+
+    def _watched(
+        self,
+        reader: LogReader,
+        topic: str,
+        number: int,
+        start: int,
+        end: int,
+        done: int,
+        total: int,
+        tell: Callable[[int, int], None] | None,
+    ) -> Iterator[Message]:
+        for count, message in enumerate(reader.read(topic, number, start, end)):
+            if tell is not None and count % TELL_EVERY == 0:
+                tell(done + (message.offset() or start) - start, total)
+            yield message
+
+    def _queued(self, lane: str, messages: Iterator[Message], restored: Any, read: Callable[..., Any]) -> None:
+        from jobledger.errors import SchemaError
+
+        ranges = iter(restored.done)
+        current = next(ranges, None)
+        for message in messages:
+            offset = message.offset() or 0
+            while current is not None and current[1] <= offset:
+                current = next(ranges, None)
+            if current is not None and current[0] <= offset:
+                continue
+            try:
+                event = read(message.value())
+            except SchemaError:
+                self.found.unread += 1
+                continue
+            spec = getattr(event.fact, "spec", None)
+            if spec is None:
+                self.found.unread += 1
+                continue
+            self.found.queued += 1
+            kind = self._judge(event.task, event.queue, lane, spec.args)
+            if kind is not None:
+                self._note(kind, event.job_id).queued += 1
+
+    def _waiting(self, messages: Iterator[Message]) -> None:
+        """The rows of one partition: of each job the last record says what there is now."""
+        from jobledger.streams.decisions import Scheduled, decode_row
+
+        wrong: dict[bytes, tuple[str, str, str, str]] = {}
+        there: set[int] = set()  # of keys only their hashes: there may be millions
+        for message in messages:
+            key, value = message.key(), message.value()
+            if not isinstance(key, bytes) or key.startswith(b"\0"):
+                continue
+            wrong.pop(key, None)
+            there.discard(hash(key))
+            if not isinstance(value, bytes):
+                continue
+            try:
+                row = decode_row(value)
+            except (msgspec.DecodeError, msgspec.ValidationError):
+                self.found.unread += 1
+                continue
+            if not isinstance(row, Scheduled):
+                continue
+            there.add(hash(key))
+            kind = self._judge(row.task, row.queue, row.lane, row.args)
+            if kind is not None:
+                wrong[key] = kind
+        self.found.waits += len(there)
+        for key, kind in wrong.items():
+            self._note(kind, key.decode(errors="replace")).waits += 1
+
+    def _judge(self, name: str, queue: str, lane: str, args: bytes) -> tuple[str, str, str, str] | None:
+        """What keeps this app from running a job: (task, queue, problem, in words); None: nothing."""
+        from jobledger.errors import BadArguments
+
+        task = self.app.tasks.get(name)
+        if task is None:
+            return name, queue, "task gone", f"the app has {', '.join(sorted(self.app.tasks)) or 'no task'}"
+        if lane not in self.app.lanes:
+            return name, queue, "queue gone", f"no worker of this app serves {lane}: it has {', '.join(self.app.lanes)}"
+        try:
+            task.decode_args(args)
+        except BadArguments as exc:
+            cause = exc.__cause__ or exc
+            return (
+                name,
+                queue,
+                "arguments do not fit",
+                f"submitted with {_shape(args)}; it is {task.signature}: {cause}",
+            )
+        return None
+
+    def _note(self, kind: tuple[str, str, str, str], job_id: str) -> Misfit:
+        found = self._kinds.get(kind)
+        if found is None:
+            found = self._kinds[kind] = Misfit(*kind, example=job_id)
+        return found
+
+
+def _shape(args: bytes) -> str:
+    """The names of arguments; their values may be nobody's business."""
+    try:
+        found = msgspec.json.decode(args)
+    except msgspec.DecodeError:
+        return "what is no JSON"
+    return f"({', '.join(sorted(found))})" if isinstance(found, dict) else f"a {type(found).__name__}"
+
+
+#: What to do, by problem.
+WAYS_OUT = {
+    "task gone": "keep a task of that name until they have ended, or cancel them: jobledger jobs cancel --where task=…",
+    "queue gone": "keep a worker of the old version for that queue until it is empty",
+    "arguments do not fit": "give new parameters defaults, keep old ones until their jobs have ended, or use another task name",
+}
+
+
+def check(target: Target, bootstrap: Bootstrap = None, as_json: Json = False) -> None:
+    """Before a deploy: find jobs in the log that this version of the app could not run; exit code 4 if there are any.
+
+    Looks at every job that has not ended, without running or changing anything: work records that the worker groups have not
+    committed as done, jobs that run included, and what the coordinator keeps for later (its changelog). A job whose
+    task is gone would be snoozed and then fail as unknown-task, one whose arguments no longer fit fail as bad-arguments. A
+    queue that the app does not have any more is served by nobody.
+    """
+    app = load_app(target, bootstrap=bootstrap)
+    with progress_bar("reading the log", quiet=as_json) as tell:
+        found = Check(app).run(tell)
+    if as_json:
+        output.print_json(found)
+    else:
+        _show(found)
+    if found.misfits:
+        raise typer.Exit(Exit.DIFFERS)
+
+
+def _show(found: Checked) -> None:
+    verdict: Cell = ("fits", "bold green")
+    if found.misfits:
+        verdict = (f"{sum(m.queued + m.waits for m in found.misfits):,} jobs could not be run", "bold red")
+    fields: list[tuple[str, Cell]] = [
+        ("verdict", verdict),
+        ("jobs", f"{found.queued:,} queued or running, {found.waits:,} waiting for a time"),
+        ("read in", output.duration(found.seconds)),
+    ]
+    if found.unread:
+        fields.append(
+            ("no jobs", (f"{found.unread:,} records that this version does not read as one, passed", "yellow"))
+        )
+    output.print_fields(fields)
+    if not found.misfits:
+        return
+    print()
+    columns = ("task", "problem", "queued", "waiting", "for example", "what")
+    rows: list[list[Cell]] = [
+        [m.task, (m.problem, "red"), f"{m.queued:,}", f"{m.waits:,}", m.example, m.says] for m in found.misfits
+    ]
+    output.print_table(columns, rows)
+    print()
+    for problem in dict.fromkeys(m.problem for m in found.misfits):
+        output.console(stderr=True).print(f"{problem}: {WAYS_OUT[problem]}", markup=False)
