@@ -96,6 +96,7 @@ class WorkerMetrics(Collector):
         yield from self._partitions()
         yield from self._groups()
         yield from self._gates()
+        yield from self._children()
 
     def _jobs(self) -> Iterator[Metric]:
         dispatcher = self._worker.dispatcher
@@ -232,3 +233,14 @@ class WorkerMetrics(Collector):
             if scope.limits.concurrency is not None:
                 slots.add_metric([kind, name], scope.limits.concurrency)
         yield from (paused, rate, slots, adaptive, is_open, trips)
+
+    def _children(self) -> Iterator[Metric]:
+        children = self._worker.children
+        count, died, killed = (0, 0, 0) if children is None else (children.count, children.deaths, children.killed)
+        yield GaugeMetricFamily(f"{PREFIX}children", "Child processes there are", value=count)
+        yield CounterMetricFamily(
+            f"{PREFIX}child_deaths", "Children that ended by themselves, of their job", value=died
+        )
+        yield CounterMetricFamily(
+            f"{PREFIX}child_kills", "Children that were ended, for time, memory or a cancel", value=killed
+        )

@@ -48,6 +48,7 @@ class Member:
     name: str
     argv: list[str]
     log: Path
+    cwd: Path = ROOT
     process: subprocess.Popen[bytes] | None = None
     wanted: bool = True
     lives: int = 0
@@ -104,11 +105,13 @@ class Fleet:
 
     # -- lives --------------------------------------------------------------------------------------------------------
 
-    def start(self, role: str, *options: str, name: str | None = None, target: str | None = None) -> Member:
-        """Start a new member; ``options`` are those of its command."""
+    def start(
+        self, role: str, *options: str, name: str | None = None, target: str | None = None, cwd: Path = ROOT
+    ) -> Member:
+        """Start a new member; ``options`` are those of its command. ``cwd``: the checkout whose code it runs."""
         name = name or f"{role}-{sum(m.role == role for m in self.members) + 1}"
         argv = [sys.executable, "-m", "jobledger", role, target or self.target, *options]
-        member = Member(role, name, argv, self.folder / f"{name}.log")
+        member = Member(role, name, argv, self.folder / f"{name}.log", cwd)
         self.members.append(member)
         self.restart(member)
         return member
@@ -121,7 +124,7 @@ class Fleet:
             out.flush()
             member.process = subprocess.Popen(
                 member.argv,
-                cwd=ROOT,
+                cwd=member.cwd,
                 env=self.environ,
                 stdin=subprocess.DEVNULL,
                 stdout=out,
