@@ -27,6 +27,7 @@ from jobledger.consumers.execute import Executor, context_of
 from jobledger.consumers.facts import Facts
 from jobledger.consumers.fetch import Fetcher
 from jobledger.consumers.gates import Gate, Room, Scope, closed_gate
+from jobledger.consumers.leases import Leases
 from jobledger.consumers.outcome import (
     Cancelled,
     Expired,
@@ -57,11 +58,13 @@ from jobledger.schemas.events import (
     JobEvent,
     JobExpired,
     JobFailed,
+    JobLeased,
     JobRetried,
     JobSnoozed,
     JobSpec,
     JobStarted,
     JobSubmitted,
+    crashes_of,
     lasting,
 )
 from jobledger.task import Registry
@@ -136,6 +139,7 @@ class Dispatcher:
         self._own_form = decoder.own_form
         self.threads, self.processes = Room("threads", threads), Room("processes", children)
         self.places: Places
+        self.leases: Leases
         self.plans = {name: Plan(task) for name, task in registry.tasks.items()}
         for plan in self.plans.values():
             isolated = plan.task.policy.isolation is not None
@@ -595,6 +599,9 @@ class Dispatcher:
         if partition.scanned_to:
             work.takeover = partition.starts.pop(key, 0)
             work.suspect = work.takeover > 0 or offset < partition.careful
+        if spec.tags and (crashes := crashes_of(spec.tags)):
+            work.takeover += crashes
+            work.suspect = True
         plan = work.plan = self.plans.get(event.task)
         if plan is not None:
             try:
@@ -798,11 +805,18 @@ class Dispatcher:
         self.counts.started += 1
         plan.started += 1
         self.running[work] = None
-        self._say_started(work, at_us)
+        if plan.task.policy.long:
+            self.leases.take(work)
+        else:
+            self._say_started(work, at_us)
 
     def begin_again(self, work: Work) -> None:
         """A job whose process died starts once more, where it is counted already."""
         self.counts.started += 1
+        self._say_started(work, now_us())
+
+    def leased(self, work: Work) -> None:
+        """A long job has its lease."""
         self._say_started(work, now_us())
 
     def _say_started(self, work: Work, at_us: int) -> None:
@@ -842,6 +856,8 @@ class Dispatcher:
 
     def may_go_on(self, work: Work) -> bool:
         """Whether a job that is counted as running may be run now: nobody else can have taken it over."""
+        if work.lease is not None:
+            return self.accepting and self.leases.holds(work)
         partition = work.partition
         return (
             self.accepting and partition.owned and partition.stopped is None and _monotonic() <= partition.lease.until
@@ -914,6 +930,9 @@ class Dispatcher:
         event = work.event
         assert event is not None
         fact = found.fact
+        if isinstance(fact, JobLeased):
+            self.executor.resend(work, [self._facts.leased(event, fact.worker, fact.lease_ms)], found.offset)
+            return
         outcome: Outcome = Succeeded()
         due_at: int | None = None
         if isinstance(fact, JobRetried):

@@ -41,10 +41,10 @@ from jobledger.consumers.telling import Teller
 from jobledger.consumers.work import RUN_BOUNDS_S, Work
 from jobledger.context import JobContext, enter
 from jobledger.errors import JobledgerError, TaskCancelled, TaskTimedOut
-from jobledger.log import now_us
+from jobledger.log import Outgoing, now_us
 from jobledger.policy import KEY_HOLD_MAX_S
 from jobledger.schemas.codec import encode
-from jobledger.schemas.events import JobEvent, JobProgressed, JobSpec, JobSucceeded
+from jobledger.schemas.events import CRASHES_TAG, JobEvent, JobProgressed, JobSpec, JobSucceeded
 
 LOG = logging.getLogger("jobledger.worker")
 
@@ -76,6 +76,7 @@ class Executor:
         self.teller: Teller | None = None  # if somebody wants to be told
         self.interrupts = Interrupts()
         self.stop_child: Callable[[Work], None] = lambda work: None
+        self.close_lease: Callable[[Work, bytes, list[Outgoing]], None]
         self._queue: queue.SimpleQueue[Work | None] = queue.SimpleQueue()
         self._threads: list[threading.Thread] = []
 
@@ -180,7 +181,10 @@ class Executor:
                 self.close_with(work, self._facts.too_large(Succeeded(result), len(fact), where))
                 return
             try:
-                self._produce(self._lifecycle, fact, source.job_id, partition.number, work.closing_delivered)
+                if work.lease is not None:
+                    self.close_lease(work, fact, [])
+                else:
+                    self._produce(self._lifecycle, fact, source.job_id, partition.number, work.closing_delivered)
             except (BufferError, KafkaException):
                 self._sender.send(self._lifecycle, fact, source.job_id, partition.number, work.closing_delivered)
         except Exception as exc:  # noqa: BLE001  # whatever it is, the job must not count as done
@@ -246,8 +250,12 @@ class Executor:
                 where = f"the limit of {self._limit} bytes (JOBLEDGER_MAX_RECORD_BYTES)"
                 outcome = self._facts.too_large(outcome, len(value), where)
                 value = self._facts.closing(event, outcome, duration_us)
-            derived = self._facts.derived(event, outcome)
             work.outcome = outcome
+            if work.lease is not None and work.lease.granted:
+                self.close_lease(work, value, self._facts.fallback(event, outcome))
+                self._told(work, event, outcome, duration)
+                return
+            derived = self._facts.derived(event, outcome)
             work.remaining = 1 + len(derived)
             self._sender.send(self._lifecycle, value, event.job_id, work.partition.number, work.closing_delivered)
             for record in derived:
@@ -256,6 +264,9 @@ class Executor:
         except Exception as exc:  # noqa: BLE001  # whatever it is, the job must not count as done
             self._broken(work, exc)
             return
+        self._told(work, event, outcome, duration)
+
+    def _told(self, work: Work, event: JobEvent, outcome: Outcome, duration: float) -> None:
         _count(work, outcome, duration)
         _say(event, outcome)
         if self.teller is not None:
@@ -287,11 +298,13 @@ class Executor:
 
     def resend_derived(self, work: Work, outcome: Outcome, due_at: int | None, lifecycle_offset: int) -> None:
         """Send again what derives from a closing fact that the log already holds."""
-        event = work.event
+        assert work.event is not None
+        self.resend(work, self._facts.derived(work.event, outcome, due_at), lifecycle_offset)
+
+    def resend(self, work: Work, derived: list[Outgoing], lifecycle_offset: int) -> None:
+        """Send records again that derive from a fact at this place of the log; then the work record is done."""
         offsets = work.partition.offsets
-        assert event is not None
         assert offsets is not None
-        derived = self._facts.derived(event, outcome, due_at)
         work.remaining = len(derived)
         with work.partition.lock:
             if derived:
@@ -340,8 +353,8 @@ def context_of(work: Work) -> JobContext:
     assert event is not None
     spec: JobSpec = event.fact.spec  # type: ignore[union-attr]  # it stood on a work topic
     tags = spec.tags
-    if UNKNOWN_TASK_TAG in tags:
-        tags = {k: v for k, v in tags.items() if k != UNKNOWN_TASK_TAG}
+    if UNKNOWN_TASK_TAG in tags or CRASHES_TAG in tags:
+        tags = {k: v for k, v in tags.items() if k not in (UNKNOWN_TASK_TAG, CRASHES_TAG)}
     return JobContext(
         job_id=event.job_id,
         task=event.task,

@@ -39,8 +39,10 @@ from jobledger.schemas.events import (
     JobSpec,
     JobSubmitted,
     JobSucceeded,
+    Leased,
     RecordRejected,
     ReleaseRequested,
+    crashes_of,
 )
 from jobledger.task import Registry
 
@@ -133,6 +135,19 @@ class Facts:
         if isinstance(outcome, Failed):
             return [self._dead_letter(work, outcome), *self._fallback(work)]
         return []
+
+    def fallback(self, work: JobEvent, outcome: Outcome) -> list[Outgoing]:
+        """Of what derives from the end of a leased job, what the coordinator cannot know."""
+        return self._fallback(work) if isinstance(outcome, Failed) else []
+
+    def leased(self, work: JobEvent, worker: str, lease_ms: int) -> Outgoing:
+        """What derives from `JobLeased`: the coordinator keeps the job while it runs."""
+        spec = _spec(work)
+        event = msgspec.structs.replace(
+            self.event(work, Leased(spec, worker, lease_ms, crashes_of(spec.tags))),
+            event_id=derived_id(work.job_id, work.run, work.release, "leased"),
+        )
+        return Outgoing(self._names.coordination, codec.encode(event), work.home or work.job_id)
 
     def _release(self, work: JobEvent, attempt: int, delay_ms: int, due_at: int | None, spec: JobSpec) -> Outgoing:
         release = work.release + 1

@@ -167,6 +167,18 @@ class Places:
             work.context = context_of(work)
             self._begin_again(work)
 
+    def give_up(self, work: Work) -> None:
+        """Let running code end whose outcome nobody wants any more."""
+        if self.children is not None and self.children.holds(work):
+            self.children.abandoned(work)
+        else:
+            self.executor.end(work)
+
+    def close_with_stop(self, work: Work) -> None:
+        """A job that was to be begun, and was cancelled before, ends as that."""
+        assert work.stop_outcome is not None
+        self.executor.close_with(work, work.stop_outcome)
+
     def stop(self, work: Work) -> None:
         """Let a job in a child end."""
         if self.children is not None:

@@ -97,6 +97,8 @@ class Settler(threading.Thread):
                 offsets.done(work.offset)
         if not work.remaining:
             partition.live.pop(work.offset, None)
+            if work.lease is not None:
+                work.lease.settled(work)
 
     def _undelivered(self, work: Work, closing: bool | None, error: KafkaError, message: Message) -> None:
         partition = work.partition

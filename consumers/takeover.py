@@ -29,7 +29,7 @@ from jobledger.errors import AccessDenied, BrokerUnavailable, JobledgerError, Re
 from jobledger.log import PASSING, consumer, consumer_config, translate
 from jobledger.names import Names
 from jobledger.schemas.codec import Decoder
-from jobledger.schemas.events import Fact, JobRetried, JobSnoozed, JobStarted, JobSucceeded, closes
+from jobledger.schemas.events import Fact, JobRetried, JobSnoozed, JobStarted, JobSucceeded, settles
 from jobledger.schemas.glance import glance
 
 LOG = logging.getLogger("jobledger.worker")
@@ -270,7 +270,7 @@ class Takeover(threading.Thread):
             return  # the materializer's to report
         fact = event.fact
         key = release_key(event.job_id, event.run, event.release)
-        if closes(fact):
+        if settles(fact):
             self._note_end(partition, message, key, fact)
         elif isinstance(fact, JobRetried | JobSnoozed):  # in place: that start has ended, and the next one is due
             partition.starts.pop(key, None)

@@ -12,7 +12,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from confluent_kafka import KafkaError, Message
 
@@ -26,6 +26,9 @@ from jobledger.log import position_of
 from jobledger.middleware import runner
 from jobledger.schemas.events import Fact, JobEvent, JobProgressed
 from jobledger.task import Task
+
+if TYPE_CHECKING:
+    from jobledger.consumers.leases import JobLease
 
 LOG = logging.getLogger("jobledger.worker")
 
@@ -224,6 +227,7 @@ class Work:
         "held_since",
         "interrupted",
         "kwargs",
+        "lease",
         "lifecycle_offset",
         "line",
         "noted",
@@ -256,6 +260,7 @@ class Work:
         self.room: Room | None = None  # where it runs and is counted
         self.timer: asyncio.TimerHandle | None = None  # of a thread's time limit
         self.interrupted: type[TaskInterrupted] | None = None  # raised in its thread
+        self.lease: JobLease | None = None  # of a long job
         self.began = 0.0
         self.appended = 0  # when its record was (ms, broker's clock); 0: not known, or counted already
         self.abandoned = False  # its outcome must not be written any more

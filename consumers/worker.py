@@ -30,6 +30,7 @@ from jobledger.consumers.dispatch import Dispatcher
 from jobledger.consumers.execute import Executor, context_of
 from jobledger.consumers.facts import Facts
 from jobledger.consumers.fetch import Fetcher
+from jobledger.consumers.leases import Leases
 from jobledger.consumers.options import WorkerOptions
 from jobledger.consumers.places import Places
 from jobledger.consumers.send import Sender
@@ -93,6 +94,7 @@ class Worker:
         self.sender: Sender | None = None
         self.control: ControlReader | None = None
         self.children: Children | None = None
+        self.leases: Leases | None = None
         self._target = self._find_target()
         self.ended = threading.Event()
 
@@ -223,6 +225,19 @@ class Worker:
             fail=self.fail,
         )
         executor.stop_child = places.stop
+        leases = self.leases = dispatcher.leases = Leases(
+            facts,
+            sender,
+            names,
+            begin=dispatcher.leased,
+            close_with_stop=places.close_with_stop,
+            give_up=places.give_up,
+            ended=dispatcher.ended_in_thread,
+            too_large=executor.refused_as_too_large,
+            call=dispatcher.call,
+            fail=self.fail,
+        )
+        executor.close_lease = leases.close
         settler = self.settler = Settler(
             settings,
             sender,
@@ -314,13 +329,12 @@ class Worker:
             LOG.warning("%d jobs did not end within the grace time; they are run again elsewhere", len(left))
             for work in left:
                 work.abandoned = True
-                if self.children is not None and self.children.holds(work):
-                    self.children.abandoned(work)
-                else:
-                    executor.end(work)
+                dispatcher.places.give_up(work)
             await self._wait_idle(dispatcher, time.monotonic() + 1.0, ignore_hurry=True)
         if self.children is not None:
             await self.children.close()
+        if self.leases is not None and self.error is None:
+            self.leases.close_all()
         await self._close_hooks(executor, began)
         self._must_end_in(CLOSING_S + MARGIN_S)
         await asyncio.to_thread(self._close_rest, settler, sender)

@@ -15,7 +15,7 @@ from jobledger.job import JobStatus, State
 from jobledger.middleware import Around, Which
 from jobledger.names import Names
 from jobledger.orders import Job, Kind, Orders
-from jobledger.policy import KEY_HOLD_MAX_S, Adaptive, Breaker, Limits
+from jobledger.policy import KEY_HOLD_MAX_S, LEASE_S, Adaptive, Breaker, Limits
 from jobledger.resources import Resource, ResourceDecorator
 from jobledger.retry import Retry
 from jobledger.schemas.events import Position
@@ -156,6 +156,8 @@ class App:
         concurrency: int | None = None,
         isolation: Literal["process"] | None = None,
         max_memory: str | int | None = None,
+        long: bool | None = None,
+        lease: float = LEASE_S,
         expires_in: float | None = None,
         adaptive: Adaptive | bool | None = None,
         breaker: Breaker | bool | None = None,
@@ -178,6 +180,8 @@ class App:
         concurrency: int | None = None,
         isolation: Literal["process"] | None = None,
         max_memory: str | int | None = None,
+        long: bool | None = None,
+        lease: float = LEASE_S,
         expires_in: float | None = None,
         adaptive: Adaptive | bool | None = None,
         breaker: Breaker | bool | None = None,
@@ -195,7 +199,9 @@ class App:
         ``priority``: ``high`` or ``low``, before or after the queue's others. ``rate`` (``"100/s"``), ``concurrency``:
         limits for all workers together. ``isolation="process"``: run it in a child process, one job at a time in each: for
         code that keeps a CPU busy, must end at its timeout, or may crash. ``max_memory`` (``"512MiB"``): what such a
-        process may use; the attempt that takes more fails. ``expires_in``: seconds after its submission from which on a job is not started
+        process may use; the attempt that takes more fails. ``long``: its jobs may run for hours: a lease, renewed while they
+        run, stands for them, and they hold nothing else up; on by itself for a ``timeout`` above 60 s. ``lease``: seconds
+        after which a worker that is not heard of has lost the job to another. ``expires_in``: seconds after its submission from which on a job is not started
         any more. ``adaptive``: let the task's concurrency follow what it calls (`Adaptive`).
         ``breaker``: stop calling what keeps failing (`Breaker`). Raises `ConfigError` or `UnknownQueue`.
         """
@@ -215,6 +221,8 @@ class App:
                 concurrency=concurrency,
                 isolation=isolation,
                 max_memory=max_memory,
+                long=long,
+                lease=lease,
                 expires_in=expires_in,
                 adaptive=adaptive,
                 breaker=breaker,

@@ -77,9 +77,11 @@ TRANSITIONS: tuple[Transition, ...] = (
     Transition(None, ev.JobSubmitted, _S.SCHEDULED, "with a delay"),
     Transition(_S.SCHEDULED, ev.JobDue, _S.QUEUED),
     Transition(_S.RETRYING, ev.JobDue, _S.QUEUED),
+    Transition(_S.QUEUED, ev.JobLeased, _S.QUEUED, "a long job"),
     Transition(_S.QUEUED, ev.JobStarted, _S.RUNNING),
     Transition(_S.RUNNING, ev.JobStarted, _S.RUNNING, "taken over"),
     Transition(_S.RUNNING, ev.JobProgressed, _S.RUNNING),
+    Transition(_S.RUNNING, ev.JobDue, _S.QUEUED, "its lease ended"),
     Transition(_S.RUNNING, ev.JobRetried, _S.RETRYING),
     Transition(_S.RUNNING, ev.JobSnoozed, _S.SCHEDULED),
     Transition(_S.QUEUED, ev.JobSnoozed, _S.SCHEDULED, "unknown task"),
@@ -183,6 +185,8 @@ class Life(msgspec.Struct, frozen=True, array_like=True, gc=False):
     report: Report | None = None
     end: End | None = None
     positions: tuple[At, ...] = ()
+    #: The last release that a lease stands for, and not its work record any more.
+    leased: Start | None = None
 
 
 # -- the fold -------------------------------------------------------------------------------------------------------
@@ -212,6 +216,11 @@ def _due(run: int, release: int, attempt: int, task: str, queue: str, fact: ev.J
 
 def _started(run: int, release: int, attempt: int, task: str, queue: str, fact: ev.JobStarted, at: At) -> Life:
     return Life(run, Head(2, at, task, queue), None, Start(release, attempt, at), None, None, None, (at,))
+
+
+def _leased(run: int, release: int, attempt: int, task: str, queue: str, fact: ev.JobLeased, at: At) -> Life:
+    leased = Start(release, attempt, at)
+    return Life(run, Head(2, at, task, queue), None, None, None, None, None, (at,), leased)
 
 
 def _progressed(run: int, release: int, attempt: int, task: str, queue: str, fact: ev.JobProgressed, at: At) -> Life:
@@ -257,6 +266,7 @@ _MAKERS: dict[type[Any], Callable[[int, int, int, str, str, Any, At], Life]] = {
     ev.JobSubmitted: _submitted,
     ev.JobDue: _due,
     ev.JobStarted: _started,
+    ev.JobLeased: _leased,
     ev.JobProgressed: _progressed,
     ev.JobRetried: _retried,
     ev.JobSnoozed: _snoozed,
@@ -295,7 +305,7 @@ def join(a: Life | None, b: Life | None) -> Life | None:
     positions = _union(a.positions, b.positions)
     if a.run != b.run:
         top = a if a.run > b.run else b
-        return Life(top.run, top.head, top.due, top.start, top.close, top.report, top.end, positions)
+        return Life(top.run, top.head, top.due, top.start, top.close, top.report, top.end, positions, top.leased)
     head, other = a.head, b.head
     if other.rank < head.rank or (other.rank == head.rank and other.at[1:] < head.at[1:]):
         head = other
@@ -310,7 +320,10 @@ def join(a: Life | None, b: Life | None) -> Life | None:
         report = b.report if report is None else min(report, b.report, key=_report_rank)
     if b.end is not None:
         end = b.end if end is None else min(end, b.end, key=_end_rank)
-    return Life(a.run, head, due, start, close, report, end, positions)
+    leased = a.leased
+    if b.leased is not None:
+        leased = b.leased if leased is None else max(leased, b.leased, key=_start_rank)
+    return Life(a.run, head, due, start, close, report, end, positions, leased)
 
 
 D = TypeVar("D", Due, Close)

@@ -6,6 +6,7 @@ integers: these types lie on the hot path.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Literal
 
 import msgspec
@@ -265,6 +266,8 @@ Fact = (
 
 #: Facts that end one release (unless `in_place`): the work record is done once such a fact is durable.
 CLOSING = (JobRetried, JobSnoozed, JobSucceeded, JobFailed, JobCancelled, JobExpired)
+#: Facts after which a work record is done, because a closing fact or a lease stands for it.
+SETTLING = (*CLOSING, JobLeased)
 #: Facts that end a run.
 TERMINAL = (JobSucceeded, JobFailed, JobCancelled, JobExpired)
 #: Facts of people on the control topic.
@@ -276,6 +279,23 @@ WORK = (JobSubmitted, JobDue)
 def closes(fact: Fact) -> bool:
     """Whether ``fact`` ends its release."""
     return isinstance(fact, CLOSING) and not getattr(fact, "in_place", False)
+
+
+def settles(fact: Fact) -> bool:
+    """Whether the work record of ``fact``'s release is done with it."""
+    return isinstance(fact, SETTLING) and not getattr(fact, "in_place", False)
+
+
+#: A tag that the coordinator puts on a job whose lease ended without a word: how often that happened in this run.
+CRASHES_TAG = "jl-crashes"
+
+
+def crashes_of(tags: Mapping[str, str]) -> int:
+    """How many leases of the run ended without a word, as its tags say."""
+    try:
+        return max(0, int(tags.get(CRASHES_TAG, "0")))
+    except ValueError:
+        return 0
 
 
 def lasting(spec: JobSpec, appended_ms: int) -> JobSpec:

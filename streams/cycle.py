@@ -17,13 +17,15 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import msgspec
+
 from jobledger.config import Settings
 from jobledger.log import Headers, Outgoing, now_us, source
 from jobledger.names import Names
 from jobledger.schemas import codec
-from jobledger.schemas.events import ErrorInfo
+from jobledger.schemas.events import DeadLettered, ErrorInfo, JobEvent
 from jobledger.streams.aio import AckedWriter, Delivered, Ends, Outcomes, first_error, record_bytes
-from jobledger.streams.decisions import Batch, Row, Scheduled, job_due, row_key, undeliverable
+from jobledger.streams.decisions import Batch, Kept, Row, job_due, row_key, undeliverable
 from jobledger.streams.faust_app import Group, Options, changelog
 from jobledger.streams.firing import Firing
 from jobledger.streams.intake import Intake
@@ -49,7 +51,7 @@ class Plan(NamedTuple):
     batch: Batch
     rejects: int
     refused: int
-    released: Sequence[Scheduled]
+    released: Sequence[Kept]
     sent: asyncio.Future[Outcomes] | None
 
 
@@ -155,7 +157,7 @@ class Cycle:
         if epoch != self._ownership.epoch:  # rows were looked up that are not ours any more
             return Plan(epoch, records, batch, 0, 0, (), None)
         released, outputs, ended = self._outputs(batch.releases)
-        outputs += [*ended, *rejects]
+        outputs += [*ended, *map(self._fact, batch.facts), *rejects]
         sent = await self._writer.post(outputs) if outputs else None
         self._step("releases-sent")
         self.table.expect(batch.rows)
@@ -163,11 +165,11 @@ class Cycle:
             self.firing.read_back(row_key(event.job_id))
         return Plan(epoch, records, batch, len(rejects), len(batch.releases) - len(released), released, sent)
 
-    def _outputs(self, releases: Sequence[Scheduled]) -> tuple[list[Scheduled], list[Outgoing], list[Outgoing]]:
+    def _outputs(self, releases: Sequence[Kept]) -> tuple[list[Kept], list[Outgoing], list[Outgoing]]:
         """What lets jobs go: their rows and records; and what ends those whose topic takes less than the one that brought
         them here. Sent, these would be refused together with all that shares their batch."""
         now = now_us()
-        released: list[Scheduled] = []
+        released: list[Kept] = []
         outputs: list[Outgoing] = []
         ended: list[Outgoing] = []
         for row in releases:
@@ -183,7 +185,13 @@ class Cycle:
             ended.append(Outgoing(self._names.dead_letter, codec.encode(letter), row.job_id))
         return released, outputs, ended
 
-    def _due(self, row: Scheduled, now: int) -> Outgoing:
+    def _fact(self, event: JobEvent) -> Outgoing:
+        topic = self._names.dead_letter if isinstance(event.fact, DeadLettered) else self._names.lifecycle
+        if not event.source:
+            event = msgspec.structs.replace(event, source=self._source)
+        return Outgoing(topic, codec.encode(event), event.job_id)
+
+    def _due(self, row: Kept, now: int) -> Outgoing:
         headers: Headers = [
             ("jl-job", row.job_id.encode()),
             ("jl-run", b"%d" % row.run),
@@ -229,7 +237,7 @@ class Cycle:
             self._acknowledge(plan)
         self._step("acknowledged")
 
-    def _released(self, releases: Sequence[Scheduled], outcomes: Outcomes) -> None:
+    def _released(self, releases: Sequence[Kept], outcomes: Outcomes) -> None:
         received = now_us()
         for row, outcome in zip(releases, outcomes, strict=False):
             if isinstance(outcome, Delivered):

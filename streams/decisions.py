@@ -6,7 +6,10 @@ stands in the partition up to the event, so an instance that was paused repeats 
 A release lives through three steps. Something asks for it (`JobSubmitted` with a condition, `ReleaseRequested`): the row
 is `Scheduled` and a timer is set. The timer passes and writes `ReleaseDecided` to the log, nothing else. When that is
 read back, appended at or past the due time, and the row still is scheduled for exactly this (run, release), the job is
-let go (`JobDue`) and the row becomes a `Released` marker.
+let go (`JobDue`) and the row becomes a `Released` marker. What was cancelled or has expired meanwhile ends here.
+
+A long job's release has a `Held` row while a worker runs it on a lease. Its end comes here first and is passed on to
+lifecycle if the lease still stands; a lease that ends by itself lets the job go again. So of a run there is one end.
 
 Rows carry the offset of the event that made them: rows are durable before the offset is committed, so after a crash the
 table is ahead of the log's reader, and what it has seen is skipped.
@@ -23,16 +26,27 @@ import msgspec
 
 from jobledger.names import lane
 from jobledger.schemas.events import (
+    CRASHES_TAG,
+    CancelRequested,
     DeadLettered,
     ErrorInfo,
+    Fact,
+    JobCancelled,
     JobDue,
     JobEvent,
+    JobExpired,
     JobFailed,
+    JobRetried,
+    JobSnoozed,
     JobSpec,
     JobSubmitted,
+    JobSucceeded,
+    Leased,
+    LeaseRenewed,
     ReleaseDecided,
     ReleaseOverdue,
     ReleaseRequested,
+    crashes_of,
     lasting,
 )
 from jobledger.streams.timers import wake_at
@@ -41,8 +55,9 @@ from jobledger.streams.timers import wake_at
 NO_FLOOR = -1
 
 
-class Scheduled(msgspec.Struct, frozen=True, array_like=True, tag=0, gc=False):
-    """A release that waits for its time. ``offset``: of the event that made this row; ``due``: µs, broker's clock."""
+class Kept(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """A release that the coordinator keeps, whole. ``offset``: of the event that made this row; ``due``: µs, broker's clock,
+    when it is to be let go, or its lease ends."""
 
     partition: int
     offset: int
@@ -72,15 +87,39 @@ class Scheduled(msgspec.Struct, frozen=True, array_like=True, tag=0, gc=False):
         """What stands for its work topic: the queue, or queue and priority."""
         return lane(self.queue, self.priority)
 
+    @property
+    def acts_at(self) -> int:
+        """When a timer is to look at it, µs of the broker's clock."""
+        return self.due
+
+
+class Scheduled(Kept, frozen=True, array_like=True, tag=0, gc=False):
+    """A release that waits for its time."""
+
+    @property
+    def acts_at(self) -> int:
+        """When it is due, or has expired before that."""
+        return self.due if self.expires_at is None else min(self.due, self.expires_at)
+
+
+class Held(Kept, frozen=True, array_like=True, tag=3, gc=False):
+    """A release that a worker runs on a lease, which ends at ``due`` unless it is renewed. ``crashes``: leases of this run
+    that ended so."""
+
+    worker: str = ""
+    crashes: int = 0
+
 
 class Released(msgspec.Struct, frozen=True, array_like=True, tag=1, gc=False):
-    """Marker of a release that was let go by the event at ``offset``, appended at ``ended_ms`` of the broker's clock."""
+    """Marker of a release that was let go by the event at ``offset``, appended at ``ended_ms`` of the broker's clock.
+    ``closed``: it has ended since, and is not to be let go or leased again."""
 
     partition: int
     offset: int
     run: int
     release: int
     ended_ms: int
+    closed: bool = False
 
 
 class Floor(msgspec.Struct, frozen=True, array_like=True, tag=2, gc=False):
@@ -90,10 +129,14 @@ class Floor(msgspec.Struct, frozen=True, array_like=True, tag=2, gc=False):
     offset: int
 
 
-Row = Scheduled | Released
+Row = Scheduled | Released | Held
+
+#: Leases of a run that ended without a word, after which it fails: its workers died each time, perhaps of something else
+#: (docs/adr/0009-suspects.md). What dies in a child process is judged there, after three.
+LEASES_LOST = 10
 
 _encode = msgspec.msgpack.Encoder().encode
-_decode: Callable[[bytes], Scheduled | Released | Floor] = msgspec.msgpack.Decoder(Scheduled | Released | Floor).decode
+_decode: Callable[[bytes], Row | Floor] = msgspec.msgpack.Decoder(Row | Floor).decode
 
 #: A row's bytes begin with the array header (one byte below 16 fields) and its tag.
 _RELEASED_MARK = _encode(Released(0, 0, 0, 0, 0))[1]
@@ -114,7 +157,7 @@ def of_unknown_kind(data: bytes) -> bool:
     try:
         match msgspec.msgpack.decode(data):
             case [int(tag), *_]:
-                return not isinstance(tag, bool) and tag > Floor.__struct_config__.tag  # type: ignore[operator]
+                return not isinstance(tag, bool) and tag > Held.__struct_config__.tag  # type: ignore[operator]
     except msgspec.DecodeError:
         pass
     return False
@@ -144,19 +187,23 @@ class Decision(msgspec.Struct, frozen=True):
     """What one event comes to.
 
     ``verdict`` names it for metrics. ``row``: to be written, None if nothing changes. ``release``: to be let go before
-    the row is written. ``wake_at``: µs of the broker's clock at which the timer of this job shall look again.
+    the row is written. ``facts``: to be written before it, those of the dead letters there and the others on lifecycle;
+    an empty source is the coordinator's. ``wake_at``: µs of the broker's clock at which the timer of this job shall look again.
     """
 
     verdict: str
     row: Row | None = None
-    release: Scheduled | None = None
+    release: Kept | None = None
     wake_at: int | None = None
+    facts: tuple[JobEvent, ...] = ()
 
 
 _SEEN = Decision("seen")
 _PASSED = Decision("passed")
 _UNEXPECTED = Decision("unexpected")
 _STALE_DECISION = Decision("stale-decision")
+_STALE_LEASE = Decision("stale-lease")
+_ENDED = Decision("ended")
 
 
 def decide(row: Row | None, floor: int, event: JobEvent, partition: int, offset: int, appended_ms: int) -> Decision:
@@ -166,6 +213,8 @@ def decide(row: Row | None, floor: int, event: JobEvent, partition: int, offset:
     """
     if offset <= floor or (row is not None and offset <= row.offset):
         return _SEEN
+    if isinstance(row, Released) and row.closed and event.run <= row.run:
+        return _ENDED
     fact = event.fact
     match fact:
         case JobSubmitted():
@@ -181,6 +230,14 @@ def decide(row: Row | None, floor: int, event: JobEvent, partition: int, offset:
             return _decided(row, event, partition, offset, appended_ms)
         case ReleaseOverdue():
             return _overdue(row, event, fact, partition, offset, appended_ms)
+        case Leased():
+            return _leased(row, event, fact, partition, offset, appended_ms)
+        case LeaseRenewed():
+            return _renewed(row, event, fact, partition, offset, appended_ms)
+        case CancelRequested():
+            return _cancelled(row, event, fact, partition, offset, appended_ms)
+        case JobRetried() | JobSnoozed() | JobSucceeded() | JobFailed() | JobCancelled():
+            return _closed(row, event, fact, partition, offset, appended_ms)
         case _:
             return _UNEXPECTED
 
@@ -206,15 +263,19 @@ def _requested(
     if row is not None and (event.run, release) <= (row.run, row.release):
         return _PASSED
     made = _schedule(event, spec, release, due, partition, offset, appended_ms)
-    return Decision(verdict, row=made, wake_at=wake_at(due))
+    return Decision(verdict, row=made, wake_at=wake_at(made.acts_at))
 
 
 def _decided(row: Row | None, event: JobEvent, partition: int, offset: int, appended_ms: int) -> Decision:
-    if not isinstance(row, Scheduled) or (row.run, row.release) != (event.run, event.release):
+    if not isinstance(row, Kept) or (row.run, row.release) != (event.run, event.release):
         return _STALE_DECISION
-    if appended_ms * 1000 < row.due:
-        # The deciding instance's clock is ahead of the broker's, whose clock alone counts.
-        return Decision("early", wake_at=wake_at(row.due))
+    if appended_ms * 1000 < row.acts_at:
+        # The deciding instance's clock is ahead of the broker's, whose clock alone counts; or the lease was renewed.
+        return Decision("early", wake_at=wake_at(row.acts_at))
+    if isinstance(row, Held):
+        return _lost(row, partition, offset, appended_ms)
+    if row.expires_at is not None and appended_ms * 1000 >= row.expires_at:
+        return _ended(row, "expired", JobExpired(row.expires_at), partition, offset, appended_ms)
     marker = Released(partition, offset, row.run, row.release, appended_ms)
     return Decision("released", row=marker, release=row)
 
@@ -230,10 +291,161 @@ def _overdue(
         )
     if (row.run, row.release) > named:
         return _PASSED
-    if isinstance(row, Scheduled):
-        return Decision("looked-again", wake_at=wake_at(row.due))
+    if isinstance(row, Kept):
+        return Decision("looked-again", wake_at=wake_at(row.acts_at))
     return Decision(
         "sent-again", release=_schedule(event, fact.spec, event.release, fact.due_at, partition, offset, appended_ms)
+    )
+
+
+# -- leases -----------------------------------------------------------------------------------------------------------
+
+
+def _leased(row: Row | None, event: JobEvent, fact: Leased, partition: int, offset: int, appended_ms: int) -> Decision:
+    """The first lease of a release counts; one that was given for it before, or after its end, changes nothing."""
+    named = (event.run, event.release)
+    if row is not None and (row.run, row.release) > named:
+        return _PASSED
+    if row is not None and (row.run, row.release) == named and not isinstance(row, Released):
+        return _PASSED
+    spec = lasting(fact.spec, appended_ms)
+    made = Held(
+        partition,
+        offset,
+        event.run,
+        event.release,
+        event.attempt,
+        (appended_ms + max(fact.lease_ms, 0)) * 1000,
+        event.job_id,
+        event.task,
+        event.queue,
+        event.key,
+        event.home,
+        event.trace,
+        spec.args,
+        spec.tags,
+        spec.parent,
+        spec.expires_at,
+        spec.priority,
+        fact.worker,
+        crashes_of(spec.tags),
+    )
+    return Decision("leased", row=made, wake_at=wake_at(made.due))
+
+
+def _renewed(
+    row: Row | None, event: JobEvent, fact: LeaseRenewed, partition: int, offset: int, appended_ms: int
+) -> Decision:
+    if not isinstance(row, Held) or (row.run, row.release) != (event.run, event.release):
+        return _STALE_LEASE
+    if fact.lease_ms > 0:
+        due = (appended_ms + fact.lease_ms) * 1000
+        # No timer: the one that is there looks again at the new time. Another one each time would be ever more of them.
+        return Decision("renewed", row=msgspec.structs.replace(row, partition=partition, offset=offset, due=due))
+    return _again("given-back", row, row.tags, partition, offset, appended_ms)
+
+
+def _lost(row: Held, partition: int, offset: int, appended_ms: int) -> Decision:
+    """The lease ended: its worker died, stood still or lost the cluster."""
+    crashes = row.crashes + 1
+    if crashes >= LEASES_LOST:
+        error = ErrorInfo(
+            "ProcessDied",
+            f"its code was started {crashes} times and its lease ended each time, last with {row.worker}: the worker died, "
+            "stood still, or could not reach the broker",
+        )
+        return _ended(row, "crashed", JobFailed("crashed", error), partition, offset, appended_ms)
+    tags = {**row.tags, CRASHES_TAG: str(crashes)}
+    return _again("lease-lost", row, tags, partition, offset, appended_ms)
+
+
+def _again(verdict: str, row: Held, tags: dict[str, str], partition: int, offset: int, appended_ms: int) -> Decision:
+    """Let the job go to the workers as its next release, at once."""
+    following = _following(row, row.attempt, appended_ms * 1000, partition, offset, tags)
+    marker = Released(partition, offset, row.run, following.release, appended_ms)
+    return Decision(verdict, row=marker, release=following)
+
+
+def _following(row: Held, attempt: int, due: int, partition: int, offset: int, tags: dict[str, str]) -> Scheduled:
+    return Scheduled(
+        partition,
+        offset,
+        row.run,
+        row.release + 1,
+        attempt,
+        due,
+        row.job_id,
+        row.task,
+        row.queue,
+        row.key,
+        row.home,
+        row.trace,
+        row.args,
+        tags,
+        row.parent,
+        row.expires_at,
+        row.priority,
+    )
+
+
+def _closed(
+    row: Row | None,
+    event: JobEvent,
+    fact: JobRetried | JobSnoozed | JobSucceeded | JobFailed | JobCancelled,
+    partition: int,
+    offset: int,
+    appended_ms: int,
+) -> Decision:
+    """A worker says what its leased job came to: passed on, if the lease is still its own."""
+    if not isinstance(row, Held) or (row.run, row.release) != (event.run, event.release):
+        return _STALE_LEASE
+    if isinstance(fact, JobRetried | JobSnoozed):
+        due = (appended_ms + max(fact.delay_ms, 0)) * 1000
+        attempt = row.attempt + isinstance(fact, JobRetried)
+        following = _following(row, attempt, due, partition, offset, row.tags)
+        return Decision("lease-closed", row=following, wake_at=wake_at(following.acts_at), facts=(event,))
+    marker = Released(partition, offset, row.run, row.release, appended_ms, True)
+    facts: tuple[JobEvent, ...] = (event,)
+    if isinstance(fact, JobFailed):
+        facts += (_said(row, "dead-letter", DeadLettered(row.spec, fact.reason, fact.error), appended_ms),)
+    return Decision("lease-closed", row=marker, facts=facts)
+
+
+def _cancelled(
+    row: Row | None, event: JobEvent, fact: CancelRequested, partition: int, offset: int, appended_ms: int
+) -> Decision:
+    """What waits here ends here; what runs, or waits for a worker, is the workers' affair."""
+    if not isinstance(row, Scheduled) or row.run != event.run:
+        return _PASSED
+    return _ended(row, "cancelled", JobCancelled(fact.by, fact.reason), partition, offset, appended_ms)
+
+
+def _ended(
+    row: Kept, verdict: str, fact: JobCancelled | JobExpired | JobFailed, partition: int, offset: int, appended_ms: int
+) -> Decision:
+    """The coordinator ends a run itself."""
+    marker = Released(partition, offset, row.run, row.release, appended_ms, True)
+    facts: tuple[JobEvent, ...] = (_said(row, verdict, fact, appended_ms),)
+    if isinstance(fact, JobFailed):
+        facts += (_said(row, "dead-letter", DeadLettered(row.spec, fact.reason, fact.error), appended_ms),)
+    return Decision(verdict, row=marker, facts=facts)
+
+
+def _said(row: Kept, what: str, fact: Fact, appended_ms: int) -> JobEvent:
+    return JobEvent(
+        derived_id(row.job_id, row.run, row.release, what),
+        row.job_id,
+        row.run,
+        row.attempt,
+        row.release,
+        appended_ms * 1000,
+        row.task,
+        row.queue,
+        row.key,
+        row.home,
+        "",
+        row.trace,
+        fact,
     )
 
 
@@ -283,7 +495,7 @@ def derived_id(job_id: str, run: int, release: int, what: str) -> str:
     return f"{text[:8]}-{text[8:12]}-{text[12:16]}-{text[16:20]}-{text[20:]}"
 
 
-def job_due(row: Scheduled, now_us: int, source: str) -> JobEvent:
+def job_due(row: Kept, now_us: int, source: str) -> JobEvent:
     """The record that lets the job go to its workers."""
     return JobEvent(
         derived_id(row.job_id, row.run, row.release, "due"),
@@ -302,7 +514,7 @@ def job_due(row: Scheduled, now_us: int, source: str) -> JobEvent:
     )
 
 
-def release_decided(row: Scheduled, now_us: int, source: str) -> JobEvent:
+def release_decided(row: Kept, now_us: int, source: str) -> JobEvent:
     """What a timer writes to the log instead of acting."""
     return JobEvent(
         derived_id(row.job_id, row.run, row.release, "decided"),
@@ -317,11 +529,11 @@ def release_decided(row: Scheduled, now_us: int, source: str) -> JobEvent:
         row.home,
         source,
         row.trace,
-        ReleaseDecided(row.due),
+        ReleaseDecided(row.acts_at),
     )
 
 
-def undeliverable(row: Scheduled, error: ErrorInfo, now_us: int, source: str) -> tuple[JobEvent, JobEvent]:
+def undeliverable(row: Kept, error: ErrorInfo, now_us: int, source: str) -> tuple[JobEvent, JobEvent]:
     """How a job ends whose release no work topic takes: that it failed, and the failed job, whole."""
     fact: JobFailed | DeadLettered
     made: list[JobEvent] = []
@@ -342,7 +554,7 @@ class Batch:
     """The decisions of consecutive events: each sees the rows as the ones before it left them, nothing is written.
 
     ``rows``: new rows by (partition, key), to be written after ``releases`` are acknowledged. ``releases``: jobs to let
-    go, in order. ``timers``: (partition, key, µs) at which to look at a row. ``verdicts``: how many of each.
+    go, in order. ``facts``: what the coordinator says or passes on, to be written with them. ``timers``: (partition, key, µs) at which to look at a row. ``verdicts``: how many of each.
     ``closed``: lanes a release was held back for, because ``is_open(lane)`` was false. ``waiting``: by how much the
     number of scheduled rows changes, by partition.
     """
@@ -355,7 +567,8 @@ class Batch:
     ) -> None:
         self._row, self._floor, self._is_open = row, floor, is_open
         self.rows: dict[tuple[int, bytes], Row] = {}
-        self.releases: list[Scheduled] = []
+        self.releases: list[Kept] = []
+        self.facts: list[JobEvent] = []
         self.timers: list[tuple[int, bytes, int]] = []
         self.verdicts: Counter[str] = Counter()
         self.closed: set[str] = set()
@@ -371,15 +584,16 @@ class Batch:
             # Left as it is: scheduled, so that its timer tries again once the queue's topic is there.
             self.closed.add(released.lane)
             self.verdicts["held-back"] += 1
-            if isinstance(row, Scheduled):
-                self.timers.append((partition, key, wake_at(row.due)))
+            if isinstance(row, Kept):
+                self.timers.append((partition, key, wake_at(row.acts_at)))
             return
         self.verdicts[decision.verdict] += 1
         if released is not None:
             self.releases.append(released)
+        self.facts += decision.facts
         if decision.row is not None:
             self.rows[partition, key] = decision.row
-            self.waiting[partition] += isinstance(decision.row, Scheduled) - isinstance(row, Scheduled)
+            self.waiting[partition] += isinstance(decision.row, Kept) - isinstance(row, Kept)
         if decision.wake_at is not None:
             self.timers.append((partition, key, decision.wake_at))
 

@@ -12,7 +12,7 @@ from jobledger.log import Outgoing, now_us
 from jobledger.names import Names
 from jobledger.schemas import codec
 from jobledger.streams.aio import AckedWriter, Delivered, Outcomes, first_error
-from jobledger.streams.decisions import Scheduled, release_decided
+from jobledger.streams.decisions import Kept, release_decided
 from jobledger.streams.ownership import Ownership
 from jobledger.streams.table import Table
 from jobledger.streams.timers import BrokerClock, Timers, wake_at
@@ -113,14 +113,14 @@ class Firing:
                         await self._armed.wait()
         raise self._failure
 
-    def _still_due(self, due: Sequence[tuple[int, bytes]], now: int) -> list[tuple[int, Scheduled]]:
+    def _still_due(self, due: Sequence[tuple[int, bytes]], now: int) -> list[tuple[int, Kept]]:
         """Rows that wait for a decision; timers of others are set again or forgotten."""
-        rows: list[tuple[int, Scheduled]] = []
+        rows: list[tuple[int, Kept]] = []
         for partition, key in due:
             row = self._table.row(partition, key)
-            if not isinstance(row, Scheduled) or self._decided.get(key) == (row.run, row.release):
+            if not isinstance(row, Kept) or self._decided.get(key) == (row.run, row.release):
                 continue  # passed meanwhile, or decided already and about to be read back
-            at = wake_at(row.due)
+            at = wake_at(row.acts_at)
             wait = self._topics.wait_for(row.lane)
             if at > now:
                 self._timers[partition].set(at, key)
@@ -132,7 +132,7 @@ class Firing:
                 rows.append((partition, row))
         return rows
 
-    async def _write_down(self, rows: Sequence[tuple[int, Scheduled]]) -> None:
+    async def _write_down(self, rows: Sequence[tuple[int, Kept]]) -> None:
         """`ReleaseDecided` for each; a bounded number of batches waits for acknowledgement at a time."""
         if not rows:
             return

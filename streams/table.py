@@ -16,8 +16,8 @@ from jobledger.streams.aio import AckedWriter, Delivered, Ends, first_error
 from jobledger.streams.decisions import (
     NO_FLOOR,
     Floor,
+    Kept,
     Row,
-    Scheduled,
     decode_row,
     encode_row,
     floor_key,
@@ -153,8 +153,8 @@ class Table:
                 if is_marker(data):
                     continue
                 row = decode_row(data)
-                if isinstance(row, Scheduled):
-                    entries.append((wake_at(row.due), key))
+                if isinstance(row, Kept):
+                    entries.append((wake_at(row.acts_at), key))
                 elif isinstance(row, Floor):
                     self._floors[partition] = row.offset
             await asyncio.sleep(0)

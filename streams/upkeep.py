@@ -209,6 +209,8 @@ class Upkeep:
         unclosed = 0
         for job_id, life in self._reader.open_lives(AUDIT_MOST):
             place = work_position(life, self.names)
+            if life.leased is not None and life.leased.release >= (0 if life.due is None else life.due.release):
+                continue  # a lease stands for the work record
             if place is not None and place.offset < bases.get((place.topic, place.partition), 0):
                 unclosed += 1
                 if unclosed <= 10:

@@ -15,8 +15,8 @@ from jobledger.schemas.events import (
     JobDue,
     JobEvent,
     JobSpec,
+    JobStarted,
     JobSubmitted,
-    JobSucceeded,
     ReleaseDecided,
     ReleaseOverdue,
     ReleaseRequested,
@@ -25,6 +25,7 @@ from jobledger.streams.decisions import (
     NO_FLOOR,
     Batch,
     Floor,
+    Kept,
     Released,
     Row,
     Scheduled,
@@ -173,7 +174,7 @@ def test_an_event_at_or_below_the_floor_is_skipped(offset: int) -> None:
 
 def test_a_fact_that_is_not_the_coordinators_business_changes_nothing() -> None:
     """It is counted and passed."""
-    made = decide(scheduled(), NO_FLOOR, event(JobSucceeded(None)), 0, 9, T0)
+    made = decide(scheduled(), NO_FLOOR, event(JobStarted("w", "t", 1)), 0, 9, T0)
     assert (made.verdict, made.row, made.release, made.wake_at) == ("unexpected", None, None, None)
 
 
@@ -351,7 +352,7 @@ class Partition:
         for offset in range(self.position, end):
             what, appended = self.log[offset]
             batch.add(what, 0, offset, appended)
-        steps: list[tuple[Scheduled | None, bytes, Row | None]] = [(r, b"", None) for r in batch.releases]
+        steps: list[tuple[Kept | None, bytes, Row | None]] = [(r, b"", None) for r in batch.releases]
         steps += [(None, key, row) for (_, key), row in batch.rows.items()]
         for number, (release, key, row) in enumerate(steps):
             if die_after is not None and number >= die_after:

@@ -28,6 +28,7 @@ FACT_OF: dict[type[Any], st.SearchStrategy[Any]] = {
     ev.JobSubmitted: st.builds(ev.JobSubmitted, SPEC, DELAY, st.none() | st.integers(0, 10**15)),
     ev.JobDue: st.builds(ev.JobDue, SPEC, st.integers(0, 10**15)),
     ev.JobStarted: st.builds(ev.JobStarted, st.just("host:1"), st.just("shop.jobs.mail"), st.integers(0, 9), SMALL),
+    ev.JobLeased: st.builds(ev.JobLeased, st.just("host:1"), SMALL),
     ev.JobProgressed: st.builds(ev.JobProgressed, SMALL, SMALL, st.none() | SMALL, st.none() | st.text(max_size=2)),
     ev.JobRetried: st.builds(ev.JobRetried, ERROR, st.integers(0, 10_000), SMALL),
     ev.JobSnoozed: st.builds(ev.JobSnoozed, st.integers(0, 10_000), st.none() | st.text(max_size=2), SMALL),

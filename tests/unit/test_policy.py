@@ -31,11 +31,13 @@ def ship_in_thread(order: str) -> None:
     """A task."""
 
 
-def test_what_is_not_built_is_not_offered() -> None:
-    """No option is taken that nothing obeys."""
-    for option in ("long", "lease"):
-        with pytest.raises(TypeError, match=option):
-            app_of().task(**{option: None})  # type: ignore[call-overload]  # the point of the test
+def test_long_jobs_are_leased() -> None:
+    """By themselves above a minute of timeout; the options reach the task."""
+    assert task_of(app_of(), ship_in_thread, long=True, lease=10).policy.lease == 10
+    assert task_of(app_of(), ship_in_thread, timeout=61).policy.long
+    assert not task_of(app_of(), ship_in_thread, timeout=60).policy.long
+    with pytest.raises(ConfigError, match="lease=1 is not a number of seconds from 5 to 3600"):
+        app_of().task(long=True, lease=1)(ship_in_thread)
 
 
 @pytest.mark.parametrize(

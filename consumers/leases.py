@@ -1,0 +1,244 @@
+"""Long jobs, which hold no partition: a lease stands for their work record while they run.
+
+`JobLeased` (lifecycle) and `Leased` (coordination) are acknowledged before the code runs; from then on the record is done,
+and whatever becomes of the partition is nothing to the job. The lease is renewed until the coordinator has been told the
+job's end. Where that fails for as long as a lease holds, the job is somebody else's: its code is told to end, and what
+it comes to is dropped. On the event loop, but for delivery callbacks.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable
+from functools import partial
+
+from confluent_kafka import KafkaError, KafkaException, Message
+
+from jobledger.consumers.facts import Facts
+from jobledger.consumers.send import BY_KEY, Sender
+from jobledger.consumers.work import Work
+from jobledger.errors import AccessDenied, BrokerUnavailable, JobledgerError
+from jobledger.log import Outgoing
+from jobledger.names import Names
+from jobledger.schemas import codec
+from jobledger.schemas.events import JobLeased, LeaseRenewed
+
+LOG = logging.getLogger("jobledger.worker")
+
+#: Seconds between two looks at the leases.
+TICK_S = 0.5
+#: Times a record about a lease is sent again.
+RESENDS = 20
+
+_monotonic = time.monotonic
+
+
+class JobLease:
+    """One job's lease. ``until``: of `time.monotonic`, when it is certainly over for us."""
+
+    __slots__ = ("closing", "granted", "leases", "renew_at", "seconds", "tries", "until")
+
+    def __init__(self, leases: Leases, seconds: float, now: float) -> None:
+        self.leases, self.seconds = leases, seconds
+        self.until, self.renew_at = now + seconds, now + seconds / 3
+        self.granted = False
+        self.closing = False  # its end is on the way
+        self.tries = 0
+
+    def settled(self, work: Work) -> None:
+        """Both facts are acknowledged, and the record is done. In any thread."""
+        self.leases.call(self.leases.grant, work)
+
+
+class Leases:
+    """The leases of one worker. ``begin(work)``: says that the job starts, and runs it. ``give_up(work)``: ends its code,
+    whatever that comes to. ``ended(work)``: it does not run (any more)."""
+
+    def __init__(
+        self,
+        facts: Facts,
+        sender: Sender,
+        names: Names,
+        *,
+        begin: Callable[[Work], None],
+        close_with_stop: Callable[[Work], None],
+        give_up: Callable[[Work], None],
+        ended: Callable[[Work], None],
+        too_large: Callable[[Work, int, str], None],
+        call: Callable[..., None],
+        fail: Callable[[JobledgerError], None],
+    ) -> None:
+        self._facts, self._sender, self._names = facts, sender, names
+        self._begin, self._close_with_stop, self._give_up = begin, close_with_stop, give_up
+        self._ended, self._too_large, self.call, self._fail = ended, too_large, call, fail
+        self._held: dict[Work, JobLease] = {}
+        self._ticking: asyncio.TimerHandle | None = None
+        self.lost = 0
+
+    @property
+    def count(self) -> int:
+        """Leases held now."""
+        return len(self._held)
+
+    # -- taking -------------------------------------------------------------------------------------------------------
+
+    def take(self, work: Work) -> None:
+        """Take a lease for a job that may run; it is begun once the log has it."""
+        event, plan = work.event, work.plan
+        assert event is not None
+        assert plan is not None
+        seconds = plan.task.policy.lease
+        lease = work.lease = JobLease(self, seconds, _monotonic())
+        self._held[work] = lease
+        work.remaining = 2
+        lease_ms = round(seconds * 1000)
+        value = codec.encode(self._facts.event(event, JobLeased(self._facts.source, lease_ms)))
+        self._sender.send(self._names.lifecycle, value, event.job_id, work.partition.number, work.closing_delivered)
+        record = self._facts.leased(event, self._facts.source, lease_ms)
+        assert record.value is not None
+        self._sender.send(record.topic, record.value, record.key, BY_KEY, work.derived_delivered)
+        if self._ticking is None:
+            self._ticking = asyncio.get_running_loop().call_later(TICK_S, self._tick)
+
+    def grant(self, work: Work) -> None:
+        """The lease is in the log."""
+        lease = work.lease
+        if lease is None or lease.granted:
+            return
+        lease.granted = True
+        if work.abandoned or _monotonic() > lease.until:
+            self.give_back(work)
+            self._ended(work)
+        elif work.stop_outcome is not None:
+            self._close_with_stop(work)
+            self._ended(work)
+        else:
+            self._begin(work)
+
+    def holds(self, work: Work) -> bool:
+        """Whether the job is still ours to run."""
+        return work.lease is not None and _monotonic() <= work.lease.until and not work.abandoned
+
+    # -- renewing -----------------------------------------------------------------------------------------------------
+
+    def _tick(self) -> None:
+        self._ticking = None
+        now = _monotonic()
+        for work, lease in list(self._held.items()):
+            if not lease.granted:
+                continue
+            if now > lease.until and not lease.closing:
+                self._lose(work)
+            elif now >= lease.renew_at:
+                lease.renew_at = now + lease.seconds / 3
+                self._renew(work, round(lease.seconds * 1000), partial(self._renewed, lease, now))
+        if self._held:
+            self._ticking = asyncio.get_running_loop().call_later(TICK_S, self._tick)
+
+    def _renew(self, work: Work, lease_ms: int, delivered: Callable[[KafkaError | None, Message], None] | None) -> None:
+        event = work.event
+        assert event is not None
+        value = codec.encode(self._facts.event(event, LeaseRenewed(self._facts.source, lease_ms)))
+        try:
+            self._sender.send(self._names.coordination, value, event.home or event.job_id, BY_KEY, delivered)
+        except (JobledgerError, KafkaException, BufferError) as exc:  # the next tick tries again, while there is time
+            LOG.warning("the lease of job %s was not renewed: %s", event.job_id, exc)
+
+    @staticmethod
+    def _renewed(lease: JobLease, asked_at: float, error: KafkaError | None, message: Message) -> None:
+        if error is None:
+            lease.until = max(lease.until, asked_at + lease.seconds)
+
+    def _lose(self, work: Work) -> None:
+        """Nobody has heard of us for as long as the lease holds: the job may run elsewhere by now."""
+        assert work.event is not None
+        LOG.warning(
+            "the lease of job %s (%s) is over: it was not renewed in time. What runs of it here is told to end, and what it "
+            "comes to is dropped",
+            work.event.job_id,
+            work.event.task,
+        )
+        self.lost += 1
+        self.give_back(work)
+        work.abandoned = True
+        self._give_up(work)
+
+    def give_back(self, work: Work) -> None:
+        """Let another worker have the job at once, if it has not got it already."""
+        if self._held.pop(work, None) is not None:
+            self._renew(work, 0, None)
+
+    # -- closing ------------------------------------------------------------------------------------------------------
+
+    def close(self, work: Work, value: bytes, before: list[Outgoing]) -> None:
+        """Tell the coordinator the job's end, after ``before`` is acknowledged; the lease is renewed until it has it. In any
+        thread. Raises as `Sender.send` does."""
+        lease = work.lease
+        assert lease is not None
+        lease.closing = True
+        if not before:
+            self._send_close(work, value)
+            return
+        left = [len(before)]
+
+        def written(error: KafkaError | None, message: Message) -> None:
+            if error is not None:
+                self._failed(f"what follows from the end of {_name(work)}", error)
+                return
+            left[0] -= 1
+            if not left[0]:
+                self.call(self._send_close, work, value)
+
+        for record in before:
+            assert record.value is not None
+            self._sender.send(record.topic, record.value, record.key, BY_KEY, written)
+
+    def _send_close(self, work: Work, value: bytes) -> None:
+        event = work.event
+        assert event is not None
+        self._sender.send(
+            self._names.coordination, value, event.home or event.job_id, BY_KEY, partial(self._closed, work, value)
+        )
+
+    def _closed(self, work: Work, value: bytes, error: KafkaError | None, message: Message) -> None:
+        """Delivery callback, in any thread."""
+        lease = work.lease
+        assert lease is not None
+        if error is None:
+            self.call(self._held.pop, work, None)
+        elif error.code() == KafkaError.MSG_SIZE_TOO_LARGE and not work.shortened:
+            work.shortened = True
+            limit = f"what topic {self._names.coordination} takes (its max.message.bytes)"
+            self.call(self._too_large, work, len(value), limit)
+        elif error.fatal() or lease.tries >= RESENDS:
+            self._failed(f"the end of {_name(work)}", error)
+        else:
+            lease.tries += 1
+            self.call(self._send_close, work, value)
+
+    def _failed(self, what: str, error: KafkaError) -> None:
+        refused = self._sender.failed(error, self._names.coordination)
+        if isinstance(refused, AccessDenied):
+            self._fail(refused)
+        else:
+            self._fail(
+                BrokerUnavailable(
+                    f"{what} could not be written ({error.str()}); its lease ends by itself, and another worker runs the job "
+                    "again"
+                )
+            )
+
+    def close_all(self) -> None:
+        """Give back what is still held, and renew nothing more: the worker ends."""
+        if self._ticking is not None:
+            self._ticking.cancel()
+            self._ticking = None
+        for work, lease in list(self._held.items()):
+            if not lease.closing:
+                self.give_back(work)
+
+
+def _name(work: Work) -> str:
+    return f"job {work.event.job_id}" if work.event is not None else "a job"

@@ -1,0 +1,225 @@
+"""Leases of long jobs, cancels and expiries, as the coordinator judges them: pure, against any order of what may happen."""
+
+from __future__ import annotations
+
+import uuid
+from collections import Counter
+from typing import Any
+
+import msgspec
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from jobledger.schemas.events import (
+    CRASHES_TAG,
+    CancelRequested,
+    DeadLettered,
+    ErrorInfo,
+    Fact,
+    JobCancelled,
+    JobEvent,
+    JobExpired,
+    JobFailed,
+    JobRetried,
+    JobSnoozed,
+    JobSpec,
+    JobSubmitted,
+    JobSucceeded,
+    Leased,
+    LeaseRenewed,
+    ReleaseDecided,
+    ReleaseOverdue,
+    ReleaseRequested,
+)
+from jobledger.streams.decisions import (
+    LEASES_LOST,
+    NO_FLOOR,
+    Decision,
+    Held,
+    Kept,
+    Released,
+    Row,
+    Scheduled,
+    decide,
+    decode_row,
+    encode_row,
+    is_marker,
+    of_unknown_kind,
+)
+
+SPEC = JobSpec(b'{"n": 1}', {"tenant": "acme"}, None)
+JOB = str(uuid.UUID(int=1))
+T0 = 1_700_000_000_000  # ms
+LEASE_MS = 30_000
+ERROR = ErrorInfo("ValueError", "no")
+
+
+def event(fact: Fact, release: int = 1, run: int = 1, attempt: int = 1) -> JobEvent:
+    return JobEvent("id", JOB, run, attempt, release, 0, "import_all", "slow", None, None, "worker", None, fact)
+
+
+def on(row: Row | None, fact: Fact, release: int = 1, offset: int = 9, at: int = T0, run: int = 1) -> Decision:
+    """What a fact appended at ``at`` comes to."""
+    return decide(row, NO_FLOOR, event(fact, release, run), 0, offset, at)
+
+
+def held(release: int = 1, crashes: int = 0, at: int = T0) -> Held:
+    tags = {**SPEC.tags, **({CRASHES_TAG: str(crashes)} if crashes else {})}
+    spec = JobSpec(SPEC.args, tags, None)
+    row = on(None, Leased(spec, "w1", LEASE_MS, crashes), release, 5, at).row
+    assert isinstance(row, Held)
+    return row
+
+
+def test_a_lease_is_kept_whole_until_it_ends() -> None:
+    """Its end is counted from its append; a renewal moves it, and sets no timer of its own."""
+    made = on(None, Leased(SPEC, "w1", LEASE_MS), offset=5)
+    row = made.row
+    assert isinstance(row, Held)
+    assert (made.verdict, row.due, row.worker, row.spec, row.crashes) == (
+        "leased",
+        (T0 + LEASE_MS) * 1000,
+        "w1",
+        SPEC,
+        0,
+    )
+    assert made.wake_at == row.due
+    renewed = on(row, LeaseRenewed("w1", LEASE_MS), at=T0 + 10_000)
+    assert isinstance(renewed.row, Held)
+    assert (renewed.row.due, renewed.wake_at, renewed.release) == ((T0 + 10_000 + LEASE_MS) * 1000, None, None)
+    early = on(renewed.row, ReleaseDecided(row.due), offset=12, at=T0 + LEASE_MS)
+    assert (early.verdict, early.wake_at) == ("early", renewed.row.due)
+    assert decode_row(encode_row(row)) == row
+    assert not is_marker(encode_row(row))
+    assert not of_unknown_kind(encode_row(row))
+
+
+def test_a_lease_that_ends_lets_the_job_go_again() -> None:
+    """As the next release with the same attempt, and a tag that counts; the old lease is stale then."""
+    row = held()
+    made = on(row, ReleaseDecided(row.due), at=T0 + LEASE_MS)
+    assert made.verdict == "lease-lost"
+    assert isinstance(made.release, Scheduled)
+    assert (made.release.release, made.release.attempt) == (2, 1)
+    assert made.release.tags == {"tenant": "acme", CRASHES_TAG: "1"}
+    assert made.row == Released(0, 9, 1, 2, T0 + LEASE_MS)
+    for late in (JobSucceeded(None), LeaseRenewed("w1", LEASE_MS), LeaseRenewed("w1", 0)):
+        stale = on(made.row, late, offset=20)
+        assert (stale.verdict, stale.row, stale.facts, stale.release) == ("stale-lease", None, (), None)
+    again = on(made.row, Leased(made.release.spec, "w2", LEASE_MS, 1), release=2, offset=21)
+    assert isinstance(again.row, Held)
+    assert again.row.crashes == 1
+
+
+def test_what_is_given_back_is_nobodys_fault() -> None:
+    """Let go at once, counted as no crash."""
+    made = on(held(), LeaseRenewed("w1", 0))
+    assert made.verdict == "given-back"
+    assert made.release is not None
+    assert (made.release.release, CRASHES_TAG in made.release.tags) == (2, False)
+
+
+def test_too_many_lost_leases_fail_the_job() -> None:
+    """Whole, into the dead letters; and nothing lets it go again."""
+    row = held(crashes=LEASES_LOST - 1)
+    made = on(row, ReleaseDecided(row.due), at=T0 + LEASE_MS)
+    assert made.verdict == "crashed"
+    assert made.release is None
+    failed, letter = (said.fact for said in made.facts)
+    assert isinstance(failed, JobFailed)
+    assert (failed.reason, f"started {LEASES_LOST} times" in failed.error.message) == ("crashed", True)
+    assert isinstance(letter, DeadLettered)
+    assert letter.spec == row.spec
+    assert isinstance(made.row, Released)
+    assert made.row.closed
+    assert on(made.row, ReleaseOverdue(SPEC, 0), offset=30).verdict == "ended"
+    assert on(made.row, Leased(SPEC, "w3", LEASE_MS), offset=31).verdict == "ended"
+    assert on(made.row, JobSubmitted(SPEC, 5), run=2, release=0, offset=32).verdict == "scheduled", "another run"
+
+
+@pytest.mark.parametrize("fact", [JobSucceeded(b"1"), JobCancelled("ann"), JobFailed("exhausted", ERROR)])
+def test_an_end_is_passed_on_as_it_is(fact: Any) -> None:
+    """The very event; of a failure the dead letter, too."""
+    said = event(fact)
+    made = decide(held(), NO_FLOOR, said, 0, 9, T0 + 1)
+    assert made.facts[0] is said
+    assert [type(f.fact) for f in made.facts[1:]] == ([DeadLettered] if isinstance(fact, JobFailed) else [])
+    assert made.row == Released(0, 9, 1, 1, T0 + 1, True)
+
+
+@pytest.mark.parametrize(("fact", "attempt"), [(JobRetried(ERROR, 5_000), 2), (JobSnoozed(5_000, "later"), 1)])
+def test_an_attempt_that_is_made_again_is_scheduled_by_its_end(fact: Any, attempt: int) -> None:
+    """Nobody else asks for it."""
+    made = on(held(), fact, at=T0 + 7)
+    assert isinstance(made.row, Scheduled)
+    assert (made.row.release, made.row.attempt, made.row.due) == (2, attempt, (T0 + 5_007) * 1000)
+    assert made.wake_at == made.row.due
+    assert [f.fact for f in made.facts] == [fact]
+
+
+def test_a_cancel_ends_what_waits_and_leaves_what_does_not() -> None:
+    """Delayed and retried jobs end at once, under the canceller's name; those at the workers are theirs."""
+    row = on(None, JobSubmitted(SPEC, 60_000), release=0, offset=4).row
+    assert isinstance(row, Scheduled)
+    made = on(row, CancelRequested("ann", "no need"), release=0)
+    assert made.verdict == "cancelled"
+    assert [(f.fact, f.release, f.attempt) for f in made.facts] == [(JobCancelled("ann", "no need"), 1, 1)]
+    assert made.row == Released(0, 9, 1, 1, T0, True)
+    assert on(made.row, ReleaseDecided(row.due), offset=10, at=T0 + 60_000).verdict == "ended"
+    for other in (None, Released(0, 5, 1, 1, T0), held()):
+        assert on(other, CancelRequested("ann"), release=0).facts == ()
+    assert on(row, CancelRequested("ann"), release=0, run=2).facts == (), "of another run"
+
+
+def test_what_expires_while_it_waits_ends_then() -> None:
+    """At its expiry, not at its due time; and one that is due before expires at the workers, if at all."""
+    row = on(None, JobSubmitted(JobSpec(b"{}", {}, None, 1_000), 60_000), release=0, offset=4).row
+    assert isinstance(row, Scheduled)
+    assert row.acts_at == (T0 + 1_000) * 1000
+    assert on(row, ReleaseDecided(row.acts_at), at=T0 + 999).verdict == "early"
+    made = on(row, ReleaseDecided(row.acts_at), at=T0 + 1_000)
+    assert (made.verdict, [f.fact for f in made.facts]) == ("expired", [JobExpired((T0 + 1_000) * 1000)])
+    soon = on(None, JobSubmitted(JobSpec(b"{}", {}, None, 90_000), 60_000), release=0, offset=4).row
+    assert isinstance(soon, Scheduled)
+    assert on(soon, ReleaseDecided(soon.due), at=T0 + 60_000).verdict == "released"
+
+
+FACTS = st.one_of(
+    st.just(Leased(SPEC, "w", LEASE_MS)),
+    st.sampled_from([LeaseRenewed("w", LEASE_MS), LeaseRenewed("w", 0)]),
+    st.just(ReleaseDecided(0)),
+    st.sampled_from([JobSucceeded(b"1"), JobFailed("never", ERROR), JobCancelled("ann"), JobRetried(ERROR, 10)]),
+    st.just(CancelRequested("ann")),
+    st.just(ReleaseRequested(SPEC, 10)),
+    st.just(ReleaseOverdue(SPEC, 0)),
+)
+
+
+@given(st.lists(st.tuples(FACTS, st.integers(1, 4), st.integers(0, 40_000)), max_size=60), st.booleans())
+@settings(max_examples=300, deadline=None)
+def test_of_a_run_there_is_one_end(steps: list[tuple[Fact, int, int]], crash: bool) -> None:
+    """Whatever workers, timers and people write, in whatever order and however often: at most one end of the run is passed on,
+    each release is let go once, and nothing follows the end. Decided again after a crash, it comes to the same."""
+    row: Row | None = None
+    at = T0
+    ends: Counter[str] = Counter()
+    released: Counter[int] = Counter()
+    for offset, (fact, release, later) in enumerate(steps):
+        at += later
+        made = decide(row, NO_FLOOR, event(fact, release), 0, offset, at)
+        if crash:
+            assert decide(row, NO_FLOOR, event(fact, release), 0, offset, at) == made, "a function of what stands there"
+        terminal = [f for f in made.facts if isinstance(f.fact, JobSucceeded | JobFailed | JobCancelled | JobExpired)]
+        for said in terminal:
+            ends[said.event_id if said.event_id != "id" else f"{offset}"] += 1
+        if made.release is not None and made.verdict != "sent-again":
+            released[made.release.release] += 1
+            assert sum(ends.values()) == 0, "let go after its end"
+        if made.row is not None:
+            assert row is None or (made.row.run, made.row.release) >= (row.run, row.release)
+            row = decode_row(encode_row(made.row))  # type: ignore[assignment]  # no floor
+            assert msgspec.structs.asdict(row) == msgspec.structs.asdict(made.row)  # type: ignore[arg-type]
+            assert not isinstance(row, Kept) or row.offset == offset
+    assert max(released.values(), default=0) <= 1
+    assert sum(ends.values()) <= 1
