@@ -1,0 +1,122 @@
+"""Long jobs for the fault tests of leases, each noting beside the log what it does.
+
+``python -m tests.acceptance.long_app submit TASK ARGUMENT…`` submits one and prints its id; ``delayed SECONDS TASK ARGUMENT…`` later;
+``cancel ID…`` cancels.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import sys
+import time
+from typing import Any
+
+from jobledger import App, Retry, Snooze, current_job
+
+app = App(os.environ.get("CHAOS_NAMESPACE", "long"), partitions=4)
+EXECUTIONS = os.environ.get("CHAOS_EXECUTIONS", os.devnull)
+AGAIN = Retry(max_attempts=2, initial=0.2, jitter=False)
+
+
+def note(what: str) -> None:
+    """One line, written at once: it is there even if the process dies right after."""
+    file = os.open(EXECUTIONS, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+    try:
+        os.write(file, f"{current_job().job_id} {what} {os.getpid()} {time.time():.3f}\n".encode())
+    finally:
+        os.close(file)
+
+
+def work(seconds: float) -> int:
+    """Busy in small steps, so that a thread can be told."""
+    note("began")
+    end = time.monotonic() + seconds
+    try:
+        while time.monotonic() < end:
+            time.sleep(0.02)
+    except BaseException as told:
+        note(type(told).__name__)
+        raise
+    note("ended")
+    return current_job().release
+
+
+@app.task(long=True, lease=5)
+async def coroutine(seconds: float) -> int:
+    """On the event loop."""
+    note("began")
+    try:
+        await asyncio.sleep(seconds)
+    except BaseException as told:
+        note(type(told).__name__)
+        raise
+    note("ended")
+    return current_job().release
+
+
+@app.task(long=True, lease=5)
+def thread(seconds: float) -> int:
+    """In a thread."""
+    return work(seconds)
+
+
+@app.task(long=True, lease=5, isolation="process")
+def process(seconds: float) -> int:
+    """In a child process."""
+    return work(seconds)
+
+
+@app.task(long=True, lease=5, retry=AGAIN, fallback="console")
+async def fails(seconds: float) -> int:
+    """Twice, for good."""
+    note("began")
+    await asyncio.sleep(seconds)
+    raise ValueError(f"attempt {current_job().attempt}")
+
+
+@app.task
+async def console(seconds: float) -> str:
+    """After `fails`."""
+    return "consoled"
+
+
+@app.task(long=True, lease=5)
+async def snoozes(seconds: float) -> int:
+    """Once."""
+    note("began")
+    if current_job().release == 1:
+        raise Snooze(seconds)
+    return current_job().release
+
+
+@app.task(long=True, lease=5)
+def kills() -> None:
+    """Its worker, each time."""
+    note("began")
+    os.kill(os.getpid(), 9)
+
+
+@app.task
+async def short(number: int) -> int:
+    """Takes a few milliseconds."""
+    await asyncio.sleep(0.005)
+    return number
+
+
+if __name__ == "__main__":
+    match sys.argv[1:]:
+        case ["submit", name, *words]:
+            print(app.tasks[name].submit(*(float(word) for word in words)).job_id)
+        case ["delayed", delay, name, *words]:
+            task: Any = app.tasks[name]
+            print(task.using(delay=float(delay)).submit(*(float(word) for word in words)).job_id)
+        case ["expiring", expiry, delay, name, *words]:
+            task = app.tasks[name]
+            print(task.using(delay=float(delay), expires_in=float(expiry)).submit(*(float(w) for w in words)).job_id)
+        case ["short", count]:
+            app.submit_many(short.job(n) for n in range(int(count)))
+        case ["cancel", *ids]:
+            for job_id in ids:
+                app.cancel(job_id, "by a test")
+    app.close()

@@ -1,0 +1,255 @@
+"""Leases of long jobs against faults: deploys and rebalances of others, dead coordinators, killed, frozen and stopped
+workers; and what the coordinator ends by itself, cancels and expiries. Judged by the raw log.
+
+``FAULT_LONG_S`` is how long the long job of the first test runs, in seconds.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from confluent_kafka.admin import AdminClient
+
+from jobledger.config import Settings
+from jobledger.kafka import topics
+from jobledger.kafka.embedded import EmbeddedKafka
+from jobledger.names import Names
+from tests.acceptance import rawlog
+from tests.acceptance.fleet import Fleet, Member
+from tests.acceptance.promises import Promise
+
+pytestmark = [pytest.mark.kafka, pytest.mark.slow]
+
+ROOT = Path(__file__).resolve().parents[2]
+LONG_S = float(os.environ.get("FAULT_LONG_S", "25"))
+LEASE_S = 5.0
+PARTITIONS = 4
+TERMINAL = {"JobSucceeded", "JobFailed", "JobCancelled", "JobExpired"}
+
+
+@pytest.fixture(scope="module")
+def kafka() -> Iterator[EmbeddedKafka]:
+    """A broker of this module's own."""
+    with EmbeddedKafka() as broker:
+        yield broker
+
+
+@pytest.fixture
+def fleet(kafka: EmbeddedKafka, tmp_path: Path) -> Iterator[Fleet]:
+    """A namespace with its topics, a coordinator, and no worker yet."""
+    namespace = f"l{uuid.uuid4().hex[:10]}"
+    settings, names = Settings(bootstrap=kafka.bootstrap), Names(namespace)
+    specs = topics.desired(names, {"default": PARTITIONS}, partitions=PARTITIONS, replication=1)
+    client = AdminClient({"bootstrap.servers": settings.resolve_bootstrap()})
+    topics.apply(client, topics.plan(client, specs, topics.worker_groups(names, ["default"])))
+    with Fleet(tmp_path, kafka.bootstrap, namespace, target="tests/acceptance/long_app.py:app") as made:
+        made.start("coordinator")
+        yield made
+
+
+def tell(fleet: Fleet, *words: str) -> str:
+    """Run the app's own little command, in a process of its own."""
+    argv = [sys.executable, "-m", "tests.acceptance.long_app", *words]
+    done = subprocess.run(argv, env=fleet.environ, check=True, cwd=ROOT, timeout=60, capture_output=True, text=True)
+    return done.stdout.strip()
+
+
+def noted(fleet: Fleet, job: str) -> list[tuple[str, int, float]]:
+    """What a job's code noted: what, in which process, when."""
+    lines = fleet.executions.read_text().splitlines() if fleet.executions.exists() else []
+    return [(words[1], int(words[2]), float(words[3])) for line in lines if (words := line.split())[0] == job]
+
+
+def began(fleet: Fleet, job: str, times: int, timeout: float = 60.0) -> tuple[str, int, float]:
+    """Wait for the begin of a job's code, for so many times; the last one."""
+    found: list[tuple[str, int, float]] = []
+
+    def enough() -> bool:
+        found[:] = [note for note in noted(fleet, job) if note[0] == "began"]
+        return len(found) >= times
+
+    fleet.until(enough, timeout, f"begin number {times} of {job}")
+    return found[-1]
+
+
+def ended(fleet: Fleet, job: str, timeout: float = 60.0) -> tuple[rawlog.Log, rawlog.Record]:
+    """Wait for the one end of a job, and a little longer for another one, which there must not be."""
+    found: list[tuple[rawlog.Log, list[rawlog.Record]]] = []
+
+    def over() -> bool:
+        log = rawlog.read(fleet.bootstrap, fleet.namespace)
+        ends = [r for r in log.of("lifecycle") if r.fact in TERMINAL and r.head["job_id"] == job]
+        found[:] = [(log, ends)]
+        return bool(ends)
+
+    fleet.until(over, timeout, f"the end of {job}")
+    time.sleep(1.0)
+    over()
+    log, ends = found[0]
+    Promise.NO_RERUN_AFTER_SUCCESS.hold(len(ends) == 1, rawlog.life_of(log, job))
+    return log, ends[0]
+
+
+def on_worker(fleet: Fleet, pid: int) -> Member:
+    """The worker that a process is, or belongs to."""
+    import psutil
+
+    family = {pid, *(parent.pid for parent in psutil.Process(pid).parents())}
+    return next(m for m in fleet.of("worker") if m.process is not None and m.pid in family)
+
+
+@pytest.mark.parametrize("task", ["coroutine", "thread", "process"])
+@pytest.mark.timeout(180)
+def test_a_long_job_outlives_what_happens_to_others(fleet: Fleet, task: str, say: Callable[[str], None]) -> None:
+    """Workers come, go and die, the coordinator is killed twice, partitions move: it runs once, and holds nothing up."""
+    fleet.start("worker")
+    job = tell(fleet, "submit", task, str(LONG_S))
+    first = began(fleet, job, 1)
+    home = on_worker(fleet, first[1])
+    other = fleet.start("worker")
+    tell(fleet, "short", "500")
+    for coordinator in fleet.of("coordinator") * 2:
+        fleet.kill(coordinator)
+        fleet.tend()
+        assert fleet.stop(other) == 0
+        fleet.restart(other)
+        time.sleep(2.0)
+    fleet.kill(other)
+    fleet.tend()
+
+    def committed() -> bool:
+        log = rawlog.read(fleet.bootstrap, fleet.namespace)
+        return sum(log.committed.values()) == 501
+
+    fleet.until(committed, 40.0, "everything but the long job done, and its record, too")
+    assert [what for what, *_ in noted(fleet, job)] == ["began"], "it still runs"
+    log, end = ended(fleet, job, LONG_S + 30)
+    assert end.fact == "JobSucceeded"
+    Promise.AT_LEAST_ONCE.hold([what for what, *_ in noted(fleet, job)] == ["began", "ended"], noted(fleet, job))
+    renewals = sum(r.fact == "LeaseRenewed" and r.head["job_id"] == job for r in log.of("coordination"))
+    assert renewals >= LONG_S / LEASE_S * 2
+    assert home.lives == 1
+    say(f"long {task}: {LONG_S:g} s on a lease of {LEASE_S:g} s, {renewals} renewals, {fleet.did}: ran once")
+
+
+@pytest.mark.parametrize("task", ["coroutine", "process"])
+def test_a_dead_worker_is_seen_within_its_lease(fleet: Fleet, task: str, say: Callable[[str], None]) -> None:
+    """kill -9 in the middle: another one begins once the lease is over, and not before; one end."""
+    for _ in range(2):
+        fleet.start("worker")
+    job = tell(fleet, "submit", task, "4")
+    _, pid, _ = began(fleet, job, 1)
+    time.sleep(1.0)
+    victim = on_worker(fleet, pid)
+    victim.wanted = False
+    fleet.kill(victim)
+    died = time.time()
+    _, _, again = began(fleet, job, 2, 30.0)
+    log, end = ended(fleet, job)
+    assert end.fact == "JobSucceeded"
+    assert end.head["release"] == 2
+    assert LEASE_S - 5 / 3 - 0.7 <= again - died <= LEASE_S + 3.0, rawlog.life_of(log, job)
+    say(f"long {task}: its worker killed, begun again {again - died:.1f} s later on a lease of {LEASE_S:g} s")
+
+
+def test_a_frozen_worker_loses_its_lease_and_knows_it(fleet: Fleet) -> None:
+    """SIGSTOP for longer than the lease: another runs it to its one end; the first, awake again, drops what it has."""
+    for _ in range(2):
+        fleet.start("worker")
+    job = tell(fleet, "submit", "coroutine", "8")
+    _, pid, _ = began(fleet, job, 1)
+    frozen = on_worker(fleet, pid)
+    fleet.freeze(frozen)
+    began(fleet, job, 2, 30.0)
+    fleet.thaw(frozen)
+    log, end = ended(fleet, job)
+    assert (end.fact, end.head["release"]) == ("JobSucceeded", 2)
+    assert "lease of job" in frozen.output()
+    assert ("CancelledError", pid) in [(what, where) for what, where, _ in noted(fleet, job)]
+    facts = [r.fact for r in log.of("coordination") if r.head["job_id"] == job and r.head["release"] == 1]
+    assert "JobSucceeded" not in facts
+
+
+def test_what_a_stop_cuts_off_is_given_back_at_once(fleet: Fleet) -> None:
+    """SIGTERM with a grace time that is too short: begun elsewhere as soon as the first has let go, without a crash counted."""
+    fleet.start("worker", "--grace", "1")
+    job = tell(fleet, "submit", "coroutine", "6")
+    _, pid, _ = began(fleet, job, 1)
+    fleet.start("worker")
+    fleet.until(lambda: "serves default" in fleet.of("worker")[1].output(), 30.0, "the second worker")
+    assert fleet.stop(on_worker(fleet, pid)) == 0
+    stopped = time.time()
+    _, _, again = began(fleet, job, 2, 20.0)
+    log, end = ended(fleet, job)
+    assert again - stopped < 2.0, rawlog.life_of(log, job)
+    assert (end.fact, end.head["release"]) == ("JobSucceeded", 2)
+    due = next(r for r in log.work() if r.head["job_id"] == job and r.fact == "JobDue")
+    assert due.body["spec"]["tags"] == {}
+
+
+def test_every_end_of_a_leased_job_goes_by_the_coordinator(fleet: Fleet) -> None:
+    """Retries, failures with fallback and dead letter, snoozes, cancels: each once, and nothing left behind."""
+    fleet.start("worker")
+    fails, snoozes, told = (
+        tell(fleet, "submit", *words) for words in (("fails", "0.2"), ("snoozes", "1"), ("thread", "60"))
+    )
+    began(fleet, told, 1)
+    tell(fleet, "cancel", told)
+    log, end = ended(fleet, told, 15.0)
+    assert (end.fact, end.body["reason"]) == ("JobCancelled", "by a test")
+    assert [what for what, *_ in noted(fleet, told)] == ["began", "TaskCancelled"]
+    log, end = ended(fleet, snoozes)
+    assert (end.fact, end.head["release"], end.head["attempt"]) == ("JobSucceeded", 2, 1)
+    log, end = ended(fleet, fails)
+    assert (end.fact, end.body["reason"], end.head["attempt"]) == ("JobFailed", "exhausted", 2)
+    letters = [r for r in log.of("dead-letter") if r.head["job_id"] == fails]
+    assert [(r.fact, r.body["reason"]) for r in letters] == [("DeadLettered", "exhausted")]
+    children = [r for r in log.work() if r.fact == "JobSubmitted" and r.body["spec"]["parent"] == fails]
+    assert len(children) == 1
+    ended(fleet, children[0].head["job_id"])
+    assert sum(log.committed.values()) <= len(list(log.work()))
+
+
+@pytest.mark.timeout(120)
+def test_a_long_job_that_kills_is_quarantined(fleet: Fleet) -> None:
+    """The worker dies once; after that it is a child that dies, twice, and the job is failed with its words."""
+    fleet.start("worker")
+    job = tell(fleet, "submit", "kills")
+    _, end = ended(fleet, job, 60.0)
+    assert (end.fact, end.body["reason"]) == ("JobFailed", "crashed")
+    assert "signal 9" in end.body["error"]["message"]
+    Promise.POISON_IS_CONTAINED.hold(len(noted(fleet, job)) == 3, noted(fleet, job))
+    Promise.POISON_IS_CONTAINED.hold(len(fleet.deaths) == 1, fleet.deaths)
+
+
+def test_what_waits_is_cancelled_and_expires_at_once(fleet: Fleet) -> None:
+    """Delayed jobs, with no worker about: a cancel ends one within a moment, an expiry at its time; also when the coordinator
+    was down at the time of the order, and never twice when it is killed."""
+    early, late = (tell(fleet, "delayed", "3600", "coroutine", "1") for _ in range(2))
+    expiring = tell(fleet, "expiring", "4", "3600", "coroutine", "1")
+    began_at = time.monotonic()
+    tell(fleet, "cancel", early)
+    log, end = ended(fleet, early, 15.0)
+    assert (end.fact, end.body["reason"]) == ("JobCancelled", "by a test")
+    (coordinator,) = fleet.of("coordinator")
+    coordinator.wanted = False
+    fleet.kill(coordinator)
+    tell(fleet, "cancel", late)
+    fleet.restart(coordinator)
+    log, end = ended(fleet, late, 40.0)
+    assert end.fact == "JobCancelled"
+    fleet.kill(coordinator)
+    fleet.restart(coordinator)
+    log, end = ended(fleet, expiring, 40.0)
+    assert end.fact == "JobExpired"
+    assert time.monotonic() - began_at >= 4
+    for job in (early, late, expiring):
+        ended(fleet, job)
+        assert not [r for r in log.work() if r.head["job_id"] == job], "it never came to a worker"
