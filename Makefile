@@ -59,7 +59,7 @@ bench-peers: $(STAMP) ## Celery, Dramatiq, Taskiq, BullMQ and ours in turn; inst
 	@$(PY) -m bench.peers $(ARGS)
 
 chaos: $(STAMP) ## the acceptance tests, long: CHAOS_SECONDS, CHAOS_JOBS
-	@CHAOS_SECONDS=$(CHAOS_SECONDS) CHAOS_JOBS=$(CHAOS_JOBS) $(PY) -m pytest tests/acceptance --timeout=0 $(ARGS)
+	@CHAOS_SECONDS=$(CHAOS_SECONDS) CHAOS_JOBS=$(CHAOS_JOBS) FAULT_LONG_S=120 $(PY) -m pytest tests/acceptance --timeout=0 $(ARGS)
 
 docs: $(STAMP) ## draw docs/states.md from the table of transitions
 	@$(PY) docs/draw.py >docs/states.md.new && mv docs/states.md.new docs/states.md

@@ -42,6 +42,7 @@ def of_worker(settings: Settings, jobs: int) -> list[Figure]:
     report = worker.measure(settings.resolve_bootstrap(), jobs, None)
     noop, naps, hop = report["noop"], report["naps"], report["submit_to_start"]
     ours, bare = hop["worker"], hop["bare_hop"]
+    children = report["processes"]
     least = max(2.5, 1.5 * bare["p50_ms"])
     return [
         Figure("no-op async jobs, one process", noop["worker"]["jobs_per_s"], "jobs/s",
@@ -49,6 +50,10 @@ def of_worker(settings: Settings, jobs: int) -> list[Figure]:
         Figure("CPU of no-op jobs", noop["worker"]["cpu_s_per_1000"], "s per 1,000", None, False,
                noop["bare"]["cpu_s_per_1000"], "the worker process alone"),
         Figure("no-op jobs in threads", report["threads"]["worker"]["jobs_per_s"], "jobs/s", 10_000, True, None, ""),
+        Figure("no-op jobs in child processes", children["noop"]["jobs_per_s"], "jobs/s", 3_000, True, None,
+               f"{children['cpus']} children"),
+        Figure("10 ms of CPU in child processes", children["busy_10_ms"]["jobs_per_s"], "jobs/s", None, True,
+               100.0 * children["cpus"], "bare: 100 a second for each CPU, with nothing else on them"),
         Figure("50 ms jobs, 500 at once", naps["worker"]["jobs_per_s"], "jobs/s", 9_000, True,
                naps["bare"]["jobs_per_s"], f"{naps['worker']['jobs']:,} jobs; ideal 10,000/s"),
         Figure("submit → start p50", ours["p50_ms"], "ms", least, False, bare["p50_ms"], "300 a second; bare: one hop"),

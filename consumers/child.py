@@ -35,8 +35,8 @@ from jobledger.task import Registry, Task
 
 LOG = logging.getLogger("jobledger.worker")
 
-#: The signal that tells a plain function to end.
-INTERRUPT = signal.SIGUSR1
+#: The signals that tell code to end: its time is over, or its job was cancelled.
+LATE, STOP = signal.SIGUSR1, signal.SIGUSR2
 #: Seconds between two progress messages of one job.
 PROGRESS_INTERVAL_S = 0.1
 #: What address space a job with ``max_memory`` may have beyond it: past that, Python says `MemoryError`. The worker looks
@@ -57,14 +57,13 @@ class Child:
         self._inside = False  # a plain function's code runs
         self._late = False  # the coroutine's time was over
         self._most: int | None = None  # the limit of memory that is set
-        self._began = 0.0
-        self._task: Task[Any, Any] | None = None
         self._reported_at = 0.0
         self._unsent: JobProgressed | None = None
 
     def serve(self) -> None:
         """Run what comes until the connection ends."""
-        signal.signal(INTERRUPT, self._interrupted)
+        for number in (LATE, STOP):
+            signal.signal(number, self._interrupted)
         while (body := self._receive()) is not None:
             said = self._run(decode_run(body))
             if self._unsent is not None:
@@ -91,7 +90,7 @@ class Child:
     # -- one attempt --------------------------------------------------------------------------------------------------
 
     def _run(self, run: Run) -> Ended:
-        task = self._task = self._registry.tasks.get(run.task)
+        task = self._registry.tasks.get(run.task)
         if task is None:  # the code on disk is not what the worker runs
             missing = LookupError(f"the child process has no task {run.task!r}: was the app changed under its worker?")
             return ended(decide(Retry(), run.attempt, missing, random.random()))
@@ -147,7 +146,6 @@ class Child:
     def _plainly(self, function: Callable[..., Any], context: JobContext, kwargs: dict[str, Any]) -> Any:
         """Run a function that `_interrupted` may end."""
         enter(context)
-        self._began = time.monotonic()
         value: Any = None
         returned = False
         try:
@@ -168,9 +166,7 @@ class Child:
             self._loop.get_loop().call_soon_threadsafe(self._running.cancel)
         elif self._inside:
             self._inside = False
-            limit = None if self._task is None else self._task.timeout
-            over = limit is not None and time.monotonic() - self._began >= limit
-            raise TaskTimedOut if over else TaskCancelled
+            raise TaskTimedOut if number == LATE else TaskCancelled
 
     # -- its end ------------------------------------------------------------------------------------------------------
 

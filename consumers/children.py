@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from jobledger.config import Settings
-from jobledger.consumers.child import INTERRUPT
+from jobledger.consumers.child import LATE, STOP
 from jobledger.consumers.frames import Progress, Run, Splitter, decode_said, frame, outcome_of
 from jobledger.consumers.outcome import MESSAGE_LIMIT, TRACEBACK_LIMIT, Outcome, printable
 from jobledger.consumers.work import Work
@@ -240,7 +240,7 @@ class Children:
                 self._waiting.remove(work)
                 self._on_ended(work, "stop", ChildProcessError("it was cancelled before a child was free"))
             return
-        child.signal(INTERRUPT)
+        child.signal(STOP)
         child.timers.append(self._loop.call_later(SOFT_S, self._kill, child, "stop"))
 
     def holds(self, work: Work) -> bool:
@@ -482,7 +482,7 @@ class Children:
         limit = plan.task.timeout
         if limit is not None:
             if not plan.is_async:  # a coroutine sees to that itself
-                child.timers.append(self._loop.call_later(limit, child.signal, INTERRUPT))
+                child.timers.append(self._loop.call_later(limit, child.signal, LATE))
             child.timers.append(self._loop.call_later(limit + SOFT_S, self._kill, child, "timeout"))
         if plan.task.policy.max_memory is not None:
             if not self._watched:

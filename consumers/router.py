@@ -85,7 +85,9 @@ class Routes:
     def _job(self, handler: Handler, event_id: str, plain: dict[str, Any], trace: str | None) -> tuple[str, Outgoing]:
         task = handler.task
         job_id = handler.job_id(event_id)
-        spec = JobSpec(handler.args(plain), {EVENT_TAG: event_id}, priority=task.policy.priority)
+        expires_in = task.policy.expires_in
+        expires_in_ms = None if expires_in is None else max(1, round(expires_in * 1000))
+        spec = JobSpec(handler.args(plain), {EVENT_TAG: event_id}, None, expires_in_ms, None, task.policy.priority)
         event = JobEvent(
             job_id,
             job_id,

@@ -5,7 +5,18 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any, Literal, ParamSpec, Protocol, TypeVar, dataclass_transform, overload
+from typing import (
+    TYPE_CHECKING,
+    Any,
+    Literal,
+    ParamSpec,
+    Protocol,
+    TypedDict,
+    TypeVar,
+    Unpack,
+    dataclass_transform,
+    overload,
+)
 
 from jobledger.client import Client, EventHandle, JobHandle
 from jobledger.config import Settings
@@ -35,6 +46,21 @@ F = TypeVar("F", bound=Callable[..., Any])
 A = TypeVar("A", bound=Around)
 M = TypeVar("M")
 T = TypeVar("T")
+
+
+class HandlerOptions(TypedDict, total=False):
+    """What `App.on` takes beside what it names; see `App.task`."""
+
+    priority: Literal["high", "normal", "low"] | None
+    rate: str | float | None
+    concurrency: int | None
+    isolation: Literal["process"] | None
+    max_memory: str | int | None
+    long: bool | None
+    lease: float
+    expires_in: float | None
+    adaptive: Adaptive | bool | None
+    breaker: Breaker | bool | None
 
 
 class TaskDecorator(Protocol):
@@ -293,16 +319,19 @@ class App:
         retry: Retry | int | None = None,
         timeout: float | None = None,
         fallback: Task[Any, Any] | str | None = None,
+        **policy: Unpack[HandlerOptions],
     ) -> TaskDecorator:
         """Register a function as a handler of an event class: for every event from now on, one job that runs it.
 
-        The function takes the event. Options as for `task`. Events of the past: ``jobledger backfill``. Raises
+        The function takes the event. Options as for `task`, but a key: the job's is the event's own. Events of the past: ``jobledger backfill``. Raises
         `ConfigError`, `BadEvent` or `UnknownQueue`.
         """
         self.registry.event_of(event)
 
         def register(function: Callable[..., Any]) -> Task[Any, Any]:
-            task = self.registry.add(function, name=name, queue=queue, retry=retry, timeout=timeout, fallback=fallback)
+            task = self.registry.add(
+                function, name=name, queue=queue, retry=retry, timeout=timeout, fallback=fallback, **policy
+            )
             try:
                 self.registry.add_handler(event, task)
             except ConfigError:
@@ -415,8 +444,7 @@ class App:
     def cancel(self, job_id: str, reason: str | None = None, *, run: int = 1, by: str | None = None) -> None:
         """Want a job to end; returns once the log has acknowledged that.
 
-        One that waits, for its turn, a time or a retry, is not started any more; one that runs is told: a coroutine is
-        cancelled, a thread goes on. One that has ended stays what it is. ``by``: who wants it, this user and host unless given. Raises `ConfigError`, `TopicMissing` or `BrokerUnavailable`.
+        One that waits, for its turn, a time or a retry, is not started any more; one that runs is told to end. One that has ended stays what it is. ``by``: who wants it, this user and host unless given. Raises `ConfigError`, `TopicMissing` or `BrokerUnavailable`.
         """
         self.orders.cancel([Job(job_id, run)], reason, by)
 

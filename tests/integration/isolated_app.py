@@ -53,6 +53,12 @@ def where(n: int, *, pid: int = Depends(opened)) -> dict[str, Any]:
 
 
 @app.task(isolation="process")
+def echoes(text: str) -> str:
+    """Gives back what it was given."""
+    return text
+
+
+@app.task(isolation="process")
 async def where_async(n: int) -> int:
     """The same on an event loop."""
     await asyncio.sleep(0.01)

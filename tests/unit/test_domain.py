@@ -16,7 +16,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jobledger import App, BadEvent, ConfigError, IncompatibleEvent, Settings, UnknownTask
+from jobledger import App, BadEvent, ConfigError, IncompatibleEvent, Queue, Settings, UnknownTask
 from jobledger.domain import EventType, earlier_of, event_id_of
 from jobledger.errors import NotAnEvent, UnknownSchema
 from jobledger.names import Names
@@ -309,3 +309,20 @@ def test_an_event_without_our_header_is_known_by_its_place() -> None:
     assert event_id_of({"jl-event": known.encode()}, "t", 0, 1) == known
     assert event_id_of({"jl-event": b"nonsense"}, "t", 0, 1) == event_id_of({}, "t", 0, 1)
     assert len({event_id_of({}, *where) for where in (("t", 0, 1), ("t", 0, 2), ("t", 1, 1), ("u", 0, 1))}) == 4
+
+
+def test_a_handler_takes_a_tasks_options() -> None:
+    """Priority, isolation, leases, limits, expiry; a key is the event's own."""
+    app = App("handlers", settings=Settings(bootstrap="127.0.0.1:1"), queues=[Queue("crm", priorities=True)])
+
+    @app.event
+    class Happened:
+        n: int
+
+    @app.on(Happened, queue="crm", priority="high", isolation="process", timeout=90, max_memory="64MiB", expires_in=5)
+    def sync(event: Happened) -> None: ...
+
+    policy = app.tasks["sync"].policy
+    assert (policy.priority, policy.isolation, policy.long, policy.expires_in) == ("high", "process", True, 5.0)
+    with pytest.raises(TypeError, match="key"):
+        app.on(Happened, key="n")  # type: ignore[call-arg]  # the point of the test
