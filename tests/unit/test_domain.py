@@ -315,14 +315,12 @@ def test_a_handler_takes_a_tasks_options() -> None:
     """Priority, isolation, leases, limits, expiry; a key is the event's own."""
     app = App("handlers", settings=Settings(bootstrap="127.0.0.1:1"), queues=[Queue("crm", priorities=True)])
 
-    @app.event
-    class Happened:
-        n: int
+    app.event(Shipped)
 
-    @app.on(Happened, queue="crm", priority="high", isolation="process", timeout=90, max_memory="64MiB", expires_in=5)
-    def sync(event: Happened) -> None: ...
+    @app.on(Shipped, queue="crm", priority="high", isolation="process", timeout=90, max_memory="64MiB", expires_in=5)
+    def sync(event: Shipped) -> None: ...
 
     policy = app.tasks["sync"].policy
     assert (policy.priority, policy.isolation, policy.long, policy.expires_in) == ("high", "process", True, 5.0)
     with pytest.raises(TypeError, match="key"):
-        app.on(Happened, key="n")  # type: ignore[call-arg]  # the point of the test
+        app.on(Shipped, key="n")  # type: ignore[call-arg]  # the point of the test
