@@ -19,7 +19,7 @@ from jobledger import App, Queue, Settings
 from jobledger.consumers.worker import Worker, WorkerOptions, run_tuned
 from jobledger.kafka.topics import ensure
 
-PARTITIONS = 4
+PARTITIONS, LEVELS = 4, 3
 KEYS = 10_000
 #: Short jobs that come in a second, beside which one slow job runs.
 RATE = 2_000
@@ -239,12 +239,18 @@ def share_of_low(namespace: str, bootstrap: str, high: int) -> dict[str, float]:
     app = build(namespace, bootstrap)
     worker = Worker(app.registry, app.settings, WorkerOptions(queues=["levels"]))
 
+    # Paused until both levels have their partitions: the groups do not get them in the same moment.
+    app.pause(queue="levels")
+
     def watch() -> None:
+        while not (ready(worker) and len(list(worker.partitions())) == LEVELS * PARTITIONS):
+            time.sleep(0.05)
+        app.resume(queue="levels")
         while RAN.count("high") < high:
             time.sleep(0.05)
 
     beside(worker, watch)
-    # From the first low one on: the two groups do not get their partitions in the same moment.
+    app.close()
     both = RAN[RAN.index("low") : len(RAN) - RAN[::-1].index("high")]
     return {"low": both.count("low") / len(both) * 100}
 

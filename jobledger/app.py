@@ -326,6 +326,8 @@ class App:
         The function takes the event. Options as for `task`, but a key: the job's is the event's own. Events of the past: ``jobledger backfill``. Raises
         `ConfigError`, `BadEvent` or `UnknownQueue`.
         """
+        if unknown := policy.keys() - HandlerOptions.__annotations__.keys():
+            raise TypeError(f"App.on() takes no {min(unknown)}=")
         self.registry.event_of(event)
 
         def register(function: Callable[..., Any]) -> Task[Any, Any]:

@@ -15,6 +15,7 @@ import pytest
 
 from jobledger import App, Breaker, Queue, Retry, Settings, Snooze, current_job
 from jobledger.kafka.topics import ensure
+from jobledger.orders import Job
 from jobledger.schemas.events import (
     JobCancelled,
     JobExpired,
@@ -273,6 +274,24 @@ def test_limits_hold_for_all_workers_together(app: App, seen: Seen) -> None:
     assert took >= 80 / 20 * 0.8, f"80 jobs at 20 a second took {took:.1f} s"
     for at in range(len(times) - 30):
         assert times[at + 30] - times[at] > 0.75, "thirty began within less than a second"
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_with_one_hot_partition_the_limit_is_its_workers_share(app: App, seen: Seen, workers: int) -> None:
+    """Twenty a second on a queue of two partitions, all load in one: alone its worker has all of that, of two each has half."""
+    handles = app.submit_many(app.tasks["call"].job(n, 0.01) for n in range(110))
+    cold = [handle for handle in handles if handle.position.partition == 1]
+    app.orders.cancel([Job(handle.job_id, 1) for handle in cold], "another partition")
+    hot = len(handles) - len(cold)
+    with ExitStack() as all_of_them:
+        for _ in range(workers):
+            all_of_them.enter_context(working(app, queues=["slow"]))
+        ended(app, 110, timeout=60.0)
+    assert len(seen.began) == hot
+    times = sorted(at for _, at in seen.began)
+    # Without the first ones, while the group may not have dealt its partitions out yet.
+    rate = (hot - 1 - hot // 3) / (times[-1] - times[hot // 3])
+    assert 20 / workers * 0.8 < rate < 20 / workers * 1.2, f"{rate:.1f} a second with {workers} workers"
 
 
 def test_a_limited_task_does_not_hold_up_the_rest_of_its_queue(app: App, seen: Seen) -> None:
