@@ -121,6 +121,7 @@ class _Child(asyncio.Protocol):
         self.began = 0.0
         self.leaving = False  # told to end, when its job is over
         self.gone = False
+        self.orphan = False  # ended because the nursery did
         self.why: str | None = None  # why we killed it: timeout, memory, stop
         self.timers: list[asyncio.TimerHandle] = []
         self.peak = 0
@@ -169,8 +170,8 @@ class _Child(asyncio.Protocol):
 
 
 class Children:
-    """The pool. ``said(work, outcome)``: a job's code came to that. ``died(work, error)``: its process did of it, or with
-    it. ``ended(work, why, error)``: we ended it, ``why``: ``timeout``, ``memory`` or ``stop``. Each of these three frees
+    """The pool. ``said(work, outcome)``: a job's code came to that. ``died(work, error, blamed)``: its process did, of it
+    unless it is not ``blamed``. ``ended(work, why, error)``: we ended it, ``why``: ``timeout``, ``memory`` or ``stop``. Each of these three frees
     the child and is told once for each `run`. ``unusable(error)``: there can be no children.
     """
 
@@ -179,7 +180,7 @@ class Children:
         about: ChildSettings,
         *,
         said: Callable[[Work, Outcome], None],
-        died: Callable[[Work, ErrorInfo], None],
+        died: Callable[[Work, ErrorInfo, bool], None],
         ended: Callable[[Work, str, BaseException], None],
         unusable: Callable[[JobledgerError], None],
     ) -> None:
@@ -220,7 +221,7 @@ class Children:
     def run(self, work: Work) -> None:
         """Run the attempt in a child, as soon as one is free."""
         if self.broken is not None:
-            self._on_died(work, ErrorInfo("ChildProcessError", str(self.broken)))
+            self._on_died(work, ErrorInfo("ChildProcessError", str(self.broken)), False)
             return
         if self._nursery is None:
             self._loop = asyncio.get_running_loop()
@@ -365,9 +366,15 @@ class Children:
                 nursery.wait()
         if self._closing:
             return
+        for child in self._born:  # asked for in vain
+            child.leaving = True
+            self._forget(child)
+        self._born.clear()
         for child in list(self._all):
-            child.status = child.status if child.status is not None else 9
-            child.kill()
+            if child.status is None:
+                child.kill()
+                child.status = signal.SIGKILL
+                child.orphan = True
         if not self._ready:
             self._loop.call_later(0.2, self._give_up, nursery.returncode if nursery is not None else None)
             return
@@ -386,7 +393,7 @@ class Children:
         self._unusable(self.broken)
         waiting, self._waiting = self._waiting, deque()
         for work in waiting:
-            self._on_died(work, ErrorInfo("ChildProcessError", str(self.broken)))
+            self._on_died(work, ErrorInfo("ChildProcessError", str(self.broken)), False)
 
     def _start_again(self) -> None:
         if self._closing or self._nursery is not None:
@@ -592,8 +599,8 @@ class Children:
         elif child.why is not None:
             self._on_ended(work, "stop", ChildProcessError("its process was killed"))
         else:
-            self.deaths += 1
-            self._on_died(work, last_words(child.status, child.words.kept))
+            self.deaths += not child.orphan
+            self._on_died(work, last_words(child.status, child.words.kept), not child.orphan)
 
     def _forget(self, child: _Child) -> None:
         self._all.discard(child)

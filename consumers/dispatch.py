@@ -854,14 +854,21 @@ class Dispatcher:
         else:
             self.places.go(work)
 
-    def may_go_on(self, work: Work) -> bool:
-        """Whether a job that is counted as running may be run now: nobody else can have taken it over."""
+    def ours(self, work: Work) -> bool:
+        """Whether this worker is to run a job that is counted as running already."""
         if work.lease is not None:
             return self.accepting and self.leases.holds(work)
         partition = work.partition
-        return (
-            self.accepting and partition.owned and partition.stopped is None and _monotonic() <= partition.lease.until
-        )
+        return self.accepting and partition.owned and partition.stopped is None
+
+    @staticmethod
+    def certain(work: Work) -> bool:
+        """Whether nobody else can have taken it over, as far as is known now; if not, the group is asked."""
+        lease = work.partition.lease
+        if work.lease is not None or _monotonic() <= lease.until:
+            return True
+        lease.wanted = True
+        return False
 
     def _start_waiting(self) -> int:
         """Give rooms that have room what waits for them."""

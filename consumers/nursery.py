@@ -26,6 +26,10 @@ from jobledger.task import Registry
 LOG = logging.getLogger("jobledger.worker")
 
 
+#: Whether this process imports an app to fork children from it.
+IMPORTING = False
+
+
 class Nursery:
     """Serves one worker; see the module."""
 

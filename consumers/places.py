@@ -28,12 +28,15 @@ LOG = logging.getLogger("jobledger.worker")
 CRASHES = 3
 #: The same, if nobody saw the ends: the workers themselves died, perhaps of something else.
 UNSEEN_CRASHES = 10
+#: Seconds until it is asked again whether a job is still ours.
+AGAIN_S = 0.1
 
 
 class Places:
     """Sends begun jobs to where they run. On the event loop.
 
-    ``begin_again(work)``: says that it starts once more. ``done(work)``: its room and slot are free.
+    ``begin_again(work)``: says that it starts once more. ``done(work)``: its room and slot are free. ``ours(work)``: this
+    worker is to run it; ``certain(work)``: and no other can have taken it over, as far as is known at this moment.
     """
 
     def __init__(
@@ -45,7 +48,8 @@ class Places:
         *,
         begin_again: Callable[[Work], None],
         done: Callable[[Work], None],
-        may_go_on: Callable[[Work], bool],
+        ours: Callable[[Work], bool],
+        certain: Callable[[Work], bool],
         call: Callable[..., None],
         fail: Callable[[JobledgerError], None],
     ) -> None:
@@ -53,9 +57,14 @@ class Places:
         #: Those that were there when a process died for the second time or more: one at a time.
         self.alone = Room("alone", 1)
         self.children = children
-        self._begin_again, self._done, self._may_go_on = begin_again, done, may_go_on
+        self._begin_again, self._done, self._ours, self._certain = begin_again, done, ours, certain
         self._call, self._fail = call, fail
         self.loop: asyncio.AbstractEventLoop
+
+    @property
+    def _usable(self) -> bool:
+        """Whether there are child processes to be had."""
+        return self.children is not None and self.children.broken is None
 
     @property
     def rooms(self) -> list[Room]:
@@ -64,14 +73,13 @@ class Places:
 
     def room_of(self, work: Work, plan: Plan) -> Room | None:
         """Where the job is to run; None: on the event loop."""
-        if work.suspect and self.children is not None and self.children.broken is None:
+        if work.suspect and self._usable:
             return self.alone if work.takeover >= 2 else self.processes
         return plan.room
 
     def crashed(self, starts: int) -> Failed | None:
         """What becomes of a job whose code was started so often without an end, as the log tells; None: it is run."""
-        witnessed = self.children is not None and self.children.broken is None
-        most = UNSEEN_CRASHES if witnessed else CRASHES
+        most = UNSEEN_CRASHES if self._usable else CRASHES
         if starts < most:
             return None
         said = (
@@ -84,8 +92,10 @@ class Places:
         """Run the code of a job that was begun; of a suspect only if it is still ours."""
         plan, room = work.plan, work.room
         assert plan is not None
-        if work.suspect and (work.abandoned or not self._may_go_on(work)):
+        if work.suspect and (work.abandoned or not self._ours(work)):
             self._done(work)
+        elif work.suspect and not self._certain(work):
+            self.loop.call_later(AGAIN_S, self.go, work)
         elif work.stop_outcome is not None and work.suspect:  # cancelled while its start was written
             self.executor.close_with(work, work.stop_outcome)
             self._done(work)
@@ -138,34 +148,45 @@ class Places:
                 self.executor.raised(work, error, why == "timeout")
         self._done(work)
 
-    def died(self, work: Work, error: ErrorInfo) -> None:
-        """Its process ended by itself: it is run again, until it has done so for the third time."""
-        event = work.event
+    def died(self, work: Work, error: ErrorInfo, blamed: bool) -> None:
+        """Its process ended by itself: it is run again, until it has done so for the third time. Not ``blamed``: the process
+        ended of something else, or there was none to be had."""
+        event, plan = work.event, work.plan
         assert event is not None
-        work.takeover += 1
-        children = self.children
+        assert plan is not None
+        work.takeover += blamed
         if work.abandoned:
             self._done(work)
         elif work.stop_outcome is not None:
             self.executor.close_with(work, work.stop_outcome)
             self._done(work)
-        elif work.takeover >= CRASHES and (children is None or children.broken is None):
+        elif blamed and work.takeover >= CRASHES:
             self.executor.close_with(work, Failed("crashed", error))
             self._done(work)
-        elif not self._may_go_on(work) or (children is not None and children.broken is not None):
+        elif not self._ours(work) or (plan.room is self.processes and not self._usable):
             self._done(work)  # not done: whoever owns it next finds its starts
         else:
+            if not self._usable:
+                self._move(work, plan.room)  # where it would have run at first; an isolated task ends the worker
             LOG.warning(
-                "job %s (%s) is started again, for the %s time: %s",
+                "job %s (%s), started %d times, is started again: %s",
                 event.job_id,
                 event.task,
-                {1: "second", 2: "third"}.get(work.takeover, f"{work.takeover + 1}th"),
+                work.takeover + (not blamed),
                 error.message,
             )
             work.suspect = True
             work.began = time.monotonic()
             work.context = context_of(work)
             self._begin_again(work)
+
+    @staticmethod
+    def _move(work: Work, room: Room | None) -> None:
+        if work.room is not None:
+            work.room.running -= 1
+        work.room = room
+        if room is not None:
+            room.running += 1
 
     def give_up(self, work: Work) -> None:
         """Let running code end whose outcome nobody wants any more."""

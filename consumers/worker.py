@@ -24,6 +24,7 @@ from typing import Any
 
 from jobledger.access import knock
 from jobledger.config import Settings
+from jobledger.consumers import nursery
 from jobledger.consumers.children import Children, ChildSettings, find_target
 from jobledger.consumers.control import ControlReader
 from jobledger.consumers.dispatch import Dispatcher
@@ -70,6 +71,11 @@ class Worker:
         *,
         must_end_in: Callable[[float], None] = lambda seconds: None,
     ) -> None:
+        if nursery.IMPORTING:
+            raise ConfigError(
+                "a worker is made while its app is imported for child processes: let the script make it under "
+                "`if __name__ == '__main__':`"
+            )
         self._must_end_in = must_end_in
         settings = settings.acting_as("worker")
         self.registry, self.settings, self.options = registry, settings, options or WorkerOptions()
@@ -220,7 +226,8 @@ class Worker:
             children,
             begin_again=dispatcher.begin_again,
             done=dispatcher.ended_in_thread,
-            may_go_on=dispatcher.may_go_on,
+            ours=dispatcher.ours,
+            certain=dispatcher.certain,
             call=dispatcher.call,
             fail=self.fail,
         )
@@ -368,7 +375,7 @@ class Worker:
         return Children(
             ChildSettings(options.job_children, options.jobs_per_child, self._target, self.settings),
             said=lambda work, outcome: dispatcher.places.said(work, outcome),
-            died=lambda work, error: dispatcher.places.died(work, error),
+            died=lambda *died: dispatcher.places.died(*died),
             ended=lambda work, why, error: dispatcher.places.ended(work, why, error),
             unusable=self._no_children,
         )

@@ -13,6 +13,7 @@ import sys
 
 from jobledger.cli import logs
 from jobledger.cli.loading import load_app
+from jobledger.errors import JobledgerError
 
 
 def main(target: str, descriptor: str, rest: str) -> None:
@@ -20,12 +21,16 @@ def main(target: str, descriptor: str, rest: str) -> None:
     told = json.loads(rest)
     sys.path[:] = [*told["path"], *(entry for entry in sys.path if entry not in told["path"])]
     logs.set_up()
-    app = load_app(target, bootstrap=told["bootstrap"], status_url=told["status_url"])
-    from jobledger.consumers.nursery import Nursery
+    from jobledger.consumers import nursery
 
+    nursery.IMPORTING = True
+    try:
+        app = load_app(target, bootstrap=told["bootstrap"], status_url=told["status_url"])
+    except JobledgerError as exc:  # the worker passes it on
+        sys.exit(str(exc))
     # A worker that is gone needs no children.
     with contextlib.suppress(BrokenPipeError, ConnectionResetError):
-        Nursery(app.registry, socket.socket(fileno=int(descriptor))).serve()
+        nursery.Nursery(app.registry, socket.socket(fileno=int(descriptor))).serve()
 
 
 if __name__ == "__main__":

@@ -17,6 +17,8 @@ from typing import Any
 
 from jobledger import NO_RETRY, App, Depends, Reject, Retry, Snooze, TaskCancelled, TaskTimedOut, current_job
 
+if os.environ.get("ISOLATED_BREAK"):
+    raise RuntimeError("this cannot be imported here")
 NAMESPACE = os.environ.setdefault("ISOLATED_NAMESPACE", f"t{uuid.uuid4().hex[:12]}")
 app = App(NAMESPACE, partitions=2)
 ONCE = Retry(max_attempts=2, initial=0.1, jitter=False)

@@ -14,10 +14,14 @@ import psutil
 import pytest
 
 from jobledger import App, ConfigError, Retry, Settings
+from jobledger.consumers import nursery
 from jobledger.consumers.worker import Worker
 from jobledger.kafka.topics import ensure
+from jobledger.log import Outgoing
+from jobledger.schemas.codec import encode
 from jobledger.schemas.events import (
     JobCancelled,
+    JobEvent,
     JobFailed,
     JobProgressed,
     JobRetried,
@@ -265,3 +269,56 @@ def test_an_app_that_cannot_be_imported_is_refused(broker: str, namespace: str) 
 
 def _plain(n: int) -> int:
     return n
+
+
+def test_an_import_that_fails_in_a_child_ends_the_worker_with_its_words(
+    app: App, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Isolated tasks cannot be run then, and the error says why."""
+    monkeypatch.setenv("ISOLATED_BREAK", "1")
+    with working(app, children=1) as worker:
+        until(worker.ended.is_set, what="the worker's end")
+    assert isinstance(worker.error, ConfigError)
+    assert "this cannot be imported here" in str(worker.error)
+
+
+def test_without_children_a_suspect_runs_where_it_belongs(app: App, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After a start that stands in the log, acknowledged; the third without an end is the last."""
+    monkeypatch.setenv("ISOLATED_BREAK", "1")
+    jobs = {count: tasks.quick.submit(count) for count in (1, 3)}
+    records: list[Outgoing] = []
+    for count, handle in jobs.items():
+        for takeover in range(count):
+            fact = JobStarted("other:1", handle.position.topic, handle.position.offset, takeover)
+            event = JobEvent(
+                f"{handle.job_id[:-1]}{takeover}",
+                handle.job_id,
+                1,
+                1,
+                1,
+                0,
+                "quick",
+                "threads",
+                None,
+                None,
+                "t",
+                None,
+                fact,
+            )
+            records.append(Outgoing(app.names.lifecycle, encode(event), handle.job_id, handle.position.partition))
+    app.client.writer().send(records)
+    with working(app, queues=["threads"]) as worker:
+        assert result_of(app, jobs[1].job_id) == 1
+        failed = end_of(app, jobs[3].job_id)
+        assert worker.error is None
+    starts = [f.takeover for f in facts_of(app, jobs[1].job_id) if isinstance(f, JobStarted)]
+    assert starts == [0, 1, 1], "said for a child that there was not to be, and again; it counts as one"
+    # Until it is known that there are no children, ten starts are the limit, and not three.
+    assert isinstance(failed, JobSucceeded) or failed.reason == "crashed"
+
+
+def test_no_worker_is_made_in_a_nursery(app: App, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A script that starts its worker without asking whether it is the main module would do so in each child."""
+    monkeypatch.setattr(nursery, "IMPORTING", True)
+    with pytest.raises(ConfigError, match="under `if __name__ == '__main__':`"):
+        Worker(app.registry, app.settings)

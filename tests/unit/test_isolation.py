@@ -127,7 +127,8 @@ def places(children: object | None) -> Places:
         cast(Any, children),
         begin_again=nothing,
         done=nothing,
-        may_go_on=nothing,
+        ours=nothing,
+        certain=nothing,
         call=nothing,
         fail=nothing,
     )
