@@ -237,6 +237,10 @@ class WorkerMetrics(Collector):
     def _children(self) -> Iterator[Metric]:
         children = self._worker.children
         count, died, killed = (0, 0, 0) if children is None else (children.count, children.deaths, children.killed)
+        leases = self._worker.leases
+        held, lost = (0, 0) if leases is None else (leases.count, leases.lost)
+        yield GaugeMetricFamily(f"{PREFIX}leases", "Long jobs that this worker has on a lease", value=held)
+        yield CounterMetricFamily(f"{PREFIX}leases_lost", "Leases that were over before their jobs were", value=lost)
         yield GaugeMetricFamily(f"{PREFIX}children", "Child processes there are", value=count)
         yield CounterMetricFamily(
             f"{PREFIX}child_deaths", "Children that ended by themselves, of their job", value=died

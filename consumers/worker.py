@@ -476,6 +476,7 @@ class Worker:
             "unacknowledged": self.sender.unacknowledged if self.sender is not None and not self.ended.is_set() else 0,
             "started": counts.started,
             "children": self._about_children(),
+            "leases": 0 if self.leases is None else self.leases.count,
             **{
                 name: sum(getattr(plan, name) for plan in dispatcher.plans.values())
                 for name in ("succeeded", "retried", "snoozed", "failed")

@@ -243,7 +243,7 @@ def _show(found: Checked) -> None:
         verdict = (f"{sum(m.queued + m.waits for m in found.misfits):,} jobs could not be run", "bold red")
     fields: list[tuple[str, Cell]] = [
         ("verdict", verdict),
-        ("jobs", f"{found.queued:,} queued or running, {found.waits:,} waiting for a time"),
+        ("jobs", f"{found.queued:,} queued or running, {found.waits:,} waiting for a time or on a lease"),
         ("read in", output.duration(found.seconds)),
     ]
     if found.unread:
