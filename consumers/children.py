@@ -230,7 +230,7 @@ class Children:
             self._give(self._idle.pop(), work)
             return
         self._waiting.append(work)
-        if len(self._all) < max(self._about.most, 1) + len(self._waiting) and not self._born:
+        if len(self._all) < self._about.most:
             self._hatch()
 
     def stop(self, work: Work) -> None:
@@ -399,7 +399,7 @@ class Children:
         if self._closing or self._nursery is not None:
             return
         self._start_nursery()
-        for _ in range(max(len(self._waiting), self._about.most - len(self._all))):
+        for _ in range(self._about.most - len(self._all)):
             self._hatch()
 
     def _hatch(self) -> None:
@@ -574,7 +574,7 @@ class Children:
         expected = child.leaving
         work = self._release(child)
         self._forget(child)
-        if not self._closing and (self._waiting or len(self._all) < self._about.most):
+        if not self._closing and len(self._all) < self._about.most:
             self._hatch()
         if work is None:
             if not expected and not self._closing:

@@ -28,6 +28,8 @@ LOG = logging.getLogger("jobledger.worker")
 CRASHES = 3
 #: The same, if nobody saw the ends: the workers themselves died, perhaps of something else.
 UNSEEN_CRASHES = 10
+#: Suspects that are begun at once.
+SUSPECTS = 64
 #: Seconds until it is asked again whether a job is still ours.
 AGAIN_S = 0.1
 
@@ -56,6 +58,8 @@ class Places:
         self.executor, self.threads, self.processes = executor, threads, processes
         #: Those that were there when a process died for the second time or more: one at a time.
         self.alone = Room("alone", 1)
+        #: The others. More than there are children: while the starts of some are on their way to the log, others run.
+        self.suspects = Room("suspects", SUSPECTS)
         self.children = children
         self._begin_again, self._done, self._ours, self._certain = begin_again, done, ours, certain
         self._call, self._fail = call, fail
@@ -69,12 +73,12 @@ class Places:
     @property
     def rooms(self) -> list[Room]:
         """All of them."""
-        return [self.threads, self.processes, self.alone]
+        return [self.threads, self.processes, self.alone, self.suspects]
 
     def room_of(self, work: Work, plan: Plan) -> Room | None:
         """Where the job is to run; None: on the event loop."""
         if work.suspect and self._usable:
-            return self.alone if work.takeover >= 2 else self.processes
+            return self.alone if work.takeover >= 2 else self.suspects
         return plan.room
 
     def crashed(self, starts: int) -> Failed | None:
