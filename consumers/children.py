@@ -80,9 +80,10 @@ def _is_app(value: object) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class ChildSettings:
-    """``most``: children at once. ``jobs_each``: after so many jobs a child is replaced. ``target``: see `find_target`."""
+    """``most``: children at once, and ``spare`` more while jobs wait for one. ``jobs_each``: after so many jobs a child is replaced. ``target``: see `find_target`."""
 
     most: int
+    spare: int
     jobs_each: int
     target: str
     settings: Settings
@@ -119,6 +120,7 @@ class _Child(asyncio.Protocol):
         self.work: Work | None = None
         self.jobs = 0
         self.began = 0.0
+        self.there = False  # it lives, and it is connected
         self.leaving = False  # told to end, when its job is over
         self.gone = False
         self.orphan = False  # ended because the nursery did
@@ -172,20 +174,22 @@ class _Child(asyncio.Protocol):
 class Children:
     """The pool. ``said(work, outcome)``: a job's code came to that. ``died(work, error, blamed)``: its process did, of it
     unless it is not ``blamed``. ``ended(work, why, error)``: we ended it, ``why``: ``timeout``, ``memory`` or ``stop``. Each of these three frees
-    the child and is told once for each `run`. ``unusable(error)``: there can be no children.
+    the child and is told once for each `run`. ``take(work)`` is asked when a child is free for it: False if it is not to be
+    run, and then none of the three is told. ``unusable(error)``: there can be no children.
     """
 
     def __init__(
         self,
         about: ChildSettings,
         *,
+        take: Callable[[Work], bool],
         said: Callable[[Work, Outcome], None],
         died: Callable[[Work, ErrorInfo, bool], None],
         ended: Callable[[Work, str, BaseException], None],
         unusable: Callable[[JobledgerError], None],
     ) -> None:
         self._about = about
-        self._on_said, self._on_died, self._on_ended, self._unusable = said, died, ended, unusable
+        self._take, self._on_said, self._on_died, self._on_ended, self._unusable = take, said, died, ended, unusable
         self._loop: asyncio.AbstractEventLoop
         self._nursery: subprocess.Popen[bytes] | None = None
         self._control: socket.socket | None = None
@@ -227,11 +231,18 @@ class Children:
             self._loop = asyncio.get_running_loop()
             self._start_nursery()
         if self._idle:
-            self._give(self._idle.pop(), work)
+            if self._take(work):
+                self._give(self._idle.pop(), work)
             return
         self._waiting.append(work)
-        if len(self._all) < self._about.most:
-            self._hatch()
+        self._more()
+
+    def forget(self, gone: Callable[[Work], bool]) -> list[Work]:
+        """Take those that wait for a child, and are ``gone``, out of here; none of them is told of any more."""
+        found = [work for work in self._waiting if gone(work)]
+        for work in found:
+            self._waiting.remove(work)
+        return found
 
     def stop(self, work: Work) -> None:
         """Tell the job to end; it is killed if it does not."""
@@ -402,6 +413,21 @@ class Children:
         for _ in range(self._about.most - len(self._all)):
             self._hatch()
 
+    def _more(self) -> None:
+        """As many children as there are to be, and as many more as are waited for."""
+        staying = sum(not child.leaving for child in self._all)
+        spare = self._about.spare if len(self._waiting) > len(self._born) else 0
+        if staying < self._about.most + spare:
+            self._hatch()
+
+    def _next(self) -> Work | None:
+        """What a child that is free runs now."""
+        while self._waiting:
+            work = self._waiting.popleft()
+            if self._take(work):
+                return work
+        return None
+
     def _hatch(self) -> None:
         """Ask for one more child."""
         if self._closing or self._control is None:
@@ -429,7 +455,7 @@ class Children:
     async def _connect(self, child: _Child, ours: socket.socket, read: int) -> None:
         await self._listen(os.fdopen(read, "rb", 0), child.words)
         await self._loop.create_connection(lambda: child, sock=ours)
-        self._use(child)
+        self._arrived(child)
 
     def _is_born(self, pid: int) -> None:
         if not self._born:
@@ -441,15 +467,23 @@ class Children:
         if hasattr(os, "pidfd_open"):
             with contextlib.suppress(OSError):
                 child.pidfd = os.pidfd_open(pid)
-        self._use(child)
+        self._arrived(child)
+
+    def _arrived(self, child: _Child) -> None:
+        """Its pid or its connection came; with the second of the two it is there, once."""
+        if child.pid and child.transport is not None and not child.there:
+            child.there = True
+            self._use(child)
 
     def _use(self, child: _Child) -> None:
-        """It is there in every respect: give it what waits."""
-        if not child.pid or child.transport is None or child.gone:
+        """It is free: give it what waits. One job at a time: what it says next is of that."""
+        assert child.work is None
+        if child.gone:
             return
-        if self._waiting:
-            self._give(child, self._waiting.popleft())
-        elif self._closing or len(self._idle) >= self._about.most:
+        work = self._next()
+        if work is not None:
+            self._give(child, work)
+        elif self._closing or sum(not each.leaving for each in self._all) > self._about.most:
             self._dismiss(child)
         else:
             self._idle.append(child)
@@ -538,12 +572,9 @@ class Children:
         full = most is not None and child.memory() > most * REPLACE_AT
         if child.leaving or self._closing or full or child.jobs >= self._about.jobs_each:
             self._dismiss(child)
-            if not self._closing and len(self._all) <= self._about.most:
-                self._hatch()
-        elif self._waiting:
-            self._give(child, self._waiting.popleft())
+            self._more()
         else:
-            self._idle.append(child)
+            self._use(child)
         if work is not None:
             self._on_said(work, outcome)
 
@@ -574,8 +605,8 @@ class Children:
         expected = child.leaving
         work = self._release(child)
         self._forget(child)
-        if not self._closing and len(self._all) < self._about.most:
-            self._hatch()
+        if not self._closing:
+            self._more()
         if work is None:
             if not expected and not self._closing:
                 LOG.warning("an idle child process ended by itself: %s", _end(child.status))

@@ -59,7 +59,8 @@ class Committer:
             if partition.offsets is None or not partition.ready:
                 continue
             with partition.lock:
-                clean = final and not partition.busy and not partition.closed and partition.offsets.settled
+                ended = not partition.busy and not partition.closed and not partition.doubtful
+                clean = final and ended and partition.offsets.settled
                 snapshot = partition.offsets.snapshot(clean=clean)
             if snapshot is None:
                 LOG.warning("%r: the completion map does not fit; its last commit stands", partition)

@@ -19,7 +19,7 @@ from functools import partial
 
 import msgspec
 import uuid_utils
-from confluent_kafka import KafkaException, Message
+from confluent_kafka import KafkaError, KafkaException, Message
 
 from jobledger.consumers.aside import Aside, Read
 from jobledger.consumers.control import Control
@@ -107,7 +107,8 @@ class Counts:
 class Dispatcher:
     """Starts jobs while there are slots: ``concurrency`` in all, ``threads`` of them plain functions.
 
-    ``lookahead``: records that may wait in lines in this process, shared by its partitions.
+    ``lookahead``: records that may wait in lines in this process, shared by its partitions. ``drain()``: take the delivery
+    reports that have arrived.
     """
 
     def __init__(
@@ -126,12 +127,13 @@ class Dispatcher:
         lookahead: int,
         unknown_task_backoff: Retry,
         broker_ms: Callable[[], float],
+        drain: Callable[[], None],
         fail: Callable[[JobledgerError], None],
     ) -> None:
         self._registry, self._facts, self._sender, self._arrived = registry, facts, sender, arrived
         self._concurrency, self._lookahead = concurrency, lookahead
         self._waiting_limit, self._backoff, self.fail = waiting_limit, unknown_task_backoff, fail
-        self._broker_ms = broker_ms
+        self._broker_ms, self._drain = broker_ms, drain
         self._clock_ms = 0.0  # the broker's clock less this machine's, looked at with each tick
         self._names: Names = registry.names
         self._lifecycle = self._names.lifecycle
@@ -223,6 +225,7 @@ class Dispatcher:
     def _lost(self, gone: set[Partition]) -> None:
         for topic in {partition.topic for partition in gone}:
             self.stages[topic].forget({p for p in gone if p.topic == topic})
+        self.places.sweep()
         self._divide()
 
     def _divide(self) -> None:
@@ -532,7 +535,7 @@ class Dispatcher:
             partition.starts.clear()
             partition.held.clear()
             partition.scanned_to = partition.careful = 0
-        if not partition.closed and not partition.held:
+        if not partition.closed and not partition.held and not partition.starts:
             with partition.lock:
                 offsets.hold(None)
 
@@ -599,6 +602,9 @@ class Dispatcher:
         if partition.scanned_to:
             work.takeover = partition.starts.pop(key, 0)
             work.suspect = work.takeover > 0 or offset < partition.careful
+            if work.takeover and partition.offsets is not None:
+                with partition.lock:  # until the next start tells of those, they must be found
+                    partition.offsets.note(offset, partition.floor)
         if spec.tags and (crashes := crashes_of(spec.tags)):
             work.takeover += crashes
             work.suspect = True
@@ -842,8 +848,9 @@ class Dispatcher:
             )
         )
         if work.suspect:
-            noted = partial(self.places.start_noted, work)
-            self._sender.send(self._lifecycle, started, event.job_id, partition.number, noted)
+            work.waiting, work.noted = True, self._start_noted
+            delivered = partial(self._start_delivered, work)
+            self._sender.send(self._lifecycle, started, event.job_id, partition.number, delivered)
             return
         try:
             self._produce(self._lifecycle, started, event.job_id, partition.number)
@@ -853,6 +860,15 @@ class Dispatcher:
             work.handle = self._loop.create_task(self.executor.run(work))
         else:
             self.places.go(work)
+
+    def _start_delivered(self, work: Work, error: KafkaError | None, message: Message) -> None:
+        """Delivery callback of a suspect's start, in any thread: reports are taken in order, and this one soon."""
+        work.noted_delivered(error, message)
+        self.call(self._drain)
+
+    def _start_noted(self, work: Work) -> None:
+        """A suspect's start is in the log, and kept in sight. Called by whoever took the report."""
+        self.call(self.places.go, work)
 
     def ours(self, work: Work) -> bool:
         """Whether this worker is to run a job that is counted as running already."""
@@ -914,8 +930,10 @@ class Dispatcher:
         finally:
             partition.taking = False
 
-    def drop_waiting(self) -> None:
-        """Forget what waits in lines or for room: not begun, so the next owner's."""
+    def take_no_more(self) -> None:
+        """Begin nothing from now on, and forget what waits in lines, for room or a child: it is the next owner's."""
+        self.accepting = False
+        self.places.sweep()
         for stage in self._all_stages:
             for waiting in stage.waiting.values():
                 while waiting:

@@ -278,7 +278,6 @@ class Executor:
             work.flush_progress()
             duration = _monotonic() - work.began if work.began else 0.0
             value = self._facts.closing(event, outcome, int(duration * 1e6))
-            work.noted = False
             self._sender.send(self._lifecycle, value, event.job_id, work.partition.number, work.noted_delivered)
         except Exception as exc:  # noqa: BLE001  # as in `close_with`
             self._broken(work, exc)

@@ -240,7 +240,7 @@ class Fetcher(threading.Thread):
     def _message_error(self, error: KafkaError) -> None:
         code = error.code()
         found = self._translated(error)
-        if error.fatal() or isinstance(found, AccessDenied):
+        if error.fatal() or code == KafkaError._FATAL or isinstance(found, AccessDenied):
             raise found
         if code in (KafkaError.UNSUPPORTED_VERSION, KafkaError._UNSUPPORTED_FEATURE, KafkaError.UNSUPPORTED_ASSIGNOR):
             raise ConfigError(

@@ -12,14 +12,11 @@ import logging
 import time
 from collections.abc import Callable
 
-from confluent_kafka import KafkaError, Message
-
 from jobledger.consumers.children import Children
 from jobledger.consumers.execute import Executor, context_of
 from jobledger.consumers.gates import Room
 from jobledger.consumers.outcome import Failed, Outcome, Succeeded
 from jobledger.consumers.work import Plan, Work
-from jobledger.errors import BrokerUnavailable, JobledgerError
 from jobledger.schemas.events import ErrorInfo
 
 LOG = logging.getLogger("jobledger.worker")
@@ -28,8 +25,11 @@ LOG = logging.getLogger("jobledger.worker")
 CRASHES = 3
 #: The same, if nobody saw the ends: the workers themselves died, perhaps of something else.
 UNSEEN_CRASHES = 10
-#: Suspects that are begun at once.
-SUSPECTS = 64
+#: Starts without an end from which on a suspect is run when no other is: what ends a worker and its children together
+#: (the system, for their memory) would be blamed on all that ran.
+ALONE_FROM = 3
+#: Suspects that are run at once, in as many children more.
+SUSPECTS = 16
 #: Seconds until it is asked again whether a job is still ours.
 AGAIN_S = 0.1
 
@@ -39,6 +39,9 @@ class Places:
 
     ``begin_again(work)``: says that it starts once more. ``done(work)``: its room and slot are free. ``ours(work)``: this
     worker is to run it; ``certain(work)``: and no other can have taken it over, as far as is known at this moment.
+
+    A suspect is *waiting* until its code is given to a child: its partition can be handed over meanwhile, and then the
+    next owner runs it.
     """
 
     def __init__(
@@ -52,17 +55,12 @@ class Places:
         done: Callable[[Work], None],
         ours: Callable[[Work], bool],
         certain: Callable[[Work], bool],
-        call: Callable[..., None],
-        fail: Callable[[JobledgerError], None],
     ) -> None:
         self.executor, self.threads, self.processes = executor, threads, processes
-        #: Those that were there when a process died for the second time or more: one at a time.
-        self.alone = Room("alone", 1)
-        #: The others. More than there are children: while the starts of some are on their way to the log, others run.
+        self.alone = Room("alone", 1)  # see `ALONE_FROM`
         self.suspects = Room("suspects", SUSPECTS)
         self.children = children
         self._begin_again, self._done, self._ours, self._certain = begin_again, done, ours, certain
-        self._call, self._fail = call, fail
         self.loop: asyncio.AbstractEventLoop
 
     @property
@@ -78,7 +76,7 @@ class Places:
     def room_of(self, work: Work, plan: Plan) -> Room | None:
         """Where the job is to run; None: on the event loop."""
         if work.suspect and self._usable:
-            return self.alone if work.takeover >= 2 else self.suspects
+            return self.alone if work.takeover >= ALONE_FROM else self.suspects
         return plan.room
 
     def crashed(self, starts: int) -> Failed | None:
@@ -96,41 +94,44 @@ class Places:
         """Run the code of a job that was begun; of a suspect only if it is still ours."""
         plan, room = work.plan, work.room
         assert plan is not None
-        if work.suspect and (work.abandoned or not self._ours(work)):
-            self._done(work)
-        elif work.suspect and not self._certain(work):
-            self.loop.call_later(AGAIN_S, self.go, work)
-        elif work.stop_outcome is not None and work.suspect:  # cancelled while its start was written
-            self.executor.close_with(work, work.stop_outcome)
-            self._done(work)
+        if room is not None and room is not self.threads:
+            assert self.children is not None
+            self.children.run(work)
+        elif not self.take(work):
+            return
         elif room is None:
             work.handle = self.loop.create_task(self.executor.run(work))
         elif room is self.threads:
             if plan.task.timeout is not None:
                 work.timer = self.loop.call_later(plan.task.timeout, self.executor.late, work)
             self.executor.submit(work)
-        else:
-            assert self.children is not None
-            self.children.run(work)
 
-    def start_noted(self, work: Work, error: KafkaError | None, message: Message) -> None:
-        """Delivery callback of a suspect's `JobStarted`, in any thread."""
-        if error is None:
-            self._call(self._noted, work, message.offset() or 0)
-        else:
-            self._fail(
-                BrokerUnavailable(
-                    f"the start of job {work.event.job_id if work.event else '?'} could not be written ({error.str()}), and "
-                    "it may not run without: it may have taken a process down before"
-                )
-            )
+    def take(self, work: Work) -> bool:
+        """Whether a job's code may be run now; of suspects, that begun long before, what may not be is put aside."""
+        if not work.suspect:
+            return True
+        if work.abandoned or not self._ours(work):
+            self._done(work)
+            return False
+        if work.stop_outcome is not None:  # cancelled while it waited
+            self.executor.close_with(work, work.stop_outcome)
+            self._done(work)
+            return False
+        if not self._certain(work):
+            self.loop.call_later(AGAIN_S, self.go, work)
+            return False
+        if work.lease is None and not work.partition.begin_taking():
+            self._done(work)
+            return False
+        work.waiting = False
+        work.partition.taking = False
+        return True
 
-    def _noted(self, work: Work, lifecycle_offset: int) -> None:
-        partition = work.partition
-        if partition.offsets is not None:
-            with partition.lock:  # the next owner shall find how often it was started
-                partition.offsets.note(work.offset, lifecycle_offset)
-        self.go(work)
+    def sweep(self) -> None:
+        """Partitions were given up, or the worker takes nothing more: let go of what waits for a child."""
+        if self.children is not None:
+            for work in self.children.forget(lambda work: work.suspect and not self._ours(work)):
+                self._done(work)
 
     # -- what children tell -------------------------------------------------------------------------------------------
 

@@ -75,12 +75,14 @@ class Settler(threading.Thread):
         offsets = partition.offsets
         assert offsets is not None
         if closing is None:
-            work.noted = True
             with partition.lock:
                 stands_at = message.offset() or 0
                 if message.topic() not in work.alone:
                     offsets.acknowledged(stands_at)
                 offsets.note(work.offset, stands_at)
+            noted, work.noted = work.noted, None
+            if noted is not None:
+                noted(work)
             return
         work.remaining -= 1
         with partition.lock:

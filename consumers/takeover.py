@@ -301,10 +301,10 @@ class Takeover(threading.Thread):
         # Most of what the scan finds lies before the base, where it is done anyway.
         for key in [k for k in partition.closed if k in partition.memory]:
             del partition.closed[key]
-        partition.scanned_to = plan.high
+        partition.scanned_to, partition.floor = plan.high, plan.floor
         if not plan.restored.clean and partition.committed >= 0:
             partition.careful = max(plan.begun, plan.restored.begun, plan.restored.base) + plan.unseen
-        if partition.closed or partition.held:
+        if partition.closed or partition.held or partition.starts:
             partition.offsets.hold(plan.floor)
         if plan.high <= plan.restored.base:
             partition.closed.clear()

@@ -112,6 +112,8 @@ class Partition:
         self.closed: dict[int, Found] = {}
         self.starts: dict[int, int] = {}
         self.scanned_to = 0
+        #: Where the takeover's scan of lifecycle began.
+        self.floor = 0
         #: Below this offset are records that the last owner, who did not leave cleanly, may have begun.
         self.careful = 0
         self.last_commit: tuple[int, str] | None = None
@@ -141,6 +143,11 @@ class Partition:
     def busy(self) -> bool:
         """Whether something of it is under way: what merely waits for a thread is not."""
         return self.taking or any(not work.waiting for work in list(self.live.values()))
+
+    @property
+    def doubtful(self) -> bool:
+        """Whether some of it may have taken a process down, and has not ended since: the next owner must know."""
+        return self.careful > 0 or any(work.suspect for work in list(self.live.values()))
 
     def begin_taking(self) -> bool:
         """Claim the right to take records up; False if the partition is owned no more. Ends with ``taking = False``."""
@@ -270,7 +277,7 @@ class Work:
         self.expires_at: int | None = None  # µs of the broker's clock
         self.held_since = 0.0  # since when it holds its key
         self.again_s: float | None = None  # tried again in place, so many seconds from now
-        self.noted = True  # what it said in place is acknowledged
+        self.noted: Callable[[Work], None] | None = None  # called once what it says in place is acknowledged
         self.stop_outcome: Outcome | None = None  # somebody asked it to end: what it comes to then
         #: Topics to which its records go as batches of their own, because a batch was refused for its size.
         self.alone = _NOWHERE

@@ -33,7 +33,7 @@ from jobledger.consumers.facts import Facts
 from jobledger.consumers.fetch import Fetcher
 from jobledger.consumers.leases import Leases
 from jobledger.consumers.options import WorkerOptions
-from jobledger.consumers.places import Places
+from jobledger.consumers.places import SUSPECTS, Places
 from jobledger.consumers.send import Sender
 from jobledger.consumers.settle import Settler, new_arrived
 from jobledger.consumers.takeover import Takeover
@@ -206,6 +206,7 @@ class Worker:
             lookahead=options.lookahead,
             unknown_task_backoff=options.unknown_task,
             broker_ms=lambda: settler.clock.ms(),
+            drain=lambda: settler.drain(),
             fail=self.fail,
         )
         executor = dispatcher.executor = Executor(
@@ -228,8 +229,6 @@ class Worker:
             done=dispatcher.ended_in_thread,
             ours=dispatcher.ours,
             certain=dispatcher.certain,
-            call=dispatcher.call,
-            fail=self.fail,
         )
         executor.stop_child = places.stop
         leases = self.leases = dispatcher.leases = Leases(
@@ -323,8 +322,7 @@ class Worker:
         LOG.info(
             "worker %s stops; %d jobs run, and have %g s", self.identity, len(dispatcher.running), self.options.grace
         )
-        dispatcher.accepting = False
-        dispatcher.drop_waiting()
+        dispatcher.take_no_more()
         for fetcher in self.fetchers:
             fetcher.drain()
         takeover.close()
@@ -373,7 +371,8 @@ class Worker:
         options, dispatcher = self.options, self.dispatcher
         assert dispatcher is not None
         return Children(
-            ChildSettings(options.job_children, options.jobs_per_child, self._target, self.settings),
+            ChildSettings(options.job_children, SUSPECTS, options.jobs_per_child, self._target, self.settings),
+            take=lambda work: dispatcher.places.take(work),
             said=lambda work, outcome: dispatcher.places.said(work, outcome),
             died=lambda *died: dispatcher.places.died(*died),
             ended=lambda work, why, error: dispatcher.places.ended(work, why, error),

@@ -68,6 +68,8 @@ def denied(error: KafkaError, settings: Settings, what: str, *needs: Need) -> Ac
     if code in _REFUSED:
         return refusal(settings, error.str())
     kind = _DENIED.get(code)
+    if code == KafkaError._FATAL:  # a group that is left for good: its reason is told in words only
+        kind = next((kind for kind in _DENIED.values() if f"{kind} authorization failed" in error.str().lower()), None)
     return None if kind is None else unauthorized(settings, what, kind, *needs)
 
 

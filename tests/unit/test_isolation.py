@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
+from collections import deque
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -12,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jobledger import App, ConfigError, Settings, TaskTimedOut
-from jobledger.consumers.children import find_target, last_words
+from jobledger.consumers.children import Children, ChildSettings, _Child, find_target, last_words
 from jobledger.consumers.frames import Run as RunMessage
 from jobledger.consumers.frames import Splitter, decode_run, decode_said, ended, frame, outcome_of
 from jobledger.consumers.gates import Room
@@ -129,8 +131,6 @@ def places(children: object | None) -> Places:
         done=nothing,
         ours=nothing,
         certain=nothing,
-        call=nothing,
-        fail=nothing,
     )
 
 
@@ -144,6 +144,34 @@ def test_who_is_blamed() -> None:
     assert witnessed.crashed(UNSEEN_CRASHES - 1) is None
     assert witnessed.crashed(UNSEEN_CRASHES) is not None
     assert places(SimpleNamespace(broken=ConfigError("x"))).crashed(CRASHES) is not None, "broken ones see nothing"
+
+
+def test_a_child_that_is_there_twice_gets_one_job() -> None:
+    """Its pid and its connection may come in either order, and the second of them be told again: one job at a time, or the
+    result of one would be taken for the other's."""
+    given: list[tuple[_Child, Work]] = []
+    nothing = cast(Any, None)
+    pool = Children(
+        ChildSettings(2, 0, 10, "m:a", Settings()),
+        take=lambda work: True,
+        said=nothing,
+        died=nothing,
+        ended=nothing,
+        unusable=nothing,
+    )
+    pool._give = lambda child, work: given.append((child, work))  # type: ignore[method-assign]
+    pool._nursery = cast(Any, object())
+    child = _Child(pool)
+    pool._all.add(child)
+    pool._born.append(child)
+    child.transport = cast(Any, object())  # connected, and not told of yet
+    pool._is_born(os.getpid())
+    pool._arrived(child)
+    works = [Work(cast(Any, None), offset, None, deque()) for offset in range(2)]
+    for work in works:
+        pool.run(work)
+    os.close(child.pidfd)
+    assert given == [(child, works[0])]
 
 
 def test_last_words_name_the_signal_and_the_last_line() -> None:
