@@ -101,7 +101,7 @@ def drained(namespace: str, bootstrap: str, task: str, jobs: int) -> dict[str, f
     found: dict[str, float] = {}
 
     def watch() -> None:
-        while worker.dispatcher is None or not worker.dispatcher.counts.started:
+        while worker.dispatcher is None or not worker.dispatcher.starter.started:
             time.sleep(0.001)
         began, used = time.perf_counter(), cpu_s()
         plan = worker.dispatcher.plans[task]

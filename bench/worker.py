@@ -151,7 +151,7 @@ def worked(
     found: dict[str, Any] = {}
 
     def watch() -> None:
-        while worker.dispatcher is None or not worker.dispatcher.counts.started:
+        while worker.dispatcher is None or not worker.dispatcher.starter.started:
             time.sleep(0.001)
         began, used = time.perf_counter(), cpu_s()
         plan = worker.dispatcher.plans[task]

@@ -24,12 +24,12 @@ from typing import Any
 
 from jobledger.config import Settings
 from jobledger.consumers.child import LATE, STOP
-from jobledger.consumers.frames import Progress, Run, Splitter, decode_said, frame, outcome_of
-from jobledger.consumers.outcome import MESSAGE_LIMIT, TRACEBACK_LIMIT, Outcome, printable
+from jobledger.consumers.frames import Run, frame
+from jobledger.consumers.outcome import Outcome
+from jobledger.consumers.process import Child, Words, end_of, last_words
 from jobledger.consumers.work import Work
 from jobledger.errors import ConfigError, JobledgerError
-from jobledger.schemas.events import ErrorInfo, JobProgressed
-from jobledger.task import Registry
+from jobledger.schemas.events import ErrorInfo
 
 LOG = logging.getLogger("jobledger.worker")
 
@@ -41,134 +41,20 @@ WATCH_S = 0.05
 STATUS_S = 2.0
 #: Seconds until a nursery that died is started anew, and the longest such wait.
 AGAIN_S, AGAIN_MOST_S = 0.5, 30.0
-#: Characters of standard error that are kept as last words.
-LAST_WORDS = 4_000
 #: Share of ``max_memory`` from which on a child is replaced after its job: what it keeps would be the next one's.
 REPLACE_AT = 0.8
-
-PAGE = os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 4096
-
-
-def find_target(registry: Registry) -> str:
-    """How another process names the app of a registry: ``module:attribute``, or ``path.py:attribute`` of a script.
-
-    Raises `ConfigError` if no loaded module holds the app at its top level.
-    """
-    homes = {task.fn.__module__ for task in registry.tasks.values() if getattr(task.fn, "__module__", None)}
-    others = [name for name in list(sys.modules) if name not in homes and not name.startswith("jobledger")]
-    for name in [*sorted(homes), *others]:
-        module = sys.modules.get(name)
-        for attribute, value in list(vars(module).items()) if module is not None else ():
-            if _is_app(value) and value.registry is registry:
-                if name != "__main__":
-                    return f"{name}:{attribute}"
-                spec, path = getattr(module, "__spec__", None), getattr(module, "__file__", None)
-                if spec is not None:
-                    return f"{spec.name}:{attribute}"
-                if path is not None:
-                    return f"{Path(path).absolute()}:{attribute}"
-    raise ConfigError(
-        f"app {registry.names.namespace!r} is no variable of a module, so a child process cannot import it: put it and its "
-        "tasks at the top level of one"
-    )
-
-
-def _is_app(value: object) -> bool:
-    # By name: jobledger.app stands above this package. Not by its attributes: a lazy object might answer to any.
-    return any(kind.__module__ == "jobledger.app" and kind.__qualname__ == "App" for kind in type(value).__mro__)
 
 
 @dataclass(frozen=True, slots=True)
 class ChildSettings:
-    """``most``: children at once, and ``spare`` more while jobs wait for one. ``jobs_each``: after so many jobs a child is replaced. ``target``: see `find_target`."""
+    """``most``: children at once, and ``spare`` more while jobs wait for one. ``jobs_each``: after so many jobs a child is
+    replaced. ``target``: see `target.find_target`."""
 
     most: int
     spare: int
     jobs_each: int
     target: str
     settings: Settings
-
-
-class _Words(asyncio.Protocol):
-    """A child's standard error: passed on as it comes, and the last of it kept."""
-
-    def __init__(self) -> None:
-        self.kept = b""
-        self.over = False
-
-    def data_received(self, data: bytes) -> None:
-        self.kept = (self.kept + data)[-LAST_WORDS:]
-        with contextlib.suppress(Exception):  # nobody reads ours: that is not the job's fault
-            sys.stderr.write(data.decode("utf-8", "replace"))
-            sys.stderr.flush()
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        self.over = True
-
-
-class _Child(asyncio.Protocol):
-    """One child, as the worker sees it."""
-
-    def __init__(self, owner: Children) -> None:
-        self._owner = owner
-        self._split = Splitter()
-        self.words = _Words()
-        self.transport: asyncio.Transport | None = None
-        self.pid = 0
-        self.pidfd = -1
-        self.status: int | None = None  # waitpid's, once it has ended
-        self.work: Work | None = None
-        self.jobs = 0
-        self.began = 0.0
-        self.there = False  # it lives, and it is connected
-        self.leaving = False  # told to end, when its job is over
-        self.gone = False
-        self.orphan = False  # ended because the nursery did
-        self.why: str | None = None  # why we killed it: timeout, memory, stop
-        self.timers: list[asyncio.TimerHandle] = []
-        self.peak = 0
-
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self.transport = transport  # type: ignore[assignment]  # a socket's
-
-    def data_received(self, data: bytes) -> None:
-        for body in self._split.feed(data):
-            said = decode_said(body)
-            if isinstance(said, Progress):
-                if self.work is not None:
-                    self.work.report(None, JobProgressed(said.sequence, said.done, said.total, said.message))
-            else:
-                self._owner._said(self, outcome_of(said))
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        self._owner._lost(self)
-
-    def send(self, data: bytes) -> None:
-        if self.transport is not None:
-            self.transport.write(data)
-
-    def signal(self, number: int) -> None:
-        """A signal to the process, if it is still there."""
-        with contextlib.suppress(ProcessLookupError, OSError):
-            if self.pidfd >= 0:
-                signal.pidfd_send_signal(self.pidfd, number)
-            elif self.pid and self.status is None:
-                os.kill(self.pid, number)
-
-    def kill(self) -> None:
-        """End the process, and those it started."""
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            if self.pid and self.status is None:
-                os.killpg(self.pid, signal.SIGKILL)
-        self.signal(signal.SIGKILL)
-
-    def memory(self) -> int:
-        """Bytes in use; 0 where the system does not tell."""
-        try:
-            with open(f"/proc/{self.pid}/statm", "rb") as file:
-                return int(file.read().split()[1]) * PAGE
-        except (OSError, IndexError, ValueError):
-            return 0
 
 
 class Children:
@@ -196,13 +82,13 @@ class Children:
         self._ready = False
         self._again_s = AGAIN_S
         self._lines = b""
-        self._born: deque[_Child] = deque()  # asked for, the oldest first
-        self._all: set[_Child] = set()
-        self._idle: list[_Child] = []
+        self._born: deque[Child] = deque()  # asked for, the oldest first
+        self._all: set[Child] = set()
+        self._idle: list[Child] = []
         self._waiting: deque[Work] = deque()
-        self._by_pid: dict[int, _Child] = {}
-        self._of: dict[Work, _Child] = {}
-        self._watched: set[_Child] = set()
+        self._by_pid: dict[int, Child] = {}
+        self._of: dict[Work, Child] = {}
+        self._watched: set[Child] = set()
         self._tasks: set[asyncio.Task[None]] = set()
         self._closing = False
         self.deaths = self.killed = self.born = 0
@@ -322,11 +208,11 @@ class Children:
         ours.setblocking(False)
         self._control, self._ready, self._lines = ours, False, b""
         self._loop.add_reader(ours, self._told)
-        self._nursery_words = _Words()
+        self._nursery_words = Words()
         assert self._nursery.stderr is not None
         self._later(self._listen(self._nursery.stderr, self._nursery_words))
 
-    async def _listen(self, pipe: Any, words: _Words) -> None:
+    async def _listen(self, pipe: Any, words: Words) -> None:
         await self._loop.connect_read_pipe(lambda: words, pipe)
 
     def _later(self, job: Any) -> None:
@@ -432,7 +318,7 @@ class Children:
         """Ask for one more child."""
         if self._closing or self._control is None:
             return
-        child = _Child(self)
+        child = Child(self)
         self._all.add(child)
         self._born.append(child)
         ours, theirs = socket.socketpair()
@@ -452,7 +338,7 @@ class Children:
         ours.setblocking(False)
         self._later(self._connect(child, ours, read))
 
-    async def _connect(self, child: _Child, ours: socket.socket, read: int) -> None:
+    async def _connect(self, child: Child, ours: socket.socket, read: int) -> None:
         await self._listen(os.fdopen(read, "rb", 0), child.words)
         await self._loop.create_connection(lambda: child, sock=ours)
         self._arrived(child)
@@ -469,13 +355,13 @@ class Children:
                 child.pidfd = os.pidfd_open(pid)
         self._arrived(child)
 
-    def _arrived(self, child: _Child) -> None:
+    def _arrived(self, child: Child) -> None:
         """Its pid or its connection came; with the second of the two it is there, once."""
         if child.pid and child.transport is not None and not child.there:
             child.there = True
             self._use(child)
 
-    def _use(self, child: _Child) -> None:
+    def _use(self, child: Child) -> None:
         """It is free: give it what waits. One job at a time: what it says next is of that."""
         assert child.work is None
         if child.gone:
@@ -488,14 +374,14 @@ class Children:
         else:
             self._idle.append(child)
 
-    def _dismiss(self, child: _Child) -> None:
+    def _dismiss(self, child: Child) -> None:
         child.leaving = True
         if child.transport is not None:
             child.transport.close()
 
     # -- one job ------------------------------------------------------------------------------------------------------
 
-    def _give(self, child: _Child, work: Work) -> None:
+    def _give(self, child: Child, work: Work) -> None:
         event, plan, context = work.event, work.plan, work.context
         assert event is not None
         assert plan is not None
@@ -544,14 +430,14 @@ class Children:
         if self._watched:
             self._loop.call_later(WATCH_S, self._watch)
 
-    def _kill(self, child: _Child, why: str) -> None:
+    def _kill(self, child: Child, why: str) -> None:
         if child.work is None or child.why is not None:
             return
         child.why = why
         self.killed += 1
         child.kill()
 
-    def _release(self, child: _Child) -> Work | None:
+    def _release(self, child: Child) -> Work | None:
         work, child.work = child.work, None
         for timer in child.timers:
             timer.cancel()
@@ -561,7 +447,7 @@ class Children:
             self._of.pop(work, None)
         return work
 
-    def _said(self, child: _Child, outcome: Outcome) -> None:
+    def said(self, child: Child, outcome: Outcome) -> None:
         if child.why is not None:  # it was through at the last moment, and dies all the same
             child.leaving = True
         most = None
@@ -578,7 +464,7 @@ class Children:
         if work is not None:
             self._on_said(work, outcome)
 
-    def _lost(self, child: _Child) -> None:
+    def lost(self, child: Child) -> None:
         """Its connection ended: it has ended, or is about to."""
         child.gone = True
         if child in self._idle:
@@ -593,11 +479,11 @@ class Children:
         if child is None:
             return
         child.status = status
-        # What it wrote last may still be on its way; `_lost` comes of itself.
+        # What it wrote last may still be on its way; `lost` comes of itself.
         if child.gone:
             self._loop.call_later(0.01, self._bury, child)
 
-    def _bury(self, child: _Child) -> None:
+    def _bury(self, child: Child) -> None:
         if child not in self._all:
             return
         if child.status is None and self._control is not None:
@@ -609,7 +495,7 @@ class Children:
             self._more()
         if work is None:
             if not expected and not self._closing:
-                LOG.warning("an idle child process ended by itself: %s", _end(child.status))
+                LOG.warning("an idle child process ended by itself: %s", end_of(child.status))
             return
         plan = work.plan
         assert plan is not None
@@ -633,7 +519,7 @@ class Children:
             self.deaths += not child.orphan
             self._on_died(work, last_words(child.status, child.words.kept), not child.orphan)
 
-    def _forget(self, child: _Child) -> None:
+    def _forget(self, child: Child) -> None:
         self._all.discard(child)
         self._by_pid.pop(child.pid, None)
         for timer in child.timers:
@@ -643,25 +529,3 @@ class Children:
             child.pidfd = -1
         if child.transport is not None and not child.gone:
             child.transport.abort()
-
-
-def _end(status: int | None) -> str:
-    """``waitpid``'s status in words."""
-    if status is None:
-        return "it left no exit status"
-    code = os.waitstatus_to_exitcode(status)
-    if code >= 0:
-        return f"exit code {code}"
-    try:
-        return f"signal {-code} ({signal.Signals(-code).name})"
-    except ValueError:
-        return f"signal {-code}"
-
-
-def last_words(status: int | None, errors: bytes) -> ErrorInfo:
-    """How a child ended, and what it wrote to standard error last, as an error."""
-    text = errors.decode("utf-8", "replace").strip()
-    said = f"the process that ran it ended by itself: {_end(status)}"
-    if text:
-        said += f"; it said last: {text.splitlines()[-1]}"
-    return ErrorInfo("ProcessDied", printable(said, MESSAGE_LIMIT), printable(text, TRACEBACK_LIMIT) or None)

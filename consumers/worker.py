@@ -25,7 +25,7 @@ from typing import Any
 from jobledger.access import knock
 from jobledger.config import Settings
 from jobledger.consumers import nursery
-from jobledger.consumers.children import Children, ChildSettings, find_target
+from jobledger.consumers.children import Children, ChildSettings
 from jobledger.consumers.control import ControlReader
 from jobledger.consumers.dispatch import Dispatcher
 from jobledger.consumers.execute import Executor, context_of
@@ -37,6 +37,7 @@ from jobledger.consumers.places import SUSPECTS, Places
 from jobledger.consumers.send import Sender
 from jobledger.consumers.settle import Settler, new_arrived
 from jobledger.consumers.takeover import Takeover
+from jobledger.consumers.target import find_target
 from jobledger.consumers.telling import Teller
 from jobledger.consumers.work import Partition
 from jobledger.errors import AccessDenied, BrokerUnavailable, ConfigError, JobledgerError, ResourceFailed
@@ -209,7 +210,7 @@ class Worker:
             drain=lambda: settler.drain(),
             fail=self.fail,
         )
-        executor = dispatcher.executor = Executor(
+        executor = Executor(
             facts,
             sender,
             names.lifecycle,
@@ -220,22 +221,22 @@ class Worker:
             fail=self.fail,
         )
         children = self.children = self._children()
-        places = dispatcher.places = Places(
+        places = Places(
             executor,
             dispatcher.threads,
             dispatcher.processes,
             children,
-            begin_again=dispatcher.begin_again,
+            begin_again=dispatcher.starter.begin_again,
             done=dispatcher.ended_in_thread,
-            ours=dispatcher.ours,
-            certain=dispatcher.certain,
+            ours=dispatcher.starter.ours,
+            certain=dispatcher.starter.certain,
         )
         executor.stop_child = places.stop
-        leases = self.leases = dispatcher.leases = Leases(
+        leases = self.leases = Leases(
             facts,
             sender,
             names,
-            begin=dispatcher.leased,
+            begin=dispatcher.starter.leased,
             close_with_stop=places.close_with_stop,
             give_up=places.give_up,
             ended=dispatcher.ended_in_thread,
@@ -244,6 +245,7 @@ class Worker:
             fail=self.fail,
         )
         executor.close_lease = leases.close
+        dispatcher.wire(executor, places, leases)
         settler = self.settler = Settler(
             settings,
             sender,
@@ -464,7 +466,7 @@ class Worker:
         status = "unhealthy" if reasons else "stopping" if self._stopping.is_set() else "ok"
         if dispatcher is None or settler is None:
             return {"status": "unhealthy" if reasons else "starting", "reasons": reasons, "worker": self.identity}
-        counts = dispatcher.counts
+        counts = dispatcher.intake.counts
         return {
             "status": status,
             "reasons": reasons,
@@ -473,7 +475,7 @@ class Worker:
             "queues": queues,
             "running": len(dispatcher.running),
             "unacknowledged": self.sender.unacknowledged if self.sender is not None and not self.ended.is_set() else 0,
-            "started": counts.started,
+            "started": dispatcher.starter.started,
             "children": self._about_children(),
             "leases": 0 if self.leases is None else self.leases.count,
             **{

@@ -26,6 +26,8 @@ AGAIN_S = 0.4
 #: Seconds for which the same line about connections is not said again.
 SAY_EVERY_S = 30.0
 KNOCK_S = 10.0
+#: For so many seconds after no broker could be reached, a topic that a client does not know may well be there.
+AWAY_S = 10.0
 
 _DENIED = {
     KafkaError.TOPIC_AUTHORIZATION_FAILED: "topic",
@@ -133,15 +135,20 @@ class Door:
         self._looked = float("-inf")
         self._said: dict[str, float] = {}
         self._refusal: NotAuthenticated | None = None
+        self._away_at = float("-inf")
 
     @property
     def refusal(self) -> NotAuthenticated | None:
         """Why this client is not let in; None as long as it may be, or is away."""
         return self._refusal
 
-    def behind(self, error: KafkaError) -> NotAuthenticated | None:
-        """The refusal behind an error of the client's; None if there is none. A client says once that it has got no token,
-        and might get one yet: that counts when something has timed out over it."""
+    def behind(self, error: KafkaError) -> NotAuthenticated | BrokerUnavailable | None:
+        """What is behind an error of the client's: a refusal, or that no broker is there; None if nothing is. A client says
+        once that it has got no token, and might get one yet: that counts when something has timed out over it. And one that
+        never got to ask for a topic says that there is none."""
+        if error.code() == KafkaError._UNKNOWN_TOPIC and time.monotonic() - self._away_at < AWAY_S:
+            address = self._settings.bootstrap or "the embedded broker"
+            return BrokerUnavailable(f"{address} cannot be reached; check JOBLEDGER_BOOTSTRAP and that the broker runs")
         if self._refusal is None and self._no_token and error.code() == KafkaError._MSG_TIMED_OUT:
             return refusal(self._settings, self._no_token)
         return self._refusal
@@ -166,8 +173,10 @@ class Door:
                 elif now - self._first >= AGAIN_S:
                     self._refusal = refusal(self._settings, text)
             elif error.code() == KafkaError._ALL_BROKERS_DOWN:
+                self._away_at = now
                 self._look(now)
             elif error.code() == KafkaError._TRANSPORT and "Connect to" in text:
+                self._away_at = now
                 self._first = None  # a broker that is away, or comes up: what it refused before says nothing
             said = re.sub(r"\(.*|\d+ms", "", text)
             if now - self._said.get(said, float("-inf")) < SAY_EVERY_S:

@@ -105,6 +105,7 @@ class Coordinator:
         self._stop = asyncio.Event()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._failure: BaseException | None = None
+        self.stuck = False  # Faust did not stop: its threads would keep the process alive
         self._app: Any = None
         self._cycle: Cycle | None = None
         self._ends: Ends | None = None
@@ -285,6 +286,7 @@ class Coordinator:
         done, _ = await asyncio.wait({stopping}, timeout=STOP_TIMEOUT)
         if not done:
             stopping.cancel()
+            self.stuck = True
             LOG.warning("Faust did not stop within %.0f s", STOP_TIMEOUT)
         elif (problem := stopping.exception()) is not None:  # an unclean end of Faust loses nothing
             LOG.warning("Faust did not stop cleanly: %r", problem)
@@ -441,18 +443,19 @@ def run_coordinator(
     if session_timeout_s is not None:
         options = replace(options, session_timeout=session_timeout_s)
 
-    async def main() -> None:
+    async def main() -> bool:
         coordinator = Coordinator(
             names, settings, partitions=partitions, options=options, data_dir=data_dir, registry=registry
         )
         if on_ready is not None:
             on_ready(coordinator)
         await supervise(coordinator, stop_event)
+        return coordinator.stuck
 
-    code = EXIT_OK
+    code, stuck = EXIT_OK, False
     with asyncio.Runner(loop_factory=_new_loop) as runner:
         try:
-            runner.run(main())
+            stuck = runner.run(main())
         except KeyboardInterrupt:
             pass
         except JobledgerError as exc:
@@ -461,7 +464,7 @@ def run_coordinator(
         except Exception:
             LOG.exception("the coordinator gave up")
             code = EXIT_FAILED
-        if code and threading.current_thread() is threading.main_thread():
+        if (code or stuck) and threading.current_thread() is threading.main_thread():
             # Threads of Faust's clients that hang on a dead broker would keep the process alive.
             logging.shutdown()
             os._exit(code)

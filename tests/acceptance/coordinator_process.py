@@ -51,12 +51,13 @@ def main() -> int:
             part.replace(file)
             threading.Event().wait(0.1)
 
-    try:
-        asyncio.run(run())
-    except Exception:
-        logging.getLogger("jobledger").exception("the coordinator gave up")
-        logging.shutdown()
-        os._exit(70)
+    with asyncio.Runner() as runner:
+        try:
+            runner.run(run())
+        except Exception:
+            logging.getLogger("jobledger").exception("the coordinator gave up")
+            logging.shutdown()
+            os._exit(70)  # before the runner waits for tasks that hang on a dead broker, as `run_coordinator` does
     return 0
 
 

@@ -486,7 +486,7 @@ def test_a_worker_that_stops_lets_jobs_end_and_gives_up_the_rest(broker: str, na
     with working(app, grace=2.0, threads=1) as worker:
         until(lambda: len(app.ran) == 3)  # type: ignore[attr-defined]
         worker.stop()
-        until(lambda: worker.dispatcher is not None and not worker.dispatcher.accepting)
+        until(lambda: worker.dispatcher is not None and not worker.dispatcher.starter.accepting)
         gates["ends"].set()
         gates["thread"].set()
     facts = [r.event.fact for rs in closings(app).values() for r in rs]
@@ -546,7 +546,7 @@ def test_nothing_of_an_ended_job_waits_for_the_garbage_collector(broker: str, na
             # The two threads hold what they ran last.
             until(lambda: works() <= before + 2, 5.0, "their freeing")
             assert worker.dispatcher is not None
-            assert worker.dispatcher.counts.started == 20 * (len(kinds) + 1)
+            assert worker.dispatcher.starter.started == 20 * (len(kinds) + 1)
         finally:
             gc.enable()
     app.close()

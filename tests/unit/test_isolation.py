@@ -14,14 +14,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jobledger import App, ConfigError, Settings, TaskTimedOut
-from jobledger.consumers.children import Children, ChildSettings, _Child, find_target, last_words
+from jobledger.consumers.children import Children, ChildSettings
 from jobledger.consumers.frames import Run as RunMessage
 from jobledger.consumers.frames import Splitter, decode_run, decode_said, ended, frame, outcome_of
 from jobledger.consumers.gates import Room
 from jobledger.consumers.interrupts import Interrupts
 from jobledger.consumers.outcome import Failed, Outcome, Retried, Snoozed, Succeeded
 from jobledger.consumers.places import CRASHES, UNSEEN_CRASHES, Places
+from jobledger.consumers.process import Child, last_words
 from jobledger.consumers.takeover import _started_at
+from jobledger.consumers.target import find_target
 from jobledger.consumers.work import Work
 from jobledger.schemas.codec import encode
 from jobledger.schemas.events import ErrorInfo, JobEvent, JobStarted
@@ -149,7 +151,7 @@ def test_who_is_blamed() -> None:
 def test_a_child_that_is_there_twice_gets_one_job() -> None:
     """Its pid and its connection may come in either order, and the second of them be told again: one job at a time, or the
     result of one would be taken for the other's."""
-    given: list[tuple[_Child, Work]] = []
+    given: list[tuple[Child, Work]] = []
     nothing = cast(Any, None)
     pool = Children(
         ChildSettings(2, 0, 10, "m:a", Settings()),
@@ -161,7 +163,7 @@ def test_a_child_that_is_there_twice_gets_one_job() -> None:
     )
     pool._give = lambda child, work: given.append((child, work))  # type: ignore[method-assign]
     pool._nursery = cast(Any, object())
-    child = _Child(pool)
+    child = Child(pool)
     pool._all.add(child)
     pool._born.append(child)
     child.transport = cast(Any, object())  # connected, and not told of yet

@@ -7,18 +7,20 @@ import http.server
 import json
 import ssl
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from confluent_kafka import KafkaError
 from faust import OAuthCredentials, SASLCredentials, SSLCredentials
 
 from jobledger import tls
-from jobledger.access import Need, unauthorized
+from jobledger.access import Door, Need, unauthorized
 from jobledger.config import Settings
-from jobledger.errors import ConfigError, NotAuthenticated
-from jobledger.log import admin, consumer, consumer_config, producer, producer_config
+from jobledger.errors import BrokerUnavailable, ConfigError, NotAuthenticated, TopicMissing
+from jobledger.log import admin, consumer, consumer_config, producer, producer_config, undelivered
 from jobledger.streams.oauth import ClientCredentials
 from jobledger.streams.security import credentials, security
 from tests.certificates import Authority, Identity
@@ -273,3 +275,26 @@ def test_an_endpoint_that_is_away_is_said() -> None:
     away = {**OIDC, "sasl.oauthbearer.token.endpoint.url": "http://127.0.0.1:9/token"}
     with pytest.raises(NotAuthenticated, match="gives no token"):
         ClientCredentials(away).fetch()
+
+
+def test_a_topic_nobody_could_be_asked_for_is_not_called_missing() -> None:
+    """A client that never reached a broker says that the topic is unknown; it is the broker that is away."""
+    settings = Settings(bootstrap="127.0.0.1:1")
+    door = Door(settings)
+    unknown = KafkaError(KafkaError._UNKNOWN_TOPIC)
+    assert door.behind(unknown) is None
+    assert isinstance(undelivered(unknown, settings, "sending to t"), TopicMissing)
+    told: list[KafkaError] = []
+
+    def heard(error: KafkaError) -> None:
+        told.append(error)
+        door(error)
+
+    client = producer(producer_config(settings) | {"error_cb": heard})
+    until = time.monotonic() + 10
+    while not told and time.monotonic() < until:
+        client.poll(0.05)
+    found = door.behind(unknown)
+    assert isinstance(found, BrokerUnavailable), told
+    assert "127.0.0.1:1 cannot be reached" in str(found)
+    assert door.behind(KafkaError(KafkaError.MSG_SIZE_TOO_LARGE)) is None

@@ -1,0 +1,316 @@
+"""What a record is: a job to be run, one that is done or known already, garbage, or something only others can read.
+
+On the event loop (but for `Aside`). Every message is received by the partition's offsets before anything else is done with
+it, in the log's order; from then on it is not done until the settler says so.
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import msgspec
+from confluent_kafka import Message
+
+from jobledger.consumers.aside import Aside, Read
+from jobledger.consumers.execute import Executor
+from jobledger.consumers.facts import Facts
+from jobledger.consumers.gates import closed_gate
+from jobledger.consumers.lines import Lines
+from jobledger.consumers.outcome import (
+    Cancelled,
+    Expired,
+    Failed,
+    Outcome,
+    Retried,
+    Snoozed,
+    Succeeded,
+    error_info,
+    unknown_task,
+)
+from jobledger.consumers.places import Places
+from jobledger.consumers.quick import plain_submission
+from jobledger.consumers.releases import release_key
+from jobledger.consumers.send import BY_KEY, Sender
+from jobledger.consumers.stage import Stage
+from jobledger.consumers.starts import Starter
+from jobledger.consumers.work import Arrived, Found, Partition, Plan, Work
+from jobledger.errors import BadArguments, JobledgerError, RegistryNeeded, SchemaError, UnknownFact
+from jobledger.retry import Retry
+from jobledger.schemas import codec
+from jobledger.schemas.events import (
+    JobCancelled,
+    JobDue,
+    JobEvent,
+    JobExpired,
+    JobFailed,
+    JobLeased,
+    JobRetried,
+    JobSnoozed,
+    JobSpec,
+    JobSubmitted,
+    crashes_of,
+    lasting,
+)
+
+LOG = logging.getLogger("jobledger.worker")
+
+_OWN = codec.MAGIC + codec.FINGERPRINT
+_monotonic = time.monotonic
+
+
+@dataclass(slots=True)
+class Counts:
+    """What came in and was not run, for metrics and health."""
+
+    duplicates: int = 0
+    found_closed: int = 0
+    rejected: int = 0
+    reasons: dict[str, str] = field(default_factory=dict)  # partition → why it stopped
+
+
+class Intake:
+    """Judges records, and hands jobs on: to be begun, or into a line.
+
+    ``unknown``: the backoff of jobs whose task this worker does not know. ``broken``: told of an error that nobody
+    expected. ``wake``: there may be something to begin.
+    """
+
+    executor: Executor
+    places: Places
+
+    def __init__(
+        self,
+        facts: Facts,
+        sender: Sender,
+        decoder: codec.Decoder,
+        arrived: Arrived,
+        starter: Starter,
+        lines: Lines,
+        plans: Mapping[str, Plan],
+        stages: Mapping[str, Stage],
+        *,
+        unknown: Retry,
+        call: Callable[..., None],
+        wake: Callable[[], None],
+        broken: Callable[[Exception], None],
+        fail: Callable[[JobledgerError], None],
+    ) -> None:
+        self._facts, self._sender, self._arrived = facts, sender, arrived
+        self._starter, self._lines, self._plans, self._stages = starter, lines, plans, stages
+        self._backoff, self._wake, self._broken = unknown, wake, broken
+        self._own_form = decoder.own_form
+        self._start = starter.start
+        self.aside = Aside(decoder, lambda *read: call(self.from_aside, *read), fail)
+        self.counts = Counts()
+
+    def take_up(self, partition: Partition, message: Message, now: float) -> None:
+        offset = message.offset()
+        value = message.value()
+        offsets = partition.offsets
+        assert offsets is not None
+        assert offset is not None
+        with partition.lock:
+            fresh = offsets.receive(offset)
+        if value is not None and (plain := plain_submission(value)) is not None:
+            self.accept(partition, message, plain, fresh, now)
+            return
+        own = value if isinstance(value, bytes) else b""
+        if not own.startswith(_OWN):
+            framed = self._own_form(own)
+            if framed is None:
+                partition.aside += 1
+                self.aside.put(partition, message, fresh)
+                return
+            if (plain := plain_submission(framed)) is not None:
+                self.accept(partition, message, plain, fresh, now)
+                return
+            own = framed
+        try:
+            event = codec.decode(own)
+        except UnknownFact as exc:
+            self.stop_partition(partition, message, f"{exc}: upgrade this worker")
+        except SchemaError as exc:
+            self.reject(partition, message, str(exc), fresh)
+        else:
+            self.accept(partition, message, event, fresh, now)
+
+    def scan_passed(self, partition: Partition) -> None:
+        """Let go of what the takeover's scan found, once nothing that is still to come can need it."""
+        offsets = partition.offsets
+        assert offsets is not None
+        if offsets.end >= partition.scanned_to and not partition.aside:
+            partition.closed.clear()
+            partition.starts.clear()
+            partition.held.clear()
+            partition.scanned_to = partition.careful = 0
+        if not partition.closed and not partition.held and not partition.starts:
+            with partition.lock:
+                offsets.hold(None)
+
+    def from_aside(self, partition: Partition, message: Message, read: Read, fresh: bool) -> None:
+        """A record came back from `Aside`: as an event, what keeps this worker from judging it, or why it cannot be read."""
+        partition.aside -= 1
+        if not partition.begin_taking():
+            return  # received and not done: the next owner's
+        try:
+            if isinstance(read, UnknownFact):
+                self.stop_partition(partition, message, f"{read}: upgrade this worker")
+            elif isinstance(read, RegistryNeeded):
+                self.stop_partition(partition, message, str(read))
+            elif isinstance(read, str):
+                self.reject(partition, message, read, fresh)
+            else:
+                self.accept(partition, message, read, fresh, _monotonic())
+            if partition.scanned_to:
+                self.scan_passed(partition)
+        except Exception as exc:  # noqa: BLE001  # as in `pump`
+            self._broken(exc)
+        finally:
+            partition.taking = False
+        self._wake()
+
+    def accept(self, partition: Partition, message: Message, event: JobEvent, fresh: bool, now: float) -> None:
+        """A readable event at a work position: run it, unless it is done, known already, or does not belong here."""
+        offset = message.offset() or 0
+        fact = event.fact
+        if type(fact) is JobSubmitted:
+            if fact.delay_ms is not None or fact.due_at is not None:
+                self.reject(partition, message, "a conditioned JobSubmitted does not belong on a work topic", fresh)
+                return
+        elif type(fact) is not JobDue:
+            self.reject(partition, message, f"a {type(fact).__name__} does not belong on a work topic", fresh)
+            return
+        key = release_key(event.job_id, event.run, event.release)
+        found = partition.closed.pop(key, None) if partition.closed else None
+        if not partition.memory.add(key):
+            self.counts.duplicates += 1
+            if fresh:
+                self._done(partition, offset)
+            return
+        if not fresh:
+            return
+        spec = fact.spec
+        if spec.expires_in_ms is not None or spec.expires_at is not None:
+            event = _expiring(event, spec, message.timestamp()[1])
+            spec = event.fact.spec  # type: ignore[union-attr]  # one of the two, as judged above
+        work = Work(partition, offset, event, self._arrived)
+        work.expires_at = spec.expires_at
+        work.appended = message.timestamp()[1]
+        partition.live[offset] = work
+        if found is not None:
+            self._settle_found(work, found)
+            return
+        if partition.scanned_to:
+            work.takeover = partition.starts.pop(key, 0)
+            work.suspect = work.takeover > 0 or offset < partition.careful
+            if work.takeover and partition.offsets is not None:
+                with partition.lock:  # until the next start tells of those, they must be found
+                    partition.offsets.note(offset, partition.floor)
+        if spec.tags and (crashes := crashes_of(spec.tags)):
+            work.takeover += crashes
+            work.suspect = True
+        plan = work.plan = self._plans.get(event.task)
+        if plan is not None:
+            try:
+                work.kwargs = plan.decode_args(spec.args)
+            except BadArguments as exc:
+                self.executor.close_with(work, Failed("bad-arguments", error_info(exc)))
+                return
+        if work.takeover and (crashed := self.places.crashed(work.takeover)) is not None:
+            self.executor.close_with(work, crashed)
+            return
+        if event.key is not None:
+            self._lines.enqueue_keyed(work, event.key, partition.held.pop(key, None) if partition.held else None)
+            return
+        if plan is None:
+            self.unknown(work)
+            return
+        stage = self._stages[partition.topic]
+        if stage.fair_by is not None:
+            tenant = spec.tags.get(stage.fair_by, "")
+            self._lines.enqueue(work, ("tag", tenant, plan.name if plan.gates else ""), serial=False)
+        elif plan.gates and (("task", plan.name) in partition.lines or closed_gate(plan.gates, now) is not None):
+            self._lines.wait_for_gate(work, plan, now)
+        elif (ended := self._starter.refused(work)) is not None:
+            self.executor.close_with(work, ended)
+        else:
+            self._start(work, now)
+
+    def unknown(self, work: Work) -> None:
+        """No task of this name here: another worker may have it, so the job goes back for a while; not for ever."""
+        event = work.event
+        assert event is not None
+        outcome = unknown_task(event.task, list(self._plans), _tags(event), self._backoff, random.random())
+        self.executor.close_with(work, outcome)
+
+    def _settle_found(self, work: Work, found: Found) -> None:
+        """The log holds this release's end: it is not run; what derives from the end is sent again."""
+        self.counts.found_closed += 1
+        event = work.event
+        assert event is not None
+        fact = found.fact
+        if isinstance(fact, JobLeased):
+            self.executor.resend(work, [self._facts.leased(event, fact.worker, fact.lease_ms)], found.offset)
+            return
+        outcome: Outcome = Succeeded()
+        due_at: int | None = None
+        if isinstance(fact, JobRetried):
+            outcome = Retried(fact.error, fact.delay_ms)
+            due_at = (found.appended_ms + fact.delay_ms) * 1000
+        elif isinstance(fact, JobSnoozed):
+            tags: Mapping[str, str] | None = None
+            if fact.reason == "unknown-task":
+                again = unknown_task(event.task, [], _tags(event), self._backoff, 0.0)
+                tags = again.tags if isinstance(again, Snoozed) else None
+            outcome = Snoozed(fact.delay_ms, fact.reason, tags)
+            due_at = (found.appended_ms + fact.delay_ms) * 1000
+        elif isinstance(fact, JobCancelled):
+            outcome = Cancelled(fact.by, fact.reason)
+        elif isinstance(fact, JobExpired):
+            outcome = Expired(fact.expired_at)
+        elif isinstance(fact, JobFailed):
+            outcome = Failed(fact.reason, fact.error)  # type: ignore[arg-type]  # as it was written
+        self.executor.resend_derived(work, outcome, due_at, found.offset)
+
+    def _done(self, partition: Partition, offset: int) -> None:
+        assert partition.offsets is not None
+        with partition.lock:
+            partition.offsets.done(offset)
+
+    def reject(self, partition: Partition, message: Message, why: str, fresh: bool) -> None:
+        """Put a record that is no job into the dead-letter topic, as it is; done once that is acknowledged."""
+        if not fresh:
+            return
+        offset = message.offset() or 0
+        self.counts.rejected += 1
+        LOG.error("%r@%d is rejected: %s", partition, offset, why)
+        key, value = message.key(), message.value()
+        record = self._facts.rejected(partition.topic, partition.number, offset, _bytes(key), _bytes(value), why)
+        work = Work(partition, offset, None, self._arrived)
+        partition.live[offset] = work
+        assert record.value is not None
+        self._sender.send(record.topic, record.value, record.key, BY_KEY, work.derived_delivered)
+
+    def stop_partition(self, partition: Partition, message: Message, why: str) -> None:
+        """A newer version wrote this record, or only a registry explains it: nothing of the partition is run until this
+        worker is upgraded, or told the registry."""
+        self.counts.reasons[repr(partition)] = partition.stop(message, why)
+
+
+def _expiring(event: JobEvent, spec: JobSpec, appended_ms: int) -> JobEvent:
+    """The event with its expiry as a time: what derives from it is appended later."""
+    fact = msgspec.structs.replace(event.fact, spec=lasting(spec, appended_ms))
+    return msgspec.structs.replace(event, fact=fact)
+
+
+def _tags(event: JobEvent) -> Mapping[str, str]:
+    fact = event.fact
+    return fact.spec.tags if isinstance(fact, JobSubmitted | JobDue) else {}
+
+
+def _bytes(value: object) -> bytes | None:
+    return value if isinstance(value, bytes) else None if value is None else str(value).encode()

@@ -1,0 +1,258 @@
+"""How a job begins: when there is room where its code runs, it is counted, its start is said, and its code is run.
+
+On the event loop. What may begin, and which comes next, was decided before; here it is only asked once more whether the
+job was cancelled or has expired, and of a suspect whether it is still this worker's.
+"""
+
+from __future__ import annotations
+
+import time
+from bisect import bisect_left
+from collections import deque
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import TYPE_CHECKING
+
+import uuid_utils
+from confluent_kafka import KafkaError, KafkaException, Message
+
+from jobledger.consumers.control import Control
+from jobledger.consumers.execute import Executor, context_of
+from jobledger.consumers.facts import Facts
+from jobledger.consumers.outcome import Expired, Outcome
+from jobledger.consumers.places import Places
+from jobledger.consumers.send import Sender
+from jobledger.consumers.stage import Stage, Turns
+from jobledger.consumers.work import WAIT_BOUNDS_MS, Work
+from jobledger.log import now_us
+from jobledger.names import Names
+from jobledger.schemas.codec import encode
+from jobledger.schemas.events import JobEvent, JobStarted
+
+if TYPE_CHECKING:
+    import asyncio
+
+    from jobledger.consumers.leases import Leases
+
+_monotonic = time.monotonic
+_uuid7 = uuid_utils.uuid7
+
+
+class Starter:
+    """Begins jobs, ``concurrency`` of them at once.
+
+    ``call``: runs a function on the loop, from any thread. ``drain()``: takes the delivery reports that have arrived.
+    ``clock_ms``: the broker's clock less this machine's.
+    """
+
+    executor: Executor
+    places: Places
+    leases: Leases
+    loop: asyncio.AbstractEventLoop
+
+    def __init__(
+        self,
+        facts: Facts,
+        sender: Sender,
+        names: Names,
+        stages: Mapping[str, Stage],
+        turns: Turns,
+        control: Control,
+        *,
+        concurrency: int,
+        broker_ms: Callable[[], float],
+        call: Callable[..., None],
+        drain: Callable[[], None],
+    ) -> None:
+        self._sender, self._stages, self._turns, self._control = sender, stages, turns, control
+        self._all_stages = list(stages.values())
+        self._broker_ms, self._call, self._drain = broker_ms, call, drain
+        self._lifecycle = names.lifecycle
+        self._source, self._produce = facts.source, sender.produce
+        self.concurrency = concurrency
+        self.clock_ms = 0.0
+        self.accepting = True
+        self.started = 0
+        #: All that were begun, and have not ended.
+        self.running: dict[Work, None] = {}
+
+    def refused(self, work: Work) -> Outcome | None:
+        """What a job comes to that must not be started: somebody cancelled it, or its time is over."""
+        cancels = self._control.cancels
+        event = work.event
+        assert event is not None
+        if cancels and (asked := cancels.get((event.job_id, event.run))) is not None:
+            return asked
+        if work.expires_at is not None and self._broker_ms() * 1000 >= work.expires_at:
+            return Expired(work.expires_at)
+        return None
+
+    def start(self, work: Work, now: float) -> None:
+        """Run a job that may run: where its task's code runs, now or as soon as there is room."""
+        plan = work.plan
+        assert plan is not None
+        room = self.places.room_of(work, plan)
+        if room is None:
+            self._begin(work, now)
+        elif room.running < room.most:
+            room.running += 1
+            work.room = room
+            self._begin(work, now)
+        else:
+            work.waiting = True
+            stage = self._stages[work.partition.topic]
+            stage.waiting.setdefault(room.name, deque()).append(work)
+
+    def _begin(self, work: Work, now: float) -> None:
+        """Count the job as begun, say so and run it."""
+        work.began = now
+        event, plan = work.event, work.plan
+        assert event is not None
+        assert plan is not None
+        partition = work.partition
+        work.send_progress = self.executor.progressed
+        work.context = context_of(work)
+        stage = self._stages[partition.topic]
+        if plan.gates or stage.scope.active:
+            work.gates = (stage.scope, *plan.gates) if stage.scope.active else plan.gates
+            for gate in work.gates:
+                gate.begin(now)
+        if event.key is not None:
+            work.held_since = work.held_since or now
+        at_us = now_us()
+        if work.appended > 0:
+            waited_ms = at_us / 1000 + self.clock_ms - work.appended
+            work.appended = 0
+            stage.waits[bisect_left(WAIT_BOUNDS_MS, waited_ms)] += 1
+            stage.waited_ms += waited_ms
+        if partition.offsets is not None:
+            partition.offsets.begin(work.offset)
+        self.started += 1
+        plan.started += 1
+        self.running[work] = None
+        if plan.task.policy.long:
+            self.leases.take(work)
+        else:
+            self._say_started(work, at_us)
+
+    def begin_again(self, work: Work) -> None:
+        """A job whose process died starts once more, where it is counted already."""
+        self.started += 1
+        self._say_started(work, now_us())
+
+    def leased(self, work: Work) -> None:
+        """A long job has its lease."""
+        self._say_started(work, now_us())
+
+    def _say_started(self, work: Work, at_us: int) -> None:
+        """Say that the job starts, and run it. Nobody waits for the acknowledgement, because the closing fact follows in the
+        same partition; but a suspect is run only then."""
+        event, partition = work.event, work.partition
+        assert event is not None
+        started = encode(
+            JobEvent(
+                str(_uuid7()),
+                event.job_id,
+                event.run,
+                event.attempt,
+                event.release,
+                at_us,
+                event.task,
+                event.queue,
+                event.key,
+                event.home,
+                self._source,
+                event.trace,
+                JobStarted(self._source, partition.topic, work.offset, work.takeover),
+            )
+        )
+        if work.suspect:
+            work.waiting, work.noted = True, self._start_noted
+            delivered = partial(self._start_delivered, work)
+            self._sender.send(self._lifecycle, started, event.job_id, partition.number, delivered)
+            return
+        try:
+            self._produce(self._lifecycle, started, event.job_id, partition.number)
+        except (BufferError, KafkaException):
+            self._sender.send(self._lifecycle, started, event.job_id, partition.number, None)
+        if work.room is None:
+            work.handle = self.loop.create_task(self.executor.run(work))
+        else:
+            self.places.go(work)
+
+    def _start_delivered(self, work: Work, error: KafkaError | None, message: Message) -> None:
+        """Delivery callback of a suspect's start, in any thread: reports are taken in order, and this one soon."""
+        work.noted_delivered(error, message)
+        self._call(self._drain)
+
+    def _start_noted(self, work: Work) -> None:
+        """A suspect's start is in the log, and kept in sight. Called by whoever took the report."""
+        self._call(self.places.go, work)
+
+    def ours(self, work: Work) -> bool:
+        """Whether this worker is to run a job that is counted as running already."""
+        if work.lease is not None:
+            return self.accepting and self.leases.holds(work)
+        partition = work.partition
+        return self.accepting and partition.owned and partition.stopped is None
+
+    @staticmethod
+    def certain(work: Work) -> bool:
+        """Whether nobody else can have taken it over, as far as is known now; if not, the group is asked."""
+        lease = work.partition.lease
+        if work.lease is not None or _monotonic() <= lease.until:
+            return True
+        lease.wanted = True
+        return False
+
+    def start_waiting(self) -> int:
+        """Give rooms that have room what waits for them."""
+        begun = 0
+        for room in self.places.rooms:
+            name = room.name
+            stages = [stage for stage in self._all_stages if stage.waiting.get(name)]
+            while stages and room.running < room.most and len(self.running) < self.concurrency:
+                stage = stages[0] if len(stages) == 1 else self._turns.next_of(stages)
+                waiting = stage.waiting[name]
+                if not self._start_first(waiting):
+                    break
+                begun += 1
+                if not waiting:
+                    stages.remove(stage)
+        return begun
+
+    def _start_first(self, waiting: deque[Work]) -> bool:
+        """Begin the first of those that wait for room; False if nothing may be begun now."""
+        work = waiting[0]
+        now = _monotonic()
+        partition = work.partition
+        if not partition.begin_taking():  # not begun: the next owner's
+            waiting.popleft()
+            return True
+        try:
+            if now > partition.lease.until:
+                partition.lease.wanted = True  # the fetch thread asks the coordinator, and wakes us
+                return False
+            waiting.popleft()
+            work.waiting = False
+            ended = self.refused(work)
+            if ended is not None:
+                self.executor.close_with(work, ended)
+                return True
+            assert work.plan is not None
+            room = self.places.room_of(work, work.plan)
+            if room is not None:
+                room.running += 1
+                work.room = room
+            self._begin(work, now)
+            return True
+        finally:
+            partition.taking = False
+
+    def drop_waiting(self) -> None:
+        """Forget what waits for room: not begun, so the next owner's."""
+        for stage in self._all_stages:
+            for waiting in stage.waiting.values():
+                while waiting:
+                    work = waiting.popleft()
+                    work.partition.live.pop(work.offset, None)

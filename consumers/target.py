@@ -1,0 +1,38 @@
+"""How a child process finds the app whose jobs it is to run."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from jobledger.errors import ConfigError
+from jobledger.task import Registry
+
+
+def find_target(registry: Registry) -> str:
+    """How another process names the app of a registry: ``module:attribute``, or ``path.py:attribute`` of a script.
+
+    Raises `ConfigError` if no loaded module holds the app at its top level.
+    """
+    homes = {task.fn.__module__ for task in registry.tasks.values() if getattr(task.fn, "__module__", None)}
+    others = [name for name in list(sys.modules) if name not in homes and not name.startswith("jobledger")]
+    for name in [*sorted(homes), *others]:
+        module = sys.modules.get(name)
+        for attribute, value in list(vars(module).items()) if module is not None else ():
+            if _is_app(value) and value.registry is registry:
+                if name != "__main__":
+                    return f"{name}:{attribute}"
+                spec, path = getattr(module, "__spec__", None), getattr(module, "__file__", None)
+                if spec is not None:
+                    return f"{spec.name}:{attribute}"
+                if path is not None:
+                    return f"{Path(path).absolute()}:{attribute}"
+    raise ConfigError(
+        f"app {registry.names.namespace!r} is no variable of a module, so a child process cannot import it: put it and its "
+        "tasks at the top level of one"
+    )
+
+
+def _is_app(value: object) -> bool:
+    # By name: jobledger.app stands above this package. Not by its attributes: a lazy object might answer to any.
+    return any(kind.__module__ == "jobledger.app" and kind.__qualname__ == "App" for kind in type(value).__mro__)
