@@ -133,6 +133,12 @@ class Takeover(threading.Thread):
         for plan in plans:
             plan.partition.offsets = PartitionOffsets(plan.restored, plan.lifecycle_high)
         self._read(fetcher.topic, plans)
+        if self._closing:
+            # It may have been cut short: what the log holds is the next owner's to find, and the mark above says so. Only
+            # where nothing had to be looked for, the last commit may say that once more; nothing is run of that either.
+            for plan in plans:
+                plan.partition.ready = plan.restored.clean and plan.partition.stopped is None
+            return
         # A stopped one is not taken over: what was committed above stands, and the next owner begins where this one did.
         read = [p for p in plans if p.partition.stopped is None]
         for plan in read:

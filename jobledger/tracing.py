@@ -124,7 +124,11 @@ class Span:
                 span.set_attribute("jobledger.snoozed", str(early.reason))
                 raise
             except BaseException as error:
-                span.record_exception(error)
+                try:
+                    span.record_exception(error)
+                except Exception as broken:  # noqa: BLE001  # its str() is the user's, and may raise anything
+                    said = f"<its str() raised {type(broken).__qualname__}>"
+                    span.add_event("exception", {"exception.type": type(error).__qualname__, "exception.message": said})
                 span.set_status(otel.Status(otel.StatusCode.ERROR, type(error).__qualname__))
                 raise
 

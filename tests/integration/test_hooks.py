@@ -14,7 +14,8 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 
 from jobledger import NO_RETRY, App, Depends, JobContext, ResourceFailed, Retry, Settings, current_job
 from jobledger.kafka.topics import ensure
-from tests.integration.worker_app import closings, until, working
+from jobledger.schemas.events import JobFailed
+from tests.integration.worker_app import Unprintable, closings, until, working
 
 pytestmark = pytest.mark.kafka
 
@@ -215,3 +216,25 @@ def test_one_trace_from_the_submission_to_the_child(broker: str, namespace: str,
     }
     assert len({s.context.trace_id for s in spans.get_finished_spans()}) == 1
     app.close()
+
+
+def test_a_span_of_an_exception_without_a_text_changes_nothing(
+    broker: str, namespace: str, spans: InMemorySpanExporter
+) -> None:
+    """The library that records it asks for its text, and that raises: the job still failed of its own exception."""
+    app = app_of(namespace, broker)
+
+    @app.task(retry=NO_RETRY)
+    async def wordless() -> None:
+        raise Unprintable
+
+    ensure(app, app.settings)
+    spans.clear()
+    handle = wordless.submit()
+    with working(app):
+        until(lambda: handle.job_id in closings(app))
+    (closing,) = closings(app)[handle.job_id]
+    assert isinstance(closing.event.fact, JobFailed)
+    assert closing.event.fact.error.type.endswith("Unprintable")
+    (span,) = [s for s in spans.get_finished_spans() if s.name == "run wordless"]
+    assert [dict(e.attributes or {}).get("exception.type") for e in span.events] == ["Unprintable"]

@@ -11,7 +11,7 @@ from typing import Any
 
 import msgspec
 import pytest
-from confluent_kafka import TopicPartition
+from confluent_kafka import ConsumerGroupTopicPartitions, TopicPartition
 from confluent_kafka.admin import (  # type: ignore[attr-defined]  # re-exported without saying so
     AlterConfigOpType,
     ConfigEntry,
@@ -23,6 +23,7 @@ from confluent_kafka.admin import (  # type: ignore[attr-defined]  # re-exported
 from jobledger import App, BrokerUnavailable, ConfigError, Settings, TopicMissing
 from jobledger.config import DEFAULT_MAX_RECORD_BYTES
 from jobledger.consumers import offsets
+from jobledger.consumers.takeover import Takeover
 from jobledger.consumers.work import Work
 from jobledger.consumers.worker import Worker, WorkerOptions
 from jobledger.kafka.ports import free_port
@@ -67,8 +68,6 @@ def send(app: App, *records: Outgoing) -> None:
 
 def committed(app: App) -> dict[int, tuple[int, str | None]]:
     """What the worker group has committed, by partition."""
-    from confluent_kafka import ConsumerGroupTopicPartitions
-
     group = app.names.worker_group("default")
     parts = [TopicPartition(app.names.jobs("default"), p) for p in range(3)]
     client = admin(app.settings)  # held: its answers die with it
@@ -396,6 +395,42 @@ def test_a_clean_restart_runs_nothing_again(broker: str, namespace: str) -> None
         assert worker.health()["found_closed"] == 0
     assert left >= 300
     assert sorted(a for _, a in app.ran) == list(range(500))  # type: ignore[attr-defined]
+    app.close()
+
+
+def test_a_takeover_that_a_stop_cuts_short_is_the_next_owners(
+    broker: str, namespace: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before all ends are found nothing is run, and the commit does not say that nothing has to be looked for."""
+    app = made(namespace, broker)
+    app.submit_many(app.tasks["add"].job(n) for n in range(60))
+    with working(app) as worker:
+        until(lambda: len(closings(app)) == 60)
+        until(lambda: all_done(app, worker))
+    # As after the death of an owner that had committed nothing.
+    zero = [TopicPartition(app.names.jobs("default"), p, 0) for p in range(3)]
+    client = admin(app.settings)  # held: its answers die with it
+    asked = client.alter_consumer_group_offsets([ConsumerGroupTopicPartitions(app.names.worker_group("default"), zero)])
+    for answer in asked.values():
+        answer.result(10)
+    read = Takeover._read
+
+    cut = threading.Event()
+
+    def cut_short(self: Takeover, *about: Any) -> None:
+        self.close()
+        cut.set()
+        read(self, *about)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Takeover, "_read", cut_short)
+        with working(app) as worker:
+            until(lambda: cut.is_set() and worker.takeover is not None and not worker.takeover.is_alive())
+    for partition, (offset, metadata) in committed(app).items():
+        assert not offsets.decode(offset, metadata, 1 << 40).clean, partition
+    with working(app) as worker:
+        until(lambda: worker.health().get("found_closed") == 60)
+    assert sorted(a for _, a in app.ran) == list(range(60))  # type: ignore[attr-defined]
     app.close()
 
 
