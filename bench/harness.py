@@ -72,9 +72,9 @@ def fresh_names(what: str) -> Names:
 
 def create(settings: Settings, names: Names, queues: Sequence[str], partitions: int) -> None:
     """The topics of a namespace, as the project declares them."""
-    from jobledger.kafka import topics
+    from jobledger.kafka import topics, topology
 
-    specs = topics.desired(names, dict.fromkeys(queues, partitions), partitions=partitions, replication=1)
+    specs = topology.desired(names, dict.fromkeys(queues, partitions), partitions=partitions, replication=1)
     client = AdminClient({"bootstrap.servers": settings.resolve_bootstrap()})
     topics.apply(client, topics.plan(client, specs))
 

@@ -26,7 +26,7 @@ import uuid_utils
 
 from jobledger import log
 from jobledger.config import Settings
-from jobledger.kafka import topics
+from jobledger.kafka import topics, topology
 from jobledger.kafka.embedded import EmbeddedKafka
 from jobledger.log import LogReader, LogWriter, Outgoing, now_us
 from jobledger.names import Names
@@ -72,7 +72,7 @@ def submission(names: Names, due_at: int | None, delay_ms: int | None) -> Outgoi
 def create(settings: Settings, names: Names, partitions: int) -> None:
     """The namespace's topics."""
     admin = log.admin(settings)
-    specs = topics.desired(names, {QUEUE: partitions}, partitions=partitions, replication=1)
+    specs = topology.desired(names, {QUEUE: partitions}, partitions=partitions, replication=1)
     topics.apply(admin, topics.plan(admin, specs))
 
 

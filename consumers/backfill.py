@@ -27,7 +27,7 @@ from jobledger.log import LogReader, committed, consumer_config, partitions_of, 
 from jobledger.log import consumer as make_consumer
 from jobledger.lookup import SchemaLookup
 from jobledger.names import lane
-from jobledger.task import Registry
+from jobledger.task_registry import Registry
 
 #: Events between two commits of the progress, at most; with a pace a tenth of a second's.
 CHUNK = 500

@@ -31,7 +31,8 @@ from jobledger.errors import BadArguments, TaskCancelled, TaskInterrupted, TaskT
 from jobledger.middleware import runner
 from jobledger.retry import Retry
 from jobledger.schemas.events import JobProgressed
-from jobledger.task import Registry, Task
+from jobledger.task import Task
+from jobledger.task_registry import Registry
 
 LOG = logging.getLogger("jobledger.worker")
 

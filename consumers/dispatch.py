@@ -31,7 +31,7 @@ from jobledger.errors import JobledgerError
 from jobledger.names import Names, lane
 from jobledger.retry import Retry
 from jobledger.schemas import codec
-from jobledger.task import Registry
+from jobledger.task_registry import Registry
 
 LOG = logging.getLogger("jobledger.worker")
 

@@ -44,7 +44,7 @@ from jobledger.schemas.events import (
     ReleaseRequested,
     crashes_of,
 )
-from jobledger.task import Registry
+from jobledger.task_registry import Registry
 
 #: Characters of an error's message that are kept when the record would be too large otherwise.
 _SHORT_MESSAGE = 200

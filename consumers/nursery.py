@@ -21,7 +21,7 @@ import socket
 import sys
 
 from jobledger.consumers.child import run_child
-from jobledger.task import Registry
+from jobledger.task_registry import Registry
 
 LOG = logging.getLogger("jobledger.worker")
 

@@ -35,7 +35,7 @@ from jobledger.names import lane
 from jobledger.schemas import codec
 from jobledger.schemas.derive import check_evolution
 from jobledger.schemas.events import JobEvent, JobSpec, JobSubmitted
-from jobledger.task import Registry
+from jobledger.task_registry import Registry
 
 LOG = logging.getLogger("jobledger.router")
 

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from jobledger.consumers.gates import Scope
 from jobledger.consumers.work import WAIT_BOUNDS_MS, Line, Partition, Work
 from jobledger.names import lane
-from jobledger.task import Queue
+from jobledger.queues import Queue
 
 #: Starts that a level gets for each of a low one while all have work, before age is looked at.
 WEIGHTS = {"high": 64.0, None: 8.0, "low": 1.0}

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 from jobledger.errors import ConfigError
-from jobledger.task import Registry
+from jobledger.task_registry import Registry
 
 
 def find_target(registry: Registry) -> str:

@@ -21,7 +21,7 @@ from jobledger.consumers.work import Work
 from jobledger.context import JobContext, enter
 from jobledger.errors import JobFailed
 from jobledger.middleware import Hook
-from jobledger.task import Registry
+from jobledger.task_registry import Registry
 
 LOG = logging.getLogger("jobledger.worker")
 

@@ -45,7 +45,7 @@ from jobledger.kafka import acls
 from jobledger.log import decoder, partitions_of, source
 from jobledger.names import lane as lane_of
 from jobledger.resources import Resource
-from jobledger.task import Registry
+from jobledger.task_registry import Registry
 
 __all__ = ["EXIT_BROKEN", "EXIT_OK", "Worker", "WorkerOptions", "run_tuned", "run_worker"]
 

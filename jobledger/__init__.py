@@ -34,10 +34,11 @@ from jobledger.errors import (
 )
 from jobledger.job import JobStatus, State
 from jobledger.policy import Adaptive, Breaker
+from jobledger.queues import Queue
 from jobledger.resources import Depends, Resource
 from jobledger.retry import NO_RETRY, Reject, Retry, RetryLater, Snooze
 from jobledger.schemas.events import Position
-from jobledger.task import JobRequest, Queue, Task
+from jobledger.task import JobRequest, Task
 
 __version__ = "0.1.0"
 

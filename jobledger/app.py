@@ -27,10 +27,12 @@ from jobledger.middleware import Around, Which
 from jobledger.names import Names
 from jobledger.orders import Job, Kind, Orders
 from jobledger.policy import KEY_HOLD_MAX_S, LEASE_S, Adaptive, Breaker, Limits
+from jobledger.queues import DEFAULT_PARTITIONS, DEFAULT_QUEUE, Queue, check_shares
 from jobledger.resources import Resource, ResourceDecorator
 from jobledger.retry import Retry
 from jobledger.schemas.events import Position
-from jobledger.task import DEFAULT_PARTITIONS, DEFAULT_QUEUE, JobRequest, Queue, Registry, Task, check_shares
+from jobledger.task import JobRequest, Task
+from jobledger.task_registry import Registry
 
 if TYPE_CHECKING:
     import datetime as dt

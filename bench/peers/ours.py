@@ -23,7 +23,7 @@ from bench.peers.port import Command, Progress, Session, Setting, python
 from jobledger import App
 from jobledger.config import Settings
 from jobledger.job import State
-from jobledger.kafka import topics
+from jobledger.kafka import topics, topology
 from jobledger.kafka.defaults import KAFKA_VERSION
 from jobledger.kafka.embedded import EmbeddedKafka
 from jobledger.log import admin
@@ -49,7 +49,7 @@ class OurSession:
         """A namespace of its own; the last one's topics are deleted."""
         self.close()
         self._names = harness.fresh_names("peers")
-        specs = topics.desired(self._names, {QUEUE: PARTITIONS}, partitions=PARTITIONS, replication=1)
+        specs = topology.desired(self._names, {QUEUE: PARTITIONS}, partitions=PARTITIONS, replication=1)
         topics.apply(self._admin, topics.plan(self._admin, specs))
         if self._table:
             url = f"sqlite:///{self._folder / self._names.namespace}.db"

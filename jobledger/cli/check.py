@@ -63,7 +63,7 @@ class Check:
     def run(self, tell: Callable[[int, int], None] | None) -> Checked:
         """Read the log once. Raises `BrokerUnavailable` or `TopicMissing`."""
         from jobledger.consumers.offsets import Restored, decode
-        from jobledger.kafka.topics import changelog
+        from jobledger.kafka.topology import changelog
         from jobledger.log import LogReader, decoder, partitions_of
         from jobledger.streams.faust_app import work_topics
 

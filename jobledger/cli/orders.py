@@ -99,7 +99,7 @@ def _made(kind: Kind) -> typer.Typer:
         bootstrap: Bootstrap = None,
         as_json: Json = False,
     ) -> None:
-        from jobledger.task import check_shares
+        from jobledger.queues import check_shares
 
         loaded = _found(target, kind, name, bootstrap)
         limits = Limits.of(_number(rate), concurrency, f"{kind} {name!r}")

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from jobledger.app import App
     from jobledger.kafka.acls import Right
-    from jobledger.kafka.topics import Change, Plan
+    from jobledger.kafka.topology import Change, Plan
 
 app = typer.Typer(name="topics", help="Topics as code: what the app needs, and how to get there.", no_args_is_help=True)
 
@@ -157,7 +157,7 @@ def _grant(loaded: App, wanted: list[tuple[str, Right]], yes: bool, as_json: boo
 def _plan(target: str, bootstrap: str | None, replication: int | None) -> tuple[AdminClient, Plan, str]:
     from jobledger import log
     from jobledger.access import knock
-    from jobledger.kafka import topics
+    from jobledger.kafka import topics, topology
 
     loaded = load_app(target, bootstrap=bootstrap)
     settings = loaded.settings.acting_as("admin")
@@ -165,7 +165,7 @@ def _plan(target: str, bootstrap: str | None, replication: int | None) -> tuple[
     knock(settings)
     admin = log.admin(settings)
     copies = replication or topics.default_replication(admin, address=address)
-    made = topics.plan(admin, *topics.wanted(loaded, copies), address=address)
+    made = topics.plan(admin, *topology.wanted(loaded, copies), address=address)
     return admin, made, address
 
 

@@ -26,7 +26,7 @@ from confluent_kafka import Producer
 from jobledger import log
 from jobledger.config import Settings
 from jobledger.errors import BrokerUnavailable, SchemaError
-from jobledger.kafka import topics
+from jobledger.kafka import topics, topology
 from jobledger.kafka.embedded import EmbeddedKafka
 from jobledger.log import LogReader, LogWriter, Outgoing
 from jobledger.names import Names
@@ -73,7 +73,7 @@ class Fleet:
         self.settings = Settings(bootstrap=self.bootstrap)
         self.names = Names(self.namespace)
         admin = log.admin(self.settings)
-        specs = topics.desired(self.names, {"mail": PARTITIONS}, partitions=PARTITIONS, replication=1)
+        specs = topology.desired(self.names, {"mail": PARTITIONS}, partitions=PARTITIONS, replication=1)
         topics.apply(admin, topics.plan(admin, specs))
         self.writer = LogWriter(self.settings, self.names)
         self.reader = LogReader(self.settings)

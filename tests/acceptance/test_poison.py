@@ -17,7 +17,7 @@ import pytest
 from confluent_kafka.admin import AdminClient
 
 from jobledger.config import Settings
-from jobledger.kafka import topics
+from jobledger.kafka import topics, topology
 from jobledger.kafka.embedded import EmbeddedKafka
 from jobledger.names import Names
 from tests.acceptance import rawlog
@@ -44,9 +44,9 @@ def fleet(kafka: EmbeddedKafka, tmp_path: Path) -> Iterator[Fleet]:
     """A namespace with its topics and no process yet."""
     namespace = f"p{uuid.uuid4().hex[:10]}"
     settings, names = Settings(bootstrap=kafka.bootstrap), Names(namespace)
-    specs = topics.desired(names, {"default": PARTITIONS}, partitions=PARTITIONS, replication=1)
+    specs = topology.desired(names, {"default": PARTITIONS}, partitions=PARTITIONS, replication=1)
     client = AdminClient({"bootstrap.servers": settings.resolve_bootstrap()})
-    topics.apply(client, topics.plan(client, specs, topics.worker_groups(names, ["default"])))
+    topics.apply(client, topics.plan(client, specs, topology.worker_groups(names, ["default"])))
     with Fleet(tmp_path, kafka.bootstrap, namespace, target="tests/acceptance/poison_app.py:app") as made:
         yield made
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from jobledger import App, Settings
-from jobledger.kafka.topics import changelog
+from jobledger.kafka.topology import changelog
 from jobledger.log import LogReader, partitions_of
 from tests.integration.worker_app import closings, until, working
 

@@ -28,7 +28,7 @@ from confluent_kafka.admin import (  # type: ignore[attr-defined]  # re-exported
 from jobledger import log
 from jobledger.config import Settings
 from jobledger.errors import BrokerUnavailable, ConfigError, SchemaError, TopicMissing, UnknownFact
-from jobledger.kafka import topics
+from jobledger.kafka import topics, topology
 from jobledger.log import LogReader, LogWriter, Outgoing, producer_config
 from jobledger.names import Names
 from jobledger.schemas import codec
@@ -105,7 +105,7 @@ class Lab:
 
     def create(self, *queues: str) -> None:
         """The topics, with these queues."""
-        specs = topics.desired(self.names, dict.fromkeys(queues, PARTITIONS), partitions=PARTITIONS, replication=1)
+        specs = topology.desired(self.names, dict.fromkeys(queues, PARTITIONS), partitions=PARTITIONS, replication=1)
         topics.apply(self.admin, topics.plan(self.admin, specs))
 
     def start(self, folder: str = "a", partitions: int = PARTITIONS, **options: float) -> Running:

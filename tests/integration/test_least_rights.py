@@ -23,7 +23,7 @@ from jobledger.consumers.backfill import Backfill, Plan
 from jobledger.consumers.router import Router
 from jobledger.consumers.worker import Worker, WorkerOptions
 from jobledger.errors import JobledgerError, NotAuthorized
-from jobledger.kafka import acls, topics
+from jobledger.kafka import acls, topics, topology
 from jobledger.kafka.acls import TABLE, Right
 from jobledger.log import admin as admin_client
 from jobledger.schemas.events import JobSubmitted
@@ -250,10 +250,10 @@ def admin(world: World, refused: list[JobledgerError]) -> None:
             world.secured.give("User:admin", right.of(namespace))
     settings, app = world.settings("admin"), build(namespace, world.settings(None))
     boss = admin_client(world.settings(None))
-    specs, groups = topics.wanted(app, 1)
+    specs, groups = topology.wanted(app, 1)
     few = [s for s in specs if s.name in (app.names.dead_letter, app.names.control)]
     topics.apply(boss, topics.plan(boss, few))
-    grown = [topics.TopicSpec(s.name, s.partitions + (s.name == app.names.dead_letter), 1, {"retention.ms": "5000"})
+    grown = [topology.TopicSpec(s.name, s.partitions + (s.name == app.names.dead_letter), 1, {"retention.ms": "5000"})
              if s in few else s for s in specs]  # fmt: skip
     made = topics.plan(admin_client(settings), grown, groups)
     assert {c.step.value for c in made.pending} == {"create", "add-partitions", "alter-config"}

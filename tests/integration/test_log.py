@@ -8,7 +8,7 @@ import pytest
 
 from jobledger.config import Settings
 from jobledger.errors import TopicMissing
-from jobledger.kafka import topics
+from jobledger.kafka import topics, topology
 from jobledger.log import LogReader, LogWriter, Outgoing, admin
 from jobledger.lookup import SchemaLookup
 from jobledger.names import Names
@@ -21,7 +21,7 @@ def test_a_schema_is_found_however_lately_it_was_not_there(broker: str, namespac
     """A lookup that found nothing, for garbage perhaps, does not hide what is published right after it."""
     names, settings = Names(namespace), Settings(bootstrap=broker)
     client = admin(settings)
-    topics.apply(client, topics.plan(client, topics.desired(names, {}, partitions=1, replication=1)))
+    topics.apply(client, topics.plan(client, topology.desired(names, {}, partitions=1, replication=1)))
     lookup = SchemaLookup(settings, names)
     writer = LogWriter(settings, None)
     try:

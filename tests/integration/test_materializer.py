@@ -26,7 +26,7 @@ from jobledger import log
 from jobledger.config import Settings
 from jobledger.errors import LeaseLost, SchemaError, StoreError, StoreUnavailable, UnknownFact
 from jobledger.job import State
-from jobledger.kafka import topics
+from jobledger.kafka import topics, topology
 from jobledger.log import LogReader, LogWriter, Outgoing, wait_until
 from jobledger.names import Names
 from jobledger.schemas import codec
@@ -60,7 +60,7 @@ class World:
 
     def make(self, *queues: str) -> None:
         """The topics of these queues, and all others."""
-        specs = topics.desired(self.names, dict.fromkeys(queues, PARTITIONS), partitions=PARTITIONS, replication=1)
+        specs = topology.desired(self.names, dict.fromkeys(queues, PARTITIONS), partitions=PARTITIONS, replication=1)
         topics.apply(self.admin, topics.plan(self.admin, specs))
 
     def event(self, job_id: str, fact: ev.Fact, release: int = 1, attempt: int = 1, queue: str = "mail") -> bytes:

@@ -10,7 +10,7 @@ from confluent_kafka import Message
 
 from jobledger.config import Settings
 from jobledger.consumers.takeover import Takeover
-from jobledger.kafka import topics
+from jobledger.kafka import topics, topology
 from jobledger.log import LogWriter, Outgoing, admin
 from jobledger.names import Names
 
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.kafka
 def test_a_partition_is_read_again_on_the_connection_that_read_it_to_an_end_before(broker: str, namespace: str) -> None:
     """Ranges of the same partitions can be read one after the other: what an earlier one stopped at is not left out."""
     names, settings = Names(namespace), Settings(bootstrap=broker)
-    wanted = topics.desired(names, {"mail": 2}, partitions=2, replication=1)
+    wanted = topology.desired(names, {"mail": 2}, partitions=2, replication=1)
     client = admin(settings)
     topics.apply(client, topics.plan(client, wanted))
     writer = LogWriter(settings, None)

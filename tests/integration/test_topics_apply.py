@@ -19,8 +19,8 @@ from jobledger import log
 from jobledger.config import Settings
 from jobledger.domain import EventType
 from jobledger.errors import BrokerUnavailable, ConfigError
-from jobledger.kafka import topics
-from jobledger.kafka.topics import Plan, Step
+from jobledger.kafka import topics, topology
+from jobledger.kafka.topology import Plan, Step
 from jobledger.names import Names
 
 pytestmark = pytest.mark.kafka
@@ -73,7 +73,7 @@ def test_ensure_makes_every_topic_usable_at_once(settings: Settings, app: App) -
     assert partitions(settings, app.names.jobs("default")) == 3
     assert partitions(settings, app.names.jobs("mail")) == 6
     assert partitions(settings, app.names.lifecycle) == 6
-    assert partitions(settings, topics.changelog(app.names)) == 3
+    assert partitions(settings, topology.changelog(app.names)) == 3
 
 
 def test_ensure_again_changes_nothing(settings: Settings, app: App) -> None:
@@ -122,7 +122,7 @@ def test_a_setting_that_drifted_is_put_back(settings: Settings, admin: AdminClie
     resource = ConfigResource(ResourceType.TOPIC, app.names.lifecycle, incremental_configs=[short])
     admin.incremental_alter_configs([resource])[resource].result(10)
     # The broker answers from its own copy of the settings, which follows the controller's.
-    seen: list[topics.Change] = []
+    seen: list[topology.Change] = []
 
     def put_back() -> bool:
         seen.extend(topics.ensure(app, settings).pending)
@@ -152,7 +152,7 @@ def test_groups_get_their_timeouts(
 
 def test_a_group_setting_that_is_refused_is_a_note(admin: AdminClient, app: App) -> None:
     """A cluster that does not take a group's settings is noted and stops nothing."""
-    refused = topics.Change(
+    refused = topology.Change(
         Step.CONFIG, "group", app.names.worker_group("default"), config={"consumer.session.timeout.ms": (None, "1")}
     )
     (note,) = topics.apply(admin, Plan((refused,)))

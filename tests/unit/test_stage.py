@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from jobledger.consumers.gates import Scope
 from jobledger.consumers.stage import AGEING_MOST, AGEING_S, WEIGHTS, Stage, Turns
 from jobledger.policy import Limits
-from jobledger.task import Queue
+from jobledger.queues import Queue
 
 
 def stages() -> dict[str | None, Stage]:

@@ -14,8 +14,10 @@ from hypothesis import strategies as st
 
 from jobledger.context import JobContext, current_job
 from jobledger.errors import BadArguments, ConfigError, UnknownQueue, UnknownTask
+from jobledger.queues import Queue
 from jobledger.retry import Retry
-from jobledger.task import Queue, Registry, Submitter, Task
+from jobledger.task import Submitter, Task
+from jobledger.task_registry import Registry
 
 
 def nobody() -> Submitter:

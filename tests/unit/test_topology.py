@@ -7,16 +7,7 @@ import json
 import pytest
 
 from jobledger.errors import ConfigError
-from jobledger.kafka.topics import (
-    Growth,
-    Plan,
-    Step,
-    TopicSpec,
-    compare,
-    desired,
-    within_bounds,
-    worker_groups,
-)
+from jobledger.kafka.topology import Growth, Plan, Step, TopicSpec, compare, desired, within_bounds, worker_groups
 from jobledger.names import Names
 
 NAMES = Names("shop")

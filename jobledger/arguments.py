@@ -1,0 +1,138 @@
+"""Arguments of a job: one JSON object by parameter name, checked against the function's annotations.
+
+They are checked twice with the same decoder: in the caller, before anything is sent, and in the worker.
+"""
+
+from __future__ import annotations
+
+import inspect
+import typing
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any
+
+import msgspec
+
+from jobledger.errors import BadArguments, ConfigError
+from jobledger.resources import Dependency
+
+
+class Arguments:
+    """What a function takes. ``filled``: parameters that the worker fills. ``name``: the task's, for errors.
+
+    ``positional``: names that may be given by position. ``names``: all of them. ``signature``: as text, for errors.
+    Raises `ConfigError` for a signature whose arguments cannot travel.
+    """
+
+    def __init__(self, fn: Callable[..., Any], name: str, filled: Collection[str]) -> None:
+        self._name = name
+        self.positional, struct = _arguments_struct(fn, name)
+        self._decoder = msgspec.json.Decoder(struct, dec_hook=_dec_hook)
+        self.names: tuple[str, ...] = struct.__struct_fields__
+        signature = inspect.signature(fn, eval_str=True)
+        kept = [p for p in signature.parameters.values() if p.name not in filled]
+        self.signature = str(signature.replace(parameters=kept))
+
+    def bound(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+        """Arguments by name, as far as they fit."""
+        return {**dict(zip(self.positional, args, strict=False)), **kwargs}
+
+    def encode(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bytes:
+        """Arguments as a JSON object by parameter name; `BadArguments` names what does not fit."""
+        names = self.positional
+        if len(args) > len(names):
+            raise BadArguments(
+                f"{self._name}() takes {len(names)} positional arguments ({', '.join(names)}): got {len(args)}"
+            )
+        named = dict(zip(names, args, strict=False))
+        for key, value in kwargs.items():
+            if key in named:
+                raise BadArguments(f"{self._name}() got argument {key!r} twice, by position and by name")
+            named[key] = value
+        try:
+            raw = msgspec.json.encode(named, enc_hook=_enc_hook)
+        except (TypeError, ValueError, OverflowError, RecursionError) as exc:
+            raise BadArguments(f"an argument of {self._name}() cannot be written as JSON: {exc}") from exc
+        try:
+            self._decoder.decode(raw)
+        except (msgspec.MsgspecError, TypeError, ValueError, RecursionError) as exc:
+            raise BadArguments(f"arguments do not fit {self._name}{self.signature}: {exc}") from exc
+        return raw
+
+    def decode(self, raw: bytes) -> dict[str, Any]:
+        """The worker's side of `encode`: keyword arguments for the function. Raises `BadArguments`."""
+        try:
+            struct = self._decoder.decode(raw)
+        except (msgspec.MsgspecError, TypeError, ValueError, RecursionError) as exc:
+            shown = raw[:500].decode(errors="replace")
+            raise BadArguments(f"arguments {shown} do not fit {self._name}{self.signature}: {exc}") from exc
+        unset = msgspec.UNSET
+        return {n: v for n in self.names if (v := getattr(struct, n)) is not unset}
+
+
+def encode_result(value: Any) -> bytes | None:
+    """A return value as JSON; None for None. Raises `TypeError` or `ValueError` naming what cannot be written."""
+    return None if value is None else msgspec.json.encode(value, enc_hook=_enc_hook)
+
+
+def _arguments_struct(fn: Callable[..., Any], name: str) -> tuple[tuple[str, ...], type[msgspec.Struct]]:
+    """Parameter names that may be given by position, and the struct that a JSON object of arguments must fit."""
+    try:
+        hints = typing.get_type_hints(fn)
+        parameters = inspect.signature(fn, eval_str=True).parameters.values()
+    except Exception as exc:
+        raise ConfigError(f"task {name!r}: its signature cannot be read: {exc}") from exc
+    fields: list[tuple[str, Any] | tuple[str, Any, Any]] = []
+    positional: list[str] = []
+    filled = ""
+    for parameter in parameters:
+        if isinstance(parameter.default, Dependency):
+            filled = parameter.name
+            continue
+        if filled and parameter.kind is parameter.POSITIONAL_OR_KEYWORD:
+            raise ConfigError(
+                f"task {name!r}: {parameter.name} comes after {filled}, which the worker fills; put resources last, "
+                "or behind a *"
+            )
+        if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD, parameter.POSITIONAL_ONLY):
+            raise ConfigError(
+                f"task {name!r}: parameter {parameter} cannot travel by name; write every parameter out, "
+                "or take one list or dict"
+            )
+        if parameter.kind is parameter.POSITIONAL_OR_KEYWORD:
+            positional.append(parameter.name)
+        hint = hints.get(parameter.name, Any)
+        if parameter.default is parameter.empty:
+            fields.append((parameter.name, hint))
+        else:
+            # Unset, not the default itself: the default that counts is the worker's, as in any call.
+            fields.append((parameter.name, hint | msgspec.UnsetType if hint is not Any else Any, msgspec.UNSET))
+    try:
+        struct = msgspec.defstruct(f"{name}_arguments", fields, kw_only=True, forbid_unknown_fields=True)
+        _check_types(name, msgspec.inspect.type_info(struct))
+    except (TypeError, ValueError) as exc:
+        raise ConfigError(f"task {name!r}: a parameter's annotation cannot be read from JSON: {exc}") from exc
+    return tuple(positional), struct
+
+
+def _check_types(name: str, info: msgspec.inspect.Type) -> None:
+    assert isinstance(info, msgspec.inspect.StructType)
+    for each in info.fields:
+        kinds = each.type.types if isinstance(each.type, msgspec.inspect.UnionType) else (each.type,)
+        for kind in kinds:
+            if isinstance(kind, msgspec.inspect.CustomType) and not hasattr(kind.cls, "model_validate"):
+                raise ConfigError(
+                    f"task {name!r}: parameter {each.name}: {kind.cls.__qualname__} cannot be read from JSON; "
+                    "use JSON types, a dataclass, a TypedDict, a msgspec Struct or a pydantic model"
+                )
+
+
+def _enc_hook(value: Any) -> Any:
+    if hasattr(value, "model_dump"):  # pydantic, where users have it
+        return value.model_dump(mode="json")
+    raise TypeError(f"{type(value).__qualname__} is no JSON type, dataclass, msgspec Struct or pydantic model")
+
+
+def _dec_hook(kind: type[Any], value: Any) -> Any:
+    if hasattr(kind, "model_validate"):
+        return kind.model_validate(value)
+    raise TypeError(f"{kind.__qualname__} cannot be read from JSON")

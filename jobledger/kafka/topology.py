@@ -1,0 +1,332 @@
+"""Topics and groups as they should be, and how what there is differs from that: pure.
+
+`jobledger.kafka.topics` reads the cluster and carries a `Plan` out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from enum import StrEnum
+from typing import Any, Protocol
+
+from jobledger.errors import ConfigError
+from jobledger.names import Names, lane
+
+#: What a worker that died without a word costs its partitions, and how soon a rebalance step is taken. The broker's
+#: own defaults are 45 s and 5 s; its minimums win over these.
+SESSION_TIMEOUT_MS = 6_000
+HEARTBEAT_INTERVAL_MS = 1_000
+
+# Compaction never touches the segment being written, so its size bounds what a restart has to read again.
+COMPACTED_SEGMENT_BYTES = 64 * 1024 * 1024
+
+
+class Growth(StrEnum):
+    """What may become of a topic's partition count once it exists."""
+
+    GROWS = "grows"  # may be raised; keys move to other partitions
+    AT_LEAST = "at-least"  # must not change, and more than asked for does no harm
+    FIXED = "fixed"  # must be what is asked for
+
+
+class Step(StrEnum):
+    """What a plan does with one topic or group."""
+
+    CREATE = "create"
+    PARTITIONS = "add-partitions"
+    CONFIG = "alter-config"
+    REFUSE = "refuse"
+    ADVISE = "advise"  # what only the cluster's administrators can do
+    UNCHANGED = "unchanged"
+
+
+@dataclass(frozen=True, slots=True)
+class TopicSpec:
+    """A topic as it should be. ``config`` is compared key by key; what it does not name is left to the cluster."""
+
+    name: str
+    partitions: int
+    replication: int
+    config: Mapping[str, str] = field(default_factory=dict)
+    growth: Growth = Growth.GROWS
+    why_fixed: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class GroupSpec:
+    """Settings of one consumer group that the broker hands to its members (KIP-848)."""
+
+    name: str
+    config: Mapping[str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """One line of a plan. ``config`` maps a setting to (what it is, what it shall be); ``reason`` explains a refusal.
+
+    ``partitions`` is (what there is, what there shall be), with 0 for a topic that is not there yet.
+    """
+
+    step: Step
+    kind: str  # "topic" or "group"
+    name: str
+    partitions: tuple[int, int] | None = None
+    replication: int | None = None
+    config: Mapping[str, tuple[str | None, str]] = field(default_factory=dict)
+    reason: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """The differences between the topics an app needs and those the cluster has, in the order they are applied."""
+
+    changes: tuple[Change, ...]
+
+    @property
+    def pending(self) -> tuple[Change, ...]:
+        """What `apply` would do."""
+        return tuple(c for c in self.changes if c.step not in (Step.UNCHANGED, Step.REFUSE, Step.ADVISE))
+
+    @property
+    def refused(self) -> tuple[Change, ...]:
+        """What will not be done, with the reasons; while there is one, `apply` does nothing."""
+        return tuple(c for c in self.changes if c.step is Step.REFUSE)
+
+    @property
+    def advice(self) -> tuple[Change, ...]:
+        """What should be done by others, with the reasons."""
+        return tuple(c for c in self.changes if c.step is Step.ADVISE)
+
+    def as_dict(self) -> dict[str, Any]:
+        """The plan as plain values, for JSON."""
+        return {
+            "changes": [asdict(c) for c in self.changes],
+            "pending": len(self.pending),
+            "refused": len(self.refused),
+        }
+
+
+class HasPartitions(Protocol):
+    """What has topics of its own. ``partitions`` None means the app's default."""
+
+    @property
+    def partitions(self) -> int | None: ...
+
+
+class HasLevels(HasPartitions, Protocol):
+    """A queue, as far as its topics are concerned: one for each of its ``levels``."""
+
+    @property
+    def levels(self) -> Sequence[str | None]: ...
+
+
+class HasTopic(HasPartitions, Protocol):
+    """A class of events, as far as its topic is concerned. ``foreign``: the topic is another program's business."""
+
+    @property
+    def topic(self) -> str: ...
+
+    @property
+    def foreign(self) -> bool: ...
+
+    @property
+    def retention_days(self) -> float | None: ...
+
+
+class DeclaresTopics(Protocol):
+    """An app, as far as its topics are concerned."""
+
+    @property
+    def names(self) -> Names: ...
+
+    @property
+    def queues(self) -> Mapping[str, HasLevels]: ...
+
+    @property
+    def events(self) -> Mapping[str, HasTopic]: ...
+
+    @property
+    def partitions(self) -> int: ...
+
+
+def desired(
+    names: Names,
+    queues: Mapping[str, int],
+    *,
+    partitions: int,
+    replication: int,
+    events: Iterable[HasTopic] = (),
+) -> list[TopicSpec]:
+    """Every topic that a namespace needs: pure.
+
+    ``queues``: partitions of each queue's work topic. ``events``: whose own topics are needed. ``partitions``: of coordination, dead-letter and the
+    coordinator's changelog, and the least that lifecycle gets. ``replication``: copies of each partition; from three
+    on, two must have a record before it is acknowledged. Raises `ConfigError` for a count below 1.
+    """
+    for what, count in [("partitions", partitions), ("replication", replication), *_named(queues)]:
+        if count < 1:
+            raise ConfigError(f"{what}={count} is too small: a topic has at least 1")
+    base = {
+        "message.timestamp.type": "LogAppendTime",  # one clock for delays, expiries and leases
+        "min.insync.replicas": _min_insync(replication),
+    }
+    # Trimmed by DeleteRecords once every reader is past a record, never by age or size.
+    kept = {**base, "cleanup.policy": "delete", "retention.ms": "-1", "retention.bytes": "-1"}
+    compacted = {**base, "cleanup.policy": "compact", "segment.bytes": str(COMPACTED_SEGMENT_BYTES)}
+    specs = [TopicSpec(names.jobs(queue), count, replication, kept) for queue, count in sorted(queues.items())]
+    for event in sorted((e for e in events if not e.foreign), key=lambda e: e.topic):
+        days = event.retention_days
+        retention = {} if days is None else {"retention.ms": str(round(days * 86_400_000))}
+        specs.append(TopicSpec(event.topic, event.partitions or partitions, replication, {**kept, **retention}))
+    specs += [
+        TopicSpec(
+            names.lifecycle,
+            max([partitions, *queues.values()]),
+            replication,
+            kept,
+            Growth.AT_LEAST,
+            "a job's facts lie in the partition that carries its work record's number, so lifecycle needs at least as "
+            "many partitions as the largest queue, and its count is settled when it is created",
+        ),
+        TopicSpec(
+            names.coordination,
+            partitions,
+            replication,
+            kept,
+            Growth.FIXED,
+            "schedules, locks and batches live in the partition of their key, and with another count every key would "
+            "move away from its own state",
+        ),
+        TopicSpec(names.dead_letter, partitions, replication, kept),
+        # One partition each: read to the end by every process at its start, and a tombstone must meet its record.
+        TopicSpec(names.control, 1, replication, compacted, Growth.FIXED, "a tombstone must meet its record"),
+        TopicSpec(names.schemas, 1, replication, compacted, Growth.FIXED, "it is read as one sequence"),
+        TopicSpec(
+            changelog(names),
+            partitions,
+            replication,
+            compacted,
+            Growth.FIXED,
+            "Faust pairs its partitions with those of coordination, number by number",
+        ),
+    ]
+    return specs
+
+
+def _min_insync(copies: int) -> str:
+    return "2" if copies >= 3 else "1"
+
+
+def changelog(names: Names) -> str:
+    """The changelog of the coordinator's table of schedules, under the name that Faust gives it."""
+    return f"{names.coordinator_group}-schedules-changelog"
+
+
+def worker_groups(names: Names, queues: Iterable[str], *, routed: bool = False) -> list[GroupSpec]:
+    """The settings of every queue's worker group, and of the router's if there is one: pure."""
+    config = {
+        "consumer.session.timeout.ms": str(SESSION_TIMEOUT_MS),
+        "consumer.heartbeat.interval.ms": str(HEARTBEAT_INTERVAL_MS),
+    }
+    groups = [names.worker_group(queue) for queue in sorted(queues)]
+    return [GroupSpec(name, config) for name in [*groups, *([names.router_group] if routed else [])]]
+
+
+def wanted(app: DeclaresTopics, replication: int) -> tuple[list[TopicSpec], list[GroupSpec]]:
+    """Every topic and group that an app needs: pure."""
+    queues = queue_partitions(app)
+    events = list(app.events.values())
+    specs = desired(app.names, queues, partitions=app.partitions, replication=replication, events=events)
+    return specs, worker_groups(app.names, queues, routed=bool(events))
+
+
+def compare(
+    spec: TopicSpec, partitions: int | None, config: Mapping[str, str | None], copies: int | None = None
+) -> list[Change]:
+    """How one topic differs from its spec: pure. ``partitions`` None means that there is no such topic; ``copies``: of the
+    partition that has fewest, None if that is not known."""
+    if partitions is None:
+        return [
+            Change(
+                Step.CREATE,
+                "topic",
+                spec.name,
+                partitions=(0, spec.partitions),
+                replication=spec.replication,
+                config={key: (None, value) for key, value in spec.config.items()},
+            )
+        ]
+    changes: list[Change] = []
+    counts = (partitions, spec.partitions)
+    if partitions < spec.partitions:
+        if spec.growth is Growth.GROWS:
+            changes.append(Change(Step.PARTITIONS, "topic", spec.name, partitions=counts))
+        else:
+            changes.append(_refusal(spec, counts, spec.why_fixed))
+    elif partitions > spec.partitions:
+        if spec.growth is Growth.GROWS:
+            changes.append(_refusal(spec, counts, "Kafka cannot take partitions away"))
+        elif spec.growth is Growth.FIXED:
+            changes.append(_refusal(spec, counts, spec.why_fixed))
+    wanted_config = dict(spec.config)
+    if copies is not None:
+        # By the copies that there are: two that must acknowledge, of one, would stop every write; and an apply while one of
+        # three brokers is away must not lower it.
+        wanted_config["min.insync.replicas"] = _min_insync(copies)
+    if copies is not None and copies < spec.replication:
+        changes.append(
+            Change(
+                Step.ADVISE,
+                "topic",
+                spec.name,
+                replication=copies,
+                reason=f"topic {spec.name!r} has {copies} of {spec.replication} copies: with a broker that is lost for good, "
+                "records are. Raise it with kafka-reassign-partitions.sh, or your vendor's way, and apply again; or say "
+                f"--replication {copies}",
+            )
+        )
+    changed = differing(wanted_config, config)
+    if changed:
+        changes.append(Change(Step.CONFIG, "topic", spec.name, config=changed))
+    return changes or [Change(Step.UNCHANGED, "topic", spec.name, partitions=(partitions, partitions))]
+
+
+def queue_partitions(app: DeclaresTopics) -> dict[str, int]:
+    """The partitions of each work topic, by queue, or by queue and priority: pure."""
+    return {
+        lane(name, level): queue.partitions or app.partitions
+        for name, queue in app.queues.items()
+        for level in queue.levels
+    }
+
+
+def within_bounds(config: Mapping[str, str], broker: Mapping[str, str | None]) -> dict[str, str]:
+    """Group settings, moved into what the broker allows (``group.consumer.min.*`` and ``max.*``): pure."""
+    fitted: dict[str, str] = {}
+    for key, value in config.items():
+        number, setting = int(value), key.removeprefix("consumer.")
+        least, most = broker.get(f"group.consumer.min.{setting}"), broker.get(f"group.consumer.max.{setting}")
+        if least is not None:
+            number = max(number, int(least))
+        if most is not None:
+            number = min(number, int(most))
+        fitted[key] = str(number)
+    return fitted
+
+
+def _named(queues: Mapping[str, int]) -> list[tuple[str, int]]:
+    return [(f"partitions of queue {queue!r}", count) for queue, count in queues.items()]
+
+
+def _refusal(spec: TopicSpec, counts: tuple[int, int], why: str) -> Change:
+    there, wanted = counts
+    reason = (
+        f"topic {spec.name!r} has {there} partitions and the app asks for {wanted}: {why}. Declare what is there, "
+        "or begin a new namespace (a new queue, for a queue's topic) and let the old one drain."
+    )
+    return Change(Step.REFUSE, "topic", spec.name, partitions=counts, reason=reason)
+
+
+def differing(wanted: Mapping[str, str], found: Mapping[str, str | None]) -> dict[str, tuple[str | None, str]]:
+    return {key: (found.get(key), value) for key, value in wanted.items() if found.get(key) != value}

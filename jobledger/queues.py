@@ -1,0 +1,72 @@
+"""Queues of an app: their partitions, priorities and limits."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from jobledger.errors import ConfigError
+from jobledger.names import check_name, lane
+from jobledger.policy import Limits, Priority
+
+DEFAULT_QUEUE = "default"
+DEFAULT_PARTITIONS = 6
+
+
+@dataclass(frozen=True, slots=True)
+class Queue:
+    """A queue of the app.
+
+    ``partitions``: of each of its work topics; None takes the app's default. ``priorities``: whether jobs may be of high
+    or low priority; each level is a topic of its own. ``fair_by``: a tag; its values take turns, so that no tenant waits
+    behind another's backlog. ``rate`` (``"100/s"``) and ``concurrency``: limits for all of the queue's workers together.
+    Raises `ConfigError`.
+    """
+
+    name: str
+    partitions: int | None = None
+    priorities: bool = False
+    fair_by: str | None = None
+    rate: str | float | None = None
+    concurrency: int | None = None
+
+    def __post_init__(self) -> None:
+        check_name("queue", self.name)
+        if self.partitions is not None:
+            check_partitions(self.partitions, f"Queue({self.name!r}, partitions=…)")
+        if self.fair_by is not None and (not isinstance(self.fair_by, str) or not self.fair_by):
+            raise ConfigError(f"Queue({self.name!r}): fair_by={self.fair_by!r} is not the name of a tag")
+        Limits.of(self.rate, self.concurrency, f"Queue({self.name!r})")
+
+    @property
+    def limits(self) -> Limits:
+        """Its limits for the whole group."""
+        return Limits.of(self.rate, self.concurrency, f"Queue({self.name!r})")
+
+    @property
+    def levels(self) -> tuple[Priority | None, ...]:
+        """The priorities its jobs may have, the highest first."""
+        return ("high", None, "low") if self.priorities else (None,)
+
+    @property
+    def lanes(self) -> tuple[str, ...]:
+        """What stands for it in the names of work topics and groups, a lane a priority, the highest first."""
+        return tuple(lane(self.name, level) for level in self.levels)
+
+
+def check_partitions(count: object, what: str) -> int:
+    """``count`` if it is a whole number from 1 to 10,000, else `ConfigError`."""
+    if isinstance(count, bool) or not isinstance(count, int) or not 1 <= count <= 10_000:
+        raise ConfigError(f"{what}={count!r} is not a whole number between 1 and 10,000")
+    return count
+
+
+def check_shares(what: str, queue: Queue, limits: Limits, partitions: int) -> None:
+    """Raise `ConfigError` if a limit of concurrency is less than the partitions of the queue's work topics."""
+    count = (queue.partitions or partitions) * len(queue.levels)
+    if limits.concurrency is not None and limits.concurrency < count:
+        of = "partitions" if not queue.priorities else "partitions, those of all priorities counted,"
+        raise ConfigError(
+            f"{what}: concurrency={limits.concurrency} is less than the {count} {of} of queue {queue.name!r}, each of which "
+            f"carries a share of it: declare Queue({queue.name!r}, partitions={max(1, limits.concurrency // len(queue.levels))}) "
+            "or less for it alone"
+        )

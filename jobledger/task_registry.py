@@ -1,0 +1,247 @@
+"""The tasks, queues, events, handlers and projections of one app: what workers and clients share."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from typing import Any
+
+from jobledger.domain import EventType, Handler
+from jobledger.errors import BadEvent, ConfigError, UnknownQueue, UnknownTask
+from jobledger.middleware import Hooks
+from jobledger.names import Names, check_name
+from jobledger.policy import KEY_HOLD_MAX_S, LEASE_S, policy_of
+from jobledger.projection import Projection
+from jobledger.queues import DEFAULT_PARTITIONS, DEFAULT_QUEUE, Queue, check_partitions, check_shares
+from jobledger.resources import Resources
+from jobledger.retry import Retry
+from jobledger.task import Submitter, Task
+
+MAX_TIMEOUT_S = 24 * 3600.0
+
+#: `policy_of`'s arguments, where a task says nothing.
+POLICY_DEFAULTS: dict[str, Any] = {
+    "key": None,
+    "key_hold_max": KEY_HOLD_MAX_S,
+    "priority": None,
+    "rate": None,
+    "concurrency": None,
+    "isolation": None,
+    "max_memory": None,
+    "long": None,
+    "lease": LEASE_S,
+    "expires_in": None,
+    "adaptive": None,
+    "breaker": None,
+}
+
+
+class Registry:
+    """The tasks and queues of one namespace. ``submitter`` gives the client when a task wants to submit."""
+
+    def __init__(
+        self,
+        namespace: str,
+        *,
+        queues: Iterable[Queue | str] | None = None,
+        partitions: int = DEFAULT_PARTITIONS,
+        submitter: Callable[[], Submitter],
+    ) -> None:
+        self.names = Names(namespace)
+        self.partitions = check_partitions(partitions, "App(partitions=…)")
+        self.submitter = submitter
+        self.hooks, self.resources = Hooks(), Resources()
+        self.tasks: dict[str, Task[Any, Any]] = {}
+        #: Event types by name, and the handlers of each.
+        self.events: dict[str, EventType] = {}
+        self.handlers: dict[str, list[Handler]] = {}
+        self.projections: dict[str, Projection] = {}
+        self._declared: dict[str, Queue] | None = None
+        if queues is not None:
+            declared = [q if isinstance(q, Queue) else Queue(q) for q in queues]
+            self._declared = {q.name: q for q in declared}
+            if len(self._declared) != len(declared):
+                raise ConfigError(f"App(queues=…) names a queue twice: {[q.name for q in declared]}")
+
+    @property
+    def queues(self) -> dict[str, Queue]:
+        """Every queue by name, with its partition count filled in: the declared ones, else those the tasks name."""
+        found = self._declared
+        if found is None:
+            found = {t.queue: Queue(t.queue) for t in self.tasks.values()} or {DEFAULT_QUEUE: Queue(DEFAULT_QUEUE)}
+            for task in self.tasks.values():  # who names a priority wants the levels
+                if task.policy.priority is not None:
+                    found[task.queue] = Queue(task.queue, priorities=True)
+        return {n: replace(q, partitions=q.partitions or self.partitions) for n, q in sorted(found.items())}
+
+    @property
+    def lanes(self) -> dict[str, int]:
+        """The partition count of every work topic, by what stands for it in its name: the queue, or queue and priority."""
+        return {name: queue.partitions or self.partitions for queue in self.queues.values() for name in queue.lanes}
+
+    def check_queue(self, queue: str) -> str:
+        """``queue`` if the app has it, else `UnknownQueue` naming those it has."""
+        check_name("queue", queue)
+        known = self._declared if self._declared is not None else self.queues
+        if queue not in known:
+            raise UnknownQueue(
+                f"queue {queue!r} is not declared by app {self.names.namespace!r}: it has {sorted(known)}"
+            )
+        return queue
+
+    def check_level(self, queue: str, priority: str) -> None:
+        """Raise `ConfigError` unless the queue has priorities."""
+        if not self.queues[queue].priorities:
+            raise ConfigError(
+                f"priority={priority!r}: queue {queue!r} has no priorities; declare it as Queue({queue!r}, priorities=True)"
+            )
+
+    def add(
+        self,
+        fn: Callable[..., Any],
+        *,
+        name: str | None,
+        queue: str,
+        retry: Retry | int | None,
+        timeout: float | None,
+        fallback: Task[Any, Any] | str | None,
+        **policy: Any,
+    ) -> Task[Any, Any]:
+        """Register a function; `ConfigError`, `UnknownQueue` if an option cannot hold."""
+        task_name = name if name is not None else getattr(fn, "__name__", "")
+        if not task_name or not isinstance(task_name, str) or len(task_name) > 200:
+            raise ConfigError(f"task name {task_name!r} is not a text of 1 to 200 characters; give @app.task(name=…)")
+        if task_name in self.tasks and _origin(self.tasks[task_name].fn) != _origin(fn):
+            raise ConfigError(f"task {task_name!r} is already registered; give one of the two @app.task(name=…)")
+        if self._declared is not None:
+            self.check_queue(queue)
+        else:
+            check_name("queue", queue)
+        if isinstance(retry, int) and not isinstance(retry, bool):
+            retry = Retry(max_attempts=retry)
+        if retry is not None and not isinstance(retry, Retry):
+            raise ConfigError(f"task {task_name!r}: retry={retry!r} is neither a Retry nor a number of attempts")
+        if timeout is not None:
+            _check_timeout(task_name, timeout)
+        judged = policy_of(
+            task_name, timeout=timeout, is_async=asyncio.iscoroutinefunction(fn), **{**POLICY_DEFAULTS, **policy}
+        )
+        if judged.priority is not None and self._declared is not None:
+            self.check_level(queue, judged.priority)
+        task: Task[Any, Any] = Task(
+            self,
+            fn,
+            name=task_name,
+            queue=queue,
+            retry=retry or Retry(),
+            timeout=None if timeout is None else float(timeout),
+            fallback=fallback.name if isinstance(fallback, Task) else fallback,
+            policy=judged,
+        )
+        self.tasks[task_name] = task
+        return task
+
+    def task(self, name: str) -> Task[Any, Any]:
+        """The task of this name, or `UnknownTask` naming those there are."""
+        try:
+            return self.tasks[name]
+        except KeyError:
+            raise UnknownTask(
+                f"task {name!r} is not registered with app {self.names.namespace!r}: it has {sorted(self.tasks)}"
+            ) from None
+
+    def add_event(self, cls: type[Any], **options: Any) -> EventType:
+        """Register a class of events; `ConfigError` for a name or topic that is taken."""
+        made = EventType(cls, names=self.names, **options)
+        other = self.events.get(made.name)
+        if other is not None and _origin(other.cls) != _origin(cls):
+            raise ConfigError(f"event {made.name!r} is already registered; give one of the two @app.event(name=…)")
+        same = [e for e in self.events.values() if e.topic == made.topic and e.name != made.name]
+        if same:
+            raise ConfigError(f"event {made.name!r}: topic {made.topic!r} is that of event {same[0].name!r} already")
+        self.events[made.name] = made
+        return made
+
+    def event_of(self, cls: type[Any]) -> EventType:
+        """The event type of a class, or `BadEvent` naming those there are."""
+        for found in self.events.values():
+            if found.cls is cls:
+                return found
+        raise BadEvent(
+            f"{getattr(cls, '__qualname__', cls)!r} is no event of app {self.names.namespace!r}: it has "
+            f"{sorted(self.events)}; decorate the class with @app.event"
+        )
+
+    def add_handler(self, cls: type[Any], task: Task[Any, Any]) -> Handler:
+        """Let ``task`` handle events of ``cls``. A module that is loaded again replaces its own handlers."""
+        made = Handler(self.event_of(cls), task)
+        known = self.handlers.setdefault(made.event.name, [])
+        known[:] = [*(h for h in known if h.task.name != task.name), made]
+        return made
+
+    def add_projection(self, fold: Callable[..., Any], **options: Any) -> Projection:
+        """Register a fold; `ConfigError` for a name or a table that is taken."""
+        made = Projection(fold, **options)
+        for other in self.projections.values():
+            taken = other.name == made.name or other.table.name == made.table.name
+            if taken and _origin(other.fold) != _origin(fold):
+                raise ConfigError(
+                    f"projection {made.name!r}: {other!r} is registered already; give another name and table"
+                )
+        self.projections[made.name] = made
+        return made
+
+    def handler(self, name: str) -> Handler:
+        """The handler of this name, or `UnknownTask` naming those there are."""
+        found = [handler for handlers in self.handlers.values() for handler in handlers]
+        for handler in found:
+            if handler.task.name == name:
+                return handler
+        raise UnknownTask(f"no handler is called {name!r}: there are {sorted(h.task.name for h in found)}")
+
+    def _check_limits(self) -> None:
+        """Each partition carries a share of a limit, so there must be one for each of them."""
+        queues = self.queues
+        owners = [(f"queue {q.name!r}", q, q.limits) for q in queues.values()]
+        owners += [(f"task {t.name!r}", queues[t.queue], t.policy.limits) for t in self.tasks.values()]
+        for what, queue, limits in owners:
+            check_shares(what, queue, limits, self.partitions)
+
+    def check(self) -> None:
+        """What can be judged only when all is there: fallbacks, limits, hooks. Raises `ConfigError`; run when an app is loaded."""
+        self._check_limits()
+        for task in self.tasks.values():
+            self.hooks.of(task)
+            if task.fallback is None:
+                continue
+            if task.fallback not in self.tasks:
+                raise UnknownTask(f"task {task.name!r}: fallback={task.fallback!r} is not registered")
+            seen = [task.name]
+            following: str | None = task.fallback
+            while following is not None:
+                if following in seen:
+                    raise ConfigError(
+                        f"task {task.name!r}: its fallbacks form a circle: {' → '.join([*seen, following])}"
+                    )
+                seen.append(following)
+                following = self.tasks[following].fallback if following in self.tasks else None
+            theirs = self.tasks[task.fallback]
+            ours, others = task.arguments.positional, theirs.arguments.positional
+            if ours != others:
+                raise ConfigError(
+                    f"task {task.name!r}: fallback {theirs.name!r} must take the same parameters "
+                    f"({', '.join(ours)}), it takes ({', '.join(others)})"
+                )
+
+
+def _check_timeout(task: str, timeout: object) -> None:
+    if isinstance(timeout, bool) or not isinstance(timeout, int | float) or not 0 < timeout <= MAX_TIMEOUT_S:
+        raise ConfigError(
+            f"task {task!r}: timeout={timeout!r} is not a number of seconds above 0, at most {MAX_TIMEOUT_S:.0f}"
+        )
+
+
+def _origin(fn: Callable[..., Any]) -> tuple[str, str]:
+    """Where a function comes from: a reloaded module registers the same one again."""
+    return getattr(fn, "__module__", ""), getattr(fn, "__qualname__", "")
