@@ -20,12 +20,13 @@ from confluent_kafka import OFFSET_BEGINNING, Consumer, TopicPartition
 from bench import harness
 from bench.harness import Figure
 from jobledger.config import Settings
-from jobledger.log import LogWriter, Outgoing, consumer_config, now_us
+from jobledger.log import consumer_config, now_us
 from jobledger.names import Names
 from jobledger.schemas import codec
 from jobledger.schemas.events import Fact, JobEvent, JobSpec, JobStarted, JobSubmitted, JobSucceeded
 from jobledger.streams.status import Materializer
 from jobledger.streams.store import open_reader
+from jobledger.writer import LogWriter, Outgoing
 from tests.postgres import NoPostgres, databases
 
 PARTITIONS = 6

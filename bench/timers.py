@@ -28,10 +28,11 @@ from jobledger import log
 from jobledger.config import Settings
 from jobledger.kafka import topics, topology
 from jobledger.kafka.embedded import EmbeddedKafka
-from jobledger.log import LogReader, LogWriter, Outgoing, now_us
+from jobledger.log import LogReader, now_us
 from jobledger.names import Names
 from jobledger.schemas import codec
 from jobledger.schemas.events import JobDue, JobEvent, JobSpec, JobSubmitted
+from jobledger.writer import LogWriter, Outgoing
 
 QUEUE = "bench"
 ARGS = b'{"to": "somebody@example.org", "template": "welcome", "padding": "' + b"x" * 100 + b'"}'

@@ -25,7 +25,8 @@ import uuid_utils
 from confluent_kafka import Consumer, Producer, TopicPartition
 
 from jobledger import App, Settings
-from jobledger.consumers.worker import Worker, WorkerOptions, run_tuned
+from jobledger.consumers.running import run_tuned
+from jobledger.consumers.worker import Worker, WorkerOptions
 from jobledger.kafka.embedded import EmbeddedKafka
 from jobledger.kafka.topics import ensure
 from jobledger.log import consumer_config, now_us, producer_config, source

@@ -41,10 +41,11 @@ from jobledger.consumers.telling import Teller
 from jobledger.consumers.work import RUN_BOUNDS_S, Work
 from jobledger.context import JobContext, enter
 from jobledger.errors import JobledgerError, TaskCancelled, TaskTimedOut
-from jobledger.log import Outgoing, now_us
+from jobledger.log import now_us
 from jobledger.policy import KEY_HOLD_MAX_S
 from jobledger.schemas.codec import encode
 from jobledger.schemas.events import CRASHES_TAG, JobEvent, JobProgressed, JobSpec, JobSucceeded
+from jobledger.writer import Outgoing
 
 LOG = logging.getLogger("jobledger.worker")
 

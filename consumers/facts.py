@@ -23,7 +23,7 @@ from jobledger.consumers.outcome import (
     Succeeded,
     printable,
 )
-from jobledger.log import Outgoing, now_us
+from jobledger.log import now_us
 from jobledger.names import Names, lane
 from jobledger.schemas import codec
 from jobledger.schemas.events import (
@@ -45,6 +45,7 @@ from jobledger.schemas.events import (
     crashes_of,
 )
 from jobledger.task_registry import Registry
+from jobledger.writer import Outgoing
 
 #: Characters of an error's message that are kept when the record would be too large otherwise.
 _SHORT_MESSAGE = 200

@@ -20,10 +20,10 @@ from jobledger.consumers.facts import Facts
 from jobledger.consumers.send import BY_KEY, Sender
 from jobledger.consumers.work import Work
 from jobledger.errors import AccessDenied, BrokerUnavailable, JobledgerError
-from jobledger.log import Outgoing
 from jobledger.names import Names
 from jobledger.schemas import codec
 from jobledger.schemas.events import JobLeased, LeaseRenewed
+from jobledger.writer import Outgoing
 
 LOG = logging.getLogger("jobledger.worker")
 

@@ -28,14 +28,15 @@ from jobledger.errors import (
     SchemaError,
 )
 from jobledger.kafka import acls
-from jobledger.log import Outgoing, consumer_config, error_topic, now_us, partitions_of, source, translate
 from jobledger.log import consumer as make_consumer
+from jobledger.log import consumer_config, error_topic, now_us, partitions_of, source, translate
 from jobledger.lookup import SchemaLookup
 from jobledger.names import lane
 from jobledger.schemas import codec
 from jobledger.schemas.derive import check_evolution
 from jobledger.schemas.events import JobEvent, JobSpec, JobSubmitted
 from jobledger.task_registry import Registry
+from jobledger.writer import Outgoing
 
 LOG = logging.getLogger("jobledger.router")
 

@@ -8,18 +8,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import faulthandler
-import gc
 import logging
 import os
-import signal
 import socket
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
-from types import FrameType
 from typing import Any
 
 from jobledger.access import knock
@@ -31,6 +27,7 @@ from jobledger.consumers.dispatch import Dispatcher
 from jobledger.consumers.execute import Executor, context_of
 from jobledger.consumers.facts import Facts
 from jobledger.consumers.fetch import Fetcher
+from jobledger.consumers.health import health_of
 from jobledger.consumers.leases import Leases
 from jobledger.consumers.options import WorkerOptions
 from jobledger.consumers.places import SUSPECTS, Places
@@ -47,7 +44,7 @@ from jobledger.names import lane as lane_of
 from jobledger.resources import Resource
 from jobledger.task_registry import Registry
 
-__all__ = ["EXIT_BROKEN", "EXIT_OK", "Worker", "WorkerOptions", "run_tuned", "run_worker"]
+__all__ = ["EXIT_BROKEN", "EXIT_OK", "Worker", "WorkerOptions"]
 
 LOG = logging.getLogger("jobledger.worker")
 
@@ -437,128 +434,19 @@ class Worker:
 
     # -- health ---------------------------------------------------------------------------------------------------
 
+    @property
+    def stopping(self) -> bool:
+        """Whether it was told to end, or ends by itself."""
+        return self._stopping.is_set()
+
     def health(self) -> dict[str, Any]:
         """What an operator asks first: ``status`` is ok, starting, stopping or unhealthy, with ``reasons``."""
-        dispatcher, settler = self.dispatcher, self.settler
-        reasons = [] if self.error is None else [str(self.error)]
-        queues: dict[str, Any] = {}
-        for fetcher in self.fetchers:
-            parts = fetcher.owned()
-            reasons += [p.stopped for p in parts if p.stopped is not None]
-            if fetcher.error is not None:
-                reasons.append(f"queue {fetcher.queue}: {fetcher.error}")
-            queues[fetcher.queue] = {
-                "partitions": [p.number for p in parts],
-                "ready": sum(p.ready for p in parts),
-                "held": fetcher.held,
-                "braked": [p.number for p in parts if p.braked],
-                "fetched": fetcher.fetched,
-                "commits": fetcher.committer.commits,
-            }
-            silent = time.monotonic() - fetcher.lease.until
-            if fetcher.lease.wanted and silent > 1.0:
-                reasons.append(
-                    f"queue {fetcher.queue}: the group coordinator has not confirmed this worker for "
-                    f"{silent + fetcher.lease.seconds:.0f} s, so nothing is begun"
-                )
-            if fetcher.committer.last_error is not None:
-                reasons.append(f"commits are refused: {fetcher.committer.last_error}")
-        status = "unhealthy" if reasons else "stopping" if self._stopping.is_set() else "ok"
-        if dispatcher is None or settler is None:
-            return {"status": "unhealthy" if reasons else "starting", "reasons": reasons, "worker": self.identity}
-        counts = dispatcher.intake.counts
-        return {
-            "status": status,
-            "reasons": reasons,
-            "worker": self.identity,
-            "uptime": round(time.monotonic() - self.started_at, 1),
-            "queues": queues,
-            "running": len(dispatcher.running),
-            "unacknowledged": self.sender.unacknowledged if self.sender is not None and not self.ended.is_set() else 0,
-            "started": dispatcher.starter.started,
-            "children": self._about_children(),
-            "leases": 0 if self.leases is None else self.leases.count,
-            **{
-                name: sum(getattr(plan, name) for plan in dispatcher.plans.values())
-                for name in ("succeeded", "retried", "snoozed", "failed")
-            },
-            "duplicates": counts.duplicates,
-            "found_closed": counts.found_closed,
-            "rejected": counts.rejected,
-        }
-
-    def _about_children(self) -> dict[str, int]:
-        children = self.children
-        if children is None:
-            return {"processes": 0, "died": 0, "killed": 0}
-        return {"processes": children.count, "died": children.deaths, "killed": children.killed}
+        return health_of(self)
 
     def partitions(self) -> Iterator[Partition]:
         """Every partition owned right now."""
         for fetcher in self.fetchers:
             yield from fetcher.owned()
-
-
-def run_worker(
-    registry: Registry,
-    settings: Settings,
-    options: WorkerOptions | None = None,
-    *,
-    on_ready: Callable[[Worker], None] | None = None,
-) -> int:
-    """Run a worker in this process until SIGTERM or SIGINT; the exit code.
-
-    A second signal ends the grace time, a third one the process. ``on_ready(worker)`` is called before it starts, for
-    those who want its `Worker.health`. Raises what `Worker.run` raises.
-    """
-    worker = Worker(registry, settings, options, must_end_in=_end_at_last)
-    if on_ready is not None:
-        on_ready(worker)
-    restore = _handle_signals(worker) if threading.current_thread() is threading.main_thread() else lambda: None
-    try:
-        return run_tuned(worker)
-    finally:
-        restore()
-        faulthandler.cancel_dump_traceback_later()
-
-
-def run_tuned(worker: Worker) -> int:
-    """`Worker.run` with the interpreter's settings of a process that does nothing else."""
-    gc.collect()
-    gc.freeze()
-    gc.set_threshold(50_000, 20, 100)  # a job makes hundreds of short-lived objects, none of them in a cycle
-    return worker.run()
-
-
-def _handle_signals(worker: Worker) -> Callable[[], None]:
-    received = 0
-
-    def handle(number: int, frame: FrameType | None) -> None:
-        nonlocal received
-        received += 1
-        if received >= 3:
-            os._exit(128 + number)
-        if received == 1:  # a task that blocks the event loop would keep the worker from even beginning to stop
-            _end_at_last(worker.options.grace + 1.0 + CLOSING_S + MARGIN_S)
-        worker.stop(hurry=received > 1)
-
-    before = {n: signal.signal(n, handle) for n in (signal.SIGTERM, signal.SIGINT)}
-
-    def restore() -> None:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-    return restore
-
-
-def _end_at_last(seconds: float) -> None:
-    """End the process with exit code 1 and the stacks of its threads on stderr, unless it has ended by then.
-
-    The watch needs no interpreter lock: neither a task that holds it nor a client that does not return keeps a stopping
-    worker alive. What was not committed is taken over like a killed worker's.
-    """
-    with contextlib.suppress(Exception):  # stderr may be no file
-        faulthandler.dump_traceback_later(seconds, exit=True)
 
 
 def _new_runner() -> asyncio.Runner:

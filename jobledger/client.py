@@ -37,7 +37,7 @@ from jobledger.errors import (
     StoreNotFound,
 )
 from jobledger.job import JobStatus, State
-from jobledger.log import Headers, LogWriter, Outgoing, now_us, position_of, source
+from jobledger.log import Headers, now_us, position_of, source
 from jobledger.lookup import SchemaLookup
 from jobledger.names import Names, lane
 from jobledger.orders import Job, Orders
@@ -47,6 +47,7 @@ from jobledger.schemas.derive import check_evolution
 from jobledger.schemas.events import JobEvent, JobSpec, JobSubmitted, Position
 from jobledger.task import JobRequest
 from jobledger.wire import id_key
+from jobledger.writer import LogWriter, Outgoing
 
 R = TypeVar("R")
 

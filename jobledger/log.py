@@ -1,4 +1,4 @@
-"""The Kafka seam: how producers and consumers are set up, records sent with bounds and ranges of the log read back.
+"""The Kafka seam: how producers and consumers are set up, and ranges of the log read back. What is sent is `writer`'s.
 
 Every part that is not on the hot path talks to Kafka through this module; the worker and the materializer take their
 client settings from here and drive the clients themselves.
@@ -9,11 +9,9 @@ from __future__ import annotations
 import logging
 import os
 import socket
-import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import suppress
-from typing import Any, NamedTuple, Self
+from typing import Any, Self
 
 from confluent_kafka import Consumer, KafkaError, KafkaException, Message, Producer, TopicPartition
 from confluent_kafka.admin import (  # type: ignore[attr-defined]  # re-exported without saying so
@@ -22,7 +20,7 @@ from confluent_kafka.admin import (  # type: ignore[attr-defined]  # re-exported
     ResourceType,
 )
 
-from jobledger.access import Door, Need, denied, read, unauthorized, unusable, write
+from jobledger.access import Door, Need, denied, read, unauthorized, unusable
 from jobledger.config import Settings
 from jobledger.errors import (
     AccessDenied,
@@ -36,7 +34,6 @@ from jobledger.errors import (
 from jobledger.names import Names
 from jobledger.schemas import codec
 from jobledger.schemas.events import JobEvent, Position, Recorded
-from jobledger.wire import Framing, framing
 
 LOG = logging.getLogger("jobledger.kafka")
 
@@ -67,7 +64,6 @@ ELECTING = (
 PASSING = (KafkaError._TRANSPORT, KafkaError._ALL_BROKERS_DOWN, KafkaError.GROUP_AUTHORIZATION_FAILED)
 
 Headers = list[tuple[str, bytes]]
-DeliveryCallback = Callable[[KafkaError | None, Message], None]
 
 
 def source(role: str) -> str:
@@ -172,184 +168,6 @@ def undelivered(error: KafkaError, settings: Settings, what: str, *needs: Need) 
         # An idempotent producer may begin only if it may write to some topic.
         return unauthorized(settings, what, "topic", *needs)
     return translate(error, settings, what, *needs)
-
-
-class Outgoing(NamedTuple):
-    """One record to send. ``partition`` None lets the key decide."""
-
-    topic: str
-    value: bytes | None
-    key: str | bytes | None = None
-    partition: int | None = None
-    headers: Headers | None = None
-
-
-class LogWriter:
-    """A producer with a thread that serves its delivery callbacks, bounded waits, and our schema published first.
-
-    Thread-safe. ``names`` None leaves the schema unpublished (for records that are no events, or where another writer
-    has published it). ``serve`` False starts no thread: the caller polls, as bulk senders do. ``framing``: another
-    writer's, to frame as it does; otherwise the settings decide, and without ``names`` records go as they are. Raises
-    `ConfigError` for a Schema Registry that cannot be used.
-    """
-
-    def __init__(
-        self,
-        settings: Settings,
-        names: Names | None,
-        *,
-        linger_ms: float = 0.0,
-        serve: bool = True,
-        framing: Framing | None = None,
-    ) -> None:
-        self.settings = settings
-        self._names = names
-        self.framing = framing or self._own_framing()
-        self._door = Door(settings)
-        self._fatal: KafkaError | None = None
-        self.producer = producer(producer_config(settings, linger_ms=linger_ms, door=self._door))
-        self._schema_published = names is None
-        self._lock = threading.Lock()
-        self._closing = threading.Event()
-        self._thread: threading.Thread | None = None
-        if serve:
-            self._thread = threading.Thread(target=self._serve, name="jobledger-producer", daemon=True)
-            self._thread.start()
-
-    def _serve(self) -> None:
-        while not self._closing.is_set():
-            self.poll(0.1)
-
-    def poll(self, timeout: float) -> None:
-        """Run the delivery callbacks that have arrived. Once the cluster does not let this client in, what waits is settled
-        with that: nobody shall wait in vain."""
-        try:
-            self.producer.poll(timeout)
-        except KafkaException as exc:  # this producer is at its end
-            self._fatal = exc.args[0]
-        if self._fatal is not None or self._door.refusal is not None:
-            self.producer.purge()
-
-    def failed(self, error: KafkaError, what: str, *needs: Need) -> JobledgerError:
-        """Our error for a record that was not delivered."""
-        return self._door.behind(error) or undelivered(self._fatal or error, self.settings, what, *needs)
-
-    def ensure_schema(self) -> None:
-        """Publish this version's schema, acknowledged, unless this writer has done so."""
-        if self._schema_published:
-            return
-        with self._lock:
-            if self._schema_published or self._names is None:
-                return
-            self.publish(codec.FINGERPRINT.hex())
-            self._schema_published = True
-
-    def _own_framing(self) -> Framing | None:
-        return None if self._names is None else framing(self.settings, self.publish)
-
-    def publish(self, key: str) -> None:
-        """Write this version's schema to ``<ns>.schemas`` under ``key``, acknowledged."""
-        assert self._names is not None
-        self._send_all([Outgoing(self._names.schemas, codec.SCHEMA_TEXT.encode(), key)])
-
-    def waits_for(self, record: Outgoing) -> bool:
-        """Whether posting this record waits until its topic's schema is registered."""
-        return self.framing is not None and self.framing.waits(record.topic, record.value)
-
-    def post(self, record: Outgoing, on_delivery: DeliveryCallback) -> None:
-        """Hand a record to the client's queue and return; ``on_delivery(error, message)`` runs in another thread.
-
-        A full queue is waited for up to ``submit_timeout``, then `BrokerUnavailable`. A value above
-        ``max_record_bytes`` raises `PayloadTooLarge` and sends nothing. With a Schema Registry a topic's first event is
-        registered before: `RegistryUnavailable`, `SchemaRefused` or `ConfigError` if that fails.
-        """
-        value = record.value
-        if value is not None and self.framing is not None:
-            value = self.framing.framed(record.topic, value)
-        if value is not None and len(value) > self.settings.max_record_bytes:
-            raise PayloadTooLarge(
-                f"a record of {len(value)} bytes for {record.topic} is above the limit of "
-                f"{self.settings.max_record_bytes} bytes (JOBLEDGER_MAX_RECORD_BYTES): pass a reference instead of the data"
-            )
-        deadline: float | None = None
-        more: dict[str, Any] = {}
-        if record.partition is not None:
-            more["partition"] = record.partition
-        if record.headers is not None:
-            more["headers"] = record.headers
-        while True:
-            try:
-                self.producer.produce(record.topic, value, record.key, on_delivery=on_delivery, **more)
-                return
-            except BufferError:
-                now = time.monotonic()
-                deadline = deadline or now + self.settings.submit_timeout
-                if now >= deadline:
-                    raise BrokerUnavailable(
-                        f"the send queue stayed full for {self.settings.submit_timeout:g} s: "
-                        f"{self.settings.bootstrap or 'the embedded broker'} takes nothing; "
-                        "check JOBLEDGER_BOOTSTRAP and that the broker runs"
-                    ) from None
-                if self._thread is None:
-                    self.poll(0.005)
-                else:
-                    time.sleep(0.005)
-            except KafkaException as exc:
-                raise self.failed(exc.args[0], f"sending to {record.topic}", write(record.topic)) from exc
-
-    def send(self, records: Iterable[Outgoing]) -> list[Position]:
-        """Send records and wait for all acknowledgements; their positions, in order.
-
-        Raises `BrokerUnavailable`, `PayloadTooLarge`, `TopicMissing` or `AccessDenied` for the first that failed.
-        """
-        self.ensure_schema()
-        return self._send_all(records)
-
-    def _send_all(self, records: Iterable[Outgoing]) -> list[Position]:
-        positions: list[Position | None] = []
-        failed: list[tuple[KafkaError, str]] = []
-        done = threading.Semaphore(0)
-
-        def delivered(index: int) -> DeliveryCallback:
-            def callback(error: KafkaError | None, message: Message) -> None:
-                if error is not None:
-                    failed.append((error, message.topic() or "?"))
-                else:
-                    positions[index] = position_of(message)
-                done.release()
-
-            return callback
-
-        for record in records:
-            positions.append(None)
-            self.post(record, delivered(len(positions) - 1))
-        deadline = time.monotonic() + self.settings.submit_timeout + 5.0
-        for _ in positions:
-            if not done.acquire(timeout=max(0.0, deadline - time.monotonic())):
-                raise BrokerUnavailable(
-                    f"{self.settings.bootstrap or 'the embedded broker'} acknowledged nothing within "
-                    f"{self.settings.submit_timeout:g} s (JOBLEDGER_SUBMIT_TIMEOUT)"
-                )
-        if failed:
-            raise self.failed(failed[0][0], f"sending to {failed[0][1]}", write(failed[0][1]))
-        return [p for p in positions if p is not None]
-
-    def flush(self, timeout: float) -> int:
-        """Wait until the queue is empty; how many records are still unacknowledged."""
-        with suppress(KafkaException):  # of a producer that is at its end: its records have failed
-            return self.producer.flush(timeout)
-        return len(self.producer)
-
-    def close(self, timeout: float = 10.0) -> None:
-        """Flush within ``timeout`` seconds and stop the thread. A second call does nothing."""
-        if self._closing.is_set():
-            return
-        self.flush(timeout)
-        self._closing.set()
-        if self._thread is not None:
-            self._thread.join(timeout=1.0)
-        with suppress(KafkaException):
-            self.producer.close()
 
 
 def position_of(message: Message) -> Position:

@@ -17,11 +17,12 @@ import uuid_utils
 
 from jobledger.config import Settings
 from jobledger.errors import ConfigError, JobledgerError
-from jobledger.log import LogReader, LogWriter, Outgoing, decoder, now_us, source
+from jobledger.log import LogReader, decoder, now_us, source
 from jobledger.names import Names
 from jobledger.policy import Limits
 from jobledger.schemas import codec
 from jobledger.schemas.events import CancelRequested, JobEvent, QueueLimited, QueuePaused, QueueResumed
+from jobledger.writer import LogWriter, Outgoing
 
 Kind = Literal["queue", "task"]
 #: Characters of a reason, and of who gives an order.

@@ -21,10 +21,11 @@ from aiokafka.conn import create_conn
 from jobledger.access import Need, refusal, unauthorized, write
 from jobledger.config import Settings
 from jobledger.errors import BrokerUnavailable, JobledgerError, NotAuthenticated, PayloadTooLarge, TopicMissing
-from jobledger.log import LogReader, Outgoing
+from jobledger.log import LogReader
 from jobledger.streams.noise import quieten
 from jobledger.tls import trouble
 from jobledger.wire import Framing
+from jobledger.writer import Outgoing
 
 MAX_BATCH_BYTES = 256 * 1024
 #: How long one request may take, and how soon new leaders are seen: as `jobledger.config.PATIENCE`.

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 from jobledger.errors import JobNotFound, SchemaError
-from jobledger.log import LogReader, Outgoing
+from jobledger.log import LogReader
 from jobledger.names import Names
 from jobledger.schemas.events import CancelRequested, JobEvent
 from jobledger.streams.store.protocol import StatusReader
+from jobledger.writer import Outgoing
 
 
 def standing(log: LogReader, names: Names, decode: Callable[[bytes | None], JobEvent]) -> dict[str, JobEvent]:

@@ -29,7 +29,6 @@ from jobledger.access import join, knock, read, unauthorized
 from jobledger.config import Settings
 from jobledger.errors import AccessDenied, BrokerUnavailable, JobledgerError
 from jobledger.kafka import acls
-from jobledger.log import LogWriter
 from jobledger.names import Names
 from jobledger.streams.aio import MAX_BATCH_BYTES, AckedWriter, Ends, denied_kind
 from jobledger.streams.cycle import Cycle
@@ -53,6 +52,7 @@ from jobledger.streams.noise import quieten
 from jobledger.streams.place import take_place
 from jobledger.streams.security import security
 from jobledger.wire import framing
+from jobledger.writer import LogWriter
 
 LOG = logging.getLogger("jobledger.coordinator")
 T = TypeVar("T")

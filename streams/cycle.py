@@ -20,19 +20,22 @@ from typing import Any, NamedTuple
 import msgspec
 
 from jobledger.config import Settings
-from jobledger.log import Headers, Outgoing, now_us, source
+from jobledger.log import Headers, now_us, source
 from jobledger.names import Names
 from jobledger.schemas import codec
 from jobledger.schemas.events import DeadLettered, ErrorInfo, JobEvent
 from jobledger.streams.aio import AckedWriter, Delivered, Ends, Outcomes, first_error, record_bytes
-from jobledger.streams.decisions import Batch, Kept, Row, job_due, row_key, undeliverable
+from jobledger.streams.decisions import Batch
+from jobledger.streams.derived import job_due, undeliverable
 from jobledger.streams.faust_app import Group, Options, changelog
 from jobledger.streams.firing import Firing
 from jobledger.streams.intake import Intake
 from jobledger.streams.metrics import Metrics
 from jobledger.streams.ownership import Ownership, Superseded
+from jobledger.streams.schedules import Kept, Row, row_key
 from jobledger.streams.table import Key, Table
 from jobledger.streams.work_topics import WorkTopics
+from jobledger.writer import Outgoing
 
 LOG = logging.getLogger("jobledger.coordinator")
 

@@ -13,18 +13,17 @@ lifecycle if the lease still stands; a lease that ends by itself lets the job go
 
 Rows carry the offset of the event that made them: rows are durable before the offset is committed, so after a crash the
 table is ahead of the log's reader, and what it has seen is skipped.
+
+Rows themselves are in `schedules`, what is written of them in `derived`.
 """
 
 from __future__ import annotations
 
-import hashlib
-import uuid
 from collections import Counter
 from collections.abc import Callable
 
 import msgspec
 
-from jobledger.names import lane
 from jobledger.schemas.events import (
     CRASHES_TAG,
     CancelRequested,
@@ -32,7 +31,6 @@ from jobledger.schemas.events import (
     ErrorInfo,
     Fact,
     JobCancelled,
-    JobDue,
     JobEvent,
     JobExpired,
     JobFailed,
@@ -49,138 +47,13 @@ from jobledger.schemas.events import (
     crashes_of,
     lasting,
 )
+from jobledger.streams.derived import derived_id
+from jobledger.streams.schedules import Floor, Held, Kept, Released, Row, Scheduled, row_key
 from jobledger.streams.timers import wake_at
-
-#: Nothing lies at or below it: the floor of a partition that was never swept.
-NO_FLOOR = -1
-
-
-class Kept(msgspec.Struct, frozen=True, array_like=True, gc=False):
-    """A release that the coordinator keeps, whole. ``offset``: of the event that made this row; ``due``: µs, broker's clock,
-    when it is to be let go, or its lease ends."""
-
-    partition: int
-    offset: int
-    run: int
-    release: int
-    attempt: int
-    due: int
-    job_id: str
-    task: str
-    queue: str
-    key: str | None
-    home: str | None
-    trace: str | None
-    args: bytes
-    tags: dict[str, str]
-    parent: str | None
-    expires_at: int | None = None
-    priority: str | None = None
-
-    @property
-    def spec(self) -> JobSpec:
-        """The job."""
-        return JobSpec(self.args, self.tags, self.parent, None, self.expires_at, self.priority)
-
-    @property
-    def lane(self) -> str:
-        """What stands for its work topic: the queue, or queue and priority."""
-        return lane(self.queue, self.priority)
-
-    @property
-    def acts_at(self) -> int:
-        """When a timer is to look at it, µs of the broker's clock."""
-        return self.due
-
-
-class Scheduled(Kept, frozen=True, array_like=True, tag=0, gc=False):
-    """A release that waits for its time."""
-
-    @property
-    def acts_at(self) -> int:
-        """When it is due, or has expired before that."""
-        return self.due if self.expires_at is None else min(self.due, self.expires_at)
-
-
-class Held(Kept, frozen=True, array_like=True, tag=3, gc=False):
-    """A release that a worker runs on a lease, which ends at ``due`` unless it is renewed. ``crashes``: leases of this run
-    that ended so."""
-
-    worker: str = ""
-    crashes: int = 0
-
-
-class Released(msgspec.Struct, frozen=True, array_like=True, tag=1, gc=False):
-    """Marker of a release that was let go by the event at ``offset``, appended at ``ended_ms`` of the broker's clock.
-    ``closed``: it has ended since, and is not to be let go or leased again."""
-
-    partition: int
-    offset: int
-    run: int
-    release: int
-    ended_ms: int
-    closed: bool = False
-
-
-class Floor(msgspec.Struct, frozen=True, array_like=True, tag=2, gc=False):
-    """One per partition, kept for good: every event at or below ``offset`` was dealt with."""
-
-    partition: int
-    offset: int
-
-
-Row = Scheduled | Released | Held
 
 #: Leases of a run that ended without a word, after which it fails: its workers died each time, perhaps of something else
 #: (docs/adr/0009-suspects.md). What dies in a child process is judged there, after three.
 LEASES_LOST = 10
-
-_encode = msgspec.msgpack.Encoder().encode
-_decode: Callable[[bytes], Row | Floor] = msgspec.msgpack.Decoder(Row | Floor).decode
-
-#: A row's bytes begin with the array header (one byte below 16 fields) and its tag.
-_RELEASED_MARK = _encode(Released(0, 0, 0, 0, 0))[1]
-
-
-def encode_row(row: Row | Floor) -> bytes:
-    """A row as it is kept in the table and its changelog (MessagePack, fields by position)."""
-    return _encode(row)
-
-
-def decode_row(data: bytes) -> Row | Floor:
-    """The inverse of `encode_row`. Raises `msgspec.DecodeError` or `msgspec.ValidationError` for other bytes."""
-    return _decode(data)
-
-
-def of_unknown_kind(data: bytes) -> bool:
-    """Whether bytes that `decode_row` refuses look like a row of a kind that a later version has."""
-    try:
-        match msgspec.msgpack.decode(data):
-            case [int(tag), *_]:
-                return not isinstance(tag, bool) and tag > Held.__struct_config__.tag  # type: ignore[operator]
-    except msgspec.DecodeError:
-        pass
-    return False
-
-
-def is_marker(data: bytes) -> bool:
-    """Whether encoded bytes are a `Released` marker, without decoding them."""
-    return len(data) > 1 and data[1] == _RELEASED_MARK
-
-
-def row_key(job_id: str) -> bytes:
-    """The key of a job's row."""
-    return job_id.encode()
-
-
-def floor_key(partition: int) -> bytes:
-    """The key of a partition's floor; begins with a zero byte, which no job id does."""
-    return b"\0floor/%d" % partition
-
-
-def newer(row: Row | Floor, than: Row | Floor) -> bool:
-    """Whether ``row`` was made by a later event than ``than``: later ones win, in whatever order they were written."""
-    return row.offset >= than.offset
 
 
 class Decision(msgspec.Struct, frozen=True):
@@ -472,79 +345,6 @@ def _schedule(
         spec.expires_at,
         spec.priority,
     )
-
-
-# -- what is written ------------------------------------------------------------------------------------------------
-
-
-def derived_id(job_id: str, run: int, release: int, what: str) -> str:
-    """The id of a record that a machine derives: v5 of (job, run, release) and its purpose, the same from whoever.
-
-    As ``uuid.uuid5(uuid.UUID(job_id), f"{run}/{release}/{what}")`` (RFC 9562, section 5.5), at a quarter of its cost.
-    """
-    try:
-        space = bytes.fromhex(job_id.replace("-", ""))
-    except ValueError:
-        space = b""
-    if len(space) != 16:  # an id that is no UUID
-        space = uuid.uuid5(uuid.NAMESPACE_OID, job_id).bytes
-    digest = bytearray(hashlib.sha1(space + b"%d/%d/%s" % (run, release, what.encode())).digest()[:16])
-    digest[6] = digest[6] & 0x0F | 0x50
-    digest[8] = digest[8] & 0x3F | 0x80
-    text = digest.hex()
-    return f"{text[:8]}-{text[8:12]}-{text[12:16]}-{text[16:20]}-{text[20:]}"
-
-
-def job_due(row: Kept, now_us: int, source: str) -> JobEvent:
-    """The record that lets the job go to its workers."""
-    return JobEvent(
-        derived_id(row.job_id, row.run, row.release, "due"),
-        row.job_id,
-        row.run,
-        row.attempt,
-        row.release,
-        now_us,
-        row.task,
-        row.queue,
-        row.key,
-        row.home,
-        source,
-        row.trace,
-        JobDue(row.spec, row.due),
-    )
-
-
-def release_decided(row: Kept, now_us: int, source: str) -> JobEvent:
-    """What a timer writes to the log instead of acting."""
-    return JobEvent(
-        derived_id(row.job_id, row.run, row.release, "decided"),
-        row.job_id,
-        row.run,
-        row.attempt,
-        row.release,
-        now_us,
-        row.task,
-        row.queue,
-        row.key,
-        row.home,
-        source,
-        row.trace,
-        ReleaseDecided(row.acts_at),
-    )
-
-
-def undeliverable(row: Kept, error: ErrorInfo, now_us: int, source: str) -> tuple[JobEvent, JobEvent]:
-    """How a job ends whose release no work topic takes: that it failed, and the failed job, whole."""
-    fact: JobFailed | DeadLettered
-    made: list[JobEvent] = []
-    for what, fact in (
-        ("too-large", JobFailed("too-large", error)),
-        ("dead-letter", DeadLettered(row.spec, "too-large", error)),
-    ):
-        due = job_due(row, now_us, source)
-        identity = derived_id(row.job_id, row.run, row.release, what)
-        made.append(msgspec.structs.replace(due, event_id=identity, fact=fact))
-    return made[0], made[1]
 
 
 # -- a batch --------------------------------------------------------------------------------------------------------

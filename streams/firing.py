@@ -8,15 +8,17 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 
 from jobledger.errors import JobledgerError
-from jobledger.log import Outgoing, now_us
+from jobledger.log import now_us
 from jobledger.names import Names
 from jobledger.schemas import codec
 from jobledger.streams.aio import AckedWriter, Delivered, Outcomes, first_error
-from jobledger.streams.decisions import Kept, release_decided
+from jobledger.streams.derived import release_decided
 from jobledger.streams.ownership import Ownership
+from jobledger.streams.schedules import Kept
 from jobledger.streams.table import Table
 from jobledger.streams.timers import BrokerClock, Timers, wake_at
 from jobledger.streams.work_topics import WorkTopics
+from jobledger.writer import Outgoing
 
 LOG = logging.getLogger("jobledger.coordinator")
 

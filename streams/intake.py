@@ -8,11 +8,12 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from jobledger.errors import RegistryNeeded, SchemaError, UnknownFact
-from jobledger.log import Outgoing, now_us
+from jobledger.log import now_us
 from jobledger.names import Names
 from jobledger.schemas import codec
 from jobledger.schemas.events import JobEvent, RecordRejected
-from jobledger.streams.decisions import derived_id
+from jobledger.streams.derived import derived_id
+from jobledger.writer import Outgoing
 
 LOG = logging.getLogger("jobledger.coordinator")
 

@@ -20,7 +20,7 @@ import rocksdict
 from faust.stores import memory, rocksdb
 
 from jobledger.errors import SchemaError
-from jobledger.streams.decisions import decode_row, newer, of_unknown_kind
+from jobledger.streams.schedules import decode_row, newer, of_unknown_kind
 
 LOG = logging.getLogger("jobledger.coordinator")
 

@@ -31,15 +31,16 @@ from jobledger.errors import (
     UnknownFact,
 )
 from jobledger.kafka import acls
-from jobledger.log import LogWriter, Outgoing, now_us, position_of
+from jobledger.log import now_us, position_of
 from jobledger.names import Names
 from jobledger.schemas import codec
 from jobledger.schemas.events import JobEvent, RecordRejected
-from jobledger.streams.decisions import derived_id
+from jobledger.streams.derived import derived_id
 from jobledger.streams.feed import Feed, bounds
 from jobledger.streams.projector import CACHE_JOBS, Folded, Projector
 from jobledger.streams.store import Partition, Store, open_store, shown
 from jobledger.streams.table_metrics import TableMetrics
+from jobledger.writer import LogWriter, Outgoing
 
 LOG = logging.getLogger("jobledger.materializer")
 

@@ -11,23 +11,13 @@ import logging
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 
-from jobledger.log import Outgoing
 from jobledger.streams.aio import AckedWriter, Delivered, Ends, first_error
-from jobledger.streams.decisions import (
-    NO_FLOOR,
-    Floor,
-    Kept,
-    Row,
-    decode_row,
-    encode_row,
-    floor_key,
-    is_marker,
-    raised_floor,
-    sweepable,
-)
+from jobledger.streams.decisions import raised_floor, sweepable
 from jobledger.streams.faust_app import Group
 from jobledger.streams.ownership import Ownership, Superseded
+from jobledger.streams.schedules import NO_FLOOR, Floor, Kept, Row, decode_row, encode_row, floor_key, is_marker
 from jobledger.streams.timers import Timers, wake_at
+from jobledger.writer import Outgoing
 
 LOG = logging.getLogger("jobledger.coordinator")
 

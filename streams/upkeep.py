@@ -26,18 +26,7 @@ from jobledger.access import Need
 from jobledger.config import Settings
 from jobledger.errors import BrokerUnavailable, JobledgerError, SchemaError
 from jobledger.job import Life
-from jobledger.log import (
-    LogReader,
-    LogWriter,
-    Outgoing,
-    admin,
-    decoder,
-    now_us,
-    partitions_of,
-    recorded,
-    source,
-    translate,
-)
+from jobledger.log import LogReader, admin, decoder, now_us, partitions_of, recorded, source, translate
 from jobledger.names import Names
 from jobledger.schemas import codec
 from jobledger.schemas.events import (
@@ -49,9 +38,11 @@ from jobledger.schemas.events import (
     ReleaseOverdue,
     lasting,
 )
-from jobledger.streams import cancels, decisions
+from jobledger.streams import cancels
+from jobledger.streams.derived import derived_id
 from jobledger.streams.store.protocol import Overdue, StatusReader
 from jobledger.streams.trim import Partition, Readers, plan
+from jobledger.writer import LogWriter, Outgoing
 
 LOG = logging.getLogger("jobledger.upkeep")
 
@@ -172,7 +163,7 @@ class Upkeep:
         origin, spec = found
         home = origin.home or overdue.job_id
         event = JobEvent(
-            decisions.derived_id(overdue.job_id, overdue.run, overdue.release, "overdue"),
+            derived_id(overdue.job_id, overdue.run, overdue.release, "overdue"),
             overdue.job_id,
             overdue.run,
             overdue.attempt,

@@ -22,6 +22,7 @@ from typing import TypeVar
 import pytest
 from confluent_kafka import KafkaException
 from confluent_kafka.admin import AdminClient
+from hypothesis import HealthCheck, settings
 
 from jobledger.kafka.broker import BROKER_CONFIG
 from jobledger.kafka.defaults import KAFKA_VERSION
@@ -34,6 +35,10 @@ ENGINE_TIMEOUT_S = 5
 CONTAINER_TIMEOUT_S = 90
 
 Found = TypeVar("Found")
+
+# An example's time says how busy the machine is: brokers and workers of other tests run beside it.
+settings.register_profile("jobledger", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("jobledger")
 
 SAID = "jobledger-said"
 _said: list[str] = []

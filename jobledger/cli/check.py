@@ -146,7 +146,7 @@ class Check:
 
     def _waiting(self, messages: Iterator[Message]) -> None:
         """The rows of one partition: of each job the last record says what there is now."""
-        from jobledger.streams.decisions import Kept, decode_row
+        from jobledger.streams.schedules import Kept, decode_row
 
         wrong: dict[bytes, tuple[str, str, str, str]] = {}
         there: set[int] = set()  # of keys only their hashes: there may be millions

@@ -138,7 +138,8 @@ def worker(
         _worker_processes(target, processes, options, bootstrap, metrics)
     from jobledger.cli.metrics import serving
     from jobledger.consumers.metrics import WorkerMetrics
-    from jobledger.consumers.worker import Worker, run_worker
+    from jobledger.consumers.running import run_worker
+    from jobledger.consumers.worker import Worker
 
     with ExitStack() as stack:
 

@@ -28,10 +28,11 @@ from jobledger.config import Settings
 from jobledger.errors import BrokerUnavailable, SchemaError
 from jobledger.kafka import topics, topology
 from jobledger.kafka.embedded import EmbeddedKafka
-from jobledger.log import LogReader, LogWriter, Outgoing
+from jobledger.log import LogReader
 from jobledger.names import Names
 from jobledger.schemas import codec
 from jobledger.schemas.events import JobDue, JobEvent, JobSpec, JobSubmitted, RecordRejected, ReleaseRequested
+from jobledger.writer import LogWriter, Outgoing
 
 pytestmark = [pytest.mark.kafka, pytest.mark.slow, pytest.mark.timeout(600)]
 

@@ -29,7 +29,7 @@ from jobledger import log
 from jobledger.config import Settings
 from jobledger.errors import BrokerUnavailable, ConfigError, SchemaError, TopicMissing, UnknownFact
 from jobledger.kafka import topics, topology
-from jobledger.log import LogReader, LogWriter, Outgoing, producer_config
+from jobledger.log import LogReader, producer_config
 from jobledger.names import Names
 from jobledger.schemas import codec
 from jobledger.schemas.events import (
@@ -46,8 +46,10 @@ from jobledger.schemas.events import (
     ReleaseRequested,
 )
 from jobledger.streams.coordinator import Coordinator, supervise
-from jobledger.streams.decisions import NO_FLOOR, Released, Scheduled, decide, encode_row, floor_key, row_key
+from jobledger.streams.decisions import decide
 from jobledger.streams.faust_app import Options, changelog
+from jobledger.streams.schedules import NO_FLOOR, Released, Scheduled, encode_row, floor_key, row_key
+from jobledger.writer import LogWriter, Outgoing
 
 pytestmark = [pytest.mark.kafka, pytest.mark.timeout(240)]
 

@@ -18,7 +18,7 @@ from jobledger import App, ConfigError, Retry, Settings
 from jobledger.consumers import nursery
 from jobledger.consumers.worker import Worker
 from jobledger.kafka.topics import ensure
-from jobledger.log import Outgoing, admin
+from jobledger.log import admin
 from jobledger.schemas.codec import encode
 from jobledger.schemas.events import (
     JobCancelled,
@@ -30,6 +30,7 @@ from jobledger.schemas.events import (
     JobStarted,
     JobSucceeded,
 )
+from jobledger.writer import Outgoing
 from tests.integration import isolated_app as tasks
 from tests.integration.worker_app import closings, facts_of, log_of, until, working
 

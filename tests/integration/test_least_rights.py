@@ -315,7 +315,7 @@ def until(done: Callable[[], bool], alive: threading.Thread) -> None:
 
 def garbage(world: World) -> None:
     """A record on lifecycle that is no event."""
-    from jobledger.log import LogWriter, Outgoing
+    from jobledger.writer import LogWriter, Outgoing
 
     writer = LogWriter(world.settings(None), None)
     writer.send([Outgoing(world.boss.names.lifecycle, b"garbage", "x")])
@@ -324,9 +324,10 @@ def garbage(world: World) -> None:
 
 def ended_and_cancelled(world: World) -> None:
     """A job that has ended, and a cancel that came too late for it."""
-    from jobledger.log import LogWriter, Outgoing, now_us
+    from jobledger.log import now_us
     from jobledger.schemas import codec
     from jobledger.schemas.events import JobEvent, JobSucceeded
+    from jobledger.writer import LogWriter, Outgoing
 
     names, job_id = world.boss.names, str(uuid.uuid4())
     end = JobEvent(

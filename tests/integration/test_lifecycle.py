@@ -12,9 +12,9 @@ import pytest
 from jobledger import App, ConfigError, Settings
 from jobledger.errors import UnknownFact
 from jobledger.kafka.topics import ensure
-from jobledger.log import LogWriter, Outgoing
 from jobledger.schemas import codec
 from jobledger.schemas.events import JobEvent, JobFailed, JobStarted, JobSubmitted, JobSucceeded, Recorded
+from jobledger.writer import LogWriter, Outgoing
 from tests.integration.test_worker import future_fact
 from tests.integration.worker_app import closings, until, working
 

@@ -9,10 +9,11 @@ import pytest
 from jobledger.config import Settings
 from jobledger.errors import TopicMissing
 from jobledger.kafka import topics, topology
-from jobledger.log import LogReader, LogWriter, Outgoing, admin
+from jobledger.log import LogReader, admin
 from jobledger.lookup import SchemaLookup
 from jobledger.names import Names
 from jobledger.schemas import codec
+from jobledger.writer import LogWriter, Outgoing
 
 pytestmark = pytest.mark.kafka
 

@@ -27,7 +27,7 @@ from jobledger.config import Settings
 from jobledger.errors import LeaseLost, SchemaError, StoreError, StoreUnavailable, UnknownFact
 from jobledger.job import State
 from jobledger.kafka import topics, topology
-from jobledger.log import LogReader, LogWriter, Outgoing, wait_until
+from jobledger.log import LogReader, wait_until
 from jobledger.names import Names
 from jobledger.schemas import codec
 from jobledger.schemas import events as ev
@@ -39,6 +39,7 @@ from jobledger.streams.store import Changes, StatusReader, Store, open_reader, o
 from jobledger.streams.store.connecting import schema_of
 from jobledger.streams.store.postgres import PostgresStore
 from jobledger.streams.store.sqlite import SqliteStore, path_of
+from jobledger.writer import LogWriter, Outgoing
 from tests.postgres import Databases, Server
 
 pytestmark = pytest.mark.kafka

@@ -23,11 +23,11 @@ from sqlalchemy import Column, Integer, MetaData, String, Table, select
 from jobledger import App, ConfigError, JobledgerError, Settings
 from jobledger.errors import StoreError
 from jobledger.kafka.topics import ensure
-from jobledger.log import LogWriter, Outgoing
 from jobledger.projection import Where
 from jobledger.schemas.events import JobFailed, JobSucceeded, Recorded
 from jobledger.streams.projection_store import ProjectionStore, database_of
 from jobledger.streams.projections import Runner
+from jobledger.writer import LogWriter, Outgoing
 from tests.integration import projection_app
 from tests.integration.projection_app import Happened
 from tests.integration.worker_app import closings, until, working

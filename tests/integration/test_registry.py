@@ -29,7 +29,7 @@ from jobledger.consumers.router import Router
 from jobledger.errors import RegistryNeeded, RegistryUnavailable, SchemaRefused
 from jobledger.kafka.ports import free_port
 from jobledger.kafka.topics import ensure
-from jobledger.log import LogReader, LogWriter, Outgoing, admin, decoder, partitions_of
+from jobledger.log import LogReader, admin, decoder, partitions_of
 from jobledger.registry import COMPATIBILITY, Registry
 from jobledger.schemas import codec, frame
 from jobledger.schemas.events import ErrorInfo, JobEvent, JobFailed, JobSpec, JobSubmitted, JobSucceeded, RecordRejected
@@ -37,6 +37,7 @@ from jobledger.streams.coordinator import Coordinator, supervise
 from jobledger.streams.faust_app import Options
 from jobledger.streams.rebuild import verify
 from jobledger.streams.status import Materializer
+from jobledger.writer import LogWriter, Outgoing
 from tests.integration.test_router import routing
 from tests.integration.worker_app import build, closings, log_of, made, until, working
 

@@ -25,8 +25,9 @@ from jobledger import App, BadEvent, ConfigError, EventHandle, IncompatibleEvent
 from jobledger.consumers.backfill import Backfill, Plan, Progress, events_per_second
 from jobledger.consumers.router import Router
 from jobledger.kafka.topics import ensure
-from jobledger.log import LogWriter, Outgoing, admin
+from jobledger.log import admin
 from jobledger.schemas.events import JobSubmitted, JobSucceeded, RecordRejected
+from jobledger.writer import LogWriter, Outgoing
 from tests.integration.worker_app import log_of, until, working
 
 pytestmark = pytest.mark.kafka

@@ -27,9 +27,9 @@ from jobledger.cli.loading import load_app
 from jobledger.config import Settings
 from jobledger.errors import NotAuthenticated, StoreNotFound
 from jobledger.kafka.acls import Right
-from jobledger.log import LogWriter, Outgoing
 from jobledger.streams.aio import AckedWriter
 from jobledger.streams.security import security
+from jobledger.writer import LogWriter, Outgoing
 from tests.secured import MTLS, OIDC, PLAIN, SCRAM, WAYS, Secured, environment, with_certificate
 
 pytestmark = [pytest.mark.kafka, pytest.mark.timeout(180)]

@@ -11,8 +11,9 @@ from confluent_kafka import Message
 from jobledger.config import Settings
 from jobledger.consumers.takeover import Takeover
 from jobledger.kafka import topics, topology
-from jobledger.log import LogWriter, Outgoing, admin
+from jobledger.log import admin
 from jobledger.names import Names
+from jobledger.writer import LogWriter, Outgoing
 
 pytestmark = pytest.mark.kafka
 

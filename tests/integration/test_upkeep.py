@@ -12,12 +12,13 @@ from confluent_kafka import Consumer, TopicPartition
 
 from jobledger import App, Settings
 from jobledger.kafka.topics import ensure
-from jobledger.log import LogReader, LogWriter, Outgoing, consumer_config, decoder, now_us, recorded, wait_until
+from jobledger.log import LogReader, consumer_config, decoder, now_us, recorded, wait_until
 from jobledger.schemas import codec
 from jobledger.schemas import events as ev
 from jobledger.streams.status import Materializer
 from jobledger.streams.store import open_reader
 from jobledger.streams.upkeep import Cadence, Upkeep
+from jobledger.writer import LogWriter, Outgoing
 
 pytestmark = pytest.mark.kafka
 

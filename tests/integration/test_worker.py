@@ -28,7 +28,7 @@ from jobledger.consumers.work import Work
 from jobledger.consumers.worker import Worker, WorkerOptions
 from jobledger.kafka.ports import free_port
 from jobledger.kafka.topics import ensure
-from jobledger.log import LogWriter, Outgoing, admin, now_us
+from jobledger.log import admin, now_us
 from jobledger.retry import Retry
 from jobledger.schemas import codec
 from jobledger.schemas.events import (
@@ -46,6 +46,7 @@ from jobledger.schemas.events import (
     RecordRejected,
     ReleaseRequested,
 )
+from jobledger.writer import LogWriter, Outgoing
 from tests.integration.worker_app import closings, facts_of, log_of, made, until, working
 
 pytestmark = pytest.mark.kafka

@@ -17,12 +17,12 @@ from jobledger.config import Settings
 from jobledger.errors import SchemaError
 from jobledger.names import Names
 from jobledger.streams import faust_app
-from jobledger.streams.decisions import Floor, Released, decode_row, encode_row
 from jobledger.streams.faust_app import Options, changelog, faust_settings
 from jobledger.streams.noise import RateLimit
 from jobledger.streams.ownership import GAP, Ownership, Superseded
 from jobledger.streams.place import Place, take_place
 from jobledger.streams.rows import MemoryRows, RocksRows, merged
+from jobledger.streams.schedules import Floor, Released, decode_row, encode_row
 
 
 def test_faust_reads_nothing_from_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,26 +21,21 @@ from jobledger.schemas.events import (
     ReleaseOverdue,
     ReleaseRequested,
 )
-from jobledger.streams.decisions import (
+from jobledger.streams.decisions import Batch, decide, raised_floor, sweepable
+from jobledger.streams.derived import derived_id, job_due, release_decided
+from jobledger.streams.schedules import (
     NO_FLOOR,
-    Batch,
     Floor,
     Kept,
     Released,
     Row,
     Scheduled,
-    decide,
     decode_row,
-    derived_id,
     encode_row,
     floor_key,
     is_marker,
-    job_due,
     newer,
-    raised_floor,
-    release_decided,
     row_key,
-    sweepable,
 )
 from jobledger.streams.timers import BrokerClock, Timers, wake_at
 

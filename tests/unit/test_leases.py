@@ -32,16 +32,14 @@ from jobledger.schemas.events import (
     ReleaseOverdue,
     ReleaseRequested,
 )
-from jobledger.streams.decisions import (
-    LEASES_LOST,
+from jobledger.streams.decisions import LEASES_LOST, Decision, decide
+from jobledger.streams.schedules import (
     NO_FLOOR,
-    Decision,
     Held,
     Kept,
     Released,
     Row,
     Scheduled,
-    decide,
     decode_row,
     encode_row,
     is_marker,
