@@ -1,7 +1,8 @@
 """Install this checkout with what its tests need into the environment of the Python that runs this file.
 
-All at once where that works. Where a package cannot be had (no build for this machine, a registry that lacks it), the
-others are still installed: tests decide by what they find, so they can run with less. Without those in `NEEDED` none can.
+All at once where that works. Where a package cannot be had (no build for this machine, a registry that
+lacks it), the others are still installed: tests decide by what they find, so they can run with less.
+Without those in `NEEDED` none can.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The whole system on one machine: jobs submitted at a steady rate, run and visible, with the lag watched.
 
-Broker, worker, coordinator and materializer are processes of their own, as in production; this process submits and looks
-at the status table. And a backlog is drained while the worker's memory is watched.
+Broker, worker, coordinator and materializer are processes of their own, as in production; this process submits and
+looks at the status table. And a backlog is drained while the worker's memory is watched.
 """
 
 from __future__ import annotations

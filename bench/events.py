@@ -1,7 +1,8 @@
-"""Domain events: how fast they are emitted and routed, beside a bare loop of the same run, and how soon a handler starts.
+"""Domain events: how fast they are emitted and routed, beside a bare loop of the same
+run, and how soon a handler starts.
 
-The bare loop is the least that could be called a router: one Avro record read, one written, no ids, no acknowledgements,
-no commits.
+The bare loop is the least that could be called a router: one Avro record read, one written, no ids,
+no acknowledgements, no commits.
 """
 
 from __future__ import annotations

@@ -1,7 +1,9 @@
-"""The status table: events a second into SQLite and PostgreSQL, with rows, counters, positions and offsets, beside a bare loop.
+"""The status table: events a second into SQLite and PostgreSQL, with rows, counters, positions
+and offsets, beside a bare loop.
 
 The stream is a backlog of plain jobs: a third submissions on the work topic, a third starts and a third successes on
-lifecycle, ids ordered by time. PostgreSQL as `tests.postgres` finds it, with its settings as they come. Bare: librdkafka's consumer and the codec, and nothing done with the events.
+lifecycle, ids ordered by time. PostgreSQL as `tests.postgres` finds it, with its settings as they come. Bare:
+librdkafka's consumer and the codec, and nothing done with the events.
 """
 
 from __future__ import annotations

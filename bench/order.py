@@ -119,7 +119,8 @@ def drained(namespace: str, bootstrap: str, task: str, jobs: int) -> dict[str, f
 
 
 def shared(namespace: str, bootstrap: str, task: str, pipe: Any) -> None:
-    """A worker of several over one topic, until nothing is left: its jobs and its CPU seconds from the first to the last."""
+    """A worker of several over one topic, until nothing is left: its jobs and its CPU
+    seconds from the first to the last."""
     app = build(namespace, bootstrap)
     worker = Worker(app.registry, app.settings, WorkerOptions(queues=["default"]))
 

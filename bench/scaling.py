@@ -1,6 +1,8 @@
-"""Scaling by partition: the same queue with one, two and four workers; what a joining worker costs; what idleness costs.
+"""Scaling by partition: the same queue with one, two and four workers; what a joining
+worker costs; what idleness costs.
 
-The jobs wait, as jobs that call somebody do, so that a worker is bound by its ``--concurrency`` and not by this machine's cores.
+The jobs wait, as jobs that call somebody do, so that a worker is bound by its ``--concurrency``
+and not by this machine's cores.
 """
 
 from __future__ import annotations
@@ -76,13 +78,15 @@ def _drained(settings: Settings, workers: int, jobs: int) -> float:
             app.close()
             harness.drop(settings, names)
     assert len(starts) == jobs, f"{len(starts):,} starts of {jobs:,} jobs"
-    # Its ends are left out: the first jobs come while others are submitted, and the last when some partitions are empty.
+    # Its ends are left out: the first jobs come while others are submitted, and the last
+    # when some partitions are empty.
     low, high = starts[jobs // 10], starts[jobs * 8 // 10]
     return jobs * 0.7 / (high - low) * 1000
 
 
 def _joined(settings: Settings, seconds: int) -> list[Figure]:
-    """A second worker joins the first one in the middle of its work: how long nothing starts, and when it takes part."""
+    """A second worker joins the first one in the middle of its work: how long nothing
+    starts, and when it takes part."""
     names = harness.fresh_names("join")
     harness.create(settings, names, ["bench"], PARTITIONS)
     app = App(names.namespace, settings=settings, partitions=PARTITIONS)
@@ -141,7 +145,8 @@ def _drain(settings: Settings, names: Names, ends: Sequence[TopicPartition], pro
 
 
 def _starts(settings: Settings, names: Names, *, after_ms: float = 0.0, new_worker: bool = False) -> list[int]:
-    """The append times of all starts in ms, sorted; ``new_worker``: of workers whose first start is later than ``after_ms``."""
+    """The append times of all starts in ms, sorted; ``new_worker``: of workers whose first
+    start is later than ``after_ms``."""
     decode = decoder(settings, names).decode
     by_worker: dict[str, list[int]] = {}
     with LogReader(settings) as reader:

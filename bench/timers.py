@@ -1,7 +1,7 @@
 """How late the coordinator lets jobs go, how many it can set and let go a second, and what it costs when idle.
 
-Everything is read from the raw topics: a release's lateness is the append time of its `JobDue` less its due time, both on
-the broker's clock. The coordinator is a process of its own, as in production. Prints one JSON object.
+Everything is read from the raw topics: a release's lateness is the append time of its `JobDue` less its due time, both
+on the broker's clock. The coordinator is a process of its own, as in production. Prints one JSON object.
 
     python bench/timers.py [--bootstrap HOST:PORT] [--timers 10000] [--spread 20] [--throughput 15000] [--partitions 4]
 """

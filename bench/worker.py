@@ -176,7 +176,8 @@ def worked(
 
 
 def imported(namespace: str, bootstrap: str) -> App:
-    """The app of `bench.apps`, which child processes can import; once a process, because its namespace is fixed then."""
+    """The app of `bench.apps`, which child processes can import; once a process,
+    because its namespace is fixed then."""
     os.environ["BENCH_NAMESPACE"], os.environ["BENCH_PARTITIONS"] = namespace, str(PARTITIONS)
     from bench.apps import app
 

@@ -1,7 +1,7 @@
 """Backfill: a handler over events of the past. Bounded, at a pace, and after an interruption it goes on where it was.
 
-A job's id follows from event and handler; what the status table knows already, because the router or an earlier backfill
-has submitted it, is passed over.
+A job's id follows from event and handler; what the status table knows already, because the router or an earlier
+backfill has submitted it, is passed over.
 """
 
 from __future__ import annotations
@@ -50,8 +50,8 @@ def events_per_second(text: str) -> float:
 
 @dataclass(slots=True)
 class Progress:
-    """How far a backfill is. ``total``: offsets of its range; the counts are of events: looked at, submitted as jobs, known
-    to the status table already, not readable."""
+    """How far a backfill is. ``total``: offsets of its range; the counts are of events: looked at, submitted as jobs,
+    known to the status table already, not readable."""
 
     total: int = 0
     passed: int = 0
@@ -74,9 +74,9 @@ class Range:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What to go over. ``since``, ``until``: milliseconds of the broker's clock, None for the log's begin and its end now.
-    ``rate``: events a second, None for as fast as it goes. ``dry_run``: count, send nothing. ``restart``: forget an
-    interrupted one of the same handler."""
+    """What to go over. ``since``, ``until``: milliseconds of the broker's clock, None for the log's begin and its end
+    now. ``rate``: events a second, None for as fast as it goes. ``dry_run``: count, send nothing. ``restart``: forget
+    an interrupted one of the same handler."""
 
     handler: str
     since: int | None = None
@@ -151,9 +151,11 @@ class Backfill:
     # -- run ------------------------------------------------------------------------------------------------------
 
     def run(self, stop: threading.Event, tell: Callable[[Progress], None] = lambda progress: None) -> Progress:
-        """Go over the range until its end or ``stop``; ``tell`` is called a few times a second. The progress at the end.
+        """Go over the range until its end or ``stop``; ``tell`` is called a few times a
+        second. The progress at the end.
 
-        Raises `BrokerUnavailable`, `TopicMissing`, `ConfigError`; what was submitted by then stays, and another run goes on.
+        Raises `BrokerUnavailable`, `TopicMissing`, `ConfigError`; what was submitted by
+        then stays, and another run goes on.
         """
         knock(self.settings)
         consumer, sender = make_consumer(self._conf), Sender(self.settings, self.names, 1.0)

@@ -40,8 +40,8 @@ LOG = logging.getLogger("jobledger.worker")
 LATE, STOP = signal.SIGUSR1, signal.SIGUSR2
 #: Seconds between two progress messages of one job.
 PROGRESS_INTERVAL_S = 0.1
-#: What address space a job with ``max_memory`` may have beyond it: past that, Python says `MemoryError`. The worker looks
-#: at the memory in use a few times a second; this is for a job that takes much at once.
+#: What address space a job with ``max_memory`` may have beyond it: past that, Python says `MemoryError`. The worker
+#: looks at the memory in use a few times a second; this is for a job that takes much at once.
 HEADROOM = 256 << 20
 
 _LENGTH = struct.Struct(">I")
@@ -205,7 +205,8 @@ class Child:
 
 
 def run_child(registry: Registry, connection: socket.socket, errors: int) -> None:
-    """Be a child, in a process that was just forked for it; does not return. ``errors``: what standard error shall be."""
+    """Be a child, in a process that was just forked for it; does not return. ``errors``:
+    what standard error shall be."""
     status = 1
     try:
         os.dup2(errors, 2)
@@ -243,7 +244,8 @@ def limit_memory(most: int | None) -> None:
 
 
 def _die_with_the_nursery() -> None:
-    """Linux ends this process with its parent. Elsewhere the end of the connection does, once the job at hand is over."""
+    """Linux ends this process with its parent. Elsewhere the end of the connection does,
+    once the job at hand is over."""
     if sys.platform == "linux":
         import ctypes
 

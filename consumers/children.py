@@ -47,8 +47,8 @@ REPLACE_AT = 0.8
 
 @dataclass(frozen=True, slots=True)
 class ChildSettings:
-    """``most``: children at once, and ``spare`` more while jobs wait for one. ``jobs_each``: after so many jobs a child is
-    replaced. ``target``: see `target.find_target`."""
+    """``most``: children at once, and ``spare`` more while jobs wait for one. ``jobs_each``: after so many jobs a child
+    is replaced. ``target``: see `target.find_target`."""
 
     most: int
     spare: int
@@ -58,10 +58,11 @@ class ChildSettings:
 
 
 class Children:
-    """The pool. ``said(work, outcome)``: a job's code came to that. ``died(work, error, blamed)``: its process did, of it
-    unless it is not ``blamed``. ``ended(work, why, error)``: we ended it, ``why``: ``timeout``, ``memory`` or ``stop``. Each of these three frees
-    the child and is told once for each `run`. ``take(work)`` is asked when a child is free for it: False if it is not to be
-    run, and then none of the three is told. ``unusable(error)``: there can be no children.
+    """The pool. ``said(work, outcome)``: a job's code came to that. ``died(work, error, blamed)``: its process
+    did, of it unless it is not ``blamed``. ``ended(work, why, error)``: we ended it, ``why``: ``timeout``,
+    ``memory`` or ``stop``. Each of these three frees the child and is told once for each `run`. ``take(work)`` is
+    asked when a child is free for it: False if it is not to be run, and then none of the three is told.
+    ``unusable(error)``: there can be no children.
     """
 
     def __init__(

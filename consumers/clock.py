@@ -1,4 +1,5 @@
-"""The broker's clock, as a worker can know it: expiries are counted on it, and every record it appends tells the time."""
+"""The broker's clock, as a worker can know it: expiries are counted on it, and every
+record it appends tells the time."""
 
 from __future__ import annotations
 

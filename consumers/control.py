@@ -1,4 +1,5 @@
-"""What people ordered: cancels, pauses, limits. The control topic is compacted, so its state is what a reader keeps of it.
+"""What people ordered: cancels, pauses, limits. The control topic is compacted, so its
+state is what a reader keeps of it.
 
 It is read to its end before a worker starts anything, and followed from then on: an order holds for workers that were
 down when it was given.
@@ -77,7 +78,8 @@ class Control:
 
 
 class ControlReader(threading.Thread):
-    """Keeps a `Control` as the topic has it. ``cancelled(job, run, order)`` and ``regated()`` are called in this thread."""
+    """Keeps a `Control` as the topic has it. ``cancelled(job, run, order)`` and
+    ``regated()`` are called in this thread."""
 
     def __init__(
         self,

@@ -1,7 +1,7 @@
 """Whose turn it is: takes raw messages from the partitions in turn, and sees to it that all slots are used.
 
-Runs on the event loop only. What a record is, is `intake`'s to say; what waits behind what is in `lines`; how a job begins
-is in `starts`.
+Runs on the event loop only. What a record is, is `intake`'s to say; what waits behind what is in `lines`;
+how a job begins is in `starts`.
 """
 
 from __future__ import annotations
@@ -56,10 +56,11 @@ _monotonic = time.monotonic
 
 
 class Dispatcher:
-    """Starts jobs while there are slots: ``concurrency`` in all, ``threads`` of them plain functions, ``children`` isolated.
+    """Starts jobs while there are slots: ``concurrency`` in all, ``threads`` of them plain
+    functions, ``children`` isolated.
 
-    ``lookahead``: records that may wait in lines in this process, shared by its partitions. ``drain()``: take the delivery
-    reports that have arrived. `wire` comes before anything else.
+    ``lookahead``: records that may wait in lines in this process, shared by its partitions. ``drain()``: take the
+    delivery reports that have arrived. `wire` comes before anything else.
     """
 
     executor: Executor
@@ -198,7 +199,8 @@ class Dispatcher:
             if partition.owned:
                 self.stages[partition.topic].parts.append(partition)
         self._divide()
-        # From here, not from where `ready` is called: a pump that was on its way then goes before this, and sees nothing.
+        # From here, not from where `ready` is called: a pump that was on its way then goes
+        # before this, and sees nothing.
         self.wake()
 
     def ended(self, partitions: list[Partition]) -> None:

@@ -215,8 +215,9 @@ class Executor:
         self.close_with(work, decide(plan.task.retry, event.attempt, error, random.random(), timed_out=late))
 
     def stop(self, work: Work, outcome: Outcome) -> None:
-        """Ask running code to end; what it raises from now on comes to ``outcome``. One that returns all the same has
-        succeeded. A coroutine is cancelled, a thread is told at its next bytecode, a child process killed in the end."""
+        """Ask running code to end; what it raises from now on comes to ``outcome``. One that returns
+        all the same has succeeded. A coroutine is cancelled, a thread is told at its next bytecode, a
+        child process killed in the end."""
         work.stop_outcome = outcome
         self.end(work)
 
@@ -232,8 +233,8 @@ class Executor:
         self.interrupts.interrupt(work, TaskTimedOut)
 
     def close_with(self, work: Work, outcome: Outcome) -> None:
-        """Send the closing fact of any outcome and what derives from it; under a key, an attempt that is made again closes
-        nothing."""
+        """Send the closing fact of any outcome and what derives from it; under a key, an attempt that
+        is made again closes nothing."""
         event = work.event
         assert event is not None
         if event.key is not None and isinstance(outcome, Retried | Snoozed):

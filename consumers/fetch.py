@@ -31,8 +31,8 @@ LOG = logging.getLogger("jobledger.worker")
 BATCH = 500
 #: Seconds a poll may wait; also how late a change of pausing may be.
 POLL_S = 0.05
-#: Seconds between polls while nothing more fits: how late a rebalance may be served. Pausing at the client instead would
-#: throw away what it has fetched, and resuming takes it up to a second.
+#: Seconds between polls while nothing more fits: how late a rebalance may be served. Pausing at the client instead
+#: would throw away what it has fetched, and resuming takes it up to a second.
 SLOW_POLL_S = 0.5
 #: Seconds a revoked partition's jobs get to end, within the callback.
 HANDOVER_S = 8.0

@@ -1,4 +1,5 @@
-"""What may begin now: limits of a group, pauses, a task's adaptive concurrency, its circuit breaker. Pure, on one thread.
+"""What may begin now: limits of a group, pauses, a task's adaptive concurrency, its
+circuit breaker. Pure, on one thread.
 
 A gate says how many more jobs it lets through (`free`), is told when one begins and ends, and says when to ask again
 (`wait`). Limits hold for a whole consumer group without anybody counting for all: each partition number of a queue
@@ -187,10 +188,10 @@ class Scope:
 class AdaptiveGate:
     """`Adaptive` at work: a concurrency that follows what the task calls, in this worker.
 
-    Judged once a window, which lasts for at least `WINDOW_S` seconds and as many ended jobs as may run at once: more than
-    a tenth failed, or the mean latency is above ``tolerance`` times the best mean seen: multiply by ``backoff``; else, if
-    the concurrency was used up: add one. The best mean is forgotten by a hundredth each window, so that a service that
-    became slower for good is not held against its past for ever.
+    Judged once a window, which lasts for at least `WINDOW_S` seconds and as many ended jobs as may run at once: more
+    than a tenth failed, or the mean latency is above ``tolerance`` times the best mean seen: multiply by ``backoff``;
+    else, if the concurrency was used up: add one. The best mean is forgotten by a hundredth each window, so that a
+    service that became slower for good is not held against its past for ever.
     """
 
     WINDOW_S = 0.5

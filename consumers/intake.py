@@ -1,7 +1,7 @@
 """What a record is: a job to be run, one that is done or known already, garbage, or something only others can read.
 
-On the event loop (but for `Aside`). Every message is received by the partition's offsets before anything else is done with
-it, in the log's order; from then on it is not done until the settler says so.
+On the event loop (but for `Aside`). Every message is received by the partition's offsets before anything else is done
+with it, in the log's order; from then on it is not done until the settler says so.
 """
 
 from __future__ import annotations
@@ -152,7 +152,8 @@ class Intake:
                 offsets.hold(None)
 
     def from_aside(self, partition: Partition, message: Message, read: Read, fresh: bool) -> None:
-        """A record came back from `Aside`: as an event, what keeps this worker from judging it, or why it cannot be read."""
+        """A record came back from `Aside`: as an event, what keeps this worker from judging
+        it, or why it cannot be read."""
         partition.aside -= 1
         if not partition.begin_taking():
             return  # received and not done: the next owner's

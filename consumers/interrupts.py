@@ -61,7 +61,8 @@ class Interrupts:
                 _raise_in(ctypes.c_ulong(threading.get_ident()), None)
 
     def interrupt(self, work: Work, error: type[TaskInterrupted]) -> bool:
-        """Raise ``error`` inside the job's code; False if no thread runs it, or it was told already. From any thread."""
+        """Raise ``error`` inside the job's code; False if no thread runs it, or it was
+        told already. From any thread."""
         with self._lock:
             thread = self._inside.get(work)
             if thread is None or work.interrupted is not None:

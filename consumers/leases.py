@@ -1,9 +1,9 @@
 """Long jobs, which hold no partition: a lease stands for their work record while they run.
 
-`JobLeased` (lifecycle) and `Leased` (coordination) are acknowledged before the code runs; from then on the record is done,
-and whatever becomes of the partition is nothing to the job. The lease is renewed until the coordinator has been told the
-job's end. Where that fails for as long as a lease holds, the job is somebody else's: its code is told to end, and what
-it comes to is dropped. On the event loop, but for delivery callbacks.
+`JobLeased` (lifecycle) and `Leased` (coordination) are acknowledged before the code runs; from then on the record is
+done, and whatever becomes of the partition is nothing to the job. The lease is renewed until the coordinator has been
+told the job's end. Where that fails for as long as a lease holds, the job is somebody else's: its code is told to end,
+and what it comes to is dropped. On the event loop, but for delivery callbacks.
 """
 
 from __future__ import annotations
@@ -53,8 +53,8 @@ class JobLease:
 
 
 class Leases:
-    """The leases of one worker. ``begin(work)``: says that the job starts, and runs it. ``give_up(work)``: ends its code,
-    whatever that comes to. ``ended(work)``: it does not run (any more)."""
+    """The leases of one worker. ``begin(work)``: says that the job starts, and runs it. ``give_up(work)``: ends its
+    code, whatever that comes to. ``ended(work)``: it does not run (any more)."""
 
     def __init__(
         self,
@@ -173,8 +173,8 @@ class Leases:
     # -- closing ------------------------------------------------------------------------------------------------------
 
     def close(self, work: Work, value: bytes, before: list[Outgoing]) -> None:
-        """Tell the coordinator the job's end, after ``before`` is acknowledged; the lease is renewed until it has it. In any
-        thread. Raises as `Sender.send` does."""
+        """Tell the coordinator the job's end, after ``before`` is acknowledged; the lease is renewed until it has it.
+        In any thread. Raises as `Sender.send` does."""
         lease = work.lease
         assert lease is not None
         lease.closing = True

@@ -29,8 +29,8 @@ _monotonic = time.monotonic
 class Lines:
     """The lines of this worker's partitions. ``lookahead``: records that may wait in all of them.
 
-    ``wake``: there may be something to begin; ``wake_in(seconds)``: there may be then. ``unknown(work)``: ends a job whose
-    task this worker does not know.
+    ``wake``: there may be something to begin; ``wake_in(seconds)``: there may be then. ``unknown(work)``: ends a job
+    whose task this worker does not know.
     """
 
     executor: Executor

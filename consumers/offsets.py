@@ -8,10 +8,10 @@ The idea of a completion map in the commit's metadata is the Confluent Parallel 
 map of different moments, an unreadable map taken as "done", intake that stalls at the limit) is what the rules below
 are for.
 
-Text: ``2<c|d>.<floor>.<begun>.<checksum>.<r|b><map>``: version; clean or dirty; the floor in hex; how far beyond the base
-records were begun, in hex; CRC-32 over base, floor, begun and
-map, because a map means nothing beside another base; then run lengths (LEB128 varints, not-done and done in turn, from
-the base on) or a bitset (bit n: base + n is done), in base64, whichever is shorter.
+Text: ``2<c|d>.<floor>.<begun>.<checksum>.<r|b><map>``: version; clean or dirty; the floor in hex; how far beyond the
+base records were begun, in hex; CRC-32 over base, floor, begun and map, because a map means nothing beside another
+base; then run lengths (LEB128 varints, not-done and done in turn, from the base on) or a bitset (bit n: base + n is
+done), in base64, whichever is shorter.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ Ranges = tuple[tuple[int, int], ...]
 
 @dataclass(frozen=True, slots=True)
 class Restored:
-    """What a commit said. ``done``: half-open ranges at or beyond ``base``; ``floor`` None: not known. ``begun``: no record
-    from here on had been begun when it was said."""
+    """What a commit said. ``done``: half-open ranges at or beyond ``base``; ``floor`` None: not known. ``begun``: no
+    record from here on had been begun when it was said."""
 
     base: int
     done: Ranges = ()

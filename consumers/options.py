@@ -16,14 +16,14 @@ class WorkerOptions:
 
     ``queues``: to serve; None: all of the app. ``concurrency``: jobs that may run at once in this process.
     ``threads``: how many of them may be plain functions; None: 32, or ``concurrency`` if that is less. ``children``:
-    processes for tasks with ``isolation="process"``, one job at a time in each; None: as many as there are CPUs for this
-    process. ``jobs_per_child``: after so many a child is replaced. ``grace``: seconds
-    that running jobs get to end after SIGTERM. ``prefetch``: records per queue that may wait in memory; None: twice the
-    concurrency, at least 1,000. ``lookahead``: records that may wait for their turn, their key or a limit, in all.
-    ``lease``: seconds after the coordinator's last answer in which jobs may be begun; keep
-    it below the group's session timeout. ``linger_ms``: how long a fact may wait for company before it is sent.
-    ``unknown_task``: backoff, and how often a job is snoozed whose task this worker does not know, before it fails.
-    ``start_timeout``: seconds the broker may take to answer at the start. Raises `ConfigError`.
+    processes for tasks with ``isolation="process"``, one job at a time in each; None: as many as there are CPUs for
+    this process. ``jobs_per_child``: after so many a child is replaced. ``grace``: seconds that running jobs get to
+    end after SIGTERM. ``prefetch``: records per queue that may wait in memory; None: twice the concurrency, at least
+    1,000. ``lookahead``: records that may wait for their turn, their key or a limit, in all. ``lease``: seconds after
+    the coordinator's last answer in which jobs may be begun; keep it below the group's session timeout. ``linger_ms``:
+    how long a fact may wait for company before it is sent. ``unknown_task``: backoff, and how often a job is snoozed
+    whose task this worker does not know, before it fails. ``start_timeout``: seconds the broker may take to answer at
+    the start. Raises `ConfigError`.
     """
 
     queues: Sequence[str] | None = None

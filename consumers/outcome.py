@@ -82,8 +82,8 @@ Outcome = Succeeded | Retried | Snoozed | Failed | Cancelled | Expired
 def holding(outcome: Retried | Snoozed, held_s: float, most_s: float, key: str) -> Retried | Snoozed | Failed:
     """What becomes of an attempt that is made again under an ordering key, which it has held for ``held_s`` seconds.
 
-    It goes on in place, so that no later job of the key passes it; a wait that would hold the key for more than ``most_s``
-    fails the job instead.
+    It goes on in place, so that no later job of the key passes it; a wait that would hold the key for more than
+    ``most_s`` fails the job instead.
     """
     if held_s + outcome.delay_ms / 1000 <= most_s:
         return replace(outcome, in_place=True)
@@ -99,7 +99,8 @@ def holding(outcome: Retried | Snoozed, held_s: float, most_s: float, key: str) 
 
 
 def answered(outcome: Outcome | None) -> bool | None:
-    """Whether what the job calls did its part, as far as the outcome tells; None: it does not. None stands for success."""
+    """Whether what the job calls did its part, as far as the outcome tells; None: it does
+    not. None stands for success."""
     match outcome:
         case None | Succeeded():
             return True

@@ -21,7 +21,8 @@ from jobledger.schemas.events import ErrorInfo
 
 LOG = logging.getLogger("jobledger.worker")
 
-#: Starts without an end after which a job is failed as ``crashed``, if the last of them was in a process whose end was seen.
+#: Starts without an end after which a job is failed as ``crashed``, if the last of them was in
+#: a process whose end was seen.
 CRASHES = 3
 #: The same, if nobody saw the ends: the workers themselves died, perhaps of something else.
 UNSEEN_CRASHES = 10
@@ -37,8 +38,8 @@ AGAIN_S = 0.1
 class Places:
     """Sends begun jobs to where they run. On the event loop.
 
-    ``begin_again(work)``: says that it starts once more. ``done(work)``: its room and slot are free. ``ours(work)``: this
-    worker is to run it; ``certain(work)``: and no other can have taken it over, as far as is known at this moment.
+    ``begin_again(work)``: says that it starts once more. ``done(work)``: its room and slot are free. ``ours(work)``:
+    this worker is to run it; ``certain(work)``: and no other can have taken it over, as far as is known at this moment.
 
     A suspect is *waiting* until its code is given to a child: its partition can be handed over meanwhile, and then the
     next owner runs it.
@@ -154,8 +155,8 @@ class Places:
         self._done(work)
 
     def died(self, work: Work, error: ErrorInfo, blamed: bool) -> None:
-        """Its process ended by itself: it is run again, until it has done so for the third time. Not ``blamed``: the process
-        ended of something else, or there was none to be had."""
+        """Its process ended by itself: it is run again, until it has done so for the third time. Not ``blamed``: the
+        process ended of something else, or there was none to be had."""
         event, plan = work.event, work.plan
         assert event is not None
         assert plan is not None

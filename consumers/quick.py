@@ -1,8 +1,8 @@
 """The quick way to read a plain submission: what nearly every record of a busy work topic is.
 
-`glance` proves that the bytes are a `JobSubmitted` of the plain shape, written with this version's schema; what it leaves
-out, the arguments, stands at a place that follows from the shape. Everything else takes the full way (`codec.decode`),
-which costs five times as much. A test with Hypothesis holds both ways to the same answer.
+`glance` proves that the bytes are a `JobSubmitted` of the plain shape, written with this version's schema; what it
+leaves out, the arguments, stands at a place that follows from the shape. Everything else takes the full way
+(`codec.decode`), which costs five times as much. A test with Hypothesis holds both ways to the same answer.
 """
 
 from __future__ import annotations

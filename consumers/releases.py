@@ -42,8 +42,8 @@ def release_key(job_id: str, run: int, release: int) -> int:
 class ReleaseMemory:
     """The latest `REMEMBERED` to twice as many releases: two generations, the older one dropped when the newer is full.
 
-    Each generation is a table of a power of two with linear probing; 0 marks a free slot. It grows when half full, up to
-    the smallest size that holds the capacity: a megabyte for the default one.
+    Each generation is a table of a power of two with linear probing; 0 marks a free slot. It grows when half full, up
+    to the smallest size that holds the capacity: a megabyte for the default one.
     """
 
     __slots__ = ("_capacity", "_count", "_limit", "_mask", "_most", "_old", "_old_count", "_old_mask", "_slots")
@@ -112,7 +112,8 @@ def _slot(slots: array[int], mask: int, key: int) -> int:
 def key_of(message: Message, decoder: codec.Decoder) -> int | None:
     """The release a work record carries, from its headers or its first fields; None if it cannot be read.
 
-    The headers are ``jl-job``, ``jl-run`` and ``jl-release`` (decimal text); other writers than ours may leave them out.
+    The headers are ``jl-job``, ``jl-run`` and ``jl-release`` (decimal text); other
+    writers than ours may leave them out.
     """
     headers = message.headers()
     if headers:

@@ -51,7 +51,8 @@ START_TIMEOUT_S = 30.0
 
 
 class Routes:
-    """What becomes of one event: the jobs of its handlers. Pure but for ``schemas``, which are asked for unknown ones."""
+    """What becomes of one event: the jobs of its handlers. Pure but for ``schemas``,
+    which are asked for unknown ones."""
 
     def __init__(
         self,
@@ -167,8 +168,8 @@ class Batch:
             self._sender.send(record.topic, record.value, record.key, BY_KEY, delivered)
 
     def settle(self) -> list[tuple[Message, Outgoing]]:
-        """Wait until everything is acknowledged. Raises what kept a record from being so. Returns those that their topic
-        refuses for their size, with the records that they follow from."""
+        """Wait until everything is acknowledged. Raises what kept a record from being so. Returns those that their
+        topic refuses for their size, with the records that they follow from."""
         while self._open and self._error is None:
             self._sender.poll(0.05)
             self._sender.check()
@@ -252,7 +253,8 @@ class Router:
     # -- run ------------------------------------------------------------------------------------------------------
 
     def run(self, stop: threading.Event) -> None:
-        """Route until ``stop`` is set. Raises what keeps it from going on; nothing that was not acknowledged is committed then."""
+        """Route until ``stop`` is set. Raises what keeps it from going on; nothing that was not
+        acknowledged is committed then."""
         sender = self._patiently(stop)
         consumer = make_consumer(
             consumer_config(
@@ -342,8 +344,8 @@ class Router:
         LOG.warning("reading events: %s", error.str())
 
     def _commit(self, consumer: Consumer) -> None:
-        """Commit what is acknowledged. A commit that fails is not repeated: the next says more, or the next owner routes
-        the same jobs again."""
+        """Commit what is acknowledged. A commit that fails is not repeated: the next says more, or the next
+        owner routes the same jobs again."""
         due = [TopicPartition(t, p, offset) for (t, p), offset in self.partitions.items() if offset >= 0]
         if not due:
             return

@@ -27,7 +27,8 @@ LOG = logging.getLogger("jobledger.worker")
 
 #: Let the client decide the partition by the key.
 BY_KEY = -1
-#: Records whose acknowledgement is still out, from which on no new job is begun: a crash runs so many halves again at most.
+#: Records whose acknowledgement is still out, from which on no new job is begun: a crash runs
+#: so many halves again at most.
 UNACKNOWLEDGED_LIMIT = 8_000
 #: Seconds a full send queue, or a topic that is said to be missing, is waited for.
 WAIT_S = 10.0
@@ -68,8 +69,8 @@ class Sender:
         self.first(self._schemas, codec.SCHEMA_TEXT.encode(), key, WAIT_S)
 
     def prepare(self, topics: Iterable[str]) -> None:
-        """Publish this version's schema, and have it registered for these topics; all of it acknowledged. For the start: it
-        waits. Raises what `first` raises, `RegistryUnavailable`, `SchemaRefused` and `ConfigError`."""
+        """Publish this version's schema, and have it registered for these topics; all of it acknowledged. For the
+        start: it waits. Raises what `first` raises, `RegistryUnavailable`, `SchemaRefused` and `ConfigError`."""
         self._publish(codec.FINGERPRINT.hex())
         if self._framing is not None:
             self._framing.prepare(topics)

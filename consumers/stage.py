@@ -1,11 +1,12 @@
-"""What waits for its turn: the lines of a partition, the stages of a worker, and which comes next. No Kafka, one thread.
+"""What waits for its turn: the lines of a partition, the stages of a worker, and which
+comes next. No Kafka, one thread.
 
 Most jobs wait in no line: a record is taken from its partition and started. A line is needed where something comes
 between: the key whose jobs run one after the other, the tag whose values take turns, a condition that is not met. A
 line's jobs are of one partition, were received, and are not begun: whoever gets the partition next has them all.
 
-A stage is one work topic: a queue, or one priority of it. Between stages the next start goes to who has had the least for
-its weight (stride scheduling: C. Waldspurger and W. Weihl, 1995), and weights grow with age, so nothing starves.
+A stage is one work topic: a queue, or one priority of it. Between stages the next start goes to who has had the least
+for its weight (stride scheduling: C. Waldspurger and W. Weihl, 1995), and weights grow with age, so nothing starves.
 """
 
 from __future__ import annotations
@@ -86,7 +87,8 @@ class Turns:
         self._passed = 0.0
 
     def next_of(self, stages: Sequence[Stage]) -> Stage:
-        """Of one or more the one that has had the least for its weight; who had nothing to do has no claims from then."""
+        """Of one or more the one that has had the least for its weight; who had nothing
+        to do has no claims from then."""
         for stage in stages:
             stage.passed = max(stage.passed, self._passed)
         return min(stages, key=lambda stage: stage.passed)

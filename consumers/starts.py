@@ -145,8 +145,8 @@ class Starter:
         self._say_started(work, now_us())
 
     def _say_started(self, work: Work, at_us: int) -> None:
-        """Say that the job starts, and run it. Nobody waits for the acknowledgement, because the closing fact follows in the
-        same partition; but a suspect is run only then."""
+        """Say that the job starts, and run it. Nobody waits for the acknowledgement, because the closing fact follows
+        in the same partition; but a suspect is run only then."""
         event, partition = work.event, work.partition
         assert event is not None
         started = encode(

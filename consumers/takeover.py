@@ -134,12 +134,14 @@ class Takeover(threading.Thread):
             plan.partition.offsets = PartitionOffsets(plan.restored, plan.lifecycle_high)
         self._read(fetcher.topic, plans)
         if self._closing:
-            # It may have been cut short: what the log holds is the next owner's to find, and the mark above says so. Only
-            # where nothing had to be looked for, the last commit may say that once more; nothing is run of that either.
+            # It may have been cut short: what the log holds is the next owner's to find, and the mark above
+            # says so. Only where nothing had to be looked for, the last commit may say that once more;
+            # nothing is run of that either.
             for plan in plans:
                 plan.partition.ready = plan.restored.clean and plan.partition.stopped is None
             return
-        # A stopped one is not taken over: what was committed above stands, and the next owner begins where this one did.
+        # A stopped one is not taken over: what was committed above stands, and the next
+        # owner begins where this one did.
         read = [p for p in plans if p.partition.stopped is None]
         for plan in read:
             self._conclude(plan)
@@ -391,7 +393,8 @@ class Takeover(threading.Thread):
                         raise translate(error, self._settings, f"reading {where[0]}[{where[1]}]", read(where[0]))
                     if over:
                         del ends[where]
-                        # Not pause(): it outlives unassign(), and the partition's next range would stay silent for ever.
+                        # Not pause(): it outlives unassign(), and the partition's next
+                        # range would stay silent for ever.
                         reader.incremental_unassign([TopicPartition(*where)])
                 if time.monotonic() - seen > STALL_S:
                     raise BrokerUnavailable(f"taking over: {sorted(ends)} gave nothing for {STALL_S:g} s")

@@ -120,8 +120,8 @@ class Partition:
         #: What waits here, by (kind, name, …), and how many jobs that is.
         self.lines: dict[tuple[str, ...], Line] = {}
         self.waiting = 0
-        #: Attempts that a former owner made in place, by release: (attempt to come, due in ms of the broker's clock, where
-        #: on lifecycle that stands).
+        #: Attempts that a former owner made in place, by release: (attempt to come, due in ms of the broker's clock,
+        #: where on lifecycle that stands).
         self.held: dict[int, tuple[int, int, int]] = {}
 
     def __repr__(self) -> str:
@@ -156,7 +156,8 @@ class Partition:
         return self.taking
 
     def stop(self, message: Message, why: str) -> str:
-        """Let nothing more of it be run, because of a message that this worker cannot judge; the reason as it is told."""
+        """Let nothing more of it be run, because of a message that this worker cannot
+        judge; the reason as it is told."""
         where = position_of(message)
         here = f"{self!r}@{where.offset}" if where.topic == self.topic else f"{self!r}, because of {where}"
         self.stopped = f"{here}: {why}"
@@ -310,7 +311,8 @@ class Work:
         self.arrived.append((self, False, error, message))
 
     def report(self, context: JobContext | None, progressed: JobProgressed) -> None:
-        """`JobContext.progress` ends here, in any thread or from a child: sent, or kept until the interval is over or the job ends."""
+        """`JobContext.progress` ends here, in any thread or from a child: sent, or kept until the
+        interval is over or the job ends."""
         now = time.monotonic()
         if now - self.reported_at < PROGRESS_INTERVAL_S:
             self.unsent = progressed

@@ -364,7 +364,8 @@ class Worker:
         ]
 
     def _children(self) -> Children | None:
-        """Child processes, for isolated tasks and for jobs that may have taken a worker down; None if there can be none."""
+        """Child processes, for isolated tasks and for jobs that may have taken a worker
+        down; None if there can be none."""
         if self._target is None:
             return None
         options, dispatcher = self.options, self.dispatcher

@@ -1,7 +1,7 @@
 """Who may come in and do what: a cluster's refusals, told apart from a cluster that is away, and put into words.
 
-Kafka's clients try for ever to come in, also where they never will be let in. A `Door` listens to what a client says of its
-connections; `knock` asks once.
+Kafka's clients try for ever to come in, also where they never will be let in. A `Door` listens to what a client says of
+its connections; `knock` asks once.
 """
 
 from __future__ import annotations
@@ -92,7 +92,8 @@ def unauthorized(settings: Settings, what: str, kind: str, *needs: Need) -> NotA
 
 
 def refusal(settings: Settings, said: str) -> NotAuthenticated:
-    """The error for a client that is not let in; ``said``: the client's or broker's own words. Looks at the brokers' TLS."""
+    """The error for a client that is not let in; ``said``: the client's or broker's own
+    words. Looks at the brokers' TLS."""
     address = settings.bootstrap or "the embedded broker"
     kafka = settings.kafka
     found = None
@@ -124,7 +125,8 @@ LOG.addFilter(_told_by_door)
 class Door:
     """Given to a client as its ``error_cb``: hears of refused connections. Thread-safe.
 
-    ``patient`` False: a token that is not given is a refusal at once, where a running client has one that may still be good.
+    ``patient`` False: a token that is not given is a refusal at once, where a running
+    client has one that may still be good.
     """
 
     def __init__(self, settings: Settings, *, patient: bool = True) -> None:
@@ -143,9 +145,9 @@ class Door:
         return self._refusal
 
     def behind(self, error: KafkaError) -> NotAuthenticated | BrokerUnavailable | None:
-        """What is behind an error of the client's: a refusal, or that no broker is there; None if nothing is. A client says
-        once that it has got no token, and might get one yet: that counts when something has timed out over it. And one that
-        never got to ask for a topic says that there is none."""
+        """What is behind an error of the client's: a refusal, or that no broker is there; None if nothing is. A client
+        says once that it has got no token, and might get one yet: that counts when something has timed out over it. And
+        one that never got to ask for a topic says that there is none."""
         if error.code() == KafkaError._UNKNOWN_TOPIC and time.monotonic() - self._away_at < AWAY_S:
             address = self._settings.bootstrap or "the embedded broker"
             return BrokerUnavailable(f"{address} cannot be reached; check JOBLEDGER_BOOTSTRAP and that the broker runs")
@@ -205,8 +207,8 @@ def _refused_in_words(error: KafkaError) -> bool:
 
 
 def knock(settings: Settings, timeout: float = KNOCK_S) -> None:
-    """Return once the cluster has let this client in. Raises `NotAuthenticated` as soon as it is plain that it will not;
-    `BrokerUnavailable` if nobody has answered within ``timeout`` seconds; `ConfigError` for unusable settings."""
+    """Return once the cluster has let this client in. Raises `NotAuthenticated` as soon as it is plain that it will
+    not; `BrokerUnavailable` if nobody has answered within ``timeout`` seconds; `ConfigError` for unusable settings."""
     door = Door(settings, patient=False)
     conf: dict[str, Any] = {**settings.librdkafka(), "error_cb": door, "logger": LOG, "log_level": 0}
     try:

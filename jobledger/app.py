@@ -156,7 +156,8 @@ class App:
         return self._orders
 
     def check(self) -> None:
-        """Raise `ConfigError` for what can be judged only when every task is registered; workers and the CLI call it."""
+        """Raise `ConfigError` for what can be judged only when every task is
+        registered; workers and the CLI call it."""
         self.registry.check()
 
     # -- declaring ------------------------------------------------------------------------------------------------
@@ -216,22 +217,23 @@ class App:
     ) -> Any:
         """Register a function as a task; usable bare or with options.
 
-        ``name``: what stands in the log, the function's name unless given. ``queue``: where its jobs go.
-        ``retry``: a `Retry`, or just the number of attempts. ``timeout``: seconds an attempt may take; then a coroutine is
-        cancelled, and `TaskTimedOut` is raised in a function: in a thread when it next executes Python code, in a process
-        of its own, which is killed 5 s later, whatever it waits for.
-        ``fallback``: a task with the same parameters, run as a job of its own when this one has failed for good.
+        ``name``: what stands in the log, the function's name unless given. ``queue``: where its jobs go. ``retry``: a
+        `Retry`, or just the number of attempts. ``timeout``: seconds an attempt may take; then a coroutine is
+        cancelled, and `TaskTimedOut` is raised in a function: in a thread when it next executes Python code, in a
+        process of its own, which is killed 5 s later, whatever it waits for. ``fallback``: a task with the same
+        parameters, run as a job of its own when this one has failed for good.
 
-        ``key``: the parameter, or a function of the arguments, whose value keeps jobs in order: those of one key run one
-        at a time, in the order of submission; one that is tried again holds its key for at most ``key_hold_max`` seconds.
-        ``priority``: ``high`` or ``low``, before or after the queue's others. ``rate`` (``"100/s"``), ``concurrency``:
-        limits for all workers together. ``isolation="process"``: run it in a child process, one job at a time in each: for
-        code that keeps a CPU busy, must end at its timeout, or may crash. ``max_memory`` (``"512MiB"``): what such a
-        process may use; the attempt that takes more fails. ``long``: its jobs may run for hours: a lease, renewed while they
-        run, stands for them, and they hold nothing else up; on by itself for a ``timeout`` above 60 s. ``lease``: seconds
-        after which a worker that is not heard of has lost the job to another. ``expires_in``: seconds after its submission from which on a job is not started
-        any more. ``adaptive``: let the task's concurrency follow what it calls (`Adaptive`).
-        ``breaker``: stop calling what keeps failing (`Breaker`). Raises `ConfigError` or `UnknownQueue`.
+        ``key``: the parameter, or a function of the arguments, whose value keeps jobs in order: those of one key run
+        one at a time, in the order of submission; one that is tried again holds its key for at most ``key_hold_max``
+        seconds. ``priority``: ``high`` or ``low``, before or after the queue's others. ``rate`` (``"100/s"``),
+        ``concurrency``: limits for all workers together. ``isolation="process"``: run it in a child process, one job at
+        a time in each: for code that keeps a CPU busy, must end at its timeout, or may crash. ``max_memory``
+        (``"512MiB"``): what such a process may use; the attempt that takes more fails. ``long``: its jobs may run for
+        hours: a lease, renewed while they run, stands for them, and they hold nothing else up; on by itself for a
+        ``timeout`` above 60 s. ``lease``: seconds after which a worker that is not heard of has lost the job to
+        another. ``expires_in``: seconds after its submission from which on a job is not started any more. ``adaptive``:
+        let the task's concurrency follow what it calls (`Adaptive`). ``breaker``: stop calling what keeps failing
+        (`Breaker`). Raises `ConfigError` or `UnknownQueue`.
         """
 
         def register(function: Callable[..., Any]) -> Task[Any, Any]:
@@ -291,9 +293,9 @@ class App:
         dataclasses, msgspec Structs and pydantic models stay what they are. Its Avro schema is derived from its fields.
 
         ``name``: what stands in the log, the class's name unless given. ``key``: the field whose value keeps events in
-        order. ``partitions``: of its topic, the app's unless given. ``retention_days``: how long events are kept, for good
-        unless given. ``topic``, ``format``: another program's topic to
-        read from (``"jobledger"`` or ``"json"``); such events cannot be emitted. Raises `ConfigError`.
+        order. ``partitions``: of its topic, the app's unless given. ``retention_days``: how long events are kept, for
+        good unless given. ``topic``, ``format``: another program's topic to read from (``"jobledger"`` or ``"json"``);
+        such events cannot be emitted. Raises `ConfigError`.
         """
 
         def register(found: type[Any]) -> type[Any]:
@@ -325,8 +327,8 @@ class App:
     ) -> TaskDecorator:
         """Register a function as a handler of an event class: for every event from now on, one job that runs it.
 
-        The function takes the event. Options as for `task`, but a key: the job's is the event's own. Events of the past: ``jobledger backfill``. Raises
-        `ConfigError`, `BadEvent` or `UnknownQueue`.
+        The function takes the event. Options as for `task`, but a key: the job's is the event's own. Events of the
+        past: ``jobledger backfill``. Raises `ConfigError`, `BadEvent` or `UnknownQueue`.
         """
         if unknown := policy.keys() - HandlerOptions.__annotations__.keys():
             raise TypeError(f"App.on() takes no {min(unknown)}=")
@@ -354,13 +356,14 @@ class App:
     def use(self, resource: Resource[T]) -> T:
         """The value of a resource in this process, opened now if it is not: for code that no parameter reaches.
 
-        Raises `ResourceFailed`, or `ConfigError` for an ``async`` one that is not open. What is opened here is closed when
-        a worker of this process ends, if there is one.
+        Raises `ResourceFailed`, or `ConfigError` for an ``async`` one that is not open. What is opened here is closed
+        when a worker of this process ends, if there is one.
         """
         return self.registry.resources.get(resource)
 
     def around(self, fn: A | None = None, /, *, tasks: Which = None) -> Any:
-        """Register a generator function of the job that surrounds every attempt: it yields once, and the task runs there.
+        """Register a generator function of the job that surrounds every attempt: it
+        yields once, and the task runs there.
 
         It runs where the task's code does, and sees what the task raises. What it raises itself is the attempt's error;
         what it swallows is raised again behind it. An ``async`` one surrounds only ``async`` tasks. The first one
@@ -376,10 +379,10 @@ class App:
     def middleware(self, made: M | None = None, /, *, tasks: Which = None) -> Any:
         """Register an object, or a class that is made without arguments, with any of these methods, plain or ``async``:
 
-        ``before(job)`` and ``after(job, result)`` run where the task's code does; what ``before`` raises is the attempt's
-        error. ``retry(job, error, delay)`` and ``failure(job, error)`` are told by the worker, in a thread of their own
-        or on its event loop, once the fact is on its way. ``around(job)``: as for `around`. What the others raise is
-        logged and changes nothing. ``tasks``: those it is for, or a function that tells. Raises `ConfigError`.
+        ``before(job)`` and ``after(job, result)`` run where the task's code does; what ``before`` raises is the
+        attempt's error. ``retry(job, error, delay)`` and ``failure(job, error)`` are told by the worker, in a thread of
+        their own or on its event loop, once the fact is on its way. ``around(job)``: as for `around`. What the others
+        raise is logged and changes nothing. ``tasks``: those it is for, or a function that tells. Raises `ConfigError`.
         """
 
         def register(middleware: M) -> M:
@@ -424,13 +427,15 @@ class App:
         facts: Iterable[type[Any]] = (),
         start: dt.datetime | None = None,
     ) -> Callable[[F], F]:
-        """Register a fold of domain events, or of job facts, into a table of your own; `jobledger projections run` runs it.
+        """Register a fold of domain events, or of job facts, into a table of your own;
+        `jobledger projections run` runs it.
 
-        ``table``: a SQLAlchemy `Table` with a primary key; it is made in the status database. ``key(event)``: the primary
-        key of the row that an event changes (a tuple for several columns); None passes it over. The function takes the row
-        as a dict (None: there is none) and the event, and returns the row after, or None to delete it; with a third
-        parameter it is told where the record stands. It must be pure: `verify` and `rebuild` call it again. ``facts``:
-        instead of events, what happened to jobs, as `Recorded`. ``start``: events before are passed over.
+        ``table``: a SQLAlchemy `Table` with a primary key; it is made in the status database. ``key(event)``:
+        the primary key of the row that an event changes (a tuple for several columns); None passes it over.
+        The function takes the row as a dict (None: there is none) and the event, and returns the row after, or
+        None to delete it; with a third parameter it is told where the record stands. It must be pure: `verify`
+        and `rebuild` call it again. ``facts``: instead of events, what happened to jobs, as `Recorded`.
+        ``start``: events before are passed over.
 
         Offsets are kept in the same transactions: each record is folded exactly once. Raises `ConfigError`.
         """
@@ -448,14 +453,17 @@ class App:
     def cancel(self, job_id: str, reason: str | None = None, *, run: int = 1, by: str | None = None) -> None:
         """Want a job to end; returns once the log has acknowledged that.
 
-        One that waits, for its turn, a time or a retry, is not started any more; one that runs is told to end. One that has ended stays what it is. ``by``: who wants it, this user and host unless given. Raises `ConfigError`, `TopicMissing` or `BrokerUnavailable`.
+        One that waits, for its turn, a time or a retry, is not started any more; one that runs is told to end. One that
+        has ended stays what it is. ``by``: who wants it, this user and host unless given. Raises `ConfigError`,
+        `TopicMissing` or `BrokerUnavailable`.
         """
         self.orders.cancel([Job(job_id, run)], reason, by)
 
     def pause(
         self, *, queue: str | None = None, task: str | None = None, reason: str | None = None, by: str | None = None
     ) -> None:
-        """Start nothing more of a queue or a task, on any worker, until `resume`. What runs goes on. Raises as `cancel`."""
+        """Start nothing more of a queue or a task, on any worker, until `resume`. What
+        runs goes on. Raises as `cancel`."""
         self.orders.pause(*self._ordered(queue, task), reason, by)
 
     def resume(
@@ -501,10 +509,10 @@ class App:
     ) -> LifecycleStream:
         """Everything that happens to the app's jobs, as a stream of `Recorded` events for another service.
 
-        ``group``: who reads; several processes of one group share the partitions, and each group reads all of it. ``facts``:
-        only these, for example ``(JobSucceeded, JobFailed)``. ``start``: where a group begins that was never here.
-        ``timeout``: end after so many seconds without a record; None: never. A record is done when the next one is asked
-        for; a reader that dies before gets it again.
+        ``group``: who reads; several processes of one group share the partitions, and each group reads all of it.
+        ``facts``: only these, for example ``(JobSucceeded, JobFailed)``. ``start``: where a group begins that was never
+        here. ``timeout``: end after so many seconds without a record; None: never. A record is done when the next one
+        is asked for; a reader that dies before gets it again.
 
             with app.lifecycle("billing", facts=(JobSucceeded,)) as stream:
                 for record in stream:

@@ -1,7 +1,7 @@
 """What worker groups have committed, as others see it: the base and the takeover floor of each partition.
 
-The format of the metadata is `jobledger.consumers.offsets`'s; here only its first two parts are read, which every version
-of it keeps: ``<version><flag>.<floor in hex>.…``.
+The format of the metadata is `jobledger.consumers.offsets`'s; here only its first two parts are read, which every
+version of it keeps: ``<version><flag>.<floor in hex>.…``.
 """
 
 from __future__ import annotations

@@ -34,8 +34,9 @@ KNOWN = (
     "TEST_REGISTRY",
 )
 
-#: A broker that stands still answers nothing and closes nothing. So that its partitions' new leaders are found in seconds,
-#: as measured: 8 s, against 22 s to 30 s with the client's own defaults of one and five minutes. New partitions, too.
+#: A broker that stands still answers nothing and closes nothing. So that its partitions' new leaders are
+#: found in seconds, as measured: 8 s, against 22 s to 30 s with the client's own defaults of one and five
+#: minutes. New partitions, too.
 PATIENCE: Mapping[str, int] = {"socket.timeout.ms": 10_000, "topic.metadata.refresh.interval.ms": 5_000}
 
 DEFAULT_MAX_RECORD_BYTES = 1_000_000  # the broker's message.max.bytes default is 1,048,588 with the batch overhead
@@ -47,18 +48,17 @@ DEFAULT_RETENTION_DAYS = 90.0
 class Settings:
     """How this process reaches Kafka and the status database.
 
-    ``bootstrap``: ``host:port[,host:port]`` or None for the embedded broker if it runs.
-    ``status_url``: ``sqlite:///path`` or ``postgresql://user:password@host/database``; None means one SQLite file per
-    namespace under the user's data folder. Not shown where settings are: it may hold a password.
-    ``submit_timeout``: seconds a submission may wait for its acknowledgement before `BrokerUnavailable`.
-    ``max_record_bytes``: largest encoded record that is sent; larger ones raise `PayloadTooLarge`.
-    ``retention_days``: how long the log keeps what happened to jobs that have ended; the stream processor deletes what is older.
-    ``kafka``: extra client settings with librdkafka's names, e.g. ``{"security.protocol": "SSL"}``. Not shown where settings
-    are: they may hold passwords and keys.
-    ``home``: folder of the embedded broker's data, jars and pid file.
-    ``schema_registry``: URL of a Confluent-compatible Schema Registry, ``http[s]://[user:password@]host[:port][/path]``, or
-    None for events that need none. Not shown where settings are: it may hold a password.
-    ``role``: which part of Jobledger this process is, for errors and for the broker's logs (the client id).
+    ``bootstrap``: ``host:port[,host:port]`` or None for the embedded broker if it runs. ``status_url``:
+    ``sqlite:///path`` or ``postgresql://user:password@host/database``; None means one SQLite file per namespace under
+    the user's data folder. Not shown where settings are: it may hold a password. ``submit_timeout``: seconds a
+    submission may wait for its acknowledgement before `BrokerUnavailable`. ``max_record_bytes``: largest encoded record
+    that is sent; larger ones raise `PayloadTooLarge`. ``retention_days``: how long the log keeps what happened to jobs
+    that have ended; the stream processor deletes what is older. ``kafka``: extra client settings with librdkafka's
+    names, e.g. ``{"security.protocol": "SSL"}``. Not shown where settings are: they may hold passwords and keys.
+    ``home``: folder of the embedded broker's data, jars and pid file. ``schema_registry``: URL of a
+    Confluent-compatible Schema Registry, ``http[s]://[user:password@]host[:port][/path]``, or None for events that need
+    none. Not shown where settings are: it may hold a password. ``role``: which part of Jobledger this process is, for
+    errors and for the broker's logs (the client id).
     """
 
     bootstrap: str | None = None

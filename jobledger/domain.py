@@ -50,7 +50,8 @@ def as_event_class(cls: type[Any]) -> type[Any]:
 class EventType:
     """A class of events of one namespace. ``key``: the field by whose value events are kept in order; None: none are.
 
-    ``topic``: another's topic, which Jobledger reads and never writes. ``partitions``: of its own topic; None: the app's. ``retention_days``: how long its topic keeps events; None: for good.
+    ``topic``: another's topic, which Jobledger reads and never writes. ``partitions``: of its own topic; None: the
+    app's. ``retention_days``: how long its topic keeps events; None: for good.
     """
 
     def __init__(
@@ -93,7 +94,8 @@ class EventType:
         return f"<event {self.name} on {self.topic}>"
 
     def encode(self, event: Any) -> tuple[bytes, str | None]:
-        """An instance as bytes (Avro single-object encoding), and its key. Raises `BadEvent` naming what does not fit."""
+        """An instance as bytes (Avro single-object encoding), and its key. Raises
+        `BadEvent` naming what does not fit."""
         try:
             plain = self._dump(event)
             out = io.BytesIO()
@@ -121,8 +123,8 @@ class EventType:
     ) -> dict[str, Any]:
         """A record's value as plain values by field, resolved to this class's schema. Raises `SchemaError`.
 
-        ``lookup``: the schema's text for a fingerprint that was not seen before, None if it is published nowhere; ``by_id``:
-        the same for the id in a Schema Registry's frame, as of `jobledger.lookup.SchemaLookup`.
+        ``lookup``: the schema's text for a fingerprint that was not seen before, None if it is published nowhere;
+        ``by_id``: the same for the id in a Schema Registry's frame, as of `jobledger.lookup.SchemaLookup`.
         """
         if value is None:
             raise NotAnEvent("the record has no value")

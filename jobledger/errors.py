@@ -114,8 +114,8 @@ class NotAuthenticated(AccessDenied):
 class NotAuthorized(AccessDenied):
     """The cluster lets this client in, and does not let it do this.
 
-    ``role``: the part of Jobledger that asked, e.g. ``worker``; ``operation``, ``resource_type`` and ``resource``: the right
-    it lacks, e.g. ``Write``, ``topic``, ``shop.lifecycle``.
+    ``role``: the part of Jobledger that asked, e.g. ``worker``; ``operation``, ``resource_type`` and ``resource``: the
+    right it lacks, e.g. ``Write``, ``topic``, ``shop.lifecycle``.
     """
 
     def __init__(self, message: str, *, role: str, operation: str, resource_type: str, resource: str) -> None:
@@ -180,7 +180,8 @@ class JobNotFound(JobledgerError):
 class JobFailed(JobledgerError):
     """The job ended in failure.
 
-    ``error_type``, ``error_message`` and ``error_traceback`` are the text the worker recorded; ``job_id`` names the job.
+    ``error_type``, ``error_message`` and ``error_traceback`` are the text the worker
+    recorded; ``job_id`` names the job.
     """
 
     def __init__(self, job_id: str, error_type: str, error_message: str, error_traceback: str | None = None) -> None:

@@ -373,8 +373,8 @@ _NEVER = -(1 << 31) - 1
 class Visible(msgspec.Struct, frozen=True, gc=False):
     """What a life shows: the projection that rows and counters are made of. Times are the broker's, in milliseconds.
 
-    ``since_ms``: when the job was submitted or, while that is not known, when the fact was appended that it is known by.
-    ``started_ms``: the last start of this run.
+    ``since_ms``: when the job was submitted or, while that is not known, when the fact was appended that it is known
+    by. ``started_ms``: the last start of this run.
     """
 
     state: State
@@ -466,11 +466,11 @@ class Progress(msgspec.Struct, frozen=True):
 class JobStatus(msgspec.Struct, frozen=True):
     """One job as the status table knows it. Times are the broker's append times.
 
-    ``attempt``, ``release``: those of what it was last seen at. ``started_at``: its last start. ``due_at``: set while it
-    waits for a time, and of the release while it is queued. ``duration``: seconds the last attempt ran. ``positions``:
-    where its facts stand in the log, in order of their append times, at most the `FIRST` first and the `LAST` last.
-    ``partial``: its submission is not in the table (not read yet, or trimmed before the table was built), so its
-    ``submitted_at`` is not known, and its tags and parent may not be.
+    ``attempt``, ``release``: those of what it was last seen at. ``started_at``: its last start. ``due_at``: set while
+    it waits for a time, and of the release while it is queued. ``duration``: seconds the last attempt ran.
+    ``positions``: where its facts stand in the log, in order of their append times, at most the `FIRST` first and the
+    `LAST` last. ``partial``: its submission is not in the table (not read yet, or trimmed before the table was built),
+    so its ``submitted_at`` is not known, and its tags and parent may not be.
     """
 
     job_id: str

@@ -1,7 +1,7 @@
 """Everything that happens to jobs, as one typed stream for other services: billing, audits, webhooks, a cache.
 
-A consumer group of its own reads every topic of the namespace. A record counts as done when the next one is asked for, so
-a service that dies in the middle of one gets it again: at least once, each partition in its order.
+A consumer group of its own reads every topic of the namespace. A record counts as done when the next one is asked for,
+so a service that dies in the middle of one gets it again: at least once, each partition in its order.
 """
 
 from __future__ import annotations
@@ -164,7 +164,8 @@ class LifecycleStream:
             self._current = None
 
     def _fetch(self) -> None:
-        """Wait a moment for records. Raises `BrokerUnavailable`, `TopicMissing`, `AccessDenied`: what will not mend itself."""
+        """Wait a moment for records. Raises `BrokerUnavailable`, `TopicMissing`,
+        `AccessDenied`: what will not mend itself."""
         consumer = self._consumer
         if not self._checked:
             knock(self._settings)

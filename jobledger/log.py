@@ -60,7 +60,8 @@ ELECTING = (
     KafkaError.FENCED_LEADER_EPOCH,
 )
 
-#: What a reader without a group passes over: connections mend themselves, and the group's name stands there for the form.
+#: What a reader without a group passes over: connections mend themselves, and the group's
+#: name stands there for the form.
 PASSING = (KafkaError._TRANSPORT, KafkaError._ALL_BROKERS_DOWN, KafkaError.GROUP_AUTHORIZATION_FAILED)
 
 Headers = list[tuple[str, bytes]]
@@ -79,8 +80,8 @@ def now_us() -> int:
 def producer_config(
     settings: Settings, *, linger_ms: float = 0.0, timeout: float | None = None, door: Door | None = None
 ) -> dict[str, Any]:
-    """Settings of every producer: idempotent, ``acks=all``, one partitioner. ``timeout``: seconds to an ack. ``door``: who
-    hears that it is not let in."""
+    """Settings of every producer: idempotent, ``acks=all``, one partitioner. ``timeout``: seconds to an ack. ``door``:
+    who hears that it is not let in."""
     return {
         # As `jobledger.config.PATIENCE`, for what was sent to a broker that stands still.
         "request.timeout.ms": 8_000,
@@ -101,8 +102,8 @@ def producer_config(
 def consumer_config(
     settings: Settings, *, group: str = "jobledger-readers", door: Door | None = None, **more: Any
 ) -> dict[str, Any]:
-    """Settings of a consumer that is assigned by hand and commits nothing, unless ``more`` says otherwise. ``door``: who
-    hears that it is not let in."""
+    """Settings of a consumer that is assigned by hand and commits nothing, unless ``more`` says otherwise. ``door``:
+    who hears that it is not let in."""
     return {
         **settings.librdkafka(),
         "error_cb": door or Door(settings),
@@ -186,8 +187,8 @@ def error_topic(message: Message, topics: Sequence[str]) -> str:
 
 
 def partitions_of(settings: Settings, topic: str, timeout: float = 10.0, *, need: Need | None = None) -> int:
-    """How many partitions a topic has. Raises `TopicMissing`, `BrokerUnavailable`, or `AccessDenied` naming ``need``, what
-    the caller wants of the topic (None: to read it)."""
+    """How many partitions a topic has. Raises `TopicMissing`, `BrokerUnavailable`, or `AccessDenied` naming ``need``,
+    what the caller wants of the topic (None: to read it)."""
     try:
         meta = admin(settings).list_topics(topic, timeout=timeout).topics[topic]
     except KafkaException as exc:
@@ -200,8 +201,8 @@ def partitions_of(settings: Settings, topic: str, timeout: float = 10.0, *, need
 def committed(
     asker: Consumer, places: Sequence[TopicPartition], settings: Settings, need: Need, timeout: float = 10.0
 ) -> list[TopicPartition]:
-    """The commits of the group that ``asker`` names and is no member of; ``need``: the right on it that is told of. Raises `BrokerUnavailable` after ``timeout``
-    seconds, `AccessDenied`.
+    """The commits of the group that ``asker`` names and is no member of; ``need``: the right on it that is told of.
+    Raises `BrokerUnavailable` after ``timeout`` seconds, `AccessDenied`.
 
     The client asks for the group's coordinator for ever where it is not told, and says why in another place.
     """
@@ -221,8 +222,8 @@ def committed(
 
 
 def batch_limits(settings: Settings, topics: Iterable[str], timeout: float = 10.0) -> dict[str, int]:
-    """The ``max.message.bytes`` of topics, bytes a batch; without those whose settings this user may not see, or that are
-    missing. Raises `BrokerUnavailable`."""
+    """The ``max.message.bytes`` of topics, bytes a batch; without those whose settings this user may not see, or that
+    are missing. Raises `BrokerUnavailable`."""
     limits: dict[str, int] = {}
     client = admin(settings)  # held: its answers die with it
     wanted = [ConfigResource(ResourceType.TOPIC, topic) for topic in topics]

@@ -23,7 +23,8 @@ def job_fields() -> dict[str, Any]:
 
 
 class JobFilter(logging.Filter):
-    """Adds the current job's fields to each record, as ``extra`` would; what the record says itself wins. Lets all pass."""
+    """Adds the current job's fields to each record, as ``extra`` would; what the record
+    says itself wins. Lets all pass."""
 
     def filter(self, record: logging.LogRecord) -> bool:
         """Add the fields. Runs in the thread and the context that log."""

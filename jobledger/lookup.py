@@ -18,8 +18,8 @@ from jobledger.wire import id_key
 
 LOG = logging.getLogger("jobledger.kafka")
 
-#: Seconds for which an id that nobody knows, certainly, is not asked for again: a flood of such records must not hold up
-#: what stands behind them. As long as it takes to be certain.
+#: Seconds for which an id that nobody knows, certainly, is not asked for again: a flood of such records must not hold
+#: up what stands behind them. As long as it takes to be certain.
 DENIED_S = 1.0
 DENIED_MOST = 1_000
 
@@ -55,8 +55,8 @@ class SchemaLookup:
         must be certain.
 
         The registry's word counts. Where it says no, or is away, what our writers published under the id does: the log
-        outlives registries. Raises `RegistryNeeded` if neither knows and none is configured, `RegistryUnavailable` if it
-        is away, `BrokerUnavailable`, `TopicMissing`.
+        outlives registries. Raises `RegistryNeeded` if neither knows and none is configured, `RegistryUnavailable` if
+        it is away, `BrokerUnavailable`, `TopicMissing`.
         """
         if self._registry is None:
             found = self._published(schema_id)

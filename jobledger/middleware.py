@@ -93,7 +93,8 @@ class Hooks:
 
 
 def runner(task: Task[Any, Any]) -> Callable[..., Any]:
-    """The function to call with a job's arguments, where `current_job` is the job: a coroutine function for ``async`` tasks.
+    """The function to call with a job's arguments, where `current_job` is the job: a
+    coroutine function for ``async`` tasks.
 
     It is ``task.fn`` itself where there is nothing to do around it. Made when a worker or a child starts.
     """
@@ -140,8 +141,8 @@ def _code(task: Task[Any, Any]) -> Inner:
     return call
 
 
-# What an `around` swallows has happened all the same: the error is raised again behind it. References to it are dropped,
-# or the frames it holds would wait for Python's collector.
+# What an `around` swallows has happened all the same: the error is raised again behind it. References to it are
+# dropped, or the frames it holds would wait for Python's collector.
 
 
 def _around(hook: Any, inner: Inner) -> Inner:

@@ -1,4 +1,5 @@
-"""Names of topics and groups of one namespace. Pure text; the settings of the topics are in `jobledger.kafka.topology`."""
+"""Names of topics and groups of one namespace. Pure text; the settings of the topics are
+in `jobledger.kafka.topology`."""
 
 from __future__ import annotations
 

@@ -102,7 +102,8 @@ class Orders:
     def limit(
         self, kind: Kind, name: str, limits: Limits | None, reason: str | None = None, by: str | None = None
     ) -> None:
-        """Other limits than those in the code, for all workers together; None: the code's again. Raises as `cancel` does."""
+        """Other limits than those in the code, for all workers together; None: the code's
+        again. Raises as `cancel` does."""
         wanted = limits or Limits()
         fact = QueueLimited(wanted.rate, wanted.concurrency, _text(by or who(), "by", BY_MOST), _reason(reason))
         self._order(f"limit:{kind}:{name}", kind, name, fact)

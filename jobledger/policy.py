@@ -36,7 +36,8 @@ _UNIT = {None: 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "
 
 
 def parse_rate(rate: object, what: str = "rate") -> float:
-    """``"100/s"``, ``"30/min"``, ``"1000/h"``, ``"5/d"`` or a number a second, as starts a second; else `ConfigError`."""
+    """``"100/s"``, ``"30/min"``, ``"1000/h"``, ``"5/d"`` or a number a second, as starts
+    a second; else `ConfigError`."""
     found = rate
     if isinstance(rate, str) and (match := _RATE.fullmatch(rate)):
         found = float(match[1]) / _PER[match[2]]
@@ -97,7 +98,8 @@ class Limits:
 
 @dataclass(frozen=True, slots=True)
 class Adaptive:
-    """Let a task's concurrency in each worker follow what it calls: grow while that answers well, shrink when it does not.
+    """Let a task's concurrency in each worker follow what it calls: grow while that
+    answers well, shrink when it does not.
 
     Additive increase, multiplicative decrease (Chiu and Jain, "Analysis of the Increase and Decrease Algorithms for
     Congestion Avoidance in Computer Networks", 1989), driven by latency against its long-run minimum as in TCP Vegas
@@ -125,8 +127,9 @@ class Adaptive:
 
 @dataclass(frozen=True, slots=True)
 class Breaker:
-    """Stop calling what keeps failing: after ``failures`` failed attempts in a row of a task in a worker, its jobs are
-    snoozed instead of burning attempts; after ``reset`` seconds one is let through to try (M. Nygard, "Release It!", 2007).
+    """Stop calling what keeps failing: after ``failures`` failed attempts in a row of a task in a worker,
+    its jobs are snoozed instead of burning attempts; after ``reset`` seconds one is let through to try
+    (M. Nygard, "Release It!", 2007).
 
     A failed attempt is one that is tried again, or was the last; a job that was rejected, snoozed or cancelled says
     nothing about what it calls.
@@ -228,7 +231,8 @@ def policy_of(
 
 
 def check_keyed(what: str, timeout: float | None, long: bool, priority: str | None, *, bounded: bool) -> None:
-    """Raise `ConfigError` unless jobs so described may be kept in the order of a key. ``bounded``: they end when told to."""
+    """Raise `ConfigError` unless jobs so described may be kept in the order of a key.
+    ``bounded``: they end when told to."""
     if not bounded:
         raise ConfigError(
             f"{what}: a keyed job holds up all that follow it under its key, and a thread cannot be made to end: "

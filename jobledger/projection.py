@@ -1,4 +1,5 @@
-"""Projections: a person's own table, folded from domain events or from what happens to jobs. What it is, not how it runs."""
+"""Projections: a person's own table, folded from domain events or from what happens to
+jobs. What it is, not how it runs."""
 
 from __future__ import annotations
 
@@ -34,7 +35,8 @@ Fold = Callable[..., Mapping[str, Any] | None]
 
 
 class Projection:
-    """A fold into one table. ``events``: types whose events are folded; ``facts``: or kinds of job facts, as `Recorded`.
+    """A fold into one table. ``events``: types whose events are folded; ``facts``: or
+    kinds of job facts, as `Recorded`.
 
     ``key(event)``: the primary key of the row that an event changes, a tuple for several columns; None passes it over.
     ``start``: events before this time are passed over. Raises `ConfigError`.

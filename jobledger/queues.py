@@ -16,10 +16,10 @@ DEFAULT_PARTITIONS = 6
 class Queue:
     """A queue of the app.
 
-    ``partitions``: of each of its work topics; None takes the app's default. ``priorities``: whether jobs may be of high
-    or low priority; each level is a topic of its own. ``fair_by``: a tag; its values take turns, so that no tenant waits
-    behind another's backlog. ``rate`` (``"100/s"``) and ``concurrency``: limits for all of the queue's workers together.
-    Raises `ConfigError`.
+    ``partitions``: of each of its work topics; None takes the app's default. ``priorities``: whether jobs may be of
+    high or low priority; each level is a topic of its own. ``fair_by``: a tag; its values take turns, so that no
+    tenant waits behind another's backlog. ``rate`` (``"100/s"``) and ``concurrency``: limits for all of the queue's
+    workers together. Raises `ConfigError`.
     """
 
     name: str

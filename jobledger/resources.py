@@ -1,4 +1,5 @@
-"""What tasks share in a process: connections, pools, clients. Opened once, handed to the tasks that ask, closed at the end.
+"""What tasks share in a process: connections, pools, clients. Opened once, handed to the
+tasks that ask, closed at the end.
 
 A resource is a function, plain or ``async``; a generator yields the value and closes it after. A task, or another
 resource, asks with a parameter whose default is `Depends`: such a parameter is no argument of the job.
@@ -61,7 +62,8 @@ class Dependency:
 
 
 def Depends(resource: Resource[T]) -> T:  # the name people know it by
-    """As a parameter's default: let the worker give it the value of ``resource``. Raises `ConfigError` for anything else.
+    """As a parameter's default: let the worker give it the value of ``resource``. Raises
+    `ConfigError` for anything else.
 
     @app.task
     async def charge(order_id: str, *, pool: Pool = Depends(pool)) -> None: ...
@@ -100,7 +102,8 @@ class Resources:
         return self._values
 
     def get(self, resource: Resource[T]) -> T:
-        """The value; opened now if it is not. Raises `ResourceFailed`; `ConfigError` for an ``async`` one that is not open."""
+        """The value; opened now if it is not. Raises `ResourceFailed`; `ConfigError` for an
+        ``async`` one that is not open."""
         found = self._here().get(resource, _NONE)
         if found is not _NONE:
             return found  # type: ignore[no-any-return]  # stored by the key's type

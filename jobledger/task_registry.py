@@ -77,7 +77,8 @@ class Registry:
 
     @property
     def lanes(self) -> dict[str, int]:
-        """The partition count of every work topic, by what stands for it in its name: the queue, or queue and priority."""
+        """The partition count of every work topic, by what stands for it in its name: the
+        queue, or queue and priority."""
         return {name: queue.partitions or self.partitions for queue in self.queues.values() for name in queue.lanes}
 
     def check_queue(self, queue: str) -> str:
@@ -209,7 +210,8 @@ class Registry:
             check_shares(what, queue, limits, self.partitions)
 
     def check(self) -> None:
-        """What can be judged only when all is there: fallbacks, limits, hooks. Raises `ConfigError`; run when an app is loaded."""
+        """What can be judged only when all is there: fallbacks, limits, hooks. Raises
+        `ConfigError`; run when an app is loaded."""
         self._check_limits()
         for task in self.tasks.values():
             self.hooks.of(task)

@@ -1,7 +1,7 @@
 """OpenTelemetry, where the process uses it: one trace from a submission over its attempts to the jobs they submit.
 
-Nothing is imported here: a process that has set a tracer provider has loaded OpenTelemetry itself, and in any other this
-costs one look into ``sys.modules``. The W3C traceparent travels in the event's ``trace``.
+Nothing is imported here: a process that has set a tracer provider has loaded OpenTelemetry itself, and in any other
+this costs one look into ``sys.modules``. The W3C traceparent travels in the event's ``trace``.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """How what is sent is framed: with a Schema Registry the Confluent frame takes the place of the single-object head.
 
-`codec.encode` always writes the single-object form; senders ask `Framing` for the bytes to send. Reading takes both forms
-at any time: `codec.Decoder`, `jobledger.lookup`.
+`codec.encode` always writes the single-object form; senders ask `Framing` for the bytes to send. Reading takes both
+forms at any time: `codec.Decoder`, `jobledger.lookup`.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ def id_key(schema_id: int) -> str:
 class Framing:
     """Frames events by topic, subject ``<topic>-value``. Thread-safe.
 
-    ``publish(key)`` writes this version's schema to ``<ns>.schemas`` under a key, acknowledged: an id is there before the
-    first record that carries it, so that the log can be read without the registry.
+    ``publish(key)`` writes this version's schema to ``<ns>.schemas`` under a key, acknowledged: an id is there before
+    the first record that carries it, so that the log can be read without the registry.
     """
 
     def __init__(self, url: str, publish: Callable[[str], None]) -> None:

@@ -69,8 +69,8 @@ class LogWriter:
             self.poll(0.1)
 
     def poll(self, timeout: float) -> None:
-        """Run the delivery callbacks that have arrived. Once the cluster does not let this client in, what waits is settled
-        with that: nobody shall wait in vain."""
+        """Run the delivery callbacks that have arrived. Once the cluster does not let this client in, what waits is
+        settled with that: nobody shall wait in vain."""
         try:
             self.producer.poll(timeout)
         except KafkaException as exc:  # this producer is at its end

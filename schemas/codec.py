@@ -1,8 +1,8 @@
 """Bytes ↔ events. fastavro encodes and decodes every event; framing, types and schema lookup are ours.
 
 Framing without a registry is Avro single-object encoding: ``C3 01``, the CRC-64-AVRO fingerprint of the writer's schema
-in little endian, the datum (Avro specification, "Single-object encoding"). `encode` writes this form; with a Schema Registry
-the senders put the Confluent frame in its place (`jobledger.wire`). Both are read at any time.
+in little endian, the datum (Avro specification, "Single-object encoding"). `encode` writes this form; with a Schema
+Registry the senders put the Confluent frame in its place (`jobledger.wire`). Both are read at any time.
 
 Reading resolves by the writer's schema: fields this version does not know are dropped, fields the writer did not know
 take their defaults, and a fact this version does not know raises `UnknownFact` with its name.
@@ -294,8 +294,8 @@ class Decoder:
     again at the next record: it may have been published since.
 
     ``by_id(id, likely) -> schema text | None`` is the same for the ids in Confluent frames; ``likely``: the datum looks
-    like an event's, so a "no" had better be certain. It raises `RegistryNeeded` if only a registry could tell and none is
-    configured. Without it such frames are no events.
+    like an event's, so a "no" had better be certain. It raises `RegistryNeeded` if only a registry could tell and none
+    is configured. Without it such frames are no events.
     """
 
     def __init__(
@@ -321,8 +321,8 @@ class Decoder:
         return value is None or not (value[:_HEAD] == _PREFIX or value[: frame.HEAD] in self._own_heads)
 
     def decode(self, value: bytes | None) -> ev.JobEvent:
-        """One event. Raises `NotAnEvent`, `UnknownSchema` or `UnknownFact`, all of them `SchemaError`; and `RegistryNeeded`
-        for what may be a good event that only a registry could explain."""
+        """One event. Raises `NotAnEvent`, `UnknownSchema` or `UnknownFact`, all of them `SchemaError`; and
+        `RegistryNeeded` for what may be a good event that only a registry could explain."""
         if value is None:
             raise NotAnEvent("the record has no value")
         if value[:_HEAD] == _PREFIX:

@@ -1,8 +1,8 @@
 """Avro schemas of people's own event classes: dataclasses, msgspec Structs and pydantic models. Pure.
 
-Names and types are taken as they are written. What Avro cannot say without doubt is refused with the field's name; where
-JSON and Avro differ, the form that any reader of the log understands is chosen: decimals and UUIDs are text, a choice of
-values is its plain type, so that a new choice breaks no reader.
+Names and types are taken as they are written. What Avro cannot say without doubt is refused with the field's name;
+where JSON and Avro differ, the form that any reader of the log understands is chosen: decimals and UUIDs are text, a
+choice of values is its plain type, so that a new choice breaks no reader.
 """
 
 from __future__ import annotations
@@ -55,7 +55,8 @@ def is_pydantic(cls: Any) -> bool:
 
 
 def check_evolution(subject: str, text: str, earlier: dict[str, str]) -> None:
-    """Raise `IncompatibleEvent` unless the schema ``text`` reads what every one of ``earlier`` wrote (BACKWARD_TRANSITIVE).
+    """Raise `IncompatibleEvent` unless the schema ``text`` reads what every one of
+    ``earlier`` wrote (BACKWARD_TRANSITIVE).
 
     ``earlier``: texts by whatever names them to people.
     """
@@ -209,8 +210,8 @@ Dump = Callable[[Any], dict[str, Any]]
 
 
 def dumper(cls: type[Any]) -> Dump:
-    """A function from an instance to what fastavro writes. Raises `TypeError`, `ValueError` or `msgspec.ValidationError`
-    for one whose values are not of its fields' types."""
+    """A function from an instance to what fastavro writes. Raises `TypeError`, `ValueError` or
+    `msgspec.ValidationError` for one whose values are not of its fields' types."""
     if is_pydantic(cls):
         return lambda event: _builtins(event.model_dump(mode="python", by_alias=True))
     return lambda event: _checked(_builtins(event), cls)

@@ -299,7 +299,8 @@ def crashes_of(tags: Mapping[str, str]) -> int:
 
 
 def lasting(spec: JobSpec, appended_ms: int) -> JobSpec:
-    """The job of a submission appended at ``appended_ms``, as what derives from it must carry it: its expiry as a time."""
+    """The job of a submission appended at ``appended_ms``, as what derives from it must
+    carry it: its expiry as a time."""
     if spec.expires_in_ms is None:
         return spec
     at = (appended_ms + spec.expires_in_ms) * 1000 if spec.expires_at is None else spec.expires_at

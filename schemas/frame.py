@@ -1,4 +1,5 @@
-"""The Confluent frame around an Avro datum: ``00``, the schema's id in a registry as four bytes in big endian, the datum.
+"""The Confluent frame around an Avro datum: ``00``, the schema's id in a registry as
+four bytes in big endian, the datum.
 
 Bytes only: which schema an id stands for is the registry's to say.
 """
@@ -32,10 +33,11 @@ def is_framed(value: bytes) -> bool:
 
 
 def looks_like_an_event(value: bytes) -> bool:
-    """Whether the datum begins as every event does, whatever its schema's version: two ids that are text, three numbers.
+    """Whether the datum begins as every event does, whatever its schema's version: two
+    ids that are text, three numbers.
 
-    For a frame whose schema cannot be had: what looks so may be a good record, what does not is none. Chance all but never
-    makes two lengths fit two printable texts.
+    For a frame whose schema cannot be had: what looks so may be a good record, what does not is none. Chance all but
+    never makes two lengths fit two printable texts.
     """
     try:
         at = _after_text(value, _after_text(value, HEAD, 1), 0)  # a record that was rejected is no job's

@@ -3,8 +3,8 @@
 `glance` answers for an event that this version wrote, with ids of 36 ASCII characters, small numbers, no key, home or
 trace, and one of the facts of a plain job's life. For everything else it returns None, and the reader takes the full
 way (`codec.Decoder.decode`). It reads the bytes at the places where fastavro would, and never answers for bytes that
-fastavro refuses; a test with Hypothesis, which also damages the bytes, holds it to that. Why by hand: the full way costs
-10 µs an event, this one 2 (docs/adr/0001-encoding-by-pieces.md is the same road in the other direction).
+fastavro refuses; a test with Hypothesis, which also damages the bytes, holds it to that. Why by hand: the full way
+costs 10 µs an event, this one 2 (docs/adr/0001-encoding-by-pieces.md is the same road in the other direction).
 """
 
 from __future__ import annotations

@@ -1,8 +1,10 @@
-"""Kafka for the coordinator's event loop: sends with one awaitable per batch, and the ends of partitions. Knows no events.
+"""Kafka for the coordinator's event loop: sends with one awaitable per batch, and the
+ends of partitions. Knows no events.
 
-Sends go through aiokafka: it has one request at a time under way to a broker, with everything for all partitions that came
-meanwhile, where librdkafka sends one request per partition. At a few records a millisecond over many partitions that is a
-tenth of the requests. Ends are asked on a connection of their own: those of Faust's consumer wait behind its fetches.
+Sends go through aiokafka: it has one request at a time under way to a broker, with everything for all partitions
+that came meanwhile, where librdkafka sends one request per partition. At a few records a millisecond over many
+partitions that is a tenth of the requests. Ends are asked on a connection of their own: those of Faust's
+consumer wait behind its fetches.
 """
 
 from __future__ import annotations
@@ -62,9 +64,9 @@ Outcomes = list[Delivered | JobledgerError]
 
 class AckedWriter:
     """An idempotent producer. ``security``: aiokafka's settings. ``patience``: seconds that a record may wait for its
-    acknowledgement, through an outage if need be. ``max_batch``: bytes that every topic takes as one batch; a broker that
-    refuses a batch for its size refuses all that follows, because the sequence has a gap then. ``framing``: how events
-    are framed for a Schema Registry. Its partitioner agrees with librdkafka's ``murmur2_random``."""
+    acknowledgement, through an outage if need be. ``max_batch``: bytes that every topic takes as one batch; a broker
+    that refuses a batch for its size refuses all that follows, because the sequence has a gap then. ``framing``: how
+    events are framed for a Schema Registry. Its partitioner agrees with librdkafka's ``murmur2_random``."""
 
     def __init__(
         self,

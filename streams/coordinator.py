@@ -1,5 +1,6 @@
-"""The coordinator: lets delayed and retried jobs go when they are due. This module owns its life; what it does is the
-`jobledger.streams.cycle`, what it decides `jobledger.streams.decisions`, how Faust is set up `jobledger.streams.faust_app`.
+"""The coordinator: lets delayed and retried jobs go when they are due. This module owns its life; what
+it does is the `jobledger.streams.cycle`, what it decides `jobledger.streams.decisions`, how Faust is set
+up `jobledger.streams.faust_app`.
 
 It needs no database: its table lies in a changelog topic, with a local copy that can be thrown away. Any number of
 instances share the partitions of ``<ns>.coordination``. Whatever goes wrong inside ends the process without committing
@@ -124,9 +125,9 @@ class Coordinator:
     def health(self) -> dict[str, Any]:
         """How it stands, as plain values; also sets the gauges.
 
-        ``state``: starting, rebalancing, catching-up or ready. ``lag``: events not dealt with. ``next_due_us``: broker's
-        clock. ``late``: releases by lateness, cumulative, keyed by upper bound in seconds. ``missing_topics``: work
-        topics that releases wait for; not empty means that somebody must run ``jobledger topics apply``.
+        ``state``: starting, rebalancing, catching-up or ready. ``lag``: events not dealt with. ``next_due_us``:
+        broker's clock. ``late``: releases by lateness, cumulative, keyed by upper bound in seconds. ``missing_topics``:
+        work topics that releases wait for; not empty means that somebody must run ``jobledger topics apply``.
         """
         cycle, metrics = self._cycle, self.metrics
         settled = self._started and not self._app.rebalancing

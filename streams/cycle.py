@@ -1,11 +1,12 @@
 """The coordinator's cycle: read events, decide, let jobs go, make rows durable, acknowledge.
 
-The rules are `jobledger.streams.decisions`. Order is everything here: outputs are acknowledged before rows are written, rows
-are acknowledged on the changelog before they are kept locally, and only then may an event's offset be committed. Dying
-between any two of these steps makes things happen again under the same ids; nothing is lost and nothing contradicted.
+The rules are `jobledger.streams.decisions`. Order is everything here: outputs are acknowledged before rows are
+written, rows are acknowledged on the changelog before they are kept locally, and only then may an event's
+offset be committed. Dying between any two of these steps makes things happen again under the same ids; nothing
+is lost and nothing contradicted.
 
-Two stages work side by side: one decides on events and sends what follows, the other waits for acknowledgements and makes
-rows durable, in the order of the log.
+Two stages work side by side: one decides on events and sends what follows, the other waits for acknowledgements and
+makes rows durable, in the order of the log.
 """
 
 from __future__ import annotations
@@ -169,8 +170,8 @@ class Cycle:
         return Plan(epoch, records, batch, len(rejects), len(batch.releases) - len(released), released, sent)
 
     def _outputs(self, releases: Sequence[Kept]) -> tuple[list[Kept], list[Outgoing], list[Outgoing]]:
-        """What lets jobs go: their rows and records; and what ends those whose topic takes less than the one that brought
-        them here. Sent, these would be refused together with all that shares their batch."""
+        """What lets jobs go: their rows and records; and what ends those whose topic takes less than the one that
+        brought them here. Sent, these would be refused together with all that shares their batch."""
         now = now_us()
         released: list[Kept] = []
         outputs: list[Outgoing] = []

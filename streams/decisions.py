@@ -3,10 +3,10 @@
 Pure: no clock, no Kafka, no Faust, no database; whoever drives it passes the time. Every decision is a function of what
 stands in the partition up to the event, so an instance that was paused repeats decisions and never contradicts them.
 
-A release lives through three steps. Something asks for it (`JobSubmitted` with a condition, `ReleaseRequested`): the row
-is `Scheduled` and a timer is set. The timer passes and writes `ReleaseDecided` to the log, nothing else. When that is
-read back, appended at or past the due time, and the row still is scheduled for exactly this (run, release), the job is
-let go (`JobDue`) and the row becomes a `Released` marker. What was cancelled or has expired meanwhile ends here.
+A release lives through three steps. Something asks for it (`JobSubmitted` with a condition, `ReleaseRequested`): the
+row is `Scheduled` and a timer is set. The timer passes and writes `ReleaseDecided` to the log, nothing else. When that
+is read back, appended at or past the due time, and the row still is scheduled for exactly this (run, release), the job
+is let go (`JobDue`) and the row becomes a `Released` marker. What was cancelled or has expired meanwhile ends here.
 
 A long job's release has a `Held` row while a worker runs it on a lease. Its end comes here first and is passed on to
 lifecycle if the lease still stands; a lease that ends by itself lets the job go again. So of a run there is one end.
@@ -51,17 +51,18 @@ from jobledger.streams.derived import derived_id
 from jobledger.streams.schedules import Floor, Held, Kept, Released, Row, Scheduled, row_key
 from jobledger.streams.timers import wake_at
 
-#: Leases of a run that ended without a word, after which it fails: its workers died each time, perhaps of something else
-#: (docs/adr/0009-suspects.md). What dies in a child process is judged there, after three.
+#: Leases of a run that ended without a word, after which it fails: its workers died each time, perhaps of something
+#: else (docs/adr/0009-suspects.md). What dies in a child process is judged there, after three.
 LEASES_LOST = 10
 
 
 class Decision(msgspec.Struct, frozen=True):
     """What one event comes to.
 
-    ``verdict`` names it for metrics. ``row``: to be written, None if nothing changes. ``release``: to be let go before
-    the row is written. ``facts``: to be written before it, those of the dead letters there and the others on lifecycle;
-    an empty source is the coordinator's. ``wake_at``: µs of the broker's clock at which the timer of this job shall look again.
+    ``verdict`` names it for metrics. ``row``: to be written, None if nothing changes. ``release``: to be let go
+    before the row is written. ``facts``: to be written before it, those of the dead letters there and the
+    others on lifecycle; an empty source is the coordinator's. ``wake_at``: µs of the broker's clock at which
+    the timer of this job shall look again.
     """
 
     verdict: str
@@ -156,7 +157,8 @@ def _decided(row: Row | None, event: JobEvent, partition: int, offset: int, appe
 def _overdue(
     row: Row | None, event: JobEvent, fact: ReleaseOverdue, partition: int, offset: int, appended_ms: int
 ) -> Decision:
-    """The release that is named, never a new one: sent again, looked at again, or, if its request was lost, scheduled."""
+    """The release that is named, never a new one: sent again, looked at again, or, if
+    its request was lost, scheduled."""
     named = (event.run, event.release)
     if row is None or (row.run, row.release) < named:
         return _requested(
@@ -354,9 +356,9 @@ class Batch:
     """The decisions of consecutive events: each sees the rows as the ones before it left them, nothing is written.
 
     ``rows``: new rows by (partition, key), to be written after ``releases`` are acknowledged. ``releases``: jobs to let
-    go, in order. ``facts``: what the coordinator says or passes on, to be written with them. ``timers``: (partition, key, µs) at which to look at a row. ``verdicts``: how many of each.
-    ``closed``: lanes a release was held back for, because ``is_open(lane)`` was false. ``waiting``: by how much the
-    number of scheduled rows changes, by partition.
+    go, in order. ``facts``: what the coordinator says or passes on, to be written with them. ``timers``: (partition,
+    key, µs) at which to look at a row. ``verdicts``: how many of each. ``closed``: lanes a release was held back for,
+    because ``is_open(lane)`` was false. ``waiting``: by how much the number of scheduled rows changes, by partition.
     """
 
     def __init__(

@@ -1,9 +1,9 @@
 """How Faust is set up for the coordinator.
 
-Owns everything that must know Faust's inside; the cycle and the timers see the small `Group` only. The settings are those
-that held in measurements with faust-streaming 0.15.3. Faust keeps the group, the assignment, the restoring of the table and
-the committing of offsets. What the coordinator sends goes through a producer of its own (`jobledger.streams.aio`): Faust's is
-not idempotent, and it writes rows locally before they are acknowledged.
+Owns everything that must know Faust's inside; the cycle and the timers see the small `Group` only. The settings are
+those that held in measurements with faust-streaming 0.15.3. Faust keeps the group, the assignment, the restoring of the
+table and the committing of offsets. What the coordinator sends goes through a producer of its own
+(`jobledger.streams.aio`): Faust's is not idempotent, and it writes rows locally before they are acknowledged.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ class Options:
 
     ``session_timeout``: what a coordinator that died without a word costs its partitions (the broker's
     ``group.min.session.timeout.ms`` bounds it). ``commit_interval``: how often offsets are committed. ``patience``: how
-    long the broker may be away before the coordinator ends with an error. ``keep_markers``: how long a passed release is
-    remembered after its offset was committed. ``batch``: most events of one cycle.
+    long the broker may be away before the coordinator ends with an error. ``keep_markers``: how long a passed release
+    is remembered after its offset was committed. ``batch``: most events of one cycle.
     """
 
     session_timeout: float = 6.0
@@ -77,7 +77,8 @@ def faust_settings(settings: Settings, options: Options, partitions: int, place:
         "broker_session_timeout": options.session_timeout,
         "broker_heartbeat_interval": options.session_timeout / 6,
         "broker_rebalance_timeout": max(10.0, options.session_timeout),
-        # Longer than a join may wait for the group's other members, and no longer: a broker that stands still costs as much.
+        # Longer than a join may wait for the group's other members, and no longer: a broker
+        # that stands still costs as much.
         "broker_request_timeout": max(10.0, options.session_timeout) + 2,
         "consumer_metadata_max_age_ms": METADATA_AGE_MS,
         "producer_metadata_max_age_ms": METADATA_AGE_MS,
@@ -155,8 +156,9 @@ class CommitHook(faust.Sensor):
 class SourceConsumer(aiokafka.Consumer):
     """Faust's consumer, with the source topic's records handed over as they were fetched.
 
-    On Faust's own way each record becomes a message, passes a conductor, two tasks, a queue and a stream: two fifths of
-    the coordinator's time. Changelog records still go that way; the group, flow control and offsets are Faust's as ever.
+    On Faust's own way each record becomes a message, passes a conductor, two tasks, a queue and a
+    stream: two fifths of the coordinator's time. Changelog records still go that way; the group, flow
+    control and offsets are Faust's as ever.
     """
 
     #: Topic whose records are handed over, and to whom; it may wait, as flow control.
@@ -208,8 +210,8 @@ class SourceConsumer(aiokafka.Consumer):
     async def perform_seek(self) -> None:
         """Back to what was committed; where nothing was, to the beginning.
 
-        aiokafka seeks only to committed offsets above 0. Elsewhere the position would stay behind what was fetched while
-        the table was restored, and was dropped: those records would never be read.
+        aiokafka seeks only to committed offsets above 0. Elsewhere the position would stay behind what was fetched
+        while the table was restored, and was dropped: those records would never be read.
         """
         await super().perform_seek()
         fresh = [tp for tp in self.assignment() if tp.topic == self.source and not self._committed_offset[tp]]
@@ -291,8 +293,8 @@ class Group:
 
 
 def stuck(app: Any) -> Exception | None:
-    """What keeps the group's client from going on; None if nothing does. It says so only to whoever polls it for records,
-    which Faust does not do before it has partitions."""
+    """What keeps the group's client from going on; None if nothing does. It says so only to whoever polls it for
+    records, which Faust does not do before it has partitions."""
     client = getattr(getattr(app.consumer, "_thread", None), "_consumer", None)
     group = getattr(client, "_coordinator", None)
     pending: Exception | None = getattr(group, "_pending_exception", None)

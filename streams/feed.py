@@ -180,7 +180,8 @@ def bounds(
 ) -> dict[Partition, tuple[int, int]]:
     """Of each partition the log's first offset and the next one to be written; one question for all of them.
 
-    Raises `BrokerUnavailable` if they are not told within ``timeout`` seconds, `TopicMissing` for one that is not there.
+    Raises `BrokerUnavailable` if they are not told within ``timeout`` seconds,
+    `TopicMissing` for one that is not there.
     """
     client = admin(settings)
     deadline = time.monotonic() + timeout

@@ -109,7 +109,8 @@ class Firing:
                 await self._write_down(self._still_due(due, now))
                 await asyncio.sleep(PACE)
             elif pause > 0:
-                # Not wait_for: before Python 3.12 it swallows a cancellation that comes together with what it waits for.
+                # Not wait_for: before Python 3.12 it swallows a cancellation that comes
+                # together with what it waits for.
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout(pause):
                         await self._armed.wait()

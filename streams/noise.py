@@ -37,8 +37,8 @@ class RateLimit(logging.Filter):
 
 
 class SaidElsewhere(logging.Filter):
-    """Holds back the tracebacks of refused rights, of which the coordinator says what is missing, and of a client that was
-    stopped after it had crashed on one."""
+    """Holds back the tracebacks of refused rights, of which the coordinator says what is missing, and of a client that
+    was stopped after it had crashed on one."""
 
     def filter(self, record: logging.LogRecord) -> bool:
         """Whether the record passes."""

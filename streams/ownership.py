@@ -1,8 +1,8 @@
 """Whether this instance may still act for its partitions. Knows no rows.
 
-An instance can lose its partitions without noticing: it was paused, or its machine slept. Then its clock shows a gap, and
-it sends nothing until the broker has confirmed its membership. What slips through all the same is harmless, since decisions
-are repeated and never contradicted, and is found out at the changelog (`jobledger.streams.table`).
+An instance can lose its partitions without noticing: it was paused, or its machine slept. Then its clock shows a gap,
+and it sends nothing until the broker has confirmed its membership. What slips through all the same is harmless, since
+decisions are repeated and never contradicted, and is found out at the changelog (`jobledger.streams.table`).
 """
 
 from __future__ import annotations

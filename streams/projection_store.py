@@ -81,7 +81,8 @@ class ProjectionStore:
         self.engine.dispose()
 
     def explain(self, exc: SQLAlchemyError | StoreError, who: str) -> StoreError:
-        """The driver's error as ours, `StoreUnavailable` if it may pass by itself; ``who``: the projection, for people."""
+        """The driver's error as ours, `StoreUnavailable` if it may pass by itself;
+        ``who``: the projection, for people."""
         cause: Any = getattr(exc, "orig", None) or exc
         if self._address is None:
             passing = isinstance(cause, sqlite3.Error) and (cause.sqlite_errorcode or 0) & 0xFF in _SQLITE_PASSING

@@ -236,7 +236,8 @@ class Runner:
     # -- checking -------------------------------------------------------------------------------------------------
 
     def verify(self, stop: threading.Event, tell: Callable[[int, int], None] = lambda done, total: None) -> Checked:
-        """Fold the log again, up to where the live table is, into a copy, and compare. The live table may be written."""
+        """Fold the log again, up to where the live table is, into a copy, and compare.
+        The live table may be written."""
         began = time.monotonic()
         self._patiently(stop, self._set_up)
         with self._store.begin_snapshot() as db:

@@ -1,11 +1,11 @@
 """``rebuild`` makes the status table anew from the log; ``verify`` tells whether it is what the log says.
 
-Both fold the log once more, from its start: ``rebuild`` into a table of the same kind beside the live one, ``verify`` into
-a SQLite file. So memory is bounded by nothing but the projector's cache. Neither runs a job nor writes to the log.
+Both fold the log once more, from its start: ``rebuild`` into a table of the same kind beside the live one, ``verify``
+into a SQLite file. So memory is bounded by nothing but the projector's cache. Neither runs a job nor writes to the log.
 
-A job *begins within the log* if every fact the table knows of it can still be read. Of the others the log holds only a
-part, or nothing: a rebuild carries them over, joined with what the log still says, and marks them; a verification leaves
-them out.
+A job *begins within the log* if every fact the table knows of it can still be read. Of the others the log
+holds only a part, or nothing: a rebuild carries them over, joined with what the log still says, and marks
+them; a verification leaves them out.
 """
 
 from __future__ import annotations
@@ -111,8 +111,8 @@ def rebuild(
     """Build the table anew from the log beside the live one, then swap; readers see one or the other.
 
     Takes the lease, so a running materializer must be stopped first: `StoreError` names its holder after 15 s. If
-    anything fails the live table stays as it was. Work topics are found by name; ``queues`` are those that must be readable:
-    `NotAuthorized` if one is not.
+    anything fails the live table stays as it was. Work topics are found by name; ``queues`` are those that must be
+    readable: `NotAuthorized` if one is not.
     """
     began = time.monotonic()
     settings = _allowed(names, settings, queues)
@@ -128,7 +128,8 @@ def rebuild(
 
 
 def _allowed(names: Names, settings: Settings, queues: Sequence[str]) -> Settings:
-    """The settings of one who only reads. A topic that this user may not read is not listed, and would count as empty."""
+    """The settings of one who only reads. A topic that this user may not read is not
+    listed, and would count as empty."""
     settings = settings.acting_as("web")
     topics = (*map(names.jobs, queues), names.lifecycle, names.coordination, names.dead_letter, names.schemas)
     acls.check(settings, names.namespace, topics)
@@ -140,7 +141,8 @@ def verify(
 ) -> VerifyReport:
     """Fold the log up to the table's offsets into a table of its own, and compare the two, job by job.
 
-    The table may be written meanwhile: it is compared as it was at the beginning. Raises `StoreNotFound`, `NotAuthorized`.
+    The table may be written meanwhile: it is compared as it was at the beginning. Raises
+    `StoreNotFound`, `NotAuthorized`.
     """
     began = time.monotonic()
     settings = _allowed(names, settings, queues)

@@ -1,9 +1,11 @@
-"""Where the coordinator's rows lie: a Faust table whose local copy is RocksDB, or memory where no folder can be written.
+"""Where the coordinator's rows lie: a Faust table whose local copy is RocksDB, or
+memory where no folder can be written.
 
-Owns the local copy only. Who may write, and the changelog records that make a row durable, are `jobledger.streams.cycle`'s
-business: a row comes here after its changelog record was acknowledged, so the local copy is never ahead of it. Faust
-restores the copy from the changelog after a rebalance; there a row made by a later event wins over an older one, in
-whatever order they were written, so the late write of an instance that was paused takes nothing back.
+Owns the local copy only. Who may write, and the changelog records that make a row durable, are
+`jobledger.streams.cycle`'s business: a row comes here after its changelog record was acknowledged, so the
+local copy is never ahead of it. Faust restores the copy from the changelog after a rebalance; there a row made
+by a later event wins over an older one, in whatever order they were written, so the late write of an instance
+that was paused takes nothing back.
 """
 
 from __future__ import annotations
@@ -136,8 +138,8 @@ class RocksRows(rocksdb.Store):
             self.write(partition, seen[partition].items(), offset)
 
     def revoke_partitions(self, table: Any, tps: Any) -> None:
-        """Close what went elsewhere. Faust leaves that to the garbage collector, and a copy that comes back while the old
-        one is not collected is locked: it then tries for 30 seconds and crashes."""
+        """Close what went elsewhere. Faust leaves that to the garbage collector, and a copy that comes back while the
+        old one is not collected is locked: it then tries for 30 seconds and crashes."""
         for tp in tps:
             if tp.topic in table.changelog_topic.topics:
                 self._close(tp.partition)

@@ -14,8 +14,8 @@ NO_FLOOR = -1
 
 
 class Kept(msgspec.Struct, frozen=True, array_like=True, gc=False):
-    """A release that the coordinator keeps, whole. ``offset``: of the event that made this row; ``due``: µs, broker's clock,
-    when it is to be let go, or its lease ends."""
+    """A release that the coordinator keeps, whole. ``offset``: of the event that made this row; ``due``: µs, broker's
+    clock, when it is to be let go, or its lease ends."""
 
     partition: int
     offset: int
@@ -61,8 +61,8 @@ class Scheduled(Kept, frozen=True, array_like=True, tag=0, gc=False):
 
 
 class Held(Kept, frozen=True, array_like=True, tag=3, gc=False):
-    """A release that a worker runs on a lease, which ends at ``due`` unless it is renewed. ``crashes``: leases of this run
-    that ended so."""
+    """A release that a worker runs on a lease, which ends at ``due`` unless it is renewed. ``crashes``:
+    leases of this run that ended so."""
 
     worker: str = ""
     crashes: int = 0

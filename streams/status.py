@@ -127,8 +127,8 @@ class Materializer:
         """Write until ``stop`` is set.
 
         Raises `LeaseLost` if another materializer took over, `StoreError` if the database stays away or is not ours,
-        `ConfigError` for a URL of no known kind, `AccessDenied` if the cluster refuses this client. A broker that is away is
-        waited for; only if a dead letter cannot be sent for long, `BrokerUnavailable` is raised.
+        `ConfigError` for a URL of no known kind, `AccessDenied` if the cluster refuses this client. A broker that is
+        away is waited for; only if a dead letter cannot be sent for long, `BrokerUnavailable` is raised.
         """
         opens = partial(self._open_store, self._url, self._names.namespace)
         # Only a database that is away is waited for here; one that refuses us, or is not ours, will do so again.

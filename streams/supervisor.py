@@ -1,4 +1,5 @@
-"""Child processes under one parent: started, their output passed on by name, started again when they die, stopped clean.
+"""Child processes under one parent: started, their output passed on by name, started
+again when they die, stopped clean.
 
 Owns processes, not what they do: it is told commands. When its own process ends, even by kill -9, the children notice
 through the leash (`obey_leash`) and stop as if they had been asked to, so no orphan goes on beside a successor.
@@ -114,8 +115,8 @@ class Supervisor:
                 self._inbox.put(("restart", name, 0))
 
     def run(self) -> int:
-        """Run until stopped; 0, or 1 if a child died too often, 77 if one was refused by the cluster. In the main thread
-        SIGINT, SIGTERM, SIGHUP stop it."""
+        """Run until stopped; 0, or 1 if a child died too often, 77 if one was refused by the cluster. In the main
+        thread SIGINT, SIGTERM, SIGHUP stop it."""
         inherited, self._leash = os.pipe()
         handlers = self._install() if threading.current_thread() is threading.main_thread() else {}
         try:

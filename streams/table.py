@@ -1,7 +1,7 @@
 """The coordinator's rows: durable on the changelog first, then in the local copy; restored, mended and swept here.
 
-Whoever changes rows does it through `Table.keep`, one at a time. Rows that were decided on and are not durable yet lie over
-the others, so that the next events see them.
+Whoever changes rows does it through `Table.keep`, one at a time. Rows that were decided on and are not durable yet lie
+over the others, so that the next events see them.
 """
 
 from __future__ import annotations
@@ -79,9 +79,9 @@ class Table:
     async def _write(self, puts: Sequence[Put]) -> None:
         """On the changelog, acknowledged, then locally.
 
-        The changelog's offsets must follow one another: in a gap somebody else has written, who takes this partition for
-        its own as well. If the broker confirms this instance, that was a late write of one that had been paused, and what
-        it covered is written again; else this is the late one, and `Superseded` is raised.
+        The changelog's offsets must follow one another: in a gap somebody else has written, who takes this partition
+        for its own as well. If the broker confirms this instance, that was a late write of one that had been paused,
+        and what it covered is written again; else this is the late one, and `Superseded` is raised.
         """
         while puts:
             sent = await self._writer.post(

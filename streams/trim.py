@@ -18,7 +18,8 @@ Partition = tuple[str, int]
 
 @dataclass(frozen=True, slots=True)
 class Readers:
-    """What has been read: by partition, the least next offset of everybody who must read it. Missing: nobody may trim."""
+    """What has been read: by partition, the least next offset of everybody who must read
+    it. Missing: nobody may trim."""
 
     offsets: Mapping[Partition, int]
 

@@ -63,7 +63,8 @@ UNFINISHED_MOST = 10_000
 
 @dataclass(frozen=True, slots=True)
 class Cadence:
-    """Seconds. ``overdue_after``: how late a release may be before the watchdog asks; ``retention``: age of what goes."""
+    """Seconds. ``overdue_after``: how late a release may be before the watchdog asks;
+    ``retention``: age of what goes."""
 
     watch_every: float = 10.0
     audit_every: float = 15.0
@@ -270,7 +271,8 @@ class Upkeep:
         return limits
 
     def _resend(self, positions: Iterable[Position]) -> None:
-        """Submissions of jobs that wait for their time, once more at the log's end: same ids, the time made absolute."""
+        """Submissions of jobs that wait for their time, once more at the log's end:
+        same ids, the time made absolute."""
         records = []
         with LogReader(self.settings) as log:
             for position in positions:

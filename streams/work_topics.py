@@ -1,4 +1,5 @@
-"""Which work topics there are, and how large a record each takes. A release to one that is missing is held back, looked for at a growing pace, never lost."""
+"""Which work topics there are, and how large a record each takes. A release to one that is missing is held back, looked
+for at a growing pace, never lost."""
 
 from __future__ import annotations
 
@@ -22,7 +23,8 @@ BEAT = 0.25
 
 
 class WorkTopics:
-    """``known``: topics that exist, and the largest batch each takes (bytes; None: not known). Times are this process's monotonic clock, seconds."""
+    """``known``: topics that exist, and the largest batch each takes (bytes; None: not known). Times are this
+    process's monotonic clock, seconds."""
 
     def __init__(self, names: Names, settings: Settings, known: Mapping[str, int | None]) -> None:
         self._names, self._settings = names, settings

@@ -1,4 +1,5 @@
-"""Certificates for tests: an authority, a broker, users, and what goes wrong with each. All of it ends with the test run."""
+"""Certificates for tests: an authority, a broker, users, and what goes wrong with each. All
+of it ends with the test run."""
 
 from __future__ import annotations
 

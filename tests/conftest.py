@@ -95,7 +95,8 @@ def _or_skip(config: pytest.Config, what: str, start: Callable[[], Found]) -> Fo
 
 @pytest.fixture(scope="session")
 def registry_url(request: pytest.FixtureRequest) -> str:
-    """The URL of a real Schema Registry that every test shares; subjects begin with the namespace, which keeps apart."""
+    """The URL of a real Schema Registry that every test shares; subjects begin with the
+    namespace, which keeps apart."""
     given = os.environ.get("JOBLEDGER_TEST_REGISTRY")
     if not given:
         why = "no Schema Registry: set JOBLEDGER_TEST_REGISTRY to the URL of one, for its tests to run"

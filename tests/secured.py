@@ -36,7 +36,8 @@ WAYS = (MTLS, SCRAM, PLAIN, OIDC)
 
 
 class Tokens:
-    """An OAuth token endpoint: gives whoever has a user's password a token for that user, unsigned, as trials take it."""
+    """An OAuth token endpoint: gives whoever has a user's password a token for that
+    user, unsigned, as trials take it."""
 
     def __init__(self, passwords: Mapping[str, str]) -> None:
         class Handler(http.server.BaseHTTPRequestHandler):
@@ -74,8 +75,8 @@ def _token(user: str) -> str:
 
 
 class Secured:
-    """One broker with the listeners SSL (a certificate is required) and SASL_SSL (SCRAM-SHA-512, PLAIN and OAUTHBEARER). For
-    `with`.
+    """One broker with the listeners SSL (a certificate is required) and SASL_SSL (SCRAM-SHA-512,
+    PLAIN and OAUTHBEARER). For `with`.
 
     ``users``: names that may come in every way; what they may do is ACLs' business, of which there are none at first.
     A user ``name`` is the principal ``User:name``, however it comes in.

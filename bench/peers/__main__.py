@@ -1,7 +1,7 @@
 """Jobledger and other job systems in turn on this machine: JSON on stdout, a table on stderr.
 
-Installs what it needs under .bench-peers/ (and, as root on Debian, Redis if it is missing). A system that cannot be had here
-gets a row that says why, and the others are measured all the same; the exit code is then 1.
+Installs what it needs under .bench-peers/ (and, as root on Debian, Redis if it is missing). A system that cannot be had
+here gets a row that says why, and the others are measured all the same; the exit code is then 1.
 """
 
 from __future__ import annotations

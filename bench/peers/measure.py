@@ -1,13 +1,13 @@
 """The same measurements with each system, one process of workers after another; nothing here knows which system it is.
 
-No-op jobs: ``jobs`` are submitted, then workers are started. The clock starts once a tenth of the results is stored, so that
-starting does not count, and stops when every result is stored and every job acknowledged; CPU time of workers and of the
-broker is taken at the same two moments. A run of less than `LEAST_S` says more about its beginning and end than about
-the system: it is done once more with as many jobs as take twice that.
+No-op jobs: ``jobs`` are submitted, then workers are started. The clock starts once a tenth of the results is stored, so
+that starting does not count, and stops when every result is stored and every job acknowledged; CPU time of workers and
+of the broker is taken at the same two moments. A run of less than `LEAST_S` says more about its beginning and end than
+about the system: it is done once more with as many jobs as take twice that.
 
-Submitting: the program's own clock, from the first acknowledged submission to the last. Submit → start: jobs one by one,
-`RATE` a second, while nothing else happens; the clock is this machine's. 50 ms jobs: as no-op jobs, at most 500 at once
-in one process.
+Submitting: the program's own clock, from the first acknowledged submission to the last. Submit → start: jobs one
+by one, `RATE` a second, while nothing else happens; the clock is this machine's. 50 ms jobs: as no-op jobs, at
+most 500 at once in one process.
 """
 
 from __future__ import annotations
@@ -34,7 +34,8 @@ RATE = 50.0
 
 
 class Load(msgspec.Struct, frozen=True):
-    """How much: no-op ``jobs``, submissions one by one, 50 ms jobs, jobs for the time to a start; whether to size runs."""
+    """How much: no-op ``jobs``, submissions one by one, 50 ms jobs, jobs for the time to
+    a start; whether to size runs."""
 
     jobs: int = 20_000
     singles: int = 5_000
@@ -63,8 +64,8 @@ class Drained(msgspec.Struct, frozen=True):
 class Row(msgspec.Struct, frozen=True, kw_only=True):
     """What was measured of one system, or why it was not.
 
-    Rates in jobs/s, times in ms; ``one`` and ``two``: no-op jobs in so many processes. ``bulk`` is None where there is no
-    faster way than one by one.
+    Rates in jobs/s, times in ms; ``one`` and ``two``: no-op jobs in so many processes. ``bulk`` is None where there
+    is no faster way than one by one.
     """
 
     name: str
@@ -132,7 +133,8 @@ def tried(peer: Peer, load: Load, folder: Path) -> Iterator[Tried]:
 
 
 def enough(jobs: int, jobs_per_s: float) -> int:
-    """How many jobs a run should have for which ``jobs`` at this rate took less than `LEAST_S`; ``jobs`` if it did not."""
+    """How many jobs a run should have for which ``jobs`` at this rate took less than
+    `LEAST_S`; ``jobs`` if it did not."""
     if jobs / jobs_per_s >= LEAST_S:
         return jobs
     return min(MOST_JOBS, max(jobs, int(jobs_per_s * LEAST_S * 2)))
@@ -203,7 +205,8 @@ class Bench:
             yield family
 
     def _reach(self, family: Family, jobs: int, wanted: int, *, whole: bool) -> int:
-        """Wait until ``wanted`` results are stored and, if ``whole``, all jobs acknowledged; how many were stored then."""
+        """Wait until ``wanted`` results are stored and, if ``whole``, all jobs
+        acknowledged; how many were stored then."""
         best, deadline = (-1, 0), 0.0
         while True:
             now = self.session.progress(jobs)

@@ -29,7 +29,8 @@ class NotRun(Exception):
 class Setting(msgspec.Struct, frozen=True):
     """One way to run a system's workers.
 
-    ``name`` says what is particular about it. ``arguments`` go to the worker's command line, ``env`` to its environment.
+    ``name`` says what is particular about it. ``arguments`` go to the worker's command
+    line, ``env`` to its environment.
     """
 
     name: str

@@ -1,4 +1,5 @@
-"""A Redis server of our own for one peer: no persistence, a free port on 127.0.0.1; and enough of its protocol to look in.
+"""A Redis server of our own for one peer: no persistence, a free port on 127.0.0.1; and
+enough of its protocol to look in.
 
 Without persistence a Redis that dies loses every job: what is measured here is its best case.
 """

@@ -1,4 +1,5 @@
-"""What was measured, put beside each other: the ratios that are aimed at, and the table as JSON, Markdown and on a terminal."""
+"""What was measured, put beside each other: the ratios that are aimed at, and the table as
+JSON, Markdown and on a terminal."""
 
 from __future__ import annotations
 

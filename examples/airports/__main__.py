@@ -1,8 +1,8 @@
 """Run the whole demo: ``python -m examples.airports``; ``make demo`` does no more.
 
 It starts a broker of its own (unless ``JOBLEDGER_BOOTSTRAP`` names one), the third party, a worker and the stream
-processor as real processes, submits a job a row, shows how they fare, checks the account, rebuilds the status table from
-the log and stops all it started. What was written stays in ``.demo`` to be looked at.
+processor as real processes, submits a job a row, shows how they fare, checks the account, rebuilds the status table
+from the log and stops all it started. What was written stays in ``.demo`` to be looked at.
 
 Exit codes: 0 everything that must be true was; 1 something was not, or an error, which is said; 130 after Ctrl-C.
 """

@@ -1,7 +1,7 @@
 """What the import writes: a SQLite database of its own, one row an airport, whichever attempt comes last.
 
-A save is an upsert by ``icao``, so a job that runs twice leaves what one run leaves. Saves of jobs that run side by side
-share a transaction (group commit): each waits until the transaction that holds it is on disk.
+A save is an upsert by ``icao``, so a job that runs twice leaves what one run leaves. Saves of jobs that run side by
+side share a transaction (group commit): each waits until the transaction that holds it is on disk.
 """
 
 from __future__ import annotations

@@ -26,7 +26,8 @@ TELL_EVERY = 2_000
 
 
 class Misfit(msgspec.Struct):
-    """Jobs of one task that this app cannot run. ``waits``: those that wait for a time or a retry; ``queued``: the others."""
+    """Jobs of one task that this app cannot run. ``waits``: those that wait for a time or a
+    retry; ``queued``: the others."""
 
     task: str
     queue: str
@@ -221,10 +222,10 @@ WAYS_OUT = {
 def check(target: Target, bootstrap: Bootstrap = None, as_json: Json = False) -> None:
     """Before a deploy: find jobs in the log that this version of the app could not run; exit code 4 if there are any.
 
-    Looks at every job that has not ended, without running or changing anything: work records that the worker groups have not
-    committed as done, jobs that run included, and what the coordinator keeps for later (its changelog). A job whose
-    task is gone would be snoozed and then fail as unknown-task, one whose arguments no longer fit fail as bad-arguments. A
-    queue that the app does not have any more is served by nobody.
+    Looks at every job that has not ended, without running or changing anything: work records that the worker groups
+    have not committed as done, jobs that run included, and what the coordinator keeps for later (its changelog). A job
+    whose task is gone would be snoozed and then fail as unknown-task, one whose arguments no longer fit fail as
+    bad-arguments. A queue that the app does not have any more is served by nobody.
     """
     app = load_app(target, bootstrap=bootstrap)
     with progress_bar("reading the log", quiet=as_json) as tell:

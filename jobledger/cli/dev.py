@@ -52,7 +52,8 @@ def dev(
 ) -> None:
     """Run all of it: embedded broker (if none is configured or running), topics, worker, stream processor.
 
-    Ctrl-C stops everything; a broker that ran before is left running. Code that does not load leaves the old one running.
+    Ctrl-C stops everything; a broker that ran before is left running. Code that does not
+    load leaves the old one running.
     """
     from jobledger.kafka import topics
     from jobledger.streams.supervisor import Child, Restarts, Supervisor
@@ -166,8 +167,8 @@ def _watch(supervisor: Supervisor, target: str, address: str, folders: Sequence[
 def fits_as_it_is(target: str, address: str, supervisor: Supervisor) -> bool:
     """Whether the code as it is now loads, and its topics are there; if not, why is said.
 
-    A process of its own loads it, since this one cannot load a module afresh, and makes its topics. The stream processor
-    needs no reload: it runs none of the app's code and finds new topics by itself.
+    A process of its own loads it, since this one cannot load a module afresh, and makes its topics. The stream
+    processor needs no reload: it runs none of the app's code and finds new topics by itself.
     """
     words = command("topics", "apply", target, "--yes", "--json", "--bootstrap", address)
     try:

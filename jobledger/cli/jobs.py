@@ -294,7 +294,8 @@ def _open_jobs(asked: App, where: Sequence[str]) -> Iterator[JobStatus]:
 
 
 def _arguments(annotated: Any, pairs: Sequence[str], text: str | None) -> dict[str, Any]:
-    """Values by name from ``--args`` and ``NAME=VALUE``; the latter win. ``annotated``: the function or class they are for."""
+    """Values by name from ``--args`` and ``NAME=VALUE``; the latter win. ``annotated``: the
+    function or class they are for."""
     found: dict[str, Any] = {}
     if text is not None:
         try:

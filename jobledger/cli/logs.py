@@ -51,7 +51,8 @@ def _telling(record: logging.LogRecord) -> logging.LogRecord:
 
 
 def _json() -> logging.Formatter:
-    """One JSON object a line: timestamp (UTC), level, logger, event, the job's fields, what ``extra`` gave, exception."""
+    """One JSON object a line: timestamp (UTC), level, logger, event, the job's fields,
+    what ``extra`` gave, exception."""
     import structlog  # it takes its time, and only this needs it
 
     shared: list[Any] = [
@@ -86,7 +87,8 @@ def _json() -> logging.Formatter:
 
 
 def set_up(environ: dict[str, str] | None = None) -> None:
-    """Send log messages from ``JOBLEDGER_LOG_LEVEL`` (default info) up to standard error, as ``JOBLEDGER_LOG_FORMAT`` says.
+    """Send log messages from ``JOBLEDGER_LOG_LEVEL`` (default info) up to standard error,
+    as ``JOBLEDGER_LOG_FORMAT`` says.
 
     A root logger that somebody has configured already (the app's module may) is left as it is. Raises `ConfigError`.
     """

@@ -139,8 +139,8 @@ def print_table(
 ) -> None:
     """A table: ruled and coloured for a terminal, else columns of plain text under a heading.
 
-    In a terminal only the last column is broken into lines; if the others leave it no room, ``optional`` columns go, the
-    first named first. Plain text has all of them.
+    In a terminal only the last column is broken into lines; if the others leave it no room, ``optional`` columns go,
+    the first named first. Plain text has all of them.
     """
     if not rows:
         console(stderr=True).print(empty, style="dim", markup=False)
@@ -234,7 +234,8 @@ def _two(seconds: int, big: int, big_name: str, small: int, small_name: str) -> 
 
 
 def relative(moment: dt.datetime | int | None, now_us: int | None = None) -> str:
-    """A moment (aware, or microseconds since the epoch) as seen from now: ``12.0 s ago``, ``in 3 min``, ``-`` for None."""
+    """A moment (aware, or microseconds since the epoch) as seen from now: ``12.0 s ago``,
+    ``in 3 min``, ``-`` for None."""
     if moment is None:
         return "-"
     seconds = (time.time_ns() // 1000 if now_us is None else now_us) / 1e6 - _seconds(moment)

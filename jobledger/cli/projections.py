@@ -109,7 +109,8 @@ def rebuild(
     status_url: StatusUrl = None,
     as_json: Json = False,
 ) -> None:
-    """Fold the whole log anew and put the rows in the table's place. What follows the log meanwhile goes on from there."""
+    """Fold the whole log anew and put the rows in the table's place. What follows the log
+    meanwhile goes on from there."""
     if not yes:
         typer.confirm(f"Replace the rows of projection {name} by a fold of the whole log?", abort=True, err=True)
     _tell(_checked(target, name, bootstrap, status_url, as_json, rebuild=True), as_json)

@@ -124,7 +124,8 @@ def worker(
 ) -> None:
     """Run jobs until SIGTERM or Ctrl-C; then finish what runs, commit, and leave. A second one cuts the grace time.
 
-    With --processes above 1 each is a worker of its own, started again if it dies; they serve metrics on following ports.
+    With --processes above 1 each is a worker of its own, started again if it dies; they
+    serve metrics on following ports.
     """
     from jobledger.consumers.worker import WorkerOptions
 
@@ -249,7 +250,8 @@ def _upkeep(app: App, url: str, made: Materializer, stop: threading.Event) -> No
 
 @contextmanager
 def stopping() -> Iterator[threading.Event]:
-    """An event that SIGTERM and SIGINT set while the block runs; a second signal of the kind acts as it does by itself."""
+    """An event that SIGTERM and SIGINT set while the block runs; a second signal of the
+    kind acts as it does by itself."""
     stop = threading.Event()
     before: dict[int, Any] = {}
 
@@ -278,7 +280,8 @@ def streams(
 ) -> None:
     """Run the stream processor: coordinator and materializer, each a process of its own, supervised.
 
-    The coordinator's metrics are on --metrics-port, the materializer's on the next port. One that dies is started again, with growing pauses. Should this process be killed, both stop by themselves.
+    The coordinator's metrics are on --metrics-port, the materializer's on the next port. One that dies is started
+    again, with growing pauses. Should this process be killed, both stop by themselves.
     """
     from dataclasses import replace
 

@@ -1,5 +1,5 @@
-"""``jobledger topics plan|apply|acls MODULE:APP``: the topics an app declares, beside those the cluster has, and who may
-do what with them.
+"""``jobledger topics plan|apply|acls MODULE:APP``: the topics an app declares, beside those the cluster
+has, and who may do what with them.
 
 Exit codes: 0 in order (a plan with pending steps included); 1 an error, or a plan that refuses something.
 """

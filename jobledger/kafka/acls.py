@@ -1,7 +1,8 @@
 """The least rights of each part, as data; how they are told to a cluster, and what of them is missing.
 
-`TABLE` is the one place where they stand: the command line, the docs and the tests read it. Rights that Kafka implies are
-left out: who may read, write, delete from or alter a topic may describe it; who may alter its settings may read them.
+`TABLE` is the one place where they stand: the command line, the docs and the tests read it. Rights that
+Kafka implies are left out: who may read, write, delete from or alter a topic may describe it; who may
+alter its settings may read them.
 """
 
 from __future__ import annotations
@@ -40,10 +41,11 @@ _ANY = tuple(AclOperation)
 
 @dataclass(frozen=True, slots=True)
 class Right:
-    """One operation on resources. ``name`` holds ``<ns>`` for the namespace; with ``pattern`` prefixed it is a beginning.
+    """One operation on resources. ``name`` holds ``<ns>`` for the namespace; with
+    ``pattern`` prefixed it is a beginning.
 
-    ``lost``: what does not work without it; empty: the part does not work at all. ``when``: who needs it, if not everybody
-    with this role.
+    ``lost``: what does not work without it; empty: the part does not work at all. ``when``: who needs it,
+    if not everybody with this role.
     """
 
     kind: str
@@ -185,8 +187,8 @@ def roles(name: str) -> Sequence[str]:
 
 
 def rights(name: str, namespace: str, foreign: Iterable[str] = ()) -> list[Right]:
-    """What a role, or several under one name, needs in a namespace: each right once. ``foreign``: topics of others that the
-    app handles events of. Raises `ConfigError` for a name that is no role's."""
+    """What a role, or several under one name, needs in a namespace: each right once. ``foreign``: topics of others that
+    the app handles events of. Raises `ConfigError` for a name that is no role's."""
     found: dict[tuple[str, str, str, str], Right] = {}
     for role in roles(name):
         for right in TABLE[role]:
@@ -234,8 +236,8 @@ def binding(principal: str, right: Right) -> AclBinding:
 
 
 def check(settings: Settings, namespace: str, topics: Iterable[str]) -> None:
-    """Ask the cluster what this user may do with these topics, and raise `NotAuthorized` naming everything that its role
-    (``settings.role``) cannot do without. What it can do without is logged.
+    """Ask the cluster what this user may do with these topics, and raise `NotAuthorized` naming everything that its
+    role (``settings.role``) cannot do without. What it can do without is logged.
 
     Topics that do not exist are passed over, as is a cluster that does not tell. Raises `BrokerUnavailable`.
     """
@@ -267,8 +269,8 @@ def check(settings: Settings, namespace: str, topics: Iterable[str]) -> None:
 
 
 def grant(admin: AdminClient, settings: Settings, bindings: Sequence[AclBinding]) -> None:
-    """Create ACLs; those that are there already stay. Raises `AccessDenied`, `BrokerUnavailable`, and `ConfigError` for a
-    cluster that keeps none."""
+    """Create ACLs; those that are there already stay. Raises `AccessDenied`, `BrokerUnavailable`, and `ConfigError`
+    for a cluster that keeps none."""
     if not bindings:
         return
     for future in admin.create_acls(list(bindings), request_timeout=REQUEST_TIMEOUT_S).values():

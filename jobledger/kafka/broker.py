@@ -157,8 +157,8 @@ class Cluster:
 class Launch:
     """What to start: ``heap_mb`` in MB, ``config`` beside and above `BROKER_CONFIG`.
 
-    ``listeners``: further ones than the plain one at ``port``, protocol (``SSL``, ``SASL_SSL``) to port. ``cluster``: None
-    for a node that is alone.
+    ``listeners``: further ones than the plain one at ``port``, protocol (``SSL``, ``SASL_SSL``) to port.
+    ``cluster``: None for a node that is alone.
     """
 
     classpath: list[Path]

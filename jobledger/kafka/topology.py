@@ -160,9 +160,10 @@ def desired(
 ) -> list[TopicSpec]:
     """Every topic that a namespace needs: pure.
 
-    ``queues``: partitions of each queue's work topic. ``events``: whose own topics are needed. ``partitions``: of coordination, dead-letter and the
-    coordinator's changelog, and the least that lifecycle gets. ``replication``: copies of each partition; from three
-    on, two must have a record before it is acknowledged. Raises `ConfigError` for a count below 1.
+    ``queues``: partitions of each queue's work topic. ``events``: whose own topics are needed. ``partitions``: of
+    coordination, dead-letter and the coordinator's changelog, and the least that lifecycle gets. ``replication``:
+    copies of each partition; from three on, two must have a record before it is acknowledged. Raises
+    `ConfigError` for a count below 1.
     """
     for what, count in [("partitions", partitions), ("replication", replication), *_named(queues)]:
         if count < 1:
@@ -244,8 +245,8 @@ def wanted(app: DeclaresTopics, replication: int) -> tuple[list[TopicSpec], list
 def compare(
     spec: TopicSpec, partitions: int | None, config: Mapping[str, str | None], copies: int | None = None
 ) -> list[Change]:
-    """How one topic differs from its spec: pure. ``partitions`` None means that there is no such topic; ``copies``: of the
-    partition that has fewest, None if that is not known."""
+    """How one topic differs from its spec: pure. ``partitions`` None means that there is no such topic; ``copies``: of
+    the partition that has fewest, None if that is not known."""
     if partitions is None:
         return [
             Change(
@@ -271,8 +272,8 @@ def compare(
             changes.append(_refusal(spec, counts, spec.why_fixed))
     wanted_config = dict(spec.config)
     if copies is not None:
-        # By the copies that there are: two that must acknowledge, of one, would stop every write; and an apply while one of
-        # three brokers is away must not lower it.
+        # By the copies that there are: two that must acknowledge, of one, would stop every write; and an apply while
+        # one of three brokers is away must not lower it.
         wanted_config["min.insync.replicas"] = _min_insync(copies)
     if copies is not None and copies < spec.replication:
         changes.append(

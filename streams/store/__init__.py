@@ -65,7 +65,8 @@ def copy(url: str, namespace: str, path: Path) -> None:
 
 
 def scratch(url: str) -> Path | None:
-    """A folder with room for a table like that at ``url``: the one of a file; None: the system's own for such things."""
+    """A folder with room for a table like that at ``url``: the one of a file; None: the
+    system's own for such things."""
     if _is_postgres(url):
         return None
     from jobledger.streams.store import sqlite

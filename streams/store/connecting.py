@@ -1,4 +1,5 @@
-"""Connections to PostgreSQL: where a URL leads, how long to try, and errors that name the way out and never a password."""
+"""Connections to PostgreSQL: where a URL leads, how long to try, and errors that name the
+way out and never a password."""
 
 from __future__ import annotations
 
@@ -18,8 +19,8 @@ from jobledger.streams.store.address import shown
 
 #: Pauses in seconds between two tries: first, most.
 PAUSE_FIRST_S, PAUSE_MOST_S = 0.1, 1.0
-#: Of a connection, where the URL does not say otherwise. One try takes five seconds at most; a peer that vanished without a
-#: word is given up after about half a minute, not after the system's two hours.
+#: Of a connection, where the URL does not say otherwise. One try takes five seconds at most; a peer that vanished
+#: without a word is given up after about half a minute, not after the system's two hours.
 _DEFAULTS = {
     "client_encoding": "utf8",
     "connect_timeout": 5,

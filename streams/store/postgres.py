@@ -33,7 +33,8 @@ LOG = logging.getLogger("jobledger.materializer")
 #: How long a statement waits for a lock of others: somebody reads while a rebuild swaps, or changes the table by hand.
 LOCK_TIMEOUT = "10s"
 
-#: In the order in which a swap locks them: that in which readers come by them, so neither waits for the other in a ring.
+#: In the order in which a swap locks them: that in which readers come by them, so neither
+#: waits for the other in a ring.
 _TABLES = (jobs, tags, counters, offsets, lease, meta)
 _COLUMNS = ", ".join(f'"{name}"' for name in COLUMNS)
 #: The types of `COLUMNS` as the binary format must be told them.
@@ -73,9 +74,10 @@ _RESET = (
 class PostgresStore(SqlStore):
     """`Store` in a schema of a PostgreSQL database, which is made if it is missing.
 
-    ``lease_s``: seconds after which a silent writer may be replaced, by the database's clock unless ``clock`` is given
-    (for tests). A writer whose connection has ended is replaced at once. ``schema``: another than the namespace's.
-    Raises `StoreUnavailable` if nothing answers, `StoreError` if the database lets us not in or the tables are not ours.
+    ``lease_s``: seconds after which a silent writer may be replaced, by the database's clock unless
+    ``clock`` is given (for tests). A writer whose connection has ended is replaced at once. ``schema``:
+    another than the namespace's. Raises `StoreUnavailable` if nothing answers, `StoreError` if the database
+    lets us not in or the tables are not ours.
     """
 
     FOR_UPDATE: ClassVar[str] = " FOR UPDATE"
@@ -107,7 +109,8 @@ class PostgresStore(SqlStore):
     # -- the connection -----------------------------------------------------------------------------------------------
 
     def _connected(self) -> psycopg.Connection[Any]:
-        """The connection, made anew if it broke. Raises `CommitUnknown` if the table is not where this writer left it."""
+        """The connection, made anew if it broke. Raises `CommitUnknown` if the table is
+        not where this writer left it."""
         if self._db is not None and not self._db.closed:
             return self._db
         self._db = None
@@ -239,8 +242,8 @@ class PostgresStore(SqlStore):
             self._mark(self._connected(), self._epoch)
 
     def _mark(self, db: psycopg.Connection[Any], epoch: int) -> None:
-        # Not waited for: it is with the session before, whose end the server has not noticed yet, and is asked for again;
-        # or with another that finds the last writer gone and is about to write itself.
+        # Not waited for: it is with the session before, whose end the server has not noticed yet, and is asked for
+        # again; or with another that finds the last writer gone and is about to write itself.
         ((self._marked,),) = db.execute("SELECT pg_try_advisory_lock(%s, %s)", self._mark_of(epoch)).fetchall()
 
     def _mark_of(self, epoch: int) -> tuple[int, int]:
@@ -315,8 +318,9 @@ class PostgresStore(SqlStore):
     def replace_with(self, other: Self) -> None:
         """Take over everything that ``other`` holds, in one transaction; readers see either or.
 
-        Needs the lease, which ends with it: whoever wrote either table before must acquire it again. What others were
-        granted on the tables holds for the new ones. Raises `StoreError` if views hang on them: they would go with them.
+        Needs the lease, which ends with it: whoever wrote either table before must acquire it again.
+        What others were granted on the tables holds for the new ones. Raises `StoreError` if views hang
+        on them: they would go with them.
         """
         with self._transaction():
             self._durable()

@@ -26,8 +26,8 @@ _CHUNK = 2_000
 def open_reader(url: str, namespace: str) -> SqlReader:
     """The read side of a namespace's tables.
 
-    Raises `StoreNotFound` if there are none, `StoreUnavailable` if nothing answers for five seconds, `StoreError` if the
-    database lets us not in or the tables are not ours, `ConfigError` for a URL without a database.
+    Raises `StoreNotFound` if there are none, `StoreUnavailable` if nothing answers for five seconds, `StoreError` if
+    the database lets us not in or the tables are not ours, `ConfigError` for a URL without a database.
     """
     address = Address(url, namespace)
     return SqlReader(_engine(address), url, namespace, schema=address.schema, explain=address.explain).checked()

@@ -150,7 +150,8 @@ class Store(Protocol):
         """Mark rows that are there as carried over from the table before."""
 
     def beside(self) -> AbstractContextManager[Self]:
-        """An empty table of the same namespace, leased, that this one can be replaced with; gone when the block ends."""
+        """An empty table of the same namespace, leased, that this one can be replaced
+        with; gone when the block ends."""
 
     def replace_with(self, other: Self) -> None:
         """Take over everything that ``other`` (of `beside`) holds, in one transaction; readers see either or.

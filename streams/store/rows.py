@@ -49,7 +49,8 @@ def plain(text: str) -> str:
 
 
 def key_text(text: str) -> str:
-    """``text`` as it stands in keys and is asked for: itself, or if it is too long its beginning and a digest of it all."""
+    """``text`` as it stands in keys and is asked for: itself, or if it is too long its
+    beginning and a digest of it all."""
     if len(text) > KEY_MOST:
         text = f"{text[: KEY_MOST - 33]}…{hashlib.sha256(text.encode('utf-8', 'replace')).hexdigest()[:32]}"
     return plain(text)

@@ -55,7 +55,8 @@ class Execution(NamedTuple):
 
 @dataclass
 class Audit:
-    """What the log shows. ``violations``: examples by kind, ``counts``: how many of each; ``noted``: within the limits."""
+    """What the log shows. ``violations``: examples by kind, ``counts``: how many of each;
+    ``noted``: within the limits."""
 
     counts: Counter[str] = field(default_factory=Counter)
     noted: Counter[str] = field(default_factory=Counter)

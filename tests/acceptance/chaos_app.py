@@ -1,7 +1,7 @@
 """An app whose jobs fail at random, but always the same way: what a job does is a function of the seed and its number.
 
-So a test can say beforehand how every job must end (`expected`), and every real run of a task's code is noted beside the
-log (one line in a file, appended in one write), so runs that the log does not know of are counted too.
+So a test can say beforehand how every job must end (`expected`), and every real run of a task's code is noted beside
+the log (one line in a file, appended in one write), so runs that the log does not know of are counted too.
 
 ``CHAOS_NAMESPACE``, ``CHAOS_SEED`` and ``CHAOS_EXECUTIONS`` (the file) come from the environment: every process of a
 test, and the test itself, must mean the same.

@@ -1,4 +1,5 @@
-"""A coordinator as a process of its own, which kills itself at a given step. Run by the fault tests, not a test itself."""
+"""A coordinator as a process of its own, which kills itself at a given step. Run by the
+fault tests, not a test itself."""
 
 from __future__ import annotations
 

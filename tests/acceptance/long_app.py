@@ -1,7 +1,7 @@
 """Long jobs for the fault tests of leases, each noting beside the log what it does.
 
-``python -m tests.acceptance.long_app submit TASK ARGUMENT…`` submits one and prints its id; ``delayed SECONDS TASK ARGUMENT…`` later;
-``cancel ID…`` cancels.
+``python -m tests.acceptance.long_app submit TASK ARGUMENT…`` submits one and prints its id; ``delayed SECONDS TASK
+ARGUMENT…`` later; ``cancel ID…`` cancels.
 """
 
 from __future__ import annotations

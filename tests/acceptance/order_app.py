@@ -1,4 +1,5 @@
-"""Jobs for the fault tests of order and cancels: keyed ones that fail and go on, each noting beside the log what it did.
+"""Jobs for the fault tests of order and cancels: keyed ones that fail and go on, each
+noting beside the log what it did.
 
 ``python -m tests.acceptance.order_app submit ACCOUNTS EACH`` submits; ``cancel REASON ID…`` cancels.
 """

@@ -1,7 +1,7 @@
 """Jobs for the fault tests of poison: good ones in every place, and ones that kill the process they run in.
 
-``python -m tests.acceptance.poison_app submit GOOD MODE…`` submits ``GOOD`` good jobs, and in the middle of them a poison
-of each mode; it prints the ids of the poisons.
+``python -m tests.acceptance.poison_app submit GOOD MODE…`` submits ``GOOD`` good jobs, and in the middle of them a
+poison of each mode; it prints the ids of the poisons.
 """
 
 from __future__ import annotations

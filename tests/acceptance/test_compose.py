@@ -1,6 +1,7 @@
 """docker-compose.yml as a person uses it: up, jobs, events, a killed worker, the demo inside, Prometheus, Grafana.
 
-Needs a Docker engine with Compose, and the images, here or from a registry; without them the tests are skipped with the reason.
+Needs a Docker engine with Compose, and the images, here or from a registry; without them the
+tests are skipped with the reason.
 """
 
 from __future__ import annotations
@@ -180,7 +181,8 @@ def test_the_demo_inside(stack: Stack, say: Callable[[str], None]) -> None:
 
 
 def test_prometheus_sees_every_part(stack: Stack, tmp_path: Path, say: Callable[[str], None]) -> None:
-    """A real Prometheus with docker/prometheus.yml: all parts answer, alerts are silent, each panel's queries have data."""
+    """A real Prometheus with docker/prometheus.yml: all parts answer, alerts are silent,
+    each panel's queries have data."""
     how = "the official image"
     if stack.docker("image", "inspect", stack.config("prometheus")["image"], check=False).returncode:
         if PROMETHEUS is None:

@@ -1,7 +1,8 @@
 """The coordinator as real processes under kill -9 between any two steps, SIGSTOP, a broker that stops, and takeovers.
 
-What is asserted is read from the raw topics by code of its own: each release that was asked for has at least one JobDue, all
-its copies are the same record, none is appended before its due time, and none stands for what nobody asked for.
+What is asserted is read from the raw topics by code of its own: each release that was asked for has at
+least one JobDue, all its copies are the same record, none is appended before its due time, and none
+stands for what nobody asked for.
 """
 
 from __future__ import annotations

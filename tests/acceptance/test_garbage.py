@@ -1,6 +1,7 @@
 """Poison on every topic while good jobs run: nothing is lost, nothing stands still, all of it is kept and counted.
 
-The one exception is deliberate: a fact from the future that must be acted on stops its partition until somebody upgrades.
+The one exception is deliberate: a fact from the future that must be acted on stops its
+partition until somebody upgrades.
 """
 
 from __future__ import annotations
@@ -152,9 +153,9 @@ def committed(fleet: Fleet, group: str, topic: str, partition: int) -> int:
 def test_garbage_on_every_topic_is_kept_and_counted_and_good_jobs_go_on(
     broker: str, namespace: str, tmp_path: Path, say: Callable[[str], None]
 ) -> None:
-    """Twelve kinds of bytes that are no event, on every partition of every topic, before and while 500 jobs run: each of
-    them is in the dead letters, bytes and place, if somebody had to act on it; every job ends as it must; events of a
-    published later schema are read; and the table agrees with the log."""
+    """Twelve kinds of bytes that are no event, on every partition of every topic, before and while 500 jobs run: each
+    of them is in the dead letters, bytes and place, if somebody had to act on it; every job ends as it must; events of
+    a published later schema are read; and the table agrees with the log."""
     began = time.monotonic()
     with ExitStack() as stack:
         fleet = stack.enter_context(Fleet(tmp_path, broker, namespace, seed=SEED))
@@ -287,8 +288,8 @@ def test_a_fact_from_the_future_stops_its_partition_until_the_worker_is_upgraded
 
 @pytest.mark.timeout(200)
 def test_a_fact_from_the_future_is_waited_for_by_the_coordinator(broker: str, namespace: str, tmp_path: Path) -> None:
-    """On coordination a fact that this coordinator does not know ends it with a clear word, again and again, and is never
-    passed; plain jobs go on meanwhile, and an upgraded coordinator lets go what waited behind it."""
+    """On coordination a fact that this coordinator does not know ends it with a clear word, again and again, and is
+    never passed; plain jobs go on meanwhile, and an upgraded coordinator lets go what waited behind it."""
     with ExitStack() as stack:
         fleet = stack.enter_context(Fleet(tmp_path, broker, namespace, seed=SEED))
         ready(fleet, worker=1, coordinator=1, materializer=1)

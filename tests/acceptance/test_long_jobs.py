@@ -108,7 +108,8 @@ def on_worker(fleet: Fleet, pid: int) -> Member:
 @pytest.mark.parametrize("task", ["coroutine", "thread", "process"])
 @pytest.mark.timeout(150 + 2 * int(LONG_S))
 def test_a_long_job_outlives_what_happens_to_others(fleet: Fleet, task: str, say: Callable[[str], None]) -> None:
-    """Workers come, go and die, the coordinator is killed twice, partitions move: it runs once, and holds nothing up."""
+    """Workers come, go and die, the coordinator is killed twice, partitions move: it
+    runs once, and holds nothing up."""
     fleet.start("worker")
     job = tell(fleet, "submit", task, str(LONG_S))
     first = began(fleet, job, 1)
@@ -178,7 +179,8 @@ def test_a_frozen_worker_loses_its_lease_and_knows_it(fleet: Fleet) -> None:
 
 
 def test_what_a_stop_cuts_off_is_given_back_at_once(fleet: Fleet) -> None:
-    """SIGTERM with a grace time that is too short: begun elsewhere as soon as the first has let go, without a crash counted."""
+    """SIGTERM with a grace time that is too short: begun elsewhere as soon as the first has
+    let go, without a crash counted."""
     fleet.start("worker", "--grace", "1")
     job = tell(fleet, "submit", "coroutine", "6")
     _, pid, _ = began(fleet, job, 1)
@@ -230,8 +232,8 @@ def test_a_long_job_that_kills_is_quarantined(fleet: Fleet) -> None:
 
 
 def test_what_waits_is_cancelled_and_expires_at_once(fleet: Fleet) -> None:
-    """Delayed jobs, with no worker about: a cancel ends one within a moment, an expiry at its time; also when the coordinator
-    was down at the time of the order, and never twice when it is killed."""
+    """Delayed jobs, with no worker about: a cancel ends one within a moment, an expiry at its time; also when the
+    coordinator was down at the time of the order, and never twice when it is killed."""
     early, late = (tell(fleet, "delayed", "3600", "coroutine", "1") for _ in range(2))
     expiring = tell(fleet, "expiring", "4", "3600", "coroutine", "1")
     began_at = time.monotonic()

@@ -70,7 +70,8 @@ def replaced(fleet: Fleet, member: Member, cwd: Path) -> None:
 def test_a_rolling_upgrade_loses_nothing_and_reruns_no_success(
     fleet: Fleet, old: Path, say: Callable[[str], None]
 ) -> None:
-    """Old beside new, each taking over from the other, by hand-over and by kill -9: both read each other's facts and commits."""
+    """Old beside new, each taking over from the other, by hand-over and by kill -9: both read
+    each other's facts and commits."""
     submit(fleet, 0, JOBS)
     fleet.start("materializer", "--no-upkeep")
     one, two = (fleet.start("worker", "--concurrency", str(AT_ONCE), cwd=old) for _ in range(2))

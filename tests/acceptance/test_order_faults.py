@@ -134,8 +134,8 @@ def judge(keys: Keys) -> None:
 
 
 def test_keys_keep_their_order_under_kill_9(fleet: Fleet) -> None:
-    """KEY_ORDER: two workers killed in turn while every seventh job is tried again: no job begins before the one before it
-    has ended, attempts are counted on by the next owner, and everything ends."""
+    """KEY_ORDER: two workers killed in turn while every seventh job is tried again: no job begins before the one before
+    it has ended, attempts are counted on by the next owner, and everything ends."""
     tell(fleet, "submit", str(ACCOUNTS), str(EACH))
     workers = [fleet.start("worker", "--concurrency", "20") for _ in range(2)]
     for n in range(KILLS):

@@ -311,8 +311,8 @@ def test_the_promises_hold_through_random_faults_for_as_long_as_asked(
 def test_a_rolling_restart_under_load_runs_nothing_twice(
     kafka: EmbeddedKafka, tmp_path: Path, namespace: str, say: Callable[[str], None]
 ) -> None:
-    """Two workers are replaced by SIGTERM, one after the other and twice round, while jobs keep coming: every release is
-    started once and its code is run once."""
+    """Two workers are replaced by SIGTERM, one after the other and twice round, while jobs keep coming: every release
+    is started once and its code is run once."""
     began = time.monotonic()
     jobs = 1500
     with ExitStack() as stack:

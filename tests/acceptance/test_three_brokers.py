@@ -1,8 +1,8 @@
-"""Three brokers, three copies, two of which must have a record: whichever broker dies, stands still or is replaced, nothing is
-lost and nothing runs again.
+"""Three brokers, three copies, two of which must have a record: whichever broker dies, stands still or is replaced,
+nothing is lost and nothing runs again.
 
-What is put under load is everything at once: submissions, workers, the coordinator (Faust and aiokafka), the materializer and
-the router (librdkafka).
+What is put under load is everything at once: submissions, workers, the coordinator (Faust and aiokafka), the
+materializer and the router (librdkafka).
 """
 
 from __future__ import annotations
@@ -87,8 +87,8 @@ class Cluster:
 
 
 def gaps(log: independent.Log) -> str:
-    """The longest times in which nothing was accepted, and nothing started, and how late a delayed job was let go, by the
-    brokers' clock, for people."""
+    """The longest times in which nothing was accepted, and nothing started, and how late a delayed job was let go, by
+    the brokers' clock, for people."""
     found = []
     for what, fact in (("submissions", "JobSubmitted"), ("starts", "JobStarted")):
         times = sorted(record.at for record in log.records if record.fact == fact)
@@ -175,7 +175,8 @@ def test_a_rolling_restart_of_the_brokers_is_hardly_seen(
 def test_a_leader_that_stands_still_is_left_behind(
     brokers: Brokers, tmp_path: Path, namespace: str, say: Callable[[str], None]
 ) -> None:
-    """SIGSTOP of the broker that leads most, longer than every session, and SIGCONT: what it still answers harms nothing."""
+    """SIGSTOP of the broker that leads most, longer than every session, and SIGCONT: what
+    it still answers harms nothing."""
     began = time.monotonic()
     cluster = Cluster(brokers)
     with ExitStack() as stack:
@@ -202,8 +203,8 @@ def test_a_leader_that_stands_still_is_left_behind(
 def test_with_one_of_three_left_nothing_is_acknowledged_and_all_goes_on_later(
     brokers: Brokers, tmp_path: Path, namespace: str, say: Callable[[str], None]
 ) -> None:
-    """Two brokers killed at once: what is submitted then waits, and fails within its time; once they are back, all that was
-    acknowledged ends, and the parts go on by themselves."""
+    """Two brokers killed at once: what is submitted then waits, and fails within its time; once they are back, all that
+    was acknowledged ends, and the parts go on by themselves."""
     began = time.monotonic()
     cluster = Cluster(brokers)
     with ExitStack() as stack:
@@ -298,7 +299,8 @@ def test_the_router_passes_no_event_when_leaders_are_killed(
 def test_topics_that_have_one_copy_still_take_records_after_an_apply(
     brokers: Brokers, tmp_path: Path, namespace: str
 ) -> None:
-    """Made when the cluster had one broker: `topics apply` says what is missing, and asks for no second acknowledgement."""
+    """Made when the cluster had one broker: `topics apply` says what is missing, and asks
+    for no second acknowledgement."""
     with Fleet(tmp_path, brokers.bootstrap, namespace) as fleet:
         assert fleet.run("topics", "apply", fleet.target, "--yes", "--replication", "1")[0] == 0
         code, plan, errors = fleet.run("topics", "apply", fleet.target, "--yes")

@@ -1,4 +1,5 @@
-"""What only PostgreSQL has: users and their rights, other people's tables, connections that break, servers that crash."""
+"""What only PostgreSQL has: users and their rights, other people's tables, connections
+that break, servers that crash."""
 
 from __future__ import annotations
 

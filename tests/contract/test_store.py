@@ -282,7 +282,8 @@ def test_a_transaction_is_whole_or_not_at_all(store: Store, reader: StatusReader
 
 
 def test_one_writer_at_a_time(backend: Backend) -> None:
-    """While a writer's lease runs nobody else gets it; once its time has passed another one does, and the first is out."""
+    """While a writer's lease runs nobody else gets it; once its time has passed another
+    one does, and the first is out."""
     clock = Clock()
     with backend.store("one:1", clock) as one, backend.store("two:2", clock) as two:
         assert one.acquire()

@@ -1,4 +1,5 @@
-"""What goes wrong with what people hand in: each a clear error or a dead letter, with the job whole, and never a hang."""
+"""What goes wrong with what people hand in: each a clear error or a dead letter, with
+the job whole, and never a hang."""
 
 from __future__ import annotations
 

@@ -79,7 +79,8 @@ def checked(folder: Path, broker: str, module: str) -> tuple[int, dict[str, Any]
 
 
 def test_a_new_version_is_held_against_what_is_in_the_log(broker: str, namespace: str, tmp_path: Path) -> None:
-    """Jobs that wait in queues and with the coordinator, whose task, queue or arguments are no more; ended ones are not told."""
+    """Jobs that wait in queues and with the coordinator, whose task, queue or arguments are no
+    more; ended ones are not told."""
     (tmp_path / "old.py").write_text(OLD.format(namespace=namespace))
     (tmp_path / "new.py").write_text(NEW.format(namespace=namespace))
     assert jobledger(tmp_path, broker, "topics", "apply", "old:app", "--yes")[0] == 0

@@ -185,8 +185,8 @@ def until(check: Callable[[], bool], what: str) -> None:
 
 
 def test_a_jobs_life_from_the_command_line(shop: Shop) -> None:
-    """Topics, stream processor and worker are started; jobs are submitted, waited for, listed, shown with their timeline,
-    and read from the log; what does not end well has its own exit codes; both processes stop clean."""
+    """Topics, stream processor and worker are started; jobs are submitted, waited for, listed, shown with their
+    timeline, and read from the log; what does not end well has its own exit codes; both processes stop clean."""
     made = shop.json("topics", "apply", shop.target, "--yes")
     assert made["applied"] > 0
     streams, worker = shop.start("streams", shop.target), shop.start("worker", shop.target, "--grace", "1")
@@ -304,8 +304,8 @@ def test_several_worker_processes_under_one_command(shop: Shop) -> None:
 
 
 def test_dev_runs_everything_and_reloads_on_change(shop: Shop) -> None:
-    """One command makes the topics and runs worker and stream processor; a change is run at once, code that does not load
-    leaves the old one running, a new queue gets its topic; Ctrl-C ends it with 0."""
+    """One command makes the topics and runs worker and stream processor; a change is run at once, code that does not
+    load leaves the old one running, a new queue gets its topic; Ctrl-C ends it with 0."""
     dev = shop.start("dev", shop.target)
     dev.said("dev", "topics made")
     dev.said("worker", "queue mail: assigned")

@@ -155,7 +155,8 @@ def closed_port() -> int:
 
 
 def test_a_broker_that_is_away_is_named_within_the_bound(namespace: str) -> None:
-    """Without a broker, submitting ends after the bound and names the address: a job never silently fails to schedule."""
+    """Without a broker, submitting ends after the bound and names the address: a job
+    never silently fails to schedule."""
     address = f"127.0.0.1:{closed_port()}"
     app = App(namespace, settings=Settings(bootstrap=address, submit_timeout=1.0))
     task = declare(app)

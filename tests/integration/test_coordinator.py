@@ -363,7 +363,8 @@ def test_an_unknown_fact_stops_it_and_is_never_passed(lab: Lab) -> None:
 
 
 def test_a_release_to_a_topic_that_is_missing_waits_for_it(lab: Lab) -> None:
-    """It is held back and reported, other queues go on, decisions do not pile up, and once the topic is there it goes."""
+    """It is held back and reported, other queues go on, decisions do not pile up, and
+    once the topic is there it goes."""
     running = lab.ready()
     held, other = lab.submit(0, queue="later"), lab.submit(0)
     lab.await_let_go((other, 1, 1))

@@ -91,7 +91,8 @@ def states(app: App) -> dict[str, int]:
 def test_partitions_are_added_while_everything_runs(
     broker: str, namespace: str, tmp_path: Path, say: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of a queue and of an event, two to four: worker, router, materializer and projection go on, and take the new ones."""
+    """Of a queue and of an event, two to four: worker, router, materializer and projection
+    go on, and take the new ones."""
     monkeypatch.setattr(projections, "LOOK_S", 1.0)
     settings = Settings(bootstrap=broker, status_url=f"sqlite:///{tmp_path / 'status.db'}", home=tmp_path)
     small, large = (
@@ -128,8 +129,8 @@ def test_partitions_are_added_while_everything_runs(
 
 
 def test_a_second_generation_of_a_queue_takes_over(broker: str, namespace: str, tmp_path: Path) -> None:
-    """What was submitted to the first one, delayed and retried jobs included, ends there; new jobs are the second's. Then the
-    first one is empty and its declaration can go."""
+    """What was submitted to the first one, delayed and retried jobs included, ends there; new jobs are the second's.
+    Then the first one is empty and its declaration can go."""
     settings = Settings(bootstrap=broker, status_url=f"sqlite:///{tmp_path / 'status.db'}", home=tmp_path)
     first = declared(namespace, settings, [Queue("q", partitions=1)], queue="q", events=2)
     both = declared(namespace, settings, [Queue("q", partitions=1), Queue("q-2", partitions=4)], queue="q-2", events=2)

@@ -154,7 +154,8 @@ def test_a_timeout_is_told_then_enforced(app: App, worker: Worker, tmp_path: Pat
 
 
 def test_memory_is_bounded(app: App, worker: Worker) -> None:
-    """Who takes too much by and by is killed, who takes it at once gets a `MemoryError`; who takes less is left alone."""
+    """Who takes too much by and by is killed, who takes it at once gets a `MemoryError`;
+    who takes less is left alone."""
     slow, fast, fine = tasks.takes.submit(400, False), tasks.takes.submit(4000, True), tasks.takes.submit(100, False)
     fact = end_of(app, slow.job_id)
     assert isinstance(fact, JobFailed)
@@ -215,7 +216,8 @@ def test_a_cancel_reaches_running_code(app: App, worker: Worker, tmp_path: Path,
 
 
 def test_a_thread_is_told_of_its_timeout(app: App, worker: Worker) -> None:
-    """Where it executes Python it ends soon after; what returns all the same has succeeded; the thread goes on working."""
+    """Where it executes Python it ends soon after; what returns all the same has
+    succeeded; the thread goes on working."""
     raises, returns = tasks.hangs_in_thread.submit("raises"), tasks.hangs_in_thread.submit("returns")
     fact = end_of(app, raises.job_id)
     assert isinstance(fact, JobFailed)

@@ -1,4 +1,5 @@
-"""A program in another language, built by Maven from `examples/java`: it has the schema and docs/wire.md, and nothing of ours."""
+"""A program in another language, built by Maven from `examples/java`: it has the schema and
+docs/wire.md, and nothing of ours."""
 
 from __future__ import annotations
 
@@ -22,7 +23,8 @@ MAVEN = shutil.which("mvn") if shutil.which("javac") else None
 @pytest.mark.skipif(MAVEN is None, reason="no mvn and javac on the path: the example in Java is not built")
 @pytest.mark.timeout(600)
 def test_a_java_program_submits_a_job_and_reads_its_end(broker: str, namespace: str, tmp_path: Path) -> None:
-    """It publishes the schema itself, submits `add(40, 2)`, and sees the start and the result on the lifecycle topic."""
+    """It publishes the schema itself, submits `add(40, 2)`, and sees the start and the
+    result on the lifecycle topic."""
     app = made(namespace, broker)
     ensure(app, app.settings)
     project = tmp_path / "java"

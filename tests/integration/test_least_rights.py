@@ -162,7 +162,8 @@ def coordinator(world: World, refused: list[JobledgerError]) -> None:
 
 
 def materializer(world: World, refused: list[JobledgerError]) -> None:
-    """Writes the table; keeps what cannot be read on lifecycle; watchdog, audit, trimming, and cancels that are settled."""
+    """Writes the table; keeps what cannot be read on lifecycle; watchdog, audit, trimming,
+    and cancels that are settled."""
     url, names = f"sqlite:///{world.folder}/{uuid.uuid4().hex}.db", world.boss.names
     settings, stop = world.settings("materializer"), threading.Event()
     handle = world.boss.add.using(delay=0.01).submit(1)  # type: ignore[attr-defined]  # nobody lets it go

@@ -286,7 +286,8 @@ def test_kill_9_at_any_time_loses_and_doubles_nothing(world: World) -> None:
 def test_a_database_that_is_away_for_ten_seconds_loses_nothing(
     broker: str, namespace: str, postgres_server: Server, crash: bool
 ) -> None:
-    """PostgreSQL that stops while the table is written, or crashes and loses its last commits, costs time and nothing else.
+    """PostgreSQL that stops while the table is written, or crashes and loses its last
+    commits, costs time and nothing else.
 
     A materializer that is killed with it, and one that lives through it, both leave a table that is what the log says.
     """
@@ -323,7 +324,8 @@ def test_a_database_that_is_away_for_ten_seconds_loses_nothing(
 def test_a_materializer_waits_for_its_database_at_the_start(
     broker: str, namespace: str, postgres_server: Server
 ) -> None:
-    """A materializer that starts before its database does begins when that answers; one it is refused by ends at once."""
+    """A materializer that starts before its database does begins when that answers; one
+    it is refused by ends at once."""
     with postgres_server.database() as url, closing(World(broker, namespace, url)) as world:
         world.fill(10)
         postgres_server.stop()

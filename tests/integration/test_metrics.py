@@ -35,8 +35,8 @@ def told(worker: Worker) -> dict[tuple[str, tuple[tuple[str, str], ...]], float]
 
 
 def test_every_figure_of_a_worker(broker: str, namespace: str) -> None:
-    """Counts by task and outcome, histograms, what runs and waits, lag, gap, map, gates, rebalances; what stood on the log
-    before the worker came has waited since then."""
+    """Counts by task and outcome, histograms, what runs and waits, lag, gap, map, gates, rebalances; what stood on the
+    log before the worker came has waited since then."""
     app = App(
         namespace,
         settings=Settings(bootstrap=broker),

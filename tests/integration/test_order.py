@@ -288,7 +288,8 @@ def test_limits_hold_for_all_workers_together(app: App, seen: Seen) -> None:
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_with_one_hot_partition_the_limit_is_its_workers_share(app: App, seen: Seen, workers: int) -> None:
-    """Twenty a second on a queue of two partitions, all load in one: alone its worker has all of that, of two each has half."""
+    """Twenty a second on a queue of two partitions, all load in one: alone its worker has all
+    of that, of two each has half."""
     handles = app.submit_many(app.tasks["call"].job(n, 0.01) for n in range(110))
     cold = [handle for handle in handles if handle.position.partition == 1]
     app.orders.cancel([Job(handle.job_id, 1) for handle in cold], "another partition")

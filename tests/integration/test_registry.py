@@ -1,4 +1,5 @@
-"""The wire with a real Schema Registry: what is registered, what is written, and that both framings are read everywhere."""
+"""The wire with a real Schema Registry: what is registered, what is written, and that both
+framings are read everywhere."""
 
 from __future__ import annotations
 
@@ -197,8 +198,8 @@ def test_a_registry_that_is_away_at_the_first_submission_is_named(broker: str, n
 def test_all_parts_work_with_a_registry(
     broker: str, registry_url: str, api: httpx2.Client, namespace: str, tmp_path: Path
 ) -> None:
-    """Client, worker, coordinator and materializer: every event is framed, every topic that is written has its subject and
-    no other has one, and the table equals the log."""
+    """Client, worker, coordinator and materializer: every event is framed, every topic that is written has its subject
+    and no other has one, and the table equals the log."""
     app = made(namespace, broker, schema_registry=registry_url, home=tmp_path)
     add: Any = app.tasks["add"]
     jobs = [add.submit(n) for n in range(20)]
@@ -241,8 +242,8 @@ def _ended(app: App) -> set[str]:
 def test_a_deployment_rolls_to_the_registry_and_back(
     broker: str, registry_url: str, namespace: str, tmp_path: Path
 ) -> None:
-    """Old and new records stand in one topic, workers of either setting run all of them, nothing runs twice, and the table
-    is the same whoever reads; once rolled back, the registry is not needed to read what it framed."""
+    """Old and new records stand in one topic, workers of either setting run all of them, nothing runs twice, and the
+    table is the same whoever reads; once rolled back, the registry is not needed to read what it framed."""
     plain = made(namespace, broker, home=tmp_path)
     registered = with_registry(plain, registry_url)
     jobs: list[str] = []
@@ -272,7 +273,8 @@ def test_a_deployment_rolls_to_the_registry_and_back(
 
 
 def test_a_takeover_reads_both_framings(broker: str, registry_url: str, namespace: str) -> None:
-    """What the log says is done is not run again, and a release of before is dropped, whichever way either is framed."""
+    """What the log says is done is not run again, and a release of before is dropped,
+    whichever way either is framed."""
     plain = made(namespace, broker)
     registered = with_registry(plain, registry_url)
     names = plain.names
@@ -304,8 +306,8 @@ def test_a_takeover_reads_both_framings(broker: str, registry_url: str, namespac
 
 
 def test_a_takeover_that_cannot_read_an_end_runs_nothing(broker: str, registry_url: str, namespace: str) -> None:
-    """A closing fact in a frame that nobody here explains: the partition stops, also for the job it closes, and the next
-    owner, who has the setting, still finds the end and does not run the job again."""
+    """A closing fact in a frame that nobody here explains: the partition stops, also for the job it closes, and the
+    next owner, who has the setting, still finds the end and does not run the job again."""
     app = made(namespace, broker)
     registered = with_registry(app, registry_url)
     names = app.names
@@ -343,7 +345,8 @@ def send_events(app: App, topic: str, *events: JobEvent) -> None:
 def test_a_plain_confluent_producer_submits_a_job(
     broker: str, registry_url: str, api: httpx2.Client, namespace: str, version: str
 ) -> None:
-    """With the published schema, or one of its own that Avro resolves, fastavro and five bytes of frame: the job runs."""
+    """With the published schema, or one of its own that Avro resolves, fastavro and five
+    bytes of frame: the job runs."""
     app = made(namespace, broker, schema_registry=registry_url)
     topic = app.names.jobs("default")
     schema: Any = json.loads(codec.SCHEMA_TEXT)
@@ -392,8 +395,8 @@ def test_the_example_for_other_languages_runs(broker: str, registry_url: str, na
 
 
 def test_without_the_setting_a_frame_waits_and_garbage_does_not(broker: str, registry_url: str, namespace: str) -> None:
-    """A frame whose schema only a registry has stops its partition, and nothing is rejected; garbage behind a zero byte is
-    dead-lettered. With the setting the job runs."""
+    """A frame whose schema only a registry has stops its partition, and nothing is rejected; garbage behind a zero byte
+    is dead-lettered. With the setting the job runs."""
     app = made(namespace, broker)
     topic = app.names.jobs("default")
     registered = with_registry(app, registry_url)
@@ -499,8 +502,8 @@ def door(registry_url: str) -> Iterator[Door]:
 def test_a_registry_that_goes_away_stops_only_what_needs_it(
     broker: str, registry_url: str, namespace: str, door: Door
 ) -> None:
-    """Submissions and jobs go on with the ids that are known. A record with another id ends the worker, unrejected; it runs
-    once the registry is back."""
+    """Submissions and jobs go on with the ids that are known. A record with another id ends the worker, unrejected; it
+    runs once the registry is back."""
     app = made(namespace, broker, schema_registry=door.url)
     topic = app.names.jobs("default")
     # The same schema but for its words: another id in the registry, the same bytes.
@@ -530,7 +533,8 @@ def test_a_registry_that_goes_away_stops_only_what_needs_it(
 def test_streams_without_the_setting_stop_at_a_frame(
     broker: str, registry_url: str, namespace: str, tmp_path: Path
 ) -> None:
-    """Coordinator and materializer name record and setting, and pass nothing; with the setting they go on from there."""
+    """Coordinator and materializer name record and setting, and pass nothing; with the
+    setting they go on from there."""
     app = made(namespace, broker, home=tmp_path)
     registered = with_registry(app, registry_url)
     delayed = submission()
@@ -615,7 +619,8 @@ def test_domain_events_are_framed_too_and_read_without_the_registry(
 def test_avro_of_others_is_handled_by_the_schema_it_was_written_with(
     broker: str, registry_url: str, namespace: str, api: httpx2.Client
 ) -> None:
-    """Another program's record, of another name, with a field more and one less; without the setting the router says so."""
+    """Another program's record, of another name, with a field more and one less; without
+    the setting the router says so."""
     app, ran = with_events(namespace, broker, registry_url)
     client = admin(app.settings)
     topic = f"{namespace}-scales"

@@ -1,7 +1,7 @@
 """Secured clusters: every part with its own user, its own certificate or password, and exactly the least rights.
 
-The broker lets nobody do what no ACL allows (`tests.secured`). Where real processes make no difference, the parts run in this
-one.
+The broker lets nobody do what no ACL allows (`tests.secured`). Where real processes make no
+difference, the parts run in this one.
 """
 
 from __future__ import annotations
@@ -285,8 +285,8 @@ BAD = [
 
 @pytest.mark.parametrize("kind", BAD)
 def test_who_is_not_let_in_is_told_why(secured: Secured, kind: str, namespace: str) -> None:
-    """By librdkafka at the first look and at a submission, by aiokafka at its start: within seconds, with the setting that
-    is wrong and without the password."""
+    """By librdkafka at the first look and at a submission, by aiokafka at its start: within seconds, with the setting
+    that is wrong and without the password."""
     address, kafka, said = bad(secured, kind)
     settings = Settings(bootstrap=address, kafka=kafka, submit_timeout=8.0 if kind == "secret" else 30.0)
 
@@ -367,8 +367,8 @@ def test_who_may_nothing_is_told_what_it_needs(site: Site) -> None:
     ids=lambda value: f"{value.operation}-{value.kind}-{value.name}" if isinstance(value, Right) else value,
 )
 def test_a_right_that_is_taken_away_meanwhile_loses_nothing(site: Site, role: str, words: str, right: Right) -> None:
-    """The part ends with 77 and says which right is gone; given back and started again, every job and event comes to its
-    end."""
+    """The part ends with 77 and says which right is gone; given back and started again, every
+    job and event comes to its end."""
     secured, right = site.secured, right.of(site.namespace)
     boss = site.environ(secured.brokers.bootstrap, {})
     assert site.run(boss, "topics", "apply", site.target, "--yes", "--replication", "1")[0] == 0

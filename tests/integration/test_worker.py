@@ -540,7 +540,8 @@ def test_a_worker_that_stops_lets_jobs_end_and_gives_up_the_rest(broker: str, na
 def test_a_partition_that_gets_ready_while_the_dispatcher_is_being_woken_is_not_left_waiting(
     broker: str, namespace: str
 ) -> None:
-    """Records that were fetched before a takeover ends run as soon as it has ended, though nothing else happens then."""
+    """Records that were fetched before a takeover ends run as soon as it has ended,
+    though nothing else happens then."""
     app = made(namespace, broker)
     with working(app) as worker:
         until(lambda: [p.ready for p in worker.partitions()] == [True] * 3)
@@ -563,7 +564,8 @@ def test_a_partition_that_gets_ready_while_the_dispatcher_is_being_woken_is_not_
 
 
 def test_nothing_of_an_ended_job_waits_for_the_garbage_collector(broker: str, namespace: str) -> None:
-    """However a job ends, what the worker knew of it is freed at once: without cycles, memory does not follow the rate."""
+    """However a job ends, what the worker knew of it is freed at once: without cycles,
+    memory does not follow the rate."""
 
     def works() -> int:
         return sum(type(found) is Work for found in gc.get_objects())

@@ -70,7 +70,8 @@ def test_the_names_are_those_of_the_namespace() -> None:
 
 
 def test_roles_together_need_each_right_once() -> None:
-    """`streams` is both its halves; what one of them cannot do without is not dispensable, and what is implied is left out."""
+    """`streams` is both its halves; what one of them cannot do without is not dispensable,
+    and what is implied is left out."""
     both = acls.rights("streams", "shop")
     assert len({(r.kind, r.name, r.pattern, r.operation) for r in both}) == len(both)
     by_right = {(r.kind, r.name, r.operation): r.lost for r in both}

@@ -52,7 +52,8 @@ GOOD = Airport("LSZH", "ZRH", "Zurich Airport", "Zurich", "Zurich", "CH", 1417.0
 
 
 def test_the_input_has_the_faults_that_the_readme_names() -> None:
-    """Of 28,298 rows 2,825 lack a city and 130 name a time zone of another country; 8 do both, so 2,947 are rejected."""
+    """Of 28,298 rows 2,825 lack a city and 130 name a time zone of another country; 8
+    do both, so 2,947 are rejected."""
     found = [faults(airport) for airport in airports()]
     kinds_found = Counter(kind for each in found for kind in kinds("; ".join(each)))
     assert len(found) == 28_298

@@ -1,7 +1,9 @@
-"""The autoscaling recipes, over what a real worker told Prometheus (tests/recorded): up when a burst comes, down after it.
+"""The autoscaling recipes, over what a real worker told Prometheus (tests/recorded): up
+when a burst comes, down after it.
 
-The queries are taken from the recipes themselves and run by Prometheus' own promtool; what an HPA makes of them is its
-documented rule (ceil of value / target, bounds, the highest of all metrics, the stabilisation window), written out here.
+The queries are taken from the recipes themselves and run by Prometheus' own promtool; what an HPA makes
+of them is its documented rule (ceil of value / target, bounds, the highest of all metrics, the
+stabilisation window), written out here.
 """
 
 from __future__ import annotations
@@ -123,8 +125,8 @@ def test_both_recipes_ask_the_same() -> None:
 
 
 def test_up_with_the_burst_and_down_after_it(tmp_path: Path, say: Callable[[str], None]) -> None:
-    """Recorded: one worker, 3,000 jobs at once. Both figures ask for more workers within two scrapes of what they measure,
-    never for more than there are partitions, and for one again when the backlog is gone."""
+    """Recorded: one worker, 3,000 jobs at once. Both figures ask for more workers within two scrapes of what they
+    measure, never for more than there are partitions, and for one again when the backlog is gone."""
     queries = adapter_queries()
     lag = [value or 0.0 for value in evaluated(tmp_path, queries["jobledger_mail_lag"], RECORDED["series"])]
     assert math.isnan(lag[0]), "the worker had no partition yet"

@@ -108,7 +108,8 @@ def test_the_schema_says_what_the_class_says() -> None:
 
 
 def test_a_plain_class_becomes_a_frozen_dataclass_and_others_stay() -> None:
-    """`@app.event` on a class with annotations is enough; Structs are taken as they are; the same name twice is refused."""
+    """`@app.event` on a class with annotations is enough; Structs are taken as they are;
+    the same name twice is refused."""
     app = App("shop", settings=Settings())
 
     @app.event

@@ -1,4 +1,5 @@
-"""The Confluent frame: both ways of framing carry the same event, and what merely looks like a frame is never guessed."""
+"""The Confluent frame: both ways of framing carry the same event, and what merely looks
+like a frame is never guessed."""
 
 from __future__ import annotations
 
@@ -145,7 +146,8 @@ def test_an_event_is_never_rejected_for_want_of_a_registry(
 
 @given(st.binary(max_size=60))
 def test_garbage_behind_a_zero_byte_is_contained(rest: bytes) -> None:
-    """Whatever follows a zero byte: without a registry it is garbage, or it begins as an event does and waits for one."""
+    """Whatever follows a zero byte: without a registry it is garbage, or it begins as an
+    event does and waits for one."""
     value = b"\0" + rest
     with pytest.raises((NotAnEvent, RegistryNeeded)) as caught:
         codec.Decoder(None, without_a_registry).decode(value)

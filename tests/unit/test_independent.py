@@ -236,7 +236,8 @@ def test_a_start_after_the_end_is_excused_only_for_who_stood_still_at_both_times
 
 
 def test_a_release_that_follows_from_an_end_while_standing_still_is_excused_only_then(good: Writer) -> None:
-    """A retry that a process wrote when it woke lets an ended job go again; outside a stand-still that is a violation."""
+    """A retry that a process wrote when it woke lets an ended job go again; outside a
+    stand-still that is a violation."""
     closed = next(r for r in good.log.records if r.fact == "JobSucceeded")
     retried = good.add(LIFE, "JobRetried", {"error": ERROR, "delay_ms": 0, "duration_us": 1})
     good.add(COORD, "ReleaseRequested", {"spec": SPEC, "delay_ms": 0, "due_at": None}, release=2, attempt=2)

@@ -149,8 +149,8 @@ def test_who_is_blamed() -> None:
 
 
 def test_a_child_that_is_there_twice_gets_one_job() -> None:
-    """Its pid and its connection may come in either order, and the second of them be told again: one job at a time, or the
-    result of one would be taken for the other's."""
+    """Its pid and its connection may come in either order, and the second of them be told again: one job at a time, or
+    the result of one would be taken for the other's."""
     given: list[tuple[Child, Work]] = []
     nothing = cast(Any, None)
     pool = Children(

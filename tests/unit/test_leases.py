@@ -1,4 +1,5 @@
-"""Leases of long jobs, cancels and expiries, as the coordinator judges them: pure, against any order of what may happen."""
+"""Leases of long jobs, cancels and expiries, as the coordinator judges them: pure, against
+any order of what may happen."""
 
 from __future__ import annotations
 
@@ -197,8 +198,9 @@ FACTS = st.one_of(
 @given(st.lists(st.tuples(FACTS, st.integers(1, 4), st.integers(0, 40_000)), max_size=60), st.booleans())
 @settings(max_examples=300, deadline=None)
 def test_of_a_run_there_is_one_end(steps: list[tuple[Fact, int, int]], crash: bool) -> None:
-    """Whatever workers, timers and people write, in whatever order and however often: at most one end of the run is passed on,
-    each release is let go once, and nothing follows the end. Decided again after a crash, it comes to the same."""
+    """Whatever workers, timers and people write, in whatever order and however often: at most one end
+    of the run is passed on, each release is let go once, and nothing follows the end. Decided again
+    after a crash, it comes to the same."""
     row: Row | None = None
     at = T0
     ends: Counter[str] = Counter()

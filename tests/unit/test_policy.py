@@ -1,4 +1,5 @@
-"""Policies judge themselves: what cannot hold, or not together, is refused when the app is loaded, naming the way out."""
+"""Policies judge themselves: what cannot hold, or not together, is refused when the app
+is loaded, naming the way out."""
 
 from __future__ import annotations
 

@@ -119,7 +119,8 @@ def run(messages: list[Message], sizes: list[int], cache_jobs: int) -> Table:
 def test_batches_of_any_size_and_any_memory_make_the_same_table(
     chance: random.Random, sizes: list[int], cache_jobs: int
 ) -> None:
-    """However records are cut into batches, and however little is kept in memory, rows, tags and counters are the same."""
+    """However records are cut into batches, and however little is kept in memory, rows,
+    tags and counters are the same."""
     messages = stream(chance, 30)
     whole, other = run(messages, [len(messages)], 10_000), run(messages, sizes, cache_jobs)
     assert other.rows == whole.rows

@@ -1,4 +1,5 @@
-"""Security settings: one set of them, for librdkafka as it is and for aiokafka in translation; nothing is left out in silence."""
+"""Security settings: one set of them, for librdkafka as it is and for aiokafka in translation;
+nothing is left out in silence."""
 
 from __future__ import annotations
 
@@ -104,8 +105,8 @@ def test_checks_are_turned_off_only_on_demand(authority: Authority) -> None:
     ],
 )
 def test_what_cannot_be_used_is_said(authority: Authority, user: Identity, name: str, value: str, said: str) -> None:
-    """A file that is not there, a wrong password and a setting without translation are errors that name the setting; none
-    shows a password."""
+    """A file that is not there, a wrong password and a setting without translation are errors that name the
+    setting; none shows a password."""
     kafka = {
         "security.protocol": "SSL",
         "ssl.ca.location": str(authority.ca),
@@ -244,7 +245,8 @@ def endpoint() -> Iterator[Endpoint]:
 
 
 def test_a_token_is_got_kept_and_renewed(endpoint: Endpoint) -> None:
-    """The client credentials grant, with scope and extensions; a token is asked for once, until most of its life is over."""
+    """The client credentials grant, with scope and extensions; a token is asked for once,
+    until most of its life is over."""
     kafka = {
         **OIDC,
         "sasl.oauthbearer.token.endpoint.url": endpoint.url,

@@ -64,7 +64,8 @@ class Running:
 
 @given(st.lists(st.floats(0, 9.9), min_size=1, max_size=20), st.integers(1, 10))
 def test_quick_deaths_in_a_row_are_bounded(lives: list[float], most: int) -> None:
-    """A child is started again at most ``most`` times in a row, after pauses that never shrink and never pass the cap."""
+    """A child is started again at most ``most`` times in a row, after pauses that never
+    shrink and never pass the cap."""
     policy = Restarts(most=most)
     pauses = [policy.died(lived) for lived in lives]
     given_up = [p for p in pauses[:most] if p is None]

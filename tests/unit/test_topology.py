@@ -181,7 +181,8 @@ def test_group_settings_stay_within_the_brokers_bounds(bounds: dict[str, str | N
 def test_what_must_acknowledge_follows_the_copies_that_there_are(
     copies: int, asked: int, insync: str, advised: bool
 ) -> None:
-    """One copy of three asked for: no write is stopped, and it is said. Three, asked for while a broker is away: kept."""
+    """One copy of three asked for: no write is stopped, and it is said. Three, asked for
+    while a broker is away: kept."""
     spec = specs(replication=asked)["shop.lifecycle"]
     there = {**spec.config, "min.insync.replicas": insync}
     (change,) = compare(spec, spec.partitions, there, copies)
