@@ -29,6 +29,9 @@ _HEAD_ROOM = 60  # version, flag, floor, begun, checksum and separators
 _PAYLOAD_BUDGET = (int(METADATA_LIMIT * BRAKE) - _HEAD_ROOM) * 3 // 4  # bytes before base64
 #: A bitset of so many records always stays below the brake.
 SPAN_BUDGET = _PAYLOAD_BUDGET * 8
+#: Facts beside it on lifecycle after which the start of a job that runs need not be found any more: what a takeover reads
+#: is bounded by that, however long jobs run.
+SCAN_MOST = 20_000
 _VERSION = "2"
 _BEFORE = "1"  # without ``begun``; read, not written
 
@@ -62,7 +65,18 @@ class PartitionOffsets:
     assignment. Offsets that never come (compaction, transaction marks) count as done once a later one came.
     """
 
-    __slots__ = ("_ahead", "_begun", "_end", "_hold", "_low", "_next_outcome", "_pending", "_unsettled", "changed")
+    __slots__ = (
+        "_ahead",
+        "_begun",
+        "_end",
+        "_hold",
+        "_low",
+        "_next_outcome",
+        "_pending",
+        "_running",
+        "_unsettled",
+        "changed",
+    )
 
     def __init__(self, restored: Restored, start_floor: int) -> None:
         # Keys in the log's order, because they are put in that order: the first one is the watermark.
@@ -73,13 +87,15 @@ class PartitionOffsets:
         self._next_outcome = start_floor
         self._hold: int | None = None
         self._unsettled: dict[int, int] = {}
+        self._running: dict[int, int] = {}  # begun, in that order: where their starts stand at the earliest
         self._begun = restored.begun
         #: Whether a snapshot would differ from the last one.
         self.changed = True
         self._absorb()
 
     def begin(self, offset: int) -> None:
-        """The record is begun: should this process die, it may have died of it. Needs no lock."""
+        """The record is begun: should this process die, it may have died of it."""
+        self._running.setdefault(offset, self._next_outcome)
         if offset >= self._begun:
             self._begun = offset + 1
             self.changed = True
@@ -103,6 +119,7 @@ class PartitionOffsets:
     def done(self, offset: int) -> None:
         """The record's outcome is durable, and so is what derives from it. Unknown offsets are ignored."""
         self._pending.pop(offset, 0)
+        self._running.pop(offset, 0)
         if self._unsettled:
             self._unsettled.pop(offset, None)
         self.changed = True
@@ -151,12 +168,19 @@ class PartitionOffsets:
 
     @property
     def floor(self) -> int:
-        """The lowest lifecycle offset that an outcome not in the map can have.
+        """The lowest lifecycle offset that an outcome not in the map can have, or the start of what runs.
 
-        Outcomes in flight come after every acknowledged one: one idempotent producer writes a partition in order.
+        What is in flight comes after every acknowledged outcome: one idempotent producer writes a partition in order.
+        Starts that lie too far back are let go (`SCAN_MOST`).
         """
         if self._hold is not None:
             return self._hold
+        running = self._running
+        while running:
+            record, start = next(iter(running.items()))
+            if start >= self._next_outcome - SCAN_MOST:
+                return min(start, *self._unsettled.values()) if self._unsettled else start
+            del running[record]
         return min(self._unsettled.values(), default=self._next_outcome)
 
     @property

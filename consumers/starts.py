@@ -126,7 +126,8 @@ class Starter:
             stage.waits[bisect_left(WAIT_BOUNDS_MS, waited_ms)] += 1
             stage.waited_ms += waited_ms
         if partition.offsets is not None:
-            partition.offsets.begin(work.offset)
+            with partition.lock:
+                partition.offsets.begin(work.offset)
         self.started += 1
         plan.started += 1
         self.running[work] = None

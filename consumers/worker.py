@@ -216,6 +216,7 @@ class Worker:
             ended=dispatcher.ended_here,
             ended_in_thread=dispatcher.ended_in_thread,
             fail=self.fail,
+            wake=dispatcher.wake,
         )
         children = self.children = self._children()
         places = Places(
@@ -403,7 +404,7 @@ class Worker:
         return list(dict.fromkeys(r for task in tasks for r in task.dependencies.values()))
 
     async def _wait_idle(self, dispatcher: Dispatcher, until: float, *, ignore_hurry: bool = False) -> None:
-        while dispatcher.running and (ignore_hurry or not self._hurry):
+        while (dispatcher.running or dispatcher.executor.parked) and (ignore_hurry or not self._hurry):
             left = until - time.monotonic()
             if left <= 0:
                 return

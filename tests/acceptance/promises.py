@@ -22,8 +22,8 @@ class Promise(enum.Enum):
     NO_RERUN_AFTER_SUCCESS = (
         "A job whose end is in the log is not run again, kill -9 of its worker included.",
         (
-            "A process that stood still (SIGSTOP, a suspended machine) past its session may start, within a moment of its "
-            "waking, what another has taken over. A work record that was written twice is recognised within 10 minutes or "
+            "A process that stood still (SIGSTOP, a suspended machine) past its session sends, within a moment of its "
+            "waking, what lay in its Kafka client: starts and ends of what another has taken over. A work record that was written twice is recognised within 10 minutes or "
             "100,000 records of its partition, whichever is less."
         ),
     )
@@ -45,7 +45,8 @@ class Promise(enum.Enum):
             "for them and nothing is lost. A fact from the future on a topic that must be acted on is waited for, never passed."
         ),
         (
-            "A job that dies before its first start is in the log may be started a fourth time. An app that children cannot "
+            "A job that dies before its first start is in the log, or when that lies 20,000 facts back, may be started a "
+            "fourth time. An app that children cannot "
             "import has no witness: there the worker dies three times. Of a record at the size limit only the beginning may "
             "be kept."
         ),

@@ -176,6 +176,34 @@ def test_a_frozen_worker_finds_its_jobs_done_by_others(fleet: Fleet) -> None:
     assert all(m.process is not None and m.process.poll() is None for m in members)
 
 
+def test_a_frozen_worker_writes_no_end_of_what_others_run(fleet: Fleet) -> None:
+    """Jobs that end as their worker wakes, past its session: it asks whether they are still its own, and leaves their ends
+    to those who took them over."""
+    submit(fleet, -121, -1)  # two seconds each
+    members: list[Member] = [fleet.start("worker", "--concurrency", "20") for _ in range(2)]
+    process = members[0].process
+    assert process is not None
+    frozen = f":{process.pid}"
+
+    def runs_many() -> bool:
+        seen = Seen(fleet)
+        left = seen.open()
+        return len([r for r in seen.starts if r.release in left and r.head["source"].endswith(frozen)]) >= 10
+
+    fleet.until(runs_many, 60, "the worker that is to be frozen runs many jobs")
+    with paused(fleet, members[0], BEYOND_SESSION_S):
+        pass
+    seen = drained(fleet, 120)
+    begun = {r.release for r in seen.starts if r.head["source"].endswith(frozen)}
+    taken = {r.release for r in seen.starts if not r.head["source"].endswith(frozen)} & begun
+    assert taken, "nothing was taken over: the worker was not frozen while it ran jobs"
+    ends = Counter(r.release for r in seen.log.of("lifecycle") if r.fact in CLOSING)
+    assert {release: count for release, count in ends.items() if count > 1} == {}
+    theirs = {release: seen.closed[release].head["source"] for release in taken}
+    assert not [release for release, source in theirs.items() if source.endswith(frozen)]
+    assert process.poll() is None
+
+
 def test_a_stop_signal_twice_does_not_wait(fleet: Fleet) -> None:
     """The second SIGTERM ends the grace time."""
     submit(fleet, -1, 0)  # a job that takes a minute

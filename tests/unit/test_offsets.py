@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jobledger.consumers import offsets
-from jobledger.consumers.offsets import METADATA_LIMIT, PartitionOffsets, Restored, decode, encode
+from jobledger.consumers.offsets import METADATA_LIMIT, SCAN_MOST, PartitionOffsets, Restored, decode, encode
 
 LOG_END = 1 << 40
 
@@ -207,6 +207,56 @@ def test_the_floor_is_the_lowest_outcome_the_map_can_lack() -> None:
     taken = tracker.snapshot()
     assert taken is not None
     assert decode(taken.offset, taken.metadata, LOG_END).floor == 62
+
+
+def test_the_floor_waits_for_the_start_of_what_runs() -> None:
+    """A start that a takeover would count stays in what it reads, unless it lies further back than `SCAN_MOST`."""
+    tracker = PartitionOffsets(Restored(0), start_floor=50)
+    for offset in range(3):
+        assert tracker.receive(offset)
+    tracker.acknowledged(59)
+    tracker.begin(0)
+    tracker.acknowledged(79)
+    tracker.begin(1)
+    assert tracker.floor == 60, "record 0 was begun when the last known outcome stood at 59"
+    tracker.begin(0)  # once more, after its process died
+    assert tracker.floor == 60
+    tracker.unsettled(2, 55)
+    assert tracker.floor == 55
+    tracker.done(2)
+    tracker.done(0)
+    assert tracker.floor == 80
+    tracker.acknowledged(79 + SCAN_MOST)
+    assert tracker.floor == 80
+    tracker.acknowledged(80 + SCAN_MOST)
+    assert tracker.floor == 81 + SCAN_MOST, "its start is let go"
+    tracker.done(1)
+    assert tracker.floor == 81 + SCAN_MOST
+
+
+@given(st.lists(st.tuples(st.sampled_from(["begin", "end", "other"]), st.integers(0, 30)), max_size=120))
+def test_every_start_that_runs_is_found(steps: list[tuple[str, int]]) -> None:
+    """Whatever begins and ends: each start of a record that has no end stands at or beyond the floor."""
+    tracker = PartitionOffsets(Restored(0), start_floor=0)
+    for offset in range(31):
+        assert tracker.receive(offset)
+    at = 0  # the end of lifecycle, which this owner alone writes
+    starts: dict[int, int] = {}
+    ended: set[int] = set()
+    for what, offset in steps:
+        if what == "begin" and offset not in ended:
+            tracker.begin(offset)
+            starts.setdefault(offset, at)
+            at += 1
+        elif what == "end" and offset in starts:
+            tracker.acknowledged(at)
+            tracker.done(offset)
+            ended.add(offset)
+            del starts[offset]
+            at += 1
+        else:
+            at += 1  # another's fact
+        assert all(tracker.floor <= start for start in starts.values())
 
 
 def test_a_text_that_would_not_fit_is_not_made() -> None:
