@@ -20,7 +20,7 @@ from functools import partial
 
 import msgspec
 import uuid_utils
-from confluent_kafka import KafkaException
+from confluent_kafka import KafkaError, KafkaException, Message
 
 from jobledger.consumers.facts import Facts
 from jobledger.consumers.interrupts import Interrupts
@@ -56,11 +56,11 @@ _uuid7 = uuid_utils.uuid7
 
 
 class Executor:
-    """Runs `Work` and sends its facts. ``ended`` is called on the event loop when a job's slot is free again.
+    """Runs `Work` and sends its facts; what derives from a closing fact the settler sends, when that is acknowledged. ``ended`` is called on the event loop when a job's slot is free again.
 
     ``fail`` stops the worker when a fact cannot be sent: the job then stays not done. An outcome is written only while it
     is certain that its partition is ours: this process may have stood still, and another run the job by now. Until that is
-    known it is *parked*; ``wake`` has `unpark` called.
+    known it is *parked*; ``wake`` has `unpark` called. ``settle``: have the delivery reports that arrived taken soon.
     """
 
     def __init__(
@@ -75,8 +75,9 @@ class Executor:
         ended_in_thread: Callable[[Work], None],
         fail: Callable[[JobledgerError], None],
         wake: Callable[[], None],
+        settle: Callable[[], None],
     ) -> None:
-        self._wake = wake
+        self._wake, self._settle = wake, settle
         #: What is to be written, and of which job.
         self.parked: deque[tuple[Work, Callable[[], None]]] = deque()
         self._facts, self._sender, self._lifecycle, self._source, self._limit = facts, sender, lifecycle, source, limit
@@ -274,16 +275,21 @@ class Executor:
                 self.close_lease(work, value, self._facts.fallback(event, outcome))
                 self._told(work, event, outcome, duration)
                 return
-            derived = self._facts.derived(event, outcome)
-            work.remaining = 1 + len(derived)
-            self._sender.send(self._lifecycle, value, event.job_id, work.partition.number, work.closing_delivered)
-            for record in derived:
-                assert record.value is not None
-                self._sender.send(record.topic, record.value, record.key, BY_KEY, work.derived_delivered)
+            # Not at once: were this process to die in between, a retry could be under way of a job that the next
+            # owner runs again, because it finds no end of it.
+            work.derived = self._facts.derived(event, outcome)
+            work.remaining = 1 + len(work.derived)
+            delivered = partial(self._end_delivered, work) if work.derived else work.closing_delivered
+            self._sender.send(self._lifecycle, value, event.job_id, work.partition.number, delivered)
         except Exception as exc:  # noqa: BLE001  # whatever it is, the job must not count as done
             self._broken(work, exc)
             return
         self._told(work, event, outcome, duration)
+
+    def _end_delivered(self, work: Work, error: KafkaError | None, message: Message) -> None:
+        """Delivery callback of an end from which more derives: the settler shall not take its time."""
+        work.closing_delivered(error, message)
+        self._settle()
 
     def _park(self, work: Work, write: Callable[[], None]) -> bool:
         """Keep an outcome until it is certain whose the partition is; False if it may be written now."""

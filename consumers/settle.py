@@ -1,4 +1,5 @@
-"""From delivery reports to done records: the one place where a record becomes done.
+"""From delivery reports to done records: the one place where a record becomes done, once its end is in the log and
+then what derives from it.
 
 A thread of its own, so a blocked event loop does not hold it up. Committing what is done is `commit`'s business.
 """
@@ -97,10 +98,22 @@ class Settler(threading.Thread):
                     offsets.unsettled(work.offset, found)
             if not work.remaining:
                 offsets.done(work.offset)
+        if closing and work.derived:
+            self._send_derived(work)
         if not work.remaining:
             partition.live.pop(work.offset, None)
             if work.lease is not None:
                 work.lease.settled(work)
+
+    def _send_derived(self, work: Work) -> None:
+        """The closing fact is in the log: now what derives from it."""
+        derived, work.derived = work.derived, ()
+        try:
+            for record in derived:
+                assert record.value is not None
+                self._sender.send(record.topic, record.value, record.key, BY_KEY, work.derived_delivered)
+        except JobledgerError as exc:  # the next owner sends it
+            self._fail(exc)
 
     def _undelivered(self, work: Work, closing: bool | None, error: KafkaError, message: Message) -> None:
         partition = work.partition

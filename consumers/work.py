@@ -11,7 +11,7 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from confluent_kafka import KafkaError, Message
@@ -29,6 +29,7 @@ from jobledger.task import Task
 
 if TYPE_CHECKING:
     from jobledger.consumers.leases import JobLease
+    from jobledger.writer import Outgoing
 
 LOG = logging.getLogger("jobledger.worker")
 
@@ -229,6 +230,7 @@ class Work:
         "arrived",
         "began",
         "context",
+        "derived",
         "event",
         "expires_at",
         "gates",
@@ -262,6 +264,7 @@ class Work:
     def __init__(self, partition: Partition, offset: int, event: JobEvent | None, arrived: Arrived) -> None:
         self.partition, self.offset, self.event, self.arrived = partition, offset, event, arrived
         self.remaining = 1  # acknowledgements still to come before the record is done
+        self.derived: Sequence[Outgoing] = ()  # sent once the closing fact is acknowledged
         self.lifecycle_offset = -1
         self.tries = 0
         self.takeover = 0  # starts of this release without an end, that the log shows

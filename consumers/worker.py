@@ -217,6 +217,7 @@ class Worker:
             ended_in_thread=dispatcher.ended_in_thread,
             fail=self.fail,
             wake=dispatcher.wake,
+            settle=lambda: dispatcher.call(settler.drain),
         )
         children = self.children = self._children()
         places = Places(
@@ -421,6 +422,9 @@ class Worker:
         if self.error is None:
             left = sender.flush(FLUSH_S)
             settler.drain()
+            if not left and sender.unacknowledged:  # what derives from the ends that were acknowledged
+                left = sender.flush(FLUSH_S)
+                settler.drain()
             if left:
                 self.fail(
                     BrokerUnavailable(

@@ -89,6 +89,7 @@ def audit(
     _all_ended(log, accepted, found)
     _never_early(log, found)
     _no_rerun(log, frozen, executions, found)
+    _causes_first(log, found)
     _closed_below_base(log, found)
     _rejects_kept(log, found)
     _dead_letters(log, found)
@@ -225,6 +226,22 @@ def _let_go_by_a_zombie(
         for earlier in range(1, number)
         for other in closes.get((job, run, earlier), ())
     )
+
+
+def _causes_first(log: Log, found: Audit) -> None:
+    """A worker asks for the next release once the end of this one is in the log, not before: it might die in between, and
+    the next owner run the job again while its retry is under way."""
+    causes: dict[tuple[str, int, int], int] = {}
+    for record in log.of("lifecycle"):
+        if record.fact in ("JobRetried", "JobSnoozed"):
+            job, run, release = record.release
+            key = (job, run, release + 1)
+            causes[key] = min(record.at, causes.get(key, record.at))
+    for record in log.of("coordination"):
+        if record.fact == "ReleaseRequested" and record.release[2] > 1:
+            cause = causes.get(record.release)
+            if cause is None or cause > record.at:
+                found.broken("asked for before its cause was in the log", show(record))
 
 
 def _belongs(record: Record) -> bool:

@@ -86,6 +86,7 @@ BROKEN_BY = {
     "started early": Promise.NEVER_EARLY,
     "started after its end was in the log": Promise.NO_RERUN_AFTER_SUCCESS,
     "run after its end was in the log": Promise.NO_RERUN_AFTER_SUCCESS,
+    "asked for before its cause was in the log": Promise.NO_RERUN_AFTER_SUCCESS,
     "succeeded without having been run": Promise.AT_LEAST_ONCE,
     "passed, but not closed": Promise.NOTHING_PASSED_OVER,
     "passed, but neither closed nor rejected": Promise.NOTHING_PASSED_OVER,

@@ -137,8 +137,8 @@ def test_groups_get_their_timeouts(
     settings: Settings, admin: AdminClient, app: App, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The worker group of each queue has the declared session timeout and heartbeat on the broker."""
-    monkeypatch.setattr(topics, "SESSION_TIMEOUT_MS", 7_000)
-    monkeypatch.setattr(topics, "HEARTBEAT_INTERVAL_MS", 1_500)
+    monkeypatch.setattr(topology, "SESSION_TIMEOUT_MS", 7_000)
+    monkeypatch.setattr(topology, "HEARTBEAT_INTERVAL_MS", 1_500)
     made = topics.ensure(app, settings)
     assert {c.name for c in made.pending if c.kind == "group"} == {app.names.worker_group(q) for q in app.queues}
     resource = ConfigResource(ResourceType.GROUP, app.names.worker_group("mail"))
