@@ -16,6 +16,7 @@ import socket
 import subprocess
 import sys
 import time
+import weakref
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -91,6 +92,7 @@ class Children:
         self._of: dict[Work, Child] = {}
         self._watched: set[Child] = set()
         self._tasks: set[asyncio.Task[None]] = set()
+        self._heard: weakref.WeakSet[Words] = weakref.WeakSet()  # also what a child's own children write
         self._closing = False
         self.deaths = self.killed = self.born = 0
         self.broken: JobledgerError | None = None
@@ -181,6 +183,8 @@ class Children:
             self._nursery = None
         for child in list(self._all):
             self._forget(child)
+        for words in self._heard:
+            words.close()
 
     # -- the nursery --------------------------------------------------------------------------------------------------
 
@@ -211,10 +215,8 @@ class Children:
         self._loop.add_reader(ours, self._told)
         self._nursery_words = Words()
         assert self._nursery.stderr is not None
-        self._later(self._listen(self._nursery.stderr, self._nursery_words))
-
-    async def _listen(self, pipe: Any, words: Words) -> None:
-        await self._loop.connect_read_pipe(lambda: words, pipe)
+        with self._nursery.stderr as errors:
+            self._nursery_words.listen(self._loop, os.dup(errors.fileno()))
 
     def _later(self, job: Any) -> None:
         task = self._loop.create_task(job)
@@ -337,10 +339,11 @@ class Children:
             theirs.close()
             os.close(write)
         ours.setblocking(False)
-        self._later(self._connect(child, ours, read))
+        child.words.listen(self._loop, read)
+        self._heard.add(child.words)
+        self._later(self._connect(child, ours))
 
-    async def _connect(self, child: Child, ours: socket.socket, read: int) -> None:
-        await self._listen(os.fdopen(read, "rb", 0), child.words)
+    async def _connect(self, child: Child, ours: socket.socket) -> None:
         await self._loop.create_connection(lambda: child, sock=ours)
         self._arrived(child)
 

@@ -30,21 +30,45 @@ class Owner(Protocol):
         """Its connection ended: it has ended, or is about to."""
 
 
-class Words(asyncio.Protocol):
-    """A child's standard error: passed on as it comes, and the last of it kept."""
+class Words:
+    """A process's standard error: passed on as it comes, and the last of it kept.
+
+    Read by hand, because uvloop's transport of a pipe closes its descriptor twice, the second time perhaps somebody
+    else's: a job's file, in another thread (github.com/MagicStack/uvloop/issues/763).
+    """
 
     def __init__(self) -> None:
         self.kept = b""
-        self.over = False
+        self._fd = -1
+        self._loop: asyncio.AbstractEventLoop
 
-    def data_received(self, data: bytes) -> None:
+    def listen(self, loop: asyncio.AbstractEventLoop, fd: int) -> None:
+        """Read ``fd``, which is ours from now on, until its end."""
+        os.set_blocking(fd, False)
+        self._loop, self._fd = loop, fd
+        loop.add_reader(fd, self._read)
+
+    def close(self) -> None:
+        """Read no more. A second call does nothing."""
+        fd, self._fd = self._fd, -1
+        if fd >= 0:
+            self._loop.remove_reader(fd)
+            os.close(fd)
+
+    def _read(self) -> None:
+        try:
+            data = os.read(self._fd, 65536)
+        except BlockingIOError:
+            return
+        except OSError:
+            data = b""
+        if not data:
+            self.close()
+            return
         self.kept = (self.kept + data)[-LAST_WORDS:]
         with contextlib.suppress(Exception):  # nobody reads ours: that is not the job's fault
             sys.stderr.write(data.decode("utf-8", "replace"))
             sys.stderr.flush()
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        self.over = True
 
 
 class Child(asyncio.Protocol):

@@ -68,7 +68,7 @@ class Settler(threading.Thread):
                     self._delivered(work, closing, message)
                 elif not self.broken:
                     self._undelivered(work, closing, error, message)
-        if message is not None:
+        if message is not None and message.offset() is not None:  # without one it carries our own clock's time
             self.clock.observe(message.timestamp()[1])
 
     def _delivered(self, work: Work, closing: bool | None, message: Message) -> None:
@@ -77,8 +77,10 @@ class Settler(threading.Thread):
         assert offsets is not None
         if closing is None:
             with partition.lock:
-                stands_at = message.offset() or 0
-                if message.topic() not in work.alone:
+                stands_at = message.offset()
+                if stands_at is None:
+                    stands_at = offsets.floor
+                elif message.topic() not in work.alone:
                     offsets.acknowledged(stands_at)
                 offsets.note(work.offset, stands_at)
             noted, work.noted = work.noted, None
@@ -89,10 +91,12 @@ class Settler(threading.Thread):
         with partition.lock:
             if closing:
                 found = message.offset()
-                assert found is not None
-                work.lifecycle_offset = found
+                if found is None:
+                    # The broker had it already: its first acknowledgement was lost with a leader. It
+                    # stands where it stands, and not below the floor.
+                    found = offsets.floor
                 # Only one producer's records come in order: another's tell nothing about what is still on its way.
-                if message.topic() not in work.alone:
+                elif message.topic() not in work.alone:
                     offsets.acknowledged(found)
                 if work.remaining:
                     offsets.unsettled(work.offset, found)

@@ -239,7 +239,6 @@ class Work:
         "interrupted",
         "kwargs",
         "lease",
-        "lifecycle_offset",
         "line",
         "noted",
         "offset",
@@ -265,7 +264,6 @@ class Work:
         self.partition, self.offset, self.event, self.arrived = partition, offset, event, arrived
         self.remaining = 1  # acknowledgements still to come before the record is done
         self.derived: Sequence[Outgoing] = ()  # sent once the closing fact is acknowledged
-        self.lifecycle_offset = -1
         self.tries = 0
         self.takeover = 0  # starts of this release without an end, that the log shows
         self.suspect = False  # it may have taken a process down: run where that is seen, its start in the log first

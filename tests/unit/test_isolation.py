@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import threading
 import time
@@ -10,6 +11,7 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
+import uvloop
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -21,7 +23,7 @@ from jobledger.consumers.gates import Room
 from jobledger.consumers.interrupts import Interrupts
 from jobledger.consumers.outcome import Failed, Outcome, Retried, Snoozed, Succeeded
 from jobledger.consumers.places import CRASHES, UNSEEN_CRASHES, Places
-from jobledger.consumers.process import Child, last_words
+from jobledger.consumers.process import Child, Words, last_words
 from jobledger.consumers.takeover import _started_at
 from jobledger.consumers.target import find_target
 from jobledger.consumers.work import Work
@@ -192,3 +194,41 @@ def test_an_app_is_named_by_its_module() -> None:
     assert find_target(module_app.registry) == f"{__name__}:module_app"
     with pytest.raises(ConfigError, match="put it and its tasks at the top level"):
         find_target(App("nowhere", settings=Settings(bootstrap="127.0.0.1:1")).registry)
+
+
+def test_reading_a_childs_words_closes_nothing_else() -> None:
+    """While pipes come and go on the loop, files that a thread opens stay its own."""
+    stolen: list[OSError] = []
+    stop = threading.Event()
+
+    def job() -> None:
+        while not stop.is_set():
+            try:
+                with open(os.devnull, "wb", buffering=0) as file:
+                    file.write(b"x")
+            except OSError as exc:
+                stolen.append(exc)
+
+    async def children() -> list[bytes]:
+        loop = asyncio.get_running_loop()
+        said = []
+        for _ in range(300):
+            read, write = os.pipe()
+            words = Words()
+            words.listen(loop, read)
+            os.write(write, b"last")
+            os.close(write)
+            await asyncio.sleep(0.001)
+            words.close()
+            said.append(words.kept)
+        return said
+
+    thread = threading.Thread(target=job, daemon=True)
+    thread.start()
+    try:
+        said = uvloop.run(children())
+    finally:
+        stop.set()
+        thread.join()
+    assert said == [b"last"] * 300
+    assert stolen == []
