@@ -160,7 +160,8 @@ def _starts(settings: Settings, names: Names, *, after_ms: float = 0.0, new_work
 
 
 def idle(settings: Settings, seconds: int = 60) -> list[Figure]:
-    """What each part takes while nothing happens: its own memory (USS) and CPU."""
+    """What each part takes while nothing happens, its children included: memory of its own (USS) and CPU. And the
+    broker, if it is on this machine, and the total."""
     names = harness.fresh_names("idle")
     os.environ.update(BENCH_NAMESPACE=names.namespace, BENCH_PARTITIONS=str(PARTITIONS))
     from bench import apps  # its namespace comes from the environment
@@ -184,30 +185,49 @@ def idle(settings: Settings, seconds: int = 60) -> list[Figure]:
             _settle(settings, names, 1)
             time.sleep(min(20, seconds))
             processes.check()
-            brokers = [p for p in psutil.process_iter(["cmdline"]) if "kafka.Kafka" in (p.info["cmdline"] or [])]
-            running |= {"broker": brokers[0]} if len(brokers) == 1 else {}
+            broker = _listening(settings.resolve_bootstrap())
+            running |= {} if broker is None else {"broker": broker}
             before = {name: _cpu(process) for name, process in running.items()}
             time.sleep(seconds)
             used = {name: (_cpu(process) - before[name]) / seconds * 100 for name, process in running.items()}
-            memory = {name: process.memory_full_info().uss / 2**20 for name, process in running.items()}
+            memory = {name: _memory(process) for name, process in running.items()}
         finally:
             processes.stop()
             app.close()
             harness.drop(settings, names)
     note = f"idle for {seconds} s, {PARTITIONS} partitions"
-    found = [
-        Figure(f"idle {name}: memory", memory[name], "MiB", None, False, None, f"{used[name]:.1f} % of a core")
-        for name in running
-    ]
-    ours = [name for name in running if name != "broker"]
-    total, cpu = sum(memory[n] for n in ours), sum(used[n] for n in ours)
-    return [
-        *found,
-        Figure("idle, all parts of ours: memory", total, "MiB", None, False, None, note),
-        Figure("idle, all parts of ours: CPU", cpu, "% of a core", None, False, None, note),
-    ]
+    rows = {name: (name,) for name in parts} | {"all parts of ours": tuple(parts)}
+    if "broker" in running:
+        rows |= {"broker": ("broker",), "all of it, broker included": tuple(running)}
+    figures: list[Figure] = []
+    for name, of in rows.items():
+        mib, cpu = sum(memory[each] for each in of), sum(used[each] for each in of)
+        figures.append(Figure(f"idle, {name}: memory", mib, "MiB", None, False, None, note))
+        figures.append(Figure(f"idle, {name}: CPU", cpu, "% of a core", None, False, None, note))
+    return figures
+
+
+def _family(process: psutil.Process) -> list[psutil.Process]:
+    return [process, *process.children(recursive=True)]
+
+
+def _memory(process: psutil.Process) -> float:
+    """MiB that nobody shares with a process and its children."""
+    return sum(each.memory_full_info().uss for each in _family(process)) / 2**20
+
+
+def _listening(address: str) -> psutil.Process | None:
+    """The process of this machine that listens at ``host:port``; None if there is none, or it may not be known."""
+    host, _, port = address.partition(",")[0].rpartition(":")
+    if host not in ("localhost", "127.0.0.1"):
+        return None
+    with contextlib.suppress(psutil.AccessDenied):
+        for each in psutil.net_connections("tcp"):
+            here = each.laddr and each.laddr.port == int(port)
+            if here and each.status == psutil.CONN_LISTEN and each.pid is not None:
+                return psutil.Process(each.pid)
+    return None
 
 
 def _cpu(process: psutil.Process) -> float:
-    family = [process, *process.children(recursive=True)]
-    return sum(sum(each.cpu_times()[:2]) for each in family)
+    return sum(sum(each.cpu_times()[:2]) for each in _family(process))

@@ -20,6 +20,16 @@ Read = JobEvent | UnknownFact | RegistryNeeded | str
 LOOKUPS = 3
 
 
+def read(decoder: Decoder, value: object) -> Read:
+    """What a record's value is. Raises `BrokerUnavailable` if its schema had to be looked up, and could not."""
+    try:
+        return decoder.decode(value if isinstance(value, bytes) else None)
+    except (UnknownFact, RegistryNeeded) as exc:
+        return exc
+    except SchemaError as exc:
+        return str(exc)
+
+
 class Aside(threading.Thread):
     """Decodes what it is given, in order. ``back`` is called in this thread with each record and what it is."""
 
@@ -51,14 +61,9 @@ class Aside(threading.Thread):
                 self._fail(exc)
 
     def _read(self, message: Message) -> Read:
-        value = message.value()
         for left in reversed(range(LOOKUPS)):
             try:
-                return self._decoder.decode(value if isinstance(value, bytes) else None)
-            except (UnknownFact, RegistryNeeded) as exc:
-                return exc
-            except SchemaError as exc:
-                return str(exc)
+                return read(self._decoder, message.value())
             except BrokerUnavailable:
                 if not left:
                     raise

@@ -21,6 +21,7 @@ from jobledger.config import Settings
 from jobledger.consumers.facts import Facts
 from jobledger.consumers.router import Batch, Routes
 from jobledger.consumers.send import Sender
+from jobledger.domain import check_classes
 from jobledger.errors import BrokerUnavailable, ConfigError, JobledgerError, SchemaError
 from jobledger.kafka import acls
 from jobledger.log import LogReader, committed, consumer_config, partitions_of, source, translate
@@ -154,7 +155,7 @@ class Backfill:
         """Go over the range until its end or ``stop``; ``tell`` is called a few times a
         second. The progress at the end.
 
-        Raises `BrokerUnavailable`, `TopicMissing`, `ConfigError`; what was submitted by
+        Raises `BrokerUnavailable`, `TopicMissing`, `ConfigError`, `IncompatibleEvent`; what was submitted by
         then stays, and another run goes on.
         """
         knock(self.settings)
@@ -162,6 +163,7 @@ class Backfill:
         try:
             work = self.names.jobs(lane(self.handler.task.queue, self.handler.task.policy.priority))
             acls.check(self.settings, self.names.namespace, [self.topic, work, self.names.schemas])
+            check_classes([self.handler.event], self._lookup.all())
             if not self.plan.dry_run:
                 partitions_of(self.settings, work)
                 sender.prepare([work])

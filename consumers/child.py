@@ -24,10 +24,11 @@ from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
+from jobledger import tracing
 from jobledger.consumers.frames import Ended, Progress, Run, decode_run, ended, frame
 from jobledger.consumers.outcome import Failed, Outcome, Succeeded, bad_result, decide, error_info, timed_out
 from jobledger.context import JobContext, enter
-from jobledger.errors import BadArguments, TaskCancelled, TaskInterrupted, TaskTimedOut
+from jobledger.errors import BadArguments, TaskCancelled, TaskInterrupted, TaskTimedOut, text_of
 from jobledger.middleware import runner
 from jobledger.retry import Retry
 from jobledger.schemas.events import JobProgressed
@@ -43,6 +44,9 @@ PROGRESS_INTERVAL_S = 0.1
 #: What address space a job with ``max_memory`` may have beyond it: past that, Python says `MemoryError`. The worker
 #: looks at the memory in use a few times a second; this is for a job that takes much at once.
 HEADROOM = 256 << 20
+
+#: Milliseconds that a child which ends gives its spans to leave.
+FLUSH_MS = 1_500
 
 _LENGTH = struct.Struct(">I")
 
@@ -128,7 +132,9 @@ class Child:
         if task.is_async:
             if self._loop is None:
                 self._loop = asyncio.Runner()
-            return self._loop.run(self._await(function, context, kwargs, task.timeout))
+            return self._loop.run(
+                self._await(function, context, kwargs, task.timeout), context=contextvars.copy_context()
+            )
         return contextvars.copy_context().run(self._plainly, function, context, kwargs)
 
     async def _await(
@@ -179,7 +185,7 @@ class Child:
 
     def _judge(self, task: Task[Any, Any], run: Run, error: BaseException) -> Outcome:
         late = self._late and isinstance(error, TimeoutError) if task.is_async else isinstance(error, TaskTimedOut)
-        if late and not str(error):
+        if late and not text_of(error):
             assert task.timeout is not None
             error = timed_out(task.name, task.timeout, error)
         return decide(task.retry, run.attempt, error, random.random(), timed_out=late)
@@ -202,6 +208,8 @@ class Child:
                 self._loop = asyncio.Runner()
             self._loop.run(self._registry.resources.close())
             self._loop.close()
+        with contextlib.suppress(Exception):  # no `atexit` runs here, so what is batched would be lost
+            tracing.flush(FLUSH_MS)
 
 
 def run_child(registry: Registry, connection: socket.socket, errors: int) -> None:

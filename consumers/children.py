@@ -197,19 +197,16 @@ class Children:
         }
         with theirs:
             self._nursery = subprocess.Popen(
-                [
-                    sys.executable,
-                    "-m",
-                    "jobledger.cli.nursery",
-                    self._about.target,
-                    str(theirs.fileno()),
-                    json.dumps(rest),
-                ],
+                [sys.executable, "-m", "jobledger.cli.nursery", self._about.target, str(theirs.fileno())],
                 pass_fds=(theirs.fileno(),),
-                stdin=subprocess.DEVNULL,
+                stdin=subprocess.PIPE,
                 stderr=subprocess.PIPE,
                 start_new_session=True,
             )
+        # Not as an argument: a URL may hold a password, and arguments are seen by all who list the machine's processes.
+        assert self._nursery.stdin is not None
+        with contextlib.suppress(BrokenPipeError), self._nursery.stdin as told:
+            told.write(json.dumps(rest).encode())
         ours.setblocking(False)
         self._control, self._ready, self._lines = ours, False, b""
         self._loop.add_reader(ours, self._told)
@@ -298,7 +295,12 @@ class Children:
     def _start_again(self) -> None:
         if self._closing or self._nursery is not None:
             return
-        self._start_nursery()
+        try:
+            self._start_nursery()
+        except OSError as exc:
+            LOG.error("the process that children are forked from could not be started: %s; it is tried again", exc)
+            self._loop.call_later(self._again_s, self._start_again)
+            return
         for _ in range(self._about.most - len(self._all)):
             self._hatch()
 
@@ -322,22 +324,23 @@ class Children:
         if self._closing or self._control is None:
             return
         child = Child(self)
+        with contextlib.ExitStack() as theirs_of, contextlib.ExitStack() as ours_of:
+            try:
+                ours, theirs = socket.socketpair()
+                ours_of.callback(ours.close)
+                theirs_of.callback(theirs.close)
+                read, write = os.pipe()
+                ours_of.callback(os.close, read)
+                theirs_of.callback(os.close, write)
+                socket.send_fds(self._control, [b"F"], [theirs.fileno(), write])
+            except OSError as exc:  # among them: no more files may be opened
+                LOG.warning("no child process could be asked for: %s; it is tried again", exc)
+                self._loop.call_later(self._again_s, self._more)
+                return
+            ours_of.pop_all()
+        # Only now: children are told of in the order in which they were asked for.
         self._all.add(child)
         self._born.append(child)
-        ours, theirs = socket.socketpair()
-        read, write = os.pipe()
-        try:
-            socket.send_fds(self._control, [b"F"], [theirs.fileno(), write])
-        except OSError as exc:
-            LOG.warning("no child process could be asked for: %s", exc)
-            self._born.remove(child)
-            self._all.discard(child)
-            ours.close()
-            os.close(read)
-            return
-        finally:
-            theirs.close()
-            os.close(write)
         ours.setblocking(False)
         child.words.listen(self._loop, read)
         self._heard.add(child.words)
@@ -483,9 +486,9 @@ class Children:
         if child is None:
             return
         child.status = status
-        # What it wrote last may still be on its way; `lost` comes of itself.
-        if child.gone:
-            self._loop.call_later(0.01, self._bury, child)
+        # What it said last may still be on its way. That its connection ends is not waited for: what it has started may
+        # hold that open.
+        self._loop.call_later(0.01 if child.gone else STATUS_S, self._bury, child)
 
     def _bury(self, child: Child) -> None:
         if child not in self._all:

@@ -12,7 +12,8 @@ _HALF_MS = 60_000.0
 class BrokerClock:
     """An estimate that is never ahead: a record heard of now was appended at its time or, on its way, a little before.
 
-    Until a record tells, this machine's own clock stands for it.
+    Counted on from there by the monotonic clock, which nobody sets; one that stands still while the machine is suspended
+    leaves the estimate behind until the next record. Until a record tells, this machine's own clock stands for it.
     """
 
     __slots__ = ("_before", "_now", "_since")
@@ -26,7 +27,7 @@ class BrokerClock:
         """A record that was just heard of carries this append time (milliseconds since the epoch; -1: none)."""
         if appended_ms <= 0:
             return
-        here = time.time() * 1000
+        here = time.monotonic() * 1000
         if here - self._since > _HALF_MS:
             self._before, self._now, self._since = self._now, None, here
         seen = appended_ms - here
@@ -35,4 +36,4 @@ class BrokerClock:
     def ms(self) -> float:
         """Milliseconds since the epoch, broker's clock."""
         known = [d for d in (self._now, self._before) if d is not None]
-        return time.time() * 1000 + (max(known) if known else 0.0)
+        return time.monotonic() * 1000 + max(known) if known else time.time() * 1000

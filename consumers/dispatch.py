@@ -40,9 +40,6 @@ SLICE = 16
 #: Records begun in one go before the loop gets a turn.
 BUDGET = 64
 
-#: Records of one partition that may wait for `Aside` to find their schemas: what looks for them wakes us.
-ASIDE_LIMIT = 1_000
-
 #: Seconds until it is looked again whether enough is acknowledged.
 REST_S = 0.005
 
@@ -59,7 +56,7 @@ class Dispatcher:
     """Starts jobs while there are slots: ``concurrency`` in all, ``threads`` of them plain
     functions, ``children`` isolated.
 
-    ``lookahead``: records that may wait in lines in this process, shared by its partitions. ``drain()``: take the
+    ``lookahead``, ``lookahead_bytes``: what may wait in lines in this process, see `Lines`. ``drain()``: take the
     delivery reports that have arrived. `wire` comes before anything else.
     """
 
@@ -80,6 +77,7 @@ class Dispatcher:
         children: int,
         waiting_limit: int,
         lookahead: int,
+        lookahead_bytes: int,
         unknown_task_backoff: Retry,
         broker_ms: Callable[[], float],
         drain: Callable[[], None],
@@ -121,10 +119,13 @@ class Dispatcher:
             self.starter,
             self.stages,
             lookahead=lookahead,
+            lookahead_bytes=lookahead_bytes,
             broker_ms=broker_ms,
             wake=self.wake,
             wake_in=self._wake_in,
             unknown=lambda work: self.intake.unknown(work),
+            revive=lambda partition, deferred: self.intake.revive(partition, deferred),
+            broken=self._broken,
         )
         self.intake = Intake(
             facts,
@@ -138,7 +139,6 @@ class Dispatcher:
             unknown=unknown_task_backoff,
             call=self.call,
             wake=self.wake,
-            broken=self._broken,
             fail=fail,
         )
         self.running = self.starter.running
@@ -186,9 +186,16 @@ class Dispatcher:
             self.call(self.pump)
 
     def call(self, function: Callable[..., None], *args: object) -> None:
-        """Run ``function`` on the loop. Callable from any thread."""
+        """Run ``function`` on the loop. Callable from any thread. What it raises ends the worker: a job would neither
+        run nor be missed."""
         with contextlib.suppress(RuntimeError):  # the loop is closed: the worker has ended
-            self._loop.call_soon_threadsafe(function, *args)
+            self._loop.call_soon_threadsafe(self._guarded, function, args)
+
+    def _guarded(self, function: Callable[..., None], args: tuple[object, ...]) -> None:
+        try:
+            function(*args)
+        except Exception as exc:  # noqa: BLE001  # see `call`
+            self._broken(exc)
 
     def ready(self, partitions: list[Partition]) -> None:
         """Partitions whose takeover is through. Callable from any thread."""
@@ -208,6 +215,7 @@ class Dispatcher:
         self.call(self._lost, set(partitions))
 
     def _lost(self, gone: set[Partition]) -> None:
+        self.lines.forget(gone)
         for topic in {partition.topic for partition in gone}:
             self.stages[topic].forget({p for p in gone if p.topic == topic})
         self.places.sweep()
@@ -272,6 +280,12 @@ class Dispatcher:
     def pump(self) -> None:
         """Take up what fits, one stage after the other."""
         self._awake = False
+        try:
+            self._pump()
+        except Exception as exc:  # noqa: BLE001  # the record at hand would neither be run nor be missed
+            self._broken(exc)
+
+    def _pump(self) -> None:
         running = self.running
         while self._finished:
             work = self._finished.popleft()
@@ -293,14 +307,10 @@ class Dispatcher:
             if not running and not self.executor.parked:
                 self.idle.set()
             return
-        try:
-            if self.lines.parking:
-                self.lines.unpark()
-            begun = self.starter.start_waiting()
-            begun += self._take_turns(BUDGET)
-        except Exception as exc:  # noqa: BLE001  # the record at hand would neither be run nor be missed
-            self._broken(exc)
-            return
+        if self.lines.parking:
+            self.lines.unpark()
+        begun = self.starter.start_waiting()
+        begun += self._take_turns(BUDGET)
         # Records that are passed take no slot, so nothing else would wake us for what follows them.
         if begun and (self._filling or len(running) < self._concurrency) and not self._awake:
             self._awake = True
@@ -387,7 +397,7 @@ class Dispatcher:
                 break
             partition = parts[0]
             parts.rotate(-1)
-            got = self._take_slice(partition, min(of_each, most - served)) if partition.raw else 0
+            got = self._take_slice(partition, min(of_each, most - served)) if partition.here else 0
             if got:
                 empty = 0
                 served += got
@@ -398,12 +408,11 @@ class Dispatcher:
     def _fill(self, stage: Stage, most: int) -> int:
         """See what there is to choose from: records go into the lines of their tags."""
         filled = 0
-        window = self.lines.window
         for _ in range(len(stage.parts)):
             partition = stage.parts[0]
             stage.parts.rotate(-1)
-            while filled < most and partition.raw and partition.waiting < window:
-                got = self._take_slice(partition, min(SLICE, most - filled, window - partition.waiting))
+            while filled < most and partition.here:
+                got = self._take_slice(partition, min(SLICE, most - filled))
                 if not got:
                     break
                 filled += got
@@ -413,22 +422,29 @@ class Dispatcher:
         """Take up to ``most`` records of one partition."""
         raw, lease, offsets = partition.raw, partition.lease, partition.offsets
         take_up = self.intake.take_up
-        if offsets is None or partition.aside > ASIDE_LIMIT or not partition.begin_taking():
-            return 0
+        if offsets is None or partition.aside or not partition.begin_taking():
+            return 0  # what follows a record that is looked up waits for it: else it would overtake it
         taken = 0
         try:
-            if partition.waiting and partition.waiting >= self.lines.window:
+            partition.full = partition.waiting > 0 and not self.lines.room(partition)
+            if partition.full:
                 return 0
             with partition.lock:
+                offsets.postponed = partition.waiting
                 partition.braked = offsets.braked
             if partition.braked:
                 self.needs_tick = True
                 return 0
-            while taken < most and partition.owned and partition.stopped is None:
+            while taken < most and partition.owned and partition.stopped is None and not partition.aside:
                 now = _monotonic()
                 if now > lease.until:
                     partition.lease.wanted = True  # the fetch thread asks the coordinator, and wakes us
                     break
+                if (back := partition.back) is not None:
+                    partition.back = None
+                    taken += 1
+                    self.intake.take_back(partition, *back, now)
+                    continue
                 try:
                     message = raw.popleft()
                 except IndexError:  # the fetch thread may have dropped them

@@ -35,6 +35,7 @@ from jobledger.consumers.outcome import (
     Succeeded,
     bad_result,
     decide,
+    error_info,
     holding,
     timed_out,
 )
@@ -42,7 +43,7 @@ from jobledger.consumers.send import BY_KEY, Sender
 from jobledger.consumers.telling import Teller
 from jobledger.consumers.work import RUN_BOUNDS_S, Work
 from jobledger.context import JobContext, enter
-from jobledger.errors import JobledgerError, TaskCancelled, TaskTimedOut
+from jobledger.errors import JobledgerError, TaskCancelled, TaskTimedOut, text_of
 from jobledger.log import now_us
 from jobledger.policy import KEY_HOLD_MAX_S
 from jobledger.schemas.codec import encode
@@ -215,16 +216,20 @@ class Executor:
         event, plan = work.event, work.plan
         assert event is not None
         assert plan is not None
-        if work.stop_outcome is not None:
-            self.close_with(work, work.stop_outcome)
-            return
-        late = late and isinstance(error, TimeoutError | TaskTimedOut)
-        if late and not str(error):
-            assert plan.task.timeout is not None
-            error = timed_out(event.task, plan.task.timeout, error)
-        if self.teller is not None:
-            self.teller.note(work, error)
-        self.close_with(work, decide(plan.task.retry, event.attempt, error, random.random(), timed_out=late))
+        outcome = work.stop_outcome
+        if outcome is None:
+            try:
+                late = late and isinstance(error, TimeoutError | TaskTimedOut)
+                if late and not text_of(error):
+                    assert plan.task.timeout is not None
+                    error = timed_out(event.task, plan.task.timeout, error)
+                if self.teller is not None:
+                    self.teller.note(work, error)
+                outcome = decide(plan.task.retry, event.attempt, error, random.random(), timed_out=late)
+            except Exception as exc:  # noqa: BLE001  # a user's exception may lack what its base class has
+                LOG.warning("what job %s raised cannot be judged: %r", event.job_id, exc)
+                outcome = Failed("never", error_info(error))
+        self.close_with(work, outcome)
 
     def stop(self, work: Work, outcome: Outcome) -> None:
         """Ask running code to end; what it raises from now on comes to ``outcome``. One that returns
@@ -236,7 +241,11 @@ class Executor:
     def end(self, work: Work) -> None:
         """Let running code end, wherever it runs."""
         if work.handle is not None:
-            work.handle.cancel()
+            if work.context is not None:
+                # It has not taken its first step: cancelled now it never would, and nobody would hear of its end.
+                asyncio.get_running_loop().call_soon(self.end, work)
+            else:
+                work.handle.cancel()
         elif not self.interrupts.interrupt(work, TaskCancelled):
             self.stop_child(work)
 
@@ -327,11 +336,18 @@ class Executor:
 
     def _goes_on(self, work: Work, event: JobEvent, outcome: Retried | Snoozed) -> None:
         """Say that the job is tried again in place; the dispatcher sees to it after ``again_s``."""
+        partition = work.partition
+        if partition.lost:
+            return  # the next owner's, who runs it
         try:
             work.flush_progress()
             duration = _monotonic() - work.began if work.began else 0.0
             value = self._facts.closing(event, outcome, int(duration * 1e6))
-            self._sender.send(self._lifecycle, value, event.job_id, work.partition.number, work.noted_delivered)
+            # From now on, not from its acknowledgement: handed over in between, the next owner must look for it.
+            with partition.lock:
+                if partition.offsets is not None:
+                    partition.offsets.note(work.offset, partition.offsets.floor)
+            self._sender.send(self._lifecycle, value, event.job_id, partition.number, work.noted_delivered)
         except Exception as exc:  # noqa: BLE001  # as in `close_with`
             self._broken(work, exc)
             return
@@ -452,6 +468,9 @@ def _say(event: JobEvent, outcome: Outcome) -> None:
     if LOG.isEnabledFor(level):
         about = {"job_id": event.job_id, "attempt": event.attempt, "run": event.run, "task": event.task}
         error = outcome.error
+        # The dead letter has them; they may be nobody's business here.
+        bare = isinstance(outcome, Failed) and outcome.reason == "bad-arguments"
+        said = "the dead letter shows arguments and signature" if bare else error.message
         LOG.log(
             level,
             "job %s (%s) %s at attempt %d: %s: %s",
@@ -460,6 +479,6 @@ def _say(event: JobEvent, outcome: Outcome) -> None:
             text,
             event.attempt,
             error.type,
-            error.message,
+            said,
             extra=about,
         )

@@ -27,6 +27,7 @@ from jobledger.log import now_us
 from jobledger.names import Names, lane
 from jobledger.schemas import codec
 from jobledger.schemas.events import (
+    CRASHES_TAG,
     DeadLettered,
     ErrorInfo,
     Fact,
@@ -49,8 +50,8 @@ from jobledger.writer import Outgoing
 
 #: Characters of an error's message that are kept when the record would be too large otherwise.
 _SHORT_MESSAGE = 200
-#: A derived record repeats the job; the producer's own limit leaves it this many bytes more than a submission.
-DERIVED_MARGIN = 900
+#: Bytes that are kept of the key of a record that cannot be read.
+_KEY_BYTES = 4_096
 
 
 def derived_id(job_id: str, *parts: object) -> str:
@@ -177,8 +178,11 @@ class Facts:
             return []
         task = self._registry.task(failed.fallback)
         job_id = derived_id(work.job_id, work.run, "fallback")
+        spec = _spec(work)
         spec = msgspec.structs.replace(
-            _untagged(_spec(work)),
+            spec,
+            # The worker's own marks are the failed job's: another's code did not take any process down.
+            tags={k: v for k, v in spec.tags.items() if k not in (UNKNOWN_TASK_TAG, CRASHES_TAG)},
             parent=work.job_id,
             expires_in_ms=None,
             expires_at=None,
@@ -204,11 +208,15 @@ class Facts:
     def rejected(
         self, topic: str, partition: int, offset: int, key: bytes | None, value: bytes | None, error: str
     ) -> Outgoing:
-        """A record that cannot be read, kept as it is."""
+        """A record that cannot be read, kept as it is; of one that is too large, or of its key, the beginning."""
+        kept_key = key
+        if key is not None and len(key) > _KEY_BYTES:
+            kept_key = key[:_KEY_BYTES]
+            error = f"{printable(error, 1_000)} (the first {_KEY_BYTES} of its key's {len(key)} bytes are kept here)"
 
         def encoded(raw: bytes | None, why: str) -> bytes:
             identity = derived_id("record", topic, partition, offset)
-            fact = RecordRejected(topic, partition, offset, key, raw, printable(why, 2_000))
+            fact = RecordRejected(topic, partition, offset, kept_key, raw, printable(why, 2_000))
             return codec.encode(JobEvent(identity, "", 0, 0, 0, now_us(), "", "", None, None, self.source, None, fact))
 
         record = encoded(value, error)

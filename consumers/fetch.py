@@ -73,7 +73,7 @@ class Fetcher(threading.Thread):
         self.queue, self.topic = lane, names.jobs(lane)
         self._settings, self._settler, self._prefetch = settings, settler, prefetch
         self._assigned, self._ended, self.wake_dispatcher, self._fail = assigned, ended, wake, fail
-        self.lease = Lease(lease)
+        self.lease = Lease(lease, wake)
         self._parts: dict[int, Partition] = {}
         self._room = threading.Event()
         self.waiting = False  # for room
@@ -194,18 +194,16 @@ class Fetcher(threading.Thread):
             request = self._requests.popleft()
             request.accepted = self.committer.commit_snapshots([s for s in request.snapshots if s[0].owned])
             request.done.set()
-        waited_for = self.lease.wanted
-        if now < self._commit_at and not waited_for:
+        wanted = self.lease.wanted
+        if now < self._commit_at and not wanted:
             return
         self._commit_at = now + COMMIT_INTERVAL_S
         owned = self.owned()
         # The lease is renewed while there is something to begin or to end, so that this need not wait.
-        renew = waited_for or (self.lease.until - now < self.lease.seconds / 2 and any(p.raw or p.live for p in owned))
+        renew = wanted or (self.lease.until - now < self.lease.seconds / 2 and any(p.raw or p.live for p in owned))
         due = owned if renew else [p for p in owned if p.offsets is not None and p.offsets.changed]
         if due:
             self.committer.commit(due)
-        if waited_for and not self.lease.wanted:
-            self.wake_dispatcher()
 
     def _await_room(self) -> None:
         self._room.clear()
@@ -260,8 +258,7 @@ class Fetcher(threading.Thread):
         pause: list[TopicPartition] = []
         resume: list[TopicPartition] = []
         for p in self._parts.values():
-            idle = p.braked or not p.ready
-            wanted = p.stopped is not None or (idle and (p.paused or len(p.raw) >= self._prefetch))
+            wanted = p.stopped is not None or (p.idle and (p.paused or len(p.raw) >= self._prefetch))
             if wanted != p.paused:
                 (pause if wanted else resume).append(TopicPartition(p.topic, p.number))
                 p.paused = wanted

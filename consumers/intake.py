@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 import msgspec
 from confluent_kafka import Message
 
-from jobledger.consumers.aside import Aside, Read
+from jobledger.consumers.aside import Aside, Read, read
 from jobledger.consumers.execute import Executor
 from jobledger.consumers.facts import Facts
 from jobledger.consumers.gates import closed_gate
@@ -37,7 +37,7 @@ from jobledger.consumers.releases import release_key
 from jobledger.consumers.send import BY_KEY, Sender
 from jobledger.consumers.stage import Stage
 from jobledger.consumers.starts import Starter
-from jobledger.consumers.work import Arrived, Found, Partition, Plan, Work
+from jobledger.consumers.work import Arrived, Deferred, Found, Partition, Plan, Work
 from jobledger.errors import BadArguments, JobledgerError, RegistryNeeded, SchemaError, UnknownFact
 from jobledger.retry import Retry
 from jobledger.schemas import codec
@@ -54,6 +54,7 @@ from jobledger.schemas.events import (
     JobSubmitted,
     crashes_of,
     lasting,
+    later,
 )
 
 LOG = logging.getLogger("jobledger.worker")
@@ -75,8 +76,7 @@ class Counts:
 class Intake:
     """Judges records, and hands jobs on: to be begun, or into a line.
 
-    ``unknown``: the backoff of jobs whose task this worker does not know. ``broken``: told of an error that nobody
-    expected. ``wake``: there may be something to begin.
+    ``unknown``: the backoff of jobs whose task this worker does not know. ``wake``: there may be something to begin.
     """
 
     executor: Executor
@@ -96,14 +96,14 @@ class Intake:
         unknown: Retry,
         call: Callable[..., None],
         wake: Callable[[], None],
-        broken: Callable[[Exception], None],
         fail: Callable[[JobledgerError], None],
     ) -> None:
         self._facts, self._sender, self._arrived = facts, sender, arrived
         self._starter, self._lines, self._plans, self._stages = starter, lines, plans, stages
-        self._backoff, self._wake, self._broken = unknown, wake, broken
-        self._own_form = decoder.own_form
+        self._backoff, self._wake = unknown, wake
+        self._decoder, self._own_form = decoder, decoder.own_form
         self._start = starter.start
+        self._fair = any(stage.fair_by is not None for stage in stages.values())
         self.aside = Aside(decoder, lambda *read: call(self.from_aside, *read), fail)
         self.counts = Counts()
 
@@ -122,8 +122,11 @@ class Intake:
         if not own.startswith(_OWN):
             framed = self._own_form(own)
             if framed is None:
-                partition.aside += 1
-                self.aside.put(partition, message, fresh)
+                if self._decoder.asks(own):
+                    partition.aside = True
+                    self.aside.put(partition, message, fresh)
+                else:
+                    self._judge(partition, message, read(self._decoder, value), fresh, now)
                 return
             if (plain := plain_submission(framed)) is not None:
                 self.accept(partition, message, plain, fresh, now)
@@ -132,17 +135,28 @@ class Intake:
         try:
             event = codec.decode(own)
         except UnknownFact as exc:
-            self.stop_partition(partition, message, f"{exc}: upgrade this worker")
+            self._judge(partition, message, exc, fresh, now)
         except SchemaError as exc:
-            self.reject(partition, message, str(exc), fresh)
+            self._judge(partition, message, str(exc), fresh, now)
         else:
             self.accept(partition, message, event, fresh, now)
+
+    def _judge(self, partition: Partition, message: Message, read: Read, fresh: bool, now: float) -> None:
+        """Act upon what a record turned out to be."""
+        if isinstance(read, UnknownFact):
+            self.stop_partition(partition, message, f"{read}: upgrade this worker")
+        elif isinstance(read, RegistryNeeded):
+            self.stop_partition(partition, message, str(read))
+        elif isinstance(read, str):
+            self.reject(partition, message, read, fresh)
+        else:
+            self.accept(partition, message, read, fresh, now)
 
     def scan_passed(self, partition: Partition) -> None:
         """Let go of what the takeover's scan found, once nothing that is still to come can need it."""
         offsets = partition.offsets
         assert offsets is not None
-        if offsets.end >= partition.scanned_to and not partition.aside:
+        if offsets.end >= partition.scanned_to and not partition.aside and partition.back is None:
             partition.closed.clear()
             partition.starts.clear()
             partition.held.clear()
@@ -152,27 +166,15 @@ class Intake:
                 offsets.hold(None)
 
     def from_aside(self, partition: Partition, message: Message, read: Read, fresh: bool) -> None:
-        """A record came back from `Aside`: as an event, what keeps this worker from judging
-        it, or why it cannot be read."""
-        partition.aside -= 1
-        if not partition.begin_taking():
-            return  # received and not done: the next owner's
-        try:
-            if isinstance(read, UnknownFact):
-                self.stop_partition(partition, message, f"{read}: upgrade this worker")
-            elif isinstance(read, RegistryNeeded):
-                self.stop_partition(partition, message, str(read))
-            elif isinstance(read, str):
-                self.reject(partition, message, read, fresh)
-            else:
-                self.accept(partition, message, read, fresh, _monotonic())
-            if partition.scanned_to:
-                self.scan_passed(partition)
-        except Exception as exc:  # noqa: BLE001  # as in `pump`
-            self._broken(exc)
-        finally:
-            partition.taking = False
+        """A record came back from `Aside`: as an event, what keeps this worker from judging it, or why it cannot be
+        read. It is taken up as the partition's next one, when it is its turn."""
+        partition.aside = False
+        partition.back = (message, read, fresh)
         self._wake()
+
+    def take_back(self, partition: Partition, message: Message, read: Read, fresh: bool, now: float) -> None:
+        """Take up a record that was aside."""
+        self._judge(partition, message, read, fresh, now)
 
     def accept(self, partition: Partition, message: Message, event: JobEvent, fresh: bool, now: float) -> None:
         """A readable event at a work position: run it, unless it is done, known already, or does not belong here."""
@@ -184,6 +186,9 @@ class Intake:
                 return
         elif type(fact) is not JobDue:
             self.reject(partition, message, f"a {type(fact).__name__} does not belong on a work topic", fresh)
+            return
+        if not event.job_id:
+            self.reject(partition, message, "it names no job", fresh)
             return
         key = release_key(event.job_id, event.run, event.release)
         found = partition.closed.pop(key, None) if partition.closed else None
@@ -198,9 +203,18 @@ class Intake:
         if spec.expires_in_ms is not None or spec.expires_at is not None:
             event = _expiring(event, spec, message.timestamp()[1])
             spec = event.fact.spec  # type: ignore[union-attr]  # one of the two, as judged above
+        appended = message.timestamp()[1]
+        if (
+            (event.key is not None or self._fair)
+            and found is None
+            and not (partition.scanned_to and (key in partition.starts or key in partition.held))
+            and self._lines.crowded(partition)
+            and self._deferred(partition, offset, appended, event, spec, now)
+        ):
+            return
         work = Work(partition, offset, event, self._arrived)
         work.expires_at = spec.expires_at
-        work.appended = message.timestamp()[1]
+        work.appended = appended
         partition.live[offset] = work
         if found is not None:
             self._settle_found(work, found)
@@ -224,22 +238,58 @@ class Intake:
         if work.takeover and (crashed := self.places.crashed(work.takeover)) is not None:
             self.executor.close_with(work, crashed)
             return
+        stage = self._stages[partition.topic]
+        tenant = "" if stage.fair_by is None else spec.tags.get(stage.fair_by, "")
         if event.key is not None:
-            self._lines.enqueue_keyed(work, event.key, partition.held.pop(key, None) if partition.held else None)
+            held = partition.held.pop(key, None) if partition.held else None
+            self._lines.enqueue_keyed(work, event.key, held, tenant)
             return
         if plan is None:
             self.unknown(work)
             return
-        stage = self._stages[partition.topic]
         if stage.fair_by is not None:
-            tenant = spec.tags.get(stage.fair_by, "")
-            self._lines.enqueue(work, ("tag", tenant, plan.name if plan.gates else ""), serial=False)
+            self._lines.wait_for_gate(work, plan, _of_tenant(tenant, plan), now, tenant)
         elif plan.gates and (("task", plan.name) in partition.lines or closed_gate(plan.gates, now) is not None):
-            self._lines.wait_for_gate(work, plan, now)
+            self._lines.wait_for_gate(work, plan, ("task", plan.name), now)
         elif (ended := self._starter.refused(work)) is not None:
             self.executor.close_with(work, ended)
         else:
             self._start(work, now)
+
+    def _deferred(
+        self, partition: Partition, offset: int, appended: int, event: JobEvent, spec: JobSpec, now: float
+    ) -> bool:
+        """Whether the job was put down in its line as a bare record. Not if it may have taken a process down, and not
+        if it is to be set aside."""
+        stage, plan = self._stages[partition.topic], self._plans.get(event.task)
+        if (event.key is None and (stage.fair_by is None or plan is None)) or (spec.tags and crashes_of(spec.tags)):
+            return False
+        tenant = "" if stage.fair_by is None else spec.tags.get(stage.fair_by, "")
+        if event.key is not None:
+            identity: tuple[str, ...] = ("key", event.key)
+        else:
+            assert plan is not None
+            if plan.gates and self._lines.half_full(partition) and closed_gate(plan.gates, now) is not None:
+                return False
+            identity = _of_tenant(tenant, plan)
+        one = Deferred(offset, appended, codec.encode(event), plan, offset < partition.careful)
+        self._lines.defer(partition, identity, one, serial=event.key is not None, tenant=tenant)
+        return True
+
+    def revive(self, partition: Partition, one: Deferred) -> Work | None:
+        """The job of a record that was put down; None if its arguments do not fit: it has failed."""
+        event = codec.decode(one.value)
+        spec = event.fact.spec  # type: ignore[union-attr]  # as it was accepted
+        work = Work(partition, one.offset, event, self._arrived)
+        work.expires_at, work.appended, work.plan, work.suspect = spec.expires_at, one.appended, one.plan, one.suspect
+        partition.live[one.offset] = work
+        if one.plan is not None:
+            try:
+                work.kwargs = one.plan.decode_args(spec.args)
+            except BadArguments as exc:
+                self.executor.close_with(work, Failed("bad-arguments", error_info(exc)))
+                return None
+        return work
 
     def unknown(self, work: Work) -> None:
         """No task of this name here: another worker may have it, so the job goes back for a while; not for ever."""
@@ -261,14 +311,14 @@ class Intake:
         due_at: int | None = None
         if isinstance(fact, JobRetried):
             outcome = Retried(fact.error, fact.delay_ms)
-            due_at = (found.appended_ms + fact.delay_ms) * 1000
+            due_at = later(found.appended_ms, fact.delay_ms)
         elif isinstance(fact, JobSnoozed):
             tags: Mapping[str, str] | None = None
             if fact.reason == "unknown-task":
                 again = unknown_task(event.task, [], _tags(event), self._backoff, 0.0)
                 tags = again.tags if isinstance(again, Snoozed) else None
             outcome = Snoozed(fact.delay_ms, fact.reason, tags)
-            due_at = (found.appended_ms + fact.delay_ms) * 1000
+            due_at = later(found.appended_ms, fact.delay_ms)
         elif isinstance(fact, JobCancelled):
             outcome = Cancelled(fact.by, fact.reason)
         elif isinstance(fact, JobExpired):
@@ -300,6 +350,11 @@ class Intake:
         """A newer version wrote this record, or only a registry explains it: nothing of the partition is run until this
         worker is upgraded, or told the registry."""
         self.counts.reasons[repr(partition)] = partition.stop(message, why)
+
+
+def _of_tenant(tenant: str, plan: Plan) -> tuple[str, ...]:
+    """The line of a tenant's jobs of one task: a task can be paused at any time, and must not hold up the others."""
+    return ("tag", tenant, plan.name)
 
 
 def _expiring(event: JobEvent, spec: JobSpec, appended_ms: int) -> JobEvent:

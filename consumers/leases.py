@@ -125,6 +125,11 @@ class Leases:
 
     def _tick(self) -> None:
         self._ticking = None
+        if self._held:
+            self._ticking = asyncio.get_running_loop().call_later(TICK_S, self._tick)
+        self.call(self._look)  # by way of who hears of what breaks
+
+    def _look(self) -> None:
         now = _monotonic()
         for work, lease in list(self._held.items()):
             if not lease.granted:
@@ -134,8 +139,6 @@ class Leases:
             elif now >= lease.renew_at:
                 lease.renew_at = now + lease.seconds / 3
                 self._renew(work, round(lease.seconds * 1000), partial(self._renewed, lease, now))
-        if self._held:
-            self._ticking = asyncio.get_running_loop().call_later(TICK_S, self._tick)
 
     def _renew(self, work: Work, lease_ms: int, delivered: Callable[[KafkaError | None, Message], None] | None) -> None:
         event = work.event

@@ -13,12 +13,13 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from jobledger.consumers.execute import Executor
-from jobledger.consumers.gates import Gate, closed_gate
-from jobledger.consumers.outcome import Snoozed, answered
+from jobledger.consumers.gates import Gate, Room, closed_gate
+from jobledger.consumers.outcome import Failed, Snoozed, answered, error_info
 from jobledger.consumers.places import Places
 from jobledger.consumers.stage import Stage
 from jobledger.consumers.starts import Starter
-from jobledger.consumers.work import Line, Plan, Work
+from jobledger.consumers.work import Deferred, Line, Partition, Plan, Work
+from jobledger.errors import BadArguments
 
 if TYPE_CHECKING:
     import asyncio
@@ -27,10 +28,16 @@ _monotonic = time.monotonic
 
 
 class Lines:
-    """The lines of this worker's partitions. ``lookahead``: records that may wait in all of them.
+    """The lines of this worker's partitions. ``lookahead``: jobs that may wait in all of them ready to be begun;
+    ``lookahead_bytes``: what further ones may take, as bare records.
+
+    A partition whose lines are long is read on all the same: behind a hundred thousand jobs of one key may stand the
+    first one of another. What is far back in its line is put down as its record (`Deferred`), and becomes a job again
+    when its turn comes.
 
     ``wake``: there may be something to begin; ``wake_in(seconds)``: there may be then. ``unknown(work)``: ends a job
-    whose task this worker does not know.
+    whose task this worker does not know. ``revive(partition, deferred)``: the job that a bare record stands for, None
+    if it came to its end instead. ``broken``: told of an error that nobody expected.
     """
 
     executor: Executor
@@ -43,39 +50,84 @@ class Lines:
         stages: Mapping[str, Stage],
         *,
         lookahead: int,
+        lookahead_bytes: int,
         broker_ms: Callable[[], float],
         wake: Callable[[], None],
         wake_in: Callable[[float | None], None],
         unknown: Callable[[Work], None],
+        revive: Callable[[Partition, Deferred], Work | None],
+        broken: Callable[[Exception], None],
     ) -> None:
         self._starter, self._stages, self._lookahead = starter, stages, lookahead
+        self._bytes, self._revive, self._broken = lookahead_bytes, revive, broken
         self._broker_ms, self._wake, self._wake_in, self._unknown = broker_ms, wake, wake_in, unknown
         #: Gates with lines that wait for them.
         self.parking: dict[Gate, None] = {}
         #: Partitions that share the lookahead.
         self.owned = 0
+        #: Bytes of all that is deferred.
+        self.deferred_bytes = 0
 
     @property
     def window(self) -> int:
-        """Records of one partition that may wait in lines."""
+        """Jobs of one partition that may wait in lines, but for those that are deferred."""
         return max(100, self._lookahead // max(1, self.owned))
 
-    def enqueue(self, work: Work, identity: tuple[str, ...], *, serial: bool) -> Line:
-        partition = work.partition
+    def crowded(self, partition: Partition) -> bool:
+        """Whether so much waits here that what comes now is deferred, if it is to wait in a line."""
+        return partition.waiting - partition.deferred >= self.window // 4
+
+    def room(self, partition: Partition) -> bool:
+        """Whether more records may be taken from here. A partition may always have its own share of the bytes, and
+        more as long as others leave it. Once full, not before a quarter is free: it is paused and fetched again."""
+        part = 0.75 if partition.full else 1.0
+        if partition.waiting - partition.deferred >= self.window * part:
+            return False
+        return self.deferred_bytes < self._bytes * part or partition.deferred_bytes < self._share * part
+
+    @property
+    def _share(self) -> int:
+        return self._bytes // max(1, self.owned)
+
+    def half_full(self, partition: Partition) -> bool:
+        """Whether what waits here takes half of what it may: what can be set aside should be."""
+        if partition.waiting - partition.deferred >= self.window // 2:
+            return True
+        return self.deferred_bytes >= self._bytes // 2 and partition.deferred_bytes >= self._share // 2
+
+    def enqueue(self, work: Work, identity: tuple[str, ...], *, serial: bool, tenant: str = "") -> Line:
+        work.line = line = self._join(work.partition, identity, work, serial, tenant)
+        work.waiting = True
+        return line
+
+    def _join(
+        self, partition: Partition, identity: tuple[str, ...], one: Work | Deferred, serial: bool, tenant: str
+    ) -> Line:
         line = partition.lines.get(identity)
         if line is None:
-            line = partition.lines[identity] = Line(partition, identity, serial)
-        work.line = line
-        work.waiting = True
-        line.works.append(work)
+            line = partition.lines[identity] = Line(partition, identity, serial, tenant)
+        line.works.append(one)
         partition.waiting += 1
         if not line.busy:
             self._stages[partition.topic].add(line)
         return line
 
-    def enqueue_keyed(self, work: Work, key: str, held: tuple[int, int, int] | None) -> None:
+    def defer(
+        self, partition: Partition, identity: tuple[str, ...], one: Deferred, *, serial: bool, tenant: str
+    ) -> None:
+        """Put a record down at the end of its line."""
+        self._join(partition, identity, one, serial, tenant)
+        self._count(partition, one, 1)
+
+    def _count(self, partition: Partition, one: Deferred, by: int) -> None:
+        partition.deferred += by
+        partition.deferred_bytes += by * one.size
+        partition.deferred_suspects += by * one.suspect
+        self.deferred_bytes += by * one.size
+
+    def enqueue_keyed(self, work: Work, key: str, held: tuple[int, int, int] | None, tenant: str = "") -> None:
         """Behind what there is of its key. ``held``: an earlier owner tried it in place already."""
-        line = self.enqueue(work, ("key", key), serial=True)
+        line = self.enqueue(work, ("key", key), serial=True, tenant=tenant)
         if held is None:
             return
         attempt, due_ms, stands_at = held
@@ -90,29 +142,28 @@ class Lines:
             work.partition.waiting -= 1
             self._hold(work, line, wait_s)
 
-    def wait_for_gate(self, work: Work, plan: Plan, now: float) -> None:
+    def wait_for_gate(self, work: Work, plan: Plan, identity: tuple[str, ...], now: float, tenant: str = "") -> None:
         """Wait here; or, if many do already, go back to the coordinator for a while, so that others can pass."""
         partition = work.partition
-        gate = closed_gate(plan.gates, now)
-        if gate is not None and partition.waiting >= self.window // 2:
-            ahead = len(partition.lines[identity].works) if (identity := ("task", plan.name)) in partition.lines else 0
+        gate = closed_gate(plan.gates, now) if self.half_full(partition) else None
+        if gate is not None:
+            ahead = len(partition.lines[identity].works) if identity in partition.lines else 0
             seconds = max(5.0, gate.passes_in(ahead * max(1, self.owned))) * (1.0 + 0.2 * random.random())
             self.executor.close_with(work, Snoozed(round(seconds * 1000), f"held back by {gate.describe()}"))
             return
-        self.enqueue(work, ("task", plan.name), serial=False)
+        self.enqueue(work, identity, serial=False, tenant=tenant)
 
     def serve(self, stage: Stage, most: int) -> int:
         """Begin the first jobs of lines, the lines in turn."""
-        ready = stage.ready
         begun = 0
         now = _monotonic()
-        for _ in range(len(ready)):
+        for _ in range(stage.ready):
             if begun >= most:
                 break
-            line = ready.popleft()
-            line.queued = False
+            line = stage.next_line()
             partition = line.partition
             if not line.works or (line.serial and line.busy) or not partition.begin_taking():
+                self._passed(line)
                 continue
             try:
                 if now > partition.lease.until:
@@ -127,20 +178,28 @@ class Lines:
     def _serve_line(self, stage: Stage, line: Line, now: float) -> int:
         """Begin the line's first job, end it if it must not be begun, or let the line wait for what keeps it."""
         work = line.works[0]
+        if isinstance(work, Deferred):
+            # Judged before it becomes a job: else the first of each of many lines would, while a gate is closed.
+            if (plan := work.plan) is not None and (gate := self._keeping(plan, plan.room, now)) is not None:
+                return self._park(line, gate, now)
+            self._count(line.partition, work, -1)
+            revived = self._revive(line.partition, work)
+            if revived is None:
+                line.works.popleft()
+                line.partition.waiting -= 1
+                self._served(stage, line)
+                return 1
+            revived.line, revived.waiting = line, True
+            line.works[0] = work = revived
         plan = work.plan
         ended = self._starter.refused(work)
         if ended is None and plan is not None:
-            gate = closed_gate(plan.gates, now)
-            if gate is None and (room := self.places.room_of(work, plan)) is not None and room.free(now) <= 0:
-                gate = room
+            gate = self._keeping(plan, self.places.room_of(work, plan), now)
             if gate is not None:
-                line.queued = True
-                gate.parked.append(line)
-                self.parking[gate] = None
-                self._wake_in(gate.wait(now))
-                return 0
+                return self._park(line, gate, now)
         line.works.popleft()
         line.partition.waiting -= 1
+        line.gate = None
         work.waiting = False
         line.busy = line.serial
         if ended is not None or plan is None:
@@ -153,11 +212,38 @@ class Lines:
         else:
             self._starter.start(work, now)
         if not line.serial:
-            if line.works:
-                stage.add(line)
-            else:
-                line.partition.lines.pop(line.identity, None)
+            self._served(stage, line)
         return 1
+
+    @staticmethod
+    def _served(stage: Stage, line: Line) -> None:
+        """The line's next job may be startable; if there is none, the line has ended."""
+        if line.works:
+            stage.add(line)
+        else:
+            line.partition.lines.pop(line.identity, None)
+
+    @staticmethod
+    def _keeping(plan: Plan, room: Room | None, now: float) -> Gate | None:
+        """What keeps a job from being begun."""
+        gate = closed_gate(plan.gates, now)
+        return room if gate is None and room is not None and room.free(now) <= 0 else gate
+
+    def _passed(self, line: Line) -> None:
+        """The line was let through by a gate and makes nothing of it: it is another's turn."""
+        if line.gate is not None and line.gate.parked:
+            self._wake()
+        line.gate = None
+
+    def _park(self, line: Line, gate: Gate, now: float) -> int:
+        if line.gate is not gate:
+            self._passed(line)
+        line.gate = gate
+        line.queued = True
+        gate.parked.append(line)
+        self.parking[gate] = None
+        self._wake_in(gate.wait(now))
+        return 0
 
     def unpark(self) -> None:
         """Gates that have opened let lines through."""
@@ -176,7 +262,7 @@ class Lines:
         """A job that was counted, or held others up, does not run any more."""
         now = _monotonic()
         for gate in work.gates:
-            gate.end(now, now - work.began, answered(work.outcome))
+            gate.end(now, now - work.began, None if work.abandoned else answered(work.outcome))
         work.gates = ()
         line = work.line
         if line is None or not line.serial:
@@ -185,10 +271,7 @@ class Lines:
             self._hold(work, line, work.again_s)
             return
         line.busy = False
-        if line.works:
-            self._stages[line.partition.topic].add(line)
-        else:
-            line.partition.lines.pop(line.identity, None)
+        self._served(self._stages[line.partition.topic], line)
 
     def _hold(self, work: Work, line: Line, seconds: float) -> None:
         """The job goes on in place after a while, and holds its key meanwhile."""
@@ -198,26 +281,47 @@ class Lines:
         self.loop.call_later(seconds, self._again, work, line)
 
     def _again(self, work: Work, line: Line) -> None:
+        try:
+            self._go_on(work, line)
+        except Exception as exc:  # noqa: BLE001  # the job would neither run nor be missed
+            self._broken(exc)
+
+    def _go_on(self, work: Work, line: Line) -> None:
         partition = line.partition
         if not partition.owned or not self._starter.accepting:
             return  # the next owner's, who finds in the log how far it is
+        work.outcome, work.takeover, work.suspect, work.room, work.timer = None, 0, False, None, None
         if work.plan is not None:
             assert work.event is not None
-            work.kwargs = work.plan.decode_args(work.event.fact.spec.args)  # type: ignore[union-attr]  # of a work topic
-        work.outcome, work.takeover, work.suspect = None, 0, False
+            try:
+                work.kwargs = work.plan.decode_args(work.event.fact.spec.args)  # type: ignore[union-attr]  # of a work topic
+            except BadArguments as exc:  # a check that asks something else may refuse today what it took before
+                self.executor.close_with(work, Failed("bad-arguments", error_info(exc)))
+                self.left(work)
+                self._wake()
+                return
         line.works.appendleft(work)
         partition.waiting += 1
         line.busy = False
         self._stages[partition.topic].add(line)
         self._wake()
 
+    def forget(self, gone: set[Partition]) -> None:
+        """These partitions are owned no more: their lines take no turns any longer."""
+        self.deferred_bytes -= sum(partition.deferred_bytes for partition in gone)
+        for gate in list(self.parking):
+            kept = [line for line in gate.parked if line.partition not in gone]
+            gate.parked.clear()
+            gate.parked.extend(kept)
+
     def drop_waiting(self) -> None:
         """Forget all that waits: not begun, so the next owner's."""
         for stage in self._stages.values():
             for partition in stage.parts:
                 for line in partition.lines.values():
-                    for work in line.works:
-                        partition.live.pop(work.offset, None)
+                    for one in line.works:
+                        partition.live.pop(one.offset, None)
                     line.works.clear()
-                partition.waiting = 0
-            stage.ready.clear()
+                partition.nothing_waits()
+            stage.clear()
+        self.deferred_bytes = 0

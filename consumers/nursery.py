@@ -103,12 +103,13 @@ class Nursery:
             if pid == 0:
                 return
             self._children.discard(pid)
+            _kill(pid, ended=True)  # what the job started, and what may hold the connection open
             self._say({"died": pid, "status": status})
 
 
-def _kill(pid: int) -> None:
-    """End a child and what it started."""
-    for kill in (os.killpg, os.kill):
+def _kill(pid: int, *, ended: bool = False) -> None:
+    """End a child and what it started; if it has ``ended``, only the latter: its number may be another's by now."""
+    for kill in (os.killpg,) if ended else (os.killpg, os.kill):
         with contextlib.suppress(ProcessLookupError, PermissionError):
             kill(pid, signal.SIGKILL)
 

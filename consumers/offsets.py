@@ -73,9 +73,12 @@ class PartitionOffsets:
         "_low",
         "_next_outcome",
         "_pending",
+        "_ranges",
         "_running",
+        "_since",
         "_unsettled",
         "changed",
+        "postponed",
     )
 
     def __init__(self, restored: Restored, start_floor: int) -> None:
@@ -89,6 +92,11 @@ class PartitionOffsets:
         self._unsettled: dict[int, int] = {}
         self._running: dict[int, int] = {}  # begun, in that order: where their starts stand at the earliest
         self._begun = restored.begun
+        #: Done ranges of the last snapshot, and records done since.
+        self._ranges = len(restored.done)
+        self._since = 0
+        #: How many of the pending records do not end before others do: they wait in lines.
+        self.postponed = 0
         #: Whether a snapshot would differ from the last one.
         self.changed = True
         self._absorb()
@@ -120,6 +128,7 @@ class PartitionOffsets:
         """The record's outcome is durable, and so is what derives from it. Unknown offsets are ignored."""
         self._pending.pop(offset, 0)
         self._running.pop(offset, 0)
+        self._since += 1
         if self._unsettled:
             self._unsettled.pop(offset, None)
         self.changed = True
@@ -193,8 +202,10 @@ class PartitionOffsets:
         span = max(far, self._end) - self._low
         if span < SPAN_BUDGET:
             return False
-        # Each pending record and each range ahead makes at most one pair of runs; no run is longer than the span.
-        pairs = len(self._pending) + len(self._ahead) + 1
+        # Each pending record makes at most one pair of runs, and each range ahead; no run is longer than the span. Nor
+        # are there more than there were, and one for each that ended since or may end before long.
+        soon = self._ranges + self._since + len(self._pending) - self.postponed
+        pairs = min(len(self._pending), soon) + len(self._ahead) + 1
         return pairs * (_varint_size(span) + 1) + 8 >= _PAYLOAD_BUDGET
 
     def snapshot(self, clean: bool = False) -> Snapshot | None:
@@ -204,7 +215,9 @@ class PartitionOffsets:
         """
         self._absorb()
         base = self._low = self.base
-        metadata = encode(base, self._done(), self.floor, clean, self._begun)
+        done = list(self._done())
+        self._ranges, self._since = len(done), 0
+        metadata = encode(base, done, self.floor, clean, self._begun)
         if metadata is None:
             return None
         self.changed = False

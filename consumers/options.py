@@ -19,7 +19,8 @@ class WorkerOptions:
     processes for tasks with ``isolation="process"``, one job at a time in each; None: as many as there are CPUs for
     this process. ``jobs_per_child``: after so many a child is replaced. ``grace``: seconds that running jobs get to
     end after SIGTERM. ``prefetch``: records per queue that may wait in memory; None: twice the concurrency, at least
-    1,000. ``lookahead``: records that may wait for their turn, their key or a limit, in all. ``lease``: seconds after
+    1,000. ``lookahead``: jobs that may wait for their turn, their key or a limit, in all; ``lookahead_bytes``: what
+    further ones may take, which wait as bare records. ``lease``: seconds after
     the coordinator's last answer in which jobs may be begun; keep it below the group's session timeout. ``linger_ms``:
     how long a fact may wait for company before it is sent. ``unknown_task``: backoff, and how often a job is snoozed
     whose task this worker does not know, before it fails. ``start_timeout``: seconds the broker may take to answer at
@@ -34,6 +35,7 @@ class WorkerOptions:
     grace: float = 30.0
     prefetch: int | None = None
     lookahead: int = 10_000
+    lookahead_bytes: int = 64 << 20
     lease: float = 3.0
     linger_ms: float = 2.0
     unknown_task: Retry = field(default_factory=lambda: Retry(max_attempts=10, initial=10.0, factor=2.0, cap=600.0))
@@ -47,6 +49,7 @@ class WorkerOptions:
             ("jobs_per_child", 1),
             ("prefetch", 1),
             ("lookahead", 1),
+            ("lookahead_bytes", 0),
         ):
             value = getattr(self, name)
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):

@@ -10,6 +10,7 @@ from asyncio import CancelledError
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
+from jobledger.errors import text_of
 from jobledger.retry import Reject, Retry, RetryLater, Snooze
 from jobledger.schemas.events import ErrorInfo, FailureReason
 
@@ -169,10 +170,7 @@ def error_info(error: BaseException) -> ErrorInfo:
     """An exception as text, whatever its ``str()`` does."""
     kind = type(error)
     name = kind.__qualname__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__}"
-    try:
-        message = str(error)
-    except BaseException as broken:  # noqa: BLE001  # a user's __str__ may raise anything
-        message = f"<its str() raised {type(broken).__qualname__}>"
+    message = text_of(error)
     try:
         trace: str | None = "".join(traceback.format_exception(error))
     except BaseException:  # noqa: BLE001  # as above, for whatever the traceback prints

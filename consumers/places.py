@@ -8,6 +8,7 @@ failed as ``crashed``; jobs beside it are in other processes, and suffer nothing
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import logging
 import time
 from collections.abc import Callable
@@ -62,6 +63,7 @@ class Places:
         self.suspects = Room("suspects", SUSPECTS)
         self.children = children
         self._begin_again, self._done, self._ours, self._certain = begin_again, done, ours, certain
+        self._base = contextvars.copy_context()  # as of `Starter.base`
         self.loop: asyncio.AbstractEventLoop
 
     @property
@@ -101,7 +103,7 @@ class Places:
         elif not self.take(work):
             return
         elif room is None:
-            work.handle = self.loop.create_task(self.executor.run(work))
+            work.handle = self.loop.create_task(self.executor.run(work), context=self._base.copy())
         elif room is self.threads:
             if plan.task.timeout is not None:
                 work.timer = self.loop.call_later(plan.task.timeout, self.executor.late, work)

@@ -98,7 +98,13 @@ class Child(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         for body in self._split.feed(data):
-            said = decode_said(body)
+            try:
+                said = decode_said(body)
+            except Exception as exc:  # noqa: BLE001  # a job's code that writes there, say
+                # Its last words shall tell why it is not believed any more.
+                self.words.kept = f"what the process said to its worker cannot be read: {exc!r}".encode()
+                self.kill()
+                return
             if isinstance(said, Progress):
                 if self.work is not None:
                     self.work.report(None, JobProgressed(said.sequence, said.done, said.total, said.message))

@@ -12,13 +12,14 @@ import time
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from confluent_kafka import Consumer, KafkaError, KafkaException, Message, TopicPartition
+from confluent_kafka import OFFSET_STORED, Consumer, KafkaError, KafkaException, Message, TopicPartition
 
 from jobledger.access import Door, denied, join, knock, read
 from jobledger.config import Settings
+from jobledger.consumers import beginning
 from jobledger.consumers.facts import Facts
 from jobledger.consumers.send import BY_KEY, Sender
-from jobledger.domain import EVENT_TAG, EventType, Handler, earlier_of, event_id_of
+from jobledger.domain import EVENT_TAG, EventType, Handler, check_classes, event_id_of
 from jobledger.errors import (
     AccessDenied,
     BrokerUnavailable,
@@ -33,7 +34,6 @@ from jobledger.log import consumer_config, error_topic, now_us, partitions_of, s
 from jobledger.lookup import SchemaLookup
 from jobledger.names import lane
 from jobledger.schemas import codec
-from jobledger.schemas.derive import check_evolution
 from jobledger.schemas.events import JobEvent, JobSpec, JobSubmitted
 from jobledger.task_registry import Registry
 from jobledger.writer import Outgoing
@@ -203,6 +203,8 @@ class Router:
         self.routes = Routes(registry, facts, writer, self._handlers, self._lookup)
         self._door = Door(settings)
         self._address = settings.bootstrap or "the embedded broker"
+        self._from_end = {handler.event.topic for handler in self._handlers if handler.event.start == "latest"}
+        self._notes: dict[str, str] = {}  # what commits of these carry, by topic
         self.events = self.jobs = self.rejected = 0
         self.partitions: dict[tuple[str, int], int] = {}  # owned: the next offset to be committed, -1 before the first
         self.started_at = time.monotonic()
@@ -226,10 +228,7 @@ class Router:
         acls.check(self.settings, names.namespace, [*self.routes.topics, *queues, names.dead_letter, names.schemas])
         for topic in sorted({*self.routes.topics, *queues, names.dead_letter}):
             partitions_of(self.settings, topic)
-        known = self._lookup.all()
-        for kind in {handler.event.name: handler.event for handler in self._handlers}.values():
-            if not kind.foreign:
-                check_evolution(kind.name, kind.schema, earlier_of(kind, known))
+        check_classes({h.event.name: h.event for h in self._handlers}.values(), self._lookup.all())
         sender = Sender(self.settings, self.names, 1.0)
         try:
             sender.prepare([*sorted(queues), self.names.dead_letter])
@@ -346,7 +345,11 @@ class Router:
     def _commit(self, consumer: Consumer) -> None:
         """Commit what is acknowledged. A commit that fails is not repeated: the next says more, or the next
         owner routes the same jobs again."""
-        due = [TopicPartition(t, p, offset) for (t, p), offset in self.partitions.items() if offset >= 0]
+        due = [
+            TopicPartition(t, p, offset, self._notes.get(t, ""))
+            for (t, p), offset in self.partitions.items()
+            if offset >= 0
+        ]
         if not due:
             return
         try:
@@ -366,10 +369,22 @@ class Router:
     # -- rebalances: run inside poll, where nothing is under way ------------------------------------------------------
 
     def _on_assign(self, consumer: Consumer, assigned: list[TopicPartition]) -> None:
+        if not assigned:  # told so after giving partitions up
+            return
+        begin: dict[tuple[str, int], int] = {}
+        for topic in sorted({where.topic for where in assigned} & self._from_end):
+            numbers = [where.partition for where in assigned if where.topic == topic]
+            found, self._notes[topic] = beginning.at_the_end(self.settings, self.names.router_group, topic, numbers)
+            begin |= {(topic, number): offset for number, offset in found.items()}
         for where in assigned:
-            self.partitions[where.topic, where.partition] = -1
-        if assigned:
-            LOG.info("assigned %s", [f"{w.topic}[{w.partition}]" for w in assigned])
+            self.partitions[where.topic, where.partition] = begin.get((where.topic, where.partition), -1)
+        consumer.incremental_assign(
+            [TopicPartition(w.topic, w.partition, begin.get((w.topic, w.partition), OFFSET_STORED)) for w in assigned]
+        )
+        LOG.info("assigned %s", [f"{w.topic}[{w.partition}]" for w in assigned])
+        if begin:
+            LOG.info("read from their end, for the first time: %s", [f"{t}[{p}]@{o}" for (t, p), o in begin.items()])
+            self._commit(consumer)  # at once: a restart must not begin at a later end
 
     def _on_revoke(self, consumer: Consumer, revoked: list[TopicPartition]) -> None:
         self._commit(consumer)

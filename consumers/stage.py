@@ -29,6 +29,7 @@ class Stage:
     """One lane of a queue in this worker. ``scope``: the queue's limits and pauses, shared by its lanes."""
 
     __slots__ = (
+        "_turns",
         "base_weight",
         "fair_by",
         "lane",
@@ -55,8 +56,9 @@ class Stage:
         self.waits = [0] * (len(WAIT_BOUNDS_MS) + 1)  # starts, by `WAIT_BOUNDS_MS`
         self.waited_ms = 0.0
         self.parts: deque[Partition] = deque()
-        #: Lines whose first job may be startable.
-        self.ready: deque[Line] = deque()
+        #: How many lines there are whose first job may be startable, and they, by tenant; the tenants in turn.
+        self.ready = 0
+        self._turns: dict[str, deque[Line]] = {}
         #: Jobs that may start as soon as their room has room, by the room's name.
         self.waiting: dict[str, deque[Work]] = {}
 
@@ -70,14 +72,34 @@ class Stage:
         """The line's first job may be startable."""
         if not line.queued:
             line.queued = True
-            self.ready.append(line)
+            self.ready += 1
+            lines = self._turns.get(line.tenant)
+            if lines is None:
+                lines = self._turns[line.tenant] = deque()
+            lines.append(line)
+
+    def next_line(self) -> Line:
+        """The next of the lines that are ready, of which there must be one: the tenants in turn, and the lines of each."""
+        tenant = next(iter(self._turns))
+        lines = self._turns.pop(tenant)
+        line = lines.popleft()
+        if lines:
+            self._turns[tenant] = lines  # at the end, now
+        line.queued = False
+        self.ready -= 1
+        return line
+
+    def clear(self) -> None:
+        """Nothing is to be begun any more."""
+        self._turns.clear()
+        self.ready = 0
 
     def forget(self, gone: set[Partition]) -> None:
         """These partitions are owned no more."""
         self.parts = deque(p for p in self.parts if p not in gone)
         for partition in gone:
             partition.lines.clear()
-            partition.waiting = 0
+            partition.nothing_waits()
 
 
 class Turns:

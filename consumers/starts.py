@@ -6,6 +6,7 @@ job was cancelled or has expired, and of a suspect whether it is still this work
 
 from __future__ import annotations
 
+import contextvars
 import time
 from bisect import bisect_left
 from collections import deque
@@ -73,6 +74,8 @@ class Starter:
         self.clock_ms = 0.0
         self.accepting = True
         self.started = 0
+        #: What every job's context begins as: one begun at the end of another must not see what that one has set.
+        self.base = contextvars.copy_context()
         #: All that were begun, and have not ended.
         self.running: dict[Work, None] = {}
 
@@ -177,7 +180,7 @@ class Starter:
         except (BufferError, KafkaException):
             self._sender.send(self._lifecycle, started, event.job_id, partition.number, None)
         if work.room is None:
-            work.handle = self.loop.create_task(self.executor.run(work))
+            work.handle = self.loop.create_task(self.executor.run(work), context=self.base.copy())
         else:
             self.places.go(work)
 

@@ -14,31 +14,33 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from typing import Any
 
-from confluent_kafka import Consumer, KafkaError, KafkaException, Message, TopicPartition
+from confluent_kafka import KafkaException, Message, TopicPartition
 
-from jobledger.access import read
 from jobledger.config import Settings
 from jobledger.consumers.fetch import Fetcher
 from jobledger.consumers.offsets import PartitionOffsets, Restored, Snapshot, decode, encode
+from jobledger.consumers.ranges import STALL_S, LogRanges, partition_of
 from jobledger.consumers.releases import REMEMBERED, REMEMBERED_MS, key_of, release_key
 from jobledger.consumers.settle import Settler
 from jobledger.consumers.work import Found, Partition
-from jobledger.errors import AccessDenied, BrokerUnavailable, JobledgerError, RegistryNeeded, SchemaError
-from jobledger.log import PASSING, consumer, consumer_config, translate
+from jobledger.errors import BrokerUnavailable, JobledgerError, RegistryNeeded, SchemaError
+from jobledger.log import translate
 from jobledger.names import Names
 from jobledger.schemas.codec import Decoder
-from jobledger.schemas.events import Fact, JobRetried, JobSnoozed, JobStarted, JobSucceeded, settles
+from jobledger.schemas.events import Fact, JobLeased, JobRetried, JobSnoozed, JobStarted, JobSucceeded, settles
 from jobledger.schemas.glance import glance
 
 LOG = logging.getLogger("jobledger.worker")
 
-REQUEST_TIMEOUT_S = 10.0
-#: Seconds without an answer or a record after which the worker gives up.
-STALL_S = 60.0
 #: Seconds after which a reader that nobody needs gives its connections back.
 IDLE_S = 10.0
+#: Ends of a release that are not the job's: the coordinator has the word then.
+OPEN = (JobLeased, JobRetried, JobSnoozed)
+#: Stands in place of such an end once another release is known to have followed: nothing is to be sent again.
+_NOTHING_FOLLOWS = JobSucceeded()
+#: Milliseconds by which the clocks of two brokers may differ.
+SKEW_MS = 60_000
 #: Starts that a process that died may have taken with it: those of so many milliseconds, and within these bounds.
 UNSEEN_MS, UNSEEN_LEAST, UNSEEN_MOST = 250, 16, 1_000
 
@@ -52,6 +54,8 @@ class _Plan:
         self.restored = Restored(0)
         self.floor = 0
         self.seed_from = 0
+        #: Releases whose end is one of `OPEN`: (job id, when the end was appended).
+        self.open: dict[int, tuple[str, int]] = {}
         self.begun = 0  # no start of a record from here on is in the log
         self.lately: deque[int] = deque(maxlen=UNSEEN_MOST)  # when records of it were begun, in ms
 
@@ -79,8 +83,8 @@ class Takeover(threading.Thread):
         self._settings, self._names, self._settler, self._decoder = settings, names, settler, decoder
         self._ready, self._fail = ready, fail
         self._todo: queue.SimpleQueue[tuple[Fetcher, list[Partition]] | None] = queue.SimpleQueue()
-        self._reader: Consumer | None = None
         self._closing = False
+        self._log = LogRanges(settings, lambda: self._closing)
         #: Releases found closed in the log, seeded releases and seconds spent, since the start.
         self.found = self.seeded = 0
         self.seconds = 0.0
@@ -99,9 +103,9 @@ class Takeover(threading.Thread):
         try:
             while True:
                 try:
-                    item = self._todo.get(timeout=IDLE_S if self._reader is not None else None)
+                    item = self._todo.get(timeout=IDLE_S if self._log.open else None)
                 except queue.Empty:
-                    self._drop_reader()
+                    self._log.close()
                     continue
                 if item is None:
                     return
@@ -116,7 +120,7 @@ class Takeover(threading.Thread):
             LOG.exception("the takeover broke")
             self._fail(JobledgerError(f"the takeover of partitions broke: {exc!r}"))
         finally:
-            self._drop_reader()
+            self._log.close()
 
     # -- steps ----------------------------------------------------------------------------------------------------
 
@@ -133,6 +137,7 @@ class Takeover(threading.Thread):
         for plan in plans:
             plan.partition.offsets = PartitionOffsets(plan.restored, plan.lifecycle_high)
         self._read(fetcher.topic, plans)
+        self._read_elsewhere(plans)
         if self._closing:
             # It may have been cut short: what the log holds is the next owner's to find, and the mark above
             # says so. Only where nothing had to be looked for, the last commit may say that once more;
@@ -153,8 +158,8 @@ class Takeover(threading.Thread):
     def _judge(self, plan: _Plan) -> None:
         """What the last owner left, held against the log as it is."""
         partition = plan.partition
-        plan.low, plan.high = self._ends(partition.topic, partition.number)
-        plan.lifecycle_low, plan.lifecycle_high = self._ends(self._names.lifecycle, partition.number)
+        plan.low, plan.high = self._log.ends(partition.topic, partition.number)
+        plan.lifecycle_low, plan.lifecycle_high = self._log.ends(self._names.lifecycle, partition.number)
         base = partition.committed
         if base > plan.high:
             LOG.error(
@@ -181,10 +186,10 @@ class Takeover(threading.Thread):
         plans = [p for p in plans if p.restored.base < p.high and p.lifecycle_low < p.lifecycle_high]
         times: dict[int, int] = {}
         ranges = {(topic, p.partition.number): (p.restored.base, p.high) for p in plans}
-        self._read_ranges(ranges, lambda m: _first(times, m), first_only=True)
+        self._log.read(ranges, lambda m: _first(times, m), first_only=True)
         asked = [TopicPartition(self._names.lifecycle, number, stamp) for number, stamp in times.items()]
         if asked:
-            found = {t.partition: t.offset for t in self._consumer().offsets_for_times(asked, REQUEST_TIMEOUT_S)}
+            found = self._log.offsets_at(asked)
             for plan in plans:
                 offset = found.get(plan.partition.number, -1)
                 if offset >= 0:
@@ -226,7 +231,7 @@ class Takeover(threading.Thread):
         ]
         by_time: dict[int, int] = {}
         if asked:
-            by_time = {t.partition: t.offset for t in self._consumer().offsets_for_times(asked, REQUEST_TIMEOUT_S)}
+            by_time = self._log.offsets_at(asked)
         for plan in plans:
             base = plan.restored.base
             recent = by_time.get(plan.partition.number, -1)
@@ -256,7 +261,7 @@ class Takeover(threading.Thread):
                 if partition.stopped is None:
                     partition.stop(message, str(exc))
 
-        self._read_ranges(ranges, take, wanted=lambda: any(p.partition.owned for p in plans))
+        self._log.read(ranges, take, wanted=lambda: any(p.partition.owned for p in plans))
 
     def _scanned(self, plan: _Plan, message: Message) -> None:
         partition = plan.partition
@@ -264,10 +269,12 @@ class Takeover(threading.Thread):
         raw = (self._decoder.own_form(value) or value) if isinstance(value, bytes) else None
         seen = None if raw is None else glance(raw)
         if seen is not None and raw is not None:
-            key = release_key(seen[0], seen[1], seen[2])
-            if type(seen[6]) is JobSucceeded:
-                self._note_end(partition, message, key, seen[6])
-            elif type(seen[6]) is JobStarted:
+            job_id, run, release, fact = seen[0], seen[1], seen[2], seen[6]
+            key = release_key(job_id, run, release)
+            if type(fact) is JobSucceeded:
+                self._note_end(plan, (job_id, run, release), fact, message.offset() or 0, message.timestamp()[1])
+            elif type(fact) is JobStarted:
+                self._passed(plan, job_id, run, release)
                 # A glance leaves it all out; in the shape it answers for, the count is the last byte.
                 self._note_start(partition, key, raw[-1] >> 1)
                 self._begun_at(plan, *_started_at(raw), message.timestamp()[1])
@@ -276,17 +283,19 @@ class Takeover(threading.Thread):
             event = self._decoder.decode(raw)
         except SchemaError:
             return  # the materializer's to report
-        fact = event.fact
-        key = release_key(event.job_id, event.run, event.release)
-        if settles(fact):
-            self._note_end(partition, message, key, fact)
-        elif isinstance(fact, JobRetried | JobSnoozed):  # in place: that start has ended, and the next one is due
+        other: Fact = event.fact
+        job_id, run, release = event.job_id, event.run, event.release
+        key = release_key(job_id, run, release)
+        if settles(other):
+            self._note_end(plan, (job_id, run, release), other, message.offset() or 0, message.timestamp()[1])
+        elif isinstance(other, JobRetried | JobSnoozed):  # in place: that start has ended, and the next one is due
             partition.starts.pop(key, None)
-            attempt = event.attempt + isinstance(fact, JobRetried)
-            partition.held[key] = (attempt, message.timestamp()[1] + fact.delay_ms, message.offset() or 0)
-        elif isinstance(fact, JobStarted):
-            self._note_start(partition, key, fact.takeover)
-            self._begun_at(plan, fact.work_topic.encode(), fact.work_offset, message.timestamp()[1])
+            attempt = event.attempt + isinstance(other, JobRetried)
+            partition.held[key] = (attempt, message.timestamp()[1] + other.delay_ms, message.offset() or 0)
+        elif isinstance(other, JobStarted):
+            self._passed(plan, job_id, run, release)
+            self._note_start(partition, key, other.takeover)
+            self._begun_at(plan, other.work_topic.encode(), other.work_offset, message.timestamp()[1])
 
     @staticmethod
     def _begun_at(plan: _Plan, topic: bytes, offset: int, appended_ms: int) -> None:
@@ -298,10 +307,83 @@ class Takeover(threading.Thread):
         if key not in partition.closed:
             partition.starts[key] = max(partition.starts.get(key, 0), takeover) + 1
 
-    def _note_end(self, partition: Partition, message: Message, key: int, fact: Fact) -> None:
-        partition.closed.setdefault(key, Found(message.offset() or 0, message.timestamp()[1], fact))
+    def _note_end(self, plan: _Plan, of: tuple[str, int, int], fact: Fact, offset: int, appended_ms: int) -> None:
+        """The end of a release, found from ``offset`` of this partition's lifecycle on. The first one counts; but a lease
+        is none, if another comes after it."""
+        partition, key = plan.partition, release_key(*of)
+        known = partition.closed.get(key)
+        if known is None or (isinstance(known.fact, JobLeased) and not isinstance(fact, JobLeased)):
+            # From where the first stands both are found again.
+            partition.closed[key] = Found(offset if known is None else known.offset, appended_ms, fact)
+            if isinstance(fact, OPEN):
+                plan.open[key] = (of[0], appended_ms)
+            else:
+                plan.open.pop(key, None)
+        self._passed(plan, *of)
         partition.starts.pop(key, None)
         partition.held.pop(key, None)
+
+    @staticmethod
+    def _passed(plan: _Plan, job_id: str, run: int, release: int) -> None:
+        """Something stands here of a release: the one before it was passed, and has nothing to send again. To ask for this
+        one a second time would let it go a second time, if the coordinator has forgotten it by now."""
+        if release > 1 and plan.open and plan.open.pop(key := release_key(job_id, run, release - 1), None) is not None:
+            known = plan.partition.closed[key]
+            plan.partition.closed[key] = Found(known.offset, known.appended_ms, _NOTHING_FOLLOWS)
+
+    def _read_elsewhere(self, plans: list[_Plan]) -> None:
+        """Look for what the coordinator wrote of releases that ended here with its having the word: their leases' ends,
+        and ends of the releases that were to follow. It writes where the job's id belongs, which is another partition
+        of lifecycle where the queue has fewer of them."""
+        wanted: dict[int, _Plan] = {}
+        since: dict[int, int] = {}
+        count = 0
+        for plan in plans:
+            for key, (job_id, appended_ms) in plan.open.items():
+                if key in plan.partition.memory or not plan.partition.owned:
+                    continue  # below the base, so done; or another's
+                count = count or self._log.partitions(self._names.lifecycle)
+                number = partition_of(job_id.encode(), count)
+                if number != plan.partition.number:
+                    wanted[key] = plan
+                    since[number] = min(since.get(number, appended_ms), appended_ms)
+        if not wanted:
+            return
+        lifecycle = self._names.lifecycle
+        asked = [TopicPartition(lifecycle, number, max(0, at - SKEW_MS)) for number, at in since.items()]
+        begins = self._log.offsets_at(asked)
+        ranges = {(lifecycle, n): (begins[n], self._log.ends(lifecycle, n)[1]) for n in since if begins.get(n, -1) >= 0}
+
+        def take(message: Message) -> None:
+            try:
+                end = self._end_of(message)
+            except RegistryNeeded as exc:  # as in `_read`
+                for asking in {id(p): p.partition for p in wanted.values()}.values():
+                    if asking.stopped is None:
+                        asking.stop(message, str(exc))
+                return
+            if end is not None:
+                (job_id, run, release), fact = end
+                found = wanted.get(release_key(*end[0])) or wanted.get(release_key(job_id, run, release - 1))
+                if found is not None:
+                    self._note_end(found, end[0], fact, found.floor, message.timestamp()[1])
+
+        self._log.read(ranges, take, wanted=lambda: any(p.partition.owned for p in plans))
+
+    def _end_of(self, message: Message) -> tuple[tuple[str, int, int], Fact] | None:
+        """What release a record says the end of, and what; None if it says none."""
+        value = message.value()
+        raw = (self._decoder.own_form(value) or value) if isinstance(value, bytes) else None
+        seen = None if raw is None else glance(raw)
+        if seen is not None:
+            job_id, run, release, fact = seen[0], seen[1], seen[2], seen[6]
+        else:
+            try:
+                event = self._decoder.decode(raw)
+            except SchemaError:
+                return None  # the materializer's to report
+            job_id, run, release, fact = event.job_id, event.run, event.release, event.fact
+        return ((job_id, run, release), fact) if settles(fact) else None
 
     def _conclude(self, plan: _Plan) -> None:
         partition = plan.partition
@@ -327,79 +409,6 @@ class Takeover(threading.Thread):
             "clean" if plan.restored.clean else f"lifecycle read from {plan.floor} to {plan.lifecycle_high}",
             len(partition.closed),
         )
-
-    # -- reading --------------------------------------------------------------------------------------------------
-
-    def _consumer(self) -> Consumer:
-        if self._reader is None:
-            # The end of a partition may be a mark that no message stands for; only the end-of-partition event tells.
-            self._reader = consumer(consumer_config(self._settings) | {"enable.partition.eof": True})
-        return self._reader
-
-    def _drop_reader(self) -> None:
-        if self._reader is not None:
-            self._reader.close()
-            self._reader = None
-
-    def _ends(self, topic: str, number: int) -> tuple[int, int]:
-        deadline = time.monotonic() + STALL_S
-        while True:
-            try:
-                low, high = self._consumer().get_watermark_offsets(TopicPartition(topic, number), REQUEST_TIMEOUT_S)
-                return low, high
-            except KafkaException as exc:
-                what = f"asking for the ends of {topic}[{number}]"
-                problem = translate(exc.args[0], self._settings, what, read(topic))
-                if isinstance(problem, AccessDenied) or time.monotonic() > deadline or self._closing:
-                    raise problem from exc
-                # A broker that shuts down says that its topics do not exist, and a client believes that for minutes.
-                self._drop_reader()
-                time.sleep(0.2)
-
-    def _read_ranges(
-        self,
-        ranges: dict[tuple[str, int], tuple[int, int]],
-        take: Callable[[Message], None],
-        *,
-        first_only: bool = False,
-        wanted: Callable[[], bool] = lambda: True,
-    ) -> None:
-        """Every message of half-open ranges of offsets, which may have gaps; none of them lies beyond the log's end."""
-        ends = {where: end for where, (start, end) in ranges.items() if start < end}
-        if not ends:
-            return
-        reader = self._consumer()
-        reader.assign([TopicPartition(t, n, ranges[t, n][0]) for t, n in ends])
-        try:
-            seen = time.monotonic()
-            while ends and not self._closing and wanted():
-                for message in reader.consume(1000, 0.02):
-                    where: tuple[Any, Any] = (message.topic(), message.partition())
-                    end = ends.get(where)
-                    if end is None:
-                        continue
-                    offset = message.offset() or 0
-                    error = message.error()
-                    if error is None:
-                        seen = time.monotonic()
-                        if offset < end:
-                            take(message)
-                        over = offset + 1 >= end or first_only
-                    elif error.code() == KafkaError._PARTITION_EOF:
-                        over = offset >= end
-                    elif error.retriable() or error.code() in PASSING:
-                        continue
-                    else:
-                        raise translate(error, self._settings, f"reading {where[0]}[{where[1]}]", read(where[0]))
-                    if over:
-                        del ends[where]
-                        # Not pause(): it outlives unassign(), and the partition's next
-                        # range would stay silent for ever.
-                        reader.incremental_unassign([TopicPartition(*where)])
-                if time.monotonic() - seen > STALL_S:
-                    raise BrokerUnavailable(f"taking over: {sorted(ends)} gave nothing for {STALL_S:g} s")
-        finally:
-            reader.unassign()
 
 
 def _started_at(raw: bytes) -> tuple[bytes, int]:

@@ -53,17 +53,20 @@ class Lease:
     A process that stood still, or that lost the broker, must not go on running what another worker may have taken over.
     """
 
-    __slots__ = ("seconds", "until", "wanted")
+    __slots__ = ("_wake", "seconds", "until", "wanted")
 
-    def __init__(self, seconds: float) -> None:
-        self.seconds = seconds
+    def __init__(self, seconds: float, wake: Callable[[], None] = lambda: None) -> None:
+        self.seconds, self._wake = seconds, wake
         self.until = 0.0  # of time.monotonic()
         self.wanted = False  # the dispatcher waits for a confirmation
 
     def confirm(self, asked_at: float) -> None:
-        """A commit that was begun at ``asked_at`` (`time.monotonic`) was accepted."""
+        """A commit that was begun at ``asked_at`` (`time.monotonic`) was accepted. Whoever waits for that is woken,
+        whichever commit it was; if it took so long that the time is over already, the next one is asked for at once."""
         self.until = max(self.until, asked_at + self.seconds)
-        self.wanted = False
+        if self.wanted and self.until > time.monotonic():
+            self.wanted = False
+            self._wake()
 
 
 class Found:
@@ -75,18 +78,39 @@ class Found:
         self.offset, self.appended_ms, self.fact = offset, appended_ms, fact
 
 
+class Deferred:
+    """A job that waits far back in a line: its record alone, a tenth of what a `Work` takes. ``value``: the event, in
+    this version's own form. ``appended``: ms of the broker's clock. ``plan``: None if the task is not known here.
+    ``suspect``: as of `Work`."""
+
+    __slots__ = ("appended", "offset", "plan", "suspect", "value")
+
+    #: What one takes in memory beside its value, its place in the offsets included, in bytes.
+    OVERHEAD = 300
+
+    def __init__(self, offset: int, appended: int, value: bytes, plan: Plan | None, suspect: bool) -> None:
+        self.offset, self.appended, self.value, self.plan, self.suspect = offset, appended, value, plan, suspect
+
+    @property
+    def size(self) -> int:
+        """Bytes of memory, about."""
+        return len(self.value) + self.OVERHEAD
+
+
 class Line:
     """Jobs of one partition that wait, in order. ``serial``: one at a time; ``busy``: one of them runs, or is held.
 
-    ``queued``: it stands where lines are looked at, its stage's or a gate's.
+    ``tenant``: with whose lines it takes turns, "" where nobody does. ``queued``: it stands where lines are looked at,
+    its stage's or a gate's.
     """
 
-    __slots__ = ("busy", "identity", "partition", "queued", "serial", "works")
+    __slots__ = ("busy", "gate", "identity", "partition", "queued", "serial", "tenant", "works")
 
-    def __init__(self, partition: Partition, identity: tuple[str, ...], serial: bool) -> None:
-        self.partition, self.identity, self.serial = partition, identity, serial
+    def __init__(self, partition: Partition, identity: tuple[str, ...], serial: bool, tenant: str) -> None:
+        self.partition, self.identity, self.serial, self.tenant = partition, identity, serial, tenant
         self.busy = self.queued = False
-        self.works: deque[Work] = deque()
+        self.gate: Gate | None = None  # that it waited for last, until one of its jobs is begun
+        self.works: deque[Work | Deferred] = deque()
 
 
 class Partition:
@@ -101,8 +125,10 @@ class Partition:
         self.ready = False  # the takeover is through
         self.stopped: str | None = None  # why nothing of it may be run any more
         self.taking = False  # the dispatcher is between taking a record and putting it into `live`
-        self.aside = 0  # received, and not judged yet
+        self.aside = False  # a record was received whose schema is looked up; it comes back as `back`
+        self.back: tuple[Message, Any, bool] | None = None
         self.braked = False  # its completion map is as long as it may become
+        self.full = False  # so much waits in its lines that nothing more is taken
         self.paused = False  # at the client
         self.lock = threading.Lock()
         self.offsets: PartitionOffsets | None = None
@@ -119,9 +145,10 @@ class Partition:
         #: Below this offset are records that the last owner, who did not leave cleanly, may have begun.
         self.careful = 0
         self.last_commit: tuple[int, str] | None = None
-        #: What waits here, by (kind, name, …), and how many jobs that is.
+        #: What waits here, by (kind, name, …); how many jobs that is, how many of them as `Deferred`, their bytes, and how
+        #: many of those are suspects.
         self.lines: dict[tuple[str, ...], Line] = {}
-        self.waiting = 0
+        self.waiting = self.deferred = self.deferred_bytes = self.deferred_suspects = 0
         #: Attempts that a former owner made in place, by release: (attempt to come, due in ms of the broker's clock,
         #: where on lifecycle that stands).
         self.held: dict[int, tuple[int, int, int]] = {}
@@ -138,8 +165,18 @@ class Partition:
 
     @property
     def fetched(self) -> int:
-        """Fetched records that count against the prefetch limit."""
-        return 0 if self.braked or self.stopped is not None or not self.ready else len(self.raw)
+        """Fetched records that count against the prefetch limit: what cannot be taken must not keep out the others."""
+        return 0 if self.idle or self.stopped is not None else len(self.raw)
+
+    @property
+    def here(self) -> bool:
+        """Whether there are records to take up."""
+        return bool(self.raw) or self.back is not None
+
+    @property
+    def idle(self) -> bool:
+        """Whether nothing of it is taken for a while."""
+        return self.braked or self.full or not self.ready
 
     @property
     def busy(self) -> bool:
@@ -149,7 +186,11 @@ class Partition:
     @property
     def doubtful(self) -> bool:
         """Whether some of it may have taken a process down, and has not ended since: the next owner must know."""
-        return self.careful > 0 or any(work.suspect for work in list(self.live.values()))
+        return self.careful > 0 or self.deferred_suspects > 0 or any(work.suspect for work in list(self.live.values()))
+
+    def nothing_waits(self) -> None:
+        """What waited in lines is the next owner's."""
+        self.waiting = self.deferred = self.deferred_bytes = self.deferred_suspects = 0
 
     def begin_taking(self) -> bool:
         """Claim the right to take records up; False if the partition is owned no more. Ends with ``taking = False``."""

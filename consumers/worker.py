@@ -15,6 +15,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
 
@@ -101,6 +102,7 @@ class Worker:
         self.leases: Leases | None = None
         self._target = self._find_target()
         self.ended = threading.Event()
+        self._threads = ThreadPoolExecutor(1, "jobledger-worker")
 
     # -- from outside ---------------------------------------------------------------------------------------------
 
@@ -136,14 +138,33 @@ class Worker:
             sender = self.sender = Sender(self.settings, self.registry.names, self.options.linger_ms)
             self._check_topics(sender)
             with _new_runner() as runner:
-                runner.run(self._main(sender))
+                try:
+                    runner.run(self._main(sender))
+                except BaseException as exc:
+                    self._give_up_running()
+                    if not isinstance(exc, SystemExit | RuntimeError):
+                        raise
+                    raise JobledgerError(
+                        f"the worker's event loop was ended from within ({exc!r}): a job stopped it, or raised SystemExit in "
+                        "a task of its own. What ran is run again elsewhere"
+                    ) from exc
         finally:
             self.ended.set()
+            self._threads.shutdown(wait=False)
             if sender is not None:
                 sender.close()
         if self.error is None:
             return EXIT_OK
         return EXIT_DENIED if isinstance(self.error, AccessDenied) else EXIT_BROKEN
+
+    def _give_up_running(self) -> None:
+        """The loop has ended: what runs is cancelled with it. Nobody asked for that, so it is no outcome of theirs."""
+        if self.settler is not None:
+            self.settler.broken = True
+        if self.dispatcher is not None:
+            self.dispatcher.starter.accepting = False
+            for work in list(self.dispatcher.running):
+                work.abandoned = True
 
     # -- start ----------------------------------------------------------------------------------------------------
 
@@ -202,6 +223,7 @@ class Worker:
             children=options.job_children,
             waiting_limit=max(64, options.prefetched // 2),
             lookahead=options.lookahead,
+            lookahead_bytes=options.lookahead_bytes,
             unknown_task_backoff=options.unknown_task,
             broker_ms=lambda: settler.clock.ms(),
             drain=lambda: settler.drain(),
@@ -294,7 +316,7 @@ class Worker:
             fail=self.fail,
         )
         control.start()
-        await asyncio.to_thread(control.await_live)
+        await self._beside(control.await_live)
         takeover.start()
         settler.start()
         for fetcher in self.fetchers:
@@ -343,21 +365,27 @@ class Worker:
             self.leases.close_all()
         await self._close_hooks(executor, began)
         self._must_end_in(CLOSING_S + MARGIN_S)
-        await asyncio.to_thread(self._close_rest, settler, sender)
+        await self._beside(self._close_rest, settler, sender)
         executor.close()
         dispatcher.close()
         LOG.info("worker %s ended after %.1f s", self.identity, time.monotonic() - began)
+
+    async def _beside(self, function: Callable[..., None], *args: Any) -> None:
+        """Run what waits in a thread of the worker's own: jobs may have taken all of the loop's for themselves."""
+        await asyncio.get_running_loop().run_in_executor(self._threads, function, *args)
 
     async def _close_hooks(self, executor: Executor, began: float) -> None:
         """Let hooks be called, and close resources, in what is left of the grace time."""
         left = 1.0 if self.error is not None else max(1.0, began + self.options.grace - time.monotonic())
         if executor.teller is not None:
-            await asyncio.to_thread(executor.teller.close, left)
+            await self._beside(executor.teller.close, left)
         try:
             async with asyncio.timeout(left):
                 await self.registry.resources.close()
         except TimeoutError:
             LOG.warning("resources were not closed within %.0f s", left)
+        except BaseException:  # a resource's own: what is done must be committed all the same
+            LOG.exception("resources were not closed")
 
     def _isolated(self) -> list[str]:
         """The tasks it serves that run in child processes."""

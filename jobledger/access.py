@@ -16,7 +16,7 @@ from confluent_kafka import KafkaError, KafkaException
 from confluent_kafka.admin import AdminClient
 
 from jobledger import tls
-from jobledger.config import Settings
+from jobledger.config import TOKEN_ENDPOINT, Settings
 from jobledger.errors import AccessDenied, BrokerUnavailable, ConfigError, NotAuthenticated, NotAuthorized
 
 LOG = logging.getLogger("jobledger.kafka")
@@ -36,6 +36,25 @@ _DENIED = {
     KafkaError.TRANSACTIONAL_ID_AUTHORIZATION_FAILED: "transactional-id",
 }
 _REFUSED = (KafkaError._AUTHENTICATION, KafkaError._SSL, KafkaError.SASL_AUTHENTICATION_FAILED)
+
+
+_URLS = frozenset({TOKEN_ENDPOINT})
+#: Settings whose values an error may show: those that say in which way and as whom, and where files lie. Any other one
+#: may hold a secret; librdkafka gets new ones, so those are not what is listed.
+SHOWN = _URLS | {
+    "sasl.mechanism",
+    "sasl.mechanisms",
+    "sasl.username",
+    "sasl.kerberos.principal",
+    "sasl.kerberos.service.name",
+    "sasl.kerberos.keytab",
+    "sasl.oauthbearer.method",
+    "sasl.oauthbearer.client.id",
+    "sasl.oauthbearer.scope",
+    "sasl.oauthbearer.grant.type",
+    "sasl.oauthbearer.assertion.file",
+    "sasl.oauthbearer.assertion.private.key.file",
+}
 
 
 class Need(NamedTuple):
@@ -105,13 +124,20 @@ def refusal(settings: Settings, said: str) -> NotAuthenticated:
     if found is not None:
         return NotAuthenticated(found)
     words = re.sub(r"\s*\((after|install).*", "", said.rpartition("bootstrap: ")[2])
-    ways = [name for name in kafka if name.startswith("sasl.") and "secret" not in name and "password" not in name]
+    ways = [name for name in sorted(kafka) if name.startswith("sasl.")]
     if not ways:
         return NotAuthenticated(f"{address} does not let this client in: {words}; check JOBLEDGER_KAFKA__*")
-    shown = ", ".join(f"{tls.setting(name)}={kafka[name]}" for name in sorted(ways))
+    shown = ", ".join(_shown(name, kafka[name]) for name in ways if name in SHOWN)
     return NotAuthenticated(
-        f"{address} does not let this client in: {words}; check {shown}, and the password or secret beside it"
+        f"{address} does not let this client in: {words}; check {shown or 'JOBLEDGER_KAFKA__SASL_*'}, and the password, "
+        "secret or key beside it"
     )
+
+
+def _shown(name: str, value: str) -> str:
+    if name in _URLS:  # it might carry a user and a password, or a key in its query
+        value = re.sub(r"//.*@", "//", value).partition("?")[0]
+    return f"{tls.setting(name)}={value}"
 
 
 def _told_by_door(record: logging.LogRecord) -> bool:

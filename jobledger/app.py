@@ -20,7 +20,7 @@ from typing import (
 
 from jobledger.client import Client, EventHandle, JobHandle
 from jobledger.config import Settings
-from jobledger.domain import EventType, Format, as_event_class
+from jobledger.domain import EventType, Format, Start, as_event_class
 from jobledger.errors import ConfigError
 from jobledger.job import JobStatus, State
 from jobledger.middleware import Around, Which
@@ -274,6 +274,7 @@ class App:
         format: Format = "jobledger",
         partitions: int | None = None,
         retention_days: float | None = None,
+        start: Start | None = None,
     ) -> EventDecorator: ...
 
     @dataclass_transform(frozen_default=True)
@@ -288,14 +289,20 @@ class App:
         format: Format = "jobledger",
         partitions: int | None = None,
         retention_days: float | None = None,
+        start: Start | None = None,
     ) -> Any:
         """Register a class of domain events; usable bare or with options. A plain class becomes a frozen dataclass;
         dataclasses, msgspec Structs and pydantic models stay what they are. Its Avro schema is derived from its fields.
 
         ``name``: what stands in the log, the class's name unless given. ``key``: the field whose value keeps events in
         order. ``partitions``: of its topic, the app's unless given. ``retention_days``: how long events are kept, for
-        good unless given. ``topic``, ``format``: another program's topic to read from (``"jobledger"`` or ``"json"``);
-        such events cannot be emitted. Raises `ConfigError`.
+        good unless given. ``topic``, ``format``: another program's topic to read from (``"jobledger"``, ``"json"`` or
+        ``"avro"``); such events cannot be emitted.
+
+        ``start``: where the router begins when it reads the topic for the first time: ``"earliest"``, with the oldest
+        event kept, the default for our own, so that none is lost that was emitted before the router's first start; or
+        ``"latest"``, with what comes from then on, the default for topics of others. After that its commits count, and
+        partitions that are added are read from their beginning. Raises `ConfigError`.
         """
 
         def register(found: type[Any]) -> type[Any]:
@@ -308,6 +315,7 @@ class App:
                 format=format,
                 partitions=partitions,
                 retention_days=retention_days,
+                start=start,
             )
             return made
 
@@ -325,11 +333,21 @@ class App:
         fallback: Task[Any, Any] | str | None = None,
         **policy: Unpack[HandlerOptions],
     ) -> TaskDecorator:
-        """Register a function as a handler of an event class: for every event from now on, one job that runs it.
+        """Register a function as a handler of an event class: for every event that the router comes to, one job that
+        runs it.
 
-        The function takes the event. Options as for `task`, but a key: the job's is the event's own. Events of the
-        past: ``jobledger backfill``. Raises `ConfigError`, `BadEvent` or `UnknownQueue`.
+        The first handler of a class gets events from where `event`'s ``start`` says: of our own, all that their topic
+        keeps, at full speed. A further one gets those that the router has not passed yet; for the past there is
+        ``jobledger backfill``. The function takes the event. Options as for `task`, except that there is no ``key``: an
+        event's key orders events on their topic, and their jobs run in any order, several at once. Where the events'
+        order counts, fold them (`projection`); where only one at a time may run, submit a keyed task from the handler.
+        Raises `ConfigError`, `BadEvent` or `UnknownQueue`.
         """
+        if keyed := sorted(policy.keys() & {"key", "key_hold_max"}):
+            raise ConfigError(
+                f"App.on({event.__name__}) takes no {keyed[0]}=: the jobs of events are not ordered. Submit a keyed task "
+                "from the handler, or fold the events with @app.projection"
+            )
         if unknown := policy.keys() - HandlerOptions.__annotations__.keys():
             raise TypeError(f"App.on() takes no {min(unknown)}=")
         self.registry.event_of(event)
@@ -397,7 +415,8 @@ class App:
         """Write down that something happened; returns once the log has acknowledged it. What follows from it is the
         handlers' business.
 
-        Raises `BadEvent`, `IncompatibleEvent`, `PayloadTooLarge`, `TopicMissing` or `BrokerUnavailable`.
+        Raises `BadEvent`, `IncompatibleEvent`, `PayloadTooLarge`, `TopicMissing`, `AccessDenied`, `BrokerUnavailable`,
+        or with a Schema Registry `SchemaRefused` or `RegistryUnavailable` (a `BrokerUnavailable`).
         """
         return self.client.emit(self.registry.event_of(type(event)), event)
 
@@ -414,7 +433,8 @@ class App:
     def submit_many(self, jobs: Iterable[JobRequest[R]]) -> list[JobHandle[R]]:
         """Submit jobs in large batches; returns handles, in order, once the log has acknowledged all.
 
-        ``jobs``: from `Task.job` or ``task.using(…).job``; consumed as it goes, so a generator is fine.
+        ``jobs``: from `Task.job` or ``task.using(…).job``; consumed as it goes, so a generator is fine. Raises as
+        `Task.submit`; then some may have been accepted.
         """
         return self.client.submit_many(jobs)
 
@@ -455,7 +475,7 @@ class App:
 
         One that waits, for its turn, a time or a retry, is not started any more; one that runs is told to end. One that
         has ended stays what it is. ``by``: who wants it, this user and host unless given. Raises `ConfigError`,
-        `TopicMissing` or `BrokerUnavailable`.
+        `TopicMissing`, `AccessDenied` or `BrokerUnavailable`.
         """
         self.orders.cancel([Job(job_id, run)], reason, by)
 
@@ -507,7 +527,8 @@ class App:
         start: Literal["earliest", "latest"] = "earliest",
         timeout: float | None = None,
     ) -> LifecycleStream:
-        """Everything that happens to the app's jobs, as a stream of `Recorded` events for another service.
+        """Everything that happens to the app's jobs, and what people order of them, as a stream of `Recorded` events for
+        another service.
 
         ``group``: who reads; several processes of one group share the partitions, and each group reads all of it.
         ``facts``: only these, for example ``(JobSucceeded, JobFailed)``. ``start``: where a group begins that was never

@@ -12,7 +12,7 @@ from typing import Any
 
 import msgspec
 
-from jobledger.errors import BadArguments, ConfigError
+from jobledger.errors import BadArguments, ConfigError, text_of
 from jobledger.resources import Dependency
 
 
@@ -50,23 +50,31 @@ class Arguments:
             named[key] = value
         try:
             raw = msgspec.json.encode(named, enc_hook=_enc_hook)
-        except (TypeError, ValueError, OverflowError, RecursionError) as exc:
-            raise BadArguments(f"an argument of {self._name}() cannot be written as JSON: {exc}") from exc
+        except Exception as exc:  # a model's own serialiser may raise anything
+            raise BadArguments(f"an argument of {self._name}() cannot be written as JSON: {_said(exc)}") from exc
         try:
             self._decoder.decode(raw)
-        except (msgspec.MsgspecError, TypeError, ValueError, RecursionError) as exc:
-            raise BadArguments(f"arguments do not fit {self._name}{self.signature}: {exc}") from exc
+        except Exception as exc:
+            raise BadArguments(f"arguments do not fit {self._name}{self.signature}: {_said(exc)}") from exc
         return raw
 
     def decode(self, raw: bytes) -> dict[str, Any]:
         """The worker's side of `encode`: keyword arguments for the function. Raises `BadArguments`."""
         try:
             struct = self._decoder.decode(raw)
-        except (msgspec.MsgspecError, TypeError, ValueError, RecursionError) as exc:
+        except Exception as exc:  # a dataclass's __post_init__ or a model's validator may raise anything
             shown = raw[:500].decode(errors="replace")
-            raise BadArguments(f"arguments {shown} do not fit {self._name}{self.signature}: {exc}") from exc
+            raise BadArguments(f"arguments {shown} do not fit {self._name}{self.signature}: {_said(exc)}") from exc
         unset = msgspec.UNSET
         return {n: v for n in self.names if (v := getattr(struct, n)) is not unset}
+
+
+def _said(exc: Exception) -> str:
+    """Why arguments do not fit: ours and msgspec's errors say it whole, those of a user's code have a type, too."""
+    said = text_of(exc)
+    return (
+        said if isinstance(exc, msgspec.MsgspecError | TypeError | ValueError) else f"{type(exc).__qualname__}: {said}"
+    )
 
 
 def encode_result(value: Any) -> bytes | None:

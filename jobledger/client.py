@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import atexit
+import contextlib
 import os
 import threading
 import time
@@ -15,7 +16,6 @@ from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any, Generic, Protocol, TypeVar
 
-import msgspec
 import uuid_utils
 from confluent_kafka import KafkaError, Message
 
@@ -267,7 +267,8 @@ class Client:
                 future.set_exception(writer.failed(error, what, write(record.topic)))
 
         def delivered(error: KafkaError | None, message: Message) -> None:
-            loop.call_soon_threadsafe(settle, error, position_of(message))
+            with contextlib.suppress(RuntimeError):  # the loop was closed meanwhile: nobody waits any more
+                loop.call_soon_threadsafe(settle, error, position_of(message))
 
         await _post_async(writer, record, delivered)
         return await future
@@ -501,9 +502,4 @@ async def _post_async(
         await asyncio.get_running_loop().run_in_executor(None, writer.post, record, delivered)
 
 
-def jsonable(value: Any) -> Any:
-    """A value as JSON builtins, for ``--json`` output."""
-    return msgspec.to_builtins(value, enc_hook=str)
-
-
-__all__ = ["Client", "EventHandle", "JobHandle", "JobledgerError", "StatusSource", "jsonable", "result_of"]
+__all__ = ["Client", "EventHandle", "JobHandle", "JobledgerError", "StatusSource", "result_of"]

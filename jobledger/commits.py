@@ -9,11 +9,11 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 import msgspec
-from confluent_kafka import TopicPartition
+from confluent_kafka import KafkaException, TopicPartition
 
 from jobledger.access import Need
 from jobledger.config import Settings
-from jobledger.log import committed, consumer, consumer_config, partitions_of
+from jobledger.log import admin, committed, consumer, consumer_config, partitions_of, translate
 from jobledger.names import Names
 
 
@@ -60,3 +60,21 @@ def worker_commits(settings: Settings, names: Names, queues: Iterable[str]) -> d
     for queue in queues:
         found.update(group_offsets(settings, names.worker_group(queue), names.jobs(queue)))
     return found
+
+
+def lifecycle_groups(settings: Settings, names: Names, timeout: float = 10.0) -> list[str]:
+    """The groups of `App.lifecycle` that the cluster knows; one that has gone, with its commits, is none of them.
+
+    Raises `BrokerUnavailable`, or `NotAuthorized` for who may not describe them.
+    """
+    # A cluster leaves out of its list, without a word, what may not be described: so one is asked for by name first.
+    prefix = names.lifecycle_group("")
+    group_offsets(settings, prefix, names.lifecycle, timeout)
+    client = admin(settings)  # held: its answers die with it
+    try:
+        found = client.list_consumer_groups(request_timeout=timeout).result(timeout + 5.0)
+    except KafkaException as exc:
+        raise translate(exc.args[0], settings, "listing consumer groups") from exc
+    for error in found.errors:
+        raise translate(error.args[0], settings, "listing consumer groups")
+    return sorted(group.group_id for group in found.valid if group.group_id.startswith(prefix))

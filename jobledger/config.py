@@ -6,10 +6,13 @@ Security settings are written once, with librdkafka's names (``JOBLEDGER_KAFKA__
 
 from __future__ import annotations
 
+import ipaddress
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import platformdirs
 
@@ -28,6 +31,7 @@ KNOWN = (
     "RETENTION_DAYS",
     "HOME",
     "LOG_LEVEL",
+    "LOG_FORMAT",
     "TEST_KAFKA_IMAGE",
     "TEST_POSTGRES",
     "TEST_PROMETHEUS",
@@ -39,6 +43,10 @@ KNOWN = (
 #: minutes. New partitions, too.
 PATIENCE: Mapping[str, int] = {"socket.timeout.ms": 10_000, "topic.metadata.refresh.interval.ms": 5_000}
 
+#: Where tokens are asked for with ``sasl.oauthbearer.method=oidc``.
+TOKEN_ENDPOINT = "sasl.oauthbearer.token.endpoint.url"
+#: Below it no event fits: ids, names and times alone take some hundred bytes.
+LEAST_MAX_RECORD_BYTES = 1_000
 DEFAULT_MAX_RECORD_BYTES = 1_000_000  # the broker's message.max.bytes default is 1,048,588 with the batch overhead
 DEFAULT_SUBMIT_TIMEOUT_S = 30.0
 DEFAULT_RETENTION_DAYS = 90.0
@@ -52,13 +60,16 @@ class Settings:
     ``sqlite:///path`` or ``postgresql://user:password@host/database``; None means one SQLite file per namespace under
     the user's data folder. Not shown where settings are: it may hold a password. ``submit_timeout``: seconds a
     submission may wait for its acknowledgement before `BrokerUnavailable`. ``max_record_bytes``: largest encoded record
-    that is sent; larger ones raise `PayloadTooLarge`. ``retention_days``: how long the log keeps what happened to jobs
-    that have ended; the stream processor deletes what is older. ``kafka``: extra client settings with librdkafka's
-    names, e.g. ``{"security.protocol": "SSL"}``. Not shown where settings are: they may hold passwords and keys.
+    that is sent, 1,000 or more; larger ones raise `PayloadTooLarge`. ``retention_days``: how long the log keeps what
+    happened to jobs that have ended; the stream processor deletes what is older. ``kafka``: extra client settings with
+    librdkafka's names, e.g. ``{"security.protocol": "SSL"}``. Not shown where settings are: they may hold passwords and
+    keys.
     ``home``: folder of the embedded broker's data, jars and pid file. ``schema_registry``: URL of a
     Confluent-compatible Schema Registry, ``http[s]://[user:password@]host[:port][/path]``, or None for events that need
     none. Not shown where settings are: it may hold a password. ``role``: which part of Jobledger this process is, for
     errors and for the broker's logs (the client id).
+
+    Raises `ConfigError` for a number that is none, or out of its bounds.
     """
 
     bootstrap: str | None = None
@@ -70,6 +81,15 @@ class Settings:
     home: Path = field(default_factory=lambda: default_home())
     schema_registry: str | None = field(default=None, repr=False)
     role: str = "client"
+
+    def __post_init__(self) -> None:
+        for name in ("submit_timeout", "retention_days"):
+            value = getattr(self, name)
+            if not isinstance(value, int | float) or not 0 < value < math.inf:  # nor what is no number at all: nan
+                raise ConfigError(f"{name}={value!r} ({PREFIX}{name.upper()}) is not a number above 0")
+        most: object = self.max_record_bytes
+        if not isinstance(most, int) or most < LEAST_MAX_RECORD_BYTES:
+            raise ConfigError(_no_size(f"max_record_bytes={most!r} ({PREFIX}MAX_RECORD_BYTES)"))
 
     @classmethod
     def from_env(cls, environ: Mapping[str, str] | None = None) -> Settings:
@@ -85,9 +105,9 @@ class Settings:
         return cls(
             bootstrap=env.get(PREFIX + "BOOTSTRAP") or None,
             status_url=env.get(PREFIX + "STATUS_URL") or None,
-            submit_timeout=_positive(env, "SUBMIT_TIMEOUT", DEFAULT_SUBMIT_TIMEOUT_S),
-            max_record_bytes=int(_positive(env, "MAX_RECORD_BYTES", DEFAULT_MAX_RECORD_BYTES)),
-            retention_days=_positive(env, "RETENTION_DAYS", DEFAULT_RETENTION_DAYS),
+            submit_timeout=_number(env, "SUBMIT_TIMEOUT", DEFAULT_SUBMIT_TIMEOUT_S),
+            max_record_bytes=_size(env, "MAX_RECORD_BYTES", DEFAULT_MAX_RECORD_BYTES),
+            retention_days=_number(env, "RETENTION_DAYS", DEFAULT_RETENTION_DAYS),
             kafka=kafka,
             home=Path(env[PREFIX + "HOME"]).expanduser() if env.get(PREFIX + "HOME") else default_home(),
             schema_registry=env.get(PREFIX + "SCHEMA_REGISTRY") or None,
@@ -124,13 +144,14 @@ class Settings:
         if self.status_url:
             return self.status_url
         folder = self.home / "status"
-        folder.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)  # arguments and results are nobody else's business
         return f"sqlite:///{folder / (namespace + '.db')}"
 
     def librdkafka(self) -> dict[str, str | int | float | bool | None]:
         """Client settings for confluent-kafka, without those of a producer or consumer.
 
-        Raises `ConfigError` where credentials are given and ``security.protocol`` would leave them unused.
+        Raises `ConfigError` where ``ssl.*`` or ``sasl.*`` settings are given and ``security.protocol`` would leave them
+        unused.
         """
         _check_protocol(self.kafka)
         conf: dict[str, str | int | float | bool | None] = {
@@ -150,17 +171,10 @@ def default_home() -> Path:
 
 def _check_protocol(kafka: Mapping[str, str]) -> None:
     protocol = kafka.get("security.protocol", "PLAINTEXT").upper()
-    idle = [
-        name
-        for name in (
-            "sasl.username",
-            "sasl.password",
-            "ssl.certificate.location",
-            "ssl.certificate.pem",
-            "ssl.ca.location",
-        )
-        if name in kafka and name.partition(".")[0].upper() not in protocol
-    ]
+    # Harmless ones, too (``sasl.mechanism`` with SSL): whoever sets them believes that the connection is another one.
+    idle = sorted(
+        name for name in kafka if (kind := name.partition(".")[0]) in ("ssl", "sasl") and kind.upper() not in protocol
+    )
     if idle:
         raise ConfigError(
             f"{', '.join(idle)} would not be used with security.protocol={protocol}: set "
@@ -171,16 +185,55 @@ def _check_protocol(kafka: Mapping[str, str]) -> None:
             f"security.protocol={protocol} needs {KAFKA_PREFIX}SASL_MECHANISM: PLAIN, SCRAM-SHA-256, SCRAM-SHA-512 or "
             "OAUTHBEARER"
         )
+    if protocol.startswith("SASL") and TOKEN_ENDPOINT in kafka:
+        check_token_endpoint(kafka[TOKEN_ENDPOINT])
 
 
-def _positive(env: Mapping[str, str], name: str, default: float) -> float:
+def check_token_endpoint(url: str) -> None:
+    """Raise `ConfigError` unless a client's secret may be sent there: ``https://``, or ``http://`` to this machine."""
+    name = KAFKA_PREFIX + TOKEN_ENDPOINT.upper().replace(".", "_")
+    try:
+        parts = urlsplit(url)
+        scheme, host, named = parts.scheme, parts.hostname, "@" in parts.netloc
+    except ValueError:  # half a pair of brackets
+        scheme, host, named = "", None, False
+    if scheme not in ("https", "http") or host is None:
+        raise ConfigError(f"{name} is no URL: it begins with https://, and a host follows")
+    if named:
+        raise ConfigError(
+            f"{name} holds a user or a password: write sasl.oauthbearer.client.id and .client.secret as settings of their own"
+        )
+    if scheme == "http" and not _is_loopback(host):
+        raise ConfigError(
+            f"{name}=http://{host}… would send the client's secret over the network as plain text: use https:// (http:// is "
+            "for an endpoint on this machine, such as a sidecar)"
+        )
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def _number(env: Mapping[str, str], name: str, default: float) -> float:
+    """A number as it stands there; whether it is of use is judged with the other settings."""
     text = env.get(PREFIX + name)
     if not text:
         return default
     try:
-        value = float(text)
+        return float(text)
     except ValueError:
-        value = -1.0
-    if value <= 0:
-        raise ConfigError(f"{PREFIX}{name}={text!r} is not a number above 0")
-    return value
+        raise ConfigError(f"{PREFIX}{name}={text!r} is not a number above 0") from None
+
+
+def _size(env: Mapping[str, str], name: str, default: int) -> int:
+    value = _number(env, name, default)
+    if not float(value).is_integer():
+        raise ConfigError(_no_size(f"{PREFIX}{name}={env[PREFIX + name]!r}"))
+    return int(value)
+
+
+def _no_size(what: str) -> str:
+    return f"{what} is not a whole number of {LEAST_MAX_RECORD_BYTES:,} or more"

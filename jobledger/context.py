@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import threading
 import uuid
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -10,6 +11,9 @@ from contextvars import ContextVar
 
 from jobledger.errors import ConfigError
 from jobledger.schemas.events import JobProgressed
+
+#: Held for the moment in which a job's children are counted.
+_COUNTING = threading.Lock()
 
 
 class JobContext:
@@ -60,8 +64,12 @@ class JobContext:
         Callable from any thread the task runs in. The last report of an attempt is what the status shows.
         """
         for name, value in (("done", done), ("total", total)):
-            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 0):
-                raise ConfigError(f"progress({name}={value!r}) is not a whole number from 0 up")
+            if name == "total" and value is None:
+                continue
+            if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 1 << 63:
+                raise ConfigError(f"progress({name}={value!r}) is not a whole number from 0 to 2^63 - 1")
+        if message is not None and not isinstance(message, str):
+            raise ConfigError(f"progress(message={message!r}) is no text")
         self._sequence += 1
         self._report(self, JobProgressed(self._sequence, done, total, message))
 
@@ -70,11 +78,13 @@ class JobContext:
 
         So a rerun of the parent submits the same children, and workers drop the second copy.
         """
-        if self._children is None:
-            self._children = Counter()
         what = task.encode() + b"\0" + hashlib.blake2b(args, digest_size=16).digest()
-        self._children[what] += 1
-        name = f"{self.run}/{task}/{what[-16:].hex()}/{self._children[what]}"
+        with _COUNTING:  # a task may submit from several threads
+            if self._children is None:
+                self._children = Counter()
+            self._children[what] += 1
+            nth = self._children[what]
+        name = f"{self.run}/{task}/{what[-16:].hex()}/{nth}"
         return str(uuid.uuid5(uuid.UUID(self.job_id), name))
 
 

@@ -11,17 +11,17 @@ import inspect
 import io
 import json
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
 import fastavro
 import fastavro.schema
 import msgspec
 
-from jobledger.errors import BadEvent, ConfigError, NotAnEvent, RegistryNeeded, SchemaError, UnknownSchema
+from jobledger.errors import BadEvent, ConfigError, NotAnEvent, RegistryNeeded, SchemaError, UnknownSchema, text_of
 from jobledger.names import Names, check_name
-from jobledger.schemas import codec, frame
-from jobledger.schemas.derive import derive, dumper, is_pydantic, read_nested
+from jobledger.schemas import codec, defaults, frame
+from jobledger.schemas.derive import check_evolution, derive, dumper, is_pydantic, read_nested
 
 if TYPE_CHECKING:
     from jobledger.task import Task
@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 #: How values stand on a topic: as ours do, as JSON, or as Avro in a Schema Registry's frame.
 Format = Literal["jobledger", "json", "avro"]
 FORMATS: tuple[str, ...] = ("jobledger", "json", "avro")
+#: Where the router begins on a topic that it has never read.
+Start = Literal["earliest", "latest"]
 
 _SINGLE_OBJECT = 10  # bytes before the datum in the single-object encoding
 
@@ -51,7 +53,8 @@ class EventType:
     """A class of events of one namespace. ``key``: the field by whose value events are kept in order; None: none are.
 
     ``topic``: another's topic, which Jobledger reads and never writes. ``partitions``: of its own topic; None: the
-    app's. ``retention_days``: how long its topic keeps events; None: for good.
+    app's. ``retention_days``: how long its topic keeps events; None: for good. ``start``: None: ``"latest"`` on
+    another's topic, else ``"earliest"``, for what was emitted before the router's first start must not be lost.
     """
 
     def __init__(
@@ -65,6 +68,7 @@ class EventType:
         format: Format,
         partitions: int | None,
         retention_days: float | None = None,
+        start: Start | None = None,
     ) -> None:
         check_name("event", name)
         if retention_days is not None and not retention_days > 0:
@@ -76,6 +80,9 @@ class EventType:
             raise ConfigError(f"event {name!r}: format={format!r} is for the topics of others; give topic=… as well")
         self.cls, self.name, self.key, self.format, self.partitions = cls, name, key, format, partitions
         self.foreign = topic is not None
+        if start not in (None, "earliest", "latest"):
+            raise ConfigError(f"event {name!r}: start={start!r} is neither 'earliest' nor 'latest'")
+        self.start: Start = start or ("latest" if self.foreign else "earliest")
         self.topic = topic or names.events(name)
         record_namespace = f"{names.namespace.replace('-', '_')}.events"
         if record_namespace[0].isdigit():
@@ -84,7 +91,7 @@ class EventType:
         self.fullname = f"{record_namespace}.{name}"
         self.schema = derive(cls, name, record_namespace)
         self.fingerprint = codec.fingerprint(self.schema)
-        self._parsed = fastavro.parse_schema(json.loads(self.schema))
+        self._parsed = defaults.understood(fastavro.parse_schema(json.loads(self.schema)))
         self._dump = dumper(cls)
         self._readers: dict[bytes, Any] = {}
         if key is not None and key not in {f["name"] for f in json.loads(self.schema)["fields"]}:
@@ -100,9 +107,9 @@ class EventType:
             plain = self._dump(event)
             out = io.BytesIO()
             out.write(codec.MAGIC + self.fingerprint)
-            fastavro.schemaless_writer(out, self._parsed, plain)
+            fastavro.schemaless_writer(out, self._parsed, plain, disable_tuple_notation=True)
         except Exception as exc:
-            raise BadEvent(f"{event!r} does not fit event {self.name!r}: {exc}") from exc
+            raise BadEvent(f"{event!r} does not fit event {self.name!r}: {text_of(exc)}") from exc
         key = None if self.key is None else plain[self.key]
         return out.getvalue(), None if key is None else str(key)
 
@@ -112,8 +119,8 @@ class EventType:
             if is_pydantic(self.cls):
                 return self.cls.model_validate(values)
             return msgspec.convert(values, self.cls, dec_hook=read_nested)
-        except (ValueError, TypeError) as exc:
-            raise BadEvent(f"{dict(values)!r} does not fit event {self.name!r}: {exc}") from exc
+        except Exception as exc:  # the class's own checks may raise anything
+            raise BadEvent(f"{dict(values)!r} does not fit event {self.name!r}: {text_of(exc)}") from exc
 
     def decode(
         self,
@@ -211,6 +218,17 @@ def earlier_of(kind: EventType, known: Mapping[bytes, str]) -> dict[str, str]:
             found[mark.hex()] = text
     found.pop(kind.fingerprint.hex(), None)
     return found
+
+
+def check_classes(kinds: Iterable[EventType], known: Mapping[bytes, str]) -> None:
+    """Raise `IncompatibleEvent` unless each of our own classes reads what its earlier forms wrote.
+
+    ``known``: every published schema, as of `jobledger.lookup.SchemaLookup.all`. For whoever reads events: what a class
+    cannot read looks like garbage, and would be passed over.
+    """
+    for kind in kinds:
+        if not kind.foreign:
+            check_evolution(kind.name, kind.schema, earlier_of(kind, known))
 
 
 def event_id_of(headers: Mapping[str, Any], topic: str, partition: int, offset: int) -> str:

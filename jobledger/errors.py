@@ -43,6 +43,14 @@
 from __future__ import annotations
 
 
+def text_of(error: BaseException) -> str:
+    """What an exception says, whatever its ``str()`` does."""
+    try:
+        return str(error)
+    except BaseException as broken:  # noqa: BLE001  # a user's __str__ may raise anything
+        return f"<its str() raised {type(broken).__qualname__}>"
+
+
 class TaskInterrupted(BaseException):
     """Raised inside a task's code that runs in a thread or a process of its own, to end it; no `Exception`, so that
     ``except Exception`` lets it pass. Clean up and let it go on: what returns all the same has succeeded."""

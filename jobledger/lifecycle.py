@@ -21,6 +21,7 @@ from jobledger.errors import ConfigError, SchemaError, UnknownFact
 from jobledger.kafka import acls
 from jobledger.log import consumer, consumer_config, decoder, error_topic, position_of, recorded, translate
 from jobledger.names import Names, check_name
+from jobledger.orders import is_copy
 from jobledger.schemas.events import Fact, Recorded
 
 LOG = logging.getLogger("jobledger.lifecycle")
@@ -55,7 +56,8 @@ class LifecycleStream:
         settings = settings.acting_as("reader")
         self._settings, self._timeout = settings, timeout
         self._names, self._checked = names, False
-        self._topics = [names.lifecycle, names.coordination, names.dead_letter, *(names.jobs(q) for q in queues)]
+        standing = (names.lifecycle, names.coordination, names.dead_letter, names.control)
+        self._topics = [*standing, *(names.jobs(q) for q in queues)]
         self._decode = decoder(settings, names).decode
         self._group = names.lifecycle_group(group)
         self._door = Door(settings)
@@ -142,6 +144,9 @@ class LifecycleStream:
             if (where.topic, where.partition) not in self._owned:
                 continue  # given to another member meanwhile
             self._current = (where.topic, where.partition, where.offset)
+            if message.value() is None and where.topic == self._names.control:
+                self._finish_current()  # an order that was taken back
+                continue
             try:
                 found = recorded(message, self._decode)
             except UnknownFact as exc:
@@ -151,7 +156,8 @@ class LifecycleStream:
                 self.skipped += 1
                 LOG.warning("%s is no event and is passed: %s", where, exc)
             else:
-                if self._facts is None or isinstance(found.event.fact, self._facts):
+                wanted = self._facts is None or isinstance(found.event.fact, self._facts)
+                if wanted and not is_copy(found, self._names):
                     return found
             self._finish_current()
         return None

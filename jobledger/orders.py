@@ -21,7 +21,7 @@ from jobledger.log import LogReader, decoder, now_us, source
 from jobledger.names import Names
 from jobledger.policy import Limits
 from jobledger.schemas import codec
-from jobledger.schemas.events import CancelRequested, JobEvent, QueueLimited, QueuePaused, QueueResumed
+from jobledger.schemas.events import CancelRequested, JobEvent, QueueLimited, QueuePaused, QueueResumed, Recorded
 from jobledger.writer import LogWriter, Outgoing
 
 Kind = Literal["queue", "task"]
@@ -64,6 +64,12 @@ def who() -> str:
 def cancel_key(job_id: str, run: int) -> str:
     """Where a cancel stands on the control topic."""
     return f"cancel:{job_id}:{run}"
+
+
+def is_copy(found: Recorded, names: Names) -> bool:
+    """Whether a record stands on another topic as well, for who reads all of them: a cancel on the control topic, which
+    is compacted. The one on the coordination topic stays."""
+    return found.position.topic == names.control and isinstance(found.event.fact, CancelRequested)
 
 
 class Orders:

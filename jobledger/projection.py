@@ -16,7 +16,8 @@ from jobledger.schemas.events import Fact, Position
 if TYPE_CHECKING:
     from sqlalchemy import Table
 
-_NAME = re.compile(r"[a-z][a-z0-9_]{0,49}")
+#: At most 45: `jobledger_<name>_rebuild` is a table, and PostgreSQL's names have 63 characters.
+_NAME = re.compile(r"[a-z][a-z0-9_]{0,44}")
 #: What names in the status database begin with that are not a person's own.
 RESERVED = "jobledger_"
 
@@ -55,7 +56,7 @@ class Projection:
     ) -> None:
         if not _NAME.fullmatch(name):
             raise ConfigError(
-                f"projection {name!r}: a name is small letters, digits and '_', at most 50, a letter first"
+                f"projection {name!r}: a name is small letters, digits and '_', at most 45, a letter first; give name=…"
             )
         self.fold, self.name, self.table, self.key = fold, name, table, key
         self.events = {event.topic: event for event in events}

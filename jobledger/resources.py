@@ -173,7 +173,7 @@ class Resources:
                 else:
                     await asyncio.to_thread(made.__exit__, None, None, None)
                 LOG.info("resource %s is closed", resource.name)
-            except Exception:
+            except (Exception, SystemExit):
                 LOG.exception("resource %s could not be closed", resource.name)
         self._forget()
 

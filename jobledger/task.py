@@ -126,8 +126,9 @@ class Task(Generic[P, R]):
     def submit(self, *args: P.args, **kwargs: P.kwargs) -> JobHandle[R]:
         """Submit a job; returns once the log has acknowledged it.
 
-        Raises `BadArguments`, `PayloadTooLarge`, `TopicMissing` or `BrokerUnavailable`; then nothing was accepted,
-        except that after `BrokerUnavailable` the job may have arrived all the same.
+        Raises `BadArguments`, `PayloadTooLarge`, `TopicMissing`, `AccessDenied`, `BrokerUnavailable`, or with a Schema
+        Registry `SchemaRefused` or `RegistryUnavailable` (a `BrokerUnavailable`); then nothing was accepted, except that
+        after `BrokerUnavailable` the job may have arrived all the same.
         """
         request = self.job(*args, **kwargs)  # judged before anything connects
         return self.registry.submitter().submit(request)

@@ -30,6 +30,14 @@ def _tracer() -> Any:
     return otel.get_tracer(_SCOPE)
 
 
+def flush(most_ms: int) -> None:
+    """Have the provider, if there is one that keeps spans back, export what it has, within so many milliseconds."""
+    if (otel := sys.modules.get(_MODULE)) is not None:
+        force = getattr(otel.get_tracer_provider(), "force_flush", None)
+        if force is not None:
+            force(most_ms)
+
+
 def current() -> str | None:
     """The traceparent of the span this code runs in; None outside of one."""
     otel = sys.modules.get(_MODULE)

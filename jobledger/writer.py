@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections.abc import Callable, Iterable
@@ -18,6 +19,8 @@ from jobledger.names import Names
 from jobledger.schemas import codec
 from jobledger.schemas.events import Position
 from jobledger.wire import Framing, framing
+
+LOG = logging.getLogger("jobledger.client")
 
 DeliveryCallback = Callable[[KafkaError | None, Message], None]
 
@@ -66,7 +69,10 @@ class LogWriter:
 
     def _serve(self) -> None:
         while not self._closing.is_set():
-            self.poll(0.1)
+            try:
+                self.poll(0.1)
+            except Exception:  # a callback's: without this thread nobody would be told of anything any more
+                LOG.exception("a delivery callback broke")
 
     def poll(self, timeout: float) -> None:
         """Run the delivery callbacks that have arrived. Once the cluster does not let this client in, what waits is

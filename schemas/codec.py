@@ -14,7 +14,7 @@ import io
 import json
 from collections.abc import Callable, Mapping
 from importlib.resources import files
-from typing import Any
+from typing import Any, get_type_hints
 
 import fastavro
 import fastavro.schema
@@ -262,28 +262,31 @@ def build(datum: dict[str, Any]) -> ev.JobEvent:
     return _JobEvent(**datum)
 
 
+#: The fields of an event but its fact, as they must be whoever wrote them: a schema of the same names may say other types.
+_Header = msgspec.defstruct(
+    "JobEvent", [(n, t) for n, t in get_type_hints(_JobEvent).items() if n != "fact"], frozen=True, gc=False
+)
+
+
 def _lenient(datum: Mapping[str, Any], cls: type[Any]) -> Any:
     """``cls`` from a datum of another schema version: unknown fields dropped, missing ones from the defaults."""
-    known = {name: datum[name] for name in cls.__struct_fields__ if name in datum}
     try:
-        return cls(**known)
-    except TypeError as exc:
-        raise SchemaError(f"{cls.__name__} of another schema version lacks a field without default: {exc}") from exc
+        return msgspec.convert(datum, cls, builtin_types=(bytes,))
+    except msgspec.ValidationError as exc:
+        raise SchemaError(f"{cls.__name__} of another schema does not fit this version's: {exc}") from exc
 
 
-def _build_foreign(datum: dict[str, Any]) -> ev.JobEvent:
-    name, body = datum["fact"] if isinstance(datum.get("fact"), tuple) else ("?", {})
+def _build_foreign(datum: dict[str, Any], schema: Any) -> ev.JobEvent:
+    fact = datum["fact"]
+    # Of a schema with one fact the reader does not name it.
+    name, body = fact if isinstance(fact, tuple) else (_only_fact(schema), fact)
+    if not isinstance(body, dict):
+        raise NotAnEvent(f"framed as an event, but its fact is no record: {type(body).__name__}")
     short = name.rpartition(".")[2]
     kind = _FACTS.get("jobledger." + short)
     if kind is None:
         raise UnknownFact(short)
-    if kind in _HAS_SPEC and "spec" in body:
-        body["spec"] = _lenient(body["spec"], _JobSpec)
-    if kind in _HAS_ERROR_INFO and "error" in body:
-        body["error"] = _lenient(body["error"], _ErrorInfo)
-    datum["fact"] = _lenient(body, kind)
-    event: ev.JobEvent = _lenient(datum, _JobEvent)
-    return event
+    return _JobEvent(**_asdict(_lenient(datum, _Header)), fact=_lenient(body, kind))
 
 
 class Decoder:
@@ -317,8 +320,12 @@ class Decoder:
         return _PREFIX + value[frame.HEAD :] if value[: frame.HEAD] in self._own_heads else None
 
     def asks(self, value: bytes | None) -> bool:
-        """Whether `decode` may have to look for this value's schema, and so to wait."""
-        return value is None or not (value[:_HEAD] == _PREFIX or value[: frame.HEAD] in self._own_heads)
+        """Whether `decode` has to look for this value's schema, and so may have to wait."""
+        if value is None or value[:_HEAD] == _PREFIX:
+            return False
+        if self._by_id is not None and frame.is_framed(value):
+            return value[: frame.HEAD] not in self._own_heads and value[: frame.HEAD] not in self._foreign
+        return value[:2] == MAGIC and len(value) >= _HEAD and value[2:_HEAD] not in self._foreign
 
     def decode(self, value: bytes | None) -> ev.JobEvent:
         """One event. Raises `NotAnEvent`, `UnknownSchema` or `UnknownFact`, all of them `SchemaError`; and
@@ -340,11 +347,8 @@ class Decoder:
             text = self._lookup(mark) if self._lookup is not None else None
             if text is None:
                 raise UnknownSchema(f"no schema with fingerprint {mark.hex()} is published")
-            schema = self._foreign[mark] = _parse(text)
-        datum = _datum(value, _HEAD, schema)
-        if not isinstance(datum, dict):
-            raise NotAnEvent(f"schema {mark.hex()} is not a record")
-        return _build_foreign(datum)
+            schema = self._foreign[mark] = _event_schema(text, f"schema {mark.hex()}")
+        return _build_foreign(_datum(value, _HEAD, schema), schema)
 
     def _decode_framed(self, value: bytes) -> ev.JobEvent:
         head = value[: frame.HEAD]
@@ -353,10 +357,7 @@ class Decoder:
         if head in self._own_heads:
             return build(_datum(value, frame.HEAD, _SCHEMA))
         schema = self._foreign[head]
-        datum = _datum(value, frame.HEAD, schema)
-        if isinstance(datum["fact"], dict):  # of a schema with one fact, which the reader then does not name
-            datum["fact"] = (_only_fact(schema), datum["fact"])
-        return _build_foreign(datum)
+        return _build_foreign(_datum(value, frame.HEAD, schema), schema)
 
     def _learn(self, head: bytes, value: bytes) -> None:
         assert self._by_id is not None
@@ -372,19 +373,24 @@ class Decoder:
         if fingerprint(text) == FINGERPRINT:
             self._own_heads.add(head)
             return
-        schema = _parse(text)
-        fields = {f["name"] for f in schema.get("fields", ())} if isinstance(schema, dict) else set()
-        # A registry serves others, too: their records are none of ours, whatever the version.
-        if not {"job_id", "fact"} <= fields:
-            named = schema.get("name", "?") if isinstance(schema, dict) else "?"
-            raise NotAnEvent(f"schema id {number} is {named}, which is no JobEvent")
-        self._foreign[head] = schema
+        self._foreign[head] = _event_schema(text, f"schema id {number}")
+
+
+def _event_schema(text: str, what: str) -> Any:
+    """The parsed schema of a writer of events. Raises `NotAnEvent` for any other: a registry and ``<ns>.schemas`` serve
+    domain events, too, and their records are none of ours, whatever the version."""
+    schema = _parse(text)
+    fields = {f["name"] for f in schema.get("fields", ())} if isinstance(schema, dict) else set()
+    if not {"job_id", "fact"} <= fields:
+        named = schema.get("name", "?") if isinstance(schema, dict) else "?"
+        raise NotAnEvent(f"{what} is {str(named)[:200]}, which is no JobEvent")
+    return schema
 
 
 def _only_fact(schema: Any) -> str:
     kind = next(f["type"] for f in schema["fields"] if f["name"] == "fact")
-    kind = kind[0] if isinstance(kind, list) else kind
-    return str(kind["name"] if isinstance(kind, dict) else kind)
+    kind = next((k for k in kind if k != "null"), "?") if isinstance(kind, list) else kind
+    return str(kind.get("name", "?") if isinstance(kind, dict) else kind)
 
 
 def _datum(value: bytes, at: int, schema: Any) -> Any:

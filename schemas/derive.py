@@ -21,6 +21,7 @@ import msgspec
 from msgspec import inspect as kinds
 
 from jobledger.errors import ConfigError, IncompatibleEvent
+from jobledger.schemas import defaults
 
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _PLAIN: dict[type[Any], Any] = {
@@ -35,7 +36,9 @@ _PLAIN: dict[type[Any], Any] = {
     kinds.DateType: {"type": "int", "logicalType": "date"},
     kinds.NoneType: "null",
 }
-_NO_DEFAULT = object()
+_NO_DEFAULT: Any = object()
+#: Factories whose default is an empty thing, whenever they are called.
+_EMPTY = (list, dict, set, frozenset, tuple)
 #: What fastavro takes as it is.
 _KEPT = (bytes, datetime.datetime, datetime.date)
 
@@ -74,7 +77,8 @@ def check_evolution(subject: str, text: str, earlier: dict[str, str]) -> None:
             why = "; ".join(sorted(str(m) for m in found.messages))
             raise IncompatibleEvent(
                 f"event {subject!r}: its class cannot read what schema {which} wrote ({kinds_of}: {why}). Give a new field "
-                "a default, keep a field's type; or give the event a new name: @app.event(name=…)"
+                "a default (a value: what a default_factory makes is not in the schema), keep a field's type; or give the "
+                "event a new name: @app.event(name=…)"
             )
 
 
@@ -84,6 +88,7 @@ class _Deriver:
     def __init__(self, root: type[Any], namespace: str) -> None:
         self._root, self._namespace = root, namespace
         self._defined: dict[str, type[Any]] = {}
+        self._records: dict[str, dict[str, Any]] = {}
 
     def record(self, cls: type[Any], name: str, where: str) -> dict[str, Any] | str:
         """``cls`` as a record, or its name if it was defined above."""
@@ -94,12 +99,18 @@ class _Deriver:
                 raise ConfigError(f"{where}: two classes are called {name}; rename one")
             return f"{self._namespace}.{name}"
         self._defined[name] = cls
+        if is_pydantic(cls) and (found := _first_bytes(cls, where, set())):
+            raise ConfigError(
+                f"{found}: bytes in a pydantic model would reach a handler as other ones: its arguments are JSON, where "
+                "pydantic reads no base64. Make the model a dataclass or a msgspec Struct, or write the bytes as text"
+            )
         fields = [self._field(f, default, kind, f"{where}.{f}") for f, kind, default in _fields_of(cls, where)]
         record: dict[str, Any] = {"type": "record", "name": name, "namespace": self._namespace}
         doc = cls.__dict__.get("__doc__")
         if doc and not doc.startswith(f"{cls.__name__}("):  # a dataclass without one gets its signature
             record["doc"] = " ".join(doc.split())
-        return {**record, "fields": fields}
+        self._records[f"{self._namespace}.{name}"] = record = {**record, "fields": fields}
+        return record
 
     def _field(self, name: str, default: Any, kind: kinds.Type, where: str) -> dict[str, Any]:
         if not _NAME.fullmatch(name):
@@ -108,18 +119,14 @@ class _Deriver:
         field: dict[str, Any] = {"name": name, "type": schema}
         if default is _NO_DEFAULT:
             return field
-        if isinstance(schema, list) and "null" in schema:  # Avro's default is of the first kind named
-            rest = [s for s in schema if s != "null"]
-            field["type"] = ["null", *rest] if default is None else [*rest, "null"]
         try:
-            plain = msgspec.to_builtins(default, enc_hook=_unfit)
-        except TypeError:
-            return field  # readers of older records will be told that it has none
-        if isinstance(default, bytes):
-            plain = default.decode("latin-1")
-        sayable = plain is None or isinstance(plain, bool | int | float | str) or plain in ([], {})
-        if sayable and (not isinstance(schema, dict) or schema.get("type") in ("array", "map")):
-            field["default"] = plain
+            plain = msgspec.to_builtins(default, builtin_types=_KEPT, enc_hook=_nested, order="deterministic")
+            field["type"], field["default"] = defaults.told(schema, plain, self._records)
+        except (TypeError, ValueError) as exc:
+            raise ConfigError(
+                f"{where}: its default {default!r} cannot stand in the event's schema: {exc}. Give another one, or a "
+                "default_factory: then the schema has none"
+            ) from exc
         return field
 
     def _type(self, kind: kinds.Type, where: str) -> Any:
@@ -175,14 +182,7 @@ class _Deriver:
 def _fields_of(cls: type[Any], where: str) -> list[tuple[str, kinds.Type, Any]]:
     """(name, type, default) of each field; the default of a factory only where it makes nothing or an empty thing."""
     if is_pydantic(cls):
-        return [
-            (
-                field.alias or name,
-                kinds.type_info(field.annotation),
-                _NO_DEFAULT if field.is_required() else field.get_default(call_default_factory=False),
-            )
-            for name, field in cls.model_fields.items()
-        ]
+        return [_model_field(cls, name, field, where) for name, field in cls.model_fields.items()]
     try:
         info = kinds.type_info(cls)
     except TypeError as exc:
@@ -196,14 +196,52 @@ def _fields_of(cls: type[Any], where: str) -> list[tuple[str, kinds.Type, Any]]:
         default: Any = _NO_DEFAULT
         if field.default is not msgspec.NODEFAULT:
             default = field.default
-        elif field.default_factory in (list, dict, set, frozenset, tuple):
+        elif field.default_factory in _EMPTY:
             default = field.default_factory()
         found.append((field.encode_name, field.type, default))
     return found
 
 
-def _unfit(value: Any) -> Any:
-    raise TypeError(type(value).__name__)
+def _model_field(cls: Any, name: str, field: Any, where: str) -> tuple[str, kinds.Type, Any]:
+    """One of a pydantic model's. Raises `ConfigError` if it is not read by the name under which it is written."""
+    written = name if field.serialization_alias is None else field.serialization_alias
+    read = field.validation_alias
+    if read is None or not cls.model_config.get("validate_by_alias", True):
+        read = name
+    if read != written:
+        raise ConfigError(
+            f"{where}.{name}: it is written as {written!r} and read as {read!r}, so no event could be read again; give it "
+            "one alias=… in place of validation_alias and serialization_alias, and leave validate_by_alias on"
+        )
+    default = _NO_DEFAULT
+    if field.default_factory in _EMPTY:
+        default = field.default_factory()
+    elif field.default_factory is None and not field.is_required():
+        default = field.default
+    return written, kinds.type_info(field.annotation), default
+
+
+def _first_bytes(cls: type[Any], where: str, seen: set[type[Any]]) -> str | None:
+    """The first field, of this class or of one inside it, that holds bytes; None if there is none."""
+    seen.add(cls)
+
+    def of(kind: kinds.Type, where: str) -> str | None:
+        match kind:
+            case kinds.BytesType():
+                return where
+            case kinds.Metadata():
+                return of(kind.type, where)
+            case kinds.UnionType():
+                return next(filter(None, (of(each, where) for each in kind.types)), None)
+            case kinds.DictType():
+                return of(kind.value_type, where)
+            case kinds.DataclassType() | kinds.StructType() | kinds.TypedDictType():
+                return None if kind.cls in seen else _first_bytes(kind.cls, where, seen)
+            case kinds.CustomType() if is_pydantic(kind.cls) and kind.cls not in seen:
+                return _first_bytes(kind.cls, where, seen)
+        return of(kind.item_type, where) if hasattr(kind, "item_type") else None
+
+    return next(filter(None, (of(kind, f"{where}.{name}") for name, kind, _ in _fields_of(cls, where))), None)
 
 
 Dump = Callable[[Any], dict[str, Any]]

@@ -270,8 +270,6 @@ CLOSING = (JobRetried, JobSnoozed, JobSucceeded, JobFailed, JobCancelled, JobExp
 SETTLING = (*CLOSING, JobLeased)
 #: Facts that end a run.
 TERMINAL = (JobSucceeded, JobFailed, JobCancelled, JobExpired)
-#: Facts of people on the control topic.
-CONTROL = (CancelRequested, QueuePaused, QueueResumed, QueueLimited)
 #: Facts that may stand in a work topic.
 WORK = (JobSubmitted, JobDue)
 
@@ -288,12 +286,23 @@ def settles(fact: Fact) -> bool:
 
 #: A tag that the coordinator puts on a job whose lease ended without a word: how often that happened in this run.
 CRASHES_TAG = "jl-crashes"
+_CRASHES_MOST = 1 << 20  # a tag may say any number
+
+
+#: The last microsecond of the year 9999. A well-formed record may say any 64-bit number of milliseconds; what is made of
+#: it must fit 64 bits again.
+FAR_US = 253_402_300_799_999_999
+
+
+def later(appended_ms: int, delay_ms: int) -> int:
+    """The time (µs of the broker's clock) ``delay_ms`` after an append time; not before it, and `FAR_US` at most."""
+    return min((appended_ms + max(delay_ms, 0)) * 1000, FAR_US)
 
 
 def crashes_of(tags: Mapping[str, str]) -> int:
     """How many leases of the run ended without a word, as its tags say."""
     try:
-        return max(0, int(tags.get(CRASHES_TAG, "0")))
+        return min(max(0, int(tags.get(CRASHES_TAG, "0"))), _CRASHES_MOST)
     except ValueError:
         return 0
 
@@ -303,7 +312,7 @@ def lasting(spec: JobSpec, appended_ms: int) -> JobSpec:
     carry it: its expiry as a time."""
     if spec.expires_in_ms is None:
         return spec
-    at = (appended_ms + spec.expires_in_ms) * 1000 if spec.expires_at is None else spec.expires_at
+    at = later(appended_ms, spec.expires_in_ms) if spec.expires_at is None else spec.expires_at
     return msgspec.structs.replace(spec, expires_in_ms=None, expires_at=at)
 
 

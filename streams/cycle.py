@@ -93,6 +93,7 @@ class Cycle:
         self._ending = False
         self._changed = asyncio.Condition()  # of `_plans` and `_under_way`
         self._position: dict[int, int] = {}  # everything below was dealt with
+        self._ends_then: dict[int, int] = {}  # where the source ended when the rows were restored
         self._barrier: dict[int, int] = {}  # no timer acts before the source was read up to here
 
     # -- what the outside asks ---------------------------------------------------------------------------------------
@@ -154,7 +155,7 @@ class Cycle:
         while True:
             batch = Batch(self.table.row, self.table.floor, self.topics.is_open)
             for event, partition, offset, appended_ms in read:
-                batch.add(event, partition, offset, appended_ms)
+                batch.add(event, partition, self.table.at(partition, offset), appended_ms)
             if not batch.closed or not await self.topics.find(batch.closed):
                 break
         self._step("decided")
@@ -164,6 +165,10 @@ class Cycle:
         outputs += [*ended, *map(self._fact, batch.facts), *rejects]
         sent = await self._writer.post(outputs) if outputs else None
         self._step("releases-sent")
+        if epoch != self._ownership.epoch:
+            # They moved meanwhile. This plan is dropped and its events are read again: to find these rows then, which
+            # nobody makes durable, would make them look like seen.
+            return Plan(epoch, records, batch, 0, 0, (), None)
         self.table.expect(batch.rows)
         for event, *_ in read:
             self.firing.read_back(row_key(event.job_id))
@@ -307,7 +312,8 @@ class Cycle:
         self._room.set()
         owned = self._group.partitions()
         ends = await self._ends.of(self._names.coordination, owned)
-        timers = await self.table.restore(owned)
+        self._ends_then = {partition: end for partition, (_, end) in ends.items()}
+        timers = await self.table.restore(owned, self._ends_then)
         self._position.clear()
         # If everything below the end was trimmed away, nothing comes that could lift the barrier.
         self._barrier = {partition: end if end > begin else 0 for partition, (begin, end) in ends.items()}
@@ -323,5 +329,11 @@ class Cycle:
         while True:
             await asyncio.sleep(min(30.0, max(self._options.keep_markers / 10, 0.1)))
             for partition in self.firing.partitions:
-                swept = await self.table.sweep(partition, self.firing.now_ms, keep_ms)
-                self._metrics.swept(swept)
+                if self._committed_is_dealt_with(partition):
+                    swept = await self.table.sweep(partition, self.firing.now_ms, keep_ms)
+                    self._metrics.swept(swept)
+
+    def _committed_is_dealt_with(self, partition: int) -> bool:
+        """Whether the committed offset says what was dealt with: that of a log that has lost its end lies beyond it."""
+        committed = self._group.committed(partition) or 0
+        return committed <= max(self._ends_then.get(partition, 0), self._position.get(partition, 0))

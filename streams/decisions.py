@@ -46,6 +46,7 @@ from jobledger.schemas.events import (
     ReleaseRequested,
     crashes_of,
     lasting,
+    later,
 )
 from jobledger.streams.derived import derived_id
 from jobledger.streams.schedules import Floor, Held, Kept, Released, Row, Scheduled, row_key
@@ -119,7 +120,7 @@ def decide(row: Row | None, floor: int, event: JobEvent, partition: int, offset:
 def _due(delay_ms: int | None, due_at: int | None, appended_ms: int) -> int:
     if due_at is not None:
         return due_at
-    return (appended_ms + max(delay_ms or 0, 0)) * 1000
+    return later(appended_ms, delay_ms or 0)
 
 
 def _requested(
@@ -190,7 +191,7 @@ def _leased(row: Row | None, event: JobEvent, fact: Leased, partition: int, offs
         event.run,
         event.release,
         event.attempt,
-        (appended_ms + max(fact.lease_ms, 0)) * 1000,
+        later(appended_ms, fact.lease_ms),
         event.job_id,
         event.task,
         event.queue,
@@ -214,7 +215,7 @@ def _renewed(
     if not isinstance(row, Held) or (row.run, row.release) != (event.run, event.release):
         return _STALE_LEASE
     if fact.lease_ms > 0:
-        due = (appended_ms + fact.lease_ms) * 1000
+        due = later(appended_ms, fact.lease_ms)
         # No timer: the one that is there looks again at the new time. Another one each time would be ever more of them.
         return Decision("renewed", row=msgspec.structs.replace(row, partition=partition, offset=offset, due=due))
     return _again("given-back", row, row.tags, partition, offset, appended_ms)
@@ -275,7 +276,7 @@ def _closed(
     if not isinstance(row, Held) or (row.run, row.release) != (event.run, event.release):
         return _STALE_LEASE
     if isinstance(fact, JobRetried | JobSnoozed):
-        due = (appended_ms + max(fact.delay_ms, 0)) * 1000
+        due = later(appended_ms, fact.delay_ms)
         attempt = row.attempt + isinstance(fact, JobRetried)
         following = _following(row, attempt, due, partition, offset, row.tags)
         return Decision("lease-closed", row=following, wake_at=wake_at(following.acts_at), facts=(event,))

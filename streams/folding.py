@@ -2,45 +2,71 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from confluent_kafka import Message
 from sqlalchemy import Connection, Table, and_, bindparam, delete, select, tuple_
 from sqlalchemy.dialects import postgresql, sqlite
+from sqlalchemy.exc import DBAPIError, StatementError
 
 from jobledger.config import Settings
-from jobledger.domain import event_id_of
-from jobledger.errors import BadEvent, JobledgerError, SchemaError, UnknownFact
+from jobledger.domain import check_classes, event_id_of
+from jobledger.errors import BadEvent, JobledgerError, SchemaError, UnknownFact, text_of
 from jobledger.log import decoder, position_of, recorded
 from jobledger.lookup import SchemaLookup
 from jobledger.names import Names
+from jobledger.orders import is_copy
 from jobledger.projection import Projection, Where
 from jobledger.schemas.derive import is_pydantic
+from jobledger.schemas.events import Position
 
 LOG = logging.getLogger("jobledger.projection")
 
 #: Keys asked for in one statement.
 KEYS_A_QUERY = 400
 
+Key = tuple[Any, ...]
 #: (key, event or `Recorded`, where it stands)
-Item = tuple[tuple[Any, ...], Any, Where]
+Item = tuple[Key, Any, Where]
+
+
+#: What a person's function may raise: whatever it is, it is said with the record. Not Ctrl-C, which is nobody's fault.
+PERSONS = (Exception, SystemExit, GeneratorExit, asyncio.CancelledError)
+
+
+def failed(projection: Projection, what: str, at: Position, why: str | BaseException) -> JobledgerError:
+    """The error of a projection's own code, or of what that has made, naming the record at which it came."""
+    said = why if isinstance(why, str) else f"{type(why).__name__}: {text_of(why)}"
+    return JobledgerError(
+        f"projection {projection.name}: its {what} failed at {at} ({said}); nothing of the batch was written. Mend it and "
+        "start again: it goes on there"
+    )
 
 
 class Reading:
     """Records of the log as what a fold takes. Counts what it passes over in ``unreadable``."""
 
     def __init__(self, projection: Projection, settings: Settings, names: Names, queues: Sequence[str]) -> None:
-        self._projection = projection
+        self._projection, self._names = projection, names
+        self._columns = [column.name for column in projection.table.primary_key.columns]
         self._lookup = SchemaLookup(settings, names)
         self._decode = decoder(settings, names).decode
         self._converters: dict[str, Callable[[Any], Any]] = {}
         for topic, kind in projection.events.items():
             self._converters[topic] = kind.cls.model_validate if is_pydantic(kind.cls) else kind.of
-        lifecycle = (names.lifecycle, names.coordination, names.dead_letter, *(names.jobs(q) for q in queues))
-        self.topics = sorted(projection.events) or list(lifecycle)
+        standing = (names.lifecycle, names.coordination, names.dead_letter, names.control)
+        self.topics = sorted(projection.events) or [*standing, *(names.jobs(q) for q in queues)]
         self.unreadable = 0
+
+    def check(self) -> None:
+        """Raise `IncompatibleEvent` for a class that does not read what its earlier forms wrote: such events would be
+        passed over, here and in every fold to compare with. Raises `BrokerUnavailable`, `TopicMissing`."""
+        if self._projection.events:
+            check_classes(self._projection.events.values(), self._lookup.all())
 
     def items(self, messages: Sequence[Message]) -> Iterator[Item]:
         """(key, event, where) of each record that is the projection's business. Raises what must not be passed."""
@@ -50,10 +76,12 @@ class Reading:
             if projection.start_ms is not None and appended_ms < projection.start_ms:
                 continue
             where = position_of(message)
+            if message.value() is None and where.topic == self._names.control:
+                continue  # an order that was taken back
             try:
                 if projection.facts:
                     found: Any = recorded(message, self._decode)
-                    if not isinstance(found.event.fact, projection.facts):
+                    if not isinstance(found.event.fact, projection.facts) or is_copy(found, self._names):
                         continue
                     event_id = found.event.event_id
                 else:
@@ -67,9 +95,22 @@ class Reading:
                 self.unreadable += 1
                 LOG.error("%s is passed over by %s: %s", where, projection.name, exc)
                 continue
-            key = projection.key(found)
+            key = self._key(found, where)
             if key is not None:
-                yield key if isinstance(key, tuple) else (key,), found, Where(event_id, where, appended_ms)
+                yield key, found, Where(event_id, where, appended_ms)
+
+    def _key(self, found: Any, where: Position) -> Key | None:
+        try:
+            key = self._projection.key(found)
+            if key is None:
+                return None
+            key = key if isinstance(key, tuple) else (key,)
+            hash(key)
+        except PERSONS as exc:
+            raise failed(self._projection, "key=", where, exc) from exc
+        if len(key) != len(self._columns):
+            raise failed(self._projection, "key=", where, f"{key!r} is no key of {', '.join(self._columns)}")
+        return key
 
 
 class Folding:
@@ -83,25 +124,47 @@ class Folding:
 
     def apply(self, db: Connection, items: Sequence[Item]) -> None:
         """Fold items in their order: rows are read once and written once a batch. Raises `JobledgerError` naming the
-        record at which the fold failed."""
-        before = self._rows(db, list(dict.fromkeys(key for key, _, _ in items)))
+        record at which the fold failed, or of which a key or row has a value that its column does not take."""
+        at = {key: where.position for key, _, where in items}
+        with self._fitting(db, at, {key: dict(zip(self._key_names, key, strict=True)) for key in at}):
+            before = self._rows(db, list(at))
         after = dict(before)
         fold, wants_where, names = self._projection.fold, self._projection.wants_where, self._key_names
         for key, found, where in items:
             try:
                 row = fold(after.get(key), found, where) if wants_where else fold(after.get(key), found)
                 after[key] = None if row is None else {**row, **dict(zip(names, key, strict=True))}
-            except Exception as exc:
-                raise JobledgerError(
-                    f"projection {self._projection.name}: its fold failed at {where.position} ({exc!r}); nothing of the "
-                    "batch was written. Mend it and start again: it goes on there"
-                ) from exc
-        self._write(db, [row for key, row in after.items() if row is not None and row != before.get(key)])
+            except PERSONS as exc:
+                raise failed(self._projection, "fold", where.position, exc) from exc
+        changed = {key: row for key, row in after.items() if row is not None and row != before.get(key)}
+        with self._fitting(db, at, changed):
+            self._write(db, list(changed.values()))
         gone = [key for key, row in after.items() if row is None and before.get(key) is not None]
         if gone:
             match = and_(*(column == bindparam(f"k_{column.name}") for column in self._keys))
             named = [dict(zip([f"k_{n}" for n in names], key, strict=True)) for key in gone]
             db.execute(delete(self.table).where(match), named)
+
+    @contextmanager
+    def _fitting(
+        self, db: Connection, at: Mapping[Key, Position], rows: Mapping[Key, Mapping[str, Any]]
+    ) -> Iterator[None]:
+        """Name the record and the column if SQLAlchemy cannot hand a value of these rows to the database."""
+        try:
+            yield
+        except StatementError as exc:
+            if isinstance(exc, DBAPIError):  # the database's own word
+                raise
+            for key, row in rows.items():
+                for name, value in row.items():
+                    try:
+                        process = self.table.c[name].type.dialect_impl(db.dialect).bind_processor(db.dialect)
+                        if process is not None:
+                            process(value)
+                    except Exception as why:
+                        what = f"value {value!r:.200} for column {self.table.name}.{name} ({self.table.c[name].type!r})"
+                        raise failed(self._projection, what, at[key], why) from why
+            raise failed(self._projection, "batch", next(iter(at.values())), exc) from exc
 
     def _rows(self, db: Connection, keys: list[tuple[Any, ...]]) -> dict[tuple[Any, ...], dict[str, Any] | None]:
         found: dict[tuple[Any, ...], dict[str, Any] | None] = dict.fromkeys(keys)

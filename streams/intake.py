@@ -7,7 +7,7 @@ import logging
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from jobledger.errors import RegistryNeeded, SchemaError, UnknownFact
+from jobledger.errors import NotAnEvent, RegistryNeeded, SchemaError, UnknownFact
 from jobledger.log import now_us
 from jobledger.names import Names
 from jobledger.schemas import codec
@@ -17,8 +17,13 @@ from jobledger.writer import Outgoing
 
 LOG = logging.getLogger("jobledger.coordinator")
 
-#: Raw bytes of a rejected record are left out above this size: the dead letter must fit as well.
-REJECT_BYTES = 500_000
+#: Raw bytes of a rejected record are left out above this size, its key and the reason are cut: the dead letter must fit
+#: as well.
+REJECT_BYTES, KEY_BYTES, WHY_CHARS = 500_000, 4_096, 2_000
+#: Bytes an id may have. Ours have 36; those of other writers become keys of rows and records.
+ID_BYTES = 1_000
+#: The largest number that the schema has for runs, attempts and releases.
+NUMBER_MOST = (1 << 31) - 1
 
 
 class Read(NamedTuple):
@@ -50,6 +55,7 @@ class Intake:
             value = message.value
             try:
                 event = await loop.run_in_executor(None, decode, value) if asks(value) else decode(value)
+                check_head(event)
                 read.append(Read(event, message.partition, message.offset, message.timestamp))
             except UnknownFact as exc:
                 raise UnknownFact(
@@ -65,13 +71,36 @@ class Intake:
 
     def _reject(self, message: Any, why: str) -> Outgoing:
         LOG.error("%s is no event and goes to %s: %s", _where(message), self._names.dead_letter, why)
-        value = message.value
-        if value is not None and len(value) > REJECT_BYTES:
-            value, why = None, f"{why}; its {len(message.value)} bytes are left out here"
-        fact = RecordRejected(message.topic, message.partition, message.offset, message.key, value, why)
+        key, value, why = bounded(message.key, message.value, why, REJECT_BYTES)
+        fact = RecordRejected(message.topic, message.partition, message.offset, key, value, why)
         event_id = derived_id(message.topic, message.partition, message.offset, "rejected")
         event = JobEvent(event_id, "", 0, 0, 0, now_us(), "", "", None, None, self._source, None, fact)
         return Outgoing(self._names.dead_letter, codec.encode(event), event_id)
+
+
+def check_head(event: JobEvent) -> None:
+    """Raise `NotAnEvent` for what the coordinator can keep no row of: an event of no job, as only dead letters and
+    control know it, and ids or numbers that nothing made of them could carry."""
+    if not event.job_id:
+        raise NotAnEvent(f"a {type(event.fact).__name__} of no job: its job_id is empty")
+    for name, text in (("job_id", event.job_id), ("home", event.home or "")):
+        if len(text) > ID_BYTES // 4 and len(text.encode()) > ID_BYTES:
+            raise NotAnEvent(f"its {name} has more than {ID_BYTES} bytes")
+    if max(event.run, event.attempt, event.release) >= NUMBER_MOST:
+        raise NotAnEvent(f"run {event.run}, attempt {event.attempt}, release {event.release}: no next one is a number")
+
+
+def bounded(key: bytes | None, value: bytes | None, why: str, most: int) -> tuple[bytes | None, bytes | None, str]:
+    """Key, value and reason of a rejected record as a dead letter can carry them: a value above ``most`` bytes is left
+    out, a key above `KEY_BYTES` cut, and the reason says so."""
+    why = why[:WHY_CHARS].encode("utf-8", "replace").decode()  # a text may hold what UTF-8 cannot carry
+    if key is not None and len(key) > KEY_BYTES:
+        why = f"{why}; the first {KEY_BYTES} of its key's {len(key)} bytes are kept here"
+        key = key[:KEY_BYTES]
+    if value is not None and len(value) > most:
+        why = f"{why}; its {len(value)} bytes are left out here"
+        value = None
+    return key, value, why
 
 
 def _where(message: Any) -> str:

@@ -47,6 +47,18 @@ class SaidElsewhere(logging.Filter):
         return not (over or isinstance(error, _REFUSED) or isinstance(getattr(error, "__cause__", None), _REFUSED))
 
 
+class Unheard(logging.Filter):
+    """Shortens what asyncio tells of a task that failed and that nobody asked: of aiokafka's own tasks, which a client
+    that is stopped leaves behind, the error says it all."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Whether the record passes: each does."""
+        error = record.exc_info[1] if record.exc_info else None
+        if isinstance(error, aioerrors.KafkaError):
+            record.msg, record.args, record.exc_info = f"a request that nobody waited for failed: {error}", (), None
+        return True
+
+
 _REFUSED = (
     aioerrors.TopicAuthorizationFailedError,
     aioerrors.GroupAuthorizationFailedError,
@@ -59,6 +71,7 @@ _NOISY = ("aiokafka", "faust", "mode")
 _OURS = "jobledger.streams.rows"
 _CONSUMER = "jobledger.streams.faust_app"
 _filters = (SaidElsewhere(), RateLimit())
+_unheard = Unheard()
 
 
 def quieten(level: int = logging.WARNING) -> None:
@@ -72,6 +85,7 @@ def quieten(level: int = logging.WARNING) -> None:
     for name in (*_NOISY, _OURS):
         logging.getLogger(name).setLevel(level)
     logging.getLogger(_CONSUMER).addFilter(_filters[0])
+    logging.getLogger("asyncio").addFilter(_unheard)
     # Restarting a fetcher in a rebalance is logged as an error with a traceback; it is neither.
     with contextlib.suppress(KeyError):
         logging.getLogger("faust.transport.consumer").setLevel(max(level, logging.ERROR))

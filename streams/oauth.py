@@ -20,17 +20,14 @@ from typing import Any
 
 from aiokafka.abc import AbstractTokenProvider
 
+from jobledger.config import TOKEN_ENDPOINT, check_token_endpoint
 from jobledger.errors import ConfigError, NotAuthenticated
 from jobledger.tls import setting
 
 LOG = logging.getLogger("jobledger.kafka")
 
 _METHOD, _ID, _SECRET = "sasl.oauthbearer.method", "sasl.oauthbearer.client.id", "sasl.oauthbearer.client.secret"
-_URL, _SCOPE, _EXTENSIONS = (
-    "sasl.oauthbearer.token.endpoint.url",
-    "sasl.oauthbearer.scope",
-    "sasl.oauthbearer.extensions",
-)
+_URL, _SCOPE, _EXTENSIONS = TOKEN_ENDPOINT, "sasl.oauthbearer.scope", "sasl.oauthbearer.extensions"
 _CA, _CA_PEM = "https.ca.location", "https.ca.pem"
 KNOWN = {_METHOD, _ID, _SECRET, _URL, _SCOPE, _EXTENSIONS, _CA, _CA_PEM}
 
@@ -41,7 +38,8 @@ RENEW_AT = 0.8
 
 
 class ClientCredentials(AbstractTokenProvider):  # type: ignore[misc]  # aiokafka ships no types
-    """Gets and keeps a token. Raises `ConfigError` for settings of another method."""
+    """Gets and keeps a token. Raises `ConfigError` for settings of another method, and for an endpoint to which the
+    secret would go as plain text."""
 
     def __init__(self, kafka: Mapping[str, str]) -> None:
         if kafka.get(_METHOD, "default").lower() != "oidc":
@@ -54,8 +52,7 @@ class ClientCredentials(AbstractTokenProvider):  # type: ignore[misc]  # aiokafk
             if not kafka.get(name):
                 raise ConfigError(f"{setting(_METHOD)}=oidc needs {setting(name)}")
         self._url, self._id, self._secret = kafka[_URL], kafka[_ID], kafka[_SECRET]
-        if not self._url.startswith(("https://", "http://")):
-            raise ConfigError(f"{setting(_URL)}={self._url} is no URL: it begins with https:// or http://")
+        check_token_endpoint(self._url)
         self._scope = kafka.get(_SCOPE)
         self._extensions = _pairs(kafka.get(_EXTENSIONS, ""))
         self._ca = (kafka.get(_CA), kafka.get(_CA_PEM))

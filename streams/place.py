@@ -53,7 +53,7 @@ def take_place(root: Path, namespace: str) -> Place:
         return Place(root, False, None, None)
     for number in range(1000):
         folder = root / str(number)
-        folder.mkdir(exist_ok=True)
+        folder.mkdir(mode=0o700, exist_ok=True)
         lock = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -70,7 +70,7 @@ def take_place(root: Path, namespace: str) -> Place:
 def is_writable(folder: Path) -> bool:
     """Whether rows can be kept under ``folder``, which is made if it is not there."""
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)  # rows hold jobs' arguments
         probe = folder / ".probe"
         probe.write_bytes(b"")
         probe.unlink()

@@ -7,10 +7,24 @@ from pathlib import Path
 from typing import Any
 
 import sqlalchemy
-from sqlalchemy import Connection, Engine, Table, event, func, select
-from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy import (
+    BigInteger,
+    Column,
+    Connection,
+    Engine,
+    Integer,
+    MetaData,
+    PrimaryKeyConstraint,
+    Table,
+    Text,
+    event,
+    func,
+    select,
+)
+from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 
 from jobledger.errors import ConfigError, StoreError, StoreUnavailable
+from jobledger.projection import RESERVED
 from jobledger.streams.store.address import shown
 
 #: Seconds a statement waits for another writer of a SQLite file.
@@ -21,6 +35,20 @@ _SQLITE_PASSING = {5, 6, 10, 13, 14}
 _POSTGRES_PASSING = {"40001", "40P01"}
 #: The advisory lock under which tables are made: any number that nobody else uses.
 _MAKING = 0x6A6F_626C_6564_6765
+
+
+_metadata = MetaData()
+#: How far each projection is.
+offsets_table = Table(
+    f"{RESERVED}projections",
+    _metadata,
+    Column("namespace", Text, nullable=False),
+    Column("projection", Text, nullable=False),
+    Column("topic", Text, nullable=False),
+    Column("partition", Integer, nullable=False),
+    Column("next_offset", BigInteger, nullable=False),
+    PrimaryKeyConstraint("namespace", "projection", "topic", "partition"),
+)
 
 
 def database_of(status_url: str) -> str:
@@ -100,8 +128,30 @@ class ProjectionStore:
         return type(found)(f"{who}: {found}")
 
 
+def folded(status_url: str, namespace: str) -> dict[str, dict[tuple[str, int], int]]:
+    """How far every projection of a namespace is in this database: next offsets by topic and partition, by its name.
+
+    Empty if there is no such database or table. Raises `StoreError`.
+    """
+    url = database_of(status_url)
+    if url.startswith("sqlite") and not Path(url.removeprefix("sqlite:///")).exists():
+        return {}
+    found: dict[str, dict[tuple[str, int], int]] = {}
+    store = ProjectionStore(status_url, namespace)
+    try:
+        with store.engine.begin() as db:
+            if sqlalchemy.inspect(db).has_table(offsets_table.name):
+                for row in db.execute(select(offsets_table).where(offsets_table.c.namespace == namespace)):
+                    found.setdefault(row.projection, {})[row.topic, row.partition] = row.next_offset
+    except (DBAPIError, StoreError) as exc:
+        raise store.explain(exc, f"how far the projections of {namespace} are") from exc
+    finally:
+        store.close()
+    return found
+
+
 def _sqlite(url: str) -> Engine:
-    Path(url.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
+    Path(url.removeprefix("sqlite:///")).parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     engine = sqlalchemy.create_engine(url, connect_args={"timeout": BUSY_S})
 
     @event.listens_for(engine, "connect")

@@ -10,28 +10,15 @@ import hashlib
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import msgspec
 import sqlalchemy
 from confluent_kafka import OFFSET_BEGINNING, Consumer, KafkaException, Message, TopicPartition
-from sqlalchemy import (
-    BigInteger,
-    Column,
-    Connection,
-    Integer,
-    MetaData,
-    PrimaryKeyConstraint,
-    Table,
-    Text,
-    and_,
-    delete,
-    select,
-    update,
-)
+from sqlalchemy import Connection, MetaData, Table, and_, delete, select, update
 from sqlalchemy.dialects import postgresql, sqlite
 
 from jobledger.access import knock, read
@@ -43,7 +30,7 @@ from jobledger.log import consumer as make_consumer
 from jobledger.names import Names
 from jobledger.projection import RESERVED, Projection
 from jobledger.streams.folding import Folding, Reading
-from jobledger.streams.projection_store import ProjectionStore
+from jobledger.streams.projection_store import ProjectionStore, offsets_table
 
 LOG = logging.getLogger("jobledger.projection")
 
@@ -58,18 +45,6 @@ AWAY_TRIES = 30
 
 Place = tuple[str, int]
 
-_metadata = MetaData()
-offsets_table = Table(
-    f"{RESERVED}projections",
-    _metadata,
-    Column("namespace", Text, nullable=False),
-    Column("projection", Text, nullable=False),
-    Column("topic", Text, nullable=False),
-    Column("partition", Integer, nullable=False),
-    Column("next_offset", BigInteger, nullable=False),
-    PrimaryKeyConstraint("namespace", "projection", "topic", "partition"),
-)
-
 
 class Overtaken(StoreError):
     """Another process has moved this projection's offsets."""
@@ -77,7 +52,11 @@ class Overtaken(StoreError):
 
 @dataclass(slots=True)
 class Checked:
-    """What `verify` and `rebuild` found. ``equal``: None after a rebuild."""
+    """What `verify` and `rebuild` found. ``equal``: None after a rebuild, and where nothing can be said.
+
+    ``trimmed``: where the log no longer holds all that the table was made of, for people. Then a table that differs from
+    a fold of what is left may be right.
+    """
 
     projection: str
     equal: bool | None
@@ -87,6 +66,7 @@ class Checked:
     digest: str
     live_digest: str
     seconds: float
+    trimmed: list[str] = field(default_factory=list)
 
 
 class Runner:
@@ -165,11 +145,12 @@ class Runner:
         """Fold until ``stop``, or with ``until_end`` until what the log held at the beginning is folded.
 
         Raises `JobledgerError` if the fold fails, `StoreError` if the database stays away, `BrokerUnavailable`,
-        `TopicMissing`, `UnknownFact`; nothing is lost, and the next run goes on.
+        `TopicMissing`, `UnknownFact`, `IncompatibleEvent`; nothing is lost, and the next run goes on.
         """
         knock(self.settings)
         acls.check(self.settings, self.names.namespace, [*self._reading.topics, self.names.schemas])
         self._patiently(stop, self._set_up)
+        self._reading.check()
         while not stop.is_set():
             try:
                 self._follow(stop, until_end)
@@ -194,6 +175,12 @@ class Runner:
         with _consumer(self.settings) as consumer:
             places = self._places()
             ends = self._ends(places) if until_end else {}
+            for place, low in self._lows(known).items():
+                if known[place] < low:
+                    LOG.error(
+                        "projection %s: %s[%d] was trimmed up to %d before %d records of it were folded: they are lost",
+                        self.projection.name, *place, low, low - known[place],
+                    )  # fmt: skip
             consumer.assign([TopicPartition(t, p, known.get((t, p), OFFSET_BEGINNING)) for t, p in places])
             look_at = time.monotonic() + LOOK_S
             while not stop.is_set():
@@ -224,6 +211,14 @@ class Runner:
             found = {place: reader.watermarks(*place) for place in places}
         return {place: high for place, (low, high) in found.items() if high > low}
 
+    def _lows(self, places: Iterable[Place]) -> dict[Place, int]:
+        with LogReader(self.settings) as reader:
+            return {place: reader.watermarks(*place)[0] for place in places}
+
+    def _trimmed(self, places: Iterable[Place]) -> list[str]:
+        """Those of the places that do not begin with their first record, for people."""
+        return [f"{t}[{p}] begins at {low}" for (t, p), low in sorted(self._lows(places).items()) if low > 0]
+
     def _transaction(self, folding: Folding, known: dict[Place, int], messages: Sequence[Message]) -> None:
         after = _ends_of(messages)
         with self._engine.begin() as db:
@@ -236,27 +231,49 @@ class Runner:
     # -- checking -------------------------------------------------------------------------------------------------
 
     def verify(self, stop: threading.Event, tell: Callable[[int, int], None] = lambda done, total: None) -> Checked:
-        """Fold the log again, up to where the live table is, into a copy, and compare.
-        The live table may be written."""
+        """Fold the log again, up to where the live table is, into a copy, and compare. The live table may be written.
+
+        ``equal`` is None if the table differs from what a log makes that was trimmed. Raises as `run` does.
+        """
         began = time.monotonic()
+        self._reading.check()
         self._patiently(stop, self._set_up)
         with self._store.begin_snapshot() as db:
             ends = self.offsets(db)
             live, rows = _digest(db, self.projection.table)
-        copy, records = self._fold_again(ends, stop, tell, "verify")
+        copy, records, trimmed = self._fold_again(ends, stop, tell, "verify")
         with self._engine.begin() as db:
             again, _ = _digest(db, copy)
             copy.drop(db)
         took = time.monotonic() - began
-        return Checked(self.projection.name, again == live, rows, records, self.unreadable, again, live, took)
+        equal = True if again == live else None if trimmed else False
+        return Checked(self.projection.name, equal, rows, records, self.unreadable, again, live, took, trimmed)
 
-    def rebuild(self, stop: threading.Event, tell: Callable[[int, int], None] = lambda done, total: None) -> Checked:
+    def rebuild(
+        self,
+        stop: threading.Event,
+        tell: Callable[[int, int], None] = lambda done, total: None,
+        *,
+        from_what_is_left: bool = False,
+    ) -> Checked:
         """Fold the whole log into a copy, then put its rows in the live table's place, in one transaction with the
-        offsets. A process that runs meanwhile notices and goes on from there."""
+        offsets. A process that runs meanwhile notices and goes on from there.
+
+        ``from_what_is_left``: also where the log was trimmed, so that history is lost: without it that raises
+        `JobledgerError`, and nothing changes. Raises as `run` does.
+        """
         began = time.monotonic()
+        self._reading.check()
         self._patiently(stop, self._set_up)
-        ends = self._ends(self._places())
-        copy, records = self._fold_again(ends, stop, tell, "rebuild")
+        places = self._places()
+        if not from_what_is_left:
+            self._refuse(self._trimmed(places))
+        ends = self._ends(places)
+        copy, records, trimmed = self._fold_again(ends, stop, tell, "rebuild")
+        if trimmed and not from_what_is_left:  # meanwhile, or told by the records only
+            with self._engine.begin() as db:
+                copy.drop(db)
+            self._refuse(trimmed)
         table = self.projection.table
         with self._engine.begin() as db:
             live, _ = _digest(db, table)
@@ -267,19 +284,29 @@ class Runner:
             made, rows = _digest(db, table)
             copy.drop(db)
         took = time.monotonic() - began
-        return Checked(self.projection.name, None, rows, records, self.unreadable, made, live, took)
+        return Checked(self.projection.name, None, rows, records, self.unreadable, made, live, took, trimmed)
+
+    def _refuse(self, trimmed: Sequence[str]) -> None:
+        if trimmed:
+            raise JobledgerError(
+                f"rebuild of projection {self.projection.name}: the log was trimmed ({'; '.join(trimmed)}), so the table "
+                "would lose what is gone there; nothing has changed. --from-what-is-left (from_what_is_left=True) folds "
+                "what is left all the same"
+            )
 
     def _fold_again(
         self, ends: Mapping[Place, int], stop: threading.Event, tell: Callable[[int, int], None], why: str
-    ) -> tuple[Table, int]:
-        """The log up to ``ends``, folded into a new table of its own; and how many records that were."""
+    ) -> tuple[Table, int, list[str]]:
+        """The log up to ``ends``, folded into a new table of its own; how many records that were; and what is missing."""
         copy = self.projection.table.to_metadata(MetaData(), name=f"{RESERVED}{self.projection.name}_{why}")
         copy.indexes.clear()
+        for constraint in copy.constraints:
+            constraint.name = None  # in PostgreSQL it is an index's name, and the live table has it
         with self._engine.begin() as db:
             copy.drop(db, checkfirst=True)
             copy.create(db)
-        with LogReader(self.settings) as reader:
-            at = {place: reader.watermarks(*place)[0] for place in ends}
+        begin = self._lows(ends)
+        at, orders = dict(begin), 0
         folding, total, done = Folding(self.projection, copy), sum(ends.values()), 0
         with _consumer(self.settings) as consumer:
             consumer.assign([TopicPartition(t, p, OFFSET_BEGINNING) for t, p in ends])
@@ -294,9 +321,15 @@ class Runner:
                 with self._engine.begin() as db:
                     folding.apply(db, list(self._reading.items(messages)))
                 at.update(_ends_of(messages))
+                orders += sum(m.topic() == self.names.control for m in messages)
                 done += len(messages)
                 tell(sum(at.values()), total)
-        return copy, done
+        trimmed = self._trimmed(ends)
+        control = (self.names.control, 0)
+        gone = ends[control] - begin[control] - orders if control in ends else 0
+        if gone > 0:  # a later order takes an earlier one's place there
+            trimmed.append(f"{self.names.control} is compacted: {gone} of its records are gone")
+        return copy, done, trimmed
 
 
 def _place(message: Message) -> Place:

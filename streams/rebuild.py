@@ -193,7 +193,7 @@ def _take(live: Store, url: str) -> None:
 def _scratch(store_url: str) -> tempfile.TemporaryDirectory[str]:
     parent = scratch(store_url)
     if parent is not None:
-        parent.mkdir(parents=True, exist_ok=True)
+        parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     return tempfile.TemporaryDirectory(prefix=SCRATCH, dir=parent)
 
 

@@ -47,8 +47,8 @@ class Rows(Protocol):
     def write(self, partition: int, puts: Iterable[Put], changelog_offset: int) -> None:
         """Take over rows whose changelog records are acknowledged, the last at ``changelog_offset``; all or none."""
 
-    def scan(self, partition: int, after: bytes, limit: int) -> list[tuple[bytes, bytes]]:
-        """Up to ``limit`` rows in the order of their keys, those above ``after``."""
+    def scan(self, partition: int, after: bytes | None, limit: int) -> list[tuple[bytes, bytes]]:
+        """Up to ``limit`` rows in the order of their keys, those above ``after``; None: the first ones."""
 
 
 def merged(current: bytes | None, incoming: bytes) -> bytes | None:
@@ -95,14 +95,14 @@ class RocksRows(rocksdb.Store):
         batch.put(self.offset_key, str(changelog_offset).encode())
         db.write(batch)
 
-    def scan(self, partition: int, after: bytes, limit: int) -> list[tuple[bytes, bytes]]:
+    def scan(self, partition: int, after: bytes | None, limit: int) -> list[tuple[bytes, bytes]]:
         """Rows above ``after`` in key order."""
         found: list[tuple[bytes, bytes]] = []
         db = self._dbs.get(partition)
         if db is None:
             return found
         # The least key above: so an iterator never begins with the one already seen.
-        for key, value in db.items(from_key=after + b"\0" if after else b""):
+        for key, value in db.items(from_key=b"" if after is None else after + b"\0"):
             if key != self.offset_key:
                 found.append((key, value))
                 if len(found) >= limit:
@@ -178,12 +178,12 @@ class MemoryRows(memory.Store[bytes, bytes]):
             else:
                 rows[key] = value
 
-    def scan(self, partition: int, after: bytes, limit: int) -> list[tuple[bytes, bytes]]:
+    def scan(self, partition: int, after: bytes | None, limit: int) -> list[tuple[bytes, bytes]]:
         """Rows above ``after`` in key order, of those that were there when the scan began."""
-        if not after or self._sorted is None or self._sorted[0] != partition:
+        if after is None or self._sorted is None or self._sorted[0] != partition:
             self._sorted = (partition, sorted(self._parts[partition]))
         rows, keys = self._parts[partition], self._sorted[1]
-        start = bisect_right(keys, after) if after else 0
+        start = 0 if after is None else bisect_right(keys, after)
         chunk = keys[start : start + limit]
         return [(key, rows[key]) for key in chunk if key in rows]
 

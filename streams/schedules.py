@@ -81,10 +81,13 @@ class Released(msgspec.Struct, frozen=True, array_like=True, tag=1, gc=False):
 
 
 class Floor(msgspec.Struct, frozen=True, array_like=True, tag=2, gc=False):
-    """One per partition, kept for good: every event at or below ``offset`` was dealt with."""
+    """One per partition, kept for good: every event at or below ``offset`` was dealt with. ``shift``: what is added to
+    the log's offsets before they are compared with those in rows, because it is not the log that the rows were made
+    from any more (`jobledger.streams.table`)."""
 
     partition: int
     offset: int
+    shift: int = 0
 
 
 Row = Scheduled | Released | Held
@@ -134,4 +137,6 @@ def floor_key(partition: int) -> bytes:
 
 def newer(row: Row | Floor, than: Row | Floor) -> bool:
     """Whether ``row`` was made by a later event than ``than``: later ones win, in whatever order they were written."""
+    if isinstance(row, Floor) and isinstance(than, Floor) and row.shift != than.shift:
+        return row.shift > than.shift
     return row.offset >= than.offset

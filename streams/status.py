@@ -37,6 +37,7 @@ from jobledger.schemas import codec
 from jobledger.schemas.events import JobEvent, RecordRejected
 from jobledger.streams.derived import derived_id
 from jobledger.streams.feed import Feed, bounds
+from jobledger.streams.intake import bounded
 from jobledger.streams.projector import CACHE_JOBS, Folded, Projector
 from jobledger.streams.store import Partition, Store, open_store, shown
 from jobledger.streams.table_metrics import TableMetrics
@@ -257,11 +258,8 @@ class Materializer:
             self._writer.send(letters)
 
     def _letter(self, message: Message, error: SchemaError) -> Outgoing:
-        where, why = position_of(message), str(error)
-        key, value = message.key(), message.value()
-        raw_key, raw = _raw(key), _raw(value)
-        if raw is not None and len(raw) > REJECT_BYTES:
-            why, raw = f"{why}; its {len(raw)} bytes are left out here", None
+        where = position_of(message)
+        raw_key, raw, why = bounded(_raw(message.key()), _raw(message.value()), str(error), REJECT_BYTES)
         fact = RecordRejected(where.topic, where.partition, where.offset, raw_key, raw, why)
         event_id = derived_id(where.topic, where.partition, where.offset, "rejected")
         source = log.source("materializer")

@@ -2,6 +2,11 @@
 
 Whoever changes rows does it through `Table.keep`, one at a time. Rows that were decided on and are not durable yet lie
 over the others, so that the next events see them.
+
+Rows name the offset of the event that made them, and outlive the log it stands in: the topic was made anew, or has lost
+its end, and offsets begin again below those of the rows. All that comes would look like seen. So what is compared with
+rows are shifted offsets (`Table.at`): a partition that ends below its rows gets a shift that lifts its first offset
+above all of them, written down in its floor before anything is decided.
 """
 
 from __future__ import annotations
@@ -47,6 +52,7 @@ class Table:
         self._lock = asyncio.Lock()
         self._next: dict[int, int] = {}  # the changelog offset that the next row written here must get
         self._floors: dict[int, int] = {}
+        self._shifts: dict[int, int] = {}
         self._pending: dict[Key, Row] = {}
         self.scheduled: Counter[int] = Counter()
 
@@ -58,6 +64,10 @@ class Table:
         data = self._group.rows.get(partition, key)
         row = None if data is None else decode_row(data)
         return None if isinstance(row, Floor) else row
+
+    def at(self, partition: int, offset: int) -> int:
+        """An offset of the source topic as it is compared with those of rows and floors."""
+        return offset + self._shifts.get(partition, 0)
 
     def floor(self, partition: int) -> int:
         """Every event at or below it was dealt with."""
@@ -123,33 +133,49 @@ class Table:
 
     # -- restoring ---------------------------------------------------------------------------------------------------
 
-    async def restore(self, partitions: set[int]) -> dict[int, Timers]:
-        """After Faust has restored the local copy: floors, and the timers of every scheduled row."""
+    async def restore(self, partitions: set[int], ends: Mapping[int, int]) -> dict[int, Timers]:
+        """After Faust has restored the local copy: floors, and the timers of every scheduled row. ``ends``: where the
+        partitions of the source topic end."""
         async with self._lock:
             self._pending.clear()
             self._floors.clear()
+            self._shifts.clear()
             self.scheduled.clear()
             self._next = {p: end for p, (_, end) in (await self._ends.of(self._changelog, partitions)).items()}
-            timers = {partition: await self._timers_of(partition) for partition in sorted(partitions)}
+            timers = {partition: await self._timers_of(partition, ends[partition]) for partition in sorted(partitions)}
             await self._mend(partitions)
             return timers
 
-    async def _timers_of(self, partition: int) -> Timers:
+    async def _timers_of(self, partition: int, end: int) -> Timers:
         entries: list[tuple[int, bytes]] = []
-        after = b""
+        after: bytes | None = None
+        last = NO_FLOOR
         while chunk := self._group.rows.scan(partition, after, SCAN_CHUNK):
             after = chunk[-1][0]
             for key, data in chunk:
-                if is_marker(data):
-                    continue
                 row = decode_row(data)
+                last = max(last, row.offset)
                 if isinstance(row, Kept):
                     entries.append((wake_at(row.acts_at), key))
                 elif isinstance(row, Floor):
-                    self._floors[partition] = row.offset
+                    self._floors[partition], self._shifts[partition] = row.offset, row.shift
             await asyncio.sleep(0)
+        if last >= self.at(partition, end):
+            await self._shift(partition, end, last)
         self.scheduled[partition] = len(entries)
         return Timers(entries)
+
+    async def _shift(self, partition: int, end: int, last: int) -> None:
+        """Let the log's offsets begin above ``last``, the last one in rows, which the log that ends now never had."""
+        floor = Floor(partition, self.floor(partition), last + 1)
+        LOG.error(
+            "partition %d of the coordination topic ends at %d, and the coordinator's table is ahead of it by %d records: "
+            "the topic was made anew, or lost its end. Every event in it is taken for a new one, so releases of the last "
+            "minutes may be repeated; what only the lost records said is gone",
+            *(partition, end, last - self.at(partition, end) + 1),
+        )
+        await self._write([(partition, floor_key(partition), encode_row(floor))])
+        self._shifts[partition] = floor.shift
 
     async def _mend(self, partitions: set[int]) -> None:
         """Write rows again whose changelog ends with an older version: an instance that was paused wrote it late."""
@@ -170,7 +196,7 @@ class Table:
         """One pass over a partition: delete markers that are committed and older than ``keep_ms``; how many."""
         epoch = self._ownership.epoch
         swept = 0
-        after = b""
+        after: bytes | None = None
         while self._ownership.undisputed and epoch == self._ownership.epoch:
             chunk = self._group.rows.scan(partition, after, SCAN_CHUNK)
             if not chunk:
@@ -198,6 +224,7 @@ class Table:
         committed = self._group.committed(partition)
         if committed is None or not self._ownership.undisputed:
             return 0
+        committed = self.at(partition, committed)
         gone: list[bytes] = []
         for key, data in marked:
             # Scanned without the lock: the row may have been replaced meanwhile, or be about to.
@@ -206,9 +233,9 @@ class Table:
                 gone.append(key)
         if not gone:
             return 0
-        floor = raised_floor(self.floor(partition), committed)
+        floor, shift = raised_floor(self.floor(partition), committed), self._shifts.get(partition, 0)
         self._step("sweep-begins")
-        await self._write([(partition, floor_key(partition), encode_row(Floor(partition, floor)))])
+        await self._write([(partition, floor_key(partition), encode_row(Floor(partition, floor, shift)))])
         self._floors[partition] = floor
         self._step("floor-kept")
         await self._ownership.certain(epoch)

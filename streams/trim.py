@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from jobledger.job import Life, State, project
+from jobledger.job import Life
 from jobledger.schemas.events import Position
 
 Partition = tuple[str, int]
@@ -50,18 +50,30 @@ def plan(aged: Mapping[Partition, int], readers: Readers, unfinished: Iterable[t
     limits = {p: min(offset, readers.offsets[p]) for p, offset in aged.items() if p in readers.offsets}
     resend: dict[str, Position] = {}
     held: dict[Partition, int] = {}
-    waiting: list[tuple[str, Life]] = []
+    waiting: list[tuple[str, Position]] = []
     for job_id, life in unfinished:
-        if project(life).state is State.SCHEDULED and life.start is None and life.head.rank == 0 and life.due is None:
-            waiting.append((job_id, life))
+        if (last := only_waits(life)) is not None:
+            waiting.append((job_id, last))
             continue
         for _, topic, partition, offset in life.positions:
             place = (topic, partition)
             held[place] = min(held.get(place, offset), offset)
     limits = {p: min(limit, held.get(p, limit)) for p, limit in limits.items()}
-    for job_id, life in waiting:
-        last = max(life.positions)
-        place = (last[1], last[2])
-        if place in limits and last[3] < limits[place]:
-            resend[job_id] = Position(last[1], last[2], last[3])
+    for job_id, last in waiting:
+        place = (last.topic, last.partition)
+        if place in limits and last.offset < limits[place]:
+            resend[job_id] = last
     return Trimming(limits, resend)
+
+
+def only_waits(life: Life) -> Position | None:
+    """Where the latest submission stands of a job that was submitted with a condition, and of which nothing else is
+    known; None for any other. What was snoozed or retried waits, too, but its last fact is not its submission."""
+    head = life.head
+    if head.rank != 0 or head.due_ms is None:
+        return None
+    if any((life.due, life.start, life.close, life.report, life.end, life.leased)):
+        return None
+    _, topic, partition, offset = max(life.positions)
+    # Of an earlier run only positions are kept; a fact of it that came late must not pass for the submission.
+    return Position(topic, partition, offset) if (topic, partition) == (head.at[1], head.at[2]) else None

@@ -4,7 +4,8 @@
   (`ReleaseOverdue`); the coordinator judges. It acts only when the table is live: past every high watermark taken after
   the job was overdue.
 * The **audit** counts work records below a worker group's committed offset that no fact closes. It must be 0.
-* **Trimming** deletes what is past the retention age and read by everybody (`jobledger.streams.trim`).
+* **Trimming** deletes what is past the retention age and read by everybody (`jobledger.streams.trim`): workers,
+  coordinator, table, projections of facts in the same database, and the groups of `App.lifecycle`.
 
 One store is designated to run these: that of the materializer they run beside.
 """
@@ -14,7 +15,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import msgspec
@@ -37,9 +38,12 @@ from jobledger.schemas.events import (
     Position,
     ReleaseOverdue,
     lasting,
+    later,
 )
 from jobledger.streams import cancels
 from jobledger.streams.derived import derived_id
+from jobledger.streams.intake import check_head
+from jobledger.streams.projection_store import folded
 from jobledger.streams.store.protocol import Overdue, StatusReader
 from jobledger.streams.trim import Partition, Readers, plan
 from jobledger.writer import LogWriter, Outgoing
@@ -55,6 +59,8 @@ AUDITED = Gauge("jobledger_audit_time_seconds", "When the audit last came to a r
 ASKED = Counter("jobledger_watchdog_overdue", "Overdue releases the coordinator was asked about.", ["namespace"])
 TRIMMED = Counter("jobledger_trimmed_records", "Records deleted past the retention age.", ["namespace", "topic"])
 
+#: Overdue releases that one round of the watchdog looks at.
+OVERDUE_PAGE = 1_000
 #: Open jobs one audit looks at, the oldest first: one that was lost becomes the oldest as the others end.
 AUDIT_MOST = 10_000
 #: Unfinished jobs past the retention age that trimming can reason about at once; with more it waits.
@@ -92,6 +98,7 @@ class Upkeep:
         self.cadence = cadence or Cadence(retention=settings.retention_days * 24 * 3600.0)
         self._reader, self._active = reader, active
         self._asked: dict[tuple[str, int, int], float] = {}
+        self._looked_to: Overdue | None = None  # the last of the overdue that the watchdog has looked at
         self._writer: LogWriter | None = None
         self._source = source("watchdog")
         self._decode = decoder(settings, names).decode
@@ -131,17 +138,24 @@ class Upkeep:
         """Ask about every release that is overdue; how many were."""
         bound_ms = int(self.cadence.overdue_after * 1000)
         now_ms = time.time_ns() // 1_000_000
-        suspects = {(o.job_id, o.run, o.release): o for o in self._reader.overdue(now_ms, bound_ms)}
+        # A page a round, in turn: jobs that nothing can release any more must not hide those behind them.
+        after = self._looked_to
+        page = self._reader.overdue(now_ms, bound_ms, OVERDUE_PAGE, after)
+        if not page and after is not None:
+            after = None
+            page = self._reader.overdue(now_ms, bound_ms, OVERDUE_PAGE, after)
+        suspects = {(o.job_id, o.run, o.release): o for o in page}
         if not suspects:
-            self._asked.clear()
             return 0
         if not self._live(self._topics()):
             LOG.info("%d releases look overdue, but the table is not live: no judgement", len(suspects))
             return 0
-        still = [o for o in self._reader.overdue(now_ms, bound_ms) if (o.job_id, o.run, o.release) in suspects]
-        self._asked = {k: t for k, t in self._asked.items() if k in suspects}
+        self._looked_to = page[-1] if len(page) == OVERDUE_PAGE else None
+        again = self._reader.overdue(now_ms, bound_ms, OVERDUE_PAGE, after)
+        still = [o for o in again if (o.job_id, o.run, o.release) in suspects]
         again_before = time.monotonic() - max(60.0, self.cadence.overdue_after)
-        wanted = [o for o in still if self._asked.get((o.job_id, o.run, o.release), float("-inf")) <= again_before]
+        self._asked = {k: t for k, t in self._asked.items() if t > again_before}
+        wanted = [o for o in still if (o.job_id, o.run, o.release) not in self._asked]
         records = []
         with LogReader(self.settings) as log:
             for overdue in wanted:
@@ -162,10 +176,11 @@ class Upkeep:
             LOG.error("job %s is overdue and the log no longer holds it: nothing can release it", overdue.job_id)
             return None
         origin, spec = found
-        home = origin.home or overdue.job_id
+        # Its id from the log: the table has long ones as their beginning and a digest.
+        job_id, home = origin.job_id, origin.home or origin.job_id
         event = JobEvent(
-            derived_id(overdue.job_id, overdue.run, overdue.release, "overdue"),
-            overdue.job_id,
+            derived_id(job_id, overdue.run, overdue.release, "overdue"),
+            job_id,
             overdue.run,
             overdue.attempt,
             overdue.release,
@@ -176,7 +191,7 @@ class Upkeep:
             origin.home,
             self._source,
             origin.trace,
-            ReleaseOverdue(spec, overdue.due_ms * 1000),
+            ReleaseOverdue(spec, max(overdue.due_ms, 0) * 1000),  # a record may have said any number
         )
         return Outgoing(self.names.coordination, codec.encode(event), home)
 
@@ -186,6 +201,7 @@ class Upkeep:
             return None
         try:
             found = recorded(message, self._decode)
+            check_head(found.event)  # what the coordinator refuses it is not asked about
         except SchemaError:
             return None
         fact = found.event.fact
@@ -257,11 +273,17 @@ class Upkeep:
                     workers[place] = coordinator[place].base
             else:
                 workers[place] = aged[place]
+        # How far everybody has read, of before the jobs are looked at: one that is read in between would be in neither. And
+        # what a table that is behind takes for unfinished may have ended: sent again, it would run again.
+        readers = Readers.least(aged, self._reader.offsets(), workers, *self._followers(aged))
+        if not self._live(self._topics()):
+            LOG.info("the status table is not live: not trimming")
+            return {}
         unfinished = list(self._reader.open_lives(UNFINISHED_MOST, waiting=True, before_ms=cutoff_ms))
         if len(unfinished) >= UNFINISHED_MOST:
             LOG.warning("%d or more jobs are past the retention age and have not ended: not trimming", UNFINISHED_MOST)
             return {}
-        todo = plan(aged, Readers.least(aged, self._reader.offsets(), workers), unfinished)
+        todo = plan(aged, readers, unfinished)
         if todo.resend:
             self._resend(todo.resend.values())
         limits = {place: limit for place, limit in todo.limits.items() if limit > starts[place]}
@@ -269,6 +291,34 @@ class Upkeep:
         for (topic, partition), limit in limits.items():
             TRIMMED.labels(self.names.namespace, topic).inc(limit - starts[topic, partition])
         return limits
+
+    def _followers(self, aged: Mapping[Partition, int]) -> Iterator[Mapping[Partition, int]]:
+        """What each of those has read that follow the log by themselves; 0 where it has read nothing yet.
+
+        A projection that has begun holds every topic of facts; a group those of which it has committed anything. Who is
+        behind by more than the retention age is named: it may have been forgotten.
+        """
+        facts = {*self._topics(), self.names.dead_letter, self.names.control}
+        url = self.settings.resolve_status_url(self.names.namespace)
+        found: dict[str, dict[Partition, int]] = {}
+        for name, at in folded(url, self.names.namespace).items():
+            if any(topic in facts for topic, _ in at):
+                found[f"projection {name}"] = {place: at.get(place, 0) for place in aged}
+        for group in commits.lifecycle_groups(self.settings, self.names):
+            read = found[f"group {group}"] = dict(aged)
+            for topic in {topic for topic, _ in aged}:
+                done = commits.group_offsets(self.settings, group, topic)
+                for place in [place for place in aged if place[0] == topic and done]:
+                    read[place] = done[place].base if place in done else 0
+        for who, read in found.items():
+            behind = sorted(place for place in aged if read[place] < aged[place])
+            if behind:
+                LOG.warning(
+                    "trimming waits for %s: on %d partitions it has not read what is past the retention age, on %s[%d] "
+                    "from %d on. Run it; or, if it is no more, see docs/how-to.md, keep the log from growing",
+                    who, len(behind), *behind[0], read[behind[0]],
+                )  # fmt: skip
+            yield read
 
     def _resend(self, positions: Iterable[Position]) -> None:
         """Submissions of jobs that wait for their time, once more at the log's end:
@@ -285,7 +335,7 @@ class Upkeep:
                     continue
                 due_at = fact.due_at
                 if due_at is None:
-                    due_at = (found.appended_ms + (fact.delay_ms or 0)) * 1000
+                    due_at = later(found.appended_ms, fact.delay_ms or 0)
                 event = msgspec.structs.replace(
                     found.event, fact=JobSubmitted(lasting(fact.spec, found.appended_ms), None, due_at)
                 )

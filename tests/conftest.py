@@ -112,7 +112,7 @@ def namespace() -> str:
     return f"t{uuid.uuid4().hex[:12]}"
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def say(request: pytest.FixtureRequest) -> Callable[[str], None]:
     """Puts a line into the summary at the session's end, and at once where it can be seen."""
     return lambda line: _say(request.config, line)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime as dt
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Annotated
@@ -19,6 +20,10 @@ if TYPE_CHECKING:
     from jobledger.consumers.backfill import Progress
 
 
+#: Seconds between two lines that say how far it is, where nobody looks at a terminal.
+PROGRESS_S = 5.0
+
+
 def backfill(
     target: Target,
     handler: Annotated[str, typer.Argument(metavar="HANDLER", help="The handler's name.")],
@@ -32,7 +37,7 @@ def backfill(
         ),
     ] = None,
     until: Annotated[
-        str | None, typer.Option("--to", metavar="TIME", help="Events before then.", show_default="now")
+        str | None, typer.Option("--to", metavar="TIME", help="Events before then; likewise.", show_default="now")
     ] = None,
     rate: Annotated[
         str | None,
@@ -64,7 +69,7 @@ def backfill(
     )
     try:
         made = Backfill(app.registry, app.settings, plan, known_to(app.status_table().job, JobNotFound))
-        with _bar(handler, quiet=as_json) as tell, stopping() as stop:
+        with _bar(handler, quiet=as_json, dry_run=dry_run) as tell, stopping() as stop:
             found = made.run(stop, tell)
     finally:
         app.close()
@@ -109,10 +114,13 @@ def _milliseconds(text: str | None, option: str) -> int | None:
 
 
 @contextmanager
-def _bar(what: str, *, quiet: bool) -> Iterator[Callable[[Progress], None]]:
-    """A bar of the range on standard error; none where nobody looks."""
-    if quiet or not sys.stderr.isatty():
+def _bar(what: str, *, quiet: bool, dry_run: bool) -> Iterator[Callable[[Progress], None]]:
+    """A bar of the range on standard error; a line every `PROGRESS_S` seconds where that is no terminal."""
+    if quiet:
         yield lambda progress: None
+        return
+    if not sys.stderr.isatty():
+        yield _lines(what, "jobs would be submitted" if dry_run else "jobs submitted")
         return
     from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
     from rich.progress import Progress as Bar
@@ -121,3 +129,22 @@ def _bar(what: str, *, quiet: bool) -> Iterator[Callable[[Progress], None]]:
     with Bar(*columns, console=output.console(stderr=True), transient=True) as bar:
         line = bar.add_task(what, total=None)
         yield lambda progress: bar.update(line, completed=progress.passed, total=progress.total)
+
+
+def _lines(what: str, done: str) -> Callable[[Progress], None]:
+    said_at = time.monotonic()
+
+    def tell(progress: Progress) -> None:
+        nonlocal said_at
+        now = time.monotonic()
+        if now - said_at < PROGRESS_S or progress.done:
+            return
+        said_at = now
+        print(
+            f"{what}: {progress.passed:,} of {progress.total:,} events passed, {progress.submitted:,} {done}, "
+            f"{progress.known:,} known already",
+            file=sys.stderr,
+            flush=True,
+        )
+
+    return tell

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from jobledger.cli.loading import load_app, module_name
-from jobledger.cli.options import Bootstrap, StatusUrl, Target
+from jobledger.cli.options import Bootstrap, LogFormat, StatusUrl, Target
 from jobledger.cli.running import Prefixed, command, passed_on, stream_children
 
 if TYPE_CHECKING:
@@ -49,6 +49,7 @@ def dev(
         list[Path] | None,
         typer.Option(exists=True, help="Folder to watch; may be repeated.", show_default="the working directory"),
     ] = None,
+    log_format: LogFormat = None,
 ) -> None:
     """Run all of it: embedded broker (if none is configured or running), topics, worker, stream processor.
 

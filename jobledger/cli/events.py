@@ -70,7 +70,7 @@ def tail(
         typer.Option(
             "--from",
             metavar="start|end|TIME",
-            help="Where to begin: TIME is ISO 8601, or an age such as 90s, 10m, 2h, 3d.",
+            help="Where to begin: TIME is ISO 8601, UTC unless it says otherwise, or an age such as 90s, 10m, 2h, 3d.",
             show_default=f"the last {DEFAULT_LAST} events",
         ),
     ] = None,
@@ -111,18 +111,20 @@ def tail(
 
 
 def moment_ms(text: str, now: float) -> int:
-    """A time of the command line as milliseconds since the epoch: ISO 8601 (local unless it says), or an age."""
+    """A time of the command line as milliseconds since the epoch: ISO 8601 (UTC unless it says), or an age."""
     import datetime as dt
 
     age = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(ms|s|m|min|h|d)", text.strip())
     if age is not None:
         return int((now - float(age.group(1)) * _UNITS[age.group(2)]) * 1000)
     try:
-        return int(dt.datetime.fromisoformat(text.strip()).astimezone().timestamp() * 1000)
+        when = dt.datetime.fromisoformat(text.strip())
     except ValueError:
         raise ConfigError(
             f"--from {text!r} is neither start, end, an age such as 10m or 2h, nor a time such as 2026-01-31T14:05"
         ) from None
+    # As `backfill` reads it: one command line means one moment on every machine.
+    return int((when if when.tzinfo is not None else when.replace(tzinfo=dt.UTC)).timestamp() * 1000)
 
 
 def newest(lines: Iterator[Line], count: int | None) -> Iterator[Line]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import typing
+import uuid
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 
     from jobledger.app import App
     from jobledger.job import JobStatus
+    from jobledger.orders import Job
     from jobledger.schemas.events import Position
 
 app = typer.Typer(name="jobs", help="Ask the status table about jobs.", no_args_is_help=True)
@@ -59,6 +61,8 @@ def submit(
     """
     from jobledger.cli.loading import load_app
 
+    if timeout is not None and not wait:
+        raise typer.BadParameter("nothing is waited for without --wait", param_hint="--timeout")
     loaded = load_app(target, bootstrap=bootstrap, status_url=status_url)
     found = loaded.registry.task(task)
     arguments = _arguments(found.fn, pairs or [], args)
@@ -229,6 +233,8 @@ def cancel(
 ) -> None:
     """Cancel jobs, durably: what waits is not started, what runs is told to end, what has ended stays what it is.
 
+    An id that the status table does not know is taken if it is a UUID: the job may be younger than the table.
+
     Example: jobledger jobs cancel --app shop:app --where task=send_mail --where tag.tenant=acme --reason "wrong list"
     """
     from jobledger.orders import Job
@@ -238,9 +244,10 @@ def cancel(
     if job_ids and where:
         raise ConfigError("give ids or --where, not both")
     asked = place(app, namespace, bootstrap, status_url)
+    notes: list[str] = []
     try:
         if job_ids:
-            found = [Job(job_id) for job_id in job_ids]
+            found, notes = _by_id(asked, job_ids)
         else:
             found = [Job(s.job_id, s.run, s.task, s.queue) for s in _open_jobs(asked, where or [])]
             if not as_json and not dry_run and found and not yes:
@@ -250,13 +257,56 @@ def cancel(
     finally:
         asked.close()
     if as_json:
-        output.print_json({"cancelled": 0 if dry_run else len(found), "jobs": [job.job_id for job in found]})
-    elif dry_run:
+        cancelled = 0 if dry_run else len(found)
+        output.print_json({"cancelled": cancelled, "jobs": [job.job_id for job in found], "notes": notes})
+        return
+    for note in notes:
+        output.console(stderr=True).print(note, style="yellow", markup=False)
+    if dry_run:
         for job in found:
             output.console().print(f"{job.job_id}  {job.task}  {job.queue}", markup=False, highlight=False)
         output.console(stderr=True).print(f"{_jobs(len(found))}; nothing was changed", style="dim")
     else:
-        output.console().print(f"asked {_jobs(len(found))} to end" if found else "no such jobs", markup=False)
+        output.console().print(
+            f"asked {_jobs(len(found))} to end" if found else "no job is left to be asked", markup=False
+        )
+
+
+def _by_id(asked: App, job_ids: Sequence[str]) -> tuple[list[Job], list[str]]:
+    """The jobs of these ids that may yet end, as the status table knows them, and what is to be said of the others.
+
+    Raises `ConfigError` for what is no id of a job, before anything is cancelled.
+    """
+    from jobledger.errors import JobNotFound, StoreError
+    from jobledger.orders import Job
+
+    found: list[Job] = []
+    notes: list[str] = []
+    try:
+        table = asked.status_table()
+    except StoreError as exc:
+        notes.append(f"nobody can be asked whether these jobs are there: {exc}")
+        table = None
+    for job_id in dict.fromkeys(job_ids):
+        try:
+            status: JobStatus | None = None if table is None else table.job(job_id)
+        except JobNotFound:
+            status = None
+        if status is not None:
+            if status.state.ended:
+                notes.append(f"{job_id} has ended: {status.state.value}")
+            else:
+                found.append(Job(job_id, status.run, status.task, status.queue))
+            continue
+        try:
+            uuid.UUID(job_id)
+        except ValueError:
+            known = "" if table is None else ", and the status table knows none that is called so"
+            raise ConfigError(f"{job_id!r} is no job's id: those are UUIDs{known}") from None
+        if table is not None:
+            notes.append(f"the status table does not know {job_id}: it can be cancelled only if it was just submitted")
+        found.append(Job(job_id))
+    return found, notes
 
 
 def _jobs(count: int) -> str:

@@ -1,13 +1,14 @@
 """What ``python -m jobledger.cli.nursery`` is: started by a worker, never by people. See `jobledger.consumers.nursery`.
 
-Arguments: the app, the number of the control socket's descriptor, and JSON with ``bootstrap``, ``status_url`` and
-``path``, the worker's ``sys.path``.
+Arguments: the app, and the number of the control socket's descriptor. On standard input, up to its end: JSON with
+``bootstrap``, ``status_url`` and ``path``, the worker's ``sys.path``.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
+import os
 import socket
 import sys
 
@@ -16,9 +17,11 @@ from jobledger.cli.loading import load_app
 from jobledger.errors import JobledgerError
 
 
-def main(target: str, descriptor: str, rest: str) -> None:
+def main(target: str, descriptor: str) -> None:
     """Import the app and serve the worker."""
-    told = json.loads(rest)
+    told = json.loads(sys.stdin.buffer.read())
+    with open(os.devnull, "rb") as nothing:
+        os.dup2(nothing.fileno(), 0)  # jobs that read their standard input find its end
     sys.path[:] = [*told["path"], *(entry for entry in sys.path if entry not in told["path"])]
     logs.set_up()
     from jobledger.consumers import nursery

@@ -41,7 +41,7 @@ MEANINGS: Mapping[Exit, str] = {
     Exit.ERROR: "an error, said in one line on standard error",
     Exit.USAGE: "the command line is wrong",
     Exit.NOT_FOUND: "not running, or not found",
-    Exit.DIFFERS: "`verify`: the status table differs from the log; `check`: jobs in it could not be run",
+    Exit.DIFFERS: "`verify`, `projections verify`: the table differs from the log; `check`: jobs in it could not be run",
     Exit.JOB_FAILED: "`jobs wait`, `submit --wait`: the job did not end well",
     Exit.TIMEOUT: "not within the time that was given",
     Exit.GAVE_UP: "`coordinator`: it gave up and said why; start it again",

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import threading
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, closing, contextmanager
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -15,11 +16,13 @@ from jobledger.cli.options import Bootstrap, Json, LogFormat, Metrics, StatusUrl
 from jobledger.cli.output import Cell, Exit
 from jobledger.cli.running import stopping
 from jobledger.cli.table import progress_bar
-from jobledger.errors import ConfigError, JobledgerError
+from jobledger.errors import ConfigError, JobledgerError, text_of
 
 if TYPE_CHECKING:
     from jobledger.app import App
     from jobledger.streams.projections import Checked, Runner
+
+LOG = logging.getLogger("jobledger.projection")
 
 app = typer.Typer(name="projections", help="Your own tables, folded from the log.", no_args_is_help=True)
 
@@ -43,7 +46,7 @@ def run(
     logs.set_up()
     loaded = load_app(target, bootstrap=bootstrap, status_url=status_url)
     runners = [_runner(loaded, name) for name in names or _all(loaded)]
-    failed: list[JobledgerError] = []
+    failed: list[tuple[str, BaseException]] = []
 
     def counts() -> dict[str, int]:
         return {"folded": sum(r.folded for r in runners), "unreadable": sum(r.unreadable for r in runners)}
@@ -55,8 +58,11 @@ def run(
         def follow(runner: Runner) -> None:
             try:
                 runner.run(stop)
-            except JobledgerError as exc:
-                failed.append(exc)
+            except BaseException as exc:
+                # Whatever it is: a thread that is gone must not leave the others, and the metrics, looking well.
+                if not isinstance(exc, JobledgerError):
+                    LOG.exception("projection %s broke", runner.projection.name)
+                failed.append((runner.projection.name, exc))
                 stop.set()
 
         threads = [threading.Thread(target=follow, args=(r,), name=f"projection-{r.projection.name}") for r in runners]
@@ -66,8 +72,10 @@ def run(
             # Not without a bound: a signal is served between two waits only.
             while thread.is_alive():
                 thread.join(0.2)
-    if failed:
-        raise failed[0]
+    for name, error in failed[:1]:
+        if isinstance(error, JobledgerError):
+            raise error
+        raise JobledgerError(f"projection {name} broke: {type(error).__name__}: {text_of(error)}") from error
 
 
 @app.command("list")
@@ -93,9 +101,14 @@ def show(target: Target, as_json: Json = False) -> None:
 def verify(
     target: Target, name: Name, bootstrap: Bootstrap = None, status_url: StatusUrl = None, as_json: Json = False
 ) -> None:
-    """Fold the log again and compare: exit code 0 when the table equals it, 4 when it does not."""
-    found = _checked(target, name, bootstrap, status_url, as_json, rebuild=False)
-    _tell(found, as_json)
+    """Fold the log again and compare: exit code 0 when the table equals it, 4 when it does not; 1 if it does not equal
+    what is left of a log that was trimmed, for then it may be right."""
+    runner = _runner(load_app(target, bootstrap=bootstrap, status_url=status_url), name)
+    with _folding(runner, as_json) as (stop, tell):
+        found = runner.verify(stop, tell)
+    _tell(found, as_json, verified=True)
+    if found.equal is None:
+        raise JobledgerError(f"projection {name} is not comparable: the log was trimmed: {'; '.join(found.trimmed)}")
     if not found.equal:
         raise typer.Exit(Exit.DIFFERS)
 
@@ -105,44 +118,51 @@ def rebuild(
     target: Target,
     name: Name,
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+    from_what_is_left: Annotated[
+        bool, typer.Option("--from-what-is-left", help="Also from a log that was trimmed: what is gone there is lost.")
+    ] = False,
     bootstrap: Bootstrap = None,
     status_url: StatusUrl = None,
     as_json: Json = False,
 ) -> None:
     """Fold the whole log anew and put the rows in the table's place. What follows the log
-    meanwhile goes on from there."""
+    meanwhile goes on from there. Refused if the log was trimmed."""
     if not yes:
         typer.confirm(f"Replace the rows of projection {name} by a fold of the whole log?", abort=True, err=True)
-    _tell(_checked(target, name, bootstrap, status_url, as_json, rebuild=True), as_json)
-
-
-def _checked(
-    target: str, name: str, bootstrap: str | None, status_url: str | None, quiet: bool, *, rebuild: bool
-) -> Checked:
     runner = _runner(load_app(target, bootstrap=bootstrap, status_url=status_url), name)
-    try:
-        with progress_bar("folding the log", quiet=quiet) as tell, stopping() as stop:
-            work = runner.rebuild if rebuild else runner.verify
-            return work(stop, tell or (lambda done, total: None))
-    finally:
-        runner.close()
+    with _folding(runner, as_json) as (stop, tell):
+        found = runner.rebuild(stop, tell, from_what_is_left=from_what_is_left)
+    _tell(found, as_json, verified=False)
 
 
-def _tell(found: Checked, as_json: bool) -> None:
+@contextmanager
+def _folding(runner: Runner, quiet: bool) -> Iterator[tuple[threading.Event, Callable[[int, int], None]]]:
+    """What ends a fold, and what is told of its progress; the runner is closed after it."""
+    with closing(runner), progress_bar("folding the log", quiet=quiet) as tell, stopping() as stop:
+        yield stop, tell or (lambda done, total: None)
+
+
+def _tell(found: Checked, as_json: bool, *, verified: bool) -> None:
     if as_json:
         output.print_json(found)
         return
     fields: list[tuple[str, Cell]] = [("projection", found.projection)]
-    if found.equal is not None:
-        fields.append(("equal", ("yes", "bold green") if found.equal else ("NO", "bold red")))
+    if verified:
+        told: dict[bool | None, Cell] = {
+            True: ("yes", "bold green"),
+            False: ("NO", "bold red"),
+            None: ("not comparable: the log was trimmed", "bold yellow"),
+        }
+        fields.append(("equal", told[found.equal]))
     fields += [
         ("rows", f"{found.rows:,}"),
-        ("digest of the table", found.live_digest if found.equal is not None else found.digest),
+        ("digest of the table", found.live_digest if verified else found.digest),
         ("digest of the log", found.digest),
         ("read", f"{found.records:,} records in {output.duration(found.seconds)}"),
     ]
     if found.unreadable:
         fields.append(("no events", (f"{found.unreadable:,} records, passed", "yellow")))
+    fields += [("trimmed", (each, "yellow")) for each in found.trimmed]
     output.print_fields(fields)
 
 

@@ -33,6 +33,9 @@ UPKEEP_END_S = 5.0
 #: Seconds that the halves of the stream processor get to stop.
 STREAMS_GRACE_S = 30.0
 
+#: Seconds that a worker process gets beyond the longest that it may take, before it is killed.
+KILL_MARGIN_S = 1.0
+
 #: The colour of each part's name before its lines.
 PART_STYLES = {
     "worker": "green",
@@ -153,6 +156,7 @@ def worker(
 def _worker_processes(
     target: str, processes: int, options: WorkerOptions, bootstrap: str | None, metrics: Listen | None
 ) -> None:
+    from jobledger.consumers.worker import CLOSING_S, MARGIN_S
     from jobledger.streams.supervisor import Child
 
     words = [target, "--concurrency", str(options.concurrency), "--grace", str(options.grace)]
@@ -167,7 +171,9 @@ def _worker_processes(
     for number in range(processes):
         port = [] if metrics is None else ["--metrics-port", str(metrics.following(number))]
         children.append(Child(f"worker-{number + 1}", command("worker", *words, *port)))
-    raise typer.Exit(supervised(children, restarts=5, grace=options.grace + 15.0))
+    # A worker that cannot end by itself ends itself after this; so nobody is killed who is still committing.
+    leaving = 1.0 + CLOSING_S + MARGIN_S
+    raise typer.Exit(supervised(children, restarts=5, grace=options.grace + leaving + KILL_MARGIN_S))
 
 
 def router(target: Target, bootstrap: Bootstrap = None, metrics: Metrics = None, log_format: LogFormat = None) -> None:

@@ -91,7 +91,7 @@ def acls(
         ),
     ] = None,
     apply: Annotated[bool, typer.Option("--apply", help="Create the ACLs; asks first.")] = False,
-    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="With --apply: do not ask.")] = False,
     bootstrap: Bootstrap = None,
     as_json: Json = False,
 ) -> None:
@@ -101,6 +101,10 @@ def acls(
     """
     from jobledger.kafka import acls as rules
 
+    if yes and not apply:
+        raise typer.BadParameter(
+            "there is nothing to be asked without --apply, which creates the ACLs", param_hint="--yes"
+        )
     loaded = load_app(target, bootstrap=bootstrap)
     foreign = [event.topic for event in loaded.events.values() if event.foreign]
     given = [_principal(each) for each in principal or ()]

@@ -123,6 +123,7 @@ TABLE: Mapping[str, Sequence[Right]] = {
         *_topic("<ns>.control", "Read", "Write", lost="forgetting of cancels whose jobs have ended"),
         *_group("<ns>.worker.", "Describe", lost="audit, no trimming"),
         *_group("<ns>.coordinator", "Describe", lost=_TRIMMING),
+        *_group("<ns>.lifecycle.", "Describe", lost=_TRIMMING),
         *_topic("<ns>.jobs.", "Delete", lost=_TRIMMING),
         *_topic("<ns>.lifecycle", "Delete", lost=_TRIMMING),
         *_topic("<ns>.coordination", "Delete", lost=_TRIMMING),
@@ -143,9 +144,10 @@ TABLE: Mapping[str, Sequence[Right]] = {
     "projection": [
         *_topic("<ns>.events.", "Read", lost="projections of events"),
         *(Right(r.kind, r.name, r.operation, r.pattern, "projections of facts") for r in _LOG[:-1]),
+        *_topic("<ns>.control", "Read", lost="projections of facts"),
         *_topic("<ns>.schemas", "Read"),
     ],
-    "reader": [*_LOG, *_group("<ns>.lifecycle.", "Read")],
+    "reader": [*_LOG, *_topic("<ns>.control", "Read"), *_group("<ns>.lifecycle.", "Read")],
     "web": [*_LOG],
     "admin": [
         *_topic("<ns>.", "Create", "Alter", "AlterConfigs"),

@@ -253,7 +253,7 @@ def _format(files: Files, base: list[str], wanted: Launch, report: Progress) -> 
     if (data / "meta.properties").exists():
         return
     report("format", 0, 0)
-    data.mkdir(parents=True, exist_ok=True)
+    data.mkdir(mode=0o700, parents=True, exist_ok=True)  # it holds jobs' arguments
     cluster = wanted.cluster.id if wanted.cluster is not None else cluster_id()
     tool = ["kafka.tools.StorageTool", "format", "--ignore-formatted", "-t", cluster, "-c", str(files.settings)]
     done = subprocess.run(

@@ -132,6 +132,7 @@ class PostgresStore(SqlStore):
         return db
 
     def _check(self, db: psycopg.Connection[Any]) -> None:
+        _await_lease(db)
         found = _offsets(db)
         if found != self._left:
             raise CommitUnknown(
@@ -255,6 +256,8 @@ class PostgresStore(SqlStore):
         """The next offset to be read of every partition; a writer goes on from what it is told here."""
         self._left = None
         with self._transaction():
+            if self._epoch is not None:
+                _await_lease(self._connected())
             found = _offsets(self._connected())
             if self._epoch is not None:
                 self._greatest = self._last()
@@ -356,6 +359,12 @@ class PostgresStore(SqlStore):
             db.execute("UPDATE lease SET epoch = %s, holder = '', until_ms = 0", (self._epoch + 1,))
         self._epoch = other._epoch = None
         self._greatest = ""
+
+
+def _await_lease(db: psycopg.Connection[Any]) -> None:
+    """Wait until the transaction of a connection that broke has ended: it may be in the middle of its commit, unheard of.
+    Every writing transaction holds this row from its first statement to its end."""
+    db.execute("SELECT 1 FROM lease FOR UPDATE")
 
 
 def _offsets(db: psycopg.Connection[Any]) -> dict[Partition, int]:

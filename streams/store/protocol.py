@@ -96,10 +96,10 @@ class StatusReader(Protocol):
     def reached(self, position: Position) -> bool:
         """Whether the record at this position is in the table."""
 
-    def overdue(self, now_ms: int, bound_ms: int, limit: int = 1000) -> list[Overdue]:
-        """Scheduled and retrying jobs that were due ``bound_ms`` ago or longer, the longest first.
+    def overdue(self, now_ms: int, bound_ms: int, limit: int = 1000, after: Overdue | None = None) -> list[Overdue]:
+        """A page of the scheduled and retrying jobs that were due ``bound_ms`` ago or longer, the longest first.
 
-        ``now_ms``: the broker's clock.
+        ``now_ms``: the broker's clock. ``after``: the last one of the page before.
         """
 
     def open_lives(self, limit: int, *, waiting: bool = False, before_ms: int | None = None) -> list[tuple[str, Life]]:

@@ -135,9 +135,13 @@ class SqlReader:
             found = db.execute(query).scalar()
         return found is not None and found > position.offset
 
-    def overdue(self, now_ms: int, bound_ms: int, limit: int = 1000) -> list[Overdue]:
-        """Scheduled and retrying jobs that were due ``bound_ms`` ago or longer, the longest first."""
-        query = select(*_LIFE).where(waiting, jobs.c.due_ms <= now_ms - bound_ms).order_by(jobs.c.due_ms).limit(limit)
+    def overdue(self, now_ms: int, bound_ms: int, limit: int = 1000, after: Overdue | None = None) -> list[Overdue]:
+        """A page of the scheduled and retrying jobs that were due ``bound_ms`` ago or longer; see
+        `StatusReader.overdue`."""
+        query = select(*_LIFE).where(waiting, jobs.c.due_ms <= now_ms - bound_ms)
+        if after is not None:
+            query = query.where(tuple_(jobs.c.due_ms, jobs.c.job_id) > (after.due_ms, after.job_id))
+        query = query.order_by(jobs.c.due_ms, jobs.c.job_id).limit(limit)
         with self._reading() as db:
             rows = db.execute(query).all()
         return [_overdue(row) for row in rows]

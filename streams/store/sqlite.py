@@ -123,7 +123,7 @@ class SqliteStore(SqlStore):
         super().__init__(url, namespace, lease_s=lease_s, holder=holder, clock=clock)
         self.path = path_of(url)
         try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
             self._db = sqlite3.connect(self.path, timeout=BUSY_TIMEOUT_S, isolation_level=None, check_same_thread=False)
         except (OSError, sqlite3.Error) as exc:
             raise StoreError(f"the status table {url} cannot be opened: {exc}") from exc
@@ -137,11 +137,23 @@ class SqliteStore(SqlStore):
                     f"journal_size_limit = {_CHECKPOINT_PAGES * _PAGE_BYTES * 2}",
                     f"cache_size = -{_CACHE_KB}",
                 ):
-                    self._db.execute("PRAGMA " + pragma).fetchall()
+                    self._set(pragma)
                 self._make()
         except BaseException:
             self._db.close()
             raise
+
+    def _set(self, pragma: str) -> None:
+        """Of two that make a file at once SQLite lets one change its journal, and refuses the other without waiting."""
+        deadline = time.monotonic() + BUSY_TIMEOUT_S
+        while True:
+            try:
+                self._db.execute("PRAGMA " + pragma).fetchall()
+                return
+            except sqlite3.OperationalError as exc:
+                if exc.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY or time.monotonic() > deadline:
+                    raise
+                time.sleep(0.01)
 
     def _make(self) -> None:
         with self._transaction():

@@ -65,7 +65,7 @@ Index(
     sqlite_where=unfinished,
     postgresql_where=unfinished,
 )
-Index("jobs_due", jobs.c.due_ms, sqlite_where=waiting, postgresql_where=waiting)
+Index("jobs_due", jobs.c.due_ms, jobs.c.job_id, sqlite_where=waiting, postgresql_where=waiting)
 
 #: A row per tag of a job, written when the tags become known. It carries the time so that a page is read in order.
 tags = Table(

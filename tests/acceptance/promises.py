@@ -56,6 +56,10 @@ class Promise(enum.Enum):
         "SIGTERM ends a process without running any job twice: a rolling restart reruns nothing.",
         "Jobs that outlive the grace time of the stop are cut off and run again.",
     )
+    BOUNDED_MEMORY = (
+        "The memory of a process does not grow with what waits for it.",
+        "The coordinator keeps a timer in memory for each job that waits for a time.",
+    )
     NOTHING_PASSED_OVER = (
         "Every work record below a committed base has its end in the log or its bytes in the dead letters.",
         "None: the continuous audit's metric must be 0.",

@@ -213,7 +213,7 @@ def test_prometheus_sees_every_part(stack: Stack, tmp_path: Path, say: Callable[
     assert not empty
     with urllib.request.urlopen(f"{at}/api/v1/rules", timeout=10) as answer:
         rules = [rule for group in json.load(answer)["data"]["groups"] for rule in group["rules"]]
-    assert len(rules) == 13
+    assert len(rules) == 14
     assert {rule["name"]: rule["health"] for rule in rules if rule["health"] != "ok"} == {}
     assert [rule["name"] for rule in rules if rule["state"] == "firing"] == []
     say(f"compose: Prometheus ({how}), {len(expressions)} queries of the dashboard and {len(rules)} alerts")

@@ -33,6 +33,10 @@ UPGRADED = "tests/acceptance/upgraded_app.py:app"
 PARTITIONS = 4
 GOOD_JOBS = 500
 SEED = "garbage"
+BIG_KEY = b"k" * (900 << 10)
+DOMAIN_SCHEMA = json.dumps(
+    {"type": "record", "name": "shop.OrderPlaced", "fields": [{"name": "order", "type": "string"}]}
+)
 HOUR_MS = 3_600_000
 
 
@@ -90,15 +94,31 @@ class Poison:
             unknown,
             b"\x00\x00\x00\x00\x07" + good[:9:-1],  # a registry's frame, and no event in it
             os.urandom(2_000),
+            self.domain_event(),  # sent to the wrong topic
         ]
         for n, value in enumerate(values):
             # Compacted topics take no record without a key.
             key = f"garbage-{n}".encode() if keyed else (None, b"\xff\xfe", b"")[n % 3]
             self.placed[self.put(topic, value, key, partition)] = value
+        small = b"a key larger than any dead letter's room for it"
+        self.placed[self.put(topic, small, BIG_KEY, partition)] = small
 
     def publish(self) -> None:
         """Publish the future schema, as its writers do before they use it."""
-        self.put("schemas", self._text.encode(), independent.fingerprint(self._text).hex().encode())
+        self._publish(self._text)
+
+    def publish_domain(self) -> None:
+        """Publish the schema of the domain event."""
+        self._publish(DOMAIN_SCHEMA)
+
+    def _publish(self, text: str) -> None:
+        self.put("schemas", text.encode(), independent.fingerprint(text).hex().encode())
+
+    def domain_event(self) -> bytes:
+        """A domain event's bytes, written by hand: its schema is published, and is no job event's."""
+        out = io.BytesIO()
+        fastavro.schemaless_writer(out, fastavro.parse_schema(json.loads(DOMAIN_SCHEMA)), {"order": "7"})
+        return SINGLE_OBJECT + independent.fingerprint(DOMAIN_SCHEMA) + out.getvalue()
 
     def body(self, number: int = 0, **more: Any) -> dict[str, Any]:
         """A submission of the job of this number."""
@@ -153,7 +173,7 @@ def committed(fleet: Fleet, group: str, topic: str, partition: int) -> int:
 def test_garbage_on_every_topic_is_kept_and_counted_and_good_jobs_go_on(
     broker: str, namespace: str, tmp_path: Path, say: Callable[[str], None]
 ) -> None:
-    """Twelve kinds of bytes that are no event, on every partition of every topic, before and while 500 jobs run: each
+    """Fourteen kinds of bytes that are no event, on every partition of every topic, before and while 500 jobs run: each
     of them is in the dead letters, bytes and place, if somebody had to act on it; every job ends as it must; events of
     a published later schema are read; and the table agrees with the log."""
     began = time.monotonic()
@@ -171,6 +191,7 @@ def test_garbage_on_every_topic_is_kept_and_counted_and_good_jobs_go_on(
             for topic in ("control", "schemas"):
                 poison.garbage(topic, 0, keyed=True)
 
+        poison.publish_domain()
         spoil()
         ready(fleet, worker=2, coordinator=1, materializer=1)
         service = Service(fleet, 0, GOOD_JOBS, rate=GOOD_JOBS / 10)
@@ -206,11 +227,16 @@ def test_garbage_on_every_topic_is_kept_and_counted_and_good_jobs_go_on(
             for r in log.of("dead-letter")
             if r.fact == "RecordRejected"
         }
+        keys = [r.body["raw_key"] for r in log.of("dead-letter") if r.fact == "RecordRejected"]
         short = {f"{namespace}.{t}" for t, _ in acted_on}
         wanted = {place: raw for place, raw in poison.placed.items() if place[0] in short}
         Promise.POISON_IS_CONTAINED.hold(
             {p: r for p, r in kept.items() if p != misplaced} == wanted,
             f"missing {sorted(set(wanted) - set(kept))[:5]}, too many {sorted(set(kept) - set(wanted))[:5]}",
+        )
+        cut = [key for key in keys if key is not None and len(key) > 1_000]
+        Promise.POISON_IS_CONTAINED.hold(
+            len(cut) == 2 * len(acted_on) and all(BIG_KEY.startswith(key) for key in cut), "large keys are kept in part"
         )
         Promise.POISON_IS_CONTAINED.hold(misplaced in kept, "an event that does not belong on a work topic is kept")
         Promise.POISON_IS_CONTAINED.hold(not fleet.deaths, f"processes ended by themselves: {fleet.deaths}")

@@ -19,7 +19,12 @@ from pathlib import Path
 
 import pytest
 from confluent_kafka import KafkaException
-from confluent_kafka.admin import AdminClient
+from confluent_kafka.admin import (  # type: ignore[attr-defined]  # re-exported without saying so
+    AdminClient,
+    ConfigResource,
+    ConfigSource,
+    ResourceType,
+)
 
 from jobledger import App, BrokerUnavailable, Settings
 from jobledger.kafka import topics
@@ -115,6 +120,11 @@ def replicated(brokers: Brokers, fleet: Fleet) -> None:
     mine = {n: t for n, t in admin.list_topics(timeout=10).topics.items() if n.startswith(fleet.namespace)}
     assert len(mine) >= 6
     assert {len(p.replicas) for topic in mine.values() for p in topic.partitions.values()} == {3}
+    asked = admin.describe_configs([ConfigResource(ResourceType.TOPIC, name) for name in mine], request_timeout=10)
+    settings = {resource.name: future.result(15)["min.insync.replicas"] for resource, future in asked.items()}
+    # The topics' own: the brokers' default is 2 as well, in these tests.
+    own = ConfigSource.DYNAMIC_TOPIC_CONFIG.value
+    assert {(s.value, s.source) for s in settings.values()} == {("2", own)}
 
 
 def test_whichever_leader_is_killed_every_job_ends_once(

@@ -20,6 +20,7 @@ from jobledger.config import Settings
 from jobledger.errors import CommitUnknown, LeaseLost, StoreError, StoreNotFound, StoreUnavailable
 from jobledger.job import State
 from jobledger.kafka.ports import free_port
+from jobledger.log import wait_until
 from jobledger.schemas import events as ev
 from jobledger.streams.store import Changes, open_reader, open_store, shown
 from jobledger.streams.store.connecting import schema_beside, schema_of
@@ -216,6 +217,53 @@ def test_a_connection_that_breaks_between_batches_costs_nothing(postgres: Databa
             two.acquire()
         assert not two.acquire()
         assert one.offsets() == {("t", 0): 2}
+
+
+@pytest.mark.parametrize("forgetful", [False, True])
+def test_a_commit_that_is_under_way_when_its_connection_breaks_is_awaited(
+    postgres: Databases, url: str, forgetful: bool
+) -> None:
+    """Its end may come when the writer has a new connection: what it wrote is not written a second time, be it by one
+    that goes on or by one that begins again at the table's offsets."""
+    with PostgresStore(url, NAMESPACE) as store, psycopg.connect(url) as old:
+        assert store.acquire()
+        store.offsets()
+        write(store, {"a": life(ev.JobSubmitted(SPEC))}, {("t", 0): 5})
+        # What the server has of the transaction whose commit is under way, on a connection the writer has lost.
+        old.execute(f"SET search_path = {SCHEMA}")
+        old.execute("UPDATE lease SET until_ms = until_ms")
+        old.execute("UPDATE counters SET jobs = jobs + 1")
+        old.execute("UPDATE offsets SET next_offset = 6")
+        break_off(store)
+        failed: list[BaseException] = []
+        found: list[dict[tuple[str, int], int]] = []
+
+        def go_on() -> None:
+            try:
+                if forgetful:
+                    found.append(store.offsets())
+                else:
+                    store.write(Changes(counts={("send", "mail", "queued"): 1}, offsets={("t", 0): 6}))
+            except CommitUnknown as exc:
+                failed.append(exc)
+
+        thread = threading.Thread(target=go_on)
+        thread.start()
+        waits = "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND datname = current_database()"
+        wait_until(lambda: postgres.execute(waits, url) == [(1,)], 10, "the writer waiting for the lease")
+        old.commit()
+        thread.join(20)
+        assert not thread.is_alive()
+        assert found == ([{("t", 0): 6}] if forgetful else [])
+        assert len(failed) == (not forgetful)
+        assert store.offsets() == {("t", 0): 6}
+        assert postgres.execute(f"SELECT sum(jobs) FROM {SCHEMA}.counters", url) == [(2,)]
+
+
+def break_off(store: PostgresStore) -> None:
+    """Lose a writer's connection."""
+    assert store._db is not None
+    store._db.close()
 
 
 @pytest.mark.parametrize("found", [None, 1, 9])

@@ -25,6 +25,7 @@ from jobledger.streams.projector import Projector
 from jobledger.streams.store import Changes, Count, StatusReader, Store, copy, open_reader, open_store
 from jobledger.streams.store.connecting import schema_of
 from jobledger.streams.store.postgres import PostgresStore
+from jobledger.streams.store.protocol import Overdue
 from jobledger.streams.store.rows import key_text
 from jobledger.streams.store.sqlite import SqliteStore, path_of
 from tests.postgres import Databases
@@ -268,6 +269,17 @@ def test_overdue_jobs_are_found(store: Store, reader: StatusReader) -> None:
     assert [o.job_id for o in reader.overdue(15_999, 10_000)] == ["retried"]
 
 
+def test_overdue_jobs_are_paged_in_order(store: Store, reader: StatusReader) -> None:
+    """The longest overdue first, every one once, also among those of one time."""
+    write(store, {f"{(n * 7) % 25:02}": life(ev.JobSubmitted(SPEC, 10 * (n // 4)), release=0) for n in range(25)})
+    found: list[Overdue] = []
+    while page := reader.overdue(10_000, 0, 4, found[-1] if found else None):
+        found += page
+    keys = [(o.due_ms, o.job_id) for o in found]
+    assert len({o.job_id for o in found}) == 25
+    assert keys == sorted(keys)
+
+
 def test_a_transaction_is_whole_or_not_at_all(store: Store, reader: StatusReader) -> None:
     """If any part of a batch cannot be written, nothing of it is: no rows, no counters, no offsets."""
     folded = Projector(store, Decoder()).merge([("a", life(ev.JobSubmitted(SPEC)))])
@@ -356,6 +368,28 @@ def test_reading_goes_on_while_a_writer_writes(backend: Backend, store: Store) -
     reader.close()
     assert seen
     assert all(position <= jobs for position, jobs in seen), "rows came later than the offsets that stand for them"
+
+
+def test_several_that_make_a_file_at_once_make_one(tmp_path: Path) -> None:
+    """Materializers that start together where no table is yet all find one, and one of them writes it."""
+    for number in range(30):
+        url = f"sqlite:///{tmp_path / str(number) / 'status.db'}"
+        stores: list[SqliteStore] = []
+        together = threading.Barrier(4)
+
+        def make(url: str = url, stores: list[SqliteStore] = stores, together: threading.Barrier = together) -> None:
+            together.wait()
+            stores.append(SqliteStore(url, NAMESPACE, holder="elsewhere:1"))
+
+        threads = [threading.Thread(target=make) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert len(stores) == 4
+        assert sum([store.acquire() for store in stores]) == 1
+        for store in stores:
+            store.close()
 
 
 def test_a_missing_table_is_said_to_be_missing(backend: Backend) -> None:

@@ -90,6 +90,23 @@ def fails(how: str) -> Any:
     raise ValueError(how)
 
 
+@app.task(isolation="process", timeout=5.0, retry=NO_RETRY)
+def leaves_a_fork(path: str) -> None:
+    """Dies while something it forked, with all its files open, lives on."""
+    pid = os.fork()
+    if pid == 0:
+        time.sleep(600)
+        os._exit(0)
+    note(path, pid)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+@app.task(isolation="process", retry=NO_RETRY)
+def reports_nonsense() -> None:
+    """A report that is none."""
+    current_job().progress(1, 2, 3)  # type: ignore[arg-type]  # it is the point
+
+
 @app.task(isolation="process", timeout=0.5, retry=NO_RETRY)
 def hangs(how: str, path: str) -> str:
     """Does not end, and is told to."""

@@ -3,18 +3,49 @@ the job whole, and never a hang."""
 
 from __future__ import annotations
 
+import asyncio
+import logging
+from dataclasses import dataclass
+
 import msgspec
 import pytest
 
 from jobledger import NO_RETRY, App, Retry, Settings
+from jobledger.errors import JobledgerError
 from jobledger.kafka.topics import ensure
-from jobledger.schemas.events import DeadLettered, JobRetried, JobSucceeded, Leased, ReleaseRequested
+from jobledger.schemas.events import (
+    DeadLettered,
+    JobFailed,
+    JobRetried,
+    JobSucceeded,
+    Leased,
+    ReleaseRequested,
+)
 from tests.integration import isolated_app
 from tests.integration.worker_app import Unprintable, closings, log_of, until, working
 
 pytestmark = pytest.mark.kafka
 
 LARGE = "x" * (900 << 10)
+
+RATES = {"EUR": 1.0, "SEK": 0.09}
+
+
+@dataclass
+class Price:
+    """A value that checks itself, and breaks over what it does not know."""
+
+    currency: str
+
+    def __post_init__(self) -> None:
+        RATES[self.currency]
+
+
+class WordlessTimeout(TimeoutError):
+    """A library's own, which cannot be printed."""
+
+    def __str__(self) -> str:
+        raise RuntimeError("no text")
 
 
 def test_an_argument_of_900_kib_goes_every_way(broker: str, namespace: str) -> None:
@@ -99,3 +130,105 @@ def test_a_changed_signature_dead_letters_with_both(broker: str, namespace: str)
     assert isinstance(letter, DeadLettered)
     assert letter.reason == "bad-arguments"
     assert '{"order":7,"currency":"EUR"} do not fit invoice(order_id: int) -> None' in letter.error.message
+
+
+def test_a_check_of_arguments_that_breaks_fails_its_job_and_nothing_else(
+    broker: str, namespace: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Whatever the code of an argument's class raises: plain, keyed and tenants' jobs are dead-lettered, others run;
+    and the log of the worker says so without the values."""
+    app = App(namespace, settings=Settings(bootstrap=broker, submit_timeout=20.0), partitions=1)
+
+    @app.task
+    async def plain(price: Price) -> str:
+        return price.currency
+
+    @app.task(key="account", timeout=10)
+    async def keyed(account: str, price: Price) -> str:
+        return price.currency
+
+    ensure(app, app.settings)
+    jobs = {}
+    for currency in ("SEK", "EUR"):
+        jobs["plain", currency] = plain.submit(Price(currency)).job_id
+        jobs["keyed", currency] = keyed.submit("a", Price(currency)).job_id
+    monkeypatch.delitem(RATES, "SEK")
+    with caplog.at_level(logging.INFO), working(app) as worker:
+        until(lambda: len(closings(app)) == 4)
+        assert worker.error is None
+    for (task, currency), job_id in jobs.items():
+        fact = closings(app)[job_id][0].event.fact
+        if currency == "EUR":
+            assert isinstance(fact, JobSucceeded), task
+        else:
+            assert isinstance(fact, JobFailed)
+            assert fact.reason == "bad-arguments"
+            assert "KeyError: 'SEK'" in fact.error.message
+            assert '{"currency":"SEK"}' in fact.error.message
+    assert any("bad-arguments" in record.getMessage() for record in caplog.records)
+    assert not any("SEK" in record.getMessage() for record in caplog.records)
+
+
+def test_a_timeout_without_a_text_is_one_all_the_same(broker: str, namespace: str) -> None:
+    """A coroutine that turns the cancellation of its time limit into an error of its own that cannot be printed."""
+    app = App(namespace, settings=Settings(bootstrap=broker, submit_timeout=20.0), partitions=1)
+
+    @app.task(timeout=0.2, retry=NO_RETRY)
+    async def wordless() -> None:
+        try:
+            await asyncio.sleep(60)
+        except asyncio.CancelledError:
+            raise WordlessTimeout from None
+
+    ensure(app, app.settings)
+    handle = wordless.submit()
+    with working(app) as worker:
+        fact = until(lambda: closings(app).get(handle.job_id))[0].event.fact
+        assert worker.dispatcher is not None
+        until(lambda: not worker.dispatcher.running)  # type: ignore[union-attr]  # as above
+    assert isinstance(fact, JobFailed)
+    assert fact.reason == "timeout"
+    assert "its str() raised" in fact.error.message
+
+
+@pytest.mark.parametrize("how", ["stops the loop", "raises SystemExit beside"])
+def test_a_job_that_ends_the_loop_is_no_end_of_its_neighbours(broker: str, namespace: str, how: str) -> None:
+    """The worker ends and says why; jobs beside it have no outcome of it, and run in the next one."""
+    app = App(namespace, settings=Settings(bootstrap=broker, submit_timeout=20.0), partitions=1)
+    once: list[int] = []
+
+    @app.task(retry=NO_RETRY)
+    async def neighbour(n: int) -> int:
+        once.append(n)
+        await asyncio.sleep(30.0 if len(once) <= 3 else 0.0)
+        return n
+
+    @app.task(retry=NO_RETRY)
+    async def ends() -> None:
+        async def beside() -> None:
+            raise SystemExit(3)
+
+        if len(once) > 3:
+            return
+        if how == "stops the loop":
+            asyncio.get_running_loop().stop()
+        else:
+            asyncio.get_running_loop().create_task(beside())
+        await asyncio.sleep(30.0)
+
+    ensure(app, app.settings)
+    handles = [neighbour.submit(n) for n in range(3)]
+
+    def first_worker() -> None:
+        with working(app) as worker:
+            until(lambda: len(once) == 3)
+            ends.submit()
+            assert worker.ended.wait(30)
+
+    with pytest.raises(JobledgerError, match="event loop was ended from within"):
+        first_worker()
+    assert closings(app) == {}
+    with working(app):
+        until(lambda: len(closings(app)) == 4, 60.0)
+    for handle in handles:
+        assert [type(r.event.fact) for r in closings(app)[handle.job_id]] == [JobSucceeded]

@@ -266,6 +266,84 @@ def test_a_jobs_life_from_the_command_line(shop: Shop) -> None:
     assert (broken["equal"], broken["differing"]) == (False, 1)
 
 
+def test_jobs_are_cancelled_by_id_and_by_what_they_are(shop: Shop, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A job that runs is told, those that wait are not started; who and why stand with them. What is no job, has ended
+    or matches nothing is said to be so, and nothing is cancelled that was not agreed to."""
+    shop.json("topics", "apply", shop.target, "--yes")
+    streams, worker = shop.start("streams", shop.target), shop.start("worker", shop.target, "--grace", "1")
+    worker.said("queue default: assigned")
+
+    def submitted(*words: str) -> str:
+        job_id: str = shop.json("submit", shop.target, *words)["job_id"]
+        return job_id
+
+    def cancel(*words: str, code: int = 0) -> Any:
+        return shop.json("jobs", "cancel", "--namespace", shop.namespace, *words, code=code)
+
+    def ended(job_id: str) -> tuple[str, str]:
+        found = shop.json("jobs", "wait", job_id, "--namespace", shop.namespace, "--timeout", "30", code=5)
+        return found["state"], found["reason"]
+
+    def states() -> dict[str, str]:
+        return {j["job_id"]: j["state"] for j in shop.json("jobs", "list", "--namespace", shop.namespace)}
+
+    runs = submitted("sleepy", "seconds=1000")
+    acme, other = (
+        submitted("send_mail", "to=a@example.org", "--delay", "600", "--tag", f"tenant={tenant}")
+        for tenant in ("acme", "other")
+    )
+    added = submitted("add", "a=1", "--delay", "600", "--tag", "tenant=acme")
+    waiting = {acme: "scheduled", other: "scheduled", added: "scheduled"}
+    until(lambda: states() == {runs: "running", **waiting}, "not there yet")
+
+    # only said, refused, or not agreed to
+    dry = cancel("--where", "task=send_mail", "--dry-run")
+    assert (dry["cancelled"], set(dry["jobs"])) == (0, {acme, other})
+    code, out, err = shop.main("jobs", "cancel", "--namespace", shop.namespace, added, "--dry-run")
+    assert (code, out.split(), "nothing was changed" in err) == (0, [added, "add", "default"], True)
+    for words, said in (
+        (["TYPO"], "'TYPO' is no job's id: those are UUIDs, and the status table knows none that is called so"),
+        ([runs, "TYPO"], "'TYPO' is no job's id"),
+        (["--where", "task"], "is not of the form NAME=VALUE"),
+        (["--where", "colour=red"], "write task=…, queue=…, state=… or, once, tag.NAME=…"),
+        (["--where", "tag.a=b", "--where", "tag.c=d"], "once, tag.NAME"),
+        (["--where", "state=succeeded"], "those jobs have ended"),
+    ):
+        assert said in cancel(*words, code=1)["error"]["message"]
+    asking = ["jobs", "cancel", "--namespace", shop.namespace, "--where", "task=add"]
+    monkeypatch.setattr(sys, "stdin", io.StringIO("n\n"))
+    code, out, err = shop.main(*asking)
+    assert (code, out.strip(), "Cancel 1 job?" in err, "nothing was done" in err) == (1, "", True, True)
+    assert states() == {runs: "running", **waiting}
+
+    # by what they are
+    found = cancel("--where", "tag.tenant=acme", "--where", "task=send_mail", "--reason", "wrong list", "--by", "ann")
+    assert found == {"cancelled": 1, "jobs": [acme], "notes": []}
+    assert ended(acme) == ("cancelled", "wrong list")
+    last = shop.json("jobs", "show", acme, "--namespace", shop.namespace, "--timeline")["timeline"][-1]["fact"]
+    assert (last["type"], last["by"]) == ("JobCancelled", "ann")
+    monkeypatch.setattr(sys, "stdin", io.StringIO("y\n"))
+    code, out, _ = shop.main(*asking)
+    assert (code, out.strip()) == (0, "asked 1 job to end")
+    assert ended(added)[0] == "cancelled"
+    assert cancel("--where", "queue=nothing-there") == {"cancelled": 0, "jobs": [], "notes": []}
+
+    # by their ids
+    assert cancel(runs, other, runs) == {"cancelled": 2, "jobs": [runs, other], "notes": []}
+    assert [ended(runs)[0], ended(other)[0]] == ["cancelled", "cancelled"]
+    code, out, err = shop.main("jobs", "cancel", "--namespace", shop.namespace, runs)
+    assert (code, out, err) == (0, "no job is left to be asked\n", f"{runs} has ended: cancelled\n")
+    unknown = "00000000-0000-7000-8000-000000000000"
+    late = cancel(unknown)
+    assert (late["cancelled"], late["jobs"]) == (1, [unknown])
+    assert late["notes"] == [
+        f"the status table does not know {unknown}: it can be cancelled only if it was just submitted"
+    ]
+
+    assert worker.stop() == 0
+    assert streams.stop() == 0
+
+
 def damage(shop: Shop, job_id: str) -> None:
     """Lose one job's row, as a database that was restored from an older copy would."""
     (path,) = (shop.folder / "home" / "status").glob("*.db")

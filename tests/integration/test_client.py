@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import socket
 import time
@@ -245,3 +246,16 @@ def test_a_forked_child_submits_with_a_connection_of_its_own(app: App) -> None:
     os.waitpid(child, 0)
     assert job_id in {r.event.job_id for r in everything(app, app.names.jobs("mail"))}
     task.submit("parent again")
+
+
+def test_a_submission_whose_loop_is_gone_harms_no_later_one(app: App) -> None:
+    """A coroutine gives up before the acknowledgement and its loop is closed; the client goes on for others."""
+
+    async def gives_up(n: int) -> None:
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(app.tasks["send_mail"].submit_async(f"{n}@example.org"), 0.0001)
+
+    for n in range(50):
+        asyncio.run(gives_up(n))
+    assert app.tasks["send_mail"].submit("a@example.org").position.offset >= 0
+    assert asyncio.run(app.tasks["send_mail"].submit_async("a@example.org")).position.offset >= 0

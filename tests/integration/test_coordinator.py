@@ -441,6 +441,38 @@ def test_markers_are_swept_and_lost_offsets_release_nothing_again(lab: Lab) -> N
     assert lab.let_go() == sorted((job, 1, 1) for job in jobs)
 
 
+def test_a_coordination_topic_that_was_made_anew_is_read_from_its_start(
+    lab: Lab, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its changelog survived, and says that all up to some offset was dealt with: that is said, new events are dealt with
+    all the same, what waits is let go in time, and so it is after a restart with and without the local copy."""
+    first = lab.ready(folder="a", keep_markers=0.3)
+    for _ in range(20):
+        lab.submit(0)
+    wait_for(lambda: any(m.key() == floor_key(m.partition() or 0) for m in lab.messages(changelog(lab.names))))
+    waits = [lab.submit(6_000) for _ in range(4)]
+    wait_for(lambda: first.health()["scheduled"] == 4)
+    first.stop()
+    before = len(lab.let_go())
+
+    lab.admin.delete_topics([lab.names.coordination])[lab.names.coordination].result(30)
+    wait_for(lambda: lab.names.coordination not in lab.admin.list_topics(timeout=10).topics)
+    lab.create("mail")
+    lab.writer.close()
+    lab.reader.close()
+    lab.writer, lab.reader = LogWriter(lab.settings, lab.names), LogReader(lab.settings)
+    jobs = []
+    for folder in ("a", "a", "b"):
+        again = lab.ready(folder=folder, keep_markers=0.3)
+        jobs += [lab.submit(0) for _ in range(4)]
+        lab.await_let_go(*((job, 1, 1) for job in jobs))
+        again.stop()
+    assert "the topic was made anew" in caplog.text
+    lab.ready(folder="b")
+    lab.await_let_go(*((job, 1, 1) for job in waits))
+    assert len(lab.let_go()) == before + len(jobs) + len(waits)
+
+
 def scheduled(job: str, partition: int, offset: int, due: int) -> Scheduled:
     """A row as the event at ``offset`` would have made it."""
     event = JobEvent("i", job, 1, 1, 1, 0, "t", "mail", None, job, "s", None, ReleaseRequested(SPEC, None, due))

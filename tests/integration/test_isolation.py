@@ -337,3 +337,23 @@ def test_no_worker_is_made_in_a_nursery(app: App, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(nursery, "IMPORTING", True)
     with pytest.raises(ConfigError, match="under `if __name__ == '__main__':`"):
         Worker(app.registry, app.settings)
+
+
+def test_what_a_dead_child_forked_holds_nothing_up(app: App, worker: Worker, tmp_path: Path) -> None:
+    """A job forks and is killed by the system: it is quarantined in no time, its descendants are gone, the child's slot is
+    free for others."""
+    path = tmp_path / "forks"
+    handle = tasks.leaves_a_fork.submit(str(path))
+    failed = end_of(app, handle.job_id)
+    assert isinstance(failed, JobFailed)
+    assert failed.reason == "crashed"
+    until(lambda: not any(alive(int(pid)) for pid in path.read_text().split()), 10.0, "the forks' end")
+    assert result_of(app, tasks.where.submit(1).job_id)["n"] == 1
+
+
+def test_a_report_that_is_none_is_the_job_s_error(app: App, worker: Worker) -> None:
+    """A message that is no text fails the attempt with what is wrong; the process is not blamed."""
+    failed = end_of(app, tasks.reports_nonsense.submit().job_id)
+    assert isinstance(failed, JobFailed)
+    assert failed.reason == "exhausted"
+    assert "progress(message=3) is no text" in failed.error.message

@@ -6,6 +6,7 @@ from __future__ import annotations
 import re
 import shutil
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -22,7 +23,9 @@ MAVEN = shutil.which("mvn") if shutil.which("javac") else None
 
 @pytest.mark.skipif(MAVEN is None, reason="no mvn and javac on the path: the example in Java is not built")
 @pytest.mark.timeout(600)
-def test_a_java_program_submits_a_job_and_reads_its_end(broker: str, namespace: str, tmp_path: Path) -> None:
+def test_a_java_program_submits_a_job_and_reads_its_end(
+    broker: str, namespace: str, tmp_path: Path, say: Callable[[str], None]
+) -> None:
     """It publishes the schema itself, submits `add(40, 2)`, and sees the start and the
     result on the lifecycle topic."""
     app = made(namespace, broker)
@@ -45,3 +48,4 @@ def test_a_java_program_submits_a_job_and_reads_its_end(broker: str, namespace: 
     ((record,),) = closings(app).values()
     assert isinstance(record.event.fact, JobSucceeded)
     app.close()
+    say("java: examples/java, built by Maven, submitted a job and read its end")

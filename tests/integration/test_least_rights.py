@@ -103,7 +103,7 @@ class World:
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
+def world(tmp_path_factory: pytest.TempPathFactory, say: Callable[[str], None]) -> Iterator[World]:
     """The cluster of this module; every role is a user that has its rights."""
     folder = tmp_path_factory.mktemp("least")
     with Secured(folder, TABLE) as secured:
@@ -112,6 +112,9 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
             secured.give(f"User:{role}", *acls.rights(role, NAMESPACE))
         yield made
         made.boss.close()
+    say(
+        f"ACLs over mutual TLS: of the {len(RIGHTS)} least rights of {len(TABLE)} roles {len(missed)} taken away and missed"
+    )
 
 
 # -- what each role does -------------------------------------------------------------------------------------------------
@@ -280,6 +283,8 @@ ROLES: dict[str, Callable[[World, list[JobledgerError]], None]] = {
 }
 #: What is taken away right now, by role.
 taken: dict[str, Right] = {}
+#: What was taken away, and missed as the table says.
+missed: list[Right] = []
 RIGHTS = [(role, right.of(NAMESPACE)) for role, rights in TABLE.items() for right in rights]
 
 
@@ -380,6 +385,7 @@ def test_a_right_fewer_is_said(world: World, role: str, right: Right, caplog: py
         if role != "admin":
             assert f"{right.operation} on {right.kind} {right.name}" in said
         assert time.monotonic() - began < BOUND_S
+        missed.append(right)
     finally:
         del taken[role]
         world.secured.give(f"User:{role}", right)

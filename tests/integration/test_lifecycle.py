@@ -3,17 +3,31 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import threading
 from collections import Counter
 from collections.abc import Iterator
 
+import msgspec
 import pytest
 
 from jobledger import App, ConfigError, Settings
 from jobledger.errors import UnknownFact
 from jobledger.kafka.topics import ensure
+from jobledger.log import partitions_of
 from jobledger.schemas import codec
-from jobledger.schemas.events import JobEvent, JobFailed, JobStarted, JobSubmitted, JobSucceeded, Recorded
+from jobledger.schemas.events import (
+    CancelRequested,
+    JobEvent,
+    JobFailed,
+    JobStarted,
+    JobSubmitted,
+    JobSucceeded,
+    QueueLimited,
+    QueuePaused,
+    QueueResumed,
+    Recorded,
+)
 from jobledger.writer import LogWriter, Outgoing
 from tests.integration.test_worker import future_fact
 from tests.integration.worker_app import closings, until, working
@@ -82,36 +96,89 @@ def test_what_was_being_dealt_with_when_the_reader_died_comes_again(app: App) ->
     assert len({*seen, *after}) == 40
 
 
-def test_members_of_a_group_share_and_async_readers_do_not_hold_the_loop(app: App) -> None:
-    """Two members read everything between them, one of them with ``async for``."""
-    shares: list[list[str]] = [[], []]
+def test_members_of_a_group_share_and_async_readers_do_not_hold_the_loop(
+    app: App, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two members, one of them with ``async for``: each reads what comes on its partitions, and between them they read
+    everything."""
+    shares: list[list[Recorded]] = [[], []]
+    streams = [app.lifecycle("shared", facts=(JobStarted,)) for _ in range(2)]
+    done, beats, fetch = threading.Event(), 0, streams[1]._fetch
+    at_fetches: list[int] = []
+
+    def fetched() -> None:
+        fetch()
+        at_fetches.append(beats)
+
+    monkeypatch.setattr(streams[1], "_fetch", fetched)
 
     def plain() -> None:
-        with app.lifecycle("shared", facts=(JobStarted,), timeout=8.0) as stream:
-            shares[0].extend(record.event.job_id for record in stream)
+        with streams[0] as stream:
+            for record in stream:
+                shares[0].append(record)
 
-    async def alternating() -> int:
-        beats = 0
-
+    async def alternating() -> None:
         async def beat() -> None:
             nonlocal beats
-            while True:
+            while not done.is_set():
                 beats += 1
                 await asyncio.sleep(0.01)
 
         beating = asyncio.create_task(beat())
-        with app.lifecycle("shared", facts=(JobStarted,), timeout=8.0) as stream:
+        with streams[1] as stream:
             async for record in stream:
-                shares[1].append(record.event.job_id)
-        beating.cancel()
-        return beats
+                shares[1].append(record)
+        await beating
 
-    thread = threading.Thread(target=plain)
-    thread.start()
-    beats = asyncio.run(alternating())
-    thread.join()
-    assert len({*shares[0], *shares[1]}) == 40
-    assert beats > 100
+    def read(share: list[Recorded]) -> set[tuple[str, int]]:
+        return {(r.position.topic, r.position.partition) for r in share if r.event.job_id.startswith("late")}
+
+    places = {(topic, p) for topic in streams[0]._topics for p in range(partitions_of(app.settings, topic))}
+    threads = [threading.Thread(target=plain), threading.Thread(target=lambda: asyncio.run(alternating()))]
+    for thread in threads:
+        thread.start()
+    try:
+        until(lambda: all(s._owned for s in streams) and sum(len(s._owned) for s in streams) == len(places))
+        writer = LogWriter(app.settings, app.names)
+        start = JobEvent("e", "late", 1, 1, 1, 0, "work", "default", None, None, "s", None, JobStarted("w", "t", 0))
+        for n, (topic, partition) in enumerate(sorted(places) * 3):
+            value = codec.encode(msgspec.structs.replace(start, job_id=f"late-{n}"))
+            writer.send([Outgoing(topic, value, "k", partition)])
+        writer.close()
+        until(lambda: len({r.event.job_id for share in shares for r in share}) == 40 + 3 * len(places))
+        until(lambda: len(at_fetches) >= 10)
+        # One that finds nothing waits for a while; the loop beats meanwhile.
+        assert max(after - before for before, after in itertools.pairwise(at_fetches)) >= 3
+        assert [read(share) for share in shares] == [stream._owned for stream in streams]
+        assert min(len(stream._owned) for stream in streams) >= len(places) // 2 - 1
+    finally:
+        done.set()
+        for stream in streams:
+            stream._closed = True  # ends its loop at the next turn, in the reader's own thread
+        for thread in threads:
+            thread.join(30)
+
+
+def test_orders_are_seen_as_well(app: App) -> None:
+    """A pause, its end, and a cancel, each once, though the cancel stands on two topics; an order that was taken back
+    is passed in silence."""
+    app.pause(queue="default", reason="maintenance")
+    app.resume(queue="default")
+    app.cancel("0192e4a0-0000-7000-8000-000000000001", "not wanted")
+    writer = LogWriter(app.settings, app.names)
+    writer.send([Outgoing(app.names.control, None, "cancel:0192e4a0-0000-7000-8000-000000000001:1")])
+    writer.close()
+    orders = (QueuePaused, QueueResumed, QueueLimited, CancelRequested)
+    with app.lifecycle("audit", facts=orders, timeout=3.0) as stream:
+        seen = list(stream)
+        assert stream.skipped == 0
+    assert kinds(seen) == {"QueuePaused": 1, "QueueResumed": 1, "CancelRequested": 1}
+    (pause,) = [r.event for r in seen if isinstance(r.event.fact, QueuePaused)]
+    assert (pause.queue, pause.fact.reason) == ("default", "maintenance")  # type: ignore[union-attr]  # a pause
+    with app.lifecycle("pauses", facts=(QueuePaused,), timeout=3.0) as stream:
+        assert len(list(stream)) == 1
+    with app.lifecycle("all", timeout=3.0) as stream:
+        assert kinds(list(stream))["CancelRequested"] == 1
 
 
 def test_garbage_is_passed_and_an_unknown_fact_is_not(app: App) -> None:

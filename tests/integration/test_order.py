@@ -92,6 +92,21 @@ def built(broker: str, namespace: str, seen: Seen) -> App:
         seen.began.append(((tenant, n), time.monotonic()))
         time.sleep(0.01)
 
+    @app.task(queue="fair", key="account", timeout=10)
+    async def keyed_serve(tenant: str, account: str, n: int) -> None:
+        await seen.run((tenant, n), "fair", 0.01)
+
+    @app.task(
+        key="account",
+        timeout=10,
+        key_hold_max=30,
+        breaker=Breaker(failures=3, reset=30.0),
+        retry=Retry(max_attempts=9, initial=20.0),
+    )
+    async def trips(account: str, n: int) -> None:
+        await seen.run(("trips", n), "trips", 0)
+        raise ConnectionError("it is down")
+
     @app.task(queue="levels")
     async def work(n: int, seconds: float = 0.01) -> None:
         await seen.run((current_job().tags.get("level", "normal"), n), "levels", seconds)
@@ -225,6 +240,41 @@ def test_attempts_in_place_are_counted_on_by_the_next_owner(app: App, seen: Seen
     assert seen.names() == [("k", 1, 1), ("k", 1, 2), ("k", 1, 3)]
 
 
+@pytest.mark.parametrize("bytes_", [64 << 20, 100_000], ids=["read on", "full"])
+def test_a_hot_key_keeps_neither_other_keys_nor_plain_jobs_waiting(app: App, seen: Seen, bytes_: int) -> None:
+    """Behind thousands of jobs of one key, those of others run at once; in other partitions also if so much waits in
+    one that it is read no further."""
+    book, free = app.tasks["book"], app.tasks["free"]
+    hot = app.submit_many(book.job("hot", n, seconds=0.02) for n in range(4000))
+    others = app.submit_many([*(book.job(f"other-{n}", n) for n in range(40)), *(free.job(n) for n in range(40))])
+    near = hot[0].position.partition
+    far = [handle for handle in others if handle.position.partition != near]
+    expected = {handle.job_id for handle in (others if bytes_ > 1_000_000 else far)}
+    assert expected
+    with working(app, queues=["default"], lookahead=400, lookahead_bytes=bytes_) as worker:
+        until(lambda: expected <= set(closings(app)), 30.0, "the others")
+        ran = sum(name[0] == "hot" for name in seen.names())
+        assert ran < 2000, "the others waited for the hot key"
+        assert sum(p.waiting for p in worker.partitions()) > (500 if bytes_ > 1_000_000 else 100)
+        assert (near in [p.number for p in worker.partitions() if p.full]) == (bytes_ < 1_000_000)
+    order = [n for account, n, _ in (name for name in seen.names() if name[0] == "hot")]
+    assert order == list(range(len(order))), "the hot key's order"
+
+
+@pytest.mark.parametrize("how", ["paused", "open circuit"])
+def test_a_keyed_task_that_waits_keeps_nobody_else_waiting(app: App, seen: Seen, how: str) -> None:
+    """Thousands of jobs of a keyed task that is paused, or whose circuit is open, lie before one that may run."""
+    trips = app.tasks["trips"]
+    app.submit_many(trips.job(f"k{n}", n) for n in range(3000))
+    app.submit_many(app.tasks["free"].job(n) for n in range(20))
+    if how == "paused":
+        app.pause(task="trips", reason="their maintenance")
+    with working(app, queues=["default"], lookahead=400):
+        until(lambda: sum(name[0] == "free" for name in seen.names()) == 20, 20.0, "the others")
+        began = sum(name[0] == "trips" for name in seen.names())
+    assert began == 0 if how == "paused" else began < 150
+
+
 # -- fairness ---------------------------------------------------------------------------------------------------------
 
 
@@ -240,6 +290,45 @@ def test_a_hot_tenant_does_not_starve_the_others(app: App, seen: Seen, task: str
     last = max(at for at, (tenant, _) in enumerate(order) if tenant == "small")
     assert last < 600, f"the last of the small tenant was number {last}"
     assert Counter(order).most_common(1)[0][1] == 1
+
+
+def test_a_tenant_is_found_behind_any_backlog_of_another(app: App, seen: Seen) -> None:
+    """Five thousand jobs of one tenant fill what may wait ready to run many times over; another's are seen all the same."""
+    work = app.tasks["serve"]
+    app.submit_many(work.using(tags={"tenant": "hot"}).job("hot", n) for n in range(5000))
+    app.submit_many(work.using(tags={"tenant": "small"}).job("small", n) for n in range(10))
+    with working(app, concurrency=4, queues=["fair"], lookahead=400):
+        until(lambda: sum(tenant == "small" for tenant, _ in seen.names()) == 10, 60.0, "the small tenant")
+        assert sum(tenant == "hot" for tenant, _ in seen.names()) < 2500
+        ended(app, 5010, timeout=90.0)
+    assert Counter(seen.names()).most_common(1)[0][1] == 1
+
+
+def test_tenants_take_turns_whatever_keys_they_have(app: App, seen: Seen) -> None:
+    """A tenant with five hundred keys gets no more turns than one with a single key."""
+    work = app.tasks["keyed_serve"]
+    app.submit_many(work.using(tags={"tenant": "hot"}).job("hot", f"k{n}", n) for n in range(500))
+    app.submit_many(work.using(tags={"tenant": "small"}).job("small", "only", n) for n in range(10))
+    with working(app, concurrency=2, queues=["fair"]):
+        ended(app, 510, timeout=60.0)
+    order = seen.names()
+    last = max(at for at, (tenant, _) in enumerate(order) if tenant == "small")
+    assert last < 150, f"the last of the small tenant was number {last}"
+    assert [n for tenant, n in order if tenant == "small"] == list(range(10))
+
+
+@pytest.mark.parametrize("how", ["paused", "limited"])
+def test_a_task_that_waits_lets_others_of_a_fair_queue_run(app: App, seen: Seen, how: str) -> None:
+    """Behind thousands of jobs of a task that is paused, or may start six times a second, another task's run at once."""
+    app.submit_many(app.tasks["serve"].using(tags={"tenant": "a"}).job("a", n) for n in range(3000))
+    app.submit_many(app.tasks["serve_in_thread"].using(tags={"tenant": "a"}).job("quick", n) for n in range(20))
+    if how == "paused":
+        app.pause(task="serve")
+    else:
+        app.limit(task="serve", rate="6/s")
+    with working(app, queues=["fair"], lookahead=400, lookahead_bytes=400_000):
+        until(lambda: sum(tenant == "quick" for tenant, _ in seen.names()) == 20, 20.0, "the others")
+        assert sum(tenant == "a" for tenant, _ in seen.names()) < 150
 
 
 # -- priorities -------------------------------------------------------------------------------------------------------

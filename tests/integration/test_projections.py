@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import datetime as dt
+import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -13,18 +15,21 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import sqlalchemy
-from sqlalchemy import Column, Integer, MetaData, String, Table, select
+from confluent_kafka import TopicPartition
+from sqlalchemy import Column, DateTime, Integer, MetaData, PrimaryKeyConstraint, String, Table, select
 
-from jobledger import App, ConfigError, JobledgerError, Settings
+from jobledger import App, ConfigError, IncompatibleEvent, JobledgerError, Settings
 from jobledger.errors import StoreError
 from jobledger.kafka.topics import ensure
+from jobledger.log import LogReader, admin, partitions_of, producer, producer_config
 from jobledger.projection import Where
-from jobledger.schemas.events import JobFailed, JobSucceeded, Recorded
+from jobledger.schemas.events import CancelRequested, JobSucceeded, QueuePaused
 from jobledger.streams.projection_store import ProjectionStore, database_of
 from jobledger.streams.projections import Runner
 from jobledger.writer import LogWriter, Outgoing
@@ -148,6 +153,222 @@ def test_verify_sees_a_changed_row_and_rebuild_mends_it(app: App) -> None:
     runner.close()
 
 
+def test_the_longest_name_can_be_verified_and_rebuilt(app: App) -> None:
+    """The copies have names of their own, and so have their constraints, which must be different ones to every database."""
+    long = Table(
+        "long", MetaData(), Column("user", String), Column("numbers", Integer), PrimaryKeyConstraint("user", name="pk")
+    )
+    name = "n" * 45
+    app.projection(Happened, table=long, key=lambda event: event.user, name=name)(projection_app.not_yet)
+    emit(app, 20)
+    folded(app, name)
+    with closing(runner_of(app, name)) as runner:
+        assert runner.verify(threading.Event()).equal is True
+        assert runner.rebuild(threading.Event()).rows == 17
+
+
+@dataclass(frozen=True)
+class Renumbered:
+    """`Happened`, with another type for a field."""
+
+    user: str
+    number: str
+
+
+def test_a_class_that_cannot_read_what_was_written_folds_nothing(app: App) -> None:
+    """Its events would be passed over as garbage, by every fold alike; so it neither runs, nor verifies, nor rebuilds."""
+    events = emit(app, 30)
+    other = App(app.names.namespace, settings=app.settings, partitions=3)
+    other.event(name="Happened", key="user")(Renumbered)
+    other.projection(Renumbered, table=app.registry.projections["count_by_user"].table, key=lambda e: e.user)(
+        projection_app.count_by_user
+    )
+    with closing(runner_of(other)) as runner:
+        for act in (
+            lambda: runner.run(threading.Event(), until_end=True),
+            lambda: runner.verify(threading.Event()),
+            lambda: runner.rebuild(threading.Event()),
+        ):
+            with pytest.raises(IncompatibleEvent, match="Happened"):
+                act()
+    assert folded(app).folded == 30
+    assert said(rows(app)) == wanted(events)
+    other.close()
+
+
+def trim(app: App, topic: str, left: int) -> list[str]:
+    """Delete all but the last ``left`` records of each partition; where they begin now."""
+    client, places = admin(app.settings), range(partitions_of(app.settings, topic))
+    with LogReader(app.settings) as log:
+        ends = {p: log.watermarks(topic, p)[1] for p in places}
+    wanted = [TopicPartition(topic, p, max(0, end - left)) for p, end in ends.items()]
+    for future in client.delete_records(wanted).values():
+        future.result(timeout=20)
+    return [f"{topic}[{each.partition}] begins at {each.offset}" for each in wanted if each.offset]
+
+
+def cli(app: App, *words: str) -> subprocess.CompletedProcess[str]:
+    """``jobledger projections WORDS`` on this app."""
+    env = {
+        **os.environ,
+        "JOBLEDGER_BOOTSTRAP": app.settings.resolve_bootstrap(),
+        "JOBLEDGER_STATUS_URL": str(app.settings.status_url),
+        "PROJECTION_NAMESPACE": app.names.namespace,
+    }
+    argv = [sys.executable, "-m", "jobledger", "projections", words[0], "tests.integration.projection_app:app"]
+    return subprocess.run(
+        [*argv, *words[1:]], env=env, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False
+    )
+
+
+def test_a_trimmed_log_is_not_taken_for_the_whole(app: App) -> None:
+    """`verify` says that it cannot tell, `rebuild` changes nothing unless it is told to lose what is gone."""
+    events = emit(app, 200)
+    folded(app)
+    before = rows(app)
+    gone = trim(app, app.events["Happened"].topic, 10)
+    assert len(gone) == 3
+    with closing(runner_of(app)) as runner:
+        found = runner.verify(threading.Event())
+        assert (found.equal, found.trimmed) == (None, gone)
+        with pytest.raises(JobledgerError, match=r"Happened\[0\] begins at \d+.*--from-what-is-left"):
+            runner.rebuild(threading.Event())
+        assert rows(app) == before
+        assert said(before) == wanted(events)
+    verified = cli(app, "verify", "count_by_user", "--json")
+    told = json.loads(verified.stdout)
+    assert (verified.returncode, told["equal"], told["trimmed"]) == (1, None, gone)
+    assert "not comparable: the log was trimmed" in verified.stderr
+    assert "equal                not comparable: the log was trimmed" in cli(app, "verify", "count_by_user").stdout
+    refused = cli(app, "rebuild", "count_by_user", "--yes")
+    assert refused.returncode == 1
+    assert "--from-what-is-left" in refused.stderr
+    assert rows(app) == before
+    made = cli(app, "rebuild", "count_by_user", "--yes", "--from-what-is-left", "--json")
+    assert (made.returncode, json.loads(made.stdout)["records"]) == (0, 30)
+    assert sum(row["events"] for row in rows(app).values()) <= 30
+    # A table that equals what is left is right, whatever is gone.
+    with closing(runner_of(app)) as runner:
+        assert (runner.verify(threading.Event()).equal, folded(app).folded) == (True, 0)
+
+
+def test_records_that_were_trimmed_before_they_were_folded_are_said(app: App, caplog: pytest.LogCaptureFixture) -> None:
+    """A projection that stood still for too long goes on, and does not do so in silence."""
+    emit(app, 60)
+    folded(app)
+    emit(app, 60, 60)
+    trim(app, app.events["Happened"].topic, 5)
+    assert folded(app).folded == 15
+    lost = [r.getMessage() for r in caplog.records if "they are lost" in r.getMessage()]
+    assert sum(int(re.findall(r"before (\d+) records", line)[0]) for line in lost) == 45
+
+
+def test_orders_are_folded_too(app: App) -> None:
+    """Pauses and cancels, each once, though a cancel stands on two topics; what is taken back is no garbage. As the
+    control topic is compacted, a fold of it may have less than the table: that is said."""
+    orders = Table("orders", MetaData(), Column("what", String, primary_key=True), Column("count", Integer))
+
+    def given(row: Any, found: Any) -> Any:
+        return {"count": (row["count"] if row else 0) + 1}
+
+    app.projection(
+        facts=(QueuePaused, CancelRequested), table=orders, key=lambda found: type(found.event.fact).__name__
+    )(given)
+    app.pause(queue="default")
+    app.resume(queue="default")
+    app.cancel("0192e4a0-0000-7000-8000-000000000001")
+    writer = LogWriter(app.settings, app.names)
+    writer.send([Outgoing(app.names.control, None, "cancel:0192e4a0-0000-7000-8000-000000000001:1")])
+    writer.close()
+    assert folded(app, "given").unreadable == 0
+    assert {what: row["count"] for what, row in rows(app, "given").items()} == {"QueuePaused": 1, "CancelRequested": 1}
+    with closing(runner_of(app, "given")) as runner, closing(store_of(app)) as store:
+        assert runner.verify(threading.Event()).equal is True
+        # A transaction's mark takes an offset that no record has, as compaction leaves many.
+        sender = producer(
+            {**producer_config(app.settings, timeout=20.0), "transactional.id": app.names.namespace, "linger.ms": 5}
+        )
+        sender.init_transactions(20)
+        sender.begin_transaction()
+        sender.produce(app.names.control, b"garbage", "k")
+        sender.commit_transaction(20)
+        app.pause(queue="default")
+        with pytest.raises(JobledgerError, match=r"control is compacted: 1 of its records are gone"):
+            runner.rebuild(threading.Event())
+        assert "jobledger_given_rebuild" not in sqlalchemy.inspect(store.engine).get_table_names()
+
+
+def test_what_a_projections_own_code_does_wrong_is_said_with_its_record(app: App) -> None:
+    """Its fold leaves, its key= fails or makes none, a value or a key is of the wrong type: nothing of the batch is
+    written, and the error has the record, and the column where there is one."""
+    emit(app, 3)
+    table = Table("timed", MetaData(), Column("user", String, primary_key=True), Column("at", DateTime))
+    moments = Table("moments", MetaData(), Column("at", DateTime, primary_key=True))
+
+    def leaves(row: Any, event: Any) -> Any:
+        raise SystemExit(0)
+
+    def broken(event: Any) -> Any:
+        raise KeyError("who")
+
+    def of_user(event: Any) -> Any:
+        return event.user
+
+    def timed(row: Any, event: Any) -> Any:
+        return {"at": "yesterday" if event.number == 1 else dt.datetime(2026, 1, 1)}  # the point
+
+    def kept(row: Any, event: Any) -> Any:
+        return {}
+
+    cases: list[tuple[Any, Any, Table, str]] = [
+        (leaves, of_user, table, r"its fold failed at \S+Happened\[\d\]@\d+ \(SystemExit: 0"),
+        (timed, broken, table, r"its key= failed at \S+Happened\[\d\]@\d+ \(KeyError: 'who'"),
+        (timed, lambda event: (event.user, 1), table, r"its key= failed at \S+@\d+ .* is no key of user"),
+        (timed, lambda event: [event.user], table, r"its key= failed at \S+@\d+ .*unhashable"),
+    ]
+    if str(app.settings.status_url).startswith("sqlite"):  # the driver of PostgreSQL takes text for any type
+        cases += [
+            (timed, of_user, table, r"its value 'yesterday' for column timed.at \(DateTime.*failed at \S+Happened"),
+            (kept, of_user, moments, r"its value 'user-\d' for column moments.at \(DateTime.*failed at \S+Happened"),
+        ]
+    for fold, key, into, why in cases:
+        app.registry.projections.pop("wrong", None)
+        app.projection(Happened, table=into, key=key, name="wrong")(fold)
+        with pytest.raises(JobledgerError, match=f"projection wrong: {why}"):
+            folded(app, "wrong")
+        assert rows(app, "wrong") == {}
+
+
+def test_a_projection_that_breaks_ends_all_of_them(app: App) -> None:
+    """``jobledger projections run`` of several, one of which cannot go on, whatever it raised: not 0, and with the
+    record's place."""
+    app.emit(Happened("leaves", 1))
+    ended = cli(app, "run")
+    assert ended.returncode == 1
+    assert re.search(r"error: projection count_by_user: its fold failed at \S+@0 \(SystemExit", ended.stderr)
+
+
+def test_what_is_no_error_of_ours_ends_them_too(app: App, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A thread that dies of a mistake, even in silence, takes the process with it."""
+    from jobledger.cli import projections as command
+
+    class Broken(Runner):
+        def run(self, stop: threading.Event, *, until_end: bool = False) -> None:
+            if self.projection.name == "ends":
+                raise SystemExit(0)
+            stop.wait(60)
+
+    url = app.settings.resolve_status_url(app.names.namespace)
+    monkeypatch.setattr(command, "load_app", lambda *words, **options: app)
+    monkeypatch.setattr(
+        command,
+        "_runner",
+        lambda loaded, name: Broken(loaded.registry.projections[name], app.settings, app.names, ["default"], url),
+    )
+    with pytest.raises(JobledgerError, match="projection ends broke: SystemExit: 0"):
+        command.run("any:app")
+
+
 def test_two_processes_of_one_projection_fold_nothing_twice(app: App) -> None:
     """Whoever finds the offsets moved writes nothing, and looks again."""
     stop = threading.Event()
@@ -250,8 +471,9 @@ def test_what_cannot_be_a_projection_is_refused_when_it_is_declared(app: App) ->
             app.projection(Happened, key=lambda event: "k", **options)(function)
     with pytest.raises(ConfigError, match="no facts"):
         app.projection(table=good, key=lambda event: "k", facts=(int,))(fold)
-    assert JobFailed is not None
-    assert Recorded is not None
+    long = "x" * 46
+    with pytest.raises(ConfigError, match=rf"projection '{long}': .* at most 45"):
+        app.projection(Happened, table=good, key=lambda event: "k", name=long)(fold)
     assert Where._fields == ("event_id", "position", "appended_ms")
 
 

@@ -582,7 +582,7 @@ def with_events(namespace: str, broker: str, url: str | None, *, avro: bool = Tr
         ran.append(event)
 
     if avro:
-        app.event(topic=f"{namespace}-scales", format="avro")(Weighed)
+        app.event(topic=f"{namespace}-scales", format="avro", start="earliest")(Weighed)
 
         @app.on(Weighed)
         async def ship(event: Weighed) -> None:

@@ -13,20 +13,24 @@ from typing import Any
 
 import msgspec
 import pytest
+from confluent_kafka import TopicPartition
 from confluent_kafka.admin import (  # type: ignore[attr-defined]  # re-exported without saying so
     AlterConfigOpType,
     ConfigEntry,
     ConfigResource,
+    NewPartitions,
     NewTopic,
     ResourceType,
 )
 
-from jobledger import App, BadEvent, ConfigError, EventHandle, IncompatibleEvent, Settings, TopicMissing
+from jobledger import App, BadEvent, ConfigError, EventHandle, IncompatibleEvent, Settings, TopicMissing, commits
+from jobledger.consumers import beginning
 from jobledger.consumers.backfill import Backfill, Plan, Progress, events_per_second
 from jobledger.consumers.router import Router
 from jobledger.kafka.topics import ensure
-from jobledger.log import admin
-from jobledger.schemas.events import JobSubmitted, JobSucceeded, RecordRejected
+from jobledger.log import admin, consumer_config, partitions_of
+from jobledger.log import consumer as make_consumer
+from jobledger.schemas.events import JobSubmitted, JobSucceeded, Position, RecordRejected
 from jobledger.writer import LogWriter, Outgoing
 from tests.integration.worker_app import log_of, until, working
 
@@ -221,19 +225,90 @@ def test_what_is_no_event_becomes_a_dead_letter_and_others_go_on(lab: Lab) -> No
     assert {fact.topic for fact in letters} == {topic}
 
 
+def write(app: App, *values: Any, partition: int | None = None) -> list[Position]:
+    """JSON, as another program writes it, on the topic of parcels."""
+    writer = LogWriter(app.settings, app.names)
+    topic = app.events["Parcel"].topic
+    try:
+        return writer.send([Outgoing(topic, json.dumps(value).encode(), "k", partition) for value in values])
+    finally:
+        writer.close()
+
+
+def parcels(app: App) -> list[int]:
+    """The numbers of the parcels that have a job."""
+    jobs = [r.event for r in log_of(app, app.names.jobs("mail")) if r.event.task == "track"]
+    return sorted(json.loads(job.fact.spec.args)["event"]["number"] for job in jobs)  # type: ignore[union-attr]
+
+
+def test_topics_of_others_are_read_from_the_routers_first_start_on(lab: Lab) -> None:
+    """What was there before is passed, our own events are not; what comes while no router runs is not lost, nor what is
+    on a partition before it was noticed."""
+    app, _ = lab
+    topic = app.events["Parcel"].topic
+    for partition in range(2):
+        write(app, {"number": 1}, {"number": 2}, partition=partition)
+    app.emit(UserRegistered("before"))
+    with routing(app) as router:
+        until(lambda: len(router.partitions) == 4)
+        # Before any record: a start that is killed now must not begin at a later end.
+        begun = commits.group_offsets(app.settings, app.names.router_group, topic)
+        assert {place: each.base for place, each in begun.items()} == {(topic, 0): 2, (topic, 1): 2}
+        until(lambda: router.jobs == 2)
+    for partition in range(2):
+        write(app, {"number": 10 + partition}, partition=partition)
+    with routing(app) as router:
+        until(lambda: len(router.partitions) == 4)
+        client = admin(app.settings)  # held: its answers die with it
+        client.create_partitions([NewPartitions(topic, 3)])[topic].result(timeout=20)
+        until(lambda: partitions_of(app.settings, topic) == 3)
+        write(app, {"number": 20}, partition=2)
+        until(lambda: parcels(app) == [10, 11, 20], timeout=60.0)
+    assert router.events == 3
+
+
+def test_routers_that_start_together_agree_on_where_a_topic_begins(lab: Lab) -> None:
+    """The second is given partitions that nobody has committed: they were there, so they begin at their end, too."""
+    app, _ = lab
+    topic = app.events["Parcel"].topic
+    for partition in range(2):
+        write(app, {"number": 1}, partition=partition)
+    settings, group = app.settings, app.names.router_group
+    asker = make_consumer(consumer_config(settings, group=group))
+    begun, note = beginning.at_the_end(settings, group, topic, [0])
+    assert begun == {0: 1}
+    asker.commit(offsets=[TopicPartition(topic, 0, 1, note)], asynchronous=False)
+    assert beginning.at_the_end(settings, group, topic, [0, 1, 2]) == ({1: 1}, note)
+    asker.close()
+
+
+def test_where_events_begin_is_each_classes_choice(lab: Lab) -> None:
+    """``start="latest"`` passes our own events of the past; ``"earliest"`` takes those of others, too."""
+    app, _ = lab
+    other = App(app.names.namespace, settings=app.settings, partitions=2)
+    other.event(key="user_id", start="latest")(UserRegistered)
+    other.event(topic=app.events["Parcel"].topic, format="json", start="earliest")(Parcel)
+    other.on(UserRegistered, name="sync_crm", queue="crm")(lambda event: None)
+    other.on(Parcel, name="track", queue="mail")(lambda event: None)
+    app.emit(UserRegistered("before"))
+    write(app, {"number": 1})
+    with routing(other) as router:
+        until(lambda: len(router.partitions) == 4)
+        handle = app.emit(UserRegistered("after"))
+        until(lambda: router.jobs == 2)
+    assert parcels(app) == [1]
+    assert set(submitted(other)) > expected(other, [handle.event_id], "UserRegistered")
+    other.close()
+
+
 def test_json_that_others_write_is_handled_too(lab: Lab) -> None:
     """By its place it has an id; what does not fit the handler's class ends as that job's bad arguments."""
     app, ran = lab
-    topic = app.events["Parcel"].topic
-    writer = LogWriter(app.settings, app.names)
-    places = writer.send(
-        Outgoing(topic, json.dumps(value).encode(), "k")
-        for value in ({"number": 7}, {"number": "seven"}, {"number": 8})
-    )
-    writer.close()
     with pytest.raises(BadEvent, match="handled, not emitted"):
         app.emit(Parcel(1))
-    with working(app) as worker, routing(app):
+    with working(app) as worker, routing(app) as router:
+        until(lambda: len(router.partitions) == 4)
+        places = write(app, {"number": 7}, {"number": "seven"}, {"number": 8})
         until(lambda: sorted(ran) == [("track", "7"), ("track", "8")])
         until(lambda: worker.health()["queues"] and len(submitted(app)) == 3)
         until(lambda: len(log_of(app, app.names.dead_letter)) == 1)
@@ -242,7 +317,7 @@ def test_json_that_others_write_is_handled_too(lab: Lab) -> None:
 
 
 def test_a_class_that_cannot_read_what_was_written_is_refused_before_it_writes(lab: Lab, broker: str) -> None:
-    """By the emitter and by the router; a class with one more field that has a default goes on reading the old."""
+    """By the emitter, the router and a backfill; a class with one more field that has a default goes on reading the old."""
     app, _ = lab
     app.emit(UserRegistered("old", "paid"))
 
@@ -253,6 +328,8 @@ def test_a_class_that_cannot_read_what_was_written_is_refused_before_it_writes(l
     other.on(Changed, name="never", queue="crm")(lambda event: None)
     with pytest.raises(IncompatibleEvent, match="UserRegistered"):
         Router(other.registry, other.settings).run(threading.Event())
+    with pytest.raises(IncompatibleEvent, match="UserRegistered"):
+        Backfill(other.registry, other.settings, Plan("never"), lambda job_id: False).run(threading.Event())
     other.close()
 
     ran: list[Any] = []

@@ -14,7 +14,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from datetime import timedelta
 from pathlib import Path
 
@@ -197,7 +197,7 @@ def site(secured: Secured, tmp_path: Path, namespace: str) -> Iterator[Site]:
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_the_whole_system_runs_with_the_least_rights(site: Site, way: str) -> None:
+def test_the_whole_system_runs_with_the_least_rights(site: Site, way: str, say: Callable[[str], None]) -> None:
     """Topics, submission, worker, router, coordinator and materializer, each under its own user: by certificate,
     SCRAM-SHA-512, PLAIN and OAUTHBEARER, with settings from the environment alone."""
     site.grant(*(f"{user}=User:{user}" for user in SYSTEM))
@@ -225,6 +225,7 @@ def test_the_whole_system_runs_with_the_least_rights(site: Site, way: str) -> No
     for part in site.parts:
         assert "Traceback" not in part.said
         assert " ERROR " not in part.said, part.said
+    say(f"secured: the whole system over TLS by {way}, each part with its own user and the least rights")
 
 
 def bad(secured: Secured, kind: str) -> tuple[str, dict[str, str], str]:

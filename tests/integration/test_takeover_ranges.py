@@ -1,21 +1,27 @@
-"""The takeover's reader: ranges of partitions, again and again on one connection."""
+"""What the takeover reads: ranges of partitions again and again on one connection, and ends wherever they stand."""
 
 from __future__ import annotations
 
 import time
-from typing import Any, cast
+import uuid
 
 import pytest
 from confluent_kafka import Message
 
-from jobledger.config import Settings
-from jobledger.consumers.takeover import Takeover
+from jobledger import App, Queue, Settings
+from jobledger.consumers.ranges import LogRanges, partition_of
 from jobledger.kafka import topics, topology
-from jobledger.log import admin
+from jobledger.kafka.topics import ensure
+from jobledger.log import admin, now_us
 from jobledger.names import Names
+from jobledger.schemas import codec
+from jobledger.schemas import events as ev
 from jobledger.writer import LogWriter, Outgoing
+from tests.integration.worker_app import log_of, until, working
 
 pytestmark = pytest.mark.kafka
+
+PARTITIONS = 4
 
 
 def test_a_partition_is_read_again_on_the_connection_that_read_it_to_an_end_before(broker: str, namespace: str) -> None:
@@ -27,8 +33,7 @@ def test_a_partition_is_read_again_on_the_connection_that_read_it_to_an_end_befo
     writer = LogWriter(settings, None)
     writer.send(Outgoing(names.jobs("mail"), b"x", None, p) for p in (0, 1) for _ in range(20))
     writer.close()
-    nothing = cast(Any, None)
-    takeover = Takeover(settings, names, nothing, nothing, ready=nothing, fail=nothing)
+    log = LogRanges(settings, lambda: False)
     began = time.monotonic()
     try:
         for ranges in ({0: (0, 7), 1: (3, 20)}, {0: (0, 20), 1: (0, 1)}, {1: (5, 20)}, {0: (7, 8)}):
@@ -37,8 +42,61 @@ def test_a_partition_is_read_again_on_the_connection_that_read_it_to_an_end_befo
             def take(message: Message, seen: dict[int, list[int]] = seen) -> None:
                 seen.setdefault(message.partition() or 0, []).append(message.offset() or 0)
 
-            takeover._read_ranges({(names.jobs("mail"), p): r for p, r in ranges.items()}, take)
+            log.read({(names.jobs("mail"), p): r for p, r in ranges.items()}, take)
             assert seen == {p: list(range(*r)) for p, r in ranges.items()}
     finally:
-        takeover._drop_reader()
+        log.close()
     assert time.monotonic() - began < 20, "a range was waited for until something else moved it"
+
+
+def test_without_committed_offsets_what_the_coordinator_ended_is_not_run_again(broker: str, namespace: str) -> None:
+    """Of a group that expired or was deleted: the ends of leased jobs stand where their ids belong, on other partitions
+    than the work records of a queue with fewer of them. They are found there; only a job without an end is leased
+    again, and what was cancelled while it waited is not asked for."""
+    settings = Settings(bootstrap=broker, submit_timeout=20.0)
+    app = App(namespace, settings=settings, partitions=PARTITIONS, queues=[Queue("slow", partitions=1)])
+    ran: list[str] = []
+
+    @app.task(queue="slow", long=True, lease=5)
+    async def crunch(name: str) -> None:
+        ran.append(name)
+
+    ensure(app, settings)
+    names, writer = app.names, LogWriter(settings, app.names)
+
+    def put(topic: str, job: str, fact: ev.Fact, release: int = 1, partition: int | None = 0) -> int:
+        event = ev.JobEvent(
+            str(uuid.uuid4()), job, 1, 1, release, now_us(), "crunch", "slow", None, None, "test", None, fact
+        )
+        return writer.send([Outgoing(topic, codec.encode(event), job, partition)])[0].partition
+
+    spec = ev.JobSpec(b'{"name":"x"}')
+    ended, lost, cancelled = ([str(uuid.uuid4()) for _ in range(8)] for _ in range(3))
+    running = str(uuid.uuid4())
+    for job in (*ended, *lost, *cancelled, running):
+        put(names.jobs("slow"), job, ev.JobSubmitted(spec))
+    places = set()
+    for job in (*ended, *lost, running):
+        put(names.lifecycle, job, ev.JobLeased("w", 5_000))
+        put(names.lifecycle, job, ev.JobStarted("w", names.jobs("slow"), 0))
+    for job in ended:
+        place = put(names.lifecycle, job, ev.JobSucceeded(), partition=None)
+        assert place == partition_of(job.encode(), PARTITIONS)
+        places.add(place)
+    for job in lost:  # its lease ended, and it succeeded at the second release
+        put(names.jobs("slow"), job, ev.JobDue(spec, 1), 2)
+        put(names.lifecycle, job, ev.JobLeased("w", 5_000), 2)
+        put(names.lifecycle, job, ev.JobSucceeded(), 2, None)
+    for job in cancelled:  # tried again later, and cancelled before that
+        put(names.lifecycle, job, ev.JobRetried(ev.ErrorInfo("E", "m"), 60_000))
+        put(names.lifecycle, job, ev.JobCancelled("me"), 2, None)
+    writer.close()
+    assert len(places) > 1, "eight ids on one of four partitions"
+
+    with working(app) as worker:
+        until(lambda: worker.health().get("found_closed") == 33, what="every record's end being found")
+        until(lambda: all(p.offsets and not p.offsets.pending for p in worker.partitions()), what="everything done")
+    assert ran == []
+    asked = [(r.event.job_id, type(r.event.fact)) for r in log_of(app, names.coordination)]
+    assert asked == [(running, ev.Leased)]
+    app.close()

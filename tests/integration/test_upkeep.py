@@ -4,17 +4,25 @@ from __future__ import annotations
 
 import threading
 import time
+import uuid
 from collections.abc import Callable, Iterator
+from contextlib import closing as closing_of
 from pathlib import Path
+from typing import Any
 
+import msgspec
 import pytest
 from confluent_kafka import Consumer, TopicPartition
+from sqlalchemy import Column, Integer, MetaData, String, Table
 
 from jobledger import App, Settings
 from jobledger.kafka.topics import ensure
 from jobledger.log import LogReader, consumer_config, decoder, now_us, recorded, wait_until
 from jobledger.schemas import codec
 from jobledger.schemas import events as ev
+from jobledger.streams import upkeep as upkeep_module
+from jobledger.streams.projection_store import ProjectionStore, offsets_table
+from jobledger.streams.projections import Runner
 from jobledger.streams.status import Materializer
 from jobledger.streams.store import open_reader
 from jobledger.streams.upkeep import Cadence, Upkeep
@@ -131,6 +139,27 @@ def test_the_watchdog_does_not_judge_by_an_old_table(bench: Bench) -> None:
     upkeep.close()
 
 
+def test_what_nothing_can_release_hides_nothing(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Jobs that are overdue for longer, and whose submission the log no longer has, stand before those that can be asked
+    about: they are passed in a few rounds, and all of it is looked at again and again."""
+    monkeypatch.setattr(upkeep_module, "OVERDUE_PAGE", 2)
+    for _ in range(5):
+        job = str(uuid.uuid4())
+        retried = ev.JobRetried(ev.ErrorInfo("E", "m"), 0)
+        bench.write(msgspec.structs.replace(closing(bench, job), fact=retried), bench.names.lifecycle, 0)
+    bench.caught_up()
+    began = time.time()
+    wait_until(lambda: time.time() - began > 0.2, 5, "time passing")
+    bench.task.using(delay=0.05).submit("x")
+    bench.caught_up()
+    upkeep = bench.upkeep(overdue_after=0.1)
+    wait_until(lambda: len(bench.reader.overdue(time.time_ns() // 1_000_000, 100)) == 6, 20, "all being overdue")
+    assert [upkeep.watch() for _ in range(7)] == [0, 0, 1, 0, 0, 0, 0], "and none twice within a minute"
+    upkeep._asked.clear()
+    assert sum(upkeep.watch() for _ in range(3)) == 1
+    upkeep.close()
+
+
 def test_the_audit_finds_a_record_that_was_passed_without_an_end(bench: Bench) -> None:
     """A work record below the committed offset without a closing fact is counted, until the fact is there."""
     handle = bench.task.submit("x")
@@ -142,6 +171,14 @@ def test_the_audit_finds_a_record_that_was_passed_without_an_end(bench: Bench) -
     assert upkeep.audit() == 1
     bench.write(closing(bench, handle.job_id), bench.names.lifecycle, place.partition)
     assert upkeep.audit() == 0
+
+
+def submitted(bench: Bench, partition: int) -> str:
+    """A job that stands on this partition of the work topic; its id."""
+    job_id = str(uuid.uuid4())
+    event = msgspec.structs.replace(closing(bench, job_id), fact=ev.JobSubmitted(ev.JobSpec(b'{"to":"x"}')))
+    bench.write(event, bench.names.jobs("mail"), partition)
+    return job_id
 
 
 def starts(bench: Bench, topic: str) -> dict[int, int]:
@@ -158,13 +195,35 @@ def aged(make: Callable[[], object]) -> float:
     return 0.6
 
 
+def test_a_table_that_is_behind_trims_nothing(bench: Bench) -> None:
+    """What it takes for a job that waits may have run and ended: its submission, sent again, would run it again."""
+    names, work = bench.names, bench.names.jobs("mail")
+    handle = bench.task.using(delay=0.2).submit("x")
+    bench.caught_up()
+    bench._stop.set()
+    bench._thread.join(20)
+    submission = closing(bench, handle.job_id)
+    due = bench.write(msgspec.structs.replace(submission, fact=ev.JobDue(ev.JobSpec(b"{}"), 1)), work, 0)
+    retention = aged(lambda: bench.write(submission, names.lifecycle, due.partition))
+    with LogReader(bench.settings) as log:
+        ends = {
+            t: {p: log.watermarks(t, p)[1] for p in range(PARTITIONS)}
+            for t in (work, names.coordination, names.lifecycle)
+        }
+    bench.commit(names.worker_group("mail"), work, ends[work], f"1c.{max(ends[names.lifecycle].values()):x}.00000000.r")
+    bench.commit(names.coordinator_group, names.coordination, ends[names.coordination])
+    upkeep = bench.upkeep(retention=retention, patience=0.3)
+    assert upkeep.trim() == {}
+    assert len(bench.read(names.coordination)) == 1, "nothing was sent again"
+    upkeep.close()
+
+
 def test_trimming_keeps_what_somebody_needs(bench: Bench) -> None:
     """Old records go once workers, coordinator and table are past them; a delayed job is sent again first."""
     names, work = bench.names, bench.names.jobs("mail")
-    ended = bench.task.submit("ended")
-    open_job = bench.task.submit("open")
+    ended, open_job = submitted(bench, 0), submitted(bench, 0)
     waiting = bench.task.using(delay=3600).submit("waiting")
-    retention = aged(lambda: bench.write(closing(bench, ended.job_id), names.lifecycle, ended.position.partition))
+    retention = aged(lambda: bench.write(closing(bench, ended), names.lifecycle, 0))
     bench.caught_up()
     upkeep = bench.upkeep(retention=retention)
     assert upkeep.trim() == {}, "no worker and no coordinator has said how far it is"
@@ -176,10 +235,7 @@ def test_trimming_keeps_what_somebody_needs(bench: Bench) -> None:
     bench.commit(names.coordinator_group, names.coordination, ends[names.coordination])
     upkeep.trim()
 
-    kept = {r.event.job_id for r in bench.read(work)}
-    assert open_job.job_id in kept
-    if ended.position.partition != open_job.position.partition or ended.position.offset < open_job.position.offset:
-        assert ended.job_id not in kept
+    assert [r.event.job_id for r in bench.read(work)] == [open_job], "what has ended is gone"
     assert starts(bench, names.lifecycle) == dict.fromkeys(range(PARTITIONS), 0), "the takeover floor is 0"
     assert starts(bench, names.coordination)[waiting.position.partition] == waiting.position.offset + 1
     again = [r.event for r in bench.read(names.coordination)]
@@ -191,3 +247,70 @@ def test_trimming_keeps_what_somebody_needs(bench: Bench) -> None:
     assert due_at is not None
     assert again[0].fact.due_at == round(due_at.timestamp() * 1000) * 1000
     upkeep.close()
+
+
+def test_trimming_waits_for_projections_and_for_readers_of_the_lifecycle(
+    bench: Bench, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Of facts that a table in the same database, or a group, has not read yet none is deleted; who holds is named. Who
+    has read nothing of a topic, or is gone, holds nothing of it."""
+    names, work = bench.names, bench.names.jobs("mail")
+    table = Table("ends", MetaData(), Column("task", String, primary_key=True), Column("count", Integer))
+
+    def ends(row: Any, found: Any) -> Any:
+        return {"count": (row["count"] if row else 0) + 1}
+
+    bench.app.projection(facts=(ev.JobSucceeded,), table=table, key=lambda found: found.event.task)(ends)
+    url = bench.settings.resolve_status_url(names.namespace)
+
+    def fold() -> None:
+        with closing_of(Runner(bench.app.registry.projections["ends"], bench.settings, names, ["mail"], url)) as runner:
+            runner.run(threading.Event(), until_end=True)
+
+    def read() -> None:
+        with bench.app.lifecycle("billing", timeout=2.0) as stream:
+            list(stream)
+
+    def end(partition: int) -> None:
+        bench.write(closing(bench, submitted(bench, partition)), names.lifecycle, partition)
+
+    def trimmed() -> tuple[int, int]:
+        bench.caught_up()
+        with LogReader(bench.settings) as log:
+            to = {t: {p: log.watermarks(t, p)[1] for p in range(PARTITIONS)} for t in (work, names.lifecycle)}
+        floor = f"1c.{min(to[names.lifecycle].values()):x}.00000000.r"
+        bench.commit(names.worker_group("mail"), work, to[work], floor)
+        caplog.clear()
+        upkeep.trim()
+        upkeep.close()
+        return starts(bench, work)[0], starts(bench, names.lifecycle)[0]
+
+    def named() -> set[str]:
+        lines = [r.getMessage() for r in caplog.records if "trimming waits for" in r.getMessage()]
+        return {line.split(":")[0].removeprefix("trimming waits for ") for line in lines}
+
+    for partition in range(PARTITIONS):
+        end(partition)
+    fold()
+    read()
+    # It reads coordination only, of which nothing is old: it holds nothing.
+    bench.commit(names.lifecycle_group("other"), names.coordination, {0: 0})
+    for partition in range(PARTITIONS):
+        end(partition)
+    upkeep = bench.upkeep(retention=aged(lambda: None))
+    assert trimmed() == (1, 1)
+    assert named() == {"projection ends", f"group {names.namespace}.lifecycle.billing"}
+    fold()
+    assert trimmed() == (1, 1)
+    assert named() == {f"group {names.namespace}.lifecycle.billing"}
+    read()
+    assert trimmed() == (2, 2)
+    assert named() == set()
+    for partition in range(PARTITIONS):
+        end(partition)
+    read()
+    aged(lambda: None)
+    assert trimmed() == (2, 2), "the projection stands still"
+    with closing_of(ProjectionStore(url, names.namespace)) as store, store.engine.begin() as db:
+        db.execute(offsets_table.delete().where(offsets_table.c.projection == "ends"))
+    assert trimmed() == (3, 3)

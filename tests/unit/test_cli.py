@@ -19,12 +19,15 @@ from hypothesis import strategies as st
 
 from jobledger import errors
 from jobledger.cli import facts, output
+from jobledger.cli.backfill import _milliseconds
 from jobledger.cli.events import Line, moment_ms, newest
 from jobledger.cli.jobs import read_value
 from jobledger.cli.main import cli, main
 from jobledger.cli.output import MEANINGS, Exit, duration, exit_code, relative
 from jobledger.errors import ConfigError, JobFailed, JobledgerError
 from jobledger.schemas import events as ev
+
+UUID = "00000000-0000-7000-8000-000000000000"
 
 APP = """\
 from jobledger import App
@@ -128,6 +131,10 @@ def test_the_version_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
         (["jobs", "list", "--namespace", "no spaces"], "namespace 'no spaces' is not usable"),
         (["events", "tail", "--namespace", "shop", "--from", "soon"], "--from 'soon' is neither start, end, an age"),
         (["events", "tail", "--namespace", "shop"], "no Kafka broker is configured"),
+        (["jobs", "cancel", "--namespace", "shop"], "which jobs? Give their ids, or --where NAME=VALUE"),
+        (["jobs", "cancel", UUID, "--where", "task=add", "--namespace", "shop"], "give ids or --where, not both"),
+        (["jobs", "cancel", UUID, "TYPO", "--namespace", "shop"], "'TYPO' is no job's id: those are UUIDs"),
+        (["jobs", "cancel", UUID, "--namespace", "shop"], "set JOBLEDGER_BOOTSTRAP=host:port (or --bootstrap)"),
     ],
 )
 def test_an_error_is_one_line_that_names_the_value_and_the_way_out(
@@ -155,7 +162,18 @@ def test_a_status_table_that_is_not_there_is_not_found(capsys: pytest.CaptureFix
     assert "jobledger streams" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("words", [["nope"], ["jobs", "list", "--limit", "x"], ["submit"], ["worker", "--grace", "1"]])
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["nope"],
+        ["jobs", "list", "--limit", "x"],
+        ["submit"],
+        ["worker", "--grace", "1"],
+        # Options that would do nothing.
+        ["submit", "cli_shop:app", "add", "a=1", "--timeout", "5"],
+        ["topics", "acls", "cli_shop:app", "--yes"],
+    ],
+)
 def test_a_wrong_command_line_is_a_usage_error(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     """What the parser refuses ends with 2, and with --json is an object, too."""
     assert main(words) == Exit.USAGE
@@ -180,6 +198,27 @@ def test_a_setting_that_does_not_exist_is_refused(
     monkeypatch.setenv("JOBLEDGER_BOOTSRAP", "x:1")
     assert main(["jobs", "list", "--namespace", "shop"]) == Exit.ERROR
     assert "JOBLEDGER_BOOTSRAP is no setting" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["worker", "cli_shop:app", "--queues", "nope"], "queue 'nope' is not declared"),
+        (["router", "cli_shop:app"], "has no handlers"),
+        (["streams", "cli_shop:app"], "no Kafka broker is configured"),
+        (["dev", "cli_shop:nope"], "nope"),
+    ],
+)
+def test_the_format_of_logs_is_a_setting_like_others(
+    words: list[str], said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """``--log-format`` reaches the processes that a command starts by the environment, where the settings know it."""
+    monkeypatch.setenv("JOBLEDGER_LOG_FORMAT", "")  # given back as it was: the option sets it
+    assert main([*words, "--log-format", "json"]) == Exit.ERROR
+    assert os.environ["JOBLEDGER_LOG_FORMAT"] == "json"
+    shown = capsys.readouterr().err
+    assert "is no setting of Jobledger" not in shown
+    assert said in shown
 
 
 def test_every_error_of_ours_has_an_exit_code() -> None:
@@ -296,12 +335,18 @@ def test_moments_are_relative() -> None:
     assert relative(None) == "-"
 
 
-def test_times_of_the_command_line() -> None:
-    """``--from`` takes an age or ISO 8601, local unless it says."""
+def test_times_of_the_command_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    """``--from`` takes an age or ISO 8601; `events tail` and `backfill` read it alike, as UTC unless it says."""
     assert moment_ms("10m", 1_000_000.0) == 999_400_000
     assert moment_ms("1.5 h", 1_000_000.0) == 994_600_000
     assert moment_ms("2026-01-31T14:05:00+00:00", 0.0) == 1_769_868_300_000
-    assert moment_ms("2026-01-31", 0.0) == int(time.mktime((2026, 1, 31, 0, 0, 0, 0, 0, -1))) * 1000
+    monkeypatch.setenv("TZ", "America/New_York")
+    time.tzset()
+    for text in ("2026-01-31", "2026-01-31T08:00", "2026-01-31T08:00:00+01:00"):
+        assert moment_ms(text, 0.0) == _milliseconds(text, "--from")
+    assert moment_ms("2026-01-31T14:05", 0.0) == 1_769_868_300_000
+    monkeypatch.undo()
+    time.tzset()
     with pytest.raises(ConfigError, match="neither start, end"):
         moment_ms("later", 0.0)
 

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jobledger.errors import NotAnEvent, SchemaError, UnknownFact, UnknownSchema
-from jobledger.schemas import codec
+from jobledger.schemas import codec, frame
 from jobledger.schemas import events as ev
 
 LONG = st.integers(min_value=-(2**63), max_value=2**63 - 1)
@@ -159,6 +159,55 @@ def test_an_unknown_fact_is_named() -> None:
     with pytest.raises(UnknownFact, match="JobTeleported") as caught:
         codec.Decoder(published.get).decode(raw)
     assert caught.value.fact == "JobTeleported"
+
+
+def domain_event(schema: dict[str, Any], datum: dict[str, Any]) -> tuple[bytes, dict[bytes, str]]:
+    """A datum of somebody's own schema, framed, and where that is published."""
+    text = json.dumps(schema)
+    out = io.BytesIO()
+    fastavro.schemaless_writer(out, fastavro.parse_schema(json.loads(text)), datum)
+    mark = codec.fingerprint(text)
+    return codec.MAGIC + mark + out.getvalue(), {mark: text}
+
+
+def record(name: str, *fields: tuple[str, Any]) -> dict[str, Any]:
+    return {"type": "record", "name": name, "fields": [{"name": n, "type": t} for n, t in fields]}
+
+
+@pytest.mark.parametrize("framed", [False, True])
+@pytest.mark.parametrize(
+    ("schema", "datum"),
+    [
+        (record("OrderPlaced", ("order", "string")), {"order": "x"}),
+        (record("OrderPlaced", ("job_id", "string")), {"job_id": "x"}),
+        (record("Note", ("job_id", "string"), ("fact", "string")), {"job_id": "x", "fact": "y"}),
+        (record("Note", ("job_id", "string"), ("fact", ["null", "string"])), {"job_id": "x", "fact": None}),
+    ],
+)
+def test_a_domain_event_is_no_fact_of_a_later_version(
+    schema: dict[str, Any], datum: dict[str, Any], framed: bool
+) -> None:
+    """Its schema is published, too, but is no event's: nobody is to upgrade anything for it, in either framing."""
+    raw, published = domain_event(schema, datum)
+    decoder = codec.Decoder(published.get, lambda number, likely: json.dumps(schema))
+    if framed:
+        raw = frame.head(7) + raw[10:]
+    for _ in range(2):
+        with pytest.raises(NotAnEvent):
+            decoder.decode(raw)
+
+
+@pytest.mark.parametrize("field", ["job_id", "release", "key"])
+def test_a_schema_of_our_names_and_other_types_is_read_as_far_as_it_fits(field: str) -> None:
+    """A field of a type that no version has makes no event that breaks whoever handles it."""
+    schema = future_schema()
+    next(f for f in schema["fields"] if f["name"] == field)["type"] = ["null", "double"]
+    event = an_event()
+    fact = ("jobledger.JobSucceeded", {"result": None, "duration_us": 1})
+    datum = {f: getattr(event, f) for f in event.__struct_fields__} | {"region": "n", "fact": fact, field: 1.5}
+    raw, published = domain_event(codec._plain(schema), datum)
+    with pytest.raises(SchemaError, match=field):
+        codec.Decoder(published.get).decode(raw)
 
 
 def test_a_schema_published_later_is_found() -> None:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import math
+import re
+import stat
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from jobledger.config import Settings
+from jobledger.config import KAFKA_PREFIX, KNOWN, PREFIX, Settings
 from jobledger.errors import BrokerUnavailable, ConfigError
 from jobledger.names import Names
 
@@ -41,11 +45,57 @@ def test_a_misspelt_variable_is_refused() -> None:
         Settings.from_env({"JOBLEDGER_BOOTSTRAPS": "a:1"})
 
 
-@pytest.mark.parametrize("value", ["0", "-1", "soon"])
-def test_a_bad_number_is_named(value: str) -> None:
+def test_every_variable_that_the_code_and_the_reference_name_is_known() -> None:
+    """What one part reads, another must not refuse as a typo."""
+    root = Path(__file__).resolve().parents[2]
+    sources = [p for folder in ("jobledger", "consumers", "streams", "schemas") for p in (root / folder).rglob("*.py")]
+    found: set[str] = set()
+    for path in (*sources, root / "docs/reference.md", root / "docs/hooks.md", root / "docker-compose.yml"):
+        found |= set(re.findall(rf"(?<![_A-Z]){PREFIX}[A-Z_]+", path.read_text("utf-8")))
+    named = {name for name in found if not name.startswith(KAFKA_PREFIX)}
+    assert {"JOBLEDGER_LOG_LEVEL", "JOBLEDGER_LOG_FORMAT"} <= named
+    assert named - {PREFIX + name for name in KNOWN} == set()
+    reference = (root / "docs/reference.md").read_text("utf-8")
+    assert [name for name in KNOWN if f"`{PREFIX}{name}`" not in reference] == []
+    Settings.from_env(dict.fromkeys(named, ""))
+
+
+@pytest.mark.parametrize("value", ["0", "-1", "soon", "nan", "inf", "-inf"])
+@pytest.mark.parametrize("name", ["SUBMIT_TIMEOUT", "RETENTION_DAYS", "MAX_RECORD_BYTES"])
+def test_a_bad_number_is_named(name: str, value: str) -> None:
     """A value that is no positive number is named with its variable."""
-    with pytest.raises(ConfigError, match="JOBLEDGER_SUBMIT_TIMEOUT"):
-        Settings.from_env({"JOBLEDGER_SUBMIT_TIMEOUT": value})
+    with pytest.raises(ConfigError, match=rf"{PREFIX}{name}.* is not a"):
+        Settings.from_env({PREFIX + name: value})
+
+
+def test_a_size_is_a_whole_number_that_leaves_room_for_an_event() -> None:
+    """Half a byte is no size, and neither is one into which nothing fits; 1e6 is a way to write one."""
+    assert Settings.from_env({"JOBLEDGER_MAX_RECORD_BYTES": "1e6"}).max_record_bytes == 1_000_000
+    for value in ("0.5", "1000.5", "999"):
+        with pytest.raises(ConfigError, match=r"MAX_RECORD_BYTES.* is not a whole number of 1,000 or more"):
+            Settings.from_env({"JOBLEDGER_MAX_RECORD_BYTES": value})
+
+
+@pytest.mark.parametrize("name", ["submit_timeout", "retention_days", "max_record_bytes"])
+@pytest.mark.parametrize("value", [-3, 0, math.nan, math.inf, "30"])
+def test_numbers_from_code_are_judged_as_those_of_the_environment(name: str, value: Any) -> None:
+    """With the value, the argument and the variable."""
+    with pytest.raises(ConfigError, match=rf"{name}={value!r} \({PREFIX}{name.upper()}\) is not a"):
+        Settings(**{name: value})
+
+
+def test_what_holds_arguments_and_results_is_for_this_user_alone(tmp_path: Path) -> None:
+    """Folders that Jobledger makes for its databases can be read by nobody else."""
+    from jobledger.streams.place import take_place
+    from jobledger.streams.projection_store import ProjectionStore
+    from jobledger.streams.store import open_store
+
+    Settings(home=tmp_path).resolve_status_url("shop")
+    take_place(tmp_path / "coordinator", "shop").release()
+    open_store(f"sqlite:///{tmp_path}/table/s.db", "shop").close()
+    ProjectionStore(f"sqlite:///{tmp_path}/folds/s.db", "shop").close()
+    made = [tmp_path / name for name in ("status", "coordinator", "coordinator/0", "table", "folds")]
+    assert {path.name: oct(stat.S_IMODE(path.stat().st_mode)) for path in made} == {path.name: "0o700" for path in made}
 
 
 def test_without_a_broker_both_ways_out_are_named(tmp_path: Path) -> None:
@@ -67,6 +117,26 @@ def test_a_namespace_that_cannot_be_a_topic_is_refused(name: str) -> None:
     """A name that could not stand in a topic's name is refused at once."""
     with pytest.raises(ConfigError):
         Names(name)
+
+
+@pytest.mark.parametrize("page", ["reference.md", "wire.md"])
+def test_every_topic_is_in_the_tables_of_topics(page: str) -> None:
+    """Those that `topics apply` makes are those that the reference and the wire's page tell of."""
+    from jobledger import App
+    from jobledger.kafka.topology import wanted
+    from jobledger.queues import Queue
+
+    app = App("shop", settings=Settings(), queues=[Queue("mail", priorities=True)])
+
+    @app.event
+    class Happened:
+        what: str
+
+    made = {re.sub(r"\.(high|low)$", "", spec.name) for spec in wanted(app, 1)[0]}
+    assert len(made) >= 8
+    text = (Path(__file__).resolve().parents[2] / "docs" / page).read_text("utf-8").partition("## Topics")[2]
+    told = [re.sub("<.*?>", "[^.]+", name) for name in re.findall(r"^\| `<ns>\.(\S+?)`", text, re.MULTILINE)]
+    assert {name for name in made if not any(re.fullmatch(rf"shop\.{each}", name) for each in told)} == set()
 
 
 def test_topic_names_can_be_read_back() -> None:

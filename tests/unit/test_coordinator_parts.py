@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,15 +11,19 @@ from typing import Any
 
 import msgspec
 import pytest
+from aiokafka.errors import KafkaConnectionError
 from hypothesis import given
 from hypothesis import strategies as st
 
 from jobledger.config import Settings
 from jobledger.errors import SchemaError
 from jobledger.names import Names
+from jobledger.schemas import codec
+from jobledger.schemas.events import JobEvent, JobSpec, JobSubmitted, RecordRejected
 from jobledger.streams import faust_app
 from jobledger.streams.faust_app import Options, changelog, faust_settings
-from jobledger.streams.noise import RateLimit
+from jobledger.streams.intake import KEY_BYTES, Intake
+from jobledger.streams.noise import RateLimit, Unheard
 from jobledger.streams.ownership import GAP, Ownership, Superseded
 from jobledger.streams.place import Place, take_place
 from jobledger.streams.rows import MemoryRows, RocksRows, merged
@@ -89,6 +94,14 @@ def test_a_later_events_row_wins_whatever_was_written_last() -> None:
         assert merged(marker(4), garbage) is None
 
 
+def test_a_floor_of_a_later_log_wins() -> None:
+    """An instance that was paused while the log was made anew writes a floor of the old one late."""
+    new, late = encode_row(Floor(0, 50, 71)), encode_row(Floor(0, 90))
+    assert merged(new, late) is None
+    assert merged(late, new) == new
+    assert decode_row(msgspec.msgpack.encode([2, 0, 50])) == Floor(0, 50)
+
+
 def test_a_row_of_a_kind_this_version_does_not_know_is_not_guessed_at() -> None:
     """Well-formed and unknown: written by a later version."""
     with pytest.raises(SchemaError, match="upgrade"):
@@ -124,10 +137,13 @@ def test_rows_are_kept_by_partition_and_scanned_in_order(rows: Any) -> None:
     rows.write(0, [(b"b", b"2"), (b"a", b"1"), (b"c", b"3")], 2)
     rows.write(1, [(b"a", b"other")], 0)
     assert (rows.get(0, b"a"), rows.get(1, b"a"), rows.get(1, b"b")) == (b"1", b"other", None)
-    assert rows.scan(0, b"", 2) == [(b"a", b"1"), (b"b", b"2")]
+    assert rows.scan(0, None, 2) == [(b"a", b"1"), (b"b", b"2")]
     assert rows.scan(0, b"b", 2) == [(b"c", b"3")]
     assert rows.scan(0, b"c", 2) == []
     rows.write(0, [(b"a", None), (b"b", b"4")], 4)
+    assert rows.scan(0, None, 9) == [(b"b", b"4"), (b"c", b"3")]
+    rows.write(0, [(b"", b"5")], 5)
+    assert rows.scan(0, None, 1) == [(b"", b"5")]
     assert rows.scan(0, b"", 9) == [(b"b", b"4"), (b"c", b"3")]
 
 
@@ -161,6 +177,49 @@ def test_restoring_deletes_and_remembers_how_far_it_came(rows: Any) -> None:
     assert rows.get(0, b"floor") == encode_row(Floor(0, 3))
     tp = SimpleNamespace(topic="t", partition=0)
     assert rows.persisted_offset(tp) == (9 if isinstance(rows, RocksRows) else None)
+
+
+# -- intake ----------------------------------------------------------------------------------------------------------
+
+
+def taken_in(value: bytes | None, key: bytes | None = None) -> tuple[list[Any], list[RecordRejected]]:
+    """What the intake makes of one record: events, and what goes to the dead letters."""
+    message = SimpleNamespace(topic="shop.coordination", partition=0, offset=3, timestamp=1, key=key, value=value)
+    read, rejects = asyncio.run(Intake(Names("shop"), codec.Decoder(), "test").decode([message]))
+    facts = [codec.decode(each.value).fact for each in rejects]
+    assert all(len(each.value or b"") < 900_000 for each in rejects)
+    return list(read), [fact for fact in facts if isinstance(fact, RecordRejected)]
+
+
+def test_a_rejected_record_fits_the_dead_letters_whatever_its_key() -> None:
+    """Key and value are kept as far as a record may carry them, and it says what was not."""
+    key, value = b"k" * 900_000, b"v" * 90_000
+    _, (fact,) = taken_in(value, key)
+    assert (fact.raw_key, fact.raw_value) == (key[:KEY_BYTES], value)
+    assert f"the first {KEY_BYTES} of its key's 900000 bytes" in fact.error
+    _, (fact,) = taken_in(b"v" * 600_000, b"k")
+    assert (fact.raw_key, fact.raw_value) == (b"k", None)
+    _, (fact,) = taken_in(None, key)
+    assert (fact.raw_key, fact.raw_value) == (key[:KEY_BYTES], None)
+
+
+@pytest.mark.parametrize(
+    ("head", "why"),
+    [
+        ({"job_id": ""}, "job_id is empty"),
+        ({"job_id": "j" * 1_001}, "job_id has more than 1000 bytes"),
+        ({"job_id": "€" * 334}, "job_id has more than 1000 bytes"),
+        ({"home": "h" * 1_001}, "home has more than 1000 bytes"),
+        ({"release": (1 << 31) - 1}, "no next one"),
+    ],
+)
+def test_what_no_row_can_be_made_of_is_rejected(head: dict[str, Any], why: str) -> None:
+    """An event without a job, and ids or numbers that nothing made of them could carry."""
+    event = JobEvent("e", "j", 1, 1, 0, 0, "t", "q", None, None, "s", None, JobSubmitted(JobSpec(b"{}"), 1))
+    assert len(taken_in(codec.encode(msgspec.structs.replace(event, job_id="j" * 1_000)))[0]) == 1
+    read, (fact,) = taken_in(codec.encode(msgspec.structs.replace(event, **head)))
+    assert read == []
+    assert why in fact.error
 
 
 # -- ownership -------------------------------------------------------------------------------------------------------
@@ -243,3 +302,36 @@ def test_one_of_each_message_passes_and_the_others_are_counted() -> None:
     following = record("lost %s", 9)
     assert limit.filter(following)
     assert following.getMessage() == "lost 9 [5 more like this were held back]"
+
+
+def test_a_request_of_a_stopped_client_is_told_in_a_line() -> None:
+    """What asyncio says of a task of aiokafka's that nobody asked has no traceback; any other keeps its own."""
+
+    async def failing(error: Exception) -> None:
+        raise error
+
+    lines: list[str] = []
+
+    class Lines(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            lines.append(self.format(record))
+
+    async def left_behind(error: Exception) -> None:
+        task = asyncio.get_running_loop().create_task(failing(error))
+        await asyncio.sleep(0)
+        del task
+        gc.collect()
+
+    logger, handler, unheard = logging.getLogger("asyncio"), Lines(), Unheard()
+    logger.addHandler(handler)
+    logger.addFilter(unheard)
+    try:
+        asyncio.run(left_behind(KafkaConnectionError("Connection at 127.0.0.1:1 closed")))
+        asyncio.run(left_behind(ValueError("ours")))
+    finally:
+        logger.removeFilter(unheard)
+        logger.removeHandler(handler)
+    ours, other = lines
+    assert "Connection at 127.0.0.1:1 closed" in ours
+    assert "Traceback" not in ours
+    assert "Traceback" in other

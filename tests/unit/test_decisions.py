@@ -10,13 +10,22 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from jobledger.schemas import codec
 from jobledger.schemas.events import (
+    CRASHES_TAG,
+    FAR_US,
+    CancelRequested,
+    ErrorInfo,
     Fact,
     JobDue,
     JobEvent,
+    JobRetried,
+    JobSnoozed,
     JobSpec,
     JobStarted,
     JobSubmitted,
+    Leased,
+    LeaseRenewed,
     ReleaseDecided,
     ReleaseOverdue,
     ReleaseRequested,
@@ -188,6 +197,55 @@ def test_job_due_carries_the_whole_job_and_a_deterministic_id() -> None:
     assert due.event_id == derived_id(JOBS[0], 1, 2, "due") == str(uuid.uuid5(uuid.UUID(JOBS[0]), "1/2/due"))
     assert release_decided(row, 42, "c").event_id != due.event_id
     assert uuid.UUID(derived_id("no uuid", 1, 1, "due")).version == 5
+
+
+any_long = st.sampled_from([-(2**63), 2**63 - 1, 2 * 10**16]) | st.integers(-(2**63), 2**63 - 1)
+any_int = st.integers(-(2**31), 2**31 - 2)
+any_spec = st.builds(
+    JobSpec,
+    st.binary(max_size=5),
+    st.dictionaries(st.just(CRASHES_TAG), st.integers(0, 10**40).map(str)),
+    st.none(),
+    st.none() | any_long,
+    st.none() | any_long,
+)
+any_fact: st.SearchStrategy[Fact] = st.one_of(
+    st.builds(JobSubmitted, any_spec, st.none() | any_long, st.none() | any_long),
+    st.builds(ReleaseRequested, any_spec, st.none() | any_long, st.none() | any_long),
+    st.builds(ReleaseOverdue, any_spec, any_long),
+    st.builds(ReleaseDecided, any_long),
+    st.builds(Leased, any_spec, st.just("w"), any_long, any_int),
+    st.builds(LeaseRenewed, st.just("w"), any_long),
+    st.builds(JobRetried, st.just(ErrorInfo("E", "m")), any_long),
+    st.builds(JobSnoozed, any_long),
+    st.builds(CancelRequested, st.just("me")),
+)
+
+
+@given(st.lists(st.tuples(any_fact, st.integers(1, 3), any_int), max_size=6), st.integers(0, 2**42))
+def test_whatever_number_a_record_says_what_comes_of_it_can_be_written(
+    steps: list[tuple[Fact, int, int]], appended_ms: int
+) -> None:
+    """A delay, lease, time or count of any 64 bits: rows and records made of it fit theirs, so no event that is well formed
+    ends the coordinator at every start."""
+    rows: dict[tuple[int, bytes], Row] = {}
+    batch = Batch(lambda p, k: rows.get((p, k)), lambda p: NO_FLOOR)
+    for offset, (fact, release, attempt) in enumerate(steps):
+        batch.add(event(fact, release=release, attempt=attempt), 0, offset, appended_ms)
+        for row in batch.rows.values():
+            assert decode_row(encode_row(row)) == row
+    for made in [*batch.facts, *(job_due(row, T0, "c") for row in batch.releases)]:
+        assert codec.decode(codec.encode(made)) == made
+    for kept in batch.rows.values():
+        if isinstance(kept, Kept):
+            codec.encode(release_decided(kept, T0, "c"))
+
+
+def test_a_time_that_no_clock_reaches_is_never() -> None:
+    """It stays a time: a delay of 10^18 ms is one that ends with the year 9999."""
+    made = decide(None, NO_FLOOR, event(JobSubmitted(JobSpec(b"{}", {}, None, 10**18), 10**18), release=0), 0, 7, T0)
+    assert isinstance(made.row, Scheduled)
+    assert made.row.due == made.row.expires_at == FAR_US
 
 
 text = st.text(max_size=5)

@@ -5,18 +5,23 @@ from __future__ import annotations
 import datetime
 import decimal
 import enum
+import io
 import json
 import uuid
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+import avro.io
+import avro.schema
 import fastavro
 import msgspec
+import pydantic
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from jobledger import App, BadEvent, ConfigError, IncompatibleEvent, Queue, Settings, UnknownTask
+from jobledger.consumers.beginning import began_with, note
 from jobledger.domain import EventType, earlier_of, event_id_of
 from jobledger.errors import NotAnEvent, UnknownSchema
 from jobledger.names import Names
@@ -103,6 +108,9 @@ def test_the_schema_says_what_the_class_says() -> None:
     assert fields["amount"] == {"name": "amount", "type": "string", "default": "1.50"}
     assert fields["raw"] == {"name": "raw", "type": "bytes", "default": "\u00ff"}
     assert "default" not in fields["order_id"]
+    fields = {f["name"]: f for f in json.loads(kind_of(Registered).schema)["fields"]}
+    assert fields["lines"]["default"] == []
+    assert "default" not in fields["made"]
     fastavro.parse_schema(schema)
     assert kind_of(OrderPlaced).fullname == "shop_eu.events.OrderPlaced"
 
@@ -131,21 +139,118 @@ def test_a_plain_class_becomes_a_frozen_dataclass_and_others_stay() -> None:
             x: int
 
 
-def test_pydantic_models_are_events_where_pydantic_is() -> None:
-    """With aliases and nested models."""
-    pydantic = pytest.importorskip("pydantic")
+class Inner(pydantic.BaseModel):
+    n: int
+    day: datetime.date = datetime.date(2026, 1, 2)
 
-    class Inner(pydantic.BaseModel):  # type: ignore[name-defined,misc]  # imported above, if it is there
-        n: int
 
-    class Outer(pydantic.BaseModel):  # type: ignore[name-defined,misc]  # as above
-        who: str
-        inner: Inner
-        note: str | None = None
+class Registered(pydantic.BaseModel):
+    """Somebody has signed up."""
 
-    kind = kind_of(Outer)
-    value, _ = kind.encode(Outer(who="a", inner=Inner(n=2)))
-    assert kind.decode(value, lambda mark: None) == {"who": "a", "inner": {"n": 2}, "note": None}
+    who: str = pydantic.Field(alias="userName")
+    inner: Inner
+    at: datetime.datetime
+    amount: decimal.Decimal = decimal.Decimal("1.50")
+    note: str | None = None
+    lines: list[Inner] = pydantic.Field(default_factory=list)
+    made: str = pydantic.Field(default_factory=lambda: "now")
+
+
+MOMENT = datetime.datetime(2026, 11, 26, 8, 30, 0, 123, datetime.UTC)
+
+
+class Packed(msgspec.Struct, frozen=True):
+    raw: bytes
+    more: list[bytes] = []
+    at: datetime.datetime = MOMENT
+
+
+@pytest.mark.parametrize(
+    "event",
+    [
+        Packed(b"\xff\x00", [b"", b"\xfe"]),
+        OrderPlaced(uuid.uuid4(), MOMENT, MOMENT.date(), Colour.RED, "shop", Line("a"), raw=b"\x80\xff"),
+        Registered(userName="a", inner=Inner(n=2), at=MOMENT, lines=[Inner(n=1)]),
+    ],
+    ids=lambda event: type(event).__name__,
+)
+def test_a_handler_gets_the_event_whatever_kind_of_class_it_is(event: Any) -> None:
+    """From the bytes on the topic over the job's arguments into the function: dataclass, Struct, pydantic model."""
+    app = App("shop", settings=Settings())
+    app.event(type(event))
+
+    def handle(event: Any) -> None: ...
+
+    handle.__annotations__["event"] = type(event)
+    app.on(type(event))(handle)
+    (handler,) = app.registry.handlers[type(event).__name__]
+    value, _ = handler.event.encode(event)
+    raw = handler.args(handler.event.decode(value, lambda mark: None))
+    assert handler.task.arguments.decode(raw) == {"event": event}
+    assert handler.event.of(handler.event.decode(value, lambda mark: None)) == event
+
+
+@dataclass
+class Enclosed:
+    data: bytes
+
+
+class Direct(pydantic.BaseModel):
+    raw: bytes | None = None
+
+
+class Around(pydantic.BaseModel):
+    parts: dict[str, list[Enclosed]]
+
+
+class Both(msgspec.Struct):
+    good: Enclosed
+    bad: Around
+
+
+@pytest.mark.parametrize(
+    ("cls", "where"), [(Direct, "Direct.raw"), (Around, "Around.parts.data"), (Both, "Both.bad.parts.data")]
+)
+def test_bytes_in_a_pydantic_model_are_refused(cls: type[Any], where: str) -> None:
+    """They would come out as others: also inside, and where the class inside has been seen already."""
+    with pytest.raises(ConfigError, match=f"{where}: bytes in a pydantic model"):
+        kind_of(cls)
+
+
+def test_an_alias_is_the_name_on_the_wire() -> None:
+    """It is the field of the schema, and the name under which the model reads itself again."""
+    kind = kind_of(Registered, key="userName")
+    assert [f["name"] for f in json.loads(kind.schema)["fields"]][:2] == ["userName", "inner"]
+    value, key = kind.encode(Registered(userName="a", inner=Inner(n=2), at=MOMENT))
+    assert key == "a"
+    assert kind.decode(value, lambda mark: None)["userName"] == "a"
+
+    class Generated(pydantic.BaseModel):
+        model_config = pydantic.ConfigDict(alias_generator=lambda name: name.title().replace("_", ""))
+        user_id: str
+
+    value, _ = kind_of(Generated).encode(Generated(UserId="u"))  # type: ignore[call-arg]  # the alias is made at run time
+    assert kind_of(Generated).of(kind_of(Generated).decode(value, lambda mark: None)).user_id == "u"
+
+
+@pytest.mark.parametrize(
+    ("options", "config"),
+    [
+        ({"validation_alias": "read"}, {}),
+        ({"serialization_alias": "written"}, {}),
+        ({"validation_alias": pydantic.AliasChoices("x", "y")}, {}),
+        ({"validation_alias": pydantic.AliasPath("x", 0)}, {}),
+        ({"alias": "a", "serialization_alias": "b"}, {}),
+        ({"alias": "a"}, {"validate_by_alias": False, "validate_by_name": True}),
+    ],
+)
+def test_a_field_that_is_read_by_another_name_than_written_is_refused(
+    options: dict[str, Any], config: dict[str, Any]
+) -> None:
+    """An event of such a model could never be read again."""
+    made = pydantic.create_model("Torn", __config__=config, x=(str, pydantic.Field(**options)))  # type: ignore[call-overload]
+    with pytest.raises(ConfigError, match=r"Torn\.x: it is written as"):
+        kind_of(made)
 
 
 @dataclass
@@ -177,7 +282,7 @@ def test_what_avro_cannot_say_is_refused_with_its_name(cls: type[Any]) -> None:
 @pytest.mark.parametrize(
     ("options", "said"),
     [({"key": "nope"}, "no field"), ({"format": "json"}, "topic="), ({"format": "xml", "topic": "t"}, "none of"),
-     ({"name": "a.b"}, "not usable"), ({"retention_days": 0}, "above 0")],
+     ({"name": "a.b"}, "not usable"), ({"retention_days": 0}, "above 0"), ({"start": "now"}, "neither 'earliest'")],
 )  # fmt: skip
 def test_options_that_cannot_hold_are_refused(options: dict[str, Any], said: str) -> None:
     with pytest.raises(ConfigError, match=said):
@@ -248,6 +353,109 @@ def test_evolution_is_judged_against_every_earlier_schema(cls: type[Any], fits: 
             check_evolution(later.name, later.schema, found)
 
 
+@dataclass(frozen=True)
+class Weighed:
+    """One with defaults of its own."""
+
+    grams: int = 5
+    unit: str | None = "g"
+
+
+SEVEN = uuid.UUID(int=7)
+
+
+@dataclass
+class Grown:
+    """`Shipped`, with a field of every kind that has a default."""
+
+    order_id: str
+    weight: float = 1
+    day: datetime.date = datetime.date(2026, 11, 26)
+    last: datetime.date | None = datetime.date(1969, 12, 31)
+    never: datetime.date | None = None
+    at: datetime.datetime = MOMENT
+    seen: datetime.datetime | None = datetime.datetime(1969, 7, 20, 20, 17, 40, tzinfo=datetime.UTC)
+    batch: uuid.UUID = SEVEN
+    other: uuid.UUID | None = SEVEN
+    price: decimal.Decimal = decimal.Decimal("9.90")
+    colour: Colour | None = Colour.GREEN
+    raw: bytes = b"\xff\x00"
+    number: int | str | None = "a"
+    measured: int | float = 0.5
+    flag: bool | None = False
+    names: tuple[str, ...] = ("b", "a")
+    days: tuple[datetime.date, ...] = (datetime.date(2026, 1, 1), datetime.date(1969, 12, 30))
+    stamps: frozenset[datetime.datetime] = frozenset({MOMENT})
+    chosen: frozenset[str] = frozenset({"z", "y", "x"})
+    ids: tuple[uuid.UUID, ...] | None = (uuid.UUID(int=9),)
+    counts: dict[str, int] = field(default_factory=dict)
+    scale: Weighed = Weighed(7)
+    tare: Weighed | None = Weighed(3)
+
+
+def test_a_new_field_may_have_any_default() -> None:
+    """It is Avro's form of it, of the first type of a union: the checker, Apache Avro's reader and fastavro's say so."""
+    earlier, later = kind_of(Shipped), renamed(Grown)
+    check_evolution(later.name, later.schema, {"old": earlier.schema})
+    value, _ = earlier.encode(Shipped("a", 2.5))
+    assert later.of(later.decode(value, {earlier.fingerprint: earlier.schema}.get)) == Grown("a", 2.5)
+    # By others, which know nothing of us.
+    reader = avro.schema.parse(later.schema)
+    told: Any = avro.io.DatumReader(avro.schema.parse(earlier.schema), reader).read(
+        avro.io.BinaryDecoder(io.BytesIO(value[10:]))
+    )
+    fields = {f["name"]: f for f in json.loads(later.schema)["fields"]}
+    assert {name for name, f in fields.items() if "default" not in f} == {"order_id"}
+    for name in ("day", "at", "last", "seen", "number", "measured", "days", "scale", "tare", "names"):
+        assert told[name] == fields[name]["default"], name
+    parsed = fastavro.parse_schema(json.loads(later.schema))
+    old = fastavro.parse_schema(json.loads(earlier.schema))
+    seen: Any = fastavro.schemaless_reader(io.BytesIO(value[10:]), old, parsed)
+    assert {n: v for n, v in seen.items() if n not in ("order_id", "weight")} == {
+        n: f["default"] for n, f in fields.items() if n not in ("order_id", "weight")
+    }
+    assert (fields["day"]["default"], fields["last"]["default"], fields["seen"]["default"]) == (
+        20783,
+        -1,
+        -14182940000000,
+    )
+    assert fields["last"]["type"] == [{"type": "int", "logicalType": "date"}, "null"]
+    assert fields["never"]["type"] == ["null", {"type": "int", "logicalType": "date"}]
+    assert fields["number"]["type"] == ["string", "long", "null"]
+    assert fields["measured"]["type"] == ["double", "long"]
+    assert fields["chosen"]["default"] == ["x", "y", "z"]  # in one order, whatever Python's is
+    assert fields["scale"]["default"] == {"grams": 7, "unit": "g"}
+    value, _ = later.encode(Grown("b"))
+    assert later.of(later.decode(value, lambda mark: None)) == Grown("b")
+
+
+NAIVE = datetime.datetime(2026, 1, 1)  # the point
+
+
+@pytest.mark.parametrize(
+    ("kind", "default", "why"),
+    [
+        (datetime.datetime, NAIVE, "time zone"),
+        (datetime.datetime | None, NAIVE, "time zone"),
+        (float, float("nan"), "nan"),
+        (str, None, "None is no string"),
+        (int, True, "True is no long"),
+        (int, 2**63, "is no long"),
+        (int | None, "a", "'a' is no long"),
+        (datetime.date, MOMENT, "is no date"),
+        (tuple[int | None, ...], (1,), "first of several"),
+        (str, object(), "has no Avro form"),
+    ],
+)
+def test_a_default_that_avro_cannot_say_is_refused(kind: Any, default: Any, why: str) -> None:
+    """With the field, the value and the way out: a factory, of which the schema says nothing."""
+    made = msgspec.defstruct("Bad", [("x", kind, default)], frozen=True)
+    with pytest.raises(ConfigError, match=rf"Bad\.x: its default .*{why}.*default_factory"):
+        kind_of(made)
+    factory = msgspec.defstruct("Bad", [("x", kind, msgspec.field(default_factory=lambda: default))])
+    assert "default" not in json.loads(kind_of(factory).schema)["fields"][0]
+
+
 @pytest.mark.parametrize("value", [None, b"", b"\xc3\x01short", b"garbage" * 5, b"\x00\x00\x00\x00\x01abc"])
 def test_bytes_that_are_no_event_are_said_to_be_none(value: bytes | None) -> None:
     with pytest.raises((NotAnEvent, UnknownSchema)):
@@ -312,8 +520,33 @@ def test_an_event_without_our_header_is_known_by_its_place() -> None:
     assert len({event_id_of({}, *where) for where in (("t", 0, 1), ("t", 0, 2), ("t", 1, 1), ("u", 0, 1))}) == 4
 
 
+def test_where_the_router_begins_is_told_by_whose_topic_it_is() -> None:
+    """Our own events from the oldest on, those of others from now on; or as the class says."""
+    theirs = {"topic": "warehouse.shipped", "format": "json"}
+    assert [kind_of(Shipped, **options).start for options in ({}, theirs)] == ["earliest", "latest"]
+    assert kind_of(Shipped, start="latest").start == "latest"
+    assert kind_of(Shipped, start="earliest", **theirs).start == "earliest"
+
+
+@pytest.mark.parametrize(
+    ("notes", "count"),
+    [
+        ([], None),
+        ([note(3), note(3)], 3),
+        ([None, note(3)], 3),
+        ([note(4), note(3), ""], 3),
+        ([None, "", "nonsense", "[1]", '{"began_with": "x"}'], 0),
+    ],
+)
+def test_commits_say_with_how_many_partitions_a_topic_was_first_read(
+    notes: list[str | None], count: int | None
+) -> None:
+    """Where none says, it was read from its beginning, and so is what is added."""
+    assert began_with(notes) == count
+
+
 def test_a_handler_takes_a_tasks_options() -> None:
-    """Priority, isolation, leases, limits, expiry; a key is the event's own."""
+    """Priority, isolation, leases, limits, expiry; but no key, which would promise an order that there is none of."""
     app = App("handlers", settings=Settings(bootstrap="127.0.0.1:1"), queues=[Queue("crm", priorities=True)])
 
     app.event(Shipped)
@@ -323,5 +556,7 @@ def test_a_handler_takes_a_tasks_options() -> None:
 
     policy = app.tasks["sync"].policy
     assert (policy.priority, policy.isolation, policy.long, policy.expires_in) == ("high", "process", True, 5.0)
-    with pytest.raises(TypeError, match="key"):
+    with pytest.raises(ConfigError, match=r"App.on\(Shipped\) takes no key=: the jobs of events are not ordered"):
         app.on(Shipped, key="n")  # type: ignore[call-arg]  # the point of the test
+    with pytest.raises(TypeError, match="nonsense"):
+        app.on(Shipped, nonsense=1)  # type: ignore[call-arg]  # likewise

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import re
 import subprocess
@@ -15,6 +16,7 @@ from typing import Any
 import pytest
 
 import jobledger
+from jobledger import errors
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDERS = {"consumers": "jobledger.consumers", "schemas": "jobledger.schemas", "streams": "jobledger.streams"}
@@ -69,6 +71,26 @@ def test_linked_folders_are_never_imported_under_their_short_names() -> None:
     assert done.stdout.strip() == "[]"
 
 
+def test_nothing_imports_what_belongs_to_builds() -> None:
+    """Workers, router and stream processor run without setuptools, which new Pythons do not bring and whose newest
+    releases have no ``pkg_resources`` any more."""
+    probe = """
+import sys
+BUILD = ("setuptools", "pkg_resources", "distutils", "_distutils_hack")
+for name in [name for name in sys.modules if name.partition(".")[0] in BUILD]:
+    del sys.modules[name]
+class Missing:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in BUILD:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+sys.meta_path.insert(0, Missing())
+import jobledger.cli.main, jobledger.consumers.running, jobledger.consumers.router
+import jobledger.streams.coordinator, jobledger.streams.status, jobledger.streams.projections
+"""
+    done = subprocess.run([sys.executable, "-c", probe], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
 def test_the_schema_is_a_resource_of_the_package() -> None:
     """The event's schema is found through the package, not through a path in the checkout."""
     assert resources.files("jobledger.schemas").joinpath("job_event.avsc").is_file()
@@ -78,6 +100,20 @@ def test_versions_agree(project: dict[str, Any]) -> None:
     """``jobledger.__version__`` is the distribution's version, and the changelog knows it."""
     assert jobledger.__version__ == project["project"]["version"]
     assert jobledger.__version__ in (ROOT / "CHANGELOG.md").read_text("utf-8")
+
+
+def test_errors_that_the_public_docstrings_name_can_be_imported_beside_what_raises_them() -> None:
+    """Whoever reads that `submit` raises `AccessDenied` finds it in ``jobledger``, as all that a call may raise."""
+    documented: dict[str, set[str]] = {}
+    for owner in (jobledger.App, jobledger.Task, jobledger.JobHandle, jobledger.Settings, jobledger.JobContext):
+        for name, member in [("", owner), *vars(owner).items()]:
+            if not name.startswith("_"):
+                words = set(re.findall(r"`(\w+)`", inspect.getdoc(member) or ""))
+                documented[f"{owner.__name__}.{name}"] = words & vars(errors).keys()
+    assert set().union(*documented.values()) <= set(jobledger.__all__)
+    for call in ("Task.submit", "App.emit"):
+        assert documented[call] >= {"AccessDenied", "SchemaRefused", "RegistryUnavailable", "BrokerUnavailable"}
+    assert {"NotAuthenticated", "NotAuthorized", "StoreNotFound", "StoreUnavailable"} <= set(jobledger.__all__)
 
 
 def test_extras_exist(project: dict[str, Any]) -> None:

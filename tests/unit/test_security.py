@@ -18,7 +18,7 @@ from confluent_kafka import KafkaError
 from faust import OAuthCredentials, SASLCredentials, SSLCredentials
 
 from jobledger import tls
-from jobledger.access import Door, Need, unauthorized
+from jobledger.access import Door, Need, refusal, unauthorized
 from jobledger.config import Settings
 from jobledger.errors import BrokerUnavailable, ConfigError, NotAuthenticated, TopicMissing
 from jobledger.log import admin, consumer, consumer_config, producer, producer_config, undelivered
@@ -33,6 +33,23 @@ OIDC = {
     "sasl.oauthbearer.client.id": "jobs",
     "sasl.oauthbearer.client.secret": "s3cret",
 }
+
+
+TLS = (
+    "ssl.certificate.location",
+    "ssl.certificate.pem",
+    "ssl.key.location",
+    "ssl.key.pem",
+    "ssl.key.password",
+    "ssl.ca.location",
+    "ssl.ca.pem",
+    "ssl.ca.certificate.stores",
+    "ssl.keystore.location",
+    "ssl.keystore.password",
+    "ssl.crl.location",
+    "ssl.endpoint.identification.algorithm",
+)
+SASL = ("sasl.username", "sasl.password", "sasl.mechanism", "sasl.oauthbearer.client.secret", "sasl.kerberos.keytab")
 
 
 @pytest.fixture(scope="module")
@@ -147,6 +164,7 @@ def test_passwords(mechanism: str, name: str) -> None:
         ({"security.protocol": "SASL_SSL", "sasl.mechanism": "GSSAPI", "sasl.kerberos.keytab": "x"}, "mutual TLS"),
         ({"security.protocol": "SASL_SSL", "sasl.mechanism": "OAUTHBEARER"}, "MSK"),
         ({**OIDC, "sasl.oauthbearer.token.endpoint.url": "token"}, "begins with https://"),
+        ({**OIDC, "sasl.oauthbearer.token.endpoint.url": "https://[half"}, "begins with https://"),
         (OIDC, "JOBLEDGER_KAFKA__SASL_OAUTHBEARER_TOKEN_ENDPOINT_URL"),
     ],
 )
@@ -163,6 +181,11 @@ def test_ways_in_that_are_not_known_are_refused(kafka: dict[str, str], said: str
         ({"ssl.certificate.location": "c.pem"}, "would not be used with security.protocol=PLAINTEXT"),
         ({"security.protocol": "SSL", "sasl.username": "u"}, "sasl.username would not be used"),
         ({"security.protocol": "SASL_SSL", "sasl.username": "u"}, "JOBLEDGER_KAFKA__SASL_MECHANISM"),
+        *(
+            ({"security.protocol": protocol, name: "x"}, f"{name} would not be used with security.protocol={protocol}")
+            for protocol, names in {"PLAINTEXT": (*TLS, *SASL), "SASL_PLAINTEXT": TLS, "SSL": SASL}.items()
+            for name in names
+        ),
     ],
 )
 def test_credentials_that_would_not_be_used_are_refused(kafka: dict[str, str], said: str) -> None:
@@ -189,6 +212,36 @@ def test_no_client_is_made_of_unusable_settings() -> None:
 def test_settings_do_not_show_secrets() -> None:
     """Not in what Python shows of them."""
     assert "hunter2" not in repr(Settings(kafka={"sasl.password": "hunter2", "ssl.key.pem": "hunter2"}))
+
+
+def test_a_refusal_shows_the_way_in_and_no_secret() -> None:
+    """Of the settings an error shows those that are known to hold none, by an allow-list: also of ways in that this
+    version does not know."""
+    harmless = {
+        "sasl.mechanism": "OAUTHBEARER",
+        "sasl.oauthbearer.method": "oidc",
+        "sasl.oauthbearer.client.id": "jobs",
+        "sasl.oauthbearer.scope": "kafka",
+        "sasl.oauthbearer.assertion.private.key.file": "/etc/kafka/key.pem",
+    }
+    secret = {
+        "sasl.password": "hunter2",
+        "sasl.oauthbearer.client.secret": "hunter2",
+        "sasl.oauthbearer.config": "principal=hunter2",
+        "sasl.oauthbearer.assertion.private.key.pem": "hunter2",
+        "sasl.oauthbearer.assertion.private.key.passphrase": "hunter2",
+        "sasl.oauthbearer.assertion.jwt.template.file": "hunter2",
+        "sasl.something.new": "hunter2",
+        "ssl.key.pem": "hunter2",
+    }
+    url = {"sasl.oauthbearer.token.endpoint.url": "https://me:hunter2@login.example/token?key=hunter2"}
+    settings = Settings(bootstrap="h:1", kafka={**harmless, **secret, **url, "security.protocol": "SASL_SSL"})
+    said = str(refusal(settings, "SASL authentication error: no"))
+    assert "hunter2" not in said
+    assert "JOBLEDGER_KAFKA__SASL_OAUTHBEARER_TOKEN_ENDPOINT_URL=https://login.example/token" in said
+    assert [name for name, value in harmless.items() if f"{tls.setting(name)}={value}" not in said] == []
+    unknown = Settings(bootstrap="h:1", kafka={"sasl.something.new": "hunter2"})
+    assert "check JOBLEDGER_KAFKA__SASL_*, and" in str(refusal(unknown, "SASL authentication error: no"))
 
 
 def test_a_missing_right_is_said_with_the_way_out() -> None:
@@ -270,6 +323,33 @@ def test_a_token_that_is_refused_is_said_without_the_secret(endpoint: Endpoint) 
     with pytest.raises(NotAuthenticated, match=r"answers 401 .*CLIENT_SECRET") as caught:
         ClientCredentials(kafka).fetch()
     assert "hunter2" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("url", "said"),
+    [
+        ("http://login.example/token", r"TOKEN_ENDPOINT_URL=http://login\.example… would send .* plain text"),
+        ("http://10.0.0.7:8080/token", "plain text"),
+        ("https://me:hunter2@login.example/token", "holds a user or a password"),
+    ],
+)
+def test_a_secret_does_not_travel_as_plain_text(url: str, said: str) -> None:
+    """Neither client asks an endpoint of another machine's without TLS; the setting is named, what is in it not."""
+    kafka = {**OIDC, "sasl.oauthbearer.token.endpoint.url": url}
+    for asked in (lambda: ClientCredentials(kafka), Settings(bootstrap="h:1", kafka=kafka).librdkafka):
+        with pytest.raises(ConfigError, match=said) as caught:
+            asked()
+        assert "hunter2" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "url", ["http://localhost:1/t", "http://127.0.0.2/t", "http://[::1]:1/t", "https://any.example"]
+)
+def test_endpoints_that_a_secret_may_be_sent_to(url: str) -> None:
+    """TLS, or this machine."""
+    kafka = {**OIDC, "sasl.oauthbearer.token.endpoint.url": url}
+    ClientCredentials(kafka)
+    Settings(bootstrap="h:1", kafka=kafka).librdkafka()
 
 
 def test_an_endpoint_that_is_away_is_said() -> None:

@@ -34,6 +34,27 @@ RETRYING = life(
     (ev.JobSubmitted(SPEC), WORK, 5, 1, 1),
     (ev.JobRetried(ev.ErrorInfo("E", "m"), 10**9), LIFE, 9, 1, 1),
 )
+#: No worker knew its task: the coordinator has it, and its submission stands on its work topic.
+UNKNOWN = life((ev.JobSubmitted(SPEC), WORK, 5, 1, 1), (ev.JobSnoozed(10**9, "unknown-task"), LIFE, 9, 1, 1))
+#: It was to wait, and did, and was put off.
+PUT_OFF = life(
+    (ev.JobSubmitted(SPEC, 5), COORD, 7, 0, 1),
+    (ev.JobDue(SPEC, 5_000), WORK, 20, 1, 1),
+    (ev.JobSnoozed(10**9, "unknown-task"), LIFE, 9, 1, 1),
+)
+#: It is leased, and its release is not in the table.
+LEASED = life((ev.JobSubmitted(SPEC, 10**9), COORD, 7, 0, 1), (ev.JobLeased("w", 5_000), LIFE, 9, 1, 1))
+#: Its work record stands, and no worker has come to it.
+QUEUED = life((ev.JobSubmitted(SPEC), WORK, 5, 1, 1))
+#: Its lease was closed, on coordination as its submission, by an attempt that is made again.
+TRIED_ON_A_LEASE = life(
+    (ev.JobSubmitted(SPEC, 5), COORD, 7, 0, 1),
+    (ev.JobDue(SPEC, 5_000), WORK, 20, 1, 1),
+    (ev.JobLeased("w", 5_000), LIFE, 9, 1, 1),
+    (ev.JobRetried(ev.ErrorInfo("E", "m"), 10**9), COORD, 30, 1, 1),
+)
+#: What keeps its facts in the log.
+HELD = [RUNNING, RETRYING, UNKNOWN, PUT_OFF, LEASED, QUEUED, TRIED_ON_A_LEASE]
 
 
 def test_a_partition_that_somebody_has_not_spoken_for_is_left_alone() -> None:
@@ -50,9 +71,9 @@ def test_the_retention_age_is_a_limit_too() -> None:
 def test_an_unfinished_job_holds_back_its_own_facts() -> None:
     """No fact of a running or retrying job is deleted, on any topic."""
     ends = {WORK: 100, LIFE: 100, COORD: 100}
-    for unfinished in (RUNNING, RETRYING):
+    for unfinished in HELD:
         trimmed = plan(ends, Readers(ends), [("j", unfinished)])
-        assert trimmed.limits == {WORK: 5, LIFE: 9, COORD: 100}
+        assert all(trimmed.limits[topic, p] <= offset for _, topic, p, offset in unfinished.positions)
         assert not trimmed.resend
 
 
@@ -67,11 +88,22 @@ def test_a_job_that_waits_for_its_time_is_sent_again_once() -> None:
     }
 
 
+def test_a_fact_of_an_earlier_run_does_not_pass_for_a_submission() -> None:
+    """What came late of it is the last that is known of the job, and nothing of that can be sent again."""
+    late = life((ev.JobSucceeded(), LIFE, 9, 1, 1))
+    delayed = ev.JobEvent("e", "j", 2, 1, 0, 0, "t", "mail", None, None, "s", None, ev.JobSubmitted(SPEC, 10**9))
+    both = apply(late, ev.Recorded(delayed, ev.Position(*COORD, 7), -1))
+    assert both is not None
+    assert both.run == 2
+    made = plan({COORD: 80, LIFE: 80}, Readers({COORD: 80, LIFE: 80}), [("j", both)])
+    assert (made.limits, made.resend) == ({COORD: 7, LIFE: 9}, {})
+
+
 PLACES = st.sampled_from([WORK, LIFE, COORD])
 OFFSETS = st.dictionaries(PLACES, st.integers(0, 100))
 
 
-@given(OFFSETS, OFFSETS, OFFSETS, st.lists(st.sampled_from([RUNNING, SCHEDULED, RESENT, RETRYING]), max_size=4))
+@given(OFFSETS, OFFSETS, OFFSETS, st.lists(st.sampled_from([SCHEDULED, RESENT, *HELD]), max_size=4))
 def test_no_limit_passes_a_reader_or_an_unfinished_job(
     aged: dict[tuple[str, int], int],
     store: dict[tuple[str, int], int],
@@ -86,7 +118,7 @@ def test_no_limit_passes_a_reader_or_an_unfinished_job(
         kept = [
             offset for _, topic, partition, offset in one.positions if offset >= made.limits.get((topic, partition), 0)
         ]
-        if one in (RUNNING, RETRYING):
+        if one not in (SCHEDULED, RESENT):
             assert len(kept) == len(one.positions)
         else:
             assert kept or str(number) in made.resend

@@ -1,0 +1,460 @@
+"""The worker's loop in moments that no broker brings about on demand: real dispatcher, lines, executor and offsets; what
+would go to Kafka is kept in a list. The same parts run against a real broker in tests/integration and tests/acceptance.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+import json
+import time
+from collections import Counter
+from collections.abc import Awaitable, Callable
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+import uuid_utils
+from confluent_kafka import Message
+
+from jobledger import App, Queue, Snooze
+from jobledger.config import Settings
+from jobledger.consumers.commit import Committer
+from jobledger.consumers.dispatch import Dispatcher
+from jobledger.consumers.execute import Executor
+from jobledger.consumers.facts import Facts
+from jobledger.consumers.offsets import PartitionOffsets, Restored, decode
+from jobledger.consumers.outcome import Cancelled
+from jobledger.consumers.places import Places
+from jobledger.consumers.send import Sender
+from jobledger.consumers.settle import Settler, new_arrived
+from jobledger.consumers.work import Lease, Partition
+from jobledger.errors import JobledgerError
+from jobledger.retry import Retry
+from jobledger.schemas import codec, frame
+from jobledger.schemas.events import JobCancelled, JobEvent, JobFailed, JobRetried, JobSpec, JobSubmitted
+
+LIMIT = 1_000_000
+
+
+class Kept:
+    """What was sent, in order; nothing of it is ever acknowledged."""
+
+    def __init__(self) -> None:
+        self.sent: list[bytes] = []
+        self.unacknowledged = 0
+
+    def produce(self, topic: str, value: bytes, *about: object) -> None:
+        self.sent.append(value)
+
+    send = produce
+
+    def poll(self, seconds: float = 0.0) -> None:
+        pass
+
+    def facts(self) -> list[Any]:
+        return [codec.decode(value).fact for value in self.sent]
+
+
+class Record:
+    """A message as the client gives it."""
+
+    def __init__(self, offset: int, value: bytes) -> None:
+        self._offset, self._value, self._at = offset, value, int(time.time() * 1000)
+
+    def offset(self) -> int:
+        return self._offset
+
+    def value(self) -> bytes:
+        return self._value
+
+    def timestamp(self) -> tuple[int, int]:
+        return 2, self._at
+
+
+class Bench:
+    """A worker's loop over partitions that are filled by hand."""
+
+    def __init__(self, app: App, *, decoder: codec.Decoder | None = None, **options: Any) -> None:
+        self.kept, self.failed = Kept(), list[JobledgerError]()
+        self.app, self.arrived = app, new_arrived()
+        sender = cast(Sender, self.kept)
+        facts = Facts(app.registry, "worker@unit:1", LIMIT)
+        chosen: dict[str, Any] = {
+            "queues": list(app.registry.queues),
+            "concurrency": 10,
+            "threads": 4,
+            "children": 1,
+            "waiting_limit": 64,
+            "lookahead": 10_000,
+            "lookahead_bytes": 1 << 20,
+            **options,
+        }
+        self.dispatcher = Dispatcher(
+            app.registry,
+            facts,
+            sender,
+            decoder or codec.Decoder(),
+            self.arrived,
+            unknown_task_backoff=Retry(),
+            broker_ms=lambda: time.time() * 1000,
+            drain=lambda: None,
+            fail=self.failed.append,
+            **chosen,
+        )
+        d = self.dispatcher
+        executor = Executor(
+            facts,
+            sender,
+            app.names.lifecycle,
+            "worker@unit:1",
+            LIMIT,
+            ended=d.ended_here,
+            ended_in_thread=d.ended_in_thread,
+            fail=self.failed.append,
+            wake=d.wake,
+            settle=lambda: None,
+        )
+        starter = d.starter
+        places = Places(
+            executor,
+            d.threads,
+            d.processes,
+            None,
+            begin_again=starter.begin_again,
+            done=d.ended_in_thread,
+            ours=starter.ours,
+            certain=starter.certain,
+        )
+        d.wire(executor, places, cast(Any, None))
+        d.start(asyncio.get_running_loop())
+
+    def partition(self, number: int = 0, queue: str = "default") -> Partition:
+        """A partition that this worker owns."""
+        lease = Lease(3600.0)
+        lease.confirm(time.monotonic())
+        made = Partition(self.app.names.jobs(queue), number, lease, 0, None)
+        made.offsets, made.ready = PartitionOffsets(Restored(0), 0), True
+        self.dispatcher.ready([made])
+        return made
+
+    def close(self) -> None:
+        self.dispatcher.close()
+
+
+def job(task: str, *, key: str | None = None, queue: str = "default", **args: Any) -> bytes:
+    """A submission's record."""
+    job_id = str(uuid_utils.uuid7())
+    spec = JobSpec(json.dumps(args).encode())
+    return codec.encode(JobEvent(job_id, job_id, 1, 1, 1, 0, task, queue, key, None, "c", None, JobSubmitted(spec)))
+
+
+def put(partition: Partition, values: list[bytes]) -> None:
+    """Records that were fetched."""
+    first = len(partition.raw) + (partition.offsets.end if partition.offsets else 0)
+    partition.raw.extend(cast(Message, Record(first + n, value)) for n, value in enumerate(values))
+
+
+async def until(check: Callable[[], object], seconds: float = 5.0) -> None:
+    """Wait for a fact."""
+    async with asyncio.timeout(seconds):
+        while not check():
+            await asyncio.sleep(0.005)
+
+
+def run(test: Callable[[], Awaitable[None]]) -> None:
+    """The test on a loop of its own."""
+
+    async def whole() -> None:
+        await test()
+
+    asyncio.run(whole())
+
+
+def test_a_gate_s_turn_is_not_lost_to_a_partition_that_is_gone() -> None:
+    """Jobs of two partitions wait for a limit that only an end opens; one partition goes, and the other's go on."""
+    app = App("shop", queues=[Queue("default", partitions=2)])
+    ran: list[str] = []
+
+    @app.task(key="k", timeout=30, concurrency=2)
+    async def book(k: str) -> None:
+        ran.append(k)
+        await asyncio.sleep(0.02)
+
+    async def test() -> None:
+        bench = Bench(app)
+        first, second = bench.partition(0), bench.partition(1)
+        for name, partition in (("p", first), ("q", second)):
+            put(partition, [job("book", key=f"{name}{n}", k=f"{name}{n}") for n in range(20)])
+        bench.dispatcher.wake()
+        await until(lambda: len(ran) >= 2)
+        first.give_up()
+        bench.dispatcher.ended([first])
+        await until(lambda: sum(name[0] == "q" for name in ran) == 20)
+        assert not bench.failed
+        bench.close()
+
+    run(test)
+
+
+def test_a_room_s_turn_goes_on_to_who_can_use_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lines of a paused task stand before those of another for the same threads: their turn is passed on."""
+    app = App("shop", queues=[Queue("default", partitions=2, fair_by="tenant")])
+    ran: list[str] = []
+
+    @app.task
+    def paused(n: int) -> None:
+        ran.append("paused")
+
+    @app.task
+    def free(n: int) -> None:
+        ran.append("free")
+
+    async def test() -> None:
+        bench = Bench(app, threads=1)
+        partition = bench.partition()
+        busy: list[Any] = []
+        monkeypatch.setattr(bench.dispatcher.executor, "submit", busy.append)  # its thread takes long
+        put(partition, [job("free", n=0), *(job(name, n=n) for n in range(1, 4) for name in ("paused", "free"))])
+        bench.dispatcher.wake()
+        await until(lambda: busy and partition.waiting == 6)
+        scope = bench.dispatcher.plans["paused"].scope
+        scope.paused = "by me"
+        for plan in bench.dispatcher.plans.values():
+            plan.regate()
+        for n in range(4):
+            await until(lambda n=n: len(busy) > n)  # type: ignore[misc]  # n is bound
+            bench.dispatcher.ended_in_thread(busy[n])
+        assert [work.event.task for work in busy] == ["free"] * 4
+        bench.close()
+
+    run(test)
+
+
+def test_a_cancel_before_a_coroutine_s_first_step_is_an_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An order that comes between the decision to start and the first step: the job ends as cancelled, its slot is free."""
+    app = App("shop")
+
+    @app.task
+    async def work(n: int) -> None:
+        await asyncio.sleep(30)
+
+    async def test() -> None:
+        bench = Bench(app)
+        partition = bench.partition()
+        value = job("work", n=1)
+        job_id = codec.decode(value).job_id
+        starter = bench.dispatcher.starter
+        say = starter._say_started
+
+        def ordered_meanwhile(*about: Any) -> None:
+            bench.dispatcher.call(bench.dispatcher.cancelled, job_id, 1, Cancelled("me", "wrong list"))
+            say(*about)
+
+        monkeypatch.setattr(starter, "_say_started", ordered_meanwhile)
+        put(partition, [value])
+        bench.dispatcher.wake()
+        await until(lambda: any(isinstance(fact, JobCancelled) for fact in bench.kept.facts()))
+        await until(lambda: not bench.dispatcher.running)
+        bench.close()
+
+    run(test)
+
+
+@pytest.mark.parametrize("tuned", [False, True], ids=["asyncio", "uvloop"])
+def test_context_variables_do_not_pass_from_job_to_job(tuned: bool) -> None:
+    """What a job sets in its context is gone with it, though the next one is begun at its end."""
+    import uvloop
+
+    tenant: contextvars.ContextVar[str | None] = contextvars.ContextVar("tenant", default=None)
+    app, seen = App("shop"), list[str | None]()
+
+    @app.task
+    async def sets(n: int) -> None:
+        seen.append(tenant.get())
+        tenant.set(f"tenant {n}")
+
+    async def test() -> None:
+        bench = Bench(app, concurrency=1)
+        put(bench.partition(), [job("sets", n=n) for n in range(5)])
+        bench.dispatcher.wake()
+        await until(lambda: len(seen) == 5)
+        bench.close()
+
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop if tuned else None) as runner:
+        runner.run(test())
+    assert seen == [None] * 5
+
+
+def test_a_key_keeps_its_order_while_a_schema_is_looked_up() -> None:
+    """The first record of a registry's id is looked up elsewhere; those behind it of the same key wait for it."""
+    app, order = App("shop"), list[int]()
+
+    @app.task(key="k", timeout=30)
+    async def keyed(k: str, n: int) -> None:
+        order.append(n)
+
+    def slowly(schema_id: int, likely: bool) -> str:
+        time.sleep(0.05)
+        return codec.SCHEMA_TEXT
+
+    async def test() -> None:
+        bench = Bench(app, decoder=codec.Decoder(None, slowly))
+        values = [frame.head(7) + job("keyed", key="a", k="a", n=n)[10:] for n in range(300)]
+        put(bench.partition(), values)
+        bench.dispatcher.wake()
+        await until(lambda: len(order) == 300)
+        bench.close()
+
+    run(test)
+    assert order == list(range(300))
+
+
+def test_limits_hold_for_records_of_another_schema() -> None:
+    """Whatever version wrote them, no more jobs run at once than may, and in the order of the log."""
+    app, most, running = App("shop"), 0, 0
+    order: list[int] = []
+
+    @app.task
+    async def slow(n: int) -> None:
+        nonlocal most, running
+        running += 1
+        most = max(most, running)
+        order.append(n)
+        await asyncio.sleep(0.01)
+        running -= 1
+
+    later = json.loads(codec.SCHEMA_TEXT)
+    later["fields"].append({"name": "extra", "type": "int", "default": 0})
+    text = json.dumps(later)
+    mark = codec.fingerprint(text)
+
+    async def test() -> None:
+        bench = Bench(app, decoder=codec.Decoder(lambda asked: text if asked == mark else None), concurrency=10)
+        put(bench.partition(), [codec.MAGIC + mark + job("slow", n=n)[10:] + b"\0" for n in range(200)])
+        bench.dispatcher.wake()
+        await until(lambda: len(order) == 200)
+        bench.close()
+
+    run(test)
+    assert most == 10
+    assert order == sorted(order)
+
+
+def test_an_attempt_in_place_is_handed_over_before_its_word_is_acknowledged() -> None:
+    """A key is given up the moment its job has failed and is to go on: the next owner is told to look for that."""
+    app = App("shop")
+
+    @app.task(key="k", timeout=30, retry=Retry(max_attempts=3, initial=10.0))
+    async def book(k: str) -> None:
+        raise ValueError("x")
+
+    async def test() -> None:
+        bench = Bench(app)
+        partition = bench.partition()
+        put(partition, [job("book", key="a", k="a")])
+        bench.dispatcher.wake()
+        await until(lambda: any(isinstance(fact, JobRetried) for fact in bench.kept.facts()))
+        await until(lambda: not partition.busy)
+        partition.give_up()
+        committed: list[Any] = []
+        settler = Settler(
+            Settings(),
+            cast(Sender, bench.kept),
+            bench.arrived,
+            fail=bench.failed.append,
+            too_large=lambda *about: None,
+            each_tick=lambda: None,
+        )
+
+        def commit(offsets: list[Any], asynchronous: bool) -> list[Any]:
+            committed.extend(offsets)
+            return []
+
+        consumer = SimpleNamespace(commit=commit)
+        committer = Committer(Settings(), cast(Any, consumer), "g", partition.lease, settler, bench.failed.append)
+        assert committer.commit([partition], final=True)
+        restored = decode(committed[0].offset, committed[0].metadata, 10)
+        assert not restored.clean
+        assert restored.floor == 0
+        bench.close()
+
+    run(test)
+
+
+def test_an_exception_that_cannot_be_judged_fails_its_job_alone() -> None:
+    """A `Snooze` of a user's own that forgot its base class: the job has failed, and the worker goes on."""
+
+    class Busy(Snooze):
+        def __init__(self) -> None:
+            pass
+
+    app = App("shop")
+
+    @app.task
+    async def work(n: int) -> None:
+        raise Busy
+
+    async def test() -> None:
+        bench = Bench(app)
+        put(bench.partition(), [job("work", n=n) for n in range(3)])
+        bench.dispatcher.wake()
+        await until(lambda: sum(isinstance(fact, JobFailed) for fact in bench.kept.facts()) == 3)
+        assert {fact.reason for fact in bench.kept.facts() if isinstance(fact, JobFailed)} == {"never"}
+        assert not bench.failed
+        bench.close()
+
+    run(test)
+
+
+def test_what_breaks_in_the_loop_ends_the_worker() -> None:
+    """An error that nobody expected, in whatever is called on the loop, is not left to a log line."""
+
+    async def test() -> None:
+        bench = Bench(App("shop"))
+        bench.dispatcher.call(lambda: cast(Any, None).nothing)
+        await until(lambda: bench.failed)
+        assert "the dispatcher broke" in str(bench.failed[0])
+        bench.close()
+
+    run(test)
+
+
+def test_a_commit_that_took_long_wakes_who_waits_for_it() -> None:
+    """Whoever asks while a commit is under way is told by that one, or if it is too old by then by the next."""
+    woken = Counter[str]()
+    lease = Lease(1.0, lambda: woken.update(["woken"]))
+    lease.wanted = True
+    lease.confirm(time.monotonic() - 2.0)  # it took two seconds
+    assert lease.wanted
+    assert not woken
+    lease.confirm(time.monotonic())
+    assert woken == {"woken": 1}
+    assert [lease.wanted] == [False]
+
+
+def test_ten_thousand_jobs_of_a_hot_key_are_read_past() -> None:
+    """What waits far back in its line ends for a while not, so the completion map has room for what is behind it."""
+    app, ran = App("shop"), list[str]()
+
+    @app.task(key="k", timeout=30)
+    async def book(k: str) -> None:
+        ran.append(k)
+        if k == "hot":
+            await asyncio.sleep(30)
+
+    async def test() -> None:
+        bench = Bench(app, lookahead_bytes=64 << 20)
+        partition = bench.partition()
+        put(partition, [job("book", key="hot", k="hot") for _ in range(40_000)])
+        put(partition, [job("book", key=f"k{n}", k=f"k{n}") for n in range(200)])
+        bench.dispatcher.wake()
+        await until(lambda: len(ran) == 201, 30.0)
+        assert ran.count("hot") == 1
+        assert partition.deferred > 30_000
+        partition.give_up()
+        bench.dispatcher.ended([partition])
+        await until(lambda: bench.dispatcher.lines.deferred_bytes == 0)
+        bench.close()
+
+    run(test)

@@ -1,0 +1,106 @@
+"""What a takeover makes of the ends it finds in the log."""
+
+from __future__ import annotations
+
+import uuid
+from typing import Any, cast
+
+import pytest
+from aiokafka.partitioner import murmur2
+from hypothesis import given
+from hypothesis import strategies as st
+
+from jobledger.config import Settings
+from jobledger.consumers.ranges import partition_of
+from jobledger.consumers.releases import release_key
+from jobledger.consumers.takeover import Takeover, _Plan
+from jobledger.consumers.work import Lease, Partition
+from jobledger.names import Names
+from jobledger.schemas import codec
+from jobledger.schemas import events as ev
+
+JOB = str(uuid.UUID(int=1))
+ERROR = ev.ErrorInfo("E", "m")
+LEASED, SUCCEEDED = ev.JobLeased("w", 5_000), ev.JobSucceeded(b"1", 7)
+STARTED = ev.JobStarted("w", "shop.jobs.slow", 0)
+ENDS: list[ev.Fact] = [
+    SUCCEEDED,
+    ev.JobFailed("exhausted", ERROR),
+    ev.JobCancelled("me"),
+    ev.JobExpired(1),
+    ev.JobRetried(ERROR, 5),
+    ev.JobSnoozed(5),
+]
+
+
+class Message:
+    """A record of lifecycle, as the client hands it over."""
+
+    def __init__(self, offset: int, value: bytes) -> None:
+        self._offset, self._value = offset, value
+
+    def offset(self) -> int:
+        return self._offset
+
+    def value(self) -> bytes:
+        return self._value
+
+    def timestamp(self) -> tuple[int, int]:
+        return 1, 1_000 + self._offset
+
+
+def scanned(*facts: tuple[int, ev.Fact], framed: bool = False) -> _Plan:
+    """The scan of these facts, (release, fact) each, of one job; ``framed``: none of them is read at a glance."""
+    nothing = cast(Any, None)
+    takeover = Takeover(Settings(bootstrap="h:1"), Names("shop"), nothing, codec.Decoder(), ready=nothing, fail=nothing)
+    plan = _Plan(Partition("shop.jobs.slow", 0, Lease(1.0), -1, None))
+    for offset, (release, fact) in enumerate(facts):
+        event = ev.JobEvent(
+            JOB, JOB, 1, 1, release, 1_790_000_000_000_000, "t", "slow", "k" if framed else None, None, "w", None, fact
+        )
+        takeover._scanned(plan, cast(Any, Message(offset, codec.encode(event))))
+    return plan
+
+
+def found(plan: _Plan, release: int = 1) -> tuple[int, int, ev.Fact]:
+    """What stands for a release's end: from where it is found again, when it was appended, what it is."""
+    end = plan.partition.closed[release_key(JOB, 1, release)]
+    return end.offset, end.appended_ms, end.fact
+
+
+@pytest.mark.parametrize("end", ENDS)
+@pytest.mark.parametrize("framed", [False, True])
+def test_the_end_of_a_leased_job_counts_and_not_its_lease(end: ev.Fact, framed: bool) -> None:
+    """A lease that is sent again after its job has ended would end by itself, and the job would run again."""
+    offset, appended, fact = found(scanned((1, LEASED), (1, STARTED), (1, end), framed=framed))
+    assert (offset, appended, type(fact)) == (0, 1_002, type(end))
+    assert found(scanned((1, end), (1, LEASED), framed=framed))[0] == 0
+    assert not isinstance(found(scanned((1, end), (1, LEASED)))[2], ev.JobLeased)
+
+
+def test_a_lease_without_an_end_is_sent_again() -> None:
+    """Its job may run: the coordinator must know."""
+    assert found(scanned((1, LEASED), (1, STARTED)))[2] == LEASED
+
+
+@pytest.mark.parametrize("end", [LEASED, ev.JobRetried(ERROR, 5), ev.JobSnoozed(5)])
+@pytest.mark.parametrize("after", [STARTED, LEASED, *ENDS])
+@pytest.mark.parametrize("framed", [False, True])
+def test_nothing_follows_again_from_what_was_followed(end: ev.Fact, after: ev.Fact, framed: bool) -> None:
+    """Once another release has begun or ended, the one before it asks for nothing: the coordinator would let it go a
+    second time, if it does not remember any more that it did."""
+    plan = scanned((1, end), (2, after), framed=framed)
+    assert isinstance(found(plan)[2], ev.JobSucceeded)
+    assert isinstance(found(scanned((1, end), (3, after), framed=framed))[2], type(end))
+
+
+def test_an_end_for_good_is_not_taken_for_another_one() -> None:
+    """What derives from a failure is sent again whatever stands after it."""
+    assert found(scanned((1, ENDS[1]), (2, STARTED)))[2] == ENDS[1]
+    assert found(scanned((1, ENDS[1]), (1, SUCCEEDED)))[2] == ENDS[1]
+
+
+@given(st.binary(max_size=50), st.integers(1, 1_000))
+def test_a_key_lies_where_kafkas_producers_put_it(key: bytes, count: int) -> None:
+    """Checked against a client that has it from Kafka's own."""
+    assert partition_of(key, count) == (murmur2(key) & 0x7FFFFFFF) % count
