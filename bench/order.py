@@ -271,6 +271,9 @@ def run(settings: Settings, *, quick: bool = False) -> list[Figure]:
 
     calm = alone(waits_beside, made(bootstrap).names.namespace, bootstrap, jobs, 0.0)
     slow = alone(waits_beside, made(bootstrap).names.namespace, bootstrap, jobs, slow_s)
+    # One that never started would be missing from the figure, and is what the figure is about.
+    for found in (calm, slow):
+        assert found["ran"] == jobs, f"{found['ran']:,.0f} of {jobs:,} short jobs ran"
 
     app = made(bootstrap)
     low = app.tasks["level"].using(priority="low")
