@@ -428,13 +428,22 @@ def test_killed_at_random_it_equals_a_fold_in_one_go(app: App, say: Callable[[st
             events.extend(emit(app, 2_000, len(events)))
             done.wait(0.1)
 
+    def seen() -> int:
+        return sum(row["events"] for row in rows(app).values())
+
+    folded(app)  # makes the table
     feeding = threading.Thread(target=feed)
     feeding.start()
     kills = 0
     try:
         while kills < 10:
+            before = seen()
             process = subprocess.Popen(argv, env=env, cwd=ROOT)
-            time.sleep(dice.uniform(0.9, 2.2))
+            if kills % 2:  # while it folds; else wherever it is, on a busy machine at its start
+                until(lambda before=before: seen() > before)
+                time.sleep(dice.uniform(0.0, 0.5))
+            else:
+                time.sleep(dice.uniform(0.9, 2.2))
             process.send_signal(signal.SIGKILL)
             kills += process.wait() == -signal.SIGKILL
     finally:
