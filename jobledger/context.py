@@ -8,6 +8,7 @@ import uuid
 from collections import Counter
 from collections.abc import Callable, Mapping
 from contextvars import ContextVar
+from operator import index
 
 from jobledger.errors import ConfigError
 from jobledger.schemas.events import JobProgressed
@@ -61,7 +62,8 @@ class JobContext:
     def progress(self, done: int, total: int | None = None, message: str | None = None) -> None:
         """Report how far the job is; returns at once. ``done``, ``total``: units of the task's own, whole numbers >= 0.
 
-        Callable from any thread the task runs in. The last report of an attempt is what the status shows.
+        Callable from any thread the task runs in. The last report of an attempt is what the status shows. Raises
+        `ConfigError` for numbers that are none, or above 2^63 - 1, and a message that is no text.
         """
         for name, value in (("done", done), ("total", total)):
             if name == "total" and value is None:
@@ -70,6 +72,10 @@ class JobContext:
                 raise ConfigError(f"progress({name}={value!r}) is not a whole number from 0 to 2^63 - 1")
         if message is not None and not isinstance(message, str):
             raise ConfigError(f"progress(message={message!r}) is no text")
+        # Plain values, whatever they are subclasses of, and text that UTF-8 can carry: a file's name may be none.
+        done, total = index(done), None if total is None else index(total)
+        if message is not None:
+            message = message.encode("utf-8", "replace").decode("utf-8")
         self._sequence += 1
         self._report(self, JobProgressed(self._sequence, done, total, message))
 

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import contextvars
 import inspect
 import logging
 import os
 import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Generic, TypeVar, overload
 
 from jobledger.errors import ConfigError, ResourceFailed
@@ -159,23 +161,36 @@ class Resources:
                     await asyncio.to_thread(self.get, each)
 
     async def close(self) -> None:
-        """Close what is open, the last first, when the last worker of this process ends. What fails is logged."""
+        """Close what is open, the last first, when the last worker of this process ends. What fails is logged, whatever
+        it raises; only if this is itself cancelled, that is passed on."""
         if self._pid != os.getpid():
             return
         self._users -= 1
         if self._users > 0:
             return
-        while self._closers:
-            resource, made = self._closers.pop()
-            try:
-                if resource.is_async:
-                    await made.__aexit__(None, None, None)
-                else:
-                    await asyncio.to_thread(made.__exit__, None, None, None)
-                LOG.info("resource %s is closed", resource.name)
-            except (Exception, SystemExit):
-                LOG.exception("resource %s could not be closed", resource.name)
+        # Not in the loop's threads, which jobs may have taken for themselves.
+        threads = ThreadPoolExecutor(1, "jobledger-resources")
+        try:
+            while self._closers:
+                await self._close(*self._closers.pop(), threads)
+        finally:
+            threads.shutdown(wait=False)
         self._forget()
+
+    @staticmethod
+    async def _close(resource: Resource[Any], made: Any, threads: ThreadPoolExecutor) -> None:
+        try:
+            if resource.is_async:
+                await made.__aexit__(None, None, None)
+            else:
+                inside = contextvars.copy_context()
+                await asyncio.get_running_loop().run_in_executor(threads, inside.run, made.__exit__, None, None, None)
+            LOG.info("resource %s is closed", resource.name)
+        except (Exception, SystemExit, asyncio.CancelledError) as exc:
+            current = asyncio.current_task()
+            if isinstance(exc, asyncio.CancelledError) and current is not None and current.cancelling():
+                raise
+            LOG.exception("resource %s could not be closed", resource.name)
 
 
 def _with_needs(resource: Resource[Any]) -> Iterator[Resource[Any]]:

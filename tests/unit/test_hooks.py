@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
+import threading
 from collections.abc import AsyncIterator, Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -322,3 +324,82 @@ def test_resources_that_cannot_be_had_are_refused_at_once() -> None:
     for message, attempt in refused:
         with pytest.raises(ConfigError, match=message):
             attempt()
+
+
+@pytest.mark.parametrize("kind", [asyncio.CancelledError, SystemExit, ValueError])
+def test_whatever_a_resource_raises_at_its_end_the_others_are_closed(
+    caplog: pytest.LogCaptureFixture, kind: type[BaseException]
+) -> None:
+    """It is logged with the resource's name, and whoever closes them goes on."""
+    app, said = app_of(), []
+
+    @app.resource
+    def first() -> Iterator[str]:
+        yield "first"
+        said.append("first")
+
+    @app.resource
+    def plain() -> Iterator[str]:
+        yield "plain"
+        raise kind
+
+    @app.resource
+    async def coroutine() -> AsyncIterator[str]:
+        yield "coroutine"
+        raise kind
+
+    async def all_of_it() -> None:
+        resources = app.registry.resources
+        await resources.open([first, plain, coroutine])
+        await resources.close()
+
+    asyncio.run(all_of_it())
+    assert said == ["first"]
+    for name in ("plain", "coroutine"):
+        assert f"resource {name} could not be closed" in caplog.text
+
+
+def test_the_end_of_resources_is_bounded_by_who_waits_for_it() -> None:
+    """A cancellation of the waiting itself is passed on, also while a resource takes its time."""
+    app, stuck = app_of(), threading.Event()
+
+    @app.resource
+    def slow() -> Iterator[str]:
+        yield "slow"
+        stuck.wait(20)
+
+    async def all_of_it() -> None:
+        await app.registry.resources.open([slow])
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(0.1):
+                await app.registry.resources.close()
+        stuck.set()
+
+    asyncio.run(all_of_it())
+
+
+def test_a_resource_is_closed_where_jobs_hold_all_threads() -> None:
+    """Its end needs none of the loop's."""
+    app, said, held = app_of(), [], threading.Event()
+
+    @app.resource
+    def pool() -> Iterator[str]:
+        yield "pool"
+        said.append("closed")
+
+    async def all_of_it() -> None:
+        loop = asyncio.get_running_loop()
+        await app.registry.resources.open([pool])
+        threads = ThreadPoolExecutor(1)
+        loop.set_default_executor(threads)
+        job = loop.run_in_executor(None, held.wait)
+        try:
+            async with asyncio.timeout(5):
+                await app.registry.resources.close()
+        finally:
+            held.set()
+            await job
+            threads.shutdown()
+
+    asyncio.run(all_of_it())
+    assert said == ["closed"]

@@ -1,0 +1,104 @@
+"""The worker's side of leases, where something breaks: beside `test_dispatching`, with its bench."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, cast
+
+import pytest
+from confluent_kafka import KafkaError
+
+from jobledger import App
+from jobledger.consumers.facts import Facts
+from jobledger.consumers.leases import TICK_S, Leases
+from jobledger.consumers.send import Sender
+from jobledger.consumers.work import Work
+from jobledger.errors import BrokerUnavailable
+from tests.unit.test_dispatching import LIMIT, Bench, job, put, run, until
+
+
+def breaks(*args: object) -> None:
+    raise ZeroDivisionError("here")
+
+
+def full(*args: object) -> None:
+    raise BrokerUnavailable("the send queue stayed full")
+
+
+def grant(leases: Leases, work: Work) -> None:
+    """Both records of the lease are acknowledged."""
+    assert work.lease is not None
+    work.lease.settled(work)
+
+
+def let_go(leases: Leases, work: Work) -> None:
+    """It was not renewed in time: the next look finds that out."""
+    assert work.lease is not None
+    work.lease.granted, work.lease.until = True, 0.0
+
+
+def close_again(leases: Leases, work: Work) -> None:
+    """The end of its job was not delivered, and is sent again."""
+    leases._closed(work, b"", KafkaError(KafkaError._MSG_TIMED_OUT), cast(Any, None))
+
+
+def close_after(leases: Leases, work: Work) -> None:
+    """What goes before its end is acknowledged."""
+    leases.call(leases._send_close, work, b"")
+
+
+@pytest.mark.parametrize(
+    ("how", "begin", "give_up", "send", "said"),
+    [
+        (grant, breaks, None, None, "the dispatcher broke: ZeroDivisionError('here')"),
+        (let_go, None, breaks, None, "the dispatcher broke: ZeroDivisionError('here')"),
+        (close_again, None, None, full, "the send queue stayed full"),
+        (close_after, None, None, full, "the send queue stayed full"),
+    ],
+)
+def test_what_breaks_a_leased_job_ends_the_worker(
+    monkeypatch: pytest.MonkeyPatch,
+    how: Callable[[Leases, Work], None],
+    begin: Callable[..., None] | None,
+    give_up: Callable[..., None] | None,
+    send: Callable[..., None] | None,
+    said: str,
+) -> None:
+    """The loop would log it, and the job be leased for ever, running nowhere."""
+    app = App("shop")
+
+    @app.task(long=True)
+    async def slow() -> None: ...
+
+    def nothing(*args: object) -> None: ...
+
+    async def test() -> None:
+        bench = Bench(app)
+        sender = cast(Sender, bench.kept)
+        leases = Leases(
+            Facts(app.registry, "worker@unit:1", LIMIT),
+            sender,
+            app.names,
+            begin=begin or nothing,
+            close_with_stop=nothing,
+            give_up=give_up or nothing,
+            ended=nothing,
+            too_large=nothing,
+            call=bench.dispatcher.call,
+            fail=bench.failed.append,
+        )
+        bench.dispatcher.starter.leases = leases
+        partition = bench.partition()
+        put(partition, [job("slow")])
+        bench.dispatcher.wake()
+        await until(lambda: leases.count)
+        (work,) = bench.dispatcher.running
+        if send is not None:
+            monkeypatch.setattr(bench.kept, "send", send)
+        how(leases, work)
+        await until(lambda: bench.failed, TICK_S + 5)
+        assert [str(error) for error in bench.failed] == [said]
+        leases.close_all()
+        bench.close()
+
+    run(test)

@@ -1,0 +1,76 @@
+"""What sends beside the hot path, against an address at which nobody listens: callbacks that break harm nobody else."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+from typing import cast
+
+import pytest
+from confluent_kafka import KafkaError, Message
+
+from jobledger.client import Client, StatusSource
+from jobledger.config import Settings
+from jobledger.errors import BrokerUnavailable
+from jobledger.names import Names
+from jobledger.writer import LogWriter, Outgoing
+
+NOWHERE = Settings(bootstrap="127.0.0.1:1", submit_timeout=1.0)
+RECORD = Outgoing("t", b"x", "k")
+
+
+@pytest.fixture
+def writer() -> LogWriter:
+    """One that gives up on each record after a second."""
+    return LogWriter(NOWHERE, None)
+
+
+def settled(writer: LogWriter) -> KafkaError | None:
+    """Send a record and wait until it is told what became of it."""
+    told: list[KafkaError | None] = []
+    done = threading.Event()
+
+    def callback(error: KafkaError | None, message: Message) -> None:
+        told.append(error)
+        done.set()
+
+    writer.post(RECORD, callback)
+    assert done.wait(10), "nobody serves the callbacks any more"
+    return told[0]
+
+
+def test_a_loop_that_is_closed_before_the_acknowledgement_harms_nobody_else(
+    writer: LogWriter, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its coroutine has given up; later submissions of the same client are settled, and nothing is said of it."""
+    client = Client(NOWHERE, Names("shop"), lambda: cast(StatusSource, None))
+
+    async def gives_up() -> None:
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(client._acknowledged(writer, RECORD, "one"), 0.05)
+
+    async def waits() -> None:
+        with pytest.raises(BrokerUnavailable, match="another"):
+            await client._acknowledged(writer, RECORD, "another")
+
+    asyncio.run(gives_up())
+    assert settled(writer) is not None
+    asyncio.run(waits())
+    assert [r.message for r in caplog.records if r.levelno >= logging.ERROR] == []
+    writer.close(0.0)
+
+
+def test_a_callback_that_breaks_is_logged_and_the_next_one_is_called(
+    writer: LogWriter, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The thread that serves them lives on."""
+
+    def breaks(error: KafkaError | None, message: Message) -> None:
+        raise ZeroDivisionError
+
+    writer.post(RECORD, breaks)
+    assert settled(writer) is not None
+    assert settled(writer) is not None
+    assert "a delivery callback broke" in caplog.text
+    writer.close(0.0)
