@@ -440,7 +440,7 @@ def test_killed_at_random_it_equals_a_fold_in_one_go(app: App, say: Callable[[st
             before = seen()
             process = subprocess.Popen(argv, env=env, cwd=ROOT)
             if kills % 2:  # while it folds; else wherever it is, on a busy machine at its start
-                until(lambda before=before: seen() > before)
+                until(lambda before=before: seen() > before)  # type: ignore[misc]  # bound now
                 time.sleep(dice.uniform(0.0, 0.5))
             else:
                 time.sleep(dice.uniform(0.9, 2.2))
