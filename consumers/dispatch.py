@@ -125,7 +125,7 @@ class Dispatcher:
             wake_in=self._wake_in,
             unknown=lambda work: self.intake.unknown(work),
             revive=lambda partition, deferred: self.intake.revive(partition, deferred),
-            broken=self._broken,
+            call=self.call,
         )
         self.intake = Intake(
             facts,
@@ -183,7 +183,7 @@ class Dispatcher:
         """There may be something to do. Callable from any thread."""
         if not self._awake:
             self._awake = True
-            self.call(self.pump)
+            self.call(self._pump)
 
     def call(self, function: Callable[..., None], *args: object) -> None:
         """Run ``function`` on the loop. Callable from any thread. What it raises ends the worker: a job would neither
@@ -275,17 +275,11 @@ class Dispatcher:
             self.lines.left(work)
         if not self._awake:
             self._awake = True
-            self._loop.call_soon(self.pump)
-
-    def pump(self) -> None:
-        """Take up what fits, one stage after the other."""
-        self._awake = False
-        try:
-            self._pump()
-        except Exception as exc:  # noqa: BLE001  # the record at hand would neither be run nor be missed
-            self._broken(exc)
+            self._loop.call_soon(self._guarded, self._pump, ())
 
     def _pump(self) -> None:
+        """Take up what fits, one stage after the other."""
+        self._awake = False
         running = self.running
         while self._finished:
             work = self._finished.popleft()
@@ -314,7 +308,7 @@ class Dispatcher:
         # Records that are passed take no slot, so nothing else would wake us for what follows them.
         if begun and (self._filling or len(running) < self._concurrency) and not self._awake:
             self._awake = True
-            self._loop.call_soon(self.pump)
+            self._loop.call_soon(self._guarded, self._pump, ())
         for fetcher in self.fetchers:
             fetcher.taken()
 
@@ -443,7 +437,7 @@ class Dispatcher:
                 if (back := partition.back) is not None:
                     partition.back = None
                     taken += 1
-                    self.intake.take_back(partition, *back, now)
+                    self.intake.judge(partition, *back, now)
                     continue
                 try:
                     message = raw.popleft()

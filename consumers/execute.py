@@ -43,7 +43,7 @@ from jobledger.consumers.send import BY_KEY, Sender
 from jobledger.consumers.telling import Teller
 from jobledger.consumers.work import RUN_BOUNDS_S, Work
 from jobledger.context import JobContext, enter
-from jobledger.errors import JobledgerError, TaskCancelled, TaskTimedOut, text_of
+from jobledger.errors import BadArguments, JobledgerError, TaskCancelled, TaskTimedOut, text_of
 from jobledger.log import now_us
 from jobledger.policy import KEY_HOLD_MAX_S
 from jobledger.schemas.codec import encode
@@ -113,6 +113,19 @@ class Executor:
             self.returned(work, value)
         work.handle = None
         self._ended(work)
+
+    def takes_arguments(self, work: Work) -> bool:
+        """Read the arguments of a job that is to run; False if they do not fit: then it has failed. Of a task that is not
+        known here nothing is read."""
+        plan, event = work.plan, work.event
+        if plan is not None:
+            assert event is not None
+            try:
+                work.kwargs = plan.decode_args(event.fact.spec.args)  # type: ignore[union-attr]  # of a work topic
+            except BadArguments as exc:
+                self.close_with(work, Failed("bad-arguments", error_info(exc)))
+                return False
+        return True
 
     def start_threads(self, count: int) -> None:
         """Start the pool. Daemons: a function that never ends must not keep the process alive."""

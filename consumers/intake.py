@@ -28,7 +28,6 @@ from jobledger.consumers.outcome import (
     Retried,
     Snoozed,
     Succeeded,
-    error_info,
     unknown_task,
 )
 from jobledger.consumers.places import Places
@@ -38,7 +37,7 @@ from jobledger.consumers.send import BY_KEY, Sender
 from jobledger.consumers.stage import Stage
 from jobledger.consumers.starts import Starter
 from jobledger.consumers.work import Arrived, Deferred, Found, Partition, Plan, Work
-from jobledger.errors import BadArguments, JobledgerError, RegistryNeeded, SchemaError, UnknownFact
+from jobledger.errors import JobledgerError, RegistryNeeded, SchemaError, UnknownFact
 from jobledger.retry import Retry
 from jobledger.schemas import codec
 from jobledger.schemas.events import (
@@ -126,7 +125,7 @@ class Intake:
                     partition.aside = True
                     self.aside.put(partition, message, fresh)
                 else:
-                    self._judge(partition, message, read(self._decoder, value), fresh, now)
+                    self.judge(partition, message, read(self._decoder, value), fresh, now)
                 return
             if (plain := plain_submission(framed)) is not None:
                 self.accept(partition, message, plain, fresh, now)
@@ -135,13 +134,13 @@ class Intake:
         try:
             event = codec.decode(own)
         except UnknownFact as exc:
-            self._judge(partition, message, exc, fresh, now)
+            self.judge(partition, message, exc, fresh, now)
         except SchemaError as exc:
-            self._judge(partition, message, str(exc), fresh, now)
+            self.judge(partition, message, str(exc), fresh, now)
         else:
             self.accept(partition, message, event, fresh, now)
 
-    def _judge(self, partition: Partition, message: Message, read: Read, fresh: bool, now: float) -> None:
+    def judge(self, partition: Partition, message: Message, read: Read, fresh: bool, now: float) -> None:
         """Act upon what a record turned out to be."""
         if isinstance(read, UnknownFact):
             self.stop_partition(partition, message, f"{read}: upgrade this worker")
@@ -171,10 +170,6 @@ class Intake:
         partition.aside = False
         partition.back = (message, read, fresh)
         self._wake()
-
-    def take_back(self, partition: Partition, message: Message, read: Read, fresh: bool, now: float) -> None:
-        """Take up a record that was aside."""
-        self._judge(partition, message, read, fresh, now)
 
     def accept(self, partition: Partition, message: Message, event: JobEvent, fresh: bool, now: float) -> None:
         """A readable event at a work position: run it, unless it is done, known already, or does not belong here."""
@@ -229,12 +224,8 @@ class Intake:
             work.takeover += crashes
             work.suspect = True
         plan = work.plan = self._plans.get(event.task)
-        if plan is not None:
-            try:
-                work.kwargs = plan.decode_args(spec.args)
-            except BadArguments as exc:
-                self.executor.close_with(work, Failed("bad-arguments", error_info(exc)))
-                return
+        if not self.executor.takes_arguments(work):
+            return
         if work.takeover and (crashed := self.places.crashed(work.takeover)) is not None:
             self.executor.close_with(work, crashed)
             return
@@ -283,13 +274,7 @@ class Intake:
         work = Work(partition, one.offset, event, self._arrived)
         work.expires_at, work.appended, work.plan, work.suspect = spec.expires_at, one.appended, one.plan, one.suspect
         partition.live[one.offset] = work
-        if one.plan is not None:
-            try:
-                work.kwargs = one.plan.decode_args(spec.args)
-            except BadArguments as exc:
-                self.executor.close_with(work, Failed("bad-arguments", error_info(exc)))
-                return None
-        return work
+        return work if self.executor.takes_arguments(work) else None
 
     def unknown(self, work: Work) -> None:
         """No task of this name here: another worker may have it, so the job goes back for a while; not for ever."""

@@ -14,12 +14,11 @@ import msgspec
 
 from jobledger.consumers.execute import Executor
 from jobledger.consumers.gates import Gate, Room, closed_gate
-from jobledger.consumers.outcome import Failed, Snoozed, answered, error_info
+from jobledger.consumers.outcome import Snoozed, answered
 from jobledger.consumers.places import Places
 from jobledger.consumers.stage import Stage
 from jobledger.consumers.starts import Starter
 from jobledger.consumers.work import Deferred, Line, Partition, Plan, Work
-from jobledger.errors import BadArguments
 
 if TYPE_CHECKING:
     import asyncio
@@ -37,7 +36,7 @@ class Lines:
 
     ``wake``: there may be something to begin; ``wake_in(seconds)``: there may be then. ``unknown(work)``: ends a job
     whose task this worker does not know. ``revive(partition, deferred)``: the job that a bare record stands for, None
-    if it came to its end instead. ``broken``: told of an error that nobody expected.
+    if it came to its end instead. ``call``: runs a function on the loop; what it raises ends the worker.
     """
 
     executor: Executor
@@ -56,10 +55,10 @@ class Lines:
         wake_in: Callable[[float | None], None],
         unknown: Callable[[Work], None],
         revive: Callable[[Partition, Deferred], Work | None],
-        broken: Callable[[Exception], None],
+        call: Callable[..., None],
     ) -> None:
         self._starter, self._stages, self._lookahead = starter, stages, lookahead
-        self._bytes, self._revive, self._broken = lookahead_bytes, revive, broken
+        self._bytes, self._revive, self._call = lookahead_bytes, revive, call
         self._broker_ms, self._wake, self._wake_in, self._unknown = broker_ms, wake, wake_in, unknown
         #: Gates with lines that wait for them.
         self.parking: dict[Gate, None] = {}
@@ -278,28 +277,17 @@ class Lines:
         work.again_s = None
         work.waiting = True
         line.busy = True
-        self.loop.call_later(seconds, self._again, work, line)
+        self.loop.call_later(seconds, self._call, self._again, work, line)
 
     def _again(self, work: Work, line: Line) -> None:
-        try:
-            self._go_on(work, line)
-        except Exception as exc:  # noqa: BLE001  # the job would neither run nor be missed
-            self._broken(exc)
-
-    def _go_on(self, work: Work, line: Line) -> None:
         partition = line.partition
         if not partition.owned or not self._starter.accepting:
             return  # the next owner's, who finds in the log how far it is
         work.outcome, work.takeover, work.suspect, work.room, work.timer = None, 0, False, None, None
-        if work.plan is not None:
-            assert work.event is not None
-            try:
-                work.kwargs = work.plan.decode_args(work.event.fact.spec.args)  # type: ignore[union-attr]  # of a work topic
-            except BadArguments as exc:  # a check that asks something else may refuse today what it took before
-                self.executor.close_with(work, Failed("bad-arguments", error_info(exc)))
-                self.left(work)
-                self._wake()
-                return
+        if not self.executor.takes_arguments(work):  # a check that asks elsewhere may refuse what it took before
+            self.left(work)
+            self._wake()
+            return
         line.works.appendleft(work)
         partition.waiting += 1
         line.busy = False

@@ -13,7 +13,7 @@ from types import FrameType
 
 from jobledger.config import Settings
 from jobledger.consumers.options import WorkerOptions
-from jobledger.consumers.worker import CLOSING_S, MARGIN_S, Worker
+from jobledger.consumers.worker import LEAVING_S, Worker
 from jobledger.task_registry import Registry
 
 
@@ -57,7 +57,7 @@ def _handle_signals(worker: Worker) -> Callable[[], None]:
         if received >= 3:
             os._exit(128 + number)
         if received == 1:  # a task that blocks the event loop would keep the worker from even beginning to stop
-            _end_at_last(worker.options.grace + 1.0 + CLOSING_S + MARGIN_S)
+            _end_at_last(worker.options.grace + LEAVING_S)
         worker.stop(hurry=received > 1)
 
     before = {n: signal.signal(n, handle) for n in (signal.SIGTERM, signal.SIGINT)}

@@ -57,6 +57,8 @@ FLUSH_S = 5.0
 CLOSING_S = 12.0
 #: Seconds beyond all that after which a worker that has not ended is killed.
 MARGIN_S = 5.0
+#: Seconds beyond its grace time in which a worker has ended, by itself or not.
+LEAVING_S = 1.0 + CLOSING_S + MARGIN_S
 
 
 class Worker:
@@ -341,7 +343,7 @@ class Worker:
         self, dispatcher: Dispatcher, executor: Executor, settler: Settler, takeover: Takeover, sender: Sender
     ) -> None:
         began = time.monotonic()
-        self._must_end_in(self.options.grace + 1.0 + CLOSING_S + MARGIN_S)
+        self._must_end_in(self.options.grace + LEAVING_S)
         LOG.info(
             "worker %s stops; %d jobs run, and have %g s", self.identity, len(dispatcher.running), self.options.grace
         )
@@ -384,8 +386,6 @@ class Worker:
                 await self.registry.resources.close()
         except TimeoutError:
             LOG.warning("resources were not closed within %.0f s", left)
-        except BaseException:  # a resource's own: what is done must be committed all the same
-            LOG.exception("resources were not closed")
 
     def _isolated(self) -> list[str]:
         """The tasks it serves that run in child processes."""

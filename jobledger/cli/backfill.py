@@ -13,7 +13,7 @@ import typer
 
 from jobledger.cli import output
 from jobledger.cli.loading import load_app
-from jobledger.cli.options import Bootstrap, Json, StatusUrl, Target
+from jobledger.cli.options import Bootstrap, Json, StatusUrl, Target, milliseconds
 from jobledger.cli.output import Cell, Exit
 
 if TYPE_CHECKING:
@@ -110,7 +110,7 @@ def _milliseconds(text: str | None, option: str) -> int | None:
     except ValueError:
         raise typer.BadParameter(f"{text!r} is no ISO date or time, such as 2026-01-31 or 2026-01-31T08:00:00+01:00",
                                  param_hint=option) from None  # fmt: skip
-    return round((when if when.tzinfo is not None else when.replace(tzinfo=dt.UTC)).timestamp() * 1000)
+    return milliseconds(when)
 
 
 @contextmanager

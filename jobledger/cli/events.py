@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Self
 import typer
 
 from jobledger.cli import output
-from jobledger.cli.options import AppOption, Bootstrap, Json, Namespace, place
+from jobledger.cli.options import AppOption, Bootstrap, Json, Namespace, milliseconds, place
 from jobledger.errors import BrokerUnavailable, ConfigError, RegistryNeeded, SchemaError, TopicMissing
 
 if TYPE_CHECKING:
@@ -123,8 +123,7 @@ def moment_ms(text: str, now: float) -> int:
         raise ConfigError(
             f"--from {text!r} is neither start, end, an age such as 10m or 2h, nor a time such as 2026-01-31T14:05"
         ) from None
-    # As `backfill` reads it: one command line means one moment on every machine.
-    return int((when if when.tzinfo is not None else when.replace(tzinfo=dt.UTC)).timestamp() * 1000)
+    return milliseconds(when)
 
 
 def newest(lines: Iterator[Line], count: int | None) -> Iterator[Line]:

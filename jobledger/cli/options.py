@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime as dt
 import os
 from typing import TYPE_CHECKING, Annotated, NamedTuple
 
@@ -124,3 +125,9 @@ def place(
             raise ConfigError(f"whose jobs? Give --app MODULE:APP or --namespace NAME{known}")
         namespace = here[0]
     return App(namespace, settings=settings)
+
+
+def milliseconds(when: dt.datetime) -> int:
+    """A time of a command line as milliseconds since the epoch: UTC unless it says otherwise, so that one command line
+    means one moment on every machine."""
+    return round((when if when.tzinfo is not None else when.replace(tzinfo=dt.UTC)).timestamp() * 1000)

@@ -156,7 +156,7 @@ def worker(
 def _worker_processes(
     target: str, processes: int, options: WorkerOptions, bootstrap: str | None, metrics: Listen | None
 ) -> None:
-    from jobledger.consumers.worker import CLOSING_S, MARGIN_S
+    from jobledger.consumers.worker import LEAVING_S
     from jobledger.streams.supervisor import Child
 
     words = [target, "--concurrency", str(options.concurrency), "--grace", str(options.grace)]
@@ -172,8 +172,7 @@ def _worker_processes(
         port = [] if metrics is None else ["--metrics-port", str(metrics.following(number))]
         children.append(Child(f"worker-{number + 1}", command("worker", *words, *port)))
     # A worker that cannot end by itself ends itself after this; so nobody is killed who is still committing.
-    leaving = 1.0 + CLOSING_S + MARGIN_S
-    raise typer.Exit(supervised(children, restarts=5, grace=options.grace + leaving + KILL_MARGIN_S))
+    raise typer.Exit(supervised(children, restarts=5, grace=options.grace + LEAVING_S + KILL_MARGIN_S))
 
 
 def router(target: Target, bootstrap: Bootstrap = None, metrics: Metrics = None, log_format: LogFormat = None) -> None:

@@ -28,13 +28,6 @@ HOT = 200_000
 MIB = 1 << 20
 
 
-@pytest.fixture(scope="module")
-def kafka() -> Iterator[EmbeddedKafka]:
-    """A broker of this module's own."""
-    with EmbeddedKafka() as broker:
-        yield broker
-
-
 @pytest.fixture
 def fleet(kafka: EmbeddedKafka, tmp_path: Path) -> Iterator[Fleet]:
     """A namespace with no process yet; its topics come with `client`."""

@@ -9,13 +9,12 @@ from __future__ import annotations
 import io
 import subprocess
 import tarfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from jobledger.config import Settings
-from jobledger.kafka.embedded import EmbeddedKafka
 from jobledger.names import Names
 from tests.acceptance.fleet import ROOT, Fleet, Member
 from tests.acceptance.promises import Promise
@@ -30,13 +29,6 @@ JOBS = 12_000
 AT_ONCE = 10
 
 fleet = made_fleet
-
-
-@pytest.fixture(scope="module")
-def kafka() -> Iterator[EmbeddedKafka]:
-    """A broker of this module's own."""
-    with EmbeddedKafka() as broker:
-        yield broker
 
 
 @pytest.fixture(scope="module")

@@ -35,13 +35,6 @@ PARTITIONS = 4
 TERMINAL = {"JobSucceeded", "JobFailed", "JobCancelled", "JobExpired"}
 
 
-@pytest.fixture(scope="module")
-def kafka() -> Iterator[EmbeddedKafka]:
-    """A broker of this module's own."""
-    with EmbeddedKafka() as broker:
-        yield broker
-
-
 @pytest.fixture
 def fleet(kafka: EmbeddedKafka, tmp_path: Path) -> Iterator[Fleet]:
     """A namespace with its topics and no process yet."""

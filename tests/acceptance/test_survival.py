@@ -15,7 +15,7 @@ import sys
 import time
 import uuid
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -35,13 +35,6 @@ SEED = os.environ.get("CHAOS_SEED") or uuid.uuid4().hex[:8]
 BEYOND_SESSION_S = 9.0
 OUTAGE_S = 10.0
 OPTIONS: dict[str, tuple[str, ...]] = {"worker": ("--concurrency", "50"), "coordinator": (), "materializer": ()}
-
-
-@pytest.fixture(scope="module")
-def kafka() -> Iterator[EmbeddedKafka]:
-    """A broker of this module's own: it is stopped and started."""
-    with EmbeddedKafka() as broker:
-        yield broker
 
 
 class Service:

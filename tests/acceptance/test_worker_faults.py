@@ -38,13 +38,6 @@ UNACKNOWLEDGED = UNACKNOWLEDGED_LIMIT // 2
 Release = tuple[str, int, int]
 
 
-@pytest.fixture(scope="module")
-def kafka() -> Iterator[EmbeddedKafka]:
-    """A broker of this module's own."""
-    with EmbeddedKafka() as broker:
-        yield broker
-
-
 @pytest.fixture
 def fleet(kafka: EmbeddedKafka, tmp_path: Path) -> Iterator[Fleet]:
     """A namespace with its topics and no process yet."""

@@ -22,11 +22,12 @@ from jobledger import (
     StoreError,
     TopicMissing,
 )
-from jobledger.context import JobContext, enter
+from jobledger.context import enter
 from jobledger.kafka.topics import ensure
 from jobledger.log import LogReader, decoder, recorded
 from jobledger.schemas.events import JobSubmitted, Recorded
 from jobledger.task import Task
+from tests.running_job import running_job
 
 pytestmark = pytest.mark.kafka
 
@@ -177,22 +178,6 @@ def test_bad_arguments_fail_before_anything_connects(namespace: str) -> None:
     assert app._client is None
 
 
-def inside(job_id: str) -> JobContext:
-    """A running job."""
-    return JobContext(
-        job_id=job_id,
-        task="parent",
-        queue="mail",
-        run=1,
-        attempt=1,
-        release=1,
-        tags={},
-        parent=None,
-        trace=None,
-        report=lambda *_: None,
-    )
-
-
 def test_a_rerun_of_a_job_submits_the_same_children(app: App) -> None:
     """Jobs submitted inside a job have ids of their parent's making, so a rerun adds none; they name their parent."""
     task = app.tasks["send_mail"]
@@ -200,7 +185,7 @@ def test_a_rerun_of_a_job_submits_the_same_children(app: App) -> None:
     ids = []
     try:
         for _ in range(2):
-            enter(inside(parent))
+            enter(running_job(parent))
             ids.append([task.submit("a").job_id, task.submit("a").job_id, task.submit("b").job_id])
     finally:
         enter(None)
@@ -215,7 +200,7 @@ def test_waiting_inside_a_job_is_refused(app: App) -> None:
     """A job that waits for another of its pool would wait for ever once the pool is full of such jobs."""
     handle = app.tasks["send_mail"].submit("a")
     try:
-        enter(inside(handle.job_id))
+        enter(running_job(handle.job_id))
         with pytest.raises(ResultInsideJob, match="refused"):
             handle.result(timeout=1)
     finally:

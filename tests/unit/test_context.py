@@ -14,6 +14,7 @@ from jobledger.consumers.frames import Progress, Splitter, decode_said, frame
 from jobledger.context import JobContext
 from jobledger.schemas import codec
 from jobledger.schemas.events import JobEvent, JobProgressed
+from tests.running_job import running_job
 
 JOB = "01890a5d-ac96-774b-bcce-b302099a8057"
 MOST = (1 << 63) - 1
@@ -22,18 +23,7 @@ MOST = (1 << 63) - 1
 def context(told: list[JobProgressed] | None = None) -> JobContext:
     """A job's, whose reports are kept in ``told``."""
     kept: list[JobProgressed] = [] if told is None else told
-    return JobContext(
-        job_id=JOB,
-        task="t",
-        queue="q",
-        run=1,
-        attempt=1,
-        release=1,
-        tags={},
-        parent=None,
-        trace=None,
-        report=lambda job, said: kept.append(said),
-    )
+    return running_job(JOB, "t", lambda job, said: kept.append(said))
 
 
 @pytest.mark.parametrize(

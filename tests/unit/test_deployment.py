@@ -18,14 +18,12 @@ import typer
 from jobledger.cli import running
 from jobledger.cli.main import cli, main
 from jobledger.consumers.options import WorkerOptions
-from jobledger.consumers.worker import CLOSING_S, MARGIN_S
+from jobledger.consumers.worker import LEAVING_S
 from tests import promtool
 
 yaml = pytest.importorskip("yaml")
 
 ROOT = Path(__file__).resolve().parents[2]
-#: Seconds that a worker may take beyond its grace time.
-LEAVING_S = 1.0 + CLOSING_S + MARGIN_S
 
 
 def entrypoint() -> list[str]:
