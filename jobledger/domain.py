@@ -10,6 +10,7 @@ import dataclasses
 import inspect
 import io
 import json
+import math
 import uuid
 from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, Literal
@@ -71,8 +72,8 @@ class EventType:
         start: Start | None = None,
     ) -> None:
         check_name("event", name)
-        if retention_days is not None and not retention_days > 0:
-            raise ConfigError(f"event {name!r}: retention_days={retention_days!r} is not a number above 0")
+        if retention_days is not None and not 0 < retention_days < math.inf:
+            raise ConfigError(f"event {name!r}: retention_days={retention_days!r} is no number of days above 0")
         self.retention_days = retention_days
         if format not in FORMATS:
             raise ConfigError(f"event {name!r}: format={format!r} is none of {', '.join(FORMATS)}")
@@ -132,13 +133,15 @@ class EventType:
 
         ``lookup``: the schema's text for a fingerprint that was not seen before, None if it is published nowhere;
         ``by_id``: the same for the id in a Schema Registry's frame, as of `jobledger.lookup.SchemaLookup`.
+        Raises `IncompatibleEvent` for what a later form of this class wrote that this one cannot read: it is an event,
+        and must not be passed over as garbage.
         """
         if value is None:
             raise NotAnEvent("the record has no value")
         if self.format == "json":
             try:
                 found = msgspec.json.decode(value)
-            except msgspec.DecodeError as exc:
+            except (msgspec.DecodeError, RecursionError) as exc:  # the latter for [[[[…
                 raise NotAnEvent(f"no JSON: {exc}") from exc
             if not isinstance(found, dict):
                 raise NotAnEvent("the JSON is no object")
@@ -178,6 +181,8 @@ class EventType:
             written = json.loads(text)
             if not isinstance(written, dict) or written.get("type") != "record":
                 raise NotAnEvent(f"schema {head.hex()} is no record")
+            if not self.foreign and _fullname(written) == self.fullname:
+                check_evolution(self.name, self.schema, {head.hex(): text})
             ours = json.loads(self.schema)
             return fastavro.parse_schema({**written, "name": ours["name"], "namespace": ours["namespace"]})
         except (ValueError, fastavro.schema.SchemaParseException) as exc:
@@ -205,8 +210,15 @@ class Handler:
         return str(uuid.uuid5(uuid.UUID(event_id), self.task.name))
 
     def args(self, plain: Mapping[str, Any]) -> bytes:
-        """The job's arguments for an event's plain values."""
-        return msgspec.json.encode({self.parameter: plain})
+        """The job's arguments for an event's plain values. Raises `NotAnEvent` for values nested too deeply."""
+        try:
+            return msgspec.json.encode({self.parameter: plain})
+        except RecursionError as exc:
+            raise NotAnEvent(f"its values cannot be arguments of a job: {exc}") from exc
+
+
+def _fullname(schema: Mapping[str, Any]) -> str:
+    return f"{schema.get('namespace')}.{schema.get('name')}"
 
 
 def earlier_of(kind: EventType, known: Mapping[bytes, str]) -> dict[str, str]:
@@ -214,7 +226,7 @@ def earlier_of(kind: EventType, known: Mapping[bytes, str]) -> dict[str, str]:
     found: dict[str, str] = {}
     for mark, text in known.items():
         head = json.loads(text)
-        if isinstance(head, dict) and f"{head.get('namespace')}.{head.get('name')}" == kind.fullname:
+        if isinstance(head, dict) and _fullname(head) == kind.fullname:
             found[mark.hex()] = text
     found.pop(kind.fingerprint.hex(), None)
     return found

@@ -30,6 +30,12 @@ LOG = logging.getLogger("jobledger.lifecycle")
 COMMIT_S = 1.0
 #: Records fetched at once, and seconds that are waited for the first of them.
 BATCH, POLL_S = 500, 0.2
+#: What does not pass by itself.
+HOPELESS = (
+    KafkaError.UNKNOWN_TOPIC_OR_PART,
+    KafkaError.TOPIC_AUTHORIZATION_FAILED,
+    KafkaError.GROUP_AUTHORIZATION_FAILED,
+)
 
 
 class LifecycleStream:
@@ -151,6 +157,7 @@ class LifecycleStream:
                 found = recorded(message, self._decode)
             except UnknownFact as exc:
                 self._current = None
+                self._fetched.appendleft(message)  # who asks again gets the same answer, not the record after it
                 raise UnknownFact(exc.fact, f"{where} carries the fact {exc.fact!r}: upgrade this reader") from exc
             except SchemaError as exc:
                 self.skipped += 1
@@ -187,15 +194,11 @@ class LifecycleStream:
             batch = [] if first is None else [first, *consumer.consume(BATCH - 1, 0)]
         except KafkaException as exc:
             raise translate(exc.args[0], self._settings, "reading the lifecycle", join(self._group)) from exc
+        # First all that is good: what was fetched beside an error comes no second time.
+        self._fetched.extend(message for message in batch if message.error() is None)
         for message in batch:
             error = message.error()
-            if error is None:
-                self._fetched.append(message)
-            elif error.fatal() or error.code() in (
-                KafkaError.UNKNOWN_TOPIC_OR_PART,
-                KafkaError.TOPIC_AUTHORIZATION_FAILED,
-                KafkaError.GROUP_AUTHORIZATION_FAILED,
-            ):
+            if error is not None and (error.fatal() or error.code() in HOPELESS):
                 topic = error_topic(message, self._topics)
                 raise translate(error, self._settings, f"reading {topic}", read(topic), join(self._group))
         if not batch:

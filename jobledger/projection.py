@@ -31,7 +31,7 @@ class Where(NamedTuple):
 
 
 #: A row before (None: there is none), the event or `Recorded` fact, and, if it is asked for, where that stands; the row
-#: after, None to delete it.
+#: after, None to delete it. A column that the row after leaves out keeps its value, a new row's its default or NULL.
 Fold = Callable[..., Mapping[str, Any] | None]
 
 
@@ -72,6 +72,14 @@ class Projection:
             raise ConfigError(
                 f"projection {name!r}: table {table.name!r} has no primary key, so no row could be found again"
             )
+        for column in table.columns:
+            made = column.default is not None and not column.default.is_scalar
+            if made or column.server_default is not None or column.onupdate is not None:
+                raise ConfigError(
+                    f"projection {name!r}: column {table.name}.{column.name} has a value that is made elsewhere "
+                    "(server_default, computed, onupdate, or a function as default): a fold of the same log would not come "
+                    "to the same; give it a plain default=…, or let the fold name it"
+                )
         if table.name.startswith(RESERVED):
             raise ConfigError(f"projection {name!r}: table names that begin with {RESERVED!r} are Jobledger's own")
         if start is not None and start.tzinfo is None:

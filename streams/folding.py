@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import copy
+import datetime as dt
 import logging
+import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from decimal import Decimal
+from types import NoneType
 from typing import Any
 
 from confluent_kafka import Message
@@ -28,6 +33,9 @@ LOG = logging.getLogger("jobledger.projection")
 
 #: Keys asked for in one statement.
 KEYS_A_QUERY = 400
+
+#: Types whose values nobody can change in place.
+_PLAIN = {NoneType, bool, int, float, str, bytes, Decimal, dt.datetime, dt.date, uuid.UUID}
 
 Key = tuple[Any, ...]
 #: (key, event or `Recorded`, where it stands)
@@ -113,6 +121,10 @@ class Reading:
         return key
 
 
+def _copied(row: dict[str, Any]) -> dict[str, Any]:
+    return dict(row) if _PLAIN.issuperset(map(type, row.values())) else copy.deepcopy(row)
+
+
 class Folding:
     """A fold into one table: the live one, or a copy of it for `verify` and `rebuild`."""
 
@@ -121,19 +133,29 @@ class Folding:
         self._keys = list(table.primary_key.columns)
         self._names = [column.name for column in table.columns]
         self._key_names = [column.name for column in self._keys]
+        # Of a row that is made: a column that a fold does not name. `Projection` refuses defaults of other kinds.
+        self._defaults = {
+            column.name: None if column.default is None else column.default.arg  # type: ignore[attr-defined]
+            for column in table.columns
+            if column.default is not None or column.nullable
+        }
 
     def apply(self, db: Connection, items: Sequence[Item]) -> None:
         """Fold items in their order: rows are read once and written once a batch. Raises `JobledgerError` naming the
         record at which the fold failed, or of which a key or row has a value that its column does not take."""
         at = {key: where.position for key, _, where in items}
         with self._fitting(db, at, {key: dict(zip(self._key_names, key, strict=True)) for key in at}):
-            before = self._rows(db, list(at))
-        after = dict(before)
+            before = self._rows(db, list(at), at)
+        # A fold may change the row that it is given: what was read is kept apart, to be compared with.
+        after = {key: row and _copied(row) for key, row in before.items()}
         fold, wants_where, names = self._projection.fold, self._projection.wants_where, self._key_names
         for key, found, where in items:
+            row = after[key]
+            # What a fold leaves out keeps what it was: within a batch as well as from one to the next.
+            kept = _copied(self._defaults) if row is None else row
             try:
-                row = fold(after.get(key), found, where) if wants_where else fold(after.get(key), found)
-                after[key] = None if row is None else {**row, **dict(zip(names, key, strict=True))}
+                made = fold(row, found, where) if wants_where else fold(row, found)
+                after[key] = None if made is None else {**kept, **made, **dict(zip(names, key, strict=True))}
             except PERSONS as exc:
                 raise failed(self._projection, "fold", where.position, exc) from exc
         changed = {key: row for key, row in after.items() if row is not None and row != before.get(key)}
@@ -166,14 +188,23 @@ class Folding:
                         raise failed(self._projection, what, at[key], why) from why
             raise failed(self._projection, "batch", next(iter(at.values())), exc) from exc
 
-    def _rows(self, db: Connection, keys: list[tuple[Any, ...]]) -> dict[tuple[Any, ...], dict[str, Any] | None]:
-        found: dict[tuple[Any, ...], dict[str, Any] | None] = dict.fromkeys(keys)
+    def _rows(self, db: Connection, keys: list[Key], at: Mapping[Key, Position]) -> dict[Key, dict[str, Any] | None]:
+        found: dict[Key, dict[str, Any] | None] = dict.fromkeys(keys)
         width = len(self._keys)
         for first in range(0, len(keys), KEYS_A_QUERY):
             some = keys[first : first + KEYS_A_QUERY]
             wanted = self._keys[0].in_([k[0] for k in some]) if width == 1 else tuple_(*self._keys).in_(some)
             for row in db.execute(select(self.table).where(wanted)).mappings():
-                found[tuple(row[name] for name in self._key_names)] = dict(row)
+                key = tuple(row[name] for name in self._key_names)
+                if key not in found:  # its row would be folded from nothing, again and again
+                    raise failed(
+                        self._projection,
+                        "key=",
+                        at[some[0]],
+                        f"the database keeps one of {len(some)} keys like {some[0]!r} as {key!r}: give keys of the types of "
+                        f"{', '.join(map(repr, self._keys))}",
+                    )
+                found[key] = dict(row)
         return found
 
     def _write(self, db: Connection, rows: list[dict[str, Any]]) -> None:

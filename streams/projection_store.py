@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import sqlite3
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +27,7 @@ from sqlalchemy import (
 from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 
 from jobledger.errors import ConfigError, StoreError, StoreUnavailable
+from jobledger.kafka.jars import locked
 from jobledger.projection import RESERVED
 from jobledger.streams.store.address import shown
 
@@ -103,6 +107,30 @@ class ProjectionStore:
                 db.execute(select(func.pg_advisory_xact_lock(_MAKING)))
             for table in tables:
                 table.create(db, checkfirst=True)
+
+    @contextmanager
+    def alone(self, name: str, what: str) -> Iterator[None]:
+        """Hold ``name`` in this database, among all processes; whoever dies gives it back. Raises `StoreError` if another
+        has it. ``what``: for people."""
+        busy = StoreError(f"{what} is under way in another process: wait until it has ended")
+        if self._address is None:
+            path = Path(self._url.removeprefix("sqlite:///"))
+            try:
+                with locked(path.with_name(f"{path.name}.{name}.lock"), timeout=0):
+                    yield
+            except TimeoutError as exc:
+                raise busy from exc
+            return
+        number = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8]) >> 1
+        with self.engine.connect() as db:
+            if not db.execute(select(func.pg_try_advisory_lock(number))).scalar_one():
+                raise busy
+            db.commit()  # the lock is the session's
+            try:
+                yield
+            finally:
+                db.execute(select(func.pg_advisory_unlock(number)))
+                db.commit()
 
     def close(self) -> None:
         """Give the connections back."""

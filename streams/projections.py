@@ -185,13 +185,21 @@ class Runner:
             look_at = time.monotonic() + LOOK_S
             while not stop.is_set():
                 if not until_end and time.monotonic() >= look_at:
+                    self._patiently(stop, lambda: self._undisturbed(known))
                     places = self._join_new(consumer, places, known)
                     look_at = time.monotonic() + LOOK_S
                 if until_end and not _open(consumer, ends, known):
+                    self._patiently(stop, lambda: self._undisturbed(known))
                     return
                 messages = _fetch(consumer, self.settings)
                 if messages:
                     self._patiently(stop, lambda batch=messages: self._transaction(folding, known, batch))  # type: ignore[misc]
+
+    def _undisturbed(self, known: Mapping[Place, int]) -> None:
+        """Raise `Overtaken` if a rebuild has put the offsets elsewhere: on a quiet partition no record would tell."""
+        with self._engine.begin() as db:
+            if self.offsets(db) != known:
+                raise Overtaken(f"another process has moved the offsets of projection {self.projection.name}")
 
     def _join_new(self, consumer: Consumer, places: Sequence[Place], known: Mapping[Place, int]) -> list[Place]:
         """Read partitions, too, that were added meanwhile; the partitions that are read."""
@@ -221,6 +229,14 @@ class Runner:
 
     def _transaction(self, folding: Folding, known: dict[Place, int], messages: Sequence[Message]) -> None:
         after = _ends_of(messages)
+        for message in messages:
+            if (message.offset() or 0) < known.get(_place(message), 0):
+                raise JobledgerError(
+                    f"projection {self.projection.name} was folded up to offset {known[_place(message)]} of "
+                    f"{message.topic()}[{message.partition()}], which now gives offset {message.offset()}: the topic was cut "
+                    f"or made anew. Nothing was folded twice; `jobledger projections rebuild {self.projection.name}` folds "
+                    "what is there now"
+                )
         with self._engine.begin() as db:
             self._move(db, known, after)
             items = list(self._reading.items(messages))
@@ -241,10 +257,10 @@ class Runner:
         with self._store.begin_snapshot() as db:
             ends = self.offsets(db)
             live, rows = _digest(db, self.projection.table)
-        copy, records, trimmed = self._fold_again(ends, stop, tell, "verify")
-        with self._engine.begin() as db:
-            again, _ = _digest(db, copy)
-            copy.drop(db)
+        with self._copying("verify") as copy:
+            records, trimmed = self._fold_again(copy, ends, stop, tell, "verify")
+            with self._engine.begin() as db:
+                again, _ = _digest(db, copy)
         took = time.monotonic() - began
         equal = True if again == live else None if trimmed else False
         return Checked(self.projection.name, equal, rows, records, self.unreadable, again, live, took, trimmed)
@@ -269,20 +285,18 @@ class Runner:
         if not from_what_is_left:
             self._refuse(self._trimmed(places))
         ends = self._ends(places)
-        copy, records, trimmed = self._fold_again(ends, stop, tell, "rebuild")
-        if trimmed and not from_what_is_left:  # meanwhile, or told by the records only
-            with self._engine.begin() as db:
-                copy.drop(db)
-            self._refuse(trimmed)
         table = self.projection.table
-        with self._engine.begin() as db:
-            live, _ = _digest(db, table)
-            db.execute(delete(offsets_table).where(self._mine))
-            self._move(db, {}, ends)
-            db.execute(delete(table))
-            db.execute(table.insert().from_select([c.name for c in copy.columns], select(copy)))
-            made, rows = _digest(db, table)
-            copy.drop(db)
+        with self._copying("rebuild") as copy:
+            records, trimmed = self._fold_again(copy, ends, stop, tell, "rebuild")
+            if not from_what_is_left:  # meanwhile, or told by the records only
+                self._refuse(trimmed)
+            with self._engine.begin() as db:
+                live, _ = _digest(db, table)
+                db.execute(delete(offsets_table).where(self._mine))
+                self._move(db, {}, ends)
+                db.execute(delete(table))
+                db.execute(table.insert().from_select([c.name for c in copy.columns], select(copy)))
+                made, rows = _digest(db, table)
         took = time.monotonic() - began
         return Checked(self.projection.name, None, rows, records, self.unreadable, made, live, took, trimmed)
 
@@ -294,17 +308,32 @@ class Runner:
                 "what is left all the same"
             )
 
-    def _fold_again(
-        self, ends: Mapping[Place, int], stop: threading.Event, tell: Callable[[int, int], None], why: str
-    ) -> tuple[Table, int, list[str]]:
-        """The log up to ``ends``, folded into a new table of its own; how many records that were; and what is missing."""
+    @contextmanager
+    def _copying(self, why: str) -> Iterator[Table]:
+        """An empty table like the projection's, gone afterwards. Raises `StoreError` while another process has it."""
         copy = self.projection.table.to_metadata(MetaData(), name=f"{RESERVED}{self.projection.name}_{why}")
         copy.indexes.clear()
         for constraint in copy.constraints:
             constraint.name = None  # in PostgreSQL it is an index's name, and the live table has it
-        with self._engine.begin() as db:
-            copy.drop(db, checkfirst=True)
-            copy.create(db)
+        with self._store.alone(copy.name, f"a {why} of projection {self.projection.name}"):
+            with self._engine.begin() as db:
+                copy.drop(db, checkfirst=True)  # of one that was killed
+                copy.create(db)
+            try:
+                yield copy
+            finally:
+                with self._engine.begin() as db:
+                    copy.drop(db, checkfirst=True)
+
+    def _fold_again(
+        self,
+        copy: Table,
+        ends: Mapping[Place, int],
+        stop: threading.Event,
+        tell: Callable[[int, int], None],
+        why: str,
+    ) -> tuple[int, list[str]]:
+        """The log up to ``ends``, folded into ``copy``; how many records that were; and what is missing."""
         begin = self._lows(ends)
         at, orders = dict(begin), 0
         folding, total, done = Folding(self.projection, copy), sum(ends.values()), 0
@@ -329,7 +358,7 @@ class Runner:
         gone = ends[control] - begin[control] - orders if control in ends else 0
         if gone > 0:  # a later order takes an earlier one's place there
             trimmed.append(f"{self.names.control} is compacted: {gone} of its records are gone")
-        return copy, done, trimmed
+        return done, trimmed
 
 
 def _place(message: Message) -> Place:
