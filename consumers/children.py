@@ -186,6 +186,19 @@ class Children:
         for words in self._heard:
             words.close()
 
+    def abandon(self) -> None:
+        """End every child and the nursery at once, without the loop: it has ended."""
+        self._closing = True
+        for child in list(self._all):
+            child.kill()
+        if self._nursery is not None:
+            self._nursery.kill()
+            self._nursery.wait()
+            self._nursery = None
+        if self._control is not None:
+            self._control.close()
+            self._control = None
+
     # -- the nursery --------------------------------------------------------------------------------------------------
 
     def _start_nursery(self) -> None:

@@ -143,13 +143,14 @@ class Worker:
                 try:
                     runner.run(self._main(sender))
                 except BaseException as exc:
-                    self._give_up_running()
-                    if not isinstance(exc, SystemExit | RuntimeError):
-                        raise
-                    raise JobledgerError(
+                    error = JobledgerError(
                         f"the worker's event loop was ended from within ({exc!r}): a job stopped it, or raised SystemExit in "
                         "a task of its own. What ran is run again elsewhere"
-                    ) from exc
+                    )
+                    self._give_up_running(error, sender)
+                    if not isinstance(exc, SystemExit | RuntimeError):
+                        raise
+                    raise error from exc
         finally:
             self.ended.set()
             self._threads.shutdown(wait=False)
@@ -159,14 +160,26 @@ class Worker:
             return EXIT_OK
         return EXIT_DENIED if isinstance(self.error, AccessDenied) else EXIT_BROKEN
 
-    def _give_up_running(self) -> None:
-        """The loop has ended: what runs is cancelled with it. Nobody asked for that, so it is no outcome of theirs."""
-        if self.settler is not None:
-            self.settler.broken = True
-        if self.dispatcher is not None:
-            self.dispatcher.starter.accepting = False
-            for work in list(self.dispatcher.running):
+    def _give_up_running(self, error: JobledgerError, sender: Sender) -> None:
+        """The loop has ended: what runs is cancelled with it. Nobody asked for that, so it is no outcome of theirs. What
+        runs beside the loop is ended here, or this process would go on holding its partitions for as long as it lives."""
+        self._loop = None
+        dispatcher = self.dispatcher
+        if dispatcher is not None:
+            dispatcher.starter.accepting = False
+            for work in list(dispatcher.running):
                 work.abandoned = True
+        self.fail(error)
+        for each in (self.takeover, self.control):
+            if each is not None:
+                each.close()
+        if self.children is not None:
+            self.children.abandon()
+        if self.settler is not None:
+            self._close_rest(self.settler, sender)
+        if dispatcher is not None:
+            dispatcher.executor.close()
+            dispatcher.close()
 
     # -- start ----------------------------------------------------------------------------------------------------
 

@@ -175,7 +175,9 @@ class Runner:
         with _consumer(self.settings) as consumer:
             places = self._places()
             ends = self._ends(places) if until_end else {}
-            for place, low in self._lows(known).items():
+            for place, (low, high) in self._watermarks(known).items():
+                if known[place] > high:
+                    raise self._went_back(place, known[place], f"ends at {high}")
                 if known[place] < low:
                     LOG.error(
                         "projection %s: %s[%d] was trimmed up to %d before %d records of it were folded: they are lost",
@@ -214,14 +216,22 @@ class Runner:
             consumer.incremental_assign([TopicPartition(t, p, known.get((t, p), OFFSET_BEGINNING)) for t, p in new])
         return [*places, *new]
 
-    def _ends(self, places: Sequence[Place]) -> dict[Place, int]:
+    def _watermarks(self, places: Iterable[Place]) -> dict[Place, tuple[int, int]]:
         with LogReader(self.settings) as reader:
-            found = {place: reader.watermarks(*place) for place in places}
-        return {place: high for place, (low, high) in found.items() if high > low}
+            return {place: reader.watermarks(*place) for place in places}
+
+    def _ends(self, places: Sequence[Place]) -> dict[Place, int]:
+        return {place: high for place, (low, high) in self._watermarks(places).items() if high > low}
 
     def _lows(self, places: Iterable[Place]) -> dict[Place, int]:
-        with LogReader(self.settings) as reader:
-            return {place: reader.watermarks(*place)[0] for place in places}
+        return {place: low for place, (low, _) in self._watermarks(places).items()}
+
+    def _went_back(self, place: Place, known: int, now: str) -> JobledgerError:
+        name = self.projection.name
+        return JobledgerError(
+            f"projection {name} was folded up to offset {known} of {place[0]}[{place[1]}], which now {now}: the topic was cut "
+            f"or made anew. Nothing was folded twice; `jobledger projections rebuild --name {name}` folds what is there now"
+        )
 
     def _trimmed(self, places: Iterable[Place]) -> list[str]:
         """Those of the places that do not begin with their first record, for people."""
@@ -230,13 +240,9 @@ class Runner:
     def _transaction(self, folding: Folding, known: dict[Place, int], messages: Sequence[Message]) -> None:
         after = _ends_of(messages)
         for message in messages:
-            if (message.offset() or 0) < known.get(_place(message), 0):
-                raise JobledgerError(
-                    f"projection {self.projection.name} was folded up to offset {known[_place(message)]} of "
-                    f"{message.topic()}[{message.partition()}], which now gives offset {message.offset()}: the topic was cut "
-                    f"or made anew. Nothing was folded twice; `jobledger projections rebuild {self.projection.name}` folds "
-                    "what is there now"
-                )
+            place, offset = _place(message), message.offset() or 0
+            if offset < known.get(place, 0):
+                raise self._went_back(place, known[place], f"gives offset {offset}")
         with self._engine.begin() as db:
             self._move(db, known, after)
             items = list(self._reading.items(messages))

@@ -196,6 +196,10 @@ def test_garbage_is_passed_and_an_unknown_fact_is_not(app: App) -> None:
     for _ in range(2):
         with pytest.raises(UnknownFact, match="upgrade"), app.lifecycle("audit", timeout=3.0) as stream:
             list(stream)
+        with app.lifecycle("audit", timeout=3.0) as stream:
+            for _ in range(2):  # asking the same one again does not get past it
+                with pytest.raises(UnknownFact, match="upgrade"):
+                    list(stream)
 
 
 def test_options_that_mean_nothing_are_refused(app: App) -> None:

@@ -175,6 +175,70 @@ class Renumbered:
     number: str
 
 
+def test_a_runner_notices_a_rebuild_though_no_record_comes(app: App, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A rebuild to an earlier end puts rows and offsets back under a process that has folded more."""
+    monkeypatch.setattr("jobledger.streams.projections.LOOK_S", 0.5)
+    events, stop = emit(app, 50), threading.Event()
+    folded(app)
+    earlier = dict(enumerate(ends_of(app, app.events["Happened"].topic)))
+    events += emit(app, 50, 50)
+    with closing(runner_of(app)) as live, closing(runner_of(app)) as other:
+        thread = threading.Thread(target=live.run, args=(stop,))
+        thread.start()
+        try:
+            until(lambda: said(rows(app)) == wanted(events))
+            topic = app.events["Happened"].topic
+            monkeypatch.setattr(other, "_ends", lambda places: {(topic, p): end for p, end in earlier.items()})
+            assert other.rebuild(threading.Event()).records == 50
+            until(lambda: said(rows(app)) == wanted(events))
+        finally:
+            stop.set()
+            thread.join(30)
+
+
+def test_of_two_rebuilds_at_once_one_is_refused(app: App) -> None:
+    """They would fold into one copy; the table is whole, and the next rebuild may run."""
+    events = emit(app, 50)
+    folded(app)
+    met: list[JobledgerError] = []
+
+    def second(done: int, total: int) -> None:
+        with closing(runner_of(app)) as other:
+            assert other.verify(threading.Event()).equal is True  # has a copy of its own
+            with pytest.raises(StoreError, match="rebuild of projection count_by_user is under way") as refused:
+                other.rebuild(threading.Event())
+            met.append(refused.value)
+
+    with closing(runner_of(app)) as first:
+        first.rebuild(threading.Event(), second)
+        assert met
+        first.rebuild(threading.Event())
+    assert said(rows(app)) == wanted(events)
+
+
+def test_a_topic_that_begins_anew_is_not_folded_twice(app: App) -> None:
+    """Its offsets are below what was folded: the projection says so, and a rebuild mends it."""
+    emit(app, 60)
+    folded(app)
+    topic, client = app.events["Happened"].topic, admin(app.settings)
+    for future in client.delete_topics([topic], operation_timeout=20).values():
+        future.result(timeout=20)
+    until(lambda: topic not in client.list_topics(timeout=10).topics)
+    time.sleep(1.0)
+    with closing(App(app.names.namespace, settings=app.settings, partitions=3)) as again:
+        again.event(key="user")(Happened)
+        ensure(again, again.settings)
+        again.emit_many(events := [Happened(f"user-{n % 17}", n) for n in range(20)])
+    before = rows(app)
+    with closing(runner_of(app)) as runner:
+        for until_end in (True, False):
+            with pytest.raises(JobledgerError, match=r"Happened\[\d\], which now ends at \d.*projections rebuild"):
+                runner.run(threading.Event(), until_end=until_end)
+        assert rows(app) == before
+        runner.rebuild(threading.Event())
+    assert said(rows(app)) == wanted(events)
+
+
 def test_a_class_that_cannot_read_what_was_written_folds_nothing(app: App) -> None:
     """Its events would be passed over as garbage, by every fold alike; so it neither runs, nor verifies, nor rebuilds."""
     events = emit(app, 30)
@@ -205,6 +269,11 @@ def trim(app: App, topic: str, left: int) -> list[str]:
     for future in client.delete_records(wanted).values():
         future.result(timeout=20)
     return [f"{topic}[{each.partition}] begins at {each.offset}" for each in wanted if each.offset]
+
+
+def ends_of(app: App, topic: str) -> list[int]:
+    with LogReader(app.settings) as log:
+        return [log.watermarks(topic, p)[1] for p in range(partitions_of(app.settings, topic))]
 
 
 def cli(app: App, *words: str) -> subprocess.CompletedProcess[str]:

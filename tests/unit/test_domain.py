@@ -7,6 +7,7 @@ import decimal
 import enum
 import io
 import json
+import math
 import uuid
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -282,7 +283,8 @@ def test_what_avro_cannot_say_is_refused_with_its_name(cls: type[Any]) -> None:
 @pytest.mark.parametrize(
     ("options", "said"),
     [({"key": "nope"}, "no field"), ({"format": "json"}, "topic="), ({"format": "xml", "topic": "t"}, "none of"),
-     ({"name": "a.b"}, "not usable"), ({"retention_days": 0}, "above 0"), ({"start": "now"}, "neither 'earliest'")],
+     ({"name": "a.b"}, "not usable"), ({"retention_days": 0}, "above 0"), ({"retention_days": math.inf}, "above 0"),
+     ({"start": "now"}, "neither 'earliest'")],
 )  # fmt: skip
 def test_options_that_cannot_hold_are_refused(options: dict[str, Any], said: str) -> None:
     with pytest.raises(ConfigError, match=said):
@@ -297,6 +299,9 @@ def test_values_that_do_not_fit_are_refused_before_anything_is_sent(bad: Any) ->
 
 def renamed(cls: type[Any], name: str = "Shipped") -> EventType:
     return kind_of(cls, name=name)
+
+
+EARLIER = kind_of(Shipped)
 
 
 @dataclass
@@ -334,6 +339,17 @@ def test_a_later_class_reads_what_an_earlier_one_wrote_and_the_other_way_round()
     assert earlier.decode(value, texts_by.get) == {"order_id": "b", "weight": 1.5}
     with pytest.raises(UnknownSchema):
         kind_of(Shipped).decode(value, lambda mark: None)
+
+
+def test_what_a_later_form_wrote_and_this_one_cannot_read_is_no_garbage() -> None:
+    """It appears while an earlier form is being read; it must stop the reader, not be passed over."""
+    later = renamed(WithAnother)
+    value, _ = later.encode(WithAnother(5))
+    for _ in range(2):
+        with pytest.raises(IncompatibleEvent, match=later.fingerprint.hex()):
+            EARLIER.decode(value, {later.fingerprint: later.schema}.get)
+    with pytest.raises(NotAnEvent):  # another's: nothing was promised about it
+        kind_of(Shipped, topic="warehouse.shipped").decode(value, {later.fingerprint: later.schema}.get)
 
 
 @pytest.mark.parametrize(
@@ -473,6 +489,9 @@ def test_json_of_others_is_read_by_the_same_class() -> None:
     """An object is taken; what else is JSON is none."""
     kind = kind_of(Shipped, topic="warehouse.shipped", format="json")
     assert kind.decode(b'{"order_id": "a", "weight": 1.0}', lambda mark: None) == {"order_id": "a", "weight": 1.0}
+    for nested in (b"[" * 100_000, b'{"a":' * 100_000):
+        with pytest.raises(NotAnEvent, match="no JSON"):
+            kind.decode(nested, lambda mark: None)
     for value in (b"[1]", b"{", b"7"):
         with pytest.raises(NotAnEvent):
             kind.decode(value, lambda mark: None)
