@@ -112,6 +112,8 @@ def test_a_long_job_outlives_what_happens_to_others(fleet: Fleet, task: str, say
     for coordinator in fleet.of("coordinator") * 2:
         fleet.kill(coordinator)
         fleet.tend()
+        # Before it serves, it does not listen to signals, either.
+        fleet.until(lambda: "serves" in other.output().rpartition("--- life ")[2], 30.0, "another worker that serves")
         assert fleet.stop(other) == 0
         fleet.restart(other)
         time.sleep(2.0)
