@@ -204,7 +204,7 @@ class Intake:
             and found is None
             and not (partition.scanned_to and (key in partition.starts or key in partition.held))
             and self._lines.crowded(partition)
-            and self._deferred(partition, offset, appended, event, spec, now)
+            and self._deferred(partition, message, event, spec, now)
         ):
             return
         work = Work(partition, offset, event, self._arrived)
@@ -247,9 +247,7 @@ class Intake:
         else:
             self._start(work, now)
 
-    def _deferred(
-        self, partition: Partition, offset: int, appended: int, event: JobEvent, spec: JobSpec, now: float
-    ) -> bool:
+    def _deferred(self, partition: Partition, message: Message, event: JobEvent, spec: JobSpec, now: float) -> bool:
         """Whether the job was put down in its line as a bare record. Not if it may have taken a process down, and not
         if it is to be set aside."""
         stage, plan = self._stages[partition.topic], self._plans.get(event.task)
@@ -263,13 +261,17 @@ class Intake:
             if plan.gates and self._lines.half_full(partition) and closed_gate(plan.gates, now) is not None:
                 return False
             identity = _of_tenant(tenant, plan)
-        one = Deferred(offset, appended, codec.encode(event), plan, offset < partition.careful)
+        offset, value = message.offset() or 0, message.value()
+        # As it came, unless only others can read that, or its expiry has become a time.
+        if not isinstance(value, bytes) or not value.startswith(_OWN) or spec.expires_at is not None:
+            value = codec.encode(event)
+        one = Deferred(offset, message.timestamp()[1], value, plan, offset < partition.careful)
         self._lines.defer(partition, identity, one, serial=event.key is not None, tenant=tenant)
         return True
 
     def revive(self, partition: Partition, one: Deferred) -> Work | None:
         """The job of a record that was put down; None if its arguments do not fit: it has failed."""
-        event = codec.decode(one.value)
+        event = plain_submission(one.value) or codec.decode(one.value)
         spec = event.fact.spec  # type: ignore[union-attr]  # as it was accepted
         work = Work(partition, one.offset, event, self._arrived)
         work.expires_at, work.appended, work.plan, work.suspect = spec.expires_at, one.appended, one.plan, one.suspect

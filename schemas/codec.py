@@ -122,8 +122,10 @@ _NUMBERS, _TITLES, _BODIES = _pieces()
 _UUID_CHARS = 36
 _UUID_LENGTH = b"H"  # 36 as an Avro long
 _LEAD = _PREFIX + _UUID_LENGTH
-#: What stands between the ids and the fact, without the time: (numbers, names). Bounded; emptied when full.
-_heads: dict[tuple[Any, ...], tuple[bytes, bytes]] = {}
+#: What stands between the ids and the fact, without the time, and without what differs from job to job: (numbers; task
+#: and queue; source; the union's branch), and the names in one for events without key, home and trace. Bounded; emptied
+#: when full.
+_heads: dict[tuple[Any, ...], tuple[bytes, bytes, bytes, bytes, bytes]] = {}
 _HEADS_MOST = 4096
 #: The last high part of an encoded time: it changes once a second.
 _time_high: tuple[int, bytes] = (-1, b"")
@@ -135,17 +137,33 @@ def _avro(schema: Any, datum: Any) -> bytes:
     return out.getvalue()
 
 
-def _encode_head(event: ev.JobEvent, kind: type[Any]) -> tuple[bytes, bytes]:
+def _encode_head(event: ev.JobEvent, kind: type[Any]) -> tuple[bytes, bytes, bytes, bytes, bytes]:
     titles = {
         "task": event.task,
         "queue": event.queue,
-        "key": event.key,
-        "home": event.home,
+        "key": None,
+        "home": None,
         "source": event.source,
-        "trace": event.trace,
+        "trace": None,
     }
     numbers = {"run": event.run, "attempt": event.attempt, "release": event.release}
-    return _avro(_NUMBERS, numbers), _avro(_TITLES[kind], titles)
+    named, source = _avro("string", event.task) + _avro("string", event.queue), _avro("string", event.source)
+    names = _avro(_TITLES[kind], titles)
+    branch = names[len(named) + len(source) + 3 :]
+    return _avro(_NUMBERS, numbers), named, source, branch, names
+
+
+def _option(text: str | None) -> bytes:
+    """A text that may be null."""
+    if text is None:
+        return b"\0"
+    raw = text.encode()
+    return b"\2" + _long(len(raw)) + raw
+
+
+def _text(text: str) -> bytes:
+    raw = text.encode()
+    return _long(len(raw)) + raw
 
 
 def _encode_time(micros: int) -> bytes:
@@ -179,12 +197,17 @@ def _long(value: int) -> bytes:
 
 def _submitted(fact: ev.JobSubmitted) -> bytes | None:
     spec = fact.spec
-    if spec.tags or spec.parent is not None or fact.delay_ms is not None or fact.due_at is not None:
+    if fact.delay_ms is not None or fact.due_at is not None:
         return None
     if spec.expires_in_ms is not None or spec.expires_at is not None or spec.priority is not None:
         return None
-    args = spec.args
-    return _long(len(args)) + args + PLAIN_END
+    args, tags = spec.args, spec.tags
+    if not tags and spec.parent is None:
+        return _long(len(args)) + args + PLAIN_END
+    block = b"\0"
+    if tags:
+        block = b"".join((_long(len(tags)), *[_text(name) + _text(value) for name, value in tags.items()], b"\0"))
+    return b"".join((_long(len(args)), args, block, _option(spec.parent), PLAIN_END[2:]))
 
 
 def _started(fact: ev.JobStarted) -> bytes:
@@ -229,21 +252,22 @@ def encode(event: ev.JobEvent) -> bytes:
     fact = event.fact
     kind = fact.__class__
     try:
-        if event.key is None and event.home is None and event.trace is None:
-            mark = (kind, event.release, event.attempt, event.task, event.queue, event.source, event.run)
-            head = _heads.get(mark)
-            if head is None:
-                if len(_heads) >= _HEADS_MOST:
-                    _heads.clear()
-                head = _heads[mark] = _encode_head(event, kind)
-        else:
-            head = _encode_head(event, kind)
+        mark = (kind, event.release, event.attempt, event.task, event.queue, event.source, event.run)
+        head = _heads.get(mark)
+        if head is None:
+            if len(_heads) >= _HEADS_MOST:
+                _heads.clear()
+            head = _heads[mark] = _encode_head(event, kind)
+        names = head[4]
+        if event.key is not None or event.home is not None or event.trace is not None:
+            _, named, source, branch, _ = head
+            names = b"".join((named, _option(event.key), _option(event.home), source, _option(event.trace), branch))
         event_id, job_id = event.event_id.encode(), event.job_id.encode()
         if len(event_id) == _UUID_CHARS and len(job_id) == _UUID_CHARS:
             lead = _LEAD + event_id + _UUID_LENGTH + job_id
         else:
             lead = _PREFIX + _avro("string", event.event_id) + _avro("string", event.job_id)
-        return b"".join((lead, head[0], _encode_time(event.occurred_at), head[1], _body(fact, kind)))
+        return b"".join((lead, head[0], _encode_time(event.occurred_at), names, _body(fact, kind)))
     except Exception as exc:
         raise SchemaError(f"{kind.__name__} of job {event.job_id} does not fit the schema: {exc}") from exc
 

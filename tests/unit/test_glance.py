@@ -43,9 +43,9 @@ PLAIN = st.builds(
     st.just(1_700_000_000_000_000),
     st.text(max_size=20),
     st.text(max_size=20),
-    *[st.none()] * 2,
+    *[NONE_OR_TEXT] * 2,
     st.text(max_size=20),
-    st.none(),
+    NONE_OR_TEXT,
     FACTS,
 )
 
@@ -106,14 +106,16 @@ def test_the_plain_life_is_answered() -> None:
     """The three facts of a plain job's life need no full decoding."""
     for fact in (
         ev.JobSubmitted(ev.JobSpec(b"x" * 5_000)),
+        ev.JobSubmitted(ev.JobSpec(b"x" * 5_000, {"tenant": "a", "plan": "b"}, str(uuid.uuid4()))),
         ev.JobStarted("host:1", "shop.jobs.mail", 2**40),
         ev.JobSucceeded(b'{"a":1}', 2**33),
     ):
         one, two = str(uuid.uuid4()), str(uuid.uuid4())
-        event = ev.JobEvent(
-            one, two, 1, 1, 1, 1_700_000_000_000_000, "send", "mail", None, None, "worker@h:1", None, fact
-        )
-        assert glance(codec.encode(event)) == seen(event)
+        for key, trace in ((None, None), ("account", None), (None, "00-" + "a" * 52), ("account", "00-" + "a" * 52)):
+            event = ev.JobEvent(
+                one, two, 1, 1, 1, 1_700_000_000_000_000, "send", "mail", key, None, "worker@h:1", trace, fact
+            )
+            assert glance(codec.encode(event)) == seen(event)
 
 
 def test_facts_stand_in_the_schemas_order() -> None:

@@ -48,6 +48,7 @@ def plain(args: bytes) -> JobEvent:
 @example(plain(b"x" * 64))
 @example(plain(b"x" * 8191))
 @example(plain(b"x" * 8192))
+@example(msgspec.structs.replace(plain(b"{}"), key="", home="", trace=""))
 def test_it_reads_what_the_full_decoder_reads(event: JobEvent) -> None:
     """Whenever it answers, the answer is the event, but for what a worker does not need."""
     found = plain_submission(codec.encode(event))
@@ -57,8 +58,15 @@ def test_it_reads_what_the_full_decoder_reads(event: JobEvent) -> None:
 
 def test_it_answers_for_plain_submissions() -> None:
     """The shape that clients write is read the quick way: else it would be of no use."""
+    trace = "00-" + "a" * 32 + "-" + "b" * 16 + "-01"
     for size in (2, 63, 64, 1_000, 8_000):
-        assert plain_submission(codec.encode(plain(b"x" * size))) is not None
+        event = plain(b"x" * size)
+        assert plain_submission(codec.encode(event)) is not None
+        spec = JobSpec(b"x" * size, {"event": str(uuid.uuid4()), "tenant": "acme"}, str(uuid.uuid4()))
+        for key, traced in (("account-7", None), (None, trace), ("k" * 63, trace)):
+            for fact in (event.fact, JobSubmitted(spec)):
+                other = msgspec.structs.replace(event, key=key, trace=traced, fact=fact)
+                assert plain_submission(codec.encode(other)) == msgspec.structs.replace(other, occurred_at=0, source="")
 
 
 @given(EVENTS, st.integers(0, 400), st.binary(max_size=3))
