@@ -422,6 +422,7 @@ class Dispatcher:
         try:
             partition.full = partition.waiting > 0 and not self.lines.room(partition)
             if partition.full:
+                self.lines.make_room(partition)
                 return 0
             with partition.lock:
                 offsets.postponed = partition.waiting

@@ -8,6 +8,7 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Callable, Mapping
+from itertools import islice
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -24,6 +25,9 @@ if TYPE_CHECKING:
     import asyncio
 
 _monotonic = time.monotonic
+
+#: Jobs of a full partition that are set aside before something else is done, and lines at a gate that are looked at.
+ASIDE_AT_ONCE, LOOKED_AT = 64, 1_000
 
 
 class Lines:
@@ -147,10 +151,44 @@ class Lines:
         gate = closed_gate(plan.gates, now) if self.half_full(partition) else None
         if gate is not None:
             ahead = len(partition.lines[identity].works) if identity in partition.lines else 0
-            seconds = max(5.0, gate.passes_in(ahead * max(1, self.owned))) * (1.0 + 0.2 * random.random())
-            self.executor.close_with(work, Snoozed(round(seconds * 1000), f"held back by {gate.describe()}"))
+            self._set_aside(work, gate, ahead)
             return
         self.enqueue(work, identity, serial=False, tenant=tenant)
+
+    def _set_aside(self, work: Work, gate: Gate, ahead: int) -> None:
+        """Give a job back to the coordinator until about its turn, with so many ``ahead`` of it here."""
+        seconds = max(5.0, gate.passes_in(ahead * max(1, self.owned))) * (1.0 + 0.2 * random.random())
+        self.executor.close_with(work, Snoozed(round(seconds * 1000), f"held back by {gate.describe()}"))
+
+    def make_room(self, partition: Partition) -> None:
+        """Of a partition that is full, set jobs aside that a gate keeps: the newest of the longest such line. Behind them
+        may stand what nothing keeps. They came before the gate had closed, or while it was open for a moment. Not jobs
+        of keys, which would lose their order; nor what may have taken a process down."""
+        kept = [
+            (len(line.works), gate, line)
+            for gate in self.parking
+            if not isinstance(gate, Room)
+            for line in islice(gate.parked, LOOKED_AT)
+            if line.partition is partition and not line.serial and len(line.works) > 1
+        ]
+        if not kept:
+            return
+        _, gate, line = max(kept, key=lambda each: each[0])
+        for _ in range(min(ASIDE_AT_ONCE, len(line.works) - 1)):
+            one = line.works[-1]
+            if one.suspect:
+                return
+            work: Work | None
+            if isinstance(one, Deferred):
+                self._count(partition, one, -1)
+                work = self._revive(partition, one)
+            else:
+                work, one.waiting = one, False
+            line.works.pop()
+            partition.waiting -= 1
+            if work is not None:
+                self._set_aside(work, gate, len(line.works))
+        self._wake()
 
     def serve(self, stage: Stage, most: int) -> int:
         """Begin the first jobs of lines, the lines in turn."""
@@ -242,6 +280,8 @@ class Lines:
         gate.parked.append(line)
         self.parking[gate] = None
         self._wake_in(gate.wait(now))
+        if line.partition.full:  # now it is known what keeps it so
+            self._wake()
         return 0
 
     def unpark(self) -> None:

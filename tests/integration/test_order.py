@@ -317,18 +317,22 @@ def test_tenants_take_turns_whatever_keys_they_have(app: App, seen: Seen) -> Non
     assert [n for tenant, n in order if tenant == "small"] == list(range(10))
 
 
-@pytest.mark.parametrize("how", ["paused", "limited"])
+@pytest.mark.parametrize("how", ["paused", "limited", "paused meanwhile"])
 def test_a_task_that_waits_lets_others_of_a_fair_queue_run(app: App, seen: Seen, how: str) -> None:
     """Behind thousands of jobs of a task that is paused, or may start six times a second, another task's run at once."""
     app.submit_many(app.tasks["serve"].using(tags={"tenant": "a"}).job("a", n) for n in range(3000))
     app.submit_many(app.tasks["serve_in_thread"].using(tags={"tenant": "a"}).job("quick", n) for n in range(20))
     if how == "paused":
         app.pause(task="serve")
-    else:
+    elif how == "limited":
         app.limit(task="serve", rate="6/s")
-    with working(app, queues=["fair"], lookahead=400, lookahead_bytes=400_000):
+    with working(app, concurrency=1, queues=["fair"], lookahead=400, lookahead_bytes=400_000) as worker:
+        if how == "paused meanwhile":  # all that may wait is full by then
+            until(lambda: any(partition.full for partition in worker.partitions()), 20.0, "a full partition")
+            assert not [tenant for tenant, _ in seen.names() if tenant == "quick"]
+            app.pause(task="serve")
         until(lambda: sum(tenant == "quick" for tenant, _ in seen.names()) == 20, 20.0, "the others")
-        assert sum(tenant == "a" for tenant, _ in seen.names()) < 150
+        assert sum(tenant == "a" for tenant, _ in seen.names()) < (1500 if how == "paused meanwhile" else 150)
 
 
 # -- priorities -------------------------------------------------------------------------------------------------------
