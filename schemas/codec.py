@@ -127,6 +127,8 @@ _LEAD = _PREFIX + _UUID_LENGTH
 #: when full.
 _heads: dict[tuple[Any, ...], tuple[bytes, bytes, bytes, bytes, bytes]] = {}
 _HEADS_MOST = 4096
+#: How the bodies of starts begin: worker and work topic. Bounded, too.
+_begins: dict[tuple[str, str], bytes] = {}
 #: The last high part of an encoded time: it changes once a second.
 _time_high: tuple[int, bytes] = (-1, b"")
 
@@ -211,10 +213,13 @@ def _submitted(fact: ev.JobSubmitted) -> bytes | None:
 
 
 def _started(fact: ev.JobStarted) -> bytes:
-    worker, topic = fact.worker.encode(), fact.work_topic.encode()
-    return b"".join(
-        (_long(len(worker)), worker, _long(len(topic)), topic, _long(fact.work_offset), _long(fact.takeover))
-    )
+    mark = (fact.worker, fact.work_topic)
+    begins = _begins.get(mark)
+    if begins is None:
+        if len(_begins) >= _HEADS_MOST:
+            _begins.clear()
+        begins = _begins[mark] = _text(fact.worker) + _text(fact.work_topic)
+    return begins + _long(fact.work_offset) + (_long(fact.takeover) if fact.takeover else b"\0")
 
 
 def _succeeded(fact: ev.JobSucceeded) -> bytes:
