@@ -42,6 +42,8 @@ BUDGET = 64
 
 #: Seconds until it is looked again whether enough is acknowledged.
 REST_S = 0.005
+#: Records that may be on their way at first, times four.
+SLOW_START = 64
 
 #: Seconds between two looks at how long the records of each priority have waited.
 AGED_S = 0.25
@@ -335,7 +337,10 @@ class Dispatcher:
         self.wake()
 
     def _take_turns(self, budget: int) -> int:
-        if self._sender.unacknowledged > UNACKNOWLEDGED_LIMIT:
+        # A worker that has just begun goes no faster than acknowledgements come: if a job kills it now, its successor finds
+        # in the log, or right behind what it finds there, what was begun (`Takeover`, docs/adr/0009).
+        room = min(UNACKNOWLEDGED_LIMIT, (SLOW_START + self.starter.started) // 4) - self._sender.unacknowledged
+        if room <= 0:
             if not self._resting:
                 self._resting = True
                 self._loop.call_later(REST_S, self._rested)
@@ -343,7 +348,7 @@ class Dispatcher:
         filled = 0
         for stage in self._filling:
             filled += self._fill(stage, budget)
-        free = min(self._concurrency - len(self.running), budget)
+        free = min(self._concurrency - len(self.running), budget, room)
         if free <= 0:
             return filled
         if len(self._all_stages) == 1:
