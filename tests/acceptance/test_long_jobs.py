@@ -98,6 +98,11 @@ def on_worker(fleet: Fleet, pid: int) -> Member:
     return next(m for m in fleet.of("worker") if m.process is not None and m.pid in family)
 
 
+def serves(fleet: Fleet, worker: Member) -> None:
+    """Wait until a worker serves: before that it does not listen to signals, either."""
+    fleet.until(lambda: "serves" in worker.output().rpartition("--- life ")[2], 30.0, f"{worker.name} that serves")
+
+
 @pytest.mark.parametrize("task", ["coroutine", "thread", "process"])
 @pytest.mark.timeout(150 + 2 * int(LONG_S))
 def test_a_long_job_outlives_what_happens_to_others(fleet: Fleet, task: str, say: Callable[[str], None]) -> None:
@@ -112,11 +117,10 @@ def test_a_long_job_outlives_what_happens_to_others(fleet: Fleet, task: str, say
     for coordinator in fleet.of("coordinator") * 2:
         fleet.kill(coordinator)
         fleet.tend()
-        # Before it serves, it does not listen to signals, either.
-        fleet.until(lambda: "serves" in other.output().rpartition("--- life ")[2], 30.0, "another worker that serves")
+        serves(fleet, other)
         assert fleet.stop(other) == 0
         fleet.restart(other)
-        time.sleep(2.0)
+    serves(fleet, other)
     fleet.kill(other)
     fleet.tend()
 

@@ -224,7 +224,6 @@ def test_a_topic_that_begins_anew_is_not_folded_twice(app: App) -> None:
     for future in client.delete_topics([topic], operation_timeout=20).values():
         future.result(timeout=20)
     until(lambda: topic not in client.list_topics(timeout=10).topics)
-    time.sleep(1.0)
     with closing(App(app.names.namespace, settings=app.settings, partitions=3)) as again:
         again.event(key="user")(Happened)
         ensure(again, again.settings)
