@@ -93,32 +93,29 @@ FINGERPRINT = fingerprint(SCHEMA_TEXT)
 _PREFIX = MAGIC + FINGERPRINT
 
 
-def _pieces() -> tuple[Any, dict[type[Any], Any], dict[type[Any], Any]]:
+def _pieces() -> tuple[Any, dict[type[Any], int], dict[type[Any], Any]]:
     """The schema cut where Avro cuts its bytes: a record is its fields one after the other, a union is the branch index
-    and then the datum. So numbers, names (with the branch as a constant) and fact can be encoded apart, and what
-    repeats from event to event is encoded once. Returns the three writers' schemas, the last two per fact.
+    and then the datum. So numbers, names, branch and fact can be encoded apart, and what repeats from event to event is
+    encoded once. Returns the schema of the numbers, and per fact its branch and the schema of its body.
     """
     root = json.loads(SCHEMA_TEXT)
     fields = {f["name"]: f for f in root["fields"]}
     facts = fields["fact"]["type"]
     defined = {r["name"]: r for r in _records(facts)}
     numbers = _record("numbers", [fields[n] for n in ("run", "attempt", "release")])
-    names, bodies = {}, {}
+    branches, bodies = {}, {}
     for branch, fact in enumerate(facts):
         kind = _FACTS["jobledger." + fact["name"]]
-        constant = {"name": "branch", "type": "long", "default": branch}
-        names[kind] = _record(
-            "names", [*(fields[n] for n in ("task", "queue", "key", "home", "source", "trace")), constant]
-        )
+        branches[kind] = branch
         bodies[kind] = _parse(json.dumps(_inlined(fact, defined)))
-    return numbers, names, bodies
+    return numbers, branches, bodies
 
 
 def _record(name: str, fields: list[Any]) -> Any:
     return _parse(json.dumps({"type": "record", "name": name, "fields": fields}))
 
 
-_NUMBERS, _TITLES, _BODIES = _pieces()
+_NUMBERS, _BRANCHES, _BODIES = _pieces()
 _UUID_CHARS = 36
 _UUID_LENGTH = b"H"  # 36 as an Avro long
 _LEAD = _PREFIX + _UUID_LENGTH
@@ -140,18 +137,9 @@ def _avro(schema: Any, datum: Any) -> bytes:
 
 
 def _encode_head(event: ev.JobEvent, kind: type[Any]) -> tuple[bytes, bytes, bytes, bytes, bytes]:
-    titles = {
-        "task": event.task,
-        "queue": event.queue,
-        "key": None,
-        "home": None,
-        "source": event.source,
-        "trace": None,
-    }
     numbers = {"run": event.run, "attempt": event.attempt, "release": event.release}
-    named, source = _avro("string", event.task) + _avro("string", event.queue), _avro("string", event.source)
-    names = _avro(_TITLES[kind], titles)
-    branch = names[len(named) + len(source) + 3 :]
+    named, source, branch = _text(event.task) + _text(event.queue), _text(event.source), _long(_BRANCHES[kind])
+    names = b"".join((named, b"\0\0", source, b"\0", branch))  # no key, home and trace
     return _avro(_NUMBERS, numbers), named, source, branch, names
 
 

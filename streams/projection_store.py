@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
 import sqlite3
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -113,24 +112,22 @@ class ProjectionStore:
         """Hold ``name`` in this database, among all processes; whoever dies gives it back. Raises `StoreError` if another
         has it. ``what``: for people."""
         busy = StoreError(f"{what} is under way in another process: wait until it has ended")
-        if self._address is None:
-            path = Path(self._url.removeprefix("sqlite:///"))
-            try:
-                with locked(path.with_name(f"{path.name}.{name}.lock"), timeout=0):
-                    yield
-            except TimeoutError as exc:
-                raise busy from exc
-            return
-        number = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8]) >> 1
-        with self.engine.connect() as db:
-            if not db.execute(select(func.pg_try_advisory_lock(number))).scalar_one():
-                raise busy
-            db.commit()  # the lock is the session's
-            try:
-                yield
-            finally:
-                db.execute(select(func.pg_advisory_unlock(number)))
+        with ExitStack() as held:
+            if self._address is None:
+                path = Path(self._url.removeprefix("sqlite:///"))
+                try:
+                    held.enter_context(locked(path.with_name(f"{path.name}.{name}.lock"), timeout=0))
+                except TimeoutError as exc:
+                    raise busy from exc
+            else:
+                from jobledger.streams.store.connecting import lock_number  # late: its driver is an extra
+
+                db = held.enter_context(self.engine.connect())
+                db.detach()  # the lock is the session's, which ends here with it, not in the pool
+                if not db.execute(select(func.pg_try_advisory_lock(lock_number(name)))).scalar_one():
+                    raise busy
                 db.commit()
+            yield
 
     def close(self) -> None:
         """Give the connections back."""

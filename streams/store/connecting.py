@@ -143,3 +143,8 @@ def _unusable(url: str) -> ConfigError:
         f"JOBLEDGER_STATUS_URL={shown(url)!r} names no database: write postgresql://user:password@host/database, with "
         "signs other than letters and digits in the password as %40 and the like"
     )
+
+
+def lock_number(name: str) -> int:
+    """A name as a number for advisory locks, 63 bits."""
+    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8]) >> 1

@@ -8,7 +8,6 @@ swaps a table, is forced to disk.
 
 from __future__ import annotations
 
-import hashlib
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
@@ -21,7 +20,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.schema import CreateIndex, CreateTable
 
 from jobledger.errors import CommitUnknown, StoreError
-from jobledger.streams.store.connecting import Address, schema_beside
+from jobledger.streams.store.connecting import Address, lock_number, schema_beside
 from jobledger.streams.store.protocol import Changes, Partition
 from jobledger.streams.store.reader import judge
 from jobledger.streams.store.rows import COLUMNS, Row
@@ -180,7 +179,7 @@ class PostgresStore(SqlStore):
             if not self._there():
                 self._durable()
                 # Of two that start at once the second waits, and finds the tables.
-                self._run("SELECT pg_advisory_xact_lock(?)", _number(self.schema))
+                self._run("SELECT pg_advisory_xact_lock(?)", lock_number(self.schema))
                 if not self._there():
                     self._create()
             # By its whole name: a schema that this user may not use is silently no part of the search path.
@@ -248,7 +247,7 @@ class PostgresStore(SqlStore):
         ((self._marked,),) = db.execute("SELECT pg_try_advisory_lock(%s, %s)", self._mark_of(epoch)).fetchall()
 
     def _mark_of(self, epoch: int) -> tuple[int, int]:
-        return _number(self.schema) >> 32, epoch & 0x7FFFFFFF
+        return lock_number(self.schema) >> 32, epoch & 0x7FFFFFFF
 
     # -- rows ---------------------------------------------------------------------------------------------------------
 
@@ -370,8 +369,3 @@ def _await_lease(db: psycopg.Connection[Any]) -> None:
 def _offsets(db: psycopg.Connection[Any]) -> dict[Partition, int]:
     rows = db.execute("SELECT topic, partition, next_offset FROM offsets").fetchall()
     return {(topic, partition): offset for topic, partition, offset in rows}
-
-
-def _number(schema: str) -> int:
-    """A schema's name as a number for advisory locks, 63 bits."""
-    return int.from_bytes(hashlib.sha256(schema.encode()).digest()[:8]) >> 1
