@@ -331,7 +331,7 @@ def measure(bootstrap: str, jobs: int, only: str | None) -> dict[str, Any]:
             "busy_10_ms": alone(isolated, busy, bootstrap, 1_000, "busy_in_process"),
         }
     if want("naps"):
-        naps = 5_000 if jobs >= 20_000 else jobs
+        naps = min(20_000, jobs)
         bare_space, space = prepared(bootstrap, "nap", naps), prepared(bootstrap, "nap", naps)
         report["naps"] = {
             "ideal_jobs_per_s": round(NAPS_AT_ONCE / NAP_S),

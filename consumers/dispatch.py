@@ -26,6 +26,7 @@ from jobledger.consumers.places import Places
 from jobledger.consumers.send import UNACKNOWLEDGED_LIMIT, Sender
 from jobledger.consumers.stage import Stage, Turns
 from jobledger.consumers.starts import Starter
+from jobledger.consumers.takeover import UNSEEN_LEAST, UNSEEN_MS
 from jobledger.consumers.work import Arrived, Partition, Plan, Work
 from jobledger.errors import JobledgerError
 from jobledger.names import Names, lane
@@ -41,9 +42,7 @@ SLICE = 16
 BUDGET = 64
 
 #: Seconds until it is looked again whether enough is acknowledged.
-REST_S = 0.005
-#: Records that may be on their way at first, times four.
-SLOW_START = 64
+REST_S = 0.002
 
 #: Seconds between two looks at how long the records of each priority have waited.
 AGED_S = 0.25
@@ -52,6 +51,17 @@ AGED_S = 0.25
 POLL_S = 0.005
 
 _monotonic = time.monotonic
+
+
+def may_be_unsent(begun: int, age: float) -> int:
+    """How many records of a worker may be unacknowledged that has begun ``begun`` jobs, the first one ``age`` seconds ago.
+
+    If a job kills the worker, its successor suspects what it finds begun in the log, and behind it `UNSEEN_LEAST` records
+    and as many as were begun in the log's last `UNSEEN_MS`. As long as everything begun is as young as that, this is so
+    many that none is missed; later, a quarter, and then `UNACKNOWLEDGED_LIMIT`. Source: docs/adr/0009.
+    """
+    share = 2 if age < UNSEEN_MS / 1000 else 4
+    return min(UNACKNOWLEDGED_LIMIT, max(UNSEEN_LEAST, UNSEEN_LEAST // 2 + begun // share))
 
 
 class Dispatcher:
@@ -151,6 +161,7 @@ class Dispatcher:
         self.needs_tick = False
         self._aged_at = 0.0
         self._resting = self._polling = False
+        self._first_at = 0.0
         self.idle = asyncio.Event()
 
     def wire(self, executor: Executor, places: Places, leases: Leases) -> None:
@@ -337,9 +348,11 @@ class Dispatcher:
         self.wake()
 
     def _take_turns(self, budget: int) -> int:
-        # A worker that has just begun goes no faster than acknowledgements come: if a job kills it now, its successor finds
-        # in the log, or right behind what it finds there, what was begun (`Takeover`, docs/adr/0009).
-        room = min(UNACKNOWLEDGED_LIMIT, (SLOW_START + self.starter.started) // 4) - self._sender.unacknowledged
+        # A worker that has just begun goes no faster than acknowledgements come.
+        began, now = self.starter.started, _monotonic()
+        if not began:
+            self._first_at = now
+        room = may_be_unsent(began, now - self._first_at) - self._sender.unacknowledged
         if room <= 0:
             if not self._resting:
                 self._resting = True
@@ -353,7 +366,6 @@ class Dispatcher:
             return filled
         if len(self._all_stages) == 1:
             return filled + self._serve(self._all_stages[0], free, SLICE)
-        now = _monotonic()
         if now - self._aged_at > AGED_S:
             self._aged_at = now
             broker_ms = self._broker_ms()

@@ -11,9 +11,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jobledger.config import Settings
+from jobledger.consumers.dispatch import may_be_unsent
 from jobledger.consumers.ranges import partition_of
 from jobledger.consumers.releases import release_key
-from jobledger.consumers.takeover import Takeover, _Plan
+from jobledger.consumers.send import UNACKNOWLEDGED_LIMIT
+from jobledger.consumers.takeover import UNSEEN_MS, Takeover, _Plan
 from jobledger.consumers.work import Lease, Partition
 from jobledger.names import Names
 from jobledger.schemas import codec
@@ -104,3 +106,37 @@ def test_an_end_for_good_is_not_taken_for_another_one() -> None:
 def test_a_key_lies_where_kafkas_producers_put_it(key: bytes, count: int) -> None:
     """Checked against a client that has it from Kafka's own."""
     assert partition_of(key, count) == (murmur2(key) & 0x7FFFFFFF) % count
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 60), st.integers(1, 500)), max_size=60),
+    st.integers(0, 400),
+    st.integers(0, 400),
+    st.integers(0, UNSEEN_MS - 1),
+)
+def test_what_a_young_worker_has_begun_is_seen_or_suspected(
+    turns: list[tuple[int, int]], written_ms: int, answered_ms: int, died_ms: int
+) -> None:
+    """It begins, in turns of (ms since the last one, jobs at most), what its rule allows; a start is in the log
+    ``written_ms`` after it, its acknowledgement back ``answered_ms`` later. Then a job kills it."""
+    begun: list[int] = []
+    now = 0
+    for pause, most in turns:
+        now += pause
+        if now > died_ms:
+            break
+        age = (now - begun[0]) / 1000 if begun else 0.0
+        unsent = sum(at + written_ms + answered_ms > now for at in begun)
+        begun += [now] * max(0, min(most, may_be_unsent(len(begun), age) - unsent))
+
+    plan = _Plan(Partition("shop.jobs.slow", 0, Lease(1.0), -1, None))
+    seen = [at + written_ms for at in begun if at + written_ms <= died_ms]
+    for offset, appended_ms in enumerate(seen):
+        Takeover._begun_at(plan, b"shop.jobs.slow", offset, appended_ms)
+    assert plan.begun + plan.unseen >= len(begun)
+
+
+def test_a_worker_s_limit_on_the_way_grows_to_its_full_size() -> None:
+    assert may_be_unsent(0, 0.0) == 16
+    assert may_be_unsent(1_000, 0.1) > may_be_unsent(1_000, 10.0) > 250
+    assert may_be_unsent(1_000_000, 10.0) == UNACKNOWLEDGED_LIMIT
