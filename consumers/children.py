@@ -8,26 +8,20 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import logging
 import os
 import signal
-import socket
-import subprocess
-import sys
 import time
-import weakref
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 from jobledger.config import Settings
 from jobledger.consumers.child import LATE, STOP
 from jobledger.consumers.frames import Run, frame
+from jobledger.consumers.nursery_link import AGAIN_S, NurseryLink, Told
 from jobledger.consumers.outcome import Outcome
-from jobledger.consumers.process import Child, Words, end_of, last_words
+from jobledger.consumers.process import Child, end_of, last_words
 from jobledger.consumers.work import Work
 from jobledger.errors import ConfigError, JobledgerError
 from jobledger.schemas.events import ErrorInfo
@@ -40,8 +34,6 @@ SOFT_S = 5.0
 WATCH_S = 0.05
 #: Seconds to wait for how a child ended, once its connection has.
 STATUS_S = 2.0
-#: Seconds until a nursery that died is started anew, and the longest such wait.
-AGAIN_S, AGAIN_MOST_S = 0.5, 30.0
 #: Share of ``max_memory`` from which on a child is replaced after its job: what it keeps would be the next one's.
 REPLACE_AT = 0.8
 
@@ -79,22 +71,15 @@ class Children:
         self._about = about
         self._take, self._on_said, self._on_died, self._on_ended, self._unusable = take, said, died, ended, unusable
         self._loop: asyncio.AbstractEventLoop
-        self._nursery: subprocess.Popen[bytes] | None = None
-        self._control: socket.socket | None = None
-        self._ready = False
-        self._again_s = AGAIN_S
-        self._lines = b""
-        self._born: deque[Child] = deque()  # asked for, the oldest first
+        tell = Told(self._use, self._has_died, self._nursery_gone, self._nursery_again, self._none)
+        self._nursery = NurseryLink(about.target, about.settings, tell)
         self._all: set[Child] = set()
         self._idle: list[Child] = []
         self._waiting: deque[Work] = deque()
-        self._by_pid: dict[int, Child] = {}
         self._of: dict[Work, Child] = {}
         self._watched: set[Child] = set()
-        self._tasks: set[asyncio.Task[None]] = set()
-        self._heard: weakref.WeakSet[Words] = weakref.WeakSet()  # also what a child's own children write
         self._closing = False
-        self.deaths = self.killed = self.born = 0
+        self.deaths = self.killed = 0
         self.broken: JobledgerError | None = None
 
     # -- from outside -------------------------------------------------------------------------------------------------
@@ -102,7 +87,7 @@ class Children:
     def warm(self) -> None:
         """Start the nursery and all children now, so that the first jobs need not wait."""
         self._loop = asyncio.get_running_loop()
-        self._start_nursery()
+        self._nursery.start()
         for _ in range(self._about.most):
             self._hatch()
 
@@ -111,14 +96,19 @@ class Children:
         """Children there are."""
         return len(self._all)
 
+    @property
+    def born(self) -> int:
+        """Children there have been."""
+        return self._nursery.born
+
     def run(self, work: Work) -> None:
         """Run the attempt in a child, as soon as one is free."""
         if self.broken is not None:
             self._on_died(work, ErrorInfo("ChildProcessError", str(self.broken)), False)
             return
-        if self._nursery is None:
+        if not self._nursery.running:
             self._loop = asyncio.get_running_loop()
-            self._start_nursery()
+            self._nursery.start()
         if self._idle:
             if self._take(work):
                 self._give(self._idle.pop(), work)
@@ -163,164 +153,51 @@ class Children:
             child.leaving = True
             if child.work is None and child.transport is not None:
                 child.transport.close()
-        for task in list(self._tasks):
-            task.cancel()
+        self._nursery.closing()
         until = time.monotonic() + seconds
         while self._all and time.monotonic() < until:
             await asyncio.sleep(0.01)
         for child in list(self._all):
             child.kill()
-        if self._control is not None:
-            self._loop.remove_reader(self._control)
-            self._control.close()
-            self._control = None
-        if self._nursery is not None:
-            try:
-                await asyncio.to_thread(self._nursery.wait, 2.0)
-            except subprocess.TimeoutExpired:
-                self._nursery.kill()
-                await asyncio.to_thread(self._nursery.wait)
-            self._nursery = None
+        await self._nursery.close(2.0)
         for child in list(self._all):
             self._forget(child)
-        for words in self._heard:
-            words.close()
+        self._nursery.deafen()
 
     def abandon(self) -> None:
         """End every child and the nursery at once, without the loop: it has ended."""
         self._closing = True
         for child in list(self._all):
             child.kill()
-        if self._nursery is not None:
-            self._nursery.kill()
-            self._nursery.wait()
-            self._nursery = None
-        if self._control is not None:
-            self._control.close()
-            self._control = None
+        self._nursery.abandon()
 
-    # -- the nursery --------------------------------------------------------------------------------------------------
+    # -- children -----------------------------------------------------------------------------------------------------
 
-    def _start_nursery(self) -> None:
-        ours, theirs = socket.socketpair()
-        rest = {
-            "bootstrap": self._about.settings.bootstrap,
-            "status_url": self._about.settings.status_url,
-            "path": [entry or str(Path.cwd()) for entry in sys.path],
-        }
-        with theirs:
-            self._nursery = subprocess.Popen(
-                [sys.executable, "-m", "jobledger.cli.nursery", self._about.target, str(theirs.fileno())],
-                pass_fds=(theirs.fileno(),),
-                stdin=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                start_new_session=True,
-            )
-        # Not as an argument: a URL may hold a password, and arguments are seen by all who list the machine's processes.
-        assert self._nursery.stdin is not None
-        with contextlib.suppress(BrokenPipeError), self._nursery.stdin as told:
-            told.write(json.dumps(rest).encode())
-        ours.setblocking(False)
-        self._control, self._ready, self._lines = ours, False, b""
-        self._loop.add_reader(ours, self._told)
-        self._nursery_words = Words()
-        assert self._nursery.stderr is not None
-        with self._nursery.stderr as errors:
-            self._nursery_words.listen(self._loop, os.dup(errors.fileno()))
-
-    def _later(self, job: Any) -> None:
-        task = self._loop.create_task(job)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-
-    def _told(self) -> None:
-        assert self._control is not None
-        try:
-            data = self._control.recv(65536)
-        except BlockingIOError:
-            return
-        except OSError:
-            data = b""
-        if not data:
-            self._nursery_died()
-            return
-        *lines, self._lines = (self._lines + data).split(b"\n")
-        for line in lines:
-            told = json.loads(line)
-            if "born" in told:
-                self._is_born(told["born"])
-            elif "died" in told:
-                self._has_died(told["died"], told["status"])
-            else:
-                self._ready, self._again_s = True, AGAIN_S
-                if told["ready"] > 1:
-                    LOG.warning(
-                        "importing %s started %d threads; child processes are forked without them: start threads when a "
-                        "job or a resource needs them",
-                        self._about.target,
-                        told["ready"] - 1,
-                    )
-
-    def _nursery_died(self) -> None:
-        """With it died all children: they are its children, and the system sees to it."""
-        assert self._control is not None
-        self._loop.remove_reader(self._control)
-        self._control.close()
-        self._control = None
-        nursery, self._nursery = self._nursery, None
-        if nursery is not None:
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                nursery.wait(0.2)
-            if nursery.poll() is None:
-                nursery.kill()
-                nursery.wait()
-        if self._closing:
-            return
-        for child in self._born:  # asked for in vain
+    def _nursery_gone(self, unborn: list[Child]) -> None:
+        for child in unborn:
             child.leaving = True
             self._forget(child)
-        self._born.clear()
         for child in list(self._all):
             if child.status is None:
                 child.kill()
                 child.status = signal.SIGKILL
                 child.orphan = True
-        if not self._ready:
-            self._loop.call_later(0.2, self._give_up, nursery.returncode if nursery is not None else None)
-            return
-        LOG.error(
-            "the process that children are forked from ended with %s; it is started again",
-            nursery and nursery.returncode,
-        )
-        self._loop.call_later(self._again_s, self._start_again)
-        self._again_s = min(AGAIN_MOST_S, self._again_s * 2)
 
-    def _give_up(self, code: int | None) -> None:
-        words = self._nursery_words.kept.decode("utf-8", "replace").strip()
-        self.broken = ConfigError(
-            f"no child processes: importing {self._about.target} in one failed with exit code {code}:\n{words}"
-        )
-        self._unusable(self.broken)
-        waiting, self._waiting = self._waiting, deque()
-        for work in waiting:
-            self._on_died(work, ErrorInfo("ChildProcessError", str(self.broken)), False)
-
-    def _start_again(self) -> None:
-        if self._closing or self._nursery is not None:
-            return
-        try:
-            self._start_nursery()
-        except OSError as exc:
-            LOG.error("the process that children are forked from could not be started: %s; it is tried again", exc)
-            self._loop.call_later(self._again_s, self._start_again)
-            return
+    def _nursery_again(self) -> None:
         for _ in range(self._about.most - len(self._all)):
             self._hatch()
+
+    def _none(self, error: ConfigError) -> None:
+        self.broken = error
+        self._unusable(error)
+        waiting, self._waiting = self._waiting, deque()
+        for work in waiting:
+            self._on_died(work, ErrorInfo("ChildProcessError", str(error)), False)
 
     def _more(self) -> None:
         """As many children as there are to be, and as many more as are waited for."""
         staying = sum(not child.leaving for child in self._all)
-        spare = self._about.spare if len(self._waiting) > len(self._born) else 0
+        spare = self._about.spare if len(self._waiting) > self._nursery.expected else 0
         if staying < self._about.most + spare:
             self._hatch()
 
@@ -334,52 +211,16 @@ class Children:
 
     def _hatch(self) -> None:
         """Ask for one more child."""
-        if self._closing or self._control is None:
+        if self._closing or not self._nursery.listens:
             return
         child = Child(self)
-        with contextlib.ExitStack() as theirs_of, contextlib.ExitStack() as ours_of:
-            try:
-                ours, theirs = socket.socketpair()
-                ours_of.callback(ours.close)
-                theirs_of.callback(theirs.close)
-                read, write = os.pipe()
-                ours_of.callback(os.close, read)
-                theirs_of.callback(os.close, write)
-                socket.send_fds(self._control, [b"F"], [theirs.fileno(), write])
-            except OSError as exc:  # among them: no more files may be opened
-                LOG.warning("no child process could be asked for: %s; it is tried again", exc)
-                self._loop.call_later(self._again_s, self._more)
-                return
-            ours_of.pop_all()
-        # Only now: children are told of in the order in which they were asked for.
-        self._all.add(child)
-        self._born.append(child)
-        ours.setblocking(False)
-        child.words.listen(self._loop, read)
-        self._heard.add(child.words)
-        self._later(self._connect(child, ours))
-
-    async def _connect(self, child: Child, ours: socket.socket) -> None:
-        await self._loop.create_connection(lambda: child, sock=ours)
-        self._arrived(child)
-
-    def _is_born(self, pid: int) -> None:
-        if not self._born:
+        try:
+            self._nursery.fork(child)
+        except OSError as exc:
+            LOG.warning("no child process could be asked for: %s; it is tried again", exc)
+            self._loop.call_later(AGAIN_S, self._more)
             return
-        child = self._born.popleft()
-        self.born += 1
-        child.pid = pid
-        self._by_pid[pid] = child
-        if hasattr(os, "pidfd_open"):
-            with contextlib.suppress(OSError):
-                child.pidfd = os.pidfd_open(pid)
-        self._arrived(child)
-
-    def _arrived(self, child: Child) -> None:
-        """Its pid or its connection came; with the second of the two it is there, once."""
-        if child.pid and child.transport is not None and not child.there:
-            child.there = True
-            self._use(child)
+        self._all.add(child)
 
     def _use(self, child: Child) -> None:
         """It is free: give it what waits. One job at a time: what it says next is of that."""
@@ -489,16 +330,12 @@ class Children:
         child.gone = True
         if child in self._idle:
             self._idle.remove(child)
-        if child.status is None and self._control is not None:
+        if child.status is None and self._nursery.listens:
             child.timers.append(self._loop.call_later(STATUS_S, self._bury, child))
         else:
             self._loop.call_later(0.01, self._bury, child)
 
-    def _has_died(self, pid: int, status: int) -> None:
-        child = self._by_pid.pop(pid, None)
-        if child is None:
-            return
-        child.status = status
+    def _has_died(self, child: Child) -> None:
         # What it said last may still be on its way. That its connection ends is not waited for: what it has started may
         # hold that open.
         self._loop.call_later(0.01 if child.gone else STATUS_S, self._bury, child)
@@ -506,7 +343,7 @@ class Children:
     def _bury(self, child: Child) -> None:
         if child not in self._all:
             return
-        if child.status is None and self._control is not None:
+        if child.status is None and self._nursery.listens:
             child.kill()
         expected = child.leaving
         work = self._release(child)
@@ -541,7 +378,7 @@ class Children:
 
     def _forget(self, child: Child) -> None:
         self._all.discard(child)
-        self._by_pid.pop(child.pid, None)
+        self._nursery.forget(child)
         for timer in child.timers:
             timer.cancel()
         if child.pidfd >= 0:

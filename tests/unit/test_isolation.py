@@ -164,13 +164,14 @@ def test_a_child_that_is_there_twice_gets_one_job() -> None:
         unusable=nothing,
     )
     pool._give = lambda child, work: given.append((child, work))  # type: ignore[method-assign]
-    pool._nursery = cast(Any, object())
+    nursery = pool._nursery
+    nursery._process = cast(Any, object())
     child = Child(pool)
     pool._all.add(child)
-    pool._born.append(child)
+    nursery._born.append(child)
     child.transport = cast(Any, object())  # connected, and not told of yet
-    pool._is_born(os.getpid())
-    pool._arrived(child)
+    nursery._is_born(os.getpid())
+    nursery._arrived(child)
     works = [Work(cast(Any, None), offset, None, deque()) for offset in range(2)]
     for work in works:
         pool.run(work)
