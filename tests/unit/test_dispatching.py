@@ -156,10 +156,14 @@ def put(partition: Partition, values: list[bytes]) -> None:
 
 
 async def until(check: Callable[[], object], seconds: float = 5.0) -> None:
-    """Wait for a fact."""
-    async with asyncio.timeout(seconds):
-        while not check():
-            await asyncio.sleep(0.005)
+    """Wait for a fact, for so many seconds of this loop's own: a process that stood still meanwhile has waited for nothing."""
+    began, pause = time.monotonic(), 0.005
+    for _ in range(int(seconds / pause)):
+        if check():
+            return
+        await asyncio.sleep(pause)
+    tasks = [task.get_coro() for task in asyncio.all_tasks()]
+    raise AssertionError(f"not so after {seconds:g} s ({time.monotonic() - began:.1f} s on the clock); tasks: {tasks}")
 
 
 def run(test: Callable[[], Awaitable[None]]) -> None:
