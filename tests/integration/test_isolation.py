@@ -247,7 +247,7 @@ def test_a_worker_leaves_no_process_behind(app: App, tmp_path: Path) -> None:
     path = tmp_path / "noted"
     with working(app, children=2, grace=0.5):
         handle = tasks.waits.submit(str(path))
-        until(path.exists, what="its begin")
+        until(lambda: path.exists() and path.read_text(), what="its begin")
         pid = int(path.read_text())
         nursery = next(p for p in psutil.Process().children() if "jobledger.cli.nursery" in p.cmdline())
         family = [nursery, *nursery.children(recursive=True)]
