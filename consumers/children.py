@@ -162,7 +162,6 @@ class Children:
         await self._nursery.close(2.0)
         for child in list(self._all):
             self._forget(child)
-        self._nursery.deafen()
 
     def abandon(self) -> None:
         """End every child and the nursery at once, without the loop: it has ended."""

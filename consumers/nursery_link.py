@@ -136,7 +136,7 @@ class NurseryLink:
             task.cancel()
 
     async def close(self, seconds: float) -> None:
-        """End it, after ``seconds`` by force."""
+        """End it, after ``seconds`` by force, and read no more of what children, and what they started, still write."""
         self._hang_up()
         process, self._process = self._process, None
         if process is not None:
@@ -145,9 +145,6 @@ class NurseryLink:
             except subprocess.TimeoutExpired:
                 process.kill()
                 await asyncio.to_thread(process.wait)
-
-    def deafen(self) -> None:
-        """Read no more of what children, and what they have started, still write."""
         for words in self._heard:
             words.close()
 
@@ -203,18 +200,18 @@ class NurseryLink:
         """With it died all children: they are its children, and the system sees to it."""
         self._hang_up()
         process, self._process = self._process, None
-        if process is not None:
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(0.2)
-            if process.poll() is None:
-                process.kill()
-                process.wait()
+        assert process is not None
+        try:
+            process.wait(0.2)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
         if self._closing:
             return
         unborn = list(self._born)
         self._born.clear()
         self._tell.gone(unborn)
-        code = None if process is None else process.returncode
+        code = process.returncode
         if not self._ready:
             self._loop.call_later(0.2, self._give_up, code)  # its last words may still be on their way
             return
@@ -222,7 +219,7 @@ class NurseryLink:
         self._loop.call_later(self._again_s, self._start_again)
         self._again_s = min(AGAIN_MOST_S, self._again_s * 2)
 
-    def _give_up(self, code: int | None) -> None:
+    def _give_up(self, code: int) -> None:
         words = self._words.kept.decode("utf-8", "replace").strip()
         self._tell.unusable(
             ConfigError(f"no child processes: importing {self._target} in one failed with exit code {code}:\n{words}")
