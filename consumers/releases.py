@@ -18,6 +18,8 @@ from confluent_kafka import Message
 
 from jobledger.errors import SchemaError
 from jobledger.schemas import codec
+from jobledger.schemas.events import Fact, settles
+from jobledger.schemas.glance import glance
 
 #: Records each partition's memory covers at least, as far as it has seen them.
 REMEMBERED = 100_000
@@ -137,6 +139,25 @@ def key_of(message: Message, decoder: codec.Decoder) -> int | None:
     except SchemaError:
         return None
     return release_key(event.job_id, event.run, event.release)
+
+
+def end_of(message: Message, decoder: codec.Decoder) -> tuple[tuple[str, int, int], Fact] | None:
+    """Of a record of lifecycle, which release it says the end of, and what; None if it says none.
+
+    Raises `RegistryNeeded` if only a schema registry can tell.
+    """
+    value = message.value()
+    raw = (decoder.own_form(value) or value) if isinstance(value, bytes) else None
+    seen = None if raw is None else glance(raw)
+    if seen is not None:
+        job_id, run, release, fact = seen[0], seen[1], seen[2], seen[6]
+    else:
+        try:
+            event = decoder.decode(raw)
+        except SchemaError:
+            return None  # the materializer's to report
+        job_id, run, release, fact = event.job_id, event.run, event.release, event.fact
+    return ((job_id, run, release), fact) if settles(fact) else None
 
 
 def _text(value: Any) -> str:

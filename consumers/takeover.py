@@ -21,7 +21,7 @@ from jobledger.config import Settings
 from jobledger.consumers.fetch import Fetcher
 from jobledger.consumers.offsets import PartitionOffsets, Restored, Snapshot, decode, encode
 from jobledger.consumers.ranges import STALL_S, LogRanges, partition_of
-from jobledger.consumers.releases import REMEMBERED, REMEMBERED_MS, key_of, release_key
+from jobledger.consumers.releases import REMEMBERED, REMEMBERED_MS, end_of, key_of, release_key
 from jobledger.consumers.settle import Settler
 from jobledger.consumers.work import Found, Partition
 from jobledger.errors import BrokerUnavailable, JobledgerError, RegistryNeeded, SchemaError
@@ -356,7 +356,7 @@ class Takeover(threading.Thread):
 
         def take(message: Message) -> None:
             try:
-                end = self._end_of(message)
+                end = end_of(message, self._decoder)
             except RegistryNeeded as exc:  # as in `_read`
                 for asking in {id(p): p.partition for p in wanted.values()}.values():
                     if asking.stopped is None:
@@ -370,28 +370,15 @@ class Takeover(threading.Thread):
 
         self._log.read(ranges, take, wanted=lambda: any(p.partition.owned for p in plans))
 
-    def _end_of(self, message: Message) -> tuple[tuple[str, int, int], Fact] | None:
-        """What release a record says the end of, and what; None if it says none."""
-        value = message.value()
-        raw = (self._decoder.own_form(value) or value) if isinstance(value, bytes) else None
-        seen = None if raw is None else glance(raw)
-        if seen is not None:
-            job_id, run, release, fact = seen[0], seen[1], seen[2], seen[6]
-        else:
-            try:
-                event = self._decoder.decode(raw)
-            except SchemaError:
-                return None  # the materializer's to report
-            job_id, run, release, fact = event.job_id, event.run, event.release, event.fact
-        return ((job_id, run, release), fact) if settles(fact) else None
-
     def _conclude(self, plan: _Plan) -> None:
         partition = plan.partition
         assert partition.offsets is not None
         # Most of what the scan finds lies before the base, where it is done anyway.
         for key in [k for k in partition.closed if k in partition.memory]:
             del partition.closed[key]
-        partition.scanned_to, partition.floor = plan.high, plan.floor
+        partition.scanned_to, partition.floor, partition.read_to = plan.high, plan.floor, plan.lifecycle_high
+        if not plan.restored.clean:
+            partition.doubted_to = plan.high
         if not plan.restored.clean and partition.committed >= 0:
             partition.careful = max(plan.begun, plan.restored.begun, plan.restored.base) + plan.unseen
         if partition.closed or partition.held or partition.starts:

@@ -144,6 +144,10 @@ class Partition:
         self.floor = 0
         #: Below this offset are records that the last owner, who did not leave cleanly, may have begun.
         self.careful = 0
+        #: Below this one are records that he may have begun and ended, and whose ends he may still write; lifecycle was read
+        #: to `read_to`, and ``late`` are the ends that came after the scan, by release (see `LateEnds`).
+        self.doubted_to = self.read_to = 0
+        self.late: dict[int, Found] = {}
         self.last_commit: tuple[int, str] | None = None
         #: What waits here, by (kind, name, …); how many jobs that is, how many of them as `Deferred`, their bytes, and how
         #: many of those are suspects.

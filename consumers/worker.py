@@ -29,6 +29,7 @@ from jobledger.consumers.execute import Executor, context_of
 from jobledger.consumers.facts import Facts
 from jobledger.consumers.fetch import Fetcher
 from jobledger.consumers.health import health_of
+from jobledger.consumers.late_ends import LateEnds
 from jobledger.consumers.leases import Leases
 from jobledger.consumers.options import WorkerOptions
 from jobledger.consumers.places import SUSPECTS, Places
@@ -98,6 +99,7 @@ class Worker:
         self.dispatcher: Dispatcher | None = None
         self.settler: Settler | None = None
         self.takeover: Takeover | None = None
+        self.late_ends: LateEnds | None = None
         self.sender: Sender | None = None
         self.control: ControlReader | None = None
         self.children: Children | None = None
@@ -170,7 +172,7 @@ class Worker:
             for work in list(dispatcher.running):
                 work.abandoned = True
         self.fail(error)
-        for each in (self.takeover, self.control):
+        for each in (self.takeover, self.late_ends, self.control):
             if each is not None:
                 each.close()
         if self.children is not None:
@@ -281,7 +283,10 @@ class Worker:
             fail=self.fail,
         )
         executor.close_lease = leases.close
-        dispatcher.wire(executor, places, leases)
+        late_ends = self.late_ends = LateEnds(
+            settings, names.lifecycle, self.source, decode, looked=dispatcher.looked, fail=self.fail
+        )
+        dispatcher.wire(executor, places, leases, late_ends.look)
         settler = self.settler = Settler(
             settings,
             sender,
@@ -333,6 +338,7 @@ class Worker:
         control.start()
         await self._beside(control.await_live)
         takeover.start()
+        late_ends.start()
         settler.start()
         for fetcher in self.fetchers:
             fetcher.start()
@@ -364,6 +370,8 @@ class Worker:
         for fetcher in self.fetchers:
             fetcher.drain()
         takeover.close()
+        if self.late_ends is not None:
+            self.late_ends.close()
         if self.control is not None:
             self.control.close()
         await self._wait_idle(dispatcher, began + (0.0 if self.error is not None else self.options.grace))

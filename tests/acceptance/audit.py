@@ -165,13 +165,20 @@ def _no_rerun(log: Log, frozen: Sequence[Window], executions: Sequence[Execution
     closes: dict[tuple[str, int, int], list[Record]] = defaultdict(list)
     terminals: dict[tuple[str, int], Record] = {}
     started: dict[tuple[str, int, int], int] = Counter()
+    ran_until: dict[tuple[str, int, int], int] = {}  # when the last run of a release began
+    for execution in executions:
+        release = (execution.job_id, execution.run, execution.release)
+        ran_until[release] = max(execution.began, ran_until.get(release, 0))
     facts = sorted(log.of("lifecycle"), key=lambda r: (r.at, r.partition, r.offset))
     for record in facts:
         if record.fact == "JobStarted":
             started[record.release] += 1
             done = terminals.get(record.release[:2]) or next(iter(closes[record.release]), None)
             if done is not None:
-                if _within(zombies, done.at, record.at):
+                if executions and ran_until.get(record.release, 0) < done.at:
+                    # A suspect's start is said first; then its worker looks whether an end stands before it.
+                    found.noted["said to start after its end, and not run"] += 1
+                elif _within(zombies, done.at, record.at):
                     found.noted["started again by a process that had stood still"] += 1
                 elif _let_go_by_a_zombie(record.release, done, closes, zombies):
                     found.noted["started again because a process that had stood still let it go"] += 1

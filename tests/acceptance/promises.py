@@ -23,7 +23,8 @@ class Promise(enum.Enum):
         "A job whose end is in the log is not run again, kill -9 of its worker included.",
         (
             "A process that stood still (SIGSTOP, a suspended machine) past its session sends, within a moment of its "
-            "waking, what lay in its Kafka client: starts and ends of what another has taken over; on a machine whose clock "
+            "waking, what lay in its Kafka client: starts and ends of what another has taken over, who may run it at that "
+            "moment; on a machine whose clock "
             "stood still with it, what it still believes to be its own. A work record that was written twice is recognised within 10 minutes or "
             "100,000 records of its partition, whichever is less."
         ),

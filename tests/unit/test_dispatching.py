@@ -126,7 +126,7 @@ class Bench:
             ours=starter.ours,
             certain=starter.certain,
         )
-        d.wire(executor, places, cast(Any, None))
+        d.wire(executor, places, cast(Any, None), lambda work, start: d.looked(work, None))
         d.start(asyncio.get_running_loop())
 
     def partition(self, number: int = 0, queue: str = "default") -> Partition:

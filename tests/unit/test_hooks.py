@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
+from opentelemetry import trace
 
 from jobledger import App, BadArguments, ConfigError, Depends, JobContext, ResourceFailed, Settings
 from jobledger.context import enter
@@ -47,8 +48,10 @@ def ran(task: Any, **kwargs: Any) -> Any:
     return contextvars.copy_context().run(call)
 
 
-def test_nothing_around_a_task_costs_nothing() -> None:
+def test_nothing_around_a_task_costs_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without hooks, resources and spans the worker calls the task's own function."""
+    # Another test of this process may have set a provider of spans, which is for good.
+    monkeypatch.setattr(trace, "get_tracer_provider", trace.ProxyTracerProvider)
     app = app_of()
 
     @app.task

@@ -236,6 +236,22 @@ def test_a_start_after_the_end_is_excused_only_for_who_stood_still_at_both_times
     assert not good.judge(frozen=[both._replace(begin=closed.at - 9000, end=closed.at - 8000)]).good
 
 
+def test_a_start_after_the_end_of_what_was_not_run_is_noted(good: Writer) -> None:
+    """Who says that a suspect starts may find its end before that, and leave it; the side log tells whether it did."""
+    ends = {r.release: r.at for r in good.log.records if r.fact in ("JobSucceeded", "JobFailed", "JobRetried")}
+    runs = [Execution(*release, 1, at - 5, at - 1) for release, at in ends.items()]
+    said = good.start("a")
+    assert set(good.judge().counts) == {"started after its end was in the log"}
+    found = good.judge(executions=runs)
+    assert found.good
+    assert found.noted["said to start after its end, and not run"] == 1
+    again = Execution("a", 1, 1, 1, said.at + 1, None)
+    assert set(good.judge(executions=[*runs, again]).counts) == {
+        "started after its end was in the log",
+        "run after its end was in the log",
+    }
+
+
 def test_a_release_that_follows_from_an_end_while_standing_still_is_excused_only_then(good: Writer) -> None:
     """A retry that a process wrote when it woke lets an ended job go again; outside a
     stand-still that is a violation."""
