@@ -27,7 +27,7 @@ from jobledger.consumers.send import UNACKNOWLEDGED_LIMIT, Sender
 from jobledger.consumers.stage import Stage, Turns
 from jobledger.consumers.starts import Starter
 from jobledger.consumers.takeover import UNSEEN_LEAST, UNSEEN_MS
-from jobledger.consumers.work import Arrived, Found, Partition, Plan, Work
+from jobledger.consumers.work import Arrived, Partition, Plan, Work
 from jobledger.errors import JobledgerError
 from jobledger.names import Names, lane
 from jobledger.retry import Retry
@@ -164,14 +164,11 @@ class Dispatcher:
         self._first_at = 0.0
         self.idle = asyncio.Event()
 
-    def wire(
-        self, executor: Executor, places: Places, leases: Leases, look: Callable[[Work, int | None], None]
-    ) -> None:
-        """What runs the code, where, what keeps long jobs, and who looks for what came of suspects: made of this one's
-        parts, and told to them."""
+    def wire(self, executor: Executor, places: Places, leases: Leases) -> None:
+        """What runs the code, where, and what keeps long jobs: made of this one's parts, and told to them."""
         self.executor = self.starter.executor = self.lines.executor = self.intake.executor = executor
         self.places = self.starter.places = self.lines.places = self.intake.places = places
-        self.starter.leases, self.starter.look = leases, look
+        self.starter.leases = leases
 
     def start(self, loop: asyncio.AbstractEventLoop) -> None:
         """Begin on ``loop``, which must be the running one."""
@@ -254,25 +251,6 @@ class Dispatcher:
             total = count * len(queue.levels)
             for each in [scope, *(plan.scope for plan in self.plans.values() if plan.task.queue == name)]:
                 each.own(owned, total)
-
-    def looked(self, work: Work, found: Found | None) -> None:
-        """It is known whether a suspect ended elsewhere before its start here: if not, its code is run. Callable from any
-        thread."""
-        self.call(self._looked, work, found)
-
-    def _looked(self, work: Work, found: Found | None) -> None:
-        partition = work.partition
-        if found is None or work.abandoned or not self.starter.ours(work) or not partition.begin_taking():
-            self.places.go(work)  # which sees whose it is
-            return
-        try:
-            work.waiting = False
-            assert work.event is not None
-            LOG.info("job %s (%s) ended elsewhere, and is not run again", work.event.job_id, work.event.task)
-            self.intake.settle_found(work, found)
-        finally:
-            partition.taking = False
-        self.ended_in_thread(work)
 
     def ended_in_thread(self, work: Work) -> None:
         """A job that has room only in one place ended. Called in any thread."""

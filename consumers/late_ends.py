@@ -1,9 +1,9 @@
 """Ends that were written after the takeover's scan, by a process that only stood still: it sends, when it wakes, what lay
 in its Kafka client.
 
-A suspect's code is run only once lifecycle was read on from where the scan ended to the suspect's own acknowledged start.
-All facts of a release stand in one partition, in one order: if an end stands before that start, it is found, and the job
-is not run again. Source: docs/adr/0011. A thread of its own, because another takeover may take its time.
+A suspect's code is run only if lifecycle was read, from where the scan ended to its end of that moment, since the suspect's
+own start was acknowledged. All facts of a release stand in one partition, in one order: an end before that start is found,
+and the job is not run again. Source: docs/adr/0011. A thread of its own, because another takeover may take its time.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 import queue
 import threading
+import weakref
 from collections.abc import Callable
 
 from confluent_kafka import KafkaException, Message
@@ -26,25 +27,30 @@ from jobledger.schemas.events import JobLeased
 
 LOG = logging.getLogger("jobledger.worker")
 
-#: Seconds after which a reader that nobody needs gives its connections back.
+#: Seconds after which a reader that nobody needs gives its connections back, and forgets what it has read.
 IDLE_S = 10.0
-#: Facts that are read at most before a suspect's start: one that waited for an hour must not read an hour of the log.
+#: Facts that are read at most for an answer: a suspect that waited for an hour must not read an hour of the log.
 MOST = 100_000
-#: Ends of others that are kept for each partition, for suspects that are still to come.
-KEPT = 10_000
+
+
+class _Seen:
+    """What was read of lifecycle behind a partition's scan: up to where, and where the ends of releases stand."""
+
+    __slots__ = ("ends", "read_to")
+
+    def __init__(self, read_to: int) -> None:
+        self.read_to = read_to
+        self.ends: dict[int, int] = {}  # whoever wrote them: what is still to come cannot have ended here
 
 
 class LateEnds(threading.Thread):
-    """Looks for the ends of suspects. ``source``: who this worker is in its own facts, which are passed over.
-
-    ``looked(work, found)`` is called in this thread with the end that was found, or None: once for each that was asked for.
-    """
+    """Looks for the ends of suspects. ``looked(work, found)`` is called in this thread with the end that was found, or
+    None: once for each that was asked for."""
 
     def __init__(
         self,
         settings: Settings,
         lifecycle: str,
-        source: str,
         decoder: Decoder,
         *,
         looked: Callable[[Work, Found | None], None],
@@ -52,18 +58,17 @@ class LateEnds(threading.Thread):
     ) -> None:
         super().__init__(name="jobledger-late-ends", daemon=True)
         self._settings, self._lifecycle, self._decoder = settings, lifecycle, decoder
-        self._source = source.encode()
         self._looked, self._fail = looked, fail
-        self._todo: queue.SimpleQueue[tuple[Work, int | None] | None] = queue.SimpleQueue()
+        self._todo: queue.SimpleQueue[Work | None] = queue.SimpleQueue()
         self._closing, self._lock = False, threading.Lock()  # nothing is put after what ends the thread
         self._log = LogRanges(settings, lambda: self._closing)
+        self._seen = weakref.WeakKeyDictionary[Partition, _Seen]()
 
-    def look(self, work: Work, start: int | None) -> None:
-        """Look for an end of the job's release before offset ``start``, where its own start stands in its partition of
-        lifecycle; None: somewhere before the partition's end. Returns at once; callable from any thread."""
+    def look(self, work: Work) -> None:
+        """Look for an end of the job's release, as of now. Returns at once; callable from any thread."""
         with self._lock:
             if not self._closing:
-                self._todo.put((work, start))
+                self._todo.put(work)
                 return
         self._looked(work, None)
 
@@ -92,70 +97,83 @@ class LateEnds(threading.Thread):
     def _next(self) -> bool:
         """Answer what is asked for now, all at once; False once closed."""
         try:
-            first = self._todo.get(timeout=IDLE_S if self._log.open else None)
+            asked = [self._todo.get(timeout=IDLE_S if self._log.open else None)]
         except queue.Empty:
             self._log.close()
+            self._seen.clear()
             return True
-        asked = [first]
         while not self._todo.empty():
             asked.append(self._todo.get())
-        wanted = [each for each in asked if each is not None]
-        if not self._closing:
-            self._read(wanted)
-        for work, _ in wanted:
-            event = work.event
-            assert event is not None
-            self._looked(work, work.partition.late.get(release_key(event.job_id, event.run, event.release)))
-        return len(wanted) == len(asked)
+        works = [work for work in asked if work is not None]
+        found: dict[Work, Found] = {}
+        try:
+            if not self._closing:
+                self._read_on({work.partition for work in works if work.partition.owned})
+                found = self._find(works)
+        except JobledgerError:
+            if not self._closing:
+                raise
+        for work in works:
+            self._looked(work, found.get(work))
+        return len(works) == len(asked)
 
-    def _read(self, asked: list[tuple[Work, int | None]]) -> None:
-        """Read on in the partitions of these jobs, up to their starts."""
-        ends: dict[Partition, int] = {}
-        begins: dict[Partition, int] = {}
-        for work, start in asked:
-            partition = work.partition
-            if not partition.owned or (start is not None and start <= ends.get(partition, partition.read_to)):
-                continue
-            low, high = self._log.ends(self._lifecycle, partition.number)
-            ends[partition] = high if start is None else start
-            begins[partition] = max(partition.read_to, low, ends[partition] - MOST)
-        # Partitions of several topics may share a number, and with it a partition of lifecycle.
-        sharing: dict[int, list[Partition]] = {}
+    def _read_on(self, partitions: set[Partition]) -> None:
+        """Read these partitions' lifecycle to its end."""
+        # Those of several topics may share a number, and with it a partition of lifecycle.
+        sharing: dict[int, list[_Seen]] = {}
         ranges: dict[tuple[str, int], tuple[int, int]] = {}
-        for partition, end in ends.items():
+        asking: dict[int, list[Partition]] = {}
+        for partition in partitions:
             number = partition.number
-            sharing.setdefault(number, []).append(partition)
-            begin, most = ranges.get((self._lifecycle, number), (begins[partition], end))
-            ranges[self._lifecycle, number] = min(begin, begins[partition]), max(most, end)
+            seen = self._seen.setdefault(partition, _Seen(partition.scan_end))
+            sharing.setdefault(number, []).append(seen)
+            asking.setdefault(number, []).append(partition)
+            low, high = self._log.ends(self._lifecycle, number)
+            begin = max(seen.read_to, low, high - MOST)
+            known = ranges.get((self._lifecycle, number), (begin, high))
+            ranges[self._lifecycle, number] = min(begin, known[0]), max(high, known[1])
 
         def take(message: Message) -> None:
-            value = message.value()
-            if not isinstance(value, bytes) or self._source in value:
-                return
-            partitions = sharing[message.partition() or 0]
+            number = message.partition() or 0
             try:
                 end = end_of(message, self._decoder)
             except RegistryNeeded as exc:  # as in the takeover: it may say that a job is done
-                for partition in partitions:
+                for partition in asking[number]:
                     if partition.stopped is None:
                         partition.stop(message, str(exc))
                 return
+            # A lease is none of a job's ends: it is the coordinator's to say what follows from it.
+            if end is not None and not isinstance(end[1], JobLeased):
+                for seen in sharing[number]:
+                    seen.ends.setdefault(release_key(*end[0]), message.offset() or 0)  # the first one counts
+
+        self._log.read(ranges, take, wanted=lambda: any(partition.owned for partition in partitions))
+        for number, several in sharing.items():
+            for seen in several:
+                seen.read_to = ranges[self._lifecycle, number][1]
+
+    def _find(self, works: list[Work]) -> dict[Work, Found]:
+        """The ends of these jobs' releases, as far as there are any; what is known of others is kept in bounds."""
+        found: dict[Work, Found] = {}
+        for work in works:
+            seen, event = self._seen.get(work.partition), work.event
+            assert event is not None
+            offset = None if seen is None else seen.ends.get(release_key(event.job_id, event.run, event.release))
+            if offset is not None:
+                self._fetch(work, offset, found)
+        for seen in {
+            work.partition: self._seen[work.partition] for work in works if work.partition in self._seen
+        }.values():
+            while len(seen.ends) > MOST:
+                del seen.ends[next(iter(seen.ends))]
+        return found
+
+    def _fetch(self, work: Work, offset: int, found: dict[Work, Found]) -> None:
+        """What an end says: kept was only where it stands."""
+
+        def take(message: Message) -> None:
+            end = end_of(message, self._decoder)
             if end is not None:
-                release, fact = end
-                found = Found(message.offset() or 0, message.timestamp()[1], fact)
-                for partition in partitions:
-                    _keep(partition, release_key(*release), found)
+                found[work] = Found(offset, message.timestamp()[1], end[1])
 
-        self._log.read(ranges, take, wanted=lambda: any(partition.owned for partition in ends))
-        for partition in ends:
-            partition.read_to = ranges[self._lifecycle, partition.number][1]
-
-
-def _keep(partition: Partition, key: int, found: Found) -> None:
-    """The first end counts; but a lease is none, if another comes after it."""
-    late = partition.late
-    known = late.get(key)
-    if known is None or isinstance(known.fact, JobLeased):
-        late[key] = found
-        if len(late) > KEPT:
-            del late[next(iter(late))]
+        self._log.read({(self._lifecycle, work.partition.number): (offset, offset + 1)}, take)

@@ -143,9 +143,10 @@ class PartitionOffsets:
         self._unsettled[offset] = lifecycle_offset
 
     def note(self, offset: int, lifecycle_offset: int) -> None:
-        """The record's job goes on, but what was said of it at ``lifecycle_offset`` must be found by the next owner."""
+        """The record's job goes on, but what was said of it from ``lifecycle_offset`` on must be found by the next owner."""
         if offset in self._pending:
-            self._unsettled.setdefault(offset, lifecycle_offset)
+            known = self._unsettled.get(offset, lifecycle_offset)
+            self._unsettled[offset] = min(known, lifecycle_offset)
 
     @property
     def settled(self) -> bool:

@@ -40,8 +40,7 @@ _uuid7 = uuid_utils.uuid7
 
 
 class Starter:
-    """Begins jobs, ``concurrency`` of them at once. ``look(work, start)``: has `looked` called when it is known what came of
-    a suspect before its start, see `LateEnds.look`.
+    """Begins jobs, ``concurrency`` of them at once.
 
     ``call``: runs a function on the loop, from any thread. ``drain()``: takes the delivery reports that have arrived.
     ``clock_ms``: the broker's clock less this machine's.
@@ -50,7 +49,6 @@ class Starter:
     executor: Executor
     places: Places
     leases: Leases
-    look: Callable[[Work, int | None], None]
     loop: asyncio.AbstractEventLoop
 
     def __init__(
@@ -188,18 +186,13 @@ class Starter:
 
     def _start_delivered(self, work: Work, error: KafkaError | None, message: Message) -> None:
         """Delivery callback of a suspect's start, in any thread: reports are taken in order, and this one soon."""
-        if error is None and work.noted is not None:
-            work.noted = partial(self._start_noted, at=message.offset())
         work.noted_delivered(error, message)
         self._call(self._drain)
 
-    def _start_noted(self, work: Work, at: int | None = None) -> None:
+    def _start_noted(self, work: Work) -> None:
         """A suspect's start is in the log, and kept in sight. Called by whoever took the report."""
-        # The end of a leased job is the coordinator's to say.
-        if work.offset < work.partition.doubted_to and work.lease is None:
-            self.look(work, at)
-        else:
-            self._call(self.places.go, work)
+        work.looked_at = 0.0  # what was known before this start counts no more
+        self._call(self.places.go, work)
 
     def ours(self, work: Work) -> bool:
         """Whether this worker is to run a job that is counted as running already."""

@@ -376,7 +376,7 @@ class Takeover(threading.Thread):
         # Most of what the scan finds lies before the base, where it is done anyway.
         for key in [k for k in partition.closed if k in partition.memory]:
             del partition.closed[key]
-        partition.scanned_to, partition.floor, partition.read_to = plan.high, plan.floor, plan.lifecycle_high
+        partition.scanned_to, partition.floor, partition.scan_end = plan.high, plan.floor, plan.lifecycle_high
         if not plan.restored.clean:
             partition.doubted_to = plan.high
         if not plan.restored.clean and partition.committed >= 0:

@@ -144,10 +144,9 @@ class Partition:
         self.floor = 0
         #: Below this offset are records that the last owner, who did not leave cleanly, may have begun.
         self.careful = 0
-        #: Below this one are records that he may have begun and ended, and whose ends he may still write; lifecycle was read
-        #: to `read_to`, and ``late`` are the ends that came after the scan, by release (see `LateEnds`).
-        self.doubted_to = self.read_to = 0
-        self.late: dict[int, Found] = {}
+        #: Below this one are records that he may have begun and ended, and whose ends he may still write, behind where the
+        #: scan of lifecycle ended (see `LateEnds`).
+        self.doubted_to = self.scan_end = 0
         self.last_commit: tuple[int, str] | None = None
         #: What waits here, by (kind, name, …); how many jobs that is, how many of them as `Deferred`, their bytes, and how
         #: many of those are suspects.
@@ -285,6 +284,7 @@ class Work:
         "kwargs",
         "lease",
         "line",
+        "looked_at",
         "noted",
         "offset",
         "outcome",
@@ -325,6 +325,7 @@ class Work:
         self.expires_at: int | None = None  # µs of the broker's clock
         self.held_since = 0.0  # since when it holds its key
         self.again_s: float | None = None  # tried again in place, so many seconds from now
+        self.looked_at = 0.0  # when it was last known that no end of a suspect came late
         self.noted: Callable[[Work], None] | None = None  # called once what it says in place is acknowledged
         self.stop_outcome: Outcome | None = None  # somebody asked it to end: what it comes to then
         #: Topics to which its records go as batches of their own, because a batch was refused for its size.

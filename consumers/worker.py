@@ -259,6 +259,13 @@ class Worker:
             settle=lambda: dispatcher.call(settler.drain),
         )
         children = self.children = self._children()
+        late_ends = self.late_ends = LateEnds(
+            settings,
+            names.lifecycle,
+            decode,
+            looked=lambda *looked: dispatcher.call(places.looked, *looked),
+            fail=self.fail,
+        )
         places = Places(
             executor,
             dispatcher.threads,
@@ -268,6 +275,8 @@ class Worker:
             done=dispatcher.ended_in_thread,
             ours=dispatcher.starter.ours,
             certain=dispatcher.starter.certain,
+            look=late_ends.look,
+            settle_found=dispatcher.intake.settle_found,
         )
         executor.stop_child = places.stop
         leases = self.leases = Leases(
@@ -283,10 +292,7 @@ class Worker:
             fail=self.fail,
         )
         executor.close_lease = leases.close
-        late_ends = self.late_ends = LateEnds(
-            settings, names.lifecycle, self.source, decode, looked=dispatcher.looked, fail=self.fail
-        )
-        dispatcher.wire(executor, places, leases, late_ends.look)
+        dispatcher.wire(executor, places, leases)
         settler = self.settler = Settler(
             settings,
             sender,

@@ -39,7 +39,7 @@ def test_every_figure_of_a_worker(broker: str, namespace: str) -> None:
     log before the worker came has waited since then."""
     app = App(
         namespace,
-        settings=Settings(bootstrap=broker),
+        settings=Settings(bootstrap=broker, submit_timeout=20.0),
         queues=[Queue("mail", partitions=1, priorities=True), Queue("held", partitions=1)],
     )
     gate: dict[str, bool] = {}

@@ -125,8 +125,10 @@ class Bench:
             done=d.ended_in_thread,
             ours=starter.ours,
             certain=starter.certain,
+            look=lambda work: places.looked(work, None),
+            settle_found=d.intake.settle_found,
         )
-        d.wire(executor, places, cast(Any, None), lambda work, start: d.looked(work, None))
+        d.wire(executor, places, cast(Any, None))
         d.start(asyncio.get_running_loop())
 
     def partition(self, number: int = 0, queue: str = "default") -> Partition:

@@ -135,6 +135,8 @@ def places(children: object | None) -> Places:
         done=nothing,
         ours=nothing,
         certain=nothing,
+        look=nothing,
+        settle_found=nothing,
     )
 
 

@@ -271,3 +271,17 @@ def test_the_budget_leaves_room() -> None:
     text = encode(0, every_second, LOG_END, False)
     assert text is not None
     assert len(text) <= METADATA_LIMIT * offsets.BRAKE
+
+
+def test_of_several_notes_the_lowest_counts() -> None:
+    """Whatever order they come in: all that was said of a record must be found until it is done."""
+    offsets = PartitionOffsets(Restored(0), 500)
+    assert offsets.receive(0)
+    for noted, floor in ((400, 400), (450, 400), (120, 120), (400, 120)):
+        offsets.note(0, noted)
+        assert offsets.floor == floor
+    assert not offsets.settled
+    offsets.done(0)
+    assert (offsets.floor, offsets.settled) == (500, True)
+    offsets.note(0, 7)
+    assert offsets.settled, "it is done"
