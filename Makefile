@@ -38,9 +38,10 @@ demo: $(STAMP) ## import 28,298 real rows in the background, on real Kafka
 dev: $(STAMP) ## broker, worker and stream processor of the demo app, reloading on change
 	@$(PY) -m jobledger dev $(or $(APP),examples.airports.app:app) $(ARGS)
 
-# pytest last: its closing line is the last thing to be read.
+# pytest last: its closing line is the last thing to be read. Tests mostly wait for what other processes do, so three at once
+# suit two CPUs; the order of their files is made in tests/conftest.py.
 test: lint ## lint, types and every test, on real Kafka
-	@$(PY) -m pytest --numprocesses 2 --dist loadfile $(ARGS)
+	@$(PY) -m pytest --numprocesses 3 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 lint: $(STAMP) ## formatting, lint, types, layers
 	@$(PY) -m ruff format --check --quiet . || { echo "run: make format" >&2; exit 1; }
