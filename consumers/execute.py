@@ -359,7 +359,7 @@ class Executor:
             # From now on, not from its acknowledgement: handed over in between, the next owner must look for it.
             with partition.lock:
                 if partition.offsets is not None:
-                    partition.offsets.note(work.offset, partition.offsets.floor)
+                    partition.offsets.goes_on(work.offset)
             self._sender.send(self._lifecycle, value, event.job_id, partition.number, work.noted_delivered)
         except Exception as exc:  # noqa: BLE001  # as in `close_with`
             self._broken(work, exc)

@@ -217,8 +217,9 @@ class Intake:
         if partition.scanned_to:
             work.takeover = partition.starts.pop(key, 0)
             work.suspect = work.takeover > 0 or offset < partition.careful
-            if work.suspect:  # until the next start tells of those, starts must be found; and ends that come late
-                self._keep_in_sight(partition, offset, partition.floor if work.takeover else partition.scan_end)
+            if work.takeover and partition.offsets is not None:
+                with partition.lock:  # until the next start tells of those, they must be found
+                    partition.offsets.note(offset, partition.floor)
         if spec.tags and (crashes := crashes_of(spec.tags)):
             work.takeover += crashes
             work.suspect = True
@@ -265,17 +266,8 @@ class Intake:
         if not isinstance(value, bytes) or not value.startswith(_OWN) or spec.expires_at is not None:
             value = codec.encode(event)
         one = Deferred(offset, message.timestamp()[1], value, plan, offset < partition.careful)
-        if one.suspect:
-            self._keep_in_sight(partition, offset, partition.scan_end)
         self._lines.defer(partition, identity, one, serial=event.key is not None, tenant=tenant)
         return True
-
-    @staticmethod
-    def _keep_in_sight(partition: Partition, offset: int, lifecycle_offset: int) -> None:
-        """Whoever owns the partition next must read lifecycle from there, as long as the record is not done."""
-        if partition.offsets is not None:
-            with partition.lock:
-                partition.offsets.note(offset, lifecycle_offset)
 
     def revive(self, partition: Partition, one: Deferred) -> Work | None:
         """The job of a record that was put down; None if its arguments do not fit: it has failed."""

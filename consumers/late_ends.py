@@ -11,26 +11,34 @@ from __future__ import annotations
 import logging
 import queue
 import threading
+import time
 import weakref
 from collections.abc import Callable
+from itertools import islice
 
 from confluent_kafka import KafkaException, Message
 
 from jobledger.config import Settings
+from jobledger.consumers.offsets import DOUBT_MOST
 from jobledger.consumers.ranges import LogRanges
 from jobledger.consumers.releases import end_of, release_key
-from jobledger.consumers.work import Found, Partition, Work
+from jobledger.consumers.work import NOTHING_FOLLOWS, Found, Partition, Work
 from jobledger.errors import JobledgerError, RegistryNeeded
 from jobledger.log import translate
 from jobledger.schemas.codec import Decoder
-from jobledger.schemas.events import JobLeased
+from jobledger.schemas.events import JobLeased, JobRetried, JobSnoozed
 
 LOG = logging.getLogger("jobledger.worker")
 
 #: Seconds after which a reader that nobody needs gives its connections back, and forgets what it has read.
 IDLE_S = 10.0
 #: Facts that are read at most for an answer: a suspect that waited for an hour must not read an hour of the log.
-MOST = 100_000
+MOST = DOUBT_MOST
+#: Seconds that reading may take for its answer to hold, and how often it is read on at most.
+QUICK_S, READINGS = 0.5, 3
+#: Milliseconds after which nothing is asked for again that follows from an end: whoever wrote it has done so, or the
+#: coordinator misses it by now, and half of what it remembers is over.
+ASKED_MS = 300_000
 
 
 class _Seen:
@@ -108,7 +116,12 @@ class LateEnds(threading.Thread):
         found: dict[Work, Found] = {}
         try:
             if not self._closing:
-                self._read_on({work.partition for work in works if work.partition.owned})
+                partitions = {work.partition for work in works if work.partition.owned}
+                for _ in range(READINGS):
+                    began = time.monotonic()
+                    self._read_on(partitions)
+                    if time.monotonic() - began < QUICK_S:
+                        break
                 found = self._find(works)
         except JobledgerError:
             if not self._closing:
@@ -156,24 +169,29 @@ class LateEnds(threading.Thread):
         """The ends of these jobs' releases, as far as there are any; what is known of others is kept in bounds."""
         found: dict[Work, Found] = {}
         for work in works:
-            seen, event = self._seen.get(work.partition), work.event
-            assert event is not None
-            offset = None if seen is None else seen.ends.get(release_key(event.job_id, event.run, event.release))
+            seen = self._seen.get(work.partition)
+            offset = None if seen is None else seen.ends.get(_key(work))
             if offset is not None:
                 self._fetch(work, offset, found)
-        for seen in {
-            work.partition: self._seen[work.partition] for work in works if work.partition in self._seen
-        }.values():
-            while len(seen.ends) > MOST:
-                del seen.ends[next(iter(seen.ends))]
+        for seen in self._seen.values():
+            for key in list(islice(seen.ends, max(0, len(seen.ends) - MOST))):  # the oldest
+                del seen.ends[key]
         return found
 
     def _fetch(self, work: Work, offset: int, found: dict[Work, Found]) -> None:
         """What an end says: kept was only where it stands."""
 
         def take(message: Message) -> None:
-            end = end_of(message, self._decoder)
-            if end is not None:
-                found[work] = Found(offset, message.timestamp()[1], end[1])
+            end, appended_ms = end_of(message, self._decoder), message.timestamp()[1]
+            if end is not None and release_key(*end[0]) == _key(work):
+                fact = end[1]
+                if isinstance(fact, JobRetried | JobSnoozed) and appended_ms < time.time() * 1000 - ASKED_MS:
+                    fact = NOTHING_FOLLOWS
+                found[work] = Found(offset, appended_ms, fact)
 
         self._log.read({(self._lifecycle, work.partition.number): (offset, offset + 1)}, take)
+
+
+def _key(work: Work) -> int:
+    assert work.event is not None
+    return release_key(work.event.job_id, work.event.run, work.event.release)

@@ -148,8 +148,7 @@ class Lines:
     def wait_for_gate(self, work: Work, plan: Plan, identity: tuple[str, ...], now: float, tenant: str = "") -> None:
         """Wait here; or, if many do already, go back to the coordinator for a while, so that others can pass."""
         partition = work.partition
-        # Not what the last owner had begun: its end may be in the log by now.
-        gate = closed_gate(plan.gates, now) if self.half_full(partition) and not work.suspect else None
+        gate = closed_gate(plan.gates, now) if self.half_full(partition) else None
         if gate is not None:
             ahead = len(partition.lines[identity].works) if identity in partition.lines else 0
             self._set_aside(work, gate, ahead)

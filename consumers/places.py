@@ -34,7 +34,7 @@ ALONE_FROM = 3
 SUSPECTS = 16
 #: Seconds until it is asked again whether a job is still ours.
 AGAIN_S = 0.1
-#: Seconds for which it is believed that no end of a suspect came late.
+#: Seconds for which it is believed at first that no end of a suspect came late.
 LOOKED_S = 1.0
 
 
@@ -147,14 +147,19 @@ class Places:
         coordinator's to say."""
         if work.offset >= work.partition.doubted_to or work.lease is not None or not work.suspect:
             return False
-        return self._ours(work) and time.monotonic() - work.looked_at > LOOKED_S
+        # Longer each time: where a child takes long to come, every answer may be too old by then.
+        return self._ours(work) and time.monotonic() - work.looked_at > LOOKED_S * (1 << work.looks)
 
     def looked(self, work: Work, found: Found | None) -> None:
         """What was looked for is known: an end of the job, or that there is none."""
         work.looked_at = time.monotonic()
+        work.looks += 1
         partition = work.partition
-        if found is None or work.abandoned or not self._ours(work) or not partition.begin_taking():
-            self.go(work)  # which sees whose it is
+        if work.abandoned or not self._ours(work):
+            self._done(work)
+            return
+        if found is None or not partition.begin_taking():
+            self.go(work)  # which sees whose it is by then
             return
         event = work.event
         assert event is not None

@@ -23,7 +23,7 @@ from jobledger.consumers.offsets import PartitionOffsets, Restored, Snapshot, de
 from jobledger.consumers.ranges import STALL_S, LogRanges, partition_of
 from jobledger.consumers.releases import REMEMBERED, REMEMBERED_MS, end_of, key_of, release_key
 from jobledger.consumers.settle import Settler
-from jobledger.consumers.work import Found, Partition
+from jobledger.consumers.work import NOTHING_FOLLOWS, Found, Partition
 from jobledger.errors import BrokerUnavailable, JobledgerError, RegistryNeeded, SchemaError
 from jobledger.log import translate
 from jobledger.names import Names
@@ -37,8 +37,6 @@ LOG = logging.getLogger("jobledger.worker")
 IDLE_S = 10.0
 #: Ends of a release that are not the job's: the coordinator has the word then.
 OPEN = (JobLeased, JobRetried, JobSnoozed)
-#: Stands in place of such an end once another release is known to have followed: nothing is to be sent again.
-_NOTHING_FOLLOWS = JobSucceeded()
 #: Milliseconds by which the clocks of two brokers may differ.
 SKEW_MS = 60_000
 #: Starts that a process that died may have taken with it: those of so many milliseconds, and within these bounds.
@@ -329,7 +327,7 @@ class Takeover(threading.Thread):
         one a second time would let it go a second time, if the coordinator has forgotten it by now."""
         if release > 1 and plan.open and plan.open.pop(key := release_key(job_id, run, release - 1), None) is not None:
             known = plan.partition.closed[key]
-            plan.partition.closed[key] = Found(known.offset, known.appended_ms, _NOTHING_FOLLOWS)
+            plan.partition.closed[key] = Found(known.offset, known.appended_ms, NOTHING_FOLLOWS)
 
     def _read_elsewhere(self, plans: list[_Plan]) -> None:
         """Look for what the coordinator wrote of releases that ended here with its having the word: their leases' ends,
@@ -381,6 +379,7 @@ class Takeover(threading.Thread):
             partition.doubted_to = plan.high
         if not plan.restored.clean and partition.committed >= 0:
             partition.careful = max(plan.begun, plan.restored.begun, plan.restored.base) + plan.unseen
+            partition.offsets.doubt(min(partition.careful, plan.high), plan.lifecycle_high)
         if partition.closed or partition.held or partition.starts:
             partition.offsets.hold(plan.floor)
         if plan.high <= plan.restored.base:

@@ -24,7 +24,7 @@ from jobledger.context import JobContext
 from jobledger.errors import TaskInterrupted
 from jobledger.log import position_of
 from jobledger.middleware import runner
-from jobledger.schemas.events import Fact, JobEvent, JobProgressed
+from jobledger.schemas.events import Fact, JobEvent, JobProgressed, JobSucceeded
 from jobledger.task import Task
 
 if TYPE_CHECKING:
@@ -76,6 +76,10 @@ class Found:
 
     def __init__(self, offset: int, appended_ms: int, fact: Fact) -> None:
         self.offset, self.appended_ms, self.fact = offset, appended_ms, fact
+
+
+#: Stands in place of an end from which another release has followed already: nothing is to be sent again.
+NOTHING_FOLLOWS = JobSucceeded()
 
 
 class Deferred:
@@ -285,6 +289,7 @@ class Work:
         "lease",
         "line",
         "looked_at",
+        "looks",
         "noted",
         "offset",
         "outcome",
@@ -325,7 +330,8 @@ class Work:
         self.expires_at: int | None = None  # µs of the broker's clock
         self.held_since = 0.0  # since when it holds its key
         self.again_s: float | None = None  # tried again in place, so many seconds from now
-        self.looked_at = 0.0  # when it was last known that no end of a suspect came late
+        self.looked_at = 0.0  # when it was last known that no end of a suspect came late; and how often that was asked
+        self.looks = 0
         self.noted: Callable[[Work], None] | None = None  # called once what it says in place is acknowledged
         self.stop_outcome: Outcome | None = None  # somebody asked it to end: what it comes to then
         #: Topics to which its records go as batches of their own, because a batch was refused for its size.
