@@ -108,7 +108,7 @@ def test_what_waits_for_its_key_takes_a_bounded_share(fleet: Fleet, say: Callabl
     worker = fleet.start("worker", "--metrics-port", str(port))
     first = app.submit_many(app.tasks["noop"].job(n) for n in range(1_000))
     group = Group(app)
-    fleet.until(lambda: group.done() >= len(first), 120, "the first jobs done")
+    fleet.until(lambda: group.done() >= len(first), 60, "the first jobs done")
     before = resident(worker)
     for start in range(0, HOT, 50_000):
         handles = app.submit_many(app.tasks["keyed"].job("hot", n) for n in range(start, start + 50_000))
@@ -121,10 +121,11 @@ def test_what_waits_for_its_key_takes_a_bounded_share(fleet: Fleet, say: Callabl
 
     fleet.until(read_no_further, 120, "as much waits as may")
     assert seen < HOT
+    done = group.done()
     others = app.submit_many(app.tasks["noop"].job(n) for n in range(1_000))
     hot = handles[0].position.partition
-    least = group.done() + sum(h.position.partition != hot for h in others)
-    fleet.until(lambda: group.done() >= least, 180, "the jobs of other partitions")
+    least = done + sum(h.position.partition != hot for h in others)
+    fleet.until(lambda: group.done() >= least, 60, "the jobs of other partitions")
     most = max(most, resident(worker))
     say(
         f"memory: {seen:,} of {HOT:,} jobs that wait for their key are looked at, and take {(most - before) / MIB:.0f} MiB"
