@@ -28,7 +28,8 @@ from tests.acceptance.promises import BROKEN_BY, Promise
 
 pytestmark = [pytest.mark.kafka, pytest.mark.slow]
 
-JOBS = int(os.environ.get("CHAOS_JOBS", "3000"))
+JOBS = 3_000
+LONG_JOBS = int(os.environ.get("CHAOS_JOBS", "40000"))
 SECONDS = float(os.environ.get("CHAOS_SECONDS", "0"))
 SEED = os.environ.get("CHAOS_SEED") or uuid.uuid4().hex[:8]
 #: Beyond every session: the workers' and the coordinators' are 6 s here, the materializer's lease is no longer.
@@ -251,11 +252,11 @@ def test_the_promises_hold_through_random_faults_for_as_long_as_asked(
 ) -> None:
     """As the short form, with faults drawn at random, several at a time, for CHAOS_SECONDS over CHAOS_JOBS."""
     began = time.monotonic()
-    say(f"chaos: {JOBS} jobs, {SECONDS:g} s, CHAOS_SEED={SEED}, logs in {tmp_path}")
+    say(f"chaos: {LONG_JOBS} jobs, {SECONDS:g} s, CHAOS_SEED={SEED}, logs in {tmp_path}")
     with ExitStack() as stack:
         fleet = stack.enter_context(Fleet(tmp_path, kafka.bootstrap, namespace, seed=SEED))
         ready(fleet, worker=3, coordinator=2, materializer=2)
-        service = Service(fleet, 0, JOBS, rate=JOBS / (SECONDS * 0.8))
+        service = Service(fleet, 0, LONG_JOBS, rate=LONG_JOBS / (SECONDS * 0.8))
         stack.callback(service.close)
         fleet.until(lambda: counts(fleet)[0] > 0, 60.0, "the first jobs ended")
         dice = random.Random(SEED)

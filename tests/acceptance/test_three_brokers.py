@@ -38,7 +38,7 @@ from tests.integration.worker_app import log_of, until
 
 pytestmark = [pytest.mark.kafka, pytest.mark.slow, pytest.mark.timeout(400)]
 
-JOBS = int(os.environ.get("CHAOS_JOBS", "4500")) // 3
+JOBS = 1_500
 SEED = os.environ.get("CHAOS_SEED") or uuid.uuid4().hex[:8]
 #: Longer than the brokers' sessions (3 s) and the clients' and groups' (6 s).
 BEYOND_SESSION_S = float(os.environ.get("CHAOS_FREEZE", "10"))
