@@ -45,6 +45,7 @@ from jobledger.streams.faust_app import (
     hasten,
     origin_of,
     progress,
+    recovering,
     stuck,
     work_topics,
 )
@@ -215,6 +216,7 @@ class Coordinator:
                 self._survey,
                 self._watch_faust,
                 self._watch_group,
+                self._watch_recovery,
             ):
                 tasks.append(asyncio.create_task(self._guarded(work()), name=work.__name__))
             await self._stop.wait()
@@ -352,9 +354,23 @@ class Coordinator:
             await asyncio.sleep(PULSE)
             if (now := progress(self._app)) != seen:
                 seen, since = now, time.monotonic()
-        raise BrokerUnavailable(
-            f"the coordinator came no further for {START_TIMEOUT:.0f} s with joining its group and reading its table; look "
-            f"whether every broker of {self.settings.resolve_bootstrap()} answers"
+        raise self._no_further("joining its group and reading its table")
+
+    async def _watch_recovery(self) -> None:
+        """After a rebalance it may wait for ever, too: a part of the table that came with a partition is not given to it.
+        Then it starts anew. A time in which this process stood still does not count."""
+        seen, quiet = progress(self._app), 0.0
+        while quiet < START_TIMEOUT:
+            await asyncio.sleep(PULSE)
+            now = progress(self._app)
+            quiet = quiet + PULSE if recovering(self._app) and now == seen else 0.0
+            seen = now
+        raise self._no_further("reading the part of its table that came with a rebalance")
+
+    def _no_further(self, what: str) -> BrokerUnavailable:
+        return BrokerUnavailable(
+            f"the coordinator came no further for {START_TIMEOUT:.0f} s with {what}; look whether every broker of "
+            f"{self.settings.resolve_bootstrap()} answers"
         )
 
     async def _watch_group(self) -> None:

@@ -308,6 +308,11 @@ def progress(app: Any) -> tuple[object, ...]:
     return getattr(group, "generation", None), len(recovery.active_highwaters), list(recovery.active_offsets.values())
 
 
+def recovering(app: Any) -> bool:
+    """Whether the changelog is read before streams go on: at the start, and after each rebalance that brought partitions."""
+    return bool(app.tables.recovery.in_recovery)
+
+
 def hasten(app: Any) -> None:
     """Let an idle fetch return sooner: whatever else is asked on its connection, as in a rebalance, waits behind it.
 

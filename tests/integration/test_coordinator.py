@@ -555,6 +555,17 @@ def test_instances_that_come_and_go_share_the_partitions_and_let_each_release_go
         assert message.timestamp()[1] * 1000 >= fact.due_at
 
 
+def test_one_that_comes_no_further_after_a_rebalance_ends(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Faust waits for ever for a part of the table that it is not given; whoever supervises starts it anew."""
+    running = lab.ready()
+    monkeypatch.setattr("jobledger.streams.coordinator.START_TIMEOUT", 2.0)
+    assert running.coordinator._app is not None
+    running.coordinator._app.tables.recovery.in_recovery = True
+    error = running.ended()
+    assert isinstance(error, BrokerUnavailable)
+    assert "came no further for 2 s with reading the part of its table" in str(error)
+
+
 def test_metrics_tell_what_happened(lab: Lab) -> None:
     """Counted by verdict; lateness as a histogram; gauges follow the health."""
     running = lab.ready()
