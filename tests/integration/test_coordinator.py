@@ -559,8 +559,7 @@ def test_one_that_comes_no_further_after_a_rebalance_ends(lab: Lab, monkeypatch:
     """Faust waits for ever for a part of the table that it is not given; whoever supervises starts it anew."""
     running = lab.ready()
     monkeypatch.setattr("jobledger.streams.coordinator.START_TIMEOUT", 2.0)
-    assert running.coordinator._app is not None
-    running.coordinator._app.tables.recovery.in_recovery = True
+    monkeypatch.setattr("jobledger.streams.coordinator.recovering", lambda app: True)
     error = running.ended()
     assert isinstance(error, BrokerUnavailable)
     assert "came no further for 2 s with reading the part of its table" in str(error)
