@@ -8,32 +8,23 @@ and the job is not run again. Source: docs/adr/0011. A thread of its own, becaus
 
 from __future__ import annotations
 
-import logging
-import queue
 import threading
 import time
 import weakref
 from collections.abc import Callable
 from itertools import islice
 
-from confluent_kafka import KafkaException, Message
+from confluent_kafka import Message
 
 from jobledger.config import Settings
 from jobledger.consumers.offsets import DOUBT_MOST
-from jobledger.consumers.ranges import LogRanges
+from jobledger.consumers.ranges import RangesThread
 from jobledger.consumers.releases import end_of, release_key
 from jobledger.consumers.work import NOTHING_FOLLOWS, Found, Partition, Work
 from jobledger.errors import JobledgerError, RegistryNeeded
-from jobledger.log import translate
 from jobledger.schemas.codec import Decoder
 from jobledger.schemas.events import JobLeased, JobRetried, JobSnoozed
 
-LOG = logging.getLogger("jobledger.worker")
-
-#: Seconds after which a reader that nobody needs gives its connections back, and forgets what it has read.
-IDLE_S = 10.0
-#: Facts that are read at most for an answer: a suspect that waited for an hour must not read an hour of the log.
-MOST = DOUBT_MOST
 #: Seconds that reading may take for its answer to hold, and how often it is read on at most.
 QUICK_S, READINGS = 0.5, 3
 #: Milliseconds after which nothing is asked for again that follows from an end: whoever wrote it has done so, or the
@@ -51,7 +42,7 @@ class _Seen:
         self.ends: dict[int, int] = {}  # whoever wrote them: what is still to come cannot have ended here
 
 
-class LateEnds(threading.Thread):
+class LateEnds(RangesThread[Work]):
     """Looks for the ends of suspects. ``looked(work, found)`` is called in this thread with the end that was found, or
     None: once for each that was asked for."""
 
@@ -64,12 +55,9 @@ class LateEnds(threading.Thread):
         looked: Callable[[Work, Found | None], None],
         fail: Callable[[JobledgerError], None],
     ) -> None:
-        super().__init__(name="jobledger-late-ends", daemon=True)
-        self._settings, self._lifecycle, self._decoder = settings, lifecycle, decoder
-        self._looked, self._fail = looked, fail
-        self._todo: queue.SimpleQueue[Work | None] = queue.SimpleQueue()
-        self._closing, self._lock = False, threading.Lock()  # nothing is put after what ends the thread
-        self._log = LogRanges(settings, lambda: self._closing)
+        super().__init__("jobledger-late-ends", "looking for ends that came late", settings, fail)
+        self._lifecycle, self._decoder, self._looked = lifecycle, decoder, looked
+        self._lock = threading.Lock()  # nothing is put after what ends the thread
         self._seen = weakref.WeakKeyDictionary[Partition, _Seen]()
 
     def look(self, work: Work) -> None:
@@ -84,35 +72,21 @@ class LateEnds(threading.Thread):
         """Look for nothing more. What is asked for is still answered, as not found: nothing is run any more."""
         with self._lock:
             if not self._closing:
-                self._closing = True
-                self._todo.put(None)
+                super().close()
 
-    def run(self) -> None:
-        """Look until closed."""
-        try:
-            while self._next():
-                pass
-        except JobledgerError as exc:
-            self._fail(exc)
-        except KafkaException as exc:
-            self._fail(translate(exc.args[0], self._settings, "looking for ends that came late"))
-        except Exception as exc:
-            LOG.exception("the search for late ends broke")
-            self._fail(JobledgerError(f"the search for ends that came late broke: {exc!r}"))
-        finally:
-            self._log.close()
+    def _rest(self) -> None:
+        super()._rest()
+        self._seen.clear()
 
-    def _next(self) -> bool:
-        """Answer what is asked for now, all at once; False once closed."""
-        try:
-            asked = [self._todo.get(timeout=IDLE_S if self._log.open else None)]
-        except queue.Empty:
-            self._log.close()
-            self._seen.clear()
-            return True
+    def _deal(self, item: Work) -> None:
+        """Answer what is asked for by now, all at once."""
+        works = [item]
         while not self._todo.empty():
-            asked.append(self._todo.get())
-        works = [work for work in asked if work is not None]
+            work = self._todo.get()
+            if work is None:
+                self._todo.put(None)  # it ends the thread, behind this
+                break
+            works.append(work)
         found: dict[Work, Found] = {}
         try:
             if not self._closing:
@@ -128,21 +102,19 @@ class LateEnds(threading.Thread):
                 raise
         for work in works:
             self._looked(work, found.get(work))
-        return len(works) == len(asked)
 
     def _read_on(self, partitions: set[Partition]) -> None:
         """Read these partitions' lifecycle to its end."""
         # Those of several topics may share a number, and with it a partition of lifecycle.
-        sharing: dict[int, list[_Seen]] = {}
+        sharing: dict[int, list[tuple[Partition, _Seen]]] = {}
         ranges: dict[tuple[str, int], tuple[int, int]] = {}
-        asking: dict[int, list[Partition]] = {}
         for partition in partitions:
             number = partition.number
             seen = self._seen.setdefault(partition, _Seen(partition.scan_end))
-            sharing.setdefault(number, []).append(seen)
-            asking.setdefault(number, []).append(partition)
+            sharing.setdefault(number, []).append((partition, seen))
             low, high = self._log.ends(self._lifecycle, number)
-            begin = max(seen.read_to, low, high - MOST)
+            # A suspect that waited for an hour must not read an hour of the log.
+            begin = max(seen.read_to, low, high - DOUBT_MOST)
             known = ranges.get((self._lifecycle, number), (begin, high))
             ranges[self._lifecycle, number] = min(begin, known[0]), max(high, known[1])
 
@@ -151,18 +123,18 @@ class LateEnds(threading.Thread):
             try:
                 end = end_of(message, self._decoder)
             except RegistryNeeded as exc:  # as in the takeover: it may say that a job is done
-                for partition in asking[number]:
+                for partition, _ in sharing[number]:
                     if partition.stopped is None:
                         partition.stop(message, str(exc))
                 return
             # A lease is none of a job's ends: it is the coordinator's to say what follows from it.
             if end is not None and not isinstance(end[1], JobLeased):
-                for seen in sharing[number]:
+                for _, seen in sharing[number]:
                     seen.ends.setdefault(release_key(*end[0]), message.offset() or 0)  # the first one counts
 
         self._log.read(ranges, take, wanted=lambda: any(partition.owned for partition in partitions))
         for number, several in sharing.items():
-            for seen in several:
+            for _, seen in several:
                 seen.read_to = ranges[self._lifecycle, number][1]
 
     def _find(self, works: list[Work]) -> dict[Work, Found]:
@@ -174,7 +146,7 @@ class LateEnds(threading.Thread):
             if offset is not None:
                 self._fetch(work, offset, found)
         for seen in self._seen.values():
-            for key in list(islice(seen.ends, max(0, len(seen.ends) - MOST))):  # the oldest
+            for key in list(islice(seen.ends, max(0, len(seen.ends) - DOUBT_MOST))):  # the oldest
                 del seen.ends[key]
         return found
 

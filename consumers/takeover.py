@@ -9,23 +9,20 @@ again. A thread of its own; the fetch thread goes on polling meanwhile, with the
 from __future__ import annotations
 
 import logging
-import queue
-import threading
 import time
 from collections import deque
 from collections.abc import Callable
 
-from confluent_kafka import KafkaException, Message, TopicPartition
+from confluent_kafka import Message, TopicPartition
 
 from jobledger.config import Settings
 from jobledger.consumers.fetch import Fetcher
 from jobledger.consumers.offsets import PartitionOffsets, Restored, Snapshot, decode, encode
-from jobledger.consumers.ranges import STALL_S, LogRanges, partition_of
+from jobledger.consumers.ranges import STALL_S, RangesThread, partition_of
 from jobledger.consumers.releases import REMEMBERED, REMEMBERED_MS, end_of, key_of, release_key
 from jobledger.consumers.settle import Settler
 from jobledger.consumers.work import NOTHING_FOLLOWS, Found, Partition
 from jobledger.errors import BrokerUnavailable, JobledgerError, RegistryNeeded, SchemaError
-from jobledger.log import translate
 from jobledger.names import Names
 from jobledger.schemas.codec import Decoder
 from jobledger.schemas.events import Fact, JobLeased, JobRetried, JobSnoozed, JobStarted, JobSucceeded, settles
@@ -33,8 +30,6 @@ from jobledger.schemas.glance import glance
 
 LOG = logging.getLogger("jobledger.worker")
 
-#: Seconds after which a reader that nobody needs gives its connections back.
-IDLE_S = 10.0
 #: Ends of a release that are not the job's: the coordinator has the word then.
 OPEN = (JobLeased, JobRetried, JobSnoozed)
 #: Milliseconds by which the clocks of two brokers may differ.
@@ -64,7 +59,7 @@ class _Plan:
         return UNSEEN_LEAST + sum(at > last - UNSEEN_MS for at in self.lately)
 
 
-class Takeover(threading.Thread):
+class Takeover(RangesThread[tuple[Fetcher, list[Partition]]]):
     """Takes assigned partitions over, a batch at a time; ``ready`` is called with those that may be run."""
 
     def __init__(
@@ -77,12 +72,8 @@ class Takeover(threading.Thread):
         ready: Callable[[list[Partition]], None],
         fail: Callable[[JobledgerError], None],
     ) -> None:
-        super().__init__(name="jobledger-takeover", daemon=True)
-        self._settings, self._names, self._settler, self._decoder = settings, names, settler, decoder
-        self._ready, self._fail = ready, fail
-        self._todo: queue.SimpleQueue[tuple[Fetcher, list[Partition]] | None] = queue.SimpleQueue()
-        self._closing = False
-        self._log = LogRanges(settings, lambda: self._closing)
+        super().__init__("jobledger-takeover", "taking partitions over", settings, fail)
+        self._names, self._settler, self._decoder, self._ready = names, settler, decoder, ready
         #: Releases found closed in the log, seeded releases and seconds spent, since the start.
         self.found = self.seeded = 0
         self.seconds = 0.0
@@ -91,34 +82,10 @@ class Takeover(threading.Thread):
         """Begin with newly assigned partitions of one queue; returns at once."""
         self._todo.put((fetcher, partitions))
 
-    def close(self) -> None:
-        """Stop after what is under way."""
-        self._closing = True
-        self._todo.put(None)
-
-    def run(self) -> None:
-        """Take over until closed."""
-        try:
-            while True:
-                try:
-                    item = self._todo.get(timeout=IDLE_S if self._log.open else None)
-                except queue.Empty:
-                    self._log.close()
-                    continue
-                if item is None:
-                    return
-                began = time.monotonic()
-                self._take_over(*item)
-                self.seconds += time.monotonic() - began
-        except JobledgerError as exc:
-            self._fail(exc)
-        except KafkaException as exc:
-            self._fail(translate(exc.args[0], self._settings, "taking partitions over"))
-        except Exception as exc:
-            LOG.exception("the takeover broke")
-            self._fail(JobledgerError(f"the takeover of partitions broke: {exc!r}"))
-        finally:
-            self._log.close()
+    def _deal(self, item: tuple[Fetcher, list[Partition]]) -> None:
+        began = time.monotonic()
+        self._take_over(*item)
+        self.seconds += time.monotonic() - began
 
     # -- steps ----------------------------------------------------------------------------------------------------
 

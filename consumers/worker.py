@@ -172,9 +172,7 @@ class Worker:
             for work in list(dispatcher.running):
                 work.abandoned = True
         self.fail(error)
-        for each in (self.takeover, self.late_ends, self.control):
-            if each is not None:
-                each.close()
+        self._close_readers()
         if self.children is not None:
             self.children.abandon()
         if self.settler is not None:
@@ -182,6 +180,11 @@ class Worker:
         if dispatcher is not None:
             dispatcher.executor.close()
             dispatcher.close()
+
+    def _close_readers(self) -> None:
+        for each in (self.takeover, self.late_ends, self.control):
+            if each is not None:
+                each.close()
 
     # -- start ----------------------------------------------------------------------------------------------------
 
@@ -360,13 +363,11 @@ class Worker:
         if self._stopping.is_set():
             self._changed.set()
         await self._changed.wait()
-        await self._close(dispatcher, executor, settler, takeover, sender)
+        await self._close(dispatcher, executor, settler, sender)
 
     # -- end ------------------------------------------------------------------------------------------------------
 
-    async def _close(
-        self, dispatcher: Dispatcher, executor: Executor, settler: Settler, takeover: Takeover, sender: Sender
-    ) -> None:
+    async def _close(self, dispatcher: Dispatcher, executor: Executor, settler: Settler, sender: Sender) -> None:
         began = time.monotonic()
         self._must_end_in(self.options.grace + LEAVING_S)
         LOG.info(
@@ -375,11 +376,7 @@ class Worker:
         dispatcher.take_no_more()
         for fetcher in self.fetchers:
             fetcher.drain()
-        takeover.close()
-        if self.late_ends is not None:
-            self.late_ends.close()
-        if self.control is not None:
-            self.control.close()
+        self._close_readers()
         await self._wait_idle(dispatcher, began + (0.0 if self.error is not None else self.options.grace))
         left = list(dispatcher.running)
         if left:

@@ -335,7 +335,8 @@ class Coordinator:
     async def _or_stuck(self, starting: Awaitable[Any]) -> None:
         """Let Faust start, unless its client cannot, or comes no further. Restoring a large table may take its time."""
         start = asyncio.ensure_future(starting)
-        watches = [asyncio.create_task(watch) for watch in (self._watch_group(), self._watch_start())]
+        joining = self._watch_progress("joining its group and reading its table", lambda app: True)
+        watches = [asyncio.create_task(watch) for watch in (self._watch_group(), joining)]
         try:
             await asyncio.wait([start, *watches], return_when=asyncio.FIRST_COMPLETED)
             for watch in watches:
@@ -347,28 +348,21 @@ class Coordinator:
                 task.cancel()
             await asyncio.gather(start, *watches, return_exceptions=True)
 
-    async def _watch_start(self) -> None:
-        """Faust waits for ever for an answer that a broker which stood still will not give any more."""
-        seen, since = progress(self._app), time.monotonic()
-        while time.monotonic() - since < START_TIMEOUT:
-            await asyncio.sleep(PULSE)
-            if (now := progress(self._app)) != seen:
-                seen, since = now, time.monotonic()
-        raise self._no_further("joining its group and reading its table")
-
     async def _watch_recovery(self) -> None:
-        """After a rebalance it may wait for ever, too: a part of the table that came with a partition is not given to it.
-        Then it starts anew. A time in which this process stood still does not count."""
+        """After a rebalance, too: it may not be given a part of the table that came with a partition."""
+        await self._watch_progress("reading the part of its table that came with a rebalance", recovering)
+
+    async def _watch_progress(self, what: str, waiting: Callable[[Any], bool]) -> None:
+        """Faust waits for ever for an answer that a broker which stood still will not give any more. While it is
+        ``waiting``, it has `START_TIMEOUT` for each bit of progress; a time in which this process stood still is not counted.
+        """
         seen, quiet = progress(self._app), 0.0
         while quiet < START_TIMEOUT:
             await asyncio.sleep(PULSE)
             now = progress(self._app)
-            quiet = quiet + PULSE if recovering(self._app) and now == seen else 0.0
+            quiet = quiet + PULSE if waiting(self._app) and now == seen else 0.0
             seen = now
-        raise self._no_further("reading the part of its table that came with a rebalance")
-
-    def _no_further(self, what: str) -> BrokerUnavailable:
-        return BrokerUnavailable(
+        raise BrokerUnavailable(
             f"the coordinator came no further for {START_TIMEOUT:.0f} s with {what}; look whether every broker of "
             f"{self.settings.resolve_bootstrap()} answers"
         )

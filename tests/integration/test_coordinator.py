@@ -557,9 +557,9 @@ def test_instances_that_come_and_go_share_the_partitions_and_let_each_release_go
 
 def test_one_that_comes_no_further_after_a_rebalance_ends(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
     """Faust waits for ever for a part of the table that it is not given; whoever supervises starts it anew."""
+    monkeypatch.setattr("jobledger.streams.coordinator.recovering", lambda app: True)
     running = lab.ready()
     monkeypatch.setattr("jobledger.streams.coordinator.START_TIMEOUT", 2.0)
-    monkeypatch.setattr("jobledger.streams.coordinator.recovering", lambda app: True)
     error = running.ended()
     assert isinstance(error, BrokerUnavailable)
     assert "came no further for 2 s with reading the part of its table" in str(error)
