@@ -46,7 +46,7 @@ def of_worker(settings: Settings, jobs: int) -> list[Figure]:
     least = max(2.5, 1.5 * bare["p50_ms"])
     return [
         Figure("no-op async jobs, one process", noop["worker"]["jobs_per_s"], "jobs/s",
-               max(20_000, 0.8 * noop["bare"]["jobs_per_s"]), True, noop["bare"]["jobs_per_s"], f"{jobs:,} jobs, both facts, until committed"),
+               max(20_000, 0.8 * noop["bare"]["jobs_per_s"]), True, noop["bare"]["jobs_per_s"], f"{jobs:,} jobs, both facts, until committed; each {worker.TURNS} times, in turn, the faster of it"),
         Figure("CPU of no-op jobs", noop["worker"]["cpu_s_per_1000"], "s per 1,000", None, False,
                noop["bare"]["cpu_s_per_1000"], "the worker process alone"),
         Figure("no-op jobs in threads", report["threads"]["worker"]["jobs_per_s"], "jobs/s", 10_000, True, None, ""),

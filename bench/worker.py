@@ -34,6 +34,7 @@ from jobledger.schemas.codec import decode, encode
 from jobledger.schemas.events import JobEvent, JobStarted, JobSubmitted, JobSucceeded
 
 PARTITIONS = 4
+TURNS = 3
 NAP_S = 0.05
 NAPS_AT_ONCE = 500
 
@@ -141,6 +142,16 @@ def figures(jobs: int, took: float, used: float) -> dict[str, Any]:
         "jobs_per_s": round(jobs / took),
         "cpu_s_per_1000": round(used / jobs * 1000, 4),
     }
+
+
+def fastest(runs: list[dict[str, Any]]) -> dict[str, Any]:
+    """The run that was disturbed least: what else a machine does only ever takes time away."""
+    return max(runs, key=lambda run: float(run["jobs_per_s"]))
+
+
+def rates(runs: list[dict[str, Any]]) -> list[int]:
+    """Jobs a second of every run, in their order."""
+    return [run["jobs_per_s"] for run in runs]
 
 
 def worked(
@@ -273,6 +284,10 @@ def produce_slowly(namespace: str, bootstrap: str, jobs: int, rate: float) -> No
     for n in range(jobs):
         time.sleep(max(0.0, begin + n / rate - time.monotonic()))
         producer.produce(app.names.jobs("default"), str(time.time_ns()).encode(), str(uuid.uuid4()))
+        if n == 0:
+            # What the first one waits for, its connection, would be in those behind it, too; `submit` waits for it as well.
+            producer.flush(10)
+            begin = time.monotonic()
         producer.poll(0)
     producer.flush(10)
 
@@ -315,10 +330,15 @@ def measure(bootstrap: str, jobs: int, only: str | None) -> dict[str, Any]:
         return only is None or name in only.split(",")
 
     if want("noop"):
-        bare_space, space = prepared(bootstrap, "noop", jobs), prepared(bootstrap, "noop", jobs)
+        bares, ours = [], []
+        for _ in range(TURNS):
+            bare_space, space = prepared(bootstrap, "noop", jobs), prepared(bootstrap, "noop", jobs)
+            bares.append(alone(bare, bare_space, bootstrap, jobs, "noop", 100))
+            ours.append(alone(worked, space, bootstrap, jobs, "noop", 100))
         report["noop"] = {
-            "bare": alone(bare, bare_space, bootstrap, jobs, "noop", 100),
-            "worker": alone(worked, space, bootstrap, jobs, "noop", 100),
+            "bare": fastest(bares),
+            "worker": fastest(ours),
+            "turns": {"bare": rates(bares), "worker": rates(ours)},
         }
     if want("threads"):
         space = prepared(bootstrap, "plain", jobs // 4)
