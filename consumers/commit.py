@@ -50,13 +50,17 @@ class Committer:
     def commit(self, partitions: Iterable[Partition], *, final: bool = False) -> bool:
         """Commit the present state of ``partitions``; whether the coordinator took all of it.
 
-        ``final``: they are being given up; clean where nothing is under way any more. A commit that fails is not
-        repeated: the next one says more, and only of partitions that are still owned then.
+        ``final``: they are being given up; clean where nothing is under way any more, and as they were found where their
+        takeover is not through. A commit that fails is not repeated: the next one says more, and only of partitions that
+        are still owned then.
         """
         self._settler.drain()
         taken: list[tuple[Partition, Snapshot]] = []
         for partition in partitions:
             if partition.offsets is None or not partition.ready:
+                # Nothing of it was begun, and nothing will be: it was given up before.
+                if final and partition.found_clean is not None:
+                    taken.append((partition, partition.found_clean))
                 continue
             with partition.lock:
                 ended = not partition.busy and not partition.closed and not partition.doubtful

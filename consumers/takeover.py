@@ -104,11 +104,8 @@ class Takeover(RangesThread[tuple[Fetcher, list[Partition]]]):
         self._read(fetcher.topic, plans)
         self._read_elsewhere(plans)
         if self._closing:
-            # It may have been cut short: what the log holds is the next owner's to find, and the mark above
-            # says so. Only where nothing had to be looked for, the last commit may say that once more;
-            # nothing is run of that either.
-            for plan in plans:
-                plan.partition.ready = plan.restored.clean and plan.partition.stopped is None
+            # It may have been cut short: what the log holds is the next owner's to find, and the mark above says so.
+            # Only where nothing had to be looked for, the last commit says that once more (`Partition.found_clean`).
             return
         # A stopped one is not taken over: what was committed above stands, and the next
         # owner begins where this one did.
@@ -140,6 +137,8 @@ class Takeover(RangesThread[tuple[Fetcher, list[Partition]]]):
             plan.restored = Restored(plan.low)
         else:
             plan.restored = decode(base, partition.metadata, plan.high)
+            if plan.restored.clean and partition.metadata is not None:
+                partition.found_clean = Snapshot(base, partition.metadata)
             if partition.metadata and plan.restored.floor is None:
                 LOG.error("%r: the completion map cannot be read: nothing beyond %d counts as done", partition, base)
         plan.floor = plan.restored.floor if plan.restored.floor is not None else 0

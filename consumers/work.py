@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from confluent_kafka import KafkaError, Message
 
 from jobledger.consumers.gates import AdaptiveGate, BreakerGate, Gate, Room, Scope
-from jobledger.consumers.offsets import PartitionOffsets
+from jobledger.consumers.offsets import PartitionOffsets, Snapshot
 from jobledger.consumers.outcome import Outcome
 from jobledger.consumers.releases import ReleaseMemory
 from jobledger.context import JobContext
@@ -152,6 +152,8 @@ class Partition:
         #: scan of lifecycle ended (see `LateEnds`).
         self.doubted_to = self.scan_end = 0
         self.last_commit: tuple[int, str] | None = None
+        #: What the last owner, who left cleanly, had committed: still true as long as nothing was begun here.
+        self.found_clean: Snapshot | None = None
         #: What waits here, by (kind, name, …); how many jobs that is, how many of them as `Deferred`, their bytes, and how
         #: many of those are suspects.
         self.lines: dict[tuple[str, ...], Line] = {}

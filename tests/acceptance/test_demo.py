@@ -24,6 +24,11 @@ from examples.airports.thirdparty import distance_m
 ROOT = Path(__file__).parents[2]
 #: Marks every process of one test, in its environment: Kafka's JVM and grandchildren included.
 MARK = "AIRPORTS_TEST"
+#: `python -m examples.airports`, that hears Ctrl-C even if these tests run in the background of a shell, which ignores it.
+AS_IN_A_TERMINAL = (
+    "import runpy, signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
+    "runpy.run_module('examples.airports', run_name='__main__', alter_sys=True)"
+)
 
 pytestmark = [pytest.mark.kafka, pytest.mark.slow]
 
@@ -54,7 +59,7 @@ def demo(mark: str, home: Path, rows: int, bootstrap: str | None) -> subprocess.
     environ = {k: v for k, v in os.environ.items() if not k.startswith("JOBLEDGER_")} | {MARK: mark}
     if bootstrap is not None:
         environ["JOBLEDGER_BOOTSTRAP"] = bootstrap
-    argv = [sys.executable, "-m", "examples.airports", "--home", str(home), "--rows", str(rows)]
+    argv = [sys.executable, "-c", AS_IN_A_TERMINAL, "--home", str(home), "--rows", str(rows)]
     return subprocess.Popen(argv, cwd=ROOT, env=environ, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 

@@ -435,6 +435,50 @@ def test_a_takeover_that_a_stop_cuts_short_is_the_next_owners(
     app.close()
 
 
+@pytest.mark.parametrize("how", ["stop", "rebalance"])
+def test_what_was_clean_and_not_begun_on_is_handed_over_clean(
+    broker: str, namespace: str, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    """A worker that gives a partition up in the middle of its takeover, as in a rolling restart, leaves it as it was: the
+    next owner suspects no job of having ended a process."""
+    app = made(namespace, broker)
+    app.submit_many(app.tasks["add"].job(n) for n in range(60))
+    with working(app) as worker:
+        until(lambda: len(closings(app)) == 60)
+        until(lambda: all_done(app, worker))
+    before = committed(app)
+    app.submit_many(app.tasks["add"].job(n) for n in range(60, 90))
+    seed = Takeover._seed_starts
+    marked = threading.Event()
+    found: list[tuple[int, bool]] = []
+
+    def late(self: Takeover, topic: str, plans: list[Any]) -> None:
+        if not marked.is_set():  # the first one: marked dirty, and slow from here on
+            marked.set()
+            until(lambda: not all(p.partition.owned for p in plans), what="the loss of a partition")
+        else:
+            found.extend((p.partition.number, p.restored.clean) for p in plans)
+        seed(self, topic, plans)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Takeover, "_seed_starts", late)
+        with working(app):
+            until(marked.is_set)
+            for partition, (offset, metadata) in committed(app).items():
+                assert not offsets.decode(offset, metadata, 1 << 40).clean, partition
+            if how == "rebalance":
+                with working(app):
+                    until(lambda: len(closings(app)) == 90)
+        if how == "stop":
+            assert committed(app) == before
+            with working(app):
+                until(lambda: len(closings(app)) == 90)
+    assert found
+    assert all(clean for _, clean in found), found
+    assert sorted(a for _, a in app.ran) == list(range(90))  # type: ignore[attr-defined]
+    app.close()
+
+
 def test_a_takeover_finds_what_the_log_already_ends(broker: str, namespace: str) -> None:
     """Without committed offsets, releases whose ends stand in lifecycle are not run again; what derives from an end is
     sent again, due when it would have been; starts without an end are counted in the next start."""
