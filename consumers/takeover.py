@@ -107,8 +107,7 @@ class Takeover(RangesThread[tuple[Fetcher, list[Partition]]]):
             # It may have been cut short: what the log holds is the next owner's to find, and the mark above says so.
             # Only where nothing had to be looked for, the last commit says that once more (`Partition.found_clean`).
             return
-        # A stopped one is not taken over: what was committed above stands, and the next
-        # owner begins where this one did.
+        # A stopped one is not taken over: the next owner begins where this one did.
         read = [p for p in plans if p.partition.stopped is None]
         for plan in read:
             self._conclude(plan)
