@@ -280,14 +280,18 @@ def produce_slowly(namespace: str, bootstrap: str, jobs: int, rate: float) -> No
     """A bare producer in a process of its own."""
     app = build(namespace, bootstrap)
     producer = Producer(producer_config(app.settings))
-    begin = time.monotonic()
-    for n in range(jobs):
-        time.sleep(max(0.0, begin + n / rate - time.monotonic()))
+
+    def send() -> None:
         producer.produce(app.names.jobs("default"), str(time.time_ns()).encode(), str(uuid.uuid4()))
-        if n == 0:
-            # What the first one waits for, its connection, would be in those behind it, too; `submit` waits for it as well.
-            producer.flush(10)
-            begin = time.monotonic()
+
+    send()
+    producer.flush(
+        10
+    )  # or those behind it would wait for the first one's connection, too; `submit` waits for it as well
+    begin = time.monotonic()
+    for n in range(1, jobs):
+        time.sleep(max(0.0, begin + n / rate - time.monotonic()))
+        send()
         producer.poll(0)
     producer.flush(10)
 
