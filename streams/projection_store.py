@@ -29,6 +29,7 @@ from jobledger.errors import ConfigError, StoreError, StoreUnavailable
 from jobledger.kafka.jars import locked
 from jobledger.projection import RESERVED
 from jobledger.streams.store.address import shown
+from jobledger.streams.store.sqlite import namespace_in
 
 #: Seconds a statement waits for another writer of a SQLite file.
 BUSY_S = 30.0
@@ -99,13 +100,26 @@ class ProjectionStore:
         return engine.begin()
 
     def make(self, *tables: Table) -> None:
-        """Make those of the tables that are missing. Several processes may do so at once."""
+        """Make those of the tables that are missing. Several processes may do so at once.
+
+        Raises `StoreError` if the file is the status table of a namespace: a rebuild would replace all of it.
+        """
         with self.engine.begin() as db:
+            if self._address is None:
+                self._refuse_status_table()
             if self._address is not None:
                 # Two that look, and then make, would collide.
                 db.execute(select(func.pg_advisory_xact_lock(_MAKING)))
             for table in tables:
                 table.create(db, checkfirst=True)
+
+    def _refuse_status_table(self) -> None:
+        owner = namespace_in(Path(self._url.removeprefix("sqlite:///")))
+        if owner is not None:
+            raise StoreError(
+                f"projections are kept beside the status table, in {self._url}, and that file is the status table of "
+                f"namespace {owner!r}: set JOBLEDGER_STATUS_URL to another file for one of the two"
+            )
 
     @contextmanager
     def alone(self, name: str, what: str) -> Iterator[None]:

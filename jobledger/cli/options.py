@@ -112,6 +112,7 @@ def place(
     from jobledger.cli.loading import load_app
     from jobledger.config import Settings
     from jobledger.errors import ConfigError
+    from jobledger.streams.store import namespaces_in
 
     if target is not None and namespace is not None:
         raise ConfigError(f"--app {target} and --namespace {namespace} name the jobs twice: give one of them")
@@ -119,7 +120,7 @@ def place(
         return load_app(target, bootstrap=bootstrap, status_url=status_url)
     settings = Settings.from_env().with_bootstrap(bootstrap).with_status_url(status_url)
     if namespace is None:
-        here = sorted(p.stem for p in (settings.home / "status").glob("*.db")) if settings.status_url is None else []
+        here = namespaces_in(settings.home / "status") if settings.status_url is None else []
         if len(here) != 1:
             known = f" (on this machine: {', '.join(here)})" if here else ""
             raise ConfigError(f"whose jobs? Give --app MODULE:APP or --namespace NAME{known}")

@@ -16,6 +16,7 @@ __all__ = [
     "StatusReader",
     "Store",
     "copy",
+    "namespaces_in",
     "open_reader",
     "open_store",
     "scratch",
@@ -62,6 +63,16 @@ def copy(url: str, namespace: str, path: Path) -> None:
     from jobledger.streams.store import sqlite
 
     sqlite.copy(url, namespace, path)
+
+
+def namespaces_in(folder: Path) -> list[str]:
+    """The namespaces whose status tables are in the SQLite files of a folder, sorted.
+
+    The files themselves tell: projections and copies have files of their own beside them.
+    """
+    from jobledger.streams.store import sqlite
+
+    return sorted(path.stem for path in folder.glob("*.db") if sqlite.namespace_in(path) == path.stem)
 
 
 def scratch(url: str) -> Path | None:

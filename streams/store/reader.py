@@ -56,7 +56,7 @@ class SqlReader:
                 names = inspect(db).get_table_names(self._schema)
                 if meta.name not in names:
                     if names:
-                        raise StoreError(f"{self._url} is a database of something else: it has no table 'meta'")
+                        raise foreign(self._url)
                     raise not_found(self._url)
                 found = {row.key: row.value for row in db.execute(select(meta.c.key, meta.c.value))}
         except SQLAlchemyError as exc:
@@ -217,6 +217,13 @@ def not_found(url: str) -> StoreNotFound:
     return StoreNotFound(
         f"there is no status table at {shown(url)} yet: `jobledger streams MODULE:APP` makes one; if it runs, look whether "
         "JOBLEDGER_STATUS_URL is the same there and here"
+    )
+
+
+def foreign(url: str) -> StoreError:
+    """The error for a database that holds tables, and none of ours."""
+    return StoreError(
+        f"{shown(url)} is a database of something else: it has no table 'meta'. Set JOBLEDGER_STATUS_URL to a place of its own"
     )
 
 

@@ -25,7 +25,7 @@ from sqlalchemy.schema import CreateIndex, CreateTable
 
 from jobledger.errors import ConfigError, StoreError
 from jobledger.streams.store.protocol import Changes
-from jobledger.streams.store.reader import SqlReader, judge, not_found
+from jobledger.streams.store.reader import SqlReader, foreign, judge, not_found
 from jobledger.streams.store.rows import COLUMNS, Row
 from jobledger.streams.store.tables import metadata
 from jobledger.streams.store.writer import LEASE_S, SqlStore
@@ -104,6 +104,16 @@ def _read_only(path: Path) -> str:
     return f"file:{quote(str(path.absolute()))}?mode=ro"
 
 
+def namespace_in(path: Path) -> str | None:
+    """The namespace whose status table a file holds; None for a file of anything else."""
+    try:
+        with closing(sqlite3.connect(_read_only(path), uri=True, timeout=BUSY_TIMEOUT_S)) as file:
+            found = file.execute("SELECT value FROM meta WHERE key = 'namespace'").fetchone()
+    except sqlite3.Error:
+        return None
+    return None if found is None else str(found[0])
+
+
 class SqliteStore(SqlStore):
     """`Store` in a SQLite file, which is made if it is missing.
 
@@ -166,7 +176,7 @@ class SqliteStore(SqlStore):
                         self._db.execute(str(CreateIndex(index).compile(dialect=dialect)))
                 self._first_rows()
             elif "meta" not in names:
-                raise StoreError(f"{self.url} is a database of something else: it has no table 'meta'")
+                raise foreign(self.url)
             judge(dict(self._db.execute("SELECT key, value FROM meta")), self.url, self.namespace)
 
     @contextmanager

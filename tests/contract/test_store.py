@@ -21,8 +21,9 @@ from jobledger.job import Life, State
 from jobledger.schemas import events as ev
 from jobledger.schemas.codec import Decoder
 from jobledger.schemas.events import Position
+from jobledger.streams.projection_store import ProjectionStore, offsets_table
 from jobledger.streams.projector import Projector
-from jobledger.streams.store import Changes, Count, StatusReader, Store, copy, open_reader, open_store
+from jobledger.streams.store import Changes, Count, StatusReader, Store, copy, namespaces_in, open_reader, open_store
 from jobledger.streams.store.connecting import schema_of
 from jobledger.streams.store.postgres import PostgresStore
 from jobledger.streams.store.protocol import Overdue
@@ -522,6 +523,41 @@ def test_sqlite_foreign_files_are_refused(tmp_path: Path) -> None:
         for opens in (open_reader, open_store):
             with pytest.raises(StoreError, match=text):
                 opens(url, NAMESPACE)
+
+
+def test_sqlite_namespaces_are_told_by_what_a_file_holds(tmp_path: Path) -> None:
+    """A folder's namespaces are those of its status tables: not its projections' files, copies, empty or broken files."""
+    for namespace in ("orders", "stock", "bare-projections"):
+        url = f"sqlite:///{tmp_path / namespace}.db"
+        SqliteStore(url, namespace).close()
+    projections = ProjectionStore(f"sqlite:///{tmp_path / 'orders.db'}", "orders")
+    projections.make(offsets_table)
+    projections.close()
+    copy(f"sqlite:///{tmp_path / 'stock.db'}", "stock", tmp_path / "stock-before.db")
+    (tmp_path / "touched.db").touch()
+    (tmp_path / "text.db").write_bytes(b"not a database, but long enough to be looked at" * 10)
+    (tmp_path / "folder.db").mkdir()
+    assert (tmp_path / "orders-projections.db").exists()
+    assert namespaces_in(tmp_path) == ["bare-projections", "orders", "stock"]
+    assert namespaces_in(tmp_path / "none") == []
+
+
+def test_sqlite_projections_and_a_status_table_never_share_a_file(tmp_path: Path) -> None:
+    """Of a namespace's projections and the status table of ``<namespace>-projections`` the second to come is refused."""
+    for first in ("table", "projections"):
+        beside = f"sqlite:///{tmp_path / first}-projections.db"
+        projections = ProjectionStore(f"sqlite:///{tmp_path / first}.db", "shop")
+        if first == "table":
+            SqliteStore(beside, "shop-projections").close()
+            with pytest.raises(
+                StoreError, match=r"status table of namespace 'shop-projections': set JOBLEDGER_STATUS_URL"
+            ):
+                projections.make(offsets_table)
+        else:
+            projections.make(offsets_table)
+            with pytest.raises(StoreError, match=r"something else.*Set JOBLEDGER_STATUS_URL"):
+                SqliteStore(beside, "shop-projections")
+        projections.close()
 
 
 def test_sqlite_an_empty_file_is_no_table_yet(tmp_path: Path) -> None:

@@ -26,6 +26,8 @@ from jobledger.cli.main import cli, main
 from jobledger.cli.output import MEANINGS, Exit, duration, exit_code, relative
 from jobledger.errors import ConfigError, JobFailed, JobledgerError
 from jobledger.schemas import events as ev
+from jobledger.streams.projection_store import ProjectionStore, offsets_table
+from jobledger.streams.store.sqlite import SqliteStore
 
 UUID = "00000000-0000-7000-8000-000000000000"
 
@@ -431,3 +433,17 @@ def test_a_table_for_a_terminal_shows_ids_whole(
     shown = capsys.readouterr().out
     assert job in shown
     assert "\x1b[1;31m" in shown
+
+
+def test_only_status_tables_are_taken_for_namespaces(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """`jobs list` finds the one namespace of this machine although its projections' file is beside its table."""
+    folder = tmp_path / "home" / "status"
+    SqliteStore(f"sqlite:///{folder / 'orders.db'}", "orders").close()
+    projections = ProjectionStore(f"sqlite:///{folder / 'orders.db'}", "orders")
+    projections.make(offsets_table)
+    projections.close()
+    assert sorted(path.name for path in folder.glob("*.db")) == ["orders-projections.db", "orders.db"]
+    assert (main(["jobs", "list", "--json"]), capsys.readouterr()) == (0, ("[]\n", ""))
+    SqliteStore(f"sqlite:///{folder / 'stock-projections.db'}", "stock-projections").close()
+    assert main(["jobs", "list", "--json"]) == 1
+    assert "(on this machine: orders, stock-projections)" in capsys.readouterr().err
