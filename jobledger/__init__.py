@@ -27,6 +27,7 @@ from jobledger.errors import (
     RegistryUnavailable,
     ResourceFailed,
     ResultInsideJob,
+    ResultMismatch,
     SchemaRefused,
     StatusTimeout,
     StoreError,
@@ -45,7 +46,7 @@ from jobledger.queues import Queue
 from jobledger.resources import Depends, Resource
 from jobledger.retry import NO_RETRY, Reject, Retry, RetryLater, Snooze
 from jobledger.schemas.events import Position
-from jobledger.task import JobRequest, Task
+from jobledger.task import AsyncTask, JobRequest, PlainTask, Task
 
 __version__ = "0.1.0"
 
@@ -57,6 +58,7 @@ __all__ = [
     "AccessDenied",
     "Adaptive",
     "App",
+    "AsyncTask",
     "BadArguments",
     "BadEvent",
     "Breaker",
@@ -77,6 +79,7 @@ __all__ = [
     "NotAuthenticated",
     "NotAuthorized",
     "PayloadTooLarge",
+    "PlainTask",
     "Position",
     "Queue",
     "RegistryUnavailable",
@@ -84,6 +87,7 @@ __all__ = [
     "Resource",
     "ResourceFailed",
     "ResultInsideJob",
+    "ResultMismatch",
     "Retry",
     "RetryLater",
     "SchemaRefused",

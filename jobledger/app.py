@@ -31,7 +31,7 @@ from jobledger.queues import DEFAULT_PARTITIONS, DEFAULT_QUEUE, Queue, check_sha
 from jobledger.resources import Resource, ResourceDecorator
 from jobledger.retry import Retry
 from jobledger.schemas.events import Position
-from jobledger.task import JobRequest, Task
+from jobledger.task import AsyncTask, JobRequest, PlainTask, Task
 from jobledger.task_registry import Registry
 
 if TYPE_CHECKING:
@@ -69,10 +69,10 @@ class TaskDecorator(Protocol):
     """What ``@app.task(…)`` returns: turns a function, plain or ``async``, into a `Task` of its result."""
 
     @overload
-    def __call__(self, fn: Callable[P, Coroutine[Any, Any, R]], /) -> Task[P, R]: ...
+    def __call__(self, fn: Callable[P, Coroutine[Any, Any, R]], /) -> AsyncTask[P, R]: ...  # type: ignore[overload-overlap]  # a function of a coroutine is meant to be the first
 
     @overload
-    def __call__(self, fn: Callable[P, R], /) -> Task[P, R]: ...
+    def __call__(self, fn: Callable[P, R], /) -> PlainTask[P, R]: ...
 
 
 class EventDecorator(Protocol):
@@ -163,10 +163,10 @@ class App:
     # -- declaring ------------------------------------------------------------------------------------------------
 
     @overload
-    def task(self, fn: Callable[P, Coroutine[Any, Any, R]], /) -> Task[P, R]: ...
+    def task(self, fn: Callable[P, Coroutine[Any, Any, R]], /) -> AsyncTask[P, R]: ...  # type: ignore[overload-overlap]  # a function of a coroutine is meant to be the first
 
     @overload
-    def task(self, fn: Callable[P, R], /) -> Task[P, R]: ...
+    def task(self, fn: Callable[P, R], /) -> PlainTask[P, R]: ...
 
     @overload
     def task(
@@ -352,7 +352,7 @@ class App:
             raise TypeError(f"App.on() takes no {min(unknown)}=")
         self.registry.event_of(event)
 
-        def register(function: Callable[..., Any]) -> Task[Any, Any]:
+        def register(function: Callable[..., Any]) -> Any:
             task = self.registry.add(
                 function, name=name, queue=queue, retry=retry, timeout=timeout, fallback=fallback, **policy
             )
@@ -560,7 +560,8 @@ class App:
         return self._reader
 
     def job(self, job_id: str, *, at_least: Position | None = None, timeout: float = 10.0) -> JobStatus:
-        """One job's status. ``at_least``: wait up to ``timeout`` seconds until the table has read that position.
+        """One job's status, its result as plain JSON. ``at_least``: wait up to ``timeout`` seconds until the table has
+        read that position.
 
         Raises `JobNotFound` for an id the table does not know: unknown is never reported as pending.
         """

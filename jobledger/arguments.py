@@ -1,18 +1,19 @@
-"""Arguments of a job: one JSON object by parameter name, checked against the function's annotations.
+"""Arguments of a job: one JSON object by parameter name, checked against the function's annotations; and its result.
 
-They are checked twice with the same decoder: in the caller, before anything is sent, and in the worker.
+Arguments are checked twice with the same decoder: in the caller, before anything is sent, and in the worker. A result
+is read by the annotation where somebody asks for it.
 """
 
 from __future__ import annotations
 
 import inspect
 import typing
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Coroutine, Iterator, Mapping, Sequence
 from typing import Any
 
 import msgspec
 
-from jobledger.errors import BadArguments, ConfigError, text_of
+from jobledger.errors import BadArguments, ConfigError, ResultMismatch, text_of
 from jobledger.resources import Dependency
 
 
@@ -82,6 +83,61 @@ def encode_result(value: Any) -> bytes | None:
     return None if value is None else msgspec.json.encode(value, enc_hook=_enc_hook)
 
 
+class Results:
+    """What a function returns: reads a result, a JSON value, as the return annotation says; as it is if there is none.
+
+    ``name``: the task's, for errors. Raises `ConfigError` for an annotation that no JSON can be read as.
+    """
+
+    def __init__(self, fn: Callable[..., Any], name: str) -> None:
+        self._name = name
+        self._type = _returned(fn)
+        self._shown = inspect.formatannotation(self._type)
+        if self._type is Any:
+            return
+        try:
+            unreadable = next(_unreadable(msgspec.inspect.type_info(self._type)), None)
+        except (TypeError, ValueError) as exc:
+            raise ConfigError(
+                f"task {name!r}: its result cannot be read from JSON as -> {self._shown}: {exc}. Annotate it with what "
+                "comes back, or with Any to get plain JSON"
+            ) from exc
+        if unreadable is not None:
+            raise ConfigError(
+                f"task {name!r}: its result -> {self._shown}: {unreadable.__qualname__} cannot be read from JSON; annotate "
+                "it with JSON types, a dataclass, a TypedDict, a msgspec Struct or a pydantic model, or with Any to get plain JSON"
+            )
+
+    def decode(self, value: Any, job_id: str) -> Any:
+        """A job's result as the annotation says. ``value``: as JSON gives it. Raises `ResultMismatch`."""
+        if self._type is Any:
+            return value
+        try:
+            return msgspec.convert(value, self._type, dec_hook=_dec_hook, str_keys=True)
+        except Exception as exc:  # a dataclass's __post_init__ or a model's validator may raise anything
+            raise ResultMismatch(job_id, self._name, self._shown, value, _said(exc)) from exc
+
+
+def _returned(fn: Callable[..., Any]) -> Any:
+    """What the function's code returns by its annotation; `Any` if it says nothing of it."""
+    found = typing.get_type_hints(fn).get("return", Any)
+    if typing.get_origin(found) in (Coroutine, Awaitable):  # a plain function around a coroutine
+        found = typing.get_args(found)[-1]
+    return Any if found in (object, typing.NoReturn, typing.Never) else found
+
+
+def _unreadable(info: msgspec.inspect.Type) -> Iterator[type]:
+    """Classes in a type that no JSON can be read as, outside of the fields of records."""
+    if isinstance(info, msgspec.inspect.CustomType):
+        if not hasattr(info.cls, "model_validate"):
+            yield info.cls
+        return
+    inner = getattr(info, "types", None) or getattr(info, "item_types", None)
+    for each in inner or (getattr(info, "item_type", None), getattr(info, "value_type", None)):
+        if each is not None:
+            yield from _unreadable(each)
+
+
 def _arguments_struct(fn: Callable[..., Any], name: str) -> tuple[tuple[str, ...], type[msgspec.Struct]]:
     """Parameter names that may be given by position, and the struct that a JSON object of arguments must fit."""
     try:
@@ -125,13 +181,11 @@ def _arguments_struct(fn: Callable[..., Any], name: str) -> tuple[tuple[str, ...
 def _check_types(name: str, info: msgspec.inspect.Type) -> None:
     assert isinstance(info, msgspec.inspect.StructType)
     for each in info.fields:
-        kinds = each.type.types if isinstance(each.type, msgspec.inspect.UnionType) else (each.type,)
-        for kind in kinds:
-            if isinstance(kind, msgspec.inspect.CustomType) and not hasattr(kind.cls, "model_validate"):
-                raise ConfigError(
-                    f"task {name!r}: parameter {each.name}: {kind.cls.__qualname__} cannot be read from JSON; "
-                    "use JSON types, a dataclass, a TypedDict, a msgspec Struct or a pydantic model"
-                )
+        for kind in _unreadable(each.type):
+            raise ConfigError(
+                f"task {name!r}: parameter {each.name}: {kind.__qualname__} cannot be read from JSON; "
+                "use JSON types, a dataclass, a TypedDict, a msgspec Struct or a pydantic model"
+            )
 
 
 def _enc_hook(value: Any) -> Any:

@@ -45,7 +45,7 @@ from jobledger.registry import Registry
 from jobledger.schemas import codec, frame
 from jobledger.schemas.derive import check_evolution
 from jobledger.schemas.events import JobEvent, JobSpec, JobSubmitted, Position
-from jobledger.task import JobRequest
+from jobledger.task import JobRequest, R_co, Task
 from jobledger.wire import id_key
 from jobledger.writer import LogWriter, Outgoing
 
@@ -73,13 +73,13 @@ class StatusSource(Protocol):
     def reached(self, position: Position) -> bool: ...
 
 
-class JobHandle(Generic[R]):
+class JobHandle(Generic[R_co]):
     """A job the log has acknowledged. ``job_id``: its id; ``position``: where its submission stands in the log."""
 
-    __slots__ = ("_client", "job_id", "position")
+    __slots__ = ("_client", "_task", "job_id", "position")
 
-    def __init__(self, client: Client, job_id: str, position: Position) -> None:
-        self._client, self.job_id, self.position = client, job_id, position
+    def __init__(self, client: Client, task: Task[Any, R_co], job_id: str, position: Position) -> None:
+        self._client, self._task, self.job_id, self.position = client, task, job_id, position
 
     def __repr__(self) -> str:
         return f"<job {self.job_id} at {self.position}>"
@@ -99,13 +99,13 @@ class JobHandle(Generic[R]):
         """Want the job to end, durably: it is not started any more, or told if it runs; see `App.cancel`."""
         self._client.cancel(self.job_id, reason)
 
-    def result(self, timeout: float | None = None) -> R:
-        """Wait for the job's end and return its result, as JSON gives it.
+    def result(self, timeout: float | None = None) -> R_co:
+        """Wait for the job's end and return its result: what the task's return annotation says, plain JSON without one.
 
         Raises `JobFailed` (with the error's type, message and traceback), `JobCancelled`, `JobExpired`,
-        `StatusTimeout` or `ResultInsideJob`.
+        `ResultMismatch`, `StatusTimeout` or `ResultInsideJob`.
         """
-        return result_of(self.wait(timeout))  # type: ignore[no-any-return]  # what JSON holds is the task's word
+        return self._task.decode_result(result_of(self.wait(timeout)), self.job_id)  # type: ignore[no-any-return]  # by the annotation
 
 
 class EventHandle:
@@ -121,7 +121,7 @@ class EventHandle:
 
 
 def result_of(status: JobStatus) -> Any:
-    """The result of an ended job, or the error it ended with."""
+    """The result of an ended job as JSON gives it, or the error it ended with."""
     if status.state is State.SUCCEEDED:
         return status.result
     if status.state is State.CANCELLED:
@@ -232,7 +232,7 @@ class Client:
         writer = self._writer(bulk=False)
         with tracing.submitting(request.task.name, request.queue):
             job_id, record = self._outgoing(request, maybe_current_job())
-            return JobHandle(self, job_id, self._sent(writer, record, f"submitting job {job_id}"))
+            return JobHandle(self, request.task, job_id, self._sent(writer, record, f"submitting job {job_id}"))
 
     def _sent(self, writer: LogWriter, record: Outgoing, what: str) -> Position:
         """Send one record and wait for its acknowledgement."""
@@ -251,7 +251,8 @@ class Client:
             writer = await loop.run_in_executor(None, self._writer, False)
         with tracing.submitting(request.task.name, request.queue):
             job_id, record = self._outgoing(request, maybe_current_job())
-            return JobHandle(self, job_id, await self._acknowledged(writer, record, f"submitting job {job_id}"))
+            position = await self._acknowledged(writer, record, f"submitting job {job_id}")
+            return JobHandle(self, request.task, job_id, position)
 
     async def _acknowledged(self, writer: LogWriter, record: Outgoing, what: str) -> Position:
         """Send one record and wait for its acknowledgement without holding the event loop."""
@@ -280,10 +281,13 @@ class Client:
         """
         many = _Many(self.settings, self._writer(bulk=True), "jobs")
         inside = maybe_current_job()
+        tasks: list[Task[Any, R]] = []
         with tracing.submitting("", ""):  # one span for all: a span a job would cost more than the submission
             for request in requests:
                 many.add(*self._outgoing(request, inside))
-            return [JobHandle(self, job_id, position) for job_id, position in many.finish()]
+                tasks.append(request.task)
+            accepted = zip(tasks, many.finish(), strict=True)
+            return [JobHandle(self, task, job_id, position) for task, (job_id, position) in accepted]
 
     # -- events ---------------------------------------------------------------------------------------------------
 

@@ -29,6 +29,7 @@
 ├── ``JobFailed``                the job ended in failure; carries type, message and traceback
 ├── ``JobCancelled``             the job was cancelled before it ended by itself
 ├── ``JobExpired``               the job passed its expiry before it could start
+├── ``ResultMismatch``           the job succeeded, and its result is not what its task's annotation says
 ├── ``ResultInsideJob``          a job waited for a job of its own pool
 └── ``SchemaError``              bytes that are no event of ours
     ├── ``NotAnEvent``           no known framing
@@ -206,6 +207,24 @@ class JobCancelled(JobledgerError):
 
 class JobExpired(JobledgerError):
     """The job passed its expiry before it could start."""
+
+
+class ResultMismatch(JobledgerError):
+    """The job succeeded, and its result does not fit the task's return annotation here.
+
+    ``value``: the result as JSON gives it; ``job_id``, ``task``: which job.
+    """
+
+    def __init__(self, job_id: str, task: str, expected: str, value: object, why: str) -> None:
+        shown = repr(value)
+        shown = shown if len(shown) <= 500 else shown[:500] + "…"
+        super().__init__(
+            f"job {job_id} succeeded, and its result does not fit {task}() -> {expected}: {why}. It returned {shown}: "
+            "annotate the task with what it returns; this error's .value and App.job(…).result hold the result as JSON"
+        )
+        self.job_id = job_id
+        self.task = task
+        self.value = value
 
 
 class ResultInsideJob(JobledgerError):

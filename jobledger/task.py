@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import inspect
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Generic, Literal, ParamSpec, Protocol, TypeVar
 
-from jobledger.arguments import Arguments, encode_result
+from jobledger.arguments import Arguments, Results, encode_result
 from jobledger.errors import BadArguments, ConfigError
 from jobledger.policy import Policy, Priority, check_expiry, check_keyed, check_priority
 from jobledger.resources import dependencies
@@ -20,16 +20,18 @@ if TYPE_CHECKING:
 
 P = ParamSpec("P")
 R = TypeVar("R")
+#: What a task's jobs result in. Covariant: a handle of a job that gives a `bool` is one of a job that gives an `int`.
+R_co = TypeVar("R_co", covariant=True)
 
 #: Characters a key may have.
 KEY_MOST = 500
 
 
 @dataclass(frozen=True, slots=True)
-class JobRequest(Generic[R]):
+class JobRequest(Generic[R_co]):
     """A job that was described but not submitted: what `Task.job` returns and `App.submit_many` takes."""
 
-    task: Task[Any, R]
+    task: Task[Any, R_co]
     args: bytes
     queue: str
     tags: dict[str, str] = field(default_factory=dict)
@@ -61,13 +63,14 @@ def check_tags(tags: object) -> dict[str, str]:
     return dict(tags)
 
 
-class Task(Generic[P, R]):
-    """A function that can be run as a job. Made by ``@app.task``; calling it runs the function here and now."""
+class Task(Generic[P, R_co]):
+    """A function that can be run as a job, a `PlainTask` or an `AsyncTask`. Made by ``@app.task``; calling it runs the
+    function here and now."""
 
     def __init__(
         self,
         registry: Registry,
-        fn: Callable[P, R] | Callable[P, Awaitable[R]],
+        fn: Callable[P, R_co] | Callable[P, Awaitable[R_co]],
         *,
         name: str,
         queue: str,
@@ -94,7 +97,7 @@ class Task(Generic[P, R]):
         self.signature = self.arguments.signature
         #: `Arguments.encode` and `Arguments.decode`, and the same for a result.
         self.encode_args, self.decode_args = self.arguments.encode, self.arguments.decode
-        self.encode_result = encode_result
+        self.encode_result, self.decode_result = encode_result, Results(fn, name).decode
         names = self.arguments.names
         if isinstance(policy.key, str) and policy.key not in names:
             raise ConfigError(
@@ -117,13 +120,13 @@ class Task(Generic[P, R]):
     def __repr__(self) -> str:
         return f"<task {self.name} of queue {self.queue}>"
 
-    def job(self, *args: P.args, **kwargs: P.kwargs) -> JobRequest[R]:
+    def job(self, *args: P.args, **kwargs: P.kwargs) -> JobRequest[R_co]:
         """Describe a job without submitting it. Raises `BadArguments` if the arguments do not fit."""
         if self._simple:
             return JobRequest(self, self.encode_args(args, kwargs), self.queue)
         return self.using().job(*args, **kwargs)
 
-    def submit(self, *args: P.args, **kwargs: P.kwargs) -> JobHandle[R]:
+    def submit(self, *args: P.args, **kwargs: P.kwargs) -> JobHandle[R_co]:
         """Submit a job; returns once the log has acknowledged it.
 
         Raises `BadArguments`, `PayloadTooLarge`, `TopicMissing`, `AccessDenied`, `BrokerUnavailable`, or with a Schema
@@ -133,7 +136,7 @@ class Task(Generic[P, R]):
         request = self.job(*args, **kwargs)  # judged before anything connects
         return self.registry.submitter().submit(request)
 
-    async def submit_async(self, *args: P.args, **kwargs: P.kwargs) -> JobHandle[R]:
+    async def submit_async(self, *args: P.args, **kwargs: P.kwargs) -> JobHandle[R_co]:
         """`submit` for asyncio: the event loop goes on while the log acknowledges."""
         request = self.job(*args, **kwargs)
         return await self.registry.submitter().submit_async(request)
@@ -147,7 +150,7 @@ class Task(Generic[P, R]):
         key: str | None = None,
         priority: Literal["high", "normal", "low"] | None = None,
         expires_in: float | None = None,
-    ) -> BoundTask[P, R]:
+    ) -> BoundTask[P, R_co]:
         """The task with options for one submission.
 
         ``delay``: seconds, counted on the broker's clock from the append. ``tags``: text to find the job by.
@@ -203,12 +206,28 @@ class Task(Generic[P, R]):
         return text
 
 
-class BoundTask(Generic[P, R]):
+class PlainTask(Task[P, R_co]):
+    """A task whose function is a plain one: calling it gives what the function returns."""
+
+    if TYPE_CHECKING:
+
+        def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R_co: ...
+
+
+class AsyncTask(Task[P, R_co]):
+    """A task whose function is ``async``: calling it gives a coroutine."""
+
+    if TYPE_CHECKING:
+
+        def __call__(self, *args: P.args, **kwargs: P.kwargs) -> Coroutine[Any, Any, R_co]: ...
+
+
+class BoundTask(Generic[P, R_co]):
     """A task with options of one submission; see `Task.using`."""
 
     def __init__(
         self,
-        task: Task[P, R],
+        task: Task[P, R_co],
         queue: str,
         tags: dict[str, str],
         delay_ms: int | None,
@@ -219,19 +238,19 @@ class BoundTask(Generic[P, R]):
         self.task, self.queue, self.tags, self.delay_ms = task, queue, tags, delay_ms
         self.key, self.priority, self.expires_in_ms = key, priority, expires_in_ms
 
-    def job(self, *args: P.args, **kwargs: P.kwargs) -> JobRequest[R]:
+    def job(self, *args: P.args, **kwargs: P.kwargs) -> JobRequest[R_co]:
         """As `Task.job`."""
         task = self.task
         encoded = task.encode_args(args, kwargs)
         key = task.key_of(args, kwargs) if self.key is None else self.key
         return JobRequest(task, encoded, self.queue, self.tags, self.delay_ms, key, self.priority, self.expires_in_ms)
 
-    def submit(self, *args: P.args, **kwargs: P.kwargs) -> JobHandle[R]:
+    def submit(self, *args: P.args, **kwargs: P.kwargs) -> JobHandle[R_co]:
         """As `Task.submit`."""
         request = self.job(*args, **kwargs)
         return self.task.registry.submitter().submit(request)
 
-    async def submit_async(self, *args: P.args, **kwargs: P.kwargs) -> JobHandle[R]:
+    async def submit_async(self, *args: P.args, **kwargs: P.kwargs) -> JobHandle[R_co]:
         """As `Task.submit_async`."""
         request = self.job(*args, **kwargs)
         return await self.task.registry.submitter().submit_async(request)

@@ -16,7 +16,7 @@ from jobledger.projection import Projection
 from jobledger.queues import DEFAULT_PARTITIONS, DEFAULT_QUEUE, Queue, check_partitions, check_shares
 from jobledger.resources import Resources
 from jobledger.retry import Retry
-from jobledger.task import Submitter, Task
+from jobledger.task import AsyncTask, PlainTask, Submitter, Task
 
 MAX_TIMEOUT_S = 24 * 3600.0
 
@@ -130,7 +130,8 @@ class Registry:
         )
         if judged.priority is not None and self._declared is not None:
             self.check_level(queue, judged.priority)
-        task: Task[Any, Any] = Task(
+        made: type[Task[Any, Any]] = AsyncTask if asyncio.iscoroutinefunction(fn) else PlainTask
+        task = made(
             self,
             fn,
             name=task_name,
