@@ -217,7 +217,8 @@ class App:
     ) -> Any:
         """Register a function as a task; usable bare or with options.
 
-        ``name``: what stands in the log, the function's name unless given. ``queue``: where its jobs go. ``retry``: a
+        ``name``: what stands in the log, the function's name unless given; a second function of this name is refused, and
+        the same one of a reloaded module replaces the first. ``queue``: where its jobs go. ``retry``: a
         `Retry`, or just the number of attempts. ``timeout``: seconds an attempt may take; then a coroutine is
         cancelled, and `TaskTimedOut` is raised in a function: in a thread when it next executes Python code, in a
         process of its own, which is killed 5 s later, whatever it waits for. ``fallback``: a task with the same
@@ -433,8 +434,8 @@ class App:
     def submit_many(self, jobs: Iterable[JobRequest[R]]) -> list[JobHandle[R]]:
         """Submit jobs in large batches; returns handles, in order, once the log has acknowledged all.
 
-        ``jobs``: from `Task.job` or ``task.using(…).job``; consumed as it goes, so a generator is fine. Raises as
-        `Task.submit`; then some may have been accepted.
+        ``jobs``: of this app's tasks, from `Task.job` or ``task.using(…).job``; consumed as it goes, so a generator is
+        fine. Raises as `Task.submit`, and `ConfigError` for a task of another app; then some may have been accepted.
         """
         return self.client.submit_many(jobs)
 

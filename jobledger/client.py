@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable
 from functools import partial
+from itertools import chain
 from typing import Any, Generic, Protocol, TypeVar
 
 import uuid_utils
@@ -27,6 +28,7 @@ from jobledger.domain import EVENT_HEADER, EventType, earlier_of
 from jobledger.errors import (
     BadEvent,
     BrokerUnavailable,
+    ConfigError,
     JobCancelled,
     JobExpired,
     JobFailed,
@@ -197,6 +199,8 @@ class Client:
     def _outgoing(self, request: JobRequest[Any], inside: JobContext | None) -> tuple[str, Outgoing]:
         """The job's id and the record that submits it."""
         task = request.task
+        if task.registry.names is not self.names:
+            self._check_app(task)
         if inside is None:
             job_id, parent, trace = str(uuid_utils.uuid7()), None, tracing.current()
             event_id = job_id
@@ -226,6 +230,15 @@ class Client:
             return job_id, Outgoing(self.names.coordination, codec.encode(event), job_id)
         topic = self.names.jobs(lane(request.queue, request.priority))
         return job_id, Outgoing(topic, codec.encode(event), request.key or job_id)
+
+    def _check_app(self, task: Task[Any, Any]) -> None:
+        """Raise `ConfigError` for a task of another namespace: the workers of this one would run theirs of its name."""
+        names = task.registry.names
+        if names != self.names:
+            raise ConfigError(
+                f"{task!r} belongs to app {names.namespace!r}, so app {self.names.namespace!r} cannot submit its jobs: "
+                f"submit them with app {names.namespace!r}"
+            )
 
     def submit(self, request: JobRequest[R]) -> JobHandle[R]:
         """Submit one job and wait for its acknowledgement; see `Task.submit` for the errors."""
@@ -279,11 +292,16 @@ class Client:
 
         If one fails, the error is raised after the others have been settled; the jobs before it may have been accepted.
         """
+        jobs = iter(requests)
+        first = next(jobs, None)
+        if first is None:
+            return []
+        self._check_app(first.task)  # before anything connects
         many = _Many(self.settings, self._writer(bulk=True), "jobs")
         inside = maybe_current_job()
         tasks: list[Task[Any, R]] = []
         with tracing.submitting("", ""):  # one span for all: a span a job would cost more than the submission
-            for request in requests:
+            for request in chain((first,), jobs):
                 many.add(*self._outgoing(request, inside))
                 tasks.append(request.task)
             accepted = zip(tasks, many.finish(), strict=True)

@@ -35,7 +35,7 @@ NAMES = ("before", "after", "retry", "failure", "around")
 class Hook:
     """One hook, as it was registered: its name among `NAMES`, its function, and the tasks it is for."""
 
-    __slots__ = ("fn", "is_async", "name", "said", "which")
+    __slots__ = ("fn", "given", "is_async", "name", "said", "which")
 
     def __init__(self, name: str, fn: Callable[..., Any], said: str, which: Which) -> None:
         self.name, self.fn, self.said = name, fn, said
@@ -48,9 +48,13 @@ class Hook:
                 )
             self.fn = contextlib.asynccontextmanager(fn) if self.is_async else contextlib.contextmanager(fn)
         self.which: Callable[[Task[Any, Any]], bool] | frozenset[str] | None
+        #: Tasks that are given as such, not by name.
+        self.given: tuple[Task[Any, Any], ...] = ()
         if which is None or callable(which):
             self.which = which
         else:
+            which = list(which)
+            self.given = tuple(each for each in which if not isinstance(each, str))
             self.which = frozenset(each if isinstance(each, str) else each.name for each in which)
 
     def meant(self, task: Task[Any, Any]) -> bool:
@@ -82,6 +86,12 @@ class Hooks:
 
     def of(self, task: Task[Any, Any]) -> list[Hook]:
         """Those for a task. Raises `ConfigError` if one of them cannot run where the task's code does."""
+        for hook in self.all:
+            if foreign := [each for each in hook.given if each.registry is not task.registry]:
+                raise ConfigError(
+                    f"{hook.said}: tasks=… names {foreign[0]!r} of app {foreign[0].registry.names.namespace!r}; it can "
+                    f"only surround tasks of this app, {task.registry.names.namespace!r}"
+                )
         found = [hook for hook in self.all if hook.meant(task)]
         for hook in found:
             if hook.is_async and not task.is_async and hook.name in ("before", "after", "around"):

@@ -11,6 +11,7 @@ from jobledger.domain import EventType, Handler
 from jobledger.errors import BadEvent, ConfigError, UnknownQueue, UnknownTask
 from jobledger.middleware import Hooks
 from jobledger.names import Names, check_name
+from jobledger.origins import Origin, is_nameless, origin_of
 from jobledger.policy import KEY_HOLD_MAX_S, LEASE_S, policy_of
 from jobledger.projection import Projection
 from jobledger.queues import DEFAULT_PARTITIONS, DEFAULT_QUEUE, Queue, check_partitions, check_shares
@@ -57,6 +58,8 @@ class Registry:
         self.events: dict[str, EventType] = {}
         self.handlers: dict[str, list[Handler]] = {}
         self.projections: dict[str, Projection] = {}
+        #: Where each was declared, by kind and name.
+        self._origins: dict[tuple[str, str], Origin] = {}
         self._declared: dict[str, Queue] | None = None
         if queues is not None:
             declared = [q if isinstance(q, Queue) else Queue(q) for q in queues]
@@ -113,8 +116,7 @@ class Registry:
         task_name = name if name is not None else getattr(fn, "__name__", "")
         if not task_name or not isinstance(task_name, str) or len(task_name) > 200:
             raise ConfigError(f"task name {task_name!r} is not a text of 1 to 200 characters; give @app.task(name=…)")
-        if task_name in self.tasks and _origin(self.tasks[task_name].fn) != _origin(fn):
-            raise ConfigError(f"task {task_name!r} is already registered; give one of the two @app.task(name=…)")
+        origin = self._origin("task", task_name, fn, task_name in self.tasks, nameless=name is None and is_nameless(fn))
         if self._declared is not None:
             self.check_queue(queue)
         else:
@@ -125,6 +127,11 @@ class Registry:
             raise ConfigError(f"task {task_name!r}: retry={retry!r} is neither a Retry nor a number of attempts")
         if timeout is not None:
             _check_timeout(task_name, timeout)
+        if isinstance(fallback, Task) and fallback.registry is not self:
+            raise ConfigError(
+                f"task {task_name!r}: fallback={fallback!r} is a task of app {fallback.registry.names.namespace!r}; it "
+                f"must be one of this app, {self.names.namespace!r}"
+            )
         judged = policy_of(
             task_name, timeout=timeout, is_async=asyncio.iscoroutinefunction(fn), **{**POLICY_DEFAULTS, **policy}
         )
@@ -142,7 +149,22 @@ class Registry:
             policy=judged,
         )
         self.tasks[task_name] = task
+        self._origins["task", task_name] = origin
         return task
+
+    def _origin(
+        self, kind: str, name: str, declared: Callable[..., Any], known: bool, *, nameless: bool = False
+    ) -> Origin:
+        """Where ``declared`` comes from. Raises `ConfigError` if another one of this name is in use; one that is
+        declared again, as its module is executed again, takes the place of the first."""
+        found = origin_of(declared)
+        first = self._origins.get((kind, name)) if known else None
+        if first is None or first.declared is declared or (not nameless and first.replaced_by(found)):
+            return found
+        raise ConfigError(
+            f"{kind} {name!r} is already registered: {first} and {found} would share this name; give one of them a name "
+            "of its own with name=…"
+        )
 
     def task(self, name: str) -> Task[Any, Any]:
         """The task of this name, or `UnknownTask` naming those there are."""
@@ -156,13 +178,12 @@ class Registry:
     def add_event(self, cls: type[Any], **options: Any) -> EventType:
         """Register a class of events; `ConfigError` for a name or topic that is taken."""
         made = EventType(cls, names=self.names, **options)
-        other = self.events.get(made.name)
-        if other is not None and _origin(other.cls) != _origin(cls):
-            raise ConfigError(f"event {made.name!r} is already registered; give one of the two @app.event(name=…)")
+        origin = self._origin("event", made.name, cls, made.name in self.events)
         same = [e for e in self.events.values() if e.topic == made.topic and e.name != made.name]
         if same:
             raise ConfigError(f"event {made.name!r}: topic {made.topic!r} is that of event {same[0].name!r} already")
         self.events[made.name] = made
+        self._origins["event", made.name] = origin
         return made
 
     def event_of(self, cls: type[Any]) -> EventType:
@@ -185,13 +206,14 @@ class Registry:
     def add_projection(self, fold: Callable[..., Any], **options: Any) -> Projection:
         """Register a fold; `ConfigError` for a name or a table that is taken."""
         made = Projection(fold, **options)
+        origin = self._origin("projection", made.name, fold, made.name in self.projections)
         for other in self.projections.values():
-            taken = other.name == made.name or other.table.name == made.table.name
-            if taken and _origin(other.fold) != _origin(fold):
+            if other.table.name == made.table.name and other.name != made.name:
                 raise ConfigError(
                     f"projection {made.name!r}: {other!r} is registered already; give another name and table"
                 )
         self.projections[made.name] = made
+        self._origins["projection", made.name] = origin
         return made
 
     def handler(self, name: str) -> Handler:
@@ -243,8 +265,3 @@ def _check_timeout(task: str, timeout: object) -> None:
         raise ConfigError(
             f"task {task!r}: timeout={timeout!r} is not a number of seconds above 0, at most {MAX_TIMEOUT_S:.0f}"
         )
-
-
-def _origin(fn: Callable[..., Any]) -> tuple[str, str]:
-    """Where a function comes from: a reloaded module registers the same one again."""
-    return getattr(fn, "__module__", ""), getattr(fn, "__qualname__", "")

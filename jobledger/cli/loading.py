@@ -16,6 +16,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING
 
 from jobledger.errors import ConfigError
+from jobledger.origins import short
 
 if TYPE_CHECKING:
     from jobledger.app import App
@@ -85,7 +86,7 @@ def _inside(name: str, exc: BaseException) -> str:
 def _place(exc: BaseException) -> str:
     """``file:line: `` of the last frame that is neither ours nor the import system's."""
     if isinstance(exc, SyntaxError) and exc.filename:
-        return f"{_short(exc.filename)}:{exc.lineno}: "
+        return f"{short(exc.filename)}:{exc.lineno}: "
     package = Path(__file__).absolute().parents[1]
     ours = [(package / part).resolve() for part in (".", "consumers", "streams", "schemas")]  # links in a checkout
     frames = [
@@ -95,12 +96,7 @@ def _place(exc: BaseException) -> str:
         and f"{os.sep}importlib{os.sep}" not in frame.filename
         and not any(Path(frame.filename).resolve().is_relative_to(folder) for folder in ours)
     ]
-    return f"{_short(frames[-1].filename)}:{frames[-1].lineno}: " if frames else ""
-
-
-def _short(filename: str) -> str:
-    path = Path(filename)
-    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else filename
+    return f"{short(frames[-1].filename)}:{frames[-1].lineno}: " if frames else ""
 
 
 def _looks_like(name: str, folder: Path) -> str:

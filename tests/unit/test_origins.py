@@ -1,0 +1,223 @@
+"""Which function a name means: two that are in use cannot share one, and a module that is executed again keeps its own."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from jobledger import App
+from jobledger.config import Settings
+from jobledger.errors import ConfigError
+
+
+def shop(name: str = "shop") -> App:
+    """An app that connects to nothing."""
+    return App(name, settings=Settings())
+
+
+def test_two_lambdas_cannot_share_the_name_that_all_lambdas_have() -> None:
+    """The second one is refused, and the error names both places; with names of their own they are two tasks."""
+    app = shop()
+    double = app.task(lambda x: x * 2)
+    with pytest.raises(ConfigError, match=r"<lambda>.*test_origins\.py:\d+.*test_origins\.py:\d+.*name=") as found:
+        app.task(lambda x: x * 3)
+    line = double.fn.__code__.co_firstlineno
+    assert f"test_origins.py:{line})" in str(found.value)
+    assert f"test_origins.py:{line + 2})" in str(found.value)
+    assert app.task(name="triple")(lambda x: x * 3)(10) == 30
+    assert app.tasks["<lambda>"](10) == 20
+
+
+def test_functions_of_one_factory_cannot_share_a_name() -> None:
+    """They have one piece of code, and other values in it; one with the same values does the same, and is the same."""
+    app = shop()
+
+    def times(factor: int) -> Callable[[int], int]:
+        def multiply(x: int) -> int:
+            return x * factor
+
+        return multiply
+
+    app.task(times(2))
+    app.task(times(2))
+    with pytest.raises(ConfigError, match="multiply"):
+        app.task(times(3))
+    with pytest.raises(ConfigError, match="multiply"):
+        in_a_thread(lambda: app.task(times(4)))
+    assert app.tasks["multiply"](10) == 20
+
+
+def execute(text: str, file: str, space: dict[str, Any]) -> None:
+    """Execute a text as a module's body, as notebooks and reloads do."""
+    exec(compile(text, file, "exec"), space)  # noqa: S102  # what is tested is code that is executed again
+
+
+def in_a_thread(call: Callable[[], Any]) -> None:
+    """Call it where no module's body is on the stack; raises what it raises."""
+    raised: list[Exception] = []
+
+    def run() -> None:
+        try:
+            call()
+        except Exception as exc:  # noqa: BLE001  # raised again below
+            raised.append(exc)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    if raised:
+        raise raised[0]
+
+
+#: A module of which every `again` is a second declaration.
+MODULE = """
+from functools import wraps
+from jobledger import App
+from jobledger.config import Settings
+import {app}
+
+app = {app}.app
+
+def wrapped(fn):
+    @wraps(fn)
+    def call(*args, **kwargs):
+        return fn(*args, **kwargs)
+    return call
+
+@app.task
+def send(to: str) -> str:
+    return "{word}"
+
+@app.task
+@wrapped
+def ship(order: str) -> str:
+    return "{word}"
+
+shift = app.task(name="shift")(lambda x: x)
+
+@app.event
+class Sent:
+    to: str
+
+@app.on(Sent)
+def told(event: Sent) -> None: ...
+"""
+AGAIN = {
+    "task": '\n@app.task\ndef send(to: str) -> str:\n    return "another"\n',
+    "wrapped task": '\n@app.task\n@wrapped\ndef ship(order: str) -> str:\n    return "another"\n',
+    "event": "\n@app.event\nclass Sent:\n    by: str\n",
+    "handler": "\n@app.on(Sent)\ndef told(event: Sent) -> None:\n    raise NotImplementedError\n",
+}
+
+
+@pytest.fixture
+def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., ModuleType]:
+    """Writes and imports a module ``origins_tasks``, whose app stands in a module of its own that stays as it is."""
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    keeper = ModuleType("origins_keeper")
+    keeper.app = shop()  # type: ignore[attr-defined]  # a module takes anything
+    monkeypatch.setitem(sys.modules, "origins_keeper", keeper)
+
+    def write(word: str, more: str = "", *, anew: bool = False) -> ModuleType:
+        text = "\n" * len(word) + MODULE.format(app="origins_keeper", word=word) + more
+        (tmp_path / "origins_tasks.py").write_text(text)
+        importlib.invalidate_caches()
+        known = sys.modules.get("origins_tasks")
+        if known is None or anew:
+            monkeypatch.delitem(sys.modules, "origins_tasks", raising=False)
+            return importlib.import_module("origins_tasks")
+        return importlib.reload(known)
+
+    return write
+
+
+@pytest.mark.parametrize("anew", [False, True], ids=["reload", "import anew"])
+def test_a_module_that_is_executed_again_declares_its_tasks_again(module: Callable[..., Any], anew: bool) -> None:
+    """After a reload, or an import of a module that was forgotten, the new functions are the tasks, wherever they stand
+    in the file by now."""
+    module("first")
+    found = module("second time", anew=anew)
+    assert found.app.tasks["send"]("a") == found.app.tasks["ship"]("a") == "second time"
+    assert found.app.events["Sent"].cls is found.Sent
+
+
+@pytest.mark.parametrize("again", AGAIN.values(), ids=list(AGAIN))
+def test_a_module_cannot_declare_one_name_twice(module: Callable[..., Any], again: str) -> None:
+    """The second declaration is refused with both places: the first would be out of use without anybody having said so."""
+    with pytest.raises(ConfigError, match=r"origins_tasks\.py:\d+.*origins_tasks\.py:\d+"):
+        module("first", again)
+
+
+def test_a_cell_of_a_notebook_that_is_run_again_declares_its_task_again() -> None:
+    """A cell is executed in the same namespace; an edited one counts from then on."""
+    space: dict[str, Any] = {"app": shop(), "__name__": "__main__"}
+    for word in ("first", "second"):
+        cell = f"@app.task\ndef send(to):\n    return {word!r}\n\n@app.event\nclass Sent:\n    to: str\n"
+        execute(cell, f"<cell {word}>", space)
+    assert space["app"].tasks["send"]("a") == "second"
+    execute("double = app.task(lambda x: x * 2)", "<cell 3>", space)
+    with pytest.raises(ConfigError, match="<lambda>"):
+        execute("triple = app.task(lambda x: x * 3)", "<cell 4>", space)
+
+
+def test_functions_of_one_name_from_two_modules_are_two() -> None:
+    """A script that is also imported by its name declares each task twice; both names are said."""
+    app = shop()
+    text = "@app.task\ndef send(to): ...\n"
+    execute(text, "jobs.py", {"app": app, "__name__": "__main__"})
+    with pytest.raises(ConfigError, match=r"__main__\.send \(jobs\.py:1\) and jobs\.send \(jobs\.py:1\)"):
+        execute(text, "jobs.py", {"app": app, "__name__": "jobs"})
+
+
+def test_one_function_under_two_decorators_is_two() -> None:
+    """What a decorator that copies the name makes of a function is another function."""
+
+    def send(to: str) -> str:
+        return to
+
+    def loud(fn: Callable[[str], str]) -> Callable[[str], str]:
+        @functools.wraps(fn)
+        def call(to: str) -> str:
+            return fn(to).upper()
+
+        return call
+
+    app = shop()
+    app.task(send)
+    app.task(send)
+    with pytest.raises(ConfigError, match="send"):
+        app.task(loud(send))
+
+
+def test_a_job_of_another_apps_task_is_refused_by_name() -> None:
+    """Both apps are named, before anything connects: the other app's workers would run their own task of that name."""
+    one, two = shop("one"), shop("two")
+
+    @one.task(name="send")
+    def send_one(x: int) -> int:
+        return x
+
+    @two.task(name="send")
+    def send_two(x: int) -> int:
+        return x
+
+    with pytest.raises(ConfigError, match=r"'two'.*'one'"):
+        one.submit_many([send_two.job(1)])
+    with pytest.raises(ConfigError, match=r"'two'.*'one'"):
+        one.task(name="first", fallback=send_two)(lambda x: x)
+
+    def surround(job: object) -> Iterator[None]:
+        yield
+
+    one.around(surround, tasks=[send_two])
+    with pytest.raises(ConfigError, match=r"'two'.*'one'"):
+        one.check()
