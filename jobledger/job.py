@@ -532,13 +532,13 @@ def _moment(ms: int | None) -> dt.datetime | None:
     try:
         return _EPOCH + dt.timedelta(milliseconds=ms)
     except OverflowError:  # a due time that no calendar has; the job is there all the same
-        return dt.datetime.max.replace(tzinfo=dt.UTC)
+        return (dt.datetime.max if ms > 0 else dt.datetime.min).replace(tzinfo=dt.UTC)
 
 
 def _decoded(result: bytes) -> Any:
     try:
         return msgspec.json.decode(result)
-    except ValueError:  # written by something else than a worker of ours
+    except (ValueError, RecursionError):  # written by something else than a worker of ours
         return result.decode("utf-8", "replace")
 
 

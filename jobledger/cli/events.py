@@ -299,7 +299,7 @@ def _json_line(line: Line) -> None:
     if line.recorded is None:
         shown = {
             "position": str(line.position),
-            "appended_at": facts.iso(line.appended_ms * 1000),
+            "appended_at": output.iso(line.appended_ms * 1000),
             "error": line.error,
         }
     else:
@@ -340,4 +340,5 @@ class _Printer:
                 " ",
                 (where, "dim"),
             )
+        text.plain = text.plain.replace("\n", " ")  # whatever a task or an id is called
         self._console.print(text, soft_wrap=True)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import datetime as dt
 from collections.abc import Mapping
 from typing import Any
 
-from jobledger.cli.output import duration, jsonable, shorten
+from jobledger.cli import output
+from jobledger.cli.output import clock, duration, jsonable, shorten
 from jobledger.schemas import events as e
 
 #: One colour a fact; those that are only passed between parts are dim.
@@ -29,6 +29,10 @@ FACT_STYLES: Mapping[str, str] = {
     "DeadLettered": "red",
     "RecordRejected": "bold red",
 }
+
+
+#: Bytes of arguments and results that one line is made of, however many they are.
+_TEXT_MOST = 4_000
 
 
 def kind(fact: object) -> str:
@@ -54,7 +58,7 @@ def _describe(fact: object) -> str:
         ):
             return _condition(delay_ms, due_at) + _spec(spec)
         case e.JobDue(due_at=due_at) | e.ReleaseDecided(due_at=due_at) | e.ReleaseOverdue(due_at=due_at):
-            return f"due {_moment(due_at)}"
+            return f"due {clock(due_at)}"
         case e.JobStarted(worker=worker, takeover=takeover):
             return f"by {worker}" + (f", takeover {takeover}" if takeover else "")
         case e.JobProgressed(done=done, total=total, message=message):
@@ -70,7 +74,7 @@ def _describe(fact: object) -> str:
         case e.JobCancelled(by=by, reason=reason):
             return f"by {by}" + (f": {reason}" if reason else "")
         case e.JobExpired(expired_at=expired_at):
-            return f"at {_moment(expired_at)}"
+            return f"at {clock(expired_at)}"
         case e.JobLeased(worker=worker, lease_ms=lease_ms) | e.LeaseRenewed(worker=worker, lease_ms=lease_ms):
             return f"by {worker} for {duration(lease_ms / 1000)}" if lease_ms else f"given back by {worker}"
         case e.Leased(worker=worker, lease_ms=lease_ms, crashes=crashes):
@@ -93,9 +97,9 @@ def _describe(fact: object) -> str:
 
 
 def progress(done: int, total: int | None, message: str | None) -> str:
-    """``3/10 (30 %) unpacking``."""
-    text = str(done) if total is None else f"{done}/{total}" + (f" ({100 * done / total:.0f} %)" if total else "")
-    return text + (f" {message}" if message else "")
+    """``3/10 (30 %) unpacking``; 100 % is said only of what is complete."""
+    percent = f" ({100 * done // total} %)" if total is not None and total > 0 else ""
+    return (str(done) if total is None else f"{done}/{total}{percent}") + (f" {message}" if message else "")
 
 
 def fact_json(fact: object) -> dict[str, Any]:
@@ -109,21 +113,16 @@ def event_json(recorded: e.Recorded) -> dict[str, Any]:
     header = {name: getattr(event, name) for name in event.__struct_fields__ if name not in ("fact", "occurred_at")}
     return {
         "position": str(recorded.position),
-        "appended_at": iso(recorded.appended_ms * 1000),
-        "occurred_at": iso(event.occurred_at),
+        "appended_at": output.iso(recorded.appended_ms * 1000),
+        "occurred_at": output.iso(event.occurred_at),
         **header,
         "fact": fact_json(event.fact),
     }
 
 
-def iso(micros: int) -> str:
-    """Microseconds since the epoch as ISO 8601, UTC."""
-    return (dt.datetime(1970, 1, 1, tzinfo=dt.UTC) + dt.timedelta(microseconds=micros)).isoformat()
-
-
 def _condition(delay_ms: int | None, due_at: int | None) -> str:
     if due_at is not None:
-        return f"due {_moment(due_at)} "
+        return f"due {clock(due_at)} "
     return "" if delay_ms is None else f"in {duration(delay_ms / 1000)} "
 
 
@@ -133,12 +132,8 @@ def _spec(spec: e.JobSpec) -> str:
 
 
 def _text(raw: bytes) -> str:
-    return raw.decode("utf-8", "backslashreplace")
+    return raw[:_TEXT_MOST].decode("utf-8", "backslashreplace")
 
 
 def _took(micros: int) -> str:
     return f" after {duration(micros / 1e6)}" if micros else ""
-
-
-def _moment(micros: int) -> str:
-    return dt.datetime.fromtimestamp(micros / 1e6).astimezone().strftime("%Y-%m-%d %H:%M:%S.%f")[:-3]

@@ -350,10 +350,10 @@ def _arguments(annotated: Any, pairs: Sequence[str], text: str | None) -> dict[s
     if text is not None:
         try:
             found = json.loads(text)
-        except ValueError as exc:
-            raise BadArguments(f"--args {text!r} is no JSON: {exc}") from None
+        except (ValueError, RecursionError) as exc:
+            raise BadArguments(f"--args {output.shorten(repr(text))} is no JSON: {exc}") from None
         if not isinstance(found, dict):
-            raise BadArguments(f"--args {text!r} is no JSON object; write '{{\"name\": value}}'")
+            raise BadArguments(f"--args {output.shorten(repr(text))} is no JSON object; write '{{\"name\": value}}'")
     hints = typing.get_type_hints(annotated)
     for pair in pairs:
         name, value = _split(pair, "argument")
@@ -369,7 +369,7 @@ def read_value(text: str, hint: Any = None) -> Any:
     takes = set(typing.get_args(hint)) or {hint}
     try:
         value = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return text
     if str in takes and takes <= {str, type(None)} and not isinstance(value, str):
         return None if value is None and type(None) in takes else text

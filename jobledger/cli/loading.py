@@ -15,7 +15,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING
 
-from jobledger.errors import ConfigError
+from jobledger import errors
+from jobledger.errors import ConfigError, text_of
 from jobledger.origins import short
 
 if TYPE_CHECKING:
@@ -66,20 +67,24 @@ def _import(text: str) -> ModuleType:
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError as exc:
-        if exc.name is not None and (name == exc.name or name.startswith(exc.name + ".")):
+        if isinstance(exc.name, str) and (name == exc.name or name.startswith(exc.name + ".")):
             raise ConfigError(
                 f"module {name!r} is not there: no {exc.name!r} in {folder} nor among the installed packages; "
                 f"run this in the folder that holds it, or give a path{_looks_like(name, folder)}"
             ) from None
         raise ConfigError(_inside(name, exc)) from exc
     except ConfigError as exc:  # the app's own fault, found while it was declared: keep the kind, add the place
-        raise type(exc)(f"{_place(exc)}{exc}") from exc
-    except (Exception, SystemExit) as exc:
+        kind = type(exc) if vars(errors).get(type(exc).__name__) is type(exc) else ConfigError
+        raise kind(f"{_place(exc)}{text_of(exc)}") from exc
+    except KeyboardInterrupt:
+        raise
+    except BaseException as exc:  # a module may raise anything, SystemExit too
         raise ConfigError(_inside(name, exc)) from exc
 
 
 def _inside(name: str, exc: BaseException) -> str:
-    what = f"{type(exc).__name__}: {exc}" if str(exc) else type(exc).__name__
+    said = text_of(exc)
+    what = f"{type(exc).__name__}: {said}" if said else type(exc).__name__
     return f"module {name!r} was found, but importing it failed: {_place(exc)}{what}"
 
 
@@ -109,7 +114,8 @@ def _looks_like(name: str, folder: Path) -> str:
 def _attribute(module: ModuleType, name: str, attribute: str) -> App:
     from jobledger.app import App
 
-    apps = sorted(key for key, value in vars(module).items() if isinstance(value, App))
+    # By their types: what an object says of its class itself may raise.
+    apps = sorted(key for key, value in vars(module).items() if issubclass(type(value), App))
     has = f"its apps are {', '.join(map(repr, apps))}" if apps else "it has no App at all"
     try:
         found = getattr(module, attribute)
@@ -117,6 +123,7 @@ def _attribute(module: ModuleType, name: str, attribute: str) -> App:
         near = difflib.get_close_matches(attribute, apps or sorted(vars(module)), n=1)
         hint = f"; did you mean {name}:{near[0]}?" if near else (f": write {name}:{apps[0]}" if apps else "")
         raise ConfigError(f"module {name!r} has no attribute {attribute!r}; {has}{hint}") from None
-    if not isinstance(found, App):
+    if not issubclass(type(found), App):
         raise ConfigError(f"{name}:{attribute} is a {type(found).__name__}, not a jobledger.App; {has}")
-    return found
+    app: App = found
+    return app

@@ -6,18 +6,17 @@ Commands import what is heavy (Kafka's client, the database, Faust) when they ru
 from __future__ import annotations
 
 import logging
-import os
 import sys
 from collections.abc import Callable, Sequence
 from typing import Annotated
 
 import typer
 
-from jobledger.cli import backfill, check, dev, events, jobs, orders, projections, running, table
+from jobledger.cli import backfill, check, dev, events, jobs, orders, projections, running, stdio, table
 from jobledger.cli.kafka import app as kafka_app
 from jobledger.cli.output import MEANINGS, Exit, exit_code, print_error
 from jobledger.cli.topics import app as topics_app
-from jobledger.errors import JobledgerError
+from jobledger.errors import JobledgerError, text_of
 
 _EPILOG = "**Exit codes**\n\n" + "\n".join(f"- **{int(code)}** {meaning}" for code, meaning in MEANINGS.items())
 
@@ -47,6 +46,7 @@ _COMMANDS: tuple[tuple[str, str, Callable[..., None], str], ...] = (
     (OPERATE, "verify", table.verify, "Compare the status table with the log."),
     (OPERATE, "rebuild", table.rebuild, "Make the status table anew from the log."),
 )
+_PROCESSES = frozenset(name for panel, name, *_ in _COMMANDS if panel == RUN)
 for _panel, _name, _run_it, _short in _COMMANDS:
     cli.command(_name, rich_help_panel=_panel, short_help=_short)(_run_it)
 cli.add_typer(jobs.app, name="jobs", rich_help_panel=ASK)
@@ -78,6 +78,7 @@ def _options(
 
 def run(argv: Sequence[str] | None = None) -> None:
     """Run one command line (``argv`` without the program's name; None: this process's) and exit with its code."""
+    stdio.prepare()
     from jobledger.streams.supervisor import obey_leash
 
     obey_leash()
@@ -88,22 +89,33 @@ def run(argv: Sequence[str] | None = None) -> None:
 
 
 def main(words: list[str]) -> int:
-    """Run one command line in this process; its exit code. Errors are printed, none of ours is raised."""
+    """Run one command line in this process; its exit code. Errors are printed, none is raised."""
     options = words[: words.index("--")] if "--" in words else words
     as_json = "--json" in options
     try:
-        code = cli(words, prog_name="jobledger", standalone_mode=False)
+        code = _run(words, traced="--traceback" in options, as_json=as_json)
         sys.stdout.flush()
+        return code
+    except stdio.OutputLost as exc:
+        stdio.give_up()
+        if exc.unread:
+            return Exit.UNREAD
+        print_error("OutputLost", f"standard output cannot be written: {exc}", as_json=as_json)
+        return Exit.ERROR
+
+
+def _run(words: list[str], *, traced: bool, as_json: bool) -> int:
+    """Run one command line; its exit code. Raises `OutputLost`, and nothing else."""
+    try:
+        code = cli(words, prog_name="jobledger", standalone_mode=False)
         return code if isinstance(code, int) else Exit.OK
     except JobledgerError as exc:
-        if "--traceback" in options:
+        if traced:
             _show_traceback(exc)
-        print_error(type(exc).__name__, str(exc), as_json=as_json)
+        print_error(type(exc).__name__, text_of(exc), as_json=as_json)
         return exit_code(exc)
-    except BrokenPipeError:
-        # Whoever read us has what it wanted, as `| head` does. Nothing may be flushed to it any more.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return Exit.ERROR
+    except stdio.OutputLost:
+        raise
     except KeyboardInterrupt:
         return Exit.INTERRUPTED
     except typer.Abort:
@@ -117,6 +129,22 @@ def main(words: list[str]) -> int:
         else:
             _show_usage(exc)
         return Exit.USAGE
+    except SystemExit as exc:  # a library's, or the app's own
+        return exc.code if isinstance(exc.code, int) else Exit.OK if exc.code is None else Exit.ERROR
+    except BaseException as exc:  # noqa: BLE001  # whatever it is, a command ends with one line and a code of its own
+        # Of a process that ran for hours the log must say where it broke.
+        runs = next((word for word in words if not word.startswith("-")), "") in _PROCESSES
+        return _unexpected(exc, traced=traced or runs, as_json=as_json)
+
+
+def _unexpected(exc: BaseException, *, traced: bool, as_json: bool) -> int:
+    """Say an error that no part of ours raises on purpose; ``traced``: and where it came from."""
+    if traced:
+        _show_traceback(exc)
+    what = type(exc).__name__ + (f": {said}" if (said := text_of(exc)) else "")
+    hint = "" if traced else "; `jobledger --traceback …` shows where"
+    print_error("Unexpected", f"unexpected {what}{hint}", as_json=as_json)
+    return Exit.ERROR
 
 
 def _usage_error() -> type[typer.BadParameter]:
@@ -133,7 +161,7 @@ def _show_usage(exc: typer.BadParameter) -> None:
         exc.show()
 
 
-def _show_traceback(exc: JobledgerError) -> None:
+def _show_traceback(exc: BaseException) -> None:
     import traceback
 
     traceback.print_exception(exc)

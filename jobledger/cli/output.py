@@ -2,17 +2,23 @@
 
 Where nobody looks (standard output is no terminal) text is plain: no colour, no frames, nothing cut off. Imports only
 what every command needs anyway, so that `jobledger --help` stays quick.
+
+What is shown may come from a log that anybody wrote to. So showing is total: a time outside every calendar, nesting
+without end and bytes that are no text are shown as far as possible and marked, and nothing steers the terminal.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 import time
 from collections.abc import Mapping, Sequence
 from enum import IntEnum
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
+
+from jobledger.errors import text_of
 
 if TYPE_CHECKING:
     import datetime as dt
@@ -34,6 +40,7 @@ class Exit(IntEnum):
     GAVE_UP = 70
     DENIED = 77
     INTERRUPTED = 130
+    UNREAD = 141
 
 
 MEANINGS: Mapping[Exit, str] = {
@@ -47,6 +54,7 @@ MEANINGS: Mapping[Exit, str] = {
     Exit.GAVE_UP: "`coordinator`: it gave up and said why; start it again",
     Exit.DENIED: "the Kafka cluster does not let this user in, or do what it takes",
     Exit.INTERRUPTED: "interrupted (Ctrl-C)",
+    Exit.UNREAD: "nobody reads standard output any more, as after `| head`",
 }
 
 #: Errors with an exit code of their own, by name: importing the classes here would cost every start.
@@ -75,6 +83,19 @@ STATE_STYLES: Mapping[str, str] = {
 #: Characters that the last column of a table gets at least, if it has so many.
 _LAST_COLUMN = 16
 
+#: How deep values are shown; below, JSON writers and readers give up.
+NESTED_MOST = 100
+
+#: What steers a terminal, by character code: control characters, line ends but ``\\n``, changes of the writing direction.
+_HIDDEN = (*range(0x80, 0xA0), 0x2028, 0x2029, 0x200E, 0x200F, *range(0x202A, 0x202F), *range(0x2066, 0x206A))
+_PICTURES = {
+    **{code: 0x2400 + code for code in range(0x20) if code not in (0x09, 0x0A)},
+    0x7F: 0x2421,
+    **dict.fromkeys((*_HIDDEN, *range(0xD800, 0xE000)), 0xFFFD),
+}
+#: The same in JSON, which escapes the lower control characters itself.
+_STEERING = re.compile(f"[\\x7f\\ud800-\\udfff{''.join(map(chr, _HIDDEN))}]")
+
 #: A cell: text, or text and its style.
 Cell = str | tuple[str, str]
 
@@ -84,12 +105,27 @@ def exit_code(error: BaseException) -> Exit:
     return next((_CODES[c.__name__] for c in type(error).__mro__ if c.__name__ in _CODES), Exit.ERROR)
 
 
+def printable(text: str) -> str:
+    """``text`` without what steers a terminal, character by character: control characters as their pictures (``␛``),
+    changes of the writing direction and halves of surrogate pairs as ``�``. Line ends and tabs stay."""
+    return text.translate(_PICTURES)
+
+
 def console(stderr: bool = False) -> Console:
-    """A console on standard output (or error) that never breaks lines where nobody looks."""
+    """A console on standard output (or error) that never breaks lines where nobody looks, and shows no control codes
+    but its own."""
     from rich.console import Console
+    from rich.text import Text
+
+    class Safe(Console):
+        def print(self, *objects: Any, **options: Any) -> None:
+            for each in objects:
+                if isinstance(each, Text):
+                    each.plain = printable(each.plain)
+            super().print(*(printable(each) if isinstance(each, str) else each for each in objects), **options)
 
     stream = sys.stderr if stderr else sys.stdout
-    return Console(stderr=stderr, highlight=False, soft_wrap=not stream.isatty())
+    return Safe(stderr=stderr, highlight=False, soft_wrap=not stream.isatty())
 
 
 def looked_at() -> bool:
@@ -98,36 +134,51 @@ def looked_at() -> bool:
 
 
 def jsonable(value: Any) -> Any:
-    """``value`` as JSON builtins: structs as objects, bytes as the JSON they hold, enums as their value."""
+    """``value`` as JSON builtins: structs as objects, bytes as the JSON they hold, enums as their value.
+
+    Bytes that are no JSON become text, and what is nested more than `NESTED_MOST` deep becomes ``"…"``.
+    """
     import msgspec
 
     def unknown(other: Any) -> Any:
-        return str(other)
+        return text_of(other)
 
     return msgspec.to_builtins(_opened(value), enc_hook=unknown, str_keys=True)
 
 
-def _opened(value: Any) -> Any:
+def _opened(value: Any, depth: int = 0) -> Any:
     """Bytes that are JSON (arguments, results) become what they say: base64 helps nobody who reads it."""
     import msgspec
 
     if isinstance(value, bytes):
         try:
-            return msgspec.json.decode(value)
-        except msgspec.DecodeError:
+            held = msgspec.json.decode(value)
+        except (msgspec.DecodeError, ValueError, RecursionError):
             return value.decode("utf-8", "backslashreplace")
+        deep = value.count(b"[") + value.count(b"{") > NESTED_MOST
+        return _opened(held, depth) if deep else held
     if isinstance(value, msgspec.Struct):
-        return {name: _opened(getattr(value, name)) for name in value.__struct_fields__}
+        return {name: _opened(getattr(value, name), depth + 1) for name in value.__struct_fields__}
+    if not isinstance(value, Mapping | list | tuple | set | frozenset):
+        return value
+    if depth > NESTED_MOST:
+        return "…"
     if isinstance(value, Mapping):
-        return {key: _opened(each) for key, each in value.items()}
-    if isinstance(value, list | tuple | set | frozenset):
-        return [_opened(each) for each in value]
-    return value
+        return {key: _opened(each, depth + 1) for key, each in value.items()}
+    return [_opened(each, depth + 1) for each in value]
+
+
+def json_text(value: Any, stream: TextIO | None = None) -> str:
+    """One JSON value on one line. What steers terminals, and what ``stream`` (None: standard output) has no character
+    for, is written as ``\\u…``."""
+    encoding = (getattr(stream or sys.stdout, "encoding", None) or "utf-8").lower().replace("-", "")
+    text = json.dumps(jsonable(value), ensure_ascii=encoding != "utf8")
+    return _STEERING.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
 
 
 def print_json(value: Any) -> None:
     """One JSON value on one line of standard output, flushed: a reader at the other end of a pipe sees it at once."""
-    print(json.dumps(jsonable(value), ensure_ascii=False), flush=True)
+    print(json_text(value), flush=True)
 
 
 def print_table(
@@ -200,12 +251,12 @@ def styled(cell: Cell) -> Text:
     """A cell as rich text; what it says is never read as markup."""
     from rich.text import Text
 
-    return Text(cell) if isinstance(cell, str) else Text(cell[0], style=cell[1])
+    return Text(printable(cell)) if isinstance(cell, str) else Text(printable(cell[0]), style=cell[1])
 
 
 def _plain(cell: Cell) -> str:
     text = cell if isinstance(cell, str) else cell[0]
-    return text.replace("\n", " ").replace("\t", " ")
+    return printable(text.replace("\n", " ").replace("\t", " "))
 
 
 def state_cell(state: str) -> Cell:
@@ -215,6 +266,8 @@ def state_cell(state: str) -> Cell:
 
 def duration(seconds: float) -> str:
     """A span of time as people say it: ``340 ms``, ``12.4 s``, ``3 min 20 s``, ``2 h 5 min``, ``4 d 3 h``."""
+    if seconds < 0:
+        return "-" + duration(-seconds)
     if seconds < 0.9995:
         return f"{seconds * 1000:.3g} ms" if seconds < 0.0995 else f"{seconds * 1000:.0f} ms"
     if seconds < 59.95:
@@ -255,12 +308,27 @@ def brief(moment: dt.datetime | int | None, now_us: int | None = None) -> str:
 
 
 def clock(moment: dt.datetime | int | None) -> str:
-    """A moment as local date and time with milliseconds; ``-`` for None."""
+    """A moment (aware, or microseconds since the epoch) as local date and time with milliseconds; ``-`` for None."""
     if moment is None:
         return "-"
     import datetime as dt
 
-    return dt.datetime.fromtimestamp(_seconds(moment)).astimezone().strftime("%Y-%m-%d %H:%M:%S.%f")[:-3]
+    try:
+        # Local time is asked for only here: near the calendar's ends it may not exist.
+        at = dt.datetime.fromtimestamp(_seconds(moment)).astimezone()
+    except (ValueError, OverflowError, OSError):
+        return f"outside the calendar ({moment} µs)" if isinstance(moment, int) else f"{moment:%Y-%m-%d %H:%M:%S} UTC"
+    return at.strftime("%Y-%m-%d %H:%M:%S.%f")[:-3]
+
+
+def iso(micros: int) -> str | int:
+    """Microseconds since the epoch as ISO 8601, UTC; the number itself if no calendar has it."""
+    import datetime as dt
+
+    try:
+        return (dt.datetime(1970, 1, 1, tzinfo=dt.UTC) + dt.timedelta(microseconds=micros)).isoformat()
+    except OverflowError:
+        return micros
 
 
 def _seconds(moment: dt.datetime | int) -> float:
@@ -269,15 +337,15 @@ def _seconds(moment: dt.datetime | int) -> float:
 
 def shorten(text: str, most: int = 60) -> str:
     """``text`` on one line of at most ``most`` characters."""
-    line = " ".join(text.split())
+    line = printable(" ".join(text.split()))
     return line if len(line) <= most else line[: most - 1] + "…"
 
 
 def print_error(kind: str, message: str, *, as_json: bool) -> None:
     """An error, on standard error: one line for people, or ``{"error": {"type", "message"}}``."""
     if as_json:
-        print(json.dumps({"error": {"type": kind, "message": message}}, ensure_ascii=False), file=sys.stderr)
+        print(json_text({"error": {"type": kind, "message": message}}, sys.stderr), file=sys.stderr)
         return
     from rich.text import Text
 
-    console(stderr=True).print(Text.assemble(("error: ", "bold red"), message), soft_wrap=True)
+    console(stderr=True).print(Text.assemble(("error: ", "bold red"), " ".join(message.split("\n"))), soft_wrap=True)

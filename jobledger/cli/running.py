@@ -19,8 +19,6 @@ from jobledger.cli.options import Bootstrap, Listen, LogFormat, Metrics, StatusU
 from jobledger.errors import JobledgerError
 
 if TYPE_CHECKING:
-    from rich.text import Text
-
     from jobledger.app import App
     from jobledger.consumers.worker import WorkerOptions
     from jobledger.streams.status import Materializer
@@ -80,7 +78,6 @@ class Prefixed:
     def __init__(self, names: Sequence[str]) -> None:
         self._width = max(map(len, names))
         self._console = output.console()
-        self._coloured = output.looked_at()
 
     def __call__(self, name: str, line: str) -> None:
         from rich.text import Text
@@ -88,7 +85,7 @@ class Prefixed:
         if line.startswith("{"):  # JSON is for machines, which read no prefix
             self._console.print(Text(line), soft_wrap=True)
             return
-        said: Text = Text.from_ansi(line) if self._coloured else Text(line)
+        said = Text.from_ansi(line)  # its colours are kept where there are any
         head = Text(name.ljust(self._width), style=PART_STYLES.get(name, ""))
         self._console.print(Text.assemble(head, (" │ ", "dim"), said), soft_wrap=True)
 

@@ -12,14 +12,19 @@ import subprocess
 import sys
 import threading
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
+from confluent_kafka import Producer
 
 from jobledger.cli.main import main
+from jobledger.names import Names
+from jobledger.schemas import codec
+from jobledger.schemas import events as ev
 
 pytestmark = [pytest.mark.kafka, pytest.mark.timeout(180)]
 
@@ -342,6 +347,46 @@ def test_jobs_are_cancelled_by_id_and_by_what_they_are(shop: Shop, monkeypatch: 
 
     assert worker.stop() == 0
     assert streams.stop() == 0
+
+
+def test_odd_records_end_no_command(shop: Shop) -> None:
+    """Records that are well-formed and mean nothing, and bytes that are none, are shown in their place by every command
+    that reads the log or the status table, on one line or as one object each."""
+    shop.json("topics", "apply", shop.target, "--yes")
+    names, far, deep = Names(shop.namespace), 2**63 - 1, b'{"a":' + b"[" * 20_000 + b"]" * 20_000 + b"}"
+    ids = [str(uuid.uuid4()) for _ in range(6)]
+    submitted = ev.JobSubmitted(ev.JobSpec(deep, {"\x1b[2J": "\x9b"}))
+    found: list[tuple[str, ev.Fact, int]] = [
+        (ids[0], submitted, time.time_ns()),
+        (ids[1], ev.JobSubmitted(ev.JobSpec(b"{}"), None, far), -far),
+        (ids[2], submitted, far),
+        (ids[2], ev.JobSucceeded(deep, far), 0),
+        (ids[3], ev.JobRetried(ev.ErrorInfo("\x1b[2J", "\x07\r"), far), 0),
+        (ids[4], ev.JobSnoozed(-far, None, -far), 0),
+        (ids[5], ev.JobExpired(-far), 0),
+    ]
+    producer = Producer({"bootstrap.servers": shop.environ["JOBLEDGER_BOOTSTRAP"]})
+    for job_id, fact, occurred in found:
+        event = ev.JobEvent(job_id, job_id, 1, 1, 1, occurred, "gone\n", "mail", None, None, "\x1b", None, fact)
+        producer.produce(names.lifecycle, codec.encode(event), key=job_id)
+    producer.produce(names.lifecycle, b"\xff\x00\x1b[2J")
+    assert producer.flush(WAIT_S) == 0
+    table = shop.start("materializer", shop.target)
+    until(lambda: shop.main("jobs", "list")[0] == 0 and len(shop.json("jobs", "list")) == len(ids), "not in the table")
+
+    asking = [["events", "tail", "--namespace", shop.namespace, "--from", "start"], ["jobs", "list"]]
+    asking += [["jobs", "show", job_id, "--timeline", "--namespace", shop.namespace] for job_id in ids]
+    asking += [["verify", shop.target], ["check", shop.target], ["queues", "list", shop.target]]
+    for words in asking:
+        code, out, err = shop.main(*words)
+        assert (code, err) == (0, ""), words
+        assert out.replace("\n", "").replace("\t", "").isprintable()
+        code, out, err = shop.main(*words, "--json")
+        assert (code, err) == (0, ""), words
+        assert [json.loads(line) for line in out.splitlines()]
+    shown = {(line.get("job_id"), line.get("fact", {}).get("type")) for line in shop.events("--from", "start")}
+    assert shown >= {(job_id, type(fact).__name__) for job_id, fact, _ in found} | {(None, None)}
+    assert table.stop() == 0
 
 
 def damage(shop: Shop, job_id: str) -> None:

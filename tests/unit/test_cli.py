@@ -2,29 +2,34 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import re
 import subprocess
 import sys
 import time
+import typing
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 import typer
 from hypothesis import given
 from hypothesis import strategies as st
 
 from jobledger import errors
+from jobledger import job as fold
 from jobledger.cli import facts, output
 from jobledger.cli.backfill import _milliseconds
-from jobledger.cli.events import Line, moment_ms, newest
-from jobledger.cli.jobs import read_value
+from jobledger.cli.events import Line, _json_line, _Printer, moment_ms, newest
+from jobledger.cli.jobs import _fields, _row, read_value, status_json
 from jobledger.cli.main import cli, main
 from jobledger.cli.output import MEANINGS, Exit, duration, exit_code, relative
 from jobledger.errors import ConfigError, JobFailed, JobledgerError
+from jobledger.names import Names
 from jobledger.schemas import events as ev
 from jobledger.streams.projection_store import ProjectionStore, offsets_table
 from jobledger.streams.store.sqlite import SqliteStore
@@ -244,16 +249,116 @@ def _is_error(kind: object) -> bool:
     return isinstance(kind, type) and issubclass(kind, JobledgerError)
 
 
-def test_a_closed_pipe_is_quiet() -> None:
-    """Output that nobody reads any more ends the command without a word."""
-    words = [sys.executable, "-m", "jobledger", "--help"]
+def _shell(line: str, folder: Path, **environ: str) -> subprocess.CompletedProcess[str]:
+    """A line of a shell in which ``jobledger`` is this one."""
+    line = line.replace("jobledger", f"{sys.executable} -m jobledger")
+    return subprocess.run(
+        ["bash", "-c", line], cwd=folder, env={**os.environ, **environ}, capture_output=True, text=True, check=False
+    )
+
+
+#: A command that writes by each of the ways there are: typer's help, plain print, a table, JSON, fields.
+WRITERS = ("--help", "--version", "topics acls cli_shop:app", "topics acls cli_shop:app --json", "kafka status")
+
+
+@pytest.mark.parametrize("words", WRITERS)
+def test_output_that_cannot_be_written_is_an_error_of_one_line(words: str, tmp_path: Path) -> None:
+    """Standard output that is closed or full ends a command with 1 and its reason, also where the interpreter's end is
+    the first to notice; with --json as an object."""
+    for where, why in ((">&-", "Bad file descriptor"), (">/dev/full", "No space left on device")):
+        done = _shell(f"jobledger {words} {where}", tmp_path)
+        assert done.returncode == Exit.ERROR, done.stderr
+        said = f"standard output cannot be written: {why}"
+        if "--json" in words:
+            assert json.loads(done.stderr) == {"error": {"type": "OutputLost", "message": said}}
+        else:
+            assert done.stderr == f"error: {said}\n"
+
+
+@pytest.mark.parametrize("words", WRITERS)
+def test_a_reader_that_has_enough_is_no_error(words: str, tmp_path: Path) -> None:
+    """Output that nobody reads any more ends a command without a word, with the code that programs killed by SIGPIPE
+    have in a shell."""
     read, write = os.pipe()
     os.close(read)
     try:
-        done = subprocess.run(words, stdout=write, stderr=subprocess.PIPE, text=True, check=False)
+        command = [sys.executable, "-m", "jobledger", *words.split()]
+        done = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, text=True, check=False)
     finally:
         os.close(write)
-    assert done.stderr == ""
+    assert (done.stderr, done.returncode) == ("", Exit.UNREAD)
+
+
+@pytest.mark.parametrize("words", WRITERS)
+@pytest.mark.parametrize(
+    "environ", [{"PYTHONIOENCODING": "ascii"}, {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}]
+)
+def test_an_output_of_few_characters_is_enough(words: str, environ: dict[str, str], tmp_path: Path) -> None:
+    """Where the encoding lacks a character, its number is written; JSON stays JSON."""
+    done = _shell(f"jobledger {words}", tmp_path, **environ)
+    assert done.returncode in (Exit.OK, Exit.NOT_FOUND)
+    assert "Traceback" not in done.stderr
+    assert done.stdout.isascii()
+    if "--json" in words:
+        json.loads(done.stdout)
+
+
+def test_without_standard_streams_errors_have_their_codes(tmp_path: Path) -> None:
+    """A command whose three streams were closed before its start ends as it would with them, and writes its words into
+    no file that it opens."""
+    assert _shell("jobledger jobs show x --namespace shop <&- >&- 2>&-", tmp_path).returncode == Exit.NOT_FOUND
+    assert _shell("jobledger jobs show x --namespace shop 2>/dev/full", tmp_path).returncode == Exit.NOT_FOUND
+    asking = f"jobledger jobs cancel {UUID} --where task=add --namespace shop"
+    assert _shell(f"{asking} <&- >&- 2>&-", tmp_path).returncode == Exit.ERROR
+
+
+OWN_ERROR = """\
+from jobledger.errors import ConfigError
+
+class E(ConfigError):
+    def __init__(self, a, b): super().__init__(f"{a} and {b}")
+
+raise E(1, 2)
+"""
+
+
+@pytest.mark.parametrize(
+    ("source", "said"),
+    [
+        ("class E(Exception):\n    def __str__(self): raise RuntimeError('no')\nraise E", "its str() raised RuntimeError"),
+        ("class E(Exception):\n    def __str__(self): return 5\nraise E", "its str() raised TypeError"),
+        ("raise BaseException('all of it')", "BaseException: all of it"),
+        ("raise GeneratorExit", "importing it failed"),
+        (OWN_ERROR, "1 and 2"),
+        ("raise ModuleNotFoundError('odd', name=5)", "odd"),
+        ("raise ValueError('\\x1b[2Jgone\\nsecond')", "␛[2Jgone second"),
+        ("raise ValueError('\\ud800')", "ValueError: �"),
+        ("class O:\n    @property\n    def __class__(self): raise RuntimeError('not now')\napp = O()", "is a O, not a"),
+        ("def __getattr__(name): raise OSError('lazy ' + name)", "lazy app"),
+        ("import sys\nsys.exit(0)", "SystemExit: 0"),
+    ],
+)  # fmt: skip
+def test_whatever_a_module_raises_is_one_line(
+    source: str, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """An app's module may raise anything and hold anything: the command ends with 1 and one line."""
+    (tmp_path / "cli_shop.py").write_text(source)
+    for words in (["worker", "cli_shop:app"], ["topics", "acls", "cli_shop:app"]):
+        sys.modules.pop("cli_shop", None)
+        assert main(words) == Exit.ERROR
+        shown = capsys.readouterr().err
+        assert said in shown
+        assert "lazy" in said or shown.count("\n") == 1  # a worker's unforeseen error shows where it broke
+
+
+@pytest.mark.parametrize("text", ["[" * 20_000, '{"a": ' + "[" * 20_000 + "]" * 20_000 + "}", "9" * 6_000])
+def test_values_that_no_json_reader_takes_are_refused(text: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Arguments nested without end, or longer than a number may be, end with one line."""
+    for words in ([f"label={text}", "a=x"], ["--args", text]):
+        assert main(["submit", "cli_shop:app", "add", *words]) == Exit.ERROR
+        shown = capsys.readouterr().err
+        assert shown.count("\n") == 1
+        assert "unexpected" not in shown
 
 
 @pytest.mark.slow
@@ -406,6 +511,104 @@ def test_a_fact_is_one_line_and_one_json_object(fact: ev.Fact, text: str) -> Non
     assert facts.describe(fact).startswith(text)
     assert "\n" not in facts.describe(fact)
     assert json.loads(json.dumps(facts.fact_json(fact)))["type"] == type(fact).__name__
+
+
+#: Values that a well-formed record may carry, and that no reader expects.
+ODD: dict[str, list[Any]] = {
+    "int": [-(2**63), -1, 0, 2**31 - 1, 253_402_300_799_999_999, 253_402_300_800_000_000, time.time_ns(), 2**63 - 1],
+    "float": [float("nan"), float("inf"), -1e300],
+    "str": ["", "\x1b[2J\x07\r", "a\nb\tc", "\ud800", "\u202eabc\u2028\x9b31m", "é" * 5_000],
+    "bytes": [b"", b"\xff\xfe", b"[" * 20_000 + b"]" * 20_000, b"[" * 300 + b"]" * 300, b"9" * 6_000, b'"\\ud800"',
+              b'{"a": {"b": 1}, "a": 2}', b"NaN", b'"\x1b[2J"'],
+}  # fmt: skip
+
+
+def odd(value: Any) -> list[Any]:
+    """``value``, and it with each of its fields replaced by odd ones, one at a time."""
+    found: list[Any] = [value]
+    for name in value.__struct_fields__:
+        there = getattr(value, name)
+        if isinstance(there, ev.JobSpec | ev.ErrorInfo | ev.Fact):
+            news = odd(there)
+        elif isinstance(there, dict):
+            news = [{text: text for text in ODD["str"]}]
+        else:
+            hint = typing.get_type_hints(type(value))[name]
+            news = [each for kind in typing.get_args(hint) or (hint,) for each in ODD.get(kind.__name__, [])]
+        found += [msgspec.structs.replace(value, **{name: new}) for new in news]
+    return found
+
+
+@pytest.mark.parametrize("fact", [fact for fact, _ in FACTS], ids=lambda fact: type(fact).__name__)
+@pytest.mark.parametrize("zone", ["UTC", "Pacific/Kiritimati", "America/Los_Angeles"])
+def test_an_odd_record_is_shown_as_far_as_it_can_be(
+    fact: ev.Fact, zone: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Whatever stands in a record's fields, `events tail` prints one line for it that steers no terminal, and with
+    --json one object."""
+    monkeypatch.setenv("TZ", zone)
+    time.tzset()
+    event = _job(fact)
+    show = _Printer(Names("shop"))
+    try:
+        for each in odd(event):
+            line = Line(ev.Position("shop.lifecycle", 0, 1), 1_700_000_000_000, None)
+            recorded = ev.Recorded(each, line.position, line.appended_ms)
+            show(dataclasses.replace(line, recorded=recorded))
+            text = capsys.readouterr().out
+            assert len(text.splitlines()) == 1, text
+            assert text[:-1].isprintable(), text
+            _json_line(dataclasses.replace(line, recorded=recorded))
+            text = capsys.readouterr().out
+            assert len(text.splitlines()) == 1
+            text.encode()  # no halves of pairs
+            assert json.loads(text)["fact"]["type"] == type(fact).__name__
+    finally:
+        monkeypatch.undo()
+        time.tzset()
+
+
+@pytest.mark.parametrize("fact", [fact for fact, _ in FACTS], ids=lambda fact: type(fact).__name__)
+def test_an_odd_job_is_shown_as_far_as_it_can_be(fact: ev.Fact, capsys: pytest.CaptureFixture[str]) -> None:
+    """`jobs list` and `jobs show` have a row and fields for a job whatever its records say, as text and as JSON."""
+    event = _job(fact)
+    base = fold.apply(None, ev.Recorded(_job(ev.JobSubmitted(SPEC)), ev.Position("t", 0, 0), 1_700_000_000_000))
+    for each in odd(event):
+        life = fold.apply(base, ev.Recorded(each, ev.Position("t", 0, 1), 1_700_000_000_001))
+        assert life is not None
+        status = fold.status(UUID, life)
+        output.print_table(("",) * 8, [_row(status)])
+        output.print_fields(_fields(status))
+        shown = capsys.readouterr().out
+        assert shown.replace("\n", "").replace("\t", "").isprintable()
+        output.print_json(status_json(status))
+        assert json.loads(capsys.readouterr().out)["job_id"] == UUID
+
+
+def _job(fact: ev.Fact) -> ev.JobEvent:
+    return ev.JobEvent("id", UUID, 1, 1, 1, 0, "add", "default", None, None, "test", None, fact)
+
+
+def test_what_cannot_be_shown_is_marked() -> None:
+    """A time of no calendar is its number, nesting without end is cut, control characters are their pictures."""
+    assert output.clock(2**63 - 1) == "outside the calendar (9223372036854775807 µs)"
+    assert output.iso(2**63 - 1) == 2**63 - 1
+    assert output.iso(0) == "1970-01-01T00:00:00+00:00"
+    assert output.jsonable(b"[" * 20_000 + b"]" * 20_000) == "[" * 20_000 + "]" * 20_000
+    deep = output.jsonable(b"[" * 300 + b"]" * 300)
+    for _ in range(output.NESTED_MOST + 1):
+        (deep,) = deep
+    assert deep == "…"
+    assert output.printable("a\x1b[2J\x7f\x9b\u202eb\nc\td") == "a␛[2J␡\ufffd\ufffdb\nc\td"
+    assert output.duration(-90) == "-1 min 30 s"
+
+
+def test_progress_is_complete_only_at_its_end() -> None:
+    """99.6 % is not 100."""
+    assert facts.progress(498, 500, None) == "498/500 (99 %)"
+    assert facts.progress(500, 500, "row") == "500/500 (100 %) row"
+    assert facts.progress(3, 0, None) == "3/0"
+    assert facts.progress(0, None, None) == "0"
 
 
 def test_arguments_and_results_are_the_json_they_hold() -> None:
