@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import faulthandler
 import gc
 import os
 import signal
@@ -14,6 +12,7 @@ from types import FrameType
 from jobledger.config import Settings
 from jobledger.consumers.options import WorkerOptions
 from jobledger.consumers.worker import LEAVING_S, Worker
+from jobledger.process_exit import bound_exit, exit_hard, unbound_exit
 from jobledger.task_registry import Registry
 
 
@@ -29,7 +28,7 @@ def run_worker(
     A second signal ends the grace time, a third one the process. ``on_ready(worker)`` is called before it starts, for
     those who want its `Worker.health`. Raises what `Worker.run` raises.
     """
-    worker = Worker(registry, settings, options, must_end_in=_end_at_last)
+    worker = Worker(registry, settings, options, must_end_in=exit_hard, has_ended=bound_exit)
     if on_ready is not None:
         on_ready(worker)
     restore = _handle_signals(worker) if threading.current_thread() is threading.main_thread() else lambda: None
@@ -37,7 +36,7 @@ def run_worker(
         return run_tuned(worker)
     finally:
         restore()
-        faulthandler.cancel_dump_traceback_later()
+        unbound_exit()
 
 
 def run_tuned(worker: Worker) -> int:
@@ -49,15 +48,19 @@ def run_tuned(worker: Worker) -> int:
 
 
 def _handle_signals(worker: Worker) -> Callable[[], None]:
-    received = 0
+    received, owner = 0, os.getpid()
 
     def handle(number: int, frame: FrameType | None) -> None:
         nonlocal received
+        if os.getpid() != owner:  # a process that a job has forked: the signal ends it, as it would without a worker
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+            return
         received += 1
         if received >= 3:
             os._exit(128 + number)
         if received == 1:  # a task that blocks the event loop would keep the worker from even beginning to stop
-            _end_at_last(worker.options.grace + LEAVING_S)
+            exit_hard(worker.options.grace + LEAVING_S)
         worker.stop(hurry=received > 1)
 
     before = {n: signal.signal(n, handle) for n in (signal.SIGTERM, signal.SIGINT)}
@@ -67,13 +70,3 @@ def _handle_signals(worker: Worker) -> Callable[[], None]:
             signal.signal(number, handler)
 
     return restore
-
-
-def _end_at_last(seconds: float) -> None:
-    """End the process with exit code 1 and the stacks of its threads on stderr, unless it has ended by then.
-
-    The watch needs no interpreter lock: neither a task that holds it nor a client that does not return keeps a stopping
-    worker alive. What was not committed is taken over like a killed worker's.
-    """
-    with contextlib.suppress(Exception):  # stderr may be no file
-        faulthandler.dump_traceback_later(seconds, exit=True)

@@ -58,12 +58,17 @@ FLUSH_S = 5.0
 CLOSING_S = 12.0
 #: Seconds beyond all that after which a worker that has not ended is killed.
 MARGIN_S = 5.0
-#: Seconds beyond its grace time in which a worker has ended, by itself or not.
+#: Seconds beyond its grace time in which a worker has given back all it had, by itself or not. The interpreter then gets
+#: `process_exit.EXIT_S`, and `process_exit.HARD_S` at most beside.
 LEAVING_S = 1.0 + CLOSING_S + MARGIN_S
 
 
 class Worker:
-    """One worker process's machinery; `run` blocks until `stop` or an error. Use once."""
+    """One worker process's machinery; `run` blocks until `stop` or an error. Use once.
+
+    ``must_end_in(seconds)`` bounds a stop that is under way. ``has_ended(code)``: the worker has given back all it had, and
+    `run` returns ``code`` once the event loop is closed.
+    """
 
     def __init__(
         self,
@@ -72,13 +77,14 @@ class Worker:
         options: WorkerOptions | None = None,
         *,
         must_end_in: Callable[[float], None] = lambda seconds: None,
+        has_ended: Callable[[int], None] = lambda code: None,
     ) -> None:
         if nursery.IMPORTING:
             raise ConfigError(
                 "a worker is made while its app is imported for child processes: let the script make it under "
                 "`if __name__ == '__main__':`"
             )
-        self._must_end_in = must_end_in
+        self._must_end_in, self._has_ended = must_end_in, has_ended
         settings = settings.acting_as("worker")
         self.registry, self.settings, self.options = registry, settings, options or WorkerOptions()
         registry.check()
@@ -153,11 +159,17 @@ class Worker:
                     if not isinstance(exc, SystemExit | RuntimeError):
                         raise
                     raise error from exc
+                finally:
+                    # Python now waits for the loop's own threads, which jobs may have filled.
+                    self._has_ended(self._exit_code())
         finally:
             self.ended.set()
             self._threads.shutdown(wait=False)
             if sender is not None:
                 sender.close()
+        return self._exit_code()
+
+    def _exit_code(self) -> int:
         if self.error is None:
             return EXIT_OK
         return EXIT_DENIED if isinstance(self.error, AccessDenied) else EXIT_BROKEN

@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 
 #: Seconds that running jobs get before a reload or the end; short, as somebody is waiting.
 WORKER_GRACE_S = 5.0
-#: Seconds before a process that does not stop is killed.
-KILL_AFTER_S = 15.0
+#: Seconds before a process that does not stop is killed. Longer than what a job left behind may keep a worker.
+KILL_AFTER_S = 20.0
 #: Seconds that the new code may take to be imported and its topics to be made.
 CHECK_TIMEOUT_S = 60.0
 

@@ -17,6 +17,7 @@ from jobledger.cli.kafka import app as kafka_app
 from jobledger.cli.output import MEANINGS, Exit, exit_code, print_error
 from jobledger.cli.topics import app as topics_app
 from jobledger.errors import JobledgerError, text_of
+from jobledger.process_exit import bound_exit
 
 _EPILOG = "**Exit codes**\n\n" + "\n".join(f"- **{int(code)}** {meaning}" for code, meaning in MEANINGS.items())
 
@@ -85,7 +86,12 @@ def run(argv: Sequence[str] | None = None) -> None:
     words = list(sys.argv[1:] if argv is None else argv)
     # Commands that set no logging up say what is wrong themselves: the client's own words beside it would be noise.
     logging.getLogger("jobledger").addHandler(logging.NullHandler())
-    sys.exit(main(words))
+    code: int = Exit.ERROR
+    try:
+        code = main(words)
+    finally:
+        bound_exit(code)  # what the app's code left behind may keep no process that has done its work
+    sys.exit(code)
 
 
 def main(words: list[str]) -> int:

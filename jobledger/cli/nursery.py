@@ -15,6 +15,7 @@ import sys
 from jobledger.cli import logs
 from jobledger.cli.loading import load_app
 from jobledger.errors import JobledgerError
+from jobledger.process_exit import bound_exit
 
 
 def main(target: str, descriptor: str) -> None:
@@ -37,4 +38,7 @@ def main(target: str, descriptor: str) -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    try:
+        main(*sys.argv[1:])
+    finally:
+        bound_exit(1 if isinstance(sys.exc_info()[1], BaseException) else 0)

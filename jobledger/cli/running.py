@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import signal
 import sys
 import threading
@@ -17,6 +18,7 @@ from jobledger.cli import logs, output
 from jobledger.cli.loading import load_app
 from jobledger.cli.options import Bootstrap, Listen, LogFormat, Metrics, StatusUrl, Target
 from jobledger.errors import JobledgerError
+from jobledger.process_exit import EXIT_S, HARD_S
 
 if TYPE_CHECKING:
     from jobledger.app import App
@@ -31,8 +33,8 @@ UPKEEP_END_S = 5.0
 #: Seconds that the halves of the stream processor get to stop.
 STREAMS_GRACE_S = 30.0
 
-#: Seconds that a worker process gets beyond the longest that it may take, before it is killed.
-KILL_MARGIN_S = 1.0
+#: Seconds that a worker process gets beyond the longest that its end may take, before it is killed.
+KILL_MARGIN_S = EXIT_S + HARD_S + 1.0
 
 #: The colour of each part's name before its lines.
 PART_STYLES = {
@@ -256,10 +258,13 @@ def stopping() -> Iterator[threading.Event]:
     kind acts as it does by itself."""
     stop = threading.Event()
     before: dict[int, Any] = {}
+    owner = os.getpid()
 
     def asked(number: int, frame: FrameType | None) -> None:
         stop.set()
         signal.signal(number, before[number])
+        if os.getpid() != owner:  # a process that the app's code has forked: the signal is for that one
+            os.kill(os.getpid(), number)
 
     for each in (signal.SIGTERM, signal.SIGINT):
         before[each] = signal.signal(each, asked)

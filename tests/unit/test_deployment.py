@@ -19,6 +19,7 @@ from jobledger.cli import running
 from jobledger.cli.main import cli, main
 from jobledger.consumers.options import WorkerOptions
 from jobledger.consumers.worker import LEAVING_S
+from jobledger.process_exit import EXIT_S, HARD_S
 from tests import promtool
 
 yaml = pytest.importorskip("yaml")
@@ -82,7 +83,7 @@ def test_every_part_is_among_the_containers() -> None:
 
 def test_nobody_kills_a_worker_that_is_still_committing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A supervisor, Compose and Kubernetes wait for longer than a worker may take: its grace time, and what it needs to
-    cancel, flush, commit and leave."""
+    cancel, flush, commit, leave and exit."""
     (tmp_path / "graceful_shop.py").write_text("from jobledger import App\napp = App('shop')\n")
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
@@ -94,10 +95,11 @@ def test_nobody_kills_a_worker_that_is_still_committing(tmp_path: Path, monkeypa
 
     monkeypatch.setattr(running, "supervised", supervised)
     assert main(["worker", "graceful_shop:app", "--processes", "2", "--grace", "7"]) == 0
-    assert given[0] > 7 + LEAVING_S
+    longest = LEAVING_S + EXIT_S + HARD_S
+    assert given[0] > 7 + longest
 
     default = WorkerOptions().grace
-    assert float(compose()["x-jobledger"]["stop_grace_period"].removesuffix("s")) > default + LEAVING_S
+    assert float(compose()["x-jobledger"]["stop_grace_period"].removesuffix("s")) > default + longest
     args = worker()["containers"][0]["args"]
     # There may be a supervisor in between, which must come first.
     asked = float(args[args.index("--grace") + 1]) + LEAVING_S + running.KILL_MARGIN_S

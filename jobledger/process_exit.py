@@ -1,0 +1,123 @@
+"""Bounds the last part of a process's life: from the end of its own work until the interpreter is gone.
+
+Python waits there for whatever an app's code left behind: threads, pools, handlers of ``atexit``, child processes of
+``multiprocessing``. Each of them gets its chance, and all of them together get `EXIT_S`. After that a daemon thread logs
+what still runs and exits with the code that the process has earned. A daemon thread cannot run while other code holds the
+interpreter's lock, nor when modules are being torn down; for these `faulthandler`'s native timer stands behind it, which
+exits with code 1 and the stacks of all threads.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import faulthandler
+import logging
+import os
+import sys
+import threading
+import traceback
+from typing import Any
+
+LOG = logging.getLogger("jobledger")
+
+#: Seconds for what an app's code left behind. Longer than a client waits for acknowledgements when it is closed.
+EXIT_S = 8.0
+#: Seconds after that in which a process that can run no Python code any more is ended.
+HARD_S = 2.0
+
+_NAME = "jobledger-exit"
+_lock = threading.Lock()
+_cancelled: threading.Event | None = None
+
+
+def bound_exit(code: int, seconds: float = EXIT_S) -> None:
+    """Exit with ``code`` in ``seconds``, unless the process has exited by then. A second call replaces the first.
+
+    To be called when the process has done what it is for. Child processes that ``multiprocessing`` would wait for are
+    killed with it: forked ones hold copies of this process's sockets.
+    """
+    global _cancelled
+    unbound_exit()
+    cancelled = threading.Event()
+    thread = threading.Thread(target=_exit_late, args=(code, seconds, cancelled), name=_NAME, daemon=True)
+    with contextlib.suppress(RuntimeError):  # no more threads can be started: the native timer remains
+        thread.start()
+    with _lock:
+        _cancelled = cancelled
+    exit_hard(seconds + HARD_S)
+
+
+def unbound_exit() -> None:
+    """Take the bound back: this process does something else now."""
+    global _cancelled
+    with _lock:
+        cancelled, _cancelled = _cancelled, None
+    if cancelled is not None:
+        cancelled.set()
+    faulthandler.cancel_dump_traceback_later()
+
+
+def exit_hard(seconds: float) -> None:
+    """Exit with code 1 and the stacks of all threads on standard error in ``seconds``, unless the process has exited by
+    then; needs no interpreter lock. Replaces an earlier call."""
+    try:
+        faulthandler.dump_traceback_later(seconds, exit=True)
+    except Exception:  # noqa: BLE001  # standard error is closed, or no file: then without the stacks
+        with contextlib.suppress(Exception):
+            faulthandler.dump_traceback_later(seconds, exit=True, file=os.open(os.devnull, os.O_WRONLY))
+
+
+def _exit_late(code: int, seconds: float, cancelled: threading.Event) -> None:
+    if cancelled.wait(seconds):
+        return
+    children: list[Any] = []
+    with contextlib.suppress(Exception):
+        children = _children()
+        _say(
+            f"the process exits with code {code} and does not wait any longer than {seconds:g} s for what the app's code "
+            f"left behind: {left_behind(children)}"
+        )
+    for child in children:
+        with contextlib.suppress(Exception):
+            child.kill()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(Exception):
+            stream.flush()
+    os._exit(code)
+
+
+def _say(text: str) -> None:
+    if logging.getLogger().handlers:
+        LOG.warning("%s", text)
+    else:  # a command that sets up no logging
+        print(f"warning: {text}", file=sys.stderr, flush=True)
+
+
+def _children() -> list[Any]:
+    """Child processes of ``multiprocessing`` that live."""
+    used = sys.modules.get("multiprocessing.process")
+    return [] if used is None else list(used.active_children())
+
+
+def left_behind(children: list[Any]) -> str:
+    """What keeps this process alive, in words."""
+    # Threads of a pool may be daemons, because the thread that made them is one; Python waits for them all the same.
+    pooled = getattr(sys.modules.get("concurrent.futures.thread"), "_threads_queues", ())
+    main = threading.main_thread()
+    found = [
+        f"thread {thread.name}"
+        for thread in threading.enumerate()
+        if thread is not main
+        and (not thread.daemon or thread in pooled)
+        and not thread.name.startswith("jobledger-")  # our own end by themselves, and are no app's
+    ]
+    found += [f"child process {child.name} (pid {child.pid})" for child in children if not child.daemon]
+    return ", ".join(found) or _what_runs_in(main)
+
+
+def _what_runs_in(main: threading.Thread) -> str:
+    frame = sys._current_frames().get(main.ident or 0)
+    if frame is None:
+        return "a handler of atexit"
+    last = traceback.extract_stack(frame)[-1]
+    return f"the main thread, in {last.name}() at {last.filename}:{last.lineno}"
