@@ -15,6 +15,10 @@ import msgspec
 
 from jobledger.errors import BadArguments, ConfigError, ResultMismatch, text_of
 from jobledger.resources import Dependency
+from jobledger.schemas import exact
+
+#: What JSON always says exactly.
+_EXACT = frozenset({str, int, bool})
 
 
 class Arguments:
@@ -29,6 +33,8 @@ class Arguments:
         self.positional, struct = _arguments_struct(fn, name)
         self._decoder = msgspec.json.Decoder(struct, dec_hook=_dec_hook)
         self.names: tuple[str, ...] = struct.__struct_fields__
+        #: Whether a time of day is among them: one without its zone is the same to Python, and is not.
+        self._times = _holds_time(msgspec.inspect.type_info(struct))
         signature = inspect.signature(fn, eval_str=True)
         kept = [p for p in signature.parameters.values() if p.name not in filled]
         self.signature = str(signature.replace(parameters=kept))
@@ -50,14 +56,34 @@ class Arguments:
                 raise BadArguments(f"{self._name}() got argument {key!r} twice, by position and by name")
             named[key] = value
         try:
-            raw = msgspec.json.encode(named, enc_hook=_enc_hook)
+            raw = msgspec.json.encode(named, enc_hook=exact.plain_json)
         except Exception as exc:  # a model's own serialiser may raise anything
             raise BadArguments(f"an argument of {self._name}() cannot be written as JSON: {_said(exc)}") from exc
         try:
-            self._decoder.decode(raw)
+            back = self._decoder.decode(raw)
         except Exception as exc:
+            self._check(named, None)
             raise BadArguments(f"arguments do not fit {self._name}{self.signature}: {_said(exc)}") from exc
+        try:
+            for key, value in named.items():
+                if value != getattr(back, key):
+                    self._check(named, back)
+                    break
+            if self._times:
+                self._check(named, back)
+        except BadArguments:
+            raise
+        except Exception as exc:  # a comparison of the user's may raise anything
+            raise BadArguments(f"an argument of {self._name}() cannot be compared: {_said(exc)}") from exc
         return raw
+
+    def _check(self, named: Mapping[str, Any], back: Any) -> None:
+        """Raise `BadArguments` for a value that is not the same in ``back``, the worker's arguments; None: they could not
+        be read, which is the fault of a value that JSON does not say, if there is one."""
+        for key, value in named.items():
+            why = exact.unwritable(value, key) if back is None else exact.changed(value, getattr(back, key), key)
+            if why is not None:
+                raise BadArguments(f"{self._name}() would not get what it is given: {why}")
 
     def decode(self, raw: bytes) -> dict[str, Any]:
         """The worker's side of `encode`: keyword arguments for the function. Raises `BadArguments`."""
@@ -79,8 +105,16 @@ def _said(exc: Exception) -> str:
 
 
 def encode_result(value: Any) -> bytes | None:
-    """A return value as JSON; None for None. Raises `TypeError` or `ValueError` naming what cannot be written."""
-    return None if value is None else msgspec.json.encode(value, enc_hook=_enc_hook)
+    """A return value as JSON; None for None. Raises `TypeError` or `ValueError` naming what cannot be written, or is not
+    said exactly by what is written."""
+    if value is None:
+        return None
+    raw = msgspec.json.encode(value, enc_hook=exact.plain_json)
+    if type(value) in _EXACT or msgspec.json.decode(raw) == value:
+        return raw
+    if (why := exact.unwritable(value, "it")) is not None:
+        raise ValueError(why)
+    return raw
 
 
 class Results:
@@ -188,10 +222,19 @@ def _check_types(name: str, info: msgspec.inspect.Type) -> None:
             )
 
 
-def _enc_hook(value: Any) -> Any:
-    if hasattr(value, "model_dump"):  # pydantic, where users have it
-        return value.model_dump(mode="json")
-    raise TypeError(f"{type(value).__qualname__} is no JSON type, dataclass, msgspec Struct or pydantic model")
+def _holds_time(info: msgspec.inspect.Type, seen: frozenset[type] = frozenset()) -> bool:
+    """Whether a `datetime.time` is somewhere in a type."""
+    if isinstance(info, msgspec.inspect.TimeType):
+        return True
+    cls = getattr(info, "cls", None)
+    if cls in seen:
+        return False
+    if isinstance(cls, type):
+        seen |= {cls}
+    inner = [*getattr(info, "types", ()), *getattr(info, "item_types", ())]
+    inner += [f.type for f in getattr(info, "fields", ()) if hasattr(f, "type")]
+    inner += [each for name in ("type", "item_type", "key_type", "value_type") if (each := getattr(info, name, None))]
+    return any(_holds_time(each, seen) for each in inner if isinstance(each, msgspec.inspect.Type))
 
 
 def _dec_hook(kind: type[Any], value: Any) -> Any:

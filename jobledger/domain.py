@@ -21,7 +21,7 @@ import msgspec
 
 from jobledger.errors import BadEvent, ConfigError, NotAnEvent, RegistryNeeded, SchemaError, UnknownSchema, text_of
 from jobledger.names import Names, check_name
-from jobledger.schemas import codec, defaults, frame
+from jobledger.schemas import codec, defaults, exact, frame
 from jobledger.schemas.derive import check_evolution, derive, dumper, is_pydantic, read_nested
 
 if TYPE_CHECKING:
@@ -94,6 +94,8 @@ class EventType:
         self.fingerprint = codec.fingerprint(self.schema)
         self._parsed = defaults.understood(fastavro.parse_schema(json.loads(self.schema)))
         self._dump = dumper(cls)
+        #: Whether it holds numbers or times that not every reader would get as they are.
+        self._delicate = '"double"' in self.schema or '"timestamp-micros"' in self.schema
         self._readers: dict[bytes, Any] = {}
         if key is not None and key not in {f["name"] for f in json.loads(self.schema)["fields"]}:
             raise ConfigError(f"event {name!r}: key={key!r} is no field of {cls.__qualname__}")
@@ -106,6 +108,8 @@ class EventType:
         `BadEvent` naming what does not fit."""
         try:
             plain = self._dump(event)
+            if self._delicate and (why := exact.unsound(plain, self.name)) is not None:
+                raise ValueError(why)
             out = io.BytesIO()
             out.write(codec.MAGIC + self.fingerprint)
             fastavro.schemaless_writer(out, self._parsed, plain, disable_tuple_notation=True)
@@ -210,11 +214,16 @@ class Handler:
         return str(uuid.uuid5(uuid.UUID(event_id), self.task.name))
 
     def args(self, plain: Mapping[str, Any]) -> bytes:
-        """The job's arguments for an event's plain values. Raises `NotAnEvent` for values nested too deeply."""
+        """The job's arguments for an event's plain values. Raises `NotAnEvent` for values nested too deeply, and for what
+        others may write in Avro and JSON does not have: NaN and infinity."""
         try:
-            return msgspec.json.encode({self.parameter: plain})
+            found = msgspec.json.encode({self.parameter: plain})
         except RecursionError as exc:
             raise NotAnEvent(f"its values cannot be arguments of a job: {exc}") from exc
+        # What JSON has no number for would be a null.
+        if b"null" in found and (why := exact.unwritable(plain, self.event.name)) is not None:
+            raise NotAnEvent(f"its values cannot be arguments of a job: {why}")
+        return found
 
 
 def _fullname(schema: Mapping[str, Any]) -> str:

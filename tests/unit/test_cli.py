@@ -120,6 +120,8 @@ def test_the_version_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
     [
         (["submit", "cli_shop:app", "ad", "a=1"], "task 'ad' is not registered with app 'shop': it has ['add']"),
         (["submit", "cli_shop:app", "add", "a=x"], "Expected `int`, got `str`"),
+        (["submit", "cli_shop:app", "add", "a=NaN"], "a is nan, and JSON has no such number"),
+        (["submit", "cli_shop:app", "add", "--args", '{"a": 1e999}'], "a is inf, and JSON has no such number"),
         (["submit", "cli_shop:app", "add", "nonsense"], "argument 'nonsense' is not of the form NAME=VALUE"),
         (["submit", "cli_shop:app", "add", "--args", "[1]"], "--args '[1]' is no JSON object"),
         (["submit", "cli_shop:app", "add", "--args", "{"], "--args '{' is no JSON"),

@@ -1,0 +1,261 @@
+"""Whether a value comes back from JSON or Avro as it was. Pure.
+
+JSON has no NaN, no sets, no keys but text, and says a time's zone in whole minutes. A writer turns such values into
+others without a word, so what does not come back is looked for before it is sent. Each function returns what is wrong,
+with the path of the value in it, or None. A tuple that comes back as a list is fine, and so is a subclass of ``str``,
+``int`` or ``float`` that comes back as the plain type.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime as dt
+import decimal
+import enum
+import math
+import uuid
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import msgspec
+
+#: Characters of a value that are shown.
+_SHOWN = 80
+_GONE: Any = object()
+#: What to send in place of a value of these types: as code that a person may write.
+_INSTEAD: tuple[tuple[Any, str], ...] = (
+    ((dt.datetime, dt.date, dt.time), "its isoformat()"),
+    (dt.timedelta, "its total_seconds()"),
+    ((decimal.Decimal, uuid.UUID), "its str()"),
+    ((bytes, bytearray, memoryview), "base64 text"),
+    (enum.Enum, "its value"),
+    ((set, frozenset), "a list"),
+)
+
+
+def changed(given: Any, back: Any, path: str) -> str | None:
+    """What of ``given`` is not the same in ``back``, which a reader gets by its annotations.
+
+    What JSON says exactly may come back as another type, for then the reader's annotation asks for that: text as a
+    datetime, a dict as a dataclass.
+    """
+    kind = type(given)
+    if given is None or kind is str or kind is bool or kind is msgspec.Raw:
+        return None
+    if isinstance(given, enum.Enum):
+        return None if back == given else _other(given, back, path)
+    if isinstance(given, float) and not math.isfinite(given):
+        return _no_number(given, path)
+    if isinstance(given, int | float):
+        return None if not isinstance(back, float) or back == given else _other(given, back, path)
+    if isinstance(given, str):
+        return None
+    if isinstance(given, list | tuple):
+        if hasattr(given, "_fields") and type(back) is not kind:
+            return _other(given, back, path)
+        return _changed_items(given, back, path)
+    if isinstance(given, set | frozenset):
+        return None if isinstance(back, set | frozenset) and back == given else _other(given, back, path)
+    if isinstance(given, Mapping):
+        return _changed_dict(given, back, path)
+    names = _names(given)
+    if names is not None:
+        return _changed_record(given, back, path, names)
+    return None if _equal(given, back) else _other(given, back, path)
+
+
+def unwritable(value: Any, path: str) -> str | None:
+    """What of ``value`` JSON does not say exactly, for a reader who takes JSON as it is: a set as an array, a datetime as
+    text and a record as an object are fine."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return _no_number(value, path)
+    if value is None or isinstance(value, str | int | float | enum.Enum | msgspec.Raw):
+        return None
+    inner: Iterator[tuple[Any, str]]
+    if isinstance(value, list | tuple | set | frozenset):
+        inner = ((each, f"{path}[{n}]") for n, each in enumerate(value))
+    elif isinstance(value, Mapping):
+        if not all(isinstance(key, str) for key in value) and len(as_json(dict.fromkeys(value))) < len(value):
+            return (
+                f"{path} has keys that are the same as text, which all keys of a JSON object are: {_shown(list(value))}"
+            )
+        inner = ((each, f"{path}[{key!r}]") for key, each in value.items())
+    elif (names := _names(value)) is not None:
+        inner = ((getattr(value, name, None), f"{path}.{name}") for name in names)
+    else:
+        kind = type(value)
+        try:
+            back = msgspec.json.decode(msgspec.json.encode(value), type=kind)
+        except (TypeError, msgspec.MsgspecError):
+            return None  # of a type that only its own serialiser knows
+        return None if _equal(value, back) else _other(value, back, path)
+    return _first(unwritable, inner)
+
+
+def unsound(value: Any, path: str) -> str | None:
+    """What of an event's plain values is not the same to everybody who reads it: NaN and infinity, which no handler gets,
+    and a datetime without a zone, which is another moment on another machine."""
+    if isinstance(value, float):
+        return None if math.isfinite(value) else _no_number(value, path)
+    if isinstance(value, dt.datetime):
+        if value.tzinfo is not None:
+            return None
+        zoned = value.replace(tzinfo=dt.UTC).isoformat()
+        return f"{path} is {value.isoformat()}, without a time zone: say which, for example {zoned}"
+    if isinstance(value, dict):
+        return _first(unsound, ((each, f"{path}.{name}") for name, each in value.items()))
+    if isinstance(value, list | tuple):
+        return _first(unsound, ((each, f"{path}[{n}]") for n, each in enumerate(value)))
+    return None
+
+
+def plain_json(value: Any) -> Any:
+    """For msgspec: what it does not write by itself. Raises `TypeError`."""
+    if hasattr(value, "model_dump"):  # pydantic, where users have it
+        return value.model_dump(mode="json")
+    # Subclasses; the base's own conversion, whatever they make of it.
+    if isinstance(value, str):
+        return str.__str__(value)
+    if isinstance(value, int):
+        return int.__int__(value)
+    if isinstance(value, float):
+        return float.__float__(value)
+    raise TypeError(f"{type(value).__qualname__} is no JSON type, dataclass, msgspec Struct or pydantic model")
+
+
+def as_json(value: Any) -> Any:
+    """What JSON makes of a value, without an annotation."""
+    return msgspec.json.decode(msgspec.json.encode(value, enc_hook=plain_json))
+
+
+def _first(check: Callable[[Any, str], str | None], values: Iterator[tuple[Any, str]]) -> str | None:
+    return next(filter(None, (check(value, path) for value, path in values)), None)
+
+
+def _changed_items(given: Any, back: Any, path: str) -> str | None:
+    if isinstance(back, set | frozenset):  # asked for by the annotation
+        return _first(_uncarried, ((each, f"{path}[{n}]") for n, each in enumerate(given)))
+    if not isinstance(back, list | tuple):
+        back = as_json(given)
+    if len(back) != len(given):
+        return _other(given, back, path)
+    pairs = zip(given, back, strict=True)
+    return next(filter(None, (changed(one, two, f"{path}[{n}]") for n, (one, two) in enumerate(pairs))), None)
+
+
+def _uncarried(value: Any, path: str) -> str | None:
+    """What JSON does not carry without help of an annotation."""
+    return changed(value, as_json(value), path)
+
+
+def _changed_dict(given: Mapping[Any, Any], back: Any, path: str) -> str | None:
+    if not isinstance(back, dict):
+        return _changed_fields(given, back, path)
+    if all(isinstance(key, str) for key in given):
+        unknown = next((key for key in given if key not in back), None)
+        if unknown is not None and len(back) < len(given):
+            return f"{path}: {unknown!r} is none of its fields"
+        # All are there, or the annotation makes keys of another type of them, in the same order.
+        found = back if unknown is None else dict(zip(given, back.values(), strict=False))
+    else:
+        lost = next((key for key in given if key not in back), _GONE)
+        if lost is not _GONE or len(back) < len(given):
+            key = lost if lost is not _GONE else next(key for key in given if not isinstance(key, str))
+            return (
+                f"{path} has the key {_shown(key)}, and the keys of a JSON object are text: they would arrive as "
+                f"{_shown(list(back))}. Make them text, or say their type in the annotation: dict[{type(key).__name__}, …]"
+            )
+        found = back
+    return next(filter(None, (changed(v, found[k], f"{path}[{k!r}]") for k, v in given.items())), None)
+
+
+def _changed_fields(given: Mapping[Any, Any], back: Any, path: str) -> str | None:
+    """``given``, a dict, against the record that the annotation makes of it."""
+    fields = _encoded(back)
+    if fields is None:  # a pydantic model has its own rules about names; another type takes what it takes
+        values = (
+            (v, getattr(back, k, _GONE) if isinstance(k, str) else _GONE, f"{path}[{k!r}]") for k, v in given.items()
+        )
+        return next(filter(None, (_uncarried(v, p) if b is _GONE else changed(v, b, p) for v, b, p in values)), None)
+    for key, value in given.items():
+        if key not in fields:
+            return f"{path}: {key!r} is no field of {type(back).__qualname__}, which has {', '.join(fields)}"
+        name = fields[key]
+        if name and (found := changed(value, getattr(back, name), f"{path}[{key!r}]")):
+            return found
+    return None
+
+
+def _changed_record(given: Any, back: Any, path: str, names: tuple[str, ...]) -> str | None:
+    if type(back) is not type(given):
+        return _other(given, back, path)
+    for name in names:
+        one, two = getattr(given, name, _GONE), getattr(back, name, _GONE)
+        if one is not two and (found := changed(one, two, f"{path}.{name}")):
+            return found
+    return changed(getattr(given, "__pydantic_extra__", None), getattr(back, "__pydantic_extra__", None), path)
+
+
+def _names(value: Any) -> tuple[str, ...] | None:
+    """The fields of a record: a dataclass, a Struct, a pydantic model or a class of attrs."""
+    kind = type(value)
+    if issubclass(kind, msgspec.Struct):
+        return kind.__struct_fields__
+    if dataclasses.is_dataclass(kind):
+        return tuple(field.name for field in dataclasses.fields(kind))
+    if hasattr(kind, "model_fields") and hasattr(kind, "model_dump"):
+        return tuple(kind.model_fields)
+    if hasattr(kind, "__attrs_attrs__"):
+        return tuple(each.name for each in kind.__attrs_attrs__)
+    return None
+
+
+def _encoded(value: Any) -> dict[str, str] | None:
+    """A record's names by those that JSON has for them; a Struct's tag has none here. None for a pydantic model, whose
+    configuration says what it takes, and for all that is no record."""
+    kind = type(value)
+    if issubclass(kind, msgspec.Struct):
+        found = dict(zip(kind.__struct_encode_fields__, kind.__struct_fields__, strict=True))
+        tag = kind.__struct_config__.tag_field
+        return found if tag is None else {tag: "", **found}
+    names = None if hasattr(kind, "model_fields") else _names(value)
+    return None if names is None else dict(zip(names, names, strict=True))
+
+
+def _equal(given: Any, back: Any) -> bool:
+    if isinstance(given, dt.datetime) and isinstance(back, dt.datetime):
+        if (given.utcoffset() is None) != (back.utcoffset() is None):
+            return False
+        # Python holds a time in the hour that a clock goes through twice to equal no other zone's.
+        return given == back or (given.tzinfo is not None and given.astimezone(dt.UTC) == back.astimezone(dt.UTC))
+    if isinstance(given, dt.time) and isinstance(back, dt.time) and (given.tzinfo is None) != (back.tzinfo is None):
+        return False
+    if isinstance(given, decimal.Decimal):  # a NaN of theirs is text, and equals nothing
+        return isinstance(back, decimal.Decimal) and str(given) == str(back)
+    compared: Any = type(given).__eq__
+    if compared is object.__eq__:  # nobody can tell
+        return type(back) is type(given)
+    return bool(given == back)
+
+
+def _no_number(value: float, path: str) -> str:
+    return f"{path} is {value!r}, and JSON has no such number: send None, or text"
+
+
+def _other(given: Any, back: Any, path: str) -> str:
+    kind = type(given)
+    known = isinstance(back, kind)
+    instead = next((text for kinds, text in _INSTEAD if isinstance(given, kinds)), "")
+    if known:
+        way = f"send {instead or 'text'}"
+    else:
+        way = f"say {kind.__qualname__} in the annotation" + (f", or send {instead}" if instead else "")
+    return f"{path} is {_shown(given)} and would arrive as {_shown(back)}: {way}"
+
+
+def _shown(value: Any) -> str:
+    try:
+        text = repr(value)
+    except Exception:  # noqa: BLE001  # a user's __repr__ may raise anything
+        text = f"a {type(value).__qualname__}"
+    return text if len(text) <= _SHOWN else f"{text[: _SHOWN - 2]} …"
