@@ -22,6 +22,7 @@
 ├── ``StoreError``               the status database is away, or is not ours
 │   ├── ``StoreNotFound``        there is no status table at this address yet
 │   ├── ``StoreUnavailable``     no database answers there now; it may later
+│   │   └── ``StoreTooSlow``     a statement took longer than the database or a reader's patience allows
 │   ├── ``CommitUnknown``        the table is not where its writer left it: it reads on from the table's offsets
 │   └── ``LeaseLost``            another materializer took this store over
 ├── ``StatusTimeout``            the status table did not reach a position, or a job its end, in time
@@ -165,6 +166,10 @@ class StoreNotFound(StoreError):
 
 class StoreUnavailable(StoreError):
     """No database answers at this address now. It may later: what was asked can be tried again."""
+
+
+class StoreTooSlow(StoreUnavailable):
+    """The database cancelled a statement that took too long: by the user's ``statement_timeout``, or a reader's own."""
 
 
 class CommitUnknown(StoreError):

@@ -179,6 +179,10 @@ def folded(status_url: str, namespace: str) -> dict[str, dict[tuple[str, int], i
     store = ProjectionStore(status_url, namespace)
     try:
         with store.engine.begin() as db:
+            if not url.startswith("sqlite"):
+                from jobledger.streams.store.connecting import bounded  # late: its driver is an extra
+
+                db.exec_driver_sql(bounded(lock_timeout="4s", statement_timeout="5s"))
             if sqlalchemy.inspect(db).has_table(offsets_table.name):
                 for row in db.execute(select(offsets_table).where(offsets_table.c.namespace == namespace)):
                     found.setdefault(row.projection, {})[row.topic, row.partition] = row.next_offset

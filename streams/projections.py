@@ -111,6 +111,14 @@ class Runner:
                 LOG.warning("%s; trying again", error)
                 stop.wait(AWAY_S)
 
+    @contextmanager
+    def _explained(self) -> Iterator[None]:
+        """What the database raises in the block is a `StoreError` that says what to do."""
+        try:
+            yield
+        except sqlalchemy.exc.DBAPIError as exc:
+            raise self._store.explain(exc, f"projection {self.projection.name}") from exc
+
     def _set_up(self) -> None:
         self._store.make(offsets_table, self.projection.table)
 
@@ -260,10 +268,10 @@ class Runner:
         began = time.monotonic()
         self._reading.check()
         self._patiently(stop, self._set_up)
-        with self._store.begin_snapshot() as db:
+        with self._explained(), self._store.begin_snapshot() as db:
             ends = self.offsets(db)
             live, rows = _digest(db, self.projection.table)
-        with self._copying("verify") as copy:
+        with self._explained(), self._copying("verify") as copy:
             records, trimmed = self._fold_again(copy, ends, stop, tell, "verify")
             with self._engine.begin() as db:
                 again, _ = _digest(db, copy)
@@ -292,7 +300,7 @@ class Runner:
             self._refuse(self._trimmed(places))
         ends = self._ends(places)
         table = self.projection.table
-        with self._copying("rebuild") as copy:
+        with self._explained(), self._copying("rebuild") as copy:
             records, trimmed = self._fold_again(copy, ends, stop, tell, "rebuild")
             if not from_what_is_left:  # meanwhile, or told by the records only
                 self._refuse(trimmed)

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import TypeVar
 
 import msgspec
+from confluent_kafka import Message
 
 from jobledger import log
 from jobledger.config import Settings
@@ -28,6 +29,7 @@ from jobledger.errors import StoreError
 from jobledger.job import Life
 from jobledger.kafka import acls
 from jobledger.names import Names
+from jobledger.streams.batches import BatchSize, in_batches
 from jobledger.streams.feed import Feed, bounds, read_until
 from jobledger.streams.projector import Projector
 from jobledger.streams.store import Changes, Partition, Store, copy, open_reader, open_store, scratch, shown
@@ -211,6 +213,15 @@ def _fold_log(
     """
     projector = Projector(store, log.decoder(settings, names))
     records = rejected = 0
+    size = BatchSize(BATCH)
+
+    def write(part: Sequence[Message]) -> None:
+        nonlocal rejected
+        folded = projector.fold(part)
+        store.write(folded.changes)
+        projector.committed(folded)
+        rejected += len(folded.rejected)
+
     with Feed(settings, names) as feed:
         span = _span(settings, feed, offsets)
         feed.add({place: low for place, low in span.low.items() if low < span.high[place]})
@@ -219,11 +230,8 @@ def _fold_log(
             if feed.resets:
                 lost = ", ".join(f"{topic}[{partition}]" for topic, partition in sorted(feed.resets))
                 raise StoreError(f"the log was trimmed while it was read ({lost}): try again")
-            folded = projector.fold(messages)
-            store.write(folded.changes)
-            projector.committed(folded)
+            in_batches(messages, size, write, LOG)
             records += len(messages)
-            rejected += len(folded.rejected)
             if progress is not None:
                 progress(records, total)
             if time.monotonic() - renewed > RENEW_S:
@@ -248,13 +256,16 @@ def _carry(names: Names, settings: Settings, live_url: str, span: Span, new: Sto
     """Join what the live table knows of jobs that the log no longer has whole into ``new``; how many."""
     projector = Projector(new, log.decoder(settings, names), cache_jobs=1)
     reader = open_reader(live_url, names.namespace)
-    carried = 0
+    carried, size = 0, BatchSize(CHUNK)
+
+    def write(some: Sequence[tuple[str, Life]]) -> None:
+        new.write(projector.merge(some).changes)
+        new.carry([job_id for job_id, _ in some])
+
     try:
         older = ((job_id, life) for job_id, life in reader.lives() if not span.holds(life))
         for some in _chunks(older, CHUNK):
-            folded = projector.merge(some)
-            new.write(folded.changes)
-            new.carry([job_id for job_id, _ in some])
+            in_batches(some, size, write, LOG)
             carried += len(some)
             alive()
     finally:

@@ -27,6 +27,7 @@ from jobledger.errors import (
     LeaseLost,
     SchemaError,
     StoreError,
+    StoreTooSlow,
     StoreUnavailable,
     UnknownFact,
 )
@@ -35,6 +36,7 @@ from jobledger.log import now_us, position_of
 from jobledger.names import Names
 from jobledger.schemas import codec
 from jobledger.schemas.events import JobEvent, RecordRejected
+from jobledger.streams.batches import BatchSize, in_batches
 from jobledger.streams.derived import derived_id
 from jobledger.streams.feed import Feed, bounds
 from jobledger.streams.intake import bounded
@@ -95,7 +97,7 @@ class Materializer:
     ) -> None:
         self._names, self._settings, self._url = names, settings.acting_as("materializer"), store_url
         self._queues = tuple(queues)
-        self._batch, self._linger, self._cache_jobs = batch, linger, cache_jobs
+        self._size, self._linger, self._cache_jobs = BatchSize(batch), linger, cache_jobs
         self._store_patience, self._open_store = store_patience, open_store
         self.metrics = TableMetrics(registry)
         #: The next offset of every partition, as committed.
@@ -184,9 +186,10 @@ class Materializer:
                 if now - discovered > (1.0 if missing else DISCOVER_S):
                     missing = self._discover(feed, first=discovered < 0)
                     discovered = now
-                messages = feed.read(self._batch, PATIENCE_S, committed + self._linger)
+                messages = feed.read(self._size.most, PATIENCE_S, committed + self._linger)
                 if messages or feed.resets:
-                    if self._persist(partial(self._apply, store, projector, feed, messages), stop) is None:
+                    self._write_batch(store, projector, feed, messages, stop)
+                    if stop.is_set():
                         return
                     committed = renewed = time.monotonic()
                 elif now - renewed > RENEW_S:
@@ -219,6 +222,21 @@ class Materializer:
                 ", ".join(sorted(missing)),
             )
         return bool(missing)
+
+    def _write_batch(
+        self, store: Store, projector: Projector, feed: Feed, messages: Sequence[Message], stop: threading.Event
+    ) -> None:
+        """All of it, in order; what is left when ``stop`` was set is read again at the next start."""
+
+        def write(part: Sequence[Message]) -> None:
+            if not stop.is_set():
+                smaller = (StoreTooSlow,) if len(part) > 1 else ()
+                self._persist(partial(self._apply, store, projector, feed, part), stop, raising=smaller)
+
+        if messages:
+            in_batches(messages, self._size, write, LOG)
+        else:
+            write(messages)  # only the partitions that begin elsewhere
 
     def _apply(self, store: Store, projector: Projector, feed: Feed, messages: Sequence[Message]) -> Folded:
         """One batch, whole: may be repeated if it fails."""
@@ -266,17 +284,24 @@ class Materializer:
         event = JobEvent(event_id, "", 0, 0, 0, now_us(), "", "", None, None, source, None, fact)
         return Outgoing(self._names.dead_letter, codec.encode(event), event_id)
 
-    def _persist(self, act: Callable[[], T], stop: threading.Event, passing: type[StoreError] = StoreError) -> T | None:
+    def _persist(
+        self,
+        act: Callable[[], T],
+        stop: threading.Event,
+        passing: type[StoreError] = StoreError,
+        raising: tuple[type[StoreError], ...] = (),
+    ) -> T | None:
         """Do it, again if the database or the broker is away, for a bounded time; None if stopped meanwhile.
 
-        ``passing``: errors of the database that may pass.
+        ``passing``: errors of the database that may pass. ``raising``: those of them that are the caller's business.
         """
+        never: tuple[type[BaseException], ...] = (LeaseLost, CommitUnknown, *raising)
         deadline: float | None = None
         pause = 0.1
         while True:
             try:
                 return act()
-            except (LeaseLost, CommitUnknown):
+            except never:
                 raise
             except (passing, BrokerUnavailable) as exc:
                 now = time.monotonic()

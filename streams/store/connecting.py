@@ -14,7 +14,7 @@ from sqlalchemy import URL
 from sqlalchemy.dialects.postgresql import psycopg as dialect
 from sqlalchemy.exc import ArgumentError, DBAPIError
 
-from jobledger.errors import ConfigError, StoreError, StoreUnavailable
+from jobledger.errors import ConfigError, StoreError, StoreTooSlow, StoreUnavailable
 from jobledger.streams.store.address import shown
 
 #: Pauses in seconds between two tries: first, most.
@@ -66,14 +66,18 @@ class Address:
         """For an engine; holds the password."""
         return self._url
 
-    def connect(self, patience: float = 0.0) -> psycopg.Connection[Any]:
-        """A new connection, tried for for ``patience`` seconds. Raises `StoreUnavailable`, `StoreError`."""
+    def connect(self, patience: float = 0.0, *, shared: bool = False) -> psycopg.Connection[Any]:
+        """A new connection, tried for for ``patience`` seconds. Raises `StoreUnavailable`, `StoreError`.
+
+        ``shared``: between a pooler and the server it may be another one in each transaction, so nothing is prepared on it.
+        """
         # What the engine would do, but with our patience. The dialect bears no types.
         options = dialect.PGDialect_psycopg().create_connect_args(self._url)[1]  # type: ignore[no-untyped-call]
         deadline, pause = time.monotonic() + patience, PAUSE_FIRST_S
         while True:
             try:
-                return psycopg.connect(**{**_DEFAULTS, **options})
+                more = {"prepare_threshold": None} if shared else {}
+                return psycopg.connect(**{**_DEFAULTS, **options, **more})
             except psycopg.Error as exc:
                 error = self.explain(exc, "reached")
                 if not isinstance(error, StoreUnavailable) or time.monotonic() + pause > deadline:
@@ -106,7 +110,15 @@ class Address:
                 "in JOBLEDGER_STATUS_URL, or another user"
             )
         if isinstance(cause, errors.LockNotAvailable):
-            return StoreError(f"{head}: somebody has held its tables too long, in a transaction left open? ({said})")
+            return StoreUnavailable(
+                f"{head}: another session holds a lock on its tables and did not release it in time ({said}). "
+                "pg_locks and pg_stat_activity show which one; a transaction that was left open?"
+            )
+        if isinstance(cause, errors.QueryCanceled):
+            return StoreTooSlow(
+                f"{head}: the server cancelled a statement of user {self.user!r} ({said}). If statements need longer, "
+                "give that user more time: ALTER ROLE … SET statement_timeout = '60s'"
+            )
         if isinstance(cause, ImportError):
             return StoreError(f"{head}: {cause}")
         if _is_away(exc, cause):
@@ -142,6 +154,15 @@ def _unusable(url: str) -> ConfigError:
     return ConfigError(
         f"JOBLEDGER_STATUS_URL={shown(url)!r} names no database: write postgresql://user:password@host/database, with "
         "signs other than letters and digits in the password as %40 and the like"
+    )
+
+
+def bounded(**bounds: str) -> str:
+    """A statement that bounds the transaction it begins (``statement_timeout="5s"``), where neither role, database nor URL
+    set a bound. Not in the session: behind a pooler that is another client's next."""
+    return "SELECT " + ", ".join(
+        f"CASE current_setting('{name}') WHEN '0' THEN set_config('{name}', '{value}', true) END"
+        for name, value in bounds.items()
     )
 
 

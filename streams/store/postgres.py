@@ -9,6 +9,7 @@ swaps a table, is forced to disk.
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from typing import Any, ClassVar, Self
@@ -19,7 +20,7 @@ from sqlalchemy.dialects import postgresql
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.schema import CreateIndex, CreateTable
 
-from jobledger.errors import CommitUnknown, StoreError
+from jobledger.errors import CommitUnknown, StoreError, StoreUnavailable
 from jobledger.streams.store.connecting import Address, lock_number, schema_beside
 from jobledger.streams.store.protocol import Changes, Partition
 from jobledger.streams.store.reader import judge
@@ -31,6 +32,8 @@ LOG = logging.getLogger("jobledger.materializer")
 
 #: How long a statement waits for a lock of others: somebody reads while a rebuild swaps, or changes the table by hand.
 LOCK_TIMEOUT = "10s"
+#: The same of a swap, for which others' readers wait meanwhile: less than a reader's own patience. And seconds in all.
+SWAP_LOCK_TIMEOUT, SWAP_PATIENCE_S = "2s", 60.0
 
 #: In the order in which a swap locks them: that in which readers come by them, so neither
 #: waits for the other in a ring.
@@ -324,8 +327,22 @@ class PostgresStore(SqlStore):
         What others were granted on the tables holds for the new ones. Raises `StoreError` if views hang
         on them: they would go with them.
         """
+        deadline = time.monotonic() + SWAP_PATIENCE_S
+        while True:
+            try:
+                self._swap(other)
+                return
+            except StoreUnavailable as exc:
+                if not isinstance(exc.__cause__, errors.LockNotAvailable) or time.monotonic() > deadline:
+                    raise
+                LOG.info("the new table is not in its place yet: %s", exc)
+            self.renew()
+            time.sleep(0.5)  # in which readers that waited behind the swap come first
+
+    def _swap(self, other: Self) -> None:
         with self._transaction():
             self._durable()
+            self._run(f"SET LOCAL lock_timeout = '{SWAP_LOCK_TIMEOUT}'")
             self._own()
             assert self._epoch is not None
             db = self._connected()

@@ -12,13 +12,17 @@ from sqlalchemy import Engine, select
 from sqlalchemy.exc import SQLAlchemyError
 
 from jobledger.errors import StoreError
-from jobledger.streams.store.connecting import Address
+from jobledger.streams.store.connecting import Address, bounded
 from jobledger.streams.store.reader import SqlReader
 from jobledger.streams.store.sqlite import SqliteStore
 from jobledger.streams.store.tables import counters, jobs, offsets, tags
 
 #: Seconds for which a reader tries a database that does not answer. (A materializer has its own patience.)
 READ_PATIENCE_S = 5.0
+#: For how long a statement of a reader waits for a lock, and runs: the first is less, so that the error names the lock. A
+#: walk through the whole table may run longer.
+_WALK = bounded(lock_timeout="4s")
+_QUESTION = bounded(lock_timeout="4s", statement_timeout="5s")
 #: Rows copied at a time.
 _CHUNK = 2_000
 
@@ -26,11 +30,14 @@ _CHUNK = 2_000
 def open_reader(url: str, namespace: str) -> SqlReader:
     """The read side of a namespace's tables.
 
-    Raises `StoreNotFound` if there are none, `StoreUnavailable` if nothing answers for five seconds, `StoreError` if
-    the database lets us not in or the tables are not ours, `ConfigError` for a URL without a database.
+    Raises `StoreNotFound` if there are none, `StoreUnavailable` if nothing answers for five seconds or another session
+    locks the tables for that long, `StoreTooSlow` if a statement takes longer, `StoreError` if the database lets us not in
+    or the tables are not ours, `ConfigError` for a URL without a database. The user's own ``lock_timeout`` and
+    ``statement_timeout`` come before these bounds.
     """
     address = Address(url, namespace)
-    return SqlReader(_engine(address), url, namespace, schema=address.schema, explain=address.explain).checked()
+    engine, bounds = _engine(address), (_QUESTION, _WALK)
+    return SqlReader(engine, url, namespace, schema=address.schema, explain=address.explain, bounds=bounds).checked()
 
 
 def copy(url: str, namespace: str, path: Path) -> None:
@@ -41,6 +48,7 @@ def copy(url: str, namespace: str, path: Path) -> None:
     engine = _engine(address).execution_options(isolation_level="REPEATABLE READ")
     try:
         with closing(sqlite3.connect(path)) as target, engine.connect() as source, target:
+            source.exec_driver_sql(_WALK)
             for table in (jobs, tags, counters, offsets):
                 rows = source.execute(select(table).execution_options(yield_per=_CHUNK))
                 marks = ", ".join("?" * len(table.columns))
@@ -57,7 +65,7 @@ def copy(url: str, namespace: str, path: Path) -> None:
 def _engine(address: Address) -> Engine:
     return sqlalchemy.create_engine(
         address.url,
-        creator=lambda: address.connect(READ_PATIENCE_S),
+        creator=lambda: address.connect(READ_PATIENCE_S, shared=True),
         pool_pre_ping=True,  # a server that was started again has closed what is in the pool
         execution_options={"schema_translate_map": {None: address.schema}, "postgresql_readonly": True},
     )

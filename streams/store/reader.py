@@ -25,7 +25,8 @@ class SqlReader:
     """`StatusReader` on an engine. ``url`` is what errors name. The engine is disposed of by `close`.
 
     ``schema``: where the tables are, if not where the engine looks by itself. ``explain``: makes a database's errors
-    ours, where it knows more than what the driver says.
+    ours, where it knows more than what the driver says. ``bounds``: statements that bound how long a transaction waits,
+    of a question and of a walk through the whole table.
     """
 
     def __init__(
@@ -36,9 +37,10 @@ class SqlReader:
         *,
         schema: str | None = None,
         explain: Callable[[Exception, str], StoreError] | None = None,
+        bounds: tuple[str, str] | None = None,
     ) -> None:
         self._engine, self._url, self._namespace, self._schema = engine, shown(url), namespace, schema
-        self._explain = explain
+        self._explain, self._bounds = explain, bounds
 
     def checked(self) -> Self:
         """This reader; closed, and `StoreNotFound` or `StoreError` raised, unless it reads our namespace's table."""
@@ -50,17 +52,11 @@ class SqlReader:
         return self
 
     def _check(self) -> None:
-        found: dict[str, str] = {}
-        try:
-            with self._engine.connect() as db:
-                names = inspect(db).get_table_names(self._schema)
-                if meta.name not in names:
-                    if names:
-                        raise foreign(self._url)
-                    raise not_found(self._url)
-                found = {row.key: row.value for row in db.execute(select(meta.c.key, meta.c.value))}
-        except SQLAlchemyError as exc:
-            raise self._away(exc) from exc
+        with self._reading() as db:
+            names = inspect(db).get_table_names(self._schema)
+            if meta.name not in names:
+                raise foreign(self._url) if names else not_found(self._url)
+            found: dict[str, str] = {row.key: row.value for row in db.execute(select(meta.c.key, meta.c.value))}
         judge(found, self._url, self._namespace)
 
     def job(self, job_id: str) -> JobStatus:
@@ -167,14 +163,14 @@ class SqlReader:
     def rows(self) -> Iterator[JobRow]:
         """Every job's row as it is written, in order of ids, in one snapshot."""
         query = select(*(jobs.c[name] for name in COLUMNS)).order_by(jobs.c.job_id)
-        with self._reading() as db:
+        with self._reading(walk=True) as db:
             for row in db.execute(query.execution_options(yield_per=1000)):
                 yield tuple(row)
 
     def counters_hold(self) -> bool:
         """Whether the counters are what counting the rows gives. Reads the whole table."""
         columns = (jobs.c.task, jobs.c.queue, jobs.c.state)
-        with self._reading() as db:
+        with self._reading(walk=True) as db:
             counted = {tuple(row) for row in db.execute(select(*columns, func.count()).group_by(*columns))}
         return counted == {(each.task, each.queue, each.state.value, each.jobs) for each in self.counts()}
 
@@ -182,8 +178,8 @@ class SqlReader:
         """Give the connections back."""
         self._engine.dispose()
 
-    def _reading(self) -> _Reading:
-        return _Reading(self)
+    def _reading(self, *, walk: bool = False) -> _Reading:
+        return _Reading(self, None if self._bounds is None else self._bounds[walk])
 
     def _away(self, cause: Exception) -> StoreError:
         if self._explain is not None:
@@ -194,16 +190,20 @@ class SqlReader:
 class _Reading:
     """A connection for one question, whose errors are ours."""
 
-    def __init__(self, reader: SqlReader) -> None:
-        self._reader = reader
+    def __init__(self, reader: SqlReader, bound: str | None) -> None:
+        self._reader, self._bound = reader, bound
         self._db: Connection | None = None
 
     def __enter__(self) -> Connection:
         try:
-            self._db = self._reader._engine.connect()
+            self._db = db = self._reader._engine.connect()
+            if self._bound is not None:
+                db.exec_driver_sql(self._bound)
         except SQLAlchemyError as exc:
+            if self._db is not None:
+                self._db.close()
             raise self._reader._away(exc) from exc
-        return self._db
+        return db
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         if self._db is not None:

@@ -3,30 +3,43 @@ that break, servers that crash."""
 
 from __future__ import annotations
 
+import logging
 import os
 import subprocess
 import sys
 import threading
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import psycopg
 import pytest
 import sqlalchemy
 
+from jobledger import App
 from jobledger.config import Settings
-from jobledger.errors import CommitUnknown, LeaseLost, StoreError, StoreNotFound, StoreUnavailable
-from jobledger.job import State
+from jobledger.errors import CommitUnknown, LeaseLost, StoreError, StoreNotFound, StoreTooSlow, StoreUnavailable
+from jobledger.job import Life, State
 from jobledger.kafka.ports import free_port
 from jobledger.log import wait_until
 from jobledger.schemas import events as ev
-from jobledger.streams.store import Changes, open_reader, open_store, shown
-from jobledger.streams.store.connecting import schema_beside, schema_of
+from jobledger.schemas.codec import Decoder
+from jobledger.schemas.events import Position
+from jobledger.streams.batches import CALM, BatchSize, in_batches
+from jobledger.streams.projection_store import ProjectionStore, folded, offsets_table
+from jobledger.streams.projector import Projector
+from jobledger.streams.store import Changes, StatusReader, copy, open_reader, open_store, shown
+from jobledger.streams.store.connecting import bounded, schema_beside, schema_of
 from jobledger.streams.store.postgres import PostgresStore
+from jobledger.streams.store.reader import SqlReader
 from tests.contract.test_store import NAMESPACE, SPEC, life, write
+from tests.pgbouncer import pgbouncer
 from tests.postgres import Databases, Server
+
+LOG = logging.getLogger("test")
 
 SCHEMA = f"jobledger_{NAMESPACE}"
 PASSWORD = "s3cret/@:%?#"
@@ -340,6 +353,8 @@ def test_queries_use_their_indexes(postgres: Databases, url: str) -> None:
         engine = reader._engine  # type: ignore[attr-defined]
 
         def explain(connection: object, cursor: psycopg.Cursor[tuple[str]], sql: str, params: Any, *_: object) -> None:
+            if "set_config" in sql:
+                return
             with cursor.connection.cursor() as asking:
                 plans.append("\n".join(line for (line,) in asking.execute("EXPLAIN " + sql, params)))
 
@@ -369,3 +384,182 @@ def test_a_missing_driver_names_the_extra() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.count("pip install 'jobledger[postgres]'") == 2
     assert "s3cret" not in done.stdout
+
+
+# -- bounds -----------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def locked(url: str, table: str) -> Iterator[None]:
+    """While the block runs, another session's open transaction holds the strongest lock on a table."""
+    with psycopg.connect(url) as db:
+        db.execute(f"LOCK TABLE {table} IN ACCESS EXCLUSIVE MODE")
+        yield
+        db.rollback()
+
+
+def test_readers_do_not_wait_without_end_behind_a_lock(
+    postgres: Databases, url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever a reader asks while another session locks the tables, within seconds it raises that this is so."""
+    with PostgresStore(url, NAMESPACE) as store:
+        assert store.acquire()
+        write(store, {"a": life(ev.JobSubmitted(SPEC))}, {("t", 0): 1})
+    folds = ProjectionStore(url, NAMESPACE)
+    folds.make(offsets_table)
+    folds.close()
+    for name in ("_QUESTION", "_WALK"):
+        monkeypatch.setattr(f"jobledger.streams.store.postgres_reader.{name}", bounded(lock_timeout="700ms"))
+    app = App(NAMESPACE, settings=Settings(status_url=url))
+    assert app.job("a").state == "queued"
+    asking: dict[str, list[Callable[[], object]]] = {
+        f"{SCHEMA}.jobs": [
+            lambda: app.job("a"),
+            lambda: list(app.jobs()),
+            lambda: list(app.status_table().lives()),
+            lambda: copy(url, NAMESPACE, tmp_path / "copy.db"),
+        ],
+        f"{SCHEMA}.counters": [lambda: app.status_table().counts()],
+        f"{SCHEMA}.offsets": [lambda: app.job("a", at_least=Position("t", 0, 0))],
+        f"{SCHEMA}.meta": [lambda: open_reader(url, NAMESPACE)],
+        offsets_table.name: [lambda: folded(url, NAMESPACE)],
+    }
+    for table, questions in asking.items():
+        with ThreadPoolExecutor(len(questions)) as pool, locked(url, table):
+            for found in [pool.submit(ask) for ask in questions]:
+                with pytest.raises(StoreUnavailable, match="another session holds a lock"):
+                    found.result(30)
+    assert app.job("a", at_least=Position("t", 0, 0)).state == "queued"
+    app.close()
+
+
+def test_a_swap_waits_for_a_long_reader_and_holds_up_no_other(
+    postgres: Databases, url: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """While somebody's query reads the table for long, a rebuild's swap tries again and again, and readers are answered in
+    between; once the query has ended, the new table is in its place."""
+    caplog.set_level(logging.INFO, "jobledger.materializer")
+    with PostgresStore(url, NAMESPACE) as store:
+        assert store.acquire()
+        reader = open_reader(url, NAMESPACE)
+        with store.beside() as new, ThreadPoolExecutor(1) as pool:
+            with psycopg.connect(url) as db:
+                db.execute(f"SELECT * FROM {SCHEMA}.jobs")
+                write(new, {"a": life(ev.JobSubmitted(SPEC))})
+                swapped = pool.submit(store.replace_with, new)
+                wait_until(lambda: "not in its place yet" in caplog.text, 30, "a try in vain")
+                assert reader.jobs() == []
+                assert not swapped.done()
+                db.rollback()
+            swapped.result(60)
+        assert [each.job_id for each in reader.jobs()] == ["a"]
+        reader.close()
+
+
+def test_a_readers_statement_is_bounded_unless_its_user_says_otherwise(postgres: Databases, url: str) -> None:
+    """A question that takes too long is an error that names the user's setting, which wins over ours; a walk through the
+    whole table may take its time."""
+    with PostgresStore(url, NAMESPACE) as store:
+        assert store.acquire()
+        write(store, {f"{n:06}": life(ev.JobSubmitted(SPEC)) for n in range(2_000)})
+    grants = (
+        f"GRANT USAGE ON SCHEMA {SCHEMA} TO {{role}}",
+        f"GRANT SELECT ON ALL TABLES IN SCHEMA {SCHEMA} TO {{role}}",
+    )
+    show = "SELECT current_setting('statement_timeout') || ' ' || current_setting('lock_timeout')"
+    for mine, bounds, walk in (
+        ("", "5s 4s", "0 4s"),
+        ("ALTER ROLE {role} SET statement_timeout = '20s'", "20s 4s", "20s 4s"),
+        ("ALTER ROLE {role} SET lock_timeout = '1s'", "5s 1s", "0 1s"),
+    ):
+        with member(postgres, url, *grants, *([mine] if mine else [])) as reads:
+            reader = open_reader(reads, NAMESPACE)
+            assert isinstance(reader, SqlReader)
+            for whole, wanted in ((False, bounds), (True, walk)):
+                with reader._reading(walk=whole) as db:
+                    assert db.exec_driver_sql(show).scalar() == wanted
+            reader.close()
+    with member(postgres, url, *grants) as reads:
+        reader = open_reader(reads, NAMESPACE)
+        assert isinstance(reader, SqlReader)
+        role = sqlalchemy.make_url(reads).username
+        with pytest.raises(StoreTooSlow, match=rf"user '{role}'.*ALTER ROLE"), reader._reading() as db:
+            db.exec_driver_sql("SELECT pg_sleep(60)")
+        assert len(reader.jobs(limit=10)) == 10
+        reader.close()
+
+
+def test_a_batch_that_takes_too_long_is_made_smaller(postgres: Databases, url: str) -> None:
+    """Under a `statement_timeout` of its user a writer's batch is halved until it fits, and nothing is missing or counted
+    twice; when the database is fast again, batches grow."""
+    slow = (  # a row costs two milliseconds
+        "CREATE FUNCTION slow() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN PERFORM pg_sleep(0.002); RETURN NEW; END $$",
+        f"CREATE TRIGGER slow BEFORE INSERT ON {SCHEMA}.jobs FOR EACH ROW EXECUTE FUNCTION slow()",
+    )
+    limit = "ALTER ROLE {role} SET statement_timeout = '400ms'"
+    with member(postgres, url, f"CREATE SCHEMA {SCHEMA} AUTHORIZATION {{role}}", limit) as owner:
+        with PostgresStore(owner, NAMESPACE) as store:
+            assert store.acquire()
+            store.offsets()
+            for statement in slow:
+                postgres.execute(statement, url)
+            projector, size = Projector(store, Decoder()), BatchSize(1_000)
+            sizes: list[int] = []
+
+            def apply(part: Sequence[tuple[str, Life]]) -> None:
+                done = projector.merge(part)
+                done.changes.offsets["t", 0] = int(part[-1][0]) + 1
+                store.write(done.changes)
+                projector.committed(done)
+                sizes.append(len(part))
+
+            lives = [(f"{n:06}", life(ev.JobSubmitted(SPEC))) for n in range(1_000)]
+            with pytest.raises(StoreTooSlow, match="statement_timeout"):
+                apply(lives)
+            in_batches(lives, size, apply, LOG)
+            assert sum(sizes) == 1_000
+            assert max(sizes) == size.now < 250
+            assert store.size() == 1_000
+            assert store.offsets() == {("t", 0): 1_000}
+            postgres.execute(f"DROP TRIGGER slow ON {SCHEMA}.jobs", url)
+            few = size.now
+            for n in range(1_000, 1_000 + CALM):
+                in_batches([(f"{n:06}", life(ev.JobSubmitted(SPEC)))], size, apply, LOG)
+            assert size.now == 2 * few
+        reader = open_reader(owner, NAMESPACE)
+        assert reader.counts_by_state()[State.QUEUED] == 1_000 + CALM
+        reader.close()
+
+
+# -- poolers ----------------------------------------------------------------------------------------------------------
+
+
+def test_readers_work_behind_pgbouncer_in_transaction_mode(postgres: Databases, url: str, tmp_path: Path) -> None:
+    """Several readers at once, each transaction on whatever connection PgBouncer has: all answers are right, bounds hold,
+    and no setting of a reader stays on a connection."""
+    with PostgresStore(url, NAMESPACE) as store:
+        assert store.acquire()
+        write(store, {f"{n:06}": life(ev.JobSubmitted(SPEC), ms=n) for n in range(3_000)}, {("t", 0): 3_000})
+    with pgbouncer(url, pool_mode="transaction", size=2) as behind:
+        readers = [open_reader(behind, NAMESPACE) for _ in range(4)]
+
+        def ask(reader: StatusReader) -> None:
+            for n in range(0, 3_000, 100):  # well past the number after which a driver prepares
+                assert reader.job(f"{n:06}").state == "queued"
+                assert [each.job_id for each in reader.jobs(limit=2, after=f"{n + 2:06}")] == [f"{n + 1:06}", f"{n:06}"]
+                assert reader.reached(Position("t", 0, n))
+            assert sum(1 for _ in reader.lives()) == 3_000
+
+        with ThreadPoolExecutor(len(readers)) as pool:
+            for done in [pool.submit(ask, reader) for reader in readers]:
+                done.result(120)
+        copy(behind, NAMESPACE, tmp_path / "copy.db")
+        with ThreadPoolExecutor() as pool, locked(url, f"{SCHEMA}.jobs"):
+            refused_by = pool.submit(readers[0].jobs).exception(60)
+        assert isinstance(refused_by, StoreUnavailable)
+        assert "another session holds a lock" in str(refused_by)
+        show = "SELECT current_setting('statement_timeout') || ' ' || current_setting('lock_timeout')"
+        with ThreadPoolExecutor(4) as pool:
+            assert {row for rows in pool.map(postgres.execute, [show] * 8, [behind] * 8) for (row,) in rows} == {"0 0"}
+        for reader in readers:
+            reader.close()

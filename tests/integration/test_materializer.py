@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -36,7 +36,7 @@ from jobledger.streams import rebuild as rebuilding
 from jobledger.streams.rebuild import rebuild, verify
 from jobledger.streams.status import Materializer
 from jobledger.streams.store import Changes, StatusReader, Store, open_reader, open_store
-from jobledger.streams.store.connecting import schema_of
+from jobledger.streams.store.connecting import schema_beside, schema_of
 from jobledger.streams.store.postgres import PostgresStore
 from jobledger.streams.store.sqlite import SqliteStore, path_of
 from jobledger.writer import LogWriter, Outgoing
@@ -319,6 +319,46 @@ def test_a_database_that_is_away_for_ten_seconds_loses_nothing(
         assert found.equal, found
         assert rebuild(world.names, world.settings, ["mail"], url).jobs == 3_500
         assert verify(world.names, world.settings, ["mail"], url).equal
+
+
+@pytest.mark.parametrize("world", ["postgresql"], indirect=True)
+def test_batches_get_smaller_under_a_statement_timeout(world: World) -> None:
+    """A batch that runs into a `statement_timeout` of the database is written in parts, by the materializer and by a
+    rebuild: nothing is missing, counted twice or given up."""
+    world.fill(1_000)
+    open_store(world.url, world.names.namespace).close()
+    schema = schema_of(world.names.namespace)
+    database = sqlalchemy.make_url(world.url).database
+    world.execute(f'ALTER DATABASE "{database}" SET statement_timeout = 800', *slow(schema))
+    with Running(world.materializer()) as running:
+        running.catch_up()
+        assert sample(running.made, "store_retries_total") == 0
+        assert running.made._size.now < 500
+    reader = world.reader()
+    assert sum(reader.counts_by_state().values()) == 1_000
+    reader.close()
+    assert verify(world.names, world.settings, ["mail"], world.url).equal
+
+    class Slow(PostgresStore):
+        @contextmanager
+        def beside(self) -> Iterator[Self]:
+            with super().beside() as new:
+                world.execute(*slow(schema_beside(schema)))
+                yield new
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(rebuilding, "open_store", Slow)
+        assert rebuild(world.names, world.settings, ["mail"], world.url).jobs == 1_000
+    assert verify(world.names, world.settings, ["mail"], world.url).equal
+
+
+def slow(schema: str) -> list[str]:
+    """Statements after which each new row of a status table costs a millisecond or two."""
+    body = "BEGIN PERFORM pg_sleep(0.001); RETURN NEW; END"
+    return [
+        f"CREATE OR REPLACE FUNCTION slow() RETURNS trigger LANGUAGE plpgsql AS $$ {body} $$",
+        f'CREATE TRIGGER slow BEFORE INSERT ON "{schema}".jobs FOR EACH ROW EXECUTE FUNCTION slow()',
+    ]
 
 
 def test_a_materializer_waits_for_its_database_at_the_start(
