@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping
 from typing import (
     TYPE_CHECKING,
@@ -571,20 +572,37 @@ class App:
     def jobs(
         self,
         *,
-        state: State | str | None = None,
-        task: str | None = None,
-        queue: str | None = None,
-        tag: tuple[str, str] | None = None,
+        state: State | str | Iterable[State | str] | None = None,
+        task: str | Iterable[str] | None = None,
+        queue: str | Iterable[str] | None = None,
+        tag: tuple[str, str] | Mapping[str, str] | None = None,
+        since: dt.datetime | None = None,
+        late: float | None = None,
         limit: int | None = None,
         page: int = 500,
     ) -> Iterator[JobStatus]:
-        """Jobs that match every given filter, newest first, fetched a page at a time. ``limit`` None: all of them."""
+        """Jobs that match every given filter, newest first, fetched a page at a time. ``limit`` None: all of them.
+
+        ``state``, ``task``, ``queue``: one, or any of several; ``tag``: one, or all of several. ``since``: submitted then
+        or later; with a time zone. ``late``: not started though they could have been so many seconds ago, by this
+        machine's clock: their delay or backoff was over, or they were queued without one.
+        """
+        if since is not None and since.tzinfo is None:
+            raise ConfigError(f"since={since!r} has no time zone: say which moment is meant")
+        asked = {
+            "state": state if isinstance(state, str | None) else list(state),
+            "task": task if isinstance(task, str | None) else list(task),
+            "queue": queue if isinstance(queue, str | None) else list(queue),
+            "tag": tag,
+            "since_ms": None if since is None else round(since.timestamp() * 1000),
+            "late_ms": None if late is None else round((time.time() - late) * 1000),
+        }
         table = self.status_table()
         after: str | None = None
         left = limit
         while left is None or left > 0:
             size = page if left is None else min(page, left)
-            found = table.jobs(state=state, task=task, queue=queue, tag=tag, after=after, limit=size)
+            found = table.jobs(**asked, after=after, limit=size)
             yield from found
             if len(found) < size:
                 return

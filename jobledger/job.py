@@ -467,7 +467,8 @@ class JobStatus(msgspec.Struct, frozen=True):
     """One job as the status table knows it. Times are the broker's append times.
 
     ``attempt``, ``release``: those of what it was last seen at. ``started_at``: its last start. ``due_at``: set while
-    it waits for a time, and of the release while it is queued. ``duration``: seconds the last attempt ran.
+    it waits for a time, and of the release while it is queued. ``duration``: seconds the last attempt ran,
+    None if it was not started.
     ``positions``: where its facts stand in the log, in order of their append times, at most the `FIRST` first and the
     `LAST` last. ``partial``: its submission is not in the table (not read yet, or trimmed before the table was built),
     so its ``submitted_at`` is not known, and its tags and parent may not be.
@@ -517,10 +518,23 @@ def status(job_id: str, life: Life) -> JobStatus:
         result=None if end is None or end.result is None else _decoded(end.result),
         error=seen.error,
         reason=seen.reason,
-        duration=None if seen.duration_us is None else seen.duration_us / 1e6,
+        duration=_ran(life, seen),
         positions=tuple(Position(topic, partition, offset) for _, topic, partition, offset in places),
         partial=head.rank != 0,
     )
+
+
+def _ran(life: Life, seen: Visible) -> float | None:
+    """Seconds that the attempt ran which the life shows as over; None: it shows none, or that one was not started.
+
+    Where the fact that closed it says nothing of that, as a cancel does, it ran from its start to that fact.
+    """
+    if seen.duration_us is None or seen.duration_us > 0:
+        return None if seen.duration_us is None else seen.duration_us / 1e6
+    start, over = life.start, life.end or life.close
+    if start is None or over is None or (start.release, start.attempt) != (over.release, over.attempt):
+        return None
+    return max(0, over.at[0] - start.at[0]) / 1000
 
 
 _EPOCH = dt.datetime(1970, 1, 1, tzinfo=dt.UTC)

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from types import TracebackType
@@ -18,6 +18,8 @@ from jobledger.schemas.events import Position
 
 #: A partition of a topic.
 Partition = tuple[str, int]
+#: What a filter lets pass: one value, any of several, or None for all. A `State` is a ``str``, too.
+Wanted = str | Iterable[str] | None
 #: A tag's row: (name, value, submitted_ms, job_id).
 TagRow = tuple[str, str, int, str]
 
@@ -71,18 +73,25 @@ class StatusReader(Protocol):
     def jobs(
         self,
         *,
-        state: State | str | None = None,
-        task: str | None = None,
-        queue: str | None = None,
-        tag: tuple[str, str] | None = None,
+        state: Wanted = None,
+        task: Wanted = None,
+        queue: Wanted = None,
+        tag: tuple[str, str] | Mapping[str, str] | None = None,
+        since_ms: int | None = None,
+        late_ms: int | None = None,
         after: str | None = None,
         limit: int = 100,
     ) -> list[JobStatus]:
         """A page of the jobs that match every given filter, newest submission first.
 
-        ``after``: the last job id of the page before. Raises `JobNotFound` if there is no such job, `ConfigError` for
+        ``state``, ``task``, ``queue``: one, or any of several. ``tag``: one, or all of several. ``since_ms``: submitted
+        then or later. ``late_ms``: not started, though they could have been then: those that wait for a time that was
+        over, and those queued that were due, or if no time was set submitted. ``after``: the last job id of the page before. Raises `JobNotFound` if there is no such job, `ConfigError` for
         a state that does not exist.
         """
+
+    def ids(self, prefix: str, limit: int = 10) -> list[str]:
+        """The first ids in their order that begin with ``prefix``."""
 
     def counts(self) -> list[Count]:
         """How many jobs of each task and queue are in each state, without zeros."""

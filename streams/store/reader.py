@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Self
 
-from sqlalchemy import Connection, Engine, Row, func, inspect, select, tuple_
+from sqlalchemy import Connection, Engine, Row, and_, func, inspect, or_, select, tuple_
 from sqlalchemy.exc import SQLAlchemyError
 
 from jobledger import job as fold
@@ -13,8 +13,8 @@ from jobledger.errors import ConfigError, JobNotFound, StoreError, StoreNotFound
 from jobledger.job import JobStatus, Life, State
 from jobledger.schemas.events import Position
 from jobledger.streams.store.address import shown
-from jobledger.streams.store.protocol import Count, Overdue, Partition
-from jobledger.streams.store.rows import COLUMNS, key_text, life_of, life_of_row
+from jobledger.streams.store.protocol import Count, Overdue, Partition, Wanted
+from jobledger.streams.store.rows import COLUMNS, key_text, life_of, life_of_row, plain
 from jobledger.streams.store.rows import Row as JobRow
 from jobledger.streams.store.tables import SCHEMA_VERSION, counters, jobs, meta, offsets, tags, unfinished, waiting
 
@@ -70,37 +70,52 @@ class SqlReader:
     def jobs(
         self,
         *,
-        state: State | str | None = None,
-        task: str | None = None,
-        queue: str | None = None,
-        tag: tuple[str, str] | None = None,
+        state: Wanted = None,
+        task: Wanted = None,
+        queue: Wanted = None,
+        tag: tuple[str, str] | Mapping[str, str] | None = None,
+        since_ms: int | None = None,
+        late_ms: int | None = None,
         after: str | None = None,
         limit: int = 100,
     ) -> list[JobStatus]:
         """A page of the jobs that match every given filter, newest submission first; see `StatusReader.jobs`."""
-        if state is not None and state not in list(State):
-            raise ConfigError(f"state={state!r} is no state; there are {', '.join(State)}")
+        states = _any_of(state)
+        if unknown := [each for each in states or () if each not in list(State)]:
+            raise ConfigError(f"state={unknown[0]!r} is no state; there are {', '.join(State)}")
         query = select(*_LIFE).limit(limit)
-        place: Any = (jobs.c.submitted_ms, jobs.c.job_id)
-        if tag is not None:
-            query = query.join(tags, tags.c.job_id == jobs.c.job_id)
-            query = query.where(tags.c.name == key_text(tag[0]), tags.c.value == key_text(tag[1]))
-            place = (tags.c.submitted_ms, tags.c.job_id)
-        if state is not None:
-            query = query.where(jobs.c.state == str(state))
-            if state != State.SUCCEEDED:
+        if states is not None:
+            query = query.where(jobs.c.state.in_([str(each) for each in states]))
+            if State.SUCCEEDED not in states:
                 query = query.where(unfinished)  # implied, but only so is the index of the unfinished used
-        for column, wanted in ((jobs.c.task, task), (jobs.c.queue, queue)):
-            if wanted is not None:
-                query = query.where(column == key_text(wanted))
+        for column, names in ((jobs.c.task, _any_of(task)), (jobs.c.queue, _any_of(queue))):
+            if names is not None:
+                query = query.where(column.in_([key_text(each) for each in names]))
+        if late_ms is not None:
+            # The states are named, too: so the index of the unfinished serves, however many have ended.
+            open_ = [each.value for each in (State.SCHEDULED, State.RETRYING, State.QUEUED)]
+            begin = func.coalesce(jobs.c.due_ms, jobs.c.submitted_ms)
+            queued = and_(jobs.c.state == State.QUEUED.value, begin <= late_ms)
+            query = query.where(unfinished, jobs.c.state.in_(open_), or_(jobs.c.due_ms <= late_ms, queued))
+        query, place = _tagged(query, tag)
+        if since_ms is not None:
+            query = query.where(place[0] >= since_ms)
         with self._reading() as db:
             if after is not None:
-                since = db.execute(select(jobs.c.submitted_ms).where(jobs.c.job_id == key_text(after))).scalar()
-                if since is None:
+                last = db.execute(select(jobs.c.submitted_ms).where(jobs.c.job_id == key_text(after))).scalar()
+                if last is None:
                     raise JobNotFound(f"after={after!r}: the status table {self._url} knows no such job")
-                query = query.where(tuple_(*place) < (since, key_text(after)))
+                query = query.where(tuple_(*place) < (last, key_text(after)))
             rows = db.execute(query.order_by(*(column.desc() for column in place))).all()
         return [_status(row) for row in rows]
+
+    def ids(self, prefix: str, limit: int = 10) -> list[str]:
+        """The first ids in their order that begin with ``prefix``."""
+        # A range, for which the key's index serves; LIKE would need its signs escaped, and another index.
+        begin = plain(prefix)
+        query = select(jobs.c.job_id).where(jobs.c.job_id >= begin, jobs.c.job_id < begin + "\U0010ffff")
+        with self._reading() as db:
+            return [row.job_id for row in db.execute(query.order_by(jobs.c.job_id).limit(limit))]
 
     def counts(self) -> list[Count]:
         """How many jobs of each task and queue are in each state, without zeros."""
@@ -185,6 +200,25 @@ class SqlReader:
         if self._explain is not None:
             return self._explain(cause, "read")
         return StoreError(f"the status table {self._url} cannot be read: {getattr(cause, 'orig', None) or cause}")
+
+
+def _any_of(wanted: Wanted) -> list[str] | None:
+    """What a filter lets pass, one or several; None: everything."""
+    return [wanted] if isinstance(wanted, str) else None if wanted is None else list(wanted)
+
+
+def _tagged(query: Any, tag: tuple[str, str] | Mapping[str, str] | None) -> tuple[Any, tuple[Any, Any]]:
+    """The query for jobs that have all of these tags, and by what its rows are ordered."""
+    place: tuple[Any, Any] = (jobs.c.submitted_ms, jobs.c.job_id)
+    wanted = dict([tag]) if isinstance(tag, tuple) else dict(tag or {})
+    for number, (name, value) in enumerate(wanted.items()):
+        table = tags.alias(f"tag{number}")
+        here = (table.c.submitted_ms, table.c.job_id)
+        # The first drives, as its key is in the order of the page; the others are looked up by their whole key.
+        same = place[1] == here[1] if number == 0 else and_(place[0] == here[0], place[1] == here[1])
+        query = query.join(table, same).where(table.c.name == key_text(name), table.c.value == key_text(value))
+        place = here
+    return query, place
 
 
 class _Reading:

@@ -219,10 +219,61 @@ def test_filters_combine(store: Store, reader: StatusReader) -> None:
     assert ids(tag=("tenant", "t1"), state="failed", after="13", limit=2) == [7, 1]
     assert ids(tag=("tenant", "nobody")) == []
     assert ids(state="succeeded") == []
+    assert ids(state=["queued", State.FAILED]) == list(down)
+    assert ids(state=["failed", "succeeded"], task=["send", "nobody"]) == [n for n in down if n % 2 and n % 4 < 2]
+    assert ids(queue=["q0", "q1"], since_ms=20_000) == [23, 22, 21, 20]
+    assert ids(state=[]) == []
+    assert ids(tag={"tenant": "t1", "n": "13"}) == [13]
+    assert ids(tag={"n": "13", "tenant": "t1"}, since_ms=13_000) == [13]
+    assert ids(tag={"tenant": "t1", "n": "12"}) == []
+    assert ids(tag={"tenant": "t1"}, since_ms=10_001, after="22") == [19, 16, 13]
+    assert ids(tag={}, limit=1) == [23]
+    with pytest.raises(ConfigError, match="'lost' is no state"):
+        ids(state=["queued", "lost"])
     with pytest.raises(ConfigError, match="'broken' is no state"):
         ids(state="broken")
     with pytest.raises(JobNotFound, match="after='nobody'"):
         ids(after="nobody")
+
+
+def test_late_is_what_could_have_been_started(store: Store, reader: StatusReader) -> None:
+    """Late are jobs that wait for a time that was over, and queued ones that were due or submitted by then; not those
+    that run, have ended, or wait in place beside their worker."""
+    submitted, delayed = ev.JobSubmitted(SPEC), ev.JobSubmitted(SPEC, 5_000)
+    retried = ev.JobRetried(BAD, 5_000)
+    write(
+        store,
+        {
+            "scheduled": life(delayed, release=0, ms=1_000),
+            "queued": life(submitted, ms=2_000, offset=10),
+            "retrying": life(submitted, ev.JobStarted("h:1", "t", 0), retried, ms=3_000, offset=20),
+            "due": life(delayed, ev.JobDue(SPEC, 6_500_000), release=1, ms=1_500, offset=30),
+            "in place": life(submitted, ev.JobRetried(BAD, 1, in_place=True), ms=1_000, offset=40),
+            "running": life(submitted, ev.JobStarted("h:1", "t", 0), ms=1_000, offset=50),
+            "failed": life(submitted, ev.JobFailed("exhausted", BAD), ms=1_000, offset=60),
+        },
+    )
+
+    def late(at: int) -> set[str]:
+        return {each.job_id for each in reader.jobs(late_ms=at)}
+
+    assert late(1_999) == set()
+    assert late(2_000) == {"queued"}
+    assert late(6_000) == {"queued", "scheduled"}
+    assert late(100_000) == {"queued", "scheduled", "retrying", "due"}
+    assert {each.job_id for each in reader.jobs(late_ms=100_000, state=["retrying", "running"])} == {"retrying"}
+
+
+def test_ids_are_found_by_their_beginning(store: Store, reader: StatusReader) -> None:
+    """A prefix finds the ids that begin with it, in order and as they are: no sign of it stands for others."""
+    write(
+        store, {name: life(ev.JobSubmitted(SPEC), offset=n) for n, name in enumerate(("a%b", "a_b", "ab", "abc", "b"))}
+    )
+    assert reader.ids("ab") == ["ab", "abc"]
+    assert reader.ids("a", limit=2) == ["a%b", "a_b"]
+    assert reader.ids("a_") == ["a_b"]
+    assert reader.ids("A") == []
+    assert reader.ids("a\0") == []
 
 
 def test_tags_follow_the_submission(store: Store, reader: StatusReader) -> None:
@@ -583,6 +634,9 @@ def test_sqlite_queries_use_their_indexes(tmp_path: Path) -> None:
         reader.jobs(state="failed", task="send")
         reader.jobs(tag=("a", "b"))
         reader.overdue(10, 1)
+        reader.jobs(tag={"a": "b", "c": "d"})
+        reader.jobs(late_ms=10)
+        reader.ids("01a2")
         plans = [
             " ".join(row[3] for row in store._db.execute("EXPLAIN QUERY PLAN " + sql, params)) for sql, params in asked
         ]
@@ -591,4 +645,7 @@ def test_sqlite_queries_use_their_indexes(tmp_path: Path) -> None:
     assert "jobs_by_state" in plans[1]
     assert "PRIMARY KEY (name=? AND value=?)" in plans[2]
     assert "jobs_due" in plans[3]
-    assert not [plan for plan in plans if "TEMP B-TREE" in plan]
+    assert plans[4].count("PRIMARY KEY (name=? AND value=?") == 2
+    assert "jobs_by_state" in plans[5]
+    assert "PRIMARY KEY (job_id>? AND job_id<?)" in plans[6]
+    assert [plan for plan in plans if "TEMP B-TREE" in plan] == [plans[5]]  # of several states, in order of time

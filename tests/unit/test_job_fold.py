@@ -235,6 +235,22 @@ def test_a_fact_of_a_passed_attempt_changes_nothing_visible() -> None:
     assert (seen.state, seen.attempt, seen.release, seen.error) == (State.QUEUED, 2, 2, None)
 
 
+@pytest.mark.parametrize(
+    "closing",
+    [ev.JobCancelled("ann"), ev.JobExpired(1), ev.JobFailed("crashed", BAD), ev.JobSucceeded(None), ev.JobSnoozed(1)],
+    ids=lambda fact: type(fact).__name__,
+)
+def test_an_attempt_that_says_nothing_of_its_time_took_from_start_to_close(closing: ev.Fact) -> None:
+    """A fact that tells no duration closes an attempt that took until then, or one that was never started."""
+    closed = recorded(closing, 1, 1, 1, at(2), 3_600)
+    assert job.status("j", fact_list(SUBMITTED, STARTED, closed)).duration == 1.6
+    assert job.status("j", fact_list(SUBMITTED, closed)).duration is None
+    early = recorded(closing, 1, 1, 1, at(2), 2_000)
+    assert job.status("j", fact_list(SUBMITTED, STARTED, early)).duration == 0.0
+    later = recorded(closing, 1, 2, 2, at(2), 3_600)  # while it waited for its second attempt
+    assert job.status("j", fact_list(SUBMITTED, STARTED, later)).duration is None
+
+
 def test_a_greater_run_takes_over() -> None:
     """A redrive starts over: nothing of the run before is shown, and its positions stay for the timeline."""
     failed = recorded(ev.JobFailed("exhausted", BAD), 1, 1, 1, at(2), 3_000)
