@@ -158,6 +158,9 @@ class Settings:
             "client.id": f"jobledger-{self.role}",
             **PATIENCE,
             **self.kafka,
+            # Also of producers and admin clients, where librdkafka's default is true: a topic that the broker makes by
+            # itself has one partition and its own retention, and jobs in it would be acknowledged.
+            "allow.auto.create.topics": False,
         }
         conf["bootstrap.servers"] = self.resolve_bootstrap()
         return conf

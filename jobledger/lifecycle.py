@@ -19,7 +19,16 @@ from jobledger.access import Door, join, knock, read
 from jobledger.config import Settings
 from jobledger.errors import ConfigError, SchemaError, UnknownFact
 from jobledger.kafka import acls
-from jobledger.log import consumer, consumer_config, decoder, error_topic, position_of, recorded, translate
+from jobledger.log import (
+    consumer,
+    consumer_config,
+    decoder,
+    error_topic,
+    partitions_of,
+    position_of,
+    recorded,
+    translate,
+)
 from jobledger.names import Names, check_name
 from jobledger.orders import is_copy
 from jobledger.schemas.events import Fact, Recorded
@@ -76,7 +85,6 @@ class LifecycleStream:
                     "group.protocol": "consumer",
                     "auto.offset.reset": start,
                     "queued.max.messages.kbytes": 16_384,
-                    "allow.auto.create.topics": False,
                 },
             )
         )
@@ -183,6 +191,8 @@ class LifecycleStream:
         if not self._checked:
             knock(self._settings)
             acls.check(self._settings, self._names.namespace, [*self._topics, self._names.schemas])
+            for topic in self._topics:  # a group's member waits for topics that are missing without a word
+                partitions_of(self._settings, topic)
             self._checked = True
         try:
             if not self._subscribed:

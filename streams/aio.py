@@ -14,11 +14,14 @@ import ssl
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
 from aiokafka import AIOKafkaProducer
 from aiokafka import errors as aioerrors
-from aiokafka.conn import create_conn
+from aiokafka.client import AIOKafkaClient
+from aiokafka.conn import AIOKafkaConnection, create_conn
+from aiokafka.protocol.metadata import MetadataRequest
 
 from jobledger.access import Need, refusal, unauthorized, write
 from jobledger.config import Settings
@@ -92,6 +95,7 @@ class AckedWriter:
         # aiokafka has one setting for how long a record may wait and how long a request may. With the first for both, a
         # broker that stands still would hold its partitions' records for all of it, though others lead them by then.
         self._producer.client._request_timeout_ms = min(int(patience * 1000), REQUEST_TIMEOUT_MS)
+        create_no_topics(self._producer.client)
 
     async def start(self) -> None:
         """Connect. Raises `BrokerUnavailable`, and `NotAuthenticated` if the cluster does not let this client in."""
@@ -191,6 +195,29 @@ class AckedWriter:
         return BrokerUnavailable(
             f"{what}: {address} did not take it in time ({error!r}); check JOBLEDGER_BOOTSTRAP and that the broker runs"
         )
+
+
+def create_no_topics(client: AIOKafkaClient) -> None:
+    """Make a client of aiokafka's ask for topics without creating those that are missing.
+
+    aiokafka has no setting for this: its request tells the broker to create the topics it names, and a broker with
+    ``auto.create.topics.enable`` does so, with one partition and settings of its own.
+    """
+    connect = client._get_conn
+
+    async def connection(*args: Any, **more: Any) -> AIOKafkaConnection | None:
+        found = await connect(*args, **more)
+        if found is not None:
+            found.send = partial(_send_creating_nothing, found)
+        return found
+
+    client._get_conn = connection
+
+
+def _send_creating_nothing(connection: AIOKafkaConnection, request: Any, expect_response: bool = True) -> Any:
+    if isinstance(request, MetadataRequest):
+        request._allow_auto_topic_creation = False
+    return AIOKafkaConnection.send(connection, request, expect_response)
 
 
 def denied_kind(error: BaseException | None) -> str | None:

@@ -24,7 +24,7 @@ from jobledger.access import read
 from jobledger.config import Settings
 from jobledger.errors import ConfigError
 from jobledger.names import Names
-from jobledger.streams.aio import METADATA_AGE_MS
+from jobledger.streams.aio import METADATA_AGE_MS, create_no_topics
 from jobledger.streams.place import Place
 from jobledger.streams.rows import Rows, RowTable
 from jobledger.streams.security import credentials
@@ -153,6 +153,15 @@ class CommitHook(faust.Sensor):
         self._step("committed")
 
 
+class SourceConsumerThread(aiokafka.AIOKafkaConsumerThread):
+    """Faust's consumer thread, whose client creates no topics."""
+
+    def _create_consumer(self, loop: asyncio.AbstractEventLoop) -> Any:
+        made = super()._create_consumer(loop)
+        create_no_topics(made._client)
+        return made
+
+
 class SourceConsumer(aiokafka.Consumer):
     """Faust's consumer, with the source topic's records handed over as they were fetched.
 
@@ -164,6 +173,9 @@ class SourceConsumer(aiokafka.Consumer):
     #: Topic whose records are handed over, and to whom; it may wait, as flow control.
     source: str
     deliver: Callable[[int, list[Any]], Coroutine[Any, Any, None]]
+
+    def _new_consumer_thread(self) -> SourceConsumerThread:
+        return SourceConsumerThread(self, loop=self.loop, beacon=self.beacon)
 
     async def _drain_messages(self, fetcher: Any) -> None:
         stopping = [self._stopped, fetcher._stopped]

@@ -223,7 +223,7 @@ def _fold_log(
         rejected += len(folded.rejected)
 
     with Feed(settings, names) as feed:
-        span = _span(settings, feed, offsets)
+        span = _span(settings, names, feed, offsets)
         feed.add({place: low for place, low in span.low.items() if low < span.high[place]})
         total, renewed = span.records, time.monotonic()
         for messages in read_until(feed, span.high, BATCH):
@@ -242,10 +242,15 @@ def _fold_log(
     return span, records, rejected
 
 
-def _span(settings: Settings, feed: Feed, offsets: Mapping[Partition, int] | None) -> Span:
+def _span(settings: Settings, names: Names, feed: Feed, offsets: Mapping[Partition, int] | None) -> Span:
+    present = feed.present()
+    if names.lifecycle not in {topic for topic, _ in present}:
+        log.partitions_of(
+            settings, names.lifecycle
+        )  # raises: without it the log would seem empty, and the table equal to it
     low: dict[Partition, int] = {}
     high: dict[Partition, int] = {}
-    for place, (first, end) in sorted(bounds(settings, feed.present()).items()):
+    for place, (first, end) in sorted(bounds(settings, present).items()):
         if offsets is not None:
             end = min(end, offsets.get(place, 0))
         low[place], high[place] = min(first, end), end
