@@ -25,7 +25,7 @@ from jobledger.domain import EventType, Format, Start, as_event_class
 from jobledger.errors import ConfigError
 from jobledger.job import JobStatus, State
 from jobledger.middleware import Around, Which
-from jobledger.names import Names
+from jobledger.names import Names, check_utf8
 from jobledger.orders import Job, Kind, Orders
 from jobledger.policy import KEY_HOLD_MAX_S, LEASE_S, Adaptive, Breaker, Limits
 from jobledger.queues import DEFAULT_PARTITIONS, DEFAULT_QUEUE, Queue, check_shares
@@ -589,7 +589,7 @@ class App:
         """
         if since is not None and since.tzinfo is None:
             raise ConfigError(f"since={since!r} has no time zone: say which moment is meant")
-        asked = {
+        asked: dict[str, Any] = {
             "state": state if isinstance(state, str | None) else list(state),
             "task": task if isinstance(task, str | None) else list(task),
             "queue": queue if isinstance(queue, str | None) else list(queue),
@@ -597,6 +597,13 @@ class App:
             "since_ms": None if since is None else round(since.timestamp() * 1000),
             "late_ms": None if late is None else round((time.time() - late) * 1000),
         }
+        for what in ("state", "task", "queue"):
+            wanted = asked[what]
+            for text in [wanted] if isinstance(wanted, str) else wanted or ():
+                check_utf8(what, text)
+        for name, value in [tag] if isinstance(tag, tuple) else (tag or {}).items():
+            check_utf8("tag", name)
+            check_utf8(f"tag {name!r}", value)
         table = self.status_table()
         after: str | None = None
         left = limit

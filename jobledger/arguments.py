@@ -58,6 +58,8 @@ class Arguments:
         try:
             raw = msgspec.json.encode(named, enc_hook=exact.plain_json)
         except Exception as exc:  # a model's own serialiser may raise anything
+            if isinstance(exc, UnicodeEncodeError):
+                self._check(named, None)
             raise BadArguments(f"an argument of {self._name}() cannot be written as JSON: {_said(exc)}") from exc
         try:
             back = self._decoder.decode(raw)
@@ -109,7 +111,10 @@ def encode_result(value: Any) -> bytes | None:
     said exactly by what is written."""
     if value is None:
         return None
-    raw = msgspec.json.encode(value, enc_hook=exact.plain_json)
+    try:
+        raw = msgspec.json.encode(value, enc_hook=exact.plain_json)
+    except UnicodeEncodeError as exc:
+        raise ValueError(exact.unwritable(value, "it") or str(exc)) from exc
     if type(value) in _EXACT or msgspec.json.decode(raw) == value:
         return raw
     if (why := exact.unwritable(value, "it")) is not None:

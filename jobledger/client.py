@@ -41,7 +41,7 @@ from jobledger.errors import (
 from jobledger.job import JobStatus, State
 from jobledger.log import Headers, now_us, position_of, source
 from jobledger.lookup import SchemaLookup
-from jobledger.names import Names, lane
+from jobledger.names import Names, check_utf8, lane
 from jobledger.orders import Job, Orders
 from jobledger.registry import Registry
 from jobledger.schemas import codec, frame
@@ -386,6 +386,7 @@ class Client:
 
         Raises `JobNotFound` for an id the table does not know, `StatusTimeout` if it lags.
         """
+        check_utf8("job id", job_id)
         table = self._status_source()
         if at_least is not None:
             deadline = time.monotonic() + timeout
@@ -407,6 +408,7 @@ class Client:
                 f"waiting for job {job_id} inside a job is refused: with every slot waiting, none would be left to run "
                 "it. Submit the following step from the end of this one instead"
             )
+        check_utf8("job id", job_id)
         began = time.monotonic()
         deadline = None if timeout is None else began + timeout
         pause = POLL_FIRST

@@ -20,7 +20,7 @@ import fastavro.schema
 import msgspec
 
 from jobledger.errors import BadEvent, ConfigError, NotAnEvent, RegistryNeeded, SchemaError, UnknownSchema, text_of
-from jobledger.names import Names, check_name
+from jobledger.names import Names, check_name, check_topic
 from jobledger.schemas import codec, defaults, exact, frame
 from jobledger.schemas.derive import check_evolution, derive, dumper, is_pydantic, read_nested
 
@@ -84,7 +84,7 @@ class EventType:
         if start not in (None, "earliest", "latest"):
             raise ConfigError(f"event {name!r}: start={start!r} is neither 'earliest' nor 'latest'")
         self.start: Start = start or ("latest" if self.foreign else "earliest")
-        self.topic = topic or names.events(name)
+        self.topic = names.events(name) if topic is None else check_topic(f"event {name!r}: topic", topic)
         record_namespace = f"{names.namespace.replace('-', '_')}.events"
         if record_namespace[0].isdigit():
             record_namespace = f"_{record_namespace}"
@@ -106,6 +106,7 @@ class EventType:
     def encode(self, event: Any) -> tuple[bytes, str | None]:
         """An instance as bytes (Avro single-object encoding), and its key. Raises
         `BadEvent` naming what does not fit."""
+        plain: Any = None
         try:
             plain = self._dump(event)
             if self._delicate and (why := exact.unsound(plain, self.name)) is not None:
@@ -114,7 +115,8 @@ class EventType:
             out.write(codec.MAGIC + self.fingerprint)
             fastavro.schemaless_writer(out, self._parsed, plain, disable_tuple_notation=True)
         except Exception as exc:
-            raise BadEvent(f"{event!r} does not fit event {self.name!r}: {text_of(exc)}") from exc
+            said = exact.unsound(plain, self.name) if isinstance(exc, UnicodeEncodeError) else None
+            raise BadEvent(f"{event!r} does not fit event {self.name!r}: {said or text_of(exc)}") from exc
         key = None if self.key is None else plain[self.key]
         return out.getvalue(), None if key is None else str(key)
 

@@ -8,6 +8,14 @@ from dataclasses import dataclass
 
 from jobledger.errors import ConfigError
 
+#: Characters of a job's id, at most.
+ID_MOST = 200
+#: Characters of a tag's name and of its value, at most.
+TAG_NAME_MOST, TAG_VALUE_MOST = 100, 1_000
+#: Characters that an error shows of a text that is too long.
+SHOWN = 100
+
+_TOPIC = re.compile(r"[A-Za-z0-9._-]{1,249}")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,99}")
 
 
@@ -19,6 +27,48 @@ def check_name(kind: str, name: str) -> str:
             "at most 100, beginning with a letter or digit"
         )
     return name
+
+
+def check_topic(what: str, name: object) -> str:
+    """``name`` if Kafka may have a topic of this name, else `ConfigError` that begins with ``what``."""
+    if not isinstance(name, str) or not _TOPIC.fullmatch(name) or name in (".", ".."):
+        raise ConfigError(
+            f"{what}={name!r} is no name of a topic: Kafka's have 1 to 249 letters, digits, '.', '_' and '-'"
+        )
+    return name
+
+
+def check_text(what: str, text: object, most: int, *, least: int = 1) -> str:
+    """``text`` if it is one of ``least`` to ``most`` characters that can be written everywhere, else `ConfigError` that
+    begins with ``what``. PostgreSQL's text has no NUL."""
+    wanted = f"a text of {least} to {most:,} characters" if least else f"a text of at most {most:,} characters"
+    if not isinstance(text, str):
+        raise ConfigError(f"{what}={text!r} is not {wanted}")
+    if not least <= len(text) <= most:
+        shown = repr(text) if len(text) <= SHOWN else f"{text[:SHOWN]!r}…, {len(text):,} characters,"
+        raise ConfigError(f"{what}={shown} is not {wanted}")
+    found = check_utf8(what, text)
+    if "\0" in found:
+        raise ConfigError(f"{what}={found!r} has a NUL character, which PostgreSQL cannot hold: leave it out")
+    return found
+
+
+def check_utf8(what: str, text: object) -> str:
+    """``text`` if it is one that UTF-8 can hold, else `ConfigError` that begins with ``what``.
+
+    A text may have lone surrogates, which UTF-8 does not have: Python makes them of a file's name that is no UTF-8.
+    """
+    if not isinstance(text, str):
+        raise ConfigError(f"{what}={text!r} is not a text")
+    if not text.isascii():
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise ConfigError(
+                f"{what}={text[:SHOWN]!r} has a lone surrogate, which UTF-8 cannot hold: replace it, for example with "
+                "text.encode(errors='replace').decode()"
+            ) from None
+    return str.__str__(text)
 
 
 def lane(queue: str, priority: str | None) -> str:

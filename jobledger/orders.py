@@ -18,7 +18,7 @@ import uuid_utils
 from jobledger.config import Settings
 from jobledger.errors import ConfigError, JobledgerError
 from jobledger.log import LogReader, decoder, now_us, source
-from jobledger.names import Names
+from jobledger.names import ID_MOST, Names, check_text
 from jobledger.policy import Limits
 from jobledger.schemas import codec
 from jobledger.schemas.events import CancelRequested, JobEvent, QueueLimited, QueuePaused, QueueResumed, Recorded
@@ -58,7 +58,7 @@ def who() -> str:
     user = "unknown"
     with contextlib.suppress(OSError, KeyError, ImportError):  # a container may run under a number without a name
         user = getpass.getuser()
-    return f"{user}@{socket.gethostname()}"
+    return f"{user}@{socket.gethostname()}".encode("utf-8", "replace").decode("utf-8")
 
 
 def cancel_key(job_id: str, run: int) -> str:
@@ -85,7 +85,11 @@ class Orders:
         One that waits is not started any more, one that runs is told, one that has ended stays what it is. Raises
         `ConfigError`, `TopicMissing`, `AccessDenied` or `BrokerUnavailable`; then some may have been cancelled.
         """
-        fact = CancelRequested(_text(by or who(), "by", BY_MOST), _reason(reason))
+        fact = CancelRequested(check_text("by", by or who(), BY_MOST), _reason(reason))
+        for job in jobs:
+            check_text("job id", job.job_id, ID_MOST)
+            if isinstance(job.run, bool) or not isinstance(job.run, int) or not 0 < job.run < 1 << 31:
+                raise ConfigError(f"job {job.job_id}: run={job.run!r} is not a whole number from 1 up")
         for start in range(0, len(jobs), AT_ONCE):
             records: list[Outgoing] = []
             for job in jobs[start : start + AT_ONCE]:
@@ -97,12 +101,14 @@ class Orders:
 
     def pause(self, kind: Kind, name: str, reason: str | None = None, by: str | None = None) -> None:
         """Start nothing more of a queue or task; what runs goes on. Raises as `cancel` does."""
-        self._order(f"pause:{kind}:{name}", kind, name, QueuePaused(_text(by or who(), "by", BY_MOST), _reason(reason)))
+        self._order(
+            f"pause:{kind}:{name}", kind, name, QueuePaused(check_text("by", by or who(), BY_MOST), _reason(reason))
+        )
 
     def resume(self, kind: Kind, name: str, reason: str | None = None, by: str | None = None) -> None:
         """End a pause. Raises as `cancel` does."""
         self._order(
-            f"pause:{kind}:{name}", kind, name, QueueResumed(_text(by or who(), "by", BY_MOST), _reason(reason))
+            f"pause:{kind}:{name}", kind, name, QueueResumed(check_text("by", by or who(), BY_MOST), _reason(reason))
         )
 
     def limit(
@@ -111,7 +117,7 @@ class Orders:
         """Other limits than those in the code, for all workers together; None: the code's
         again. Raises as `cancel` does."""
         wanted = limits or Limits()
-        fact = QueueLimited(wanted.rate, wanted.concurrency, _text(by or who(), "by", BY_MOST), _reason(reason))
+        fact = QueueLimited(wanted.rate, wanted.concurrency, check_text("by", by or who(), BY_MOST), _reason(reason))
         self._order(f"limit:{kind}:{name}", kind, name, fact)
 
     def _order(self, key: str, kind: Kind, name: str, fact: QueuePaused | QueueResumed | QueueLimited) -> None:
@@ -167,10 +173,4 @@ def said(by: str, reason: str | None) -> str:
 
 
 def _reason(reason: str | None) -> str | None:
-    return None if reason is None else _text(reason, "reason", REASON_MOST)
-
-
-def _text(text: object, what: str, most: int) -> str:
-    if not isinstance(text, str) or not text or len(text) > most:
-        raise ConfigError(f"{what}={text!r} is not a text of 1 to {most} characters")
-    return text
+    return None if reason is None else check_text("reason", reason, REASON_MOST)

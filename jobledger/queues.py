@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from jobledger.errors import ConfigError
-from jobledger.names import check_name, lane
+from jobledger.names import TAG_NAME_MOST, check_name, check_text, lane
 from jobledger.policy import Limits, Priority
 
 DEFAULT_QUEUE = "default"
@@ -33,8 +33,8 @@ class Queue:
         check_name("queue", self.name)
         if self.partitions is not None:
             check_partitions(self.partitions, f"Queue({self.name!r}, partitions=…)")
-        if self.fair_by is not None and (not isinstance(self.fair_by, str) or not self.fair_by):
-            raise ConfigError(f"Queue({self.name!r}): fair_by={self.fair_by!r} is not the name of a tag")
+        if self.fair_by is not None:
+            check_text(f"Queue({self.name!r}): the tag fair_by", self.fair_by, TAG_NAME_MOST)
         Limits.of(self.rate, self.concurrency, f"Queue({self.name!r})")
 
     @property

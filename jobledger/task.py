@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Generic, Literal, ParamSpec, Protocol, Ty
 
 from jobledger.arguments import Arguments, Results, encode_result
 from jobledger.errors import BadArguments, ConfigError
+from jobledger.names import TAG_NAME_MOST, TAG_VALUE_MOST, check_text
 from jobledger.policy import Policy, Priority, check_expiry, check_keyed, check_priority
 from jobledger.resources import dependencies
 from jobledger.retry import Retry, check_delay
@@ -23,7 +24,7 @@ R = TypeVar("R")
 #: What a task's jobs result in. Covariant: a handle of a job that gives a `bool` is one of a job that gives an `int`.
 R_co = TypeVar("R_co", covariant=True)
 
-#: Characters a key may have.
+#: Characters that a key may have.
 KEY_MOST = 500
 
 
@@ -55,12 +56,10 @@ def check_tags(tags: object) -> dict[str, str]:
         return {}
     if not isinstance(tags, Mapping):
         raise ConfigError(f"tags={tags!r} is not a mapping of text to text")
-    for name, value in tags.items():
-        if not isinstance(name, str) or not isinstance(value, str) or not name:
-            raise ConfigError(f"tag {name!r}={value!r}: names and values are text, and a name is not empty")
-        if len(name) > 100 or len(value) > 1_000:
-            raise ConfigError(f"tag {name[:100]!r}: a name has at most 100 characters, a value at most 1,000")
-    return dict(tags)
+    return {
+        check_text("tag name", name, TAG_NAME_MOST): check_text(f"tag {name!r}", value, TAG_VALUE_MOST, least=0)
+        for name, value in tags.items()
+    }
 
 
 class Task(Generic[P, R_co]):
@@ -168,8 +167,7 @@ class Task(Generic[P, R_co]):
                 )
         level = policy.priority if priority is None else check_priority(priority, f"{what}: priority")
         if key is not None:
-            if not isinstance(key, str) or not 0 < len(key) <= KEY_MOST:
-                raise ConfigError(f"{what}: key={key!r} is not a text of 1 to {KEY_MOST} characters")
+            key = check_text(f"{what}: key", key, KEY_MOST)
             bounded = self.is_async or policy.isolation is not None
             check_keyed(what, self.timeout, policy.long, level, bounded=bounded)
         elif policy.key is not None:
@@ -198,12 +196,12 @@ class Task(Generic[P, R_co]):
             found = bound[key]
         else:
             found = key(*args, **kwargs)
-        text = str(found) if isinstance(found, str | int) else ""
-        if not 0 < len(text) <= KEY_MOST:
-            raise BadArguments(
-                f"the key of {self.name}() is {found!r}: it must be a whole number, or a text of 1 to {KEY_MOST} characters"
-            )
-        return text
+        if not isinstance(found, str | int):
+            raise BadArguments(f"the key of {self.name}() is {found!r}: it must be a whole number or a text")
+        try:
+            return check_text(f"the key of {self.name}()", str(found), KEY_MOST)
+        except ConfigError as exc:
+            raise BadArguments(str(exc)) from None
 
 
 class PlainTask(Task[P, R_co]):

@@ -10,7 +10,7 @@ from typing import Any
 from jobledger.domain import EventType, Handler
 from jobledger.errors import BadEvent, ConfigError, UnknownQueue, UnknownTask
 from jobledger.middleware import Hooks
-from jobledger.names import Names, check_name
+from jobledger.names import Names, check_name, check_text
 from jobledger.origins import Origin, is_nameless, origin_of
 from jobledger.policy import KEY_HOLD_MAX_S, LEASE_S, policy_of
 from jobledger.projection import Projection
@@ -19,6 +19,8 @@ from jobledger.resources import Resources
 from jobledger.retry import Retry
 from jobledger.task import AsyncTask, PlainTask, Submitter, Task
 
+#: Characters of a task's name, at most.
+TASK_NAME_MOST = 200
 MAX_TIMEOUT_S = 24 * 3600.0
 
 #: `policy_of`'s arguments, where a task says nothing.
@@ -114,8 +116,7 @@ class Registry:
     ) -> Task[Any, Any]:
         """Register a function; `ConfigError`, `UnknownQueue` if an option cannot hold."""
         task_name = name if name is not None else getattr(fn, "__name__", "")
-        if not task_name or not isinstance(task_name, str) or len(task_name) > 200:
-            raise ConfigError(f"task name {task_name!r} is not a text of 1 to 200 characters; give @app.task(name=…)")
+        task_name = check_text("task name", task_name, TASK_NAME_MOST)
         origin = self._origin("task", task_name, fn, task_name in self.tasks, nameless=name is None and is_nameless(fn))
         if self._declared is not None:
             self.check_queue(queue)

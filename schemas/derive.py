@@ -22,6 +22,7 @@ from msgspec import inspect as kinds
 
 from jobledger.errors import ConfigError, IncompatibleEvent
 from jobledger.schemas import defaults
+from jobledger.schemas.exact import plain_json
 
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _PLAIN: dict[type[Any], Any] = {
@@ -264,6 +265,8 @@ def _nested(value: Any) -> Any:
         return value.model_dump(mode="python", by_alias=True)
     if isinstance(value, enum.Enum):
         return value.value
+    if isinstance(value, str | int | float):  # subclasses
+        return plain_json(value)
     raise TypeError(f"{type(value).__qualname__} has no Avro form")
 
 

@@ -69,12 +69,16 @@ def unwritable(value: Any, path: str) -> str | None:
     text and a record as an object are fine."""
     if isinstance(value, float) and not math.isfinite(value):
         return _no_number(value, path)
-    if value is None or isinstance(value, str | int | float | enum.Enum | msgspec.Raw):
+    if isinstance(value, str):
+        return _no_text(value, path)
+    if value is None or isinstance(value, int | float | enum.Enum | msgspec.Raw):
         return None
     inner: Iterator[tuple[Any, str]]
     if isinstance(value, list | tuple | set | frozenset):
         inner = ((each, f"{path}[{n}]") for n, each in enumerate(value))
     elif isinstance(value, Mapping):
+        if (why := _first(_no_text, ((key, f"a key of {path}") for key in value if isinstance(key, str)))) is not None:
+            return why
         if not all(isinstance(key, str) for key in value) and len(as_json(dict.fromkeys(value))) < len(value):
             return (
                 f"{path} has keys that are the same as text, which all keys of a JSON object are: {_shown(list(value))}"
@@ -94,7 +98,9 @@ def unwritable(value: Any, path: str) -> str | None:
 
 def unsound(value: Any, path: str) -> str | None:
     """What of an event's plain values is not the same to everybody who reads it: NaN and infinity, which no handler gets,
-    and a datetime without a zone, which is another moment on another machine."""
+    a datetime without a zone, which is another moment on another machine, and text that UTF-8 cannot hold."""
+    if isinstance(value, str):
+        return _no_text(value, path)
     if isinstance(value, float):
         return None if math.isfinite(value) else _no_number(value, path)
     if isinstance(value, dt.datetime):
@@ -103,7 +109,8 @@ def unsound(value: Any, path: str) -> str | None:
         zoned = value.replace(tzinfo=dt.UTC).isoformat()
         return f"{path} is {value.isoformat()}, without a time zone: say which, for example {zoned}"
     if isinstance(value, dict):
-        return _first(unsound, ((each, f"{path}.{name}") for name, each in value.items()))
+        found = _first(unsound, ((each, f"{path}.{name}") for name, each in value.items()))
+        return found or _first(_no_text, ((name, f"a key of {path}") for name in value))
     if isinstance(value, list | tuple):
         return _first(unsound, ((each, f"{path}[{n}]") for n, each in enumerate(value)))
     return None
@@ -240,6 +247,19 @@ def _equal(given: Any, back: Any) -> bool:
 
 def _no_number(value: float, path: str) -> str:
     return f"{path} is {value!r}, and JSON has no such number: send None, or text"
+
+
+def _no_text(value: str, path: str) -> str | None:
+    if value.isascii():
+        return None
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return (
+            f"{path} is {_shown(value)}, which has a lone surrogate, and UTF-8 cannot hold it: replace it, for example with "
+            "text.encode(errors='replace').decode()"
+        )
+    return None
 
 
 def _other(given: Any, back: Any, path: str) -> str:

@@ -1,0 +1,156 @@
+"""Text that cannot be written everywhere is refused where it is given, under the name of what it is."""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from jobledger import App
+from jobledger.config import Settings
+from jobledger.context import JobContext
+from jobledger.errors import BadArguments, BadEvent, ConfigError, JobledgerError
+from jobledger.names import check_text
+from jobledger.orders import who
+from jobledger.queues import Queue
+
+#: As Python reads a file's name that is no UTF-8.
+ODD = b"caf\xe9".decode("utf-8", "surrogateescape")
+NUL = "a\0b"
+#: Nobody listens there: what is not refused before anything connects fails otherwise.
+NOWHERE = Settings(bootstrap="127.0.0.1:1", submit_timeout=0.5)
+
+app = App("shop", settings=NOWHERE)
+
+
+@app.task
+async def send(to: str, more: Any = None) -> None: ...
+
+
+@app.task(timeout=5)
+async def keyed(to: str) -> None: ...
+
+
+@app.event(key="user")
+@dataclasses.dataclass(frozen=True)
+class Registered:
+    user: str
+    more: dict[str, list[str]] = dataclasses.field(default_factory=dict)
+
+
+def job_keyed(text: str) -> Any:
+    """A job whose key is ``text``."""
+    return App("shop", settings=NOWHERE).task(key=lambda to: text, timeout=5)(keyed.fn).job("a")
+
+
+#: What is given, by whom, and as what it is refused.
+GIVEN: list[tuple[str, Callable[[str], Any], type[JobledgerError]]] = [
+    (r"tag name", lambda t: send.using(tags={t: "x"}), ConfigError),
+    (r"tag 'tenant'", lambda t: send.using(tags={"tenant": t}), ConfigError),
+    (r"'keyed': key", lambda t: keyed.using(key=t), ConfigError),
+    (r"the key of keyed\(\)", lambda t: job_keyed(t), BadArguments),
+    (r"queue", lambda t: send.using(queue=t), ConfigError),
+    (r"reason", lambda t: app.cancel("7", t), ConfigError),
+    (r"by=", lambda t: app.cancel("7", by=t), ConfigError),
+    (r"job id", lambda t: app.cancel(t), ConfigError),
+    (r"reason", lambda t: app.pause(queue="default", reason=t), ConfigError),
+    (r"by=", lambda t: app.resume(task="send", by=t), ConfigError),
+    (r"reason", lambda t: app.limit(queue="default", rate=1, reason=t), ConfigError),
+    (r"task", lambda t: app.pause(task=t), ConfigError),
+    (r"name", lambda t: app.task(name=t)(lambda x: x), ConfigError),
+    (r"event", lambda t: app.event(name=t)(type("E", (), {"__annotations__": {"x": int}})), ConfigError),
+    (r"topic", lambda t: app.event(name="Of", topic=t)(type("Of", (), {"__annotations__": {"x": int}})), ConfigError),
+    (r"namespace", lambda t: App(t), ConfigError),
+    (r"queue", lambda t: Queue(t), ConfigError),
+    (r"fair_by", lambda t: Queue("mail", fair_by=t), ConfigError),
+    (r"group", lambda t: app.lifecycle(t), ConfigError),
+]
+#: What may hold a NUL, which PostgreSQL's text is given as another character.
+LENIENT: list[tuple[str, Callable[[str], Any], type[JobledgerError]]] = [
+    (r"job id", lambda t: app.job(t), ConfigError),
+    (r"job id", lambda t: app.client.wait(t), ConfigError),
+    (r"task", lambda t: list(app.jobs(task=t)), ConfigError),
+    (r"queue", lambda t: list(app.jobs(queue=t)), ConfigError),
+    (r"tag", lambda t: list(app.jobs(tag=(t, "x"))), ConfigError),
+    (r"tag", lambda t: list(app.jobs(tag={"x": t})), ConfigError),
+    (r"send\(\).*to is 'caf", lambda t: send.job(t), BadArguments),
+    (r"send\(\).*more\['a'\]\[1\] is 'caf", lambda t: send.job("a", {"a": ["b", t]}), BadArguments),
+    (r"send\(\).*a key of more is 'caf", lambda t: send.job("a", {t: 1}), BadArguments),
+    (r"Registered\.user is 'caf", lambda t: app.emit(Registered(t)), BadEvent),
+    (r"Registered\.more\.a\[0\] is 'caf", lambda t: app.emit(Registered("a", {"a": [t]})), BadEvent),
+    (r"a key of Registered\.more is 'caf", lambda t: app.emit(Registered("a", {t: []})), BadEvent),
+]
+
+
+@pytest.mark.parametrize(("named", "give", "kind"), [*GIVEN, *LENIENT], ids=lambda v: v if isinstance(v, str) else "")
+def test_text_that_utf8_cannot_hold_is_refused_by_name(
+    named: str, give: Callable[[str], Any], kind: type[JobledgerError]
+) -> None:
+    """The error is of our tree, names what was given, and can itself be printed."""
+    with pytest.raises(ConfigError, match=named) as found:
+        give(ODD)
+    assert isinstance(found.value, kind)
+    assert str(found.value).encode()
+
+
+@pytest.mark.parametrize(("named", "give", "kind"), GIVEN, ids=lambda v: v if isinstance(v, str) else "")
+def test_a_nul_is_refused_where_databases_keep_the_text(
+    named: str, give: Callable[[str], Any], kind: type[JobledgerError]
+) -> None:
+    """PostgreSQL's text has none."""
+    with pytest.raises(ConfigError, match=named) as found:
+        give(NUL)
+    assert isinstance(found.value, kind)
+
+
+@pytest.mark.parametrize("given", [7, None, b"a"], ids=str)
+def test_what_is_no_text_is_refused_by_name(given: Any) -> None:
+    """As a job's id, a reason and a tag."""
+    with pytest.raises(ConfigError, match="job id"):
+        app.job(given)
+    with pytest.raises(ConfigError, match="job id"):
+        app.cancel(given)
+    with pytest.raises(ConfigError, match="tag"):
+        send.using(tags={"a": given})
+    with pytest.raises(ConfigError, match="run=0"):
+        app.cancel("7", run=0)
+
+
+def test_a_result_that_utf8_cannot_hold_is_bad_and_says_where() -> None:
+    """The worker's outcome is bad-result with the path."""
+    with pytest.raises(ValueError, match=r"it\['name'\] is 'caf.*lone surrogate"):
+        send.encode_result({"name": ODD})
+
+
+def test_text_of_every_other_kind_is_taken() -> None:
+    """Also a subclass of text, which is sent as plain text."""
+
+    class Level(enum.StrEnum):
+        HIGH = "hoch ☃ \U0001f600"
+
+    bound = send.using(tags={"level": Level.HIGH, "empty": ""})
+    assert bound.tags == {"level": Level.HIGH.value, "empty": ""}
+    assert type(bound.tags["level"]) is str
+    assert check_text("x", "a" * 5, 5) == "aaaaa"
+    with pytest.raises(ConfigError, match="101 characters, is not a text of 1 to 5"):
+        check_text("x", "a" * 101, 5)
+
+
+def test_who_works_here_is_text_whatever_the_system_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A user's name that is no UTF-8 does not keep anybody from cancelling a job."""
+    monkeypatch.setattr("getpass.getuser", lambda: ODD)
+    assert who().startswith("caf?@")
+
+
+def test_progress_takes_any_message() -> None:
+    """Reporting must not fail a job: what cannot be written is replaced."""
+    said: list[str | None] = []
+    context = JobContext(
+        job_id="7", task="send", queue="default", run=1, attempt=1, release=1, tags={}, parent=None, trace=None,
+        report=lambda job, fact: said.append(fact.message),
+    )  # fmt: skip
+    context.progress(1, 2, ODD)
+    assert said == ["caf?"]
