@@ -26,16 +26,17 @@ from typing import Any
 
 from jobledger import tracing
 from jobledger.consumers.frames import Ended, Progress, Run, decode_run, ended, frame
-from jobledger.consumers.outcome import Failed, Outcome, Succeeded, bad_result, decide, error_info, timed_out
+from jobledger.consumers.outcome import Failed, Outcome, Succeeded, bad_result, error_info, judge, timed_out
 from jobledger.context import JobContext, enter
-from jobledger.errors import BadArguments, TaskCancelled, TaskInterrupted, TaskTimedOut, text_of
+from jobledger.errors import BadArguments, TaskCancelled, TaskInterrupted, TaskTimedOut, is_a
+from jobledger.logger import get_logger, loop_error
 from jobledger.middleware import runner
 from jobledger.retry import Retry
 from jobledger.schemas.events import JobProgressed
 from jobledger.task import Task
 from jobledger.task_registry import Registry
 
-LOG = logging.getLogger("jobledger.worker")
+LOG = get_logger("jobledger.worker")
 
 #: The signals that tell code to end: its time is over, or its job was cancelled.
 LATE, STOP = signal.SIGUSR1, signal.SIGUSR2
@@ -70,7 +71,11 @@ class Child:
         for number in (LATE, STOP):
             signal.signal(number, self._interrupted)
         while (body := self._receive()) is not None:
-            said = self._run(decode_run(body))
+            run = decode_run(body)
+            try:
+                said = self._run(run)
+            except BaseException as broken:  # noqa: BLE001  # the last guard: a process is never lost
+                said = ended(Failed("never", error_info(broken)))
             if self._unsent is not None:
                 self._send_progress(self._unsent)
             self._connection.sendall(frame(said))
@@ -98,7 +103,7 @@ class Child:
         task = self._registry.tasks.get(run.task)
         if task is None:  # the code on disk is not what the worker runs
             missing = LookupError(f"the child process has no task {run.task!r}: was the app changed under its worker?")
-            return ended(decide(Retry(), run.attempt, missing, random.random()))
+            return ended(judge(Retry(), run.attempt, missing, random.random()))
         try:
             kwargs = task.decode_args(run.args)
         except BadArguments as exc:
@@ -117,12 +122,18 @@ class Child:
         )
         self._reported_at, self._unsent = 0.0, None
         try:
-            value = self._call(task, context, kwargs)
-        except BaseException as error:  # noqa: BLE001  # SystemExit is the job's, as in a thread
-            return ended(self._judge(task, run, error))
-        return ended(self._returned(task, value))
+            value, error = self._call(task, context, kwargs)
+        except BaseException as raised:  # noqa: BLE001  # SystemExit is the job's, as in a thread
+            value, error = None, raised
+        try:
+            return ended(self._returned(task, value) if error is None else self._judge(task, run, error))
+        finally:
+            error = None  # or its frame would hold it, and it the frame
 
-    def _call(self, task: Task[Any, Any], context: JobContext, kwargs: dict[str, Any]) -> Any:
+    def _call(
+        self, task: Task[Any, Any], context: JobContext, kwargs: dict[str, Any]
+    ) -> tuple[Any, BaseException | None]:
+        """What the code returned; or what it raised, if that is not raised here."""
         function = self._functions.get(task.name)
         if function is None:
             function = self._functions[task.name] = runner(task)
@@ -132,20 +143,33 @@ class Child:
         if task.is_async:
             if self._loop is None:
                 self._loop = asyncio.Runner()
-            return self._loop.run(
-                self._await(function, context, kwargs, task.timeout), context=contextvars.copy_context()
+                self._loop.get_loop().set_exception_handler(loop_error)
+            said: list[tuple[Any, BaseException | None]] = []
+            self._loop.run(
+                self._await(function, context, kwargs, task.timeout, said), context=contextvars.copy_context()
             )
-        return contextvars.copy_context().run(self._plainly, function, context, kwargs)
+            return said.pop()
+        return contextvars.copy_context().run(self._plainly, function, context, kwargs), None
 
     async def _await(
-        self, function: Callable[..., Any], context: JobContext, kwargs: dict[str, Any], limit: float | None
-    ) -> Any:
+        self,
+        function: Callable[..., Any],
+        context: JobContext,
+        kwargs: dict[str, Any],
+        limit: float | None,
+        said: list[tuple[Any, BaseException | None]],
+    ) -> None:
+        """Put what comes of it into ``said``: asyncio looks at what a task returns or raises, which may break then, and
+        stop the loop."""
         enter(context)
         self._running = asyncio.current_task()
         clock = asyncio.timeout(limit)
         try:
             async with clock:
-                return await function(**kwargs)
+                value = await function(**kwargs)
+            said.append((value, None))
+        except BaseException as error:  # noqa: BLE001  # judged by the caller
+            said.append((None, error))
         finally:
             self._running = None
             self._late = clock.expired()
@@ -180,15 +204,13 @@ class Child:
     def _returned(self, task: Task[Any, Any], value: Any) -> Outcome:
         try:
             return Succeeded(task.encode_result(value))
-        except Exception as error:  # noqa: BLE001  # a result's own hooks may raise anything
+        except BaseException as error:  # noqa: BLE001  # a result's own hooks may raise anything
             return bad_result(task.name, error)
 
     def _judge(self, task: Task[Any, Any], run: Run, error: BaseException) -> Outcome:
-        late = self._late and isinstance(error, TimeoutError) if task.is_async else isinstance(error, TaskTimedOut)
-        if late and not text_of(error):
-            assert task.timeout is not None
-            error = timed_out(task.name, task.timeout, error)
-        return decide(task.retry, run.attempt, error, random.random(), timed_out=late)
+        late = self._late and is_a(error, TimeoutError) if task.is_async else is_a(error, TaskTimedOut)
+        error = timed_out(task.name, task.timeout, error) if late else error
+        return judge(task.retry, run.attempt, error, random.random(), timed_out=late)
 
     def _report(self, context: JobContext, progressed: JobProgressed) -> None:
         now = time.monotonic()

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import logging
 import os
 import signal
 import time
@@ -24,9 +23,10 @@ from jobledger.consumers.outcome import Outcome
 from jobledger.consumers.process import Child, end_of, last_words
 from jobledger.consumers.work import Work
 from jobledger.errors import ConfigError, JobledgerError
+from jobledger.logger import get_logger
 from jobledger.schemas.events import ErrorInfo
 
-LOG = logging.getLogger("jobledger.worker")
+LOG = get_logger("jobledger.worker")
 
 #: Seconds that a job gets to clean up after it was told to end; then its process is killed.
 SOFT_S = 5.0

@@ -6,7 +6,6 @@ older snapshot can never overtake a newer one. Every commit is synchronous (a ro
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Callable, Iterable
 
@@ -18,8 +17,9 @@ from jobledger.consumers.offsets import Snapshot
 from jobledger.consumers.settle import Settler
 from jobledger.consumers.work import Lease, Partition
 from jobledger.errors import ConfigError, JobledgerError
+from jobledger.logger import get_logger
 
-LOG = logging.getLogger("jobledger.worker")
+LOG = get_logger("jobledger.worker")
 
 COMMIT_INTERVAL_S = 0.1
 

@@ -7,7 +7,6 @@ down when it was given.
 
 from __future__ import annotations
 
-import logging
 import threading
 import time
 from collections.abc import Callable
@@ -19,11 +18,12 @@ from jobledger.config import Settings
 from jobledger.consumers.outcome import Cancelled
 from jobledger.errors import AccessDenied, BrokerUnavailable, JobledgerError, RegistryNeeded, SchemaError
 from jobledger.log import PASSING, consumer, consumer_config, decoder, translate
+from jobledger.logger import get_logger
 from jobledger.names import Names
 from jobledger.policy import Limits
 from jobledger.schemas.events import CancelRequested, QueueLimited, QueuePaused, QueueResumed
 
-LOG = logging.getLogger("jobledger.worker")
+LOG = get_logger("jobledger.worker")
 
 #: Seconds the topic's end may take to be reached at the start.
 START_S = 30.0

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import logging
 import time
 from collections import deque
 from collections.abc import Callable, Iterable
@@ -29,12 +28,13 @@ from jobledger.consumers.starts import Starter
 from jobledger.consumers.takeover import UNSEEN_LEAST, UNSEEN_MS
 from jobledger.consumers.work import Arrived, Partition, Plan, Work
 from jobledger.errors import JobledgerError
+from jobledger.logger import get_logger
 from jobledger.names import Names, lane
 from jobledger.retry import Retry
 from jobledger.schemas import codec
 from jobledger.task_registry import Registry
 
-LOG = logging.getLogger("jobledger.worker")
+LOG = get_logger("jobledger.worker")
 
 #: Records taken from one partition before the next one's turn.
 SLICE = 16

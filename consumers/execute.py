@@ -34,23 +34,33 @@ from jobledger.consumers.outcome import (
     Snoozed,
     Succeeded,
     bad_result,
-    decide,
     error_info,
     holding,
+    judge,
     timed_out,
 )
 from jobledger.consumers.send import BY_KEY, Sender
 from jobledger.consumers.telling import Teller
 from jobledger.consumers.work import RUN_BOUNDS_S, Work
 from jobledger.context import JobContext, enter
-from jobledger.errors import BadArguments, JobledgerError, TaskCancelled, TaskTimedOut, text_of
+from jobledger.errors import (
+    BadArguments,
+    JobledgerError,
+    TaskCancelled,
+    TaskTimedOut,
+    is_a,
+    text_of,
+    traceback_of,
+    type_of,
+)
 from jobledger.log import now_us
+from jobledger.logger import get_logger
 from jobledger.policy import KEY_HOLD_MAX_S
 from jobledger.schemas.codec import encode
 from jobledger.schemas.events import CRASHES_TAG, JobEvent, JobProgressed, JobSpec, JobSucceeded
 from jobledger.writer import Outgoing
 
-LOG = logging.getLogger("jobledger.worker")
+LOG = get_logger("jobledger.worker")
 
 _monotonic = time.monotonic
 _uuid7 = uuid_utils.uuid7
@@ -101,16 +111,19 @@ class Executor:
         limit = plan.task.timeout
         clock: asyncio.Timeout | None = None
         try:
-            if limit is None:
-                value = await plan.fn(**work.kwargs)
-            else:
-                async with asyncio.timeout(limit) as clock:
+            try:
+                if limit is None:
                     value = await plan.fn(**work.kwargs)
-        except BaseException as error:  # noqa: BLE001  # SystemExit and cancellations are the job's, not the worker's
-            if not work.abandoned:
-                self.raised(work, error, clock is not None and clock.expired())
-        else:
-            self.returned(work, value)
+                else:
+                    async with asyncio.timeout(limit) as clock:
+                        value = await plan.fn(**work.kwargs)
+            except BaseException as error:  # noqa: BLE001  # SystemExit and cancellations are the job's, not the worker's
+                if not work.abandoned:
+                    self.raised(work, error, clock is not None and clock.expired())
+            else:
+                self.returned(work, value)
+        except BaseException as broken:  # noqa: BLE001  # the last guard: a slot is never lost
+            self._unjudged(work, broken)
         work.handle = None
         self._ended(work)
 
@@ -152,12 +165,22 @@ class Executor:
         _enter(work)
         assert work.plan is not None
         try:
-            value = self.interrupts.call(work)
-        except BaseException as error:  # noqa: BLE001  # as for coroutines
-            if not work.abandoned:
-                self.raised(work, error, work.interrupted is TaskTimedOut)
-        else:
-            self.returned(work, value)
+            try:
+                value = self.interrupts.call(work)
+            except BaseException as error:  # noqa: BLE001  # as for coroutines
+                if not work.abandoned:
+                    self.raised(work, error, work.interrupted is TaskTimedOut)
+            else:
+                self.returned(work, value)
+        except BaseException as broken:  # noqa: BLE001  # the last guard: a thread is never lost
+            self._unjudged(work, broken)
+
+    def _unjudged(self, work: Work, broken: BaseException) -> None:
+        """Neither the return nor the exception of a job's code could be judged: the job fails."""
+        try:
+            self.close_with(work, Failed("never", error_info(broken)))
+        except BaseException as exc:  # noqa: BLE001  # as in `close_with`
+            self._broken(work, exc)
 
     # -- outcomes -------------------------------------------------------------------------------------------------
 
@@ -168,7 +191,7 @@ class Executor:
         task = plan.task
         try:
             result = None if value is None else task.encode_result(value)
-        except Exception as error:  # noqa: BLE001  # a result's own hooks may raise anything
+        except BaseException as error:  # noqa: BLE001  # a result's own hooks may raise anything
             self.close_with(work, bad_result(task.name, error))
             return
         self.succeeded(work, result)
@@ -222,26 +245,21 @@ class Executor:
         plan.runs[bisect_left(RUN_BOUNDS_S, duration)] += 1
 
     def raised(self, work: Work, error: BaseException, late: bool) -> None:
-        """The task's code raised. ``late``: its time limit was over."""
-        trace = error.__traceback__
+        """The task's code raised. ``late``: its time limit was over. No code of the exception's is called here."""
+        trace = traceback_of(error)
         if trace is not None:  # the first frame is this module's
-            error = error.with_traceback(trace.tb_next or trace)
+            BaseException.with_traceback(error, trace.tb_next or trace)
         event, plan = work.event, work.plan
         assert event is not None
         assert plan is not None
         outcome = work.stop_outcome
         if outcome is None:
-            try:
-                late = late and isinstance(error, TimeoutError | TaskTimedOut)
-                if late and not text_of(error):
-                    assert plan.task.timeout is not None
-                    error = timed_out(event.task, plan.task.timeout, error)
-                if self.teller is not None:
-                    self.teller.note(work, error)
-                outcome = decide(plan.task.retry, event.attempt, error, random.random(), timed_out=late)
-            except Exception as exc:  # noqa: BLE001  # a user's exception may lack what its base class has
-                LOG.warning("what job %s raised cannot be judged: %r", event.job_id, exc)
-                outcome = Failed("never", error_info(error))
+            task = plan.task
+            late = late and is_a(error, (TimeoutError, TaskTimedOut))
+            error = timed_out(event.task, task.timeout, error) if late else error
+            if self.teller is not None:
+                self.teller.note(work, error)
+            outcome = judge(task.retry, event.attempt, error, random.random(), timed_out=late)
         self.close_with(work, outcome)
 
     def stop(self, work: Work, outcome: Outcome) -> None:
@@ -342,10 +360,14 @@ class Executor:
             LOG.warning("%d jobs ended here after their partitions were lost; the next owners run them", lost)
 
     def _told(self, work: Work, event: JobEvent, outcome: Outcome, duration: float) -> None:
-        _count(work, outcome, duration)
-        _say(event, outcome)
-        if self.teller is not None:
-            self.teller.tell(work, outcome)
+        """Count and tell an outcome that is sent. Raises nothing: it must not be taken for one that is not sent."""
+        try:
+            _count(work, outcome, duration)
+            _say(event, outcome)
+            if self.teller is not None:
+                self.teller.tell(work, outcome)
+        except BaseException as exc:  # noqa: BLE001  # see above
+            LOG.error("the outcome of job %s was written, and could not be told: %s", event.job_id, text_of(exc))
 
     def _goes_on(self, work: Work, event: JobEvent, outcome: Retried | Snoozed) -> None:
         """Say that the job is tried again in place; the dispatcher sees to it after ``again_s``."""
@@ -364,13 +386,10 @@ class Executor:
         except Exception as exc:  # noqa: BLE001  # as in `close_with`
             self._broken(work, exc)
             return
-        if self.teller is not None:
-            self.teller.tell(work, outcome)
         work.outcome = outcome
         work.event = msgspec.structs.replace(event, attempt=event.attempt + isinstance(outcome, Retried))
         work.again_s = outcome.delay_ms / 1000
-        _count(work, outcome, duration)
-        _say(event, outcome)
+        self._told(work, event, outcome, duration)
 
     def refused_as_too_large(self, work: Work, size: int, where: str) -> None:
         """The broker would not take the closing fact: the job fails instead, saying so."""
@@ -408,7 +427,7 @@ class Executor:
         except JobledgerError as exc:  # too long a message, a full queue: progress is a courtesy
             LOG.warning("progress of job %s was not sent: %s", event.job_id, exc)
 
-    def _broken(self, work: Work, exc: Exception) -> None:
+    def _broken(self, work: Work, exc: BaseException) -> None:
         event = work.event
         job_id = event.job_id if event is not None else "?"
         # What is known to go wrong says itself; where in our code it was noticed says nothing more.
@@ -417,7 +436,7 @@ class Executor:
         self._fail(
             exc
             if isinstance(exc, JobledgerError)
-            else JobledgerError(f"the outcome of job {job_id} could not be written: {exc!r}")
+            else JobledgerError(f"the outcome of job {job_id} could not be written: {type_of(exc)}: {text_of(exc)}")
         )
 
 

@@ -6,7 +6,6 @@ them wait; what is in them is not its business.
 
 from __future__ import annotations
 
-import logging
 import threading
 import time
 from collections import deque
@@ -23,9 +22,10 @@ from jobledger.consumers.settle import Settler
 from jobledger.consumers.work import Lease, Partition
 from jobledger.errors import AccessDenied, BrokerUnavailable, ConfigError, JobledgerError
 from jobledger.log import consumer, consumer_config, translate
+from jobledger.logger import get_logger
 from jobledger.names import Names
 
-LOG = logging.getLogger("jobledger.worker")
+LOG = get_logger("jobledger.worker")
 
 #: Longest batch handed over at once.
 BATCH = 500

@@ -6,7 +6,6 @@ with it, in the log's order; from then on it is not done until the settler says 
 
 from __future__ import annotations
 
-import logging
 import random
 import time
 from collections.abc import Callable, Mapping
@@ -38,6 +37,7 @@ from jobledger.consumers.stage import Stage
 from jobledger.consumers.starts import Starter
 from jobledger.consumers.work import Arrived, Deferred, Found, Partition, Plan, Work
 from jobledger.errors import JobledgerError, RegistryNeeded, SchemaError, UnknownFact
+from jobledger.logger import get_logger
 from jobledger.retry import Retry
 from jobledger.schemas import codec
 from jobledger.schemas.events import (
@@ -56,7 +56,7 @@ from jobledger.schemas.events import (
     later,
 )
 
-LOG = logging.getLogger("jobledger.worker")
+LOG = get_logger("jobledger.worker")
 
 _OWN = codec.MAGIC + codec.FINGERPRINT
 _monotonic = time.monotonic

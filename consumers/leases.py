@@ -9,7 +9,6 @@ and what it comes to is dropped. On the event loop, but for delivery callbacks.
 from __future__ import annotations
 
 import asyncio
-import logging
 import time
 from collections.abc import Callable
 from functools import partial
@@ -20,12 +19,13 @@ from jobledger.consumers.facts import Facts
 from jobledger.consumers.send import BY_KEY, Sender
 from jobledger.consumers.work import Work
 from jobledger.errors import AccessDenied, BrokerUnavailable, JobledgerError
+from jobledger.logger import get_logger
 from jobledger.names import Names
 from jobledger.schemas import codec
 from jobledger.schemas.events import JobLeased, LeaseRenewed
 from jobledger.writer import Outgoing
 
-LOG = logging.getLogger("jobledger.worker")
+LOG = get_logger("jobledger.worker")
 
 #: Seconds between two looks at the leases.
 TICK_S = 0.5

@@ -7,7 +7,6 @@ itself, not all for one moment.
 
 from __future__ import annotations
 
-import logging
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -22,11 +21,12 @@ from jobledger.config import Settings
 from jobledger.consumers.gates import Scope
 from jobledger.consumers.work import RUN_BOUNDS_S, WAIT_BOUNDS_MS, Partition
 from jobledger.log import admin
+from jobledger.logger import get_logger
 
 if TYPE_CHECKING:
     from jobledger.consumers.worker import Worker
 
-LOG = logging.getLogger("jobledger.metrics")
+LOG = get_logger("jobledger.metrics")
 
 #: Seconds for which the ends of the log, once asked for, are good, and that the broker gets to tell them.
 ENDS_FOR_S, ENDS_TIMEOUT_S = 3.0, 2.0

@@ -13,7 +13,6 @@ from __future__ import annotations
 import contextlib
 import gc
 import json
-import logging
 import os
 import selectors
 import signal
@@ -21,9 +20,10 @@ import socket
 import sys
 
 from jobledger.consumers.child import run_child
+from jobledger.logger import get_logger
 from jobledger.task_registry import Registry
 
-LOG = logging.getLogger("jobledger.worker")
+LOG = get_logger("jobledger.worker")
 
 
 #: Whether this process imports an app to fork children from it.

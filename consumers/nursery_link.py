@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-import logging
 import os
 import socket
 import subprocess
@@ -22,8 +21,9 @@ from pathlib import Path
 from jobledger.config import Settings
 from jobledger.consumers.process import Child, Words
 from jobledger.errors import ConfigError
+from jobledger.logger import get_logger
 
-LOG = logging.getLogger("jobledger.worker")
+LOG = get_logger("jobledger.worker")
 
 #: Seconds until a nursery that died is started anew, and the longest such wait.
 AGAIN_S, AGAIN_MOST_S = 0.5, 30.0

@@ -5,21 +5,26 @@ Writing an outcome to the log is `jobledger.consumers.facts`' task. Chance is an
 
 from __future__ import annotations
 
+import contextlib
 import traceback
 from asyncio import CancelledError
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from jobledger.errors import text_of
-from jobledger.retry import Reject, Retry, RetryLater, Snooze
+from jobledger.errors import is_a, text_of, traceback_of, type_of
+from jobledger.retry import Reject, Retry, RetryLater, Snooze, check_delay
 from jobledger.schemas.events import ErrorInfo, FailureReason
 
 #: Characters of an exception's message that are kept, from its beginning.
 MESSAGE_LIMIT = 4_096
 #: Characters of a traceback that are kept, from its end.
 TRACEBACK_LIMIT = 16_384
+#: Exceptions that a traceback shows: itself, causes, members of groups.
+RELATED_MOST = 500
 #: Characters of a class name.
 TYPE_LIMIT = 500
+
+_CAUSES = [BaseException.__dict__[name].__get__ for name in ("__cause__", "__context__")]
 
 #: A tag the worker puts on a job whose task it does not know: how often that happened. Task code never sees it.
 UNKNOWN_TASK_TAG = "jl-unknown-task"
@@ -110,6 +115,18 @@ def answered(outcome: Outcome | None) -> bool | None:
     return None
 
 
+def judge(
+    retry: Retry, attempt: int, error: BaseException, uniform: float, *, timed_out: bool = False
+) -> Retried | Snoozed | Failed:
+    """`decide` for whatever a task's code may raise: an exception that breaks when it is looked at fails the job."""
+    try:
+        return decide(retry, attempt, error, uniform, timed_out=timed_out)
+    except BaseException as broken:  # noqa: BLE001  # a user's exception may lack what its base class has
+        info = error_info(error)
+        why = f"{info.message} (what it means for the job cannot be told: {type_of(broken)}: {text_of(broken)})"
+        return Failed("never", ErrorInfo(info.type, printable(why, MESSAGE_LIMIT), info.traceback))
+
+
 def decide(
     retry: Retry, attempt: int, error: BaseException, uniform: float, *, timed_out: bool = False
 ) -> Retried | Snoozed | Failed:
@@ -118,14 +135,14 @@ def decide(
     ``uniform``: drawn from [0, 1) for the backoff's jitter. ``timed_out``: the task's own time limit ended it.
     A `CancelledError` that nobody outside asked for is a failure of the attempt like any `Exception`.
     """
-    if isinstance(error, Snooze):
-        return Snoozed(_ms(error.delay), printable(error.reason, MESSAGE_LIMIT) or None)
+    if is_a(error, Snooze):
+        return Snoozed(_delay(error), printable(error.reason, MESSAGE_LIMIT) or None)  # type: ignore[attr-defined]
     info = error_info(error)
-    if isinstance(error, Reject):
+    if is_a(error, Reject):
         return Failed("rejected", info)
-    if isinstance(error, RetryLater):
-        return Failed("exhausted", info) if attempt >= retry.max_attempts else Retried(info, _ms(error.delay))
-    judged = Exception() if isinstance(error, CancelledError) else error
+    if is_a(error, RetryLater):
+        return Failed("exhausted", info) if attempt >= retry.max_attempts else Retried(info, _delay(error))
+    judged = Exception() if is_a(error, CancelledError) else error
     if not retry.retries(judged):
         return Failed("never", info)
     if attempt >= retry.max_attempts:
@@ -140,10 +157,12 @@ def bad_result(task: str, error: BaseException) -> Failed:
     return Failed("bad-result", ErrorInfo(said.type, why, said.traceback))
 
 
-def timed_out(task: str, limit: float, error: BaseException) -> TimeoutError:
-    """What an attempt raised that was ended by its time limit, as a `TimeoutError` that says so."""
+def timed_out(task: str, limit: float | None, error: BaseException) -> BaseException:
+    """What an attempt raised that was ended by its time limit: as a `TimeoutError` that says so, if it says nothing."""
+    if limit is None or text_of(error):
+        return error
     said = TimeoutError(f"{task}() ran longer than its timeout of {limit:g} s")
-    return said.with_traceback(error.__traceback__)
+    return said.with_traceback(traceback_of(error))
 
 
 def unknown_task(
@@ -167,24 +186,61 @@ def unknown_task(
 
 
 def error_info(error: BaseException) -> ErrorInfo:
-    """An exception as text, whatever its ``str()`` does."""
-    kind = type(error)
-    name = kind.__qualname__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__}"
-    message = text_of(error)
-    try:
-        trace: str | None = "".join(traceback.format_exception(error))
-    except BaseException:  # noqa: BLE001  # as above, for whatever the traceback prints
-        trace = None
+    """An exception as text, whatever its own code does."""
+    name, message = type_of(error, full=True), text_of(error)
+    trace = _trace(error, name, message)
     return ErrorInfo(
         printable(name, TYPE_LIMIT),
         printable(message, MESSAGE_LIMIT),
-        None if trace is None else printable(trace[-TRACEBACK_LIMIT:], TRACEBACK_LIMIT),
+        printable(trace[-TRACEBACK_LIMIT:], TRACEBACK_LIMIT),
     )
+
+
+def _trace(error: BaseException, name: str, message: str) -> str:
+    """The traceback, with those of its causes and of a group's members; without them if they are too many, or one of them
+    cannot be read."""
+    where = traceback_of(error)
+    if len(_related(error)) <= RELATED_MOST:
+        with contextlib.suppress(BaseException):  # its attributes may raise anything
+            return "".join(traceback.format_exception(type(error), error, where))
+    try:
+        frames = "".join(traceback.format_tb(where))
+    except BaseException:  # noqa: BLE001  # a source file is read through a loader, which may be a user's
+        frames = ""
+    head = f"Traceback (most recent call last):\n{frames}" if frames else ""
+    return f"{head}{name}: {message}\n"
+
+
+def _related(error: BaseException) -> list[BaseException]:
+    """An exception, its causes, and the members of groups, these as often as they are met, as `traceback` shows them. One
+    more than `RELATED_MOST` at most."""
+    found, seen = [error], {id(error)}
+    for each in found:
+        if is_a(each, BaseExceptionGroup):
+            found += _members(each)
+        for get in _CAUSES:
+            cause = get(each)
+            if cause is not None and id(cause) not in seen:
+                seen.add(id(cause))
+                found.append(cause)
+        if len(found) > RELATED_MOST:
+            break
+    return found[: RELATED_MOST + 1]
+
+
+def _members(group: BaseException) -> Sequence[BaseException]:
+    found: Sequence[BaseException] = BaseExceptionGroup.__dict__["exceptions"].__get__(group)
+    return found
 
 
 def printable(text: object, limit: int) -> str:
     """At most ``limit`` characters that UTF-8 can carry: lone surrogates become question marks."""
-    return str(text)[:limit].encode("utf-8", "replace").decode("utf-8")
+    return str.__str__(str(text))[:limit].encode("utf-8", "replace").decode("utf-8")
+
+
+def _delay(error: BaseException) -> int:
+    """Milliseconds that a `Snooze` or `RetryLater` asks for. Raises `ConfigError` for what a subclass has made of it."""
+    return _ms(check_delay(error.delay, f"{type_of(error)}.delay"))  # type: ignore[attr-defined]
 
 
 def _ms(seconds: float) -> int:

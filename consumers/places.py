@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
-import logging
 import time
 from collections.abc import Callable
 
@@ -18,9 +17,10 @@ from jobledger.consumers.execute import Executor, context_of
 from jobledger.consumers.gates import Room
 from jobledger.consumers.outcome import Failed, Outcome, Succeeded
 from jobledger.consumers.work import Found, Plan, Work
+from jobledger.logger import get_logger
 from jobledger.schemas.events import ErrorInfo
 
-LOG = logging.getLogger("jobledger.worker")
+LOG = get_logger("jobledger.worker")
 
 #: Starts without an end after which a job is failed as ``crashed``, if the last of them was in
 #: a process whose end was seen.

@@ -6,7 +6,6 @@ Knows no jobs. Not thread-safe but for what ``closing`` answers.
 
 from __future__ import annotations
 
-import logging
 import queue
 import threading
 import time
@@ -20,8 +19,9 @@ from jobledger.access import read
 from jobledger.config import Settings
 from jobledger.errors import AccessDenied, BrokerUnavailable, JobledgerError
 from jobledger.log import PASSING, consumer, consumer_config, translate
+from jobledger.logger import get_logger
 
-LOG = logging.getLogger("jobledger.worker")
+LOG = get_logger("jobledger.worker")
 
 REQUEST_TIMEOUT_S = 10.0
 #: Seconds after which a reader that nobody needs gives its connections back.

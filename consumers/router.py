@@ -6,7 +6,6 @@ the same job. Offsets are committed after every job of a batch has been acknowle
 
 from __future__ import annotations
 
-import logging
 import threading
 import time
 from collections.abc import Iterable, Sequence
@@ -31,6 +30,7 @@ from jobledger.errors import (
 from jobledger.kafka import acls
 from jobledger.log import consumer as make_consumer
 from jobledger.log import consumer_config, error_topic, now_us, partitions_of, source, translate
+from jobledger.logger import get_logger
 from jobledger.lookup import SchemaLookup
 from jobledger.names import lane
 from jobledger.schemas import codec
@@ -38,7 +38,7 @@ from jobledger.schemas.events import JobEvent, JobSpec, JobSubmitted
 from jobledger.task_registry import Registry
 from jobledger.writer import Outgoing
 
-LOG = logging.getLogger("jobledger.router")
+LOG = get_logger("jobledger.router")
 
 #: Events of one batch: what a crash routes again at most, besides what a commit had not reached.
 BATCH = 1_000

@@ -7,7 +7,6 @@ when the loop did not.
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Callable, Iterable
 from contextlib import suppress
@@ -19,11 +18,12 @@ from jobledger.access import Door, write
 from jobledger.config import Settings
 from jobledger.errors import BrokerUnavailable, JobledgerError
 from jobledger.log import MISSING, producer, producer_config, undelivered
+from jobledger.logger import get_logger
 from jobledger.names import Names
 from jobledger.schemas import codec
 from jobledger.wire import Framing, framing
 
-LOG = logging.getLogger("jobledger.worker")
+LOG = get_logger("jobledger.worker")
 
 #: Let the client decide the partition by the key.
 BY_KEY = -1

@@ -6,7 +6,6 @@ A thread of its own, so a blocked event loop does not hold it up. Committing wha
 
 from __future__ import annotations
 
-import logging
 import threading
 import time
 from collections import deque
@@ -19,8 +18,9 @@ from jobledger.consumers.clock import BrokerClock
 from jobledger.consumers.send import BY_KEY, Sender
 from jobledger.consumers.work import Arrived, Work
 from jobledger.errors import AccessDenied, BrokerUnavailable, JobledgerError, PayloadTooLarge
+from jobledger.logger import get_logger
 
-LOG = logging.getLogger("jobledger.worker")
+LOG = get_logger("jobledger.worker")
 
 TICK_S = 0.1
 #: How often a record is sent again after the client gave up on it, before the worker gives up.

@@ -8,7 +8,6 @@ again. A thread of its own; the fetch thread goes on polling meanwhile, with the
 
 from __future__ import annotations
 
-import logging
 import time
 from collections import deque
 from collections.abc import Callable
@@ -23,12 +22,13 @@ from jobledger.consumers.releases import REMEMBERED, REMEMBERED_MS, end_of, key_
 from jobledger.consumers.settle import Settler
 from jobledger.consumers.work import NOTHING_FOLLOWS, Found, Partition
 from jobledger.errors import BrokerUnavailable, JobledgerError, RegistryNeeded, SchemaError
+from jobledger.logger import get_logger
 from jobledger.names import Names
 from jobledger.schemas.codec import Decoder
 from jobledger.schemas.events import Fact, JobLeased, JobRetried, JobSnoozed, JobStarted, JobSucceeded, settles
 from jobledger.schemas.glance import glance
 
-LOG = logging.getLogger("jobledger.worker")
+LOG = get_logger("jobledger.worker")
 
 #: Ends of a release that are not the job's: the coordinator has the word then.
 OPEN = (JobLeased, JobRetried, JobSnoozed)

@@ -8,6 +8,8 @@ from pathlib import Path
 from jobledger.errors import ConfigError
 from jobledger.task_registry import Registry
 
+_module_of, _name_of, _parents_of = (type.__dict__[name].__get__ for name in ("__module__", "__qualname__", "__mro__"))
+
 
 def find_target(registry: Registry) -> str:
     """How another process names the app of a registry: ``module:attribute``, or ``path.py:attribute`` of a script.
@@ -35,4 +37,5 @@ def find_target(registry: Registry) -> str:
 
 def _is_app(value: object) -> bool:
     # By name: jobledger.app stands above this package. Not by its attributes: a lazy object might answer to any.
-    return any(kind.__module__ == "jobledger.app" and kind.__qualname__ == "App" for kind in type(value).__mro__)
+    # Of the type's own, for a metaclass may break.
+    return any(_module_of(kind) == "jobledger.app" and _name_of(kind) == "App" for kind in _parents_of(type(value)))

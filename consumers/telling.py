@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
-import logging
 import queue
 import threading
 import time
@@ -20,10 +19,11 @@ from jobledger.consumers.outcome import Failed, Outcome, Retried
 from jobledger.consumers.work import Work
 from jobledger.context import JobContext, enter
 from jobledger.errors import JobFailed
+from jobledger.logger import get_logger
 from jobledger.middleware import Hook
 from jobledger.task_registry import Registry
 
-LOG = logging.getLogger("jobledger.worker")
+LOG = get_logger("jobledger.worker")
 
 #: Untold outcomes from which on they are dropped, and it is said: they hold the errors' frames.
 MOST = 10_000
@@ -71,7 +71,7 @@ class Teller(threading.Thread):
             return
         job = self._context_of(work)
         said = outcome.error
-        told = error or JobFailed(job.job_id, said.type, said.message, said.traceback)
+        told = JobFailed(job.job_id, said.type, said.message, said.traceback) if error is None else error
         more = (outcome.delay_ms / 1000,) if isinstance(outcome, Retried) else ()
         for hook in hooks:
             self._todo.put((hook, job, (told, *more)))
@@ -90,14 +90,16 @@ class Teller(threading.Thread):
                 running.add_done_callback(self._running.discard)
             else:
                 hook.fn(job, *more)
-        except Exception:  # noqa: BLE001  # logged there
+        except BaseException:  # noqa: BLE001  # logged there; a hook's sys.exit() is no end of this thread
             _failed(hook, job)
 
     async def _await(self, hook: Hook, job: JobContext, more: tuple[Any, ...]) -> None:
         enter(job)
         try:
             await hook.fn(job, *more)
-        except Exception:  # noqa: BLE001  # logged there
+        except asyncio.CancelledError:
+            raise
+        except BaseException:  # noqa: BLE001  # logged there; a hook's sys.exit() is no end of the event loop
             _failed(hook, job)
 
     def close(self, seconds: float) -> None:

@@ -7,7 +7,6 @@ them, the settler (its own thread) marks records done. `Partition.lock` guards `
 from __future__ import annotations
 
 import asyncio
-import logging
 import threading
 import time
 from collections import deque
@@ -23,6 +22,7 @@ from jobledger.consumers.releases import ReleaseMemory
 from jobledger.context import JobContext
 from jobledger.errors import TaskInterrupted
 from jobledger.log import position_of
+from jobledger.logger import get_logger
 from jobledger.middleware import runner
 from jobledger.schemas.events import Fact, JobEvent, JobProgressed, JobSucceeded
 from jobledger.task import Task
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from jobledger.consumers.leases import JobLease
     from jobledger.writer import Outgoing
 
-LOG = logging.getLogger("jobledger.worker")
+LOG = get_logger("jobledger.worker")
 
 #: Delivery reports wait here until the settler takes them: (what was sent for, whether it closes (None: it is said in
 #: place, and the job goes on), error, message).

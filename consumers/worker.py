@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import logging
 import os
 import socket
 import sys
@@ -42,13 +41,14 @@ from jobledger.consumers.work import Partition
 from jobledger.errors import AccessDenied, BrokerUnavailable, ConfigError, JobledgerError, ResourceFailed
 from jobledger.kafka import acls
 from jobledger.log import decoder, partitions_of, source
+from jobledger.logger import get_logger, loop_error
 from jobledger.names import lane as lane_of
 from jobledger.resources import Resource
 from jobledger.task_registry import Registry
 
 __all__ = ["EXIT_BROKEN", "EXIT_OK", "Worker", "WorkerOptions"]
 
-LOG = logging.getLogger("jobledger.worker")
+LOG = get_logger("jobledger.worker")
 
 #: 77 is EX_NOPERM of sysexits.h: the cluster refuses this worker, and starting it again does not help by itself.
 EXIT_OK, EXIT_BROKEN, EXIT_DENIED = 0, 1, 77
@@ -237,6 +237,7 @@ class Worker:
 
     async def _main(self, sender: Sender) -> None:
         loop = self._loop = asyncio.get_running_loop()
+        loop.set_exception_handler(loop_error)
         self._changed = asyncio.Event()
         options, registry, settings = self.options, self.registry, self.settings
         names = registry.names

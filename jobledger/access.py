@@ -18,8 +18,9 @@ from confluent_kafka.admin import AdminClient
 from jobledger import tls
 from jobledger.config import TOKEN_ENDPOINT, Settings
 from jobledger.errors import AccessDenied, BrokerUnavailable, ConfigError, NotAuthenticated, NotAuthorized
+from jobledger.logger import get_logger
 
-LOG = logging.getLogger("jobledger.kafka")
+LOG = get_logger("jobledger.kafka")
 
 #: A cluster that starts may refuse for a moment: so it must have done so twice, this many seconds apart.
 AGAIN_S = 0.4

@@ -13,7 +13,7 @@ from typing import Any
 
 import msgspec
 
-from jobledger.errors import BadArguments, ConfigError, ResultMismatch, text_of
+from jobledger.errors import BadArguments, ConfigError, ResultMismatch, is_a, text_of, type_of
 from jobledger.resources import Dependency
 from jobledger.schemas import exact
 
@@ -91,19 +91,17 @@ class Arguments:
         """The worker's side of `encode`: keyword arguments for the function. Raises `BadArguments`."""
         try:
             struct = self._decoder.decode(raw)
-        except Exception as exc:  # a dataclass's __post_init__ or a model's validator may raise anything
+        except BaseException as exc:  # a dataclass's __post_init__ or a model's validator may raise anything
             shown = raw[:500].decode(errors="replace")
             raise BadArguments(f"arguments {shown} do not fit {self._name}{self.signature}: {_said(exc)}") from exc
         unset = msgspec.UNSET
         return {n: v for n in self.names if (v := getattr(struct, n)) is not unset}
 
 
-def _said(exc: Exception) -> str:
+def _said(exc: BaseException) -> str:
     """Why arguments do not fit: ours and msgspec's errors say it whole, those of a user's code have a type, too."""
     said = text_of(exc)
-    return (
-        said if isinstance(exc, msgspec.MsgspecError | TypeError | ValueError) else f"{type(exc).__qualname__}: {said}"
-    )
+    return said if is_a(exc, (msgspec.MsgspecError, TypeError, ValueError)) else f"{type_of(exc)}: {said}"
 
 
 def encode_result(value: Any) -> bytes | None:

@@ -27,13 +27,13 @@ class JobContext:
         "_children",
         "_report",
         "_sequence",
+        "_tags",
         "attempt",
         "job_id",
         "parent",
         "queue",
         "release",
         "run",
-        "tags",
         "task",
         "trace",
     )
@@ -54,10 +54,16 @@ class JobContext:
     ) -> None:
         self.job_id, self.task, self.queue = job_id, task, queue
         self.run, self.attempt, self.release = run, attempt, release
-        self.tags, self.parent, self.trace = tags, parent, trace
+        self.parent, self.trace = parent, trace
+        self._tags = tags
         self._report = report
         self._sequence = 0
         self._children: Counter[bytes] | None = None
+
+    @property
+    def tags(self) -> Mapping[str, str]:
+        """The job's tags. A copy: the job keeps what it was submitted with."""
+        return dict(self._tags)
 
     def progress(self, done: int, total: int | None = None, message: str | None = None) -> None:
         """Report how far the job is; returns at once. ``done``, ``total``: units of the task's own, whole numbers >= 0.
@@ -75,7 +81,7 @@ class JobContext:
         # Plain values, whatever they are subclasses of, and text that UTF-8 can carry: a file's name may be none.
         done, total = index(done), None if total is None else index(total)
         if message is not None:
-            message = message.encode("utf-8", "replace").decode("utf-8")
+            message = str.encode(message, "utf-8", "replace").decode("utf-8")
         self._sequence += 1
         self._report(self, JobProgressed(self._sequence, done, total, message))
 

@@ -44,13 +44,44 @@
 
 from __future__ import annotations
 
+from types import TracebackType
+
+# What users raise may break when it is looked at: a property, ``__str__``, even ``__class__`` may raise anything. These four
+# read what the interpreter itself keeps, and call no code of the exception's but its ``__str__``, guarded.
+
+_TYPE_ATTRIBUTES = type.__dict__
+
+
+def is_a(error: BaseException, kinds: type[BaseException] | tuple[type[BaseException], ...]) -> bool:
+    """As ``except kinds:`` judges it: by the exception's type. `isinstance` asks its ``__class__`` as well."""
+    return issubclass(type(error), kinds)
+
+
+def type_of(error: object, *, full: bool = False) -> str:
+    """The name of an object's type; with ``full`` its module before it, unless that is ``builtins``."""
+    kind = type(error)
+    name: str = str.__str__(_TYPE_ATTRIBUTES["__qualname__"].__get__(kind))
+    if not full:
+        return name
+    try:
+        module = _TYPE_ATTRIBUTES["__module__"].__get__(kind)
+    except BaseException:  # noqa: BLE001  # a class may have deleted it
+        return name
+    return name if type(module) is not str or module == "builtins" else f"{module}.{name}"
+
+
+def traceback_of(error: BaseException) -> TracebackType | None:
+    """Where it was raised, as the interpreter knows it."""
+    found: TracebackType | None = BaseException.__dict__["__traceback__"].__get__(error)
+    return found
+
 
 def text_of(error: BaseException) -> str:
     """What an exception says, whatever its ``str()`` does."""
     try:
-        return str(error)
+        return str.__str__(str(error))  # a subclass of str has methods of its own
     except BaseException as broken:  # noqa: BLE001  # a user's __str__ may raise anything
-        return f"<its str() raised {type(broken).__qualname__}>"
+        return f"<its str() raised {type_of(broken)}>"
 
 
 class TaskInterrupted(BaseException):

@@ -7,7 +7,6 @@ so a service that dies in the middle of one gets it again: at least once, each p
 from __future__ import annotations
 
 import asyncio
-import logging
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Iterable, Iterator
@@ -29,11 +28,12 @@ from jobledger.log import (
     recorded,
     translate,
 )
+from jobledger.logger import get_logger
 from jobledger.names import Names, check_name
 from jobledger.orders import is_copy
 from jobledger.schemas.events import Fact, Recorded
 
-LOG = logging.getLogger("jobledger.lifecycle")
+LOG = get_logger("jobledger.lifecycle")
 
 #: Seconds between two commits.
 COMMIT_S = 1.0

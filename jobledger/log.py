@@ -6,7 +6,6 @@ client settings from here and drive the clients themselves.
 
 from __future__ import annotations
 
-import logging
 import os
 import socket
 import time
@@ -31,11 +30,12 @@ from jobledger.errors import (
     StatusTimeout,
     TopicMissing,
 )
+from jobledger.logger import get_logger
 from jobledger.names import Names
 from jobledger.schemas import codec
 from jobledger.schemas.events import JobEvent, Position, Recorded
 
-LOG = logging.getLogger("jobledger.kafka")
+LOG = get_logger("jobledger.kafka")
 
 #: One partitioner everywhere: the same key lands on the same partition from librdkafka, Java and Faust.
 PARTITIONER = "murmur2_random"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import threading
 import time
 
@@ -11,12 +10,13 @@ from confluent_kafka import Message
 from jobledger.config import Settings
 from jobledger.errors import RegistryNeeded, RegistryUnavailable, SchemaError
 from jobledger.log import LogReader, partitions_of, position_of
+from jobledger.logger import get_logger
 from jobledger.names import Names
 from jobledger.registry import SETTING, Registry
 from jobledger.schemas import codec
 from jobledger.wire import id_key
 
-LOG = logging.getLogger("jobledger.kafka")
+LOG = get_logger("jobledger.kafka")
 
 #: Seconds for which an id that nobody knows, certainly, is not asked for again: a flood of such records must not hold
 #: up what stands behind them. As long as it takes to be certain.

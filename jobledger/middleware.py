@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -17,17 +16,21 @@ from typing import TYPE_CHECKING, Any
 from jobledger import tracing
 from jobledger.context import JobContext, current_job
 from jobledger.errors import ConfigError
+from jobledger.logger import get_logger
 
 if TYPE_CHECKING:
     from jobledger.task import Task
 
-LOG = logging.getLogger("jobledger.worker")
+LOG = get_logger("jobledger.worker")
 
 #: Which tasks a hook is for: a function of the task, or tasks or their names. None: all.
 Which = Callable[["Task[Any, Any]"], bool] | Iterable["Task[Any, Any] | str"] | None
 #: What runs a job's code: (job, keyword arguments) → result, or an awaitable of it.
 Inner = Callable[[JobContext, dict[str, Any]], Any]
 Around = Callable[[JobContext], Iterator[None]] | Callable[[JobContext], AsyncIterator[None]]
+
+#: What a hook raises of its own accord: not the time limit's and the cancellation's exceptions, which are the job's.
+OWN = (Exception, SystemExit, KeyboardInterrupt, GeneratorExit)
 
 NAMES = ("before", "after", "retry", "failure", "around")
 
@@ -238,7 +241,7 @@ def _after(hook: Hook, inner: Inner) -> Inner:
         result = inner(job, kwargs)
         try:
             hook.fn(job, result)
-        except Exception:  # noqa: BLE001  # logged there
+        except OWN:
             _failed(hook, job)
         return result
 
@@ -252,7 +255,7 @@ def _after_async(hook: Hook, inner: Inner) -> Inner:
             said = hook.fn(job, result)
             if isinstance(said, Awaitable):
                 await said
-        except Exception:  # noqa: BLE001  # logged there
+        except OWN:
             _failed(hook, job)
         return result
 

@@ -18,7 +18,9 @@ import threading
 import traceback
 from typing import Any
 
-LOG = logging.getLogger("jobledger")
+from jobledger.logger import get_logger
+
+LOG = get_logger("jobledger")
 
 #: Seconds for what an app's code left behind. Longer than a client waits for acknowledgements when it is closed.
 EXIT_S = 8.0

@@ -11,16 +11,16 @@ import asyncio
 import contextlib
 import contextvars
 import inspect
-import logging
 import os
 import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Generic, TypeVar, overload
 
-from jobledger.errors import ConfigError, ResourceFailed
+from jobledger.errors import ConfigError, ResourceFailed, is_a, text_of, type_of
+from jobledger.logger import get_logger
 
-LOG = logging.getLogger("jobledger.worker")
+LOG = get_logger("jobledger.worker")
 
 T = TypeVar("T")
 _NONE: Any = object()
@@ -184,13 +184,25 @@ class Resources:
                 await made.__aexit__(None, None, None)
             else:
                 inside = contextvars.copy_context()
-                await asyncio.get_running_loop().run_in_executor(threads, inside.run, made.__exit__, None, None, None)
+                # Handed back, not raised: an exception that breaks when asyncio looks at it would never arrive.
+                error = await asyncio.get_running_loop().run_in_executor(threads, inside.run, _closed, made)
+                if error is not None:
+                    raise error
             LOG.info("resource %s is closed", resource.name)
-        except (Exception, SystemExit, asyncio.CancelledError) as exc:
+        except BaseException as exc:  # logged below
             current = asyncio.current_task()
-            if isinstance(exc, asyncio.CancelledError) and current is not None and current.cancelling():
+            if is_a(exc, asyncio.CancelledError) and current is not None and current.cancelling():
                 raise
             LOG.exception("resource %s could not be closed", resource.name)
+
+
+def _closed(made: Any) -> BaseException | None:
+    """Close it; what that raised."""
+    try:
+        made.__exit__(None, None, None)
+    except BaseException as error:  # noqa: BLE001  # raised again by the caller
+        return error
+    return None
 
 
 def _with_needs(resource: Resource[Any]) -> Iterator[Resource[Any]]:
@@ -204,10 +216,8 @@ def _with_needs(resource: Resource[Any]) -> Iterator[Resource[Any]]:
 def _naming(resource: Resource[Any]) -> Iterator[None]:
     try:
         yield
-    except Exception as exc:
-        raise ResourceFailed(
-            f"resource {resource.name!r} could not be opened: {type(exc).__qualname__}: {exc}"
-        ) from exc
+    except (Exception, SystemExit, KeyboardInterrupt, GeneratorExit) as exc:
+        raise ResourceFailed(f"resource {resource.name!r} could not be opened: {type_of(exc)}: {text_of(exc)}") from exc
 
 
 class ResourceDecorator:

@@ -11,7 +11,7 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from jobledger.errors import ConfigError
+from jobledger.errors import ConfigError, is_a
 
 MAX_DELAY_S = 366 * 24 * 3600.0
 
@@ -82,7 +82,7 @@ class Retry:
 
     def retries(self, error: BaseException) -> bool:
         """Whether this exception is one to try again after."""
-        return isinstance(error, self.on) and not isinstance(error, self.never)
+        return is_a(error, self.on) and not is_a(error, self.never)
 
     def delay_after(self, attempt: int, uniform: float) -> float:
         """Seconds between the failure of ``attempt`` (1, 2, …) and the next one; ``uniform`` is drawn from [0, 1)."""

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from jobledger.context import JobContext
-from jobledger.errors import text_of
+from jobledger.errors import text_of, type_of
 from jobledger.retry import Snooze
 
 if TYPE_CHECKING:
@@ -135,10 +135,10 @@ class Span:
             except BaseException as error:
                 try:
                     span.record_exception(error)
-                except Exception:  # noqa: BLE001  # its str() is the user's, and may raise anything
+                except BaseException:  # noqa: BLE001  # its own code is the user's, and may raise anything
                     said = text_of(error)
-                    span.add_event("exception", {"exception.type": type(error).__qualname__, "exception.message": said})
-                span.set_status(otel.Status(otel.StatusCode.ERROR, type(error).__qualname__))
+                    span.add_event("exception", {"exception.type": type_of(error), "exception.message": said})
+                span.set_status(otel.Status(otel.StatusCode.ERROR, type_of(error)))
                 raise
 
 

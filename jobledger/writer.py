@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import threading
 import time
 from collections.abc import Callable, Iterable
@@ -15,12 +14,13 @@ from jobledger.access import Door, Need, write
 from jobledger.config import Settings
 from jobledger.errors import BrokerUnavailable, JobledgerError, PayloadTooLarge
 from jobledger.log import Headers, position_of, producer, producer_config, undelivered
+from jobledger.logger import get_logger
 from jobledger.names import Names
 from jobledger.schemas import codec
 from jobledger.schemas.events import Position
 from jobledger.wire import Framing, framing
 
-LOG = logging.getLogger("jobledger.client")
+LOG = get_logger("jobledger.client")
 
 DeliveryCallback = Callable[[KafkaError | None, Message], None]
 

@@ -30,6 +30,7 @@ from jobledger.access import join, knock, read, unauthorized
 from jobledger.config import Settings
 from jobledger.errors import AccessDenied, BrokerUnavailable, JobledgerError
 from jobledger.kafka import acls
+from jobledger.logger import get_logger
 from jobledger.names import Names
 from jobledger.streams.aio import MAX_BATCH_BYTES, AckedWriter, Ends, denied_kind
 from jobledger.streams.cycle import Cycle
@@ -56,7 +57,7 @@ from jobledger.streams.security import security
 from jobledger.wire import framing
 from jobledger.writer import LogWriter
 
-LOG = logging.getLogger("jobledger.coordinator")
+LOG = get_logger("jobledger.coordinator")
 T = TypeVar("T")
 
 #: Exit codes of `run_coordinator`. 70 and 77 are EX_SOFTWARE and EX_NOPERM of sysexits.h: start it again; the cluster

@@ -12,7 +12,6 @@ makes rows durable, in the order of the log.
 from __future__ import annotations
 
 import asyncio
-import logging
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
@@ -22,6 +21,7 @@ import msgspec
 
 from jobledger.config import Settings
 from jobledger.log import Headers, now_us, source
+from jobledger.logger import get_logger
 from jobledger.names import Names
 from jobledger.schemas import codec
 from jobledger.schemas.events import DeadLettered, ErrorInfo, JobEvent
@@ -38,7 +38,7 @@ from jobledger.streams.table import Key, Table
 from jobledger.streams.work_topics import WorkTopics
 from jobledger.writer import Outgoing
 
-LOG = logging.getLogger("jobledger.coordinator")
+LOG = get_logger("jobledger.coordinator")
 
 #: Records from which on no more are fetched.
 INBOX = 2_000

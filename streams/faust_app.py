@@ -9,7 +9,6 @@ table and the committing of offsets. What the coordinator sends goes through a p
 from __future__ import annotations
 
 import asyncio
-import logging
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -23,13 +22,14 @@ from jobledger import log
 from jobledger.access import read
 from jobledger.config import Settings
 from jobledger.errors import ConfigError
+from jobledger.logger import get_logger
 from jobledger.names import Names
 from jobledger.streams.aio import METADATA_AGE_MS, create_no_topics
 from jobledger.streams.place import Place
 from jobledger.streams.rows import Rows, RowTable
 from jobledger.streams.security import credentials
 
-LOG = logging.getLogger("jobledger.coordinator")
+LOG = get_logger("jobledger.coordinator")
 
 TABLE = "schedules"
 FETCH_WAIT_MS = 250

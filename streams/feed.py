@@ -6,7 +6,6 @@ Assigned by hand, without a group: what was read is known by the database alone,
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from types import TracebackType
@@ -19,10 +18,11 @@ from jobledger.access import Door, read
 from jobledger.config import Settings
 from jobledger.errors import BrokerUnavailable
 from jobledger.log import PASSING, admin, consumer, consumer_config, translate
+from jobledger.logger import get_logger
 from jobledger.names import Names
 from jobledger.streams.store.protocol import Partition
 
-LOG = logging.getLogger("jobledger.materializer")
+LOG = get_logger("jobledger.materializer")
 
 #: Kilobytes of records that wait in the client: bounds memory at any backlog.
 QUEUE_KB = 32 * 1024

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import logging
 from collections.abc import Callable, Mapping, Sequence
 
 from jobledger.errors import JobledgerError
 from jobledger.log import now_us
+from jobledger.logger import get_logger
 from jobledger.names import Names
 from jobledger.schemas import codec
 from jobledger.streams.aio import AckedWriter, Delivered, Outcomes, first_error
@@ -20,7 +20,7 @@ from jobledger.streams.timers import BrokerClock, Timers, wake_at
 from jobledger.streams.work_topics import WorkTopics
 from jobledger.writer import Outgoing
 
-LOG = logging.getLogger("jobledger.coordinator")
+LOG = get_logger("jobledger.coordinator")
 
 #: Decisions written at once, and batches of them that may wait for acknowledgement.
 BATCH, UNACKNOWLEDGED = 500, 8

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import copy
 import datetime as dt
-import logging
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -22,6 +21,7 @@ from jobledger.config import Settings
 from jobledger.domain import check_classes, event_id_of
 from jobledger.errors import BadEvent, JobledgerError, SchemaError, UnknownFact, text_of
 from jobledger.log import decoder, position_of, recorded
+from jobledger.logger import get_logger
 from jobledger.lookup import SchemaLookup
 from jobledger.names import Names
 from jobledger.orders import is_copy
@@ -29,7 +29,7 @@ from jobledger.projection import Projection, Where
 from jobledger.schemas.derive import is_pydantic
 from jobledger.schemas.events import Position
 
-LOG = logging.getLogger("jobledger.projection")
+LOG = get_logger("jobledger.projection")
 
 #: Keys asked for in one statement.
 KEYS_A_QUERY = 400

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from jobledger.errors import NotAnEvent, RegistryNeeded, SchemaError, UnknownFact
 from jobledger.log import now_us
+from jobledger.logger import get_logger
 from jobledger.names import Names
 from jobledger.schemas import codec
 from jobledger.schemas.events import JobEvent, RecordRejected
 from jobledger.streams.derived import derived_id
 from jobledger.writer import Outgoing
 
-LOG = logging.getLogger("jobledger.coordinator")
+LOG = get_logger("jobledger.coordinator")
 
 #: Raw bytes of a rejected record are left out above this size, its key and the reason are cut: the dead letter must fit
 #: as well.

@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 import base64
 import json
-import logging
 import ssl
 import threading
 import time
@@ -22,9 +21,10 @@ from aiokafka.abc import AbstractTokenProvider
 
 from jobledger.config import TOKEN_ENDPOINT, check_token_endpoint
 from jobledger.errors import ConfigError, NotAuthenticated
+from jobledger.logger import get_logger
 from jobledger.tls import setting
 
-LOG = logging.getLogger("jobledger.kafka")
+LOG = get_logger("jobledger.kafka")
 
 _METHOD, _ID, _SECRET = "sasl.oauthbearer.method", "sasl.oauthbearer.client.id", "sasl.oauthbearer.client.secret"
 _URL, _SCOPE, _EXTENSIONS = TOKEN_ENDPOINT, "sasl.oauthbearer.scope", "sasl.oauthbearer.extensions"

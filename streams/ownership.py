@@ -7,13 +7,13 @@ decisions are repeated and never contradicted, and is found out at the changelog
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Callable
 
+from jobledger.logger import get_logger
 from jobledger.streams.faust_app import Group
 
-LOG = logging.getLogger("jobledger.coordinator")
+LOG = get_logger("jobledger.coordinator")
 
 #: Seconds without a beat after which this process is taken to have stood still.
 GAP = 1.5

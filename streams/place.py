@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fcntl
-import logging
 import os
 import shutil
 import socket
@@ -12,8 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from jobledger.errors import ConfigError
+from jobledger.logger import get_logger
 
-LOG = logging.getLogger("jobledger.coordinator")
+LOG = get_logger("jobledger.coordinator")
 
 
 @dataclass(slots=True)

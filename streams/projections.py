@@ -7,7 +7,6 @@ them, nothing is written: so two processes of one projection fold nothing twice,
 from __future__ import annotations
 
 import hashlib
-import logging
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -27,12 +26,13 @@ from jobledger.errors import BrokerUnavailable, JobledgerError, StoreError, Stor
 from jobledger.kafka import acls
 from jobledger.log import PASSING, LogReader, consumer_config, partitions_of, translate
 from jobledger.log import consumer as make_consumer
+from jobledger.logger import get_logger
 from jobledger.names import Names
 from jobledger.projection import RESERVED, Projection
 from jobledger.streams.folding import Folding, Reading
 from jobledger.streams.projection_store import ProjectionStore, offsets_table
 
-LOG = logging.getLogger("jobledger.projection")
+LOG = get_logger("jobledger.projection")
 
 #: Records of one transaction at most, and seconds that are waited for the first.
 BATCH, POLL_S = 5_000, 0.1

@@ -11,7 +11,6 @@ them; a verification leaves them out.
 from __future__ import annotations
 
 import hashlib
-import logging
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -28,6 +27,7 @@ from jobledger.config import Settings
 from jobledger.errors import StoreError
 from jobledger.job import Life
 from jobledger.kafka import acls
+from jobledger.logger import get_logger
 from jobledger.names import Names
 from jobledger.streams.batches import BatchSize, in_batches
 from jobledger.streams.feed import Feed, bounds, read_until
@@ -38,7 +38,7 @@ from jobledger.streams.store.rows import Row, life_of_row
 from jobledger.streams.store.sqlite import SCRATCH, SqliteStore
 from jobledger.streams.store.sqlite import open_reader as open_sqlite
 
-LOG = logging.getLogger("jobledger.materializer")
+LOG = get_logger("jobledger.materializer")
 
 BATCH = 16_000
 #: Jobs copied or compared at a time.

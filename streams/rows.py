@@ -10,7 +10,6 @@ that was paused takes nothing back.
 
 from __future__ import annotations
 
-import logging
 from bisect import bisect_right
 from collections import defaultdict
 from collections.abc import Iterable
@@ -22,9 +21,10 @@ import rocksdict
 from faust.stores import memory, rocksdb
 
 from jobledger.errors import SchemaError
+from jobledger.logger import get_logger
 from jobledger.streams.schedules import decode_row, newer, of_unknown_kind
 
-LOG = logging.getLogger("jobledger.coordinator")
+LOG = get_logger("jobledger.coordinator")
 
 # Faust's defaults are sized for one large table: 64 MB of write buffer and 2 GB of cache for every partition.
 ROCKSDB_OPTIONS = {"write_buffer_size": 8 << 20, "block_cache_size": 16 << 20, "max_open_files": 256}

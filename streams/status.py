@@ -33,6 +33,7 @@ from jobledger.errors import (
 )
 from jobledger.kafka import acls
 from jobledger.log import now_us, position_of
+from jobledger.logger import get_logger
 from jobledger.names import Names
 from jobledger.schemas import codec
 from jobledger.schemas.events import JobEvent, RecordRejected
@@ -45,7 +46,7 @@ from jobledger.streams.store import Partition, Store, open_store, shown
 from jobledger.streams.table_metrics import TableMetrics
 from jobledger.writer import LogWriter, Outgoing
 
-LOG = logging.getLogger("jobledger.materializer")
+LOG = get_logger("jobledger.materializer")
 
 #: Records in one transaction, at most. Large, so that of a backlog the facts of a job often meet in one row's writing;
 #: what comes as it happens is written every `LINGER_S`.

@@ -12,10 +12,10 @@ above all of them, written down in its floor before anything is decided.
 from __future__ import annotations
 
 import asyncio
-import logging
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 
+from jobledger.logger import get_logger
 from jobledger.streams.aio import AckedWriter, Delivered, Ends, first_error
 from jobledger.streams.decisions import raised_floor, sweepable
 from jobledger.streams.faust_app import Group
@@ -24,7 +24,7 @@ from jobledger.streams.schedules import NO_FLOOR, Floor, Kept, Row, decode_row, 
 from jobledger.streams.timers import Timers, wake_at
 from jobledger.writer import Outgoing
 
-LOG = logging.getLogger("jobledger.coordinator")
+LOG = get_logger("jobledger.coordinator")
 
 #: Rows looked at in one step of a sweep or a restoration; between steps the event loop is given back.
 SCAN_CHUNK = 2_000

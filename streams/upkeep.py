@@ -12,7 +12,6 @@ One store is designated to run these: that of the materializer they run beside.
 
 from __future__ import annotations
 
-import logging
 import threading
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -28,6 +27,7 @@ from jobledger.config import Settings
 from jobledger.errors import BrokerUnavailable, JobledgerError, SchemaError
 from jobledger.job import Life
 from jobledger.log import LogReader, admin, decoder, now_us, partitions_of, recorded, source, translate
+from jobledger.logger import get_logger
 from jobledger.names import Names
 from jobledger.schemas import codec
 from jobledger.schemas.events import (
@@ -48,7 +48,7 @@ from jobledger.streams.store.protocol import Overdue, StatusReader
 from jobledger.streams.trim import Partition, Readers, plan
 from jobledger.writer import LogWriter, Outgoing
 
-LOG = logging.getLogger("jobledger.upkeep")
+LOG = get_logger("jobledger.upkeep")
 
 UNCLOSED = Gauge(
     "jobledger_audit_unclosed_records",

@@ -4,7 +4,6 @@ for at a growing pace, never lost."""
 from __future__ import annotations
 
 import asyncio
-import logging
 import time
 from collections.abc import Iterable, Mapping
 
@@ -12,9 +11,10 @@ from jobledger.access import write
 from jobledger.config import Settings
 from jobledger.errors import BrokerUnavailable, TopicMissing
 from jobledger.log import batch_limits, partitions_of
+from jobledger.logger import get_logger
 from jobledger.names import Names
 
-LOG = logging.getLogger("jobledger.coordinator")
+LOG = get_logger("jobledger.coordinator")
 
 #: Seconds between two looks for a missing topic: at first, and at most.
 RETRY, RETRY_MOST = 1.0, 60.0

@@ -5,7 +5,6 @@ On the loopback address unless another is asked for. They name tasks, queues and
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -16,8 +15,9 @@ from prometheus_client.registry import Collector
 
 from jobledger.cli.options import Listen
 from jobledger.errors import PortTaken
+from jobledger.logger import get_logger
 
-LOG = logging.getLogger("jobledger.metrics")
+LOG = get_logger("jobledger.metrics")
 
 Health = Callable[[], Mapping[str, Any]]
 

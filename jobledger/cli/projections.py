@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
@@ -17,12 +16,13 @@ from jobledger.cli.output import Cell, Exit
 from jobledger.cli.running import stopping
 from jobledger.cli.table import progress_bar
 from jobledger.errors import ConfigError, JobledgerError, text_of
+from jobledger.logger import get_logger
 
 if TYPE_CHECKING:
     from jobledger.app import App
     from jobledger.streams.projections import Checked, Runner
 
-LOG = logging.getLogger("jobledger.projection")
+LOG = get_logger("jobledger.projection")
 
 app = typer.Typer(name="projections", help="Your own tables, folded from the log.", no_args_is_help=True)
 

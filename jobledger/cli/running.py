@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import signal
 import sys
@@ -18,6 +17,7 @@ from jobledger.cli import logs, output
 from jobledger.cli.loading import load_app
 from jobledger.cli.options import Bootstrap, Listen, LogFormat, Metrics, StatusUrl, Target
 from jobledger.errors import JobledgerError
+from jobledger.logger import get_logger
 from jobledger.process_exit import EXIT_S, HARD_S
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from jobledger.streams.status import Materializer
     from jobledger.streams.supervisor import Child
 
-LOG = logging.getLogger("jobledger.cli")
+LOG = get_logger("jobledger.cli")
 
 #: Seconds that a round of upkeep under way gets to end.
 UPKEEP_END_S = 5.0

@@ -7,7 +7,6 @@ alter its settings may read them.
 
 from __future__ import annotations
 
-import logging
 import re
 import shlex
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
@@ -27,8 +26,9 @@ from jobledger import log
 from jobledger.access import Need, unauthorized
 from jobledger.config import Settings
 from jobledger.errors import ConfigError
+from jobledger.logger import get_logger
 
-LOG = logging.getLogger("jobledger.kafka")
+LOG = get_logger("jobledger.kafka")
 
 REQUEST_TIMEOUT_S = 10.0
 

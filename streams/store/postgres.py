@@ -8,7 +8,6 @@ swaps a table, is forced to disk.
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
@@ -21,6 +20,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.schema import CreateIndex, CreateTable
 
 from jobledger.errors import CommitUnknown, StoreError, StoreUnavailable
+from jobledger.logger import get_logger
 from jobledger.streams.store.connecting import Address, lock_number, schema_beside
 from jobledger.streams.store.protocol import Changes, Partition
 from jobledger.streams.store.reader import judge
@@ -28,7 +28,7 @@ from jobledger.streams.store.rows import COLUMNS, Row
 from jobledger.streams.store.tables import counters, jobs, lease, meta, metadata, offsets, tags
 from jobledger.streams.store.writer import LEASE_S, SqlStore
 
-LOG = logging.getLogger("jobledger.materializer")
+LOG = get_logger("jobledger.materializer")
 
 #: How long a statement waits for a lock of others: somebody reads while a rebuild swaps, or changes the table by hand.
 LOCK_TIMEOUT = "10s"

@@ -18,9 +18,12 @@ from jobledger.consumers.outcome import (
     Snoozed,
     decide,
     error_info,
+    judge,
     unknown_task,
 )
+from jobledger.errors import type_of
 from jobledger.retry import Reject, Retry, RetryLater, Snooze
+from tests.evil import EXCEPTIONS
 
 PLAIN = Retry(max_attempts=3, initial=10.0, factor=2.0, cap=300.0, jitter=False, never=(KeyError,))
 
@@ -132,3 +135,47 @@ def test_an_unknown_task_is_snoozed_with_backoff_and_then_fails() -> None:
     assert tags == {"tenant": "acme", UNKNOWN_TASK_TAG: "3"}
     assert outcome.reason == "unknown-task"
     assert "known" in outcome.error.message
+
+
+@pytest.mark.parametrize("name", EXCEPTIONS)
+def test_an_exception_that_breaks_when_it_is_looked_at_is_judged(name: str) -> None:
+    """By its type, as any other; its text and its traceback say what can be said."""
+    try:
+        raise EXCEPTIONS[name]()
+    except BaseException as caught:  # noqa: BLE001  # what breaks would break pytest's own look at it
+        error = caught
+    outcome = judge(PLAIN, 3, error, 0.0)
+    assert isinstance(outcome, Failed)
+    assert outcome.reason == "exhausted"
+    assert outcome.error.type.endswith(type_of(error))
+    assert "test_outcome.py" in (outcome.error.traceback or "")
+    assert isinstance(judge(PLAIN, 1, error, 0.0), Retried)
+
+
+class SpoiltSnooze(Snooze):
+    def __init__(self, delay: object) -> None:
+        self.delay = delay  # type: ignore[assignment]
+
+
+@pytest.mark.parametrize("delay", [None, "soon", float("nan"), 1e300, -1, True])
+def test_a_word_to_the_worker_that_makes_no_sense_fails_the_job(delay: object) -> None:
+    """A subclass of `Snooze` whose delay is none: the job fails, and its error tells why."""
+    outcome = judge(PLAIN, 1, SpoiltSnooze(delay), 0.0)
+    assert isinstance(outcome, Failed)
+    assert outcome.reason == "never"
+    assert "what it means for the job cannot be told" in outcome.error.message
+
+
+def test_a_traceback_shows_its_causes_unless_they_are_too_many() -> None:
+    """Ten causes are shown, of a chain of thousands only the last exception."""
+
+    def chained(length: int) -> str:
+        error = ValueError("number 0")
+        for number in range(1, length):
+            after = ValueError(f"number {number}")
+            after.__cause__ = after.__context__ = error
+            error = after
+        return error_info(error).traceback or ""
+
+    assert all(f"number {n}" in chained(10) for n in range(10))
+    assert chained(5_000) == "ValueError: number 4999\n"

@@ -1,0 +1,127 @@
+"""Jobledger's own loggers."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import re
+import subprocess
+import sys
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import jobledger
+from jobledger.errors import TaskTimedOut
+from jobledger.logger import get_logger, loop_error
+
+
+class Raises(logging.Handler):
+    """Raises, with what it is told to write."""
+
+    def __init__(self, raised: type[BaseException]) -> None:
+        super().__init__()
+        self.raised = raised
+
+    def emit(self, record: logging.LogRecord) -> None:
+        raise self.raised("no room")
+
+
+@pytest.fixture
+def logger() -> Iterator[logging.Logger]:
+    """A logger of ours that nobody else has."""
+    made = get_logger(f"jobledger.test.{uuid.uuid4().hex}")
+    yield made
+    made.handlers.clear()
+
+
+@pytest.mark.parametrize("raised", [RuntimeError, SystemExit, GeneratorExit])
+def test_a_handler_that_raises_ends_nothing(
+    logger: logging.Logger, raised: type[BaseException], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The line is on standard error, with what broke."""
+    logger.addHandler(Raises(raised))
+    logger.warning("job %s failed", "j1", extra={"job_id": "j1"})
+    try:
+        raise ValueError("the job's")
+    except ValueError:
+        logger.exception("it broke")
+    said = capsys.readouterr().err
+    assert f"WARNING {logger.name}: job j1 failed [logging broke: {raised.__name__}: no room]" in said
+    assert "it broke" in said
+
+
+def test_a_filter_that_raises_ends_nothing(logger: logging.Logger, capsys: pytest.CaptureFixture[str]) -> None:
+    """As a handler."""
+
+    def refuses(record: logging.LogRecord) -> bool:
+        raise RuntimeError("no")
+
+    logger.addFilter(refuses)
+    logger.warning("seen all the same")
+    assert "seen all the same" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("raised", [KeyboardInterrupt, TaskTimedOut])
+def test_what_is_raised_from_outside_is_not_swallowed(logger: logging.Logger, raised: type[BaseException]) -> None:
+    """Ctrl-C and a task's time limit are for the code that logs."""
+    logger.addHandler(Raises(raised))
+    with pytest.raises(raised):
+        logger.warning("x")
+
+
+def test_a_line_says_where_it_was_written(logger: logging.Logger, caplog: pytest.LogCaptureFixture) -> None:
+    """The guard is not taken for the place."""
+    logger.warning("here")
+    assert caplog.records[-1].filename == Path(__file__).name
+    assert caplog.records[-1].funcName == "test_a_line_says_where_it_was_written"
+
+
+CONFIGURES = """
+import logging.config
+from jobledger.logger import get_logger
+ours, other = get_logger("jobledger.worker"), logging.getLogger("other")
+handler = {"class": "logging.StreamHandler"}
+logging.config.dictConfig({"version": 1, "handlers": {"err": handler}, "root": {"handlers": ["err"]}})
+ours.warning("still here")
+other.warning("disabled")
+"""
+
+
+def test_a_configuration_that_does_not_name_them_disables_none() -> None:
+    """`dictConfig` disables every other logger that exists, by default."""
+    done = subprocess.run([sys.executable, "-c", CONFIGURES], capture_output=True, text=True, check=True)
+    assert done.stderr == "still here\n"
+
+
+def test_every_logger_of_ours_is_guarded() -> None:
+    """No module asks `logging` itself for a logger of Jobledger's to write to."""
+    folder = Path(jobledger.__file__).parent
+    files = [
+        path for part in (".", "consumers", "streams", "schemas") for path in (folder / part).resolve().rglob("*.py")
+    ]
+    assert len(files) > 100
+    wrong = [path.name for path in files if re.search(r"^\w+ = logging\.getLogger\(", path.read_text(), re.MULTILINE)]
+    assert wrong == []
+
+
+def test_a_broken_log_does_not_stop_an_event_loop() -> None:
+    """A callback fails, and the handler of its line raises: the loop runs on."""
+    handler = Raises(RuntimeError)
+    asyncio_log = logging.getLogger("asyncio")
+    asyncio_log.addHandler(handler)
+
+    async def main() -> str:
+        loop = asyncio.get_running_loop()
+        loop.set_exception_handler(loop_error)
+        loop.call_soon(lambda: 1 / 0)
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        return "ran on"
+
+    try:
+        assert asyncio.run(main()) == "ran on"
+    finally:
+        asyncio_log.removeHandler(handler)
