@@ -19,6 +19,7 @@ import signal
 import socket
 import struct
 import sys
+import threading
 import time
 from collections.abc import Callable
 from types import FrameType
@@ -65,6 +66,7 @@ class Child:
         self._most: int | None = None  # the limit of memory that is set
         self._reported_at = 0.0
         self._unsent: JobProgressed | None = None
+        self._sending = threading.Lock()  # held to report, and to end a context: a job's thread may outlive the job
 
     def serve(self) -> None:
         """Run what comes until the connection ends."""
@@ -76,8 +78,6 @@ class Child:
                 said = self._run(run)
             except BaseException as broken:  # noqa: BLE001  # the last guard: a process is never lost
                 said = ended(Failed("never", error_info(broken)))
-            if self._unsent is not None:
-                self._send_progress(self._unsent)
             self._connection.sendall(frame(said))
         self._close()
 
@@ -125,6 +125,7 @@ class Child:
             value, error = self._call(task, context, kwargs)
         except BaseException as raised:  # noqa: BLE001  # SystemExit is the job's, as in a thread
             value, error = None, raised
+        self._end(context)
         try:
             return ended(self._returned(task, value) if error is None else self._judge(task, run, error))
         finally:
@@ -213,12 +214,22 @@ class Child:
         return judge(task.retry, run.attempt, error, random.random(), timed_out=late)
 
     def _report(self, context: JobContext, progressed: JobProgressed) -> None:
-        now = time.monotonic()
-        if now - self._reported_at < PROGRESS_INTERVAL_S:
-            self._unsent = progressed
-            return
-        self._reported_at = now
-        self._send_progress(progressed)
+        with self._sending:
+            if context.ended:  # since the context let it pass: what is sent now would count as the next job's
+                return
+            now = time.monotonic()
+            if now - self._reported_at < PROGRESS_INTERVAL_S:
+                self._unsent = progressed
+                return
+            self._reported_at = now
+            self._send_progress(progressed)
+
+    def _end(self, context: JobContext) -> None:
+        """The attempt's code has returned or raised: from now on its context takes no reports."""
+        with self._sending:
+            context.ended = True
+            if self._unsent is not None:
+                self._send_progress(self._unsent)
 
     def _send_progress(self, said: JobProgressed) -> None:
         self._unsent = None

@@ -249,6 +249,7 @@ class Children:
         work.context = None
         child.work, child.began, child.why, child.peak = work, time.monotonic(), None, 0
         self._of[work] = child
+        child.words.forget()  # what former jobs wrote explains nothing of this one
         spec = event.fact.spec  # type: ignore[union-attr]  # it stood on a work topic
         child.send(
             frame(

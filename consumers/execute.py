@@ -105,7 +105,7 @@ class Executor:
 
     async def run(self, work: Work) -> None:
         """Run a coroutine task on the loop, within its time limit, to its closing fact."""
-        _enter(work)
+        context = _enter(work)
         plan = work.plan
         assert plan is not None
         limit = plan.task.timeout
@@ -118,9 +118,11 @@ class Executor:
                     async with asyncio.timeout(limit) as clock:
                         value = await plan.fn(**work.kwargs)
             except BaseException as error:  # noqa: BLE001  # SystemExit and cancellations are the job's, not the worker's
+                context.ended = True
                 if not work.abandoned:
                     self.raised(work, error, clock is not None and clock.expired())
             else:
+                context.ended = True
                 self.returned(work, value)
         except BaseException as broken:  # noqa: BLE001  # the last guard: a slot is never lost
             self._unjudged(work, broken)
@@ -162,15 +164,17 @@ class Executor:
             self._ended_in_thread(work)
 
     def _run_here(self, work: Work) -> None:
-        _enter(work)
+        context = _enter(work)
         assert work.plan is not None
         try:
             try:
                 value = self.interrupts.call(work)
             except BaseException as error:  # noqa: BLE001  # as for coroutines
+                context.ended = True
                 if not work.abandoned:
                     self.raised(work, error, work.interrupted is TaskTimedOut)
             else:
+                context.ended = True
                 self.returned(work, value)
         except BaseException as broken:  # noqa: BLE001  # the last guard: a thread is never lost
             self._unjudged(work, broken)
@@ -440,15 +444,17 @@ class Executor:
         )
 
 
-def _enter(work: Work) -> None:
+def _enter(work: Work) -> JobContext:
     """Make the job the current one. From here on its work forgets the context, which knows the work: of a cycle nothing
     is freed until Python's collector comes by, and at tens of thousands of jobs a second that is memory without end."""
     context, work.context = work.context, None
+    assert context is not None
     enter(context)
+    return context
 
 
-def context_of(work: Work) -> JobContext:
-    """What the task's code sees of its job."""
+def context_of(work: Work, *, reports: bool = True) -> JobContext:
+    """What the task's code sees of its job. Without ``reports``: what hooks see that are told of its outcome."""
     event = work.event
     assert event is not None
     spec: JobSpec = event.fact.spec  # type: ignore[union-attr]  # it stood on a work topic
@@ -465,7 +471,7 @@ def context_of(work: Work) -> JobContext:
         tags=tags,
         parent=spec.parent,
         trace=event.trace,
-        report=work.report,
+        report=work.report if reports else None,
     )
 
 

@@ -55,6 +55,12 @@ class Words:
             self._loop.remove_reader(fd)
             os.close(fd)
 
+    def forget(self) -> None:
+        """Pass on what has been written until now, and keep none of it."""
+        if self._fd >= 0:
+            self._read()
+        self.kept = b""
+
     def _read(self) -> None:
         try:
             data = os.read(self._fd, 65536)

@@ -37,7 +37,7 @@ class Teller(threading.Thread):
     """
 
     def __init__(
-        self, registry: Registry, loop: asyncio.AbstractEventLoop, context_of: Callable[[Work], JobContext]
+        self, registry: Registry, loop: asyncio.AbstractEventLoop, context_of: Callable[..., JobContext]
     ) -> None:
         super().__init__(name="jobledger-hooks", daemon=True)
         self._loop, self._context_of = loop, context_of
@@ -69,7 +69,7 @@ class Teller(threading.Thread):
                 LOG.error("%d outcomes wait for %s: hooks are too slow, and are not told of more", MOST, hooks[0].said)
             self.dropped += 1
             return
-        job = self._context_of(work)
+        job = self._context_of(work, reports=False)
         said = outcome.error
         told = JobFailed(job.job_id, said.type, said.message, said.traceback) if error is None else error
         more = (outcome.delay_ms / 1000,) if isinstance(outcome, Retried) else ()

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from contextvars import ContextVar
 from operator import index
 
-from jobledger.errors import ConfigError
+from jobledger.errors import ConfigError, JobEnded
 from jobledger.schemas.events import JobProgressed
 
 #: Held for the moment in which a job's children are counted.
@@ -21,6 +21,8 @@ class JobContext:
     """One attempt of one job, as the task's code sees it.
 
     ``job_id``, ``task``, ``queue``, ``run``, ``attempt`` (1 at first), ``release``, ``tags``, ``parent`` are the job's.
+    ``ended``: whether the attempt has ended here. Code of it that still runs, in a thread that it left behind, can then
+    report no progress and submit no jobs: `JobEnded`.
     """
 
     __slots__ = (
@@ -29,6 +31,7 @@ class JobContext:
         "_sequence",
         "_tags",
         "attempt",
+        "ended",
         "job_id",
         "parent",
         "queue",
@@ -50,14 +53,15 @@ class JobContext:
         tags: Mapping[str, str],
         parent: str | None,
         trace: str | None,
-        report: Callable[[JobContext, JobProgressed], None],
+        report: Callable[[JobContext, JobProgressed], None] | None,
     ) -> None:
         self.job_id, self.task, self.queue = job_id, task, queue
         self.run, self.attempt, self.release = run, attempt, release
         self.parent, self.trace = parent, trace
         self._tags = tags
-        self._report = report
+        self._report = report  # None: nobody takes reports
         self._sequence = 0
+        self.ended = False
         self._children: Counter[bytes] | None = None
 
     @property
@@ -69,8 +73,12 @@ class JobContext:
         """Report how far the job is; returns at once. ``done``, ``total``: units of the task's own, whole numbers >= 0.
 
         Callable from any thread the task runs in. The last report of an attempt is what the status shows. Raises
-        `ConfigError` for numbers that are none, or above 2^63 - 1, and a message that is no text.
+        `ConfigError` for numbers that are none, or above 2^63 - 1, and a message that is no text, and `JobEnded` when the
+        attempt has ended.
         """
+        report = self._report
+        if self.ended or report is None:
+            raise self._over("report no progress")
         for name, value in (("done", done), ("total", total)):
             if name == "total" and value is None:
                 continue
@@ -83,13 +91,16 @@ class JobContext:
         if message is not None:
             message = str.encode(message, "utf-8", "replace").decode("utf-8")
         self._sequence += 1
-        self._report(self, JobProgressed(self._sequence, done, total, message))
+        report(self, JobProgressed(self._sequence, done, total, message))
 
     def child_id(self, task: str, args: bytes) -> str:
         """The id of a job submitted inside this one: v5 of (parent, run, task, arguments, n-th identical).
 
-        So a rerun of the parent submits the same children, and workers drop the second copy.
+        So a rerun of the parent submits the same children, and workers drop the second copy. Raises `JobEnded` when the
+        attempt has ended: the next attempt submits what this one would.
         """
+        if self.ended:
+            raise self._over("submit no jobs and emit no events")
         what = task.encode() + b"\0" + hashlib.blake2b(args, digest_size=16).digest()
         with _COUNTING:  # a task may submit from several threads
             if self._children is None:
@@ -98,6 +109,12 @@ class JobContext:
             nth = self._children[what]
         name = f"{self.run}/{task}/{what[-16:].hex()}/{nth}"
         return str(uuid.uuid5(uuid.UUID(self.job_id), name))
+
+    def _over(self, what: str) -> JobEnded:
+        return JobEnded(
+            f"attempt {self.attempt} of job {self.job_id} ({self.task}) has ended: its code that still runs can {what}. Let "
+            "the task wait for what it starts, or start that outside of the job: contextvars.Context().run(…)"
+        )
 
 
 _CURRENT: ContextVar[JobContext | None] = ContextVar("jobledger_current_job", default=None)

@@ -267,6 +267,10 @@ class ResultInsideJob(JobledgerError):
     """A job waited for another job; with a full pool this would wait forever, so it is refused."""
 
 
+class JobEnded(JobledgerError):
+    """A job's code that still ran when its attempt had ended wanted to report progress, or to submit a job."""
+
+
 class SchemaError(JobledgerError):
     """Bytes that cannot be read as an event of ours."""
 

@@ -9,7 +9,7 @@ from jobledger.schemas.events import JobProgressed
 
 
 def running_job(
-    job_id: str, task: str = "parent", report: Callable[[JobContext, JobProgressed], None] = lambda *_: None
+    job_id: str, task: str = "parent", report: Callable[[JobContext, JobProgressed], None] | None = lambda *_: None
 ) -> JobContext:
     """A first attempt. ``report``: gets its reports."""
     return JobContext(

@@ -11,11 +11,25 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 import uuid
+from pathlib import Path
 from typing import Any
 
-from jobledger import NO_RETRY, App, Depends, Reject, Retry, Snooze, TaskCancelled, TaskTimedOut, current_job
+from jobledger import (
+    NO_RETRY,
+    App,
+    Depends,
+    JobContext,
+    JobEnded,
+    Reject,
+    Retry,
+    Snooze,
+    TaskCancelled,
+    TaskTimedOut,
+    current_job,
+)
 
 if os.environ.get("ISOLATED_BREAK"):
     raise RuntimeError("this cannot be imported here")
@@ -28,6 +42,11 @@ def note(path: str, line: object) -> None:
     """Add a line to a file, in one write."""
     with open(path, "a") as file:
         file.write(f"{line}\n")
+
+
+def noted(path: str) -> list[str]:
+    """The lines of a file; none if there is none."""
+    return Path(path).read_text("utf-8").splitlines() if os.path.exists(path) else []
 
 
 class Unpicklable(Exception):
@@ -105,6 +124,45 @@ def leaves_a_fork(path: str) -> None:
 def reports_nonsense() -> None:
     """A report that is none."""
     current_job().progress(1, 2, 3)  # type: ignore[arg-type]  # it is the point
+
+
+def _report_until_refused(job: JobContext, path: str) -> None:
+    """What a job leaves behind: reports in its name for as long as that is possible."""
+    for n in range(3_000):
+        try:
+            job.progress(n, message="left behind")
+        except JobEnded:
+            note(path, "refused")
+            return
+        time.sleep(0.01)
+
+
+@app.task(isolation="process")
+def leaves_a_reporter(path: str) -> int:
+    """Ends, and its thread goes on reporting."""
+    threading.Thread(target=_report_until_refused, args=(current_job(), path), daemon=True).start()
+    return os.getpid()
+
+
+@app.task
+def leaves_a_reporter_in_a_thread(path: str) -> None:
+    """The same in the worker's own process."""
+    threading.Thread(target=_report_until_refused, args=(current_job(), path), daemon=True).start()
+
+
+@app.task
+async def leaves_a_reporter_on_the_loop(path: str) -> None:
+    """The same, of a coroutine."""
+    threading.Thread(target=_report_until_refused, args=(current_job(), path), daemon=True).start()
+
+
+@app.task(isolation="process", retry=NO_RETRY)
+def comes_after(path: str) -> int:
+    """Runs until the thread of the job before it has been refused."""
+    deadline = time.monotonic() + 20
+    while not os.path.exists(path) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    return os.getpid()
 
 
 @app.task(isolation="process", timeout=0.5, retry=NO_RETRY)

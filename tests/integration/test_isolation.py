@@ -359,3 +359,29 @@ def test_a_report_that_is_none_is_the_job_s_error(app: App, worker: Worker) -> N
     assert isinstance(failed, JobFailed)
     assert failed.reason == "exhausted"
     assert "progress(message=3) is no text" in failed.error.message
+
+
+def reports_of(app: App, job_id: str) -> list[str | None]:
+    """The messages of a job's progress facts."""
+    return [fact.message for fact in facts_of(app, job_id) if isinstance(fact, JobProgressed)]
+
+
+def test_what_a_job_left_behind_reports_nothing_as_the_next_job(app: App, tmp_path: Path) -> None:
+    """A thread that outlives its job in a child is refused, and the job that runs there next shows nothing of it."""
+    path = str(tmp_path / "refused")
+    with working(app, children=1, grace=3.0):
+        first = tasks.leaves_a_reporter.submit(path)
+        second = tasks.comes_after.submit(path)
+        assert result_of(app, first.job_id) == result_of(app, second.job_id), "not the same child: nothing was tried"
+    assert tasks.noted(path) == ["refused"]
+    assert reports_of(app, second.job_id) == []
+    assert isinstance(facts_of(app, first.job_id)[-1], JobSucceeded), "a report after the end"
+
+
+@pytest.mark.parametrize("task", ["leaves_a_reporter_in_a_thread", "leaves_a_reporter_on_the_loop"])
+def test_a_job_that_has_ended_reports_nothing(app: App, worker: Worker, tmp_path: Path, task: str) -> None:
+    """In the worker's own process, too, a thread that outlives its job is refused."""
+    path = str(tmp_path / "refused")
+    handle = app.tasks[task].submit(path)
+    until(lambda: tasks.noted(path), 60, "the refusal")
+    assert isinstance(end_of(app, handle.job_id), JobSucceeded)

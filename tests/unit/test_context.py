@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from jobledger import ConfigError
+from jobledger import ConfigError, JobEnded
 from jobledger.consumers.frames import Progress, Splitter, decode_said, frame
 from jobledger.context import JobContext
 from jobledger.schemas import codec
@@ -93,3 +93,23 @@ def test_children_that_are_submitted_at_once_have_different_ids() -> None:
     finally:
         sys.setswitchinterval(before)
     assert set(ids) == expected
+
+
+def test_the_context_of_an_attempt_that_has_ended_refuses() -> None:
+    """Code that a job left behind can report nothing and submit nothing in its name; the error says which job, and how."""
+    told: list[JobProgressed] = []
+    job = context(told)
+    job.progress(1)
+    job.ended = True
+    for refused in (lambda: job.progress(2), lambda: job.child_id("t", b"{}")):
+        with pytest.raises(JobEnded, match=rf"attempt 1 of job {JOB} \(t\) has ended.*contextvars"):
+            refused()
+    assert [said.done for said in told] == [1]
+
+
+def test_hooks_that_are_told_of_an_outcome_report_no_progress() -> None:
+    """They may submit jobs in the job's name, but the attempt is over."""
+    job = running_job(JOB, "t", None)
+    assert job.child_id("t", b"{}")
+    with pytest.raises(JobEnded):
+        job.progress(1)

@@ -235,3 +235,22 @@ def test_reading_a_childs_words_closes_nothing_else() -> None:
         thread.join()
     assert said == [b"last"] * 300
     assert stolen == []
+
+
+def test_last_words_are_those_of_the_job_at_hand(capsys: pytest.CaptureFixture[str]) -> None:
+    """What former jobs of a child wrote to standard error is passed on, and not kept as the last words of the next."""
+
+    async def two_jobs() -> bytes:
+        read, write = os.pipe()
+        words = Words()
+        words.listen(asyncio.get_running_loop(), read)
+        os.write(write, b"of the first\n")
+        words.forget()  # the loop has not even looked
+        os.write(write, b"of the second\n")
+        os.close(write)
+        while b"second" not in words.kept:
+            await asyncio.sleep(0.001)
+        return words.kept
+
+    assert uvloop.run(two_jobs()) == b"of the second\n"
+    assert capsys.readouterr().err == "of the first\nof the second\n"
