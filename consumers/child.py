@@ -27,9 +27,9 @@ from typing import Any
 
 from jobledger import tracing
 from jobledger.consumers.frames import Ended, Progress, Run, decode_run, ended, frame
-from jobledger.consumers.outcome import Failed, Outcome, Succeeded, bad_result, error_info, judge, timed_out
+from jobledger.consumers.outcome import Failed, Outcome, Succeeded, bad_result, error_info, judge, ran_out, timed_out
 from jobledger.context import JobContext, enter
-from jobledger.errors import BadArguments, TaskCancelled, TaskInterrupted, TaskTimedOut, is_a
+from jobledger.errors import BadArguments, TaskCancelled, TaskInterrupted, TaskTimedOut
 from jobledger.logger import get_logger, loop_error
 from jobledger.middleware import runner
 from jobledger.retry import Retry
@@ -62,7 +62,7 @@ class Child:
         self._loop: asyncio.Runner | None = None
         self._running: asyncio.Task[Any] | None = None  # a coroutine task's
         self._inside = False  # a plain function's code runs
-        self._late = False  # the coroutine's time was over
+        self._late = False  # the time of what runs was over
         self._most: int | None = None  # the limit of memory that is set
         self._reported_at = 0.0
         self._unsent: JobProgressed | None = None
@@ -120,7 +120,7 @@ class Child:
             trace=run.trace,
             report=self._report,
         )
-        self._reported_at, self._unsent = 0.0, None
+        self._reported_at, self._unsent, self._late = 0.0, None, False
         try:
             value, error = self._call(task, context, kwargs)
         except BaseException as raised:  # noqa: BLE001  # SystemExit is the job's, as in a thread
@@ -198,7 +198,8 @@ class Child:
             self._loop.get_loop().call_soon_threadsafe(self._running.cancel)
         elif self._inside:
             self._inside = False
-            raise TaskTimedOut if number == LATE else TaskCancelled
+            self._late = number == LATE
+            raise TaskTimedOut if self._late else TaskCancelled
 
     # -- its end ------------------------------------------------------------------------------------------------------
 
@@ -209,7 +210,7 @@ class Child:
             return bad_result(task.name, error)
 
     def _judge(self, task: Task[Any, Any], run: Run, error: BaseException) -> Outcome:
-        late = self._late and is_a(error, TimeoutError) if task.is_async else is_a(error, TaskTimedOut)
+        late = self._late and ran_out(error)
         error = timed_out(task.name, task.timeout, error) if late else error
         return judge(task.retry, run.attempt, error, random.random(), timed_out=late)
 

@@ -37,6 +37,7 @@ from jobledger.consumers.outcome import (
     error_info,
     holding,
     judge,
+    ran_out,
     timed_out,
 )
 from jobledger.consumers.send import BY_KEY, Sender
@@ -48,7 +49,6 @@ from jobledger.errors import (
     JobledgerError,
     TaskCancelled,
     TaskTimedOut,
-    is_a,
     text_of,
     traceback_of,
     type_of,
@@ -259,7 +259,7 @@ class Executor:
         outcome = work.stop_outcome
         if outcome is None:
             task = plan.task
-            late = late and is_a(error, (TimeoutError, TaskTimedOut))
+            late = late and ran_out(error)
             error = timed_out(event.task, task.timeout, error) if late else error
             if self.teller is not None:
                 self.teller.note(work, error)

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import contextlib
 import traceback
-from asyncio import CancelledError
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
-from jobledger.errors import is_a, text_of, traceback_of, type_of
+from jobledger.errors import TaskTimedOut, is_a, leaves, members_of, text_of, traceback_of, type_of
 from jobledger.retry import Reject, Retry, RetryLater, Snooze, check_delay
 from jobledger.schemas.events import ErrorInfo, FailureReason
 
@@ -134,20 +134,24 @@ def decide(
 
     ``uniform``: drawn from [0, 1) for the backoff's jitter. ``timed_out``: the task's own time limit ended it.
     A `CancelledError` that nobody outside asked for is a failure of the attempt like any `Exception`.
+
+    Of a group the leaves are judged, the gravest decides: one `Reject`, then one that is not retried, fails the job. If all
+    are `Snooze`, the attempt is made again. Else it has failed, and no `RetryLater` or `Snooze` in it is cut short: the
+    longest of their delays stands for the backoff.
     """
-    if is_a(error, Snooze):
-        return Snoozed(_delay(error), printable(error.reason, MESSAGE_LIMIT) or None)  # type: ignore[attr-defined]
+    each = leaves(error)
+    if any(is_a(leaf, Reject) for leaf in each):
+        return Failed("rejected", error_info(error))
+    if not retry.retries(error):
+        return Failed("never", error_info(error))
+    asked: list[Any] = [leaf for leaf in each if is_a(leaf, (Snooze, RetryLater))]
+    if all(is_a(leaf, Snooze) for leaf in each):
+        delay_ms, reason = max((_delay(leaf), printable(leaf.reason, MESSAGE_LIMIT)) for leaf in asked)
+        return Snoozed(delay_ms, reason or None)
     info = error_info(error)
-    if is_a(error, Reject):
-        return Failed("rejected", info)
-    if is_a(error, RetryLater):
-        return Failed("exhausted", info) if attempt >= retry.max_attempts else Retried(info, _delay(error))
-    judged = Exception() if is_a(error, CancelledError) else error
-    if not retry.retries(judged):
-        return Failed("never", info)
     if attempt >= retry.max_attempts:
         return Failed("timeout" if timed_out else "exhausted", info)
-    return Retried(info, _ms(retry.delay_after(attempt, uniform)))
+    return Retried(info, max(map(_delay, asked)) if asked else _ms(retry.delay_after(attempt, uniform)))
 
 
 def bad_result(task: str, error: BaseException) -> Failed:
@@ -187,13 +191,24 @@ def unknown_task(
 
 def error_info(error: BaseException) -> ErrorInfo:
     """An exception as text, whatever its own code does."""
-    name, message = type_of(error, full=True), text_of(error)
+    name, message = type_of(error, full=True), _message(error)
     trace = _trace(error, name, message)
     return ErrorInfo(
         printable(name, TYPE_LIMIT),
         printable(message, MESSAGE_LIMIT),
         printable(trace[-TRACEBACK_LIMIT:], TRACEBACK_LIMIT),
     )
+
+
+def _message(error: BaseException) -> str:
+    """What an exception says; a group says it of its leaves, too."""
+    said = text_of(error)
+    if members_of(error):
+        for number, leaf in enumerate(leaves(error)):
+            if len(said) > MESSAGE_LIMIT:
+                break  # what is beyond that is not kept
+            said += f"{'; ' if number else ': '}{type_of(leaf)}: {text_of(leaf)[:MESSAGE_LIMIT]}"
+    return said
 
 
 def _trace(error: BaseException, name: str, message: str) -> str:
@@ -216,8 +231,7 @@ def _related(error: BaseException) -> list[BaseException]:
     more than `RELATED_MOST` at most."""
     found, seen = [error], {id(error)}
     for each in found:
-        if is_a(each, BaseExceptionGroup):
-            found += _members(each)
+        found += members_of(each)
         for get in _CAUSES:
             cause = get(each)
             if cause is not None and id(cause) not in seen:
@@ -228,19 +242,19 @@ def _related(error: BaseException) -> list[BaseException]:
     return found[: RELATED_MOST + 1]
 
 
-def _members(group: BaseException) -> Sequence[BaseException]:
-    found: Sequence[BaseException] = BaseExceptionGroup.__dict__["exceptions"].__get__(group)
-    return found
-
-
 def printable(text: object, limit: int) -> str:
     """At most ``limit`` characters that UTF-8 can carry: lone surrogates become question marks."""
     return str.__str__(str(text))[:limit].encode("utf-8", "replace").decode("utf-8")
 
 
-def _delay(error: BaseException) -> int:
+def ran_out(error: BaseException) -> bool:
+    """Whether an attempt whose time limit was over says so itself, alone or in a group."""
+    return any(is_a(leaf, (TimeoutError, TaskTimedOut)) for leaf in leaves(error))
+
+
+def _delay(error: Any) -> int:
     """Milliseconds that a `Snooze` or `RetryLater` asks for. Raises `ConfigError` for what a subclass has made of it."""
-    return _ms(check_delay(error.delay, f"{type_of(error)}.delay"))  # type: ignore[attr-defined]
+    return _ms(check_delay(error.delay, f"{type_of(error)}.delay"))
 
 
 def _ms(seconds: float) -> int:

@@ -46,7 +46,7 @@ from __future__ import annotations
 
 from types import TracebackType
 
-# What users raise may break when it is looked at: a property, ``__str__``, even ``__class__`` may raise anything. These four
+# What users raise may break when it is looked at: a property, ``__str__``, even ``__class__`` may raise anything. These
 # read what the interpreter itself keeps, and call no code of the exception's but its ``__str__``, guarded.
 
 _TYPE_ATTRIBUTES = type.__dict__
@@ -73,6 +73,29 @@ def type_of(error: object, *, full: bool = False) -> str:
 def traceback_of(error: BaseException) -> TracebackType | None:
     """Where it was raised, as the interpreter knows it."""
     found: TracebackType | None = BaseException.__dict__["__traceback__"].__get__(error)
+    return found
+
+
+def members_of(error: BaseException) -> tuple[BaseException, ...]:
+    """Of a group, what it holds; empty for any other exception."""
+    if not is_a(error, BaseExceptionGroup):
+        return ()
+    found: tuple[BaseException, ...] = BaseExceptionGroup.__dict__["exceptions"].__get__(error)
+    return found
+
+
+def leaves(error: BaseException) -> list[BaseException]:
+    """The exceptions in a group and in its groups, each once, from left to right; the exception itself if it is no group."""
+    found, todo, seen = [], [error], set()
+    while todo:
+        each = todo.pop()
+        if id(each) in seen:
+            continue
+        seen.add(id(each))
+        members = members_of(each)
+        todo += reversed(members)
+        if not members:
+            found.append(each)
     return found
 
 

@@ -8,10 +8,17 @@ Jitter", 2015): it never collapses to zero and still spreads a herd.
 from __future__ import annotations
 
 import math
+from asyncio import CancelledError
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from jobledger.errors import ConfigError, is_a
+from jobledger.errors import ConfigError, TaskTimedOut, is_a, members_of
+
+#: What is no `Exception`, and is judged as one: a cancellation that nobody asked for, and a time limit that is over.
+_COUNTS_AS: tuple[tuple[type[BaseException], type[Exception]], ...] = (
+    (CancelledError, Exception),
+    (TaskTimedOut, TimeoutError),
+)
 
 MAX_DELAY_S = 366 * 24 * 3600.0
 
@@ -59,7 +66,8 @@ class Retry:
 
     ``max_attempts``: tries in all, >= 1. ``initial``, ``cap``: seconds. ``factor``: growth per attempt, >= 1.
     ``jitter``: spread each delay over its upper half. ``on``: only these exceptions are retried; ``never``: these are
-    not, even if ``on`` names a base of theirs. Timeouts count as `TimeoutError`. Raises `ConfigError`.
+    not, even if ``on`` names a base of theirs. Timeouts count as `TimeoutError`. Of an `ExceptionGroup` the exceptions in it
+    are judged: see `retries`. Raises `ConfigError`.
     """
 
     max_attempts: int = 5
@@ -81,8 +89,26 @@ class Retry:
         object.__setattr__(self, "never", _exceptions(self.never, "never"))
 
     def retries(self, error: BaseException) -> bool:
-        """Whether this exception is one to try again after."""
-        return is_a(error, self.on) and not is_a(error, self.never)
+        """Whether this exception is one to try again after.
+
+        Of a group: neither it nor anything in it is one of ``never``, and each leaf, or a group that holds it, is one of
+        ``on``. `JobControl` says itself what shall be, so it is not asked for.
+        """
+        todo, seen = [(error, False)], set()
+        while todo:
+            each, named = todo.pop()
+            if (id(each), named) in seen or is_a(each, JobControl):
+                continue
+            seen.add((id(each), named))
+            kinds = [type(each), *(counts for kind, counts in _COUNTS_AS if is_a(each, kind))]
+            if any(issubclass(kind, self.never) for kind in kinds):
+                return False
+            named = named or any(issubclass(kind, self.on) for kind in kinds)
+            members = members_of(each)
+            todo += [(member, named) for member in members]
+            if not members and not named:
+                return False
+        return True
 
     def delay_after(self, attempt: int, uniform: float) -> float:
         """Seconds between the failure of ``attempt`` (1, 2, …) and the next one; ``uniform`` is drawn from [0, 1)."""

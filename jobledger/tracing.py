@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from jobledger.context import JobContext
-from jobledger.errors import text_of, type_of
+from jobledger.errors import is_a, leaves, text_of, type_of
 from jobledger.retry import Snooze
 
 if TYPE_CHECKING:
@@ -129,10 +129,10 @@ class Span:
         ) as span:
             try:
                 yield
-            except Snooze as early:  # nothing went wrong: it was too early
-                span.set_attribute("jobledger.snoozed", str(early.reason))
-                raise
             except BaseException as error:
+                if all(is_a(leaf, Snooze) for leaf in leaves(error)):  # nothing went wrong: it was too early
+                    span.set_attribute("jobledger.snoozed", text_of(error))
+                    raise
                 try:
                     span.record_exception(error)
                 except BaseException:  # noqa: BLE001  # its own code is the user's, and may raise anything

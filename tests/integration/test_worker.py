@@ -103,8 +103,8 @@ def ran(broker: str) -> Iterator[tuple[App, dict[str, str], Worker]]:
     app.close()
 
 
-_PLAIN = ("fail", "fail_in_thread", "never", "reject", "later", "snooze", "leave", "cancels_itself", "returns_nonsense",
-          "waits_for_a_job")  # fmt: skip
+_PLAIN = ("fail", "fail_in_thread", "never", "reject", "later", "snooze", "leave", "reject_in_a_group",
+          "snooze_in_a_group", "cancels_itself", "returns_nonsense", "waits_for_a_job")  # fmt: skip
 
 Ran = tuple[App, dict[str, str], Worker]
 
@@ -131,6 +131,17 @@ def test_a_plain_function_runs_in_a_thread_and_knows_its_job(ran: Ran) -> None:
     assert msgspec.json.decode(result)["sum"] == 6
     assert msgspec.json.decode(result)["thread"].startswith("jobledger-job-")
     assert msgspec.json.decode(result)["attempt"] == 1
+
+
+def test_words_to_the_worker_are_heard_out_of_a_task_group(ran: Ran) -> None:
+    """`Reject` and `Snooze` in an `asyncio.TaskGroup` do what they do outside of one."""
+    app, jobs, _ = ran
+    rejected, snoozed = facts_of(app, jobs["reject_in_a_group"])[-1], facts_of(app, jobs["snooze_in_a_group"])[-1]
+    assert isinstance(rejected, JobFailed)
+    assert rejected.reason == "rejected"
+    assert "ValueError: beside it; Reject: no such city" in rejected.error.message
+    assert isinstance(snoozed, JobSnoozed)
+    assert (snoozed.delay_ms, snoozed.reason) == (9000, "not yet")
 
 
 def test_a_failed_attempt_asks_for_the_next_release(ran: Ran) -> None:

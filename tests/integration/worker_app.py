@@ -25,6 +25,10 @@ class Unprintable(Exception):
         raise RuntimeError("no text")
 
 
+async def _raises(error: Exception) -> None:
+    raise error
+
+
 def build(namespace: str, bootstrap: str, **more: Any) -> App:
     """The app of the tests; ``app.ran`` counts what ran, by task and first argument."""
     app = App(namespace, settings=Settings(bootstrap=bootstrap, submit_timeout=20.0, **more), partitions=PARTITIONS)
@@ -59,6 +63,17 @@ def build(namespace: str, bootstrap: str, **more: Any) -> App:
     @app.task
     async def reject() -> None:
         raise Reject("it can never be done")
+
+    @app.task
+    async def reject_in_a_group() -> None:
+        async with asyncio.TaskGroup() as group:
+            group.create_task(_raises(ValueError("beside it")))
+            group.create_task(_raises(Reject("no such city")))
+
+    @app.task
+    async def snooze_in_a_group() -> None:
+        async with asyncio.TaskGroup() as group:
+            group.create_task(_raises(Snooze(9, "not yet")))
 
     @app.task
     async def later() -> None:

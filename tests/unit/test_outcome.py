@@ -19,9 +19,10 @@ from jobledger.consumers.outcome import (
     decide,
     error_info,
     judge,
+    ran_out,
     unknown_task,
 )
-from jobledger.errors import type_of
+from jobledger.errors import TaskTimedOut, type_of
 from jobledger.retry import Reject, Retry, RetryLater, Snooze
 from tests.evil import EXCEPTIONS
 
@@ -179,3 +180,102 @@ def test_a_traceback_shows_its_causes_unless_they_are_too_many() -> None:
 
     assert all(f"number {n}" in chained(10) for n in range(10))
     assert chained(5_000) == "ValueError: number 4999\n"
+
+
+#: What may be in a group, by what decides; the gravest first.
+LEAVES: dict[str, list[BaseException]] = {
+    "rejected": [Reject("no such city")],
+    "never": [KeyError("k"), SystemExit(1)],
+    "failed": [ValueError("x"), TimeoutError(), asyncio.CancelledError()],
+    "later": [RetryLater(7), RetryLater(2)],
+    "snooze": [Snooze(30, "a"), Snooze(30, "b"), Snooze(4)],
+}
+ANY_LEAF = st.sampled_from([leaf for some in LEAVES.values() for leaf in some])
+
+
+@st.composite
+def nested(draw: st.DrawFn, given: list[BaseException]) -> BaseException:
+    """A group with these leaves, in any order, in groups in groups."""
+    rest = list(draw(st.permutations(given)))
+    while len(rest) > 1 or draw(st.booleans()):
+        count = draw(st.integers(1, len(rest)))
+        rest = [BaseExceptionGroup("g", rest[:count]), *rest[count:]]
+        rest = list(draw(st.permutations(rest)))
+    return rest[0] if len(rest) == 1 else BaseExceptionGroup("g", rest)
+
+
+def of_group(attempt: int, given: list[BaseException]) -> tuple[str, int | None]:
+    """What is promised of a group with these leaves: the outcome, and the delay."""
+    kinds = {kind for kind, some in LEAVES.items() if any(leaf in some for leaf in given)}
+    asked = [leaf.delay for leaf in given if isinstance(leaf, RetryLater | Snooze)]
+    if kinds & {"rejected", "never"}:
+        return ("rejected" if "rejected" in kinds else "never"), None
+    if kinds == {"snooze"}:
+        return "snoozed", round(max(asked) * 1000)
+    if attempt >= PLAIN.max_attempts:
+        return "exhausted", None
+    return "retried", round(max(asked) * 1000) if asked else round(PLAIN.delay_after(attempt, 0.0) * 1000)
+
+
+@given(st.data(), st.integers(1, 4), st.lists(ANY_LEAF, min_size=1, max_size=6))
+def test_a_group_is_judged_by_its_leaves_whatever_their_order_and_nesting(
+    data: st.DataObject, attempt: int, given: list[BaseException]
+) -> None:
+    """`Reject`, then what is not retried, fails the job; `Snooze` alone snoozes it; else the longest wish for time, or the
+    backoff, counts from a failed attempt."""
+    error = data.draw(nested(given))
+    outcome = decide(PLAIN, attempt, error, 0.0)
+    match outcome:
+        case Failed(reason, info):
+            found: tuple[str, int | None] = (reason, None)
+        case Retried(info, delay_ms):
+            found = ("retried", delay_ms)
+        case Snoozed(delay_ms):
+            assert outcome == decide(PLAIN, attempt, BaseExceptionGroup("flat", given), 0.0)
+            assert ("snoozed", delay_ms) == of_group(attempt, given)
+            return
+    assert found == of_group(attempt, given)
+    for leaf in given:
+        assert (
+            f"{type(leaf).__name__}: {leaf}" if isinstance(error, BaseExceptionGroup) else str(leaf)
+        ) in info.message
+
+
+def test_a_group_itself_may_be_named() -> None:
+    """In `on`, it covers whatever is in it but words to the worker and what `never` names; in `never`, it fails the job."""
+
+    class Ours(ExceptionGroup[Exception]):
+        pass
+
+    group = Ours("g", [ValueError(), ExceptionGroup("inner", [OSError()])])
+    for policy, retried in (
+        (Retry(on=(OSError,)), False),
+        (Retry(on=(OSError, ValueError)), True),
+        (Retry(on=(Ours,)), True),
+        (Retry(on=(Ours,), never=(OSError,)), False),
+        (Retry(never=(Ours,)), False),
+        (Retry(never=(ExceptionGroup,)), False),
+    ):
+        assert policy.retries(group) is retried
+        assert isinstance(decide(policy, 1, group, 0.0), Retried if retried else Failed)
+    assert isinstance(decide(Retry(on=(OSError,)), 1, ExceptionGroup("g", [RetryLater(1), OSError()]), 0.0), Retried)
+    rejected = decide(Retry(on=(Ours,)), 1, Ours("g", [Reject("no")]), 0.0)
+    assert isinstance(rejected, Failed)
+    assert rejected.reason == "rejected"
+
+
+def test_a_group_of_thousands_says_what_fits() -> None:
+    """Its message shows leaves as far as there is room."""
+    info = error_info(ExceptionGroup("many", [ValueError(n) for n in range(100_000)]))
+    assert info.message.startswith("many (100000 sub-exceptions): ValueError: 0; ValueError: 1; ")
+    assert len(info.message) == MESSAGE_LIMIT
+
+
+def test_a_time_limit_inside_a_group_is_one() -> None:
+    """The attempt that its time limit ended failed as `timeout`, also where the code has put that into a group."""
+    group = BaseExceptionGroup("g", [TaskTimedOut()])
+    assert ran_out(group)
+    last = decide(PLAIN, 3, group, 0.0, timed_out=True)
+    assert isinstance(last, Failed)
+    assert last.reason == "timeout"
+    assert isinstance(decide(PLAIN, 1, group, 0.0, timed_out=True), Retried)
