@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import threading
 import time
-from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Iterator, Mapping
 from typing import (
     TYPE_CHECKING,
     Any,
@@ -26,7 +27,7 @@ from jobledger.errors import ConfigError
 from jobledger.job import JobStatus, State
 from jobledger.middleware import Around, Which
 from jobledger.names import Names, check_utf8
-from jobledger.orders import Job, Kind, Orders
+from jobledger.orders import Kind, Orders
 from jobledger.policy import KEY_HOLD_MAX_S, LEASE_S, Adaptive, Breaker, Limits
 from jobledger.queues import DEFAULT_PARTITIONS, DEFAULT_QUEUE, Queue, check_shares
 from jobledger.resources import Resource, ResourceDecorator
@@ -34,6 +35,7 @@ from jobledger.retry import Retry
 from jobledger.schemas.events import Position
 from jobledger.task import AsyncTask, JobRequest, PlainTask, Task
 from jobledger.task_registry import Registry
+from jobledger.waiting import warn_on_loop
 
 if TYPE_CHECKING:
     import datetime as dt
@@ -64,6 +66,17 @@ class HandlerOptions(TypedDict, total=False):
     expires_in: float | None
     adaptive: Adaptive | bool | None
     breaker: Breaker | bool | None
+
+
+class JobFilter(TypedDict, total=False):
+    """What `App.jobs` takes beside ``limit`` and ``page``."""
+
+    state: State | str | Iterable[State | str] | None
+    task: str | Iterable[str] | None
+    queue: str | Iterable[str] | None
+    tag: tuple[str, str] | Mapping[str, str] | None
+    since: dt.datetime | None
+    late: float | None
 
 
 class TaskDecorator(Protocol):
@@ -102,7 +115,6 @@ class App:
         self.settings = settings or Settings.from_env()
         self.registry = Registry(name, queues=queues, partitions=partitions, submitter=lambda: self.client)
         self._client: Client | None = None
-        self._orders: Orders | None = None
         self._reader: Any = None
         self._lock = threading.Lock()
         self._pid = os.getpid()
@@ -152,9 +164,7 @@ class App:
     @property
     def orders(self) -> Orders:
         """What people order: cancel, pause, resume, limit; see also `cancel`, `pause`, `resume` and `limit`."""
-        if self._orders is None:
-            self._orders = Orders(self.settings, self.names, lambda: self.client.writer())
-        return self._orders
+        return self.client.orders
 
     def check(self) -> None:
         """Raise `ConfigError` for what can be judged only when every task is
@@ -479,7 +489,13 @@ class App:
         has ended stays what it is. ``by``: who wants it, this user and host unless given. Raises `ConfigError`,
         `TopicMissing`, `AccessDenied` or `BrokerUnavailable`.
         """
-        self.orders.cancel([Job(job_id, run)], reason, by)
+        self.client.cancel(job_id, reason, run, by)
+
+    async def cancel_async(
+        self, job_id: str, reason: str | None = None, *, run: int = 1, by: str | None = None
+    ) -> None:
+        """`cancel` for asyncio."""
+        await self.client.cancel_async(job_id, reason, run, by)
 
     def pause(
         self, *, queue: str | None = None, task: str | None = None, reason: str | None = None, by: str | None = None
@@ -567,10 +583,37 @@ class App:
 
         Raises `JobNotFound` for an id the table does not know: unknown is never reported as pending.
         """
+        if at_least is not None:
+            warn_on_loop("app.job(…, at_least=…)", "app.job_async(…)")
         return self.client.status(job_id, at_least=at_least, timeout=timeout)
 
-    def jobs(
+    async def job_async(self, job_id: str, *, at_least: Position | None = None, timeout: float = 10.0) -> JobStatus:
+        """`job` for asyncio."""
+        return await self.client.status_async(job_id, at_least=at_least, timeout=timeout)
+
+    def jobs(self, *, limit: int | None = None, page: int = 500, **wanted: Unpack[JobFilter]) -> Iterator[JobStatus]:
+        """Jobs that match every given filter, newest first, fetched a page at a time. ``limit`` None: all of them.
+
+        ``state``, ``task``, ``queue``: one, or any of several; ``tag``: one, or all of several. ``since``: submitted then
+        or later; with a time zone. ``late``: not started though they could have been so many seconds ago, by this
+        machine's clock: their delay or backoff was over, or they were queued without one.
+        """
+        for found in self._pages(limit, page, **wanted):
+            yield from found
+
+    async def jobs_async(
+        self, *, limit: int | None = None, page: int = 500, **wanted: Unpack[JobFilter]
+    ) -> AsyncIterator[JobStatus]:
+        """`jobs` for asyncio: ``async for status in app.jobs_async(…)``."""
+        pages = self._pages(limit, page, **wanted)
+        while (found := await asyncio.to_thread(next, pages, None)) is not None:
+            for status in found:
+                yield status
+
+    def _pages(
         self,
+        limit: int | None,
+        page: int,
         *,
         state: State | str | Iterable[State | str] | None = None,
         task: str | Iterable[str] | None = None,
@@ -578,15 +621,7 @@ class App:
         tag: tuple[str, str] | Mapping[str, str] | None = None,
         since: dt.datetime | None = None,
         late: float | None = None,
-        limit: int | None = None,
-        page: int = 500,
-    ) -> Iterator[JobStatus]:
-        """Jobs that match every given filter, newest first, fetched a page at a time. ``limit`` None: all of them.
-
-        ``state``, ``task``, ``queue``: one, or any of several; ``tag``: one, or all of several. ``since``: submitted then
-        or later; with a time zone. ``late``: not started though they could have been so many seconds ago, by this
-        machine's clock: their delay or backoff was over, or they were queued without one.
-        """
+    ) -> Iterator[list[JobStatus]]:
         if since is not None and since.tzinfo is None:
             raise ConfigError(f"since={since!r} has no time zone: say which moment is meant")
         asked: dict[str, Any] = {
@@ -610,7 +645,7 @@ class App:
         while left is None or left > 0:
             size = page if left is None else min(page, left)
             found = table.jobs(**asked, after=after, limit=size)
-            yield from found
+            yield found
             if len(found) < size:
                 return
             after = found[-1].job_id
@@ -619,9 +654,10 @@ class App:
     def close(self) -> None:
         """Flush and close every connection; the next use opens new ones."""
         with self._lock:
-            if self._client is not None:
-                self._client.close()
-                self._client = None
-            if self._reader is not None:
-                self._reader.close()
-                self._reader = None
+            client, self._client = self._client, None
+        if client is not None:
+            client.close()  # without the lock: who waits for jobs asks for the table
+        with self._lock:
+            reader, self._reader = self._reader, None
+        if reader is not None:
+            reader.close()

@@ -1,7 +1,8 @@
 """The client: submits jobs, and asks the status table about them.
 
 Submitting returns once the log has acknowledged it; nothing is held in memory for later. It knows no worker and no
-stream processor: it writes to the log, and reads through the small `StatusSource` port that the app fills in.
+stream processor: it writes to the log, and reads through the small `StatusSource` port that the app fills in (see
+`jobledger.waiting`).
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import time
 from collections.abc import Callable, Iterable
 from functools import partial
 from itertools import chain
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Generic, TypeVar
 
 import uuid_utils
 from confluent_kafka import KafkaError, Message
@@ -33,21 +34,20 @@ from jobledger.errors import (
     JobExpired,
     JobFailed,
     JobledgerError,
-    JobNotFound,
     ResultInsideJob,
     StatusTimeout,
-    StoreNotFound,
 )
 from jobledger.job import JobStatus, State
 from jobledger.log import Headers, now_us, position_of, source
 from jobledger.lookup import SchemaLookup
-from jobledger.names import Names, check_utf8, lane
+from jobledger.names import Names, lane
 from jobledger.orders import Job, Orders
 from jobledger.registry import Registry
 from jobledger.schemas import codec, frame
 from jobledger.schemas.derive import check_evolution
 from jobledger.schemas.events import JobEvent, JobSpec, JobSubmitted, Position
 from jobledger.task import JobRequest, R_co, Task
+from jobledger.waiting import Follower, Question, StatusSource, warn_on_loop
 from jobledger.wire import id_key
 from jobledger.writer import LogWriter, Outgoing
 
@@ -57,22 +57,10 @@ R = TypeVar("R")
 WINDOW = 20_000
 #: Jobs between two looks at the acknowledgements in `submit_many`.
 CHUNK = 500
-#: Seconds between two looks at the status table while waiting.
-POLL_FIRST, POLL_MOST = 0.01, 0.25
-#: Seconds for which a wait puts up with there being no status table yet.
-START_PATIENCE = 30.0
 #: Records in the send queue from which `submit_async` waits for room in a thread (librdkafka's queue holds 100,000).
 NEAR_FULL = 90_000
 
 _SINGLE_OBJECT = 10  # bytes before the datum in the single-object encoding
-
-
-class StatusSource(Protocol):
-    """Where the client asks about jobs: the status table's read side."""
-
-    def job(self, job_id: str) -> JobStatus: ...
-
-    def reached(self, position: Position) -> bool: ...
 
 
 class JobHandle(Generic[R_co]):
@@ -88,26 +76,52 @@ class JobHandle(Generic[R_co]):
 
     def status(self, timeout: float = 10.0) -> JobStatus:
         """What the status table says, at least as new as the submission. `StatusTimeout` if it lags ``timeout`` s."""
+        warn_on_loop("handle.status()", "handle.status_async()")
         return self._client.status(self.job_id, at_least=self.position, timeout=timeout)
+
+    async def status_async(self, timeout: float = 10.0) -> JobStatus:
+        """`status` for asyncio."""
+        return await self._client.status_async(self.job_id, at_least=self.position, timeout=timeout)
 
     def wait(self, timeout: float | None = None) -> JobStatus:
         """Wait until the job has ended, well or not; its final status.
 
-        Raises `StatusTimeout` after ``timeout`` seconds (None: for ever), `ResultInsideJob` inside a job.
+        Raises `StatusTimeout` after ``timeout`` seconds (None: for ever), `ResultInsideJob` inside a job. On a thread
+        that runs an event loop, which it holds up, it warns: there is `wait_async`.
         """
+        _refuse_inside_job(self.job_id)
+        warn_on_loop("handle.wait()", "handle.wait_async()")
         return self._client.wait(self.job_id, at_least=self.position, timeout=timeout)
+
+    async def wait_async(self, timeout: float | None = None) -> JobStatus:
+        """`wait` for asyncio; any number may wait at once. Cancelling it changes nothing about the job."""
+        return await self._client.wait_async(self.job_id, at_least=self.position, timeout=timeout)
 
     def cancel(self, reason: str | None = None) -> None:
         """Want the job to end, durably: it is not started any more, or told if it runs; see `App.cancel`."""
         self._client.cancel(self.job_id, reason)
 
+    async def cancel_async(self, reason: str | None = None) -> None:
+        """`cancel` for asyncio."""
+        await self._client.cancel_async(self.job_id, reason)
+
     def result(self, timeout: float | None = None) -> R_co:
         """Wait for the job's end and return its result: what the task's return annotation says, plain JSON without one.
 
         Raises `JobFailed` (with the error's type, message and traceback), `JobCancelled`, `JobExpired`,
-        `ResultMismatch`, `StatusTimeout` or `ResultInsideJob`.
+        `ResultMismatch`, `StatusTimeout` or `ResultInsideJob`. On a thread that runs an event loop, which it holds up,
+        it warns: there is `result_async`.
         """
-        return self._task.decode_result(result_of(self.wait(timeout)), self.job_id)  # type: ignore[no-any-return]  # by the annotation
+        _refuse_inside_job(self.job_id)
+        warn_on_loop("handle.result()", "handle.result_async()")
+        return self._result(self._client.wait(self.job_id, at_least=self.position, timeout=timeout))
+
+    async def result_async(self, timeout: float | None = None) -> R_co:
+        """`result` for asyncio; any number may wait at once. Cancelling it changes nothing about the job."""
+        return self._result(await self.wait_async(timeout))
+
+    def _result(self, status: JobStatus) -> R_co:
+        return self._task.decode_result(result_of(status), self.job_id)  # type: ignore[no-any-return]  # by the annotation
 
 
 class EventHandle:
@@ -146,12 +160,14 @@ class Client:
 
     def __init__(self, settings: Settings, names: Names, status: Callable[[], StatusSource]) -> None:
         self.settings, self.names = settings, names
-        self._status_source = status
+        self._follower = Follower(status)
         self._lock = threading.Lock()
         self._pid = os.getpid()
         self._single: LogWriter | None = None
         self._bulk: LogWriter | None = None
         self._source = source("client")
+        #: Orders about jobs, queues and tasks.
+        self.orders = Orders(settings, names, self.writer)
         #: Published, and judged against what stands on the log: what each is framed with, if not as a single object.
         self._event_schemas: dict[bytes, bytes] = {}
 
@@ -183,12 +199,20 @@ class Client:
         """What sends at once; connected and ready."""
         return self._writer(bulk=False)
 
-    def cancel(self, job_id: str, reason: str | None = None, run: int = 1) -> None:
+    def cancel(self, job_id: str, reason: str | None = None, run: int = 1, by: str | None = None) -> None:
         """Want a job to end; see `App.cancel`."""
-        Orders(self.settings, self.names, self.writer).cancel([Job(job_id, run)], reason)
+        self.orders.cancel([Job(job_id, run)], reason, by)
+
+    async def cancel_async(self, job_id: str, reason: str | None = None, run: int = 1, by: str | None = None) -> None:
+        """`cancel` for asyncio."""
+        for records in self.orders.cancels([Job(job_id, run)], reason, by):
+            writer = await asyncio.get_running_loop().run_in_executor(None, self.writer)
+            what = f"cancelling job {job_id}"
+            await asyncio.gather(*(self._acknowledged(writer, record, what) for record in records))
 
     def close(self) -> None:
-        """Flush and close the connections; the next submission opens new ones."""
+        """Flush and close the connections; the next submission opens new ones. Whoever waits for a job gets an error."""
+        self._follower.close()
         with self._lock:
             for writer in (self._single, self._bulk):
                 if writer is not None:
@@ -386,60 +410,54 @@ class Client:
 
         Raises `JobNotFound` for an id the table does not know, `StatusTimeout` if it lags.
         """
-        check_utf8("job id", job_id)
-        table = self._status_source()
-        if at_least is not None:
-            deadline = time.monotonic() + timeout
-            pause = POLL_FIRST
-            while not table.reached(at_least):
-                if time.monotonic() >= deadline:
-                    raise StatusTimeout(
-                        f"the status table did not reach {at_least} within {timeout:g} s: "
-                        "is `jobledger streams MODULE:APP` running?"
-                    )
-                time.sleep(pause)
-                pause = min(pause * 1.5, POLL_MOST)
-        return table.job(job_id)
+        return self._answer(Question(job_id, at_least, ended=False, timeout=timeout))
+
+    async def status_async(self, job_id: str, *, at_least: Position | None = None, timeout: float = 10.0) -> JobStatus:
+        """`status` for asyncio."""
+        return await self._answer_async(Question(job_id, at_least, ended=False, timeout=timeout))
 
     def wait(self, job_id: str, *, at_least: Position | None = None, timeout: float | None = None) -> JobStatus:
         """Wait until the job has ended; its final status, at least as new as ``at_least``."""
-        if maybe_current_job() is not None:
-            raise ResultInsideJob(
-                f"waiting for job {job_id} inside a job is refused: with every slot waiting, none would be left to run "
-                "it. Submit the following step from the end of this one instead"
-            )
-        check_utf8("job id", job_id)
-        began = time.monotonic()
-        deadline = None if timeout is None else began + timeout
-        pause = POLL_FIRST
-        while True:
-            seen: JobStatus | None = None
-            try:
-                table = self._status_source()
-                seen = table.job(job_id)
-            except JobNotFound:
-                if at_least is None:
-                    raise
-                if table.reached(at_least):
-                    seen = table.job(job_id)  # the job may have come between the two questions; if not, this raises
-            except StoreNotFound:
-                # The stream processor may be starting beside us; it makes the table within seconds.
-                if time.monotonic() - began > min(START_PATIENCE, START_PATIENCE if timeout is None else timeout):
-                    raise
-            if seen is not None and seen.state.ended:
-                if at_least is None:
-                    return seen
-                # Its end may be read before its submission: they stand on different topics.
-                if table.reached(at_least):
-                    return table.job(job_id)
-            if deadline is not None and time.monotonic() >= deadline:
-                state = "not in the status table yet" if seen is None else seen.state.value
-                raise StatusTimeout(
-                    f"job {job_id} did not end within {timeout:g} s: it is {state}. "
-                    "Are a worker and `jobledger streams MODULE:APP` running?"
-                )
-            time.sleep(pause)
-            pause = min(pause * 1.5, POLL_MOST)
+        return self._answer(_ending(job_id, at_least, timeout))
+
+    async def wait_async(
+        self, job_id: str, *, at_least: Position | None = None, timeout: float | None = None
+    ) -> JobStatus:
+        """`wait` for asyncio."""
+        return await self._answer_async(_ending(job_id, at_least, timeout))
+
+    def _answer(self, question: Question) -> JobStatus:
+        try:
+            self._follower.ask(question)
+            return question.answer.result(question.patience)
+        except TimeoutError:
+            raise question.late() from None
+        finally:
+            question.answer.cancel()
+
+    async def _answer_async(self, question: Question) -> JobStatus:
+        try:
+            self._follower.ask(question)
+            async with asyncio.timeout(question.patience):
+                return await asyncio.wrap_future(question.answer)
+        except TimeoutError:
+            raise question.late() from None
+        finally:
+            question.answer.cancel()
+
+
+def _ending(job_id: str, at_least: Position | None, timeout: float | None) -> Question:
+    """The question for a job's end; inside a job it is refused."""
+    _refuse_inside_job(job_id)
+    return Question(job_id, at_least, ended=True, timeout=timeout)
+
+
+def _refuse_inside_job(job_id: str) -> None:
+    if maybe_current_job() is not None:
+        raise ResultInsideJob(
+            f"waiting for job {job_id} inside a job is refused: with every slot waiting, none would be left to run "
+            "it. Submit the following step from the end of this one instead"
+        )
 
 
 class _Ack:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import getpass
 import socket
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -85,6 +85,13 @@ class Orders:
         One that waits is not started any more, one that runs is told, one that has ended stays what it is. Raises
         `ConfigError`, `TopicMissing`, `AccessDenied` or `BrokerUnavailable`; then some may have been cancelled.
         """
+        for records in self.cancels(jobs, reason, by):
+            self._writer().send(records)
+
+    def cancels(
+        self, jobs: Sequence[Job], reason: str | None = None, by: str | None = None
+    ) -> Iterator[list[Outgoing]]:
+        """The records of `cancel`, as many at a time as are to be sent at once. Raises `ConfigError`."""
         fact = CancelRequested(check_text("by", by or who(), BY_MOST), _reason(reason))
         for job in jobs:
             check_text("job id", job.job_id, ID_MOST)
@@ -97,7 +104,7 @@ class Orders:
                 # For workers, and for the coordinator that may hold it back until a time.
                 records.append(Outgoing(self._names.control, value, cancel_key(job.job_id, job.run)))
                 records.append(Outgoing(self._names.coordination, value, job.home or job.job_id))
-            self._writer().send(records)
+            yield records
 
     def pause(self, kind: Kind, name: str, reason: str | None = None, by: str | None = None) -> None:
         """Start nothing more of a queue or task; what runs goes on. Raises as `cancel` does."""

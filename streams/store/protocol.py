@@ -13,6 +13,7 @@ from typing import Any, Protocol, Self
 
 import msgspec
 
+from jobledger.errors import JobNotFound
 from jobledger.job import JobStatus, Life, State
 from jobledger.schemas.events import Position
 
@@ -69,6 +70,15 @@ class StatusReader(Protocol):
 
     def job(self, job_id: str) -> JobStatus:
         """One job. Raises `JobNotFound`."""
+
+    def states(self, job_ids: Sequence[str]) -> dict[str, State]:
+        """The states of those jobs that the table knows."""
+
+    def statuses(self, job_ids: Sequence[str]) -> dict[str, JobStatus]:
+        """Those jobs that the table knows."""
+
+    def unknown(self, job_id: str) -> JobNotFound:
+        """The error for a job that the table does not know."""
 
     def jobs(
         self,

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Self
 
-from sqlalchemy import Connection, Engine, Row, and_, func, inspect, or_, select, tuple_
+from sqlalchemy import Column, Connection, Engine, Row, and_, func, inspect, or_, select, tuple_
 from sqlalchemy.exc import SQLAlchemyError
 
 from jobledger import job as fold
@@ -19,6 +19,9 @@ from jobledger.streams.store.rows import Row as JobRow
 from jobledger.streams.store.tables import SCHEMA_VERSION, counters, jobs, meta, offsets, tags, unfinished, waiting
 
 _LIFE = (jobs.c.job_id, jobs.c.slots, jobs.c.result)
+#: SQLite takes 999 values in a statement, or more, as it was built.
+_IDS_A_QUERY = 500
+_STATES = {state.value: state for state in State}
 
 
 class SqlReader:
@@ -64,8 +67,29 @@ class SqlReader:
         with self._reading() as db:
             row = db.execute(select(*_LIFE).where(jobs.c.job_id == key_text(job_id))).first()
         if row is None:
-            raise JobNotFound(f"the status table {self._url} knows no job {job_id}")
+            raise self.unknown(job_id)
         return _status(row)
+
+    def unknown(self, job_id: str) -> JobNotFound:
+        """The error for a job that the table does not know."""
+        return JobNotFound(f"the status table {self._url} knows no job {job_id}")
+
+    def states(self, job_ids: Sequence[str]) -> dict[str, State]:
+        """The states of those jobs that the table knows."""
+        return {row.job_id: _STATES[row.state] for row in self._by_id(job_ids, jobs.c.job_id, jobs.c.state)}
+
+    def statuses(self, job_ids: Sequence[str]) -> dict[str, JobStatus]:
+        """Those jobs that the table knows."""
+        return {row.job_id: _status(row) for row in self._by_id(job_ids, *_LIFE)}
+
+    def _by_id(self, job_ids: Sequence[str], *columns: Column[Any]) -> list[Row[Any]]:
+        keys = [key_text(job_id) for job_id in job_ids]
+        found: list[Row[Any]] = []
+        with self._reading() as db:
+            for begin in range(0, len(keys), _IDS_A_QUERY):
+                query = select(*columns).where(jobs.c.job_id.in_(keys[begin : begin + _IDS_A_QUERY]))
+                found += db.execute(query).all()
+        return found
 
     def jobs(
         self,

@@ -155,6 +155,17 @@ def test_an_unknown_job_is_not_found(reader: StatusReader) -> None:
         reader.job("nobody")
 
 
+def test_many_jobs_are_asked_for_at_once(store: Store, reader: StatusReader) -> None:
+    """States and whole statuses of any number of ids are what asking for each gives; unknown ones are left out."""
+    ids = [f"{n:04}" for n in range(1_200)]
+    write(store, {each: life(ev.JobSubmitted(SPEC), ev.JobSucceeded(b"1", 5)) for each in ids[::2]})
+    known = reader.states(ids)
+    assert known == dict.fromkeys(ids[::2], State.SUCCEEDED)
+    assert reader.statuses(ids[:7]) == {each: reader.job(each) for each in ids[:7:2]}
+    assert reader.states([]) == {}
+    assert "no job nobody" in str(reader.unknown("nobody"))
+
+
 def test_writing_again_replaces_the_row(store: Store, reader: StatusReader) -> None:
     """A job has one row, however often it is written, and it shows the latest."""
     write(store, {"a": life(ev.JobSubmitted(SPEC))})

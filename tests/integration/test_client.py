@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import datetime as dt
 import os
 import socket
+import threading
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 
@@ -15,10 +19,12 @@ from jobledger import (
     App,
     BadArguments,
     BrokerUnavailable,
+    JobCancelled,
     PayloadTooLarge,
     Position,
     ResultInsideJob,
     Settings,
+    State,
     StoreError,
     TopicMissing,
 )
@@ -26,7 +32,9 @@ from jobledger.context import enter
 from jobledger.kafka.topics import ensure
 from jobledger.log import LogReader, decoder, recorded
 from jobledger.schemas.events import JobSubmitted, Recorded
+from jobledger.streams.status import Materializer
 from jobledger.task import Task
+from tests.integration.worker_app import working
 from tests.running_job import running_job
 
 pytestmark = pytest.mark.kafka
@@ -102,6 +110,58 @@ def test_submit_async_leaves_the_event_loop_free(app: App) -> None:
     ids = asyncio.run(many())
     assert {r.event.job_id for r in everything(app, app.names.jobs("mail"))} == ids
     assert len(ids) == 200
+
+
+@dataclass(frozen=True)
+class Sum:
+    """What a job results in."""
+
+    total: int
+    on: dt.date
+
+
+def test_coroutines_submit_wait_and_cancel(broker: str, namespace: str, tmp_path: Path) -> None:
+    """From submission to result and cancel nothing holds up the event loop, and results are what the task returns."""
+    url = f"sqlite:///{tmp_path / 'status.db'}"
+    app = App(namespace, settings=Settings(bootstrap=broker, submit_timeout=60.0, status_url=url), partitions=3)
+
+    @app.task
+    async def add(a: int, b: int) -> Sum:
+        return Sum(a + b, dt.date(2026, 1, 2))
+
+    @app.task
+    async def hang() -> None:
+        await asyncio.sleep(3_600)
+
+    ensure(app, app.settings)
+
+    async def asks() -> None:
+        handles = await asyncio.gather(*(add.submit_async(n, 1) for n in range(200)))
+        assert await asyncio.gather(*(h.result_async(60) for h in handles)) == [
+            Sum(n + 1, dt.date(2026, 1, 2)) for n in range(200)
+        ]
+        assert (await handles[7].status_async()).state is State.SUCCEEDED
+        assert (await app.job_async(handles[7].job_id)).result == {"total": 8, "on": "2026-01-02"}
+        assert len([status async for status in app.jobs_async(page=90)]) == 200
+        waits = await asyncio.gather(hang.submit_async(), hang.submit_async())
+        await waits[0].cancel_async("no need")
+        await app.cancel_async(waits[1].job_id, "no need either", by="ann")
+        for handle, said in zip(waits, ("no need", "no need either"), strict=True):
+            with pytest.raises(JobCancelled, match=said):
+                await handle.result_async(60)
+
+    stop = threading.Event()
+    table = Materializer(app.names, app.settings, list(app.queues), url)
+    reading = threading.Thread(target=table.run, args=(stop,))
+    reading.start()
+    try:
+        with working(app):
+            asyncio.run(asks())
+    finally:
+        stop.set()
+        reading.join(30)
+        app.close()
+    assert not reading.is_alive()
 
 
 def test_submit_many_keeps_order_and_accounts_for_each(app: App) -> None:

@@ -1,0 +1,305 @@
+"""Waiting for jobs: one thread looks into the status table for all who wait in this process, threads and coroutines.
+
+`Follower` is the core: it takes a `Question` and settles it. `Client` has its two faces, one that holds the caller's
+thread and one for asyncio. It opens nothing itself, and knows neither Kafka nor databases.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+import heapq
+import itertools
+import os
+import threading
+import time
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, InvalidStateError
+from contextlib import suppress
+from typing import Protocol
+
+from jobledger.errors import JobledgerError, JobNotFound, StatusTimeout, StoreNotFound
+from jobledger.job import JobStatus, State
+from jobledger.names import check_utf8
+from jobledger.schemas.events import Position
+
+#: Seconds between two looks for one question, at first and at most. Each is twice the one before and looks happen at
+#: whole multiples of them, so that questions of different ages share their looks.
+FIRST_S, MOST_S = 1 / 64, 1 / 4
+#: Looks at each of these paces.
+LOOKS_A_PACE = 3
+#: Questions of one look, and whole rows that are read at once (a row may hold a large result).
+QUESTIONS_A_LOOK, ROWS_AT_ONCE = 1_000, 100
+#: Between two looks lies so many times what the last one took, at most so many seconds: following takes a fifth of a core.
+REST, REST_MOST_S = 4.0, 1.0
+#: Seconds after which rows are read again although the table has read nothing: a rebuild may have replaced them.
+REREAD_S = 5.0
+#: Seconds without questions after which the thread ends; the next question starts another.
+IDLE_S = 5.0
+#: Seconds for which a wait puts up with there being no status table yet.
+START_PATIENCE_S = 30.0
+#: Seconds beyond its own timeout that a caller waits for a table that does not answer.
+TABLE_PATIENCE_S = 10.0
+
+
+class StatusSource(Protocol):
+    """Where the client asks about jobs: the status table's read side."""
+
+    def states(self, job_ids: Sequence[str]) -> Mapping[str, State]:
+        """The states of those jobs that the table knows."""
+
+    def statuses(self, job_ids: Sequence[str]) -> Mapping[str, JobStatus]:
+        """Those jobs that the table knows."""
+
+    def offsets(self) -> Mapping[tuple[str, int], int]:
+        """The next offset to be read of every partition."""
+
+    def unknown(self, job_id: str) -> JobNotFound:
+        """The error for a job that the table does not know."""
+
+
+class Question:
+    """What somebody waits to know of a job: its status, or with ``ended`` its status once it has ended.
+
+    ``at_least``: not before the table has read this position. ``timeout``: seconds, None: for ever. ``answer``: the
+    status, or `JobNotFound`, `StatusTimeout` or `StoreError`; whoever waits no longer cancels it.
+    """
+
+    __slots__ = (
+        "answer",
+        "at_least",
+        "began",
+        "deadline",
+        "ended",
+        "job_id",
+        "looks",
+        "reached",
+        "seen",
+        "state",
+        "timeout",
+    )
+
+    def __init__(self, job_id: str, at_least: Position | None, *, ended: bool, timeout: float | None) -> None:
+        check_utf8("job id", job_id)
+        self.job_id, self.at_least, self.ended, self.timeout = job_id, at_least, ended, timeout
+        self.answer: Future[JobStatus] = Future()
+        self.began = time.monotonic()
+        self.deadline = None if timeout is None else self.began + timeout
+        self.reached = at_least is None
+        self.state: State | None = None
+        #: The offsets of the table at the last look for it.
+        self.seen: Mapping[tuple[str, int], int] | None = None
+        self.looks = 0
+
+    @property
+    def patience(self) -> float | None:
+        """Seconds that a caller waits for the answer, a table that does not answer included."""
+        return None if self.timeout is None else self.timeout + TABLE_PATIENCE_S
+
+    def next_look(self, now: float) -> float:
+        """When to look again."""
+        pace: float = min(FIRST_S * 2 ** (self.looks // LOOKS_A_PACE), MOST_S)
+        self.looks += 1
+        due = (now // pace + 1) * pace
+        return due if self.deadline is None else min(due, max(now, self.deadline))
+
+    def settle(self, answer: JobStatus | Exception) -> None:
+        """Answer it, unless nobody waits any more."""
+        with suppress(InvalidStateError):
+            if isinstance(answer, JobStatus):
+                self.answer.set_result(answer)
+            else:
+                self.answer.set_exception(answer)
+
+    def late(self) -> StatusTimeout:
+        """The error once its time is over."""
+        seconds = f"within {self.timeout or 0:g} s"
+        if self.ended:
+            state = "not in the status table yet" if self.state is None else self.state.value
+            return StatusTimeout(
+                f"job {self.job_id} did not end {seconds}: it is {state}. "
+                "Are a worker and `jobledger streams MODULE:APP` running?"
+            )
+        if self.reached:
+            return StatusTimeout(f"the status table did not answer {seconds}: is its database reachable?")
+        return StatusTimeout(
+            f"the status table did not reach {self.at_least} {seconds}: is `jobledger streams MODULE:APP` running?"
+        )
+
+
+class Follower:
+    """Answers questions with one thread, which starts with the first and ends when there are none.
+
+    ``table``: opens the status table's read side, or gives the one that is open.
+    """
+
+    def __init__(self, table: Callable[[], StatusSource]) -> None:
+        self._table = table
+        self._began_anew()
+
+    def _began_anew(self) -> None:
+        self._pid = os.getpid()
+        self._changed = threading.Condition()
+        #: Open questions by the time of their next look.
+        self._due: list[tuple[float, int, Question]] = []
+        self._numbers = itertools.count()
+        self._thread: threading.Thread | None = None
+        self._closed = False
+        #: How far the table had read when it was last looked into: rows change together with it.
+        self._offsets: Mapping[tuple[str, int], int] = {}
+        self._reread = 0.0
+
+    def ask(self, question: Question) -> None:
+        """See to it that the question is answered; returns at once."""
+        if self._pid != os.getpid():  # the thread did not come along into a forked child
+            self._began_anew()
+        with self._changed:
+            self._closed = False
+            self._push(question, time.monotonic())
+            if self._thread is None:
+                thread = threading.Thread(target=self._run, name="jobledger-waiting", daemon=True)
+                thread.start()
+                self._thread = thread
+            self._changed.notify()
+
+    def close(self) -> None:
+        """Give up on open questions, and end the thread; the next question starts another."""
+        if self._pid != os.getpid():
+            return
+        with self._changed:
+            self._closed = True
+            thread = self._thread
+            self._give_up()
+            self._changed.notify()
+        if thread is not None and thread is not threading.current_thread():
+            thread.join(TABLE_PATIENCE_S)
+
+    def _give_up(self) -> None:
+        for _, _, question in self._due:
+            question.settle(JobledgerError(f"the app was closed while somebody waited for job {question.job_id}"))
+        self._due.clear()
+
+    def _push(self, question: Question, due: float) -> None:
+        heapq.heappush(self._due, (due, next(self._numbers), question))
+
+    def _run(self) -> None:
+        rested: float | None = 0.0
+        while rested is not None:
+            rested = self._serve(rested)
+
+    def _serve(self, rested: float) -> float | None:
+        """One look, once it is due and the thread has rested until ``rested``. Until when to rest; None: to end."""
+        some = self._next(rested)
+        if not some:
+            return None
+        began = time.monotonic()
+        try:
+            self._look(some)
+        except BaseException as exc:  # noqa: BLE001  # whatever it is, nobody may wait for ever
+            for question in some:
+                self._missed(question, exc, began)
+        now = time.monotonic()
+        with self._changed:
+            for question in some:
+                if not question.answer.done():
+                    self._push(question, question.next_look(now))
+        return now + min(REST * (now - began), REST_MOST_S)
+
+    def _next(self, rested: float) -> list[Question]:
+        """The questions whose look is due, waited for until ``rested`` at least; none if the thread is to end."""
+        with self._changed:
+            while not self._closed:
+                now = time.monotonic()
+                if not self._due:
+                    if not self._changed.wait(IDLE_S) and not self._due:
+                        break
+                    continue
+                due = max(self._due[0][0], rested)
+                if due > now:
+                    self._changed.wait(due - now)
+                    continue
+                some: list[Question] = []
+                while self._due and self._due[0][0] <= now and len(some) < QUESTIONS_A_LOOK:
+                    _, _, question = heapq.heappop(self._due)
+                    if not question.answer.done():
+                        some.append(question)
+                if some:
+                    return some
+            self._thread = None
+            self._give_up()  # those that a look was under way for
+            return []
+
+    def _look(self, some: list[Question]) -> None:
+        """One look into the table for all of these questions."""
+        now = time.monotonic()  # before the look: what is late has had a look after its deadline
+        table = self._table()
+        offsets = table.offsets()
+        if offsets != self._offsets or now >= self._reread:
+            self._offsets, self._reread = offsets, now + REREAD_S
+        changed = [question for question in some if question.seen is not self._offsets]
+        for question in changed:
+            question.seen = self._offsets
+            if (at := question.at_least) is not None and not question.reached:
+                question.reached = offsets.get((at.topic, at.partition), 0) > at.offset
+        self._read(table, changed)
+        for question in some:
+            if question.deadline is not None and now >= question.deadline and not question.answer.done():
+                question.settle(question.late())
+
+    def _read(self, table: StatusSource, some: list[Question]) -> None:
+        """Settle those of these questions that the table has an answer for."""
+        if ids := list({question.job_id for question in some if question.ended}):
+            states = table.states(ids)
+            for question in some:
+                question.state = states.get(question.job_id)
+        # A job's end may be read before its submission: they stand on different topics.
+        ready: dict[str, list[Question]] = {}
+        for question in some:
+            open_still = question.ended and question.state is not None and not question.state.ended
+            if question.reached and not open_still:
+                ready.setdefault(question.job_id, []).append(question)
+        ids = list(ready)
+        for start in range(0, len(ids), ROWS_AT_ONCE):
+            part = ids[start : start + ROWS_AT_ONCE]
+            found = table.statuses(part)
+            for job_id in part:
+                status = found.get(job_id)
+                for question in ready[job_id]:
+                    if status is None:
+                        question.settle(table.unknown(job_id))
+                    elif status.state.ended or not question.ended:
+                        question.settle(status)
+
+    def _missed(self, question: Question, error: BaseException, now: float) -> None:
+        """There was no look: the question keeps waiting while the stream processor may just be starting, or fails."""
+        if isinstance(error, StoreNotFound) and question.ended:
+            patience = START_PATIENCE_S if question.timeout is None else min(START_PATIENCE_S, question.timeout)
+            if now - question.began < patience:
+                return
+        if not isinstance(error, Exception):
+            error = RuntimeError(f"looking for job {question.job_id} was broken off: {error!r}")
+        question.settle(_own(error))
+
+
+def _own(error: Exception) -> Exception:
+    """A copy for each who waits: raised in many places, one error would gather all their tracebacks."""
+    try:
+        made = copy.copy(error)
+    except Exception:  # noqa: BLE001  # an error that is not made from its args
+        return error
+    made.__cause__ = error
+    return made
+
+
+def warn_on_loop(called: str, instead: str) -> None:
+    """Warn the caller's caller if it is about to hold up the event loop that its thread runs."""
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return
+    warnings.warn(
+        f"{called} holds up the event loop that runs in this thread until there is an answer: use `await {instead}`",
+        RuntimeWarning,
+        stacklevel=3,
+    )
