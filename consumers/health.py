@@ -13,6 +13,7 @@ def health_of(worker: Worker) -> dict[str, Any]:
     """What an operator asks first: ``status`` is ok, starting, stopping or unhealthy, with ``reasons``."""
     dispatcher, settler = worker.dispatcher, worker.settler
     reasons = [] if worker.error is None else [str(worker.error)]
+    reasons += worker.topics.problems
     queues: dict[str, Any] = {}
     for fetcher in worker.fetchers:
         parts = fetcher.owned()

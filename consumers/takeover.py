@@ -22,6 +22,7 @@ from jobledger.consumers.releases import REMEMBERED, REMEMBERED_MS, end_of, key_
 from jobledger.consumers.settle import Settler
 from jobledger.consumers.work import NOTHING_FOLLOWS, Found, Partition
 from jobledger.errors import BrokerUnavailable, JobledgerError, RegistryNeeded, SchemaError
+from jobledger.kafka.topology import lifecycle_too_small
 from jobledger.logger import get_logger
 from jobledger.names import Names
 from jobledger.schemas.codec import Decoder
@@ -90,7 +91,7 @@ class Takeover(RangesThread[tuple[Fetcher, list[Partition]]]):
     # -- steps ----------------------------------------------------------------------------------------------------
 
     def _take_over(self, fetcher: Fetcher, partitions: list[Partition]) -> None:
-        plans = [_Plan(p) for p in partitions if p.owned]
+        plans = [_Plan(p) for p in self._with_facts(fetcher.topic, partitions) if p.owned]
         if not plans:
             return
         for plan in plans:
@@ -115,6 +116,17 @@ class Takeover(RangesThread[tuple[Fetcher, list[Partition]]]):
         for partition in done:
             partition.ready = True
         self._ready(done)
+
+    def _with_facts(self, topic: str, partitions: list[Partition]) -> list[Partition]:
+        """Those whose facts have a place on lifecycle. Of the others nothing is run, and the rest goes on."""
+        there = self._log.partitions(self._names.lifecycle)
+        if all(p.number < there for p in partitions):
+            return partitions
+        why = lifecycle_too_small(topic, self._log.partitions(topic), self._names.lifecycle, there)
+        beyond = [p for p in partitions if p.number >= there]
+        for partition in beyond:
+            partition.stop_all(why)
+        return [p for p in partitions if p not in beyond]
 
     def _judge(self, plan: _Plan) -> None:
         """What the last owner left, held against the log as it is."""

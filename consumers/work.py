@@ -212,9 +212,16 @@ class Partition:
         judge; the reason as it is told."""
         where = position_of(message)
         here = f"{self!r}@{where.offset}" if where.topic == self.topic else f"{self!r}, because of {where}"
-        self.stopped = f"{here}: {why}"
-        LOG.critical("partition stopped: %s", self.stopped)
-        return self.stopped
+        return self._stop(f"{here}: {why}")
+
+    def stop_all(self, why: str) -> str:
+        """Let nothing of it be run, whatever it holds; the reason as it is told."""
+        return self._stop(f"{self!r}: {why}")
+
+    def _stop(self, reason: str) -> str:
+        self.stopped = reason
+        LOG.critical("partition stopped: %s", reason)
+        return reason
 
     def give_up(self) -> None:
         """End the ownership: what is not being taken up now never will be."""

@@ -40,6 +40,8 @@ from jobledger.consumers.telling import Teller
 from jobledger.consumers.work import Partition
 from jobledger.errors import AccessDenied, BrokerUnavailable, ConfigError, JobledgerError, ResourceFailed
 from jobledger.kafka import acls
+from jobledger.kafka.topic_watch import TopicWatch
+from jobledger.kafka.topology import lifecycle_too_small
 from jobledger.log import decoder, partitions_of, source
 from jobledger.logger import get_logger, loop_error
 from jobledger.names import lane as lane_of
@@ -110,6 +112,7 @@ class Worker:
         self.control: ControlReader | None = None
         self.children: Children | None = None
         self.leases: Leases | None = None
+        self.topics = TopicWatch(settings, registry.names, self._topics, LOG)
         self._target = self._find_target()
         self.ended = threading.Event()
         self._threads = ThreadPoolExecutor(1, "jobledger-worker")
@@ -194,16 +197,21 @@ class Worker:
             dispatcher.close()
 
     def _close_readers(self) -> None:
+        self.topics.close()
         for each in (self.takeover, self.late_ends, self.control):
             if each is not None:
                 each.close()
 
     # -- start ----------------------------------------------------------------------------------------------------
 
-    def _check_topics(self, sender: Sender) -> None:
+    def _topics(self) -> list[str]:
         names = self.registry.names
         others = (names.lifecycle, names.coordination, names.dead_letter, names.schemas, names.control)
-        self._patiently(lambda: acls.check(self.settings, names.namespace, [*others, *map(names.jobs, self.lanes)]))
+        return [*others, *map(names.jobs, self.lanes)]
+
+    def _check_topics(self, sender: Sender) -> None:
+        names = self.registry.names
+        self._patiently(lambda: acls.check(self.settings, names.namespace, self._topics()))
         lifecycle = self._patiently(lambda: partitions_of(self.settings, names.lifecycle))
         for topic in (names.coordination, names.dead_letter, names.schemas, names.control):
             self._patiently(partial(partitions_of, self.settings, topic))
@@ -211,10 +219,7 @@ class Worker:
             topic = names.jobs(lane)
             count = self._patiently(partial(partitions_of, self.settings, topic))
             if count > lifecycle:
-                raise ConfigError(
-                    f"{topic} has {count} partitions and {names.lifecycle} only {lifecycle}: a job's facts lie in the "
-                    "partition of its work record's number. Make a new namespace, or the queue with fewer partitions"
-                )
+                raise ConfigError(lifecycle_too_small(topic, count, names.lifecycle, lifecycle))
 
         # The schema is there, acknowledged, before anything is written with it.
         tasks = self.registry.tasks
@@ -359,6 +364,7 @@ class Worker:
         )
         control.start()
         await self._beside(control.await_live)
+        self.topics.start()
         takeover.start()
         late_ends.start()
         settler.start()

@@ -224,16 +224,25 @@ def committed(
 def batch_limits(settings: Settings, topics: Iterable[str], timeout: float = 10.0) -> dict[str, int]:
     """The ``max.message.bytes`` of topics, bytes a batch; without those whose settings this user may not see, or that
     are missing. Raises `BrokerUnavailable`."""
-    limits: dict[str, int] = {}
+    found = topic_settings(settings, topics, timeout)
+    return {topic: int(its["max.message.bytes"] or 0) for topic, its in found.items()}
+
+
+def topic_settings(
+    settings: Settings, topics: Iterable[str], timeout: float = 10.0
+) -> dict[str, dict[str, str | None]]:
+    """The settings of topics; without those whose settings this user may not see, or that are missing. Raises
+    `BrokerUnavailable`."""
+    found: dict[str, dict[str, str | None]] = {}
     client = admin(settings)  # held: its answers die with it
     wanted = [ConfigResource(ResourceType.TOPIC, topic) for topic in topics]
     for resource, future in client.describe_configs(wanted, request_timeout=timeout).items() if wanted else ():
         try:
-            limits[resource.name] = int(future.result(timeout + 5.0)["max.message.bytes"].value)
+            found[resource.name] = {key: entry.value for key, entry in future.result(timeout + 5.0).items()}
         except KafkaException as exc:
             if exc.args[0].code() not in (KafkaError.TOPIC_AUTHORIZATION_FAILED, *MISSING):
                 raise translate(exc.args[0], settings, f"asking for the settings of {resource.name}") from exc
-    return limits
+    return found
 
 
 class LogReader:

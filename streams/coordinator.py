@@ -28,8 +28,9 @@ from prometheus_client import CollectorRegistry
 from jobledger import log
 from jobledger.access import join, knock, read, unauthorized
 from jobledger.config import Settings
-from jobledger.errors import AccessDenied, BrokerUnavailable, JobledgerError
+from jobledger.errors import AccessDenied, BrokerUnavailable, ConfigError, JobledgerError
 from jobledger.kafka import acls
+from jobledger.kafka.topic_watch import TopicWatch
 from jobledger.logger import get_logger
 from jobledger.names import Names
 from jobledger.streams.aio import MAX_BATCH_BYTES, AckedWriter, Ends, denied_kind
@@ -115,6 +116,7 @@ class Coordinator:
         self._high: dict[int, int] = {}
         self._broker_seen = time.monotonic()
         self._started = False
+        self._topics = TopicWatch(self.settings, names, self._watched, LOG, others=self._uneven)
 
     # -- asked from outside ------------------------------------------------------------------------------------------
 
@@ -130,6 +132,7 @@ class Coordinator:
         ``state``: starting, rebalancing, catching-up or ready. ``lag``: events not dealt with. ``next_due_us``:
         broker's clock. ``late``: releases by lateness, cumulative, keyed by upper bound in seconds. ``missing_topics``:
         work topics that releases wait for; not empty means that somebody must run ``jobledger topics apply``.
+        ``topic_problems``: settings of topics that promises rest on and that somebody has changed, for people.
         """
         cycle, metrics = self._cycle, self.metrics
         settled = self._started and not self._app.rebalancing
@@ -158,6 +161,7 @@ class Coordinator:
             "fired": metrics.fired,
             "late": metrics.lateness(),
             "missing_topics": missing,
+            "topic_problems": list(self._topics.problems),
             "broker_seen_s_ago": round(time.monotonic() - self._broker_seen, 1),
         }
 
@@ -206,6 +210,7 @@ class Coordinator:
             hasten(app)
             quieten()
             self._started = True
+            self._topics.start()
             LOG.info("coordinator of %s started, local copy in %s", self.names.namespace, place.folder)
             for work in (
                 cycle.decide,
@@ -227,6 +232,7 @@ class Coordinator:
             pass
         finally:
             self._started = False
+            self._topics.close()
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
@@ -256,6 +262,19 @@ class Coordinator:
         limits = [*work.values(), *log.batch_limits(self.settings, others).values()]
         most = min((limit for limit in limits if limit is not None), default=MAX_BATCH_BYTES)
         return origin_of(self.settings, changelog(names)), work, most
+
+    def _watched(self) -> list[str]:
+        names = self.names
+        work = [] if self._cycle is None else self._cycle.topics.known
+        return [names.coordination, changelog(names), names.lifecycle, names.dead_letter, names.schemas, *work]
+
+    def _uneven(self) -> list[str]:
+        """What `check_topics` says now: partitions that were added since the start are not read."""
+        try:
+            check_topics(self.settings, self.names, self._partitions)
+        except ConfigError as exc:
+            return [str(exc)]
+        return []
 
     def _publish(self, key: str | None) -> None:
         """Publish this version's schema, under ``key`` or by its fingerprint."""

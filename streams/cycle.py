@@ -80,12 +80,12 @@ class Cycle:
         self._writer, self._ends, self._metrics, self._step = writer, ends, metrics, step
         self._source = source("coordinator")
         self._ownership = Ownership(group, self._on_gap)
-        self._intake = Intake(names, decoder, self._source)
         self.table = Table(changelog(names), group, writer, ends, self._ownership, step)
         self.topics = WorkTopics(names, settings, topics or {})
         self.firing = Firing(
             names, self._source, self.table, writer, self.topics, self._ownership, self._caught_up, step
         )
+        self._intake = Intake(names, decoder, self._source, self.firing.now_ms)
         self._inbox: deque[Any] = deque()
         self._arrived, self._room = asyncio.Event(), asyncio.Event()
         self._plans: deque[Plan] = deque()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from jobledger.errors import NotAnEvent, RegistryNeeded, SchemaError, UnknownFact
@@ -20,6 +20,8 @@ LOG = get_logger("jobledger.coordinator")
 #: Raw bytes of a rejected record are left out above this size, its key and the reason are cut: the dead letter must fit
 #: as well.
 REJECT_BYTES, KEY_BYTES, WHY_CHARS = 500_000, 4_096, 2_000
+#: What a fetched record says of its time: the broker set it.
+APPEND_TIME = 1
 #: Bytes an id may have. Ours have 36; those of other writers become keys of rows and records.
 ID_BYTES = 1_000
 #: The largest number that the schema has for runs, attempts and releases.
@@ -36,10 +38,15 @@ class Read(NamedTuple):
 
 
 class Intake:
-    """Decodes batches. ``decoder`` may block when it meets a schema it has not seen; it then runs in a thread."""
+    """Decodes batches. ``decoder`` may block when it meets a schema it has not seen; it then runs in a thread.
 
-    def __init__(self, names: Names, decoder: codec.Decoder, source: str) -> None:
-        self._names, self._decoder, self._source = names, decoder, source
+    ``now_ms``: the broker's clock, as far as it is known. A record that bears its writer's time instead, as it does while
+    the topic has message.timestamp.type=CreateTime, counts as appended now: whenever it was appended, what it delays is not
+    early.
+    """
+
+    def __init__(self, names: Names, decoder: codec.Decoder, source: str, now_ms: Callable[[], int]) -> None:
+        self._names, self._decoder, self._source, self._now_ms = names, decoder, source, now_ms
 
     async def decode(self, records: Sequence[Any]) -> tuple[list[Read], list[Outgoing]]:
         """Events of consumed records, and the dead letters of what is none.
@@ -56,7 +63,8 @@ class Intake:
             try:
                 event = await loop.run_in_executor(None, decode, value) if asks(value) else decode(value)
                 check_head(event)
-                read.append(Read(event, message.partition, message.offset, message.timestamp))
+                appended_ms = message.timestamp if message.timestamp_type == APPEND_TIME else self._now_ms()
+                read.append(Read(event, message.partition, message.offset, appended_ms))
             except UnknownFact as exc:
                 raise UnknownFact(
                     exc.fact,

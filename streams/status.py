@@ -32,6 +32,7 @@ from jobledger.errors import (
     UnknownFact,
 )
 from jobledger.kafka import acls
+from jobledger.kafka.topic_watch import TopicWatch
 from jobledger.log import now_us, position_of
 from jobledger.logger import get_logger
 from jobledger.names import Names
@@ -104,6 +105,7 @@ class Materializer:
         #: The next offset of every partition, as committed.
         self._offsets: Mapping[Partition, int] = {}
         self._writer: LogWriter | None = None
+        self._topics = TopicWatch(self._settings, names, self._wanted, LOG)
         self._active = threading.Event()
 
     # -- for whoever watches ----------------------------------------------------------------------------------------
@@ -139,6 +141,7 @@ class Materializer:
         store = self._persist(opens, stop, StoreUnavailable)
         if store is None:
             return
+        self._topics.start()
         try:
             going = self._stand_by(store, stop)
             while going:
@@ -149,6 +152,7 @@ class Materializer:
                     LOG.warning("%s; reading on from its offsets", exc)
                     going = not stop.is_set()
         finally:
+            self._topics.close()
             self._active.clear()
             self.metrics.active.set(0)
             if self._writer is not None:
@@ -200,6 +204,10 @@ class Materializer:
                     self.metrics.lag(feed.lag(self._offsets))
                     looked = now
 
+    def _wanted(self) -> set[str]:
+        names = self._names
+        return {names.lifecycle, names.coordination, names.dead_letter, *map(names.jobs, self._queues)}
+
     def _discover(self, feed: Feed, first: bool) -> bool:
         """Read whatever there is to read by now; whether something the app declares is still missing."""
         try:
@@ -209,7 +217,7 @@ class Materializer:
             return True
         feed.add({place: self._offsets.get(place) for place in present})
         names = self._names
-        wanted = {names.lifecycle, names.coordination, names.dead_letter, *map(names.jobs, self._queues)}
+        wanted = self._wanted()
         missing = wanted - {topic for topic, _ in present}
         if first or missing:
             # A topic that this user may not read is not listed: that must not pass for one that does not exist.

@@ -32,6 +32,11 @@ class WorkTopics:
         self._missing: dict[str, tuple[float, float]] = {}  # topic: next look, pause after it
 
     @property
+    def known(self) -> list[str]:
+        """Topics that exist, as far as is known. From any thread."""
+        return sorted(self._known)
+
+    @property
     def missing(self) -> list[str]:
         """Topics that releases wait for."""
         return sorted(self._missing)

@@ -84,6 +84,7 @@ _LOG = [
     *_topic("<ns>.schemas", "Read"),
 ]
 _LIMITS = "knowledge of what each topic takes: batches are bounded by a default"
+_WATCHING = "word of it when somebody has changed a topic's settings that promises rest on"
 _TRIMMING = "trimming: the log grows"
 
 #: Role: what it needs, and nothing else.
@@ -104,6 +105,7 @@ TABLE: Mapping[str, Sequence[Right]] = {
         *_topic("<ns>.dead-letter", "Write"),
         *_topic("<ns>.schemas", "Read", "Write"),
         *_topic("<ns>.control", "Read"),
+        *_topic("<ns>.", "DescribeConfigs", lost=_WATCHING),
     ],
     "coordinator": [
         *_topic("<ns>.coordination", "Read", "Write"),
@@ -127,6 +129,7 @@ TABLE: Mapping[str, Sequence[Right]] = {
         *_topic("<ns>.jobs.", "Delete", lost=_TRIMMING),
         *_topic("<ns>.lifecycle", "Delete", lost=_TRIMMING),
         *_topic("<ns>.coordination", "Delete", lost=_TRIMMING),
+        *_topic("<ns>.", "DescribeConfigs", lost=_WATCHING),
     ],
     "router": [
         *_topic("<ns>.events.", "Read"),

@@ -22,6 +22,19 @@ HEARTBEAT_INTERVAL_MS = 1_000
 COMPACTED_SEGMENT_BYTES = 64 * 1024 * 1024
 
 
+#: One clock for delays, expiries and leases.
+_CLOCK = {"message.timestamp.type": "LogAppendTime"}
+#: Trimmed by DeleteRecords once every reader is past a record, never by age or size.
+_KEPT = {"cleanup.policy": "delete", "retention.ms": "-1", "retention.bytes": "-1"}
+_COMPACTED = {"cleanup.policy": "compact"}
+_WHY = {
+    "message.timestamp.type": "delays, retries and expiries are counted on the broker's clock",
+    "cleanup.policy": "only so are the records kept that are still needed",
+    "retention.ms": "the broker deletes records that were not read yet, or are still needed",
+    "retention.bytes": "the broker deletes records that were not read yet, or are still needed",
+}
+
+
 class Growth(StrEnum):
     """What may become of a topic's partition count once it exists."""
 
@@ -169,12 +182,11 @@ def desired(
         if count < 1:
             raise ConfigError(f"{what}={count} is too small: a topic has at least 1")
     base = {
-        "message.timestamp.type": "LogAppendTime",  # one clock for delays, expiries and leases
+        **_CLOCK,
         "min.insync.replicas": _min_insync(replication),
     }
-    # Trimmed by DeleteRecords once every reader is past a record, never by age or size.
-    kept = {**base, "cleanup.policy": "delete", "retention.ms": "-1", "retention.bytes": "-1"}
-    compacted = {**base, "cleanup.policy": "compact", "segment.bytes": str(COMPACTED_SEGMENT_BYTES)}
+    kept = {**base, **_KEPT}
+    compacted = {**base, **_COMPACTED, "segment.bytes": str(COMPACTED_SEGMENT_BYTES)}
     specs = [TopicSpec(names.jobs(queue), count, replication, kept) for queue, count in sorted(queues.items())]
     for event in sorted((e for e in events if not e.foreign), key=lambda e: e.topic):
         days = event.retention_days
@@ -222,6 +234,39 @@ def _min_insync(copies: int) -> str:
 def changelog(names: Names) -> str:
     """The changelog of the coordinator's table of schedules, under the name that Faust gives it."""
     return f"{names.coordinator_group}-schedules-changelog"
+
+
+def broken_promises(names: Names, found: Mapping[str, Mapping[str, str | None]]) -> list[str]:
+    """What is wrong with the settings of topics, for people; ``found``: settings as they are, by topic: pure.
+
+    Only what promises rest on, of the namespace's own topics; a setting that is not known is not judged.
+    """
+    compacted = (names.control, names.schemas, changelog(names))
+    kept = (names.lifecycle, names.coordination, names.dead_letter)
+    said: list[str] = []
+    for topic, settings in sorted(found.items()):
+        if topic in compacted:
+            wanted = {**_CLOCK, **_COMPACTED}
+        elif topic in kept or names.queue_of(topic) is not None:
+            wanted = {**_CLOCK, **_KEPT}
+        else:
+            continue
+        said += [
+            f"topic {topic} has {key}={settings[key]} and needs {value}: {_WHY[key]}. "
+            "`jobledger topics apply MODULE:APP` sets it"
+            for key, value in wanted.items()
+            if settings.get(key) not in (None, value)
+        ]
+    return said
+
+
+def lifecycle_too_small(topic: str, partitions: int, lifecycle: str, there: int) -> str:
+    """Why some partitions of a work topic cannot be served, and the way out: pure."""
+    return (
+        f"{topic} has {partitions} partitions and {lifecycle} only {there}: the facts of a job are written to the "
+        f"lifecycle partition that has the number of its work record's. Raise it with `kafka-topics.sh --alter --topic {lifecycle} "
+        f"--partitions {partitions}` and start the workers again; partitions of {topic} cannot be taken away"
+    )
 
 
 def worker_groups(names: Names, queues: Iterable[str], *, routed: bool = False) -> list[GroupSpec]:

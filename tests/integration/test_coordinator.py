@@ -22,13 +22,14 @@ from confluent_kafka.admin import (  # type: ignore[attr-defined]  # re-exported
     AlterConfigOpType,
     ConfigEntry,
     ConfigResource,
+    NewPartitions,
     ResourceType,
 )
 
 from jobledger import log
 from jobledger.config import Settings
 from jobledger.errors import BrokerUnavailable, ConfigError, SchemaError, TopicMissing, UnknownFact
-from jobledger.kafka import topics, topology
+from jobledger.kafka import topic_watch, topics, topology
 from jobledger.log import LogReader, producer_config
 from jobledger.names import Names
 from jobledger.schemas import codec
@@ -580,3 +581,50 @@ def test_metrics_tell_what_happened(lab: Lab) -> None:
     assert metrics.get_sample_value(prefix + "lateness_seconds_count") == 1
     assert metrics.get_sample_value(prefix + "scheduled") == 1
     assert metrics.get_sample_value(prefix + "ready") == 1
+
+
+def test_writers_times_make_no_delay_early_and_changed_settings_are_said(
+    lab: Lab, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """While somebody has set message.timestamp.type=CreateTime, a delay counts from when the record is read, whatever time its
+    writer gave it; health and log name topic, setting, value and command until it is set back."""
+    monkeypatch.setattr(topic_watch, "LOOK_S", 0.5)
+    topic = lab.names.coordination
+
+    def set_to(value: str) -> None:
+        entry = ConfigEntry("message.timestamp.type", value, incremental_operation=AlterConfigOpType.SET)
+        resource = ConfigResource(ResourceType.TOPIC, topic, incremental_configs=[entry])
+        for future in lab.admin.incremental_alter_configs([resource]).values():
+            future.result(timeout=20)
+
+    running = lab.ready()
+    assert running.health()["topic_problems"] == []
+    set_to("CreateTime")
+    wanted = f"topic {topic} has message.timestamp.type=CreateTime and needs LogAppendTime"
+    wait_for(lambda: [wanted in said for said in running.health()["topic_problems"]] == [True])
+    assert any(wanted in record.message and record.levelname == "ERROR" for record in caplog.records)
+    job = str(uuid_utils.uuid7())
+    fact = JobSubmitted(SPEC, 4_000)
+    event = JobEvent("id", job, 1, 1, 0, 0, "send", "mail", None, job, "test", None, fact)
+    producer = Producer(producer_config(lab.settings))
+    sent_ms = time.time_ns() // 1_000_000
+    producer.produce(topic, codec.encode(event), job.encode(), timestamp=sent_ms - 54_000)
+    assert producer.flush(20) == 0
+    lab.await_let_go((job, 1, 1))
+    (released,) = (m for m in lab.messages(lab.names.jobs("mail")) if codec.decode(m.value()).job_id == job)
+    assert released.timestamp()[1] - sent_ms >= 4_000
+    set_to("LogAppendTime")
+    wait_for(lambda: running.health()["topic_problems"] == [])
+    assert running.alive
+
+
+def test_partitions_added_behind_the_coordinators_back_are_said(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Partitions of coordination that were added while it runs are not read: health says so, and the others are served."""
+    monkeypatch.setattr(topic_watch, "LOOK_S", 0.5)
+    running = lab.ready()
+    topic = lab.names.coordination
+    lab.admin.create_partitions([NewPartitions(topic, PARTITIONS + 1)])[topic].result(timeout=20)
+    wait_for(
+        lambda: f"{topic} has {PARTITIONS + 1} partitions, not {PARTITIONS}" in str(running.health()["topic_problems"])
+    )
+    assert running.alive

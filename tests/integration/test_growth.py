@@ -3,20 +3,31 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
+from confluent_kafka.admin import (  # type: ignore[attr-defined]  # re-exported without saying so
+    AlterConfigOpType,
+    ConfigEntry,
+    ConfigResource,
+    NewPartitions,
+    ResourceType,
+)
 from sqlalchemy import Column, Integer, MetaData, String, Table
 
-from jobledger import App, Queue, Retry, Settings, current_job
+from jobledger import App, ConfigError, Queue, Retry, Settings, current_job
+from jobledger.consumers.worker import Worker
+from jobledger.kafka import topic_watch
 from jobledger.kafka.topics import ensure
+from jobledger.log import admin, partitions_of
 from jobledger.schemas.events import JobSucceeded
 from jobledger.streams import projections
 from jobledger.streams.coordinator import Coordinator, supervise
@@ -155,3 +166,63 @@ def test_a_second_generation_of_a_queue_takes_over(broker: str, namespace: str, 
         assert set(where) == ids
         assert {where[h.job_id] for h in old} == {"q"}
         assert {where[h.job_id] for h in new} == {"q-2"}
+
+
+def test_work_partitions_beyond_lifecycles_stop_alone(
+    broker: str, namespace: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Partitions that somebody adds to a work topic beyond the lifecycle topic's number are not run: the running worker says
+    at once why and what to do, and serves the others. With lifecycle raised, all of it is run and the table is right."""
+    monkeypatch.setattr(topic_watch, "LOOK_S", 0.5)
+    settings = Settings(bootstrap=broker, status_url=f"sqlite:///{tmp_path / 'status.db'}", home=tmp_path)
+    with ExitStack() as stack:
+        app = declared(namespace, settings, [Queue("q", partitions=4)], queue="q", events=1)
+        stack.callback(app.close)
+        ensure(app, settings)
+        client, work, lifecycle = admin(settings), app.names.jobs("q"), app.names.lifecycle
+        remedy = f"`kafka-topics.sh --alter --topic {lifecycle} --partitions 6`"
+        with working(app) as worker:
+            app.tasks["work"].submit(0)
+            until(lambda: len(closings(app)) == 1)
+            client.create_partitions([NewPartitions(work, 6)])[work].result(timeout=20)
+            until(lambda: sum(remedy in reason for reason in worker.health()["reasons"]) == 2, 30)
+            assert worker.health()["status"] == "unhealthy"
+            until(lambda: partitions_of(settings, work) == 6)
+            with closing(declared(namespace, settings, [Queue("q", partitions=4)], queue="q", events=1)) as other:
+                handles = other.submit_many(other.tasks["work"].job(n) for n in range(1, 61))
+            served = {handle.job_id for handle in handles if handle.position.partition < 4}
+            assert 0 < len(served) < 60
+            until(lambda: served <= set(closings(app)))
+            assert len(closings(app)) == 1 + len(served)
+        with pytest.raises(ConfigError, match=re.escape(remedy)):
+            Worker(app.registry, settings).run()
+        client.create_partitions([NewPartitions(lifecycle, 6)])[lifecycle].result(timeout=20)
+        until(lambda: partitions_of(settings, lifecycle) == 6)
+        table = Materializer(app.names, settings, ["q"], settings.resolve_status_url(namespace))
+        with threads(table.run), working(app):
+            until(lambda: len(closings(app)) == 61, 60)
+            until(lambda: states(app) == {"succeeded": 61}, 30)
+        assert verify(app.names, settings, ["q"], settings.resolve_status_url(namespace)).equal
+
+
+def test_a_worker_says_when_a_topics_settings_are_changed(
+    broker: str, namespace: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A retention that somebody set on a work topic makes a worker unhealthy, with topic, setting, value and command, until
+    it is set back; it works on."""
+    monkeypatch.setattr(topic_watch, "LOOK_S", 0.5)
+    app = declared(namespace, Settings(bootstrap=broker, home=tmp_path), [Queue("q")], queue="q", events=1)
+    ensure(app, app.settings)
+    topic, client = app.names.jobs("q"), admin(app.settings)
+    with closing(app), working(app) as worker:
+        until(lambda: worker.health()["status"] == "ok")
+        entry = ConfigEntry("retention.ms", "3600000", incremental_operation=AlterConfigOpType.SET)
+        changed = ConfigResource(ResourceType.TOPIC, topic, incremental_configs=[entry])
+        client.incremental_alter_configs([changed])[changed].result(timeout=20)
+        wanted = f"topic {topic} has retention.ms=3600000 and needs -1"
+        until(lambda: any(wanted in reason for reason in worker.health()["reasons"]), 30)
+        assert worker.health()["status"] == "unhealthy"
+        app.tasks["work"].submit(0)
+        until(lambda: len(closings(app)) == 1)
+        ensure(app, app.settings)
+        until(lambda: worker.health()["status"] == "ok", 30)

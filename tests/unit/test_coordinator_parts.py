@@ -182,10 +182,26 @@ def test_restoring_deletes_and_remembers_how_far_it_came(rows: Any) -> None:
 # -- intake ----------------------------------------------------------------------------------------------------------
 
 
+def test_a_record_with_its_writers_time_counts_as_appended_now() -> None:
+    """Only a time that the broker set is a time on the broker's clock: what another one delays would be early."""
+    fact = JobSubmitted(JobSpec(b"{}"), 60_000)
+    value = codec.encode(JobEvent("e", "j", 1, 1, 0, 0, "send", "mail", None, None, "test", None, fact))
+    messages = [
+        SimpleNamespace(
+            topic="shop.coordination", partition=0, offset=n, timestamp=5, timestamp_type=n, key=None, value=value
+        )
+        for n in (0, 1)
+    ]
+    read, _ = asyncio.run(Intake(Names("shop"), codec.Decoder(), "test", lambda: 7).decode(messages))
+    assert [each.appended_ms for each in read] == [7, 5]
+
+
 def taken_in(value: bytes | None, key: bytes | None = None) -> tuple[list[Any], list[RecordRejected]]:
     """What the intake makes of one record: events, and what goes to the dead letters."""
-    message = SimpleNamespace(topic="shop.coordination", partition=0, offset=3, timestamp=1, key=key, value=value)
-    read, rejects = asyncio.run(Intake(Names("shop"), codec.Decoder(), "test").decode([message]))
+    message = SimpleNamespace(
+        topic="shop.coordination", partition=0, offset=3, timestamp=1, timestamp_type=1, key=key, value=value
+    )
+    read, rejects = asyncio.run(Intake(Names("shop"), codec.Decoder(), "test", lambda: 7).decode([message]))
     facts = [codec.decode(each.value).fact for each in rejects]
     assert all(len(each.value or b"") < 900_000 for each in rejects)
     return list(read), [fact for fact in facts if isinstance(fact, RecordRejected)]

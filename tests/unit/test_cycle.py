@@ -135,7 +135,9 @@ class Lab:
         await self.cycle.take(
             self.group.generation,
             [
-                SimpleNamespace(topic=NAMES.coordination, partition=0, offset=o, timestamp=T0, key=None, value=v)
+                SimpleNamespace(
+                    topic=NAMES.coordination, partition=0, offset=o, timestamp=T0, timestamp_type=1, key=None, value=v
+                )
                 for o, v in records
             ],
         )

@@ -7,7 +7,18 @@ import json
 import pytest
 
 from jobledger.errors import ConfigError
-from jobledger.kafka.topology import Growth, Plan, Step, TopicSpec, compare, desired, within_bounds, worker_groups
+from jobledger.kafka.topology import (
+    Growth,
+    Plan,
+    Step,
+    TopicSpec,
+    broken_promises,
+    changelog,
+    compare,
+    desired,
+    within_bounds,
+    worker_groups,
+)
 from jobledger.names import Names
 
 NAMES = Names("shop")
@@ -193,3 +204,29 @@ def test_what_must_acknowledge_follows_the_copies_that_there_are(
     plan = Plan((change,))
     assert (plan.pending, plan.refused) == ((), ())
     assert len(plan.advice) == advised
+
+
+def test_settings_that_promises_rest_on_are_judged() -> None:
+    """Of each of the namespace's own topics that somebody has changed, the setting, its value, the right one and the command
+    are named; other settings, topics of others and what is not known are nobody's business here."""
+    names = Names("shop")
+    made = desired(names, {"mail": 2}, partitions=2, replication=1)
+    right: dict[str, dict[str, str | None]] = {spec.name: dict(spec.config) for spec in made}
+    assert broken_promises(names, right) == []
+    others: dict[str, dict[str, str | None]] = {
+        "theirs": {"message.timestamp.type": "CreateTime"},
+        names.lifecycle: {"message.timestamp.type": None, "segment.bytes": "1"},
+    }
+    assert broken_promises(names, others) == []
+    changed = {
+        names.coordination: ("message.timestamp.type", "CreateTime", "LogAppendTime"),
+        names.jobs("mail"): ("retention.ms", "604800000", "-1"),
+        names.lifecycle: ("cleanup.policy", "compact", "delete"),
+        names.dead_letter: ("retention.bytes", "1000", "-1"),
+        names.control: ("cleanup.policy", "compact,delete", "compact"),
+        changelog(names): ("cleanup.policy", "delete", "compact"),
+    }
+    for topic, (setting, value, wanted) in changed.items():
+        (said,) = broken_promises(names, {**right, topic: {**right[topic], setting: value}})
+        assert said.startswith(f"topic {topic} has {setting}={value} and needs {wanted}: ")
+        assert "`jobledger topics apply MODULE:APP`" in said

@@ -1,0 +1,65 @@
+"""Looks now and then whether topics still have the settings that promises rest on: whoever may alter a topic can change them
+while everything runs. Changes nothing; which settings they are says `jobledger.kafka.topology`."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable, Iterable, Sequence
+
+from jobledger.config import Settings
+from jobledger.errors import JobledgerError
+from jobledger.kafka.topology import broken_promises
+from jobledger.log import topic_settings
+from jobledger.names import Names
+
+#: Seconds between two looks.
+LOOK_S = 60.0
+
+
+class TopicWatch(threading.Thread):
+    """A thread that looks at once and then every `LOOK_S` seconds, until it is closed.
+
+    ``topics``: which ones, asked for at each look. ``others``: further problems that only its owner can see. ``problems``:
+    what the last look found, for people; each is logged as an error at each look.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        names: Names,
+        topics: Callable[[], Iterable[str]],
+        log: logging.Logger,
+        *,
+        others: Callable[[], Sequence[str]] = tuple,
+    ) -> None:
+        super().__init__(name="jobledger-topics", daemon=True)
+        self._settings, self._names, self._topics, self._log, self._others = settings, names, topics, log, others
+        self._closed = threading.Event()
+        self.problems: tuple[str, ...] = ()
+
+    def run(self) -> None:
+        """Look until closed."""
+        while True:
+            self.look()
+            if self._closed.wait(LOOK_S):
+                return
+
+    def look(self) -> None:
+        """Look once. A broker that is away, or refuses to tell, leaves `problems` as they were."""
+        try:
+            found = broken_promises(self._names, topic_settings(self._settings, self._topics()))
+            found += self._others()
+        except JobledgerError as exc:
+            self._log.debug("the settings of topics are not known: %s", exc)
+            return
+        for problem in found:
+            self._log.error("%s", problem)
+        for problem in self.problems:
+            if problem not in found:
+                self._log.info("no longer so: %s", problem)
+        self.problems = tuple(found)
+
+    def close(self) -> None:
+        """Look no more; returns at once."""
+        self._closed.set()
