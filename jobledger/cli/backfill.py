@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import datetime as dt
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -11,9 +10,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from jobledger.cli import output
+from jobledger.cli import completion, output
+from jobledger.cli.commands import judged, moment_ms
 from jobledger.cli.loading import load_app
-from jobledger.cli.options import Bootstrap, Json, StatusUrl, Target, milliseconds
+from jobledger.cli.options import Bootstrap, Json, StatusUrl, Target
 from jobledger.cli.output import Cell, Exit
 
 if TYPE_CHECKING:
@@ -26,13 +26,15 @@ PROGRESS_S = 5.0
 
 def backfill(
     target: Target,
-    handler: Annotated[str, typer.Argument(metavar="HANDLER", help="The handler's name.")],
+    handler: Annotated[
+        str, typer.Argument(metavar="HANDLER", help="The handler's name.", autocompletion=completion.handlers)
+    ],
     since: Annotated[
         str | None,
         typer.Option(
             "--from",
             metavar="TIME",
-            help="Events from then on; ISO, UTC unless it says otherwise.",
+            help="Events from then on: ISO 8601, UTC unless it says otherwise, or an age such as 2h, 3d.",
             show_default="the oldest kept",
         ),
     ] = None,
@@ -58,12 +60,18 @@ def backfill(
     from jobledger.consumers.backfill import Backfill, Plan, events_per_second, known_to
     from jobledger.errors import JobNotFound
 
+    begin = None if since is None else moment_ms(since, "--from")
+    end = None if until is None else moment_ms(until, "--to")
+    with judged("--rate"):
+        pace = None if rate is None else events_per_second(rate)
     app = load_app(target, bootstrap=bootstrap, status_url=status_url)
+    with judged():
+        app.registry.handler(handler)
     plan = Plan(
         handler,
-        _milliseconds(since, "--from"),
-        _milliseconds(until, "--to"),
-        None if rate is None else events_per_second(rate),
+        begin,
+        end,
+        pace,
         dry_run,
         restart,
     )
@@ -100,17 +108,6 @@ def backfill(
         output.print_fields(fields)
     if not found.done:
         raise typer.Exit(Exit.INTERRUPTED)
-
-
-def _milliseconds(text: str | None, option: str) -> int | None:
-    if text is None:
-        return None
-    try:
-        when = dt.datetime.fromisoformat(text)
-    except ValueError:
-        raise typer.BadParameter(f"{text!r} is no ISO date or time, such as 2026-01-31 or 2026-01-31T08:00:00+01:00",
-                                 param_hint=option) from None  # fmt: skip
-    return milliseconds(when)
 
 
 @contextmanager

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import heapq
-import re
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -12,9 +11,10 @@ from typing import TYPE_CHECKING, Annotated, Any, Self
 
 import typer
 
-from jobledger.cli import output
-from jobledger.cli.options import AppOption, Bootstrap, Json, Namespace, milliseconds, place
-from jobledger.errors import BrokerUnavailable, ConfigError, RegistryNeeded, SchemaError, TopicMissing
+from jobledger.cli import completion, output
+from jobledger.cli.commands import Commands, moment_ms, words_of
+from jobledger.cli.options import AppOption, Bootstrap, Json, Namespace, place
+from jobledger.errors import BrokerUnavailable, RegistryNeeded, SchemaError, TopicMissing
 
 if TYPE_CHECKING:
     from confluent_kafka import Message
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from jobledger.names import Names
     from jobledger.schemas.events import JobEvent, Position, Recorded
 
-app = typer.Typer(name="events", help="Read the log itself.", no_args_is_help=True)
+app = Commands(name="events", help="Read the log itself.", no_args_is_help=True)
 
 #: How many events are shown when neither ``-n`` nor ``--from`` says.
 DEFAULT_LAST = 10
@@ -34,8 +34,6 @@ SORTED_AT_ONCE = 50_000
 STALL_S = 30.0
 #: Seconds between two looks for topics that came into being while following.
 NEW_TOPICS_EVERY = 10.0
-
-_UNITS = {"ms": 0.001, "s": 1.0, "m": 60.0, "min": 60.0, "h": 3600.0, "d": 86400.0}
 
 Partition = tuple[str, int]
 
@@ -62,9 +60,16 @@ class Line:
 
 @app.command("tail")
 def tail(
+    words: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[MODULE:APP]", help="The app, unless an option names it.", show_default=False),
+    ] = None,
     app: AppOption = None,
     namespace: Namespace = None,
-    topic: Annotated[Topics, typer.Option(help="Only these topics.")] = Topics.ALL,
+    topic: Annotated[
+        list[Topics] | None,
+        typer.Option(help="Only these topics; repeat it for several.", show_default=Topics.ALL.value),
+    ] = None,
     begin: Annotated[
         str | None,
         typer.Option(
@@ -77,8 +82,21 @@ def tail(
     last: Annotated[
         int | None, typer.Option("-n", "--last", min=1, help="Only the last so many of them.", show_default=False)
     ] = None,
-    task: Annotated[str | None, typer.Option(help="Only of this task.", show_default="any")] = None,
-    job: Annotated[str | None, typer.Option(metavar="ID", help="Only of this job.", show_default="any")] = None,
+    task: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Only of this task; repeat it for several.", show_default="any", autocompletion=completion.tasks
+        ),
+    ] = None,
+    job: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="ID",
+            help="Only of this job, by its id or what that begins with; repeat it for several.",
+            show_default="any",
+            autocompletion=completion.jobs,
+        ),
+    ] = None,
     follow: Annotated[bool, typer.Option("--follow/--no-follow", "-f", help="Go on as events come in.")] = False,
     bootstrap: Bootstrap = None,
     as_json: Json = False,
@@ -87,43 +105,28 @@ def tail(
 
     Example: jobledger events tail --namespace shop --from 10m --topic dead-letter --follow
     """
-    asked = place(app, namespace, bootstrap)
+    since = None if begin in (None, "start", "end") else moment_ms(str(begin), "--from", "start", "end")
+    named = words_of(words, app is not None or namespace is not None, "argument", 0)
+    asked = place(named.target or app, namespace, bootstrap)
     if begin is None and last is None:
         last = DEFAULT_LAST
-    since = None if begin in (None, "start", "end") else moment_ms(str(begin), time.time())
     at_end = begin == "end"
 
     def wanted(line: Line) -> bool:
         event = None if line.recorded is None else line.recorded.event
         if event is None:  # what cannot be read may be of any job: shown unless one is asked for
-            return task is None and job is None
-        return (task is None or event.task == task) and (job is None or event.job_id == job)
+            return not task and not job
+        return (not task or event.task in task) and (not job or event.job_id.startswith(tuple(job)))
 
     show = _json_line if as_json else _Printer(asked.names)
-    with _Tail(asked.settings, asked.names, topic, list(asked.lanes)) as reader:
-        skim = last if task is None and job is None and since is None and not at_end and begin is None else None
+    with _Tail(asked.settings, asked.names, topic or [Topics.ALL], list(asked.lanes)) as reader:
+        skim = last if not task and not job and since is None and not at_end and begin is None else None
         reader.begin(since=since, at_end=at_end, last=skim)
         for line in newest(filter(wanted, reader.until_now()), last):
             show(line)
         if follow:
             for line in filter(wanted, reader.onwards()):
                 show(line)
-
-
-def moment_ms(text: str, now: float) -> int:
-    """A time of the command line as milliseconds since the epoch: ISO 8601 (UTC unless it says), or an age."""
-    import datetime as dt
-
-    age = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(ms|s|m|min|h|d)", text.strip())
-    if age is not None:
-        return int((now - float(age.group(1)) * _UNITS[age.group(2)]) * 1000)
-    try:
-        when = dt.datetime.fromisoformat(text.strip())
-    except ValueError:
-        raise ConfigError(
-            f"--from {text!r} is neither start, end, an age such as 10m or 2h, nor a time such as 2026-01-31T14:05"
-        ) from None
-    return milliseconds(when)
 
 
 def newest(lines: Iterator[Line], count: int | None) -> Iterator[Line]:
@@ -147,7 +150,7 @@ def _order(line: Line) -> tuple[int, Position]:
 class _Tail:
     """Reads all partitions of a namespace's topics at once: first up to now, then onwards."""
 
-    def __init__(self, settings: Settings, names: Names, topics: Topics, queues: Sequence[str]) -> None:
+    def __init__(self, settings: Settings, names: Names, topics: Sequence[Topics], queues: Sequence[str]) -> None:
         from jobledger import log
 
         settings = settings.acting_as("web")
@@ -247,16 +250,13 @@ class _Tail:
 
     def _belongs(self, topic: str) -> bool:
         names = self._names
-        match self._topics:
-            case Topics.LIFECYCLE:
-                return topic == names.lifecycle
-            case Topics.WORK:
-                return names.queue_of(topic) is not None
-            case Topics.COORDINATION:
-                return topic == names.coordination
-            case Topics.DEAD_LETTER:
-                return topic == names.dead_letter
-        return names.queue_of(topic) is not None or topic in (names.lifecycle, names.coordination, names.dead_letter)
+        one = {
+            names.lifecycle: Topics.LIFECYCLE,
+            names.coordination: Topics.COORDINATION,
+            names.dead_letter: Topics.DEAD_LETTER,
+        }
+        found = Topics.WORK if names.queue_of(topic) is not None else one.get(topic)
+        return found is not None and (found in self._topics or Topics.ALL in self._topics)
 
     def _assign(self, partitions: Sequence[Partition] | set[Partition] | dict[Partition, int]) -> None:
         from confluent_kafka import TopicPartition

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from jobledger.cli.commands import Commands, seconds
 from jobledger.cli.options import Json
 from jobledger.cli.output import Exit, console, duration, print_fields, print_json
 from jobledger.kafka import defaults
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 
 STOPPED = 143  # how a JVM ends after SIGTERM, e.g. from `jobledger kafka stop` elsewhere
 
-app = typer.Typer(
+app = Commands(
     name="kafka",
     help="The embedded broker: real Apache Kafka for development, without Docker or an installed Java.",
     no_args_is_help=True,
@@ -39,14 +40,14 @@ _STEPS = {
 
 @app.command("start")
 def start(
-    port: Annotated[int, typer.Option(help="Port on 127.0.0.1; 0 takes a free one.")] = defaults.PORT,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port on 127.0.0.1; 0 takes a free one.")] = defaults.PORT,
     data: Annotated[
         Path | None, typer.Option(help="Data folder, kept between starts.", show_default="under JOBLEDGER_HOME")
     ] = None,
     heap: Annotated[int, typer.Option(min=128, help="Heap of the broker in MB.")] = defaults.HEAP_MB,
     version: Annotated[str, typer.Option(help="Version of Apache Kafka, 4.0 or later.")] = defaults.KAFKA_VERSION,
     timeout: Annotated[
-        float, typer.Option(help="Seconds that the broker may take to answer.")
+        float, typer.Option(parser=seconds, metavar="SECONDS", help="How long the broker may take to answer.")
     ] = defaults.START_TIMEOUT_S,
     foreground: Annotated[bool, typer.Option("--foreground", help="Stay, and stop the broker on Ctrl-C.")] = False,
     as_json: Json = False,
@@ -86,7 +87,7 @@ def start(
 @app.command("stop")
 def stop(
     timeout: Annotated[
-        float, typer.Option(help="Seconds to end cleanly before it is killed.")
+        float, typer.Option(parser=seconds, metavar="SECONDS", help="To end cleanly before it is killed.")
     ] = defaults.STOP_TIMEOUT_S,
     as_json: Json = False,
 ) -> None:

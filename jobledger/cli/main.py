@@ -12,7 +12,8 @@ from typing import Annotated
 
 import typer
 
-from jobledger.cli import backfill, check, dev, events, jobs, orders, projections, running, stdio, table
+from jobledger.cli import backfill, check, dev, events, jobs, orders, projections, running, stdio, submit, table
+from jobledger.cli.commands import Commands, Wrong
 from jobledger.cli.kafka import app as kafka_app
 from jobledger.cli.output import MEANINGS, Exit, exit_code, print_error
 from jobledger.cli.topics import app as topics_app
@@ -21,7 +22,7 @@ from jobledger.process_exit import bound_exit
 
 _EPILOG = "**Exit codes**\n\n" + "\n".join(f"- **{int(code)}** {meaning}" for code, meaning in MEANINGS.items())
 
-cli = typer.Typer(
+cli = Commands(
     name="jobledger",
     help="Background jobs on the Kafka log.",
     epilog=_EPILOG,
@@ -40,8 +41,8 @@ _COMMANDS: tuple[tuple[str, str, Callable[..., None], str], ...] = (
     (RUN, "streams", running.streams, "Run the stream processor: coordinator and materializer."),
     (RUN, "coordinator", running.coordinator, "Let delayed and retried jobs go when they are due."),
     (RUN, "materializer", running.materializer, "Keep the status table abreast of the log."),
-    (ASK, "submit", jobs.submit, "Submit a job."),
-    (ASK, "emit", jobs.emit, "Emit a domain event."),
+    (ASK, "submit", submit.submit, "Submit a job."),
+    (ASK, "emit", submit.emit, "Emit a domain event."),
     (OPERATE, "backfill", backfill.backfill, "Run a handler over events of the past."),
     (OPERATE, "check", check.check, "Before a deploy: jobs in the log that this app could not run."),
     (OPERATE, "verify", table.verify, "Compare the status table with the log."),
@@ -113,6 +114,8 @@ def main(words: list[str]) -> int:
 def _run(words: list[str], *, traced: bool, as_json: bool) -> int:
     """Run one command line; its exit code. Raises `OutputLost`, and nothing else."""
     try:
+        for word in words:
+            word.encode()
         code = cli(words, prog_name="jobledger", standalone_mode=False)
         return code if isinstance(code, int) else Exit.OK
     except JobledgerError as exc:
@@ -122,6 +125,8 @@ def _run(words: list[str], *, traced: bool, as_json: bool) -> int:
         return exit_code(exc)
     except stdio.OutputLost:
         raise
+    except UnicodeEncodeError as exc:
+        return _misused(Wrong(f"{exc.object!r} is not written in UTF-8"), as_json=as_json)
     except KeyboardInterrupt:
         return Exit.INTERRUPTED
     except typer.Abort:
@@ -130,11 +135,9 @@ def _run(words: list[str], *, traced: bool, as_json: bool) -> int:
         print_error("Aborted", "nothing was done", as_json=as_json)
         return Exit.ERROR
     except _usage_error() as exc:
-        if as_json:
-            print_error("UsageError", exc.format_message(), as_json=True)
-        else:
-            _show_usage(exc)
-        return Exit.USAGE
+        if traced:
+            _show_traceback(exc)
+        return _misused(exc, as_json=as_json)
     except SystemExit as exc:  # a library's, or the app's own
         return exc.code if isinstance(exc.code, int) else Exit.OK if exc.code is None else Exit.ERROR
     except BaseException as exc:  # noqa: BLE001  # whatever it is, a command ends with one line and a code of its own
@@ -158,13 +161,15 @@ def _usage_error() -> type[typer.BadParameter]:
     return next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")
 
 
-def _show_usage(exc: typer.BadParameter) -> None:
-    try:
-        from typer.rich_utils import rich_format_error
-
-        rich_format_error(exc)
-    except ImportError:
+def _misused(exc: typer.BadParameter, *, as_json: bool) -> int:
+    """Say what is wrong with the command line; a group without its command shows its help."""
+    if type(exc).__name__ == "NoArgsIsHelpError" and not as_json:
         exc.show()
+        return Exit.USAGE
+    ctx = exc.ctx
+    hint = "" if as_json or ctx is None else f" (see {ctx.command_path} --help)"
+    print_error("UsageError", " ".join(exc.format_message().split("\n")) + hint, as_json=as_json)
+    return Exit.USAGE
 
 
 def _show_traceback(exc: BaseException) -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-import datetime as dt
 import os
 from typing import TYPE_CHECKING, Annotated, NamedTuple
 
 import typer
+
+from jobledger.cli import completion
+from jobledger.cli.commands import Wrong, judged
 
 if TYPE_CHECKING:
     from jobledger.app import App
@@ -32,13 +34,15 @@ StatusUrl = Annotated[
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
 AppOption = Annotated[
-    str | None, typer.Option("--app", metavar="MODULE:APP", help="The app whose jobs are meant.", show_default=False)
+    str | None,
+    typer.Option("--app", metavar="MODULE:APP", help="The app, if it is not the first word.", show_default=False),
 ]
 Namespace = Annotated[
     str | None,
     typer.Option(
         metavar="NAME",
         help="Or its namespace alone, without importing the app.",
+        autocompletion=completion.namespaces,
         show_default="the only one on this machine",
     ),
 ]
@@ -104,18 +108,17 @@ LogFormat = Annotated[
 def place(
     target: str | None, namespace: str | None, bootstrap: str | None = None, status_url: str | None = None
 ) -> App:
-    """The app to ask: loaded from ``--app``, or an empty one for ``--namespace``, or the only local status table's.
-
-    Raises `ConfigError` if both or neither name one.
+    """The app to ask: loaded from ``MODULE:APP`` or ``--app``, or an empty one for ``--namespace``, or the only local
+    status table's. Raises `Wrong` if both or neither name one.
     """
     from jobledger.app import App
     from jobledger.cli.loading import load_app
     from jobledger.config import Settings
-    from jobledger.errors import ConfigError
+    from jobledger.names import check_name
     from jobledger.streams.store import namespaces_in
 
     if target is not None and namespace is not None:
-        raise ConfigError(f"--app {target} and --namespace {namespace} name the jobs twice: give one of them")
+        raise Wrong(f"{target} and --namespace {namespace} name the jobs twice: give one of them")
     if target is not None:
         return load_app(target, bootstrap=bootstrap, status_url=status_url)
     settings = Settings.from_env().with_bootstrap(bootstrap).with_status_url(status_url)
@@ -123,12 +126,8 @@ def place(
         here = namespaces_in(settings.home / "status") if settings.status_url is None else []
         if len(here) != 1:
             known = f" (on this machine: {', '.join(here)})" if here else ""
-            raise ConfigError(f"whose jobs? Give --app MODULE:APP or --namespace NAME{known}")
+            raise Wrong(f"whose jobs? Give MODULE:APP, --app MODULE:APP or --namespace NAME{known}")
         namespace = here[0]
+    with judged("--namespace"):
+        check_name("namespace", namespace)
     return App(namespace, settings=settings)
-
-
-def milliseconds(when: dt.datetime) -> int:
-    """A time of a command line as milliseconds since the epoch: UTC unless it says otherwise, so that one command line
-    means one moment on every machine."""
-    return round((when if when.tzinfo is not None else when.replace(tzinfo=dt.UTC)).timestamp() * 1000)

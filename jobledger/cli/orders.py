@@ -2,37 +2,72 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 
-from jobledger.cli import output
-from jobledger.cli.loading import load_app
-from jobledger.cli.options import Bootstrap, Json, Target
+from jobledger.cli import completion, output
+from jobledger.cli.commands import Commands, among, judged, words_of
+from jobledger.cli.options import AppOption, Bootstrap, Json, Namespace, StatusUrl, place
 from jobledger.cli.output import Cell
 from jobledger.policy import Limits
+from jobledger.queues import Queue
 
 if TYPE_CHECKING:
     from jobledger.app import App
     from jobledger.orders import Kind, Standing
 
-Name = Annotated[str, typer.Argument(metavar="NAME", help="Its name.")]
+AppWord = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[MODULE:APP]", help="The app, unless an option names it.", show_default=False),
+]
+Named = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="[MODULE:APP] NAME",
+        help="Its name; the app before it, unless an option names it.",
+        autocompletion=completion.ordered,
+        show_default=False,
+    ),
+]
 Reason = Annotated[str | None, typer.Option("--reason", "-r", help="Why, for those who ask later.", show_default=False)]
 By = Annotated[str | None, typer.Option("--by", help="Who orders it.", show_default="user@host")]
 
 
+class Known(NamedTuple):
+    """An app, or a namespace without one, and what it has of queues or tasks: each a queue, or a task's queue."""
+
+    app: App
+    kind: Kind
+    things: dict[str, Queue]
+    limits: dict[str, Limits]
+
+    @property
+    def where(self) -> str:
+        """What has these, for errors."""
+        return f"app {self.app.names.namespace!r}" if self.app.tasks else f"namespace {self.app.names.namespace!r}"
+
+
 def _made(kind: Kind) -> typer.Typer:
     """The commands of one kind: they differ in what they are about, not in what they do."""
-    made = typer.Typer(name=f"{kind}s", help=f"Pause, resume and limit {kind}s; see which are.", no_args_is_help=True)
+    made = Commands(name=f"{kind}s", help=f"Pause, resume and limit {kind}s; see which are.", no_args_is_help=True)
 
     @made.command("list", help=f"The app's {kind}s, their limits, and what was ordered of them.")
-    def list_them(target: Target, bootstrap: Bootstrap = None, as_json: Json = False) -> None:
-        loaded = load_app(target, bootstrap=bootstrap)
-        try:
-            standing = {(each.kind, each.name): each for each in loaded.orders.standing()}
-        finally:
-            loaded.close()
-        rows = [_row(loaded, kind, name, standing.get((kind, name))) for name in _names(loaded, kind)]
+    def list_them(
+        words: AppWord = None,
+        app: AppOption = None,
+        namespace: Namespace = None,
+        bootstrap: Bootstrap = None,
+        status_url: StatusUrl = None,
+        as_json: Json = False,
+    ) -> None:
+        target = words_of(words, app is not None or namespace is not None, "argument", 0).target
+        with _opened(kind, target or app, namespace, bootstrap, status_url) as known:
+            standing = {each.name: each for each in known.app.orders.standing() if each.kind == kind}
+        # Without the app what was ordered may be all that is known of a name.
+        rows = [_row(known, name, standing.get(name)) for name in sorted({*known.things, *standing})]
         if as_json:
             output.print_json(rows)
             return
@@ -54,34 +89,32 @@ def _made(kind: Kind) -> typer.Typer:
         "pause", help=f"Start nothing more of a {kind}, on any worker, until it is resumed; what runs goes on."
     )
     def pause(
-        target: Target,
-        name: Name,
+        words: Named = None,
+        app: AppOption = None,
+        namespace: Namespace = None,
         reason: Reason = None,
         by: By = None,
         bootstrap: Bootstrap = None,
+        status_url: StatusUrl = None,
         as_json: Json = False,
     ) -> None:
-        loaded = _found(target, kind, name, bootstrap)
-        try:
-            loaded.orders.pause(kind, name, reason, by)
-        finally:
-            loaded.close()
+        with _ordered(kind, words, app, namespace, bootstrap, status_url) as (known, name):
+            known.app.orders.pause(kind, name, reason, by)
         _say(as_json, {kind: name, "paused": True}, f"{kind} {name} is paused")
 
     @made.command("resume", help=f"Let a paused {kind} go on.")
     def resume(
-        target: Target,
-        name: Name,
+        words: Named = None,
+        app: AppOption = None,
+        namespace: Namespace = None,
         reason: Reason = None,
         by: By = None,
         bootstrap: Bootstrap = None,
+        status_url: StatusUrl = None,
         as_json: Json = False,
     ) -> None:
-        loaded = _found(target, kind, name, bootstrap)
-        try:
-            loaded.orders.resume(kind, name, reason, by)
-        finally:
-            loaded.close()
+        with _ordered(kind, words, app, namespace, bootstrap, status_url) as (known, name):
+            known.app.orders.resume(kind, name, reason, by)
         _say(as_json, {kind: name, "paused": False}, f"{kind} {name} goes on")
 
     @made.command(
@@ -90,33 +123,33 @@ def _made(kind: Kind) -> typer.Typer:
         "the code's limits count again.",
     )
     def limit(
-        target: Target,
-        name: Name,
+        words: Named = None,
+        app: AppOption = None,
+        namespace: Namespace = None,
         rate: Annotated[str | None, typer.Option(metavar="RATE", help="100/s, 30/min, 1000/h or 5/d.")] = None,
         concurrency: Annotated[int | None, typer.Option(min=1, help="Jobs running at once.")] = None,
         reason: Reason = None,
         by: By = None,
         bootstrap: Bootstrap = None,
+        status_url: StatusUrl = None,
         as_json: Json = False,
     ) -> None:
         from jobledger.queues import check_shares
 
-        loaded = _found(target, kind, name, bootstrap)
-        limits = Limits.of(_number(rate), concurrency, f"{kind} {name!r}")
-        try:
-            queue = loaded.queues[name if kind == "queue" else loaded.tasks[name].queue]
-            check_shares(f"{kind} {name!r}", queue, limits, loaded.partitions)
-            loaded.orders.limit(kind, name, limits or None, reason, by)
-        finally:
-            loaded.close()
-        words = [
+        with judged():
+            limits = Limits.of(_number(rate), concurrency, kind)
+        with _ordered(kind, words, app, namespace, bootstrap, status_url) as (known, name):
+            with judged():
+                check_shares(f"{kind} {name!r}", known.things[name], limits, known.app.partitions)
+            known.app.orders.limit(kind, name, limits or None, reason, by)
+        said = [
             *([f"{limits.rate:g} a second"] if limits.rate else []),
             *([f"{concurrency} at once"] if concurrency else []),
         ]
         _say(
             as_json,
             {kind: name, "rate": limits.rate, "concurrency": limits.concurrency},
-            f"{kind} {name}: " + (" and ".join(words) if words else "limits as in the code"),
+            f"{kind} {name}: " + (" and ".join(said) if said else "limits as in the code"),
         )
 
     return made
@@ -129,31 +162,81 @@ def _number(rate: str | None) -> str | float | None:
         return rate
 
 
-def _names(loaded: App, kind: Kind) -> list[str]:
-    return sorted(loaded.queues if kind == "queue" else loaded.tasks)
+@contextmanager
+def _opened(
+    kind: Kind, target: str | None, namespace: str | None, bootstrap: str | None, status_url: str | None
+) -> Iterator[Known]:
+    """The app, closed after the block, and its queues or tasks; without one those that broker and status table know."""
+    app = place(target, namespace, bootstrap, status_url)
+    try:
+        if target is None:
+            yield Known(app, kind, _seen(app, kind), {})
+        elif kind == "queue":
+            yield Known(app, kind, dict(app.queues), {name: queue.limits for name, queue in app.queues.items()})
+        else:
+            queues = {name: app.queues[task.queue] for name, task in app.tasks.items()}
+            yield Known(app, kind, queues, {name: task.policy.limits for name, task in app.tasks.items()})
+    finally:
+        app.close()
 
 
-def _found(target: str, kind: Kind, name: str, bootstrap: str | None) -> App:
-    """The app, if it has such a queue or task. Raises `UnknownQueue` or `UnknownTask`."""
-    loaded = load_app(target, bootstrap=bootstrap)
+@contextmanager
+def _ordered(
+    kind: Kind,
+    words: list[str] | None,
+    app: str | None,
+    namespace: str | None,
+    bootstrap: str | None,
+    status_url: str | None,
+) -> Iterator[tuple[Known, str]]:
+    """`_opened`, and the name that the words say, which is among its."""
+    named = words_of(words, app is not None or namespace is not None, "NAME", 1)
+    with _opened(kind, named.target or app, namespace, bootstrap, status_url) as known:
+        yield known, among(named.others[0], known.things, kind, known.where)
+
+
+def _seen(app: App, kind: Kind) -> dict[str, Queue]:
+    """The queues that have topics; or the tasks that the status table has jobs of, with the queue of one of them."""
+    from confluent_kafka import KafkaException
+
+    from jobledger import log
+    from jobledger.access import knock
+    from jobledger.errors import StoreNotFound
+
+    knock(app.settings)
+    try:
+        topics = log.admin(app.settings).list_topics(timeout=10.0).topics
+    except KafkaException as exc:
+        raise log.translate(exc.args[0], app.settings, "asking for topics") from exc
+    levels: dict[str, list[int]] = {}
+    for topic, found in topics.items():
+        if (name := app.names.queue_of(topic)) is not None:
+            levels.setdefault(name, []).append(len(found.partitions))
+    queues = {name: Queue(name, max(counts), len(counts) > 1) for name, counts in levels.items()}
     if kind == "queue":
-        loaded.registry.check_queue(name)
-    else:
-        loaded.registry.task(name)
-    return loaded
+        return queues
+    try:
+        counts = app.status_table().counts()
+    except StoreNotFound:
+        return {}
+    return {each.task: queues.get(each.queue) or Queue(each.queue) for each in counts}
 
 
-def _row(loaded: App, kind: Kind, name: str, standing: Standing | None) -> dict[str, Any]:
-    limits = loaded.queues[name].limits if kind == "queue" else loaded.tasks[name].policy.limits
+def _row(known: Known, name: str, standing: Standing | None) -> dict[str, Any]:
+    limits = known.limits.get(name, Limits())
     if standing is not None and standing.limits is not None:
         limits = standing.limits
+    thing = known.things.get(name)
     about: dict[str, Any] = (
-        {"partitions": loaded.queues[name].partitions, "priorities": loaded.queues[name].priorities}
-        if kind == "queue"
-        else {"queue": loaded.tasks[name].queue}
+        {
+            "partitions": None if thing is None else thing.partitions or known.app.partitions,
+            "priorities": thing is not None and thing.priorities,
+        }
+        if known.kind == "queue"
+        else {"queue": None if thing is None else thing.name}
     )
     return {
-        kind: name,
+        known.kind: name,
         **about,
         "paused": None if standing is None else standing.paused,
         "rate": limits.rate,

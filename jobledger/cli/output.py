@@ -46,7 +46,7 @@ class Exit(IntEnum):
 MEANINGS: Mapping[Exit, str] = {
     Exit.OK: "done",
     Exit.ERROR: "an error, said in one line on standard error",
-    Exit.USAGE: "the command line is wrong",
+    Exit.USAGE: "the command line is wrong, or names what the app does not have",
     Exit.NOT_FOUND: "not running, or not found",
     Exit.DIFFERS: "`verify`, `projections verify`: the table differs from the log; `check`: jobs in it could not be run",
     Exit.JOB_FAILED: "`jobs wait`, `submit --wait`: the job did not end well",

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from jobledger.cli import logs, output
+from jobledger.cli import completion, logs, output
+from jobledger.cli.commands import Commands, among
 from jobledger.cli.loading import load_app
 from jobledger.cli.options import Bootstrap, Json, LogFormat, Metrics, StatusUrl, Target
 from jobledger.cli.output import Cell, Exit
@@ -24,9 +25,11 @@ if TYPE_CHECKING:
 
 LOG = get_logger("jobledger.projection")
 
-app = typer.Typer(name="projections", help="Your own tables, folded from the log.", no_args_is_help=True)
+app = Commands(name="projections", help="Your own tables, folded from the log.", no_args_is_help=True)
 
-Name = Annotated[str, typer.Argument(metavar="NAME", help="The projection's name.")]
+Name = Annotated[
+    str, typer.Argument(metavar="NAME", help="The projection's name.", autocompletion=completion.projections)
+]
 
 
 @app.command("run")
@@ -175,8 +178,7 @@ def _all(loaded: App) -> list[str]:
 def _runner(loaded: App, name: str) -> Runner:
     from jobledger.streams.projections import Runner
 
-    found = loaded.registry.projections.get(name)
-    if found is None:
-        raise ConfigError(f"no projection is called {name!r}: there are {sorted(loaded.registry.projections)}")
+    known = loaded.registry.projections
+    found = known[among(name, known, "projection", f"app {loaded.names.namespace!r}")]
     url = loaded.settings.resolve_status_url(loaded.names.namespace)
     return Runner(found, loaded.settings, loaded.names, list(loaded.lanes), url)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from jobledger.cli import logs, output
+from jobledger.cli.commands import judged, seconds
 from jobledger.cli.loading import load_app
 from jobledger.cli.options import Bootstrap, Listen, LogFormat, Metrics, StatusUrl, Target
 from jobledger.errors import JobledgerError
@@ -119,7 +120,9 @@ def worker(
         typer.Option(min=1, help="Child processes, for tasks with isolation='process'.", show_default="one a CPU"),
     ] = None,
     processes: Annotated[int, typer.Option(min=1, help="Worker processes, supervised.")] = 1,
-    grace: Annotated[float, typer.Option(min=0, metavar="SECONDS", help="For running jobs to end on SIGTERM.")] = 30.0,
+    grace: Annotated[
+        float, typer.Option(parser=seconds, metavar="SECONDS", help="For running jobs to end on SIGTERM.")
+    ] = 30.0,
     bootstrap: Bootstrap = None,
     metrics: Metrics = None,
     log_format: LogFormat = None,
@@ -136,7 +139,8 @@ def worker(
     logs.set_up()
     app = load_app(target, bootstrap=bootstrap)
     for name in names or []:
-        app.registry.check_queue(name)
+        with judged("--queues"):
+            app.registry.check_queue(name)
     if processes > 1:
         _worker_processes(target, processes, options, bootstrap, metrics)
     from jobledger.cli.metrics import serving

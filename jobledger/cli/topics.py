@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from jobledger.cli.commands import Commands, Wrong, judged
 from jobledger.cli.loading import load_app
 from jobledger.cli.options import Bootstrap, Json, Target
 from jobledger.cli.output import Cell, Exit, console, print_json, print_table
-from jobledger.errors import ConfigError
 
 if TYPE_CHECKING:
     from confluent_kafka.admin import AdminClient
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from jobledger.kafka.acls import Right
     from jobledger.kafka.topology import Change, Plan
 
-app = typer.Typer(name="topics", help="Topics as code: what the app needs, and how to get there.", no_args_is_help=True)
+app = Commands(name="topics", help="Topics as code: what the app needs, and how to get there.", no_args_is_help=True)
 
 _STYLES = {
     "create": "green",
@@ -102,17 +102,16 @@ def acls(
     from jobledger.kafka import acls as rules
 
     if yes and not apply:
-        raise typer.BadParameter(
-            "there is nothing to be asked without --apply, which creates the ACLs", param_hint="--yes"
-        )
+        raise Wrong("--yes: there is nothing to be asked without --apply, which creates the ACLs")
     loaded = load_app(target, bootstrap=bootstrap)
     foreign = [event.topic for event in loaded.events.values() if event.foreign]
     given = [_principal(each) for each in principal or ()]
-    wanted = [
-        (role, who, right)
-        for role, who in given or [(role, "") for role in rules.TABLE]
-        for right in rules.rights(role, loaded.names.namespace, foreign)
-    ]
+    with judged("--principal"):
+        wanted = [
+            (role, who, right)
+            for role, who in given or [(role, "") for role in rules.TABLE]
+            for right in rules.rights(role, loaded.names.namespace, foreign)
+        ]
     if apply:
         _grant(loaded, [(who, right) for _, who, right in wanted if who], yes, as_json)
     elif as_json:
@@ -130,7 +129,7 @@ def acls(
 def _principal(text: str) -> tuple[str, str]:
     role, equals, who = text.partition("=")
     if not equals or ":" not in who:
-        raise ConfigError(f"--principal {text!r} is not ROLE=PRINCIPAL, e.g. worker=User:jobs")
+        raise Wrong(f"--principal {text!r} is not ROLE=PRINCIPAL, e.g. worker=User:jobs")
     return role, who
 
 
@@ -145,7 +144,7 @@ def _grant(loaded: App, wanted: list[tuple[str, Right]], yes: bool, as_json: boo
     from jobledger.kafka import acls as rules
 
     if not wanted:
-        raise ConfigError("--apply needs to know who: --principal ROLE=PRINCIPAL, e.g. --principal worker=User:jobs")
+        raise Wrong("--apply needs to know who: --principal ROLE=PRINCIPAL, e.g. --principal worker=User:jobs")
     settings = loaded.settings.acting_as("admin")
     address = settings.resolve_bootstrap()
     if not yes:

@@ -135,7 +135,7 @@ def test_only_events_between_its_bounds_become_jobs(shop: Shop) -> None:
     assert re.search(r"submitted +40 jobs", out)
     assert re.search(r"known already +20 jobs", out)
     assert shop.jobs() == shop.wanted(handles)
-    for words, why in ((("--from", "yesterday"), "no ISO date"), (("--rate", "fast"), "50/s")):
+    for words, why in ((("--from", "yesterday"), "neither an age"), (("--rate", "fast"), "50/s")):
         process = shop.backfill(*words)
         assert why in process.communicate(timeout=60)[1]
         assert process.returncode != 0

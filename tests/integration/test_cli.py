@@ -6,6 +6,8 @@ import contextlib
 import io
 import json
 import os
+import pty
+import re
 import signal
 import sqlite3
 import subprocess
@@ -19,12 +21,14 @@ from typing import Any
 
 import psutil
 import pytest
-from confluent_kafka import Producer
+from confluent_kafka import Producer, TopicPartition
+from confluent_kafka.admin import AdminClient
 
 from jobledger.cli.main import main
 from jobledger.names import Names
 from jobledger.schemas import codec
 from jobledger.schemas import events as ev
+from jobledger.schemas.events import Position
 
 pytestmark = [pytest.mark.kafka, pytest.mark.timeout(180)]
 
@@ -50,6 +54,14 @@ async def send_mail(to: str, fail: int = 0) -> str:
 @app.task
 def add(a: int, b: int = 1) -> int:
     return a + b
+
+
+@app.task
+async def steps(total: int) -> int:
+    for done in range(1, total + 1):
+        current_job().progress(done=done, total=total, message="[row]")
+        await asyncio.sleep(0.02)
+    return total
 
 
 @app.task
@@ -307,14 +319,22 @@ def test_jobs_are_cancelled_by_id_and_by_what_they_are(shop: Shop, monkeypatch: 
     code, out, err = shop.main("jobs", "cancel", "--namespace", shop.namespace, added, "--dry-run")
     assert (code, out.split(), "nothing was changed" in err) == (0, [added, "add", "default"], True)
     for words, said in (
-        (["TYPO"], "'TYPO' is no job's id: those are UUIDs, and the status table knows none that is called so"),
-        ([runs, "TYPO"], "'TYPO' is no job's id"),
+        (["TYPO"], "'TYPO' is too short for the beginning of an id"),
+        (
+            [runs, "TYPO-1"],
+            "'TYPO-1' is no job's id: those are UUIDs, and the status table knows none that is called so",
+        ),
+        ([runs[:6]], f"'{runs[:6]}' is the beginning of several ids: "),
         (["--where", "task"], "is not of the form NAME=VALUE"),
-        (["--where", "colour=red"], "write task=…, queue=…, state=… or, once, tag.NAME=…"),
-        (["--where", "tag.a=b", "--where", "tag.c=d"], "once, tag.NAME"),
+        (["--where", "colour=red"], "write task=…, queue=…, state=… or tag.NAME=…"),
+        (["--where", "tag.a=b", "--where", "tag.a=c"], "--where tag a is given as 'b' and as 'c'"),
         (["--where", "state=succeeded"], "those jobs have ended"),
     ):
-        assert said in cancel(*words, code=1)["error"]["message"]
+        assert said in cancel(*words, code=2)["error"]["message"]
+    both = cancel("--where", "task=add", "--where", "task=send_mail", "--where", "state=scheduled", "--dry-run")
+    assert set(both["jobs"]) == {acme, other, added}
+    narrow = ("--where", "tag.tenant=acme", "--where", "tag.kind=none")
+    assert cancel(*narrow) == {"cancelled": 0, "jobs": [], "notes": []}
     asking = ["jobs", "cancel", "--namespace", shop.namespace, "--where", "task=add"]
     monkeypatch.setattr(sys, "stdin", io.StringIO("n\n"))
     code, out, err = shop.main(*asking)
@@ -333,9 +353,12 @@ def test_jobs_are_cancelled_by_id_and_by_what_they_are(shop: Shop, monkeypatch: 
     assert ended(added)[0] == "cancelled"
     assert cancel("--where", "queue=nothing-there") == {"cancelled": 0, "jobs": [], "notes": []}
 
-    # by their ids
-    assert cancel(runs, other, runs) == {"cancelled": 2, "jobs": [runs, other], "notes": []}
+    # by their ids, whole or not
+    assert cancel(runs[:-1], other, runs) == {"cancelled": 2, "jobs": [runs, other], "notes": []}
     assert [ended(runs)[0], ended(other)[0]] == ["cancelled", "cancelled"]
+    took = {job_id: shop.json("jobs", "show", job_id)["duration"] for job_id in (runs, other)}
+    assert took[runs] > 0.05  # it ran while the others were asked about
+    assert took[other] is None
     code, out, err = shop.main("jobs", "cancel", "--namespace", shop.namespace, runs)
     assert (code, out, err) == (0, "no job is left to be asked\n", f"{runs} has ended: cancelled\n")
     unknown = "00000000-0000-7000-8000-000000000000"
@@ -345,6 +368,86 @@ def test_jobs_are_cancelled_by_id_and_by_what_they_are(shop: Shop, monkeypatch: 
         f"the status table does not know {unknown}: it can be cancelled only if it was just submitted"
     ]
 
+    assert worker.stop() == 0
+    assert streams.stop() == 0
+
+
+def test_jobs_are_found_and_shown_with_what_they_were_given(shop: Shop) -> None:
+    """Filters combine, ids may be shortened, arguments are read from the log, and where they were trimmed that is said;
+    jobs, queues and tasks are asked for by the app or by its namespace alike; a bar shows how far a job is."""
+    shop.json("topics", "apply", shop.target, "--yes")
+    streams, worker = shop.start("streams", shop.target), shop.start("worker", shop.target, "--grace", "1")
+    worker.said("queue mail: assigned")
+    tags = ["--tag", "tenant=acme", "--tag", "kind=note"]
+    noted = shop.json("submit", shop.target, "send_mail", "to=a@example.org", *tags, "--wait")["job_id"]
+    plain = shop.json("submit", shop.target, "send_mail", "to=b@example.org", *tags[:2], "--wait")["job_id"]
+    failed = shop.json("submit", shop.target, "send_mail", "to=nobody", "--wait", code=5)["job_id"]
+    later = shop.json("submit", shop.target, "add", "a=1", "--delay", "600")["job_id"]
+
+    def found(*words: str) -> set[str]:
+        return {each["job_id"] for each in shop.json("jobs", "list", *words)}
+
+    until(lambda: later in found(), "not in the table")
+    assert found(*tags) == {noted}
+    assert found(*tags[:2]) == {noted, plain}
+    assert found("--state", "failed", "--state", "scheduled") == {failed, later}
+    assert found("--task", "add", "--task", "send_mail", "--queue", "mail") == {noted, plain, failed}
+    assert found("--since", "1h") == {noted, plain, failed, later}
+    assert found("--since", "2999-01-01") == found("--late") == set()
+    for which in ([shop.target], ["--app", shop.target], ["--namespace", shop.namespace]):
+        assert found(*which) == {noted, plain, failed, later}
+        assert shop.json("jobs", "show", *which, noted[:-2])["args"] == {"to": "a@example.org"}
+        rows = shop.json("queues", "list", *which)
+        assert {row["queue"]: row["partitions"] for row in rows} == {"default": 2, "mail": 2}
+        shop.json("queues", "pause", *which, "mail", "--reason", "maintenance")
+        assert [row["queue"] for row in shop.json("queues", "list", *which) if row["paused"]] == ["mail"]
+        shop.json("queues", "resume", *which, "mail")
+        shop.json("tasks", "limit", *which, "add", "--rate", "5/s")
+        assert [row["task"] for row in shop.json("tasks", "list", *which) if row["limited"]] == ["add"]
+        shop.json("tasks", "limit", *which, "add")
+        no = shop.json("tasks", "pause", *which, "nope", code=2)["error"]["message"]
+        assert "has no task 'nope'; there are add, send_mail" in no
+    several = shop.json("jobs", "show", noted[:6], code=2)["error"]["message"]
+    assert "is the beginning of several ids: " in several
+    assert shop.json("jobs", "show", "012345", code=3)["error"]["type"] == "JobNotFound"
+    listed = shop.json("jobs", "list", "--show", "args")
+    assert {each["job_id"]: each["args"] for each in listed}[later] == {"a": 1}
+    code, text, _ = shop.main("jobs", "list", "--show", "tags,args", "--tag", "kind=note")
+    assert (code, text.splitlines()[0].split()[-2:]) == (0, ["tags", "args"])
+    assert 'kind=note tenant=acme  {"to":"a@example.org"}' in text
+
+    # on a terminal there is a bar, elsewhere none
+    master, slave = pty.openpty()
+    asking = [sys.executable, "-m", "jobledger", "submit", shop.target, "steps", "total=100", "--wait"]
+    waiting = subprocess.Popen(
+        asking, cwd=shop.folder, env=shop.environ, stdout=subprocess.PIPE, stderr=slave, text=True
+    )
+    os.close(slave)
+    shown = b""
+    with contextlib.suppress(OSError):  # how a terminal's end is told
+        while part := os.read(master, 4096):
+            shown += part
+    os.close(master)
+    out, _ = waiting.communicate(timeout=WAIT_S)
+    assert waiting.returncode == 0
+    assert re.search(rb"/100 \(\d?\d %\) \[row\]", shown), shown
+    assert "100/100 (100 %) [row]" in out
+    code, out, err = shop.run("submit", shop.target, "steps", "total=1", "--wait")
+    assert (code, err.count("\n")) == (0, 1), err
+
+    # what was trimmed is said to be so
+    place = Position.parse(shop.json("jobs", "show", noted)["positions"][0])
+    admin = AdminClient({"bootstrap.servers": shop.environ["JOBLEDGER_BOOTSTRAP"]})
+    cut = TopicPartition(place.topic, place.partition, place.offset + 1)
+    for future in admin.delete_records([cut]).values():
+        future.result(WAIT_S)
+    gone = shop.json("jobs", "show", noted)
+    assert (gone["args"], gone["args_error"]) == (None, f"not known: {place} was trimmed from the log")
+    code, text, _ = shop.main("jobs", "show", noted)
+    assert (code, f"not known: {place} was trimmed from the log" in text) == (0, True)
+    os.environ["JOBLEDGER_BOOTSTRAP"] = "127.0.0.1:1"  # given back by the fixture
+    code, text, _ = shop.main("jobs", "show", noted)
+    assert (code, "arguments  not known: 127.0.0.1:1 did not answer" in text) == (0, True)
     assert worker.stop() == 0
     assert streams.stop() == 0
 

@@ -241,7 +241,7 @@ def web(world: World, refused: list[JobledgerError]) -> None:
     from jobledger.cli.events import Topics, _Tail
 
     app = world.app("web")
-    with _Tail(app.settings, app.names, Topics.ALL, list(app.lanes)) as tail:
+    with _Tail(app.settings, app.names, [Topics.ALL], list(app.lanes)) as tail:
         tail.begin(since=None, at_end=False, last=None)
         assert list(tail.until_now())
 

@@ -135,5 +135,5 @@ def test_commands_for_kafka_acls(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize("words", [["--principal", "worker"], ["--principal", "boss=User:x"], ["--apply", "--yes"]])
 def test_principals_that_mean_nothing_are_refused(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     """Before anything is sent anywhere."""
-    assert main(["topics", "acls", "examples.shop:app", *words]) == 1
+    assert main(["topics", "acls", "examples.shop:app", *words]) == 2
     assert "ROLE=PRINCIPAL" in (said := capsys.readouterr().err) or "is no role" in said

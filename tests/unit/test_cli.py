@@ -23,15 +23,18 @@ from hypothesis import strategies as st
 from jobledger import errors
 from jobledger import job as fold
 from jobledger.cli import facts, output
-from jobledger.cli.backfill import _milliseconds
-from jobledger.cli.events import Line, _json_line, _Printer, moment_ms, newest
-from jobledger.cli.jobs import _fields, _row, read_value, status_json
+from jobledger.cli.commands import Wrong, moment_ms
+from jobledger.cli.events import Line, _json_line, _Printer, newest
+from jobledger.cli.job_views import fields, row, status_json
 from jobledger.cli.main import cli, main
 from jobledger.cli.output import MEANINGS, Exit, duration, exit_code, relative
-from jobledger.errors import ConfigError, JobFailed, JobledgerError
+from jobledger.cli.submit import read_value
+from jobledger.errors import JobFailed, JobledgerError
 from jobledger.names import Names
 from jobledger.schemas import events as ev
+from jobledger.schemas.codec import Decoder
 from jobledger.streams.projection_store import ProjectionStore, offsets_table
+from jobledger.streams.projector import Projector
 from jobledger.streams.store.sqlite import SqliteStore
 
 UUID = "00000000-0000-7000-8000-000000000000"
@@ -118,31 +121,11 @@ def test_the_version_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["submit", "cli_shop:app", "ad", "a=1"], "task 'ad' is not registered with app 'shop': it has ['add']"),
-        (["submit", "cli_shop:app", "add", "a=x"], "Expected `int`, got `str`"),
-        (["submit", "cli_shop:app", "add", "a=NaN"], "a is nan, and JSON has no such number"),
-        (["submit", "cli_shop:app", "add", "--args", '{"a": 1e999}'], "a is inf, and JSON has no such number"),
-        (["submit", "cli_shop:app", "add", "nonsense"], "argument 'nonsense' is not of the form NAME=VALUE"),
-        (["submit", "cli_shop:app", "add", "--args", "[1]"], "--args '[1]' is no JSON object"),
-        (["submit", "cli_shop:app", "add", "--args", "{"], "--args '{' is no JSON"),
-        (["submit", "cli_shop:app", "add", "a=1", "--delay", "-2"], "-2"),
-        (["submit", "cli_shop:app", "add", "a=1", "--queue", "nope"], "queue 'nope' is not declared"),
         (["submit", "cli_shop:app", "add", "a=1"], "set JOBLEDGER_BOOTSTRAP=host:port (or --bootstrap)"),
         (["submit", "cli_shp:app", "add"], "did you mean 'cli_shop'?"),
-        (["worker", "cli_shop:app", "--queues", "default,nope"], "queue 'nope' is not declared by app 'shop'"),
         (["streams", "cli_shop:app"], "no Kafka broker is configured"),
-        (["jobs", "list"], "Give --app MODULE:APP or --namespace NAME"),
-        (["jobs", "list", "--app", "cli_shop", "--namespace", "x"], "name the jobs twice"),
-        (
-            ["jobs", "list", "--namespace", "shop", "--state", "lost"],
-            "--state 'lost' is no state; there are scheduled,",
-        ),
-        (["jobs", "list", "--namespace", "no spaces"], "namespace 'no spaces' is not usable"),
-        (["events", "tail", "--namespace", "shop", "--from", "soon"], "--from 'soon' is neither start, end, an age"),
         (["events", "tail", "--namespace", "shop"], "no Kafka broker is configured"),
-        (["jobs", "cancel", "--namespace", "shop"], "which jobs? Give their ids, or --where NAME=VALUE"),
-        (["jobs", "cancel", UUID, "--where", "task=add", "--namespace", "shop"], "give ids or --where, not both"),
-        (["jobs", "cancel", UUID, "TYPO", "--namespace", "shop"], "'TYPO' is no job's id: those are UUIDs"),
+        (["queues", "list", "--namespace", "shop"], "no Kafka broker is configured"),
         (["jobs", "cancel", UUID, "--namespace", "shop"], "set JOBLEDGER_BOOTSTRAP=host:port (or --bootstrap)"),
     ],
 )
@@ -156,7 +139,7 @@ def test_an_error_is_one_line_that_names_the_value_and_the_way_out(
     assert said in shown.err
     assert shown.err.startswith("error: ")
     assert shown.err.count("\n") == 1
-    if words[0] not in ("worker", "streams"):
+    if words[0] != "streams":
         assert main([*words, "--json"]) == Exit.ERROR
         shown = capsys.readouterr()
         assert shown.out == ""
@@ -171,24 +154,149 @@ def test_a_status_table_that_is_not_there_is_not_found(capsys: pytest.CaptureFix
     assert "jobledger streams" in capsys.readouterr().err
 
 
+SUBMIT = ["submit", "cli_shop:app", "add"]
+SHOP = ["--namespace", "shop"]
+
+
 @pytest.mark.parametrize(
-    "words",
+    ("words", "said"),
     [
-        ["nope"],
-        ["jobs", "list", "--limit", "x"],
-        ["submit"],
-        ["worker", "--grace", "1"],
-        # Options that would do nothing.
-        ["submit", "cli_shop:app", "add", "a=1", "--timeout", "5"],
-        ["topics", "acls", "cli_shop:app", "--yes"],
+        (["nope"], "No such command 'nope'"),
+        (["jobs", "list", "--limit", "x"], "Invalid value for '--limit'"),
+        (["jobs", "list", "--stat", "failed"], "--state"),
+        (["submit"], "Missing argument 'MODULE:APP'"),
+        (["worker", "--grace", "1"], "Missing argument 'MODULE:APP'"),
+        # names and values that the app does not have or take
+        (["submit", "cli_shop:app", "ad", "a=1"], "task 'ad' is not registered with app 'shop': it has ['add']"),
+        ([*SUBMIT, "a=x"], "Expected `int`, got `str`"),
+        ([*SUBMIT, "nonsense"], "argument 'nonsense' is not of the form NAME=VALUE"),
+        ([*SUBMIT, "--args", "[1]"], "--args '[1]' is no JSON object"),
+        ([*SUBMIT, "--args", "{"], "--args '{' is no JSON"),
+        ([*SUBMIT, "a=1", "--queue", "nope"], "queue 'nope' is not declared"),
+        ([*SUBMIT, "a=1", "--priority", "urgent"], "is none of 'high', 'normal', 'low'"),
+        (["worker", "cli_shop:app", "--queues", "default,nope"], "--queues: queue 'nope' is not declared by app 'shop'"),
+        (["emit", "cli_shop:app", "Nope"], "app 'shop' has no event 'Nope'; there are none"),
+        (["backfill", "cli_shop:app", "nope"], "no handler is called 'nope'"),
+        (["projections", "verify", "cli_shop:app", "nope"], "app 'shop' has no projection 'nope'; there are none"),
+        (["queues", "pause", "cli_shop:app", "nope"], "app 'shop' has no queue 'nope'; there are default"),
+        (["tasks", "pause", "cli_shop:app", "nope"], "app 'shop' has no task 'nope'; there are add"),
+        (["tasks", "limit", "cli_shop:app", "add", "--rate", "often"], "'often' is no rate"),
+        (["queues", "limit", "cli_shop:app", "default", "--concurrency", "1"], "is less than the 6 partitions"),
+        (["topics", "acls", "cli_shop:app", "--principal", "cook=User:x"], "'cook' is no role; there are"),
+        (["jobs", "list", *SHOP, "--state", "lost"], "--state 'lost' is no state; there are scheduled, queued, running,"),
+        (["jobs", "list", *SHOP, "--show", "colour"], "--show 'colour' is no column; there are tags, args"),
+        (["events", "tail", *SHOP, "--topic", "orders"], "'lifecycle', 'work', 'coordination', 'dead-letter', 'all'"),
+        # numbers and times
+        *(([*SUBMIT, "a=1", "--delay", each], f"'{each}' is not a number of seconds, 0 or more")
+          for each in ("-2", "nan", "inf", "soon")),
+        ([*SUBMIT, "a=1", "--expires-in", "0"], "expires_in=0"),
+        (["jobs", "wait", UUID, *SHOP, "--timeout", "-1"], "'-1' is not a number of seconds"),
+        (["worker", "cli_shop:app", "--grace", "-1"], "'-1' is not a number of seconds"),
+        (["kafka", "start", "--port", "99999"], "Invalid value for '--port'"),
+        (["jobs", "list", *SHOP, "--since", "soon"], "--since 'soon' is neither an age such as 10m or 2h, nor a time"),
+        (["events", "tail", *SHOP, "--from", "soon"], "--from 'soon' is neither start, end, an age"),
+        (["backfill", "cli_shop:app", "x", "--to", "soon"], "--to 'soon' is neither an age"),
+        (["backfill", "cli_shop:app", "x", "--rate", "soon"], "--rate: rate='soon' is no rate"),
+        # which app
+        (["jobs", "list"], "Give MODULE:APP, --app MODULE:APP or --namespace NAME"),
+        (["jobs", "list", "--app", "cli_shop", "--namespace", "x"], "name the jobs twice"),
+        (["jobs", "list", "cli_shop:app", "--namespace", "x"], "the app is named twice"),
+        (["jobs", "list", "--namespace", "no spaces"], "namespace 'no spaces' is not usable"),
+        (["jobs", "list", "a:app", "b"], "'b' is too much: no argument is taken"),
+        (["jobs", "show", *SHOP], "ID is missing"),
+        (["jobs", "show", "cli_shop:app"], "ID is missing after cli_shop:app"),
+        (["jobs", "show", UUID, UUID, *SHOP], "is too much: 1 ID is taken"),
+        (["queues", "pause", *SHOP], "NAME is missing"),
+        (["jobs", "cancel", *SHOP], "which jobs? Give their ids, or --where NAME=VALUE"),
+        (["jobs", "cancel", UUID, "--where", "task=add", *SHOP], "give ids or --where, not both"),
+        (["jobs", "cancel", UUID, "TYPO", *SHOP], "'TYPO' is no job's id: those are UUIDs"),
+        (["jobs", "cancel", "--where", "colour=red", *SHOP], "write task=…, queue=…, state=… or tag.NAME=…"),
+        # options that would do nothing, or be dropped
+        ([*SUBMIT, "a=1", "--timeout", "5"], "--timeout: nothing is waited for without --wait"),
+        (["topics", "acls", "cli_shop:app", "--yes"], "there is nothing to be asked without --apply"),
+        ([*SUBMIT, "a=1", "--delay", "1", "--delay", "2"], "--delay is given 2 times, and takes one value"),
+        ([*SUBMIT, "a=1", "a=2"], "argument a is given twice"),
+        ([*SUBMIT, "a=1", "--tag", "x=1", "--tag", "x=2"], "--tag x is given as '1' and as '2': one value is possible"),
+        (["jobs", "list", "--tag", "x=1", "--tag", "x=2", *SHOP], "--tag x is given as '1' and as '2'"),
+        (["jobs", "list", *SHOP, "-n", "1", "--limit", "2"], "--limit is given 2 times"),
+        (["jobs", "list", *SHOP, "--namespace", "other"], "--namespace is given 2 times"),
+        (["queues", "list", "--bootstrap", "a:1", "--bootstrap", "b:1"], "--bootstrap is given 2 times"),
+        # no text
+        (["jobs", "show", "\udcff", *SHOP], "is not written in UTF-8"),
     ],
-)
-def test_a_wrong_command_line_is_a_usage_error(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    """What the parser refuses ends with 2, and with --json is an object, too."""
+    ids=lambda value: " ".join(value).replace("\udcff", "…") if isinstance(value, list) else "",
+)  # fmt: skip
+def test_a_wrong_command_line_is_a_usage_error(words: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """What is wrong with the words is said in one line, with what could be there, and ends with 2; with --json it is an
+    object."""
     assert main(words) == Exit.USAGE
-    assert capsys.readouterr().out == ""
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert said in shown.err
+    assert shown.err.startswith("error: ")
+    assert shown.err.count("\n") == 1
     assert main([*words, "--json"]) == Exit.USAGE
-    assert json.loads(capsys.readouterr().err)["error"]["type"] == "UsageError"
+    error = json.loads(capsys.readouterr().err)["error"]
+    assert error["type"] == "UsageError"
+    if words[0] != "worker":  # which has no --json
+        assert said in error["message"]
+
+
+def test_a_group_without_its_command_shows_its_help(capsys: pytest.CaptureFixture[str]) -> None:
+    """``jobledger jobs`` says what there is, and ends with 2."""
+    assert main(["jobs"]) == Exit.USAGE
+    assert "cancel" in "".join(capsys.readouterr())
+
+
+def _completed(words: str, folder: Path) -> list[str]:
+    """What a shell offers for the last of ``words``."""
+    environ = {
+        **os.environ,
+        "_JOBLEDGER_COMPLETE": "complete_bash",
+        "COMP_WORDS": f"jobledger {words}",
+        "COMP_CWORD": str(len(words.split(" "))),
+    }
+    command = [sys.executable, "-c", "from jobledger.cli.main import run; run([])"]
+    done = subprocess.run(command, cwd=folder, env=environ, capture_output=True, text=True, check=False)
+    assert done.stderr == ""
+    return done.stdout.split()
+
+
+@pytest.mark.parametrize(
+    ("words", "offered"),
+    [
+        ("jobs list --state ", ["cancelled", "expired", "failed", "queued", "retrying", "running", "scheduled", "succeeded"]),
+        ("jobs list --state sch", ["scheduled"]),
+        ("jobs list cli_shop:app --task ", ["add"]),
+        ("jobs list --app cli_shop:app --queue d", ["default"]),
+        ("jobs list --task ", ["old"]),
+        ("jobs list --namespace ", ["shop"]),
+        ("jobs show 01a2", [f"01a2{n}000-0000-7000-8000-000000000000" for n in range(3)]),
+        ("jobs cancel --namespace shop 01a21", ["01a21000-0000-7000-8000-000000000000"]),
+        ("queues list cli_shop:app --namespace ", ["shop"]),
+        ("queues pause cli_shop:app ", ["default"]),
+        ("tasks pause cli_shop:app ", ["add"]),
+        ("tasks pause --namespace shop ", ["old"]),
+        ("submit cli_shop:app ", ["add"]),
+        ("submit cli_shop:app add --queue ", ["default"]),
+        ("events tail --topic w", ["work"]),
+        ("submit nowhere:app ", []),
+    ],
+)  # fmt: skip
+def test_a_shell_completes_names(words: str, offered: list[str], tmp_path: Path) -> None:
+    """States, queues, tasks, namespaces and jobs are offered, of the app that is named or of the status table; whatever
+    goes wrong, nothing is said."""
+    (tmp_path / "cli_shop.py").write_text(APP + "print('loaded')\n")
+    with SqliteStore(f"sqlite:///{tmp_path}/home/status/shop.db", "shop") as store:
+        assert store.acquire()
+        lives = []
+        for number in range(3):
+            event = msgspec.structs.replace(_job(ev.JobSubmitted(SPEC)), task="old")
+            life = fold.apply(None, ev.Recorded(event, ev.Position("shop.jobs.mail", 0, number), 1_700_000_000_000))
+            assert life is not None
+            lives.append((f"01a2{number}000-0000-7000-8000-000000000000", life))
+        store.write(Projector(store, Decoder()).merge(lives).changes)
+    assert _completed(words, tmp_path) == offered
 
 
 def test_a_traceback_is_shown_when_it_is_asked_for(capsys: pytest.CaptureFixture[str]) -> None:
@@ -212,7 +320,7 @@ def test_a_setting_that_does_not_exist_is_refused(
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["worker", "cli_shop:app", "--queues", "nope"], "queue 'nope' is not declared"),
+        (["worker", "nowhere:app"], "module 'nowhere' is not there"),
         (["router", "cli_shop:app"], "has no handlers"),
         (["streams", "cli_shop:app"], "no Kafka broker is configured"),
         (["dev", "cli_shop:nope"], "nope"),
@@ -310,8 +418,7 @@ def test_without_standard_streams_errors_have_their_codes(tmp_path: Path) -> Non
     no file that it opens."""
     assert _shell("jobledger jobs show x --namespace shop <&- >&- 2>&-", tmp_path).returncode == Exit.NOT_FOUND
     assert _shell("jobledger jobs show x --namespace shop 2>/dev/full", tmp_path).returncode == Exit.NOT_FOUND
-    asking = f"jobledger jobs cancel {UUID} --where task=add --namespace shop"
-    assert _shell(f"{asking} <&- >&- 2>&-", tmp_path).returncode == Exit.ERROR
+    assert _shell("jobledger queues list --namespace shop <&- >&- 2>&-", tmp_path).returncode == Exit.ERROR
 
 
 OWN_ERROR = """\
@@ -357,7 +464,7 @@ def test_whatever_a_module_raises_is_one_line(
 def test_values_that_no_json_reader_takes_are_refused(text: str, capsys: pytest.CaptureFixture[str]) -> None:
     """Arguments nested without end, or longer than a number may be, end with one line."""
     for words in ([f"label={text}", "a=x"], ["--args", text]):
-        assert main(["submit", "cli_shop:app", "add", *words]) == Exit.ERROR
+        assert main(["submit", "cli_shop:app", "add", *words]) == Exit.USAGE
         shown = capsys.readouterr().err
         assert shown.count("\n") == 1
         assert "unexpected" not in shown
@@ -445,19 +552,19 @@ def test_moments_are_relative() -> None:
 
 
 def test_times_of_the_command_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    """``--from`` takes an age or ISO 8601; `events tail` and `backfill` read it alike, as UTC unless it says."""
-    assert moment_ms("10m", 1_000_000.0) == 999_400_000
-    assert moment_ms("1.5 h", 1_000_000.0) == 994_600_000
-    assert moment_ms("2026-01-31T14:05:00+00:00", 0.0) == 1_769_868_300_000
+    """``--from``, ``--to`` and ``--since`` take an age or ISO 8601, as UTC unless it says."""
+    assert moment_ms("10m", "--from", now=1_000_000.0) == 999_400_000
+    assert moment_ms("1.5 h", "--from", now=1_000_000.0) == 994_600_000
+    assert moment_ms("2026-01-31T14:05:00+00:00", "--from") == 1_769_868_300_000
     monkeypatch.setenv("TZ", "America/New_York")
     time.tzset()
-    for text in ("2026-01-31", "2026-01-31T08:00", "2026-01-31T08:00:00+01:00"):
-        assert moment_ms(text, 0.0) == _milliseconds(text, "--from")
-    assert moment_ms("2026-01-31T14:05", 0.0) == 1_769_868_300_000
+    assert moment_ms("2026-01-31T14:05", "--from") == 1_769_868_300_000
+    assert moment_ms("2026-01-31T14:05:00+01:00", "--from") == 1_769_864_700_000
     monkeypatch.undo()
     time.tzset()
-    with pytest.raises(ConfigError, match="neither start, end"):
-        moment_ms("later", 0.0)
+    for text in ("later", "", "2026-02-30", "9" * 400 + "d"):
+        with pytest.raises(Wrong, match=r"--since .* is neither an age such as 10m"):
+            moment_ms(text, "--since")
 
 
 @given(
@@ -579,8 +686,8 @@ def test_an_odd_job_is_shown_as_far_as_it_can_be(fact: ev.Fact, capsys: pytest.C
         life = fold.apply(base, ev.Recorded(each, ev.Position("t", 0, 1), 1_700_000_000_001))
         assert life is not None
         status = fold.status(UUID, life)
-        output.print_table(("",) * 8, [_row(status)])
-        output.print_fields(_fields(status))
+        output.print_table(("",) * 8, [row(status)])
+        output.print_fields(fields(status))
         shown = capsys.readouterr().out
         assert shown.replace("\n", "").replace("\t", "").isprintable()
         output.print_json(status_json(status))
@@ -650,5 +757,5 @@ def test_only_status_tables_are_taken_for_namespaces(tmp_path: Path, capsys: pyt
     assert sorted(path.name for path in folder.glob("*.db")) == ["orders-projections.db", "orders.db"]
     assert (main(["jobs", "list", "--json"]), capsys.readouterr()) == (0, ("[]\n", ""))
     SqliteStore(f"sqlite:///{folder / 'stock-projections.db'}", "stock-projections").close()
-    assert main(["jobs", "list", "--json"]) == 1
+    assert main(["jobs", "list", "--json"]) == Exit.USAGE
     assert "(on this machine: orders, stock-projections)" in capsys.readouterr().err

@@ -1,0 +1,167 @@
+"""How command lines are read: groups of commands, options that are given twice, the app before the other words, and
+values that only the app can judge. What is wrong with a command line is a `Wrong`, and ends it with exit code 2."""
+
+from __future__ import annotations
+
+import datetime as dt
+import math
+import re
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import typer
+from typer.core import TyperCommand
+
+from jobledger.errors import ConfigError, text_of
+
+_UNITS = {"ms": 0.001, "s": 1.0, "m": 60.0, "min": 60.0, "h": 3600.0, "d": 86400.0}
+
+
+class Wrong(typer.BadParameter):
+    """Something on the command line is wrong, in words of its own."""
+
+    def format_message(self) -> str:
+        """The words, without click's own before them."""
+        return str(self.message)
+
+
+class Once(TyperCommand):
+    """A command that refuses an option given twice, unless it takes several: the first would be dropped unsaid."""
+
+    def make_parser(self, ctx: Any) -> Any:
+        """Click's parser, which also tells what was given how often."""
+        parser: Any = super().make_parser(ctx)
+        parse = parser.parse_args
+
+        def parse_args(args: list[str]) -> Any:
+            if ctx.resilient_parsing and args and args[-1].startswith("-"):
+                args = args[:-1]  # its value is being completed; without one, no word before it would be told
+            opts, rest, order = parse(args)
+            for each, count in Counter(order).items():
+                single = each.param_type_name == "option" and not each.multiple and not each.is_flag
+                if single and count > 1 and not ctx.resilient_parsing:
+                    raise Wrong(f"{max(each.opts, key=len)} is given {count} times, and takes one value", ctx=ctx)
+            return opts, rest, order
+
+        parser.parse_args = parse_args
+        return parser
+
+
+class Commands(typer.Typer):
+    """A group of commands, each of which is a `Once`."""
+
+    def command(self, name: str | None = None, **options: Any) -> Callable[..., Any]:
+        """As Typer's."""
+        return super().command(name, **{"cls": Once, **options})
+
+
+@contextmanager
+def judged(option: str = "") -> Iterator[None]:
+    """The block judges words of the command line: a `ConfigError` of it is about them. ``option``: named before it."""
+    try:
+        yield
+    except ConfigError as exc:
+        raise Wrong(f"{option}: {text_of(exc)}" if option else text_of(exc)) from exc
+
+
+class Words(NamedTuple):
+    """Words of a command line: the app that the first one names, if one does, and the others."""
+
+    target: str | None
+    others: list[str]
+
+
+def words_of(
+    words: Sequence[str] | None, named: bool, what: str, count: int | None, *, ctx: typer.Context | None = None
+) -> Words:
+    """Tell the app, ``MODULE:APP``, from the words after it; ``count`` of them, or any number for None.
+
+    ``named``: --app or --namespace names the app already. ``what``: what each of the words stands for, as in the help.
+    """
+    found = list(words or ())
+    target = None
+    if not named and found and (len(found) > count if count is not None else ":" in found[0]):
+        target = found.pop(0)
+    if count is None:
+        return Words(target, found)
+    if len(found) < count:
+        raise Wrong(f"{what} is missing", ctx=ctx)
+    if len(found) > count:
+        both = "; the app is named twice" if named and ":" in found[0] else ""
+        raise Wrong(f"{' '.join(found[count:])!r} is too much: {count or 'no'} {what} is taken{both}", ctx=ctx)
+    if count and named is False and target is None and ":" in found[0]:
+        raise Wrong(f"{what} is missing after {found[0]}", ctx=ctx)
+    return Words(target, found)
+
+
+def pair_of(text: str, what: str) -> tuple[str, str]:
+    """``NAME=VALUE`` in two."""
+    name, found, value = text.partition("=")
+    if not found or not name:
+        raise Wrong(f"{what} {text!r} is not of the form NAME=VALUE")
+    return name, value
+
+
+def pairs_of(texts: Sequence[str] | None, what: str) -> dict[str, str]:
+    """Several ``NAME=VALUE``; one name with two values is refused."""
+    found: dict[str, str] = {}
+    for name, value in (pair_of(each, what) for each in texts or ()):
+        if found.setdefault(name, value) != value:
+            raise Wrong(f"{what} {name} is given as {found[name]!r} and as {value!r}: one value is possible")
+    return found
+
+
+def states_of(texts: Sequence[str] | None, option: str = "--state") -> list[str]:
+    """Names of states."""
+    from jobledger.job import State
+
+    for text in texts or ():
+        if text not in list(State):
+            raise Wrong(f"{option} {text!r} is no state; there are {', '.join(State)}")
+    return list(texts or ())
+
+
+def among(name: str, choices: Mapping[str, Any] | Sequence[str], kind: str, where: str) -> str:
+    """``name``, if it is one of these."""
+    if name not in choices:
+        there = ", ".join(sorted(choices)) or "none"
+        raise Wrong(f"{where} has no {kind} {name!r}; there are {there}")
+    return name
+
+
+def seconds(text: str) -> float:
+    """A parser of an option: a number of seconds, 0 or more."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 <= value < math.inf:
+        raise typer.BadParameter(f"{text!r} is not a number of seconds, 0 or more")
+    return value
+
+
+def moment_ms(text: str, option: str, *also: str, now: float | None = None) -> int:
+    """A time of the command line as milliseconds since the epoch: ISO 8601 (UTC unless it says), or an age.
+
+    ``also``: other words that the option takes, for the error.
+    """
+    age = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(ms|s|m|min|h|d)", text.strip())
+    try:
+        if age is not None:
+            return int(((time.time() if now is None else now) - float(age[1]) * _UNITS[age[2]]) * 1000)
+        when = dt.datetime.fromisoformat(text.strip())
+        return milliseconds(when)
+    except (ValueError, OverflowError):
+        others = "".join(f"{each}, " for each in also)
+        raise Wrong(
+            f"{option} {text!r} is neither {others}an age such as 10m or 2h, nor a time such as 2026-01-31T14:05"
+        ) from None
+
+
+def milliseconds(when: dt.datetime) -> int:
+    """A time of a command line as milliseconds since the epoch: UTC unless it says otherwise, so that one command line
+    means one moment on every machine."""
+    return round((when if when.tzinfo is not None else when.replace(tzinfo=dt.UTC)).timestamp() * 1000)

@@ -1,0 +1,87 @@
+"""What a shell completes: states, queues, tasks, namespaces, jobs and what else an app has names for.
+
+Completing is a courtesy: whatever goes wrong, nothing is offered and nothing is said.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING
+
+import typer
+
+if TYPE_CHECKING:
+    from jobledger.app import App
+
+#: Jobs that are offered at once.
+JOBS_MOST = 30
+
+Completer = Callable[[typer.Context, str], list[str]]
+
+
+def _completer(find: Callable[[typer.Context, str], Iterable[str]]) -> Completer:
+    def complete(ctx: typer.Context, incomplete: str) -> list[str]:
+        # What an app's module prints would stand among the choices.
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+            try:
+                return sorted(each for each in find(ctx, incomplete) if each.startswith(incomplete))
+            except BaseException:  # noqa: BLE001  # an app's module may raise anything
+                return []
+
+    return complete
+
+
+def _app(ctx: typer.Context) -> App:
+    """The app that the words before name."""
+    from jobledger.cli.options import place
+
+    given = ctx.params
+    words = given.get("words") or [None]
+    target = given.get("target") or given.get("app") or (words[0] if words[0] and ":" in words[0] else None)
+    return place(target, given.get("namespace"), status_url=given.get("status_url"))
+
+
+def _queues(ctx: typer.Context, incomplete: str) -> Iterable[str]:
+    app = _app(ctx)
+    return app.queues if app.tasks else {each.queue for each in app.status_table().counts()}
+
+
+def _tasks(ctx: typer.Context, incomplete: str) -> Iterable[str]:
+    app = _app(ctx)
+    return app.tasks or {each.task for each in app.status_table().counts()}
+
+
+def _ordered(ctx: typer.Context, incomplete: str) -> Iterable[str]:
+    """Of the group of commands: queues or tasks."""
+    return _queues(ctx, incomplete) if getattr(ctx.parent, "info_name", "") == "queues" else _tasks(ctx, incomplete)
+
+
+def _states(ctx: typer.Context, incomplete: str) -> Iterable[str]:
+    from jobledger.job import State
+
+    return [each.value for each in State]
+
+
+def _namespaces(ctx: typer.Context, incomplete: str) -> Iterable[str]:
+    from jobledger.config import Settings
+    from jobledger.streams.store import namespaces_in
+
+    return namespaces_in(Settings.from_env().home / "status")
+
+
+def _jobs(ctx: typer.Context, incomplete: str) -> Iterable[str]:
+    table = _app(ctx).status_table()
+    if incomplete:
+        return table.ids(incomplete, JOBS_MOST)  # type: ignore[no-any-return]  # `App.status_table` is untyped
+    return [each.job_id for each in table.jobs(limit=JOBS_MOST)]
+
+
+queues, tasks, ordered = map(_completer, (_queues, _tasks, _ordered))
+states, namespaces, jobs = map(_completer, (_states, _namespaces, _jobs))
+events = _completer(lambda ctx, incomplete: _app(ctx).events)
+handlers = _completer(
+    lambda ctx, incomplete: [each.task.name for several in _app(ctx).registry.handlers.values() for each in several]
+)
+projections = _completer(lambda ctx, incomplete: _app(ctx).registry.projections)

@@ -1,0 +1,236 @@
+"""A job as people and scripts see it: a row of a table, fields, JSON; and what only the log holds of it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from jobledger.cli import output
+from jobledger.cli.output import Cell, Exit
+from jobledger.errors import text_of
+
+if TYPE_CHECKING:
+    import datetime as dt
+
+    from jobledger.app import App
+    from jobledger.job import JobStatus
+    from jobledger.log import LogReader
+    from jobledger.schemas.events import JobEvent, Position
+
+#: Seconds that the broker has to answer, where a job is shown without it if need be.
+KNOCK_S = 3.0
+
+
+def status_json(status: JobStatus) -> dict[str, Any]:
+    """A status as JSON builtins; positions as text."""
+    shown: dict[str, Any] = output.jsonable(status)
+    shown["positions"] = [str(p) for p in status.positions]
+    return shown
+
+
+def finish(status: JobStatus, as_json: bool) -> None:
+    """Print a job's end, and end the command with what it means."""
+    if as_json:
+        output.print_json(status_json(status))
+    else:
+        output.print_fields(fields(status))
+    if status.state.value != "succeeded":
+        raise typer.Exit(Exit.JOB_FAILED)
+
+
+#: Columns of a list that are shown if they are asked for.
+COLUMNS = ("tags", "args")
+
+#: Characters of tags and arguments in a list.
+_CELL_MOST = 60
+
+
+def row(status: JobStatus, show: Sequence[str] = (), args: bytes | str | None = None) -> list[Cell]:
+    """A job in a list; ``show``: which of `COLUMNS`, ``args``: as `submissions` has them."""
+    more: dict[str, Cell] = {"tags": output.shorten(_tags(status), _CELL_MOST), "args": _args(args, _CELL_MOST)}
+    return [
+        status.job_id,
+        status.task,
+        status.queue,
+        output.state_cell(status.state.value),
+        str(status.attempt),
+        output.brief(status.submitted_at),
+        "" if status.duration is None else output.duration(status.duration),
+        *(more[name] for name in show),
+        _note(status),
+    ]
+
+
+def _tags(status: JobStatus) -> str:
+    return " ".join(f"{k}={v}" for k, v in sorted(status.tags.items()))
+
+
+def _args(args: bytes | str | None, most: int | None = None) -> Cell:
+    """Arguments as text; a str says why they are not known."""
+    if args is None or isinstance(args, str):
+        return args or "", "dim"
+    text = args[: 4 * most].decode("utf-8", "backslashreplace") if most else args.decode("utf-8", "backslashreplace")
+    return output.shorten(text, most) if most else text
+
+
+def args_json(args: bytes | str | None) -> dict[str, Any]:
+    """Arguments for JSON output; where they are not known, why."""
+    if args is None or isinstance(args, str):
+        return {"args": None, "args_error": args}
+    return {"args": output.jsonable(args)}
+
+
+def _note(status: JobStatus) -> Cell:
+    """What is most worth knowing about a job in its state."""
+    from jobledger.cli.facts import progress
+
+    state = status.state.value
+    if state in ("scheduled", "retrying") and status.due_at is not None:
+        why = f", after {status.error.type.rpartition('.')[2]}" if status.error is not None else ""
+        return f"due {output.relative(status.due_at)}{why}", "dim"
+    if state == "running" and status.progress is not None:
+        return output.shorten(progress(status.progress.done, status.progress.total, status.progress.message), 40), ""
+    if state == "failed" and status.error is not None:
+        return output.shorten(f"{status.error.type.rpartition('.')[2]}: {status.error.message}"), "red"
+    if status.reason:
+        return output.shorten(status.reason), "dim"
+    return ""
+
+
+def fields(status: JobStatus, args: bytes | str | None = None) -> list[tuple[str, Cell]]:
+    """A job by name and value; ``args``: as `submissions` has them."""
+    from jobledger.cli.facts import progress
+
+    found: list[tuple[str, Cell]] = [
+        ("job", status.job_id),
+        ("task", status.task),
+        ("queue", status.queue),
+        ("state", output.state_cell(status.state.value)),
+        ("try", f"{status.attempt}" + (f" of run {status.run}" if status.run > 1 else "")),
+    ]
+    if status.tags:
+        found.append(("tags", _tags(status)))
+    if args is not None:
+        found.append(("arguments", _args(args)))
+    if status.parent:
+        found.append(("parent", status.parent))
+    for name, moment in (
+        ("submitted", status.submitted_at),
+        ("due", status.due_at),
+        ("started", status.started_at),
+        ("ended", status.ended_at),
+    ):
+        if moment is not None:
+            found.append((name, _moment(moment)))
+    if status.duration is not None:
+        found.append(("took", output.duration(status.duration)))
+    if status.progress is not None:
+        found.append(("progress", progress(status.progress.done, status.progress.total, status.progress.message)))
+    if status.reason:
+        found.append(("reason", status.reason))
+    if status.result is not None:
+        found.append(("result", json.dumps(output.jsonable(status.result), ensure_ascii=False)))
+    if status.error is not None:
+        found.append(("error", (f"{status.error.type}: {status.error.message}", "red")))
+        if status.error.traceback:
+            found.append(("", (status.error.traceback.rstrip(), "dim")))
+    return found
+
+
+def _moment(moment: dt.datetime) -> str:
+    return f"{output.clock(moment)} ({output.relative(moment)})"
+
+
+#: Records of a job in which its arguments are looked for: so many of the first, so many of the last.
+_LOOKS = 2
+
+
+def submissions(asked: App, found: Iterable[JobStatus]) -> dict[str, bytes | str]:
+    """The arguments of jobs, read from the log where their submissions stand, as the status table does not hold them;
+    or a text that says why they are not known."""
+    from jobledger.access import knock
+    from jobledger.errors import JobledgerError
+    from jobledger.log import LogReader, decoder
+
+    args: dict[str, bytes | str] = {}
+    jobs = list(found)
+    if not jobs:
+        return args
+    try:
+        knock(asked.settings, KNOCK_S)
+        decode = decoder(asked.settings, asked.names).decode
+        with LogReader(asked.settings) as reader:
+            for job in jobs:
+                args[job.job_id] = _submitted(asked, job, reader, decode)
+    except JobledgerError as exc:
+        why = f"not known: {text_of(exc)}"
+        return {job.job_id: args.get(job.job_id, why) for job in jobs}
+    return args
+
+
+def _submitted(
+    asked: App, job: JobStatus, reader: LogReader, decode: Callable[[bytes | None], JobEvent]
+) -> bytes | str:
+    from jobledger import log
+    from jobledger.errors import RegistryNeeded, SchemaError
+
+    names = asked.names
+    # Only submissions and releases carry the job, and they stand on these topics.
+    there = [p for p in job.positions if p.topic == names.coordination or names.lane_of(p.topic) is not None]
+    why = "not known: the status table has not seen the submission"
+    for position in dict.fromkeys((*there[:_LOOKS], *there[-_LOOKS:])):
+        message = reader.at(position)
+        if message is None:
+            why = f"not known: {position} was trimmed from the log"
+            continue
+        try:
+            event = log.recorded(message, decode).event
+        except (SchemaError, RegistryNeeded) as exc:
+            why = f"not known: {position}: {text_of(exc)}"
+            continue
+        spec = getattr(event.fact, "spec", None)
+        if spec is not None and event.job_id == job.job_id:
+            return spec.args  # type: ignore[no-any-return]  # a fact's own
+        why = f"not known: {position} holds another record, so the topic was made again"
+    return why
+
+
+def timeline(asked: App, positions: Sequence[Position]) -> list[tuple[dict[str, Any], list[Cell]]]:
+    """A job's events read from the log where the status says they stand, in order of their append times."""
+    from jobledger import log
+    from jobledger.cli import facts
+    from jobledger.errors import RegistryNeeded, SchemaError
+    from jobledger.schemas.events import Recorded
+
+    decode = log.decoder(asked.settings, asked.names).decode
+    found: list[Recorded] = []
+    lost: list[tuple[dict[str, Any], list[Cell]]] = []
+    with log.LogReader(asked.settings) as reader:
+        for position in positions:
+            message = reader.at(position)
+            try:
+                if message is None:
+                    raise SchemaError("no longer in the log")
+                found.append(log.recorded(message, decode))
+            except (SchemaError, RegistryNeeded) as exc:
+                gone: list[Cell] = ["-", "", ("?", "dim"), "", (str(position), "dim"), (str(exc), "dim")]
+                lost.append(({"position": str(position), "error": str(exc)}, gone))
+    found.sort(key=lambda r: (r.appended_ms, r.event.run, r.event.release, r.position))
+    first = found[0].appended_ms if found else 0
+    return lost + [
+        (
+            facts.event_json(each),
+            [
+                output.clock(each.appended_ms * 1000),
+                f"+{output.duration((each.appended_ms - first) / 1000)}",
+                (facts.kind(each.event.fact), facts.style(each.event.fact)),
+                str(each.event.attempt),
+                (str(each.position), "dim"),
+                facts.describe(each.event.fact, most=300),
+            ],
+        )
+        for each in found
+    ]

@@ -1,0 +1,172 @@
+"""``jobledger submit`` and ``jobledger emit``: jobs and events from the command line."""
+
+from __future__ import annotations
+
+import json
+import typing
+from collections.abc import Sequence
+from typing import Annotated, Any
+
+import typer
+
+from jobledger.cli import completion, output
+from jobledger.cli.commands import Wrong, among, judged, pair_of, pairs_of, seconds
+from jobledger.cli.job_views import finish
+from jobledger.cli.options import Bootstrap, Json, StatusUrl, Target
+from jobledger.cli.waiting import showing_progress
+from jobledger.errors import BadArguments
+
+
+def submit(
+    target: Target,
+    task: Annotated[str, typer.Argument(metavar="TASK", help="The task's name.", autocompletion=completion.tasks)],
+    pairs: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[NAME=VALUE]...", help="Arguments. A value is JSON; what is not JSON, or meant for a str, is text."
+        ),
+    ] = None,
+    args: Annotated[str | None, typer.Option(metavar="JSON", help="Arguments as one JSON object.")] = None,
+    delay: Annotated[
+        float | None, typer.Option(parser=seconds, metavar="SECONDS", help="Run it only after this time.")
+    ] = None,
+    tag: Annotated[list[str] | None, typer.Option(metavar="NAME=VALUE", help="To find it by; may be repeated.")] = None,
+    queue: Annotated[
+        str | None,
+        typer.Option(help="Another queue than the task's.", show_default=False, autocompletion=completion.queues),
+    ] = None,
+    key: Annotated[str | None, typer.Option(help="Jobs of one key run one at a time, in order.")] = None,
+    priority: Annotated[str | None, typer.Option(help="high or low, on a queue with priorities.")] = None,
+    expires_in: Annotated[
+        float | None, typer.Option(parser=seconds, metavar="SECONDS", help="Do not start it any more after this time.")
+    ] = None,
+    wait: Annotated[
+        bool, typer.Option("--wait", help="Wait for its end; exit code 5 if it does not end well.")
+    ] = False,
+    timeout: Annotated[
+        float | None, typer.Option(parser=seconds, metavar="SECONDS", help="How long --wait waits at most.")
+    ] = None,
+    bootstrap: Bootstrap = None,
+    status_url: StatusUrl = None,
+    as_json: Json = False,
+) -> None:
+    """Submit a job; done once the log has acknowledged it.
+
+    Example: jobledger submit shop:app send_mail to=a@example.org template=welcome --tag tenant=acme --wait
+    """
+    from jobledger.cli.loading import load_app
+
+    if timeout is not None and not wait:
+        raise Wrong("--timeout: nothing is waited for without --wait")
+    loaded = load_app(target, bootstrap=bootstrap, status_url=status_url)
+    with judged():
+        found = loaded.registry.task(task)
+        arguments = _arguments(found.fn, pairs or [], args)
+        bound = found.using(
+            delay=delay,
+            tags=pairs_of(tag, "--tag"),
+            queue=queue,
+            key=key,
+            priority=priority,  # type: ignore[arg-type]  # judged there
+            expires_in=expires_in,
+        )
+        request = bound.job(**arguments)
+    try:
+        handle = loaded.client.submit(request)
+        if not wait:
+            if as_json:
+                output.print_json(
+                    {
+                        "job_id": handle.job_id,
+                        "position": str(handle.position),
+                        "task": found.name,
+                        "queue": queue or found.queue,
+                    }
+                )
+            else:
+                output.print_fields([("job", handle.job_id), ("log", str(handle.position))])
+            return
+        if not as_json:
+            output.console(stderr=True).print(f"submitted {handle.job_id}, waiting for its end …", style="dim")
+        with showing_progress(loaded, handle.job_id, quiet=as_json):
+            status = handle.wait(timeout)
+        finish(status, as_json)
+    finally:
+        loaded.close()
+
+
+def emit(
+    target: Target,
+    event: Annotated[str, typer.Argument(metavar="EVENT", help="The event's name.", autocompletion=completion.events)],
+    pairs: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[FIELD=VALUE]...", help="Fields. A value is JSON; what is not JSON, or meant for a str, is text."
+        ),
+    ] = None,
+    args: Annotated[str | None, typer.Option(metavar="JSON", help="Fields as one JSON object.")] = None,
+    bootstrap: Bootstrap = None,
+    as_json: Json = False,
+) -> None:
+    """Emit a domain event; done once the log has acknowledged it. What follows is its handlers' business.
+
+    Example: jobledger emit shop:app UserRegistered user_id=u-1 plan=free
+    """
+    from jobledger.cli.loading import load_app
+
+    loaded = load_app(target, bootstrap=bootstrap)
+    try:
+        found = loaded.events[among(event, loaded.events, "event", f"app {loaded.names.namespace!r}")]
+        with judged():
+            made = found.of(_arguments(found.cls, pairs or [], args))
+        handle = loaded.emit(made)
+    finally:
+        loaded.close()
+    if as_json:
+        output.print_json({"event_id": handle.event_id, "position": str(handle.position), "event": event})
+    else:
+        output.print_fields([("event", handle.event_id), ("log", str(handle.position))])
+
+
+def _arguments(annotated: Any, pairs: Sequence[str], text: str | None) -> dict[str, Any]:
+    """Values by name from ``--args`` and ``NAME=VALUE``; the latter win. ``annotated``: the
+    function or class they are for."""
+    found: dict[str, Any] = {}
+    if text is not None:
+        try:
+            found = json.loads(text)
+        except (ValueError, RecursionError) as exc:
+            raise BadArguments(f"--args {output.shorten(repr(text))} is no JSON: {exc}") from None
+        if not isinstance(found, dict):
+            raise BadArguments(f"--args {output.shorten(repr(text))} is no JSON object; write '{{\"name\": value}}'")
+    hints = _hints(annotated)
+    given: set[str] = set()
+    for pair in pairs:
+        name, value = pair_of(pair, "argument")
+        if name in given:
+            raise Wrong(f"argument {name} is given twice")
+        given.add(name)
+        found[name] = read_value(value, hints.get(name))
+    return found
+
+
+def _hints(annotated: Any) -> dict[str, Any]:
+    try:
+        return typing.get_type_hints(annotated)
+    except Exception:  # noqa: BLE001  # a name that only the type checker sees: then values are read as JSON
+        return {}
+
+
+def read_value(text: str, hint: Any = None) -> Any:
+    """One argument as it was typed: JSON, except that a parameter that takes text gets text and not what it looks like.
+
+    So ``zip=01234`` and ``to=a@example.org`` mean what they say, and ``to='"quoted"'`` works, too.
+    """
+    takes = set(typing.get_args(hint)) or {hint}
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        return text
+    if str in takes and takes <= {str, type(None)} and not isinstance(value, str):
+        return None if value is None and type(None) in takes else text
+    return value

@@ -1,0 +1,61 @@
+"""What is seen while a command waits for a job: a bar on a terminal, nothing elsewhere."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from jobledger.cli import output
+from jobledger.errors import JobledgerError
+
+if TYPE_CHECKING:
+    from rich.progress import Progress, TaskID
+
+    from jobledger.app import App
+
+#: Seconds between two looks at the job.
+LOOK_S = 0.25
+
+
+@contextmanager
+def showing_progress(asked: App, job_id: str, *, quiet: bool) -> Iterator[None]:
+    """Show the job's state and progress on standard error while the block waits for its end; gone when it has ended."""
+    if quiet or not sys.stderr.isatty():
+        yield
+        return
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+    over = threading.Event()
+    said = TextColumn("{task.fields[said]}", markup=False)  # a message is no markup
+    columns = (TextColumn("{task.description}"), BarColumn(), said, TimeElapsedColumn())
+    with Progress(*columns, console=output.console(stderr=True), transient=True) as bar:
+        line = bar.add_task("submitted", total=None, said="")
+        thread = threading.Thread(target=_follow, args=(asked, job_id, bar, line, over), name="jobledger-progress")
+        thread.start()
+        try:
+            yield
+        finally:
+            over.set()
+            thread.join()
+
+
+def _follow(asked: App, job_id: str, bar: Progress, line: TaskID, over: threading.Event) -> None:
+    from jobledger.cli.facts import progress
+
+    while not over.wait(LOOK_S):
+        # What is wrong is the waiting's own to say.
+        with contextlib.suppress(JobledgerError):
+            seen = asked.status_table().job(job_id)
+            done = seen.progress
+            bar.update(
+                line,
+                description=seen.state.value,
+                # A bar without an end moves to and fro.
+                total=done.total if done is not None and done.total else None,
+                completed=0 if done is None else done.done,
+                said="" if done is None else output.shorten(progress(done.done, done.total, done.message)),
+            )
