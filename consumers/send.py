@@ -10,14 +10,13 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable
 from contextlib import suppress
-from typing import Any
 
 from confluent_kafka import KafkaError, KafkaException, Message, Producer
 
 from jobledger.access import Door, write
 from jobledger.config import Settings
 from jobledger.errors import BrokerUnavailable, JobledgerError
-from jobledger.log import MISSING, producer, producer_config, undelivered
+from jobledger.log import MISSING, batch_room, producer, producer_config, undelivered
 from jobledger.logger import get_logger
 from jobledger.names import Names
 from jobledger.schemas import codec
@@ -46,13 +45,16 @@ class Sender:
         self._settings, self._schemas = settings, names.schemas
         self._door = Door(settings)
         self._fatal: KafkaError | None = None
-        conf: dict[str, Any] = producer_config(settings, linger_ms=linger_ms, door=self._door)
-        self._producer = producer(conf)
+        self._names, self._linger_ms = names, linger_ms
+        self._producer = producer(producer_config(settings, linger_ms=linger_ms, door=self._door))
         self._alone: Producer | None = None
         #: `time.monotonic` of the last poll.
         self.polled_at = 0.0
         self._framing: Framing | None = framing(settings, self._publish)
-        self.produce: Callable[..., None] = self._producer.produce if self._framing is None else self._produce_framed
+        self.produce = self._entry()
+
+    def _entry(self) -> Callable[..., None]:
+        return self._producer.produce if self._framing is None else self._produce_framed
 
     def _produce_framed(
         self,
@@ -69,9 +71,15 @@ class Sender:
         self.first(self._schemas, codec.SCHEMA_TEXT.encode(), key, WAIT_S)
 
     def prepare(self, topics: Iterable[str]) -> None:
-        """Publish this version's schema, and have it registered for these topics; all of it acknowledged. For the
-        start: it waits. Raises what `first` raises, `RegistryUnavailable`, `SchemaRefused` and `ConfigError`."""
+        """Publish this version's schema, and have it registered for these topics; all of it acknowledged. Bound batches
+        by what the topics take. For the start, before anything else is sent: it waits. Raises what `first` raises,
+        `RegistryUnavailable`, `SchemaRefused` and `ConfigError`."""
         self._publish(codec.FINGERPRINT.hex())
+        room = batch_room(self._settings, self._names)
+        if room is not None:
+            conf = producer_config(self._settings, linger_ms=self._linger_ms, door=self._door, batch=room)
+            self._producer = producer(conf)
+            self.produce = self._entry()
         if self._framing is not None:
             self._framing.prepare(topics)
 

@@ -34,6 +34,7 @@ from jobledger.errors import (
     JobExpired,
     JobFailed,
     JobledgerError,
+    PayloadTooLarge,
     ResultInsideJob,
     StatusTimeout,
 )
@@ -59,6 +60,8 @@ WINDOW = 20_000
 CHUNK = 500
 #: Records in the send queue from which `submit_async` waits for room in a thread (librdkafka's queue holds 100,000).
 NEAR_FULL = 90_000
+#: How many requests of `submit_many` that failed an error names.
+NAMED = 10
 
 _SINGLE_OBJECT = 10  # bytes before the datum in the single-object encoding
 
@@ -187,7 +190,7 @@ class Client:
                 found = self._bulk if bulk else self._single
                 if found is None and single is not None:
                     found = self._bulk = LogWriter(
-                        self.settings, None, linger_ms=5.0, serve=False, framing=single.framing
+                        self.settings, None, linger_ms=5.0, serve=False, framing=single.framing, batch=single.batch
                     )
                 elif found is None:
                     found = self._single = LogWriter(self.settings, self.names)
@@ -273,12 +276,12 @@ class Client:
 
     def _sent(self, writer: LogWriter, record: Outgoing, what: str) -> Position:
         """Send one record and wait for its acknowledgement."""
-        ack = _Ack()
+        ack = _Ack(writer, record.headers)
         writer.post(record, ack)
         # librdkafka gives up by itself after submit_timeout; the margin is for its callback to arrive.
         if not ack.event.wait(self.settings.submit_timeout + 5.0):
             raise BrokerUnavailable(f"{what}: no acknowledgement within {self.settings.submit_timeout:g} s")
-        return ack.position(writer, what, record.topic)
+        return ack.position(what, record.topic)
 
     async def submit_async(self, request: JobRequest[R]) -> JobHandle[R]:
         """`submit` for asyncio; waits without holding the event loop."""
@@ -304,7 +307,9 @@ class Client:
             else:
                 future.set_exception(writer.failed(error, what, write(record.topic)))
 
-        def delivered(error: KafkaError | None, message: Message) -> None:
+        def delivered(error: KafkaError | None, message: Message, *, alone: bool = False) -> None:
+            if error is not None and writer.resend(error, message, record.headers, delivered, alone):
+                return
             with contextlib.suppress(RuntimeError):  # the loop was closed meanwhile: nobody waits any more
                 loop.call_soon_threadsafe(settle, error, position_of(message))
 
@@ -314,7 +319,8 @@ class Client:
     def submit_many(self, requests: Iterable[JobRequest[R]]) -> list[JobHandle[R]]:
         """Submit jobs in large batches and wait for every acknowledgement; handles in order.
 
-        If one fails, the error is raised after the others have been settled; the jobs before it may have been accepted.
+        If some fail, the error of the first is raised after all others have been settled. It says how many were accepted
+        and which were not: `JobledgerError.failed` holds their places, counted from 0.
         """
         jobs = iter(requests)
         first = next(jobs, None)
@@ -394,7 +400,7 @@ class Client:
         return EventHandle(event_id, position)
 
     def emit_many(self, events: Iterable[tuple[EventType, Any]]) -> list[EventHandle]:
-        """Write events in large batches and wait for every acknowledgement; handles in order."""
+        """Write events in large batches and wait for every acknowledgement; handles in order. Errors as of `submit_many`."""
         many = _Many(self.settings, self._writer(bulk=True), "events")
         inside = maybe_current_job()
         for kind, event in events:
@@ -461,23 +467,26 @@ def _refuse_inside_job(job_id: str) -> None:
 
 
 class _Ack:
-    """The acknowledgement of one record."""
+    """The acknowledgement of one record with these headers."""
 
-    __slots__ = ("_error", "_position", "event")
+    __slots__ = ("_error", "_headers", "_position", "_writer", "event")
 
-    def __init__(self) -> None:
+    def __init__(self, writer: LogWriter, headers: Headers | None) -> None:
         self.event = threading.Event()
+        self._writer, self._headers = writer, headers
         self._error: KafkaError | None = None
         self._position: Position | None = None
 
-    def __call__(self, error: KafkaError | None, message: Message) -> None:
+    def __call__(self, error: KafkaError | None, message: Message, *, alone: bool = False) -> None:
+        if error is not None and self._writer.resend(error, message, self._headers, self, alone):
+            return
         self._error, self._position = error, position_of(message)
         self.event.set()
 
-    def position(self, writer: LogWriter, what: str, topic: str) -> Position:
+    def position(self, what: str, topic: str) -> Position:
         """Where the record stands; raises what went wrong."""
         if self._error is not None or self._position is None:
-            raise writer.failed(self._error or KafkaError(KafkaError._FAIL), what, write(topic))
+            raise self._writer.failed(self._error or KafkaError(KafkaError._FAIL), what, write(topic))
         return self._position
 
 
@@ -492,23 +501,38 @@ class _Many:
         self._added: list[tuple[str, str]] = []
         self._places: dict[int, tuple[int, int]] = {}
         self._settled = 0
-        self._failed: tuple[KafkaError, str] | None = None
+        #: By place in the order of adding.
+        self._failed: dict[int, KafkaError | PayloadTooLarge] = {}
 
-    def _delivered(self, index: int, error: KafkaError | None, message: Message) -> None:
+    def _delivered(
+        self,
+        index: int,
+        headers: Headers | None,
+        error: KafkaError | None,
+        message: Message,
+        *,
+        alone: bool = False,
+    ) -> None:
         if error is None:
             self._places[index] = (message.partition() or 0, message.offset() or 0)
+        elif self._writer.resend(error, message, headers, partial(self._delivered, index, headers), alone):
+            return
         else:
-            self._failed = self._failed or (error, message.topic() or "")
+            self._failed[index] = error
         self._settled += 1
 
     def add(self, identity: str, record: Outgoing) -> None:
-        """Send one more; waits while `WINDOW` are outstanding."""
+        """Send one more; waits while `WINDOW` are outstanding. One that is too large fails alone."""
         index = len(self._added)
         if not index % CHUNK:
             self._writer.poll(0)
             if index - self._settled >= WINDOW:
                 self._await(WINDOW - CHUNK)
-        self._writer.post(record, partial(self._delivered, index))
+        try:
+            self._writer.post(record, partial(self._delivered, index, record.headers))
+        except PayloadTooLarge as exc:
+            self._failed[index] = exc
+            self._settled += 1
         self._added.append((identity, record.topic))
 
     def _await(self, outstanding: int) -> None:
@@ -526,12 +550,26 @@ class _Many:
     def finish(self) -> list[tuple[str, Position]]:
         """The id and the position of each in order, or the first error."""
         self._await(0)
-        if self._failed is not None:
-            what = f"{len(self._places)} of {len(self._added)} {self._what} were accepted; the others"
-            error, topic = self._failed
-            raise self._writer.failed(error, what, write(topic))
+        if self._failed:
+            raise self._error()
         places = self._places
         return [(identity, Position(topic, *places[index])) for index, (identity, topic) in enumerate(self._added)]
+
+    def _error(self) -> JobledgerError:
+        failed = tuple(sorted(self._failed))
+        named = ", ".join(f"{index} ({self._added[index][0]})" for index in failed[:NAMED])
+        more = f" and {len(failed) - NAMED} more" if len(failed) > NAMED else ""
+        what = (
+            f"{len(self._places)} of {len(self._added)} {self._what} were accepted; not accepted, counted from 0: "
+            f"{named}{more}"
+        )
+        first, topic = self._failed[failed[0]], self._added[failed[0]][1]
+        if isinstance(first, PayloadTooLarge):
+            error: JobledgerError = PayloadTooLarge(f"{what}: {first}")
+        else:
+            error = self._writer.failed(first, what, write(topic))
+        error.failed = failed
+        return error
 
 
 async def _post_async(

@@ -121,7 +121,12 @@ class TaskCancelled(TaskInterrupted):
 
 
 class JobledgerError(Exception):
-    """Base of every error that Jobledger raises on purpose."""
+    """Base of every error that Jobledger raises on purpose.
+
+    ``failed``: of `App.submit_many` and `App.emit_many`, the places, counted from 0, of what was not accepted.
+    """
+
+    failed: tuple[int, ...] = ()
 
 
 class ConfigError(JobledgerError):

@@ -64,6 +64,9 @@ ELECTING = (
 #: name stands there for the form.
 PASSING = (KafkaError._TRANSPORT, KafkaError._ALL_BROKERS_DOWN, KafkaError.GROUP_AUTHORIZATION_FAILED)
 
+#: librdkafka's own bound of a batch (``batch.size``), and what a batch may have beside what librdkafka counts, bytes.
+BATCH_BYTES, BATCH_MARGIN = 1_000_000, 100
+
 Headers = list[tuple[str, bytes]]
 
 
@@ -78,11 +81,16 @@ def now_us() -> int:
 
 
 def producer_config(
-    settings: Settings, *, linger_ms: float = 0.0, timeout: float | None = None, door: Door | None = None
+    settings: Settings,
+    *,
+    linger_ms: float = 0.0,
+    timeout: float | None = None,
+    door: Door | None = None,
+    batch: int | None = None,
 ) -> dict[str, Any]:
     """Settings of every producer: idempotent, ``acks=all``, one partitioner. ``timeout``: seconds to an ack. ``door``:
-    who hears that it is not let in."""
-    return {
+    who hears that it is not let in. ``batch``: bytes of its largest batch of several records, see `batch_room`."""
+    conf = {
         # As `jobledger.config.PATIENCE`, for what was sent to a broker that stands still.
         "request.timeout.ms": 8_000,
         **settings.librdkafka(),
@@ -97,6 +105,9 @@ def producer_config(
         "topic.metadata.propagation.max.ms": 3_000,
         "logger": LOG,
     }
+    if batch is not None:
+        conf["batch.size"] = min(batch, int(settings.kafka.get("batch.size", batch)))
+    return conf
 
 
 def consumer_config(
@@ -151,9 +162,11 @@ def translate(error: KafkaError, settings: Settings, what: str, *needs: Need) ->
         return refused
     code = error.code()
     if code in (KafkaError.MSG_SIZE_TOO_LARGE, KafkaError._INVALID_ARG):
+        topic = next((need.name for need in needs if need.kind == "topic"), "its topic")
         return PayloadTooLarge(
-            f"{what}: the broker refuses a record of this size ({error.str()}); the client's limit is "
-            f"{settings.max_record_bytes} bytes (JOBLEDGER_MAX_RECORD_BYTES), the topic's is max.message.bytes"
+            f"{what}: the record is larger than {topic} takes, says the broker ({error.str()}): raise the topic's "
+            f"max.message.bytes, or pass a reference instead of the data. This client's own limit is "
+            f"{settings.max_record_bytes} bytes (JOBLEDGER_MAX_RECORD_BYTES)"
         )
     if code in (KafkaError.UNKNOWN_TOPIC_OR_PART, KafkaError._UNKNOWN_TOPIC, KafkaError._UNKNOWN_PARTITION):
         return TopicMissing(f"{what}: the topic does not exist; create it with `jobledger topics apply MODULE:APP`")
@@ -221,20 +234,22 @@ def committed(
         time.sleep(0.05)  # some answers come at once
 
 
-def batch_limits(settings: Settings, topics: Iterable[str], timeout: float = 10.0) -> dict[str, int]:
+def batch_limits(
+    settings: Settings, topics: Iterable[str], timeout: float = 10.0, client: AdminClient | None = None
+) -> dict[str, int]:
     """The ``max.message.bytes`` of topics, bytes a batch; without those whose settings this user may not see, or that
     are missing. Raises `BrokerUnavailable`."""
-    found = topic_settings(settings, topics, timeout)
+    found = topic_settings(settings, topics, timeout, client)
     return {topic: int(its["max.message.bytes"] or 0) for topic, its in found.items()}
 
 
 def topic_settings(
-    settings: Settings, topics: Iterable[str], timeout: float = 10.0
+    settings: Settings, topics: Iterable[str], timeout: float = 10.0, client: AdminClient | None = None
 ) -> dict[str, dict[str, str | None]]:
     """The settings of topics; without those whose settings this user may not see, or that are missing. Raises
     `BrokerUnavailable`."""
     found: dict[str, dict[str, str | None]] = {}
-    client = admin(settings)  # held: its answers die with it
+    client = client or admin(settings)  # held: its answers die with it
     wanted = [ConfigResource(ResourceType.TOPIC, topic) for topic in topics]
     for resource, future in client.describe_configs(wanted, request_timeout=timeout).items() if wanted else ():
         try:
@@ -243,6 +258,31 @@ def topic_settings(
             if exc.args[0].code() not in (KafkaError.TOPIC_AUTHORIZATION_FAILED, *MISSING):
                 raise translate(exc.args[0], settings, f"asking for the settings of {resource.name}") from exc
     return found
+
+
+def batch_room(settings: Settings, names: Names) -> int | None:
+    """The largest batch of several records, in bytes, that every topic of a namespace takes; None if that is no less
+    than the client's own bound, or cannot be known.
+
+    A broker refuses a batch as a whole. With batches no larger than this, only a record that is too large by itself is
+    refused.
+    """
+    client = admin(settings)
+    try:
+        found = [t for t in client.list_topics(timeout=10.0).topics if t.startswith(f"{names.namespace}.")]
+        limits = batch_limits(settings, found, client=client)
+    except (KafkaException, BrokerUnavailable, AccessDenied) as exc:
+        LOG.debug("what the topics of %s take is not known: %s", names.namespace, exc)
+        return None
+    unknown = [topic for topic in found if topic not in limits]
+    if unknown and settings.role == "client":  # the other parts ask for all of their rights when they start
+        LOG.warning(
+            "the client goes on without a right: DescribeConfigs on topic %s (knowledge of what each topic takes: batches "
+            "are bounded by a default)",
+            unknown[0],
+        )
+    least = min(limits.values(), default=BATCH_BYTES)
+    return max(1, least - BATCH_MARGIN) if least < BATCH_BYTES else None
 
 
 class LogReader:

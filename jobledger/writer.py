@@ -6,14 +6,15 @@ import threading
 import time
 from collections.abc import Callable, Iterable
 from contextlib import suppress
-from typing import Any, NamedTuple
+from functools import partial
+from typing import Any, NamedTuple, Protocol
 
-from confluent_kafka import KafkaError, KafkaException, Message
+from confluent_kafka import KafkaError, KafkaException, Message, Producer
 
 from jobledger.access import Door, Need, write
 from jobledger.config import Settings
 from jobledger.errors import BrokerUnavailable, JobledgerError, PayloadTooLarge
-from jobledger.log import Headers, position_of, producer, producer_config, undelivered
+from jobledger.log import Headers, batch_room, position_of, producer, producer_config, undelivered
 from jobledger.logger import get_logger
 from jobledger.names import Names
 from jobledger.schemas import codec
@@ -23,6 +24,12 @@ from jobledger.wire import Framing, framing
 LOG = get_logger("jobledger.client")
 
 DeliveryCallback = Callable[[KafkaError | None, Message], None]
+
+
+class Resendable(Protocol):
+    """A delivery callback that can be given to `LogWriter.resend`; ``alone``: that has been done."""
+
+    def __call__(self, error: KafkaError | None, message: Message, *, alone: bool = False) -> None: ...
 
 
 class Outgoing(NamedTuple):
@@ -40,7 +47,8 @@ class LogWriter:
 
     Thread-safe. ``names`` None leaves the schema unpublished (for records that are no events, or where another writer
     has published it). ``serve`` False starts no thread: the caller polls, as bulk senders do. ``framing``: another
-    writer's, to frame as it does; otherwise the settings decide, and without ``names`` records go as they are. Raises
+    writer's, to frame as it does; otherwise the settings decide, and without ``names`` records go as they are.
+    ``batch``: what `log.batch_room` found; asked for with the publishing of the schema, if there are ``names``. Raises
     `ConfigError` for a Schema Registry that cannot be used.
     """
 
@@ -52,20 +60,33 @@ class LogWriter:
         linger_ms: float = 0.0,
         serve: bool = True,
         framing: Framing | None = None,
+        batch: int | None = None,
     ) -> None:
         self.settings = settings
         self._names = names
         self.framing = framing or self._own_framing()
         self._door = Door(settings)
         self._fatal: KafkaError | None = None
-        self.producer = producer(producer_config(settings, linger_ms=linger_ms, door=self._door))
+        self._linger_ms, self.batch = linger_ms, batch
+        self.producer = self._connected()
+        self._alone: Producer | None = None
         self._schema_published = names is None
         self._lock = threading.Lock()
+        self._alone_lock = threading.Lock()
         self._closing = threading.Event()
         self._thread: threading.Thread | None = None
         if serve:
             self._thread = threading.Thread(target=self._serve, name="jobledger-producer", daemon=True)
             self._thread.start()
+
+    def _connected(self, **more: Any) -> Producer:
+        return producer(
+            producer_config(self.settings, linger_ms=self._linger_ms, door=self._door, batch=self.batch) | more
+        )
+
+    @property
+    def _producers(self) -> tuple[Producer, ...]:
+        return (self.producer,) if self._alone is None else (self.producer, self._alone)
 
     def _serve(self) -> None:
         while not self._closing.is_set():
@@ -79,10 +100,13 @@ class LogWriter:
         settled with that: nobody shall wait in vain."""
         try:
             self.producer.poll(timeout)
+            if self._alone is not None:
+                self._alone.poll(0.0)
         except KafkaException as exc:  # this producer is at its end
             self._fatal = exc.args[0]
         if self._fatal is not None or self._door.refusal is not None:
-            self.producer.purge()
+            for each in self._producers:
+                each.purge()
 
     def failed(self, error: KafkaError, what: str, *needs: Need) -> JobledgerError:
         """Our error for a record that was not delivered."""
@@ -96,6 +120,9 @@ class LogWriter:
             if self._schema_published or self._names is None:
                 return
             self.publish(codec.FINGERPRINT.hex())
+            self.batch = batch_room(self.settings, self._names)
+            if self.batch is not None:  # nobody else sends yet
+                self.producer = self._connected()
             self._schema_published = True
 
     def _own_framing(self) -> Framing | None:
@@ -151,6 +178,35 @@ class LogWriter:
             except KafkaException as exc:
                 raise self.failed(exc.args[0], f"sending to {record.topic}", write(record.topic)) from exc
 
+    def resend(
+        self, error: KafkaError, message: Message, headers: Headers | None, on_delivery: Resendable, alone: bool
+    ) -> bool:
+        """Send a record again as a batch of its own if the broker refused it for its size; whether that was done.
+
+        The broker refuses a batch as a whole: which record is too large shows when each goes ``alone``. Needed where
+        `log.batch_room` is not known, or became less since. Such a record may come after later ones of its key.
+        """
+        if alone or error.code() != KafkaError.MSG_SIZE_TOO_LARGE:
+            return False
+        with self._alone_lock:
+            if self._alone is None:
+                self._alone = self._connected(**{"batch.num.messages": 1})
+        again = partial(on_delivery, alone=True)
+        more: dict[str, Any] = {} if headers is None else {"headers": headers}
+        deadline = time.monotonic() + self.settings.submit_timeout
+        while True:
+            try:
+                self._alone.produce(
+                    message.topic() or "", message.value(), message.key(), message.partition() or 0, again, **more
+                )
+                return True
+            except BufferError:
+                if time.monotonic() >= deadline:
+                    return False
+                self._alone.poll(0.05)
+            except KafkaException:
+                return False
+
     def send(self, records: Iterable[Outgoing]) -> list[Position]:
         """Send records and wait for all acknowledgements; their positions, in order.
 
@@ -164,9 +220,11 @@ class LogWriter:
         failed: list[tuple[KafkaError, str]] = []
         done = threading.Semaphore(0)
 
-        def delivered(index: int) -> DeliveryCallback:
-            def callback(error: KafkaError | None, message: Message) -> None:
+        def delivered(index: int, headers: Headers | None) -> DeliveryCallback:
+            def callback(error: KafkaError | None, message: Message, *, alone: bool = False) -> None:
                 if error is not None:
+                    if self.resend(error, message, headers, callback, alone):
+                        return
                     failed.append((error, message.topic() or "?"))
                 else:
                     positions[index] = position_of(message)
@@ -176,7 +234,7 @@ class LogWriter:
 
         for record in records:
             positions.append(None)
-            self.post(record, delivered(len(positions) - 1))
+            self.post(record, delivered(len(positions) - 1, record.headers))
         deadline = time.monotonic() + self.settings.submit_timeout + 5.0
         for _ in positions:
             if not done.acquire(timeout=max(0.0, deadline - time.monotonic())):
@@ -190,9 +248,13 @@ class LogWriter:
 
     def flush(self, timeout: float) -> int:
         """Wait until the queue is empty; how many records are still unacknowledged."""
+        deadline = time.monotonic() + timeout
         with suppress(KafkaException):  # of a producer that is at its end: its records have failed
-            return self.producer.flush(timeout)
-        return len(self.producer)
+            self.producer.flush(timeout)
+        if self._alone is not None:  # made by now if the other one was refused something
+            with suppress(KafkaException):
+                self._alone.flush(max(0.0, deadline - time.monotonic()))
+        return sum(map(len, self._producers))
 
     def close(self, timeout: float = 10.0) -> None:
         """Flush within ``timeout`` seconds and stop the thread. A second call does nothing."""
@@ -202,5 +264,6 @@ class LogWriter:
         self._closing.set()
         if self._thread is not None:
             self._thread.join(timeout=1.0)
-        with suppress(KafkaException):
-            self.producer.close()
+        for each in self._producers:
+            with suppress(KafkaException):
+                each.close()

@@ -96,6 +96,7 @@ TABLE: Mapping[str, Sequence[Right]] = {
         *_topic("<ns>.schemas", "Read", lost="`emit`", when="events"),
         *_topic("<ns>.events.", "Write", lost="`emit`", when="events"),
         *_topic("<ns>.control", "Write", lost="`cancel`, `pause`, `limit`", when="orders"),
+        *_topic("<ns>.", "DescribeConfigs", lost=_LIMITS),
     ],
     "worker": [
         *_topic("<ns>.jobs.", "Read"),
@@ -105,7 +106,7 @@ TABLE: Mapping[str, Sequence[Right]] = {
         *_topic("<ns>.dead-letter", "Write"),
         *_topic("<ns>.schemas", "Read", "Write"),
         *_topic("<ns>.control", "Read"),
-        *_topic("<ns>.", "DescribeConfigs", lost=_WATCHING),
+        *_topic("<ns>.", "DescribeConfigs", lost=f"{_LIMITS}; no {_WATCHING}"),
     ],
     "coordinator": [
         *_topic("<ns>.coordination", "Read", "Write"),
@@ -129,7 +130,7 @@ TABLE: Mapping[str, Sequence[Right]] = {
         *_topic("<ns>.jobs.", "Delete", lost=_TRIMMING),
         *_topic("<ns>.lifecycle", "Delete", lost=_TRIMMING),
         *_topic("<ns>.coordination", "Delete", lost=_TRIMMING),
-        *_topic("<ns>.", "DescribeConfigs", lost=_WATCHING),
+        *_topic("<ns>.", "DescribeConfigs", lost=f"{_LIMITS}; no {_WATCHING}"),
     ],
     "router": [
         *_topic("<ns>.events.", "Read"),
@@ -137,12 +138,14 @@ TABLE: Mapping[str, Sequence[Right]] = {
         *_topic("<ns>.jobs.", "Write"),
         *_topic("<ns>.dead-letter", "Write"),
         *_topic("<ns>.schemas", "Read", "Write"),
+        *_topic("<ns>.", "DescribeConfigs", lost=_LIMITS),
     ],
     "backfill": [
         *_topic("<ns>.events.", "Read"),
         *_group("<ns>.backfill.", "Read"),
         *_topic("<ns>.jobs.", "Write"),
         *_topic("<ns>.schemas", "Read", "Write"),
+        *_topic("<ns>.", "DescribeConfigs", lost=_LIMITS),
     ],
     "projection": [
         *_topic("<ns>.events.", "Read", lost="projections of events"),

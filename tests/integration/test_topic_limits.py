@@ -1,0 +1,180 @@
+"""Topics that take less than the client would send: of many records only those that are too large fail."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import msgspec
+import pytest
+from confluent_kafka.admin import (  # type: ignore[attr-defined]  # re-exported without saying so
+    AlterConfigOpType,
+    ConfigEntry,
+    ConfigResource,
+    ResourceType,
+)
+
+from jobledger import App, PayloadTooLarge, Settings
+from jobledger.kafka.topics import ensure
+from jobledger.log import LogReader, admin, batch_room, partitions_of
+from jobledger.schemas.events import JobSubmitted
+from tests.integration.worker_app import closings, log_of, until, working
+
+pytestmark = [pytest.mark.kafka, pytest.mark.timeout(180)]
+
+LIMIT = 20_000
+LARGE = "x" * 30_000
+
+
+class Happened(msgspec.Struct, frozen=True):
+    what: str
+
+
+def limit(app: App, *topics: str) -> None:
+    """Have topics take ``LIMIT`` bytes."""
+    client = admin(app.settings)  # held: its answers die with it
+    smaller = ConfigEntry("max.message.bytes", str(LIMIT), incremental_operation=AlterConfigOpType.SET)
+    resources = [ConfigResource(ResourceType.TOPIC, topic, incremental_configs=[smaller]) for topic in topics]
+    for future in client.incremental_alter_configs(resources).values():
+        future.result(timeout=20)
+
+
+@pytest.fixture
+def app(broker: str, namespace: str) -> Iterator[App]:
+    app = App(namespace, settings=Settings(bootstrap=broker, submit_timeout=20.0), partitions=2)
+
+    @app.task
+    async def keep(text: str) -> str:
+        return text
+
+    @app.task(key="customer", timeout=10.0)
+    async def keyed(customer: str, n: int, text: str = "") -> None: ...
+
+    app.event(Happened)
+    ensure(app, app.settings)
+    yield app
+    app.close()
+
+
+def before(app: App) -> None:
+    """The limit is there when the client connects."""
+    limit(app, app.names.jobs("default"), app.events["Happened"].topic, app.names.lifecycle)
+
+
+def after(app: App) -> None:
+    """The limit becomes less while the client is connected, so it is not known."""
+    app.tasks["keep"].submit("first")
+    app.submit_many([app.tasks["keep"].job("second")])
+    before(app)
+
+
+both = pytest.mark.parametrize("lower", [before, after])
+
+
+def texts(app: App) -> list[str]:
+    found = log_of(app, app.names.jobs("default"))
+    args = [msgspec.json.decode(r.event.fact.spec.args) for r in found if isinstance(r.event.fact, JobSubmitted)]
+    return sorted(each["text"] for each in args)
+
+
+@both
+def test_of_many_jobs_only_the_large_one_fails(app: App, lower: Callable[[App], None]) -> None:
+    """1,800 small jobs are accepted, the large one among them is not, and the error says which it is."""
+    lower(app)
+    already = texts(app)
+    keep = app.tasks["keep"]
+    small = [f"small {n} " + "y" * 400 for n in range(1_800)]
+    with pytest.raises(
+        PayloadTooLarge, match=r"1800 of 1801 jobs were accepted.*: 900 \(.*max\.message\.bytes"
+    ) as told:
+        app.submit_many(keep.job(text) for text in [*small[:900], LARGE, *small[900:]])
+    assert told.value.failed == (900,)
+    assert app.names.jobs("default") in str(told.value)
+    assert texts(app) == sorted([*already, *small])
+
+
+def test_keyed_jobs_around_a_large_one_stay_in_order(app: App) -> None:
+    """Where the limit is known, the jobs of a key stand in the order of their submission."""
+    before(app)
+    keyed = app.tasks["keyed"]
+    jobs = [keyed.job(f"c{n % 5}", n, LARGE if n % 100 == 50 else "y" * 300) for n in range(1_000)]
+    with pytest.raises(PayloadTooLarge) as told:
+        app.submit_many(jobs)
+    assert told.value.failed == tuple(range(50, 1_000, 100))
+    seen: dict[str, list[int]] = {}
+    for each in log_of(app, app.names.jobs("default")):
+        args = msgspec.json.decode(each.event.fact.spec.args)  # type: ignore[union-attr]
+        seen.setdefault(args["customer"], []).append(args["n"])
+    assert sum(map(len, seen.values())) == 990
+    assert all(numbers == sorted(numbers) for numbers in seen.values())
+
+
+@both
+def test_of_jobs_submitted_at_once_only_the_large_one_fails(app: App, lower: Callable[[App], None]) -> None:
+    """Single submissions that share a batch do not share its refusal."""
+    lower(app)
+    keep = app.tasks["keep"]
+
+    async def submitted() -> list[Any]:
+        texts = [LARGE if n == 50 else "y" * 500 for n in range(100)]
+        found: list[Any] = await asyncio.gather(*(keep.submit_async(text) for text in texts), return_exceptions=True)
+        return found
+
+    failed = {n: error for n, error in enumerate(asyncio.run(submitted())) if isinstance(error, Exception)}
+    assert [(n, type(error)) for n, error in failed.items()] == [(50, PayloadTooLarge)]
+    with pytest.raises(PayloadTooLarge, match=re.escape(app.names.jobs("default"))):
+        keep.submit(LARGE)
+    keep.submit("still works")
+
+
+@both
+def test_of_many_events_only_the_large_one_fails(app: App, lower: Callable[[App], None]) -> None:
+    """The others are accepted, each with its id in its header."""
+    lower(app)
+    events = [Happened(LARGE if n == 70 else "y" * 500) for n in range(200)]
+    with pytest.raises(PayloadTooLarge, match="199 of 200 events") as told:
+        app.emit_many(events)
+    assert told.value.failed == (70,)
+    topic = app.events["Happened"].topic
+    with LogReader(app.settings) as reader:
+        found = [m for p in range(partitions_of(app.settings, topic)) for m in reader.read(topic, p, 0)]
+    assert len(found) == len({dict(m.headers() or ())["jl-event"] for m in found}) == 199
+
+
+def test_a_job_above_the_clients_own_limit_fails_alone(app: App) -> None:
+    """One that is refused before it is sent keeps none of the others from being accepted."""
+    keep = app.tasks["keep"]
+    with pytest.raises(PayloadTooLarge, match=r"99 of 100 jobs were accepted.*JOBLEDGER_MAX_RECORD_BYTES") as told:
+        app.submit_many(keep.job("x" * 1_100_000 if n == 20 else f"{n}") for n in range(100))
+    assert told.value.failed == (20,)
+    assert len(texts(app)) == 99
+
+
+@both
+def test_of_many_results_only_the_large_one_fails_its_job(app: App, lower: Callable[[App], None]) -> None:
+    """Results that share a batch do not share its refusal: the other jobs succeed."""
+    keep = app.tasks["keep"]
+    if lower is before:
+        limit(app, app.names.lifecycle)
+    handles = app.submit_many(keep.job("z" * 30_000 if n == 50 else "y" * 500) for n in range(100))
+    with working(app):
+        if lower is after:
+            until(lambda: closings(app))
+            limit(app, app.names.lifecycle)
+            handles += app.submit_many(keep.job("z" * 30_000 if n == 50 else "y" * 500) for n in range(100))
+        until(lambda: {h.job_id for h in handles} <= set(closings(app)))
+    ended = closings(app)
+    failed = {n for n, h in enumerate(handles) if type(ended[h.job_id][-1].event.fact).__name__ != "JobSucceeded"}
+    assert failed <= {50, 150}
+    assert {50 if lower is before else 150} <= failed
+
+
+def test_batches_are_bounded_by_the_topic_that_takes_least(app: App) -> None:
+    """Of all topics of the namespace; where all take what the client sends, nothing is bounded."""
+    assert batch_room(app.settings, app.names) is None
+    limit(app, app.names.dead_letter)
+    room = batch_room(app.settings, app.names)
+    assert room is not None
+    assert LIMIT - 1_000 < room < LIMIT
