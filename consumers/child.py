@@ -21,7 +21,7 @@ import struct
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from types import FrameType
 from typing import Any
 
@@ -30,6 +30,7 @@ from jobledger.consumers.frames import Ended, Progress, Run, decode_run, ended, 
 from jobledger.consumers.outcome import Failed, Outcome, Succeeded, bad_result, error_info, judge, ran_out, timed_out
 from jobledger.context import JobContext, enter
 from jobledger.errors import BadArguments, TaskCancelled, TaskInterrupted, TaskTimedOut
+from jobledger.functions import AWAIT, settled
 from jobledger.logger import get_logger, loop_error
 from jobledger.middleware import runner
 from jobledger.retry import Retry
@@ -63,6 +64,7 @@ class Child:
         self._running: asyncio.Task[Any] | None = None  # a coroutine task's
         self._inside = False  # a plain function's code runs
         self._late = False  # the time of what runs was over
+        self._told: type[TaskInterrupted] | None = None  # what the code at hand was told
         self._most: int | None = None  # the limit of memory that is set
         self._reported_at = 0.0
         self._unsent: JobProgressed | None = None
@@ -72,6 +74,7 @@ class Child:
         """Run what comes until the connection ends."""
         for number in (LATE, STOP):
             signal.signal(number, self._interrupted)
+        AWAIT.set(self._awaited)
         while (body := self._receive()) is not None:
             run = decode_run(body)
             try:
@@ -120,7 +123,7 @@ class Child:
             trace=run.trace,
             report=self._report,
         )
-        self._reported_at, self._unsent, self._late = 0.0, None, False
+        self._reported_at, self._unsent, self._late, self._told = 0.0, None, False, None
         try:
             value, error = self._call(task, context, kwargs)
         except BaseException as raised:  # noqa: BLE001  # SystemExit is the job's, as in a thread
@@ -142,15 +145,18 @@ class Child:
             self._most = task.policy.max_memory
             limit_memory(self._most)
         if task.is_async:
-            if self._loop is None:
-                self._loop = asyncio.Runner()
-                self._loop.get_loop().set_exception_handler(loop_error)
             said: list[tuple[Any, BaseException | None]] = []
-            self._loop.run(
+            self._runner().run(
                 self._await(function, context, kwargs, task.timeout, said), context=contextvars.copy_context()
             )
             return said.pop()
         return contextvars.copy_context().run(self._plainly, function, context, kwargs), None
+
+    def _runner(self) -> asyncio.Runner:
+        if self._loop is None:
+            self._loop = asyncio.Runner()
+            self._loop.get_loop().set_exception_handler(loop_error)
+        return self._loop
 
     async def _await(
         self,
@@ -182,7 +188,7 @@ class Child:
         returned = False
         try:
             self._inside = True
-            value = function(**kwargs)
+            value = settled(function(**kwargs))
             returned = True
             self._inside = False
         except TaskInterrupted:
@@ -193,13 +199,42 @@ class Child:
             self._inside = False
         return value
 
+    def _awaited(self, value: Awaitable[Any]) -> Any:
+        """Run what a function returned without awaiting it; `_interrupted` cancels it."""
+        said: list[tuple[Any, BaseException | None]] = []
+
+        async def run() -> None:
+            self._running = asyncio.current_task()
+            try:
+                if self._told is not None:
+                    raise asyncio.CancelledError
+                said.append((await value, None))
+            except BaseException as error:  # noqa: BLE001  # raised again below
+                said.append((None, error))
+            finally:
+                self._running = None
+
+        self._inside = False
+        self._runner().run(run(), context=contextvars.copy_context())
+        found, error = said.pop()
+        try:
+            if isinstance(error, asyncio.CancelledError) and self._told is not None:
+                raise self._told
+            if error is not None:
+                raise error
+        finally:
+            error = None  # or its frame would hold it, and it the frame
+        self._inside = True
+        return found
+
     def _interrupted(self, number: int, frame: FrameType | None) -> None:
+        self._told = TaskTimedOut if number == LATE else TaskCancelled
+        self._late = number == LATE
         if self._running is not None and self._loop is not None:
             self._loop.get_loop().call_soon_threadsafe(self._running.cancel)
         elif self._inside:
             self._inside = False
-            self._late = number == LATE
-            raise TaskTimedOut if self._late else TaskCancelled
+            raise self._told
 
     # -- its end ------------------------------------------------------------------------------------------------------
 

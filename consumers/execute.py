@@ -53,6 +53,7 @@ from jobledger.errors import (
     traceback_of,
     type_of,
 )
+from jobledger.functions import AWAIT
 from jobledger.log import now_us
 from jobledger.logger import get_logger
 from jobledger.policy import KEY_HOLD_MAX_S
@@ -144,6 +145,7 @@ class Executor:
 
     def start_threads(self, count: int) -> None:
         """Start the pool. Daemons: a function that never ends must not keep the process alive."""
+        self.interrupts.loop = asyncio.get_running_loop()
         for n in range(count):
             thread = threading.Thread(target=self._serve, name=f"jobledger-job-{n}", daemon=True)
             thread.start()
@@ -159,6 +161,7 @@ class Executor:
             self._queue.put(None)
 
     def _serve(self) -> None:
+        AWAIT.set(self.interrupts.wait)
         while (work := self._queue.get()) is not None:
             contextvars.copy_context().run(self._run_here, work)
             self._ended_in_thread(work)

@@ -6,14 +6,55 @@ socket, a C library) learns of it when that call returns; nothing can be done ab
 
 from __future__ import annotations
 
+import asyncio
+import contextvars
 import ctypes
+import inspect
 import threading
+from collections.abc import Awaitable
 from typing import Any
 
 from jobledger.consumers.work import Work
 from jobledger.errors import TaskCancelled, TaskInterrupted
+from jobledger.functions import settled
 
 _raise_in = ctypes.pythonapi.PyThreadState_SetAsyncExc
+
+
+class _Awaited:
+    """An awaitable that a function in a thread returned, as it runs on the event loop."""
+
+    def __init__(self, awaitable: Awaitable[Any]) -> None:
+        self._awaitable = awaitable
+        self._task: asyncio.Task[None] | None = None
+        self._context = contextvars.copy_context()  # the job's
+        self.stopped = False
+        self.ended = threading.Event()
+        self.value: Any = None
+        self.error: BaseException | None = None
+
+    def start(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Run it; on the event loop."""
+        self._task = loop.create_task(self._run(), context=self._context)
+
+    def stop(self) -> None:
+        """Cancel it; on the event loop."""
+        self.stopped = True
+        if self._task is not None:
+            self._task.cancel()
+
+    async def _run(self) -> None:
+        # What comes of it is kept here: asyncio looks at what a task returns or raises, and that may break then.
+        try:
+            if self.stopped:
+                if inspect.iscoroutine(self._awaitable):
+                    self._awaitable.close()
+                raise asyncio.CancelledError
+            self.value = await self._awaitable
+        except BaseException as error:  # noqa: BLE001  # raised again in the thread
+            self.error = error
+        finally:
+            self.ended.set()
 
 
 class Interrupts:
@@ -22,6 +63,9 @@ class Interrupts:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._inside: dict[Work, int] = {}
+        self._waiting: dict[Work, _Awaited] = {}
+        #: The worker's: where a coroutine runs that a function returned. Set before the first call.
+        self.loop: asyncio.AbstractEventLoop | None = None
 
     def call(self, work: Work) -> Any:
         """Run the job's code in this thread; nothing interrupts it any more when this has returned or raised.
@@ -38,7 +82,7 @@ class Interrupts:
                     self._inside[work] = threading.get_ident()
                 if work.stop_outcome is not None:  # cancelled before it was here
                     raise TaskCancelled
-                value = work.plan.fn(**work.kwargs)
+                value = settled(work.plan.fn(**work.kwargs))
                 returned = True
             except BaseException as raised:  # noqa: BLE001  # whatever it is, it is raised again below
                 error = raised
@@ -54,6 +98,38 @@ class Interrupts:
         finally:
             error = None  # or its frame would hold it, and it the frame
 
+    def wait(self, value: Awaitable[Any]) -> Any:
+        """Run on the worker's event loop what a job's function returned without awaiting it. In the job's thread.
+
+        It is cancelled where a function would be interrupted, and the thread waits until it has ended.
+        """
+        loop = self.loop
+        assert loop is not None
+        ident = threading.get_ident()
+        awaited = _Awaited(value)
+        with self._lock:
+            work = next((each for each, thread in self._inside.items() if thread == ident), None)
+            if work is not None:
+                if work.interrupted is not None:
+                    awaited.stopped = True
+                self._waiting[work] = awaited
+        try:
+            loop.call_soon_threadsafe(awaited.start, loop)
+            awaited.ended.wait()
+        finally:
+            if work is not None:
+                with self._lock:
+                    self._waiting.pop(work, None)
+        error, awaited.error = awaited.error, None
+        if error is None:
+            return awaited.value
+        try:
+            if isinstance(error, asyncio.CancelledError) and work is not None and work.interrupted is not None:
+                raise work.interrupted
+            raise error
+        finally:
+            error = None  # as in `call`
+
     def _leave(self, work: Work) -> None:
         with self._lock:
             if self._inside.pop(work, None) is not None and work.interrupted is not None:
@@ -68,4 +144,8 @@ class Interrupts:
             if thread is None or work.interrupted is not None:
                 return False
             work.interrupted = error
+            awaited = self._waiting.get(work)
+            if awaited is not None and self.loop is not None:
+                self.loop.call_soon_threadsafe(awaited.stop)
+                return True
             return bool(_raise_in(ctypes.c_ulong(thread), ctypes.py_object(error)))

@@ -23,6 +23,7 @@ from typing import (
 from jobledger.client import Client, EventHandle, JobHandle
 from jobledger.config import Settings
 from jobledger.domain import EventType, Format, Start, as_event_class
+from jobledger.durations import Seconds
 from jobledger.errors import ConfigError
 from jobledger.job import JobStatus, State
 from jobledger.middleware import Around, Which
@@ -31,7 +32,7 @@ from jobledger.orders import Kind, Orders
 from jobledger.policy import KEY_HOLD_MAX_S, LEASE_S, Adaptive, Breaker, Limits
 from jobledger.queues import DEFAULT_PARTITIONS, DEFAULT_QUEUE, Queue, check_shares
 from jobledger.resources import Resource, ResourceDecorator
-from jobledger.retry import Retry
+from jobledger.retry import Retry, check_delay
 from jobledger.schemas.events import Position
 from jobledger.task import AsyncTask, JobRequest, PlainTask, Task
 from jobledger.task_registry import Registry
@@ -62,8 +63,8 @@ class HandlerOptions(TypedDict, total=False):
     isolation: Literal["process"] | None
     max_memory: str | int | None
     long: bool | None
-    lease: float
-    expires_in: float | None
+    lease: Seconds
+    expires_in: Seconds | None
     adaptive: Adaptive | bool | None
     breaker: Breaker | bool | None
 
@@ -76,7 +77,7 @@ class JobFilter(TypedDict, total=False):
     queue: str | Iterable[str] | None
     tag: tuple[str, str] | Mapping[str, str] | None
     since: dt.datetime | None
-    late: float | None
+    late: Seconds | None
 
 
 class TaskDecorator(Protocol):
@@ -187,18 +188,18 @@ class App:
         name: str | None = None,
         queue: str = DEFAULT_QUEUE,
         retry: Retry | int | None = None,
-        timeout: float | None = None,
+        timeout: Seconds | None = None,
         fallback: Task[Any, Any] | str | None = None,
         key: str | Callable[..., Any] | None = None,
-        key_hold_max: float = KEY_HOLD_MAX_S,
+        key_hold_max: Seconds = KEY_HOLD_MAX_S,
         priority: Literal["high", "normal", "low"] | None = None,
         rate: str | float | None = None,
         concurrency: int | None = None,
         isolation: Literal["process"] | None = None,
         max_memory: str | int | None = None,
         long: bool | None = None,
-        lease: float = LEASE_S,
-        expires_in: float | None = None,
+        lease: Seconds = LEASE_S,
+        expires_in: Seconds | None = None,
         adaptive: Adaptive | bool | None = None,
         breaker: Breaker | bool | None = None,
     ) -> TaskDecorator: ...
@@ -211,24 +212,24 @@ class App:
         name: str | None = None,
         queue: str = DEFAULT_QUEUE,
         retry: Retry | int | None = None,
-        timeout: float | None = None,
+        timeout: Seconds | None = None,
         fallback: Task[Any, Any] | str | None = None,
         key: str | Callable[..., Any] | None = None,
-        key_hold_max: float = KEY_HOLD_MAX_S,
+        key_hold_max: Seconds = KEY_HOLD_MAX_S,
         priority: Literal["high", "normal", "low"] | None = None,
         rate: str | float | None = None,
         concurrency: int | None = None,
         isolation: Literal["process"] | None = None,
         max_memory: str | int | None = None,
         long: bool | None = None,
-        lease: float = LEASE_S,
-        expires_in: float | None = None,
+        lease: Seconds = LEASE_S,
+        expires_in: Seconds | None = None,
         adaptive: Adaptive | bool | None = None,
         breaker: Breaker | bool | None = None,
     ) -> Any:
         """Register a function as a task; usable bare or with options.
 
-        ``name``: what stands in the log, the function's name unless given; a second function of this name is refused, and
+        Spans of time are seconds, or a `timedelta`. ``name``: what stands in the log, the function's name unless given; a second function of this name is refused, and
         the same one of a reloaded module replaces the first. ``queue``: where its jobs go. ``retry``: a
         `Retry`, or just the number of attempts. ``timeout``: seconds an attempt may take; then a coroutine is
         cancelled, and `TaskTimedOut` is raised in a function: in a thread when it next executes Python code, in a
@@ -285,7 +286,7 @@ class App:
         topic: str | None = None,
         format: Format = "jobledger",
         partitions: int | None = None,
-        retention_days: float | None = None,
+        retention_days: float | dt.timedelta | None = None,
         start: Start | None = None,
     ) -> EventDecorator: ...
 
@@ -300,7 +301,7 @@ class App:
         topic: str | None = None,
         format: Format = "jobledger",
         partitions: int | None = None,
-        retention_days: float | None = None,
+        retention_days: float | dt.timedelta | None = None,
         start: Start | None = None,
     ) -> Any:
         """Register a class of domain events; usable bare or with options. A plain class becomes a frozen dataclass;
@@ -341,7 +342,7 @@ class App:
         name: str | None = None,
         queue: str = DEFAULT_QUEUE,
         retry: Retry | int | None = None,
-        timeout: float | None = None,
+        timeout: Seconds | None = None,
         fallback: Task[Any, Any] | str | None = None,
         **policy: Unpack[HandlerOptions],
     ) -> TaskDecorator:
@@ -543,7 +544,7 @@ class App:
         *,
         facts: Iterable[type[Any]] | None = None,
         start: Literal["earliest", "latest"] = "earliest",
-        timeout: float | None = None,
+        timeout: Seconds | None = None,
     ) -> LifecycleStream:
         """Everything that happens to the app's jobs, and what people order of them, as a stream of `Recorded` events for
         another service.
@@ -577,7 +578,7 @@ class App:
                     self._pid = os.getpid()
         return self._reader
 
-    def job(self, job_id: str, *, at_least: Position | None = None, timeout: float = 10.0) -> JobStatus:
+    def job(self, job_id: str, *, at_least: Position | None = None, timeout: Seconds = 10.0) -> JobStatus:
         """One job's status, its result as plain JSON. ``at_least``: wait up to ``timeout`` seconds until the table has
         read that position.
 
@@ -620,7 +621,7 @@ class App:
         queue: str | Iterable[str] | None = None,
         tag: tuple[str, str] | Mapping[str, str] | None = None,
         since: dt.datetime | None = None,
-        late: float | None = None,
+        late: Seconds | None = None,
     ) -> Iterator[list[JobStatus]]:
         if since is not None and since.tzinfo is None:
             raise ConfigError(f"since={since!r} has no time zone: say which moment is meant")
@@ -630,7 +631,7 @@ class App:
             "queue": queue if isinstance(queue, str | None) else list(queue),
             "tag": tag,
             "since_ms": None if since is None else round(since.timestamp() * 1000),
-            "late_ms": None if late is None else round((time.time() - late) * 1000),
+            "late_ms": None if late is None else round((time.time() - check_delay(late, "late")) * 1000),
         }
         for what in ("state", "task", "queue"):
             wanted = asked[what]

@@ -26,6 +26,7 @@ from jobledger.access import write
 from jobledger.config import Settings
 from jobledger.context import JobContext, maybe_current_job
 from jobledger.domain import EVENT_HEADER, EventType, earlier_of
+from jobledger.durations import Seconds
 from jobledger.errors import (
     BadEvent,
     BrokerUnavailable,
@@ -77,16 +78,16 @@ class JobHandle(Generic[R_co]):
     def __repr__(self) -> str:
         return f"<job {self.job_id} at {self.position}>"
 
-    def status(self, timeout: float = 10.0) -> JobStatus:
+    def status(self, timeout: Seconds = 10.0) -> JobStatus:
         """What the status table says, at least as new as the submission. `StatusTimeout` if it lags ``timeout`` s."""
         warn_on_loop("handle.status()", "handle.status_async()")
         return self._client.status(self.job_id, at_least=self.position, timeout=timeout)
 
-    async def status_async(self, timeout: float = 10.0) -> JobStatus:
+    async def status_async(self, timeout: Seconds = 10.0) -> JobStatus:
         """`status` for asyncio."""
         return await self._client.status_async(self.job_id, at_least=self.position, timeout=timeout)
 
-    def wait(self, timeout: float | None = None) -> JobStatus:
+    def wait(self, timeout: Seconds | None = None) -> JobStatus:
         """Wait until the job has ended, well or not; its final status.
 
         Raises `StatusTimeout` after ``timeout`` seconds (None: for ever), `ResultInsideJob` inside a job. On a thread
@@ -96,7 +97,7 @@ class JobHandle(Generic[R_co]):
         warn_on_loop("handle.wait()", "handle.wait_async()")
         return self._client.wait(self.job_id, at_least=self.position, timeout=timeout)
 
-    async def wait_async(self, timeout: float | None = None) -> JobStatus:
+    async def wait_async(self, timeout: Seconds | None = None) -> JobStatus:
         """`wait` for asyncio; any number may wait at once. Cancelling it changes nothing about the job."""
         return await self._client.wait_async(self.job_id, at_least=self.position, timeout=timeout)
 
@@ -108,7 +109,7 @@ class JobHandle(Generic[R_co]):
         """`cancel` for asyncio."""
         await self._client.cancel_async(self.job_id, reason)
 
-    def result(self, timeout: float | None = None) -> R_co:
+    def result(self, timeout: Seconds | None = None) -> R_co:
         """Wait for the job's end and return its result: what the task's return annotation says, plain JSON without one.
 
         Raises `JobFailed` (with the error's type, message and traceback), `JobCancelled`, `JobExpired`,
@@ -119,7 +120,7 @@ class JobHandle(Generic[R_co]):
         warn_on_loop("handle.result()", "handle.result_async()")
         return self._result(self._client.wait(self.job_id, at_least=self.position, timeout=timeout))
 
-    async def result_async(self, timeout: float | None = None) -> R_co:
+    async def result_async(self, timeout: Seconds | None = None) -> R_co:
         """`result` for asyncio; any number may wait at once. Cancelling it changes nothing about the job."""
         return self._result(await self.wait_async(timeout))
 
@@ -411,23 +412,25 @@ class Client:
 
     # -- asking ---------------------------------------------------------------------------------------------------
 
-    def status(self, job_id: str, *, at_least: Position | None = None, timeout: float = 10.0) -> JobStatus:
+    def status(self, job_id: str, *, at_least: Position | None = None, timeout: Seconds = 10.0) -> JobStatus:
         """The job's status, at least as new as ``at_least`` (waited for up to ``timeout`` seconds).
 
         Raises `JobNotFound` for an id the table does not know, `StatusTimeout` if it lags.
         """
         return self._answer(Question(job_id, at_least, ended=False, timeout=timeout))
 
-    async def status_async(self, job_id: str, *, at_least: Position | None = None, timeout: float = 10.0) -> JobStatus:
+    async def status_async(
+        self, job_id: str, *, at_least: Position | None = None, timeout: Seconds = 10.0
+    ) -> JobStatus:
         """`status` for asyncio."""
         return await self._answer_async(Question(job_id, at_least, ended=False, timeout=timeout))
 
-    def wait(self, job_id: str, *, at_least: Position | None = None, timeout: float | None = None) -> JobStatus:
+    def wait(self, job_id: str, *, at_least: Position | None = None, timeout: Seconds | None = None) -> JobStatus:
         """Wait until the job has ended; its final status, at least as new as ``at_least``."""
         return self._answer(_ending(job_id, at_least, timeout))
 
     async def wait_async(
-        self, job_id: str, *, at_least: Position | None = None, timeout: float | None = None
+        self, job_id: str, *, at_least: Position | None = None, timeout: Seconds | None = None
     ) -> JobStatus:
         """`wait` for asyncio."""
         return await self._answer_async(_ending(job_id, at_least, timeout))
@@ -452,7 +455,7 @@ class Client:
             question.answer.cancel()
 
 
-def _ending(job_id: str, at_least: Position | None, timeout: float | None) -> Question:
+def _ending(job_id: str, at_least: Position | None, timeout: Seconds | None) -> Question:
     """The question for a job's end; inside a job it is refused."""
     _refuse_inside_job(job_id)
     return Question(job_id, at_least, ended=True, timeout=timeout)

@@ -7,6 +7,7 @@ pair of event and handler there is one job, whose id is a function of both.
 from __future__ import annotations
 
 import dataclasses
+import datetime as dt
 import inspect
 import io
 import json
@@ -19,6 +20,7 @@ import fastavro
 import fastavro.schema
 import msgspec
 
+from jobledger.durations import in_seconds
 from jobledger.errors import BadEvent, ConfigError, NotAnEvent, RegistryNeeded, SchemaError, UnknownSchema, text_of
 from jobledger.names import Names, check_name, check_topic
 from jobledger.schemas import codec, defaults, exact, frame
@@ -68,13 +70,11 @@ class EventType:
         topic: str | None,
         format: Format,
         partitions: int | None,
-        retention_days: float | None = None,
+        retention_days: float | dt.timedelta | None = None,
         start: Start | None = None,
     ) -> None:
-        check_name("event", name)
-        if retention_days is not None and not 0 < retention_days < math.inf:
-            raise ConfigError(f"event {name!r}: retention_days={retention_days!r} is no number of days above 0")
-        self.retention_days = retention_days
+        name = check_name("event", name)
+        self.retention_days = None if retention_days is None else _days(retention_days, name)
         if format not in FORMATS:
             raise ConfigError(f"event {name!r}: format={format!r} is none of {', '.join(FORMATS)}")
         if topic is None and format != "jobledger":
@@ -226,6 +226,15 @@ class Handler:
         if b"null" in found and (why := exact.unwritable(plain, self.event.name)) is not None:
             raise NotAnEvent(f"its values cannot be arguments of a job: {why}")
         return found
+
+
+def _days(span: object, event: str) -> float:
+    days = in_seconds(span)
+    if isinstance(span, dt.timedelta):
+        days = span / dt.timedelta(days=1)
+    if isinstance(days, bool) or not isinstance(days, int | float) or not 0 < days < math.inf:
+        raise ConfigError(f"event {event!r}: retention_days={span!r} is no number of days above 0, and no timedelta")
+    return days
 
 
 def _fullname(schema: Mapping[str, Any]) -> str:

@@ -16,6 +16,7 @@ from confluent_kafka import Consumer, KafkaError, KafkaException, Message, Topic
 
 from jobledger.access import Door, join, knock, read
 from jobledger.config import Settings
+from jobledger.durations import Seconds, check_patience
 from jobledger.errors import ConfigError, SchemaError, UnknownFact
 from jobledger.kafka import acls
 from jobledger.log import (
@@ -59,7 +60,7 @@ class LifecycleStream:
         *,
         facts: Iterable[type[Any]] | None = None,
         start: Literal["earliest", "latest"] = "earliest",
-        timeout: float | None = None,
+        timeout: Seconds | None = None,
     ) -> None:
         check_name("group", group)
         if start not in ("earliest", "latest"):
@@ -69,7 +70,7 @@ class LifecycleStream:
         if unknown:
             raise ConfigError(f"facts={unknown!r}: these are no facts; there are {[f.__name__ for f in Fact.__args__]}")
         settings = settings.acting_as("reader")
-        self._settings, self._timeout = settings, timeout
+        self._settings, self._timeout = settings, check_patience(timeout)
         self._names, self._checked = names, False
         standing = (names.lifecycle, names.coordination, names.dead_letter, names.control)
         self._topics = [*standing, *(names.jobs(q) for q in queues)]

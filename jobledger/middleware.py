@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from jobledger import tracing
 from jobledger.context import JobContext, current_job
 from jobledger.errors import ConfigError
+from jobledger.functions import check_plain, settled
 from jobledger.logger import get_logger
 
 if TYPE_CHECKING:
@@ -50,7 +51,11 @@ class Hook:
                     f"{said} is no generator: it does what comes before, yields once, and does what comes after"
                 )
             self.fn = contextlib.asynccontextmanager(fn) if self.is_async else contextlib.contextmanager(fn)
+        elif name != "around" and (inspect.isgeneratorfunction(fn) or inspect.isasyncgenfunction(fn)):
+            raise ConfigError(f"{said} is a generator: calling it would run none of its code; only `around` yields")
         self.which: Callable[[Task[Any, Any]], bool] | frozenset[str] | None
+        if callable(which):
+            check_plain(which, f"{said}: tasks=…")
         #: Tasks that are given as such, not by name.
         self.given: tuple[Task[Any, Any], ...] = ()
         if which is None or callable(which):
@@ -149,7 +154,7 @@ def _code(task: Task[Any, Any]) -> Inner:
     def call(job: JobContext, kwargs: dict[str, Any]) -> Any:
         for name, resource in needs:
             kwargs[name] = store.get(resource)
-        return fn(**kwargs)
+        return settled(fn(**kwargs))
 
     return call
 
@@ -220,7 +225,7 @@ class _Async(contextlib.AbstractAsyncContextManager[None, bool]):
 
 def _before(hook: Hook, inner: Inner) -> Inner:
     def call(job: JobContext, kwargs: dict[str, Any]) -> Any:
-        hook.fn(job)
+        settled(hook.fn(job))
         return inner(job, kwargs)
 
     return call
@@ -229,7 +234,7 @@ def _before(hook: Hook, inner: Inner) -> Inner:
 def _before_async(hook: Hook, inner: Inner) -> Inner:
     async def call(job: JobContext, kwargs: dict[str, Any]) -> Any:
         said = hook.fn(job)
-        if hook.is_async:
+        if isinstance(said, Awaitable):
             await said
         return await inner(job, kwargs)
 
@@ -240,7 +245,7 @@ def _after(hook: Hook, inner: Inner) -> Inner:
     def call(job: JobContext, kwargs: dict[str, Any]) -> Any:
         result = inner(job, kwargs)
         try:
-            hook.fn(job, result)
+            settled(hook.fn(job, result))
         except OWN:
             _failed(hook, job)
         return result

@@ -26,7 +26,7 @@ def check_name(kind: str, name: str) -> str:
             f"{kind} {name!r} is not usable in a topic name: letters, digits, '-' and '_' only, "
             "at most 100, beginning with a letter or digit"
         )
-    return name
+    return str.__str__(name)  # of an enum the formatted text is another
 
 
 def check_topic(what: str, name: object) -> str:
@@ -83,7 +83,7 @@ class Names:
     namespace: str
 
     def __post_init__(self) -> None:
-        check_name("namespace", self.namespace)
+        object.__setattr__(self, "namespace", check_name("namespace", self.namespace))
 
     def jobs(self, lane: str) -> str:
         """The work topic of a queue, or of one of its priorities (see `lane`)."""

@@ -10,9 +10,11 @@ import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
+from jobledger.durations import Seconds, in_seconds
 from jobledger.errors import ConfigError
+from jobledger.functions import check_plain
 
 #: The levels of a queue with priorities, besides the normal one.
 PRIORITIES = ("high", "low")
@@ -62,18 +64,19 @@ def check_priority(priority: object, what: str = "priority") -> Priority | None:
         return None
     if priority not in PRIORITIES:
         raise ConfigError(f"{what}={priority!r} is none of 'high', 'normal', 'low'")
-    return priority  # type: ignore[return-value]  # as it was just found to be
+    return "high" if priority == "high" else "low"
 
 
 def check_expiry(seconds: object, what: str = "expires_in") -> float | None:
     """``seconds`` if it is a number above 0, at most 366 days, or None; else `ConfigError`."""
     if seconds is None:
         return None
-    if isinstance(seconds, bool) or not isinstance(seconds, int | float) or not 0 < seconds <= MAX_EXPIRY_S:
+    found = in_seconds(seconds)
+    if isinstance(found, bool) or not isinstance(found, int | float) or not 0 < found <= MAX_EXPIRY_S:
         raise ConfigError(
             f"{what}={seconds!r} is not a number of seconds above 0, at most {MAX_EXPIRY_S:.0f} (366 days)"
         )
-    return float(seconds)
+    return float(found)
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,11 +141,17 @@ class Breaker:
     failures: int = 5
     reset: float = 30.0
 
+    if TYPE_CHECKING:
+
+        def __init__(self, failures: int = 5, reset: Seconds = 30.0) -> None: ...
+
     def __post_init__(self) -> None:
         if isinstance(self.failures, bool) or not isinstance(self.failures, int) or self.failures < 1:
             raise ConfigError(f"Breaker(failures={self.failures!r}) is not a whole number from 1 up")
-        if isinstance(self.reset, bool) or not isinstance(self.reset, int | float) or not 0 < self.reset <= 86400:
+        reset: object = in_seconds(self.reset)
+        if isinstance(reset, bool) or not isinstance(reset, int | float) or not 0 < reset <= 86400:
             raise ConfigError(f"Breaker(reset={self.reset!r}) is not a number of seconds above 0, at most a day")
+        object.__setattr__(self, "reset", float(reset))
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,15 +180,15 @@ def policy_of(
     timeout: float | None,
     is_async: bool,
     key: str | Callable[..., Any] | None,
-    key_hold_max: float,
+    key_hold_max: Seconds,
     priority: str | None,
     rate: str | float | None,
     concurrency: int | None,
     isolation: str | None,
     max_memory: str | int | None,
     long: bool | None,
-    lease: float,
-    expires_in: float | None,
+    lease: Seconds,
+    expires_in: Seconds | None,
     adaptive: Adaptive | bool | None,
     breaker: Breaker | bool | None,
 ) -> Policy:
@@ -187,6 +196,7 @@ def policy_of(
     what = f"task {task!r}"
     if key is not None and not callable(key) and (not isinstance(key, str) or not key):
         raise ConfigError(f"{what}: key={key!r} is neither the name of a parameter nor a function of the arguments")
+    check_plain(key, f"{what}: key=…")
     if isolation not in (None, "process"):
         raise ConfigError(f"{what}: isolation={isolation!r} is not 'process'; without it `async def` runs on the event "
                           "loop and a plain function in a thread")  # fmt: skip
@@ -194,9 +204,10 @@ def policy_of(
         raise ConfigError(
             f"{what}: max_memory={max_memory!r} needs isolation='process': only a process has a memory of its own"
         )
+    given, lease, hold = lease, in_seconds(lease), in_seconds(key_hold_max)
     if isinstance(lease, bool) or not isinstance(lease, int | float) or not LEASE_LEAST_S <= lease <= LEASE_MOST_S:
         raise ConfigError(
-            f"{what}: lease={lease!r} is not a number of seconds from {LEASE_LEAST_S:g} to {LEASE_MOST_S:g}"
+            f"{what}: lease={given!r} is not a number of seconds from {LEASE_LEAST_S:g} to {LEASE_MOST_S:g}"
         )
     leased = (timeout is not None and timeout > LONG_FROM_S) if long is None else bool(long)
     level = check_priority(priority, f"{what}: priority")
@@ -206,7 +217,7 @@ def policy_of(
         )
     if key is not None:
         check_keyed(what, timeout, leased, level, bounded=is_async or isolation is not None)
-    if isinstance(key_hold_max, bool) or not isinstance(key_hold_max, int | float) or not 0 < key_hold_max <= 3600:
+    if isinstance(hold, bool) or not isinstance(hold, int | float) or not 0 < hold <= 3600:
         raise ConfigError(f"{what}: key_hold_max={key_hold_max!r} is not a number of seconds above 0, at most an hour")
     if adaptive is True:
         adaptive = Adaptive()
@@ -217,7 +228,7 @@ def policy_of(
             raise ConfigError(f"{what}: {name}={value!r} is neither True nor a {kind.__name__}(…)")
     return Policy(
         key=key,
-        key_hold_max=float(key_hold_max),
+        key_hold_max=float(hold),
         priority=level,
         limits=Limits.of(rate, concurrency, what),
         isolation=isolation,  # type: ignore[arg-type]  # judged above

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from jobledger.domain import EventType
 from jobledger.errors import ConfigError
+from jobledger.functions import check_plain
 from jobledger.schemas.events import Fact, Position
 
 if TYPE_CHECKING:
@@ -58,6 +59,8 @@ class Projection:
             raise ConfigError(
                 f"projection {name!r}: a name is small letters, digits and '_', at most 45, a letter first; give name=…"
             )
+        check_plain(fold, f"projection {name!r}: the fold")
+        check_plain(key, f"projection {name!r}: key=…")
         self.fold, self.name, self.table, self.key = fold, name, table, key
         self.events = {event.topic: event for event in events}
         self.facts = tuple(facts)

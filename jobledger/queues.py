@@ -30,7 +30,7 @@ class Queue:
     concurrency: int | None = None
 
     def __post_init__(self) -> None:
-        check_name("queue", self.name)
+        object.__setattr__(self, "name", check_name("queue", self.name))
         if self.partitions is not None:
             check_partitions(self.partitions, f"Queue({self.name!r}, partitions=…)")
         if self.fair_by is not None:

@@ -118,6 +118,8 @@ class Resources:
                 needs = {name: self.get(other) for name, other in resource.needs.items()}
                 with _naming(resource):
                     made = resource._open(**needs)
+                    if inspect.isawaitable(made):
+                        raise TypeError("its function is a plain one and returned an awaitable: make it `async def`")
                     if resource._managed:
                         self._values[resource] = made.__enter__()
                         self._closers.append((resource, made))

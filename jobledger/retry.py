@@ -11,7 +11,9 @@ import math
 from asyncio import CancelledError
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
+from jobledger.durations import Seconds, in_seconds
 from jobledger.errors import ConfigError, TaskTimedOut, is_a, members_of
 
 #: What is no `Exception`, and is judged as one: a cancellation that nobody asked for, and a time limit that is over.
@@ -30,19 +32,19 @@ class JobControl(Exception):
 class RetryLater(JobControl):
     """Raise it to try again after ``delay`` seconds. It burns an attempt; exhausted attempts fail the job."""
 
-    def __init__(self, delay: float, reason: str = "") -> None:
+    def __init__(self, delay: Seconds, reason: str = "") -> None:
         self.delay = check_delay(delay, "RetryLater(delay)")
         self.reason = reason
-        super().__init__(reason or f"retry in {delay:g} s")
+        super().__init__(reason or f"retry in {self.delay:g} s")
 
 
 class Snooze(JobControl):
     """Raise it to run again after ``delay`` seconds without burning an attempt."""
 
-    def __init__(self, delay: float, reason: str = "") -> None:
+    def __init__(self, delay: Seconds, reason: str = "") -> None:
         self.delay = check_delay(delay, "Snooze(delay)")
         self.reason = reason
-        super().__init__(reason or f"snooze for {delay:g} s")
+        super().__init__(reason or f"snooze for {self.delay:g} s")
 
 
 class Reject(JobControl):
@@ -53,18 +55,19 @@ class Reject(JobControl):
         super().__init__(reason)
 
 
-def check_delay(delay: float, what: str) -> float:
-    """``delay`` as a float if it is a number of seconds in 0 … 366 days, else `ConfigError`."""
-    if isinstance(delay, bool) or not isinstance(delay, int | float) or not 0 <= delay <= MAX_DELAY_S:
+def check_delay(delay: object, what: str) -> float:
+    """``delay`` in seconds if it is a number of them, or a `timedelta`, of 0 … 366 days, else `ConfigError`."""
+    found = in_seconds(delay)
+    if isinstance(found, bool) or not isinstance(found, int | float) or not 0 <= found <= MAX_DELAY_S:
         raise ConfigError(f"{what}={delay!r} is not a number of seconds between 0 and {MAX_DELAY_S:.0f} (366 days)")
-    return float(delay)
+    return float(found)
 
 
 @dataclass(frozen=True, slots=True)
 class Retry:
     """When to try again.
 
-    ``max_attempts``: tries in all, >= 1. ``initial``, ``cap``: seconds. ``factor``: growth per attempt, >= 1.
+    ``max_attempts``: tries in all, >= 1. ``initial``, ``cap``: seconds, or a `timedelta`. ``factor``: growth per attempt, >= 1.
     ``jitter``: spread each delay over its upper half. ``on``: only these exceptions are retried; ``never``: these are
     not, even if ``on`` names a base of theirs. Timeouts count as `TimeoutError`. Of an `ExceptionGroup` the exceptions in it
     are judged: see `retries`. Raises `ConfigError`.
@@ -78,11 +81,24 @@ class Retry:
     on: tuple[type[BaseException], ...] = (Exception,)
     never: tuple[type[BaseException], ...] = ()
 
+    if TYPE_CHECKING:
+
+        def __init__(
+            self,
+            max_attempts: int = 5,
+            initial: Seconds = 1.0,
+            factor: float = 2.0,
+            cap: Seconds = 300.0,
+            jitter: bool = True,
+            on: tuple[type[BaseException], ...] = (Exception,),
+            never: tuple[type[BaseException], ...] = (),
+        ) -> None: ...
+
     def __post_init__(self) -> None:
         if isinstance(self.max_attempts, bool) or not isinstance(self.max_attempts, int) or self.max_attempts < 1:
             raise ConfigError(f"Retry(max_attempts={self.max_attempts!r}) is not a whole number from 1 up")
-        check_delay(self.initial, "Retry(initial)")
-        check_delay(self.cap, "Retry(cap)")
+        object.__setattr__(self, "initial", check_delay(self.initial, "Retry(initial)"))
+        object.__setattr__(self, "cap", check_delay(self.cap, "Retry(cap)"))
         if not isinstance(self.factor, int | float) or not math.isfinite(self.factor) or self.factor < 1:
             raise ConfigError(f"Retry(factor={self.factor!r}) is not a number from 1 up")
         object.__setattr__(self, "on", _exceptions(self.on, "on"))

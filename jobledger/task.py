@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Generic, Literal, ParamSpec, Protocol, TypeVar
 
 from jobledger.arguments import Arguments, Results, encode_result
+from jobledger.durations import Seconds
 from jobledger.errors import BadArguments, ConfigError
 from jobledger.names import TAG_NAME_MOST, TAG_VALUE_MOST, check_text
 from jobledger.policy import Policy, Priority, check_expiry, check_keyed, check_priority
@@ -143,16 +144,16 @@ class Task(Generic[P, R_co]):
     def using(
         self,
         *,
-        delay: float | None = None,
+        delay: Seconds | None = None,
         tags: Mapping[str, str] | None = None,
         queue: str | None = None,
         key: str | None = None,
         priority: Literal["high", "normal", "low"] | None = None,
-        expires_in: float | None = None,
+        expires_in: Seconds | None = None,
     ) -> BoundTask[P, R_co]:
         """The task with options for one submission.
 
-        ``delay``: seconds, counted on the broker's clock from the append. ``tags``: text to find the job by.
+        ``delay``: seconds, or a `timedelta`, counted on the broker's clock from the append. ``tags``: text to find the job by.
         ``queue``: another queue of the app. ``key``: jobs of one key run one at a time, in the order of submission.
         ``priority``: on a queue with priorities. ``expires_in``: seconds after which the job is not started any more,
         counted as the delay is. Raises `ConfigError` or `UnknownQueue` at once.
@@ -160,7 +161,7 @@ class Task(Generic[P, R_co]):
         what = f"task {self.name!r}"
         policy = self.policy
         if queue is not None:
-            self.registry.check_queue(queue)
+            queue = self.registry.check_queue(queue)
             if queue != self.queue and policy.limits:
                 raise ConfigError(
                     f"{what} has limits, which count the partitions of its queue {self.queue!r}: it cannot go to {queue!r}"

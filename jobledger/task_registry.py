@@ -8,7 +8,9 @@ from dataclasses import replace
 from typing import Any
 
 from jobledger.domain import EventType, Handler
+from jobledger.durations import Seconds, in_seconds
 from jobledger.errors import BadEvent, ConfigError, UnknownQueue, UnknownTask
+from jobledger.functions import check_function
 from jobledger.middleware import Hooks
 from jobledger.names import Names, check_name, check_text
 from jobledger.origins import Origin, is_nameless, origin_of
@@ -88,7 +90,7 @@ class Registry:
 
     def check_queue(self, queue: str) -> str:
         """``queue`` if the app has it, else `UnknownQueue` naming those it has."""
-        check_name("queue", queue)
+        queue = check_name("queue", queue)
         known = self._declared if self._declared is not None else self.queues
         if queue not in known:
             raise UnknownQueue(
@@ -110,31 +112,28 @@ class Registry:
         name: str | None,
         queue: str,
         retry: Retry | int | None,
-        timeout: float | None,
+        timeout: Seconds | None,
         fallback: Task[Any, Any] | str | None,
         **policy: Any,
     ) -> Task[Any, Any]:
         """Register a function; `ConfigError`, `UnknownQueue` if an option cannot hold."""
+        check_function(fn)
         task_name = name if name is not None else getattr(fn, "__name__", "")
         task_name = check_text("task name", task_name, TASK_NAME_MOST)
         origin = self._origin("task", task_name, fn, task_name in self.tasks, nameless=name is None and is_nameless(fn))
-        if self._declared is not None:
-            self.check_queue(queue)
-        else:
-            check_name("queue", queue)
+        queue = self.check_queue(queue) if self._declared is not None else check_name("queue", queue)
         if isinstance(retry, int) and not isinstance(retry, bool):
             retry = Retry(max_attempts=retry)
         if retry is not None and not isinstance(retry, Retry):
             raise ConfigError(f"task {task_name!r}: retry={retry!r} is neither a Retry nor a number of attempts")
-        if timeout is not None:
-            _check_timeout(task_name, timeout)
+        limit = None if timeout is None else _check_timeout(task_name, timeout)
         if isinstance(fallback, Task) and fallback.registry is not self:
             raise ConfigError(
                 f"task {task_name!r}: fallback={fallback!r} is a task of app {fallback.registry.names.namespace!r}; it "
                 f"must be one of this app, {self.names.namespace!r}"
             )
         judged = policy_of(
-            task_name, timeout=timeout, is_async=asyncio.iscoroutinefunction(fn), **{**POLICY_DEFAULTS, **policy}
+            task_name, timeout=limit, is_async=asyncio.iscoroutinefunction(fn), **{**POLICY_DEFAULTS, **policy}
         )
         if judged.priority is not None and self._declared is not None:
             self.check_level(queue, judged.priority)
@@ -145,7 +144,7 @@ class Registry:
             name=task_name,
             queue=queue,
             retry=retry or Retry(),
-            timeout=None if timeout is None else float(timeout),
+            timeout=limit,
             fallback=fallback.name if isinstance(fallback, Task) else fallback,
             policy=judged,
         )
@@ -261,8 +260,10 @@ class Registry:
                 )
 
 
-def _check_timeout(task: str, timeout: object) -> None:
-    if isinstance(timeout, bool) or not isinstance(timeout, int | float) or not 0 < timeout <= MAX_TIMEOUT_S:
+def _check_timeout(task: str, timeout: object) -> float:
+    found = in_seconds(timeout)
+    if isinstance(found, bool) or not isinstance(found, int | float) or not 0 < found <= MAX_TIMEOUT_S:
         raise ConfigError(
             f"task {task!r}: timeout={timeout!r} is not a number of seconds above 0, at most {MAX_TIMEOUT_S:.0f}"
         )
+    return float(found)

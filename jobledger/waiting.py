@@ -19,6 +19,7 @@ from concurrent.futures import Future, InvalidStateError
 from contextlib import suppress
 from typing import Protocol
 
+from jobledger.durations import Seconds, check_patience
 from jobledger.errors import JobledgerError, JobNotFound, StatusTimeout, StoreNotFound
 from jobledger.job import JobStatus, State
 from jobledger.names import check_utf8
@@ -80,12 +81,13 @@ class Question:
         "timeout",
     )
 
-    def __init__(self, job_id: str, at_least: Position | None, *, ended: bool, timeout: float | None) -> None:
+    def __init__(self, job_id: str, at_least: Position | None, *, ended: bool, timeout: Seconds | None) -> None:
         check_utf8("job id", job_id)
-        self.job_id, self.at_least, self.ended, self.timeout = job_id, at_least, ended, timeout
+        self.job_id, self.at_least, self.ended = job_id, at_least, ended
+        self.timeout = check_patience(timeout)
         self.answer: Future[JobStatus] = Future()
         self.began = time.monotonic()
-        self.deadline = None if timeout is None else self.began + timeout
+        self.deadline = None if self.timeout is None else self.began + self.timeout
         self.reached = at_least is None
         self.state: State | None = None
         #: The offsets of the table at the last look for it.

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import ctypes
+import functools
 import os
 import signal
 import subprocess
@@ -14,6 +15,7 @@ import sys
 import threading
 import time
 import uuid
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -280,3 +282,59 @@ def waits_in_thread(path: str) -> None:
 def quick(n: int) -> int:
     """Ends at once."""
     return n
+
+
+def unawaited(fn: Any) -> Any:
+    """A decorator that is not ``async``: what it makes of a coroutine function returns a coroutine."""
+
+    @functools.wraps(fn)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return fn(*args, **kwargs)
+
+    return call
+
+
+async def _coroutine(how: str, path: str) -> Any:
+    """Says whose job it is, raises, or waits until it is told to end."""
+    await asyncio.sleep(0.01)
+    if how == "raises":
+        raise ValueError("in the coroutine")
+    if how == "waits":
+        note(path, "began")
+        try:
+            await asyncio.sleep(60)
+        finally:
+            await asyncio.sleep(0.01)
+            note(path, "cleaned up")
+    return {"job": current_job().job_id, "here": os.getpid()}
+
+
+@app.task(name="wrapped", queue="threads", timeout=3.0, retry=NO_RETRY)
+@unawaited
+async def wrapped(how: str, path: str) -> Any:
+    """In a thread."""
+    return await _coroutine(how, path)
+
+
+@app.task(name="wrapped_in_child", isolation="process", timeout=3.0, retry=NO_RETRY)
+@unawaited
+async def wrapped_in_child(how: str, path: str) -> Any:
+    """In a child."""
+    return await _coroutine(how, path)
+
+
+@app.task(name="hooked", queue="threads", timeout=20.0, retry=NO_RETRY)
+@unawaited
+async def hooked(how: str, path: str) -> Any:
+    """In a thread, with something around it."""
+    note(path, "inside")
+    return await _coroutine(how, path)
+
+
+def surrounding(job: JobContext) -> Iterator[None]:
+    """Says when the code had ended."""
+    yield
+    note(job.tags["path"], "behind")
+
+
+app.around(surrounding, tasks=["hooked"])

@@ -385,3 +385,37 @@ def test_a_job_that_has_ended_reports_nothing(app: App, worker: Worker, tmp_path
     handle = app.tasks[task].submit(path)
     until(lambda: tasks.noted(path), 60, "the refusal")
     assert isinstance(end_of(app, handle.job_id), JobSucceeded)
+
+
+@pytest.mark.parametrize("task", ["wrapped", "wrapped_in_child"])
+def test_a_coroutine_that_a_plain_function_returns_is_awaited(
+    app: App, worker: Worker, tmp_path: Path, task: str
+) -> None:
+    """A decorator without ``async`` hides that the task is a coroutine: in threads and in children alike its result,
+    its error, its time limit and its cancel are the job's, and what it does at its end is done."""
+    run, path = app.tasks[task], tmp_path / "said"
+    handle = run.submit("returns", str(path))
+    found = result_of(app, handle.job_id)
+    assert found["job"] == handle.job_id
+    assert (found["here"] == os.getpid()) == (task == "wrapped")
+    failed = end_of(app, run.submit("raises", str(path)).job_id)
+    assert isinstance(failed, JobFailed)
+    assert (failed.error.type, failed.error.message) == ("ValueError", "in the coroutine")
+    late = end_of(app, run.submit("waits", str(path)).job_id)
+    assert isinstance(late, JobFailed)
+    assert (late.reason, late.error.type) == ("timeout", "TimeoutError")
+    assert path.read_text().split("\n") == ["began", "cleaned up", ""]
+    path.unlink()
+    handle = run.submit("waits", str(path))
+    until(path.exists, what="its first line")
+    handle.cancel("changed my mind")
+    assert isinstance(end_of(app, handle.job_id), JobCancelled)
+    assert path.read_text().split("\n") == ["began", "cleaned up", ""]
+
+
+def test_hooks_surround_a_coroutine_that_a_plain_function_returns(app: App, worker: Worker, tmp_path: Path) -> None:
+    """What comes after the task's code comes after the coroutine's, too."""
+    path = tmp_path / "said"
+    handle = tasks.hooked.using(tags={"path": str(path)}).submit("returns", str(path))
+    assert result_of(app, handle.job_id)["job"] == handle.job_id
+    assert path.read_text().split("\n") == ["inside", "behind", ""]

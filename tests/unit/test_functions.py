@@ -1,0 +1,244 @@
+"""Which functions may be tasks, hooks and folds; and spans of time as people give them."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import datetime as dt
+import enum
+import fractions
+import functools
+from collections.abc import AsyncIterator, Callable, Iterator
+from typing import Any
+
+import pytest
+from sqlalchemy import Column, Integer, MetaData, Table
+
+from jobledger import App, Breaker, Queue, Retry, RetryLater, Settings, Snooze
+from jobledger.context import current_job, enter
+from jobledger.errors import ConfigError
+from jobledger.middleware import runner
+from jobledger.policy import check_expiry
+from tests.running_job import running_job
+
+
+def shop() -> App:
+    """An app that connects to nothing."""
+    return App("shop", settings=Settings())
+
+
+def plain(x: int) -> int:
+    """A function."""
+    return x
+
+
+def generates(x: int) -> Iterator[int]:
+    """Its body runs when somebody iterates over it."""
+    yield x
+
+
+async def generates_async(x: int) -> AsyncIterator[int]:
+    """The same, async."""
+    yield x
+
+
+async def coroutine(x: int) -> int:
+    """An async function."""
+    await asyncio.sleep(0)
+    return x + 1
+
+
+class Service:
+    """Has all kinds of methods, and can be called."""
+
+    def __call__(self, x: int) -> int:
+        return x
+
+    def method(self, x: int) -> int:
+        """Of an object."""
+        return x
+
+    @classmethod
+    def of_class(cls, x: int) -> int:
+        """Of the class."""
+        return x
+
+    @staticmethod
+    def of_nobody(x: int) -> int:
+        """A function."""
+        return x
+
+
+REFUSED: list[tuple[Any, str]] = [
+    (generates, "generates is a generator.*none of its code"),
+    (generates_async, "generates_async is a generator"),
+    (Service.method, r"Service\.method is a method, and a job has no self"),
+    (Service().method, r"Service\.method is a method.*Depends"),
+    (Service.of_class, r"Service\.of_class is a method"),
+    (Service().of_class, r"Service\.of_class is a method"),
+    (staticmethod(plain), "plain is a staticmethod"),
+    (classmethod(coroutine), "coroutine is a classmethod"),  # type: ignore[arg-type]  # what is refused
+    (Service(), "an object that can be called"),
+    (Service, "Service is a class"),
+    (functools.partial(plain, 1), r"partial\(plain, …\) is a partial.*write a function"),
+    (functools.partial(generates, 1), "partial"),
+    (print, "print is a builtin"),
+    ([].append, "append is a"),
+    (7, "7 is no function"),
+]
+
+
+@pytest.mark.parametrize(("given", "said"), REFUSED, ids=lambda v: getattr(v, "__qualname__", None) or type(v).__name__)
+@pytest.mark.parametrize("name", [None, "named"])
+def test_what_a_worker_could_not_run_is_refused_when_it_is_declared(given: Any, said: str, name: str | None) -> None:
+    """Generators, whose code nobody would run; methods, partials, classes and objects: each with what to do."""
+    with pytest.raises(ConfigError, match=said):
+        shop().task(name=name)(given)
+
+
+def test_a_task_is_no_function_to_be_declared_again() -> None:
+    """Its function is."""
+    task = shop().task(plain)
+    with pytest.raises(ConfigError, match=r"is a task already.*task\.fn"):
+        shop().task(task)
+    assert shop().task(task.fn)(3) == 3
+
+
+def test_functions_of_every_kind_are_taken() -> None:
+    """Static methods as functions, decorated ones, cached ones, lambdas."""
+    app = shop()
+    for given in (plain, coroutine, Service.of_nobody, functools.cache(plain), lambda x: x):
+        app.task(name=f"t{len(app.tasks)}")(given)
+    assert [task.is_async for task in app.tasks.values()] == [False, True, False, False, False]
+
+
+def unawaited(fn: Callable[..., Any]) -> Callable[..., Any]:
+    """A decorator that is not async."""
+
+    @functools.wraps(fn)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return fn(*args, **kwargs)
+
+    return call
+
+
+def test_a_plain_function_around_a_coroutine_keeps_its_hooks_around_it() -> None:
+    """The coroutine is awaited before what comes after the task's code; here on a loop of its own, in a worker on the
+    worker's."""
+    app = shop()
+    said: list[Any] = []
+
+    @app.middleware
+    class Says:
+        def after(self, job: Any, result: Any) -> None:
+            said.append((job.job_id, result))
+
+    task = app.task(name="task")(unawaited(coroutine))
+    assert not task.is_async
+    enter(running_job("00000000-0000-7000-8000-000000000001"))
+    try:
+        assert runner(task)(x=1) == 2
+        assert said == [(current_job().job_id, 2)]
+    finally:
+        enter(None)
+
+
+def test_a_function_that_is_asked_for_a_value_is_a_plain_one() -> None:
+    """Keys, folds, and what says which tasks a hook is for: a coroutine would be truth, or a key."""
+    app = shop()
+    with pytest.raises(ConfigError, match=r"key=….*coroutine is async"):
+        app.task(key=coroutine, timeout=5)(coroutine)
+    with pytest.raises(ConfigError, match=r"tasks=….*coroutine is async"):
+        app.registry.hooks.add_around(generates, coroutine)  # type: ignore[arg-type]  # what is refused
+    with pytest.raises(ConfigError, match=r"before is a generator"):
+
+        @app.middleware
+        class Wrong:
+            def before(self, job: Any) -> Iterator[None]:
+                yield
+
+    @app.event
+    @dataclasses.dataclass(frozen=True)
+    class Sent:
+        n: int
+
+    table = Table("sent", MetaData(), Column("n", Integer, primary_key=True))
+
+    async def fold(row: Any, event: Sent) -> Any:
+        return row
+
+    with pytest.raises(ConfigError, match=r"the fold.*is async"):
+        app.projection(Sent, table=table, key=lambda event: event.n)(fold)
+
+
+class Many(enum.Enum):
+    MINUTE = dt.timedelta(minutes=1)
+
+
+class Float(float):
+    """As numpy's."""
+
+
+SPANS = [dt.timedelta(minutes=1), Float(60.0), fractions.Fraction(60), 60, 60.0]
+
+
+@pytest.mark.parametrize("span", SPANS, ids=lambda v: type(v).__name__)
+def test_a_span_is_any_number_of_seconds_or_a_timedelta(span: Any) -> None:
+    """Wherever seconds are taken: delays, expiries, timeouts, leases, retries, snoozes, breakers."""
+    app = shop()
+    task = app.task(timeout=span, lease=span, key_hold_max=span, expires_in=span, breaker=Breaker(reset=span))(plain)
+    assert task.timeout == task.policy.lease == task.policy.key_hold_max == task.policy.expires_in == 60.0
+    assert task.policy.breaker is not None
+    assert task.policy.breaker.reset == 60.0
+    request = task.using(delay=span, expires_in=span).job(1)
+    assert (request.delay_ms, request.expires_in_ms) == (60_000, 60_000)
+    retry = Retry(initial=span, cap=span)
+    assert (retry.initial, retry.cap) == (60.0, 60.0)
+    assert (RetryLater(span).delay, Snooze(span).delay) == (60.0, 60.0)
+    assert str(RetryLater(span)) == "retry in 60 s"
+    assert check_expiry(span) == 60.0
+
+
+@pytest.mark.parametrize("span", ["1", True, Many.MINUTE, dt.timedelta(-1), float("nan"), 1j], ids=str)
+def test_what_is_no_span_is_refused_by_name(span: Any) -> None:
+    """As the value that was given."""
+    app = shop()
+    task = app.task(plain)
+    gives: tuple[Callable[[], Any], ...] = (
+        lambda: task.using(delay=span),
+        lambda: task.using(expires_in=span),
+        lambda: app.task(timeout=span)(plain),
+        lambda: app.task(lease=span)(plain),
+        lambda: Retry(initial=span),
+        lambda: Snooze(span),
+        lambda: Breaker(reset=span),
+        lambda: app.client.wait("7", timeout=span),
+        lambda: app.event(retention_days=span)(type("E", (), {"__annotations__": {"x": int}})),
+    )
+    for give in gives:
+        with pytest.raises(ConfigError) as found:
+            give()
+        assert repr(span) in str(found.value)
+
+
+def test_days_are_a_number_or_a_timedelta() -> None:
+    """An event is kept for as long."""
+    app = shop()
+    app.event(retention_days=dt.timedelta(days=7))(dataclasses.make_dataclass("Sent", [("n", int)]))
+    assert app.events["Sent"].retention_days == 7.0
+
+
+def test_names_may_be_members_of_an_enum() -> None:
+    """What stands in topics' names is their text, however they are formatted."""
+
+    class Names(str, enum.Enum):  # noqa: UP042  # one that is formatted as its member's name
+        SHOP = "shop"
+        MAIL = "mail"
+        HIGH = "high"
+
+    app = App(Names.SHOP, settings=Settings(), queues=[Queue(Names.MAIL, priorities=True)])
+    task = app.task(queue=Names.MAIL, priority=Names.HIGH)(plain)  # type: ignore[call-overload]  # text of another type
+    request = task.using(queue=Names.MAIL).job(1)
+    _, record = app.client._outgoing(request, None)
+    assert record.topic == "shop.jobs.mail.high"
+    assert sorted(app.lanes) == ["mail", "mail.high", "mail.low"]
