@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
-import logging
 import queue
 import random
 import threading
@@ -40,6 +39,7 @@ from jobledger.consumers.outcome import (
     ran_out,
     timed_out,
 )
+from jobledger.consumers.outcome_log import log_outcome
 from jobledger.consumers.send import BY_KEY, Sender
 from jobledger.consumers.telling import Teller
 from jobledger.consumers.work import RUN_BOUNDS_S, Work
@@ -370,7 +370,7 @@ class Executor:
         """Count and tell an outcome that is sent. Raises nothing: it must not be taken for one that is not sent."""
         try:
             _count(work, outcome, duration)
-            _say(event, outcome)
+            log_outcome(event, outcome)
             if self.teller is not None:
                 self.teller.tell(work, outcome)
         except BaseException as exc:  # noqa: BLE001  # see above
@@ -495,31 +495,3 @@ def _count(work: Work, outcome: Outcome, duration: float) -> None:
         plan.cancelled += 1
     elif isinstance(outcome, Expired):
         plan.expired += 1
-
-
-def _say(event: JobEvent, outcome: Outcome) -> None:
-    if isinstance(outcome, Failed):
-        # A rejection is what the task's author wanted; retries are too many to be said one by one.
-        level = logging.INFO if outcome.reason == "rejected" else logging.WARNING
-        text = f"failed for good, {outcome.reason}"
-    elif isinstance(outcome, Retried):
-        level, text = logging.DEBUG, f"is tried again in {outcome.delay_ms / 1000:.1f} s"
-    else:
-        return
-    if LOG.isEnabledFor(level):
-        about = {"job_id": event.job_id, "attempt": event.attempt, "run": event.run, "task": event.task}
-        error = outcome.error
-        # The dead letter has them; they may be nobody's business here.
-        bare = isinstance(outcome, Failed) and outcome.reason == "bad-arguments"
-        said = "the dead letter shows arguments and signature" if bare else error.message
-        LOG.log(
-            level,
-            "job %s (%s) %s at attempt %d: %s: %s",
-            event.job_id,
-            event.task,
-            text,
-            event.attempt,
-            error.type,
-            said,
-            extra=about,
-        )

@@ -82,7 +82,7 @@ def quieten(level: int = logging.WARNING) -> None:
             # A filter on a logger does not see its children's records: so each one gets it.
             for each in _filters:
                 logger.addFilter(each)  # twice is once
-    for name in (*_NOISY, _OURS):
+    for name in (*_NOISY, _OURS, _CONSUMER):
         logging.getLogger(name).setLevel(level)
     logging.getLogger(_CONSUMER).addFilter(_filters[0])
     logging.getLogger("asyncio").addFilter(_unheard)

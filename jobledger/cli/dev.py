@@ -93,8 +93,9 @@ def dev(
 @contextmanager
 def _broker(settings: Settings, port: int, say: Say) -> Iterator[str]:
     """The broker's address: the configured one, one that runs, or an embedded one that ends with us."""
+    from jobledger.cli.kafka import in_lines
     from jobledger.errors import BrokerUnavailable
-    from jobledger.kafka import embedded
+    from jobledger.kafka import defaults, embedded
 
     try:
         found: str | None = settings.resolve_bootstrap()
@@ -103,15 +104,8 @@ def _broker(settings: Settings, port: int, say: Say) -> Iterator[str]:
     if found is not None:
         yield found
         return
-    words = {"resolve": "looking up", "fetch": "fetching", "format": "formatting its folder", "boot": "starting"}
-    seen: set[str] = set()
-
-    def report(step: str, done: int, total: int) -> None:
-        if step not in seen:
-            seen.add(step)
-            say("kafka", f"{words.get(step, step)} …")
-
     began = time.monotonic()
+    report = in_lines(defaults.KAFKA_VERSION, lambda line: say("kafka", line))
     status = embedded.start(settings.home, port=port, detach=False, progress=report)
     assert status.bootstrap is not None
     say("kafka", f"Apache Kafka {status.version} on {status.bootstrap} after {time.monotonic() - began:.1f} s")

@@ -6,7 +6,8 @@ Exit codes: 0 done; 1 an error, which is said; 3 from ``status`` when no broker 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -30,8 +31,13 @@ app = Commands(
     no_args_is_help=True,
 )
 
+#: What a first start fetches.
+SIZE = "about 45 MB"
+#: Seconds between two lines of a download.
+EVERY_S = 5.0
+
 _STEPS = {
-    "resolve": "resolving Apache Kafka {version}",
+    "resolve": "looking up the files of Apache Kafka {version}",
     "fetch": "fetching Apache Kafka {version}",
     "format": "formatting the data folder",
     "boot": "starting the broker",
@@ -132,11 +138,36 @@ def _show(found: KafkaStatus, as_json: bool) -> None:
         )
 
 
+def in_lines(version: str, say: Callable[[str], None]) -> Report:
+    """Says each step once, and how far a download is whenever `EVERY_S` seconds have passed."""
+    begun: set[str] = set()
+    said_at = 0.0
+
+    def report(step: str, done: int, total: int) -> None:
+        nonlocal said_at
+        now = time.monotonic()
+        if step not in begun:
+            begun.add(step)
+            about = f" ({SIZE} from a Maven repository, once per user and version)" if step == "resolve" else ""
+            size = f": {total} files" if step == "fetch" and total else ""
+            say(f"{_STEPS[step].format(version=version)}{about}{size} …")
+            said_at = now
+        elif step == "fetch" and (done == total or now - said_at >= EVERY_S):
+            say(f"fetched {done} of {total} files")
+            said_at = now
+
+    return report
+
+
 @contextmanager
 def _progress(version: str, quiet: bool) -> Iterator[Report | None]:
-    """A progress bar on standard error, so that standard output stays what a script reads; None where nobody looks."""
-    if quiet or not sys.stderr.isatty():
+    """What is being done, on standard error, so that standard output stays what a script reads: a bar on a terminal, else
+    lines."""
+    if quiet:
         yield None
+        return
+    if not sys.stderr.isatty():
+        yield in_lines(version, lambda line: print(line, file=sys.stderr, flush=True))
         return
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 

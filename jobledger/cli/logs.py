@@ -11,6 +11,7 @@ import sys
 from typing import Any
 
 from jobledger.errors import ConfigError
+from jobledger.logger import write_errors_to
 from jobledger.logs import FIELDS, JobFilter, add_job
 
 _COLOURS = {logging.WARNING: "33", logging.ERROR: "31", logging.CRITICAL: "1;31", logging.DEBUG: "2"}
@@ -90,7 +91,9 @@ def set_up(environ: dict[str, str] | None = None) -> None:
     """Send log messages from ``JOBLEDGER_LOG_LEVEL`` (default info) up to standard error,
     as ``JOBLEDGER_LOG_FORMAT`` says.
 
-    A root logger that somebody has configured already (the app's module may) is left as it is. Raises `ConfigError`.
+    To be called when the app is loaded: a root logger that its module has configured is left as it is, and takes Jobledger's
+    lines, from ``JOBLEDGER_LOG_LEVEL`` up if that is set. Errors that it would drop are written to standard error. Raises
+    `ConfigError`.
     """
     env = os.environ if environ is None else environ
     text = (env.get("JOBLEDGER_LOG_LEVEL") or "INFO").upper()
@@ -99,11 +102,13 @@ def set_up(environ: dict[str, str] | None = None) -> None:
     kind = (env.get("JOBLEDGER_LOG_FORMAT") or "text").lower()
     if kind not in _FORMATS:
         raise ConfigError(f"JOBLEDGER_LOG_FORMAT={kind!r} is no format; there are {', '.join(_FORMATS)}")
-    if logging.getLogger().handlers:
-        return
+    ours, theirs = logging.getLogger("jobledger"), bool(logging.getLogger().handlers)
     handler = logging.StreamHandler()
     coloured = (sys.stderr.isatty() or bool(env.get("FORCE_COLOR"))) and not env.get("NO_COLOR")
-    handler.setFormatter(_json() if kind == "json" else _Format(coloured))
+    handler.setFormatter(_json() if kind == "json" and not theirs else _Format(coloured))
     handler.addFilter(JobFilter())
-    logging.basicConfig(level=logging.WARNING, handlers=[handler])
-    logging.getLogger("jobledger").setLevel(text)
+    write_errors_to(handler)
+    if not theirs:
+        logging.basicConfig(level=logging.WARNING, handlers=[handler])
+    if not ours.level and (env.get("JOBLEDGER_LOG_LEVEL") or not theirs):
+        ours.setLevel(text)

@@ -24,7 +24,6 @@ def main(target: str, descriptor: str) -> None:
     with open(os.devnull, "rb") as nothing:
         os.dup2(nothing.fileno(), 0)  # jobs that read their standard input find its end
     sys.path[:] = [*told["path"], *(entry for entry in sys.path if entry not in told["path"])]
-    logs.set_up()
     from jobledger.consumers import nursery
 
     nursery.IMPORTING = True
@@ -32,6 +31,7 @@ def main(target: str, descriptor: str) -> None:
         app = load_app(target, bootstrap=told["bootstrap"], status_url=told["status_url"])
     except JobledgerError as exc:  # the worker passes it on
         sys.exit(str(exc))
+    logs.set_up()
     # A worker that is gone needs no children.
     with contextlib.suppress(BrokenPipeError, ConnectionResetError):
         nursery.Nursery(app.registry, socket.socket(fileno=int(descriptor))).serve()

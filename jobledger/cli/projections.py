@@ -46,8 +46,8 @@ def run(
     """Keep projections abreast of the log, until SIGTERM or Ctrl-C. One that fails ends all; the next start goes on."""
     from jobledger.cli.metrics import serving
 
-    logs.set_up()
     loaded = load_app(target, bootstrap=bootstrap, status_url=status_url)
+    logs.set_up()
     runners = [_runner(loaded, name) for name in names or _all(loaded)]
     failed: list[tuple[str, BaseException]] = []
 

@@ -136,8 +136,8 @@ def worker(
 
     names = None if queues is None else [name.strip() for name in queues.split(",") if name.strip()]
     options = WorkerOptions(queues=names, concurrency=concurrency, threads=threads, children=children, grace=grace)
-    logs.set_up()
     app = load_app(target, bootstrap=bootstrap)
+    logs.set_up()
     for name in names or []:
         with judged("--queues"):
             app.registry.check_queue(name)
@@ -180,8 +180,8 @@ def _worker_processes(
 
 def router(target: Target, bootstrap: Bootstrap = None, metrics: Metrics = None, log_format: LogFormat = None) -> None:
     """Submit a job for each handler of each domain event, until SIGTERM or Ctrl-C. Several share the partitions."""
-    logs.set_up()
     app = load_app(target, bootstrap=bootstrap)
+    logs.set_up()
     from jobledger.cli.metrics import serving
     from jobledger.consumers.router import Router
 
@@ -194,8 +194,8 @@ def coordinator(
     target: Target, bootstrap: Bootstrap = None, metrics: Metrics = None, log_format: LogFormat = None
 ) -> None:
     """Let delayed and retried jobs go when they are due, until SIGTERM or Ctrl-C. Several share the partitions."""
-    logs.set_up()
     app = load_app(target, bootstrap=bootstrap)
+    logs.set_up()
     from prometheus_client import REGISTRY
 
     from jobledger.cli.metrics import serving
@@ -219,8 +219,8 @@ def materializer(
 
     With several status tables of one namespace, run all but one with --no-upkeep.
     """
-    logs.set_up()
     app = load_app(target, bootstrap=bootstrap, status_url=status_url)
+    logs.set_up()
     from prometheus_client import REGISTRY
 
     from jobledger.cli.metrics import serving

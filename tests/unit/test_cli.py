@@ -26,6 +26,7 @@ from jobledger.cli import facts, output
 from jobledger.cli.commands import Wrong, moment_ms
 from jobledger.cli.events import Line, _json_line, _Printer, newest
 from jobledger.cli.job_views import fields, row, status_json
+from jobledger.cli.kafka import in_lines
 from jobledger.cli.main import cli, main
 from jobledger.cli.output import MEANINGS, Exit, duration, exit_code, relative
 from jobledger.cli.submit import read_value
@@ -759,3 +760,22 @@ def test_only_status_tables_are_taken_for_namespaces(tmp_path: Path, capsys: pyt
     SqliteStore(f"sqlite:///{folder / 'stock-projections.db'}", "stock-projections").close()
     assert main(["jobs", "list", "--json"]) == Exit.USAGE
     assert "(on this machine: orders, stock-projections)" in capsys.readouterr().err
+
+
+def test_a_first_start_says_what_it_fetches_where_no_terminal_is() -> None:
+    """What, how much, and that it continues; each step once, and the end of the download."""
+    said: list[str] = []
+    report = in_lines("4.4.0", said.append)
+    report("resolve", 0, 0)
+    for done in range(34):
+        report("fetch", done, 33)
+    report("format", 0, 0)
+    report("boot", 0, 0)
+    report("boot", 0, 0)
+    assert said == [
+        "looking up the files of Apache Kafka 4.4.0 (about 45 MB from a Maven repository, once per user and version) …",
+        "fetching Apache Kafka 4.4.0: 33 files …",
+        "fetched 33 of 33 files",
+        "formatting the data folder …",
+        "starting the broker …",
+    ]

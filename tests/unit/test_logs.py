@@ -83,3 +83,64 @@ def test_for_loggers_that_somebody_else_set_up() -> None:
         assert event["job_id"] == "j"
 
     contextvars.copy_context().run(inside)
+
+
+SETS_UP = """
+import logging, logging.config, sys
+from jobledger.cli import logs
+from jobledger.consumers.outcome import Failed, Retried, error_info
+from jobledger.consumers.outcome_log import log_outcome
+from jobledger.schemas.events import JobEvent
+
+{theirs}
+logs.set_up({env})
+try:
+    raise ValueError("no such city")
+except ValueError as caught:
+    error = error_info(caught)
+event = JobEvent("e", "j1", 1, 2, 1, 0, "charge", "default", None, None, "test", None, None)
+log_outcome(event, Retried(error, 1500))
+log_outcome(event, Failed("exhausted", error))
+logging.getLogger("jobledger.worker").info("a line of information")
+"""
+RETRIED = "job j1 (charge) is tried again in 1.5 s at attempt 2: ValueError: no such city"
+FAILED = "job j1 (charge) failed for good, exhausted at attempt 2: ValueError: no such city"
+DICT = """logging.config.dictConfig({"version": 1, "handlers": {"h": {"class": "logging.StreamHandler", "level": "CRITICAL"}},
+    "root": {"handlers": ["h"]}})"""
+
+
+@pytest.mark.parametrize(
+    ("theirs", "env", "lines"),
+    [
+        ("", {}, [RETRIED, FAILED, "a line of information"]),
+        ("logging.basicConfig(format='APP %(message)s')", {}, [f"APP {RETRIED}", f"APP {FAILED}"]),
+        (
+            "logging.basicConfig(format='APP %(message)s')",
+            {"JOBLEDGER_LOG_LEVEL": "INFO"},
+            [f"APP {RETRIED}", f"APP {FAILED}", "APP a line of information"],
+        ),
+        ("logging.basicConfig(format='APP %(message)s', level='CRITICAL')", {}, [f"APP {FAILED}"]),
+        (DICT, {}, [FAILED]),
+        ("logging.disable()", {}, [FAILED]),
+        ("logging.basicConfig(handlers=[logging.NullHandler()])", {}, [FAILED]),
+        ("logging.basicConfig(); logging.getLogger('jobledger').setLevel('CRITICAL')", {}, []),
+        ("", {"JOBLEDGER_LOG_LEVEL": "CRITICAL"}, []),
+    ],
+)
+def test_the_app_s_logging_is_left_alone_and_hides_no_failure(
+    theirs: str, env: dict[str, str], lines: list[str]
+) -> None:
+    """Jobledger's lines go where the app's go; that a job failed for good is written whatever the app has configured,
+    unless it gives Jobledger's loggers a level."""
+    program = SETS_UP.format(theirs=theirs, env=env)
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, encoding="utf-8")
+    found = done.stderr.splitlines()
+    assert len(found) == len(lines), found
+    assert all(line.endswith(wanted) for line, wanted in zip(found, lines, strict=True)), found
+
+
+def test_an_attempt_s_traceback_is_shown_at_debug_level() -> None:
+    """Of a retry and of a failure."""
+    program = SETS_UP.format(theirs="", env={"JOBLEDGER_LOG_LEVEL": "DEBUG"})
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, encoding="utf-8")
+    assert done.stderr.count("Traceback (most recent call last):") == 2

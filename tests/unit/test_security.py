@@ -21,6 +21,7 @@ from jobledger import tls
 from jobledger.access import Door, Need, refusal, unauthorized
 from jobledger.config import Settings
 from jobledger.errors import BrokerUnavailable, ConfigError, NotAuthenticated, TopicMissing
+from jobledger.kafka.ports import free_port
 from jobledger.log import admin, consumer, consumer_config, producer, producer_config, undelivered
 from jobledger.streams.oauth import ClientCredentials
 from jobledger.streams.security import credentials, security
@@ -361,7 +362,8 @@ def test_an_endpoint_that_is_away_is_said() -> None:
 
 def test_a_topic_nobody_could_be_asked_for_is_not_called_missing() -> None:
     """A client that never reached a broker says that the topic is unknown; it is the broker that is away."""
-    settings = Settings(bootstrap="127.0.0.1:1")
+    address = f"127.0.0.1:{free_port()}"
+    settings = Settings(bootstrap=address)
     door = Door(settings)
     unknown = KafkaError(KafkaError._UNKNOWN_TOPIC)
     assert door.behind(unknown) is None
@@ -378,5 +380,5 @@ def test_a_topic_nobody_could_be_asked_for_is_not_called_missing() -> None:
         client.poll(0.05)
     found = door.behind(unknown)
     assert isinstance(found, BrokerUnavailable), told
-    assert "127.0.0.1:1 cannot be reached" in str(found)
+    assert f"{address} cannot be reached" in str(found)
     assert door.behind(KafkaError(KafkaError.MSG_SIZE_TOO_LARGE)) is None
