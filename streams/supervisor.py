@@ -81,7 +81,7 @@ class Supervisor:
 
     ``say`` is called from several threads, one call at a time. ``restarts`` makes each child's policy. ``grace``:
     seconds from the request to stop to the kill. A child that keeps dying ends them all: half a stream processor looks
-    alive and is not.
+    alive and is not. So does an `OSError` of ``say``: nobody sees any more what they do.
     """
 
     NAME = "supervisor"
@@ -96,6 +96,7 @@ class Supervisor:
     ) -> None:
         self._running = {child.name: _Running(child, restarts()) for child in children}
         self._tell, self._saying = say, threading.Lock()
+        self._unheard: OSError | None = None
         self._grace = grace
         # Signal handlers put into it, so it must be safe to enter again: SimpleQueue is, Queue is not.
         self._inbox: queue.SimpleQueue[tuple[str, str, int]] = queue.SimpleQueue()
@@ -116,7 +117,7 @@ class Supervisor:
 
     def run(self) -> int:
         """Run until stopped; 0, or 1 if a child died too often, 77 if one was refused by the cluster. In the main
-        thread SIGINT, SIGTERM, SIGHUP stop it."""
+        thread SIGINT, SIGTERM, SIGHUP stop it. Raises the `OSError` of ``say``, when the children have stopped."""
         inherited, self._leash = os.pipe()
         handlers = self._install() if threading.current_thread() is threading.main_thread() else {}
         try:
@@ -125,6 +126,8 @@ class Supervisor:
                 for each in self._running.values():
                     self._tend(each, inherited, now)
                 if self._stopping and all(each.process is None for each in self._running.values()):
+                    if self._unheard is not None:
+                        raise self._unheard
                     return self._code
                 try:
                     event, name, code = self._inbox.get(timeout=self._patience(time.monotonic()))
@@ -132,6 +135,9 @@ class Supervisor:
                     continue
                 if event == "stop":
                     self._begin_stop(force=self._stopping)
+                elif event == "unheard":
+                    if not self._stopping:
+                        self._begin_stop(force=False)
                 elif event == "restart":
                     self._begin_restart(self._running[name])
                 else:
@@ -180,8 +186,7 @@ class Supervisor:
         assert process.stdout is not None
         with process.stdout as stream:
             for line in stream:
-                with self._saying:
-                    self._tell(name, line.decode("utf-8", "replace").rstrip("\r\n"))
+                self._pass_on(name, line.decode("utf-8", "replace").rstrip("\r\n"))
 
     def _await_end(self, name: str, process: subprocess.Popen[bytes], reader: threading.Thread) -> None:
         code = process.wait()
@@ -251,8 +256,17 @@ class Supervisor:
 
     def say(self, what: str) -> None:
         """Say something in the supervisor's own name, between the children's lines."""
+        self._pass_on(self.NAME, what)
+
+    def _pass_on(self, name: str, line: str) -> None:
         with self._saying:
-            self._tell(self.NAME, what)
+            if self._unheard is not None:
+                return  # read on all the same: a child that waits for a reader never ends
+            try:
+                self._tell(name, line)
+            except OSError as exc:
+                self._unheard = exc
+                self._inbox.put(("unheard", "", 0))
 
     def _install(self) -> dict[int, Callable[[int, FrameType | None], object] | int | None]:
         def asked(number: int, frame: FrameType | None) -> None:

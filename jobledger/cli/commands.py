@@ -20,6 +20,11 @@ from jobledger.errors import ConfigError, text_of
 _UNITS = {"ms": 0.001, "s": 1.0, "m": 60.0, "min": 60.0, "h": 3600.0, "d": 86400.0}
 
 
+#: The most that an option takes; clocks and databases end somewhere.
+SECONDS_MOST = 366 * 86_400
+_LAST_MS = 253_402_214_400_000  # the last day that every time zone has
+
+
 class Wrong(typer.BadParameter):
     """Something on the command line is wrong, in words of its own."""
 
@@ -133,13 +138,13 @@ def among(name: str, choices: Mapping[str, Any] | Sequence[str], kind: str, wher
 
 
 def seconds(text: str) -> float:
-    """A parser of an option: a number of seconds, 0 or more."""
+    """A parser of an option: a number of seconds, from 0 to `SECONDS_MOST`."""
     try:
         value = float(text)
     except ValueError:
         value = math.nan
-    if not 0 <= value < math.inf:
-        raise typer.BadParameter(f"{text!r} is not a number of seconds, 0 or more")
+    if not 0 <= value <= SECONDS_MOST:
+        raise typer.BadParameter(f"{text!r} is not a number of seconds from 0 to {SECONDS_MOST} (366 days)")
     return value
 
 
@@ -151,14 +156,17 @@ def moment_ms(text: str, option: str, *also: str, now: float | None = None) -> i
     age = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(ms|s|m|min|h|d)", text.strip())
     try:
         if age is not None:
-            return int(((time.time() if now is None else now) - float(age[1]) * _UNITS[age[2]]) * 1000)
-        when = dt.datetime.fromisoformat(text.strip())
-        return milliseconds(when)
+            found = int(((time.time() if now is None else now) - float(age[1]) * _UNITS[age[2]]) * 1000)
+        else:
+            found = milliseconds(dt.datetime.fromisoformat(text.strip()))
     except (ValueError, OverflowError):
+        found = _LAST_MS
+    if found >= _LAST_MS:
         others = "".join(f"{each}, " for each in also)
         raise Wrong(
             f"{option} {text!r} is neither {others}an age such as 10m or 2h, nor a time such as 2026-01-31T14:05"
-        ) from None
+        )
+    return max(found, 0)  # nothing is older than the epoch
 
 
 def milliseconds(when: dt.datetime) -> int:

@@ -150,6 +150,9 @@ def _unexpected(exc: BaseException, *, traced: bool, as_json: bool) -> int:
     """Say an error that no part of ours raises on purpose; ``traced``: and where it came from."""
     if traced:
         _show_traceback(exc)
+    if isinstance(exc, OSError) and exc.filename is not None and exc.strerror:
+        print_error(type(exc).__name__, f"{exc.filename}: {exc.strerror}", as_json=as_json)
+        return Exit.ERROR
     what = type(exc).__name__ + (f": {said}" if (said := text_of(exc)) else "")
     hint = "" if traced else "; `jobledger --traceback …` shows where"
     print_error("Unexpected", f"unexpected {what}{hint}", as_json=as_json)

@@ -17,6 +17,7 @@ from jobledger.cli import logs, output
 from jobledger.cli.commands import judged, seconds
 from jobledger.cli.loading import load_app
 from jobledger.cli.options import Bootstrap, Listen, LogFormat, Metrics, StatusUrl, Target
+from jobledger.cli.stdio import OutputLost
 from jobledger.errors import JobledgerError
 from jobledger.logger import get_logger
 from jobledger.process_exit import EXIT_S, HARD_S
@@ -76,13 +77,24 @@ def passed_on(bootstrap: str | None, status_url: str | None) -> list[str]:
 
 
 class Prefixed:
-    """Prints a child's line under its name; every name as wide as the widest."""
+    """Prints a child's line under its name; every name as wide as the widest. `OutputLost` is raised once: who ends
+    then says so to nobody."""
 
     def __init__(self, names: Sequence[str]) -> None:
         self._width = max(map(len, names))
         self._console = output.console()
+        self._lost = False
 
     def __call__(self, name: str, line: str) -> None:
+        if self._lost:
+            return
+        try:
+            self._print(name, line)
+        except OutputLost:
+            self._lost = True
+            raise
+
+    def _print(self, name: str, line: str) -> None:
         from rich.text import Text
 
         if line.startswith("{"):  # JSON is for machines, which read no prefix

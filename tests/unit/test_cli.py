@@ -188,8 +188,8 @@ SHOP = ["--namespace", "shop"]
         (["jobs", "list", *SHOP, "--show", "colour"], "--show 'colour' is no column; there are tags, args"),
         (["events", "tail", *SHOP, "--topic", "orders"], "'lifecycle', 'work', 'coordination', 'dead-letter', 'all'"),
         # numbers and times
-        *(([*SUBMIT, "a=1", "--delay", each], f"'{each}' is not a number of seconds, 0 or more")
-          for each in ("-2", "nan", "inf", "soon")),
+        *(([*SUBMIT, "a=1", "--delay", each], f"'{each}' is not a number of seconds from 0 to 31622400 (366 days)")
+          for each in ("-2", "nan", "inf", "1e300", "soon")),
         ([*SUBMIT, "a=1", "--expires-in", "0"], "expires_in=0"),
         (["jobs", "wait", UUID, *SHOP, "--timeout", "-1"], "'-1' is not a number of seconds"),
         (["worker", "cli_shop:app", "--grace", "-1"], "'-1' is not a number of seconds"),
@@ -307,6 +307,15 @@ def test_a_traceback_is_shown_when_it_is_asked_for(capsys: pytest.CaptureFixture
     assert "Traceback" not in capsys.readouterr().err
     main(["--traceback", *words])
     assert "Traceback" in capsys.readouterr().err
+
+
+def test_a_folder_that_cannot_be_used_is_named(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What the operating system refuses ends with one line that has the path and the reason."""
+    monkeypatch.setenv("JOBLEDGER_HOME", os.devnull)
+    assert main(["jobs", "list", "--namespace", "shop"]) == Exit.ERROR
+    assert capsys.readouterr().err == f"error: {os.devnull}/status: Not a directory\n"
 
 
 def test_a_setting_that_does_not_exist_is_refused(
@@ -563,7 +572,8 @@ def test_times_of_the_command_line(monkeypatch: pytest.MonkeyPatch) -> None:
     assert moment_ms("2026-01-31T14:05:00+01:00", "--from") == 1_769_864_700_000
     monkeypatch.undo()
     time.tzset()
-    for text in ("later", "", "2026-02-30", "9" * 400 + "d"):
+    assert moment_ms("0001-01-01", "--from") == moment_ms("9" * 16 + "d", "--from") == 0
+    for text in ("later", "", "2026-02-30", "9" * 400 + "d", "9999-12-31T23:59:59-23:59"):
         with pytest.raises(Wrong, match=r"--since .* is neither an age such as 10m"):
             moment_ms(text, "--since")
 

@@ -191,3 +191,26 @@ def test_the_leash_is_no_setting() -> None:
 def test_ends_are_told_as_people_say_them() -> None:
     """Exit codes and signals are told apart and named."""
     assert [how(0), how(3), how(-9)] == ["exit code 0", "exit code 3", "signal SIGKILL"]
+
+
+def test_output_that_cannot_be_passed_on_ends_all_in_order() -> None:
+    """When what children say reaches nobody any more, their pipes are still read, they are asked to stop, and the
+    supervisor ends with that error."""
+    chatty = (
+        "import signal, sys\n"
+        "signal.signal(15, lambda *_: (sys.stdout.write('x' * 1_000_000), sys.exit(0)))\n"
+        "print('up')\n"
+        "while True: signal.pause()"
+    )
+    heard: list[str] = []
+
+    def say(name: str, line: str) -> None:
+        heard.append(name)
+        raise BrokenPipeError
+
+    made = Supervisor([Child("a", python(chatty)), Child("b", python(chatty))], say, grace=WAIT_S)
+    began = time.monotonic()
+    with pytest.raises(BrokenPipeError):
+        made.run()
+    assert time.monotonic() - began < WAIT_S  # nobody was killed
+    assert len(heard) == 1
