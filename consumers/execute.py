@@ -393,10 +393,10 @@ class Executor:
         except Exception as exc:  # noqa: BLE001  # as in `close_with`
             self._broken(work, exc)
             return
+        self._told(work, event, outcome, duration)  # of the attempt that has ended: before the job is at its next one
         work.outcome = outcome
         work.event = msgspec.structs.replace(event, attempt=event.attempt + isinstance(outcome, Retried))
         work.again_s = outcome.delay_ms / 1000
-        self._told(work, event, outcome, duration)
 
     def refused_as_too_large(self, work: Work, size: int, where: str) -> None:
         """The broker would not take the closing fact: the job fails instead, saying so."""
