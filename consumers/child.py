@@ -15,6 +15,7 @@ import gc
 import logging
 import os
 import random
+import select
 import signal
 import socket
 import struct
@@ -27,6 +28,8 @@ from typing import Any
 
 from jobledger import tracing
 from jobledger.consumers.frames import Ended, Progress, Run, decode_run, ended, frame
+from jobledger.consumers.garbage import Garbage
+from jobledger.consumers.interrupts import runs_inside
 from jobledger.consumers.outcome import Failed, Outcome, Succeeded, bad_result, error_info, judge, ran_out, timed_out
 from jobledger.context import JobContext, enter
 from jobledger.errors import BadArguments, TaskCancelled, TaskInterrupted, TaskTimedOut
@@ -40,6 +43,8 @@ from jobledger.task_registry import Registry
 
 LOG = get_logger("jobledger.worker")
 
+#: Seconds between two looks at the memory in use while jobs come, and without a job until it is looked at.
+LOOK_S, IDLE_S = 0.1, 1.0
 #: The signals that tell code to end: its time is over, or its job was cancelled.
 LATE, STOP = signal.SIGUSR1, signal.SIGUSR2
 #: Seconds between two progress messages of one job.
@@ -62,12 +67,18 @@ class Child:
         self._functions: dict[str, Callable[..., Any]] = {}
         self._loop: asyncio.Runner | None = None
         self._running: asyncio.Task[Any] | None = None  # a coroutine task's
+        self._function: Callable[..., Any] | None = None  # that it runs
+        self._clock: asyncio.Timeout | None = None
         self._inside = False  # a plain function's code runs
         self._late = False  # the time of what runs was over
         self._told: type[TaskInterrupted] | None = None  # what the code at hand was told
         self._most: int | None = None  # the limit of memory that is set
         self._reported_at = 0.0
         self._unsent: JobProgressed | None = None
+        self._garbage = Garbage()
+        self._comes = select.poll()
+        self._comes.register(connection, select.POLLIN)
+        self._looked_at = 0.0  # at the memory in use
         self._sending = threading.Lock()  # held to report, and to end a context: a job's thread may outlive the job
 
     def serve(self) -> None:
@@ -82,7 +93,17 @@ class Child:
             except BaseException as broken:  # noqa: BLE001  # the last guard: a process is never lost
                 said = ended(Failed("never", error_info(broken)))
             self._connection.sendall(frame(said))
+            self._rest()
         self._close()
+
+    def _rest(self) -> None:
+        """Between two jobs: see what garbage there is, now and then, and when no job comes."""
+        now = time.monotonic()
+        if now - self._looked_at >= LOOK_S:
+            self._looked_at = now
+            self._garbage.look(idle=False)
+        if not self._comes.poll(IDLE_S * 1000):
+            self._garbage.look(idle=True)
 
     def _receive(self) -> bytes | None:
         head = self._exactly(_LENGTH.size)
@@ -169,8 +190,8 @@ class Child:
         """Put what comes of it into ``said``: asyncio looks at what a task returns or raises, which may break then, and
         stop the loop."""
         enter(context)
-        self._running = asyncio.current_task()
-        clock = asyncio.timeout(limit)
+        self._running, self._function = asyncio.current_task(), function
+        clock = self._clock = asyncio.timeout(limit)
         try:
             async with clock:
                 value = await function(**kwargs)
@@ -178,8 +199,8 @@ class Child:
         except BaseException as error:  # noqa: BLE001  # judged by the caller
             said.append((None, error))
         finally:
-            self._running = None
-            self._late = clock.expired()
+            self._running = self._clock = None
+            self._late = self._late or clock.expired()
 
     def _plainly(self, function: Callable[..., Any], context: JobContext, kwargs: dict[str, Any]) -> Any:
         """Run a function that `_interrupted` may end."""
@@ -231,10 +252,22 @@ class Child:
         self._told = TaskTimedOut if number == LATE else TaskCancelled
         self._late = number == LATE
         if self._running is not None and self._loop is not None:
+            if number == LATE:
+                self._tell_blocked(frame)
+                return
             self._loop.get_loop().call_soon_threadsafe(self._running.cancel)
         elif self._inside:
             self._inside = False
             raise self._told
+
+    def _tell_blocked(self, frame: FrameType | None) -> None:
+        """The time of a coroutine has been over for a while: if its clock has not said so, its code blocks the loop."""
+        clock, function = self._clock, self._function
+        if clock is None or function is None or clock.expired():
+            return
+        if runs_inside(frame, Child._await.__code__, function):
+            self._late = True
+            raise TaskTimedOut
 
     # -- its end ------------------------------------------------------------------------------------------------------
 

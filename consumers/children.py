@@ -30,6 +30,8 @@ LOG = get_logger("jobledger.worker")
 
 #: Seconds that a job gets to clean up after it was told to end; then its process is killed.
 SOFT_S = 5.0
+#: Seconds after which a coroutine whose time is over, and that has not noticed, must be blocking its loop.
+BLOCKED_S = 0.25
 #: Seconds between two looks at the memory of children whose jobs have a limit.
 WATCH_S = 0.05
 #: Seconds to wait for how a child ended, once its connection has.
@@ -269,8 +271,9 @@ class Children:
         )
         limit = plan.task.timeout
         if limit is not None:
-            if not plan.is_async:  # a coroutine sees to that itself
-                child.timers.append(self._loop.call_later(limit, child.signal, LATE))
+            # A coroutine sees to that itself, unless it blocks its loop.
+            told = limit + BLOCKED_S if plan.is_async else limit
+            child.timers.append(self._loop.call_later(told, child.signal, LATE))
             child.timers.append(self._loop.call_later(limit + SOFT_S, self._kill, child, "timeout"))
         if plan.task.policy.max_memory is not None:
             if not self._watched:

@@ -97,6 +97,7 @@ class Executor:
         self._produce = sender.produce
         self.teller: Teller | None = None  # if somebody wants to be told
         self.interrupts = Interrupts()
+        self.due: Work | None = None  # the coroutine that blocks the loop beyond its time limit
         self.stop_child: Callable[[Work], None] = lambda work: None
         self.close_lease: Callable[[Work, bytes, list[Outgoing]], None]
         self._queue: queue.SimpleQueue[Work | None] = queue.SimpleQueue()
@@ -118,10 +119,15 @@ class Executor:
                 else:
                     async with asyncio.timeout(limit) as clock:
                         value = await plan.fn(**work.kwargs)
+                        if self.due is work:  # no clock of the loop's could tell it
+                            work.interrupted = TaskTimedOut
+                            raise TaskTimedOut
             except BaseException as error:  # noqa: BLE001  # SystemExit and cancellations are the job's, not the worker's
                 context.ended = True
                 if not work.abandoned:
-                    self.raised(work, error, clock is not None and clock.expired())
+                    self.raised(
+                        work, error, clock is not None and (clock.expired() or work.interrupted is TaskTimedOut)
+                    )
             else:
                 context.ended = True
                 self.returned(work, value)

@@ -11,7 +11,8 @@ import contextvars
 import ctypes
 import inspect
 import threading
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Callable
+from types import CodeType, FrameType
 from typing import Any
 
 from jobledger.consumers.work import Work
@@ -55,6 +56,14 @@ class _Awaited:
             self.error = error
         finally:
             self.ended.set()
+
+
+def runs_inside(frame: FrameType | None, caller: CodeType, function: Callable[..., Any]) -> bool:
+    """Whether ``frame`` runs code of ``function`` that ``caller`` has called, and not ``caller``'s own."""
+    inner: FrameType | None = None
+    while frame is not None and frame.f_code is not caller:
+        inner, frame = frame, frame.f_back
+    return frame is not None and inner is not None and inner.f_code is getattr(function, "__code__", None)
 
 
 class Interrupts:

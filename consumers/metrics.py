@@ -108,6 +108,13 @@ class WorkerMetrics(Collector):
         )
         flying = GaugeMetricFamily(f"{PREFIX}in_flight", "Attempts that run now", labels=labels)
         runs = HistogramMetricFamily(f"{PREFIX}run_seconds", "How long attempts ran", labels=labels)
+        blocked = CounterMetricFamily(
+            f"{PREFIX}loop_blocked",
+            "Times that code held the event loop up for a second or more, by the task whose it was",
+            labels=labels,
+        )
+        if self._worker.watch is not None:
+            blocked.add_metric(["", ""], self._worker.watch.blocked_by_others)
         running = Counter(work.plan.name for work in list(dispatcher.running) if work.plan is not None)
         for plan in dispatcher.plans.values():
             if plan.task.queue not in dispatcher.scopes and not plan.started:
@@ -116,9 +123,10 @@ class WorkerMetrics(Collector):
             started.add_metric(about, plan.started)
             flying.add_metric(about, running[plan.name])
             runs.add_metric(about, _histogram(plan.runs, RUN_BOUNDS_S), plan.seconds)
+            blocked.add_metric(about, plan.blocked)
             for outcome in OUTCOMES:
                 ended.add_metric([*about, outcome], getattr(plan, outcome))
-        yield from (started, ended, flying, runs)
+        yield from (started, ended, flying, runs, blocked)
 
     def _waits(self) -> Iterator[Metric]:
         dispatcher = self._worker.dispatcher

@@ -235,6 +235,7 @@ class Plan:
 
     __slots__ = (
         "adaptive",
+        "blocked",
         "breaker",
         "cancelled",
         "decode_args",
@@ -262,6 +263,7 @@ class Plan:
         self.started = self.succeeded = self.retried = self.snoozed = self.failed = self.cancelled = self.expired = 0
         self.runs = [0] * (len(RUN_BOUNDS_S) + 1)  # attempts that ended, by `RUN_BOUNDS_S`
         self.seconds = 0.0
+        self.blocked = 0  # times that its code held the event loop up
         policy = task.policy
         self.scope = Scope(f"task {task.name}", policy.limits)
         self.adaptive = None if policy.adaptive is None else AdaptiveGate(f"task {task.name}", policy.adaptive)

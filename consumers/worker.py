@@ -30,6 +30,7 @@ from jobledger.consumers.fetch import Fetcher
 from jobledger.consumers.health import health_of
 from jobledger.consumers.late_ends import LateEnds
 from jobledger.consumers.leases import Leases
+from jobledger.consumers.loop_watch import LoopWatch
 from jobledger.consumers.options import WorkerOptions
 from jobledger.consumers.places import SUSPECTS, Places
 from jobledger.consumers.send import Sender
@@ -113,6 +114,7 @@ class Worker:
         self.children: Children | None = None
         self.leases: Leases | None = None
         self.topics = TopicWatch(settings, registry.names, self._topics, LOG)
+        self.watch: LoopWatch | None = None
         self._target = self._find_target()
         self.ended = threading.Event()
         self._threads = ThreadPoolExecutor(1, "jobledger-worker")
@@ -163,6 +165,8 @@ class Worker:
                         raise
                     raise error from exc
                 finally:
+                    if self.watch is not None:
+                        self.watch.close()
                     # Python now waits for the loop's own threads, which jobs may have filled.
                     self._has_ended(self._exit_code())
         finally:
@@ -339,6 +343,9 @@ class Worker:
             for lane in self.lanes
         ]
         dispatcher.fetchers = self.fetchers
+        starter = dispatcher.starter
+        self.watch = LoopWatch(executor, dispatcher.running, dispatcher.plans, lambda: starter.started)
+        self.watch.begin()
         if any(not plan.is_async and plan.task.policy.isolation is None for plan in dispatcher.plans.values()):
             executor.start_threads(options.job_threads)
         try:

@@ -11,7 +11,7 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 
-from jobledger import NO_RETRY, App
+from jobledger import NO_RETRY, App, TaskTimedOut
 
 app = App(os.environ.get("CHAOS_NAMESPACE", "leftover"), partitions=2)
 
@@ -62,6 +62,66 @@ async def leave_a_task_that_will_not_end() -> None:
                 await asyncio.sleep(LEFT_S)
 
     app.left = asyncio.create_task(stay())  # type: ignore[attr-defined]  # so that it is kept
+
+
+async def _fail_in_a_group(mib: int) -> None:
+    held = b"x" * (mib << 20)
+
+    async def fail() -> None:
+        raise ValueError(len(held))
+
+    async with asyncio.TaskGroup() as group:
+        group.create_task(fail())
+
+
+@app.task(retry=NO_RETRY)
+async def make_a_cycle(mib: int) -> None:
+    """An error that is part of a cycle, and that holds so much memory."""
+    await _fail_in_a_group(mib)
+
+
+@app.task(retry=NO_RETRY, isolation="process")
+async def make_a_cycle_in_a_child(mib: int) -> None:
+    """The same in a child process."""
+    await _fail_in_a_group(mib)
+
+
+@app.task(timeout=1.0, retry=NO_RETRY)
+async def block_the_loop(seconds: float) -> str:
+    """Waits without letting others run, until long after its time."""
+    time.sleep(seconds)  # noqa: ASYNC251  # it is the point
+    return "succeeded"
+
+
+@app.task
+async def block_without_a_limit(seconds: float) -> str:
+    """The same, and nobody has said for how long it may."""
+    time.sleep(seconds)  # noqa: ASYNC251  # it is the point
+    return "succeeded"
+
+
+@app.task(timeout=1.0, retry=NO_RETRY)
+async def clean_up_after_blocking(seconds: float) -> str:
+    """Is told, and returns all the same."""
+    try:
+        time.sleep(seconds)  # noqa: ASYNC251  # it is the point
+    except TaskTimedOut:
+        return "cleaned up"
+    return "succeeded"
+
+
+@app.task(timeout=1.0, retry=NO_RETRY, isolation="process")
+async def block_the_loop_of_a_child(seconds: float) -> str:
+    """Blocks where nobody else runs."""
+    time.sleep(seconds)  # noqa: ASYNC251  # it is the point
+    return "succeeded"
+
+
+@app.task
+async def wait(seconds: float) -> str:
+    """A job beside these, which blocks nothing."""
+    await asyncio.sleep(seconds)
+    return "succeeded"
 
 
 def _say_and_sleep(told: int) -> None:

@@ -4,22 +4,29 @@ from __future__ import annotations
 
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
+import httpx2
 import psutil
 import pytest
 
-from jobledger import App, Settings
+from jobledger import NO_RETRY, App, JobHandle, Settings
+from jobledger.kafka.ports import free_port
 from jobledger.kafka.topics import ensure
+from jobledger.log import LogReader, decoder, partitions_of, recorded
 from jobledger.process_exit import EXIT_S, HARD_S
+from jobledger.schemas.events import CLOSING, JobFailed
 from tests.acceptance.fleet import Fleet
 from tests.integration import leftover_app
-from tests.integration.worker_app import closings, until
+from tests.integration.leftover_app import LEFT_S
+from tests.integration.worker_app import closings, until, working
 
 pytestmark = pytest.mark.kafka
 
 GRACE_S = 2.0
+MIB = 1 << 20
 #: How long the machine may take for what a worker does beside waiting; it may be busy.
 SLACK_S = 20.0
 
@@ -36,7 +43,7 @@ def client(fleet: Fleet) -> Iterator[App]:
     """The submitter's side, with its topics."""
     app = App(fleet.namespace, settings=Settings(bootstrap=fleet.bootstrap, submit_timeout=20.0), partitions=2)
     for name, task in leftover_app.app.tasks.items():
-        app.task(name=name, timeout=task.timeout)(task.fn)
+        app.task(name=name, timeout=task.timeout, retry=task.retry, isolation=task.policy.isolation)(task.fn)
     ensure(app, app.settings)
     yield app
     app.close()
@@ -83,4 +90,112 @@ def test_a_process_that_a_job_forked_can_be_terminated(fleet: Fleet, client: App
     handle = client.tasks["end_what_it_forked"].submit()
     fact = until(lambda: closings(client).get(handle.job_id), 60, "the job's end")[-1].event.fact
     assert fact.result == str(-signal.SIGTERM).encode()
+    assert fleet.stop(worker) == 0
+
+
+def end_of(app: App, handle: JobHandle[Any], timeout: float = 90.0) -> Any:
+    """The fact that ended a job."""
+    return until(lambda: closings(app).get(handle.job_id), timeout, "the job's end")[-1].event.fact
+
+
+@pytest.mark.parametrize(("task", "mib", "count"), [("make_a_cycle", 5, 300), ("make_a_cycle_in_a_child", 40, 40)])
+def test_jobs_that_make_cycles_leave_the_memory_flat(
+    fleet: Fleet, client: App, say: Callable[[str], None], task: str, mib: int, count: int
+) -> None:
+    """1.5 GiB that errors hold in cycles are collected as they come, and not kept while the worker is idle."""
+    worker = fleet.start("worker", "--grace", str(GRACE_S), "--concurrency", "4", "--children", "1")
+    end_of(client, client.tasks[task].submit(mib))
+    family = [psutil.Process(worker.pid), *psutil.Process(worker.pid).children(recursive=True)]
+    most = 0
+
+    def used() -> int:
+        nonlocal most
+        now = int(sum(process.memory_info().rss for process in family))
+        most = max(most, now)
+        return now
+
+    before = used()
+    client.submit_many(client.tasks[task].job(mib) for _ in range(count))
+    ended = lifecycle_ends(client)
+    fleet.until(lambda: used() > 0 and ended() == count + 1, 240, "the jobs' ends")
+    assert most < before + 600 * MIB, f"{before:,} bytes became {most:,}"
+    fleet.until(lambda: used() < before + 150 * MIB, 60, f"an idle worker's memory: {before:,}, now {used():,}")
+    say(f"memory: {task}, {count * mib:,} MiB in cycles: {before / MIB:.0f}, at most {most / MIB:.0f} MiB")
+    assert fleet.stop(worker) == 0
+
+
+def lifecycle_ends(app: App) -> Callable[[], int]:
+    """How many jobs have ended; what was read once is not read again."""
+    read = decoder(app.settings, app.names)
+    places = dict.fromkeys(range(partitions_of(app.settings, app.names.lifecycle)), 0)
+    count = 0
+
+    def ended() -> int:
+        nonlocal count
+        with LogReader(app.settings) as reader:
+            for number, start in places.items():
+                for message in reader.read(app.names.lifecycle, number, start):
+                    found = recorded(message, read.decode)
+                    places[number] = found.position.offset + 1
+                    count += isinstance(found.event.fact, CLOSING)
+        return count
+
+    return ended
+
+
+def test_a_coroutine_that_blocks_the_loop_is_named_and_ended_at_its_timeout(fleet: Fleet, client: App) -> None:
+    """A coroutine that sleeps without awaiting is told with its task's name and its stack, counted, and interrupted at its
+    timeout; the jobs beside it go on, and one that catches the interrupt may still return."""
+    port = free_port()
+    worker = fleet.start("worker", "--grace", str(GRACE_S), "--metrics-port", str(port))
+    began = time.monotonic()
+    blocking = client.tasks["block_the_loop"].submit(LEFT_S)
+    beside = client.tasks["wait"].submit(0.1)
+    cleans = client.tasks["clean_up_after_blocking"].submit(LEFT_S)
+    endless = client.tasks["block_without_a_limit"].submit(3.0)
+    fact = end_of(client, blocking)
+    assert isinstance(fact, JobFailed), fact
+    assert fact.reason == "timeout"
+    assert "block_the_loop() ran longer than its timeout of 1 s" in fact.error.message
+    assert "time.sleep(seconds)" in (fact.error.traceback or "")
+    assert end_of(client, beside).result == b'"succeeded"'
+    assert end_of(client, cleans).result == b'"cleaned up"'
+    assert end_of(client, endless).result == b'"succeeded"'
+    assert time.monotonic() - began < LEFT_S, "it was not interrupted"
+    text = httpx2.get(f"http://127.0.0.1:{port}/metrics", timeout=10).text
+    counts = {
+        line.split('task="')[1].split('"')[0]: float(line.split()[-1])
+        for line in text.splitlines()
+        if line.startswith("jobledger_worker_loop_blocked_total{")
+    }
+    assert counts["block_the_loop"] == 1
+    assert counts["block_without_a_limit"] == 1
+    assert counts["wait"] == 0
+    assert fleet.stop(worker) == 0
+    output = worker.output()
+    assert f"task block_the_loop blocks the event loop: job {blocking.job_id} has not awaited anything" in output
+    assert "in block_without_a_limit\n    time.sleep(seconds)" in output, output
+
+
+def test_what_cannot_be_interrupted_has_timed_out_when_it_returns(broker: str, namespace: str) -> None:
+    """Where no signal reaches the loop's thread, as in a worker that a program runs in another one, a coroutine that
+    blocked it beyond its time limit has timed out, although it returned."""
+    app = App(namespace, settings=Settings(bootstrap=broker, submit_timeout=20.0), partitions=2)
+    task = app.task(timeout=1.0, retry=NO_RETRY)(leftover_app.block_the_loop.fn)
+    ensure(app, app.settings)
+    with working(app, grace=GRACE_S):
+        fact = end_of(app, task.submit(3.0))
+    app.close()
+    assert isinstance(fact, JobFailed), fact
+    assert fact.reason == "timeout"
+
+
+def test_a_coroutine_that_blocks_the_loop_of_its_child_is_ended_at_its_timeout(fleet: Fleet, client: App) -> None:
+    """It is interrupted, long before its process would be killed."""
+    worker = fleet.start("worker", "--grace", str(GRACE_S), "--children", "1")
+    fact = end_of(client, client.tasks["block_the_loop_of_a_child"].submit(4.0))
+    assert isinstance(fact, JobFailed), fact
+    assert fact.reason == "timeout"
+    assert "ran longer than its timeout of 1 s" in fact.error.message
+    assert "was killed" not in fact.error.message
     assert fleet.stop(worker) == 0

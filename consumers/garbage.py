@@ -1,0 +1,67 @@
+"""Collects garbage that holds itself in cycles, by the memory it takes.
+
+Python looks for cycles by the number of objects that were made. The errors of a few hundred jobs are few objects, and their
+frames may hold gigabytes. So the memory of the process is looked at a few times a second: when it has grown since the last
+collection, there is another.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import os
+from collections.abc import Callable
+
+PAGE = os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 4096
+
+_LIBC = ctypes.CDLL(None) if os.name == "posix" else None
+
+#: Bytes by which a process grows before garbage is collected; and its share of what is in use, so that a process that
+#: rightly grows is not busy with it.
+GROWN, GROWN_SHARE = 64 << 20, 8
+#: The same while no job begins or ends: nobody is held up then.
+GROWN_IDLE = 8 << 20
+
+
+def due(in_use: int, after_last: int, idle: bool) -> bool:
+    """Whether to collect: ``in_use`` bytes now, ``after_last`` after the last collection."""
+    return in_use - after_last >= (GROWN_IDLE if idle else max(GROWN, after_last // GROWN_SHARE))
+
+
+def resident() -> int:
+    """Bytes of memory that this process has in use."""
+    try:
+        with open("/proc/self/statm", "rb", buffering=0) as file:
+            return int(file.read().split()[1]) * PAGE
+    except OSError:  # no Linux
+        import psutil
+
+        return int(psutil.Process().memory_info().rss)
+
+
+def collect() -> None:
+    """Free what cycles hold, and give free memory back to the system, where the C library can (glibc)."""
+    gc.collect()
+    trim = getattr(_LIBC, "malloc_trim", None)
+    if trim is not None:
+        trim(0)
+
+
+class Garbage:
+    """Collects when it is due. Where uvloop runs, to be looked at on its thread: its handles may be freed nowhere else."""
+
+    def __init__(self, in_use: Callable[[], int] = resident, collect: Callable[[], object] = collect) -> None:
+        self._in_use, self._collect = in_use, collect
+        self._after_last = in_use()
+        self.collections = 0
+
+    def look(self, *, idle: bool) -> None:
+        """Collect if the process has grown enough since the last collection."""
+        now = self._in_use()
+        if due(now, self._after_last, idle):
+            self._collect()
+            self.collections += 1
+            now = self._in_use()
+            self._after_last = now
+        elif now < self._after_last:
+            self._after_last = now

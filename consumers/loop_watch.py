@@ -1,0 +1,196 @@
+"""Watches the event loop: whether it goes round, what keeps it from that, and what garbage waits.
+
+On the loop a timer counts beats. A thread reads the count: if it stays the same, code runs on the loop that does not give
+it back. That code is named with its stack, once for each such time. If it is a job's whose time limit is over, the job is
+told there and then: a signal to the loop's thread, whose handler raises `TaskTimedOut` if, and only if, the code that it
+interrupts is that job's. Where that cannot be done (no main thread, no such signal, C code that does not return), the job
+has timed out when it comes back.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Mapping
+from types import CodeType, FrameType
+
+from jobledger.consumers.execute import Executor
+from jobledger.consumers.garbage import Garbage
+from jobledger.consumers.interrupts import runs_inside
+from jobledger.consumers.work import Plan, Work
+from jobledger.errors import TaskTimedOut
+from jobledger.logger import get_logger
+
+LOG = get_logger("jobledger.worker")
+
+#: Seconds between two beats of the loop, and between two looks at them.
+BEAT_S, LOOK_S = 0.1, 0.25
+#: Seconds without a beat after which it is said what blocks the loop.
+WARN_S = 1.0
+#: Beats without a job that begins after which a worker counts as idle.
+IDLE_BEATS = 10
+
+#: Without a handler it does nothing, so nobody is harmed by one that comes late.
+SIGNAL: signal.Signals | None = getattr(signal, "SIGURG", None)
+
+
+class LoopWatch(threading.Thread):
+    """Watches the loop that `begin` is called on. ``running``: the jobs that run. ``started()``: how many have begun."""
+
+    def __init__(
+        self,
+        executor: Executor,
+        running: Mapping[Work, None],
+        plans: Mapping[str, Plan],
+        started: Callable[[], int],
+    ) -> None:
+        super().__init__(name="jobledger-loop-watch", daemon=True)
+        self._executor, self._running, self._plans, self._started_count = executor, running, plans, started
+        self._garbage = Garbage()
+        self._beats = self._quiet = self._begun = 0
+        self._closed = threading.Event()
+        self._loop: asyncio.AbstractEventLoop
+        self._timer: asyncio.TimerHandle | None = None
+        self._thread_id = 0
+        self._signals = False
+        #: Times that the loop was blocked by what is no task's own code: hooks, resources, tasks that a job has started.
+        self.blocked_by_others = 0
+
+    # -- on the loop --------------------------------------------------------------------------------------------------
+
+    def begin(self) -> None:
+        """Watch the running loop, which is this thread's."""
+        self._loop, self._thread_id = asyncio.get_running_loop(), threading.get_ident()
+        if (
+            SIGNAL is not None
+            and threading.current_thread() is threading.main_thread()
+            and signal.getsignal(SIGNAL) is signal.SIG_DFL  # else it is the app's
+        ):
+            signal.signal(SIGNAL, self._interrupt)
+            self._signals = True
+        self._beat()
+        self.start()
+
+    def close(self) -> None:
+        """Watch no more. In the thread that `begin` was called in, or the loop has ended."""
+        self._closed.set()
+        if self._timer is not None:
+            self._timer.cancel()
+        if self._signals:
+            assert SIGNAL is not None
+            self._signals = False
+            signal.signal(SIGNAL, signal.SIG_DFL)
+
+    def _beat(self) -> None:
+        self._beats += 1
+        self._executor.due = None  # it has come back
+        started = self._started_count()
+        self._quiet = self._quiet + 1 if started == self._begun and not self._running else 0
+        self._begun = started
+        self._garbage.look(idle=self._quiet >= IDLE_BEATS)
+        if not self._closed.is_set():
+            self._timer = self._loop.call_later(BEAT_S, self._beat)
+
+    def _interrupt(self, number: int, frame: FrameType | None) -> None:
+        """Handler of `SIGNAL`, between two bytecodes of the loop's thread."""
+        work = self._executor.due
+        if work is None or work.plan is None or asyncio.current_task(self._loop) is not work.handle:
+            return
+        if runs_inside(frame, RUN, work.plan.fn):
+            self._executor.due = None
+            work.interrupted = TaskTimedOut
+            raise TaskTimedOut
+
+    # -- in the thread ------------------------------------------------------------------------------------------------
+
+    def run(self) -> None:
+        """Look until closed."""
+        # Looks without a beat are counted, whatever the clock says: the whole process may have been stopped.
+        seen, late, own = 0, 0.0, 0.0
+        blocker: Work | None = None
+        told: set[Work | None] = set()
+        while not self._closed.wait(LOOK_S):
+            beats = self._beats
+            if beats != seen:
+                seen, late, own, blocker = beats, 0.0, 0.0, None
+                told.clear()
+                continue
+            work = self._work()
+            late, own, blocker = late + LOOK_S, own + LOOK_S if work is blocker else LOOK_S, work
+            overdue = work is not None and self._overdue(work)
+            # Several may share the time without a beat: the first that is found is told, and who has a second by itself.
+            if overdue or (own if told else late) >= WARN_S:
+                self._tell_once(work, late, told)
+            if overdue:
+                self._end(work)
+
+    def _work(self) -> Work | None:
+        """The job whose code runs on the loop now."""
+        task = asyncio.current_task(self._loop)
+        return None if task is None else next((work for work in list(self._running) if work.handle is task), None)
+
+    @staticmethod
+    def _overdue(work: Work) -> bool:
+        limit = None if work.plan is None else work.plan.task.timeout
+        return limit is not None and work.interrupted is None and time.monotonic() - work.began >= limit
+
+    def _end(self, work: Work | None) -> None:
+        self._executor.due = work
+        if self._signals:
+            assert SIGNAL is not None
+            signal.pthread_kill(self._thread_id, SIGNAL)
+
+    def _tell_once(self, work: Work | None, late: float, told: set[Work | None]) -> None:
+        if work in told:
+            return
+        try:
+            if self._tell(work, late):
+                told.add(work)
+        except Exception:
+            LOG.exception("what blocks the event loop could not be found out")
+            told.add(work)
+
+    def _tell(self, work: Work | None, late: float) -> bool:
+        frame = sys._current_frames().get(self._thread_id)
+        stack = [] if frame is None else _above(frame, None if work is None else RUN)
+        if not stack:
+            return False  # no Python code runs there, or no longer this job's: the loop waits, for the CPU perhaps
+        where = "".join(traceback.format_list(stack)).rstrip()
+        if work is None or work.plan is None or work.event is None:
+            self.blocked_by_others += 1
+            LOG.warning(
+                "the event loop is blocked for %.1f s: no coroutine of this worker goes on until this returns\n%s",
+                late,
+                where,
+            )
+            return True
+        work.plan.blocked += 1
+        LOG.warning(
+            "task %s blocks the event loop: job %s has not awaited anything for %.1f s, and no other coroutine of this worker "
+            "can run. Await what takes time, or make it a plain function (def), which runs in a thread\n%s",
+            work.plan.name,
+            work.event.job_id,
+            late,
+            where,
+            extra={"job_id": work.event.job_id, "task": work.plan.name},
+        )
+        return True
+
+
+#: The code that calls a coroutine task's, and the code that calls everything on the loop.
+RUN: CodeType = Executor.run.__code__
+RUNNER: CodeType = asyncio.Runner.run.__code__
+
+
+def _above(frame: FrameType, caller: CodeType | None) -> list[traceback.FrameSummary]:
+    """The stack from the loop, or from what ``caller`` calls, up to ``frame``; empty if that is not among its callers."""
+    frames: list[tuple[FrameType, int]] = []
+    at: FrameType | None = frame
+    while at is not None and at.f_code is not (caller or RUNNER):
+        frames.append((at, at.f_lineno))
+        at = at.f_back
+    return [] if at is None else list(traceback.StackSummary.extract(reversed(frames)))

@@ -1,0 +1,94 @@
+"""When a worker collects garbage, and whose code it is that runs: pure rules."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from jobledger.consumers.garbage import GROWN, GROWN_IDLE, Garbage, due, resident
+from jobledger.consumers.interrupts import runs_inside
+
+MIB = 1 << 20
+
+
+def test_garbage_is_collected_by_the_memory_it_takes() -> None:
+    """A process that grew by 64 MiB since the last collection, or by an eighth if that is more, collects; an idle one does
+    so after 8 MiB."""
+    assert not due(100 * MIB + GROWN - 1, 100 * MIB, idle=False)
+    assert due(100 * MIB + GROWN, 100 * MIB, idle=False)
+    assert not due(8_900 * MIB, 8_000 * MIB, idle=False)
+    assert due(9_000 * MIB, 8_000 * MIB, idle=False)
+    assert due(100 * MIB + GROWN_IDLE, 100 * MIB, idle=True)
+    assert not due(100 * MIB + GROWN_IDLE - 1, 100 * MIB, idle=True)
+
+
+@given(st.lists(st.tuples(st.integers(0, 200), st.booleans()), max_size=60))
+def test_garbage_never_grows_beyond_its_bound(steps: list[tuple[int, bool]]) -> None:
+    """Whatever is allocated between two looks, after a look less than the bound is left since the last collection; memory
+    that is rightly in use causes no collection without growth."""
+    rightly = garbage = collected = 0
+
+    def free() -> None:
+        nonlocal garbage, collected
+        garbage, collected = 0, collected + 1
+
+    watched = Garbage(lambda: (100 + rightly + garbage) * MIB, free)
+    for size, is_garbage in steps:
+        rightly, garbage = rightly + size * (not is_garbage), garbage + size * is_garbage
+        watched.look(idle=False)
+        assert garbage * MIB < max(GROWN, (100 + rightly) * MIB // 8)
+        before = collected
+        watched.look(idle=False)
+        assert collected == before
+
+
+def test_the_memory_in_use_is_known() -> None:
+    """A Python process takes more than a MiB, and what it allocates counts."""
+    before = resident()
+    held = b"x" * (64 * MIB)
+    assert resident() - before > 32 * MIB
+    assert before > MIB
+    assert len(held) == 64 * MIB
+
+
+def test_code_of_a_job_is_told_from_the_code_around_it() -> None:
+    """A frame is the job's if it runs what the job's function runs, called by the executor; the executor's own code, what
+    that calls besides, and code elsewhere are not."""
+    found: dict[str, bool] = {}
+
+    def note(name: str) -> None:  # while the frame runs, as the handler of a signal does it
+        found[name] = runs_inside(sys._getframe(1), executor.__code__, job)
+
+    async def deeper(name: str) -> None:
+        await asyncio.sleep(0)
+        note(name)
+
+    async def job(name: str = "job") -> None:
+        note(name)
+        await deeper(f"what the {name} calls")
+
+    def helper() -> None:
+        note("what the executor calls besides")
+
+    async def executor() -> None:
+        note("the executor")
+        helper()
+        await job()
+
+    async def main() -> None:
+        await executor()
+        await job("function elsewhere")
+
+    asyncio.run(main())
+    assert found == {
+        "the executor": False,
+        "what the executor calls besides": False,
+        "job": True,
+        "what the job calls": True,
+        "function elsewhere": False,
+        "what the function elsewhere calls": False,
+    }
+    assert not runs_inside(None, executor.__code__, job)
