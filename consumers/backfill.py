@@ -230,10 +230,13 @@ class Backfill:
         for message in chunk:
             self.progress.events += 1
             try:
-                ((job_id, record),) = self._routes.jobs(message)
+                jobs = self._routes.jobs(message)
             except SchemaError:
                 self.progress.unreadable += 1  # the router has put it among the dead letters when it came
                 continue
+            if not jobs:
+                continue
+            ((job_id, record),) = jobs
             if self._known(job_id):
                 self.progress.known += 1
                 continue

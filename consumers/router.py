@@ -75,6 +75,8 @@ class Routes:
     def jobs(self, message: Message) -> list[tuple[str, Outgoing]]:
         """The jobs that follow from a record, by id. Raises `SchemaError` for bytes that are no such event."""
         kind, handlers = self._by_topic[message.topic() or ""]
+        if kind.passes(message.value()):
+            return []
         plain = kind.decode(message.value(), self._schemas, self._schemas.by_id)
         headers: dict[str, Any] = dict(message.headers() or ())
         event_id = event_id_of(headers, kind.topic, message.partition() or 0, message.offset() or 0)

@@ -6,6 +6,7 @@ pair of event and handler there is one job, whose id is a function of both.
 
 from __future__ import annotations
 
+import codecs
 import dataclasses
 import datetime as dt
 import inspect
@@ -21,10 +22,20 @@ import fastavro.schema
 import msgspec
 
 from jobledger.durations import in_seconds
-from jobledger.errors import BadEvent, ConfigError, NotAnEvent, RegistryNeeded, SchemaError, UnknownSchema, text_of
+from jobledger.errors import (
+    BadEvent,
+    ConfigError,
+    IncompatibleEvent,
+    NotAnEvent,
+    RegistryNeeded,
+    SchemaError,
+    UnknownSchema,
+    text_of,
+)
 from jobledger.names import Names, check_name, check_topic
 from jobledger.schemas import codec, defaults, exact, frame
 from jobledger.schemas.derive import check_evolution, derive, dumper, is_pydantic, read_nested
+from jobledger.schemas.foreign import ForeignSchema
 
 if TYPE_CHECKING:
     from jobledger.task import Task
@@ -97,6 +108,8 @@ class EventType:
         #: Whether it holds numbers or times that not every reader would get as they are.
         self._delicate = '"double"' in self.schema or '"timestamp-micros"' in self.schema
         self._readers: dict[bytes, Any] = {}
+        #: Names of the records of others that fit.
+        self._fitting: set[str] = set()
         if key is not None and key not in {f["name"] for f in json.loads(self.schema)["fields"]}:
             raise ConfigError(f"event {name!r}: key={key!r} is no field of {cls.__qualname__}")
 
@@ -129,6 +142,10 @@ class EventType:
         except Exception as exc:  # the class's own checks may raise anything
             raise BadEvent(f"{dict(values)!r} does not fit event {self.name!r}: {text_of(exc)}") from exc
 
+    def passes(self, value: bytes | None) -> bool:
+        """Whether a record says nothing to this class: a tombstone on another's topic, which may be compacted."""
+        return value is None and self.foreign
+
     def decode(
         self,
         value: bytes | None,
@@ -139,14 +156,14 @@ class EventType:
 
         ``lookup``: the schema's text for a fingerprint that was not seen before, None if it is published nowhere;
         ``by_id``: the same for the id in a Schema Registry's frame, as of `jobledger.lookup.SchemaLookup`.
-        Raises `IncompatibleEvent` for what a later form of this class wrote that this one cannot read: it is an event,
-        and must not be passed over as garbage.
+        Raises `IncompatibleEvent` for what a later form of this class wrote that this one cannot read, and for records of
+        others whose schema does not fit the class: they are events, and must not be passed over as garbage.
         """
         if value is None:
             raise NotAnEvent("the record has no value")
         if self.format == "json":
             try:
-                found = msgspec.json.decode(value)
+                found = msgspec.json.decode(value.removeprefix(codecs.BOM_UTF8))
             except (msgspec.DecodeError, RecursionError) as exc:  # the latter for [[[[…
                 raise NotAnEvent(f"no JSON: {exc}") from exc
             if not isinstance(found, dict):
@@ -161,10 +178,16 @@ class EventType:
         earlier: Any = None
         if head != self.fingerprint and (earlier := self._readers.get(head)) is None:
             text = lookup(head) if at == _SINGLE_OBJECT else self._by_id(by_id, value)
-            earlier = self._readers[head] = self._writer(text, head)
+            earlier = self._readers[head] = self._foreign(text, head) if self.foreign else self._writer(text, head)
+        if isinstance(earlier, str):
+            raise NotAnEvent(earlier)
         try:
+            if isinstance(earlier, ForeignSchema):
+                return earlier.read(value[at:])
             data = io.BytesIO(value[at:])
             plain: Any = fastavro.schemaless_reader(data, earlier or self._parsed, self._parsed if earlier else None)
+        except NotAnEvent:
+            raise
         except Exception as exc:
             raise NotAnEvent(f"the bytes are no {self.name}: {exc}") from exc
         return plain  # type: ignore[no-any-return]  # a record is a dict
@@ -178,6 +201,36 @@ class EventType:
                 raise
             # Our emitters publish the ids they use beside the log: so this is none of theirs, but garbage.
             raise NotAnEvent(f"{exc}, or this is no event") from None
+        except SchemaError as exc:  # a schema that is there, and is none that can be used
+            if not self.foreign:
+                raise
+            raise IncompatibleEvent(f"event {self.name!r} cannot be read from {self.topic}: {exc}") from exc
+
+    def _foreign(self, text: str | None, head: bytes) -> ForeignSchema | str:
+        """How another program's schema fits the class; a text: why it does not, where the topic's records of another name
+        do, so that these are of another kind. Raises `IncompatibleEvent`."""
+        if text is None:
+            raise UnknownSchema(f"the schema {head.hex()} is published nowhere")
+        called = ""
+        try:
+            written = json.loads(text)
+            if not isinstance(written, dict) or written.get("type") != "record":
+                raise IncompatibleEvent(f"event {self.name!r}: the values on {self.topic} are no records ({text:.100})")
+            called = _fullname(written)
+            fits = ForeignSchema(self.name, written, json.loads(self.schema))
+        except (ValueError, fastavro.schema.SchemaParseException) as exc:
+            problem = IncompatibleEvent(
+                f"event {self.name!r}: a schema on {self.topic} cannot be used: {exc!r}. Types that it takes from other schemas "
+                "of a registry are not read"
+            )
+        except IncompatibleEvent as exc:
+            problem = IncompatibleEvent(f"event {self.name!r} cannot be read from {self.topic}: {exc}")
+        else:
+            self._fitting.add(called)
+            return fits
+        if self._fitting and called not in self._fitting:
+            return str(problem)
+        raise problem
 
     def _writer(self, text: str | None, head: bytes) -> Any:
         """The writer's schema, under the name of ours: others call the same record what they like."""

@@ -94,6 +94,8 @@ class Reading:
                     event_id = found.event.event_id
                 else:
                     kind = projection.events[where.topic]
+                    if kind.passes(message.value()):
+                        continue
                     plain = kind.decode(message.value(), self._lookup, self._lookup.by_id)
                     event_id = event_id_of(dict(message.headers() or ()), where.topic, where.partition, where.offset)
                     found = self._converters[where.topic](plain)

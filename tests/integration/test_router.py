@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import http.server
+import io
 import json
 import threading
 import time
 import uuid
 from collections import Counter
 from collections.abc import Iterator
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
+import fastavro
 import msgspec
 import pytest
 from confluent_kafka import TopicPartition
@@ -22,15 +26,17 @@ from confluent_kafka.admin import (  # type: ignore[attr-defined]  # re-exported
     NewTopic,
     ResourceType,
 )
+from sqlalchemy import Column, Integer, MetaData, Table
 
 from jobledger import App, BadEvent, ConfigError, EventHandle, IncompatibleEvent, Settings, TopicMissing, commits
 from jobledger.consumers import beginning
 from jobledger.consumers.backfill import Backfill, Plan, Progress, events_per_second
 from jobledger.consumers.router import Router
 from jobledger.kafka.topics import ensure
-from jobledger.log import admin, consumer_config, partitions_of
+from jobledger.log import admin, consumer_config, partitions_of, producer, producer_config
 from jobledger.log import consumer as make_consumer
 from jobledger.schemas.events import JobSubmitted, JobSucceeded, Position, RecordRejected
+from jobledger.streams.projections import Runner
 from jobledger.writer import LogWriter, Outgoing
 from tests.integration.worker_app import log_of, until, working
 
@@ -472,3 +478,130 @@ def test_rates_are_read(text: str, rate: float) -> None:
 def test_what_is_no_rate_is_refused(text: str) -> None:
     with pytest.raises(ConfigError, match="50/s"):
         events_per_second(text)
+
+
+class Shipment(msgspec.Struct, frozen=True):
+    number: int
+    state: Literal["new", "sent"]
+    lines: list[Parcel]
+
+
+SHIPMENT = {
+    "type": "record", "name": "ShipmentChanged", "namespace": "warehouse",
+    "fields": [
+        {"name": "number", "type": "int"},
+        {"name": "state", "type": {"type": "enum", "name": "ShipmentState", "symbols": ["new", "sent"]}},
+        {"name": "lines", "type": {"type": "array", "items": {
+            "type": "record", "name": "ShipmentLine", "fields": [{"name": "number", "type": "int"}]}}},
+    ],
+}  # fmt: skip
+
+
+@contextlib.contextmanager
+def registry_of(*schemas: dict[str, Any]) -> Iterator[str]:
+    """The URL of a server that gives schemas by id, from 1 on, and takes ours, as a Schema Registry does."""
+    texts = list(map(json.dumps, schemas))
+
+    class Answers(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.answer({"schema": texts[int(self.path.rpartition("/")[2]) - 1]})
+
+        def do_POST(self) -> None:
+            text = json.loads(self.rfile.read(int(self.headers["Content-Length"])))["schema"]
+            if text not in texts:
+                texts.append(text)
+            self.answer({"id": texts.index(text) + 1})
+
+        def answer(self, found: dict[str, Any]) -> None:
+            body = json.dumps(found).encode()
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, format: str, *args: Any) -> None:
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Answers) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{server.server_address[1]}"
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+def avro(schema_id: int, schema: dict[str, Any], values: dict[str, Any]) -> bytes:
+    out = io.BytesIO()
+    fastavro.schemaless_writer(out, fastavro.parse_schema(json.loads(json.dumps(schema))), values)
+    return b"\0" + schema_id.to_bytes(4, "big") + out.getvalue()
+
+
+def test_others_records_are_read_as_they_were_written_or_stop_the_router(
+    broker: str, namespace: str, tmp_path: Path
+) -> None:
+    """Enums, arrays of records, tombstones, JSON after a byte-order mark: handler and projection get the events, nothing goes
+    to the dead letters. A schema that the class cannot read stops both, naming the field, and is where they go on."""
+    changed = json.loads(json.dumps(SHIPMENT).replace('"number", "type": "int"', '"number", "type": "string"', 1))
+    with registry_of(SHIPMENT, changed) as url, contextlib.ExitStack() as stack:
+        settings = Settings(bootstrap=broker, schema_registry=url, status_url=f"sqlite:///{tmp_path / 'status.db'}")
+        app = App(namespace, settings=settings, partitions=1)
+        stack.callback(app.close)
+        shipments, parcels = f"{namespace}-shipments", f"{namespace}-parcels"
+        app.event(topic=shipments, format="avro", start="earliest")(Shipment)
+        app.event(topic=parcels, format="json", start="earliest")(Parcel)
+        ran: list[Any] = []
+
+        @app.on(Shipment)
+        async def shipped(event: Shipment) -> None:
+            ran.append(event)
+
+        @app.on(Parcel)
+        async def track(event: Parcel) -> None:
+            ran.append(event)
+
+        table = Table("seen", MetaData(), Column("number", Integer, primary_key=True), Column("events", Integer))
+
+        @app.projection(Shipment, table=table, key=lambda event: event.number)
+        def count(row: Any, event: Shipment) -> dict[str, int]:
+            return {"events": (row["events"] if row else 0) + len(event.lines)}
+
+        client = admin(settings)
+        for future in client.create_topics([NewTopic(topic, 1, 1) for topic in (shipments, parcels)]).values():
+            future.result(timeout=20)
+        ensure(app, settings)
+        writer = producer(producer_config(settings))
+        first = avro(1, SHIPMENT, {"number": 1, "state": "sent", "lines": [{"number": 7}, {"number": 8}]})
+        for topic, value in (
+            (shipments, first),
+            (shipments, None),
+            (parcels, None),
+            (parcels, b'\xef\xbb\xbf{"number": 5}'),
+        ):
+            writer.produce(topic, value, b"k")
+        assert writer.flush(20) == 0
+        with working(app), routing(app) as router:
+            until(lambda: len(ran) == 2)
+            until(lambda: router.events == 4)
+            assert (router.jobs, router.rejected) == (2, 0)
+        assert sorted(ran, key=repr) == [Parcel(5), Shipment(1, "sent", [Parcel(7), Parcel(8)])]
+        url_of = settings.resolve_status_url(namespace)
+        with contextlib.closing(
+            Runner(app.registry.projections["count"], settings, app.names, list(app.lanes), url_of)
+        ) as runner:
+            runner.run(threading.Event(), until_end=True)
+            assert (runner.folded, runner.unreadable) == (1, 0)
+        writer.produce(shipments, avro(2, changed, {"number": "x", "state": "new", "lines": []}), b"k")
+        assert writer.flush(20) == 0
+        for _ in range(2):
+            with pytest.raises(IncompatibleEvent, match=r"Shipment\.number: .* have string"):
+                Router(app.registry, settings).run(threading.Event())
+        with (
+            contextlib.closing(
+                Runner(app.registry.projections["count"], settings, app.names, list(app.lanes), url_of)
+            ) as runner,
+            pytest.raises(IncompatibleEvent, match=r"Shipment\.number"),
+        ):
+            runner.run(threading.Event(), until_end=True)
+        assert log_of(app, app.names.dead_letter) == []
