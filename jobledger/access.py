@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from confluent_kafka import KafkaError, KafkaException
 from confluent_kafka.admin import AdminClient
 
-from jobledger import tls
+from jobledger import addresses, tls
 from jobledger.config import TOKEN_ENDPOINT, Settings
 from jobledger.errors import AccessDenied, BrokerUnavailable, ConfigError, NotAuthenticated, NotAuthorized
 from jobledger.logger import get_logger
@@ -178,8 +178,7 @@ class Door:
         says once that it has got no token, and might get one yet: that counts when something has timed out over it. And
         one that never got to ask for a topic says that there is none."""
         if error.code() == KafkaError._UNKNOWN_TOPIC and time.monotonic() - self._away_at < AWAY_S:
-            address = self._settings.bootstrap or "the embedded broker"
-            return BrokerUnavailable(f"{address} cannot be reached; check JOBLEDGER_BOOTSTRAP and that the broker runs")
+            return BrokerUnavailable(away(self._settings, "cannot be reached"))
         if self._refusal is None and self._no_token and error.code() == KafkaError._MSG_TIMED_OUT:
             return refusal(self._settings, self._no_token)
         return self._refusal
@@ -254,10 +253,17 @@ def knock(settings: Settings, timeout: float = KNOCK_S) -> None:
     found = tls.trouble(settings.resolve_bootstrap(), settings.kafka)
     if found is not None:
         raise NotAuthenticated(found)
-    raise BrokerUnavailable(
-        f"{settings.bootstrap or 'the embedded broker'} did not answer within {timeout:g} s; "
-        "check JOBLEDGER_BOOTSTRAP and that the broker runs"
-    )
+    raise BrokerUnavailable(away(settings, f"did not answer within {timeout:g} s"))
+
+
+def away(settings: Settings, said: str) -> str:
+    """What to say of a broker that is away: that its host has no address, if that is so; else that it ``said``."""
+    if settings.bootstrap is None:
+        return f"the embedded broker {said}; check that it runs: `jobledger kafka status`"
+    found = addresses.unresolved(settings.bootstrap)
+    if found is not None:
+        return f"{settings.bootstrap}: {found}; check JOBLEDGER_BOOTSTRAP and the name service"
+    return f"{settings.bootstrap} {said}; check JOBLEDGER_BOOTSTRAP and that the broker runs"
 
 
 def unusable(error: KafkaException) -> ConfigError:

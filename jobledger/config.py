@@ -6,6 +6,7 @@ Security settings are written once, with librdkafka's names (``JOBLEDGER_KAFKA__
 
 from __future__ import annotations
 
+import difflib
 import ipaddress
 import math
 import os
@@ -16,6 +17,7 @@ from urllib.parse import urlsplit
 
 import platformdirs
 
+from jobledger import addresses
 from jobledger.errors import BrokerUnavailable, ConfigError
 
 PREFIX = "JOBLEDGER_"
@@ -43,6 +45,64 @@ KNOWN = (
 #: minutes. New partitions, too.
 PATIENCE: Mapping[str, int] = {"socket.timeout.ms": 10_000, "topic.metadata.refresh.interval.ms": 5_000}
 
+_ROOM = "each part sets its own, for its latency and for a bound of its memory"
+_GROUPS = "groups are named by the namespace, and `jobledger topics apply` gives them their timeouts"
+_COMMITS = "what is committed is what was dealt with: AT_LEAST_ONCE rests on it"
+#: Client settings that are not the user's, with the reason: they are refused by name.
+OWNED: Mapping[str, str] = {
+    **dict.fromkeys(("bootstrap.servers", "metadata.broker.list"), f"{PREFIX}BOOTSTRAP names the brokers"),
+    "message.max.bytes": f"{PREFIX}MAX_RECORD_BYTES bounds records",
+    **dict.fromkeys(("delivery.timeout.ms", "message.timeout.ms"), f"{PREFIX}SUBMIT_TIMEOUT bounds sending"),
+    **dict.fromkeys(
+        ("partitioner", "sticky.partitioning.linger.ms"),
+        "every writer, in every language, must put a key on the same partition: KEY_ORDER rests on it",
+    ),
+    **dict.fromkeys(
+        ("enable.idempotence", "acks", "request.required.acks", "transactional.id"),
+        "what is acknowledged must be in the log once: AT_LEAST_ONCE rests on it",
+    ),
+    **dict.fromkeys(
+        ("allow.auto.create.topics", "topic.metadata.propagation.max.ms"),
+        "only `jobledger topics apply` creates topics, and a missing one is an error within seconds",
+    ),
+    **dict.fromkeys(
+        (
+            "linger.ms",
+            "queue.buffering.max.ms",
+            "queued.min.messages",
+            "queued.max.messages.kbytes",
+            "fetch.wait.max.ms",
+            "fetch.max.bytes",
+            "fetch.queue.backoff.ms",
+            "fetch.error.backoff.ms",
+        ),
+        _ROOM,
+    ),
+    **dict.fromkeys(
+        (
+            "group.id",
+            "group.instance.id",
+            "group.protocol",
+            "group.remote.assignor",
+            "partition.assignment.strategy",
+            "session.timeout.ms",
+            "heartbeat.interval.ms",
+        ),
+        _GROUPS,
+    ),
+    **dict.fromkeys(
+        (
+            "enable.auto.commit",
+            "auto.commit.enable",
+            "auto.commit.interval.ms",
+            "enable.auto.offset.store",
+            "auto.offset.reset",
+            "enable.partition.eof",
+        ),
+        _COMMITS,
+    ),
+}
+
 #: Where tokens are asked for with ``sasl.oauthbearer.method=oidc``.
 TOKEN_ENDPOINT = "sasl.oauthbearer.token.endpoint.url"
 #: Below it no event fits: ids, names and times alone take some hundred bytes.
@@ -56,7 +116,7 @@ DEFAULT_RETENTION_DAYS = 90.0
 class Settings:
     """How this process reaches Kafka and the status database.
 
-    ``bootstrap``: ``host:port[,host:port]`` or None for the embedded broker if it runs. ``status_url``:
+    ``bootstrap``: ``host:port[,host:port]``, kept without spaces and without ``PLAINTEXT://``, or None for the embedded broker if it runs. ``status_url``:
     ``sqlite:///path`` or ``postgresql://user:password@host/database``; None means one SQLite file per namespace under
     the user's data folder. Not shown where settings are: it may hold a password. ``submit_timeout``: seconds a
     submission may wait for its acknowledgement before `BrokerUnavailable`. ``max_record_bytes``: largest encoded record
@@ -69,7 +129,8 @@ class Settings:
     none. Not shown where settings are: it may hold a password. ``role``: which part of Jobledger this process is, for
     errors and for the broker's logs (the client id).
 
-    Raises `ConfigError` for a number that is none, or out of its bounds.
+    Raises `ConfigError` for a number that is none, or out of its bounds, for an address that is none, and for a client
+    setting that Jobledger sets itself.
     """
 
     bootstrap: str | None = None
@@ -90,6 +151,11 @@ class Settings:
         most: object = self.max_record_bytes
         if not isinstance(most, int) or most < LEAST_MAX_RECORD_BYTES:
             raise ConfigError(_no_size(f"max_record_bytes={most!r} ({PREFIX}MAX_RECORD_BYTES)"))
+        for name in sorted(self.kafka.keys() & OWNED.keys()):
+            raise ConfigError(f"{KAFKA_PREFIX}{name.upper().replace('.', '_')} cannot be set: {OWNED[name]}")
+        if self.bootstrap is not None:
+            protocol = self.kafka.get("security.protocol", "PLAINTEXT")
+            object.__setattr__(self, "bootstrap", addresses.normal(self.bootstrap, protocol))
 
     @classmethod
     def from_env(cls, environ: Mapping[str, str] | None = None) -> Settings:
@@ -100,10 +166,12 @@ class Settings:
             if name.startswith(KAFKA_PREFIX):
                 kafka[name[len(KAFKA_PREFIX) :].lower().replace("_", ".")] = value
             elif name.startswith(PREFIX) and name[len(PREFIX) :] not in KNOWN:
+                near = difflib.get_close_matches(name[len(PREFIX) :], [*KNOWN, KAFKA_PREFIX[len(PREFIX) :]], n=1)
+                hint = f"; did you mean {PREFIX}{near[0]}?" if near else ""
                 known = ", ".join(PREFIX + k for k in KNOWN)
-                raise ConfigError(f"{name} is no setting of Jobledger; known are {known} and {KAFKA_PREFIX}*")
+                raise ConfigError(f"{name} is no setting of Jobledger{hint}; known are {known} and {KAFKA_PREFIX}*")
         return cls(
-            bootstrap=env.get(PREFIX + "BOOTSTRAP") or None,
+            bootstrap=env.get(PREFIX + "BOOTSTRAP"),
             status_url=env.get(PREFIX + "STATUS_URL") or None,
             submit_timeout=_number(env, "SUBMIT_TIMEOUT", DEFAULT_SUBMIT_TIMEOUT_S),
             max_record_bytes=_size(env, "MAX_RECORD_BYTES", DEFAULT_MAX_RECORD_BYTES),
@@ -158,7 +226,7 @@ class Settings:
             "client.id": f"jobledger-{self.role}",
             **PATIENCE,
             **self.kafka,
-            # Also of producers and admin clients, where librdkafka's default is true: a topic that the broker makes by
+            # Of producers and admin clients, too, where librdkafka's default is true: a topic that the broker makes by
             # itself has one partition and its own retention, and jobs in it would be acknowledged.
             "allow.auto.create.topics": False,
         }

@@ -19,7 +19,7 @@ from confluent_kafka.admin import (  # type: ignore[attr-defined]  # re-exported
     ResourceType,
 )
 
-from jobledger.access import Door, Need, denied, read, unauthorized, unusable
+from jobledger.access import Door, Need, away, denied, read, unauthorized, unusable
 from jobledger.config import Settings
 from jobledger.errors import (
     AccessDenied,
@@ -170,10 +170,7 @@ def translate(error: KafkaError, settings: Settings, what: str, *needs: Need) ->
         )
     if code in (KafkaError.UNKNOWN_TOPIC_OR_PART, KafkaError._UNKNOWN_TOPIC, KafkaError._UNKNOWN_PARTITION):
         return TopicMissing(f"{what}: the topic does not exist; create it with `jobledger topics apply MODULE:APP`")
-    address = settings.bootstrap or "the embedded broker"
-    return BrokerUnavailable(
-        f"{what}: {address} did not answer in time ({error.str()}); check JOBLEDGER_BOOTSTRAP and that the broker runs"
-    )
+    return BrokerUnavailable(f"{what}: {away(settings, f'did not answer in time ({error.str()})')}")
 
 
 def undelivered(error: KafkaError, settings: Settings, what: str, *needs: Need) -> JobledgerError:

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, Protocol
 
 from confluent_kafka import KafkaError, KafkaException, Message, Producer
 
-from jobledger.access import Door, Need, write
+from jobledger.access import Door, Need, away, write
 from jobledger.config import Settings
 from jobledger.errors import BrokerUnavailable, JobledgerError, PayloadTooLarge
 from jobledger.log import Headers, batch_room, position_of, producer, producer_config, undelivered
@@ -168,8 +168,7 @@ class LogWriter:
                 if now >= deadline:
                     raise BrokerUnavailable(
                         f"the send queue stayed full for {self.settings.submit_timeout:g} s: "
-                        f"{self.settings.bootstrap or 'the embedded broker'} takes nothing; "
-                        "check JOBLEDGER_BOOTSTRAP and that the broker runs"
+                        + away(self.settings, "takes nothing")
                     ) from None
                 if self._thread is None:
                     self.poll(0.005)

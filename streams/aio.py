@@ -23,7 +23,7 @@ from aiokafka.client import AIOKafkaClient
 from aiokafka.conn import AIOKafkaConnection, create_conn
 from aiokafka.protocol.metadata import MetadataRequest
 
-from jobledger.access import Need, refusal, unauthorized, write
+from jobledger.access import Need, away, refusal, unauthorized, write
 from jobledger.config import Settings
 from jobledger.errors import BrokerUnavailable, JobledgerError, NotAuthenticated, PayloadTooLarge, TopicMissing
 from jobledger.log import LogReader
@@ -82,7 +82,8 @@ class AckedWriter:
         self._settings, self._framing, self._security = settings, framing, security
         self._producer = AIOKafkaProducer(
             bootstrap_servers=settings.resolve_bootstrap(),
-            client_id="jobledger-coordinator",
+            client_id=settings.kafka.get("client.id", "jobledger-coordinator"),
+            compression_type=compression(settings),
             acks="all",
             enable_idempotence=True,
             linger_ms=0,  # what comes while a request is under way is its own batch
@@ -192,9 +193,23 @@ class AckedWriter:
             return PayloadTooLarge(
                 f"{what}: {address} refuses a record of this size; see the topic's max.message.bytes"
             )
-        return BrokerUnavailable(
-            f"{what}: {address} did not take it in time ({error!r}); check JOBLEDGER_BOOTSTRAP and that the broker runs"
-        )
+        return BrokerUnavailable(f"{what}: {away(self._settings, f'did not take it in time ({error!r})')}")
+
+
+#: Client settings that have a meaning for aiokafka, beside those of security.
+USED = ("client.id", "compression.type", "compression.codec")
+
+
+def compression(settings: Settings) -> str | None:
+    """The compression of batches, as aiokafka takes it."""
+    found = settings.kafka.get("compression.type", settings.kafka.get("compression.codec", "none"))
+    return None if found == "none" else found
+
+
+def unused(settings: Settings) -> list[str]:
+    """Client settings that the coordinator's clients have no use for."""
+    secure = ("ssl.", "sasl.", "security.", "https.", "enable.ssl.")
+    return sorted(name for name in settings.kafka if not name.startswith(secure) and name not in USED)
 
 
 def create_no_topics(client: AIOKafkaClient) -> None:

@@ -33,7 +33,7 @@ from jobledger.kafka import acls
 from jobledger.kafka.topic_watch import TopicWatch
 from jobledger.logger import get_logger
 from jobledger.names import Names
-from jobledger.streams.aio import MAX_BATCH_BYTES, AckedWriter, Ends, denied_kind
+from jobledger.streams.aio import MAX_BATCH_BYTES, AckedWriter, Ends, denied_kind, unused
 from jobledger.streams.cycle import Cycle
 from jobledger.streams.faust_app import (
     TABLE,
@@ -177,6 +177,8 @@ class Coordinator:
         tasks: list[asyncio.Task[None]] = []
         try:
             quieten()
+            if idle := unused(self.settings):
+                LOG.warning("client settings that the coordinator does not use (aiokafka): %s", ", ".join(idle))
             origin, topics, max_batch = await self._with_patience(self._prepare)
             place.keep_for(origin)
             self._ends = Ends(self.settings, self.options.patience / 2)

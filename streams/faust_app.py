@@ -60,7 +60,7 @@ def faust_settings(settings: Settings, options: Options, partitions: int, place:
     return {
         "broker": [f"kafka://{address.strip()}" for address in settings.resolve_bootstrap().split(",")],
         "broker_credentials": credentials(settings.kafka),
-        "broker_client_id": "jobledger-coordinator",
+        "broker_client_id": settings.kafka.get("client.id", "jobledger-coordinator"),
         "env": {},
         "id_format": "{id}",
         "autodiscover": False,

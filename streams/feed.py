@@ -57,7 +57,6 @@ class Feed:
                     "auto.offset.reset": "error",
                     "queued.max.messages.kbytes": QUEUE_KB,
                     "fetch.max.bytes": FETCH_BYTES,
-                    "allow.auto.create.topics": False,
                 },
             )
         )

@@ -394,7 +394,7 @@ def _open(consumer: Consumer, ends: Mapping[Place, int], at: Mapping[Place, int]
 
 @contextmanager
 def _consumer(settings: Settings) -> Iterator[Consumer]:
-    more: dict[str, Any] = {"queued.max.messages.kbytes": 32_768, "allow.auto.create.topics": False}
+    more: dict[str, Any] = {"queued.max.messages.kbytes": 32_768}
     consumer = make_consumer(consumer_config(settings, group="jobledger-projections", **more))
     try:
         yield consumer

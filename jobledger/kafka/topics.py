@@ -21,7 +21,7 @@ from confluent_kafka.admin import (  # type: ignore[attr-defined]  # re-exported
     ResourceType,
 )
 
-from jobledger import log
+from jobledger import addresses, log
 from jobledger.access import Need, denied
 from jobledger.config import Settings
 from jobledger.errors import BrokerUnavailable, ConfigError, JobledgerError
@@ -283,6 +283,7 @@ def _request(
                     answers[key] = error
         left = again
     if left:
+        last = addresses.unresolved(address) or last
         raise BrokerUnavailable(
             f"no broker answered at {address} (could not {what}: {last}): check JOBLEDGER_BOOTSTRAP or --bootstrap, "
             "or start the embedded broker with `jobledger kafka start`"

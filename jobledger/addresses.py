@@ -1,0 +1,78 @@
+"""Addresses of brokers: judged and brought into the one form that both of Kafka's clients read alike. Connects nowhere."""
+
+from __future__ import annotations
+
+import re
+import socket
+import time
+from functools import lru_cache
+
+from jobledger.errors import ConfigError
+
+SETTING = "JOBLEDGER_BOOTSTRAP (or --bootstrap)"
+#: Seconds for which a name's answer is kept: many errors ask the same.
+KEPT_S = 30.0
+
+_ADDRESS = re.compile(
+    r"(?:(?P<scheme>[A-Za-z_0-9+.-]+)://)?(?P<host>\[[0-9A-Fa-f:.%\w]+\]|[^\s:/\[\]]+):(?P<port>[0-9]{1,6})"
+)
+
+
+def normal(text: str, protocol: str) -> str:
+    """``host:port[,host:port]`` without spaces and without the protocol that Kafka's own listeners are written with.
+
+    ``protocol``: ``security.protocol``, which such a prefix must agree with. Raises `ConfigError` for what is no address.
+    """
+    found = [_one(part.strip(), protocol) for part in text.split(",") if part.strip()]
+    if not found:
+        raise ConfigError(
+            f"{SETTING} is set and names no broker: write host:port[,host:port], or leave it unset for the embedded broker"
+        )
+    return ",".join(found)
+
+
+def _one(text: str, protocol: str) -> str:
+    matched = _ADDRESS.fullmatch(text)
+    if matched is None:
+        raise ConfigError(f"{SETTING}: {text!r} is no address: {_wrong(text)}")
+    scheme, host, port = matched.group("scheme", "host", "port")
+    if scheme is not None and scheme.upper() != protocol.upper():
+        raise ConfigError(
+            f"{SETTING}: {text!r} begins with {scheme}://, and JOBLEDGER_KAFKA__SECURITY_PROTOCOL is {protocol}: write "
+            "host:port, and the protocol as that setting"
+        )
+    if not 1 <= int(port) <= 65_535:
+        raise ConfigError(f"{SETTING}: {text!r} has the port {port}, and ports are 1 to 65535")
+    return f"{host}:{port}"
+
+
+def _wrong(text: str) -> str:
+    bare = text.rpartition("://")[2]
+    if re.search(r"\s", text):
+        return "separate several with commas, host:port,host:port"
+    if bare.count(":") > 1 and "[" not in bare:
+        return "write an IPv6 address in brackets, [::1]:9092"
+    if re.fullmatch(r"\[.*\]|[^:/]+:?", bare):
+        return f"it has no port; write {bare.rstrip(':')}:9092 for Kafka's usual one"
+    return "write host:port"
+
+
+def unresolved(bootstrap: str) -> str | None:
+    """What is wrong with the hosts, if none of them can be resolved to an address; else None."""
+    if ":" not in bootstrap:
+        return None  # a word for it
+    return _unresolved(bootstrap, int(time.monotonic() // KEPT_S))
+
+
+@lru_cache(maxsize=8)
+def _unresolved(bootstrap: str, period: int) -> str | None:
+    problems = []
+    for each in bootstrap.split(","):
+        host, _, port = each.strip().rpartition(":")
+        try:
+            socket.getaddrinfo(host.strip("[]"), int(port), type=socket.SOCK_STREAM)
+        except (OSError, ValueError) as exc:  # ValueError: a name that cannot be written for the look-up
+            problems.append(f"host {host!r} cannot be resolved ({getattr(exc, 'strerror', None) or exc})")
+        else:
+            return None
+    return ", ".join(problems)

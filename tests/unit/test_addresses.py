@@ -1,0 +1,127 @@
+"""The brokers' addresses, and client settings that are not the user's."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from confluent_kafka import Consumer, Producer
+
+from jobledger import addresses
+from jobledger.access import away, knock
+from jobledger.config import KAFKA_PREFIX, OWNED, Settings
+from jobledger.errors import BrokerUnavailable, ConfigError
+from jobledger.log import consumer_config, producer_config
+from jobledger.streams.aio import compression, unused
+from jobledger.streams.faust_app import Options, faust_settings
+from jobledger.streams.place import Place
+
+
+@pytest.mark.parametrize(
+    ("written", "meant"),
+    [
+        ("kafka-1:9092", "kafka-1:9092"),
+        (" a:1 , b:2,", "a:1,b:2"),
+        ("PLAINTEXT://a:9092,plaintext://b:9092", "a:9092,b:9092"),
+        ("[::1]:9092", "[::1]:9092"),
+        ("10.0.0.1:65535", "10.0.0.1:65535"),
+    ],
+)
+def test_addresses_are_brought_into_one_form(written: str, meant: str) -> None:
+    """Both of Kafka's clients get the same plain list, from the environment, from code and from the command line."""
+    assert Settings.from_env({"JOBLEDGER_BOOTSTRAP": written}).bootstrap == meant
+    assert Settings(bootstrap=written).resolve_bootstrap() == meant
+    assert Settings().with_bootstrap(written).librdkafka()["bootstrap.servers"] == meant
+
+
+@pytest.mark.parametrize(
+    ("written", "said"),
+    [
+        ("", "names no broker.*embedded broker"),
+        (" , ", "names no broker"),
+        ("kafka", r"'kafka' is no address: it has no port; write kafka:9092"),
+        ("a:1,kafka:", "'kafka:' is no address: it has no port"),
+        ("[::1]", "has no port"),
+        ("host:99999", "port 99999, and ports are 1 to 65535"),
+        ("host:0", "port 0"),
+        ("host:http", "write host:port"),
+        ("::1:9092", r"IPv6 address in brackets, \[::1\]:9092"),
+        ("a:1 b:2", "separate several with commas"),
+        ("SSL://a:9093", "begins with SSL://, and JOBLEDGER_KAFKA__SECURITY_PROTOCOL is PLAINTEXT"),
+        ("kafka://a:9093", "begins with kafka://"),
+        ("http://a:9093/x", "write host:port"),
+    ],
+)
+def test_what_is_no_address_is_refused_with_what_is_wrong(written: str, said: str) -> None:
+    """At once, wherever it comes from; an empty value is not taken for the embedded broker."""
+    ways: list[Callable[[], Settings]] = [
+        lambda: Settings.from_env({"JOBLEDGER_BOOTSTRAP": written}),
+        lambda: Settings(bootstrap=written),
+        lambda: Settings().with_bootstrap(written),
+    ]
+    for make in ways:
+        with pytest.raises(ConfigError, match=f"JOBLEDGER_BOOTSTRAP.*{said}"):
+            make()
+
+
+def test_a_protocol_that_agrees_with_the_setting_is_left_out() -> None:
+    """``SSL://host:port`` is an address where ``security.protocol`` is SSL."""
+    assert Settings(bootstrap="SSL://a:9093", kafka={"security.protocol": "SSL"}).bootstrap == "a:9093"
+
+
+def test_a_host_without_an_address_is_said() -> None:
+    """A host that cannot be resolved is named as that, not as a broker that did not answer."""
+    settings = Settings(bootstrap="no-such-host.invalid:9092")
+    with pytest.raises(BrokerUnavailable, match=r"host 'no-such-host\.invalid' cannot be resolved"):
+        knock(settings, timeout=0.2)
+    assert "cannot be resolved" in away(settings, "did not answer")
+    assert addresses.unresolved("no-such-host.invalid:9092,127.0.0.1:1") is None
+    assert "did not answer" in away(Settings(bootstrap="127.0.0.1:1"), "did not answer")
+
+
+@pytest.mark.parametrize("name", sorted(OWNED))
+def test_client_settings_that_are_ours_are_refused_by_name(name: str) -> None:
+    """With the reason, from the environment and from code: they were dropped in silence, or took promises with them."""
+    variable = KAFKA_PREFIX + name.upper().replace(".", "_")
+    ways: list[Callable[[], Settings]] = [
+        lambda: Settings.from_env({variable: "1"}),
+        lambda: Settings(kafka={name: "1"}),
+    ]
+    for make in ways:
+        with pytest.raises(ConfigError, match=f"{variable} cannot be set: " + re.escape(OWNED[name])):
+            make()
+
+
+def test_what_our_configurations_set_is_the_users_only_if_it_is_obeyed() -> None:
+    """Every setting that a producer or consumer is made with is the user's word, or is refused by name."""
+    ours = producer_config(Settings(bootstrap="a:1")).keys() | consumer_config(Settings(bootstrap="a:1")).keys()
+    for name in sorted(ours - OWNED.keys() - {"error_cb", "logger"}):
+        settings = Settings(bootstrap="a:1", kafka={name: "12345"})
+        assert producer_config(settings).get(name) == consumer_config(settings).get(name) == "12345", name
+
+
+def test_every_refused_name_is_a_setting_of_librdkafka() -> None:
+    """A name that librdkafka does not know would be refused by it anyway."""
+    assert [name for name in OWNED if not all(_known(make, name) for make in (Producer, Consumer))] == []
+
+
+def _known(make: Callable[[dict[str, Any]], Any], name: str) -> bool:
+    try:
+        make({"bootstrap.servers": "127.0.0.1:1", "group.id": "g", "log_level": 0, name: "nonsense"})
+    except Exception as exc:  # noqa: BLE001  # the value is refused, as it should be
+        return "No such configuration property" not in str(exc)
+    return True
+
+
+def test_the_coordinators_clients_obey_what_they_can(tmp_path: Path) -> None:
+    """Compression and the client id reach aiokafka; what has no meaning there is named, for a warning."""
+    kafka = {"compression.type": "lz4", "client.id": "mine", "socket.keepalive.enable": "true"}
+    settings = Settings(bootstrap="a:1", kafka=kafka)
+    assert compression(settings) == "lz4"
+    assert compression(Settings(bootstrap="a:1")) is None
+    assert faust_settings(settings, Options(), 3, Place(tmp_path, False, None, None))["broker_client_id"] == "mine"
+    assert unused(settings) == ["socket.keepalive.enable"]
+    assert unused(Settings(bootstrap="a:1", kafka={"security.protocol": "SSL", "ssl.ca.location": "x"})) == []
