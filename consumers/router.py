@@ -77,7 +77,8 @@ class Routes:
         kind, handlers = self._by_topic[message.topic() or ""]
         if kind.passes(message.value()):
             return []
-        plain = kind.decode(message.value(), self._schemas, self._schemas.by_id)
+        by_id = self._schemas.of_others if kind.foreign else self._schemas.by_id
+        plain = kind.decode(message.value(), self._schemas, by_id)
         headers: dict[str, Any] = dict(message.headers() or ())
         event_id = event_id_of(headers, kind.topic, message.partition() or 0, message.offset() or 0)
         trace = headers.get("traceparent")

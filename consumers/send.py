@@ -50,7 +50,7 @@ class Sender:
         self._alone: Producer | None = None
         #: `time.monotonic` of the last poll.
         self.polled_at = 0.0
-        self._framing: Framing | None = framing(settings, self._publish)
+        self._framing: Framing | None = framing(settings, names, self._publish)
         self.produce = self._entry()
 
     def _entry(self) -> Callable[..., None]:

@@ -360,18 +360,20 @@ class Client:
             raise BadEvent(
                 f"event {kind.name!r} stands on {kind.topic}, a topic of others: it can be handled, not emitted"
             )
+        head = b""
         lookup = SchemaLookup(self.settings, self.names)
         try:
             known = lookup.all()
+            check_evolution(kind.name, kind.schema, earlier_of(kind, known))
+            keys = [] if kind.fingerprint in known else [kind.fingerprint.hex()]
+            if self.settings.schema_registry is not None:
+                registry = Registry(self.settings.schema_registry)
+                number = registry.register(f"{kind.topic}-value", kind.schema)
+                head = frame.head(number)
+                if not lookup.check(number, kind.schema, registry.shown):
+                    keys.append(id_key(number))  # so that the log can be read without the registry
         finally:
             lookup.close()
-        check_evolution(kind.name, kind.schema, earlier_of(kind, known))
-        keys = [] if kind.fingerprint in known else [kind.fingerprint.hex()]
-        head = b""
-        if self.settings.schema_registry is not None:
-            number = Registry(self.settings.schema_registry).register(f"{kind.topic}-value", kind.schema)
-            head = frame.head(number)
-            keys.append(id_key(number))  # so that the log can be read without the registry
         self._writer(bulk=False).send([Outgoing(self.names.schemas, kind.schema.encode(), key) for key in keys])
         self._event_schemas[kind.fingerprint] = head
 

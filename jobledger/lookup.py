@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import threading
 import time
 
 from confluent_kafka import Message
 
 from jobledger.config import Settings
-from jobledger.errors import RegistryNeeded, RegistryUnavailable, SchemaError
+from jobledger.errors import ConfigError, RegistryNeeded, SchemaError
 from jobledger.log import LogReader, partitions_of, position_of
 from jobledger.logger import get_logger
 from jobledger.names import Names
@@ -51,38 +52,64 @@ class SchemaLookup:
             return self._known.get(fingerprint)
 
     def by_id(self, schema_id: int, likely: bool) -> str | None:
-        """The text of the schema that a frame's id stands for, or None if the registry knows none; ``likely``: its "no"
-        must be certain.
+        """The text of the schema that the id in a frame of ours stands for, or None if the registry knows none;
+        ``likely``: its "no" must be certain.
 
-        The registry's word counts. Where it says no, or is away, what our writers published under the id does: the log
-        outlives registries. Raises `RegistryNeeded` if neither knows and none is configured, `RegistryUnavailable` if
-        it is away, `BrokerUnavailable`, `TopicMissing`.
+        What our writers published under the id counts: the log outlives registries, and one that was replaced or
+        restored may know another schema by this id. The registry is asked for ids that are not published. Raises
+        `RegistryNeeded` if neither knows and none is configured, `RegistryUnavailable` if it is away,
+        `BrokerUnavailable`, `TopicMissing`.
         """
-        if self._registry is None:
-            found = self._published(schema_id)
-            if found is None:
-                raise RegistryNeeded(
-                    f"the record carries schema id {schema_id} of a Schema Registry, and none is configured: "
-                    f"set {SETTING} to the registry's URL"
-                )
-            return found
         if time.monotonic() < self._denied.get(schema_id, 0.0):
             return None
-        try:
-            found = self._registry.schema(schema_id, sure=likely)
-        except RegistryUnavailable:
-            found = self._published(schema_id)
-            if found is None:
-                raise
+        found = self.published(schema_id)
         if found is None:
-            found = self._published(schema_id)
-            if found is None and likely:
-                if len(self._denied) > DENIED_MOST:
-                    self._denied.clear()
-                self._denied[schema_id] = time.monotonic() + DENIED_S
+            found = self._registered(schema_id, likely)
         return found
 
-    def _published(self, schema_id: int) -> str | None:
+    def of_others(self, schema_id: int, likely: bool) -> str | None:
+        """The same for records of other programs, whose ids only the registry explains.
+
+        Raises `ConfigError` if our writers published another schema under this id: then the registry is not the one
+        that they asked, and which of the two the record means is not known.
+        """
+        if time.monotonic() < self._denied.get(schema_id, 0.0):
+            return None
+        found = self._registered(schema_id, likely)
+        if found is not None and self._registry is not None:
+            self.check(schema_id, found, self._registry.shown)
+        return found
+
+    def check(self, schema_id: int, text: str, registry: str) -> bool:
+        """Whether our writers published this schema under the id that a registry gives it; False if nothing is published
+        under it. Raises `ConfigError` if it is another schema."""
+        ours = self.published(schema_id)
+        if ours is None:
+            return False
+        if codec.fingerprint(ours) == codec.fingerprint(text):
+            return True
+        raise ConfigError(
+            f"schema id {schema_id} is {_named(text)} in the schema registry {registry}, and {_named(ours)} on "
+            f"{self._names.schemas}: the registry was replaced, or restored with other ids. Set {SETTING} to the registry "
+            "that this namespace was written with, or give the registry its ids back (import mode). Or leave the setting "
+            f"unset: what was written stays readable by {self._names.schemas}"
+        )
+
+    def _registered(self, schema_id: int, likely: bool) -> str | None:
+        if self._registry is None:
+            raise RegistryNeeded(
+                f"the record carries schema id {schema_id} of a Schema Registry, and none is configured: "
+                f"set {SETTING} to the registry's URL"
+            )
+        found = self._registry.schema(schema_id, sure=likely)
+        if found is None and likely:
+            if len(self._denied) > DENIED_MOST:
+                self._denied.clear()
+            self._denied[schema_id] = time.monotonic() + DENIED_S
+        return found
+
+    def published(self, schema_id: int) -> str | None:
+        """The schema that our writers published under a registry's id; None if there is none."""
         key = id_key(schema_id).encode()
         with self._lock:
             if key not in self._by_key:
@@ -139,3 +166,13 @@ class SchemaLookup:
             return
         self._known[mark] = text
         self._by_key[key] = text
+
+
+def _named(text: str) -> str:
+    """A schema as an error names it."""
+    try:
+        parsed = json.loads(text)
+    except ValueError:
+        parsed = None
+    name = parsed.get("name", "?") if isinstance(parsed, dict) else "?"
+    return f"{name!s:.100} (fingerprint {codec.fingerprint(text).hex()})"

@@ -5,6 +5,7 @@ Knows HTTP and no Kafka. Every question is bounded; an answer that is no registr
 
 from __future__ import annotations
 
+import json
 import ssl
 import time
 from typing import Any
@@ -14,8 +15,8 @@ from jobledger.config import PREFIX
 from jobledger.errors import ConfigError, NotAnEvent, RegistryUnavailable, SchemaError, SchemaRefused
 
 SETTING = PREFIX + "SCHEMA_REGISTRY"
-#: Seconds an answer may take, how often it is asked, and seconds between.
-TIMEOUT_S = 5.0
+#: Seconds for all that one call of `Registry` asks, how often each question is asked, and seconds between.
+TOTAL_S = 5.0
 TRIES = 3
 PAUSE_S = 0.5
 #: Newer schemas read all that older ones wrote: what the log, kept for years, needs of its readers.
@@ -58,8 +59,9 @@ class Registry:
         ``sure``: a "no" is asked again; an instance that follows another may know an id a moment later. Raises
         `RegistryUnavailable`, `ConfigError`, `SchemaError` for a schema of another kind.
         """
+        until = time.monotonic() + TOTAL_S
         for last in (False,) * (TRIES - 1) + (True,) if sure else (True,):
-            status, answer = self._ask("GET", f"/schemas/ids/{schema_id}", f"asking for schema {schema_id}")
+            status, answer = self._ask("GET", f"/schemas/ids/{schema_id}", f"asking for schema {schema_id}", until)
             if status == 200:
                 return self._text(schema_id, answer)
             if answer.get("error_code") != _NO_SCHEMA:
@@ -75,28 +77,29 @@ class Registry:
         `SchemaRefused`, `RegistryUnavailable`, `ConfigError`.
         """
         path, body, what = f"/subjects/{quote(subject, safe='')}", {"schema": text}, f"registering {subject}"
+        until = time.monotonic() + TOTAL_S
         # Asked first: so a process that may only read can start, once the schema is there.
-        status, answer = self._ask("POST", path, what, body)
+        status, answer = self._ask("POST", path, what, until, body)
         if status == 200:
             return self._id(status, answer)
         code = answer.get("error_code")
         if code not in (_NO_SUBJECT, _NO_SCHEMA):
             raise self._not_a_registry(status, answer)
         # Before the first version, so that there is none without it. Some registries want the subject first.
-        unset = code == _NO_SUBJECT and not self._restrict(subject, what)
-        status, answer = self._ask("POST", path + "/versions", what, body)
+        unset = code == _NO_SUBJECT and not self._restrict(subject, what, until)
+        status, answer = self._ask("POST", path + "/versions", what, until, body)
         if status in (409, 422):
             raise SchemaRefused(
                 f"the schema registry {self.shown} refuses this version's schema for {subject}: {_said(answer)}. "
                 "Compare the subject's versions and its compatibility with schemas/released/; nothing was sent"
             )
-        if unset and status == 200 and not self._restrict(subject, what):
+        if unset and status == 200 and not self._restrict(subject, what, until):
             raise self._not_a_registry(status, answer)
         return self._id(status, answer)
 
-    def _restrict(self, subject: str, what: str) -> bool:
+    def _restrict(self, subject: str, what: str, until: float) -> bool:
         path = f"/config/{quote(subject, safe='')}"
-        return self._ask("PUT", path, what, {"compatibility": COMPATIBILITY})[0] == 200
+        return self._ask("PUT", path, what, until, {"compatibility": COMPATIBILITY})[0] == 200
 
     def _id(self, status: int, answer: dict[str, Any]) -> int:
         found = answer.get("id")
@@ -114,33 +117,46 @@ class Registry:
             raise self._not_a_registry(200, answer)
         return text
 
-    def _ask(self, method: str, path: str, what: str, body: Any = None) -> tuple[int, dict[str, Any]]:
-        """Status and body; asked again while the registry is away or busy."""
-        problem = ""
-        for left in reversed(range(TRIES)):
+    def _ask(self, method: str, path: str, what: str, until: float, body: Any = None) -> tuple[int, dict[str, Any]]:
+        """Status and body; asked again while the registry is away or busy, until ``until`` (monotonic clock)."""
+        problem = "no answer in time"
+        for asked in range(1, TRIES + 1):
             try:
-                # A client for each question: they are few, and nothing has to be closed or survives a fork.
-                with self._httpx.Client(auth=self._auth, timeout=TIMEOUT_S, verify=self._context()) as client:
-                    response = client.request(method, self._base + path, json=body, headers={"Content-Type": _MEDIA})
+                status, content = self._answer(method, path, until, body)
             except self._httpx.TransportError as exc:
                 problem = f"{type(exc).__name__}: {exc}"
             else:
-                if response.status_code not in _BUSY:
-                    return self._read(response)
-                problem = f"HTTP status {response.status_code}"
-            if left:
-                time.sleep(PAUSE_S)
+                if status not in _BUSY:
+                    return self._read(status, content)
+                problem = f"HTTP status {status}"
+            if asked == TRIES or time.monotonic() + PAUSE_S >= until:
+                break
+            time.sleep(PAUSE_S)
         raise RegistryUnavailable(
-            f"{what}: the schema registry {self.shown} did not answer ({problem}; asked {TRIES} times); "
-            f"check {SETTING} and that the registry runs"
+            f"{what}: the schema registry {self.shown} did not answer within {TOTAL_S:g} s ({problem}; asked {asked} "
+            f"times); check {SETTING} and that the registry runs"
         )
 
-    def _read(self, response: Any) -> tuple[int, dict[str, Any]]:
-        status = response.status_code
+    def _answer(self, method: str, path: str, until: float, body: Any) -> tuple[int, bytes]:
+        """Status and content, by ``until``: also of a registry that takes the question and gives its answer in drops."""
+        left = max(0.001, until - time.monotonic())
+        content = b""
+        # A client for each question: they are few, and nothing has to be closed or survives a fork.
+        with (
+            self._httpx.Client(auth=self._auth, timeout=left, verify=self._context()) as client,
+            client.stream(method, self._base + path, json=body, headers={"Content-Type": _MEDIA}) as response,
+        ):
+            for chunk in response.iter_bytes():
+                content += chunk
+                if time.monotonic() >= until:
+                    raise self._httpx.ReadTimeout("the answer was not complete in time")
+        return response.status_code, content
+
+    def _read(self, status: int, content: bytes) -> tuple[int, dict[str, Any]]:
         if status in (401, 403):
             raise ConfigError(f"the schema registry {self.shown} refuses us (HTTP status {status}): check {SETTING}")
         try:
-            answer = response.json()
+            answer = json.loads(content)
         except ValueError:
             answer = None
         if not isinstance(answer, dict):

@@ -7,9 +7,12 @@ forms at any time: `codec.Decoder`, `jobledger.lookup`.
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Iterable
 
 from jobledger.config import Settings
+from jobledger.errors import AccessDenied, RegistryUnavailable
+from jobledger.names import Names
 from jobledger.registry import Registry
 from jobledger.schemas import codec, frame
 
@@ -26,14 +29,19 @@ class Framing:
     """Frames events by topic, subject ``<topic>-value``. Thread-safe.
 
     ``publish(key)`` writes this version's schema to ``<ns>.schemas`` under a key, acknowledged: an id is there before
-    the first record that carries it, so that the log can be read without the registry.
+    the first record that carries it, so that the log can be read without the registry. ``published(id, text, registry)``
+    says whether it is there already, and raises if the id stands for another schema there.
     """
 
-    def __init__(self, url: str, publish: Callable[[str], None]) -> None:
-        self._registry, self._publish = Registry(url), publish
+    def __init__(
+        self, url: str, publish: Callable[[str], None], published: Callable[[int, str, str], bool] | None = None
+    ) -> None:
+        self._registry, self._publish, self._is_published = Registry(url), publish, published
         self._heads: dict[str, bytes] = {}
         self._published: set[int] = set()
         self._lock = threading.Lock()
+        self._failed_at = float("-inf")
+        self._failure = ""
 
     def waits(self, topic: str, value: bytes | None) -> bool:
         """Whether `framed` would have to register the topic's schema first."""
@@ -53,16 +61,39 @@ class Framing:
         return (self._heads.get(topic) or self._register(topic)) + value[_SKIP:]
 
     def _register(self, topic: str) -> bytes:
+        came = time.monotonic()
         with self._lock:
-            if topic not in self._heads:
+            if topic in self._heads:
+                return self._heads[topic]
+            if self._failed_at > came:  # while this one waited: asking again would keep the next one waiting, too
+                raise RegistryUnavailable(self._failure)
+            try:
                 found = self._registry.register(f"{topic}-value", codec.SCHEMA_TEXT)
                 if found not in self._published:
-                    self._publish(id_key(found))
+                    shown = self._registry.shown
+                    if self._is_published is None or not self._is_published(found, codec.SCHEMA_TEXT, shown):
+                        self._publish(id_key(found))
                     self._published.add(found)
-                self._heads[topic] = frame.head(found)
+            except RegistryUnavailable as exc:
+                self._failed_at, self._failure = time.monotonic(), str(exc)
+                raise
+            self._heads[topic] = frame.head(found)
             return self._heads[topic]
 
 
-def framing(settings: Settings, publish: Callable[[str], None]) -> Framing | None:
+def framing(settings: Settings, names: Names, publish: Callable[[str], None]) -> Framing | None:
     """The framing that the settings ask for; None: single-object encoding."""
-    return None if settings.schema_registry is None else Framing(settings.schema_registry, publish)
+    if settings.schema_registry is None:
+        return None
+    from jobledger.lookup import SchemaLookup  # late: it reads what this writes
+
+    def published(schema_id: int, text: str, registry: str) -> bool:
+        lookup = SchemaLookup(settings, names)
+        try:
+            return lookup.check(schema_id, text, registry)
+        except AccessDenied:  # a client that only submits may not read there
+            return False
+        finally:
+            lookup.close()
+
+    return Framing(settings.schema_registry, publish, published)

@@ -126,7 +126,7 @@ class LogWriter:
             self._schema_published = True
 
     def _own_framing(self) -> Framing | None:
-        return None if self._names is None else framing(self.settings, self.publish)
+        return None if self._names is None else framing(self.settings, self._names, self.publish)
 
     def publish(self, key: str) -> None:
         """Write this version's schema to ``<ns>.schemas`` under ``key``, acknowledged."""

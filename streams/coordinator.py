@@ -182,7 +182,7 @@ class Coordinator:
             origin, topics, max_batch = await self._with_patience(self._prepare)
             place.keep_for(origin)
             self._ends = Ends(self.settings, self.options.patience / 2)
-            framed = framing(self.settings, self._publish)
+            framed = framing(self.settings, self.names, self._publish)
             await self._with_patience(partial(self._publish, None))
             if framed is not None:
                 written = (self.names.coordination, self.names.lifecycle, self.names.dead_letter, *topics)

@@ -96,7 +96,8 @@ class Reading:
                     kind = projection.events[where.topic]
                     if kind.passes(message.value()):
                         continue
-                    plain = kind.decode(message.value(), self._lookup, self._lookup.by_id)
+                    by_id = self._lookup.of_others if kind.foreign else self._lookup.by_id
+                    plain = kind.decode(message.value(), self._lookup, by_id)
                     event_id = event_id_of(dict(message.headers() or ()), where.topic, where.partition, where.offset)
                     found = self._converters[where.topic](plain)
             except UnknownFact as exc:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import builtins
+import contextlib
 import json
+import socket
 import threading
+import time
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -16,6 +19,8 @@ from jobledger.config import Settings
 from jobledger.errors import BrokerUnavailable, ConfigError, NotAnEvent, RegistryUnavailable, SchemaError
 from jobledger.kafka.ports import free_port
 from jobledger.registry import Registry
+from jobledger.schemas import codec
+from jobledger.wire import Framing
 
 Answer = tuple[int, Any]
 
@@ -140,3 +145,84 @@ def test_a_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(builtins, "__import__", without)
     with pytest.raises(ConfigError, match=r"jobledger\[registry\]"):
         Registry("http://here:8081")
+
+
+@pytest.fixture
+def hanging() -> Iterator[Callable[[bytes], tuple[str, list[float]]]]:
+    """A server that takes questions and gives back only these bytes, one every 50 ms; its address, and when it was asked."""
+    open_: list[socket.socket] = []
+    done = threading.Event()
+
+    def start(drops: bytes) -> tuple[str, list[float]]:
+        asked: list[float] = []
+        listener = socket.create_server(("127.0.0.1", 0))
+        open_.append(listener)
+
+        def answer(connection: socket.socket) -> None:
+            with contextlib.suppress(OSError):
+                for n in range(len(drops)):
+                    connection.sendall(drops[n : n + 1])
+                    if done.wait(0.05):
+                        return
+                done.wait(60)
+
+        def serve() -> None:
+            with contextlib.suppress(OSError):
+                while True:
+                    connection, _ = listener.accept()
+                    asked.append(time.monotonic())
+                    open_.append(connection)
+                    threading.Thread(target=answer, args=(connection,), daemon=True).start()
+
+        threading.Thread(target=serve, daemon=True).start()
+        return f"127.0.0.1:{listener.getsockname()[1]}", asked
+
+    yield start
+    done.set()
+    for each in open_:
+        each.close()
+
+
+@pytest.mark.parametrize("drops", [b"", b"HTTP/1.1 200 OK\r\nContent-Length: 500\r\n\r\n" + b"x" * 400])
+@pytest.mark.parametrize("ask", [lambda found: found.schema(1), lambda found: found.register("s-value", '"int"')])
+def test_a_registry_that_hangs_costs_one_bound(
+    hanging: Callable[[bytes], tuple[str, list[float]]],
+    monkeypatch: pytest.MonkeyPatch,
+    ask: Callable[[Registry], Any],
+    drops: bytes,
+) -> None:
+    """One that answers nothing, or in drops, is given up after the bound for all questions of a call together."""
+    monkeypatch.setattr(registry, "TOTAL_S", 1.0)
+    address, _ = hanging(drops)
+    began = time.monotonic()
+    with pytest.raises(RegistryUnavailable, match=r"within 1 s .*JOBLEDGER_SCHEMA_REGISTRY"):
+        ask(Registry(f"http://{address}"))
+    took = time.monotonic() - began
+    # Drops that come at once would end a bound of each read never; the bytes here take 20 s and more.
+    assert took < 15.0
+
+
+def test_submissions_that_wait_for_the_same_registration_fail_with_it(
+    hanging: Callable[[bytes], tuple[str, list[float]]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a registry that hangs ten threads are told by one question, not each by its own, one after the other."""
+    monkeypatch.setattr(registry, "TOTAL_S", 1.0)
+    address, asked = hanging(b"")
+    framing = Framing(f"http://{address}", lambda key: None)
+    failed: list[RegistryUnavailable] = []
+    together = threading.Barrier(10)
+
+    def submit() -> None:
+        together.wait()
+        try:
+            framing.framed("shop.jobs.mail", codec.MAGIC + codec.FINGERPRINT + b"datum")
+        except RegistryUnavailable as exc:
+            failed.append(exc)
+
+    threads = [threading.Thread(target=submit) for _ in range(10)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert len(failed) == 10
+    assert len(asked) < 5
