@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import io
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, MutableMapping
 from typing import TYPE_CHECKING
 
 import typer
@@ -19,6 +19,24 @@ if TYPE_CHECKING:
 JOBS_MOST = 30
 
 Completer = Callable[[typer.Context, str], list[str]]
+
+
+def join_words(environ: MutableMapping[str, str]) -> None:
+    """Put together what bash takes apart: in its lists of words ``shop:app`` is three, and ``--state=failed``, too."""
+    if not {"COMP_WORDS", "COMP_CWORD"} <= environ.keys():
+        return
+    found: list[str] = []
+    cursor, place, open_ = int(environ["COMP_CWORD"]), 0, False
+    for number, word in enumerate(environ["COMP_WORDS"].split("\n")):
+        sign = bool(word) and set(word) <= {":", "="}
+        if found and (sign or open_):
+            found[-1] += word
+        else:
+            found.append(word)
+        open_ = sign
+        if number == cursor:
+            place = len(found) - 1
+    environ["COMP_WORDS"], environ["COMP_CWORD"] = "\n".join(found), str(place)
 
 
 def _completer(find: Callable[[typer.Context, str], Iterable[str]]) -> Completer:

@@ -6,13 +6,27 @@ Commands import what is heavy (Kafka's client, the database, Faust) when they ru
 from __future__ import annotations
 
 import logging
+import os
 import sys
 from collections.abc import Callable, Sequence
 from typing import Annotated
 
 import typer
 
-from jobledger.cli import backfill, check, dev, events, jobs, orders, projections, running, stdio, submit, table
+from jobledger.cli import (
+    backfill,
+    check,
+    completion,
+    dev,
+    events,
+    jobs,
+    orders,
+    projections,
+    running,
+    stdio,
+    submit,
+    table,
+)
 from jobledger.cli.commands import Commands, Wrong
 from jobledger.cli.kafka import app as kafka_app
 from jobledger.cli.output import MEANINGS, Exit, exit_code, print_error
@@ -81,6 +95,7 @@ def _options(
 def run(argv: Sequence[str] | None = None) -> None:
     """Run one command line (``argv`` without the program's name; None: this process's) and exit with its code."""
     stdio.prepare()
+    completion.join_words(os.environ)
     from jobledger.streams.supervisor import obey_leash
 
     obey_leash()

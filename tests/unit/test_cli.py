@@ -250,12 +250,15 @@ def test_a_group_without_its_command_shows_its_help(capsys: pytest.CaptureFixtur
 
 
 def _completed(words: str, folder: Path) -> list[str]:
-    """What a shell offers for the last of ``words``."""
+    """What a shell offers for the last of ``words``: asked as bash does, which takes words apart at ``:`` and ``=``."""
+    parts = ["jobledger"]
+    for word in words.split(" "):
+        parts += [part for part in re.split("([:=])", word) if part] or [""]
     environ = {
         **os.environ,
         "_JOBLEDGER_COMPLETE": "complete_bash",
-        "COMP_WORDS": f"jobledger {words}",
-        "COMP_CWORD": str(len(words.split(" "))),
+        "COMP_WORDS": "\n".join(parts),
+        "COMP_CWORD": str(len(parts) - 1),
     }
     command = [sys.executable, "-c", "from jobledger.cli.main import run; run([])"]
     done = subprocess.run(command, cwd=folder, env=environ, capture_output=True, text=True, check=False)
@@ -270,6 +273,8 @@ def _completed(words: str, folder: Path) -> list[str]:
         ("jobs list --state sch", ["scheduled"]),
         ("jobs list cli_shop:app --task ", ["add"]),
         ("jobs list --app cli_shop:app --queue d", ["default"]),
+        ("jobs list --state=sch", ["scheduled"]),
+        ("jobs list cli_shop:app --queue=d", ["default"]),
         ("jobs list --task ", ["old"]),
         ("jobs list --namespace ", ["shop"]),
         ("jobs show 01a2", [f"01a2{n}000-0000-7000-8000-000000000000" for n in range(3)]),
