@@ -17,6 +17,8 @@ from jobledger.errors import BadArguments, ConfigError, ResultMismatch, is_a, te
 from jobledger.resources import Dependency
 from jobledger.schemas import exact
 
+_encode = msgspec.json.Encoder(enc_hook=exact.plain_json).encode
+_decode = msgspec.json.Decoder().decode
 #: What JSON always says exactly.
 _EXACT = frozenset({str, int, bool})
 
@@ -56,7 +58,7 @@ class Arguments:
                 raise BadArguments(f"{self._name}() got argument {key!r} twice, by position and by name")
             named[key] = value
         try:
-            raw = msgspec.json.encode(named, enc_hook=exact.plain_json)
+            raw = _encode(named)
         except Exception as exc:  # a model's own serialiser may raise anything
             if isinstance(exc, UnicodeEncodeError):
                 self._check(named, None)
@@ -110,10 +112,10 @@ def encode_result(value: Any) -> bytes | None:
     if value is None:
         return None
     try:
-        raw = msgspec.json.encode(value, enc_hook=exact.plain_json)
+        raw = _encode(value)
     except UnicodeEncodeError as exc:
         raise ValueError(exact.unwritable(value, "it") or str(exc)) from exc
-    if type(value) in _EXACT or msgspec.json.decode(raw) == value:
+    if type(value) in _EXACT or _decode(raw) == value:
         return raw
     if (why := exact.unwritable(value, "it")) is not None:
         raise ValueError(why)
