@@ -18,6 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
 
+from jobledger import outage
 from jobledger.access import knock
 from jobledger.config import Settings
 from jobledger.consumers import nursery
@@ -123,6 +124,7 @@ class Worker:
 
     def stop(self, *, hurry: bool = False) -> None:
         """Take nothing more and end within the grace time; with ``hurry`` at once. Callable from any thread."""
+        outage.stopping()
         self._stopping.set()
         self._hurry = self._hurry or hurry
         self._signal_loop()

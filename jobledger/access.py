@@ -19,6 +19,7 @@ from jobledger import addresses, tls
 from jobledger.config import TOKEN_ENDPOINT, Settings
 from jobledger.errors import AccessDenied, BrokerUnavailable, ConfigError, NotAuthenticated, NotAuthorized
 from jobledger.logger import get_logger
+from jobledger.outage import outage_of
 
 LOG = get_logger("jobledger.kafka")
 
@@ -38,6 +39,8 @@ _DENIED = {
 }
 _REFUSED = (KafkaError._AUTHENTICATION, KafkaError._SSL, KafkaError.SASL_AUTHENTICATION_FAILED)
 
+#: A connection is lost, or cannot be made: told as an outage, if it is one.
+_LOST = (KafkaError._TRANSPORT, KafkaError._ALL_BROKERS_DOWN, KafkaError._RESOLVE, KafkaError._TIMED_OUT)
 
 _URLS = frozenset({TOKEN_ENDPOINT})
 #: Settings whose values an error may show: those that say in which way and as whom, and where files lie. Any other one
@@ -202,12 +205,16 @@ class Door:
                     self._first = now
                 elif now - self._first >= AGAIN_S:
                     self._refusal = refusal(self._settings, text)
-            elif error.code() == KafkaError._ALL_BROKERS_DOWN:
-                self._away_at = now
-                self._look(now)
-            elif error.code() == KafkaError._TRANSPORT and "Connect to" in text:
-                self._away_at = now
-                self._first = None  # a broker that is away, or comes up: what it refused before says nothing
+            elif error.code() in _LOST:
+                if error.code() == KafkaError._ALL_BROKERS_DOWN:
+                    self._away_at = now
+                    self._look(now)
+                elif error.code() == KafkaError._TRANSPORT and "Connect to" in text:
+                    self._away_at = now
+                    self._first = None  # a broker that is away, or comes up: what it refused before says nothing
+                if self._patient and self._refusal is None:
+                    outage_of(self._settings).heard(text)
+                return
             said = re.sub(r"\(.*|\d+ms", "", text)
             if now - self._said.get(said, float("-inf")) < SAY_EVERY_S:
                 return

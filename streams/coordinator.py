@@ -25,7 +25,7 @@ from typing import Any, TypeVar
 from faust.exceptions import ConsistencyError
 from prometheus_client import CollectorRegistry
 
-from jobledger import log
+from jobledger import log, outage
 from jobledger.access import join, knock, read, unauthorized
 from jobledger.config import Settings
 from jobledger.errors import AccessDenied, BrokerUnavailable, ConfigError, JobledgerError
@@ -122,6 +122,7 @@ class Coordinator:
 
     def stop(self) -> None:
         """Ask `run` to come to a clean end; from any thread."""
+        outage.stopping()
         if self._loop is not None:
             with contextlib.suppress(RuntimeError):  # the loop has ended
                 self._loop.call_soon_threadsafe(self._stop.set)
@@ -176,7 +177,7 @@ class Coordinator:
         writer: AckedWriter | None = None
         tasks: list[asyncio.Task[None]] = []
         try:
-            quieten()
+            quieten(heard=outage.outage_of(self.settings).heard)
             if idle := unused(self.settings):
                 LOG.warning("client settings that the coordinator does not use (aiokafka): %s", ", ".join(idle))
             origin, topics, max_batch = await self._with_patience(self._prepare)

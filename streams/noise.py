@@ -59,6 +59,19 @@ class Unheard(logging.Filter):
         return True
 
 
+class Connections(logging.Filter):
+    """Hands connections that aiokafka cannot make to ``heard``, which tells outages once; it would say so at each attempt."""
+
+    heard: Callable[[str], None] | None = None
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Whether the record passes."""
+        if self.heard is None or not str(record.msg).startswith("Unable connect to"):
+            return True
+        self.heard(record.getMessage())
+        return False
+
+
 _REFUSED = (
     aioerrors.TopicAuthorizationFailedError,
     aioerrors.GroupAuthorizationFailedError,
@@ -70,12 +83,16 @@ _NOISY = ("aiokafka", "faust", "mode")
 #: A module of ours whose logger Faust uses for the services defined there.
 _OURS = "jobledger.streams.rows"
 _CONSUMER = "jobledger.streams.faust_app"
-_filters = (SaidElsewhere(), RateLimit())
+_connections = Connections()
+_filters = (SaidElsewhere(), _connections, RateLimit())
 _unheard = Unheard()
 
 
-def quieten(level: int = logging.WARNING) -> None:
-    """Let Faust, mode and aiokafka log from ``level`` up only, and each message once in 10 s."""
+def quieten(level: int = logging.WARNING, heard: Callable[[str], None] | None = None) -> None:
+    """Let Faust, mode and aiokafka log from ``level`` up only, and each message once in 10 s. ``heard`` is told of
+    connections that cannot be made."""
+    if heard is not None:
+        _connections.heard = heard
     for name in [*_NOISY, *logging.root.manager.loggerDict]:
         if name.partition(".")[0] in _NOISY:
             logger = logging.getLogger(name)

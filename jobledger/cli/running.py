@@ -273,10 +273,13 @@ def stopping() -> Iterator[threading.Event]:
     """An event that SIGTERM and SIGINT set while the block runs; a second signal of the
     kind acts as it does by itself."""
     stop = threading.Event()
+    from jobledger import outage
+
     before: dict[int, Any] = {}
     owner = os.getpid()
 
     def asked(number: int, frame: FrameType | None) -> None:
+        outage.stopping()
         stop.set()
         signal.signal(number, before[number])
         if os.getpid() != owner:  # a process that the app's code has forked: the signal is for that one

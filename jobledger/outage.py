@@ -1,0 +1,123 @@
+"""What is logged of a cluster that cannot be reached: that it is so, that it lasts, and that it is over.
+
+Each client notices by itself, several times, and says nothing when it is connected again. So whatever a client hears
+comes here, and while something is wrong one thread a process and cluster asks once a second.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+from confluent_kafka import KafkaError, KafkaException
+from confluent_kafka.admin import AdminClient
+
+from jobledger.config import Settings
+from jobledger.errors import JobledgerError
+from jobledger.logger import get_logger
+
+LOG = get_logger("jobledger.kafka")
+
+#: Seconds between two questions, and until the first one: a connection that is back by then is not worth a line.
+ASK_EVERY_S = 1.0
+#: Seconds that an answer may take.
+ANSWER_S = 5.0
+#: Seconds after which an outage is an error.
+LONG_S = 60.0
+#: Seconds between two lines about the same long outage.
+AGAIN_S = 300.0
+#: Seconds for which a process that was told to stop says nothing of lost connections: its broker may stop as well.
+STOPPING_S = 15.0
+
+_quiet_until = float("-inf")
+
+
+def stopping() -> None:
+    """This process was told to stop. Callable from a signal handler."""
+    global _quiet_until
+    _quiet_until = time.monotonic() + STOPPING_S
+
+
+class Outage:
+    """The outages of one cluster, as this process sees them. ``answers()``: whether the cluster answers now."""
+
+    def __init__(self, address: str, answers: Callable[[], bool]) -> None:
+        self._address, self._answers = address, answers
+        self._lock = threading.RLock()  # a client may be polled by a signal handler
+        self._watcher = 0  # the process whose thread watches
+        self._heard = 0
+        self._text = ""
+
+    def heard(self, text: str) -> None:
+        """A client has lost a connection, or cannot make one; ``text``: in its words. From any thread; returns at once."""
+        with self._lock:
+            self._heard += 1
+            if not self._text or "brokers are down" not in text:  # that says the least
+                self._text = text
+            if self._watcher == os.getpid():
+                return
+            self._watcher = os.getpid()
+            try:
+                threading.Thread(target=self._watch, name="jobledger-outage", daemon=True).start()
+            except RuntimeError:  # the interpreter ends
+                self._watcher = 0
+
+    def _watch(self) -> None:
+        since = time.monotonic()
+        error_at = since + LONG_S
+        said = False
+        while True:
+            time.sleep(ASK_EVERY_S)
+            heard = self._heard
+            quiet = time.monotonic() < _quiet_until
+            if quiet or self._answers():
+                if said and not quiet:
+                    LOG.info("connected again to %s, after %.0f s", self._address, time.monotonic() - since)
+                with self._lock:
+                    if quiet or self._heard == heard:
+                        self._watcher, self._text = 0, ""
+                        return
+                since, said = time.monotonic(), False
+                error_at = since + LONG_S
+                continue
+            now = time.monotonic()
+            if now >= error_at:
+                LOG.error("%s has not been reachable for %.0f s: %s", self._address, now - since, self._text)
+                error_at, said = now + AGAIN_S, True
+            elif not said:
+                LOG.warning("%s cannot be reached, and is tried again: %s", self._address, self._text)
+                said = True
+
+
+_outages: dict[str, Outage] = {}
+
+
+def outage_of(settings: Settings) -> Outage:
+    """What a process knows of the outages of the cluster that these settings name."""
+    address = settings.bootstrap or "the embedded broker"
+    found = _outages.get(address)
+    if found is None:
+        found = _outages.setdefault(address, Outage(address, lambda: _answers(settings)))
+    return found
+
+
+def _answers(settings: Settings) -> bool:
+    """Whether a broker answers within `ANSWER_S`; one that refuses does."""
+    try:
+        conf: dict[str, Any] = {**settings.librdkafka(), "logger": LOG, "log_level": 0, "error_cb": lambda error: None}
+        client = AdminClient(conf)
+        asked = client.describe_cluster(request_timeout=ANSWER_S)
+    except (JobledgerError, KafkaException):
+        return False
+    deadline = time.monotonic() + ANSWER_S
+    while not asked.done() and time.monotonic() < deadline:
+        client.poll(0.05)
+    if not asked.done():
+        return False
+    error = asked.exception()
+    if error is None:
+        return True
+    return isinstance(error, KafkaException) and error.args[0].code() == KafkaError.CLUSTER_AUTHORIZATION_FAILED
