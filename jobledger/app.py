@@ -101,8 +101,10 @@ class App:
     """Background jobs of one namespace.
 
     ``name``: the namespace; topics and groups begin with it. ``settings``: read from ``JOBLEDGER_*`` unless given.
-    ``queues``: if given, a task of any other queue is refused when it is registered; if not, the queues are those the
-    tasks name. ``partitions``: of every topic whose queue sets none. Nothing connects before the first use.
+    ``queues``: if given, a task of any other queue than these and the default one is refused when it is registered; if
+    not, the queues are those the tasks name. ``default_queue``: of tasks that name none; it is there as soon as one
+    does. None: each must name its queue. ``partitions``: of every topic whose queue sets none. Nothing connects before
+    the first use.
     """
 
     def __init__(
@@ -112,9 +114,12 @@ class App:
         settings: Settings | None = None,
         queues: Iterable[Queue | str] | None = None,
         partitions: int = DEFAULT_PARTITIONS,
+        default_queue: str | None = DEFAULT_QUEUE,
     ) -> None:
         self.settings = settings or Settings.from_env()
-        self.registry = Registry(name, queues=queues, partitions=partitions, submitter=lambda: self.client)
+        self.registry = Registry(
+            name, queues=queues, partitions=partitions, default_queue=default_queue, submitter=lambda: self.client
+        )
         self._client: Client | None = None
         self._reader: Any = None
         self._lock = threading.Lock()
@@ -186,7 +191,7 @@ class App:
         /,
         *,
         name: str | None = None,
-        queue: str = DEFAULT_QUEUE,
+        queue: str | None = None,
         retry: Retry | int | None = None,
         timeout: Seconds | None = None,
         fallback: Task[Any, Any] | str | None = None,
@@ -210,7 +215,7 @@ class App:
         /,
         *,
         name: str | None = None,
-        queue: str = DEFAULT_QUEUE,
+        queue: str | None = None,
         retry: Retry | int | None = None,
         timeout: Seconds | None = None,
         fallback: Task[Any, Any] | str | None = None,
@@ -230,8 +235,8 @@ class App:
         """Register a function as a task; usable bare or with options.
 
         Spans of time are seconds, or a `timedelta`. ``name``: what stands in the log, the function's name unless given; a second function of this name is refused, and
-        the same one of a reloaded module replaces the first. ``queue``: where its jobs go. ``retry``: a
-        `Retry`, or just the number of attempts. ``timeout``: seconds an attempt may take; then a coroutine is
+        the same one of a reloaded module replaces the first. ``queue``: where its jobs go, the app's default one unless
+        given. ``retry``: a `Retry`, or just the number of attempts. ``timeout``: seconds an attempt may take; then a coroutine is
         cancelled, and `TaskTimedOut` is raised in a function: in a thread when it next executes Python code, in a
         process of its own, which is killed 5 s later, whatever it waits for. ``fallback``: a task with the same
         parameters, run as a job of its own when this one has failed for good.
@@ -340,7 +345,7 @@ class App:
         /,
         *,
         name: str | None = None,
-        queue: str = DEFAULT_QUEUE,
+        queue: str | None = None,
         retry: Retry | int | None = None,
         timeout: Seconds | None = None,
         fallback: Task[Any, Any] | str | None = None,

@@ -51,6 +51,7 @@ class Registry:
         *,
         queues: Iterable[Queue | str] | None = None,
         partitions: int = DEFAULT_PARTITIONS,
+        default_queue: str | None = DEFAULT_QUEUE,
         submitter: Callable[[], Submitter],
     ) -> None:
         self.names = Names(namespace)
@@ -64,6 +65,8 @@ class Registry:
         self.projections: dict[str, Projection] = {}
         #: Where each was declared, by kind and name.
         self._origins: dict[tuple[str, str], Origin] = {}
+        #: Where the jobs of tasks go that name no queue. It is there as soon as such a task is.
+        self.default_queue = None if default_queue is None else check_name("App(default_queue=…)", default_queue)
         self._declared: dict[str, Queue] | None = None
         if queues is not None:
             declared = [q if isinstance(q, Queue) else Queue(q) for q in queues]
@@ -73,13 +76,14 @@ class Registry:
 
     @property
     def queues(self) -> dict[str, Queue]:
-        """Every queue by name, with its partition count filled in: the declared ones, else those the tasks name."""
-        found = self._declared
-        if found is None:
-            found = {t.queue: Queue(t.queue) for t in self.tasks.values()} or {DEFAULT_QUEUE: Queue(DEFAULT_QUEUE)}
-            for task in self.tasks.values():  # who names a priority wants the levels
-                if task.policy.priority is not None:
-                    found[task.queue] = Queue(task.queue, priorities=True)
+        """Every queue by name, with its partition count filled in: the declared ones and those the tasks name."""
+        named = {t.queue: Queue(t.queue) for t in self.tasks.values()}
+        for task in self.tasks.values():  # who names a priority wants the levels
+            if task.policy.priority is not None:
+                named[task.queue] = Queue(task.queue, priorities=True)
+        found = named | (self._declared or {})
+        if not found and self._declared is None and self.default_queue is not None:
+            found = {self.default_queue: Queue(self.default_queue)}
         return {n: replace(q, partitions=q.partitions or self.partitions) for n, q in sorted(found.items())}
 
     @property
@@ -91,16 +95,32 @@ class Registry:
     def check_queue(self, queue: str) -> str:
         """``queue`` if the app has it, else `UnknownQueue` naming those it has."""
         queue = check_name("queue", queue)
-        known = self._declared if self._declared is not None else self.queues
+        if self._declared is not None and queue in self._declared:
+            return queue
+        known = self.queues
         if queue not in known:
             raise UnknownQueue(
-                f"queue {queue!r} is not declared by app {self.names.namespace!r}: it has {sorted(known)}"
+                f"queue {queue!r} is not declared by app {self.names.namespace!r}: it has {sorted(known)}; "
+                "declare it in App(queues=…)"
             )
         return queue
 
+    def _queue_of(self, task: str, queue: str | None) -> str:
+        """The queue of a task that names this one, or none. Raises `UnknownQueue`."""
+        if queue is None:
+            if self.default_queue is None:
+                raise UnknownQueue(
+                    f"task {task!r} names no queue, and app {self.names.namespace!r} has default_queue=None: "
+                    f"give the task queue=…, one of {sorted(self.queues)}"
+                )
+            return self.default_queue
+        if self._declared is None or queue == self.default_queue:
+            return check_name("queue", queue)
+        return self.check_queue(queue)
+
     def check_level(self, queue: str, priority: str) -> None:
         """Raise `ConfigError` unless the queue has priorities."""
-        if not self.queues[queue].priorities:
+        if queue not in (known := self.queues) or not known[queue].priorities:
             raise ConfigError(
                 f"priority={priority!r}: queue {queue!r} has no priorities; declare it as Queue({queue!r}, priorities=True)"
             )
@@ -110,7 +130,7 @@ class Registry:
         fn: Callable[..., Any],
         *,
         name: str | None,
-        queue: str,
+        queue: str | None,
         retry: Retry | int | None,
         timeout: Seconds | None,
         fallback: Task[Any, Any] | str | None,
@@ -121,7 +141,7 @@ class Registry:
         task_name = name if name is not None else getattr(fn, "__name__", "")
         task_name = check_text("task name", task_name, TASK_NAME_MOST)
         origin = self._origin("task", task_name, fn, task_name in self.tasks, nameless=name is None and is_nameless(fn))
-        queue = self.check_queue(queue) if self._declared is not None else check_name("queue", queue)
+        queue = self._queue_of(task_name, queue)
         if isinstance(retry, int) and not isinstance(retry, bool):
             retry = Retry(max_attempts=retry)
         if retry is not None and not isinstance(retry, Retry):

@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from jobledger import App
 from jobledger.context import JobContext, current_job
 from jobledger.errors import BadArguments, ConfigError, UnknownQueue, UnknownTask
 from jobledger.queues import Queue
@@ -179,6 +180,49 @@ def test_declared_queues_are_the_only_ones() -> None:
     assert {n: q.partitions for n, q in app.queues.items()} == {"bulk": 2, "mail": 6}
     with pytest.raises(ConfigError, match="twice"):
         registry(queues=["mail", "mail"])
+
+
+def test_the_default_queue_is_there_beside_declared_ones() -> None:
+    """A task that names no queue goes to the default one, declared or not; the queue, with its topics, is there as soon
+    as a task needs it, and only then."""
+    app = App("shop", queues=[Queue("mail", partitions=2)], partitions=3)
+    assert dict(app.lanes) == {"mail": 2}
+    with pytest.raises(UnknownQueue, match=r"'default'.*\['mail'\]"):
+        app.task(queue="mail", name="one")(send).using(queue="default")
+    task = app.task(send)
+    app.task(queue="default", rate="30/min", name="two")(send)
+    app.check()
+    assert task.queue == "default"
+    assert dict(app.lanes) == {"default": 3, "mail": 2}
+    assert app.tasks["one"].using(queue="default").queue == "default"
+    with pytest.raises(ConfigError, match=r"Queue\('default', priorities=True\)"):
+        app.task(priority="high", name="three")(send)
+    declared = App("shop", queues=[Queue("default", partitions=1)])
+    declared.task(send)
+    assert dict(declared.lanes) == {"default": 1}
+
+
+def test_the_default_queue_may_be_another_or_ruled_out() -> None:
+    """``default_queue`` names it; with None each task must name its queue, and handlers, too."""
+    app = App("shop", queues=["mail"], default_queue="bulk")
+    assert app.task(send).queue == "bulk"
+    assert list(App("shop", default_queue="bulk").queues) == ["bulk"]
+    for strict in (App("shop", default_queue=None), App("shop", queues=["mail"], default_queue=None)):
+        strict.task(queue="mail", name="named")(send)
+        strict.event(Happened)
+        for decorate in (strict.task, strict.on(Happened)):
+            with pytest.raises(UnknownQueue, match=r"names no queue.*default_queue=None.*\['mail'\]"):
+                decorate(takes_anything)
+    assert dict(App("shop", default_queue=None).queues) == {}
+    with pytest.raises(ConfigError, match="default_queue"):
+        App("shop", default_queue="a b")
+
+
+@dataclass(frozen=True)
+class Happened:
+    """An event."""
+
+    n: int
 
 
 def test_undeclared_queues_come_from_the_tasks() -> None:
