@@ -230,10 +230,13 @@ class Backfill:
         for message in chunk:
             self.progress.events += 1
             try:
-                jobs = self._routes.jobs(message)
+                jobs, refused = self._routes.jobs(message)
             except SchemaError:
                 self.progress.unreadable += 1  # the router has put it among the dead letters when it came
                 continue
+            if refused:
+                where = f"{message.topic()}[{message.partition()}]@{message.offset()}"
+                raise ConfigError(f"{where}: {refused[0]}: mend it, and run the backfill again")
             if not jobs:
                 continue
             ((job_id, record),) = jobs

@@ -21,6 +21,7 @@ from jobledger.consumers.send import BY_KEY, Sender
 from jobledger.domain import EVENT_TAG, EventType, Handler, check_classes, event_id_of
 from jobledger.errors import (
     AccessDenied,
+    BadTags,
     BrokerUnavailable,
     ConfigError,
     JobledgerError,
@@ -72,8 +73,9 @@ class Routes:
         """The topics to be read."""
         return sorted(self._by_topic)
 
-    def jobs(self, message: Message) -> list[tuple[str, Outgoing]]:
-        """The jobs that follow from a record, by id. Raises `SchemaError` for bytes that are no such event."""
+    def jobs(self, message: Message) -> tuple[list[tuple[str, Outgoing]], list[str]]:
+        """The jobs that follow from a record, by id, and of each handler that gets none, why. Raises `SchemaError` for
+        bytes that are no such event."""
         kind, handlers = self._by_topic[message.topic() or ""]
         if kind.passes(message.value()):
             return []
@@ -82,17 +84,24 @@ class Routes:
         headers: dict[str, Any] = dict(message.headers() or ())
         event_id = event_id_of(headers, kind.topic, message.partition() or 0, message.offset() or 0)
         trace = headers.get("traceparent")
-        return [
-            self._job(handler, event_id, plain, trace.decode(errors="replace") if isinstance(trace, bytes) else None)
-            for handler in handlers
-        ]
+        context = trace.decode(errors="replace") if isinstance(trace, bytes) else None
+        jobs: list[tuple[str, Outgoing]] = []
+        refused: list[str] = []
+        for handler in handlers:
+            try:
+                jobs.append(self._job(handler, event_id, plain, context))
+            except BadTags as exc:
+                refused.append(str(exc))
+        return jobs, refused
 
     def _job(self, handler: Handler, event_id: str, plain: dict[str, Any], trace: str | None) -> tuple[str, Outgoing]:
         task = handler.task
         job_id = handler.job_id(event_id)
         expires_in = task.policy.expires_in
         expires_in_ms = None if expires_in is None else max(1, round(expires_in * 1000))
-        spec = JobSpec(handler.args(plain), {EVENT_TAG: event_id}, None, expires_in_ms, None, task.policy.priority)
+        args = handler.args(plain)
+        tags = {EVENT_TAG: event_id, **handler.tags(args)}
+        spec = JobSpec(args, tags, None, expires_in_ms, None, task.policy.priority)
         event = JobEvent(
             job_id,
             job_id,
@@ -308,12 +317,18 @@ class Router:
             ends[where] = (message.offset() or 0) + 1
             self.events += 1
             try:
-                for _, record in self.routes.jobs(message):
-                    self._check_size(record)
-                    batch.send(message, record)
-                    routed += 1
+                jobs, refused = self.routes.jobs(message)
             except SchemaError as exc:
                 self._reject(batch, message, str(exc))
+                continue
+            for _, record in jobs:
+                if (why := self._too_large(record)) is not None:
+                    refused.append(why)
+                    continue
+                batch.send(message, record)
+                routed += 1
+            if refused:
+                self._reject(batch, message, "; ".join(refused))
         for message, record in batch.settle():
             routed -= 1
             why = f"its job makes a record of {len(record.value or b'')} bytes, above what {record.topic} takes"
@@ -325,13 +340,12 @@ class Router:
         self.jobs += routed
         self.partitions.update(ends)
 
-    def _check_size(self, record: Outgoing) -> None:
-        limit = self.settings.max_record_bytes
-        if record.value is not None and len(record.value) > limit:
-            raise SchemaError(
-                f"its job makes a record of {len(record.value)} bytes, above the limit of {limit} bytes "
-                "(JOBLEDGER_MAX_RECORD_BYTES)"
-            )
+    def _too_large(self, record: Outgoing) -> str | None:
+        """Why a job's record cannot be sent; None: it can."""
+        limit, size = self.settings.max_record_bytes, len(record.value or b"")
+        if size <= limit:
+            return None
+        return f"its job makes a record of {size} bytes, above the limit of {limit} bytes (JOBLEDGER_MAX_RECORD_BYTES)"
 
     def _reject(self, batch: Batch, message: Message, why: str) -> None:
         self.rejected += 1

@@ -341,7 +341,7 @@ class App:
 
     def on(
         self,
-        event: type[Any],
+        event: type[E],
         /,
         *,
         name: str | None = None,
@@ -349,6 +349,7 @@ class App:
         retry: Retry | int | None = None,
         timeout: Seconds | None = None,
         fallback: Task[Any, Any] | str | None = None,
+        tags: Mapping[str, str] | Callable[[E], Mapping[str, str] | None] | None = None,
         **policy: Unpack[HandlerOptions],
     ) -> TaskDecorator:
         """Register a function as a handler of an event class: for every event that the router comes to, one job that
@@ -359,6 +360,8 @@ class App:
         ``jobledger backfill``. The function takes the event. Options as for `task`, except that there is no ``key``: an
         event's key orders events on their topic, and their jobs run in any order, several at once. Where the events'
         order counts, fold them (`projection`); where only one at a time may run, submit a keyed task from the handler.
+        ``tags``: of its jobs, or a pure function of the event that gives them; an event for which it fails goes to the
+        dead letters, and its other handlers get their jobs.
         Raises `ConfigError`, `BadEvent` or `UnknownQueue`.
         """
         if keyed := sorted(policy.keys() & {"key", "key_hold_max"}):
@@ -375,7 +378,7 @@ class App:
                 function, name=name, queue=queue, retry=retry, timeout=timeout, fallback=fallback, **policy
             )
             try:
-                self.registry.add_handler(event, task)
+                self.registry.add_handler(event, task, tags)
             except ConfigError:
                 del self.registry.tasks[task.name]
                 raise

@@ -230,10 +230,10 @@ class Client:
         if task.registry.names is not self.names:
             self._check_app(task)
         if inside is None:
-            job_id, parent, trace = str(uuid_utils.uuid7()), None, tracing.current()
+            job_id, parent, trace = request.job_id or str(uuid_utils.uuid7()), None, tracing.current()
             event_id = job_id
         else:
-            job_id = event_id = inside.child_id(task.name, request.args)
+            job_id = event_id = request.job_id or inside.child_id(task.name, request.args)
             parent, trace = inside.job_id, tracing.current() or inside.trace
         delayed = request.delay_ms is not None
         event = JobEvent(

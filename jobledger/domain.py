@@ -24,6 +24,7 @@ import msgspec
 from jobledger.durations import in_seconds
 from jobledger.errors import (
     BadEvent,
+    BadTags,
     ConfigError,
     IncompatibleEvent,
     NotAnEvent,
@@ -36,10 +37,13 @@ from jobledger.names import Names, check_name, check_topic
 from jobledger.schemas import codec, defaults, exact, frame
 from jobledger.schemas.derive import check_evolution, derive, dumper, is_pydantic, read_nested
 from jobledger.schemas.foreign import ForeignSchema
+from jobledger.task import check_tags
 
 if TYPE_CHECKING:
     from jobledger.task import Task
 
+#: The tags of a handler's jobs: fixed, or by event.
+HandlerTags = Mapping[str, str] | Callable[[Any], Mapping[str, str] | None] | None
 #: How values stand on a topic: as ours do, as JSON, or as Avro in a Schema Registry's frame.
 Format = Literal["jobledger", "json", "avro"]
 FORMATS: tuple[str, ...] = ("jobledger", "json", "avro")
@@ -249,9 +253,10 @@ class EventType:
 
 
 class Handler:
-    """A task that takes one event of a type. ``parameter``: the one that takes it."""
+    """A task that takes one event of a type. ``parameter``: the one that takes it. ``tags``: of its jobs, or a function
+    of the event that gives them."""
 
-    def __init__(self, event: EventType, task: Task[Any, Any]) -> None:
+    def __init__(self, event: EventType, task: Task[Any, Any], tags: HandlerTags = None) -> None:
         parameters = [p for p in inspect.signature(task.fn).parameters.values() if p.name not in task.dependencies]
         needed = [p.name for p in parameters if p.default is p.empty]
         if not parameters or needed not in ([], [parameters[0].name]):
@@ -260,6 +265,9 @@ class Handler:
                 "and what else it takes has defaults"
             )
         self.event, self.task, self.parameter = event, task, parameters[0].name
+        if not callable(tags):
+            tags = self._checked(tags)
+        self._tags = tags
 
     def __repr__(self) -> str:
         return f"<handler {self.task.name} of {self.event.name}>"
@@ -267,6 +275,24 @@ class Handler:
     def job_id(self, event_id: str) -> str:
         """The job that handles this event: always the same."""
         return str(uuid.uuid5(uuid.UUID(event_id), self.task.name))
+
+    def tags(self, args: bytes) -> dict[str, str]:
+        """The tags of the job with these arguments, without the event's id. Raises `BadTags`."""
+        if not callable(self._tags):
+            return dict(self._tags or {})
+        try:
+            return self._checked(self._tags(self.task.decode_args(args)[self.parameter]))
+        except Exception as exc:  # whatever the app's function does, other handlers get their jobs
+            kind = type(exc).__qualname__
+            raise BadTags(
+                f"handler {self.task.name!r}: its tags= cannot be told for this event: {kind}: {text_of(exc)}"
+            ) from exc
+
+    def _checked(self, tags: object) -> dict[str, str]:
+        found = check_tags(tags)
+        if EVENT_TAG in found:
+            raise ConfigError(f"handler {self.task.name!r}: tag {EVENT_TAG!r} is the event's id, and cannot be another")
+        return found
 
     def args(self, plain: Mapping[str, Any]) -> bytes:
         """The job's arguments for an event's plain values. Raises `NotAnEvent` for values nested too deeply, and for what

@@ -6,6 +6,7 @@
 │   ├── ``UnknownQueue``         a queue the app does not declare
 │   ├── ``BadArguments``         arguments that do not fit the task's signature
 │   ├── ``BadEvent``             an event whose values do not fit its class
+│   ├── ``BadTags``              a handler's ``tags=`` that fails for an event
 │   ├── ``IncompatibleEvent``    an event class that cannot read what earlier ones wrote
 │   ├── ``RegistryNeeded``       a record that only a Schema Registry explains, and none is configured
 │   └── ``SchemaRefused``        the Schema Registry does not take this version's schema
@@ -147,6 +148,10 @@ class BadArguments(ConfigError):
 
 class BadEvent(ConfigError):
     """The event's values do not fit its class, or its class is no event of the app."""
+
+
+class BadTags(ConfigError):
+    """The ``tags=`` of a handler cannot be told for an event: its function raised, or gave something else than tags."""
 
 
 class IncompatibleEvent(ConfigError):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import inspect
+import uuid
 from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Generic, Literal, ParamSpec, Protocol, TypeVar
@@ -41,6 +42,7 @@ class JobRequest(Generic[R_co]):
     key: str | None = None
     priority: Priority | None = None
     expires_in_ms: int | None = None
+    job_id: str | None = None
 
 
 class Submitter(Protocol):
@@ -61,6 +63,18 @@ def check_tags(tags: object) -> dict[str, str]:
         check_text("tag name", name, TAG_NAME_MOST): check_text(f"tag {name!r}", value, TAG_VALUE_MOST, least=0)
         for name, value in tags.items()
     }
+
+
+def check_job_id(job_id: object, what: str) -> str:
+    """``job_id`` as the canonical text of a UUID of any version, else `ConfigError` that begins with ``what``."""
+    if isinstance(job_id, uuid.UUID):
+        return str(job_id)
+    try:
+        return str(uuid.UUID(job_id if isinstance(job_id, str) else ""))
+    except ValueError:
+        raise ConfigError(
+            f"{what}={job_id!r} is not a UUID: to make one of a name of your own, uuid.uuid5(uuid.NAMESPACE_URL, name)"
+        ) from None
 
 
 class Task(Generic[P, R_co]):
@@ -150,13 +164,16 @@ class Task(Generic[P, R_co]):
         key: str | None = None,
         priority: Literal["high", "normal", "low"] | None = None,
         expires_in: Seconds | None = None,
+        job_id: str | uuid.UUID | None = None,
     ) -> BoundTask[P, R_co]:
         """The task with options for one submission.
 
         ``delay``: seconds, or a `timedelta`, counted on the broker's clock from the append. ``tags``: text to find the job by.
         ``queue``: another queue of the app. ``key``: jobs of one key run one at a time, in the order of submission.
         ``priority``: on a queue with priorities. ``expires_in``: seconds after which the job is not started any more,
-        counted as the delay is. Raises `ConfigError` or `UnknownQueue` at once.
+        counted as the delay is. ``job_id``: a UUID of the caller's own, for one job. A second submission with it, to the
+        same queue, key and priority, is the same job: it runs once, with the first one's arguments, for as long as workers
+        remember it (10 minutes or 100,000 records of a partition, whichever is less). Raises `ConfigError` or `UnknownQueue` at once.
         """
         what = f"task {self.name!r}"
         policy = self.policy
@@ -183,6 +200,7 @@ class Task(Generic[P, R_co]):
             key,
             level,
             _ms(policy.expires_in if expires_in is None else check_expiry(expires_in)),
+            None if job_id is None else check_job_id(job_id, f"{what}: job_id"),
         )
 
     def key_of(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> str | None:
@@ -233,16 +251,19 @@ class BoundTask(Generic[P, R_co]):
         key: str | None,
         priority: Priority | None,
         expires_in_ms: int | None,
+        job_id: str | None,
     ) -> None:
         self.task, self.queue, self.tags, self.delay_ms = task, queue, tags, delay_ms
-        self.key, self.priority, self.expires_in_ms = key, priority, expires_in_ms
+        self.key, self.priority, self.expires_in_ms, self.job_id = key, priority, expires_in_ms, job_id
 
     def job(self, *args: P.args, **kwargs: P.kwargs) -> JobRequest[R_co]:
         """As `Task.job`."""
         task = self.task
         encoded = task.encode_args(args, kwargs)
         key = task.key_of(args, kwargs) if self.key is None else self.key
-        return JobRequest(task, encoded, self.queue, self.tags, self.delay_ms, key, self.priority, self.expires_in_ms)
+        return JobRequest(
+            task, encoded, self.queue, self.tags, self.delay_ms, key, self.priority, self.expires_in_ms, self.job_id
+        )
 
     def submit(self, *args: P.args, **kwargs: P.kwargs) -> JobHandle[R_co]:
         """As `Task.submit`."""

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any
 
-from jobledger.domain import EventType, Handler
+from jobledger.domain import EventType, Handler, HandlerTags
 from jobledger.durations import Seconds, in_seconds
 from jobledger.errors import BadEvent, ConfigError, UnknownQueue, UnknownTask
 from jobledger.functions import check_function
@@ -216,9 +216,9 @@ class Registry:
             f"{sorted(self.events)}; decorate the class with @app.event"
         )
 
-    def add_handler(self, cls: type[Any], task: Task[Any, Any]) -> Handler:
+    def add_handler(self, cls: type[Any], task: Task[Any, Any], tags: HandlerTags = None) -> Handler:
         """Let ``task`` handle events of ``cls``. A module that is loaded again replaces its own handlers."""
-        made = Handler(self.event_of(cls), task)
+        made = Handler(self.event_of(cls), task, tags)
         known = self.handlers.setdefault(made.event.name, [])
         known[:] = [*(h for h in known if h.task.name != task.name), made]
         return made

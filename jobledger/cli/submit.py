@@ -40,6 +40,10 @@ def submit(
     expires_in: Annotated[
         float | None, typer.Option(parser=seconds, metavar="SECONDS", help="Do not start it any more after this time.")
     ] = None,
+    job_id: Annotated[
+        str | None,
+        typer.Option(metavar="UUID", help="An id of your own; a second submission with it is the same job."),
+    ] = None,
     wait: Annotated[
         bool, typer.Option("--wait", help="Wait for its end; exit code 5 if it does not end well.")
     ] = False,
@@ -69,6 +73,7 @@ def submit(
             key=key,
             priority=priority,  # type: ignore[arg-type]  # judged there
             expires_in=expires_in,
+            job_id=job_id,
         )
         request = bound.job(**arguments)
     try:

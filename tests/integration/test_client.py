@@ -9,6 +9,7 @@ import os
 import socket
 import threading
 import time
+import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,7 +35,7 @@ from jobledger.log import LogReader, decoder, recorded
 from jobledger.schemas.events import JobSubmitted, Recorded
 from jobledger.streams.status import Materializer
 from jobledger.task import Task
-from tests.integration.worker_app import working
+from tests.integration.worker_app import closings, log_of, until, working
 from tests.running_job import running_job
 
 pytestmark = pytest.mark.kafka
@@ -162,6 +163,38 @@ def test_coroutines_submit_wait_and_cancel(broker: str, namespace: str, tmp_path
         reading.join(30)
         app.close()
     assert not reading.is_alive()
+
+
+def test_a_job_id_of_the_callers_own_is_one_job_however_often_it_is_submitted(broker: str, namespace: str) -> None:
+    """In every form of submission, and inside a job, too, records carry the id; the job runs once, with what came
+    first."""
+    app = App(namespace, settings=Settings(bootstrap=broker, submit_timeout=60.0), partitions=3)
+    ran: list[int] = []
+
+    @app.task
+    async def note(n: int) -> None:
+        ran.append(n)
+
+    @app.task
+    async def parent(job_id: str) -> None:
+        await note.using(job_id=job_id).submit_async(9)
+
+    ensure(app, app.settings)
+    mine, delayed = str(uuid.uuid4()), str(uuid.uuid4())
+    handles = [note.using(job_id=mine).submit(1), asyncio.run(note.using(job_id=mine.upper()).submit_async(2))]
+    handles += app.submit_many([note.using(job_id=uuid.UUID(mine)).job(3), note.job(4)])
+    assert [h.job_id == mine for h in handles] == [True, True, True, False]
+    assert note.using(job_id=delayed, delay=3_600).submit(5).job_id == delayed
+    assert everything(app, app.names.coordination)[0].event.job_id == delayed
+    last = parent.submit(mine)
+    with working(app):
+        until(lambda: len(closings(app)) == 3, 60, "all have ended")
+        until(lambda: len([r for r in log_of(app, app.names.jobs("default")) if r.event.job_id == mine]) == 4, 60)
+        note.submit(6)
+        until(lambda: 6 in ran, 60)
+    assert sorted(ran) == [1, 4, 6]
+    assert {mine, last.job_id} <= set(closings(app))
+    app.close()
 
 
 def test_submit_many_keeps_order_and_accounts_for_each(app: App) -> None:

@@ -231,6 +231,46 @@ def test_what_is_no_event_becomes_a_dead_letter_and_others_go_on(lab: Lab) -> No
     assert {fact.topic for fact in letters} == {topic}
 
 
+def test_tags_of_handlers_are_on_their_jobs_and_a_broken_function_costs_no_other_handler_its_job(
+    broker: str, namespace: str
+) -> None:
+    """Fixed tags and those a function gives by event stand beside the event's id; an event for which the function fails
+    becomes one dead letter that names the handler, and the other handlers and events get their jobs. A backfill of that
+    handler stops and says the same."""
+    app = App(namespace, settings=Settings(bootstrap=broker), partitions=2)
+    app.event(UserRegistered)
+
+    def by_plan(event: UserRegistered) -> dict[str, str]:
+        if event.plan == "none":
+            raise LookupError("no such plan")
+        return {"plan": event.plan, "user": event.user_id}
+
+    @app.on(UserRegistered, tags=by_plan)
+    async def told(event: UserRegistered) -> None: ...
+
+    @app.on(UserRegistered, tags={"team": "crm"})
+    async def fixed(event: UserRegistered) -> None: ...
+
+    ensure(app, app.settings)
+    good, bad = app.emit(UserRegistered("a", "paid")), app.emit(UserRegistered("b", "none"))
+    with routing(app) as router:
+        until(lambda: router.events == 2 and router.rejected == 1)
+    found = {(r.event.task, r.event.job_id): r.event.fact.spec.tags for r in log_of(app, app.names.jobs("default"))}  # type: ignore[union-attr]  # submissions
+    ids = {name: app.registry.handler(name).job_id for name in ("told", "fixed")}
+    assert found == {
+        ("told", ids["told"](good.event_id)): {"event": good.event_id, "plan": "paid", "user": "a"},
+        ("fixed", ids["fixed"](good.event_id)): {"event": good.event_id, "team": "crm"},
+        ("fixed", ids["fixed"](bad.event_id)): {"event": bad.event_id, "team": "crm"},
+    }
+    (letter,) = [r.event.fact for r in log_of(app, app.names.dead_letter)]
+    assert isinstance(letter, RecordRejected)
+    assert "handler 'told': its tags= cannot be told for this event: LookupError: no such plan" in letter.error
+    backfill = Backfill(app.registry, app.settings, Plan("told"), lambda job_id: False)
+    with pytest.raises(ConfigError, match=r"handler 'told'.*LookupError.*run the backfill again"):
+        backfill.run(threading.Event())
+    app.close()
+
+
 def write(app: App, *values: Any, partition: int | None = None) -> list[Position]:
     """JSON, as another program writes it, on the topic of parcels."""
     writer = LogWriter(app.settings, app.names)

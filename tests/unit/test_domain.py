@@ -24,7 +24,7 @@ from hypothesis import strategies as st
 from jobledger import App, BadEvent, ConfigError, IncompatibleEvent, Queue, Settings, UnknownTask
 from jobledger.consumers.beginning import began_with, note
 from jobledger.domain import EventType, earlier_of, event_id_of
-from jobledger.errors import NotAnEvent, UnknownSchema
+from jobledger.errors import BadTags, NotAnEvent, UnknownSchema
 from jobledger.names import Names
 from jobledger.schemas.derive import check_evolution, derive
 
@@ -738,6 +738,33 @@ def test_commits_say_with_how_many_partitions_a_topic_was_first_read(
 ) -> None:
     """Where none says, it was read from its beginning, and so is what is added."""
     assert began_with(notes) == count
+
+
+@pytest.mark.parametrize(
+    ("tags", "said"),
+    [
+        ({"n": 1}, "'n'=1"),
+        ("tenant", "tags='tenant' is not a mapping"),
+        ({"event": "mine"}, "handler 'sync': tag 'event' is the event's id"),
+    ],
+)
+def test_tags_of_a_handler_are_judged_when_declared_or_for_the_event(tags: Any, said: str) -> None:
+    """Fixed ones at once; what a function gives, by the same rule, as `BadTags` that names the handler."""
+    app = App("handlers", settings=Settings(bootstrap="127.0.0.1:1"))
+    app.event(Shipped)
+
+    def sync(event: Shipped) -> None: ...
+
+    with pytest.raises(ConfigError, match=said):
+        app.on(Shipped, tags=tags)(sync)
+    assert "sync" not in app.tasks
+    app.on(Shipped, tags=lambda event: tags)(sync)
+    handler = app.registry.handler("sync")
+    args = handler.args({"order_id": "o-1", "weight": 1.5})
+    with pytest.raises(
+        BadTags, match=f"handler 'sync': its tags= cannot be told for this event: ConfigError: .*{said}"
+    ):
+        handler.tags(args)
 
 
 def test_a_handler_takes_a_tasks_options() -> None:

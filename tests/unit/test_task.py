@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime as dt
 import json
+import uuid
 from dataclasses import dataclass
 from typing import Any, TypedDict
 
@@ -180,6 +181,28 @@ def test_declared_queues_are_the_only_ones() -> None:
     assert {n: q.partitions for n, q in app.queues.items()} == {"bulk": 2, "mail": 6}
     with pytest.raises(ConfigError, match="twice"):
         registry(queues=["mail", "mail"])
+
+
+@pytest.mark.parametrize(
+    ("given", "kept"),
+    [
+        ("01890A5D-AC96-774B-BCCE-B302099A8057", "01890a5d-ac96-774b-bcce-b302099a8057"),
+        ("01890a5dac96774bbcceb302099a8057", "01890a5d-ac96-774b-bcce-b302099a8057"),
+        (uuid.uuid5(uuid.NAMESPACE_URL, "order-17"), str(uuid.uuid5(uuid.NAMESPACE_URL, "order-17"))),
+    ],
+)
+def test_a_job_id_of_the_callers_own_is_a_uuid_in_one_form(given: Any, kept: str) -> None:
+    """Any version and spelling, so that the same id is the same job; without one a job has none yet."""
+    task = task_of(send)
+    assert task.using(job_id=given).job("a").job_id == kept
+    assert task.using(tags={"a": "b"}).job("a").job_id is None
+
+
+@pytest.mark.parametrize("given", ["order-17", "", 17, b"01890a5dac96774bbcceb302099a8057", "\ud800"])
+def test_a_job_id_that_is_no_uuid_is_refused(given: Any) -> None:
+    """The error names the task and the value, and how to make a UUID of a name."""
+    with pytest.raises(ConfigError, match=r"(?s)task 'send': job_id=.* is not a UUID.*uuid5"):
+        task_of(send).using(job_id=given)
 
 
 def test_the_default_queue_is_there_beside_declared_ones() -> None:
