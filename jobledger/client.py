@@ -233,7 +233,8 @@ class Client:
             job_id, parent, trace = request.job_id or str(uuid_utils.uuid7()), None, tracing.current()
             event_id = job_id
         else:
-            job_id = event_id = request.job_id or inside.child_id(task.name, request.args)
+            derived = inside.child_id(task.name, request.args)
+            job_id = event_id = request.job_id or derived
             parent, trace = inside.job_id, tracing.current() or inside.trace
         delayed = request.delay_ms is not None
         event = JobEvent(

@@ -6,7 +6,8 @@ import hashlib
 import threading
 import uuid
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from contextvars import ContextVar
 from operator import index
 
@@ -124,13 +125,26 @@ def current_job() -> JobContext:
     """The job this code runs in. Raises `ConfigError` outside a job."""
     found = _CURRENT.get()
     if found is None:
-        raise ConfigError("current_job() works only inside a task that a Jobledger worker runs")
+        raise ConfigError(
+            "current_job() works only inside a task that a Jobledger worker runs; in a test, inside of "
+            "jobledger.testing.job_context()"
+        )
     return found
 
 
 def maybe_current_job() -> JobContext | None:
     """The job this code runs in, or None."""
     return _CURRENT.get()
+
+
+@contextmanager
+def entered(context: JobContext) -> Iterator[None]:
+    """Make ``context`` the current job for a block, and what was before current again after it."""
+    token = _CURRENT.set(context)
+    try:
+        yield
+    finally:
+        _CURRENT.reset(token)
 
 
 def enter(context: JobContext | None) -> None:
