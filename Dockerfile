@@ -3,13 +3,14 @@ FROM python:3.11-slim
 
 # What is installed changes seldom, the code often.
 WORKDIR /build
-COPY pyproject.toml README.md LICENSE ./
+COPY pyproject.toml LICENSE ./
+COPY docs/pypi.md docs/
 COPY jobledger jobledger
 COPY schemas schemas
 COPY consumers consumers
 COPY streams streams
 # aiohttp, airportsdata and tzdata are the demo's.
-RUN pip install --no-cache-dir '.[registry,postgres]' aiohttp==3.* airportsdata==20260905 tzdata==2026.6
+RUN pip install --no-cache-dir '.[worker,streams,registry,postgres]' aiohttp==3.* airportsdata==20260905 tzdata==2026.6
 
 RUN useradd --uid 10001 --create-home jobledger && mkdir /data && chown jobledger /data
 WORKDIR /app

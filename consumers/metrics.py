@@ -14,14 +14,19 @@ from typing import TYPE_CHECKING
 
 from confluent_kafka import KafkaException, TopicPartition
 from confluent_kafka.admin import AdminClient, OffsetSpec  # type: ignore[attr-defined]  # re-exported without saying so
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
-from prometheus_client.registry import Collector
 
 from jobledger.config import Settings
 from jobledger.consumers.gates import Scope
 from jobledger.consumers.work import RUN_BOUNDS_S, WAIT_BOUNDS_MS, Partition
+from jobledger.extras import missing
 from jobledger.log import admin
 from jobledger.logger import get_logger
+
+try:
+    from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
+    from prometheus_client.registry import Collector
+except ImportError as exc:
+    raise missing("worker", exc) from exc
 
 if TYPE_CHECKING:
     from jobledger.consumers.worker import Worker

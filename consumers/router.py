@@ -78,7 +78,7 @@ class Routes:
         bytes that are no such event."""
         kind, handlers = self._by_topic[message.topic() or ""]
         if kind.passes(message.value()):
-            return []
+            return [], []
         by_id = self._schemas.of_others if kind.foreign else self._schemas.by_id
         plain = kind.decode(message.value(), self._schemas, by_id)
         headers: dict[str, Any] = dict(message.headers() or ())

@@ -41,6 +41,7 @@ from jobledger.consumers.target import find_target
 from jobledger.consumers.telling import Teller
 from jobledger.consumers.work import Partition
 from jobledger.errors import AccessDenied, BrokerUnavailable, ConfigError, JobledgerError, ResourceFailed
+from jobledger.extras import missing
 from jobledger.kafka import acls
 from jobledger.kafka.topic_watch import TopicWatch
 from jobledger.kafka.topology import lifecycle_too_small
@@ -538,6 +539,8 @@ class Worker:
 def _new_runner() -> asyncio.Runner:
     if sys.platform == "win32":
         return asyncio.Runner()
-    import uvloop
-
+    try:
+        import uvloop
+    except ImportError as exc:
+        raise missing("worker", exc) from exc
     return asyncio.Runner(loop_factory=uvloop.new_event_loop)

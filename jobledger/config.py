@@ -19,6 +19,7 @@ import platformdirs
 
 from jobledger import addresses
 from jobledger.errors import BrokerUnavailable, ConfigError
+from jobledger.extras import installed
 
 PREFIX = "JOBLEDGER_"
 KAFKA_PREFIX = "JOBLEDGER_KAFKA__"
@@ -197,6 +198,11 @@ class Settings:
         """The broker's address: the setting, else the embedded broker if it runs, else `BrokerUnavailable`."""
         if self.bootstrap:
             return self.bootstrap
+        if not installed("psutil"):
+            raise ConfigError(
+                "JOBLEDGER_BOOTSTRAP is not set, and the embedded broker, which is used then, is not installed: set it to "
+                "your broker's host:port, or pip install 'jobledger[kafka]'"
+            )
         from jobledger.kafka.embedded import running_bootstrap  # late: pulls in process handling
 
         found = running_bootstrap(self.home)

@@ -17,20 +17,24 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
-from aiokafka import AIOKafkaProducer
-from aiokafka import errors as aioerrors
-from aiokafka.client import AIOKafkaClient
-from aiokafka.conn import AIOKafkaConnection, create_conn
-from aiokafka.protocol.metadata import MetadataRequest
-
 from jobledger.access import Need, away, refusal, unauthorized, write
 from jobledger.config import Settings
 from jobledger.errors import BrokerUnavailable, JobledgerError, NotAuthenticated, PayloadTooLarge, TopicMissing
+from jobledger.extras import missing
 from jobledger.log import LogReader
 from jobledger.streams.noise import quieten
 from jobledger.tls import trouble
 from jobledger.wire import Framing
 from jobledger.writer import Outgoing
+
+try:
+    from aiokafka import AIOKafkaProducer
+    from aiokafka import errors as aioerrors
+    from aiokafka.client import AIOKafkaClient
+    from aiokafka.conn import AIOKafkaConnection, create_conn
+    from aiokafka.protocol.metadata import MetadataRequest
+except ImportError as exc:
+    raise missing("streams", exc) from exc
 
 MAX_BATCH_BYTES = 256 * 1024
 #: How long one request may take, and how soon new leaders are seen: as `jobledger.config.PATIENCE`.

@@ -22,13 +22,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-from faust.exceptions import ConsistencyError
-from prometheus_client import CollectorRegistry
-
 from jobledger import log, outage
 from jobledger.access import join, knock, read, unauthorized
 from jobledger.config import Settings
 from jobledger.errors import AccessDenied, BrokerUnavailable, ConfigError, JobledgerError
+from jobledger.extras import missing
 from jobledger.kafka import acls
 from jobledger.kafka.topic_watch import TopicWatch
 from jobledger.logger import get_logger
@@ -57,6 +55,12 @@ from jobledger.streams.place import take_place
 from jobledger.streams.security import security
 from jobledger.wire import framing
 from jobledger.writer import LogWriter
+
+try:
+    from faust.exceptions import ConsistencyError
+    from prometheus_client import CollectorRegistry
+except ImportError as exc:
+    raise missing("streams", exc) from exc
 
 LOG = get_logger("jobledger.coordinator")
 T = TypeVar("T")

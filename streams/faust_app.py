@@ -13,21 +13,26 @@ from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import faust
 from confluent_kafka import KafkaException, TopicCollection
-from faust.transport.drivers import aiokafka
-from faust.types import TP
 
 from jobledger import log
 from jobledger.access import read
 from jobledger.config import Settings
 from jobledger.errors import ConfigError
+from jobledger.extras import missing
 from jobledger.logger import get_logger
 from jobledger.names import Names
 from jobledger.streams.aio import METADATA_AGE_MS, create_no_topics
 from jobledger.streams.place import Place
 from jobledger.streams.rows import Rows, RowTable
 from jobledger.streams.security import credentials
+
+try:
+    import faust
+    from faust.transport.drivers import aiokafka
+    from faust.types import TP
+except ImportError as exc:
+    raise missing("streams", exc) from exc
 
 LOG = get_logger("jobledger.coordinator")
 

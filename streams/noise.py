@@ -7,7 +7,12 @@ import logging
 import time
 from collections.abc import Callable
 
-from aiokafka import errors as aioerrors
+from jobledger.extras import missing
+
+try:
+    from aiokafka import errors as aioerrors
+except ImportError as exc:
+    raise missing("streams", exc) from exc
 
 
 class RateLimit(logging.Filter):

@@ -17,12 +17,16 @@ import urllib.request
 from collections.abc import Mapping
 from typing import Any
 
-from aiokafka.abc import AbstractTokenProvider
-
 from jobledger.config import TOKEN_ENDPOINT, check_token_endpoint
 from jobledger.errors import ConfigError, NotAuthenticated
+from jobledger.extras import missing
 from jobledger.logger import get_logger
 from jobledger.tls import setting
+
+try:
+    from aiokafka.abc import AbstractTokenProvider
+except ImportError as exc:
+    raise missing("streams", exc) from exc
 
 LOG = get_logger("jobledger.kafka")
 

@@ -15,14 +15,19 @@ from collections import defaultdict
 from collections.abc import Iterable
 from typing import Any, Protocol
 
-import faust
 import msgspec
-import rocksdict
-from faust.stores import memory, rocksdb
 
 from jobledger.errors import SchemaError
+from jobledger.extras import missing
 from jobledger.logger import get_logger
 from jobledger.streams.schedules import decode_row, newer, of_unknown_kind
+
+try:
+    import faust
+    import rocksdict
+    from faust.stores import memory, rocksdb
+except ImportError as exc:
+    raise missing("streams", exc) from exc
 
 LOG = get_logger("jobledger.coordinator")
 

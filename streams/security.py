@@ -5,14 +5,18 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import faust
-from faust.transport.drivers.aiokafka import credentials_to_aiokafka_auth
-
 from jobledger import tls
 from jobledger.config import Settings
 from jobledger.errors import ConfigError
+from jobledger.extras import missing
 from jobledger.streams import oauth
 from jobledger.tls import setting
+
+try:
+    import faust
+    from faust.transport.drivers.aiokafka import credentials_to_aiokafka_auth
+except ImportError as exc:
+    raise missing("streams", exc) from exc
 
 PASSWORDS = ("PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512")
 _KNOWN = {"security.protocol", "sasl.mechanism", "sasl.mechanisms", "sasl.username", "sasl.password"} | tls.KNOWN

@@ -17,7 +17,6 @@ from functools import partial
 from typing import TypeVar
 
 from confluent_kafka import Message
-from prometheus_client import CollectorRegistry
 
 from jobledger import log
 from jobledger.config import Settings
@@ -31,6 +30,7 @@ from jobledger.errors import (
     StoreUnavailable,
     UnknownFact,
 )
+from jobledger.extras import missing
 from jobledger.kafka import acls
 from jobledger.kafka.topic_watch import TopicWatch
 from jobledger.log import now_us, position_of
@@ -46,6 +46,11 @@ from jobledger.streams.projector import CACHE_JOBS, Folded, Projector
 from jobledger.streams.store import Partition, Store, open_store, shown
 from jobledger.streams.table_metrics import TableMetrics
 from jobledger.writer import LogWriter, Outgoing
+
+try:
+    from prometheus_client import CollectorRegistry
+except ImportError as exc:
+    raise missing("streams", exc) from exc
 
 LOG = get_logger("jobledger.materializer")
 

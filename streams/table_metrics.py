@@ -4,7 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from prometheus_client import CollectorRegistry, Counter, Gauge
+from jobledger.extras import missing
+
+try:
+    from prometheus_client import CollectorRegistry, Counter, Gauge
+except ImportError as exc:
+    raise missing("streams", exc) from exc
 
 
 class TableMetrics:

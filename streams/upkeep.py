@@ -19,12 +19,12 @@ from dataclasses import dataclass
 
 import msgspec
 from confluent_kafka import KafkaException, TopicPartition
-from prometheus_client import Counter, Gauge
 
 from jobledger import commits
 from jobledger.access import Need
 from jobledger.config import Settings
 from jobledger.errors import BrokerUnavailable, JobledgerError, SchemaError
+from jobledger.extras import missing
 from jobledger.job import Life
 from jobledger.log import LogReader, admin, decoder, now_us, partitions_of, recorded, source, translate
 from jobledger.logger import get_logger
@@ -47,6 +47,11 @@ from jobledger.streams.projection_store import folded
 from jobledger.streams.store.protocol import Overdue, StatusReader
 from jobledger.streams.trim import Partition, Readers, plan
 from jobledger.writer import LogWriter, Outgoing
+
+try:
+    from prometheus_client import Counter, Gauge
+except ImportError as exc:
+    raise missing("streams", exc) from exc
 
 LOG = get_logger("jobledger.upkeep")
 

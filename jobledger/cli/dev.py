@@ -19,6 +19,7 @@ import typer
 from jobledger.cli.loading import load_app, module_name
 from jobledger.cli.options import Bootstrap, LogFormat, StatusUrl, Target
 from jobledger.cli.running import Prefixed, command, passed_on, stream_children
+from jobledger.extras import need
 
 if TYPE_CHECKING:
     from jobledger.config import Settings
@@ -60,6 +61,8 @@ def dev(
     from jobledger.streams.supervisor import Child, Restarts, Supervisor
 
     app = load_app(target, bootstrap=bootstrap, status_url=status_url)
+    broker = ["kafka"] if app.settings.bootstrap is None else []
+    need("jobledger dev", "worker", "streams", *(["watch"] if reload else []), *broker)
     say = Prefixed(["dev", "kafka", *PARTS])
     with _broker(app.settings, port, say) as address:
         settings = app.settings.with_bootstrap(address)

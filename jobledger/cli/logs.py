@@ -11,6 +11,7 @@ import sys
 from typing import Any
 
 from jobledger.errors import ConfigError
+from jobledger.extras import missing
 from jobledger.logger import write_errors_to
 from jobledger.logs import FIELDS, JobFilter, add_job
 
@@ -54,7 +55,10 @@ def _telling(record: logging.LogRecord) -> logging.LogRecord:
 def _json() -> logging.Formatter:
     """One JSON object a line: timestamp (UTC), level, logger, event, the job's fields,
     what ``extra`` gave, exception."""
-    import structlog  # it takes its time, and only this needs it
+    try:
+        import structlog  # it takes its time, and only this needs it
+    except ImportError as exc:
+        raise missing("worker", exc) from exc
 
     shared: list[Any] = [
         structlog.stdlib.add_log_level,

@@ -9,13 +9,17 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from prometheus_client import REGISTRY, start_http_server
-from prometheus_client.core import GaugeMetricFamily
-from prometheus_client.registry import Collector
-
 from jobledger.cli.options import Listen
 from jobledger.errors import PortTaken
+from jobledger.extras import missing
 from jobledger.logger import get_logger
+
+try:
+    from prometheus_client import REGISTRY, start_http_server
+    from prometheus_client.core import GaugeMetricFamily
+    from prometheus_client.registry import Collector
+except ImportError as exc:
+    raise missing("worker", exc) from exc
 
 LOG = get_logger("jobledger.metrics")
 

@@ -17,6 +17,7 @@ from jobledger.cli.output import Cell, Exit
 from jobledger.cli.running import stopping
 from jobledger.cli.table import progress_bar
 from jobledger.errors import ConfigError, JobledgerError, text_of
+from jobledger.extras import need
 from jobledger.logger import get_logger
 
 if TYPE_CHECKING:
@@ -44,6 +45,7 @@ def run(
     log_format: LogFormat = None,
 ) -> None:
     """Keep projections abreast of the log, until SIGTERM or Ctrl-C. One that fails ends all; the next start goes on."""
+    need("jobledger projections run", "streams")
     from jobledger.cli.metrics import serving
 
     loaded = load_app(target, bootstrap=bootstrap, status_url=status_url)

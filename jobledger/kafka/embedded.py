@@ -17,13 +17,17 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-import psutil
-
 from jobledger.config import default_home
 from jobledger.errors import ConfigError, KafkaStartFailed
+from jobledger.extras import missing
 from jobledger.kafka import broker, ports
 from jobledger.kafka.defaults import HEAP_MB, HOST, KAFKA_VERSION, PORT, START_TIMEOUT_S, STOP_TIMEOUT_S
 from jobledger.kafka.jars import Progress, classpath, locked
+
+try:
+    import psutil
+except ImportError as exc:
+    raise missing("kafka", exc) from exc
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,10 +6,14 @@ import errno
 import random
 import socket
 
-import psutil
-
 from jobledger.errors import ConfigError, PortTaken
+from jobledger.extras import missing
 from jobledger.kafka.defaults import HOST
+
+try:
+    import psutil
+except ImportError as exc:
+    raise missing("kafka", exc) from exc
 
 # Below the range from which systems take the ports of outgoing connections: while a broker on a port of that range is
 # away, another program, or a client of ours connecting to itself, could come to own it.

