@@ -63,6 +63,8 @@ _COMMANDS: tuple[tuple[str, str, Callable[..., None], str], ...] = (
     (OPERATE, "rebuild", table.rebuild, "Make the status table anew from the log."),
 )
 _PROCESSES = frozenset(name for panel, name, *_ in _COMMANDS if panel == RUN)
+#: Those that write nothing to standard output themselves.
+_SILENT = _PROCESSES - {"dev", "streams"}
 for _panel, _name, _run_it, _short in _COMMANDS:
     cli.command(_name, rich_help_panel=_panel, short_help=_short)(_run_it)
 cli.add_typer(jobs.app, name="jobs", rich_help_panel=ASK)
@@ -94,12 +96,13 @@ def _options(
 
 def run(argv: Sequence[str] | None = None) -> None:
     """Run one command line (``argv`` without the program's name; None: this process's) and exit with its code."""
-    stdio.prepare()
+    words = list(sys.argv[1:] if argv is None else argv)
+    supervises = any(word.startswith("--processes") for word in words)
+    stdio.prepare(output=supervises or _command(words) not in _SILENT)
     completion.join_words(os.environ)
     from jobledger.streams.supervisor import obey_leash
 
     obey_leash()
-    words = list(sys.argv[1:] if argv is None else argv)
     # Commands that set no logging up say what is wrong themselves: the client's own words beside it would be noise.
     logging.getLogger("jobledger").addHandler(logging.NullHandler())
     code: int = Exit.ERROR
@@ -157,8 +160,12 @@ def _run(words: list[str], *, traced: bool, as_json: bool) -> int:
         return exc.code if isinstance(exc.code, int) else Exit.OK if exc.code is None else Exit.ERROR
     except BaseException as exc:  # noqa: BLE001  # whatever it is, a command ends with one line and a code of its own
         # Of a process that ran for hours the log must say where it broke.
-        runs = next((word for word in words if not word.startswith("-")), "") in _PROCESSES
-        return _unexpected(exc, traced=traced or runs, as_json=as_json)
+        return _unexpected(exc, traced=traced or _command(words) in _PROCESSES, as_json=as_json)
+
+
+def _command(words: Sequence[str]) -> str:
+    """The command that a command line is of, or its group."""
+    return next((word for word in words if not word.startswith("-")), "")
 
 
 def _unexpected(exc: BaseException, *, traced: bool, as_json: bool) -> int:

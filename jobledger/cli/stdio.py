@@ -45,7 +45,7 @@ class _Out(io.TextIOWrapper):
             raise OutputLost(exc) from exc
 
 
-class _Err(io.TextIOWrapper):
+class _Dropping(io.TextIOWrapper):
     """Standard error: what cannot be written there is dropped, as nobody can be told."""
 
     def write(self, text: str) -> int:
@@ -58,8 +58,12 @@ class _Err(io.TextIOWrapper):
             super().flush()
 
 
-def prepare() -> None:
-    """Make this process's standard streams usable: once, before anything else is opened."""
+def prepare(*, output: bool = True) -> None:
+    """Make this process's standard streams usable: once, before anything else is opened.
+
+    ``output`` False: standard output is no part of what this process is for, only jobs print there, whose code must not
+    fail for it; so what cannot be written is dropped.
+    """
     for number, flags in _IN_PLACE:
         try:
             os.fstat(number)
@@ -67,8 +71,8 @@ def prepare() -> None:
             os.open(os.devnull, flags)  # takes the lowest free number, which is this one
     if sys.stdin is None:
         sys.stdin = open(0, encoding="utf-8", closefd=False)  # noqa: SIM115  # for the process's life
-    sys.stdout = _guarded(sys.stdout, 1, _Out)
-    sys.stderr = _guarded(sys.stderr, 2, _Err)
+    sys.stdout = _guarded(sys.stdout, 1, _Out if output else _Dropping)
+    sys.stderr = _guarded(sys.stderr, 2, _Dropping)
 
 
 def _guarded(stream: TextIO | None, number: int, kind: type[io.TextIOWrapper]) -> TextIO:

@@ -446,6 +446,24 @@ raise E(1, 2)
 """
 
 
+@pytest.mark.parametrize(("words", "code"), [("worker", 0), ("worker --processes=2", 1), ("streams", 1)])
+def test_only_what_writes_output_fails_for_it(words: str, code: int, tmp_path: Path) -> None:
+    """Jobs may print in a worker whose standard output is full or closed; a supervisor, whose output are its parts'
+    lines, ends with an error."""
+    (tmp_path / "prints.py").write_text(
+        "import sys\n"
+        "from jobledger.cli import main\n"
+        "def prints(words, **options):\n"
+        "    print('x' * 100_000, flush=True)\n"
+        "    return 0\n"
+        "main._run = prints  # in place of the command\n"
+        "main.run()\n"
+    )
+    for where in (">/dev/full", ">&-"):
+        done = _shell(f"{sys.executable} prints.py {words} {where}", tmp_path)
+        assert done.returncode == code, done.stderr
+
+
 @pytest.mark.parametrize(
     ("source", "said"),
     [
