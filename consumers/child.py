@@ -26,7 +26,7 @@ from collections.abc import Awaitable, Callable
 from types import FrameType
 from typing import Any
 
-from jobledger import tracing
+from jobledger import forks, tracing
 from jobledger.consumers.frames import Ended, Progress, Run, decode_run, ended, frame
 from jobledger.consumers.garbage import Garbage
 from jobledger.consumers.interrupts import runs_inside
@@ -64,6 +64,7 @@ class Child:
 
     def __init__(self, registry: Registry, connection: socket.socket) -> None:
         self._registry, self._connection = registry, connection
+        self._depth = forks.depth
         self._functions: dict[str, Callable[..., Any]] = {}
         self._loop: asyncio.Runner | None = None
         self._running: asyncio.Task[Any] | None = None  # a coroutine task's
@@ -149,6 +150,8 @@ class Child:
             value, error = self._call(task, context, kwargs)
         except BaseException as raised:  # noqa: BLE001  # SystemExit is the job's, as in a thread
             value, error = None, raised
+        if forks.depth != self._depth:  # the code forked, and this is the child: the connection is its parent's
+            forks.left(error)
         self._end(context)
         try:
             return ended(self._returned(task, value) if error is None else self._judge(task, run, error))

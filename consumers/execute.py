@@ -21,6 +21,7 @@ import msgspec
 import uuid_utils
 from confluent_kafka import KafkaError, KafkaException, Message
 
+from jobledger import forks
 from jobledger.consumers.facts import Facts
 from jobledger.consumers.interrupts import Interrupts
 from jobledger.consumers.outcome import (
@@ -101,6 +102,7 @@ class Executor:
         self.stop_child: Callable[[Work], None] = lambda work: None
         self.close_lease: Callable[[Work, bytes, list[Outgoing]], None]
         self._queue: queue.SimpleQueue[Work | None] = queue.SimpleQueue()
+        self._depth = forks.depth
         self._threads: list[threading.Thread] = []
 
     # -- running --------------------------------------------------------------------------------------------------
@@ -123,12 +125,16 @@ class Executor:
                             work.interrupted = TaskTimedOut
                             raise TaskTimedOut
             except BaseException as error:  # noqa: BLE001  # SystemExit and cancellations are the job's, not the worker's
+                if forks.depth != self._depth:  # the code forked, and this is the child
+                    forks.left(error)
                 context.ended = True
                 if not work.abandoned:
                     self.raised(
                         work, error, clock is not None and (clock.expired() or work.interrupted is TaskTimedOut)
                     )
             else:
+                if forks.depth != self._depth:
+                    forks.left(None)
                 context.ended = True
                 self.returned(work, value)
         except BaseException as broken:  # noqa: BLE001  # the last guard: a slot is never lost

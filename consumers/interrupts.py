@@ -15,6 +15,7 @@ from collections.abc import Awaitable, Callable
 from types import CodeType, FrameType
 from typing import Any
 
+from jobledger import forks
 from jobledger.consumers.work import Work
 from jobledger.errors import TaskCancelled, TaskInterrupted
 from jobledger.functions import settled
@@ -75,6 +76,7 @@ class Interrupts:
         self._waiting: dict[Work, _Awaited] = {}
         #: The worker's: where a coroutine runs that a function returned. Set before the first call.
         self.loop: asyncio.AbstractEventLoop | None = None
+        self._depth = forks.depth
 
     def call(self, work: Work) -> Any:
         """Run the job's code in this thread; nothing interrupts it any more when this has returned or raised.
@@ -95,6 +97,8 @@ class Interrupts:
                 returned = True
             except BaseException as raised:  # noqa: BLE001  # whatever it is, it is raised again below
                 error = raised
+            if forks.depth != self._depth:  # the code forked, and this is the child
+                forks.left(error)
             self._leave(work)
         except TaskInterrupted as late:  # there is one at most, so what follows is undisturbed
             self._leave(work)

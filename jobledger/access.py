@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from confluent_kafka import KafkaError, KafkaException
 from confluent_kafka.admin import AdminClient
 
-from jobledger import addresses, tls
+from jobledger import addresses, forks, tls
 from jobledger.config import TOKEN_ENDPOINT, Settings
 from jobledger.errors import AccessDenied, BrokerUnavailable, ConfigError, NotAuthenticated, NotAuthorized
 from jobledger.logger import get_logger
@@ -247,7 +247,7 @@ def knock(settings: Settings, timeout: float = KNOCK_S) -> None:
     door = Door(settings, patient=False)
     conf: dict[str, Any] = {**settings.librdkafka(), "error_cb": door, "logger": LOG, "log_level": 0}
     try:
-        client = AdminClient(conf)
+        client = forks.client(AdminClient, conf)
     except KafkaException as exc:
         raise unusable(exc) from exc
     asked = client.describe_cluster(request_timeout=timeout)

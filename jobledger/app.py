@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
-import threading
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Iterator, Mapping
 from typing import (
@@ -20,6 +18,7 @@ from typing import (
     overload,
 )
 
+from jobledger import forks
 from jobledger.client import Client, EventHandle, JobHandle
 from jobledger.config import Settings
 from jobledger.domain import EventType, Format, Start, as_event_class
@@ -122,8 +121,7 @@ class App:
         )
         self._client: Client | None = None
         self._reader: Any = None
-        self._lock = threading.Lock()
-        self._pid = os.getpid()
+        self._lock = forks.Lock()
 
     def __repr__(self) -> str:
         return f"<App {self.names.namespace}: {len(self.tasks)} tasks, queues {sorted(self.queues)}>"
@@ -162,7 +160,7 @@ class App:
     def client(self) -> Client:
         """The client, made at the first use."""
         if self._client is None:
-            with self._lock:
+            with self._lock("making the client"):
                 if self._client is None:
                     self._client = Client(self.settings, self.names, self.status_table)
         return self._client
@@ -576,14 +574,14 @@ class App:
 
     def status_table(self) -> Any:
         """The status table's read side, opened at the first use. Raises `StoreNotFound` if there is none yet."""
-        if self._reader is None or self._pid != os.getpid():
-            with self._lock:
-                if self._reader is None or self._pid != os.getpid():
+        forks.notice()
+        if self._reader is None:
+            with self._lock("opening the status table"):
+                if self._reader is None:
                     from jobledger.streams.store import open_reader  # a service that only submits needs no database
 
                     url = self.settings.resolve_status_url(self.names.namespace)
                     self._reader = open_reader(url, self.names.namespace)
-                    self._pid = os.getpid()
         return self._reader
 
     def job(self, job_id: str, *, at_least: Position | None = None, timeout: Seconds = 10.0) -> JobStatus:
@@ -662,11 +660,12 @@ class App:
 
     def close(self) -> None:
         """Flush and close every connection; the next use opens new ones."""
-        with self._lock:
+        what = "opening or closing the connections"
+        with self._lock(what):
             client, self._client = self._client, None
         if client is not None:
             client.close()  # without the lock: who waits for jobs asks for the table
-        with self._lock:
+        with self._lock(what):
             reader, self._reader = self._reader, None
         if reader is not None:
             reader.close()

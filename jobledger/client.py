@@ -8,20 +8,20 @@ stream processor: it writes to the log, and reads through the small `StatusSourc
 from __future__ import annotations
 
 import asyncio
-import atexit
 import contextlib
 import os
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterable
 from functools import partial
 from itertools import chain
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, ParamSpec, TypeVar
 
 import uuid_utils
 from confluent_kafka import KafkaError, Message
 
-from jobledger import tracing
+from jobledger import forks, tracing
 from jobledger.access import write
 from jobledger.config import Settings
 from jobledger.context import JobContext, maybe_current_job
@@ -31,6 +31,7 @@ from jobledger.errors import (
     BadEvent,
     BrokerUnavailable,
     ConfigError,
+    ConnectionUnusable,
     JobCancelled,
     JobExpired,
     JobFailed,
@@ -54,6 +55,8 @@ from jobledger.wire import id_key
 from jobledger.writer import LogWriter, Outgoing
 
 R = TypeVar("R")
+T = TypeVar("T")
+P = ParamSpec("P")
 
 #: How many submissions of `submit_many` may be under way at once: bounds memory at any number of jobs.
 WINDOW = 20_000
@@ -165,7 +168,7 @@ class Client:
     def __init__(self, settings: Settings, names: Names, status: Callable[[], StatusSource]) -> None:
         self.settings, self.names = settings, names
         self._follower = Follower(status)
-        self._lock = threading.Lock()
+        self._opening = forks.Lock()
         self._pid = os.getpid()
         self._single: LogWriter | None = None
         self._bulk: LogWriter | None = None
@@ -174,30 +177,43 @@ class Client:
         self.orders = Orders(settings, names, self.writer)
         #: Published, and judged against what stands on the log: what each is framed with, if not as a single object.
         self._event_schemas: dict[bytes, bytes] = {}
+        forks.in_child(self)
 
-    def _after_fork(self) -> None:
-        """A forked child must not use its parent's producer: librdkafka's threads did not come along."""
-        if self._pid != os.getpid():
-            self._pid, self._single, self._bulk = os.getpid(), None, None
-            self._lock = threading.Lock()
-            self._source = source("client")
+    def after_fork(self) -> None:
+        """A forked child must not use its parent's producers: librdkafka's threads did not come along."""
+        self._pid, self._single, self._bulk = os.getpid(), None, None
+        self._source = source("client")
+
+    def at_exit(self, timeout: float) -> None:
+        """Flush and close the connections at the end of the process."""
+        self.close(timeout)
 
     def _writer(self, bulk: bool) -> LogWriter:
-        self._after_fork()
+        if self._pid != os.getpid():
+            forks.notice()
         single = self._writer(bulk=False) if bulk else None  # publishes the schema
-        found = self._bulk if bulk else self._single
-        if found is None:
-            with self._lock:
-                found = self._bulk if bulk else self._single
-                if found is None and single is not None:
-                    found = self._bulk = LogWriter(
-                        self.settings, None, linger_ms=5.0, serve=False, framing=single.framing, batch=single.batch
-                    )
-                elif found is None:
-                    found = self._single = LogWriter(self.settings, self.names)
-                atexit.register(found.close, 5.0)
+        found = (self._bulk if bulk else self._single) or self._open(single)
         found.ensure_schema()
         return found
+
+    def _open(self, single: LogWriter | None) -> LogWriter:
+        """Open what sends at once, or, beside it, what sends in batches."""
+        with self._opening("opening the connection to Kafka"):
+            if sys.is_finalizing():
+                raise ConnectionUnusable("the interpreter is ending: nothing can be sent any more")
+            forks.at_exit(self)
+            if single is None:
+                self._single = self._single or LogWriter(self.settings, self.names)
+                return self._single
+            self._bulk = self._bulk or LogWriter(
+                self.settings, None, linger_ms=5.0, serve=False, framing=single.framing, batch=single.batch
+            )
+            return self._bulk
+
+    def _bulk_writer(self) -> LogWriter:
+        """What sends in batches; in a signal handler that interrupts it in this thread, what sends at once."""
+        found = self._writer(bulk=True)
+        return self._writer(bulk=False) if found.polled_here() else found
 
     def writer(self) -> LogWriter:
         """What sends at once; connected and ready."""
@@ -210,19 +226,21 @@ class Client:
     async def cancel_async(self, job_id: str, reason: str | None = None, run: int = 1, by: str | None = None) -> None:
         """`cancel` for asyncio."""
         for records in self.orders.cancels([Job(job_id, run)], reason, by):
-            writer = await asyncio.get_running_loop().run_in_executor(None, self.writer)
+            writer = await _aside(self.writer)
             what = f"cancelling job {job_id}"
             await asyncio.gather(*(self._acknowledged(writer, record, what) for record in records))
 
-    def close(self) -> None:
-        """Flush and close the connections; the next submission opens new ones. Whoever waits for a job gets an error."""
+    def close(self, timeout: float = 10.0) -> None:
+        """Flush within ``timeout`` seconds and close the connections; the next submission opens new ones. Whoever waits for
+        a job gets an error."""
+        forks.notice()
         self._follower.close()
-        with self._lock:
+        with self._opening("opening or closing the connection to Kafka"):
             for writer in (self._single, self._bulk):
                 if writer is not None:
-                    atexit.unregister(writer.close)
-                    writer.close()
+                    writer.close(timeout)
             self._single = self._bulk = None
+            forks.closed(self)
 
     def _outgoing(self, request: JobRequest[Any], inside: JobContext | None) -> tuple[str, Outgoing]:
         """The job's id and the record that submits it."""
@@ -281,16 +299,16 @@ class Client:
         ack = _Ack(writer, record.headers)
         writer.post(record, ack)
         # librdkafka gives up by itself after submit_timeout; the margin is for its callback to arrive.
-        if not ack.event.wait(self.settings.submit_timeout + 5.0):
+        patience = self.settings.submit_timeout + 5.0
+        if not (ack.event.wait(patience) if writer.served else writer.wait(ack.event, patience)):
             raise BrokerUnavailable(f"{what}: no acknowledgement within {self.settings.submit_timeout:g} s")
         return ack.position(what, record.topic)
 
     async def submit_async(self, request: JobRequest[R]) -> JobHandle[R]:
         """`submit` for asyncio; waits without holding the event loop."""
-        loop = asyncio.get_running_loop()
         writer = self._single if self._single is not None and self._pid == os.getpid() else None
         if writer is None:  # connecting and publishing the schema block; only once
-            writer = await loop.run_in_executor(None, self._writer, False)
+            writer = await _aside(self._writer, False)
         with tracing.submitting(request.task.name, request.queue):
             job_id, record = self._outgoing(request, maybe_current_job())
             position = await self._acknowledged(writer, record, f"submitting job {job_id}")
@@ -316,6 +334,9 @@ class Client:
                 loop.call_soon_threadsafe(settle, error, position_of(message))
 
         await _post_async(writer, record, delivered)
+        while not writer.served and not future.done():
+            writer.poll(0)
+            await asyncio.sleep(0.005)
         return await future
 
     def submit_many(self, requests: Iterable[JobRequest[R]]) -> list[JobHandle[R]]:
@@ -329,7 +350,7 @@ class Client:
         if first is None:
             return []
         self._check_app(first.task)  # before anything connects
-        many = _Many(self.settings, self._writer(bulk=True), "jobs")
+        many = _Many(self.settings, self._bulk_writer(), "jobs")
         inside = maybe_current_job()
         tasks: list[Task[Any, R]] = []
         with tracing.submitting("", ""):  # one span for all: a span a job would cost more than the submission
@@ -396,16 +417,15 @@ class Client:
         event_id, record = self._event(kind, event, maybe_current_job())
         writer = self._single if self._single is not None and self._pid == os.getpid() else None
         if writer is None or kind.fingerprint not in self._event_schemas:
-            loop = asyncio.get_running_loop()
-            await loop.run_in_executor(None, self._published, kind)
-            writer = await loop.run_in_executor(None, self._writer, False)
+            await _aside(self._published, kind)
+            writer = await _aside(self._writer, False)
         record = self._framed(kind, record)
         position = await self._acknowledged(writer, record, f"emitting {kind.name} {event_id}")
         return EventHandle(event_id, position)
 
     def emit_many(self, events: Iterable[tuple[EventType, Any]]) -> list[EventHandle]:
         """Write events in large batches and wait for every acknowledgement; handles in order. Errors as of `submit_many`."""
-        many = _Many(self.settings, self._writer(bulk=True), "events")
+        many = _Many(self.settings, self._bulk_writer(), "events")
         inside = maybe_current_job()
         for kind, event in events:
             self._published(kind)
@@ -585,7 +605,16 @@ async def _post_async(
     if len(writer.producer) < NEAR_FULL and not writer.waits_for(record):
         writer.post(record, delivered)
     else:
-        await asyncio.get_running_loop().run_in_executor(None, writer.post, record, delivered)
+        await _aside(writer.post, record, delivered)
+
+
+async def _aside(function: Callable[P, T], *args: P.args, **more: P.kwargs) -> T:
+    """Call what blocks in a thread; here if none can be had any more, at the end of the process."""
+    try:
+        waiting = asyncio.get_running_loop().run_in_executor(None, partial(function, *args, **more))
+    except RuntimeError:
+        return function(*args, **more)
+    return await waiting
 
 
 __all__ = ["Client", "EventHandle", "JobHandle", "JobledgerError", "StatusSource", "result_of"]

@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import hashlib
-import threading
 import uuid
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
+from itertools import count
 from operator import index
 
 from jobledger.errors import ConfigError, JobEnded
 from jobledger.schemas.events import JobProgressed
-
-#: Held for the moment in which a job's children are counted.
-_COUNTING = threading.Lock()
 
 
 class JobContext:
@@ -63,7 +59,7 @@ class JobContext:
         self._report = report  # None: nobody takes reports
         self._sequence = 0
         self.ended = False
-        self._children: Counter[bytes] | None = None
+        self._children: dict[bytes, count[int]] | None = None
 
     @property
     def tags(self) -> Mapping[str, str]:
@@ -103,11 +99,11 @@ class JobContext:
         if self.ended:
             raise self._over("submit no jobs and emit no events")
         what = task.encode() + b"\0" + hashlib.blake2b(args, digest_size=16).digest()
-        with _COUNTING:  # a task may submit from several threads
-            if self._children is None:
-                self._children = Counter()
-            self._children[what] += 1
-            nth = self._children[what]
+        # A task may submit from several threads and signal handlers, and in a fork. So no lock, but steps that nothing can
+        # interrupt: CPython changes threads and runs handlers only at calls of Python code and jumps back.
+        if self._children is None:
+            self._children = {}
+        nth = next(self._children.setdefault(what, count(1)))
         name = f"{self.run}/{task}/{what[-16:].hex()}/{nth}"
         return str(uuid.uuid5(uuid.UUID(self.job_id), name))
 

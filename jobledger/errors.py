@@ -15,6 +15,7 @@
 ├── ``AccessDenied``             the cluster refuses this client; trying again does not help
 │   ├── ``NotAuthenticated``     it does not let it in: password, certificate, listener
 │   └── ``NotAuthorized``        it does not let it do something: an ACL is missing
+├── ``ConnectionUnusable``       a connection that another process opened, that is closed, or that a signal handler interrupts
 ├── ``PayloadTooLarge``          one record would exceed the broker's limit
 ├── ``TopicMissing``             a topic the app needs is not there
 ├── ``PortTaken``                the embedded broker's port belongs to somebody else
@@ -198,6 +199,11 @@ class NotAuthorized(AccessDenied):
         self.operation = operation
         self.resource_type = resource_type
         self.resource = resource
+
+
+class ConnectionUnusable(JobledgerError):
+    """The connection cannot be used here and now: it was opened before a fork, it has been closed, the interpreter is
+    ending, or this is a signal handler that interrupted its own thread while it was opening it. Nothing was sent."""
 
 
 class PayloadTooLarge(JobledgerError):

@@ -19,6 +19,7 @@ from confluent_kafka.admin import (  # type: ignore[attr-defined]  # re-exported
     ResourceType,
 )
 
+from jobledger import forks
 from jobledger.access import Door, Need, away, denied, read, unauthorized, unusable
 from jobledger.config import Settings
 from jobledger.errors import (
@@ -134,7 +135,7 @@ def admin(settings: Settings) -> AdminClient:
     """An admin client. Raises `ConfigError` for settings that cannot be used."""
     conf: dict[str, Any] = {**settings.librdkafka(), "logger": LOG}
     try:
-        return AdminClient(conf)
+        return forks.client(AdminClient, conf)
     except KafkaException as exc:
         raise unusable(exc) from exc
 
@@ -142,7 +143,7 @@ def admin(settings: Settings) -> AdminClient:
 def producer(conf: dict[str, Any]) -> Producer:
     """A producer. Raises `ConfigError` for settings that cannot be used."""
     try:
-        return Producer(conf)
+        return forks.client(Producer, conf)
     except KafkaException as exc:
         raise unusable(exc) from exc
 
@@ -150,7 +151,7 @@ def producer(conf: dict[str, Any]) -> Producer:
 def consumer(conf: dict[str, Any]) -> Consumer:
     """A consumer. Raises `ConfigError` for settings that cannot be used."""
     try:
-        return Consumer(conf)
+        return forks.client(Consumer, conf)
     except KafkaException as exc:
         raise unusable(exc) from exc
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-import threading
 import time
 
 from confluent_kafka import Message
 
+from jobledger import forks
 from jobledger.config import Settings
 from jobledger.errors import ConfigError, RegistryNeeded, SchemaError
 from jobledger.log import LogReader, partitions_of, position_of
@@ -42,11 +42,11 @@ class SchemaLookup:
         self._reader: LogReader | None = None
         self._partitions = 0
         self._next: dict[int, int] = {}
-        self._lock = threading.Lock()
+        self._lock = forks.Lock()
 
     def __call__(self, fingerprint: bytes) -> str | None:
         """The schema's text, or None if it is published nowhere. Raises `BrokerUnavailable`, `TopicMissing`."""
-        with self._lock:
+        with self._lock("reading the schemas on the log"):
             if fingerprint not in self._known:
                 self._read_anew()
             return self._known.get(fingerprint)
@@ -111,20 +111,20 @@ class SchemaLookup:
     def published(self, schema_id: int) -> str | None:
         """The schema that our writers published under a registry's id; None if there is none."""
         key = id_key(schema_id).encode()
-        with self._lock:
+        with self._lock("reading the schemas on the log"):
             if key not in self._by_key:
                 self._read_anew()
             return self._by_key.get(key)
 
     def all(self) -> dict[bytes, str]:
         """Every schema on ``<ns>.schemas`` by its fingerprint. Raises `BrokerUnavailable`, `TopicMissing`."""
-        with self._lock:
+        with self._lock("reading the schemas on the log"):
             self._read_anew()
             return dict(self._known)
 
     def close(self) -> None:
         """Give the connection back; the next question opens a new one."""
-        with self._lock:
+        with self._lock("reading the schemas on the log"):
             self._drop()
 
     def _read_anew(self) -> None:

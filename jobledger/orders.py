@@ -77,7 +77,6 @@ class Orders:
 
     def __init__(self, settings: Settings, names: Names, writer: Callable[[], LogWriter]) -> None:
         self._settings, self._names, self._writer = settings, names, writer
-        self._source = source("client")
 
     def cancel(self, jobs: Sequence[Job], reason: str | None = None, by: str | None = None) -> None:
         """Want these jobs to end; returns once the log has acknowledged all of it.
@@ -142,7 +141,7 @@ class Orders:
         home: str | None,
     ) -> JobEvent:
         return JobEvent(
-            str(uuid_utils.uuid7()), job_id, run, 0, 0, now_us(), task, queue, None, home, self._source, None, fact
+            str(uuid_utils.uuid7()), job_id, run, 0, 0, now_us(), task, queue, None, home, source("client"), None, fact
         )
 
     def standing(self) -> list[Standing]:

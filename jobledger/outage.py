@@ -15,6 +15,7 @@ from typing import Any
 from confluent_kafka import KafkaError, KafkaException
 from confluent_kafka.admin import AdminClient
 
+from jobledger import forks
 from jobledger.config import Settings
 from jobledger.errors import JobledgerError
 from jobledger.logger import get_logger
@@ -50,6 +51,11 @@ class Outage:
         self._watcher = 0  # the process whose thread watches
         self._heard = 0
         self._text = ""
+        forks.in_child(self)
+
+    def after_fork(self) -> None:
+        """A forked child: the thread that watches, or holds the lock, is the parent's."""
+        self._lock, self._watcher, self._text = threading.RLock(), 0, ""
 
     def heard(self, text: str) -> None:
         """A client has lost a connection, or cannot make one; ``text``: in its words. From any thread; returns at once."""
@@ -108,7 +114,7 @@ def _answers(settings: Settings) -> bool:
     """Whether a broker answers within `ANSWER_S`; one that refuses does."""
     try:
         conf: dict[str, Any] = {**settings.librdkafka(), "logger": LOG, "log_level": 0, "error_cb": lambda error: None}
-        client = AdminClient(conf)
+        client = forks.client(AdminClient, conf)
         asked = client.describe_cluster(request_timeout=ANSWER_S)
     except (JobledgerError, KafkaException):
         return False

@@ -17,6 +17,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterat
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Generic, TypeVar, overload
 
+from jobledger import forks
 from jobledger.errors import ConfigError, ResourceFailed, is_a, text_of, type_of
 from jobledger.logger import get_logger
 
@@ -89,6 +90,12 @@ class Resources:
 
     def __init__(self) -> None:
         self._forget()
+        forks.in_child(self)
+
+    def after_fork(self) -> None:
+        """A forked child: what is open is the parent's, and must not be closed here, nor by being freed."""
+        forks.keep(self._values, self._closers)
+        self._forget()
 
     def _forget(self) -> None:
         self._pid = os.getpid()
@@ -100,7 +107,7 @@ class Resources:
 
     def _here(self) -> dict[Resource[Any], Any]:
         if self._pid != os.getpid():
-            self._forget()
+            forks.notice()
         return self._values
 
     def get(self, resource: Resource[T]) -> T:

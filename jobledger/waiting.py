@@ -20,7 +20,7 @@ from contextlib import suppress
 from typing import Protocol
 
 from jobledger.durations import Seconds, check_patience
-from jobledger.errors import JobledgerError, JobNotFound, StatusTimeout, StoreNotFound
+from jobledger.errors import ConnectionUnusable, JobledgerError, JobNotFound, StatusTimeout, StoreNotFound
 from jobledger.job import JobStatus, State
 from jobledger.names import check_utf8
 from jobledger.schemas.events import Position
@@ -153,16 +153,23 @@ class Follower:
         self._reread = 0.0
 
     def ask(self, question: Question) -> None:
-        """See to it that the question is answered; returns at once."""
+        """See to it that the question is answered; returns at once. Raises `ConnectionUnusable` where no thread can be
+        started any more, late in the end of a process."""
         if self._pid != os.getpid():  # the thread did not come along into a forked child
             self._began_anew()
         with self._changed:
             self._closed = False
-            self._push(question, time.monotonic())
             if self._thread is None:
                 thread = threading.Thread(target=self._run, name="jobledger-waiting", daemon=True)
-                thread.start()
+                try:
+                    thread.start()
+                except RuntimeError as exc:
+                    raise ConnectionUnusable(
+                        f"job {question.job_id} cannot be waited for: the thread that asks the status table cannot be "
+                        f"started ({exc})"
+                    ) from exc
                 self._thread = thread
+            self._push(question, time.monotonic())
             self._changed.notify()
 
     def close(self) -> None:

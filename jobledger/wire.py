@@ -6,10 +6,10 @@ forms at any time: `codec.Decoder`, `jobledger.lookup`.
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Callable, Iterable
 
+from jobledger import forks
 from jobledger.config import Settings
 from jobledger.errors import AccessDenied, RegistryUnavailable
 from jobledger.names import Names
@@ -39,7 +39,7 @@ class Framing:
         self._registry, self._publish, self._is_published = Registry(url), publish, published
         self._heads: dict[str, bytes] = {}
         self._published: set[int] = set()
-        self._lock = threading.Lock()
+        self._lock = forks.Lock()
         self._failed_at = float("-inf")
         self._failure = ""
 
@@ -62,7 +62,7 @@ class Framing:
 
     def _register(self, topic: str) -> bytes:
         came = time.monotonic()
-        with self._lock:
+        with self._lock(f"registering the schema of {topic}"):
             if topic in self._heads:
                 return self._heads[topic]
             if self._failed_at > came:  # while this one waited: asking again would keep the next one waiting, too

@@ -11,9 +11,10 @@ from typing import Any, NamedTuple, Protocol
 
 from confluent_kafka import KafkaError, KafkaException, Message, Producer
 
+from jobledger import forks
 from jobledger.access import Door, Need, away, write
 from jobledger.config import Settings
-from jobledger.errors import BrokerUnavailable, JobledgerError, PayloadTooLarge
+from jobledger.errors import BrokerUnavailable, ConnectionUnusable, JobledgerError, PayloadTooLarge
 from jobledger.log import Headers, batch_room, position_of, producer, producer_config, undelivered
 from jobledger.logger import get_logger
 from jobledger.names import Names
@@ -50,6 +51,9 @@ class LogWriter:
     writer's, to frame as it does; otherwise the settings decide, and without ``names`` records go as they are.
     ``batch``: what `log.batch_room` found; asked for with the publishing of the schema, if there are ``names``. Raises
     `ConfigError` for a Schema Registry that cannot be used.
+
+    ``served``: whether the thread runs. Where none can be started (late in the end of a process) callers poll while they
+    wait.
     """
 
     def __init__(
@@ -71,13 +75,20 @@ class LogWriter:
         self.producer = self._connected()
         self._alone: Producer | None = None
         self._schema_published = names is None
-        self._lock = threading.Lock()
+        self._lock = forks.Lock()
+        self._polling = forks.Alone()
         self._alone_lock = threading.Lock()
         self._closing = threading.Event()
         self._thread: threading.Thread | None = None
-        if serve:
-            self._thread = threading.Thread(target=self._serve, name="jobledger-producer", daemon=True)
-            self._thread.start()
+        if serve and not forks.ending:
+            self._start()
+        self.served = self._thread is not None
+
+    def _start(self) -> None:
+        thread = threading.Thread(target=self._serve, name="jobledger-producer", daemon=True)
+        with suppress(RuntimeError):  # no thread can be started any more, or the system has none to give
+            thread.start()
+            self._thread = thread
 
     def _connected(self, **more: Any) -> Producer:
         return producer(
@@ -91,13 +102,39 @@ class LogWriter:
     def _serve(self) -> None:
         while not self._closing.is_set():
             try:
-                self.poll(0.1)
+                self._poll(0.1)
             except Exception:  # a callback's: without this thread nobody would be told of anything any more
                 LOG.exception("a delivery callback broke")
 
     def poll(self, timeout: float) -> None:
         """Run the delivery callbacks that have arrived. Once the cluster does not let this client in, what waits is
-        settled with that: nobody shall wait in vain."""
+        settled with that: nobody shall wait in vain.
+
+        librdkafka's client breaks if a callback polls again: `ConnectionUnusable` for a signal handler that tries.
+        """
+        with self._polling("serving acknowledgements"):
+            try:
+                self._poll(timeout)
+            except RuntimeError as exc:
+                raise self._closed() from exc
+
+    def polled_here(self) -> bool:
+        """Whether this thread is polling: then a signal handler asks, and must use another writer."""
+        return self._polling.busy()
+
+    def wait(self, done: threading.Event, timeout: float) -> bool:
+        """Wait until a callback has set ``done``; False after ``timeout`` seconds."""
+        if self.served:
+            return done.wait(timeout)
+        deadline = time.monotonic() + timeout
+        while not done.is_set() and time.monotonic() < deadline:
+            self.poll(0.05)
+        return done.is_set()
+
+    def _closed(self) -> ConnectionUnusable:
+        return ConnectionUnusable("the connection to Kafka was closed meanwhile, in another thread or a signal handler")
+
+    def _poll(self, timeout: float) -> None:
         try:
             self.producer.poll(timeout)
             if self._alone is not None:
@@ -116,7 +153,10 @@ class LogWriter:
         """Publish this version's schema, acknowledged, unless this writer has done so."""
         if self._schema_published:
             return
-        with self._lock:
+        if self._lock.busy():  # a signal handler interrupts it here, and cannot wait; twice does no harm
+            self.publish(codec.FINGERPRINT.hex())
+            return
+        with self._lock("publishing the events' schema"):
             if self._schema_published or self._names is None:
                 return
             self.publish(codec.FINGERPRINT.hex())
@@ -170,12 +210,14 @@ class LogWriter:
                         f"the send queue stayed full for {self.settings.submit_timeout:g} s: "
                         + away(self.settings, "takes nothing")
                     ) from None
-                if self._thread is None:
-                    self.poll(0.005)
-                else:
+                if self.served:
                     time.sleep(0.005)
+                else:
+                    self.poll(0.005)
             except KafkaException as exc:
                 raise self.failed(exc.args[0], f"sending to {record.topic}", write(record.topic)) from exc
+            except RuntimeError as exc:
+                raise self._closed() from exc
 
     def resend(
         self, error: KafkaError, message: Message, headers: Headers | None, on_delivery: Resendable, alone: bool
@@ -217,7 +259,8 @@ class LogWriter:
     def _send_all(self, records: Iterable[Outgoing]) -> list[Position]:
         positions: list[Position | None] = []
         failed: list[tuple[KafkaError, str]] = []
-        done = threading.Semaphore(0)
+        settled: list[int] = []
+        some = threading.Event()
 
         def delivered(index: int, headers: Headers | None) -> DeliveryCallback:
             def callback(error: KafkaError | None, message: Message, *, alone: bool = False) -> None:
@@ -227,7 +270,8 @@ class LogWriter:
                     failed.append((error, message.topic() or "?"))
                 else:
                     positions[index] = position_of(message)
-                done.release()
+                settled.append(index)
+                some.set()
 
             return callback
 
@@ -235,8 +279,9 @@ class LogWriter:
             positions.append(None)
             self.post(record, delivered(len(positions) - 1, record.headers))
         deadline = time.monotonic() + self.settings.submit_timeout + 5.0
-        for _ in positions:
-            if not done.acquire(timeout=max(0.0, deadline - time.monotonic())):
+        while len(settled) < len(positions):
+            some.clear()
+            if len(settled) < len(positions) and not self.wait(some, max(0.0, deadline - time.monotonic())):
                 raise BrokerUnavailable(
                     f"{self.settings.bootstrap or 'the embedded broker'} acknowledged nothing within "
                     f"{self.settings.submit_timeout:g} s (JOBLEDGER_SUBMIT_TIMEOUT)"
@@ -248,15 +293,18 @@ class LogWriter:
     def flush(self, timeout: float) -> int:
         """Wait until the queue is empty; how many records are still unacknowledged."""
         deadline = time.monotonic() + timeout
-        with suppress(KafkaException):  # of a producer that is at its end: its records have failed
-            self.producer.flush(timeout)
-        if self._alone is not None:  # made by now if the other one was refused something
-            with suppress(KafkaException):
-                self._alone.flush(max(0.0, deadline - time.monotonic()))
+        with self._polling("serving acknowledgements"):
+            with suppress(KafkaException):  # of a producer that is at its end: its records have failed
+                self.producer.flush(timeout)
+            if self._alone is not None:  # made by now if the other one was refused something
+                with suppress(KafkaException):
+                    self._alone.flush(max(0.0, deadline - time.monotonic()))
         return sum(map(len, self._producers))
 
     def close(self, timeout: float = 10.0) -> None:
-        """Flush within ``timeout`` seconds and stop the thread. A second call does nothing."""
+        """Flush within ``timeout`` seconds and stop the thread. A second call does nothing, nor does one in a process that
+        was forked from the one that opened it."""
+        forks.notice()
         if self._closing.is_set():
             return
         self.flush(timeout)
@@ -264,5 +312,5 @@ class LogWriter:
         if self._thread is not None:
             self._thread.join(timeout=1.0)
         for each in self._producers:
-            with suppress(KafkaException):
+            with suppress(KafkaException, RuntimeError):  # closed by another thread meanwhile
                 each.close()

@@ -88,6 +88,21 @@ logger.lifecycle.level=info
 # Children are kept so that they are reaped when they end and never warned about when their object goes.
 _children: dict[int, subprocess.Popen[bytes]] = {}
 _leashes: dict[int, subprocess.Popen[bytes]] = {}
+_parents: list[subprocess.Popen[bytes]] = []
+
+
+def _in_forked_child() -> None:
+    """They are the parent's children: this process cannot wait for them, and holds no leash."""
+    for leash in _leashes.values():
+        if leash.stdin is not None:
+            leash.stdin.close()
+    _parents.extend((*_children.values(), *_leashes.values()))  # never freed: they would be taken for ended
+    _children.clear()
+    _leashes.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_in_forked_child)
 
 
 @dataclass(frozen=True, slots=True)
@@ -271,13 +286,16 @@ def _await_ready(process: subprocess.Popen[bytes], port: int, files: Files, time
     from confluent_kafka import KafkaException  # late: `running_bootstrap` must stay light
     from confluent_kafka.admin import AdminClient
 
-    admin = AdminClient(
+    from jobledger import forks
+
+    admin = forks.client(
+        AdminClient,
         {
             "bootstrap.servers": f"{HOST}:{port}",
             "reconnect.backoff.ms": 50,
             "reconnect.backoff.max.ms": 200,
             "log_level": 0,  # refused connections are what is waited out here
-        }
+        },
     )
     deadline = time.monotonic() + timeout
     while True:

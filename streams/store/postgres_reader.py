@@ -11,6 +11,7 @@ import sqlalchemy
 from sqlalchemy import Engine, select
 from sqlalchemy.exc import SQLAlchemyError
 
+from jobledger import forks
 from jobledger.errors import StoreError
 from jobledger.streams.store.connecting import Address, bounded
 from jobledger.streams.store.reader import SqlReader
@@ -63,9 +64,10 @@ def copy(url: str, namespace: str, path: Path) -> None:
 
 
 def _engine(address: Address) -> Engine:
-    return sqlalchemy.create_engine(
+    engine = sqlalchemy.create_engine(
         address.url,
         creator=lambda: address.connect(READ_PATIENCE_S, shared=True),
         pool_pre_ping=True,  # a server that was started again has closed what is in the pool
         execution_options={"schema_translate_map": {None: address.schema}, "postgresql_readonly": True},
     )
+    return forks.pool(engine)

@@ -8,6 +8,7 @@ from typing import Any, Self
 from sqlalchemy import Column, Connection, Engine, Row, and_, func, inspect, or_, select, tuple_
 from sqlalchemy.exc import SQLAlchemyError
 
+from jobledger import forks
 from jobledger import job as fold
 from jobledger.errors import ConfigError, JobNotFound, StoreError, StoreNotFound
 from jobledger.job import JobStatus, Life, State
@@ -18,6 +19,8 @@ from jobledger.streams.store.rows import COLUMNS, key_text, life_of, life_of_row
 from jobledger.streams.store.rows import Row as JobRow
 from jobledger.streams.store.tables import SCHEMA_VERSION, counters, jobs, meta, offsets, tags, unfinished, waiting
 
+#: Taking and giving back a connection: the pool has plain locks, at which a signal handler's own question would stop.
+_TURNING = "asking the status table"
 _LIFE = (jobs.c.job_id, jobs.c.slots, jobs.c.result)
 #: SQLite takes 999 values in a statement, or more, as it was built.
 _IDS_A_QUERY = 500
@@ -44,6 +47,7 @@ class SqlReader:
     ) -> None:
         self._engine, self._url, self._namespace, self._schema = engine, shown(url), namespace, schema
         self._explain, self._bounds = explain, bounds
+        self._turning = forks.Alone()
 
     def checked(self) -> Self:
         """This reader; closed, and `StoreNotFound` or `StoreError` raised, unless it reads our namespace's table."""
@@ -254,7 +258,8 @@ class _Reading:
 
     def __enter__(self) -> Connection:
         try:
-            self._db = db = self._reader._engine.connect()
+            with self._reader._turning(_TURNING):
+                self._db = db = self._reader._engine.connect()
             if self._bound is not None:
                 db.exec_driver_sql(self._bound)
         except SQLAlchemyError as exc:
@@ -265,7 +270,8 @@ class _Reading:
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         if self._db is not None:
-            self._db.close()
+            with self._reader._turning(_TURNING):
+                self._db.close()
         if isinstance(error, SQLAlchemyError):
             raise self._reader._away(error) from error
 

@@ -23,6 +23,7 @@ from sqlalchemy.dialects import sqlite
 from sqlalchemy.exc import ArgumentError
 from sqlalchemy.schema import CreateIndex, CreateTable
 
+from jobledger import forks
 from jobledger.errors import ConfigError, StoreError
 from jobledger.streams.store.protocol import Changes
 from jobledger.streams.store.reader import SqlReader, foreign, judge, not_found
@@ -84,7 +85,7 @@ def open_reader(url: str, namespace: str) -> SqlReader:
 
 
 def _engine(connect: Callable[[], sqlite3.Connection]) -> Engine:
-    return sqlalchemy.create_engine("sqlite://", creator=connect, poolclass=sqlalchemy.QueuePool)
+    return forks.pool(sqlalchemy.create_engine("sqlite://", creator=connect, poolclass=sqlalchemy.QueuePool))
 
 
 def copy(url: str, namespace: str, path: Path) -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
 import socket
 import subprocess
 import sys
+import warnings
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,7 +24,7 @@ from jobledger.cli.kafka import app as cli
 from jobledger.cli.output import Exit
 from jobledger.config import Settings, default_home
 from jobledger.errors import BrokerUnavailable, ConfigError, KafkaStartFailed, PortTaken
-from jobledger.kafka import embedded, jars
+from jobledger.kafka import broker, embedded, jars
 from jobledger.kafka.defaults import KAFKA_VERSION
 from jobledger.kafka.embedded import EmbeddedKafka
 from jobledger.kafka.ports import free_port
@@ -76,6 +78,21 @@ def test_status_tells_where_it_runs(kafka: EmbeddedKafka) -> None:
 def test_settings_find_it(kafka: EmbeddedKafka) -> None:
     """Without a configured address, settings resolve to the broker that runs in their home."""
     assert Settings(home=kafka.home).resolve_bootstrap() == kafka.bootstrap
+
+
+def test_a_fork_of_its_starter_finds_it_and_leaves_it_alone(kafka: EmbeddedKafka) -> None:
+    """A forked child asks where the broker is and ends; the parent finds it as before, and still holds its leash."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # from Python 3.12 on: pytest has threads
+        pid = os.fork()
+    if pid == 0:
+        found = None
+        with contextlib.suppress(BaseException):
+            found = Settings(home=kafka.home).resolve_bootstrap()
+        os._exit(0 if found == kafka.bootstrap else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+    assert kafka.status().running
+    assert [leash.poll() for leash in broker._leashes.values()] == [None] * len(broker._leashes)
 
 
 def test_settings_name_both_ways_out(tmp_path: Path) -> None:

@@ -1,0 +1,284 @@
+"""What belongs to one process: clients of Kafka, pools of database connections, the locks around them, and their end.
+
+A fork copies a process's memory, but not its threads. A client of Kafka that is closed, flushed or only freed in such a
+copy waits without end for threads that are not there, and a database connection is the parent's. So every client is
+made here, and every pool registered. In a forked child such a client is inert: closing it does nothing, using it raises
+`ConnectionUnusable`, and it is never freed. Pools begin without connections, and locks are free.
+
+A fork that Python is not told of (uWSGI, a C extension) is noticed at the next use: `notice`.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import ctypes
+import os
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any, NoReturn, Protocol, TypeVar
+from weakref import WeakSet
+
+from confluent_kafka import Consumer, Producer
+from confluent_kafka.admin import AdminClient
+
+from jobledger.errors import ConnectionUnusable
+from jobledger.logger import get_logger
+
+if TYPE_CHECKING:
+    from sqlalchemy import Engine
+
+LOG = get_logger("jobledger.client")
+
+#: Seconds for which a fork waits for a client that another thread is making, and for questions to the status table.
+#: librdkafka and SQLite keep locks of their own, which would stay locked in the child.
+QUIET_S = 1.0
+#: Seconds that sending what is left may take when the process ends.
+EXIT_S = 5.0
+
+K = TypeVar("K", Producer, Consumer, AdminClient)
+
+
+class Owner(Protocol):
+    """Keeps what belongs to one process."""
+
+    def after_fork(self) -> None:
+        """Forget what is the parent's; called in the child."""
+
+
+class Closable(Protocol):
+    """Has something to close when the process ends."""
+
+    def at_exit(self, timeout: float) -> None:
+        """Close it within ``timeout`` seconds."""
+
+
+#: How many forks lie between the process that imported this module and this one. Compared where code of the user's may
+#: have forked and come back.
+depth = 0
+#: Whether the process ends and what was open has been closed. Nothing that is opened from here on may start a thread.
+ending = False
+
+_pid = os.getpid()
+_clients: WeakSet[Any] = WeakSet()
+_pools: WeakSet[Engine] = WeakSet()
+_owners: WeakSet[Owner] = WeakSet()
+_closables: dict[int, Closable] = {}
+_alone: WeakSet[Alone] = WeakSet()
+_making = threading.RLock()
+_held: dict[int, bool] = {}
+
+
+# -- clients and pools --------------------------------------------------------------------------------------------------
+
+
+def client(kind: type[K], conf: Mapping[str, Any]) -> K:
+    """A client of Kafka that is inert in a forked child. Raises what its constructor raises."""
+    own = _OWN[kind]
+    with _making:
+        made = own(dict(conf))
+    _clients.add(made)
+    return made  # type: ignore[no-any-return]  # the table holds a class of each kind
+
+
+def pool(engine: Engine) -> Engine:
+    """An engine that lends no connection of the parent's in a forked child."""
+    _pools.add(engine)
+    return engine
+
+
+def keep(*objects: object) -> None:
+    """Never free these, nor what they hold, in this process: also not when the interpreter ends."""
+    for each in objects:
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(each))
+
+
+#: What may be called on a client of the parent's, and what it returns: what is done to end or to tidy up.
+_QUIET: Mapping[str, object] = {"close": None, "flush": 0, "purge": None, "unassign": None, "unsubscribe": None}
+
+
+def _inert(kind: type[Any]) -> type[Any]:
+    def refused(self: object, *args: object, **more: object) -> NoReturn:
+        raise ConnectionUnusable(
+            f"this connection to Kafka was opened in another process, and this one (pid {os.getpid()}) is a fork of it: "
+            "open another one here, after the fork"
+        )
+
+    def quiet(result: object) -> Callable[..., object]:
+        return lambda self, *args, **more: result
+
+    names = [name for name in dir(kind) if not name.startswith("_")]
+    methods: dict[str, Any] = {name: quiet(_QUIET[name]) if name in _QUIET else refused for name in names}
+    if hasattr(kind, "__len__"):
+        methods["__len__"] = quiet(0)
+    return type(f"Inert{kind.__name__}", (kind,), methods)
+
+
+# Of one layout, so that an object of the one class can become one of the other.
+_OWN: dict[type[Any], type[Any]] = {k: type(k.__name__, (k,), {}) for k in (Producer, Consumer, AdminClient)}
+_INERT = {own: _inert(kind) for kind, own in _OWN.items()}
+
+
+# -- locks ----------------------------------------------------------------------------------------------------------
+
+
+class Alone:
+    """What a thread must not begin again while it is inside. Only a signal handler, or a finalizer, can try that."""
+
+    def __init__(self) -> None:
+        self._inside: set[int] = set()
+        _alone.add(self)
+
+    def busy(self) -> bool:
+        """Whether this thread is inside."""
+        return threading.get_ident() in self._inside
+
+    @contextlib.contextmanager
+    def __call__(self, what: str) -> Iterator[None]:
+        """Be inside; ``what`` is done there. Raises `ConnectionUnusable` if this thread is inside already."""
+        me = threading.get_ident()
+        if me in self._inside:
+            raise ConnectionUnusable(
+                f"a signal handler, or a finalizer, interrupted this thread while it was {what}, and calls Jobledger "
+                "itself: nothing was done. Set a flag in the handler and call Jobledger outside of it"
+            )
+        self._inside.add(me)
+        try:
+            yield
+        finally:
+            self._inside.discard(me)
+
+    def after_fork(self) -> None:
+        """The other threads are not here, and their numbers may be given away again."""
+        self._inside &= {threading.get_ident()}
+
+
+class Lock(Alone):
+    """A lock around what is opened once. Free in a forked child; a thread that holds it is refused, not stopped."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._lock = threading.RLock()
+
+    @contextlib.contextmanager
+    def __call__(self, what: str) -> Iterator[None]:
+        """Hold the lock; ``what`` is done meanwhile. Raises `ConnectionUnusable` if this thread holds it already."""
+        with self._lock, super().__call__(what):
+            yield
+
+    def after_fork(self) -> None:
+        """Free it, unless the thread that forked holds it."""
+        super().after_fork()
+        if self._lock.acquire(blocking=False):
+            self._lock.release()
+        else:
+            self._lock = threading.RLock()
+
+
+# -- forks --------------------------------------------------------------------------------------------------------------
+
+
+def in_child(owner: Owner) -> None:
+    """Tell ``owner`` in every forked child."""
+    _owners.add(owner)
+
+
+def notice() -> None:
+    """See whether this process is a fork that nobody told of."""
+    if os.getpid() != _pid:
+        _in_child()
+
+
+def _before() -> None:
+    _held[threading.get_ident()] = _making.acquire(timeout=QUIET_S)
+    deadline = time.monotonic() + QUIET_S
+    for engine in list(_pools):
+        while engine.pool.checkedout() and time.monotonic() < deadline:  # type: ignore[attr-defined]  # a QueuePool
+            time.sleep(0.001)
+        with contextlib.suppress(Exception):  # whatever a driver says: the fork is not ours to stop
+            engine.dispose()  # SQLite must not be taken into a fork, not even unused; idle ones are opened again
+
+
+def _in_parent() -> None:
+    if _held.pop(threading.get_ident(), False):
+        _making.release()
+
+
+def _after_in_child() -> None:
+    if _held.pop(threading.get_ident(), False):
+        _making.release()
+    _in_child()
+
+
+def _in_child() -> None:
+    global _making, _pid, depth
+    _pid = os.getpid()
+    depth += 1
+    if _making.acquire(blocking=False):
+        _making.release()
+    else:
+        _making = threading.RLock()
+    for made in list(_clients):
+        keep(made)
+        made.__class__ = _INERT[type(made)]
+    _clients.clear()
+    _closables.clear()
+    for engine in list(_pools):
+        keep(engine.pool)
+        engine.dispose(close=False)
+    for lock in list(_alone):
+        lock.after_fork()
+    for owner in list(_owners):
+        owner.after_fork()
+
+
+def left(error: BaseException | None) -> NoReturn:
+    """End this process, a fork that came back from code of the user's, which raised ``error``: it must not go on as if it
+    were the worker."""
+    code = 0
+    if isinstance(error, SystemExit):
+        code = error.code if isinstance(error.code, int) else int(error.code is not None)
+    elif error is not None:
+        code = 1
+    try:
+        if error is not None and not isinstance(error, SystemExit):
+            traceback.print_exception(error)
+        sys.stdout.flush()
+        sys.stderr.flush()
+    finally:
+        os._exit(code & 0xFF)
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(before=_before, after_in_parent=_in_parent, after_in_child=_after_in_child)
+
+
+# -- the end of the process -----------------------------------------------------------------------------------------------
+
+
+def at_exit(closable: Closable) -> None:
+    """Close this when the process ends, unless it has been `closed`. A fork that ends closes nothing of its parent's."""
+    _closables[id(closable)] = closable
+
+
+def closed(closable: Closable) -> None:
+    """Nothing of this is open any more."""
+    _closables.pop(id(closable), None)
+
+
+def _exit() -> None:
+    # Registered at import: handlers that were registered later run before, while everything is open.
+    global ending
+    notice()
+    ending = True
+    for closable in list(_closables.values()):
+        try:
+            closable.at_exit(EXIT_S)
+        except Exception:
+            LOG.exception("a connection could not be closed at the end of the process")
+
+
+atexit.register(_exit)

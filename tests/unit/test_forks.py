@@ -1,0 +1,109 @@
+"""What belongs to one process: locks that refuse their own thread and are free in a fork, clients that are inert there."""
+
+from __future__ import annotations
+
+import os
+import threading
+import warnings
+from collections.abc import Callable
+
+import pytest
+from confluent_kafka import Consumer, Producer
+from confluent_kafka.admin import AdminClient
+
+from jobledger import ConnectionUnusable, forks
+from tests.running_job import running_job
+
+NOWHERE = {"bootstrap.servers": "127.0.0.1:1", "log_level": 0}
+
+
+def in_a_fork(act: Callable[[], None]) -> int:
+    """The exit code of a forked child that does this."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # from Python 3.12 on: pytest has threads
+        pid = os.fork()
+    if pid == 0:
+        try:
+            act()
+        except BaseException as exc:  # noqa: BLE001  # nothing may leave a fork of pytest's
+            os.write(2, f"{exc!r}\n".encode())
+            os._exit(1)
+        os._exit(0)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def test_a_thread_that_holds_a_lock_is_refused_by_name() -> None:
+    """As a signal handler would be; another use after it works."""
+    lock = forks.Lock()
+    refused = pytest.raises(ConnectionUnusable, match="while it was opening the connection")
+    with lock("opening the connection"), refused, lock("opening the connection"):
+        pass
+    with lock("opening the connection"):
+        pass
+
+
+def test_a_lock_that_another_thread_holds_is_free_in_a_fork() -> None:
+    """And that of the thread which forks stays its own."""
+    mine, others = forks.Lock(), forks.Lock()
+    held, done = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with others("x"):
+            held.set()
+            done.wait(60)
+
+    thread = threading.Thread(target=hold)
+    thread.start()
+    held.wait(60)
+
+    def use() -> None:
+        with others("x"):
+            pass
+
+    with mine("x"):
+        assert in_a_fork(use) == 0
+    done.set()
+    thread.join()
+
+
+def test_a_client_is_inert_in_a_fork() -> None:
+    """Closing does nothing, using raises, and freeing does not end; in the parent it is what it was."""
+    held = [
+        forks.client(Producer, NOWHERE),
+        forks.client(Consumer, {**NOWHERE, "group.id": "g"}),
+        forks.client(AdminClient, NOWHERE),
+    ]
+
+    def use() -> None:
+        producer, consumer, admin = held
+        assert isinstance(producer, Producer)
+        assert isinstance(consumer, Consumer)
+        assert isinstance(admin, AdminClient)
+        for ask in (lambda: producer.produce("t"), lambda: consumer.poll(0), lambda: admin.list_topics(timeout=1)):
+            with pytest.raises(ConnectionUnusable, match="a fork of it"):
+                ask()
+        assert producer.flush(10.0) == 0
+        producer.close()
+        consumer.close()
+        held.clear()
+
+    assert in_a_fork(use) == 0
+    assert isinstance(held[1], Consumer)
+    assert held[1].poll(0) is None
+    held[1].close()
+
+
+def test_identical_children_are_numbered_whoever_submits_them() -> None:
+    """Ids of a job's children differ, from many threads too, and are the same in each run."""
+    job = running_job("01890a5d-ac96-774b-bcce-b302099a8057", "t", lambda job, said: None)
+    again = running_job("01890a5d-ac96-774b-bcce-b302099a8057", "t", lambda job, said: None)
+    found: list[str] = []
+    threads = [
+        threading.Thread(target=lambda: found.extend(job.child_id("t", b"{}") for _ in range(200))) for _ in range(4)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(set(found)) == 800
+    assert set(found) == {again.child_id("t", b"{}") for _ in range(800)}
