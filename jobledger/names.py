@@ -4,6 +4,7 @@ in `jobledger.kafka.topology`."""
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from jobledger.errors import ConfigError
@@ -76,6 +77,26 @@ def lane(queue: str, priority: str | None) -> str:
     return queue if priority is None else f"{queue}.{priority}"
 
 
+def colliding(wanted: Iterable[str], others: Iterable[str] = ()) -> dict[str, str]:
+    """Topics that Kafka will not have beside each other: of each ``wanted`` one, another of them, or of ``others``.
+
+    Kafka's metrics write ``.`` as ``_``, so a topic is refused whose name differs from another's in these only.
+    """
+    first: dict[str, str] = {}
+    for name in others:
+        first.setdefault(_in_metrics(name), name)
+    found: dict[str, str] = {}
+    for name in wanted:
+        other = first.setdefault(_in_metrics(name), name)
+        if other != name:
+            found[name] = other
+    return found
+
+
+def _in_metrics(topic: str) -> str:
+    return topic.replace(".", "_")
+
+
 @dataclass(frozen=True, slots=True)
 class Names:
     """Topic and consumer group names under one namespace (the app's name)."""
@@ -123,6 +144,11 @@ class Names:
     def schemas(self) -> str:
         """Compacted: every writer's schema by its fingerprint."""
         return f"{self.namespace}.schemas"
+
+    @property
+    def standing(self) -> tuple[str, ...]:
+        """The topics that every namespace has, whatever its app declares."""
+        return (self.lifecycle, self.coordination, self.dead_letter, self.control, self.schemas)
 
     def events(self, name: str) -> str:
         """The topic of one class of domain events."""

@@ -12,7 +12,7 @@ from jobledger.durations import Seconds, in_seconds
 from jobledger.errors import BadEvent, ConfigError, UnknownQueue, UnknownTask
 from jobledger.functions import check_function
 from jobledger.middleware import Hooks
-from jobledger.names import Names, check_name, check_text
+from jobledger.names import Names, check_name, check_text, colliding
 from jobledger.origins import Origin, is_nameless, origin_of
 from jobledger.policy import KEY_HOLD_MAX_S, LEASE_S, policy_of
 from jobledger.projection import Projection
@@ -244,6 +244,17 @@ class Registry:
                 return handler
         raise UnknownTask(f"no handler is called {name!r}: there are {sorted(h.task.name for h in found)}")
 
+    def _check_topics(self) -> None:
+        """Each queue, priority and event gets a topic, and Kafka refuses some beside others."""
+        topics = [*map(self.names.jobs, self.lanes), *(e.topic for e in self.events.values())]
+        standing = self.names.standing
+        for topic, other in colliding(topics, standing).items():
+            raise ConfigError(
+                f"the topics {topic!r} and {other!r} collide: Kafka takes '.' and '_' for the same in its metrics, and "
+                f"has no two topics whose names differ in these only. Rename the queue, event or topic; a queue "
+                f"with priorities has the topics {self.names.jobs('<queue>')}, .high and .low"
+            )
+
     def _check_limits(self) -> None:
         """Each partition carries a share of a limit, so there must be one for each of them."""
         queues = self.queues
@@ -256,6 +267,7 @@ class Registry:
         """What can be judged only when all is there: fallbacks, limits, hooks. Raises
         `ConfigError`; run when an app is loaded."""
         self._check_limits()
+        self._check_topics()
         for task in self.tasks.values():
             self.hooks.of(task)
             if task.fallback is None:

@@ -32,11 +32,13 @@ from jobledger.kafka.topology import (
     Plan,
     Step,
     TopicSpec,
+    beside,
     compare,
     differing,
     wanted,
     within_bounds,
 )
+from jobledger.names import colliding
 
 REQUEST_TIMEOUT_S = 5.0
 ATTEMPTS = 3
@@ -65,10 +67,13 @@ def plan(
     """
     counts = _partition_counts(admin, [spec.name for spec in specs], address)
     configs = _configs(admin, ResourceType.TOPIC, [name for name, (count, _) in counts.items() if count], address)
+    new = [spec.name for spec in specs if counts[spec.name][0] is None]
+    collisions = colliding(new, _topics(admin, address)) if new else {}
     changes: list[Change] = []
     for spec in specs:
         count, copies = counts[spec.name]
-        changes += compare(spec, count, configs.get(spec.name, {}), copies)
+        other = collisions.get(spec.name)
+        changes += [beside(spec, other)] if other else compare(spec, count, configs.get(spec.name, {}), copies)
     if groups:
         bounds = _broker_config(admin, address)
         found = _configs(admin, ResourceType.GROUP, [group.name for group in groups], address)
@@ -128,6 +133,20 @@ def _partition_counts(
         else:
             raise _refused_by_cluster(answer, f"describe topic {name}", "Alter", name)
     return counts
+
+
+def _topics(admin: AdminClient, address: str) -> list[str]:
+    """The names of all topics that this user may know of."""
+    for left in reversed(range(ATTEMPTS)):
+        try:
+            return sorted(admin.list_topics(timeout=REQUEST_TIMEOUT_S).topics)
+        except KafkaException as error:
+            if _code(error) not in _RETRIABLE:
+                raise _refused_by_cluster(error, "list topics", "Describe") from error
+            if not left:
+                raise BrokerUnavailable(f"{address} did not list its topics: {error.args[0].str()}") from error
+            time.sleep(RETRY_PAUSE_S)
+    return []
 
 
 def _describe(admin: AdminClient, names: Sequence[str]) -> Mapping[str, Future[Any]]:

@@ -338,6 +338,15 @@ def compare(
     return changes or [Change(Step.UNCHANGED, "topic", spec.name, partitions=(partitions, partitions))]
 
 
+def beside(spec: TopicSpec, other: str) -> Change:
+    """The refusal of a topic that Kafka will not have beside ``other``, which is there: pure."""
+    reason = (
+        f"topic {spec.name!r} collides with {other!r}, which is there: Kafka takes '.' and '_' for the same in its metrics, "
+        "and has no two topics whose names differ in these only. Choose another namespace, queue or event name"
+    )
+    return Change(Step.REFUSE, "topic", spec.name, partitions=(0, spec.partitions), reason=reason)
+
+
 def queue_partitions(app: DeclaresTopics) -> dict[str, int]:
     """The partitions of each work topic, by queue, or by queue and priority: pure."""
     return {

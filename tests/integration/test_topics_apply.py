@@ -172,3 +172,17 @@ def test_copies_follow_the_cluster(admin: AdminClient) -> None:
     """Without being told, as many copies are asked for as the cluster has brokers, and three at most."""
     brokers = len(admin.list_topics(timeout=10).brokers)
     assert topics.default_replication(admin) == min(3, brokers)
+
+
+def test_a_namespace_beside_one_whose_topics_collide_is_refused_by_the_plan(settings: Settings, app: App) -> None:
+    """`a_jobs` beside `a` with a queue `lifecycle`: the plan names both topics, and nothing is made of the second."""
+    name = app.names.namespace
+    first = replace(app, queues={"lifecycle": Queue(1)})
+    topics.ensure(first, settings)
+    second = App(Names(f"{name}_jobs"))
+    made = topics.plan(log.admin(settings), *topology.wanted(second, 1))
+    assert [change.name for change in made.refused] == [f"{name}_jobs.lifecycle"]
+    with pytest.raises(ConfigError, match=rf"'{name}_jobs\.lifecycle' collides with '{name}\.jobs\.lifecycle'"):
+        topics.ensure(second, settings)
+    assert partitions(settings, second.names.coordination) is None
+    assert topics.ensure(first, settings).pending == ()

@@ -5,7 +5,10 @@ from __future__ import annotations
 import json
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
+from jobledger import App, Queue, Settings
 from jobledger.errors import ConfigError
 from jobledger.kafka.topology import (
     Growth,
@@ -19,7 +22,7 @@ from jobledger.kafka.topology import (
     within_bounds,
     worker_groups,
 )
-from jobledger.names import Names
+from jobledger.names import Names, colliding
 
 NAMES = Names("shop")
 
@@ -230,3 +233,49 @@ def test_settings_that_promises_rest_on_are_judged() -> None:
         (said,) = broken_promises(names, {**right, topic: {**right[topic], setting: value}})
         assert said.startswith(f"topic {topic} has {setting}={value} and needs {wanted}: ")
         assert "`jobledger topics apply MODULE:APP`" in said
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [(Queue("mail", priorities=True), Queue("mail_high")), (Queue("mail_low"), Queue("mail", priorities=True))],
+)
+def test_queues_whose_topics_collide_are_refused_at_load(first: Queue, second: Queue) -> None:
+    """Kafka has no `shop.jobs.mail_high` beside `shop.jobs.mail.high`: the app says so, with both, before it is run."""
+    app = App("shop", settings=Settings(), queues=[first, second])
+    with pytest.raises(
+        ConfigError, match=r"'shop\.jobs\.mail[._](high|low)' and 'shop\.jobs\.mail[._](high|low)' collide"
+    ):
+        app.check()
+    App("shop", settings=Settings(), queues=[first]).check()
+
+
+def test_an_event_topic_of_others_that_collides_is_refused_at_load() -> None:
+    """So is one that is named as a topic of the app's but for a dot."""
+    app = App("shop", settings=Settings())
+
+    @app.event(topic="shop_lifecycle", format="json")
+    class Happened:
+        what: str
+
+    with pytest.raises(ConfigError, match=r"'shop_lifecycle' and 'shop\.lifecycle' collide"):
+        app.check()
+
+
+@given(st.lists(st.text("ab._-", min_size=1, max_size=4)), st.lists(st.text("ab._-", min_size=1, max_size=4)))
+def test_names_collide_if_they_differ_in_dots_and_underscores_only(wanted: list[str], others: list[str]) -> None:
+    """A name that is there already is no collision with itself; every other pair of equal metric names is one."""
+    found = colliding(wanted, others)
+    same = {
+        name: {n for n in (*wanted, *others) if n != name and n.replace(".", "_") == name.replace(".", "_")}
+        for name in wanted
+    }
+    assert all(other in same[name] for name, other in found.items())
+    for name, partners in same.items():
+        assert not partners or name in found or any(found.get(other) == name for other in partners) or name in others
+
+
+def test_every_standing_topic_is_one_that_is_made() -> None:
+    """`Names.standing` and the table of topics name the same ones."""
+    names = Names("shop")
+    made = {spec.name for spec in desired(names, {"mail": 2}, partitions=2, replication=1)}
+    assert set(names.standing) == made - {names.jobs("mail"), changelog(names)}
