@@ -194,7 +194,7 @@ def _submitted(
         spec = getattr(event.fact, "spec", None)
         if spec is not None and event.job_id == job.job_id:
             return spec.args  # type: ignore[no-any-return]  # a fact's own
-        why = f"not known: {position} holds another record, so the topic was made again"
+        why = f"not known: {position} holds another record: the topic was recreated"
     return why
 
 

@@ -86,7 +86,7 @@ def _made(kind: Kind) -> typer.Typer:
         output.print_table((kind, second, "state", "rate", "at once", ""), table, optional=(second,), empty="none")
 
     @made.command(
-        "pause", help=f"Start nothing more of a {kind}, on any worker, until it is resumed; what runs goes on."
+        "pause", help=f"Start nothing more of a {kind}, on any worker, until it is resumed; running jobs continue."
     )
     def pause(
         words: Named = None,
@@ -102,7 +102,7 @@ def _made(kind: Kind) -> typer.Typer:
             known.app.orders.pause(kind, name, reason, by)
         _say(as_json, {kind: name, "paused": True}, f"{kind} {name} is paused")
 
-    @made.command("resume", help=f"Let a paused {kind} go on.")
+    @made.command("resume", help=f"Resume a paused {kind}.")
     def resume(
         words: Named = None,
         app: AppOption = None,
@@ -115,7 +115,7 @@ def _made(kind: Kind) -> typer.Typer:
     ) -> None:
         with _ordered(kind, words, app, namespace, bootstrap, status_url) as (known, name):
             known.app.orders.resume(kind, name, reason, by)
-        _say(as_json, {kind: name, "paused": False}, f"{kind} {name} goes on")
+        _say(as_json, {kind: name, "paused": False}, f"{kind} {name} is resumed")
 
     @made.command(
         "limit",

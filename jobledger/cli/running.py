@@ -78,8 +78,8 @@ def passed_on(bootstrap: str | None, status_url: str | None) -> list[str]:
 
 
 class Prefixed:
-    """Prints a child's line under its name; every name as wide as the widest. `OutputLost` is raised once: who ends
-    then says so to nobody."""
+    """Prints a child's line under its name; every name as wide as the widest. `OutputLost` is raised
+    once; later lines are dropped, so that those who end then may still say so."""
 
     def __init__(self, names: Sequence[str]) -> None:
         self._width = max(map(len, names))

@@ -1,7 +1,7 @@
 """The three standard streams of a command: there, writable in any encoding, and with one error when they fail.
 
-Owns what is done where a stream was closed before the start (`>&-`), is full, knows few characters, or has lost its
-reader (`| head -1`). Commands print as if all were well.
+Owns what is done where a stream was closed before the start (`>&-`), is full, has few characters, or has lost its reader
+(`| head -1`). Commands print as if none of this could happen.
 """
 
 from __future__ import annotations
