@@ -16,6 +16,7 @@ import os
 import sys
 import threading
 import traceback
+from types import FrameType
 from typing import Any
 
 from jobledger.logger import get_logger
@@ -104,21 +105,23 @@ def _children() -> list[Any]:
 def left_behind(children: list[Any]) -> str:
     """What keeps this process alive, in words."""
     # Threads of a pool may be daemons, because the thread that made them is one; Python waits for them all the same.
-    pooled = getattr(sys.modules.get("concurrent.futures.thread"), "_threads_queues", ())
-    main = threading.main_thread()
+    pools = sys.modules.get("concurrent.futures.thread")
+    pooled, waits = getattr(pools, "_threads_queues", ()), getattr(getattr(pools, "_worker", None), "__code__", None)
+    main, frames = threading.main_thread(), sys._current_frames()
+    idle = {ident for ident, frame in frames.items() if frame.f_code is waits}  # for work: these end when they are told
     found = [
         f"thread {thread.name}"
         for thread in threading.enumerate()
         if thread is not main
         and (not thread.daemon or thread in pooled)
+        and thread.ident not in idle
         and not thread.name.startswith("jobledger-")  # our own end by themselves, and are no app's
     ]
     found += [f"child process {child.name} (pid {child.pid})" for child in children if not child.daemon]
-    return ", ".join(found) or _what_runs_in(main)
+    return ", ".join(found) or _what_runs_in(frames.get(main.ident or 0))
 
 
-def _what_runs_in(main: threading.Thread) -> str:
-    frame = sys._current_frames().get(main.ident or 0)
+def _what_runs_in(frame: FrameType | None) -> str:
     if frame is None:
         return "a handler of atexit"
     last = traceback.extract_stack(frame)[-1]
