@@ -1,4 +1,5 @@
-"""Jobs that end and leave something behind. ``CHAOS_NAMESPACE``: the namespace."""
+"""Jobs that end and leave something behind. ``CHAOS_NAMESPACE``: the namespace. ``LEFT_AT_IMPORT``: leave a thread already
+when this is imported."""
 
 from __future__ import annotations
 
@@ -17,6 +18,9 @@ app = App(os.environ.get("CHAOS_NAMESPACE", "leftover"), partitions=2)
 
 #: Seconds that what is left behind would take.
 LEFT_S = 120
+
+if os.environ.get("LEFT_AT_IMPORT"):
+    threading.Thread(target=time.sleep, args=(LEFT_S,), name="left-at-import").start()
 
 
 @app.task

@@ -84,6 +84,27 @@ def test_a_worker_that_has_stopped_is_gone_within_its_bound(
     assert not psutil.wait_procs(children, timeout=20)[1], "its child processes live on"
 
 
+#: What a part says when it is at work.
+READY = {
+    "coordinator": (" started, local copy in ",),
+    "materializer": ("writing the status table",),
+    "streams": (" started, local copy in ", "writing the status table"),
+    "worker": (" serves default ",),
+}
+
+
+@pytest.mark.parametrize("role", READY)
+def test_no_part_is_kept_by_what_its_app_left_at_import(fleet: Fleet, client: App, role: str) -> None:
+    """Every part that was stopped exits within its bound, with the code of a clean stop; so does a supervisor of some."""
+    fleet.environ["LEFT_AT_IMPORT"] = "1"
+    part = fleet.start(role, *(["--processes", "2"] if role == "worker" else []))
+    fleet.until(lambda: all(said in part.output() for said in READY[role]), 90, f"the {role}")
+    code = fleet.stop(part, timeout=2 * (EXIT_S + HARD_S) + 2 * SLACK_S)
+    output = part.output()
+    assert code == 0, output
+    assert "left behind: thread left-at-import" in output
+
+
 def test_a_process_that_a_job_forked_can_be_terminated(fleet: Fleet, client: App) -> None:
     """A forked process inherits the worker's handler of SIGTERM, and ends of that signal all the same."""
     worker = fleet.start("worker", "--grace", str(GRACE_S))
