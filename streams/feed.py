@@ -11,8 +11,18 @@ from collections.abc import Iterable, Iterator, Mapping
 from types import TracebackType
 from typing import Self
 
-from confluent_kafka import OFFSET_BEGINNING, KafkaError, KafkaException, Message, TopicPartition
-from confluent_kafka.admin import OffsetSpec  # type: ignore[attr-defined]  # re-exported without saying so
+from confluent_kafka import (
+    OFFSET_BEGINNING,
+    KafkaError,
+    KafkaException,
+    Message,
+    TopicCollection,
+    TopicPartition,
+)
+from confluent_kafka.admin import (  # type: ignore[attr-defined]  # re-exported without saying so
+    AdminClient,
+    OffsetSpec,
+)
 
 from jobledger.access import Door, read
 from jobledger.config import Settings
@@ -60,6 +70,7 @@ class Feed:
                 },
             )
         )
+        self._admin: AdminClient | None = None
         self._assigned: set[Partition] = set()
         #: Partitions whose next offset the log no longer had, with the offset read instead; the reader takes them out.
         self.resets: dict[Partition, int] = {}
@@ -98,6 +109,28 @@ class Feed:
     def _wanted(self, topic: str) -> bool:
         names = self._names
         return topic in (names.lifecycle, names.coordination, names.dead_letter) or names.queue_of(topic) is not None
+
+    def identities(self, topics: Iterable[str], timeout: float = REQUEST_TIMEOUT_S) -> dict[str, str]:
+        """The ids of topics, by which a topic is known from a later one of its name; without those that the broker does not
+        tell."""
+        if self._admin is None:
+            self._admin = admin(self._settings)
+        found: dict[str, str] = {}
+        asked = TopicCollection(sorted(topics))
+        for topic, future in self._admin.describe_topics(asked, request_timeout=timeout).items():
+            try:
+                found[topic] = str(future.result(timeout + 1.0).topic_id)
+            except (KafkaException, TimeoutError):
+                continue
+        return found
+
+    def restart(self, partitions: Iterable[Partition]) -> None:
+        """Read these from the log's start, whatever was read of them before. Raises `BrokerUnavailable`, `TopicMissing`."""
+        places = list(partitions)
+        starts = {place: low for place, (low, _) in bounds(self._settings, places).items()}
+        self.drop(places)
+        self.add(starts)
+        self.resets |= starts
 
     def add(self, offsets: Mapping[Partition, int | None]) -> None:
         """Read these partitions, too, from these offsets on; None: from the log's start."""

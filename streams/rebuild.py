@@ -14,7 +14,7 @@ import hashlib
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import TypeVar
@@ -88,10 +88,15 @@ class VerifyReport(msgspec.Struct, frozen=True):
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """What the log holds of each partition: offsets from ``low`` up to, not including, ``high``."""
+    """What the log holds of each partition: offsets from ``low`` up to, not including, ``high``.
 
-    low: Mapping[Partition, int]
-    high: Mapping[Partition, int]
+    ``begins``: when the record at ``low`` was appended, as far as it was read, ms. What a table knows of an earlier record at
+    such an offset stood in a topic of the same name that was deleted: offsets begin again at 0, and time does not.
+    """
+
+    low: dict[Partition, int]
+    high: dict[Partition, int]
+    begins: dict[Partition, int] = field(default_factory=dict)
 
     @property
     def records(self) -> int:
@@ -100,9 +105,11 @@ class Span:
     def holds(self, life: Life) -> bool:
         """Whether every fact that a life knows is in the span."""
         report = life.report
-        for _, topic, partition, offset in life.positions if report is None else (*life.positions, report.at):
+        for ms, topic, partition, offset in life.positions if report is None else (*life.positions, report.at):
             place = (topic, partition)
             if place not in self.low or not self.low[place] <= offset < self.high[place]:
+                return False
+            if ms < self.begins.get(place, ms):
                 return False
         return True
 
@@ -121,7 +128,7 @@ def rebuild(
     with open_store(store_url, names.namespace) as live:
         _take(live, store_url)
         with live.beside() as new:
-            span, records, rejected = _fold_log(names, settings, new, None, progress, live.renew)
+            span, records, rejected = _fold_log(names, settings, new, None, {}, progress, live.renew)
             carried = _carry(names, settings, store_url, span, new, live.renew)
             jobs = new.size()
             live.renew()
@@ -158,7 +165,7 @@ def verify(
         url = f"sqlite:///{folder / 'log.db'}"
         with SqliteStore(url, names.namespace) as store:
             store.acquire()
-            span, records, _ = _fold_log(names, settings, store, offsets, progress, lambda: None)
+            span, records, _ = _fold_log(names, settings, store, offsets, kept.topics(), progress, lambda: None)
         folded = open_sqlite(url, names.namespace)
         try:
             found = _compare(kept, folded, span)
@@ -204,11 +211,14 @@ def _fold_log(
     settings: Settings,
     store: Store,
     offsets: Mapping[Partition, int] | None,
+    topics: Mapping[str, str],
     progress: Tell | None,
     alive: Callable[[], object],
 ) -> tuple[Span, int, int]:
     """Fold the log into ``store`` up to ``offsets`` (None: its end); the span read, records read, records rejected.
 
+    ``topics``: the ids of the topics that the offsets are of, as far as they are known; of a later one of such a name nothing
+    was read.
     ``alive`` is called every two seconds.
     """
     projector = Projector(store, log.decoder(settings, names))
@@ -224,12 +234,21 @@ def _fold_log(
 
     with Feed(settings, names) as feed:
         span = _span(settings, names, feed, offsets)
+        ids = feed.identities({topic for topic, _ in span.low})
+        for place in [p for p in span.low if topics.get(p[0], ids.get(p[0])) != ids.get(p[0])]:
+            del span.low[place], span.high[place]
         feed.add({place: low for place, low in span.low.items() if low < span.high[place]})
+        unbegun = set(feed.assigned)
         total, renewed = span.records, time.monotonic()
         for messages in read_until(feed, span.high, BATCH):
             if feed.resets:
                 lost = ", ".join(f"{topic}[{partition}]" for topic, partition in sorted(feed.resets))
                 raise StoreError(f"the log was trimmed while it was read ({lost}): try again")
+            for message in messages if unbegun else ():
+                place = (message.topic() or "", message.partition() or 0)
+                if place in unbegun:
+                    unbegun.discard(place)
+                    span.begins[place] = message.timestamp()[1]
             in_batches(messages, size, write, LOG)
             records += len(messages)
             if progress is not None:
@@ -238,7 +257,7 @@ def _fold_log(
                 alive()
                 renewed = time.monotonic()
     # Also of partitions that hold nothing any more.
-    store.write(Changes(offsets=dict(span.high)))
+    store.write(Changes(offsets=dict(span.high), topics=ids))
     return span, records, rejected
 
 

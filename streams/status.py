@@ -28,6 +28,7 @@ from jobledger.errors import (
     StoreError,
     StoreTooSlow,
     StoreUnavailable,
+    TopicMissing,
     UnknownFact,
 )
 from jobledger.extras import missing
@@ -110,6 +111,9 @@ class Materializer:
         #: The next offset of every partition, as committed.
         self._offsets: Mapping[Partition, int] = {}
         self._writer: LogWriter | None = None
+        #: The ids of the topics that `_offsets` are of, as committed; and those that are to be written.
+        self._known: dict[str, str] = {}
+        self._new_ids: dict[str, str] = {}
         self._topics = TopicWatch(self._settings, names, self._wanted, LOG)
         self._active = threading.Event()
 
@@ -182,9 +186,10 @@ class Materializer:
 
     def _write(self, store: Store, stop: threading.Event) -> None:
         offsets = self._persist(store.offsets, stop)
-        if offsets is None:
+        known = self._persist(store.topics, stop)
+        if offsets is None or known is None:
             return
-        self._offsets = offsets
+        self._offsets, self._known, self._new_ids = offsets, known, {}
         projector = Projector(store, log.decoder(self._settings, self._names), cache_jobs=self._cache_jobs)
         self._active.set()
         self.metrics.active.set(1)
@@ -197,7 +202,7 @@ class Materializer:
                     missing = self._discover(feed, first=discovered < 0)
                     discovered = now
                 messages = feed.read(self._size.most, PATIENCE_S, committed + self._linger)
-                if messages or feed.resets:
+                if messages or feed.resets or self._new_ids:
                     self._write_batch(store, projector, feed, messages, stop)
                     if stop.is_set():
                         return
@@ -220,7 +225,7 @@ class Materializer:
         except BrokerUnavailable as exc:
             LOG.warning("%s", exc)
             return True
-        feed.add({place: self._offsets.get(place) for place in present})
+        feed.add({place: self._offsets.get(place) for place in self._of_same_topics(feed, present)})
         names = self._names
         wanted = self._wanted()
         missing = wanted - {topic for topic, _ in present}
@@ -236,6 +241,25 @@ class Materializer:
                 ", ".join(sorted(missing)),
             )
         return bool(missing)
+
+    def _of_same_topics(self, feed: Feed, present: set[Partition]) -> set[Partition]:
+        """Those of the partitions whose topics are those that the offsets are of. Others are read from their start."""
+        found = feed.identities({topic for topic, _ in present}, DISCOVER_TIMEOUT_S)
+        known = {**self._known, **self._new_ids}
+        others = {topic for topic, its in found.items() if known.get(topic, its) != its}
+        try:
+            if others:
+                feed.restart([place for place in present if place[0] in others])
+                LOG.error(
+                    "%s: deleted and made again since the table was written; reading from the start. Jobs that the table knows "
+                    "stay in it",
+                    ", ".join(sorted(others)),
+                )
+        except (BrokerUnavailable, TopicMissing) as exc:  # looked at again, with the id that is still the old one
+            LOG.warning("%s", exc)
+            return {place for place in present if place[0] not in others}
+        self._new_ids |= {topic: its for topic, its in found.items() if known.get(topic) != its}
+        return present
 
     def _write_batch(
         self, store: Store, projector: Projector, feed: Feed, messages: Sequence[Message], stop: threading.Event
@@ -255,7 +279,7 @@ class Materializer:
     def _apply(self, store: Store, projector: Projector, feed: Feed, messages: Sequence[Message]) -> Folded:
         """One batch, whole: may be repeated if it fails."""
         folded = projector.fold(messages)
-        folded.changes.resets = dict(feed.resets)
+        folded.changes.resets, folded.changes.topics = dict(feed.resets), dict(self._new_ids)
         self._dead_letter(folded)
         store.write(folded.changes)
         projector.committed(folded)
@@ -269,6 +293,8 @@ class Materializer:
         for topic, _ in feed.resets:
             metrics.reset(topic)
         feed.resets.clear()
+        self._known |= folded.changes.topics
+        self._new_ids.clear()
         return folded
 
     def _dead_letter(self, folded: Folded) -> None:

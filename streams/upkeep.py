@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import msgspec
@@ -45,6 +45,7 @@ from jobledger.streams.derived import derived_id
 from jobledger.streams.intake import check_head
 from jobledger.streams.projection_store import folded
 from jobledger.streams.store.protocol import Overdue, StatusReader
+from jobledger.streams.store.rows import key_text
 from jobledger.streams.trim import Partition, Readers, plan
 from jobledger.writer import LogWriter, Outgoing
 
@@ -177,7 +178,7 @@ class Upkeep:
 
     def _ask(self, log: LogReader, overdue: Overdue) -> Outgoing | None:
         found = None if overdue.spec_at is None else self._event_at(log, overdue.spec_at)
-        if found is None:
+        if found is None or key_text(found[0].job_id) != overdue.job_id:  # another's: the topic was made again
             LOG.error("job %s is overdue and the log no longer holds it: nothing can release it", overdue.job_id)
             return None
         origin, spec = found
@@ -290,7 +291,7 @@ class Upkeep:
             return {}
         todo = plan(aged, readers, unfinished)
         if todo.resend:
-            self._resend(todo.resend.values())
+            self._resend(todo.resend)
         limits = {place: limit for place, limit in todo.limits.items() if limit > starts[place]}
         self._delete(limits)
         for (topic, partition), limit in limits.items():
@@ -325,19 +326,19 @@ class Upkeep:
                 )  # fmt: skip
             yield read
 
-    def _resend(self, positions: Iterable[Position]) -> None:
-        """Submissions of jobs that wait for their time, once more at the log's end:
+    def _resend(self, submissions: Mapping[str, Position]) -> None:
+        """Submissions of jobs that wait for their time, by the ids that the table has, once more at the log's end:
         same ids, the time made absolute."""
         records = []
         with LogReader(self.settings) as log:
-            for position in positions:
+            for job_id, position in submissions.items():
                 message = log.at(position)
                 if message is None:
                     continue
                 found = recorded(message, self._decode)
                 fact = found.event.fact
-                if not isinstance(fact, JobSubmitted):
-                    continue
+                if not isinstance(fact, JobSubmitted) or key_text(found.event.job_id) != job_id:
+                    continue  # of a topic that was deleted and made again
                 due_at = fact.due_at
                 if due_at is None:
                     due_at = later(found.appended_ms, fact.delay_ms or 0)

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from jobledger.app import App
     from jobledger.job import JobStatus
     from jobledger.log import LogReader
-    from jobledger.schemas.events import JobEvent, Position
+    from jobledger.schemas.events import JobEvent
 
 #: Seconds that the broker has to answer, where a job is shown without it if need be.
 KNOCK_S = 3.0
@@ -198,23 +198,27 @@ def _submitted(
     return why
 
 
-def timeline(asked: App, positions: Sequence[Position]) -> list[tuple[dict[str, Any], list[Cell]]]:
+def timeline(asked: App, job: JobStatus) -> list[tuple[dict[str, Any], list[Cell]]]:
     """A job's events read from the log where the status says they stand, in order of their append times."""
     from jobledger import log
     from jobledger.cli import facts
     from jobledger.errors import RegistryNeeded, SchemaError
     from jobledger.schemas.events import Recorded
+    from jobledger.streams.store.rows import key_text
 
     decode = log.decoder(asked.settings, asked.names).decode
     found: list[Recorded] = []
     lost: list[tuple[dict[str, Any], list[Cell]]] = []
     with log.LogReader(asked.settings) as reader:
-        for position in positions:
+        for position in job.positions:
             message = reader.at(position)
             try:
                 if message is None:
                     raise SchemaError("no longer in the log")
-                found.append(log.recorded(message, decode))
+                recorded = log.recorded(message, decode)
+                if key_text(recorded.event.job_id) != key_text(job.job_id):
+                    raise SchemaError("another job's record, so the topic was made again")
+                found.append(recorded)
             except (SchemaError, RegistryNeeded) as exc:
                 gone: list[Cell] = ["-", "", ("?", "dim"), "", (str(position), "dim"), (str(exc), "dim")]
                 lost.append(({"position": str(position), "error": str(exc)}, gone))

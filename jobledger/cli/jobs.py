@@ -152,7 +152,7 @@ def show(
     try:
         status = asked.job(whole_id(asked, named.others[0]))
         args = submissions(asked, [status])[status.job_id]
-        steps = timeline(asked, status.positions) if timeline_too else None
+        steps = timeline(asked, status) if timeline_too else None
     finally:
         asked.close()
     if as_json:

@@ -16,7 +16,7 @@ from jobledger.errors import StoreError
 from jobledger.streams.store.connecting import Address, bounded
 from jobledger.streams.store.reader import SqlReader
 from jobledger.streams.store.sqlite import SqliteStore
-from jobledger.streams.store.tables import counters, jobs, offsets, tags
+from jobledger.streams.store.tables import TOPIC, counters, jobs, meta, offsets, tags
 
 #: Seconds for which a reader tries a database that does not answer. (A materializer has its own patience.)
 READ_PATIENCE_S = 5.0
@@ -55,6 +55,8 @@ def copy(url: str, namespace: str, path: Path) -> None:
                 marks = ", ".join("?" * len(table.columns))
                 while some := [tuple(row) for row in islice(rows, _CHUNK)]:
                     target.executemany(f"INSERT INTO {table.name} VALUES ({marks})", some)
+            ids = source.execute(select(meta).where(meta.c.key.startswith(TOPIC, autoescape=True)))
+            target.executemany("INSERT INTO meta VALUES (?, ?)", [tuple(row) for row in ids])
     except SQLAlchemyError as exc:
         raise address.explain(exc, "copied") from exc
     except sqlite3.Error as exc:

@@ -54,7 +54,8 @@ class Overdue(msgspec.Struct, frozen=True):
 class Changes:
     """What one transaction writes. ``jobs``: rows in the order of `rows.COLUMNS`; ``counts``: differences.
 
-    ``resets``: partitions whose next offset the log no longer had, with the log's start.
+    ``resets``: partitions whose next offset the log no longer had, with the log's start. ``topics``: ids of the topics that
+    the offsets are of, as far as they are new.
     """
 
     jobs: list[tuple[Any, ...]] = field(default_factory=list)
@@ -63,6 +64,7 @@ class Changes:
     counts: dict[tuple[str, str, str], int] = field(default_factory=dict)
     offsets: dict[Partition, int] = field(default_factory=dict)
     resets: dict[Partition, int] = field(default_factory=dict)
+    topics: dict[str, str] = field(default_factory=dict)
 
 
 class StatusReader(Protocol):
@@ -112,6 +114,9 @@ class StatusReader(Protocol):
     def offsets(self) -> dict[Partition, int]:
         """The next offset to be read of every partition."""
 
+    def topics(self) -> dict[str, str]:
+        """The ids of the topics that the offsets are of, as far as they are known."""
+
     def reached(self, position: Position) -> bool:
         """Whether the record at this position is in the table."""
 
@@ -158,6 +163,9 @@ class Store(Protocol):
 
     def offsets(self) -> dict[Partition, int]:
         """The next offset to be read of every partition. After `CommitUnknown` a writer begins here again."""
+
+    def topics(self) -> dict[str, str]:
+        """The ids of the topics that the offsets are of, as far as they are known."""
 
     def load(self, job_ids: Sequence[str]) -> dict[str, Life]:
         """The fold states of those jobs that the table knows."""

@@ -17,7 +17,17 @@ from jobledger.streams.store.address import shown
 from jobledger.streams.store.protocol import Count, Overdue, Partition, Wanted
 from jobledger.streams.store.rows import COLUMNS, key_text, life_of, life_of_row, plain
 from jobledger.streams.store.rows import Row as JobRow
-from jobledger.streams.store.tables import SCHEMA_VERSION, counters, jobs, meta, offsets, tags, unfinished, waiting
+from jobledger.streams.store.tables import (
+    SCHEMA_VERSION,
+    TOPIC,
+    counters,
+    jobs,
+    meta,
+    offsets,
+    tags,
+    unfinished,
+    waiting,
+)
 
 #: Taking and giving back a connection: the pool has plain locks, at which a signal handler's own question would stop.
 _TURNING = "asking the status table"
@@ -164,6 +174,12 @@ class SqlReader:
         query = select(offsets.c.topic, offsets.c.partition, offsets.c.next_offset)
         with self._reading() as db:
             return {(topic, partition): offset for topic, partition, offset in db.execute(query)}
+
+    def topics(self) -> dict[str, str]:
+        """The ids of the topics that the offsets are of, as far as they are known."""
+        query = select(meta.c.key, meta.c.value).where(meta.c.key.startswith(TOPIC, autoescape=True))
+        with self._reading() as db:
+            return {key.removeprefix(TOPIC): value for key, value in db.execute(query)}
 
     def reached(self, position: Position) -> bool:
         """Whether the record at this position is in the table."""

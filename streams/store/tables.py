@@ -114,5 +114,9 @@ lease = Table(
     Column("until_ms", BigInteger, nullable=False),
 )
 
-#: ``schema_version`` and ``namespace``.
+#: How the keys in `meta` begin under which ids of topics stand.
+TOPIC = "topic:"
+
+#: ``schema_version``, ``namespace``; and the id of each topic that `offsets` are of: a topic that was deleted and made
+#: again is another one, whose offsets begin again.
 meta = Table("meta", metadata, Column("key", Text, primary_key=True), Column("value", Text, nullable=False))

@@ -19,10 +19,13 @@ from jobledger.job import Life
 from jobledger.streams.store.address import shown
 from jobledger.streams.store.protocol import Changes, Partition
 from jobledger.streams.store.rows import Row, life_of
-from jobledger.streams.store.tables import SCHEMA_VERSION
+from jobledger.streams.store.tables import SCHEMA_VERSION, TOPIC
 
 #: Seconds a writer may be silent before another one takes over.
 LEASE_S = 10.0
+
+
+_TOPIC = "INSERT INTO meta (key, value) VALUES (?, ?) ON CONFLICT (key) DO UPDATE SET value = excluded.value"
 
 
 class Cursor(Protocol):
@@ -182,6 +185,12 @@ class SqlStore(ABC):
             rows = self._run("SELECT topic, partition, next_offset FROM offsets").fetchall()
         return {(topic, partition): offset for topic, partition, offset in rows}
 
+    def topics(self) -> dict[str, str]:
+        """The ids of the topics that the offsets are of, as far as they are known."""
+        with self._reading():
+            rows = self._run("SELECT key, value FROM meta WHERE key LIKE ?", f"{TOPIC}%").fetchall()
+        return {key.removeprefix(TOPIC): value for key, value in rows}
+
     def load(self, job_ids: Sequence[str]) -> dict[str, Life]:
         """The fold states of those jobs that the table knows."""
         # Ids that are ordered by time are mostly new ones beyond the last row: no need to look. Only the lease's
@@ -199,6 +208,8 @@ class SqlStore(ABC):
         with self._transaction():
             self._own()
             self._put(rows, changes)
+            if changes.topics:
+                self._run_many(_TOPIC, [(f"{TOPIC}{topic}", found) for topic, found in changes.topics.items()])
         if rows:
             self._greatest = max(self._greatest, rows[-1][0])
 

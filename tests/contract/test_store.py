@@ -311,6 +311,15 @@ def test_offsets_tell_what_was_reached(store: Store, reader: StatusReader) -> No
     assert not reader.reached(place)
 
 
+def test_offsets_say_of_which_topics_they_are(store: Store, reader: StatusReader) -> None:
+    """The ids of topics are written with the offsets, and a later one replaces an earlier one; none are there at first."""
+    assert store.topics() == reader.topics() == {}
+    store.write(Changes(offsets={("t", 0): 1}, topics={"t": "one", "u": "two"}))
+    store.write(Changes(resets={("t", 0): 0}, topics={"t": "three"}))
+    assert store.topics() == reader.topics() == {"t": "three", "u": "two"}
+    assert reader.offsets() == {("t", 0): 0}
+
+
 def test_overdue_jobs_are_found(store: Store, reader: StatusReader) -> None:
     """Only scheduled and retrying jobs can be overdue, each with what it waits for and where its spec stands."""
     lives = {
@@ -527,11 +536,13 @@ def test_a_copy_is_the_table_as_it_was(backend: Backend, store: Store, tmp_path:
     lives = {"a": life(tagged), "b": life(tagged, ev.JobSucceeded(b"7"))}
     write(store, lives, {("t", 3): 9})
     store.carry(["b"])
+    store.write(Changes(topics={"t": "id%_1"}))
     copy(backend.url, NAMESPACE, tmp_path / "copy.db")
     write(store, {"c": life(tagged)}, {("t", 3): 10})
     copied = open_reader(f"sqlite:///{tmp_path / 'copy.db'}", NAMESPACE)
     assert dict(copied.lives()) == lives
     assert copied.offsets() == {("t", 3): 9}
+    assert copied.topics() == {"t": "id%_1"}
     assert [each.job_id for each in copied.jobs(tag=("tenant", "acme"))] == ["b", "a"]
     assert copied.counts_by_state() == dict.fromkeys(State, 0) | {"queued": 1, "succeeded": 1}
     copied.close()
