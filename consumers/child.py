@@ -255,7 +255,7 @@ class Child:
         self._told = TaskTimedOut if number == LATE else TaskCancelled
         self._late = number == LATE
         if self._running is not None and self._loop is not None:
-            if number == LATE:
+            if number == LATE and self._clock is not None:
                 self._tell_blocked(frame)
                 return
             self._loop.get_loop().call_soon_threadsafe(self._running.cancel)

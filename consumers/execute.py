@@ -121,7 +121,7 @@ class Executor:
                 else:
                     async with asyncio.timeout(limit) as clock:
                         value = await plan.fn(**work.kwargs)
-                        if self.due is work:  # no clock of the loop's could tell it
+                        if self.due is work and _monotonic() - work.began >= limit:  # the loop's clock could not tell
                             work.interrupted = TaskTimedOut
                             raise TaskTimedOut
             except BaseException as error:  # noqa: BLE001  # SystemExit and cancellations are the job's, not the worker's

@@ -324,6 +324,7 @@ class Lines:
         if not partition.owned or not self._starter.accepting:
             return  # the next owner's, who finds in the log how far it is
         work.outcome, work.takeover, work.suspect, work.room, work.timer = None, 0, False, None, None
+        work.interrupted = None  # the time limit is of one attempt
         if not self.executor.takes_arguments(work):  # a check that asks elsewhere may refuse what it took before
             self.left(work)
             self._wake()

@@ -100,7 +100,8 @@ class LoopWatch(threading.Thread):
         work = self._executor.due
         if work is None or work.plan is None or asyncio.current_task(self._loop) is not work.handle:
             return
-        if runs_inside(frame, RUN, work.plan.fn):
+        # The thread may have named it when it had just returned, and this may be its next attempt.
+        if self._overdue(work) and runs_inside(frame, RUN, work.plan.fn):
             self._executor.due = None
             work.interrupted = TaskTimedOut
             raise TaskTimedOut

@@ -83,6 +83,11 @@ def built(broker: str, namespace: str, seen: Seen) -> App:
             raise Snooze(60.0, "not before midnight")
         raise ValueError("no luck")
 
+    @app.task(key="account", timeout=0.5, retry=Retry(max_attempts=2, initial=0.1, jitter=False))
+    async def blocks(account: str) -> None:
+        seen.began.append(((account, current_job().attempt), time.monotonic()))
+        time.sleep(2.0)  # noqa: ASYNC251  # it is the point
+
     @app.task(queue="fair")
     async def serve(tenant: str, n: int) -> None:
         await seen.run((tenant, n), "fair", 0.01)
@@ -210,6 +215,20 @@ def test_a_retry_under_a_key_is_told_and_closes_nothing(app: App) -> None:
     assert {e.release for e in records} == {1}
     assert [e.attempt for e in records] == [1, 1, 2, 2, 3, 3]
     assert log_of(app, app.names.coordination) == []
+
+
+def test_each_attempt_under_a_key_has_its_own_time_limit(app: App, seen: Seen) -> None:
+    """A coroutine blocks the event loop beyond its time limit, and is tried again in place: the second attempt is timed out
+    as the first one was."""
+    handle = app.tasks["blocks"].submit("k")
+    with working(app):
+        facts = ended(app, 1)
+    assert seen.names() == [("k", 1), ("k", 2)]
+    retried = next(f for f in facts_of(app, handle.job_id) if isinstance(f, JobRetried))
+    assert retried.in_place
+    (failed,) = facts[handle.job_id]
+    assert isinstance(failed, JobFailed), failed
+    assert failed.reason == "timeout"
 
 
 @pytest.mark.parametrize(("how", "text"), [("fails", "no luck"), ("snoozes", "not before midnight")])
