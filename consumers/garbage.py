@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import gc
 import os
+import time
 from collections.abc import Callable
 
 PAGE = os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 4096
@@ -21,6 +22,9 @@ _LIBC = ctypes.CDLL(None) if os.name == "posix" else None
 GROWN, GROWN_SHARE = 64 << 20, 8
 #: The same while no job begins or ends: nobody is held up then.
 GROWN_IDLE = 8 << 20
+#: After a collection there is none for so many times as long as it took: the event loop waits for it, and where jobs take
+#: and free much memory, nearly every look would find growth.
+PAUSE = 9
 
 
 def due(in_use: int, after_last: int, idle: bool) -> bool:
@@ -50,18 +54,27 @@ def collect() -> None:
 class Garbage:
     """Collects when it is due. Where uvloop runs, to be looked at on its thread: its handles may be freed nowhere else."""
 
-    def __init__(self, in_use: Callable[[], int] = resident, collect: Callable[[], object] = collect) -> None:
-        self._in_use, self._collect = in_use, collect
-        self._after_last = in_use()
+    def __init__(
+        self,
+        in_use: Callable[[], int] = resident,
+        collect: Callable[[], object] = collect,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._in_use, self._collect, self._clock = in_use, collect, clock
+        self._after_last, self._not_before = in_use(), 0.0
         self.collections = 0
 
     def look(self, *, idle: bool) -> None:
-        """Collect if the process has grown enough since the last collection."""
+        """Collect if the process has grown enough since the last collection, and that is long enough ago."""
         now = self._in_use()
         if due(now, self._after_last, idle):
+            began = self._clock()
+            if began < self._not_before:
+                return
             self._collect()
+            ended = self._clock()
+            self._not_before = ended + PAUSE * (ended - began)
             self.collections += 1
-            now = self._in_use()
-            self._after_last = now
+            self._after_last = self._in_use()
         elif now < self._after_last:
             self._after_last = now

@@ -11,7 +11,7 @@ import contextvars
 import queue
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from concurrent.futures import Future
 from typing import Any
 
@@ -84,19 +84,22 @@ class Teller(threading.Thread):
     def _call(self, hook: Hook, job: JobContext, more: tuple[Any, ...]) -> None:
         enter(job)
         try:
-            if hook.is_async:
-                running = asyncio.run_coroutine_threadsafe(self._await(hook, job, more), self._loop)
+            # What a decorator without `async` makes of a coroutine function is called here, and returns a coroutine.
+            said = None if hook.is_async else hook.fn(job, *more)
+            if hook.is_async or isinstance(said, Awaitable):
+                running = asyncio.run_coroutine_threadsafe(self._await(hook, job, more, said), self._loop)
                 self._running.add(running)
                 running.add_done_callback(self._running.discard)
-            else:
-                hook.fn(job, *more)
         except BaseException:  # noqa: BLE001  # logged there; a hook's sys.exit() is no end of this thread
             _failed(hook, job)
 
-    async def _await(self, hook: Hook, job: JobContext, more: tuple[Any, ...]) -> None:
+    async def _await(
+        self, hook: Hook, job: JobContext, more: tuple[Any, ...], said: Awaitable[object] | None = None
+    ) -> None:
+        """On the event loop: call an async hook, or await what a plain one returned."""
         enter(job)
         try:
-            await hook.fn(job, *more)
+            await (hook.fn(job, *more) if said is None else said)
         except asyncio.CancelledError:
             raise
         except BaseException:  # noqa: BLE001  # logged there; a hook's sys.exit() is no end of the event loop

@@ -27,7 +27,7 @@ def app_of(namespace: str, broker: str) -> App:
 
 def test_hooks_are_told_of_every_attempt(broker: str, namespace: str) -> None:
     """A tenant set by `around` is there in the task; retry and failure are told with the error, sync and async, of both
-    kinds of task; a hook that raises changes nothing."""
+    kinds of task; a hook that raises changes nothing; a coroutine that a plain hook returns is awaited."""
     app = app_of(namespace, broker)
     said: list[tuple[Any, ...]] = []
 
@@ -45,6 +45,15 @@ def test_hooks_are_told_of_every_attempt(broker: str, namespace: str) -> None:
         async def failure(self, job: JobContext, error: BaseException) -> None:
             await asyncio.sleep(0)
             said.append(("failure", job.task, job.attempt, type(error), current_job() is job))
+
+    @app.middleware
+    class Wrapped:
+        def failure(self, job: JobContext, error: BaseException) -> Any:
+            return self._failure(job)
+
+        async def _failure(self, job: JobContext) -> None:
+            await asyncio.sleep(0)
+            said.append(("awaited", job.task, current_job() is job))
 
     again = Retry(max_attempts=2, initial=0.05, jitter=False)
 
@@ -65,6 +74,10 @@ def test_hooks_are_told_of_every_attempt(broker: str, namespace: str) -> None:
         task.using(tags={"tenant": "acme"}).submit(1)
     with working(app):
         until(lambda: len([s for s in said if s[0] == "failure"]) == 3)
+        until(lambda: len([s for s in said if s[0] == "awaited"]) == 3, what="what the plain hook returned")
+    assert {s for s in said if s[0] == "awaited"} == {
+        ("awaited", task, True) for task in ("broken", "broken_in_thread", "slow")
+    }
     assert ("around", "broken", "acme", 2) in said
     assert ("retry", "broken", 1, "attempt 1", 0.05, True) in said
     failures = sorted((s for s in said if s[0] == "failure"), key=lambda s: str(s[1]))

@@ -35,7 +35,7 @@ def test_garbage_never_grows_beyond_its_bound(steps: list[tuple[int, bool]]) -> 
         nonlocal garbage, collected
         garbage, collected = 0, collected + 1
 
-    watched = Garbage(lambda: (100 + rightly + garbage) * MIB, free)
+    watched = Garbage(lambda: (100 + rightly + garbage) * MIB, free, lambda: 0.0)
     for size, is_garbage in steps:
         rightly, garbage = rightly + size * (not is_garbage), garbage + size * is_garbage
         watched.look(idle=False)
@@ -43,6 +43,24 @@ def test_garbage_never_grows_beyond_its_bound(steps: list[tuple[int, bool]]) -> 
         before = collected
         watched.look(idle=False)
         assert collected == before
+
+
+def test_collections_take_a_tenth_of_the_time_at_most() -> None:
+    """Jobs that take and free much memory in turn, beside a large heap of which each collection takes a quarter of a second:
+    the event loop is not held up for more than a tenth of the time."""
+    now = spent = 0.0
+    looks = 0
+
+    def collect() -> None:
+        nonlocal now, spent
+        now, spent = now + 0.25, spent + 0.25
+
+    watched = Garbage(lambda: (1_000 + 500 * (looks % 2)) * MIB, collect, lambda: now)
+    while now < 60:
+        now, looks = now + 0.1, looks + 1
+        watched.look(idle=False)
+    assert 2 < spent <= now / 10
+    assert watched.collections == spent / 0.25
 
 
 def test_the_memory_in_use_is_known() -> None:
