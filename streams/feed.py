@@ -111,18 +111,10 @@ class Feed:
         return topic in (names.lifecycle, names.coordination, names.dead_letter) or names.queue_of(topic) is not None
 
     def identities(self, topics: Iterable[str], timeout: float = REQUEST_TIMEOUT_S) -> dict[str, str]:
-        """The ids of topics, by which a topic is known from a later one of its name; without those that the broker does not
-        tell."""
+        """As the function of this name; with one client for all questions."""
         if self._admin is None:
             self._admin = admin(self._settings)
-        found: dict[str, str] = {}
-        asked = TopicCollection(sorted(topics))
-        for topic, future in self._admin.describe_topics(asked, request_timeout=timeout).items():
-            try:
-                found[topic] = str(future.result(timeout + 1.0).topic_id)
-            except (KafkaException, TimeoutError):
-                continue
-        return found
+        return identities(self._admin, topics, timeout)
 
     def restart(self, partitions: Iterable[Partition]) -> None:
         """Read these from the log's start, whatever was read of them before. Raises `BrokerUnavailable`, `TopicMissing`."""
@@ -205,6 +197,19 @@ class Feed:
 
 def _at(place: Partition, offset: int | None) -> TopicPartition:
     return TopicPartition(place[0], place[1], OFFSET_BEGINNING if offset is None else offset)
+
+
+def identities(client: AdminClient, topics: Iterable[str], timeout: float = REQUEST_TIMEOUT_S) -> dict[str, str]:
+    """The ids of topics, by which a topic is known from a later one of its name; without those that the broker does not
+    tell."""
+    found: dict[str, str] = {}
+    asked = TopicCollection(sorted(topics))
+    for topic, future in client.describe_topics(asked, request_timeout=timeout).items():
+        try:
+            found[topic] = str(future.result(timeout + 1.0).topic_id)
+        except (KafkaException, TimeoutError):
+            continue
+    return found
 
 
 def bounds(

@@ -55,6 +55,18 @@ offsets_table = Table(
 )
 
 
+#: The ids of the topics that those offsets are of: a topic that was deleted and made again is another one.
+topics_table = Table(
+    f"{RESERVED}projection_topics",
+    _metadata,
+    Column("namespace", Text, nullable=False),
+    Column("projection", Text, nullable=False),
+    Column("topic", Text, nullable=False),
+    Column("topic_id", Text, nullable=False),
+    PrimaryKeyConstraint("namespace", "projection", "topic"),
+)
+
+
 def database_of(status_url: str) -> str:
     """Where projections live, by the status table's URL: the same PostgreSQL database; beside a SQLite file, one of its
     own, since a rebuild swaps that file and SQLite has one writer at a time. Raises `ConfigError`."""

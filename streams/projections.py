@@ -24,13 +24,14 @@ from jobledger.access import knock, read
 from jobledger.config import Settings
 from jobledger.errors import BrokerUnavailable, JobledgerError, StoreError, StoreUnavailable
 from jobledger.kafka import acls
-from jobledger.log import PASSING, LogReader, consumer_config, partitions_of, translate
+from jobledger.log import PASSING, LogReader, admin, consumer_config, partitions_of, translate
 from jobledger.log import consumer as make_consumer
 from jobledger.logger import get_logger
 from jobledger.names import Names
 from jobledger.projection import RESERVED, Projection
+from jobledger.streams.feed import identities
 from jobledger.streams.folding import Folding, Reading
-from jobledger.streams.projection_store import ProjectionStore, offsets_table
+from jobledger.streams.projection_store import ProjectionStore, offsets_table, topics_table
 
 LOG = get_logger("jobledger.projection")
 
@@ -81,6 +82,9 @@ class Runner:
         self._store = ProjectionStore(status_url, names.namespace)
         self._engine = self._store.engine
         self.folded = 0
+        self._my_topics = and_(
+            topics_table.c.namespace == names.namespace, topics_table.c.projection == projection.name
+        )
         self._mine = and_(offsets_table.c.namespace == names.namespace, offsets_table.c.projection == projection.name)
 
     def close(self) -> None:
@@ -120,7 +124,35 @@ class Runner:
             raise self._store.explain(exc, f"projection {self.projection.name}") from exc
 
     def _set_up(self) -> None:
-        self._store.make(offsets_table, self.projection.table)
+        self._store.make(offsets_table, topics_table, self.projection.table)
+
+    def _identities(self) -> dict[str, str]:
+        """The ids of the topics that are there now."""
+        client = admin(self.settings)  # held: its answers die with it
+        return identities(client, self._reading.topics)
+
+    def _keep_topics(self, db: Connection, found: Mapping[str, str]) -> None:
+        """Write down of which topics the offsets are."""
+        rows = [
+            {"namespace": self.names.namespace, "projection": self.projection.name, "topic": topic, "topic_id": its}
+            for topic, its in sorted(found.items())
+        ]
+        if rows:
+            made = (postgresql.insert if db.dialect.name == "postgresql" else sqlite.insert)(topics_table)
+            keys = list(topics_table.primary_key.columns)
+            db.execute(made.on_conflict_do_update(index_elements=keys, set_={"topic_id": made.excluded.topic_id}), rows)
+
+    def _same_topics(self, known: Mapping[Place, int]) -> None:
+        """Raise `JobledgerError` if one of the topics is not the one that was folded, however many records it has."""
+        found = self._identities()
+        with self._engine.begin() as db:
+            kept = {row.topic: row.topic_id for row in db.execute(select(topics_table).where(self._my_topics))}
+            for place, offset in sorted(known.items()):
+                topic = place[0]
+                if topic in found and kept.get(topic, found[topic]) != found[topic]:
+                    raise self._went_back(place, offset, "is a later topic of this name")
+            if any(kept.get(topic) != its for topic, its in found.items()):
+                self._keep_topics(db, found)
 
     def offsets(self, db: Connection) -> dict[Place, int]:
         """The next offsets, by place."""
@@ -180,6 +212,7 @@ class Runner:
                 known.update(self.offsets(db))
 
         self._patiently(stop, load)
+        self._patiently(stop, lambda: self._same_topics(known))
         with _consumer(self.settings) as consumer:
             places = self._places()
             ends = self._ends(places) if until_end else {}
@@ -196,6 +229,7 @@ class Runner:
             while not stop.is_set():
                 if not until_end and time.monotonic() >= look_at:
                     self._patiently(stop, lambda: self._undisturbed(known))
+                    self._patiently(stop, lambda: self._same_topics(known))
                     places = self._join_new(consumer, places, known)
                     look_at = time.monotonic() + LOOK_S
                 if until_end and not _open(consumer, ends, known):
@@ -298,7 +332,7 @@ class Runner:
         places = self._places()
         if not from_what_is_left:
             self._refuse(self._trimmed(places))
-        ends = self._ends(places)
+        ends, topics = self._ends(places), self._identities()
         table = self.projection.table
         with self._explained(), self._copying("rebuild") as copy:
             records, trimmed = self._fold_again(copy, ends, stop, tell, "rebuild")
@@ -307,6 +341,8 @@ class Runner:
             with self._engine.begin() as db:
                 live, _ = _digest(db, table)
                 db.execute(delete(offsets_table).where(self._mine))
+                db.execute(delete(topics_table).where(self._my_topics))
+                self._keep_topics(db, topics)
                 self._move(db, {}, ends)
                 db.execute(delete(table))
                 db.execute(table.insert().from_select([c.name for c in copy.columns], select(copy)))
