@@ -6,6 +6,7 @@ comes here, and while something is wrong one thread a process and cluster asks o
 
 from __future__ import annotations
 
+import logging
 import os
 import threading
 import time
@@ -51,6 +52,8 @@ class Outage:
         self._watcher = 0  # the process whose thread watches
         self._heard = 0
         self._text = ""
+        #: Whether an outage has been logged, and its end not yet.
+        self.said = False
         forks.in_child(self)
 
     def after_fork(self) -> None:
@@ -61,7 +64,7 @@ class Outage:
         """A client has lost a connection, or cannot make one; ``text``: in its words. From any thread; returns at once."""
         with self._lock:
             self._heard += 1
-            if not self._text or "brokers are down" not in text:  # that says the least
+            if not self._text or "onnect" in text:  # what says which connection says the most
                 self._text = text
             if self._watcher == os.getpid():
                 return
@@ -74,28 +77,28 @@ class Outage:
     def _watch(self) -> None:
         since = time.monotonic()
         error_at = since + LONG_S
-        said = False
         while True:
             time.sleep(ASK_EVERY_S)
             heard = self._heard
             quiet = time.monotonic() < _quiet_until
             if quiet or self._answers():
-                if said and not quiet:
+                if self.said and not quiet:
                     LOG.info("connected again to %s, after %.0f s", self._address, time.monotonic() - since)
+                self.said = False
                 with self._lock:
                     if quiet or self._heard == heard:
                         self._watcher, self._text = 0, ""
                         return
-                since, said = time.monotonic(), False
+                since = time.monotonic()
                 error_at = since + LONG_S
                 continue
             now = time.monotonic()
             if now >= error_at:
                 LOG.error("%s has not been reachable for %.0f s: %s", self._address, now - since, self._text)
-                error_at, said = now + AGAIN_S, True
-            elif not said:
+                error_at, self.said = now + AGAIN_S, True
+            elif not self.said:
                 LOG.warning("%s cannot be reached, and is tried again: %s", self._address, self._text)
-                said = True
+                self.said = True
 
 
 _outages: dict[str, Outage] = {}
@@ -108,6 +111,11 @@ def outage_of(settings: Settings) -> Outage:
     if found is None:
         found = _outages.setdefault(address, Outage(address, lambda: _answers(settings)))
     return found
+
+
+def log_missed(logger: logging.Logger, settings: Settings, message: str, *args: object) -> None:
+    """Log that something was not done because no broker answered: a warning, at debug level while the outage is told."""
+    logger.log(logging.DEBUG if outage_of(settings).said else logging.WARNING, message, *args, stacklevel=2)
 
 
 def _answers(settings: Settings) -> bool:

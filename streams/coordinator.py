@@ -448,7 +448,7 @@ class Coordinator:
             except AccessDenied:
                 raise
             except JobledgerError as exc:
-                LOG.warning("%s", exc)
+                outage.log_missed(LOG, self.settings, "%s", exc)
                 await self._still_let_in()
             self.health()
             away = time.monotonic() - self._broker_seen

@@ -65,17 +65,22 @@ class Unheard(logging.Filter):
 
 
 class Connections(logging.Filter):
-    """Hands connections that aiokafka cannot make to ``heard``, which tells outages once; it would say so at each attempt."""
+    """Hands what aiokafka says of lost connections to ``heard``, which tells outages once; aiokafka would at each attempt."""
 
     heard: Callable[[str], None] | None = None
 
     def filter(self, record: logging.LogRecord) -> bool:
         """Whether the record passes."""
-        if self.heard is None or not str(record.msg).startswith("Unable connect to"):
+        if self.heard is None or not record.name.startswith("aiokafka"):
             return True
-        self.heard(record.getMessage())
+        text = record.getMessage()
+        if not any(words in text for words in _LOST):
+            return True
+        self.heard(text)
         return False
 
+
+_LOST = ("Unable connect to", "Unable to update metadata from", "NodeNotReadyError", "KafkaConnectionError")
 
 _REFUSED = (
     aioerrors.TopicAuthorizationFailedError,

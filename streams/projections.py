@@ -28,6 +28,7 @@ from jobledger.log import PASSING, LogReader, admin, consumer_config, partitions
 from jobledger.log import consumer as make_consumer
 from jobledger.logger import get_logger
 from jobledger.names import Names
+from jobledger.outage import log_missed
 from jobledger.projection import RESERVED, Projection
 from jobledger.streams.feed import identities
 from jobledger.streams.folding import Folding, Reading
@@ -250,7 +251,7 @@ class Runner:
         try:
             found = self._places()
         except BrokerUnavailable as exc:
-            LOG.warning("projection %s: %s", self.projection.name, exc)
+            log_missed(LOG, self.settings, "projection %s: %s", self.projection.name, exc)
             return list(places)
         new = sorted(set(found) - set(places))
         if new:

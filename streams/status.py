@@ -37,6 +37,7 @@ from jobledger.kafka.topic_watch import TopicWatch
 from jobledger.log import now_us, position_of
 from jobledger.logger import get_logger
 from jobledger.names import Names
+from jobledger.outage import log_missed
 from jobledger.schemas import codec
 from jobledger.schemas.events import JobEvent, RecordRejected
 from jobledger.streams.batches import BatchSize, in_batches
@@ -223,7 +224,7 @@ class Materializer:
         try:
             present = feed.present(timeout=DISCOVER_TIMEOUT_S)
         except BrokerUnavailable as exc:
-            LOG.warning("%s", exc)
+            log_missed(LOG, self._settings, "%s", exc)
             return True
         feed.add({place: self._offsets.get(place) for place in self._of_same_topics(feed, present)})
         names = self._names
@@ -234,7 +235,7 @@ class Materializer:
             try:
                 acls.check(self._settings, names.namespace, [*wanted, names.schemas] if first else missing)
             except BrokerUnavailable as exc:
-                LOG.warning("%s", exc)
+                log_missed(LOG, self._settings, "%s", exc)
         if missing and first:
             LOG.warning(
                 "waiting for topics that do not exist yet: %s; `jobledger topics apply MODULE:APP` creates them",

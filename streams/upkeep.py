@@ -29,6 +29,7 @@ from jobledger.job import Life
 from jobledger.log import LogReader, admin, decoder, now_us, partitions_of, recorded, source, translate
 from jobledger.logger import get_logger
 from jobledger.names import Names
+from jobledger.outage import log_missed
 from jobledger.schemas import codec
 from jobledger.schemas.events import (
     JobDue,
@@ -126,6 +127,10 @@ class Upkeep:
                     try:
                         if self._active():
                             work()
+                    except BrokerUnavailable as exc:
+                        log_missed(
+                            LOG, self.settings, "%s round failed, the next follows in %g s: %s", name, every, exc
+                        )
                     except (JobledgerError, KafkaException) as exc:
                         LOG.warning("%s round failed, the next follows in %g s: %s", name, every, exc)
                     due[name] = time.monotonic() + every

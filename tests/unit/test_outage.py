@@ -9,8 +9,9 @@ from collections.abc import Callable
 
 import pytest
 
-from jobledger import outage
+from jobledger import Settings, outage
 from jobledger.outage import Outage
+from jobledger.streams.noise import Connections
 
 
 @pytest.fixture(autouse=True)
@@ -74,3 +75,33 @@ def test_a_process_that_stops_says_nothing_of_its_broker(caplog: pytest.LogCaptu
     seen.heard("Connect to k:1 failed: Connection refused")
     until(over)
     assert caplog.records == []
+
+
+def test_what_was_missed_is_a_warning_until_the_outage_is_told(caplog: pytest.LogCaptureFixture) -> None:
+    """Then each further one is for who looks for it."""
+    settings = Settings(bootstrap="nowhere.invalid:1")
+    outage.log_missed(outage.LOG, settings, "asking for %s", "topics")
+    outage.outage_of(settings).said = True
+    outage.log_missed(outage.LOG, settings, "asking again")
+    assert [(record.levelno, record.getMessage(), record.funcName) for record in caplog.records] == [
+        (logging.WARNING, "asking for topics", "test_what_was_missed_is_a_warning_until_the_outage_is_told")
+    ]
+
+
+@pytest.mark.parametrize(
+    ("line", "passes"),
+    [
+        ("Unable connect to node with id 1: refused", False),
+        ("Failed fetch messages from 1: NodeNotReadyError: not ready", False),
+        ("Unable to update metadata from [1]", False),
+        ("Group Coordinator Request failed: [Error 30] GroupAuthorizationFailedError", True),
+    ],
+)
+def test_lost_connections_of_aiokafka_are_told_as_an_outage(line: str, passes: bool) -> None:
+    """What it says of them goes to the watch of outages, the rest of its lines pass."""
+    heard: list[str] = []
+    told = Connections()
+    told.heard = heard.append
+    record = logging.LogRecord("aiokafka.client", logging.ERROR, __file__, 1, line, (), None)
+    assert told.filter(record) is passes
+    assert heard == ([] if passes else [line])
