@@ -235,7 +235,8 @@ def _fold_log(
     with Feed(settings, names) as feed:
         span = _span(settings, names, feed, offsets)
         ids = feed.identities({topic for topic, _ in span.low})
-        for place in [p for p in span.low if topics.get(p[0], ids.get(p[0])) != ids.get(p[0])]:
+        later = {topic for topic, its in ids.items() if topics.get(topic, its) != its}
+        for place in [p for p in span.low if p[0] in later]:
             del span.low[place], span.high[place]
         feed.add({place: low for place, low in span.low.items() if low < span.high[place]})
         unbegun = set(feed.assigned)

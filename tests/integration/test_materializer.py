@@ -33,6 +33,7 @@ from jobledger.schemas import codec
 from jobledger.schemas import events as ev
 from jobledger.schemas.events import JobEvent, Position
 from jobledger.streams import rebuild as rebuilding
+from jobledger.streams.feed import Feed
 from jobledger.streams.rebuild import rebuild, verify
 from jobledger.streams.status import Materializer
 from jobledger.streams.store import Changes, StatusReader, Store, open_reader, open_store
@@ -423,6 +424,16 @@ def test_a_topic_that_was_made_again_is_another_topic(world: World, running_mean
     assert {each.job_id for each in reader.jobs(tag=tagged, limit=1_000)} == {*old, *new}
     assert verify(world.names, world.settings, ["mail"], world.url).equal
     reader.close()
+
+
+def test_verify_compares_all_where_no_ids_of_topics_are_told(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A broker that does not tell the ids of topics in time leaves no job out: a table without the log's jobs would pass."""
+    world.fill(20)
+    with Running(world.materializer()) as running:
+        running.catch_up()
+    monkeypatch.setattr(Feed, "identities", lambda *args: {})
+    found = verify(world.names, world.settings, ["mail"], world.url)
+    assert (found.equal, found.jobs, found.left_out) == (True, 20, 0)
 
 
 def test_garbage_is_counted_and_passed(world: World) -> None:
