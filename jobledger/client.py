@@ -11,8 +11,6 @@ import asyncio
 import contextlib
 import os
 import sys
-import threading
-import time
 from collections.abc import Callable, Iterable
 from functools import partial
 from itertools import chain
@@ -23,6 +21,7 @@ from confluent_kafka import KafkaError, Message
 
 from jobledger import forks, tracing
 from jobledger.access import write
+from jobledger.acks import Ack, Many
 from jobledger.config import Settings
 from jobledger.context import JobContext, maybe_current_job
 from jobledger.domain import EVENT_HEADER, EventType, earlier_of
@@ -36,7 +35,6 @@ from jobledger.errors import (
     JobExpired,
     JobFailed,
     JobledgerError,
-    PayloadTooLarge,
     ResultInsideJob,
     StatusTimeout,
 )
@@ -58,14 +56,8 @@ R = TypeVar("R")
 T = TypeVar("T")
 P = ParamSpec("P")
 
-#: How many submissions of `submit_many` may be under way at once: bounds memory at any number of jobs.
-WINDOW = 20_000
-#: Jobs between two looks at the acknowledgements in `submit_many`.
-CHUNK = 500
 #: Records in the send queue from which `submit_async` waits for room in a thread (librdkafka's queue holds 100,000).
 NEAR_FULL = 90_000
-#: How many requests of `submit_many` that failed an error names.
-NAMED = 10
 
 _SINGLE_OBJECT = 10  # bytes before the datum in the single-object encoding
 
@@ -296,7 +288,7 @@ class Client:
 
     def _sent(self, writer: LogWriter, record: Outgoing, what: str) -> Position:
         """Send one record and wait for its acknowledgement."""
-        ack = _Ack(writer, record.headers)
+        ack = Ack(writer, record.headers)
         writer.post(record, ack)
         # librdkafka gives up by itself after submit_timeout; the margin is for its callback to arrive.
         patience = self.settings.submit_timeout + 5.0
@@ -350,7 +342,7 @@ class Client:
         if first is None:
             return []
         self._check_app(first.task)  # before anything connects
-        many = _Many(self.settings, self._bulk_writer(), "jobs")
+        many = Many(self.settings, self._bulk_writer(), "jobs")
         inside = maybe_current_job()
         tasks: list[Task[Any, R]] = []
         with tracing.submitting("", ""):  # one span for all: a span a job would cost more than the submission
@@ -425,7 +417,7 @@ class Client:
 
     def emit_many(self, events: Iterable[tuple[EventType, Any]]) -> list[EventHandle]:
         """Write events in large batches and wait for every acknowledgement; handles in order. Errors as of `submit_many`."""
-        many = _Many(self.settings, self._bulk_writer(), "events")
+        many = Many(self.settings, self._bulk_writer(), "events")
         inside = maybe_current_job()
         for kind, event in events:
             self._published(kind)
@@ -490,112 +482,6 @@ def _refuse_inside_job(job_id: str) -> None:
             f"waiting for job {job_id} inside a job is refused: with every slot waiting, none would be left to run "
             "it. Submit the following step from the end of this one instead"
         )
-
-
-class _Ack:
-    """The acknowledgement of one record with these headers."""
-
-    __slots__ = ("_error", "_headers", "_position", "_writer", "event")
-
-    def __init__(self, writer: LogWriter, headers: Headers | None) -> None:
-        self.event = threading.Event()
-        self._writer, self._headers = writer, headers
-        self._error: KafkaError | None = None
-        self._position: Position | None = None
-
-    def __call__(self, error: KafkaError | None, message: Message, *, alone: bool = False) -> None:
-        if error is not None and self._writer.resend(error, message, self._headers, self, alone):
-            return
-        self._error, self._position = error, position_of(message)
-        self.event.set()
-
-    def position(self, what: str, topic: str) -> Position:
-        """Where the record stands; raises what went wrong."""
-        if self._error is not None or self._position is None:
-            raise self._writer.failed(self._error or KafkaError(KafkaError._FAIL), what, write(topic))
-        return self._position
-
-
-class _Many:
-    """The acknowledgements of one `submit_many` or `emit_many`, with a bound on how many are outstanding.
-
-    The caller's own thread serves the callbacks, between records: a second thread would fight for the interpreter.
-    """
-
-    def __init__(self, settings: Settings, writer: LogWriter, what: str) -> None:
-        self._settings, self._writer, self._what = settings, writer, what
-        self._added: list[tuple[str, str]] = []
-        self._places: dict[int, tuple[int, int]] = {}
-        self._settled = 0
-        #: By place in the order of adding.
-        self._failed: dict[int, KafkaError | PayloadTooLarge] = {}
-
-    def _delivered(
-        self,
-        index: int,
-        headers: Headers | None,
-        error: KafkaError | None,
-        message: Message,
-        *,
-        alone: bool = False,
-    ) -> None:
-        if error is None:
-            self._places[index] = (message.partition() or 0, message.offset() or 0)
-        elif self._writer.resend(error, message, headers, partial(self._delivered, index, headers), alone):
-            return
-        else:
-            self._failed[index] = error
-        self._settled += 1
-
-    def add(self, identity: str, record: Outgoing) -> None:
-        """Send one more; waits while `WINDOW` are outstanding. One that is too large fails alone."""
-        index = len(self._added)
-        if not index % CHUNK:
-            self._writer.poll(0)
-            if index - self._settled >= WINDOW:
-                self._await(WINDOW - CHUNK)
-        try:
-            self._writer.post(record, partial(self._delivered, index, record.headers))
-        except PayloadTooLarge as exc:
-            self._failed[index] = exc
-            self._settled += 1
-        self._added.append((identity, record.topic))
-
-    def _await(self, outstanding: int) -> None:
-        """Serve callbacks until no more than ``outstanding`` are missing; bounded from the last one that came."""
-        patience = self._settings.submit_timeout + 5.0
-        settled, since = self._settled, time.monotonic()
-        while len(self._added) - self._settled > outstanding:
-            self._writer.poll(0.05)
-            if self._settled != settled:
-                settled, since = self._settled, time.monotonic()
-            elif time.monotonic() - since > patience:
-                missing = len(self._added) - self._settled
-                raise BrokerUnavailable(f"{missing} of {len(self._added)} {self._what} were not acknowledged in time")
-
-    def finish(self) -> list[tuple[str, Position]]:
-        """The id and the position of each in order, or the first error."""
-        self._await(0)
-        if self._failed:
-            raise self._error()
-        places = self._places
-        return [(identity, Position(topic, *places[index])) for index, (identity, topic) in enumerate(self._added)]
-
-    def _error(self) -> JobledgerError:
-        failed = tuple(sorted(self._failed))
-        named = ", ".join(f"{index} ({self._added[index][0]})" for index in failed[:NAMED])
-        more = f" and {len(failed) - NAMED} more" if len(failed) > NAMED else ""
-        what = (
-            f"{len(self._places)} of {len(self._added)} {self._what} were accepted; not accepted, counted from 0: "
-            f"{named}{more}"
-        )
-        first, topic = self._failed[failed[0]], self._added[failed[0]][1]
-        if isinstance(first, PayloadTooLarge):
-            error: JobledgerError = PayloadTooLarge(f"{what}: {first}")
-        else:
-            error = self._writer.failed(first, what, write(topic))
-        error.failed = failed
-        return error
 
 
 async def _post_async(
