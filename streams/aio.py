@@ -205,8 +205,8 @@ USED = ("client.id", "compression.type", "compression.codec")
 
 
 def compression(settings: Settings) -> str | None:
-    """The compression of batches, as aiokafka takes it."""
-    found = settings.kafka.get("compression.type", settings.kafka.get("compression.codec", "none"))
+    """The compression of batches, as aiokafka takes it. librdkafka takes capital letters as well."""
+    found = settings.kafka.get("compression.type", settings.kafka.get("compression.codec", "none")).lower()
     return None if found == "none" else found
 
 

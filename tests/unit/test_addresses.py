@@ -122,6 +122,8 @@ def test_the_coordinators_clients_obey_what_they_can(tmp_path: Path) -> None:
     settings = Settings(bootstrap="a:1", kafka=kafka)
     assert compression(settings) == "lz4"
     assert compression(Settings(bootstrap="a:1")) is None
+    for given, taken in (("ZSTD", "zstd"), ("None", None)):  # librdkafka takes capital letters, aiokafka raises
+        assert compression(Settings(bootstrap="a:1", kafka={"compression.codec": given})) == taken
     assert faust_settings(settings, Options(), 3, Place(tmp_path, False, None, None))["broker_client_id"] == "mine"
     assert unused(settings) == ["socket.keepalive.enable"]
     assert unused(Settings(bootstrap="a:1", kafka={"security.protocol": "SSL", "ssl.ca.location": "x"})) == []
