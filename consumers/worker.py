@@ -40,7 +40,16 @@ from jobledger.consumers.takeover import Takeover
 from jobledger.consumers.target import find_target
 from jobledger.consumers.telling import Teller
 from jobledger.consumers.work import Partition
-from jobledger.errors import AccessDenied, BrokerUnavailable, ConfigError, JobledgerError, ResourceFailed
+from jobledger.errors import (
+    AccessDenied,
+    BrokerUnavailable,
+    ConfigError,
+    JobledgerError,
+    ResourceFailed,
+    is_a,
+    text_of,
+    type_of,
+)
 from jobledger.extras import missing
 from jobledger.kafka import acls
 from jobledger.kafka.topic_watch import TopicWatch
@@ -160,11 +169,11 @@ class Worker:
                     runner.run(self._main(sender))
                 except BaseException as exc:
                     error = JobledgerError(
-                        f"the worker's event loop was ended from within ({exc!r}): a job stopped it, or raised SystemExit in "
-                        "a task of its own. What ran is run again elsewhere"
+                        f"the worker's event loop was ended from within ({type_of(exc)}: {text_of(exc)}): a job stopped it, "
+                        "or raised SystemExit in a task of its own. What ran is run again elsewhere"
                     )
                     self._give_up_running(error, sender)
-                    if not isinstance(exc, SystemExit | RuntimeError):
+                    if not is_a(exc, (SystemExit, RuntimeError)):
                         raise
                     raise error from exc
                 finally:

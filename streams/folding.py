@@ -19,7 +19,7 @@ from sqlalchemy.exc import DBAPIError, StatementError
 
 from jobledger.config import Settings
 from jobledger.domain import check_classes, event_id_of
-from jobledger.errors import BadEvent, JobledgerError, SchemaError, UnknownFact, text_of
+from jobledger.errors import BadEvent, JobledgerError, SchemaError, UnknownFact, text_of, type_of
 from jobledger.log import decoder, position_of, recorded
 from jobledger.logger import get_logger
 from jobledger.lookup import SchemaLookup
@@ -48,7 +48,7 @@ PERSONS = (Exception, SystemExit, GeneratorExit, asyncio.CancelledError)
 
 def failed(projection: Projection, what: str, at: Position, why: str | BaseException) -> JobledgerError:
     """The error of a projection's own code, or of what that has made, naming the record at which it came."""
-    said = why if isinstance(why, str) else f"{type(why).__name__}: {text_of(why)}"
+    said = why if isinstance(why, str) else f"{type_of(why)}: {text_of(why)}"
     return JobledgerError(
         f"projection {projection.name}: its {what} failed at {at} ({said}); nothing of the batch was written. Mend it and "
         "start again: it goes on there"

@@ -16,7 +16,7 @@ from jobledger.cli.options import Bootstrap, Json, LogFormat, Metrics, StatusUrl
 from jobledger.cli.output import Cell, Exit
 from jobledger.cli.running import stopping
 from jobledger.cli.table import progress_bar
-from jobledger.errors import ConfigError, JobledgerError, text_of
+from jobledger.errors import ConfigError, JobledgerError, text_of, type_of
 from jobledger.extras import need
 from jobledger.logger import get_logger
 
@@ -80,7 +80,7 @@ def run(
     for name, error in failed[:1]:
         if isinstance(error, JobledgerError):
             raise error
-        raise JobledgerError(f"projection {name} broke: {type(error).__name__}: {text_of(error)}") from error
+        raise JobledgerError(f"projection {name} broke: {type_of(error)}: {text_of(error)}") from error
 
 
 @app.command("list")
