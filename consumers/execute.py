@@ -386,7 +386,11 @@ class Executor:
             if self.teller is not None:
                 self.teller.tell(work, outcome)
         except BaseException as exc:  # noqa: BLE001  # see above
-            LOG.error("the outcome of job %s was written, and could not be told: %s", event.job_id, text_of(exc))
+            LOG.error(
+                "the outcome of job %s was written, but could not be logged or passed to hooks: %s",
+                event.job_id,
+                text_of(exc),
+            )
 
     def _goes_on(self, work: Work, event: JobEvent, outcome: Retried | Snoozed) -> None:
         """Say that the job is tried again in place; the dispatcher sees to it after ``again_s``."""

@@ -164,7 +164,7 @@ class LoopWatch(threading.Thread):
         if work is None or work.plan is None or work.event is None:
             self.blocked_by_others += 1
             LOG.warning(
-                "the event loop is blocked for %.1f s: no coroutine of this worker goes on until this returns\n%s",
+                "the event loop is blocked for %.1f s: no coroutine of this worker continues until this returns\n%s",
                 late,
                 where,
             )

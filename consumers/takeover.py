@@ -136,7 +136,7 @@ class Takeover(RangesThread[tuple[Fetcher, list[Partition]]]):
         base = partition.committed
         if base > plan.high:
             LOG.error(
-                "%r: the committed offset %d is beyond the log's end %d: was the topic made anew? Reading from its start",
+                "%r: the committed offset %d is beyond the log's end %d: was the topic recreated? Reading from its start",
                 partition,
                 base,
                 plan.high,

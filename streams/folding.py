@@ -51,7 +51,7 @@ def failed(projection: Projection, what: str, at: Position, why: str | BaseExcep
     said = why if isinstance(why, str) else f"{type_of(why)}: {text_of(why)}"
     return JobledgerError(
         f"projection {projection.name}: its {what} failed at {at} ({said}); nothing of the batch was written. Mend it and "
-        "start again: it goes on there"
+        "start again: it continues there"
     )
 
 

@@ -273,7 +273,7 @@ class Runner:
         name = self.projection.name
         return JobledgerError(
             f"projection {name} was folded up to offset {known} of {place[0]}[{place[1]}], which now {now}: the topic was cut "
-            f"or made anew. Nothing was folded twice; `jobledger projections rebuild MODULE:APP {name}` folds what is there now"
+            f"or recreated. Nothing was folded twice; `jobledger projections rebuild MODULE:APP {name}` folds what is there now"
         )
 
     def _trimmed(self, places: Iterable[Place]) -> list[str]:

@@ -252,7 +252,7 @@ class Materializer:
             if others:
                 feed.restart([place for place in present if place[0] in others])
                 LOG.error(
-                    "%s: deleted and made again since the table was written; reading from the start. Jobs that the table knows "
+                    "%s: deleted and recreated since the table was written; reading from the start. Jobs that the table knows "
                     "stay in it",
                     ", ".join(sorted(others)),
                 )

@@ -170,7 +170,7 @@ class Table:
         floor = Floor(partition, self.floor(partition), last + 1)
         LOG.error(
             "partition %d of the coordination topic ends at %d, and the coordinator's table is ahead of it by %d records: "
-            "the topic was made anew, or lost its end. Every event in it is taken for a new one, so releases of the last "
+            "the topic was recreated, or lost its end. Every event in it is taken for a new one, so releases of the last "
             "minutes may be repeated; what only the lost records said is gone",
             *(partition, end, last - self.at(partition, end) + 1),
         )

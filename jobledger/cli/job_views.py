@@ -217,7 +217,7 @@ def timeline(asked: App, job: JobStatus) -> list[tuple[dict[str, Any], list[Cell
                     raise SchemaError("no longer in the log")
                 recorded = log.recorded(message, decode)
                 if key_text(recorded.event.job_id) != key_text(job.job_id):
-                    raise SchemaError("another job's record, so the topic was made again")
+                    raise SchemaError("another job's record, so the topic was recreated")
                 found.append(recorded)
             except (SchemaError, RegistryNeeded) as exc:
                 gone: list[Cell] = ["-", "", ("?", "dim"), "", (str(position), "dim"), (str(exc), "dim")]

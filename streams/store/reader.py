@@ -313,7 +313,7 @@ def judge(found: dict[str, str], url: str, namespace: str) -> None:
     if version != str(SCHEMA_VERSION):
         raise StoreError(
             f"{url} has schema version {version}, this Jobledger has {SCHEMA_VERSION}: set JOBLEDGER_STATUS_URL to a "
-            "new place and the table is built anew from the log"
+            "new place and the table is rebuilt from the log"
         )
     if found.get("namespace") != namespace:
         raise StoreError(

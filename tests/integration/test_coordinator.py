@@ -468,7 +468,7 @@ def test_a_coordination_topic_that_was_made_anew_is_read_from_its_start(
         jobs += [lab.submit(0) for _ in range(4)]
         lab.await_let_go(*((job, 1, 1) for job in jobs))
         again.stop()
-    assert "the topic was made anew" in caplog.text
+    assert "the topic was recreated" in caplog.text
     lab.ready(folder="b")
     lab.await_let_go(*((job, 1, 1) for job in waits))
     assert len(lab.let_go()) == before + len(jobs) + len(waits)

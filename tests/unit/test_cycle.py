@@ -226,7 +226,7 @@ def test_a_log_that_ends_below_the_rows_is_a_new_one(caplog: pytest.LogCaptureFi
             assert [e.job_id for e in lab.writer.events(NAMES.jobs("mail"))] == [JOBS[0], JOBS[1]]
             lab.group.offset = 3
             assert await lab.cycle.table.sweep(0, lambda: T0 + 1, 0) == 2
-        assert "the topic was made anew" in caplog.text
+        assert "the topic was recreated" in caplog.text
         caplog.clear()
 
         # What the changelog says in the end, in the order of its records.
