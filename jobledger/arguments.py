@@ -168,7 +168,7 @@ def _returned(fn: Callable[..., Any]) -> Any:
 def _unreadable(info: msgspec.inspect.Type) -> Iterator[type]:
     """Classes in a type that no JSON can be read as, outside of the fields of records."""
     if isinstance(info, msgspec.inspect.CustomType):
-        if not hasattr(info.cls, "model_validate"):
+        if info.cls is not object and not hasattr(info.cls, "model_validate"):
             yield info.cls
         return
     inner = getattr(info, "types", None) or getattr(info, "item_types", None)
@@ -245,4 +245,6 @@ def _holds_time(info: msgspec.inspect.Type, seen: frozenset[type] = frozenset())
 def _dec_hook(kind: type[Any], value: Any) -> Any:
     if hasattr(kind, "model_validate"):
         return kind.model_validate(value)
+    if kind is object:  # a strict type checker's word for plain JSON
+        return value
     raise TypeError(f"{kind.__qualname__} cannot be read from JSON")

@@ -117,6 +117,27 @@ def test_a_result_comes_back_as_the_annotation_says(annotation: Any, value: Any)
     assert type(found) is type(value)
 
 
+@pytest.mark.parametrize(
+    ("annotation", "value"),
+    [
+        (dict[str, object], {"n": 1, "of": [None, {"a": 1.5}]}),
+        (list[object], [1, "a", None]),
+        (dict[str, object] | None, {"n": 1}),
+        (Mapping[str, list[object]], {"n": [1]}),
+    ],
+)
+def test_object_inside_an_annotation_is_plain_json(annotation: Any, value: Any) -> None:
+    """``object`` stands for any JSON value, in a result and in an argument, as ``Any`` does."""
+
+    def work(given):  # type: ignore[no-untyped-def]  # annotated below
+        """Takes and returns one type."""
+
+    work.__annotations__ = {"given": annotation, "return": annotation}
+    task = App("shop").task(work)
+    assert task.decode_result(value, "1") == value
+    assert task.decode_args(task.job(value).args) == {"given": value}
+
+
 @pytest.mark.parametrize("annotation", [Any, object, NoReturn])
 def test_without_a_telling_annotation_a_result_is_plain_json(annotation: Any) -> None:
     """``Any``, ``object`` and no annotation at all give what JSON holds."""
