@@ -202,6 +202,11 @@ class Client:
             )
             return self._bulk
 
+    def _ready(self) -> LogWriter | None:
+        """What sends at once, if nothing that may block is left to do before that."""
+        found = self._single
+        return found if found is not None and found.ready and self._pid == os.getpid() else None
+
     def _bulk_writer(self) -> LogWriter:
         """What sends in batches; in a signal handler that interrupts it in this thread, what sends at once."""
         found = self._writer(bulk=True)
@@ -298,7 +303,7 @@ class Client:
 
     async def submit_async(self, request: JobRequest[R]) -> JobHandle[R]:
         """`submit` for asyncio; waits without holding the event loop."""
-        writer = self._single if self._single is not None and self._pid == os.getpid() else None
+        writer = self._ready()
         if writer is None:  # connecting and publishing the schema block; only once
             writer = await _aside(self._writer, False)
         with tracing.submitting(request.task.name, request.queue):
@@ -407,7 +412,7 @@ class Client:
     async def emit_async(self, kind: EventType, event: Any) -> EventHandle:
         """`emit` for asyncio; waits without holding the event loop."""
         event_id, record = self._event(kind, event, maybe_current_job())
-        writer = self._single if self._single is not None and self._pid == os.getpid() else None
+        writer = self._ready()
         if writer is None or kind.fingerprint not in self._event_schemas:
             await _aside(self._published, kind)
             writer = await _aside(self._writer, False)

@@ -149,6 +149,11 @@ class LogWriter:
         """Our error for a record that was not delivered."""
         return self._door.behind(error) or undelivered(self._fatal or error, self.settings, what, *needs)
 
+    @property
+    def ready(self) -> bool:
+        """Whether the schema is published; until then the connection may be replaced."""
+        return self._schema_published
+
     def ensure_schema(self) -> None:
         """Publish this version's schema, acknowledged, unless this writer has done so."""
         if self._schema_published:

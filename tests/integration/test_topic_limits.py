@@ -178,3 +178,37 @@ def test_batches_are_bounded_by_the_topic_that_takes_least(app: App) -> None:
     room = batch_room(app.settings, app.names)
     assert room is not None
     assert LIMIT - 1_000 < room < LIMIT
+
+
+def test_a_submission_during_the_first_one_uses_the_connection_that_stays(
+    app: App, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The client connects a second time when a topic takes less than it would send. Coroutines that submit in that
+    moment wait for the second connection: nobody serves the acknowledgements of the first one any more."""
+    limit(app, app.names.jobs("default"))
+    keep = app.tasks["keep"]
+
+    sent: list[int] = []
+
+    async def submitted() -> list[str]:
+        loop = asyncio.get_running_loop()
+        during: list[asyncio.Task[Any]] = []
+
+        async def begin() -> None:
+            during.extend(asyncio.create_task(keep.submit_async("z" * 10_000)) for _ in range(500))
+            await asyncio.sleep(0)  # their first steps
+
+        def asked(*of: Any) -> int | None:
+            room = batch_room(*of)
+            asyncio.run_coroutine_threadsafe(begin(), loop).result(60)
+            assert app.client._single is not None
+            sent.append(len(app.client._single.producer))
+            return room
+
+        monkeypatch.setattr("jobledger.writer.batch_room", asked)
+        async with asyncio.timeout(60):
+            handles = [await keep.submit_async("first"), *await asyncio.gather(*during)]
+        return [handle.job_id for handle in handles]
+
+    assert len(set(asyncio.run(submitted()))) == 501
+    assert sent == [0]
