@@ -41,7 +41,10 @@ class TopicWatch(threading.Thread):
     def run(self) -> None:
         """Look until closed."""
         while True:
-            self.look()
+            try:
+                self.look()
+            except Exception:  # noqa: BLE001  # logged below; the next look may see more
+                self._log.exception("the settings of topics cannot be read; the next attempt follows in %g s", LOOK_S)
             if self._closed.wait(LOOK_S):
                 return
 
