@@ -16,6 +16,7 @@ from typing import Any
 
 from confluent_kafka import Consumer, KafkaException, Message, TopicPartition
 
+from jobledger import greenlets
 from jobledger.access import denied, join, knock, read
 from jobledger.config import Settings
 from jobledger.consumers.facts import Facts
@@ -93,6 +94,7 @@ class Backfill:
 
     def __init__(self, registry: Registry, settings: Settings, plan: Plan, known: Callable[[str], bool]) -> None:
         registry.check()
+        greenlets.refuse("a backfill")
         settings = settings.acting_as("backfill")
         self.settings, self.names, self.plan, self._known = settings, registry.names, plan, known
         self.handler = registry.handler(plan.handler)

@@ -13,6 +13,7 @@ from typing import Any
 
 from confluent_kafka import OFFSET_STORED, Consumer, KafkaError, KafkaException, Message, TopicPartition
 
+from jobledger import greenlets
 from jobledger.access import Door, denied, join, knock, read
 from jobledger.config import Settings
 from jobledger.consumers import beginning
@@ -199,6 +200,7 @@ class Router:
 
     def __init__(self, registry: Registry, settings: Settings) -> None:
         registry.check()
+        greenlets.refuse("a router")
         settings = settings.acting_as("router")
         self.registry, self.settings, self.names = registry, settings, registry.names
         self._handlers = [handler for handlers in registry.handlers.values() for handler in handlers]

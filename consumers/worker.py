@@ -18,7 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
 
-from jobledger import outage
+from jobledger import greenlets, outage
 from jobledger.access import knock
 from jobledger.config import Settings
 from jobledger.consumers import nursery
@@ -98,6 +98,7 @@ class Worker:
                 "a worker is made while its app is imported for child processes: let the script make it under "
                 "`if __name__ == '__main__':`"
             )
+        greenlets.refuse("a worker")
         self._must_end_in, self._has_ended = must_end_in, has_ended
         settings = settings.acting_as("worker")
         self.registry, self.settings, self.options = registry, settings, options or WorkerOptions()

@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import logging
 import re
-import threading
 import time
 from typing import Any, NamedTuple
 
 from confluent_kafka import KafkaError, KafkaException
 from confluent_kafka.admin import AdminClient
 
-from jobledger import addresses, forks, tls
+from jobledger import addresses, forks, greenlets, tls
 from jobledger.config import TOKEN_ENDPOINT, Settings
 from jobledger.errors import AccessDenied, BrokerUnavailable, ConfigError, NotAuthenticated, NotAuthorized
 from jobledger.logger import get_logger
@@ -163,7 +162,7 @@ class Door:
 
     def __init__(self, settings: Settings, *, patient: bool = True) -> None:
         self._settings, self._patient = settings, patient
-        self._lock = threading.Lock()
+        self._lock = greenlets.native_lock()
         self._first: float | None = None
         self._no_token = ""
         self._looked = float("-inf")

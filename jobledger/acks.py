@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 import time
 from functools import partial
 
@@ -29,7 +28,7 @@ class Ack:
     __slots__ = ("_error", "_headers", "_position", "_writer", "event")
 
     def __init__(self, writer: LogWriter, headers: Headers | None) -> None:
-        self.event = threading.Event()
+        self.event = writer.event()
         self._writer, self._headers = writer, headers
         self._error: KafkaError | None = None
         self._position: Position | None = None

@@ -25,6 +25,7 @@ from weakref import WeakSet
 from confluent_kafka import Consumer, Producer
 from confluent_kafka.admin import AdminClient
 
+from jobledger import greenlets
 from jobledger.errors import ConnectionUnusable
 from jobledger.logger import get_logger
 
@@ -76,8 +77,9 @@ _held: dict[int, bool] = {}
 
 
 def client(kind: type[K], conf: Mapping[str, Any]) -> K:
-    """A client of Kafka that is inert in a forked child. Raises what its constructor raises."""
-    own = _OWN[kind]
+    """A client of Kafka that is inert in a forked child, and stops no greenlets. Raises what its constructor raises, and
+    `ConfigError` under eventlet."""
+    own = (greenlets.GREEN if greenlets.patched() else _OWN)[kind]
     with _making:
         made = own(dict(conf))
     _clients.add(made)
@@ -119,7 +121,7 @@ def _inert(kind: type[Any]) -> type[Any]:
 
 # Of one layout, so that an object of the one class can become one of the other.
 _OWN: dict[type[Any], type[Any]] = {k: type(k.__name__, (k,), {}) for k in (Producer, Consumer, AdminClient)}
-_INERT = {own: _inert(kind) for kind, own in _OWN.items()}
+_INERT = {own: _inert(kind) for owns in (_OWN, greenlets.GREEN) for kind, own in owns.items()}
 
 
 # -- locks ----------------------------------------------------------------------------------------------------------

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import os
-import threading
 import time
 from collections.abc import Callable
 from typing import Any
@@ -16,7 +15,7 @@ from typing import Any
 from confluent_kafka import KafkaError, KafkaException
 from confluent_kafka.admin import AdminClient
 
-from jobledger import forks
+from jobledger import forks, greenlets
 from jobledger.config import Settings
 from jobledger.errors import JobledgerError
 from jobledger.logger import get_logger
@@ -48,7 +47,7 @@ class Outage:
 
     def __init__(self, address: str, answers: Callable[[], bool]) -> None:
         self._address, self._answers = address, answers
-        self._lock = threading.RLock()  # a client may be polled by a signal handler
+        self._lock = greenlets.native_lock()  # a client may be polled by a signal handler
         self._watcher = 0  # the process whose thread watches
         self._heard = 0
         self._text = ""
@@ -58,7 +57,7 @@ class Outage:
 
     def after_fork(self) -> None:
         """A forked child: the thread that watches, or holds the lock, is the parent's."""
-        self._lock, self._watcher, self._text = threading.RLock(), 0, ""
+        self._lock, self._watcher, self._text = greenlets.native_lock(), 0, ""
 
     def heard(self, text: str) -> None:
         """A client has lost a connection, or cannot make one; ``text``: in its words. From any thread; returns at once."""
@@ -70,7 +69,7 @@ class Outage:
                 return
             self._watcher = os.getpid()
             try:
-                threading.Thread(target=self._watch, name="jobledger-outage", daemon=True).start()
+                greenlets.start_thread(self._watch, "jobledger-outage")
             except RuntimeError:  # the interpreter ends
                 self._watcher = 0
 
@@ -78,7 +77,7 @@ class Outage:
         since = time.monotonic()
         error_at = since + LONG_S
         while True:
-            time.sleep(ASK_EVERY_S)
+            greenlets.native_sleep(ASK_EVERY_S)
             heard = self._heard
             quiet = time.monotonic() < _quiet_until
             if quiet or self._answers():

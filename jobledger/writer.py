@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, Protocol
 
 from confluent_kafka import KafkaError, KafkaException, Message, Producer
 
-from jobledger import forks
+from jobledger import forks, greenlets
 from jobledger.access import Door, Need, away, write
 from jobledger.config import Settings
 from jobledger.errors import BrokerUnavailable, ConnectionUnusable, JobledgerError, PayloadTooLarge
@@ -75,20 +75,22 @@ class LogWriter:
         self.producer = self._connected()
         self._alone: Producer | None = None
         self._schema_published = names is None
+        self._failed_at = float("-inf")
+        self._failure: JobledgerError | None = None
         self._lock = forks.Lock()
         self._polling = forks.Alone()
-        self._alone_lock = threading.Lock()
+        self._alone_lock = greenlets.native_lock()
         self._closing = threading.Event()
-        self._thread: threading.Thread | None = None
+        #: The kind of event that a callback sets: callbacks run in a native thread.
+        self.event = greenlets.event()
+        self._thread: greenlets.Joinable | None = None
         if serve and not forks.ending:
             self._start()
         self.served = self._thread is not None
 
     def _start(self) -> None:
-        thread = threading.Thread(target=self._serve, name="jobledger-producer", daemon=True)
         with suppress(RuntimeError):  # no thread can be started any more, or the system has none to give
-            thread.start()
-            self._thread = thread
+            self._thread = greenlets.start_thread(self._serve, "jobledger-producer")
 
     def _connected(self, **more: Any) -> Producer:
         return producer(
@@ -122,7 +124,7 @@ class LogWriter:
         """Whether this thread is polling: then a signal handler asks, and must use another writer."""
         return self._polling.busy()
 
-    def wait(self, done: threading.Event, timeout: float) -> bool:
+    def wait(self, done: greenlets.Flag, timeout: float) -> bool:
         """Wait until a callback has set ``done``; False after ``timeout`` seconds."""
         if self.served:
             return done.wait(timeout)
@@ -161,10 +163,17 @@ class LogWriter:
         if self._lock.busy():  # a signal handler interrupts it here, and cannot wait; twice does no harm
             self.publish(codec.FINGERPRINT.hex())
             return
+        came = time.monotonic()
         with self._lock("publishing the events' schema"):
             if self._schema_published or self._names is None:
                 return
-            self.publish(codec.FINGERPRINT.hex())
+            if self._failure is not None and self._failed_at > came:  # while this one waited: it has waited long enough
+                raise self._failure.with_traceback(None)
+            try:
+                self.publish(codec.FINGERPRINT.hex())
+            except JobledgerError as exc:
+                self._failed_at, self._failure = time.monotonic(), exc
+                raise
             self.batch = batch_room(self.settings, self._names)
             if self.batch is not None:  # nobody else sends yet
                 self.producer = self._connected()
@@ -265,7 +274,7 @@ class LogWriter:
         positions: list[Position | None] = []
         failed: list[tuple[KafkaError, str]] = []
         settled: list[int] = []
-        some = threading.Event()
+        some = self.event()
 
         def delivered(index: int, headers: Headers | None) -> DeliveryCallback:
             def callback(error: KafkaError | None, message: Message, *, alone: bool = False) -> None:
@@ -315,7 +324,7 @@ class LogWriter:
         self.flush(timeout)
         self._closing.set()
         if self._thread is not None:
-            self._thread.join(timeout=1.0)
+            self._thread.join(1.0)
         for each in self._producers:
             with suppress(KafkaException, RuntimeError):  # closed by another thread meanwhile
                 each.close()

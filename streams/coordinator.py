@@ -22,7 +22,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-from jobledger import log, outage
+from jobledger import greenlets, log, outage
 from jobledger.access import join, knock, read, unauthorized
 from jobledger.config import Settings
 from jobledger.errors import AccessDenied, BrokerUnavailable, ConfigError, JobledgerError
@@ -477,6 +477,7 @@ def run_coordinator(
     Signals are handled if this is the main thread. ``on_ready(coordinator)`` is called before it starts, for those who
     want its `Coordinator.health`. What makes it give up is logged; the code then is 70, or 77 for `AccessDenied`.
     """
+    greenlets.refuse("the stream processor")
     options = options or Options()
     if session_timeout_s is not None:
         options = replace(options, session_timeout=session_timeout_s)

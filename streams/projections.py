@@ -20,6 +20,7 @@ from confluent_kafka import OFFSET_BEGINNING, Consumer, KafkaException, Message,
 from sqlalchemy import Connection, MetaData, Table, and_, delete, select, update
 from sqlalchemy.dialects import postgresql, sqlite
 
+from jobledger import greenlets
 from jobledger.access import knock, read
 from jobledger.config import Settings
 from jobledger.errors import BrokerUnavailable, JobledgerError, StoreError, StoreUnavailable
@@ -77,6 +78,7 @@ class Runner:
     def __init__(
         self, projection: Projection, settings: Settings, names: Names, queues: Sequence[str], status_url: str
     ) -> None:
+        greenlets.refuse("a projection")
         settings = settings.acting_as("projection")
         self.projection, self.settings, self.names = projection, settings, names
         self._reading = Reading(projection, settings, names, queues)

@@ -18,7 +18,7 @@ from typing import TypeVar
 
 from confluent_kafka import Message
 
-from jobledger import log
+from jobledger import greenlets, log
 from jobledger.config import Settings
 from jobledger.errors import (
     BrokerUnavailable,
@@ -104,6 +104,7 @@ class Materializer:
         registry: CollectorRegistry | None = None,
         open_store: Callable[[str, str], Store] = open_store,
     ) -> None:
+        greenlets.refuse("the stream processor")
         self._names, self._settings, self._url = names, settings.acting_as("materializer"), store_url
         self._queues = tuple(queues)
         self._size, self._linger, self._cache_jobs = BatchSize(batch), linger, cache_jobs

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from jobledger import greenlets
 from jobledger.cli import logs, output
 from jobledger.cli.commands import judged, seconds
 from jobledger.cli.loading import load_app
@@ -116,6 +117,7 @@ def supervised(children: Sequence[Child], *, restarts: int, grace: float) -> int
     from jobledger.streams.supervisor import Restarts, Supervisor
 
     say = Prefixed([Supervisor.NAME, *[child.name for child in children]])
+    greenlets.refuse("a process that supervises others")
     return Supervisor(children, say, restarts=lambda: Restarts(most=restarts), grace=grace).run()
 
 

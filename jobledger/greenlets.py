@@ -1,0 +1,191 @@
+"""gevent: under its monkey patches threads are greenlets, and a call into librdkafka would stop all of them.
+
+So what serves the clients of Kafka runs in native threads here, and their calls that block are made in gevent's pool of
+such threads while other greenlets run. gevent is never imported here, only found if the process has patched itself with
+it. eventlet has nothing to do the same with: it is refused, as is a worker, whose threads are many.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from typing import Any, Protocol
+from weakref import WeakKeyDictionary
+
+from confluent_kafka import Consumer, Producer
+from confluent_kafka.admin import AdminClient
+
+from jobledger.errors import ConfigError
+
+
+class Flag(Protocol):
+    """What `event` gives."""
+
+    def set(self) -> None: ...
+
+    def clear(self) -> None: ...
+
+    def is_set(self) -> bool: ...
+
+    def wait(self, timeout: float) -> bool: ...
+
+
+class Joinable(Protocol):
+    """What `start_thread` gives."""
+
+    def join(self, timeout: float) -> None: ...
+
+
+def patched() -> bool:
+    """Whether threads are gevent's greenlets. Raises `ConfigError` if they are eventlet's."""
+    eventlet = sys.modules.get("eventlet.patcher")
+    if eventlet is not None and eventlet.is_monkey_patched("thread"):
+        raise ConfigError(
+            "eventlet has patched this process (eventlet.monkey_patch()): its green threads stop as soon as Jobledger's "
+            "client waits for Kafka. Use gevent, threads or asyncio, or leave threads unpatched: "
+            "eventlet.monkey_patch(thread=False)"
+        )
+    gevent = sys.modules.get("gevent.monkey")
+    return gevent is not None and bool(gevent.is_module_patched("threading"))
+
+
+def refuse(what: str) -> None:
+    """Raise `ConfigError` where ``what`` would run in a process whose threads are greenlets."""
+    if patched():
+        raise ConfigError(
+            f"gevent has patched this process (gevent.monkey.patch_all()), and {what} needs native threads: do not patch "
+            "in the module that holds the app, but in the one that starts the server"
+        )
+
+
+# -- threads and events -----------------------------------------------------------------------------------------------------
+
+
+def start_thread(target: Callable[[], None], name: str) -> Joinable:
+    """Start a daemon thread, a native one in any case. Raises `RuntimeError` if there is none to be had."""
+    if patched():
+        return _Native(target)
+    thread = threading.Thread(target=target, name=name, daemon=True)
+    thread.start()
+    return thread
+
+
+class _Native:
+    def __init__(self, target: Callable[[], None]) -> None:
+        self._target, self._ended = target, False
+        _original("_thread", "start_new_thread")(self._run, ())
+
+    def _run(self) -> None:
+        try:
+            self._target()
+        finally:
+            self._ended = True
+
+    def join(self, timeout: float) -> None:
+        deadline = time.monotonic() + timeout
+        while not self._ended and time.monotonic() < deadline:
+            time.sleep(0.01)
+
+
+def native_lock() -> Any:
+    """A lock between native threads, reentrant. Nothing that holds it may wait for a greenlet."""
+    return _original("_thread", "RLock")() if patched() else threading.RLock()
+
+
+def native_sleep(seconds: float) -> None:
+    """Sleep in a thread that `start_thread` has started."""
+    (_original("time", "sleep") if patched() else time.sleep)(seconds)
+
+
+def event() -> Callable[[], Flag]:
+    """The kind of event that a native thread sets, and that the caller's threads or greenlets wait for."""
+    return _Event if patched() else threading.Event
+
+
+class _Event:
+    """Set in a native thread, awaited by a greenlet."""
+
+    def __init__(self) -> None:
+        gevent = sys.modules["gevent"]
+        self._set = False
+        self._told = sys.modules["gevent.event"].Event()
+        self._hub = gevent.get_hub()
+        if self._hub not in _bells:
+            _bells[self._hub] = _Bell(self._hub)
+        self._bell = _bells[self._hub]
+
+    def set(self) -> None:
+        self._set = True
+        self._bell.ring(self._told)
+
+    def clear(self) -> None:
+        self._told.clear()
+        self._set = False
+
+    def is_set(self) -> bool:
+        return self._set
+
+    def wait(self, timeout: float) -> bool:
+        if not self._set:
+            self._told.wait(timeout)
+        return self._set
+
+
+class _Bell:
+    """Wakes the greenlets of one hub, from any thread."""
+
+    def __init__(self, hub: Any) -> None:
+        self._told: deque[Any] = deque()
+        self._watcher = hub.loop.async_(ref=False)
+        self._watcher.start(self._drain)
+
+    def ring(self, told: Any) -> None:
+        self._told.append(told)
+        with contextlib.suppress(ValueError):  # the hub has ended meanwhile: nobody waits any more
+            self._watcher.send()
+
+    def _drain(self) -> None:
+        while self._told:
+            self._told.popleft().set()
+
+
+_bells: WeakKeyDictionary[Any, _Bell] = WeakKeyDictionary()
+
+
+# -- clients ----------------------------------------------------------------------------------------------------------------
+
+#: Calls of a client that may wait for a broker, or run callbacks of ours.
+_BLOCKING = (
+    "close", "commit", "committed", "consume", "flush", "get_watermark_offsets", "list_topics", "offsets_for_times", "poll",
+)  # fmt: skip
+
+
+def _green(kind: type[Any]) -> type[Any]:
+    def aside(name: str) -> Callable[..., Any]:
+        blocking = getattr(kind, name)
+
+        def call(self: Any, *args: Any, **more: Any) -> Any:
+            return _in_native_thread(blocking, self, *args, **more)
+
+        return call
+
+    return type(kind.__name__, (kind,), {name: aside(name) for name in _BLOCKING if hasattr(kind, name)})
+
+
+#: For each kind of client the one whose calls do not stop the other greenlets.
+GREEN: dict[type[Any], type[Any]] = {kind: _green(kind) for kind in (Producer, Consumer, AdminClient)}
+
+
+def _in_native_thread(blocking: Callable[..., Any], *args: Any, **more: Any) -> Any:
+    hub = sys.modules["gevent._hub_local"].get_hub_if_exists()
+    if hub is None:  # this is one
+        return blocking(*args, **more)
+    return hub.threadpool.apply(blocking, args, more)
+
+
+def _original(module: str, name: str) -> Any:
+    return sys.modules["gevent.monkey"].get_original(module, name)
