@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import socket
+import threading
 import time
 from functools import lru_cache
 
@@ -12,6 +13,9 @@ from jobledger.errors import ConfigError
 SETTING = "JOBLEDGER_BOOTSTRAP (or --bootstrap)"
 #: Seconds for which a name's answer is kept: many errors ask the same.
 KEPT_S = 30.0
+#: Seconds that a look-up may take. It is made where an error is being written, also on event loops and in a worker's
+#: threads, and a name service that is away answers after many seconds.
+LOOK_UP_S = 2.0
 
 _ADDRESS = re.compile(
     r"(?:(?P<scheme>[A-Za-z_0-9+.-]+)://)?(?P<host>\[[0-9A-Fa-f:.%\w]+\]|[^\s:/\[\]]+):(?P<port>[0-9]{1,6})"
@@ -58,7 +62,8 @@ def _wrong(text: str) -> str:
 
 
 def unresolved(bootstrap: str) -> str | None:
-    """What is wrong with the hosts, if none of them can be resolved to an address; else None."""
+    """What is wrong with the hosts, if none of them can be resolved to an address; else None, also where that is not known
+    within `LOOK_UP_S` seconds."""
     if ":" not in bootstrap:
         return None  # a word for it
     return _unresolved(bootstrap, int(time.monotonic() // KEPT_S))
@@ -66,6 +71,17 @@ def unresolved(bootstrap: str) -> str | None:
 
 @lru_cache(maxsize=8)
 def _unresolved(bootstrap: str, period: int) -> str | None:
+    found: list[str | None] = []
+    thread = threading.Thread(target=lambda: found.append(_looked_up(bootstrap)), name="jobledger-look-up", daemon=True)
+    try:
+        thread.start()
+    except RuntimeError:  # no thread can be started any more: the process ends
+        return None
+    thread.join(LOOK_UP_S)
+    return found[0] if found else None
+
+
+def _looked_up(bootstrap: str) -> str | None:
     problems = []
     for each in bootstrap.split(","):
         host, _, port = each.strip().rpartition(":")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -72,8 +73,26 @@ def test_a_protocol_that_agrees_with_the_setting_is_left_out() -> None:
     assert Settings(bootstrap="SSL://a:9093", kafka={"security.protocol": "SSL"}).bootstrap == "a:9093"
 
 
-def test_a_host_without_an_address_is_said() -> None:
+def test_a_name_service_that_does_not_answer_delays_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An error about a broker is raised within a bound, also while the look-up of the broker's host still waits."""
+    answer = threading.Event()
+
+    def look_up(*of: Any, **more: Any) -> Any:
+        if not answer.wait(60):
+            raise OSError("nobody answered for a minute")
+        return []
+
+    monkeypatch.setattr(addresses, "LOOK_UP_S", 0.1)
+    monkeypatch.setattr("socket.getaddrinfo", look_up)
+    try:
+        assert "did not answer" in away(Settings(bootstrap="slow-name-service.invalid:9092"), "did not answer")
+    finally:
+        answer.set()
+
+
+def test_a_host_without_an_address_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     """A host that cannot be resolved is named as that, not as a broker that did not answer."""
+    monkeypatch.setattr(addresses, "LOOK_UP_S", 60.0)
     settings = Settings(bootstrap="no-such-host.invalid:9092")
     with pytest.raises(BrokerUnavailable, match=r"host 'no-such-host\.invalid' cannot be resolved"):
         knock(settings, timeout=0.2)
