@@ -122,11 +122,12 @@ def test_a_stream_of_the_parents_says_so_in_the_child(run: Run) -> None:
     run("stream")
 
 
-def test_a_preloading_web_server_submits_in_its_workers(run: Run, environ: dict[str, str]) -> None:
+@pytest.mark.parametrize("kind", ["sync", "gevent"])
+def test_a_preloading_web_server_submits_in_its_workers(run: Run, environ: dict[str, str], kind: str) -> None:
     """gunicorn with ``--preload`` and an app that has submitted while it was loaded: three workers submit, one is killed,
-    its successor submits, and all of it ends soon after SIGTERM."""
+    its successor submits, and all of it ends soon after SIGTERM. With workers of both kinds."""
     run("topics")
-    with gunicorn(environ) as (process, url):
+    with gunicorn(environ, "--worker-class", kind) as (process, url):
         ids = [job for _ in range(20) for job in get(url)] + get(url + "many")
         with pytest.raises(OSError, match=r"."):
             get(url + "die")
@@ -165,7 +166,7 @@ def gunicorn(environ: dict[str, str], *options: str) -> Iterator[tuple[subproces
     pytest.importorskip("gunicorn")
     port = free_port()
     command = [sys.executable, "-m", "gunicorn", "--preload", "--workers", "3", "--bind", f"127.0.0.1:{port}"]
-    quiet = ["--no-control-socket", "--log-level", "warning", "--graceful-timeout", "20", "--timeout", "90"]
+    quiet = ["--no-control-socket", "--log-level", "warning", "--graceful-timeout", "10", "--timeout", "90"]
     process = subprocess.Popen(
         [*command, *quiet, *options, "processes_app:wsgi"], cwd=APP.parent, env={**environ, "PRELOADED": "1"}
     )
