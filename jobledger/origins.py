@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import CodeType, FrameType
 from typing import Any
@@ -23,13 +23,15 @@ class Origin:
     """Where ``declared``, a function or class, comes from.
 
     ``place``: ``file:line``. ``execution``: the code whose run declared it: a module's body, which is another object each
-    time the module is executed; else the outermost function of that module on the stack.
+    time the module is compiled; else the outermost function of that module on the stack. ``space``: the globals of that
+    module, another dict each time it is executed as a new module.
     """
 
     declared: Any
     name: str
     place: str
     execution: CodeType | None
+    space: dict[str, Any] | None = field(repr=False, compare=False)
 
     def __str__(self) -> str:
         return f"{self.name} ({self.place})"
@@ -38,11 +40,25 @@ class Origin:
         """Whether ``other`` is the same thing declared again; else both are in use."""
         if _equal(self.declared, other.declared):
             return True
-        if self.name != other.name or self.execution is other.execution:
+        if self.name != other.name:
+            return False
+        if self.space is not other.space:  # compiled once and executed twice, as Streamlit does with a script
+            return True
+        if self.execution is other.execution:
             return False
         code = _code(self.declared)
         # A factory's functions share their code; only a module that is executed anew makes other code of it.
         return code is None or code is not _code(other.declared)
+
+    def shares_file(self, other: Origin) -> bool:
+        """Whether the code of both is from one file; the lines of a console are from none."""
+        ours, theirs = _code(self.declared), _code(other.declared)
+        return (
+            ours is not None
+            and theirs is not None
+            and ours.co_filename == theirs.co_filename
+            and not ours.co_filename.startswith("<")
+        )
 
 
 def origin_of(declared: Callable[..., Any]) -> Origin:
@@ -55,7 +71,8 @@ def origin_of(declared: Callable[..., Any]) -> Origin:
         place = f"{short(code.co_filename)}:{code.co_firstlineno}"
     else:
         place = f"{short(innermost.f_code.co_filename)}:{innermost.f_lineno}" if innermost else "unknown place"
-    return Origin(declared, f"{module}.{name}", place, None if found is None else found.f_code)
+    execution, space = (None, None) if found is None else (found.f_code, found.f_globals)
+    return Origin(declared, f"{module}.{name}", place, execution, space)
 
 
 def is_nameless(declared: Callable[..., Any]) -> bool:

@@ -179,7 +179,10 @@ class Registry:
         declared again, as its module is executed again, takes the place of the first."""
         found = origin_of(declared)
         first = self._origins.get((kind, name)) if known else None
-        if first is None or first.declared is declared or (not nameless and first.replaced_by(found)):
+        if first is None or first.declared is declared:
+            return found
+        # All lambdas of a module have one name: which of them is declared again shows only where their file is.
+        if first.replaced_by(found) and (not nameless or first.shares_file(found)):
             return found
         raise ConfigError(
             f"{kind} {name!r} is already registered: {first} and {found} would share this name; give one of them a name "

@@ -169,6 +169,31 @@ def test_a_cell_of_a_notebook_that_is_run_again_declares_its_task_again() -> Non
         execute("triple = app.task(lambda x: x * 3)", "<cell 4>", space)
 
 
+def test_a_lambda_of_a_module_that_is_reloaded_takes_the_place_of_the_first(module: Callable[..., Any]) -> None:
+    """As its functions do; two lambdas of a module, or of a console, are two."""
+    module("first", "double = app.task(lambda x: 2 * x)")
+    found = module("second time", "double = app.task(lambda x: 20 * x)")
+    assert found.app.tasks["<lambda>"](1) == 20
+    with pytest.raises(ConfigError, match="already registered"):
+        module("third", "double = app.task(lambda x: 2 * x)\ntriple = app.task(lambda x: 3 * x)")
+    space: dict[str, Any] = {"app": shop(), "__name__": "__main__"}
+    execute("double = app.task(lambda x: x * 2)", "<stdin>", space)
+    with pytest.raises(ConfigError, match="already registered"):
+        execute("triple = app.task(lambda x: x * 3)", "<stdin>", space)
+
+
+@pytest.mark.usefixtures("module")
+def test_a_script_that_is_compiled_once_may_be_executed_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A new module of the same name declares the same things again, whatever its decorators hold."""
+    script = compile(MODULE.format(app="origins_keeper", word="x"), "script.py", "exec")
+    for _ in range(2):
+        monkeypatch.setitem(sys.modules, "script", ModuleType("script"))
+        space = sys.modules["script"].__dict__
+        exec(script, space)  # noqa: S102  # as above
+        assert space["app"].tasks["ship"] is space["ship"]
+        assert space["app"].events["Sent"].cls is space["Sent"]
+
+
 def test_functions_of_one_name_from_two_modules_are_two() -> None:
     """A script that is also imported by its name declares each task twice; both names are said."""
     app = shop()
