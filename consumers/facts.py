@@ -236,12 +236,5 @@ def _tagged(spec: JobSpec, tags: Mapping[str, str]) -> JobSpec:
     return msgspec.structs.replace(spec, tags=dict(tags))
 
 
-def _untagged(spec: JobSpec) -> JobSpec:
-    """The job without the worker's own mark."""
-    if UNKNOWN_TASK_TAG not in spec.tags:
-        return spec
-    return _tagged(spec, {k: v for k, v in spec.tags.items() if k != UNKNOWN_TASK_TAG})
-
-
 def _shortened(error: ErrorInfo) -> ErrorInfo:
     return ErrorInfo(error.type, error.message[:_SHORT_MESSAGE], None)

@@ -28,7 +28,7 @@ class _Awaited:
 
     def __init__(self, awaitable: Awaitable[Any]) -> None:
         self._awaitable = awaitable
-        self._task: asyncio.Task[None] | None = None
+        self.task: asyncio.Task[None] | None = None
         self._context = contextvars.copy_context()  # the job's
         self.stopped = False
         self.ended = threading.Event()
@@ -37,13 +37,13 @@ class _Awaited:
 
     def start(self, loop: asyncio.AbstractEventLoop) -> None:
         """Run it; on the event loop."""
-        self._task = loop.create_task(self._run(), context=self._context)
+        self.task = loop.create_task(self._run(), context=self._context)
 
     def stop(self) -> None:
         """Cancel it; on the event loop."""
         self.stopped = True
-        if self._task is not None:
-            self._task.cancel()
+        if self.task is not None:
+            self.task.cancel()
 
     async def _run(self) -> None:
         # What comes of it is kept here: asyncio looks at what a task returns or raises, and that may break then.
@@ -57,6 +57,10 @@ class _Awaited:
             self.error = error
         finally:
             self.ended.set()
+
+
+#: The code that awaits what a function in a thread returned.
+AWAITED: CodeType = _Awaited._run.__code__
 
 
 def runs_inside(frame: FrameType | None, caller: CodeType, function: Callable[..., Any]) -> bool:
@@ -142,6 +146,11 @@ class Interrupts:
             raise error
         finally:
             error = None  # as in `call`
+
+    def work_of(self, task: asyncio.Task[Any]) -> Work | None:
+        """The job whose function returned what runs as this task of the event loop. From any thread."""
+        with self._lock:
+            return next((work for work, awaited in self._waiting.items() if awaited.task is task), None)
 
     def _leave(self, work: Work) -> None:
         with self._lock:

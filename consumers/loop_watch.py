@@ -20,7 +20,7 @@ from types import CodeType, FrameType
 
 from jobledger.consumers.execute import Executor
 from jobledger.consumers.garbage import Garbage
-from jobledger.consumers.interrupts import runs_inside
+from jobledger.consumers.interrupts import AWAITED, runs_inside
 from jobledger.consumers.work import Plan, Work
 from jobledger.errors import TaskTimedOut
 from jobledger.logger import get_logger
@@ -132,11 +132,16 @@ class LoopWatch(threading.Thread):
     def _work(self) -> Work | None:
         """The job whose code runs on the loop now."""
         task = asyncio.current_task(self._loop)
-        return None if task is None else next((work for work in list(self._running) if work.handle is task), None)
+        if task is None:
+            return None
+        found = next((work for work in list(self._running) if work.handle is task), None)
+        return found or self._executor.interrupts.work_of(task)
 
     @staticmethod
     def _overdue(work: Work) -> bool:
-        limit = None if work.plan is None else work.plan.task.timeout
+        if work.plan is None or work.handle is None:  # of a function that returned a coroutine the thread is told
+            return False
+        limit = work.plan.task.timeout
         return limit is not None and work.interrupted is None and time.monotonic() - work.began >= limit
 
     def _end(self, work: Work | None) -> None:
@@ -157,7 +162,8 @@ class LoopWatch(threading.Thread):
 
     def _tell(self, work: Work | None, late: float) -> bool:
         frame = sys._current_frames().get(self._thread_id)
-        stack = [] if frame is None else _above(frame, None if work is None else RUN)
+        caller = None if work is None else AWAITED if work.handle is None else RUN
+        stack = [] if frame is None else _above(frame, caller)
         if not stack:
             return False  # no Python code runs there, or no longer this job's: the loop waits, for the CPU perhaps
         where = "".join(traceback.format_list(stack)).rstrip()

@@ -299,6 +299,8 @@ async def _coroutine(how: str, path: str) -> Any:
     await asyncio.sleep(0.01)
     if how == "raises":
         raise ValueError("in the coroutine")
+    if how == "blocks":
+        time.sleep(2.5)  # noqa: ASYNC251  # it is the point
     if how == "waits":
         note(path, "began")
         try:

@@ -413,6 +413,18 @@ def test_a_coroutine_that_a_plain_function_returns_is_awaited(
     assert path.read_text().split("\n") == ["began", "cleaned up", ""]
 
 
+def test_a_returned_coroutine_that_blocks_the_loop_is_named(
+    app: App, worker: Worker, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It runs on the worker's event loop, so its task is named and counted as an async one would be."""
+    handle = tasks.wrapped.submit("blocks", str(tmp_path / "said"))
+    assert result_of(app, handle.job_id)["job"] == handle.job_id
+    assert f"task wrapped blocks the event loop: job {handle.job_id}" in caplog.text
+    assert "time.sleep(2.5)" in caplog.text
+    assert worker.dispatcher is not None
+    assert worker.dispatcher.plans["wrapped"].blocked == 1
+
+
 def test_hooks_surround_a_coroutine_that_a_plain_function_returns(app: App, worker: Worker, tmp_path: Path) -> None:
     """What comes after the task's code comes after the coroutine's, too."""
     path = tmp_path / "said"
