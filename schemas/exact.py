@@ -22,6 +22,11 @@ import msgspec
 #: Characters of a value that are shown.
 _SHOWN = 80
 _GONE: Any = object()
+#: Types whose values JSON always says exactly; and those whose values are the same if they are equal.
+_KEPT = frozenset({str, bool, type(None), msgspec.Raw})
+_NUMBERS = frozenset({int, float})
+_PLAIN = frozenset({str, bool, type(None), int, float})
+_ROWS = frozenset({list, tuple})
 #: What to send in place of a value of these types: as code that a person may write.
 _INSTEAD: tuple[tuple[Any, str], ...] = (
     ((dt.datetime, dt.date, dt.time), "its isoformat()"),
@@ -40,8 +45,10 @@ def changed(given: Any, back: Any, path: str) -> str | None:
     datetime, a dict as a dataclass.
     """
     kind = type(given)
-    if given is None or kind is str or kind is bool or kind is msgspec.Raw:
+    if given is None or kind in _KEPT:
         return None
+    if kind is list or kind is tuple:
+        return _changed_items(given, back, path)
     if isinstance(given, enum.Enum):
         return None if back == given else _other(given, back, path)
     if isinstance(given, float) and not math.isfinite(given):
@@ -146,8 +153,23 @@ def _changed_items(given: Any, back: Any, path: str) -> str | None:
         back = as_json(given)
     if len(back) != len(given):
         return _other(given, back, path)
-    pairs = zip(given, back, strict=True)
-    return next(filter(None, (changed(one, two, f"{path}[{n}]") for n, (one, two) in enumerate(pairs))), None)
+    n = 0
+    for one, two in zip(given, back, strict=True):
+        # Most are numbers and texts, and there may be many: for these no path is made.
+        kind = type(one)
+        if not (kind in _KEPT or (kind in _NUMBERS and kind is type(two) and one == two) or _same_row(one, two)):
+            found = changed(one, two, f"{path}[{n}]")
+            if found is not None:
+                return found
+        n += 1  # noqa: SIM113  # cheaper than another tuple of each pair
+    return None
+
+
+def _same_row(one: Any, two: Any) -> bool:
+    """Whether a tuple of numbers and texts came back as one, or as a list."""
+    if type(one) is not tuple or type(two) not in _ROWS:
+        return False
+    return _PLAIN.issuperset(map(type, one)) and one == tuple(two)
 
 
 def _uncarried(value: Any, path: str) -> str | None:
