@@ -115,7 +115,7 @@ def encode_result(value: Any) -> bytes | None:
         raw = _encode(value)
     except UnicodeEncodeError as exc:
         raise ValueError(exact.unwritable(value, "it") or str(exc)) from exc
-    if type(value) in _EXACT or _decode(raw) == value:
+    if type(value) in _EXACT or _decode(raw) == value or exact.surely_writable(value):
         return raw
     if (why := exact.unwritable(value, "it")) is not None:
         raise ValueError(why)

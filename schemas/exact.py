@@ -15,6 +15,8 @@ import enum
 import math
 import uuid
 from collections.abc import Callable, Iterator, Mapping
+from functools import lru_cache
+from itertools import chain
 from typing import Any
 
 import msgspec
@@ -27,6 +29,8 @@ _KEPT = frozenset({str, bool, type(None), msgspec.Raw})
 _NUMBERS = frozenset({int, float})
 _PLAIN = frozenset({str, bool, type(None), int, float})
 _ROWS = frozenset({list, tuple})
+#: Types whose values JSON says exactly once they have been written.
+_WRITABLE = frozenset({*_KEPT, int, dt.date, uuid.UUID})
 #: What to send in place of a value of these types: as code that a person may write.
 _INSTEAD: tuple[tuple[Any, str], ...] = (
     ((dt.datetime, dt.date, dt.time), "its isoformat()"),
@@ -101,6 +105,29 @@ def unwritable(value: Any, path: str) -> str | None:
             return None  # of a type that only its own serialiser knows
         return None if _equal(value, back) else _other(value, back, path)
     return _first(unwritable, inner)
+
+
+def surely_writable(value: Any) -> bool:
+    """Whether `unwritable` finds nothing in ``value``, which has been written already; False: it must be asked. Quick, for
+    every job's result."""
+    kind = type(value)
+    if kind is list or kind is tuple:
+        kinds = set(map(type, value))
+        if kinds <= _WRITABLE:
+            return True
+        if kinds <= _ROWS:
+            return surely_writable(list(chain.from_iterable(value)))
+        return all(map(surely_writable, value))
+    if kind is dict:
+        return all(type(key) is str for key in value) and all(map(surely_writable, value.values()))
+    if kind in _WRITABLE:
+        return True
+    if kind is float:
+        return math.isfinite(value)
+    if kind is dt.datetime:
+        return value.tzinfo is None or value.tzinfo is dt.UTC
+    names = _names_of(kind)  # type: ignore[arg-type]  # classes are hashable
+    return names is not None and all(surely_writable(getattr(value, name, None)) for name in names)
 
 
 def unsound(value: Any, path: str) -> str | None:
@@ -227,7 +254,11 @@ def _changed_record(given: Any, back: Any, path: str, names: tuple[str, ...]) ->
 
 def _names(value: Any) -> tuple[str, ...] | None:
     """The fields of a record: a dataclass, a Struct, a pydantic model or a class of attrs."""
-    kind = type(value)
+    return _names_of(type(value))  # type: ignore[arg-type]  # classes are hashable
+
+
+@lru_cache(maxsize=256)
+def _names_of(kind: type[Any]) -> tuple[str, ...] | None:
     if issubclass(kind, msgspec.Struct):
         return kind.__struct_fields__
     if dataclasses.is_dataclass(kind):

@@ -313,6 +313,28 @@ def test_a_result_that_json_says_is_fine(value: Any) -> None:
     assert raw is None or json.loads(raw) is not None
 
 
+@pytest.mark.parametrize(
+    ("value", "sure"),
+    [
+        ([(1, "a"), (2, None)], True),
+        ([[1], [2.5, (True,)]], True),
+        ({"a": [Item("a"), {"b": (1.5,)}], "at": dt.datetime(2026, 1, 1, tzinfo=dt.UTC)}, True),
+        (Model(x=1), True),
+        ([(1, NAN)], False),
+        ([[1], [2.5, (math.inf,)]], False),
+        ({"a": Item("a", NAN)}, False),
+        ({1: "a", "1": "b"}, False),
+        ([OLD], False),
+        ({"a": dt.time(1, tzinfo=BERLIN)}, False),
+    ],
+    ids=lambda v: str(v)[:40],
+)
+def test_what_is_surely_writable_is_written_as_it_is(value: Any, sure: bool) -> None:
+    """Most results need no second look, in which paths are made; whatever JSON does not say gets one."""
+    assert exact.surely_writable(value) is sure
+    assert not sure or exact.unwritable(value, "it") is None
+
+
 @dataclasses.dataclass(frozen=True)
 class Measured:
     at: dt.datetime | None = None
