@@ -109,9 +109,10 @@ class Registry:
         """The queue of a task that names this one, or none. Raises `UnknownQueue`."""
         if queue is None:
             if self.default_queue is None:
+                choices = f", one of {sorted(self.queues)}" if self.queues else ""
                 raise UnknownQueue(
                     f"task {task!r} names no queue, and app {self.names.namespace!r} has default_queue=None: "
-                    f"give the task queue=…, one of {sorted(self.queues)}"
+                    f"give the task queue=…{choices}"
                 )
             return self.default_queue
         if self._declared is None or queue == self.default_queue:

@@ -237,6 +237,8 @@ def test_the_default_queue_may_be_another_or_ruled_out() -> None:
             with pytest.raises(UnknownQueue, match=r"names no queue.*default_queue=None.*\['mail'\]"):
                 decorate(takes_anything)
     assert dict(App("shop", default_queue=None).queues) == {}
+    with pytest.raises(UnknownQueue, match=r"give the task queue=…$"):
+        App("shop", default_queue=None).task(send)
     with pytest.raises(ConfigError, match="default_queue"):
         App("shop", default_queue="a b")
 
