@@ -80,7 +80,7 @@ class Outage:
             greenlets.native_sleep(ASK_EVERY_S)
             heard = self._heard
             quiet = time.monotonic() < _quiet_until
-            if quiet or self._answers():
+            if quiet or self._answered():
                 if self.said and not quiet:
                     LOG.info("connected again to %s, after %.0f s", self._address, time.monotonic() - since)
                 self.said = False
@@ -92,12 +92,19 @@ class Outage:
                 error_at = since + LONG_S
                 continue
             now = time.monotonic()
-            if now >= error_at:
-                LOG.error("%s has not been reachable for %.0f s: %s", self._address, now - since, self._text)
-                error_at, self.said = now + AGAIN_S, True
-            elif not self.said:
+            if not self.said:
                 LOG.warning("%s cannot be reached, and is tried again: %s", self._address, self._text)
                 self.said = True
+            elif now >= error_at:
+                LOG.error("%s has not been reachable for %.0f s: %s", self._address, now - since, self._text)
+                error_at = now + AGAIN_S
+
+    def _answered(self) -> bool:
+        try:
+            return self._answers()
+        except Exception:  # without this thread no outage would be told any more
+            LOG.debug("%s could not be asked", self._address, exc_info=True)
+            return False
 
 
 _outages: dict[str, Outage] = {}

@@ -68,6 +68,21 @@ def test_a_connection_that_is_back_at_once_is_no_outage(caplog: pytest.LogCaptur
     assert "Disconnected again" in caplog.records[0].getMessage()
 
 
+def test_a_question_that_breaks_is_no_answer(caplog: pytest.LogCaptureFixture) -> None:
+    """The outage is told, as is its end: whoever watches asks again."""
+    answers: list[bool | Exception] = [RuntimeError("no thread for a client"), False, True]
+
+    def ask() -> bool:
+        found = answers.pop(0)
+        if isinstance(found, Exception):
+            raise found
+        return found
+
+    Outage("k:1", ask).heard("Disconnected")
+    until(over)
+    assert [record.levelno for record in caplog.records] == [logging.WARNING, logging.INFO]
+
+
 def test_a_process_that_stops_says_nothing_of_its_broker(caplog: pytest.LogCaptureFixture) -> None:
     """Both may be told to stop at the same time."""
     outage.stopping()
