@@ -138,7 +138,7 @@ class Backfill:
             if said["label"] != self._label:
                 raise ConfigError(
                     f"a backfill of {self.plan.handler!r} with other bounds was interrupted ({said['label']}): give the same "
-                    "--from and --to to go on with it, or --restart to begin anew"
+                    "--from and --to to continue it, or --restart to start over"
                 )
             found[part.partition] = Range(said["begin"], said["end"], part.offset)
         return found

@@ -362,7 +362,7 @@ class Children:
         if child.why == "timeout":
             limit = plan.task.timeout
             error: BaseException = TimeoutError(
-                f"{plan.name}() ran longer than its timeout of {limit:g} s and went on for {SOFT_S:g} s after it was told "
+                f"{plan.name}() ran longer than its timeout of {limit:g} s and continued for {SOFT_S:g} s after it was told "
                 "to end; its process was killed"
             )
             self._on_ended(work, "timeout", error)

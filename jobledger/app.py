@@ -440,7 +440,7 @@ class App:
         return self.client.emit(self.registry.event_of(type(event)), event)
 
     async def emit_async(self, event: Any) -> EventHandle:
-        """`emit` for asyncio: the event loop goes on while the log acknowledges."""
+        """`emit` for asyncio: the event loop runs on while the log acknowledges."""
         return await self.client.emit_async(self.registry.event_of(type(event)), event)
 
     def emit_many(self, events: Iterable[Any]) -> list[EventHandle]:
@@ -507,8 +507,8 @@ class App:
     def pause(
         self, *, queue: str | None = None, task: str | None = None, reason: str | None = None, by: str | None = None
     ) -> None:
-        """Start nothing more of a queue or a task, on any worker, until `resume`. What
-        runs goes on. Raises as `cancel`."""
+        """Start nothing more of a queue or a task, on any worker, until `resume`. Running
+        jobs continue. Raises as `cancel`."""
         self.orders.pause(*self._ordered(queue, task), reason, by)
 
     def resume(

@@ -106,7 +106,7 @@ class Orders:
             yield records
 
     def pause(self, kind: Kind, name: str, reason: str | None = None, by: str | None = None) -> None:
-        """Start nothing more of a queue or task; what runs goes on. Raises as `cancel` does."""
+        """Start nothing more of a queue or task; running jobs continue. Raises as `cancel` does."""
         self._order(
             f"pause:{kind}:{name}", kind, name, QueuePaused(check_text("by", by or who(), BY_MOST), _reason(reason))
         )

@@ -151,7 +151,7 @@ class Task(Generic[P, R_co]):
         return self.registry.submitter().submit(request)
 
     async def submit_async(self, *args: P.args, **kwargs: P.kwargs) -> JobHandle[R_co]:
-        """`submit` for asyncio: the event loop goes on while the log acknowledges."""
+        """`submit` for asyncio: the event loop runs on while the log acknowledges."""
         request = self.job(*args, **kwargs)
         return await self.registry.submitter().submit_async(request)
 

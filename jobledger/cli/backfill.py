@@ -46,14 +46,14 @@ def backfill(
         typer.Option(metavar="N/s", help="At most so many: 50/s, 3000/min, 1000/h.", show_default="no limit"),
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Count what would be submitted; send nothing.")] = False,
-    restart: Annotated[bool, typer.Option("--restart", help="Forget an interrupted one, begin anew.")] = False,
+    restart: Annotated[bool, typer.Option("--restart", help="Discard an interrupted one and start over.")] = False,
     bootstrap: Bootstrap = None,
     status_url: StatusUrl = None,
     as_json: Json = False,
 ) -> None:
     """Submit a handler's jobs for events of the past, up to now. Jobs that the status table knows are passed over.
 
-    Ctrl-C interrupts it; the same command goes on where it was. Example: jobledger backfill shop:app sync_crm --from
+    Ctrl-C interrupts it; the same command continues it. Example: jobledger backfill shop:app sync_crm --from
     2026-01-01 --rate 50/s --dry-run
     """
     from jobledger.cli.running import stopping
@@ -104,7 +104,7 @@ def backfill(
         if found.unreadable:
             fields.append(("no events", (f"{found.unreadable:,} records, passed", "yellow")))
         if not found.done:
-            fields.append(("interrupted", ("the same command goes on where this one was", "yellow")))
+            fields.append(("interrupted", ("the same command continues it", "yellow")))
         output.print_fields(fields)
     if not found.done:
         raise typer.Exit(Exit.INTERRUPTED)

@@ -53,14 +53,14 @@ _COMMANDS: tuple[tuple[str, str, Callable[..., None], str], ...] = (
     (RUN, "worker", running.worker, "Run jobs."),
     (RUN, "router", running.router, "Submit a job for each handler of each domain event."),
     (RUN, "streams", running.streams, "Run the stream processor: coordinator and materializer."),
-    (RUN, "coordinator", running.coordinator, "Let delayed and retried jobs go when they are due."),
-    (RUN, "materializer", running.materializer, "Keep the status table abreast of the log."),
+    (RUN, "coordinator", running.coordinator, "Release delayed and retried jobs when they are due."),
+    (RUN, "materializer", running.materializer, "Keep the status table up to date with the log."),
     (ASK, "submit", submit.submit, "Submit a job."),
     (ASK, "emit", submit.emit, "Emit a domain event."),
     (OPERATE, "backfill", backfill.backfill, "Run a handler over events of the past."),
     (OPERATE, "check", check.check, "Before a deploy: jobs in the log that this app could not run."),
     (OPERATE, "verify", table.verify, "Compare the status table with the log."),
-    (OPERATE, "rebuild", table.rebuild, "Make the status table anew from the log."),
+    (OPERATE, "rebuild", table.rebuild, "Rebuild the status table from the log."),
 )
 _PROCESSES = frozenset(name for panel, name, *_ in _COMMANDS if panel == RUN)
 #: Those that write nothing to standard output themselves.

@@ -44,7 +44,7 @@ def run(
     metrics: Metrics = None,
     log_format: LogFormat = None,
 ) -> None:
-    """Keep projections abreast of the log, until SIGTERM or Ctrl-C. One that fails ends all; the next start goes on."""
+    """Keep projections up to date with the log, until SIGTERM or Ctrl-C. One that fails stops all; the next start continues."""
     need("jobledger projections run", "streams")
     from jobledger.cli.metrics import serving
 
@@ -130,8 +130,8 @@ def rebuild(
     status_url: StatusUrl = None,
     as_json: Json = False,
 ) -> None:
-    """Fold the whole log anew and put the rows in the table's place. What follows the log
-    meanwhile goes on from there. Refused if the log was trimmed."""
+    """Fold the whole log again and replace the table's rows by the result. A process that follows the log
+    meanwhile continues from there. Refused if the log was trimmed."""
     if not yes:
         typer.confirm(f"Replace the rows of projection {name} by a fold of the whole log?", abort=True, err=True)
     runner = _runner(load_app(target, bootstrap=bootstrap, status_url=status_url), name)

@@ -210,7 +210,7 @@ def router(target: Target, bootstrap: Bootstrap = None, metrics: Metrics = None,
 def coordinator(
     target: Target, bootstrap: Bootstrap = None, metrics: Metrics = None, log_format: LogFormat = None
 ) -> None:
-    """Let delayed and retried jobs go when they are due, until SIGTERM or Ctrl-C. Several share the partitions."""
+    """Release delayed and retried jobs when they are due, until SIGTERM or Ctrl-C. Several share the partitions."""
     need("jobledger coordinator", "streams")
     app = load_app(target, bootstrap=bootstrap)
     logs.set_up()
@@ -233,7 +233,7 @@ def materializer(
     metrics: Metrics = None,
     log_format: LogFormat = None,
 ) -> None:
-    """Keep the status table abreast of the log, until SIGTERM or Ctrl-C. A second one stands by until the first ends.
+    """Keep the status table up to date with the log, until SIGTERM or Ctrl-C. A second one stands by until the first ends.
 
     With several status tables of one namespace, run all but one with --no-upkeep.
     """

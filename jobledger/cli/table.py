@@ -62,7 +62,7 @@ def rebuild(
     status_url: StatusUrl = None,
     as_json: Json = False,
 ) -> None:
-    """Build the status table anew from the log, beside the live one, and swap them. No job runs again.
+    """Rebuild the status table from the log, beside the live one, and swap them. No job runs again.
 
     Stop the materializer first. Jobs of which the log no longer holds everything are carried over.
     """

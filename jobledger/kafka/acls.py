@@ -273,7 +273,7 @@ def check(settings: Settings, namespace: str, topics: Iterable[str]) -> None:
     if lacking:
         raise unauthorized(settings, "starting", TOPIC, *lacking)
     for line in spared:
-        LOG.warning("the %s goes on without a right: %s", settings.role, line)
+        LOG.warning("the %s continues without a right: %s", settings.role, line)
 
 
 def grant(admin: AdminClient, settings: Settings, bindings: Sequence[AclBinding]) -> None:
