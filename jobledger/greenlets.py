@@ -184,7 +184,18 @@ def _in_native_thread(blocking: Callable[..., Any], *args: Any, **more: Any) -> 
     hub = sys.modules["gevent._hub_local"].get_hub_if_exists()
     if hub is None:  # this is one
         return blocking(*args, **more)
-    return hub.threadpool.apply(blocking, args, more)
+    result, error = hub.threadpool.apply(_caught, (blocking, args, more))
+    if error is not None:
+        raise error
+    return result
+
+
+def _caught(blocking: Callable[..., Any], args: Any, more: Any) -> tuple[Any, BaseException | None]:
+    """The result or the exception of a call: gevent prints every exception that is raised in its pool."""
+    try:
+        return blocking(*args, **more), None
+    except BaseException as error:  # noqa: BLE001  # raised again by the caller
+        return None, error
 
 
 def _original(module: str, name: str) -> Any:
