@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Iterator, Mapping
+from itertools import chain
 from typing import (
     TYPE_CHECKING,
     Any,
@@ -594,7 +595,7 @@ class App:
             warn_on_loop("app.job(…, at_least=…)", "app.job_async(…)")
         return self.client.status(job_id, at_least=at_least, timeout=timeout)
 
-    async def job_async(self, job_id: str, *, at_least: Position | None = None, timeout: float = 10.0) -> JobStatus:
+    async def job_async(self, job_id: str, *, at_least: Position | None = None, timeout: Seconds = 10.0) -> JobStatus:
         """`job` for asyncio."""
         return await self.client.status_async(job_id, at_least=at_least, timeout=timeout)
 
@@ -605,8 +606,7 @@ class App:
         or later; with a time zone. ``late``: not started though they could have been so many seconds ago, by this
         machine's clock: their delay or backoff was over, or they were queued without one.
         """
-        for found in self._pages(limit, page, **wanted):
-            yield from found
+        return chain.from_iterable(self._pages(limit, page, **wanted))
 
     async def jobs_async(
         self, *, limit: int | None = None, page: int = 500, **wanted: Unpack[JobFilter]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import typing
+import warnings
 from collections.abc import Awaitable, Callable, Collection, Coroutine, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -125,27 +126,22 @@ def encode_result(value: Any) -> bytes | None:
 class Results:
     """What a function returns: reads a result, a JSON value, as the return annotation says; as it is if there is none.
 
-    ``name``: the task's, for errors. Raises `ConfigError` for an annotation that no JSON can be read as.
+    ``name``: the task's, for errors. An annotation that no JSON can be read as gives a `RuntimeWarning`, and plain JSON:
+    the job's outcome does not depend on it.
     """
 
     def __init__(self, fn: Callable[..., Any], name: str) -> None:
         self._name = name
         self._type = _returned(fn)
         self._shown = inspect.formatannotation(self._type)
-        if self._type is Any:
-            return
-        try:
-            unreadable = next(_unreadable(msgspec.inspect.type_info(self._type)), None)
-        except (TypeError, ValueError) as exc:
-            raise ConfigError(
-                f"task {name!r}: its result cannot be read from JSON as -> {self._shown}: {exc}. Annotate it with what "
-                "comes back, or with Any to get plain JSON"
-            ) from exc
-        if unreadable is not None:
-            raise ConfigError(
-                f"task {name!r}: its result -> {self._shown}: {unreadable.__qualname__} cannot be read from JSON; annotate "
-                "it with JSON types, a dataclass, a TypedDict, a msgspec Struct or a pydantic model, or with Any to get plain JSON"
+        if self._type is not Any and (why := _unreadable_as(self._type)) is not None:
+            warnings.warn(
+                f"task {name!r}: its result cannot be read from JSON as -> {self._shown}: {why}. JobHandle.result() gives plain "
+                "JSON: annotate it with what comes back, or with Any to get plain JSON without this warning",
+                RuntimeWarning,
+                stacklevel=2,
             )
+            self._type = Any
 
     def decode(self, value: Any, job_id: str) -> Any:
         """A job's result as the annotation says. ``value``: as JSON gives it. Raises `ResultMismatch`."""
@@ -155,6 +151,19 @@ class Results:
             return msgspec.convert(value, self._type, dec_hook=_dec_hook, str_keys=True)
         except Exception as exc:  # a dataclass's __post_init__ or a model's validator may raise anything
             raise ResultMismatch(job_id, self._name, self._shown, value, _said(exc)) from exc
+
+
+def _unreadable_as(annotation: Any) -> str | None:
+    """Why no JSON can be read as this type; None if it can."""
+    try:
+        cls = next(_unreadable(msgspec.inspect.type_info(annotation)), None)
+    except (TypeError, ValueError) as exc:
+        return str(exc)
+    return (
+        None
+        if cls is None
+        else f"{cls.__qualname__} is no JSON type, dataclass, TypedDict, msgspec Struct or pydantic model"
+    )
 
 
 def _returned(fn: Callable[..., Any]) -> Any:

@@ -172,9 +172,11 @@ class Client:
         forks.in_child(self)
 
     def after_fork(self) -> None:
-        """A forked child must not use its parent's producers: librdkafka's threads did not come along."""
+        """A forked child must not use its parent's producers, nor wait for the thread that follows jobs: threads did not
+        come along."""
         self._pid, self._single, self._bulk = os.getpid(), None, None
         self._source = source("client")
+        self._follower.after_fork()
 
     def at_exit(self, timeout: float) -> None:
         """Flush and close the connections at the end of the process."""
@@ -457,6 +459,7 @@ class Client:
 
     def _answer(self, question: Question) -> JobStatus:
         try:
+            forks.notice()
             self._follower.ask(question)
             return question.answer.result(question.patience)
         except TimeoutError:
@@ -466,6 +469,7 @@ class Client:
 
     async def _answer_async(self, question: Question) -> JobStatus:
         try:
+            forks.notice()
             self._follower.ask(question)
             async with asyncio.timeout(question.patience):
                 return await asyncio.wrap_future(question.answer)

@@ -187,7 +187,7 @@ class Registry:
             return found
         raise ConfigError(
             f"{kind} {name!r} is already registered: {first} and {found} would share this name; give one of them a name "
-            "of its own with name=…"
+            "of its own with name=…. If a factory declares it each time it is called, make the App in that factory, too"
         )
 
     def task(self, name: str) -> Task[Any, Any]:

@@ -10,7 +10,6 @@ import asyncio
 import copy
 import heapq
 import itertools
-import os
 import threading
 import time
 import warnings
@@ -138,10 +137,10 @@ class Follower:
 
     def __init__(self, table: Callable[[], StatusSource]) -> None:
         self._table = table
-        self._began_anew()
+        self.after_fork()
 
-    def _began_anew(self) -> None:
-        self._pid = os.getpid()
+    def after_fork(self) -> None:
+        """Begin without questions and without a thread: those of the parent did not come along into a forked child."""
         self._changed = threading.Condition()
         #: Open questions by the time of their next look.
         self._due: list[tuple[float, int, Question]] = []
@@ -155,8 +154,6 @@ class Follower:
     def ask(self, question: Question) -> None:
         """See to it that the question is answered; returns at once. Raises `ConnectionUnusable` where no thread can be
         started any more, late in the end of a process."""
-        if self._pid != os.getpid():  # the thread did not come along into a forked child
-            self._began_anew()
         with self._changed:
             self._closed = False
             if self._thread is None:
@@ -174,8 +171,6 @@ class Follower:
 
     def close(self) -> None:
         """Give up on open questions, and end the thread; the next question starts another."""
-        if self._pid != os.getpid():
-            return
         with self._changed:
             self._closed = True
             thread = self._thread

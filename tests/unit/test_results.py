@@ -14,7 +14,7 @@ import msgspec
 import pydantic
 import pytest
 
-from jobledger import App, ConfigError, JobledgerError, ResultMismatch
+from jobledger import App, JobledgerError, ResultMismatch
 
 DAY = dt.date(2026, 1, 2)
 
@@ -188,10 +188,12 @@ def test_a_result_that_does_not_fit_says_what_it_got(annotation: Any, value: Any
         (Order | Line, "more than one dataclass"),
     ],
 )
-def test_an_annotation_that_no_json_can_be_read_as_is_refused_when_declared(annotation: Any, named: str) -> None:
-    """A task whose result could not come back as its annotation says is refused, with the way to plain JSON."""
-    with pytest.raises(ConfigError, match=rf"(?s)'work'.*result.*{named}.*Any to get plain JSON"):
-        App("shop").task(returning(annotation))
+def test_an_annotation_that_no_json_can_be_read_as_gives_plain_json_and_a_warning(annotation: Any, named: str) -> None:
+    """A task whose result cannot come back as its annotation says is taken: the warning names the way out, once, when it is
+    declared."""
+    with pytest.warns(RuntimeWarning, match=rf"(?s)'work'.*result.*{named}.*Any to get plain JSON"):
+        task = App("shop").task(returning(annotation))
+    assert task.decode_result({"plain": 1}, "job-1") == {"plain": 1}
 
 
 def test_a_fallback_and_a_handler_give_results_of_their_own() -> None:
