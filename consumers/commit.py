@@ -16,12 +16,16 @@ from jobledger.config import Settings
 from jobledger.consumers.offsets import Snapshot
 from jobledger.consumers.settle import Settler
 from jobledger.consumers.work import Lease, Partition
-from jobledger.errors import ConfigError, JobledgerError
+from jobledger.errors import BrokerUnavailable, ConfigError, JobledgerError
 from jobledger.logger import get_logger
+from jobledger.outage import outage_of
 
 LOG = get_logger("jobledger.worker")
 
 COMMIT_INTERVAL_S = 0.1
+#: Seconds after which a commit is lost. The client itself gives up sooner: after its session timeout of 45 s if it finds
+#: no coordinator, after 10 s if the coordinator does not answer.
+LOST_S = 120.0
 
 
 class Committer:
@@ -46,6 +50,7 @@ class Committer:
         )
         self.commits = self.errors = 0
         self.last_error: str | None = None
+        self._asked_at: float | None = None  # of the commit that is under way
 
     def commit(self, partitions: Iterable[Partition], *, final: bool = False) -> bool:
         """Commit the present state of ``partitions``; whether the coordinator took all of it.
@@ -76,7 +81,7 @@ class Committer:
         """Commit what is given; whether the coordinator took all of it."""
         if self._settler.broken or not taken:
             return False
-        asked_at = time.monotonic()
+        asked_at = self._asked_at = time.monotonic()
         parts = [TopicPartition(p.topic, p.number, s.offset, s.metadata) for p, s in taken]
         errors: dict[int, KafkaError] = {}
         try:
@@ -84,6 +89,8 @@ class Committer:
             errors = {r.partition: r.error for r in results or () if r.error is not None}
         except KafkaException as exc:
             errors = {p.number: exc.args[0] for p, _ in taken}
+        finally:
+            self._asked_at = None
         self.commits += 1
         for partition, said in taken:
             error = errors.get(partition.number)
@@ -99,6 +106,19 @@ class Committer:
         if not errors:
             self.last_error = None
         return not errors
+
+    def check(self, now: float) -> None:
+        """Stop the worker if the client has lost a commit: that happens when a broker restarts. The fetch thread would
+        wait for it for ever, and nothing of this queue would run any more. Callable from any thread."""
+        asked_at = self._asked_at
+        if asked_at is None or now - asked_at < LOST_S or outage_of(self._settings).said:
+            return
+        self._fail(
+            BrokerUnavailable(
+                f"a commit of group {self._group} has not returned for {now - asked_at:.0f} s, although the cluster answers: "
+                "the Kafka client has lost it, and this worker would run no more jobs of that queue. It ends; start it again"
+            )
+        )
 
     def _refused(self, partition: Partition, error: KafkaError) -> None:
         self.errors += 1

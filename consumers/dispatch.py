@@ -182,6 +182,8 @@ class Dispatcher:
     def tick(self) -> None:
         """Called by the settler every 0.1 s: late progress is sent, and what waited for acknowledgements goes on."""
         now = _monotonic()
+        for fetcher in self.fetchers:
+            fetcher.committer.check(now)
         self.starter.clock_ms = self._broker_ms() - time.time() * 1000
         for work in list(self.running):
             if work.unsent is not None:

@@ -208,8 +208,8 @@ class Settings:
         found = running_bootstrap(self.home)
         if found is None:
             raise BrokerUnavailable(
-                "no Kafka broker is configured: set JOBLEDGER_BOOTSTRAP=host:port (or --bootstrap), "
-                "or start the embedded one with `jobledger kafka start`"
+                "no Kafka broker is configured, and the embedded one does not run: set JOBLEDGER_BOOTSTRAP=host:port "
+                "(or --bootstrap), or start the embedded one with `jobledger kafka start`"
             )
         return found
 

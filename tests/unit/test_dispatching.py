@@ -7,6 +7,7 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import json
+import threading
 import time
 from collections import Counter
 from collections.abc import Awaitable, Callable
@@ -19,17 +20,18 @@ from confluent_kafka import Message
 
 from jobledger import App, Queue, Snooze
 from jobledger.config import Settings
-from jobledger.consumers.commit import Committer
+from jobledger.consumers.commit import LOST_S, Committer
 from jobledger.consumers.dispatch import Dispatcher
 from jobledger.consumers.execute import Executor
 from jobledger.consumers.facts import Facts
-from jobledger.consumers.offsets import PartitionOffsets, Restored, decode
+from jobledger.consumers.offsets import PartitionOffsets, Restored, Snapshot, decode
 from jobledger.consumers.outcome import Cancelled
 from jobledger.consumers.places import Places
 from jobledger.consumers.send import Sender
 from jobledger.consumers.settle import Settler, new_arrived
 from jobledger.consumers.work import Lease, Partition
-from jobledger.errors import JobledgerError
+from jobledger.errors import BrokerUnavailable, JobledgerError
+from jobledger.outage import outage_of
 from jobledger.retry import Retry
 from jobledger.schemas import codec, frame
 from jobledger.schemas.events import JobCancelled, JobEvent, JobFailed, JobRetried, JobSpec, JobSubmitted
@@ -386,6 +388,39 @@ def test_an_attempt_in_place_is_handed_over_before_its_word_is_acknowledged() ->
         bench.close()
 
     run(test)
+
+
+def test_a_commit_that_the_client_has_lost_ends_the_worker() -> None:
+    """A commit that does not return ends the worker, unless the cluster is away: its queue would make no progress."""
+    asked, returns = threading.Event(), threading.Event()
+    failed: list[JobledgerError] = []
+
+    def commit(offsets: list[Any], asynchronous: bool) -> list[Any]:
+        asked.set()
+        returns.wait(60.0)
+        return []
+
+    settings = Settings(bootstrap="lost.example:9092")
+    lease = Lease(60.0, lambda: None)
+    settler = cast(Any, SimpleNamespace(broken=False))
+    committer = Committer(settings, cast(Any, SimpleNamespace(commit=commit)), "g", lease, settler, failed.append)
+    taken = [(Partition("shop.jobs.mail", 0, lease, 0, None), Snapshot(0, ""))]
+    thread = threading.Thread(target=committer.commit_snapshots, args=(taken,))
+    committer.check(time.monotonic() + 2 * LOST_S)
+    thread.start()
+    assert asked.wait(60.0)
+    committer.check(time.monotonic() + LOST_S / 2)
+    outage_of(settings).said = True
+    committer.check(time.monotonic() + 2 * LOST_S)
+    assert not failed
+    outage_of(settings).said = False
+    committer.check(time.monotonic() + 2 * LOST_S)
+    assert [type(error) for error in failed] == [BrokerUnavailable]
+    assert "group g" in str(failed[0])
+    returns.set()
+    thread.join(60.0)
+    committer.check(time.monotonic() + 2 * LOST_S)
+    assert len(failed) == 1
 
 
 def test_an_exception_that_cannot_be_judged_fails_its_job_alone() -> None:
