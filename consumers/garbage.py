@@ -23,8 +23,10 @@ GROWN, GROWN_SHARE = 64 << 20, 8
 #: The same while no job begins or ends: nobody is held up then.
 GROWN_IDLE = 8 << 20
 #: After a collection there is none for so many times as long as it took: the event loop waits for it, and where jobs take
-#: and free much memory, nearly every look would find growth.
+#: and free much memory, nearly every look would find growth. Growth by so many bytes, or such a share of what is in use, does
+#: not wait: memory is bounded before anything else.
 PAUSE = 9
+GROWN_MOST, GROWN_MOST_SHARE = 256 << 20, 2
 
 
 def due(in_use: int, after_last: int, idle: bool) -> bool:
@@ -65,11 +67,13 @@ class Garbage:
         self.collections = 0
 
     def look(self, *, idle: bool) -> None:
-        """Collect if the process has grown enough since the last collection, and that is long enough ago."""
+        """Collect if the process has grown enough since the last collection, and that is long enough ago; or has grown much."""
         now = self._in_use()
         if due(now, self._after_last, idle):
             began = self._clock()
-            if began < self._not_before:
+            if began < self._not_before and now - self._after_last < max(
+                GROWN_MOST, self._after_last // GROWN_MOST_SHARE
+            ):
                 return
             self._collect()
             ended = self._clock()

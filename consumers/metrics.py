@@ -19,7 +19,7 @@ from jobledger.config import Settings
 from jobledger.consumers.gates import Scope
 from jobledger.consumers.work import RUN_BOUNDS_S, WAIT_BOUNDS_MS, Partition
 from jobledger.extras import missing
-from jobledger.log import admin
+from jobledger.log import admin, answer_of
 from jobledger.logger import get_logger
 
 try:
@@ -69,7 +69,7 @@ class LogEnds:
             {TopicPartition(*where): spec for where in wanted}, request_timeout=ENDS_TIMEOUT_S
         )
         for where, answer in asked.items():
-            self._known[where.topic, where.partition] = answer.result(ENDS_TIMEOUT_S).offset
+            self._known[where.topic, where.partition] = answer_of(answer, ENDS_TIMEOUT_S).offset
 
 
 def _histogram(counts: Sequence[int], bounds: Sequence[float]) -> list[tuple[str, float]]:

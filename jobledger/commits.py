@@ -13,7 +13,7 @@ from confluent_kafka import KafkaException, TopicPartition
 
 from jobledger.access import Need
 from jobledger.config import Settings
-from jobledger.log import admin, committed, consumer, consumer_config, partitions_of, translate
+from jobledger.log import admin, answer_of, committed, consumer, consumer_config, partitions_of, translate
 from jobledger.names import Names
 
 
@@ -72,7 +72,7 @@ def lifecycle_groups(settings: Settings, names: Names, timeout: float = 10.0) ->
     group_offsets(settings, prefix, names.lifecycle, timeout)
     client = admin(settings)  # held: its answers die with it
     try:
-        found = client.list_consumer_groups(request_timeout=timeout).result(timeout + 5.0)
+        found = answer_of(client.list_consumer_groups(request_timeout=timeout), timeout)
     except KafkaException as exc:
         raise translate(exc.args[0], settings, "listing consumer groups") from exc
     for error in found.errors:

@@ -10,7 +10,8 @@ import os
 import socket
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, Self
+from concurrent.futures import Future
+from typing import Any, Self, TypeVar
 
 from confluent_kafka import Consumer, KafkaError, KafkaException, Message, Producer, TopicPartition
 from confluent_kafka.admin import (  # type: ignore[attr-defined]  # re-exported without saying so
@@ -38,6 +39,8 @@ from jobledger.schemas.events import JobEvent, Position, Recorded
 
 LOG = get_logger("jobledger.kafka")
 
+T = TypeVar("T")
+
 #: One partitioner everywhere: the same key lands on the same partition from librdkafka, Java and Faust.
 PARTITIONER = "murmur2_random"
 
@@ -64,6 +67,9 @@ ELECTING = (
 #: What a reader without a group passes over: connections mend themselves, and the group's
 #: name stands there for the form.
 PASSING = (KafkaError._TRANSPORT, KafkaError._ALL_BROKERS_DOWN, KafkaError.GROUP_AUTHORIZATION_FAILED)
+
+#: Seconds beyond its own timeout that a request of an admin client is waited for.
+ANSWER_MARGIN_S = 5.0
 
 #: librdkafka's own bound of a batch (``batch.size``), and what a batch may have beside what librdkafka counts, bytes.
 BATCH_BYTES, BATCH_MARGIN = 1_000_000, 100
@@ -251,11 +257,20 @@ def topic_settings(
     wanted = [ConfigResource(ResourceType.TOPIC, topic) for topic in topics]
     for resource, future in client.describe_configs(wanted, request_timeout=timeout).items() if wanted else ():
         try:
-            found[resource.name] = {key: entry.value for key, entry in future.result(timeout + 5.0).items()}
+            found[resource.name] = {key: entry.value for key, entry in answer_of(future, timeout).items()}
         except KafkaException as exc:
             if exc.args[0].code() not in (KafkaError.TOPIC_AUTHORIZATION_FAILED, *MISSING):
                 raise translate(exc.args[0], settings, f"asking for the settings of {resource.name}") from exc
     return found
+
+
+def answer_of(future: Future[T], timeout: float) -> T:
+    """What an admin client was asked with a ``request_timeout`` of ``timeout`` seconds. Its own errors come first, as
+    `KafkaException`; where a busy machine lets even these wait, that is the same timeout."""
+    try:
+        return future.result(timeout + ANSWER_MARGIN_S)
+    except TimeoutError:
+        raise KafkaException(KafkaError(KafkaError._TIMED_OUT)) from None
 
 
 def batch_room(settings: Settings, names: Names) -> int | None:

@@ -27,7 +27,7 @@ from confluent_kafka.admin import (  # type: ignore[attr-defined]  # re-exported
 from jobledger.access import Door, read
 from jobledger.config import Settings
 from jobledger.errors import BrokerUnavailable
-from jobledger.log import PASSING, admin, consumer, consumer_config, translate
+from jobledger.log import PASSING, admin, answer_of, consumer, consumer_config, translate
 from jobledger.logger import get_logger
 from jobledger.names import Names
 from jobledger.streams.store.protocol import Partition
@@ -206,8 +206,8 @@ def identities(client: AdminClient, topics: Iterable[str], timeout: float = REQU
     asked = TopicCollection(sorted(topics))
     for topic, future in client.describe_topics(asked, request_timeout=timeout).items():
         try:
-            found[topic] = str(future.result(timeout + 1.0).topic_id)
-        except (KafkaException, TimeoutError):
+            found[topic] = str(answer_of(future, timeout).topic_id)
+        except KafkaException:
             continue
     return found
 
@@ -230,7 +230,7 @@ def bounds(
             asked = client.list_offsets(dict.fromkeys(left, spec), request_timeout=timeout)
             for at, future in asked.items():
                 try:
-                    told[(at.topic, at.partition)] = future.result(timeout + 1.0).offset
+                    told[(at.topic, at.partition)] = answer_of(future, timeout).offset
                 except KafkaException as exc:
                     error: KafkaError = exc.args[0]
                     again = error.retriable() or error.code() in (*_TRANSPORT, *_ELECTING)

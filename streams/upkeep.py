@@ -26,7 +26,7 @@ from jobledger.config import Settings
 from jobledger.errors import BrokerUnavailable, JobledgerError, SchemaError
 from jobledger.extras import missing
 from jobledger.job import Life
-from jobledger.log import LogReader, admin, decoder, now_us, partitions_of, recorded, source, translate
+from jobledger.log import LogReader, admin, answer_of, decoder, now_us, partitions_of, recorded, source, translate
 from jobledger.logger import get_logger
 from jobledger.names import Names
 from jobledger.outage import log_missed
@@ -68,6 +68,8 @@ TRIMMED = Counter("jobledger_trimmed_records", "Records deleted past the retenti
 
 #: Overdue releases that one round of the watchdog looks at.
 OVERDUE_PAGE = 1_000
+#: Seconds that the broker gets to delete records.
+DELETE_TIMEOUT_S = 30.0
 #: Open jobs one audit looks at, the oldest first: one that was lost becomes the oldest as the others end.
 AUDIT_MOST = 10_000
 #: Unfinished jobs past the retention age that trimming can reason about at once; with more it waits.
@@ -358,9 +360,9 @@ class Upkeep:
             return
         wanted = [TopicPartition(topic, partition, offset) for (topic, partition), offset in limits.items()]
         client = admin(self.settings)  # kept: a client that is collected never settles its futures
-        for at, future in client.delete_records(wanted, request_timeout=30.0).items():
+        for at, future in client.delete_records(wanted, request_timeout=DELETE_TIMEOUT_S).items():
             try:
-                future.result(timeout=60.0)
+                answer_of(future, DELETE_TIMEOUT_S)
             except KafkaException as exc:
                 delete = Need("Delete", "topic", at.topic)
                 raise translate(exc.args[0], self.settings, f"trimming {at.topic}", delete) from exc

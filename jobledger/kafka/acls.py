@@ -257,7 +257,7 @@ def check(settings: Settings, namespace: str, topics: Iterable[str]) -> None:
     for topic, future in told.items():
         may: Container[AclOperation] = ()
         try:
-            may = future.result(2 * REQUEST_TIMEOUT_S).authorized_operations or _ANY
+            may = log.answer_of(future, REQUEST_TIMEOUT_S).authorized_operations or _ANY
         except KafkaException as exc:
             if exc.args[0].code() == KafkaError.UNKNOWN_TOPIC_OR_PART:
                 continue
@@ -283,7 +283,7 @@ def grant(admin: AdminClient, settings: Settings, bindings: Sequence[AclBinding]
         return
     for future in admin.create_acls(list(bindings), request_timeout=REQUEST_TIMEOUT_S).values():
         try:
-            future.result(2 * REQUEST_TIMEOUT_S)
+            log.answer_of(future, REQUEST_TIMEOUT_S)
         except KafkaException as exc:
             error = exc.args[0]
             if error.name() == "SECURITY_DISABLED":

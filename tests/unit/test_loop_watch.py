@@ -55,12 +55,29 @@ def test_collections_take_a_tenth_of_the_time_at_most() -> None:
         nonlocal now, spent
         now, spent = now + 0.25, spent + 0.25
 
-    watched = Garbage(lambda: (1_000 + 500 * (looks % 2)) * MIB, collect, lambda: now)
+    watched = Garbage(lambda: (1_000 + 200 * (looks % 2)) * MIB, collect, lambda: now)
     while now < 60:
         now, looks = now + 0.1, looks + 1
         watched.look(idle=False)
     assert 2 < spent <= now / 10
     assert watched.collections == spent / 0.25
+
+
+def test_growth_does_not_wait_for_the_next_collections_time() -> None:
+    """Collections that take a second each, on a busy machine, and jobs that leave 100 MiB in cycles between two looks: what is
+    in use stays bounded."""
+    now, used, most = 0.0, 100, 0
+
+    def collect() -> None:
+        nonlocal now, used
+        now, used = now + 1.0, 100
+
+    watched = Garbage(lambda: used * MIB, collect, lambda: now)
+    for _ in range(300):
+        now, used = now + 0.1, used + 100
+        most = max(most, used)
+        watched.look(idle=False)
+    assert most <= 100 + 256 + 100
 
 
 def test_the_memory_in_use_is_known() -> None:
