@@ -50,6 +50,7 @@ class Committer:
         )
         self.commits = self.errors = 0
         self.last_error: str | None = None
+        self._last_code: int | None = None
         self._asked_at: float | None = None  # of the commit that is under way
 
     def commit(self, partitions: Iterable[Partition], *, final: bool = False) -> bool:
@@ -104,7 +105,7 @@ class Committer:
             # The coordinator checks the member and its epoch for the request as a whole.
             self._lease.confirm(asked_at)
         if not errors:
-            self.last_error = None
+            self.last_error = self._last_code = None
         return not errors
 
     def check(self, now: float) -> None:
@@ -122,10 +123,10 @@ class Committer:
 
     def _refused(self, partition: Partition, error: KafkaError) -> None:
         self.errors += 1
-        text = f"{partition!r}: {error.str()}"
-        if self.last_error != text:
-            LOG.info("commit refused, the next one will say it again: %s", text)
-            self.last_error = text
+        if self._last_code != error.code():  # one line, not one for each partition
+            LOG.info("a commit was refused; the next one repeats it: %r: %s", partition, error.str())
+            self._last_code = error.code()
+        self.last_error = f"{partition!r}: {error.str()}"
         if error.code() == KafkaError.OFFSET_METADATA_TOO_LARGE:
             self._fail(
                 ConfigError(

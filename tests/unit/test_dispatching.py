@@ -16,7 +16,7 @@ from typing import Any, cast
 
 import pytest
 import uuid_utils
-from confluent_kafka import Message
+from confluent_kafka import KafkaError, KafkaException, Message
 
 from jobledger import App, Queue, Snooze
 from jobledger.config import Settings
@@ -421,6 +421,30 @@ def test_a_commit_that_the_client_has_lost_ends_the_worker() -> None:
     thread.join(60.0)
     committer.check(time.monotonic() + 2 * LOST_S)
     assert len(failed) == 1
+
+
+def test_a_refused_commit_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
+    """Refusals of the same kind are one line for all partitions of a queue, until a commit is accepted."""
+    refusals: list[Exception] = []
+
+    def commit(offsets: list[Any], asynchronous: bool) -> list[Any]:
+        if refusals:
+            raise refusals.pop()
+        return []
+
+    lease = Lease(60.0, lambda: None)
+    settler = cast(Any, SimpleNamespace(broken=False))
+    consumer = cast(Any, SimpleNamespace(commit=commit))
+    committer = Committer(Settings(), consumer, "g", lease, settler, lambda error: None)
+    taken = [(Partition("shop.jobs.mail", number, lease, 0, None), Snapshot(0, "")) for number in range(3)]
+    loading = KafkaException(KafkaError(KafkaError.COORDINATOR_LOAD_IN_PROGRESS))
+    with caplog.at_level("INFO", logger="jobledger.worker"):
+        for accepted in (False, False, True, False):
+            refusals[:] = [] if accepted else [loading]
+            assert committer.commit_snapshots(taken) is accepted
+    assert sum("a commit was refused" in record.message for record in caplog.records) == 2
+    assert committer.last_error is not None
+    assert committer.errors == 9
 
 
 def test_an_exception_that_cannot_be_judged_fails_its_job_alone() -> None:
