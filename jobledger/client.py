@@ -382,7 +382,7 @@ class Client:
                 f"event {kind.name!r} stands on {kind.topic}, a topic of others: it can be handled, not emitted"
             )
         head = b""
-        lookup = SchemaLookup(self.settings, self.names)
+        lookup = SchemaLookup(self.settings, self.names, timeout=self.settings.submit_timeout)
         try:
             known = lookup.all()
             check_evolution(kind.name, kind.schema, earlier_of(kind, known))

@@ -31,10 +31,11 @@ class SchemaLookup:
 
     The topic's end is asked for every time. A schema is published before its first record, so what is not there now is
     published nowhere; an answer from a moment ago would reject the good records of a writer that has just begun.
+    ``timeout``: seconds that a broker may take to tell of the topic.
     """
 
-    def __init__(self, settings: Settings, names: Names) -> None:
-        self._settings, self._names = settings, names
+    def __init__(self, settings: Settings, names: Names, *, timeout: float = 10.0) -> None:
+        self._settings, self._names, self._timeout = settings, names, timeout
         self._registry = None if settings.schema_registry is None else Registry(settings.schema_registry)
         self._known: dict[bytes, str] = {}
         self._by_key: dict[bytes, str] = {}
@@ -143,7 +144,7 @@ class SchemaLookup:
     def _read(self) -> None:
         topic = self._names.schemas
         if self._reader is None:
-            self._partitions = partitions_of(self._settings, topic)
+            self._partitions = partitions_of(self._settings, topic, self._timeout)
             self._reader = LogReader(self._settings)
         for partition in range(self._partitions):
             begin = self._next.get(partition, 0)

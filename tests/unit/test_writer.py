@@ -5,11 +5,13 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
+import time
 from typing import cast
 
 import pytest
 from confluent_kafka import KafkaError, Message
 
+from jobledger import App
 from jobledger.client import Client, StatusSource
 from jobledger.config import Settings
 from jobledger.errors import BrokerUnavailable
@@ -74,3 +76,18 @@ def test_a_callback_that_breaks_is_logged_and_the_next_one_is_called(
     assert settled(writer) is not None
     assert "a delivery callback broke" in caplog.text
     writer.close(0.0)
+
+
+def test_the_first_event_of_a_class_waits_for_a_broker_as_a_submission_does() -> None:
+    """It waits JOBLEDGER_SUBMIT_TIMEOUT, and no span of its own, while its class is compared with the log."""
+    app = App("shop", settings=Settings(bootstrap="127.0.0.1:1", submit_timeout=1.0))
+
+    @app.event
+    class Happened:
+        rows: int
+
+    began = time.monotonic()
+    with pytest.raises(BrokerUnavailable, match=r"127\.0\.0\.1:1 did not answer in time"):
+        app.emit(Happened(1))  # type: ignore[call-arg]  # see told_of_events in test_typing.py
+    assert 0.9 <= time.monotonic() - began < 9.0
+    app.close()
