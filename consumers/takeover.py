@@ -118,7 +118,7 @@ class Takeover(RangesThread[tuple[Fetcher, list[Partition]]]):
         self._ready(done)
 
     def _with_facts(self, topic: str, partitions: list[Partition]) -> list[Partition]:
-        """Those whose facts have a place on lifecycle. Of the others nothing is run, and the rest goes on."""
+        """Those whose facts have a place on lifecycle. The others run nothing; these are served."""
         there = self._log.partitions(self._names.lifecycle)
         if all(p.number < there for p in partitions):
             return partitions
