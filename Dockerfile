@@ -9,8 +9,8 @@ COPY jobledger jobledger
 COPY schemas schemas
 COPY consumers consumers
 COPY streams streams
-# aiohttp, airportsdata and tzdata are the demo's.
-RUN pip install --no-cache-dir '.[worker,streams,registry,postgres]' aiohttp==3.* airportsdata==20260905 tzdata==2026.6
+# aiohttp, airportsdata, psutil and tzdata are the demo's.
+RUN pip install --no-cache-dir '.[worker,streams,registry,postgres]' aiohttp==3.* airportsdata==20260905 psutil tzdata==2026.6
 
 RUN useradd --uid 10001 --create-home jobledger && mkdir /data && chown jobledger /data
 WORKDIR /app

@@ -51,6 +51,7 @@ def test_every_variable_that_the_code_and_the_reference_name_is_known() -> None:
     """What one part reads, another must not refuse as a typo."""
     root = Path(__file__).resolve().parents[2]
     sources = [p for folder in ("jobledger", "consumers", "streams", "schemas") for p in (root / folder).rglob("*.py")]
+    sources += [*root.glob("tests/*.py"), *root.glob(".ci/run")]  # what tests themselves are told by
     found: set[str] = set()
     for path in (*sources, root / "docs/reference.md", root / "docs/hooks.md", root / "docker-compose.yml"):
         found |= set(re.findall(rf"(?<![_A-Z]){PREFIX}[A-Z_]+", path.read_text("utf-8")))
