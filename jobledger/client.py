@@ -504,7 +504,10 @@ async def _post_async(
 
 
 async def _aside(function: Callable[P, T], *args: P.args, **more: P.kwargs) -> T:
-    """Call what blocks in a thread; here if none can be had any more, at the end of the process."""
+    """Call what blocks in a thread; here if none can be had any more, at the end of the process, or if it would wait for
+    what a signal handler has interrupted here."""
+    if forks.inside():
+        return function(*args, **more)
     try:
         waiting = asyncio.get_running_loop().run_in_executor(None, partial(function, *args, **more))
     except RuntimeError:

@@ -180,6 +180,14 @@ class Lock(Alone):
             self._lock = threading.RLock()
 
 
+def inside() -> bool:
+    """Whether this thread is inside of anything that it must not begin again: a signal handler has interrupted it there."""
+    try:
+        return any(each.busy() for each in list(_alone))
+    except RuntimeError:  # another thread opens something at this moment
+        return True
+
+
 # -- forks --------------------------------------------------------------------------------------------------------------
 
 

@@ -107,3 +107,12 @@ def test_identical_children_are_numbered_whoever_submits_them() -> None:
         thread.join()
     assert len(set(found)) == 800
     assert set(found) == {again.child_id("t", b"{}") for _ in range(800)}
+
+
+def test_a_thread_knows_that_it_is_inside_of_something() -> None:
+    """What blocks is then called here, and not in a thread that would wait for this one."""
+    lock = forks.Lock()
+    assert not forks.inside()
+    with lock("opening the connection"):
+        assert forks.inside()
+    assert not forks.inside()
