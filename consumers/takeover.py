@@ -61,7 +61,10 @@ class _Plan:
 
 
 class Takeover(RangesThread[tuple[Fetcher, list[Partition]]]):
-    """Takes assigned partitions over, a batch at a time; ``ready`` is called with those that may be run."""
+    """Takes assigned partitions over, a batch at a time; ``ready`` is called with those that may be run.
+
+    ``known_places``: how many partitions lifecycle had when somebody looked.
+    """
 
     def __init__(
         self,
@@ -70,10 +73,12 @@ class Takeover(RangesThread[tuple[Fetcher, list[Partition]]]):
         settler: Settler,
         decoder: Decoder,
         *,
+        known_places: int,
         ready: Callable[[list[Partition]], None],
         fail: Callable[[JobledgerError], None],
     ) -> None:
         super().__init__("jobledger-takeover", "taking partitions over", settings, fail)
+        self._known_places = known_places
         self._names, self._settler, self._decoder, self._ready = names, settler, decoder, ready
         #: Releases found closed in the log, seeded releases and seconds spent, since the start.
         self.found = self.seeded = 0
@@ -119,8 +124,11 @@ class Takeover(RangesThread[tuple[Fetcher, list[Partition]]]):
 
     def _with_facts(self, topic: str, partitions: list[Partition]) -> list[Partition]:
         """Those whose facts have a place on lifecycle. The others run nothing; these are served."""
-        there = self._log.partitions(self._names.lifecycle)
-        if all(p.number < there for p in partitions):
+        most = max((p.number for p in partitions), default=-1)
+        if most < self._known_places:  # it never has fewer than it had
+            return partitions
+        there = self._known_places = self._log.partitions(self._names.lifecycle)
+        if most < there:
             return partitions
         why = lifecycle_too_small(topic, self._log.partitions(topic), self._names.lifecycle, there)
         beyond = [p for p in partitions if p.number >= there]

@@ -125,6 +125,7 @@ class Worker:
         self.control: ControlReader | None = None
         self.children: Children | None = None
         self.leases: Leases | None = None
+        self._lifecycle_partitions = 0
         self.topics = TopicWatch(settings, registry.names, self._topics, LOG)
         self.watch: LoopWatch | None = None
         self._target = self._find_target()
@@ -237,6 +238,7 @@ class Worker:
             count = self._patiently(partial(partitions_of, self.settings, topic))
             if count > lifecycle:
                 raise ConfigError(lifecycle_too_small(topic, count, names.lifecycle, lifecycle))
+        self._lifecycle_partitions = lifecycle
 
         # The schema is there, acknowledged, before anything is written with it.
         tasks = self.registry.tasks
@@ -339,7 +341,15 @@ class Worker:
             too_large=executor.refused_as_too_large,
             each_tick=dispatcher.tick,
         )
-        takeover = self.takeover = Takeover(settings, names, settler, decode, ready=dispatcher.ready, fail=self.fail)
+        takeover = self.takeover = Takeover(
+            settings,
+            names,
+            settler,
+            decode,
+            known_places=self._lifecycle_partitions,
+            ready=dispatcher.ready,
+            fail=self.fail,
+        )
         self.fetchers = [
             Fetcher(
                 settings,

@@ -54,7 +54,9 @@ class Message:
 def scanned(*facts: tuple[int, ev.Fact], framed: bool = False) -> _Plan:
     """The scan of these facts, (release, fact) each, of one job; ``framed``: none of them is read at a glance."""
     nothing = cast(Any, None)
-    takeover = Takeover(Settings(bootstrap="h:1"), Names("shop"), nothing, codec.Decoder(), ready=nothing, fail=nothing)
+    takeover = Takeover(
+        Settings(bootstrap="h:1"), Names("shop"), nothing, codec.Decoder(), known_places=1, ready=nothing, fail=nothing
+    )
     plan = _Plan(Partition("shop.jobs.slow", 0, Lease(1.0), -1, None))
     for offset, (release, fact) in enumerate(facts):
         event = ev.JobEvent(
