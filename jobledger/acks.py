@@ -63,15 +63,15 @@ class Many:
     def _delivered(
         self,
         index: int,
-        headers: Headers | None,
         error: KafkaError | None,
         message: Message,
         *,
+        headers: Headers | None = None,
         alone: bool = False,
     ) -> None:
         if error is None:
             self._places[index] = (message.partition() or 0, message.offset() or 0)
-        elif self._writer.resend(error, message, headers, partial(self._delivered, index, headers), alone):
+        elif self._writer.resend(error, message, headers, partial(self._delivered, index, headers=headers), alone):
             return
         else:
             self._failed[index] = error
@@ -84,8 +84,11 @@ class Many:
             self._writer.poll(0)
             if index - self._settled >= WINDOW:
                 self._await(WINDOW - CHUNK)
+        delivered = partial(self._delivered, index)
+        if record.headers is not None:
+            delivered = partial(delivered, headers=record.headers)
         try:
-            self._writer.post(record, partial(self._delivered, index, record.headers))
+            self._writer.post(record, delivered)
         except PayloadTooLarge as exc:
             self._failed[index] = exc
             self._settled += 1

@@ -6,8 +6,9 @@ import asyncio
 import inspect
 import uuid
 from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Generic, Literal, ParamSpec, Protocol, TypeVar
+
+import msgspec
 
 from jobledger.arguments import Arguments, Results, encode_result
 from jobledger.durations import Seconds
@@ -30,14 +31,13 @@ R_co = TypeVar("R_co", covariant=True)
 KEY_MOST = 500
 
 
-@dataclass(frozen=True, slots=True)
-class JobRequest(Generic[R_co]):
+class JobRequest(msgspec.Struct, Generic[R_co], frozen=True):
     """A job that was described but not submitted: what `Task.job` returns and `App.submit_many` takes."""
 
     task: Task[Any, R_co]
     args: bytes
     queue: str
-    tags: dict[str, str] = field(default_factory=dict)
+    tags: dict[str, str] = msgspec.field(default_factory=dict)
     delay_ms: int | None = None
     key: str | None = None
     priority: Priority | None = None
