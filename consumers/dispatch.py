@@ -235,8 +235,6 @@ class Dispatcher:
             self.stages[topic].forget({p for p in gone if p.topic == topic})
         self.places.sweep()
         self._divide()
-        if self.executor.parked:
-            self.wake()
 
     def _divide(self) -> None:
         """Each partition number of each level carries a share of the limits."""
@@ -310,10 +308,8 @@ class Dispatcher:
         if not self._polling and self._sender.unacknowledged:
             self._polling = True
             self._loop.call_later(POLL_S, self._poll)
-        if self.executor.parked:
-            self.executor.unpark()
         if not self.starter.accepting:
-            if not running and not self.executor.parked:
+            if not running:
                 self.idle.set()
             return
         if self.lines.parking:

@@ -13,7 +13,6 @@ import random
 import threading
 import time
 from bisect import bisect_left
-from collections import deque
 from collections.abc import Callable
 from functools import partial
 
@@ -71,9 +70,8 @@ _uuid7 = uuid_utils.uuid7
 class Executor:
     """Runs `Work` and sends its facts; what derives from a closing fact the settler sends, when that is acknowledged. ``ended`` is called on the event loop when a job's slot is free again.
 
-    ``fail`` stops the worker when a fact cannot be sent: the job then stays not done. An outcome is written only while it
-    is certain that its partition is ours: this process may have stood still, and another run the job by now. Until that is
-    known it is *parked*; ``wake`` has `unpark` called. ``settle``: have the delivery reports that arrived taken soon.
+    ``fail`` stops the worker when a fact cannot be sent: the job then stays not done. What code came to is written,
+    whoever owns its partition by then: it happened. ``settle``: have the delivery reports that arrived taken soon.
     """
 
     def __init__(
@@ -87,12 +85,9 @@ class Executor:
         ended: Callable[[Work], None],
         ended_in_thread: Callable[[Work], None],
         fail: Callable[[JobledgerError], None],
-        wake: Callable[[], None],
         settle: Callable[[], None],
     ) -> None:
-        self._wake, self._settle = wake, settle
-        #: What is to be written, and of which job.
-        self.parked: deque[tuple[Work, Callable[[], None]]] = deque()
+        self._settle = settle
         self._facts, self._sender, self._lifecycle, self._source, self._limit = facts, sender, lifecycle, source, limit
         self._ended, self._ended_in_thread, self._fail = ended, ended_in_thread, fail
         self._produce = sender.produce
@@ -222,11 +217,8 @@ class Executor:
         partition = work.partition
         source = work.event
         assert source is not None
-        now = _monotonic()
-        if (partition.lost or now > partition.lease.until) and self._park(work, partial(self.succeeded, work, result)):
-            return
         work.flush_progress()
-        duration = now - work.began
+        duration = _monotonic() - work.began
         try:
             fact = encode(
                 JobEvent(
@@ -314,12 +306,6 @@ class Executor:
         if isinstance(outcome, Retried | Snoozed) and outcome.in_place:
             self._goes_on(work, event, outcome)
             return
-        partition = work.partition
-        if (partition.lost or _monotonic() > partition.lease.until) and self._park(
-            work, partial(self.close_with, work, outcome)
-        ):
-            work.outcome = outcome
-            return
         try:
             work.flush_progress()
             duration = _monotonic() - work.began if work.began else 0.0
@@ -350,34 +336,6 @@ class Executor:
         work.closing_delivered(error, message)
         self._settle()
 
-    def _park(self, work: Work, write: Callable[[], None]) -> bool:
-        """Keep an outcome until it is certain whose the partition is; False if it may be written now."""
-        partition = work.partition
-        if work.lease is not None or not (partition.owned or partition.lost):
-            return False  # its own lease tells; or it was handed over while this ran on, which the next owner knows
-        self.parked.append((work, write))
-        partition.lease.wanted = True  # the fetch thread asks the coordinator, and wakes us
-        self._wake()
-        return True
-
-    def unpark(self) -> None:
-        """Write what is certain now; of a partition that was lost, forget what the next owner runs. On the event loop."""
-        now = _monotonic()
-        lost = 0
-        for _ in range(len(self.parked)):
-            work, write = self.parked.popleft()
-            partition = work.partition
-            if partition.lost:
-                partition.live.pop(work.offset, None)
-                lost += 1
-            elif partition.owned and now > partition.lease.until:
-                partition.lease.wanted = True
-                self.parked.append((work, write))
-            else:
-                write()
-        if lost:
-            LOG.warning("%d jobs ended here after their partitions were lost; the next owners run them", lost)
-
     def _told(self, work: Work, event: JobEvent, outcome: Outcome, duration: float) -> None:
         """Count and tell an outcome that is sent. Raises nothing: it must not be taken for one that is not sent."""
         try:
@@ -395,8 +353,6 @@ class Executor:
     def _goes_on(self, work: Work, event: JobEvent, outcome: Retried | Snoozed) -> None:
         """Say that the job is tried again in place; the dispatcher sees to it after ``again_s``."""
         partition = work.partition
-        if partition.lost:
-            return  # the next owner's, who runs it
         try:
             work.flush_progress()
             duration = _monotonic() - work.began if work.began else 0.0

@@ -199,7 +199,7 @@ class Fetcher(threading.Thread):
             return
         self._commit_at = now + COMMIT_INTERVAL_S
         owned = self.owned()
-        # The lease is renewed while there is something to begin or to end, so that this need not wait.
+        # The lease is renewed while there is something to begin, so that this need not wait.
         renew = wanted or (self.lease.until - now < self.lease.seconds / 2 and any(p.raw or p.live for p in owned))
         due = owned if renew else [p for p in owned if p.offsets is not None and p.offsets.changed]
         if due:
@@ -345,8 +345,6 @@ class Fetcher(threading.Thread):
     def _on_lost(self, consumer: Consumer, lost: list[TopicPartition]) -> None:
         parts = [p for t in lost if (p := self._parts.get(t.partition)) is not None]
         self.moved["lost"] += 1
-        for partition in parts:
-            partition.lost = True
         self._give_up(parts)
         if parts:
             LOG.warning("queue %s: lost partitions %s; nothing is committed", self.queue, [p.number for p in parts])

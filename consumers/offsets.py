@@ -32,8 +32,6 @@ SPAN_BUDGET = _PAYLOAD_BUDGET * 8
 #: Facts beside it on lifecycle after which the start of a job that runs need not be found any more: what a takeover reads
 #: is bounded by that, however long jobs run.
 SCAN_MOST = 20_000
-#: Facts of its lifecycle partition that a suspect may lie back, and late ends of it still be found.
-DOUBT_MOST = 100_000
 _VERSION = "2"
 _BEFORE = "1"  # without ``begun``; read, not written
 
@@ -70,8 +68,6 @@ class PartitionOffsets:
     __slots__ = (
         "_ahead",
         "_begun",
-        "_doubt_below",
-        "_doubt_from",
         "_end",
         "_hold",
         "_low",
@@ -93,7 +89,6 @@ class PartitionOffsets:
         self._ahead = list(restored.done)[::-1]  # done by former owners, not received yet; the next one is the last
         self._next_outcome = start_floor
         self._hold: int | None = None
-        self._doubt_below = self._doubt_from = 0
         self._unsettled: dict[int, int] = {}
         self._running: dict[int, int] = {}  # begun, in that order: where their starts stand at the earliest
         self._begun = restored.begun
@@ -161,23 +156,13 @@ class PartitionOffsets:
     @property
     def settled(self) -> bool:
         """Whether no outcome or note has to be looked for in the log."""
-        return not self._unsettled and not self._doubted
+        return not self._unsettled
 
     def hold(self, floor: int | None) -> None:
         """Keep the floor here (a former owner's outcomes are found, but not all in the map yet); None ends it."""
         if floor != self._hold:
             self._hold = floor
             self.changed = True
-
-    def doubt(self, below: int, lifecycle_offset: int) -> None:
-        """A former owner may have begun records below this one, and still write their ends, from this offset of the
-        lifecycle partition on: the next owner must find them, while not all of these are done. Those that lie `DOUBT_MOST`
-        facts back are let go."""
-        self._doubt_below, self._doubt_from = below, lifecycle_offset
-
-    @property
-    def _doubted(self) -> bool:
-        return self.base < self._doubt_below
 
     # -- what is known --------------------------------------------------------------------------------------------
 
@@ -205,11 +190,6 @@ class PartitionOffsets:
         """
         if self._hold is not None:
             return self._hold
-        if self._doubted and self._doubt_from >= self._next_outcome - DOUBT_MOST:
-            return min(self._doubt_from, self._outcomes_floor())
-        return self._outcomes_floor()
-
-    def _outcomes_floor(self) -> int:
         running = self._running
         while running:
             record, start = next(iter(running.items()))

@@ -16,7 +16,7 @@ from jobledger.consumers.children import Children
 from jobledger.consumers.execute import Executor, context_of
 from jobledger.consumers.gates import Room
 from jobledger.consumers.outcome import Failed, Outcome, Succeeded
-from jobledger.consumers.work import Found, Plan, Work
+from jobledger.consumers.work import Plan, Work
 from jobledger.logger import get_logger
 from jobledger.schemas.events import ErrorInfo
 
@@ -34,8 +34,6 @@ ALONE_FROM = 3
 SUSPECTS = 16
 #: Seconds until it is asked again whether a job is still ours.
 AGAIN_S = 0.1
-#: Seconds for which it is believed at first that no end of a suspect came late.
-LOOKED_S = 1.0
 
 
 class Places:
@@ -43,8 +41,6 @@ class Places:
 
     ``begin_again(work)``: says that it starts once more. ``done(work)``: its room and slot are free. ``ours(work)``:
     this worker is to run it; ``certain(work)``: and no other can have taken it over, as far as is known at this moment.
-    ``look(work)`` has `looked` called when it is known whether another has ended it; ``settle_found(work, found)``: then it
-    is done.
 
     A suspect is *waiting* until its code is given to a child: its partition can be handed over meanwhile, and then the
     next owner runs it.
@@ -61,15 +57,12 @@ class Places:
         done: Callable[[Work], None],
         ours: Callable[[Work], bool],
         certain: Callable[[Work], bool],
-        look: Callable[[Work], None],
-        settle_found: Callable[[Work, Found], None],
     ) -> None:
         self.executor, self.threads, self.processes = executor, threads, processes
         self.alone = Room("alone", 1)  # see `ALONE_FROM`
         self.suspects = Room("suspects", SUSPECTS)
         self.children = children
         self._begin_again, self._done, self._ours, self._certain = begin_again, done, ours, certain
-        self._look, self._settle_found = look, settle_found
         self._base = contextvars.copy_context()  # as of `Starter.base`
         self.loop: asyncio.AbstractEventLoop
 
@@ -101,12 +94,10 @@ class Places:
         return Failed("crashed", ErrorInfo("ProcessDied", said))
 
     def go(self, work: Work) -> None:
-        """Run the code of a job that was begun; of a suspect only if it is still ours, and nobody else has ended it."""
+        """Run the code of a job that was begun; of a suspect only if it is still ours."""
         plan, room = work.plan, work.room
         assert plan is not None
-        if self._unlooked(work):
-            self._look(work)
-        elif room is not None and room is not self.threads:
+        if room is not None and room is not self.threads:
             assert self.children is not None
             self.children.run(work)
         elif not self.take(work):
@@ -132,47 +123,12 @@ class Places:
         if not self._certain(work):
             self.loop.call_later(AGAIN_S, self.go, work)
             return False
-        if self._unlooked(work):  # it waited long for a child
-            self._look(work)
-            return False
         if work.lease is None and not work.partition.begin_taking():
             self._done(work)
             return False
         work.waiting = False
         work.partition.taking = False
         return True
-
-    def _unlooked(self, work: Work) -> bool:
-        """Whether the last owner may have written an end of the job since it was looked for. Of a leased job that is the
-        coordinator's to say."""
-        if work.offset >= work.partition.doubted_to or work.lease is not None or not work.suspect:
-            return False
-        # Longer each time: where a child takes long to come, every answer may be too old by then.
-        return self._ours(work) and time.monotonic() - work.looked_at > LOOKED_S * (1 << work.looks)
-
-    def looked(self, work: Work, found: Found | None) -> None:
-        """What was looked for is known: an end of the job, or that there is none."""
-        work.looked_at = time.monotonic()
-        work.looks += 1
-        partition = work.partition
-        if work.abandoned or not self._ours(work):
-            self._done(work)
-            return
-        if found is None or not partition.begin_taking():
-            self.go(work)  # which sees whose it is by then
-            return
-        event = work.event
-        assert event is not None
-        LOG.info(
-            "job %s (%s) was ended by the last owner of %r, and is not run again", event.job_id, event.task, partition
-        )
-        try:
-            work.waiting = False
-            self._settle_found(work, found)
-        finally:
-            partition.taking = False
-        work.abandoned = True  # nothing ran, so nothing is to be learned of how it went
-        self._done(work)
 
     def sweep(self) -> None:
         """Partitions were given up, or the worker takes nothing more: let go of what waits for a child."""

@@ -1,31 +1,22 @@
-"""Ranges of many partitions read at once, for the takeover: one client, opened when something is asked of it; and threads
-that do nothing else.
+"""Ranges of many partitions read at once, for the takeover: one client, opened when something is asked of it.
 
 Knows no jobs. Not thread-safe but for what ``closing`` answers.
 """
 
 from __future__ import annotations
 
-import queue
-import threading
 import time
-from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Any, Generic, TypeVar
+from typing import Any, TypeVar
 
 from confluent_kafka import Consumer, KafkaError, KafkaException, Message, TopicPartition
 
 from jobledger.access import read
 from jobledger.config import Settings
-from jobledger.errors import AccessDenied, BrokerUnavailable, JobledgerError
+from jobledger.errors import AccessDenied, BrokerUnavailable
 from jobledger.log import PASSING, consumer, consumer_config, translate
-from jobledger.logger import get_logger
-
-LOG = get_logger("jobledger.worker")
 
 REQUEST_TIMEOUT_S = 10.0
-#: Seconds after which a reader that nobody needs gives its connections back.
-IDLE_S = 10.0
 #: Seconds without an answer or a record after which the reader gives up.
 STALL_S = 60.0
 
@@ -147,52 +138,6 @@ class LogRanges:
                     raise BrokerUnavailable(f"taking over: {sorted(ends)} gave nothing for {STALL_S:g} s")
         finally:
             reader.unassign()
-
-
-class RangesThread(threading.Thread, ABC, Generic[T]):
-    """A thread that deals with what is put into ``_todo``, one after the other, with the log at hand. ``doing``: what, for
-    people; ``fail`` is told what ends it."""
-
-    def __init__(self, name: str, doing: str, settings: Settings, fail: Callable[[JobledgerError], None]) -> None:
-        super().__init__(name=name, daemon=True)
-        self._doing, self._settings, self._fail = doing, settings, fail
-        self._todo: queue.SimpleQueue[T | None] = queue.SimpleQueue()
-        self._closing = False
-        self._log = LogRanges(settings, lambda: self._closing)
-
-    def close(self) -> None:
-        """Stop after what is under way."""
-        self._closing = True
-        self._todo.put(None)
-
-    def run(self) -> None:
-        """Deal with one after the other until closed."""
-        try:
-            while True:
-                try:
-                    item = self._todo.get(timeout=IDLE_S if self._log.open else None)
-                except queue.Empty:
-                    self._rest()
-                    continue
-                if item is None:
-                    return
-                self._deal(item)
-        except JobledgerError as exc:
-            self._fail(exc)
-        except KafkaException as exc:
-            self._fail(translate(exc.args[0], self._settings, self._doing))
-        except Exception as exc:
-            LOG.exception("%s broke", self._doing)
-            self._fail(JobledgerError(f"{self._doing} broke: {exc!r}"))
-        finally:
-            self._log.close()
-
-    def _rest(self) -> None:
-        """Nothing was asked for `IDLE_S` seconds."""
-        self._log.close()
-
-    @abstractmethod
-    def _deal(self, item: T) -> None: ...
 
 
 def partition_of(key: bytes, count: int) -> int:

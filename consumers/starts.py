@@ -191,7 +191,6 @@ class Starter:
 
     def _start_noted(self, work: Work) -> None:
         """A suspect's start is in the log, and kept in sight. Called by whoever took the report."""
-        work.looked_at, work.looks = 0.0, 0  # what was known before this start counts no more
         self._call(self.places.go, work)
 
     def ours(self, work: Work) -> bool:

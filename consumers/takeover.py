@@ -8,21 +8,24 @@ again. A thread of its own; the fetch thread goes on polling meanwhile, with the
 
 from __future__ import annotations
 
+import queue
+import threading
 import time
 from collections import deque
 from collections.abc import Callable
 
-from confluent_kafka import Message, TopicPartition
+from confluent_kafka import KafkaException, Message, TopicPartition
 
 from jobledger.config import Settings
 from jobledger.consumers.fetch import Fetcher
 from jobledger.consumers.offsets import PartitionOffsets, Restored, Snapshot, decode, encode
-from jobledger.consumers.ranges import STALL_S, RangesThread, partition_of
+from jobledger.consumers.ranges import STALL_S, LogRanges, partition_of
 from jobledger.consumers.releases import REMEMBERED, REMEMBERED_MS, end_of, key_of, release_key
 from jobledger.consumers.settle import Settler
 from jobledger.consumers.work import NOTHING_FOLLOWS, Found, Partition
 from jobledger.errors import BrokerUnavailable, JobledgerError, RegistryNeeded, SchemaError
 from jobledger.kafka.topology import lifecycle_too_small
+from jobledger.log import translate
 from jobledger.logger import get_logger
 from jobledger.names import Names
 from jobledger.schemas.codec import Decoder
@@ -33,6 +36,8 @@ LOG = get_logger("jobledger.worker")
 
 #: Ends of a release that are not the job's: the coordinator has the word then.
 OPEN = (JobLeased, JobRetried, JobSnoozed)
+#: Seconds after which a reader that nobody needs gives its connections back.
+IDLE_S = 10.0
 #: Milliseconds by which the clocks of two brokers may differ.
 SKEW_MS = 60_000
 #: Starts that a process that died may have taken with it: those of so many milliseconds, and within these bounds.
@@ -60,7 +65,7 @@ class _Plan:
         return UNSEEN_LEAST + sum(at > last - UNSEEN_MS for at in self.lately)
 
 
-class Takeover(RangesThread[tuple[Fetcher, list[Partition]]]):
+class Takeover(threading.Thread):
     """Takes assigned partitions over, a batch at a time; ``ready`` is called with those that may be run.
 
     ``known_places``: how many partitions lifecycle had when somebody looked.
@@ -77,7 +82,11 @@ class Takeover(RangesThread[tuple[Fetcher, list[Partition]]]):
         ready: Callable[[list[Partition]], None],
         fail: Callable[[JobledgerError], None],
     ) -> None:
-        super().__init__("jobledger-takeover", "taking partitions over", settings, fail)
+        super().__init__(name="jobledger-takeover", daemon=True)
+        self._settings, self._fail = settings, fail
+        self._todo: queue.SimpleQueue[tuple[Fetcher, list[Partition]] | None] = queue.SimpleQueue()
+        self._closing = False
+        self._log = LogRanges(settings, lambda: self._closing)
         self._known_places = known_places
         self._names, self._settler, self._decoder, self._ready = names, settler, decoder, ready
         #: Releases found closed in the log, seeded releases and seconds spent, since the start.
@@ -88,10 +97,34 @@ class Takeover(RangesThread[tuple[Fetcher, list[Partition]]]):
         """Begin with newly assigned partitions of one queue; returns at once."""
         self._todo.put((fetcher, partitions))
 
-    def _deal(self, item: tuple[Fetcher, list[Partition]]) -> None:
-        began = time.monotonic()
-        self._take_over(*item)
-        self.seconds += time.monotonic() - began
+    def close(self) -> None:
+        """Stop after what is under way."""
+        self._closing = True
+        self._todo.put(None)
+
+    def run(self) -> None:
+        """Take over one batch after the other until closed."""
+        try:
+            while True:
+                try:
+                    item = self._todo.get(timeout=IDLE_S if self._log.open else None)
+                except queue.Empty:
+                    self._log.close()
+                    continue
+                if item is None:
+                    return
+                began = time.monotonic()
+                self._take_over(*item)
+                self.seconds += time.monotonic() - began
+        except JobledgerError as exc:
+            self._fail(exc)
+        except KafkaException as exc:
+            self._fail(translate(exc.args[0], self._settings, "taking partitions over"))
+        except Exception as exc:
+            LOG.exception("taking partitions over broke")
+            self._fail(JobledgerError(f"taking partitions over broke: {exc!r}"))
+        finally:
+            self._log.close()
 
     # -- steps ----------------------------------------------------------------------------------------------------
 
@@ -359,12 +392,9 @@ class Takeover(RangesThread[tuple[Fetcher, list[Partition]]]):
         # Most of what the scan finds lies before the base, where it is done anyway.
         for key in [k for k in partition.closed if k in partition.memory]:
             del partition.closed[key]
-        partition.scanned_to, partition.floor, partition.scan_end = plan.high, plan.floor, plan.lifecycle_high
-        if not plan.restored.clean:
-            partition.doubted_to = plan.high
+        partition.scanned_to, partition.floor = plan.high, plan.floor
         if not plan.restored.clean and partition.committed >= 0:
             partition.careful = max(plan.begun, plan.restored.begun, plan.restored.base) + plan.unseen
-            partition.offsets.doubt(min(partition.careful, plan.high), plan.lifecycle_high)
         if partition.closed or partition.held or partition.starts:
             partition.offsets.hold(plan.floor)
         if plan.high <= plan.restored.base:

@@ -50,7 +50,7 @@ _NOWHERE: frozenset[str] = frozenset()  # one for all: Python makes a new one ea
 class Lease:
     """Until when a queue's partitions are certainly ours: the coordinator took a commit of this member lately.
 
-    A process that stood still, or that lost the broker, must not go on running what another worker may have taken over.
+    A process that was paused, or that lost the broker, must not start what another worker may have taken over.
     """
 
     __slots__ = ("_wake", "seconds", "until", "wanted")
@@ -125,7 +125,6 @@ class Partition:
         #: What the group had committed at assignment; -1: nothing.
         self.committed, self.metadata = committed, metadata
         self.owned = True
-        self.lost = False  # the group took it away, and gave it to another without waiting for us
         self.ready = False  # the takeover is through
         self.stopped: str | None = None  # why nothing of it may be run any more
         self.taking = False  # the dispatcher is between taking a record and putting it into `live`
@@ -148,9 +147,6 @@ class Partition:
         self.floor = 0
         #: Below this offset are records that the last owner, who did not leave cleanly, may have begun.
         self.careful = 0
-        #: Below this one are records that he may have begun and ended, and whose ends he may still write, behind where the
-        #: scan of lifecycle ended (see `LateEnds`).
-        self.doubted_to = self.scan_end = 0
         self.last_commit: tuple[int, str] | None = None
         #: What the last owner, who left cleanly, had committed: still true as long as nothing was begun here.
         self.found_clean: Snapshot | None = None
@@ -299,8 +295,6 @@ class Work:
         "kwargs",
         "lease",
         "line",
-        "looked_at",
-        "looks",
         "noted",
         "offset",
         "outcome",
@@ -341,8 +335,6 @@ class Work:
         self.expires_at: int | None = None  # µs of the broker's clock
         self.held_since = 0.0  # since when it holds its key
         self.again_s: float | None = None  # tried again in place, so many seconds from now
-        self.looked_at = 0.0  # when it was last known that no end of a suspect came late; and how often that was asked
-        self.looks = 0
         self.noted: Callable[[Work], None] | None = None  # called once what it says in place is acknowledged
         self.stop_outcome: Outcome | None = None  # somebody asked it to end: what it comes to then
         #: Topics to which its records go as batches of their own, because a batch was refused for its size.

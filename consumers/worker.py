@@ -29,7 +29,6 @@ from jobledger.consumers.execute import Executor, context_of
 from jobledger.consumers.facts import Facts
 from jobledger.consumers.fetch import Fetcher
 from jobledger.consumers.health import health_of
-from jobledger.consumers.late_ends import LateEnds
 from jobledger.consumers.leases import Leases
 from jobledger.consumers.loop_watch import LoopWatch
 from jobledger.consumers.options import WorkerOptions
@@ -120,7 +119,6 @@ class Worker:
         self.dispatcher: Dispatcher | None = None
         self.settler: Settler | None = None
         self.takeover: Takeover | None = None
-        self.late_ends: LateEnds | None = None
         self.sender: Sender | None = None
         self.control: ControlReader | None = None
         self.children: Children | None = None
@@ -216,7 +214,7 @@ class Worker:
 
     def _close_readers(self) -> None:
         self.topics.close()
-        for each in (self.takeover, self.late_ends, self.control):
+        for each in (self.takeover, self.control):
             if each is not None:
                 each.close()
 
@@ -295,17 +293,9 @@ class Worker:
             ended=dispatcher.ended_here,
             ended_in_thread=dispatcher.ended_in_thread,
             fail=self.fail,
-            wake=dispatcher.wake,
             settle=lambda: dispatcher.call(settler.drain),
         )
         children = self.children = self._children()
-        late_ends = self.late_ends = LateEnds(
-            settings,
-            names.lifecycle,
-            decode,
-            looked=lambda *looked: dispatcher.call(places.looked, *looked),
-            fail=self.fail,
-        )
         places = Places(
             executor,
             dispatcher.threads,
@@ -315,8 +305,6 @@ class Worker:
             done=dispatcher.ended_in_thread,
             ours=dispatcher.starter.ours,
             certain=dispatcher.starter.certain,
-            look=late_ends.look,
-            settle_found=dispatcher.intake.settle_found,
         )
         executor.stop_child = places.stop
         leases = self.leases = Leases(
@@ -396,7 +384,6 @@ class Worker:
         await self._beside(control.await_live)
         self.topics.start()
         takeover.start()
-        late_ends.start()
         settler.start()
         for fetcher in self.fetchers:
             fetcher.start()
@@ -506,7 +493,7 @@ class Worker:
         return list(dict.fromkeys(r for task in tasks for r in task.dependencies.values()))
 
     async def _wait_idle(self, dispatcher: Dispatcher, until: float, *, ignore_hurry: bool = False) -> None:
-        while (dispatcher.running or dispatcher.executor.parked) and (ignore_hurry or not self._hurry):
+        while dispatcher.running and (ignore_hurry or not self._hurry):
             left = until - time.monotonic()
             if left <= 0:
                 return

@@ -29,16 +29,20 @@ NO_WORK = {
 }
 #: Examples that are kept of each kind of violation.
 EXAMPLES = 10
-#: How long after its SIGCONT a process that stood still may show what it did not know yet, milliseconds.
+#: How long after a fault its traces may appear in the log, milliseconds.
 WAKE_MS = 3_000
 
 
 class Window(NamedTuple):
-    """A time in which a process of this role stood still (SIGSTOP to SIGCONT) or the broker was away, ms."""
+    """A time in which a process of this role was paused (SIGSTOP to SIGCONT) or the broker was away, ms.
+
+    ``pid``: of the process that was paused.
+    """
 
     role: str
     begin: int
     end: int
+    pid: int = 0
 
 
 class Execution(NamedTuple):
@@ -160,8 +164,37 @@ def _within(windows: Sequence[Window], *times: int) -> bool:
     return any(all(w.begin <= t <= w.end + WAKE_MS for t in times) for w in windows)
 
 
+class _Pauses:
+    """What workers that were paused had begun by then: none of it had ended before the pause, so it may run again."""
+
+    def __init__(self, log: Log, windows: Sequence[Window]) -> None:
+        self._windows = [w for w in windows if w.role == "worker"]
+        self._begun: dict[tuple[tuple[str, int, int], str], int] = {}
+        for record in log.of("lifecycle"):
+            if record.fact == "JobStarted":
+                self._begun.setdefault((record.release, record.head["source"]), record.at)
+
+    def ended(self, end: Record) -> bool:
+        """Whether a worker wrote this end after a pause, of a job that it had begun before or in that pause."""
+        source = str(end.head["source"])
+        begun = self._begun.get((end.release, source), 0)  # 0: its start was not sent
+        return any(
+            source.endswith(f":{w.pid}") and begun <= w.end + WAKE_MS and w.begin <= end.at for w in self._windows
+        )
+
+    def asked_for(self, release: tuple[str, int, int], closes: Mapping[tuple[str, int, int], Sequence[Record]]) -> bool:
+        """Whether a release follows from such an end of an earlier one: its attempt ended in a retry when the worker woke,
+        while another one had ended the job."""
+        job, run, number = release
+        return any(
+            other.fact in ("JobRetried", "JobSnoozed") and self.ended(other)
+            for earlier in range(1, number)
+            for other in closes.get((job, run, earlier), ())
+        )
+
+
 def _no_rerun(log: Log, frozen: Sequence[Window], executions: Sequence[Execution], found: Audit) -> None:
-    zombies = [w for w in frozen if w.role == "worker"]
+    pauses = _Pauses(log, frozen)
     closes: dict[tuple[str, int, int], list[Record]] = defaultdict(list)
     terminals: dict[tuple[str, int], Record] = {}
     started: dict[tuple[str, int, int], int] = Counter()
@@ -176,12 +209,12 @@ def _no_rerun(log: Log, frozen: Sequence[Window], executions: Sequence[Execution
             done = terminals.get(record.release[:2]) or next(iter(closes[record.release]), None)
             if done is not None:
                 if executions and ran_until.get(record.release, 0) < done.at:
-                    # A suspect's start is said first; then its worker looks whether an end stands before it.
+                    # A suspect's start is said before its code runs, and its partition may be lost in between.
                     found.noted["said to start after its end, and not run"] += 1
-                elif _within(zombies, done.at, record.at):
-                    found.noted["started again by a process that had stood still"] += 1
-                elif _let_go_by_a_zombie(record.release, done, closes, zombies):
-                    found.noted["started again because a process that had stood still let it go"] += 1
+                elif pauses.ended(done):
+                    found.noted["started again, after an end that a paused process wrote"] += 1
+                elif pauses.asked_for(record.release, closes):
+                    found.noted["started again, because a paused process asked for a retry"] += 1
                 else:
                     found.broken("started after its end was in the log", f"{show(record)} after {show(done)}")
         elif record.fact in CLOSING:
@@ -203,10 +236,10 @@ def _no_rerun(log: Log, frozen: Sequence[Window], executions: Sequence[Execution
         done = terminals.get(release[:2])
         early = [r for r in (*closes[release], *([done] if done is not None else [])) if r.at < execution.began]
         if early:
-            if _within(zombies, early[0].at, execution.began):
-                found.noted["run again by a process that had stood still"] += 1
-            elif _let_go_by_a_zombie(release, early[0], closes, zombies):
-                found.noted["run again because a process that had stood still let it go"] += 1
+            if pauses.ended(early[0]):
+                found.noted["run again, after an end that a paused process wrote"] += 1
+            elif pauses.asked_for(release, closes):
+                found.noted["run again, because a paused process asked for a retry"] += 1
             else:
                 found.broken("run after its end was in the log", f"{execution} after {show(early[0])}")
     found.noted["releases run more than once"] = sum(1 for n in runs.values() if n > 1)
@@ -214,25 +247,6 @@ def _no_rerun(log: Log, frozen: Sequence[Window], executions: Sequence[Execution
         for record in facts:
             if record.fact == "JobSucceeded" and not runs[record.release]:
                 found.broken("succeeded without having been run", show(record))
-
-
-def _let_go_by_a_zombie(
-    release: tuple[str, int, int],
-    done: Record,
-    closes: Mapping[tuple[str, int, int], Sequence[Record]],
-    zombies: Sequence[Window],
-) -> bool:
-    """Whether a release follows from a second end of an earlier one, and the first end and that lie in one stand-still.
-
-    The process had begun the job, stood still, and when it woke its attempt ended in a retry, while another process had
-    ended the job meanwhile.
-    """
-    job, run, number = release
-    return any(
-        other.fact in ("JobRetried", "JobSnoozed") and _within(zombies, done.at, other.at)
-        for earlier in range(1, number)
-        for other in closes.get((job, run, earlier), ())
-    )
 
 
 def _causes_first(log: Log, found: Audit) -> None:

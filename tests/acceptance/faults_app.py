@@ -18,7 +18,7 @@ def note(what: str) -> None:
     """One line, written at once: it is there even if the process dies right after."""
     file = os.open(EXECUTIONS, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
     try:
-        os.write(file, f"{current_job().job_id} {what}\n".encode())
+        os.write(file, f"{current_job().job_id} {what} {os.getpid()} {time.time_ns() // 1_000_000}\n".encode())
     finally:
         os.close(file)
 

@@ -158,7 +158,7 @@ class Fleet:
         self.did[f"{member.role} killed"] += 1
 
     def freeze(self, member: Member) -> None:
-        """SIGSTOP: the process stands still, and knows nothing of it."""
+        """SIGSTOP: the process is paused, and knows nothing of it."""
         member.frozen_at = now_ms()
         self._signal(member, signal.SIGSTOP)
 
@@ -166,7 +166,7 @@ class Fleet:
         """SIGCONT; the time between is kept as a `Window`."""
         assert member.frozen_at is not None
         self._signal(member, signal.SIGCONT)
-        self.windows.append(Window(member.role, member.frozen_at, now_ms()))
+        self.windows.append(Window(member.role, member.frozen_at, now_ms(), member.pid))
         member.frozen_at = None
         self.did[f"{member.role} frozen"] += 1
 

@@ -22,10 +22,8 @@ class Promise(enum.Enum):
     NO_RERUN_AFTER_SUCCESS = (
         "A job whose end is in the log is not run again, kill -9 of its worker included.",
         (
-            "A process that stood still (SIGSTOP, a suspended machine) past its session sends, within a moment of its "
-            "waking, what lay in its Kafka client: starts and ends of what another has taken over, who may run it at that "
-            "moment; on a machine whose clock "
-            "stood still with it, what it still believes to be its own. A work record that was written twice is recognised within 10 minutes or "
+            "A worker that was paused beyond its session (SIGSTOP, a suspended machine) had not ended what it ran: another "
+            "runs it again, and both ends may stand in the log. A work record that was written twice is recognised within 10 minutes or "
             "100,000 records of its partition, whichever is less."
         ),
     )

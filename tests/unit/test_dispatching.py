@@ -114,7 +114,6 @@ class Bench:
             ended=d.ended_here,
             ended_in_thread=d.ended_in_thread,
             fail=self.failed.append,
-            wake=d.wake,
             settle=lambda: None,
         )
         starter = d.starter
@@ -127,8 +126,6 @@ class Bench:
             done=d.ended_in_thread,
             ours=starter.ours,
             certain=starter.certain,
-            look=lambda work: places.looked(work, None),
-            settle_found=d.intake.settle_found,
         )
         d.wire(executor, places, cast(Any, None))
         d.start(asyncio.get_running_loop())

@@ -55,11 +55,20 @@ class Writer:
         partition: int = 0,
         after: int = 10,
         raw: bytes | None = None,
+        source: str = "worker@here:7",
     ) -> Record:
         self.clock += after
         offset = self._next.get(topic, 0)
         self._next[topic] = offset + 1
-        head = {"job_id": job, "run": run, "release": release, "attempt": attempt, "task": "t", "queue": "mail"}
+        head = {
+            "job_id": job,
+            "run": run,
+            "release": release,
+            "attempt": attempt,
+            "task": "t",
+            "queue": "mail",
+            "source": source,
+        }
         record = Record(topic, partition, offset, self.clock, fact, head if fact else {}, body or {}, raw, "framing")
         self.log.records.append(record)
         return record
@@ -225,15 +234,18 @@ def test_a_record_above_the_committed_base_may_still_be_open(good: Writer) -> No
     assert set(good.judge().counts) == {"not ended"}
 
 
-def test_a_start_after_the_end_is_excused_only_for_who_stood_still_at_both_times(good: Writer) -> None:
-    """A worker's stand-still excuses a rerun whose beginning and whose end both lie in it, and no other."""
+def test_a_start_after_an_end_is_excused_only_if_a_paused_worker_wrote_that_end(good: Writer) -> None:
+    """A worker's pause excuses a rerun of what it had begun by then and ended afterwards, and nothing else."""
+    began = next(r for r in good.log.records if r.fact == "JobStarted")
     closed = next(r for r in good.log.records if r.fact == "JobSucceeded")
-    again = good.start("a")
-    both = Window("worker", closed.at - 5, again.at - 1)
-    assert good.judge(frozen=[both]).good
-    assert not good.judge(frozen=[both._replace(role="coordinator")]).good
-    assert not good.judge(frozen=[both._replace(begin=closed.at + 1)]).good
-    assert not good.judge(frozen=[both._replace(begin=closed.at - 9000, end=closed.at - 8000)]).good
+    good.start("a", source="worker@there:8", after=60_000)
+    pause = Window("worker", closed.at - 5, closed.at - 1, 7)
+    assert good.judge(frozen=[pause]).good
+    assert not good.judge(frozen=[pause._replace(role="coordinator")]).good
+    assert not good.judge(frozen=[pause._replace(pid=8)]).good
+    assert not good.judge(frozen=[pause._replace(begin=closed.at + 1)]).good, "it had ended before the pause"
+    before = pause._replace(begin=began.at - 9_000, end=began.at - 8_000)
+    assert not good.judge(frozen=[before]).good, "it was begun long after the pause"
 
 
 def test_a_start_after_the_end_of_what_was_not_run_is_noted(good: Writer) -> None:
@@ -252,18 +264,24 @@ def test_a_start_after_the_end_of_what_was_not_run_is_noted(good: Writer) -> Non
     }
 
 
-def test_a_release_that_follows_from_an_end_while_standing_still_is_excused_only_then(good: Writer) -> None:
-    """A retry that a process wrote when it woke lets an ended job go again; outside a
-    stand-still that is a violation."""
-    closed = next(r for r in good.log.records if r.fact == "JobSucceeded")
-    retried = good.add(LIFE, "JobRetried", {"error": ERROR, "delay_ms": 0, "duration_us": 1})
+def test_a_release_that_follows_from_an_end_after_a_pause_is_excused_only_then(good: Writer) -> None:
+    """A retry that a worker asks for when it wakes releases a job again that has ended elsewhere; without that pause it is
+    a violation."""
+    good.start("a", source="worker@there:8", after=0)
+    retried = good.add(
+        LIFE, "JobRetried", {"error": ERROR, "delay_ms": 0, "duration_us": 1}, source="worker@there:8", after=0
+    )
+    good.log.records.remove(began := good.log.records[-2])
+    good.log.records.insert(1, began._replace(offset=-1, at=good.log.records[1].at))
     good.add(COORD, "ReleaseRequested", {"spec": SPEC, "delay_ms": 0, "due_at": None}, release=2, attempt=2)
     good.add(WORK, "JobDue", {"spec": SPEC, "due_at": good.clock * 1000}, release=2, attempt=2)
     good.start("a", release=2, attempt=2, after=60_000)
     good.succeed("a", release=2, attempt=2)
     assert set(good.judge().counts) == {"started after its end was in the log"}
-    assert good.judge(frozen=[Window("worker", closed.at - 1, retried.at)]).good
-    assert not good.judge(frozen=[Window("worker", closed.at + 1, retried.at)]).good
+    pause = Window("worker", retried.at - 1, retried.at, 8)
+    assert good.judge(frozen=[pause]).good
+    assert not good.judge(frozen=[pause._replace(begin=retried.at + 1)]).good
+    assert not good.judge(frozen=[pause._replace(pid=7)]).good
 
 
 def test_a_run_that_the_log_does_not_know_of_is_found_by_the_side_log(good: Writer) -> None:

@@ -135,8 +135,6 @@ def places(children: object | None) -> Places:
         done=nothing,
         ours=nothing,
         certain=nothing,
-        look=nothing,
-        settle_found=nothing,
     )
 
 

@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 
 from jobledger.consumers import offsets
 from jobledger.consumers.offsets import (
-    DOUBT_MOST,
     METADATA_LIMIT,
     SCAN_MOST,
     PartitionOffsets,
@@ -279,42 +278,6 @@ def test_the_budget_leaves_room() -> None:
     text = encode(0, every_second, LOG_END, False)
     assert text is not None
     assert len(text) <= METADATA_LIMIT * offsets.BRAKE
-
-
-def test_the_floor_waits_for_what_a_former_owner_may_still_end() -> None:
-    """As long as one of the records is not done that he may have begun, unless it lies further back than `DOUBT_MOST`; then
-    the hand-over is still not a clean one."""
-    offsets = PartitionOffsets(Restored(0), 50)
-    offsets.doubt(3, 50)
-    for record in range(5):
-        offsets.receive(record)
-    offsets.acknowledged(60)
-    assert (offsets.floor, offsets.settled) == (50, False)
-    for record in (0, 2, 4):
-        offsets.done(record)
-    offsets.unsettled(3, 40)
-    assert offsets.floor == 40
-    offsets.done(3)
-    assert (offsets.floor, offsets.settled) == (50, False), "record 1 may be ended elsewhere"
-    offsets.acknowledged(49 + DOUBT_MOST)
-    assert offsets.floor == 50
-    offsets.acknowledged(50 + DOUBT_MOST)
-    assert (offsets.floor, offsets.settled) == (51 + DOUBT_MOST, False), "it is let go"
-    offsets.done(1)
-    assert offsets.settled
-
-
-def test_what_is_doubted_and_not_received_yet_counts() -> None:
-    """Records of a queue that is held back are still the former owner's."""
-    offsets = PartitionOffsets(Restored(0), 50)
-    offsets.doubt(2, 50)
-    offsets.receive(0)
-    offsets.done(0)
-    offsets.acknowledged(70)
-    assert (offsets.floor, offsets.settled) == (50, False)
-    offsets.receive(1)
-    offsets.done(1)
-    assert (offsets.floor, offsets.settled) == (71, True)
 
 
 def test_what_is_about_to_be_said_stands_behind_what_is_known() -> None:
