@@ -182,6 +182,11 @@ class _Pauses:
             source.endswith(f":{w.pid}") and begun <= w.end + WAKE_MS and w.begin <= end.at for w in self._windows
         )
 
+    def started(self, start: Record) -> bool:
+        """Whether a worker had begun this before a pause was over: what lay in its Kafka client is sent on waking."""
+        source, at = str(start.head["source"]), int(start.head["occurred_at"]) / 1000
+        return any(source.endswith(f":{w.pid}") and at <= w.end and w.begin <= start.at for w in self._windows)
+
     def asked_for(self, release: tuple[str, int, int], closes: Mapping[tuple[str, int, int], Sequence[Record]]) -> bool:
         """Whether a release follows from such an end of an earlier one: its attempt ended in a retry when the worker woke,
         while another one had ended the job."""
@@ -211,6 +216,8 @@ def _no_rerun(log: Log, frozen: Sequence[Window], executions: Sequence[Execution
                 if executions and ran_until.get(record.release, 0) < done.at:
                     # A suspect's start is said before its code runs, and its partition may be lost in between.
                     found.noted["said to start after its end, and not run"] += 1
+                elif pauses.started(record):
+                    found.noted["said to start by a paused process, when it woke"] += 1
                 elif pauses.ended(done):
                     found.noted["started again, after an end that a paused process wrote"] += 1
                 elif pauses.asked_for(record.release, closes):

@@ -68,6 +68,7 @@ class Writer:
             "task": "t",
             "queue": "mail",
             "source": source,
+            "occurred_at": self.clock * 1000,
         }
         record = Record(topic, partition, offset, self.clock, fact, head if fact else {}, body or {}, raw, "framing")
         self.log.records.append(record)
@@ -246,6 +247,17 @@ def test_a_start_after_an_end_is_excused_only_if_a_paused_worker_wrote_that_end(
     assert not good.judge(frozen=[pause._replace(begin=closed.at + 1)]).good, "it had ended before the pause"
     before = pause._replace(begin=began.at - 9_000, end=began.at - 8_000)
     assert not good.judge(frozen=[before]).good, "it was begun long after the pause"
+
+
+def test_a_start_that_a_paused_worker_sends_on_waking_is_none_that_it_makes_then(good: Writer) -> None:
+    """What lay in its Kafka client was begun before; what it begins after the pause is a violation."""
+    again = good.start("a", source="worker@there:8", after=60_000)
+    sent_on_waking = again._replace(head={**again.head, "occurred_at": (again.at - 30_000) * 1000})
+    pause = Window("worker", again.at - 20_000, again.at - 5, 8)
+    assert set(good.judge(frozen=[pause]).counts) == {"started after its end was in the log"}
+    good.log.records[good.log.records.index(again)] = sent_on_waking
+    assert good.judge(frozen=[pause]).good
+    assert not good.judge(frozen=[pause._replace(pid=7)]).good
 
 
 def test_a_start_after_the_end_of_what_was_not_run_is_noted(good: Writer) -> None:
