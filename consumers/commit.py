@@ -69,8 +69,8 @@ class Committer:
                     taken.append((partition, partition.found_clean))
                 continue
             with partition.lock:
-                ended = not partition.busy and not partition.closed and not partition.doubtful
-                clean = final and ended and partition.offsets.settled
+                left = partition.busy or partition.closed or any(w.suspect for w in list(partition.live.values()))
+                clean = final and not left and partition.offsets.settled
                 snapshot = partition.offsets.snapshot(clean=clean)
             if snapshot is None:
                 LOG.warning("%r: the completion map does not fit; its last commit stands", partition)

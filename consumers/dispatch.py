@@ -435,6 +435,9 @@ class Dispatcher:
             return 0  # what follows a record that is looked up waits for it: else it would overtake it
         taken = 0
         try:
+            if _monotonic() > lease.until:  # nothing is set aside either: another may have run it
+                lease.wanted = True  # the fetch thread asks the coordinator, and wakes us
+                return 0
             partition.full = partition.waiting > 0 and not self.lines.room(partition)
             if partition.full:
                 self.lines.make_room(partition)

@@ -199,7 +199,7 @@ class Fetcher(threading.Thread):
             return
         self._commit_at = now + COMMIT_INTERVAL_S
         owned = self.owned()
-        # The lease is renewed while there is something to begin, so that this need not wait.
+        # The lease is renewed while there is something to begin or to follow from an outcome, so that this need not wait.
         renew = wanted or (self.lease.until - now < self.lease.seconds / 2 and any(p.raw or p.live for p in owned))
         due = owned if renew else [p for p in owned if p.offsets is not None and p.offsets.changed]
         if due:

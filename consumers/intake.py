@@ -212,7 +212,7 @@ class Intake:
         work.appended = appended
         partition.live[offset] = work
         if found is not None:
-            self.settle_found(work, found)
+            self._settle_found(work, found)
             return
         if partition.scanned_to:
             work.takeover = partition.starts.pop(key, 0)
@@ -285,7 +285,7 @@ class Intake:
         outcome = unknown_task(event.task, list(self._plans), _tags(event), self._backoff, random.random())
         self.executor.close_with(work, outcome)
 
-    def settle_found(self, work: Work, found: Found) -> None:
+    def _settle_found(self, work: Work, found: Found) -> None:
         """The log holds this release's end: it is not run; what derives from the end is sent again."""
         self.counts.found_closed += 1
         event = work.event

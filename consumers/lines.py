@@ -125,7 +125,6 @@ class Lines:
     def _count(self, partition: Partition, one: Deferred, by: int) -> None:
         partition.deferred += by
         partition.deferred_bytes += by * one.size
-        partition.deferred_suspects += by * one.suspect
         self.deferred_bytes += by * one.size
 
     def enqueue_keyed(self, work: Work, key: str, held: tuple[int, int, int] | None, tenant: str = "") -> None:
@@ -193,11 +192,10 @@ class Lines:
     def serve(self, stage: Stage, most: int) -> int:
         """Begin the first jobs of lines, the lines in turn."""
         begun = 0
-        now = _monotonic()
         for _ in range(stage.ready):
             if begun >= most:
                 break
-            line = stage.next_line()
+            line, now = stage.next_line(), _monotonic()
             partition = line.partition
             if not line.works or (line.serial and line.busy) or not partition.begin_taking():
                 self._passed(line)

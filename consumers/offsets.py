@@ -32,6 +32,8 @@ SPAN_BUDGET = _PAYLOAD_BUDGET * 8
 #: Facts beside it on lifecycle after which the start of a job that runs need not be found any more: what a takeover reads
 #: is bounded by that, however long jobs run.
 SCAN_MOST = 20_000
+#: Facts of its lifecycle partition that a suspect may lie back, and an outcome of it still be found.
+SUSPECT_MOST = 100_000
 _VERSION = "2"
 _BEFORE = "1"  # without ``begun``; read, not written
 
@@ -76,6 +78,8 @@ class PartitionOffsets:
         "_ranges",
         "_running",
         "_since",
+        "_suspects_below",
+        "_suspects_from",
         "_unsettled",
         "changed",
         "postponed",
@@ -89,6 +93,7 @@ class PartitionOffsets:
         self._ahead = list(restored.done)[::-1]  # done by former owners, not received yet; the next one is the last
         self._next_outcome = start_floor
         self._hold: int | None = None
+        self._suspects_below = self._suspects_from = 0
         self._unsettled: dict[int, int] = {}
         self._running: dict[int, int] = {}  # begun, in that order: where their starts stand at the earliest
         self._begun = restored.begun
@@ -156,13 +161,23 @@ class PartitionOffsets:
     @property
     def settled(self) -> bool:
         """Whether no outcome or note has to be looked for in the log."""
-        return not self._unsettled
+        return not self._unsettled and not self._suspects
 
     def hold(self, floor: int | None) -> None:
         """Keep the floor here (a former owner's outcomes are found, but not all in the map yet); None ends it."""
         if floor != self._hold:
             self._hold = floor
             self.changed = True
+
+    def suspect(self, below: int, lifecycle_offset: int) -> None:
+        """A former owner may have begun records below this one. As long as they are not all done, the hand-over is not
+        clean, so that the next owner suspects them, too; and the next owner must find outcomes from this offset of the
+        lifecycle partition on, unless that lies `SUSPECT_MOST` facts back: the former owner may still write some."""
+        self._suspects_below, self._suspects_from = below, lifecycle_offset
+
+    @property
+    def _suspects(self) -> bool:
+        return self.base < self._suspects_below
 
     # -- what is known --------------------------------------------------------------------------------------------
 
@@ -190,6 +205,11 @@ class PartitionOffsets:
         """
         if self._hold is not None:
             return self._hold
+        if self._suspects and self._suspects_from >= self._next_outcome - SUSPECT_MOST:
+            return min(self._suspects_from, self._outcomes_floor())
+        return self._outcomes_floor()
+
+    def _outcomes_floor(self) -> int:
         running = self._running
         while running:
             record, start = next(iter(running.items()))

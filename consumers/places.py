@@ -116,12 +116,12 @@ class Places:
         if work.abandoned or not self._ours(work):
             self._done(work)
             return False
+        if not self._certain(work):
+            self.loop.call_later(AGAIN_S, self.go, work)
+            return False
         if work.stop_outcome is not None:  # cancelled while it waited
             self.executor.close_with(work, work.stop_outcome)
             self._done(work)
-            return False
-        if not self._certain(work):
-            self.loop.call_later(AGAIN_S, self.go, work)
             return False
         if work.lease is None and not work.partition.begin_taking():
             self._done(work)

@@ -50,6 +50,7 @@ class Settler(threading.Thread):
         self._drain_lock = threading.Lock()
         self._wake = threading.Event()
         self._closing = False
+        self._waiting: deque[Work] = deque()  # see `_uncertain`
         self.resent = 0
         self._say_at = 0.0
         self.broken = False  # nothing may be committed any more
@@ -102,12 +103,25 @@ class Settler(threading.Thread):
                     offsets.unsettled(work.offset, found)
             if not work.remaining:
                 offsets.done(work.offset)
-        if closing and work.derived:
+        if closing and work.derived and not self._uncertain(work):
             self._send_derived(work)
         if not work.remaining:
             partition.live.pop(work.offset, None)
             if work.lease is not None:
                 work.lease.settled(work)
+
+    def _uncertain(self, work: Work) -> bool:
+        """Whether another worker may have taken the job's partition over: what derives from its outcome is not sent then. A
+        retry would run a job again that has succeeded there; the other one gives the job an outcome, and sends what
+        derives from that. As long as nobody knows, it waits for the next tick."""
+        partition = work.partition
+        if not partition.owned:
+            return True
+        if time.monotonic() <= partition.lease.until:
+            return False
+        partition.lease.wanted = True
+        self._waiting.append(work)
+        return True
 
     def _send_derived(self, work: Work) -> None:
         """The closing fact is in the log: now what derives from it."""
@@ -203,6 +217,10 @@ class Settler(threading.Thread):
             self._sender.check()
         except JobledgerError as exc:
             self._fail(exc)
+        for _ in range(len(self._waiting)):
+            work = self._waiting.popleft()
+            if not self._uncertain(work):
+                self._send_derived(work)
         self._each_tick()
 
     def close(self) -> None:

@@ -305,9 +305,10 @@ class Takeover(threading.Thread):
         if settles(other):
             self._note_end(plan, (job_id, run, release), other, message.offset() or 0, message.timestamp()[1])
         elif isinstance(other, JobRetried | JobSnoozed):  # in place: that start has ended, and the next one is due
-            partition.starts.pop(key, None)
             attempt = event.attempt + isinstance(other, JobRetried)
-            partition.held[key] = (attempt, message.timestamp()[1] + other.delay_ms, message.offset() or 0)
+            if attempt >= partition.held.get(key, (0,))[0]:  # not one that came late, of a former owner
+                partition.starts.pop(key, None)
+                partition.held[key] = (attempt, message.timestamp()[1] + other.delay_ms, message.offset() or 0)
         elif isinstance(other, JobStarted):
             self._passed(plan, job_id, run, release)
             self._note_start(partition, key, other.takeover)
@@ -324,11 +325,15 @@ class Takeover(threading.Thread):
             partition.starts[key] = max(partition.starts.get(key, 0), takeover) + 1
 
     def _note_end(self, plan: _Plan, of: tuple[str, int, int], fact: Fact, offset: int, appended_ms: int) -> None:
-        """The end of a release, found from ``offset`` of this partition's lifecycle on. The first one counts; but a lease
-        is none, if another comes after it."""
+        """The end of a release, found from ``offset`` of this partition's lifecycle on. The first one counts; but one after
+        which the coordinator has the word (`OPEN`) is none, if the job's own comes after it, nor is a lease, if any does."""
         partition, key = plan.partition, release_key(*of)
         known = partition.closed.get(key)
-        if known is None or (isinstance(known.fact, JobLeased) and not isinstance(fact, JobLeased)):
+        if (
+            known is None
+            or (isinstance(known.fact, OPEN) and not isinstance(fact, OPEN))
+            or (isinstance(known.fact, JobLeased) and not isinstance(fact, JobLeased))
+        ):
             # From where the first stands both are found again.
             partition.closed[key] = Found(offset if known is None else known.offset, appended_ms, fact)
             if isinstance(fact, OPEN):
@@ -395,6 +400,7 @@ class Takeover(threading.Thread):
         partition.scanned_to, partition.floor = plan.high, plan.floor
         if not plan.restored.clean and partition.committed >= 0:
             partition.careful = max(plan.begun, plan.restored.begun, plan.restored.base) + plan.unseen
+            partition.offsets.suspect(min(partition.careful, plan.high), plan.lifecycle_high)
         if partition.closed or partition.held or partition.starts:
             partition.offsets.hold(plan.floor)
         if plan.high <= plan.restored.base:

@@ -150,10 +150,9 @@ class Partition:
         self.last_commit: tuple[int, str] | None = None
         #: What the last owner, who left cleanly, had committed: still true as long as nothing was begun here.
         self.found_clean: Snapshot | None = None
-        #: What waits here, by (kind, name, …); how many jobs that is, how many of them as `Deferred`, their bytes, and how
-        #: many of those are suspects.
+        #: What waits here, by (kind, name, …); how many jobs that is, how many of them as `Deferred`, and their bytes.
         self.lines: dict[tuple[str, ...], Line] = {}
-        self.waiting = self.deferred = self.deferred_bytes = self.deferred_suspects = 0
+        self.waiting = self.deferred = self.deferred_bytes = 0
         #: Attempts that a former owner made in place, by release: (attempt to come, due in ms of the broker's clock,
         #: where on lifecycle that stands).
         self.held: dict[int, tuple[int, int, int]] = {}
@@ -188,14 +187,9 @@ class Partition:
         """Whether something of it is under way: what merely waits for a thread is not."""
         return self.taking or any(not work.waiting for work in list(self.live.values()))
 
-    @property
-    def doubtful(self) -> bool:
-        """Whether some of it may have taken a process down, and has not ended since: the next owner must know."""
-        return self.careful > 0 or self.deferred_suspects > 0 or any(work.suspect for work in list(self.live.values()))
-
     def nothing_waits(self) -> None:
         """What waited in lines is the next owner's."""
-        self.waiting = self.deferred = self.deferred_bytes = self.deferred_suspects = 0
+        self.waiting = self.deferred = self.deferred_bytes = 0
 
     def begin_taking(self) -> bool:
         """Claim the right to take records up; False if the partition is owned no more. Ends with ``taking = False``."""

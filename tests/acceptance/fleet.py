@@ -165,8 +165,8 @@ class Fleet:
     def thaw(self, member: Member) -> None:
         """SIGCONT; the time between is kept as a `Window`."""
         assert member.frozen_at is not None
-        self._signal(member, signal.SIGCONT)
         self.windows.append(Window(member.role, member.frozen_at, now_ms(), member.pid))
+        self._signal(member, signal.SIGCONT)
         member.frozen_at = None
         self.did[f"{member.role} frozen"] += 1
 

@@ -7,6 +7,7 @@ none may be started once its success was in the log. ``FAULT_JOBS`` and ``FAULT_
 from __future__ import annotations
 
 import os
+import sys
 import time
 import uuid
 from collections import Counter
@@ -163,6 +164,12 @@ def begun_at(start: Record) -> float:
     return int(start.head["occurred_at"]) / 1000
 
 
+def begun_by_others(fleet: Fleet, pid: int) -> set[str]:
+    """Jobs whose code began in another process than this one."""
+    lines = map(str.split, fleet.executions.read_text().splitlines())
+    return {job for job, _, process, _ in lines if int(process) != pid}
+
+
 def judge_pause(fleet: Fleet, seen: Seen) -> set[str]:
     """What is promised of a worker that was paused beyond its session: nothing that had ended before runs again, and on
     waking it starts nothing that others have. The jobs whose code others began meanwhile."""
@@ -175,15 +182,19 @@ def judge_pause(fleet: Fleet, seen: Seen) -> set[str]:
         if not (success.at >= window.begin and by(success, window.pid)):
             again.append(f"{rawlog.show(start)} after {rawlog.show(success)}")
     Promise.NO_RERUN_AFTER_SUCCESS.hold(not again, again[:5])
-    begun = [line.split() for line in fleet.executions.read_text().splitlines()]
-    elsewhere = {job for job, _, pid, at in begun if int(pid) != window.pid and window.begin <= int(at) <= window.end}
+    elsewhere: dict[str, int] = {}
+    for job, _, pid, at in map(str.split, fleet.executions.read_text().splitlines()):
+        if int(pid) != window.pid and int(at) >= window.begin:
+            elsewhere.setdefault(job, int(at))
     on_waking = [
-        rawlog.show(start)
-        for start in seen.starts
-        if by(start, window.pid) and begun_at(start) >= window.end and start.head["job_id"] in elsewhere
+        rawlog.show(r)
+        for r in seen.starts
+        if by(r, window.pid)
+        and begun_at(r) >= window.begin
+        and elsewhere.get(r.head["job_id"], sys.maxsize) < begun_at(r)
     ]
     Promise.NO_RERUN_AFTER_SUCCESS.hold(not on_waking, on_waking[:5])
-    return elsewhere
+    return set(elsewhere)
 
 
 def test_a_worker_that_was_paused_beyond_its_session_starts_nothing_when_it_wakes(fleet: Fleet) -> None:
@@ -215,7 +226,11 @@ def test_jobs_that_end_as_their_paused_worker_wakes_have_one_state(fleet: Fleet)
 
     fleet.until(runs_many, 60, "the worker that is to be paused runs many jobs")
     with paused(fleet, members[0], BEYOND_SESSION_S):
-        pass
+        seen = Seen(fleet)
+        open_here = {r.head["job_id"] for r in seen.starts if by(r, process.pid) and r.release in seen.open()}
+        fleet.until(
+            lambda: bool(open_here & begun_by_others(fleet, process.pid)), 60, "others have begun one of its jobs"
+        )
     seen = drained(fleet, 120)
     taken = judge_pause(fleet, seen) & {r.head["job_id"] for r in seen.starts if by(r, process.pid)}
     assert taken, "nothing was taken over: the worker was not paused while it ran jobs"

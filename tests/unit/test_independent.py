@@ -236,17 +236,23 @@ def test_a_record_above_the_committed_base_may_still_be_open(good: Writer) -> No
 
 
 def test_a_start_after_an_end_is_excused_only_if_a_paused_worker_wrote_that_end(good: Writer) -> None:
-    """A worker's pause excuses a rerun of what it had begun by then and ended afterwards, and nothing else."""
-    began = next(r for r in good.log.records if r.fact == "JobStarted")
-    closed = next(r for r in good.log.records if r.fact == "JobSucceeded")
+    """A worker's pause excuses a rerun of what it had begun before and ended afterwards, and nothing else."""
+    records = good.log.records
+    began = next(r for r in records if r.fact == "JobStarted")
+    closed = next(r for r in records if r.fact == "JobSucceeded")
+    records[records.index(began)] = began._replace(head={**began.head, "occurred_at": (closed.at - 9_000) * 1000})
     good.start("a", source="worker@there:8", after=60_000)
-    pause = Window("worker", closed.at - 5, closed.at - 1, 7)
+    pause = Window("worker", closed.at - 8_000, closed.at - 1, 7)
     assert good.judge(frozen=[pause]).good
     assert not good.judge(frozen=[pause._replace(role="coordinator")]).good
     assert not good.judge(frozen=[pause._replace(pid=8)]).good
-    assert not good.judge(frozen=[pause._replace(begin=closed.at + 1)]).good, "it had ended before the pause"
-    before = pause._replace(begin=began.at - 9_000, end=began.at - 8_000)
+    assert not good.judge(frozen=[pause._replace(begin=closed.at - 100)]).good, "shorter than a session"
+    assert not good.judge(frozen=[pause._replace(begin=closed.at + 1, end=closed.at + 9_000)]).good, "ended before"
+    before = pause._replace(begin=closed.at - 90_000, end=closed.at - 80_000)
     assert not good.judge(frozen=[before]).good, "it was begun long after the pause"
+    good.succeed("a", source="worker@there:8")
+    good.start("a", source="worker@elsewhere:9", after=60_000)
+    assert not good.judge(frozen=[pause]).good, "somebody else had ended it, too"
 
 
 def test_a_start_that_a_paused_worker_sends_on_waking_is_none_that_it_makes_then(good: Writer) -> None:
@@ -261,7 +267,7 @@ def test_a_start_that_a_paused_worker_sends_on_waking_is_none_that_it_makes_then
 
 
 def test_a_start_after_the_end_of_what_was_not_run_is_noted(good: Writer) -> None:
-    """Who says that a suspect starts may find its end before that, and leave it; the side log tells whether it did."""
+    """A suspect's start is said before its code runs, and its worker may lose it in between; the side log tells."""
     ends = {r.release: r.at for r in good.log.records if r.fact in ("JobSucceeded", "JobFailed", "JobRetried")}
     runs = [Execution(*release, 1, at - 5, at - 1) for release, at in ends.items()]
     said = good.start("a")
@@ -276,24 +282,20 @@ def test_a_start_after_the_end_of_what_was_not_run_is_noted(good: Writer) -> Non
     }
 
 
-def test_a_release_that_follows_from_an_end_after_a_pause_is_excused_only_then(good: Writer) -> None:
-    """A retry that a worker asks for when it wakes releases a job again that has ended elsewhere; without that pause it is
-    a violation."""
-    good.start("a", source="worker@there:8", after=0)
+def test_a_release_that_a_paused_worker_asks_for_after_the_end_is_a_violation(good: Writer) -> None:
+    """On waking a worker asks for nothing before it knows that the job is still its own."""
+    began = good.start("a", source="worker@there:8")
+    good.log.records[good.log.records.index(began)] = began._replace(head={**began.head, "occurred_at": 0})
     retried = good.add(
-        LIFE, "JobRetried", {"error": ERROR, "delay_ms": 0, "duration_us": 1}, source="worker@there:8", after=0
+        LIFE, "JobRetried", {"error": ERROR, "delay_ms": 0, "duration_us": 1}, source="worker@there:8", after=6_000
     )
-    good.log.records.remove(began := good.log.records[-2])
-    good.log.records.insert(1, began._replace(offset=-1, at=good.log.records[1].at))
     good.add(COORD, "ReleaseRequested", {"spec": SPEC, "delay_ms": 0, "due_at": None}, release=2, attempt=2)
     good.add(WORK, "JobDue", {"spec": SPEC, "due_at": good.clock * 1000}, release=2, attempt=2)
+    pause = Window("worker", began.at - 1, retried.at, 8)
+    assert good.judge(frozen=[pause]).noted["said to start by a paused process, when it woke"] == 1
     good.start("a", release=2, attempt=2, after=60_000)
     good.succeed("a", release=2, attempt=2)
-    assert set(good.judge().counts) == {"started after its end was in the log"}
-    pause = Window("worker", retried.at - 1, retried.at, 8)
-    assert good.judge(frozen=[pause]).good
-    assert not good.judge(frozen=[pause._replace(begin=retried.at + 1)]).good
-    assert not good.judge(frozen=[pause._replace(pid=7)]).good
+    assert set(good.judge(frozen=[pause]).counts) == {"started after its end was in the log"}
 
 
 def test_a_run_that_the_log_does_not_know_of_is_found_by_the_side_log(good: Writer) -> None:

@@ -12,6 +12,7 @@ from jobledger.consumers import offsets
 from jobledger.consumers.offsets import (
     METADATA_LIMIT,
     SCAN_MOST,
+    SUSPECT_MOST,
     PartitionOffsets,
     Restored,
     decode,
@@ -278,6 +279,42 @@ def test_the_budget_leaves_room() -> None:
     text = encode(0, every_second, LOG_END, False)
     assert text is not None
     assert len(text) <= METADATA_LIMIT * offsets.BRAKE
+
+
+def test_a_hand_over_is_not_clean_while_suspects_are_left() -> None:
+    """As long as a record is not done that a former owner may have begun; and the floor waits for outcomes of it, unless it
+    lies further back than `SUSPECT_MOST`."""
+    tracker = PartitionOffsets(Restored(0), 50)
+    tracker.suspect(3, 50)
+    for record in range(5):
+        tracker.receive(record)
+    tracker.acknowledged(60)
+    assert (tracker.floor, tracker.settled) == (50, False)
+    for record in (0, 2, 4):
+        tracker.done(record)
+    tracker.unsettled(3, 40)
+    assert tracker.floor == 40
+    tracker.done(3)
+    assert (tracker.floor, tracker.settled) == (50, False), "record 1 is left"
+    tracker.acknowledged(49 + SUSPECT_MOST)
+    assert tracker.floor == 50
+    tracker.acknowledged(50 + SUSPECT_MOST)
+    assert (tracker.floor, tracker.settled) == (51 + SUSPECT_MOST, False), "too far back to be looked for"
+    tracker.done(1)
+    assert tracker.settled
+
+
+def test_suspects_that_are_not_received_yet_count() -> None:
+    """Records of a queue that is held back are still suspects."""
+    tracker = PartitionOffsets(Restored(0), 50)
+    tracker.suspect(2, 50)
+    tracker.receive(0)
+    tracker.done(0)
+    tracker.acknowledged(70)
+    assert (tracker.floor, tracker.settled) == (50, False)
+    tracker.receive(1)
+    tracker.done(1)
+    assert (tracker.floor, tracker.settled) == (71, True)
 
 
 def test_what_is_about_to_be_said_stands_behind_what_is_known() -> None:

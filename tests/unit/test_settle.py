@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import time
+from types import SimpleNamespace
 from typing import Any, cast
 
 from jobledger.config import Settings
 from jobledger.consumers.offsets import PartitionOffsets, Restored
 from jobledger.consumers.settle import Settler, new_arrived
 from jobledger.consumers.work import Lease, Partition, Work
+from jobledger.writer import Outgoing
 
 
 class Report:
@@ -58,3 +61,40 @@ def test_an_end_that_the_broker_had_already_is_an_end() -> None:
     settler.drain()
     assert not partition.live
     assert offsets.base == 3
+
+
+def test_what_derives_from_an_outcome_waits_until_its_partition_is_certainly_ours() -> None:
+    """A worker that was paused asks for no retry before the group has confirmed its partition, and for none of a partition
+    that another worker has: that one may have ended the job."""
+    arrived, sent = new_arrived(), []
+    sender = SimpleNamespace(polled_at=float("inf"), check=lambda: None, send=lambda topic, *_: sent.append(topic))
+    settler = Settler(
+        Settings(),
+        cast(Any, sender),
+        arrived,
+        fail=lambda error: None,
+        too_large=lambda work, size, where: None,
+        each_tick=lambda: None,
+    )
+    lease = Lease(3600.0)  # which is over
+    partition = Partition("shop.jobs.mail", 0, lease, -1, None)
+    offsets = partition.offsets = PartitionOffsets(Restored(0), start_floor=50)
+    works = [Work(partition, offset, None, arrived) for offset in range(2)]
+    for work in works:
+        assert offsets.receive(work.offset)
+        work.derived, work.remaining = [Outgoing(f"shop.{work.offset}", b"1", None)], 2
+    works[0].closing_delivered(None, cast(Any, Report(60)))
+    settler.tick()
+    assert (sent, lease.wanted) == ([], True)
+    lease.confirm(time.monotonic())
+    settler.tick()
+    assert sent == ["shop.0"]
+    lease.until = 0.0
+    works[1].closing_delivered(None, cast(Any, Report(61)))
+    settler.tick()
+    partition.give_up()
+    lease.confirm(time.monotonic())
+    settler.tick()
+    settler.tick()
+    assert sent == ["shop.0"], "the next owner's"
+    assert offsets.floor == 60, "it finds the outcomes"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import uuid
+from collections.abc import Sequence
 from typing import Any, cast
 
 import pytest
@@ -51,16 +52,30 @@ class Message:
         return 1, 1_000 + self._offset
 
 
-def scanned(*facts: tuple[int, ev.Fact], framed: bool = False) -> _Plan:
-    """The scan of these facts, (release, fact) each, of one job; ``framed``: none of them is read at a glance."""
+def scanned(*facts: tuple[int, ev.Fact], framed: bool = False, attempts: Sequence[int] = ()) -> _Plan:
+    """The scan of these facts, (release, fact) each, of one job; ``framed``: none of them is read at a glance. ``attempts``:
+    of each fact, 1 where it is not told."""
     nothing = cast(Any, None)
     takeover = Takeover(
         Settings(bootstrap="h:1"), Names("shop"), nothing, codec.Decoder(), known_places=1, ready=nothing, fail=nothing
     )
     plan = _Plan(Partition("shop.jobs.slow", 0, Lease(1.0), -1, None))
     for offset, (release, fact) in enumerate(facts):
+        attempt = attempts[offset] if attempts else 1
         event = ev.JobEvent(
-            JOB, JOB, 1, 1, release, 1_790_000_000_000_000, "t", "slow", "k" if framed else None, None, "w", None, fact
+            JOB,
+            JOB,
+            1,
+            attempt,
+            release,
+            1_790_000_000_000_000,
+            "t",
+            "slow",
+            "k" if framed else None,
+            None,
+            "w",
+            None,
+            fact,
         )
         takeover._scanned(plan, cast(Any, Message(offset, codec.encode(event))))
     return plan
@@ -85,6 +100,23 @@ def test_the_end_of_a_leased_job_counts_and_not_its_lease(end: ev.Fact, framed: 
 def test_a_lease_without_an_end_is_sent_again() -> None:
     """Its job may run: the coordinator must know."""
     assert found(scanned((1, LEASED), (1, STARTED)))[2] == LEASED
+
+
+@pytest.mark.parametrize("asks", [LEASED, ev.JobRetried(ERROR, 5), ev.JobSnoozed(5)])
+def test_an_outcome_for_good_counts_more_than_a_retry_that_was_asked_for(asks: ev.Fact) -> None:
+    """Of two workers that ran a job one may have wanted a retry: it is not asked for again, for the job has succeeded."""
+    assert found(scanned((1, asks), (1, SUCCEEDED)))[2] == SUCCEEDED
+    assert found(scanned((1, SUCCEEDED), (1, asks)))[2] == SUCCEEDED
+
+
+def test_a_retry_in_place_that_came_late_does_not_take_an_attempt_back() -> None:
+    """A former owner's fact of an earlier attempt, written when it woke: the later attempt counts, and its start."""
+    again = ev.JobRetried(ERROR, 5, in_place=True)
+    partition = scanned((1, again), (1, STARTED), (1, again), attempts=(3, 4, 1)).partition
+    key = release_key(JOB, 1, 1)
+    assert (partition.held[key][0], partition.starts[key]) == (4, 1)
+    partition = scanned((1, again), (1, STARTED), (1, again), attempts=(3, 4, 4)).partition
+    assert (partition.held[key][0], partition.starts) == (5, {})
 
 
 @pytest.mark.parametrize("end", [LEASED, ev.JobRetried(ERROR, 5), ev.JobSnoozed(5)])
