@@ -345,8 +345,9 @@ def measure(bootstrap: str, jobs: int, only: str | None) -> dict[str, Any]:
             "turns": {"bare": rates(bares), "worker": rates(ours)},
         }
     if want("threads"):
-        space = prepared(bootstrap, "plain", jobs // 4)
-        report["threads"] = {"worker": alone(worked, space, bootstrap, jobs // 4, "plain", 100)}
+        # Enough of them: a second's work says more about how a worker begins than about its threads.
+        space = prepared(bootstrap, "plain", jobs)
+        report["threads"] = {"worker": alone(worked, space, bootstrap, jobs, "plain", 100)}
     if want("processes"):
         space, busy = f"bench{uuid.uuid4().hex[:8]}", f"bench{uuid.uuid4().hex[:8]}"
         report["processes"] = {

@@ -20,7 +20,7 @@ class Promise(enum.Enum):
         ),
     )
     NO_RERUN_AFTER_SUCCESS = (
-        "A job whose end is in the log is not run again, kill -9 of its worker included.",
+        "A job whose end is in the log when a worker takes over is not run again, kill -9 of its worker included.",
         (
             "A worker that was paused beyond its session (SIGSTOP, a suspended machine) had not ended what it ran: another "
             "runs it again, and both ends may stand in the log. A work record that was written twice is recognised within 10 minutes or "
