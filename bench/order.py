@@ -267,6 +267,12 @@ def run(settings: Settings, *, quick: bool = False) -> list[Figure]:
     keyed = alone(drained, app.names.namespace, bootstrap, "keyed", jobs)
     app.close()
 
+    app = made(bootstrap)
+    hot_jobs = 2_000
+    app.submit_many(app.tasks["keyed"].job(1, n) for n in range(hot_jobs))
+    hot = alone(drained, app.names.namespace, bootstrap, "keyed", hot_jobs)
+    app.close()
+
     # In turn, the least of each: what else the machine does only adds.
     pairs = [(cpu_of(bootstrap, jobs, 1), cpu_of(bootstrap, jobs, 2)) for _ in range(1 if quick else 2)]
     one, two = (min(each) for each in zip(*pairs, strict=True))
@@ -292,6 +298,10 @@ def run(settings: Settings, *, quick: bool = False) -> list[Figure]:
         Figure(
             f"keyed no-op jobs, {KEYS:,} keys", keyed["rate"], "jobs/s", 10_000, True, None,
             f"{jobs:,} jobs, one process, each key one at a time",
+        ),
+        Figure(
+            "keyed no-op jobs, one key", hot["rate"], "jobs/s", None, True, None,
+            f"{hot_jobs:,} jobs, each begun when the end of the one before is acknowledged",
         ),
         Figure(
             "CPU of no-op jobs, two processes", two, "s per 1,000", one * 1.1, False, one,

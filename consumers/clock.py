@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import time
 
+from confluent_kafka import TIMESTAMP_LOG_APPEND_TIME, Message
+
 #: Milliseconds after which what was learned is forgotten, in two halves: clocks are set, and brokers change.
 _HALF_MS = 60_000.0
 
@@ -22,6 +24,13 @@ class BrokerClock:
         self._now: float | None = None  # the best difference of this half, and of the one before
         self._before: float | None = None
         self._since = 0.0
+
+    def heard(self, message: Message) -> None:
+        """A record was just acknowledged. If the broker had it already, or its topic does not carry append times, the report
+        has the writer's own time, which says nothing of the broker's clock."""
+        kind, appended_ms = message.timestamp()
+        if kind == TIMESTAMP_LOG_APPEND_TIME and message.offset() is not None:
+            self.observe(appended_ms)
 
     def observe(self, appended_ms: int) -> None:
         """A record that was just heard of carries this append time (milliseconds since the epoch; -1: none)."""

@@ -224,16 +224,16 @@ class Intake:
             work.takeover += crashes
             work.suspect = True
         plan = work.plan = self._plans.get(event.task)
+        stage = self._stages[partition.topic]
+        tenant = "" if stage.fair_by is None else spec.tags.get(stage.fair_by, "")
+        if event.key is not None:  # also if it must not be started: it ends in its turn
+            held = partition.held.pop(key, None) if partition.held else None
+            self._lines.enqueue_keyed(work, event.key, held, tenant)
+            return
         if not self.executor.takes_arguments(work):
             return
         if work.takeover and (crashed := self.places.crashed(work.takeover)) is not None:
             self.executor.close_with(work, crashed)
-            return
-        stage = self._stages[partition.topic]
-        tenant = "" if stage.fair_by is None else spec.tags.get(stage.fair_by, "")
-        if event.key is not None:
-            held = partition.held.pop(key, None) if partition.held else None
-            self._lines.enqueue_keyed(work, event.key, held, tenant)
             return
         if plan is None:
             self.unknown(work)
@@ -269,14 +269,14 @@ class Intake:
         self._lines.defer(partition, identity, one, serial=event.key is not None, tenant=tenant)
         return True
 
-    def revive(self, partition: Partition, one: Deferred) -> Work | None:
-        """The job of a record that was put down; None if its arguments do not fit: it has failed."""
+    def revive(self, partition: Partition, one: Deferred) -> Work:
+        """The job of a record that was put down; its arguments are not read yet."""
         event = plain_submission(one.value) or codec.decode(one.value)
         spec = event.fact.spec  # type: ignore[union-attr]  # as it was accepted
         work = Work(partition, one.offset, event, self._arrived)
         work.expires_at, work.appended, work.plan, work.suspect = spec.expires_at, one.appended, one.plan, one.suspect
         partition.live[one.offset] = work
-        return work if self.executor.takes_arguments(work) else None
+        return work
 
     def unknown(self, work: Work) -> None:
         """No task of this name here: another worker may have it, so the job goes back for a while; not for ever."""

@@ -39,8 +39,12 @@ class Lines:
     when its turn comes.
 
     ``wake``: there may be something to begin; ``wake_in(seconds)``: there may be then. ``unknown(work)``: ends a job
-    whose task this worker does not know. ``revive(partition, deferred)``: the job that a bare record stands for, None
-    if it came to its end instead. ``call``: runs a function on the loop; what it raises ends the worker.
+    whose task this worker does not know. ``revive(partition, deferred)``: the job that a bare record stands for; its
+    arguments are not read yet. ``call``: runs a function on the loop; what it raises ends the worker.
+
+    The next job of a key begins when the fact that ended the one before is acknowledged, not when it is sent: else the next
+    owner, after a crash, could run jobs again that later ones of their key have followed. So a keyed job that must not be
+    started (bad arguments, cancelled, expired) ends in its turn, too.
     """
 
     executor: Executor
@@ -58,7 +62,7 @@ class Lines:
         wake: Callable[[], None],
         wake_in: Callable[[float | None], None],
         unknown: Callable[[Work], None],
-        revive: Callable[[Partition, Deferred], Work | None],
+        revive: Callable[[Partition, Deferred], Work],
         call: Callable[..., None],
     ) -> None:
         self._starter, self._stages, self._lookahead = starter, stages, lookahead
@@ -66,6 +70,8 @@ class Lines:
         self._broker_ms, self._wake, self._wake_in, self._unknown = broker_ms, wake, wake_in, unknown
         #: Gates with lines that wait for them.
         self.parking: dict[Gate, None] = {}
+        #: Lines of keys whose job has left its slot, and the fact that ended it is not acknowledged yet.
+        self.unacknowledged: dict[Line, None] = {}
         #: Partitions that share the lookahead.
         self.owned = 0
         #: Bytes of all that is deferred.
@@ -177,7 +183,6 @@ class Lines:
             one = line.works[-1]
             if one.suspect:
                 return
-            work: Work | None
             if isinstance(one, Deferred):
                 self._count(partition, one, -1)
                 work = self._revive(partition, one)
@@ -185,8 +190,7 @@ class Lines:
                 work, one.waiting = one, False
             line.works.pop()
             partition.waiting -= 1
-            if work is not None:
-                self._set_aside(work, gate, len(line.works))
+            self._set_aside(work, gate, len(line.works))
         self._wake()
 
     def serve(self, stage: Stage, most: int) -> int:
@@ -213,21 +217,18 @@ class Lines:
     def _serve_line(self, stage: Stage, line: Line, now: float) -> int:
         """Begin the line's first job, end it if it must not be begun, or let the line wait for what keeps it."""
         work = line.works[0]
+        unread = line.serial  # its arguments
         if isinstance(work, Deferred):
             # Judged before it becomes a job: else the first of each of many lines would, while a gate is closed.
             if (plan := work.plan) is not None and (gate := self._keeping(plan, plan.room, now)) is not None:
                 return self._park(line, gate, now)
             self._count(line.partition, work, -1)
-            revived = self._revive(line.partition, work)
-            if revived is None:
-                line.works.popleft()
-                line.partition.waiting -= 1
-                self._served(stage, line)
-                return 1
-            revived.line, revived.waiting = line, True
-            line.works[0] = work = revived
+            line.works[0] = work = self._revive(line.partition, work)
+            work.line, work.waiting, unread = line, True, True
         plan = work.plan
         ended = self._starter.refused(work)
+        if ended is None and line.serial and work.takeover:
+            ended = self.places.crashed(work.takeover)
         if ended is None and plan is not None:
             gate = self._keeping(plan, self.places.room_of(work, plan), now)
             if gate is not None:
@@ -236,13 +237,15 @@ class Lines:
         line.partition.waiting -= 1
         line.gate = None
         work.waiting = False
-        line.busy = line.serial
-        if ended is not None or plan is None:
-            if ended is not None:
-                self.executor.close_with(work, ended)
-            else:
-                work.held_since = work.held_since or now
-                self._unknown(work)
+        line.busy, line.over = line.serial, 0
+        if ended is not None:
+            self.executor.close_with(work, ended)
+            self.left(work)
+        elif plan is None:
+            work.held_since = work.held_since or now
+            self._unknown(work)
+            self.left(work)
+        elif unread and not self.executor.takes_arguments(work):
             self.left(work)
         else:
             self._starter.start(work, now)
@@ -305,28 +308,54 @@ class Lines:
         if line is None or not line.serial:
             return
         if work.again_s is not None:
+            work.waiting = True  # it no longer delays a hand-over: the next owner looks for the fact that asks for it
+        if work.lease is not None:  # its outcome goes to the coordinator; nobody waits for that here
+            self._turn_over(work, line)
+        elif not self._half_over(work, line) and line.partition.owned:
+            self.unacknowledged[line] = None
+
+    def acknowledged(self, work: Work) -> None:
+        """The fact that ended an attempt of a keyed job is acknowledged."""
+        line = work.line
+        if line is not None and work.lease is None:
+            self.unacknowledged.pop(line, None)
+            self._half_over(work, line)
+
+    def _half_over(self, work: Work, line: Line) -> bool:
+        """Either the job's slot is free, or the fact that ended its attempt is acknowledged. The second of the two ends its
+        turn; whether it was that one."""
+        line.over += 1
+        if line.over < 2:
+            return False
+        self._turn_over(work, line)
+        return True
+
+    def _turn_over(self, work: Work, line: Line) -> None:
+        """The next job of the key may begin, or this one again after a while."""
+        if work.again_s is not None:
             self._hold(work, line, work.again_s)
             return
         line.busy = False
         self._served(self._stages[line.partition.topic], line)
 
     def _hold(self, work: Work, line: Line, seconds: float) -> None:
-        """The job goes on in place after a while, and holds its key meanwhile."""
+        """The next attempt begins after so many ``seconds``, and the job holds its key meanwhile. They count from now, when the
+        fact that asks for them is acknowledged: the broker appended it earlier and appends the next start later, so by the
+        log's times no attempt is early, whatever this machine's clock says."""
         work.again_s = None
         work.waiting = True
         line.busy = True
-        self.loop.call_later(seconds, self._call, self._again, work, line)
+        self.loop.call_later(seconds, self._call, self._again, work, line, _monotonic() + seconds)
 
-    def _again(self, work: Work, line: Line) -> None:
+    def _again(self, work: Work, line: Line, due: float) -> None:
         partition = line.partition
         if not partition.owned or not self._starter.accepting:
             return  # the next owner's, who finds in the log how far it is
+        if (early := due - _monotonic()) > 0:  # the loop counts whole milliseconds
+            self.loop.call_later(early, self._call, self._again, work, line, due)
+            return
         work.outcome, work.takeover, work.suspect, work.room, work.timer = None, 0, False, None, None
         work.interrupted = None  # the time limit is of one attempt
-        if not self.executor.takes_arguments(work):  # a check that asks elsewhere may refuse what it took before
-            self.left(work)
-            self._wake()
-            return
         line.works.appendleft(work)
         partition.waiting += 1
         line.busy = False
@@ -336,6 +365,8 @@ class Lines:
     def forget(self, gone: set[Partition]) -> None:
         """These partitions are owned no more: their lines take no turns any longer."""
         self.deferred_bytes -= sum(partition.deferred_bytes for partition in gone)
+        for line in [line for line in self.unacknowledged if line.partition in gone]:
+            del self.unacknowledged[line]
         for gate in list(self.parking):
             kept = [line for line in gate.parked if line.partition not in gone]
             gate.parked.clear()

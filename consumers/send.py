@@ -15,6 +15,7 @@ from confluent_kafka import KafkaError, KafkaException, Message, Producer
 
 from jobledger.access import Door, write
 from jobledger.config import Settings
+from jobledger.consumers.clock import BrokerClock
 from jobledger.errors import BrokerUnavailable, JobledgerError
 from jobledger.log import MISSING, batch_room, producer, producer_config, undelivered
 from jobledger.logger import get_logger
@@ -50,6 +51,7 @@ class Sender:
         self._alone: Producer | None = None
         #: `time.monotonic` of the last poll.
         self.polled_at = 0.0
+        self.clock = BrokerClock()
         self._framing: Framing | None = framing(settings, names, self._publish)
         self.produce = self._entry()
 
@@ -130,11 +132,18 @@ class Sender:
     def first(self, topic: str, value: bytes, key: str, timeout: float) -> None:
         """Send a record and wait for its acknowledgement: from then on the producer has its id and its connections.
 
-        Without this the first second's jobs would run long before any of their facts is in the log. Raises what `send`
-        raises, and `BrokerUnavailable` after ``timeout`` seconds.
+        Without this the first second's jobs would run long before any of their facts is in the log, and the first expiries and
+        delays would be judged by this machine's clock instead of the broker's. Raises what `send` raises, and
+        `BrokerUnavailable` after ``timeout`` seconds.
         """
         answers: list[KafkaError | None] = []
-        self.send(topic, value, key, BY_KEY, lambda error, message: answers.append(error))
+
+        def delivered(error: KafkaError | None, message: Message) -> None:
+            if error is None:
+                self.clock.heard(message)
+            answers.append(error)
+
+        self.send(topic, value, key, BY_KEY, delivered)
         deadline = time.monotonic() + timeout
         while not answers:
             self.poll(0.05)

@@ -14,7 +14,6 @@ from collections.abc import Callable
 from confluent_kafka import KafkaError, Message
 
 from jobledger.config import Settings
-from jobledger.consumers.clock import BrokerClock
 from jobledger.consumers.send import BY_KEY, Sender
 from jobledger.consumers.work import Arrived, Work
 from jobledger.errors import AccessDenied, BrokerUnavailable, JobledgerError, PayloadTooLarge
@@ -32,7 +31,8 @@ _LOOP_POLLS_S = 0.05
 
 
 class Settler(threading.Thread):
-    """Drains delivery reports every `TICK_S`. ``fail`` stops the worker with an error."""
+    """Drains delivery reports every `TICK_S`. ``fail`` stops the worker with an error. ``acknowledged(work)``: the fact
+    that ended an attempt of a keyed job is in the log."""
 
     def __init__(
         self,
@@ -43,10 +43,12 @@ class Settler(threading.Thread):
         fail: Callable[[JobledgerError], None],
         too_large: Callable[[Work, int, str], None],
         each_tick: Callable[[], None],
+        acknowledged: Callable[[Work], None],
     ) -> None:
         super().__init__(name="jobledger-settle", daemon=True)
         self._settings, self._sender, self.arrived = settings, sender, arrived
         self._fail, self._too_large, self._each_tick = fail, too_large, each_tick
+        self._acknowledged = acknowledged
         self._drain_lock = threading.Lock()
         self._wake = threading.Event()
         self._closing = False
@@ -54,7 +56,7 @@ class Settler(threading.Thread):
         self.resent = 0
         self._say_at = 0.0
         self.broken = False  # nothing may be committed any more
-        self.clock = BrokerClock()
+        self.clock = sender.clock
 
     # -- delivery reports -----------------------------------------------------------------------------------------
 
@@ -69,8 +71,8 @@ class Settler(threading.Thread):
                     self._delivered(work, closing, message)
                 elif not self.broken:
                     self._undelivered(work, closing, error, message)
-        if message is not None and message.offset() is not None:  # without one it carries our own clock's time
-            self.clock.observe(message.timestamp()[1])
+        if message is not None:
+            self.clock.heard(message)
 
     def _delivered(self, work: Work, closing: bool | None, message: Message) -> None:
         partition = work.partition
@@ -85,8 +87,7 @@ class Settler(threading.Thread):
                     offsets.acknowledged(stands_at)
                 offsets.note(work.offset, stands_at)
             noted, work.noted = work.noted, None
-            if noted is not None:
-                noted(work)
+            (noted or self._acknowledged)(work)
             return
         work.remaining -= 1
         with partition.lock:
@@ -103,8 +104,11 @@ class Settler(threading.Thread):
                     offsets.unsettled(work.offset, found)
             if not work.remaining:
                 offsets.done(work.offset)
-        if closing and work.derived and not self._uncertain(work):
-            self._send_derived(work)
+        if closing:
+            if work.line is not None and work.line.serial:
+                self._acknowledged(work)
+            if work.derived and not self._uncertain(work):
+                self._send_derived(work)
         if not work.remaining:
             partition.live.pop(work.offset, None)
             if work.lease is not None:

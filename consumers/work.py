@@ -102,17 +102,20 @@ class Deferred:
 
 
 class Line:
-    """Jobs of one partition that wait, in order. ``serial``: one at a time; ``busy``: one of them runs, or is held.
+    """Jobs of one partition that wait, in order. ``serial``: one at a time; ``busy``: one of them runs, or waits for its
+    next attempt, or the fact that ended it is not acknowledged. ``over``: how many of these two have come: its slot is
+    free, and the fact that ended it is acknowledged.
 
     ``tenant``: with whose lines it takes turns, "" where nobody does. ``queued``: it stands where lines are looked at,
     its stage's or a gate's.
     """
 
-    __slots__ = ("busy", "gate", "identity", "partition", "queued", "serial", "tenant", "works")
+    __slots__ = ("busy", "gate", "identity", "over", "partition", "queued", "serial", "tenant", "works")
 
     def __init__(self, partition: Partition, identity: tuple[str, ...], serial: bool, tenant: str) -> None:
         self.partition, self.identity, self.serial, self.tenant = partition, identity, serial, tenant
         self.busy = self.queued = False
+        self.over = 0
         self.gate: Gate | None = None  # that it waited for last, until one of its jobs is begun
         self.works: deque[Work | Deferred] = deque()
 

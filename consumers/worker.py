@@ -328,6 +328,7 @@ class Worker:
             fail=self.fail,
             too_large=executor.refused_as_too_large,
             each_tick=dispatcher.tick,
+            acknowledged=dispatcher.acknowledged,
         )
         takeover = self.takeover = Takeover(
             settings,

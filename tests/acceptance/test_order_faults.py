@@ -1,13 +1,16 @@
-"""KEY_ORDER and CANCEL_IS_DURABLE against faults: workers killed, stopped one by one and frozen; judged by the raw log.
+"""KEY_ORDER and CANCEL_IS_DURABLE against faults: workers killed, stopped one by one and frozen, a broker frozen; judged
+by what the jobs' code noted beside the log, and by the raw log.
 
 ``FAULT_KILLS`` scales the tests up.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 import sys
+import time
 import uuid
 from collections import Counter, defaultdict
 from collections.abc import Iterator
@@ -23,6 +26,7 @@ from jobledger.kafka.embedded import EmbeddedKafka
 from jobledger.names import Names
 from tests.acceptance import rawlog
 from tests.acceptance.fleet import Fleet, paused
+from tests.brokers import Brokers
 
 pytestmark = [pytest.mark.kafka, pytest.mark.slow]
 
@@ -30,21 +34,30 @@ ROOT = Path(__file__).resolve().parents[2]
 KILLS = int(os.environ.get("FAULT_KILLS", "4"))
 ACCOUNTS, EACH = 40, 60
 PLAIN = 1_500
+#: How often the broker is paused, and how many seconds: fewer than a worker's lease has, after which it starts no jobs.
+FREEZES, LAG_S = max(2, KILLS // 2), 2.5
 BEYOND_SESSION_S = 9.0
 PARTITIONS = 4
 TERMINAL = {"JobSucceeded", "JobFailed", "JobCancelled", "JobExpired"}
 
 
-@pytest.fixture
-def fleet(kafka: EmbeddedKafka, tmp_path: Path) -> Iterator[Fleet]:
+@contextlib.contextmanager
+def made(folder: Path, bootstrap: str) -> Iterator[Fleet]:
     """A namespace with its topics and no process yet."""
     namespace = f"k{uuid.uuid4().hex[:10]}"
-    settings, names = Settings(bootstrap=kafka.bootstrap), Names(namespace)
+    settings, names = Settings(bootstrap=bootstrap), Names(namespace)
     specs = topology.desired(names, {"default": PARTITIONS}, partitions=PARTITIONS, replication=1)
     client = AdminClient({"bootstrap.servers": settings.resolve_bootstrap()})
     topics.apply(client, topics.plan(client, specs, topology.worker_groups(names, ["default"])))
-    with Fleet(tmp_path, kafka.bootstrap, namespace, target="tests/acceptance/order_app.py:app") as made:
-        yield made
+    with Fleet(folder, bootstrap, namespace, target="tests/acceptance/order_app.py:app") as fleet:
+        yield fleet
+
+
+@pytest.fixture
+def fleet(kafka: EmbeddedKafka, tmp_path: Path) -> Iterator[Fleet]:
+    """A namespace on the broker that other tests use, too."""
+    with made(tmp_path, kafka.bootstrap) as fleet:
+        yield fleet
 
 
 def tell(fleet: Fleet, *words: str, text: str = "") -> str:
@@ -96,6 +109,19 @@ class Keys:
                 ended[key] += 1
         return found
 
+    def early(self) -> list[str]:
+        """Starts of an attempt before the delay was over that the attempt before asked for, by the log's own times."""
+        found: list[str] = []
+        due: dict[tuple[str, int], int] = {}
+        for record in self.lifecycle:
+            job, attempt = record.head["job_id"], record.head["attempt"]
+            if record.fact == "JobRetried" and record.body["in_place"]:
+                asked = record.at + int(record.body["delay_ms"])
+                due[job, attempt + 1] = min(asked, due.get((job, attempt + 1), asked))
+            elif record.fact == "JobStarted" and record.at < due.get((job, attempt), 0):
+                found.append(f"{due[job, attempt] - record.at} ms early: {rawlog.show(record)}")
+        return found
+
     def attempts(self) -> Counter[str]:
         """Attempts of each job that failed and were followed by another, as the log has them."""
         return Counter(r.head["job_id"] for r in self.lifecycle if r.fact == "JobRetried")
@@ -116,9 +142,35 @@ def finished(fleet: Fleet) -> Keys:
     return found[-1]
 
 
-def judge(keys: Keys) -> None:
-    """What holds whatever happened: order, ends, attempts that are counted on."""
+def passed_over(fleet: Fleet) -> list[str]:
+    """Runs that broke the order of a key, by what the jobs' code noted: not of the job whose turn it was, or of an attempt
+    before the last one."""
+    found: list[str] = []
+    last: dict[str, tuple[int, int]] = {}
+    for _, _, account, *rest in began(fleet):
+        number, attempt = map(int, rest)
+        before, tried = last.get(account, (-1, 1))
+        if number not in (before, before + 1) or (number == before and attempt < tried):
+            found.append(f"{account}: job {number}, attempt {attempt}, began after job {before}, attempt {tried}")
+        last[account] = (number, attempt)
+    return found
+
+
+def run_again(fleet: Fleet) -> dict[str, int]:
+    """How often an attempt ran again, by account."""
+    runs = Counter(tuple(words) for words in began(fleet))
+    again: Counter[str] = Counter()
+    for words, count in runs.items():
+        again[words[2]] += count - 1
+    return dict(again)
+
+
+def judge(fleet: Fleet, keys: Keys) -> None:
+    """What holds whatever happened: order, ends, delays, attempts that are counted on."""
+    assert passed_over(fleet) == []
+    assert max(run_again(fleet).values()) <= fleet.did["worker killed"], "more than the one job that ran"
     assert keys.out_of_order() == []
+    assert keys.early() == []
     ends = Counter(r.fact for r in keys.lifecycle if r.fact in TERMINAL)
     poor = ACCOUNTS * len([n for n in range(EACH) if n % 50 == 49])
     assert ends["JobFailed"] == poor
@@ -136,7 +188,27 @@ def test_keys_keep_their_order_under_kill_9(fleet: Fleet) -> None:
         fleet.until(lambda least=least: len(began(fleet)) >= least, 90, f"{least} begun")  # type: ignore[misc]  # bound now
         fleet.kill(workers[n % 2])
         fleet.tend()
-    judge(finished(fleet))
+    judge(fleet, finished(fleet))
+
+
+def test_keys_keep_their_order_when_acknowledgements_lag(tmp_path: Path) -> None:
+    """KEY_ORDER with a paused broker: the worker continues, and is killed before anything that it sent is acknowledged. Of
+    each key at most the one job that ran runs again, and none after a later one."""
+    with Brokers() as brokers, made(tmp_path, brokers.bootstrap) as fleet:
+        tell(fleet, "submit", str(ACCOUNTS), str(EACH))
+        worker = fleet.start("worker", "--concurrency", "20")
+        for n in range(FREEZES):
+            least = ACCOUNTS * EACH * (n + 1) // (FREEZES + 2)
+            fleet.until(lambda least=least: len(began(fleet)) >= least, 90, f"{least} begun")  # type: ignore[misc]  # bound now
+            brokers.pause(1)
+            until = time.monotonic() + LAG_S
+            while time.monotonic() < until:  # how long nothing is acknowledged is the fault itself
+                fleet.tend()
+                time.sleep(0.1)
+            fleet.kill(worker)
+            brokers.resume(1)
+            fleet.tend()
+        judge(fleet, finished(fleet))
 
 
 def test_a_rolling_restart_keeps_the_order_and_runs_no_attempt_twice(fleet: Fleet) -> None:
@@ -148,7 +220,7 @@ def test_a_rolling_restart_keeps_the_order_and_runs_no_attempt_twice(fleet: Flee
         fleet.until(lambda least=least: len(began(fleet)) >= least, 90, f"{least} begun")  # type: ignore[misc]  # bound now
         assert fleet.stop(member) == 0, member.tail()
         fleet.restart(member)
-    judge(finished(fleet))
+    judge(fleet, finished(fleet))
     twice = {what: count for what, count in Counter(tuple(words) for words in began(fleet)).items() if count > 1}
     assert twice == {}
 

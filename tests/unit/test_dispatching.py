@@ -1,5 +1,6 @@
-"""The worker's loop in moments that no broker brings about on demand: real dispatcher, lines, executor and offsets; what
-would go to Kafka is kept in a list. The same parts run against a real broker in tests/integration and tests/acceptance.
+"""The worker's loop in moments that no broker brings about on demand: real dispatcher, lines, executor, settler and
+offsets; what would go to Kafka is kept in a list. The same parts run against a real broker in tests/integration and
+tests/acceptance.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ import contextvars
 import json
 import threading
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Awaitable, Callable
 from types import SimpleNamespace
 from typing import Any, cast
@@ -17,16 +18,20 @@ from typing import Any, cast
 import pytest
 import uuid_utils
 from confluent_kafka import KafkaError, KafkaException, Message
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from jobledger import App, Queue, Snooze
+from jobledger import App, Queue, Snooze, current_job
 from jobledger.config import Settings
+from jobledger.consumers.clock import BrokerClock
 from jobledger.consumers.commit import LOST_S, Committer
 from jobledger.consumers.dispatch import Dispatcher
 from jobledger.consumers.execute import Executor
 from jobledger.consumers.facts import Facts
 from jobledger.consumers.offsets import PartitionOffsets, Restored, Snapshot, decode
 from jobledger.consumers.outcome import Cancelled
-from jobledger.consumers.places import Places
+from jobledger.consumers.places import UNSEEN_CRASHES, Places
+from jobledger.consumers.releases import release_key
 from jobledger.consumers.send import Sender
 from jobledger.consumers.settle import Settler, new_arrived
 from jobledger.consumers.work import Lease, Partition
@@ -34,28 +39,68 @@ from jobledger.errors import BrokerUnavailable, JobledgerError
 from jobledger.outage import outage_of
 from jobledger.retry import Retry
 from jobledger.schemas import codec, frame
-from jobledger.schemas.events import JobCancelled, JobEvent, JobFailed, JobRetried, JobSpec, JobSubmitted
+from jobledger.schemas.events import (
+    JobCancelled,
+    JobEvent,
+    JobExpired,
+    JobFailed,
+    JobRetried,
+    JobSpec,
+    JobSubmitted,
+    JobSucceeded,
+    settles,
+)
 
 LIMIT = 1_000_000
 
 
 class Kept:
-    """What was sent, in order; nothing of it is ever acknowledged."""
+    """What was sent, in order. It is acknowledged by the next poll, unless that is ``frozen``."""
 
     def __init__(self) -> None:
         self.sent: list[bytes] = []
-        self.unacknowledged = 0
+        self.frozen = False
+        self.acknowledged_at: list[float] = []
+        self.clock, self.polled_at = BrokerClock(), 0.0
+        self._waiting: deque[tuple[int, Callable[[KafkaError | None, Any], None] | None]] = deque()
 
-    def produce(self, topic: str, value: bytes, *about: object) -> None:
+    def produce(
+        self,
+        topic: str,
+        value: bytes,
+        key: object,
+        partition: int,
+        on_delivery: Callable[[KafkaError | None, Any], None] | None = None,
+    ) -> None:
+        self._waiting.append((len(self.sent), on_delivery))
         self.sent.append(value)
 
     send = produce
 
+    @property
+    def unacknowledged(self) -> int:
+        return len(self._waiting)
+
     def poll(self, seconds: float = 0.0) -> None:
-        pass
+        if not self.frozen:
+            self.deliver(len(self._waiting))
+
+    def deliver(self, most: int) -> None:
+        """Acknowledge the oldest records."""
+        for _ in range(min(most, len(self._waiting))):
+            offset, on_delivery = self._waiting.popleft()
+            self.acknowledged_at.append(time.monotonic())
+            if on_delivery is not None:
+                on_delivery(None, Record(offset, self.sent[offset]))
 
     def facts(self) -> list[Any]:
         return [codec.decode(value).fact for value in self.sent]
+
+    def ended(self) -> list[str]:
+        """Jobs of which an end that closes their record is acknowledged."""
+        left = {offset for offset, _ in self._waiting}
+        read = [codec.decode(value) for n, value in enumerate(self.sent) if n not in left]
+        return [event.job_id for event in read if settles(event.fact)]
 
 
 class Record:
@@ -66,6 +111,9 @@ class Record:
 
     def offset(self) -> int:
         return self._offset
+
+    def topic(self) -> str:
+        return "shop.lifecycle"
 
     def value(self) -> bytes:
         return self._value
@@ -100,11 +148,20 @@ class Bench:
             self.arrived,
             unknown_task_backoff=Retry(),
             broker_ms=lambda: time.time() * 1000,
-            drain=lambda: None,
+            drain=lambda: self.settler.drain(),
             fail=self.failed.append,
             **chosen,
         )
         d = self.dispatcher
+        self.settler = Settler(
+            Settings(),
+            sender,
+            self.arrived,
+            fail=self.failed.append,
+            too_large=lambda *about: None,
+            each_tick=lambda: None,
+            acknowledged=d.acknowledged,
+        )
         executor = Executor(
             facts,
             sender,
@@ -114,7 +171,7 @@ class Bench:
             ended=d.ended_here,
             ended_in_thread=d.ended_in_thread,
             fail=self.failed.append,
-            settle=lambda: None,
+            settle=self.settler.drain,
         )
         starter = d.starter
         places = Places(
@@ -143,10 +200,12 @@ class Bench:
         self.dispatcher.close()
 
 
-def job(task: str, *, key: str | None = None, queue: str = "default", **args: Any) -> bytes:
+def job(
+    task: str, *, key: str | None = None, queue: str = "default", expires_at: int | None = None, **args: Any
+) -> bytes:
     """A submission's record."""
     job_id = str(uuid_utils.uuid7())
-    spec = JobSpec(json.dumps(args).encode())
+    spec = JobSpec(json.dumps(args).encode(), expires_at=expires_at)
     return codec.encode(JobEvent(job_id, job_id, 1, 1, 1, 0, task, queue, key, None, "c", None, JobSubmitted(spec)))
 
 
@@ -356,6 +415,7 @@ def test_an_attempt_in_place_is_handed_over_before_its_word_is_acknowledged() ->
 
     async def test() -> None:
         bench = Bench(app)
+        bench.kept.frozen = True
         partition = bench.partition()
         put(partition, [job("book", key="a", k="a")])
         bench.dispatcher.wake()
@@ -363,21 +423,13 @@ def test_an_attempt_in_place_is_handed_over_before_its_word_is_acknowledged() ->
         await until(lambda: not partition.busy)
         partition.give_up()
         committed: list[Any] = []
-        settler = Settler(
-            Settings(),
-            cast(Sender, bench.kept),
-            bench.arrived,
-            fail=bench.failed.append,
-            too_large=lambda *about: None,
-            each_tick=lambda: None,
-        )
 
         def commit(offsets: list[Any], asynchronous: bool) -> list[Any]:
             committed.extend(offsets)
             return []
 
         consumer = SimpleNamespace(commit=commit)
-        committer = Committer(Settings(), cast(Any, consumer), "g", partition.lease, settler, bench.failed.append)
+        committer = Committer(Settings(), cast(Any, consumer), "g", partition.lease, bench.settler, bench.failed.append)
         assert committer.commit([partition], final=True)
         restored = decode(committed[0].offset, committed[0].metadata, 10)
         assert not restored.clean
@@ -517,6 +569,178 @@ def test_ten_thousand_jobs_of_a_hot_key_are_read_past() -> None:
         partition.give_up()
         bench.dispatcher.ended([partition])
         await until(lambda: bench.dispatcher.lines.deferred_bytes == 0)
+        bench.close()
+
+    run(test)
+
+
+def keyed_app(ran: list[Any]) -> App:
+    """An app whose keyed tasks end in every way."""
+    app = App("shop")
+
+    @app.task(key="k", timeout=30)
+    async def book(k: str, n: int = 0) -> None:
+        ran.append((k, n, time.monotonic()))
+
+    @app.task(key="k", timeout=30)
+    async def holds(k: str) -> None:
+        await asyncio.sleep(30)
+
+    @app.task(key="k", timeout=30, retry=Retry(max_attempts=1))
+    async def fails(k: str) -> None:
+        raise ValueError("no")
+
+    @app.task(key="k", timeout=30)
+    async def huge(k: str) -> str:
+        return "x" * (LIMIT + 1)
+
+    @app.task(key="k", timeout=30, retry=Retry(max_attempts=2, initial=0.2, jitter=False))
+    async def twice(k: str) -> None:
+        ran.append((k, current_job().attempt, time.monotonic()))
+        raise ValueError("no")
+
+    return app
+
+
+WAYS: dict[str, tuple[bytes, type]] = {
+    "success": (job("book", key="a", k="a"), JobSucceeded),
+    "failure": (job("fails", key="a", k="a"), JobFailed),
+    "result too large": (job("huge", key="a", k="a"), JobFailed),
+    "bad arguments": (job("book", key="a", nobody=1), JobFailed),
+    "expired": (job("book", key="a", k="a", expires_at=1), JobExpired),
+    "cancelled": (job("book", key="a", k="a"), JobCancelled),
+    "crashed": (job("book", key="a", k="a"), JobFailed),
+}
+
+
+@pytest.mark.parametrize("deferred", [False, True], ids=["job", "bare record"])
+@pytest.mark.parametrize("how", WAYS)
+def test_a_key_s_next_job_waits_until_the_end_of_the_one_before_is_in_the_log(how: str, deferred: bool) -> None:
+    """However a keyed job ends, the next one of its key begins when that end is acknowledged, not when it is sent; jobs of
+    other keys do not wait."""
+    ran: list[Any] = []
+    app = keyed_app(ran)
+    value, end = WAYS[how]
+
+    async def test() -> None:
+        bench = Bench(app, lookahead=100)
+        d, kept = bench.dispatcher, bench.kept
+        kept.frozen = True
+        partition = bench.partition()
+        event = codec.decode(value)
+        if how == "cancelled":
+            d.control.cancels[event.job_id, 1] = Cancelled("me", "wrong list")
+        if how == "crashed":
+            partition.starts, partition.scanned_to = {release_key(event.job_id, 1, 1): UNSEEN_CRASHES}, 10_000
+        waiting = [job("holds", key="h", k="h") for _ in range(60 if deferred else 0)]
+        put(partition, [*waiting, value, job("book", key="a", k="next")])
+        d.wake()
+        await until(lambda: any(type(fact) is end for fact in kept.facts()))
+        put(partition, [job("book", key="c", k="other")])
+        d.wake()
+        await until(lambda: any(k == "other" for k, *_ in ran))
+        await until(lambda: len(d.running) == deferred)
+        assert (partition.deferred > 0) == deferred
+        assert not any(k == "next" for k, *_ in ran)
+        kept.frozen = False
+        await until(lambda: any(k == "next" for k, *_ in ran))
+        assert not bench.failed
+        bench.close()
+
+    run(test)
+
+
+@pytest.mark.parametrize("tuned", [False, True], ids=["asyncio", "uvloop"])
+def test_a_delay_in_place_counts_from_the_acknowledgement(tuned: bool) -> None:
+    """The log shows no attempt before its time: the delay begins when what asked for it is in the log, and ends no
+    fraction of a millisecond early. Jobs that follow under the key wait for all attempts."""
+    import uvloop
+
+    ran: list[Any] = []
+    app = keyed_app(ran)
+    keys = 40
+
+    async def test() -> None:
+        bench = Bench(app, concurrency=100)
+        put(bench.partition(), [job(task, key=f"k{n}", k=f"k{n}") for task in ("twice", "book") for n in range(keys)])
+        bench.dispatcher.wake()
+        await until(lambda: len(ran) == 3 * keys)
+        assert not bench.failed
+        asked: dict[str, float] = {}
+        for value, at in zip(bench.kept.sent, bench.kept.acknowledged_at, strict=False):
+            event = codec.decode(value)
+            if isinstance(event.fact, JobRetried):
+                asked[str(event.key)] = at
+        for key, at in asked.items():
+            (_, _, first), (_, again, second), (_, after, _) = [each for each in ran if each[0] == key]
+            assert (again, after) == (2, 0)
+            assert first < at <= second - 0.2
+        assert len(asked) == keys
+        bench.close()
+
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop if tuned else None) as runner:
+        runner.run(test())
+
+
+def test_an_end_that_is_acknowledged_before_the_job_has_left_is_waited_for() -> None:
+    """Whichever comes first, the acknowledgement or the free slot: the next job of the key waits for both."""
+    ran: list[Any] = []
+    app = keyed_app(ran)
+
+    async def test() -> None:
+        bench = Bench(app)
+        d = bench.dispatcher
+        bench.kept.frozen = True
+        put(bench.partition(), [job("holds", key="a", k="a"), job("book", key="a", k="next")])
+        d.wake()
+        await until(lambda: d.running)
+        (work,) = d.running
+        assert work.line is not None
+        d.acknowledged(work)
+        await until(lambda: work.line is not None and work.line.over == 1)
+        assert work.line.busy
+        d.executor.stop(work, Cancelled("me", "enough"))
+        await until(lambda: ran)
+        bench.close()
+
+    run(test)
+
+
+@given(
+    st.lists(st.tuples(st.sampled_from(("book", "fails", "huge", "nobody")), st.sampled_from("ab")), max_size=12),
+    st.data(),
+)
+@settings(max_examples=40)
+def test_no_job_of_a_key_begins_before_the_ends_of_all_before_it_are_acknowledged(
+    jobs: list[tuple[str, str]], data: st.DataObject
+) -> None:
+    """Whatever ends how, and whenever acknowledgements come."""
+    ran: list[Any] = []
+    app = keyed_app(ran)
+    values = [job("book", key=key, nobody=1) if task == "nobody" else job(task, key=key, k=key) for task, key in jobs]
+    before: dict[str, list[str]] = {}
+    of_key: dict[str, list[str]] = {"a": [], "b": []}
+    for value, (_, key) in zip(values, jobs, strict=True):
+        job_id = codec.decode(value).job_id
+        before[job_id] = list(of_key[key])
+        of_key[key].append(job_id)
+
+    async def test() -> None:
+        bench = Bench(app)
+        kept = bench.kept
+        kept.frozen = True
+        put(bench.partition(), values)
+        bench.dispatcher.wake()
+        while len(kept.ended()) < len(jobs):
+            sent = len(kept.sent)
+            kept.deliver(data.draw(st.integers(0, 3)))
+            bench.settler.drain()
+            for _ in range(data.draw(st.integers(0, 5))):
+                await asyncio.sleep(0)
+            for value in kept.sent[sent:]:
+                event = codec.decode(value)
+                assert set(before[event.job_id]) <= set(kept.ended())
+        assert not bench.failed
         bench.close()
 
     run(test)

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 from jobledger.config import Settings
+from jobledger.consumers.clock import BrokerClock
 from jobledger.consumers.offsets import PartitionOffsets, Restored
 from jobledger.consumers.settle import Settler, new_arrived
 from jobledger.consumers.work import Lease, Partition, Work
@@ -35,11 +36,12 @@ def test_an_end_that_the_broker_had_already_is_an_end() -> None:
     arrived = new_arrived()
     settler = Settler(
         Settings(),
-        cast(Any, None),
+        cast(Any, SimpleNamespace(clock=BrokerClock())),
         arrived,
         fail=lambda error: None,
         too_large=lambda work, size, where: None,
         each_tick=lambda: None,
+        acknowledged=lambda work: None,
     )
     partition = Partition("shop.jobs.mail", 0, Lease(3.0), -1, None)
     offsets = partition.offsets = PartitionOffsets(Restored(0), start_floor=50)
@@ -67,7 +69,9 @@ def test_what_derives_from_an_outcome_waits_until_its_partition_is_certainly_our
     """A worker that was paused asks for no retry before the group has confirmed its partition, and for none of a partition
     that another worker has: that one may have ended the job."""
     arrived, sent = new_arrived(), []
-    sender = SimpleNamespace(polled_at=float("inf"), check=lambda: None, send=lambda topic, *_: sent.append(topic))
+    sender = SimpleNamespace(
+        polled_at=float("inf"), clock=BrokerClock(), check=lambda: None, send=lambda topic, *_: sent.append(topic)
+    )
     settler = Settler(
         Settings(),
         cast(Any, sender),
@@ -75,6 +79,7 @@ def test_what_derives_from_an_outcome_waits_until_its_partition_is_certainly_our
         fail=lambda error: None,
         too_large=lambda work, size, where: None,
         each_tick=lambda: None,
+        acknowledged=lambda work: None,
     )
     lease = Lease(3600.0)  # which is over
     partition = Partition("shop.jobs.mail", 0, lease, -1, None)
