@@ -13,7 +13,7 @@ CHAOS_SECONDS ?= 600
 CHAOS_JOBS ?= 40000
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo dev test lint format bench bench-peers chaos docs clean
+.PHONY: help setup demo dev test test-all lint format bench bench-peers chaos docs clean
 .NOTPARALLEL:
 
 help: ## this list
@@ -39,9 +39,14 @@ dev: $(STAMP) ## broker, worker and stream processor of the demo app, reloading 
 	@$(PY) -m jobledger dev $(or $(APP),examples.airports.app:app) $(ARGS)
 
 # pytest last: its closing line is the last thing to be read. Tests mostly wait for what other processes do, so three at once
-# suit two CPUs; the order of their files is made in tests/conftest.py.
-test: lint ## lint, types and every test, on real Kafka
-	@$(PY) -m pytest --numprocesses 3 --dist loadfile --no-loadscope-reorder $(ARGS)
+# suit two CPUs; the order of their files is made in tests/conftest.py. Each test is in one of the two tiers.
+PYTEST := $(PY) -m pytest --numprocesses 3 --dist loadfile --no-loadscope-reorder
+
+test: lint ## lint, types and the tests, on real Kafka: each promise in its short form, ten minutes
+	@$(PYTEST) -m "not extended" $(ARGS)
+
+test-all: $(STAMP) ## all the other tests: long faults, three brokers, compose, rolling upgrades, Java; half an hour
+	@$(PYTEST) -m extended $(ARGS)
 
 lint: $(STAMP) ## formatting, lint, types, layers
 	@$(PY) -m ruff format --check --quiet . || { echo "run: make format" >&2; exit 1; }
@@ -59,7 +64,7 @@ bench: $(STAMP) ## figures beside a bare librdkafka loop of the same run
 bench-peers: $(STAMP) ## Celery, Dramatiq, Taskiq, BullMQ and ours in turn; installs them under .bench-peers/
 	@$(PY) -m bench.peers $(ARGS)
 
-chaos: $(STAMP) ## the acceptance tests and ten minutes of random faults: CHAOS_SECONDS, CHAOS_JOBS, CHAOS_SEED
+chaos: $(STAMP) ## the acceptance tests of both tiers and ten minutes of random faults: CHAOS_SECONDS, CHAOS_JOBS, CHAOS_SEED
 	@CHAOS_SECONDS=$(CHAOS_SECONDS) CHAOS_JOBS=$(CHAOS_JOBS) FAULT_LONG_S=120 $(PY) -m pytest tests/acceptance --timeout=0 $(ARGS)
 
 docs: $(STAMP) ## draw docs/states.md from the table of transitions

@@ -23,12 +23,13 @@ import psutil
 
 from jobledger.kafka.embedded import EmbeddedKafka
 from tests.acceptance.audit import Window
+from tests.patience import PATIENCE
 
 ROOT = Path(__file__).resolve().parents[2]
 TARGET = "tests/acceptance/chaos_app.py:app"
 ROLES = ("worker", "coordinator", "materializer")
 #: Seconds a process may take to stop when it is asked to.
-GRACE_S = 60.0
+GRACE_S = 120.0
 
 
 class FleetError(AssertionError):
@@ -212,13 +213,14 @@ class Fleet:
         return [m for m in self.members if m.role == role]
 
     def until(self, check: Callable[[], bool], timeout: float, what: str) -> None:
-        """Wait for a fact while tending the fleet. Raises `FleetError` naming it, with the ends of all outputs."""
-        deadline = time.monotonic() + timeout
+        """Wait for a fact while tending the fleet, ``timeout`` times `PATIENCE`. Raises `FleetError` naming it, with the ends
+        of all outputs."""
+        deadline = time.monotonic() + PATIENCE * timeout
         while not check():
             self.tend()
             if time.monotonic() > deadline:
                 tails = "\n".join(f"== {m.name} (lives {m.lives}, codes {m.codes})\n{m.tail(12)}" for m in self.members)
-                raise FleetError(f"{what}: not within {timeout:g} s\n{tails}")
+                raise FleetError(f"{what}: not within {PATIENCE * timeout:g} s\n{tails}")
             time.sleep(0.1)
 
     def run(self, *words: str, timeout: float = 120.0) -> tuple[int, Any, str]:

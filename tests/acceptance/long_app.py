@@ -16,6 +16,8 @@ from jobledger import App, Retry, Snooze, current_job
 
 app = App(os.environ.get("CHAOS_NAMESPACE", "long"), partitions=4)
 EXECUTIONS = os.environ.get("CHAOS_EXECUTIONS", os.devnull)
+#: Once this file is there, the jobs that take a time end at once.
+OVER = f"{EXECUTIONS}.over"
 AGAIN = Retry(max_attempts=2, initial=0.2, jitter=False)
 
 
@@ -33,7 +35,7 @@ def work(seconds: float) -> int:
     note("began")
     end = time.monotonic() + seconds
     try:
-        while time.monotonic() < end:
+        while time.monotonic() < end and not os.path.exists(OVER):
             time.sleep(0.02)
     except BaseException as told:
         note(type(told).__name__)
@@ -46,8 +48,10 @@ def work(seconds: float) -> int:
 async def coroutine(seconds: float) -> int:
     """On the event loop."""
     note("began")
+    end = time.monotonic() + seconds
     try:
-        await asyncio.sleep(seconds)
+        while time.monotonic() < end and not os.path.exists(OVER):
+            await asyncio.sleep(0.02)
     except BaseException as told:
         note(type(told).__name__)
         raise

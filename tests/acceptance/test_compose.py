@@ -24,7 +24,7 @@ import pytest
 from jobledger import App, Settings
 from jobledger.kafka.ports import free_port
 
-pytestmark = [pytest.mark.kafka, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.kafka, pytest.mark.extended, pytest.mark.timeout(900)]
 
 ROOT = Path(__file__).resolve().parents[2]
 PULL_S, BUILD_S, UP_S = 300, 600, 240

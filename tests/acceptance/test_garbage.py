@@ -27,7 +27,7 @@ from tests.acceptance.promises import Promise
 from tests.acceptance.rawlog import SCHEMA_FILE, SINGLE_OBJECT, plain
 from tests.acceptance.test_survival import Service, counts, judge, ready, settle
 
-pytestmark = [pytest.mark.kafka, pytest.mark.slow]
+pytestmark = pytest.mark.kafka
 
 UPGRADED = "tests/acceptance/upgraded_app.py:app"
 PARTITIONS = 4
@@ -169,7 +169,6 @@ def committed(fleet: Fleet, group: str, topic: str, partition: int) -> int:
         consumer.close()
 
 
-@pytest.mark.timeout(200)
 def test_garbage_on_every_topic_is_kept_and_counted_and_good_jobs_go_on(
     broker: str, namespace: str, tmp_path: Path, say: Callable[[str], None]
 ) -> None:
@@ -252,7 +251,6 @@ def ended_jobs(fleet: Fleet) -> set[str]:
     return {job for job, final in independent.table(fleet.status).items() if final.state in independent.ENDED}
 
 
-@pytest.mark.timeout(200)
 def test_a_fact_from_the_future_stops_its_partition_until_the_worker_is_upgraded(
     broker: str, namespace: str, tmp_path: Path
 ) -> None:
@@ -312,7 +310,6 @@ def test_a_fact_from_the_future_stops_its_partition_until_the_worker_is_upgraded
         assert independent.fold(log.records)[job].state == "succeeded"
 
 
-@pytest.mark.timeout(200)
 def test_a_fact_from_the_future_is_waited_for_by_the_coordinator(broker: str, namespace: str, tmp_path: Path) -> None:
     """On coordination a fact that this coordinator does not know ends it with a clear word, again and again, and is
     never passed; plain jobs go on meanwhile, and an upgraded coordinator lets go what waited behind it."""

@@ -21,7 +21,7 @@ from tests.acceptance.promises import Promise
 from tests.acceptance.test_worker_faults import PARTITIONS, UNACKNOWLEDGED, drained, progress, runs, submit
 from tests.acceptance.test_worker_faults import fleet as made_fleet
 
-pytestmark = [pytest.mark.kafka, pytest.mark.slow]
+pytestmark = [pytest.mark.kafka, pytest.mark.extended]
 
 #: "The coordinator gives up on a broker that is away …": schema 1, commits in text 1, no order of any kind.
 OLD = "a36ba67"
@@ -58,7 +58,6 @@ def replaced(fleet: Fleet, member: Member, cwd: Path) -> None:
     fleet.restart(member)
 
 
-@pytest.mark.timeout(240)
 def test_a_rolling_upgrade_loses_nothing_and_reruns_no_success(
     fleet: Fleet, old: Path, say: Callable[[str], None]
 ) -> None:

@@ -28,7 +28,7 @@ from tests.acceptance import rawlog
 from tests.acceptance.fleet import Fleet, paused
 from tests.brokers import Brokers
 
-pytestmark = [pytest.mark.kafka, pytest.mark.slow]
+pytestmark = pytest.mark.kafka
 
 ROOT = Path(__file__).resolve().parents[2]
 KILLS = int(os.environ.get("FAULT_KILLS", "4"))

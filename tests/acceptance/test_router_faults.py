@@ -1,11 +1,7 @@
-"""The router against faults: killed, frozen, its broker stopped; of each event and handler exactly one job is run.
-
-``ROUTER_EVENTS`` and ``ROUTER_KILLS`` scale the test up.
-"""
+"""The router against faults: killed, frozen, its broker stopped; of each event and handler exactly one job is run."""
 
 from __future__ import annotations
 
-import os
 import random
 import threading
 import time
@@ -24,15 +20,14 @@ from tests.acceptance import events_app
 from tests.acceptance.fleet import Fleet
 from tests.integration.worker_app import log_of, until
 
-pytestmark = [pytest.mark.kafka, pytest.mark.slow]
+pytestmark = pytest.mark.kafka
 
-EVENTS = int(os.environ.get("ROUTER_EVENTS", "6000"))
-KILLS = int(os.environ.get("ROUTER_KILLS", "12"))
 BEYOND_SESSION_S = 9.0
 
 
+@pytest.mark.parametrize(("events", "kills"), [(1_500, 3), pytest.param(6_000, 12, marks=pytest.mark.extended)])
 def test_each_event_and_handler_is_one_job_whatever_happens_to_the_router(
-    tmp_path: Path, say: Callable[[str], None]
+    tmp_path: Path, say: Callable[[str], None], events: int, kills: int
 ) -> None:
     """Two routers, one killed again and again at random moments, one frozen beyond its session, the broker stopped."""
     dice = random.Random(7)
@@ -47,7 +42,7 @@ def test_each_event_and_handler_is_one_job_whatever_happens_to_the_router(
             ids: list[str] = []
 
             def emit() -> None:
-                for first in range(0, EVENTS, 100):
+                for first in range(0, events, 100):
                     batch = (events_app.Happened(n, f"user-{n % 50}") for n in range(first, first + 100))
                     ids.extend(handle.event_id for handle in app.emit_many(batch))
                     time.sleep(0.2)
@@ -55,20 +50,20 @@ def test_each_event_and_handler_is_one_job_whatever_happens_to_the_router(
             emitting = threading.Thread(target=emit)
             emitting.start()
             killed, frozen = fleet.start("router"), fleet.start("router")
-            for kill in range(KILLS):
+            for kill in range(kills):
                 time.sleep(dice.uniform(0.3, 2.5))
                 fleet.kill(killed)
                 fleet.tend()
-                if kill == KILLS // 3:
+                if kill == kills // 3:
                     fleet.freeze(frozen)
                     time.sleep(BEYOND_SESSION_S)
                     fleet.thaw(frozen)
-                if kill == KILLS * 2 // 3:
+                if kill == kills * 2 // 3:
                     kafka.stop()
                     time.sleep(3.0)
                     kafka.start()
             emitting.join(timeout=120)
-            assert len(ids) == EVENTS
+            assert len(ids) == events
             wanted = {handler.job_id(event_id) for event_id in ids for handler in app.registry.handlers["Happened"]}
 
             def submitted() -> Counter[str]:
@@ -88,10 +83,10 @@ def test_each_event_and_handler_is_one_job_whatever_happens_to_the_router(
             runs = Counter(line.split()[1] for line in fleet.executions.read_text().splitlines())
             again = sum(count - 1 for count in submitted().values())
             fleet.stop(fleet.members[-1])
-        assert Counter(runs.values()) == {1: 2 * EVENTS}
-        assert Counter(_of(app, JobStarted).values()) == {1: 2 * EVENTS}
+        assert Counter(runs.values()) == {1: 2 * events}
+        assert Counter(_of(app, JobStarted).values()) == {1: 2 * events}
         app.close()
-    say(f"router: {EVENTS} events, {len(wanted)} jobs, each run once; submitted again {again}x; {dict(fleet.did)}")
+    say(f"router: {events} events, {len(wanted)} jobs, each run once; submitted again {again}x; {dict(fleet.did)}")
 
 
 def _of(app: App, fact: type) -> Counter[str]:

@@ -1,7 +1,7 @@
 """Real processes, real faults: whatever is killed, frozen or taken away, the promises hold.
 
-The short form runs with the other tests. The long one, ``make chaos``, sets ``CHAOS_JOBS`` and ``CHAOS_SECONDS`` and
-draws its faults at random; ``CHAOS_SEED`` repeats a run's choices.
+The shortest form belongs to `make test`, a longer one to `make test-all`. The longest, `make chaos`, sets ``CHAOS_JOBS`` and
+``CHAOS_SECONDS`` and draws its faults at random; ``CHAOS_SEED`` repeats a run's choices.
 """
 
 from __future__ import annotations
@@ -26,9 +26,8 @@ from tests.acceptance import chaos_app, independent
 from tests.acceptance.fleet import ROOT, TARGET, Fleet, Member, paused
 from tests.acceptance.promises import BROKEN_BY, Promise
 
-pytestmark = [pytest.mark.kafka, pytest.mark.slow]
+pytestmark = pytest.mark.kafka
 
-JOBS = 3_000
 LONG_JOBS = int(os.environ.get("CHAOS_JOBS", "40000"))
 SECONDS = float(os.environ.get("CHAOS_SECONDS", "0"))
 SEED = os.environ.get("CHAOS_SEED") or uuid.uuid4().hex[:8]
@@ -207,12 +206,12 @@ def summary(fleet: Fleet, log: independent.Log, audit: independent.Audit, seed: 
     )
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.parametrize(("jobs", "rounds"), [(1_000, 1), pytest.param(3_000, 3, marks=pytest.mark.extended)])
 def test_whatever_is_killed_frozen_or_away_every_job_ends_once_and_is_told_right(
-    kafka: EmbeddedKafka, tmp_path: Path, namespace: str, say: Callable[[str], None]
+    kafka: EmbeddedKafka, tmp_path: Path, namespace: str, say: Callable[[str], None], jobs: int, rounds: int
 ) -> None:
-    """Workers, coordinators and materializers are killed three times each and frozen past their sessions once, and the
-    broker is away for ten seconds: every accepted job ends as it must, none early, none again after its end was in the
+    """Workers, coordinators and materializers are killed, once or three times each, and frozen past their sessions once, and
+    the broker is away for ten seconds: every accepted job ends as it must, none early, none again after its end was in the
     log; the table agrees with an independent fold and with `verify`; no work record was passed over."""
     if SECONDS:
         pytest.skip("the long form runs instead")
@@ -220,31 +219,32 @@ def test_whatever_is_killed_frozen_or_away_every_job_ends_once_and_is_told_right
     with ExitStack() as stack:
         fleet = stack.enter_context(Fleet(tmp_path, kafka.bootstrap, namespace, seed=SEED))
         ready(fleet, worker=2, coordinator=2, materializer=2)
-        service = Service(fleet, 0, JOBS, rate=JOBS / 70)
+        service = Service(fleet, 0, jobs, rate=43)
         stack.callback(service.close)
         dice = random.Random(SEED)
-        fleet.until(lambda: counts(fleet)[0] >= JOBS // 50, 60.0, "the first jobs ended")
+        fleet.until(lambda: counts(fleet)[0] >= jobs // 50, 60.0, "the first jobs ended")
 
-        def progress(jobs: int) -> None:
-            goal = min(counts(fleet)[0] + jobs, JOBS)
+        def progress() -> None:
+            goal = min(counts(fleet)[0] + 50, jobs)
             fleet.until(lambda: counts(fleet)[0] >= goal, 60.0, f"{goal} jobs ended")
 
-        for _ in range(3):
+        for _ in range(rounds):
             for role in ("worker", "coordinator", "materializer"):
                 fleet.kill(dice.choice(fleet.of(role)))
                 fleet.tend()
-                progress(JOBS // 60)
+                progress()
         frozen: list[Member] = [dice.choice(fleet.of(role)) for role in ("worker", "coordinator", "materializer")]
         with ExitStack() as still:
             for member in frozen:
                 still.enter_context(paused(fleet, member, BEYOND_SESSION_S))
-        progress(JOBS // 60)
+        progress()
         fleet.outage(kafka, OUTAGE_S)
         settle(fleet, service, 120.0)
         log, audit = judge(fleet, service, seed=SEED)
         say(summary(fleet, log, audit, SEED, time.monotonic() - began))
 
 
+@pytest.mark.extended
 @pytest.mark.timeout(0)
 @pytest.mark.skipif(not SECONDS, reason="the long form: make chaos")
 def test_the_promises_hold_through_random_faults_for_as_long_as_asked(
@@ -301,7 +301,7 @@ def test_the_promises_hold_through_random_faults_for_as_long_as_asked(
         say(summary(fleet, log, audit, SEED, time.monotonic() - began))
 
 
-@pytest.mark.timeout(200)
+@pytest.mark.extended
 def test_a_rolling_restart_under_load_runs_nothing_twice(
     kafka: EmbeddedKafka, tmp_path: Path, namespace: str, say: Callable[[str], None]
 ) -> None:

@@ -36,7 +36,7 @@ from tests.acceptance.test_survival import Service, counts, judge, ready, settle
 from tests.brokers import Brokers
 from tests.integration.worker_app import log_of, until
 
-pytestmark = [pytest.mark.kafka, pytest.mark.slow, pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.kafka, pytest.mark.extended]
 
 JOBS = 1_500
 SEED = os.environ.get("CHAOS_SEED") or uuid.uuid4().hex[:8]

@@ -24,7 +24,6 @@ from jobledger.config import Settings
 from jobledger.errors import CommitUnknown, LeaseLost, StoreError, StoreNotFound, StoreTooSlow, StoreUnavailable
 from jobledger.job import Life, State
 from jobledger.kafka.ports import free_port
-from jobledger.log import wait_until
 from jobledger.schemas import events as ev
 from jobledger.schemas.codec import Decoder
 from jobledger.schemas.events import Position
@@ -36,6 +35,7 @@ from jobledger.streams.store.connecting import bounded, schema_beside, schema_of
 from jobledger.streams.store.postgres import PostgresStore
 from jobledger.streams.store.reader import SqlReader
 from tests.contract.test_store import NAMESPACE, SPEC, life, write
+from tests.patience import wait_until
 from tests.pgbouncer import pgbouncer
 from tests.postgres import Databases, Server
 

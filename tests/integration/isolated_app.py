@@ -161,7 +161,7 @@ async def leaves_a_reporter_on_the_loop(path: str) -> None:
 @app.task(isolation="process", retry=NO_RETRY)
 def comes_after(path: str) -> int:
     """Runs until the thread of the job before it has been refused."""
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 80
     while not os.path.exists(path) and time.monotonic() < deadline:
         time.sleep(0.01)
     return os.getpid()

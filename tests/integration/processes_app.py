@@ -27,7 +27,7 @@ from jobledger.kafka.topics import ensure  # as above
 
 app: App = App(os.environ.get("NAMESPACE", "processes"), settings=Settings.from_env(), partitions=3)
 #: Seconds in which a child must have ended; a machine under load takes some of them.
-PATIENCE_S = 60.0
+PATIENCE_S = 120.0
 
 
 @app.task

@@ -25,7 +25,7 @@ from jobledger.schemas.events import JobSubmitted
 from jobledger.streams.status import Materializer
 from tests.integration.worker_app import log_of, until
 
-pytestmark = [pytest.mark.kafka, pytest.mark.timeout(180)]
+pytestmark = pytest.mark.kafka
 
 APP = """\
 from dataclasses import dataclass

@@ -258,7 +258,7 @@ def test_a_broker_that_is_away_is_named_within_the_bound(namespace: str) -> None
     began = time.monotonic()
     with pytest.raises(BrokerUnavailable, match=address):
         task.submit("a@example.org", "b")
-    assert time.monotonic() - began < 10
+    assert time.monotonic() - began < 20
     app.close()
 
 

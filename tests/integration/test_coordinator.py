@@ -51,8 +51,9 @@ from jobledger.streams.decisions import decide
 from jobledger.streams.faust_app import Options, changelog
 from jobledger.streams.schedules import NO_FLOOR, Released, Scheduled, encode_row, floor_key, row_key
 from jobledger.writer import LogWriter, Outgoing
+from tests.patience import PATIENCE
 
-pytestmark = [pytest.mark.kafka, pytest.mark.timeout(240)]
+pytestmark = pytest.mark.kafka
 
 PARTITIONS = 2
 SPEC = JobSpec(b'{"to": "a"}', {"tenant": "acme"}, None)
@@ -147,7 +148,7 @@ class Lab:
 
     def messages(self, topic: str) -> list[Message]:
         """All records of a topic; one that was just made may be without leaders for a moment."""
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + PATIENCE * 30
         while True:
             try:
                 return [
@@ -191,9 +192,9 @@ class Lab:
 
 def wait_for(fact: Callable[[], object], timeout: float = 60.0) -> None:
     """Poll ``fact`` until it holds."""
-    deadline = time.monotonic() + timeout
+    deadline = time.monotonic() + PATIENCE * timeout
     while not fact():
-        assert time.monotonic() < deadline, f"it did not come to be within {timeout:g} s"
+        assert time.monotonic() < deadline, f"it did not come to be within {PATIENCE * timeout:g} s"
         time.sleep(0.05)
 
 

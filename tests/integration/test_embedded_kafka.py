@@ -190,7 +190,6 @@ def test_a_stale_pid_file_deceives_nobody(home: Path) -> None:
     assert embedded.stop(home) is False
 
 
-@pytest.mark.slow
 def test_it_outlives_who_started_it(home: Path) -> None:
     """A detached broker goes on when its starter has ended, and any other process can stop it."""
     starter = run(
@@ -210,7 +209,6 @@ def test_it_outlives_who_started_it(home: Path) -> None:
     assert not embedded.status(home).running
 
 
-@pytest.mark.slow
 def test_a_test_broker_does_not_outlive_its_tests(tmp_path: Path) -> None:
     """A broker that belongs to a process ends with it, even when that process is killed."""
     owner = run(
@@ -227,7 +225,6 @@ def test_a_test_broker_does_not_outlive_its_tests(tmp_path: Path) -> None:
     assert (gone, alive) == ([kafka], [])
 
 
-@pytest.mark.slow
 def test_data_and_address_survive(tmp_path: Path) -> None:
     """After a clean stop, and after a kill, the broker comes back at the same address with what it acknowledged."""
     with EmbeddedKafka(tmp_path) as kafka:
@@ -251,7 +248,6 @@ def test_data_and_address_survive(tmp_path: Path) -> None:
         assert [message.value() for message in read] == [b"0", b"1"]
 
 
-@pytest.mark.slow
 def test_the_command_line_starts_tells_and_stops(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """`start`, `status` and `stop` work on the home of the settings, speak JSON and use the documented exit codes."""
     monkeypatch.setenv("JOBLEDGER_HOME", str(home))

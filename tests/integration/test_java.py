@@ -15,14 +15,13 @@ from jobledger.kafka.topics import ensure
 from jobledger.schemas.events import JobSucceeded
 from tests.integration.worker_app import closings, made, working
 
-pytestmark = [pytest.mark.kafka, pytest.mark.slow]
+pytestmark = [pytest.mark.kafka, pytest.mark.extended]
 
 ROOT = Path(__file__).resolve().parents[2]
 MAVEN = shutil.which("mvn") if shutil.which("javac") else None
 
 
 @pytest.mark.skipif(MAVEN is None, reason="no mvn and javac on the path: the example in Java is not built")
-@pytest.mark.timeout(600)
 def test_a_java_program_submits_a_job_and_reads_its_end(
     broker: str, namespace: str, tmp_path: Path, say: Callable[[str], None]
 ) -> None:

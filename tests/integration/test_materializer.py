@@ -27,7 +27,7 @@ from jobledger.config import Settings
 from jobledger.errors import LeaseLost, SchemaError, StoreError, StoreUnavailable, UnknownFact
 from jobledger.job import State
 from jobledger.kafka import topics, topology
-from jobledger.log import LogReader, wait_until
+from jobledger.log import LogReader
 from jobledger.names import Names
 from jobledger.schemas import codec
 from jobledger.schemas import events as ev
@@ -41,6 +41,7 @@ from jobledger.streams.store.connecting import schema_beside, schema_of
 from jobledger.streams.store.postgres import PostgresStore
 from jobledger.streams.store.sqlite import SqliteStore, path_of
 from jobledger.writer import LogWriter, Outgoing
+from tests.patience import wait_until
 from tests.postgres import Databases, Server
 
 pytestmark = pytest.mark.kafka
@@ -255,7 +256,6 @@ Materializer(Names(namespace), Settings(bootstrap=bootstrap), ["mail"], url, bat
 """
 
 
-@pytest.mark.slow
 @on_both
 def test_kill_9_at_any_time_loses_and_doubles_nothing(world: World) -> None:
     """A materializer killed again and again while it writes leaves a table that is what the log says."""
@@ -282,7 +282,6 @@ def test_kill_9_at_any_time_loses_and_doubles_nothing(world: World) -> None:
     assert found.equal, found
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("crash", [False, True], ids=["stopped", "crashed"])
 def test_a_database_that_is_away_for_ten_seconds_loses_nothing(
     broker: str, namespace: str, postgres_server: Server, crash: bool

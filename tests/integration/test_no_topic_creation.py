@@ -26,7 +26,7 @@ from jobledger.writer import Outgoing
 from tests.brokers import Brokers
 from tests.integration.worker_app import until
 
-pytestmark = [pytest.mark.kafka, pytest.mark.timeout(300)]
+pytestmark = pytest.mark.kafka
 
 
 class Happened(msgspec.Struct, frozen=True):

@@ -69,7 +69,9 @@ def built(broker: str, namespace: str, seen: Seen) -> App:
         ],
     )
 
-    @app.task(key="account", timeout=10, retry=Retry(max_attempts=3, initial=0.3, jitter=False), key_hold_max=5.0)
+    @app.task(
+        key="account", timeout=10, retry=Retry(max_attempts=3, initial=1.0, factor=1.0, jitter=False), key_hold_max=9.0
+    )
     async def book(account: str, n: int, fails: int = 0, seconds: float = 0.01) -> int:
         await seen.run((account, n, current_job().attempt), account, seconds)
         if current_job().attempt <= fails:
@@ -198,8 +200,7 @@ def test_jobs_of_one_key_run_one_at_a_time_in_the_order_of_submission(app: App, 
     assert max(most for group, most in seen.most.items()) == 1
     for other in range(20):
         assert [n for (account, n, _) in seen.names() if account == f"other-{other}"] == list(range(other, 200, 20))
-    held_since = next(at for name, at in seen.began if name == ("a", 3, 1))
-    before_it_went_on = [name for name, at in seen.began if at < held_since + 0.3 and name[0] != "a"]
+    before_it_went_on = [name for name in seen.names()[: seen.names().index(("a", 3, 2))] if name[0] != "a"]
     assert len(before_it_went_on) == 200, "the other keys waited for it"
 
 
@@ -435,16 +436,15 @@ def test_limits_are_changed_at_run_time_and_hold_for_workers_that_come_later(app
     """An order replaces what the code says, until the code's limits are called back."""
     app.limit(queue="slow", rate=500, concurrency=50, reason="they raised our quota")
     app.submit_many(app.tasks["call"].job(n) for n in range(150))
-    began = time.monotonic()
-    with working(app, queues=["slow"]):
+    with working(app, queues=["slow"]) as worker:
         ended(app, 150)
-        assert time.monotonic() - began < 6.0
+        assert seen.began[-1][1] - seen.began[0][1] < 6.0, "the code's limits take longer"
         app.limit(queue="slow", rate="5/s")
-        time.sleep(0.5)
-        before = len(seen.began)
+        until(lambda: worker.dispatcher is not None and worker.dispatcher.scopes["slow"].rate == 5.0, what="the order")
+        began = time.monotonic()
         app.submit_many(app.tasks["call"].job(n) for n in range(200, 230))
         time.sleep(2.0)
-        assert len(seen.began) - before <= 15
+        assert len(seen.began) - 150 <= 5 * (time.monotonic() - began) + 1
         assert [(s.kind, s.name, s.limits.rate) for s in app.orders.standing() if s.limits] == [("queue", "slow", 5.0)]
         app.limit(queue="slow")
         ended(app, 180)
@@ -539,11 +539,12 @@ def test_an_open_circuit_burns_no_attempts(app: App, seen: Seen) -> None:
     with working(app, concurrency=1):
         until(lambda: len(seen.began) >= 3)
         time.sleep(2.5)
-        assert len(seen.began) <= 3 + 4
-        assert len({r.event.job_id for r in log_of(app, app.names.lifecycle)}) <= 3 + 4
+        most = 3 + 1 + int(time.monotonic() - seen.began[2][1])  # one a second, as its `reset` says
+        assert len(seen.began) <= most
         seen.fail = False
+        most = 3 + 1 + int(time.monotonic() - seen.began[2][1])
         # Those that failed wait for a coordinator, which does not run here; all others succeed.
         facts = until(lambda: len(found := closings(app)) == 30 and found, 20.0)
     kinds = Counter(type(r.event.fact).__name__ for of in facts.values() for r in of)
-    assert 3 <= kinds["JobRetried"] <= 8, kinds
+    assert 3 <= kinds["JobRetried"] <= most, kinds
     assert kinds["JobSucceeded"] == 30 - kinds["JobRetried"]

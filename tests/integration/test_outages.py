@@ -17,7 +17,7 @@ from jobledger.kafka.embedded import EmbeddedKafka
 from jobledger.kafka.topics import ensure
 from tests.integration import logging_app
 
-pytestmark = [pytest.mark.kafka, pytest.mark.slow]
+pytestmark = pytest.mark.kafka
 
 
 def until(check: Callable[[], bool], what: str) -> None:

@@ -18,7 +18,7 @@ from jobledger.kafka.topics import ensure
 from jobledger.lookup import SchemaLookup
 from tests.integration.worker_app import build, closings, facts_of, log_of, until, working
 
-pytestmark = [pytest.mark.kafka, pytest.mark.timeout(180)]
+pytestmark = pytest.mark.kafka
 
 OTHER = json.dumps({"type": "record", "name": "Invoice", "namespace": "elsewhere", "fields": []})
 

@@ -22,7 +22,7 @@ from jobledger.log import LogReader, admin, batch_room, partitions_of
 from jobledger.schemas.events import JobSubmitted
 from tests.integration.worker_app import closings, log_of, until, working
 
-pytestmark = [pytest.mark.kafka, pytest.mark.timeout(180)]
+pytestmark = pytest.mark.kafka
 
 LIMIT = 20_000
 LARGE = "x" * 30_000

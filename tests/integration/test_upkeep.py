@@ -17,7 +17,7 @@ from sqlalchemy import Column, Integer, MetaData, String, Table
 
 from jobledger import App, Settings
 from jobledger.kafka.topics import ensure
-from jobledger.log import LogReader, consumer_config, decoder, now_us, recorded, wait_until
+from jobledger.log import LogReader, consumer_config, decoder, now_us, recorded
 from jobledger.schemas import codec
 from jobledger.schemas import events as ev
 from jobledger.streams import upkeep as upkeep_module
@@ -27,6 +27,7 @@ from jobledger.streams.status import Materializer
 from jobledger.streams.store import open_reader
 from jobledger.streams.upkeep import Cadence, Upkeep
 from jobledger.writer import LogWriter, Outgoing
+from tests.patience import wait_until
 
 pytestmark = pytest.mark.kafka
 

@@ -14,6 +14,7 @@ from jobledger.consumers.worker import Worker, WorkerOptions
 from jobledger.kafka.topics import ensure
 from jobledger.log import LogReader, decoder, partitions_of, recorded
 from jobledger.schemas.events import CLOSING, Recorded
+from tests.patience import PATIENCE
 
 PARTITIONS = 3
 
@@ -167,7 +168,7 @@ def working(app: App, **options: Any) -> Iterator[Worker]:
         yield worker
     finally:
         worker.stop()
-        thread.join(timeout=40)
+        thread.join(timeout=PATIENCE * 40)
         assert not thread.is_alive(), "the worker did not end"
     if raised:
         raise raised[0]
@@ -199,11 +200,11 @@ def closings(app: App) -> dict[str, list[Recorded]]:
 
 
 def until(check: Callable[[], Any], timeout: float = 30.0, what: str = "it") -> Any:
-    """The first true answer of ``check``."""
-    deadline = time.monotonic() + timeout
+    """The first true answer of ``check``; ``timeout`` is multiplied by `PATIENCE`."""
+    deadline = time.monotonic() + PATIENCE * timeout
     while True:
         found = check()
         if found:
             return found
-        assert time.monotonic() < deadline, f"{what} did not happen within {timeout:g} s"
+        assert time.monotonic() < deadline, f"{what} did not happen within {PATIENCE * timeout:g} s"
         time.sleep(0.05)

@@ -503,7 +503,6 @@ def test_values_that_no_json_reader_takes_are_refused(text: str, capsys: pytest.
         assert "unexpected" not in shown
 
 
-@pytest.mark.slow
 def test_help_is_quick() -> None:
     """`jobledger --version` loads neither the database nor Faust."""
     probe = (

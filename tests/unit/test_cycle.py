@@ -144,7 +144,7 @@ class Lab:
 
     async def settled(self) -> None:
         """Wait until what was taken is dealt with."""
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(60):
             while self.cycle._inbox or self.cycle._under_way:
                 await asyncio.sleep(0.001)
 
@@ -271,7 +271,7 @@ def test_a_row_without_a_name_ends_no_search() -> None:
         lab = Lab()
         lab.rows.write(0, [(b"", encode_row(Released(0, 0, 1, 1, T0)))], 0)
         lab.group.offset = 2
-        async with asyncio.timeout(10), lab.working():
+        async with asyncio.timeout(60), lab.working():
             assert await lab.cycle.table.sweep(0, lambda: T0 + 1, 0) == 1
             assert list(lab.kept()) == [floor_key(0)]
 

@@ -215,7 +215,7 @@ def put(partition: Partition, values: list[bytes]) -> None:
     partition.raw.extend(cast(Message, Record(first + n, value)) for n, value in enumerate(values))
 
 
-async def until(check: Callable[[], object], seconds: float = 5.0) -> None:
+async def until(check: Callable[[], object], seconds: float = 20.0) -> None:
     """Wait for a fact, for so many seconds of this loop's own: a process that stood still meanwhile has waited for nothing."""
     began, pause = time.monotonic(), 0.005
     for _ in range(int(seconds / pause)):

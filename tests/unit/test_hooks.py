@@ -397,7 +397,7 @@ def test_a_resource_is_closed_where_jobs_hold_all_threads() -> None:
         loop.set_default_executor(threads)
         job = loop.run_in_executor(None, held.wait)
         try:
-            async with asyncio.timeout(5):
+            async with asyncio.timeout(60):
                 await app.registry.resources.close()
         finally:
             held.set()

@@ -25,7 +25,7 @@ def quick(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> 
 
 def until(check: Callable[[], bool]) -> None:
     """Wait for a fact."""
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 80
     while not check():
         assert time.monotonic() < deadline
         time.sleep(0.005)

@@ -312,7 +312,6 @@ def test_the_pipeline_runs_the_readme_command() -> None:
     assert "make test" in script.read_text("utf-8")
 
 
-@pytest.mark.slow
 def test_the_wheel_has_every_module_and_nothing_else_at_the_top(tmp_path: Path) -> None:
     """A wheel puts ``jobledger`` alone into site-packages, with every module, the schema and the type marker."""
     source = tmp_path / "source"
@@ -336,7 +335,6 @@ def test_the_wheel_has_every_module_and_nothing_else_at_the_top(tmp_path: Path) 
     assert {"jobledger/py.typed", "jobledger/schemas/job_event.avsc"} <= names
 
 
-@pytest.mark.slow
 def test_the_source_distribution_has_docs_and_tests(tmp_path: Path) -> None:
     """Nothing that reads, proves or builds the project is left out, nothing is in it twice, and no build product."""
     source, tools, made = tmp_path / "source", tmp_path / "tools", tmp_path / "made"

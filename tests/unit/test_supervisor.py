@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from jobledger.streams.supervisor import LEASH, Child, Restarts, Supervisor, how
 
-WAIT_S = 20.0
+WAIT_S = 60.0
 
 
 def python(code: str) -> tuple[str, ...]:

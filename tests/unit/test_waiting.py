@@ -32,13 +32,13 @@ from jobledger import (
 from jobledger.context import enter
 from jobledger.errors import StoreError, StoreNotFound
 from jobledger.job import JobStatus, State
-from jobledger.log import wait_until
 from jobledger.schemas import events as ev
 from jobledger.schemas.codec import Decoder
 from jobledger.schemas.events import Position
 from jobledger.streams.projector import Projector
 from jobledger.streams.store import StatusReader, Store, open_reader, open_store
 from jobledger.waiting import Follower, Question
+from tests.patience import wait_until
 from tests.running_job import running_job
 
 WORK, LIFECYCLE = "shop.jobs.default", "shop.lifecycle"
