@@ -77,7 +77,7 @@ def uses() -> None:
         assert len({job for each in jobs for job in each.value}) == 1000
         app.close()
         add_in_thread.submit(1)
-        with app.lifecycle("readers", timeout=2.0) as records:
+        with app.lifecycle("readers", timeout=60.0) as records:
             assert any(True for _ in records)
         list(gevent.get_hub().threadpool.apply(lambda: [add_in_thread.submit(1)]))
     assert other.ticks > 20
@@ -144,7 +144,7 @@ def refused() -> None:
         assert "eventlet" in str(exc), exc  # noqa: PT017  # this is no test
     else:
         raise AssertionError("it works?")
-    assert time.monotonic() - began < 5.0
+    assert time.monotonic() - began < 20.0
 
 
 if __name__ == "__main__":

@@ -315,7 +315,7 @@ def signals() -> None:
             time.sleep(0.001)
     assert set(outcomes) <= {"done", "ConnectionUnusable"}, outcomes
     assert outcomes.count("done") > len(outcomes) / 2, outcomes
-    assert slowest < 5.0, slowest
+    assert slowest < 20.0, slowest
 
 
 def ask_late() -> None:

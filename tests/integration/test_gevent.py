@@ -90,7 +90,7 @@ def test_a_fork_of_gevent_s_submits(run: Run) -> None:
 
 
 def test_eventlet_is_refused(run: Run) -> None:
-    """Within five seconds, with what to do; it would stop for good."""
+    """Soon, with what to do; it would stop for good."""
     pytest.importorskip("eventlet")
     run("refused", GREEN="eventlet")
 

@@ -30,7 +30,7 @@ from jobledger.schemas.events import (
 )
 from jobledger.writer import LogWriter, Outgoing
 from tests.integration.test_worker import future_fact
-from tests.integration.worker_app import closings, until, working
+from tests.integration.worker_app import all_of, closings, until, working
 
 pytestmark = pytest.mark.kafka
 
@@ -60,8 +60,8 @@ def kinds(records: list[Recorded]) -> Counter[str]:
 
 def test_a_group_reads_everything_once_and_goes_on_where_it_was(app: App) -> None:
     """Each partition in its order; a second visit gets only what is new; another group gets it all."""
-    with app.lifecycle("billing", timeout=3.0) as stream:
-        first = list(stream)
+    with app.lifecycle("billing", timeout=60.0) as stream:
+        first = all_of(stream)
     assert kinds(first) == {
         "JobSubmitted": 40, "JobStarted": 40, "JobSucceeded": 30, "JobFailed": 10, "DeadLettered": 10,
     }  # fmt: skip
@@ -70,10 +70,10 @@ def test_a_group_reads_everything_once_and_goes_on_where_it_was(app: App) -> Non
         places.setdefault((record.position.topic, record.position.partition), []).append(record.position.offset)
     assert all(offsets == sorted(set(offsets)) for offsets in places.values())
     app.tasks["work"].submit(1)
-    with app.lifecycle("billing", timeout=3.0) as stream:
-        assert kinds(list(stream)) == {"JobSubmitted": 1}
+    with app.lifecycle("billing", timeout=60.0) as stream:
+        assert kinds(all_of(stream)) == {"JobSubmitted": 1}
     with app.lifecycle("audit", timeout=3.0, facts=(JobSucceeded, JobFailed)) as stream:
-        assert kinds(list(stream)) == {"JobSucceeded": 30, "JobFailed": 10}
+        assert kinds(all_of(stream)) == {"JobSucceeded": 30, "JobFailed": 10}
 
 
 def test_what_was_being_dealt_with_when_the_reader_died_comes_again(app: App) -> None:
@@ -81,7 +81,7 @@ def test_what_was_being_dealt_with_when_the_reader_died_comes_again(app: App) ->
     seen: list[str] = []
 
     def read() -> None:
-        with app.lifecycle("billing", facts=(JobSubmitted,), timeout=5.0) as stream:
+        with app.lifecycle("billing", facts=(JobSubmitted,), timeout=60.0) as stream:
             for record in stream:
                 if len(seen) == 15:
                     raise ConnectionError(record.event.job_id)
@@ -89,8 +89,8 @@ def test_what_was_being_dealt_with_when_the_reader_died_comes_again(app: App) ->
 
     with pytest.raises(ConnectionError) as died:
         read()
-    with app.lifecycle("billing", facts=(JobSubmitted,), timeout=3.0) as stream:
-        after = [record.event.job_id for record in stream]
+    with app.lifecycle("billing", facts=(JobSubmitted,), timeout=60.0) as stream:
+        after = [record.event.job_id for record in all_of(stream)]
     assert str(died.value) in after
     assert len(after) == 25
     assert len({*seen, *after}) == 40
@@ -169,24 +169,24 @@ def test_orders_are_seen_as_well(app: App) -> None:
     writer.send([Outgoing(app.names.control, None, "cancel:0192e4a0-0000-7000-8000-000000000001:1")])
     writer.close()
     orders = (QueuePaused, QueueResumed, QueueLimited, CancelRequested)
-    with app.lifecycle("audit", facts=orders, timeout=3.0) as stream:
-        seen = list(stream)
+    with app.lifecycle("audit", facts=orders, timeout=60.0) as stream:
+        seen = all_of(stream)
         assert stream.skipped == 0
     assert kinds(seen) == {"QueuePaused": 1, "QueueResumed": 1, "CancelRequested": 1}
     (pause,) = [r.event for r in seen if isinstance(r.event.fact, QueuePaused)]
     assert (pause.queue, pause.fact.reason) == ("default", "maintenance")  # type: ignore[union-attr]  # a pause
-    with app.lifecycle("pauses", facts=(QueuePaused,), timeout=3.0) as stream:
-        assert len(list(stream)) == 1
-    with app.lifecycle("all", timeout=3.0) as stream:
-        assert kinds(list(stream))["CancelRequested"] == 1
+    with app.lifecycle("pauses", facts=(QueuePaused,), timeout=60.0) as stream:
+        assert len(all_of(stream)) == 1
+    with app.lifecycle("all", timeout=60.0) as stream:
+        assert kinds(all_of(stream))["CancelRequested"] == 1
 
 
 def test_garbage_is_passed_and_an_unknown_fact_is_not(app: App) -> None:
     """What no reader can read is counted; what a newer reader could read stops this one, and stays."""
     writer = LogWriter(app.settings, app.names)
     writer.send([Outgoing(app.names.lifecycle, b"garbage", "k", 0)])
-    with app.lifecycle("audit", facts=(JobSucceeded,), timeout=3.0) as stream:
-        assert len(list(stream)) == 30
+    with app.lifecycle("audit", facts=(JobSucceeded,), timeout=60.0) as stream:
+        assert len(all_of(stream)) == 30
         assert stream.skipped == 1
     event = JobEvent("e", "j", 1, 1, 1, 0, "t", "q", None, None, "s", None, JobStarted("w", "t", 0))
     schema = codec.SCHEMA_TEXT.replace("JobExpired", "JobTeleported")
@@ -194,12 +194,12 @@ def test_garbage_is_passed_and_an_unknown_fact_is_not(app: App) -> None:
     writer.send([Outgoing(app.names.lifecycle, future_fact(schema, event), "k", 0)])
     writer.close()
     for _ in range(2):
-        with pytest.raises(UnknownFact, match="upgrade"), app.lifecycle("audit", timeout=3.0) as stream:
-            list(stream)
-        with app.lifecycle("audit", timeout=3.0) as stream:
+        with pytest.raises(UnknownFact, match="upgrade"), app.lifecycle("audit", timeout=60.0) as stream:
+            all_of(stream)
+        with app.lifecycle("audit", timeout=60.0) as stream:
             for _ in range(2):  # asking the same one again does not get past it
                 with pytest.raises(UnknownFact, match="upgrade"):
-                    list(stream)
+                    all_of(stream)
 
 
 def test_options_that_mean_nothing_are_refused(app: App) -> None:

@@ -197,7 +197,7 @@ def get(url: str) -> list[str]:
 
 def test_a_signal_handler_may_use_everything(run: Run) -> None:
     """At any moment of a first submission, question or batch: what the handler does works, or raises an error of ours,
-    within five seconds."""
+    within twenty seconds."""
     run("signals")
 
 

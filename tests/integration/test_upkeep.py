@@ -27,6 +27,7 @@ from jobledger.streams.status import Materializer
 from jobledger.streams.store import open_reader
 from jobledger.streams.upkeep import Cadence, Upkeep
 from jobledger.writer import LogWriter, Outgoing
+from tests.integration.worker_app import all_of
 from tests.patience import wait_until
 
 pytestmark = pytest.mark.kafka
@@ -269,8 +270,8 @@ def test_trimming_waits_for_projections_and_for_readers_of_the_lifecycle(
             runner.run(threading.Event(), until_end=True)
 
     def read() -> None:
-        with bench.app.lifecycle("billing", timeout=2.0) as stream:
-            list(stream)
+        with bench.app.lifecycle("billing", timeout=60.0) as stream:
+            all_of(stream)
 
     def end(partition: int) -> None:
         bench.write(closing(bench, submitted(bench, partition)), names.lifecycle, partition)

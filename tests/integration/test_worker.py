@@ -574,7 +574,7 @@ def test_a_worker_that_stops_lets_jobs_end_and_gives_up_the_rest(broker: str, na
     gates["thread"] = threading.Event()
     for _ in range(3):
         app.tasks["gated_in_thread"].submit("thread")
-    with working(app, grace=2.0, threads=1) as worker:
+    with working(app, grace=4.0, threads=1) as worker:
         until(lambda: len(app.ran) == 3)  # type: ignore[attr-defined]
         worker.stop()
         until(lambda: worker.dispatcher is not None and not worker.dispatcher.starter.accepting)

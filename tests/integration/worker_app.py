@@ -12,6 +12,7 @@ from typing import Any
 from jobledger import NO_RETRY, App, Reject, ResultInsideJob, Retry, RetryLater, Settings, Snooze, current_job
 from jobledger.consumers.worker import Worker, WorkerOptions
 from jobledger.kafka.topics import ensure
+from jobledger.lifecycle import LifecycleStream
 from jobledger.log import LogReader, decoder, partitions_of, recorded
 from jobledger.schemas.events import CLOSING, Recorded
 from tests.patience import PATIENCE
@@ -196,6 +197,15 @@ def closings(app: App) -> dict[str, list[Recorded]]:
     for r in log_of(app, app.names.lifecycle):
         if isinstance(r.event.fact, CLOSING):
             found.setdefault(r.event.job_id, []).append(r)
+    return found
+
+
+def all_of(stream: LifecycleStream) -> list[Recorded]:
+    """What is in the log by now: however long the group takes to form, until nothing has come for three seconds."""
+    found = []
+    for record in stream:
+        found.append(record)
+        stream._timeout = 3.0
     return found
 
 
