@@ -232,6 +232,7 @@ def test_kill_minus_nine_between_any_two_steps_loses_and_contradicts_nothing(fle
     assert len(found) > 40 * len(steps)
 
 
+@pytest.mark.extended
 def test_a_paused_instance_repeats_decisions_and_contradicts_none(fleet: Fleet) -> None:
     """Two instances; one is stopped for longer than its session while releases are due, then goes on."""
     one, two = fleet.start("one"), fleet.start("two")
@@ -292,6 +293,7 @@ def own_broker(tmp_path: Path) -> Iterator[EmbeddedKafka]:
         yield kafka
 
 
+@pytest.mark.extended
 def test_a_broker_that_stops_for_ten_seconds_is_survived(
     own_broker: EmbeddedKafka, namespace: str, tmp_path: Path
 ) -> None:
