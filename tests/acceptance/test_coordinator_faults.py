@@ -312,6 +312,7 @@ def test_a_broker_that_stops_for_ten_seconds_is_survived(
         fleet.close()
 
 
+@pytest.mark.extended
 def test_a_broker_that_stays_away_ends_it_with_an_error(
     own_broker: EmbeddedKafka, namespace: str, tmp_path: Path
 ) -> None:

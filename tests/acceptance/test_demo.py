@@ -103,6 +103,7 @@ def test_the_demo_balances_and_leaves_nothing_running(mark: str, tmp_path: Path)
     assert marked(mark) == [], "left running"
 
 
+@pytest.mark.extended
 def test_ctrl_c_stops_everything(mark: str, broker: str, tmp_path: Path) -> None:
     """An interrupt in the middle of the import ends with 130 and no process left behind."""
     process = demo(mark, tmp_path / "demo", 20_000, broker)
@@ -114,6 +115,7 @@ def test_ctrl_c_stops_everything(mark: str, broker: str, tmp_path: Path) -> None
     assert marked(mark) == [], "left running"
 
 
+@pytest.mark.extended
 def test_kill_9_leaves_no_orphan(mark: str, broker: str, tmp_path: Path) -> None:
     """Killed without a chance to clean up, the demo still takes its children with it."""
     process = demo(mark, tmp_path / "demo", 20_000, broker)
@@ -123,6 +125,7 @@ def test_kill_9_leaves_no_orphan(mark: str, broker: str, tmp_path: Path) -> None
     wait_for(lambda: marked(mark) == [], 60, f"all of {marked(mark)} have ended")
 
 
+@pytest.mark.extended
 def test_a_child_that_dies_fails_the_demo(mark: str, broker: str, tmp_path: Path) -> None:
     """If the third party goes away the demo says so, ends with 1 and stops the others."""
     process = demo(mark, tmp_path / "demo", 20_000, broker)

@@ -251,6 +251,7 @@ def ended_jobs(fleet: Fleet) -> set[str]:
     return {job for job, final in independent.table(fleet.status).items() if final.state in independent.ENDED}
 
 
+@pytest.mark.extended
 def test_a_fact_from_the_future_stops_its_partition_until_the_worker_is_upgraded(
     broker: str, namespace: str, tmp_path: Path
 ) -> None:
@@ -310,6 +311,7 @@ def test_a_fact_from_the_future_stops_its_partition_until_the_worker_is_upgraded
         assert independent.fold(log.records)[job].state == "succeeded"
 
 
+@pytest.mark.extended
 def test_a_fact_from_the_future_is_waited_for_by_the_coordinator(broker: str, namespace: str, tmp_path: Path) -> None:
     """On coordination a fact that this coordinator does not know ends it with a clear word, again and again, and is
     never passed; plain jobs go on meanwhile, and an upgraded coordinator lets go what waited behind it."""

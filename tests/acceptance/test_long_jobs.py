@@ -224,6 +224,7 @@ def test_every_end_of_a_leased_job_goes_by_the_coordinator(fleet: Fleet) -> None
     assert sum(log.committed.values()) <= len(list(log.work()))
 
 
+@pytest.mark.extended
 def test_a_long_job_that_kills_is_quarantined(fleet: Fleet) -> None:
     """The worker dies once; after that it is a child that dies, twice, and the job is failed with its words."""
     fleet.start("worker")

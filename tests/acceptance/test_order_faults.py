@@ -225,6 +225,7 @@ def test_a_rolling_restart_keeps_the_order_and_runs_no_attempt_twice(fleet: Flee
     assert twice == {}
 
 
+@pytest.mark.extended
 def test_a_frozen_worker_does_not_go_on_with_a_key_that_was_taken_over(fleet: Fleet) -> None:
     """A worker that stood still past its session begins nothing of a key that has another owner by then."""
     tell(fleet, "submit", str(ACCOUNTS), str(EACH))

@@ -371,6 +371,7 @@ def test_what_a_job_left_behind_reports_nothing_as_the_next_job(app: App, tmp_pa
     path = str(tmp_path / "refused")
     with working(app, children=1, grace=3.0):
         first = tasks.leaves_a_reporter.submit(path)
+        until(lambda: facts_of(app, first.job_id), what="its begin, so that it is the first in the one child")
         second = tasks.comes_after.submit(path)
         assert result_of(app, first.job_id) == result_of(app, second.job_id), "not the same child: nothing was tried"
     assert tasks.noted(path) == ["refused"]

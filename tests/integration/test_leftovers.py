@@ -56,8 +56,8 @@ def client(fleet: Fleet) -> Iterator[App]:
             ("leave_a_pool", "leave_a_thread", "leave_a_handler", "leave_a_process"),
             ("thread left-pool_0", "thread left-thread", "child process left-process"),
         ),
-        (("leave_a_handler",), ("a handler of atexit",)),
-        (("leave_a_process",), ("child process left-process",)),
+        pytest.param(("leave_a_handler",), ("a handler of atexit",), marks=pytest.mark.extended),
+        pytest.param(("leave_a_process",), ("child process left-process",), marks=pytest.mark.extended),
         (("leave_a_thread_of_the_loop",), ("thread uvloop_0",)),
         (("leave_a_task_that_will_not_end",), ("the main thread, in ",)),
     ],
@@ -93,7 +93,9 @@ READY = {
 }
 
 
-@pytest.mark.parametrize("role", READY)
+@pytest.mark.parametrize(
+    "role", [role if role == "worker" else pytest.param(role, marks=pytest.mark.extended) for role in READY]
+)
 def test_no_part_is_kept_by_what_its_app_left_at_import(fleet: Fleet, client: App, role: str) -> None:
     """Every part that was stopped exits within its bound, with the code of a clean stop; so does a supervisor of some."""
     fleet.environ["LEFT_AT_IMPORT"] = "1"
@@ -119,6 +121,7 @@ def end_of(app: App, handle: JobHandle[Any], timeout: float = 90.0) -> Any:
     return until(lambda: closings(app).get(handle.job_id), timeout, "the job's end")[-1].event.fact
 
 
+@pytest.mark.extended
 @pytest.mark.parametrize(("task", "mib", "count"), [("make_a_cycle", 5, 300), ("make_a_cycle_in_a_child", 40, 40)])
 def test_jobs_that_make_cycles_leave_the_memory_flat(
     fleet: Fleet, client: App, say: Callable[[str], None], task: str, mib: int, count: int

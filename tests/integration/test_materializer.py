@@ -282,7 +282,9 @@ def test_kill_9_at_any_time_loses_and_doubles_nothing(world: World) -> None:
     assert found.equal, found
 
 
-@pytest.mark.parametrize("crash", [False, True], ids=["stopped", "crashed"])
+@pytest.mark.parametrize(
+    "crash", [pytest.param(False, id="stopped", marks=pytest.mark.extended), pytest.param(True, id="crashed")]
+)
 def test_a_database_that_is_away_for_ten_seconds_loses_nothing(
     broker: str, namespace: str, postgres_server: Server, crash: bool
 ) -> None:

@@ -28,6 +28,7 @@ def until(check: Callable[[], bool], what: str) -> None:
         time.sleep(0.1)
 
 
+@pytest.mark.extended
 def test_a_worker_logs_what_happens_and_no_more(tmp_path: Path) -> None:
     """In the app's format: a retry and a failure, that its broker is away, once, and that it is back; no warning at a fresh
     start, and none when broker and worker stop together."""

@@ -196,7 +196,9 @@ def site(secured: Secured, tmp_path: Path, namespace: str) -> Iterator[Site]:
             assert password not in part.said
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(
+    "way", [way if way == SCRAM else pytest.param(way, marks=pytest.mark.extended) for way in WAYS]
+)
 def test_the_whole_system_runs_with_the_least_rights(site: Site, way: str, say: Callable[[str], None]) -> None:
     """Topics, submission, worker, router, coordinator and materializer, each under its own user: by certificate,
     SCRAM-SHA-512, PLAIN and OAUTHBEARER, with settings from the environment alone."""
@@ -321,6 +323,7 @@ def test_who_is_not_let_in_is_told_why(secured: Secured, kind: str, namespace: s
         assert time.monotonic() - began < BOUND_S
 
 
+@pytest.mark.extended
 @pytest.mark.parametrize(
     "words", [["worker"], ["coordinator"], ["materializer"], ["router"], ["streams"], ["topics", "plan"]]
 )
@@ -355,6 +358,7 @@ def test_who_may_nothing_is_told_what_it_needs(site: Site) -> None:
         assert "Traceback" not in part.said
 
 
+@pytest.mark.extended
 @pytest.mark.parametrize(
     ("role", "words", "right"),
     [
