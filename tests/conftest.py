@@ -12,6 +12,7 @@ The Schema Registry is the environment's (``JOBLEDGER_TEST_REGISTRY``); without 
 from __future__ import annotations
 
 import os
+import signal
 import time
 import uuid
 import warnings
@@ -43,6 +44,11 @@ settings.load_profile("jobledger")
 
 # Brokers of tests live for a minute: a quick compiler boots them with half the CPU time of a thorough one.
 os.environ.setdefault("JAVA_TOOL_OPTIONS", "-XX:TieredStopAtLevel=1")
+
+# A shell ignores SIGINT for what it runs in the background, and each process hands that on to those it starts: tests that
+# send it to a process would wait in vain.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 #: Files of acceptance tests in a row, which keep the CPUs busy, and then of integration tests, which wait.
 BUSY, WAITING = 2, 5
