@@ -69,7 +69,8 @@ class Dispatcher:
     functions, ``children`` isolated.
 
     ``lookahead``, ``lookahead_bytes``: what may wait in lines in this process, see `Lines`. ``drain()``: take the
-    delivery reports that have arrived. `wire` comes before anything else.
+    delivery reports that have arrived. ``hurry()``: have what was sent acknowledged as soon as can be.
+    `wire` comes before anything else.
     """
 
     executor: Executor
@@ -93,11 +94,12 @@ class Dispatcher:
         unknown_task_backoff: Retry,
         broker_ms: Callable[[], float],
         drain: Callable[[], None],
+        hurry: Callable[[], None],
         fail: Callable[[JobledgerError], None],
     ) -> None:
         self._registry, self._sender = registry, sender
         self._concurrency, self._waiting_limit = concurrency, waiting_limit
-        self._broker_ms, self._drain, self.fail = broker_ms, drain, fail
+        self._broker_ms, self._drain, self._hurry, self.fail = broker_ms, drain, hurry, fail
         self._names: Names = registry.names
         self.threads, self.processes = Room("threads", threads), Room("processes", children)
         self.plans = {name: Plan(task) for name, task in registry.tasks.items()}
@@ -327,6 +329,8 @@ class Dispatcher:
         if begun and (self._filling or len(running) < self._concurrency) and not self._awake:
             self._awake = True
             self._loop.call_soon(self._guarded, self._pump, ())
+        if self.lines.unacknowledged and not begun and not running:
+            self._hurry()  # nothing else can be begun before an acknowledgement comes
         for fetcher in self.fetchers:
             fetcher.taken()
 

@@ -30,6 +30,8 @@ BY_KEY = -1
 #: Records whose acknowledgement is still out, from which on no new job is begun: a crash runs
 #: so many halves again at most.
 UNACKNOWLEDGED_LIMIT = 8_000
+#: Seconds that acknowledgements of what is sent at once are waited for.
+HURRY_S = 0.005
 #: Seconds a full send queue, or a topic that is said to be missing, is waited for.
 WAIT_S = 10.0
 
@@ -174,6 +176,13 @@ class Sender:
             if self._alone is not None:
                 self._alone.poll(0.0)
         except KafkaException as exc:
+            self._fatal = exc.args[0]
+
+    def hurry(self) -> None:
+        """Send at once what waits for company, and run the delivery callbacks that arrive within `HURRY_S`."""
+        try:
+            self._producer.flush(HURRY_S)
+        except KafkaException as exc:  # as in `poll`
             self._fatal = exc.args[0]
 
     @property

@@ -51,7 +51,7 @@ class Settler(threading.Thread):
         self._acknowledged = acknowledged
         self._drain_lock = threading.Lock()
         self._wake = threading.Event()
-        self._closing = False
+        self._closing = self._hurried = False
         self._waiting: deque[Work] = deque()  # see `_uncertain`
         self.resent = 0
         self._say_at = 0.0
@@ -207,6 +207,9 @@ class Settler(threading.Thread):
             while not self._closing:
                 self._wake.wait(TICK_S)
                 self._wake.clear()
+                if self._hurried:
+                    self._hurried = False
+                    self._sender.hurry()
                 self.tick()
         except Exception as exc:
             LOG.exception("the settler broke")
@@ -226,6 +229,11 @@ class Settler(threading.Thread):
             if not self._uncertain(work):
                 self._send_derived(work)
         self._each_tick()
+
+    def hurry(self) -> None:
+        """Have what was sent acknowledged as soon as can be: nothing else can be done meanwhile. Callable from any thread."""
+        self._hurried = True
+        self._wake.set()
 
     def close(self) -> None:
         """Stop ticking."""

@@ -282,6 +282,7 @@ class Worker:
             unknown_task_backoff=options.unknown_task,
             broker_ms=lambda: settler.clock.ms(),
             drain=lambda: settler.drain(),
+            hurry=lambda: settler.hurry(),
             fail=self.fail,
         )
         executor = Executor(

@@ -55,11 +55,12 @@ LIMIT = 1_000_000
 
 
 class Kept:
-    """What was sent, in order. It is acknowledged by the next poll, unless that is ``frozen``."""
+    """What was sent, in order. It is acknowledged by the next poll; if it ``lingers``, when it is asked for; and not as long
+    as the broker is ``frozen``."""
 
     def __init__(self) -> None:
         self.sent: list[bytes] = []
-        self.frozen = False
+        self.frozen = self.lingers = False
         self.acknowledged_at: list[float] = []
         self.clock, self.polled_at = BrokerClock(), 0.0
         self._waiting: deque[tuple[int, Callable[[KafkaError | None, Any], None] | None]] = deque()
@@ -82,7 +83,7 @@ class Kept:
         return len(self._waiting)
 
     def poll(self, seconds: float = 0.0) -> None:
-        if not self.frozen:
+        if not self.frozen and not self.lingers:
             self.deliver(len(self._waiting))
 
     def deliver(self, most: int) -> None:
@@ -127,7 +128,7 @@ class Bench:
 
     def __init__(self, app: App, *, decoder: codec.Decoder | None = None, **options: Any) -> None:
         self.kept, self.failed = Kept(), list[JobledgerError]()
-        self.app, self.arrived = app, new_arrived()
+        self.app, self.arrived, self.hurried = app, new_arrived(), 0
         sender = cast(Sender, self.kept)
         facts = Facts(app.registry, "worker@unit:1", LIMIT)
         chosen: dict[str, Any] = {
@@ -149,6 +150,7 @@ class Bench:
             unknown_task_backoff=Retry(),
             broker_ms=lambda: time.time() * 1000,
             drain=lambda: self.settler.drain(),
+            hurry=self._hurry,
             fail=self.failed.append,
             **chosen,
         )
@@ -186,6 +188,12 @@ class Bench:
         )
         d.wire(executor, places, cast(Any, None))
         d.start(asyncio.get_running_loop())
+
+    def _hurry(self) -> None:
+        self.hurried += 1
+        if not self.kept.frozen:
+            self.kept.deliver(self.kept.unacknowledged)
+        self.dispatcher.call(self.settler.drain)
 
     def partition(self, number: int = 0, queue: str = "default") -> Partition:
         """A partition that this worker owns."""
@@ -680,6 +688,34 @@ def test_a_delay_in_place_counts_from_the_acknowledgement(tuned: bool) -> None:
 
     with asyncio.Runner(loop_factory=uvloop.new_event_loop if tuned else None) as runner:
         runner.run(test())
+
+
+def test_a_worker_with_nothing_else_to_do_waits_for_no_company_for_a_key_s_facts() -> None:
+    """One hot key: what ends a job is sent at once, because nothing else can be begun before it is acknowledged. While
+    another job runs, its facts wait for those of others."""
+    ran: list[Any] = []
+    app = keyed_app(ran)
+
+    async def test() -> None:
+        bench = Bench(app)
+        d = bench.dispatcher
+        bench.kept.lingers = True
+        partition = bench.partition()
+        put(partition, [job("book", key="a", k="a", n=n) for n in range(5)])
+        d.wake()
+        await until(lambda: len(ran) == 5)
+        assert bench.hurried >= 4
+        put(partition, [job("holds", key="h", k="h")])
+        d.wake()
+        await until(lambda: d.running)
+        hurried = bench.hurried
+        put(partition, [job("book", key="a", k="a", n=5), job("book", key="b", k="b")])
+        d.wake()
+        await until(lambda: len(ran) == 7 and len(d.running) == 1)
+        assert bench.hurried == hurried
+        bench.close()
+
+    run(test)
 
 
 def test_an_end_that_is_acknowledged_before_the_job_has_left_is_waited_for() -> None:
