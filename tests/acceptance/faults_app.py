@@ -8,7 +8,7 @@ import random
 import sys
 import time
 
-from jobledger import App, Retry, current_job
+from jobledger import App, AsyncTask, PlainTask, Retry, current_job
 
 app = App(os.environ.get("CHAOS_NAMESPACE", "faults"), partitions=4)
 EXECUTIONS = os.environ.get("CHAOS_EXECUTIONS", os.devnull)
@@ -34,6 +34,14 @@ async def work(number: int) -> int:
     return number
 
 
+@app.task(retry=Retry(max_attempts=3, initial=3600.0), timeout=5)
+async def timed(number: int) -> int:
+    """Takes two seconds, and must not take five."""
+    note("began")
+    await asyncio.sleep(2)
+    return number
+
+
 @app.task(retry=Retry(max_attempts=3, initial=3600.0))
 def thread(number: int) -> int:
     """The same in a thread."""
@@ -47,5 +55,11 @@ def thread(number: int) -> int:
 
 if __name__ == "__main__":
     first, last = int(sys.argv[1]), int(sys.argv[2])
-    app.submit_many((thread if n % 4 == 3 and n >= 0 else work).job(n) for n in range(first, last))
+
+    def task_of(number: int) -> PlainTask[[int], int] | AsyncTask[[int], int]:
+        if number >= 0:
+            return thread if number % 4 == 3 else work
+        return timed if number % 2 == 0 else work
+
+    app.submit_many(task_of(n).job(n) for n in range(first, last))
     app.close()

@@ -214,7 +214,7 @@ def test_a_worker_that_was_paused_beyond_its_session_starts_nothing_when_it_wake
 @pytest.mark.extended
 def test_jobs_that_end_as_their_paused_worker_wakes_have_one_state(fleet: Fleet) -> None:
     """Jobs of two seconds, which others take over meanwhile: both ends may stand in the log, and all who read it see one
-    success."""
+    success. Half of them have a time limit, which is over when the worker wakes: it asks for no retry of what is another's."""
     submit(fleet, -121, -1)  # two seconds each
     members: list[Member] = [fleet.start("worker", "--concurrency", "20") for _ in range(2)]
     process = members[0].process
@@ -241,7 +241,15 @@ def test_jobs_that_end_as_their_paused_worker_wakes_have_one_state(fleet: Fleet)
         return taken <= {r.head["job_id"] for r in ends if by(r, process.pid)}
 
     fleet.until(all_told, 60, "the worker that was paused has written what its jobs resulted in")
-    states = fold(Seen(fleet).log.records)
+    fleet.until(lambda: "lost partitions" in members[0].output(), 60, "the worker knows what it has lost")
+    retried = {r.release for r in Seen(fleet).log.of("lifecycle") if r.fact == "JobRetried" and by(r, process.pid)}
+    assert retried, "no job with a time limit ran there when it was paused"
+    submit(fleet, 0, 200)
+    log = drained(fleet, 320).log
+    asked = {r.release for r in log.of("coordination") if r.fact == "ReleaseRequested" and by(r, process.pid)}
+    again = {(job, run, release + 1) for job, run, release in retried if job in taken}
+    Promise.NO_RERUN_AFTER_SUCCESS.hold(not asked & again, asked & again)
+    states = fold(log.records)
     assert {states[job].state for job, _, _ in seen.work} == {"succeeded"}
     assert process.poll() is None
 
