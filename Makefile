@@ -38,15 +38,15 @@ demo: $(STAMP) ## import 28,298 real rows in the background, on real Kafka
 dev: $(STAMP) ## broker, worker and stream processor of the demo app, reloading on change
 	@$(PY) -m jobledger dev $(or $(APP),examples.airports.app:app) $(ARGS)
 
-# pytest last: its closing line is the last thing to be read. Tests mostly wait for what other processes do, so three at once
-# suit two CPUs; the order of their files is made in tests/conftest.py. Each test is in one of the two tiers.
-PYTEST := $(PY) -m pytest --numprocesses 3 --dist loadfile --no-loadscope-reorder
+# pytest last: its closing line is the last thing to be read. Tests mostly wait for what other processes do, so four files at
+# once suit two CPUs, three of the long ones; the order of their files is made in tests/conftest.py. Each test is in one of the two tiers.
+PYTEST := $(PY) -m pytest --dist loadfile --no-loadscope-reorder
 
 test: lint ## lint, types and the tests, on real Kafka: each promise in its short form, ten minutes
-	@$(PYTEST) -m "not extended" $(ARGS)
+	@$(PYTEST) --numprocesses 4 -m "not extended" $(ARGS)
 
 test-all: $(STAMP) ## all the other tests: long faults, three brokers, compose, rolling upgrades, Java; half an hour
-	@$(PYTEST) -m extended $(ARGS)
+	@$(PYTEST) --numprocesses 3 -m extended $(ARGS)
 
 lint: $(STAMP) ## formatting, lint, types, layers
 	@$(PY) -m ruff format --check --quiet . || { echo "run: make format" >&2; exit 1; }

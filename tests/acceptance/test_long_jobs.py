@@ -184,6 +184,7 @@ def test_a_frozen_worker_loses_its_lease_and_knows_it(fleet: Fleet) -> None:
     assert "JobSucceeded" not in facts
 
 
+@pytest.mark.extended
 def test_what_a_stop_cuts_off_is_given_back_at_once(fleet: Fleet) -> None:
     """SIGTERM with a grace time that is too short: begun elsewhere as soon as the first has
     let go, without a crash counted."""
@@ -236,6 +237,7 @@ def test_a_long_job_that_kills_is_quarantined(fleet: Fleet) -> None:
     Promise.POISON_IS_CONTAINED.hold(len(fleet.deaths) == 1, fleet.deaths)
 
 
+@pytest.mark.extended
 def test_what_waits_is_cancelled_and_expires_at_once(fleet: Fleet) -> None:
     """Delayed jobs, with no worker about: a cancel ends one within a moment, an expiry at its time; also when the
     coordinator was down at the time of the order, and never twice when it is killed."""

@@ -408,6 +408,7 @@ def test_a_release_larger_than_its_work_topic_takes_ends_its_job_and_no_other(la
     assert running.coordinator.metrics.registry.get_sample_value("jobledger_coordinator_undeliverable_jobs_total") == 1
 
 
+@pytest.mark.extended
 def test_markers_are_swept_and_lost_offsets_release_nothing_again(lab: Lab) -> None:
     """After the sweep only the floor is left; a group that has lost its offsets reads everything again and skips it,
     with its local copy and without."""
@@ -443,6 +444,7 @@ def test_markers_are_swept_and_lost_offsets_release_nothing_again(lab: Lab) -> N
     assert lab.let_go() == sorted((job, 1, 1) for job in jobs)
 
 
+@pytest.mark.extended
 def test_a_coordination_topic_that_was_made_anew_is_read_from_its_start(
     lab: Lab, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -536,6 +538,7 @@ def test_wrong_partition_counts_and_missing_topics_are_refused_at_the_start(
     assert isinstance(nowhere.ended(), TopicMissing)
 
 
+@pytest.mark.extended
 def test_instances_that_come_and_go_share_the_partitions_and_let_each_release_go(lab: Lab) -> None:
     """One joins and leaves, then the other leaves: partitions go and come back, and all is let go, none early."""
     one = lab.ready(folder="one")

@@ -225,6 +225,7 @@ def test_a_test_broker_does_not_outlive_its_tests(tmp_path: Path) -> None:
     assert (gone, alive) == ([kafka], [])
 
 
+@pytest.mark.extended
 def test_data_and_address_survive(tmp_path: Path) -> None:
     """After a clean stop, and after a kill, the broker comes back at the same address with what it acknowledged."""
     with EmbeddedKafka(tmp_path) as kafka:

@@ -58,7 +58,7 @@ def client(fleet: Fleet) -> Iterator[App]:
         ),
         pytest.param(("leave_a_handler",), ("a handler of atexit",), marks=pytest.mark.extended),
         pytest.param(("leave_a_process",), ("child process left-process",), marks=pytest.mark.extended),
-        (("leave_a_thread_of_the_loop",), ("thread uvloop_0",)),
+        pytest.param(("leave_a_thread_of_the_loop",), ("thread uvloop_0",), marks=pytest.mark.extended),
         (("leave_a_task_that_will_not_end",), ("the main thread, in ",)),
     ],
 )
@@ -93,9 +93,8 @@ READY = {
 }
 
 
-@pytest.mark.parametrize(
-    "role", [role if role == "worker" else pytest.param(role, marks=pytest.mark.extended) for role in READY]
-)
+@pytest.mark.extended
+@pytest.mark.parametrize("role", READY)
 def test_no_part_is_kept_by_what_its_app_left_at_import(fleet: Fleet, client: App, role: str) -> None:
     """Every part that was stopped exits within its bound, with the code of a clean stop; so does a supervisor of some."""
     fleet.environ["LEFT_AT_IMPORT"] = "1"

@@ -282,9 +282,8 @@ def test_kill_9_at_any_time_loses_and_doubles_nothing(world: World) -> None:
     assert found.equal, found
 
 
-@pytest.mark.parametrize(
-    "crash", [pytest.param(False, id="stopped", marks=pytest.mark.extended), pytest.param(True, id="crashed")]
-)
+@pytest.mark.extended
+@pytest.mark.parametrize("crash", [False, True], ids=["stopped", "crashed"])
 def test_a_database_that_is_away_for_ten_seconds_loses_nothing(
     broker: str, namespace: str, postgres_server: Server, crash: bool
 ) -> None:
@@ -323,6 +322,7 @@ def test_a_database_that_is_away_for_ten_seconds_loses_nothing(
         assert verify(world.names, world.settings, ["mail"], url).equal
 
 
+@pytest.mark.extended
 @pytest.mark.parametrize("world", ["postgresql"], indirect=True)
 def test_batches_get_smaller_under_a_statement_timeout(world: World) -> None:
     """A batch that runs into a `statement_timeout` of the database is written in parts, by the materializer and by a

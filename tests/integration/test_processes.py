@@ -92,6 +92,7 @@ def test_no_connection_of_sqlite_goes_along_into_a_fork(run: Run) -> None:
     run("inherits_no_database")
 
 
+@pytest.mark.extended
 def test_a_fork_beside_busy_threads_is_usable(run: Run) -> None:
     """Four threads submit, emit and ask without a pause; each of twenty children can do the same, and ends."""
     run("busy")
@@ -122,7 +123,7 @@ def test_a_stream_of_the_parents_says_so_in_the_child(run: Run) -> None:
     run("stream")
 
 
-@pytest.mark.parametrize("kind", ["sync", "gevent"])
+@pytest.mark.parametrize("kind", ["sync", pytest.param("gevent", marks=pytest.mark.extended)])
 def test_a_preloading_web_server_submits_in_its_workers(run: Run, environ: dict[str, str], kind: str) -> None:
     """gunicorn with ``--preload`` and an app that has submitted while it was loaded: three workers submit, one is killed,
     its successor submits, and all of it ends soon after SIGTERM. With workers of both kinds."""
@@ -195,6 +196,7 @@ def get(url: str) -> list[str]:
 # -- signals and the end --------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.extended
 def test_a_signal_handler_may_use_everything(run: Run) -> None:
     """At any moment of a first submission, question or batch: what the handler does works, or raises an error of ours,
     within twenty seconds."""
