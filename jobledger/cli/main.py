@@ -14,6 +14,7 @@ from typing import Annotated
 import typer
 
 from jobledger.cli import (
+    audit,
     backfill,
     check,
     completion,
@@ -59,6 +60,7 @@ _COMMANDS: tuple[tuple[str, str, Callable[..., None], str], ...] = (
     (ASK, "emit", submit.emit, "Emit a domain event."),
     (OPERATE, "backfill", backfill.backfill, "Run a handler over events of the past."),
     (OPERATE, "check", check.check, "Before a deploy: jobs in the log that this app could not run."),
+    (OPERATE, "audit", audit.audit, "Judge the log by itself: what breaks a promise, and where."),
     (OPERATE, "verify", table.verify, "Compare the status table with the log."),
     (OPERATE, "rebuild", table.rebuild, "Rebuild the status table from the log."),
 )

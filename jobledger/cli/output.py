@@ -48,7 +48,10 @@ MEANINGS: Mapping[Exit, str] = {
     Exit.ERROR: "an error, said in one line on standard error",
     Exit.USAGE: "the command line is wrong, or names what the app does not have",
     Exit.NOT_FOUND: "not running, or not found",
-    Exit.DIFFERS: "`verify`, `projections verify`: the table differs from the log; `check`: jobs in it could not be run",
+    Exit.DIFFERS: (
+        "`verify`, `projections verify`: the table differs from the log; `check`: jobs in it could not be run; `audit`: the "
+        "log breaks a promise"
+    ),
     Exit.JOB_FAILED: "`jobs wait`, `submit --wait`: the job did not end well",
     Exit.TIMEOUT: "not within the time that was given",
     Exit.GAVE_UP: "`coordinator`: it gave up and said why; start it again",

@@ -154,7 +154,7 @@ TABLE: Mapping[str, Sequence[Right]] = {
         *_topic("<ns>.schemas", "Read"),
     ],
     "reader": [*_LOG, *_topic("<ns>.control", "Read"), *_group("<ns>.lifecycle.", "Read")],
-    "web": [*_LOG],
+    "web": [*_LOG, *_group("<ns>.worker.", "Describe", lost="judgement by `audit` of what workers have committed")],
     "admin": [
         *_topic("<ns>.", "Create", "Alter", "AlterConfigs"),
         Right(
@@ -180,7 +180,7 @@ WHO: Mapping[str, str] = {
     "backfill": "`jobledger backfill`",
     "projection": "`jobledger projections`",
     "reader": "`app.lifecycle(group)`",
-    "web": "`jobledger events`, `verify`, `rebuild`; to ask the status table takes no right on Kafka at all",
+    "web": "`jobledger events`, `audit`, `verify`, `rebuild`; to ask the status table takes no right on Kafka at all",
     "admin": "`jobledger topics apply`; `topics acls --apply` needs Alter on the cluster beside it",
 }
 

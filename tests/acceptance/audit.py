@@ -1,39 +1,37 @@
-"""What a log must show after any faults: all ended, nothing early, nothing run again, nothing passed over.
+"""The product's audit (`jobledger.audit`), held against what only a test knows.
 
-Imports nothing of Jobledger. Part of `independent`; every check names what it found, and can fail.
+A test knows which submissions were acknowledged, when it paused a process or took the broker away, and, by the side log
+that its own tasks write, which code really ran. A worker that was paused beyond its session had not ended what it ran,
+so another runs it again, and both ends may stand in the log: that is excused, and nothing else.
 """
 
 from __future__ import annotations
 
-import sys
 from collections import Counter, defaultdict
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from tests.acceptance.fold import ENDED, TERMINAL_RANK, fold
-from tests.acceptance.rawlog import Log, Record, show
+from jobledger.audit import rules
+from jobledger.audit.findings import Finding, Findings
+from jobledger.audit.records import Record, show
+from jobledger.audit.rules import Scope
+from jobledger.audit.spill import keys_of
+from tests.acceptance.promises import BROKEN_BY
+from tests.acceptance.rawlog import Log
 
-CLOSING = {*TERMINAL_RANK, "JobRetried", "JobSnoozed"}
-#: Facts that do not belong on a work topic.
-NO_WORK = {
-    *CLOSING,
-    "JobStarted",
-    "JobProgressed",
-    "ReleaseRequested",
-    "ReleaseDecided",
-    "ReleaseOverdue",
-    "DeadLettered",
-    "RecordRejected",
-}
-#: Examples that are kept of each kind of violation.
-EXAMPLES = 10
 #: A worker that is paused for less than that has not lost its partitions: its session is 6 s, and it was heard of in the
 #: last three of them.
 PAUSE_MS = 3_000
 #: How long after a fault its traces may appear in the log, milliseconds.
 WAKE_MS = 3_000
+
+#: Faults that the product cannot see: it knows neither who was told what, nor what code really ran.
+ONLY_HERE = {
+    "accepted-lost": "accepted, but its submission is not in the log",
+    "run-after-end": "run after its end was in the log",
+    "success-without-run": "succeeded without having been run",
+}
 
 
 class Window(NamedTuple):
@@ -60,114 +58,7 @@ class Execution(NamedTuple):
     pid: int = 0
 
 
-@dataclass
-class Audit:
-    """What the log shows. ``violations``: examples by kind, ``counts``: how many of each;
-    ``noted``: within the limits."""
-
-    counts: Counter[str] = field(default_factory=Counter)
-    noted: Counter[str] = field(default_factory=Counter)
-    violations: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
-
-    def broken(self, kind: str, example: str) -> None:
-        """Count a violation, and keep it if it is among the first."""
-        self.counts[kind] += 1
-        if len(self.violations[kind]) < EXAMPLES:
-            self.violations[kind].append(example)
-
-    @property
-    def good(self) -> bool:
-        """Whether nothing was broken."""
-        return not self.counts
-
-    def __str__(self) -> str:
-        lines = [f"{kind}: {n}, e.g. " + "; ".join(self.violations[kind][:3]) for kind, n in self.counts.items()]
-        return "\n".join([*lines, f"within the limits: {dict(self.noted)}"])
-
-
-def audit(
-    log: Log,
-    accepted: Collection[str] = (),
-    frozen: Sequence[Window] = (),
-    executions: Sequence[Execution] = (),
-) -> Audit:
-    """Hold the log against the promises. ``accepted``: ids of jobs whose submission was acknowledged."""
-    found = Audit()
-    _all_ended(log, accepted, found)
-    _never_early(log, found)
-    _no_rerun(log, frozen, executions, found)
-    _causes_first(log, found)
-    _closed_below_base(log, found)
-    _rejects_kept(log, found)
-    _dead_letters(log, found)
-    return found
-
-
-def _all_ended(log: Log, accepted: Collection[str], found: Audit) -> None:
-    submitted = {r.head["job_id"] for r in log.records if r.fact == "JobSubmitted"}
-    for job in sorted(set(accepted) - submitted):
-        found.broken("accepted, but its submission is not in the log", job)
-    states = fold(log.records)
-    for job in sorted(submitted):
-        if states[job].state not in ENDED:
-            found.broken("not ended", f"{job} is {states[job].state}, release {states[job].release}")
-    for job in sorted(set(states) - submitted):
-        found.broken("facts of a job that nobody submitted", job)
-
-
-def _due(at_ms: int, body: Mapping[str, Any]) -> int:
-    """When a request is due, microseconds of the broker's clock."""
-    due_at: int | None = body.get("due_at")
-    return (at_ms + int(body["delay_ms"] or 0)) * 1000 if due_at is None else due_at
-
-
-def _never_early(log: Log, found: Audit) -> None:
-    asked: dict[tuple[str, int, int], int] = {}  # the first request counts: the coordinator takes no other
-    told: dict[tuple[str, int, int], int] = {}  # what the worker's own fact says
-    overdue: set[tuple[str, int, int]] = set()
-    for record in sorted(log.of("coordination"), key=lambda r: r.place):
-        if record.fact == "JobSubmitted":
-            job, run, release = record.release
-            asked.setdefault((job, run, max(release, 1)), _due(record.at, record.body))
-        elif record.fact == "ReleaseRequested":
-            asked.setdefault(record.release, _due(record.at, record.body))
-        elif record.fact == "ReleaseOverdue":
-            overdue.add(record.release)
-    for record in log.of("lifecycle"):
-        if record.fact in ("JobRetried", "JobSnoozed"):
-            job, run, release = record.release
-            due = _due(record.at, record.body)
-            told[job, run, release + 1] = min(due, told.get((job, run, release + 1), due))
-    let_go: Counter[tuple[str, int, int]] = Counter()
-    allowed_at: dict[tuple[str, int, int], int] = {}
-    for record in log.work():
-        if record.fact != "JobDue":
-            continue
-        let_go[record.release] += 1
-        causes = [asked[record.release]] if record.release in asked else []
-        if record.release in told and (record.release in overdue or not causes):
-            causes.append(told[record.release])
-        if not causes:
-            found.broken("let go, but nothing asked for it", show(record))
-            continue
-        allowed = allowed_at[record.release] = min(causes)
-        if record.at * 1000 < allowed:
-            found.broken("let go early", f"{show(record)}: {(allowed - record.at * 1000) / 1000:g} ms")
-        if record.body["due_at"] not in causes and record.release not in overdue:
-            found.broken("a due time that nobody asked for", f"{show(record)}: {record.body['due_at']} of {causes}")
-    found.noted["released more than once"] = sum(1 for n in let_go.values() if n > 1)
-    found.noted["asked for by the watchdog"] = len(overdue)
-    for record in log.of("lifecycle"):
-        due_us = allowed_at.get(record.release) if record.fact == "JobStarted" else None
-        if due_us is not None and record.at * 1000 < due_us:
-            found.broken("started early", show(record))
-
-
-def _within(windows: Sequence[Window], *times: int) -> bool:
-    return any(all(w.begin <= t <= w.end + WAKE_MS for t in times) for w in windows)
-
-
-class _Pauses:
+class Pauses:
     """What workers had begun when they were paused: none of it had ended before the pause, so it may run again."""
 
     def __init__(self, log: Log, windows: Sequence[Window]) -> None:
@@ -192,138 +83,153 @@ class _Pauses:
         return any(source.endswith(f":{w.pid}") and at <= w.end and w.begin <= start.at for w in self._windows)
 
 
-def _no_rerun(log: Log, frozen: Sequence[Window], executions: Sequence[Execution], found: Audit) -> None:
-    pauses = _Pauses(log, frozen)
-    closes: dict[tuple[str, int, int], list[Record]] = defaultdict(list)
-    terminals: dict[tuple[str, int], Record] = {}
-    started: dict[tuple[str, int, int], int] = Counter()
-    ran_until: dict[tuple[str, int, int], int] = {}  # when the last run of a release began
-    for execution in executions:
-        release = (execution.job_id, execution.run, execution.release)
-        ran_until[release] = max(execution.began, ran_until.get(release, 0))
-    facts = sorted(log.of("lifecycle"), key=lambda r: (r.at, r.partition, r.offset))
-    for record in facts:
-        if record.fact == "JobStarted":
-            started[record.release] += 1
-            done = terminals.get(record.release[:2]) or next(iter(closes[record.release]), None)
-            if done is not None:
-                if executions and ran_until.get(record.release, 0) < done.at:
-                    # A suspect's start is said before its code runs, and its partition may be lost in between.
-                    found.noted["said to start after its end, and not run"] += 1
-                elif pauses.started(record):
-                    found.noted["said to start by a paused process, when it woke"] += 1
-                elif done.release == record.release and all(map(pauses.ended, closes[record.release])):
-                    found.noted["started again, after an end that a paused process wrote"] += 1
-                else:
-                    found.broken("started after its end was in the log", f"{show(record)} after {show(done)}")
-        elif record.fact in CLOSING:
-            closes[record.release].append(record)
-            if record.fact in TERMINAL_RANK:
+class Audit(Findings):
+    """The product's findings, less those that the test's own knowledge excuses.
+
+    ``product``: all that the product found, by kind, as `jobledger audit` must tell it. ``noted``: its notes, and how
+    often what was excused.
+    """
+
+    def __init__(self, log: Log, frozen: Sequence[Window], executions: Sequence[Execution]) -> None:
+        super().__init__(most=10)
+        self.product: Counter[str] = Counter()
+        self.noted: Counter[str] = self.notes
+        self._frozen, self._pauses = frozen, Pauses(log, frozen)
+        self._closes: dict[tuple[str, int, int], list[Record]] = defaultdict(list)
+        for record in log.of("lifecycle"):
+            if record.fact in rules.TERMINAL or (record.fact in rules.PASSING_ON and not rules.in_place(record)):
+                self._closes[record.release].append(record)
+        self._executions = executions
+        self._ran_until: dict[tuple[str, int, int], int] = {}  # when the last run of a release began
+        for each in executions:
+            release = (each.job_id, each.run, each.release)
+            self._ran_until[release] = max(each.began, self._ran_until.get(release, 0))
+
+    @property
+    def good(self) -> bool:
+        """Whether nothing was broken."""
+        return not self.counts
+
+    @property
+    def violations(self) -> Mapping[str, list[str]]:
+        """Examples of each kind."""
+        return {kind: list(map(str, several)) for kind, several in self.faults.items()}
+
+    def __str__(self) -> str:
+        lines = [f"{kind}: {n}, e.g. " + "; ".join(self.violations[kind][:3]) for kind, n in self.counts.items()]
+        return "\n".join([*lines, f"within the limits: {dict(self.noted)}"])
+
+    def fault(self, kind: str, job_id: str, detail: str, *records: Record) -> None:
+        """One of the product's: counted, and kept unless it is excused."""
+        self.product[kind] += 1
+        excuse = None
+        if kind == "started-after-end":
+            excuse = self._start_excused(*records)
+        elif kind == "ends-contradict" and (
+            within(self._frozen, *(r.at for r in records)) or any(map(self._pauses.ended, records))
+        ):
+            excuse = "ends that contradict each other, of a paused process or while the broker was away"
+        if excuse is None:
+            super().fault(kind, job_id, detail, *records)
+        else:
+            self.noted[excuse] += 1
+
+    def broken(self, kind: str, job_id: str, detail: str, *records: Record) -> None:
+        """One that only the test can see."""
+        self.counts[kind] += 1
+        if len(self.faults[kind]) < self.most:
+            self.faults[kind].append(Finding(kind, job_id, detail, records))
+
+    def _start_excused(self, start: Record, end: Record) -> str | None:
+        release = start.release
+        if self._executions and self._ran_until.get(release, 0) < end.at:
+            # A suspect's start is said before its code runs, and its partition may be lost in between.
+            return "said to start after its end, and not run"
+        if self._pauses.started(start):
+            return "said to start by a paused process, when it woke"
+        earlier = [c for c in self._closes.get(release, ()) if (c.at, c.place) < (start.at, start.place)]
+        if end.release == release and earlier and all(map(self._pauses.ended, earlier)):
+            return "started again, after an end that a paused process wrote"
+        return None
+
+    def runs(self, lifecycle: Iterable[Record]) -> None:
+        """Hold the side log against the log."""
+        if not self._executions:
+            return
+        terminals: dict[tuple[str, int], Record] = {}
+        facts = sorted(lifecycle, key=lambda r: (r.at, r.partition, r.offset))
+        for record in facts:
+            if record.fact in rules.TERMINAL:
                 terminals.setdefault(record.release[:2], record)
-    found.noted["releases started more than once"] = sum(1 for n in started.values() if n > 1)
-    for several in closes.values():
-        if len(several) > 1:
-            found.noted["closed more than once"] += 1
-            if len({r.fact for r in several}) > 1:
-                found.noted["closed in different ways"] += 1
-            if not _within(frozen, *(r.at for r in several)):
-                found.noted["closed more than once though nothing was paused"] += 1
-    runs: Counter[tuple[str, int, int]] = Counter()
-    for execution in executions:
-        release = (execution.job_id, execution.run, execution.release)
-        runs[release] += 1
-        done = terminals.get(release[:2])
-        early = [r for r in (*closes[release], *([done] if done is not None else [])) if r.at < execution.began]
-        if early:
-            if all(map(pauses.ended, early)):
-                found.noted["run again, after an end that a paused process wrote"] += 1
+        runs: Counter[tuple[str, int, int]] = Counter()
+        for execution in self._executions:
+            release = (execution.job_id, execution.run, execution.release)
+            runs[release] += 1
+            done = terminals.get(release[:2])
+            ends = (*self._closes.get(release, ()), *([done] if done is not None else []))
+            early = [r for r in ends if r.at < execution.began]
+            if not early:
+                continue
+            if all(map(self._pauses.ended, early)):
+                self.noted["run again, after an end that a paused process wrote"] += 1
             else:
-                found.broken("run after its end was in the log", f"{execution} after {show(early[0])}")
-    found.noted["releases run more than once"] = sum(1 for n in runs.values() if n > 1)
-    if executions:
+                self.broken("run-after-end", execution.job_id, f"{execution} after {show(early[0])}", early[0])
+        self.noted["releases run more than once"] = sum(1 for n in runs.values() if n > 1)
         for record in facts:
             if record.fact == "JobSucceeded" and not runs[record.release]:
-                found.broken("succeeded without having been run", show(record))
+                self.broken("success-without-run", record.head["job_id"], "no run of it is known", record)
 
 
-def _causes_first(log: Log, found: Audit) -> None:
-    """A worker asks for the next release once the end of this one is in the log, not before: it might die in between, and
-    the next owner run the job again while its retry is under way."""
-    causes: dict[tuple[str, int, int], int] = {}
-    for record in log.of("lifecycle"):
-        if record.fact in ("JobRetried", "JobSnoozed"):
-            job, run, release = record.release
-            key = (job, run, release + 1)
-            causes[key] = min(record.at, causes.get(key, record.at))
-    for record in log.of("coordination"):
-        if record.fact == "ReleaseRequested" and record.release[2] > 1:
-            cause = causes.get(record.release)
-            if cause is None or cause > record.at:
-                found.broken("asked for before its cause was in the log", show(record))
-
-
-def _belongs(record: Record) -> bool:
-    """Whether a record on a work topic hands a job to workers: a fact from the future may, as far as this knows."""
-    if record.fact == "JobSubmitted":
-        return record.body["delay_ms"] is None and record.body["due_at"] is None
-    return record.fact is not None and record.fact not in NO_WORK
-
-
-def _closed_below_base(log: Log, found: Audit) -> None:
-    closed: dict[tuple[str, int, int], set[int]] = defaultdict(set)
-    rejected = {
-        (r.body["topic"], r.body["partition"], r.body["offset"])
-        for r in log.of("dead-letter")
-        if r.fact == "RecordRejected"
-    }
-    for record in log.of("lifecycle"):
-        if record.fact in CLOSING:
-            closed[record.release].add(record.partition)
-    for record in log.work():
-        if record.offset >= log.committed.get((record.topic, record.partition), 0):
-            continue
-        if not _belongs(record):
-            if record.place not in rejected:
-                found.broken("passed, but neither closed nor rejected", show(record))
-        elif not closed[record.release]:
-            found.broken("passed, but not closed", show(record))
-        elif record.partition not in closed[record.release]:
-            found.broken("closed in another partition than its work record's", show(record))
-    found.noted["work records at or above a committed base"] = sum(
-        1 for r in log.work() if r.offset >= log.committed.get((r.topic, r.partition), 0)
-    )
-
-
-def _rejects_kept(log: Log, found: Audit) -> None:
-    kept = {
-        (r.body["topic"], r.body["partition"], r.body["offset"]): r.body["raw_value"]
-        for r in log.of("dead-letter")
-        if r.fact == "RecordRejected"
-    }
-    misplaced = (r for r in log.work() if not _belongs(r))
-    rejects = {r.place: r for r in (*(r for r in log.records if r.fact is None), *misplaced)}
-    for place, raw in kept.items():
-        if place not in rejects:
-            found.broken("rejected, but it is a good record", str(place))
-        elif raw != rejects[place].raw:
-            found.broken("rejected with other bytes than it has", str(place))
-    found.noted["records rejected"] = len(kept)
+def audit(
+    log: Log,
+    accepted: Collection[str] = (),
+    frozen: Sequence[Window] = (),
+    executions: Sequence[Execution] = (),
+) -> Audit:
+    """Hold a finished log against the promises. ``accepted``: ids of jobs whose submission was acknowledged."""
+    found = Audit(log, frozen, executions)
+    jobs, places = grouped(log)
+    lowest = dict.fromkeys(((r.topic, r.partition) for r in log.records), 0)
+    ends: dict[tuple[str, int], int] = {}
     for record in log.records:
-        acted_on = record.topic.startswith(f"{log.namespace}.jobs.") or record.topic in (
-            f"{log.namespace}.lifecycle",
-            f"{log.namespace}.coordination",
-        )
-        # Work records that nobody has passed yet are not lost.
-        passed = record.offset < log.committed.get((record.topic, record.partition), sys.maxsize)
-        if record.fact is None and acted_on and passed and record.place not in kept:
-            found.broken("unreadable, but not rejected", show(record))
+        place = (record.topic, record.partition)
+        ends[place] = max(record.offset + 1, ends.get(place, 0))
+    scope = Scope(log.namespace, log.committed, ends, lowest, finished=True)
+    for records in jobs.values():
+        rules.judge_job(records, scope, found)
+    for records in places.values():
+        rules.judge_place(records, scope, found)
+    submitted = {r.head["job_id"] for r in log.records if r.fact == "JobSubmitted"}
+    for job in sorted(set(accepted) - submitted):
+        found.broken("accepted-lost", job, "its submission was acknowledged")
+    found.runs(log.of("lifecycle"))
+    return found
 
 
-def _dead_letters(log: Log, found: Audit) -> None:
-    kept = {r.release for r in log.of("dead-letter") if r.fact == "DeadLettered"}
-    for record in log.of("lifecycle"):
-        if record.fact == "JobFailed" and record.release not in kept:
-            found.broken("failed, but not in the dead letters", show(record))
+def hold(log: Log, frozen: Sequence[Window] = ()) -> Audit:
+    """Break the promise that a finished log breaks, if it does."""
+    found = audit(log, frozen=frozen)
+    for kind, number in found.counts.items():
+        BROKEN_BY[kind].hold(False, f"{kind}: {number}\n" + "\n".join(found.violations[kind]))
+    return found
+
+
+def grouped(log: Log) -> tuple[dict[str, list[Record]], dict[str, list[Record]]]:
+    """The records of each job, and those that are judged by their place, as the product's audit groups them."""
+    jobs: dict[str, list[Record]] = defaultdict(list)
+    places: dict[str, list[Record]] = defaultdict(list)
+    judged = {f"{log.namespace}.{name}" for name in ("lifecycle", "coordination", "dead-letter")}
+    for record in log.records:
+        if record.topic not in judged and not record.topic.startswith(f"{log.namespace}.jobs."):
+            continue
+        for key in keys_of(record, f"{log.namespace}.jobs."):
+            (places if key.startswith("\0") else jobs)[key].append(record)
+    return jobs, places
+
+
+def within(windows: Sequence[Window], *times: int) -> bool:
+    """Whether all of these times lie in one of the windows."""
+    return any(all(w.begin <= t <= w.end + WAKE_MS for t in times) for w in windows)
 
 
 def read_executions(path: str | Path) -> list[Execution]:

@@ -1,27 +1,19 @@
-"""A second opinion: reads the raw topics of a namespace, folds them its own naive way, and audits them.
+"""The second opinion that the fault tests use: the product's own audit, over a whole log in memory.
 
-Imports nothing of Jobledger: it frames and decodes the records by hand from the schema file, keeps every fact of every
-job in a list, sorts, and looks. Slow and simple on purpose. Run as a script it compares the log with a SQLite status
-table and says what differs; exit code 1 then, 2 if the log itself breaks a promise.
-
-    python tests/acceptance/independent.py --bootstrap 127.0.0.1:9092 --namespace shop --status status.db --json
+`jobledger.audit` shares no code with the fold, the codec or the worker. What a test knows beside the log is in
+`tests.acceptance.audit`.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
-import sys
-from collections import Counter
-from dataclasses import asdict
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-if not __package__:  # run as a script: the other parts lie beside it
-    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-
+from jobledger.audit.records import Record, Schemas, fingerprint, show
+from jobledger.audit.table import ENDED, Difference, Final, StatusFile, differences, final
 from tests.acceptance.audit import Audit, Execution, Window, audit, read_executions
-from tests.acceptance.fold import ENDED, Difference, Final, compare, fold, table
-from tests.acceptance.rawlog import Log, Record, Schemas, fingerprint, life_of, read, show
+from tests.acceptance.rawlog import Log, life_of, read
 
 __all__ = [
     "ENDED",
@@ -45,37 +37,24 @@ __all__ = [
 ]
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--bootstrap", required=True)
-    parser.add_argument("--namespace", required=True)
-    parser.add_argument("--status", help="the SQLite file of the status table")
-    parser.add_argument("--executions", help="the side log of a chaos app")
-    parser.add_argument("--json", action="store_true")
-    given = parser.parse_args()
-    log = read(given.bootstrap, given.namespace)
-    executions = read_executions(given.executions) if given.executions else []
-    folded = fold(log.records)
-    found = audit(log, executions=executions)
-    differences = compare(folded, table(given.status)) if given.status else []
-    states = Counter(f.state for f in folded.values())
-    if given.json:
-        report = {
-            "records": len(log.records),
-            "jobs": len(folded),
-            "states": states,
-            "equal": not differences,
-            "differences": [d._asdict() for d in differences[:100]],
-            "audit": asdict(found),
-        }
-        print(json.dumps(report, indent=2))
-    else:
-        print(f"{len(log.records)} records, {len(folded)} jobs: {dict(states)}")
-        print(found)
-        for each in differences[:20]:
-            print(f"{each.job_id} {each.field}: log {each.log!r}, table {each.table!r}")
-    return 1 if differences else 0 if found.good else 2
+def fold(records: Iterable[Record]) -> dict[str, Final]:
+    """Every job's last state."""
+    lives: dict[str, list[Record]] = defaultdict(list)
+    for record in records:
+        if record.fact is not None and record.head["job_id"]:
+            lives[record.head["job_id"]].append(record)
+    return {job: last for job, life in lives.items() if (last := final(life)) is not None}
 
 
-if __name__ == "__main__":
-    sys.exit(main())
+def table(path: str | Path) -> dict[str, Final]:
+    """The status table as the same tuples, read with nothing but SQL."""
+    kept = StatusFile(Path(path))
+    try:
+        return {row.job_id: row.final for row in kept.rows()}
+    finally:
+        kept.close()
+
+
+def compare(folded: Mapping[str, Final], kept: Mapping[str, Final]) -> list[Difference]:
+    """Where the two do not say the same."""
+    return [d for job in sorted({*folded, *kept}) for d in differences(job, folded.get(job), kept.get(job))]

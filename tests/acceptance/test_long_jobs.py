@@ -22,6 +22,7 @@ from jobledger.kafka import topics, topology
 from jobledger.kafka.embedded import EmbeddedKafka
 from jobledger.names import Names
 from tests.acceptance import rawlog
+from tests.acceptance.audit import hold
 from tests.acceptance.fleet import Fleet, Member
 from tests.acceptance.promises import Promise
 
@@ -87,6 +88,7 @@ def ended(fleet: Fleet, job: str, timeout: float = 60.0) -> tuple[rawlog.Log, ra
     over()
     log, ends = found[0]
     Promise.NO_RERUN_AFTER_SUCCESS.hold(len(ends) == 1, rawlog.life_of(log, job))
+    hold(log, fleet.windows)
     return log, ends[0]
 
 

@@ -23,7 +23,7 @@ from jobledger.kafka.embedded import EmbeddedKafka
 from jobledger.names import Names
 from tests.acceptance import rawlog
 from tests.acceptance.fleet import Fleet, Member, paused
-from tests.acceptance.fold import fold
+from tests.acceptance.independent import fold
 from tests.acceptance.promises import Promise
 from tests.acceptance.rawlog import Log, Record
 

@@ -238,13 +238,17 @@ def reader(world: World, refused: list[JobledgerError]) -> None:
 
 
 def web(world: World, refused: list[JobledgerError]) -> None:
-    """Reads the log for people."""
+    """Reads the log for people, and audits it."""
+    from jobledger.audit.source import Source
     from jobledger.cli.events import Topics, _Tail
 
     app = world.app("web")
     with _Tail(app.settings, app.names, [Topics.ALL], list(app.lanes)) as tail:
         tail.begin(since=None, at_end=False, last=None)
         assert list(tail.until_now())
+    with Source(app.settings, app.names) as source:
+        assert list(source.records())
+        refused += source.refused.values()
 
 
 def admin(world: World, refused: list[JobledgerError]) -> None:

@@ -98,7 +98,7 @@ def test_the_commands_that_texts_name_are_there() -> None:
     """The commands of the README exist under their names."""
     names = {" ".join(words) for words in commands()}
     assert names >= {
-        *("dev", "worker", "streams", "coordinator", "materializer", "submit", "verify", "rebuild"),
+        *("dev", "worker", "streams", "coordinator", "materializer", "submit", "audit", "verify", "rebuild"),
         *("jobs list", "jobs show", "jobs wait", "events tail", "kafka start", "kafka stop", "kafka status"),
         *("topics plan", "topics apply"),
     }

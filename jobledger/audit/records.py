@@ -1,0 +1,135 @@
+"""One record of the log, decoded by docs/wire.md and fastavro alone.
+
+The head of a value is cut here. Writers' schemas come from the schema file and from what was published on
+``<ns>.schemas``. Neither our codec nor its fast path is used.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Callable, Mapping
+from importlib.resources import files
+from typing import Any, NamedTuple
+
+import fastavro
+import fastavro.schema
+
+SINGLE_OBJECT = b"\xc3\x01"
+#: What begins the frame of a Schema Registry, and how many bytes stand before the datum.
+FRAMED, FRAME_HEAD = b"\0", 5
+#: The schema's text, as this version writes.
+SCHEMA_TEXT: str = files("jobledger.schemas").joinpath("job_event.avsc").read_text(encoding="utf-8")
+
+
+def fingerprint(schema_text: str) -> bytes:
+    """CRC-64-AVRO of the canonical form, little endian (Avro specification, "Schema Fingerprints")."""
+    empty = 0xC15D213AA4D7A795
+    table = []
+    for byte in range(256):
+        word = byte
+        for _ in range(8):
+            word = (word >> 1) ^ (empty & -(word & 1))
+        table.append(word)
+    crc = empty
+    for byte in fastavro.schema.to_parsing_canonical_form(json.loads(schema_text)).encode():
+        crc = (crc >> 8) ^ table[(crc ^ byte) & 0xFF]
+    return crc.to_bytes(8, "little")
+
+
+def plain(node: Any) -> Any:
+    """A schema without logical types, so that times stay the numbers they are."""
+    if isinstance(node, list):
+        return [plain(n) for n in node]
+    if isinstance(node, dict):
+        return {k: plain(v) for k, v in node.items() if k != "logicalType"}
+    return node
+
+
+class Schemas:
+    """Writers' schemas: by fingerprint, and by the id of a Schema Registry.
+
+    ``by_id``: asked for an id that is not published on ``<ns>.schemas``; returns the schema's text, or None.
+    """
+
+    def __init__(self, by_id: Callable[[int], str | None] = lambda schema_id: None) -> None:
+        self._by_mark: dict[bytes, Any] = {}
+        self._by_id: dict[int, Any] = {}
+        self._ask = by_id
+        self.add(SCHEMA_TEXT)
+
+    def add(self, text: str, key: bytes | None = None) -> None:
+        """Take one more, with its key on ``<ns>.schemas``. Raises whatever a text that is no schema makes the parser
+        raise."""
+        parsed = fastavro.parse_schema(plain(json.loads(text)))
+        self._by_mark[fingerprint(text)] = parsed
+        if key is not None and key.startswith(b"id-") and key[3:].isdigit():
+            self._by_id[int(key[3:])] = parsed
+
+    def decode(self, value: bytes | None) -> tuple[dict[str, Any], str, dict[str, Any]]:
+        """The header, the fact's bare name and the fact. Raises `ValueError` saying why not."""
+        if value is None:
+            raise ValueError("null")
+        if value[:2] == SINGLE_OBJECT and len(value) >= 10:
+            schema, datum_at = self._by_mark.get(value[2:10]), 10
+        elif value[:1] == FRAMED and len(value) > FRAME_HEAD:
+            schema, datum_at = self._framed(int.from_bytes(value[1:FRAME_HEAD], "big")), FRAME_HEAD
+        else:
+            raise ValueError("framing")
+        if schema is None:
+            raise ValueError("unknown schema")
+        try:
+            datum: Any = fastavro.schemaless_reader(io.BytesIO(value[datum_at:]), schema, None, return_record_name=True)
+            name, fact = datum["fact"]
+        except Exception as exc:
+            raise ValueError(f"damaged: {exc!r}") from exc
+        return datum, str(name).rsplit(".", 1)[-1], fact
+
+    def _framed(self, schema_id: int) -> Any:
+        if schema_id not in self._by_id:
+            text = self._ask(schema_id)
+            if text is None:
+                return None
+            self._by_id[schema_id] = fastavro.parse_schema(plain(json.loads(text)))
+        return self._by_id[schema_id]
+
+
+class Record(NamedTuple):
+    """One record of the log.
+
+    ``at``: its append time in milliseconds, by the broker's clock if ``timed``. ``fact``: the fact's name; None if the
+    value is no event, and ``why`` says why.
+    """
+
+    topic: str
+    partition: int
+    offset: int
+    at: int
+    fact: str | None = None
+    head: Mapping[str, Any] = {}
+    body: Mapping[str, Any] = {}
+    raw: bytes | None = None
+    why: str = ""
+    timed: bool = True
+
+    @property
+    def place(self) -> tuple[str, int, int]:
+        """Topic, partition and offset."""
+        return self.topic, self.partition, self.offset
+
+    @property
+    def release(self) -> tuple[str, int, int]:
+        """The job, run and release that it is about."""
+        return self.head["job_id"], self.head["run"], self.head["release"]
+
+    @property
+    def position(self) -> str:
+        """The place as people write it: ``topic[partition]@offset``."""
+        return f"{self.topic}[{self.partition}]@{self.offset}"
+
+
+def show(record: Record) -> str:
+    """A record in one line."""
+    head = record.head
+    who = f" {head['job_id']} run {head['run']} release {head['release']}" if head else f" {record.why}"
+    return f"{record.fact}{who} at {record.position} ({record.at})"

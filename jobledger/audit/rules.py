@@ -1,0 +1,469 @@
+"""What a log must show of each job, whatever was killed, and what breaks it. Pure: records in, findings out.
+
+A job's records are handed in together, in any order. Each rule looks for one thing and says where it stands. A *fault*
+breaks a promise of docs/promises.md. A *note* is within their limits: a job whose code ran twice has succeeded twice,
+and what derives from an end may stand twice with the same ``event_id``.
+
+Two kinds of rules must know how far they can see. What should have *followed* a record is missed only where the record
+is old enough: below what the workers committed. What should have *caused* it is missed only where the log still begins
+before it (`Scope.horizon`).
+"""
+
+from __future__ import annotations
+
+import sys
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import groupby
+from typing import Any
+
+from jobledger.audit.findings import Findings
+from jobledger.audit.records import Record
+
+Release = tuple[str, int, int]
+
+TERMINAL = ("JobSucceeded", "JobFailed", "JobCancelled", "JobExpired")
+#: What ends a release and lets another follow; ``in_place`` it does neither.
+PASSING_ON = ("JobRetried", "JobSnoozed")
+#: Facts that only a submitted job can have. Of a later version's nothing is known.
+OF_A_JOB = {
+    *TERMINAL,
+    *PASSING_ON,
+    *("JobSubmitted", "JobDue", "JobStarted", "JobProgressed", "JobLeased", "Leased", "LeaseRenewed"),
+    *("ReleaseRequested", "ReleaseOverdue"),
+}
+#: Facts that hand no job to workers, and do not belong on a work topic.
+NO_WORK = {
+    *TERMINAL,
+    *PASSING_ON,
+    *("JobStarted", "JobProgressed", "JobLeased", "Leased", "LeaseRenewed"),
+    *("ReleaseRequested", "ReleaseDecided", "ReleaseOverdue", "CancelRequested"),
+    *("QueuePaused", "QueueResumed", "QueueLimited", "DeadLettered", "RecordRejected"),
+}
+
+
+@dataclass
+class Scope:
+    """How far the rules can see.
+
+    ``committed``, ``bound``: by (topic, partition); a record at or above ``bound`` is no subject, only evidence.
+    ``lowest``, ``ends``: what was read. ``horizon``: from this append time on (ms) no partition misses a record.
+    ``finished``: nothing runs any more, so whatever has no end is a fault. ``open_before``: so is what has had none, and
+    waited for nothing, since before this time (ms).
+    """
+
+    namespace: str
+    committed: Mapping[tuple[str, int], int] = field(default_factory=dict)
+    bound: Mapping[tuple[str, int], int] = field(default_factory=dict)
+    lowest: Mapping[tuple[str, int], int] = field(default_factory=dict)
+    horizon: int = 0
+    finished: bool = False
+    open_before: int | None = None
+
+    def __post_init__(self) -> None:
+        self.work_prefix = f"{self.namespace}.jobs."
+        self.lifecycle = f"{self.namespace}.lifecycle"
+        self.coordination = f"{self.namespace}.coordination"
+        self.dead_letter = f"{self.namespace}.dead-letter"
+
+    def is_work(self, record: Record) -> bool:
+        """Whether it stands on a work topic."""
+        return record.topic.startswith(self.work_prefix)
+
+    def is_subject(self, record: Record) -> bool:
+        """Whether it was there when the reading began, and may be asked what became of it and why it is there."""
+        return record.offset < self.bound.get((record.topic, record.partition), sys.maxsize)
+
+    def passed(self, record: Record) -> bool:
+        """Whether a worker group has committed a work record as done."""
+        return record.offset < self.committed.get((record.topic, record.partition), 0)
+
+
+def in_place(record: Record) -> bool:
+    """Whether a retry or snooze closes nothing: the same release continues in its worker."""
+    return bool(record.body.get("in_place"))
+
+
+def due_of(record: Record) -> int:
+    """When what a record asks for is due, microseconds of the broker's clock."""
+    due_at: int | None = record.body.get("due_at")
+    return (record.at + int(record.body.get("delay_ms") or 0)) * 1000 if due_at is None else due_at
+
+
+def in_order(records: Iterable[Record]) -> list[Record]:
+    """By place: topic, partition, offset."""
+    return sorted(records, key=lambda r: r.place)
+
+
+class Life:
+    """All records of one job, by where they stand. ``whole``: its submission is in the log, and nothing after it is
+    missing."""
+
+    def __init__(self, records: Sequence[Record], scope: Scope) -> None:
+        self.job_id, self.scope = str(records[0].head["job_id"]), scope
+        records = in_order(records)
+        self.work = [r for r in records if scope.is_work(r)]
+        self.lifecycle = [r for r in records if r.topic == scope.lifecycle]
+        self.coordination = [r for r in records if r.topic == scope.coordination]
+        self.letters = [r for r in records if r.topic == scope.dead_letter and r.fact == "DeadLettered"]
+        self.facts = [*self.work, *self.lifecycle, *self.coordination, *self.letters]
+        self.submissions = [r for r in (*self.work, *self.coordination) if r.fact == "JobSubmitted"]
+        self.whole = any(r.at >= scope.horizon for r in self.submissions) or scope.horizon == 0
+        self.ends: dict[int, list[Record]] = defaultdict(list)
+        self.closes: dict[Release, list[Record]] = defaultdict(list)
+        self.starts: dict[Release, list[Record]] = defaultdict(list)
+        for record in self.lifecycle:
+            if record.fact in TERMINAL:
+                self.ends[record.head["run"]].append(record)
+                self.closes[record.release].append(record)
+            elif record.fact in PASSING_ON and not in_place(record):
+                self.closes[record.release].append(record)
+            elif record.fact == "JobStarted":
+                self.starts[record.release].append(record)
+        self.leases: dict[Release, list[Record]] = defaultdict(list)
+        for record in self.facts:
+            if record.fact in ("JobLeased", "Leased", "LeaseRenewed"):
+                self.leases[record.release].append(record)
+
+
+Rule = Callable[[Life, Findings], None]
+
+
+def judge_job(records: Sequence[Record], scope: Scope, found: Findings) -> Life:
+    """Hold all records of one job against every rule."""
+    life = Life(records, scope)
+    for rule in RULES:
+        rule(life, found)
+    return life
+
+
+# -- ends -----------------------------------------------------------------------------------------------------------
+
+
+def has_ended(life: Life, found: Findings) -> None:
+    """Every submitted job has an end of its last run."""
+    facts = [r for r in life.facts if r.fact in OF_A_JOB]
+    if not facts:
+        return
+    if not life.whole:
+        found.note("submission-trimmed")
+    elif not life.submissions:
+        if any(map(life.scope.is_subject, facts)):
+            found.fault("submission-missing", life.job_id, "its submission is not in the log", facts[0])
+        return
+    last = max(r.head["run"] for r in facts)
+    if life.ends.get(last, []) or not life.whole:
+        return
+    found.note("open")
+    latest = max(facts, key=lambda r: r.at)
+    waits = [due_of(r) // 1000 for r in facts if r.body.get("delay_ms") is not None or r.body.get("due_at") is not None]
+    before = life.scope.open_before
+    since = max([latest.at, *waits])
+    if life.scope.finished or (before is not None and since < before):
+        found.fault("not-ended", life.job_id, f"its last record is {latest.fact}", latest)
+
+
+def ends_agree(life: Life, found: Findings) -> None:
+    """A run ends in one way. The same end twice says that its code ran twice."""
+    for run, ends in life.ends.items():
+        if len(ends) > 1:
+            found.note("ended-again")
+        kinds = {end.fact: end for end in reversed(ends)}
+        if len(kinds) > 1:
+            text = " and ".join(sorted(str(kind) for kind in kinds))
+            found.fault("ends-contradict", life.job_id, f"run {run} has {text}", *in_order(kinds.values()))
+    for closes in life.closes.values():
+        if len(closes) > 1:
+            found.note("closed-again")
+            if len({close.fact for close in closes}) > 1:
+                found.note("closed-differently")
+
+
+def starts_end(life: Life, found: Findings) -> None:
+    """A release that is closed, and a run that has an end, is not started again."""
+    for release, starts in life.starts.items():
+        if len(starts) > 1:
+            found.note("started-again")
+        ends = [*life.ends.get(release[1], []), *(c for c in life.closes.get(release, []) if c.fact in PASSING_ON)]
+        for start in starts:
+            earlier = [end for end in ends if _before(end, start)]
+            if earlier:
+                end = min(earlier, key=lambda r: (r.at, r.place))
+                who = start.body.get("worker", "?")
+                text = f"started by {who} {start.at - end.at} ms after its {end.fact}"
+                found.fault("started-after-end", life.job_id, text, start, end)
+
+
+def _before(one: Record, other: Record) -> bool:
+    """Whether the log tells that one was written before the other: by offset in one partition, else by time."""
+    if one.place[:2] == other.place[:2]:
+        return one.offset < other.offset
+    return one.at < other.at
+
+
+# -- times ----------------------------------------------------------------------------------------------------------
+
+
+def not_early(life: Life, found: Findings) -> None:
+    """Nothing is released or started before its time, counted from the append of what asked for it."""
+    untimed = sum(1 for r in (*life.work, *life.coordination, *life.lifecycle) if not r.timed)
+    found.note("writer-time", untimed)
+    asked, told = _asked(life), _told(life)
+    overdue = {r.release for r in life.coordination if r.fact == "ReleaseOverdue"}
+    found.note("overdue", len(overdue))
+    allowed_at: dict[Release, int] = {}
+    for record in life.work:
+        if record.fact != "JobDue":
+            continue
+        if _by_lease(life, record, found):
+            continue
+        times = asked[record.release]
+        # The first request counts: the coordinator takes no other. The watchdog asks by what the worker has said.
+        causes = times[:1]
+        if record.release in told and (record.release in overdue or not causes):
+            causes.append(told[record.release])
+        if not causes:
+            if life.whole and life.scope.is_subject(record):
+                found.fault("release-without-request", life.job_id, "nothing asked for this release", record)
+            continue
+        allowed = allowed_at[record.release] = min(causes)
+        if untimed:
+            continue
+        if record.at * 1000 < allowed:
+            text = f"released {(allowed - record.at * 1000) / 1000:g} ms before its time"
+            found.fault("released-early", life.job_id, text, record)
+        if record.body["due_at"] not in (*times, *causes) and record.release not in overdue and life.whole:
+            text = f"its due time is {record.body['due_at']}, asked for was {', '.join(map(str, causes))}"
+            found.fault("due-time-without-request", life.job_id, text, record)
+    for release, starts in life.starts.items():
+        for start in starts:
+            if not untimed and start.at * 1000 < allowed_at.get(release, 0):
+                text = f"started {(allowed_at[release] - start.at * 1000) / 1000:g} ms before its time"
+                found.fault("started-early", life.job_id, text, start)
+
+
+def _asked(life: Life) -> dict[Release, list[int]]:
+    """When each release was asked to be, in the order of the log."""
+    asked: dict[Release, list[int]] = defaultdict(list)
+    accepted = {r.release for r in life.lifecycle if r.fact in PASSING_ON}
+    for record in life.coordination:
+        job, run, release = record.release
+        if record.fact == "JobSubmitted":
+            asked[job, run, max(release, 1)].append(due_of(record))
+        elif record.fact == "ReleaseRequested":
+            asked[record.release].append(due_of(record))
+        elif record.fact in PASSING_ON and record.release in accepted:  # a leased job's: passed on if its lease held
+            asked[job, run, release + 1].append(due_of(record))
+    return asked
+
+
+def _told(life: Life) -> dict[Release, int]:
+    """When the next release may be by the facts of the worker itself."""
+    told: dict[Release, int] = {}
+    for record in life.lifecycle:
+        if record.fact in PASSING_ON and not in_place(record):
+            job, run, release = record.release
+            due = due_of(record)
+            told[job, run, release + 1] = min(due, told.get((job, run, release + 1), due))
+    return told
+
+
+def _by_lease(life: Life, due: Record, found: Findings) -> bool:
+    """Whether a release followed from the end of the lease of the one before; then judges its time."""
+    job, run, release = due.release
+    leases = [r for r in life.leases.get((job, run, release - 1), []) if r.topic == life.scope.coordination]
+    if not leases or any(r.fact in PASSING_ON and r.release == (job, run, release - 1) for r in life.lifecycle):
+        return False
+    decided = due.body["due_at"]
+    earlier = [r for r in leases if r.at * 1000 <= decided]
+    given_back = any(r.body["lease_ms"] == 0 for r in earlier)
+    # What was appended in the millisecond of the decision may stand before or behind it.
+    holds = [(r.at + r.body["lease_ms"]) * 1000 for r in earlier if r.at * 1000 < decided]
+    if all(r.timed for r in (due, *leases)) and (
+        due.at * 1000 < decided or (holds and not given_back and max(holds) > decided)
+    ):
+        found.fault("released-early", life.job_id, "released before the lease of the release before was over", due)
+    return True
+
+
+def in_place_waits(life: Life, found: Findings) -> None:
+    """An attempt in place begins when the delay of the one before is over, counted from the append of its fact."""
+    for release, starts in life.starts.items():
+        waits = [r for r in life.lifecycle if r.release == release and r.fact in PASSING_ON and in_place(r)]
+        for start in starts:
+            earlier = [w for w in waits if w.partition == start.partition and w.offset < start.offset and w.timed]
+            attempt = start.head["attempt"]
+            # A retry may stand twice, then its first delay counts; snoozes of one attempt follow each other.
+            retried = [w for w in earlier if w.fact == "JobRetried" and w.head["attempt"] == attempt - 1][:1]
+            snoozed = [w for w in earlier if w.fact == "JobSnoozed" and w.head["attempt"] == attempt][-1:]
+            for wait in snoozed or retried:
+                ms = due_of(wait) // 1000 - start.at
+                if ms > 0 and start.timed:
+                    found.fault("retried-early", life.job_id, f"{ms} ms before its delay was over", start, wait)
+
+
+# -- what follows from what -----------------------------------------------------------------------------------------
+
+
+def causes_come_first(life: Life, found: Findings) -> None:
+    """A worker asks for the next release once the end of this one is in the log, not before: it might die in between,
+    and the next owner run the job again while its retry is under way."""
+    if not life.whole:
+        return
+    causes: dict[Release, int] = {}
+    for record in life.lifecycle:
+        if record.fact in PASSING_ON and not in_place(record):
+            job, run, release = record.release
+            key = (job, run, release + 1)
+            causes[key] = min(record.at, causes.get(key, record.at))
+    for record in life.coordination:
+        if record.fact == "ReleaseRequested" and record.release[2] > 1 and life.scope.is_subject(record):
+            cause = causes.get(record.release)
+            if cause is None or (cause > record.at and record.timed):
+                found.fault("request-before-cause", life.job_id, "its cause stands behind it, or nowhere", record)
+
+
+def what_follows_is_there(life: Life, found: Findings) -> None:
+    """A worker commits a work record once what follows from its end is in the log: the request for the next release, or
+    the dead letter."""
+    scope = life.scope
+    asked = {r.release for r in life.coordination if r.fact == "ReleaseRequested"}
+    kept = {r.release for r in life.letters}
+    passed = {r.release for r in life.work if scope.passed(r)}
+    # What the coordinator ends, it ends together with what follows.
+    waits = {r.release for r in life.work} - passed - life.leases.keys()
+    for release, closes in life.closes.items():
+        job, run, number = release
+        if (release in waits and not scope.finished) or closes[0].at < scope.horizon:
+            continue
+        close = closes[0]
+        continues = (
+            close.fact in PASSING_ON and release in passed and release not in life.leases and not life.ends.get(run, [])
+        )
+        if continues and (job, run, number + 1) not in asked:
+            found.fault("request-missing", job, f"release {number + 1} was not asked for", close)
+        failed = next((r for r in closes if r.fact == "JobFailed"), None)
+        if any(end.fact == "JobSucceeded" for end in life.ends.get(run, [])):
+            failed = None  # the success counts; that they contradict each other is a fault of its own
+        if failed is not None and release not in kept and scope.is_subject(failed):
+            found.fault("dead-letter-missing", job, f"no dead letter of release {number}", failed)
+
+
+def letters_follow(life: Life, found: Findings) -> None:
+    """A dead letter stands for one failure. With the same event_id it may stand twice."""
+    for letters in _by_release(life.letters):
+        if life.whole and life.scope.is_subject(letters[0]):
+            failed = any(r.fact == "JobFailed" and r.release == letters[0].release for r in life.lifecycle)
+            if not failed:
+                found.fault("dead-letter-without-failure", life.job_id, "no JobFailed of this release", letters[0])
+        _same(letters, "dead-letter-twice", "derived-again", found)
+    for requests in _by_release(r for r in life.coordination if r.fact == "ReleaseRequested"):
+        if len(requests) > 1:
+            found.note("derived-again")
+
+
+def work_stands_once(life: Life, found: Findings) -> None:
+    """A release has one work record. With the same event_id it may stand twice: the second one is dropped."""
+    for records in _by_release(r for r in life.work if belongs(r)):
+        _same(records, "work-twice", "work-again", found)
+
+
+def _same(records: Sequence[Record], fault: str, note: str, found: Findings) -> None:
+    if len(records) < 2:
+        return
+    first, *others = records
+    different = [r for r in others if r.head["event_id"] != first.head["event_id"]]
+    if different:
+        text = f"release {first.head['release']}: event_id {first.head['event_id']} and others"
+        found.fault(fault, first.head["job_id"], text, *in_order([first, *different]))
+    else:
+        found.note(note)
+
+
+def _by_release(records: Iterable[Record]) -> Iterator[list[Record]]:
+    ordered = sorted(records, key=lambda r: (r.release, r.place))
+    return (list(group) for _, group in groupby(ordered, key=lambda r: r.release))
+
+
+def belongs(record: Record) -> bool:
+    """Whether a record on a work topic hands a job to workers. A fact of a later version may, as far as this knows."""
+    if record.fact == "JobSubmitted":
+        return record.body["delay_ms"] is None and record.body["due_at"] is None
+    return record.fact is not None and record.fact not in NO_WORK
+
+
+def committed_is_closed(life: Life, found: Findings) -> None:
+    """Every work record below a committed offset has a fact that closes it, in its own partition."""
+    scope = life.scope
+    for record in life.work:
+        if not scope.passed(record):
+            found.note("not-committed")
+        elif belongs(record):
+            closed = {r.partition for r in (*life.closes.get(record.release, []), *life.leases.get(record.release, []))
+                      if r.topic == scope.lifecycle}  # fmt: skip
+            if not closed:
+                if record.at >= scope.horizon:
+                    found.fault("committed-open", life.job_id, "no fact closes it", record)
+            elif record.partition not in closed:
+                text = f"closed in partition {', '.join(map(str, sorted(closed)))} of {scope.lifecycle}"
+                found.fault("closed-elsewhere", life.job_id, text, record, *life.closes.get(record.release, []))
+
+
+RULES: tuple[Rule, ...] = (
+    has_ended,
+    ends_agree,
+    starts_end,
+    not_early,
+    in_place_waits,
+    causes_come_first,
+    what_follows_is_there,
+    letters_follow,
+    work_stands_once,
+    committed_is_closed,
+)
+
+
+# -- records that are no events ---------------------------------------------------------------------------------------
+
+
+def judge_place(records: Sequence[Record], scope: Scope, found: Findings) -> None:
+    """Hold what stands at one place, and the dead letters that say that it was rejected, against each other.
+
+    ``records``: a record that is no event, or hands over no job on a work topic; and every `RecordRejected` of its place.
+    """
+    letters = in_order(r for r in records if r.fact == "RecordRejected")
+    bad = next((r for r in records if r.fact != "RecordRejected"), None)
+    if bad is not None and bad.fact is not None and not bad.head["job_id"]:
+        found.note("no-job-id")
+        return
+    if letters:
+        found.note("rejected")
+    for letter in letters:
+        body = letter.body
+        place = (body["topic"], body["partition"])
+        if bad is None:
+            low, bound = scope.lowest.get(place), scope.bound.get(place)
+            if low is not None and bound is not None and low <= body["offset"] < bound:
+                text = f"{body['topic']}[{body['partition']}]@{body['offset']} is a good record"
+                found.fault("rejected-good", "", text, letter)
+        elif not _kept_whole(bad.raw, body):
+            found.fault("rejected-altered", "", f"of {bad.position}", letter, bad)
+    if bad is None or letters:
+        return
+    if scope.is_work(bad):
+        if bad.fact is not None and scope.passed(bad):
+            found.fault("committed-misplaced", bad.head["job_id"], f"{bad.fact} is no work record", bad)
+        elif bad.fact is None and scope.passed(bad):
+            found.fault("unreadable-lost", "", bad.why, bad)
+    elif bad.topic in (scope.lifecycle, scope.coordination) and bad.at >= scope.horizon and scope.finished:
+        found.fault("unreadable-lost", "", bad.why, bad)
+
+
+def _kept_whole(raw: bytes | None, body: Mapping[str, Any]) -> bool:
+    """Whether a dead letter has the bytes, or, of a record that is too large, their beginning, and says so."""
+    kept = body["raw_value"]
+    if kept == raw:
+        return True
+    said = str(body["error"])
+    return ("are kept here" in said or "are left out here" in said) and (raw or b"").startswith(kept or b"")

@@ -1,0 +1,215 @@
+"""One audit of one namespace: reads the log once, sorts it by job, judges each job, and compares the table's rows."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+
+from jobledger.audit import rules
+from jobledger.audit.findings import FAULTS, Findings
+from jobledger.audit.records import Record
+from jobledger.audit.rules import Life, Scope
+from jobledger.audit.source import Source
+from jobledger.audit.spill import PLACE, Spill
+from jobledger.audit.table import Row, StatusFile, differences, feeds, final
+from jobledger.config import Settings
+from jobledger.names import Names
+
+Tell = Callable[[int, int], None]
+#: Groups between two looks at the progress bar.
+TELL_EVERY = 1_000
+
+
+class Place(msgspec.Struct, frozen=True):
+    """One fault: of which job, in words, and where it stands, the record that is wrong first."""
+
+    job_id: str
+    detail: str
+    positions: list[str]
+
+
+class Fault(msgspec.Struct, frozen=True):
+    """All faults of one kind. ``count``: how many; ``first``: as many of them as were asked for."""
+
+    kind: str
+    says: str
+    count: int
+    first: list[Place]
+
+
+class AuditReport(msgspec.Struct, frozen=True):
+    """What an audit found.
+
+    ``clean``: no fault. ``jobs``: that have a record in what was read; ``open``: of them without an end. ``notes``: what
+    is within the limits, by kind. ``not_asked``: work topics whose committed offsets this user may not ask for, so that
+    nothing was judged by them. ``complete_from_ms``: from this append time on no partition misses a record; 0: all begin
+    with their first one. ``rows``: rows of the status table that were compared; None: no table was given.
+    """
+
+    namespace: str
+    clean: bool
+    jobs: int
+    open: int
+    records: int
+    rows: int | None
+    faults: list[Fault]
+    notes: dict[str, int]
+    not_asked: list[str]
+    complete_from_ms: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What to judge. ``queues``: none: all. ``most``: faults of each kind that are kept. The others are `Scope`'s."""
+
+    queues: Collection[str] = ()
+    since_ms: int | None = None
+    finished: bool = False
+    open_before: int | None = None
+    most: int = 100
+
+
+def audit(
+    names: Names,
+    settings: Settings,
+    wanted: Wanted,
+    folder: Path,
+    table: Path | None = None,
+    tell: Tell | None = None,
+) -> AuditReport:
+    """Judge the log of a namespace. Commits nothing and writes to no topic.
+
+    ``folder``: for scratch files, some hundred bytes a record. ``table``: a SQLite file with the status table as it was
+    before this began. Raises `TopicMissing`, `BrokerUnavailable`, `AccessDenied`, `LogTrimmed`.
+    """
+    began = time.monotonic()
+    prefix = names.jobs("")
+    spill = Spill(folder)
+    try:
+        with Source(settings, names, queues=wanted.queues, since_ms=wanted.since_ms) as source:
+            reading = None if tell is None else lambda done, total: tell(done, 2 * total)
+            for record in source.records(reading):
+                spill.add(record, prefix)
+        span = source.span
+        scope = Scope(
+            names.namespace,
+            span.committed,
+            span.bound,
+            span.low,
+            span.horizon,
+            wanted.finished,
+            wanted.open_before,
+        )
+        judge = Judge(scope, Findings(wanted.most), None if table is None else StatusFile(table), wanted.queues)
+        judge.all(_told(spill.groups(), spill.count, tell))
+    finally:
+        spill.close()
+    found = judge.found
+    return AuditReport(
+        namespace=names.namespace,
+        clean=not found.counts,
+        jobs=judge.jobs,
+        open=found.notes.pop("open", 0),
+        records=spill.count,
+        rows=judge.rows if table is not None else None,
+        faults=faults_of(found),
+        notes={kind: number for kind, number in found.notes.items() if number},
+        not_asked=sorted(source.refused),
+        complete_from_ms=span.horizon,
+        seconds=time.monotonic() - began,
+    )
+
+
+def faults_of(found: Findings) -> list[Fault]:
+    """Every kind of fault that was found, in the order of `FAULTS`."""
+    return [
+        Fault(kind, says, found.counts[kind], [Place(f.job_id, f.detail, f.positions) for f in found.faults[kind]])
+        for kind, says in FAULTS.items()
+        if found.counts[kind]
+    ]
+
+
+def _told(
+    groups: Iterator[tuple[str, list[Record]]], count: int, tell: Tell | None
+) -> Iterator[tuple[str, list[Record]]]:
+    done = 0
+    for number, (key, records) in enumerate(groups):
+        yield key, records
+        done += len(records)
+        if tell is not None and number % TELL_EVERY == 0:
+            tell(min(count + done, 2 * count), 2 * count)
+
+
+class Judge:
+    """Judges groups of records, and the rows beside them. ``jobs``, ``rows``: how many were judged and compared."""
+
+    def __init__(
+        self, scope: Scope, found: Findings, table: StatusFile | None = None, queues: Collection[str] = ()
+    ) -> None:
+        self.scope, self.found, self.jobs, self.rows = scope, found, 0, 0
+        self._table, self._queues = table, frozenset(queues)
+        self._read = {} if table is None else table.offsets()
+
+    def all(self, groups: Iterator[tuple[str, list[Record]]]) -> None:
+        """Judge every group; they, and the rows, are in order of the bytes of their keys."""
+        table = self._table
+        rows = iter(()) if table is None else table.rows()
+        row = next(rows, None)
+        for key, records in groups:
+            if key.startswith(PLACE):
+                rules.judge_place(records, self.scope, self.found)
+                continue
+            while row is not None and row.job_id.encode() < key.encode():
+                self._unknown(row)
+                row = next(rows, None)
+            mine = row if row is not None and row.job_id == key else None
+            self._job(records, mine)
+            if mine is not None:
+                row = next(rows, None)
+        while row is not None:
+            self._unknown(row)
+            row = next(rows, None)
+        if table is not None:
+            table.close()
+
+    def _job(self, records: Sequence[Record], row: Row | None) -> None:
+        life = rules.judge_job(records, self.scope, self.found)
+        self.jobs += any(map(feeds, records))
+        if self._table is not None and life.whole:
+            self._compare(life, row)
+
+    def _compare(self, life: Life, row: Row | None) -> None:
+        """A row is compared if the table has read all that the log says of the job."""
+        saying = [r for r in life.facts if feeds(r)]
+        if not saying:
+            return
+        # What a leased job's worker has told the coordinator, the table may know before lifecycle has it.
+        pending = not self.scope.finished and any(
+            r.topic == self.scope.coordination and r.fact in (*rules.TERMINAL, *rules.PASSING_ON) for r in life.facts
+        )
+        behind = any(r.offset >= self._read.get((r.topic, r.partition), 0) for r in saying)
+        if behind or pending:
+            self.found.note("rows-behind")
+            return
+        self.rows += 1
+        if row is None:
+            self.found.fault("row-missing", life.job_id, "the table has read all of its records", *saying[-1:])
+            return
+        wrong = differences(life.job_id, final(saying), row.final)
+        if wrong:
+            text = "; ".join(f"{d.field}: log {d.log!r}, table {d.table!r}" for d in wrong)
+            self.found.fault("row-differs", life.job_id, text, *saying[-1:])
+
+    def _unknown(self, row: Row) -> None:
+        """A row without a record: the log must have had it, unless it was trimmed or is not read."""
+        if row.carried or row.submitted_ms < self.scope.horizon:
+            return
+        if self._queues and row.final.queue not in self._queues:
+            return
+        self.rows += 1
+        self.found.fault("row-unknown", row.job_id, f"it is {row.final.state} there", *())

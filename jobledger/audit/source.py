@@ -1,0 +1,265 @@
+"""Every record of a namespace's topics, decoded by hand: from the log's first offset to the ends it has now.
+
+Only the connection is the product's: settings, rights and errors are those of every other command. Nothing is
+committed, and no group is joined.
+
+While workers run, a cause and its consequence may be written between two looks. So three things are read one after the
+other: what the workers' groups have committed, the ends of all partitions (`Span.bound`), and, once everything below
+was read, the ends again (`Span.end`). What was committed, and what caused a record below ``bound``, is below ``end``.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Self
+
+from confluent_kafka import Consumer, KafkaError, KafkaException, Message, TopicPartition
+
+from jobledger.access import read as may_read
+from jobledger.audit.records import Record, Schemas
+from jobledger.commits import group_offsets
+from jobledger.config import Settings
+from jobledger.errors import AccessDenied, BrokerUnavailable, JobledgerError, RegistryNeeded
+from jobledger.kafka import acls
+from jobledger.log import PASSING, LogReader, consumer, consumer_config, partitions_of, translate
+from jobledger.lookup import SchemaLookup
+from jobledger.names import Names
+
+Partition = tuple[str, int]
+#: Called with (records read, records in all) now and then.
+Tell = Callable[[int, int], None]
+
+#: Kilobytes of records that wait in the client, and bytes of one fetch: they bound memory at any length of the log.
+QUEUE_KB, FETCH_BYTES = 32 * 1024, 16 * 1024 * 1024
+#: Records that are taken from the client at once.
+BATCH = 2_000
+#: Seconds without a record, before the ends are reached, after which the broker counts as away.
+STALL_S = 60.0
+REQUEST_TIMEOUT_S = 10.0
+_APPEND_TIME = 2  # of `Message.timestamp`: the broker set it
+#: What the coordinator accepts of ids (bytes) and numbers; what exceeds them it rejects.
+ID_BYTES, NUMBER_MOST = 1_000, (1 << 31) - 1
+
+
+class LogTrimmed(JobledgerError):
+    """The log was trimmed while it was read."""
+
+
+@dataclass
+class Span:
+    """What was read of each partition: offsets from ``low`` up to, not including, ``end``.
+
+    ``bound``: the end when reading began. ``committed``: the workers' offsets on work topics; a work topic that is
+    missing there could not be asked about. ``begins``: of each partition that does not begin with its first record, the
+    append time from which on nothing is missing, ms.
+    """
+
+    low: dict[Partition, int] = field(default_factory=dict)
+    bound: dict[Partition, int] = field(default_factory=dict)
+    end: dict[Partition, int] = field(default_factory=dict)
+    committed: dict[Partition, int] = field(default_factory=dict)
+    begins: dict[Partition, int] = field(default_factory=dict)
+
+    @property
+    def horizon(self) -> int:
+        """The append time from which on no partition misses a record, ms; 0 if all begin with their first one."""
+        return max(self.begins.values(), default=0)
+
+
+class Source:
+    """Reads one namespace once. ``queues``: only work topics and jobs of these; none: of all. ``since_ms``: only what
+    was appended from then on. ``also``: further topics of the namespace. ``refused``: work topics whose committed
+    offsets this user may not ask for, with the error. Close it."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        names: Names,
+        *,
+        queues: Collection[str] = (),
+        since_ms: int | None = None,
+        also: Collection[str] = (),
+    ) -> None:
+        self._settings, self._names = settings.acting_as("web"), names
+        self._queues, self._since, self._also = frozenset(queues), since_ms, tuple(also)
+        self.span = Span()
+        self.refused: dict[str, AccessDenied] = {}
+        self._lookup = SchemaLookup(self._settings, names)
+        self._schemas = Schemas(self._registered)
+        self._reader = LogReader(self._settings)
+        self._consumer: Consumer | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Give the connections back."""
+        self._reader.close()
+        self._lookup.close()
+        if self._consumer is not None:
+            self._consumer.close()
+
+    def records(self, tell: Tell | None = None) -> Iterator[Record]:
+        """Every record, each partition in its order. `span` is whole once the iterator is at its end.
+
+        Raises `TopicMissing`, `BrokerUnavailable`, `AccessDenied`, and `LogTrimmed` if the log lost records meanwhile.
+        """
+        span = self.span
+        topics = self._topics()
+        for topic in topics:
+            self._commits(topic)
+        for topic, partitions in topics.items():
+            for number in range(partitions):
+                place = (topic, number)
+                low, end = self._reader.watermarks(topic, number)
+                if self._since is not None and (later := self._reader.offset_at(topic, number, self._since)) > low:
+                    low = later
+                    span.begins[place] = self._since
+                elif low > 0 and low >= end:  # no record is left that would tell from when on
+                    span.begins[place] = int((time.time() - self._settings.retention_days * 86_400) * 1000)
+                span.low[place], span.bound[place], span.end[place] = low, end, end
+        self._learn()
+        yield from self._read(span.low, span.bound, tell)
+        span.end = {place: self._reader.watermarks(*place)[1] for place in span.bound}
+        self._learn()
+        yield from self._read(span.bound, span.end, None)
+        self._check_lows()
+
+    # -- what there is to read ----------------------------------------------------------------------------------------
+
+    def _topics(self) -> dict[str, int]:
+        """The topics to read, and how many partitions each has."""
+        names, settings = self._names, self._settings
+        wanted = (names.lifecycle, names.coordination, names.dead_letter)
+        limits = {"queued.max.messages.kbytes": QUEUE_KB, "fetch.max.bytes": FETCH_BYTES}
+        self._consumer = consumer(consumer_config(settings) | limits | {"enable.partition.eof": True})
+        try:
+            listed = self._consumer.list_topics(timeout=REQUEST_TIMEOUT_S).topics
+        except KafkaException as exc:
+            raise translate(exc.args[0], settings, "asking for topics") from exc
+        work = [t for t in listed if (queue := names.queue_of(t)) and (not self._queues or queue in self._queues)]
+        # What this user may not read is not listed, and would count as empty.
+        acls.check(settings, names.namespace, (*wanted, names.schemas, *work))
+        for topic in wanted:
+            if topic not in listed:
+                partitions_of(settings, topic)  # raises: without it the log would seem empty
+        also = [topic for each in self._also if (topic := f"{names.namespace}.{each}") in listed]
+        return {topic: len(listed[topic].partitions) for topic in (*sorted(work), *wanted, *also)}
+
+    def _commits(self, topic: str) -> None:
+        lane = self._names.lane_of(topic)
+        if lane is None:
+            return
+        try:
+            found = group_offsets(self._settings, self._names.worker_group(lane), topic)
+        except AccessDenied as exc:
+            self.refused[topic] = exc
+            return
+        self.span.committed.update({place: each.base for place, each in found.items()})
+
+    def _learn(self) -> None:
+        """Take every schema on ``<ns>.schemas``: what they decode comes after."""
+        topic = self._names.schemas
+        for number in range(partitions_of(self._settings, topic)):
+            for message in self._reader.read(topic, number, 0):
+                key, value = message.key(), message.value()
+                if not isinstance(value, bytes):
+                    continue
+                try:
+                    self._schemas.add(value.decode(), key if isinstance(key, bytes) else None)
+                except Exception:  # noqa: BLE001, S112  # a text that is no schema raises whatever it likes
+                    continue
+
+    def _registered(self, schema_id: int) -> str | None:
+        try:
+            return self._lookup.by_id(schema_id, False)
+        except RegistryNeeded:
+            return None
+
+    def _check_lows(self) -> None:
+        """Raise `LogTrimmed` if records that were to be read are gone: their jobs cannot be judged."""
+        lost = [
+            f"{topic}[{number}]"
+            for (topic, number), low in self.span.low.items()
+            if low < self.span.end[topic, number] and self._reader.watermarks(topic, number)[0] > low
+        ]
+        if lost:
+            raise LogTrimmed(f"the log was trimmed while it was read ({', '.join(lost)}): run it again")
+
+    # -- reading ------------------------------------------------------------------------------------------------------
+
+    def _read(
+        self, starts: Mapping[Partition, int], ends: Mapping[Partition, int], tell: Tell | None
+    ) -> Iterator[Record]:
+        left = {place for place, end in ends.items() if starts[place] < end}
+        begins = self.span.begins
+        fresh = {place for place in left if starts[place] == self.span.low[place] > 0} - begins.keys()
+        total, done, last = sum(ends[place] - starts[place] for place in left), 0, time.monotonic()
+        source = self._consumer
+        assert source is not None
+        source.assign([TopicPartition(*place, starts[place]) for place in left])
+        while left:
+            messages = source.consume(BATCH, 0.1)
+            for message in messages:
+                place = (message.topic() or "", message.partition() or 0)
+                if (error := message.error()) is not None:
+                    self._judge(error, place, left)
+                    continue
+                offset = message.offset() or 0
+                if offset < ends[place]:
+                    record = self._record(message)
+                    if place in fresh:
+                        fresh.discard(place)
+                        begins[place] = record.at
+                    done += 1
+                    if not self._queues or record.fact is None or record.head["queue"] in (*self._queues, ""):
+                        yield record
+                if offset + 1 >= ends[place]:
+                    left.discard(place)
+            if messages:
+                last = time.monotonic()
+                if tell is not None:
+                    tell(done, total)
+            elif time.monotonic() - last > STALL_S:
+                where = ", ".join(f"{topic}[{number}]" for topic, number in sorted(left))
+                raise BrokerUnavailable(f"nothing came for {STALL_S:g} s, and not all was read of {where}")
+        source.unassign()
+
+    def _judge(self, error: KafkaError, place: Partition, left: set[Partition]) -> None:
+        if error.code() == KafkaError._PARTITION_EOF:
+            left.discard(place)
+        elif not (error.retriable() or error.code() in PASSING):
+            raise translate(error, self._settings, f"reading {place[0]}[{place[1]}]", may_read(place[0]))
+
+    def _record(self, message: Message) -> Record:
+        kind, at = message.timestamp()
+        topic, value = message.topic() or "", message.value()
+        raw = value if value is None or isinstance(value, bytes) else value.encode()
+        where = (topic, message.partition() or 0, message.offset() or 0, at)
+        timed = kind == _APPEND_TIME
+        try:
+            head, fact, body = self._schemas.decode(raw)
+            if topic == self._names.coordination:
+                _check_head(head)
+        except ValueError as exc:
+            return Record(*where, raw=raw, why=str(exc), timed=timed)
+        return Record(*where, fact, head, body, raw, timed=timed)
+
+
+def _check_head(head: Mapping[str, object]) -> None:
+    """Raise `ValueError` for what the coordinator rejects: an event of no job, or with an id or number out of range."""
+    for name in ("job_id", "home"):
+        if len(str(head[name] or "").encode()) > ID_BYTES:
+            raise ValueError(f"{name} has more than {ID_BYTES} bytes")
+    if not head["job_id"]:
+        raise ValueError("no job_id")
+    if any(int(str(head[name])) >= NUMBER_MOST for name in ("run", "attempt", "release")):
+        raise ValueError("a number that has no next one")

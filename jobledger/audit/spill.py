@@ -1,0 +1,142 @@
+"""Brings the records of each job together, in bounded memory at any length of the log.
+
+What the rules need of each record goes into a SQLite file, which SQLite's external sort then reads job by job. So memory
+holds SQLite's cache and the records of one job. It sorts in a file of its own, in SQLITE_TMPDIR, else TMPDIR, else
+/var/tmp. Progress reports beyond the first of an attempt, and what no rule looks
+at (arguments, tags, tracebacks, messages), are left out.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from jobledger.audit.records import Record
+from jobledger.audit.rules import belongs
+from jobledger.audit.table import result_text, stored
+
+#: Kilobytes that SQLite may hold of the file, and of what it sorts.
+CACHE_KB = 32 * 1024
+#: Records that are written at once.
+CHUNK = 5_000
+#: What begins the key of a place; no job's id has it.
+PLACE = "\0"
+
+_HEAD = ("event_id", "job_id", "run", "release", "attempt", "task", "queue")
+#: Fields of facts that a rule, or the table, needs.
+_BODY = frozenset(
+    (
+        "delay_ms",
+        "due_at",
+        "in_place",
+        "worker",
+        "lease_ms",
+        "topic",
+        "partition",
+        "offset",
+        "raw_value",
+        "by",
+        "reason",
+    )
+)
+_encode = msgspec.msgpack.Encoder().encode
+_decode = msgspec.msgpack.Decoder(list[Any]).decode
+
+
+def keys_of(record: Record, work_prefix: str) -> list[str]:
+    """Under what a record is judged: its job, or its place, or both.
+
+    A place is what is judged where a record is no event, where it hands over no job on a work topic, and of what a dead
+    letter says that it was rejected.
+    """
+    if record.fact == "RecordRejected":
+        body = record.body
+        return [f"{PLACE}{body['topic']}/{body['partition']}/{body['offset']}"]
+    job = None if record.fact is None else record.head["job_id"]
+    here = f"{PLACE}{record.topic}/{record.partition}/{record.offset}"
+    if not job:
+        return [here]
+    if record.topic.startswith(work_prefix) and not belongs(record):
+        return [here, stored(job)]
+    return [stored(job)]
+
+
+def slim(record: Record, *, whole: bool) -> Record:
+    """A record with what the rules need of it, and nothing else. ``whole``: its bytes, too."""
+    if record.fact is None:
+        return record
+    body = {name: value for name, value in record.body.items() if name in _BODY}
+    if "error" in record.body:
+        error = record.body["error"]
+        body["error"] = {"type": error["type"]} if isinstance(error, dict) else error
+    if "result" in record.body:
+        text = result_text(record.body["result"])
+        body["result"] = None if text is None else text.encode()
+    head = {name: record.head[name] for name in _HEAD}
+    return record._replace(head=head, body=body, raw=record.raw if whole else None)
+
+
+class Spill:
+    """A scratch file of records. ``add`` them all, then read the ``groups``. Close it; deleting it is the caller's."""
+
+    def __init__(self, folder: Path) -> None:
+        self._file = sqlite3.connect(folder / "records.db", isolation_level=None)
+        for pragma in ("journal_mode=OFF", "synchronous=OFF", "temp_store=FILE", f"cache_size=-{CACHE_KB}"):
+            self._file.execute(f"PRAGMA {pragma}")
+        self._file.execute("CREATE TABLE records (key BLOB NOT NULL, record BLOB NOT NULL)")
+        self._file.execute("BEGIN")
+        self._topics: dict[str, int] = {}
+        self._waiting: list[tuple[bytes, bytes]] = []
+        self.count = 0
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+    def add(self, record: Record, work_prefix: str) -> None:
+        """Keep what the rules need of a record."""
+        keys = keys_of(record, work_prefix)
+        made = slim(record, whole=len(keys) > 1)
+        head = made.head
+        topic = self._topics.setdefault(made.topic, len(self._topics))
+        fields = [head[name] for name in _HEAD] if made.fact is not None else None
+        packed = _encode(
+            [topic, made.partition, made.offset, made.at, made.fact, fields, made.body, made.raw, made.why, made.timed]
+        )
+        self._waiting += [(key.encode(), packed) for key in keys]
+        self.count += 1
+        if len(self._waiting) >= CHUNK:
+            self._write()
+
+    def _write(self) -> None:
+        self._file.executemany("INSERT INTO records VALUES (?, ?)", self._waiting)
+        self._waiting.clear()
+
+    def groups(self) -> Iterator[tuple[str, list[Record]]]:
+        """Keys in order of their bytes, each with its records."""
+        self._write()
+        self._file.execute("COMMIT")
+        names = list(self._topics)
+        current: bytes | None = None
+        records: list[Record] = []
+        attempts: set[tuple[int, int, int]] = set()
+        for key, packed in self._file.execute("SELECT key, record FROM records ORDER BY key"):
+            if key != current:
+                if current is not None:
+                    yield current.decode(), records
+                current, records = key, []
+                attempts.clear()
+            topic, partition, offset, at, fact, fields, body, raw, why, timed = _decode(packed)
+            if fact == "JobProgressed":
+                attempt = (fields[2], fields[3], fields[4])
+                if attempt in attempts:
+                    continue
+                attempts.add(attempt)
+            head = {} if fields is None else dict(zip(_HEAD, fields, strict=True))
+            records.append(Record(names[topic], partition, offset, at, fact, head, body, raw, why, timed))
+        if current is not None:
+            yield current.decode(), records

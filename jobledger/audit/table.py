@@ -1,0 +1,152 @@
+"""What the status table should show of a job, worked out from its records; and the table's rows, read with plain SQL.
+
+The rule is the one of docs/reference.md: of the latest run the end if there is one, else what came last in its life.
+The table's own fold is not used.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import sqlite3
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from jobledger.audit.records import Record
+
+TERMINAL_RANK = {"JobSucceeded": 0, "JobFailed": 1, "JobCancelled": 2, "JobExpired": 3}
+TERMINAL_STATE = {
+    "JobSucceeded": "succeeded",
+    "JobFailed": "failed",
+    "JobCancelled": "cancelled",
+    "JobExpired": "expired",
+}
+ENDED = set(TERMINAL_STATE.values())
+
+_PHASE = {"JobSubmitted": 0, "JobDue": 1, "JobStarted": 2, "JobProgressed": 2, "JobRetried": 3, "JobSnoozed": 3}
+_STATE = {"JobDue": "queued", "JobStarted": "running", "JobProgressed": "running", "JobRetried": "retrying"}
+#: Facts that count on lifecycle alone: a leased job's worker also tells them to the coordinator, which may refuse them.
+_ON_LIFECYCLE = {*TERMINAL_RANK, "JobRetried", "JobSnoozed"}
+
+#: Characters of a result that are compared as they are; longer ones by their digest.
+RESULT_MOST = 200
+#: Characters of an id or name in the table; longer ones stand there as their beginning and a digest.
+KEY_MOST, KEY_HEAD, KEY_DIGEST = 200, 167, 32
+
+
+class Final(NamedTuple):
+    """What became of a job. ``result``: JSON text, or a digest. ``error``: the type of the error of a failed job."""
+
+    state: str
+    task: str
+    queue: str
+    run: int
+    attempt: int
+    release: int
+    result: str | None = None
+    error: str | None = None
+
+
+def feeds(record: Record) -> bool:
+    """Whether a record says something about a job's state."""
+    if record.fact in _ON_LIFECYCLE:
+        return record.topic.endswith(".lifecycle")
+    return record.fact in _PHASE
+
+
+def final(records: Iterable[Record]) -> Final | None:
+    """A job's last state by all of its records; None if none of them says anything about it."""
+    life = sorted(filter(feeds, records), key=lambda r: r.place)
+    if not life:
+        return None
+    run = max(r.head["run"] for r in life)
+    life = [r for r in life if r.head["run"] == run]
+    ends = sorted((TERMINAL_RANK[r.fact], *r.place, r) for r in life if r.fact in TERMINAL_RANK)
+    if ends:
+        last: Record = ends[0][-1]
+        state = TERMINAL_STATE[str(last.fact)]
+    else:
+        last = max(life, key=lambda r: (r.head["release"], r.head["attempt"], _PHASE[str(r.fact)]))
+        state = _STATE.get(str(last.fact), "scheduled")
+        if last.fact == "JobSubmitted" and last.body["delay_ms"] is None and last.body["due_at"] is None:
+            state = "queued"
+    head, body = last.head, last.body
+    result = result_text(body["result"]) if last.fact == "JobSucceeded" else None
+    error = body["error"]["type"].replace("\0", "\ufffd") if last.fact in ("JobFailed", "JobRetried") else None
+    task, queue = stored(head["task"]), stored(head["queue"])
+    return Final(state, task, queue, head["run"], head["attempt"], head["release"], result, error)
+
+
+def result_text(raw: bytes | None) -> str | None:
+    """A result as it is compared. The same for what it has returned already."""
+    if raw is None:
+        return None
+    if len(raw) > RESULT_MOST:
+        return "sha256:" + hashlib.sha256(raw).hexdigest()
+    return raw.decode("utf-8", "backslashreplace")
+
+
+def stored(text: str) -> str:
+    """An id or a name as the table has it: see docs/reference.md, "Status table"."""
+    if len(text) > KEY_MOST:
+        digest = hashlib.sha256(text.encode("utf-8", "replace")).hexdigest()[:KEY_DIGEST]
+        text = f"{text[:KEY_HEAD]}…{digest}"
+    return text.replace("\0", "\ufffd")
+
+
+class Row(NamedTuple):
+    """A job's row. ``carried``: a rebuild took it over, because the log no longer held the job's beginning."""
+
+    job_id: str
+    final: Final
+    submitted_ms: int
+    carried: bool
+
+
+class StatusFile:
+    """A status table, or a copy of one, in a SQLite file. Close it."""
+
+    def __init__(self, path: Path) -> None:
+        self._connection = sqlite3.connect(f"file:{path}?mode=ro", uri=True)
+        self._connection.row_factory = sqlite3.Row
+
+    def close(self) -> None:
+        """Close the file."""
+        self._connection.close()
+
+    def offsets(self) -> dict[tuple[str, int], int]:
+        """Up to where the table has read each partition."""
+        rows: list[Any] = self._connection.execute("SELECT topic, partition, next_offset FROM offsets").fetchall()
+        return {(topic, partition): offset for topic, partition, offset in rows}
+
+    def rows(self) -> Iterator[Row]:
+        """Every row, in order of the bytes of its id."""
+        for row in self._connection.execute("SELECT * FROM jobs ORDER BY job_id"):
+            found = Final(
+                str(row["state"]),
+                row["task"],
+                row["queue"],
+                row["run"],
+                row["attempt"],
+                row["release"],
+                result_text(row["result"]),
+                row["error_type"],
+            )
+            yield Row(str(row["job_id"]), found, row["submitted_ms"], bool(row["carried"]))
+
+
+class Difference(NamedTuple):
+    """A job that the log and the table tell apart; None: it is not there."""
+
+    job_id: str
+    field: str
+    log: Any
+    table: Any
+
+
+def differences(job_id: str, log: Final | None, kept: Final | None) -> list[Difference]:
+    """Where the two do not say the same of a job."""
+    if log is None or kept is None:
+        return [] if log is kept else [Difference(job_id, "job", log and log.state, kept and kept.state)]
+    pairs = zip(Final._fields, log, kept, strict=True)
+    return [Difference(job_id, name, a, b) for name, a, b in pairs if a != b]

@@ -1,0 +1,139 @@
+"""``jobledger audit``: the log judged by itself, by rules that share nothing with what wrote it."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from jobledger.cli import completion, output
+from jobledger.cli.commands import among, moment_ms
+from jobledger.cli.loading import load_app
+from jobledger.cli.options import Bootstrap, Json, StatusUrl, Target
+from jobledger.cli.output import Cell, Exit
+from jobledger.cli.table import progress_bar
+
+if TYPE_CHECKING:
+    from jobledger.audit.run import AuditReport
+
+
+def audit(
+    target: Target,
+    finished: Annotated[
+        bool, typer.Option("--finished", help="Nothing runs any more: a job without an end is a fault.")
+    ] = False,
+    open_for: Annotated[
+        str | None,
+        typer.Option(
+            metavar="AGE",
+            help="A job without an end is a fault if nothing was written of it for so long, and its time has come: 2h, 3d.",
+            show_default="never",
+        ),
+    ] = None,
+    queue: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Only jobs of this queue; repeat it for several.", show_default="all", autocompletion=completion.queues
+        ),
+    ] = None,
+    since: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TIME",
+            help="Only what was appended from then on: ISO 8601, UTC unless it says otherwise, or an age such as 2h, 3d.",
+            show_default="all that the log has",
+        ),
+    ] = None,
+    table: Annotated[bool, typer.Option("--table/--no-table", help="Compare the status table with the log.")] = True,
+    most: Annotated[
+        int, typer.Option("--limit", min=1, metavar="N", help="Faults of each kind that are listed; all are counted.")
+    ] = 100,
+    bootstrap: Bootstrap = None,
+    status_url: StatusUrl = None,
+    as_json: Json = False,
+) -> None:
+    """Judge the log by itself: exit code 4 with the positions of what breaks a promise, 0 when nothing does.
+
+    Looks for jobs without an end, ends that contradict each other, starts after an end and by which worker, releases
+    before their time, work records and dead letters that are missing or twice, and rows of the status table that differ.
+    It decodes every record with fastavro alone and uses neither the worker's nor the table's code. Workers may run
+    meanwhile. What docs/promises.md allows, such as a success that stands twice after a crash, is counted as a note.
+    Memory stays bounded; a scratch file beside the status table takes some hundred bytes a record.
+    """
+    from jobledger.audit.run import Wanted
+    from jobledger.audit.run import audit as judge
+
+    since_ms = None if since is None else moment_ms(since, "--since")
+    before = None if open_for is None else moment_ms(open_for, "--open-for")
+    app = load_app(target, bootstrap=bootstrap, status_url=status_url)
+    for each in queue or ():
+        among(each, app.queues, "queue", target)
+    wanted = Wanted(queue or (), since_ms, finished, before, most)
+    url = app.settings.resolve_status_url(app.names.namespace)
+    with _scratch(url) as folder, progress_bar("auditing the log", quiet=as_json) as tell:
+        copied = _copy(url, app.names.namespace, folder) if table else None
+        found = judge(app.names, app.settings, wanted, folder, copied, tell)
+    if as_json:
+        output.print_json(found)
+    else:
+        _show(found)
+    if not found.clean:
+        raise typer.Exit(Exit.DIFFERS)
+
+
+@contextmanager
+def _scratch(url: str) -> Iterator[Path]:
+    """A folder beside the status table, which is where there is room; the system's own for a table in PostgreSQL."""
+    from jobledger.streams.store import scratch
+
+    parent = scratch(url)
+    if parent is not None:
+        parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".audit-", dir=parent) as folder:
+        yield Path(folder)
+
+
+def _copy(url: str, namespace: str, folder: Path) -> Path:
+    """The status table as it is now, which is before the log is read. Raises `StoreNotFound`."""
+    from jobledger.streams.store import copy
+
+    path = folder / "table.db"
+    copy(url, namespace, path)
+    return path
+
+
+def _show(found: AuditReport) -> None:
+    from jobledger.audit.findings import NOTES
+
+    verdict: Cell = ("clean", "bold green")
+    if not found.clean:
+        verdict = (f"{sum(fault.count for fault in found.faults):,} faults", "bold red")
+    rows = "not compared" if found.rows is None else f"{found.rows:,} rows compared"
+    fields: list[tuple[str, Cell]] = [
+        ("verdict", verdict),
+        ("jobs", f"{found.jobs:,}, of which {found.open:,} are open"),
+        ("status table", rows),
+        ("read", f"{found.records:,} records in {output.duration(found.seconds)}"),
+    ]
+    if found.complete_from_ms:
+        moment = output.clock(found.complete_from_ms * 1000)
+        fields.append(("complete", f"from {moment} on: earlier records were trimmed, or not asked for"))
+    if found.not_asked:
+        text = f"{', '.join(found.not_asked)}: this user may not ask what its workers have committed"
+        fields.append(("not judged", (text, "yellow")))
+    for kind, number in sorted(found.notes.items()):
+        fields.append((f"note: {kind}", f"{number:,} {NOTES[kind]}"))
+    output.print_fields(fields)
+    for fault in found.faults:
+        print()
+        output.console().print(f"{fault.kind}: {fault.count:,} × {fault.says}", style="red", markup=False)
+        for each in fault.first:
+            where = ", ".join(each.positions) or "no record"
+            line = f"  {where}  {each.job_id or '-'}  {each.detail}"
+            output.console().print(line, markup=False, soft_wrap=True)
+        if fault.count > len(fault.first):
+            print(f"  … and {fault.count - len(fault.first):,} more; --limit shows them")

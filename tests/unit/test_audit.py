@@ -1,0 +1,631 @@
+"""Every rule of `jobledger audit` is shown a log in which exactly one thing is wrong, and names it and its place."""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+
+from jobledger.audit.findings import FAULTS, NOTES, Findings
+from jobledger.audit.records import Record, Schemas, fingerprint
+from jobledger.audit.rules import Scope
+from jobledger.audit.run import Judge, faults_of
+from jobledger.audit.spill import Spill, keys_of
+from jobledger.audit.table import Final, StatusFile, final, result_text, stored
+from jobledger.schemas import codec
+from jobledger.schemas import events as ev
+from jobledger.streams.store.rows import key_text
+from tests.handmade import COORD, DEAD, ERROR, LIFE, NS, SPEC, WORK, Writer, good_log
+
+#: A time after everything that `good_log` writes, ms.
+LATER = 10_000_000
+
+
+class Audited(Writer):
+    """A log by hand, judged as the command judges one: by way of the scratch file."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__()
+        made = good_log()
+        self.records, self.clock, self.next = made.records, made.clock, made.next
+        self.folder = folder
+
+    def groups(self) -> Iterator[tuple[str, list[Record]]]:
+        """The records, through a scratch file."""
+        self.folder.mkdir(exist_ok=True)
+        (self.folder / "records.db").unlink(missing_ok=True)
+        spill = Spill(self.folder)
+        try:
+            for record in self.records:
+                spill.add(record, f"{NS}.jobs.")
+            yield from spill.groups()
+        finally:
+            spill.close()
+
+    def judge(self, table: Path | None = None, **scope: Any) -> Judge:
+        """The findings, with every work record committed and nothing running unless ``scope`` says otherwise."""
+        ends: dict[tuple[str, int], int] = {}
+        for record in self.records:
+            place = (record.topic, record.partition)
+            ends[place] = max(record.offset + 1, ends.get(place, 0))
+        given = {"committed": ends, "bound": ends, "lowest": dict.fromkeys(ends, 0), "finished": True, **scope}
+        judge = Judge(Scope(NS, **given), Findings(), None if table is None else StatusFile(table))
+        judge.all(self.groups())
+        return judge
+
+
+@pytest.fixture
+def log(tmp_path: Path) -> Audited:
+    """A log in which all is well."""
+    return Audited(tmp_path / "scratch")
+
+
+Plant = Callable[[Audited], Record | list[Record] | None]
+
+
+def lease(log: Audited, until_ms: int) -> Record:
+    """A leased job whose lease ends, is released again after so many ms, and ends."""
+    log.submit("l")
+    log.add(LIFE, "JobLeased", {"worker": "w", "lease_ms": 5000}, job="l")
+    log.add(COORD, "Leased", {"spec": SPEC, "worker": "w", "lease_ms": 5000, "crashes": 0}, job="l")
+    log.start("l")
+    due = (log.clock + until_ms) * 1000
+    released = log.add(WORK, "JobDue", {"spec": SPEC, "due_at": due}, job="l", release=2, after=until_ms)
+    log.add(LIFE, "JobLeased", {"worker": "v", "lease_ms": 5000}, job="l", release=2)
+    log.add(COORD, "Leased", {"spec": SPEC, "worker": "v", "lease_ms": 5000, "crashes": 1}, job="l", release=2)
+    log.start("l", release=2)
+    log.succeed("l", release=2, partition=3)  # the coordinator's, on the partition of the job's id
+    return released
+
+
+def in_place(log: Audited, after: int) -> list[Record]:
+    """A keyed job that is tried again in its place after so many ms; asked for were 100."""
+    log.submit("k")
+    log.start("k")
+    body = {"error": ERROR, "delay_ms": 100, "duration_us": 1, "in_place": True}
+    retried = log.add(LIFE, "JobRetried", body, job="k")
+    again = log.start("k", attempt=2, after=after)
+    log.succeed("k", attempt=2)
+    return [again, retried]
+
+
+def no_end(log: Audited) -> Record:
+    log.drop("JobSucceeded", "a")
+    log.records[:] = [r for r in log.records if r.topic != WORK or r.head["job_id"] != "a"]
+    return log.add(COORD, "JobSubmitted", {"spec": SPEC, "delay_ms": 1, "due_at": None}, release=0)
+
+
+def no_submission(log: Audited) -> Record:
+    log.drop("JobSubmitted", "a")
+    return log.records[log.last("JobStarted", "a")]
+
+
+def contradiction(log: Audited) -> list[Record]:
+    one = log.records[log.last("JobSucceeded", "a")]
+    other = log.fail("a")
+    log.letter("a")
+    return [one, other]
+
+
+def start_again(log: Audited) -> list[Record]:
+    return [log.start("a"), log.records[log.last("JobSucceeded", "a")]]
+
+
+def start_later_release(log: Audited) -> list[Record]:
+    return [log.start("a", release=2, partition=5), log.records[log.last("JobSucceeded", "a")]]
+
+
+def start_after_retry(log: Audited) -> list[Record]:
+    return [log.start("c", partition=0), log.records[log.last("JobRetried", "c")]]
+
+
+def release_early(log: Audited) -> Record:
+    log.move("JobDue", "b", -1)
+    return log.records[log.last("JobDue", "b")]
+
+
+def retry_early(log: Audited) -> Record:
+    log.move("JobDue", "c", -2)
+    return log.records[log.last("JobDue", "c")]
+
+
+def start_early(log: Audited) -> Record:
+    log.move("JobStarted", "b", -15)
+    return log.records[log.last("JobStarted", "b")]
+
+
+def unasked(log: Audited) -> Record:
+    log.submit("d", release=2)
+    log.start("d", release=2)
+    log.succeed("d", release=2)
+    due = log.add(WORK, "JobDue", {"spec": SPEC, "due_at": log.clock * 1000}, job="d")
+    log.start("d", partition=1)
+    log.records.insert(-3, log.records.pop())  # the partition of its own makes it no start after the end in time
+    log.records[-4] = log.records[-4]._replace(at=1)
+    log.add(LIFE, "JobRetried", {"error": ERROR, "delay_ms": 0, "duration_us": 1}, job="d")
+    return due
+
+
+def wrong_due(log: Audited) -> Record:
+    record = log.records[log.last("JobDue", "b")]
+    record.body["due_at"] += 1  # type: ignore[index]  # the log is ours to spoil
+    return record
+
+
+def asked_before(log: Audited) -> Record:
+    log.move("JobRetried", "c", 11)
+    return log.records[log.last("ReleaseRequested", "c")]
+
+
+def not_asked(log: Audited) -> Record:
+    log.submit("d")
+    log.start("d")
+    return log.add(LIFE, "JobRetried", {"error": ERROR, "delay_ms": 9, "duration_us": 1}, job="d")
+
+
+def work_twice(log: Audited) -> list[Record]:
+    first = log.records[log.last("JobSubmitted", "a")]
+    return [first, log.submit("a", event_id="another")]
+
+
+def committed_open(log: Audited) -> Record:
+    due = log.submit("a", release=0)
+    log.records.insert(0, log.records.pop())
+    return due
+
+
+def closed_elsewhere(log: Audited) -> list[Record]:
+    at = log.last("JobSucceeded", "a")
+    log.records[at] = log.records[at]._replace(partition=3)
+    return [log.records[log.last("JobSubmitted", "a")], log.records[at]]
+
+
+def letter_missing(log: Audited) -> Record:
+    log.drop("DeadLettered", "c")
+    return log.records[log.last("JobFailed", "c")]
+
+
+def letter_unasked(log: Audited) -> Record:
+    return log.letter("a")
+
+
+def letter_twice(log: Audited) -> list[Record]:
+    first = log.records[log.last("DeadLettered", "c")]
+    return [first, log.letter("c", release=2, attempt=2, event_id="another")]
+
+
+def garbage(log: Audited) -> Record:
+    return log.add(WORK, None, raw=b"?")
+
+
+def garbage_elsewhere(log: Audited) -> Record:
+    return log.add(COORD, None, raw=b"?")
+
+
+def misplaced(log: Audited) -> Record:
+    return log.add(WORK, "JobStarted", {"worker": "w"}, job="a")
+
+
+def rejected(log: Audited, bad: Record, raw: bytes | None, error: str = "no event") -> Record:
+    body = {"topic": bad.topic, "partition": 0, "offset": bad.offset, "raw_value": raw, "error": error}
+    return log.add(DEAD, "RecordRejected", body, job="")
+
+
+def other_bytes(log: Audited) -> list[Record]:
+    bad = log.add(WORK, None, raw=b"?")
+    return [rejected(log, bad, b"!"), bad]
+
+
+def other_bytes_misplaced(log: Audited) -> list[Record]:
+    bad = log.add(WORK, "JobStarted", {"worker": "w"}, job="a", raw=b"the right bytes")
+    return [rejected(log, bad, b"!"), bad]
+
+
+def good_rejected(log: Audited) -> Record:
+    return rejected(log, log.records[0], b"!")
+
+
+PLANTS: list[tuple[str, Plant]] = [
+    ("not-ended", no_end),
+    ("submission-missing", no_submission),
+    ("ends-contradict", contradiction),
+    ("started-after-end", start_again),
+    ("started-after-end", start_later_release),
+    ("started-after-end", start_after_retry),
+    ("released-early", release_early),
+    ("released-early", retry_early),
+    ("released-early", lambda log: lease(log, 4000)),
+    ("started-early", start_early),
+    ("retried-early", lambda log: in_place(log, 99)),
+    ("due-time-without-request", wrong_due),
+    ("request-before-cause", asked_before),
+    ("work-twice", work_twice),
+    ("closed-elsewhere", closed_elsewhere),
+    ("dead-letter-missing", letter_missing),
+    ("dead-letter-without-failure", letter_unasked),
+    ("dead-letter-twice", letter_twice),
+    ("unreadable-lost", garbage),
+    ("unreadable-lost", garbage_elsewhere),
+    ("committed-misplaced", misplaced),
+    ("rejected-altered", other_bytes),
+    ("rejected-altered", other_bytes_misplaced),
+    ("rejected-good", good_rejected),
+]
+
+
+def test_a_log_in_which_all_is_well_has_no_fault_and_no_note(log: Audited) -> None:
+    """A plain job, a delayed one and one that failed at its second attempt."""
+    judge = log.judge()
+    assert faults_of(judge.found) == []
+    assert +judge.found.notes == {}
+    assert judge.jobs == 3
+
+
+@pytest.mark.parametrize(("kind", "plant"), PLANTS)
+def test_each_planted_fault_is_found_with_its_place_and_nothing_else_is(log: Audited, kind: str, plant: Plant) -> None:
+    """A record that is dropped, added, moved in time or changed is one fault; its first position is the record's."""
+    planted = plant(log)
+    assert planted is not None
+    places = [r.position for r in (planted if isinstance(planted, list) else [planted])]
+    (fault,) = faults_of(log.judge().found)
+    assert (fault.kind, fault.count) == (kind, 1)
+    assert fault.first[0].positions == places
+
+
+@pytest.mark.parametrize(
+    ("plant", "kinds"),
+    [
+        (lambda log: log.drop("JobSucceeded", "a"), {"not-ended", "committed-open"}),
+        (not_asked, {"not-ended", "request-missing"}),
+        (lambda log: log.drop("JobRetried", "c"), {"committed-open", "request-before-cause"}),
+        (lambda log: log.drop("JobSubmitted", "b"), {"submission-missing", "release-without-request"}),
+    ],
+)
+def test_one_record_that_is_lost_may_break_two_rules(
+    log: Audited, plant: Callable[[Audited], object], kinds: set[str]
+) -> None:
+    """What a record closed is open, and what it was the cause of has none."""
+    plant(log)
+    assert {fault.kind for fault in faults_of(log.judge().found)} == kinds
+
+
+def test_every_kind_but_those_of_the_table_is_planted_above() -> None:
+    """A rule that no test has seen fail is none."""
+    seen = {kind for kind, _ in PLANTS} | {"committed-open", "request-missing", "release-without-request"}
+    assert FAULTS.keys() - seen == {"row-missing", "row-differs", "row-unknown"}
+    assert not FAULTS.keys() & NOTES.keys()
+
+
+def test_a_start_after_an_end_names_the_worker(log: Audited) -> None:
+    """By whom is what an operator asks first."""
+    log.add(LIFE, "JobStarted", {"worker": "host-9:4711"})
+    (fault,) = faults_of(log.judge().found)
+    assert "started by host-9:4711" in fault.first[0].detail
+    assert "after its JobSucceeded" in fault.first[0].detail
+
+
+# -- what is within the limits ------------------------------------------------------------------------------------------
+
+
+def test_a_success_that_stands_twice_is_a_note(log: Audited) -> None:
+    """A job whose code ran twice after a crash has succeeded twice, and that contradicts nothing."""
+    log.succeed("a")
+    judge = log.judge()
+    assert faults_of(judge.found) == []
+    assert +judge.found.notes == {"ended-again": 1, "closed-again": 1}
+
+
+def test_what_derives_from_an_end_may_stand_twice_with_the_same_event_id(log: Audited) -> None:
+    """A request, its release and a dead letter that were sent again after a crash are notes."""
+    log.letter("c", release=2, attempt=2)
+    log.records.append(log.records[log.last("ReleaseRequested", "c")]._replace(offset=90))
+    log.records.append(log.records[log.last("JobDue", "c")]._replace(offset=90))
+    judge = log.judge()
+    assert faults_of(judge.found) == []
+    assert +judge.found.notes == {"derived-again": 2, "work-again": 1}
+
+
+def test_a_submission_that_was_sent_again_is_a_note(log: Audited) -> None:
+    """The same id is the same job: the second record is dropped by the worker."""
+    log.submit("a")
+    judge = log.judge()
+    assert faults_of(judge.found) == []
+    assert +judge.found.notes == {"work-again": 1}
+
+
+def test_a_lease_that_ended_or_was_given_back_releases_the_job_again(log: Audited) -> None:
+    """Its work record is closed by the lease, and its end may stand on another partition."""
+    lease(log, 5000)
+    assert faults_of(log.judge().found) == []
+    log.submit("g")
+    log.add(LIFE, "JobLeased", {"worker": "w", "lease_ms": 5000}, job="g")
+    log.add(COORD, "Leased", {"spec": SPEC, "worker": "w", "lease_ms": 5000, "crashes": 0}, job="g")
+    back = log.add(COORD, "LeaseRenewed", {"worker": "w", "lease_ms": 0}, job="g")
+    log.add(WORK, "JobDue", {"spec": SPEC, "due_at": back.at * 1000}, job="g", release=2, after=1)
+    log.start("g", release=2)
+    log.succeed("g", release=2)
+    assert faults_of(log.judge().found) == []
+
+
+def test_an_attempt_in_place_closes_nothing_and_begins_when_its_delay_is_over(log: Audited) -> None:
+    """Its release is closed by what comes after it. A retry that stands twice counts from its first record."""
+    _, retried = in_place(log, 100)
+    log.records.insert(log.records.index(retried) + 1, retried._replace(offset=retried.offset, at=retried.at + 50))
+    assert faults_of(log.judge().found) == []
+    log.submit("s")
+    log.start("s")
+    for after in (100, 99):
+        log.add(LIFE, "JobSnoozed", {"delay_ms": 100, "reason": None, "in_place": True}, job="s")
+        log.start("s", after=after)
+    log.succeed("s")
+    (fault,) = faults_of(log.judge().found)
+    assert (fault.kind, fault.count) == ("retried-early", 1)
+
+
+def test_while_workers_run_a_job_without_an_end_is_open_and_no_fault(log: Audited) -> None:
+    """It becomes one when nothing was written of it for as long as was asked, and its time has come."""
+    log.submit("d")
+    last = log.add(COORD, "JobSubmitted", {"spec": SPEC, "delay_ms": 5000, "due_at": None}, job="e", release=0)
+    committed = {(WORK, 0): log.next[WORK] - 1}
+    judge = log.judge(finished=False, committed=committed)
+    assert faults_of(judge.found) == []
+    assert +judge.found.notes == {"open": 2, "not-committed": 1}
+    (fault,) = faults_of(log.judge(finished=False, committed=committed, open_before=last.at + 1).found)
+    assert [each.job_id for each in fault.first] == ["d"]
+    (fault,) = faults_of(log.judge(finished=False, committed=committed, open_before=last.at + 5001).found)
+    assert {each.job_id for each in fault.first} == {"d", "e"}
+
+
+def test_what_was_written_while_the_log_was_read_is_evidence_and_no_subject(log: Audited) -> None:
+    """A record above the ends that were seen first may lack its cause, and may be the cause of one below."""
+    end = log.next[LIFE]
+    log.start("unknown")
+    log.add(WORK, "JobDue", {"spec": SPEC, "due_at": 1}, job="b", release=9)
+    bound = {(LIFE, 0): end, (WORK, 0): log.next[WORK] - 1, (COORD, 0): 99, (DEAD, 0): 99}
+    assert faults_of(log.judge(finished=False, bound=bound, committed={}).found) == []
+    assert faults_of(log.judge(finished=False, committed={}).found) != []
+
+
+def test_of_a_log_that_was_trimmed_only_what_is_whole_is_judged_by_what_is_missing(log: Audited) -> None:
+    """A job that begins before the log does is counted; what contradicts itself is a fault all the same."""
+    horizon = log.records[1].at
+    del log.records[0]
+    judge = log.judge(horizon=horizon)
+    assert faults_of(judge.found) == []
+    assert judge.found.notes["submission-trimmed"] == 1
+    log.start("a")
+    (fault,) = faults_of(log.judge(horizon=horizon).found)
+    assert fault.kind == "started-after-end"
+
+
+def test_a_fact_of_a_later_version_is_not_judged(log: Audited) -> None:
+    """What it means is not known; on a work topic it may hand over a job."""
+    log.add(LIFE, "JobFromTheFuture", {}, job="f")
+    assert faults_of(log.judge().found) == []
+
+
+def test_records_with_their_writers_time_are_not_judged_by_time(log: Audited) -> None:
+    """With message.timestamp.type=CreateTime an append time is not known."""
+    release_early(log)
+    at = log.last("JobDue", "b")
+    log.records[at] = log.records[at]._replace(timed=False)
+    judge = log.judge()
+    assert faults_of(judge.found) == []
+    assert judge.found.notes["writer-time"] == 1
+
+
+def test_of_a_record_that_was_too_large_the_beginning_may_be_kept(log: Audited) -> None:
+    """If the dead letter says so, and only then."""
+    bad = log.add(WORK, None, raw=b"x" * 100)
+    rejected(log, bad, b"x" * 10, "no event (the first 10 of 100 bytes are kept here)")
+    assert faults_of(log.judge().found) == []
+    other = log.add(WORK, None, raw=b"x" * 100)
+    rejected(log, other, b"x" * 10)
+    (fault,) = faults_of(log.judge().found)
+    assert fault.kind == "rejected-altered"
+
+
+def test_what_was_rejected_in_a_part_of_the_log_that_was_not_read_is_not_judged(log: Audited) -> None:
+    """It may have been trimmed, or stand on a topic of somebody else."""
+    rejected(log, Record("elsewhere", 0, 3, 1), b"?")
+    assert faults_of(log.judge().found) == []
+
+
+def test_only_so_many_of_a_kind_are_kept_and_all_are_counted(log: Audited) -> None:
+    """Memory is bounded however broken a log is."""
+    found = Findings(most=2)
+    for _ in range(5):
+        found.fault("not-ended", "a", "x", log.records[0])
+    (fault,) = faults_of(found)
+    assert (fault.count, len(fault.first)) == (5, 2)
+
+
+# -- the scratch file ---------------------------------------------------------------------------------------------------
+
+
+def test_the_scratch_file_gives_each_jobs_records_together_in_the_order_of_ids(log: Audited) -> None:
+    """Whatever the order in which they came; of progress reports the first of each attempt."""
+    for _ in range(50):
+        log.add(LIFE, "JobProgressed", {"sequence": 1, "done": 1, "total": None, "message": None}, job="b")
+    log.records.reverse()
+    groups = list(log.groups())
+    assert [key for key, _ in groups] == ["a", "b", "c"]
+    wanted = {key: [] for key in "abc"}  # type: dict[str, list[str]]
+    for record in log.records:
+        wanted[record.head["job_id"]].append(record.position)
+    kept = {key: [r.position for r in records if r.fact != "JobProgressed"] for key, records in groups}
+    progress = {r.position for r in log.records if r.fact == "JobProgressed"}
+    assert kept == {key: [p for p in several if p not in progress] for key, several in wanted.items()}
+    assert sum(r.fact == "JobProgressed" for _, records in groups for r in records) == 1
+
+
+def test_a_record_is_judged_under_its_job_its_place_or_both() -> None:
+    """A record that is no event has no job; one that hands over no job on a work topic is looked at in both ways."""
+    log = Writer()
+    prefix = f"{NS}.jobs."
+    assert keys_of(log.submit("a"), prefix) == ["a"]
+    assert keys_of(log.add(WORK, None, raw=b"?"), prefix) == [f"\0{WORK}/0/1"]
+    assert keys_of(log.add(WORK, "JobStarted", {"worker": "w"}), prefix) == [f"\0{WORK}/0/2", "a"]
+    assert keys_of(log.add(WORK, "JobFromTheFuture", {}), prefix) == ["a"]
+
+
+# -- the status table ---------------------------------------------------------------------------------------------------
+
+
+def write_table(path: Path, rows: dict[str, Final], offsets: dict[tuple[str, int], int], at: int = LATER) -> Path:
+    """A status table with these rows."""
+    path.unlink(missing_ok=True)
+    with sqlite3.connect(path) as made:
+        made.execute(
+            "CREATE TABLE jobs (job_id TEXT PRIMARY KEY, state, task, queue, run, attempt, release, submitted_ms, result, "
+            "error_type, carried)"
+        )
+        made.execute("CREATE TABLE offsets (topic, partition, next_offset)")
+        for job, row in rows.items():
+            result = None if row.result is None else row.result.encode()
+            values = (job, row.state, row.task, row.queue, row.run, row.attempt, row.release, at, result, row.error, 0)
+            made.execute("INSERT INTO jobs VALUES (?,?,?,?,?,?,?,?,?,?,?)", values)
+        made.executemany("INSERT INTO offsets VALUES (?,?,?)", [(*place, end) for place, end in offsets.items()])
+    made.close()
+    return path
+
+
+ROWS = {
+    "a": Final("succeeded", "t", "mail", 1, 1, 1, "7"),
+    "b": Final("succeeded", "t", "mail", 1, 1, 1, "7"),
+    "c": Final("failed", "t", "mail", 1, 2, 2, None, "ValueError"),
+}
+ALL_READ = {(topic, 0): 99 for topic in (WORK, LIFE, COORD, DEAD)}
+
+
+def test_a_table_that_says_what_the_log_says_has_no_fault(log: Audited, tmp_path: Path) -> None:
+    """Every row is compared."""
+    judge = log.judge(write_table(tmp_path / "t.db", ROWS, ALL_READ))
+    assert faults_of(judge.found) == []
+    assert judge.rows == 3
+
+
+@pytest.mark.parametrize(
+    ("kind", "rows"),
+    [
+        ("row-missing", {job: row for job, row in ROWS.items() if job != "c"}),
+        ("row-differs", {**ROWS, "b": ROWS["b"]._replace(result="8")}),
+        ("row-differs", {**ROWS, "c": ROWS["c"]._replace(state="succeeded", error=None)}),
+        ("row-unknown", {**ROWS, "bb": ROWS["b"]}),
+        ("row-unknown", {**ROWS, "z": ROWS["b"]}),
+    ],
+)
+def test_a_row_that_is_missing_wrong_or_too_many_is_found(
+    log: Audited, tmp_path: Path, kind: str, rows: dict[str, Final]
+) -> None:
+    """And no other row is."""
+    judge = log.judge(write_table(tmp_path / "t.db", rows, ALL_READ))
+    (fault,) = faults_of(judge.found)
+    assert (fault.kind, fault.count) == (kind, 1)
+
+
+def test_a_job_that_the_table_has_not_read_to_the_end_is_not_compared(log: Audited, tmp_path: Path) -> None:
+    """It is counted: a table that is behind is not wrong."""
+    read = {**ALL_READ, (LIFE, 0): log.records[log.last("JobFailed", "c")].offset}
+    judge = log.judge(write_table(tmp_path / "t.db", {"a": ROWS["a"], "b": ROWS["b"]}, read))
+    assert faults_of(judge.found) == []
+    assert judge.found.notes["rows-behind"] == 1
+
+
+def test_a_row_older_than_the_log_is_not_judged(log: Audited, tmp_path: Path) -> None:
+    """What was trimmed stays in the table."""
+    rows = {**ROWS, "z": ROWS["b"]}
+    judge = log.judge(write_table(tmp_path / "t.db", rows, ALL_READ, at=log.clock), horizon=log.clock + 1)
+    assert faults_of(judge.found) == []
+
+
+def test_long_ids_and_results_are_compared_as_the_table_has_them() -> None:
+    """The table has the beginning of a long id and a digest; a long result is compared by its digest."""
+    for text in ("a", "x" * 200, "x" * 201, "ü\0" * 150):
+        assert stored(text) == key_text(text)
+    long = b'"' + b"x" * 500 + b'"'
+    digest = result_text(long)
+    assert digest is not None
+    assert digest.startswith("sha256:")
+    assert result_text(digest.encode()) == digest
+    assert result_text(b"\xff") == "\\xff"
+
+
+def test_the_end_of_a_leased_job_counts_when_the_coordinator_has_passed_it_on() -> None:
+    """What a worker tells the coordinator on coordination may come from a lease that is over."""
+    log = Writer()
+    log.submit("l")
+    log.start("l")
+    log.add(COORD, "JobSucceeded", {"result": b"7"}, job="l")
+    found = final(log.records)
+    assert found is not None
+    assert found.state == "running"
+
+
+# -- bytes --------------------------------------------------------------------------------------------------------------
+
+
+def facts() -> list[ev.Fact]:
+    """Facts of several shapes."""
+    spec = ev.JobSpec(b"{}", {"x": "y"}, "p")
+    return [
+        ev.JobSubmitted(spec, 5, None),
+        ev.JobDue(spec, 1_700_000_000_000_000),
+        ev.JobRetried(ev.ErrorInfo("E", "m", None), 7),
+        ev.JobSucceeded(b"1", 3),
+        ev.RecordRejected("t", 1, 2, None, b"\0", "why"),
+    ]
+
+
+def test_the_bytes_that_the_codec_writes_are_read_by_hand() -> None:
+    """An event that the codec wrote is read by hand, fact by fact, and the fingerprint is the same."""
+    assert fingerprint(codec.SCHEMA_TEXT) == codec.FINGERPRINT
+    for fact in facts():
+        event = ev.JobEvent("e", "j", 2, 3, 4, 1_700_000_000_000_001, "t", "q", None, "h", "s", None, fact)
+        head, name, body = Schemas().decode(codec.encode(event))
+        assert name == type(fact).__name__
+        assert {**head, "fact": None} == {**msgspec.structs.asdict(event), "fact": None}
+        assert body == msgspec.to_builtins(fact, builtin_types=(bytes,))
+
+
+def test_the_frame_of_a_schema_registry_is_read_by_hand() -> None:
+    """With the schema that is published under its id, else with the registry's."""
+    event = ev.JobEvent("e", "j", 1, 1, 1, 1, "t", "q", None, None, "s", None, ev.JobSucceeded(b"1", 3))
+    framed = b"\0" + (7).to_bytes(4, "big") + codec.encode(event)[10:]
+    published = Schemas()
+    with pytest.raises(ValueError, match="unknown schema"):
+        published.decode(framed)
+    published.add(codec.SCHEMA_TEXT, b"id-7")
+    asked = Schemas({7: codec.SCHEMA_TEXT}.get)
+    assert published.decode(framed)[1] == asked.decode(framed)[1] == "JobSucceeded"
+
+
+def test_a_fact_of_an_earlier_schema_is_judged_with_what_it_has(log: Audited) -> None:
+    """Fields that came later are missing there."""
+    schema = json.loads(codec.SCHEMA_TEXT)
+    union = next(f for f in schema["fields"] if f["name"] == "fact")["type"]
+    retried = next(r for r in union if r["name"] == "JobRetried")
+    retried["fields"] = [f for f in retried["fields"] if f["name"] != "in_place"]
+    record = log.records[log.last("JobRetried", "c")]
+    del record.body["in_place"]  # type: ignore[attr-defined]  # the log is ours to spoil
+    assert faults_of(log.judge().found) == []
+
+
+@pytest.mark.parametrize("value", [None, b"", b"\xc3\x01short", b"garbage of some length", b"\xc3\x01" + b"\0" * 30])
+def test_what_is_no_event_is_said_to_be_none(value: bytes | None) -> None:
+    """Bytes without our frame, or of an unknown schema, are no event."""
+    with pytest.raises(ValueError, match=r"null|framing|unknown schema|damaged"):
+        Schemas().decode(value)
+
+
+def test_the_docs_list_every_fault_and_note() -> None:
+    """Row by row; what is printed here belongs into docs/reference.md."""
+    text = (Path(__file__).resolve().parents[2] / "docs" / "reference.md").read_text("utf-8")
+    for kinds in (FAULTS, NOTES):
+        wanted = "\n".join(f"| `{kind}` | {says} |" for kind, says in kinds.items())
+        assert wanted in text, wanted
