@@ -27,9 +27,23 @@ def note(what: str) -> None:
         os.close(file)
 
 
-@app.task(key="account", timeout=20, retry=Retry(max_attempts=4, initial=0.1, factor=1.0))
+RETRY = Retry(max_attempts=4, initial=0.1, factor=1.0)
+
+
+@app.task(key="account", timeout=20, retry=RETRY)
 async def book(account: str, number: int) -> int:
     """Takes a few milliseconds; every seventh fails at first, every fiftieth to the end."""
+    return await booked(account, number)
+
+
+@app.task(key="account", timeout=20, retry=RETRY, isolation="process")
+async def book_apart(account: str, number: int) -> int:
+    """The same in a child process."""
+    return await booked(account, number)
+
+
+async def booked(account: str, number: int) -> int:
+    """What both of them do."""
     attempt = current_job().attempt
     note(f"began {account} {number} {attempt}")
     await asyncio.sleep(random.random() * 0.01)
@@ -51,7 +65,7 @@ if __name__ == "__main__":
     match sys.argv[1:]:
         case ["submit", accounts, each]:
             app.submit_many(
-                book.job(f"account-{account}", number)
+                (book_apart if number % 12 == 10 else book).job(f"account-{account}", number)
                 for number in range(int(each))
                 for account in range(int(accounts))
             )

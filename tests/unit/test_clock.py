@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from types import SimpleNamespace
+from typing import cast
 
 import pytest
+from confluent_kafka import TIMESTAMP_CREATE_TIME, TIMESTAMP_LOG_APPEND_TIME, Message
 
 from jobledger.consumers import clock
 from jobledger.consumers.clock import BrokerClock
@@ -78,3 +80,17 @@ def test_records_on_their_way_and_a_broker_s_clock_that_is_set_back(machine: Mac
         machine.passes(61.0)
         found.observe(round(machine.broker * 1000))
     assert behind(found, machine) == 0
+
+
+@pytest.mark.parametrize(
+    ("kind", "offset", "told"),
+    [(TIMESTAMP_LOG_APPEND_TIME, 7, True), (TIMESTAMP_LOG_APPEND_TIME, None, False), (TIMESTAMP_CREATE_TIME, 7, False)],
+    ids=["appended", "the broker had it already", "the writer's time"],
+)
+def test_only_an_append_time_tells(kind: int, offset: int | None, told: bool, machine: Machine) -> None:
+    """A report without an append time has this machine's own time, which says nothing of the broker's clock."""
+    found = BrokerClock()
+    report = SimpleNamespace(timestamp=lambda: (kind, round(machine.broker * 1000)), offset=lambda: offset)
+    found.heard(cast(Message, report))
+    machine.wall += 600
+    assert (behind(found, machine) == 0) is told
