@@ -25,6 +25,8 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 LIST = Path(__file__).with_name("timing.md")
 BUSY_LOOPS = 2
+#: Ends with the process that started it, however that ends.
+BUSY_LOOP = "import os; parent = os.getppid()\nwhile os.getppid() == parent: pass"
 #: The environment of pytest's processes: how often each test is run, and where the results are written.
 TIMES, RESULTS = "TIMING_TIMES", "TIMING_RESULTS"
 ROW = re.compile(r"^\| `(?P<test>[^`]+)` \| (?P<depends>[^|]+) \| (?P<passed>[^|]+) \|$", re.MULTILINE)
@@ -54,7 +56,7 @@ def main(times: int, text: str = "") -> int:
     with tempfile.TemporaryDirectory() as folder:
         results = Path(folder) / "results.json"
         environ = {**os.environ, TIMES: str(times), RESULTS: str(results)}
-        loops = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(BUSY_LOOPS)]
+        loops = [subprocess.Popen([sys.executable, "-c", BUSY_LOOP]) for _ in range(BUSY_LOOPS)]
         try:
             words = ["-p", "tests.timing", "--numprocesses", "4", "--quiet", "-m", "", *(row.test for row in chosen)]
             code = subprocess.run(
