@@ -24,7 +24,7 @@ from confluent_kafka import TopicPartition
 
 from jobledger import log
 from jobledger.config import Settings
-from jobledger.errors import LeaseLost, SchemaError, StoreError, StoreUnavailable, UnknownFact
+from jobledger.errors import LeaseLost, SchemaError, StatusTimeout, StoreError, StoreUnavailable, UnknownFact
 from jobledger.job import State
 from jobledger.kafka import topics, topology
 from jobledger.log import LogReader
@@ -33,7 +33,7 @@ from jobledger.schemas import codec
 from jobledger.schemas import events as ev
 from jobledger.schemas.events import JobEvent, Position
 from jobledger.streams import rebuild as rebuilding
-from jobledger.streams.feed import Feed
+from jobledger.streams.feed import Feed, bounds
 from jobledger.streams.rebuild import rebuild, verify
 from jobledger.streams.status import Materializer
 from jobledger.streams.store import Changes, StatusReader, Store, open_reader, open_store
@@ -409,7 +409,11 @@ def test_a_topic_that_was_made_again_is_another_topic(world: World, running_mean
         new = world.fill(100)
         if running_meanwhile:
             running.catch_up()
-            wait_until(lambda: sum(reader.counts_by_state().values()) == 160, 30, "the new topic's jobs")
+            try:
+                wait_until(lambda: sum(reader.counts_by_state().values()) == 160, 30, "the new topic's jobs")
+            except StatusTimeout:
+                ends = bounds(world.settings, [(topic, partition) for partition in range(PARTITIONS)])
+                pytest.fail(f"{reader.counts_by_state()}, read up to {reader.offsets()}; the topic has {ends}")
     if not running_meanwhile:
         assert not (found := verify(world.names, world.settings, ["mail"], world.url)).differing, found
         with Running(world.materializer()) as running:
