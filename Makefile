@@ -39,14 +39,14 @@ dev: $(STAMP) ## broker, worker and stream processor of the demo app, reloading 
 	@$(PY) -m jobledger dev $(or $(APP),examples.airports.app:app) $(ARGS)
 
 # pytest last: its closing line is the last thing to be read. Tests mostly wait for what other processes do, so four files at
-# once suit two CPUs, three of the long ones; the order of their files is made in tests/conftest.py. Each test is in one of the two tiers.
+# once suit two CPUs, two of the long ones; the order of their files is made in tests/conftest.py. Each test is in one of the two tiers.
 PYTEST := $(PY) -m pytest --dist loadfile --no-loadscope-reorder
 
 test: lint ## lint, types and the tests, on real Kafka: each promise in its short form, ten minutes
 	@$(PYTEST) --numprocesses 4 -m "not extended" $(ARGS)
 
 test-all: $(STAMP) ## all the other tests: long faults, three brokers, compose, rolling upgrades, Java; half an hour
-	@$(PYTEST) --numprocesses 3 -m extended $(ARGS)
+	@$(PYTEST) --numprocesses 2 -m extended $(ARGS)
 
 lint: $(STAMP) ## formatting, lint, types, layers
 	@$(PY) -m ruff format --check --quiet . || { echo "run: make format" >&2; exit 1; }
