@@ -185,8 +185,10 @@ def audit(
     accepted: Collection[str] = (),
     frozen: Sequence[Window] = (),
     executions: Sequence[Execution] = (),
+    finished: bool = True,
 ) -> Audit:
-    """Hold a finished log against the promises. ``accepted``: ids of jobs whose submission was acknowledged."""
+    """Hold a log against the promises. ``accepted``: ids of jobs whose submission was acknowledged. ``finished``: every job
+    of it must have ended."""
     found = Audit(log, frozen, executions)
     jobs, places = grouped(log)
     lowest = dict.fromkeys(((r.topic, r.partition) for r in log.records), 0)
@@ -194,7 +196,7 @@ def audit(
     for record in log.records:
         place = (record.topic, record.partition)
         ends[place] = max(record.offset + 1, ends.get(place, 0))
-    scope = Scope(log.namespace, log.committed, ends, lowest, finished=True)
+    scope = Scope(log.namespace, log.committed, ends, lowest, finished=finished)
     for records in jobs.values():
         rules.judge_job(records, scope, found)
     for records in places.values():
@@ -206,9 +208,9 @@ def audit(
     return found
 
 
-def hold(log: Log, frozen: Sequence[Window] = ()) -> Audit:
-    """Break the promise that a finished log breaks, if it does."""
-    found = audit(log, frozen=frozen)
+def hold(log: Log, frozen: Sequence[Window] = (), *, finished: bool = True) -> Audit:
+    """Break the promise that a log breaks, if it does. ``finished``: every job of it must have ended."""
+    found = audit(log, frozen=frozen, finished=finished)
     for kind, number in found.counts.items():
         BROKEN_BY[kind].hold(False, f"{kind}: {number}\n" + "\n".join(found.violations[kind]))
     return found

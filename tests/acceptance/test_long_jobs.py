@@ -88,7 +88,7 @@ def ended(fleet: Fleet, job: str, timeout: float = 60.0) -> tuple[rawlog.Log, ra
     over()
     log, ends = found[0]
     Promise.NO_RERUN_AFTER_SUCCESS.hold(len(ends) == 1, rawlog.life_of(log, job))
-    hold(log, fleet.windows)
+    hold(log, fleet.windows, finished=False)  # others of the test may still wait
     return log, ends[0]
 
 
