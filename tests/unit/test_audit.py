@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sqlite3
+import tracemalloc
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -462,6 +463,34 @@ def test_the_scratch_file_gives_each_jobs_records_together_in_the_order_of_ids(l
     progress = {r.position for r in log.records if r.fact == "JobProgressed"}
     assert kept == {key: [p for p in several if p not in progress] for key, several in wanted.items()}
     assert sum(r.fact == "JobProgressed" for _, records in groups for r in records) == 1
+
+
+def test_memory_does_not_grow_with_the_number_of_jobs(tmp_path: Path) -> None:
+    """Four times as many jobs are sorted and judged in the same memory."""
+    peaks = []
+    for jobs in (2_000, 8_000):
+        folder = tmp_path / str(jobs)
+        folder.mkdir()
+        log, scope, found = Writer(), Scope(NS, finished=True), Findings()
+        spill = Spill(folder)
+        tracemalloc.start()
+        try:
+            for number in range(jobs):
+                log.submit(f"{number}")
+                log.start(f"{number}")
+                log.succeed(f"{number}")
+                for record in log.records:
+                    spill.add(record, f"{NS}.jobs.")
+                log.records.clear()
+            judge = Judge(scope, found)
+            judge.all(spill.groups())
+            peaks.append(tracemalloc.get_traced_memory()[1])
+        finally:
+            tracemalloc.stop()
+            spill.close()
+        assert judge.jobs == jobs
+        assert not found.counts
+    assert peaks[1] < 1.3 * peaks[0]
 
 
 def test_a_record_is_judged_under_its_job_its_place_or_both() -> None:
