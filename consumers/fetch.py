@@ -321,6 +321,8 @@ class Fetcher(threading.Thread):
         settled = self._settle(parts)
         if not self._settler.broken:
             self.committer.commit(parts, final=True)
+        for partition in parts:
+            partition.gone = True
         left = {p.number: len(p.live) for p in parts if p.busy}
         LOG.info(
             "queue %s: handed over partitions %s%s",
@@ -345,6 +347,8 @@ class Fetcher(threading.Thread):
     def _on_lost(self, consumer: Consumer, lost: list[TopicPartition]) -> None:
         parts = [p for t in lost if (p := self._parts.get(t.partition)) is not None]
         self.moved["lost"] += 1
+        for partition in parts:
+            partition.gone = True
         self._give_up(parts)
         if parts:
             LOG.warning("queue %s: lost partitions %s; nothing is committed", self.queue, [p.number for p in parts])

@@ -128,6 +128,7 @@ class Partition:
         #: What the group had committed at assignment; -1: nothing.
         self.committed, self.metadata = committed, metadata
         self.owned = True
+        self.gone = False  # lost, or handed over: another worker may run what is not done
         self.ready = False  # the takeover is through
         self.stopped: str | None = None  # why nothing of it may be run any more
         self.taking = False  # the dispatcher is between taking a record and putting it into `live`

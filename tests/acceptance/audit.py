@@ -23,6 +23,8 @@ from tests.acceptance.rawlog import Log
 #: A worker that is paused for less than that has not lost its partitions: its session is 6 s, and it was heard of in the
 #: last three of them.
 PAUSE_MS = 3_000
+#: How long after an outage workers may reconnect, milliseconds: the client's longest pause between two attempts.
+BACK_MS = 10_000
 #: How long after a fault its traces may appear in the log, milliseconds.
 WAKE_MS = 3_000
 
@@ -62,7 +64,10 @@ class Pauses:
     """What workers had begun when they were paused: none of it had ended before the pause, so it may run again."""
 
     def __init__(self, log: Log, windows: Sequence[Window]) -> None:
-        self._windows = [w for w in windows if w.role == "worker" and w.end - w.begin >= PAUSE_MS]
+        long = [w for w in windows if w.end - w.begin >= PAUSE_MS]
+        self._windows = [w for w in long if w.role == "worker"]
+        #: In which workers were cut off from the broker. What lay in their Kafka clients is sent when it is back.
+        self._outages = [w for w in long if w.role == "broker"]
         self._begun: dict[tuple[tuple[str, int, int], str], float] = {}
         for record in log.of("lifecycle"):
             if record.fact == "JobStarted":
@@ -70,11 +75,12 @@ class Pauses:
                 self._begun.setdefault((record.release, record.head["source"]), int(record.head["occurred_at"]) / 1000)
 
     def ended(self, end: Record) -> bool:
-        """Whether a worker wrote this end after a pause, of a job that it had begun before."""
+        """Whether a worker wrote this end after a pause, or an outage, of a job that it had begun before."""
         source = str(end.head["source"])
         begun = self._begun.get((end.release, source))
-        return begun is not None and any(
-            source.endswith(f":{w.pid}") and begun <= w.end and w.begin <= end.at for w in self._windows
+        return begun is not None and (
+            any(source.endswith(f":{w.pid}") and begun <= w.end and w.begin <= end.at for w in self._windows)
+            or any(begun <= w.end and w.begin <= end.at <= w.end + BACK_MS for w in self._outages)
         )
 
     def started(self, start: Record) -> bool:

@@ -98,6 +98,7 @@ def test_what_derives_from_an_outcome_waits_until_its_partition_is_certainly_our
     works[1].closing_delivered(None, cast(Any, Report(61)))
     settler.tick()
     partition.give_up()
+    partition.gone = True
     lease.confirm(time.monotonic())
     settler.tick()
     settler.tick()
