@@ -70,8 +70,8 @@ _uuid7 = uuid_utils.uuid7
 class Executor:
     """Runs `Work` and sends its facts; what derives from a closing fact the settler sends, when that is acknowledged. ``ended`` is called on the event loop when a job's slot is free again.
 
-    ``fail`` stops the worker when a fact cannot be sent: the job then stays not done. What code came to is written,
-    whoever owns its partition by then: it happened. ``settle``: have the delivery reports that arrived taken soon.
+    ``fail`` stops the worker when a fact cannot be sent: the job then stays not done. The outcome of a
+    job's code is always written, also if another worker owns the partition by then. ``settle``: have the delivery reports that arrived taken soon.
     """
 
     def __init__(

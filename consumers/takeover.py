@@ -325,8 +325,8 @@ class Takeover(threading.Thread):
             partition.starts[key] = max(partition.starts.get(key, 0), takeover) + 1
 
     def _note_end(self, plan: _Plan, of: tuple[str, int, int], fact: Fact, offset: int, appended_ms: int) -> None:
-        """The end of a release, found from ``offset`` of this partition's lifecycle on. The first one counts; but one after
-        which the coordinator has the word (`OPEN`) is none, if the job's own comes after it, nor is a lease, if any does."""
+        """Note the outcome of a release, which is found from ``offset`` of this partition's lifecycle on. The first outcome
+        counts, with two exceptions: a final outcome replaces one of `OPEN`, and any outcome replaces a lease."""
         partition, key = plan.partition, release_key(*of)
         known = partition.closed.get(key)
         if (

@@ -504,8 +504,8 @@ async def _post_async(
 
 
 async def _aside(function: Callable[P, T], *args: P.args, **more: P.kwargs) -> T:
-    """Call what blocks in a thread; here if none can be had any more, at the end of the process, or if it would wait for
-    what a signal handler has interrupted here."""
+    """Call a blocking function in another thread. It is called in this thread if no thread can be started any more (the
+    process is ending), or if the other thread would wait for code that a signal handler has interrupted here."""
     if forks.inside():
         return function(*args, **more)
     try:

@@ -59,8 +59,7 @@ class Schemas:
         self.add(SCHEMA_TEXT)
 
     def add(self, text: str, key: bytes | None = None) -> None:
-        """Take one more, with its key on ``<ns>.schemas``. Raises whatever a text that is no schema makes the parser
-        raise."""
+        """Add a schema, with its key on ``<ns>.schemas``. For an invalid schema the parser's own error is raised."""
         parsed = fastavro.parse_schema(plain(json.loads(text)))
         self._by_mark[fingerprint(text)] = parsed
         if key is not None and key.startswith(b"id-") and key[3:].isdigit():

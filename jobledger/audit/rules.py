@@ -430,7 +430,8 @@ RULES: tuple[Rule, ...] = (
 def judge_place(records: Sequence[Record], scope: Scope, found: Findings) -> None:
     """Hold what stands at one place, and the dead letters that say that it was rejected, against each other.
 
-    ``records``: a record that is no event, or hands over no job on a work topic; and every `RecordRejected` of its place.
+    ``records``: one record that is not an event, or is on a work topic and does not submit a job; and each `RecordRejected`
+    that names its place.
     """
     letters = in_order(r for r in records if r.fact == "RecordRejected")
     bad = next((r for r in records if r.fact != "RecordRejected"), None)

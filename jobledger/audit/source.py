@@ -175,7 +175,7 @@ class Source:
                     continue
                 try:
                     self._schemas.add(value.decode(), key if isinstance(key, bytes) else None)
-                except Exception:  # noqa: BLE001, S112  # a text that is no schema raises whatever it likes
+                except Exception:  # noqa: BLE001, S112  # the parser raises many kinds of errors for an invalid schema
                     continue
 
     def _registered(self, schema_id: int) -> str | None:

@@ -494,7 +494,7 @@ def test_memory_does_not_grow_with_the_number_of_jobs(tmp_path: Path) -> None:
 
 
 def test_a_record_is_judged_under_its_job_its_place_or_both() -> None:
-    """A record that is no event has no job; one that hands over no job on a work topic is looked at in both ways."""
+    """A record that is not an event belongs to no job. An event on a work topic that submits no job is judged by its job and by its place."""
     log = Writer()
     prefix = f"{NS}.jobs."
     assert keys_of(log.submit("a"), prefix) == ["a"]

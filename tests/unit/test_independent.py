@@ -124,7 +124,7 @@ def test_a_release_that_a_paused_worker_asks_for_after_the_end_is_a_fault(good: 
 
 
 def test_ends_that_contradict_each_other_are_excused_only_while_something_stood_still(good: Writer) -> None:
-    """A process that stood still, or a broker that was away, excuses two ends that both lie in that time."""
+    """A paused process, or a broker that was away, excuses two outcomes that were both written in that time."""
     one = next(r for r in good.records if r.fact == "JobSucceeded")
     other = good.fail("a")
     good.letter("a")
