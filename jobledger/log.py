@@ -290,8 +290,8 @@ def batch_room(settings: Settings, names: Names) -> int | None:
     unknown = [topic for topic in found if topic not in limits]
     if unknown and settings.role == "client":  # the other parts ask for all of their rights when they start
         LOG.warning(
-            "the client continues without a right: DescribeConfigs on topic %s (knowledge of what each topic takes: batches "
-            "are bounded by a default)",
+            "the client continues without a right: DescribeConfigs on topic %s (knowledge of the topics' size limits: batches "
+            "follow a default limit)",
             unknown[0],
         )
     least = min(limits.values(), default=BATCH_BYTES)

@@ -83,8 +83,8 @@ _LOG = [
     *_topic("<ns>.dead-letter", "Read"),
     *_topic("<ns>.schemas", "Read"),
 ]
-_LIMITS = "knowledge of what each topic takes: batches are bounded by a default"
-_WATCHING = "word of it when somebody has changed a topic's settings that promises rest on"
+_LIMITS = "knowledge of the topics' size limits: batches follow a default limit"
+_WATCHING = "error when somebody has changed a topic setting that promises depend on"
 _TRIMMING = "trimming: the log grows"
 
 #: Role: what it needs, and nothing else.
@@ -123,7 +123,7 @@ TABLE: Mapping[str, Sequence[Right]] = {
         *_topic("<ns>.dead-letter", "Write"),
         *_topic("<ns>.schemas", "Write"),
         *_topic("<ns>.coordination", "Write", lost="watchdog"),
-        *_topic("<ns>.control", "Read", "Write", lost="forgetting of cancels whose jobs have ended"),
+        *_topic("<ns>.control", "Read", "Write", lost="removal of cancels whose jobs have ended"),
         *_group("<ns>.worker.", "Describe", lost="audit, no trimming"),
         *_group("<ns>.coordinator", "Describe", lost=_TRIMMING),
         *_group("<ns>.lifecycle.", "Describe", lost=_TRIMMING),
@@ -154,13 +154,15 @@ TABLE: Mapping[str, Sequence[Right]] = {
         *_topic("<ns>.schemas", "Read"),
     ],
     "reader": [*_LOG, *_topic("<ns>.control", "Read"), *_group("<ns>.lifecycle.", "Read")],
-    "web": [*_LOG, *_group("<ns>.worker.", "Describe", lost="judgement by `audit` of what workers have committed")],
+    "web": [*_LOG, *_group("<ns>.worker.", "Describe", lost="check by `audit` of what workers have committed")],
     "admin": [
         *_topic("<ns>.", "Create", "Alter", "AlterConfigs"),
         Right(
-            GROUP, "<ns>.", "AlterConfigs", PREFIXED, "session times of the groups' own: a dead worker is missed later"
+            GROUP, "<ns>.", "AlterConfigs", PREFIXED, "session timeouts for each group: a dead worker is noticed later"
         ),
-        Right(CLUSTER, "kafka-cluster", "DescribeConfigs", LITERAL, "knowledge of the broker's bounds for those times"),
+        Right(
+            CLUSTER, "kafka-cluster", "DescribeConfigs", LITERAL, "knowledge of the broker's limits for those timeouts"
+        ),
     ],
 }
 
