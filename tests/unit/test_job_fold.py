@@ -81,6 +81,8 @@ def walks(draw: st.DrawFn) -> list[tuple[Recorded, State]]:
                 if state is State.RETRYING:
                     attempt += 1
                 release, topic = release + 1, "shop.jobs.mail"
+            case ev.JobStarted() if state is State.RETRYING:
+                attempt += 1
             case ev.JobProgressed():
                 sequence += 1
                 fact = ev.JobProgressed(sequence, 1)
