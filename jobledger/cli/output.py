@@ -45,19 +45,19 @@ class Exit(IntEnum):
 
 MEANINGS: Mapping[Exit, str] = {
     Exit.OK: "done",
-    Exit.ERROR: "an error, said in one line on standard error",
-    Exit.USAGE: "the command line is wrong, or names what the app does not have",
-    Exit.NOT_FOUND: "not running, or not found",
+    Exit.ERROR: "an error, which one line on standard error describes",
+    Exit.USAGE: "the command line is wrong, or names something that the app does not have",
+    Exit.NOT_FOUND: "`kafka status`: the embedded broker is not running; other commands: the job or the status table was not found",
     Exit.DIFFERS: (
-        "`verify`, `projections verify`: the table differs from the log; `check`: jobs in it could not be run; `audit`: the "
-        "log breaks a promise"
+        "`verify`, `projections verify`: the table differs from the log; `check`: this version cannot run some jobs of the log; "
+        "`audit`: the log breaks a promise"
     ),
-    Exit.JOB_FAILED: "`jobs wait`, `submit --wait`: the job did not end well",
-    Exit.TIMEOUT: "not within the time that was given",
-    Exit.GAVE_UP: "`coordinator`: it gave up and said why; start it again",
-    Exit.DENIED: "the Kafka cluster does not let this user in, or do what it takes",
+    Exit.JOB_FAILED: "`jobs wait`, `submit --wait`: the job failed, was cancelled or expired",
+    Exit.TIMEOUT: "the given time was over",
+    Exit.GAVE_UP: "`coordinator`: it stopped at an error that it must not skip; start it again",
+    Exit.DENIED: "the Kafka cluster refuses this user, or the user lacks a right",
     Exit.INTERRUPTED: "interrupted (Ctrl-C)",
-    Exit.UNREAD: "nobody reads standard output any more, as after `| head`",
+    Exit.UNREAD: "the reader of standard output has closed it, as `| head` does",
 }
 
 #: Errors with an exit code of their own, by name: importing the classes here would cost every start.
