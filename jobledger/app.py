@@ -1,4 +1,4 @@
-"""The app: tasks, queues and settings under one namespace, and the two faces a service uses: submit and ask."""
+"""The app: tasks, queues and settings of one namespace, with methods to submit jobs and to query them."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ T = TypeVar("T")
 
 
 class HandlerOptions(TypedDict, total=False):
-    """What `App.on` takes beside what it names; see `App.task`."""
+    """Further options of `App.on`; see `App.task`."""
 
     priority: Literal["high", "normal", "low"] | None
     rate: str | float | None
@@ -70,7 +70,7 @@ class HandlerOptions(TypedDict, total=False):
 
 
 class JobFilter(TypedDict, total=False):
-    """What `App.jobs` takes beside ``limit`` and ``page``."""
+    """The filters of `App.jobs`."""
 
     state: State | str | Iterable[State | str] | None
     task: str | Iterable[str] | None
@@ -81,7 +81,8 @@ class JobFilter(TypedDict, total=False):
 
 
 class TaskDecorator(Protocol):
-    """What ``@app.task(…)`` returns: turns a function, plain or ``async``, into a `Task` of its result."""
+    """What ``@app.task(…)`` returns: turns a function, plain or ``async``, into a `Task` with the function's result
+    type."""
 
     @overload
     def __call__(self, fn: Callable[P, Coroutine[Any, Any, R]], /) -> AsyncTask[P, R]: ...  # type: ignore[overload-overlap]  # a function of a coroutine is meant to be the first
@@ -100,11 +101,11 @@ class EventDecorator(Protocol):
 class App:
     """Background jobs of one namespace.
 
-    ``name``: the namespace; topics and groups begin with it. ``settings``: read from ``JOBLEDGER_*`` unless given.
-    ``queues``: if given, a task of any other queue than these and the default one is refused when it is registered; if
-    not, the queues are those the tasks name. ``default_queue``: of tasks that name none; it is there as soon as one
-    does. None: each must name its queue. ``partitions``: of every topic whose queue sets none. Nothing connects before
-    the first use.
+    ``name``: the namespace; names of topics and groups begin with it. ``settings``: read from ``JOBLEDGER_*`` by
+    default. ``queues``: if given, registering a task of any other queue, except the default queue, is an error; if not
+    given, the queues are those that the tasks name. ``default_queue``: the queue of tasks that name none; it exists as
+    soon as the first such task is registered. With None each task must name its queue. ``partitions``: the partition
+    count of every topic whose queue or event sets none. No connection is opened before the first use.
     """
 
     def __init__(
@@ -144,7 +145,7 @@ class App:
 
     @property
     def lanes(self) -> Mapping[str, int]:
-        """Partitions of every work topic, by queue, or by queue and priority (``mail.high``)."""
+        """Partition count of every work topic, by queue, or by queue and priority (``mail.high``)."""
         return self.registry.lanes
 
     @property
@@ -154,12 +155,12 @@ class App:
 
     @property
     def partitions(self) -> int:
-        """Partitions of coordination, and the least of lifecycle."""
+        """Partition count of the coordination topic, and the minimum for the lifecycle topic."""
         return self.registry.partitions
 
     @property
     def client(self) -> Client:
-        """The client, made at the first use."""
+        """The client, created at the first use."""
         if self._client is None:
             with self._lock("making the client"):
                 if self._client is None:
@@ -168,12 +169,12 @@ class App:
 
     @property
     def orders(self) -> Orders:
-        """What people order: cancel, pause, resume, limit; see also `cancel`, `pause`, `resume` and `limit`."""
+        """The control commands: cancel, pause, resume, limit. See also `cancel`, `pause`, `resume` and `limit`."""
         return self.client.orders
 
     def check(self) -> None:
-        """Raise `ConfigError` for what can be judged only when every task is
-        registered; workers and the CLI call it."""
+        """Check what can be checked only when every task is registered; workers and the CLI call this. Raises
+        `ConfigError`."""
         self.registry.check()
 
     # -- declaring ------------------------------------------------------------------------------------------------
@@ -233,23 +234,25 @@ class App:
     ) -> Any:
         """Register a function as a task; usable bare or with options.
 
-        Spans of time are seconds, or a `timedelta`. ``name``: what stands in the log, the function's name unless given; a second function of this name is refused, and
-        the same one of a reloaded module replaces the first. ``queue``: where its jobs go, the app's default one unless
-        given. ``retry``: a `Retry`, or just the number of attempts. ``timeout``: seconds an attempt may take; then a coroutine is
-        cancelled, and `TaskTimedOut` is raised in a function: in a thread when it next executes Python code, in a
-        process of its own, which is killed 5 s later, whatever it waits for. ``fallback``: a task with the same
-        parameters, run as a job of its own when this one has failed for good.
+        Durations are seconds or a `timedelta`. ``name``: the task's name in the log, by default the function's name. A
+        second function of the same name is refused, but the same function of a reloaded module replaces the first.
+        ``queue``: the queue of its jobs, by default the app's default queue. ``retry``: a `Retry`, or just the number
+        of attempts. ``timeout``: the seconds that an attempt may take. After that a coroutine is cancelled, and a plain
+        function gets `TaskTimedOut`: in a thread when the thread next executes Python code. With
+        ``isolation="process"`` the process is killed if it is still running 5 s later. ``fallback``: a task with
+        the same parameters, which runs as a separate job when a job of this task has failed finally.
 
-        ``key``: the parameter, or a function of the arguments, whose value keeps jobs in order: those of one key run
-        one at a time, in the order of submission; one that is tried again holds its key for at most ``key_hold_max``
-        seconds. ``priority``: ``high`` or ``low``, before or after the queue's others. ``rate`` (``"100/s"``),
-        ``concurrency``: limits for all workers together. ``isolation="process"``: run it in a child process, one job at
-        a time in each: for code that keeps a CPU busy, must end at its timeout, or may crash. ``max_memory``
-        (``"512MiB"``): what such a process may use; the attempt that takes more fails. ``long``: its jobs may run for
-        hours: a lease, renewed while they run, stands for them, and they hold nothing else up; on by itself for a
-        ``timeout`` above 60 s. ``lease``: seconds after which a worker that is not heard of has lost the job to
-        another. ``expires_in``: seconds after its submission from which on a job is not started any more. ``adaptive``:
-        let the task's concurrency follow what it calls (`Adaptive`). ``breaker``: stop calling what keeps failing
+        ``key``: a parameter, or a function of the arguments, whose value is the ordering key. Jobs with the same key
+        run one at a time, in the order of submission. A job that is retried holds its key for at most ``key_hold_max``
+        seconds. ``priority``: ``high`` or ``low``, before or after the other jobs of the queue. ``rate`` (``"100/s"``)
+        and ``concurrency``: limits for all workers together. ``isolation="process"``: run each job in a child process,
+        one job at a time per process: for code that keeps a CPU busy, that must be stopped at its timeout, or that may
+        crash. ``max_memory`` (``"512MiB"``): the memory limit of such a process; an attempt that exceeds it fails.
+        ``long``: for jobs that may run for hours. Such a job runs under a lease that its worker renews, and does not
+        hold up other jobs of its partition. It is on by default for a ``timeout`` above 60 s. ``lease``: the seconds
+        without a renewal after which the job is given to another worker. ``expires_in``: the seconds after submission
+        from which the job is no longer started. ``adaptive``: adapt the task's concurrency to the latency and the
+        errors of its attempts (`Adaptive`). ``breaker``: snooze the task's jobs while its attempts keep failing
         (`Breaker`). Raises `ConfigError` or `UnknownQueue`.
         """
 
@@ -309,17 +312,18 @@ class App:
         start: Start | None = None,
     ) -> Any:
         """Register a class of domain events; usable bare or with options. A plain class becomes a frozen dataclass;
-        dataclasses, msgspec Structs and pydantic models stay what they are. Its Avro schema is derived from its fields.
+        dataclasses, msgspec Structs and pydantic models are left unchanged. The Avro schema is derived from the fields.
 
-        ``name``: what stands in the log, the class's name unless given. ``key``: the field whose value keeps events in
-        order. ``partitions``: of its topic, the app's unless given. ``retention_days``: how long events are kept, for
-        good unless given. ``topic``, ``format``: another program's topic to read from (``"jobledger"``, ``"json"`` or
-        ``"avro"``); such events cannot be emitted.
+        ``name``: the event's name in the log, by default the class's name. ``key``: the field whose value keeps events
+        in order. ``partitions``: the partition count of its topic, by default the app's. ``retention_days``: how long
+        events are kept, by default forever. ``topic``, ``format``: a topic of another program to read from, and its
+        format (``"jobledger"``, ``"json"`` or ``"avro"``); such events cannot be emitted.
 
-        ``start``: where the router begins when it reads the topic for the first time: ``"earliest"``, with the oldest
-        event kept, the default for our own, so that none is lost that was emitted before the router's first start; or
-        ``"latest"``, with what comes from then on, the default for topics of others. After that its commits count, and
-        partitions that are added are read from their beginning. Raises `ConfigError`.
+        ``start``: where the router begins when it reads the topic for the first time. ``"earliest"``: with the oldest
+        event kept; this is the default for the app's own topics, so that no event emitted before the router's first
+        start is lost. ``"latest"``: with events appended from then on; this is the default for topics of other
+        programs. Later starts continue from the committed offsets, and added partitions are read from their beginning.
+        Raises `ConfigError`.
         """
 
         def register(found: type[Any]) -> type[Any]:
@@ -351,17 +355,17 @@ class App:
         tags: Mapping[str, str] | Callable[[E], Mapping[str, str] | None] | None = None,
         **policy: Unpack[HandlerOptions],
     ) -> TaskDecorator:
-        """Register a function as a handler of an event class: for every event that the router comes to, one job that
-        runs it.
+        """Register a function as a handler of an event class: the router submits one job for every event it reads, and
+        the job runs the function.
 
-        The first handler of a class gets events from where `event`'s ``start`` says: of our own, all that their topic
-        keeps, at full speed. A further one gets those that the router has not passed yet; for the past there is
-        ``jobledger backfill``. The function takes the event. Options as for `task`, except that there is no ``key``: an
-        event's key orders events on their topic, and their jobs run in any order, several at once. Where the events'
-        order counts, fold them (`projection`); where only one at a time may run, submit a keyed task from the handler.
-        ``tags``: of its jobs, or a pure function of the event that gives them; an event for which it fails goes to the
-        dead letters, and its other handlers get their jobs.
-        Raises `ConfigError`, `BadEvent` or `UnknownQueue`.
+        The first handler of a class gets events from where the ``start`` of `event` says: for the app's own topics, all
+        events that the topic keeps, at full speed. A further handler gets the events that the router has not read yet;
+        for earlier ones use ``jobledger backfill``. The function takes the event. Options are those of `task`, except
+        that there is no ``key``: the event's key orders events on their topic, but their jobs run in any order, several
+        at once. Where the order of events matters, fold them (`projection`); where only one job at a time may run,
+        submit a keyed task from the handler. ``tags``: the tags of the jobs, or a pure function that returns them for
+        an event. If this function fails for an event, the event goes to the dead letters, and its other handlers still
+        get their jobs. Raises `ConfigError`, `BadEvent` or `UnknownQueue`.
         """
         if keyed := sorted(policy.keys() & {"key", "key_hold_max"}):
             raise ConfigError(
@@ -387,25 +391,28 @@ class App:
 
     # -- what surrounds tasks -----------------------------------------------------------------------------------------
 
-    #: Declare a resource: ``@app.resource`` on a function that makes it, or on a generator that yields it and closes it
-    #: after. Opened once a process, when a worker starts whose tasks ask for it with `Depends`; closed when it ends.
+    #: Declare a resource: ``@app.resource`` on a function that returns its value, or on a generator that yields the value
+    #: and closes it afterwards. It is opened once per process, when a worker starts whose tasks declare it with
+    #: `Depends`, and closed when that worker stops.
     resource = ResourceDecorator()
 
     def use(self, resource: Resource[T]) -> T:
-        """The value of a resource in this process, opened now if it is not: for code that no parameter reaches.
+        """Return a resource's value in this process, opening it if necessary: for code that cannot get it as a
+        parameter.
 
-        Raises `ResourceFailed`, or `ConfigError` for an ``async`` one that is not open. What is opened here is closed
-        when a worker of this process ends, if there is one.
+        Raises `ResourceFailed`, or `ConfigError` for an ``async`` resource that is not open. A resource opened here is
+        closed when a worker of this process stops, if there is one.
         """
         return self.registry.resources.get(resource)
 
     def around(self, fn: A | None = None, /, *, tasks: Which = None) -> Any:
-        """Register a generator function of the job that surrounds every attempt: it
-        yields once, and the task runs there.
+        """Register a generator function that wraps every attempt. It takes the job and yields once; the task runs at
+        the ``yield``.
 
-        It runs where the task's code does, and sees what the task raises. What it raises itself is the attempt's error;
-        what it swallows is raised again behind it. An ``async`` one surrounds only ``async`` tasks. The first one
-        registered is the outermost. ``tasks``: those it is for, or a function that tells. Raises `ConfigError`.
+        It runs where the task's code runs, and the task's exception is raised at its ``yield``. An exception that it
+        raises itself is the attempt's error; one that it suppresses is raised again after it. An ``async`` function
+        wraps only ``async`` tasks. The first one registered is the outermost. ``tasks``: the tasks it applies to, or a
+        function that takes a task and decides. Raises `ConfigError`.
         """
 
         def register(function: A) -> A:
@@ -415,12 +422,13 @@ class App:
         return register if fn is None else register(fn)
 
     def middleware(self, made: M | None = None, /, *, tasks: Which = None) -> Any:
-        """Register an object, or a class that is made without arguments, with any of these methods, plain or ``async``:
+        """Register an object, or a class that takes no arguments, with any of these methods, plain or ``async``:
 
-        ``before(job)`` and ``after(job, result)`` run where the task's code does; what ``before`` raises is the
-        attempt's error. ``retry(job, error, delay)`` and ``failure(job, error)`` are told by the worker, in a thread of
-        their own or on its event loop, once the fact is on its way. ``around(job)``: as for `around`. What the others
-        raise is logged and changes nothing. ``tasks``: those it is for, or a function that tells. Raises `ConfigError`.
+        ``before(job)`` and ``after(job, result)`` run where the task's code runs; an exception of ``before`` is the
+        attempt's error. The worker calls ``retry(job, error, delay)`` and ``failure(job, error)``, in a separate thread
+        or on its event loop, after it has sent the fact to the log. ``around(job)``: as for `around`. Exceptions of
+        ``after``, ``retry`` and ``failure`` are logged and change nothing. ``tasks``: the tasks it applies to, or a
+        function that takes a task and decides. Raises `ConfigError`.
         """
 
         def register(middleware: M) -> M:
@@ -432,8 +440,7 @@ class App:
     # -- emitting -------------------------------------------------------------------------------------------------
 
     def emit(self, event: Any) -> EventHandle:
-        """Write down that something happened; returns once the log has acknowledged it. What follows from it is the
-        handlers' business.
+        """Emit a domain event; returns once the log has acknowledged it. The event's handlers then get their jobs.
 
         Raises `BadEvent`, `IncompatibleEvent`, `PayloadTooLarge`, `TopicMissing`, `AccessDenied`, `BrokerUnavailable`,
         or with a Schema Registry `SchemaRefused` or `RegistryUnavailable` (a `BrokerUnavailable`).
@@ -441,11 +448,11 @@ class App:
         return self.client.emit(self.registry.event_of(type(event)), event)
 
     async def emit_async(self, event: Any) -> EventHandle:
-        """`emit` for asyncio: the event loop runs on while the log acknowledges."""
+        """`emit` for asyncio: it does not block the event loop."""
         return await self.client.emit_async(self.registry.event_of(type(event)), event)
 
     def emit_many(self, events: Iterable[Any]) -> list[EventHandle]:
-        """Emit events in large batches; handles, in order, once the log has acknowledged all."""
+        """Emit events in large batches; returns handles, in order, once the log has acknowledged all."""
         return self.client.emit_many((self.registry.event_of(type(event)), event) for event in events)
 
     # -- submitting -----------------------------------------------------------------------------------------------
@@ -453,8 +460,9 @@ class App:
     def submit_many(self, jobs: Iterable[JobRequest[R]]) -> list[JobHandle[R]]:
         """Submit jobs in large batches; returns handles, in order, once the log has acknowledged all.
 
-        ``jobs``: of this app's tasks, from `Task.job` or ``task.using(…).job``; consumed as it goes, so a generator is
-        fine. Raises as `Task.submit`, and `ConfigError` for a task of another app; then some may have been accepted.
+        ``jobs``: requests for tasks of this app, made with `Task.job` or ``task.using(…).job``. They are consumed one
+        by one, so a generator can be given. Raises what `Task.submit` raises, and `ConfigError` for a task of another
+        app; some jobs may have been accepted then.
         """
         return self.client.submit_many(jobs)
 
@@ -467,15 +475,15 @@ class App:
         facts: Iterable[type[Any]] = (),
         start: dt.datetime | None = None,
     ) -> Callable[[F], F]:
-        """Register a fold of domain events, or of job facts, into a table of your own;
-        `jobledger projections run` runs it.
+        """Register a fold of domain events, or of job facts, into a table of your own; `jobledger projections run` runs
+        it.
 
-        ``table``: a SQLAlchemy `Table` with a primary key; it is made in the status database. ``key(event)``:
-        the primary key of the row that an event changes (a tuple for several columns); None passes it over.
-        The function takes the row as a dict (None: there is none) and the event, and returns the row after, or
-        None to delete it; with a third parameter it is told where the record stands. It must be pure: `verify`
-        and `rebuild` call it again. ``facts``: instead of events, what happened to jobs, as `Recorded`.
-        ``start``: events before are passed over.
+        ``table``: a SQLAlchemy `Table` with a primary key; it is created in the status database. ``key(event)``: the
+        primary key of the row that an event changes (a tuple for several columns), or None to skip the event. The
+        function takes the row as a dict (None if there is no row) and the event, and returns the new row, or None to
+        delete it. If it has a third parameter, this gets the record's position. The function must be pure: `verify` and
+        `rebuild` call it again. ``facts``: classes of job facts to fold instead of events, given to the function as
+        `Recorded`. ``start``: events before this time are skipped.
 
         Offsets are kept in the same transactions: each record is folded exactly once. Raises `ConfigError`.
         """
@@ -491,10 +499,10 @@ class App:
     # -- ordering -------------------------------------------------------------------------------------------------
 
     def cancel(self, job_id: str, reason: str | None = None, *, run: int = 1, by: str | None = None) -> None:
-        """Want a job to end; returns once the log has acknowledged that.
+        """Request that a job be cancelled; returns once the log has acknowledged the request.
 
-        One that waits, for its turn, a time or a retry, is not started any more; one that runs is told to end. One that
-        has ended stays what it is. ``by``: who wants it, this user and host unless given. Raises `ConfigError`,
+        A job that waits (for a slot, a due time or a retry) is not started. A running job is told to stop. A job that
+        has ended is not changed. ``by``: who requests it, by default this user and host. Raises `ConfigError`,
         `TopicMissing`, `AccessDenied` or `BrokerUnavailable`.
         """
         self.client.cancel(job_id, reason, run, by)
@@ -508,8 +516,8 @@ class App:
     def pause(
         self, *, queue: str | None = None, task: str | None = None, reason: str | None = None, by: str | None = None
     ) -> None:
-        """Start nothing more of a queue or a task, on any worker, until `resume`. Running
-        jobs continue. Raises as `cancel`."""
+        """Start no more jobs of a queue or a task, on any worker, until `resume`. Running jobs continue. Raises as
+        `cancel`."""
         self.orders.pause(*self._ordered(queue, task), reason, by)
 
     def resume(
@@ -528,8 +536,8 @@ class App:
         reason: str | None = None,
         by: str | None = None,
     ) -> None:
-        """Limit a queue or task for all workers together, in place of what the code says; without ``rate`` and
-        ``concurrency`` the code's limits count again. Raises as `cancel`."""
+        """Limit a queue or task for all workers together. The limit replaces the one in the code; without ``rate`` and
+        ``concurrency`` the limits in the code apply again. Raises as `cancel`."""
         kind, name = self._ordered(queue, task)
         limits = Limits.of(rate, concurrency, f"{kind} {name!r}")
         on = self.queues[name if kind == "queue" else self.registry.task(name).queue]
@@ -538,7 +546,7 @@ class App:
 
     def _ordered(self, queue: str | None, task: str | None) -> tuple[Kind, str]:
         if (queue is None) == (task is None):
-            raise ConfigError(f"queue={queue!r}, task={task!r}: name one of the two")
+            raise ConfigError(f"queue={queue!r}, task={task!r}: give exactly one of the two")
         if queue is not None:
             return "queue", self.registry.check_queue(queue)
         return "task", self.registry.task(task or "").name
@@ -553,13 +561,13 @@ class App:
         start: Literal["earliest", "latest"] = "earliest",
         timeout: Seconds | None = None,
     ) -> LifecycleStream:
-        """Everything that happens to the app's jobs, and what people order of them, as a stream of `Recorded` events for
-        another service.
+        """Everything that happens to the app's jobs, and the control commands about them, as a stream of `Recorded`
+        events for another service.
 
-        ``group``: who reads; several processes of one group share the partitions, and each group reads all of it.
-        ``facts``: only these, for example ``(JobSucceeded, JobFailed)``. ``start``: where a group begins that was never
-        here. ``timeout``: end after so many seconds without a record; None: never. A record is done when the next one
-        is asked for; a reader that dies before gets it again.
+        ``group``: the name of the reading service. Processes with the same group share the partitions; each group reads
+        everything. ``facts``: only these, for example ``(JobSucceeded, JobFailed)``. ``start``: where a new group
+        begins. ``timeout``: stop after this many seconds without a record; None: never stop. A record counts as
+        processed when the next one is requested; if the reader dies before that, the record is delivered again.
 
             with app.lifecycle("billing", facts=(JobSucceeded,)) as stream:
                 for record in stream:
@@ -602,9 +610,10 @@ class App:
     def jobs(self, *, limit: int | None = None, page: int = 500, **wanted: Unpack[JobFilter]) -> Iterator[JobStatus]:
         """Jobs that match every given filter, newest first, fetched a page at a time. ``limit`` None: all of them.
 
-        ``state``, ``task``, ``queue``: one, or any of several; ``tag``: one, or all of several. ``since``: submitted then
-        or later; with a time zone. ``late``: not started though they could have been so many seconds ago, by this
-        machine's clock: their delay or backoff was over, or they were queued without one.
+        ``state``, ``task``, ``queue``: one value, or several of which any may match. ``tag``: one tag, or several that
+        must all match. ``since``: submitted at this time or later; it needs a time zone. ``late``: jobs that have not
+        been started although they could have been started this many seconds ago by this machine's clock, counted from
+        the end of their delay or backoff, or from the submission if there was none.
         """
         return chain.from_iterable(self._pages(limit, page, **wanted))
 
@@ -630,7 +639,9 @@ class App:
         late: Seconds | None = None,
     ) -> Iterator[list[JobStatus]]:
         if since is not None and since.tzinfo is None:
-            raise ConfigError(f"since={since!r} has no time zone: say which moment is meant")
+            raise ConfigError(
+                f"since={since!r} has no time zone: give an aware datetime, for example datetime(…, tzinfo=UTC)"
+            )
         asked: dict[str, Any] = {
             "state": state if isinstance(state, str | None) else list(state),
             "task": task if isinstance(task, str | None) else list(task),

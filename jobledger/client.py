@@ -1,8 +1,8 @@
-"""The client: submits jobs, and asks the status table about them.
+"""The client: submits jobs, and queries the status table about them.
 
-Submitting returns once the log has acknowledged it; nothing is held in memory for later. It knows no worker and no
-stream processor: it writes to the log, and reads through the small `StatusSource` port that the app fills in (see
-`jobledger.waiting`).
+A submission returns once the log has acknowledged it; nothing is buffered for later. The client does not know workers
+or the stream processor. It writes to the log, and reads through the small `StatusSource` interface, which the app
+implements (see `jobledger.waiting`).
 """
 
 from __future__ import annotations
@@ -56,14 +56,16 @@ R = TypeVar("R")
 T = TypeVar("T")
 P = ParamSpec("P")
 
-#: Records in the send queue from which `submit_async` waits for room in a thread (librdkafka's queue holds 100,000).
+#: With this many records in the send queue `submit_async` waits in a thread for free space (librdkafka's queue holds
+#: 100,000).
 NEAR_FULL = 90_000
 
 _SINGLE_OBJECT = 10  # bytes before the datum in the single-object encoding
 
 
 class JobHandle(Generic[R_co]):
-    """A job the log has acknowledged. ``job_id``: its id; ``position``: where its submission stands in the log."""
+    """A job whose submission the log has acknowledged. ``job_id``: its id; ``position``: the submission's place in the
+    log."""
 
     __slots__ = ("_client", "_task", "job_id", "position")
 
@@ -74,7 +76,8 @@ class JobHandle(Generic[R_co]):
         return f"<job {self.job_id} at {self.position}>"
 
     def status(self, timeout: Seconds = 10.0) -> JobStatus:
-        """What the status table says, at least as new as the submission. `StatusTimeout` if it lags ``timeout`` s."""
+        """The job's status in the status table, at least as new as the submission. Raises `StatusTimeout` if the table
+        has not read the submission within ``timeout`` seconds."""
         warn_on_loop("handle.status()", "handle.status_async()")
         return self._client.status(self.job_id, at_least=self.position, timeout=timeout)
 
@@ -83,21 +86,22 @@ class JobHandle(Generic[R_co]):
         return await self._client.status_async(self.job_id, at_least=self.position, timeout=timeout)
 
     def wait(self, timeout: Seconds | None = None) -> JobStatus:
-        """Wait until the job has ended, well or not; its final status.
+        """Wait until the job has ended, whatever its outcome; returns its final status.
 
-        Raises `StatusTimeout` after ``timeout`` seconds (None: for ever), `ResultInsideJob` inside a job. On a thread
-        that runs an event loop, which it holds up, it warns: there is `wait_async`.
+        Raises `StatusTimeout` after ``timeout`` seconds (None: wait forever), and `ResultInsideJob` inside a job. On a
+        thread that runs an event loop, this blocks the loop and warns: use `wait_async` there.
         """
         _refuse_inside_job(self.job_id)
         warn_on_loop("handle.wait()", "handle.wait_async()")
         return self._client.wait(self.job_id, at_least=self.position, timeout=timeout)
 
     async def wait_async(self, timeout: Seconds | None = None) -> JobStatus:
-        """`wait` for asyncio; any number may wait at once. Cancelling it changes nothing about the job."""
+        """`wait` for asyncio; many callers may wait at the same time. Cancelling the wait does not cancel the job."""
         return await self._client.wait_async(self.job_id, at_least=self.position, timeout=timeout)
 
     def cancel(self, reason: str | None = None) -> None:
-        """Want the job to end, durably: it is not started any more, or told if it runs; see `App.cancel`."""
+        """Request that the job be cancelled: a waiting job is not started, a running job is told to stop; see
+        `App.cancel`."""
         self._client.cancel(self.job_id, reason)
 
     async def cancel_async(self, reason: str | None = None) -> None:
@@ -105,18 +109,19 @@ class JobHandle(Generic[R_co]):
         await self._client.cancel_async(self.job_id, reason)
 
     def result(self, timeout: Seconds | None = None) -> R_co:
-        """Wait for the job's end and return its result: what the task's return annotation says, plain JSON without one.
+        """Wait until the job has ended and return its result, converted to the task's return annotation; plain JSON if
+        there is none.
 
         Raises `JobFailed` (with the error's type, message and traceback), `JobCancelled`, `JobExpired`,
-        `ResultMismatch`, `StatusTimeout` or `ResultInsideJob`. On a thread that runs an event loop, which it holds up,
-        it warns: there is `result_async`.
+        `ResultMismatch`, `StatusTimeout` or `ResultInsideJob`. On a thread that runs an event loop, this blocks the
+        loop and warns: use `result_async` there.
         """
         _refuse_inside_job(self.job_id)
         warn_on_loop("handle.result()", "handle.result_async()")
         return self._result(self._client.wait(self.job_id, at_least=self.position, timeout=timeout))
 
     async def result_async(self, timeout: Seconds | None = None) -> R_co:
-        """`result` for asyncio; any number may wait at once. Cancelling it changes nothing about the job."""
+        """`result` for asyncio; many callers may wait at the same time. Cancelling the wait does not cancel the job."""
         return self._result(await self.wait_async(timeout))
 
     def _result(self, status: JobStatus) -> R_co:
@@ -124,7 +129,7 @@ class JobHandle(Generic[R_co]):
 
 
 class EventHandle:
-    """An event the log has acknowledged. ``event_id``: its id; ``position``: where it stands in the log."""
+    """An event that the log has acknowledged. ``event_id``: its id; ``position``: its place in the log."""
 
     __slots__ = ("event_id", "position")
 
@@ -136,7 +141,7 @@ class EventHandle:
 
 
 def result_of(status: JobStatus) -> Any:
-    """The result of an ended job as JSON gives it, or the error it ended with."""
+    """The result of a job that has ended, as plain JSON. Raises the error of a job that has not succeeded."""
     if status.state is State.SUCCEEDED:
         return status.result
     if status.state is State.CANCELLED:
@@ -154,7 +159,7 @@ def result_of(status: JobStatus) -> Any:
 class Client:
     """Submits jobs of one namespace. Thread-safe; opens its connection at the first submission.
 
-    Single submissions and `submit_many` use a producer each: the first sends at once, the second in large batches.
+    Single submissions and `submit_many` use a producer each: one sends at once, the other in large batches.
     """
 
     def __init__(self, settings: Settings, names: Names, status: Callable[[], StatusSource]) -> None:
@@ -165,15 +170,16 @@ class Client:
         self._single: LogWriter | None = None
         self._bulk: LogWriter | None = None
         self._source = source("client")
-        #: Orders about jobs, queues and tasks.
+        #: Control commands for jobs, queues and tasks.
         self.orders = Orders(settings, names, self.writer)
-        #: Published, and judged against what stands on the log: what each is framed with, if not as a single object.
+        #: Event schemas that are published and compatible with those on the log, by fingerprint; each with the head of its
+        #: Schema Registry frame, or b"" for single-object encoding.
         self._event_schemas: dict[bytes, bytes] = {}
         forks.in_child(self)
 
     def after_fork(self) -> None:
-        """A forked child must not use its parent's producers, nor wait for the thread that follows jobs: threads did not
-        come along."""
+        """Drop the parent's producers, and do not wait for the thread that follows jobs: a forked child has no copy of
+        it."""
         self._pid, self._single, self._bulk = os.getpid(), None, None
         self._source = source("client")
         self._follower.after_fork()
@@ -191,10 +197,10 @@ class Client:
         return found
 
     def _open(self, single: LogWriter | None) -> LogWriter:
-        """Open what sends at once, or, beside it, what sends in batches."""
+        """Open the writer that sends at once, or, if ``single`` is that writer, the one that sends in batches."""
         with self._opening("opening the connection to Kafka"):
             if sys.is_finalizing():
-                raise ConnectionUnusable("the interpreter is ending: nothing can be sent any more")
+                raise ConnectionUnusable("the interpreter is shutting down: nothing can be sent any more")
             forks.at_exit(self)
             if single is None:
                 self._single = self._single or LogWriter(self.settings, self.names)
@@ -205,21 +211,22 @@ class Client:
             return self._bulk
 
     def _ready(self) -> LogWriter | None:
-        """What sends at once, if nothing that may block is left to do before that."""
+        """The writer that sends at once, if it can be used without blocking; else None."""
         found = self._single
         return found if found is not None and found.ready and self._pid == os.getpid() else None
 
     def _bulk_writer(self) -> LogWriter:
-        """What sends in batches; in a signal handler that interrupts it in this thread, what sends at once."""
+        """The writer that sends in batches. In a signal handler that interrupted its poll in this thread: the writer
+        that sends at once."""
         found = self._writer(bulk=True)
         return self._writer(bulk=False) if found.polled_here() else found
 
     def writer(self) -> LogWriter:
-        """What sends at once; connected and ready."""
+        """The writer that sends at once, connected and ready."""
         return self._writer(bulk=False)
 
     def cancel(self, job_id: str, reason: str | None = None, run: int = 1, by: str | None = None) -> None:
-        """Want a job to end; see `App.cancel`."""
+        """Request that a job be cancelled; see `App.cancel`."""
         self.orders.cancel([Job(job_id, run)], reason, by)
 
     async def cancel_async(self, job_id: str, reason: str | None = None, run: int = 1, by: str | None = None) -> None:
@@ -230,8 +237,8 @@ class Client:
             await asyncio.gather(*(self._acknowledged(writer, record, what) for record in records))
 
     def close(self, timeout: float = 10.0) -> None:
-        """Flush within ``timeout`` seconds and close the connections; the next submission opens new ones. Whoever waits for
-        a job gets an error."""
+        """Flush within ``timeout`` seconds and close the connections; the next submission opens new ones. Callers that
+        wait for a job get an error."""
         forks.notice()
         self._follower.close()
         with self._opening("opening or closing the connection to Kafka"):
@@ -278,7 +285,8 @@ class Client:
         return job_id, Outgoing(topic, codec.encode(event), request.key or job_id)
 
     def _check_app(self, task: Task[Any, Any]) -> None:
-        """Raise `ConfigError` for a task of another namespace: the workers of this one would run theirs of its name."""
+        """Raise `ConfigError` for a task of another namespace: this namespace's workers would run their own task of
+        that name."""
         names = task.registry.names
         if names != self.names:
             raise ConfigError(
@@ -304,7 +312,7 @@ class Client:
         return ack.position(what, record.topic)
 
     async def submit_async(self, request: JobRequest[R]) -> JobHandle[R]:
-        """`submit` for asyncio; waits without holding the event loop."""
+        """`submit` for asyncio: it does not block the event loop."""
         writer = self._ready()
         if writer is None:  # connecting and publishing the schema block; only once
             writer = await _aside(self._writer, False)
@@ -314,7 +322,7 @@ class Client:
             return JobHandle(self, request.task, job_id, position)
 
     async def _acknowledged(self, writer: LogWriter, record: Outgoing, what: str) -> Position:
-        """Send one record and wait for its acknowledgement without holding the event loop."""
+        """Send one record and wait for its acknowledgement without blocking the event loop."""
         loop = asyncio.get_running_loop()
         future: asyncio.Future[Position] = loop.create_future()
 
@@ -339,10 +347,10 @@ class Client:
         return await future
 
     def submit_many(self, requests: Iterable[JobRequest[R]]) -> list[JobHandle[R]]:
-        """Submit jobs in large batches and wait for every acknowledgement; handles in order.
+        """Submit jobs in large batches and wait for every acknowledgement; returns handles in order.
 
-        If some fail, the error of the first is raised after all others have been settled. It says how many were accepted
-        and which were not: `JobledgerError.failed` holds their places, counted from 0.
+        If some submissions fail, the first one's error is raised after all are acknowledged or have failed. The error
+        reports how many jobs were accepted; `JobledgerError.failed` holds the indexes, from 0, of those that were not.
         """
         jobs = iter(requests)
         first = next(jobs, None)
@@ -362,7 +370,7 @@ class Client:
     # -- events ---------------------------------------------------------------------------------------------------
 
     def _event(self, kind: EventType, event: Any, inside: JobContext | None) -> tuple[str, Outgoing]:
-        """The event's id and its record. Emitted by a job, the id follows from the job: a rerun says nothing new."""
+        """The event's id and its record. Inside a job the id is derived from the job, so a rerun emits no new event."""
         value, key = kind.encode(event)
         if inside is None:
             event_id, trace = str(uuid_utils.uuid7()), tracing.current()
@@ -374,12 +382,12 @@ class Client:
         return event_id, Outgoing(kind.topic, value, key or event_id, None, headers)
 
     def _published(self, kind: EventType) -> None:
-        """See to it that the event's schema is on the log, once; it must read what stands there already."""
+        """Ensure, once, that the event's schema is on the log. It must be able to read the earlier schemas there."""
         if kind.fingerprint in self._event_schemas:
             return
         if kind.foreign:
             raise BadEvent(
-                f"event {kind.name!r} stands on {kind.topic}, a topic of others: it can be handled, not emitted"
+                f"event {kind.name!r} is read from {kind.topic}, another program's topic: it can be handled, not emitted"
             )
         head = b""
         lookup = SchemaLookup(self.settings, self.names, timeout=self.settings.submit_timeout)
@@ -399,20 +407,20 @@ class Client:
         self._event_schemas[kind.fingerprint] = head
 
     def _framed(self, kind: EventType, record: Outgoing) -> Outgoing:
-        """The record as it is sent: with a Schema Registry in its frame."""
+        """The record as it is sent: in the Schema Registry's frame if one is configured."""
         head = self._event_schemas[kind.fingerprint]
         assert record.value is not None
         return record._replace(value=head + record.value[_SINGLE_OBJECT:]) if head else record
 
     def emit(self, kind: EventType, event: Any) -> EventHandle:
-        """Write one event and wait for its acknowledgement; see `App.emit` for the errors."""
+        """Send one event and wait for its acknowledgement; see `App.emit` for the errors."""
         event_id, record = self._event(kind, event, maybe_current_job())
         self._published(kind)
         record = self._framed(kind, record)
         return EventHandle(event_id, self._sent(self._writer(bulk=False), record, f"emitting {kind.name} {event_id}"))
 
     async def emit_async(self, kind: EventType, event: Any) -> EventHandle:
-        """`emit` for asyncio; waits without holding the event loop."""
+        """`emit` for asyncio: it does not block the event loop."""
         event_id, record = self._event(kind, event, maybe_current_job())
         writer = self._ready()
         if writer is None or kind.fingerprint not in self._event_schemas:
@@ -423,7 +431,8 @@ class Client:
         return EventHandle(event_id, position)
 
     def emit_many(self, events: Iterable[tuple[EventType, Any]]) -> list[EventHandle]:
-        """Write events in large batches and wait for every acknowledgement; handles in order. Errors as of `submit_many`."""
+        """Send events in large batches and wait for every acknowledgement; returns handles in order. Raises as
+        `submit_many`."""
         many = Many(self.settings, self._bulk_writer(), "events")
         inside = maybe_current_job()
         for kind, event in events:
@@ -435,9 +444,10 @@ class Client:
     # -- asking ---------------------------------------------------------------------------------------------------
 
     def status(self, job_id: str, *, at_least: Position | None = None, timeout: Seconds = 10.0) -> JobStatus:
-        """The job's status, at least as new as ``at_least`` (waited for up to ``timeout`` seconds).
+        """The job's status, at least as new as ``at_least``.
 
-        Raises `JobNotFound` for an id the table does not know, `StatusTimeout` if it lags.
+        Raises `JobNotFound` for an id the table does not know, and `StatusTimeout` if the table has not read
+        ``at_least`` within ``timeout`` seconds.
         """
         return self._answer(Question(job_id, at_least, ended=False, timeout=timeout))
 
@@ -448,7 +458,7 @@ class Client:
         return await self._answer_async(Question(job_id, at_least, ended=False, timeout=timeout))
 
     def wait(self, job_id: str, *, at_least: Position | None = None, timeout: Seconds | None = None) -> JobStatus:
-        """Wait until the job has ended; its final status, at least as new as ``at_least``."""
+        """Wait until the job has ended; returns its final status, at least as new as ``at_least``."""
         return self._answer(_ending(job_id, at_least, timeout))
 
     async def wait_async(
@@ -480,7 +490,7 @@ class Client:
 
 
 def _ending(job_id: str, at_least: Position | None, timeout: Seconds | None) -> Question:
-    """The question for a job's end; inside a job it is refused."""
+    """The question for a job's end. Raises `ResultInsideJob` inside a job."""
     _refuse_inside_job(job_id)
     return Question(job_id, at_least, ended=True, timeout=timeout)
 
@@ -488,15 +498,16 @@ def _ending(job_id: str, at_least: Position | None, timeout: Seconds | None) -> 
 def _refuse_inside_job(job_id: str) -> None:
     if maybe_current_job() is not None:
         raise ResultInsideJob(
-            f"waiting for job {job_id} inside a job is refused: with every slot waiting, none would be left to run "
-            "it. Submit the following step from the end of this one instead"
+            f"waiting for job {job_id} inside a job is refused: if every slot waited, none would be free to run the job. "
+            "Submit the next step at the end of this job instead"
         )
 
 
 async def _post_async(
     writer: LogWriter, record: Outgoing, delivered: Callable[[KafkaError | None, Message], None]
 ) -> None:
-    """`LogWriter.post`; near a full queue the waiting for room happens off the event loop, as does a registration."""
+    """`LogWriter.post`. If the queue is nearly full, or a schema must be registered first, this waits outside the event
+    loop."""
     if len(writer.producer) < NEAR_FULL and not writer.waits_for(record):
         writer.post(record, delivered)
     else:
@@ -504,8 +515,9 @@ async def _post_async(
 
 
 async def _aside(function: Callable[P, T], *args: P.args, **more: P.kwargs) -> T:
-    """Call a blocking function in another thread. It is called in this thread if no thread can be started any more (the
-    process is ending), or if the other thread would wait for code that a signal handler has interrupted here."""
+    """Call a blocking function in another thread. The function is called in this thread if no thread can be started any
+    more (the process is ending), or if the other thread would wait for code that a signal handler has interrupted
+    here."""
     if forks.inside():
         return function(*args, **more)
     try:

@@ -52,16 +52,16 @@ class State(enum.StrEnum):
 
     @property
     def ended(self) -> bool:
-        """Whether nothing follows in this run."""
+        """Whether this state ends the run."""
         return self in ENDS
 
 
-#: The states that end a run, the strongest first: if the log holds two ends of a run, this one is shown.
+#: The states that end a run, the strongest first: if the log holds two outcomes of a run, the stronger one is shown.
 ENDS = (State.SUCCEEDED, State.FAILED, State.CANCELLED, State.EXPIRED)
 
 
 class Transition(NamedTuple):
-    """One arrow of a job's life: the state before (None: unknown to the table), the fact, the state after."""
+    """One transition of a job: the state before (None: the table does not know the job), the fact, the state after."""
 
     before: State | None
     fact: type[Any]
@@ -70,8 +70,9 @@ class Transition(NamedTuple):
 
 
 _S = State
-#: Every step a job takes when each fact is seen once and in order. What is not here does not move a job that is where
-#: the row says: it came late or twice. Documentation draws its diagram from this table (`diagram`).
+#: Every transition of a job when each fact is read once and in order. A fact without a transition from the current state
+#: is late or a duplicate, and does not change the state. The documentation's diagram is generated from this table
+#: (`diagram`).
 TRANSITIONS: tuple[Transition, ...] = (
     Transition(None, ev.JobSubmitted, _S.QUEUED, "run now"),
     Transition(None, ev.JobSubmitted, _S.SCHEDULED, "with a delay"),
@@ -104,9 +105,10 @@ At = tuple[int, str, int, int]
 
 
 class Head(msgspec.Struct, frozen=True, array_like=True, gc=False):
-    """Who the job is. ``rank``: 0 from the submission, 1 from a release, 2 from another fact (then no tags or parent).
+    """Identifies the job. ``rank``: 0 if known from the submission, 1 from a release, 2 from another fact (then without
+    tags and parent).
 
-    ``release``, ``attempt``: as submitted. ``due_ms``: set if the submission was conditioned.
+    ``release``, ``attempt``: as submitted. ``due_ms``: set if the submission had a delay or due time.
     """
 
     rank: int
@@ -121,7 +123,7 @@ class Head(msgspec.Struct, frozen=True, array_like=True, gc=False):
 
 
 class Due(msgspec.Struct, frozen=True, array_like=True, gc=False):
-    """The job was let go to the workers."""
+    """The job was released to the workers."""
 
     release: int
     attempt: int
@@ -130,7 +132,7 @@ class Due(msgspec.Struct, frozen=True, array_like=True, gc=False):
 
 
 class Start(msgspec.Struct, frozen=True, array_like=True, gc=False):
-    """A worker began."""
+    """A worker started an attempt."""
 
     release: int
     attempt: int
@@ -138,7 +140,7 @@ class Start(msgspec.Struct, frozen=True, array_like=True, gc=False):
 
 
 class Close(msgspec.Struct, frozen=True, array_like=True, gc=False):
-    """An attempt ended and another follows at ``due_ms``. No error: it was snoozed."""
+    """An attempt ended and another follows at ``due_ms``. Without an error the job was snoozed."""
 
     release: int
     attempt: int
@@ -176,7 +178,7 @@ class End(msgspec.Struct, frozen=True, array_like=True, gc=False):
 
 
 class Life(msgspec.Struct, frozen=True, array_like=True, gc=False):
-    """What is known of a job: its slots, and where its facts stand, in order of their append times."""
+    """What is known of a job: its slots, and the positions of its facts in order of their append times."""
 
     run: int
     head: Head
@@ -186,7 +188,7 @@ class Life(msgspec.Struct, frozen=True, array_like=True, gc=False):
     report: Report | None = None
     end: End | None = None
     positions: tuple[At, ...] = ()
-    #: The last release that a lease stands for, and not its work record any more.
+    #: The last release that is held by a lease instead of by its work record.
     leased: Start | None = None
 
 
@@ -279,7 +281,7 @@ _MAKERS: dict[type[Any], Callable[[int, int, int, str, str, Any, At], Life]] = {
 
 
 def apply(life: Life | None, recorded: Recorded) -> Life | None:
-    """The life with one more fact of the same job. ``life`` None: nothing was known."""
+    """The life with one more fact of the same job. ``life`` None: no fact was known before."""
     event, place = recorded.event, recorded.position
     at = (recorded.appended_ms, place.topic, place.partition, place.offset)
     return join(life, of(event.run, event.release, event.attempt, event.task, event.queue, event.fact, at))
@@ -298,7 +300,7 @@ def join(a: Life | None, b: Life | None) -> Life | None: ...
 
 
 def join(a: Life | None, b: Life | None) -> Life | None:
-    """The least life that knows all that two lives of the same job know; None knows nothing."""
+    """The smallest life that holds all that two lives of the same job hold; None holds nothing."""
     if a is None or a is b:
         return b
     if b is None:
@@ -331,7 +333,7 @@ D = TypeVar("D", Due, Close)
 
 
 def _settled(a: D, b: D) -> D:
-    """The one of the greater (release, attempt), else the first in the log."""
+    """The one with the greater (release, attempt); if these are equal, the first in the log."""
     mine, other = (a.release, a.attempt), (b.release, b.attempt)
     return a if mine > other or (mine == other and a.at[1:] <= b.at[1:]) else b
 
@@ -367,15 +369,15 @@ def _union(a: tuple[At, ...], b: tuple[At, ...]) -> tuple[At, ...]:
 # -- what people see ------------------------------------------------------------------------------------------------
 
 
-#: A release before every other.
+#: A release number below every other.
 _NEVER = -(1 << 31) - 1
 
 
 class Visible(msgspec.Struct, frozen=True, gc=False):
-    """What a life shows: the projection that rows and counters are made of. Times are the broker's, in milliseconds.
+    """The visible part of a life, from which rows and counters are made. Times are the broker's, in milliseconds.
 
-    ``since_ms``: when the job was submitted or, while that is not known, when the fact was appended that it is known
-    by. ``started_ms``: the last start of this run.
+    ``since_ms``: when the job was submitted; while the submission is not known, when the fact that made the job known
+    was appended. ``started_ms``: the last start of this run.
     """
 
     state: State
@@ -394,9 +396,9 @@ class Visible(msgspec.Struct, frozen=True, gc=False):
 
 
 def project(life: Life) -> Visible:
-    """What is shown of a life: of its run the end if there is one, else what came last in its life.
+    """The visible part of a life: the end of its run if there is one, else its last slot.
 
-    Last is what has the greatest (release, attempt, phase); the phases are submission, release, start, close.
+    The last slot has the greatest (release, attempt, phase); the phases are submission, release, start, close.
     """
     head, start, end = life.head, life.start, life.end
     started_ms = None if start is None else start.at[0]
@@ -457,7 +459,7 @@ def awaited(visible: Visible) -> tuple[int, int]:
 
 
 class Progress(msgspec.Struct, frozen=True):
-    """How far a job said it is."""
+    """The progress that a job has reported."""
 
     done: int
     total: int | None = None
@@ -467,12 +469,12 @@ class Progress(msgspec.Struct, frozen=True):
 class JobStatus(msgspec.Struct, frozen=True):
     """One job as the status table knows it. Times are the broker's append times.
 
-    ``attempt``, ``release``: those of what it was last seen at. ``started_at``: its last start. ``due_at``: set while
-    it waits for a time, and of the release while it is queued. ``duration``: seconds the last attempt ran,
-    None if it was not started.
-    ``positions``: where its facts stand in the log, in order of their append times, at most the `FIRST` first and the
-    `LAST` last. ``partial``: its submission is not in the table (not read yet, or trimmed before the table was built),
-    so its ``submitted_at`` is not known, and its tags and parent may not be.
+    ``attempt``, ``release``: those of the job's last known fact. ``started_at``: its last start. ``due_at``: set while
+    the job waits for a time; while it is queued, the due time of its release. ``duration``: seconds that the last
+    attempt ran; None if it was not started. ``positions``: positions of the job's facts in the log, in order of their
+    append times: at most the `FIRST` earliest and the `LAST` latest. ``partial``: the job's submission is not in the
+    table (not read yet, or trimmed from the log before the table was built). Then ``submitted_at`` is not known, and
+    tags and parent may be missing.
     """
 
     job_id: str
@@ -498,7 +500,7 @@ class JobStatus(msgspec.Struct, frozen=True):
 
 
 def status(job_id: str, life: Life) -> JobStatus:
-    """A life as its users see it."""
+    """The status that users see of a life."""
     seen, head, report, end = project(life), life.head, life.report, life.end
     places = life.positions if report is None else _union(life.positions, (report.at,))
     return JobStatus(
@@ -526,9 +528,9 @@ def status(job_id: str, life: Life) -> JobStatus:
 
 
 def _ran(life: Life, seen: Visible) -> float | None:
-    """Seconds that the attempt ran which the life shows as over; None: it shows none, or that one was not started.
+    """Seconds that the ended attempt ran; None if no attempt has ended or the attempt was not started.
 
-    Where the fact that closed it says nothing of that, as a cancel does, it ran from its start to that fact.
+    If the closing fact has no duration, as for a cancel, this is the time from the attempt's start to that fact.
     """
     if seen.duration_us is None or seen.duration_us > 0:
         return None if seen.duration_us is None else seen.duration_us / 1e6

@@ -1,7 +1,8 @@
 """Everything that happens to jobs, as one typed stream for other services: billing, audits, webhooks, a cache.
 
-A consumer group of its own reads every topic of the namespace. A record counts as done when the next one is asked for,
-so a service that dies in the middle of one gets it again: at least once, each partition in its order.
+A stream has its own consumer group and reads every topic of the namespace. A record counts as processed when the next
+one is requested. So a service that dies while it processes a record gets that record again: delivery is at least once,
+and in order within a partition.
 """
 
 from __future__ import annotations
@@ -38,9 +39,9 @@ LOG = get_logger("jobledger.lifecycle")
 
 #: Seconds between two commits.
 COMMIT_S = 1.0
-#: Records fetched at once, and seconds that are waited for the first of them.
+#: Maximum number of records fetched at once, and seconds to wait for the first of them.
 BATCH, POLL_S = 500, 0.2
-#: What does not pass by itself.
+#: Kafka errors that are permanent: waiting does not help.
 HOPELESS = (
     KafkaError.UNKNOWN_TOPIC_OR_PART,
     KafkaError.TOPIC_AUTHORIZATION_FAILED,
@@ -49,7 +50,8 @@ HOPELESS = (
 
 
 class LifecycleStream:
-    """See `App.lifecycle`. Iterate over it, plainly or with ``async for``, in one thread or task; close it."""
+    """See `App.lifecycle`. Iterate over it with ``for`` or ``async for``, in one thread or task, and close it
+    afterwards."""
 
     def __init__(
         self,
@@ -68,7 +70,9 @@ class LifecycleStream:
         self._facts = None if facts is None else tuple(facts)
         unknown = [f for f in self._facts or () if f not in Fact.__args__]
         if unknown:
-            raise ConfigError(f"facts={unknown!r}: these are no facts; there are {[f.__name__ for f in Fact.__args__]}")
+            raise ConfigError(
+                f"facts={unknown!r}: these are not facts; the facts are {[f.__name__ for f in Fact.__args__]}"
+            )
         settings = settings.acting_as("reader")
         self._settings, self._timeout = settings, check_patience(timeout)
         self._names, self._checked = names, False
@@ -94,7 +98,7 @@ class LifecycleStream:
         self._done: dict[tuple[str, int], int] = {}  # the next offsets, not committed
         self._owned: set[tuple[str, int]] = set()
         self._committed_at = time.monotonic()
-        #: Records that were no events and were passed.
+        #: Number of records that were skipped because they are not events.
         self.skipped = 0
         self._subscribed = self._closed = False
 
@@ -105,7 +109,7 @@ class LifecycleStream:
         self.close(done=kind is None)
 
     def close(self, *, done: bool = True) -> None:
-        """Commit and leave the group. ``done``: whether the record handed out last counts as dealt with."""
+        """Commit and leave the group. ``done``: whether the record returned last counts as processed."""
         if self._closed:
             return
         self._closed = True
@@ -144,9 +148,9 @@ class LifecycleStream:
         return self._timeout is not None and time.monotonic() - last >= self._timeout
 
     def _next(self, *, fetch: bool = True) -> Recorded | None:
-        """The next record that is wanted, None if there is none right now. The one before counts as done from here on.
+        """The next matching record, or None if there is none right now. The record before it counts as processed.
 
-        Raises `UnknownFact` for an event of a newer version: it must not be passed.
+        Raises `UnknownFact` for an event of a newer version: that event must not be skipped.
         """
         self._finish_current()
         if time.monotonic() - self._committed_at >= COMMIT_S:
@@ -170,7 +174,7 @@ class LifecycleStream:
                 raise UnknownFact(exc.fact, f"{where} carries the fact {exc.fact!r}: upgrade this reader") from exc
             except SchemaError as exc:
                 self.skipped += 1
-                LOG.warning("%s is no event and is passed: %s", where, exc)
+                LOG.warning("%s is not an event and is skipped: %s", where, exc)
             else:
                 wanted = self._facts is None or isinstance(found.event.fact, self._facts)
                 if wanted and not is_copy(found, self._names):
@@ -186,8 +190,8 @@ class LifecycleStream:
             self._current = None
 
     def _fetch(self) -> None:
-        """Wait a moment for records. Raises `BrokerUnavailable`, `TopicMissing`,
-        `AccessDenied`: what will not mend itself."""
+        """Wait briefly for records. Raises `BrokerUnavailable`, `TopicMissing` or `AccessDenied` for permanent
+        errors."""
         consumer = self._consumer
         if not self._checked:
             knock(self._settings)
@@ -216,7 +220,7 @@ class LifecycleStream:
             self._door.check()
 
     def commit(self) -> None:
-        """Commit what is done now. A refused commit is not an error: those records come again."""
+        """Commit the records processed so far. A refused commit is not an error: those records are delivered again."""
         self._committed_at = time.monotonic()
         due = [TopicPartition(topic, partition, offset) for (topic, partition), offset in self._done.items()]
         if not due:

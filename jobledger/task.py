@@ -1,4 +1,4 @@
-"""Tasks: a function, its name and its policies; and jobs of it, described."""
+"""Tasks: a function with its name and policies; and job requests, which describe jobs of a task."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ if TYPE_CHECKING:
 
 P = ParamSpec("P")
 R = TypeVar("R")
-#: What a task's jobs result in. Covariant: a handle of a job that gives a `bool` is one of a job that gives an `int`.
+#: The result type of a task's jobs. Covariant: a handle with a `bool` result is also a handle with an `int` result.
 R_co = TypeVar("R_co", covariant=True)
 
-#: Characters that a key may have.
+#: Maximum characters of a key.
 KEY_MOST = 500
 
 
@@ -46,7 +46,7 @@ class JobRequest(msgspec.Struct, Generic[R_co], frozen=True):
 
 
 class Submitter(Protocol):
-    """What a task needs of a client."""
+    """The methods of a client that a task uses."""
 
     def submit(self, request: JobRequest[R]) -> JobHandle[R]: ...
 
@@ -73,13 +73,13 @@ def check_job_id(job_id: object, what: str) -> str:
         return str(uuid.UUID(job_id if isinstance(job_id, str) else ""))
     except ValueError:
         raise ConfigError(
-            f"{what}={job_id!r} is not a UUID: to make one of a name of your own, uuid.uuid5(uuid.NAMESPACE_URL, name)"
+            f"{what}={job_id!r} is not a UUID: uuid.uuid5(uuid.NAMESPACE_URL, name) derives one from a name of your own"
         ) from None
 
 
 class Task(Generic[P, R_co]):
-    """A function that can be run as a job, a `PlainTask` or an `AsyncTask`. Made by ``@app.task``; calling it runs the
-    function here and now."""
+    """A function that can be run as a job, a `PlainTask` or an `AsyncTask`. ``@app.task`` creates it; calling it runs
+    the function directly in the caller."""
 
     def __init__(
         self,
@@ -99,36 +99,35 @@ class Task(Generic[P, R_co]):
         self.__doc__ = fn.__doc__
         self.__name__ = getattr(fn, "__name__", name)
         self.__wrapped__ = fn
-        #: Parameters that the worker fills with resources.
+        #: Parameters whose values the worker supplies: resources.
         self.dependencies = dependencies(fn)
         wrong = [r.name for r in self.dependencies.values() if r.is_async and not self.is_async]
         if wrong:
-            raise ConfigError(
-                f"task {name!r} is a plain function, and resource {wrong[0]!r}, which it asks for, is async"
-            )
+            raise ConfigError(f"task {name!r} is a plain function, and resource {wrong[0]!r}, which it needs, is async")
         self.arguments = Arguments(fn, name, self.dependencies)
         #: The signature as text, for error messages.
         self.signature = self.arguments.signature
-        #: `Arguments.encode` and `Arguments.decode`, and the same for a result.
+        #: `Arguments.encode` and `Arguments.decode`, and the same two functions for a result.
         self.encode_args, self.decode_args = self.arguments.encode, self.arguments.decode
         self.encode_result, self.decode_result = encode_result, Results(fn, name).decode
         names = self.arguments.names
         if isinstance(policy.key, str) and policy.key not in names:
             raise ConfigError(
-                f"task {name!r}: key={policy.key!r} is none of its parameters ({', '.join(names) or 'it has none'})"
+                f"task {name!r}: key={policy.key!r} is not one of its parameters ({', '.join(names) or 'it has none'})"
             )
-        #: Jobs of it are described without options: what `job` makes is the same for all but the arguments.
+        #: Whether the task has no key, expiry or priority, so that its job requests differ only in their arguments.
         self._simple = policy.key is None and policy.expires_in is None and policy.priority is None
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> Any:
-        """Run the function itself, without Jobledger: its result, or the coroutine of an ``async`` one.
+        """Call the function itself, without Jobledger. Returns its result, or the coroutine of an ``async`` function.
 
-        Resources it asks for must be given, by name: nobody opens them. Raises `BadArguments` if they are not.
+        Pass the resources that the function needs as keyword arguments: no resource is opened here. Raises
+        `BadArguments` if one is missing.
         """
         if self.dependencies:
             given = inspect.signature(self.fn).bind_partial(*args, **kwargs).arguments
             if missing := [name for name in self.dependencies if name not in given]:
-                raise BadArguments(f"{self.name}() is called here and now: give it {missing[0]}=… yourself")
+                raise BadArguments(f"{self.name}() is called directly, without a worker: pass {missing[0]}=… yourself")
         return self.fn(*args, **kwargs)
 
     def __repr__(self) -> str:
@@ -144,14 +143,14 @@ class Task(Generic[P, R_co]):
         """Submit a job; returns once the log has acknowledged it.
 
         Raises `BadArguments`, `PayloadTooLarge`, `TopicMissing`, `AccessDenied`, `BrokerUnavailable`, or with a Schema
-        Registry `SchemaRefused` or `RegistryUnavailable` (a `BrokerUnavailable`); then nothing was accepted, except that
-        after `BrokerUnavailable` the job may have arrived all the same.
+        Registry `SchemaRefused` or `RegistryUnavailable` (a `BrokerUnavailable`). The job was not submitted then; only
+        after `BrokerUnavailable` it may have been.
         """
         request = self.job(*args, **kwargs)  # judged before anything connects
         return self.registry.submitter().submit(request)
 
     async def submit_async(self, *args: P.args, **kwargs: P.kwargs) -> JobHandle[R_co]:
-        """`submit` for asyncio: the event loop runs on while the log acknowledges."""
+        """`submit` for asyncio: it does not block the event loop."""
         request = self.job(*args, **kwargs)
         return await self.registry.submitter().submit_async(request)
 
@@ -166,14 +165,15 @@ class Task(Generic[P, R_co]):
         expires_in: Seconds | None = None,
         job_id: str | uuid.UUID | None = None,
     ) -> BoundTask[P, R_co]:
-        """The task with options for one submission.
+        """The task with options for one submission. Raises `ConfigError` or `UnknownQueue` at once.
 
-        ``delay``: seconds, or a `timedelta`, counted on the broker's clock from the append. ``tags``: text to find the job by.
-        ``queue``: another queue of the app. ``key``: jobs of one key run one at a time, in the order of submission.
-        ``priority``: on a queue with priorities. ``expires_in``: seconds after which the job is not started any more,
-        counted as the delay is. ``job_id``: a UUID of the caller's own, for one job. A second submission with it, to the
-        same queue, key and priority, is the same job: it runs once, with the first one's arguments, for as long as workers
-        remember it (10 minutes or 100,000 records of a partition, whichever is less). Raises `ConfigError` or `UnknownQueue` at once.
+        ``delay``: seconds, or a `timedelta`, counted on the broker's clock from the append. ``tags``: texts to find the
+        job by. ``queue``: another queue of the app. ``key``: jobs with the same key run one at a time, in the order of
+        submission. ``priority``: on a queue with priorities. ``expires_in``: seconds from the append after which the
+        job is no longer started. ``job_id``: a UUID that the caller chooses. A second submission with the same UUID to
+        the same queue, key and priority is a duplicate: the job runs once, with the arguments of the first submission.
+        Workers drop the duplicate for as long as they remember the id: 10 minutes or 100,000 records of a partition,
+        whichever is less.
         """
         what = f"task {self.name!r}"
         policy = self.policy
@@ -181,7 +181,7 @@ class Task(Generic[P, R_co]):
             queue = self.registry.check_queue(queue)
             if queue != self.queue and policy.limits:
                 raise ConfigError(
-                    f"{what} has limits, which count the partitions of its queue {self.queue!r}: it cannot go to {queue!r}"
+                    f"{what} has limits, which are shared among the partitions of its queue {self.queue!r}: it cannot use {queue!r}"
                 )
         level = policy.priority if priority is None else check_priority(priority, f"{what}: priority")
         if key is not None:
@@ -211,12 +211,12 @@ class Task(Generic[P, R_co]):
         if isinstance(key, str):
             bound = self.arguments.bound(args, kwargs)
             if key not in bound:
-                raise BadArguments(f"{self.name}{self.signature} is keyed by {key!r}, which was not given")
+                raise BadArguments(f"{self.name}{self.signature} has the ordering key {key!r}, which was not given")
             found = bound[key]
         else:
             found = key(*args, **kwargs)
         if not isinstance(found, str | int):
-            raise BadArguments(f"the key of {self.name}() is {found!r}: it must be a whole number or a text")
+            raise BadArguments(f"the key of {self.name}() is {found!r}: it must be an int or a str")
         try:
             return check_text(f"the key of {self.name}()", str(found), KEY_MOST)
         except ConfigError as exc:
@@ -224,7 +224,7 @@ class Task(Generic[P, R_co]):
 
 
 class PlainTask(Task[P, R_co]):
-    """A task whose function is a plain one: calling it gives what the function returns."""
+    """A task with a plain function: calling it returns what the function returns."""
 
     if TYPE_CHECKING:
 
@@ -232,7 +232,7 @@ class PlainTask(Task[P, R_co]):
 
 
 class AsyncTask(Task[P, R_co]):
-    """A task whose function is ``async``: calling it gives a coroutine."""
+    """A task with an ``async`` function: calling it returns a coroutine."""
 
     if TYPE_CHECKING:
 
@@ -240,7 +240,7 @@ class AsyncTask(Task[P, R_co]):
 
 
 class BoundTask(Generic[P, R_co]):
-    """A task with options of one submission; see `Task.using`."""
+    """A task with options for one submission; see `Task.using`."""
 
     def __init__(
         self,

@@ -1,7 +1,7 @@
-"""Waiting for jobs: one thread looks into the status table for all who wait in this process, threads and coroutines.
+"""Waiting for jobs: one thread polls the status table for all threads and coroutines of this process that wait.
 
-`Follower` is the core: it takes a `Question` and settles it. `Client` has its two faces, one that holds the caller's
-thread and one for asyncio. It opens nothing itself, and knows neither Kafka nor databases.
+`Follower` is the core: it takes a `Question` and answers it. `Client` has the blocking and the asyncio methods. This
+module opens no connection itself, and does not depend on Kafka or a database.
 """
 
 from __future__ import annotations
@@ -24,46 +24,48 @@ from jobledger.job import JobStatus, State
 from jobledger.names import check_utf8
 from jobledger.schemas.events import Position
 
-#: Seconds between two looks for one question, at first and at most. Each is twice the one before and looks happen at
-#: whole multiples of them, so that questions of different ages share their looks.
+#: Seconds between two polls for one question: the first interval and the longest. Each interval is twice the one before.
+#: Polls happen at whole multiples of the interval, so that questions of different ages share a poll.
 FIRST_S, MOST_S = 1 / 64, 1 / 4
-#: Looks at each of these paces.
+#: Number of polls at each interval.
 LOOKS_A_PACE = 3
-#: Questions of one look, and whole rows that are read at once (a row may hold a large result).
+#: Maximum number of questions in one poll, and of whole rows read at once (a row may hold a large result).
 QUESTIONS_A_LOOK, ROWS_AT_ONCE = 1_000, 100
-#: Between two looks lies so many times what the last one took, at most so many seconds: following takes a fifth of a core.
+#: The pause after a poll is REST times the poll's duration, at most REST_MOST_S seconds: polling takes a fifth of a core.
 REST, REST_MOST_S = 4.0, 1.0
-#: Seconds after which rows are read again although the table has read nothing: a rebuild may have replaced them.
+#: Seconds after which rows are read again although the table's offsets have not changed: a rebuild may have replaced the
+#: rows.
 REREAD_S = 5.0
 #: Seconds without questions after which the thread ends; the next question starts another.
 IDLE_S = 5.0
-#: Seconds for which a wait puts up with there being no status table yet.
+#: Seconds for which a wait accepts that there is no status table yet.
 START_PATIENCE_S = 30.0
 #: Seconds beyond its own timeout that a caller waits for a table that does not answer.
 TABLE_PATIENCE_S = 10.0
 
 
 class StatusSource(Protocol):
-    """Where the client asks about jobs: the status table's read side."""
+    """The interface through which the client queries jobs: the status table's read side."""
 
     def states(self, job_ids: Sequence[str]) -> Mapping[str, State]:
-        """The states of those jobs that the table knows."""
+        """The states of the given jobs; jobs that the table does not know are left out."""
 
     def statuses(self, job_ids: Sequence[str]) -> Mapping[str, JobStatus]:
-        """Those jobs that the table knows."""
+        """The statuses of the given jobs; jobs that the table does not know are left out."""
 
     def offsets(self) -> Mapping[tuple[str, int], int]:
-        """The next offset to be read of every partition."""
+        """The table's next offset of every partition."""
 
     def unknown(self, job_id: str) -> JobNotFound:
         """The error for a job that the table does not know."""
 
 
 class Question:
-    """What somebody waits to know of a job: its status, or with ``ended`` its status once it has ended.
+    """What a caller waits for: a job's status, or with ``ended`` its status once the job has ended.
 
-    ``at_least``: not before the table has read this position. ``timeout``: seconds, None: for ever. ``answer``: the
-    status, or `JobNotFound`, `StatusTimeout` or `StoreError`; whoever waits no longer cancels it.
+    ``at_least``: answer only after the table has read this position. ``timeout``: seconds; None: wait forever.
+    ``answer``: the status, or `JobNotFound`, `StatusTimeout` or `StoreError`. A caller that stops waiting cancels
+    ``answer``.
     """
 
     __slots__ = (
@@ -89,24 +91,24 @@ class Question:
         self.deadline = None if self.timeout is None else self.began + self.timeout
         self.reached = at_least is None
         self.state: State | None = None
-        #: The offsets of the table at the last look for it.
+        #: The table's offsets at the last poll for this question.
         self.seen: Mapping[tuple[str, int], int] | None = None
         self.looks = 0
 
     @property
     def patience(self) -> float | None:
-        """Seconds that a caller waits for the answer, a table that does not answer included."""
+        """Seconds that a caller waits for the answer: the timeout plus a margin for a table that does not answer."""
         return None if self.timeout is None else self.timeout + TABLE_PATIENCE_S
 
     def next_look(self, now: float) -> float:
-        """When to look again."""
+        """When to poll again."""
         pace: float = min(FIRST_S * 2 ** (self.looks // LOOKS_A_PACE), MOST_S)
         self.looks += 1
         due = (now // pace + 1) * pace
         return due if self.deadline is None else min(due, max(now, self.deadline))
 
     def settle(self, answer: JobStatus | Exception) -> None:
-        """Answer it, unless nobody waits any more."""
+        """Set the answer, unless the caller has stopped waiting."""
         with suppress(InvalidStateError):
             if isinstance(answer, JobStatus):
                 self.answer.set_result(answer)
@@ -114,7 +116,7 @@ class Question:
                 self.answer.set_exception(answer)
 
     def late(self) -> StatusTimeout:
-        """The error once its time is over."""
+        """The error for a question whose timeout is over."""
         seconds = f"within {self.timeout or 0:g} s"
         if self.ended:
             state = "not in the status table yet" if self.state is None else self.state.value
@@ -130,9 +132,9 @@ class Question:
 
 
 class Follower:
-    """Answers questions with one thread, which starts with the first and ends when there are none.
+    """Answers questions with one thread, which starts with the first question and ends when there are none.
 
-    ``table``: opens the status table's read side, or gives the one that is open.
+    ``table``: opens the status table's read side, or returns the one that is open.
     """
 
     def __init__(self, table: Callable[[], StatusSource]) -> None:
@@ -140,7 +142,7 @@ class Follower:
         self.after_fork()
 
     def after_fork(self) -> None:
-        """Begin without questions and without a thread: those of the parent did not come along into a forked child."""
+        """Start without questions and without a thread: a forked child has no copy of the parent's thread."""
         self._changed = threading.Condition()
         #: Open questions by the time of their next look.
         self._due: list[tuple[float, int, Question]] = []
@@ -152,8 +154,8 @@ class Follower:
         self._reread = 0.0
 
     def ask(self, question: Question) -> None:
-        """See to it that the question is answered; returns at once. Raises `ConnectionUnusable` where no thread can be
-        started any more, late in the end of a process."""
+        """Queue the question to be answered; returns at once. Raises `ConnectionUnusable` if no thread can be started
+        any more, late in the end of a process."""
         with self._changed:
             self._closed = False
             if self._thread is None:
@@ -170,7 +172,7 @@ class Follower:
             self._changed.notify()
 
     def close(self) -> None:
-        """Give up on open questions, and end the thread; the next question starts another."""
+        """Answer open questions with an error, and end the thread; the next question starts another."""
         with self._changed:
             self._closed = True
             thread = self._thread
@@ -181,7 +183,7 @@ class Follower:
 
     def _give_up(self) -> None:
         for _, _, question in self._due:
-            question.settle(JobledgerError(f"the app was closed while somebody waited for job {question.job_id}"))
+            question.settle(JobledgerError(f"the app was closed while a caller waited for job {question.job_id}"))
         self._due.clear()
 
     def _push(self, question: Question, due: float) -> None:
@@ -193,7 +195,8 @@ class Follower:
             rested = self._serve(rested)
 
     def _serve(self, rested: float) -> float | None:
-        """One look, once it is due and the thread has rested until ``rested``. Until when to rest; None: to end."""
+        """Poll once, when a question is due and the thread has paused until ``rested``. Returns the end of the next
+        pause, or None if the thread is to end."""
         some = self._next(rested)
         if not some:
             return None
@@ -211,7 +214,7 @@ class Follower:
         return now + min(REST * (now - began), REST_MOST_S)
 
     def _next(self, rested: float) -> list[Question]:
-        """The questions whose look is due, waited for until ``rested`` at least; none if the thread is to end."""
+        """The questions that are due, after waiting at least until ``rested``; empty if the thread is to end."""
         with self._changed:
             while not self._closed:
                 now = time.monotonic()
@@ -235,7 +238,7 @@ class Follower:
             return []
 
     def _look(self, some: list[Question]) -> None:
-        """One look into the table for all of these questions."""
+        """Query the table once for all of these questions."""
         now = time.monotonic()  # before the look: what is late has had a look after its deadline
         table = self._table()
         offsets = table.offsets()
@@ -252,7 +255,7 @@ class Follower:
                 question.settle(question.late())
 
     def _read(self, table: StatusSource, some: list[Question]) -> None:
-        """Settle those of these questions that the table has an answer for."""
+        """Answer those of these questions for which the table has an answer."""
         if ids := list({question.job_id for question in some if question.ended}):
             states = table.states(ids)
             for question in some:
@@ -276,18 +279,20 @@ class Follower:
                         question.settle(status)
 
     def _missed(self, question: Question, error: BaseException, now: float) -> None:
-        """There was no look: the question keeps waiting while the stream processor may just be starting, or fails."""
+        """Handle a failed poll: the question keeps waiting if the stream processor may just be starting, else it gets
+        the error."""
         if isinstance(error, StoreNotFound) and question.ended:
             patience = START_PATIENCE_S if question.timeout is None else min(START_PATIENCE_S, question.timeout)
             if now - question.began < patience:
                 return
         if not isinstance(error, Exception):
-            error = RuntimeError(f"looking for job {question.job_id} was broken off: {error!r}")
+            error = RuntimeError(f"the query for job {question.job_id} was aborted: {error!r}")
         question.settle(_own(error))
 
 
 def _own(error: Exception) -> Exception:
-    """A copy for each who waits: raised in many places, one error would gather all their tracebacks."""
+    """A copy of the error for each waiting caller: one error raised in many places would collect all their
+    tracebacks."""
     try:
         made = copy.copy(error)
     except Exception:  # noqa: BLE001  # an error that is not made from its args
@@ -297,13 +302,13 @@ def _own(error: Exception) -> Exception:
 
 
 def warn_on_loop(called: str, instead: str) -> None:
-    """Warn the caller's caller if it is about to hold up the event loop that its thread runs."""
+    """Warn the caller's caller if it is about to block the event loop that its thread runs."""
     try:
         asyncio.get_running_loop()
     except RuntimeError:
         return
     warnings.warn(
-        f"{called} holds up the event loop that runs in this thread until there is an answer: use `await {instead}`",
+        f"{called} blocks the event loop that runs in this thread until there is an answer: use `await {instead}`",
         RuntimeWarning,
         stacklevel=3,
     )

@@ -318,7 +318,7 @@ def test_resources_that_cannot_be_had_are_refused_at_once() -> None:
         return ""
 
     refused: list[tuple[str, Callable[[], Any]]] = [
-        ("which it asks for, is async", lambda: app.task(wants)),
+        ("which it needs, is async", lambda: app.task(wants)),
         ("put resources last", lambda: app.task(misplaced)),
         ("has no default", lambda: app.resource(asks)),
         ("which it needs, is async", lambda: app.resource(wants)),

@@ -71,7 +71,7 @@ def test_sizes_are_read() -> None:
         ({"key": "order"}, "needs a timeout of at most 60 s"),
         ({"key": "order", "timeout": 61}, "needs a timeout of at most 60 s"),
         ({"key": "order", "timeout": 5, "priority": "high"}, "choose one of the two"),
-        ({"key": "no such", "timeout": 5}, "is none of its parameters"),
+        ({"key": "no such", "timeout": 5}, "is not one of its parameters"),
         ({"key": "", "timeout": 5}, "neither the name of a parameter nor a function"),
         ({"key": "order", "timeout": 5, "key_hold_max": 0}, "key_hold_max=0"),
         ({"priority": "urgent"}, "none of 'high', 'normal', 'low'"),
@@ -139,7 +139,7 @@ def test_keys_come_from_a_parameter_or_a_function() -> None:
     by_function = app.task(name="b", key=lambda order, to="home": f"{to}/{order}", timeout=5)(ship)
     assert by_function.job("o-1", to="x").key == "x/o-1"
     assert by_function.job("o-1").key == "home/o-1"
-    with pytest.raises(BadArguments, match="is keyed by 'to', which was not given"):
+    with pytest.raises(BadArguments, match="has the ordering key 'to', which was not given"):
         app.task(name="c", key="to", timeout=5)(ship).job("o-1")
     with pytest.raises(BadArguments, match="1 to 500 characters"):
         by_name.job("x" * 501)
@@ -168,7 +168,7 @@ def test_a_limited_task_stays_in_its_queue() -> None:
     """Its shares count that queue's partitions."""
     app = app_of(queues=["mail", "other"])
     task = app.task(queue="mail", rate="5/s")(ship)
-    with pytest.raises(ConfigError, match="has limits, which count the partitions of its queue 'mail'"):
+    with pytest.raises(ConfigError, match="has limits, which are shared among the partitions of its queue 'mail'"):
         task.using(queue="other")
     assert Limits.of("5/s", None, "x")
     assert not Limits()

@@ -311,7 +311,7 @@ def test_closing_ends_the_waits_and_the_next_use_begins_again(app: App, table: T
         wait_until(lambda: bool(app.client._follower._due), 30, "it waits")
         client = app.client
         app.close()
-        with pytest.raises(JobledgerError, match="the app was closed while somebody waited for job a"):
+        with pytest.raises(JobledgerError, match="the app was closed while a caller waited for job a"):
             waits.result(30)
     assert client._follower._thread is None
     assert app.job("a").state is State.RUNNING
@@ -365,7 +365,7 @@ def test_holding_up_a_running_loop_warns_and_works(app: App, table: Table, calle
     call, instead = calls(app)[called]
 
     async def inside() -> Any:
-        with pytest.warns(RuntimeWarning, match=rf"holds up the event loop.*await \S*{instead}") as caught:
+        with pytest.warns(RuntimeWarning, match=rf"blocks the event loop.*await \S*{instead}") as caught:
             found = call()
         assert caught[0].filename == __file__
         return found
