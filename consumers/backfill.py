@@ -46,7 +46,7 @@ def events_per_second(text: str) -> float:
     """``"50/s"``, ``"3000/min"`` or ``"1000/h"`` as events a second. Raises `ConfigError`."""
     found = _RATE.fullmatch(text)
     if found is None or float(found[1]) <= 0:
-        raise ConfigError(f"rate={text!r} is no rate: write 50/s, 3000/min or 1000/h")
+        raise ConfigError(f"rate={text!r} is not a rate: write 50/s, 3000/min or 1000/h")
     return float(found[1]) / _UNITS[found[2]]
 
 

@@ -120,4 +120,4 @@ class Teller(threading.Thread):
 
 
 def _failed(hook: Hook, job: JobContext) -> None:
-    LOG.exception("%s failed for job %s (%s); the job is what it was", hook.said, job.job_id, job.task)
+    LOG.exception("%s failed for job %s (%s); the job's outcome is unchanged", hook.said, job.job_id, job.task)

@@ -1,4 +1,4 @@
-"""What a running job knows of itself: `current_job()`. Set by the worker, read by tasks and by the client."""
+"""The running job, as its code sees it: `current_job()`. The worker sets it; tasks and the client read it."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from jobledger.schemas.events import JobProgressed
 class JobContext:
     """One attempt of one job, as the task's code sees it.
 
-    ``job_id``, ``task``, ``queue``, ``run``, ``attempt`` (1 at first), ``release``, ``tags``, ``parent`` are the job's.
-    ``ended``: whether the attempt has ended here. Code of it that still runs, in a thread that it left behind, can then
-    report no progress and submit no jobs: `JobEnded`.
+    ``job_id``, ``task``, ``queue``, ``run``, ``attempt`` (1 at first), ``release``, ``tags`` and ``parent`` are those
+    of the job. ``ended``: whether the attempt has ended here. Code of the attempt that still runs then, for example in
+    a thread it started, can no longer report progress or submit jobs: `JobEnded`.
     """
 
     __slots__ = (
@@ -63,15 +63,16 @@ class JobContext:
 
     @property
     def tags(self) -> Mapping[str, str]:
-        """The job's tags. A copy: the job keeps what it was submitted with."""
+        """A copy of the job's tags: changing it does not change the job."""
         return dict(self._tags)
 
     def progress(self, done: int, total: int | None = None, message: str | None = None) -> None:
-        """Report how far the job is; returns at once. ``done``, ``total``: units of the task's own, whole numbers >= 0.
+        """Report the job's progress; returns at once. ``done``, ``total``: counts in a unit of the task's choice, whole
+        numbers >= 0.
 
-        Callable from any thread the task runs in. The last report of an attempt is what the status shows. Raises
-        `ConfigError` for numbers that are none, or above 2^63 - 1, and a message that is no text, and `JobEnded` when the
-        attempt has ended.
+        Callable from any thread that the task runs in. The status shows the last report of an attempt. Raises
+        `ConfigError` if ``done`` or ``total`` is not a whole number from 0 to 2^63 - 1 or ``message`` is not a text,
+        and `JobEnded` when the attempt has ended.
         """
         report = self._report
         if self.ended or report is None:
@@ -82,7 +83,7 @@ class JobContext:
             if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 1 << 63:
                 raise ConfigError(f"progress({name}={value!r}) is not a whole number from 0 to 2^63 - 1")
         if message is not None and not isinstance(message, str):
-            raise ConfigError(f"progress(message={message!r}) is no text")
+            raise ConfigError(f"progress(message={message!r}) is not a text")
         # Plain values, whatever they are subclasses of, and text that UTF-8 can carry: a file's name may be none.
         done, total = index(done), None if total is None else index(total)
         if message is not None:
@@ -91,10 +92,11 @@ class JobContext:
         report(self, JobProgressed(self._sequence, done, total, message))
 
     def child_id(self, task: str, args: bytes) -> str:
-        """The id of a job submitted inside this one: v5 of (parent, run, task, arguments, n-th identical).
+        """The id of a job submitted inside this one: a UUID v5 of (parent, run, task, arguments, number of identical
+        submissions before).
 
-        So a rerun of the parent submits the same children, and workers drop the second copy. Raises `JobEnded` when the
-        attempt has ended: the next attempt submits what this one would.
+        So a rerun of the parent submits jobs with the same ids, and workers drop the duplicates. Raises `JobEnded` when
+        the attempt has ended: the next attempt submits what this one would.
         """
         if self.ended:
             raise self._over("submit no jobs and emit no events")
@@ -109,8 +111,9 @@ class JobContext:
 
     def _over(self, what: str) -> JobEnded:
         return JobEnded(
-            f"attempt {self.attempt} of job {self.job_id} ({self.task}) has ended: its code that still runs can {what}. Let "
-            "the task wait for what it starts, or start that outside of the job: contextvars.Context().run(…)"
+            f"attempt {self.attempt} of job {self.job_id} ({self.task}) has ended: code of it that still runs can {what}. Let "
+            "the task wait for the threads and tasks it starts, or start them outside the job: "
+            "contextvars.Context().run(…)"
         )
 
 
@@ -118,7 +121,7 @@ _CURRENT: ContextVar[JobContext | None] = ContextVar("jobledger_current_job", de
 
 
 def current_job() -> JobContext:
-    """The job this code runs in. Raises `ConfigError` outside a job."""
+    """The job that this code runs in. Raises `ConfigError` outside a job."""
     found = _CURRENT.get()
     if found is None:
         raise ConfigError(
@@ -129,13 +132,13 @@ def current_job() -> JobContext:
 
 
 def maybe_current_job() -> JobContext | None:
-    """The job this code runs in, or None."""
+    """The job that this code runs in, or None."""
     return _CURRENT.get()
 
 
 @contextmanager
 def entered(context: JobContext) -> Iterator[None]:
-    """Make ``context`` the current job for a block, and what was before current again after it."""
+    """Make ``context`` the current job for a block; the previous one is current again afterwards."""
     token = _CURRENT.set(context)
     try:
         yield
@@ -144,5 +147,5 @@ def entered(context: JobContext) -> Iterator[None]:
 
 
 def enter(context: JobContext | None) -> None:
-    """Worker's side: make ``context`` the current job of this task or thread."""
+    """For the worker: make ``context`` the current job of this task or thread."""
     _CURRENT.set(context)

@@ -1,4 +1,4 @@
-"""Spans of time as people give them: seconds as any real number, or a `timedelta`. Pure."""
+"""Durations as users give them: seconds as any real number, or a `timedelta`. Pure."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import overload
 
 from jobledger.errors import ConfigError
 
-#: What is taken wherever seconds are.
+#: The type of every option that takes seconds.
 Seconds = float | dt.timedelta
 
 
@@ -25,8 +25,8 @@ def in_seconds(span: object) -> object: ...
 
 
 def in_seconds(span: object) -> object:
-    """A span in seconds: a `timedelta` and a number of another kind (numpy's, a `Fraction`) as a float; what is none of
-    these as it is, for who judges it to say so."""
+    """A duration in seconds: a `timedelta` or another kind of number (numpy's, a `Fraction`) as a float. Anything else
+    is returned unchanged, so that the caller can report it."""
     kind = type(span)
     if kind is float or kind is int or kind is bool:
         return span
@@ -36,7 +36,7 @@ def in_seconds(span: object) -> object:
 
 
 def check_patience(span: object, what: str = "timeout") -> float | None:
-    """How long somebody waits, in seconds, None for ever; else `ConfigError`."""
+    """A timeout in seconds, or None to wait forever. Raises `ConfigError` for anything else."""
     if span is None:
         return None
     found = in_seconds(span)

@@ -1,4 +1,4 @@
-"""The parts of Jobledger that the base install does not bring, and the error that names the extra to install."""
+"""The optional parts of Jobledger, and the error that names the extra to install."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from importlib.util import find_spec
 
 from jobledger.errors import ConfigError
 
-#: The packages of each part by the names under which they are imported; `pyproject.toml` has the same under these names.
+#: The import names of the packages of each extra; `pyproject.toml` defines the same extras.
 PACKAGES = {
     "worker": ("prometheus_client", "structlog", "uvloop"),
     "streams": ("cramjam", "faust", "prometheus_client", "rocksdict", "structlog", "uvloop"),
@@ -20,9 +20,9 @@ PACKAGES = {
 
 
 def missing(extra: str, cause: ImportError) -> ConfigError:
-    """The error for a part whose package cannot be imported."""
+    """The error for an extra whose package cannot be imported."""
     return ConfigError(
-        f"this part of Jobledger needs the package {cause.name!r}, which the base install does not bring: "
+        f"this part of Jobledger needs the package {cause.name!r}, which the base install does not include: "
         f"pip install 'jobledger[{extra}]' ({cause})"
     )
 
@@ -33,9 +33,9 @@ def installed(module: str) -> bool:
 
 
 def need(what: str, *extras: str) -> None:
-    """Raise `ConfigError` if packages of these extras are not installed, naming all of those extras at once."""
+    """Raise `ConfigError` if packages of these extras are not installed; the error names all missing extras."""
     lacking = [extra for extra in extras if not all(map(installed, PACKAGES[extra]))]
     if lacking:
         raise ConfigError(
-            f"{what} needs packages that the base install does not bring: pip install 'jobledger[{','.join(lacking)}]'"
+            f"{what} needs packages that the base install does not include: pip install 'jobledger[{','.join(lacking)}]'"
         )

@@ -1,7 +1,8 @@
-"""Which functions may be declared, and what becomes of an awaitable that a plain one returns. Pure but for `settled`.
+"""Which functions may be declared, and how an awaitable that a plain function returns is awaited. Pure but for
+`settled`.
 
-A generator's body does not run when it is called, nor does that of an ``async def`` whose coroutine nobody awaits: a task
-made of one would succeed without having done anything.
+Calling a generator function does not run its body, and neither does calling an ``async def`` whose coroutine is not
+awaited. A task made of such a function would succeed without having done anything.
 """
 
 from __future__ import annotations
@@ -23,63 +24,65 @@ def _on_a_loop_of_its_own(value: Awaitable[Any]) -> Any:
     return asyncio.run(wait())
 
 
-#: Awaits what a plain function returned. The worker sets it in the threads and processes where jobs run.
+#: Awaits an awaitable that a plain function returned. The worker sets it in the threads and processes where jobs run.
 AWAIT: ContextVar[Callable[[Awaitable[Any]], Any]] = ContextVar("jobledger_await", default=_on_a_loop_of_its_own)
 
 
 def check_function(fn: Any, what: str = "@app.task") -> None:
-    """Raise `ConfigError` for what is no function, or one whose body does not run when it is called."""
+    """Raise `ConfigError` for an object that is not a function, or a function whose body does not run when it is
+    called."""
     said = _no_function(fn)
     if said is not None:
         raise ConfigError(f"{what}: {said}")
     if inspect.isgeneratorfunction(fn) or inspect.isasyncgenfunction(fn):
         raise ConfigError(
-            f"{what}: {_named(fn)} is a generator: calling it would run none of its code. Collect what it yields and "
-            "return it, or submit a job for each"
+            f"{what}: {_named(fn)} is a generator: calling it would run none of its code. Collect the yielded values and "
+            "return them, or submit a job for each"
         )
 
 
 def check_plain(fn: Any, what: str) -> None:
-    """Raise `ConfigError` for a function that is called for its value and would give a coroutine or a generator."""
+    """Raise `ConfigError` for a function whose return value is needed, but that would return a coroutine or a
+    generator."""
     if inspect.iscoroutinefunction(fn) or inspect.isgeneratorfunction(fn) or inspect.isasyncgenfunction(fn):
         raise ConfigError(f"{what}: {_named(fn)} is async or a generator, and must be a plain function")
 
 
 def settled(value: Any) -> Any:
-    """What a plain function's code came to: ``value`` itself, or, if it is an awaitable, as a decorator without ``async``
-    returns of a coroutine function, what that gives."""
+    """The result of a plain function: ``value`` itself, or the awaited result if it is an awaitable (as a decorator
+    without ``async`` returns for a coroutine function)."""
     if value is None or not hasattr(type(value), "__await__"):
         return value
     return AWAIT.get()(value)
 
 
 def _no_function(fn: Any) -> str | None:
-    """Why ``fn`` cannot be a task's function, and what to write; None if it can."""
+    """Why ``fn`` cannot be a task's function, and what to write instead; None if it can."""
     named = _named(fn)
     if isinstance(fn, type):
-        return f"{named} is a class: write a function that makes one of it"
+        return f"{named} is a class: write a function that creates an instance"
     if hasattr(fn, "submit") and hasattr(fn, "registry"):
         return f"{fn!r} is a task already: to run its function in another app, register that: app.task(task.fn)"
     if isinstance(fn, functools.partial | functools.partialmethod):
         return f"{named} is a partial, which has no name and no annotations of its own: write a function that calls it"
     if isinstance(fn, staticmethod | classmethod):
-        return f"{named} is a {type(fn).__name__}: declare a function of the module that calls it"
+        return f"{named} is a {type(fn).__name__}: declare a module-level function that calls it"
     if inspect.ismethod(fn):
         return (
             f"{named} is a method, and a worker does not have the object that it is bound to: write a function that gets "
             "the object, for example as a resource with Depends, and calls the method"
         )
     if not callable(fn):
-        return f"{fn!r} is no function"
+        return f"{fn!r} is not a function"
     if inspect.isbuiltin(fn):
         return f"{named} is a builtin, which has no annotations: write a function that calls it"
     if not hasattr(fn, "__code__") and not inspect.isfunction(inspect.unwrap(fn)):
-        return f"{fn!r} is an object that can be called: write a function that calls it"
+        return f"{fn!r} is a callable object: write a function that calls it"
     first = next(iter(inspect.signature(fn).parameters), "") if hasattr(fn, "__code__") else ""
     inside = getattr(fn, "__qualname__", "").rpartition(".")[0]
     if first in ("self", "cls") and inside and not inside.endswith("<locals>"):
         return (
-            f"{named} is a method, and a job has no {first}: declare a function of the module that gets the object, for "
+            f"{named} is a method, and a job has no {first}: declare a module-level function that gets the object, for "
             "example as a resource with Depends, and calls the method"
         )
     return None

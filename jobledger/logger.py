@@ -1,8 +1,8 @@
-"""Jobledger's own loggers: those of `logging`, except that a line never ends what writes it.
+"""Jobledger's own loggers: those of `logging`, except that an error in logging never stops the code that logs.
 
-The handlers, filters and factories behind them are the app's, and any of these may raise. Such a line goes to standard
-error instead. A `dictConfig` of the app's does not disable these loggers, and in Jobledger's own processes errors that its
-configuration would drop are written all the same: who wants none gives the logger ``jobledger`` a level.
+Handlers, filters and factories belong to the app, and any of them may raise. The line is then written to standard error
+instead. A `dictConfig` of the app does not disable these loggers. In Jobledger's own processes, errors that the app's
+configuration would drop are still written to standard error, unless the app gives the logger ``jobledger`` a level.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from jobledger.errors import TaskInterrupted, text_of, type_of
 
 
 class _Guarded(logging.Logger):
-    """What is put before the class of a logger."""
+    """Mixin that is put before a logger's class."""
 
     @property
     def disabled(self) -> bool:
-        """Never: `dictConfig` disables what it does not name, unless it is told otherwise."""
+        """Never: `dictConfig` would disable every logger that it does not name, unless told otherwise."""
         return False
 
     @disabled.setter
@@ -29,13 +29,14 @@ class _Guarded(logging.Logger):
         pass
 
     def isEnabledFor(self, level: int) -> bool:
-        """As of any logger; for an error in a process of ours only the level of Jobledger's own loggers counts."""
+        """As for any logger. For an error in a process of Jobledger's, only the level of Jobledger's own loggers
+        counts."""
         return super().isEnabledFor(level) or (
             level >= logging.ERROR and _at_last is not None and level >= _own_level(self)
         )
 
     def callHandlers(self, record: logging.LogRecord) -> None:
-        """Hand a record to the handlers; an error that none of them takes to the last one."""
+        """Pass a record to the handlers; an error that no handler takes is passed to the last-resort handler."""
         super().callHandlers(record)
         if record.levelno >= logging.ERROR and _at_last is not None and not _taken(self, record):
             _at_last.handle(record)
@@ -54,18 +55,18 @@ class _Guarded(logging.Logger):
                 )
 
 
-#: Takes the errors that no other handler takes; None outside of Jobledger's own processes.
+#: Handler for errors that no other handler takes; None outside Jobledger's own processes.
 _at_last: logging.Handler | None = None
 
 
 def write_errors_to(handler: logging.Handler | None) -> None:
-    """Let ``handler`` have every error of Jobledger's that the app's logging would drop."""
+    """Give ``handler`` every error of Jobledger's that the app's logging would drop."""
     global _at_last
     _at_last = handler
 
 
 def _own_level(logger: logging.Logger | None) -> int:
-    """The level that Jobledger's loggers have been given; 0: none."""
+    """The level set on Jobledger's loggers; 0: none."""
     while logger is not None and logger.name.partition(".")[0] == "jobledger":
         if logger.level:
             return logger.level
@@ -74,7 +75,7 @@ def _own_level(logger: logging.Logger | None) -> int:
 
 
 def _taken(logger: logging.Logger | None, record: logging.LogRecord) -> bool:
-    """Whether a handler takes records of this level; its filters are its own."""
+    """Whether any handler takes records of this level, regardless of its filters."""
     while logger is not None:
         if any(h.level <= record.levelno and not isinstance(h, logging.NullHandler) for h in logger.handlers):
             return True
@@ -93,7 +94,8 @@ def get_logger(name: str) -> logging.Logger:
 
 
 def loop_error(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
-    """An event loop's exception handler: its own one, which ends the loop if the log or the exception breaks, guarded."""
+    """An event loop's exception handler: the default one, which would stop the loop if logging or the exception itself
+    fails, guarded."""
     try:
         loop.default_exception_handler(context)
     except BaseException as broken:  # noqa: BLE001  # see above

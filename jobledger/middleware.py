@@ -1,8 +1,8 @@
-"""What runs around a task's code: hooks, resources, spans; compiled into one function for each task.
+"""Hooks, resources and spans around a task's code, composed into one function for each task.
 
-`runner` is what a worker calls in a task's place, in its own process or in a child's: the task's function itself, if
-nothing is to be done around it. What is told only after the worker has judged an attempt, `retry` and `failure`, is
-called by the worker: see `jobledger.consumers.telling`.
+A worker calls `runner`'s result instead of the task, in its own process or in a child's. If the task has no hooks,
+resources or spans, this is the task's function itself. The hooks `retry` and `failure` run after an attempt's outcome
+is decided; the worker calls them: see `jobledger.consumers.telling`.
 """
 
 from __future__ import annotations
@@ -24,20 +24,20 @@ if TYPE_CHECKING:
 
 LOG = get_logger("jobledger.worker")
 
-#: Which tasks a hook is for: a function of the task, or tasks or their names. None: all.
+#: The tasks a hook applies to: a function that takes a task and decides, or tasks or their names. None: all tasks.
 Which = Callable[["Task[Any, Any]"], bool] | Iterable["Task[Any, Any] | str"] | None
-#: What runs a job's code: (job, keyword arguments) → result, or an awaitable of it.
+#: The function that runs a job's code: (job, keyword arguments) → result, or an awaitable of it.
 Inner = Callable[[JobContext, dict[str, Any]], Any]
 Around = Callable[[JobContext], Iterator[None]] | Callable[[JobContext], AsyncIterator[None]]
 
-#: What a hook raises of its own accord: not the time limit's and the cancellation's exceptions, which are the job's.
+#: Exceptions that count as the hook's own. Those of a timeout or a cancellation belong to the job.
 OWN = (Exception, SystemExit, KeyboardInterrupt, GeneratorExit)
 
 NAMES = ("before", "after", "retry", "failure", "around")
 
 
 class Hook:
-    """One hook, as it was registered: its name among `NAMES`, its function, and the tasks it is for."""
+    """One registered hook: its name (one of `NAMES`), its function, and the tasks it applies to."""
 
     __slots__ = ("fn", "given", "is_async", "name", "said", "which")
 
@@ -48,7 +48,7 @@ class Hook:
         if name == "around" and raw is fn:
             if not (inspect.isgeneratorfunction(fn) or inspect.isasyncgenfunction(fn)):
                 raise ConfigError(
-                    f"{said} is no generator: it does what comes before, yields once, and does what comes after"
+                    f"{said} is not a generator: write a function that yields once, at the point where the task is to run"
                 )
             self.fn = contextlib.asynccontextmanager(fn) if self.is_async else contextlib.contextmanager(fn)
         elif name != "around" and (inspect.isgeneratorfunction(fn) or inspect.isasyncgenfunction(fn)):
@@ -56,7 +56,7 @@ class Hook:
         self.which: Callable[[Task[Any, Any]], bool] | frozenset[str] | None
         if callable(which):
             check_plain(which, f"{said}: tasks=…")
-        #: Tasks that are given as such, not by name.
+        #: Tasks that were given as `Task` objects, not by name.
         self.given: tuple[Task[Any, Any], ...] = ()
         if which is None or callable(which):
             self.which = which
@@ -66,7 +66,7 @@ class Hook:
             self.which = frozenset(each if isinstance(each, str) else each.name for each in which)
 
     def meant(self, task: Task[Any, Any]) -> bool:
-        """Whether the hook is for this task."""
+        """Whether the hook applies to this task."""
         if self.which is None:
             return True
         return task.name in self.which if isinstance(self.which, frozenset) else self.which(task)
@@ -79,7 +79,7 @@ class Hooks:
         self.all: list[Hook] = []
 
     def add(self, middleware: object, which: Which = None) -> None:
-        """Register an object, or a class to be made one of. Raises `ConfigError` if it has no hook."""
+        """Register an object, or an instance of a class. Raises `ConfigError` if it has no hook."""
         made = middleware() if inspect.isclass(middleware) else middleware
         kind = type(made).__qualname__
         found = [(n, fn) for n in NAMES if callable(fn := getattr(made, n, None))]
@@ -89,32 +89,32 @@ class Hooks:
         self.all += [Hook(name, fn, f"{kind}.{name}", which) for name, fn in found]
 
     def add_around(self, fn: Callable[..., Any], which: Which = None) -> None:
-        """Register a generator function of the job. Raises `ConfigError`."""
+        """Register a generator function that takes the job. Raises `ConfigError`."""
         self.all.append(Hook("around", fn, f"around {getattr(fn, '__qualname__', fn)!s}", which))
 
     def of(self, task: Task[Any, Any]) -> list[Hook]:
-        """Those for a task. Raises `ConfigError` if one of them cannot run where the task's code does."""
+        """The hooks that apply to a task. Raises `ConfigError` if one of them cannot run where the task's code runs."""
         for hook in self.all:
             if foreign := [each for each in hook.given if each.registry is not task.registry]:
                 raise ConfigError(
                     f"{hook.said}: tasks=… names {foreign[0]!r} of app {foreign[0].registry.names.namespace!r}; it can "
-                    f"only surround tasks of this app, {task.registry.names.namespace!r}"
+                    f"only apply to tasks of this app, {task.registry.names.namespace!r}"
                 )
         found = [hook for hook in self.all if hook.meant(task)]
         for hook in found:
             if hook.is_async and not task.is_async and hook.name in ("before", "after", "around"):
                 raise ConfigError(
-                    f"{hook.said} is async, and task {task.name!r} is a plain function, which runs where no event loop "
-                    "is: give it a plain hook, or keep this one from it with tasks=lambda task: task.is_async"
+                    f"{hook.said} is async, and task {task.name!r} is a plain function, which runs without an event "
+                    "loop: write a plain hook, or exclude the task with tasks=lambda task: task.is_async"
                 )
         return found
 
 
 def runner(task: Task[Any, Any]) -> Callable[..., Any]:
-    """The function to call with a job's arguments, where `current_job` is the job: a
-    coroutine function for ``async`` tasks.
+    """The function to call with a job's arguments while `current_job` is that job; a coroutine function for ``async``
+    tasks.
 
-    It is ``task.fn`` itself where there is nothing to do around it. Made when a worker or a child starts.
+    It is ``task.fn`` itself if the task has no hooks, resources or spans. Created when a worker or a child starts.
     """
     registry = task.registry
     hooks = [h for h in registry.hooks.of(task) if h.name in ("around", "before", "after")]
@@ -209,7 +209,7 @@ def _around_async(hook: Any, inner: Inner) -> Inner:
 
 
 class _Async(contextlib.AbstractAsyncContextManager[None, bool]):
-    """A plain context manager around a coroutine."""
+    """Wraps a plain context manager for use around a coroutine."""
 
     def __init__(self, inner: contextlib.AbstractContextManager[None, bool]) -> None:
         self._inner = inner
@@ -268,7 +268,7 @@ def _after_async(hook: Hook, inner: Inner) -> Inner:
 
 
 def _failed(hook: Hook, job: JobContext) -> None:
-    LOG.exception("%s failed for job %s (%s); the job is what it was", hook.said, job.job_id, job.task)
+    LOG.exception("%s failed for job %s (%s); the job's outcome is unchanged", hook.said, job.job_id, job.task)
 
 
 _WRAPS: dict[tuple[str, bool], Callable[[Any, Inner], Inner]] = {

@@ -9,11 +9,11 @@ from dataclasses import dataclass
 
 from jobledger.errors import ConfigError
 
-#: Characters of a job's id, at most.
+#: Maximum characters of a job's id.
 ID_MOST = 200
-#: Characters of a tag's name and of its value, at most.
+#: Maximum characters of a tag's name and of its value.
 TAG_NAME_MOST, TAG_VALUE_MOST = 100, 1_000
-#: Characters that an error shows of a text that is too long.
+#: How many characters of a too long text an error shows.
 SHOWN = 100
 
 _TOPIC = re.compile(r"[A-Za-z0-9._-]{1,249}")
@@ -21,27 +21,27 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,99}")
 
 
 def check_name(kind: str, name: str) -> str:
-    """Return ``name`` if it may stand in a topic name, else raise `ConfigError` naming it."""
+    """``name`` if it can be part of a topic name. Raises `ConfigError` that names it if not."""
     if not isinstance(name, str) or not _NAME.fullmatch(name):
         raise ConfigError(
-            f"{kind} {name!r} is not usable in a topic name: letters, digits, '-' and '_' only, "
+            f"{kind} {name!r} is not usable in a topic name: use letters, digits, '-' and '_' only, "
             "at most 100, beginning with a letter or digit"
         )
     return str.__str__(name)  # of an enum the formatted text is another
 
 
 def check_topic(what: str, name: object) -> str:
-    """``name`` if Kafka may have a topic of this name, else `ConfigError` that begins with ``what``."""
+    """``name`` if Kafka accepts it as a topic name. Raises `ConfigError` that begins with ``what`` if not."""
     if not isinstance(name, str) or not _TOPIC.fullmatch(name) or name in (".", ".."):
         raise ConfigError(
-            f"{what}={name!r} is no name of a topic: Kafka's have 1 to 249 letters, digits, '.', '_' and '-'"
+            f"{what}={name!r} is not a topic name: Kafka's have 1 to 249 letters, digits, '.', '_' and '-'"
         )
     return name
 
 
 def check_text(what: str, text: object, most: int, *, least: int = 1) -> str:
-    """``text`` if it is one of ``least`` to ``most`` characters that can be written everywhere, else `ConfigError` that
-    begins with ``what``. PostgreSQL's text has no NUL."""
+    """``text`` if it is a text of ``least`` to ``most`` characters without NUL (which PostgreSQL cannot store) and lone
+    surrogates. Raises `ConfigError` that begins with ``what`` if not."""
     wanted = f"a text of {least} to {most:,} characters" if least else f"a text of at most {most:,} characters"
     if not isinstance(text, str):
         raise ConfigError(f"{what}={text!r} is not {wanted}")
@@ -55,9 +55,9 @@ def check_text(what: str, text: object, most: int, *, least: int = 1) -> str:
 
 
 def check_utf8(what: str, text: object) -> str:
-    """``text`` if it is one that UTF-8 can hold, else `ConfigError` that begins with ``what``.
+    """``text`` if it can be encoded in UTF-8. Raises `ConfigError` that begins with ``what`` if not.
 
-    A text may have lone surrogates, which UTF-8 does not have: Python makes them of a file's name that is no UTF-8.
+    A str may contain lone surrogates, which UTF-8 cannot encode: Python uses them for file names that are not UTF-8.
     """
     if not isinstance(text, str):
         raise ConfigError(f"{what}={text!r} is not a text")
@@ -73,14 +73,17 @@ def check_utf8(what: str, text: object) -> str:
 
 
 def lane(queue: str, priority: str | None) -> str:
-    """What stands for a queue's level in the names of its work topic and group. No queue's name has a dot."""
+    """A lane's part in the names of its work topic and group: the queue, or queue and priority. A queue's name has no
+    dot."""
     return queue if priority is None else f"{queue}.{priority}"
 
 
 def colliding(wanted: Iterable[str], others: Iterable[str] = ()) -> dict[str, str]:
-    """Topics that Kafka will not have beside each other: of each ``wanted`` one, another of them, or of ``others``.
+    """Pairs of topics that Kafka does not allow side by side: each topic of ``wanted``, and the other one, from
+    ``wanted`` or ``others``.
 
-    Kafka's metrics write ``.`` as ``_``, so a topic is refused whose name differs from another's in these only.
+    Kafka's metrics write ``.`` as ``_``, so Kafka refuses a topic whose name differs from an existing one only in
+    these.
     """
     first: dict[str, str] = {}
     for name in others:
@@ -107,37 +110,37 @@ class Names:
         object.__setattr__(self, "namespace", check_name("namespace", self.namespace))
 
     def jobs(self, lane: str) -> str:
-        """The work topic of a queue, or of one of its priorities (see `lane`)."""
+        """The work topic of a lane: of a queue, or of one of its priorities (see `lane`)."""
         return f"{self.namespace}.jobs.{lane}"
 
     def lane_of(self, topic: str) -> str | None:
-        """What stands for the queue, or its priority, in the name of a work topic; None for any other topic."""
+        """The lane of a work topic; None for any other topic."""
         prefix = f"{self.namespace}.jobs."
         return topic[len(prefix) :] if topic.startswith(prefix) else None
 
     def queue_of(self, topic: str) -> str | None:
-        """The queue of a work topic of this namespace, or None for any other topic."""
+        """The queue of a work topic of this namespace; None for any other topic."""
         found = self.lane_of(topic)
         return None if found is None else found.partition(".")[0]
 
     @property
     def lifecycle(self) -> str:
-        """Facts of what happened to jobs; same partition number as the work record."""
+        """Facts about jobs, on the same partition number as the job's work record."""
         return f"{self.namespace}.lifecycle"
 
     @property
     def coordination(self) -> str:
-        """What the coordinator must act on: conditioned submissions, release requests, its own decisions."""
+        """Records for the coordinator: delayed submissions, release requests, its own decisions."""
         return f"{self.namespace}.coordination"
 
     @property
     def dead_letter(self) -> str:
-        """Failed jobs, whole; and records that could not be read, raw."""
+        """Failed jobs, complete; and unreadable records, as raw bytes."""
         return f"{self.namespace}.dead-letter"
 
     @property
     def control(self) -> str:
-        """Compacted: cancels, pauses and limits set by people."""
+        """Compacted: cancels, pauses and limits that people have set."""
         return f"{self.namespace}.control"
 
     @property
@@ -147,7 +150,7 @@ class Names:
 
     @property
     def standing(self) -> tuple[str, ...]:
-        """The topics that every namespace has, whatever its app declares."""
+        """The topics that every namespace has, whatever the app declares."""
         return (self.lifecycle, self.coordination, self.dead_letter, self.control, self.schemas)
 
     def events(self, name: str) -> str:
@@ -160,15 +163,15 @@ class Names:
         return f"{self.namespace}.router"
 
     def backfill_group(self, handler: str) -> str:
-        """The group that holds how far a backfill is."""
+        """The consumer group that holds a backfill's progress."""
         return f"{self.namespace}.backfill.{handler}"
 
     def lifecycle_group(self, name: str) -> str:
-        """The consumer group of one reader of everything that happens."""
+        """The consumer group of one `App.lifecycle` reader."""
         return f"{self.namespace}.lifecycle.{name}"
 
     def worker_group(self, lane: str) -> str:
-        """The consumer group that runs a queue, or one of its priorities (see `lane`)."""
+        """The consumer group of the workers of a lane: of a queue, or of one of its priorities (see `lane`)."""
         return f"{self.namespace}.worker.{lane}"
 
     @property

@@ -1,7 +1,8 @@
-"""What people order of jobs, queues and tasks: cancel, pause, resume, limit. Every order is a fact with who and why.
+"""Control commands for jobs, queues and tasks: cancel, pause, resume, limit. Each command is a fact with its author and
+reason.
 
-Orders stand on the compacted control topic, which workers read before they start anything and follow from then on: an
-order holds for workers that were down when it was given, until another one takes its place.
+Commands are on the compacted control topic, which workers read before they start anything, and follow afterwards. So a
+command also applies to workers that were down when it was given, until another command replaces it.
 """
 
 from __future__ import annotations
@@ -25,15 +26,15 @@ from jobledger.schemas.events import CancelRequested, JobEvent, QueueLimited, Qu
 from jobledger.writer import LogWriter, Outgoing
 
 Kind = Literal["queue", "task"]
-#: Characters of a reason, and of who gives an order.
+#: Maximum characters of a reason, and of the name of a command's author.
 REASON_MOST, BY_MOST = 1_000, 200
-#: The most cancels that are sent before their acknowledgements are awaited.
+#: Maximum number of cancels that are sent before their acknowledgements are awaited.
 AT_ONCE = 5_000
 
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """What a cancel needs to know of a job. ``home``: the key of its coordination records; None: its id."""
+    """The job to cancel. ``home``: the key of its coordination records; None: its id."""
 
     job_id: str
     run: int = 1
@@ -44,7 +45,7 @@ class Job:
 
 @dataclass(frozen=True, slots=True)
 class Standing:
-    """The orders in force on one queue or task. ``paused``: by whom, and why; None: it is not."""
+    """The commands in force on one queue or task. ``paused``: author and reason; None: not paused."""
 
     kind: Kind
     name: str
@@ -54,7 +55,7 @@ class Standing:
 
 
 def who() -> str:
-    """The person at this machine, as far as it can be known: ``user@host``."""
+    """The user at this machine, as far as known: ``user@host``."""
     user = "unknown"
     with contextlib.suppress(OSError, KeyError, ImportError):  # a container may run under a number without a name
         user = getpass.getuser()
@@ -62,27 +63,27 @@ def who() -> str:
 
 
 def cancel_key(job_id: str, run: int) -> str:
-    """Where a cancel stands on the control topic."""
+    """The key of a cancel on the control topic."""
     return f"cancel:{job_id}:{run}"
 
 
 def is_copy(found: Recorded, names: Names) -> bool:
-    """Whether a record stands on another topic as well, for who reads all of them: a cancel on the control topic, which
-    is compacted. The one on the coordination topic stays."""
+    """Whether a record is a duplicate for readers of all topics: a cancel on the control topic, which also is on the
+    coordination topic."""
     return found.position.topic == names.control and isinstance(found.event.fact, CancelRequested)
 
 
 class Orders:
-    """Gives orders in one namespace. ``writer``: opened at the first of them."""
+    """Sends control commands in one namespace. ``writer``: opened at the first command."""
 
     def __init__(self, settings: Settings, names: Names, writer: Callable[[], LogWriter]) -> None:
         self._settings, self._names, self._writer = settings, names, writer
 
     def cancel(self, jobs: Sequence[Job], reason: str | None = None, by: str | None = None) -> None:
-        """Want these jobs to end; returns once the log has acknowledged all of it.
+        """Request that these jobs be cancelled; returns once the log has acknowledged all requests.
 
-        One that waits is not started any more, one that runs is told, one that has ended stays what it is. Raises
-        `ConfigError`, `TopicMissing`, `AccessDenied` or `BrokerUnavailable`; then some may have been cancelled.
+        A waiting job is not started, a running job is told to stop, a job that has ended is not changed. Raises
+        `ConfigError`, `TopicMissing`, `AccessDenied` or `BrokerUnavailable`; some jobs may have been cancelled then.
         """
         for records in self.cancels(jobs, reason, by):
             self._writer().send(records)
@@ -90,7 +91,7 @@ class Orders:
     def cancels(
         self, jobs: Sequence[Job], reason: str | None = None, by: str | None = None
     ) -> Iterator[list[Outgoing]]:
-        """The records of `cancel`, as many at a time as are to be sent at once. Raises `ConfigError`."""
+        """The records of `cancel`, in batches that are each sent at once. Raises `ConfigError`."""
         fact = CancelRequested(check_text("by", by or who(), BY_MOST), _reason(reason))
         for job in jobs:
             check_text("job id", job.job_id, ID_MOST)
@@ -106,7 +107,7 @@ class Orders:
             yield records
 
     def pause(self, kind: Kind, name: str, reason: str | None = None, by: str | None = None) -> None:
-        """Start nothing more of a queue or task; running jobs continue. Raises as `cancel` does."""
+        """Start no more jobs of a queue or task; running jobs continue. Raises as `cancel` does."""
         self._order(
             f"pause:{kind}:{name}", kind, name, QueuePaused(check_text("by", by or who(), BY_MOST), _reason(reason))
         )
@@ -120,8 +121,8 @@ class Orders:
     def limit(
         self, kind: Kind, name: str, limits: Limits | None, reason: str | None = None, by: str | None = None
     ) -> None:
-        """Other limits than those in the code, for all workers together; None: the code's
-        again. Raises as `cancel` does."""
+        """Set limits in place of those in the code, for all workers together; None: those in the code apply again.
+        Raises as `cancel` does."""
         wanted = limits or Limits()
         fact = QueueLimited(wanted.rate, wanted.concurrency, check_text("by", by or who(), BY_MOST), _reason(reason))
         self._order(f"limit:{kind}:{name}", kind, name, fact)
@@ -174,7 +175,7 @@ class Orders:
 
 
 def said(by: str, reason: str | None) -> str:
-    """Who, and why."""
+    """Author and reason as one text."""
     return f"by {by}" + (f": {reason}" if reason else "")
 
 

@@ -1,7 +1,8 @@
-"""What may be said about how a task or a queue runs: order, priority, limits, isolation, leases, adaptation. Pure.
+"""The options of a task or queue that control how its jobs run: order, priority, limits, isolation, leases, adaptation.
+Pure.
 
-Each policy is a frozen value that judges itself when it is made; what depends on the function or on the queue is judged
-by `jobledger.task`.
+Each policy is a frozen value that validates itself when it is created. What depends on the function or on the queue is
+validated by `jobledger.task`.
 """
 
 from __future__ import annotations
@@ -16,18 +17,18 @@ from jobledger.durations import Seconds, in_seconds
 from jobledger.errors import ConfigError
 from jobledger.functions import check_plain
 
-#: The levels of a queue with priorities, besides the normal one.
+#: The levels of a queue with priorities, besides ``normal``.
 PRIORITIES = ("high", "low")
 Priority = Literal["high", "low"]
 Isolation = Literal["process"]
 
-#: Seconds a keyed job may run: while it does, its key's other jobs wait.
+#: Maximum timeout of a keyed job in seconds: while the job runs, the other jobs of its key wait.
 KEYED_TIMEOUT_MOST_S = 60.0
-#: Seconds a key may be held by a job that is tried again.
+#: Seconds for which a job that is retried may hold its key.
 KEY_HOLD_MAX_S = 60.0
-#: A job that may run longer than so many seconds is leased.
+#: Jobs with a timeout above this many seconds are leased.
 LONG_FROM_S = 60.0
-#: Seconds a lease holds unless it is renewed, and what may be chosen.
+#: Seconds until a lease expires unless it is renewed: default, minimum, maximum.
 LEASE_S, LEASE_LEAST_S, LEASE_MOST_S = 30.0, 5.0, 3600.0
 MAX_EXPIRY_S = 366 * 24 * 3600.0
 
@@ -38,37 +39,40 @@ _UNIT = {None: 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "
 
 
 def parse_rate(rate: object, what: str = "rate") -> float:
-    """``"100/s"``, ``"30/min"``, ``"1000/h"``, ``"5/d"`` or a number a second, as starts
-    a second; else `ConfigError`."""
+    """Starts per second from ``"100/s"``, ``"30/min"``, ``"1000/h"``, ``"5/d"`` or a number per second. Raises
+    `ConfigError`."""
     found = rate
     if isinstance(rate, str) and (match := _RATE.fullmatch(rate)):
         found = float(match[1]) / _PER[match[2]]
     if isinstance(found, bool) or not isinstance(found, int | float) or not math.isfinite(found) or found <= 0:
-        raise ConfigError(f"{what}={rate!r} is no rate: say '100/s', '30/min', '1000/h' or a number a second above 0")
+        raise ConfigError(
+            f"{what}={rate!r} is not a rate: write '100/s', '30/min', '1000/h' or a number per second above 0"
+        )
     return float(found)
 
 
 def parse_size(size: object, what: str = "max_memory") -> int:
-    """``"512MiB"``, ``"2GB"`` or a number of bytes, as bytes; else `ConfigError`."""
+    """Bytes from ``"512MiB"``, ``"2GB"`` or a number of bytes. Raises `ConfigError`."""
     found = size
     if isinstance(size, str) and (match := _SIZE.fullmatch(size)):
         found = round(float(match[1]) * _UNIT[match[2]])
     if isinstance(found, bool) or not isinstance(found, int) or found < 1:
-        raise ConfigError(f"{what}={size!r} is no size: say '512MiB', '2GB' or a number of bytes above 0")
+        raise ConfigError(f"{what}={size!r} is not a size: write '512MiB', '2GB' or a number of bytes above 0")
     return found
 
 
 def check_priority(priority: object, what: str = "priority") -> Priority | None:
-    """``priority`` if it is ``high`` or ``low``; None for ``normal`` and None; else `ConfigError`."""
+    """``priority`` if it is ``high`` or ``low``; None for ``normal`` and None. Raises `ConfigError` for anything
+    else."""
     if priority in (None, "normal"):
         return None
     if priority not in PRIORITIES:
-        raise ConfigError(f"{what}={priority!r} is none of 'high', 'normal', 'low'")
+        raise ConfigError(f"{what}={priority!r} is not 'high', 'normal' or 'low'")
     return "high" if priority == "high" else "low"
 
 
 def check_expiry(seconds: object, what: str = "expires_in") -> float | None:
-    """``seconds`` if it is a number above 0, at most 366 days, or None; else `ConfigError`."""
+    """``seconds`` if it is a number above 0, at most 366 days, or None. Raises `ConfigError` for anything else."""
     if seconds is None:
         return None
     found = in_seconds(seconds)
@@ -81,14 +85,15 @@ def check_expiry(seconds: object, what: str = "expires_in") -> float | None:
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What a whole group may do: ``rate`` starts a second, ``concurrency`` jobs at once; None: as much as it can."""
+    """Limits for all workers together: ``rate`` in starts per second, ``concurrency`` in jobs at once; None: no
+    limit."""
 
     rate: float | None = None
     concurrency: int | None = None
 
     @classmethod
     def of(cls, rate: object, concurrency: object, what: str) -> Limits:
-        """Judge what a person wrote; `ConfigError` names ``what``."""
+        """Validate limits as a user wrote them. Raises `ConfigError` that names ``what``."""
         if concurrency is not None and (
             isinstance(concurrency, bool) or not isinstance(concurrency, int) or concurrency < 1
         ):
@@ -101,13 +106,14 @@ class Limits:
 
 @dataclass(frozen=True, slots=True)
 class Adaptive:
-    """Let a task's concurrency in each worker follow what it calls: grow while that
-    answers well, shrink when it does not.
+    """Adapt a task's concurrency in each worker to its attempts: increase it while they are fast and succeed, decrease
+    it when they are slow or fail.
 
     Additive increase, multiplicative decrease (Chiu and Jain, "Analysis of the Increase and Decrease Algorithms for
-    Congestion Avoidance in Computer Networks", 1989), driven by latency against its long-run minimum as in TCP Vegas
-    (Brakmo and Peterson, 1995) and by errors. ``least``, ``most``: jobs at once; ``tolerance``: how many times its best
-    latency the present one may be; ``backoff``: what is left of the concurrency after a bad window, in (0, 1).
+    Congestion Avoidance in Computer Networks", 1989), driven by errors, and by latency against its long-run minimum as
+    in TCP Vegas (Brakmo and Peterson, 1995). ``least``, ``most``: bounds of the concurrency, in jobs at once.
+    ``tolerance``: the highest acceptable latency, as a multiple of the lowest one. ``backoff``: the factor, between 0
+    and 1, by which the concurrency is multiplied after a bad window.
     """
 
     least: int = 1
@@ -125,17 +131,17 @@ class Adaptive:
         if not self.tolerance > 1.0:
             raise ConfigError(f"Adaptive(tolerance={self.tolerance!r}) is not a number above 1")
         if not 0.0 < self.backoff < 1.0:
-            raise ConfigError(f"Adaptive(backoff={self.backoff!r}) does not lie between 0 and 1")
+            raise ConfigError(f"Adaptive(backoff={self.backoff!r}) is not between 0 and 1")
 
 
 @dataclass(frozen=True, slots=True)
 class Breaker:
-    """Stop calling what keeps failing: after ``failures`` failed attempts in a row of a task in a worker,
-    its jobs are snoozed instead of burning attempts; after ``reset`` seconds one is let through to try
-    (M. Nygard, "Release It!", 2007).
+    """A circuit breaker (M. Nygard, "Release It!", 2007): after ``failures`` failed attempts in a row of a task in a
+    worker, the task's jobs there are snoozed, which uses up no attempts. After ``reset`` seconds one job is started as
+    a trial.
 
-    A failed attempt is one that is tried again, or was the last; a job that was rejected, snoozed or cancelled says
-    nothing about what it calls.
+    An attempt counts as failed if it is retried or was the last one. A job that was rejected, snoozed or cancelled does
+    not count.
     """
 
     failures: int = 5
@@ -156,7 +162,7 @@ class Breaker:
 
 @dataclass(frozen=True, slots=True)
 class Policy:
-    """How one task runs, beyond its retries. See ``App.task`` for what each means; all were judged."""
+    """How one task runs, beyond its retries. See ``App.task`` for each option; all values are validated."""
 
     key: str | Callable[..., Any] | None = None
     key_hold_max: float = KEY_HOLD_MAX_S
@@ -192,7 +198,8 @@ def policy_of(
     adaptive: Adaptive | bool | None,
     breaker: Breaker | bool | None,
 ) -> Policy:
-    """A task's policy from what its author wrote; `ConfigError` names what cannot hold, or not together."""
+    """A task's policy from the options that its author wrote. Raises `ConfigError` that names an option, or a
+    combination of options, that is not possible."""
     what = f"task {task!r}"
     if key is not None and not callable(key) and (not isinstance(key, str) or not key):
         raise ConfigError(f"{what}: key={key!r} is neither the name of a parameter nor a function of the arguments")
@@ -213,7 +220,7 @@ def policy_of(
     level = check_priority(priority, f"{what}: priority")
     if timeout is not None and timeout > LONG_FROM_S and not leased:
         raise ConfigError(
-            f"{what}: timeout={timeout:g} is above {LONG_FROM_S:g} s, so its jobs are leased: long=False cannot hold"
+            f"{what}: timeout={timeout:g} is above {LONG_FROM_S:g} s, so its jobs are leased: long=False is not possible"
         )
     if key is not None:
         check_keyed(what, timeout, leased, level, bounded=is_async or isolation is not None)
@@ -242,19 +249,19 @@ def policy_of(
 
 
 def check_keyed(what: str, timeout: float | None, long: bool, priority: str | None, *, bounded: bool) -> None:
-    """Raise `ConfigError` unless jobs so described may be kept in the order of a key.
-    ``bounded``: they end when told to."""
+    """Raise `ConfigError` unless jobs with these options can be kept in the order of a key. ``bounded``: whether they
+    can be stopped while they run."""
     if not bounded:
         raise ConfigError(
-            f"{what}: a keyed job holds up all that follow it under its key, and a thread cannot be made to end: "
+            f"{what}: a keyed job blocks all later jobs of its key, and a thread cannot be stopped: "
             "make the task `async def`, or give it isolation='process'"
         )
     if timeout is None or timeout > KEYED_TIMEOUT_MOST_S or long:
         raise ConfigError(
-            f"{what}: a keyed job holds up all that follow it under its key, so it needs a timeout of at most "
+            f"{what}: a keyed job blocks all later jobs of its key, so it needs a timeout of at most "
             f"{KEYED_TIMEOUT_MOST_S:g} s, and cannot be long: it has timeout={timeout!r}"
         )
     if priority is not None:
         raise ConfigError(
-            f"{what}: priority={priority!r} would let jobs of one key pass each other: choose one of the two"
+            f"{what}: priority={priority!r} would let jobs of one key overtake each other: use either a key or a priority"
         )

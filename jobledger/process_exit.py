@@ -1,10 +1,10 @@
-"""Bounds the last part of a process's life: from the end of its own work until the interpreter is gone.
+"""Bounds the time from the end of a process's own work until the interpreter has exited.
 
-Python waits there for whatever an app's code left behind: threads, pools, handlers of ``atexit``, child processes of
-``multiprocessing``. Each of them gets its chance, and all of them together get `EXIT_S`. After that a daemon thread logs
-what still runs and exits with the code that the process has earned. A daemon thread cannot run while other code holds the
-interpreter's lock, nor when modules are being torn down; for these `faulthandler`'s native timer stands behind it, which
-exits with code 1 and the stacks of all threads.
+At exit Python waits for what the app's code has left behind: threads, pools, ``atexit`` handlers, child processes of
+``multiprocessing``. All of them together get `EXIT_S` seconds. After that a daemon thread logs what still runs and
+exits with the process's exit code. A daemon thread cannot run while other code holds the interpreter's lock, or while
+modules are being torn down. For these cases `faulthandler`'s native timer is the fallback: it exits with code 1 and the
+stacks of all threads.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from jobledger.logger import get_logger
 
 LOG = get_logger("jobledger")
 
-#: Seconds for what an app's code left behind. Longer than a client waits for acknowledgements when it is closed.
+#: Seconds that the app's leftovers get to end. Longer than a client waits for acknowledgements when it is closed.
 EXIT_S = 8.0
-#: Seconds after that in which a process that can run no Python code any more is ended.
+#: Seconds after that until a process that can no longer run Python code is ended.
 HARD_S = 2.0
 
 _NAME = "jobledger-exit"
@@ -36,8 +36,8 @@ _cancelled: threading.Event | None = None
 def bound_exit(code: int, seconds: float = EXIT_S) -> None:
     """Exit with ``code`` in ``seconds``, unless the process has exited by then. A second call replaces the first.
 
-    To be called when the process has done what it is for. Child processes that ``multiprocessing`` would wait for are
-    killed with it: forked ones hold copies of this process's sockets.
+    Call this when the process has finished its work. Child processes that ``multiprocessing`` would wait for are killed
+    as well: forked ones hold copies of this process's sockets.
     """
     global _cancelled
     unbound_exit()
@@ -51,7 +51,7 @@ def bound_exit(code: int, seconds: float = EXIT_S) -> None:
 
 
 def unbound_exit() -> None:
-    """Take the bound back: this process does something else now."""
+    """Remove the bound: this process continues with other work."""
     global _cancelled
     with _lock:
         cancelled, _cancelled = _cancelled, None
@@ -62,7 +62,7 @@ def unbound_exit() -> None:
 
 def exit_hard(seconds: float) -> None:
     """Exit with code 1 and the stacks of all threads on standard error in ``seconds``, unless the process has exited by
-    then; needs no interpreter lock. Replaces an earlier call."""
+    then. Needs no interpreter lock. Replaces an earlier call."""
     try:
         faulthandler.dump_traceback_later(seconds, exit=True)
     except Exception:  # noqa: BLE001  # standard error is closed, or no file: then without the stacks
@@ -97,13 +97,13 @@ def _say(text: str) -> None:
 
 
 def _children() -> list[Any]:
-    """Child processes of ``multiprocessing`` that live."""
+    """Live child processes of ``multiprocessing``."""
     used = sys.modules.get("multiprocessing.process")
     return [] if used is None else list(used.active_children())
 
 
 def left_behind(children: list[Any]) -> str:
-    """What keeps this process alive, in words."""
+    """A description of what keeps this process alive."""
     # Threads of a pool may be daemons, because the thread that made them is one; Python waits for them all the same.
     pools = sys.modules.get("concurrent.futures.thread")
     pooled, waits = getattr(pools, "_threads_queues", ()), getattr(getattr(pools, "_worker", None), "__code__", None)

@@ -1,5 +1,5 @@
-"""Projections: a person's own table, folded from domain events or from what happens to
-jobs. What it is, not how it runs."""
+"""Projections: a user's own table, folded from domain events or from job facts. This module defines a projection; it
+does not run one."""
 
 from __future__ import annotations
 
@@ -19,29 +19,31 @@ if TYPE_CHECKING:
 
 #: At most 45: `jobledger_<name>_rebuild` is a table, and PostgreSQL's names have 63 characters.
 _NAME = re.compile(r"[a-z][a-z0-9_]{0,44}")
-#: What names in the status database begin with that are not a person's own.
+#: Prefix of Jobledger's own table names in the status database.
 RESERVED = "jobledger_"
 
 
 class Where(NamedTuple):
-    """Where a folded record stands: its event's id, its place, and when the broker appended it (ms since the epoch)."""
+    """Where a folded record is: the event's id, topic, partition and offset, and when the broker appended it (ms since
+    the epoch)."""
 
     event_id: str
     position: Position
     appended_ms: int
 
 
-#: A row before (None: there is none), the event or `Recorded` fact, and, if it is asked for, where that stands; the row
-#: after, None to delete it. A column that the row after leaves out keeps its value, a new row's its default or NULL.
+#: Takes the old row (None if there is none), the event or `Recorded` fact, and optionally the record's `Where`. Returns
+#: the new row, or None to delete it. A column missing in the new row keeps its value; in an inserted row it gets its
+#: default or NULL.
 Fold = Callable[..., Mapping[str, Any] | None]
 
 
 class Projection:
-    """A fold into one table. ``events``: types whose events are folded; ``facts``: or
-    kinds of job facts, as `Recorded`.
+    """A fold into one table. ``events``: the types whose events are folded; ``facts``: or the kinds of job facts, given
+    as `Recorded`.
 
-    ``key(event)``: the primary key of the row that an event changes, a tuple for several columns; None passes it over.
-    ``start``: events before this time are passed over. Raises `ConfigError`.
+    ``key(event)``: the primary key of the row that an event changes, a tuple for several columns, or None to skip the
+    event. ``start``: events before this time are skipped. Raises `ConfigError`.
     """
 
     def __init__(
@@ -57,7 +59,7 @@ class Projection:
     ) -> None:
         if not _NAME.fullmatch(name):
             raise ConfigError(
-                f"projection {name!r}: a name is small letters, digits and '_', at most 45, a letter first; give name=…"
+                f"projection {name!r}: a name has at most 45 lowercase letters, digits and '_', and begins with a letter; give name=…"
             )
         check_plain(fold, f"projection {name!r}: the fold")
         check_plain(key, f"projection {name!r}: key=…")
@@ -65,23 +67,23 @@ class Projection:
         self.events = {event.topic: event for event in events}
         self.facts = tuple(facts)
         if bool(self.events) == bool(self.facts):
-            raise ConfigError(f"projection {name!r}: name event classes, or facts=…, and not both")
+            raise ConfigError(f"projection {name!r}: give either event classes or facts=…")
         unknown = [f for f in self.facts if f not in Fact.__args__]
         if unknown:
             raise ConfigError(
-                f"projection {name!r}: {unknown} are no facts; there are {[f.__name__ for f in Fact.__args__]}"
+                f"projection {name!r}: {unknown} are not facts; the facts are {[f.__name__ for f in Fact.__args__]}"
             )
         if not table.primary_key.columns:
             raise ConfigError(
-                f"projection {name!r}: table {table.name!r} has no primary key, so no row could be found again"
+                f"projection {name!r}: table {table.name!r} has no primary key, which is needed to find the row of an event"
             )
         for column in table.columns:
             made = column.default is not None and not column.default.is_scalar
             if made or column.server_default is not None or column.onupdate is not None:
                 raise ConfigError(
-                    f"projection {name!r}: column {table.name}.{column.name} has a value that is made elsewhere "
-                    "(server_default, computed, onupdate, or a function as default): a fold of the same log would not come "
-                    "to the same; give it a plain default=…, or let the fold name it"
+                    f"projection {name!r}: column {table.name}.{column.name} gets its value outside the fold "
+                    "(server_default, computed, onupdate, or a function as default): folding the same log again would give "
+                    "another value; give it a plain default=…, or let the fold set it"
                 )
         if table.name.startswith(RESERVED):
             raise ConfigError(f"projection {name!r}: table names that begin with {RESERVED!r} are Jobledger's own")

@@ -16,10 +16,10 @@ DEFAULT_PARTITIONS = 6
 class Queue:
     """A queue of the app.
 
-    ``partitions``: of each of its work topics; None takes the app's default. ``priorities``: whether jobs may be of
-    high or low priority; each level is a topic of its own. ``fair_by``: a tag; its values take turns, so that no
-    tenant waits behind another's backlog. ``rate`` (``"100/s"``) and ``concurrency``: limits for all of the queue's
-    workers together. Raises `ConfigError`.
+    ``partitions``: the partition count of each of its work topics; None takes the app's default. ``priorities``:
+    whether jobs may have high or low priority; each level has its own topic. ``fair_by``: the name of a tag; jobs with
+    different values of this tag are started in turn, so that no tenant waits behind the backlog of another. ``rate``
+    (``"100/s"``) and ``concurrency``: limits for all workers of the queue together. Raises `ConfigError`.
     """
 
     name: str
@@ -39,29 +39,29 @@ class Queue:
 
     @property
     def limits(self) -> Limits:
-        """Its limits for the whole group."""
+        """The queue's limits, for all of its workers together."""
         return Limits.of(self.rate, self.concurrency, f"Queue({self.name!r})")
 
     @property
     def levels(self) -> tuple[Priority | None, ...]:
-        """The priorities its jobs may have, the highest first."""
+        """The priorities that the queue's jobs may have, the highest first."""
         return ("high", None, "low") if self.priorities else (None,)
 
     @property
     def lanes(self) -> tuple[str, ...]:
-        """What stands for it in the names of work topics and groups, a lane a priority, the highest first."""
+        """The queue's part in the names of work topics and groups: one lane per priority, the highest first."""
         return tuple(lane(self.name, level) for level in self.levels)
 
 
 def check_partitions(count: object, what: str) -> int:
-    """``count`` if it is a whole number from 1 to 10,000, else `ConfigError`."""
+    """``count`` if it is a whole number from 1 to 10,000. Raises `ConfigError` for anything else."""
     if isinstance(count, bool) or not isinstance(count, int) or not 1 <= count <= 10_000:
         raise ConfigError(f"{what}={count!r} is not a whole number between 1 and 10,000")
     return count
 
 
 def check_shares(what: str, queue: Queue, limits: Limits, partitions: int) -> None:
-    """Raise `ConfigError` if a limit of concurrency is less than the partitions of the queue's work topics."""
+    """Raise `ConfigError` if a concurrency limit is less than the number of partitions of the queue's work topics."""
     count = (queue.partitions or partitions) * len(queue.levels)
     if limits.concurrency is not None and limits.concurrency < count:
         of = "partitions" if not queue.priorities else "partitions, those of all priorities counted,"

@@ -1,8 +1,9 @@
-"""What tasks share in a process: connections, pools, clients. Opened once, handed to the
-tasks that ask, closed at the end.
+"""Resources that the tasks of a process share: connections, pools, clients. A resource is opened once, passed to the
+tasks that need it, and closed at the end.
 
-A resource is a function, plain or ``async``; a generator yields the value and closes it after. A task, or another
-resource, asks with a parameter whose default is `Depends`: such a parameter is no argument of the job.
+A resource is a function, plain or ``async``. A generator yields the value and closes it afterwards. A task, or another
+resource, declares that it needs a resource with a parameter whose default is `Depends`. Such a parameter is not an
+argument of the job.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ _NONE: Any = object()
 
 
 class Resource(Generic[T]):
-    """A declared resource; made by ``@app.resource``. ``needs``: the resources its own parameters ask for."""
+    """A declared resource, created by ``@app.resource``. ``needs``: the resources that its own parameters declare."""
 
     def __init__(self, fn: Callable[..., Any], name: str | None = None) -> None:
         self.name = name or getattr(fn, "__name__", "")
@@ -46,14 +47,16 @@ class Resource(Generic[T]):
             raise ConfigError(f"resource {self.name!r} is a plain function, and {wrong[0]!r}, which it needs, is async")
         asked = [p.name for p in inspect.signature(fn).parameters.values() if p.default is p.empty]
         if asked:
-            raise ConfigError(f"resource {self.name!r}: parameter {asked[0]!r} has no default; nobody gives it one")
+            raise ConfigError(
+                f"resource {self.name!r}: parameter {asked[0]!r} has no default: only Depends(…) parameters are filled"
+            )
 
     def __repr__(self) -> str:
         return f"<resource {self.name}>"
 
 
 class Dependency:
-    """What `Depends` puts in a parameter's default."""
+    """The default value of a parameter that `Depends` returns."""
 
     __slots__ = ("resource",)
 
@@ -65,19 +68,19 @@ class Dependency:
 
 
 def Depends(resource: Resource[T]) -> T:  # the name people know it by
-    """As a parameter's default: let the worker give it the value of ``resource``. Raises
-    `ConfigError` for anything else.
+    """Return the default of a parameter to which the worker passes the value of ``resource``. Raises `ConfigError` for
+    anything else.
 
     @app.task
     async def charge(order_id: str, *, pool: Pool = Depends(pool)) -> None: ...
     """
     if not isinstance(resource, Resource):
-        raise ConfigError(f"Depends({resource!r}): that is no resource; decorate the function with @app.resource")
+        raise ConfigError(f"Depends({resource!r}): that is not a resource; decorate the function with @app.resource")
     return Dependency(resource)  # type: ignore[return-value]  # a default that stands for the value
 
 
 def dependencies(fn: Callable[..., Any]) -> dict[str, Resource[Any]]:
-    """The parameters of ``fn`` that ask for resources."""
+    """The parameters of ``fn`` whose default is `Depends`, with their resources."""
     try:
         parameters = inspect.signature(fn).parameters.values()
     except (TypeError, ValueError):
@@ -86,14 +89,14 @@ def dependencies(fn: Callable[..., Any]) -> dict[str, Resource[Any]]:
 
 
 class Resources:
-    """The resources of one app that are open in this process. A forked child starts with none of them."""
+    """The resources of one app that are open in this process. None of them is open in a forked child."""
 
     def __init__(self) -> None:
         self._forget()
         forks.in_child(self)
 
     def after_fork(self) -> None:
-        """A forked child: what is open is the parent's, and must not be closed here, nor by being freed."""
+        """In a forked child: forget the parent's open resources without closing or freeing them."""
         forks.keep(self._values, self._closers)
         self._forget()
 
@@ -111,14 +114,14 @@ class Resources:
         return self._values
 
     def get(self, resource: Resource[T]) -> T:
-        """The value; opened now if it is not. Raises `ResourceFailed`; `ConfigError` for an
-        ``async`` one that is not open."""
+        """A resource's value, opened now if necessary. Raises `ResourceFailed`; `ConfigError` for an ``async`` resource
+        that is not open."""
         found = self._here().get(resource, _NONE)
         if found is not _NONE:
             return found  # type: ignore[no-any-return]  # stored by the key's type
         if resource.is_async:
             raise ConfigError(
-                f"resource {resource.name!r} is async and not open: let an async task ask for it by a parameter"
+                f"resource {resource.name!r} is async and not open: declare it as a parameter of an async task"
             )
         with self._lock:
             if resource not in self._values:
@@ -126,7 +129,7 @@ class Resources:
                 with _naming(resource):
                     made = resource._open(**needs)
                     if inspect.isawaitable(made):
-                        raise TypeError("its function is a plain one and returned an awaitable: make it `async def`")
+                        raise TypeError("its function is plain but returned an awaitable: make it `async def`")
                     if resource._managed:
                         self._values[resource] = made.__enter__()
                         self._closers.append((resource, made))
@@ -136,7 +139,7 @@ class Resources:
             return self._values[resource]  # type: ignore[no-any-return]  # as above
 
     async def get_async(self, resource: Resource[T]) -> T:
-        """`get` on the event loop, for both kinds."""
+        """`get` on the event loop, for plain and ``async`` resources."""
         found = self._here().get(resource, _NONE)
         if found is not _NONE:
             return found  # type: ignore[no-any-return]  # as above
@@ -159,7 +162,7 @@ class Resources:
         return self._values[resource]  # type: ignore[no-any-return]  # as above
 
     async def open(self, wanted: Iterable[Resource[Any]]) -> None:
-        """Open these, and what they need, for one more worker. Raises `ResourceFailed`."""
+        """Open these resources, and those they need, for one more worker. Raises `ResourceFailed`."""
         self._here()
         self._users += 1
         for resource in wanted:
@@ -170,8 +173,8 @@ class Resources:
                     await asyncio.to_thread(self.get, each)
 
     async def close(self) -> None:
-        """Close what is open, the last first, when the last worker of this process ends. What fails is logged, whatever
-        it raises; only if this is itself cancelled, that is passed on."""
+        """Close the open resources, the last one first, when the last worker of this process stops. Errors are logged,
+        whatever their type; only a cancellation of this call itself is raised."""
         if self._pid != os.getpid():
             return
         self._users -= 1
@@ -206,7 +209,7 @@ class Resources:
 
 
 def _closed(made: Any) -> BaseException | None:
-    """Close it; what that raised."""
+    """Close the resource; returns the exception that this raised, if any."""
     try:
         made.__exit__(None, None, None)
     except BaseException as error:  # noqa: BLE001  # raised again by the caller
@@ -215,7 +218,7 @@ def _closed(made: Any) -> BaseException | None:
 
 
 def _with_needs(resource: Resource[Any]) -> Iterator[Resource[Any]]:
-    """The resource after all it needs."""
+    """The resource, after all resources that it needs."""
     for other in resource.needs.values():
         yield from _with_needs(other)
     yield resource
@@ -230,7 +233,7 @@ def _naming(resource: Resource[Any]) -> Iterator[None]:
 
 
 class ResourceDecorator:
-    """What ``@app.resource`` is: turns a function into a `Resource` of the value it returns or yields."""
+    """``@app.resource``: turns a function into a `Resource` of the value that the function returns or yields."""
 
     @overload
     def __call__(self, fn: Callable[..., AsyncIterator[T]], /) -> Resource[T]: ...

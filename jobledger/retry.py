@@ -1,8 +1,8 @@
-"""Retry policy: when an attempt is followed by another, and how long after. Pure.
+"""Retry policy: whether an attempt is followed by another, and after which delay. Pure.
 
-Backoff is exponential with full jitter over the upper half: ``delay = raw/2 + u·raw/2`` with
-``raw = min(cap, initial · factor^(attempt-1))`` ("equal jitter", AWS Architecture Blog, "Exponential Backoff And
-Jitter", 2015): it never collapses to zero and still spreads a herd.
+Backoff is exponential with jitter over the upper half: ``delay = raw/2 + u·raw/2`` with ``raw = min(cap, initial ·
+factor^(attempt-1))`` ("equal jitter", AWS Architecture Blog, "Exponential Backoff And Jitter", 2015). The delay is
+never close to zero, and retries of many jobs are still spread in time.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING
 from jobledger.durations import Seconds, in_seconds
 from jobledger.errors import ConfigError, TaskTimedOut, is_a, members_of
 
-#: What is no `Exception`, and is judged as one: a cancellation that nobody asked for, and a time limit that is over.
+#: Exceptions that are not an `Exception` but are treated as one: a cancellation that nobody requested, and an expired
+#: timeout.
 _COUNTS_AS: tuple[tuple[type[BaseException], type[Exception]], ...] = (
     (CancelledError, Exception),
     (TaskTimedOut, TimeoutError),
@@ -26,11 +27,11 @@ MAX_DELAY_S = 366 * 24 * 3600.0
 
 
 class JobControl(Exception):
-    """Base of what a task raises to say what shall become of its job; not an error of the job."""
+    """Base of the exceptions with which a task decides what happens to its job; they are not errors of the job."""
 
 
 class RetryLater(JobControl):
-    """Raise it to try again after ``delay`` seconds. It burns an attempt; exhausted attempts fail the job."""
+    """Raise this to retry after ``delay`` seconds. It uses up an attempt; when no attempts are left, the job fails."""
 
     def __init__(self, delay: Seconds, reason: str = "") -> None:
         self.delay = check_delay(delay, "RetryLater(delay)")
@@ -39,7 +40,7 @@ class RetryLater(JobControl):
 
 
 class Snooze(JobControl):
-    """Raise it to run again after ``delay`` seconds without burning an attempt."""
+    """Raise this to run again after ``delay`` seconds without using up an attempt."""
 
     def __init__(self, delay: Seconds, reason: str = "") -> None:
         self.delay = check_delay(delay, "Snooze(delay)")
@@ -48,7 +49,7 @@ class Snooze(JobControl):
 
 
 class Reject(JobControl):
-    """Raise it to fail the job at once: no retry could help. ``reason`` is for people."""
+    """Raise this to fail the job at once, because no retry could help. ``reason`` is for people."""
 
     def __init__(self, reason: str) -> None:
         self.reason = reason
@@ -56,7 +57,8 @@ class Reject(JobControl):
 
 
 def check_delay(delay: object, what: str) -> float:
-    """``delay`` in seconds if it is a number of them, or a `timedelta`, of 0 … 366 days, else `ConfigError`."""
+    """``delay`` in seconds if it is a number of seconds or a `timedelta`, from 0 to 366 days. Raises `ConfigError` for
+    anything else."""
     found = in_seconds(delay)
     if isinstance(found, bool) or not isinstance(found, int | float) or not 0 <= found <= MAX_DELAY_S:
         raise ConfigError(f"{what}={delay!r} is not a number of seconds between 0 and {MAX_DELAY_S:.0f} (366 days)")
@@ -65,12 +67,12 @@ def check_delay(delay: object, what: str) -> float:
 
 @dataclass(frozen=True, slots=True)
 class Retry:
-    """When to try again.
+    """When to retry.
 
-    ``max_attempts``: tries in all, >= 1. ``initial``, ``cap``: seconds, or a `timedelta`. ``factor``: growth per attempt, >= 1.
-    ``jitter``: spread each delay over its upper half. ``on``: only these exceptions are retried; ``never``: these are
-    not, even if ``on`` names a base of theirs. Timeouts count as `TimeoutError`. Of an `ExceptionGroup` the exceptions in it
-    are judged: see `retries`. Raises `ConfigError`.
+    ``max_attempts``: attempts in all, >= 1. ``initial``, ``cap``: seconds, or a `timedelta`. ``factor``: growth per
+    attempt, >= 1. ``jitter``: whether each delay is spread over its upper half. ``on``: only these exceptions are
+    retried. ``never``: these are not retried, even if ``on`` contains a base class of theirs. Timeouts count as
+    `TimeoutError`. For an `ExceptionGroup` the exceptions in it decide: see `retries`. Raises `ConfigError`.
     """
 
     max_attempts: int = 5
@@ -105,10 +107,10 @@ class Retry:
         object.__setattr__(self, "never", _exceptions(self.never, "never"))
 
     def retries(self, error: BaseException) -> bool:
-        """Whether this exception is one to try again after.
+        """Whether an attempt that raised this exception is retried.
 
-        Of a group: neither it nor anything in it is one of ``never``, and each leaf, or a group that holds it, is one of
-        ``on``. `JobControl` says itself what shall be, so it is not asked for.
+        A group is retried if neither the group nor anything in it matches ``never``, and each leaf, or a group that
+        contains the leaf, matches ``on``. A `JobControl` is not passed to this method: it decides itself.
         """
         todo, seen = [(error, False)], set()
         while todo:
@@ -127,7 +129,8 @@ class Retry:
         return True
 
     def delay_after(self, attempt: int, uniform: float) -> float:
-        """Seconds between the failure of ``attempt`` (1, 2, …) and the next one; ``uniform`` is drawn from [0, 1)."""
+        """Seconds between the failure of ``attempt`` (1, 2, …) and the next attempt; ``uniform`` is drawn from [0,
+        1)."""
         # Past this exponent every factor above 1 has passed any cap; pow would overflow instead.
         exponent = min(attempt - 1, 1000)
         try:
@@ -145,5 +148,5 @@ def _exceptions(given: object, which: str) -> tuple[type[BaseException], ...]:
     return items  # type: ignore[return-value]  # checked one by one above
 
 
-#: A job that is never tried again.
+#: A policy without retries.
 NO_RETRY = Retry(max_attempts=1)

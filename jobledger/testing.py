@@ -1,4 +1,5 @@
-"""For tests of your own tasks: `job_context` makes `current_job()` work where a test calls a task. No broker, no worker."""
+"""For tests of your own tasks: with `job_context`, `current_job()` works in a test that calls a task. No broker, no
+worker."""
 
 from __future__ import annotations
 
@@ -17,8 +18,8 @@ __all__ = ["TestedJob", "job_context"]
 
 
 class TestedJob(JobContext):
-    """The job of a test. ``reports``: what the task has reported with `progress`, in order, each with ``done``, ``total``
-    and ``message``."""
+    """The job of a test. ``reports``: the task's `progress` reports in order, each with ``done``, ``total`` and
+    ``message``."""
 
     __slots__ = ("reports",)
     __test__ = False  # no class of tests
@@ -38,11 +39,12 @@ def job_context(
     tags: Mapping[str, str] | None = None,
     parent: str | None = None,
 ) -> Iterator[TestedJob]:
-    """Let the block be an attempt of a job: `current_job()` gives it, in coroutines and tasks started inside, too.
+    """Run the block as an attempt of a job: `current_job()` returns this job, also in coroutines and tasks started in the
+    block.
 
-    ``task``: the task, or its name. ``job_id``: a UUID, a new one unless given. ``parent``: the id of the job that
-    submitted it. After the block the attempt has ended, as for a worker: what still runs can report nothing. Raises
-    `ConfigError`. For example:
+    ``task``: the task, or its name. ``job_id``: a UUID, by default a new one. ``parent``: the id of the job that
+    submitted this one. After the block the attempt has ended, as in a worker: code that still runs can report no
+    progress. Raises `ConfigError`. For example:
 
         with job_context(send_mail, attempt=2) as job:
             assert send_mail("a@example.org") == "sent"

@@ -358,7 +358,7 @@ def test_a_report_that_is_none_is_the_job_s_error(app: App, worker: Worker) -> N
     failed = end_of(app, tasks.reports_nonsense.submit().job_id)
     assert isinstance(failed, JobFailed)
     assert failed.reason == "exhausted"
-    assert "progress(message=3) is no text" in failed.error.message
+    assert "progress(message=3) is not a text" in failed.error.message
 
 
 def reports_of(app: App, job_id: str) -> list[str | None]:

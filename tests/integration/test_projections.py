@@ -540,8 +540,8 @@ def test_what_cannot_be_a_projection_is_refused_when_it_is_declared(app: App) ->
     cases: list[tuple[Any, dict[str, Any], str]] = [
         (fold, {"table": keyless}, "primary key"),
         (fold, {"table": own}, "Jobledger's own"),
-        (fold, {"table": good, "facts": (JobSucceeded,)}, "not both"),
-        (fold, {"table": good, "name": "No"}, "small letters"),
+        (fold, {"table": good, "facts": (JobSucceeded,)}, "give either event classes"),
+        (fold, {"table": good, "name": "No"}, "lowercase letters"),
         (fold, {"table": good, "start": dt.datetime(2026, 1, 1)}, "time zone"),  # the point
         (one, {"table": good}, "parameters"),
         (fold, {"table": app.registry.projections["ends"].table}, "registered already"),
@@ -549,7 +549,7 @@ def test_what_cannot_be_a_projection_is_refused_when_it_is_declared(app: App) ->
     for function, options, why in cases:
         with pytest.raises(ConfigError, match=why):
             app.projection(Happened, key=lambda event: "k", **options)(function)
-    with pytest.raises(ConfigError, match="no facts"):
+    with pytest.raises(ConfigError, match="not facts"):
         app.projection(table=good, key=lambda event: "k", facts=(int,))(fold)
     long = "x" * 46
     with pytest.raises(ConfigError, match=rf"projection '{long}': .* at most 45"):

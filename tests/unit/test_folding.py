@@ -121,5 +121,5 @@ def test_a_key_that_the_database_keeps_as_another_is_refused() -> None:
 )
 def test_a_value_that_is_made_elsewhere_is_refused(options: dict[str, Any]) -> None:
     """A fold of the same log would come to another table."""
-    with pytest.raises(ConfigError, match=r"said.total .*made elsewhere"):
+    with pytest.raises(ConfigError, match=r"said.total .*outside the fold"):
         projection(in_place, table(Column("total", Integer, **options)))

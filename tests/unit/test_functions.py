@@ -78,13 +78,13 @@ REFUSED: list[tuple[Any, str]] = [
     (Service().of_class, r"Service\.of_class is a method"),
     (staticmethod(plain), "plain is a staticmethod"),
     (classmethod(coroutine), "coroutine is a classmethod"),  # type: ignore[arg-type]  # what is refused
-    (Service(), "an object that can be called"),
+    (Service(), "is a callable object"),
     (Service, "Service is a class"),
     (functools.partial(plain, 1), r"partial\(plain, …\) is a partial.*write a function"),
     (functools.partial(generates, 1), "partial"),
     (print, "print is a builtin"),
     ([].append, "append is a"),
-    (7, "7 is no function"),
+    (7, "7 is not a function"),
 ]
 
 

@@ -202,7 +202,7 @@ def test_hooks_that_are_none_are_refused() -> None:
     app = app_of()
     with pytest.raises(ConfigError, match="has none of before"):
         app.middleware(object())
-    with pytest.raises(ConfigError, match="is no generator"):
+    with pytest.raises(ConfigError, match="is not a generator"):
         app.around(lambda job: None)  # type: ignore[arg-type]  # as tried
 
 
@@ -243,7 +243,7 @@ def test_a_resource_is_opened_once_and_closed_in_reverse(kind: str) -> None:
     assert task.signature == "(n: int) -> int"
     with pytest.raises(BadArguments):
         task.job(3, pool=[])
-    with pytest.raises(BadArguments, match="give it pool="):
+    with pytest.raises(BadArguments, match="pass pool="):
         task(3)
     assert (ran(task, n=1), ran(task, n=1)) == (2, 3)
     assert app.use(engine) == "engine"
@@ -322,7 +322,7 @@ def test_resources_that_cannot_be_had_are_refused_at_once() -> None:
         ("put resources last", lambda: app.task(misplaced)),
         ("has no default", lambda: app.resource(asks)),
         ("which it needs, is async", lambda: app.resource(wants)),
-        ("that is no resource", lambda: Depends(asks)),  # type: ignore[arg-type]  # as tried
+        ("that is not a resource", lambda: Depends(asks)),  # type: ignore[arg-type]  # as tried
     ]
     for message, attempt in refused:
         with pytest.raises(ConfigError, match=message):

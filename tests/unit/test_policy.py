@@ -53,7 +53,7 @@ def test_rates_are_read(rate: Any, a_second: float) -> None:
 @pytest.mark.parametrize("rate", ["fast", "0/s", "-1/s", 0, -1, float("nan"), float("inf"), True, "10/week", None])
 def test_what_is_no_rate_is_refused(rate: Any) -> None:
     """The error names the value and shows how to write it."""
-    with pytest.raises(ConfigError, match=r"is no rate: say '100/s'"):
+    with pytest.raises(ConfigError, match=r"is not a rate: write '100/s'"):
         parse_rate(rate)
 
 
@@ -61,7 +61,7 @@ def test_sizes_are_read() -> None:
     """Powers of two and of ten, as they are written."""
     assert [parse_size(s) for s in ("512MiB", "2GB", "1.5 KiB", 7)] == [512 * 2**20, 2 * 10**9, 1536, 7]
     for wrong in ("much", "0", 0, True, "5 miles"):
-        with pytest.raises(ConfigError, match="is no size"):
+        with pytest.raises(ConfigError, match="is not a size"):
             parse_size(wrong)
 
 
@@ -70,17 +70,17 @@ def test_sizes_are_read() -> None:
     [
         ({"key": "order"}, "needs a timeout of at most 60 s"),
         ({"key": "order", "timeout": 61}, "needs a timeout of at most 60 s"),
-        ({"key": "order", "timeout": 5, "priority": "high"}, "choose one of the two"),
+        ({"key": "order", "timeout": 5, "priority": "high"}, "use either a key or a priority"),
         ({"key": "no such", "timeout": 5}, "is not one of its parameters"),
         ({"key": "", "timeout": 5}, "neither the name of a parameter nor a function"),
         ({"key": "order", "timeout": 5, "key_hold_max": 0}, "key_hold_max=0"),
-        ({"priority": "urgent"}, "none of 'high', 'normal', 'low'"),
-        ({"rate": "often"}, "is no rate"),
+        ({"priority": "urgent"}, "not 'high', 'normal' or 'low'"),
+        ({"rate": "often"}, "is not a rate"),
         ({"concurrency": 0}, "concurrency=0 is not a whole number"),
         ({"isolation": "container"}, "is not 'process'"),
         ({"max_memory": "1GiB"}, "needs isolation='process'"),
-        ({"isolation": "process", "max_memory": "much"}, "is no size"),
-        ({"timeout": 90, "long": False}, "long=False cannot hold"),
+        ({"isolation": "process", "max_memory": "much"}, "is not a size"),
+        ({"timeout": 90, "long": False}, "long=False is not possible"),
         ({"long": True, "lease": 1}, "lease=1 is not a number of seconds from 5"),
         ({"expires_in": -1}, "expires_in=-1"),
         ({"adaptive": 5}, "neither True nor a Adaptive"),
