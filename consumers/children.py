@@ -279,8 +279,6 @@ class Children:
             if not self._watched:
                 self._loop.call_later(WATCH_S, self._watch)
             self._watched.add(child)
-        if work.stop_outcome is not None:
-            self.stop(work)
 
     def _watch(self) -> None:
         for child in list(self._watched):

@@ -458,7 +458,7 @@ class Dispatcher:
         taken = 0
         try:
             if _monotonic() > lease.until:  # nothing is set aside either: another may have run it
-                lease.wanted = True  # the fetch thread asks the coordinator, and wakes us
+                lease.ask()
                 return 0
             partition.full = partition.waiting > 0 and not self.lines.room(partition)
             if partition.full:
@@ -473,7 +473,7 @@ class Dispatcher:
             while taken < most and partition.owned and partition.stopped is None and not partition.aside:
                 now = _monotonic()
                 if now > lease.until:
-                    partition.lease.wanted = True  # the fetch thread asks the coordinator, and wakes us
+                    lease.ask()
                     break
                 if (back := partition.back) is not None:
                     partition.back = None

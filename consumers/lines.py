@@ -206,7 +206,7 @@ class Lines:
                 continue
             try:
                 if now > partition.lease.until:
-                    partition.lease.wanted = True  # the fetch thread asks the coordinator, and wakes us
+                    partition.lease.ask()
                     stage.add(line)
                     break
                 begun += self._serve_line(stage, line, now)

@@ -11,6 +11,7 @@ import asyncio
 import contextvars
 import time
 from collections.abc import Callable
+from functools import partial
 
 from jobledger.consumers.children import Children
 from jobledger.consumers.execute import Executor, context_of
@@ -94,13 +95,13 @@ class Places:
         return Failed("crashed", ErrorInfo("ProcessDied", said))
 
     def go(self, work: Work) -> None:
-        """Run the code of a job that was begun; of a suspect only if it is still ours."""
+        """Run the code of a job that was begun; of a suspect, and in a child, only if it is still ours."""
         plan, room = work.plan, work.room
         assert plan is not None
         if room is not None and room is not self.threads:
             assert self.children is not None
             self.children.run(work)
-        elif not self.take(work):
+        elif work.suspect and not self.take(work):
             return
         elif room is None:
             work.handle = self.loop.create_task(self.executor.run(work), context=self._base.copy())
@@ -110,30 +111,34 @@ class Places:
             self.executor.submit(work)
 
     def take(self, work: Work) -> bool:
-        """Whether a job's code may be run now; of suspects, that begun long before, what may not be is put aside."""
-        if not work.suspect:
-            return True
+        """Whether a job's code may be run now that has waited for a child, or for its start to be acknowledged."""
+        if not self._may_start(work, self.go):
+            return False
+        if work.suspect:
+            if work.lease is None and not work.partition.begin_taking():
+                self._done(work)
+                return False
+            work.waiting = work.partition.taking = False
+        return True
+
+    def _may_start(self, work: Work, again: Callable[[Work], None]) -> bool:
+        """Whether a job that waited may be started now. If it may not, its room and slot are free; if that is not known,
+        because the worker was paused or has lost the broker, ``again(work)`` is called later."""
         if work.abandoned or not self._ours(work):
             self._done(work)
-            return False
-        if not self._certain(work):
-            self.loop.call_later(AGAIN_S, self.go, work)
-            return False
-        if work.stop_outcome is not None:  # cancelled while it waited
+        elif not self._certain(work):
+            self.loop.call_later(AGAIN_S, again, work)
+        elif work.stop_outcome is not None:  # cancelled while it waited
             self.executor.close_with(work, work.stop_outcome)
             self._done(work)
-            return False
-        if work.lease is None and not work.partition.begin_taking():
-            self._done(work)
-            return False
-        work.waiting = False
-        work.partition.taking = False
-        return True
+        else:
+            return True
+        return False
 
     def sweep(self) -> None:
         """Partitions were given up, or the worker takes nothing more: let go of what waits for a child."""
         if self.children is not None:
-            for work in self.children.forget(lambda work: work.suspect and not self._ours(work)):
+            for work in self.children.forget(lambda work: not self._ours(work)):
                 self._done(work)
 
     # -- what children tell -------------------------------------------------------------------------------------------
@@ -171,19 +176,20 @@ class Places:
         elif blamed and work.takeover >= CRASHES:
             self.executor.close_with(work, Failed("crashed", error))
             self._done(work)
-        elif not self._ours(work) or (plan.room is self.processes and not self._usable):
+        elif plan.room is self.processes and not self._usable:
             self._done(work)  # not done: whoever owns it next finds its starts
         else:
             if not self._usable:
                 self._move(work, plan.room)  # where it would have run at first; an isolated task ends the worker
-            LOG.warning(
-                "job %s (%s), started %d times, is started again: %s",
-                event.job_id,
-                event.task,
-                work.takeover + (not blamed),
-                error.message,
-            )
-            work.suspect = True
+            work.suspect = work.waiting = True
+            starts = work.takeover + (not blamed)
+            said = f"job {event.job_id} ({event.task}), started {starts} times, is started again: {error.message}"
+            self._start_again(said, work)
+
+    def _start_again(self, said: str, work: Work) -> None:
+        """Start a job again whose process died, if it is still ours; else whoever owns it next finds its starts."""
+        if self._may_start(work, partial(self._start_again, said)):
+            LOG.warning("%s", said)
             work.began = time.monotonic()
             work.context = context_of(work)
             self._begin_again(work)

@@ -119,12 +119,10 @@ class Settler(threading.Thread):
         retry would run a job again that has succeeded there; the other one gives the job an outcome, and sends what
         derives from that. As long as nobody knows, it waits for the next tick."""
         partition = work.partition
-        if partition.gone:
-            return True
-        if not partition.owned or time.monotonic() <= partition.lease.until:
-            return False  # while it is handed over, the group waits for this worker
-        partition.lease.wanted = True
-        self._waiting.append(work)
+        if partition.certain():
+            return False
+        if not partition.gone:
+            self._waiting.append(work)
         return True
 
     def _send_derived(self, work: Work) -> None:

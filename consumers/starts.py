@@ -194,20 +194,19 @@ class Starter:
         self._call(self.places.go, work)
 
     def ours(self, work: Work) -> bool:
-        """Whether this worker is to run a job that is counted as running already."""
-        if work.lease is not None:
-            return self.accepting and self.leases.holds(work)
+        """Whether this worker is to run a job that is counted as running already. A suspect is the next owner's as soon as
+        its partition is given up, or the worker ends; all others are waited for then."""
         partition = work.partition
-        return self.accepting and partition.owned and partition.stopped is None
+        if work.suspect and not self.accepting:
+            return False
+        if work.lease is not None:
+            return self.leases.holds(work)
+        return partition.owned and partition.stopped is None if work.suspect else not partition.gone
 
     @staticmethod
     def certain(work: Work) -> bool:
-        """Whether nobody else can have taken it over, as far as is known now; if not, the group is asked."""
-        lease = work.partition.lease
-        if work.lease is not None or _monotonic() <= lease.until:
-            return True
-        lease.wanted = True
-        return False
+        """Whether no other worker can have taken the job over, as far as is known now; if not, the group is asked."""
+        return work.lease is not None or work.partition.certain()
 
     def start_waiting(self) -> int:
         """Give rooms that have room what waits for them."""
@@ -235,7 +234,7 @@ class Starter:
             return True
         try:
             if now > partition.lease.until:
-                partition.lease.wanted = True  # the fetch thread asks the coordinator, and wakes us
+                partition.lease.ask()
                 return False
             waiting.popleft()
             work.waiting = False

@@ -58,7 +58,11 @@ class Lease:
     def __init__(self, seconds: float, wake: Callable[[], None] = lambda: None) -> None:
         self.seconds, self._wake = seconds, wake
         self.until = 0.0  # of time.monotonic()
-        self.wanted = False  # the dispatcher waits for a confirmation
+        self.wanted = False  # a confirmation is waited for
+
+    def ask(self) -> None:
+        """Have the fetch thread ask the coordinator, and wake the dispatcher when it has confirmed. In any thread."""
+        self.wanted = True
 
     def confirm(self, asked_at: float) -> None:
         """A commit that was begun at ``asked_at`` (`time.monotonic`) was accepted. Whoever waits for that is woken,
@@ -190,6 +194,16 @@ class Partition:
     def busy(self) -> bool:
         """Whether something of it is under way: what merely waits for a thread is not."""
         return self.taking or any(not work.waiting for work in list(self.live.values()))
+
+    def certain(self) -> bool:
+        """Whether no other worker can have taken it over, as far as is known now; if that is not known, the group is asked.
+        While it is handed over, the group waits for this worker. In any thread."""
+        if not self.owned:
+            return not self.gone
+        if time.monotonic() <= self.lease.until:
+            return True
+        self.lease.ask()
+        return False
 
     def nothing_waits(self) -> None:
         """What waited in lines is the next owner's."""

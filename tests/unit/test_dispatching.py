@@ -23,6 +23,7 @@ from hypothesis import strategies as st
 
 from jobledger import App, Queue, Snooze, current_job
 from jobledger.config import Settings
+from jobledger.consumers.children import Children, ChildSettings
 from jobledger.consumers.clock import BrokerClock
 from jobledger.consumers.commit import LOST_S, Committer
 from jobledger.consumers.dispatch import Dispatcher
@@ -31,21 +32,24 @@ from jobledger.consumers.facts import Facts
 from jobledger.consumers.offsets import PartitionOffsets, Restored, Snapshot, decode
 from jobledger.consumers.outcome import Cancelled
 from jobledger.consumers.places import UNSEEN_CRASHES, Places
+from jobledger.consumers.process import Child
 from jobledger.consumers.releases import release_key
 from jobledger.consumers.send import Sender
 from jobledger.consumers.settle import Settler, new_arrived
-from jobledger.consumers.work import Lease, Partition
+from jobledger.consumers.work import Lease, Partition, Work
 from jobledger.errors import BrokerUnavailable, JobledgerError
 from jobledger.outage import outage_of
 from jobledger.retry import Retry
 from jobledger.schemas import codec, frame
 from jobledger.schemas.events import (
+    ErrorInfo,
     JobCancelled,
     JobEvent,
     JobExpired,
     JobFailed,
     JobRetried,
     JobSpec,
+    JobStarted,
     JobSubmitted,
     JobSucceeded,
     settles,
@@ -537,6 +541,148 @@ def test_what_breaks_in_the_loop_ends_the_worker() -> None:
         bench.dispatcher.call(lambda: cast(Any, None).nothing)
         await until(lambda: bench.failed)
         assert "the dispatcher broke" in str(bench.failed[0])
+        bench.close()
+
+    run(test)
+
+
+class FreeChildren:
+    """The pool of a bench's child processes: a child is free when a test says so, and what it is given is kept."""
+
+    def __init__(self, bench: Bench) -> None:
+        places = bench.dispatcher.places
+        self.given: list[Work] = []
+        self.pool = Children(
+            ChildSettings(1, 0, 10, "m:a", Settings()),
+            take=places.take,
+            said=places.said,
+            died=places.died,
+            ended=places.ended,
+            unusable=bench.failed.append,
+        )
+        self.pool._nursery._process = cast(Any, object())  # started, and forks no child
+        self.pool._give = lambda child, work: self.given.append(work)  # type: ignore[method-assign]
+        places.children = self.pool
+
+    def free(self) -> None:
+        """One more child is free."""
+        self.pool._use(Child(self.pool))
+
+
+def starts(bench: Bench) -> int:
+    """How many starts of jobs were sent."""
+    return sum(isinstance(fact, JobStarted) for fact in bench.kept.facts())
+
+
+def wake_late(partition: Partition) -> None:
+    """The worker was paused for longer than its lease."""
+    partition.lease.until = time.monotonic() - 1.0
+
+
+def lose(bench: Bench, partition: Partition) -> None:
+    """Another worker has the partition."""
+    partition.gone = True
+    partition.give_up()
+    bench.dispatcher.ended([partition])
+
+
+@pytest.mark.parametrize("lost", [False, True])
+def test_a_job_that_waits_for_a_child_is_not_run_before_the_lease_is_confirmed(lost: bool) -> None:
+    """A worker that was paused while an isolated job waited for a child gives it to none on waking: the group is asked
+    first, and what another worker has by then is not run."""
+    app = App("shop")
+
+    @app.task(isolation="process")
+    def isolated(n: int) -> None:
+        raise AssertionError("runs in no process of this test")
+
+    async def test() -> None:
+        bench = Bench(app)
+        children, partition = FreeChildren(bench), bench.partition()
+        put(partition, [job("isolated", n=0)])
+        bench.dispatcher.wake()
+        await until(lambda: starts(bench) == 1)
+        wake_late(partition)
+        children.free()
+        assert (children.given, partition.lease.wanted) == ([], True)
+        if lost:
+            lose(bench, partition)
+        partition.lease.confirm(time.monotonic())  # for what is assigned now
+        if lost:
+            await until(lambda: not bench.dispatcher.running)
+            assert partition.live, "not done: the next owner's"
+        else:
+            await until(lambda: children.given)
+        assert [work.offset for work in children.given] == [0] * (not lost)
+        assert (starts(bench), bench.failed) == (1, [])
+        bench.close()
+
+    run(test)
+
+
+@pytest.mark.parametrize("lost", [False, True])
+def test_a_job_whose_child_died_is_not_started_again_before_the_lease_is_confirmed(lost: bool) -> None:
+    """A child died while its worker was paused: on waking the worker says no second start before the group has confirmed
+    the partition, and none of a partition that another worker has."""
+    app = App("shop")
+
+    @app.task(isolation="process")
+    def isolated(n: int) -> None:
+        raise AssertionError("runs in no process of this test")
+
+    async def test() -> None:
+        bench = Bench(app)
+        children, partition = FreeChildren(bench), bench.partition()
+        put(partition, [job("isolated", n=0)])
+        bench.dispatcher.wake()
+        await until(lambda: starts(bench) == 1)
+        children.free()
+        (work,) = children.given
+        wake_late(partition)
+        bench.dispatcher.places.died(work, ErrorInfo("ProcessDied", "signal 9"), True)
+        assert (starts(bench), partition.lease.wanted) == (1, True)
+        assert not partition.busy, "a hand-over does not wait for it"
+        if lost:
+            lose(bench, partition)
+        partition.lease.confirm(time.monotonic())
+        if lost:
+            await until(lambda: not bench.dispatcher.running)
+        else:
+            await until(lambda: starts(bench) == 2)
+            bench.settler.serve()
+            children.free()
+            await until(lambda: len(children.given) == 2)
+        assert (starts(bench), bench.failed) == (2 - lost, [])
+        bench.close()
+
+    run(test)
+
+
+def test_a_job_that_waits_for_a_thread_is_not_run_before_the_lease_is_confirmed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A worker that was paused while a job waited for a thread begins it when the group has confirmed the partition."""
+    app = App("shop")
+
+    @app.task
+    def plain(n: int) -> None:
+        raise AssertionError("runs in no thread of this test")
+
+    async def test() -> None:
+        bench = Bench(app, threads=1)
+        partition = bench.partition()
+        given: list[Work] = []
+        monkeypatch.setattr(bench.dispatcher.executor, "submit", given.append)
+        put(partition, [job("plain", n=n) for n in range(2)])
+        bench.dispatcher.wake()
+        await until(lambda: len(partition.live) == 2)
+        wake_late(partition)
+        bench.dispatcher.ended_in_thread(given[0])
+        await until(lambda: partition.lease.wanted)
+        assert (len(given), starts(bench)) == (1, 1)
+        partition.lease.confirm(time.monotonic())
+        bench.dispatcher.wake()  # as the fetch thread's lease does
+        await until(lambda: len(given) == 2)
         bench.close()
 
     run(test)
