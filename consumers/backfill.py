@@ -11,7 +11,7 @@ import re
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from confluent_kafka import Consumer, KafkaException, Message, TopicPartition
@@ -86,7 +86,6 @@ class Plan:
     rate: float | None = None
     dry_run: bool = False
     restart: bool = False
-    chunk: int = field(default=CHUNK)
 
 
 class Backfill:
@@ -194,7 +193,7 @@ class Backfill:
     ) -> None:
         at = {partition: r.at for partition, r in ranges.items()}
         pace = _Pace(self.plan.rate)
-        size = self.plan.chunk if self.plan.rate is None else max(1, min(self.plan.chunk, int(self.plan.rate / 10)))
+        size = CHUNK if self.plan.rate is None else max(1, min(CHUNK, int(self.plan.rate / 10)))
         for chunk in self._chunks(ranges, size, stop):
             self._submit(sender, chunk)
             for message in chunk:

@@ -18,7 +18,6 @@ import random
 import select
 import signal
 import socket
-import struct
 import sys
 import threading
 import time
@@ -27,7 +26,7 @@ from types import FrameType
 from typing import Any
 
 from jobledger import forks, tracing
-from jobledger.consumers.frames import Ended, Progress, Run, decode_run, ended, frame
+from jobledger.consumers.frames import LENGTH, Ended, Progress, Run, decode_run, ended, frame
 from jobledger.consumers.garbage import Garbage
 from jobledger.consumers.interrupts import runs_inside
 from jobledger.consumers.outcome import Failed, Outcome, Succeeded, bad_result, error_info, judge, ran_out, timed_out
@@ -55,8 +54,6 @@ HEADROOM = 256 << 20
 
 #: Milliseconds that a child which ends gives its spans to leave.
 FLUSH_MS = 1_500
-
-_LENGTH = struct.Struct(">I")
 
 
 class Child:
@@ -107,8 +104,8 @@ class Child:
             self._garbage.look(idle=True)
 
     def _receive(self) -> bytes | None:
-        head = self._exactly(_LENGTH.size)
-        return None if head is None else self._exactly(_LENGTH.unpack(head)[0])
+        head = self._exactly(LENGTH.size)
+        return None if head is None else self._exactly(LENGTH.unpack(head)[0])
 
     def _exactly(self, count: int) -> bytes | None:
         found = self._connection.recv(count)

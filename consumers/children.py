@@ -98,11 +98,6 @@ class Children:
         """Children there are."""
         return len(self._all)
 
-    @property
-    def born(self) -> int:
-        """Children there have been."""
-        return self._nursery.born
-
     def run(self, work: Work) -> None:
         """Run the attempt in a child, as soon as one is free."""
         if self.broken is not None:
@@ -249,7 +244,7 @@ class Children:
         assert plan is not None
         assert context is not None
         work.context = None
-        child.work, child.began, child.why, child.peak = work, time.monotonic(), None, 0
+        child.work, child.why, child.peak = work, None, 0
         self._of[work] = child
         child.words.forget()  # what former jobs wrote explains nothing of this one
         spec = event.fact.spec  # type: ignore[union-attr]  # it stood on a work topic

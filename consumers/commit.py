@@ -97,7 +97,7 @@ class Committer:
             error = errors.get(partition.number)
             if error is None:
                 partition.last_commit = (said.offset, said.metadata)
-            if error is not None:
+            else:
                 if partition.offsets is not None:
                     partition.offsets.changed = True
                 self._refused(partition, error)

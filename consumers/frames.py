@@ -15,7 +15,7 @@ import msgspec
 from jobledger.consumers.outcome import Failed, Outcome, Retried, Snoozed, Succeeded
 from jobledger.schemas.events import ErrorInfo
 
-_LENGTH = struct.Struct(">I")
+LENGTH = struct.Struct(">I")
 
 
 class Run(msgspec.Struct, array_like=True, gc=False):
@@ -62,7 +62,7 @@ decode_said = msgspec.msgpack.Decoder(Said).decode
 def frame(message: Any) -> bytes:
     """A message as bytes, its length first."""
     body = _encoder.encode(message)
-    return _LENGTH.pack(len(body)) + body
+    return LENGTH.pack(len(body)) + body
 
 
 class Splitter:
@@ -76,12 +76,12 @@ class Splitter:
         rest = self._rest
         rest += data
         at = 0
-        while len(rest) - at >= _LENGTH.size:
-            (length,) = _LENGTH.unpack_from(rest, at)
-            end = at + _LENGTH.size + length
+        while len(rest) - at >= LENGTH.size:
+            (length,) = LENGTH.unpack_from(rest, at)
+            end = at + LENGTH.size + length
             if len(rest) < end:
                 break
-            yield bytes(rest[at + _LENGTH.size : end])
+            yield bytes(rest[at + LENGTH.size : end])
             at = end
         del rest[:at]
 

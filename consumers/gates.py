@@ -71,8 +71,6 @@ class Scope:
     __slots__ = (
         "_filled_at",
         "_owned",
-        "_rate",
-        "_slots",
         "_tokens",
         "_total",
         "declared",
@@ -80,7 +78,9 @@ class Scope:
         "ordered",
         "parked",
         "paused",
+        "rate",
         "running",
+        "slots",
     )
 
     def __init__(self, name: str, declared: Limits) -> None:
@@ -91,8 +91,8 @@ class Scope:
         self.running = 0
         self._owned: list[int] = []
         self._total = 1
-        self._rate: float | None = None
-        self._slots: int | None = None
+        self.rate: float | None = None  # starts a second that this worker may make; None: no limit
+        self.slots: int | None = None  # jobs that this worker may run at once; None: no limit
         self._tokens, self._filled_at = 0.0, -math.inf
         self._divide()
 
@@ -105,16 +105,6 @@ class Scope:
     def active(self) -> bool:
         """Whether it holds anything back at all."""
         return self.paused is not None or bool(self.limits)
-
-    @property
-    def rate(self) -> float | None:
-        """Starts a second that this worker may make; None: no limit."""
-        return self._rate
-
-    @property
-    def slots(self) -> int | None:
-        """Jobs that this worker may run at once; None: no limit."""
-        return self._slots
 
     def order(self, limits: Limits | None) -> None:
         """Other limits than the declared ones, from now on; None: the declared ones again."""
@@ -129,11 +119,11 @@ class Scope:
     def _divide(self) -> None:
         limits = self.limits
         held = len([n for n in self._owned if n < self._total])
-        self._rate = None if limits.rate is None else limits.rate * held / self._total
-        self._slots = None if limits.concurrency is None else share_of(limits.concurrency, self._owned, self._total)
+        self.rate = None if limits.rate is None else limits.rate * held / self._total
+        self.slots = None if limits.concurrency is None else share_of(limits.concurrency, self._owned, self._total)
 
     def _fill(self, now: float) -> None:
-        rate = self._rate
+        rate = self.rate
         assert rate is not None
         full = max(1.0, rate * BURST_S)
         self._tokens = min(full, self._tokens + (now - self._filled_at) * rate) if rate else 0.0
@@ -143,8 +133,8 @@ class Scope:
         """See `Gate.free`."""
         if self.paused is not None:
             return 0
-        free = ENDLESS if self._slots is None else self._slots - self.running
-        if self._rate is not None and free > 0:
+        free = ENDLESS if self.slots is None else self.slots - self.running
+        if self.rate is not None and free > 0:
             self._fill(now)
             free = min(free, int(self._tokens + 1e-9))
         return max(0, free)
@@ -152,7 +142,7 @@ class Scope:
     def begin(self, now: float) -> None:
         """See `Gate.begin`."""
         self.running += 1
-        if self._rate is not None:
+        if self.rate is not None:
             self._fill(now)
             self._tokens -= 1.0
 
@@ -162,12 +152,12 @@ class Scope:
 
     def wait(self, now: float) -> float | None:
         """See `Gate.wait`."""
-        if self.paused is not None or not self._rate:
+        if self.paused is not None or not self.rate:
             return None
-        if self._slots is not None and self.running >= self._slots:
+        if self.slots is not None and self.running >= self.slots:
             return None
         self._fill(now)
-        return max(0.0, (1.0 - self._tokens) / self._rate)
+        return max(0.0, (1.0 - self._tokens) / self.rate)
 
     def describe(self) -> str:
         """What holds jobs back, for people."""
@@ -182,7 +172,7 @@ class Scope:
         """About how many seconds pass until ``waiting`` jobs have gone through; used to set jobs aside."""
         if self.paused is not None:
             return 60.0
-        return waiting / self._rate if self._rate else 30.0
+        return waiting / self.rate if self.rate else 30.0
 
 
 class AdaptiveGate:
@@ -217,7 +207,6 @@ class AdaptiveGate:
         self.running = 0
         self.parked: deque[Any] = deque()
         self._best: float | None = None
-        self._began_at = -math.inf
         self._reset(-math.inf)
 
     def _reset(self, now: float) -> None:
@@ -341,25 +330,9 @@ class Room:
         """See `Gate.free`."""
         return max(0, self.most - self.running)
 
-    def begin(self, now: float) -> None:
-        """See `Gate.begin`."""
-        self.running += 1
-
-    def end(self, now: float, seconds: float, good: bool | None) -> None:
-        """See `Gate.end`."""
-        self.running -= 1
-
     def wait(self, now: float) -> float | None:
         """See `Gate.wait`."""
         return None
-
-    def describe(self) -> str:
-        """See `Gate.describe`."""
-        return f"{self.most} {self.name}"
-
-    def passes_in(self, waiting: int) -> float:
-        """See `Gate.passes_in`."""
-        return 10.0
 
 
 def closed_gate(gates: Iterable[Gate], now: float) -> Gate | None:

@@ -7,9 +7,8 @@ with it, in the log's order; from then on it is not done until the settler says 
 from __future__ import annotations
 
 import random
-import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import msgspec
 from confluent_kafka import Message
@@ -59,7 +58,6 @@ from jobledger.schemas.events import (
 LOG = get_logger("jobledger.worker")
 
 _OWN = codec.MAGIC + codec.FINGERPRINT
-_monotonic = time.monotonic
 
 
 @dataclass(slots=True)
@@ -69,7 +67,6 @@ class Counts:
     duplicates: int = 0
     found_closed: int = 0
     rejected: int = 0
-    reasons: dict[str, str] = field(default_factory=dict)  # partition → why it stopped
 
 
 class Intake:
@@ -141,11 +138,12 @@ class Intake:
             self.accept(partition, message, event, fresh, now)
 
     def judge(self, partition: Partition, message: Message, read: Read, fresh: bool, now: float) -> None:
-        """Act upon what a record turned out to be."""
+        """Act upon what a record turned out to be. If a newer version wrote it, or only a registry explains it, nothing of the
+        partition is run until this worker is upgraded, or told the registry."""
         if isinstance(read, UnknownFact):
-            self.stop_partition(partition, message, f"{read}: upgrade this worker")
+            partition.stop(message, f"{read}: upgrade this worker")
         elif isinstance(read, RegistryNeeded):
-            self.stop_partition(partition, message, str(read))
+            partition.stop(message, str(read))
         elif isinstance(read, str):
             self.reject(partition, message, read, fresh)
         else:
@@ -332,11 +330,6 @@ class Intake:
         partition.live[offset] = work
         assert record.value is not None
         self._sender.send(record.topic, record.value, record.key, BY_KEY, work.derived_delivered)
-
-    def stop_partition(self, partition: Partition, message: Message, why: str) -> None:
-        """A newer version wrote this record, or only a registry explains it: nothing of the partition is run until this
-        worker is upgraded, or told the registry."""
-        self.counts.reasons[repr(partition)] = partition.stop(message, why)
 
 
 def _of_tenant(tenant: str, plan: Plan) -> tuple[str, ...]:

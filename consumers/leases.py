@@ -16,6 +16,7 @@ from functools import partial
 from confluent_kafka import KafkaError, KafkaException, Message
 
 from jobledger.consumers.facts import Facts
+from jobledger.consumers.outcome import Outcome
 from jobledger.consumers.send import BY_KEY, Sender
 from jobledger.consumers.work import Work
 from jobledger.errors import AccessDenied, BrokerUnavailable, JobledgerError
@@ -63,7 +64,7 @@ class Leases:
         names: Names,
         *,
         begin: Callable[[Work], None],
-        close_with_stop: Callable[[Work], None],
+        close_with: Callable[[Work, Outcome], None],
         give_up: Callable[[Work], None],
         ended: Callable[[Work], None],
         too_large: Callable[[Work, int, str], None],
@@ -71,7 +72,7 @@ class Leases:
         fail: Callable[[JobledgerError], None],
     ) -> None:
         self._facts, self._sender, self._names = facts, sender, names
-        self._begin, self._close_with_stop, self._give_up = begin, close_with_stop, give_up
+        self._begin, self._close_with, self._give_up = begin, close_with, give_up
         self._ended, self._too_large, self.call, self._fail = ended, too_large, call, fail
         self._held: dict[Work, JobLease] = {}
         self._ticking: asyncio.TimerHandle | None = None
@@ -112,7 +113,7 @@ class Leases:
             self.give_back(work)
             self._ended(work)
         elif work.stop_outcome is not None:
-            self._close_with_stop(work)
+            self._close_with(work, work.stop_outcome)
             self._ended(work)
         else:
             self._begin(work)

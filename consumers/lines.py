@@ -69,7 +69,7 @@ class Lines:
         self._bytes, self._revive, self._call = lookahead_bytes, revive, call
         self._broker_ms, self._wake, self._wake_in, self._unknown = broker_ms, wake, wake_in, unknown
         #: Gates with lines that wait for them.
-        self.parking: dict[Gate, None] = {}
+        self.parking: dict[Gate | Room, None] = {}
         #: Lines of keys whose job has left its slot, and the fact that ended it is not acknowledged yet.
         self.unacknowledged: dict[Line, None] = {}
         #: Partitions that share the lookahead.
@@ -262,7 +262,7 @@ class Lines:
             line.partition.lines.pop(line.identity, None)
 
     @staticmethod
-    def _keeping(plan: Plan, room: Room | None, now: float) -> Gate | None:
+    def _keeping(plan: Plan, room: Room | None, now: float) -> Gate | Room | None:
         """What keeps a job from being begun."""
         gate = closed_gate(plan.gates, now)
         return room if gate is None and room is not None and room.free(now) <= 0 else gate
@@ -273,7 +273,7 @@ class Lines:
             self._wake()
         line.gate = None
 
-    def _park(self, line: Line, gate: Gate, now: float) -> int:
+    def _park(self, line: Line, gate: Gate | Room, now: float) -> int:
         if line.gate is not gate:
             self._passed(line)
         line.gate = gate

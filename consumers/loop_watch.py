@@ -21,7 +21,7 @@ from types import CodeType, FrameType
 from jobledger.consumers.execute import Executor
 from jobledger.consumers.garbage import Garbage
 from jobledger.consumers.interrupts import AWAITED, runs_inside
-from jobledger.consumers.work import Plan, Work
+from jobledger.consumers.work import Work
 from jobledger.errors import TaskTimedOut
 from jobledger.logger import get_logger
 
@@ -45,11 +45,10 @@ class LoopWatch(threading.Thread):
         self,
         executor: Executor,
         running: Mapping[Work, None],
-        plans: Mapping[str, Plan],
         started: Callable[[], int],
     ) -> None:
         super().__init__(name="jobledger-loop-watch", daemon=True)
-        self._executor, self._running, self._plans, self._started_count = executor, running, plans, started
+        self._executor, self._running, self._started_count = executor, running, started
         self._garbage = Garbage()
         self._beats = self._quiet = self._begun = 0
         self._closed = threading.Event()

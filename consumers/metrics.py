@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from confluent_kafka import KafkaException, TopicPartition
@@ -43,8 +43,8 @@ PREFIX = "jobledger_worker_"
 class LogEnds:
     """Where partitions end. The broker is asked, not this worker's consumer: what waits unfetched counts, too."""
 
-    def __init__(self, settings: Settings, client: Callable[[Settings], AdminClient] = admin) -> None:
-        self._settings, self._make = settings, client
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
         self._client: AdminClient | None = None
         self._known: dict[tuple[str, int], int] = {}
         self._asked_at = float("-inf")
@@ -63,7 +63,7 @@ class LogEnds:
 
     def _ask(self, wanted: Sequence[tuple[str, int]]) -> None:
         if self._client is None:
-            self._client = self._make(self._settings)
+            self._client = admin(self._settings)
         spec = OffsetSpec.latest()  # type: ignore[no-untyped-call]  # it has no types
         asked = self._client.list_offsets(
             {TopicPartition(*where): spec for where in wanted}, request_timeout=ENDS_TIMEOUT_S

@@ -20,11 +20,7 @@ import socket
 import sys
 
 from jobledger.consumers.child import run_child
-from jobledger.logger import get_logger
 from jobledger.task_registry import Registry
-
-LOG = get_logger("jobledger.worker")
-
 
 #: Whether this process imports an app to fork children from it.
 IMPORTING = False

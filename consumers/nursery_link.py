@@ -57,7 +57,6 @@ class NurseryLink:
         self._by_pid: dict[int, Child] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._heard: weakref.WeakSet[Words] = weakref.WeakSet()  # also what a child's own children write
-        self.born = 0
 
     @property
     def running(self) -> bool:
@@ -240,7 +239,6 @@ class NurseryLink:
         if not self._born:
             return
         child = self._born.popleft()
-        self.born += 1
         child.pid = pid
         self._by_pid[pid] = child
         if hasattr(os, "pidfd_open"):

@@ -209,11 +209,6 @@ class Places:
         else:
             self.executor.end(work)
 
-    def close_with_stop(self, work: Work) -> None:
-        """A job that was to be begun, and was cancelled before, ends as that."""
-        assert work.stop_outcome is not None
-        self.executor.close_with(work, work.stop_outcome)
-
     def stop(self, work: Work) -> None:
         """Let a job in a child end."""
         if self.children is not None:

@@ -90,7 +90,6 @@ class Child(asyncio.Protocol):
         self.status: int | None = None  # waitpid's, once it has ended
         self.work: Work | None = None
         self.jobs = 0
-        self.began = 0.0
         self.there = False  # it lives, and it is connected
         self.leaving = False  # told to end, when its job is over
         self.gone = False

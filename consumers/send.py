@@ -18,12 +18,9 @@ from jobledger.config import Settings
 from jobledger.consumers.clock import BrokerClock
 from jobledger.errors import BrokerUnavailable, JobledgerError
 from jobledger.log import MISSING, batch_room, producer, producer_config, undelivered
-from jobledger.logger import get_logger
 from jobledger.names import Names
 from jobledger.schemas import codec
 from jobledger.wire import Framing, framing
-
-LOG = get_logger("jobledger.worker")
 
 #: Let the client decide the partition by the key.
 BY_KEY = -1

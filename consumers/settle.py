@@ -244,8 +244,3 @@ class Settler(threading.Thread):
         """Run the delivery callbacks that have arrived and take their reports; callable from any thread."""
         self._sender.poll(0.0)
         self.drain()
-
-
-def new_arrived() -> Arrived:
-    """Where delivery callbacks leave their reports."""
-    return deque()

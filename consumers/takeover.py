@@ -89,9 +89,8 @@ class Takeover(threading.Thread):
         self._log = LogRanges(settings, lambda: self._closing)
         self._known_places = known_places
         self._names, self._settler, self._decoder, self._ready = names, settler, decoder, ready
-        #: Releases found closed in the log, seeded releases and seconds spent, since the start.
+        #: Releases found closed in the log, and seeded ones, since the start.
         self.found = self.seeded = 0
-        self.seconds = 0.0
 
     def take_over(self, fetcher: Fetcher, partitions: list[Partition]) -> None:
         """Begin with newly assigned partitions of one queue; returns at once."""
@@ -113,9 +112,7 @@ class Takeover(threading.Thread):
                     continue
                 if item is None:
                     return
-                began = time.monotonic()
                 self._take_over(*item)
-                self.seconds += time.monotonic() - began
         except JobledgerError as exc:
             self._fail(exc)
         except KafkaException as exc:

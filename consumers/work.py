@@ -120,7 +120,7 @@ class Line:
         self.partition, self.identity, self.serial, self.tenant = partition, identity, serial, tenant
         self.busy = self.queued = False
         self.over = 0
-        self.gate: Gate | None = None  # that it waited for last, until one of its jobs is begun
+        self.gate: Gate | Room | None = None  # that it waited for last, until one of its jobs is begun
         self.works: deque[Work | Deferred] = deque()
 
 
@@ -215,21 +215,19 @@ class Partition:
             self.taking = self.owned and self.stopped is None and self.offsets is not None
         return self.taking
 
-    def stop(self, message: Message, why: str) -> str:
-        """Let nothing more of it be run, because of a message that this worker cannot
-        judge; the reason as it is told."""
+    def stop(self, message: Message, why: str) -> None:
+        """Let nothing more of it be run, because of a message that this worker cannot judge."""
         where = position_of(message)
         here = f"{self!r}@{where.offset}" if where.topic == self.topic else f"{self!r}, because of {where}"
-        return self._stop(f"{here}: {why}")
+        self._stop(f"{here}: {why}")
 
-    def stop_all(self, why: str) -> str:
-        """Let nothing of it be run, whatever it holds; the reason as it is told."""
-        return self._stop(f"{self!r}: {why}")
+    def stop_all(self, why: str) -> None:
+        """Let nothing of it be run, whatever it holds."""
+        self._stop(f"{self!r}: {why}")
 
-    def _stop(self, reason: str) -> str:
+    def _stop(self, reason: str) -> None:
         self.stopped = reason
         LOG.critical("partition stopped: %s", reason)
-        return reason
 
     def give_up(self) -> None:
         """End the ownership: what is not being taken up now never will be."""

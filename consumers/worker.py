@@ -34,11 +34,11 @@ from jobledger.consumers.loop_watch import LoopWatch
 from jobledger.consumers.options import WorkerOptions
 from jobledger.consumers.places import SUSPECTS, Places
 from jobledger.consumers.send import Sender
-from jobledger.consumers.settle import Settler, new_arrived
+from jobledger.consumers.settle import Settler
 from jobledger.consumers.takeover import Takeover
 from jobledger.consumers.target import find_target
 from jobledger.consumers.telling import Teller
-from jobledger.consumers.work import Partition
+from jobledger.consumers.work import Arrived, Partition
 from jobledger.errors import (
     AccessDenied,
     BrokerUnavailable,
@@ -263,7 +263,7 @@ class Worker:
         self._changed = asyncio.Event()
         options, registry, settings = self.options, self.registry, self.settings
         names = registry.names
-        arrived = new_arrived()
+        arrived = Arrived()
         facts = Facts(registry, self.source, settings.max_record_bytes)
         decode = decoder(settings, names)
         dispatcher = self.dispatcher = Dispatcher(
@@ -313,7 +313,7 @@ class Worker:
             sender,
             names,
             begin=dispatcher.starter.leased,
-            close_with_stop=places.close_with_stop,
+            close_with=executor.close_with,
             give_up=places.give_up,
             ended=dispatcher.ended_in_thread,
             too_large=executor.refused_as_too_large,
@@ -357,7 +357,7 @@ class Worker:
         ]
         dispatcher.fetchers = self.fetchers
         starter = dispatcher.starter
-        self.watch = LoopWatch(executor, dispatcher.running, dispatcher.plans, lambda: starter.started)
+        self.watch = LoopWatch(executor, dispatcher.running, lambda: starter.started)
         self.watch.begin()
         if any(not plan.is_async and plan.task.policy.isolation is None for plan in dispatcher.plans.values()):
             executor.start_threads(options.job_threads)

@@ -35,8 +35,8 @@ from jobledger.consumers.places import UNSEEN_CRASHES, Places
 from jobledger.consumers.process import Child
 from jobledger.consumers.releases import release_key
 from jobledger.consumers.send import Sender
-from jobledger.consumers.settle import Settler, new_arrived
-from jobledger.consumers.work import Lease, Partition, Work
+from jobledger.consumers.settle import Settler
+from jobledger.consumers.work import Arrived, Lease, Partition, Work
 from jobledger.errors import BrokerUnavailable, JobledgerError
 from jobledger.outage import outage_of
 from jobledger.retry import Retry
@@ -132,7 +132,7 @@ class Bench:
 
     def __init__(self, app: App, *, decoder: codec.Decoder | None = None, **options: Any) -> None:
         self.kept, self.failed = Kept(), list[JobledgerError]()
-        self.app, self.arrived, self.hurried = app, new_arrived(), 0
+        self.app, self.arrived, self.hurried = app, Arrived(), 0
         sender = cast(Sender, self.kept)
         facts = Facts(app.registry, "worker@unit:1", LIMIT)
         chosen: dict[str, Any] = {

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jobledger.consumers.gates import ENDLESS, AdaptiveGate, BreakerGate, Room, Scope, closed_gate, share_of
+from jobledger.consumers.gates import ENDLESS, AdaptiveGate, BreakerGate, Scope, closed_gate, share_of
 from jobledger.policy import Adaptive, Breaker, Limits
 
 
@@ -168,9 +168,8 @@ def test_a_breaker_opens_after_failures_in_a_row_and_lets_one_try() -> None:
 
 def test_the_first_closed_gate_is_named() -> None:
     """Of several conditions the first that is not met; None if all are."""
-    room = Room("threads", 1)
+    adaptive = AdaptiveGate("task t", Adaptive(least=1, most=1))
     breaker = BreakerGate("task t", Breaker())
-    assert closed_gate((room, breaker), 0) is None
-    room.begin(0)
-    assert closed_gate((breaker, room), 0) is room
-    assert room.describe() == "1 threads"
+    assert closed_gate((adaptive, breaker), 0) is None
+    adaptive.begin(0)
+    assert closed_gate((breaker, adaptive), 0) is adaptive

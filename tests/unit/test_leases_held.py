@@ -80,7 +80,7 @@ def test_what_breaks_a_leased_job_ends_the_worker(
             sender,
             app.names,
             begin=begin or nothing,
-            close_with_stop=nothing,
+            close_with=nothing,
             give_up=give_up or nothing,
             ended=nothing,
             too_large=nothing,

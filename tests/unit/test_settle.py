@@ -9,8 +9,8 @@ from typing import Any, cast
 from jobledger.config import Settings
 from jobledger.consumers.clock import BrokerClock
 from jobledger.consumers.offsets import PartitionOffsets, Restored
-from jobledger.consumers.settle import Settler, new_arrived
-from jobledger.consumers.work import Lease, Partition, Work
+from jobledger.consumers.settle import Settler
+from jobledger.consumers.work import Arrived, Lease, Partition, Work
 from jobledger.writer import Outgoing
 
 
@@ -33,7 +33,7 @@ class Report:
 def test_an_end_that_the_broker_had_already_is_an_end() -> None:
     """A leader that dies after it wrote a record leaves an acknowledgement without an offset: the record is done, and the
     floor stays where it can be found."""
-    arrived = new_arrived()
+    arrived = Arrived()
     settler = Settler(
         Settings(),
         cast(Any, SimpleNamespace(clock=BrokerClock())),
@@ -68,7 +68,7 @@ def test_an_end_that_the_broker_had_already_is_an_end() -> None:
 def test_what_derives_from_an_outcome_waits_until_its_partition_is_certainly_ours() -> None:
     """A worker that was paused asks for no retry before the group has confirmed its partition, and for none of a partition
     that another worker has: that one may have ended the job."""
-    arrived, sent = new_arrived(), []
+    arrived, sent = Arrived(), []
     sender = SimpleNamespace(
         polled_at=float("inf"), clock=BrokerClock(), check=lambda: None, send=lambda topic, *_: sent.append(topic)
     )
