@@ -1,7 +1,8 @@
-"""Arguments of a job: one JSON object by parameter name, checked against the function's annotations; and its result.
+"""A job's arguments, one JSON object by parameter name, checked against the function's annotations; and the job's
+result.
 
 Arguments are checked twice with the same decoder: in the caller, before anything is sent, and in the worker. A result
-is read by the annotation where somebody asks for it.
+is converted to the return annotation when it is requested.
 """
 
 from __future__ import annotations
@@ -20,15 +21,16 @@ from jobledger.schemas import exact
 
 _encode = msgspec.json.Encoder(enc_hook=exact.plain_json).encode
 _decode = msgspec.json.Decoder().decode
-#: What JSON always says exactly.
+#: Types whose values JSON always represents exactly.
 _EXACT = frozenset({str, int, bool})
 
 
 class Arguments:
-    """What a function takes. ``filled``: parameters that the worker fills. ``name``: the task's, for errors.
+    """The arguments of a function. ``filled``: parameters whose values the worker supplies. ``name``: the task's name,
+    for errors.
 
-    ``positional``: names that may be given by position. ``names``: all of them. ``signature``: as text, for errors.
-    Raises `ConfigError` for a signature whose arguments cannot travel.
+    ``positional``: names that may be given by position. ``names``: all of them. ``signature``: the signature as text,
+    for errors. Raises `ConfigError` for a signature whose arguments cannot be sent as JSON.
     """
 
     def __init__(self, fn: Callable[..., Any], name: str, filled: Collection[str]) -> None:
@@ -36,18 +38,19 @@ class Arguments:
         self.positional, struct = _arguments_struct(fn, name)
         self._decoder = msgspec.json.Decoder(struct, dec_hook=_dec_hook)
         self.names: tuple[str, ...] = struct.__struct_fields__
-        #: Whether a time of day is among them: one without its zone is the same to Python, and is not.
+        #: Whether an argument may contain a `datetime.time`. If its zone's offset depends on the date, Python considers the time
+        #: equal to the same time without a zone, so `encode` checks it separately.
         self._times = _holds_time(msgspec.inspect.type_info(struct))
         signature = inspect.signature(fn, eval_str=True)
         kept = [p for p in signature.parameters.values() if p.name not in filled]
         self.signature = str(signature.replace(parameters=kept))
 
     def bound(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-        """Arguments by name, as far as they fit."""
+        """The given arguments by name, without checking them."""
         return {**dict(zip(self.positional, args, strict=False)), **kwargs}
 
     def encode(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bytes:
-        """Arguments as a JSON object by parameter name; `BadArguments` names what does not fit."""
+        """Arguments as a JSON object by parameter name. Raises `BadArguments` that names what does not fit."""
         names = self.positional
         if len(args) > len(names):
             raise BadArguments(
@@ -83,15 +86,15 @@ class Arguments:
         return raw
 
     def _check(self, named: Mapping[str, Any], back: Any) -> None:
-        """Raise `BadArguments` for a value that is not the same in ``back``, the worker's arguments; None: they could not
-        be read, which is the fault of a value that JSON does not say, if there is one."""
+        """Raise `BadArguments` for a value that differs from the one in ``back``, the worker's arguments. ``back``
+        None: they could not be decoded; raises if the cause is a value that JSON cannot represent."""
         for key, value in named.items():
             why = exact.unwritable(value, key) if back is None else exact.changed(value, getattr(back, key), key)
             if why is not None:
-                raise BadArguments(f"{self._name}() would not get what it is given: {why}")
+                raise BadArguments(f"{self._name}() would not receive the same values: {why}")
 
     def decode(self, raw: bytes) -> dict[str, Any]:
-        """The worker's side of `encode`: keyword arguments for the function. Raises `BadArguments`."""
+        """The worker's counterpart of `encode`: keyword arguments for the function. Raises `BadArguments`."""
         try:
             struct = self._decoder.decode(raw)
         except BaseException as exc:  # a dataclass's __post_init__ or a model's validator may raise anything
@@ -102,14 +105,15 @@ class Arguments:
 
 
 def _said(exc: BaseException) -> str:
-    """Why arguments do not fit: ours and msgspec's errors say it whole, those of a user's code have a type, too."""
+    """Why arguments do not fit. Jobledger's and msgspec's messages are complete; for errors of a user's code the type
+    is added."""
     said = text_of(exc)
     return said if is_a(exc, (msgspec.MsgspecError, TypeError, ValueError)) else f"{type_of(exc)}: {said}"
 
 
 def encode_result(value: Any) -> bytes | None:
-    """A return value as JSON; None for None. Raises `TypeError` or `ValueError` naming what cannot be written, or is not
-    said exactly by what is written."""
+    """A return value as JSON; None for None. Raises `TypeError` or `ValueError` naming what JSON cannot represent, or
+    cannot represent exactly."""
     if value is None:
         return None
     try:
@@ -124,10 +128,11 @@ def encode_result(value: Any) -> bytes | None:
 
 
 class Results:
-    """What a function returns: reads a result, a JSON value, as the return annotation says; as it is if there is none.
+    """Converts a result from JSON to the function's return annotation; without an annotation the result stays plain
+    JSON.
 
-    ``name``: the task's, for errors. An annotation that no JSON can be read as gives a `RuntimeWarning`, and plain JSON:
-    the job's outcome does not depend on it.
+    ``name``: the task's name, for errors. An annotation that JSON cannot be converted to gives a `RuntimeWarning`, and
+    the result stays plain JSON: the job's outcome does not depend on it.
     """
 
     def __init__(self, fn: Callable[..., Any], name: str) -> None:
@@ -136,15 +141,16 @@ class Results:
         self._shown = inspect.formatannotation(self._type)
         if self._type is not Any and (why := _unreadable_as(self._type)) is not None:
             warnings.warn(
-                f"task {name!r}: its result cannot be read from JSON as -> {self._shown}: {why}. JobHandle.result() gives plain "
-                "JSON: annotate it with what comes back, or with Any to get plain JSON without this warning",
+                f"task {name!r}: its result cannot be converted from JSON to -> {self._shown}: {why}. JobHandle.result() returns plain "
+                "JSON: use an annotation that fits the JSON, or Any to get plain JSON without this warning",
                 RuntimeWarning,
                 stacklevel=2,
             )
             self._type = Any
 
     def decode(self, value: Any, job_id: str) -> Any:
-        """A job's result as the annotation says. ``value``: as JSON gives it. Raises `ResultMismatch`."""
+        """Convert a job's result to the return annotation. ``value``: the result as plain JSON. Raises
+        `ResultMismatch`."""
         if self._type is Any:
             return value
         try:
@@ -154,7 +160,7 @@ class Results:
 
 
 def _unreadable_as(annotation: Any) -> str | None:
-    """Why no JSON can be read as this type; None if it can."""
+    """Why JSON cannot be converted to this type; None if it can."""
     try:
         cls = next(_unreadable(msgspec.inspect.type_info(annotation)), None)
     except (TypeError, ValueError) as exc:
@@ -162,12 +168,12 @@ def _unreadable_as(annotation: Any) -> str | None:
     return (
         None
         if cls is None
-        else f"{cls.__qualname__} is no JSON type, dataclass, TypedDict, msgspec Struct or pydantic model"
+        else f"{cls.__qualname__} is not a JSON type, dataclass, TypedDict, msgspec Struct or pydantic model"
     )
 
 
 def _returned(fn: Callable[..., Any]) -> Any:
-    """What the function's code returns by its annotation; `Any` if it says nothing of it."""
+    """The return annotation of the function, without Coroutine or Awaitable; `Any` if there is none."""
     found = typing.get_type_hints(fn).get("return", Any)
     if typing.get_origin(found) in (Coroutine, Awaitable):  # a plain function around a coroutine
         found = typing.get_args(found)[-1]
@@ -175,7 +181,7 @@ def _returned(fn: Callable[..., Any]) -> Any:
 
 
 def _unreadable(info: msgspec.inspect.Type) -> Iterator[type]:
-    """Classes in a type that no JSON can be read as, outside of the fields of records."""
+    """Classes in a type that JSON cannot be converted to, except in the fields of records."""
     if isinstance(info, msgspec.inspect.CustomType):
         if info.cls is not object and not hasattr(info.cls, "model_validate"):
             yield info.cls
@@ -202,12 +208,12 @@ def _arguments_struct(fn: Callable[..., Any], name: str) -> tuple[tuple[str, ...
             continue
         if filled and parameter.kind is parameter.POSITIONAL_OR_KEYWORD:
             raise ConfigError(
-                f"task {name!r}: {parameter.name} comes after {filled}, which the worker fills; put resources last, "
-                "or behind a *"
+                f"task {name!r}: {parameter.name} comes after {filled}, which is a resource; put resources last, "
+                "or after a *"
             )
         if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD, parameter.POSITIONAL_ONLY):
             raise ConfigError(
-                f"task {name!r}: parameter {parameter} cannot travel by name; write every parameter out, "
+                f"task {name!r}: parameter {parameter} cannot be sent by name; name every parameter, "
                 "or take one list or dict"
             )
         if parameter.kind is parameter.POSITIONAL_OR_KEYWORD:
@@ -237,7 +243,7 @@ def _check_types(name: str, info: msgspec.inspect.Type) -> None:
 
 
 def _holds_time(info: msgspec.inspect.Type, seen: frozenset[type] = frozenset()) -> bool:
-    """Whether a `datetime.time` is somewhere in a type."""
+    """Whether a type contains a `datetime.time`."""
     if isinstance(info, msgspec.inspect.TimeType):
         return True
     cls = getattr(info, "cls", None)

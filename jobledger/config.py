@@ -1,4 +1,4 @@
-"""Settings: one frozen object, read from ``JOBLEDGER_*``; and the one place that resolves which broker is meant.
+"""Settings: one frozen object, read from ``JOBLEDGER_*``; and the only place where the broker's address is resolved.
 
 Security settings are written once, with librdkafka's names (``JOBLEDGER_KAFKA__SECURITY_PROTOCOL=SASL_SSL``,
 ``JOBLEDGER_KAFKA__SASL_USERNAME=…``), and are translated here for both clients.
@@ -24,7 +24,7 @@ from jobledger.extras import installed
 PREFIX = "JOBLEDGER_"
 KAFKA_PREFIX = "JOBLEDGER_KAFKA__"
 
-#: Environment variables that are read, beside ``JOBLEDGER_KAFKA__*``.
+#: Environment variables that are read, in addition to ``JOBLEDGER_KAFKA__*``.
 KNOWN = (
     "BOOTSTRAP",
     "SCHEMA_REGISTRY",
@@ -42,30 +42,30 @@ KNOWN = (
     "TEST_REGISTRY",
 )
 
-#: A broker that stands still answers nothing and closes nothing. So that its partitions' new leaders are
-#: found in seconds, as measured: 8 s, against 22 s to 30 s with the client's own defaults of one and five
-#: minutes. New partitions, too.
+#: A frozen broker neither answers nor closes its connections. With these timeouts the new leaders of its partitions are
+#: found within seconds (measured: 8 s, against 22 s to 30 s with the client's defaults of one and five minutes), and
+#: new partitions too.
 PATIENCE: Mapping[str, int] = {"socket.timeout.ms": 10_000, "topic.metadata.refresh.interval.ms": 5_000}
 
-_ROOM = "each part sets its own, for its latency and for a bound of its memory"
-_GROUPS = "groups are named by the namespace, and `jobledger topics apply` gives them their timeouts"
-_COMMITS = "what is committed is what was dealt with: AT_LEAST_ONCE rests on it"
-#: Client settings that are not the user's, with the reason: they are refused by name.
+_ROOM = "each part sets this itself, to bound its latency and its memory"
+_GROUPS = "Jobledger names the groups after the namespace, and `jobledger topics apply` sets their timeouts"
+_COMMITS = "only finished records may be committed: AT_LEAST_ONCE depends on it"
+#: Client settings that Jobledger sets itself, with the reason: if a user sets one, the error names it.
 OWNED: Mapping[str, str] = {
     **dict.fromkeys(("bootstrap.servers", "metadata.broker.list"), f"{PREFIX}BOOTSTRAP names the brokers"),
-    "message.max.bytes": f"{PREFIX}MAX_RECORD_BYTES bounds records",
-    **dict.fromkeys(("delivery.timeout.ms", "message.timeout.ms"), f"{PREFIX}SUBMIT_TIMEOUT bounds sending"),
+    "message.max.bytes": f"{PREFIX}MAX_RECORD_BYTES limits the size of records",
+    **dict.fromkeys(("delivery.timeout.ms", "message.timeout.ms"), f"{PREFIX}SUBMIT_TIMEOUT limits the time to send"),
     **dict.fromkeys(
         ("partitioner", "sticky.partitioning.linger.ms"),
-        "every writer, in every language, must put a key on the same partition: KEY_ORDER rests on it",
+        "every writer, in every language, must put a key on the same partition: KEY_ORDER depends on it",
     ),
     **dict.fromkeys(
         ("enable.idempotence", "acks", "request.required.acks", "transactional.id"),
-        "what is acknowledged must be in the log once: AT_LEAST_ONCE rests on it",
+        "an acknowledged record must be in the log once: AT_LEAST_ONCE depends on it",
     ),
     **dict.fromkeys(
         ("allow.auto.create.topics", "topic.metadata.propagation.max.ms"),
-        "only `jobledger topics apply` creates topics, and a missing one is an error within seconds",
+        "only `jobledger topics apply` creates topics, and a missing topic is reported as an error within seconds",
     ),
     **dict.fromkeys(
         (
@@ -105,9 +105,9 @@ OWNED: Mapping[str, str] = {
     ),
 }
 
-#: Where tokens are asked for with ``sasl.oauthbearer.method=oidc``.
+#: The URL that issues tokens with ``sasl.oauthbearer.method=oidc``.
 TOKEN_ENDPOINT = "sasl.oauthbearer.token.endpoint.url"
-#: Below it no event fits: ids, names and times alone take some hundred bytes.
+#: With a lower limit no event would fit: ids, names and times alone take some hundred bytes.
 LEAST_MAX_RECORD_BYTES = 1_000
 DEFAULT_MAX_RECORD_BYTES = 1_000_000  # the broker's message.max.bytes default is 1,048,588 with the batch overhead
 DEFAULT_SUBMIT_TIMEOUT_S = 30.0
@@ -118,21 +118,19 @@ DEFAULT_RETENTION_DAYS = 90.0
 class Settings:
     """How this process reaches Kafka and the status database.
 
-    ``bootstrap``: ``host:port[,host:port]``, kept without spaces and without ``PLAINTEXT://``, or None for the embedded broker if it runs. ``status_url``:
-    ``sqlite:///path`` or ``postgresql://user:password@host/database``; None means one SQLite file per namespace under
-    the user's data folder. Not shown where settings are: it may hold a password. ``submit_timeout``: seconds a
-    submission may wait for its acknowledgement before `BrokerUnavailable`. ``max_record_bytes``: largest encoded record
-    that is sent, 1,000 or more; larger ones raise `PayloadTooLarge`. ``retention_days``: how long the log keeps what
-    happened to jobs that have ended; the stream processor deletes what is older. ``kafka``: extra client settings with
-    librdkafka's names, e.g. ``{"security.protocol": "SSL"}``. Not shown where settings are: they may hold passwords and
-    keys.
-    ``home``: folder of the embedded broker's data, jars and pid file. ``schema_registry``: URL of a
-    Confluent-compatible Schema Registry, ``http[s]://[user:password@]host[:port][/path]``, or None for events that need
-    none. Not shown where settings are: it may hold a password. ``role``: which part of Jobledger this process is, for
-    errors and for the broker's logs (the client id).
+    ``bootstrap``: ``host:port[,host:port]``, stored without spaces and without ``PLAINTEXT://``; None: the embedded
+    broker, if it runs. ``status_url``: ``sqlite:///path`` or ``postgresql://user:password@host/database``; None: one
+    SQLite file per namespace in the user's data folder. ``submit_timeout``: seconds that a submission may wait for its
+    acknowledgement before `BrokerUnavailable`. ``max_record_bytes``: the largest encoded record that is sent, 1,000
+    bytes or more; a larger one raises `PayloadTooLarge`. ``retention_days``: how long the log keeps the records of jobs
+    that have ended; the stream processor deletes older ones. ``kafka``: extra client settings with librdkafka's names,
+    e.g. ``{"security.protocol": "SSL"}``. ``home``: the folder of the embedded broker's data, jars and pid file.
+    ``schema_registry``: URL of a Confluent-compatible Schema Registry,
+    ``http[s]://[user:password@]host[:port][/path]``; None: no registry is used. ``role``: which part of Jobledger this
+    process is, for errors and for the broker's logs (the client id). The repr leaves out ``status_url``, ``kafka`` and
+    ``schema_registry``, which may contain passwords and keys.
 
-    Raises `ConfigError` for a number that is none, or out of its bounds, for an address that is none, and for a client
-    setting that Jobledger sets itself.
+    Raises `ConfigError` for an invalid number or address, and for a client setting that Jobledger sets itself.
     """
 
     bootstrap: str | None = None
@@ -161,7 +159,7 @@ class Settings:
 
     @classmethod
     def from_env(cls, environ: Mapping[str, str] | None = None) -> Settings:
-        """Read ``JOBLEDGER_*``. A name or value that means nothing raises `ConfigError`: a typo must not be silent."""
+        """Read ``JOBLEDGER_*``. An unknown name or an invalid value raises `ConfigError`, so that a typo is noticed."""
         env = os.environ if environ is None else environ
         kafka: dict[str, str] = {}
         for name, value in env.items():
@@ -171,7 +169,7 @@ class Settings:
                 near = difflib.get_close_matches(name[len(PREFIX) :], [*KNOWN, KAFKA_PREFIX[len(PREFIX) :]], n=1)
                 hint = f"; did you mean {PREFIX}{near[0]}?" if near else ""
                 known = ", ".join(PREFIX + k for k in KNOWN)
-                raise ConfigError(f"{name} is no setting of Jobledger{hint}; known are {known} and {KAFKA_PREFIX}*")
+                raise ConfigError(f"{name} is not a setting of Jobledger{hint}; known are {known} and {KAFKA_PREFIX}*")
         return cls(
             bootstrap=env.get(PREFIX + "BOOTSTRAP"),
             status_url=env.get(PREFIX + "STATUS_URL") or None,
@@ -184,11 +182,11 @@ class Settings:
         )
 
     def with_bootstrap(self, bootstrap: str | None) -> Settings:
-        """The same settings, with ``--bootstrap`` from a command line winning over the environment."""
+        """The same settings, with a command line's ``--bootstrap`` in place of the environment's value."""
         return self if bootstrap is None else replace(self, bootstrap=bootstrap)
 
     def with_status_url(self, status_url: str | None) -> Settings:
-        """The same settings, with ``--status-url`` from a command line winning over the environment."""
+        """The same settings, with a command line's ``--status-url`` in place of the environment's value."""
         return self if status_url is None else replace(self, status_url=status_url)
 
     def acting_as(self, role: str) -> Settings:
@@ -201,7 +199,7 @@ class Settings:
             return self.bootstrap
         if not installed("psutil"):
             raise ConfigError(
-                "JOBLEDGER_BOOTSTRAP is not set, and the embedded broker, which is used then, is not installed: set it to "
+                "JOBLEDGER_BOOTSTRAP is not set, and the embedded broker, the default, is not installed: set it to "
                 "your broker's host:port, or pip install 'jobledger[kafka]'"
             )
         from jobledger.kafka.embedded import running_bootstrap  # late: pulls in process handling
@@ -209,7 +207,7 @@ class Settings:
         found = running_bootstrap(self.home)
         if found is None:
             raise BrokerUnavailable(
-                "no Kafka broker is configured, and the embedded one does not run: set JOBLEDGER_BOOTSTRAP=host:port "
+                "no Kafka broker is configured, and the embedded one is not running: set JOBLEDGER_BOOTSTRAP=host:port "
                 "(or --bootstrap), or start the embedded one with `jobledger kafka start`"
             )
         return found
@@ -225,7 +223,7 @@ class Settings:
     def librdkafka(self) -> dict[str, str | int | float | bool | None]:
         """Client settings for confluent-kafka, without those of a producer or consumer.
 
-        Raises `ConfigError` where ``ssl.*`` or ``sasl.*`` settings are given and ``security.protocol`` would leave them
+        Raises `ConfigError` if ``ssl.*`` or ``sasl.*`` settings are given that ``security.protocol`` would leave
         unused.
         """
         _check_protocol(self.kafka)
@@ -268,7 +266,8 @@ def _check_protocol(kafka: Mapping[str, str]) -> None:
 
 
 def check_token_endpoint(url: str) -> None:
-    """Raise `ConfigError` unless a client's secret may be sent there: ``https://``, or ``http://`` to this machine."""
+    """Raise `ConfigError` unless the URL may receive a client's secret: ``https://``, or ``http://`` to this
+    machine."""
     name = KAFKA_PREFIX + TOKEN_ENDPOINT.upper().replace(".", "_")
     try:
         parts = urlsplit(url)
@@ -276,10 +275,10 @@ def check_token_endpoint(url: str) -> None:
     except ValueError:  # half a pair of brackets
         scheme, host, named = "", None, False
     if scheme not in ("https", "http") or host is None:
-        raise ConfigError(f"{name} is no URL: it begins with https://, and a host follows")
+        raise ConfigError(f"{name} is not a URL: write https:// and a host")
     if named:
         raise ConfigError(
-            f"{name} holds a user or a password: write sasl.oauthbearer.client.id and .client.secret as settings of their own"
+            f"{name} contains a user or a password: use the settings sasl.oauthbearer.client.id and .client.secret instead"
         )
     if scheme == "http" and not _is_loopback(host):
         raise ConfigError(
@@ -296,7 +295,7 @@ def _is_loopback(host: str) -> bool:
 
 
 def _number(env: Mapping[str, str], name: str, default: float) -> float:
-    """A number as it stands there; whether it is of use is judged with the other settings."""
+    """The variable as a number; its range is checked with the other settings."""
     text = env.get(PREFIX + name)
     if not text:
         return default

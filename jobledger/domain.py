@@ -1,7 +1,7 @@
-"""Domain events: what happened in a service, as a class; and the handlers that become jobs of it.
+"""Domain events: a class of things that happened in a service; and handlers, which become jobs.
 
-An event type is a class with fields, its Avro schema and its topic. A handler is a task that takes one event: for each
-pair of event and handler there is one job, whose id is a function of both.
+An event type is a class with fields, an Avro schema and a topic. A handler is a task that takes one event. For each
+pair of event and handler there is one job, whose id is derived from both.
 """
 
 from __future__ import annotations
@@ -42,12 +42,12 @@ from jobledger.task import check_tags
 if TYPE_CHECKING:
     from jobledger.task import Task
 
-#: The tags of a handler's jobs: fixed, or by event.
+#: The tags of a handler's jobs: fixed, or computed from the event.
 HandlerTags = Mapping[str, str] | Callable[[Any], Mapping[str, str] | None] | None
-#: How values stand on a topic: as ours do, as JSON, or as Avro in a Schema Registry's frame.
+#: Format of a topic's values: Jobledger's own, JSON, or Avro in a Schema Registry's frame.
 Format = Literal["jobledger", "json", "avro"]
 FORMATS: tuple[str, ...] = ("jobledger", "json", "avro")
-#: Where the router begins on a topic that it has never read.
+#: Where the router begins on a topic that it has not read before.
 Start = Literal["earliest", "latest"]
 
 _SINGLE_OBJECT = 10  # bytes before the datum in the single-object encoding
@@ -59,20 +59,21 @@ EVENT_TAG = "event"
 
 
 def as_event_class(cls: type[Any]) -> type[Any]:
-    """``cls`` with fields: as it is if it is a dataclass, msgspec Struct or pydantic model, else a frozen dataclass."""
+    """``cls`` itself if it is a dataclass, msgspec Struct or pydantic model; else ``cls`` as a frozen dataclass."""
     if not isinstance(cls, type):
-        raise ConfigError(f"@app.event is for classes, {cls!r} is none")
+        raise ConfigError(f"@app.event is for classes, and {cls!r} is not a class")
     if "__dataclass_fields__" in cls.__dict__ or issubclass(cls, msgspec.Struct) or is_pydantic(cls):
         return cls
     return dataclasses.dataclass(frozen=True)(cls)
 
 
 class EventType:
-    """A class of events of one namespace. ``key``: the field by whose value events are kept in order; None: none are.
+    """A class of events of one namespace. ``key``: the field whose value keeps events in order; None: no order is kept.
 
-    ``topic``: another's topic, which Jobledger reads and never writes. ``partitions``: of its own topic; None: the
-    app's. ``retention_days``: how long its topic keeps events; None: for good. ``start``: None: ``"latest"`` on
-    another's topic, else ``"earliest"``, for what was emitted before the router's first start must not be lost.
+    ``topic``: another program's topic, which Jobledger reads and never writes. ``partitions``: the partition count of
+    its own topic; None: the app's. ``retention_days``: how long its topic keeps events; None: forever. ``start``: None
+    means ``"latest"`` on another program's topic, and ``"earliest"`` on the app's own, so that events emitted before
+    the router's first start are not lost.
     """
 
     def __init__(
@@ -91,9 +92,11 @@ class EventType:
         name = check_name("event", name)
         self.retention_days = None if retention_days is None else _days(retention_days, name)
         if format not in FORMATS:
-            raise ConfigError(f"event {name!r}: format={format!r} is none of {', '.join(FORMATS)}")
+            raise ConfigError(f"event {name!r}: format={format!r} is not one of {', '.join(FORMATS)}")
         if topic is None and format != "jobledger":
-            raise ConfigError(f"event {name!r}: format={format!r} is for the topics of others; give topic=… as well")
+            raise ConfigError(
+                f"event {name!r}: format={format!r} is for topics of other programs; give topic=… as well"
+            )
         self.cls, self.name, self.key, self.format, self.partitions = cls, name, key, format, partitions
         self.foreign = topic is not None
         if start not in (None, "earliest", "latest"):
@@ -103,19 +106,19 @@ class EventType:
         record_namespace = f"{names.namespace.replace('-', '_')}.events"
         if record_namespace[0].isdigit():
             record_namespace = f"_{record_namespace}"
-        #: The Avro name of its record.
+        #: The Avro full name of the event's record.
         self.fullname = f"{record_namespace}.{name}"
         self.schema = derive(cls, name, record_namespace)
         self.fingerprint = codec.fingerprint(self.schema)
         self._parsed = defaults.understood(fastavro.parse_schema(json.loads(self.schema)))
         self._dump = dumper(cls)
-        #: Whether it holds numbers or times that not every reader would get as they are.
+        #: Whether the event has numbers or times that some readers would not get unchanged.
         self._delicate = '"double"' in self.schema or '"timestamp-micros"' in self.schema
         self._readers: dict[bytes, Any] = {}
-        #: Names of the records of others that fit.
+        #: Names of other programs' records that fit this class.
         self._fitting: set[str] = set()
         if key is not None and key not in {f["name"] for f in json.loads(self.schema)["fields"]}:
-            raise ConfigError(f"event {name!r}: key={key!r} is no field of {cls.__qualname__}")
+            raise ConfigError(f"event {name!r}: key={key!r} is not a field of {cls.__qualname__}")
 
     def __repr__(self) -> str:
         return f"<event {self.name} on {self.topic}>"
@@ -138,7 +141,7 @@ class EventType:
         return out.getvalue(), None if key is None else str(key)
 
     def of(self, values: Mapping[str, Any]) -> Any:
-        """An instance from JSON values by field. Raises `BadEvent` naming what does not fit."""
+        """An instance from JSON values by field. Raises `BadEvent` that names what does not fit."""
         try:
             if is_pydantic(self.cls):
                 return self.cls.model_validate(values)
@@ -147,7 +150,7 @@ class EventType:
             raise BadEvent(f"{dict(values)!r} does not fit event {self.name!r}: {text_of(exc)}") from exc
 
     def passes(self, value: bytes | None) -> bool:
-        """Whether a record says nothing to this class: a tombstone on another's topic, which may be compacted."""
+        """Whether a record can be skipped: it is a tombstone on another program's topic, which may be compacted."""
         return value is None and self.foreign
 
     def decode(
@@ -158,10 +161,11 @@ class EventType:
     ) -> dict[str, Any]:
         """A record's value as plain values by field, resolved to this class's schema. Raises `SchemaError`.
 
-        ``lookup``: the schema's text for a fingerprint that was not seen before, None if it is published nowhere;
-        ``by_id``: the same for the id in a Schema Registry's frame, as of `jobledger.lookup.SchemaLookup`.
-        Raises `IncompatibleEvent` for what a later form of this class wrote that this one cannot read, and for records of
-        others whose schema does not fit the class: they are events, and must not be passed over as garbage.
+        ``lookup``: returns the schema's text for an unknown fingerprint, or None if that is not published; ``by_id``:
+        the same for the id in a Schema Registry's frame, see `jobledger.lookup.SchemaLookup`. Raises
+        `IncompatibleEvent` for an event that a later version of this class wrote and this one cannot read, and for
+        records of other programs whose schema does not fit the class: these are events, and must not be skipped as
+        garbage.
         """
         if value is None:
             raise NotAnEvent("the record has no value")
@@ -211,8 +215,8 @@ class EventType:
             raise IncompatibleEvent(f"event {self.name!r} cannot be read from {self.topic}: {exc}") from exc
 
     def _foreign(self, text: str | None, head: bytes) -> ForeignSchema | str:
-        """How another program's schema fits the class; a text: why it does not, where the topic's records of another name
-        do, so that these are of another kind. Raises `IncompatibleEvent`."""
+        """How another program's schema fits the class. Returns a text with the reason if it does not fit but other
+        records of the topic, of another name, do: then this is a record of another kind. Raises `IncompatibleEvent`."""
         if text is None:
             raise UnknownSchema(f"the schema {head.hex()} is published nowhere")
         called = ""
@@ -237,7 +241,8 @@ class EventType:
         raise problem
 
     def _writer(self, text: str | None, head: bytes) -> Any:
-        """The writer's schema, under the name of ours: others call the same record what they like."""
+        """The writer's schema, under this event's Avro name: other programs may use another name for the same
+        record."""
         if text is None:
             raise UnknownSchema(f"the schema {head.hex()} is published nowhere")
         try:
@@ -253,8 +258,8 @@ class EventType:
 
 
 class Handler:
-    """A task that takes one event of a type. ``parameter``: the one that takes it. ``tags``: of its jobs, or a function
-    of the event that gives them."""
+    """A task that takes one event of a type. ``parameter``: the parameter for the event. ``tags``: the tags of its
+    jobs, or a function that returns them for an event."""
 
     def __init__(self, event: EventType, task: Task[Any, Any], tags: HandlerTags = None) -> None:
         parameters = [p for p in inspect.signature(task.fn).parameters.values() if p.name not in task.dependencies]
@@ -262,7 +267,7 @@ class Handler:
         if not parameters or needed not in ([], [parameters[0].name]):
             raise ConfigError(
                 f"handler {task.name!r} takes ({', '.join(p.name for p in parameters)}): a handler takes the event, "
-                "and what else it takes has defaults"
+                "and its other parameters need defaults"
             )
         self.event, self.task, self.parameter = event, task, parameters[0].name
         if not callable(tags):
@@ -273,7 +278,7 @@ class Handler:
         return f"<handler {self.task.name} of {self.event.name}>"
 
     def job_id(self, event_id: str) -> str:
-        """The job that handles this event: always the same."""
+        """The id of the job that handles this event: the same for every call."""
         return str(uuid.uuid5(uuid.UUID(event_id), self.task.name))
 
     def tags(self, args: bytes) -> dict[str, str]:
@@ -285,18 +290,18 @@ class Handler:
         except Exception as exc:  # whatever the app's function does, other handlers get their jobs
             kind = type(exc).__qualname__
             raise BadTags(
-                f"handler {self.task.name!r}: its tags= cannot be told for this event: {kind}: {text_of(exc)}"
+                f"handler {self.task.name!r}: its tags= failed for this event: {kind}: {text_of(exc)}"
             ) from exc
 
     def _checked(self, tags: object) -> dict[str, str]:
         found = check_tags(tags)
         if EVENT_TAG in found:
-            raise ConfigError(f"handler {self.task.name!r}: tag {EVENT_TAG!r} is the event's id, and cannot be another")
+            raise ConfigError(f"handler {self.task.name!r}: tag {EVENT_TAG!r} is the event's id, and cannot be set")
         return found
 
     def args(self, plain: Mapping[str, Any]) -> bytes:
-        """The job's arguments for an event's plain values. Raises `NotAnEvent` for values nested too deeply, and for what
-        others may write in Avro and JSON does not have: NaN and infinity."""
+        """The job's arguments for an event's plain values. Raises `NotAnEvent` for values nested too deeply, and for
+        NaN and infinity, which other programs may write in Avro but JSON does not have."""
         try:
             found = msgspec.json.encode({self.parameter: plain})
         except RecursionError as exc:
@@ -312,7 +317,9 @@ def _days(span: object, event: str) -> float:
     if isinstance(span, dt.timedelta):
         days = span / dt.timedelta(days=1)
     if isinstance(days, bool) or not isinstance(days, int | float) or not 0 < days < math.inf:
-        raise ConfigError(f"event {event!r}: retention_days={span!r} is no number of days above 0, and no timedelta")
+        raise ConfigError(
+            f"event {event!r}: retention_days={span!r} is neither a number of days above 0 nor a timedelta"
+        )
     return days
 
 
@@ -321,7 +328,7 @@ def _fullname(schema: Mapping[str, Any]) -> str:
 
 
 def earlier_of(kind: EventType, known: Mapping[bytes, str]) -> dict[str, str]:
-    """Of all published schemas those that earlier forms of this event wrote with, by fingerprint in hex."""
+    """Of all published schemas those of earlier versions of this event, by fingerprint in hex."""
     found: dict[str, str] = {}
     for mark, text in known.items():
         head = json.loads(text)
@@ -332,10 +339,10 @@ def earlier_of(kind: EventType, known: Mapping[bytes, str]) -> dict[str, str]:
 
 
 def check_classes(kinds: Iterable[EventType], known: Mapping[bytes, str]) -> None:
-    """Raise `IncompatibleEvent` unless each of our own classes reads what its earlier forms wrote.
+    """Raise `IncompatibleEvent` unless each of the app's own event classes can read what its earlier versions wrote.
 
-    ``known``: every published schema, as of `jobledger.lookup.SchemaLookup.all`. For whoever reads events: what a class
-    cannot read looks like garbage, and would be passed over.
+    ``known``: every published schema, see `jobledger.lookup.SchemaLookup.all`. For readers of events: an event that a
+    class cannot read would look like garbage, and would be skipped.
     """
     for kind in kinds:
         if not kind.foreign:
@@ -343,7 +350,8 @@ def check_classes(kinds: Iterable[EventType], known: Mapping[bytes, str]) -> Non
 
 
 def event_id_of(headers: Mapping[str, Any], topic: str, partition: int, offset: int) -> str:
-    """An event's id: its header, else, for one that another program wrote, a function of where it stands."""
+    """An event's id: its header; without one, as in another program's event, an id derived from topic, partition and
+    offset."""
     said = headers.get(EVENT_HEADER)
     if isinstance(said, bytes):
         try:

@@ -1,45 +1,46 @@
-"""The whole error tree. Every message names the value, the setting and the way out.
+"""The tree of all errors. Every message names the value, the setting and the way out.
 
 ``JobledgerError``
 ├── ``ConfigError``              the app, a setting or an option is wrong; raised when the app is loaded or called
-│   ├── ``UnknownTask``          a task name nobody registered
+│   ├── ``UnknownTask``          a task name that is not registered
 │   ├── ``UnknownQueue``         a queue the app does not declare
 │   ├── ``BadArguments``         arguments that do not fit the task's signature
 │   ├── ``BadEvent``             an event whose values do not fit its class
 │   ├── ``BadTags``              a handler's ``tags=`` that fails for an event
 │   ├── ``IncompatibleEvent``    an event class that cannot read what earlier ones wrote
-│   ├── ``RegistryNeeded``       a record that only a Schema Registry explains, and none is configured
-│   └── ``SchemaRefused``        the Schema Registry does not take this version's schema
-├── ``BrokerUnavailable``        no broker answered within the bound
-│   └── ``RegistryUnavailable``  no Schema Registry answered within the bound
-├── ``AccessDenied``             the cluster refuses this client; trying again does not help
-│   ├── ``NotAuthenticated``     it does not let it in: password, certificate, listener
-│   └── ``NotAuthorized``        it does not let it do something: an ACL is missing
-├── ``ConnectionUnusable``       a connection that another process opened, that is closed, or that a signal handler interrupts
+│   ├── ``RegistryNeeded``       a record that needs a Schema Registry, and none is configured
+│   └── ``SchemaRefused``        the Schema Registry rejected this version's schema
+├── ``BrokerUnavailable``        no broker answered in time
+│   └── ``RegistryUnavailable``  no Schema Registry answered in time
+├── ``AccessDenied``             the cluster refuses this client; a retry does not help
+│   ├── ``NotAuthenticated``     the client's login is refused: password, certificate, listener
+│   └── ``NotAuthorized``        the client may not do something: an ACL is missing
+├── ``ConnectionUnusable``       a connection of another process, a closed one, or one that a signal handler interrupts
 ├── ``PayloadTooLarge``          one record would exceed the broker's limit
-├── ``TopicMissing``             a topic the app needs is not there
-├── ``PortTaken``                the embedded broker's port belongs to somebody else
-├── ``KafkaStartFailed``         the embedded broker did not come up
+├── ``TopicMissing``             a topic the app needs does not exist
+├── ``PortTaken``                the port of the embedded broker, or of the metrics, is in use
+├── ``KafkaStartFailed``         the embedded broker did not start
 ├── ``ResourceFailed``           a resource that tasks need could not be opened
-├── ``StoreError``               the status database is away, or is not ours
+├── ``StoreError``               the status database is not available, or is not one of this namespace
 │   ├── ``StoreNotFound``        there is no status table at this address yet
-│   ├── ``StoreUnavailable``     no database answers there now; it may later
-│   │   └── ``StoreTooSlow``     a statement took longer than the database or a reader's patience allows
-│   ├── ``CommitUnknown``        the table is not where its writer left it: it reads on from the table's offsets
-│   └── ``LeaseLost``            another materializer took this store over
-├── ``StatusTimeout``            the status table did not reach a position, or a job its end, in time
-├── ``JobNotFound``              no such job in the status table (never reported as "pending")
+│   ├── ``StoreUnavailable``     no database answers there now; a retry may help
+│   │   └── ``StoreTooSlow``     a statement took longer than the database or the reader allows
+│   ├── ``CommitUnknown``        the table differs from what its writer committed; the writer continues
+│   └── ``LeaseLost``            another materializer has taken over this store
+├── ``StatusTimeout``            the status table did not reach a position, or a job did not end, in time
+├── ``JobNotFound``              the status table does not know the job (never reported as "pending")
 ├── ``JobFailed``                the job ended in failure; carries type, message and traceback
-├── ``JobCancelled``             the job was cancelled before it ended by itself
+├── ``JobCancelled``             the job was cancelled
 ├── ``JobExpired``               the job passed its expiry before it could start
-├── ``ResultMismatch``           the job succeeded, and its result is not what its task's annotation says
-├── ``ResultInsideJob``          a job waited for a job of its own pool
-└── ``SchemaError``              bytes that are no event of ours
+├── ``ResultMismatch``           the job succeeded, but its result does not fit the task's annotation
+├── ``ResultInsideJob``          a job waited for another job
+├── ``JobEnded``                 code of an attempt that has ended wanted to report progress, or to submit a job
+└── ``SchemaError``              bytes that are not one of Jobledger's events
     ├── ``NotAnEvent``           no known framing
-    ├── ``UnknownSchema``        framed, but the writer's schema is nowhere published
-    └── ``UnknownFact``          a well-formed event whose fact this version does not know
+    ├── ``UnknownSchema``        framed, but the writer's schema is not published
+    └── ``UnknownFact``          a valid event whose fact this version does not know
 
-``TaskInterrupted``              (a `BaseException`) told to a task's code in a thread or a process: end
+``TaskInterrupted``              (a `BaseException`) raised in a task's code in a thread or a process, to stop it
 ├── ``TaskTimedOut``             its ``timeout`` is over
 └── ``TaskCancelled``            its job was cancelled
 """
@@ -55,12 +56,13 @@ _TYPE_ATTRIBUTES = type.__dict__
 
 
 def is_a(error: BaseException, kinds: type[BaseException] | tuple[type[BaseException], ...]) -> bool:
-    """As ``except kinds:`` judges it: by the exception's type. `isinstance` asks its ``__class__`` as well."""
+    """Whether ``except kinds:`` would catch the error: by the exception's type. `isinstance` would also use its
+    ``__class__``."""
     return issubclass(type(error), kinds)
 
 
 def type_of(error: object, *, full: bool = False) -> str:
-    """The name of an object's type; with ``full`` its module before it, unless that is ``builtins``."""
+    """The name of an object's type; with ``full`` preceded by its module, unless that is ``builtins``."""
     kind = type(error)
     name: str = str.__str__(_TYPE_ATTRIBUTES["__qualname__"].__get__(kind))
     if not full:
@@ -73,13 +75,13 @@ def type_of(error: object, *, full: bool = False) -> str:
 
 
 def traceback_of(error: BaseException) -> TracebackType | None:
-    """Where it was raised, as the interpreter knows it."""
+    """The exception's traceback, as the interpreter has it."""
     found: TracebackType | None = BaseException.__dict__["__traceback__"].__get__(error)
     return found
 
 
 def members_of(error: BaseException) -> tuple[BaseException, ...]:
-    """Of a group, what it holds; empty for any other exception."""
+    """The members of an exception group; empty for any other exception."""
     if not is_a(error, BaseExceptionGroup):
         return ()
     found: tuple[BaseException, ...] = BaseExceptionGroup.__dict__["exceptions"].__get__(error)
@@ -87,7 +89,8 @@ def members_of(error: BaseException) -> tuple[BaseException, ...]:
 
 
 def leaves(error: BaseException) -> list[BaseException]:
-    """The exceptions in a group and in its groups, each once, from left to right; the exception itself if it is no group."""
+    """The exceptions in a group and its subgroups, each once, from left to right; for any other exception only
+    itself."""
     found, todo, seen = [], [error], set()
     while todo:
         each = todo.pop()
@@ -102,7 +105,7 @@ def leaves(error: BaseException) -> list[BaseException]:
 
 
 def text_of(error: BaseException) -> str:
-    """What an exception says, whatever its ``str()`` does."""
+    """An exception's message, even if its ``str()`` raises."""
     try:
         return str.__str__(str(error))  # a subclass of str has methods of its own
     except BaseException as broken:  # noqa: BLE001  # a user's __str__ may raise anything
@@ -110,8 +113,9 @@ def text_of(error: BaseException) -> str:
 
 
 class TaskInterrupted(BaseException):
-    """Raised inside a task's code that runs in a thread or a process of its own, to end it; no `Exception`, so that
-    ``except Exception`` lets it pass. Clean up and let it go on: what returns all the same has succeeded."""
+    """Raised inside a task's code that runs in a thread or a child process, to stop the code. It is not an `Exception`,
+    so ``except Exception`` does not catch it. Clean up and let it propagate: if the code returns a value instead, the
+    job has succeeded."""
 
 
 class TaskTimedOut(TaskInterrupted):
@@ -125,7 +129,8 @@ class TaskCancelled(TaskInterrupted):
 class JobledgerError(Exception):
     """Base of every error that Jobledger raises on purpose.
 
-    ``failed``: of `App.submit_many` and `App.emit_many`, the places, counted from 0, of what was not accepted.
+    ``failed``: for `App.submit_many` and `App.emit_many`, the indexes, from 0, of the jobs or events that were not
+    accepted.
     """
 
     failed: tuple[int, ...] = ()
@@ -148,49 +153,49 @@ class BadArguments(ConfigError):
 
 
 class BadEvent(ConfigError):
-    """The event's values do not fit its class, or its class is no event of the app."""
+    """The event's values do not fit its class, or its class is not an event of the app."""
 
 
 class BadTags(ConfigError):
-    """The ``tags=`` of a handler cannot be told for an event: its function raised, or gave something else than tags."""
+    """The ``tags=`` of a handler failed for an event: the function raised, or did not return tags."""
 
 
 class IncompatibleEvent(ConfigError):
-    """The event's class cannot read what an earlier version of it wrote to the log."""
+    """The event's class cannot read what another version of it, or another program, wrote to the log."""
 
 
 class RegistryNeeded(ConfigError):
-    """A record carries a Schema Registry's id, and no registry is configured: ``JOBLEDGER_SCHEMA_REGISTRY`` names it.
+    """A record has a Schema Registry's id, but no registry is configured: set ``JOBLEDGER_SCHEMA_REGISTRY``.
 
-    No `SchemaError`: the record may be good, so it is neither rejected nor passed.
+    This is not a `SchemaError`: the record may be valid, so it is neither rejected nor skipped.
     """
 
 
 class SchemaRefused(ConfigError):
-    """The Schema Registry does not take this version's schema for a topic; nothing was sent."""
+    """The Schema Registry rejected this version's schema for a topic; nothing was sent."""
 
 
 class BrokerUnavailable(JobledgerError):
-    """No broker answered, or none acknowledged, within the bound."""
+    """No broker answered or acknowledged in time."""
 
 
 class RegistryUnavailable(BrokerUnavailable):
-    """The Schema Registry did not answer within the bound; what needed it is neither done nor rejected."""
+    """The Schema Registry did not answer in time; the operation that needed it was neither done nor rejected."""
 
 
 class AccessDenied(JobledgerError):
-    """The cluster refuses this client. What was to be sent was not, and trying again does not help."""
+    """The cluster refuses this client. Nothing was sent, and a retry does not help."""
 
 
 class NotAuthenticated(AccessDenied):
-    """The cluster does not let this client in: a password, a certificate or the kind of listener is wrong."""
+    """The cluster does not accept this client's login: a password, a certificate or the kind of listener is wrong."""
 
 
 class NotAuthorized(AccessDenied):
-    """The cluster lets this client in, and does not let it do this.
+    """The cluster accepts this client's login, but does not allow this operation.
 
-    ``role``: the part of Jobledger that asked, e.g. ``worker``; ``operation``, ``resource_type`` and ``resource``: the
-    right it lacks, e.g. ``Write``, ``topic``, ``shop.lifecycle``.
+    ``role``: the part of Jobledger that made the request, e.g. ``worker``; ``operation``, ``resource_type`` and
+    ``resource``: the right it lacks, e.g. ``Write``, ``topic``, ``shop.lifecycle``.
     """
 
     def __init__(self, message: str, *, role: str, operation: str, resource_type: str, resource: str) -> None:
@@ -203,11 +208,12 @@ class NotAuthorized(AccessDenied):
 
 class ConnectionUnusable(JobledgerError):
     """The connection cannot be used here and now: it was opened before a fork, it has been closed, the interpreter is
-    ending, or this is a signal handler that interrupted its own thread while it was opening it. Nothing was sent."""
+    shutting down, or a signal handler has interrupted its own thread while that was opening the connection. Nothing was
+    sent."""
 
 
 class PayloadTooLarge(JobledgerError):
-    """The encoded record is larger than the limit; nothing was sent."""
+    """The encoded record is larger than the limit; it was not sent."""
 
 
 class TopicMissing(JobledgerError):
@@ -215,19 +221,20 @@ class TopicMissing(JobledgerError):
 
 
 class PortTaken(JobledgerError):
-    """The embedded broker's port is held by another process."""
+    """The port of the embedded broker, or of the metrics, is in use."""
 
 
 class KafkaStartFailed(JobledgerError):
-    """The embedded broker did not come up; the message carries the end of its log."""
+    """The embedded broker did not start; the message contains the end of its log."""
 
 
 class ResourceFailed(JobledgerError):
-    """A resource that tasks need could not be opened; the message names it, and the cause is its own error."""
+    """A resource that tasks need could not be opened. The message names the resource; the original error is the
+    cause."""
 
 
 class StoreError(JobledgerError):
-    """The status database is away, or is not a status database of this namespace."""
+    """The status database is not available, or is not a status database of this namespace."""
 
 
 class StoreNotFound(StoreError):
@@ -235,30 +242,32 @@ class StoreNotFound(StoreError):
 
 
 class StoreUnavailable(StoreError):
-    """No database answers at this address now. It may later: what was asked can be tried again."""
+    """No database answers at this address now. The operation can be retried later."""
 
 
 class StoreTooSlow(StoreUnavailable):
-    """The database cancelled a statement that took too long: by the user's ``statement_timeout``, or a reader's own."""
+    """The database cancelled a statement that took too long: because of the user's ``statement_timeout``, or the
+    reader's own limit."""
 
 
 class CommitUnknown(StoreError):
-    """The table is not where its writer left it: a connection broke in a commit, or a crash took the last commits away.
+    """The table's state differs from what its writer has committed: a connection broke during a commit, or a crash
+    undid the last commits.
 
-    Nothing is lost: the offsets are in the table, and its writer reads on from them.
+    Nothing is lost: the offsets are in the table, and its writer continues reading from them.
     """
 
 
 class LeaseLost(StoreError):
-    """Another materializer took this store over; this one must stop."""
+    """Another materializer has taken over this store; this one must stop."""
 
 
 class StatusTimeout(JobledgerError):
-    """The status table did not reach the asked position, or the job its end, in time."""
+    """The status table did not reach the requested position, or the job did not end, in time."""
 
 
 class JobNotFound(JobledgerError):
-    """The status table knows no such job. It is never reported as pending."""
+    """The status table does not know this job. An unknown job is never reported as pending."""
 
 
 class JobFailed(JobledgerError):
@@ -285,16 +294,16 @@ class JobExpired(JobledgerError):
 
 
 class ResultMismatch(JobledgerError):
-    """The job succeeded, and its result does not fit the task's return annotation here.
+    """The job succeeded, but its result does not fit the task's return annotation in this process.
 
-    ``value``: the result as JSON gives it; ``job_id``, ``task``: which job.
+    ``value``: the result as plain JSON; ``job_id``, ``task``: which job.
     """
 
     def __init__(self, job_id: str, task: str, expected: str, value: object, why: str) -> None:
         shown = repr(value)
         shown = shown if len(shown) <= 500 else shown[:500] + "…"
         super().__init__(
-            f"job {job_id} succeeded, and its result does not fit {task}() -> {expected}: {why}. It returned {shown}: "
+            f"job {job_id} succeeded, but its result does not fit {task}() -> {expected}: {why}. It returned {shown}: "
             "annotate the task with what it returns; this error's .value and App.job(…).result hold the result as JSON"
         )
         self.job_id = job_id
@@ -303,27 +312,27 @@ class ResultMismatch(JobledgerError):
 
 
 class ResultInsideJob(JobledgerError):
-    """A job waited for another job; with a full pool this would wait forever, so it is refused."""
+    """A job waited for another job. With a full worker this would wait forever, so it is refused."""
 
 
 class JobEnded(JobledgerError):
-    """A job's code that still ran when its attempt had ended wanted to report progress, or to submit a job."""
+    """Code of a job that still ran after its attempt had ended tried to report progress, or to submit a job."""
 
 
 class SchemaError(JobledgerError):
-    """Bytes that cannot be read as an event of ours."""
+    """Bytes that cannot be read as one of Jobledger's events."""
 
 
 class NotAnEvent(SchemaError):
-    """The bytes carry none of the known framings, or end too early."""
+    """The bytes have none of the known framings, or end too early."""
 
 
 class UnknownSchema(SchemaError):
-    """The framing names a writer's schema that is published nowhere."""
+    """The framing names a writer's schema that is not published."""
 
 
 class UnknownFact(SchemaError):
-    """A well-formed event whose fact this version does not know; ``fact`` is its name."""
+    """A valid event whose fact this version does not know; ``fact`` is its name."""
 
     def __init__(self, fact: str, message: str | None = None) -> None:
         super().__init__(message or f"fact {fact!r} is unknown to this version of Jobledger: upgrade this process")

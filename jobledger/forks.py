@@ -1,11 +1,13 @@
-"""What belongs to one process: clients of Kafka, pools of database connections, the locks around them, and their end.
+"""Objects that belong to one process: Kafka clients, pools of database connections, their locks, and how they are
+closed.
 
-A fork copies a process's memory, but not its threads. A client of Kafka that is closed, flushed or only freed in such a
-copy waits without end for threads that are not there, and a database connection is the parent's. So every client is
-made here, and every pool registered. In a forked child such a client is inert: closing it does nothing, using it raises
-`ConnectionUnusable`, and it is never freed. Pools begin without connections, and locks are free.
+A fork copies a process's memory, but not its threads. A Kafka client that is closed, flushed or merely freed in such a
+copy waits forever for threads that do not exist there, and a copied database connection still belongs to the parent. So
+this module creates every client and registers every pool. In a forked child the parent's clients are inert: closing
+does nothing, any other use raises `ConnectionUnusable`, and they are never freed. Pools start without connections, and
+locks are free.
 
-A fork that Python is not told of (uWSGI, a C extension) is noticed at the next use: `notice`.
+A fork that Python does not notice (uWSGI, a C extension) is detected at the next use: `notice`.
 """
 
 from __future__ import annotations
@@ -34,33 +36,34 @@ if TYPE_CHECKING:
 
 LOG = get_logger("jobledger.client")
 
-#: Seconds for which a fork waits for a client that another thread is making, and for questions to the status table.
-#: librdkafka and SQLite keep locks of their own, which would stay locked in the child.
+#: Seconds for which a fork waits while another thread creates a client or queries the status table. librdkafka and
+#: SQLite have internal locks, which would stay locked in the child.
 QUIET_S = 1.0
-#: Seconds that sending what is left may take when the process ends.
+#: Seconds that sending the remaining records may take when the process ends.
 EXIT_S = 5.0
 
 K = TypeVar("K", Producer, Consumer, AdminClient)
 
 
 class Owner(Protocol):
-    """Keeps what belongs to one process."""
+    """Holds objects that belong to one process."""
 
     def after_fork(self) -> None:
-        """Forget what is the parent's; called in the child."""
+        """Forget the parent's objects; called in the child."""
 
 
 class Closable(Protocol):
-    """Has something to close when the process ends."""
+    """Must be closed when the process ends."""
 
     def at_exit(self, timeout: float) -> None:
         """Close it within ``timeout`` seconds."""
 
 
-#: How many forks lie between the process that imported this module and this one. Compared where code of the user's may
-#: have forked and come back.
+#: Number of forks between the process that imported this module and this one. Compared where the user's code may have
+#: forked and returned in the child.
 depth = 0
-#: Whether the process ends and what was open has been closed. Nothing that is opened from here on may start a thread.
+#: Whether the process is ending and open connections have been closed. Connections opened afterwards must not start a
+#: thread.
 ending = False
 
 _pid = os.getpid()
@@ -77,8 +80,8 @@ _held: dict[int, bool] = {}
 
 
 def client(kind: type[K], conf: Mapping[str, Any]) -> K:
-    """A client of Kafka that is inert in a forked child, and stops no greenlets. Raises what its constructor raises, and
-    `ConfigError` under eventlet."""
+    """Create a Kafka client that is inert in a forked child and does not block other greenlets. Raises what its
+    constructor raises, and `ConfigError` under eventlet."""
     own = (greenlets.GREEN if greenlets.patched() else _OWN)[kind]
     with _making:
         made = own(dict(conf))
@@ -87,18 +90,18 @@ def client(kind: type[K], conf: Mapping[str, Any]) -> K:
 
 
 def pool(engine: Engine) -> Engine:
-    """An engine that lends no connection of the parent's in a forked child."""
+    """Register an engine, so that a forked child does not use the parent's connections."""
     _pools.add(engine)
     return engine
 
 
 def keep(*objects: object) -> None:
-    """Never free these, nor what they hold, in this process: also not when the interpreter ends."""
+    """Never free these objects, and what they hold, in this process, not even when the interpreter exits."""
     for each in objects:
         ctypes.pythonapi.Py_IncRef(ctypes.py_object(each))
 
 
-#: What may be called on a client of the parent's, and what it returns: what is done to end or to tidy up.
+#: Methods of a parent's client that may be called, for closing and cleaning up, with what they return.
 _QUIET: Mapping[str, object] = {"close": None, "flush": 0, "purge": None, "unassign": None, "unsubscribe": None}
 
 
@@ -106,7 +109,7 @@ def _inert(kind: type[Any]) -> type[Any]:
     def refused(self: object, *args: object, **more: object) -> NoReturn:
         raise ConnectionUnusable(
             f"this connection to Kafka was opened in another process, and this one (pid {os.getpid()}) is a fork of it: "
-            "open another one here, after the fork"
+            "open a new connection after the fork"
         )
 
     def quiet(result: object) -> Callable[..., object]:
@@ -128,7 +131,8 @@ _INERT = {own: _inert(kind) for owns in (_OWN, greenlets.GREEN) for kind, own in
 
 
 class Alone:
-    """What a thread must not begin again while it is inside. Only a signal handler, or a finalizer, can try that."""
+    """A section that a thread must not enter again while it is inside. Only a signal handler or a finalizer can try
+    that."""
 
     def __init__(self) -> None:
         self._inside: set[int] = set()
@@ -140,12 +144,12 @@ class Alone:
 
     @contextlib.contextmanager
     def __call__(self, what: str) -> Iterator[None]:
-        """Be inside; ``what`` is done there. Raises `ConnectionUnusable` if this thread is inside already."""
+        """Enter the section; ``what`` describes it. Raises `ConnectionUnusable` if this thread is inside already."""
         me = threading.get_ident()
         if me in self._inside:
             raise ConnectionUnusable(
-                f"a signal handler, or a finalizer, interrupted this thread while it was {what}, and calls Jobledger "
-                "itself: nothing was done. Set a flag in the handler and call Jobledger outside of it"
+                f"a signal handler, or a finalizer, interrupted this thread while it was {what}, and called Jobledger "
+                "again: nothing was done. Set a flag in the handler and call Jobledger outside the handler"
             )
         self._inside.add(me)
         try:
@@ -154,12 +158,13 @@ class Alone:
             self._inside.discard(me)
 
     def after_fork(self) -> None:
-        """The other threads are not here, and their numbers may be given away again."""
+        """Forget the other threads: they do not exist here, and their ids may be reused."""
         self._inside &= {threading.get_ident()}
 
 
 class Lock(Alone):
-    """A lock around what is opened once. Free in a forked child; a thread that holds it is refused, not stopped."""
+    """A lock for objects that are opened once. It is free in a forked child. A thread that already holds it gets an
+    error instead of a deadlock."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -167,7 +172,7 @@ class Lock(Alone):
 
     @contextlib.contextmanager
     def __call__(self, what: str) -> Iterator[None]:
-        """Hold the lock; ``what`` is done meanwhile. Raises `ConnectionUnusable` if this thread holds it already."""
+        """Hold the lock; ``what`` describes the reason. Raises `ConnectionUnusable` if this thread holds it already."""
         with self._lock, super().__call__(what):
             yield
 
@@ -181,7 +186,7 @@ class Lock(Alone):
 
 
 def inside() -> bool:
-    """Whether this thread is inside of anything that it must not begin again: a signal handler has interrupted it there."""
+    """Whether this thread is inside any `Alone` section: then a signal handler has interrupted it there."""
     try:
         return any(each.busy() for each in list(_alone))
     except RuntimeError:  # another thread opens something at this moment
@@ -192,12 +197,12 @@ def inside() -> bool:
 
 
 def in_child(owner: Owner) -> None:
-    """Tell ``owner`` in every forked child."""
+    """Call ``owner.after_fork`` in every forked child."""
     _owners.add(owner)
 
 
 def notice() -> None:
-    """See whether this process is a fork that nobody told of."""
+    """Check whether this process is a fork that Python did not notice."""
     if os.getpid() != _pid:
         _in_child()
 
@@ -246,7 +251,7 @@ def _in_child() -> None:
 
 
 def left(error: BaseException | None) -> NoReturn:
-    """End this process, a fork that came back from code of the user's, which raised ``error``: it must not go on as if it
+    """End this process, a fork in which the user's code returned or raised ``error``: it must not continue as if it
     were the worker."""
     code = 0
     if isinstance(error, SystemExit):
@@ -270,12 +275,13 @@ if hasattr(os, "register_at_fork"):
 
 
 def at_exit(closable: Closable) -> None:
-    """Close this when the process ends, unless it has been `closed`. A fork that ends closes nothing of its parent's."""
+    """Close this object when the process ends, unless it has been `closed`. A fork that ends does not close its
+    parent's objects."""
     _closables[id(closable)] = closable
 
 
 def closed(closable: Closable) -> None:
-    """Nothing of this is open any more."""
+    """Report that this object has been closed."""
     _closables.pop(id(closable), None)
 
 

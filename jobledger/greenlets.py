@@ -1,8 +1,8 @@
-"""gevent: under its monkey patches threads are greenlets, and a call into librdkafka would stop all of them.
+"""gevent: with its monkey patches threads are greenlets, and a call into librdkafka would block all of them.
 
-So what serves the clients of Kafka runs in native threads here, and their calls that block are made in gevent's pool of
-such threads while other greenlets run. gevent is never imported here, only found if the process has patched itself with
-it. eventlet has nothing to do the same with: it is refused, as is a worker, whose threads are many.
+So the code that serves Kafka clients runs in native threads, and blocking calls are made in gevent's pool of native
+threads while other greenlets run. gevent is never imported here; it is only used if the process has patched itself with
+it. eventlet has no such pool, so it is refused. A worker is refused as well, because it needs many native threads.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from jobledger.errors import ConfigError
 
 
 class Flag(Protocol):
-    """What `event` gives."""
+    """The object that `event` returns."""
 
     def set(self) -> None: ...
 
@@ -35,7 +35,7 @@ class Flag(Protocol):
 
 
 class Joinable(Protocol):
-    """What `start_thread` gives."""
+    """The object that `start_thread` returns."""
 
     def join(self, timeout: float) -> None: ...
 
@@ -45,7 +45,7 @@ def patched() -> bool:
     eventlet = sys.modules.get("eventlet.patcher")
     if eventlet is not None and eventlet.is_monkey_patched("thread"):
         raise ConfigError(
-            "eventlet has patched this process (eventlet.monkey_patch()): its green threads stop as soon as Jobledger's "
+            "eventlet has patched this process (eventlet.monkey_patch()): all of its green threads would be blocked while Jobledger's "
             "client waits for Kafka. Use gevent, threads or asyncio, or leave threads unpatched: "
             "eventlet.monkey_patch(thread=False)"
         )
@@ -58,7 +58,7 @@ def refuse(what: str) -> None:
     if patched():
         raise ConfigError(
             f"gevent has patched this process (gevent.monkey.patch_all()), and {what} needs native threads: do not patch "
-            "in the module that holds the app, but in the one that starts the server"
+            "in the module that contains the app, but in the one that starts the server"
         )
 
 
@@ -66,7 +66,7 @@ def refuse(what: str) -> None:
 
 
 def start_thread(target: Callable[[], None], name: str) -> Joinable:
-    """Start a daemon thread, a native one in any case. Raises `RuntimeError` if there is none to be had."""
+    """Start a daemon thread, always a native one. Raises `RuntimeError` if no thread can be started."""
     if patched():
         return _Native(target)
     thread = threading.Thread(target=target, name=name, daemon=True)
@@ -92,7 +92,7 @@ class _Native:
 
 
 def native_lock() -> Any:
-    """A lock between native threads, reentrant. Nothing that holds it may wait for a greenlet."""
+    """A reentrant lock between native threads. Code that holds it must not wait for a greenlet."""
     return _original("_thread", "RLock")() if patched() else threading.RLock()
 
 
@@ -102,12 +102,12 @@ def native_sleep(seconds: float) -> None:
 
 
 def event() -> Callable[[], Flag]:
-    """The kind of event that a native thread sets, and that the caller's threads or greenlets wait for."""
+    """The class of events that a native thread sets and the caller's threads or greenlets wait for."""
     return _Event if patched() else threading.Event
 
 
 class _Event:
-    """Set in a native thread, awaited by a greenlet."""
+    """An event set in a native thread and awaited by a greenlet."""
 
     def __init__(self) -> None:
         gevent = sys.modules["gevent"]
@@ -158,7 +158,7 @@ _bells: WeakKeyDictionary[Any, _Bell] = WeakKeyDictionary()
 
 # -- clients ----------------------------------------------------------------------------------------------------------------
 
-#: Calls of a client that may wait for a broker, or run callbacks of ours.
+#: Methods of a client that may wait for a broker, or run Jobledger's callbacks.
 _BLOCKING = (
     "close", "commit", "committed", "consume", "flush", "get_watermark_offsets", "list_topics", "offsets_for_times", "poll",
 )  # fmt: skip
@@ -176,7 +176,7 @@ def _green(kind: type[Any]) -> type[Any]:
     return type(kind.__name__, (kind,), {name: aside(name) for name in _BLOCKING if hasattr(kind, name)})
 
 
-#: For each kind of client the one whose calls do not stop the other greenlets.
+#: For each client class the subclass whose calls do not block the other greenlets.
 GREEN: dict[type[Any], type[Any]] = {kind: _green(kind) for kind in (Producer, Consumer, AdminClient)}
 
 

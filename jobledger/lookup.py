@@ -19,19 +19,19 @@ from jobledger.wire import id_key
 
 LOG = get_logger("jobledger.kafka")
 
-#: Seconds for which an id that nobody knows, certainly, is not asked for again: a flood of such records must not hold
-#: up what stands behind them. As long as it takes to be certain.
+#: Seconds for which an id that is certainly unknown is not looked up again: many records with such an id must not delay
+#: the records behind them. As long as a certain lookup takes.
 DENIED_S = 1.0
 DENIED_MOST = 1_000
 
 
 class SchemaLookup:
-    """``lookup(fingerprint)`` and `by_id` for `codec.Decoder`: asked for an unknown one, reads what is new on
+    """``lookup(fingerprint)`` and `by_id` for `codec.Decoder`: for an unknown schema it reads the new records of
     ``<ns>.schemas``.
 
-    The topic's end is asked for every time. A schema is published before its first record, so what is not there now is
-    published nowhere; an answer from a moment ago would reject the good records of a writer that has just begun.
-    ``timeout``: seconds that a broker may take to tell of the topic.
+    It reads the topic's end every time. A schema is published before its first record, so a schema that is not there
+    now is not published. An earlier answer must not be reused: it would reject valid records of a writer that has just
+    started. ``timeout``: seconds that a broker may take to answer about the topic.
     """
 
     def __init__(self, settings: Settings, names: Names, *, timeout: float = 10.0) -> None:
@@ -46,20 +46,20 @@ class SchemaLookup:
         self._lock = forks.Lock()
 
     def __call__(self, fingerprint: bytes) -> str | None:
-        """The schema's text, or None if it is published nowhere. Raises `BrokerUnavailable`, `TopicMissing`."""
+        """The schema's text, or None if it is not published. Raises `BrokerUnavailable`, `TopicMissing`."""
         with self._lock("reading the schemas on the log"):
             if fingerprint not in self._known:
                 self._read_anew()
             return self._known.get(fingerprint)
 
     def by_id(self, schema_id: int, likely: bool) -> str | None:
-        """The text of the schema that the id in a frame of ours stands for, or None if the registry knows none;
-        ``likely``: its "no" must be certain.
+        """The text of the schema with this id in a frame of Jobledger's writers, or None if the registry does not have
+        it. ``likely``: ask again before the answer is None.
 
-        What our writers published under the id counts: the log outlives registries, and one that was replaced or
-        restored may know another schema by this id. The registry is asked for ids that are not published. Raises
-        `RegistryNeeded` if neither knows and none is configured, `RegistryUnavailable` if it is away,
-        `BrokerUnavailable`, `TopicMissing`.
+        A schema that Jobledger's writers published under the id is preferred: the log outlives registries, and a
+        registry that was replaced or restored may have another schema under this id. The registry is asked for ids that
+        are not published. Raises `RegistryNeeded` if the id is not published and no registry is configured,
+        `RegistryUnavailable`, `BrokerUnavailable`, `TopicMissing`.
         """
         if time.monotonic() < self._denied.get(schema_id, 0.0):
             return None
@@ -69,10 +69,10 @@ class SchemaLookup:
         return found
 
     def of_others(self, schema_id: int, likely: bool) -> str | None:
-        """The same for records of other programs, whose ids only the registry explains.
+        """The same for records of other programs, whose ids only the registry knows.
 
-        Raises `ConfigError` if our writers published another schema under this id: then the registry is not the one
-        that they asked, and which of the two the record means is not known.
+        Raises `ConfigError` if Jobledger's writers published another schema under this id: then this is not the
+        registry they used, and it is not known which of the two schemas the record has.
         """
         if time.monotonic() < self._denied.get(schema_id, 0.0):
             return None
@@ -82,8 +82,8 @@ class SchemaLookup:
         return found
 
     def check(self, schema_id: int, text: str, registry: str) -> bool:
-        """Whether our writers published this schema under the id that a registry gives it; False if nothing is published
-        under it. Raises `ConfigError` if it is another schema."""
+        """Whether Jobledger's writers published this schema under the id that a registry gives it; False if no schema
+        is published under the id. Raises `ConfigError` if another schema is."""
         ours = self.published(schema_id)
         if ours is None:
             return False
@@ -92,8 +92,8 @@ class SchemaLookup:
         raise ConfigError(
             f"schema id {schema_id} is {_named(text)} in the schema registry {registry}, and {_named(ours)} on "
             f"{self._names.schemas}: the registry was replaced, or restored with other ids. Set {SETTING} to the registry "
-            "that this namespace was written with, or give the registry its ids back (import mode). Or leave the setting "
-            f"unset: what was written stays readable by {self._names.schemas}"
+            "that this namespace was written with, or restore the registry's ids (import mode). Or leave the setting "
+            f"unset: existing records stay readable with the schemas on {self._names.schemas}"
         )
 
     def _registered(self, schema_id: int, likely: bool) -> str | None:
@@ -110,7 +110,7 @@ class SchemaLookup:
         return found
 
     def published(self, schema_id: int) -> str | None:
-        """The schema that our writers published under a registry's id; None if there is none."""
+        """The schema that Jobledger's writers published under a registry's id; None if there is none."""
         key = id_key(schema_id).encode()
         with self._lock("reading the schemas on the log"):
             if key not in self._by_key:
@@ -124,7 +124,7 @@ class SchemaLookup:
             return dict(self._known)
 
     def close(self) -> None:
-        """Give the connection back; the next question opens a new one."""
+        """Close the connection; the next lookup opens a new one."""
         with self._lock("reading the schemas on the log"):
             self._drop()
 
@@ -136,7 +136,8 @@ class SchemaLookup:
             raise
 
     def _drop(self) -> None:
-        """Begin anew next time: a client that saw the broker go may believe for minutes that there is no such topic."""
+        """Close the connection after an error: a client that saw the broker go may report the topic as missing for
+        minutes."""
         reader, self._reader = self._reader, None
         if reader is not None:
             reader.close()
@@ -163,14 +164,14 @@ class SchemaLookup:
             text = bytes(value).decode()
             mark = codec.fingerprint(text)
         except (UnicodeDecodeError, SchemaError) as exc:
-            LOG.warning("%s is no schema: %s", position_of(message), exc)
+            LOG.warning("%s is not a schema: %s", position_of(message), exc)
             return
         self._known[mark] = text
         self._by_key[key] = text
 
 
 def _named(text: str) -> str:
-    """A schema as an error names it."""
+    """A schema's name and fingerprint, for errors."""
     try:
         parsed = json.loads(text)
     except ValueError:

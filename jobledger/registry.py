@@ -1,6 +1,7 @@
-"""A client of a Confluent-compatible Schema Registry: registers our schema, and asks what an id stands for.
+"""A client of a Confluent-compatible Schema Registry: registers Jobledger's schema, and looks up the schema of an id.
 
-Knows HTTP and no Kafka. Every question is bounded; an answer that is no registry's is never taken for a "no".
+This module uses HTTP and does not depend on Kafka. Every request has a time limit. An answer that is not a schema
+registry's is never treated as "not found".
 """
 
 from __future__ import annotations
@@ -15,11 +16,11 @@ from jobledger.config import PREFIX
 from jobledger.errors import ConfigError, NotAnEvent, RegistryUnavailable, SchemaError, SchemaRefused
 
 SETTING = PREFIX + "SCHEMA_REGISTRY"
-#: Seconds for all that one call of `Registry` asks, how often each question is asked, and seconds between.
+#: Seconds for all requests of one call of `Registry`, attempts per request, and seconds between attempts.
 TOTAL_S = 5.0
 TRIES = 3
 PAUSE_S = 0.5
-#: Newer schemas read all that older ones wrote: what the log, kept for years, needs of its readers.
+#: Newer schemas must read everything that older ones wrote, since the log is kept for years.
 COMPATIBILITY = "BACKWARD_TRANSITIVE"
 
 _MEDIA = "application/vnd.schemaregistry.v1+json"
@@ -28,16 +29,17 @@ _BUSY = (408, 425, 429, 500, 502, 503, 504)
 
 
 class Registry:
-    """The registry at ``url``. Thread-safe. Raises `ConfigError` for a URL of another kind, or if httpx2 is missing."""
+    """The registry at ``url``. Thread-safe. Raises `ConfigError` for an unsuitable URL, or if httpx2 is not
+    installed."""
 
     def __init__(self, url: str) -> None:
         try:
             parts = urlsplit(url)
             port = f":{parts.port}" if parts.port else ""
         except ValueError:
-            raise ConfigError(f"{SETTING} is no URL: it is to be http[s]://host[:port][/path]") from None
+            raise ConfigError(f"{SETTING} is not a URL: write http[s]://host[:port][/path]") from None
         if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.fragment:
-            raise ConfigError(f"{SETTING} is to be http[s]://[user:password@]host[:port][/path]")
+            raise ConfigError(f"{SETTING} is not of the form http[s]://[user:password@]host[:port][/path]")
         try:
             import httpx2
         except ImportError:
@@ -50,14 +52,14 @@ class Registry:
         # Apart from the URL: that is logged, by httpx2 too.
         self._auth = (unquote(parts.username), unquote(parts.password or "")) if parts.username else None
         self._tls: ssl.SSLContext | None = None
-        #: The address as it may be shown.
+        #: The address without the password, for messages.
         self.shown = self._base if self._auth is None else self._base.replace("://", f"://{parts.username}:***@", 1)
 
     def schema(self, schema_id: int, *, sure: bool = True) -> str | None:
-        """The text of an Avro schema, or None if the registry says that there is no such id.
+        """The text of an Avro schema, or None if the registry does not have this id.
 
-        ``sure``: a "no" is asked again; an instance that follows another may know an id a moment later. Raises
-        `RegistryUnavailable`, `ConfigError`, `SchemaError` for a schema of another kind.
+        ``sure``: ask again after "not found", because a replica of the registry may learn an id a moment later. Raises
+        `RegistryUnavailable`, `ConfigError`, and `SchemaError` for a schema that is not a self-contained Avro schema.
         """
         until = time.monotonic() + TOTAL_S
         for last in (False,) * (TRIES - 1) + (True,) if sure else (True,):
@@ -71,10 +73,10 @@ class Registry:
         return None
 
     def register(self, subject: str, text: str) -> int:
-        """The id of a schema under a subject, registered if need be.
+        """Register a schema under a subject, unless it is registered already, and return its id.
 
-        A subject that there was not is set to `COMPATIBILITY`; what an operator set for one that there is stays. Raises
-        `SchemaRefused`, `RegistryUnavailable`, `ConfigError`.
+        A new subject gets the compatibility level `COMPATIBILITY`; the level of an existing subject is not changed.
+        Raises `SchemaRefused`, `RegistryUnavailable`, `ConfigError`.
         """
         path, body, what = f"/subjects/{quote(subject, safe='')}", {"schema": text}, f"registering {subject}"
         until = time.monotonic() + TOTAL_S
@@ -109,16 +111,17 @@ class Registry:
 
     def _text(self, schema_id: int, answer: dict[str, Any]) -> str:
         if answer.get("schemaType", "AVRO") != "AVRO":
-            raise NotAnEvent(f"schema id {schema_id} is of the kind {answer['schemaType']}, which no event is")
+            raise NotAnEvent(f"schema id {schema_id} is of the type {answer['schemaType']}, but events use Avro")
         if answer.get("references"):
-            raise SchemaError(f"schema id {schema_id} refers to other schemas: register it whole")
+            raise SchemaError(f"schema id {schema_id} refers to other schemas: register it without references")
         text = answer.get("schema")
         if not isinstance(text, str):
             raise self._not_a_registry(200, answer)
         return text
 
     def _ask(self, method: str, path: str, what: str, until: float, body: Any = None) -> tuple[int, dict[str, Any]]:
-        """Status and body; asked again while the registry is away or busy, until ``until`` (monotonic clock)."""
+        """Status and body of one request, repeated while the registry is unavailable or busy, until ``until``
+        (monotonic clock)."""
         problem = "no answer in time"
         for asked in range(1, TRIES + 1):
             try:
@@ -138,7 +141,8 @@ class Registry:
         )
 
     def _answer(self, method: str, path: str, until: float, body: Any) -> tuple[int, bytes]:
-        """Status and content, by ``until``: also of a registry that takes the question and gives its answer in drops."""
+        """Status and content of one answer, received completely before ``until``, even if the registry sends it
+        slowly."""
         left = max(0.001, until - time.monotonic())
         content = b""
         # A client for each question: they are few, and nothing has to be closed or survives a fork.
@@ -154,7 +158,9 @@ class Registry:
 
     def _read(self, status: int, content: bytes) -> tuple[int, dict[str, Any]]:
         if status in (401, 403):
-            raise ConfigError(f"the schema registry {self.shown} refuses us (HTTP status {status}): check {SETTING}")
+            raise ConfigError(
+                f"the schema registry {self.shown} refuses this client (HTTP status {status}): check {SETTING}"
+            )
         try:
             answer = json.loads(content)
         except ValueError:
@@ -173,7 +179,7 @@ class Registry:
     def _not_a_registry(self, status: int, answer: dict[str, Any]) -> ConfigError:
         return ConfigError(
             f"{self.shown} does not answer as a schema registry does (HTTP status {status}: {_said(answer)}); "
-            f"check {SETTING}, its path too"
+            f"check {SETTING}, including its path"
         )
 
 

@@ -1,4 +1,4 @@
-"""The tasks, queues, events, handlers and projections of one app: what workers and clients share."""
+"""The tasks, queues, events, handlers and projections of one app, used by workers and clients."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from jobledger.resources import Resources
 from jobledger.retry import Retry
 from jobledger.task import AsyncTask, PlainTask, Submitter, Task
 
-#: Characters of a task's name, at most.
+#: Maximum characters of a task's name.
 TASK_NAME_MOST = 200
 MAX_TIMEOUT_S = 24 * 3600.0
 
-#: `policy_of`'s arguments, where a task says nothing.
+#: Default values of `policy_of`'s arguments.
 POLICY_DEFAULTS: dict[str, Any] = {
     "key": None,
     "key_hold_max": KEY_HOLD_MAX_S,
@@ -43,7 +43,7 @@ POLICY_DEFAULTS: dict[str, Any] = {
 
 
 class Registry:
-    """The tasks and queues of one namespace. ``submitter`` gives the client when a task wants to submit."""
+    """The tasks and queues of one namespace. ``submitter``: returns the client when a task submits."""
 
     def __init__(
         self,
@@ -63,9 +63,9 @@ class Registry:
         self.events: dict[str, EventType] = {}
         self.handlers: dict[str, list[Handler]] = {}
         self.projections: dict[str, Projection] = {}
-        #: Where each was declared, by kind and name.
+        #: Where each task, event and projection was declared, by kind and name.
         self._origins: dict[tuple[str, str], Origin] = {}
-        #: Where the jobs of tasks go that name no queue. It is there as soon as such a task is.
+        #: The queue of tasks that name none. It exists as soon as such a task is registered.
         self.default_queue = None if default_queue is None else check_name("App(default_queue=…)", default_queue)
         self._declared: dict[str, Queue] | None = None
         if queues is not None:
@@ -76,7 +76,7 @@ class Registry:
 
     @property
     def queues(self) -> dict[str, Queue]:
-        """Every queue by name, with its partition count filled in: the declared ones and those the tasks name."""
+        """Every queue by name, with its partition count filled in: the declared queues and those that tasks name."""
         named = {t.queue: Queue(t.queue) for t in self.tasks.values()}
         for task in self.tasks.values():  # who names a priority wants the levels
             if task.policy.priority is not None:
@@ -88,12 +88,11 @@ class Registry:
 
     @property
     def lanes(self) -> dict[str, int]:
-        """The partition count of every work topic, by what stands for it in its name: the
-        queue, or queue and priority."""
+        """The partition count of every work topic, by lane: a queue, or a queue and priority."""
         return {name: queue.partitions or self.partitions for queue in self.queues.values() for name in queue.lanes}
 
     def check_queue(self, queue: str) -> str:
-        """``queue`` if the app has it, else `UnknownQueue` naming those it has."""
+        """``queue`` if the app has it. Raises `UnknownQueue` that lists the app's queues if not."""
         queue = check_name("queue", queue)
         if self._declared is not None and queue in self._declared:
             return queue
@@ -106,7 +105,7 @@ class Registry:
         return queue
 
     def _queue_of(self, task: str, queue: str | None) -> str:
-        """The queue of a task that names this one, or none. Raises `UnknownQueue`."""
+        """The queue of a task that names ``queue``, or that names none. Raises `UnknownQueue`."""
         if queue is None:
             if self.default_queue is None:
                 choices = f", one of {sorted(self.queues)}" if self.queues else ""
@@ -137,7 +136,7 @@ class Registry:
         fallback: Task[Any, Any] | str | None,
         **policy: Any,
     ) -> Task[Any, Any]:
-        """Register a function; `ConfigError`, `UnknownQueue` if an option cannot hold."""
+        """Register a function. Raises `ConfigError` or `UnknownQueue` if an option is not possible."""
         check_function(fn)
         task_name = name if name is not None else getattr(fn, "__name__", "")
         task_name = check_text("task name", task_name, TASK_NAME_MOST)
@@ -176,8 +175,8 @@ class Registry:
     def _origin(
         self, kind: str, name: str, declared: Callable[..., Any], known: bool, *, nameless: bool = False
     ) -> Origin:
-        """Where ``declared`` comes from. Raises `ConfigError` if another one of this name is in use; one that is
-        declared again, as its module is executed again, takes the place of the first."""
+        """Where ``declared`` comes from. Raises `ConfigError` if another object of this name is in use. An object that
+        is declared again, because its module is executed again, replaces the first."""
         found = origin_of(declared)
         first = self._origins.get((kind, name)) if known else None
         if first is None or first.declared is declared:
@@ -191,7 +190,7 @@ class Registry:
         )
 
     def task(self, name: str) -> Task[Any, Any]:
-        """The task of this name, or `UnknownTask` naming those there are."""
+        """The task of this name. Raises `UnknownTask` that lists the app's tasks."""
         try:
             return self.tasks[name]
         except KeyError:
@@ -200,7 +199,7 @@ class Registry:
             ) from None
 
     def add_event(self, cls: type[Any], **options: Any) -> EventType:
-        """Register a class of events; `ConfigError` for a name or topic that is taken."""
+        """Register a class of events. Raises `ConfigError` if its name or topic is in use."""
         made = EventType(cls, names=self.names, **options)
         origin = self._origin("event", made.name, cls, made.name in self.events)
         same = [e for e in self.events.values() if e.topic == made.topic and e.name != made.name]
@@ -211,12 +210,12 @@ class Registry:
         return made
 
     def event_of(self, cls: type[Any]) -> EventType:
-        """The event type of a class, or `BadEvent` naming those there are."""
+        """The event type of a class. Raises `BadEvent` that lists the app's events."""
         for found in self.events.values():
             if found.cls is cls:
                 return found
         raise BadEvent(
-            f"{getattr(cls, '__qualname__', cls)!r} is no event of app {self.names.namespace!r}: it has "
+            f"{getattr(cls, '__qualname__', cls)!r} is not an event of app {self.names.namespace!r}: it has "
             f"{sorted(self.events)}; decorate the class with @app.event"
         )
 
@@ -228,20 +227,20 @@ class Registry:
         return made
 
     def add_projection(self, fold: Callable[..., Any], **options: Any) -> Projection:
-        """Register a fold; `ConfigError` for a name or a table that is taken."""
+        """Register a fold. Raises `ConfigError` if its name or table is in use."""
         made = Projection(fold, **options)
         origin = self._origin("projection", made.name, fold, made.name in self.projections)
         for other in self.projections.values():
             if other.table.name == made.table.name and other.name != made.name:
                 raise ConfigError(
-                    f"projection {made.name!r}: {other!r} is registered already; give another name and table"
+                    f"projection {made.name!r}: {other!r} is already registered; give another name and table"
                 )
         self.projections[made.name] = made
         self._origins["projection", made.name] = origin
         return made
 
     def handler(self, name: str) -> Handler:
-        """The handler of this name, or `UnknownTask` naming those there are."""
+        """The handler of this name. Raises `UnknownTask` that lists the app's handlers."""
         found = [handler for handlers in self.handlers.values() for handler in handlers]
         for handler in found:
             if handler.task.name == name:
@@ -249,18 +248,18 @@ class Registry:
         raise UnknownTask(f"no handler is called {name!r}: there are {sorted(h.task.name for h in found)}")
 
     def _check_topics(self) -> None:
-        """Each queue, priority and event gets a topic, and Kafka refuses some beside others."""
+        """Each queue, priority and event gets a topic; Kafka refuses topics whose names are too similar."""
         topics = [*map(self.names.jobs, self.lanes), *(e.topic for e in self.events.values())]
         standing = self.names.standing
         for topic, other in colliding(topics, standing).items():
             raise ConfigError(
-                f"the topics {topic!r} and {other!r} collide: Kafka takes '.' and '_' for the same in its metrics, and "
-                f"has no two topics whose names differ in these only. Rename the queue, event or topic; a queue "
+                f"the topics {topic!r} and {other!r} collide: Kafka's metrics do not distinguish '.' and '_', so Kafka "
+                f"refuses two topics whose names differ only in these. Rename the queue, event or topic; a queue "
                 f"with priorities has the topics {self.names.jobs('<queue>')}, .high and .low"
             )
 
     def _check_limits(self) -> None:
-        """Each partition carries a share of a limit, so there must be one for each of them."""
+        """Each partition gets a share of a concurrency limit, so a limit must be at least the number of partitions."""
         queues = self.queues
         owners = [(f"queue {q.name!r}", q, q.limits) for q in queues.values()]
         owners += [(f"task {t.name!r}", queues[t.queue], t.policy.limits) for t in self.tasks.values()]
@@ -268,8 +267,8 @@ class Registry:
             check_shares(what, queue, limits, self.partitions)
 
     def check(self) -> None:
-        """What can be judged only when all is there: fallbacks, limits, hooks. Raises
-        `ConfigError`; run when an app is loaded."""
+        """Check what can be checked only when everything is registered: fallbacks, limits, hooks. Raises `ConfigError`;
+        runs when an app is loaded."""
         self._check_limits()
         self._check_topics()
         for task in self.tasks.values():
@@ -283,7 +282,7 @@ class Registry:
             while following is not None:
                 if following in seen:
                     raise ConfigError(
-                        f"task {task.name!r}: its fallbacks form a circle: {' → '.join([*seen, following])}"
+                        f"task {task.name!r}: its fallbacks form a cycle: {' → '.join([*seen, following])}"
                     )
                 seen.append(following)
                 following = self.tasks[following].fallback if following in self.tasks else None
@@ -292,7 +291,7 @@ class Registry:
             if ours != others:
                 raise ConfigError(
                     f"task {task.name!r}: fallback {theirs.name!r} must take the same parameters "
-                    f"({', '.join(ours)}), it takes ({', '.join(others)})"
+                    f"({', '.join(ours)}), but takes ({', '.join(others)})"
                 )
 
 

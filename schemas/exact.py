@@ -161,7 +161,7 @@ def plain_json(value: Any) -> Any:
         return int.__int__(value)
     if isinstance(value, float):
         return float.__float__(value)
-    raise TypeError(f"{type(value).__qualname__} is no JSON type, dataclass, msgspec Struct or pydantic model")
+    raise TypeError(f"{type(value).__qualname__} is not a JSON type, dataclass, msgspec Struct or pydantic model")
 
 
 def as_json(value: Any) -> Any:

@@ -544,7 +544,7 @@ def test_what_cannot_be_a_projection_is_refused_when_it_is_declared(app: App) ->
         (fold, {"table": good, "name": "No"}, "lowercase letters"),
         (fold, {"table": good, "start": dt.datetime(2026, 1, 1)}, "time zone"),  # the point
         (one, {"table": good}, "parameters"),
-        (fold, {"table": app.registry.projections["ends"].table}, "registered already"),
+        (fold, {"table": app.registry.projections["ends"].table}, "already registered"),
     ]
     for function, options, why in cases:
         with pytest.raises(ConfigError, match=why):

@@ -264,7 +264,7 @@ def test_tags_of_handlers_are_on_their_jobs_and_a_broken_function_costs_no_other
     }
     (letter,) = [r.event.fact for r in log_of(app, app.names.dead_letter)]
     assert isinstance(letter, RecordRejected)
-    assert "handler 'told': its tags= cannot be told for this event: LookupError: no such plan" in letter.error
+    assert "handler 'told': its tags= failed for this event: LookupError: no such plan" in letter.error
     backfill = Backfill(app.registry, app.settings, Plan("told"), lambda job_id: False)
     with pytest.raises(ConfigError, match=r"handler 'told'.*LookupError.*run the backfill again"):
         backfill.run(threading.Event())

@@ -329,7 +329,7 @@ def test_a_setting_that_does_not_exist_is_refused(
     """A misspelled environment variable is an error that lists those there are."""
     monkeypatch.setenv("JOBLEDGER_BOOTSRAP", "x:1")
     assert main(["jobs", "list", "--namespace", "shop"]) == Exit.ERROR
-    assert "JOBLEDGER_BOOTSRAP is no setting" in capsys.readouterr().err
+    assert "JOBLEDGER_BOOTSRAP is not a setting" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -349,7 +349,7 @@ def test_the_format_of_logs_is_a_setting_like_others(
     assert main([*words, "--log-format", "json"]) == Exit.ERROR
     assert os.environ["JOBLEDGER_LOG_FORMAT"] == "json"
     shown = capsys.readouterr().err
-    assert "is no setting of Jobledger" not in shown
+    assert "is not a setting of Jobledger" not in shown
     assert said in shown
 
 

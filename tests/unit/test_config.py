@@ -43,7 +43,7 @@ def test_a_misspelt_variable_is_refused() -> None:
     """A name that means nothing is an error: it would be a setting that silently does nothing."""
     with pytest.raises(ConfigError, match=r"JOBLEDGER_BOOTSTRAPS .*did you mean JOBLEDGER_BOOTSTRAP\?"):
         Settings.from_env({"JOBLEDGER_BOOTSTRAPS": "a:1"})
-    with pytest.raises(ConfigError, match=r"JOBLEDGER_KAFKA_SSL_CA_LOCATION is no setting"):
+    with pytest.raises(ConfigError, match=r"JOBLEDGER_KAFKA_SSL_CA_LOCATION is not a setting"):
         Settings.from_env({"JOBLEDGER_KAFKA_SSL_CA_LOCATION": "/ca.pem"})
 
 

@@ -164,8 +164,8 @@ def test_passwords(mechanism: str, name: str) -> None:
         ({"security.protocol": "SASL_SSL", "sasl.mechanism": "PLAIN", "sasl.username": "u"}, "SASL_PASSWORD"),
         ({"security.protocol": "SASL_SSL", "sasl.mechanism": "GSSAPI", "sasl.kerberos.keytab": "x"}, "mutual TLS"),
         ({"security.protocol": "SASL_SSL", "sasl.mechanism": "OAUTHBEARER"}, "MSK"),
-        ({**OIDC, "sasl.oauthbearer.token.endpoint.url": "token"}, "begins with https://"),
-        ({**OIDC, "sasl.oauthbearer.token.endpoint.url": "https://[half"}, "begins with https://"),
+        ({**OIDC, "sasl.oauthbearer.token.endpoint.url": "token"}, "write https://"),
+        ({**OIDC, "sasl.oauthbearer.token.endpoint.url": "https://[half"}, "write https://"),
         (OIDC, "JOBLEDGER_KAFKA__SASL_OAUTHBEARER_TOKEN_ENDPOINT_URL"),
     ],
 )
@@ -331,7 +331,7 @@ def test_a_token_that_is_refused_is_said_without_the_secret(endpoint: Endpoint) 
     [
         ("http://login.example/token", r"TOKEN_ENDPOINT_URL=http://login\.example… would send .* plain text"),
         ("http://10.0.0.7:8080/token", "plain text"),
-        ("https://me:hunter2@login.example/token", "holds a user or a password"),
+        ("https://me:hunter2@login.example/token", "contains a user or a password"),
     ],
 )
 def test_a_secret_does_not_travel_as_plain_text(url: str, said: str) -> None:

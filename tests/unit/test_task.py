@@ -67,7 +67,7 @@ def test_arguments_travel_by_name() -> None:
         (("a",), {"nope": 1}, "nope"),
         ((7,), {}, r"Expected `str`, got `int`"),
         (("a",), {"copies": "many"}, "copies"),
-        ((object(),), {}, "object is no JSON type"),
+        ((object(),), {}, "object is not a JSON type"),
     ],
 )
 def test_arguments_that_do_not_fit_fail_in_the_caller(args: Any, kwargs: Any, names: str) -> None:
@@ -149,7 +149,7 @@ def test_a_parameter_that_cannot_travel_is_refused_at_load() -> None:
 
     def odd(a: Registry) -> None: ...
 
-    for fn, names in ((many, r"\*rest"), (only, "cannot travel by name"), (odd, "parameter a: Registry")):
+    for fn, names in ((many, r"\*rest"), (only, "cannot be sent by name"), (odd, "parameter a: Registry")):
         with pytest.raises(ConfigError, match=names):
             task_of(fn)
 
@@ -283,7 +283,7 @@ def test_fallbacks_are_checked_when_all_tasks_are_there() -> None:
     add(app, also)
     app.check()
     add(app, also, fallback="send")
-    with pytest.raises(ConfigError, match="circle"):
+    with pytest.raises(ConfigError, match="cycle"):
         app.check()
     odd = registry()
     add(odd, other)
