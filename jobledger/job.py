@@ -15,7 +15,7 @@ the greatest of what it saw in a total order without clocks.
   is among the earliest of a union is among the earliest of the part it came from, so cutting early loses nothing that
   cutting late would have kept. Progress reports are left out but the last, which its slot holds.
 
-Only facts are folded. What derives from them (release requests and decisions, dead letters) says nothing new, and its
+Only facts are folded, and those that close a release only where they stand on lifecycle (`of`). What derives from them (release requests and decisions, dead letters) says nothing new, and its
 positions are not kept: a timeline shows facts.
 """
 
@@ -33,6 +33,9 @@ from jobledger.schemas.events import ErrorInfo, Position, Recorded
 
 #: The last millisecond of the year 9999.
 _FAR_MS = 253_402_300_799_999
+
+#: How the topic ends on which the facts that close a release count (`Names.lifecycle`).
+LIFECYCLE = ".lifecycle"
 
 #: How many positions of a job are kept: so many of the earliest, so many of the latest.
 FIRST, LAST = 64, 192
@@ -196,9 +199,18 @@ class Life(msgspec.Struct, frozen=True, array_like=True, gc=False):
 
 
 def of(run: int, release: int, attempt: int, task: str, queue: str, fact: ev.Fact, at: At) -> Life | None:
-    """The life of a job of which only this fact is known; None if the fact does not feed the fold."""
+    """The life of a job of which only this fact is known; None if the fact does not feed the fold.
+
+    A fact that closes a release counts on lifecycle alone. Elsewhere its place is kept, and nothing else: the worker of a
+    leased job tells the coordinator the outcome, also after its lease, and the coordinator writes to lifecycle what counts.
+    """
     make = _MAKERS.get(fact.__class__)
-    return None if make is None else make(run, release, attempt, task, queue, fact, at)
+    if make is None:
+        return None
+    life = make(run, release, attempt, task, queue, fact, at)
+    if (life.end is not None or life.close is not None) and not at[1].endswith(LIFECYCLE):
+        return Life(run, life.head, positions=life.positions)
+    return life
 
 
 def _submitted(run: int, release: int, attempt: int, task: str, queue: str, fact: ev.JobSubmitted, at: At) -> Life:

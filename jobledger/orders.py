@@ -22,7 +22,15 @@ from jobledger.log import LogReader, decoder, now_us, source
 from jobledger.names import ID_MOST, Names, check_text
 from jobledger.policy import Limits
 from jobledger.schemas import codec
-from jobledger.schemas.events import CancelRequested, JobEvent, QueueLimited, QueuePaused, QueueResumed, Recorded
+from jobledger.schemas.events import (
+    CLOSING,
+    CancelRequested,
+    JobEvent,
+    QueueLimited,
+    QueuePaused,
+    QueueResumed,
+    Recorded,
+)
 from jobledger.writer import LogWriter, Outgoing
 
 Kind = Literal["queue", "task"]
@@ -68,9 +76,16 @@ def cancel_key(job_id: str, run: int) -> str:
 
 
 def is_copy(found: Recorded, names: Names) -> bool:
-    """Whether a record is a duplicate for readers of all topics: a cancel on the control topic, which also is on the
-    coordination topic."""
-    return found.position.topic == names.control and isinstance(found.event.fact, CancelRequested)
+    """Whether a reader of all topics skips a record, because another record counts.
+
+    A cancel is on the control topic and on the coordination topic: the latter counts. The worker of a leased job reports
+    its outcome on the coordination topic, also after its lease: the outcome counts when the coordinator has written it to
+    lifecycle.
+    """
+    topic, fact = found.position.topic, found.event.fact
+    if isinstance(fact, CLOSING):
+        return topic == names.coordination
+    return isinstance(fact, CancelRequested) and topic == names.control
 
 
 class Orders:

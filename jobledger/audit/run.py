@@ -188,12 +188,7 @@ class Judge:
         saying = [r for r in life.facts if feeds(r)]
         if not saying:
             return
-        # What a leased job's worker has told the coordinator, the table may know before lifecycle has it.
-        pending = not self.scope.finished and any(
-            r.topic == self.scope.coordination and r.fact in (*rules.TERMINAL, *rules.PASSING_ON) for r in life.facts
-        )
-        behind = any(r.offset >= self._read.get((r.topic, r.partition), 0) for r in saying)
-        if behind or pending:
+        if any(r.offset >= self._read.get((r.topic, r.partition), 0) for r in saying):
             self.found.note("rows-behind")
             return
         self.rows += 1

@@ -25,7 +25,7 @@ ENDED = set(TERMINAL_STATE.values())
 
 _PHASE = {"JobSubmitted": 0, "JobDue": 1, "JobStarted": 2, "JobProgressed": 2, "JobRetried": 3, "JobSnoozed": 3}
 _STATE = {"JobDue": "queued", "JobStarted": "running", "JobProgressed": "running", "JobRetried": "retrying"}
-#: Facts that count on lifecycle alone: a leased job's worker also tells them to the coordinator, which may refuse them.
+#: Facts that count on lifecycle alone: a leased job's worker also tells them to the coordinator, which drops them if the lease is over.
 _ON_LIFECYCLE = {*TERMINAL_RANK, "JobRetried", "JobSnoozed"}
 
 #: Characters of a result that are compared as they are; longer ones by their digest.

@@ -181,6 +181,21 @@ def test_orders_are_seen_as_well(app: App) -> None:
         assert kinds(all_of(stream))["CancelRequested"] == 1
 
 
+def test_what_a_leased_worker_reports_to_the_coordinator_is_not_in_the_stream(app: App) -> None:
+    """A success on coordination may come from a lease that is over: only the one on lifecycle is read."""
+    names = app.names
+    event = JobEvent("e", "j", 1, 1, 1, 0, "t", "q", None, None, "s", None, JobSucceeded(None, 1))
+    stale = msgspec.structs.replace(event, job_id="stale")
+    writer = LogWriter(app.settings, names)
+    for topic, each in ((names.coordination, stale), (names.coordination, event), (names.lifecycle, event)):
+        writer.send([Outgoing(topic, codec.encode(each), "k", 0)])
+    writer.close()
+    with app.lifecycle("audit", facts=(JobSucceeded,), timeout=60.0) as stream:
+        seen = all_of(stream)
+    assert len(seen) == 31
+    assert [r.position.topic for r in seen if r.event.job_id in ("j", "stale")] == [names.lifecycle]
+
+
 def test_garbage_is_passed_and_an_unknown_fact_is_not(app: App) -> None:
     """What no reader can read is counted; what a newer reader could read stops this one, and stays."""
     writer = LogWriter(app.settings, app.names)

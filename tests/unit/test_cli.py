@@ -714,9 +714,10 @@ def test_an_odd_record_is_shown_as_far_as_it_can_be(
 def test_an_odd_job_is_shown_as_far_as_it_can_be(fact: ev.Fact, capsys: pytest.CaptureFixture[str]) -> None:
     """`jobs list` and `jobs show` have a row and fields for a job whatever its records say, as text and as JSON."""
     event = _job(fact)
+    place = ev.Position("shop.lifecycle", 0, 1)
     base = fold.apply(None, ev.Recorded(_job(ev.JobSubmitted(SPEC)), ev.Position("t", 0, 0), 1_700_000_000_000))
     for each in odd(event):
-        life = fold.apply(base, ev.Recorded(each, ev.Position("t", 0, 1), 1_700_000_000_001))
+        life = fold.apply(base, ev.Recorded(each, place, 1_700_000_000_001))
         assert life is not None
         status = fold.status(UUID, life)
         output.print_table(("",) * 8, [row(status)])

@@ -1,0 +1,118 @@
+"""The status table's fold and the audit's own rule say the same of the same facts, although they share no code."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from jobledger.audit.records import Record, Schemas
+from jobledger.audit.table import Final, differences, final, result_text
+from jobledger.schemas import codec
+from jobledger.schemas import events as ev
+from jobledger.schemas.events import JobEvent
+from jobledger.streams.projector import Projector
+from tests.unit.test_projector import Message, Table
+
+WORK, LIFE, COORD = "shop.jobs.mail", "shop.lifecycle", "shop.coordination"
+SPEC = ev.JobSpec(b"{}")
+ERROR = ev.ErrorInfo("ValueError", "no")
+SCHEMAS = Schemas()
+#: What a leased job may result in. None: its worker died.
+OUTCOMES: Sequence[ev.Fact | None] = (
+    None,
+    ev.JobSucceeded(b"7", 1),
+    ev.JobFailed("exhausted", ERROR, 1),
+    ev.JobRetried(ERROR, 5, 1),
+    ev.JobSnoozed(5, None, 1),
+    ev.JobCancelled("ann", None),
+)
+
+
+class Log:
+    """Facts of one job, each where it belongs."""
+
+    def __init__(self) -> None:
+        self.messages: list[Message] = []
+
+    def add(self, topic: str, fact: ev.Fact, release: int = 1, attempt: int = 1) -> None:
+        """One more fact, 10 ms after the one before."""
+        event = JobEvent("e", "job", 1, attempt, release, 0, "render", "mail", None, None, "test", None, fact)
+        offset = len(self.messages)
+        self.messages.append(Message(topic, 0, offset, codec.encode(event), 1_000 + 10 * offset))
+
+    def audited(self) -> Final | None:
+        """What the audit expects of the row."""
+        records = []
+        for each in self.messages:
+            head, fact, body = SCHEMAS.decode(each.value())
+            records.append(Record(each.topic(), each.partition(), each.offset(), each.timestamp()[1], fact, head, body))
+        return final(records)
+
+    def folded(self, chance: random.Random | None = None) -> Final | None:
+        """What the table shows; in any order of the records if ``chance`` is given."""
+        messages, table = list(self.messages), Table()
+        if chance is not None:
+            chance.shuffle(messages)
+        projector = Projector(table, codec.Decoder())
+        for first in range(0, len(messages), 3):
+            folded = projector.fold(messages[first : first + 3])  # type: ignore[arg-type]  # as far as it looks
+            table.write(folded.changes)
+            projector.committed(folded)
+        (row,) = table.rows.values()
+        _, state, task, queue, run, attempt, release, *_, error_type, _, result, _ = row
+        return Final(state, task, queue, run, attempt, release, result_text(result), error_type)
+
+
+@st.composite
+def leased(draw: st.DrawFn) -> Log:
+    """A long job: each release is leased and started, and its worker tells the coordinator an outcome. The coordinator passes
+    an outcome on if the lease still stands, and releases the job again if it does not."""
+    log, attempt, late = Log(), 1, []
+    log.add(WORK, ev.JobSubmitted(SPEC))
+    for release in range(1, draw(st.integers(1, 4)) + 1):
+        if release > 1:
+            log.add(WORK, ev.JobDue(SPEC, 5_000), release, attempt)
+        log.add(LIFE, ev.JobLeased("host:1", 5_000), release, attempt)
+        log.add(LIFE, ev.JobStarted("host:1", WORK, 0), release, attempt)
+        outcome, stands = draw(st.sampled_from(OUTCOMES)), draw(st.booleans())
+        if outcome is None:
+            continue
+        if not stands:
+            late.append((outcome, release, attempt))
+            continue
+        log.add(COORD, outcome, release, attempt)
+        log.add(LIFE, outcome, release, attempt)
+        if isinstance(outcome, ev.TERMINAL):
+            break
+        attempt += isinstance(outcome, ev.JobRetried)
+    for outcome, release, attempt in late:  # told after the lease
+        log.add(COORD, outcome, release, attempt)
+    return log
+
+
+@given(leased(), st.randoms(use_true_random=False))
+def test_the_row_of_a_leased_job_is_what_the_audit_expects_in_any_order(log: Log, chance: random.Random) -> None:
+    """STATUS_CONVERGES for long jobs: what a worker tells the coordinator after its lease changes nothing, in the row and in
+    the audit alike."""
+    assert differences("job", log.audited(), log.folded(chance)) == []
+
+
+def test_a_success_that_is_told_after_the_lease_changes_nothing() -> None:
+    """Release 1 lost its lease and succeeded later; release 2 failed. The job has failed."""
+    log = Log()
+    log.add(WORK, ev.JobSubmitted(SPEC))
+    log.add(LIFE, ev.JobLeased("host:1", 5_000))
+    log.add(LIFE, ev.JobStarted("host:1", WORK, 0))
+    log.add(WORK, ev.JobDue(SPEC, 5_000), release=2)
+    log.add(LIFE, ev.JobLeased("host:2", 5_000), release=2)
+    log.add(LIFE, ev.JobStarted("host:2", WORK, 1), release=2)
+    log.add(COORD, ev.JobSucceeded(b"7", 1), release=1)
+    running = Final("running", "render", "mail", 1, 1, 2)
+    assert log.folded() == log.audited() == running
+    for topic in (COORD, LIFE):
+        log.add(topic, ev.JobFailed("never", ERROR, 1), release=2)
+    failed = Final("failed", "render", "mail", 1, 1, 2, None, "ValueError")
+    assert log.folded() == log.audited() == failed
