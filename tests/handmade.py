@@ -37,6 +37,7 @@ class Writer:
         raw: bytes | None = None,
         event_id: str | None = None,
         source: str = "worker@here:7",
+        key: str | None = None,
     ) -> Record:
         """One more record of a topic; offsets count per topic, whatever the partition."""
         self.clock += after
@@ -51,6 +52,7 @@ class Writer:
             "attempt": attempt,
             "task": "t",
             "queue": "mail",
+            "key": key,
             "source": source,
             "occurred_at": self.clock * 1000,
         }

@@ -5,5 +5,5 @@ job's records are put beside each other and looked at. Nothing here uses the fol
 the worker and the stream processor decide with: a fault there must not hide itself here. import-linter holds that.
 
 Modules: `records` decodes, `source` reads a namespace, `spill` sorts what was read by job in bounded memory, `rules`
-judges a job's records, `findings` names what they can find, `table` says what the status table should hold, `run` puts these together.
+judges a job's records, `order` the order of jobs that share a key, `findings` names what they can find, `table` says what the status table should hold, `run` puts these together.
 """

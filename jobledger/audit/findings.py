@@ -17,6 +17,7 @@ FAULTS: Mapping[str, str] = {
     "released-early": "a job was released before its time",
     "started-early": "a job was started before its time",
     "retried-early": "a keyed job's next attempt in place began before its delay was over",
+    "key-order": "a job was started before an earlier job of its key had its outcome in the log",
     "release-without-request": "a job was released, but the log has no request for this release",
     "due-time-without-request": "a release has a due time that no request in the log has",
     "request-before-cause": "a release was requested before the JobRetried or JobSnoozed that causes it was in the log",

@@ -352,20 +352,20 @@ def what_follows_is_there(life: Life, found: Findings) -> None:
 
 def letters_follow(life: Life, found: Findings) -> None:
     """A dead letter stands for one failure. With the same event_id it may stand twice."""
-    for letters in _by_release(life.letters):
+    for letters in by_release(life.letters):
         if life.whole and life.scope.is_subject(letters[0]):
             failed = any(r.fact == "JobFailed" and r.release == letters[0].release for r in life.lifecycle)
             if not failed:
                 found.fault("dead-letter-without-failure", life.job_id, "no JobFailed of this release", letters[0])
         _same(letters, "dead-letter-twice", "derived-again", found)
-    for requests in _by_release(r for r in life.coordination if r.fact == "ReleaseRequested"):
+    for requests in by_release(r for r in life.coordination if r.fact == "ReleaseRequested"):
         if len(requests) > 1:
             found.note("derived-again")
 
 
 def work_stands_once(life: Life, found: Findings) -> None:
     """A release has one work record. With the same event_id it may stand twice: the second one is dropped."""
-    for records in _by_release(r for r in life.work if belongs(r)):
+    for records in by_release(r for r in life.work if belongs(r)):
         _same(records, "work-twice", "work-again", found)
 
 
@@ -381,7 +381,8 @@ def _same(records: Sequence[Record], fault: str, note: str, found: Findings) -> 
         found.note(note)
 
 
-def _by_release(records: Iterable[Record]) -> Iterator[list[Record]]:
+def by_release(records: Iterable[Record]) -> Iterator[list[Record]]:
+    """The records of each release, in order of their places."""
     ordered = sorted(records, key=lambda r: (r.release, r.place))
     return (list(group) for _, group in groupby(ordered, key=lambda r: r.release))
 

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import msgspec
 
-from jobledger.audit import rules
+from jobledger.audit import order, rules
 from jobledger.audit.findings import FAULTS, Findings
+from jobledger.audit.order import Turn
 from jobledger.audit.records import Record
 from jobledger.audit.rules import Life, Scope
 from jobledger.audit.source import Source
@@ -105,8 +106,10 @@ def audit(
             wanted.finished,
             wanted.open_before,
         )
-        judge = Judge(scope, Findings(wanted.most), None if table is None else StatusFile(table), wanted.queues)
+        kept = None if table is None else StatusFile(table)
+        judge = Judge(scope, Findings(wanted.most), kept, wanted.queues, spill.keep)
         judge.all(_told(spill.groups(), spill.count, tell))
+        order.in_turn(spill.turns(), judge.found)
     finally:
         spill.close()
     found = judge.found
@@ -146,13 +149,19 @@ def _told(
 
 
 class Judge:
-    """Judges groups of records, and the rows beside them. ``jobs``, ``rows``: how many were judged and compared."""
+    """Judges groups of records, and the rows beside them. ``jobs``, ``rows``: how many were judged and compared. ``keep``: takes
+    the turns of keyed jobs, which are judged once all groups are."""
 
     def __init__(
-        self, scope: Scope, found: Findings, table: StatusFile | None = None, queues: Collection[str] = ()
+        self,
+        scope: Scope,
+        found: Findings,
+        table: StatusFile | None = None,
+        queues: Collection[str] = (),
+        keep: Callable[[Turn], None] = lambda turn: None,
     ) -> None:
         self.scope, self.found, self.jobs, self.rows = scope, found, 0, 0
-        self._table, self._queues = table, frozenset(queues)
+        self._table, self._queues, self._keep = table, frozenset(queues), keep
         self._read = {} if table is None else table.offsets()
 
     def all(self, groups: Iterator[tuple[str, list[Record]]]) -> None:
@@ -179,6 +188,8 @@ class Judge:
 
     def _job(self, records: Sequence[Record], row: Row | None) -> None:
         life = rules.judge_job(records, self.scope, self.found)
+        for turn in order.turns(life):
+            self._keep(turn)
         self.jobs += any(map(feeds, records))
         if self._table is not None and life.whole:
             self._compare(life, row)

@@ -1,7 +1,7 @@
 """Brings the records of each job together, in bounded memory at any length of the log.
 
 What the rules need of each record goes into a SQLite file, which SQLite's external sort then reads job by job. So memory
-holds SQLite's cache and the records of one job. It sorts in a file of its own, in SQLITE_TMPDIR, else TMPDIR, else
+holds SQLite's cache and the records of one job. The turns of keyed jobs are sorted in the same file, in a table of their own. It sorts in a file of its own, in SQLITE_TMPDIR, else TMPDIR, else
 /var/tmp. Progress reports beyond the first of an attempt, and what no rule looks
 at (arguments, tags, tracebacks, messages), are left out.
 """
@@ -15,6 +15,7 @@ from typing import Any
 
 import msgspec
 
+from jobledger.audit.order import Turn
 from jobledger.audit.records import Record
 from jobledger.audit.rules import belongs
 from jobledger.audit.table import result_text, stored
@@ -26,7 +27,7 @@ CHUNK = 5_000
 #: What begins the key of a place; no job's id has it.
 PLACE = "\0"
 
-_HEAD = ("event_id", "job_id", "run", "release", "attempt", "task", "queue")
+_HEAD = ("event_id", "job_id", "run", "release", "attempt", "task", "queue", "key")
 #: Fields of facts that a rule, or the table, needs.
 _BODY = frozenset(
     (
@@ -81,16 +82,19 @@ def slim(record: Record, *, whole: bool) -> Record:
 
 
 class Spill:
-    """A scratch file of records. ``add`` them all, then read the ``groups``. Close it; deleting it is the caller's."""
+    """A scratch file of records. ``add`` them all, then read the ``groups``, ``keep`` the turns of each, then read the
+    ``turns``. Close it; deleting it is the caller's."""
 
     def __init__(self, folder: Path) -> None:
         self._file = sqlite3.connect(folder / "records.db", isolation_level=None)
         for pragma in ("journal_mode=OFF", "synchronous=OFF", "temp_store=FILE", f"cache_size=-{CACHE_KB}"):
             self._file.execute(f"PRAGMA {pragma}")
         self._file.execute("CREATE TABLE records (key BLOB NOT NULL, record BLOB NOT NULL)")
+        self._file.execute("CREATE TABLE turns (line BLOB NOT NULL, place INTEGER NOT NULL, turn BLOB NOT NULL)")
         self._file.execute("BEGIN")
         self._topics: dict[str, int] = {}
         self._waiting: list[tuple[bytes, bytes]] = []
+        self._turns: list[tuple[bytes, int, bytes]] = []
         self.count = 0
 
     def close(self) -> None:
@@ -140,3 +144,36 @@ class Spill:
             records.append(Record(names[topic], partition, offset, at, fact, head, body, raw, why, timed))
         if current is not None:
             yield current.decode(), records
+
+    def keep(self, turn: Turn) -> None:
+        """Keep the turn of a keyed job, while the groups are read."""
+        work = turn.work
+        line = _encode([self._topics[work.topic], work.partition, turn.key])
+        packed = _encode([work.head["job_id"], work.at, self._fact(turn.started), self._fact(turn.closed), turn.holds])
+        self._turns.append((line, work.offset, packed))
+        if len(self._turns) >= CHUNK:
+            self._write_turns()
+
+    def _write_turns(self) -> None:
+        self._file.execute("BEGIN")
+        self._file.executemany("INSERT INTO turns VALUES (?, ?, ?)", self._turns)
+        self._file.execute("COMMIT")
+        self._turns.clear()
+
+    def _fact(self, record: Record | None) -> list[Any] | None:
+        return None if record is None else [self._topics[record.topic], record.offset, record.at, record.fact]
+
+    def turns(self) -> Iterator[Turn]:
+        """The turns that were kept, of one line after the other, those of a line by the offset of their work records. The
+        groups must have been read."""
+        self._write_turns()
+        names = list(self._topics)
+
+        def fact(kept: list[Any] | None, partition: int) -> Record | None:
+            return None if kept is None else Record(names[kept[0]], partition, *kept[1:])
+
+        for line, offset, packed in self._file.execute("SELECT line, place, turn FROM turns ORDER BY line, place"):
+            topic, partition, key = _decode(line)
+            job_id, at, started, closed, holds = _decode(packed)
+            work = Record(names[topic], partition, offset, at, head={"job_id": job_id})
+            yield Turn(key, work, fact(started, partition), fact(closed, partition), holds)

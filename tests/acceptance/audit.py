@@ -12,8 +12,9 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from jobledger.audit import rules
+from jobledger.audit import order, rules
 from jobledger.audit.findings import Finding, Findings
+from jobledger.audit.order import Turn
 from jobledger.audit.records import Record, show
 from jobledger.audit.rules import Scope
 from jobledger.audit.spill import keys_of
@@ -203,8 +204,10 @@ def audit(
         place = (record.topic, record.partition)
         ends[place] = max(record.offset + 1, ends.get(place, 0))
     scope = Scope(log.namespace, log.committed, ends, lowest, finished=finished)
+    turns: list[Turn] = []
     for records in jobs.values():
-        rules.judge_job(records, scope, found)
+        turns += order.turns(rules.judge_job(records, scope, found))
+    order.in_turn(sorted(turns, key=lambda turn: (turn.line, turn.work.offset)), found)
     for records in places.values():
         rules.judge_place(records, scope, found)
     submitted = {r.head["job_id"] for r in log.records if r.fact == "JobSubmitted"}

@@ -27,6 +27,14 @@ class Promise(enum.Enum):
             "100,000 records of its partition, whichever is less."
         ),
     )
+    KEY_ORDER = (
+        "Jobs of one key run one at a time, in the order of their submission, retries included.",
+        (
+            "After a kill the one job of a key that was running runs again. A job that its worker continues after a pause, or "
+            "longer than the handover of its partition takes, may run while the next owner runs it again. Adding partitions "
+            "moves keys."
+        ),
+    )
     NEVER_EARLY = (
         "No job is let go or started before it is due, on the broker's clock, from the append of what asked for it.",
         "The broker's clock counts, not the submitter's. If brokers of a cluster disagree, so do their partitions.",
@@ -87,6 +95,7 @@ BROKEN_BY = {
     "released-early": Promise.NEVER_EARLY,
     "started-early": Promise.NEVER_EARLY,
     "retried-early": Promise.NEVER_EARLY,
+    "key-order": Promise.KEY_ORDER,
     "release-without-request": Promise.NEVER_EARLY,
     "due-time-without-request": Promise.NEVER_EARLY,
     "request-before-cause": Promise.NO_RERUN_AFTER_SUCCESS,

@@ -223,6 +223,11 @@ def plant(log: Planter) -> dict[str, list[str]]:
     wanted["released-early"] = [early]
     started, _ = run("early", work=False)
     wanted["started-early"] = [started]
+    for job in ("first", "second"):
+        log.fact(WORK, ev.JobSubmitted(SPEC), job, event_id=job, key="k")
+    log.fact(LIFE, STARTED, "first", key="k")
+    started = log.fact(LIFE, STARTED, "second", key="k")
+    wanted["key-order"] = [started, *(log.fact(LIFE, SUCCEEDED, job, key="k") for job in ("first", "second"))][:2]
     wanted["unreadable-lost"] = [log.put(WORK, b"no event")[0]]
     wanted["committed-misplaced"] = [log.fact(WORK, STARTED, "clean")]
     return wanted

@@ -6,12 +6,14 @@ import json
 import sqlite3
 import tracemalloc
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import pytest
 
+from jobledger.audit import order
 from jobledger.audit.findings import FAULTS, NOTES, Findings
 from jobledger.audit.records import Record, Schemas, fingerprint
 from jobledger.audit.rules import Scope
@@ -36,15 +38,16 @@ class Audited(Writer):
         self.records, self.clock, self.next = made.records, made.clock, made.next
         self.folder = folder
 
-    def groups(self) -> Iterator[tuple[str, list[Record]]]:
-        """The records, through a scratch file."""
+    @contextmanager
+    def spilled(self) -> Iterator[Spill]:
+        """A scratch file of the records."""
         self.folder.mkdir(exist_ok=True)
         (self.folder / "records.db").unlink(missing_ok=True)
         spill = Spill(self.folder)
         try:
             for record in self.records:
                 spill.add(record, f"{NS}.jobs.")
-            yield from spill.groups()
+            yield spill
         finally:
             spill.close()
 
@@ -55,8 +58,10 @@ class Audited(Writer):
             place = (record.topic, record.partition)
             ends[place] = max(record.offset + 1, ends.get(place, 0))
         given = {"committed": ends, "bound": ends, "lowest": dict.fromkeys(ends, 0), "finished": True, **scope}
-        judge = Judge(Scope(NS, **given), Findings(), None if table is None else StatusFile(table))
-        judge.all(self.groups())
+        with self.spilled() as spill:
+            judge = Judge(Scope(NS, **given), Findings(), None if table is None else StatusFile(table), (), spill.keep)
+            judge.all(spill.groups())
+            order.in_turn(spill.turns(), judge.found)
         return judge
 
 
@@ -138,6 +143,16 @@ def retry_early(log: Audited) -> Record:
 def start_early(log: Audited) -> Record:
     log.move("JobStarted", "b", -15)
     return log.records[log.last("JobStarted", "b")]
+
+
+def out_of_turn(log: Audited) -> list[Record]:
+    for job in ("x", "y"):
+        log.submit(job, key="k")
+    log.start("x")
+    early = log.start("y")
+    closed = log.succeed("x")
+    log.succeed("y")
+    return [early, closed]
 
 
 def unasked(log: Audited) -> Record:
@@ -243,6 +258,7 @@ PLANTS: list[tuple[str, Plant]] = [
     ("released-early", lambda log: lease(log, 4000)),
     ("started-early", start_early),
     ("retried-early", lambda log: in_place(log, 99)),
+    ("key-order", out_of_turn),
     ("due-time-without-request", wrong_due),
     ("request-before-cause", asked_before),
     ("work-twice", work_twice),
@@ -454,7 +470,8 @@ def test_the_scratch_file_gives_each_jobs_records_together_in_the_order_of_ids(l
     for _ in range(50):
         log.add(LIFE, "JobProgressed", {"sequence": 1, "done": 1, "total": None, "message": None}, job="b")
     log.records.reverse()
-    groups = list(log.groups())
+    with log.spilled() as spill:
+        groups = list(spill.groups())
     assert [key for key, _ in groups] == ["a", "b", "c"]
     wanted = {key: [] for key in "abc"}  # type: dict[str, list[str]]
     for record in log.records:
@@ -465,8 +482,9 @@ def test_the_scratch_file_gives_each_jobs_records_together_in_the_order_of_ids(l
     assert sum(r.fact == "JobProgressed" for _, records in groups for r in records) == 1
 
 
-def test_memory_does_not_grow_with_the_number_of_jobs(tmp_path: Path) -> None:
-    """Four times as many jobs are sorted and judged in the same memory."""
+@pytest.mark.parametrize("key", [None, "k"])
+def test_memory_does_not_grow_with_the_number_of_jobs(tmp_path: Path, key: str | None) -> None:
+    """Four times as many jobs are sorted and judged in the same memory, also when all of them share a key."""
     peaks = []
     for jobs in (2_000, 8_000):
         folder = tmp_path / str(jobs)
@@ -476,19 +494,22 @@ def test_memory_does_not_grow_with_the_number_of_jobs(tmp_path: Path) -> None:
         tracemalloc.start()
         try:
             for number in range(jobs):
-                log.submit(f"{number}")
-                log.start(f"{number}")
-                log.succeed(f"{number}")
+                log.submit(f"{number}", key=key)
+                log.start(f"{number}", key=key)
+                log.succeed(f"{number}", key=key)
                 for record in log.records:
                     spill.add(record, f"{NS}.jobs.")
                 log.records.clear()
-            judge = Judge(scope, found)
+            judge = Judge(scope, found, keep=spill.keep)
             judge.all(spill.groups())
+            turns = sum(1 for _ in spill.turns())
+            order.in_turn(spill.turns(), found)
             peaks.append(tracemalloc.get_traced_memory()[1])
         finally:
             tracemalloc.stop()
             spill.close()
         assert judge.jobs == jobs
+        assert turns == (0 if key is None else jobs)
         assert not found.counts
     assert peaks[1] < 1.3 * peaks[0]
 
