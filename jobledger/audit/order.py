@@ -1,18 +1,17 @@
 """Whether jobs of one key were started in their turn (KEY_ORDER), as far as the log shows it. Pure: records in, findings out.
 
-The work records of one key of one queue stand in one partition, in the order of submission. The facts of these jobs stand in the
-lifecycle partition of the same number. The next job of a key begins when the broker has acknowledged the fact that closes the
-release before. So in that lifecycle partition no `JobStarted` stands before the first closing fact of an earlier work record of
-its key. Kills and pauses are no excuse: a release that runs again is closed again, and its first closing fact counts.
+The work records of one key of one queue are in one partition, in the order of submission. The facts of these jobs are in the
+lifecycle partition of the same number. A worker starts the next job of a key when the broker has acknowledged the fact that
+closes the job before it. So in that lifecycle partition each `JobStarted` comes after the first closing fact of every earlier
+work record of its key. This also holds after kills and pauses: a release that runs again is closed again, and its first
+closing fact counts.
 
-What the rule takes as given:
-
-* A retry or snooze in place closes nothing: its job keeps its turn.
-* Any other retry or snooze closes its release. The next release has a work record of its own, whose offset is its turn.
-* A work record that stands twice in a partition has its turn where it stands first.
-* Not judged: a release with work records in several partitions or topics; as the earlier one also a leased release, whose
-  outcome the coordinator writes, one that is closed in another partition only (``closed-elsewhere``), and one older than the
-  log's complete part.
+* A retry or snooze in place closes nothing: the job keeps its turn.
+* Any other retry or snooze closes its release. The next release has its own work record, and with it its own turn.
+* If a partition has two work records of one release, the first one counts.
+* Not judged: a release with work records in several partitions or topics. As the earlier job also not judged: a leased
+  release, because the coordinator writes its outcome; a release that is closed only in another partition
+  (``closed-elsewhere``); a work record from before `Scope.horizon`, because its closing fact may have been trimmed.
 """
 
 from __future__ import annotations

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from jobledger.cli import completion, output
+from jobledger.cli import output
 from jobledger.cli.commands import among, moment_ms
 from jobledger.cli.loading import load_app
-from jobledger.cli.options import Bootstrap, Json, StatusUrl, Target
+from jobledger.cli.options import TIMES, Bootstrap, Json, Queues, StatusUrl, Target
 from jobledger.cli.output import Cell, Exit
 from jobledger.cli.table import progress_bar
 
@@ -34,17 +34,12 @@ def audit(
             show_default="never",
         ),
     ] = None,
-    queue: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="Only jobs of this queue; repeat it for several.", show_default="all", autocompletion=completion.queues
-        ),
-    ] = None,
+    queue: Queues = None,
     since: Annotated[
         str | None,
         typer.Option(
             metavar="TIME",
-            help="Only what was appended from then on: ISO 8601, UTC unless it says otherwise, or an age such as 2h, 3d.",
+            help=f"Only what was appended from then on: {TIMES}",
             show_default="all that the log has",
         ),
     ] = None,
@@ -59,7 +54,7 @@ def audit(
     """Judge the log by itself: exit code 4 with the positions of what breaks a promise, 0 when nothing does.
 
     Looks for jobs without an end, ends that contradict each other, starts after an end and by which worker, releases
-    before their time, work records and dead letters that are missing or twice, and rows of the status table that differ.
+    before their time, jobs of a key that were started out of turn, work records and dead letters that are missing or twice, and rows of the status table that differ.
     It decodes every record with fastavro alone and uses neither the worker's nor the table's code. Workers may run
     meanwhile. What docs/promises.md allows, such as a success that stands twice after a crash, is counted as a note.
     Memory stays bounded; a scratch file beside the status table takes some hundred bytes a record.

@@ -13,7 +13,7 @@ import typer
 from jobledger.cli import completion, output
 from jobledger.cli.commands import judged, moment_ms
 from jobledger.cli.loading import load_app
-from jobledger.cli.options import Bootstrap, Json, StatusUrl, Target
+from jobledger.cli.options import TIMES, Bootstrap, Json, StatusUrl, Target
 from jobledger.cli.output import Cell, Exit
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ def backfill(
         typer.Option(
             "--from",
             metavar="TIME",
-            help="Events from then on: ISO 8601, UTC unless it says otherwise, or an age such as 2h, 3d.",
+            help=f"Events from then on: {TIMES}",
             show_default="the oldest kept",
         ),
     ] = None,

@@ -13,7 +13,7 @@ import typer
 
 from jobledger.cli import completion, output
 from jobledger.cli.commands import Commands, moment_ms, words_of
-from jobledger.cli.options import AppOption, Bootstrap, Json, Namespace, place
+from jobledger.cli.options import TIMES, AppOption, Bootstrap, Json, Namespace, place
 from jobledger.errors import BrokerUnavailable, RegistryNeeded, SchemaError, TopicMissing
 
 if TYPE_CHECKING:
@@ -75,7 +75,7 @@ def tail(
         typer.Option(
             "--from",
             metavar="start|end|TIME",
-            help="Where to begin: TIME is ISO 8601, UTC unless it says otherwise, or an age such as 90s, 10m, 2h, 3d.",
+            help=f"Where to begin: TIME is {TIMES}",
             show_default=f"the last {DEFAULT_LAST} events",
         ),
     ] = None,

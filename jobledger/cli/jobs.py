@@ -11,7 +11,7 @@ import typer
 from jobledger.cli import completion, output
 from jobledger.cli.commands import Commands, Words, Wrong, moment_ms, pair_of, pairs_of, seconds, states_of, words_of
 from jobledger.cli.job_views import COLUMNS, args_json, fields, finish, row, status_json, submissions, timeline
-from jobledger.cli.options import AppOption, Bootstrap, Json, Namespace, StatusUrl, place
+from jobledger.cli.options import TIMES, AppOption, Bootstrap, Json, Namespace, Queues, StatusUrl, place
 from jobledger.cli.waiting import showing_progress
 
 if TYPE_CHECKING:
@@ -61,12 +61,7 @@ def list_jobs(
         list[str] | None,
         typer.Option(help="Of this task; repeat it for several.", show_default="any", autocompletion=completion.tasks),
     ] = None,
-    queue: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="Of this queue; repeat it for several.", show_default="any", autocompletion=completion.queues
-        ),
-    ] = None,
+    queue: Queues = None,
     tag: Annotated[
         list[str] | None,
         typer.Option(metavar="NAME=VALUE", help="With this tag; repeated, with all of them.", show_default="any"),
@@ -75,7 +70,7 @@ def list_jobs(
         str | None,
         typer.Option(
             metavar="TIME",
-            help="Submitted then or later: ISO 8601, UTC unless it says otherwise, or an age such as 90s, 2h, 3d.",
+            help=f"Submitted then or later: {TIMES}",
             show_default="any",
         ),
     ] = None,

@@ -47,6 +47,17 @@ Namespace = Annotated[
     ),
 ]
 
+Queues = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--queue",
+        help="Only jobs of this queue; repeat it for several.",
+        show_default="all",
+        autocompletion=completion.queues,
+    ),
+]
+#: Which times an option takes that is read with `commands.moment_ms`.
+TIMES = "ISO 8601, UTC unless it says otherwise, or an age such as 90s, 2h, 3d."
 
 #: Where metrics are served unless a host is given.
 HOST = "127.0.0.1"
