@@ -42,6 +42,7 @@ class Places:
 
     ``begin_again(work)``: says that it starts once more. ``done(work)``: its room and slot are free. ``ours(work)``:
     this worker is to run it; ``certain(work)``: and no other can have taken it over, as far as is known at this moment.
+    ``call``: runs a function on the loop; what it raises ends the worker.
 
     A suspect is *waiting* until its code is given to a child: its partition can be handed over meanwhile, and then the
     next owner runs it.
@@ -58,12 +59,14 @@ class Places:
         done: Callable[[Work], None],
         ours: Callable[[Work], bool],
         certain: Callable[[Work], bool],
+        call: Callable[..., None],
     ) -> None:
         self.executor, self.threads, self.processes = executor, threads, processes
         self.alone = Room("alone", 1)  # see `ALONE_FROM`
         self.suspects = Room("suspects", SUSPECTS)
         self.children = children
         self._begin_again, self._done, self._ours, self._certain = begin_again, done, ours, certain
+        self._call = call
         self._base = contextvars.copy_context()  # as of `Starter.base`
         self.loop: asyncio.AbstractEventLoop
 
@@ -115,21 +118,21 @@ class Places:
         if not self._may_start(work, self.go):
             return False
         if work.suspect:
-            if work.lease is None and not work.partition.begin_taking():
-                self._done(work)
-                return False
             work.waiting = work.partition.taking = False
         return True
 
     def _may_start(self, work: Work, again: Callable[[Work], None]) -> bool:
         """Whether a job that waited may be started now. If it may not, its room and slot are free; if that is not known,
-        because the worker was paused or has lost the broker, ``again(work)`` is called later."""
+        because the worker was paused or has lost the broker, ``again(work)`` is called later. Of a suspect's partition the
+        right to take up is claimed (`Partition.begin_taking`): it may be handed over at any time."""
         if work.abandoned or not self._ours(work):
             self._done(work)
         elif not self._certain(work):
-            self.loop.call_later(AGAIN_S, again, work)
+            self.loop.call_later(AGAIN_S, self._call, again, work)
         elif work.stop_outcome is not None:  # cancelled while it waited
             self.executor.close_with(work, work.stop_outcome)
+            self._done(work)
+        elif work.suspect and work.lease is None and not work.partition.begin_taking():
             self._done(work)
         else:
             return True
@@ -192,7 +195,10 @@ class Places:
             LOG.warning("%s", said)
             work.began = time.monotonic()
             work.context = context_of(work)
-            self._begin_again(work)
+            try:
+                self._begin_again(work)
+            finally:
+                work.partition.taking = False
 
     @staticmethod
     def _move(work: Work, room: Room | None) -> None:

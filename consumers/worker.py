@@ -306,6 +306,7 @@ class Worker:
             done=dispatcher.ended_in_thread,
             ours=dispatcher.starter.ours,
             certain=dispatcher.starter.certain,
+            call=dispatcher.call,
         )
         executor.stop_child = places.stop
         leases = self.leases = Leases(
@@ -466,7 +467,7 @@ class Worker:
             ChildSettings(options.job_children, SUSPECTS, options.jobs_per_child, self._target, self.settings),
             take=lambda work: dispatcher.places.take(work),
             said=lambda work, outcome: dispatcher.places.said(work, outcome),
-            died=lambda *died: dispatcher.places.died(*died),
+            died=lambda *died: dispatcher.call(dispatcher.places.died, *died),
             ended=lambda work, why, error: dispatcher.places.ended(work, why, error),
             unusable=self._no_children,
         )

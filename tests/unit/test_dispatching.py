@@ -189,6 +189,7 @@ class Bench:
             done=d.ended_in_thread,
             ours=starter.ours,
             certain=starter.certain,
+            call=d.call,
         )
         d.wire(executor, places, cast(Any, None))
         d.start(asyncio.get_running_loop())
@@ -556,7 +557,7 @@ class FreeChildren:
             ChildSettings(1, 0, 10, "m:a", Settings()),
             take=places.take,
             said=places.said,
-            died=places.died,
+            died=lambda *died: bench.dispatcher.call(places.died, *died),
             ended=places.ended,
             unusable=bench.failed.append,
         )
@@ -653,6 +654,43 @@ def test_a_job_whose_child_died_is_not_started_again_before_the_lease_is_confirm
             children.free()
             await until(lambda: len(children.given) == 2)
         assert (starts(bench), bench.failed) == (2 - lost, [])
+        bench.close()
+
+    run(test)
+
+
+@pytest.mark.parametrize("paused", [False, True])
+def test_a_second_start_that_cannot_be_sent_ends_the_worker(monkeypatch: pytest.MonkeyPatch, paused: bool) -> None:
+    """A child died, and the broker takes no more records when the job is to be started again: the worker ends. The loop would
+    only log the error, and the job would keep its slot and never run."""
+    app = App("shop")
+
+    @app.task(isolation="process")
+    def isolated(n: int) -> None:
+        raise AssertionError("runs in no process of this test")
+
+    def full(*args: object) -> None:
+        raise BrokerUnavailable("the send queue stayed full")
+
+    async def test() -> None:
+        bench = Bench(app)
+        children, partition = FreeChildren(bench), bench.partition()
+        put(partition, [job("isolated", n=0)])
+        bench.dispatcher.wake()
+        await until(lambda: starts(bench) == 1)
+        children.free()
+        (work,) = children.given
+        monkeypatch.setattr(bench.kept, "send", full)
+        if paused:
+            wake_late(partition)
+        children.pool._on_died(work, ErrorInfo("ProcessDied", "signal 9"), True)
+        if paused:
+            await until(lambda: partition.lease.wanted)
+            assert not bench.failed
+            partition.lease.confirm(time.monotonic())
+        await until(lambda: bench.failed)
+        assert [str(error) for error in bench.failed] == ["the send queue stayed full"]
+        assert not partition.taking
         bench.close()
 
     run(test)

@@ -135,6 +135,7 @@ def places(children: object | None) -> Places:
         done=nothing,
         ours=nothing,
         certain=nothing,
+        call=nothing,
     )
 
 
