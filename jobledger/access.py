@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import re
 import time
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 from confluent_kafka import KafkaError, KafkaException
@@ -251,10 +252,11 @@ def knock(settings: Settings, timeout: float = KNOCK_S) -> None:
         raise unusable(exc) from exc
     asked = client.describe_cluster(request_timeout=timeout)
     deadline = time.monotonic() + timeout
-    while not asked.done() and time.monotonic() < deadline:
+    while not greenlets.finished(asked) and time.monotonic() < deadline:
         client.poll(0.02)
         door.check()
-    if asked.done() and asked.exception() is None:
+    with suppress(KafkaException, TimeoutError):
+        greenlets.outcome(asked, 0.0)
         return
     found = tls.trouble(settings.resolve_bootstrap(), settings.kafka)
     if found is not None:

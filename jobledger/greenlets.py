@@ -13,13 +13,19 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from typing import Any, Protocol
+from concurrent.futures import Future
+from typing import Any, Protocol, TypeVar
 from weakref import WeakKeyDictionary
 
 from confluent_kafka import Consumer, Producer
 from confluent_kafka.admin import AdminClient
 
 from jobledger.errors import ConfigError
+
+T = TypeVar("T")
+
+#: Seconds between two looks at a future that a native thread settles.
+LOOK_S = 0.005
 
 
 class Flag(Protocol):
@@ -49,6 +55,10 @@ def patched() -> bool:
             "client waits for Kafka. Use gevent, threads or asyncio, or leave threads unpatched: "
             "eventlet.monkey_patch(thread=False)"
         )
+    return _green_threads()
+
+
+def _green_threads() -> bool:
     gevent = sys.modules.get("gevent.monkey")
     return gevent is not None and bool(gevent.is_module_patched("threading"))
 
@@ -93,7 +103,7 @@ class _Native:
 
 def native_lock() -> Any:
     """A reentrant lock between native threads. Code that holds it must not wait for a greenlet."""
-    return _original("_thread", "RLock")() if patched() else threading.RLock()
+    return _original("_thread", "RLock")() if _green_threads() else threading.RLock()
 
 
 def native_sleep(seconds: float) -> None:
@@ -156,6 +166,35 @@ class _Bell:
 _bells: WeakKeyDictionary[Any, _Bell] = WeakKeyDictionary()
 
 
+# -- futures ----------------------------------------------------------------------------------------------------------------
+
+
+def finished(future: Future[Any]) -> bool:
+    """Whether a future that a native thread settles is settled: the answers of an `AdminClient` are such futures.
+
+    Under gevent the future's lock is one between greenlets. A greenlet that asks for it while the native thread holds it
+    fails with ``LoopExit``, if the process has nothing else to do. So the lock is never taken here: `Future` keeps the
+    outcome before it changes its state.
+    """
+    return future._state == "FINISHED" if _green_threads() else future.done()
+
+
+def outcome(future: Future[T], timeout: float) -> T:
+    """The result of such a future. Raises its exception, or `TimeoutError` after ``timeout`` seconds."""
+    if not _green_threads():
+        return future.result(timeout)
+    deadline = time.monotonic() + timeout
+    while not finished(future):
+        if time.monotonic() >= deadline:
+            raise TimeoutError
+        (native_sleep if _hub() is None else time.sleep)(LOOK_S)
+    error: BaseException | None = future._exception
+    if error is not None:
+        raise error
+    found: T = future._result  # type: ignore[assignment]  # there is one if there is no exception
+    return found
+
+
 # -- clients ----------------------------------------------------------------------------------------------------------------
 
 #: Methods of a client that may wait for a broker, or run Jobledger's callbacks.
@@ -181,13 +220,18 @@ GREEN: dict[type[Any], type[Any]] = {kind: _green(kind) for kind in (Producer, C
 
 
 def _in_native_thread(blocking: Callable[..., Any], *args: Any, **more: Any) -> Any:
-    hub = sys.modules["gevent._hub_local"].get_hub_if_exists()
+    hub = _hub()
     if hub is None:  # this is one
         return blocking(*args, **more)
     result, error = hub.threadpool.apply(_caught, (blocking, args, more))
     if error is not None:
         raise error
     return result
+
+
+def _hub() -> Any:
+    """This thread's hub of greenlets; None: it has no greenlets."""
+    return sys.modules["gevent._hub_local"].get_hub_if_exists()
 
 
 def _caught(blocking: Callable[..., Any], args: Any, more: Any) -> tuple[Any, BaseException | None]:

@@ -20,7 +20,7 @@ from confluent_kafka.admin import (  # type: ignore[attr-defined]  # re-exported
     ResourceType,
 )
 
-from jobledger import forks
+from jobledger import forks, greenlets
 from jobledger.access import Door, Need, away, denied, read, unauthorized, unusable
 from jobledger.config import Settings
 from jobledger.errors import (
@@ -268,7 +268,7 @@ def answer_of(future: Future[T], timeout: float) -> T:
     """What an admin client was asked with a ``request_timeout`` of ``timeout`` seconds. Its own errors come first, as
     `KafkaException`; where a busy machine lets even these wait, that is the same timeout."""
     try:
-        return future.result(timeout + ANSWER_MARGIN_S)
+        return greenlets.outcome(future, timeout + ANSWER_MARGIN_S)
     except TimeoutError:
         raise KafkaException(KafkaError(KafkaError._TIMED_OUT)) from None
 

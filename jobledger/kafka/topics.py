@@ -21,7 +21,7 @@ from confluent_kafka.admin import (  # type: ignore[attr-defined]  # re-exported
     ResourceType,
 )
 
-from jobledger import addresses, log
+from jobledger import addresses, greenlets, log
 from jobledger.access import Need, denied
 from jobledger.config import Settings
 from jobledger.errors import BrokerUnavailable, ConfigError, JobledgerError
@@ -290,7 +290,7 @@ def _request(
         again = []
         for key, future in send(left).items():
             try:
-                answers[key] = future.result(2 * REQUEST_TIMEOUT_S)
+                answers[key] = greenlets.outcome(future, 2 * REQUEST_TIMEOUT_S)
             except TimeoutError:
                 last = "no answer"
                 again.append(key)

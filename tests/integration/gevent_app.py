@@ -21,9 +21,13 @@ import time  # see above
 from dataclasses import dataclass, replace  # as above
 from typing import Any, Self  # as above
 
-from jobledger import App, BrokerUnavailable, ConfigError, Settings  # as above
+from jobledger import App, BrokerUnavailable, ConfigError, Settings, outage  # as above
+from jobledger.access import knock  # as above
+from jobledger.commits import lifecycle_groups  # as above
+from jobledger.kafka.acls import check  # as above
 from jobledger.kafka.ports import free_port  # as above
 from jobledger.kafka.topics import ensure  # as above
+from jobledger.log import topic_settings  # as above
 
 app: App = App(os.environ["NAMESPACE"], settings=Settings.from_env(), partitions=3)
 
@@ -98,6 +102,21 @@ def results() -> None:
     assert [each.value["sum"] for each in waiting] == [n + 1 for n in range(40)]
     assert other.ticks
     assert len(list(app.jobs(limit=5))) == 5
+
+
+def asks() -> None:
+    """Questions to the cluster that librdkafka's own thread answers, with nothing else to do in this process."""
+    ensure(app, app.settings)
+    switching = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)  # the thread that answers is interrupted everywhere
+    for _ in range(30):
+        knock(app.settings)
+        assert outage._answers(app.settings)
+        assert topic_settings(app.settings, [app.names.lifecycle, app.names.control])
+        check(app.settings, app.names.namespace, [app.names.lifecycle])
+        assert lifecycle_groups(app.settings, app.names) == []
+        ensure(app, app.settings)
+    sys.setswitchinterval(switching)
 
 
 def away() -> None:

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,10 @@ from jobledger.cli.output import Exit
 from jobledger.streams.status import Materializer
 from tests.integration.worker_app import made, working
 
-pytestmark = pytest.mark.kafka
+pytestmark = [
+    pytest.mark.kafka,
+    pytest.mark.skipif(find_spec("gevent") is None, reason="gevent is not installed"),
+]
 
 APP = Path(__file__).with_name("gevent_app.py")
 TIMEOUT_S = 200.0
@@ -43,7 +47,6 @@ def environ(app: App) -> dict[str, str]:
 @pytest.fixture
 def run(environ: dict[str, str]) -> Run:
     """Call a function of `gevent_app` in a process of its own, which must end well."""
-    pytest.importorskip("gevent")
 
     def call(name: str, **more: str) -> None:
         done = subprocess.run(
@@ -89,9 +92,15 @@ def test_a_fork_of_gevent_s_submits(run: Run) -> None:
     run("forks")
 
 
+def test_answers_of_admin_clients_reach_greenlets(run: Run) -> None:
+    """Thirty times each question that a client asks through librdkafka's own thread, which answers at any moment; the
+    process does nothing else."""
+    run("asks")
+
+
+@pytest.mark.skipif(find_spec("eventlet") is None, reason="eventlet is not installed")
 def test_eventlet_is_refused(run: Run) -> None:
     """Soon, with what to do; it would stop for good."""
-    pytest.importorskip("eventlet")
     run("refused", GREEN="eventlet")
 
 

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from importlib.util import find_spec
 
 import pytest
+
+pytestmark = pytest.mark.skipif(find_spec("gevent") is None, reason="gevent is not installed")
 
 CALLS = """
 from gevent import monkey
@@ -26,10 +29,46 @@ gevent.joinall([gevent.spawn(ask) for _ in range(3)])
 """
 
 
+ANSWERS = """
+from gevent import monkey
+monkey.patch_all()
+import sys
+from concurrent.futures import Future
+from confluent_kafka import KafkaError, KafkaException
+from jobledger import greenlets, log
+
+sys.setswitchinterval(1e-6)
+for _ in range(300):
+    futures = [Future() for _ in range(20)]
+    greenlets.start_thread(lambda futures=futures: [each.set_result(n) for n, each in enumerate(futures)], "answers")
+    assert [log.answer_of(each, 60.0) for each in futures] == list(range(20))
+print("all answered")
+refused = Future()
+refused.set_exception(KafkaException(KafkaError(KafkaError.TOPIC_AUTHORIZATION_FAILED)))
+try:
+    log.answer_of(refused, 60.0)
+except KafkaException:
+    print("refused")
+log.ANSWER_MARGIN_S = 0.0
+try:
+    log.answer_of(Future(), 0.1)
+except KafkaException as error:
+    print("late" if error.args[0].code() == KafkaError._TIMED_OUT else error)
+"""
+
+
+def run(code: str) -> list[str]:
+    """The lines that a process prints which runs ``code``, and ends well."""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    return done.stdout.splitlines()
+
+
 def test_an_exception_of_a_client_reaches_its_caller_and_nothing_else() -> None:
     """What a client's call raises in gevent's pool of threads is raised to its caller, and not printed as well."""
-    pytest.importorskip("gevent")
-    done = subprocess.run([sys.executable, "-c", CALLS], capture_output=True, text=True, timeout=120, check=False)
-    assert done.stdout.splitlines() == ["raised _TRANSPORT"] * 3
-    assert done.stderr == ""
-    assert done.returncode == 0
+    assert run(CALLS) == ["raised _TRANSPORT"] * 3
+
+
+def test_what_a_native_thread_answers_reaches_a_greenlet() -> None:
+    """Also if the thread is interrupted while it answers, and the process has nothing else to do."""
+    assert run(ANSWERS) == ["all answered", "refused", "late"]
