@@ -213,7 +213,7 @@ class Door:
                     self._away_at = now
                     self._first = None  # a broker that is away, or comes up: what it refused before says nothing
                 if self._patient and self._refusal is None:
-                    outage_of(self._settings).heard(text)
+                    outage_of(self._settings).heard(text, self)
                 return
             said = re.sub(r"\(.*|\d+ms", "", text)
             if now - self._said.get(said, float("-inf")) < SAY_EVERY_S:

@@ -72,7 +72,7 @@ _pools: WeakSet[Engine] = WeakSet()
 _owners: WeakSet[Owner] = WeakSet()
 _closables: dict[int, Closable] = {}
 _alone: WeakSet[Alone] = WeakSet()
-_making = threading.RLock()
+_making = greenlets.native_lock()  # a thread that watches an outage makes clients, too
 _held: dict[int, bool] = {}
 
 
@@ -235,7 +235,7 @@ def _in_child() -> None:
     if _making.acquire(blocking=False):
         _making.release()
     else:
-        _making = threading.RLock()
+        _making = greenlets.native_lock()
     for made in list(_clients):
         keep(made)
         made.__class__ = _INERT[type(made)]
@@ -285,16 +285,21 @@ def closed(closable: Closable) -> None:
     _closables.pop(id(closable), None)
 
 
+def close_all(timeout: float) -> None:
+    """Close whatever is open, each within ``timeout`` seconds."""
+    for closable in list(_closables.values()):
+        try:
+            closable.at_exit(timeout)
+        except Exception:
+            LOG.exception("a connection could not be closed at the end of the process")
+
+
 def _exit() -> None:
     # Registered at import: handlers that were registered later run before, while everything is open.
     global ending
     notice()
     ending = True
-    for closable in list(_closables.values()):
-        try:
-            closable.at_exit(EXIT_S)
-        except Exception:
-            LOG.exception("a connection could not be closed at the end of the process")
+    close_all(EXIT_S)
 
 
 atexit.register(_exit)

@@ -1,7 +1,8 @@
 """What is logged of a cluster that cannot be reached: that it is so, that it lasts, and that it is over.
 
 Each client notices by itself, several times, and says nothing when it is connected again. So whatever a client hears
-comes here, and while something is wrong one thread a process and cluster asks once a second.
+comes here, and while something is wrong one thread a process and cluster asks once a second. The thread ends
+when the last client that has told of the outage is gone: then nobody uses the cluster any more.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import os
 import time
 from collections.abc import Callable
 from typing import Any
+from weakref import WeakSet
 
 from confluent_kafka import KafkaError, KafkaException
 from confluent_kafka.admin import AdminClient
@@ -51,18 +53,24 @@ class Outage:
         self._watcher = 0  # the process whose thread watches
         self._heard = 0
         self._text = ""
+        self._tellers: WeakSet[object] = WeakSet()
         #: Whether an outage has been logged, and its end not yet.
         self.said = False
         forks.in_child(self)
 
     def after_fork(self) -> None:
         """A forked child: the thread that watches, or holds the lock, is the parent's."""
-        self._lock, self._watcher, self._text = greenlets.native_lock(), 0, ""
+        self._lock = greenlets.native_lock()
+        self._end()
 
-    def heard(self, text: str) -> None:
-        """A client has lost a connection, or cannot make one; ``text``: in its words. From any thread; returns at once."""
+    def heard(self, text: str, by: object) -> None:
+        """A client has lost a connection, or cannot make one; ``text``: in its words. From any thread; returns at once.
+
+        ``by``: an object that lives as long as the client does. It is not kept alive here.
+        """
         with self._lock:
             self._heard += 1
+            self._tellers.add(by)
             if not self._text or "onnect" in text:  # what says which connection says the most
                 self._text = text
             if self._watcher == os.getpid():
@@ -78,6 +86,8 @@ class Outage:
         error_at = since + LONG_S
         while True:
             greenlets.native_sleep(ASK_EVERY_S)
+            if self._forsaken():
+                return
             heard = self._heard
             quiet = time.monotonic() < _quiet_until
             if quiet or self._answered():
@@ -86,7 +96,7 @@ class Outage:
                 self.said = False
                 with self._lock:
                     if quiet or self._heard == heard:
-                        self._watcher, self._text = 0, ""
+                        self._end()
                         return
                 since = time.monotonic()
                 error_at = since + LONG_S
@@ -98,6 +108,19 @@ class Outage:
             elif now >= error_at:
                 LOG.error("%s has not been reachable for %.0f s: %s", self._address, now - since, self._text)
                 error_at = now + AGAIN_S
+
+    def _forsaken(self) -> bool:
+        """Whether no client is left that has told of this outage. If so, the watch ends, and nothing is logged."""
+        with self._lock:
+            if self._tellers:
+                return False
+            self.said = False
+            self._end()
+            return True
+
+    def _end(self) -> None:
+        self._watcher, self._text = 0, ""
+        self._tellers.clear()
 
     def _answered(self) -> bool:
         try:
@@ -133,11 +156,12 @@ def _answers(settings: Settings) -> bool:
     except (JobledgerError, KafkaException):
         return False
     deadline = time.monotonic() + ANSWER_S
-    while not asked.done() and time.monotonic() < deadline:
+    while not greenlets.finished(asked) and time.monotonic() < deadline:
         client.poll(0.05)
-    if not asked.done():
+    try:
+        greenlets.outcome(asked, 0.0)
+    except TimeoutError:
         return False
-    error = asked.exception()
-    if error is None:
-        return True
-    return isinstance(error, KafkaException) and error.args[0].code() == KafkaError.CLUSTER_AUTHORIZATION_FAILED
+    except KafkaException as exc:
+        return bool(exc.args[0].code() == KafkaError.CLUSTER_AUTHORIZATION_FAILED)
+    return True

@@ -50,7 +50,7 @@ from jobledger.streams.faust_app import (
     work_topics,
 )
 from jobledger.streams.metrics import Metrics
-from jobledger.streams.noise import quieten
+from jobledger.streams.noise import quieten, tell_no_more
 from jobledger.streams.place import take_place
 from jobledger.streams.security import security
 from jobledger.wire import framing
@@ -181,7 +181,7 @@ class Coordinator:
         writer: AckedWriter | None = None
         tasks: list[asyncio.Task[None]] = []
         try:
-            quieten(heard=outage.outage_of(self.settings).heard)
+            quieten(heard=partial(outage.outage_of(self.settings).heard, by=self))
             if idle := unused(self.settings):
                 LOG.warning("client settings that the coordinator does not use (aiokafka): %s", ", ".join(idle))
             origin, topics, max_batch = await self._with_patience(self._prepare)
@@ -249,6 +249,7 @@ class Coordinator:
                 await writer.stop(2.0)
             if self._ends is not None:
                 self._ends.close()
+            tell_no_more()
             if isinstance(self._failure, ConsistencyError):
                 place.clear()  # the local copy is of a log that is gone
             place.release()

@@ -80,6 +80,11 @@ class Connections(logging.Filter):
         return False
 
 
+def tell_no_more() -> None:
+    """Undo what `quieten` was given as ``heard``."""
+    _connections.heard = None
+
+
 _LOST = ("Unable connect to", "Unable to update metadata from", "NodeNotReadyError", "KafkaConnectionError")
 
 _REFUSED = (

@@ -10,8 +10,17 @@ from collections.abc import Callable
 import pytest
 
 from jobledger import Settings, outage
+from jobledger.kafka.ports import free_port
 from jobledger.outage import Outage
 from jobledger.streams.noise import Connections
+from jobledger.writer import LogWriter
+
+
+class Client:
+    """Stands for a client that is open as long as this lives."""
+
+
+CLIENT = Client()
 
 
 @pytest.fixture(autouse=True)
@@ -44,8 +53,8 @@ def test_an_outage_is_a_warning_then_an_error_and_its_end_is_said(
     up = threading.Event()
     seen = Outage("k:1", up.is_set)
     for _ in range(20):
-        seen.heard("Connect to k:1 failed: Connection refused")
-        seen.heard("1/1 brokers are down")
+        seen.heard("Connect to k:1 failed: Connection refused", CLIENT)
+        seen.heard("1/1 brokers are down", CLIENT)
     until(lambda: any(record.levelno == logging.ERROR for record in caplog.records))
     up.set()
     until(over)
@@ -60,11 +69,11 @@ def test_a_connection_that_is_back_at_once_is_no_outage(caplog: pytest.LogCaptur
     """Nothing is said of it; the next outage is."""
     answers = [True]
     seen = Outage("k:1", lambda: answers[0])
-    seen.heard("Disconnected")
+    seen.heard("Disconnected", CLIENT)
     until(over)
     assert caplog.records == []
     answers[0] = False
-    seen.heard("Disconnected again")
+    seen.heard("Disconnected again", CLIENT)
     until(lambda: len(caplog.records) == 1)
     answers[0] = True
     until(over)
@@ -81,7 +90,7 @@ def test_a_question_that_breaks_is_no_answer(caplog: pytest.LogCaptureFixture) -
             raise found
         return found
 
-    Outage("k:1", ask).heard("Disconnected")
+    Outage("k:1", ask).heard("Disconnected", CLIENT)
     until(over)
     assert [record.levelno for record in caplog.records] == [logging.WARNING, logging.INFO]
 
@@ -90,9 +99,46 @@ def test_a_process_that_stops_says_nothing_of_its_broker(caplog: pytest.LogCaptu
     """Both may be told to stop at the same time."""
     outage.stopping()
     seen = Outage("k:1", lambda: False)
-    seen.heard("Connect to k:1 failed: Connection refused")
+    seen.heard("Connect to k:1 failed: Connection refused", CLIENT)
     until(over)
     assert caplog.records == []
+
+
+def test_an_outage_is_watched_as_long_as_a_client_that_told_of_it(caplog: pytest.LogCaptureFixture) -> None:
+    """Once the last one has gone, nothing more is asked and logged; another client's outage is told again."""
+    asked: list[bool] = []
+
+    def ask() -> bool:
+        asked.append(True)
+        return False
+
+    seen, one, other = Outage("k:1", ask), Client(), Client()
+    seen.heard("Connect to k:1 failed: Connection refused", one)
+    seen.heard("Disconnected", other)
+    until(lambda: seen.said)
+    del one
+    before = len(asked)
+    until(lambda: len(asked) > before + 2)
+    del other
+    until(over)
+    assert not seen.said
+    third = Client()
+    seen.heard("Disconnected", third)
+    until(lambda: seen.said)
+    del third
+    until(over)
+    assert [record.levelno for record in caplog.records] == [logging.WARNING] * 2
+
+
+def test_a_closed_client_watches_no_outage(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A broker that never comes back is logged as long as a client wants it."""
+    monkeypatch.setattr(outage, "ANSWER_S", 0.1)
+    settings = Settings(bootstrap=f"127.0.0.1:{free_port()}")
+    writer = LogWriter(settings, None)
+    until(lambda: outage.outage_of(settings).said)
+    writer.close(0.1)
+    del writer
+    until(over)
 
 
 def test_what_was_missed_is_a_warning_until_the_outage_is_told(caplog: pytest.LogCaptureFixture) -> None:
