@@ -13,10 +13,12 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
+import threading
 import time
 import uuid
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TypeVar
@@ -26,10 +28,12 @@ from confluent_kafka import KafkaException
 from confluent_kafka.admin import AdminClient
 from hypothesis import HealthCheck, settings
 
+from jobledger import forks
 from jobledger.kafka.broker import BROKER_CONFIG
 from jobledger.kafka.defaults import KAFKA_VERSION
 from jobledger.kafka.embedded import EmbeddedKafka
 from jobledger.kafka.ports import free_port
+from jobledger.logger import write_errors_to
 from tests.postgres import Databases, NoPostgres, Server, databases
 
 DEFAULT_IMAGE = "apache/kafka:4.1.0"
@@ -53,6 +57,12 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 #: Files of acceptance tests in a row, which keep the CPUs busy, and then of integration tests, which wait.
 BUSY, WAITING = 2, 5
 
+#: What changes the whole process as soon as it is imported: tests of it run in processes of their own, and look with
+#: `importlib.util.find_spec` whether it is installed.
+OUTSIDE = ("eventlet", "gevent")
+#: Seconds within which the threads of a file's tests must have ended.
+THREADS_END_S = 30.0
+
 SAID = "jobledger-said"
 _said: list[str] = []
 
@@ -75,6 +85,39 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items[:] = [item for file in order for item in file]
 
 
+_excepthook = sys.excepthook
+_stayed: set[str] = set()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> Generator[None, None, None]:
+    """A test leaves nothing in this process that changes how later ones run."""
+    yield
+    # A command that was called in this process has set these, as in a process of its own.
+    write_errors_to(None)
+    sys.excepthook = _excepthook
+    _fail_for({name for name in OUTSIDE if name in sys.modules}, "modules that change the whole process")
+    if nextitem is None or nextitem.path != item.path:
+        _fail_for(_threads_left(), "threads that keep it from ending")
+
+
+def _threads_left() -> set[str]:
+    deadline = time.monotonic() + THREADS_END_S
+    left = [t for t in threading.enumerate() if not t.daemon and t is not threading.main_thread()]
+    for thread in left:
+        thread.join(max(0.0, deadline - time.monotonic()))
+    return {thread.name for thread in left if thread.is_alive()}
+
+
+def _fail_for(stays: set[str], what: str) -> None:
+    new = stays - _stayed
+    _stayed.update(new)  # said once, of the first
+    if new:
+        pytest.fail(
+            f"this test, or one before it in its file, leaves {what} in pytest's process: {', '.join(sorted(new))}"
+        )
+
+
 @pytest.fixture(scope="session")
 def broker(request: pytest.FixtureRequest) -> Iterator[str]:
     """``host:port`` of a real broker that every test of this process shares; use `namespace` to keep apart."""
@@ -92,6 +135,8 @@ def broker(request: pytest.FixtureRequest) -> Iterator[str]:
             address = kafka.bootstrap
             _say(request.config, f"broker: {address} (embedded Kafka {KAFKA_VERSION}; no container: {reason})")
         yield address
+        # Clients that tests left open would look for this broker, and log that it is away, until the process ends.
+        forks.close_all(1.0)
 
 
 @pytest.fixture(scope="session")
