@@ -9,7 +9,7 @@ HEAD = """\
 # A job's states
 
 Written by `make docs` from `TRANSITIONS` in `jobledger/job.py`: do not edit. The table lists
-the steps of a job whose facts are read once and in order. A fact that is read late or twice moves nothing.
+the steps of a job whose facts are read once and in order. A fact that is read late or twice does not change the state.
 """
 
 
@@ -21,7 +21,7 @@ def page() -> str:
     ]
     table = "\n".join(["| before | fact | after | |", "|---|---|---|---|", *rows])
     ends = ", ".join(f"`{end}`" for end in ENDS)
-    return f"{HEAD}\n```mermaid\n{diagram()}\n```\n\n{table}\n\nA run ends in one of the states {ends}. If the log holds two outcomes of one run, the status table shows the one that comes first in this list.\n"
+    return f"{HEAD}\n```mermaid\n{diagram()}\n```\n\n{table}\n\nA run ([reference.md](reference.md#events)) ends in one of the states {ends}. If the log holds two outcomes of one run, the status table shows the one that comes first in this list.\n"
 
 
 if __name__ == "__main__":
