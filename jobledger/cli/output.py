@@ -53,7 +53,7 @@ MEANINGS: Mapping[Exit, str] = {
         "`audit`: the log breaks a promise"
     ),
     Exit.JOB_FAILED: "`jobs wait`, `submit --wait`: the job failed, was cancelled or expired",
-    Exit.TIMEOUT: "the given time was over",
+    Exit.TIMEOUT: "`jobs wait`, `submit --wait`: the time of `--timeout` was over",
     Exit.GAVE_UP: "`coordinator`: it stopped at an error that it must not skip; start it again",
     Exit.DENIED: "the Kafka cluster refuses this user, or the user lacks a right",
     Exit.INTERRUPTED: "interrupted (Ctrl-C)",
