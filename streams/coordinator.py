@@ -75,7 +75,9 @@ PULSE = 0.25
 SURVEY = 2.0
 #: Records may be a little larger than what was submitted: they carry a due time and where they come from.
 ROOM_BYTES = 4_096
-#: Seconds for Faust to start once the broker is there, and to stop.
+#: Seconds within which the broker must have answered for a time to be counted against Faust.
+SEEN_LATELY = 5 * SURVEY
+#: Seconds for Faust to come further with its start or a rebalance once the broker is there, and to stop.
 START_TIMEOUT, STOP_TIMEOUT = 30.0, 10.0
 #: Seconds to end what was begun, when asked to stop.
 FINISH_TIMEOUT = 3.0
@@ -119,6 +121,7 @@ class Coordinator:
         self._ends: Ends | None = None
         self._high: dict[int, int] = {}
         self._broker_seen = time.monotonic()
+        self._last_ready = self._broker_seen
         self._started = False
         self._topics = TopicWatch(self.settings, names, self._watched, LOG, others=self._uneven)
 
@@ -135,7 +138,9 @@ class Coordinator:
         """How it stands, as plain values; also sets the gauges.
 
         ``state``: starting, rebalancing, catching-up or ready. ``lag``: events not dealt with. ``next_due_us``:
-        broker's clock. ``late``: releases by lateness, cumulative, keyed by upper bound in seconds. ``missing_topics``:
+        broker's clock. ``overdue_s``: for how long the first release that is due waits; ``not_ready_s``: for how long
+        this instance has not been ready. Either grows while something stands against acting, and stays near 0 otherwise.
+        ``late``: releases by lateness, cumulative, keyed by upper bound in seconds. ``missing_topics``:
         work topics that releases wait for; not empty means that somebody must run ``jobledger topics apply``.
         ``topic_problems``: settings of topics that promises rest on and that somebody has changed, for people.
         """
@@ -143,6 +148,10 @@ class Coordinator:
         settled = self._started and not self._app.rebalancing
         ready = cycle is not None and settled and bool(self._app.tables.actives_ready) and cycle.ready
         owned = [] if cycle is None else cycle.firing.partitions
+        now = time.monotonic()
+        if ready:
+            self._last_ready = now
+        overdue = 0.0 if cycle is None else cycle.firing.overdue
         lag = (
             0 if cycle is None else sum(max(0, end - cycle.position(p)) for p, end in self._high.items() if p in owned)
         )
@@ -150,6 +159,7 @@ class Coordinator:
         missing = [] if cycle is None else cycle.topics.missing
         state = "ready" if ready else "starting" if not self._started else "catching-up" if settled else "rebalancing"
         metrics.ready.set(ready)
+        metrics.overdue.set(overdue)
         metrics.lag.set(lag)
         metrics.partitions.set(len(owned))
         metrics.scheduled.set(scheduled)
@@ -163,11 +173,13 @@ class Coordinator:
             "lag": lag,
             "scheduled": scheduled,
             "next_due_us": None if cycle is None else cycle.firing.next_due,
+            "overdue_s": round(overdue, 1),
+            "not_ready_s": round(now - self._last_ready, 1),
             "fired": metrics.fired,
             "late": metrics.lateness(),
             "missing_topics": missing,
             "topic_problems": list(self._topics.problems),
-            "broker_seen_s_ago": round(time.monotonic() - self._broker_seen, 1),
+            "broker_seen_s_ago": round(now - self._broker_seen, 1),
         }
 
     # -- life --------------------------------------------------------------------------------------------------------
@@ -361,7 +373,7 @@ class Coordinator:
             self._fail(exc)
 
     async def _or_stuck(self, starting: Awaitable[Any]) -> None:
-        """Let Faust start, unless its client cannot, or comes no further. Restoring a large table may take its time."""
+        """Let Faust start, unless its client cannot, or makes no progress. Restoring a large table may take its time."""
         start = asyncio.ensure_future(starting)
         joining = self._watch_progress("joining its group and reading its table", lambda app: True)
         watches = [asyncio.create_task(watch) for watch in (self._watch_group(), joining)]
@@ -377,22 +389,34 @@ class Coordinator:
             await asyncio.gather(start, *watches, return_exceptions=True)
 
     async def _watch_recovery(self) -> None:
-        """After a rebalance, too: it may not be given a part of the table that came with a partition."""
-        await self._watch_progress("reading the part of its table that came with a rebalance", recovering)
+        """A rebalance must end: with the part of the table read that it brought, and with the streams going on."""
+        await self._watch_progress(
+            "a rebalance of its group, or the part of its table that came with one", self._moving
+        )
+
+    def _moving(self, app: Any) -> bool:
+        restoring = self._cycle is not None and self._cycle.restoring
+        seen = time.monotonic() - self._broker_seen < SEEN_LATELY
+        return seen and (app.rebalancing or recovering(app) or restoring)
+
+    def _progress(self) -> tuple[object, ...]:
+        return progress(self._app), 0 if self._cycle is None else self._cycle.table.restored
 
     async def _watch_progress(self, what: str, waiting: Callable[[Any], bool]) -> None:
         """Faust waits for ever for an answer that a broker which stood still will not give any more. While it is
-        ``waiting``, it has `START_TIMEOUT` for each bit of progress; a time in which this process stood still is not counted.
+        ``waiting``, it has `START_TIMEOUT` for each bit of progress, and more if the group may wait longer for a member
+        that is silent; a time in which this process stood still is not counted, nor one without a broker.
         """
-        seen, quiet = progress(self._app), 0.0
-        while quiet < START_TIMEOUT:
+        seen, quiet = self._progress(), 0.0
+        while quiet < (bound := START_TIMEOUT + max(0.0, self.options.session_timeout - 10.0)):
             await asyncio.sleep(PULSE)
-            now = progress(self._app)
+            now = self._progress()
             quiet = quiet + PULSE if waiting(self._app) and now == seen else 0.0
             seen = now
         raise BrokerUnavailable(
-            f"the coordinator came no further for {START_TIMEOUT:.0f} s with {what}; look whether every broker of "
-            f"{self.settings.resolve_bootstrap()} answers"
+            f"the coordinator made no progress for {bound:.0f} s with {what} (rebalancing: {self._app.rebalancing}, "
+            f"restoring: {recovering(self._app)}); look whether every broker of {self.settings.resolve_bootstrap()} "
+            "answers, and start the coordinator again"
         )
 
     async def _watch_group(self) -> None:

@@ -103,6 +103,11 @@ class Cycle:
         """Whether every owned partition is restored and read up to its barrier."""
         return self._ownership.undisputed and all(map(self._caught_up, self.firing.partitions))
 
+    @property
+    def restoring(self) -> bool:
+        """Whether partitions are moving: nothing is decided before their rows are restored."""
+        return self._ownership.generation is None
+
     def position(self, partition: int) -> int:
         """The next source offset to be dealt with."""
         return max(self._position.get(partition, 0), self._group.committed(partition) or 0)
@@ -308,12 +313,15 @@ class Cycle:
         began = time.monotonic()
         self._ownership.lost()
         self._ownership.moved()
+        epoch = self._ownership.epoch
         self._inbox.clear()
         self._room.set()
         owned = self._group.partitions()
         ends = await self._ends.of(self._names.coordination, owned)
         self._ends_then = {partition: end for partition, (_, end) in ends.items()}
         timers = await self.table.restore(owned, self._ends_then)
+        if epoch != self._ownership.epoch:
+            return  # partitions began to move again meanwhile: what follows that is another rebuild
         self._position.clear()
         # If everything below the end was trimmed away, nothing comes that could lift the barrier.
         self._barrier = {partition: end if end > begin else 0 for partition, (begin, end) in ends.items()}

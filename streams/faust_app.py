@@ -18,7 +18,7 @@ from confluent_kafka import KafkaException, TopicCollection
 from jobledger import log
 from jobledger.access import read
 from jobledger.config import Settings
-from jobledger.errors import ConfigError
+from jobledger.errors import BrokerUnavailable, ConfigError
 from jobledger.extras import missing
 from jobledger.logger import get_logger
 from jobledger.names import Names
@@ -29,6 +29,8 @@ from jobledger.streams.security import credentials
 
 try:
     import faust
+    from aiokafka.errors import KafkaTimeoutError
+    from faust.tables.recovery import RebalanceAgain, Recovery, ServiceStopped
     from faust.transport.drivers import aiokafka
     from faust.types import TP
 except ImportError as exc:
@@ -256,6 +258,40 @@ class SourceTransport(aiokafka.Transport):
     Consumer = SourceConsumer
 
 
+class PatientRecovery(Recovery):
+    """Faust's restoring of the table, which begins again if the broker did not answer a request in time.
+
+    Faust itself takes a request that ran out of time for a request to stop: the task that ends every rebalance returns
+    without an error, and the app is up and idle from then on. ``patience``: seconds of such waiting, in one restoring,
+    after which Faust ends with an error.
+    """
+
+    patience: float
+    brokers: str
+    _unanswered = 0.0
+
+    async def _wait(self, coro: Any, timeout: Any = None) -> None:
+        try:
+            await super()._wait(coro, timeout=timeout)
+        except (ServiceStopped, KafkaTimeoutError, TimeoutError):
+            if self.should_stop or timeout is None:
+                raise
+            self._unanswered += timeout
+            if self._unanswered > self.patience:
+                raise BrokerUnavailable(
+                    f"the coordinator's requests to restore its table had no answer for {self._unanswered:.0f} s; "
+                    f"look whether every broker of {self.brokers} answers"
+                ) from None
+            LOG.warning("no answer for %.0f s while the table is restored: restoring begins again", timeout)
+            self.signal_recovery_start.set()
+            raise RebalanceAgain from None
+
+    async def on_recovery_completed(self, generation_id: int = 0) -> None:
+        """The rows are there; the streams go on."""
+        await super().on_recovery_completed(generation_id)
+        self._unanswered = 0.0
+
+
 class Group:
     """The consumer group and the table as the coordinator uses them; all that touches Faust's inside."""
 
@@ -309,20 +345,30 @@ class Group:
         return took and self.settled
 
 
+def _client_group(app: Any) -> Any:
+    """What aiokafka keeps of the group; None before the consumer has started."""
+    client = getattr(getattr(app.consumer, "_thread", None), "_consumer", None)
+    return getattr(client, "_coordinator", None)
+
+
 def stuck(app: Any) -> Exception | None:
     """What keeps the group's client from going on; None if nothing does. It says so only to whoever polls it for
-    records, which Faust does not do before it has partitions."""
-    client = getattr(getattr(app.consumer, "_thread", None), "_consumer", None)
-    group = getattr(client, "_coordinator", None)
+    records, which Faust does not do before it has partitions, nor while they are moving."""
+    group = _client_group(app)
     pending: Exception | None = getattr(group, "_pending_exception", None)
+    task = getattr(group, "_coordination_task", None)
+    if pending is None and task is not None and task.done():
+        reason = None if task.cancelled() else task.exception()
+        return reason if isinstance(reason, Exception) else RuntimeError("the task that keeps the group has ended")
     return pending
 
 
 def progress(app: Any) -> tuple[object, ...]:
-    """What changes while a start comes on: the group's generation, and how far the table's changelog is read."""
+    """What changes while a start or a rebalance comes on: the group's generation, and how far the table's changelog is
+    read."""
     recovery = app.tables.recovery
-    group = getattr(getattr(getattr(app.consumer, "_thread", None), "_consumer", None), "_coordinator", None)
-    return getattr(group, "generation", None), len(recovery.active_highwaters), list(recovery.active_offsets.values())
+    generation = getattr(_client_group(app), "generation", None)
+    return generation, len(recovery.active_highwaters), list(recovery.active_offsets.values())
 
 
 def recovering(app: Any) -> bool:
@@ -349,6 +395,9 @@ def build(names: Names, settings: Settings, options: Options, partitions: int, p
     app.topics.add(source)
     table = RowTable(app, name=TABLE, partitions=partitions, key_type=bytes, value_type=bytes, beacon=app.tables.beacon)
     app.tables.add(table)
+    tables: Any = app.tables
+    recovery = tables._recovery = PatientRecovery(app, app.tables, beacon=app.tables.beacon)
+    recovery.patience, recovery.brokers = options.patience, settings.resolve_bootstrap()
     return app, table
 
 

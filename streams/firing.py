@@ -64,6 +64,12 @@ class Firing:
         """When the next timer passes, µs of the broker's clock."""
         return min((at for t in self._timers.values() if (at := t.next()) is not None), default=None)
 
+    @property
+    def overdue(self) -> float:
+        """Seconds since the next timer should have passed; 0 if it is not due yet."""
+        at = self.next_due
+        return 0.0 if at is None else max(0.0, (self.clock.now(now_us()) - at) / 1_000_000)
+
     def now_ms(self) -> int:
         """The broker's clock, as far as it is known."""
         return self.clock.now(now_us()) // 1000

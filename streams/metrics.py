@@ -45,6 +45,7 @@ class Metrics:
         self.lag = gauge("lag", "Events of owned partitions not dealt with")
         self.scheduled = gauge("scheduled", "Releases that wait for their time")
         self.ready = gauge("ready", "1 if every owned partition is restored and read up to its barrier")
+        self.overdue = gauge("overdue_seconds", "For how long the first release that is due has been waiting")
         self.partitions = gauge("partitions", "Partitions owned")
         self.missing_topics = gauge("missing_topics", "Work topics that releases wait for")
         self.clock_ahead = gauge("clock_ahead_seconds", "This process's clock less the broker's, at most")

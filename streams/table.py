@@ -55,6 +55,7 @@ class Table:
         self._shifts: dict[int, int] = {}
         self._pending: dict[Key, Row] = {}
         self.scheduled: Counter[int] = Counter()
+        self.restored = 0  # rows that restorations have looked at or mended so far: shows that one comes on
 
     def row(self, partition: int, key: bytes) -> Row | None:
         """A job's row, decided on or durable."""
@@ -152,6 +153,7 @@ class Table:
         last = NO_FLOOR
         while chunk := self._group.rows.scan(partition, after, SCAN_CHUNK):
             after = chunk[-1][0]
+            self.restored += len(chunk)
             for key, data in chunk:
                 row = decode_row(data)
                 last = max(last, row.offset)
@@ -187,6 +189,7 @@ class Table:
                 rows.overtaken.discard((partition, key))
         for start in range(0, len(puts), WRITE_CHUNK):
             await self._write(puts[start : start + WRITE_CHUNK])
+            self.restored += WRITE_CHUNK
         if puts:
             LOG.warning("%d rows were written to the changelog again: a late write had covered them", len(puts))
 

@@ -16,11 +16,12 @@ from typing import Any
 from jobledger.config import Settings
 from jobledger.names import Names
 from jobledger.streams.coordinator import Coordinator, supervise
-from jobledger.streams.faust_app import Options
+from jobledger.streams.faust_app import Options, PatientRecovery
 
 
 def main() -> int:
-    """Arguments as one JSON object: bootstrap, namespace, partitions, folder, options, kill (step, which time)."""
+    """Arguments as one JSON object: bootstrap, namespace, partitions, folder, options, kill (step, which time), freeze (the
+    broker's pid and a file: if it is there, the broker is frozen when the table is about to be restored)."""
     given: dict[str, Any] = json.loads(sys.argv[1])
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s")
     step, times = given.get("kill") or ("", 0)
@@ -32,6 +33,9 @@ def main() -> int:
             seen += 1
             if seen == times:
                 os.kill(os.getpid(), signal.SIGKILL)
+
+    if given.get("freeze"):
+        freeze_at_a_restoring(int(given["freeze"][0]), Path(given["freeze"][1]))
 
     async def run() -> None:
         coordinator = Coordinator(
@@ -60,6 +64,19 @@ def main() -> int:
             logging.shutdown()
             os._exit(70)  # before the runner waits for tasks that hang on a dead broker, as `run_coordinator` does
     return 0
+
+
+def freeze_at_a_restoring(pid: int, file: Path) -> None:
+    """Stop process ``pid`` once ``file`` is there and a rebalance has brought partitions whose rows are to be read."""
+    ask = PatientRecovery._build_highwaters
+
+    async def frozen(recovery: Any, *given: Any) -> None:
+        if file.exists():
+            file.unlink()
+            os.kill(pid, signal.SIGSTOP)
+        await ask(recovery, *given)
+
+    PatientRecovery._build_highwaters = frozen  # type: ignore[method-assign,assignment]
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ from confluent_kafka import Producer
 from jobledger import log
 from jobledger.config import Settings
 from jobledger.errors import BrokerUnavailable, SchemaError
-from jobledger.kafka import topics, topology
+from jobledger.kafka import embedded, topics, topology
 from jobledger.kafka.embedded import EmbeddedKafka
 from jobledger.log import LogReader
 from jobledger.names import Names
@@ -92,8 +92,10 @@ class Fleet:
             return False
         return True
 
-    def start(self, name: str = "a", kill: tuple[str, int] | None = None) -> subprocess.Popen[bytes]:
-        """One more process; ``name`` is its folder."""
+    def start(
+        self, name: str = "a", kill: tuple[str, int] | None = None, freeze: tuple[int | None, str] | None = None
+    ) -> subprocess.Popen[bytes]:
+        """One more process; ``name`` is its folder, ``freeze`` the broker's pid and the file that has it frozen."""
         folder = self.folder / name
         folder.mkdir(parents=True, exist_ok=True)
         given = {
@@ -104,6 +106,7 @@ class Fleet:
             "health": str(folder / "health.json"),
             "options": self.options,
             "kill": kill,
+            "freeze": freeze,
         }
         (folder / "health.json").unlink(missing_ok=True)
         with (folder / "log").open("ab") as out:
@@ -309,6 +312,40 @@ def test_a_broker_that_stops_for_ten_seconds_is_survived(
         fleet.await_all(120)
         assert child.poll() is None, fleet.log_of()
     finally:
+        fleet.close()
+
+
+@pytest.mark.extended
+def test_a_broker_that_stands_still_while_partitions_move_leaves_no_coordinator_idle(
+    own_broker: EmbeddedKafka, namespace: str, tmp_path: Path
+) -> None:
+    """One of two coordinators is frozen; while the other takes its partitions over, the broker stands still for longer than
+    a request may take. It asks again, and every release comes."""
+    fleet = Fleet(own_broker.bootstrap, namespace, tmp_path)
+    freeze = tmp_path / "freeze"
+    try:
+        broker_pid = embedded.status(own_broker.home).pid
+        running = {"a": fleet.start("a", freeze=(broker_pid, str(freeze))), "b": fleet.start("b")}
+        wait_for(lambda: all(fleet.health(name).get("partitions") for name in "ab"), 60, fleet.log_of)
+        fleet.submit(100, 15_000)
+        freeze.touch()
+        running["b"].send_signal(signal.SIGSTOP)
+        wait_for(lambda: not freeze.exists(), 60, fleet.log_of)
+        time.sleep(15)  # the fault itself, not a wait for a fact
+        own_broker.resume()
+        running["b"].send_signal(signal.SIGCONT)
+
+        def released() -> bool:
+            for name, child in running.items():
+                if child.poll() is not None:  # as a supervisor does
+                    running[name] = fleet.start(name)
+            return fleet.asked.keys() <= fleet.released().keys()
+
+        wait_for(released, 120, fleet.log_of)
+        fleet.await_all()
+        assert "restoring begins again" in (fleet.folder / "a" / "log").read_text("utf-8", "replace")
+    finally:
+        own_broker.resume()
         fleet.close()
 
 

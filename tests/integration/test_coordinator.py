@@ -46,6 +46,7 @@ from jobledger.schemas.events import (
     ReleaseOverdue,
     ReleaseRequested,
 )
+from jobledger.streams import faust_app
 from jobledger.streams.coordinator import Coordinator, supervise
 from jobledger.streams.decisions import decide
 from jobledger.streams.faust_app import Options, changelog
@@ -560,14 +561,50 @@ def test_instances_that_come_and_go_share_the_partitions_and_let_each_release_go
         assert message.timestamp()[1] * 1000 >= fact.due_at
 
 
-def test_one_that_comes_no_further_after_a_rebalance_ends(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_that_makes_no_progress_after_a_rebalance_ends(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
     """Faust waits for ever for a part of the table that it is not given; whoever supervises starts it anew."""
     monkeypatch.setattr("jobledger.streams.coordinator.recovering", lambda app: True)
     running = lab.ready()
     monkeypatch.setattr("jobledger.streams.coordinator.START_TIMEOUT", 2.0)
     error = running.ended()
     assert isinstance(error, BrokerUnavailable)
-    assert "came no further for 2 s with reading the part of its table" in str(error)
+    assert "made no progress for 2 s with a rebalance of its group, or the part of its table" in str(error)
+
+
+def test_a_broker_that_gives_no_answer_while_the_table_is_restored_is_asked_again(
+    lab: Lab, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Faust would take it for its own stop, and end no rebalance any more: the coordinator was up and did nothing."""
+    settings, seek = faust_app.faust_settings, faust_app.SourceConsumer.perform_seek
+    asked: list[float] = []
+
+    async def once_without_an_answer(consumer: Any) -> None:
+        asked.append(time.monotonic())
+        await (asyncio.sleep(3600) if len(asked) == 1 else seek(consumer))
+
+    monkeypatch.setattr(faust_app, "faust_settings", lambda *given: {**settings(*given), "broker_request_timeout": 4.0})
+    monkeypatch.setattr(faust_app.SourceConsumer, "perform_seek", once_without_an_answer)
+    running = lab.ready()
+    assert len(asked) > 1
+    job = lab.submit(0)
+    lab.await_let_go((job, 1, 1))
+    assert running.health()["not_ready_s"] < 60
+
+
+def test_a_broker_that_gives_no_answer_for_longer_than_the_patience_ends_it(
+    lab: Lab, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever supervises it starts it again."""
+    settings = faust_app.faust_settings
+
+    async def without_an_answer(consumer: Any) -> None:
+        await asyncio.sleep(3600)
+
+    monkeypatch.setattr(faust_app, "faust_settings", lambda *given: {**settings(*given), "broker_request_timeout": 3.0})
+    monkeypatch.setattr(faust_app.SourceConsumer, "perform_seek", without_an_answer)
+    error = lab.start(patience=4.0).ended()
+    assert isinstance(error, BrokerUnavailable)
+    assert "to restore its table had no answer for 6 s" in str(error)
 
 
 def test_metrics_tell_what_happened(lab: Lab) -> None:
