@@ -1,4 +1,4 @@
-"""``jobledger audit``: the log judged by itself, by rules that share nothing with what wrote it."""
+"""``jobledger audit``: checks the log independently, with rules that share no code with the programs that write it."""
 
 from __future__ import annotations
 
@@ -24,13 +24,14 @@ if TYPE_CHECKING:
 def audit(
     target: Target,
     finished: Annotated[
-        bool, typer.Option("--finished", help="Nothing runs any more: a job without an end is a fault.")
+        bool,
+        typer.Option("--finished", help="Assume that nothing runs any more: every job that has not ended is a fault."),
     ] = False,
     open_for: Annotated[
         str | None,
         typer.Option(
             metavar="AGE",
-            help="A job without an end is a fault if nothing was written of it for so long, and its time has come: 2h, 3d.",
+            help="A job that has not ended is a fault if it has no record for this long and its due time is over: 2h, 3d.",
             show_default="never",
         ),
     ] = None,
@@ -39,25 +40,26 @@ def audit(
         str | None,
         typer.Option(
             metavar="TIME",
-            help=f"Only what was appended from then on: {TIMES}",
-            show_default="all that the log has",
+            help=f"Only records appended from this time on: {TIMES}",
+            show_default="the whole log",
         ),
     ] = None,
     table: Annotated[bool, typer.Option("--table/--no-table", help="Compare the status table with the log.")] = True,
     most: Annotated[
-        int, typer.Option("--limit", min=1, metavar="N", help="Faults of each kind that are listed; all are counted.")
+        int, typer.Option("--limit", min=1, metavar="N", help="How many faults of each kind to list; all are counted.")
     ] = 100,
     bootstrap: Bootstrap = None,
     status_url: StatusUrl = None,
     as_json: Json = False,
 ) -> None:
-    """Judge the log by itself: exit code 4 with the positions of what breaks a promise, 0 when nothing does.
+    """Check the log independently. Exit code 4, with the positions, if the log breaks a promise; 0 if not.
 
-    Looks for jobs without an end, ends that contradict each other, starts after an end and by which worker, releases
-    before their time, jobs of a key that were started out of turn, work records and dead letters that are missing or twice, and rows of the status table that differ.
-    It decodes every record with fastavro alone and uses neither the worker's nor the table's code. Workers may run
-    meanwhile. What docs/promises.md allows, such as a success that stands twice after a crash, is counted as a note.
-    Memory stays bounded; a scratch file beside the status table takes some hundred bytes a record.
+    Looks for jobs that have not ended, outcomes that contradict each other, starts after an outcome (and by which
+    worker), releases before their due time, jobs of a key that were started out of order, missing or duplicate work
+    records and dead letters, and rows of the status table that differ from the log. It decodes every record with
+    fastavro alone and uses neither the worker's nor the table's code. Workers may run meanwhile. What docs/promises.md
+    allows, such as a duplicate success after a crash, is counted as a note. Memory is bounded; a scratch file next to
+    the status table takes some hundred bytes per record.
     """
     from jobledger.audit.run import Wanted
     from jobledger.audit.run import audit as judge
@@ -82,7 +84,8 @@ def audit(
 
 @contextmanager
 def _scratch(url: str) -> Iterator[Path]:
-    """A folder beside the status table, which is where there is room; the system's own for a table in PostgreSQL."""
+    """A folder next to the status table, where there is enough space; for a table in PostgreSQL the system's temporary
+    folder."""
     from jobledger.streams.store import scratch
 
     parent = scratch(url)
@@ -93,7 +96,7 @@ def _scratch(url: str) -> Iterator[Path]:
 
 
 def _copy(url: str, namespace: str, folder: Path) -> Path:
-    """The status table as it is now, which is before the log is read. Raises `StoreNotFound`."""
+    """A copy of the status table, made before the log is read. Raises `StoreNotFound`."""
     from jobledger.streams.store import copy
 
     path = folder / "table.db"
@@ -116,9 +119,9 @@ def _show(found: AuditReport) -> None:
     ]
     if found.complete_from_ms:
         moment = output.clock(found.complete_from_ms * 1000)
-        fields.append(("complete", f"from {moment} on: earlier records were trimmed, or not asked for"))
+        fields.append(("complete", f"from {moment} on: earlier records were trimmed, or excluded by --since"))
     if found.not_asked:
-        text = f"{', '.join(found.not_asked)}: this user may not ask what its workers have committed"
+        text = f"{', '.join(found.not_asked)}: this user may not read what its workers have committed"
         fields.append(("not judged", (text, "yellow")))
     for kind, number in sorted(found.notes.items()):
         fields.append((f"note: {kind}", f"{number:,} {NOTES[kind]}"))
@@ -131,4 +134,4 @@ def _show(found: AuditReport) -> None:
             line = f"  {where}  {each.job_id or '-'}  {each.detail}"
             output.console().print(line, markup=False, soft_wrap=True)
         if fault.count > len(fault.first):
-            print(f"  … and {fault.count - len(fault.first):,} more; --limit shows them")
+            print(f"  … and {fault.count - len(fault.first):,} more; use --limit to list them")

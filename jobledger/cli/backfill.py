@@ -1,4 +1,4 @@
-"""``jobledger backfill``: a handler over events of the past."""
+"""``jobledger backfill``: runs a handler for past events."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from jobledger.consumers.backfill import Progress
 
 
-#: Seconds between two lines that say how far it is, where nobody looks at a terminal.
+#: Seconds between two progress lines, if standard error is not a terminal.
 PROGRESS_S = 5.0
 
 
@@ -34,26 +34,29 @@ def backfill(
         typer.Option(
             "--from",
             metavar="TIME",
-            help=f"Events from then on: {TIMES}",
-            show_default="the oldest kept",
+            help=f"Events from this time on: {TIMES}",
+            show_default="the oldest event kept",
         ),
     ] = None,
     until: Annotated[
-        str | None, typer.Option("--to", metavar="TIME", help="Events before then; likewise.", show_default="now")
+        str | None,
+        typer.Option("--to", metavar="TIME", help="Events before this time, in the same format.", show_default="now"),
     ] = None,
     rate: Annotated[
         str | None,
-        typer.Option(metavar="N/s", help="At most so many: 50/s, 3000/min, 1000/h.", show_default="no limit"),
+        typer.Option(metavar="N/s", help="Maximum rate of events: 50/s, 3000/min, 1000/h.", show_default="no limit"),
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Count what would be submitted; send nothing.")] = False,
-    restart: Annotated[bool, typer.Option("--restart", help="Discard an interrupted one and start over.")] = False,
+    restart: Annotated[
+        bool, typer.Option("--restart", help="Discard the progress of an interrupted backfill and start over.")
+    ] = False,
     bootstrap: Bootstrap = None,
     status_url: StatusUrl = None,
     as_json: Json = False,
 ) -> None:
-    """Submit a handler's jobs for events of the past, up to now. Jobs that the status table knows are passed over.
+    """Submit a handler's jobs for past events, up to now. Jobs that the status table knows are skipped.
 
-    Ctrl-C interrupts it; the same command continues it. Example: jobledger backfill shop:app sync_crm --from
+    Ctrl-C interrupts the backfill; the same command continues it. Example: jobledger backfill shop:app sync_crm --from
     2026-01-01 --rate 50/s --dry-run
     """
     from jobledger.cli.running import stopping
@@ -97,12 +100,15 @@ def backfill(
         )
     else:
         fields: list[tuple[str, Cell]] = [
-            ("events", f"{found.events:,} of {made.topic}" + (", going on where it was" if found.resumed else "")),
+            (
+                "events",
+                f"{found.events:,} of {made.topic}" + (", continued from where it stopped" if found.resumed else ""),
+            ),
             ("would submit" if dry_run else "submitted", f"{found.submitted:,} jobs"),
-            ("known already", f"{found.known:,} jobs"),
+            ("already known", f"{found.known:,} jobs"),
         ]
         if found.unreadable:
-            fields.append(("no events", (f"{found.unreadable:,} records, passed", "yellow")))
+            fields.append(("not events", (f"{found.unreadable:,} records, skipped", "yellow")))
         if not found.done:
             fields.append(("interrupted", ("the same command continues it", "yellow")))
         output.print_fields(fields)
@@ -112,7 +118,7 @@ def backfill(
 
 @contextmanager
 def _bar(what: str, *, quiet: bool, dry_run: bool) -> Iterator[Callable[[Progress], None]]:
-    """A bar of the range on standard error; a line every `PROGRESS_S` seconds where that is no terminal."""
+    """A progress bar on standard error; if that is not a terminal, a line every `PROGRESS_S` seconds."""
     if quiet:
         yield lambda progress: None
         return
@@ -138,8 +144,8 @@ def _lines(what: str, done: str) -> Callable[[Progress], None]:
             return
         said_at = now
         print(
-            f"{what}: {progress.passed:,} of {progress.total:,} events passed, {progress.submitted:,} {done}, "
-            f"{progress.known:,} known already",
+            f"{what}: {progress.passed:,} of {progress.total:,} events read, {progress.submitted:,} {done}, "
+            f"{progress.known:,} already known",
             file=sys.stderr,
             flush=True,
         )

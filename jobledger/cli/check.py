@@ -1,4 +1,4 @@
-"""``jobledger check``: would this version of the app still run the jobs that are in the log?"""
+"""``jobledger check``: could this version of the app run all jobs that are in the log?"""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ if TYPE_CHECKING:
     from jobledger.app import App
     from jobledger.log import LogReader
 
-#: Messages between two looks at the progress bar.
+#: Messages between two updates of the progress bar.
 TELL_EVERY = 2_000
 
 
 class Misfit(msgspec.Struct):
-    """Jobs of one task that this app cannot run. ``waits``: those that wait for a time or a
-    retry; ``queued``: the others."""
+    """Jobs of one task that this app cannot run. ``waits``: how many wait for a time or a retry; ``queued``: how many
+    others."""
 
     task: str
     queue: str
@@ -39,7 +39,7 @@ class Misfit(msgspec.Struct):
 
 
 class Checked(msgspec.Struct):
-    """What was found. ``jobs``: looked at; ``unread``: records that are no events this version reads."""
+    """The result. ``jobs``: how many were checked; ``unread``: records that this version cannot read as events."""
 
     namespace: str
     jobs: int = 0
@@ -51,7 +51,8 @@ class Checked(msgspec.Struct):
 
 
 class Check:
-    """Looks at every job that has not ended: what the worker groups have not committed, and what the coordinator keeps.
+    """Checks every job that has not ended: work records that the worker groups have not committed, and the
+    coordinator's jobs.
 
     Memory: one entry for each kind of misfit, and one for each misfit among a partition's waiting jobs.
     """
@@ -146,7 +147,7 @@ class Check:
                 self._note(kind, event.job_id).queued += 1
 
     def _waiting(self, messages: Iterator[Message]) -> None:
-        """The rows of one partition: of each job the last record says what there is now."""
+        """Check the rows of one partition: a job's last record is its current row."""
         from jobledger.streams.schedules import Kept, decode_row
 
         wrong: dict[bytes, tuple[str, str, str, str]] = {}
@@ -175,7 +176,7 @@ class Check:
             self._note(kind, key.decode(errors="replace")).waits += 1
 
     def _judge(self, name: str, queue: str, lane: str, args: bytes) -> tuple[str, str, str, str] | None:
-        """What keeps this app from running a job: (task, queue, problem, in words); None: nothing."""
+        """Why this app cannot run the job: (task, queue, problem, explanation); None if it can."""
         from jobledger.errors import BadArguments
 
         task = self.app.tasks.get(name)
@@ -203,29 +204,29 @@ class Check:
 
 
 def _shape(args: bytes) -> str:
-    """The names of arguments; their values may be nobody's business."""
+    """The names of the arguments, without their values, which may be confidential."""
     try:
         found = msgspec.json.decode(args)
     except msgspec.DecodeError:
-        return "what is no JSON"
+        return "something that is not JSON"
     return f"({', '.join(sorted(found))})" if isinstance(found, dict) else f"a {type(found).__name__}"
 
 
-#: What to do, by problem.
+#: The way out of each problem.
 WAYS_OUT = {
-    "task gone": "keep a task of that name until they have ended, or cancel them: jobledger jobs cancel --where task=…",
+    "task gone": "keep a task of that name until its jobs have ended, or cancel them: jobledger jobs cancel --where task=…",
     "queue gone": "keep a worker of the old version for that queue until it is empty",
     "arguments do not fit": "give new parameters defaults, keep old ones until their jobs have ended, or use another task name",
 }
 
 
 def check(target: Target, bootstrap: Bootstrap = None, as_json: Json = False) -> None:
-    """Before a deploy: find jobs in the log that this version of the app could not run; exit code 4 if there are any.
+    """Before a deploy: find jobs in the log that this version of the app cannot run. Exit code 4 if there are any.
 
-    Looks at every job that has not ended, without running or changing anything: work records that the worker groups
-    have not committed as done, jobs that run included, and what the coordinator keeps for later (its changelog). A job
-    whose task is gone would be snoozed and then fail as unknown-task, one whose arguments no longer fit fail as
-    bad-arguments. A queue that the app does not have any more is served by nobody.
+    Checks every job that has not ended, without running or changing anything: work records that the worker groups have
+    not committed, including running jobs, and jobs that the coordinator holds for later (its changelog). A job whose
+    task is gone would be snoozed and then fail as unknown-task; one whose arguments no longer fit would fail as
+    bad-arguments. If the app no longer has a job's queue, no worker serves the queue.
     """
     app = load_app(target, bootstrap=bootstrap)
     with progress_bar("reading the log", quiet=as_json) as tell:
@@ -249,7 +250,7 @@ def _show(found: Checked) -> None:
     ]
     if found.unread:
         fields.append(
-            ("no jobs", (f"{found.unread:,} records that this version does not read as one, passed", "yellow"))
+            ("not jobs", (f"{found.unread:,} records that this version cannot read as jobs, skipped", "yellow"))
         )
     output.print_fields(fields)
     if not found.misfits:

@@ -1,5 +1,5 @@
-"""How command lines are read: groups of commands, options that are given twice, the app before the other words, and
-values that only the app can judge. What is wrong with a command line is a `Wrong`, and ends it with exit code 2."""
+"""How command lines are parsed: groups of commands, options given twice, the app before the other arguments, and values
+that only the app can validate. An error in a command line is a `Wrong`, and gives exit code 2."""
 
 from __future__ import annotations
 
@@ -20,24 +20,25 @@ from jobledger.errors import ConfigError, text_of
 _UNITS = {"ms": 0.001, "s": 1.0, "m": 60.0, "min": 60.0, "h": 3600.0, "d": 86400.0}
 
 
-#: The most that an option takes; clocks and databases end somewhere.
+#: Maximum seconds that an option accepts, within the limits of clocks and databases.
 SECONDS_MOST = 366 * 86_400
 _LAST_MS = 253_402_214_400_000  # the last day that every time zone has
 
 
 class Wrong(typer.BadParameter):
-    """Something on the command line is wrong, in words of its own."""
+    """An error in the command line, with its own message."""
 
     def format_message(self) -> str:
-        """The words, without click's own before them."""
+        """The message, without click's prefix."""
         return str(self.message)
 
 
 class Once(TyperCommand):
-    """A command that refuses an option given twice, unless it takes several: the first would be dropped unsaid."""
+    """A command that refuses an option given twice, unless the option takes several values: else the first value would
+    be dropped silently."""
 
     def make_parser(self, ctx: Any) -> Any:
-        """Click's parser, which also tells what was given how often."""
+        """Click's parser, which also counts how often each option was given."""
         parser: Any = super().make_parser(ctx)
         parse = parser.parse_args
 
@@ -48,7 +49,7 @@ class Once(TyperCommand):
             for each, count in Counter(order).items():
                 single = each.param_type_name == "option" and not each.multiple and not each.is_flag
                 if single and count > 1 and not ctx.resilient_parsing:
-                    raise Wrong(f"{max(each.opts, key=len)} is given {count} times, and takes one value", ctx=ctx)
+                    raise Wrong(f"{max(each.opts, key=len)} is given {count} times, but takes one value", ctx=ctx)
             return opts, rest, order
 
         parser.parse_args = parse_args
@@ -65,7 +66,7 @@ class Commands(typer.Typer):
 
 @contextmanager
 def judged(option: str = "") -> Iterator[None]:
-    """The block judges words of the command line: a `ConfigError` of it is about them. ``option``: named before it."""
+    """In the block, a `ConfigError` is an error in the command line. ``option``: the option to name in the message."""
     try:
         yield
     except ConfigError as exc:
@@ -73,7 +74,7 @@ def judged(option: str = "") -> Iterator[None]:
 
 
 class Words(NamedTuple):
-    """Words of a command line: the app that the first one names, if one does, and the others."""
+    """The arguments of a command line: the app, if the first one names it, and the others."""
 
     target: str | None
     others: list[str]
@@ -82,9 +83,10 @@ class Words(NamedTuple):
 def words_of(
     words: Sequence[str] | None, named: bool, what: str, count: int | None, *, ctx: typer.Context | None = None
 ) -> Words:
-    """Tell the app, ``MODULE:APP``, from the words after it; ``count`` of them, or any number for None.
+    """Separate the app, ``MODULE:APP``, from the arguments after it: ``count`` of them, or any number for None.
 
-    ``named``: --app or --namespace names the app already. ``what``: what each of the words stands for, as in the help.
+    ``named``: whether --app or --namespace has named the app already. ``what``: what each argument stands for, as in
+    the help.
     """
     found = list(words or ())
     target = None
@@ -96,14 +98,14 @@ def words_of(
         raise Wrong(f"{what} is missing", ctx=ctx)
     if len(found) > count:
         both = "; the app is named twice" if named and ":" in found[0] else ""
-        raise Wrong(f"{' '.join(found[count:])!r} is too much: {count or 'no'} {what} is taken{both}", ctx=ctx)
+        raise Wrong(f"{' '.join(found[count:])!r} is too much: the command takes {count or 'no'} {what}{both}", ctx=ctx)
     if count and named is False and target is None and ":" in found[0]:
         raise Wrong(f"{what} is missing after {found[0]}", ctx=ctx)
     return Words(target, found)
 
 
 def pair_of(text: str, what: str) -> tuple[str, str]:
-    """``NAME=VALUE`` in two."""
+    """Split ``NAME=VALUE``."""
     name, found, value = text.partition("=")
     if not found or not name:
         raise Wrong(f"{what} {text!r} is not of the form NAME=VALUE")
@@ -111,26 +113,26 @@ def pair_of(text: str, what: str) -> tuple[str, str]:
 
 
 def pairs_of(texts: Sequence[str] | None, what: str) -> dict[str, str]:
-    """Several ``NAME=VALUE``; one name with two values is refused."""
+    """Several ``NAME=VALUE``; a name with two different values is refused."""
     found: dict[str, str] = {}
     for name, value in (pair_of(each, what) for each in texts or ()):
         if found.setdefault(name, value) != value:
-            raise Wrong(f"{what} {name} is given as {found[name]!r} and as {value!r}: one value is possible")
+            raise Wrong(f"{what} {name} is given as {found[name]!r} and as {value!r}: only one value is possible")
     return found
 
 
 def states_of(texts: Sequence[str] | None, option: str = "--state") -> list[str]:
-    """Names of states."""
+    """Validated names of states."""
     from jobledger.job import State
 
     for text in texts or ():
         if text not in list(State):
-            raise Wrong(f"{option} {text!r} is no state; there are {', '.join(State)}")
+            raise Wrong(f"{option} {text!r} is not a state; there are {', '.join(State)}")
     return list(texts or ())
 
 
 def among(name: str, choices: Mapping[str, Any] | Sequence[str], kind: str, where: str) -> str:
-    """``name``, if it is one of these."""
+    """``name``, if it is one of the choices. Raises `Wrong` if not."""
     if name not in choices:
         there = ", ".join(sorted(choices)) or "none"
         raise Wrong(f"{where} has no {kind} {name!r}; there are {there}")
@@ -138,7 +140,7 @@ def among(name: str, choices: Mapping[str, Any] | Sequence[str], kind: str, wher
 
 
 def seconds(text: str) -> float:
-    """A parser of an option: a number of seconds, from 0 to `SECONDS_MOST`."""
+    """Parser of an option: a number of seconds from 0 to `SECONDS_MOST`."""
     try:
         value = float(text)
     except ValueError:
@@ -149,9 +151,9 @@ def seconds(text: str) -> float:
 
 
 def moment_ms(text: str, option: str, *also: str, now: float | None = None) -> int:
-    """A time of the command line as milliseconds since the epoch: ISO 8601 (UTC unless it says), or an age.
+    """A time on the command line as milliseconds since the epoch: ISO 8601 (UTC if without a zone), or an age.
 
-    ``also``: other words that the option takes, for the error.
+    ``also``: other words that the option accepts, for the error message.
     """
     age = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(ms|s|m|min|h|d)", text.strip())
     try:
@@ -170,6 +172,6 @@ def moment_ms(text: str, option: str, *also: str, now: float | None = None) -> i
 
 
 def milliseconds(when: dt.datetime) -> int:
-    """A time of a command line as milliseconds since the epoch: UTC unless it says otherwise, so that one command line
-    means one moment on every machine."""
+    """A command line's time as milliseconds since the epoch. A time without a zone is UTC, so that a command line means
+    the same moment on every machine."""
     return round((when if when.tzinfo is not None else when.replace(tzinfo=dt.UTC)).timestamp() * 1000)

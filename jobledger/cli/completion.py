@@ -1,6 +1,6 @@
-"""What a shell completes: states, queues, tasks, namespaces, jobs and what else an app has names for.
+"""Shell completion: states, queues, tasks, namespaces, jobs and other names of an app.
 
-Completing is a courtesy: whatever goes wrong, nothing is offered and nothing is said.
+Completion must never disturb: on any error it offers nothing and prints nothing.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ import typer
 if TYPE_CHECKING:
     from jobledger.app import App
 
-#: Jobs that are offered at once.
+#: Maximum number of jobs offered at once.
 JOBS_MOST = 30
 
 Completer = Callable[[typer.Context, str], list[str]]
 
 
 def join_words(environ: MutableMapping[str, str]) -> None:
-    """Put together what bash takes apart: in its lists of words ``shop:app`` is three, and ``--state=failed``, too."""
+    """Rejoin words that bash splits: for bash, ``shop:app`` is three words, and so is ``--state=failed``."""
     if not {"COMP_WORDS", "COMP_CWORD"} <= environ.keys():
         return
     found: list[str] = []
@@ -52,7 +52,7 @@ def _completer(find: Callable[[typer.Context, str], Iterable[str]]) -> Completer
 
 
 def _app(ctx: typer.Context) -> App:
-    """The app that the words before name."""
+    """The app that the earlier words name."""
     from jobledger.cli.options import place
 
     given = ctx.params
@@ -72,7 +72,7 @@ def _tasks(ctx: typer.Context, incomplete: str) -> Iterable[str]:
 
 
 def _ordered(ctx: typer.Context, incomplete: str) -> Iterable[str]:
-    """Of the group of commands: queues or tasks."""
+    """Names for a group of commands: queues or tasks."""
     return _queues(ctx, incomplete) if getattr(ctx.parent, "info_name", "") == "queues" else _tasks(ctx, incomplete)
 
 

@@ -1,6 +1,6 @@
-"""``jobledger dev``: a broker, the topics, a worker and the stream processor in one terminal, reloading on change.
+"""``jobledger dev``: a broker, the topics, a worker and the stream processor in one terminal, with reload on change.
 
-Owns the order in which they come and go; each of them is the same process that runs in production.
+This module defines the order in which they start and stop. Each is the same process that runs in production.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ if TYPE_CHECKING:
     from jobledger.config import Settings
     from jobledger.streams.supervisor import Say, Supervisor
 
-#: Seconds that running jobs get before a reload or the end; short, as somebody is waiting.
+#: Seconds that running jobs get before a reload or the end; short, as the developer is waiting.
 WORKER_GRACE_S = 5.0
-#: Seconds before a process that does not stop is killed. Longer than what a job left behind may keep a worker.
+#: Seconds before a process that does not stop is killed. Longer than a job's leftovers can keep a worker running.
 KILL_AFTER_S = 20.0
-#: Seconds that the new code may take to be imported and its topics to be made.
+#: Seconds within which the new code must be imported and its topics created.
 CHECK_TIMEOUT_S = 60.0
 
 PARTS = ("worker", "router", "projections", "coordinator", "materializer")
@@ -40,22 +40,22 @@ def dev(
     bootstrap: Bootstrap = None,
     status_url: StatusUrl = None,
     port: Annotated[
-        int, typer.Option(min=0, max=65535, help="Port of the embedded broker, if one is started; 0 takes a free one.")
+        int, typer.Option(min=0, max=65535, help="Port of the embedded broker, if one is started; 0: a free port.")
     ] = 9092,
     concurrency: Annotated[
-        int | None, typer.Option(min=1, help="Jobs at once.", show_default="the worker's own")
+        int | None, typer.Option(min=1, help="Jobs at once.", show_default="the worker's default")
     ] = None,
     reload: Annotated[bool, typer.Option("--reload/--no-reload", help="Restart when a .py file changes.")] = True,
     watch: Annotated[
         list[Path] | None,
-        typer.Option(exists=True, help="Folder to watch; may be repeated.", show_default="the working directory"),
+        typer.Option(exists=True, help="Folder to watch; repeat it for several.", show_default="the working directory"),
     ] = None,
     log_format: LogFormat = None,
 ) -> None:
-    """Run all of it: embedded broker (if none is configured or running), topics, worker, stream processor.
+    """Run everything: embedded broker (if none is configured or running), topics, worker, stream processor.
 
-    Ctrl-C stops everything; a broker that ran before is left running. Code that does not
-    load leaves the old one running.
+    Ctrl-C stops everything except a broker that ran before. If changed code cannot be loaded, the old code keeps
+    running.
     """
     from jobledger.kafka import topics
     from jobledger.streams.supervisor import Child, Restarts, Supervisor
@@ -68,7 +68,7 @@ def dev(
         settings = app.settings.with_bootstrap(address)
         made = topics.ensure(app, settings)
         created = sum(change.kind == "topic" for change in made.pending)
-        say("dev", f"{app!r} on {address}, {f'{created} topics made' if created else 'topics in order'}")
+        say("dev", f"{app!r} on {address}, {f'{created} topics created' if created else 'topics are up to date'}")
         more = [] if concurrency is None else ["--concurrency", str(concurrency)]
         work = command("worker", target, "--bootstrap", address, "--grace", str(WORKER_GRACE_S), *more)
         children = [Child("worker", work), *stream_children(target, address, status_url)]
@@ -95,7 +95,7 @@ def dev(
 
 @contextmanager
 def _broker(settings: Settings, port: int, say: Say) -> Iterator[str]:
-    """The broker's address: the configured one, one that runs, or an embedded one that ends with us."""
+    """The broker's address: the configured broker, a running one, or an embedded one that stops with this command."""
     from jobledger.cli.kafka import in_lines
     from jobledger.errors import BrokerUnavailable
     from jobledger.kafka import defaults, embedded
@@ -159,13 +159,13 @@ def _watch(supervisor: Supervisor, target: str, address: str, folders: Sequence[
             supervisor.say(f"{shown} changed: reloading the worker")
             supervisor.restart(["worker", "router", "projections"])
         else:
-            supervisor.say(f"{shown} changed: the running code stays until this is mended")
+            supervisor.say(f"{shown} changed: the old code keeps running until this is fixed")
 
 
 def fits_as_it_is(target: str, address: str, supervisor: Supervisor) -> bool:
-    """Whether the code as it is now loads, and its topics are there; if not, why is said.
+    """Whether the current code loads and its topics exist; if not, the reason is printed.
 
-    A process of its own loads it, since this one cannot load a module afresh, and makes its topics. The stream
+    A separate process loads the code, since this one cannot reload a module, and creates its topics. The stream
     processor needs no reload: it runs none of the app's code and finds new topics by itself.
     """
     words = command("topics", "apply", target, "--yes", "--json", "--bootstrap", address)
@@ -180,7 +180,7 @@ def fits_as_it_is(target: str, address: str, supervisor: Supervisor) -> bool:
 
 
 def _said(stderr: str) -> str:
-    """The error of a child that ended with ``--json``: its message, or its last line if it is no JSON."""
+    """The error of a child that ended with ``--json``: its message, or its last line if that is not JSON."""
     lines = stderr.strip().splitlines()
     if not lines:
         return ""

@@ -1,4 +1,4 @@
-"""``jobledger events tail``: the log itself, as people or scripts read it. Commits nothing and joins no group."""
+"""``jobledger events tail``: prints the log for people or scripts. It commits nothing and joins no group."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ if TYPE_CHECKING:
 
 app = Commands(name="events", help="Read the log itself.", no_args_is_help=True)
 
-#: How many events are shown when neither ``-n`` nor ``--from`` says.
+#: How many events are shown without ``-n`` and ``--from``.
 DEFAULT_LAST = 10
-#: Events put in order of their append times at once; bounds memory at any length of the log.
+#: Maximum number of events sorted by append time at once; bounds memory at any length of the log.
 SORTED_AT_ONCE = 50_000
-#: Seconds without a record, before the ends are reached, after which the broker counts as away.
+#: Seconds without a record, before the ends are reached, after which the broker counts as unavailable.
 STALL_S = 30.0
-#: Seconds between two looks for topics that came into being while following.
+#: Seconds between two checks for new topics while following.
 NEW_TOPICS_EVERY = 10.0
 
 Partition = tuple[str, int]
@@ -80,28 +80,30 @@ def tail(
         ),
     ] = None,
     last: Annotated[
-        int | None, typer.Option("-n", "--last", min=1, help="Only the last so many of them.", show_default=False)
+        int | None, typer.Option("-n", "--last", min=1, help="Only this many of the last events.", show_default=False)
     ] = None,
     task: Annotated[
         list[str] | None,
         typer.Option(
-            help="Only of this task; repeat it for several.", show_default="any", autocompletion=completion.tasks
+            help="Only events of this task; repeat it for several.", show_default="any", autocompletion=completion.tasks
         ),
     ] = None,
     job: Annotated[
         list[str] | None,
         typer.Option(
             metavar="ID",
-            help="Only of this job, by its id or what that begins with; repeat it for several.",
+            help="Only events of this job, by its id or the id's first characters; repeat it for several.",
             show_default="any",
             autocompletion=completion.jobs,
         ),
     ] = None,
-    follow: Annotated[bool, typer.Option("--follow/--no-follow", "-f", help="Go on as events come in.")] = False,
+    follow: Annotated[
+        bool, typer.Option("--follow/--no-follow", "-f", help="Continue with new events as they arrive.")
+    ] = False,
     bootstrap: Bootstrap = None,
     as_json: Json = False,
 ) -> None:
-    """Print events in the order in which the broker appended them; with --json one object a line.
+    """Print events in the order in which the broker appended them; with --json one object per line.
 
     Example: jobledger events tail --namespace shop --from 10m --topic dead-letter --follow
     """
@@ -148,7 +150,7 @@ def _order(line: Line) -> tuple[int, Position]:
 
 
 class _Tail:
-    """Reads all partitions of a namespace's topics at once: first up to now, then onwards."""
+    """Reads all partitions of a namespace's topics at once: first up to now, then new records."""
 
     def __init__(self, settings: Settings, names: Names, topics: Sequence[Topics], queues: Sequence[str]) -> None:
         from jobledger import log
@@ -181,7 +183,7 @@ class _Tail:
         found = self._partitions()
         if not found:
             raise TopicMissing(
-                f"namespace {self._names.namespace!r} has no such topics at {self._settings.resolve_bootstrap()}; "
+                f"namespace {self._names.namespace!r} does not have these topics at {self._settings.resolve_bootstrap()}; "
                 "create them with `jobledger topics apply MODULE:APP`, or check the name and JOBLEDGER_BOOTSTRAP"
             )
         with log.LogReader(self._settings) as reader:
@@ -207,8 +209,8 @@ class _Tail:
                 heard = time.monotonic()
             elif time.monotonic() - heard > STALL_S:
                 raise BrokerUnavailable(
-                    f"{self._settings.resolve_bootstrap()} gave nothing for {STALL_S:g} s, with {len(open_)} partitions "
-                    "not read to their end; check JOBLEDGER_BOOTSTRAP and that the broker runs"
+                    f"{self._settings.resolve_bootstrap()} sent no records for {STALL_S:g} s, and {len(open_)} partitions "
+                    "are not read to their end; check JOBLEDGER_BOOTSTRAP and that the broker runs"
                 )
             for line in lines:
                 where = line.position
@@ -220,7 +222,7 @@ class _Tail:
                     open_.discard(each)
 
     def onwards(self) -> Iterator[Line]:
-        """What is appended from then on, for ever."""
+        """Records appended after that, forever."""
         for each, end in self._end.items():
             self._next[each] = end
         self._assign(self._next)
@@ -308,7 +310,7 @@ def _json_line(line: Line) -> None:
 
 
 class _Printer:
-    """One line an event: time, fact, task, job, what it says, where it stands."""
+    """One line per event: time, fact, task, job, details, position."""
 
     def __init__(self, names: Names) -> None:
         self._console: Console = output.console()

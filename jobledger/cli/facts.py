@@ -1,4 +1,4 @@
-"""Events as people read them: one line for what happened, one colour a kind. Pure text."""
+"""Events as text for people: one line for each event, one colour for each kind. Pure."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from jobledger.cli import output
 from jobledger.cli.output import clock, duration, jsonable, shorten
 from jobledger.schemas import events as e
 
-#: One colour a fact; those that are only passed between parts are dim.
+#: One colour for each fact; facts that are only internal to Jobledger are dim.
 FACT_STYLES: Mapping[str, str] = {
     "JobSubmitted": "blue",
     "JobDue": "cyan",
@@ -31,7 +31,7 @@ FACT_STYLES: Mapping[str, str] = {
 }
 
 
-#: Bytes of arguments and results that one line is made of, however many they are.
+#: Maximum bytes of arguments and results that are used for one line.
 _TEXT_MOST = 4_000
 
 
@@ -46,7 +46,7 @@ def style(fact: object) -> str:
 
 
 def describe(fact: object, *, most: int = 100) -> str:
-    """What a fact says beyond its name, on one line of at most ``most`` characters."""
+    """A fact's details beyond its name, on one line of at most ``most`` characters."""
     return shorten(_describe(fact), most)
 
 
@@ -97,18 +97,18 @@ def _describe(fact: object) -> str:
 
 
 def progress(done: int, total: int | None, message: str | None) -> str:
-    """``3/10 (30 %) unpacking``; 100 % is said only of what is complete."""
+    """``3/10 (30 %) unpacking``; 100 % is shown only for complete work."""
     percent = f" ({100 * done // total} %)" if total is not None and total > 0 else ""
     return (str(done) if total is None else f"{done}/{total}{percent}") + (f" {message}" if message else "")
 
 
 def fact_json(fact: object) -> dict[str, Any]:
-    """A fact as JSON builtins, its name as ``type``; arguments and results are the JSON they hold."""
+    """A fact as JSON builtins, with its name as ``type``; arguments and results as the JSON they contain."""
     return {"type": kind(fact), **jsonable(fact)}
 
 
 def event_json(recorded: e.Recorded) -> dict[str, Any]:
-    """An event with where it stands and when the broker appended it (UTC, ISO 8601)."""
+    """An event with its position and the time when the broker appended it (UTC, ISO 8601)."""
     event = recorded.event
     header = {name: getattr(event, name) for name in event.__struct_fields__ if name not in ("fact", "occurred_at")}
     return {

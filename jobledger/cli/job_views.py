@@ -1,4 +1,4 @@
-"""A job as people and scripts see it: a row of a table, fields, JSON; and what only the log holds of it."""
+"""A job as shown to people and scripts: a row of a table, fields, JSON; and details that only the log has."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from jobledger.log import LogReader
     from jobledger.schemas.events import JobEvent
 
-#: Seconds that the broker has to answer, where a job is shown without it if need be.
+#: Seconds that the broker has to answer if a job can also be shown without the broker's data.
 KNOCK_S = 3.0
 
 
@@ -32,7 +32,7 @@ def status_json(status: JobStatus) -> dict[str, Any]:
 
 
 def finish(status: JobStatus, as_json: bool) -> None:
-    """Print a job's end, and end the command with what it means."""
+    """Print the job's final status, and end the command with the matching exit code."""
     if as_json:
         output.print_json(status_json(status))
     else:
@@ -41,15 +41,15 @@ def finish(status: JobStatus, as_json: bool) -> None:
         raise typer.Exit(Exit.JOB_FAILED)
 
 
-#: Columns of a list that are shown if they are asked for.
+#: Optional columns of a list.
 COLUMNS = ("tags", "args")
 
-#: Characters of tags and arguments in a list.
+#: Maximum characters of tags and arguments in a list.
 _CELL_MOST = 60
 
 
 def row(status: JobStatus, show: Sequence[str] = (), args: bytes | str | None = None) -> list[Cell]:
-    """A job in a list; ``show``: which of `COLUMNS`, ``args``: as `submissions` has them."""
+    """A job's row in a list; ``show``: which of `COLUMNS`; ``args``: as returned by `submissions`."""
     more: dict[str, Cell] = {"tags": output.shorten(_tags(status), _CELL_MOST), "args": _args(args, _CELL_MOST)}
     return [
         status.job_id,
@@ -69,7 +69,7 @@ def _tags(status: JobStatus) -> str:
 
 
 def _args(args: bytes | str | None, most: int | None = None) -> Cell:
-    """Arguments as text; a str says why they are not known."""
+    """Arguments as text; a str is the reason why they are not known."""
     if args is None or isinstance(args, str):
         return args or "", "dim"
     text = args[: 4 * most].decode("utf-8", "backslashreplace") if most else args.decode("utf-8", "backslashreplace")
@@ -77,14 +77,14 @@ def _args(args: bytes | str | None, most: int | None = None) -> Cell:
 
 
 def args_json(args: bytes | str | None) -> dict[str, Any]:
-    """Arguments for JSON output; where they are not known, why."""
+    """Arguments for JSON output; if they are not known, the reason."""
     if args is None or isinstance(args, str):
         return {"args": None, "args_error": args}
     return {"args": output.jsonable(args)}
 
 
 def _note(status: JobStatus) -> Cell:
-    """What is most worth knowing about a job in its state."""
+    """The most useful detail about a job in its state."""
     from jobledger.cli.facts import progress
 
     state = status.state.value
@@ -101,7 +101,7 @@ def _note(status: JobStatus) -> Cell:
 
 
 def fields(status: JobStatus, args: bytes | str | None = None) -> list[tuple[str, Cell]]:
-    """A job by name and value; ``args``: as `submissions` has them."""
+    """A job as names and values; ``args``: as returned by `submissions`."""
     from jobledger.cli.facts import progress
 
     found: list[tuple[str, Cell]] = [
@@ -144,13 +144,13 @@ def _moment(moment: dt.datetime) -> str:
     return f"{output.clock(moment)} ({output.relative(moment)})"
 
 
-#: Records of a job in which its arguments are looked for: so many of the first, so many of the last.
+#: How many of a job's first records, and of its last ones, are searched for its arguments.
 _LOOKS = 2
 
 
 def submissions(asked: App, found: Iterable[JobStatus]) -> dict[str, bytes | str]:
-    """The arguments of jobs, read from the log where their submissions stand, as the status table does not hold them;
-    or a text that says why they are not known."""
+    """The jobs' arguments, read from the log at the positions of their submissions, as the status table does not have
+    them; or the reason why they are not known."""
     from jobledger.access import knock
     from jobledger.errors import JobledgerError
     from jobledger.log import LogReader, decoder
@@ -199,7 +199,7 @@ def _submitted(
 
 
 def timeline(asked: App, job: JobStatus) -> list[tuple[dict[str, Any], list[Cell]]]:
-    """A job's events read from the log where the status says they stand, in order of their append times."""
+    """A job's events, read from the log at the positions in its status, in order of their append times."""
     from jobledger import log
     from jobledger.cli import facts
     from jobledger.errors import RegistryNeeded, SchemaError

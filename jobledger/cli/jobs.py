@@ -1,4 +1,4 @@
-"""``jobledger jobs list|show|wait|cancel``: jobs, from the command line."""
+"""``jobledger jobs list|show|wait|cancel``: jobs on the command line."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ if TYPE_CHECKING:
 
 app = Commands(name="jobs", help="Ask the status table about jobs.", no_args_is_help=True)
 
-#: Characters of an id from which it may be shortened; the first eight of our own say a minute, no less.
+#: Minimum characters of a shortened id. The first eight of Jobledger's own ids stand for a time of about a minute.
 PREFIX_LEAST = 6
-#: Ids that an error about a shortened one names.
+#: How many matching ids an error about a shortened id lists.
 _CANDIDATES = 5
 #: Seconds after which a job that was not started counts as late.
 LATE_S = 10.0
-#: Characters of a whole id: those of a UUID.
+#: Length of a whole id, a UUID.
 _WHOLE = 36
 
 OneJob = Annotated[
     list[str] | None,
     typer.Argument(
         metavar="[MODULE:APP] ID",
-        help=f"The job's id, or its first characters, {PREFIX_LEAST} or more; the app before it, unless an option names it.",
+        help=f"The job's id, or its first characters, {PREFIX_LEAST} or more; put the app before it, unless an option names the app.",
         autocompletion=completion.jobs,
         show_default=False,
     ),
@@ -52,48 +52,53 @@ def list_jobs(
     state: Annotated[
         list[str] | None,
         typer.Option(
-            help="scheduled, queued, running, …; repeat it for several.",
+            help="Jobs in this state: scheduled, queued, running, …; repeat it for several.",
             show_default="any",
             autocompletion=completion.states,
         ),
     ] = None,
     task: Annotated[
         list[str] | None,
-        typer.Option(help="Of this task; repeat it for several.", show_default="any", autocompletion=completion.tasks),
+        typer.Option(
+            help="Jobs of this task; repeat it for several.", show_default="any", autocompletion=completion.tasks
+        ),
     ] = None,
     queue: Queues = None,
     tag: Annotated[
         list[str] | None,
-        typer.Option(metavar="NAME=VALUE", help="With this tag; repeated, with all of them.", show_default="any"),
+        typer.Option(
+            metavar="NAME=VALUE", help="Jobs with this tag; if repeated, with all of these tags.", show_default="any"
+        ),
     ] = None,
     since: Annotated[
         str | None,
         typer.Option(
             metavar="TIME",
-            help=f"Submitted then or later: {TIMES}",
+            help=f"Jobs submitted at this time or later: {TIMES}",
             show_default="any",
         ),
     ] = None,
     late: Annotated[
         bool,
         typer.Option(
-            "--late", help=f"Not started, though they could have been {LATE_S:g} seconds ago: due, or queued at once."
+            "--late",
+            help=f"Jobs not started although they were due, or queued without a delay, at least {LATE_S:g} seconds ago.",
         ),
     ] = False,
     show: Annotated[
         list[str] | None,
         typer.Option(
             metavar="tags,args",
-            help="Further columns: tags, and arguments (cut; with --json whole), which are read from the log.",
+            help="More columns: tags, and arguments, which are read from the log (shortened, except with --json).",
             show_default="none",
         ),
     ] = None,
-    limit: Annotated[int, typer.Option("--limit", "-n", min=1, help="At most so many.")] = 50,
+    limit: Annotated[int, typer.Option("--limit", "-n", min=1, help="Maximum number of jobs.")] = 50,
     bootstrap: Bootstrap = None,
     status_url: StatusUrl = None,
     as_json: Json = False,
 ) -> None:
-    """List jobs, newest first. What is asked for in different ways must hold together.
+    """List jobs, newest first. A job must match all given options.
 
     Example: jobledger jobs list shop:app --state failed --state expired --tag tenant=acme --since 2h --show tags,args
     """
@@ -125,7 +130,7 @@ def list_jobs(
     rows = [row(each, more, args.get(each.job_id)) for each in found]
     output.print_table(headings, rows, optional=("queue", "took", "try", "submitted"), empty="no such jobs")
     if len(found) == limit:
-        output.console(stderr=True).print(f"the newest {limit}; more with --limit", style="dim")
+        output.console(stderr=True).print(f"only the newest {limit}; use --limit for more", style="dim")
 
 
 @app.command("show")
@@ -133,14 +138,17 @@ def show(
     words: OneJob = None,
     app: AppOption = None,
     namespace: Namespace = None,
-    timeline_too: Annotated[bool, typer.Option("--timeline", "-t", help="Every event of it, from the log.")] = False,
+    timeline_too: Annotated[
+        bool, typer.Option("--timeline", "-t", help="Show every event of the job, from the log.")
+    ] = False,
     bootstrap: Bootstrap = None,
     status_url: StatusUrl = None,
     as_json: Json = False,
 ) -> None:
     """Show one job; exit code 3 if the status table does not know it.
 
-    Its arguments are read from the log, as the table does not hold them; where they are not there any more, that is said.
+    The job's arguments are read from the log, as the table does not have them. If the log no longer has them, the
+    command reports this.
     """
     named = words_of(words, _named(app, namespace), "ID", 1)
     asked = _asked(named, app, namespace, bootstrap, status_url)
@@ -177,7 +185,7 @@ def wait(
     status_url: StatusUrl = None,
     as_json: Json = False,
 ) -> None:
-    """Wait for a job's end: exit code 0 if it ended well, 5 if not, 3 if it is unknown, 6 if it takes too long.
+    """Wait until a job has ended: exit code 0 if it succeeded, 5 if not, 3 if it is unknown, 6 if the time is over.
 
     On a terminal a bar shows its progress.
     """
@@ -200,7 +208,7 @@ def cancel(
         list[str] | None,
         typer.Argument(
             metavar="[MODULE:APP] [ID]...",
-            help="Jobs by their ids, or by the first characters; the app before them, unless an option names it.",
+            help="The jobs' ids, or the ids' first characters; put the app before them, unless an option names the app.",
             autocompletion=completion.jobs,
             show_default=False,
         ),
@@ -209,23 +217,23 @@ def cancel(
         list[str] | None,
         typer.Option(
             metavar="NAME=VALUE",
-            help="All that have not ended with this task, queue, state or tag (tag.NAME=VALUE). Repeat it: for one of "
-            "several tasks, queues or states, and to narrow by another of the four.",
+            help="All jobs that have not ended and have this task, queue, state or tag (tag.NAME=VALUE). If repeated, one of "
+            "several tasks, queues or states must match, and every other condition.",
         ),
     ] = None,
-    reason: Annotated[str | None, typer.Option("--reason", "-r", help="Why, for those who ask later.")] = None,
-    by: Annotated[str | None, typer.Option("--by", help="Who wants it.", show_default="user@host")] = None,
-    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say which.")] = False,
+    reason: Annotated[str | None, typer.Option("--reason", "-r", help="The reason, kept in the log.")] = None,
+    by: Annotated[str | None, typer.Option("--by", help="Who cancels the jobs.", show_default="user@host")] = None,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask for confirmation.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only list the jobs.")] = False,
     app: AppOption = None,
     namespace: Namespace = None,
     bootstrap: Bootstrap = None,
     status_url: StatusUrl = None,
     as_json: Json = False,
 ) -> None:
-    """Cancel jobs, durably: what waits is not started, what runs is told to end, what has ended stays what it is.
+    """Cancel jobs: a waiting job is not started, a running job is told to stop, a job that has ended is not changed.
 
-    An id that the status table does not know is taken if it is a UUID: the job may be younger than the table.
+    An id that the status table does not know is accepted if it is a UUID: the table may not have read the job yet.
 
     Example: jobledger jobs cancel shop:app --where task=send_mail --where tag.tenant=acme --reason "wrong list"
     """
@@ -262,7 +270,7 @@ def cancel(
         output.console(stderr=True).print(f"{_jobs(len(found))}; nothing was changed", style="dim")
     else:
         output.console().print(
-            f"asked {_jobs(len(found))} to end" if found else "no job is left to be asked", markup=False
+            f"requested the cancel of {_jobs(len(found))}" if found else "no job is left to cancel", markup=False
         )
 
 
@@ -278,14 +286,14 @@ def _columns(texts: Sequence[str] | None) -> list[str]:
     found = [name.strip() for text in texts or () for name in text.split(",") if name.strip()]
     for name in found:
         if name not in COLUMNS:
-            raise Wrong(f"--show {name!r} is no column; there are {', '.join(COLUMNS)}")
+            raise Wrong(f"--show {name!r} is not a column; there are {', '.join(COLUMNS)}")
     return list(dict.fromkeys(found))
 
 
 def whole_id(asked: App, text: str) -> str:
-    """The id of the one job that is called so, or whose id begins so; ``text`` itself if there is none.
+    """The id of the one job with this id, or whose id begins with this text; ``text`` itself if there is none.
 
-    Raises `Wrong` for what several ids begin with, or what is too short to tell.
+    Raises `Wrong` if several ids begin with the text, or if it is too short.
     """
     from jobledger.errors import JobNotFound
 
@@ -300,7 +308,7 @@ def whole_id(asked: App, text: str) -> str:
         raise Wrong(f"{text!r} is too short for the beginning of an id: give {PREFIX_LEAST} characters or more")
     found = table.ids(text, _CANDIDATES + 1)
     if not found:
-        raise JobNotFound(f"no job that the status table knows has the id {text}, or one that begins so")
+        raise JobNotFound(f"the status table knows no job with the id {text}, or with an id that begins with it")
     if len(found) > 1:
         more = ", …" if len(found) > _CANDIDATES else ""
         raise Wrong(f"{text!r} is the beginning of several ids: {', '.join(found[:_CANDIDATES])}{more}")
@@ -308,9 +316,9 @@ def whole_id(asked: App, text: str) -> str:
 
 
 def _by_id(asked: App, job_ids: Sequence[str]) -> tuple[list[Job], list[str]]:
-    """The jobs of these ids that may yet end, as the status table knows them, and what is to be said of the others.
+    """The jobs with these ids that have not ended, as far as the status table knows, and notes about the other ids.
 
-    Raises `Wrong` for what is no id of a job, before anything is cancelled.
+    Raises `Wrong` for a text that is not a job's id, before anything is cancelled.
     """
     from jobledger.errors import JobNotFound, StoreError
     from jobledger.orders import Job
@@ -320,7 +328,7 @@ def _by_id(asked: App, job_ids: Sequence[str]) -> tuple[list[Job], list[str]]:
     try:
         table = asked.status_table()
     except StoreError as exc:
-        notes.append(f"nobody can be asked whether these jobs are there: {exc}")
+        notes.append(f"whether these jobs exist is not known: {exc}")
         table = None
     for text in dict.fromkeys(job_ids):
         try:
@@ -336,8 +344,12 @@ def _by_id(asked: App, job_ids: Sequence[str]) -> tuple[list[Job], list[str]]:
         try:
             uuid.UUID(text)
         except ValueError:
-            known = "" if table is None else ", and the status table knows none that is called so or begins so"
-            raise Wrong(f"{text!r} is no job's id: those are UUIDs{known}") from None
+            known = (
+                ""
+                if table is None
+                else ", and the status table knows no job with this id, or with an id that begins with it"
+            )
+            raise Wrong(f"{text!r} is not a job's id: job ids are UUIDs{known}") from None
         if table is not None:
             notes.append(f"the status table does not know {text}: it can be cancelled only if it was just submitted")
         found[text] = Job(text)
@@ -349,7 +361,7 @@ def _jobs(count: int) -> str:
 
 
 def _where(texts: Sequence[str]) -> dict[str, list[str]]:
-    """What ``--where`` asks for, by name; tags as ``NAME=VALUE``."""
+    """The conditions of ``--where``, by name; tags as ``NAME=VALUE``."""
     from jobledger.job import State
 
     found: dict[str, list[str]] = {"state": [], "task": [], "queue": [], "tag": []}
@@ -368,7 +380,7 @@ def _where(texts: Sequence[str]) -> dict[str, list[str]]:
 
 
 def _open_jobs(asked: App, where: dict[str, list[str]]) -> Iterator[JobStatus]:
-    """Jobs that have not ended and match everything."""
+    """Jobs that have not ended and match every condition."""
     from jobledger.job import State
 
     yield from asked.jobs(

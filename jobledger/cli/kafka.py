@@ -1,6 +1,6 @@
-"""``jobledger kafka start|stop|status``: the embedded broker from the command line.
+"""``jobledger kafka start|stop|status``: the embedded broker on the command line.
 
-Exit codes: 0 done; 1 an error, which is said; 3 from ``status`` when no broker runs.
+Exit codes: 0 done; 1 an error, which is reported; 3 from ``status`` if no broker runs.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ app = Commands(
     no_args_is_help=True,
 )
 
-#: What a first start fetches.
+#: Download size of a first start.
 SIZE = "about 45 MB"
-#: Seconds between two lines of a download.
+#: Seconds between two progress lines of a download.
 EVERY_S = 5.0
 
 _STEPS = {
@@ -46,21 +46,23 @@ _STEPS = {
 
 @app.command("start")
 def start(
-    port: Annotated[int, typer.Option(min=0, max=65535, help="Port on 127.0.0.1; 0 takes a free one.")] = defaults.PORT,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port on 127.0.0.1; 0: a free port.")] = defaults.PORT,
     data: Annotated[
         Path | None, typer.Option(help="Data folder, kept between starts.", show_default="under JOBLEDGER_HOME")
     ] = None,
-    heap: Annotated[int, typer.Option(min=128, help="Heap of the broker in MB.")] = defaults.HEAP_MB,
+    heap: Annotated[int, typer.Option(min=128, help="Heap size of the broker in MB.")] = defaults.HEAP_MB,
     version: Annotated[str, typer.Option(help="Version of Apache Kafka, 4.0 or later.")] = defaults.KAFKA_VERSION,
     timeout: Annotated[
-        float, typer.Option(parser=seconds, metavar="SECONDS", help="How long the broker may take to answer.")
+        float, typer.Option(parser=seconds, metavar="SECONDS", help="How long the broker may take to start.")
     ] = defaults.START_TIMEOUT_S,
-    foreground: Annotated[bool, typer.Option("--foreground", help="Stay, and stop the broker on Ctrl-C.")] = False,
+    foreground: Annotated[
+        bool, typer.Option("--foreground", help="Keep running, and stop the broker on Ctrl-C.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
-    """Start the embedded broker; if it runs already, say where.
+    """Start the embedded broker. If it is already running, print its address.
 
-    The first start fetches Apache Kafka (about 45 MB), once per user and version.
+    The first start downloads Apache Kafka (about 45 MB), once per user and version.
     """
     from jobledger.config import Settings
     from jobledger.errors import KafkaStartFailed
@@ -87,17 +89,20 @@ def start(
         embedded.stop(home)
         return
     if code not in (None, 0, STOPPED):
-        raise KafkaStartFailed(f"the embedded broker ended by itself with exit code {code}; its log is {began.log}")
+        raise KafkaStartFailed(f"the embedded broker exited with code {code}; its log is {began.log}")
 
 
 @app.command("stop")
 def stop(
     timeout: Annotated[
-        float, typer.Option(parser=seconds, metavar="SECONDS", help="To end cleanly before it is killed.")
+        float,
+        typer.Option(
+            parser=seconds, metavar="SECONDS", help="How long the broker may take to stop before it is killed."
+        ),
     ] = defaults.STOP_TIMEOUT_S,
     as_json: Json = False,
 ) -> None:
-    """Stop the embedded broker; its data is kept. Nothing to stop is no error."""
+    """Stop the embedded broker; its data is kept. It is not an error if no broker runs."""
     from jobledger.config import Settings
     from jobledger.kafka import embedded
 
@@ -110,7 +115,7 @@ def stop(
 
 @app.command("status")
 def status(as_json: Json = False) -> None:
-    """Say whether the embedded broker runs, and where. Exit code 3 if it does not."""
+    """Show whether the embedded broker runs, and its address. Exit code 3 if it does not run."""
     from jobledger.config import Settings
     from jobledger.kafka import embedded
 
@@ -139,7 +144,7 @@ def _show(found: KafkaStatus, as_json: bool) -> None:
 
 
 def in_lines(version: str, say: Callable[[str], None]) -> Report:
-    """Says each step once, and how far a download is whenever `EVERY_S` seconds have passed."""
+    """Reports each step once, and a download's progress every `EVERY_S` seconds."""
     begun: set[str] = set()
     said_at = 0.0
 
@@ -161,8 +166,7 @@ def in_lines(version: str, say: Callable[[str], None]) -> Report:
 
 @contextmanager
 def _progress(version: str, quiet: bool) -> Iterator[Report | None]:
-    """What is being done, on standard error, so that standard output stays what a script reads: a bar on a terminal, else
-    lines."""
+    """Progress on standard error, so that scripts can read standard output: a bar on a terminal, else lines."""
     if quiet:
         yield None
         return

@@ -1,6 +1,6 @@
-"""Finding the app that a command line names: ``pkg.module:app``, ``pkg.module`` or ``path/to/file.py:app``.
+"""Loads the app that a command line names: ``pkg.module:app``, ``pkg.module`` or ``path/to/file.py:app``.
 
-Owns the import of users' modules and what is said when it fails. It connects to nothing.
+This module imports users' modules and explains failed imports. It opens no connection.
 """
 
 from __future__ import annotations
@@ -28,12 +28,13 @@ DEFAULT_ATTRIBUTE = "app"
 def load_app(target: str, *, bootstrap: str | None = None, status_url: str | None = None) -> App:
     """Import the app that ``target`` names, with the command line's ``bootstrap`` and ``status_url`` if given.
 
-    The working directory is importable, as with ``python -m``. Raises `ConfigError` that tells a module that is not
-    there from an error inside it, and names what is there if the attribute is not; and whatever `App.check` finds.
+    Modules in the working directory can be imported, as with ``python -m``. Raises `ConfigError`, which distinguishes a
+    missing module from an error inside it, and lists the module's apps if the attribute is missing; and the errors of
+    `App.check`.
     """
     name, _, attribute = target.partition(":")
     if not name or (":" in target and not attribute):
-        raise ConfigError(f"{target!r} names no app: write MODULE:APP, for example shop.jobs:app")
+        raise ConfigError(f"{target!r} does not name an app: write MODULE:APP, for example shop.jobs:app")
     module = _import(name)
     app = _attribute(module, name, attribute or DEFAULT_ATTRIBUTE)
     app.settings = app.settings.with_bootstrap(bootstrap).with_status_url(status_url)
@@ -44,14 +45,14 @@ def load_app(target: str, *, bootstrap: str | None = None, status_url: str | Non
 def module_name(target: str) -> tuple[str, Path]:
     """The dotted name of the module that ``target`` means, and the folder it is imported from.
 
-    A path to a file means the module as its package would import it, so that it is the same module, once.
+    A path to a file gives the name under which its package imports the module, so that it is imported only once.
     """
     text = target.partition(":")[0]
     if not text.endswith(".py") and os.sep not in text:
         return text, Path.cwd()
     path = Path(text).absolute()
     if not path.is_file():
-        raise ConfigError(f"{text!r} is no file (looked at {path}); write MODULE:APP or path/to/file.py:APP")
+        raise ConfigError(f"{text!r} is not a file (looked at {path}); write MODULE:APP or path/to/file.py:APP")
     parts = [] if path.name == "__init__.py" else [path.stem]
     folder = path.parent
     while (folder / "__init__.py").is_file():
@@ -69,8 +70,8 @@ def _import(text: str) -> ModuleType:
     except ModuleNotFoundError as exc:
         if isinstance(exc.name, str) and (name == exc.name or name.startswith(exc.name + ".")):
             raise ConfigError(
-                f"module {name!r} is not there: no {exc.name!r} in {folder} nor among the installed packages; "
-                f"run this in the folder that holds it, or give a path{_looks_like(name, folder)}"
+                f"module {name!r} does not exist: there is no {exc.name!r} in {folder} or among the installed packages; "
+                f"run this in the folder that contains it, or give a path{_looks_like(name, folder)}"
             ) from None
         raise ConfigError(_inside(name, exc)) from exc
     except ConfigError as exc:  # the app's own fault, found while it was declared: keep the kind, add the place
@@ -89,7 +90,7 @@ def _inside(name: str, exc: BaseException) -> str:
 
 
 def _place(exc: BaseException) -> str:
-    """``file:line: `` of the last frame that is neither ours nor the import system's."""
+    """``file:line: `` of the last frame that belongs to neither Jobledger nor the import system."""
     if isinstance(exc, SyntaxError) and exc.filename:
         return f"{short(exc.filename)}:{exc.lineno}: "
     package = Path(__file__).absolute().parents[1]
@@ -105,7 +106,7 @@ def _place(exc: BaseException) -> str:
 
 
 def _looks_like(name: str, folder: Path) -> str:
-    """A hint at a module of nearly the same name in ``folder``."""
+    """A hint if ``folder`` has a module with a similar name."""
     there = [p.stem for p in folder.glob("*.py")] + [p.parent.name for p in folder.glob("*/__init__.py")]
     near = difflib.get_close_matches(name.partition(".")[0], sorted(there), n=1)
     return f"; did you mean {near[0]!r}?" if near else ""

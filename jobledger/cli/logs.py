@@ -1,6 +1,6 @@
-"""Logging of the commands that run: one line a message on standard error, coloured where somebody looks, or JSON.
+"""Logging of long-running commands: one line per message on standard error, coloured on a terminal, or JSON.
 
-What a job's code logs carries the job's fields, whichever logger it uses: ``logging``'s, or ``structlog``'s.
+Log lines of a job's code have the job's fields, with ``logging`` and with ``structlog``.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ _LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
 
 
 class _Format(logging.Formatter):
-    """For a terminal: the time, a level that is not info, the logger if it is not ours, in colour. Else all of it."""
+    """On a terminal: the time, the level unless it is info, the logger's name unless it is Jobledger's, in colour.
+    Otherwise all fields."""
 
     def __init__(self, coloured: bool) -> None:
         super().__init__("%(asctime)s %(levelname)-7s %(name)s: %(message)s")
@@ -44,7 +45,7 @@ class _Format(logging.Formatter):
 
 
 def _telling(record: logging.LogRecord) -> logging.LogRecord:
-    """A line of the app's own, with the job it was written in; Jobledger's lines say it in words."""
+    """A line of the app's own code with the job it was written in. Jobledger's own lines name the job in their text."""
     found = {name: getattr(record, name) for name in FIELDS if hasattr(record, name)}
     if not found or record.name.startswith("jobledger"):
         return record
@@ -53,8 +54,8 @@ def _telling(record: logging.LogRecord) -> logging.LogRecord:
 
 
 def _json() -> logging.Formatter:
-    """One JSON object a line: timestamp (UTC), level, logger, event, the job's fields,
-    what ``extra`` gave, exception."""
+    """One JSON object per line: timestamp (UTC), level, logger, event, the job's fields, the ``extra`` fields,
+    exception."""
     try:
         import structlog  # it takes its time, and only this needs it
     except ImportError as exc:
@@ -92,20 +93,20 @@ def _json() -> logging.Formatter:
 
 
 def set_up(environ: dict[str, str] | None = None) -> None:
-    """Send log messages from ``JOBLEDGER_LOG_LEVEL`` (default info) up to standard error,
-    as ``JOBLEDGER_LOG_FORMAT`` says.
+    """Send log messages from level ``JOBLEDGER_LOG_LEVEL`` (default info) up to standard error, in the format
+    ``JOBLEDGER_LOG_FORMAT``.
 
-    To be called when the app is loaded: a root logger that its module has configured is left as it is, and takes Jobledger's
-    lines, from ``JOBLEDGER_LOG_LEVEL`` up if that is set. Errors that it would drop are written to standard error. Raises
-    `ConfigError`.
+    Call this after the app is loaded. A root logger that the app's module has configured is not changed; it receives
+    Jobledger's lines, from ``JOBLEDGER_LOG_LEVEL`` up if that is set. Errors that it would drop are written to standard
+    error. Raises `ConfigError`.
     """
     env = os.environ if environ is None else environ
     text = (env.get("JOBLEDGER_LOG_LEVEL") or "INFO").upper()
     if text not in _LEVELS:
-        raise ConfigError(f"JOBLEDGER_LOG_LEVEL={text!r} is no level; there are {', '.join(_LEVELS)}")
+        raise ConfigError(f"JOBLEDGER_LOG_LEVEL={text!r} is not a level; there are {', '.join(_LEVELS)}")
     kind = (env.get("JOBLEDGER_LOG_FORMAT") or "text").lower()
     if kind not in _FORMATS:
-        raise ConfigError(f"JOBLEDGER_LOG_FORMAT={kind!r} is no format; there are {', '.join(_FORMATS)}")
+        raise ConfigError(f"JOBLEDGER_LOG_FORMAT={kind!r} is not a format; there are {', '.join(_FORMATS)}")
     ours, theirs = logging.getLogger("jobledger"), bool(logging.getLogger().handlers)
     handler = logging.StreamHandler()
     coloured = (sys.stderr.isatty() or bool(env.get("FORCE_COLOR"))) and not env.get("NO_COLOR")

@@ -1,6 +1,8 @@
-"""The command ``jobledger``: puts the commands together and is the one place where errors become a line and a code.
+"""The command ``jobledger``: combines the commands, and is the only place that turns an error into a message and an
+exit code.
 
-Commands import what is heavy (Kafka's client, the database, Faust) when they run, so help and completion are quick.
+Commands import heavy modules (Kafka's client, the database, Faust) only when they run, so help and completion are
+quick.
 """
 
 from __future__ import annotations
@@ -50,7 +52,7 @@ cli = Commands(
 RUN, ASK, OPERATE = "Run", "Submit and ask", "Operate"
 
 _COMMANDS: tuple[tuple[str, str, Callable[..., None], str], ...] = (
-    (RUN, "dev", dev.dev, "Everything in one terminal, reloading on change."),
+    (RUN, "dev", dev.dev, "Run everything in one terminal; restart when code changes."),
     (RUN, "worker", running.worker, "Run jobs."),
     (RUN, "router", running.router, "Submit a job for each handler of each domain event."),
     (RUN, "streams", running.streams, "Run the stream processor: coordinator and materializer."),
@@ -58,14 +60,14 @@ _COMMANDS: tuple[tuple[str, str, Callable[..., None], str], ...] = (
     (RUN, "materializer", running.materializer, "Keep the status table up to date with the log."),
     (ASK, "submit", submit.submit, "Submit a job."),
     (ASK, "emit", submit.emit, "Emit a domain event."),
-    (OPERATE, "backfill", backfill.backfill, "Run a handler over events of the past."),
-    (OPERATE, "check", check.check, "Before a deploy: jobs in the log that this app could not run."),
-    (OPERATE, "audit", audit.audit, "Judge the log by itself: what breaks a promise, and where."),
+    (OPERATE, "backfill", backfill.backfill, "Run a handler for past events."),
+    (OPERATE, "check", check.check, "Before a deploy: find jobs in the log that this app cannot run."),
+    (OPERATE, "audit", audit.audit, "Check the log independently: report broken promises and their positions."),
     (OPERATE, "verify", table.verify, "Compare the status table with the log."),
     (OPERATE, "rebuild", table.rebuild, "Rebuild the status table from the log."),
 )
 _PROCESSES = frozenset(name for panel, name, *_ in _COMMANDS if panel == RUN)
-#: Those that write nothing to standard output themselves.
+#: Commands that write nothing to standard output themselves.
 _SILENT = _PROCESSES - {"dev", "streams"}
 for _panel, _name, _run_it, _short in _COMMANDS:
     cli.command(_name, rich_help_panel=_panel, short_help=_short)(_run_it)
@@ -91,13 +93,14 @@ def _options(
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
     ] = False,
-    traceback: Annotated[bool, typer.Option("--traceback", help="Show where in the code an error came from.")] = False,
+    traceback: Annotated[bool, typer.Option("--traceback", help="Show an error's traceback.")] = False,
 ) -> None:
     pass
 
 
 def run(argv: Sequence[str] | None = None) -> None:
-    """Run one command line (``argv`` without the program's name; None: this process's) and exit with its code."""
+    """Run one command line (``argv`` without the program's name; None: this process's arguments) and exit with its
+    code."""
     words = list(sys.argv[1:] if argv is None else argv)
     supervises = any(word.startswith("--processes") for word in words)
     stdio.prepare(output=supervises or _command(words) not in _SILENT)
@@ -116,7 +119,7 @@ def run(argv: Sequence[str] | None = None) -> None:
 
 
 def main(words: list[str]) -> int:
-    """Run one command line in this process; its exit code. Errors are printed, none is raised."""
+    """Run one command line in this process; returns its exit code. Errors are printed; none is raised."""
     options = words[: words.index("--")] if "--" in words else words
     as_json = "--json" in options
     try:
@@ -132,7 +135,7 @@ def main(words: list[str]) -> int:
 
 
 def _run(words: list[str], *, traced: bool, as_json: bool) -> int:
-    """Run one command line; its exit code. Raises `OutputLost`, and nothing else."""
+    """Run one command line; returns its exit code. Raises nothing but `OutputLost`."""
     try:
         for word in words:
             word.encode()
@@ -152,7 +155,7 @@ def _run(words: list[str], *, traced: bool, as_json: bool) -> int:
     except typer.Abort:
         if not as_json:
             print(file=sys.stderr)  # the question stands on this line
-        print_error("Aborted", "nothing was done", as_json=as_json)
+        print_error("Aborted", "nothing was changed", as_json=as_json)
         return Exit.ERROR
     except _usage_error() as exc:
         if traced:
@@ -166,19 +169,19 @@ def _run(words: list[str], *, traced: bool, as_json: bool) -> int:
 
 
 def _command(words: Sequence[str]) -> str:
-    """The command that a command line is of, or its group."""
+    """The command, or the group of commands, in a command line."""
     return next((word for word in words if not word.startswith("-")), "")
 
 
 def _unexpected(exc: BaseException, *, traced: bool, as_json: bool) -> int:
-    """Say an error that no part of ours raises on purpose; ``traced``: and where it came from."""
+    """Report an error that Jobledger does not raise on purpose; ``traced``: with its traceback."""
     if traced:
         _show_traceback(exc)
     if isinstance(exc, OSError) and exc.filename is not None and exc.strerror:
         print_error(type(exc).__name__, f"{exc.filename}: {exc.strerror}", as_json=as_json)
         return Exit.ERROR
     what = type(exc).__name__ + (f": {said}" if (said := text_of(exc)) else "")
-    hint = "" if traced else "; `jobledger --traceback …` shows where"
+    hint = "" if traced else "; `jobledger --traceback …` shows the traceback"
     print_error("Unexpected", f"unexpected {what}{hint}", as_json=as_json)
     return Exit.ERROR
 
@@ -189,7 +192,7 @@ def _usage_error() -> type[typer.BadParameter]:
 
 
 def _misused(exc: typer.BadParameter, *, as_json: bool) -> int:
-    """Say what is wrong with the command line; a group without its command shows its help."""
+    """Report what is wrong with the command line; for a group without a command, show its help."""
     if type(exc).__name__ == "NoArgsIsHelpError" and not as_json:
         exc.show()
         return Exit.USAGE

@@ -1,6 +1,7 @@
-"""Prometheus metrics of one process over HTTP: what it counts itself, and its health's figures.
+"""Prometheus metrics of one process over HTTP: the process's own counters, and the numbers of its health report.
 
-On the loopback address unless another is asked for. They name tasks, queues and topics, and hold no job's contents.
+Served on the loopback address unless another is given. The metrics name tasks, queues and topics, and contain no data
+of jobs.
 """
 
 from __future__ import annotations
@@ -27,17 +28,18 @@ Health = Callable[[], Mapping[str, Any]]
 
 
 class HealthFigures(Collector):
-    """A collector: every number of a health report, and of each of its ``queues``, as a gauge ``<prefix>_<name>``."""
+    """A collector that exports every number of a health report, and of each of its ``queues``, as a gauge
+    ``<prefix>_<name>``."""
 
     def __init__(self, prefix: str, health: Health) -> None:
         self._prefix, self._health = prefix, health
 
     def describe(self) -> Iterator[GaugeMetricFamily]:
-        """Nothing beforehand: asking would take a report before there is one."""
+        """Nothing: at registration there is no health report yet."""
         return iter(())
 
     def collect(self) -> Iterator[GaugeMetricFamily]:
-        """The figures of now."""
+        """The current numbers."""
         report = self._health()
         status = report.get("status")
         if status is not None:
@@ -61,9 +63,10 @@ class HealthFigures(Collector):
 def serving(
     at: Listen | None, prefix: str = "", health: Health | None = None, more: Sequence[Collector] = ()
 ) -> Iterator[None]:
-    """Serve metrics at ``at`` while the block runs; a free port is logged. None: not at all. Raises `PortTaken`.
+    """Serve metrics at ``at`` while the block runs; a free port that was chosen is logged. None: do not serve. Raises
+    `PortTaken`.
 
-    ``health``: a report whose numbers are served, too; ``more``: collectors of other figures.
+    ``health``: a report whose numbers are served as well; ``more``: further collectors.
     """
     if at is None:
         yield

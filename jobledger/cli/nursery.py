@@ -1,6 +1,7 @@
-"""What ``python -m jobledger.cli.nursery`` is: started by a worker, never by people. See `jobledger.consumers.nursery`.
+"""The program ``python -m jobledger.cli.nursery``: started by a worker, never by people. See
+`jobledger.consumers.nursery`.
 
-Arguments: the app, and the number of the control socket's descriptor. On standard input, up to its end: JSON with
+Arguments: the app, and the number of the control socket's descriptor. Standard input, up to its end: JSON with
 ``bootstrap``, ``status_url`` and ``path``, the worker's ``sys.path``.
 """
 

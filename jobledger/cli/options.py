@@ -1,4 +1,4 @@
-"""Options that several commands share, worded once; and finding the namespace they mean."""
+"""Options that several commands share, with one text each; and how the namespace is found."""
 
 from __future__ import annotations
 
@@ -20,28 +20,28 @@ Bootstrap = Annotated[
     str | None,
     typer.Option(
         metavar="HOST:PORT",
-        help="Kafka's address; wins over JOBLEDGER_BOOTSTRAP.",
-        show_default="settings, else embedded",
+        help="Kafka's address; overrides JOBLEDGER_BOOTSTRAP.",
+        show_default="settings, else the embedded broker",
     ),
 ]
 StatusUrl = Annotated[
     str | None,
     typer.Option(
         metavar="URL",
-        help="Status table, sqlite:///PATH or postgresql://USER@HOST/DB; wins over JOBLEDGER_STATUS_URL.",
+        help="Status table, sqlite:///PATH or postgresql://USER@HOST/DB; overrides JOBLEDGER_STATUS_URL.",
         show_default="settings",
     ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
 AppOption = Annotated[
     str | None,
-    typer.Option("--app", metavar="MODULE:APP", help="The app, if it is not the first word.", show_default=False),
+    typer.Option("--app", metavar="MODULE:APP", help="The app, if it is not the first argument.", show_default=False),
 ]
 Namespace = Annotated[
     str | None,
     typer.Option(
         metavar="NAME",
-        help="Or its namespace alone, without importing the app.",
+        help="The app's namespace instead of the app; nothing is imported.",
         autocompletion=completion.namespaces,
         show_default="the only one on this machine",
     ),
@@ -56,15 +56,15 @@ Queues = Annotated[
         autocompletion=completion.queues,
     ),
 ]
-#: Which times an option takes that is read with `commands.moment_ms`.
-TIMES = "ISO 8601, UTC unless it says otherwise, or an age such as 90s, 2h, 3d."
+#: The times that an option accepts, if `commands.moment_ms` parses it.
+TIMES = "ISO 8601 (UTC if without a zone), or an age such as 90s, 2h, 3d."
 
-#: Where metrics are served unless a host is given.
+#: Default host for metrics.
 HOST = "127.0.0.1"
 
 
 class Listen(NamedTuple):
-    """Where metrics are served; port 0: a free one."""
+    """Address for metrics; port 0: a free port."""
 
     host: str
     port: int
@@ -81,7 +81,7 @@ class Listen(NamedTuple):
         return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
 
     def following(self, count: int) -> Listen:
-        """The same host, ``count`` ports on; a free port stays one."""
+        """The same host with the port ``count`` higher; port 0 stays 0."""
         return self._replace(port=self.port + count if self.port else 0)
 
 
@@ -99,7 +99,7 @@ Metrics = Annotated[
 
 def _log_format(text: str) -> str:
     if text not in ("text", "json"):
-        raise typer.BadParameter(f"{text!r}: text or json")
+        raise typer.BadParameter(f"{text!r} is not text or json")
     os.environ["JOBLEDGER_LOG_FORMAT"] = text  # for the processes that this one starts, too
     return text
 
@@ -110,7 +110,7 @@ LogFormat = Annotated[
         "--log-format",
         parser=_log_format,
         metavar="text|json",
-        help="One line of text or one JSON object a message; wins over JOBLEDGER_LOG_FORMAT.",
+        help="One line of text, or one JSON object, per message; overrides JOBLEDGER_LOG_FORMAT.",
         show_default="text",
     ),
 ]
@@ -119,9 +119,8 @@ LogFormat = Annotated[
 def place(
     target: str | None, namespace: str | None, bootstrap: str | None = None, status_url: str | None = None
 ) -> App:
-    """The app to ask: loaded from ``MODULE:APP`` or ``--app``, or an empty one for ``--namespace``, or the only local
-    status table's. Raises `Wrong` if both or neither name one.
-    """
+    """The app to query: loaded from ``MODULE:APP`` or ``--app``, an empty app for ``--namespace``, or the namespace of
+    the only status table on this machine. Raises `Wrong` if both options are given, or if no app is found."""
     from jobledger.app import App
     from jobledger.cli.loading import load_app
     from jobledger.config import Settings
@@ -129,7 +128,7 @@ def place(
     from jobledger.streams.store import namespaces_in
 
     if target is not None and namespace is not None:
-        raise Wrong(f"{target} and --namespace {namespace} name the jobs twice: give one of them")
+        raise Wrong(f"both {target} and --namespace {namespace} are given: give only one of them")
     if target is not None:
         return load_app(target, bootstrap=bootstrap, status_url=status_url)
     settings = Settings.from_env().with_bootstrap(bootstrap).with_status_url(status_url)
@@ -137,7 +136,7 @@ def place(
         here = namespaces_in(settings.home / "status") if settings.status_url is None else []
         if len(here) != 1:
             known = f" (on this machine: {', '.join(here)})" if here else ""
-            raise Wrong(f"whose jobs? Give MODULE:APP, --app MODULE:APP or --namespace NAME{known}")
+            raise Wrong(f"which app? Give MODULE:APP, --app MODULE:APP or --namespace NAME{known}")
         namespace = here[0]
     with judged("--namespace"):
         check_name("namespace", namespace)

@@ -1,4 +1,4 @@
-"""``jobledger queues|tasks list|pause|resume|limit``: what people order of queues and tasks, from the command line."""
+"""``jobledger queues|tasks list|pause|resume|limit``: control commands for queues and tasks on the command line."""
 
 from __future__ import annotations
 
@@ -27,17 +27,17 @@ Named = Annotated[
     list[str] | None,
     typer.Argument(
         metavar="[MODULE:APP] NAME",
-        help="Its name; the app before it, unless an option names it.",
+        help="The name; put the app before it, unless an option names the app.",
         autocompletion=completion.ordered,
         show_default=False,
     ),
 ]
-Reason = Annotated[str | None, typer.Option("--reason", "-r", help="Why, for those who ask later.", show_default=False)]
-By = Annotated[str | None, typer.Option("--by", help="Who orders it.", show_default="user@host")]
+Reason = Annotated[str | None, typer.Option("--reason", "-r", help="The reason, kept in the log.", show_default=False)]
+By = Annotated[str | None, typer.Option("--by", help="Who gives the command.", show_default="user@host")]
 
 
 class Known(NamedTuple):
-    """An app, or a namespace without one, and what it has of queues or tasks: each a queue, or a task's queue."""
+    """An app, or a namespace without one, and its queues or tasks: each a queue, or a task's queue."""
 
     app: App
     kind: Kind
@@ -46,15 +46,17 @@ class Known(NamedTuple):
 
     @property
     def where(self) -> str:
-        """What has these, for errors."""
+        """The owner of these names, for errors."""
         return f"app {self.app.names.namespace!r}" if self.app.tasks else f"namespace {self.app.names.namespace!r}"
 
 
 def _made(kind: Kind) -> typer.Typer:
-    """The commands of one kind: they differ in what they are about, not in what they do."""
-    made = Commands(name=f"{kind}s", help=f"Pause, resume and limit {kind}s; see which are.", no_args_is_help=True)
+    """The commands for one kind: those for queues and for tasks do the same."""
+    made = Commands(
+        name=f"{kind}s", help=f"Pause, resume and limit {kind}s; list what is in force.", no_args_is_help=True
+    )
 
-    @made.command("list", help=f"The app's {kind}s, their limits, and what was ordered of them.")
+    @made.command("list", help=f"List the app's {kind}s, their limits, and the commands in force.")
     def list_them(
         words: AppWord = None,
         app: AppOption = None,
@@ -86,7 +88,7 @@ def _made(kind: Kind) -> typer.Typer:
         output.print_table((kind, second, "state", "rate", "at once", ""), table, optional=(second,), empty="none")
 
     @made.command(
-        "pause", help=f"Start nothing more of a {kind}, on any worker, until it is resumed; running jobs continue."
+        "pause", help=f"Start no more jobs of a {kind}, on any worker, until it is resumed; running jobs continue."
     )
     def pause(
         words: Named = None,
@@ -119,15 +121,17 @@ def _made(kind: Kind) -> typer.Typer:
 
     @made.command(
         "limit",
-        help=f"Limit a {kind} for all workers together, in place of what the code says; without --rate and --concurrency "
-        "the code's limits count again.",
+        help=f"Limit a {kind} for all workers together, in place of the limits in the code; without --rate and --concurrency "
+        "the limits in the code apply again.",
     )
     def limit(
         words: Named = None,
         app: AppOption = None,
         namespace: Namespace = None,
-        rate: Annotated[str | None, typer.Option(metavar="RATE", help="100/s, 30/min, 1000/h or 5/d.")] = None,
-        concurrency: Annotated[int | None, typer.Option(min=1, help="Jobs running at once.")] = None,
+        rate: Annotated[
+            str | None, typer.Option(metavar="RATE", help="Maximum rate of starts: 100/s, 30/min, 1000/h or 5/d.")
+        ] = None,
+        concurrency: Annotated[int | None, typer.Option(min=1, help="Maximum number of jobs running at once.")] = None,
         reason: Reason = None,
         by: By = None,
         bootstrap: Bootstrap = None,
@@ -166,7 +170,8 @@ def _number(rate: str | None) -> str | float | None:
 def _opened(
     kind: Kind, target: str | None, namespace: str | None, bootstrap: str | None, status_url: str | None
 ) -> Iterator[Known]:
-    """The app, closed after the block, and its queues or tasks; without one those that broker and status table know."""
+    """The app, closed after the block, and its queues or tasks; for a namespace without an app, those that broker and
+    status table know."""
     app = place(target, namespace, bootstrap, status_url)
     try:
         if target is None:
@@ -189,14 +194,15 @@ def _ordered(
     bootstrap: str | None,
     status_url: str | None,
 ) -> Iterator[tuple[Known, str]]:
-    """`_opened`, and the name that the words say, which is among its."""
+    """`_opened`, and the name from the command line, which must be one of the known names."""
     named = words_of(words, app is not None or namespace is not None, "NAME", 1)
     with _opened(kind, named.target or app, namespace, bootstrap, status_url) as known:
         yield known, among(named.others[0], known.things, kind, known.where)
 
 
 def _seen(app: App, kind: Kind) -> dict[str, Queue]:
-    """The queues that have topics; or the tasks that the status table has jobs of, with the queue of one of them."""
+    """The queues that have topics; or the tasks of the jobs in the status table, each with the queue of one of these
+    jobs."""
     from confluent_kafka import KafkaException
 
     from jobledger import log

@@ -1,10 +1,11 @@
-"""What the command line prints and how it ends: exit codes, JSON, tables, states in colour, one line for an error.
+"""The output of the command line and how a command ends: exit codes, JSON, tables, coloured states, one-line errors.
 
-Where nobody looks (standard output is no terminal) text is plain: no colour, no frames, nothing cut off. Imports only
+If standard output is not a terminal, text is plain: no colour, no frames, nothing cut off. This module imports only
 what every command needs anyway, so that `jobledger --help` stays quick.
 
-What is shown may come from a log that anybody wrote to. So showing is total: a time outside every calendar, nesting
-without end and bytes that are no text are shown as far as possible and marked, and nothing steers the terminal.
+The text may come from a log that anybody can write to. So every value can be printed: a time outside the calendar,
+unlimited nesting and bytes that are not text are shown as far as possible and marked, and no text can control the
+terminal.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
 
 
 class Exit(IntEnum):
-    """How a command ends. The numbers are a promise: scripts test them."""
+    """Exit codes. Scripts depend on the numbers, so they do not change."""
 
     OK = 0
     ERROR = 1
@@ -60,7 +61,7 @@ MEANINGS: Mapping[Exit, str] = {
     Exit.UNREAD: "the reader of standard output has closed it, as `| head` does",
 }
 
-#: Errors with an exit code of their own, by name: importing the classes here would cost every start.
+#: Errors with their own exit code, by name: importing the classes here would slow down every start.
 _CODES: Mapping[str, Exit] = {
     "JobNotFound": Exit.NOT_FOUND,
     "StoreNotFound": Exit.NOT_FOUND,
@@ -71,7 +72,7 @@ _CODES: Mapping[str, Exit] = {
     "JobExpired": Exit.JOB_FAILED,
 }
 
-#: One colour a state, the same in every table.
+#: One colour for each state, the same in every table.
 STATE_STYLES: Mapping[str, str] = {
     "scheduled": "cyan",
     "queued": "blue",
@@ -83,40 +84,41 @@ STATE_STYLES: Mapping[str, str] = {
     "expired": "dim",
 }
 
-#: Characters that the last column of a table gets at least, if it has so many.
+#: Minimum width of a table's last column in characters, if its content is that wide.
 _LAST_COLUMN = 16
 
-#: How deep values are shown; below, JSON writers and readers give up.
+#: Maximum depth at which values are shown; deeper ones make JSON writers and readers fail.
 NESTED_MOST = 100
 
-#: What steers a terminal, by character code: control characters, line ends but ``\\n``, changes of the writing direction.
+#: Codes of characters that control a terminal: control characters, line ends except ``\\n``, changes of the writing
+#: direction.
 _HIDDEN = (*range(0x80, 0xA0), 0x2028, 0x2029, 0x200E, 0x200F, *range(0x202A, 0x202F), *range(0x2066, 0x206A))
 _PICTURES = {
     **{code: 0x2400 + code for code in range(0x20) if code not in (0x09, 0x0A)},
     0x7F: 0x2421,
     **dict.fromkeys((*_HIDDEN, *range(0xD800, 0xE000)), 0xFFFD),
 }
-#: The same in JSON, which escapes the lower control characters itself.
+#: The same for JSON, which escapes the lower control characters itself.
 _STEERING = re.compile(f"[\\x7f\\ud800-\\udfff{''.join(map(chr, _HIDDEN))}]")
 
-#: A cell: text, or text and its style.
+#: A table cell: text, or text and its style.
 Cell = str | tuple[str, str]
 
 
 def exit_code(error: BaseException) -> Exit:
-    """The exit code that an error ends a command with."""
+    """The exit code for an error."""
     return next((_CODES[c.__name__] for c in type(error).__mro__ if c.__name__ in _CODES), Exit.ERROR)
 
 
 def printable(text: str) -> str:
-    """``text`` without what steers a terminal, character by character: control characters as their pictures (``␛``),
-    changes of the writing direction and halves of surrogate pairs as ``�``. Line ends and tabs stay."""
+    """``text`` with every character that controls the terminal replaced: control characters by their pictures (``␛``),
+    changes of the writing direction and halves of surrogate pairs by ``�``. Line ends and tabs stay."""
     return text.translate(_PICTURES)
 
 
 def console(stderr: bool = False) -> Console:
-    """A console on standard output (or error) that never breaks lines where nobody looks, and shows no control codes
-    but its own."""
+    """A console on standard output (or error). It does not break lines if it is not a terminal, and prints no control
+    codes but its own."""
     from rich.console import Console
     from rich.text import Text
 
@@ -132,14 +134,14 @@ def console(stderr: bool = False) -> Console:
 
 
 def looked_at() -> bool:
-    """Whether standard output is a terminal (or asked to be treated as one by ``FORCE_COLOR``)."""
+    """Whether standard output is a terminal (or is to be treated as one because of ``FORCE_COLOR``)."""
     return sys.stdout.isatty() or bool(os.environ.get("FORCE_COLOR"))
 
 
 def jsonable(value: Any) -> Any:
-    """``value`` as JSON builtins: structs as objects, bytes as the JSON they hold, enums as their value.
+    """``value`` as JSON builtins: structs as objects, bytes as the JSON they contain, enums as their value.
 
-    Bytes that are no JSON become text, and what is nested more than `NESTED_MOST` deep becomes ``"…"``.
+    Bytes that are not JSON become text, and values nested more than `NESTED_MOST` deep become ``"…"``.
     """
     import msgspec
 
@@ -150,7 +152,7 @@ def jsonable(value: Any) -> Any:
 
 
 def _opened(value: Any, depth: int = 0) -> Any:
-    """Bytes that are JSON (arguments, results) become what they say: base64 helps nobody who reads it."""
+    """Bytes that are JSON (arguments, results) become the JSON value, since base64 would not be readable."""
     import msgspec
 
     if isinstance(value, bytes):
@@ -172,15 +174,15 @@ def _opened(value: Any, depth: int = 0) -> Any:
 
 
 def json_text(value: Any, stream: TextIO | None = None) -> str:
-    """One JSON value on one line. What steers terminals, and what ``stream`` (None: standard output) has no character
-    for, is written as ``\\u…``."""
+    """One JSON value on one line. Characters that control terminals, or that ``stream`` (None: standard output) cannot
+    encode, are written as ``\\u…``."""
     encoding = (getattr(stream or sys.stdout, "encoding", None) or "utf-8").lower().replace("-", "")
     text = json.dumps(jsonable(value), ensure_ascii=encoding != "utf8")
     return _STEERING.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
 
 
 def print_json(value: Any) -> None:
-    """One JSON value on one line of standard output, flushed: a reader at the other end of a pipe sees it at once."""
+    """One JSON value on one line of standard output, flushed, so that the reader of a pipe sees it at once."""
     print(json_text(value), flush=True)
 
 
@@ -191,10 +193,10 @@ def print_table(
     optional: Sequence[str] = (),
     empty: str = "nothing found",
 ) -> None:
-    """A table: ruled and coloured for a terminal, else columns of plain text under a heading.
+    """A table: with rules and colours on a terminal, else columns of plain text under a heading.
 
-    In a terminal only the last column is broken into lines; if the others leave it no room, ``optional`` columns go,
-    the first named first. Plain text has all of them.
+    On a terminal only the last column is wrapped. If the other columns leave too little space for it, the ``optional``
+    columns are left out, the first one first. Plain text has all columns.
     """
     if not rows:
         console(stderr=True).print(empty, style="dim", markup=False)
@@ -221,7 +223,7 @@ def print_table(
 
 
 def _fitting(columns: Sequence[str], rows: Sequence[Sequence[Cell]], optional: Sequence[str], width: int) -> list[int]:
-    """The indices of the columns that are shown in ``width`` characters."""
+    """The indexes of the columns that fit in ``width`` characters."""
     shown = list(range(len(columns)))
     for name in optional:
         if _width(columns, rows, shown) <= width:
@@ -231,13 +233,13 @@ def _fitting(columns: Sequence[str], rows: Sequence[Sequence[Cell]], optional: S
 
 
 def _width(columns: Sequence[str], rows: Sequence[Sequence[Cell]], shown: Sequence[int]) -> int:
-    """What the table needs: all of each column but the last, and of that one enough to be worth it."""
+    """The width that the table needs: all other columns in full, and the minimum of the last one."""
     widths = [max(len(columns[i]), *(len(_plain(row[i])) for row in rows)) for i in shown]
     return sum(widths[:-1]) + min(widths[-1], _LAST_COLUMN) + 2 * len(shown)
 
 
 def print_fields(fields: Sequence[tuple[str, Cell]]) -> None:
-    """Names and values, one a line."""
+    """Names and values, one pair per line."""
     width = max((len(name) for name, _ in fields), default=0)
     out = console()
     from rich.text import Text
@@ -251,7 +253,7 @@ def print_fields(fields: Sequence[tuple[str, Cell]]) -> None:
 
 
 def styled(cell: Cell) -> Text:
-    """A cell as rich text; what it says is never read as markup."""
+    """A cell as rich text; its text is never interpreted as markup."""
     from rich.text import Text
 
     return Text(printable(cell)) if isinstance(cell, str) else Text(printable(cell[0]), style=cell[1])
@@ -268,7 +270,7 @@ def state_cell(state: str) -> Cell:
 
 
 def duration(seconds: float) -> str:
-    """A span of time as people say it: ``340 ms``, ``12.4 s``, ``3 min 20 s``, ``2 h 5 min``, ``4 d 3 h``."""
+    """A duration as people write it: ``340 ms``, ``12.4 s``, ``3 min 20 s``, ``2 h 5 min``, ``4 d 3 h``."""
     if seconds < 0:
         return "-" + duration(-seconds)
     if seconds < 0.9995:
@@ -290,8 +292,8 @@ def _two(seconds: int, big: int, big_name: str, small: int, small_name: str) -> 
 
 
 def relative(moment: dt.datetime | int | None, now_us: int | None = None) -> str:
-    """A moment (aware, or microseconds since the epoch) as seen from now: ``12.0 s ago``,
-    ``in 3 min``, ``-`` for None."""
+    """A moment (aware, or microseconds since the epoch) relative to now: ``12.0 s ago``, ``in 3 min``; ``-`` for
+    None."""
     if moment is None:
         return "-"
     seconds = (time.time_ns() // 1000 if now_us is None else now_us) / 1e6 - _seconds(moment)
@@ -325,7 +327,7 @@ def clock(moment: dt.datetime | int | None) -> str:
 
 
 def iso(micros: int) -> str | int:
-    """Microseconds since the epoch as ISO 8601, UTC; the number itself if no calendar has it."""
+    """Microseconds since the epoch as ISO 8601 in UTC; the number itself if it is outside the calendar."""
     import datetime as dt
 
     try:

@@ -1,4 +1,4 @@
-"""``jobledger projections run|list|verify|rebuild``: people's own tables, folded from the log."""
+"""``jobledger projections run|list|verify|rebuild``: users' own tables, folded from the log."""
 
 from __future__ import annotations
 
@@ -37,14 +37,15 @@ Name = Annotated[
 def run(
     target: Target,
     names: Annotated[
-        list[str] | None, typer.Argument(metavar="[NAME]...", help="Which.", show_default="all of the app")
+        list[str] | None, typer.Argument(metavar="[NAME]...", help="Projections to run.", show_default="all of the app")
     ] = None,
     bootstrap: Bootstrap = None,
     status_url: StatusUrl = None,
     metrics: Metrics = None,
     log_format: LogFormat = None,
 ) -> None:
-    """Keep projections up to date with the log, until SIGTERM or Ctrl-C. One that fails stops all; the next start continues."""
+    """Keep projections up to date with the log, until SIGTERM or Ctrl-C. If one fails, all stop; the next start
+    continues."""
     need("jobledger projections run", "streams")
     from jobledger.cli.metrics import serving
 
@@ -66,7 +67,7 @@ def run(
             except BaseException as exc:
                 # Whatever it is: a thread that is gone must not leave the others, and the metrics, looking well.
                 if not isinstance(exc, JobledgerError):
-                    LOG.exception("projection %s broke", runner.projection.name)
+                    LOG.exception("projection %s failed", runner.projection.name)
                 failed.append((runner.projection.name, exc))
                 stop.set()
 
@@ -80,7 +81,7 @@ def run(
     for name, error in failed[:1]:
         if isinstance(error, JobledgerError):
             raise error
-        raise JobledgerError(f"projection {name} broke: {type_of(error)}: {text_of(error)}") from error
+        raise JobledgerError(f"projection {name} failed: {type_of(error)}: {text_of(error)}") from error
 
 
 @app.command("list")
@@ -106,8 +107,8 @@ def show(target: Target, as_json: Json = False) -> None:
 def verify(
     target: Target, name: Name, bootstrap: Bootstrap = None, status_url: StatusUrl = None, as_json: Json = False
 ) -> None:
-    """Fold the log again and compare: exit code 0 when the table equals it, 4 when it does not; 1 if it does not equal
-    what is left of a log that was trimmed, for then it may be right."""
+    """Fold the log again and compare the result with the table. Exit code 0 if they are equal, 4 if not, and 1 if the
+    log was trimmed and they differ: then the table may still be correct."""
     runner = _runner(load_app(target, bootstrap=bootstrap, status_url=status_url), name)
     with _folding(runner, as_json) as (stop, tell):
         found = runner.verify(stop, tell)
@@ -122,18 +123,18 @@ def verify(
 def rebuild(
     target: Target,
     name: Name,
-    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask for confirmation.")] = False,
     from_what_is_left: Annotated[
-        bool, typer.Option("--from-what-is-left", help="Also from a log that was trimmed: what is gone there is lost.")
+        bool, typer.Option("--from-what-is-left", help="Allow a trimmed log: rows from its missing part are lost.")
     ] = False,
     bootstrap: Bootstrap = None,
     status_url: StatusUrl = None,
     as_json: Json = False,
 ) -> None:
-    """Fold the whole log again and replace the table's rows by the result. A process that follows the log
-    meanwhile continues from there. Refused if the log was trimmed."""
+    """Fold the whole log again and replace the table's rows with the result. A process that follows the log meanwhile
+    continues from there. Refused if the log was trimmed."""
     if not yes:
-        typer.confirm(f"Replace the rows of projection {name} by a fold of the whole log?", abort=True, err=True)
+        typer.confirm(f"Replace the rows of projection {name} with a fold of the whole log?", abort=True, err=True)
     runner = _runner(load_app(target, bootstrap=bootstrap, status_url=status_url), name)
     with _folding(runner, as_json) as (stop, tell):
         found = runner.rebuild(stop, tell, from_what_is_left=from_what_is_left)
@@ -142,7 +143,7 @@ def rebuild(
 
 @contextmanager
 def _folding(runner: Runner, quiet: bool) -> Iterator[tuple[threading.Event, Callable[[int, int], None]]]:
-    """What ends a fold, and what is told of its progress; the runner is closed after it."""
+    """An event that stops a fold, and a function that reports its progress; the runner is closed afterwards."""
     with closing(runner), progress_bar("folding the log", quiet=quiet) as tell, stopping() as stop:
         yield stop, tell or (lambda done, total: None)
 
@@ -166,7 +167,7 @@ def _tell(found: Checked, as_json: bool, *, verified: bool) -> None:
         ("read", f"{found.records:,} records in {output.duration(found.seconds)}"),
     ]
     if found.unreadable:
-        fields.append(("no events", (f"{found.unreadable:,} records, passed", "yellow")))
+        fields.append(("not events", (f"{found.unreadable:,} records, skipped", "yellow")))
     fields += [("trimmed", (each, "yellow")) for each in found.trimmed]
     output.print_fields(fields)
 

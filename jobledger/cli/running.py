@@ -32,15 +32,15 @@ if TYPE_CHECKING:
 
 LOG = get_logger("jobledger.cli")
 
-#: Seconds that a round of upkeep under way gets to end.
+#: Seconds that a running round of upkeep gets to end.
 UPKEEP_END_S = 5.0
-#: Seconds that the halves of the stream processor get to stop.
+#: Seconds that the coordinator and the materializer get to stop.
 STREAMS_GRACE_S = 30.0
 
-#: Seconds that a worker process gets beyond the longest that its end may take, before it is killed.
+#: Seconds beyond a worker process's longest shutdown after which it is killed.
 KILL_MARGIN_S = EXIT_S + HARD_S + 1.0
 
-#: The colour of each part's name before its lines.
+#: The colour of each part's name in front of its lines.
 PART_STYLES = {
     "worker": "green",
     "router": "cyan",
@@ -54,12 +54,12 @@ PART_STYLES = {
 
 
 def command(*words: str) -> tuple[str, ...]:
-    """The argument list that runs ``jobledger`` with ``words`` in a process of its own, by this same Python."""
+    """The argument list that runs ``jobledger`` with ``words`` in a separate process of the same Python."""
     return (sys.executable, "-m", "jobledger", *words)
 
 
 def stream_children(target: str, bootstrap: str | None, status_url: str | None) -> list[Child]:
-    """The two halves of the stream processor."""
+    """The two processes of the stream processor."""
     from jobledger.streams.supervisor import Child
 
     return [
@@ -69,7 +69,7 @@ def stream_children(target: str, bootstrap: str | None, status_url: str | None) 
 
 
 def passed_on(bootstrap: str | None, status_url: str | None) -> list[str]:
-    """Options as they are handed to a child."""
+    """Options as they are passed to a child process."""
     words: list[str] = []
     if bootstrap is not None:
         words += ["--bootstrap", bootstrap]
@@ -79,8 +79,8 @@ def passed_on(bootstrap: str | None, status_url: str | None) -> list[str]:
 
 
 class Prefixed:
-    """Prints a child's line under its name; every name as wide as the widest. `OutputLost` is raised
-    once; later lines are dropped, so that those who end then may still say so."""
+    """Prints a child's lines after the child's name; all names get the same width. `OutputLost` is raised once; later
+    lines are dropped, so that the children can still log while they stop."""
 
     def __init__(self, names: Sequence[str]) -> None:
         self._width = max(map(len, names))
@@ -113,7 +113,7 @@ def _end(code: int) -> None:
 
 
 def supervised(children: Sequence[Child], *, restarts: int, grace: float) -> int:
-    """Run children under one parent with their names before their lines; the exit code."""
+    """Run children under one parent, with their names in front of their lines; returns the exit code."""
     from jobledger.streams.supervisor import Restarts, Supervisor
 
     say = Prefixed([Supervisor.NAME, *[child.name for child in children]])
@@ -126,26 +126,36 @@ def worker(
     queues: Annotated[
         str | None, typer.Option(metavar="A,B", help="Queues to serve.", show_default="all of the app")
     ] = None,
-    concurrency: Annotated[int, typer.Option(min=1, help="Jobs at once, in each process.")] = 100,
+    concurrency: Annotated[
+        int, typer.Option(min=1, help="Maximum number of jobs running at once, in each process.")
+    ] = 100,
     threads: Annotated[
-        int | None, typer.Option(min=0, help="Of these, plain functions at once.", show_default="32 at most")
+        int | None,
+        typer.Option(
+            min=0, help="How many of these may be plain functions, each in a thread.", show_default="32 at most"
+        ),
     ] = None,
     children: Annotated[
         int | None,
-        typer.Option(min=1, help="Child processes, for tasks with isolation='process'.", show_default="one a CPU"),
+        typer.Option(
+            min=1,
+            help="Child processes for tasks with isolation='process', in each process.",
+            show_default="one per CPU",
+        ),
     ] = None,
-    processes: Annotated[int, typer.Option(min=1, help="Worker processes, supervised.")] = 1,
+    processes: Annotated[int, typer.Option(min=1, help="Worker processes, under one supervisor.")] = 1,
     grace: Annotated[
-        float, typer.Option(parser=seconds, metavar="SECONDS", help="For running jobs to end on SIGTERM.")
+        float, typer.Option(parser=seconds, metavar="SECONDS", help="How long running jobs get to end after SIGTERM.")
     ] = 30.0,
     bootstrap: Bootstrap = None,
     metrics: Metrics = None,
     log_format: LogFormat = None,
 ) -> None:
-    """Run jobs until SIGTERM or Ctrl-C; then finish what runs, commit, and leave. A second one cuts the grace time.
+    """Run jobs until SIGTERM or Ctrl-C; then finish the running jobs, commit, and leave the group. A second signal ends
+    the grace time.
 
-    With --processes above 1 each is a worker of its own, started again if it dies; they
-    serve metrics on following ports.
+    With --processes above 1 each process is a separate worker, which is restarted if it dies. The workers serve metrics
+    on consecutive ports.
     """
     need("jobledger worker", "worker")
     from jobledger.consumers.worker import WorkerOptions
@@ -195,7 +205,8 @@ def _worker_processes(
 
 
 def router(target: Target, bootstrap: Bootstrap = None, metrics: Metrics = None, log_format: LogFormat = None) -> None:
-    """Submit a job for each handler of each domain event, until SIGTERM or Ctrl-C. Several share the partitions."""
+    """Submit a job for each handler of each domain event, until SIGTERM or Ctrl-C. Several routers share the
+    partitions."""
     need("jobledger router", "worker")
     app = load_app(target, bootstrap=bootstrap)
     logs.set_up()
@@ -210,7 +221,8 @@ def router(target: Target, bootstrap: Bootstrap = None, metrics: Metrics = None,
 def coordinator(
     target: Target, bootstrap: Bootstrap = None, metrics: Metrics = None, log_format: LogFormat = None
 ) -> None:
-    """Release delayed and retried jobs when they are due, until SIGTERM or Ctrl-C. Several share the partitions."""
+    """Release delayed and retried jobs when they are due, until SIGTERM or Ctrl-C. Several coordinators share the
+    partitions."""
     need("jobledger coordinator", "streams")
     app = load_app(target, bootstrap=bootstrap)
     logs.set_up()
@@ -228,14 +240,16 @@ def materializer(
     bootstrap: Bootstrap = None,
     status_url: StatusUrl = None,
     upkeep: Annotated[
-        bool, typer.Option("--upkeep/--no-upkeep", help="Run watchdog, audit and trimming beside this status table.")
+        bool,
+        typer.Option("--upkeep/--no-upkeep", help="Also run watchdog, audit and trimming, based on this status table."),
     ] = True,
     metrics: Metrics = None,
     log_format: LogFormat = None,
 ) -> None:
-    """Keep the status table up to date with the log, until SIGTERM or Ctrl-C. A second one stands by until the first ends.
+    """Keep the status table up to date with the log, until SIGTERM or Ctrl-C. A second materializer waits as a standby
+    until the first ends.
 
-    With several status tables of one namespace, run all but one with --no-upkeep.
+    If a namespace has several status tables, run all materializers but one with --no-upkeep.
     """
     need("jobledger materializer", "streams")
     app = load_app(target, bootstrap=bootstrap, status_url=status_url)
@@ -261,7 +275,7 @@ def materializer(
 
 
 def _upkeep(app: App, url: str, made: Materializer, stop: threading.Event) -> None:
-    """Watchdog, audit and trimming, from the moment on at which there is a table to go by."""
+    """Run watchdog, audit and trimming, as soon as there is a status table."""
     from jobledger.streams.store import open_reader
     from jobledger.streams.upkeep import Upkeep
 
@@ -277,8 +291,8 @@ def _upkeep(app: App, url: str, made: Materializer, stop: threading.Event) -> No
 
 @contextmanager
 def stopping() -> Iterator[threading.Event]:
-    """An event that SIGTERM and SIGINT set while the block runs; a second signal of the
-    kind acts as it does by itself."""
+    """An event that SIGTERM and SIGINT set while the block runs; a second signal of the same kind has its default
+    effect."""
     stop = threading.Event()
     from jobledger import outage
 
@@ -306,15 +320,19 @@ def streams(
     bootstrap: Bootstrap = None,
     status_url: StatusUrl = None,
     restarts: Annotated[
-        int, typer.Option(min=0, help="Quick deaths of one part, in a row, before all of it ends with exit code 1.")
+        int,
+        typer.Option(
+            min=0,
+            help="How often in a row one part may die soon after its start, before everything ends with exit code 1.",
+        ),
     ] = 5,
     metrics: Metrics = None,
     log_format: LogFormat = None,
 ) -> None:
-    """Run the stream processor: coordinator and materializer, each a process of its own, supervised.
+    """Run the stream processor: coordinator and materializer, each as a separate, supervised process.
 
-    The coordinator's metrics are on --metrics-port, the materializer's on the next port. One that dies is started
-    again, with growing pauses. Should this process be killed, both stop by themselves.
+    The coordinator serves metrics on --metrics-port, the materializer on the next port. A process that dies is
+    restarted, after pauses that grow. If the supervisor is killed, both processes stop by themselves.
     """
     need("jobledger streams", "streams")
     from dataclasses import replace

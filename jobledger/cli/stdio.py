@@ -1,7 +1,7 @@
-"""The three standard streams of a command: there, writable in any encoding, and with one error when they fail.
+"""The three standard streams of a command: open, writable in any encoding, and with one error if they fail.
 
-Owns what is done where a stream was closed before the start (`>&-`), is full, has few characters, or has lost its reader
-(`| head -1`). Commands print as if none of this could happen.
+This module handles a stream that was closed before the start (`>&-`), is full, has a limited encoding, or has lost its
+reader (`| head -1`). Commands print without regard to this.
 """
 
 from __future__ import annotations
@@ -13,15 +13,15 @@ import os
 import sys
 from typing import TextIO
 
-#: How each descriptor is opened if it was closed before the start. Writing to one opened for reading fails as writing
-#: to a closed one does, so standard output reports it; what is said on standard error has nobody to reach.
+#: How each descriptor is opened if it was closed before the start. Writing to a descriptor opened for reading fails like
+#: writing to a closed one, so standard output reports it; text written to standard error is dropped.
 _IN_PLACE = ((0, os.O_RDONLY), (1, os.O_RDONLY), (2, os.O_WRONLY))
 
 
 class OutputLost(OSError):
-    """Standard output cannot be written any more. ``unread``: the reader has gone, as `head` does when it has enough.
+    """Standard output can no longer be written. ``unread``: the reader is gone, as `head` is when it has enough.
 
-    No `BrokenPipeError`, and without its number: libraries that see those end the process in ways of their own.
+    This is not a `BrokenPipeError` and does not have its number: some libraries end the process when they see those.
     """
 
     def __init__(self, cause: OSError) -> None:
@@ -46,7 +46,7 @@ class _Out(io.TextIOWrapper):
 
 
 class _Dropping(io.TextIOWrapper):
-    """Standard error: what cannot be written there is dropped, as nobody can be told."""
+    """Standard error: text that cannot be written is dropped, as it could not be reported anywhere."""
 
     def write(self, text: str) -> int:
         with contextlib.suppress(OSError):
@@ -61,8 +61,8 @@ class _Dropping(io.TextIOWrapper):
 def prepare(*, output: bool = True) -> None:
     """Make this process's standard streams usable: once, before anything else is opened.
 
-    ``output`` False: standard output is no part of what this process is for, only jobs print there, whose code must not
-    fail for it; so what cannot be written is dropped.
+    ``output`` False: only jobs print to standard output, and must not fail if it cannot be written; so such output is
+    dropped.
     """
     for number, flags in _IN_PLACE:
         try:
@@ -88,6 +88,6 @@ def _guarded(stream: TextIO | None, number: int, kind: type[io.TextIOWrapper]) -
 
 
 def give_up() -> None:
-    """Let what is still to be written to standard output go nowhere, so that the interpreter's end can flush it."""
+    """Discard what is still to be written to standard output, so that the interpreter can flush it at exit."""
     with contextlib.suppress(OSError, ValueError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

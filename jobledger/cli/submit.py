@@ -23,45 +23,50 @@ def submit(
     pairs: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="[NAME=VALUE]...", help="Arguments. A value is JSON; what is not JSON, or meant for a str, is text."
+            metavar="[NAME=VALUE]...",
+            help="Arguments. A value is read as JSON; if it is not JSON, or the parameter is a str, as text.",
         ),
     ] = None,
     args: Annotated[str | None, typer.Option(metavar="JSON", help="Arguments as one JSON object.")] = None,
     delay: Annotated[
-        float | None, typer.Option(parser=seconds, metavar="SECONDS", help="Run it only after this time.")
+        float | None, typer.Option(parser=seconds, metavar="SECONDS", help="Run the job only after this time.")
     ] = None,
-    tag: Annotated[list[str] | None, typer.Option(metavar="NAME=VALUE", help="To find it by; may be repeated.")] = None,
+    tag: Annotated[
+        list[str] | None, typer.Option(metavar="NAME=VALUE", help="A tag to find the job by; repeat it for several.")
+    ] = None,
     queue: Annotated[
         str | None,
-        typer.Option(help="Another queue than the task's.", show_default=False, autocompletion=completion.queues),
+        typer.Option(help="A queue other than the task's.", show_default=False, autocompletion=completion.queues),
     ] = None,
-    key: Annotated[str | None, typer.Option(help="Jobs of one key run one at a time, in order.")] = None,
+    key: Annotated[str | None, typer.Option(help="Jobs with the same key run one at a time, in order.")] = None,
     priority: Annotated[str | None, typer.Option(help="high or low, on a queue with priorities.")] = None,
     expires_in: Annotated[
-        float | None, typer.Option(parser=seconds, metavar="SECONDS", help="Do not start it any more after this time.")
+        float | None, typer.Option(parser=seconds, metavar="SECONDS", help="Do not start the job after this time.")
     ] = None,
     job_id: Annotated[
         str | None,
-        typer.Option(metavar="UUID", help="An id of your own; a second submission with it is the same job."),
+        typer.Option(
+            metavar="UUID", help="The job's id, chosen by you; a second submission with the same id is a duplicate."
+        ),
     ] = None,
     wait: Annotated[
-        bool, typer.Option("--wait", help="Wait for its end; exit code 5 if it does not end well.")
+        bool, typer.Option("--wait", help="Wait until the job has ended; exit code 5 if it did not succeed.")
     ] = False,
     timeout: Annotated[
-        float | None, typer.Option(parser=seconds, metavar="SECONDS", help="How long --wait waits at most.")
+        float | None, typer.Option(parser=seconds, metavar="SECONDS", help="Maximum time for --wait.")
     ] = None,
     bootstrap: Bootstrap = None,
     status_url: StatusUrl = None,
     as_json: Json = False,
 ) -> None:
-    """Submit a job; done once the log has acknowledged it.
+    """Submit a job; returns once the log has acknowledged it.
 
     Example: jobledger submit shop:app send_mail to=a@example.org template=welcome --tag tenant=acme --wait
     """
     from jobledger.cli.loading import load_app
 
     if timeout is not None and not wait:
-        raise Wrong("--timeout: nothing is waited for without --wait")
+        raise Wrong("--timeout needs --wait")
     loaded = load_app(target, bootstrap=bootstrap, status_url=status_url)
     with judged():
         found = loaded.registry.task(task)
@@ -92,7 +97,7 @@ def submit(
                 output.print_fields([("job", handle.job_id), ("log", str(handle.position))])
             return
         if not as_json:
-            output.console(stderr=True).print(f"submitted {handle.job_id}, waiting for its end …", style="dim")
+            output.console(stderr=True).print(f"submitted {handle.job_id}, waiting until it has ended …", style="dim")
         with showing_progress(loaded, handle.job_id, quiet=as_json):
             status = handle.wait(timeout)
         finish(status, as_json)
@@ -106,14 +111,15 @@ def emit(
     pairs: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="[FIELD=VALUE]...", help="Fields. A value is JSON; what is not JSON, or meant for a str, is text."
+            metavar="[FIELD=VALUE]...",
+            help="Fields. A value is read as JSON; if it is not JSON, or the field is a str, as text.",
         ),
     ] = None,
     args: Annotated[str | None, typer.Option(metavar="JSON", help="Fields as one JSON object.")] = None,
     bootstrap: Bootstrap = None,
     as_json: Json = False,
 ) -> None:
-    """Emit a domain event; done once the log has acknowledged it. What follows is its handlers' business.
+    """Emit a domain event; returns once the log has acknowledged it. The event's handlers then get their jobs.
 
     Example: jobledger emit shop:app UserRegistered user_id=u-1 plan=free
     """
@@ -134,16 +140,16 @@ def emit(
 
 
 def _arguments(annotated: Any, pairs: Sequence[str], text: str | None) -> dict[str, Any]:
-    """Values by name from ``--args`` and ``NAME=VALUE``; the latter win. ``annotated``: the
-    function or class they are for."""
+    """Values by name from ``--args`` and ``NAME=VALUE``; the latter override. ``annotated``: the function or class they
+    are for."""
     found: dict[str, Any] = {}
     if text is not None:
         try:
             found = json.loads(text)
         except (ValueError, RecursionError) as exc:
-            raise BadArguments(f"--args {output.shorten(repr(text))} is no JSON: {exc}") from None
+            raise BadArguments(f"--args {output.shorten(repr(text))} is not JSON: {exc}") from None
         if not isinstance(found, dict):
-            raise BadArguments(f"--args {output.shorten(repr(text))} is no JSON object; write '{{\"name\": value}}'")
+            raise BadArguments(f"--args {output.shorten(repr(text))} is not a JSON object; write '{{\"name\": value}}'")
     hints = _hints(annotated)
     given: set[str] = set()
     for pair in pairs:
@@ -163,9 +169,9 @@ def _hints(annotated: Any) -> dict[str, Any]:
 
 
 def read_value(text: str, hint: Any = None) -> Any:
-    """One argument as it was typed: JSON, except that a parameter that takes text gets text and not what it looks like.
+    """One argument as it was typed: JSON, except that a parameter that takes text gets the typed text.
 
-    So ``zip=01234`` and ``to=a@example.org`` mean what they say, and ``to='"quoted"'`` works, too.
+    So ``zip=01234`` and ``to=a@example.org`` work as expected, and so does ``to='"quoted"'``.
     """
     takes = set(typing.get_args(hint)) or {hint}
     try:

@@ -1,4 +1,5 @@
-"""``jobledger verify`` and ``jobledger rebuild``: the status table against the log, and made anew from it."""
+"""``jobledger verify`` and ``jobledger rebuild``: compare the status table with the log, and recreate it from the
+log."""
 
 from __future__ import annotations
 
@@ -24,9 +25,9 @@ def verify(
     status_url: StatusUrl = None,
     as_json: Json = False,
 ) -> None:
-    """Fold the whole log again and compare: exit code 0 when the status table equals it, 4 when it does not.
+    """Fold the whole log again and compare the result with the status table. Exit code 0 if they are equal, 4 if not.
 
-    The table may be written meanwhile. Jobs of which the log no longer holds everything are left out, and counted.
+    The table may be written meanwhile. Jobs whose records the log no longer has completely are left out, and counted.
     """
     from jobledger.streams import rebuild as tables
 
@@ -47,7 +48,7 @@ def verify(
             ("read", f"{found.records:,} records in {output.duration(found.seconds)}"),
         ]
         if found.differing:
-            fields.append(("differing", (f"{found.differing:,} jobs, among them", "red")))
+            fields.append(("differing", (f"{found.differing:,} jobs, including", "red")))
             fields += [("", job_id) for job_id in found.first_differing]
             fields.append(("way out", f"stop the materializer and run `jobledger rebuild {target}`"))
         output.print_fields(fields)
@@ -57,14 +58,15 @@ def verify(
 
 def rebuild(
     target: Target,
-    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask for confirmation.")] = False,
     bootstrap: Bootstrap = None,
     status_url: StatusUrl = None,
     as_json: Json = False,
 ) -> None:
-    """Rebuild the status table from the log, beside the live one, and swap them. No job runs again.
+    """Rebuild the status table from the log, next to the live table, and swap them. No job runs again.
 
-    Stop the materializer first. Jobs of which the log no longer holds everything are carried over.
+    Stop the materializer first. Rows of jobs whose records the log no longer has completely are copied from the old
+    table.
     """
     from jobledger.streams import rebuild as tables
     from jobledger.streams.store import shown
@@ -72,7 +74,7 @@ def rebuild(
     app = load_app(target, bootstrap=bootstrap, status_url=status_url)
     url = app.settings.resolve_status_url(app.names.namespace)
     if not yes:
-        typer.confirm(f"Replace the status table {shown(url)} by one made from the log?", abort=True, err=True)
+        typer.confirm(f"Replace the status table {shown(url)} with one rebuilt from the log?", abort=True, err=True)
     with progress_bar("folding the log", quiet=as_json) as tell:
         made = tables.rebuild(app.names, app.settings, list(app.lanes), url, tell)
     if as_json:
@@ -84,13 +86,13 @@ def rebuild(
         ("read", f"{made.records:,} records in {output.duration(made.seconds)}"),
     ]
     if made.rejected:
-        fields.append(("no events", (f"{made.rejected:,} records, passed", "yellow")))
+        fields.append(("not events", (f"{made.rejected:,} records, skipped", "yellow")))
     output.print_fields(fields)
 
 
 @contextmanager
 def progress_bar(what: str, *, quiet: bool) -> Iterator[Callable[[int, int], None] | None]:
-    """A bar of records read on standard error; None where nobody looks."""
+    """A progress bar of the records read, on standard error; None if that is not a terminal."""
     if quiet or not sys.stderr.isatty():
         yield None
         return

@@ -1,7 +1,7 @@
-"""``jobledger topics plan|apply|acls MODULE:APP``: the topics an app declares, beside those the cluster
-has, and who may do what with them.
+"""``jobledger topics plan|apply|acls MODULE:APP``: compares the topics that an app declares with those of the cluster,
+creates and alters topics, and shows the rights that each part needs.
 
-Exit codes: 0 in order (a plan with pending steps included); 1 an error, or a plan that refuses something.
+Exit codes: 0 in order (this includes a plan with pending steps); 1 an error, or a plan with a refused step.
 """
 
 from __future__ import annotations
@@ -23,7 +23,9 @@ if TYPE_CHECKING:
     from jobledger.kafka.acls import Right
     from jobledger.kafka.topology import Change, Plan
 
-app = Commands(name="topics", help="Topics as code: what the app needs, and how to get there.", no_args_is_help=True)
+app = Commands(
+    name="topics", help="Topics as code: compare, create and alter the topics that the app needs.", no_args_is_help=True
+)
 
 _STYLES = {
     "create": "green",
@@ -41,7 +43,7 @@ Replication = Annotated[
 
 @app.command("plan")
 def plan(target: Target, bootstrap: Bootstrap = None, replication: Replication = None, as_json: Json = False) -> None:
-    """Show what `apply` would do; nothing is changed. Exit code 1 if it would refuse."""
+    """Show what `apply` would do; nothing is changed. Exit code 1 if `apply` would refuse a change."""
     _, made, address = _plan(target, bootstrap, replication)
     _show(made, address, as_json)
     if made.refused:
@@ -53,12 +55,12 @@ def apply(
     target: Target,
     bootstrap: Bootstrap = None,
     replication: Replication = None,
-    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask for confirmation.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Create and alter topics and groups until they are what the app declares; asks first.
+    """Create and alter topics and groups to match what the app declares; asks for confirmation.
 
-    A change that would lose or misplace state is refused, and then nothing is changed.
+    If a change would lose or misplace state, it is refused, and nothing is changed.
     """
     from jobledger.kafka import topics
 
@@ -86,23 +88,23 @@ def acls(
         list[str] | None,
         typer.Option(
             metavar="ROLE=PRINCIPAL",
-            help="Who has a role, e.g. worker=User:jobs; may be repeated. `streams` stands for coordinator and materializer.",
-            show_default="show what each role needs",
+            help="The user of a role, e.g. worker=User:jobs; repeat it for several. `streams` means coordinator and materializer.",
+            show_default="list what each role needs",
         ),
     ] = None,
-    apply: Annotated[bool, typer.Option("--apply", help="Create the ACLs; asks first.")] = False,
-    yes: Annotated[bool, typer.Option("--yes", "-y", help="With --apply: do not ask.")] = False,
+    apply: Annotated[bool, typer.Option("--apply", help="Create the ACLs; asks for confirmation.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="With --apply: do not ask for confirmation.")] = False,
     bootstrap: Bootstrap = None,
     as_json: Json = False,
 ) -> None:
-    """Print the least rights that each part needs, as `kafka-acls.sh` commands; with --apply create them.
+    """Print the minimal rights that each part needs, as `kafka-acls.sh` commands; with --apply create them.
 
     Example: jobledger topics acls shop:app --principal client=User:web --principal worker=User:jobs
     """
     from jobledger.kafka import acls as rules
 
     if yes and not apply:
-        raise Wrong("--yes: there is nothing to be asked without --apply, which creates the ACLs")
+        raise Wrong("--yes needs --apply, which creates the ACLs")
     loaded = load_app(target, bootstrap=bootstrap)
     foreign = [event.topic for event in loaded.events.values() if event.foreign]
     given = [_principal(each) for each in principal or ()]
@@ -144,7 +146,7 @@ def _grant(loaded: App, wanted: list[tuple[str, Right]], yes: bool, as_json: boo
     from jobledger.kafka import acls as rules
 
     if not wanted:
-        raise Wrong("--apply needs to know who: --principal ROLE=PRINCIPAL, e.g. --principal worker=User:jobs")
+        raise Wrong("--apply needs the users: --principal ROLE=PRINCIPAL, e.g. --principal worker=User:jobs")
     settings = loaded.settings.acting_as("admin")
     address = settings.resolve_bootstrap()
     if not yes:

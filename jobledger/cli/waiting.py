@@ -1,4 +1,4 @@
-"""What is seen while a command waits for a job: a bar on a terminal, nothing elsewhere."""
+"""The progress display while a command waits for a job: a bar on a terminal, nothing elsewhere."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ if TYPE_CHECKING:
 
     from jobledger.app import App
 
-#: Seconds between two looks at the job.
+#: Seconds between two polls of the job.
 LOOK_S = 0.25
 
 
 @contextmanager
 def showing_progress(asked: App, job_id: str, *, quiet: bool) -> Iterator[None]:
-    """Show the job's state and progress on standard error while the block waits for its end; gone when it has ended."""
+    """Show the job's state and progress on standard error while the block waits; removed when the job has ended."""
     if quiet or not sys.stderr.isatty():
         yield
         return

@@ -133,7 +133,7 @@ def test_only_events_between_its_bounds_become_jobs(shop: Shop) -> None:
     until(shop.table.caught_up)
     out, _ = shop.done()
     assert re.search(r"submitted +40 jobs", out)
-    assert re.search(r"known already +20 jobs", out)
+    assert re.search(r"already known +20 jobs", out)
     assert shop.jobs() == shop.wanted(handles)
     for words, why in ((("--from", "yesterday"), "neither an age"), (("--rate", "fast"), "50/s")):
         process = shop.backfill(*words)
@@ -149,7 +149,7 @@ def test_killed_in_the_middle_it_goes_on_and_submits_each_job_once(shop: Shop, s
     process = shop.backfill("--rate", "60/s")
     assert process.stderr is not None
     line = process.stderr.readline()
-    found = re.match(r"sync_crm: (\d+) of 600 events passed, (\d+) jobs submitted, 0 known already", line)
+    found = re.match(r"sync_crm: (\d+) of 600 events read, (\d+) jobs submitted, 0 already known", line)
     assert found, line
     process.send_signal(signal.SIGKILL)
     process.communicate(timeout=30)

@@ -150,7 +150,7 @@ def test_a_new_version_is_held_against_what_is_in_the_log(broker: str, namespace
     code, text, errors = jobledger(tmp_path, broker, "check", "new:app")
     assert code == 4
     assert "14 jobs could not be run" in text
-    assert "keep a task of that name until they have ended" in errors
+    assert "keep a task of that name until its jobs have ended" in errors
     assert jobledger(tmp_path, broker, "check", "old:app")[0] == 0
 
 

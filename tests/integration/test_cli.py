@@ -256,7 +256,7 @@ def test_a_jobs_life_from_the_command_line(shop: Shop) -> None:
     assert len(shop.events("-n", "3")) == 3
     assert shop.events("--from", "end") == []
     code, _, err = shop.main("events", "tail", "--namespace", "nobodys")
-    assert (code, "no such topics" in err) == (1, True)
+    assert (code, "does not have these topics" in err) == (1, True)
 
     follower = shop.start("events", "tail", "--follow", "--from", "end", "--task", "add", "--json")
 
@@ -322,7 +322,7 @@ def test_jobs_are_cancelled_by_id_and_by_what_they_are(shop: Shop, monkeypatch: 
         (["TYPO"], "'TYPO' is too short for the beginning of an id"),
         (
             [runs, "TYPO-1"],
-            "'TYPO-1' is no job's id: those are UUIDs, and the status table knows none that is called so",
+            "'TYPO-1' is not a job's id: job ids are UUIDs, and the status table knows no job with this id",
         ),
         ([runs[:6]], f"'{runs[:6]}' is the beginning of several ids: "),
         (["--where", "task"], "is not of the form NAME=VALUE"),
@@ -338,7 +338,7 @@ def test_jobs_are_cancelled_by_id_and_by_what_they_are(shop: Shop, monkeypatch: 
     asking = ["jobs", "cancel", "--namespace", shop.namespace, "--where", "task=add"]
     monkeypatch.setattr(sys, "stdin", io.StringIO("n\n"))
     code, out, err = shop.main(*asking)
-    assert (code, out.strip(), "Cancel 1 job?" in err, "nothing was done" in err) == (1, "", True, True)
+    assert (code, out.strip(), "Cancel 1 job?" in err, "nothing was changed" in err) == (1, "", True, True)
     assert states() == {runs: "running", **waiting}
 
     # by what they are
@@ -349,7 +349,7 @@ def test_jobs_are_cancelled_by_id_and_by_what_they_are(shop: Shop, monkeypatch: 
     assert (last["type"], last["by"]) == ("JobCancelled", "ann")
     monkeypatch.setattr(sys, "stdin", io.StringIO("y\n"))
     code, out, _ = shop.main(*asking)
-    assert (code, out.strip()) == (0, "asked 1 job to end")
+    assert (code, out.strip()) == (0, "requested the cancel of 1 job")
     assert ended(added)[0] == "cancelled"
     assert cancel("--where", "queue=nothing-there") == {"cancelled": 0, "jobs": [], "notes": []}
 
@@ -360,7 +360,7 @@ def test_jobs_are_cancelled_by_id_and_by_what_they_are(shop: Shop, monkeypatch: 
     assert took[runs] > 0.05  # it ran while the others were asked about
     assert took[other] is None
     code, out, err = shop.main("jobs", "cancel", "--namespace", shop.namespace, runs)
-    assert (code, out, err) == (0, "no job is left to be asked\n", f"{runs} has ended: cancelled\n")
+    assert (code, out, err) == (0, "no job is left to cancel\n", f"{runs} has ended: cancelled\n")
     unknown = "00000000-0000-7000-8000-000000000000"
     late = cancel(unknown)
     assert (late["cancelled"], late["jobs"]) == (1, [unknown])
@@ -533,14 +533,14 @@ def test_dev_runs_everything_and_reloads_on_change(shop: Shop) -> None:
     """One command makes the topics and runs worker and stream processor; a change is run at once, code that does not
     load leaves the old one running, a new queue gets its topic; Ctrl-C ends it with 0."""
     dev = shop.start("dev", shop.target)
-    dev.said("dev", "topics made")
+    dev.said("dev", "topics created")
     dev.said("worker", "queue mail: assigned")
     assert shop.json("submit", shop.target, "add", "a=1", "--wait")["result"] == 2
 
     good = shop.source.read_text()
     shop.source.write_text(good + "\ndef broken(:\n")
     dev.said("dev", "SyntaxError")
-    dev.said("dev", "the running code stays")
+    dev.said("dev", "the old code keeps running")
     shop.source.write_text(good.replace("return a + b", "return (a + b) * 100") + NEW_TASK)
     dev.said("dev", "reloading the worker")
     dev.said("worker", "queue new: assigned")

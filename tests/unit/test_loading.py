@@ -67,7 +67,7 @@ def test_a_module_that_is_not_there_is_told_from_an_error_inside_one(write: Writ
     """A missing module says where it was looked for and what is nearly called so; a missing import inside says that."""
     write("shopping.py", "import no_such_thing_at_all\n")
     missing = refused("shoping:app")
-    assert "'shoping' is not there" in missing
+    assert "'shoping' does not exist" in missing
     assert "did you mean 'shopping'?" in missing
     inside = refused("shopping:app")
     assert "'shopping' was found, but importing it failed" in inside
