@@ -53,10 +53,20 @@ def thread(number: int) -> int:
     return number
 
 
+@app.task(isolation="process", retry=Retry(max_attempts=3, initial=3600.0))
+def isolated(number: int) -> int:
+    """Takes three seconds, in a child process."""
+    note("began")
+    time.sleep(3)
+    return number
+
+
 if __name__ == "__main__":
     first, last = int(sys.argv[1]), int(sys.argv[2])
 
     def task_of(number: int) -> PlainTask[[int], int] | AsyncTask[[int], int]:
+        if number <= -1000:
+            return isolated
         if number >= 0:
             return thread if number % 4 == 3 else work
         return timed if number % 2 == 0 else work

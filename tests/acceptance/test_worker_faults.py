@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 from confluent_kafka.admin import AdminClient
 
@@ -252,6 +253,54 @@ def test_jobs_that_end_as_their_paused_worker_wakes_have_one_state(fleet: Fleet)
     states = fold(log.records)
     assert {states[job].state for job, _, _ in seen.work} == {"succeeded"}
     assert process.poll() is None
+
+
+@pytest.mark.extended
+def test_a_job_whose_child_died_in_a_pause_is_not_started_again_on_waking(fleet: Fleet, kafka: EmbeddedKafka) -> None:
+    """Children of a paused worker are killed while they run jobs, and other workers run these jobs. When the paused worker
+    continues, it writes no start of them, also if no broker answers when it notices that the children died."""
+    jobs = 12
+    submit(fleet, -1000 - jobs, -1000)
+    members: list[Member] = [fleet.start("worker", "--concurrency", "20", "--children", "2") for _ in range(2)]
+    paused_pid = members[0].pid
+
+    def begun() -> list[tuple[str, int]]:
+        """Jobs whose code began, and the process that ran each."""
+        lines = fleet.executions.read_text().splitlines() if fleet.executions.exists() else []
+        return [(job, int(pid)) for job, _, pid, _ in map(str.split, lines)]
+
+    def family() -> dict[int, psutil.Process]:
+        return {each.pid: each for each in psutil.Process(paused_pid).children(recursive=True)}
+
+    fleet.until(lambda: any(pid in family() for _, pid in begun()), 60, "the worker that is to be paused runs a job")
+    try:
+        with paused(fleet, members[0], BEYOND_SESSION_S):
+            own, closed = family(), {job for job, _, _ in Seen(fleet).closed}
+            running = {job: own[pid] for job, pid in begun() if pid in own and job not in closed}
+            for child in running.values():
+                child.kill()
+            fleet.until(
+                lambda: set(running) <= {job for job, pid in begun() if pid not in own},
+                60,
+                "others have begun its jobs",
+            )
+            kafka.pause()
+        fleet.until(
+            lambda: len(set(family()) - set(own)) >= len(set(running.values())), 60, "it has replaced the children"
+        )
+    finally:
+        kafka.resume()
+    fleet.until(lambda: "lost partitions" in members[0].output(), 60, "the worker knows what it has lost")
+    seen = drained(fleet, jobs)
+    judge_pause(fleet, seen)
+    begin = fleet.windows[-1].begin
+    again = [
+        rawlog.show(r)
+        for r in seen.starts
+        if by(r, paused_pid) and r.head["job_id"] in running and begun_at(r) >= begin
+    ]
+    assert running, "no child ran a job when its worker was paused"
+    Promise.NO_RERUN_AFTER_SUCCESS.hold(not again, again)
 
 
 def test_a_stop_signal_twice_does_not_wait(fleet: Fleet) -> None:
