@@ -1,7 +1,7 @@
-"""Who may come in and do what: a cluster's refusals, told apart from a cluster that is away, and put into words.
+"""Logins and rights: a cluster's refusals, distinguished from an unavailable cluster, and explained to the user.
 
-Kafka's clients try for ever to come in, also where they never will be let in. A `Door` listens to what a client says of
-its connections; `knock` asks once.
+Kafka's clients retry a login forever, even if it can never succeed. A `Door` listens to what a client reports about its
+connections; `knock` checks once.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from jobledger.outage import outage_of
 
 LOG = get_logger("jobledger.kafka")
 
-#: A cluster that starts may refuse for a moment: so it must have done so twice, this many seconds apart.
+#: A starting cluster may refuse a login for a moment, so a refusal counts only if it is repeated after this many seconds.
 AGAIN_S = 0.4
-#: Seconds for which the same line about connections is not said again.
+#: Seconds for which the same line about connections is not logged again.
 SAY_EVERY_S = 30.0
 KNOCK_S = 10.0
-#: For so many seconds after no broker could be reached, a topic that a client does not know may well be there.
+#: Seconds after an outage in which a topic that a client reports as unknown may still exist.
 AWAY_S = 10.0
 
 _DENIED = {
@@ -39,12 +39,12 @@ _DENIED = {
 }
 _REFUSED = (KafkaError._AUTHENTICATION, KafkaError._SSL, KafkaError.SASL_AUTHENTICATION_FAILED)
 
-#: A connection is lost, or cannot be made: told as an outage, if it is one.
+#: Errors of lost or failed connections, which may be an outage.
 _LOST = (KafkaError._TRANSPORT, KafkaError._ALL_BROKERS_DOWN, KafkaError._RESOLVE, KafkaError._TIMED_OUT)
 
 _URLS = frozenset({TOKEN_ENDPOINT})
-#: Settings whose values an error may show: those that say in which way and as whom, and where files lie. Any other one
-#: may hold a secret; librdkafka gets new ones, so those are not what is listed.
+#: Settings whose values an error may show: the mechanism, the user, the paths of files. Any other setting may be a
+#: secret. The secret settings are not listed instead, because new librdkafka versions may add more.
 SHOWN = _URLS | {
     "sasl.mechanism",
     "sasl.mechanisms",
@@ -62,7 +62,7 @@ SHOWN = _URLS | {
 
 
 class Need(NamedTuple):
-    """A right that is needed for something: ``Write`` on ``topic`` ``shop.lifecycle``."""
+    """A right that an operation needs: ``Write`` on ``topic`` ``shop.lifecycle``."""
 
     operation: str
     kind: str
@@ -85,9 +85,9 @@ def join(group: str) -> Need:
 
 
 def denied(error: KafkaError, settings: Settings, what: str, *needs: Need) -> AccessDenied | None:
-    """Our error if Kafka's says that this user may not come in, or may not do this; else None.
+    """Jobledger's error if Kafka's error means that this user's login or operation is refused; else None.
 
-    ``needs``: the rights that ``what`` takes; the first of the kind that Kafka speaks of is named.
+    ``needs``: the rights that ``what`` needs; the error names the first one of the kind in Kafka's error.
     """
     code = error.code()
     if code in _REFUSED:
@@ -99,7 +99,7 @@ def denied(error: KafkaError, settings: Settings, what: str, *needs: Need) -> Ac
 
 
 def unauthorized(settings: Settings, what: str, kind: str, *needs: Need) -> NotAuthorized:
-    """The error for rights on a ``kind`` of resource that are lacking; its attributes are the first one's."""
+    """The error for missing rights on a ``kind`` of resource; its attributes are those of the first right."""
     lacking = [n for n in needs if n.kind == kind] or [Need("a right", kind, "")]
     need = lacking[0]
     shown = ", ".join(f"{n.operation} on {kind} {n.name}".rstrip() for n in lacking)
@@ -115,8 +115,8 @@ def unauthorized(settings: Settings, what: str, kind: str, *needs: Need) -> NotA
 
 
 def refusal(settings: Settings, said: str) -> NotAuthenticated:
-    """The error for a client that is not let in; ``said``: the client's or broker's own
-    words. Looks at the brokers' TLS."""
+    """The error for a client whose login is refused; ``said``: the message of the client or the broker. Checks the
+    brokers' TLS."""
     address = settings.bootstrap or "the embedded broker"
     kafka = settings.kafka
     found = None
@@ -145,8 +145,8 @@ def _shown(name: str, value: str) -> str:
 
 
 def _told_by_door(record: logging.LogRecord) -> bool:
-    """A connection that fails is told by every `Door`, once in a while; librdkafka would say so at each attempt. A cluster
-    that has just started has no id for a producer yet, and gives it one a moment later."""
+    """Drop librdkafka's lines about failed connections, which every `Door` logs, less often; and about the missing
+    producer id of a cluster that has just started."""
     text = record.getMessage()
     return not (text.startswith("FAIL [") or (text.startswith("GETPID [") and text.endswith("retrying")))
 
@@ -155,10 +155,10 @@ LOG.addFilter(_told_by_door)
 
 
 class Door:
-    """Given to a client as its ``error_cb``: hears of refused connections. Thread-safe.
+    """A client's ``error_cb``: notices refused connections. Thread-safe.
 
-    ``patient`` False: a token that is not given is a refusal at once, where a running
-    client has one that may still be good.
+    ``patient`` False: a token that cannot be obtained is a refusal at once. A running client may still have a valid
+    token.
     """
 
     def __init__(self, settings: Settings, *, patient: bool = True) -> None:
@@ -173,13 +173,13 @@ class Door:
 
     @property
     def refusal(self) -> NotAuthenticated | None:
-        """Why this client is not let in; None as long as it may be, or is away."""
+        """Why this client's login is refused; None if it is not, or if the cluster is unavailable."""
         return self._refusal
 
     def behind(self, error: KafkaError) -> NotAuthenticated | BrokerUnavailable | None:
-        """What is behind an error of the client's: a refusal, or that no broker is there; None if nothing is. A client
-        says once that it has got no token, and might get one yet: that counts when something has timed out over it. And
-        one that never got to ask for a topic says that there is none."""
+        """The cause of a client's error: a refused login, or an unavailable broker; None for any other cause. A client
+        reports only once that it has no token, and might get one later: this counts when a request has timed out. A
+        client that could never connect reports a topic as missing."""
         if error.code() == KafkaError._UNKNOWN_TOPIC and time.monotonic() - self._away_at < AWAY_S:
             return BrokerUnavailable(away(self._settings, "cannot be reached"))
         if self._refusal is None and self._no_token and error.code() == KafkaError._MSG_TIMED_OUT:
@@ -187,7 +187,7 @@ class Door:
         return self._refusal
 
     def check(self) -> None:
-        """Raise `NotAuthenticated` if the cluster does not let this client in."""
+        """Raise `NotAuthenticated` if the cluster refuses this client's login."""
         if self._refusal is not None:
             raise self._refusal
 
@@ -222,7 +222,7 @@ class Door:
         LOG.warning("%s", text)
 
     def _look(self, now: float) -> None:
-        """A broker that speaks TLS hangs up on a client that does not, without a word: so ask it."""
+        """Check the broker's TLS: a broker that uses TLS closes a plain connection without an error message."""
         plain = self._settings.kafka.get("security.protocol", "PLAINTEXT").upper() in ("PLAINTEXT", "SASL_PLAINTEXT")
         if not plain or now - self._looked < SAY_EVERY_S:
             return
@@ -242,8 +242,9 @@ def _refused_in_words(error: KafkaError) -> bool:
 
 
 def knock(settings: Settings, timeout: float = KNOCK_S) -> None:
-    """Return once the cluster has let this client in. Raises `NotAuthenticated` as soon as it is plain that it will
-    not; `BrokerUnavailable` if nobody has answered within ``timeout`` seconds; `ConfigError` for unusable settings."""
+    """Return once the cluster has accepted this client's login. Raises `NotAuthenticated` as soon as the login is
+    certainly refused, `BrokerUnavailable` if no broker has answered within ``timeout`` seconds, and `ConfigError` for
+    unusable settings."""
     door = Door(settings, patient=False)
     conf: dict[str, Any] = {**settings.librdkafka(), "error_cb": door, "logger": LOG, "log_level": 0}
     try:
@@ -265,7 +266,7 @@ def knock(settings: Settings, timeout: float = KNOCK_S) -> None:
 
 
 def away(settings: Settings, said: str) -> str:
-    """What to say of a broker that is away: that its host has no address, if that is so; else that it ``said``."""
+    """The message for an unavailable broker: that its host cannot be resolved, if so; else ``said``."""
     if settings.bootstrap is None:
         return f"the embedded broker {said}; check that it runs: `jobledger kafka status`"
     found = addresses.unresolved(settings.bootstrap)
@@ -275,6 +276,6 @@ def away(settings: Settings, said: str) -> str:
 
 
 def unusable(error: KafkaException) -> ConfigError:
-    """The error for client settings that no client can be made with."""
+    """The error for settings with which no client can be created."""
     text = re.sub(r"^Failed to create \w+( \w+)?: ", "", error.args[0].str())
     return ConfigError(f"the Kafka settings (JOBLEDGER_KAFKA__*) cannot be used: {text}")

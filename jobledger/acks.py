@@ -14,11 +14,11 @@ from jobledger.log import Headers, position_of
 from jobledger.schemas.events import Position
 from jobledger.writer import LogWriter, Outgoing
 
-#: How many submissions of `submit_many` may be under way at once: bounds memory at any number of jobs.
+#: Maximum number of unacknowledged submissions of `submit_many`: bounds memory at any number of jobs.
 WINDOW = 20_000
-#: Jobs between two looks at the acknowledgements in `submit_many`.
+#: Jobs between two checks of the acknowledgements in `submit_many`.
 CHUNK = 500
-#: How many requests of `submit_many` that failed an error names.
+#: How many failed requests of `submit_many` an error lists.
 NAMED = 10
 
 
@@ -40,16 +40,16 @@ class Ack:
         self.event.set()
 
     def position(self, what: str, topic: str) -> Position:
-        """Where the record stands; raises what went wrong."""
+        """The record's position; raises the error if the record was not delivered."""
         if self._error is not None or self._position is None:
             raise self._writer.failed(self._error or KafkaError(KafkaError._FAIL), what, write(topic))
         return self._position
 
 
 class Many:
-    """The acknowledgements of one `submit_many` or `emit_many`, with a bound on how many are outstanding.
+    """The acknowledgements of one `submit_many` or `emit_many`, with a limit on how many are outstanding.
 
-    The caller's own thread serves the callbacks, between records: a second thread would fight for the interpreter.
+    The caller's own thread serves the callbacks, between records: a second thread would compete for the interpreter.
     """
 
     def __init__(self, settings: Settings, writer: LogWriter, what: str) -> None:
@@ -57,7 +57,7 @@ class Many:
         self._added: list[tuple[str, str]] = []
         self._places: dict[int, tuple[int, int]] = {}
         self._settled = 0
-        #: By place in the order of adding.
+        #: Errors by index in the order of `add`.
         self._failed: dict[int, KafkaError | PayloadTooLarge] = {}
 
     def _delivered(
@@ -78,7 +78,7 @@ class Many:
         self._settled += 1
 
     def add(self, identity: str, record: Outgoing) -> None:
-        """Send one more; waits while `WINDOW` are outstanding. One that is too large fails alone."""
+        """Send one more record; waits while `WINDOW` are outstanding. A record that is too large fails alone."""
         index = len(self._added)
         if not index % CHUNK:
             self._writer.poll(0)
@@ -95,7 +95,8 @@ class Many:
         self._added.append((identity, record.topic))
 
     def _await(self, outstanding: int) -> None:
-        """Serve callbacks until no more than ``outstanding`` are missing; bounded from the last one that came."""
+        """Serve callbacks until at most ``outstanding`` acknowledgements are missing. The time limit starts again with
+        each acknowledgement."""
         patience = self._settings.submit_timeout + 5.0
         settled, since = self._settled, time.monotonic()
         while len(self._added) - self._settled > outstanding:
@@ -107,7 +108,7 @@ class Many:
                 raise BrokerUnavailable(f"{missing} of {len(self._added)} {self._what} were not acknowledged in time")
 
     def finish(self) -> list[tuple[str, Position]]:
-        """The id and the position of each in order, or the first error."""
+        """The ids and positions in order. Raises the first error."""
         self._await(0)
         if self._failed:
             raise self._error()

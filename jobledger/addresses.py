@@ -1,4 +1,5 @@
-"""Addresses of brokers: judged and brought into the one form that both of Kafka's clients read alike. Connects nowhere."""
+"""Broker addresses: validated, and normalised to the one form that both Kafka clients understand. Opens no
+connection."""
 
 from __future__ import annotations
 
@@ -11,10 +12,10 @@ from functools import lru_cache
 from jobledger.errors import ConfigError
 
 SETTING = "JOBLEDGER_BOOTSTRAP (or --bootstrap)"
-#: Seconds for which a name's answer is kept: many errors ask the same.
+#: Seconds for which a host's lookup result is kept: many errors need the same one.
 KEPT_S = 30.0
-#: Seconds that a look-up may take. It is made where an error is being written, also on event loops and in a worker's
-#: threads, and a name service that is away answers after many seconds.
+#: Seconds that a lookup may take. Lookups are made for error messages, also on event loops and in a worker's threads,
+#: and an unavailable name service answers only after many seconds.
 LOOK_UP_S = 2.0
 
 _ADDRESS = re.compile(
@@ -23,14 +24,15 @@ _ADDRESS = re.compile(
 
 
 def normal(text: str, protocol: str) -> str:
-    """``host:port[,host:port]`` without spaces and without the protocol that Kafka's own listeners are written with.
+    """``host:port[,host:port]`` without spaces and without the protocol prefix of Kafka's own listener settings.
 
-    ``protocol``: ``security.protocol``, which such a prefix must agree with. Raises `ConfigError` for what is no address.
+    ``protocol``: the value of ``security.protocol``, which a prefix must match. Raises `ConfigError` for an invalid
+    address.
     """
     found = [_one(part.strip(), protocol) for part in text.split(",") if part.strip()]
     if not found:
         raise ConfigError(
-            f"{SETTING} is set and names no broker: write host:port[,host:port], or leave it unset for the embedded broker"
+            f"{SETTING} is set but names no broker: write host:port[,host:port], or leave it unset for the embedded broker"
         )
     return ",".join(found)
 
@@ -43,27 +45,27 @@ def _one(text: str, protocol: str) -> str:
     if scheme is not None and scheme.upper() != protocol.upper():
         raise ConfigError(
             f"{SETTING}: {text!r} begins with {scheme}://, and JOBLEDGER_KAFKA__SECURITY_PROTOCOL is {protocol}: write "
-            "host:port, and the protocol as that setting"
+            "host:port, and set the protocol with that variable"
         )
     if not 1 <= int(port) <= 65_535:
-        raise ConfigError(f"{SETTING}: {text!r} has the port {port}, and ports are 1 to 65535")
+        raise ConfigError(f"{SETTING}: {text!r} has the port {port}, but ports are 1 to 65535")
     return f"{host}:{port}"
 
 
 def _wrong(text: str) -> str:
     bare = text.rpartition("://")[2]
     if re.search(r"\s", text):
-        return "separate several with commas, host:port,host:port"
+        return "separate several addresses with commas, host:port,host:port"
     if bare.count(":") > 1 and "[" not in bare:
         return "write an IPv6 address in brackets, [::1]:9092"
     if re.fullmatch(r"\[.*\]|[^:/]+:?", bare):
-        return f"it has no port; write {bare.rstrip(':')}:9092 for Kafka's usual one"
+        return f"it has no port; write {bare.rstrip(':')}:9092 for Kafka's usual port"
     return "write host:port"
 
 
 def unresolved(bootstrap: str) -> str | None:
-    """What is wrong with the hosts, if none of them can be resolved to an address; else None, also where that is not known
-    within `LOOK_UP_S` seconds."""
+    """What is wrong with the hosts, if none of them can be resolved; None if one can, or if that is not known within
+    `LOOK_UP_S` seconds."""
     if ":" not in bootstrap:
         return None  # a word for it
     return _unresolved(bootstrap, int(time.monotonic() // KEPT_S))

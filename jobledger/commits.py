@@ -1,7 +1,7 @@
-"""What worker groups have committed, as others see it: the base and the takeover floor of each partition.
+"""What worker groups have committed, for readers outside the groups: the base and the takeover floor of each partition.
 
-The format of the metadata is `jobledger.consumers.offsets`'s; here only its first two parts are read, which every
-version of it keeps: ``<version><flag>.<floor in hex>.…``.
+The metadata's format is defined in `jobledger.consumers.offsets`. This module reads only its first two parts, which all
+versions share: ``<version><flag>.<floor in hex>.…``.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from jobledger.names import Names
 
 
 class Committed(msgspec.Struct, frozen=True):
-    """A partition's committed offset. ``floor``: the lifecycle offset a takeover reads from, None if it says none.
-    ``metadata``: the text it is from."""
+    """A partition's committed offset. ``floor``: the lifecycle offset from which a takeover reads, None if not given.
+    ``metadata``: the commit's metadata."""
 
     base: int
     floor: int | None = None
@@ -38,10 +38,11 @@ def floor_of(metadata: str | None) -> int | None:
 def group_offsets(
     settings: Settings, group: str, topic: str, timeout: float = 10.0
 ) -> dict[tuple[str, int], Committed]:
-    """A group's commits of one topic by (topic, partition); empty if it never committed. Raises `BrokerUnavailable`.
+    """A group's committed offsets of one topic, by (topic, partition); empty if it has never committed. Raises
+    `BrokerUnavailable`.
 
-    Asked for as a member would, without becoming one: librdkafka's admin request for the same aborts the process
-    (assertion ``eonce->refcnt > 0``, librdkafka issue 4605) when the broker goes away in the middle of it.
+    Uses a consumer of the group without joining it: librdkafka's admin request for the same aborts the process
+    (assertion ``eonce->refcnt > 0``, librdkafka issue 4605) if the broker goes away meanwhile.
     """
     places = [TopicPartition(topic, partition) for partition in range(partitions_of(settings, topic))]
     asker = consumer(consumer_config(settings, group=group))
@@ -55,7 +56,7 @@ def group_offsets(
 
 
 def worker_commits(settings: Settings, names: Names, queues: Iterable[str]) -> dict[tuple[str, int], Committed]:
-    """The commits of every queue's worker group, by work topic and partition."""
+    """The committed offsets of every queue's worker group, by work topic and partition."""
     found: dict[tuple[str, int], Committed] = {}
     for queue in queues:
         found.update(group_offsets(settings, names.worker_group(queue), names.jobs(queue)))
@@ -63,9 +64,9 @@ def worker_commits(settings: Settings, names: Names, queues: Iterable[str]) -> d
 
 
 def lifecycle_groups(settings: Settings, names: Names, timeout: float = 10.0) -> list[str]:
-    """The groups of `App.lifecycle` that the cluster knows; one that has gone, with its commits, is none of them.
+    """The groups of `App.lifecycle` that the cluster knows; deleted or expired groups are not included.
 
-    Raises `BrokerUnavailable`, or `NotAuthorized` for who may not describe them.
+    Raises `BrokerUnavailable`, or `NotAuthorized` if this user may not describe them.
     """
     # A cluster leaves out of its list, without a word, what may not be described: so one is asked for by name first.
     prefix = names.lifecycle_group("")

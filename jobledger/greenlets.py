@@ -24,7 +24,7 @@ from jobledger.errors import ConfigError
 
 T = TypeVar("T")
 
-#: Seconds between two looks at a future that a native thread settles.
+#: Seconds between two checks of a future that a native thread completes.
 LOOK_S = 0.005
 
 
@@ -170,11 +170,11 @@ _bells: WeakKeyDictionary[Any, _Bell] = WeakKeyDictionary()
 
 
 def finished(future: Future[Any]) -> bool:
-    """Whether a future that a native thread settles is settled: the answers of an `AdminClient` are such futures.
+    """Whether a future that a native thread completes is done: the answers of an `AdminClient` are such futures.
 
-    Under gevent the future's lock is one between greenlets. A greenlet that asks for it while the native thread holds it
-    fails with ``LoopExit``, if the process has nothing else to do. So the lock is never taken here: `Future` keeps the
-    outcome before it changes its state.
+    Under gevent the future's lock works between greenlets. If a greenlet waits for it while the native thread holds it,
+    and the process has nothing else to do, the greenlet fails with ``LoopExit``. So the lock is never taken here:
+    `Future` stores the result before it changes its state.
     """
     return future._state == "FINISHED" if _green_threads() else future.done()
 
@@ -230,7 +230,7 @@ def _in_native_thread(blocking: Callable[..., Any], *args: Any, **more: Any) -> 
 
 
 def _hub() -> Any:
-    """This thread's hub of greenlets; None: it has no greenlets."""
+    """This thread's hub of greenlets; None if it has no greenlets."""
     return sys.modules["gevent._hub_local"].get_hub_if_exists()
 
 

@@ -1,7 +1,7 @@
-"""The Kafka seam: how producers and consumers are set up, and ranges of the log read back. What is sent is `writer`'s.
+"""The interface to Kafka: settings of producers and consumers, and reading ranges of the log. Sending is in `writer`.
 
-Every part that is not on the hot path talks to Kafka through this module; the worker and the materializer take their
-client settings from here and drive the clients themselves.
+All parts that are not on the hot path use Kafka through this module; the worker and the materializer take their client
+settings from here and drive the clients themselves.
 """
 
 from __future__ import annotations
@@ -41,22 +41,22 @@ LOG = get_logger("jobledger.kafka")
 
 T = TypeVar("T")
 
-#: One partitioner everywhere: the same key lands on the same partition from librdkafka, Java and Faust.
+#: The partitioner of all writers, so that librdkafka, Java and Faust put a key on the same partition.
 PARTITIONER = "murmur2_random"
 
-#: What is said of a topic that does not exist; a broker that shuts down says it of those that do.
+#: Errors for a topic that does not exist; a broker that shuts down reports them for existing topics as well.
 MISSING = (KafkaError._UNKNOWN_TOPIC, KafkaError._UNKNOWN_PARTITION, KafkaError.UNKNOWN_TOPIC_OR_PART)
-#: Seconds until it is believed.
+#: Seconds until such an error is believed.
 MISSING_S = 5.0
 
-#: What a broker answers while a group's coordinator is being chosen, or reads what the group has committed.
+#: Errors while a group's coordinator is being elected, or loads the group's offsets.
 SEATING = (
     KafkaError.NOT_COORDINATOR,
     KafkaError.COORDINATOR_NOT_AVAILABLE,
     KafkaError.COORDINATOR_LOAD_IN_PROGRESS,
 )
 
-#: What a broker answers while a partition's leader is being chosen or moved.
+#: Errors while a partition's leader is being elected or moved.
 ELECTING = (
     KafkaError.NOT_LEADER_FOR_PARTITION,
     KafkaError.LEADER_NOT_AVAILABLE,
@@ -64,26 +64,27 @@ ELECTING = (
     KafkaError.FENCED_LEADER_EPOCH,
 )
 
-#: What a reader without a group passes over: connections mend themselves, and the group's
-#: name stands there for the form.
+#: Errors that a reader without a group ignores: connections recover by themselves, and the group's name is only a
+#: placeholder.
 PASSING = (KafkaError._TRANSPORT, KafkaError._ALL_BROKERS_DOWN, KafkaError.GROUP_AUTHORIZATION_FAILED)
 
-#: Seconds beyond its own timeout that a request of an admin client is waited for.
+#: Seconds beyond its own timeout to wait for an admin client's request.
 ANSWER_MARGIN_S = 5.0
 
-#: librdkafka's own bound of a batch (``batch.size``), and what a batch may have beside what librdkafka counts, bytes.
+#: librdkafka's default limit of a batch (``batch.size``), and a batch's overhead that librdkafka does not count, in
+#: bytes.
 BATCH_BYTES, BATCH_MARGIN = 1_000_000, 100
 
 Headers = list[tuple[str, bytes]]
 
 
 def source(role: str) -> str:
-    """Who writes: ``role@host:pid``."""
+    """The writer's name: ``role@host:pid``."""
     return f"{role}@{socket.gethostname()}:{os.getpid()}"
 
 
 def now_us() -> int:
-    """This process's clock, microseconds since the epoch."""
+    """The time of this process's clock, in microseconds since the epoch."""
     return time.time_ns() // 1000
 
 
@@ -95,8 +96,9 @@ def producer_config(
     door: Door | None = None,
     batch: int | None = None,
 ) -> dict[str, Any]:
-    """Settings of every producer: idempotent, ``acks=all``, one partitioner. ``timeout``: seconds to an ack. ``door``:
-    who hears that it is not let in. ``batch``: bytes of its largest batch of several records, see `batch_room`."""
+    """Settings of every producer: idempotent, ``acks=all``, one partitioner. ``timeout``: seconds to an
+    acknowledgement. ``door``: receives refused logins. ``batch``: bytes of the largest batch of several records, see
+    `batch_room`."""
     conf = {
         # As `jobledger.config.PATIENCE`, for what was sent to a broker that stands still.
         "request.timeout.ms": 8_000,
@@ -120,8 +122,8 @@ def producer_config(
 def consumer_config(
     settings: Settings, *, group: str = "jobledger-readers", door: Door | None = None, **more: Any
 ) -> dict[str, Any]:
-    """Settings of a consumer that is assigned by hand and commits nothing, unless ``more`` says otherwise. ``door``:
-    who hears that it is not let in."""
+    """Settings of a consumer with manual assignment and without commits, unless ``more`` overrides them. ``door``:
+    receives refused logins."""
     return {
         **settings.librdkafka(),
         "error_cb": door or Door(settings),
@@ -163,7 +165,8 @@ def consumer(conf: dict[str, Any]) -> Consumer:
 
 
 def translate(error: KafkaError, settings: Settings, what: str, *needs: Need) -> JobledgerError:
-    """Our error for one of Kafka's, naming the address and the way out; ``needs``: the rights that ``what`` takes."""
+    """Jobledger's error for a Kafka error, naming the address and the way out; ``needs``: the rights that ``what``
+    needs."""
     refused = denied(error, settings, what, *needs)
     if refused is not None:
         return refused
@@ -171,7 +174,7 @@ def translate(error: KafkaError, settings: Settings, what: str, *needs: Need) ->
     if code in (KafkaError.MSG_SIZE_TOO_LARGE, KafkaError._INVALID_ARG):
         topic = next((need.name for need in needs if need.kind == "topic"), "its topic")
         return PayloadTooLarge(
-            f"{what}: the record is larger than {topic} takes, says the broker ({error.str()}): raise the topic's "
+            f"{what}: the broker reports that the record is larger than {topic} accepts ({error.str()}): raise the topic's "
             f"max.message.bytes, or pass a reference instead of the data. This client's own limit is "
             f"{settings.max_record_bytes} bytes (JOBLEDGER_MAX_RECORD_BYTES)"
         )
@@ -189,12 +192,12 @@ def undelivered(error: KafkaError, settings: Settings, what: str, *needs: Need) 
 
 
 def position_of(message: Message) -> Position:
-    """Where a delivered or consumed message stands."""
+    """The position of a delivered or consumed message."""
     return Position(message.topic() or "", message.partition() or 0, message.offset() or 0)
 
 
 def error_topic(message: Message, topics: Sequence[str]) -> str:
-    """The topic that a consumer's error is about, as far as it says: it may name it in its text only."""
+    """The topic of a consumer's error, as far as known: the error may name it only in its text."""
     named = message.topic()
     if named:
         return named
@@ -204,8 +207,8 @@ def error_topic(message: Message, topics: Sequence[str]) -> str:
 
 
 def partitions_of(settings: Settings, topic: str, timeout: float = 10.0, *, need: Need | None = None) -> int:
-    """How many partitions a topic has. Raises `TopicMissing`, `BrokerUnavailable`, or `AccessDenied` naming ``need``,
-    what the caller wants of the topic (None: to read it)."""
+    """A topic's partition count. Raises `TopicMissing`, `BrokerUnavailable`, or `AccessDenied` naming ``need``, the
+    right that the caller needs on the topic (None: to read it)."""
     try:
         meta = admin(settings).list_topics(topic, timeout=timeout).topics[topic]
     except KafkaException as exc:
@@ -218,10 +221,11 @@ def partitions_of(settings: Settings, topic: str, timeout: float = 10.0, *, need
 def committed(
     asker: Consumer, places: Sequence[TopicPartition], settings: Settings, need: Need, timeout: float = 10.0
 ) -> list[TopicPartition]:
-    """The commits of the group that ``asker`` names and is no member of; ``need``: the right on it that is told of.
+    """The committed offsets of ``asker``'s group, of which it is not a member; ``need``: the right to name in an error.
     Raises `BrokerUnavailable` after ``timeout`` seconds, `AccessDenied`.
 
-    The client asks for the group's coordinator for ever where it is not told, and says why in another place.
+    If the group's coordinator cannot be found, the client retries forever, and reports the reason only through
+    ``poll``.
     """
     deadline = time.monotonic() + timeout
     while True:
@@ -241,8 +245,8 @@ def committed(
 def batch_limits(
     settings: Settings, topics: Iterable[str], timeout: float = 10.0, client: AdminClient | None = None
 ) -> dict[str, int]:
-    """The ``max.message.bytes`` of topics, bytes a batch; without those whose settings this user may not see, or that
-    are missing. Raises `BrokerUnavailable`."""
+    """The ``max.message.bytes`` of topics, in bytes per batch, without topics that are missing or whose settings this
+    user may not read. Raises `BrokerUnavailable`."""
     found = topic_settings(settings, topics, timeout, client)
     return {topic: int(its["max.message.bytes"] or 0) for topic, its in found.items()}
 
@@ -250,7 +254,7 @@ def batch_limits(
 def topic_settings(
     settings: Settings, topics: Iterable[str], timeout: float = 10.0, client: AdminClient | None = None
 ) -> dict[str, dict[str, str | None]]:
-    """The settings of topics; without those whose settings this user may not see, or that are missing. Raises
+    """The settings of topics, without topics that are missing or whose settings this user may not read. Raises
     `BrokerUnavailable`."""
     found: dict[str, dict[str, str | None]] = {}
     client = client or admin(settings)  # held: its answers die with it
@@ -265,8 +269,9 @@ def topic_settings(
 
 
 def answer_of(future: Future[T], timeout: float) -> T:
-    """What an admin client was asked with a ``request_timeout`` of ``timeout`` seconds. Its own errors come first, as
-    `KafkaException`; where a busy machine lets even these wait, that is the same timeout."""
+    """The answer to an admin client's request with a ``request_timeout`` of ``timeout`` seconds. The client's own
+    errors normally come first, as `KafkaException`; if a busy machine delays them, a timeout error of the same kind is
+    raised."""
     try:
         return greenlets.outcome(future, timeout + ANSWER_MARGIN_S)
     except TimeoutError:
@@ -274,8 +279,8 @@ def answer_of(future: Future[T], timeout: float) -> T:
 
 
 def batch_room(settings: Settings, names: Names) -> int | None:
-    """The largest batch of several records, in bytes, that every topic of a namespace takes; None if that is no less
-    than the client's own bound, or cannot be known.
+    """The largest batch of several records, in bytes, that every topic of a namespace accepts; None if this is not
+    below the client's own limit, or is not known.
 
     A broker refuses a batch as a whole. With batches no larger than this, only a record that is too large by itself is
     refused.
@@ -299,7 +304,8 @@ def batch_room(settings: Settings, names: Names) -> int | None:
 
 
 class LogReader:
-    """Reads ranges of partitions: for takeovers, timelines, schema look-ups and audits. Not thread-safe; close it."""
+    """Reads ranges of partitions: for takeovers, timelines, schema lookups and audits. Not thread-safe; close it after
+    use."""
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
@@ -316,13 +322,14 @@ class LogReader:
         self.close()
 
     def close(self) -> None:
-        """Give the connection back."""
+        """Close the connection."""
         self._consumer.close()
 
     def watermarks(self, topic: str, partition: int, timeout: float = 10.0) -> tuple[int, int]:
         """The log's first offset and its high watermark (the next offset to be written).
 
-        Raises `TopicMissing` after it was said for `MISSING_S` seconds, `BrokerUnavailable` after ``timeout``.
+        Raises `TopicMissing` if the broker reports this for `MISSING_S` seconds, and `BrokerUnavailable` after
+        ``timeout``.
         """
         began = time.monotonic()
         while True:
@@ -342,7 +349,8 @@ class LogReader:
                 time.sleep(0.05)
 
     def _renew(self) -> None:
-        """Begin with a new client: one that was told that a topic does not exist goes on believing it for minutes."""
+        """Start with a new client: one that was told that a topic does not exist continues to report this for
+        minutes."""
         if not self._reading:
             self._consumer.close()
             self._consumer = consumer(self._conf)
@@ -359,9 +367,9 @@ class LogReader:
     def read(
         self, topic: str, partition: int, start: int, end: int | None = None, *, stall: float = 30.0
     ) -> Iterator[Message]:
-        """Messages from ``start`` up to, not including, ``end`` (None: the high watermark of now).
+        """Messages from ``start`` up to, but not including, ``end`` (None: the current high watermark).
 
-        Offsets may have gaps. Raises `BrokerUnavailable` if nothing comes for ``stall`` seconds.
+        Offsets may have gaps. Raises `BrokerUnavailable` if no message arrives for ``stall`` seconds.
         """
         low, high = self.watermarks(topic, partition)
         end = high if end is None else min(end, high)
@@ -390,7 +398,7 @@ class LogReader:
                 if where >= end:
                     return
                 if not batch and time.monotonic() - last_seen > stall:
-                    raise BrokerUnavailable(f"{topic}[{partition}] gave nothing at offset {where} for {stall:g} s")
+                    raise BrokerUnavailable(f"{topic}[{partition}] sent no records at offset {where} for {stall:g} s")
         finally:
             self._reading -= 1
             self._consumer.unassign()

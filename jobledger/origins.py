@@ -1,8 +1,9 @@
-"""Where a declared function or class comes from: whether a second one of its name replaces it, or is another one.
+"""Where a declared function or class comes from: whether a second one of the same name replaces it, or is a different
+one.
 
-A module that is executed again (`importlib.reload`, a cell of a notebook that is run again) declares the same things
-again, and these replace the first ones. Two functions that are both in use must not share a name: a job of the one would
-run the other. Pure but for looking at the stack.
+A module that is executed again (`importlib.reload`, a notebook cell that is run again) declares the same things again,
+and these replace the first ones. Two different functions in use must not share a name: a job of one would run the
+other. Pure except for inspecting the stack.
 """
 
 from __future__ import annotations
@@ -22,9 +23,9 @@ _LAMBDA = "<lambda>"
 class Origin:
     """Where ``declared``, a function or class, comes from.
 
-    ``place``: ``file:line``. ``execution``: the code whose run declared it: a module's body, which is another object each
-    time the module is compiled; else the outermost function of that module on the stack. ``space``: the globals of that
-    module, another dict each time it is executed as a new module.
+    ``place``: ``file:line``. ``execution``: the code whose execution declared it: a module's body, which is a new code
+    object each time the module is compiled; else the outermost function of that module on the stack. ``space``: the
+    globals of that module, a new dict each time it is executed as a new module.
     """
 
     declared: Any
@@ -37,7 +38,7 @@ class Origin:
         return f"{self.name} ({self.place})"
 
     def replaced_by(self, other: Origin) -> bool:
-        """Whether ``other`` is the same thing declared again; else both are in use."""
+        """Whether ``other`` is the same thing declared again; if not, both are in use."""
         if _equal(self.declared, other.declared):
             return True
         if self.name != other.name:
@@ -51,7 +52,7 @@ class Origin:
         return code is None or code is not _code(other.declared)
 
     def shares_file(self, other: Origin) -> bool:
-        """Whether the code of both is from one file; the lines of a console are from none."""
+        """Whether the code of both is from one file; lines typed in a console are from no file."""
         ours, theirs = _code(self.declared), _code(other.declared)
         return (
             ours is not None
@@ -62,7 +63,7 @@ class Origin:
 
 
 def origin_of(declared: Callable[..., Any]) -> Origin:
-    """Where a function or class comes from. To be called while it is being declared."""
+    """Where a function or class comes from. Call this while it is being declared."""
     module, name = getattr(declared, "__module__", "") or "", getattr(declared, "__qualname__", "")
     body, outermost, innermost = _frames(module)
     found = body or outermost
@@ -76,18 +77,19 @@ def origin_of(declared: Callable[..., Any]) -> Origin:
 
 
 def is_nameless(declared: Callable[..., Any]) -> bool:
-    """Whether it is a lambda: all of these have one name."""
+    """Whether it is a lambda: all lambdas have the same name."""
     return getattr(declared, "__name__", "") == _LAMBDA
 
 
 def short(filename: str) -> str:
-    """A file's name as people read it: relative to the working directory if it is in there."""
+    """A file name for messages: relative to the working directory if the file is inside it."""
     path = Path(filename)
     return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else filename
 
 
 def _frames(module: str) -> tuple[FrameType | None, FrameType | None, FrameType | None]:
-    """Of the frames of ``module``: the innermost that is a module's body, the outermost and the innermost of all."""
+    """The frames of ``module`` on the stack: the innermost that is a module's body, the outermost, and the innermost of
+    all."""
     body: FrameType | None = None
     outermost: FrameType | None = None
     innermost: FrameType | None = None
@@ -109,7 +111,7 @@ def _code(declared: Any) -> CodeType | None:
 
 
 def _equal(one: Any, two: Any) -> bool:
-    """Whether two functions do the same: one piece of code made both, and they hold the same values."""
+    """Whether two functions do the same: they have the same code object and hold the same values."""
     if one is two:
         return True
     code = getattr(one, "__code__", None)

@@ -1,8 +1,9 @@
-"""What is logged of a cluster that cannot be reached: that it is so, that it lasts, and that it is over.
+"""Logging of outages of a cluster: that it cannot be reached, that this lasts, and that it is over.
 
-Each client notices by itself, several times, and says nothing when it is connected again. So whatever a client hears
-comes here, and while something is wrong one thread a process and cluster asks once a second. The thread ends
-when the last client that has told of the outage is gone: then nobody uses the cluster any more.
+Each client notices an outage by itself, several times, and does not report when it is connected again. So every
+client's errors are collected here, and during an outage one thread per process and cluster checks the connection once a
+second. The thread ends when the last client that reported the outage is gone: then the process no longer uses the
+cluster.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from jobledger.logger import get_logger
 
 LOG = get_logger("jobledger.kafka")
 
-#: Seconds between two questions, and until the first one: a connection that is back by then is not worth a line.
+#: Seconds between two checks, and until the first one: a connection that is restored before that is not logged.
 ASK_EVERY_S = 1.0
 #: Seconds that an answer may take.
 ANSWER_S = 5.0
@@ -32,14 +33,14 @@ ANSWER_S = 5.0
 LONG_S = 60.0
 #: Seconds between two lines about the same long outage.
 AGAIN_S = 300.0
-#: Seconds for which a process that was told to stop says nothing of lost connections: its broker may stop as well.
+#: Seconds for which a process that was told to stop logs no lost connections: its broker may be stopping as well.
 STOPPING_S = 15.0
 
 _quiet_until = float("-inf")
 
 
 def stopping() -> None:
-    """This process was told to stop. Callable from a signal handler."""
+    """Note that this process was told to stop. Callable from a signal handler."""
     global _quiet_until
     _quiet_until = time.monotonic() + STOPPING_S
 
@@ -54,19 +55,20 @@ class Outage:
         self._heard = 0
         self._text = ""
         self._tellers: WeakSet[object] = WeakSet()
-        #: Whether an outage has been logged, and its end not yet.
+        #: Whether an outage has been logged, but not yet its end.
         self.said = False
         forks.in_child(self)
 
     def after_fork(self) -> None:
-        """A forked child: the thread that watches, or holds the lock, is the parent's."""
+        """In a forked child: forget the parent's watching thread and lock."""
         self._lock = greenlets.native_lock()
         self._end()
 
     def heard(self, text: str, by: object) -> None:
-        """A client has lost a connection, or cannot make one; ``text``: in its words. From any thread; returns at once.
+        """Note that a client lost a connection, or cannot connect; ``text``: the client's message. Callable from any
+        thread; returns at once.
 
-        ``by``: an object that lives as long as the client does. It is not kept alive here.
+        ``by``: an object that lives as long as the client. It is not kept alive here.
         """
         with self._lock:
             self._heard += 1
@@ -110,7 +112,7 @@ class Outage:
                 error_at = now + AGAIN_S
 
     def _forsaken(self) -> bool:
-        """Whether no client is left that has told of this outage. If so, the watch ends, and nothing is logged."""
+        """Whether no client is left that reported this outage. If so, the watch ends, and nothing is logged."""
         with self._lock:
             if self._tellers:
                 return False
@@ -126,7 +128,7 @@ class Outage:
         try:
             return self._answers()
         except Exception:  # without this thread no outage would be told any more
-            LOG.debug("%s could not be asked", self._address, exc_info=True)
+            LOG.debug("%s could not be checked", self._address, exc_info=True)
             return False
 
 
@@ -134,7 +136,7 @@ _outages: dict[str, Outage] = {}
 
 
 def outage_of(settings: Settings) -> Outage:
-    """What a process knows of the outages of the cluster that these settings name."""
+    """This process's `Outage` for the cluster that these settings name."""
     address = settings.bootstrap or "the embedded broker"
     found = _outages.get(address)
     if found is None:
@@ -143,12 +145,13 @@ def outage_of(settings: Settings) -> Outage:
 
 
 def log_missed(logger: logging.Logger, settings: Settings, message: str, *args: object) -> None:
-    """Log that something was not done because no broker answered: a warning, at debug level while the outage is told."""
+    """Log that something was not done because no broker answered: as a warning, or at debug level while an outage is
+    logged."""
     logger.log(logging.DEBUG if outage_of(settings).said else logging.WARNING, message, *args, stacklevel=2)
 
 
 def _answers(settings: Settings) -> bool:
-    """Whether a broker answers within `ANSWER_S`; one that refuses does."""
+    """Whether a broker answers within `ANSWER_S`; a refusal is an answer."""
     try:
         conf: dict[str, Any] = {**settings.librdkafka(), "logger": LOG, "log_level": 0, "error_cb": lambda error: None}
         client = forks.client(AdminClient, conf)

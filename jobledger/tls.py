@@ -1,4 +1,4 @@
-"""TLS as Python does it, from librdkafka's ``ssl.*`` settings: for aiokafka, and to find out why a broker hangs up."""
+"""Python's TLS from librdkafka's ``ssl.*`` settings: for aiokafka, and to find out why a broker closes connections."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pathlib import Path
 
 from jobledger.errors import ConfigError
 
-#: What has a translation. Any other ``ssl.*`` setting is refused: left out in silence it would weaken a connection.
+#: Settings that can be translated. Any other ``ssl.*`` setting is refused: ignoring it could weaken a connection.
 KNOWN = frozenset(
     {
         "ssl.ca.location",
@@ -26,9 +26,9 @@ KNOWN = frozenset(
         "enable.ssl.certificate.verification",
     }
 )
-#: Files that may be named in a message; passwords and keys may not.
+#: Settings whose values, file names, may be shown in a message; passwords and keys may not.
 _FILES = ("ssl.ca.location", "ssl.certificate.location", "ssl.key.location")
-#: Seconds that one broker may take to answer a look at it.
+#: Seconds that one broker may take to answer a TLS check.
 LOOK_S = 2.0
 
 _UNTRUSTED = (2, 18, 19, 20, 21)
@@ -37,17 +37,17 @@ _EXPIRED, _NOT_YET = 10, 9
 
 
 def setting(name: str) -> str:
-    """The environment variable that stands for a client setting."""
+    """The environment variable of a client setting."""
     return f"JOBLEDGER_KAFKA__{name.upper().replace('.', '_')}"
 
 
 def context(kafka: Mapping[str, str]) -> ssl.SSLContext:
-    """A client context. Raises `ConfigError` for a setting without a translation and for what cannot be read."""
+    """A client context. Raises `ConfigError` for a setting that cannot be translated, or a file that cannot be read."""
     for name in kafka:
         if name.startswith("ssl.keystore."):
             raise ConfigError(
-                f"{setting(name)}: the coordinator (aiokafka) reads no PKCS#12 keystore. Take the certificate and the key "
-                "out once, `openssl pkcs12 -in keystore.p12 -out client.pem`, and name that file in "
+                f"{setting(name)}: the coordinator (aiokafka) cannot read a PKCS#12 keystore. Extract the certificate and the key "
+                "once, `openssl pkcs12 -in keystore.p12 -out client.pem`, and name that file in "
                 f"{setting('ssl.certificate.location')} and {setting('ssl.key.location')}"
             )
         if name.startswith("ssl.") and name not in KNOWN:
@@ -97,7 +97,7 @@ def _load_certificate(made: ssl.SSLContext, kafka: Mapping[str, str]) -> None:
         if chain is not None:
             made.load_cert_chain(chain, key, password)
         elif key is not None:
-            raise ValueError("there is a key and no certificate: set ssl.certificate.location as well")
+            raise ValueError("there is a key but no certificate: set ssl.certificate.location as well")
         return
     # Python reads certificates from files only: these live for a moment, readable by this user alone.
     with tempfile.TemporaryDirectory(prefix="jobledger-tls-") as folder:
@@ -109,14 +109,14 @@ def _load_certificate(made: ssl.SSLContext, kafka: Mapping[str, str]) -> None:
                 path.write_text(text, "utf-8")
                 paths[index] = str(path)
         if paths[0] is None:
-            raise ValueError("there is a key and no certificate: set ssl.certificate.pem as well")
+            raise ValueError("there is a key but no certificate: set ssl.certificate.pem as well")
         made.load_cert_chain(paths[0], paths[1], password)
 
 
 def trouble(bootstrap: str, kafka: Mapping[str, str], timeout: float = LOOK_S) -> str | None:
-    """Why TLS does not come about with one of these brokers, and the way out; None if nothing can be said against it.
+    """Why TLS fails with one of these brokers, and the way out; None if no fault is found.
 
-    Looks at each in turn, ``timeout`` seconds a step. A broker that does not answer is no trouble of TLS. Raises
+    Checks each broker in turn, ``timeout`` seconds a step. A broker that does not answer has no TLS fault. Raises
     `ConfigError` for settings that cannot be used.
     """
     wanted = kafka.get("security.protocol", "PLAINTEXT").upper() in ("SSL", "SASL_SSL")
@@ -145,7 +145,7 @@ def _speaks_tls(plain: socket.socket) -> str | None:
         return None
     # An alert, or the answer to a greeting; a greeting would be our own, of a socket that has connected to itself.
     if head[:1] == b"\x15" or (head[:1] == b"\x16" and head[5:6] == b"\x02"):
-        return f"speaks TLS, and this client does not: set {setting('security.protocol')} to SSL or SASL_SSL"
+        return f"uses TLS, but this client does not: set {setting('security.protocol')} to SSL or SASL_SSL"
     return None
 
 
@@ -167,7 +167,7 @@ def _refusal(plain: socket.socket, host: str, kafka: Mapping[str, str]) -> str |
             )
         if exc.reason in ("WRONG_VERSION_NUMBER", "UNEXPECTED_EOF_WHILE_READING", "RECORD_LAYER_FAILURE"):
             return f"does not speak TLS: check {setting('security.protocol')} and the port"
-        return f"breaks the TLS handshake off ({exc.reason})"
+        return f"aborts the TLS handshake ({exc.reason})"
     except ConnectionError:
         return None
     return None
@@ -176,14 +176,16 @@ def _refusal(plain: socket.socket, host: str, kafka: Mapping[str, str]) -> str |
 def _verdict(exc: ssl.SSLCertVerificationError, host: str) -> str:
     if exc.verify_code in _ELSEWHERE:
         return (
-            f"shows a certificate that is not for {host} ({exc.verify_message}): connect by a name that it holds, or turn "
-            f"the check off with {setting('ssl.endpoint.identification.algorithm')}=none"
+            f"has a certificate that is not for {host} ({exc.verify_message}): connect with a name in the certificate, or disable "
+            f"the check with {setting('ssl.endpoint.identification.algorithm')}=none"
         )
     if exc.verify_code in (_EXPIRED, _NOT_YET):
-        return f"shows a certificate out of its time ({exc.verify_message}): renew it, and check the clocks"
+        return (
+            f"has a certificate that is expired or not yet valid ({exc.verify_message}): renew it, and check the clocks"
+        )
     if exc.verify_code in _UNTRUSTED:
         return (
-            f"shows a certificate that is not trusted ({exc.verify_message}): {setting('ssl.ca.location')} must hold the "
+            f"has a certificate that is not trusted ({exc.verify_message}): {setting('ssl.ca.location')} must contain the "
             "certificate of the authority that signed it"
         )
-    return f"shows a certificate that is not taken: {exc.verify_message}"
+    return f"has a certificate that is not accepted: {exc.verify_message}"

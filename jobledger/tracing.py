@@ -1,7 +1,7 @@
-"""OpenTelemetry, where the process uses it: one trace from a submission over its attempts to the jobs they submit.
+"""OpenTelemetry, if the process uses it: one trace from a submission through its attempts to the jobs they submit.
 
-Nothing is imported here: a process that has set a tracer provider has loaded OpenTelemetry itself, and in any other
-this costs one look into ``sys.modules``. The W3C traceparent travels in the event's ``trace``.
+Nothing is imported here: a process that has set a tracer provider has loaded OpenTelemetry itself. In any other process
+this costs one lookup in ``sys.modules``. The W3C traceparent is in the event's ``trace``.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _SCOPE = "jobledger"
 
 
 def _tracer() -> Any:
-    """The tracer, if somebody has set a provider of spans; else None."""
+    """The tracer, if a tracer provider has been set; else None."""
     otel = sys.modules.get(_MODULE)
     # The API alone makes spans that are none.
     if otel is None or type(otel.get_tracer_provider()).__name__ in ("ProxyTracerProvider", "NoOpTracerProvider"):
@@ -32,7 +32,7 @@ def _tracer() -> Any:
 
 
 def flush(most_ms: int) -> None:
-    """Have the provider, if there is one that keeps spans back, export what it has, within so many milliseconds."""
+    """Let the provider, if it buffers spans, export them within ``most_ms`` milliseconds."""
     if (otel := sys.modules.get(_MODULE)) is not None:
         force = getattr(otel.get_tracer_provider(), "force_flush", None)
         if force is not None:
@@ -40,7 +40,7 @@ def flush(most_ms: int) -> None:
 
 
 def current() -> str | None:
-    """The traceparent of the span this code runs in; None outside of one."""
+    """The traceparent of the current span; None if there is none."""
     otel = sys.modules.get(_MODULE)
     if otel is None:
         return None
@@ -51,7 +51,7 @@ def current() -> str | None:
 
 
 def parse(traceparent: str | None) -> tuple[int, int, int] | None:
-    """Trace, span and flags of a W3C traceparent; None if it is none."""
+    """Trace, span and flags of a W3C traceparent; None if it is not valid."""
     parts = (traceparent or "").split("-")
     if len(parts) < 4 or [len(part) for part in parts[:4]] != [2, 32, 16, 2] or parts[0] == "ff":
         return None
@@ -75,7 +75,7 @@ _NOTHING = contextlib.nullcontext()
 
 
 def submitting(task: str, queue: str, count: int = 1) -> contextlib.AbstractContextManager[None]:
-    """A span ``submit TASK`` around a submission, the current one while it lasts."""
+    """A span ``submit TASK`` around a submission, current while the block runs."""
     tracer = _tracer()
     if tracer is None:
         return _NOTHING
@@ -88,7 +88,7 @@ def submitting(task: str, queue: str, count: int = 1) -> contextlib.AbstractCont
 
 
 class Span:
-    """The span of an attempt, in the shape of an ``around`` hook."""
+    """The span of an attempt, as an ``around`` hook."""
 
     is_async = False
 
@@ -98,7 +98,7 @@ class Span:
 
     @contextlib.contextmanager
     def fn(self, job: JobContext) -> Iterator[None]:
-        """Make a CONSUMER span, a child of the submission's, current while the job's code runs."""
+        """Create a CONSUMER span, a child of the submission's, and make it current while the job's code runs."""
         otel: Any = sys.modules[_MODULE]
         submitted = parse(job.trace)
         context, links = None, []
@@ -143,6 +143,6 @@ class Span:
 
 
 def span_of(task: Task[Any, Any]) -> Span | None:
-    """What makes the spans of a task's attempts; None where nobody takes spans."""
+    """The `Span` for a task's attempts; None if the process does not use OpenTelemetry."""
     tracer = _tracer()
     return None if tracer is None else Span(task, tracer)

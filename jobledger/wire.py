@@ -1,6 +1,7 @@
-"""How what is sent is framed: with a Schema Registry the Confluent frame takes the place of the single-object head.
+"""How records are framed when they are sent: with a Schema Registry the Confluent frame replaces the single-object
+head.
 
-`codec.encode` always writes the single-object form; senders ask `Framing` for the bytes to send. Reading takes both
+`codec.encode` always writes the single-object form; senders ask `Framing` for the bytes to send. Readers accept both
 forms at any time: `codec.Decoder`, `jobledger.lookup`.
 """
 
@@ -21,16 +22,17 @@ _SKIP = len(_OWN)
 
 
 def id_key(schema_id: int) -> str:
-    """The key on ``<ns>.schemas`` of the schema that a registry knows by this id."""
+    """The key on ``<ns>.schemas`` of the schema with this id in a registry."""
     return f"id-{schema_id}"
 
 
 class Framing:
-    """Frames events by topic, subject ``<topic>-value``. Thread-safe.
+    """Frames events by topic, with the subject ``<topic>-value``. Thread-safe.
 
-    ``publish(key)`` writes this version's schema to ``<ns>.schemas`` under a key, acknowledged: an id is there before
-    the first record that carries it, so that the log can be read without the registry. ``published(id, text, registry)``
-    says whether it is there already, and raises if the id stands for another schema there.
+    ``publish(key)`` writes this version's schema to ``<ns>.schemas`` under a key and waits for the acknowledgement. So
+    an id is published before the first record that has it, and the log can be read without the registry.
+    ``published(id, text, registry)`` returns whether it is published already, and raises if another schema is published
+    under the id.
     """
 
     def __init__(
@@ -48,14 +50,15 @@ class Framing:
         return topic not in self._heads and value is not None and value.startswith(_OWN)
 
     def prepare(self, topics: Iterable[str]) -> None:
-        """Register this version's schema for topics, confirmed. Raises `RegistryUnavailable`, `SchemaRefused`,
-        `ConfigError`, and what ``publish`` raises."""
+        """Register this version's schema for topics and wait until that is confirmed. Raises `RegistryUnavailable`,
+        `SchemaRefused`, `ConfigError`, and what ``publish`` raises."""
         for topic in topics:
             if topic not in self._heads:
                 self._register(topic)
 
     def framed(self, topic: str, value: bytes) -> bytes:
-        """The bytes to send; what is no event of this version's stays as it is. Raises what `prepare` raises."""
+        """The bytes to send; a value that is not an event of this version is returned unchanged. Raises what `prepare`
+        raises."""
         if not value.startswith(_OWN):
             return value
         return (self._heads.get(topic) or self._register(topic)) + value[_SKIP:]
@@ -82,7 +85,7 @@ class Framing:
 
 
 def framing(settings: Settings, names: Names, publish: Callable[[str], None]) -> Framing | None:
-    """The framing that the settings ask for; None: single-object encoding."""
+    """The framing according to the settings; None: single-object encoding."""
     if settings.schema_registry is None:
         return None
     from jobledger.lookup import SchemaLookup  # late: it reads what this writes

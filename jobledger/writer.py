@@ -1,4 +1,4 @@
-"""Records sent to the log with bounds, by everything that is not on the hot path."""
+"""Sends records to the log with time limits, for all code that is not on the hot path."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ DeliveryCallback = Callable[[KafkaError | None, Message], None]
 
 
 class Resendable(Protocol):
-    """A delivery callback that can be given to `LogWriter.resend`; ``alone``: that has been done."""
+    """A delivery callback for `LogWriter.resend`; ``alone``: the record has already been sent in its own batch."""
 
     def __call__(self, error: KafkaError | None, message: Message, *, alone: bool = False) -> None: ...
 
 
 class Outgoing(NamedTuple):
-    """One record to send. ``partition`` None lets the key decide."""
+    """One record to send. If ``partition`` is None, the key decides."""
 
     topic: str
     value: bytes | None
@@ -44,16 +44,17 @@ class Outgoing(NamedTuple):
 
 
 class LogWriter:
-    """A producer with a thread that serves its delivery callbacks, bounded waits, and our schema published first.
+    """A producer with a thread that serves its delivery callbacks, with time limits, and with Jobledger's schema
+    published first.
 
-    Thread-safe. ``names`` None leaves the schema unpublished (for records that are no events, or where another writer
-    has published it). ``serve`` False starts no thread: the caller polls, as bulk senders do. ``framing``: another
-    writer's, to frame as it does; otherwise the settings decide, and without ``names`` records go as they are.
-    ``batch``: what `log.batch_room` found; asked for with the publishing of the schema, if there are ``names``. Raises
-    `ConfigError` for a Schema Registry that cannot be used.
+    Thread-safe. ``names`` None: do not publish the schema (for records that are not events, or if another writer has
+    published it). ``serve`` False: start no thread; the caller polls, as bulk senders do. ``framing``: use this framing
+    of another writer; by default the settings decide, and without ``names`` records are sent unframed. ``batch``: the
+    result of `log.batch_room`; if not given, it is determined when the schema is published. Raises `ConfigError` for a
+    Schema Registry that cannot be used.
 
-    ``served``: whether the thread runs. Where none can be started (late in the end of a process) callers poll while they
-    wait.
+    ``served``: whether the thread runs. If no thread can be started (late in the end of a process), callers poll while
+    they wait.
     """
 
     def __init__(
@@ -81,7 +82,7 @@ class LogWriter:
         self._polling = forks.Alone()
         self._alone_lock = greenlets.native_lock()
         self._closing = threading.Event()
-        #: The kind of event that a callback sets: callbacks run in a native thread.
+        #: The class of events that a callback sets: callbacks run in a native thread.
         self.event = greenlets.event()
         self._thread: greenlets.Joinable | None = None
         if serve and not forks.ending:
@@ -106,13 +107,13 @@ class LogWriter:
             try:
                 self._poll(0.1)
             except Exception:  # a callback's: without this thread nobody would be told of anything any more
-                LOG.exception("a delivery callback broke")
+                LOG.exception("a delivery callback failed")
 
     def poll(self, timeout: float) -> None:
-        """Run the delivery callbacks that have arrived. Once the cluster does not let this client in, what waits is
-        settled with that: nobody shall wait in vain.
+        """Run the delivery callbacks that have arrived. If the cluster refuses this client, all waiting records fail
+        with that error, so that no caller waits in vain.
 
-        librdkafka's client breaks if a callback polls again: `ConnectionUnusable` for a signal handler that tries.
+        librdkafka's client fails if a callback polls again, so a signal handler that tries gets `ConnectionUnusable`.
         """
         with self._polling("serving acknowledgements"):
             try:
@@ -121,7 +122,7 @@ class LogWriter:
                 raise self._closed() from exc
 
     def polled_here(self) -> bool:
-        """Whether this thread is polling: then a signal handler asks, and must use another writer."""
+        """Whether this thread is polling: then the caller is a signal handler, and must use another writer."""
         return self._polling.busy()
 
     def wait(self, done: greenlets.Flag, timeout: float) -> bool:
@@ -134,7 +135,7 @@ class LogWriter:
         return done.is_set()
 
     def _closed(self) -> ConnectionUnusable:
-        return ConnectionUnusable("the connection to Kafka was closed meanwhile, in another thread or a signal handler")
+        return ConnectionUnusable("the connection to Kafka was closed meanwhile by another thread or a signal handler")
 
     def _poll(self, timeout: float) -> None:
         try:
@@ -148,12 +149,12 @@ class LogWriter:
                 each.purge()
 
     def failed(self, error: KafkaError, what: str, *needs: Need) -> JobledgerError:
-        """Our error for a record that was not delivered."""
+        """Jobledger's error for a record that was not delivered."""
         return self._door.behind(error) or undelivered(self._fatal or error, self.settings, what, *needs)
 
     @property
     def ready(self) -> bool:
-        """Whether the schema is published; until then the connection may be replaced."""
+        """Whether the schema is published; before that the connection may be replaced."""
         return self._schema_published
 
     def ensure_schema(self) -> None:
@@ -188,15 +189,15 @@ class LogWriter:
         self._send_all([Outgoing(self._names.schemas, codec.SCHEMA_TEXT.encode(), key)])
 
     def waits_for(self, record: Outgoing) -> bool:
-        """Whether posting this record waits until its topic's schema is registered."""
+        """Whether posting this record must wait for the registration of its topic's schema."""
         return self.framing is not None and self.framing.waits(record.topic, record.value)
 
     def post(self, record: Outgoing, on_delivery: DeliveryCallback) -> None:
-        """Hand a record to the client's queue and return; ``on_delivery(error, message)`` runs in another thread.
+        """Put a record into the client's queue and return; ``on_delivery(error, message)`` runs in another thread.
 
-        A full queue is waited for up to ``submit_timeout``, then `BrokerUnavailable`. A value above
-        ``max_record_bytes`` raises `PayloadTooLarge` and sends nothing. With a Schema Registry a topic's first event is
-        registered before: `RegistryUnavailable`, `SchemaRefused` or `ConfigError` if that fails.
+        If the queue is full, this waits up to ``submit_timeout``, then raises `BrokerUnavailable`. A value above
+        ``max_record_bytes`` raises `PayloadTooLarge` and is not sent. With a Schema Registry a topic's schema is
+        registered before its first event: `RegistryUnavailable`, `SchemaRefused` or `ConfigError` if that fails.
         """
         value = record.value
         if value is not None and self.framing is not None:
@@ -236,10 +237,11 @@ class LogWriter:
     def resend(
         self, error: KafkaError, message: Message, headers: Headers | None, on_delivery: Resendable, alone: bool
     ) -> bool:
-        """Send a record again as a batch of its own if the broker refused it for its size; whether that was done.
+        """Send a record again in its own batch if the broker refused it for its size; returns whether that was done.
 
-        The broker refuses a batch as a whole: which record is too large shows when each goes ``alone``. Needed where
-        `log.batch_room` is not known, or became less since. Such a record may come after later ones of its key.
+        The broker refuses a batch as a whole, so the record that is too large is only found if each record is sent
+        ``alone``. Needed if `log.batch_room` is not known, or the limit was lowered since. Such a record may be
+        appended after later records of its key.
         """
         if alone or error.code() != KafkaError.MSG_SIZE_TOO_LARGE:
             return False
@@ -263,9 +265,10 @@ class LogWriter:
                 return False
 
     def send(self, records: Iterable[Outgoing]) -> list[Position]:
-        """Send records and wait for all acknowledgements; their positions, in order.
+        """Send records and wait for all acknowledgements; returns their positions in order.
 
-        Raises `BrokerUnavailable`, `PayloadTooLarge`, `TopicMissing` or `AccessDenied` for the first that failed.
+        Raises `BrokerUnavailable`, `PayloadTooLarge`, `TopicMissing` or `AccessDenied` for the first record that
+        failed.
         """
         self.ensure_schema()
         return self._send_all(records)
@@ -305,7 +308,7 @@ class LogWriter:
         return [p for p in positions if p is not None]
 
     def flush(self, timeout: float) -> int:
-        """Wait until the queue is empty; how many records are still unacknowledged."""
+        """Wait until the queue is empty; returns how many records are still unacknowledged."""
         deadline = time.monotonic() + timeout
         with self._polling("serving acknowledgements"):
             with suppress(KafkaException):  # of a producer that is at its end: its records have failed
@@ -316,8 +319,8 @@ class LogWriter:
         return sum(map(len, self._producers))
 
     def close(self, timeout: float = 10.0) -> None:
-        """Flush within ``timeout`` seconds and stop the thread. A second call does nothing, nor does one in a process that
-        was forked from the one that opened it."""
+        """Flush within ``timeout`` seconds and stop the thread. A second call does nothing, and neither does a call in
+        a fork of the process that opened the writer."""
         forks.notice()
         if self._closing.is_set():
             return

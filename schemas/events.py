@@ -1,7 +1,7 @@
-"""The frozen types of `job_event.avsc`: one event, its facts and what they carry. No I/O, no Avro.
+"""The frozen types of `job_event.avsc`: an event, and its facts. No I/O, no Avro.
 
-Field names and order are the schema's; a test holds both alike. Times are microseconds since the epoch, UTC, as plain
-integers: these types lie on the hot path.
+Field names and order are those of the schema; a test checks this. Times are microseconds since the epoch, UTC, as plain
+integers, because these types are on the hot path.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ import msgspec
 
 
 class JobSpec(msgspec.Struct, frozen=True, gc=False):
-    """The whole job. ``args``: JSON object by parameter name; ``tags``: text to find it by; ``parent``: a job id.
+    """The whole job. ``args``: JSON object by parameter name; ``tags``: texts to find the job by; ``parent``: a job id.
 
-    ``expires_in_ms`` counts from the append time of the submission; what derives from one says ``expires_at`` instead.
-    ``priority``: ``high`` or ``low``, None for the normal one.
+    ``expires_in_ms`` counts from the append time of the submission; in records derived from a submission,
+    ``expires_at`` is set instead. ``priority``: ``high`` or ``low``; None: normal.
     """
 
     args: bytes
@@ -36,7 +36,7 @@ class ErrorInfo(msgspec.Struct, frozen=True, gc=False):
 
 
 class JobSubmitted(msgspec.Struct, frozen=True, gc=False):
-    """A job was handed over; with ``delay_ms`` or ``due_at`` it is conditioned."""
+    """A job was submitted. With ``delay_ms`` or ``due_at`` the coordinator must release it first."""
 
     spec: JobSpec
     delay_ms: int | None = None
@@ -49,14 +49,15 @@ class JobSubmitted(msgspec.Struct, frozen=True, gc=False):
 
 
 class JobDue(msgspec.Struct, frozen=True, gc=False):
-    """The coordinator let the job go to the workers."""
+    """The coordinator released the job to the workers."""
 
     spec: JobSpec
     due_at: int
 
 
 class JobStarted(msgspec.Struct, frozen=True, gc=False):
-    """A worker is about to run this release. ``takeover``: starts without an end that the log shows for it."""
+    """A worker is about to run this release. ``takeover``: how many earlier starts without an outcome the log has for
+    it."""
 
     worker: str
     work_topic: str
@@ -65,7 +66,7 @@ class JobStarted(msgspec.Struct, frozen=True, gc=False):
 
 
 class JobProgressed(msgspec.Struct, frozen=True, gc=False):
-    """The job reported how far it is."""
+    """The job reported its progress."""
 
     sequence: int
     done: int
@@ -76,7 +77,7 @@ class JobProgressed(msgspec.Struct, frozen=True, gc=False):
 class JobRetried(msgspec.Struct, frozen=True, gc=False):
     """The attempt failed; release + 1 and attempt + 1 follow ``delay_ms`` after this record's append time.
 
-    ``in_place``: the same release goes on with attempt + 1, and its worker holds its key meanwhile.
+    ``in_place``: the same release continues with attempt + 1, and its worker holds its key meanwhile.
     """
 
     error: ErrorInfo
@@ -88,7 +89,7 @@ class JobRetried(msgspec.Struct, frozen=True, gc=False):
 class JobSnoozed(msgspec.Struct, frozen=True, gc=False):
     """The job asked to run later; release + 1 and the same attempt follow ``delay_ms`` after the append time.
 
-    ``in_place``: the same release goes on, and its worker holds its key meanwhile.
+    ``in_place``: the same release continues, and its worker holds its key meanwhile.
     """
 
     delay_ms: int
@@ -98,13 +99,13 @@ class JobSnoozed(msgspec.Struct, frozen=True, gc=False):
 
 
 class JobSucceeded(msgspec.Struct, frozen=True, gc=False):
-    """The job ended well. ``result``: JSON, or None."""
+    """The job succeeded. ``result``: JSON, or None."""
 
     result: bytes | None = None
     duration_us: int = 0
 
 
-#: Why a job failed for good.
+#: Why a job failed finally.
 FailureReason = Literal[
     "exhausted",
     "rejected",
@@ -120,7 +121,7 @@ FailureReason = Literal[
 
 
 class JobFailed(msgspec.Struct, frozen=True, gc=False):
-    """The job ended in failure. ``reason`` is one of `FailureReason`."""
+    """The job failed. ``reason`` is one of `FailureReason`."""
 
     reason: str
     error: ErrorInfo
@@ -128,7 +129,7 @@ class JobFailed(msgspec.Struct, frozen=True, gc=False):
 
 
 class JobCancelled(msgspec.Struct, frozen=True, gc=False):
-    """The job ended because somebody asked for it."""
+    """The job ended because its cancel was requested."""
 
     by: str
     reason: str | None = None
@@ -141,7 +142,7 @@ class JobExpired(msgspec.Struct, frozen=True, gc=False):
 
 
 class ReleaseRequested(msgspec.Struct, frozen=True, gc=False):
-    """Derived: let this job go again; the event's header carries the release and the attempt to come."""
+    """Derived: request to release this job again; the event's header has the next release and attempt."""
 
     spec: JobSpec
     delay_ms: int | None = None
@@ -149,7 +150,7 @@ class ReleaseRequested(msgspec.Struct, frozen=True, gc=False):
 
 
 class ReleaseDecided(msgspec.Struct, frozen=True, gc=False):
-    """The coordinator's timer saw this release as due at ``due_at``."""
+    """The coordinator's timer found this release due at ``due_at``."""
 
     due_at: int
 
@@ -162,7 +163,7 @@ class ReleaseOverdue(msgspec.Struct, frozen=True, gc=False):
 
 
 class DeadLettered(msgspec.Struct, frozen=True, gc=False):
-    """Derived from `JobFailed`: the failed job, whole."""
+    """Derived from `JobFailed`: the complete failed job."""
 
     spec: JobSpec
     reason: str
@@ -170,7 +171,7 @@ class DeadLettered(msgspec.Struct, frozen=True, gc=False):
 
 
 class RecordRejected(msgspec.Struct, frozen=True, gc=False):
-    """Bytes that could not be read as an event, kept as they were. The event's ``job_id`` is empty."""
+    """Bytes that could not be read as an event, stored unchanged. The event's ``job_id`` is empty."""
 
     topic: str
     partition: int
@@ -181,7 +182,8 @@ class RecordRejected(msgspec.Struct, frozen=True, gc=False):
 
 
 class JobLeased(msgspec.Struct, frozen=True, gc=False):
-    """A long job left its work record for a lease of ``lease_ms`` from this record's append time."""
+    """A long job is now held by a lease of ``lease_ms`` from this record's append time, instead of by its work
+    record."""
 
     worker: str
     lease_ms: int
@@ -190,7 +192,7 @@ class JobLeased(msgspec.Struct, frozen=True, gc=False):
 class Leased(msgspec.Struct, frozen=True, gc=False):
     """Derived from `JobLeased`: release the job again if the lease ends before the job does.
 
-    ``crashes``: how many leases of this run ended so before.
+    ``crashes``: how many earlier leases of this run ended that way.
     """
 
     spec: JobSpec
@@ -207,14 +209,14 @@ class LeaseRenewed(msgspec.Struct, frozen=True, gc=False):
 
 
 class CancelRequested(msgspec.Struct, frozen=True, gc=False):
-    """Somebody wants this run of the job to end."""
+    """The cancel of this run of the job was requested."""
 
     by: str
     reason: str | None = None
 
 
 class QueuePaused(msgspec.Struct, frozen=True, gc=False):
-    """Nothing of the event's queue, or of its task where the queue is empty, is to be started."""
+    """No job of the event's queue, or of its task if the queue is empty, may be started."""
 
     by: str
     reason: str | None = None
@@ -228,9 +230,10 @@ class QueueResumed(msgspec.Struct, frozen=True, gc=False):
 
 
 class QueueLimited(msgspec.Struct, frozen=True, gc=False):
-    """Limits of the event's queue or task, for the group, in place of the code's: ``rate`` a second, ``concurrency``.
+    """Limits of the event's queue or task, for all workers together, in place of those in the code: ``rate`` per
+    second, ``concurrency``.
 
-    Without either the code's count again.
+    Without both, the limits in the code apply again.
     """
 
     rate: float | None = None
@@ -266,11 +269,11 @@ Fact = (
 
 #: Facts that end one release (unless `in_place`): the work record is done once such a fact is durable.
 CLOSING = (JobRetried, JobSnoozed, JobSucceeded, JobFailed, JobCancelled, JobExpired)
-#: Facts after which a work record is done, because a closing fact or a lease stands for it.
+#: Facts after which a work record is done, because the log has a closing fact or a lease for it.
 SETTLING = (*CLOSING, JobLeased)
 #: Facts that end a run.
 TERMINAL = (JobSucceeded, JobFailed, JobCancelled, JobExpired)
-#: Facts that may stand in a work topic.
+#: Facts that may be on a work topic.
 WORK = (JobSubmitted, JobDue)
 
 
@@ -280,17 +283,17 @@ def closes(fact: Fact) -> bool:
 
 
 def settles(fact: Fact) -> bool:
-    """Whether the work record of ``fact``'s release is done with it."""
+    """Whether ``fact`` makes its release's work record done."""
     return isinstance(fact, SETTLING) and not getattr(fact, "in_place", False)
 
 
-#: A tag that the coordinator puts on a job whose lease ended without a word: how often that happened in this run.
+#: A tag that the coordinator adds to a job whose lease expired without an outcome: how often that happened in this run.
 CRASHES_TAG = "jl-crashes"
 _CRASHES_MOST = 1 << 20  # a tag may say any number
 
 
-#: The last microsecond of the year 9999. A well-formed record may say any 64-bit number of milliseconds; what is made of
-#: it must fit 64 bits again.
+#: The last microsecond of the year 9999. A valid record may have any 64-bit number of milliseconds, and times computed
+#: from it must fit into 64 bits.
 FAR_US = 253_402_300_799_999_999
 
 
@@ -300,7 +303,7 @@ def later(appended_ms: int, delay_ms: int) -> int:
 
 
 def crashes_of(tags: Mapping[str, str]) -> int:
-    """How many leases of the run ended without a word, as its tags say."""
+    """How many leases of the run expired without an outcome, according to its tags."""
     try:
         return min(max(0, int(tags.get(CRASHES_TAG, "0"))), _CRASHES_MOST)
     except ValueError:
@@ -308,8 +311,7 @@ def crashes_of(tags: Mapping[str, str]) -> int:
 
 
 def lasting(spec: JobSpec, appended_ms: int) -> JobSpec:
-    """The job of a submission appended at ``appended_ms``, as what derives from it must
-    carry it: its expiry as a time."""
+    """The job of a submission appended at ``appended_ms``, as derived records contain it: with its expiry as a time."""
     if spec.expires_in_ms is None:
         return spec
     at = later(appended_ms, spec.expires_in_ms) if spec.expires_at is None else spec.expires_at
@@ -335,7 +337,7 @@ class JobEvent(msgspec.Struct, frozen=True, gc=False):
 
 
 class Position(msgspec.Struct, frozen=True, order=True, gc=False):
-    """Where a record stands in the log."""
+    """A record's position in the log."""
 
     topic: str
     partition: int
@@ -346,17 +348,17 @@ class Position(msgspec.Struct, frozen=True, order=True, gc=False):
 
     @classmethod
     def parse(cls, text: str) -> Position:
-        """The inverse of ``str(position)``; raises `ValueError` naming the text."""
+        """The inverse of ``str(position)``; raises `ValueError` that names the text."""
         try:
             head, offset = text.rsplit("@", 1)
             topic, partition = head.removesuffix("]").rsplit("[", 1)
             return cls(topic, int(partition), int(offset))
         except ValueError:
-            raise ValueError(f"{text!r} is no position; one looks like shop.jobs.mail[3]@41") from None
+            raise ValueError(f"{text!r} is not a position such as shop.jobs.mail[3]@41") from None
 
 
 class Recorded(msgspec.Struct, frozen=True, gc=False):
-    """An event as it was read: where it stands and when the broker appended it (milliseconds since the epoch)."""
+    """An event as it was read, with its position, and when the broker appended it (milliseconds since the epoch)."""
 
     event: JobEvent
     position: Position

@@ -1,9 +1,10 @@
-"""The log judged by itself: `jobledger audit` and the fault tests.
+"""The independent check of the log: `jobledger audit` and the fault tests.
 
-Rules that anybody could write from docs/wire.md and docs/promises.md. Every record is decoded by fastavro alone, and a
-job's records are put beside each other and looked at. Nothing here uses the fold (`jobledger.job`), the codec or what
-the worker and the stream processor decide with: a fault there must not hide itself here. import-linter holds that.
+The rules follow from docs/wire.md and docs/promises.md alone. Every record is decoded by fastavro alone, and the rules
+compare a job's records with each other. Nothing here uses the fold (`jobledger.job`), the codec, or the code with which
+the worker and the stream processor decide: a bug there must not hide itself here. import-linter enforces that.
 
-Modules: `records` decodes, `source` reads a namespace, `spill` sorts what was read by job in bounded memory, `rules`
-judges a job's records, `order` the order of jobs that share a key, `findings` names what they can find, `table` says what the status table should hold, `run` puts these together.
+Modules: `records` decodes, `source` reads a namespace, `spill` groups the records by job in bounded memory, `rules`
+checks a job's records, `order` checks the order of jobs with the same key, `findings` names the possible faults and
+notes, `table` computes the expected status table, `run` combines these.
 """

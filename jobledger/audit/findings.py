@@ -1,4 +1,4 @@
-"""What an audit can find: every fault and every note by its code, and how they are counted. Pure."""
+"""Every fault and every note that an audit can report, by its code, and their counts. Pure."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ NOTES: Mapping[str, str] = {
 
 
 class Finding(NamedTuple):
-    """One fault. ``records``: where it stands, the one that is wrong first."""
+    """One fault. ``records``: its records, the wrong one first."""
 
     kind: str
     job_id: str
@@ -66,7 +66,7 @@ class Finding(NamedTuple):
 
     @property
     def positions(self) -> list[str]:
-        """The places, each as ``topic[partition]@offset``."""
+        """The records' positions, each as ``topic[partition]@offset``."""
         return [record.position for record in self.records]
 
     def __str__(self) -> str:
@@ -75,8 +75,8 @@ class Finding(NamedTuple):
 
 
 class Findings:
-    """What was found. ``counts``: faults by kind, of which the first ``most`` of each kind are kept in ``faults``;
-    ``notes``: counts by kind."""
+    """The findings. ``counts``: number of faults by kind, of which the first ``most`` of each kind are kept in
+    ``faults``; ``notes``: number of notes by kind."""
 
     def __init__(self, most: int = 100) -> None:
         self.most = most
@@ -85,13 +85,13 @@ class Findings:
         self.faults: dict[str, list[Finding]] = defaultdict(list)
 
     def fault(self, kind: str, job_id: str, detail: str, *records: Record) -> None:
-        """One more fault."""
+        """Add one fault."""
         assert kind in FAULTS
         self.counts[kind] += 1
         if len(self.faults[kind]) < self.most:
             self.faults[kind].append(Finding(kind, job_id, detail, records))
 
     def note(self, kind: str, number: int = 1) -> None:
-        """So many more of what is within the limits."""
+        """Add ``number`` notes of one kind."""
         assert kind in NOTES
         self.notes[kind] += number

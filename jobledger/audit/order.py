@@ -1,15 +1,16 @@
-"""Whether jobs of one key were started in their turn (KEY_ORDER), as far as the log shows it. Pure: records in, findings out.
+"""Whether jobs of one key were started in their turn (KEY_ORDER), as far as the log shows it. Pure: records in,
+findings out.
 
-The work records of one key of one queue are in one partition, in the order of submission. The facts of these jobs are in the
-lifecycle partition of the same number. A worker starts the next job of a key when the broker has acknowledged the fact that
-closes the job before it. So in that lifecycle partition each `JobStarted` comes after the first closing fact of every earlier
-work record of its key. This also holds after kills and pauses: a release that runs again is closed again, and its first
-closing fact counts.
+The work records of one key of one queue are in one partition, in the order of submission. The facts of these jobs are
+in the lifecycle partition of the same number. A worker starts the next job of a key when the broker has acknowledged
+the fact that closes the job before it. So in that lifecycle partition each `JobStarted` comes after the first closing
+fact of every earlier work record of its key. This also holds after kills and pauses: a release that runs again is
+closed again, and its first closing fact counts.
 
 * A retry or snooze in place closes nothing: the job keeps its turn.
 * Any other retry or snooze closes its release. The next release has its own work record, and with it its own turn.
 * If a partition has two work records of one release, the first one counts.
-* Not judged: a release with work records in several partitions or topics. As the earlier job also not judged: a leased
+* Not checked: a release with work records in several partitions or topics. Not checked as the earlier job: a leased
   release, because the coordinator writes its outcome; a release that is closed only in another partition
   (``closed-elsewhere``); a work record from before `Scope.horizon`, because its closing fact may have been trimmed.
 """
@@ -28,8 +29,9 @@ Line = tuple[str, int, str]
 
 
 class Turn(NamedTuple):
-    """One release of a keyed job. ``work``: its first work record. ``started``, ``closed``: the first such fact in the lifecycle
-    partition of the same number. ``holds``: whether later work records of its key must wait for ``closed``."""
+    """One release of a keyed job. ``work``: its first work record. ``started``, ``closed``: the first such fact in the
+    lifecycle partition of the same number. ``holds``: whether later work records of its key must wait for
+    ``closed``."""
 
     key: str
     work: Record
@@ -39,7 +41,7 @@ class Turn(NamedTuple):
 
     @property
     def line(self) -> Line:
-        """The work topic, the partition and the key: turns are taken among those that share them."""
+        """The work topic, the partition and the key, within which jobs take turns."""
         return self.work.topic, self.work.partition, self.key
 
 
@@ -60,9 +62,9 @@ def turns(life: Life) -> Iterator[Turn]:
 
 
 def in_turn(lined_up: Iterable[Turn], found: Findings) -> None:
-    """No job of a key is started before the earlier ones of its key are closed.
+    """No job of a key is started before the earlier jobs of its key are closed.
 
-    ``lined_up``: the turns of one line after the other, those of a line by the offset of their work records.
+    ``lined_up``: the turns sorted by line, and within a line by the offset of their work records.
     """
     line: Line | None = None
     last: Turn | None = None  # of the earlier turns, the one that is closed last
@@ -76,7 +78,7 @@ def in_turn(lined_up: Iterable[Turn], found: Findings) -> None:
 
 
 def _later(one: Record | None, other: Record) -> bool:
-    """Whether a fact stands behind another of its partition, or nowhere."""
+    """Whether a fact is missing, or has a higher offset than another one of its partition."""
     return one is None or one.offset > other.offset
 
 

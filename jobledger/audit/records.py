@@ -1,7 +1,7 @@
 """One record of the log, decoded by docs/wire.md and fastavro alone.
 
-The head of a value is cut here. Writers' schemas come from the schema file and from what was published on
-``<ns>.schemas``. Neither our codec nor its fast path is used.
+The head of a value is parsed here. Writers' schemas come from the schema file and from ``<ns>.schemas``. Neither
+Jobledger's codec nor its fast path is used.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ import fastavro
 import fastavro.schema
 
 SINGLE_OBJECT = b"\xc3\x01"
-#: What begins the frame of a Schema Registry, and how many bytes stand before the datum.
+#: The first byte of a Schema Registry's frame, and the number of bytes before the datum.
 FRAMED, FRAME_HEAD = b"\0", 5
-#: The schema's text, as this version writes.
+#: The text of the schema with which this version writes.
 SCHEMA_TEXT: str = files("jobledger.schemas").joinpath("job_event.avsc").read_text(encoding="utf-8")
 
 
@@ -38,7 +38,7 @@ def fingerprint(schema_text: str) -> bytes:
 
 
 def plain(node: Any) -> Any:
-    """A schema without logical types, so that times stay the numbers they are."""
+    """The schema without logical types, so that times stay integers."""
     if isinstance(node, list):
         return [plain(n) for n in node]
     if isinstance(node, dict):
@@ -49,7 +49,7 @@ def plain(node: Any) -> Any:
 class Schemas:
     """Writers' schemas: by fingerprint, and by the id of a Schema Registry.
 
-    ``by_id``: asked for an id that is not published on ``<ns>.schemas``; returns the schema's text, or None.
+    ``by_id``: called with an id that is not published on ``<ns>.schemas``; returns the schema's text, or None.
     """
 
     def __init__(self, by_id: Callable[[int], str | None] = lambda schema_id: None) -> None:
@@ -59,14 +59,14 @@ class Schemas:
         self.add(SCHEMA_TEXT)
 
     def add(self, text: str, key: bytes | None = None) -> None:
-        """Add a schema, with its key on ``<ns>.schemas``. For an invalid schema the parser's own error is raised."""
+        """Add a schema, with its key on ``<ns>.schemas``. Raises the parser's own error for an invalid schema."""
         parsed = fastavro.parse_schema(plain(json.loads(text)))
         self._by_mark[fingerprint(text)] = parsed
         if key is not None and key.startswith(b"id-") and key[3:].isdigit():
             self._by_id[int(key[3:])] = parsed
 
     def decode(self, value: bytes | None) -> tuple[dict[str, Any], str, dict[str, Any]]:
-        """The header, the fact's bare name and the fact. Raises `ValueError` saying why not."""
+        """The header, the fact's bare name, and the fact. Raises `ValueError` with the reason."""
         if value is None:
             raise ValueError("null")
         if value[:2] == SINGLE_OBJECT and len(value) >= 10:
@@ -97,7 +97,7 @@ class Record(NamedTuple):
     """One record of the log.
 
     ``at``: its append time in milliseconds, by the broker's clock if ``timed``. ``fact``: the fact's name; None if the
-    value is no event, and ``why`` says why.
+    value is not an event; then ``why`` is the reason.
     """
 
     topic: str
@@ -118,12 +118,12 @@ class Record(NamedTuple):
 
     @property
     def release(self) -> tuple[str, int, int]:
-        """The job, run and release that it is about."""
+        """The job, run and release that the record belongs to."""
         return self.head["job_id"], self.head["run"], self.head["release"]
 
     @property
     def position(self) -> str:
-        """The place as people write it: ``topic[partition]@offset``."""
+        """The position as people write it: ``topic[partition]@offset``."""
         return f"{self.topic}[{self.partition}]@{self.offset}"
 
 

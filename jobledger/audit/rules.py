@@ -1,12 +1,12 @@
-"""What a log must show of each job, whatever was killed, and what breaks it. Pure: records in, findings out.
+"""The rules that the records of each job must follow, whatever was killed. Pure: records in, findings out.
 
-A job's records are handed in together, in any order. Each rule looks for one thing and says where it stands. A *fault*
-breaks a promise of docs/promises.md. A *note* is within their limits: a job whose code ran twice has succeeded twice,
-and what derives from an end may stand twice with the same ``event_id``.
+A job's records are given together, in any order. Each rule checks for one thing and reports the positions. A *fault*
+breaks a promise of docs/promises.md. A *note* is within the promises' limits: a job whose code ran twice has two
+successes, and records derived from an outcome may be in the log twice with the same ``event_id``.
 
-Two kinds of rules must know how far they can see. What should have *followed* a record is missed only where the record
-is old enough: below what the workers committed. What should have *caused* it is missed only where the log still begins
-before it (`Scope.horizon`).
+Two kinds of rules depend on how much of the log was read. A record that should *follow* another is reported as missing
+only if the other record is old enough: below the workers' committed offset. A record that should have *caused* another
+is reported as missing only if the log still begins before the other record (`Scope.horizon`).
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ from jobledger.audit.records import Record
 Release = tuple[str, int, int]
 
 TERMINAL = ("JobSucceeded", "JobFailed", "JobCancelled", "JobExpired")
-#: What ends a release and lets another follow; ``in_place`` it does neither.
+#: Facts that end a release that is followed by another; with ``in_place`` the same release continues.
 PASSING_ON = ("JobRetried", "JobSnoozed")
-#: Facts that only a submitted job can have. Of a later version's nothing is known.
+#: Facts that only a submitted job can have. Facts of later versions are not known here.
 OF_A_JOB = {
     *TERMINAL,
     *PASSING_ON,
     *("JobSubmitted", "JobDue", "JobStarted", "JobProgressed", "JobLeased", "Leased", "LeaseRenewed"),
     *("ReleaseRequested", "ReleaseOverdue"),
 }
-#: Facts that hand no job to workers, and do not belong on a work topic.
+#: Facts that hand over no job, and do not belong on a work topic.
 NO_WORK = {
     *TERMINAL,
     *PASSING_ON,
@@ -45,12 +45,12 @@ NO_WORK = {
 
 @dataclass
 class Scope:
-    """How far the rules can see.
+    """What was read of the log, which limits what the rules can report.
 
-    ``committed``, ``bound``: by (topic, partition); a record at or above ``bound`` is no subject, only evidence.
-    ``lowest``, ``ends``: what was read. ``horizon``: from this append time on (ms) no partition misses a record.
-    ``finished``: nothing runs any more, so whatever has no end is a fault. ``open_before``: so is what has had none, and
-    waited for nothing, since before this time (ms).
+    ``committed``, ``bound``: by (topic, partition). A record at or above ``bound`` is not checked, but counts as
+    evidence. ``lowest``: the first offsets that were read. ``horizon``: from this append time on (ms) no partition
+    misses a record. ``finished``: nothing runs any more, so every job that has not ended is a fault. ``open_before``: a
+    job that has not ended is a fault if its last record and its due times are before this time (ms).
     """
 
     namespace: str
@@ -68,11 +68,12 @@ class Scope:
         self.dead_letter = f"{self.namespace}.dead-letter"
 
     def is_work(self, record: Record) -> bool:
-        """Whether it stands on a work topic."""
+        """Whether the record is on a work topic."""
         return record.topic.startswith(self.work_prefix)
 
     def is_subject(self, record: Record) -> bool:
-        """Whether it was there when the reading began, and may be asked what became of it and why it is there."""
+        """Whether the record was in the log when reading began, so that its cause and its consequence can be
+        expected."""
         return record.offset < self.bound.get((record.topic, record.partition), sys.maxsize)
 
     def passed(self, record: Record) -> bool:
@@ -86,18 +87,18 @@ def in_place(record: Record) -> bool:
 
 
 def due_of(record: Record) -> int:
-    """When what a record asks for is due, microseconds of the broker's clock."""
+    """When the release or attempt that a record requests is due, in microseconds of the broker's clock."""
     due_at: int | None = record.body.get("due_at")
     return (record.at + int(record.body.get("delay_ms") or 0)) * 1000 if due_at is None else due_at
 
 
 def in_order(records: Iterable[Record]) -> list[Record]:
-    """By place: topic, partition, offset."""
+    """Records sorted by topic, partition and offset."""
     return sorted(records, key=lambda r: r.place)
 
 
 class Life:
-    """All records of one job, by where they stand. ``whole``: its submission is in the log, and nothing after it is
+    """All records of one job, by topic. ``whole``: the job's submission is in the log, and no later record is
     missing."""
 
     def __init__(self, records: Sequence[Record], scope: Scope) -> None:
@@ -131,7 +132,7 @@ Rule = Callable[[Life, Findings], None]
 
 
 def judge_job(records: Sequence[Record], scope: Scope, found: Findings) -> Life:
-    """Hold all records of one job against every rule."""
+    """Check all records of one job with every rule."""
     life = Life(records, scope)
     for rule in RULES:
         rule(life, found)
@@ -142,7 +143,7 @@ def judge_job(records: Sequence[Record], scope: Scope, found: Findings) -> Life:
 
 
 def has_ended(life: Life, found: Findings) -> None:
-    """Every submitted job has an end of its last run."""
+    """Every submitted job has an outcome of its last run."""
     facts = [r for r in life.facts if r.fact in OF_A_JOB]
     if not facts:
         return
@@ -165,7 +166,7 @@ def has_ended(life: Life, found: Findings) -> None:
 
 
 def ends_agree(life: Life, found: Findings) -> None:
-    """A run ends in one way. The same end twice says that its code ran twice."""
+    """A run has one outcome. The same outcome twice means that the job's code ran twice."""
     for run, ends in life.ends.items():
         if len(ends) > 1:
             found.note("ended-again")
@@ -181,7 +182,7 @@ def ends_agree(life: Life, found: Findings) -> None:
 
 
 def starts_end(life: Life, found: Findings) -> None:
-    """A release that is closed, and a run that has an end, is not started again."""
+    """A release that is closed, or whose run has an outcome, is not started again."""
     for release, starts in life.starts.items():
         if len(starts) > 1:
             found.note("started-again")
@@ -196,7 +197,7 @@ def starts_end(life: Life, found: Findings) -> None:
 
 
 def _before(one: Record, other: Record) -> bool:
-    """Whether the log tells that one was written before the other: by offset in one partition, else by time."""
+    """Whether the log shows that one record was written before the other: by offset in one partition, else by time."""
     if one.place[:2] == other.place[:2]:
         return one.offset < other.offset
     return one.at < other.at
@@ -206,7 +207,7 @@ def _before(one: Record, other: Record) -> bool:
 
 
 def not_early(life: Life, found: Findings) -> None:
-    """Nothing is released or started before its time, counted from the append of what asked for it."""
+    """Nothing is released or started before its due time, counted from the append of the record that requested it."""
     untimed = sum(1 for r in (*life.work, *life.coordination, *life.lifecycle) if not r.timed)
     found.note("writer-time", untimed)
     asked, told = _asked(life), _told(life)
@@ -225,7 +226,7 @@ def not_early(life: Life, found: Findings) -> None:
             causes.append(told[record.release])
         if not causes:
             if life.whole and life.scope.is_subject(record):
-                found.fault("release-without-request", life.job_id, "nothing asked for this release", record)
+                found.fault("release-without-request", life.job_id, "there is no request for this release", record)
             continue
         allowed = allowed_at[record.release] = min(causes)
         if untimed:
@@ -234,7 +235,7 @@ def not_early(life: Life, found: Findings) -> None:
             text = f"released {(allowed - record.at * 1000) / 1000:g} ms before its time"
             found.fault("released-early", life.job_id, text, record)
         if record.body["due_at"] not in (*times, *causes) and record.release not in overdue and life.whole:
-            text = f"its due time is {record.body['due_at']}, asked for was {', '.join(map(str, causes))}"
+            text = f"its due time is {record.body['due_at']}, but the request had {', '.join(map(str, causes))}"
             found.fault("due-time-without-request", life.job_id, text, record)
     for release, starts in life.starts.items():
         for start in starts:
@@ -244,7 +245,7 @@ def not_early(life: Life, found: Findings) -> None:
 
 
 def _asked(life: Life) -> dict[Release, list[int]]:
-    """When each release was asked to be, in the order of the log."""
+    """The due times that were requested for each release, in the order of the log."""
     asked: dict[Release, list[int]] = defaultdict(list)
     accepted = {r.release for r in life.lifecycle if r.fact in PASSING_ON}
     for record in life.coordination:
@@ -259,7 +260,7 @@ def _asked(life: Life) -> dict[Release, list[int]]:
 
 
 def _told(life: Life) -> dict[Release, int]:
-    """When the next release may be by the facts of the worker itself."""
+    """The due time of each next release according to the worker's own facts."""
     told: dict[Release, int] = {}
     for record in life.lifecycle:
         if record.fact in PASSING_ON and not in_place(record):
@@ -270,7 +271,7 @@ def _told(life: Life) -> dict[Release, int]:
 
 
 def _by_lease(life: Life, due: Record, found: Findings) -> bool:
-    """Whether a release followed from the end of the lease of the one before; then judges its time."""
+    """Whether a release followed from the expiry of the previous release's lease; if so, its time is checked."""
     job, run, release = due.release
     leases = [r for r in life.leases.get((job, run, release - 1), []) if r.topic == life.scope.coordination]
     if not leases or any(r.fact in PASSING_ON and r.release == (job, run, release - 1) for r in life.lifecycle):
@@ -283,12 +284,13 @@ def _by_lease(life: Life, due: Record, found: Findings) -> bool:
     if all(r.timed for r in (due, *leases)) and (
         due.at * 1000 < decided or (holds and not given_back and max(holds) > decided)
     ):
-        found.fault("released-early", life.job_id, "released before the lease of the release before was over", due)
+        found.fault("released-early", life.job_id, "released before the previous release's lease was over", due)
     return True
 
 
 def in_place_waits(life: Life, found: Findings) -> None:
-    """An attempt in place begins when the delay of the one before is over, counted from the append of its fact."""
+    """An attempt in place begins when the delay of the attempt before it is over, counted from the append of that
+    attempt's fact."""
     for release, starts in life.starts.items():
         waits = [r for r in life.lifecycle if r.release == release and r.fact in PASSING_ON and in_place(r)]
         for start in starts:
@@ -307,8 +309,8 @@ def in_place_waits(life: Life, found: Findings) -> None:
 
 
 def causes_come_first(life: Life, found: Findings) -> None:
-    """A worker asks for the next release once the end of this one is in the log, not before: it might die in between,
-    and the next owner run the job again while its retry is under way."""
+    """A worker requests the next release only after the closing fact of this one is in the log. Otherwise the worker
+    could die in between, and the next owner would run the job again although its retry is scheduled."""
     if not life.whole:
         return
     causes: dict[Release, int] = {}
@@ -321,12 +323,12 @@ def causes_come_first(life: Life, found: Findings) -> None:
         if record.fact == "ReleaseRequested" and record.release[2] > 1 and life.scope.is_subject(record):
             cause = causes.get(record.release)
             if cause is None or (cause > record.at and record.timed):
-                found.fault("request-before-cause", life.job_id, "its cause stands behind it, or nowhere", record)
+                found.fault("request-before-cause", life.job_id, "its cause is missing, or was written later", record)
 
 
 def what_follows_is_there(life: Life, found: Findings) -> None:
-    """A worker commits a work record once what follows from its end is in the log: the request for the next release, or
-    the dead letter."""
+    """A worker commits a work record only after the records that follow from its outcome are in the log: the request
+    for the next release, or the dead letter."""
     scope = life.scope
     asked = {r.release for r in life.coordination if r.fact == "ReleaseRequested"}
     kept = {r.release for r in life.letters}
@@ -342,7 +344,7 @@ def what_follows_is_there(life: Life, found: Findings) -> None:
             close.fact in PASSING_ON and release in passed and release not in life.leases and not life.ends.get(run, [])
         )
         if continues and (job, run, number + 1) not in asked:
-            found.fault("request-missing", job, f"release {number + 1} was not asked for", close)
+            found.fault("request-missing", job, f"release {number + 1} was not requested", close)
         failed = next((r for r in closes if r.fact == "JobFailed"), None)
         if any(end.fact == "JobSucceeded" for end in life.ends.get(run, [])):
             failed = None  # the success counts; that they contradict each other is a fault of its own
@@ -351,7 +353,7 @@ def what_follows_is_there(life: Life, found: Findings) -> None:
 
 
 def letters_follow(life: Life, found: Findings) -> None:
-    """A dead letter stands for one failure. With the same event_id it may stand twice."""
+    """A dead letter belongs to one failure. It may be in the log twice with the same event_id."""
     for letters in by_release(life.letters):
         if life.whole and life.scope.is_subject(letters[0]):
             failed = any(r.fact == "JobFailed" and r.release == letters[0].release for r in life.lifecycle)
@@ -364,7 +366,7 @@ def letters_follow(life: Life, found: Findings) -> None:
 
 
 def work_stands_once(life: Life, found: Findings) -> None:
-    """A release has one work record. With the same event_id it may stand twice: the second one is dropped."""
+    """A release has one work record. It may be in the log twice with the same event_id: the second one is dropped."""
     for records in by_release(r for r in life.work if belongs(r)):
         _same(records, "work-twice", "work-again", found)
 
@@ -388,14 +390,15 @@ def by_release(records: Iterable[Record]) -> Iterator[list[Record]]:
 
 
 def belongs(record: Record) -> bool:
-    """Whether a record on a work topic hands a job to workers. A fact of a later version may, as far as this knows."""
+    """Whether a record on a work topic hands a job to workers. A fact of a later version may do so, as far as is known
+    here."""
     if record.fact == "JobSubmitted":
         return record.body["delay_ms"] is None and record.body["due_at"] is None
     return record.fact is not None and record.fact not in NO_WORK
 
 
 def committed_is_closed(life: Life, found: Findings) -> None:
-    """Every work record below a committed offset has a fact that closes it, in its own partition."""
+    """Every work record below a committed offset has a fact that closes it, in the partition of the same number."""
     scope = life.scope
     for record in life.work:
         if not scope.passed(record):
@@ -429,10 +432,10 @@ RULES: tuple[Rule, ...] = (
 
 
 def judge_place(records: Sequence[Record], scope: Scope, found: Findings) -> None:
-    """Hold what stands at one place, and the dead letters that say that it was rejected, against each other.
+    """Compare the record at one position with the dead letters that report it as rejected.
 
-    ``records``: one record that is not an event, or is on a work topic and does not submit a job; and each `RecordRejected`
-    that names its place.
+    ``records``: one record that is not an event, or is on a work topic and does not hand over a job; and each
+    `RecordRejected` that names its position.
     """
     letters = in_order(r for r in records if r.fact == "RecordRejected")
     bad = next((r for r in records if r.fact != "RecordRejected"), None)
@@ -447,7 +450,7 @@ def judge_place(records: Sequence[Record], scope: Scope, found: Findings) -> Non
         if bad is None:
             low, bound = scope.lowest.get(place), scope.bound.get(place)
             if low is not None and bound is not None and low <= body["offset"] < bound:
-                text = f"{body['topic']}[{body['partition']}]@{body['offset']} is a good record"
+                text = f"{body['topic']}[{body['partition']}]@{body['offset']} is a valid record"
                 found.fault("rejected-good", "", text, letter)
         elif not _kept_whole(bad.raw, body):
             found.fault("rejected-altered", "", f"of {bad.position}", letter, bad)
@@ -455,7 +458,7 @@ def judge_place(records: Sequence[Record], scope: Scope, found: Findings) -> Non
         return
     if scope.is_work(bad):
         if bad.fact is not None and scope.passed(bad):
-            found.fault("committed-misplaced", bad.head["job_id"], f"{bad.fact} is no work record", bad)
+            found.fault("committed-misplaced", bad.head["job_id"], f"{bad.fact} is not a work record", bad)
         elif bad.fact is None and scope.passed(bad):
             found.fault("unreadable-lost", "", bad.why, bad)
     elif bad.topic in (scope.lifecycle, scope.coordination) and bad.at >= scope.horizon and scope.finished:
@@ -463,7 +466,8 @@ def judge_place(records: Sequence[Record], scope: Scope, found: Findings) -> Non
 
 
 def _kept_whole(raw: bytes | None, body: Mapping[str, Any]) -> bool:
-    """Whether a dead letter has the bytes, or, of a record that is too large, their beginning, and says so."""
+    """Whether a dead letter contains the record's bytes; or, for a record that is too large, their beginning with a
+    note about this."""
     kept = body["raw_value"]
     if kept == raw:
         return True

@@ -1,4 +1,4 @@
-"""One audit of one namespace: reads the log once, sorts it by job, judges each job, and compares the table's rows."""
+"""One audit of one namespace: reads the log once, groups it by job, checks each job, and compares the table's rows."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from jobledger.config import Settings
 from jobledger.names import Names
 
 Tell = Callable[[int, int], None]
-#: Groups between two looks at the progress bar.
+#: Groups between two updates of the progress bar.
 TELL_EVERY = 1_000
 
 
 class Place(msgspec.Struct, frozen=True):
-    """One fault: of which job, in words, and where it stands, the record that is wrong first."""
+    """One fault: its job, a description, and the positions of its records, the wrong one first."""
 
     job_id: str
     detail: str
@@ -34,7 +34,7 @@ class Place(msgspec.Struct, frozen=True):
 
 
 class Fault(msgspec.Struct, frozen=True):
-    """All faults of one kind. ``count``: how many; ``first``: as many of them as were asked for."""
+    """All faults of one kind. ``count``: how many; ``first``: the first of them, at most `Wanted.most`."""
 
     kind: str
     says: str
@@ -43,12 +43,13 @@ class Fault(msgspec.Struct, frozen=True):
 
 
 class AuditReport(msgspec.Struct, frozen=True):
-    """What an audit found.
+    """The result of an audit.
 
-    ``clean``: no fault. ``jobs``: that have a record in what was read; ``open``: of them without an end. ``notes``: what
-    is within the limits, by kind. ``not_asked``: work topics whose committed offsets this user may not ask for, so that
-    nothing was judged by them. ``complete_from_ms``: from this append time on no partition misses a record; 0: all begin
-    with their first one. ``rows``: rows of the status table that were compared; None: no table was given.
+    ``clean``: there is no fault. ``jobs``: number of jobs with a record in what was read; ``open``: how many of them
+    have not ended. ``notes``: number of notes by kind. ``not_asked``: work topics whose committed offsets this user may
+    not read, so that the rules about them were not applied. ``complete_from_ms``: from this append time on no partition
+    misses a record; 0: all partitions are complete. ``rows``: number of compared rows of the status table; None: no
+    table was given.
     """
 
     namespace: str
@@ -66,7 +67,8 @@ class AuditReport(msgspec.Struct, frozen=True):
 
 @dataclass(frozen=True)
 class Wanted:
-    """What to judge. ``queues``: none: all. ``most``: faults of each kind that are kept. The others are `Scope`'s."""
+    """What to check. ``queues``: only these; if empty, all. ``most``: how many faults of each kind are kept. The other
+    fields are those of `Scope`."""
 
     queues: Collection[str] = ()
     since_ms: int | None = None
@@ -83,10 +85,10 @@ def audit(
     table: Path | None = None,
     tell: Tell | None = None,
 ) -> AuditReport:
-    """Judge the log of a namespace. Commits nothing and writes to no topic.
+    """Check the log of a namespace. Commits nothing and writes to no topic.
 
-    ``folder``: for scratch files, some hundred bytes a record. ``table``: a SQLite file with the status table as it was
-    before this began. Raises `TopicMissing`, `BrokerUnavailable`, `AccessDenied`, `LogTrimmed`.
+    ``folder``: for scratch files, some hundred bytes per record. ``table``: a SQLite file with the status table as it
+    was before the audit began. Raises `TopicMissing`, `BrokerUnavailable`, `AccessDenied`, `LogTrimmed`.
     """
     began = time.monotonic()
     prefix = names.jobs("")
@@ -149,8 +151,8 @@ def _told(
 
 
 class Judge:
-    """Judges groups of records, and the rows beside them. ``jobs``, ``rows``: how many were judged and compared. ``keep``: takes
-    the turns of keyed jobs, which are judged once all groups are."""
+    """Checks groups of records and the rows of their jobs. ``jobs``, ``rows``: how many were checked and compared.
+    ``keep``: receives the turns of keyed jobs, which are checked after all groups."""
 
     def __init__(
         self,
@@ -165,7 +167,7 @@ class Judge:
         self._read = {} if table is None else table.offsets()
 
     def all(self, groups: Iterator[tuple[str, list[Record]]]) -> None:
-        """Judge every group; they, and the rows, are in order of the bytes of their keys."""
+        """Check every group. The groups, and the rows, must be sorted by the bytes of their keys."""
         table = self._table
         rows = iter(()) if table is None else table.rows()
         row = next(rows, None)
@@ -195,7 +197,7 @@ class Judge:
             self._compare(life, row)
 
     def _compare(self, life: Life, row: Row | None) -> None:
-        """A row is compared if the table has read all that the log says of the job."""
+        """Compare a row if the table has read all records of the job."""
         saying = [r for r in life.facts if feeds(r)]
         if not saying:
             return
@@ -212,7 +214,7 @@ class Judge:
             self.found.fault("row-differs", life.job_id, text, *saying[-1:])
 
     def _unknown(self, row: Row) -> None:
-        """A row without a record: the log must have had it, unless it was trimmed or is not read."""
+        """A row without a record: a fault, unless its records may have been trimmed or not read."""
         if row.carried or row.submitted_ms < self.scope.horizon:
             return
         if self._queues and row.final.queue not in self._queues:

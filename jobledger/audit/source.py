@@ -1,11 +1,12 @@
-"""Every record of a namespace's topics, decoded by hand: from the log's first offset to the ends it has now.
+"""Every record of a namespace's topics, decoded independently: from the log's first offset to its current ends.
 
-Only the connection is the product's: settings, rights and errors are those of every other command. Nothing is
+Only the connection uses Jobledger's code: settings, rights and errors are those of every other command. Nothing is
 committed, and no group is joined.
 
-While workers run, a cause and its consequence may be written between two looks. So three things are read one after the
-other: what the workers' groups have committed, the ends of all partitions (`Span.bound`), and, once everything below
-was read, the ends again (`Span.end`). What was committed, and what caused a record below ``bound``, is below ``end``.
+While workers run, a cause and its consequence may be written between two reads. So three things are read one after the
+other: the workers' committed offsets, the ends of all partitions (`Span.bound`), and, after all records below these
+ends, the ends again (`Span.end`). Everything that was committed, and every cause of a record below ``bound``, is below
+``end``.
 """
 
 from __future__ import annotations
@@ -29,18 +30,18 @@ from jobledger.lookup import SchemaLookup
 from jobledger.names import Names
 
 Partition = tuple[str, int]
-#: Called with (records read, records in all) now and then.
+#: Progress callback: (records read, records in total).
 Tell = Callable[[int, int], None]
 
-#: Kilobytes of records that wait in the client, and bytes of one fetch: they bound memory at any length of the log.
+#: Kilobytes of records queued in the client, and bytes of one fetch: they bound memory at any length of the log.
 QUEUE_KB, FETCH_BYTES = 32 * 1024, 16 * 1024 * 1024
-#: Records that are taken from the client at once.
+#: Maximum number of records taken from the client at once.
 BATCH = 2_000
-#: Seconds without a record, before the ends are reached, after which the broker counts as away.
+#: Seconds without a record, before the ends are reached, after which the broker counts as unavailable.
 STALL_S = 60.0
 REQUEST_TIMEOUT_S = 10.0
 _APPEND_TIME = 2  # of `Message.timestamp`: the broker set it
-#: What the coordinator accepts of ids (bytes) and numbers; what exceeds them it rejects.
+#: Limits of ids (bytes) and numbers above which the coordinator rejects an event.
 ID_BYTES, NUMBER_MOST = 1_000, (1 << 31) - 1
 
 
@@ -50,11 +51,11 @@ class LogTrimmed(JobledgerError):
 
 @dataclass
 class Span:
-    """What was read of each partition: offsets from ``low`` up to, not including, ``end``.
+    """The part of each partition that was read: offsets from ``low`` up to, but not including, ``end``.
 
-    ``bound``: the end when reading began. ``committed``: the workers' offsets on work topics; a work topic that is
-    missing there could not be asked about. ``begins``: of each partition that does not begin with its first record, the
-    append time from which on nothing is missing, ms.
+    ``bound``: the end when reading began. ``committed``: the workers' offsets on work topics; a work topic is missing
+    here if its offsets could not be read. ``begins``: for each partition that does not begin with its first record, the
+    append time from which on no record is missing, in ms.
     """
 
     low: dict[Partition, int] = field(default_factory=dict)
@@ -65,14 +66,15 @@ class Span:
 
     @property
     def horizon(self) -> int:
-        """The append time from which on no partition misses a record, ms; 0 if all begin with their first one."""
+        """The append time from which on no partition misses a record, in ms; 0 if all partitions begin with their first
+        record."""
         return max(self.begins.values(), default=0)
 
 
 class Source:
-    """Reads one namespace once. ``queues``: only work topics and jobs of these; none: of all. ``since_ms``: only what
-    was appended from then on. ``also``: further topics of the namespace. ``refused``: work topics whose committed
-    offsets this user may not ask for, with the error. Close it."""
+    """Reads one namespace once. ``queues``: only the work topics and jobs of these queues; if empty, of all.
+    ``since_ms``: only records appended from this time on. ``also``: further topics of the namespace. ``refused``: work
+    topics whose committed offsets this user may not read, with the error. Close it after use."""
 
     def __init__(
         self,
@@ -101,14 +103,14 @@ class Source:
         self.close()
 
     def close(self) -> None:
-        """Give the connections back."""
+        """Close the connections."""
         self._reader.close()
         self._lookup.close()
         if self._consumer is not None:
             self._consumer.close()
 
     def records(self, tell: Tell | None = None) -> Iterator[Record]:
-        """Every record, each partition in its order. `span` is whole once the iterator is at its end.
+        """Every record, each partition in order. `span` is complete once the iterator is exhausted.
 
         Raises `TopicMissing`, `BrokerUnavailable`, `AccessDenied`, and `LogTrimmed` if the log lost records meanwhile.
         """
@@ -136,7 +138,7 @@ class Source:
     # -- what there is to read ----------------------------------------------------------------------------------------
 
     def _topics(self) -> dict[str, int]:
-        """The topics to read, and how many partitions each has."""
+        """The topics to read, with their partition counts."""
         names, settings = self._names, self._settings
         wanted = (names.lifecycle, names.coordination, names.dead_letter)
         limits = {"queued.max.messages.kbytes": QUEUE_KB, "fetch.max.bytes": FETCH_BYTES}
@@ -166,7 +168,7 @@ class Source:
         self.span.committed.update({place: each.base for place, each in found.items()})
 
     def _learn(self) -> None:
-        """Take every schema on ``<ns>.schemas``: what they decode comes after."""
+        """Read every schema on ``<ns>.schemas``, before the records that need it."""
         topic = self._names.schemas
         for number in range(partitions_of(self._settings, topic)):
             for message in self._reader.read(topic, number, 0):
@@ -185,14 +187,14 @@ class Source:
             return None
 
     def _check_lows(self) -> None:
-        """Raise `LogTrimmed` if records that were to be read are gone: their jobs cannot be judged."""
+        """Raise `LogTrimmed` if records that were to be read have been trimmed: their jobs cannot be checked."""
         lost = [
             f"{topic}[{number}]"
             for (topic, number), low in self.span.low.items()
             if low < self.span.end[topic, number] and self._reader.watermarks(topic, number)[0] > low
         ]
         if lost:
-            raise LogTrimmed(f"the log was trimmed while it was read ({', '.join(lost)}): run it again")
+            raise LogTrimmed(f"the log was trimmed while it was read ({', '.join(lost)}): run the audit again")
 
     # -- reading ------------------------------------------------------------------------------------------------------
 
@@ -230,7 +232,7 @@ class Source:
                     tell(done, total)
             elif time.monotonic() - last > STALL_S:
                 where = ", ".join(f"{topic}[{number}]" for topic, number in sorted(left))
-                raise BrokerUnavailable(f"nothing came for {STALL_S:g} s, and not all was read of {where}")
+                raise BrokerUnavailable(f"no record arrived for {STALL_S:g} s, and {where} is not read to its end")
         source.unassign()
 
     def _judge(self, error: KafkaError, place: Partition, left: set[Partition]) -> None:
@@ -255,7 +257,8 @@ class Source:
 
 
 def _check_head(head: Mapping[str, object]) -> None:
-    """Raise `ValueError` for what the coordinator rejects: an event of no job, or with an id or number out of range."""
+    """Raise `ValueError` for an event that the coordinator rejects: without a job, or with an id or number out of
+    range."""
     for name in ("job_id", "home"):
         if len(str(head[name] or "").encode()) > ID_BYTES:
             raise ValueError(f"{name} has more than {ID_BYTES} bytes")

@@ -1,9 +1,9 @@
-"""Brings the records of each job together, in bounded memory at any length of the log.
+"""Groups the records by job, in bounded memory at any length of the log.
 
-What the rules need of each record goes into a SQLite file, which SQLite's external sort then reads job by job. So memory
-holds SQLite's cache and the records of one job. The turns of keyed jobs are sorted in the same file, in a table of their own. It sorts in a file of its own, in SQLITE_TMPDIR, else TMPDIR, else
-/var/tmp. Progress reports beyond the first of an attempt, and what no rule looks
-at (arguments, tags, tracebacks, messages), are left out.
+The fields that the rules need of each record are written to a SQLite file, which SQLite's external sort then reads job
+by job. So memory holds SQLite's cache and the records of one job. The turns of keyed jobs are sorted in the same file,
+in their own table. SQLite sorts in a second file, in SQLITE_TMPDIR, else TMPDIR, else /var/tmp. Progress reports after
+the first of an attempt, and fields that no rule needs (arguments, tags, tracebacks, messages), are left out.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ from jobledger.audit.records import Record
 from jobledger.audit.rules import belongs
 from jobledger.audit.table import result_text, stored
 
-#: Kilobytes that SQLite may hold of the file, and of what it sorts.
+#: Kilobytes of memory for SQLite's cache, and for its sorting.
 CACHE_KB = 32 * 1024
-#: Records that are written at once.
+#: Records that are written in one batch.
 CHUNK = 5_000
-#: What begins the key of a place; no job's id has it.
+#: Prefix of a position's key; no job's id contains it.
 PLACE = "\0"
 
 _HEAD = ("event_id", "job_id", "run", "release", "attempt", "task", "queue", "key")
-#: Fields of facts that a rule, or the table, needs.
+#: Fields of facts that a rule, or the comparison with the table, needs.
 _BODY = frozenset(
     (
         "delay_ms",
@@ -49,10 +49,10 @@ _decode = msgspec.msgpack.Decoder(list[Any]).decode
 
 
 def keys_of(record: Record, work_prefix: str) -> list[str]:
-    """Under what a record is judged: its job, or its place, or both.
+    """The keys under which a record is checked: its job, or a position, or both.
 
-    A place is what is judged where a record is no event, where it hands over no job on a work topic, and of what a dead
-    letter says that it was rejected.
+    A position is the key of a record that is not an event, of a record that is on a work topic and hands over no job,
+    and of a dead letter that reports a rejected record.
     """
     if record.fact == "RecordRejected":
         body = record.body
@@ -67,7 +67,7 @@ def keys_of(record: Record, work_prefix: str) -> list[str]:
 
 
 def slim(record: Record, *, whole: bool) -> Record:
-    """A record with what the rules need of it, and nothing else. ``whole``: its bytes, too."""
+    """A record with the fields that the rules need, and no others. ``whole``: with its bytes as well."""
     if record.fact is None:
         return record
     body = {name: value for name, value in record.body.items() if name in _BODY}
@@ -82,8 +82,8 @@ def slim(record: Record, *, whole: bool) -> Record:
 
 
 class Spill:
-    """A scratch file of records. ``add`` them all, then read the ``groups``, ``keep`` the turns of each, then read the
-    ``turns``. Close it; deleting it is the caller's."""
+    """A scratch file of records. ``add`` all records, then read the ``groups`` and ``keep`` the turns of each group,
+    then read the ``turns``. Close it after use; the caller deletes the file."""
 
     def __init__(self, folder: Path) -> None:
         self._file = sqlite3.connect(folder / "records.db", isolation_level=None)
@@ -102,7 +102,7 @@ class Spill:
         self._file.close()
 
     def add(self, record: Record, work_prefix: str) -> None:
-        """Keep what the rules need of a record."""
+        """Store the fields of a record that the rules need."""
         keys = keys_of(record, work_prefix)
         made = slim(record, whole=len(keys) > 1)
         head = made.head
@@ -121,7 +121,7 @@ class Spill:
         self._waiting.clear()
 
     def groups(self) -> Iterator[tuple[str, list[Record]]]:
-        """Keys in order of their bytes, each with its records."""
+        """Keys, sorted by their bytes, each with its records."""
         self._write()
         self._file.execute("COMMIT")
         names = list(self._topics)
@@ -146,7 +146,7 @@ class Spill:
             yield current.decode(), records
 
     def keep(self, turn: Turn) -> None:
-        """Keep the turn of a keyed job, while the groups are read."""
+        """Store the turn of a keyed job, while the groups are read."""
         work = turn.work
         line = _encode([self._topics[work.topic], work.partition, turn.key])
         packed = _encode([work.head["job_id"], work.at, self._fact(turn.started), self._fact(turn.closed), turn.holds])
@@ -164,8 +164,8 @@ class Spill:
         return None if record is None else [self._topics[record.topic], record.offset, record.at, record.fact]
 
     def turns(self) -> Iterator[Turn]:
-        """The turns that were kept, of one line after the other, those of a line by the offset of their work records. The
-        groups must have been read."""
+        """The stored turns, sorted by line, and within a line by the offset of their work records. The groups must have
+        been read."""
         self._write_turns()
         names = list(self._topics)
 

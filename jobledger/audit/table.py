@@ -1,7 +1,7 @@
-"""What the status table should show of a job, worked out from its records; and the table's rows, read with plain SQL.
+"""The expected status of a job, computed from its records; and the status table's rows, read with plain SQL.
 
-The rule is the one of docs/reference.md: of the latest run the end if there is one, else what came last in its life.
-The table's own fold is not used.
+The rule is that of docs/reference.md: the outcome of the latest run if there is one, else the job's last state. The
+table's own fold is not used.
 """
 
 from __future__ import annotations
@@ -25,17 +25,18 @@ ENDED = set(TERMINAL_STATE.values())
 
 _PHASE = {"JobSubmitted": 0, "JobDue": 1, "JobStarted": 2, "JobProgressed": 2, "JobRetried": 3, "JobSnoozed": 3}
 _STATE = {"JobDue": "queued", "JobStarted": "running", "JobProgressed": "running", "JobRetried": "retrying"}
-#: Facts that count on lifecycle alone: a leased job's worker also tells them to the coordinator, which drops them if the lease is over.
+#: Facts that count only on the lifecycle topic: a leased job's worker also sends them to the coordinator, which drops
+#: them if the lease is over.
 _ON_LIFECYCLE = {*TERMINAL_RANK, "JobRetried", "JobSnoozed"}
 
-#: Characters of a result that are compared as they are; longer ones by their digest.
+#: Results with at most this many characters are compared as text, longer ones by their digest.
 RESULT_MOST = 200
-#: Characters of an id or name in the table; longer ones stand there as their beginning and a digest.
+#: Maximum characters of an id or name in the table; of longer ones the table has the beginning and a digest.
 KEY_MOST, KEY_HEAD, KEY_DIGEST = 200, 167, 32
 
 
 class Final(NamedTuple):
-    """What became of a job. ``result``: JSON text, or a digest. ``error``: the type of the error of a failed job."""
+    """A job's last state. ``result``: JSON text, or a digest. ``error``: the error's type, for a failed job."""
 
     state: str
     task: str
@@ -48,14 +49,14 @@ class Final(NamedTuple):
 
 
 def feeds(record: Record) -> bool:
-    """Whether a record says something about a job's state."""
+    """Whether a record affects a job's state."""
     if record.fact in _ON_LIFECYCLE:
         return record.topic.endswith(".lifecycle")
     return record.fact in _PHASE
 
 
 def final(records: Iterable[Record]) -> Final | None:
-    """A job's last state by all of its records; None if none of them says anything about it."""
+    """A job's last state according to all of its records; None if none of them affects it."""
     life = sorted(filter(feeds, records), key=lambda r: r.place)
     if not life:
         return None
@@ -78,7 +79,7 @@ def final(records: Iterable[Record]) -> Final | None:
 
 
 def result_text(raw: bytes | None) -> str | None:
-    """A result as it is compared. The same for what it has returned already."""
+    """A result in the form in which it is compared. A text in this form is returned unchanged."""
     if raw is None:
         return None
     if len(raw) > RESULT_MOST:
@@ -87,7 +88,7 @@ def result_text(raw: bytes | None) -> str | None:
 
 
 def stored(text: str) -> str:
-    """An id or a name as the table has it: see docs/reference.md, "Status table"."""
+    """An id or name in the form that the table has: see docs/reference.md, "Status table"."""
     if len(text) > KEY_MOST:
         digest = hashlib.sha256(text.encode("utf-8", "replace")).hexdigest()[:KEY_DIGEST]
         text = f"{text[:KEY_HEAD]}…{digest}"
@@ -95,7 +96,7 @@ def stored(text: str) -> str:
 
 
 class Row(NamedTuple):
-    """A job's row. ``carried``: a rebuild took it over, because the log no longer held the job's beginning."""
+    """A job's row. ``carried``: a rebuild copied the row, because the log no longer had the job's beginning."""
 
     job_id: str
     final: Final
@@ -104,7 +105,7 @@ class Row(NamedTuple):
 
 
 class StatusFile:
-    """A status table, or a copy of one, in a SQLite file. Close it."""
+    """A status table, or a copy of one, in a SQLite file. Close it after use."""
 
     def __init__(self, path: Path) -> None:
         self._connection = sqlite3.connect(f"file:{path}?mode=ro", uri=True)
@@ -115,12 +116,12 @@ class StatusFile:
         self._connection.close()
 
     def offsets(self) -> dict[tuple[str, int], int]:
-        """Up to where the table has read each partition."""
+        """The table's next offset of each partition."""
         rows: list[Any] = self._connection.execute("SELECT topic, partition, next_offset FROM offsets").fetchall()
         return {(topic, partition): offset for topic, partition, offset in rows}
 
     def rows(self) -> Iterator[Row]:
-        """Every row, in order of the bytes of its id."""
+        """Every row, sorted by the bytes of its id."""
         for row in self._connection.execute("SELECT * FROM jobs ORDER BY job_id"):
             found = Final(
                 str(row["state"]),
@@ -136,7 +137,7 @@ class StatusFile:
 
 
 class Difference(NamedTuple):
-    """A job that the log and the table tell apart; None: it is not there."""
+    """A field whose values differ between the log and the table; None: the log or the table has no such job."""
 
     job_id: str
     field: str
@@ -145,7 +146,7 @@ class Difference(NamedTuple):
 
 
 def differences(job_id: str, log: Final | None, kept: Final | None) -> list[Difference]:
-    """Where the two do not say the same of a job."""
+    """The fields in which the two states differ."""
     if log is None or kept is None:
         return [] if log is kept else [Difference(job_id, "job", log and log.state, kept and kept.state)]
     pairs = zip(Final._fields, log, kept, strict=True)

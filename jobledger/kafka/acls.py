@@ -1,8 +1,8 @@
-"""The least rights of each part, as data; how they are told to a cluster, and what of them is missing.
+"""The minimal rights of each part, as data; the commands that grant them, and a check for missing ones.
 
-`TABLE` is the one place where they stand: the command line, the docs and the tests read it. Rights that
-Kafka implies are left out: who may read, write, delete from or alter a topic may describe it; who may
-alter its settings may read them.
+`TABLE` is the only definition: the command line, the docs and the tests read it. Rights that Kafka implies are left
+out: a user who may read, write, delete from or alter a topic may describe it; a user who may alter its settings may
+read them.
 """
 
 from __future__ import annotations
@@ -35,17 +35,17 @@ REQUEST_TIMEOUT_S = 10.0
 TOPIC, GROUP, CLUSTER = "topic", "group", "cluster"
 LITERAL, PREFIXED = "literal", "prefixed"
 
-#: What a cluster may do that does not tell: anything, until it refuses.
+#: The operations assumed if a cluster does not report a user's rights: all.
 _ANY = tuple(AclOperation)
 
 
 @dataclass(frozen=True, slots=True)
 class Right:
-    """One operation on resources. ``name`` holds ``<ns>`` for the namespace; with
-    ``pattern`` prefixed it is a beginning.
+    """One operation on resources. ``name`` contains ``<ns>`` for the namespace; with ``pattern`` prefixed it is a
+    prefix.
 
-    ``lost``: what does not work without it; empty: the part does not work at all. ``when``: who needs it,
-    if not everybody with this role.
+    ``lost``: what does not work without the right; empty: the part does not work at all. ``when``: in which case a role
+    needs the right, if not always.
     """
 
     kind: str
@@ -56,12 +56,12 @@ class Right:
     when: str = ""
 
     def covers(self, topic: str) -> bool:
-        """Whether it is about this topic."""
+        """Whether the right applies to this topic."""
         same = topic.startswith(self.name) if self.pattern == PREFIXED else topic == self.name
         return self.kind == TOPIC and same
 
     def of(self, namespace: str) -> Right:
-        """The same for one namespace."""
+        """The right for one namespace."""
         return Right(
             self.kind, self.name.replace("<ns>", namespace), self.operation, self.pattern, self.lost, self.when
         )
@@ -87,7 +87,7 @@ _LIMITS = "knowledge of the topics' size limits: batches follow a default limit"
 _WATCHING = "error when somebody has changed a topic setting that promises depend on"
 _TRIMMING = "trimming: the log grows"
 
-#: Role: what it needs, and nothing else.
+#: The rights that each role needs, and no others.
 TABLE: Mapping[str, Sequence[Right]] = {
     "client": [
         *_topic("<ns>.jobs.", "Write"),
@@ -166,10 +166,10 @@ TABLE: Mapping[str, Sequence[Right]] = {
     ],
 }
 
-#: Roles that read the topics of events, also those of others.
+#: Roles that read the topics of events, including those of other programs.
 _HANDLES = ("router", "backfill", "projection")
 
-#: What people say for several roles at once: `jobledger streams` runs both under one user.
+#: Names for several roles at once: `jobledger streams` runs both under one user.
 TOGETHER: Mapping[str, Sequence[str]] = {"streams": ("coordinator", "materializer")}
 
 #: What each role is, for people.
@@ -188,17 +188,17 @@ WHO: Mapping[str, str] = {
 
 
 def roles(name: str) -> Sequence[str]:
-    """The roles that a name stands for. Raises `ConfigError` for one that is none."""
+    """The roles that a name stands for. Raises `ConfigError` for an unknown name."""
     if name in TABLE:
         return (name,)
     if name in TOGETHER:
         return TOGETHER[name]
-    raise ConfigError(f"{name!r} is no role; there are {', '.join([*TABLE, *TOGETHER])}")
+    raise ConfigError(f"{name!r} is not a role; there are {', '.join([*TABLE, *TOGETHER])}")
 
 
 def rights(name: str, namespace: str, foreign: Iterable[str] = ()) -> list[Right]:
-    """What a role, or several under one name, needs in a namespace: each right once. ``foreign``: topics of others that
-    the app handles events of. Raises `ConfigError` for a name that is no role's."""
+    """The rights of a role, or of several under one name, in a namespace: each right once. ``foreign``: topics of other
+    programs whose events the app handles. Raises `ConfigError` for an unknown role."""
     found: dict[tuple[str, str, str, str], Right] = {}
     for role in roles(name):
         for right in TABLE[role]:
@@ -215,7 +215,7 @@ def rights(name: str, namespace: str, foreign: Iterable[str] = ()) -> list[Right
 
 
 def commands(principal: str, wanted: Iterable[Right], server: str) -> Iterator[str]:
-    """The lines of `kafka-acls.sh` that allow this, one a resource."""
+    """The `kafka-acls.sh` commands that grant these rights, one per resource."""
     by_resource: dict[tuple[str, str, str], list[str]] = {}
     for right in wanted:
         by_resource.setdefault((right.kind, right.name, right.pattern), []).append(right.operation)
@@ -232,7 +232,7 @@ def _operation(right: Right) -> AclOperation:
 
 
 def binding(principal: str, right: Right) -> AclBinding:
-    """The ACL that allows it, as Kafka's admin client takes it."""
+    """The ACL that grants the right, for Kafka's admin client."""
     kinds = {TOPIC: ResourceType.TOPIC, GROUP: ResourceType.GROUP, CLUSTER: ResourceType.BROKER}
     return AclBinding(
         kinds[right.kind],
@@ -246,10 +246,10 @@ def binding(principal: str, right: Right) -> AclBinding:
 
 
 def check(settings: Settings, namespace: str, topics: Iterable[str]) -> None:
-    """Ask the cluster what this user may do with these topics, and raise `NotAuthorized` naming everything that its
-    role (``settings.role``) cannot do without. What it can do without is logged.
+    """Ask the cluster for this user's rights on these topics. Raises `NotAuthorized` that names all missing rights
+    without which the role (``settings.role``) cannot work. Other missing rights are logged.
 
-    Topics that do not exist are passed over, as is a cluster that does not tell. Raises `BrokerUnavailable`.
+    Topics that do not exist are skipped, and so is a cluster that does not report rights. Raises `BrokerUnavailable`.
     """
     asked, lacking, spared = sorted(set(topics)), [], []
     client = log.admin(settings)  # held: its answers die with it
@@ -279,8 +279,8 @@ def check(settings: Settings, namespace: str, topics: Iterable[str]) -> None:
 
 
 def grant(admin: AdminClient, settings: Settings, bindings: Sequence[AclBinding]) -> None:
-    """Create ACLs; those that are there already stay. Raises `AccessDenied`, `BrokerUnavailable`, and `ConfigError`
-    for a cluster that keeps none."""
+    """Create ACLs; existing ones are kept. Raises `AccessDenied`, `BrokerUnavailable`, and `ConfigError` for a cluster
+    without ACLs."""
     if not bindings:
         return
     for future in admin.create_acls(list(bindings), request_timeout=REQUEST_TIMEOUT_S).values():
@@ -290,7 +290,7 @@ def grant(admin: AdminClient, settings: Settings, bindings: Sequence[AclBinding]
             error = exc.args[0]
             if error.name() == "SECURITY_DISABLED":
                 raise ConfigError(
-                    "this cluster keeps no ACLs: its brokers have no authorizer (authorizer.class.name)"
+                    "this cluster has no ACLs: its brokers have no authorizer (authorizer.class.name)"
                 ) from exc
             alter = Need("Alter", CLUSTER, "kafka-cluster")
             raise log.translate(error, settings, "creating ACLs", alter) from exc

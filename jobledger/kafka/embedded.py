@@ -1,8 +1,9 @@
 """The embedded broker: real Apache Kafka in KRaft mode as one child process, for development and tests.
 
-Owns ``<home>/kafka`` (pid file, settings, logs and, unless told otherwise, data). The process outlives the one that
-started it, so every other process finds it through the pid file. Jars are `jobledger.kafka.jars`'s business; topics are
-`jobledger.kafka.topics`'s. Not for production: one node, no replication, listening on the loopback address only.
+This module owns ``<home>/kafka`` (pid file, settings, logs and, by default, data). The broker keeps running after the
+process that started it has ended; other processes find it through the pid file. `jobledger.kafka.jars` downloads the
+jars, `jobledger.kafka.topics` creates topics. Not for production: one node, no replication, listening on the loopback
+address only.
 """
 
 from __future__ import annotations
@@ -32,10 +33,10 @@ except ImportError as exc:
 
 @dataclass(frozen=True, slots=True)
 class KafkaStatus:
-    """What is known about the embedded broker of one home folder.
+    """The state of one home folder's embedded broker.
 
-    ``uptime`` in seconds; ``log`` is where a broker of this home logs, running or not. With ``running`` False, ``port``
-    and ``bootstrap`` and ``pid`` are None.
+    ``uptime`` in seconds; ``log``: the log file of this home's broker, running or not. If ``running`` is False,
+    ``port``, ``bootstrap`` and ``pid`` are None.
     """
 
     running: bool
@@ -48,7 +49,7 @@ class KafkaStatus:
     log: Path
 
     def as_dict(self) -> dict[str, Any]:
-        """The same as plain values, for JSON."""
+        """The state as plain values, for JSON."""
         return {k: str(v) if isinstance(v, Path) else v for k, v in asdict(self).items()}
 
 
@@ -59,7 +60,7 @@ def running_bootstrap(home: Path) -> str | None:
 
 
 def status(home: Path) -> KafkaStatus:
-    """What is known about this home's broker."""
+    """The state of this home's broker."""
     files = broker.Files.of(home)
     found = broker.running(files)
     if found is None:
@@ -89,15 +90,16 @@ def start(
     timeout: float = START_TIMEOUT_S,
     jars: Path | None = None,
 ) -> KafkaStatus:
-    """Start this home's broker and return once it answers; a broker that already runs there is returned as it is.
+    """Start this home's broker and return once it answers; if it is already running, return its state.
 
-    ``port`` 0 takes a free one. ``data`` is formatted on first use and kept; by default ``<home>/kafka/data``. With
+    ``port`` 0: a free port. ``data`` is formatted on first use and kept; by default ``<home>/kafka/data``. With
     ``detach`` False the broker is stopped when the calling process ends, however it ends. ``config`` adds to and
-    overrides `jobledger.kafka.broker.BROKER_CONFIG`. ``timeout``: seconds from the process's start to its first answer;
-    fetching the jars into ``jars`` (default ``<home>/jars``) is not counted.
+    overrides `jobledger.kafka.broker.BROKER_CONFIG`. ``timeout``: seconds from the process's start to its first answer,
+    without the download of the jars into ``jars`` (default ``<home>/jars``).
 
-    Raises `PortTaken` if another process has the port, `ConfigError` if this home's broker runs elsewhere than asked or
-    ``config`` sets what is not its to set, `KafkaStartFailed` with the end of the log if the broker does not come up.
+    Raises `PortTaken` if another process has the port, `ConfigError` if this home's broker runs with another port or
+    data folder or if ``config`` has a setting that must not be changed, and `KafkaStartFailed` with the end of the log
+    if the broker does not start.
     """
     files = broker.Files.of(home)
     report: Progress = progress or (lambda step, done, total: None)
@@ -141,19 +143,19 @@ def stop(home: Path, timeout: float = STOP_TIMEOUT_S) -> bool:
 
 
 def wait(home: Path) -> int | None:
-    """Return once this home's broker has ended: its exit code, None if that is not known or none ran.
+    """Wait until this home's broker has ended; returns its exit code, or None if that is not known or none ran.
 
-    A broker that was stopped cleanly ends with 143, the JVM's answer to SIGTERM.
+    A broker that was stopped cleanly ends with 143, the JVM's exit code after SIGTERM.
     """
     found = broker.running(broker.Files.of(home))
     return None if found is None else broker.wait(found.process.pid)
 
 
 class EmbeddedKafka:
-    """A broker for tests and measurements, with faults on demand; ends with the process that made it.
+    """A broker for tests and measurements, with faults on demand; it ends with the process that created it.
 
-    Without ``home`` everything lives in a temporary folder that `close` removes; jars are shared with the user's own
-    home. The port is chosen at the first `start` and kept, so clients find the broker again after `stop` or `kill`.
+    Without ``home`` all files are in a temporary folder that `close` removes; jars are shared with the user's own home.
+    The port is chosen at the first `start` and kept, so clients find the broker again after `stop` or `kill`.
     """
 
     def __init__(
@@ -182,7 +184,7 @@ class EmbeddedKafka:
 
     @property
     def bootstrap(self) -> str:
-        """``host:port``, also while the broker is away. Raises `KafkaStartFailed` before the first start."""
+        """``host:port``, also while the broker is not running. Raises `KafkaStartFailed` before the first start."""
         if not self._port:
             raise KafkaStartFailed("this broker has no address yet: call start() first")
         return f"{HOST}:{self._port}"
@@ -210,7 +212,7 @@ class EmbeddedKafka:
         return stop(self.home, timeout)
 
     def kill(self) -> bool:
-        """Kill without warning (SIGKILL), as a crash of the machine's process would. False if it did not run."""
+        """Kill without warning (SIGKILL), as in a crash of the process. False if it did not run."""
         found = self._process()
         if found is not None:
             broker.end(found.pid, timeout=0)
@@ -221,11 +223,11 @@ class EmbeddedKafka:
         self._signal(signal.SIGSTOP)
 
     def resume(self) -> None:
-        """Let a frozen process go on (SIGCONT)."""
+        """Let a frozen process continue (SIGCONT)."""
         self._signal(signal.SIGCONT)
 
     def status(self) -> KafkaStatus:
-        """What is known about the broker; see `KafkaStatus`."""
+        """The broker's state; see `KafkaStatus`."""
         return status(self.home)
 
     def close(self) -> None:
@@ -255,5 +257,5 @@ class EmbeddedKafka:
     def _signal(self, number: int) -> None:
         found = self._process()
         if found is None:
-            raise KafkaStartFailed(f"the embedded broker of {self.home} does not run: call start() first")
+            raise KafkaStartFailed(f"the embedded broker of {self.home} is not running: call start() first")
         found.send_signal(number)

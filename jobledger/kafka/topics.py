@@ -1,6 +1,6 @@
-"""Topics as code: `plan` compares what an app needs with what the cluster has, and `apply` takes the steps between.
+"""Topics as code: `plan` compares what an app needs with what the cluster has, and `apply` makes the changes.
 
-What is needed says `jobledger.kafka.topology`; showing a plan is the command line's business (`jobledger.cli.topics`).
+`jobledger.kafka.topology` defines what is needed; `jobledger.cli.topics` shows a plan.
 """
 
 from __future__ import annotations
@@ -63,7 +63,8 @@ def plan(
 ) -> Plan:
     """Compare ``specs`` and ``groups`` with the cluster; nothing is changed.
 
-    ``address`` is what `BrokerUnavailable` names when nobody answers within three attempts of 5 s each.
+    ``address``: the address to name in `BrokerUnavailable`, raised if no broker answers within three attempts of 5 s
+    each.
     """
     counts = _partition_counts(admin, [spec.name for spec in specs], address)
     configs = _configs(admin, ResourceType.TOPIC, [name for name, (count, _) in counts.items() if count], address)
@@ -85,11 +86,12 @@ def plan(
 
 
 def apply(admin: AdminClient, plan: Plan, *, address: str = "the cluster") -> tuple[str, ...]:
-    """Carry a plan out and wait until its topics can be used; return notes on what the cluster would not accept.
+    """Carry out a plan and wait until its topics can be used; returns notes about settings that the cluster did not
+    accept.
 
-    May be repeated. Settings of groups only make a rebalance quicker, so a cluster that forbids them is noted, not an
-    error. Raises `ConfigError` before anything is changed if the plan refuses something, or if the cluster refuses a
-    topic; `AccessDenied` if this user may not; `BrokerUnavailable` if nobody answers.
+    May be repeated. Settings of groups only make a rebalance quicker, so if a cluster forbids them, this is a note, not
+    an error. Raises `ConfigError` before anything is changed if the plan refuses a change, or if the cluster refuses a
+    topic; `AccessDenied` if this user lacks a right; `BrokerUnavailable` if no broker answers.
     """
     if plan.refused:
         raise ConfigError("nothing was changed. " + " ".join(change.reason for change in plan.refused))
@@ -122,7 +124,8 @@ def ensure(app: DeclaresTopics, settings: Settings, replication: int = 1) -> Pla
 def _partition_counts(
     admin: AdminClient, names: Sequence[str], address: str
 ) -> dict[str, tuple[int | None, int | None]]:
-    """Partitions of each topic, and copies of the partition that has fewest; None for a topic that is not there."""
+    """Each topic's partition count, and the replica count of its partition with the fewest; None for a missing
+    topic."""
     counts: dict[str, tuple[int | None, int | None]] = {}
     answers = _request(lambda left: _describe(admin, left), names, "describe topics", address)
     for name, answer in answers.items():
@@ -136,7 +139,7 @@ def _partition_counts(
 
 
 def _topics(admin: AdminClient, address: str) -> list[str]:
-    """The names of all topics that this user may know of."""
+    """The names of all topics that this user may see."""
     for left in reversed(range(ATTEMPTS)):
         try:
             return sorted(admin.list_topics(timeout=REQUEST_TIMEOUT_S).topics)
@@ -231,7 +234,7 @@ def _apply_groups(admin: AdminClient, changes: Sequence[Change], address: str) -
             wanted = ", ".join(f"{key}={value}" for key, (_, value) in by_name[name].config.items())
             notes.append(
                 f"group {name} keeps the broker's timeouts, {wanted} was not accepted ({answer.args[0].str()}): "
-                "a worker that dies without a word costs the broker's session timeout"
+                "a worker that dies without leaving the group is noticed only after the broker's session timeout"
             )
     return tuple(notes)
 
@@ -253,7 +256,8 @@ def _alter(admin: AdminClient, kind: ResourceType, changes: Sequence[Change]) ->
 
 
 def _await_visible(admin: AdminClient, expected: Mapping[str, int], address: str) -> None:
-    """Wait until the broker that answers knows every partition and its leader: creations are acknowledged earlier."""
+    """Wait until the broker that answers knows every partition and its leader: creations are acknowledged before
+    that."""
     deadline = time.monotonic() + VISIBLE_TIMEOUT_S
     missing = dict(expected)
     while True:
@@ -266,8 +270,8 @@ def _await_visible(admin: AdminClient, expected: Mapping[str, int], address: str
             return
         if time.monotonic() > deadline:
             raise BrokerUnavailable(
-                f"{address} took {', '.join(sorted(missing))} but has no leader for every partition after "
-                f"{VISIBLE_TIMEOUT_S:g} s: look at the brokers' state, then run `jobledger topics apply` again"
+                f"{address} accepted {', '.join(sorted(missing))}, but some partitions have no leader after "
+                f"{VISIBLE_TIMEOUT_S:g} s: check the brokers' state, then run `jobledger topics apply` again"
             )
         time.sleep(0.02)
 
@@ -275,9 +279,9 @@ def _await_visible(admin: AdminClient, expected: Mapping[str, int], address: str
 def _request(
     send: Callable[[Sequence[str]], Mapping[str, Future[Any]]], keys: Sequence[str], what: str, address: str
 ) -> dict[str, Any]:
-    """The answer for each key, or the `KafkaException` that is final for it.
+    """The answer for each key, or its final `KafkaException`.
 
-    Transient failures are asked again, alone; what is left after three attempts raises `BrokerUnavailable`.
+    A transient failure is retried for its key alone; after three attempts it raises `BrokerUnavailable`.
     """
     answers: dict[str, Any] = {}
     left = list(keys)
@@ -315,7 +319,7 @@ def _code(error: KafkaException) -> int:
     return code
 
 
-#: The right on a topic that a step takes.
+#: The right on a topic that a step needs.
 _OPERATIONS = {Step.CREATE: "Create", Step.PARTITIONS: "Alter", Step.CONFIG: "AlterConfigs"}
 
 

@@ -77,7 +77,7 @@ def test_roles_together_need_each_right_once() -> None:
     by_right = {(r.kind, r.name, r.operation): r.lost for r in both}
     assert by_right["topic", "shop.coordination", "Write"] == ""
     assert ("group", "shop.coordinator", "Describe") not in by_right
-    with pytest.raises(ConfigError, match="'boss' is no role; there are client, worker"):
+    with pytest.raises(ConfigError, match="'boss' is not a role; there are client, worker"):
         acls.rights("boss", "shop")
 
 
@@ -136,4 +136,4 @@ def test_commands_for_kafka_acls(capsys: pytest.CaptureFixture[str]) -> None:
 def test_principals_that_mean_nothing_are_refused(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     """Before anything is sent anywhere."""
     assert main(["topics", "acls", "examples.shop:app", *words]) == 2
-    assert "ROLE=PRINCIPAL" in (said := capsys.readouterr().err) or "is no role" in said
+    assert "ROLE=PRINCIPAL" in (said := capsys.readouterr().err) or "is not a role" in said

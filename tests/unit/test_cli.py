@@ -183,7 +183,7 @@ SHOP = ["--namespace", "shop"]
         (["tasks", "pause", "cli_shop:app", "nope"], "app 'shop' has no task 'nope'; there are add"),
         (["tasks", "limit", "cli_shop:app", "add", "--rate", "often"], "'often' is not a rate"),
         (["queues", "limit", "cli_shop:app", "default", "--concurrency", "1"], "is less than the 6 partitions"),
-        (["topics", "acls", "cli_shop:app", "--principal", "cook=User:x"], "'cook' is no role; there are"),
+        (["topics", "acls", "cli_shop:app", "--principal", "cook=User:x"], "'cook' is not a role; there are"),
         (["jobs", "list", *SHOP, "--state", "lost"], "--state 'lost' is not a state; there are scheduled, queued, running,"),
         (["jobs", "list", *SHOP, "--show", "colour"], "--show 'colour' is not a column; there are tags, args"),
         (["events", "tail", *SHOP, "--topic", "orders"], "'lifecycle', 'work', 'coordination', 'dead-letter', 'all'"),

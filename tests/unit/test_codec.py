@@ -239,5 +239,5 @@ def test_positions_are_text_and_back(topic: str, partition: int, offset: int) ->
 
 def test_a_bad_position_is_named() -> None:
     """Text that is no position is named, with what one looks like."""
-    with pytest.raises(ValueError, match="'nonsense' is no position"):
+    with pytest.raises(ValueError, match="'nonsense' is not a position"):
         ev.Position.parse("nonsense")

@@ -74,7 +74,7 @@ def test_a_callback_that_breaks_is_logged_and_the_next_one_is_called(
     writer.post(RECORD, breaks)
     assert settled(writer) is not None
     assert settled(writer) is not None
-    assert "a delivery callback broke" in caplog.text
+    assert "a delivery callback failed" in caplog.text
     writer.close(0.0)
 
 
