@@ -1,8 +1,8 @@
-"""Avro schemas of people's own event classes: dataclasses, msgspec Structs and pydantic models. Pure.
+"""Avro schemas of users' event classes: dataclasses, msgspec Structs and pydantic models. Pure.
 
-Names and types are taken as they are written. What Avro cannot say without doubt is refused with the field's name;
-where JSON and Avro differ, the form that any reader of the log understands is chosen: decimals and UUIDs are text, a
-choice of values is its plain type, so that a new choice breaks no reader.
+Names and types are used as they are written. A type that Avro cannot represent unambiguously is refused, with the
+field's name. Where JSON and Avro differ, the form that any reader of the log understands is chosen: decimals and UUIDs
+are text, and a choice of values has its plain type, so that a new choice breaks no reader.
 """
 
 from __future__ import annotations
@@ -38,31 +38,31 @@ _PLAIN: dict[type[Any], Any] = {
     kinds.NoneType: "null",
 }
 _NO_DEFAULT: Any = object()
-#: Factories whose default is an empty thing, whenever they are called.
+#: Factories whose default is always an empty value.
 _EMPTY = (list, dict, set, frozenset, tuple)
-#: What fastavro takes as it is.
+#: Types that fastavro accepts unchanged.
 _KEPT = (bytes, datetime.datetime, datetime.date)
 
 
 def derive(cls: type[Any], name: str, namespace: str) -> str:
     """The schema of ``cls`` as an Avro record ``namespace.name``: JSON text, the same for the same class.
 
-    Raises `ConfigError` naming the field whose type has no Avro form.
+    Raises `ConfigError` that names the field whose type has no Avro form.
     """
     record = _Deriver(cls, namespace).record(cls, name, cls.__qualname__)
     return json.dumps(record, separators=(",", ":"), ensure_ascii=False)
 
 
 def is_pydantic(cls: Any) -> bool:
-    """Whether ``cls`` is a pydantic model, told without importing pydantic."""
+    """Whether ``cls`` is a pydantic model, without importing pydantic."""
     return isinstance(cls, type) and hasattr(cls, "model_validate") and hasattr(cls, "model_fields")
 
 
 def check_evolution(subject: str, text: str, earlier: dict[str, str]) -> None:
-    """Raise `IncompatibleEvent` unless the schema ``text`` reads what every one of
-    ``earlier`` wrote (BACKWARD_TRANSITIVE).
+    """Raise `IncompatibleEvent` unless the schema ``text`` can read what each schema in ``earlier`` wrote
+    (BACKWARD_TRANSITIVE).
 
-    ``earlier``: texts by whatever names them to people.
+    ``earlier``: schema texts by a name for messages.
     """
     reader = avro.schema.parse(text)
     for which, written in earlier.items():
@@ -78,13 +78,13 @@ def check_evolution(subject: str, text: str, earlier: dict[str, str]) -> None:
             why = "; ".join(sorted(str(m) for m in found.messages))
             raise IncompatibleEvent(
                 f"event {subject!r}: its class cannot read what schema {which} wrote ({kinds_of}: {why}). Give a new field "
-                "a default (a value: what a default_factory makes is not in the schema), keep a field's type; or give the "
+                "a default (a value: the result of a default_factory is not in the schema), keep a field's type; or give the "
                 "event a new name: @app.event(name=…)"
             )
 
 
 class _Deriver:
-    """One class's schema; remembers which records it has defined, for Avro defines each once."""
+    """One class's schema; remembers which records it has defined, since Avro defines each once."""
 
     def __init__(self, root: type[Any], namespace: str) -> None:
         self._root, self._namespace = root, namespace
@@ -102,8 +102,8 @@ class _Deriver:
         self._defined[name] = cls
         if is_pydantic(cls) and (found := _first_bytes(cls, where, set())):
             raise ConfigError(
-                f"{found}: bytes in a pydantic model would reach a handler as other ones: its arguments are JSON, where "
-                "pydantic reads no base64. Make the model a dataclass or a msgspec Struct, or write the bytes as text"
+                f"{found}: bytes in a pydantic model would reach a handler changed: the handler's arguments are JSON, where "
+                "pydantic does not decode base64. Make the model a dataclass or a msgspec Struct, or write the bytes as text"
             )
         fields = [self._field(f, default, kind, f"{where}.{f}") for f, kind, default in _fields_of(cls, where)]
         record: dict[str, Any] = {"type": "record", "name": name, "namespace": self._namespace}
@@ -125,8 +125,8 @@ class _Deriver:
             field["type"], field["default"] = defaults.told(schema, plain, self._records)
         except (TypeError, ValueError) as exc:
             raise ConfigError(
-                f"{where}: its default {default!r} cannot stand in the event's schema: {exc}. Give another one, or a "
-                "default_factory: then the schema has none"
+                f"{where}: its default {default!r} cannot be written in the event's schema: {exc}. Give another default, or a "
+                "default_factory: then the schema has no default"
             ) from exc
         return field
 
@@ -167,16 +167,14 @@ class _Deriver:
             return "string"
         if all(isinstance(v, int) and not isinstance(v, bool) for v in values):
             return "long"
-        raise ConfigError(f"{where}: a choice is all text or all whole numbers; these are {list(values)}")
+        raise ConfigError(f"{where}: a choice must be all text or all whole numbers; these values are {list(values)}")
 
     def _union(self, kind: kinds.UnionType, where: str) -> Any:
         found = [self._type(each, where) for each in kind.types]
         complex_ones = [s for s in found if not isinstance(s, str) or s not in _PLAIN.values()]
         others = [s for s in found if s != "null"]
         if len(others) > 1 and complex_ones:
-            raise ConfigError(
-                f"{where}: a union of {len(others)} types is ambiguous on the wire; use one type, or | None"
-            )
+            raise ConfigError(f"{where}: a union of {len(others)} types is ambiguous in Avro; use one type, or | None")
         return ["null", *others] if "null" in found else others
 
 
@@ -189,9 +187,11 @@ def _fields_of(cls: type[Any], where: str) -> list[tuple[str, kinds.Type, Any]]:
     except TypeError as exc:
         raise ConfigError(f"{where}: its fields cannot be read: {exc}") from exc
     if isinstance(info, kinds.StructType) and info.array_like:
-        raise ConfigError(f"{where}: a Struct with array_like=True has no names on the wire; leave array_like out")
+        raise ConfigError(f"{where}: a Struct with array_like=True has no field names in Avro; leave array_like out")
     if not isinstance(info, kinds.StructType | kinds.DataclassType | kinds.TypedDictType):
-        raise ConfigError(f"{where} is no dataclass, msgspec Struct or pydantic model: an event is a class with fields")
+        raise ConfigError(
+            f"{where} is not a dataclass, msgspec Struct or pydantic model: an event is a class with fields"
+        )
     found: list[tuple[str, kinds.Type, Any]] = []
     for field in info.fields:
         default: Any = _NO_DEFAULT
@@ -204,14 +204,14 @@ def _fields_of(cls: type[Any], where: str) -> list[tuple[str, kinds.Type, Any]]:
 
 
 def _model_field(cls: Any, name: str, field: Any, where: str) -> tuple[str, kinds.Type, Any]:
-    """One of a pydantic model's. Raises `ConfigError` if it is not read by the name under which it is written."""
+    """One field of a pydantic model. Raises `ConfigError` if it is read under another name than it is written."""
     written = name if field.serialization_alias is None else field.serialization_alias
     read = field.validation_alias
     if read is None or not cls.model_config.get("validate_by_alias", True):
         read = name
     if read != written:
         raise ConfigError(
-            f"{where}.{name}: it is written as {written!r} and read as {read!r}, so no event could be read again; give it "
+            f"{where}.{name}: it is written as {written!r} and read as {read!r}, so no event could be read; give it "
             "one alias=… in place of validation_alias and serialization_alias, and leave validate_by_alias on"
         )
     default = _NO_DEFAULT
@@ -223,7 +223,7 @@ def _model_field(cls: Any, name: str, field: Any, where: str) -> tuple[str, kind
 
 
 def _first_bytes(cls: type[Any], where: str, seen: set[type[Any]]) -> str | None:
-    """The first field, of this class or of one inside it, that holds bytes; None if there is none."""
+    """The first field with bytes, in this class or in one inside it; None if there is none."""
     seen.add(cls)
 
     def of(kind: kinds.Type, where: str) -> str | None:
@@ -249,8 +249,8 @@ Dump = Callable[[Any], dict[str, Any]]
 
 
 def dumper(cls: type[Any]) -> Dump:
-    """A function from an instance to what fastavro writes. Raises `TypeError`, `ValueError` or
-    `msgspec.ValidationError` for one whose values are not of its fields' types."""
+    """A function that converts an instance to what fastavro writes. Raises `TypeError`, `ValueError` or
+    `msgspec.ValidationError` for an instance whose values do not have its fields' types."""
     if is_pydantic(cls):
         return lambda event: _builtins(event.model_dump(mode="python", by_alias=True))
     return lambda event: _checked(_builtins(event), cls)

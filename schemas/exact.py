@@ -1,9 +1,9 @@
-"""Whether a value comes back from JSON or Avro as it was. Pure.
+"""Whether a value comes back from JSON or Avro unchanged. Pure.
 
-JSON has no NaN, no sets, no keys but text, and says a time's zone in whole minutes. A writer turns such values into
-others without a word, so what does not come back is looked for before it is sent. Each function returns what is wrong,
-with the path of the value in it, or None. A tuple that comes back as a list is fine, and so is a subclass of ``str``,
-``int`` or ``float`` that comes back as the plain type.
+JSON has no NaN, no sets and no keys other than text, and gives a time's zone in whole minutes. A writer changes such
+values silently, so values that would not come back unchanged are detected before they are sent. Each function returns
+what is wrong, with the path of the value, or None. A tuple that comes back as a list is accepted, and so is a subclass
+of ``str``, ``int`` or ``float`` that comes back as the plain type.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ from typing import Any
 
 import msgspec
 
-#: Characters of a value that are shown.
+#: Maximum characters of a value that are shown.
 _SHOWN = 80
 _GONE: Any = object()
-#: Types whose values JSON always says exactly; and those whose values are the same if they are equal.
+#: Types whose values JSON always represents exactly; and those whose values are the same if they are equal.
 _KEPT = frozenset({str, bool, type(None), msgspec.Raw})
 _NUMBERS = frozenset({int, float})
 _PLAIN = frozenset({str, bool, type(None), int, float})
 _ROWS = frozenset({list, tuple})
-#: Types whose values JSON says exactly once they have been written.
+#: Types whose values JSON represents exactly, if they could be written.
 _WRITABLE = frozenset({*_KEPT, int, dt.date, uuid.UUID})
-#: What to send in place of a value of these types: as code that a person may write.
+#: What to send instead of a value of these types, as code.
 _INSTEAD: tuple[tuple[Any, str], ...] = (
     ((dt.datetime, dt.date, dt.time), "its isoformat()"),
     (dt.timedelta, "its total_seconds()"),
@@ -43,10 +43,10 @@ _INSTEAD: tuple[tuple[Any, str], ...] = (
 
 
 def changed(given: Any, back: Any, path: str) -> str | None:
-    """What of ``given`` is not the same in ``back``, which a reader gets by its annotations.
+    """The part of ``given`` that differs in ``back``, which a reader gets according to its annotations.
 
-    What JSON says exactly may come back as another type, for then the reader's annotation asks for that: text as a
-    datetime, a dict as a dataclass.
+    A value that JSON represents exactly may come back as another type, since the reader's annotation asks for that:
+    text as a datetime, a dict as a dataclass.
     """
     kind = type(given)
     if given is None or kind in _KEPT:
@@ -76,8 +76,8 @@ def changed(given: Any, back: Any, path: str) -> str | None:
 
 
 def unwritable(value: Any, path: str) -> str | None:
-    """What of ``value`` JSON does not say exactly, for a reader who takes JSON as it is: a set as an array, a datetime as
-    text and a record as an object are fine."""
+    """The part of ``value`` that JSON does not represent exactly, for a reader without annotations. A set as an array,
+    a datetime as text and a record as an object are accepted."""
     if isinstance(value, float) and not math.isfinite(value):
         return _no_number(value, path)
     if isinstance(value, str):
@@ -108,8 +108,8 @@ def unwritable(value: Any, path: str) -> str | None:
 
 
 def surely_writable(value: Any) -> bool:
-    """Whether `unwritable` finds nothing in ``value``, which has been written already; False: it must be asked. Quick, for
-    every job's result."""
+    """Whether ``value``, which has been written already, certainly has no part that `unwritable` would report; False:
+    call `unwritable`. Fast, as it is called for every job's result."""
     kind = type(value)
     if kind is list or kind is tuple:
         kinds = set(map(type, value))
@@ -131,8 +131,8 @@ def surely_writable(value: Any) -> bool:
 
 
 def unsound(value: Any, path: str) -> str | None:
-    """What of an event's plain values is not the same to everybody who reads it: NaN and infinity, which no handler gets,
-    a datetime without a zone, which is another moment on another machine, and text that UTF-8 cannot hold."""
+    """The part of an event's plain values that is not the same for every reader: NaN and infinity, which no handler can
+    get, a datetime without a zone, which means another moment on another machine, and text that UTF-8 cannot encode."""
     if isinstance(value, str):
         return _no_text(value, path)
     if isinstance(value, float):
@@ -141,7 +141,7 @@ def unsound(value: Any, path: str) -> str | None:
         if value.tzinfo is not None:
             return None
         zoned = value.replace(tzinfo=dt.UTC).isoformat()
-        return f"{path} is {value.isoformat()}, without a time zone: say which, for example {zoned}"
+        return f"{path} is {value.isoformat()}, without a time zone: add one, for example {zoned}"
     if isinstance(value, dict):
         found = _first(unsound, ((each, f"{path}.{name}") for name, each in value.items()))
         return found or _first(_no_text, ((name, f"a key of {path}") for name in value))
@@ -151,7 +151,7 @@ def unsound(value: Any, path: str) -> str | None:
 
 
 def plain_json(value: Any) -> Any:
-    """For msgspec: what it does not write by itself. Raises `TypeError`."""
+    """For msgspec: converts types that it does not write itself. Raises `TypeError`."""
     if hasattr(value, "model_dump"):  # pydantic, where users have it
         return value.model_dump(mode="json")
     # Subclasses; the base's own conversion, whatever they make of it.
@@ -165,7 +165,7 @@ def plain_json(value: Any) -> Any:
 
 
 def as_json(value: Any) -> Any:
-    """What JSON makes of a value, without an annotation."""
+    """A value as plain JSON, without an annotation."""
     return msgspec.json.decode(msgspec.json.encode(value, enc_hook=plain_json))
 
 
@@ -200,7 +200,7 @@ def _same_row(one: Any, two: Any) -> bool:
 
 
 def _uncarried(value: Any, path: str) -> str | None:
-    """What JSON does not carry without help of an annotation."""
+    """The part of a value that JSON cannot carry without an annotation."""
     return changed(value, as_json(value), path)
 
 
@@ -210,7 +210,7 @@ def _changed_dict(given: Mapping[Any, Any], back: Any, path: str) -> str | None:
     if all(isinstance(key, str) for key in given):
         unknown = next((key for key in given if key not in back), None)
         if unknown is not None and len(back) < len(given):
-            return f"{path}: {unknown!r} is none of its fields"
+            return f"{path}: {unknown!r} is not one of its fields"
         # All are there, or the annotation makes keys of another type of them, in the same order.
         found = back if unknown is None else dict(zip(given, back.values(), strict=False))
     else:
@@ -218,15 +218,15 @@ def _changed_dict(given: Mapping[Any, Any], back: Any, path: str) -> str | None:
         if lost is not _GONE or len(back) < len(given):
             key = lost if lost is not _GONE else next(key for key in given if not isinstance(key, str))
             return (
-                f"{path} has the key {_shown(key)}, and the keys of a JSON object are text: they would arrive as "
-                f"{_shown(list(back))}. Make them text, or say their type in the annotation: dict[{type(key).__name__}, …]"
+                f"{path} has the key {_shown(key)}, but the keys of a JSON object are text: they would arrive as "
+                f"{_shown(list(back))}. Make them text, or give their type in the annotation: dict[{type(key).__name__}, …]"
             )
         found = back
     return next(filter(None, (changed(v, found[k], f"{path}[{k!r}]") for k, v in given.items())), None)
 
 
 def _changed_fields(given: Mapping[Any, Any], back: Any, path: str) -> str | None:
-    """``given``, a dict, against the record that the annotation makes of it."""
+    """Compare ``given``, a dict, with the record that the annotation makes of it."""
     fields = _encoded(back)
     if fields is None:  # a pydantic model has its own rules about names; another type takes what it takes
         values = (
@@ -235,7 +235,7 @@ def _changed_fields(given: Mapping[Any, Any], back: Any, path: str) -> str | Non
         return next(filter(None, (_uncarried(v, p) if b is _GONE else changed(v, b, p) for v, b, p in values)), None)
     for key, value in given.items():
         if key not in fields:
-            return f"{path}: {key!r} is no field of {type(back).__qualname__}, which has {', '.join(fields)}"
+            return f"{path}: {key!r} is not a field of {type(back).__qualname__}, which has {', '.join(fields)}"
         name = fields[key]
         if name and (found := changed(value, getattr(back, name), f"{path}[{key!r}]")):
             return found
@@ -299,7 +299,7 @@ def _equal(given: Any, back: Any) -> bool:
 
 
 def _no_number(value: float, path: str) -> str:
-    return f"{path} is {value!r}, and JSON has no such number: send None, or text"
+    return f"{path} is {value!r}, but JSON has no such number: send None, or text"
 
 
 def _no_text(value: str, path: str) -> str | None:
@@ -309,7 +309,7 @@ def _no_text(value: str, path: str) -> str | None:
         value.encode()
     except UnicodeEncodeError:
         return (
-            f"{path} is {_shown(value)}, which has a lone surrogate, and UTF-8 cannot hold it: replace it, for example with "
+            f"{path} is {_shown(value)}, which has a lone surrogate, which UTF-8 cannot encode: replace it, for example with "
             "text.encode(errors='replace').decode()"
         )
     return None
@@ -322,7 +322,7 @@ def _other(given: Any, back: Any, path: str) -> str:
     if known:
         way = f"send {instead or 'text'}"
     else:
-        way = f"say {kind.__qualname__} in the annotation" + (f", or send {instead}" if instead else "")
+        way = f"use {kind.__qualname__} in the annotation" + (f", or send {instead}" if instead else "")
     return f"{path} is {_shown(given)} and would arrive as {_shown(back)}: {way}"
 
 

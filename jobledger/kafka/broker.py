@@ -1,6 +1,7 @@
 """The embedded broker's process: its settings, its command line, its start and its end.
 
-Knows the files of one home and the one process they tell of; who may start it when is `jobledger.kafka.embedded`'s.
+This module knows the files of one home and the process in its pid file; `jobledger.kafka.embedded` decides who may
+start it, and when.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ except ImportError as exc:
 
 LOG_TAIL_LINES = 30
 
-#: What the broker is started with; `start(config=…)` wins over these, but not over the addresses and folders.
+#: The broker's settings; `start(config=…)` overrides these, but not the addresses and folders.
 BROKER_CONFIG: Mapping[str, str] = {
     "auto.create.topics.enable": "false",  # topics are declared as code
     "log.message.timestamp.type": "LogAppendTime",  # one clock: the broker's
@@ -152,7 +153,7 @@ class Files:
 
 @dataclass(frozen=True, slots=True)
 class Running:
-    """A broker that lives, and what its pid file says of it."""
+    """A running broker, and the contents of its pid file."""
 
     process: psutil.Process
     port: int
@@ -162,9 +163,9 @@ class Running:
 
 @dataclass(frozen=True, slots=True)
 class Cluster:
-    """Where a node stands among others: its number, and every node's controller port by number, its own included.
+    """A node's place in a cluster: its number, and every node's controller port by number, including its own.
 
-    ``id`` is what all of them are formatted with: 16 bytes in base64, see `cluster_id`.
+    ``id``: the cluster id with which all nodes are formatted: 16 bytes in base64, see `cluster_id`.
     """
 
     id: str
@@ -174,10 +175,10 @@ class Cluster:
 
 @dataclass(frozen=True, slots=True)
 class Launch:
-    """What to start: ``heap_mb`` in MB, ``config`` beside and above `BROKER_CONFIG`.
+    """What to start: ``heap_mb`` in MB, ``config`` in addition to and overriding `BROKER_CONFIG`.
 
-    ``listeners``: further ones than the plain one at ``port``, protocol (``SSL``, ``SASL_SSL``) to port.
-    ``cluster``: None for a node that is alone.
+    ``listeners``: more listeners than the plain one at ``port``, protocol (``SSL``, ``SASL_SSL``) to port. ``cluster``:
+    None for a single node.
     """
 
     classpath: list[Path]
@@ -191,7 +192,7 @@ class Launch:
 
 
 def running(files: Files) -> Running | None:
-    """The process that the pid file tells of, if it lives and is this home's broker."""
+    """The process in the pid file, if it runs and is this home's broker."""
     try:
         record = json.loads(files.pid.read_text("utf-8"))
         if _reaped(int(record["pid"])):
@@ -206,9 +207,10 @@ def running(files: Files) -> Running | None:
 
 
 def launch(files: Files, wanted: Launch, *, detach: bool, timeout: float, report: Progress) -> None:
-    """Start a process as ``wanted``, note it in the pid file and return once it answers, within ``timeout`` seconds.
+    """Start a process as ``wanted``, write the pid file and return once the broker answers, within ``timeout`` seconds.
 
-    With ``detach`` False it ends with this process. Raises `KafkaStartFailed`; then no process and no pid file is left.
+    With ``detach`` False the broker ends with this process. Raises `KafkaStartFailed`; then no process and no pid file
+    remains.
     """
     java = _java()
     port = wanted.port
@@ -344,7 +346,7 @@ def _end_leashed(owner: int) -> None:
 
 
 def wait(pid: int) -> int | None:
-    """Return once the broker ``pid`` has ended: its exit code, or None if it is not this process's child."""
+    """Wait until the broker ``pid`` has ended; returns its exit code, or None if it is not this process's child."""
     child = _children.get(pid)
     if child is not None:
         code = child.wait()
@@ -374,7 +376,7 @@ def _forget(pid: int) -> None:
 
 
 def end(pid: int, timeout: float) -> None:
-    """Stop a broker by its id: politely for ``timeout`` seconds, then by force; and reap it."""
+    """Stop a broker by its process id: with SIGTERM, and after ``timeout`` seconds with SIGKILL; and reap it."""
     if _reaped(pid):
         return
     with contextlib.suppress(psutil.NoSuchProcess):
@@ -431,9 +433,9 @@ def _fixed(wanted: Launch) -> dict[str, str]:
 
 
 def check_config(port: int, data: Path, config: Mapping[str, str]) -> None:
-    """Raise `ConfigError` for a port, data folder or setting that no broker could be started with."""
+    """Raise `ConfigError` for a port, data folder or setting with which no broker can be started."""
     if not 0 <= port <= 65535:
-        raise ConfigError(f"port={port} is no port: 1 to 65535, or 0 for a free one")
+        raise ConfigError(f"port={port} is not a port: use 1 to 65535, or 0 for a free port")
     reserved = sorted(set(config) & set(_fixed(Launch([], port, data, 0, "", {}))))
     if reserved:
         raise ConfigError(
@@ -441,7 +443,7 @@ def check_config(port: int, data: Path, config: Mapping[str, str]) -> None:
             "`port` and `data`"
         )
     if "," in str(data):
-        raise ConfigError(f"data={str(data)!r} holds a comma, which Kafka reads as two folders: choose another path")
+        raise ConfigError(f"data={str(data)!r} contains a comma, which Kafka reads as two folders: choose another path")
 
 
 def _escaped(text: str) -> str:

@@ -1,7 +1,7 @@
-"""Apache Kafka's jars: fetched once per user and version from a Maven repository, then read from disk.
+"""Apache Kafka's jars: downloaded once per user and version from a Maven repository, then read from disk.
 
-Owns the folder ``<home>/jars/<version>``. A folder without its marker file, or with a file of another size than the
-marker says, is incomplete and is fetched again. Nothing here starts a process.
+This module owns the folder ``<home>/jars/<version>``. A folder without its marker file, or with a file of another size
+than the marker says, is incomplete and is downloaded again. Nothing here starts a process.
 """
 
 from __future__ import annotations
@@ -34,19 +34,19 @@ HTTP_TIMEOUT_S = 30
 
 
 class Progress(Protocol):
-    """Told what is being done: ``step`` is ``resolve``, ``fetch``, ``format`` or ``boot``.
+    """Progress callback: ``step`` is ``resolve``, ``fetch``, ``format`` or ``boot``.
 
-    ``done`` of ``total`` files are there; ``total`` is 0 where the size of a step is not known.
+    ``done`` of ``total`` files are finished; ``total`` is 0 if the size of a step is not known.
     """
 
     def __call__(self, step: str, done: int, total: int) -> None: ...
 
 
 def classpath(folder: Path, version: str = KAFKA_VERSION, progress: Progress | None = None) -> list[Path]:
-    """Return every jar that a broker of ``version`` needs, fetching what is missing into ``folder/version``.
+    """Return every jar that a broker of ``version`` needs; missing ones are downloaded into ``folder/version``.
 
-    Concurrent callers wait for the one that fetches. Raises `KafkaStartFailed` if the repository cannot be reached and
-    `ConfigError` if the extra ``jobledger[kafka]`` is not installed.
+    Concurrent callers wait for the one that downloads. Raises `KafkaStartFailed` if the repository cannot be reached,
+    and `ConfigError` if the extra ``jobledger[kafka]`` is not installed.
     """
     target = folder / version
     found = _complete(target)
@@ -62,9 +62,9 @@ def classpath(folder: Path, version: str = KAFKA_VERSION, progress: Progress | N
 
 @contextmanager
 def locked(path: Path, timeout: float | None = None) -> Iterator[None]:
-    """Hold an advisory lock on ``path`` among processes; the kernel frees it when its holder dies.
+    """Hold an advisory lock on ``path`` between processes; the kernel releases it when its holder dies.
 
-    ``timeout`` in seconds; None waits as long as it takes. Raises `TimeoutError`.
+    ``timeout`` in seconds; None: wait as long as necessary. Raises `TimeoutError`.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     deadline = None if timeout is None else time.monotonic() + timeout
@@ -163,7 +163,7 @@ def _download(staging: Path, version: str, progress: Progress) -> list[Path]:
             raise
     damaged = [jar.name for jar in jars if not _whole(jar)]
     if damaged:
-        raise OSError(f"damaged on the way: {', '.join(damaged)}")
+        raise OSError(f"damaged during the download: {', '.join(damaged)}")
     return sorted(jars)
 
 

@@ -1,4 +1,4 @@
-"""Ports of the loopback address: which are free, and who holds one that is not."""
+"""Ports of the loopback address: which are free, and which process holds one that is not."""
 
 from __future__ import annotations
 
@@ -44,12 +44,12 @@ def bindable(port: int) -> bool:
 
 
 def check_free(port: int) -> None:
-    """Raise `PortTaken`, naming the process that holds ``port`` where the system tells."""
+    """Raise `PortTaken` if ``port`` is not free, naming the process that holds it if the system reports it."""
     if bindable(port) and not answers(port):
         return
     raise PortTaken(
-        f"port {port} of {HOST} is held by {_holder(port)}: stop it, choose another with `--port` (0 takes a free "
-        f"one), or use what runs there with JOBLEDGER_BOOTSTRAP={HOST}:{port} if it is a Kafka broker"
+        f"port {port} of {HOST} is held by {_holder(port)}: stop it, choose another port with `--port` (0: a free "
+        f"port), or use the broker there with JOBLEDGER_BOOTSTRAP={HOST}:{port} if it is a Kafka broker"
     )
 
 
@@ -65,10 +65,10 @@ def _holder(port: int) -> str:
 
 
 def free_port(avoid: int = 0) -> int:
-    """A port nobody listens on, other than ``avoid``."""
+    """A free port other than ``avoid``."""
     for port in random.sample(FREE_PORTS, 200):
         if port != avoid and bindable(port) and not answers(port):
             return port
     raise PortTaken(
-        f"no free port was found between {FREE_PORTS.start} and {FREE_PORTS.stop - 1}: name one with `--port`"
+        f"no free port was found between {FREE_PORTS.start} and {FREE_PORTS.stop - 1}: choose one with `--port`"
     )

@@ -1,5 +1,5 @@
-"""Looks now and then whether topics still have the settings that promises rest on: whoever may alter a topic can change them
-while everything runs. Changes nothing; which settings they are says `jobledger.kafka.topology`."""
+"""Checks regularly whether topics still have the settings that promises depend on: a user who may alter a topic can
+change them at any time. Changes nothing; `jobledger.kafka.topology` defines these settings."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from jobledger.kafka.topology import broken_promises
 from jobledger.log import topic_settings
 from jobledger.names import Names
 
-#: Seconds between two looks.
+#: Seconds between two checks.
 LOOK_S = 60.0
 
 
 class TopicWatch(threading.Thread):
-    """A thread that looks at once and then every `LOOK_S` seconds, until it is closed.
+    """A thread that checks at once and then every `LOOK_S` seconds, until it is closed.
 
-    ``topics``: which ones, asked for at each look. ``others``: further problems that only its owner can see. ``problems``:
-    what the last look found, for people; each is logged as an error at each look.
+    ``topics``: returns the topics, called for each check. ``others``: returns further problems that only the owner can
+    see. ``problems``: the messages of the last check; each is logged as an error at each check.
     """
 
     def __init__(
@@ -39,7 +39,7 @@ class TopicWatch(threading.Thread):
         self.problems: tuple[str, ...] = ()
 
     def run(self) -> None:
-        """Look until closed."""
+        """Check until closed."""
         while True:
             try:
                 self.look()
@@ -49,7 +49,7 @@ class TopicWatch(threading.Thread):
                 return
 
     def look(self) -> None:
-        """Look once. A broker that is away, or refuses to tell, leaves `problems` as they were."""
+        """Check once. If a broker is unavailable, or refuses to answer, `problems` is not changed."""
         try:
             found = broken_promises(self._names, topic_settings(self._settings, self._topics()))
             found += self._others()
@@ -60,9 +60,9 @@ class TopicWatch(threading.Thread):
             self._log.error("%s", problem)
         for problem in self.problems:
             if problem not in found:
-                self._log.info("no longer so: %s", problem)
+                self._log.info("resolved: %s", problem)
         self.problems = tuple(found)
 
     def close(self) -> None:
-        """Look no more; returns at once."""
+        """Stop checking; returns at once."""
         self._closed.set()

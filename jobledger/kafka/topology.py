@@ -1,6 +1,6 @@
-"""Topics and groups as they should be, and how what there is differs from that: pure.
+"""The topics and groups that an app needs, and how the existing ones differ from that. Pure.
 
-`jobledger.kafka.topics` reads the cluster and carries a `Plan` out.
+`jobledger.kafka.topics` reads the cluster and carries out a `Plan`.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from typing import Any, Protocol
 from jobledger.errors import ConfigError
 from jobledger.names import Names, lane
 
-#: What a worker that died without a word costs its partitions, and how soon a rebalance step is taken. The broker's
-#: own defaults are 45 s and 5 s; its minimums win over these.
+#: After how many milliseconds a worker that died without leaving the group loses its partitions, and how often members
+#: take a rebalance step. The broker's own defaults are 45 s and 5 s; the broker's minimums override these values.
 SESSION_TIMEOUT_MS = 6_000
 HEARTBEAT_INTERVAL_MS = 1_000
 
@@ -22,9 +22,9 @@ HEARTBEAT_INTERVAL_MS = 1_000
 COMPACTED_SEGMENT_BYTES = 64 * 1024 * 1024
 
 
-#: One clock for delays, expiries and leases.
+#: The broker's clock is used for delays, expiries and leases.
 _CLOCK = {"message.timestamp.type": "LogAppendTime"}
-#: Trimmed by DeleteRecords once every reader is past a record, never by age or size.
+#: Records are deleted with DeleteRecords, after every reader has read them, never by age or size.
 _KEPT = {"cleanup.policy": "delete", "retention.ms": "-1", "retention.bytes": "-1"}
 _COMPACTED = {"cleanup.policy": "compact"}
 _WHY = {
@@ -36,7 +36,7 @@ _WHY = {
 
 
 class Growth(StrEnum):
-    """What may become of a topic's partition count once it exists."""
+    """How a topic's partition count may change once the topic exists."""
 
     GROWS = "grows"  # may be raised; keys move to other partitions
     AT_LEAST = "at-least"  # must not change, and more than asked for does no harm
@@ -56,7 +56,7 @@ class Step(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class TopicSpec:
-    """A topic as it should be. ``config`` is compared key by key; what it does not name is left to the cluster."""
+    """A topic as it should be. ``config`` is compared key by key; other settings are left to the cluster."""
 
     name: str
     partitions: int
@@ -68,7 +68,7 @@ class TopicSpec:
 
 @dataclass(frozen=True, slots=True)
 class GroupSpec:
-    """Settings of one consumer group that the broker hands to its members (KIP-848)."""
+    """Settings of one consumer group that the broker gives to its members (KIP-848)."""
 
     name: str
     config: Mapping[str, str]
@@ -76,9 +76,9 @@ class GroupSpec:
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """One line of a plan. ``config`` maps a setting to (what it is, what it shall be); ``reason`` explains a refusal.
+    """One line of a plan. ``config`` maps a setting to (current value, new value); ``reason`` explains a refusal.
 
-    ``partitions`` is (what there is, what there shall be), with 0 for a topic that is not there yet.
+    ``partitions`` is (current count, new count), with 0 for a topic that does not exist yet.
     """
 
     step: Step
@@ -92,7 +92,8 @@ class Change:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """The differences between the topics an app needs and those the cluster has, in the order they are applied."""
+    """The differences between the topics an app needs and those the cluster has, in the order in which they are
+    applied."""
 
     changes: tuple[Change, ...]
 
@@ -103,12 +104,12 @@ class Plan:
 
     @property
     def refused(self) -> tuple[Change, ...]:
-        """What will not be done, with the reasons; while there is one, `apply` does nothing."""
+        """Refused changes, with the reasons; if there is one, `apply` changes nothing."""
         return tuple(c for c in self.changes if c.step is Step.REFUSE)
 
     @property
     def advice(self) -> tuple[Change, ...]:
-        """What should be done by others, with the reasons."""
+        """Changes that the operator should make by other means, with the reasons."""
         return tuple(c for c in self.changes if c.step is Step.ADVISE)
 
     def as_dict(self) -> dict[str, Any]:
@@ -121,21 +122,21 @@ class Plan:
 
 
 class HasPartitions(Protocol):
-    """What has topics of its own. ``partitions`` None means the app's default."""
+    """An object with its own topics. ``partitions`` None means the app's default."""
 
     @property
     def partitions(self) -> int | None: ...
 
 
 class HasLevels(HasPartitions, Protocol):
-    """A queue, as far as its topics are concerned: one for each of its ``levels``."""
+    """A queue's topics: one for each of its ``levels``."""
 
     @property
     def levels(self) -> Sequence[str | None]: ...
 
 
 class HasTopic(HasPartitions, Protocol):
-    """A class of events, as far as its topic is concerned. ``foreign``: the topic is another program's business."""
+    """An event class's topic. ``foreign``: the topic belongs to another program."""
 
     @property
     def topic(self) -> str: ...
@@ -148,7 +149,7 @@ class HasTopic(HasPartitions, Protocol):
 
 
 class DeclaresTopics(Protocol):
-    """An app, as far as its topics are concerned."""
+    """The parts of an app that determine its topics."""
 
     @property
     def names(self) -> Names: ...
@@ -173,10 +174,10 @@ def desired(
 ) -> list[TopicSpec]:
     """Every topic that a namespace needs: pure.
 
-    ``queues``: partitions of each queue's work topic. ``events``: whose own topics are needed. ``partitions``: of
-    coordination, dead-letter and the coordinator's changelog, and the least that lifecycle gets. ``replication``:
-    copies of each partition; from three on, two must have a record before it is acknowledged. Raises
-    `ConfigError` for a count below 1.
+    ``queues``: partitions of each queue's work topic. ``events``: the classes whose own topics are needed.
+    ``partitions``: the partition count of coordination, dead-letter and the coordinator's changelog, and the minimum
+    for lifecycle. ``replication``: copies of each partition; with three or more, two copies must have a record before
+    it is acknowledged. Raises `ConfigError` for a count below 1.
     """
     for what, count in [("partitions", partitions), ("replication", replication), *_named(queues)]:
         if count < 1:
@@ -199,8 +200,8 @@ def desired(
             replication,
             kept,
             Growth.AT_LEAST,
-            "a job's facts lie in the partition that carries its work record's number, so lifecycle needs at least as "
-            "many partitions as the largest queue, and its count is settled when it is created",
+            "a job's facts are in the partition with the number of its work record's partition, so lifecycle needs at least as "
+            "many partitions as the largest queue, and its count is fixed when it is created",
         ),
         TopicSpec(
             names.coordination,
@@ -208,8 +209,8 @@ def desired(
             replication,
             kept,
             Growth.FIXED,
-            "schedules, locks and batches live in the partition of their key, and with another count every key would "
-            "move away from its own state",
+            "schedules, locks and batches are in the partition of their key, and with another count every key would "
+            "be in another partition than its state",
         ),
         TopicSpec(names.dead_letter, partitions, replication, kept),
         # One partition each: read to the end by every process at its start, and a tombstone must meet its record.
@@ -232,14 +233,14 @@ def _min_insync(copies: int) -> str:
 
 
 def changelog(names: Names) -> str:
-    """The changelog of the coordinator's table of schedules, under the name that Faust gives it."""
+    """The changelog of the coordinator's table of schedules, with the name that Faust gives it."""
     return f"{names.coordinator_group}-schedules-changelog"
 
 
 def broken_promises(names: Names, found: Mapping[str, Mapping[str, str | None]]) -> list[str]:
-    """What is wrong with the settings of topics, for people; ``found``: settings as they are, by topic: pure.
+    """Messages about topic settings that break a promise; ``found``: current settings, by topic: pure.
 
-    Only what promises rest on, of the namespace's own topics; a setting that is not known is not judged.
+    Checks only settings that promises depend on, of the namespace's own topics; unknown settings are skipped.
     """
     compacted = (names.control, names.schemas, changelog(names))
     kept = (names.lifecycle, names.coordination, names.dead_letter)
@@ -265,7 +266,7 @@ def lifecycle_too_small(topic: str, partitions: int, lifecycle: str, there: int)
     return (
         f"{topic} has {partitions} partitions and {lifecycle} only {there}: the facts of a job are written to the "
         f"lifecycle partition that has the number of its work record's. Raise it with `kafka-topics.sh --alter --topic {lifecycle} "
-        f"--partitions {partitions}` and start the workers again; partitions of {topic} cannot be taken away"
+        f"--partitions {partitions}` and start the workers again; partitions of {topic} cannot be removed"
     )
 
 
@@ -290,8 +291,8 @@ def wanted(app: DeclaresTopics, replication: int) -> tuple[list[TopicSpec], list
 def compare(
     spec: TopicSpec, partitions: int | None, config: Mapping[str, str | None], copies: int | None = None
 ) -> list[Change]:
-    """How one topic differs from its spec: pure. ``partitions`` None means that there is no such topic; ``copies``: of
-    the partition that has fewest, None if that is not known."""
+    """How one topic differs from its spec: pure. ``partitions`` None: the topic does not exist; ``copies``: the replica
+    count of its partition with the fewest, None if not known."""
     if partitions is None:
         return [
             Change(
@@ -312,7 +313,7 @@ def compare(
             changes.append(_refusal(spec, counts, spec.why_fixed))
     elif partitions > spec.partitions:
         if spec.growth is Growth.GROWS:
-            changes.append(_refusal(spec, counts, "Kafka cannot take partitions away"))
+            changes.append(_refusal(spec, counts, "Kafka cannot remove partitions"))
         elif spec.growth is Growth.FIXED:
             changes.append(_refusal(spec, counts, spec.why_fixed))
     wanted_config = dict(spec.config)
@@ -327,8 +328,8 @@ def compare(
                 "topic",
                 spec.name,
                 replication=copies,
-                reason=f"topic {spec.name!r} has {copies} of {spec.replication} copies: with a broker that is lost for good, "
-                "records are. Raise it with kafka-reassign-partitions.sh, or your vendor's way, and apply again; or say "
+                reason=f"topic {spec.name!r} has {copies} of {spec.replication} copies: if a broker is lost for good, "
+                "records are lost too. Raise the number with kafka-reassign-partitions.sh, or your vendor's tool, and apply again; or use "
                 f"--replication {copies}",
             )
         )
@@ -339,10 +340,10 @@ def compare(
 
 
 def beside(spec: TopicSpec, other: str) -> Change:
-    """The refusal of a topic that Kafka will not have beside ``other``, which is there: pure."""
+    """The refusal of a topic that Kafka does not allow next to the existing topic ``other``: pure."""
     reason = (
-        f"topic {spec.name!r} collides with {other!r}, which is there: Kafka takes '.' and '_' for the same in its metrics, "
-        "and has no two topics whose names differ in these only. Choose another namespace, queue or event name"
+        f"topic {spec.name!r} collides with {other!r}, which exists: Kafka's metrics do not distinguish '.' and '_', "
+        "so Kafka refuses two topics whose names differ only in these. Choose another namespace, queue or event name"
     )
     return Change(Step.REFUSE, "topic", spec.name, partitions=(0, spec.partitions), reason=reason)
 
@@ -357,7 +358,7 @@ def queue_partitions(app: DeclaresTopics) -> dict[str, int]:
 
 
 def within_bounds(config: Mapping[str, str], broker: Mapping[str, str | None]) -> dict[str, str]:
-    """Group settings, moved into what the broker allows (``group.consumer.min.*`` and ``max.*``): pure."""
+    """Group settings, changed to values that the broker allows (``group.consumer.min.*`` and ``max.*``): pure."""
     fitted: dict[str, str] = {}
     for key, value in config.items():
         number, setting = int(value), key.removeprefix("consumer.")
@@ -377,8 +378,8 @@ def _named(queues: Mapping[str, int]) -> list[tuple[str, int]]:
 def _refusal(spec: TopicSpec, counts: tuple[int, int], why: str) -> Change:
     there, wanted = counts
     reason = (
-        f"topic {spec.name!r} has {there} partitions and the app asks for {wanted}: {why}. Declare what is there, "
-        "or begin a new namespace (a new queue, for a queue's topic) and let the old one drain."
+        f"topic {spec.name!r} has {there} partitions and the app asks for {wanted}: {why}. Declare the existing count, "
+        "or use a new namespace (a new queue, for a queue's topic) and let the old one drain."
     )
     return Change(Step.REFUSE, "topic", spec.name, partitions=counts, reason=reason)
 

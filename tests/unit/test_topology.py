@@ -122,7 +122,7 @@ def test_a_queue_does_not_shrink() -> None:
     spec = specs(default=2)["shop.jobs.default"]
     (change,) = compare(spec, 4, spec.config)
     assert change.step is Step.REFUSE
-    assert "has 4 partitions and the app asks for 2: Kafka cannot take partitions away" in change.reason
+    assert "has 4 partitions and the app asks for 2: Kafka cannot remove partitions" in change.reason
 
 
 @pytest.mark.parametrize(
