@@ -237,7 +237,7 @@ class Backfill:
                 continue
             if refused:
                 where = f"{message.topic()}[{message.partition()}]@{message.offset()}"
-                raise ConfigError(f"{where}: {refused[0]}: mend it, and run the backfill again")
+                raise ConfigError(f"{where}: {refused[0]}: fix it, and run the backfill again")
             if not jobs:
                 continue
             ((job_id, record),) = jobs
@@ -249,8 +249,8 @@ class Backfill:
                 batch.send(message, record)
         for message, record in batch.settle():
             raise JobledgerError(
-                f"the job of {message.topic()}[{message.partition()}]@{message.offset()} makes a record of "
-                f"{len(record.value or b'')} bytes, above what {record.topic} takes (max.message.bytes): raise it and go on"
+                f"the job of {message.topic()}[{message.partition()}]@{message.offset()} has a record of "
+                f"{len(record.value or b'')} bytes, above what {record.topic} accepts (max.message.bytes): raise the limit and continue"
             )
 
     def _save(self, consumer: Consumer, ranges: dict[int, Range], at: dict[int, int]) -> None:

@@ -331,7 +331,7 @@ def run_child(registry: Registry, connection: socket.socket, errors: int) -> Non
     except (BrokenPipeError, ConnectionResetError):
         status = 0  # the worker is gone, and nobody is left to be told
     except BaseException:
-        LOG.exception("a child process broke")
+        LOG.exception("a child process failed")
     finally:
         with contextlib.suppress(Exception):
             logging.shutdown()

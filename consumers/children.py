@@ -213,7 +213,7 @@ class Children:
         try:
             self._nursery.fork(child)
         except OSError as exc:
-            LOG.warning("no child process could be asked for: %s; it is tried again", exc)
+            LOG.warning("a child process could not be requested: %s; retrying", exc)
             self._loop.call_later(AGAIN_S, self._more)
             return
         self._all.add(child)

@@ -73,7 +73,9 @@ class Committer:
                 clean = final and not left and partition.offsets.settled
                 snapshot = partition.offsets.snapshot(clean=clean)
             if snapshot is None:
-                LOG.warning("%r: the completion map does not fit; its last commit stands", partition)
+                LOG.warning(
+                    "%r: the completion map is too large for a commit; the last commit remains valid", partition
+                )
             else:
                 taken.append((partition, snapshot))
         return self.commit_snapshots(taken)

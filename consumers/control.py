@@ -115,7 +115,7 @@ class ControlReader(threading.Thread):
         except KafkaException as exc:
             self._fail(translate(exc.args[0], self._settings, f"reading {self._topic}", read(self._topic)))
         except Exception as exc:
-            LOG.exception("the reader of the control topic broke")
+            LOG.exception("the reader of the control topic failed")
             self._fail(JobledgerError(f"the reader of {self._topic} broke: {exc!r}"))
         finally:
             if self._consumer is not None:
@@ -166,7 +166,7 @@ class ControlReader(threading.Thread):
             raise JobledgerError(f"{self._topic}@{message.offset()}: {exc}") from exc
         except SchemaError as exc:
             # An order that cannot be read would not be obeyed by a restart either: say it, and go on.
-            LOG.error("%s@%s is no order that this worker can read: %s", self._topic, message.offset(), exc)
+            LOG.error("%s@%s is not a command that this worker can read: %s", self._topic, message.offset(), exc)
             return
         if changed == "gates":
             self._regated()

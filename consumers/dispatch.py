@@ -496,7 +496,7 @@ class Dispatcher:
         if isinstance(exc, JobledgerError):
             self.fail(exc)
         else:
-            LOG.error("the dispatcher broke", exc_info=exc)
+            LOG.error("the dispatcher failed", exc_info=exc)
             self.fail(JobledgerError(f"the dispatcher broke: {exc!r}"))
 
     def take_no_more(self) -> None:

@@ -154,7 +154,7 @@ class Fetcher(threading.Thread):
         except KafkaException as exc:
             self._fail(self._translated(exc.args[0]))
         except Exception as exc:
-            LOG.exception("the fetch thread of queue %s broke", self.queue)
+            LOG.exception("the fetch thread of queue %s failed", self.queue)
             self._fail(JobledgerError(f"the fetch thread of queue {self.queue!r} broke: {exc!r}"))
         finally:
             try:

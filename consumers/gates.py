@@ -255,7 +255,7 @@ class AdaptiveGate:
 
     def describe(self) -> str:
         """See `Scope.describe`."""
-        return f"{self.name}: {int(self.limit)} at once in a worker, by how what it calls answers"
+        return f"{self.name}: {int(self.limit)} at once in a worker, adapted to latency and errors"
 
     def passes_in(self, waiting: int) -> float:
         """See `Scope.passes_in`."""

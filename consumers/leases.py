@@ -159,8 +159,8 @@ class Leases:
         """Nobody has heard of us for as long as the lease holds: the job may run elsewhere by now."""
         assert work.event is not None
         LOG.warning(
-            "the lease of job %s (%s) is over: it was not renewed in time. What runs of it here is told to end, and what it "
-            "comes to is dropped",
+            "the lease of job %s (%s) is over: it was not renewed in time. Its code here is told to stop, and its "
+            "outcome is dropped",
             work.event.job_id,
             work.event.task,
         )

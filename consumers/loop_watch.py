@@ -156,7 +156,7 @@ class LoopWatch(threading.Thread):
             if self._tell(work, late):
                 told.add(work)
         except Exception:
-            LOG.exception("what blocks the event loop could not be found out")
+            LOG.exception("the code that blocks the event loop could not be determined")
             told.add(work)
 
     def _tell(self, work: Work | None, late: float) -> bool:

@@ -214,7 +214,7 @@ class NurseryLink:
         if not self._ready:
             self._loop.call_later(0.2, self._give_up, code)  # its last words may still be on their way
             return
-        LOG.error("the process that children are forked from ended with %s; it is started again", code)
+        LOG.error("the process from which children are forked ended with %s; it is restarted", code)
         self._loop.call_later(self._again_s, self._start_again)
         self._again_s = min(AGAIN_MOST_S, self._again_s * 2)
 
@@ -230,7 +230,7 @@ class NurseryLink:
         try:
             self.start()
         except OSError as exc:
-            LOG.error("the process that children are forked from could not be started: %s; it is tried again", exc)
+            LOG.error("the process from which children are forked could not be started: %s; retrying", exc)
             self._loop.call_later(self._again_s, self._start_again)
             return
         self._tell.again()

@@ -166,7 +166,7 @@ class Batch:
                 elif error.fatal() or tries >= RESENDS:
                     raise BrokerUnavailable(
                         f"a record for {record.topic} could not be delivered ({error.str()}; sent {tries + 1} times): "
-                        f"{self._address} does not take it. Its event was not committed; the next router takes it up"
+                        f"{self._address} does not accept it. Its event was not committed; the next router handles it again"
                     )
                 else:
                     self._send(origin, record, tries + 1, alone=alone)
@@ -337,7 +337,7 @@ class Router:
             self._reject(batch, message, f"{why} (max.message.bytes)")
         if batch.settle():  # dead letters
             raise PayloadTooLarge(
-                f"{self.names.dead_letter} takes less (max.message.bytes) than the topics of events: raise it"
+                f"{self.names.dead_letter} accepts smaller records (max.message.bytes) than the topics of events: raise the limit"
             )
         self.jobs += routed
         self.partitions.update(ends)
@@ -347,7 +347,7 @@ class Router:
         limit, size = self.settings.max_record_bytes, len(record.value or b"")
         if size <= limit:
             return None
-        return f"its job makes a record of {size} bytes, above the limit of {limit} bytes (JOBLEDGER_MAX_RECORD_BYTES)"
+        return f"its job has a record of {size} bytes, above the limit of {limit} bytes (JOBLEDGER_MAX_RECORD_BYTES)"
 
     def _reject(self, batch: Batch, message: Message, why: str) -> None:
         self.rejected += 1

@@ -124,7 +124,7 @@ class Sender:
             framed = value if self._framing is None else self._framing.framed(topic, value)
             self._alone.produce(topic, framed, key, partition, delivered)
         except BufferError:
-            raise BrokerUnavailable(f"the send queue for single records is full: {topic} takes nothing") from None
+            raise BrokerUnavailable(f"the send queue for single records is full: {topic} accepts no records") from None
         except KafkaException as exc:
             raise self.failed(exc.args[0], topic) from exc
 

@@ -210,7 +210,7 @@ class Settler(threading.Thread):
                     self._sender.hurry()
                 self.tick()
         except Exception as exc:
-            LOG.exception("the settler broke")
+            LOG.exception("the settler failed")
             self._fail(JobledgerError(f"the worker's settler broke: {exc!r}"))
 
     def tick(self) -> None:

@@ -118,7 +118,7 @@ class Takeover(threading.Thread):
         except KafkaException as exc:
             self._fail(translate(exc.args[0], self._settings, "taking partitions over"))
         except Exception as exc:
-            LOG.exception("taking partitions over broke")
+            LOG.exception("the takeover of partitions failed")
             self._fail(JobledgerError(f"taking partitions over broke: {exc!r}"))
         finally:
             self._log.close()

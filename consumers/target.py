@@ -30,7 +30,7 @@ def find_target(registry: Registry) -> str:
                 if path is not None:
                     return f"{Path(path).absolute()}:{attribute}"
     raise ConfigError(
-        f"app {registry.names.namespace!r} is no variable of a module, so a child process cannot import it: put it and its "
+        f"app {registry.names.namespace!r} is not a variable of a module, so a child process cannot import it: put it and its "
         "tasks at the top level of one"
     )
 

@@ -66,7 +66,11 @@ class Teller(threading.Thread):
             return
         if self._todo.qsize() > MOST:
             if not self.dropped:
-                LOG.error("%d outcomes wait for %s: hooks are too slow, and are not told of more", MOST, hooks[0].said)
+                LOG.error(
+                    "%d outcomes wait for %s: the hooks are too slow, and are not called for further outcomes",
+                    MOST,
+                    hooks[0].said,
+                )
             self.dropped += 1
             return
         job = self._context_of(work, reports=False)

@@ -94,7 +94,7 @@ class Worker:
     ) -> None:
         if nursery.IMPORTING:
             raise ConfigError(
-                "a worker is made while its app is imported for child processes: let the script make it under "
+                "a worker is created while its app is imported for child processes: create it under "
                 "`if __name__ == '__main__':`"
             )
         greenlets.refuse("a worker")
@@ -476,7 +476,7 @@ class Worker:
         if self._isolated():
             self.fail(error)
         else:
-            LOG.warning("%s\nJobs that may have taken a worker down are run beside the others", error)
+            LOG.warning("%s\nJobs that may have crashed a worker run beside the others", error)
 
     def _find_target(self) -> str | None:
         if os.name != "posix":

@@ -293,7 +293,7 @@ class Cycle:
             async with asyncio.timeout(self._options.session_timeout * 0.8), self._changed:
                 await self._changed.wait_for(lambda: self._under_way == 0)
         except TimeoutError:
-            LOG.warning("the partitions are given back before %d events were dealt with", self._under_way)
+            LOG.warning("the partitions are given back before %d events were handled", self._under_way)
         self._ownership.moved()
 
     async def finish(self, seconds: float) -> None:
@@ -306,7 +306,7 @@ class Cycle:
             async with asyncio.timeout(seconds), self._changed:
                 await self._changed.wait_for(lambda: self._under_way == 0)
         except TimeoutError:
-            LOG.warning("%d events were not dealt with within %g s; the next start does it", self._under_way, seconds)
+            LOG.warning("%d events were not handled within %g s; the next start handles them", self._under_way, seconds)
 
     async def rebuild(self) -> None:
         """The table is restored, streams stand still: set up timers, floors, barriers for the partitions owned now."""

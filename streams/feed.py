@@ -163,7 +163,7 @@ class Feed:
             if place in self._assigned:
                 low, high = bounds(self._settings, [place])[place]
                 LOG.error(
-                    "%s[%d] has no longer what was to be read next (%s): going on at its start, offset %d of %d. Was "
+                    "%s[%d]: the next records to read are gone (%s): continuing at its start, offset %d of %d. Was "
                     "the topic deleted or trimmed by hand?",
                     *(*place, error.str(), low, high),
                 )
@@ -257,5 +257,5 @@ def read_until(feed: Feed, ends: Mapping[Partition, int], most: int, stall: floa
             yield [m for m in messages if (m.offset() or 0) < ends[(m.topic() or "", m.partition() or 0)]]
         elif time.monotonic() - last > stall:
             left = ", ".join(f"{topic}[{partition}]" for topic, partition in sorted(feed.assigned))
-            raise BrokerUnavailable(f"nothing came for {stall:g} s, and not all was read of {left}")
+            raise BrokerUnavailable(f"no record arrived for {stall:g} s, and {left} is not read to its end")
         feed.drop(feed.passed(ends))

@@ -50,8 +50,8 @@ def failed(projection: Projection, what: str, at: Position, why: str | BaseExcep
     """The error of a projection's own code, or of what that has made, naming the record at which it came."""
     said = why if isinstance(why, str) else f"{type_of(why)}: {text_of(why)}"
     return JobledgerError(
-        f"projection {projection.name}: its {what} failed at {at} ({said}); nothing of the batch was written. Mend it and "
-        "start again: it continues there"
+        f"projection {projection.name}: its {what} failed at {at} ({said}); nothing of the batch was written. Fix it and "
+        "start again: folding continues there"
     )
 
 
@@ -104,7 +104,7 @@ class Reading:
                 raise UnknownFact(exc.fact, f"{where} carries the fact {exc.fact!r}: upgrade this projection") from exc
             except (SchemaError, BadEvent, ValueError) as exc:
                 self.unreadable += 1
-                LOG.error("%s is passed over by %s: %s", where, projection.name, exc)
+                LOG.error("%s is skipped by %s: %s", where, projection.name, exc)
                 continue
             key = self._key(found, where)
             if key is not None:
@@ -120,7 +120,7 @@ class Reading:
         except PERSONS as exc:
             raise failed(self._projection, "key=", where, exc) from exc
         if len(key) != len(self._columns):
-            raise failed(self._projection, "key=", where, f"{key!r} is no key of {', '.join(self._columns)}")
+            raise failed(self._projection, "key=", where, f"{key!r} is not a key of {', '.join(self._columns)}")
         return key
 
 
@@ -204,7 +204,7 @@ class Folding:
                         self._projection,
                         "key=",
                         at[some[0]],
-                        f"the database keeps one of {len(some)} keys like {some[0]!r} as {key!r}: give keys of the types of "
+                        f"the database stores one of {len(some)} keys like {some[0]!r} as {key!r}: give keys of the types of "
                         f"{', '.join(map(repr, self._keys))}",
                     )
                 found[key] = dict(row)

@@ -69,7 +69,7 @@ class Intake:
                 raise UnknownFact(
                     exc.fact,
                     f"{_where(message)} carries the fact {exc.fact!r}, which this coordinator does not know and must not "
-                    "pass: upgrade this coordinator",
+                    "skip: upgrade this coordinator",
                 ) from exc
             except RegistryNeeded as exc:
                 raise RegistryNeeded(f"{_where(message)}: {exc}") from exc

@@ -48,9 +48,9 @@ class ClientCredentials(AbstractTokenProvider):  # type: ignore[misc]  # aiokafk
     def __init__(self, kafka: Mapping[str, str]) -> None:
         if kafka.get(_METHOD, "default").lower() != "oidc":
             raise ConfigError(
-                f"{setting('sasl.mechanism')}=OAUTHBEARER works with {setting(_METHOD)}=oidc alone, with a client id and "
-                "secret at a token endpoint: a token of another origin, as AWS MSK's IAM signs them, has no way in by "
-                "settings. Use SASL/SCRAM or mutual TLS there"
+                f"{setting('sasl.mechanism')}=OAUTHBEARER works only with {setting(_METHOD)}=oidc, a client id and a "
+                "secret at a token endpoint. Tokens of another origin, such as AWS MSK's IAM, are not supported: "
+                "use SASL/SCRAM or mutual TLS there"
             )
         for name in (_URL, _ID, _SECRET):
             if not kafka.get(name):

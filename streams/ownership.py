@@ -60,7 +60,7 @@ class Ownership:
         gap = max(abs(b - a) for a, b in zip(self._last_beat, now, strict=True))
         self._last_beat = now
         if gap > GAP:
-            LOG.warning("this process stood still for %.1f s: nothing is sent until the group confirms it", gap)
+            LOG.warning("this process was paused for %.1f s: nothing is sent until the group confirms it", gap)
             self._doubted = True
             self._on_gap()
 

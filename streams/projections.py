@@ -274,8 +274,8 @@ class Runner:
     def _went_back(self, place: Place, known: int, now: str) -> JobledgerError:
         name = self.projection.name
         return JobledgerError(
-            f"projection {name} was folded up to offset {known} of {place[0]}[{place[1]}], which now {now}: the topic was cut "
-            f"or recreated. Nothing was folded twice; `jobledger projections rebuild MODULE:APP {name}` folds what is there now"
+            f"projection {name} was folded up to offset {known} of {place[0]}[{place[1]}], which now {now}: the topic was truncated "
+            f"or recreated. Nothing was folded twice; `jobledger projections rebuild MODULE:APP {name}` folds the current records"
         )
 
     def _trimmed(self, places: Iterable[Place]) -> list[str]:
@@ -357,8 +357,8 @@ class Runner:
         if trimmed:
             raise JobledgerError(
                 f"rebuild of projection {self.projection.name}: the log was trimmed ({'; '.join(trimmed)}), so the table "
-                "would lose what is gone there; nothing has changed. --from-what-is-left (from_what_is_left=True) folds "
-                "what is left all the same"
+                "would lose the rows of trimmed records; nothing has changed. Use --from-what-is-left (from_what_is_left=True) to "
+                "fold the rest anyway"
             )
 
     @contextmanager

@@ -160,7 +160,7 @@ class Materializer:
                 try:
                     self._write(store, stop)
                 except CommitUnknown as exc:
-                    LOG.warning("%s; reading on from its offsets", exc)
+                    LOG.warning("%s; continuing from its offsets", exc)
                     going = not stop.is_set()
         finally:
             self._topics.close()

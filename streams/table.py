@@ -172,8 +172,8 @@ class Table:
         floor = Floor(partition, self.floor(partition), last + 1)
         LOG.error(
             "partition %d of the coordination topic ends at %d, and the coordinator's table is ahead of it by %d records: "
-            "the topic was recreated, or lost its end. Every event in it is taken for a new one, so releases of the last "
-            "minutes may be repeated; what only the lost records said is gone",
+            "the topic was recreated, or lost its end. Every event in it is treated as new, so releases of the last "
+            "minutes may be repeated; information that was only in the lost records is lost",
             *(partition, end, last - self.at(partition, end) + 1),
         )
         await self._write([(partition, floor_key(partition), encode_row(floor))])

@@ -50,7 +50,9 @@ class WorkTopics:
         limit = self._known.get(topic)
         if limit is None or size <= limit:
             return None
-        return f"its release makes {size} bytes, above the {limit} that {topic} takes (max.message.bytes): raise it"
+        return (
+            f"its release has {size} bytes, above the {limit} that {topic} accepts (max.message.bytes): raise the limit"
+        )
 
     def wait_for(self, lane: str) -> float:
         """Seconds until a lane whose topic is missing should be tried again; 0 for any other."""
@@ -76,10 +78,10 @@ class WorkTopics:
             limit = await asyncio.get_running_loop().run_in_executor(None, self._ask, topic)
         except (TopicMissing, BrokerUnavailable) as exc:
             self._missing[topic] = (time.monotonic() + pause, min(pause * 2, RETRY_MOST))
-            LOG.error("releases are held back until their topic is there: %s", exc)
+            LOG.error("releases are held back until their topic exists: %s", exc)
             return False
         if self._missing.pop(topic, None) is not None:
-            LOG.warning("%s is there now: releases to it go on", topic)
+            LOG.warning("%s exists now: releases to it continue", topic)
         self._known[topic] = limit
         return True
 

@@ -100,8 +100,8 @@ class Address:
             return StoreError(f"{head}: there is no such database; {_MISSING_DATABASE} ({said})")
         if isinstance(cause, errors.InsufficientPrivilege):
             return StoreError(
-                f"{head} by user {self.user!r}: {said}. Whoever runs `jobledger streams` must own the schema "
-                f"{self.schema!r} (CREATE SCHEMA … AUTHORIZATION, or GRANT CREATE ON DATABASE); who only asks needs "
+                f"{head} by user {self.user!r}: {said}. The user of `jobledger streams` must own the schema "
+                f"{self.schema!r} (CREATE SCHEMA … AUTHORIZATION, or GRANT CREATE ON DATABASE); a user who only reads needs "
                 "USAGE on it and SELECT on its tables"
             )
         if isinstance(cause, errors.ReadOnlySqlTransaction):
@@ -112,7 +112,7 @@ class Address:
         if isinstance(cause, errors.LockNotAvailable):
             return StoreUnavailable(
                 f"{head}: another session holds a lock on its tables and did not release it in time ({said}). "
-                "pg_locks and pg_stat_activity show which one; a transaction that was left open?"
+                "pg_locks and pg_stat_activity show which one: it may be a transaction that was left open"
             )
         if isinstance(cause, errors.QueryCanceled):
             return StoreTooSlow(
@@ -153,7 +153,7 @@ def _is_away(exc: BaseException, cause: BaseException) -> bool:
 def _unusable(url: str) -> ConfigError:
     return ConfigError(
         f"JOBLEDGER_STATUS_URL={shown(url)!r} names no database: write postgresql://user:password@host/database, with "
-        "signs other than letters and digits in the password as %40 and the like"
+        "characters other than letters and digits in the password percent-encoded, such as %40"
     )
 
 

@@ -138,8 +138,8 @@ class PostgresStore(SqlStore):
         found = _offsets(db)
         if found != self._left:
             raise CommitUnknown(
-                f"the status table in {self._address.place} is not where this writer left it: the connection broke in a "
-                "commit, or a crash of the server took the last ones away"
+                f"the status table in {self._address.place} differs from what this writer committed: the connection broke in a "
+                "commit, or a crash of the server undid the last commits"
             )
 
     @contextmanager
@@ -205,7 +205,7 @@ class PostgresStore(SqlStore):
         ((encoding,),) = self._run("SHOW server_encoding").fetchall()
         if encoding != "UTF8":
             raise StoreError(
-                f"{self._address.place} is encoded in {encoding}, which cannot hold every text: make one with "
+                f"{self._address.place} is encoded in {encoding}, which cannot store every text: create a database with "
                 "`createdb --encoding=UTF8 --template=template0`"
             )
         db, dialect = self._connected(), postgresql.dialect()  # type: ignore[no-untyped-call]  # it bears no types
@@ -318,7 +318,7 @@ class PostgresStore(SqlStore):
                 with self._transaction():
                     self._connected().execute(gone)
             except StoreError as exc:
-                LOG.warning("schema %s is left behind; the next rebuild takes it away: %s", schema, exc)
+                LOG.warning("schema %s could not be dropped; the next rebuild drops it: %s", schema, exc)
 
     def replace_with(self, other: Self) -> None:
         """Take over everything that ``other`` holds, in one transaction; readers see either or.
@@ -359,8 +359,8 @@ class PostgresStore(SqlStore):
                     db.execute(sql.SQL("DROP TABLE {}").format(here))
                 except errors.DependentObjectsStillExist as exc:
                     raise StoreError(
-                        f"the status table {self.url} is not replaced, for {exc.diag.message_detail}. Drop that, rebuild, "
-                        "and make it again"
+                        f"the status table {self.url} is not replaced, for {exc.diag.message_detail}. Drop that object, rebuild, "
+                        "and create it again"
                     ) from exc
                 db.execute(
                     sql.SQL("ALTER TABLE {} SET SCHEMA {}").format(there, sql.Identifier(self.schema)),

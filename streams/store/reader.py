@@ -295,7 +295,7 @@ class _Reading:
 def not_found(url: str) -> StoreNotFound:
     """The error for a status table that is not there yet."""
     return StoreNotFound(
-        f"there is no status table at {shown(url)} yet: `jobledger streams MODULE:APP` makes one; if it runs, look whether "
+        f"there is no status table at {shown(url)} yet: `jobledger streams MODULE:APP` creates it; if that is running, check that "
         "JOBLEDGER_STATUS_URL is the same there and here"
     )
 
@@ -303,7 +303,7 @@ def not_found(url: str) -> StoreNotFound:
 def foreign(url: str) -> StoreError:
     """The error for a database that holds tables, and none of ours."""
     return StoreError(
-        f"{shown(url)} is a database of something else: it has no table 'meta'. Set JOBLEDGER_STATUS_URL to a place of its own"
+        f"{shown(url)} is a database of something else: it has no table 'meta'. Set JOBLEDGER_STATUS_URL to a separate database"
     )
 
 
@@ -313,12 +313,12 @@ def judge(found: dict[str, str], url: str, namespace: str) -> None:
     if version != str(SCHEMA_VERSION):
         raise StoreError(
             f"{url} has schema version {version}, this Jobledger has {SCHEMA_VERSION}: set JOBLEDGER_STATUS_URL to a "
-            "new place and the table is rebuilt from the log"
+            "new address, and the table is rebuilt from the log"
         )
     if found.get("namespace") != namespace:
         raise StoreError(
             f"{url} is the status table of namespace {found.get('namespace')!r}, not of {namespace!r}: "
-            "set JOBLEDGER_STATUS_URL to a place of its own"
+            "set JOBLEDGER_STATUS_URL to a separate database"
         )
 
 

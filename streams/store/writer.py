@@ -153,7 +153,7 @@ class SqlStore(ABC):
         """The beginning of every transaction of a writer: none but the lease's holder gets past it."""
         if self._epoch is None:
             raise LeaseLost(
-                f"the lease of the status table {self.url} is not held here: it was given back, or never taken"
+                f"the lease of the status table {self.url} is not held by this materializer: it was given back, or never acquired"
             )
         now, at = self._now()
         mine = self._run(
@@ -164,7 +164,7 @@ class SqlStore(ABC):
             epoch, holder = self._run("SELECT epoch, holder FROM lease").fetchone()
             raise LeaseLost(
                 f"the status table {self.url} is written by {holder or 'another materializer'} now (epoch {epoch}, "
-                f"this one had {self._epoch}); this one stops, and may be started again to stand by"
+                f"this one had {self._epoch}); this one stops, and can be started again as a standby"
             )
 
     def _mine(self) -> tuple[int | None, str]:

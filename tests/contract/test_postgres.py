@@ -293,7 +293,7 @@ def test_a_table_that_is_not_where_it_was_left_is_noticed(postgres: Databases, u
         with pytest.raises(StoreUnavailable):
             store.write(Changes(offsets={("t", 0): 6}))
         for act in (lambda: store.write(Changes(offsets={("t", 0): 6})), store.renew, lambda: store.load(["a"])):
-            with pytest.raises(CommitUnknown, match="not where this writer left it"):
+            with pytest.raises(CommitUnknown, match="differs from what this writer committed"):
                 act()
         assert store.offsets() == ({} if found is None else {("t", 0): found})
         store.write(Changes(offsets={("t", 0): 6}))

@@ -394,7 +394,7 @@ def test_what_a_projections_own_code_does_wrong_is_said_with_its_record(app: App
     cases: list[tuple[Any, Any, Table, str]] = [
         (leaves, of_user, table, r"its fold failed at \S+Happened\[\d\]@\d+ \(SystemExit: 0"),
         (timed, broken, table, r"its key= failed at \S+Happened\[\d\]@\d+ \(KeyError: 'who'"),
-        (timed, lambda event: (event.user, 1), table, r"its key= failed at \S+@\d+ .* is no key of user"),
+        (timed, lambda event: (event.user, 1), table, r"its key= failed at \S+@\d+ .* is not a key of user"),
         (timed, lambda event: [event.user], table, r"its key= failed at \S+@\d+ .*unhashable"),
     ]
     if str(app.settings.status_url).startswith("sqlite"):  # the driver of PostgreSQL takes text for any type

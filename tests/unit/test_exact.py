@@ -225,7 +225,11 @@ def test_what_would_arrive_as_something_else_is_refused_by_its_path(annotation: 
         (list[Item], [{"sku": "a", "pricce": 2}], r"x\[0\]: 'pricce'"),
         (dict[str, Item], {"k": {"sku": "a", "pricce": 2}}, r"x\['k'\]: 'pricce'"),
         (Item | None, {"sku": "a", "pricce": 2}, "'pricce'"),
-        (Line, {"itemCode": "a", "item_code": "b"}, r"'item_code' is not a field of Line, which has type, itemCode, due"),
+        (
+            Line,
+            {"itemCode": "a", "item_code": "b"},
+            r"'item_code' is not a field of Line, which has type, itemCode, due",
+        ),
         (Extra, {"note": "a", "nott": "b"}, "'nott'"),
         (Extra, {"item": {"sku": "a", "pricce": 2}}, r"x\['item'\]: 'pricce'"),
     ],
