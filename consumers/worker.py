@@ -476,7 +476,7 @@ class Worker:
         if self._isolated():
             self.fail(error)
         else:
-            LOG.warning("%s\nJobs that may have crashed a worker run beside the others", error)
+            LOG.warning("%s\nJobs that may have crashed a worker run in this process, beside other jobs", error)
 
     def _find_target(self) -> str | None:
         if os.name != "posix":

@@ -327,8 +327,8 @@ class Upkeep:
             behind = sorted(place for place in aged if read[place] < aged[place])
             if behind:
                 LOG.warning(
-                    "trimming waits for %s, which has not read the records past the retention age on %d partitions, on %s[%d] "
-                    "from %d on. Run it; or, if it no longer exists, see docs/how-to.md, keep the log from growing",
+                    "trimming waits for %s: it has not read the records past the retention age on %d partitions (the first: "
+                    "%s[%d] from offset %d on). Run it; or, if it no longer exists, see docs/how-to.md, keep the log from growing",
                     who, len(behind), *behind[0], read[behind[0]],
                 )  # fmt: skip
             yield read
