@@ -1,11 +1,12 @@
-"""Bytes ↔ events. fastavro encodes and decodes every event; framing, types and schema lookup are ours.
+"""Bytes ↔ events. fastavro encodes and decodes every event; framing, types and schema lookup are Jobledger's.
 
-Framing without a registry is Avro single-object encoding: ``C3 01``, the CRC-64-AVRO fingerprint of the writer's schema
-in little endian, the datum (Avro specification, "Single-object encoding"). `encode` writes this form; with a Schema
-Registry the senders put the Confluent frame in its place (`jobledger.wire`). Both are read at any time.
+Without a registry the framing is Avro single-object encoding: ``C3 01``, the CRC-64-AVRO fingerprint of the writer's
+schema in little endian, the datum (Avro specification, "Single-object encoding"). `encode` writes this form; with a
+Schema Registry the senders replace its head with the Confluent frame (`jobledger.wire`). Readers accept both at any
+time.
 
-Reading resolves by the writer's schema: fields this version does not know are dropped, fields the writer did not know
-take their defaults, and a fact this version does not know raises `UnknownFact` with its name.
+Reading resolves by the writer's schema: fields that this version does not know are dropped, fields that the writer did
+not know get their defaults, and a fact that this version does not know raises `UnknownFact` with its name.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from jobledger.schemas import frame
 MAGIC = b"\xc3\x01"
 _HEAD = 10  # magic and fingerprint
 
-#: The published text of the writer's schema.
+#: The text of this version's schema, as it is published.
 SCHEMA_TEXT: str = files("jobledger.schemas").joinpath("job_event.avsc").read_text(encoding="utf-8")
 
 _FACTS: dict[str, type[Any]] = {"jobledger." + cls.__name__: cls for cls in ev.Fact.__args__}
@@ -37,7 +38,7 @@ _HAS_SPEC = frozenset(c for c in _FACTS.values() if "spec" in c.__struct_fields_
 _HAS_ERROR_INFO = frozenset({ev.JobRetried, ev.JobFailed, ev.DeadLettered})
 
 _asdict = msgspec.structs.asdict
-#: How the body of a plain `JobSubmitted` ends: no tags, parent, expiry (two ways), priority, delay, due time.
+#: The end of a plain `JobSubmitted`'s body: no tags, parent, expiry (two fields), priority, delay, due time.
 PLAIN_END = b"\0" * 7
 _JobEvent, _JobSpec, _ErrorInfo = ev.JobEvent, ev.JobSpec, ev.ErrorInfo
 
@@ -45,7 +46,7 @@ _JobEvent, _JobSpec, _ErrorInfo = ev.JobEvent, ev.JobSpec, ev.ErrorInfo
 def fingerprint(schema_text: str) -> bytes:
     """The 8-byte little-endian CRC-64-AVRO fingerprint of a schema's parsing canonical form.
 
-    Raises `SchemaError` if the text is no Avro schema.
+    Raises `SchemaError` if the text is not an Avro schema.
     """
     try:
         canonical = fastavro.schema.to_parsing_canonical_form(json.loads(schema_text))
@@ -80,7 +81,7 @@ def _records(node: Any) -> list[Any]:
 
 
 def _inlined(record: Any, named: Mapping[str, Any]) -> Any:
-    """``record`` with references by name replaced by their definitions: it must stand alone."""
+    """``record`` with references by name replaced by their definitions, so that it can be used alone."""
     fields = [
         {**f, "type": named.get(f["type"], f["type"]) if isinstance(f["type"], str) else f["type"]}
         for f in record["fields"]
@@ -94,9 +95,10 @@ _PREFIX = MAGIC + FINGERPRINT
 
 
 def _pieces() -> tuple[Any, dict[type[Any], int], dict[type[Any], Any]]:
-    """The schema cut where Avro cuts its bytes: a record is its fields one after the other, a union is the branch index
-    and then the datum. So numbers, names, branch and fact can be encoded apart, and what repeats from event to event is
-    encoded once. Returns the schema of the numbers, and per fact its branch and the schema of its body.
+    """The schema, split where Avro splits its bytes: a record is its fields one after the other, a union is the branch
+    index and then the datum. So numbers, names, branch and fact can be encoded separately, and parts that are the same
+    for many events are encoded once. Returns the schema of the numbers, and for each fact its branch and the schema of
+    its body.
     """
     root = json.loads(SCHEMA_TEXT)
     fields = {f["name"]: f for f in root["fields"]}
@@ -119,12 +121,12 @@ _NUMBERS, _BRANCHES, _BODIES = _pieces()
 _UUID_CHARS = 36
 _UUID_LENGTH = b"H"  # 36 as an Avro long
 _LEAD = _PREFIX + _UUID_LENGTH
-#: What stands between the ids and the fact, without the time, and without what differs from job to job: (numbers; task
-#: and queue; source; the union's branch), and the names in one for events without key, home and trace. Bounded; emptied
-#: when full.
+#: Encoded parts between the ids and the fact, without the time and the parts that differ between jobs: (numbers; task
+#: and queue; source; the union's branch), with the names in one part for events without key, home and trace. Bounded;
+#: emptied when full.
 _heads: dict[tuple[Any, ...], tuple[bytes, bytes, bytes, bytes, bytes]] = {}
 _HEADS_MOST = 4096
-#: How the bodies of starts begin: worker and work topic. Bounded, too.
+#: Encoded beginnings of start facts: worker and work topic. Bounded as well.
 _begins: dict[tuple[str, str], bytes] = {}
 #: The last high part of an encoded time: it changes once a second.
 _time_high: tuple[int, bytes] = (-1, b"")
@@ -216,8 +218,9 @@ def _succeeded(fact: ev.JobSucceeded) -> bytes:
     return b"\2" + _long(len(fact.result)) + fact.result + _long(fact.duration_us)
 
 
-#: Bodies written by hand: the three facts of a plain job's life, which are nearly all there is to write. None: not this
-#: one. A test with Hypothesis holds them to fastavro's bytes (docs/adr/0001-encoding-by-pieces.md has the figures).
+#: Functions that encode the bodies of a plain job's three facts, which are nearly all facts written. They return None
+#: for a body they cannot encode. A test with Hypothesis compares their bytes with fastavro's
+#: (docs/adr/0001-encoding-by-pieces.md has the figures).
 _BY_HAND: dict[type[Any], Callable[[Any], bytes | None]] = {
     ev.JobSubmitted: _submitted,
     ev.JobStarted: _started,
@@ -240,7 +243,7 @@ def _body(fact: Any, kind: type[Any]) -> bytes:
 def encode(event: ev.JobEvent) -> bytes:
     """One event as single-object Avro. Raises `SchemaError` if a field's value does not fit the schema.
 
-    The header's constant pieces are encoded once and kept, so an event costs little more than its fact.
+    The header's constant parts are encoded once and cached, so an event costs little more than its fact.
     """
     fact = event.fact
     kind = fact.__class__
@@ -266,7 +269,7 @@ def encode(event: ev.JobEvent) -> bytes:
 
 
 def build(datum: dict[str, Any]) -> ev.JobEvent:
-    """An event from what Avro decoded, with the fact as (name, fields). Raises `UnknownFact`."""
+    """An event from Avro's decoded data, with the fact as (name, fields). Raises `UnknownFact`."""
     name, body = datum["fact"]
     kind = _FACTS.get(name)
     if kind is None:
@@ -279,7 +282,7 @@ def build(datum: dict[str, Any]) -> ev.JobEvent:
     return _JobEvent(**datum)
 
 
-#: The fields of an event but its fact, as they must be whoever wrote them: a schema of the same names may say other types.
+#: The fields of an event except its fact, with the required types: another writer's schema may have other types.
 _Header = msgspec.defstruct(
     "JobEvent", [(n, t) for n, t in get_type_hints(_JobEvent).items() if n != "fact"], frozen=True, gc=False
 )
@@ -309,13 +312,13 @@ def _build_foreign(datum: dict[str, Any], schema: Any) -> ev.JobEvent:
 class Decoder:
     """Reads events of any published writer's schema, in either framing.
 
-    ``lookup(fingerprint) -> schema text | None`` is asked once for a fingerprint not seen before; it reads the schemas
-    topic to its end. Without it only this version's own schema is known. A fingerprint that was not found is asked for
-    again at the next record: it may have been published since.
+    ``lookup(fingerprint) -> schema text | None`` is called for a fingerprint that is not known yet; it reads the
+    schemas topic to its end. Without it only this version's own schema is known. A fingerprint that was not found is
+    looked up again at the next record, since it may have been published meanwhile.
 
-    ``by_id(id, likely) -> schema text | None`` is the same for the ids in Confluent frames; ``likely``: the datum looks
-    like an event's, so a "no" had better be certain. It raises `RegistryNeeded` if only a registry could tell and none
-    is configured. Without it such frames are no events.
+    ``by_id(id, likely) -> schema text | None`` is the same for the ids in Confluent frames. ``likely``: the datum looks
+    like an event's, so the answer None must be certain. It raises `RegistryNeeded` if only a registry could know the id
+    and none is configured. Without ``by_id`` such frames are not events.
     """
 
     def __init__(
@@ -324,20 +327,21 @@ class Decoder:
         by_id: Callable[[int, bool], str | None] | None = None,
     ) -> None:
         self._lookup, self._by_id = lookup, by_id
-        #: Schemas by the fingerprint, or by the frame's head.
+        #: Other writers' schemas, by fingerprint or by the frame's head.
         self._foreign: dict[bytes, Any] = {}
-        #: Heads of frames known to carry this version's schema: a registry may give one schema several ids.
+        #: Heads of frames that stand for this version's schema: a registry may give one schema several ids.
         self._own_heads: set[bytes] = set()
 
     def own_form(self, value: bytes) -> bytes | None:
-        """A framed value as `encode` would have written it, if its id is known to be this version's schema; else None.
+        """A framed value in the form that `encode` writes, if its id is known to stand for this version's schema; else
+        None.
 
-        Asks nobody: so `glance` and what builds on it serve both framings.
+        Makes no lookup, so that `glance` and the code based on it can handle both framings.
         """
         return _PREFIX + value[frame.HEAD :] if value[: frame.HEAD] in self._own_heads else None
 
     def asks(self, value: bytes | None) -> bool:
-        """Whether `decode` has to look for this value's schema, and so may have to wait."""
+        """Whether `decode` must look up this value's schema, and may have to wait for that."""
         if value is None or value[:_HEAD] == _PREFIX:
             return False
         if self._by_id is not None and frame.is_framed(value):
@@ -345,8 +349,8 @@ class Decoder:
         return value[:2] == MAGIC and len(value) >= _HEAD and value[2:_HEAD] not in self._foreign
 
     def decode(self, value: bytes | None) -> ev.JobEvent:
-        """One event. Raises `NotAnEvent`, `UnknownSchema` or `UnknownFact`, all of them `SchemaError`; and
-        `RegistryNeeded` for what may be a good event that only a registry could explain."""
+        """One event. Raises `NotAnEvent`, `UnknownSchema` or `UnknownFact`, which are all `SchemaError`; and
+        `RegistryNeeded` for a value that may be a valid event whose schema only a registry knows."""
         if value is None:
             raise NotAnEvent("the record has no value")
         if value[:_HEAD] == _PREFIX:
@@ -394,8 +398,8 @@ class Decoder:
 
 
 def _event_schema(text: str, what: str) -> Any:
-    """The parsed schema of a writer of events. Raises `NotAnEvent` for any other: a registry and ``<ns>.schemas`` serve
-    domain events, too, and their records are none of ours, whatever the version."""
+    """The parsed schema of a writer of events. Raises `NotAnEvent` for any other schema: a registry and
+    ``<ns>.schemas`` also hold domain events' schemas, whose records are not job events in any version."""
     schema = _parse(text)
     fields = {f["name"] for f in schema.get("fields", ())} if isinstance(schema, dict) else set()
     if not {"job_id", "fact"} <= fields:

@@ -1,6 +1,7 @@
-"""Defaults of people's fields: as the JSON that Avro asks for, and back as what a reader of the log gets. Pure.
+"""Defaults of users' fields: in the JSON form that Avro requires, and converted back to what a reader of the log gets.
+Pure.
 
-Avro's default is of a union's first branch, and has the form of the type below a logical one: days, microseconds.
+Avro's default belongs to a union's first branch, and has the form of the type below a logical one: days, microseconds.
 """
 
 from __future__ import annotations
@@ -16,14 +17,15 @@ _EPOCH_DAY = _EPOCH.date().toordinal()
 _MICROSECOND = dt.timedelta(microseconds=1)
 _LONG = 2**63
 
-#: Records that were defined above, by their full name.
+#: Records that were defined before, by their full name.
 Records = Mapping[str, Mapping[str, Any]]
 
 
 def told(schema: Any, value: Any, records: Records) -> tuple[Any, Any]:
-    """A field's schema, with the branch of its union first that the default is of; and the default in Avro's form.
+    """A field's schema, with the default's branch first in its union; and the default in Avro's form.
 
-    ``value``: plain, with datetimes, dates and bytes as they are. Raises `ValueError` saying why Avro cannot say it.
+    ``value``: plain, with datetimes, dates and bytes as they are. Raises `ValueError` with the reason if Avro cannot
+    represent it.
     """
     if not isinstance(schema, list):
         return schema, _json(schema, value, records)
@@ -55,7 +57,7 @@ def _json(schema: Any, value: Any, records: Records) -> Any:
             pass
         case ("long", dt.datetime()) if logical == "timestamp-micros":
             if value.tzinfo is None:
-                raise ValueError("it has no time zone, so what it means depends on the machine; give it a tzinfo")
+                raise ValueError("it has no time zone, so its meaning depends on the machine; give it a tzinfo")
             return (value - _EPOCH) // _MICROSECOND
         case ("long", int()) if logical is None and -_LONG <= value < _LONG:
             return value
@@ -73,7 +75,7 @@ def _json(schema: Any, value: Any, records: Records) -> Any:
             return {name: _json(schema["values"], each, records) for name, each in value.items()}
         case (_, dict()) if (record := _record(schema, records)) is not None:
             return {field["name"]: _of_field(field, value, records) for field in record["fields"]}
-    raise ValueError(f"{value!r} is no {logical or kind}, or not of the first of several types")
+    raise ValueError(f"{value!r} is not of type {logical or kind}, or not of the first of several types")
 
 
 def _record(schema: Any, records: Records) -> Mapping[str, Any] | None:
@@ -89,9 +91,9 @@ def _of_field(field: Mapping[str, Any], value: Mapping[str, Any], records: Recor
 
 
 def understood(parsed: Any) -> Any:
-    """``parsed``, fastavro's form of a schema, with each default as its reader gets such a value from a record.
+    """``parsed``, fastavro's form of a schema, with each default in the form in which a reader gets such a value.
 
-    fastavro hands defaults out as they stand in the schema: as a number where the record would have a date.
+    fastavro returns defaults as they are in the schema: a number where the record would have a date.
     """
     _understand(parsed, {})
     return parsed

@@ -1,8 +1,8 @@
-"""Avro that other programs wrote, as plain values of one of our event classes. Pure.
+"""Avro that other programs wrote, as plain values of one of the app's event classes. Pure.
 
-A record is read by the schema it was written with; what the class has no field for is left out, and the rest must fit the
-class's own schema by names of fields, whatever the records, enums and fixed types are called. Whether it does is judged when
-the schema is first seen: a field that cannot be read is named then, and not record by record.
+A record is read with the schema it was written with. Fields that the class does not have are left out, and the others
+must fit the class's own schema by name, whatever the names of records, enums and fixed types are. This is checked when
+the schema is first seen: a field that cannot be read is reported then, and not for each record.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import fastavro
 
 from jobledger.errors import IncompatibleEvent, NotAnEvent
 
-#: From a value as fastavro reads it to what a class takes; None: it is that already.
+#: Converts a value that fastavro has read to a value that the class accepts; None: no conversion is needed.
 Fit = Callable[[Any], Any] | None
 
 _TEXT = "string"
@@ -26,9 +26,10 @@ _TIMES = ("timestamp-millis", "timestamp-micros", "local-timestamp-millis", "loc
 
 
 class ForeignSchema:
-    """One writer's schema and how it fits the class ``name`` with the schema ``ours``, both Avro.
+    """One writer's schema, and how it fits the class ``name`` with the schema ``ours``, both in Avro.
 
-    Raises `IncompatibleEvent` naming the field that does not fit, `ValueError` or fastavro's errors for no schema.
+    Raises `IncompatibleEvent` that names the field that does not fit; `ValueError` or fastavro's errors if it is not a
+    schema.
     """
 
     def __init__(self, name: str, written: Mapping[str, Any], ours: Mapping[str, Any]) -> None:
@@ -38,7 +39,7 @@ class ForeignSchema:
         assert isinstance(theirs, dict)
         self._theirs, self._ours = _named(theirs), _named(mine)
         self._known: dict[tuple[int, int], list[Fit]] = {}
-        #: Types of theirs whose values the class takes as what they mean, by identity.
+        #: The writer's types whose logical type is kept because the class accepts it, by identity.
         self._converted: set[int] = set()
         fit = self._fit(theirs, mine, name)
         self._fit_record: Callable[[Any], Any] = fit or (lambda value: value)
@@ -47,8 +48,8 @@ class ForeignSchema:
         self._schema = fastavro.parse_schema(json.loads(json.dumps(plain)))
 
     def read(self, data: bytes) -> dict[str, Any]:
-        """A datum's values by field. Raises `NotAnEvent` for a value that the class cannot take, and whatever fastavro
-        does for other bytes."""
+        """A datum's values by field. Raises `NotAnEvent` for a value that the class does not accept, and fastavro's
+        errors for other bytes."""
         return self._fit_record(fastavro.schemaless_reader(io.BytesIO(data), self._schema, None))  # type: ignore[no-any-return]
 
     # -- whether it fits, and how -------------------------------------------------------------------------------------
@@ -86,7 +87,7 @@ class ForeignSchema:
             elif "default" not in field:
                 raise IncompatibleEvent(
                     f"{where}.{name}: the schema of the topic's records has no such field. Give it a default in the class, or "
-                    f"the name that it has there: {', '.join(sorted(fields))}"
+                    f"use the name in that schema: {', '.join(sorted(fields))}"
                 )
 
         def fit(record: Any) -> Any:
@@ -96,7 +97,7 @@ class ForeignSchema:
         return fit
 
     def _fit_one_of(self, theirs: Any, ours: list[Any], where: str) -> Fit:
-        """``ours``: what may be null, or one of several plain types."""
+        """``ours``: a type that may be null, or one of several plain types."""
         branches = [each for each in ours if each != "null"]
         if theirs == "null" and len(branches) < len(ours):
             return None
@@ -113,7 +114,7 @@ class ForeignSchema:
         raise problem or self._unfit(theirs, ours, where)
 
     def _fit_union(self, theirs: list[Any], ours: Any, where: str) -> Fit:
-        """Null is found out value by value: many schemas allow it everywhere, and never write it."""
+        """Null is detected value by value: many schemas allow it everywhere, and never write it."""
         fits = [self._fit(each, ours, where) for each in theirs if each != "null"]
         return self._of_several(fits, "null" not in theirs or ours == "null", where)
 
@@ -121,7 +122,7 @@ class ForeignSchema:
         changed = [fit for fit in fits if fit is not None]
         if len(fits) > 1 and changed:
             raise IncompatibleEvent(
-                f"{where}: the topic's records have one of {len(fits)} types there, which cannot be told apart by a class. Leave "
+                f"{where}: the topic's records have one of {len(fits)} types there, which a class cannot distinguish. Leave "
                 "the field out of the class"
             )
         fit = changed[0] if changed else None
@@ -131,7 +132,7 @@ class ForeignSchema:
                 return value if fit is None else fit(value)
             if nullable:
                 return None
-            raise NotAnEvent(f"{where} is null, and its class allows none: annotate it with | None")
+            raise NotAnEvent(f"{where} is null, but its class does not allow null: annotate it with | None")
 
         return fit if nullable and fit is None else of
 
@@ -169,7 +170,7 @@ class ForeignSchema:
 
     def _unfit(self, theirs: Any, ours: Any, where: str) -> IncompatibleEvent:
         return IncompatibleEvent(
-            f"{where}: the topic's records have {_shown(theirs)} there, and its class takes {_shown(ours)}. Annotate the field "
+            f"{where}: the topic's records have {_shown(theirs)} there, but its class takes {_shown(ours)}. Annotate the field "
             "with the other type, or leave it out of the class"
         )
 

@@ -1,7 +1,7 @@
-"""The Confluent frame around an Avro datum: ``00``, the schema's id in a registry as
-four bytes in big endian, the datum.
+"""The Confluent frame around an Avro datum: ``00``, the schema's id in a registry as four bytes in big endian, the
+datum.
 
-Bytes only: which schema an id stands for is the registry's to say.
+This module handles bytes only: the registry knows which schema an id stands for.
 """
 
 from __future__ import annotations
@@ -10,15 +10,15 @@ MARK = b"\0"
 #: Bytes before the datum.
 HEAD = 5
 
-#: Bytes of an id in an event that is looked at without its schema; ours have 36.
+#: Maximum bytes of an id in an event that is checked without its schema; Jobledger's own ids have 36.
 _ID_MOST = 1_000
 _LONG_MOST = 10
 
 
 def head(schema_id: int) -> bytes:
-    """What stands before a datum of this schema. Raises `ValueError` for an id that does not fit four bytes."""
+    """The bytes before a datum of this schema. Raises `ValueError` for an id that does not fit into four bytes."""
     if not 0 <= schema_id < 1 << 32:
-        raise ValueError(f"{schema_id} is no schema id")
+        raise ValueError(f"{schema_id} is not a schema id")
     return MARK + schema_id.to_bytes(4, "big")
 
 
@@ -28,16 +28,16 @@ def id_of(value: bytes) -> int:
 
 
 def is_framed(value: bytes) -> bool:
-    """Whether a value has a head and something behind it. Garbage may begin with a zero byte as well."""
+    """Whether a value has a head and more bytes after it. Garbage may also begin with a zero byte."""
     return value[:1] == MARK and len(value) > HEAD
 
 
 def looks_like_an_event(value: bytes) -> bool:
-    """Whether the datum begins as every event does, whatever its schema's version: two
-    ids that are text, three numbers.
+    """Whether the datum begins as every event does, in any version of the schema: two ids that are text, and three
+    numbers.
 
-    For a frame whose schema cannot be had: what looks so may be a good record, what does not is none. Chance all but
-    never makes two lengths fit two printable texts.
+    For a frame whose schema is not available: if the datum looks like an event, it may be a valid record; if not, it is
+    not one. It is very unlikely that garbage has two lengths that match two printable texts.
     """
     try:
         at = _after_text(value, _after_text(value, HEAD, 1), 0)  # a record that was rejected is no job's

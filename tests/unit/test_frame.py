@@ -177,5 +177,5 @@ def test_a_damaged_frame_is_refused_by_name(event: ev.JobEvent, data: st.DataObj
 @pytest.mark.parametrize("schema_id", [-1, 2**32])
 def test_an_id_of_more_than_four_bytes_is_refused(schema_id: int) -> None:
     """A frame has room for four bytes."""
-    with pytest.raises(ValueError, match="no schema id"):
+    with pytest.raises(ValueError, match="not a schema id"):
         frame.head(schema_id)
