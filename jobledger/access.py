@@ -93,7 +93,7 @@ def denied(error: KafkaError, settings: Settings, what: str, *needs: Need) -> Ac
     if code in _REFUSED:
         return refusal(settings, error.str())
     kind = _DENIED.get(code)
-    if code == KafkaError._FATAL:  # a group that is left for good: its reason is told in words only
+    if code == KafkaError._FATAL:  # the group was left permanently: the reason is only in the text
         kind = next((kind for kind in _DENIED.values() if f"{kind} authorization failed" in error.str().lower()), None)
     return None if kind is None else unauthorized(settings, what, kind, *needs)
 
@@ -120,7 +120,7 @@ def refusal(settings: Settings, said: str) -> NotAuthenticated:
     address = settings.bootstrap or "the embedded broker"
     kafka = settings.kafka
     found = None
-    if "SASL" not in said:  # whoever is asked for a password has got through TLS
+    if "SASL" not in said:  # a client that is asked for a password has passed TLS
         try:
             found = tls.trouble(settings.resolve_bootstrap(), kafka)
         except (ConfigError, BrokerUnavailable) as exc:
@@ -211,7 +211,7 @@ class Door:
                     self._look(now)
                 elif error.code() == KafkaError._TRANSPORT and "Connect to" in text:
                     self._away_at = now
-                    self._first = None  # a broker that is away, or comes up: what it refused before says nothing
+                    self._first = None  # the broker is unavailable, or starting: earlier refusals do not count
                 if self._patient and self._refusal is None:
                     outage_of(self._settings).heard(text, self)
                 return

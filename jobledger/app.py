@@ -240,7 +240,7 @@ class App:
         of attempts. ``timeout``: the seconds that an attempt may take. After that a coroutine is cancelled, and a plain
         function gets `TaskTimedOut`: in a thread when the thread next executes Python code. With
         ``isolation="process"`` the process is killed if it is still running 5 s later. ``fallback``: a task with
-        the same parameters, which runs as a separate job when a job of this task has failed finally.
+        the same parameters, which runs as a separate job when a job of this task has failed and is not retried.
 
         ``key``: a parameter, or a function of the arguments, whose value is the ordering key. Jobs with the same key
         run one at a time, in the order of submission. A job that is retried holds its key for at most ``key_hold_max``
@@ -249,7 +249,7 @@ class App:
         one job at a time per process: for code that keeps a CPU busy, that must be stopped at its timeout, or that may
         crash. ``max_memory`` (``"512MiB"``): the memory limit of such a process; an attempt that exceeds it fails.
         ``long``: for jobs that may run for hours. Such a job runs under a lease that its worker renews, and does not
-        hold up other jobs of its partition. It is on by default for a ``timeout`` above 60 s. ``lease``: the seconds
+        delay other jobs of its partition. It is on by default for a ``timeout`` above 60 s. ``lease``: the seconds
         without a renewal after which the job is given to another worker. ``expires_in``: the seconds after submission
         from which the job is no longer started. ``adaptive``: adapt the task's concurrency to the latency and the
         errors of its attempts (`Adaptive`). ``breaker``: snooze the task's jobs while its attempts keep failing
@@ -675,7 +675,7 @@ class App:
         with self._lock(what):
             client, self._client = self._client, None
         if client is not None:
-            client.close()  # without the lock: who waits for jobs asks for the table
+            client.close()  # without the lock: callers that wait for jobs open the table
         with self._lock(what):
             reader, self._reader = self._reader, None
         if reader is not None:

@@ -337,7 +337,7 @@ class Client:
         def delivered(error: KafkaError | None, message: Message, *, alone: bool = False) -> None:
             if error is not None and writer.resend(error, message, record.headers, delivered, alone):
                 return
-            with contextlib.suppress(RuntimeError):  # the loop was closed meanwhile: nobody waits any more
+            with contextlib.suppress(RuntimeError):  # the loop was closed meanwhile: no caller waits
                 loop.call_soon_threadsafe(settle, error, position_of(message))
 
         await _post_async(writer, record, delivered)

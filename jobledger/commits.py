@@ -68,7 +68,7 @@ def lifecycle_groups(settings: Settings, names: Names, timeout: float = 10.0) ->
 
     Raises `BrokerUnavailable`, or `NotAuthorized` if this user may not describe them.
     """
-    # A cluster leaves out of its list, without a word, what may not be described: so one is asked for by name first.
+    # A cluster silently omits groups that may not be described: so one group is requested by name first.
     prefix = names.lifecycle_group("")
     group_offsets(settings, prefix, names.lifecycle, timeout)
     client = admin(settings)  # held: its answers die with it

@@ -146,7 +146,7 @@ class Settings:
     def __post_init__(self) -> None:
         for name in ("submit_timeout", "retention_days"):
             value = getattr(self, name)
-            if not isinstance(value, int | float) or not 0 < value < math.inf:  # nor what is no number at all: nan
+            if not isinstance(value, int | float) or not 0 < value < math.inf:  # this also excludes nan
                 raise ConfigError(f"{name}={value!r} ({PREFIX}{name.upper()}) is not a number above 0")
         most: object = self.max_record_bytes
         if not isinstance(most, int) or most < LEAST_MAX_RECORD_BYTES:
@@ -217,7 +217,7 @@ class Settings:
         if self.status_url:
             return self.status_url
         folder = self.home / "status"
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)  # arguments and results are nobody else's business
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)  # arguments and results may be confidential
         return f"sqlite:///{folder / (namespace + '.db')}"
 
     def librdkafka(self) -> dict[str, str | int | float | bool | None]:
@@ -247,7 +247,7 @@ def default_home() -> Path:
 
 def _check_protocol(kafka: Mapping[str, str]) -> None:
     protocol = kafka.get("security.protocol", "PLAINTEXT").upper()
-    # Harmless ones, too (``sasl.mechanism`` with SSL): whoever sets them believes that the connection is another one.
+    # Harmless ones, too (``sasl.mechanism`` with SSL): a user who sets them expects another kind of connection.
     idle = sorted(
         name for name in kafka if (kind := name.partition(".")[0]) in ("ssl", "sasl") and kind.upper() not in protocol
     )

@@ -56,7 +56,7 @@ class JobContext:
         self.run, self.attempt, self.release = run, attempt, release
         self.parent, self.trace = parent, trace
         self._tags = tags
-        self._report = report  # None: nobody takes reports
+        self._report = report  # None: reports are discarded
         self._sequence = 0
         self.ended = False
         self._children: dict[bytes, count[int]] | None = None

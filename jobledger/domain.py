@@ -207,9 +207,9 @@ class EventType:
         except RegistryNeeded as exc:
             if self.format == "avro":
                 raise
-            # Our emitters publish the ids they use beside the log: so this is none of theirs, but garbage.
+            # Jobledger's emitters publish their ids on the log: so this record is not theirs, but garbage.
             raise NotAnEvent(f"{exc}, or this is no event") from None
-        except SchemaError as exc:  # a schema that is there, and is none that can be used
+        except SchemaError as exc:  # the schema exists, but cannot be used
             if not self.foreign:
                 raise
             raise IncompatibleEvent(f"event {self.name!r} cannot be read from {self.topic}: {exc}") from exc

@@ -107,7 +107,7 @@ def leaves(error: BaseException) -> list[BaseException]:
 def text_of(error: BaseException) -> str:
     """An exception's message, even if its ``str()`` raises."""
     try:
-        return str.__str__(str(error))  # a subclass of str has methods of its own
+        return str.__str__(str(error))  # a subclass of str may override methods
     except BaseException as broken:  # noqa: BLE001  # a user's __str__ may raise anything
         return f"<its str() raised {type_of(broken)}>"
 

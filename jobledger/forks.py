@@ -213,7 +213,7 @@ def _before() -> None:
     for engine in list(_pools):
         while engine.pool.checkedout() and time.monotonic() < deadline:  # type: ignore[attr-defined]  # a QueuePool
             time.sleep(0.001)
-        with contextlib.suppress(Exception):  # whatever a driver says: the fork is not ours to stop
+        with contextlib.suppress(Exception):  # whatever a driver raises: it must not stop the fork
             engine.dispose()  # SQLite must not be taken into a fork, not even unused; idle ones are opened again
 
 

@@ -155,7 +155,7 @@ class _Bell:
 
     def ring(self, told: Any) -> None:
         self._told.append(told)
-        with contextlib.suppress(ValueError):  # the hub has ended meanwhile: nobody waits any more
+        with contextlib.suppress(ValueError):  # the hub has ended meanwhile: no greenlet waits
             self._watcher.send()
 
     def _drain(self) -> None:

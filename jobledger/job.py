@@ -454,7 +454,7 @@ def project(life: Life) -> Visible:
             close.attempt,
             close.release,
             since_ms,
-            # In place its worker goes on with it: nobody is late who does not let it go.
+            # In place its worker continues the same release: no release is due that could be late.
             None if close.in_place else close.due_ms,
             started_ms,
             None,
@@ -560,7 +560,7 @@ def _moment(ms: int | None) -> dt.datetime | None:
         return None
     try:
         return _EPOCH + dt.timedelta(milliseconds=ms)
-    except OverflowError:  # a due time that no calendar has; the job is there all the same
+    except OverflowError:  # a due time outside the calendar; the job still exists
         return (dt.datetime.max if ms > 0 else dt.datetime.min).replace(tzinfo=dt.UTC)
 
 

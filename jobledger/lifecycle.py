@@ -170,7 +170,7 @@ class LifecycleStream:
                 found = recorded(message, self._decode)
             except UnknownFact as exc:
                 self._current = None
-                self._fetched.appendleft(message)  # who asks again gets the same answer, not the record after it
+                self._fetched.appendleft(message)  # the next call raises again, instead of returning the next record
                 raise UnknownFact(exc.fact, f"{where} carries the fact {exc.fact!r}: upgrade this reader") from exc
             except SchemaError as exc:
                 self.skipped += 1
@@ -209,7 +209,7 @@ class LifecycleStream:
             batch = [] if first is None else [first, *consumer.consume(BATCH - 1, 0)]
         except KafkaException as exc:
             raise translate(exc.args[0], self._settings, "reading the lifecycle", join(self._group)) from exc
-        # First all that is good: what was fetched beside an error comes no second time.
+        # First keep the valid messages: those fetched together with an error are not fetched again.
         self._fetched.extend(message for message in batch if message.error() is None)
         for message in batch:
             error = message.error()

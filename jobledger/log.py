@@ -100,7 +100,7 @@ def producer_config(
     acknowledgement. ``door``: receives refused logins. ``batch``: bytes of the largest batch of several records, see
     `batch_room`."""
     conf = {
-        # As `jobledger.config.PATIENCE`, for what was sent to a broker that stands still.
+        # As `jobledger.config.PATIENCE`, for records sent to a frozen broker.
         "request.timeout.ms": 8_000,
         **settings.librdkafka(),
         "error_cb": door or Door(settings),
@@ -110,7 +110,7 @@ def producer_config(
         "linger.ms": linger_ms,
         "message.max.bytes": settings.max_record_bytes + 1_000,
         "delivery.timeout.ms": int((timeout or settings.submit_timeout) * 1000),
-        # A topic that is missing shall be said soon; the default of 30 s suits clusters that create topics on demand.
+        # A missing topic must be reported soon; the default of 30 s suits clusters that create topics on demand.
         "topic.metadata.propagation.max.ms": 3_000,
         "logger": LOG,
     }
@@ -132,7 +132,7 @@ def consumer_config(
         "enable.auto.offset.store": False,
         "auto.offset.reset": "earliest",
         "enable.partition.eof": False,
-        # With the default of 1 s a consumer whose local queue was full stands still for a second.
+        # With the default of 1 s a consumer whose local queue was full would pause for a second.
         "fetch.queue.backoff.ms": 20,
         "logger": LOG,
         **more,
@@ -338,7 +338,7 @@ class LogReader:
                 return low, high
             except KafkaException as exc:
                 code, passed = exc.args[0].code(), time.monotonic() - began
-                # A topic made a moment ago, or a partition between leaders: nobody is away, so ask again.
+                # A topic created a moment ago, or a partition without a leader: the broker is available, so retry.
                 again = code in ELECTING and passed < timeout
                 if code in MISSING and passed < min(timeout, MISSING_S):
                     again = True
@@ -393,7 +393,7 @@ class LogReader:
                     if (message.offset() or 0) >= end:
                         return
                     yield message
-                # position() passes gaps (compaction, transaction marks) that no message stands for.
+                # position() also moves past gaps without messages (compaction, transaction markers).
                 where = self._consumer.position([here])[0].offset
                 if where >= end:
                     return

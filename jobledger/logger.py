@@ -86,7 +86,7 @@ def _taken(logger: logging.Logger | None, record: logging.LogRecord) -> bool:
 def get_logger(name: str) -> logging.Logger:
     """`logging.getLogger`, guarded; see the module."""
     logger = logging.getLogger(name)
-    kind = type(logger)  # the app may have set one of its own
+    kind = type(logger)  # the app may have set its own class
     if not issubclass(kind, _Guarded):
         logger.__dict__.pop("disabled", None)
         logger.__class__ = type(kind.__name__, (_Guarded, kind), {})

@@ -159,7 +159,7 @@ def _code(task: Task[Any, Any]) -> Inner:
     return call
 
 
-# What an `around` swallows has happened all the same: the error is raised again behind it. References to it are
+# An error that an `around` suppresses still counts: it is raised again after the `around`. References to it are
 # dropped, or the frames it holds would wait for Python's collector.
 
 

@@ -48,7 +48,7 @@ class Origin:
         if self.execution is other.execution:
             return False
         code = _code(self.declared)
-        # A factory's functions share their code; only a module that is executed anew makes other code of it.
+        # A factory's functions share their code; only a module that is executed again creates new code objects.
         return code is None or code is not _code(other.declared)
 
     def shares_file(self, other: Origin) -> bool:

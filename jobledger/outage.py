@@ -73,7 +73,7 @@ class Outage:
         with self._lock:
             self._heard += 1
             self._tellers.add(by)
-            if not self._text or "onnect" in text:  # what says which connection says the most
+            if not self._text or "onnect" in text:  # a text that names the connection is the most useful
                 self._text = text
             if self._watcher == os.getpid():
                 return
@@ -127,7 +127,7 @@ class Outage:
     def _answered(self) -> bool:
         try:
             return self._answers()
-        except Exception:  # without this thread no outage would be told any more
+        except Exception:  # without this thread no outage would be logged
             LOG.debug("%s could not be checked", self._address, exc_info=True)
             return False
 

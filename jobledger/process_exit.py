@@ -108,7 +108,9 @@ def left_behind(children: list[Any]) -> str:
     pools = sys.modules.get("concurrent.futures.thread")
     pooled, waits = getattr(pools, "_threads_queues", ()), getattr(getattr(pools, "_worker", None), "__code__", None)
     main, frames = threading.main_thread(), sys._current_frames()
-    idle = {ident for ident, frame in frames.items() if frame.f_code is waits}  # for work: these end when they are told
+    idle = {
+        ident for ident, frame in frames.items() if frame.f_code is waits
+    }  # for work: these end when they are asked to
     found = [
         f"thread {thread.name}"
         for thread in threading.enumerate()

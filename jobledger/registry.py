@@ -80,7 +80,7 @@ class Registry:
         """
         path, body, what = f"/subjects/{quote(subject, safe='')}", {"schema": text}, f"registering {subject}"
         until = time.monotonic() + TOTAL_S
-        # Asked first: so a process that may only read can start, once the schema is there.
+        # Look it up first, so that a process with read access only can start once the schema is registered.
         status, answer = self._ask("POST", path, what, until, body)
         if status == 200:
             return self._id(status, answer)

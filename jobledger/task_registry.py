@@ -78,7 +78,7 @@ class Registry:
     def queues(self) -> dict[str, Queue]:
         """Every queue by name, with its partition count filled in: the declared queues and those that tasks name."""
         named = {t.queue: Queue(t.queue) for t in self.tasks.values()}
-        for task in self.tasks.values():  # who names a priority wants the levels
+        for task in self.tasks.values():  # a task with a priority needs the levels
             if task.policy.priority is not None:
                 named[task.queue] = Queue(task.queue, priorities=True)
         found = named | (self._declared or {})

@@ -71,7 +71,7 @@ def context(kafka: Mapping[str, str]) -> ssl.SSLContext:
         raise ConfigError(
             f"the TLS settings {files} cannot be used: {exc or type(exc).__name__}{_hint(kafka)}"
         ) from exc
-    # From Python 3.13 on the default asks more of a chain than librdkafka does; one setting must mean one thing.
+    # From Python 3.13 on the default is stricter than librdkafka's; one setting must mean the same for both clients.
     made.verify_flags &= ~getattr(ssl, "VERIFY_X509_STRICT", 0)
     if kafka.get("ssl.endpoint.identification.algorithm", "https").lower() == "none":
         made.check_hostname = False

@@ -239,7 +239,7 @@ class Follower:
 
     def _look(self, some: list[Question]) -> None:
         """Query the table once for all of these questions."""
-        now = time.monotonic()  # before the look: what is late has had a look after its deadline
+        now = time.monotonic()  # before the poll: a late question is polled once after its deadline
         table = self._table()
         offsets = table.offsets()
         if offsets != self._offsets or now >= self._reread:

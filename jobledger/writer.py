@@ -106,7 +106,7 @@ class LogWriter:
         while not self._closing.is_set():
             try:
                 self._poll(0.1)
-            except Exception:  # a callback's: without this thread nobody would be told of anything any more
+            except Exception:  # a callback's: without this thread no caller would get a result
                 LOG.exception("a delivery callback failed")
 
     def poll(self, timeout: float) -> None:
@@ -176,7 +176,7 @@ class LogWriter:
                 self._failed_at, self._failure = time.monotonic(), exc
                 raise
             self.batch = batch_room(self.settings, self._names)
-            if self.batch is not None:  # nobody else sends yet
+            if self.batch is not None:  # no other thread sends yet
                 self.producer = self._connected()
             self._schema_published = True
 

@@ -105,7 +105,7 @@ class JobSucceeded(msgspec.Struct, frozen=True, gc=False):
     duration_us: int = 0
 
 
-#: Why a job failed finally.
+#: Why a job failed and is not retried.
 FailureReason = Literal[
     "exhausted",
     "rejected",

@@ -220,7 +220,7 @@ def not_early(life: Life, found: Findings) -> None:
         if _by_lease(life, record, found):
             continue
         times = asked[record.release]
-        # The first request counts: the coordinator takes no other. The watchdog asks by what the worker has said.
+        # The first request counts: the coordinator ignores later ones. The watchdog's request follows the worker's facts.
         causes = times[:1]
         if record.release in told and (record.release in overdue or not causes):
             causes.append(told[record.release])
@@ -279,7 +279,7 @@ def _by_lease(life: Life, due: Record, found: Findings) -> bool:
     decided = due.body["due_at"]
     earlier = [r for r in leases if r.at * 1000 <= decided]
     given_back = any(r.body["lease_ms"] == 0 for r in earlier)
-    # What was appended in the millisecond of the decision may stand before or behind it.
+    # A record appended in the millisecond of the decision may be before or after it.
     holds = [(r.at + r.body["lease_ms"]) * 1000 for r in earlier if r.at * 1000 < decided]
     if all(r.timed for r in (due, *leases)) and (
         due.at * 1000 < decided or (holds and not given_back and max(holds) > decided)
@@ -347,7 +347,7 @@ def what_follows_is_there(life: Life, found: Findings) -> None:
             found.fault("request-missing", job, f"release {number + 1} was not requested", close)
         failed = next((r for r in closes if r.fact == "JobFailed"), None)
         if any(end.fact == "JobSucceeded" for end in life.ends.get(run, [])):
-            failed = None  # the success counts; that they contradict each other is a fault of its own
+            failed = None  # the success counts; the contradiction is a separate fault
         if failed is not None and release not in kept and scope.is_subject(failed):
             found.fault("dead-letter-missing", job, f"no dead letter of release {number}", failed)
 

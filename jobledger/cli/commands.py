@@ -44,7 +44,9 @@ class Once(TyperCommand):
 
         def parse_args(args: list[str]) -> Any:
             if ctx.resilient_parsing and args and args[-1].startswith("-"):
-                args = args[:-1]  # its value is being completed; without one, no word before it would be told
+                args = args[
+                    :-1
+                ]  # its value is being completed; without a value the parser would drop the earlier arguments
             opts, rest, order = parse(args)
             for each, count in Counter(order).items():
                 single = each.param_type_name == "option" and not each.multiple and not each.is_flag

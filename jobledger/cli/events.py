@@ -116,7 +116,7 @@ def tail(
 
     def wanted(line: Line) -> bool:
         event = None if line.recorded is None else line.recorded.event
-        if event is None:  # what cannot be read may be of any job: shown unless one is asked for
+        if event is None:  # an unreadable record may belong to any job: shown unless a job or task is given
             return not task and not job
         return (not task or event.task in task) and (not job or event.job_id.startswith(tuple(job)))
 

@@ -115,7 +115,7 @@ def _looks_like(name: str, folder: Path) -> str:
 def _attribute(module: ModuleType, name: str, attribute: str) -> App:
     from jobledger.app import App
 
-    # By their types: what an object says of its class itself may raise.
+    # By their types: an object's own ``__class__`` may raise.
     apps = sorted(key for key, value in vars(module).items() if issubclass(type(value), App))
     has = f"its apps are {', '.join(map(repr, apps))}" if apps else "it has no App at all"
     try:

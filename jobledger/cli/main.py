@@ -108,13 +108,13 @@ def run(argv: Sequence[str] | None = None) -> None:
     from jobledger.streams.supervisor import obey_leash
 
     obey_leash()
-    # Commands that set no logging up say what is wrong themselves: the client's own words beside it would be noise.
+    # Commands without logging report errors themselves; the client's own log lines would only repeat them.
     logging.getLogger("jobledger").addHandler(logging.NullHandler())
     code: int = Exit.ERROR
     try:
         code = main(words)
     finally:
-        bound_exit(code)  # what the app's code left behind may keep no process that has done its work
+        bound_exit(code)  # the app's leftovers must not keep a finished process running
     sys.exit(code)
 
 
@@ -154,7 +154,7 @@ def _run(words: list[str], *, traced: bool, as_json: bool) -> int:
         return Exit.INTERRUPTED
     except typer.Abort:
         if not as_json:
-            print(file=sys.stderr)  # the question stands on this line
+            print(file=sys.stderr)  # the question is on this line
         print_error("Aborted", "nothing was changed", as_json=as_json)
         return Exit.ERROR
     except _usage_error() as exc:

@@ -68,7 +68,7 @@ def _made(kind: Kind) -> typer.Typer:
         target = words_of(words, app is not None or namespace is not None, "argument", 0).target
         with _opened(kind, target or app, namespace, bootstrap, status_url) as known:
             standing = {each.name: each for each in known.app.orders.standing() if each.kind == kind}
-        # Without the app what was ordered may be all that is known of a name.
+        # Without the app a name may be known only from its commands.
         rows = [_row(known, name, standing.get(name)) for name in sorted({*known.things, *standing})]
         if as_json:
             output.print_json(rows)

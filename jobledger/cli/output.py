@@ -319,7 +319,7 @@ def clock(moment: dt.datetime | int | None) -> str:
     import datetime as dt
 
     try:
-        # Local time is asked for only here: near the calendar's ends it may not exist.
+        # Local time is computed only here: near the calendar's ends it may not exist.
         at = dt.datetime.fromtimestamp(_seconds(moment)).astimezone()
     except (ValueError, OverflowError, OSError):
         return f"outside the calendar ({moment} µs)" if isinstance(moment, int) else f"{moment:%Y-%m-%d %H:%M:%S} UTC"

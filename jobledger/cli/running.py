@@ -200,7 +200,7 @@ def _worker_processes(
     for number in range(processes):
         port = [] if metrics is None else ["--metrics-port", str(metrics.following(number))]
         children.append(Child(f"worker-{number + 1}", command("worker", *words, *port)))
-    # A worker that cannot end by itself ends itself after this; so nobody is killed who is still committing.
+    # A worker that cannot stop cleanly exits by itself after this, so no worker is killed while it commits.
     raise typer.Exit(supervised(children, restarts=5, grace=options.grace + LEAVING_S + KILL_MARGIN_S))
 
 
@@ -338,7 +338,7 @@ def streams(
     from dataclasses import replace
 
     app = load_app(target, bootstrap=bootstrap, status_url=status_url)
-    app.settings.resolve_bootstrap()  # nothing to run against is said once, here, and not by each child again and again
+    app.settings.resolve_bootstrap()  # a missing broker is reported once, here, and not repeatedly by each child
     children = stream_children(target, bootstrap, status_url)
     if metrics is not None:
         children = [

@@ -47,7 +47,7 @@ def _follow(asked: App, job_id: str, bar: Progress, line: TaskID, over: threadin
     from jobledger.cli.facts import progress
 
     while not over.wait(LOOK_S):
-        # What is wrong is the waiting's own to say.
+        # The wait itself reports the error.
         with contextlib.suppress(JobledgerError):
             seen = asked.status_table().job(job_id)
             done = seen.progress
