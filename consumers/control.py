@@ -116,7 +116,7 @@ class ControlReader(threading.Thread):
             self._fail(translate(exc.args[0], self._settings, f"reading {self._topic}", read(self._topic)))
         except Exception as exc:
             LOG.exception("the reader of the control topic failed")
-            self._fail(JobledgerError(f"the reader of {self._topic} broke: {exc!r}"))
+            self._fail(JobledgerError(f"the reader of {self._topic} failed: {exc!r}"))
         finally:
             if self._consumer is not None:
                 self._consumer.close()

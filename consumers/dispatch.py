@@ -497,7 +497,7 @@ class Dispatcher:
             self.fail(exc)
         else:
             LOG.error("the dispatcher failed", exc_info=exc)
-            self.fail(JobledgerError(f"the dispatcher broke: {exc!r}"))
+            self.fail(JobledgerError(f"the dispatcher failed: {exc!r}"))
 
     def take_no_more(self) -> None:
         """Begin nothing from now on, and forget what waits in lines, for room or a child: it is the next owner's."""

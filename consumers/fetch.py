@@ -155,7 +155,7 @@ class Fetcher(threading.Thread):
             self._fail(self._translated(exc.args[0]))
         except Exception as exc:
             LOG.exception("the fetch thread of queue %s failed", self.queue)
-            self._fail(JobledgerError(f"the fetch thread of queue {self.queue!r} broke: {exc!r}"))
+            self._fail(JobledgerError(f"the fetch thread of queue {self.queue!r} failed: {exc!r}"))
         finally:
             try:
                 self.consumer.close()

@@ -211,7 +211,7 @@ class Settler(threading.Thread):
                 self.tick()
         except Exception as exc:
             LOG.exception("the settler failed")
-            self._fail(JobledgerError(f"the worker's settler broke: {exc!r}"))
+            self._fail(JobledgerError(f"the worker's settler failed: {exc!r}"))
 
     def tick(self) -> None:
         """Serve delivery reports. Fails if the cluster no longer lets this client in."""

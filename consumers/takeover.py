@@ -119,7 +119,7 @@ class Takeover(threading.Thread):
             self._fail(translate(exc.args[0], self._settings, "taking partitions over"))
         except Exception as exc:
             LOG.exception("the takeover of partitions failed")
-            self._fail(JobledgerError(f"taking partitions over broke: {exc!r}"))
+            self._fail(JobledgerError(f"the takeover of partitions failed: {exc!r}"))
         finally:
             self._log.close()
 

@@ -436,7 +436,7 @@ def test_what_is_no_error_of_ours_ends_them_too(app: App, monkeypatch: pytest.Mo
         "_runner",
         lambda loaded, name: Broken(loaded.registry.projections[name], app.settings, app.names, ["default"], url),
     )
-    with pytest.raises(JobledgerError, match="projection ends broke: SystemExit: 0"):
+    with pytest.raises(JobledgerError, match="projection ends failed: SystemExit: 0"):
         command.run("any:app")
 
 

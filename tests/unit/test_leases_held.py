@@ -50,8 +50,8 @@ def close_after(leases: Leases, work: Work) -> None:
 @pytest.mark.parametrize(
     ("how", "begin", "give_up", "send", "said"),
     [
-        (grant, breaks, None, None, "the dispatcher broke: ZeroDivisionError('here')"),
-        (let_go, None, breaks, None, "the dispatcher broke: ZeroDivisionError('here')"),
+        (grant, breaks, None, None, "the dispatcher failed: ZeroDivisionError('here')"),
+        (let_go, None, breaks, None, "the dispatcher failed: ZeroDivisionError('here')"),
         (close_again, None, None, full, "the send queue stayed full"),
         (close_after, None, None, full, "the send queue stayed full"),
     ],
