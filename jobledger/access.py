@@ -9,13 +9,12 @@ from __future__ import annotations
 import logging
 import re
 import time
-from contextlib import suppress
 from typing import Any, NamedTuple
 
 from confluent_kafka import KafkaError, KafkaException
 from confluent_kafka.admin import AdminClient
 
-from jobledger import addresses, forks, greenlets, tls
+from jobledger import addresses, cluster, forks, greenlets, tls
 from jobledger.config import TOKEN_ENDPOINT, Settings
 from jobledger.errors import AccessDenied, BrokerUnavailable, ConfigError, NotAuthenticated, NotAuthorized
 from jobledger.logger import get_logger
@@ -251,13 +250,7 @@ def knock(settings: Settings, timeout: float = KNOCK_S) -> None:
         client = forks.client(AdminClient, conf)
     except KafkaException as exc:
         raise unusable(exc) from exc
-    asked = client.describe_cluster(request_timeout=timeout)
-    deadline = time.monotonic() + timeout
-    while not greenlets.finished(asked) and time.monotonic() < deadline:
-        client.poll(0.02)
-        door.check()
-    with suppress(KafkaException, TimeoutError):
-        greenlets.outcome(asked, 0.0)
+    if cluster.answers(client, timeout, door.check):
         return
     found = tls.trouble(settings.resolve_bootstrap(), settings.kafka)
     if found is not None:

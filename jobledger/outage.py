@@ -15,10 +15,10 @@ from collections.abc import Callable
 from typing import Any
 from weakref import WeakSet
 
-from confluent_kafka import KafkaError, KafkaException
+from confluent_kafka import KafkaException
 from confluent_kafka.admin import AdminClient
 
-from jobledger import forks, greenlets
+from jobledger import cluster, forks, greenlets
 from jobledger.config import Settings
 from jobledger.errors import JobledgerError
 from jobledger.logger import get_logger
@@ -151,20 +151,9 @@ def log_missed(logger: logging.Logger, settings: Settings, message: str, *args: 
 
 
 def _answers(settings: Settings) -> bool:
-    """Whether a broker answers within `ANSWER_S`; a refusal is an answer."""
+    """Whether a broker answers within `ANSWER_S`; a refused right is an answer."""
     try:
         conf: dict[str, Any] = {**settings.librdkafka(), "logger": LOG, "log_level": 0, "error_cb": lambda error: None}
-        client = forks.client(AdminClient, conf)
-        asked = client.describe_cluster(request_timeout=ANSWER_S)
+        return cluster.answers(forks.client(AdminClient, conf), ANSWER_S)
     except (JobledgerError, KafkaException):
         return False
-    deadline = time.monotonic() + ANSWER_S
-    while not greenlets.finished(asked) and time.monotonic() < deadline:
-        client.poll(0.05)
-    try:
-        greenlets.outcome(asked, 0.0)
-    except TimeoutError:
-        return False
-    except KafkaException as exc:
-        return bool(exc.args[0].code() == KafkaError.CLUSTER_AUTHORIZATION_FAILED)
-    return True

@@ -105,11 +105,11 @@ def origin_of(settings: Settings, topic: str) -> str:
     """Which log a local copy belongs to: the cluster's id and the topic's. A recreated topic is another log."""
     admin = log.admin(settings)
     try:
-        cluster = admin.describe_cluster(request_timeout=10).result().cluster_id
         described = admin.describe_topics(TopicCollection([topic]), request_timeout=10)[topic].result()
+        cluster_id = admin.cluster_id(timeout=10)  # known from that answer
     except KafkaException as exc:
         raise log.translate(exc.args[0], settings, f"asking for {topic}", read(topic)) from exc
-    return f"{cluster}/{described.topic_id}"
+    return f"{cluster_id}/{described.topic_id}"
 
 
 def check_topics(settings: Settings, names: Names, partitions: int) -> None:

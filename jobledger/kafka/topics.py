@@ -14,6 +14,7 @@ from confluent_kafka import KafkaError, KafkaException, TopicCollection
 from confluent_kafka.admin import (  # type: ignore[attr-defined]  # re-exported without saying so
     AdminClient,
     AlterConfigOpType,
+    ClusterMetadata,
     ConfigEntry,
     ConfigResource,
     NewPartitions,
@@ -21,7 +22,7 @@ from confluent_kafka.admin import (  # type: ignore[attr-defined]  # re-exported
     ResourceType,
 )
 
-from jobledger import addresses, greenlets, log
+from jobledger import addresses, cluster, greenlets, log
 from jobledger.access import Need, denied
 from jobledger.config import Settings
 from jobledger.errors import BrokerUnavailable, ConfigError, JobledgerError
@@ -47,6 +48,7 @@ VISIBLE_TIMEOUT_S = 15.0
 
 _RETRIABLE = {
     KafkaError._TRANSPORT,
+    KafkaError._PARTIAL,  # an answer without brokers and topics
     KafkaError._TIMED_OUT,
     KafkaError._ALL_BROKERS_DOWN,
     KafkaError._RESOLVE,
@@ -140,16 +142,26 @@ def _partition_counts(
 
 def _topics(admin: AdminClient, address: str) -> list[str]:
     """The names of all topics that this user may see."""
-    for left in reversed(range(ATTEMPTS)):
+    return sorted(_metadata(lambda: admin.list_topics(timeout=REQUEST_TIMEOUT_S), "list topics", address).topics)
+
+
+def _metadata(ask: Callable[[], ClusterMetadata], what: str, address: str) -> ClusterMetadata:
+    """What ``ask`` returns, from a broker that is in its cluster. Retried as by `_request`."""
+    last = ""
+    for attempt in range(ATTEMPTS):
+        if attempt:
+            time.sleep(RETRY_PAUSE_S)
         try:
-            return sorted(admin.list_topics(timeout=REQUEST_TIMEOUT_S).topics)
+            found = ask()
         except KafkaException as error:
             if _code(error) not in _RETRIABLE:
-                raise _refused_by_cluster(error, "list topics", "Describe") from error
-            if not left:
-                raise BrokerUnavailable(f"{address} did not list its topics: {error.args[0].str()}") from error
-            time.sleep(RETRY_PAUSE_S)
-    return []
+                raise _refused_by_cluster(error, what, "Describe") from error
+            last = error.args[0].str()
+        else:
+            if found.brokers:
+                return found
+            last = "the broker that answers is not in its cluster"
+    raise _unavailable(what, last, address)
 
 
 def _describe(admin: AdminClient, names: Sequence[str]) -> Mapping[str, Future[Any]]:
@@ -176,12 +188,8 @@ def _configs(
 
 def _brokers(admin: AdminClient, address: str) -> list[str]:
     """The ids of the cluster's brokers."""
-    what = "describe the cluster"
-    answers = _request(lambda _: {"": admin.describe_cluster(request_timeout=REQUEST_TIMEOUT_S)}, [""], what, address)
-    answer = answers[""]
-    if isinstance(answer, KafkaException):
-        raise _refused_by_cluster(answer, what)
-    return [str(node.id) for node in answer.nodes]
+    found = _metadata(lambda: cluster.describe(admin, REQUEST_TIMEOUT_S), "describe the cluster", address)
+    return [str(number) for number in found.brokers]
 
 
 def _broker_config(admin: AdminClient, address: str) -> dict[str, str | None]:
@@ -306,12 +314,16 @@ def _request(
                     answers[key] = error
         left = again
     if left:
-        last = addresses.unresolved(address) or last
-        raise BrokerUnavailable(
-            f"no broker answered at {address} (could not {what}: {last}): check JOBLEDGER_BOOTSTRAP or --bootstrap, "
-            "or start the embedded broker with `jobledger kafka start`"
-        )
+        raise _unavailable(what, last, address)
     return answers
+
+
+def _unavailable(what: str, last: str, address: str) -> BrokerUnavailable:
+    last = addresses.unresolved(address) or last
+    return BrokerUnavailable(
+        f"no broker answered at {address} (could not {what}: {last}): check JOBLEDGER_BOOTSTRAP or --bootstrap, "
+        "or start the embedded broker with `jobledger kafka start`"
+    )
 
 
 def _code(error: KafkaException) -> int:

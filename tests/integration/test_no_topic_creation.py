@@ -12,7 +12,7 @@ import pytest
 from confluent_kafka import Producer
 from confluent_kafka.admin import AdminClient
 
-from jobledger import App, Settings, TopicMissing
+from jobledger import App, Settings, TopicMissing, cluster
 from jobledger.cli.main import main
 from jobledger.consumers.router import Router
 from jobledger.consumers.worker import Worker, WorkerOptions
@@ -66,6 +66,16 @@ def test_the_broker_creates_what_is_asked_for(creating: str, namespace: str) -> 
     Producer({"bootstrap.servers": creating}).list_topics(f"{namespace}-x", timeout=20)
     client = AdminClient({"bootstrap.servers": creating})
     until(lambda: f"{namespace}-x" in client.list_topics(timeout=20).topics)
+
+
+def test_checks_of_the_connection_create_no_topic(creating: str) -> None:
+    """Not even by a client that lets the broker create topics: the name is one that no broker accepts."""
+    client = AdminClient({"bootstrap.servers": creating})
+    before = client.list_topics(timeout=20).topics.keys()
+    for _ in range(2):
+        assert cluster.answers(client, 20.0)
+        assert len(cluster.describe(client, 20.0).brokers) == 1
+    assert client.list_topics(timeout=20).topics.keys() - before == set()
 
 
 def submit(app: App) -> None:
@@ -236,8 +246,8 @@ async def _deleted_meanwhile(app: App) -> None:
         for done in client.delete_topics(there).values():
             done.result(30)
         until(lambda: topics_of(app) == [])
-        cluster = coordinator._app.consumer._thread._consumer._client.cluster
-        while app.names.coordination in cluster.topics():  # until its consumer has asked once more
+        known = coordinator._app.consumer._thread._consumer._client.cluster
+        while app.names.coordination in known.topics():  # until its consumer has asked once more
             await asyncio.sleep(0.05)
         with pytest.raises(TopicMissing, match="jobledger topics apply"):
             await asyncio.to_thread(submit, app)

@@ -1,0 +1,80 @@
+"""Requests to a cluster that concern no topic."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from confluent_kafka.admin import AdminClient
+
+from jobledger import cluster
+from jobledger.kafka.ports import free_port
+from tests.empty_cluster import empty_cluster
+
+ROOT = Path(__file__).resolve().parents[2]
+
+#: In a process of its own, because librdkafka may abort it.
+CHILD = """
+import sys
+from jobledger import Settings, log, outage
+from jobledger.access import knock
+from jobledger.kafka.topics import default_replication
+
+def origin():
+    from jobledger.streams.faust_app import origin_of
+    return origin_of(settings, "t")
+
+settings = Settings(bootstrap=sys.argv[1])
+try:
+    print({expression})
+except Exception as exc:
+    print(type(exc).__name__, exc)
+"""
+
+
+@pytest.mark.parametrize(
+    ("expression", "expected"),
+    [
+        ("knock(settings)", "None"),
+        ("outage._answers(settings)", "True"),
+        # 1 if the server's first answer was to this request
+        (
+            "default_replication(log.admin(settings))",
+            ("1", "BrokerUnavailable no broker answered at the cluster (could not"),
+        ),
+        ("origin()", "TopicMissing asking for t"),
+    ],
+)
+def test_a_broker_that_lists_no_brokers_aborts_no_process(expression: str, expected: str | tuple[str, ...]) -> None:
+    """A broker that was frozen gives such an answer until it is back in its cluster; `describe_cluster` aborts at it."""
+    with empty_cluster() as address:
+        code = CHILD.replace("{expression}", expression)
+        child = subprocess.run(
+            [sys.executable, "-c", code, address], check=False, capture_output=True, text=True, timeout=100
+        )
+    assert child.returncode == 0, child.stderr
+    assert child.stdout.startswith(expected)
+
+
+def test_no_module_calls_describe_cluster() -> None:
+    """`jobledger.cluster` says why, and has what to call instead."""
+    modules = [path for part in ("jobledger", "consumers", "streams") for path in (ROOT / part).rglob("*.py")]
+    assert len(modules) > 50
+    assert [str(path) for path in modules if "describe_cluster(" in path.read_text()] == []
+
+
+def test_a_broker_that_is_away_does_not_answer() -> None:
+    """After the time-out, and what is raised meanwhile ends the wait earlier."""
+    client = AdminClient({"bootstrap.servers": f"127.0.0.1:{free_port()}", "log_level": 0})
+    assert not cluster.answers(client, 0.3)
+
+    def refuse() -> None:
+        raise PermissionError
+
+    began = time.monotonic()
+    with pytest.raises(PermissionError):
+        cluster.answers(client, 60.0, refuse)
+    assert time.monotonic() - began < 30
