@@ -1,7 +1,8 @@
-"""What a worker holds while it runs: the partitions it owns, and the records of them that are being worked on.
+"""Hold a worker's state: the partitions it owns, and the work records it is processing.
 
-State only; who changes it: the fetch thread adds raw messages and ends ownership, the dispatcher (event loop) takes
-them, the settler (its own thread) marks records done. `Partition.lock` guards `Partition.offsets`.
+State only. The fetch thread adds raw messages and ends ownership. The dispatcher (event loop) takes the messages and
+marks duplicates done. The settler marks other records done; `Settler.drain` runs in any thread. `Partition.lock` guards
+`Partition.offsets`.
 """
 
 from __future__ import annotations
@@ -33,40 +34,43 @@ if TYPE_CHECKING:
 
 LOG = get_logger("jobledger.worker")
 
-#: Delivery reports wait here until the settler takes them: (what was sent for, whether it closes (None: it is said in
-#: place, and the job goes on), error, message).
+#: Delivery reports that the settler has not taken yet: (the job they are about, whether the fact closes the release,
+#: error, message). True: a closing fact; False: a derived record; None: a fact after which the job continues here.
 Arrived = deque[tuple["Work", bool | None, KafkaError | None, Message]]
 
-#: Upper bounds of the histograms: of milliseconds that jobs waited, of seconds that attempts ran.
+#: Upper bounds of the histograms: how long jobs waited, in milliseconds, and how long attempts ran, in seconds.
 WAIT_BOUNDS_MS = (5.0, 10.0, 25.0, 50.0, 100.0, 250.0, 500.0, 1e3, 2.5e3, 5e3, 10e3, 30e3, 60e3, 300e3, 1800e3, 7200e3)
 RUN_BOUNDS_S = (0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0, 1800.0, 7200.0)
 
 #: Seconds between two progress facts of one job.
 PROGRESS_INTERVAL_S = 0.1
 
-_NOWHERE: frozenset[str] = frozenset()  # one for all: Python makes a new one each time
+_NOWHERE: frozenset[str] = frozenset()  # shared by all jobs: Python makes a new frozenset each time
 
 
 class Lease:
-    """Until when a queue's partitions are certainly ours: the coordinator took a commit of this member lately.
+    """The time until which this worker surely owns its partitions of a lane. Each accepted commit of the group member
+    extends it.
 
-    A process that was paused, or that lost the broker, must not start what another worker may have taken over.
+    A process that was paused, or that has lost the broker, must not start jobs that another worker may have taken over.
     """
 
     __slots__ = ("_wake", "seconds", "until", "wanted")
 
     def __init__(self, seconds: float, wake: Callable[[], None] = lambda: None) -> None:
         self.seconds, self._wake = seconds, wake
-        self.until = 0.0  # of time.monotonic()
-        self.wanted = False  # a confirmation is waited for
+        self.until = 0.0  # as of time.monotonic()
+        self.wanted = False  # the dispatcher waits for a confirmation
 
     def ask(self) -> None:
-        """Have the fetch thread ask the coordinator, and wake the dispatcher when it has confirmed. In any thread."""
+        """Request a confirmation from the coordinator; the fetch thread sends it, and the dispatcher is woken once it
+        is there. Any thread."""
         self.wanted = True
 
     def confirm(self, asked_at: float) -> None:
-        """A commit that was begun at ``asked_at`` (`time.monotonic`) was accepted. Whoever waits for that is woken,
-        whichever commit it was; if it took so long that the time is over already, the next one is asked for at once."""
+        """Extend the lease: a commit begun at ``asked_at`` (`time.monotonic`) was accepted. Any accepted commit serves
+        a request for a confirmation. If the commit took so long that the lease is over already, the request stays open
+        and the fetch thread commits again at once."""
         self.until = max(self.until, asked_at + self.seconds)
         if self.wanted and self.until > time.monotonic():
             self.wanted = False
@@ -74,7 +78,8 @@ class Lease:
 
 
 class Found:
-    """A closing fact that the log already holds for a release: where, when it was appended, and what it says."""
+    """A fact in the log that settles a release already: its offset on lifecycle, when it was appended (ms), and the
+    fact."""
 
     __slots__ = ("appended_ms", "fact", "offset")
 
@@ -82,18 +87,20 @@ class Found:
         self.offset, self.appended_ms, self.fact = offset, appended_ms, fact
 
 
-#: Stands in place of an end from which another release has followed already: nothing is to be sent again.
+#: Replaces the fact of a release that a later release has followed already: no derived record is sent again.
 NOTHING_FOLLOWS = JobSucceeded()
 
 
 class Deferred:
-    """A job that waits far back in a line: its record alone, a tenth of what a `Work` takes. ``value``: the event, in
-    this version's own form. ``appended``: ms of the broker's clock. ``plan``: None if the task is not known here.
-    ``suspect``: as of `Work`."""
+    """A job far back in a line, kept as its record alone: a tenth of the memory of a `Work`.
+
+    ``value``: the event, encoded with this version's schema. ``appended``: ms of the broker's clock. ``plan``: None if
+    this worker does not know the task. ``suspect``: see `Work`.
+    """
 
     __slots__ = ("appended", "offset", "plan", "suspect", "value")
 
-    #: What one takes in memory beside its value, its place in the offsets included, in bytes.
+    #: Bytes of memory that one takes beside its value, its entry in the offsets included.
     OVERHEAD = 300
 
     def __init__(self, offset: int, appended: int, value: bytes, plan: Plan | None, suspect: bool) -> None:
@@ -101,17 +108,19 @@ class Deferred:
 
     @property
     def size(self) -> int:
-        """Bytes of memory, about."""
+        """Return about how many bytes of memory it takes."""
         return len(self.value) + self.OVERHEAD
 
 
 class Line:
-    """Jobs of one partition that wait, in order. ``serial``: one at a time; ``busy``: one of them runs, or waits for its
-    next attempt, or the fact that ended it is not acknowledged. ``over``: how many of these two have come: its slot is
-    free, and the fact that ended it is acknowledged.
+    """Jobs of one partition that wait, in order.
 
-    ``tenant``: with whose lines it takes turns, "" where nobody does. ``queued``: it stands where lines are looked at,
-    its stage's or a gate's.
+    ``serial``: its jobs run one at a time. ``busy``: one of its jobs runs, waits for its next attempt, or its attempt's
+    last fact is not acknowledged. ``over``: how many of two events have happened for that job: its slot is free; that
+    fact is acknowledged.
+
+    ``tenant``: the line takes turns with the lines of other tenants; "" where the queue has none. ``queued``: the line
+    is in its stage's turns or parked at a gate.
     """
 
     __slots__ = ("busy", "gate", "identity", "over", "partition", "queued", "serial", "tenant", "works")
@@ -120,56 +129,58 @@ class Line:
         self.partition, self.identity, self.serial, self.tenant = partition, identity, serial, tenant
         self.busy = self.queued = False
         self.over = 0
-        self.gate: Gate | Room | None = None  # that it waited for last, until one of its jobs is begun
+        self.gate: Gate | Room | None = None  # the gate that it waited for last, until one of its jobs begins
         self.works: deque[Work | Deferred] = deque()
 
 
 class Partition:
-    """One partition of a work topic, from its assignment to its end here. Assigned again, it is a new one."""
+    """One partition of a work topic, from its assignment to its end here. A new assignment makes a new object."""
 
     def __init__(self, topic: str, number: int, lease: Lease, committed: int, metadata: str | None) -> None:
         self.topic, self.number, self.lease = topic, number, lease
-        #: What the group had committed at assignment; -1: nothing.
+        #: The offset that the group had committed at assignment, and its metadata; -1: nothing was committed.
         self.committed, self.metadata = committed, metadata
         self.owned = True
-        self.gone = False  # lost, or handed over: another worker may run what is not done
-        self.ready = False  # the takeover is through
-        self.stopped: str | None = None  # why nothing of it may be run any more
-        self.taking = False  # the dispatcher is between taking a record and putting it into `live`
-        self.aside = False  # a record was received whose schema is looked up; it comes back as `back`
+        self.gone = False  # lost, or handed over: another worker may run the records that are not done
+        self.ready = False  # the takeover is complete
+        self.stopped: str | None = None  # why no job of it may run any more
+        self.taking = False  # the dispatcher is taking records up, or starting jobs that wait
+        self.aside = False  # the schema of a received record is being looked up; the record returns as `back`
         self.back: tuple[Message, Any, bool] | None = None
         self.braked = False  # its completion map is as long as it may become
-        self.full = False  # so much waits in its lines that nothing more is taken
-        self.paused = False  # at the client
+        self.full = False  # so many jobs wait in its lines that no more records are taken
+        self.paused = False  # its fetching is paused at the Kafka client
         self.lock = threading.Lock()
         self.offsets: PartitionOffsets | None = None
         self.memory = ReleaseMemory()
         self.raw: deque[Message] = deque()
-        #: Begun and not settled, by offset.
+        #: Records that are taken up and not settled, by offset.
         self.live: dict[int, Work] = {}
-        #: From the takeover's scan, until `scanned_to` was received: closing facts and unended starts by release.
+        #: By release, from the takeover's scan: facts that settle it; the number of its starts without an outcome. Kept
+        #: until all records below `scanned_to` are received.
         self.closed: dict[int, Found] = {}
         self.starts: dict[int, int] = {}
         self.scanned_to = 0
-        #: Where the takeover's scan of lifecycle began.
+        #: The offset of lifecycle where the takeover's scan began.
         self.floor = 0
-        #: Below this offset are records that the last owner, who did not leave cleanly, may have begun.
+        #: The last owner may have begun records below this offset, and did not leave cleanly. 0: no such owner.
         self.careful = 0
         self.last_commit: tuple[int, str] | None = None
-        #: What the last owner, who left cleanly, had committed: still true as long as nothing was begun here.
+        #: What the last owner committed when it left cleanly. It stays true as long as no job of it begins here.
         self.found_clean: Snapshot | None = None
-        #: What waits here, by (kind, name, …); how many jobs that is, how many of them as `Deferred`, and their bytes.
+        #: Its lines by (kind, name, …); how many jobs wait in them, how many of these are `Deferred`, and the bytes of
+        #: the deferred ones.
         self.lines: dict[tuple[str, ...], Line] = {}
         self.waiting = self.deferred = self.deferred_bytes = 0
-        #: Attempts that a former owner made in place, by release: (attempt to come, due in ms of the broker's clock,
-        #: where on lifecycle that stands).
+        #: Jobs that a former owner was retrying in place, by release: (next attempt, when it is due in ms of the
+        #: broker's clock, the offset on lifecycle of the fact that says so).
         self.held: dict[int, tuple[int, int, int]] = {}
 
     def __repr__(self) -> str:
         return f"{self.topic}[{self.number}]"
 
     def oldest_ms(self) -> int | None:
-        """When the oldest record that waits here was appended; None: none waits."""
+        """Return when the oldest record that waits here was appended, in ms; None if no record waits."""
         try:
             return int(self.raw[0].timestamp()[1])
         except IndexError:
@@ -177,27 +188,30 @@ class Partition:
 
     @property
     def fetched(self) -> int:
-        """Fetched records that count against the prefetch limit: what cannot be taken must not keep out the others."""
+        """Return how many fetched records count against the prefetch limit. Records of a paused or stopped partition do
+        not count: they must not keep out those of other partitions."""
         return 0 if self.idle or self.stopped is not None else len(self.raw)
 
     @property
     def here(self) -> bool:
-        """Whether there are records to take up."""
+        """Whether records are ready to be taken up."""
         return bool(self.raw) or self.back is not None
 
     @property
     def idle(self) -> bool:
-        """Whether nothing of it is taken for a while."""
+        """Whether no records of it are taken for the time being."""
         return self.braked or self.full or not self.ready
 
     @property
     def busy(self) -> bool:
-        """Whether something of it is under way: what merely waits for a thread is not."""
+        """Whether jobs of it are under way. A job that only waits does not count."""
         return self.taking or any(not work.waiting for work in list(self.live.values()))
 
     def certain(self) -> bool:
-        """Whether no other worker can have taken it over, as far as is known now; if that is not known, the group is asked.
-        While it is handed over, the group waits for this worker. In any thread."""
+        """Return whether surely no other worker has taken the partition over; if that is not known, ask the group.
+
+        During a hand-over the group waits for this worker, so it is still certain. Any thread.
+        """
         if not self.owned:
             return not self.gone
         if time.monotonic() <= self.lease.until:
@@ -206,23 +220,26 @@ class Partition:
         return False
 
     def nothing_waits(self) -> None:
-        """What waited in lines is the next owner's."""
+        """Set the counts of waiting jobs to zero: those jobs belong to the next owner."""
         self.waiting = self.deferred = self.deferred_bytes = 0
 
     def begin_taking(self) -> bool:
-        """Claim the right to take records up; False if the partition is owned no more. Ends with ``taking = False``."""
+        """Claim the right to take records up; the caller ends the claim with ``taking = False``.
+
+        Returns False if the partition is no longer owned, is stopped, or has no offsets yet.
+        """
         with self.lock:
             self.taking = self.owned and self.stopped is None and self.offsets is not None
         return self.taking
 
     def stop(self, message: Message, why: str) -> None:
-        """Let nothing more of it be run, because of a message that this worker cannot judge."""
+        """Run no more jobs of the partition, because this worker cannot judge ``message``."""
         where = position_of(message)
         here = f"{self!r}@{where.offset}" if where.topic == self.topic else f"{self!r}, because of {where}"
         self._stop(f"{here}: {why}")
 
     def stop_all(self, why: str) -> None:
-        """Let nothing of it be run, whatever it holds."""
+        """Run no jobs of the partition, whatever its records are."""
         self._stop(f"{self!r}: {why}")
 
     def _stop(self, reason: str) -> None:
@@ -230,7 +247,7 @@ class Partition:
         LOG.critical("partition stopped: %s", reason)
 
     def give_up(self) -> None:
-        """End the ownership: what is not being taken up now never will be."""
+        """End the ownership. Only the records that are being taken up at this moment are still processed."""
         with self.lock:
             self.owned = False
         self.raw.clear()
@@ -269,17 +286,17 @@ class Plan:
         self.started = self.succeeded = self.retried = self.snoozed = self.failed = self.cancelled = self.expired = 0
         self.runs = [0] * (len(RUN_BOUNDS_S) + 1)  # attempts that ended, by `RUN_BOUNDS_S`
         self.seconds = 0.0
-        self.blocked = 0  # times that its code held the event loop up
+        self.blocked = 0  # how often its code blocked the event loop
         policy = task.policy
         self.scope = Scope(f"task {task.name}", policy.limits)
         self.adaptive = None if policy.adaptive is None else AdaptiveGate(f"task {task.name}", policy.adaptive)
         self.breaker = None if policy.breaker is None else BreakerGate(f"task {task.name}", policy.breaker)
         self.gates: tuple[Gate, ...] = ()
-        self.room: Room | None = None  # where its code runs, if there is not room for any number
+        self.room: Room | None = None  # where its code runs, if the number of jobs there is limited
         self.regate()
 
     def regate(self) -> None:
-        """Its limits or pauses were changed."""
+        """Choose the gates anew, after limits or pauses have changed."""
         found = (self.scope if self.scope.active else None, self.adaptive, self.breaker)
         self.gates = tuple(gate for gate in found if gate is not None)
 
@@ -327,35 +344,35 @@ class Work:
 
     def __init__(self, partition: Partition, offset: int, event: JobEvent | None, arrived: Arrived) -> None:
         self.partition, self.offset, self.event, self.arrived = partition, offset, event, arrived
-        self.remaining = 1  # acknowledgements still to come before the record is done
-        self.derived: Sequence[Outgoing] = ()  # sent once the closing fact is acknowledged
+        self.remaining = 1  # acknowledgements to wait for before the record is done
+        self.derived: Sequence[Outgoing] = ()  # records to send once the closing fact is acknowledged
         self.tries = 0
-        self.takeover = 0  # starts of this release without an end, that the log shows
-        self.suspect = False  # it may have taken a process down: run where that is seen, its start in the log first
+        self.takeover = 0  # starts without an outcome: in the log, in the job's tags, or a death of its process here
+        self.suspect = False  # may have ended a process: runs in a child, after its start is acknowledged
         self.room: Room | None = None  # where it runs and is counted
         self.timer: asyncio.TimerHandle | None = None  # of a thread's time limit
         self.interrupted: type[TaskInterrupted] | None = None  # raised in its thread
         self.lease: JobLease | None = None  # of a long job
         self.began = 0.0
-        self.appended = 0  # when its record was (ms, broker's clock); 0: not known, or counted already
+        self.appended = 0  # when the record was appended (ms, broker's clock); 0: not known, or counted
         self.abandoned = False  # its outcome must not be written any more
-        self.waiting = False  # in a line or for a thread; not begun
-        self.line: Line | None = None  # that it waits in, or holds up
-        self.gates: tuple[Gate, ...] = ()  # that count it while it runs
+        self.waiting = False  # its code does not run: it waits in a line, for room, a child or its next attempt
+        self.line: Line | None = None  # the line it waits in, or keeps busy
+        self.gates: tuple[Gate, ...] = ()  # the gates that count it while it runs
         self.expires_at: int | None = None  # µs of the broker's clock
-        self.held_since = 0.0  # since when it holds its key
-        self.again_s: float | None = None  # tried again in place, so many seconds from now
-        self.noted: Callable[[Work], None] | None = None  # called once what it says in place is acknowledged
-        self.stop_outcome: Outcome | None = None  # somebody asked it to end: what it comes to then
-        #: Topics to which its records go as batches of their own, because a batch was refused for its size.
+        self.held_since = 0.0  # since when it holds its key (`time.monotonic`); 0: not yet
+        self.again_s: float | None = None  # the next attempt is made in place, after so many seconds
+        self.noted: Callable[[Work], None] | None = None  # called once its fact that closes nothing is acknowledged
+        self.stop_outcome: Outcome | None = None  # the outcome to record when its code was asked to end
+        #: Topics to which its records are sent as batches of one, because a batch was refused for its size.
         self.alone = _NOWHERE
-        self.shortened = False  # its outcome was replaced, because it was too large by itself
-        self.handle: asyncio.Task[None] | None = None  # while it runs
-        self.outcome: Outcome | None = None  # only when it is not a success
+        self.shortened = False  # its outcome was replaced, because its record alone was too large
+        self.handle: asyncio.Task[None] | None = None  # while it runs on the event loop
+        self.outcome: Outcome | None = None  # None also stands for a success
         self.unsent: JobProgressed | None = None
         self.reported_at = 0.0
-        self.plan: Plan | None = None  # of a task this worker knows
-        self.context: JobContext | None = None  # until it begins
+        self.plan: Plan | None = None  # None: this worker does not know the task
+        self.context: JobContext | None = None  # until its code begins
         self.kwargs: dict[str, Any]
         self.send_progress: Callable[[Work, JobProgressed], None]
 
@@ -364,13 +381,13 @@ class Work:
         self.arrived.append((self, True, error, message))
 
     def delivered(self, closing: bool | None) -> Callable[[KafkaError | None, Message], None]:
-        """The delivery callback of one kind of record; as in `Arrived`."""
+        """Return the delivery callback for one kind of record; ``closing`` as in `Arrived`."""
         return (
             self.noted_delivered if closing is None else self.closing_delivered if closing else self.derived_delivered
         )
 
     def noted_delivered(self, error: KafkaError | None, message: Message) -> None:
-        """Delivery callback of a fact that closes nothing, but must be found by a later owner."""
+        """Delivery callback of a fact that closes nothing, but that a later owner must find."""
         self.arrived.append((self, None, error, message))
 
     def derived_delivered(self, error: KafkaError | None, message: Message) -> None:
@@ -378,8 +395,8 @@ class Work:
         self.arrived.append((self, False, error, message))
 
     def report(self, context: JobContext | None, progressed: JobProgressed) -> None:
-        """`JobContext.progress` ends here, in any thread or from a child: sent, or kept until the
-        interval is over or the job ends."""
+        """Send the progress that `JobContext.progress` reports, or keep it until `PROGRESS_INTERVAL_S` is over or the
+        job ends. Any thread; a child's reports arrive here, too."""
         now = time.monotonic()
         if now - self.reported_at < PROGRESS_INTERVAL_S:
             self.unsent = progressed
@@ -389,7 +406,7 @@ class Work:
         self.send_progress(self, progressed)
 
     def flush_progress(self, now: float | None = None) -> None:
-        """Send the report that was kept back; with ``now`` only if its time has come."""
+        """Send the progress that was kept back; with ``now``, only if the interval is over."""
         unsent = self.unsent
         if unsent is None or (now is not None and now - self.reported_at < PROGRESS_INTERVAL_S):
             return
