@@ -1,7 +1,6 @@
-"""Whose turn it is: takes raw messages from the partitions in turn, and sees to it that all slots are used.
+"""Take raw messages from the partitions in turn, and keep all slots of the worker in use.
 
-Runs on the event loop only. What a record is, is `intake`'s to say; what waits behind what is in `lines`;
-how a job begins is in `starts`.
+Runs on the event loop only. `intake` judges the records, `lines` holds the jobs that wait, `starts` begins jobs.
 """
 
 from __future__ import annotations
@@ -36,41 +35,43 @@ from jobledger.task_registry import Registry
 
 LOG = get_logger("jobledger.worker")
 
-#: Records taken from one partition before the next one's turn.
+#: Records taken from one partition before the next partition's turn.
 SLICE = 16
-#: Records begun in one go before the loop gets a turn.
+#: Records taken and jobs begun in one go, before the event loop runs other callbacks.
 BUDGET = 64
 
-#: Seconds until it is looked again whether enough is acknowledged.
+#: Seconds until the number of unacknowledged records is checked again.
 REST_S = 0.002
 
-#: Seconds between two looks at how long the records of each priority have waited.
+#: Seconds between two updates of the weights of priorities by how long their records have waited.
 AGED_S = 0.25
 
-#: Seconds until delivery callbacks are run when nothing else happens; the same while the next job of a key waits for one.
+#: Seconds until delivery callbacks are run if nothing else happens; the same while a key's next job waits for one.
 POLL_S, KEY_POLL_S = 0.005, 0.001
 
 _monotonic = time.monotonic
 
 
 def may_be_unsent(begun: int, age: float) -> int:
-    """How many records of a worker may be unacknowledged that has begun ``begun`` jobs, the first one ``age`` seconds ago.
+    """Return how many records may be unacknowledged in a worker that has begun ``begun`` jobs, the first one ``age``
+    seconds ago.
 
-    If a job kills the worker, its successor suspects what it finds begun in the log, and behind it `UNSEEN_LEAST` records
-    and as many as were begun in the log's last `UNSEEN_MS`. As long as everything begun is as young as that, this is so
-    many that none is missed; later, a quarter, and then `UNACKNOWLEDGED_LIMIT`. Source: docs/adr/0009.
+    If a job kills the worker, the next owner suspects the records whose starts are in the log. It also suspects
+    `UNSEEN_LEAST` records after these, and as many more as were begun in the log's last `UNSEEN_MS`. While ``age`` is
+    below `UNSEEN_MS`, half of ``begun`` may be unacknowledged, so that no begun record escapes suspicion. Later it is a
+    quarter. The result is at least `UNSEEN_LEAST` and at most `UNACKNOWLEDGED_LIMIT`. Source: docs/adr/0009.
     """
     share = 2 if age < UNSEEN_MS / 1000 else 4
     return min(UNACKNOWLEDGED_LIMIT, max(UNSEEN_LEAST, UNSEEN_LEAST // 2 + begun // share))
 
 
 class Dispatcher:
-    """Starts jobs while there are slots: ``concurrency`` in all, ``threads`` of them plain
-    functions, ``children`` isolated.
+    """Start jobs while there are slots: ``concurrency`` in all, ``threads`` of them plain functions, ``children``
+    isolated.
 
-    ``lookahead``, ``lookahead_bytes``: what may wait in lines in this process, see `Lines`. ``drain()``: take the
-    delivery reports that have arrived. ``hurry()``: have what was sent acknowledged as soon as can be.
-    `wire` comes before anything else.
+    ``lookahead``, ``lookahead_bytes``: how much may wait in lines in this process, see `Lines`. ``drain()``: take the
+    delivery reports that have arrived. ``hurry()``: have sent records acknowledged as soon as possible. `wire` must be
+    called before anything else.
     """
 
     executor: Executor
@@ -156,8 +157,8 @@ class Dispatcher:
             fail=fail,
         )
         self.running = self.starter.running
-        self._finished: deque[Work] = deque()  # by threads, not yet noticed here
-        self._in_log: deque[Work] = deque()  # keyed jobs whose attempt's end is acknowledged, not yet noticed here
+        self._finished: deque[Work] = deque()  # ended off the event loop, and not handled here yet
+        self._in_log: deque[Work] = deque()  # keyed jobs: their attempt's last fact is acknowledged, not handled yet
         self._loop: asyncio.AbstractEventLoop
         self._awake = False
         self._alarm: tuple[float, asyncio.TimerHandle] | None = None
@@ -168,7 +169,8 @@ class Dispatcher:
         self.idle = asyncio.Event()
 
     def wire(self, executor: Executor, places: Places, leases: Leases) -> None:
-        """What runs the code, where, and what keeps long jobs: made of this one's parts, and told to them."""
+        """Connect the executor, the places where code runs, and the leases of long jobs, which are made from parts of
+        this one."""
         self.executor = self.starter.executor = self.lines.executor = self.intake.executor = executor
         self.places = self.starter.places = self.lines.places = self.intake.places = places
         self.starter.leases = leases
@@ -179,11 +181,12 @@ class Dispatcher:
         self.intake.aside.start()
 
     def close(self) -> None:
-        """End the helper thread."""
+        """End the thread that looks schemas up."""
         self.intake.aside.close()
 
     def tick(self) -> None:
-        """Called by the settler every 0.1 s: late progress is sent, and what waited for acknowledgements goes on."""
+        """Send progress that was kept back, and look for work after records were acknowledged. Also checks the commits
+        and updates the difference of the clocks. Called by the settler every 0.1 s."""
         now = _monotonic()
         for fetcher in self.fetchers:
             fetcher.committer.check(now)
@@ -198,13 +201,13 @@ class Dispatcher:
     # -- called from other threads --------------------------------------------------------------------------------
 
     def wake(self) -> None:
-        """There may be something to do. Callable from any thread."""
+        """Schedule a look for work to do. Any thread."""
         if not self._awake:
             self._awake = True
             self.call(self._pump)
 
     def call(self, function: Callable[..., None], *args: object) -> None:
-        """Run ``function`` on the loop. Callable from any thread. What it raises ends the worker: a job would neither
+        """Run ``function`` on the loop. Any thread. An exception in it ends the worker: otherwise a job might neither
         run nor be missed."""
         with contextlib.suppress(RuntimeError):  # the loop is closed: the worker has ended
             self._loop.call_soon_threadsafe(self._guarded, function, args)
@@ -216,7 +219,7 @@ class Dispatcher:
             self._broken(exc)
 
     def ready(self, partitions: list[Partition]) -> None:
-        """Partitions whose takeover is through. Callable from any thread."""
+        """Serve partitions whose takeover is complete. Any thread."""
         self.call(self._gained, partitions)
 
     def _gained(self, partitions: list[Partition]) -> None:
@@ -224,12 +227,11 @@ class Dispatcher:
             if partition.owned:
                 self.stages[partition.topic].parts.append(partition)
         self._divide()
-        # From here, not from where `ready` is called: a pump that was on its way then goes
-        # before this, and sees nothing.
+        # Not in `ready`: a pump that was scheduled already would run before this, and would not see the partitions.
         self.wake()
 
     def ended(self, partitions: list[Partition]) -> None:
-        """Partitions that are owned no more; what runs of them goes on. Callable from any thread."""
+        """Stop serving partitions that are no longer owned; their running jobs continue. Any thread."""
         self.call(self._lost, set(partitions))
 
     def _lost(self, gone: set[Partition]) -> None:
@@ -240,7 +242,7 @@ class Dispatcher:
         self._divide()
 
     def _divide(self) -> None:
-        """Each partition number of each level carries a share of the limits."""
+        """Divide the limits of queues and tasks: each partition number of each level carries a share."""
         self.lines.owned = sum(len(stage.parts) for stage in self._all_stages)
         for name, scope in self.scopes.items():
             queue = self._registry.queues[name]
@@ -256,19 +258,19 @@ class Dispatcher:
                 each.own(owned, total)
 
     def ended_in_thread(self, work: Work) -> None:
-        """A job that has room only in one place ended. Called in any thread."""
+        """Report that a job has ended in a thread or a child, or will not be begun. Any thread."""
         self._finished.append(work)
         self.wake()
 
     def acknowledged(self, work: Work) -> None:
-        """The fact that ended an attempt of a keyed job is in the log. Called in any thread."""
+        """Report that the last fact of a keyed job's attempt is in the log. Any thread."""
         self._in_log.append(work)
         self.wake()
 
-    # -- what people ask for: on the loop -----------------------------------------------------------------------------
+    # -- control commands: on the loop --------------------------------------------------------------------------------
 
     def cancelled(self, job_id: str, run: int, outcome: Cancelled) -> None:
-        """Somebody asked for a job's end: it is told, if it runs here."""
+        """Ask a job to end, if it runs here: its cancellation was requested."""
         for work in list(self.running):
             event = work.event
             if event is not None and event.job_id == job_id and event.run == run and work.stop_outcome is None:
@@ -276,7 +278,7 @@ class Dispatcher:
                 self.executor.stop(work, outcome)
 
     def regate(self) -> None:
-        """Pauses or limits were changed: see what they are now."""
+        """Apply the pauses and limits that are in force now."""
         control = self.control
         for name, scope in self.scopes.items():
             scope.paused = control.paused.get(("queue", name))
@@ -290,7 +292,7 @@ class Dispatcher:
     # -- the loop's side ------------------------------------------------------------------------------------------
 
     def ended_here(self, work: Work) -> None:
-        """A coroutine ended. Called on the loop."""
+        """Free the slot of a coroutine that has ended. On the loop."""
         del self.running[work]
         if work.line is not None or work.gates:
             self.lines.left(work)
@@ -299,10 +301,10 @@ class Dispatcher:
             self._loop.call_soon(self._guarded, self._pump, ())
 
     def _pump(self) -> None:
-        """Take up what fits, one stage after the other."""
-        # Every time: few delivery callbacks at once cost less than many (measured: a tenth of the whole).
+        """Take up as many records and jobs as fit, one stage after the other."""
+        # On every pump: few delivery callbacks at a time cost less than many (measured: a tenth of the total).
         self._take_reports()
-        self._awake = False  # before anything is looked at that others change and then call `wake` for
+        self._awake = False  # before reading anything that other threads change and then call `wake` for
         running = self.running
         while self._finished:
             work = self._finished.popleft()
@@ -325,17 +327,17 @@ class Dispatcher:
             self.lines.unpark()
         begun = self.starter.start_waiting()
         begun += self._take_turns(BUDGET)
-        # Records that are passed take no slot, so nothing else would wake us for what follows them.
+        # Records that are passed over take no slot, so nothing else would wake the pump for the records after them.
         if begun and (self._filling or len(running) < self._concurrency) and not self._awake:
             self._awake = True
             self._loop.call_soon(self._guarded, self._pump, ())
         if self.lines.unacknowledged and not begun and not running:
-            self._hurry()  # nothing else can be begun before an acknowledgement comes
+            self._hurry()  # no other job can begin before an acknowledgement arrives
         for fetcher in self.fetchers:
             fetcher.taken()
 
     def _poll(self) -> None:
-        """Acknowledgements come also when no job begins or ends, and what they settle is to be committed."""
+        """Run delivery callbacks even if no job begins or ends: the records that they settle must be committed."""
         self._take_reports()
         self._poll_later()
 
@@ -346,14 +348,14 @@ class Dispatcher:
             self._loop.call_later(seconds, self._guarded, self._poll, ())
 
     def _take_reports(self) -> None:
-        """Run the delivery callbacks that have arrived. The settler takes their reports every 0.1 s; while the next job of a
-        key waits for one, they are taken at once."""
+        """Run the delivery callbacks that have arrived. The settler takes their reports every 0.1 s; while the next job
+        of a key waits for one, they are taken at once."""
         self._sender.poll()
         if self.lines.unacknowledged:
             self._drain()
 
     def _wake_in(self, seconds: float | None) -> None:
-        """See whether a gate has opened, so many seconds from now."""
+        """Wake the pump in so many seconds, when a gate may have opened; None: not at all."""
         if seconds is None:
             return
         at = self._loop.time() + max(seconds, 0.001)
@@ -368,7 +370,7 @@ class Dispatcher:
         self.wake()
 
     def _take_turns(self, budget: int) -> int:
-        # A worker that has just begun goes no faster than acknowledgements come.
+        # A worker that has just begun starts jobs no faster than its records are acknowledged.
         began, now = self.starter.started, _monotonic()
         if not began:
             self._first_at = now
@@ -409,7 +411,8 @@ class Dispatcher:
         self.wake()
 
     def _serve(self, stage: Stage, most: int, of_each: int) -> int:
-        """Begin up to ``most`` jobs of a stage, its partitions in turn; how many records and jobs were dealt with."""
+        """Begin up to ``most`` jobs of a stage, its partitions in turn. Returns how many records and waiting jobs were
+        handled."""
         scope = stage.scope
         if scope.active:
             now = _monotonic()
@@ -437,7 +440,8 @@ class Dispatcher:
         return served
 
     def _fill(self, stage: Stage, most: int) -> int:
-        """See what there is to choose from: records go into the lines of their tags."""
+        """Take records into the lines of their tags, so that there are tenants to choose from. Returns how many were
+        taken."""
         filled = 0
         for _ in range(len(stage.parts)):
             partition = stage.parts[0]
@@ -450,14 +454,14 @@ class Dispatcher:
         return filled
 
     def _take_slice(self, partition: Partition, most: int) -> int:
-        """Take up to ``most`` records of one partition."""
+        """Take up to ``most`` records of one partition; return how many were taken."""
         raw, lease, offsets = partition.raw, partition.lease, partition.offsets
         take_up = self.intake.take_up
         if offsets is None or partition.aside or not partition.begin_taking():
-            return 0  # what follows a record that is looked up waits for it: else it would overtake it
+            return 0  # the records after one whose schema is looked up wait, so that they do not overtake it
         taken = 0
         try:
-            if _monotonic() > lease.until:  # nothing is set aside either: another may have run it
+            if _monotonic() > lease.until:  # no job is given back either: another worker may have run it
                 lease.ask()
                 return 0
             partition.full = partition.waiting > 0 and not self.lines.room(partition)
@@ -500,7 +504,8 @@ class Dispatcher:
             self.fail(JobledgerError(f"the dispatcher failed: {exc!r}"))
 
     def take_no_more(self) -> None:
-        """Begin nothing from now on, and forget what waits in lines, for room or a child: it is the next owner's."""
+        """Begin no more jobs, and forget those that wait in lines, for room or for a child: they belong to the next
+        owner."""
         self.starter.accepting = False
         self.places.sweep()
         self.starter.drop_waiting()

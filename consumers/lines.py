@@ -1,6 +1,7 @@
-"""Jobs that wait in lines: for those before them of their key, for their tag's turn, for a gate to open.
+"""Keep jobs in lines: they wait for earlier jobs of their key, for their tag's turn, or for a gate to open.
 
-On the event loop. What is in a line was received and is not begun: whoever gets the partition next has it all.
+On the event loop. The records of these jobs are received, and the jobs are not begun: the partition's next owner gets
+them all.
 """
 
 from __future__ import annotations
@@ -26,25 +27,28 @@ if TYPE_CHECKING:
 
 _monotonic = time.monotonic
 
-#: Jobs of a full partition that are set aside before something else is done, and lines at a gate that are looked at.
+#: Jobs of a full partition that are given back to the coordinator in one go; lines at a gate that are searched for
+#: them.
 ASIDE_AT_ONCE, LOOKED_AT = 64, 1_000
 
 
 class Lines:
-    """The lines of this worker's partitions. ``lookahead``: jobs that may wait in all of them ready to be begun;
-    ``lookahead_bytes``: what further ones may take, as bare records.
+    """The lines of this worker's partitions.
 
-    A partition whose lines are long is read on all the same: behind a hundred thousand jobs of one key may stand the
-    first one of another. What is far back in its line is put down as its record (`Deferred`), and becomes a job again
-    when its turn comes.
+    ``lookahead``: how many jobs may wait in all lines ready to begin. ``lookahead_bytes``: memory for further jobs,
+    kept as bare records.
 
-    ``wake``: there may be something to begin; ``wake_in(seconds)``: there may be then. ``unknown(work)``: ends a job
-    whose task this worker does not know. ``revive(partition, deferred)``: the job that a bare record stands for; its
-    arguments are not read yet. ``call``: runs a function on the loop; what it raises ends the worker.
+    A partition is read on even if its lines are long: behind a hundred thousand jobs of one key there may be the first
+    job of another. A job far back in its line is kept as its record (`Deferred`), and becomes a `Work` when its turn
+    comes.
 
-    The next job of a key begins when the fact that ended the one before is acknowledged, not when it is sent: else the next
-    owner, after a crash, could run jobs again that later ones of their key have followed. So a keyed job that must not be
-    started (bad arguments, cancelled, expired) ends in its turn, too.
+    ``wake``: look for work now; ``wake_in(seconds)``: look then. ``unknown(work)``: close a job whose task this worker
+    does not know. ``revive(partition, deferred)``: make the job of a bare record; its arguments are not decoded yet.
+    ``call``: run a function on the loop; an exception in it ends the worker.
+
+    A key's next job begins when the last fact of the job before it is acknowledged, not when it is sent. Otherwise the
+    next owner, after a crash, could run a job again although later jobs of its key have run. For the same reason a
+    keyed job that must not start (bad arguments, cancelled, expired) is closed in its turn.
     """
 
     executor: Executor
@@ -68,27 +72,28 @@ class Lines:
         self._starter, self._stages, self._lookahead = starter, stages, lookahead
         self._bytes, self._revive, self._call = lookahead_bytes, revive, call
         self._broker_ms, self._wake, self._wake_in, self._unknown = broker_ms, wake, wake_in, unknown
-        #: Gates with lines that wait for them.
+        #: Gates that lines wait for.
         self.parking: dict[Gate | Room, None] = {}
-        #: Lines of keys whose job has left its slot, and the fact that ended it is not acknowledged yet.
+        #: Lines of keys whose job has freed its slot, but whose last fact is not acknowledged yet.
         self.unacknowledged: dict[Line, None] = {}
-        #: Partitions that share the lookahead.
+        #: How many partitions share the lookahead.
         self.owned = 0
-        #: Bytes of all that is deferred.
+        #: Bytes of all deferred jobs.
         self.deferred_bytes = 0
 
     @property
     def window(self) -> int:
-        """Jobs of one partition that may wait in lines, but for those that are deferred."""
+        """Return how many jobs of one partition may wait in lines, without the deferred ones."""
         return max(100, self._lookahead // max(1, self.owned))
 
     def crowded(self, partition: Partition) -> bool:
-        """Whether so much waits here that what comes now is deferred, if it is to wait in a line."""
+        """Whether so many jobs wait here that a new one that must wait in a line is deferred."""
         return partition.waiting - partition.deferred >= self.window // 4
 
     def room(self, partition: Partition) -> bool:
-        """Whether more records may be taken from here. A partition may always have its own share of the bytes, and
-        more as long as others leave it. Once full, not before a quarter is free: it is paused and fetched again."""
+        """Whether more records of this partition may be taken. A partition may always use its own share of the bytes,
+        and more while other partitions leave it free. A full partition takes records again only once a quarter is free,
+        because pausing it means that its records are fetched again."""
         part = 0.75 if partition.full else 1.0
         if partition.waiting - partition.deferred >= self.window * part:
             return False
@@ -99,7 +104,8 @@ class Lines:
         return self._bytes // max(1, self.owned)
 
     def half_full(self, partition: Partition) -> bool:
-        """Whether what waits here takes half of what it may: what can be set aside should be."""
+        """Whether the waiting jobs take half of the space they may take: then jobs at a closed gate are given back to
+        the coordinator."""
         if partition.waiting - partition.deferred >= self.window // 2:
             return True
         return self.deferred_bytes >= self._bytes // 2 and partition.deferred_bytes >= self._share // 2
@@ -124,7 +130,7 @@ class Lines:
     def defer(
         self, partition: Partition, identity: tuple[str, ...], one: Deferred, *, serial: bool, tenant: str
     ) -> None:
-        """Put a record down at the end of its line."""
+        """Add a bare record to the end of its line."""
         self._join(partition, identity, one, serial, tenant)
         self._count(partition, one, 1)
 
@@ -134,7 +140,8 @@ class Lines:
         self.deferred_bytes += by * one.size
 
     def enqueue_keyed(self, work: Work, key: str, held: tuple[int, int, int] | None, tenant: str = "") -> None:
-        """Behind what there is of its key. ``held``: an earlier owner tried it in place already."""
+        """Add a job behind the others of its key. ``held``: an entry of `Partition.held`, if a former owner has retried
+        it in place."""
         line = self.enqueue(work, ("key", key), serial=True, tenant=tenant)
         if held is None:
             return
@@ -151,7 +158,8 @@ class Lines:
             self._hold(work, line, wait_s)
 
     def wait_for_gate(self, work: Work, plan: Plan, identity: tuple[str, ...], now: float, tenant: str = "") -> None:
-        """Wait here; or, if many do already, go back to the coordinator for a while, so that others can pass."""
+        """Let a job wait in a line. If the gate is closed and many jobs wait already, give the job back to the
+        coordinator, so that other jobs can pass."""
         partition = work.partition
         gate = closed_gate(plan.gates, now) if self.half_full(partition) else None
         if gate is not None:
@@ -161,14 +169,18 @@ class Lines:
         self.enqueue(work, identity, serial=False, tenant=tenant)
 
     def _set_aside(self, work: Work, gate: Gate, ahead: int) -> None:
-        """Give a job back to the coordinator until about its turn, with so many ``ahead`` of it here."""
+        """Give a job back to the coordinator until about its turn. ``ahead``: how many jobs are before it in its
+        line."""
         seconds = max(5.0, gate.passes_in(ahead * max(1, self.owned))) * (1.0 + 0.2 * random.random())
         self.executor.close_with(work, Snoozed(round(seconds * 1000), f"held back by {gate.describe()}"))
 
     def make_room(self, partition: Partition) -> None:
-        """Of a partition that is full, set jobs aside that a gate keeps: the newest of the longest such line. Behind them
-        may stand what nothing keeps. They came before the gate had closed, or while it was open for a moment. Not jobs
-        of keys, which would lose their order; nor what may have taken a process down."""
+        """Give jobs of a full partition back to the coordinator: the newest jobs of the longest line that waits at a
+        gate.
+
+        The jobs given back came before the gate closed, or while it was open for a moment. There may be startable jobs
+        behind them. Jobs with a key stay, because they would lose their order; suspects stay, too.
+        """
         kept = [
             (len(line.works), gate, line)
             for gate in self.parking
@@ -194,7 +206,7 @@ class Lines:
         self._wake()
 
     def serve(self, stage: Stage, most: int) -> int:
-        """Begin the first jobs of lines, the lines in turn."""
+        """Begin the first jobs of lines, the lines in turn; return how many jobs were handled."""
         begun = 0
         for _ in range(stage.ready):
             if begun >= most:
@@ -215,11 +227,12 @@ class Lines:
         return begun
 
     def _serve_line(self, stage: Stage, line: Line, now: float) -> int:
-        """Begin the line's first job, end it if it must not be begun, or let the line wait for what keeps it."""
+        """Begin the line's first job, close it if it must not begin, or park the line at the gate that holds it back.
+        Returns 1 if the job left the line, else 0."""
         work = line.works[0]
-        unread = line.serial  # its arguments
+        unread = line.serial  # whether its arguments are not decoded yet
         if isinstance(work, Deferred):
-            # Judged before it becomes a job: else the first of each of many lines would, while a gate is closed.
+            # Check the gate before making a `Work`: else, while it is closed, each of many lines would make one.
             if (plan := work.plan) is not None and (gate := self._keeping(plan, plan.room, now)) is not None:
                 return self._park(line, gate, now)
             self._count(line.partition, work, -1)
@@ -255,7 +268,7 @@ class Lines:
 
     @staticmethod
     def _served(stage: Stage, line: Line) -> None:
-        """The line's next job may be startable; if there is none, the line has ended."""
+        """Add the line to its stage again for its next job; delete the line if it has none."""
         if line.works:
             stage.add(line)
         else:
@@ -263,12 +276,12 @@ class Lines:
 
     @staticmethod
     def _keeping(plan: Plan, room: Room | None, now: float) -> Gate | Room | None:
-        """What keeps a job from being begun."""
+        """Return the gate or room that holds a job back; None if it may begin."""
         gate = closed_gate(plan.gates, now)
         return room if gate is None and room is not None and room.free(now) <= 0 else gate
 
     def _passed(self, line: Line) -> None:
-        """The line was let through by a gate and makes nothing of it: it is another's turn."""
+        """A gate let this line through, but it begins no job: wake the pump, so that another parked line can."""
         if line.gate is not None and line.gate.parked:
             self._wake()
         line.gate = None
@@ -281,12 +294,12 @@ class Lines:
         gate.parked.append(line)
         self.parking[gate] = None
         self._wake_in(gate.wait(now))
-        if line.partition.full:  # now it is known what keeps it so
+        if line.partition.full:  # only now is the gate known that keeps the partition full
             self._wake()
         return 0
 
     def unpark(self) -> None:
-        """Gates that have opened let lines through."""
+        """Let lines through that wait at gates that have opened."""
         now = _monotonic()
         for gate in list(self.parking):
             for _ in range(min(gate.free(now), len(gate.parked))):
@@ -299,7 +312,7 @@ class Lines:
                 del self.parking[gate]
 
     def left(self, work: Work) -> None:
-        """A job that was counted, or held others up, does not run any more."""
+        """Stop counting a job that does not run any more; in a serial line, note that its slot is free."""
         now = _monotonic()
         for gate in work.gates:
             gate.end(now, now - work.began, None if work.abandoned else answered(work.outcome))
@@ -308,22 +321,22 @@ class Lines:
         if line is None or not line.serial:
             return
         if work.again_s is not None:
-            work.waiting = True  # it no longer delays a hand-over: the next owner looks for the fact that asks for it
-        if work.lease is not None:  # its outcome goes to the coordinator; nobody waits for that here
+            work.waiting = True  # it no longer delays a hand-over: the next owner finds its last fact in the log
+        if work.lease is not None:  # its outcome goes to the coordinator, and no job here waits for that
             self._turn_over(work, line)
         elif not self._half_over(work, line) and line.partition.owned:
             self.unacknowledged[line] = None
 
     def acknowledged(self, work: Work) -> None:
-        """The fact that ended an attempt of a keyed job is acknowledged."""
+        """Note that the last fact of a keyed job's attempt is acknowledged."""
         line = work.line
         if line is not None and work.lease is None:
             self.unacknowledged.pop(line, None)
             self._half_over(work, line)
 
     def _half_over(self, work: Work, line: Line) -> bool:
-        """Either the job's slot is free, or the fact that ended its attempt is acknowledged. The second of the two ends its
-        turn; whether it was that one."""
+        """Note one of two events: the job's slot is free; the last fact of its attempt is acknowledged. The second one
+        ends the job's turn. Returns whether this was the second."""
         line.over += 1
         if line.over < 2:
             return False
@@ -331,7 +344,7 @@ class Lines:
         return True
 
     def _turn_over(self, work: Work, line: Line) -> None:
-        """The next job of the key may begin, or this one again after a while."""
+        """Let the key's next job begin, or plan the next attempt of this one."""
         if work.again_s is not None:
             self._hold(work, line, work.again_s)
             return
@@ -339,9 +352,12 @@ class Lines:
         self._served(self._stages[line.partition.topic], line)
 
     def _hold(self, work: Work, line: Line, seconds: float) -> None:
-        """The next attempt begins after so many ``seconds``, and the job holds its key meanwhile. They count from now, when the
-        fact that asks for them is acknowledged: the broker appended it earlier and appends the next start later, so by the
-        log's times no attempt is early, whatever this machine's clock says."""
+        """Begin the next attempt after so many ``seconds``; meanwhile the job keeps its key.
+
+        The seconds count from now, when the fact that asks for them is acknowledged. The broker appended that fact
+        earlier and appends the next start later. So by the log's times no attempt is early, whatever this machine's
+        clock says.
+        """
         work.again_s = None
         work.waiting = True
         line.busy = True
@@ -350,12 +366,12 @@ class Lines:
     def _again(self, work: Work, line: Line, due: float) -> None:
         partition = line.partition
         if not partition.owned or not self._starter.accepting:
-            return  # the next owner's, who finds in the log how far it is
+            return  # the next owner makes the attempt, and finds in the log which one it is
         if (early := due - _monotonic()) > 0:  # the loop counts whole milliseconds
             self.loop.call_later(early, self._call, self._again, work, line, due)
             return
         work.outcome, work.takeover, work.suspect, work.room, work.timer = None, 0, False, None, None
-        work.interrupted = None  # the time limit is of one attempt
+        work.interrupted = None  # each attempt has its own time limit
         line.works.appendleft(work)
         partition.waiting += 1
         line.busy = False
@@ -363,7 +379,7 @@ class Lines:
         self._wake()
 
     def forget(self, gone: set[Partition]) -> None:
-        """These partitions are owned no more: their lines take no turns any longer."""
+        """Drop the lines of partitions that are no longer owned."""
         self.deferred_bytes -= sum(partition.deferred_bytes for partition in gone)
         for line in [line for line in self.unacknowledged if line.partition in gone]:
             del self.unacknowledged[line]
@@ -373,7 +389,7 @@ class Lines:
             gate.parked.extend(kept)
 
     def drop_waiting(self) -> None:
-        """Forget all that waits: not begun, so the next owner's."""
+        """Forget all waiting jobs: they are not begun, so they belong to the next owner."""
         for stage in self._stages.values():
             for partition in stage.parts:
                 for line in partition.lines.values():

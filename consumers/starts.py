@@ -1,7 +1,7 @@
-"""How a job begins: when there is room where its code runs, it is counted, its start is said, and its code is run.
+"""Begin jobs: once there is room where a job's code runs, count the job, send its start, and run its code.
 
-On the event loop. What may begin, and which comes next, was decided before; here it is only asked once more whether the
-job was cancelled or has expired, and of a suspect whether it is still this worker's.
+On the event loop. Which jobs may begin, and in which order, is decided elsewhere. A job that has waited for room is
+only checked again here: it may have been cancelled or have expired meanwhile.
 """
 
 from __future__ import annotations
@@ -40,10 +40,10 @@ _uuid7 = uuid_utils.uuid7
 
 
 class Starter:
-    """Begins jobs, ``concurrency`` of them at once.
+    """Begin jobs, ``concurrency`` of them at once.
 
-    ``call``: runs a function on the loop, from any thread. ``drain()``: takes the delivery reports that have arrived.
-    ``clock_ms``: the broker's clock less this machine's.
+    ``call``: run a function on the loop, from any thread. ``drain()``: take the delivery reports that have arrived.
+    ``clock_ms``: the broker's clock minus this machine's, in ms.
     """
 
     executor: Executor
@@ -74,13 +74,13 @@ class Starter:
         self.clock_ms = 0.0
         self.accepting = True
         self.started = 0
-        #: What every job's context begins as: one begun at the end of another must not see what that one has set.
+        #: The context that each job's context is copied from: a job must not see variables that another job has set.
         self.base = contextvars.copy_context()
-        #: All that were begun, and have not ended.
+        #: All jobs that were begun and have not ended.
         self.running: dict[Work, None] = {}
 
     def refused(self, work: Work) -> Outcome | None:
-        """What a job comes to that must not be started: somebody cancelled it, or its time is over."""
+        """Return the outcome of a job that must not start, because it is cancelled or has expired; else None."""
         cancels = self._control.cancels
         event = work.event
         assert event is not None
@@ -91,7 +91,7 @@ class Starter:
         return None
 
     def start(self, work: Work, now: float) -> None:
-        """Run a job that may run: where its task's code runs, now or as soon as there is room."""
+        """Run a job that may run, now or as soon as there is room where its code runs."""
         plan = work.plan
         assert plan is not None
         room = self.places.room_of(work, plan)
@@ -107,7 +107,7 @@ class Starter:
             stage.waiting.setdefault(room.name, deque()).append(work)
 
     def _begin(self, work: Work, now: float) -> None:
-        """Count the job as begun, say so and run it."""
+        """Count the job as begun, send its start and run it; a long job takes its lease first."""
         work.began = now
         event, plan = work.event, work.plan
         assert event is not None
@@ -140,17 +140,17 @@ class Starter:
             self._say_started(work, at_us)
 
     def begin_again(self, work: Work) -> None:
-        """A job whose process died starts once more, where it is counted already."""
+        """Start a job once more whose process died; its slot is counted already."""
         self.started += 1
         self._say_started(work, now_us())
 
     def leased(self, work: Work) -> None:
-        """A long job has its lease."""
+        """Start a long job, whose lease is in the log."""
         self._say_started(work, now_us())
 
     def _say_started(self, work: Work, at_us: int) -> None:
-        """Say that the job starts, and run it. Nobody waits for the acknowledgement, because the closing fact follows
-        in the same partition; but a suspect is run only then."""
+        """Send the job's start, and run its code. The code does not wait for the acknowledgement, because the closing
+        fact follows in the same partition. A suspect does wait for it."""
         event, partition = work.event, work.partition
         assert event is not None
         started = encode(
@@ -185,17 +185,22 @@ class Starter:
             self.places.go(work)
 
     def _start_delivered(self, work: Work, error: KafkaError | None, message: Message) -> None:
-        """Delivery callback of a suspect's start, in any thread: reports are taken in order, and this one soon."""
+        """Delivery callback of a suspect's start, in any thread. Has all reports taken soon: they are taken in
+        order."""
         work.noted_delivered(error, message)
         self._call(self._drain)
 
     def _start_noted(self, work: Work) -> None:
-        """A suspect's start is in the log, and kept in sight. Called by whoever took the report."""
+        """Run a suspect: its start is in the log, and a later owner will find it. Called in the thread that took the
+        report."""
         self._call(self.places.go, work)
 
     def ours(self, work: Work) -> bool:
-        """Whether this worker is to run a job that is counted as running already. A suspect is the next owner's as soon as
-        its partition is given up, or the worker ends; all others are waited for then."""
+        """Return whether this worker is still to run a job that is counted as running.
+
+        A suspect belongs to the next owner as soon as its partition is given up or stopped, or the worker stops
+        accepting. The worker waits for all other jobs then. A long job is this worker's while its lease holds.
+        """
         partition = work.partition
         if work.suspect and not self.accepting:
             return False
@@ -205,11 +210,11 @@ class Starter:
 
     @staticmethod
     def certain(work: Work) -> bool:
-        """Whether no other worker can have taken the job over, as far as is known now; if not, the group is asked."""
+        """Return whether surely no other worker has taken the job over; if that is not known, ask the group."""
         return work.lease is not None or work.partition.certain()
 
     def start_waiting(self) -> int:
-        """Give rooms that have room what waits for them."""
+        """Begin jobs that wait for room, where there is room now; return how many were handled."""
         begun = 0
         for room in self.places.rooms:
             name = room.name
@@ -225,11 +230,11 @@ class Starter:
         return begun
 
     def _start_first(self, waiting: deque[Work]) -> bool:
-        """Begin the first of those that wait for room; False if nothing may be begun now."""
+        """Begin the first of the jobs that wait for room; False if none may begin now."""
         work = waiting[0]
         now = _monotonic()
         partition = work.partition
-        if not partition.begin_taking():  # not begun: the next owner's
+        if not partition.begin_taking():  # not begun: it belongs to the next owner
             waiting.popleft()
             return True
         try:
@@ -253,7 +258,7 @@ class Starter:
             partition.taking = False
 
     def drop_waiting(self) -> None:
-        """Forget what waits for room: not begun, so the next owner's."""
+        """Forget the jobs that wait for room: they are not begun, so they belong to the next owner."""
         for stage in self._all_stages:
             for waiting in stage.waiting.values():
                 while waiting:
