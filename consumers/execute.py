@@ -1,7 +1,7 @@
-"""Runs jobs and writes what became of them: coroutines on the event loop, plain functions in a pool of threads.
+"""Run jobs and record their outcomes: coroutines on the event loop, plain functions in a pool of threads.
 
-The dispatcher decides what runs when; this module knows only one job at a time. The closing fact and what derives from
-it are sent here; that they arrived is the settler's business.
+The dispatcher decides which job runs when; this module handles one job at a time. It sends the closing fact. The
+settler learns that it is acknowledged, and then sends the derived records.
 """
 
 from __future__ import annotations
@@ -68,10 +68,14 @@ _uuid7 = uuid_utils.uuid7
 
 
 class Executor:
-    """Runs `Work` and sends its facts; what derives from a closing fact the settler sends, when that is acknowledged. ``ended`` is called on the event loop when a job's slot is free again.
+    """Run `Work` and send its facts; the settler sends the derived records of a closing fact once that is acknowledged.
 
-    ``fail`` stops the worker when a fact cannot be sent: the job then stays not done. The outcome of a
-    job's code is always written, also if another worker owns the partition by then. ``settle``: have the delivery reports that arrived taken soon.
+    ``ended``: a coroutine has ended and its slot is free; called on the event loop. ``ended_in_thread``: the same for a
+    thread, called in it. ``fail``: stop the worker, because a fact cannot be sent; the job then stays not done.
+    ``settle``: have the delivery reports that have arrived taken soon.
+
+    The outcome of a job's code is written even if another worker owns the partition by then. Only the exception of an
+    abandoned job is dropped.
     """
 
     def __init__(
@@ -91,7 +95,7 @@ class Executor:
         self._facts, self._sender, self._lifecycle, self._source, self._limit = facts, sender, lifecycle, source, limit
         self._ended, self._ended_in_thread, self._fail = ended, ended_in_thread, fail
         self._produce = sender.produce
-        self.teller: Teller | None = None  # if somebody wants to be told
+        self.teller: Teller | None = None  # None: no hooks are to be called
         self.interrupts = Interrupts()
         self.due: Work | None = None  # the coroutine that blocks the loop beyond its time limit
         self.stop_child: Callable[[Work], None] = lambda work: None
@@ -103,7 +107,7 @@ class Executor:
     # -- running --------------------------------------------------------------------------------------------------
 
     async def run(self, work: Work) -> None:
-        """Run a coroutine task on the loop, within its time limit, to its closing fact."""
+        """Run a coroutine task on the loop, within its time limit, and record its outcome."""
         context = _enter(work)
         plan = work.plan
         assert plan is not None
@@ -116,11 +120,11 @@ class Executor:
                 else:
                     async with asyncio.timeout(limit) as clock:
                         value = await plan.fn(**work.kwargs)
-                        if self.due is work and _monotonic() - work.began >= limit:  # the loop's clock could not tell
+                        if self.due is work and _monotonic() - work.began >= limit:  # the blocked loop's timer is late
                             work.interrupted = TaskTimedOut
                             raise TaskTimedOut
-            except BaseException as error:  # noqa: BLE001  # SystemExit and cancellations are the job's, not the worker's
-                if forks.depth != self._depth:  # the code forked, and this is the child
+            except BaseException as error:  # noqa: BLE001  # a SystemExit or cancellation is the job's, not the worker's
+                if forks.depth != self._depth:  # the code has forked, and this is the child
                     forks.left(error)
                 context.ended = True
                 if not work.abandoned:
@@ -138,20 +142,20 @@ class Executor:
         self._ended(work)
 
     def takes_arguments(self, work: Work) -> bool:
-        """Read the arguments of a job that is to run; False if they do not fit: then it has failed. Of a task that is not
-        known here nothing is read."""
+        """Decode the arguments of a job that is to run. If they do not fit the task, close the job as failed and return
+        False. For an unknown task nothing is decoded."""
         plan, event = work.plan, work.event
         if plan is not None:
             assert event is not None
             try:
-                work.kwargs = plan.decode_args(event.fact.spec.args)  # type: ignore[union-attr]  # of a work topic
+                work.kwargs = plan.decode_args(event.fact.spec.args)  # type: ignore[union-attr]  # from a work topic
             except BadArguments as exc:
                 self.close_with(work, Failed("bad-arguments", error_info(exc)))
                 return False
         return True
 
     def start_threads(self, count: int) -> None:
-        """Start the pool. Daemons: a function that never ends must not keep the process alive."""
+        """Start the pool. Its threads are daemons: a function that never ends must not keep the process alive."""
         self.interrupts.loop = asyncio.get_running_loop()
         for n in range(count):
             thread = threading.Thread(target=self._serve, name=f"jobledger-job-{n}", daemon=True)
@@ -190,7 +194,7 @@ class Executor:
             self._unjudged(work, broken)
 
     def _unjudged(self, work: Work, broken: BaseException) -> None:
-        """Neither the return nor the exception of a job's code could be judged: the job fails."""
+        """Fail a job whose result or exception could not be turned into an outcome."""
         try:
             self.close_with(work, Failed("never", error_info(broken)))
         except BaseException as exc:  # noqa: BLE001  # as in `close_with`
@@ -199,7 +203,7 @@ class Executor:
     # -- outcomes -------------------------------------------------------------------------------------------------
 
     def returned(self, work: Work, value: object) -> None:
-        """The task's code ended well."""
+        """Record the success of code that returned ``value``."""
         plan = work.plan
         assert plan is not None
         task = plan.task
@@ -256,9 +260,10 @@ class Executor:
         plan.runs[bisect_left(RUN_BOUNDS_S, duration)] += 1
 
     def raised(self, work: Work, error: BaseException, late: bool) -> None:
-        """The task's code raised. ``late``: its time limit was over. No code of the exception's is called here."""
+        """Record the outcome of code that raised ``error``. ``late``: its time limit was over. None of the exception's
+        own code is called here."""
         trace = traceback_of(error)
-        if trace is not None:  # the first frame is this module's
+        if trace is not None:  # drop the first frame: it is this module's
             BaseException.with_traceback(error, trace.tb_next or trace)
         event, plan = work.event, work.plan
         assert event is not None
@@ -274,17 +279,17 @@ class Executor:
         self.close_with(work, outcome)
 
     def stop(self, work: Work, outcome: Outcome) -> None:
-        """Ask running code to end; what it raises from now on comes to ``outcome``. One that returns
-        all the same has succeeded. A coroutine is cancelled, a thread is told at its next bytecode, a
-        child process killed in the end."""
+        """Ask running code to end, with ``outcome`` as its outcome if it raises. Code that returns all the same has
+        succeeded. A coroutine is cancelled, a thread is interrupted at its next bytecode, and a child process is killed
+        in the end."""
         work.stop_outcome = outcome
         self.end(work)
 
     def end(self, work: Work) -> None:
-        """Let running code end, wherever it runs."""
+        """Ask running code to end, wherever it runs."""
         if work.handle is not None:
             if work.context is not None:
-                # It has not taken its first step: cancelled now it never would, and nobody would hear of its end.
+                # It has not taken its first step. Cancelled now, it never would, and its end would not be reported.
                 asyncio.get_running_loop().call_soon(self.end, work)
             else:
                 work.handle.cancel()
@@ -292,12 +297,12 @@ class Executor:
             self.stop_child(work)
 
     def late(self, work: Work) -> None:
-        """The time limit of a function in a thread is over."""
+        """Interrupt a function in a thread whose time limit is over."""
         self.interrupts.interrupt(work, TaskTimedOut)
 
     def close_with(self, work: Work, outcome: Outcome) -> None:
-        """Send the closing fact of any outcome and what derives from it; under a key, an attempt that
-        is made again closes nothing."""
+        """Send the closing fact of any outcome, and have the settler send the derived records. Under a key, an attempt
+        that is made again closes nothing."""
         event = work.event
         assert event is not None
         if event.key is not None and isinstance(outcome, Retried | Snoozed):
@@ -320,8 +325,9 @@ class Executor:
                 self.close_lease(work, value, self._facts.fallback(event, outcome))
                 self._told(work, event, outcome, duration)
                 return
-            # Not at once: were this process to die in between, a retry could be under way of a job that the next
-            # owner runs again, because it finds no end of it.
+            # The derived records are sent only once the closing fact is acknowledged. Were both sent together and this
+            # process died, a retry could be under way while the next owner, which finds no closing fact, runs the job
+            # again.
             work.derived = self._facts.derived(event, outcome)
             work.remaining = 1 + len(work.derived)
             delivered = partial(self._end_delivered, work) if work.derived else work.closing_delivered
@@ -332,18 +338,19 @@ class Executor:
         self._told(work, event, outcome, duration)
 
     def _end_delivered(self, work: Work, error: KafkaError | None, message: Message) -> None:
-        """Delivery callback of an end from which more derives: the settler shall not take its time."""
+        """Delivery callback of a closing fact with derived records: have its report taken at once."""
         work.closing_delivered(error, message)
         self._settle()
 
     def _told(self, work: Work, event: JobEvent, outcome: Outcome, duration: float) -> None:
-        """Count and tell an outcome that is sent. Raises nothing: it must not be taken for one that is not sent."""
+        """Count and log an outcome that is sent, and pass it to the hooks. Raises nothing: an exception here must not
+        look like an outcome that was not sent."""
         try:
             _count(work, outcome, duration)
             log_outcome(event, outcome)
             if self.teller is not None:
                 self.teller.tell(work, outcome)
-        except BaseException as exc:  # noqa: BLE001  # see above
+        except BaseException as exc:  # noqa: BLE001  # see the docstring
             LOG.error(
                 "the outcome of job %s was written, but could not be logged or passed to hooks: %s",
                 event.job_id,
@@ -351,13 +358,14 @@ class Executor:
             )
 
     def _goes_on(self, work: Work, event: JobEvent, outcome: Retried | Snoozed) -> None:
-        """Say that the job is tried again in place; the dispatcher sees to it after ``again_s``."""
+        """Send the fact that the job is tried again in place; the dispatcher begins the next attempt after
+        ``again_s``."""
         partition = work.partition
         try:
             work.flush_progress()
             duration = _monotonic() - work.began if work.began else 0.0
             value = self._facts.closing(event, outcome, int(duration * 1e6))
-            # From now on, not from its acknowledgement: handed over in between, the next owner must look for it.
+            # The next owner must look for this fact even if the partition is handed over before the acknowledgement.
             with partition.lock:
                 if partition.offsets is not None:
                     partition.offsets.goes_on(work.offset)
@@ -365,23 +373,24 @@ class Executor:
         except Exception as exc:  # noqa: BLE001  # as in `close_with`
             self._broken(work, exc)
             return
-        self._told(work, event, outcome, duration)  # of the attempt that has ended: before the job is at its next one
+        self._told(work, event, outcome, duration)  # before `work` is changed for its next attempt
         work.outcome = outcome
         work.event = msgspec.structs.replace(event, attempt=event.attempt + isinstance(outcome, Retried))
         work.again_s = outcome.delay_ms / 1000
 
     def refused_as_too_large(self, work: Work, size: int, where: str) -> None:
-        """The broker would not take the closing fact: the job fails instead, saying so."""
+        """Fail a job whose closing fact the broker refused for its size; the failure names the size and the limit."""
         outcome = work.outcome or Succeeded()
         self.close_with(work, self._facts.too_large(outcome, size, where))
 
     def resend_derived(self, work: Work, outcome: Outcome, due_at: int | None, lifecycle_offset: int) -> None:
-        """Send again what derives from a closing fact that the log already holds."""
+        """Send the derived records of a closing fact again that is in the log already."""
         assert work.event is not None
         self.resend(work, self._facts.derived(work.event, outcome, due_at), lifecycle_offset)
 
     def resend(self, work: Work, derived: list[Outgoing], lifecycle_offset: int) -> None:
-        """Send records again that derive from a fact at this place of the log; then the work record is done."""
+        """Send records again that derive from the fact at ``lifecycle_offset``. The work record is done when they are
+        acknowledged."""
         offsets = work.partition.offsets
         assert offsets is not None
         work.remaining = len(derived)
@@ -397,19 +406,19 @@ class Executor:
             self._sender.send(record.topic, record.value, record.key, BY_KEY, work.derived_delivered)
 
     def progressed(self, work: Work, fact: JobProgressed) -> None:
-        """Send one progress fact; nobody waits for it."""
+        """Send one progress fact, without waiting for its acknowledgement."""
         event = work.event
         assert event is not None
         try:
             value = encode(self._facts.event(event, fact))
             self._sender.send(self._lifecycle, value, event.job_id, work.partition.number, None)
-        except JobledgerError as exc:  # too long a message, a full queue: progress is a courtesy
+        except JobledgerError as exc:  # too long, or the queue is full: progress may be lost
             LOG.warning("progress of job %s was not sent: %s", event.job_id, exc)
 
     def _broken(self, work: Work, exc: BaseException) -> None:
         event = work.event
         job_id = event.job_id if event is not None else "?"
-        # What is known to go wrong says itself; where in our code it was noticed says nothing more.
+        # A `JobledgerError` explains itself; the traceback of this code would add nothing.
         known = isinstance(exc, JobledgerError)
         LOG.error("the outcome of job %s could not be written: %s", job_id, exc, exc_info=None if known else exc)
         self._fail(
@@ -420,8 +429,9 @@ class Executor:
 
 
 def _enter(work: Work) -> JobContext:
-    """Make the job the current one. From here on its work forgets the context, which knows the work: of a cycle nothing
-    is freed until Python's collector comes by, and at tens of thousands of jobs a second that is memory without end."""
+    """Make the job the current one. From here on its `Work` drops the context, which refers to the `Work`: Python
+    frees such a cycle only when its collector runs, and at tens of thousands of jobs a second memory would grow
+    without end."""
     context, work.context = work.context, None
     assert context is not None
     enter(context)
@@ -429,10 +439,11 @@ def _enter(work: Work) -> JobContext:
 
 
 def context_of(work: Work, *, reports: bool = True) -> JobContext:
-    """What the task's code sees of its job. Without ``reports``: what hooks see that are told of its outcome."""
+    """Return what the task's code sees of its job. Without ``reports``: the context for hooks, which cannot report
+    progress."""
     event = work.event
     assert event is not None
-    spec: JobSpec = event.fact.spec  # type: ignore[union-attr]  # it stood on a work topic
+    spec: JobSpec = event.fact.spec  # type: ignore[union-attr]  # a record of a work topic
     tags = spec.tags
     if UNKNOWN_TASK_TAG in tags or CRASHES_TAG in tags:
         tags = {k: v for k, v in tags.items() if k not in (UNKNOWN_TASK_TAG, CRASHES_TAG)}

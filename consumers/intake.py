@@ -1,7 +1,9 @@
-"""What a record is: a job to be run, one that is done or known already, garbage, or something only others can read.
+"""Judge records: a job to run, a job that is done or known already, a record that is no job, or one that this worker
+cannot judge.
 
-On the event loop (but for `Aside`). Every message is received by the partition's offsets before anything else is done
-with it, in the log's order; from then on it is not done until the settler says so.
+On the event loop, except `Aside`. The partition's offsets receive every message before anything else is done with it,
+in the log's order. From then on the record is not done until an acknowledgement settles it; only duplicates, and
+releases that the log settles and from which no record derives, are marked done at once.
 """
 
 from __future__ import annotations
@@ -62,7 +64,7 @@ _OWN = codec.MAGIC + codec.FINGERPRINT
 
 @dataclass(slots=True)
 class Counts:
-    """What came in and was not run, for metrics and health."""
+    """Records that came in and were not run, for metrics and health."""
 
     duplicates: int = 0
     found_closed: int = 0
@@ -70,9 +72,10 @@ class Counts:
 
 
 class Intake:
-    """Judges records, and hands jobs on: to be begun, or into a line.
+    """Judge records, and pass jobs on: to be begun, or into a line.
 
-    ``unknown``: the backoff of jobs whose task this worker does not know. ``wake``: there may be something to begin.
+    ``unknown``: the backoff of jobs whose task this worker does not know. ``call``: run a function on the loop, from
+    any thread. ``wake``: look for work to begin.
     """
 
     executor: Executor
@@ -138,8 +141,8 @@ class Intake:
             self.accept(partition, message, event, fresh, now)
 
     def judge(self, partition: Partition, message: Message, read: Read, fresh: bool, now: float) -> None:
-        """Act upon what a record turned out to be. If a newer version wrote it, or only a registry explains it, nothing of the
-        partition is run until this worker is upgraded, or told the registry."""
+        """Act upon a decoded record. If a newer version wrote the record, or only a Schema Registry has its schema, the
+        partition is stopped until this worker is upgraded, or is given the registry's address."""
         if isinstance(read, UnknownFact):
             partition.stop(message, f"{read}: upgrade this worker")
         elif isinstance(read, RegistryNeeded):
@@ -150,7 +153,8 @@ class Intake:
             self.accept(partition, message, read, fresh, now)
 
     def scan_passed(self, partition: Partition) -> None:
-        """Let go of what the takeover's scan found, once nothing that is still to come can need it."""
+        """Drop the results of the takeover's scan once all scanned records are received. When no results are left, the
+        floor is released, too."""
         offsets = partition.offsets
         assert offsets is not None
         if offsets.end >= partition.scanned_to and not partition.aside and partition.back is None:
@@ -163,14 +167,15 @@ class Intake:
                 offsets.hold(None)
 
     def from_aside(self, partition: Partition, message: Message, read: Read, fresh: bool) -> None:
-        """A record came back from `Aside`: as an event, what keeps this worker from judging it, or why it cannot be
-        read. It is taken up as the partition's next one, when it is its turn."""
+        """Take a record back from `Aside`: as an event, as what keeps this worker from judging it, or as why it cannot
+        be read. It is taken up as the partition's next record, at the partition's turn."""
         partition.aside = False
         partition.back = (message, read, fresh)
         self._wake()
 
     def accept(self, partition: Partition, message: Message, event: JobEvent, fresh: bool, now: float) -> None:
-        """A readable event at a work position: run it, unless it is done, known already, or does not belong here."""
+        """Run the job of a readable event on a work topic, unless it is done, is known already, or does not belong
+        there."""
         offset = message.offset() or 0
         fact = event.fact
         if type(fact) is JobSubmitted:
@@ -195,7 +200,7 @@ class Intake:
         spec = fact.spec
         if spec.expires_in_ms is not None or spec.expires_at is not None:
             event = _expiring(event, spec, message.timestamp()[1])
-            spec = event.fact.spec  # type: ignore[union-attr]  # one of the two, as judged above
+            spec = event.fact.spec  # type: ignore[union-attr]  # one of the two facts checked above
         appended = message.timestamp()[1]
         if (
             (event.key is not None or self._fair)
@@ -216,7 +221,7 @@ class Intake:
             work.takeover = partition.starts.pop(key, 0)
             work.suspect = work.takeover > 0 or offset < partition.careful
             if work.takeover and partition.offsets is not None:
-                with partition.lock:  # until the next start tells of those, they must be found
+                with partition.lock:  # the next owner must find those starts until a new start counts them
                     partition.offsets.note(offset, partition.floor)
         if spec.tags and (crashes := crashes_of(spec.tags)):
             work.takeover += crashes
@@ -224,7 +229,7 @@ class Intake:
         plan = work.plan = self._plans.get(event.task)
         stage = self._stages[partition.topic]
         tenant = "" if stage.fair_by is None else spec.tags.get(stage.fair_by, "")
-        if event.key is not None:  # also if it must not be started: it ends in its turn
+        if event.key is not None:  # also if it must not start: it is closed in its turn
             held = partition.held.pop(key, None) if partition.held else None
             self._lines.enqueue_keyed(work, event.key, held, tenant)
             return
@@ -246,8 +251,9 @@ class Intake:
             self._start(work, now)
 
     def _deferred(self, partition: Partition, message: Message, event: JobEvent, spec: JobSpec, now: float) -> bool:
-        """Whether the job was put down in its line as a bare record. Not if it may have taken a process down, and not
-        if it is to be set aside."""
+        """Put a job into its line as a bare record, and return whether that was done. It is not done if the job may
+        have ended a process, if its task is unknown and it has no key, or if it should be given back to the
+        coordinator."""
         stage, plan = self._stages[partition.topic], self._plans.get(event.task)
         if (event.key is None and (stage.fair_by is None or plan is None)) or (spec.tags and crashes_of(spec.tags)):
             return False
@@ -260,7 +266,7 @@ class Intake:
                 return False
             identity = _of_tenant(tenant, plan)
         offset, value = message.offset() or 0, message.value()
-        # As it came, unless only others can read that, or its expiry has become a time.
+        # Keep the bytes, unless another schema wrote them or the expiry has become a point in time.
         if not isinstance(value, bytes) or not value.startswith(_OWN) or spec.expires_at is not None:
             value = codec.encode(event)
         one = Deferred(offset, message.timestamp()[1], value, plan, offset < partition.careful)
@@ -268,7 +274,7 @@ class Intake:
         return True
 
     def revive(self, partition: Partition, one: Deferred) -> Work:
-        """The job of a record that was put down; its arguments are not read yet."""
+        """Make the job of a deferred record; its arguments are not decoded yet."""
         event = plain_submission(one.value) or codec.decode(one.value)
         spec = event.fact.spec  # type: ignore[union-attr]  # as it was accepted
         work = Work(partition, one.offset, event, self._arrived)
@@ -277,14 +283,15 @@ class Intake:
         return work
 
     def unknown(self, work: Work) -> None:
-        """No task of this name here: another worker may have it, so the job goes back for a while; not for ever."""
+        """Close a job whose task this worker does not know. Another worker may know it, so the job is snoozed; it fails
+        when the backoff is exhausted."""
         event = work.event
         assert event is not None
         outcome = unknown_task(event.task, list(self._plans), _tags(event), self._backoff, random.random())
         self.executor.close_with(work, outcome)
 
     def _settle_found(self, work: Work, found: Found) -> None:
-        """The log holds this release's end: it is not run; what derives from the end is sent again."""
+        """Do not run a job whose release the log settles already; send the records derived from that fact again."""
         self.counts.found_closed += 1
         event = work.event
         assert event is not None
@@ -309,7 +316,7 @@ class Intake:
         elif isinstance(fact, JobExpired):
             outcome = Expired(fact.expired_at)
         elif isinstance(fact, JobFailed):
-            outcome = Failed(fact.reason, fact.error)  # type: ignore[arg-type]  # as it was written
+            outcome = Failed(fact.reason, fact.error)  # type: ignore[arg-type]  # a reason that a worker wrote
         self.executor.resend_derived(work, outcome, due_at, found.offset)
 
     def _done(self, partition: Partition, offset: int) -> None:
@@ -318,7 +325,7 @@ class Intake:
             partition.offsets.done(offset)
 
     def reject(self, partition: Partition, message: Message, why: str, fresh: bool) -> None:
-        """Put a record that is no job into the dead-letter topic, as it is; done once that is acknowledged."""
+        """Copy a record that is no job into the dead-letter topic. It is done once that copy is acknowledged."""
         if not fresh:
             return
         offset = message.offset() or 0
@@ -333,12 +340,13 @@ class Intake:
 
 
 def _of_tenant(tenant: str, plan: Plan) -> tuple[str, ...]:
-    """The line of a tenant's jobs of one task: a task can be paused at any time, and must not hold up the others."""
+    """Return the line of a tenant's jobs of one task. Each task has its own line, because a paused task must not hold
+    up the others."""
     return ("tag", tenant, plan.name)
 
 
 def _expiring(event: JobEvent, spec: JobSpec, appended_ms: int) -> JobEvent:
-    """The event with its expiry as a time: what derives from it is appended later."""
+    """Return the event with its expiry as a point in time: derived records are appended later."""
     fact = msgspec.structs.replace(event.fact, spec=lasting(spec, appended_ms))
     return msgspec.structs.replace(event, fact=fact)
 
