@@ -1,4 +1,5 @@
-"""Reads records of other writers' schemas, away from the event loop: looking a schema up may wait for the broker."""
+"""Decode records of other writers' schemas, away from the event loop: the lookup of a schema may wait for the
+broker."""
 
 from __future__ import annotations
 
@@ -13,7 +14,7 @@ from jobledger.errors import BrokerUnavailable, JobledgerError, RegistryNeeded, 
 from jobledger.schemas.codec import Decoder
 from jobledger.schemas.events import JobEvent
 
-#: What a record turned out to be: an event, what keeps this worker from judging it, or why it cannot be read.
+#: A decoded record: an event, what keeps this worker from judging it, or why it cannot be read.
 Read = JobEvent | UnknownFact | RegistryNeeded | str
 
 #: How often the broker is asked for a schema before the worker gives up.
@@ -21,7 +22,8 @@ LOOKUPS = 3
 
 
 def read(decoder: Decoder, value: object) -> Read:
-    """What a record's value is. Raises `BrokerUnavailable` if its schema had to be looked up, and could not."""
+    """Decode a record's value. What keeps it from being decoded is returned, not raised. Raises `BrokerUnavailable` if
+    its schema had to be looked up and could not be."""
     try:
         return decoder.decode(value if isinstance(value, bytes) else None)
     except (UnknownFact, RegistryNeeded) as exc:
@@ -31,7 +33,8 @@ def read(decoder: Decoder, value: object) -> Read:
 
 
 class Aside(threading.Thread):
-    """Decodes what it is given, in order. ``back`` is called in this thread with each record and what it is."""
+    """Decode records in the order in which they are put. ``back`` is called in this thread with each record and what
+    `read` returned. ``fail``: stop the worker, because a record could not be decoded."""
 
     def __init__(
         self,
@@ -44,11 +47,11 @@ class Aside(threading.Thread):
         self._todo: queue.SimpleQueue[tuple[Partition, Message, bool] | None] = queue.SimpleQueue()
 
     def put(self, partition: Partition, message: Message, fresh: bool) -> None:
-        """Take a record that was received already."""
+        """Queue a record that the partition's offsets have received. Any thread."""
         self._todo.put((partition, message, fresh))
 
     def close(self) -> None:
-        """End after what is queued."""
+        """End the thread after the queued records."""
         self._todo.put(None)
 
     def run(self) -> None:

@@ -1,8 +1,8 @@
-"""What people ordered: cancels, pauses, limits. The control topic is compacted, so its
-state is what a reader keeps of it.
+"""Read the control commands in force: cancels, pauses, limits. The control topic is compacted, so a reader rebuilds
+this state from it.
 
-It is read to its end before a worker starts anything, and followed from then on: an order holds for workers that were
-down when it was given.
+The topic is read to its end before a worker starts anything, and followed from then on. So a command also holds for
+workers that were down when it was given.
 """
 
 from __future__ import annotations
@@ -25,13 +25,14 @@ from jobledger.schemas.events import CancelRequested, QueueLimited, QueuePaused,
 
 LOG = get_logger("jobledger.worker")
 
-#: Seconds the topic's end may take to be reached at the start.
+#: Seconds within which the topic's end must be reached at the start.
 START_S = 30.0
 POLL_S = 0.5
 
 
 class Control:
-    """The orders in force. ``cancels`` by (job, run); ``paused`` (by whom, and why) and ``limits`` by (kind, name)."""
+    """The commands in force. ``cancels`` by (job, run); ``paused`` (by whom, and why) and ``limits`` by (kind,
+    name)."""
 
     def __init__(self) -> None:
         self.cancels: dict[tuple[str, int], Cancelled] = {}
@@ -40,11 +41,12 @@ class Control:
         self._keys: dict[str, tuple[str, tuple[str, int] | tuple[str, str]]] = {}
 
     def apply(self, key: str, event_of: Callable[[], object] | None) -> tuple[str, int] | str | None:
-        """Take one record; ``event_of`` None: a tombstone. What it changed: a job's (id, run), ``"gates"``, or None."""
+        """Apply one record; ``event_of`` None: a tombstone. Returns what it changed: a job's (id, run), ``"gates"``, or
+        None."""
         if event_of is None:
             return self._revoked(key)
         event = event_of()
-        fact = event.fact  # type: ignore[attr-defined]  # what decoders give
+        fact = event.fact  # type: ignore[attr-defined]  # an event, as decoders return it
         job = (event.job_id, event.run)  # type: ignore[attr-defined]  # as above
         queue, task = event.queue, event.task  # type: ignore[attr-defined]  # as above
         place = ("queue", queue) if queue else ("task", task)
@@ -78,8 +80,8 @@ class Control:
 
 
 class ControlReader(threading.Thread):
-    """Keeps a `Control` as the topic has it. ``cancelled(job, run, order)`` and
-    ``regated()`` are called in this thread."""
+    """Keep a `Control` in step with the topic. ``cancelled(job, run, order)`` and ``regated()`` are called in this
+    thread."""
 
     def __init__(
         self,
@@ -97,11 +99,11 @@ class ControlReader(threading.Thread):
         self._decoder = decoder(settings, names)
         self._consumer: Consumer | None = None
         self._closing = threading.Event()
-        self.live = threading.Event()  # the end, as it was at the start, has been reached
+        self.live = threading.Event()  # all records that were there at the start have been read
         self.error: str | None = None
 
     def run(self) -> None:
-        """Read until closed."""
+        """Read until closed. What fails is passed to ``fail``."""
         try:
             config = consumer_config(self._settings) | {"enable.partition.eof": True, "fetch.wait.max.ms": 100}
             reader = self._consumer = consumer(config)
@@ -122,11 +124,12 @@ class ControlReader(threading.Thread):
                 self._consumer.close()
 
     def await_live(self) -> None:
-        """Wait until everything that was ordered before is known. Raises `BrokerUnavailable` if that takes too long."""
+        """Wait until all earlier commands are known. Raises `BrokerUnavailable` after `START_S` seconds. Returns early
+        if the reader is closed or has ended."""
         deadline = time.monotonic() + START_S
         while not self.live.wait(0.1):
             if self._closing.is_set() or not self.is_alive():
-                return  # what failed was told
+                return  # the failure has been reported
             if time.monotonic() > deadline:
                 raise BrokerUnavailable(
                     f"{self._topic} could not be read to its end within {START_S:g} s"
@@ -134,7 +137,7 @@ class ControlReader(threading.Thread):
                 )
 
     def close(self) -> None:
-        """End."""
+        """End the thread after the current poll."""
         self._closing.set()
 
     def _take(self, message: Message) -> None:
@@ -143,7 +146,7 @@ class ControlReader(threading.Thread):
             if error.code() == KafkaError._PARTITION_EOF:
                 self.live.set()
                 return
-            if error.retriable() or error.code() in PASSING:  # the client goes on trying by itself
+            if error.retriable() or error.code() in PASSING:  # the client itself tries again
                 if self.error is None:
                     LOG.warning("%s: %s", self._topic, error.str())
                 self.error = error.str()
@@ -165,7 +168,7 @@ class ControlReader(threading.Thread):
         except RegistryNeeded as exc:
             raise JobledgerError(f"{self._topic}@{message.offset()}: {exc}") from exc
         except SchemaError as exc:
-            # An order that cannot be read would not be obeyed by a restart either: say it, and go on.
+            # A restart could not read this command either: log the error and continue.
             LOG.error("%s@%s is not a command that this worker can read: %s", self._topic, message.offset(), exc)
             return
         if changed == "gates":

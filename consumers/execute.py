@@ -123,7 +123,7 @@ class Executor:
                         if self.due is work and _monotonic() - work.began >= limit:  # the blocked loop's timer is late
                             work.interrupted = TaskTimedOut
                             raise TaskTimedOut
-            except BaseException as error:  # noqa: BLE001  # a SystemExit or cancellation is the job's, not the worker's
+            except BaseException as error:  # noqa: BLE001  # SystemExit, a cancellation: the job's, not the worker's
                 if forks.depth != self._depth:  # the code has forked, and this is the child
                     forks.left(error)
                 context.ended = True

@@ -1,11 +1,11 @@
-"""What may begin now: limits of a group, pauses, a task's adaptive concurrency, its
-circuit breaker. Pure, on one thread.
+"""Decide how many jobs may begin now: limits of a group, pauses, a task's adaptive concurrency, its circuit breaker.
+Pure, on one thread.
 
-A gate says how many more jobs it lets through (`free`), is told when one begins and ends, and says when to ask again
-(`wait`). Limits hold for a whole consumer group without anybody counting for all: each partition number of a queue
-carries a share, and a worker has the shares of the partitions it owns (`share_of`). So a limit is kept exactly while
-partitions stay where they are; while they move, both owners may use a share for a moment. With all load in one
-partition, only that partition's worker's shares are used.
+A gate says how many more jobs may begin (`free`), is told when a job begins and ends, and says when to ask again
+(`wait`). Limits hold for a whole consumer group without a common counter: each partition number of a queue carries a
+share, and a worker has the shares of the partitions it owns (`share_of`). So a limit is kept exactly while partitions
+stay where they are. While they move, both owners may use a share for a moment. If all load is in one partition, only
+the shares of that partition's worker are used.
 """
 
 from __future__ import annotations
@@ -17,48 +17,51 @@ from typing import Any, Protocol
 
 from jobledger.policy import Adaptive, Breaker, Limits
 
-#: As many as anybody could want.
+#: Stands for no limit: larger than any number of jobs.
 ENDLESS = 1 << 30
-#: Seconds of its rate that a bucket holds: what may begin at once after a quiet time.
+#: Seconds of its rate that a bucket holds: how many jobs may begin at once after a quiet time.
 BURST_S = 0.1
 
 
 class Gate(Protocol):
-    """One condition. Times are seconds of a monotonic clock. ``parked``: what waits for it to open."""
+    """One condition for jobs to begin. Times are seconds of a monotonic clock. ``parked``: the lines that wait for it
+    to open."""
 
     parked: deque[Any]
     name: str
 
     def free(self, now: float) -> int:
-        """How many more may begin now."""
+        """Return how many more jobs may begin now."""
         ...
 
     def begin(self, now: float) -> None:
-        """One begins."""
+        """Count a job that begins."""
         ...
 
     def end(self, now: float, seconds: float, good: bool | None) -> None:
-        """One that ran for ``seconds`` ended. ``good``: whether what it calls answered; None: that says nothing."""
+        """Count the end of a job that ran for ``seconds``. ``good``: whether the service that it calls answered; None:
+        not known."""
         ...
 
     def wait(self, now: float) -> float | None:
-        """Seconds until it may open by itself; None: only something that happens opens it."""
+        """Return in how many seconds it may open by itself; None: only an event opens it."""
         ...
 
     def describe(self) -> str:
-        """What holds jobs back, for people."""
+        """Describe what holds jobs back, for people."""
         ...
 
     def passes_in(self, waiting: int) -> float:
-        """About how many seconds pass until ``waiting`` jobs have gone through; used to set jobs aside."""
+        """Estimate in how many seconds ``waiting`` jobs will have passed; jobs are given back for about that long."""
         ...
 
 
 def share_of(limit: int, owned: Iterable[int], total: int) -> int:
-    """The part of a whole number that the owned ones of ``total`` partitions carry; over all owners it is ``limit``.
+    """Return the part of ``limit`` that the owned ones of ``total`` partitions carry; over all owners it adds up to
+    ``limit``.
 
-    Never 0 for who owns one: a limit below the number of partitions is refused where it is declared, and a worker that
-    meets one all the same had better be over it than stand still.
+    It is never 0 for an owner of a partition. A limit below the number of partitions is refused where it is declared;
+    if a worker meets one all the same, exceeding it is better than being stuck.
     """
     each, rest = divmod(limit, total)
     numbers = [n for n in owned if n < total]
@@ -66,7 +69,8 @@ def share_of(limit: int, owned: Iterable[int], total: int) -> int:
 
 
 class Scope:
-    """What people may limit or pause: a queue or a task. ``declared``: in the code; ``ordered``: at run time."""
+    """What people can limit or pause: a queue or a task. ``declared``: the limits in the code; ``ordered``: those set
+    at run time."""
 
     __slots__ = (
         "_filled_at",
@@ -98,21 +102,21 @@ class Scope:
 
     @property
     def limits(self) -> Limits:
-        """Those in force, of the whole group."""
+        """Return the limits in force, for the whole group."""
         return self.declared if self.ordered is None else self.ordered
 
     @property
     def active(self) -> bool:
-        """Whether it holds anything back at all."""
+        """Whether it can hold jobs back at all."""
         return self.paused is not None or bool(self.limits)
 
     def order(self, limits: Limits | None) -> None:
-        """Other limits than the declared ones, from now on; None: the declared ones again."""
+        """Replace the declared limits from now on; None: use the declared ones again."""
         self.ordered = limits
         self._divide()
 
     def own(self, owned: Iterable[int], total: int) -> None:
-        """This worker has these of ``total`` partitions."""
+        """Set which of ``total`` partitions this worker owns."""
         self._owned, self._total = sorted(owned), max(1, total)
         self._divide()
 
@@ -160,7 +164,7 @@ class Scope:
         return max(0.0, (1.0 - self._tokens) / self.rate)
 
     def describe(self) -> str:
-        """What holds jobs back, for people."""
+        """Describe what holds jobs back, for people."""
         limits = self.limits
         if self.paused is not None:
             return f"{self.name}: paused {self.paused}"
@@ -169,19 +173,20 @@ class Scope:
         return f"{self.name}: {' and '.join(said)} for all workers"
 
     def passes_in(self, waiting: int) -> float:
-        """About how many seconds pass until ``waiting`` jobs have gone through; used to set jobs aside."""
+        """Estimate in how many seconds ``waiting`` jobs will have passed; jobs are given back for about that long."""
         if self.paused is not None:
             return 60.0
         return waiting / self.rate if self.rate else 30.0
 
 
 class AdaptiveGate:
-    """`Adaptive` at work: a concurrency that follows what the task calls, in this worker.
+    """Apply an `Adaptive` policy: a concurrency in this worker that follows the service that the task calls.
 
-    Judged once a window, which lasts for at least `WINDOW_S` seconds and as many ended jobs as may run at once: more
-    than a tenth failed, or the mean latency is above ``tolerance`` times the best mean seen: multiply by ``backoff``;
-    else, if the concurrency was used up: add one. The best mean is forgotten by a hundredth each window, so that a
-    service that became slower for good is not held against its past for ever.
+    It is judged once per window. A window lasts at least `WINDOW_S` seconds, and until as many jobs have ended as may
+    run at once, at most 50. If more than a tenth failed, or the mean latency is above ``tolerance`` times the best mean
+    seen, the concurrency is multiplied by ``backoff``. Else, if it was used up, it grows by one. The best mean may grow
+    by a hundredth in each window without failures, so that a service that became slower for good is not compared with
+    its past for ever.
     """
 
     WINDOW_S = 0.5
@@ -263,7 +268,8 @@ class AdaptiveGate:
 
 
 class BreakerGate:
-    """`Breaker` at work: closed, open for ``reset`` seconds after so many failures in a row, then one job tries."""
+    """Apply a `Breaker` policy: closed, then open for ``reset`` seconds after so many failures in a row, then one job
+    tries."""
 
     __slots__ = ("_failures", "_open_until", "_trying", "name", "parked", "policy", "trips")
 
@@ -277,7 +283,7 @@ class BreakerGate:
 
     @property
     def is_open(self) -> bool:
-        """Whether it holds jobs back, but for one that may try."""
+        """Whether it holds jobs back, except one that may try."""
         return self._open_until is not None
 
     def free(self, now: float) -> int:
@@ -302,7 +308,7 @@ class BreakerGate:
                 self.trips += 1
                 self._open_until = now + self.policy.reset
         elif self._open_until is not None and now >= self._open_until:
-            self._open_until = now  # what tried said nothing: another may
+            self._open_until = now  # the trial said nothing about the service: another job may try
 
     def wait(self, now: float) -> float | None:
         """See `Gate.wait`."""
@@ -318,7 +324,7 @@ class BreakerGate:
 
 
 class Room:
-    """How many may be in one place at once: the threads, the child processes."""
+    """A limit on how many jobs are in one place at once: the threads, the child processes."""
 
     __slots__ = ("most", "name", "parked", "running")
 
@@ -336,7 +342,7 @@ class Room:
 
 
 def closed_gate(gates: Iterable[Gate], now: float) -> Gate | None:
-    """The first gate that lets nothing through."""
+    """Return the first gate that lets no job through; None if there is none."""
     for gate in gates:
         if gate.free(now) <= 0:
             return gate

@@ -251,9 +251,8 @@ class Intake:
             self._start(work, now)
 
     def _deferred(self, partition: Partition, message: Message, event: JobEvent, spec: JobSpec, now: float) -> bool:
-        """Put a job into its line as a bare record, and return whether that was done. It is not done if the job may
-        have ended a process, if its task is unknown and it has no key, or if it should be given back to the
-        coordinator."""
+        """Put a job into its line as a bare record, and return whether that was done. It is not done if the job has no
+        line to wait in, if leases of it have expired, or if it should be given back to the coordinator."""
         stage, plan = self._stages[partition.topic], self._plans.get(event.task)
         if (event.key is None and (stage.fair_by is None or plan is None)) or (spec.tags and crashes_of(spec.tags)):
             return False

@@ -1,8 +1,8 @@
-"""Where a job's code runs: the event loop, a thread, a child process; and what is done with jobs that may kill.
+"""Run a job's code on the event loop, in a thread or in a child process, and isolate jobs that may end a process.
 
-A job that may have taken a process down with it is a *suspect*: its next start stands in the log, acknowledged, before
-its code runs, and the code runs in a child process, whose end this worker sees. `CRASHES` ends without a word and it is
-failed as ``crashed``; jobs beside it are in other processes, and suffer nothing.
+A job that may have ended a process is a *suspect*. Its next start is acknowledged in the log before its code runs, and
+the code runs in a child process whose end this worker sees. After `CRASHES` starts without an outcome, the last one in
+such a child, the job fails as ``crashed``. The jobs beside it are in other processes, and do not suffer.
 """
 
 from __future__ import annotations
@@ -23,29 +23,29 @@ from jobledger.schemas.events import ErrorInfo
 
 LOG = get_logger("jobledger.worker")
 
-#: Starts without an end after which a job is failed as ``crashed``, if the last of them was in
-#: a process whose end was seen.
+#: Starts without an outcome after which a job fails as ``crashed``, if the last of them was in a process whose end was
+#: seen, or if no child processes can be had.
 CRASHES = 3
-#: The same, if nobody saw the ends: the workers themselves died, perhaps of something else.
+#: The same, if child processes can be had, and no end was seen: the workers themselves died, perhaps of another cause.
 UNSEEN_CRASHES = 10
-#: Starts without an end from which on a suspect is run when no other is: what ends a worker and its children together
-#: (the system, for their memory) would be blamed on all that ran.
+#: Starts without an outcome from which on suspects run one at a time. If the system ends a worker and its children
+#: together, to free memory, all jobs that ran would be blamed.
 ALONE_FROM = 3
-#: Suspects that are run at once, in as many children more.
+#: Suspects that run at once, each in an additional child.
 SUSPECTS = 16
-#: Seconds until it is asked again whether a job is still ours.
+#: Seconds until the worker checks again whether the job is still its own.
 AGAIN_S = 0.1
 
 
 class Places:
-    """Sends begun jobs to where they run. On the event loop.
+    """Send begun jobs to where they run. On the event loop.
 
-    ``begin_again(work)``: says that it starts once more. ``done(work)``: its room and slot are free. ``ours(work)``:
-    this worker is to run it; ``certain(work)``: and no other can have taken it over, as far as is known at this moment.
-    ``call``: runs a function on the loop; what it raises ends the worker.
+    ``begin_again(work)``: send the job's start once more, and run it. ``done(work)``: free its room and slot.
+    ``ours(work)``: whether this worker is to run it. ``certain(work)``: whether surely no other worker has taken it
+    over. ``call``: run a function on the loop; an exception in it ends the worker.
 
-    A suspect is *waiting* until its code is given to a child: its partition can be handed over meanwhile, and then the
-    next owner runs it.
+    A suspect is *waiting* until its code is given to a child. If its partition is handed over meanwhile, the next owner
+    runs it.
     """
 
     def __init__(
@@ -67,27 +67,27 @@ class Places:
         self.children = children
         self._begin_again, self._done, self._ours, self._certain = begin_again, done, ours, certain
         self._call = call
-        self._base = contextvars.copy_context()  # as of `Starter.base`
+        self._base = contextvars.copy_context()  # see `Starter.base`
         self.loop: asyncio.AbstractEventLoop
 
     @property
     def _usable(self) -> bool:
-        """Whether there are child processes to be had."""
+        """Whether child processes can be had."""
         return self.children is not None and self.children.broken is None
 
     @property
     def rooms(self) -> list[Room]:
-        """All of them."""
+        """All rooms."""
         return [self.threads, self.processes, self.alone, self.suspects]
 
     def room_of(self, work: Work, plan: Plan) -> Room | None:
-        """Where the job is to run; None: on the event loop."""
+        """Return the room where the job is to run; None: on the event loop without a limit."""
         if work.suspect and self._usable:
             return self.alone if work.takeover >= ALONE_FROM else self.suspects
         return plan.room
 
     def crashed(self, starts: int) -> Failed | None:
-        """What becomes of a job whose code was started so often without an end, as the log tells; None: it is run."""
+        """Return the failure of a job whose code was started ``starts`` times without an outcome; None: it may run."""
         most = UNSEEN_CRASHES if self._usable else CRASHES
         if starts < most:
             return None
@@ -98,7 +98,8 @@ class Places:
         return Failed("crashed", ErrorInfo("ProcessDied", said))
 
     def go(self, work: Work) -> None:
-        """Run the code of a job that was begun; of a suspect, and in a child, only if it is still ours."""
+        """Run the code of a job that was begun. A suspect, or a job that has waited for a child, runs only if it is
+        still this worker's."""
         plan, room = work.plan, work.room
         assert plan is not None
         if room is not None and room is not self.threads:
@@ -114,7 +115,8 @@ class Places:
             self.executor.submit(work)
 
     def take(self, work: Work) -> bool:
-        """Whether a job's code may be run now that has waited for a child, or for its start to be acknowledged."""
+        """Return whether the code of a job may run now that has waited for a child, or for its start's
+        acknowledgement."""
         if not self._may_start(work, self.go):
             return False
         if work.suspect:
@@ -122,9 +124,12 @@ class Places:
         return True
 
     def _may_start(self, work: Work, again: Callable[[Work], None]) -> bool:
-        """Whether a job that waited may be started now. If it may not, its room and slot are free; if that is not known,
-        because the worker was paused or has lost the broker, ``again(work)`` is called later. Of a suspect's partition the
-        right to take up is claimed (`Partition.begin_taking`): it may be handed over at any time."""
+        """Return whether a job that waited may start now.
+
+        If it may not, its room and slot are freed. If that is not known, because the worker was paused or has lost the
+        broker, ``again(work)`` is called later. For a suspect without a lease this claims the right to take records up
+        (`Partition.begin_taking`), because its partition may be handed over at any time.
+        """
         if work.abandoned or not self._ours(work):
             self._done(work)
         elif not self._certain(work):
@@ -139,15 +144,16 @@ class Places:
         return False
 
     def sweep(self) -> None:
-        """Partitions were given up, or the worker takes nothing more: let go of what waits for a child."""
+        """Drop the jobs that wait for a child and are no longer this worker's: partitions were given up, or the worker
+        takes no more jobs."""
         if self.children is not None:
             for work in self.children.forget(lambda work: not self._ours(work)):
                 self._done(work)
 
-    # -- what children tell -------------------------------------------------------------------------------------------
+    # -- reports from children ----------------------------------------------------------------------------------------
 
     def said(self, work: Work, outcome: Outcome) -> None:
-        """The code came to an end in a child."""
+        """Record the outcome of code that ended in a child."""
         if not work.abandoned:
             if isinstance(outcome, Succeeded):
                 self.executor.succeeded(work, outcome.result)
@@ -156,7 +162,7 @@ class Places:
         self._done(work)
 
     def ended(self, work: Work, why: str, error: BaseException) -> None:
-        """Its process was ended by this worker."""
+        """Record the outcome of a job whose process this worker ended."""
         if not work.abandoned:
             if work.stop_outcome is not None:
                 self.executor.close_with(work, work.stop_outcome)
@@ -165,8 +171,8 @@ class Places:
         self._done(work)
 
     def died(self, work: Work, error: ErrorInfo, blamed: bool) -> None:
-        """Its process ended by itself: it is run again, until it has done so for the third time. Not ``blamed``: the
-        process ended of something else, or there was none to be had."""
+        """Run a job again whose process ended by itself; after `CRASHES` such ends it fails. Not ``blamed``: the
+        process ended of another cause, or no process could be had."""
         event, plan = work.event, work.plan
         assert event is not None
         assert plan is not None
@@ -180,7 +186,7 @@ class Places:
             self.executor.close_with(work, Failed("crashed", error))
             self._done(work)
         elif plan.room is self.processes and not self._usable:
-            self._done(work)  # not done: whoever owns it next finds its starts
+            self._done(work)  # its record is not done: its next owner finds the starts in the log
         else:
             if not self._usable:
                 self._move(work, plan.room)  # where it would have run at first; an isolated task ends the worker
@@ -190,7 +196,8 @@ class Places:
             self._start_again(said, work)
 
     def _start_again(self, said: str, work: Work) -> None:
-        """Start a job again whose process died, if it is still ours; else whoever owns it next finds its starts."""
+        """Start a job again whose process died, if it is still this worker's. If not, its next owner finds its starts
+        in the log."""
         if self._may_start(work, partial(self._start_again, said)):
             LOG.warning("%s", said)
             work.began = time.monotonic()
@@ -209,13 +216,13 @@ class Places:
             room.running += 1
 
     def give_up(self, work: Work) -> None:
-        """Let running code end whose outcome nobody wants any more."""
+        """End running code whose outcome is not wanted any more."""
         if self.children is not None and self.children.holds(work):
             self.children.abandoned(work)
         else:
             self.executor.end(work)
 
     def stop(self, work: Work) -> None:
-        """Let a job in a child end."""
+        """Ask a job in a child to end."""
         if self.children is not None:
             self.children.stop(work)

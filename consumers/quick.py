@@ -1,8 +1,8 @@
-"""The quick way to read a submission: what nearly every record of a busy work topic is.
+"""Decode a submission the fast way: nearly every record of a busy work topic is one.
 
-`glance` proves that the bytes are a `JobSubmitted` that this version's schema wrote; what it leaves out, the arguments,
-key, home and trace, stands at places that follow from the shape. Everything else takes the full way (`codec.decode`),
-which costs five times as much. A test with Hypothesis holds both ways to the same answer.
+`glance` proves that the bytes are a `JobSubmitted` that this version's schema wrote. It leaves out the arguments, key,
+home and trace; their places follow from the shape, and they are read here. All other records need the full decoder
+(`codec.decode`), which costs five times as much. A test with Hypothesis checks that both ways give the same result.
 """
 
 from __future__ import annotations
@@ -10,13 +10,13 @@ from __future__ import annotations
 from jobledger.schemas.events import JobEvent, JobSpec, JobSubmitted
 from jobledger.schemas.glance import after_option, glance
 
-_TITLES = 95  # where task, queue, key, home, source and trace begin, in the shape that `glance` answers for
+_TITLES = 95  # where task, queue, key, home, source and trace begin, in the shape that `glance` accepts
 
 
 def plain_submission(value: bytes) -> JobEvent | None:
-    """The submission in a work record's value, or None if the full decoder has to tell.
+    """Return the submission in a work record's value, or None if it needs the full decoder.
 
-    Of the event's header ``occurred_at`` and ``source`` are left empty: a worker needs neither.
+    The header fields ``occurred_at`` and ``source`` are left empty: a worker needs neither.
     """
     seen = glance(value)
     if seen is None:
@@ -33,7 +33,7 @@ def plain_submission(value: bytes) -> JobEvent | None:
     key = value[key_at + 2 : home_at].decode() if value[key_at] else None
     home = value[home_at + 2 : source_at].decode() if value[home_at] else None
     trace = value[trace_at + 2 : at].decode() if value[trace_at] else None
-    length = value[at + 1]  # behind the union's branch
+    length = value[at + 1]  # after the union's branch number
     at += 2
     if length & 0x80:
         length = length & 0x7F | value[at] << 7

@@ -198,8 +198,8 @@ class Starter:
     def ours(self, work: Work) -> bool:
         """Return whether this worker is still to run a job that is counted as running.
 
-        A suspect belongs to the next owner as soon as its partition is given up or stopped, or the worker stops
-        accepting. The worker waits for all other jobs then. A long job is this worker's while its lease holds.
+        A suspect belongs to the next owner as soon as its partition is given up or stopped, or the worker takes no more
+        jobs. The worker waits for all other jobs then. A long job is this worker's while its lease holds.
         """
         partition = work.partition
         if work.suspect and not self.accepting:

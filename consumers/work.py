@@ -355,7 +355,7 @@ class Work:
         self.lease: JobLease | None = None  # of a long job
         self.began = 0.0
         self.appended = 0  # when the record was appended (ms, broker's clock); 0: not known, or counted
-        self.abandoned = False  # given up: its exception is not recorded; a coroutine or thread that returns still succeeds
+        self.abandoned = False  # given up: its exception is not recorded; a thread or coroutine may still succeed
         self.waiting = False  # its code does not run: it waits in a line, for room, a child or its next attempt
         self.line: Line | None = None  # the line it waits in, or keeps busy
         self.gates: tuple[Gate, ...] = ()  # the gates that count it while it runs
