@@ -296,7 +296,7 @@ class Plan:
         self.regate()
 
     def regate(self) -> None:
-        """Choose the gates anew, after limits or pauses have changed."""
+        """Choose the gates again, after limits or pauses have changed."""
         found = (self.scope if self.scope.active else None, self.adaptive, self.breaker)
         self.gates = tuple(gate for gate in found if gate is not None)
 
