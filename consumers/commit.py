@@ -1,6 +1,6 @@
-"""What is done becomes what the group knows: commits of one queue's partitions, and the lease that they renew.
+"""Commits the state of one lane's partitions to the group, and thereby renews the lane's lease.
 
-Belongs to the fetch thread: the client serialises every call of a consumer behind its poll, and with one caller an
+Only the fetch thread commits: the client serialises every call of a consumer behind its poll, and with one caller an
 older snapshot can never overtake a newer one. Every commit is synchronous (a round trip, 1-2 ms).
 """
 
@@ -23,13 +23,13 @@ from jobledger.outage import outage_of
 LOG = get_logger("jobledger.worker")
 
 COMMIT_INTERVAL_S = 0.1
-#: Seconds after which a commit is lost. The client itself gives up sooner: after its session timeout of 45 s if it finds
-#: no coordinator, after 10 s if the coordinator does not answer.
+#: Seconds after which a commit counts as lost. A working client gives up sooner: after its session timeout of 45 s if
+#: it finds no coordinator, after 10 s if the coordinator does not answer.
 LOST_S = 120.0
 
 
 class Committer:
-    """Commits for one consumer. ``fail`` stops the worker when a commit can never be accepted."""
+    """Commits for one consumer. ``fail`` stops the worker when a commit is lost or can never be accepted."""
 
     def __init__(
         self,
@@ -51,20 +51,20 @@ class Committer:
         self.commits = self.errors = 0
         self.last_error: str | None = None
         self._last_code: int | None = None
-        self._asked_at: float | None = None  # of the commit that is under way
+        self._asked_at: float | None = None  # `time.monotonic` at the start of the commit under way
 
     def commit(self, partitions: Iterable[Partition], *, final: bool = False) -> bool:
-        """Commit the present state of ``partitions``; whether the coordinator took all of it.
+        """Commit the present state of ``partitions``. Returns whether the coordinator accepted all of it.
 
-        ``final``: they are being given up; clean where nothing is under way any more, and as they were found where their
-        takeover is not through. A commit that fails is not repeated: the next one says more, and only of partitions that
-        are still owned then.
+        ``final``: they are being given up. A partition with nothing left under way or to be looked for in the log is
+        committed as clean. One whose takeover is not done is committed as it was found, if that was clean. A failed
+        commit is not repeated: the next one covers it, for partitions that are still owned then.
         """
         self._settler.drain()
         taken: list[tuple[Partition, Snapshot]] = []
         for partition in partitions:
             if partition.offsets is None or not partition.ready:
-                # Nothing of it was begun, and nothing will be: it was given up before.
+                # None of its records was begun or will be: it was given up before its takeover was done.
                 if final and partition.found_clean is not None:
                     taken.append((partition, partition.found_clean))
                 continue
@@ -81,7 +81,7 @@ class Committer:
         return self.commit_snapshots(taken)
 
     def commit_snapshots(self, taken: list[tuple[Partition, Snapshot]]) -> bool:
-        """Commit what is given; whether the coordinator took all of it."""
+        """Commit these snapshots. Returns whether the coordinator accepted all of them."""
         if self._settler.broken or not taken:
             return False
         asked_at = self._asked_at = time.monotonic()
@@ -111,8 +111,8 @@ class Committer:
         return not errors
 
     def check(self, now: float) -> None:
-        """Stop the worker if the client has lost a commit: that happens when a broker restarts. The fetch thread would
-        wait for it for ever, and nothing of this queue would run any more. Callable from any thread."""
+        """Stop the worker if the client has lost a commit, which happens when a broker restarts: the fetch thread would
+        wait for it for ever, and no job of this lane would run. ``now``: `time.monotonic`. Any thread."""
         asked_at = self._asked_at
         if asked_at is None or now - asked_at < LOST_S or outage_of(self._settings).said:
             return
@@ -125,7 +125,7 @@ class Committer:
 
     def _refused(self, partition: Partition, error: KafkaError) -> None:
         self.errors += 1
-        if self._last_code != error.code():  # one line, not one for each partition
+        if self._last_code != error.code():  # log one line, not one for each partition
             LOG.info("a commit was refused; the next one repeats it: %r: %s", partition, error.str())
             self._last_code = error.code()
         self.last_error = f"{partition!r}: {error.str()}"

@@ -1,7 +1,6 @@
-"""From an outcome to records: the closing fact beside the work record, and what derives from it.
+"""Builds records from an outcome: the closing fact, and the records that derive from it. The caller sends them.
 
-Ids of derived records are functions of the job, so sending them again after a takeover repeats them instead of adding
-to them. Sending is the caller's business.
+Ids of derived records are functions of the job. A takeover that sends them again repeats them and adds no new ones.
 """
 
 from __future__ import annotations
@@ -48,23 +47,24 @@ from jobledger.schemas.events import (
 from jobledger.task_registry import Registry
 from jobledger.writer import Outgoing
 
-#: Characters of an error's message that are kept when the record would be too large otherwise.
+#: Characters that are kept of an error's message if the record would be too large otherwise.
 _SHORT_MESSAGE = 200
 #: Bytes that are kept of the key of a record that cannot be read.
 _KEY_BYTES = 4_096
 
 
 def derived_id(job_id: str, *parts: object) -> str:
-    """The UUIDv5 of a record that a machine derives from a job: of the job's id and ``parts`` joined by slashes."""
+    """Return the UUIDv5 of a record that derives from a job: of the job's id and ``parts`` joined by slashes."""
     try:
         space = uuid.UUID(job_id)
-    except ValueError:  # other writers may use ids of their own
+    except ValueError:  # other writers may use ids that are no UUIDs
         space = uuid.uuid5(uuid.NAMESPACE_OID, job_id)
     return str(uuid.uuid5(space, "/".join(map(str, parts))))
 
 
 class Facts:
-    """Writes what a worker has to say. ``source``: who says it; ``limit``: bytes a record may have."""
+    """Builds a worker's records. ``source``: the worker's name in its events; ``limit``: bytes that a record may
+    have."""
 
     def __init__(self, registry: Registry, source: str, limit: int) -> None:
         self._registry = registry
@@ -73,7 +73,7 @@ class Facts:
         self._limit = limit
 
     def event(self, work: JobEvent, fact: Fact) -> JobEvent:
-        """``fact`` about the job of a work record, as this worker's own event."""
+        """Return this worker's event with ``fact`` about the job of a work record."""
         return JobEvent(
             str(uuid_utils.uuid7()),
             work.job_id,
@@ -91,7 +91,7 @@ class Facts:
         )
 
     def closing(self, work: JobEvent, outcome: Outcome, duration_us: int) -> bytes:
-        """The fact that closes this release, encoded; an error's text is shortened if the record were too large."""
+        """Encode the fact that records the outcome. An error's text is shortened if the record would be too large."""
         if isinstance(outcome, Succeeded):
             return codec.encode(self.event(work, JobSucceeded(outcome.result, duration_us)))
         if isinstance(outcome, Snoozed):
@@ -114,7 +114,8 @@ class Facts:
         return value
 
     def too_large(self, outcome: Outcome, size: int, where: str) -> Failed:
-        """What becomes of an outcome whose record is larger than may be sent."""
+        """Return the failure that replaces an outcome whose record is too large. ``size``: bytes; ``where``: the
+        limit."""
         what = "result" if isinstance(outcome, Succeeded) else "error"
         return Failed(
             "bad-result",
@@ -126,7 +127,8 @@ class Facts:
         )
 
     def derived(self, work: JobEvent, outcome: Outcome, due_at: int | None = None) -> list[Outgoing]:
-        """What others must act on. ``due_at``: micros, when the closing fact's append time is known already."""
+        """Return the records on which others must act. ``due_at``: µs, if the closing fact's append time is already
+        known."""
         if getattr(outcome, "in_place", False):
             return []
         if isinstance(outcome, Retried):
@@ -139,11 +141,12 @@ class Facts:
         return []
 
     def fallback(self, work: JobEvent, outcome: Outcome) -> list[Outgoing]:
-        """Of what derives from the end of a leased job, what the coordinator cannot know."""
+        """Return what derives from a leased job's outcome and the coordinator cannot derive: the fallback's
+        submission."""
         return self._fallback(work) if isinstance(outcome, Failed) else []
 
     def leased(self, work: JobEvent, worker: str, lease_ms: int) -> Outgoing:
-        """What derives from `JobLeased`: the coordinator keeps the job while it runs."""
+        """Return the record that derives from `JobLeased`: the coordinator keeps the job while it runs."""
         spec = _spec(work)
         event = msgspec.structs.replace(
             self.event(work, Leased(spec, worker, lease_ms, crashes_of(spec.tags))),
@@ -181,7 +184,7 @@ class Facts:
         spec = _spec(work)
         spec = msgspec.structs.replace(
             spec,
-            # The worker's own marks are the failed job's: another's code did not take any process down.
+            # The worker's own tags belong to the failed job: the fallback's code has crashed no process.
             tags={k: v for k, v in spec.tags.items() if k not in (UNKNOWN_TASK_TAG, CRASHES_TAG)},
             parent=work.job_id,
             expires_in_ms=None,
@@ -208,7 +211,8 @@ class Facts:
     def rejected(
         self, topic: str, partition: int, offset: int, key: bytes | None, value: bytes | None, error: str
     ) -> Outgoing:
-        """A record that cannot be read, kept as it is; of one that is too large, or of its key, the beginning."""
+        """Return the dead letter of a record that cannot be read. Key and value are kept unchanged; of one that is too
+        large, only the beginning."""
         kept_key = key
         if key is not None and len(key) > _KEY_BYTES:
             kept_key = key[:_KEY_BYTES]
@@ -228,7 +232,7 @@ class Facts:
 
 
 def _spec(work: JobEvent) -> JobSpec:
-    spec: JobSpec = work.fact.spec  # type: ignore[union-attr]  # only submissions and releases stand on work topics
+    spec: JobSpec = work.fact.spec  # type: ignore[union-attr]  # work topics hold only submissions and releases
     return spec
 
 

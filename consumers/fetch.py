@@ -1,7 +1,7 @@
-"""The fetch thread: polls a queue's consumer always, runs nothing, and carries partitions in and out.
+"""Polls one lane's consumer, takes over the partitions that the group assigns, and gives up those that it revokes.
 
-One thread, one consumer and one group per queue. It hands raw messages to the dispatcher and holds back when enough of
-them wait; what is in them is not its business.
+Each lane (a queue, or one of its priorities) has one fetch thread, one consumer and one group. The thread runs no jobs
+and reads no message's content: it hands raw messages to the dispatcher, and takes no more while enough of them wait.
 """
 
 from __future__ import annotations
@@ -27,21 +27,21 @@ from jobledger.names import Names
 
 LOG = get_logger("jobledger.worker")
 
-#: Longest batch handed over at once.
+#: Most messages handed to the dispatcher at once.
 BATCH = 500
-#: Seconds a poll may wait; also how late a change of pausing may be.
+#: Seconds that a poll may wait; also how late the client is paused or resumed.
 POLL_S = 0.05
-#: Seconds between polls while nothing more fits: how late a rebalance may be served. Pausing at the client instead
-#: would throw away what it has fetched, and resuming takes it up to a second.
+#: Seconds between polls while no more messages fit: how late a rebalance may be served. The client is not paused
+#: instead: pausing would throw away what it has fetched, and resuming takes up to a second.
 SLOW_POLL_S = 0.5
-#: Seconds a revoked partition's jobs get to end, within the callback.
+#: Seconds that the jobs of a revoked partition get to end, within the rebalance callback.
 HANDOVER_S = 8.0
-#: Seconds the group's offsets are asked for at assignment before the worker gives up.
+#: Seconds that the committed offsets are asked for at assignment, before the worker gives up.
 COMMITTED_TIMEOUT_S = 30.0
 
 
 class CommitRequest:
-    """Snapshots that another thread wants committed; ``done`` is set when ``accepted`` says how it went."""
+    """Snapshots that another thread wants committed. When ``done`` is set, ``accepted`` says whether all were."""
 
     def __init__(self, snapshots: list[tuple[Partition, Snapshot]]) -> None:
         self.snapshots = snapshots
@@ -50,9 +50,11 @@ class CommitRequest:
 
 
 class Fetcher(threading.Thread):
-    """Fetches one queue, or one of its priorities: ``lane``. ``prefetch``: messages that may wait for the dispatcher.
+    """Fetches one lane: a queue, or one of its priorities.
 
-    ``assigned`` is told of new partitions (the takeover), ``revoked`` of ended ones, ``wake`` of new messages.
+    ``prefetch``: messages that may wait for the dispatcher. ``lease``: seconds. ``assigned`` gets this fetcher and new
+    partitions, ``ended`` those that are no longer owned; ``wake``: there may be new messages; ``fail`` stops the
+    worker. ``assigned`` and ``ended`` are called in this thread.
     """
 
     def __init__(
@@ -113,27 +115,27 @@ class Fetcher(threading.Thread):
 
     @property
     def held(self) -> int:
-        """Messages that wait for the dispatcher."""
+        """Messages that wait for the dispatcher and count against ``prefetch``."""
         return sum(p.fetched for p in list(self._parts.values()))
 
     def taken(self) -> None:
-        """The dispatcher took messages: there may be room again."""
+        """Note that the dispatcher took messages, so there may be room for more. Any thread."""
         if self.waiting and self.held < self._half:
             self._room.set()
 
     def request_commit(self, snapshots: list[tuple[Partition, Snapshot]]) -> CommitRequest:
-        """Have the fetch thread commit these; what is owned no more by then is left out."""
+        """Have the fetch thread commit these; those no longer owned by then are left out. Any thread; does not wait."""
         request = CommitRequest(snapshots)
         self._requests.append(request)
         return request
 
     def drain(self) -> None:
-        """Take nothing more; go on polling."""
+        """Take no more messages, but continue to poll. Any thread."""
         self._draining = True
         self._room.set()
 
     def close(self, handover: float) -> None:
-        """Leave the group and end; partitions get ``handover`` seconds to settle."""
+        """Leave the group and end the thread. Partitions get ``handover`` seconds to settle. Any thread."""
         self._handover = min(self._handover, handover)
         self._closing.set()
         self._room.set()
@@ -147,7 +149,7 @@ class Fetcher(threading.Thread):
                 [self.topic], on_assign=self._on_assign, on_revoke=self._on_revoke, on_lost=self._on_lost
             )
             self._poll_until_closed()
-            # Before leaving: within it, the coordinator may know this member no more.
+            # Before `close`: while that leaves the group, the coordinator may no longer know this member.
             self._hand_over(list(self._parts.values()))
         except JobledgerError as exc:
             self._fail(exc)
@@ -159,7 +161,7 @@ class Fetcher(threading.Thread):
         finally:
             try:
                 self.consumer.close()
-            except Exception:  # leaving is a courtesy: the session ends without it
+            except Exception:  # without leaving, the member's session times out
                 LOG.exception("queue %s: leaving the group failed", self.queue)
 
     def _poll_until_closed(self) -> None:
@@ -176,12 +178,12 @@ class Fetcher(threading.Thread):
                 self._door.check()
                 self._steer()
                 steer_at = now + POLL_S
-            # Nothing fits: the poll is for rebalances, which come first; the one message it may give fits as well.
+            # Without room, the poll is for rebalances, which it serves first. It may return one message, which is kept.
             self._take(polling.poll(POLL_S if room > 0 else 0), room)
             polled_at = now
 
     def _room_left(self) -> int:
-        """How many messages to take now. Once full, none until half of them are gone: few large batches cost less."""
+        """How many messages to take now. Once full, none until half of them are gone: large batches cost less."""
         held = self.held
         if self._draining or held >= (self._half if self._filled else self._prefetch):
             self._filled = True
@@ -199,7 +201,7 @@ class Fetcher(threading.Thread):
             return
         self._commit_at = now + COMMIT_INTERVAL_S
         owned = self.owned()
-        # The lease is renewed while there is something to begin or to follow from an outcome, so that this need not wait.
+        # Renew the lease while records wait or run, so that no start and no derived record has to wait for it.
         renew = wanted or (self.lease.until - now < self.lease.seconds / 2 and any(p.raw or p.live for p in owned))
         due = owned if renew else [p for p in owned if p.offsets is not None and p.offsets.changed]
         if due:
@@ -213,7 +215,7 @@ class Fetcher(threading.Thread):
         self.waiting = False
 
     def _take(self, first: Message | None, room: int) -> None:
-        """Hand ``first`` over, and what else is there already, up to ``room``."""
+        """Hand over ``first`` and the messages that have already arrived, ``room`` of them at most."""
         if first is None:
             return
         batch = [first]
@@ -231,7 +233,7 @@ class Fetcher(threading.Thread):
                 self.fetched += 1
         self.error = None
         if self.lease.until < time.monotonic():
-            # After a quiet time, or after standing still: first hear from the coordinator that these are still ours.
+            # A quiet time, or this process was paused: have the coordinator confirm that these are still owned.
             self.committer.commit(self.owned())
         self.wake_dispatcher()
 
@@ -254,7 +256,7 @@ class Fetcher(threading.Thread):
         return translate(error, self._settings, f"reading {self.topic}", read(self.topic), join(self._group))
 
     def _steer(self) -> None:
-        """Pause at the client what cannot be run for a while and has enough waiting; resume what can."""
+        """Pause partitions at the client that cannot be run for a while and have enough waiting; resume the others."""
         pause: list[TopicPartition] = []
         resume: list[TopicPartition] = []
         for p in self._parts.values():
@@ -270,7 +272,7 @@ class Fetcher(threading.Thread):
     # -- rebalances: run inside poll, in this thread ------------------------------------------------------------------
 
     def _on_assign(self, consumer: Consumer, assigned: list[TopicPartition]) -> None:
-        if not assigned:  # told so after giving partitions up
+        if not assigned:  # called so after partitions were given up
             return
         self.moved["assigned"] += 1
         committed = self._committed(consumer, assigned)
@@ -283,7 +285,7 @@ class Fetcher(threading.Thread):
         consumer.incremental_assign(
             [TopicPartition(p.topic, p.number, p.committed if p.committed >= 0 else OFFSET_BEGINNING) for p in new]
         )
-        # What is fetched from now on waits until the takeover is through.
+        # Messages fetched from now on wait until the takeover is done.
         LOG.info("queue %s: assigned partitions %s", self.queue, [p.number for p in new])
         self._assigned(self, new)
 
@@ -302,7 +304,7 @@ class Fetcher(threading.Thread):
             if found_denied is not None:
                 raise found_denied
             if time.monotonic() > deadline or self._closing.is_set():
-                # Never taken for "nothing committed": that would run everything again.
+                # Do not take this for "nothing committed": all jobs would run again.
                 raise BrokerUnavailable(
                     f"the committed offsets of {self.topic} could not be read within {COMMITTED_TIMEOUT_S:g} s: "
                     f"{problem.str()}"
@@ -314,7 +316,7 @@ class Fetcher(threading.Thread):
         self._hand_over([p for t in revoked if (p := self._parts.get(t.partition)) is not None])
 
     def _hand_over(self, parts: list[Partition]) -> None:
-        """Give partitions up, let what runs of them end, and commit them for the last time."""
+        """Give up partitions, let their running jobs end, and commit them for the last time."""
         self._give_up(parts)
         if not parts:
             return
@@ -332,14 +334,14 @@ class Fetcher(threading.Thread):
         )
 
     def _settle(self, parts: list[Partition]) -> bool:
-        """Let what is under way of ``parts`` end, within the handover time; whether it did."""
+        """Wait within the hand-over time until nothing of ``parts`` is under way. Returns whether that was reached."""
         deadline = time.monotonic() + self._handover
         while any(p.busy for p in parts):
             now = time.monotonic()
             if self._settler.broken or now >= deadline:
                 return False
             self._settler.serve()
-            # The partitions that stay go on meanwhile: their lease must be renewed.
+            # The other partitions continue meanwhile: their lease must be renewed.
             self._commit_if_due(now)
             time.sleep(0.005)
         return True

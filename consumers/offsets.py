@@ -1,16 +1,16 @@
-"""Which records of one partition are done: a watermark, a map of completions beyond it, and the takeover floor. Pure.
+"""Tracks which records of one partition are done: watermark, map of completions beyond it, and takeover floor. Pure.
 
-Owns what a worker commits for a partition: the offset, and a text of at most 4,096 bytes in the offset's metadata. It
-knows no client, no clock and no lock; its user serialises the calls. Every mistake here must fall to the side of "not
-done": a job that runs twice is promised to be possible, a job that never runs is not.
+Owns what a worker commits for a partition: the offset, and a text of at most 4,096 bytes in the offset's metadata. Uses
+no client, clock or lock; the caller serialises the calls. Any doubt must result in "not done": jobs may run twice, as
+documented, but no job may be lost.
 
-The idea of a completion map in the commit's metadata is the Confluent Parallel Consumer's; what broke there (base and
-map of different moments, an unreadable map taken as "done", intake that stalls at the limit) is what the rules below
-are for.
+The idea of a completion map in the commit's metadata is the Confluent Parallel Consumer's; the rules below
+prevent what broke there (base and map of different moments, an unreadable map taken as "done", intake that stalls at
+the limit).
 
 Text: ``2<c|d>.<floor>.<begun>.<checksum>.<r|b><map>``: version; clean or dirty; the floor in hex; how far beyond the
-base records were begun, in hex; CRC-32 over base, floor, begun and map, because a map means nothing beside another
-base; then run lengths (LEB128 varints, not-done and done in turn, from the base on) or a bitset (bit n: base + n is
+base records were begun, in hex; CRC-32 over base, floor, begun and map, because a map is valid only with its own base;
+then run lengths (LEB128 varints, not-done and done in turn, from the base on) or a bitset (bit n: base + n is
 done), in base64, whichever is shorter.
 """
 
@@ -23,16 +23,16 @@ from dataclasses import dataclass
 
 #: The broker's default of ``offset.metadata.max.bytes``.
 METADATA_LIMIT = 4096
-#: Intake stops when what is pending could make the text longer than this share of the limit.
+#: Intake stops when the pending records could make the text longer than this share of the limit.
 BRAKE = 0.75
 _HEAD_ROOM = 60  # version, flag, floor, begun, checksum and separators
 _PAYLOAD_BUDGET = (int(METADATA_LIMIT * BRAKE) - _HEAD_ROOM) * 3 // 4  # bytes before base64
-#: A bitset of so many records always stays below the brake.
+#: A bitset over this many records always stays below the brake.
 SPAN_BUDGET = _PAYLOAD_BUDGET * 8
-#: Facts beside it on lifecycle after which the start of a job that runs need not be found any more: what a takeover reads
-#: is bounded by that, however long jobs run.
+#: The next owner need not find a running job's start that is more than this many facts back on lifecycle. This bounds
+#: what a takeover reads, however long jobs run.
 SCAN_MOST = 20_000
-#: Facts of its lifecycle partition that a suspect may lie back, and an outcome of it still be found.
+#: Late outcomes of suspects are looked for at most this many facts back on the lifecycle partition.
 SUSPECT_MOST = 100_000
 _VERSION = "2"
 _BEFORE = "1"  # without ``begun``; read, not written
@@ -42,8 +42,8 @@ Ranges = tuple[tuple[int, int], ...]
 
 @dataclass(frozen=True, slots=True)
 class Restored:
-    """What a commit said. ``done``: half-open ranges at or beyond ``base``; ``floor`` None: not known. ``begun``: no
-    record from here on had been begun when it was said."""
+    """The decoded state of a commit. ``done``: half-open ranges at or beyond ``base``. ``floor``: None if not known.
+    ``begun``: no record from this offset on had been begun at the commit; 0 if not known."""
 
     base: int
     done: Ranges = ()
@@ -54,17 +54,17 @@ class Restored:
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
-    """What to commit: everything below ``offset`` is done, ``metadata`` says what beyond it is."""
+    """What to commit: all records below ``offset`` are done, and ``metadata`` says which beyond it are."""
 
     offset: int
     metadata: str
 
 
 class PartitionOffsets:
-    """Completion of one partition's records, fed in the log's order.
+    """Tracks the completion of one partition's records, which are received in the log's order.
 
     ``restored``: what the last owner committed. ``start_floor``: the high watermark of the lifecycle partition at
-    assignment. Offsets that never come (compaction, transaction marks) count as done once a later one came.
+    assignment. Offsets without a record (compaction, transaction markers) count as done once a later one was received.
     """
 
     __slots__ = (
@@ -86,28 +86,28 @@ class PartitionOffsets:
     )
 
     def __init__(self, restored: Restored, start_floor: int) -> None:
-        # Keys in the log's order, because they are put in that order: the first one is the watermark.
+        # Received and not done, in the log's order: the first key is the watermark.
         self._pending: dict[int, None] = {}
-        self._end = restored.base  # everything below was received, or was done before
-        self._low = restored.base  # a lower bound of the watermark, to spare finding it
-        self._ahead = list(restored.done)[::-1]  # done by former owners, not received yet; the next one is the last
+        self._end = restored.base  # all records below were received, or were done before
+        self._low = restored.base  # a lower bound of the watermark, cheaper to read
+        self._ahead = list(restored.done)[::-1]  # done by former owners, not received yet; nearest last
         self._next_outcome = start_floor
         self._hold: int | None = None
         self._suspects_below = self._suspects_from = 0
         self._unsettled: dict[int, int] = {}
-        self._running: dict[int, int] = {}  # begun, in that order: where their starts stand at the earliest
+        self._running: dict[int, int] = {}  # begun, in that order: the lowest lifecycle offset of each start
         self._begun = restored.begun
-        #: Done ranges of the last snapshot, and records done since.
+        #: The number of done ranges in the last snapshot, and of records done since.
         self._ranges = len(restored.done)
         self._since = 0
-        #: How many of the pending records do not end before others do: they wait in lines.
+        #: The number of pending records that wait in lines, so that others are done before them.
         self.postponed = 0
         #: Whether a snapshot would differ from the last one.
         self.changed = True
         self._absorb()
 
     def begin(self, offset: int) -> None:
-        """The record is begun: should this process die, it may have died of it."""
+        """Note that the record is begun: if this process dies, this job may be the cause."""
         self._running.setdefault(offset, self._next_outcome)
         if offset >= self._begun:
             self._begun = offset + 1
@@ -116,7 +116,7 @@ class PartitionOffsets:
     # -- intake and completion ------------------------------------------------------------------------------------
 
     def receive(self, offset: int) -> bool:
-        """Note a record; False if it is done already (or was received before) and must not be run."""
+        """Note a received record. False if it is done already (or was received before) and must not be run."""
         if offset < self._end:
             return False
         self.changed = True
@@ -130,7 +130,7 @@ class PartitionOffsets:
         return True
 
     def done(self, offset: int) -> None:
-        """The record's outcome is durable, and so is what derives from it. Unknown offsets are ignored."""
+        """Mark a record as done: its outcome and what derives from it are durable. Unknown offsets are ignored."""
         self._pending.pop(offset, 0)
         self._running.pop(offset, 0)
         self._since += 1
@@ -139,40 +139,44 @@ class PartitionOffsets:
         self.changed = True
 
     def acknowledged(self, lifecycle_offset: int) -> None:
-        """An outcome of this owner stands at this offset of the lifecycle partition."""
+        """Note that a fact of this owner is at this offset of the lifecycle partition."""
         if lifecycle_offset >= self._next_outcome:
             self._next_outcome = lifecycle_offset + 1
 
     def unsettled(self, offset: int, lifecycle_offset: int) -> None:
-        """The record's outcome is durable at ``lifecycle_offset``, but what derives from it is not yet."""
+        """Note that the next owner must look for the record's outcome from ``lifecycle_offset`` on: the outcome, or
+        what derives from it, is not known to be durable."""
         self._unsettled[offset] = lifecycle_offset
 
     def goes_on(self, offset: int) -> None:
-        """The record's job goes on, and what is to be said of that is about to be sent: it will stand behind everything that
-        is acknowledged by now."""
+        """Note that the record's job continues. Call it before the fact that says so is sent: the fact is appended
+        after everything that is acknowledged by now."""
         self.note(offset, self._next_outcome)
 
     def note(self, offset: int, lifecycle_offset: int) -> None:
-        """The record's job goes on, but what was said of it from ``lifecycle_offset`` on must be found by the next owner."""
+        """Note that the record's job continues. The next owner must find its facts from ``lifecycle_offset`` on."""
         if offset in self._pending:
             known = self._unsettled.get(offset, lifecycle_offset)
             self._unsettled[offset] = min(known, lifecycle_offset)
 
     @property
     def settled(self) -> bool:
-        """Whether no outcome or note has to be looked for in the log."""
+        """Whether the next owner need not look for outcomes or notes in the log."""
         return not self._unsettled and not self._suspects
 
     def hold(self, floor: int | None) -> None:
-        """Keep the floor here (a former owner's outcomes are found, but not all in the map yet); None ends it."""
+        """Fix the floor while a former owner's outcomes are found, but not all in the map yet. None releases it."""
         if floor != self._hold:
             self._hold = floor
             self.changed = True
 
     def suspect(self, below: int, lifecycle_offset: int) -> None:
-        """A former owner may have begun records below this one. As long as they are not all done, the hand-over is not
-        clean, so that the next owner suspects them, too; and the next owner must find outcomes from this offset of the
-        lifecycle partition on, unless that lies `SUSPECT_MOST` facts back: the former owner may still write some."""
+        """Note that a former owner may have begun records below offset ``below``.
+
+        Until all of them are done, the hand-over is not clean, so the next owner suspects them, too. The former owner
+        may still write their outcomes. The next owner must find these from ``lifecycle_offset`` on, unless that lies
+        more than `SUSPECT_MOST` facts back.
+        """
         self._suspects_below, self._suspects_from = below, lifecycle_offset
 
     @property
@@ -183,25 +187,25 @@ class PartitionOffsets:
 
     @property
     def base(self) -> int:
-        """The watermark: everything below is done."""
+        """The watermark: all records below it are done."""
         return next(iter(self._pending), self._end)
 
     @property
     def end(self) -> int:
-        """One beyond the last record that was received."""
+        """One beyond the last received record."""
         return self._end
 
     @property
     def pending(self) -> int:
-        """How many received records are not done."""
+        """The number of received records that are not done."""
         return len(self._pending)
 
     @property
     def floor(self) -> int:
-        """The lowest lifecycle offset that an outcome not in the map can have, or the start of what runs.
+        """The lowest lifecycle offset that an outcome not in the map, or the start of a running job, can have.
 
-        What is in flight comes after every acknowledged outcome: one idempotent producer writes a partition in order.
-        Starts that lie too far back are let go (`SCAN_MOST`).
+        Facts in flight are appended after every acknowledged outcome: one idempotent producer writes a partition in
+        order. Starts that lie too far back (`SCAN_MOST`) are not counted.
         """
         if self._hold is not None:
             return self._hold
@@ -228,16 +232,16 @@ class PartitionOffsets:
         span = max(far, self._end) - self._low
         if span < SPAN_BUDGET:
             return False
-        # Each pending record makes at most one pair of runs, and each range ahead; no run is longer than the span. Nor
-        # are there more than there were, and one for each that ended since or may end before long.
+        # Each pending record and each range ahead makes at most one pair of runs, and no run is longer than the span.
+        # Nor are there more pairs than at the last snapshot, plus one for each record done since or perhaps done soon.
         soon = self._ranges + self._since + len(self._pending) - self.postponed
         pairs = min(len(self._pending), soon) + len(self._ahead) + 1
         return pairs * (_varint_size(span) + 1) + 8 >= _PAYLOAD_BUDGET
 
     def snapshot(self, clean: bool = False) -> Snapshot | None:
-        """Watermark, map and floor of this moment; None if they do not fit, then the last snapshot stays the truth.
+        """Return watermark, map and floor of this moment. None if they do not fit: the last snapshot remains valid.
 
-        ``clean``: no outcome can be in the log that the map lacks, so the next owner need not look.
+        ``clean``: the log holds no outcome that the map lacks, so the next owner need not read it.
         """
         self._absorb()
         base = self._low = self.base
@@ -250,7 +254,7 @@ class PartitionOffsets:
         return Snapshot(base, metadata)
 
     def _done(self) -> Iterator[tuple[int, int]]:
-        """Done ranges beyond the watermark, in order."""
+        """Yield the done ranges beyond the watermark, in order."""
         at = self._end
         for n, offset in enumerate(self._pending):
             if n and offset > at:
@@ -268,13 +272,13 @@ class PartitionOffsets:
             yield last
 
     def _absorb(self) -> None:
-        """With nothing pending, what former owners did right after the end moves the watermark."""
+        """With nothing pending, move the watermark over ranges that former owners did right after it."""
         while not self._pending and self._ahead and self._ahead[-1][0] <= self._end:
             self._end = max(self._end, self._ahead.pop()[1])
 
 
 def encode(base: int, done: Iterable[tuple[int, int]], floor: int, clean: bool, begun: int = 0) -> str | None:
-    """The metadata text, or None if it would be longer than `METADATA_LIMIT`."""
+    """Encode the metadata text; None if it would be longer than `METADATA_LIMIT`."""
     ranges = list(done)
     payload = b""
     kind = "r"
@@ -292,10 +296,10 @@ def encode(base: int, done: Iterable[tuple[int, int]], floor: int, clean: bool, 
 
 
 def decode(base: int, metadata: str | None, log_end: int) -> Restored:
-    """What a commit at ``base`` said, for a log that ends at ``log_end``.
+    """Decode a commit at ``base``, for a log that ends at ``log_end``.
 
-    Text that is missing, damaged, of another version or another base, or that speaks of records the log does not have,
-    says nothing: nothing beyond the base is done, the floor is not known and the hand-over was not clean.
+    A text is ignored if it is missing, damaged, of another version or another base, or names records that the log does
+    not have. Then nothing beyond the base is done, the floor is not known and the hand-over was not clean.
     """
     nothing = Restored(base)
     if not metadata:

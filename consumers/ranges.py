@@ -1,6 +1,6 @@
-"""Ranges of many partitions read at once, for the takeover: one client, opened when something is asked of it.
+"""Reads ranges of many partitions at once, for the takeover, with one client that is opened when it is first needed.
 
-Knows no jobs. Not thread-safe but for what ``closing`` answers.
+Knows nothing of jobs. Not thread-safe, except that ``closing`` may begin to return true at any time.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ T = TypeVar("T")
 
 
 class LogRanges:
-    """Reads from the log what a takeover must know. ``closing()``: whether nobody waits for it any more."""
+    """Reads from the log what a takeover needs. ``closing()``: whether reading is to stop early."""
 
     def __init__(self, settings: Settings, closing: Callable[[], bool]) -> None:
         self._settings, self._closing = settings, closing
@@ -32,23 +32,23 @@ class LogRanges:
 
     @property
     def open(self) -> bool:
-        """Whether it holds connections."""
+        """Whether connections are open."""
         return self._reader is not None
 
     def close(self) -> None:
-        """Give the connections back; the next question opens new ones."""
+        """Close the connections; the next question opens new ones."""
         if self._reader is not None:
             self._reader.close()
             self._reader = None
 
     def _consumer(self) -> Consumer:
         if self._reader is None:
-            # The end of a partition may be a mark that no message stands for; only the end-of-partition event tells.
+            # The last offset may be a transaction marker, which is no message. Only the end-of-partition event tells.
             self._reader = consumer(consumer_config(self._settings) | {"enable.partition.eof": True})
         return self._reader
 
     def ends(self, topic: str, number: int) -> tuple[int, int]:
-        """First offset and high watermark. Raises `BrokerUnavailable`, `TopicMissing` or `AccessDenied`."""
+        """Return first offset and high watermark. Raises `BrokerUnavailable`, `TopicMissing` or `AccessDenied`."""
         low, high = self._ask(
             topic,
             f"asking for the ends of {topic}[{number}]",
@@ -57,7 +57,7 @@ class LogRanges:
         return low, high
 
     def partitions(self, topic: str) -> int:
-        """How many partitions a topic has. Raises as `ends` does."""
+        """Return the number of a topic's partitions. Raises as `ends` does."""
 
         def ask(reader: Consumer) -> int:
             found = reader.list_topics(topic, REQUEST_TIMEOUT_S).topics[topic]
@@ -68,8 +68,11 @@ class LogRanges:
         return self._ask(topic, f"asking for the partitions of {topic}", ask)
 
     def offsets_at(self, asked: list[TopicPartition]) -> dict[int, int]:
-        """By partition of one topic, the first offset appended at or after a time (ms, as the offset of what is
-        asked); -1 if there is none."""
+        """Return, by partition, the first offset appended at or after a time; -1 if there is none.
+
+        ``asked``: partitions of one topic, each with its time (ms since the epoch) as the offset. Raises as `ends`
+        does.
+        """
         if not asked:
             return {}
         topic = asked[0].topic
@@ -86,7 +89,7 @@ class LogRanges:
                 problem = translate(exc.args[0], self._settings, what, read(topic))
                 if isinstance(problem, AccessDenied) or time.monotonic() > deadline or self._closing():
                     raise problem from exc
-                # A broker that shuts down says that its topics do not exist, and a client believes that for minutes.
+                # A broker that shuts down reports its topics as missing, and the client believes that for minutes.
                 self.close()
                 time.sleep(0.2)
 
@@ -98,10 +101,11 @@ class LogRanges:
         first_only: bool = False,
         wanted: Callable[[], bool] = lambda: True,
     ) -> None:
-        """Every message of half-open ranges of offsets, which may have gaps; none of them lies beyond the log's end.
+        """Call ``take`` with every message of half-open ranges of offsets, by (topic, partition).
 
-        Returns early once ``wanted`` is false, or ``closing``. Raises `BrokerUnavailable` if nothing comes for
-        `STALL_S` seconds.
+        The ranges may have gaps, and none lies beyond the log's end. ``first_only``: take one message of each range.
+        Returns early once ``wanted()`` is false or ``closing()`` is true. Raises `BrokerUnavailable` if no message
+        comes for `STALL_S` seconds, and the translated error of a broker that refuses.
         """
         ends = {where: end for where, (start, end) in ranges.items() if start < end}
         if not ends:
@@ -131,8 +135,8 @@ class LogRanges:
                         raise translate(error, self._settings, f"reading {where[0]}[{where[1]}]", read(where[0]))
                     if over:
                         del ends[where]
-                        # Not pause(): it outlives unassign(), and the partition's next
-                        # range would stay silent for ever.
+                        # Not pause(): that outlasts unassign(), and the partition's next range
+                        # would never be read.
                         reader.incremental_unassign([TopicPartition(*where)])
                 if time.monotonic() - seen > STALL_S:
                     raise BrokerUnavailable(f"taking over: {sorted(ends)} gave nothing for {STALL_S:g} s")
@@ -141,8 +145,8 @@ class LogRanges:
 
 
 def partition_of(key: bytes, count: int) -> int:
-    """Which of ``count`` partitions a record with this key lies in: Kafka's default (murmur2, Austin Appleby), which
-    `jobledger.log.PARTITIONER` names."""
+    """Return the partition, of ``count``, of a record with this key: Kafka's default (murmur2, Austin Appleby), as in
+    `jobledger.log.PARTITIONER`."""
     return (_murmur2(key) & 0x7FFF_FFFF) % count
 
 

@@ -1,9 +1,9 @@
-"""Which releases a partition has carried lately: the memory behind "first in the partition wins".
+"""Remembers which releases a partition has carried lately, so that the first record of a release there counts.
 
-A release is (job, run, release). Kept are 64-bit hashes in open-addressed tables of plain machine words: eight bytes a
-slot, no object per release, so a full memory is a few megabytes a partition and stays what it is. Two distinct releases
-of one partition are taken for the same with a probability of about 10^-14 a record at a full memory; the hash is seeded
-per process, so nobody can choose such ids.
+A release is (job, run, release). The memory holds 64-bit hashes in open-addressed tables of machine words: eight bytes
+a slot and no object per release, so a full memory takes a few megabytes a partition and grows no further. With a full
+memory, the probability that two distinct releases of one partition are taken for the same is about 10^-14 a record. The
+hash is seeded per process, so nobody can choose ids that collide.
 """
 
 from __future__ import annotations
@@ -21,31 +21,32 @@ from jobledger.schemas import codec
 from jobledger.schemas.events import Fact, settles
 from jobledger.schemas.glance import glance
 
-#: Records each partition's memory covers at least, as far as it has seen them.
+#: Records that each partition's memory covers at least, of those that it has seen.
 REMEMBERED = 100_000
-#: How far back a new owner looks, whichever of this and `REMEMBERED` is less.
+#: Milliseconds that a new owner reads back, or `REMEMBERED` records if these are less.
 REMEMBERED_MS = 10 * 60 * 1000
 
 _FIRST_SLOTS = 1 << 10
-#: Slots for each remembered release, at least, in a full table: below it probing gets long.
+#: Slots for each remembered release, at least, in a full table: with fewer, probing takes long.
 _ROOM = 1.3
 _PREFIX = codec.MAGIC + codec.FINGERPRINT
-#: The header's first fields: event_id, job_id, run, attempt, release. A datum's bytes begin with them.
+#: The first fields of an event: event_id, job_id, run, attempt, release. Its Avro bytes begin with them.
 _PEEK = fastavro.parse_schema(
     {"type": "record", "name": "JobEventHead", "fields": json.loads(codec.SCHEMA_TEXT)["fields"][:5]}
 )
 
 
 def release_key(job_id: str, run: int, release: int) -> int:
-    """The hash a release is remembered by; never 0. Holds within this process only."""
+    """Return the hash by which a release is remembered; never 0. Valid within this process only."""
     return hash((job_id, run, release)) & 0xFFFF_FFFF_FFFF_FFFF or 1
 
 
 class ReleaseMemory:
-    """The latest `REMEMBERED` to twice as many releases: two generations, the older one dropped when the newer is full.
+    """Remembers the latest ``capacity`` releases, up to twice as many, in two generations. When the newer one is full,
+    the older one is dropped.
 
-    Each generation is a table of a power of two with linear probing; 0 marks a free slot. It grows when half full, up
-    to the smallest size that holds the capacity: a megabyte for the default one.
+    Each generation is a table with linear probing, whose size is a power of two; 0 marks a free slot. It grows when
+    half full, up to the smallest size that holds the capacity: a megabyte for the default capacity.
     """
 
     __slots__ = ("_capacity", "_count", "_limit", "_mask", "_most", "_old", "_old_count", "_old_mask", "_slots")
@@ -70,7 +71,7 @@ class ReleaseMemory:
 
     def add(self, key: int) -> bool:
         """Remember a release; False if it was known."""
-        # Written out: this runs for every record.
+        # `_slot` is inlined here: this runs for every record.
         if self._old_count:
             slots, mask = self._old, self._old_mask
             at = key & mask
@@ -104,7 +105,7 @@ class ReleaseMemory:
 
 
 def _slot(slots: array[int], mask: int, key: int) -> int:
-    """Where ``key`` stands, or the free slot where it would."""
+    """Return the slot that holds ``key``, or the free slot where it would be put."""
     at = key & mask
     while (found := slots[at]) and found != key:
         at = (at + 1) & mask
@@ -112,10 +113,10 @@ def _slot(slots: array[int], mask: int, key: int) -> int:
 
 
 def key_of(message: Message, decoder: codec.Decoder) -> int | None:
-    """The release a work record carries, from its headers or its first fields; None if it cannot be read.
+    """Return the `release_key` of a work record, from its headers or its first fields; None if it cannot be read.
 
-    The headers are ``jl-job``, ``jl-run`` and ``jl-release`` (decimal text); other
-    writers than ours may leave them out.
+    The headers are ``jl-job``, ``jl-run`` and ``jl-release`` (decimal text); writers other than Jobledger may leave
+    them out. Raises `RegistryNeeded` if only a schema registry can tell.
     """
     headers = message.headers()
     if headers:
@@ -123,7 +124,7 @@ def key_of(message: Message, decoder: codec.Decoder) -> int | None:
         try:
             return release_key(_text(named["jl-job"]), int(_text(named["jl-run"])), int(_text(named["jl-release"])))
         except (KeyError, ValueError, UnicodeDecodeError, TypeError):
-            pass  # not ours, or not whole: the value says it too
+            pass  # foreign or incomplete headers: the value has the fields, too
     value = message.value()
     if not isinstance(value, bytes):
         return None
@@ -132,7 +133,7 @@ def key_of(message: Message, decoder: codec.Decoder) -> int | None:
         try:
             head: Any = fastavro.schemaless_reader(io.BytesIO(value[len(_PREFIX) :]), _PEEK, None)
             return release_key(head["job_id"], head["run"], head["release"])
-        except Exception:  # noqa: BLE001  # damaged bytes make the reader raise whatever it likes
+        except Exception:  # noqa: BLE001  # damaged bytes make the reader raise any exception
             return None
     try:
         event = decoder.decode(value)
@@ -142,7 +143,7 @@ def key_of(message: Message, decoder: codec.Decoder) -> int | None:
 
 
 def end_of(message: Message, decoder: codec.Decoder) -> tuple[tuple[str, int, int], Fact] | None:
-    """Of a record of lifecycle, which release it says the end of, and what; None if it says none.
+    """Return the release and the fact of a lifecycle record that settles a release; None for any other record.
 
     Raises `RegistryNeeded` if only a schema registry can tell.
     """
@@ -155,7 +156,7 @@ def end_of(message: Message, decoder: codec.Decoder) -> tuple[tuple[str, int, in
         try:
             event = decoder.decode(raw)
         except SchemaError:
-            return None  # the materializer's to report
+            return None  # the materializer reports it
         job_id, run, release, fact = event.job_id, event.run, event.release, event.fact
     return ((job_id, run, release), fact) if settles(fact) else None
 

@@ -1,8 +1,9 @@
-"""The worker's producer: facts and derived records go out here, from any thread; bounded, never silently dropped.
+"""Sends a worker's facts and derived records with its producer. Its queue is bounded, and no record is dropped
+silently.
 
-Delivery callbacks run in whichever thread polls. The event loop polls while it is busy anyway: each callback takes the
-interpreter lock anew, and a polling thread of its own would fight the loop for it at every record. The settler polls
-when the loop did not.
+Any thread may send. Delivery callbacks run in whichever thread polls. The event loop polls while it is busy: each
+callback acquires the interpreter lock, and a separate polling thread would compete with the loop for it at every
+record. The settler polls when the loop does not.
 """
 
 from __future__ import annotations
@@ -22,23 +23,24 @@ from jobledger.names import Names
 from jobledger.schemas import codec
 from jobledger.wire import Framing, framing
 
-#: Let the client decide the partition by the key.
+#: The client chooses the partition by the key.
 BY_KEY = -1
-#: Records whose acknowledgement is still out, from which on no new job is begun: a crash runs
-#: so many halves again at most.
+#: No new job is begun while this many records are unacknowledged. A job sends two facts, so after a crash about half as
+#: many jobs are run again at most.
 UNACKNOWLEDGED_LIMIT = 8_000
-#: Seconds that acknowledgements of what is sent at once are waited for.
+#: Seconds that `Sender.hurry` waits for acknowledgements.
 HURRY_S = 0.005
-#: Seconds a full send queue, or a topic that is said to be missing, is waited for.
+#: Seconds to wait while the send queue is full, or a topic is reported as missing.
 WAIT_S = 10.0
 
 Delivered = Callable[[KafkaError | None, Message], None]
 
 
 class Sender:
-    """A producer with a bounded wait for room. ``linger_ms``: how long a record may wait for company.
+    """A producer with a bounded wait for space in its queue. ``linger_ms``: how long a record may wait to be sent with
+    others.
 
-    With a Schema Registry what is sent is framed for it; nothing stands in the way without one.
+    With a Schema Registry, values are framed for it. Without one, this costs nothing.
     """
 
     def __init__(self, settings: Settings, names: Names, linger_ms: float) -> None:
@@ -72,8 +74,8 @@ class Sender:
         self.first(self._schemas, codec.SCHEMA_TEXT.encode(), key, WAIT_S)
 
     def prepare(self, topics: Iterable[str]) -> None:
-        """Publish this version's schema, and have it registered for these topics; all of it acknowledged. Bound batches
-        by what the topics take. For the start, before anything else is sent: it waits. Raises what `first` raises,
+        """Publish this version's schema, acknowledged; bound batches by what the topics accept; register the schema for
+        ``topics``. It waits, so call it at the start, before anything else is sent. Raises what `first` raises,
         `RegistryUnavailable`, `SchemaRefused` and `ConfigError`."""
         self._publish(codec.FINGERPRINT.hex())
         room = batch_room(self._settings, self._names)
@@ -87,8 +89,8 @@ class Sender:
     def send(
         self, topic: str, value: bytes, key: str | bytes | None, partition: int, on_delivery: Delivered | None
     ) -> None:
-        """Queue a record. Raises `BrokerUnavailable` if the queue stays full, `TopicMissing` if there is no such topic,
-        `AccessDenied` if the cluster refuses it."""
+        """Queue a record; wait up to `WAIT_S` seconds. Any thread. Raises `BrokerUnavailable` if the queue stays full,
+        `TopicMissing` if there is no such topic, `AccessDenied` if the cluster refuses it."""
         deadline = 0.0
         while True:
             try:
@@ -101,7 +103,7 @@ class Sender:
                 )
             except KafkaException as exc:
                 problem = self.failed(exc.args[0], topic)
-                # A broker that shuts down says that its topics do not exist.
+                # A broker that shuts down reports its topics as missing.
                 if exc.args[0].code() not in MISSING:
                     raise problem from exc
             self.check()
@@ -113,9 +115,9 @@ class Sender:
     def send_alone(
         self, topic: str, value: bytes, key: str | bytes | None, partition: int, delivered: Delivered
     ) -> None:
-        """Queue a record that shall be no batch's member: the broker refuses batches as a whole.
+        """Queue a record in a batch of its own, because the broker refuses batches as a whole.
 
-        A producer of its own does that, so its records and the others' are in no order. Raises what `send` raises.
+        A second producer sends it, so it is in no order with other records. Does not wait. Raises what `send` raises.
         """
         if self._alone is None:
             conf = producer_config(self._settings, door=self._door)
@@ -129,11 +131,11 @@ class Sender:
             raise self.failed(exc.args[0], topic) from exc
 
     def first(self, topic: str, value: bytes, key: str, timeout: float) -> None:
-        """Send a record and wait for its acknowledgement: from then on the producer has its id and its connections.
+        """Send a record and wait for its acknowledgement. Then the producer has its id and its connections.
 
-        Without this the first second's jobs would run long before any of their facts is in the log, and the first expiries and
-        delays would be judged by this machine's clock instead of the broker's. Raises what `send` raises, and
-        `BrokerUnavailable` after ``timeout`` seconds.
+        Without this, the jobs of the first second would run long before any of their facts is in the log, and the first
+        expiries and delays would be judged by this machine's clock instead of the broker's. Raises what `send` raises,
+        and `BrokerUnavailable` after ``timeout`` seconds.
         """
         answers: list[KafkaError | None] = []
 
@@ -155,18 +157,19 @@ class Sender:
             raise self.failed(answers[0], topic)
 
     def failed(self, error: KafkaError, topic: str) -> JobledgerError:
-        """Our error for a record that was not delivered, or cannot be."""
+        """Return the error to raise for a record that was not, or cannot be, delivered."""
         what, found = f"sending to {topic}", self._fatal or error
         return self._door.behind(error) or undelivered(found, self._settings, what, write(topic))
 
     def check(self) -> None:
-        """Raise `AccessDenied` if the cluster no longer lets this client in, or this producer is at its end."""
+        """Raise `AccessDenied` if the cluster no longer accepts this client, or the error with which this producer
+        failed for good."""
         self._door.check()
         if self._fatal is not None:
             raise self.failed(self._fatal, self._schemas)
 
     def poll(self, timeout: float = 0.0) -> None:
-        """Run the delivery callbacks that have arrived."""
+        """Run the delivery callbacks that have arrived or arrive within ``timeout`` seconds. Any thread."""
         self.polled_at = time.monotonic()
         try:
             self._producer.poll(timeout)
@@ -176,7 +179,7 @@ class Sender:
             self._fatal = exc.args[0]
 
     def hurry(self) -> None:
-        """Send at once what waits for company, and run the delivery callbacks that arrive within `HURRY_S`."""
+        """Send queued records at once, and run the delivery callbacks that arrive within `HURRY_S` seconds."""
         try:
             self._producer.flush(HURRY_S)
         except KafkaException as exc:  # as in `poll`
@@ -184,19 +187,20 @@ class Sender:
 
     @property
     def unacknowledged(self) -> int:
-        """Records sent whose callback has not run."""
+        """The number of sent records whose delivery callback has not run."""
         return len(self._producer) + (0 if self._alone is None else len(self._alone))
 
     def flush(self, timeout: float) -> int:
-        """Wait until everything is acknowledged; how many records are not."""
+        """Wait up to ``timeout`` seconds, for each producer, for acknowledgements. Returns how many records lack
+        one."""
         left = self._producer.flush(timeout)
         return left + (0 if self._alone is None else self._alone.flush(timeout))
 
     def close(self) -> None:
-        """Drop what is left and give the connection back: closing must not wait for a broker that is away."""
+        """Drop unsent records and close the connections: closing must not wait for a broker that is away."""
         for each in (self._producer, self._alone):
             if each is not None:
-                with suppress(KafkaException):  # of one that is at its end
+                with suppress(KafkaException):  # the producer has failed for good
                     each.purge()
                     each.flush(1.0)
                     each.close()

@@ -1,7 +1,7 @@
-"""From delivery reports to done records: the one place where a record becomes done, once its end is in the log and
-then what derives from it.
+"""Marks records of jobs as done from delivery reports: first the closing fact must be in the log, then the records that
+derive from it.
 
-A thread of its own, so a blocked event loop does not hold it up. Committing what is done is `commit`'s business.
+Runs in a thread of its own, so a blocked event loop does not delay it. `commit` commits what is done.
 """
 
 from __future__ import annotations
@@ -22,17 +22,21 @@ from jobledger.logger import get_logger
 LOG = get_logger("jobledger.worker")
 
 TICK_S = 0.1
-#: How often a record is sent again after the client gave up on it, before the worker gives up.
+#: Records of one job that are sent again after the client gave up on them, before the worker gives up.
 RESENDS = 2
-#: Seconds between two log lines about the same trouble.
+#: Seconds between two log lines about the same problem.
 SAY_EVERY_S = 10.0
-#: A loop that polled within so many seconds serves the delivery callbacks itself.
+#: The settler does not poll the producer if the event loop has done so within this many seconds.
 _LOOP_POLLS_S = 0.05
 
 
 class Settler(threading.Thread):
-    """Drains delivery reports every `TICK_S`. ``fail`` stops the worker with an error. ``acknowledged(work)``: the fact
-    that ended an attempt of a keyed job is in the log."""
+    """Takes delivery reports every `TICK_S` seconds, and calls ``each_tick`` then. ``fail`` stops the worker with an
+    error.
+
+    ``too_large(work, size, limit)``: the broker refused the closing fact (bytes) for its size. ``acknowledged(work)``:
+    the fact that ended an attempt of a keyed job is in the log. Both are called in whichever thread takes the reports.
+    """
 
     def __init__(
         self,
@@ -61,7 +65,7 @@ class Settler(threading.Thread):
     # -- delivery reports -----------------------------------------------------------------------------------------
 
     def drain(self) -> None:
-        """Take every delivery report that has arrived; callable from any thread."""
+        """Take every delivery report that has arrived. Any thread."""
         arrived = self.arrived
         message: Message | None = None
         with self._drain_lock:
@@ -94,10 +98,10 @@ class Settler(threading.Thread):
             if closing:
                 found = message.offset()
                 if found is None:
-                    # The broker had it already: its first acknowledgement was lost with a leader. It
-                    # stands where it stands, and not below the floor.
+                    # The broker had the fact already: its first acknowledgement was lost with a leader. Its offset is
+                    # not known, but not below the floor.
                     found = offsets.floor
-                # Only one producer's records come in order: another's tell nothing about what is still on its way.
+                # Only the main producer's records are in order: a record sent alone says nothing about those in flight.
                 elif message.topic() not in work.alone:
                     offsets.acknowledged(found)
                 if work.remaining:
@@ -115,9 +119,12 @@ class Settler(threading.Thread):
                 work.lease.settled(work)
 
     def _uncertain(self, work: Work) -> bool:
-        """Whether another worker may have taken the job's partition over: what derives from its outcome is not sent then. A
-        retry would run a job again that has succeeded there; the other one gives the job an outcome, and sends what
-        derives from that. As long as nobody knows, it waits for the next tick."""
+        """Whether another worker may have taken over the job's partition: then the records that derive from the outcome
+        are not sent.
+
+        A retry could run a job again that has succeeded there. The other worker gives the job an outcome, and sends
+        what derives from that. While the ownership is only unconfirmed, ``work`` is checked again at the next tick.
+        """
         partition = work.partition
         if partition.certain():
             return False
@@ -126,13 +133,13 @@ class Settler(threading.Thread):
         return True
 
     def _send_derived(self, work: Work) -> None:
-        """The closing fact is in the log: now what derives from it."""
+        """Send the records that derive from the closing fact, which is in the log."""
         derived, work.derived = work.derived, ()
         try:
             for record in derived:
                 assert record.value is not None
                 self._sender.send(record.topic, record.value, record.key, BY_KEY, work.derived_delivered)
-        except JobledgerError as exc:  # the next owner sends it
+        except JobledgerError as exc:  # the next owner sends them
             self._fail(exc)
 
     def _undelivered(self, work: Work, closing: bool | None, error: KafkaError, message: Message) -> None:
@@ -140,7 +147,7 @@ class Settler(threading.Thread):
         value = message.value()
         topic = message.topic() or ""
         if closing is not False and partition.offsets is not None:
-            # It may have arrived all the same; then before everything that was acknowledged since.
+            # The fact may be in the log all the same; if so, not below the present floor.
             with partition.lock:
                 partition.offsets.unsettled(work.offset, partition.offsets.floor)
         if error.code() == KafkaError.MSG_SIZE_TOO_LARGE and isinstance(value, bytes):
@@ -161,7 +168,7 @@ class Settler(threading.Thread):
             return
         work.tries += 1
         self._say_again(topic, error)
-        beside = closing is not False  # beside the work record, in the partition of its number
+        beside = closing is not False  # a fact: on the lifecycle partition with the work partition's number
         try:
             self._sender.send(
                 topic, value, message.key(), work.partition.number if beside else BY_KEY, work.delivered(closing)
@@ -172,7 +179,11 @@ class Settler(threading.Thread):
     def _refused_by_size(
         self, work: Work, closing: bool | None, topic: str, value: bytes, key: str | bytes | None
     ) -> None:
-        """The broker refused a batch for its size; whose fault that is shows when each record goes alone."""
+        """Send a record again alone after the broker refused its batch for its size: that shows which record is too
+        large.
+
+        A closing fact that is refused alone is replaced by a failure. Any other record stops the worker.
+        """
         limit = f"what topic {topic} takes (its max.message.bytes)"
         beside = closing is not False
         try:
@@ -190,7 +201,7 @@ class Settler(threading.Thread):
             self._fail(exc)
 
     def _say_again(self, topic: str, error: KafkaError) -> None:
-        """One line a few seconds, however many records it is about."""
+        """Log once in `SAY_EVERY_S` seconds that records are sent again, however many they are."""
         self.resent += 1
         now = time.monotonic()
         if now >= self._say_at:
@@ -200,7 +211,7 @@ class Settler(threading.Thread):
     # -- the thread -----------------------------------------------------------------------------------------------
 
     def run(self) -> None:
-        """Tick until closed."""
+        """Tick until closed. An unexpected error stops the worker."""
         try:
             while not self._closing:
                 self._wake.wait(TICK_S)
@@ -214,7 +225,8 @@ class Settler(threading.Thread):
             self._fail(JobledgerError(f"the worker's settler failed: {exc!r}"))
 
     def tick(self) -> None:
-        """Serve delivery reports. Fails if the cluster no longer lets this client in."""
+        """Take delivery reports and call ``each_tick``. Stops the worker if the cluster no longer accepts this
+        client."""
         if time.monotonic() - self._sender.polled_at > _LOOP_POLLS_S:
             self._sender.poll(0.0)
         self.drain()
@@ -229,18 +241,18 @@ class Settler(threading.Thread):
         self._each_tick()
 
     def hurry(self) -> None:
-        """Have what was sent acknowledged as soon as can be: nothing else can be done meanwhile. Callable from any thread."""
+        """Have sent records acknowledged as soon as possible, because nothing can be begun before. Any thread."""
         self._hurried = True
         self._wake.set()
 
     def close(self) -> None:
-        """Stop ticking."""
+        """Stop ticking, and wait up to 5 s for the thread to end."""
         self._closing = True
         self._wake.set()
         if self.is_alive() and threading.current_thread() is not self:
             self.join(timeout=5.0)
 
     def serve(self) -> None:
-        """Run the delivery callbacks that have arrived and take their reports; callable from any thread."""
+        """Run the delivery callbacks that have arrived, and take their reports. Any thread."""
         self._sender.poll(0.0)
         self.drain()

@@ -1,9 +1,10 @@
-"""What a new owner does before it runs anything of a partition.
+"""Prepares newly assigned partitions before any of their records is run.
 
-It marks the partition as dirty in the group's offsets and awaits that; reads the latest releases before its base, so
-that a second record of the same release is dropped; and, unless the last owner left cleanly, reads the lifecycle
-partition from the takeover floor: a release whose closing fact is there is done, and what derives from the fact is sent
-again. A thread of its own; the fetch thread goes on polling meanwhile, with the partition paused.
+The takeover commits the partition as dirty and awaits the acknowledgement. It reads the latest releases before the
+committed offset (the base), so that a second record of the same release is dropped. Unless the last owner left
+cleanly, it reads the lifecycle partition from the takeover floor: a release whose closing fact is there is done, and
+what derives from the fact is sent again. Runs in a thread of its own. The fetch thread continues to poll meanwhile, and
+the partition's messages wait.
 """
 
 from __future__ import annotations
@@ -34,18 +35,19 @@ from jobledger.schemas.glance import glance
 
 LOG = get_logger("jobledger.worker")
 
-#: Ends of a release that are not the job's: the coordinator has the word then.
+#: Outcomes of a release after which its job continues: the coordinator decides when.
 OPEN = (JobLeased, JobRetried, JobSnoozed)
-#: Seconds after which a reader that nobody needs gives its connections back.
+#: Seconds after which an unused reader closes its connections.
 IDLE_S = 10.0
 #: Milliseconds by which the clocks of two brokers may differ.
 SKEW_MS = 60_000
-#: Starts that a process that died may have taken with it: those of so many milliseconds, and within these bounds.
+#: A worker that died may have begun records whose starts are not in the log. Their assumed number is `UNSEEN_LEAST`
+#: plus the number of starts in the log's last `UNSEEN_MS` milliseconds, of which at most `UNSEEN_MOST` are counted.
 UNSEEN_MS, UNSEEN_LEAST, UNSEEN_MOST = 250, 16, 1_000
 
 
 class _Plan:
-    """What is to be read for one partition."""
+    """The log ranges that the takeover of one partition reads, and what it found there."""
 
     def __init__(self, partition: Partition) -> None:
         self.partition = partition
@@ -53,22 +55,23 @@ class _Plan:
         self.restored = Restored(0)
         self.floor = 0
         self.seed_from = 0
-        #: Releases whose end is one of `OPEN`: (job id, when the end was appended).
+        #: Releases whose outcome is one of `OPEN`, by `release_key`: (job id, when the outcome was appended, in ms).
         self.open: dict[int, tuple[str, int]] = {}
-        self.begun = 0  # no start of a record from here on is in the log
-        self.lately: deque[int] = deque(maxlen=UNSEEN_MOST)  # when records of it were begun, in ms
+        self.begun = 0  # one beyond the last record whose start was found
+        self.lately: deque[int] = deque(maxlen=UNSEEN_MOST)  # append times of the latest starts, in ms
 
     @property
     def unseen(self) -> int:
-        """How many more records may have been begun: their starts were still on their way when the process died."""
+        """How many records beyond `begun` may have been begun: their starts were in flight when the worker died."""
         last = self.lately[-1] if self.lately else 0
         return UNSEEN_LEAST + sum(at > last - UNSEEN_MS for at in self.lately)
 
 
 class Takeover(threading.Thread):
-    """Takes assigned partitions over, a batch at a time; ``ready`` is called with those that may be run.
+    """Takes over assigned partitions, a batch at a time.
 
-    ``known_places``: how many partitions lifecycle had when somebody looked.
+    ``ready`` is called in this thread with the partitions that may be run. ``fail`` stops the worker. ``known_places``:
+    the number of lifecycle partitions when the worker started.
     """
 
     def __init__(
@@ -89,20 +92,20 @@ class Takeover(threading.Thread):
         self._log = LogRanges(settings, lambda: self._closing)
         self._known_places = known_places
         self._names, self._settler, self._decoder, self._ready = names, settler, decoder, ready
-        #: Releases found closed in the log, and seeded ones, since the start.
+        #: Since the start: releases whose outcome the log held, and work records read into release memories.
         self.found = self.seeded = 0
 
     def take_over(self, fetcher: Fetcher, partitions: list[Partition]) -> None:
-        """Begin with newly assigned partitions of one queue; returns at once."""
+        """Queue newly assigned partitions of one lane for takeover; returns at once."""
         self._todo.put((fetcher, partitions))
 
     def close(self) -> None:
-        """Stop after what is under way."""
+        """End the thread. A takeover under way is cut short."""
         self._closing = True
         self._todo.put(None)
 
     def run(self) -> None:
-        """Take over one batch after the other until closed."""
+        """Take over one batch after the other until closed. An error stops the worker."""
         try:
             while True:
                 try:
@@ -140,10 +143,10 @@ class Takeover(threading.Thread):
         self._read(fetcher.topic, plans)
         self._read_elsewhere(plans)
         if self._closing:
-            # It may have been cut short: what the log holds is the next owner's to find, and the mark above says so.
-            # Only where nothing had to be looked for, the last commit says that once more (`Partition.found_clean`).
+            # The reads may have been cut short. The dirty mark above makes the next owner read the log itself.
+            # What was found clean is committed as clean again at the hand-over (`Partition.found_clean`).
             return
-        # A stopped one is not taken over: the next owner begins where this one did.
+        # A stopped partition is not taken over: the next owner begins where this one did.
         read = [p for p in plans if p.partition.stopped is None]
         for plan in read:
             self._conclude(plan)
@@ -153,9 +156,9 @@ class Takeover(threading.Thread):
         self._ready(done)
 
     def _with_facts(self, topic: str, partitions: list[Partition]) -> list[Partition]:
-        """Those whose facts have a place on lifecycle. The others run nothing; these are served."""
+        """Return the partitions whose number lifecycle has, too. Stop the others: their facts cannot be written."""
         most = max((p.number for p in partitions), default=-1)
-        if most < self._known_places:  # it never has fewer than it had
+        if most < self._known_places:  # Kafka never removes partitions
             return partitions
         there = self._known_places = self._log.partitions(self._names.lifecycle)
         if most < there:
@@ -167,7 +170,7 @@ class Takeover(threading.Thread):
         return [p for p in partitions if p not in beyond]
 
     def _judge(self, plan: _Plan) -> None:
-        """What the last owner left, held against the log as it is."""
+        """Restore what the last owner committed, checked against the log's present range."""
         partition = plan.partition
         plan.low, plan.high = self._log.ends(partition.topic, partition.number)
         plan.lifecycle_low, plan.lifecycle_high = self._log.ends(self._names.lifecycle, partition.number)
@@ -193,7 +196,8 @@ class Takeover(threading.Thread):
         plan.floor = plan.restored.floor if plan.restored.floor is not None else 0
 
     def _unknown_floors(self, topic: str, plans: list[_Plan]) -> None:
-        """No floor is known: no outcome of what follows the base can be older than the record at the base."""
+        """Set the floor where the commit names none: the first lifecycle offset appended since the first record at or
+        after the base. No outcome of such a record can be older."""
         for plan in plans:
             plan.floor = plan.lifecycle_high
         plans = [p for p in plans if p.restored.base < p.high and p.lifecycle_low < p.lifecycle_high]
@@ -209,7 +213,10 @@ class Takeover(threading.Thread):
                     plan.floor = offset
 
     def _mark_dirty(self, fetcher: Fetcher, plans: list[_Plan]) -> bool:
-        """Commit what was found, unchanged but for ``clean=false``, and await it; False if nothing is ours any more."""
+        """Commit the restored state as dirty, with the floor from which to read, and await the acknowledgement.
+
+        False if no partition is owned any more, or the worker ends. Raises `BrokerUnavailable` after `STALL_S` seconds.
+        """
         deadline = time.monotonic() + STALL_S
         while True:
             owned = [p for p in plans if p.partition.owned]
@@ -221,7 +228,7 @@ class Takeover(threading.Thread):
                     plan.floor = plan.lifecycle_high
                 restored = plan.restored
                 metadata = encode(restored.base, restored.done, plan.floor, False, restored.begun)
-                assert metadata is not None  # it was read from a text of this length
+                assert metadata is not None  # it was decoded from a text that was short enough
                 snapshots.append((plan.partition, Snapshot(plan.restored.base, metadata)))
             request = fetcher.request_commit(snapshots)
             while not request.done.wait(1.0):
@@ -248,11 +255,11 @@ class Takeover(threading.Thread):
         for plan in plans:
             base = plan.restored.base
             recent = by_time.get(plan.partition.number, -1)
-            # -1: nothing was appended that lately.
+            # -1: nothing was appended in that time.
             plan.seed_from = max(plan.low, base - REMEMBERED, recent if recent >= 0 else base)
 
     def _read(self, topic: str, plans: list[_Plan]) -> None:
-        """Seed the memories from the work topic and scan lifecycle, all partitions at once."""
+        """Read the work topic into the release memories and scan lifecycle, for all partitions at once."""
         by_number = {p.partition.number: p for p in plans}
         ranges: dict[tuple[str, int], tuple[int, int]] = {}
         for plan in plans:
@@ -270,7 +277,7 @@ class Takeover(threading.Thread):
                     partition.memory.add(key)
                     self.seeded += 1
             except RegistryNeeded as exc:
-                # What it says may be that a job is done: not knowing it, nothing of the partition may be run.
+                # The record may say that a job is done. It cannot be read, so nothing of the partition may be run.
                 if partition.stopped is None:
                     partition.stop(message, str(exc))
 
@@ -288,22 +295,22 @@ class Takeover(threading.Thread):
                 self._note_end(plan, (job_id, run, release), fact, message.offset() or 0, message.timestamp()[1])
             elif type(fact) is JobStarted:
                 self._passed(plan, job_id, run, release)
-                # A glance leaves it all out; in the shape it answers for, the count is the last byte.
+                # `glance` leaves the fields empty. In the shape that it reads, the takeover count is the last byte.
                 self._note_start(partition, key, raw[-1] >> 1)
                 self._begun_at(plan, *_started_at(raw), message.timestamp()[1])
             return
         try:
             event = self._decoder.decode(raw)
         except SchemaError:
-            return  # the materializer's to report
+            return  # the materializer reports it
         other: Fact = event.fact
         job_id, run, release = event.job_id, event.run, event.release
         key = release_key(job_id, run, release)
         if settles(other):
             self._note_end(plan, (job_id, run, release), other, message.offset() or 0, message.timestamp()[1])
-        elif isinstance(other, JobRetried | JobSnoozed):  # in place: that start has ended, and the next one is due
+        elif isinstance(other, JobRetried | JobSnoozed):  # in place: that attempt has ended, and the next one is due
             attempt = event.attempt + isinstance(other, JobRetried)
-            if attempt >= partition.held.get(key, (0,))[0]:  # not one that came late, of a former owner
+            if attempt >= partition.held.get(key, (0,))[0]:  # a former owner's fact may come late: ignored
                 partition.starts.pop(key, None)
                 partition.held[key] = (attempt, message.timestamp()[1] + other.delay_ms, message.offset() or 0)
         elif isinstance(other, JobStarted):
@@ -322,8 +329,11 @@ class Takeover(threading.Thread):
             partition.starts[key] = max(partition.starts.get(key, 0), takeover) + 1
 
     def _note_end(self, plan: _Plan, of: tuple[str, int, int], fact: Fact, offset: int, appended_ms: int) -> None:
-        """Note the outcome of a release, which is found from ``offset`` of this partition's lifecycle on. The first outcome
-        counts, with two exceptions: a final outcome replaces one of `OPEN`, and any outcome replaces a lease."""
+        """Note the outcome of a release. A scan of this partition's lifecycle from ``offset`` on finds it again.
+
+        The first outcome counts, with two exceptions: a final outcome replaces one of `OPEN`, and any outcome replaces
+        a lease.
+        """
         partition, key = plan.partition, release_key(*of)
         known = partition.closed.get(key)
         if (
@@ -331,7 +341,7 @@ class Takeover(threading.Thread):
             or (isinstance(known.fact, OPEN) and not isinstance(fact, OPEN))
             or (isinstance(known.fact, JobLeased) and not isinstance(fact, JobLeased))
         ):
-            # From where the first stands both are found again.
+            # Keep the first one's offset: a scan from there finds both.
             partition.closed[key] = Found(offset if known is None else known.offset, appended_ms, fact)
             if isinstance(fact, OPEN):
                 plan.open[key] = (of[0], appended_ms)
@@ -343,23 +353,25 @@ class Takeover(threading.Thread):
 
     @staticmethod
     def _passed(plan: _Plan, job_id: str, run: int, release: int) -> None:
-        """Something stands here of a release: the one before it was passed, and has nothing to send again. To ask for this
-        one a second time would let it go a second time, if the coordinator has forgotten it by now."""
+        """Note that the log has a fact of this release: what derives from the release before it is not sent again.
+
+        The coordinator may have forgotten this release by now: a second request would release the job twice.
+        """
         if release > 1 and plan.open and plan.open.pop(key := release_key(job_id, run, release - 1), None) is not None:
             known = plan.partition.closed[key]
             plan.partition.closed[key] = Found(known.offset, known.appended_ms, NOTHING_FOLLOWS)
 
     def _read_elsewhere(self, plans: list[_Plan]) -> None:
-        """Look for what the coordinator wrote of releases that ended here with its having the word: their leases' ends,
-        and ends of the releases that were to follow. It writes where the job's id belongs, which is another partition
-        of lifecycle where the queue has fewer of them."""
+        """Look for what the coordinator wrote about releases with an outcome of `OPEN`: the outcomes of leased jobs,
+        and of the releases that follow. The coordinator writes to the lifecycle partition of the job's id. That is
+        another partition if the queue has fewer partitions than lifecycle."""
         wanted: dict[int, _Plan] = {}
         since: dict[int, int] = {}
         count = 0
         for plan in plans:
             for key, (job_id, appended_ms) in plan.open.items():
                 if key in plan.partition.memory or not plan.partition.owned:
-                    continue  # below the base, so done; or another's
+                    continue  # below the base, so done; or no longer owned
                 count = count or self._log.partitions(self._names.lifecycle)
                 number = partition_of(job_id.encode(), count)
                 if number != plan.partition.number:
@@ -391,7 +403,7 @@ class Takeover(threading.Thread):
     def _conclude(self, plan: _Plan) -> None:
         partition = plan.partition
         assert partition.offsets is not None
-        # Most of what the scan finds lies before the base, where it is done anyway.
+        # Most outcomes that the scan finds are of records below the base, which are done.
         for key in [k for k in partition.closed if k in partition.memory]:
             del partition.closed[key]
         partition.scanned_to, partition.floor = plan.high, plan.floor
@@ -416,9 +428,10 @@ class Takeover(threading.Thread):
 
 
 def _started_at(raw: bytes) -> tuple[bytes, int]:
-    """The end of the topic's name and the offset in the bytes of a plain `JobStarted`: … topic, offset, a byte's count.
+    """Return up to 300 bytes that end in the topic's name, and the work offset, of an encoded plain `JobStarted`.
 
-    Read from the end: of a number's bytes all but the last have the high bit, and a name's have none.
+    Its last fields are topic, offset and a count of one byte. They are read from the end: all bytes of the offset but
+    the last have the high bit set, and the bytes of a topic's name have not.
     """
     end = at = len(raw) - 2
     while raw[at - 1] & 0x80:
