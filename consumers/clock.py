@@ -1,5 +1,4 @@
-"""The broker's clock, as a worker can know it: expiries are counted on it, and every
-record it appends tells the time."""
+"""Estimates the broker's clock, by which expiries are judged, from the append times of records."""
 
 from __future__ import annotations
 
@@ -7,33 +6,35 @@ import time
 
 from confluent_kafka import TIMESTAMP_LOG_APPEND_TIME, Message
 
-#: Milliseconds after which what was learned is forgotten, in two halves: clocks are set, and brokers change.
+#: Observations of two periods are kept, each of this many milliseconds: older ones are dropped, because clocks are set
+#: and brokers change.
 _HALF_MS = 60_000.0
 
 
 class BrokerClock:
-    """An estimate that is never ahead: a record heard of now was appended at its time or, on its way, a little before.
+    """Estimates the broker's time, never ahead of it: a record is heard of when it is appended, or a little later.
 
-    Counted on from there by the monotonic clock, which nobody sets; one that stands still while the machine is suspended
-    leaves the estimate behind until the next record. Until a record tells, this machine's own clock stands for it.
+    Between records the estimate advances with the monotonic clock, which nobody sets. If that clock is paused while the
+    machine is suspended, the estimate is behind until the next record. Before the first record, this machine's own
+    clock is used.
     """
 
     __slots__ = ("_before", "_now", "_since")
 
     def __init__(self) -> None:
-        self._now: float | None = None  # the best difference of this half, and of the one before
+        self._now: float | None = None  # largest broker time less monotonic time (ms): this period, and the last
         self._before: float | None = None
         self._since = 0.0
 
     def heard(self, message: Message) -> None:
-        """A record was just acknowledged. If the broker had it already, or its topic does not carry append times, the report
-        has the writer's own time, which says nothing of the broker's clock."""
+        """Observe a record that was just acknowledged. The report is ignored if the broker had the record already, or
+        the topic does not carry append times: it then has the writer's own time."""
         kind, appended_ms = message.timestamp()
         if kind == TIMESTAMP_LOG_APPEND_TIME and message.offset() is not None:
             self.observe(appended_ms)
 
     def observe(self, appended_ms: int) -> None:
-        """A record that was just heard of carries this append time (milliseconds since the epoch; -1: none)."""
+        """Note the append time (ms since the epoch; -1: none) of a record that was just received or acknowledged."""
         if appended_ms <= 0:
             return
         here = time.monotonic() * 1000
@@ -43,6 +44,6 @@ class BrokerClock:
         self._now = seen if self._now is None else max(self._now, seen)
 
     def ms(self) -> float:
-        """Milliseconds since the epoch, broker's clock."""
+        """Return the broker's time, in milliseconds since the epoch."""
         known = [d for d in (self._now, self._before) if d is not None]
         return time.monotonic() * 1000 + max(known) if known else time.time() * 1000

@@ -63,8 +63,7 @@ def derived_id(job_id: str, *parts: object) -> str:
 
 
 class Facts:
-    """Builds a worker's records. ``source``: the worker's name in its events; ``limit``: bytes that a record may
-    have."""
+    """Builds a worker's records. ``source``: the worker's name in its events; ``limit``: largest record, in bytes."""
 
     def __init__(self, registry: Registry, source: str, limit: int) -> None:
         self._registry = registry
@@ -114,8 +113,8 @@ class Facts:
         return value
 
     def too_large(self, outcome: Outcome, size: int, where: str) -> Failed:
-        """Return the failure that replaces an outcome whose record is too large. ``size``: bytes; ``where``: the
-        limit."""
+        """Return the failure that replaces an outcome whose record is too large. ``size``: in bytes, above the
+        limit that ``where`` names."""
         what = "result" if isinstance(outcome, Succeeded) else "error"
         return Failed(
             "bad-result",
@@ -127,8 +126,7 @@ class Facts:
         )
 
     def derived(self, work: JobEvent, outcome: Outcome, due_at: int | None = None) -> list[Outgoing]:
-        """Return the records on which others must act. ``due_at``: µs, if the closing fact's append time is already
-        known."""
+        """Return the records on which others must act. ``due_at``: µs, if the closing fact's append time is known."""
         if getattr(outcome, "in_place", False):
             return []
         if isinstance(outcome, Retried):
@@ -141,8 +139,7 @@ class Facts:
         return []
 
     def fallback(self, work: JobEvent, outcome: Outcome) -> list[Outgoing]:
-        """Return what derives from a leased job's outcome and the coordinator cannot derive: the fallback's
-        submission."""
+        """Return what derives from a leased job's outcome, but not for the coordinator: the fallback's submission."""
         return self._fallback(work) if isinstance(outcome, Failed) else []
 
     def leased(self, work: JobEvent, worker: str, lease_ms: int) -> Outgoing:

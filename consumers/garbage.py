@@ -1,8 +1,8 @@
-"""Collects garbage that holds itself in cycles, by the memory it takes.
+"""Collects cyclic garbage according to the memory that the process uses.
 
-Python looks for cycles by the number of objects that were made. The errors of a few hundred jobs are few objects, and their
-frames may hold gigabytes. So the memory of the process is looked at a few times a second: when it has grown since the last
-collection, there is another.
+Python starts a collection according to the number of objects made. The errors of a few hundred jobs are few objects,
+but their frames may hold gigabytes. So the memory of the process is read a few times a second, and if it has grown
+enough since the last collection, garbage is collected.
 """
 
 from __future__ import annotations
@@ -17,25 +17,25 @@ PAGE = os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 4096
 
 _LIBC = ctypes.CDLL(None) if os.name == "posix" else None
 
-#: Bytes by which a process grows before garbage is collected; and its share of what is in use, so that a process that
-#: rightly grows is not busy with it.
+#: A collection is due after growth by `GROWN` bytes, and by 1/`GROWN_SHARE` of the memory in use after the last one: a
+#: process that grows for a good reason is not to spend its time on collections.
 GROWN, GROWN_SHARE = 64 << 20, 8
-#: The same while no job begins or ends: nobody is held up then.
+#: Bytes of growth after which a collection is due in an idle worker, where it delays no job.
 GROWN_IDLE = 8 << 20
-#: After a collection there is none for so many times as long as it took: the event loop waits for it, and where jobs take
-#: and free much memory, nearly every look would find growth. Growth by so many bytes, or such a share of what is in use, does
-#: not wait: memory is bounded before anything else.
+#: After a collection there is none for `PAUSE` times its duration: the event loop waits for it, and where jobs take and
+#: free much memory, nearly every check would find growth. Growth by `GROWN_MOST` bytes, and by 1/`GROWN_MOST_SHARE` of
+#: the memory in use, does not wait: bounding memory comes first.
 PAUSE = 9
 GROWN_MOST, GROWN_MOST_SHARE = 256 << 20, 2
 
 
 def due(in_use: int, after_last: int, idle: bool) -> bool:
-    """Whether to collect: ``in_use`` bytes now, ``after_last`` after the last collection."""
+    """Whether a collection is due. ``in_use``: bytes now; ``after_last``: bytes after the last collection."""
     return in_use - after_last >= (GROWN_IDLE if idle else max(GROWN, after_last // GROWN_SHARE))
 
 
 def resident() -> int:
-    """Bytes of memory that this process has in use."""
+    """Return the resident memory of this process, in bytes."""
     try:
         with open("/proc/self/statm", "rb", buffering=0) as file:
             return int(file.read().split()[1]) * PAGE
@@ -46,7 +46,7 @@ def resident() -> int:
 
 
 def collect() -> None:
-    """Free what cycles hold, and give free memory back to the system, where the C library can (glibc)."""
+    """Free what cycles hold, and return free memory to the system if the C library can (glibc)."""
     gc.collect()
     trim = getattr(_LIBC, "malloc_trim", None)
     if trim is not None:
@@ -54,7 +54,7 @@ def collect() -> None:
 
 
 class Garbage:
-    """Collects when it is due. Where uvloop runs, to be looked at on its thread: its handles may be freed nowhere else."""
+    """Collects garbage when due. With uvloop, call `look` on the loop's thread: only there may handles be freed."""
 
     def __init__(
         self,
@@ -67,7 +67,7 @@ class Garbage:
         self.collections = 0
 
     def look(self, *, idle: bool) -> None:
-        """Collect if the process has grown enough since the last collection, and that is long enough ago; or has grown much."""
+        """Collect if the process has grown enough and the pause after the last collection is over, or has grown much."""
         now = self._in_use()
         if due(now, self._after_last, idle):
             began = self._clock()

@@ -1,4 +1,4 @@
-"""What an operator asks a worker first."""
+"""Reports a worker's health to its operator."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
 
 def health_of(worker: Worker) -> dict[str, Any]:
-    """What an operator asks first: ``status`` is ok, starting, stopping or unhealthy, with ``reasons``."""
+    """Return the worker's health: ``status`` is ok, starting, stopping or unhealthy, with ``reasons``, and counts."""
     dispatcher, settler = worker.dispatcher, worker.settler
     reasons = [] if worker.error is None else [str(worker.error)]
     reasons += worker.topics.problems

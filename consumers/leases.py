@@ -1,9 +1,9 @@
-"""Long jobs, which hold no partition: a lease stands for their work record while they run.
+"""Keeps leases for long jobs, so that these do not hold up their partition while they run.
 
-`JobLeased` (lifecycle) and `Leased` (coordination) are acknowledged before the code runs; from then on the record is
-done, and whatever becomes of the partition is nothing to the job. The lease is renewed until the coordinator has been
-told the job's end. Where that fails for as long as a lease holds, the job is somebody else's: its code is told to end,
-and what it comes to is dropped. On the event loop, but for delivery callbacks.
+`JobLeased` (lifecycle) and `Leased` (coordination) are acknowledged before the code runs. From then on the work record
+is done, and the job does not depend on the partition. The lease is renewed until the job's outcome has been written for
+the coordinator. If no renewal is acknowledged for as long as a lease lasts, another worker may run the job: its code
+here is told to end, and its outcome is dropped. On the event loop, except where stated.
 """
 
 from __future__ import annotations
@@ -28,16 +28,16 @@ from jobledger.writer import Outgoing
 
 LOG = get_logger("jobledger.worker")
 
-#: Seconds between two looks at the leases.
+#: Seconds between two checks of the leases.
 TICK_S = 0.5
-#: Times a record about a lease is sent again.
+#: Times that the outcome of a leased job is sent again.
 RESENDS = 20
 
 _monotonic = time.monotonic
 
 
 class JobLease:
-    """One job's lease. ``until``: of `time.monotonic`, when it is certainly over for us."""
+    """One job's lease. ``until``: the `time.monotonic` until which this worker certainly holds it."""
 
     __slots__ = ("closing", "granted", "leases", "renew_at", "seconds", "tries", "until")
 
@@ -45,17 +45,22 @@ class JobLease:
         self.leases, self.seconds = leases, seconds
         self.until, self.renew_at = now + seconds, now + seconds / 3
         self.granted = False
-        self.closing = False  # its end is on the way
+        self.closing = False  # the job's outcome is being sent
         self.tries = 0
 
     def settled(self, work: Work) -> None:
-        """Both facts are acknowledged, and the record is done. In any thread."""
+        """Note that both facts are acknowledged, and the work record is done. Any thread."""
         self.leases.call(self.leases.grant, work)
 
 
 class Leases:
-    """The leases of one worker. ``begin(work)``: says that the job starts, and runs it. ``give_up(work)``: ends its
-    code, whatever that comes to. ``ended(work)``: it does not run (any more)."""
+    """The leases of one worker.
+
+    ``begin(work)`` writes the start of a job and runs it. ``close_with(work, outcome)`` writes the outcome of a job
+    that is not begun. ``give_up(work)`` ends a job's code, and its outcome is dropped. ``ended(work)``: the job does
+    not run, or no longer. ``too_large(work, size, limit)``: the broker refused the outcome (bytes) for its size.
+    ``call`` runs a function on the loop; an exception in it stops the worker, as ``fail`` does.
+    """
 
     def __init__(
         self,
@@ -80,13 +85,13 @@ class Leases:
 
     @property
     def count(self) -> int:
-        """Leases held now."""
+        """The number of leases held now."""
         return len(self._held)
 
     # -- taking -------------------------------------------------------------------------------------------------------
 
     def take(self, work: Work) -> None:
-        """Take a lease for a job that may run; it is begun once the log has it."""
+        """Take a lease for a job that may run. The job is begun once the lease is in the log."""
         event, plan = work.event, work.plan
         assert event is not None
         assert plan is not None
@@ -104,7 +109,7 @@ class Leases:
             self._ticking = asyncio.get_running_loop().call_later(TICK_S, self._tick)
 
     def grant(self, work: Work) -> None:
-        """The lease is in the log."""
+        """Begin a job whose lease is in the log, unless the lease is over, or the job was stopped meanwhile."""
         lease = work.lease
         if lease is None or lease.granted:
             return
@@ -119,7 +124,7 @@ class Leases:
             self._begin(work)
 
     def holds(self, work: Work) -> bool:
-        """Whether the job is still ours to run."""
+        """Whether this worker still holds the job's lease and is to run the job."""
         return work.lease is not None and _monotonic() <= work.lease.until and not work.abandoned
 
     # -- renewing -----------------------------------------------------------------------------------------------------
@@ -128,7 +133,7 @@ class Leases:
         self._ticking = None
         if self._held:
             self._ticking = asyncio.get_running_loop().call_later(TICK_S, self._tick)
-        self.call(self._look)  # by way of who hears of what breaks
+        self.call(self._look)  # an exception stops the worker
 
     def _look(self) -> None:
         now = _monotonic()
@@ -147,7 +152,7 @@ class Leases:
         value = codec.encode(self._facts.event(event, LeaseRenewed(self._facts.source, lease_ms)))
         try:
             self._sender.send(self._names.coordination, value, event.home or event.job_id, BY_KEY, delivered)
-        except (JobledgerError, KafkaException, BufferError) as exc:  # the next tick tries again, while there is time
+        except (JobledgerError, KafkaException, BufferError) as exc:  # retried after a third of the lease
             LOG.warning("the lease of job %s was not renewed: %s", event.job_id, exc)
 
     @staticmethod
@@ -156,7 +161,7 @@ class Leases:
             lease.until = max(lease.until, asked_at + lease.seconds)
 
     def _lose(self, work: Work) -> None:
-        """Nobody has heard of us for as long as the lease holds: the job may run elsewhere by now."""
+        """Drop a job whose lease is over: no renewal was acknowledged in time, and the job may run elsewhere by now."""
         assert work.event is not None
         LOG.warning(
             "the lease of job %s (%s) is over: it was not renewed in time. Its code here is told to stop, and its "
@@ -170,15 +175,15 @@ class Leases:
         self._give_up(work)
 
     def give_back(self, work: Work) -> None:
-        """Let another worker have the job at once, if it has not got it already."""
+        """End the lease, so that another worker can run the job at once."""
         if self._held.pop(work, None) is not None:
             self._renew(work, 0, None)
 
     # -- closing ------------------------------------------------------------------------------------------------------
 
     def close(self, work: Work, value: bytes, before: list[Outgoing]) -> None:
-        """Tell the coordinator the job's end, after ``before`` is acknowledged; the lease is renewed until it has it.
-        In any thread. Raises as `Sender.send` does."""
+        """Send the job's outcome to the coordinator, after ``before`` is acknowledged. The lease is renewed until the
+        outcome is acknowledged. Any thread. Raises what `Sender.send` raises."""
         lease = work.lease
         assert lease is not None
         lease.closing = True
@@ -207,7 +212,7 @@ class Leases:
         )
 
     def _closed(self, work: Work, value: bytes, error: KafkaError | None, message: Message) -> None:
-        """Delivery callback, in any thread."""
+        """Delivery callback of the outcome; any thread."""
         lease = work.lease
         assert lease is not None
         if error is None:
@@ -235,7 +240,7 @@ class Leases:
             )
 
     def close_all(self) -> None:
-        """Give back what is still held, and renew nothing more: the worker ends."""
+        """Give back the leases of jobs without an outcome, and renew none any more, because the worker ends."""
         if self._ticking is not None:
             self._ticking.cancel()
             self._ticking = None

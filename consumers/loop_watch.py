@@ -1,10 +1,10 @@
-"""Watches the event loop: whether it goes round, what keeps it from that, and what garbage waits.
+"""Watches the event loop: logs the code that blocks it, ends blocking jobs at their time limit, and collects garbage.
 
-On the loop a timer counts beats. A thread reads the count: if it stays the same, code runs on the loop that does not give
-it back. That code is named with its stack, once for each such time. If it is a job's whose time limit is over, the job is
-told there and then: a signal to the loop's thread, whose handler raises `TaskTimedOut` if, and only if, the code that it
-interrupts is that job's. Where that cannot be done (no main thread, no such signal, C code that does not return), the job
-has timed out when it comes back.
+A timer on the loop counts beats, and a thread reads the count. If it stays the same, code on the loop does not return
+control. The thread logs the stack of that code, once for each such time. If it belongs to a job whose time limit is
+over, the thread sends a signal to the loop's thread. The handler raises `TaskTimedOut` if, and only if, it interrupts
+that job's code. Where this cannot be done (no main thread, no such signal, C code that does not return), the job times
+out when its code returns control.
 """
 
 from __future__ import annotations
@@ -27,19 +27,19 @@ from jobledger.logger import get_logger
 
 LOG = get_logger("jobledger.worker")
 
-#: Seconds between two beats of the loop, and between two looks at them.
+#: Seconds between two beats of the loop, and between two checks of them.
 BEAT_S, LOOK_S = 0.1, 0.25
-#: Seconds without a beat after which it is said what blocks the loop.
+#: Seconds without a beat after which the blocking code is logged.
 WARN_S = 1.0
-#: Beats without a job that begins after which a worker counts as idle.
+#: Beats in a row without a running or new job after which a worker counts as idle.
 IDLE_BEATS = 10
 
-#: Without a handler it does nothing, so nobody is harmed by one that comes late.
+#: Without a handler this signal does nothing, so one that arrives late does no harm.
 SIGNAL: signal.Signals | None = getattr(signal, "SIGURG", None)
 
 
 class LoopWatch(threading.Thread):
-    """Watches the loop that `begin` is called on. ``running``: the jobs that run. ``started()``: how many have begun."""
+    """Watches the loop on which `begin` is called. ``running``: the running jobs. ``started()``: jobs begun so far."""
 
     def __init__(
         self,
@@ -56,18 +56,18 @@ class LoopWatch(threading.Thread):
         self._timer: asyncio.TimerHandle | None = None
         self._thread_id = 0
         self._signals = False
-        #: Times that the loop was blocked by what is no task's own code: hooks, resources, tasks that a job has started.
+        #: Times that code other than a task's blocked the loop: hooks, resources, asyncio tasks that a job started.
         self.blocked_by_others = 0
 
     # -- on the loop --------------------------------------------------------------------------------------------------
 
     def begin(self) -> None:
-        """Watch the running loop, which is this thread's."""
+        """Start watching the running loop of this thread."""
         self._loop, self._thread_id = asyncio.get_running_loop(), threading.get_ident()
         if (
             SIGNAL is not None
             and threading.current_thread() is threading.main_thread()
-            and signal.getsignal(SIGNAL) is signal.SIG_DFL  # else it is the app's
+            and signal.getsignal(SIGNAL) is signal.SIG_DFL  # else the app uses it
         ):
             signal.signal(SIGNAL, self._interrupt)
             self._signals = True
@@ -75,7 +75,7 @@ class LoopWatch(threading.Thread):
         self.start()
 
     def close(self) -> None:
-        """Watch no more. In the thread that `begin` was called in, or the loop has ended."""
+        """Stop watching. Call it in the thread of `begin`; the loop may have ended."""
         self._closed.set()
         if self._timer is not None:
             self._timer.cancel()
@@ -86,7 +86,7 @@ class LoopWatch(threading.Thread):
 
     def _beat(self) -> None:
         self._beats += 1
-        self._executor.due = None  # it has come back
+        self._executor.due = None  # the code returned control
         started = self._started_count()
         self._quiet = self._quiet + 1 if started == self._begun and not self._running else 0
         self._begun = started
@@ -95,11 +95,11 @@ class LoopWatch(threading.Thread):
             self._timer = self._loop.call_later(BEAT_S, self._beat)
 
     def _interrupt(self, number: int, frame: FrameType | None) -> None:
-        """Handler of `SIGNAL`, between two bytecodes of the loop's thread."""
+        """Handle `SIGNAL`, between two bytecodes of the loop's thread. Raises `TaskTimedOut` in the job that is due."""
         work = self._executor.due
         if work is None or work.plan is None or asyncio.current_task(self._loop) is not work.handle:
             return
-        # The thread may have named it when it had just returned, and this may be its next attempt.
+        # The job may have returned just before the thread chose it, and this may be its next attempt.
         if self._overdue(work) and runs_inside(frame, RUN, work.plan.fn):
             self._executor.due = None
             work.interrupted = TaskTimedOut
@@ -108,8 +108,8 @@ class LoopWatch(threading.Thread):
     # -- in the thread ------------------------------------------------------------------------------------------------
 
     def run(self) -> None:
-        """Look until closed."""
-        # Looks without a beat are counted, whatever the clock says: the whole process may have been stopped.
+        """Check the beats until closed."""
+        # Count checks without a beat, not seconds of a clock: the whole process may have been suspended.
         seen, late, own = 0, 0.0, 0.0
         blocker: Work | None = None
         told: set[Work | None] = set()
@@ -122,14 +122,14 @@ class LoopWatch(threading.Thread):
             work = self._work()
             late, own, blocker = late + LOOK_S, own + LOOK_S if work is blocker else LOOK_S, work
             overdue = work is not None and self._overdue(work)
-            # Several may share the time without a beat: the first that is found is told, and who has a second by itself.
+            # Several jobs may share the time without a beat. Log the first one, and each that alone takes `WARN_S`.
             if overdue or (own if told else late) >= WARN_S:
                 self._tell_once(work, late, told)
             if overdue:
                 self._end(work)
 
     def _work(self) -> Work | None:
-        """The job whose code runs on the loop now."""
+        """Return the job whose code runs on the loop now; None for other code."""
         task = asyncio.current_task(self._loop)
         if task is None:
             return None
@@ -138,7 +138,7 @@ class LoopWatch(threading.Thread):
 
     @staticmethod
     def _overdue(work: Work) -> bool:
-        if work.plan is None or work.handle is None:  # of a function that returned a coroutine the thread is told
+        if work.plan is None or work.handle is None:  # a plain function's coroutine: its thread is interrupted
             return False
         limit = work.plan.task.timeout
         return limit is not None and work.interrupted is None and time.monotonic() - work.began >= limit
@@ -164,7 +164,7 @@ class LoopWatch(threading.Thread):
         caller = None if work is None else AWAITED if work.handle is None else RUN
         stack = [] if frame is None else _above(frame, caller)
         if not stack:
-            return False  # no Python code runs there, or no longer this job's: the loop waits, for the CPU perhaps
+            return False  # no Python code runs there, or not this job's any more: the loop may wait for the CPU
         where = "".join(traceback.format_list(stack)).rstrip()
         if work is None or work.plan is None or work.event is None:
             self.blocked_by_others += 1
@@ -187,13 +187,14 @@ class LoopWatch(threading.Thread):
         return True
 
 
-#: The code that calls a coroutine task's, and the code that calls everything on the loop.
+#: The code that calls the function of a coroutine task, and the code that calls everything on the loop.
 RUN: CodeType = Executor.run.__code__
 RUNNER: CodeType = asyncio.Runner.run.__code__
 
 
 def _above(frame: FrameType, caller: CodeType | None) -> list[traceback.FrameSummary]:
-    """The stack from the loop, or from what ``caller`` calls, up to ``frame``; empty if that is not among its callers."""
+    """Return the stack from what ``caller`` (None: the loop's runner) calls up to ``frame``; empty if ``caller`` is
+    not among the callers of ``frame``."""
     frames: list[tuple[FrameType, int]] = []
     at: FrameType | None = frame
     while at is not None and at.f_code is not (caller or RUNNER):

@@ -1,8 +1,8 @@
-"""A worker's figures for Prometheus: plain counts that jobs leave behind, made into metrics when somebody asks.
+"""Exports a worker's metrics for Prometheus: the worker keeps plain counts, which are made into metrics at each scrape.
 
-Nothing here runs with a job but `bisect` over `WAIT_BOUNDS_MS` and `RUN_BOUNDS_S` (in the dispatcher and the executor).
-`WorkerMetrics.collect` runs in the thread of the scrape and reads what other threads write: each figure is right for
-itself, not all for one moment.
+All that a job pays for metrics are its counts, and a `bisect` over `WAIT_BOUNDS_MS` and `RUN_BOUNDS_S` (in `starts` and
+`execute`). `WorkerMetrics.collect` runs in the scrape's thread and reads what other threads write: each value is
+correct by itself, but not all are of the same moment.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from confluent_kafka import KafkaException, TopicPartition
-from confluent_kafka.admin import AdminClient, OffsetSpec  # type: ignore[attr-defined]  # re-exported without saying so
+from confluent_kafka.admin import AdminClient, OffsetSpec  # type: ignore[attr-defined]  # not declared as re-exported
 
 from jobledger.config import Settings
 from jobledger.consumers.gates import Scope
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 LOG = get_logger("jobledger.metrics")
 
-#: Seconds for which the ends of the log, once asked for, are good, and that the broker gets to tell them.
+#: Seconds for which the ends of the log are cached, and seconds that the broker gets to answer.
 ENDS_FOR_S, ENDS_TIMEOUT_S = 3.0, 2.0
 
 OUTCOMES = ("succeeded", "retried", "snoozed", "failed", "cancelled", "expired")
@@ -41,7 +41,7 @@ PREFIX = "jobledger_worker_"
 
 
 class LogEnds:
-    """Where partitions end. The broker is asked, not this worker's consumer: what waits unfetched counts, too."""
+    """Asks the broker where partitions end, not this worker's consumer: records not yet fetched count, too."""
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
@@ -51,7 +51,7 @@ class LogEnds:
         self._wanted: set[tuple[str, int]] = set()
 
     def of(self, wanted: Sequence[tuple[str, int]]) -> dict[tuple[str, int], int]:
-        """The ends of these as far as they are known; a broker that does not answer leaves them as they were."""
+        """Return the known ends of ``wanted``, by (topic, number): the last known if the broker does not answer."""
         now = time.monotonic()
         if wanted and (now - self._asked_at > ENDS_FOR_S or not self._wanted.issuperset(wanted)):
             self._asked_at, self._wanted = now, set(wanted)
@@ -73,7 +73,7 @@ class LogEnds:
 
 
 def _histogram(counts: Sequence[int], bounds: Sequence[float]) -> list[tuple[str, float]]:
-    """Counts by bucket, as Prometheus wants them: cumulative, by upper bound in seconds."""
+    """Return the counts as Prometheus expects them: cumulative, by upper bound in seconds."""
     found, total = [], 0
     for bound, count in zip([*bounds, float("inf")], counts, strict=True):
         total += count
@@ -82,18 +82,18 @@ def _histogram(counts: Sequence[int], bounds: Sequence[float]) -> list[tuple[str
 
 
 class WorkerMetrics(Collector):
-    """A collector of one worker's figures."""
+    """Collects the metrics of one worker."""
 
     def __init__(self, worker: Worker) -> None:
         self._worker = worker
         self._ends = LogEnds(worker.settings)
 
     def describe(self) -> Iterator[Metric]:
-        """Nothing beforehand: there is no dispatcher yet to be asked."""
+        """Return nothing: at registration the worker has no dispatcher yet."""
         return iter(())
 
     def collect(self) -> Iterator[Metric]:
-        """The figures of now."""
+        """Yield the present metrics; none before the worker has started. Any thread."""
         if self._worker.dispatcher is None:
             return
         yield from self._jobs()

@@ -1,4 +1,4 @@
-"""What can be chosen about a worker."""
+"""Defines the options of a worker."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from jobledger.retry import Retry
 
 @dataclass(frozen=True, slots=True)
 class WorkerOptions:
-    """How a worker runs.
+    """The options of a worker.
 
-    ``queues``: to serve; None: all of the app. ``concurrency``: jobs that may run at once in this process.
+    ``queues``: the queues to serve; None: all of the app. ``concurrency``: jobs that may run at once in this process.
     ``threads``: how many of them may be plain functions; None: 32, or ``concurrency`` if that is less. ``children``:
-    processes for tasks with ``isolation="process"``, one job at a time in each; None: as many as there are CPUs for
-    this process. ``jobs_per_child``: after so many a child is replaced. ``grace``: seconds that running jobs get to
-    end after SIGTERM. ``prefetch``: records per queue that may wait in memory; None: twice the concurrency, at least
-    1,000. ``lookahead``: jobs that may wait for their turn, their key or a limit, in all; ``lookahead_bytes``: what
-    further ones may take, which wait as bare records. ``lease``: seconds after
-    the coordinator's last answer in which jobs may be begun; keep it below the group's session timeout. ``linger_ms``:
-    how long a fact may wait for company before it is sent. ``unknown_task``: backoff, and how often a job is snoozed
-    whose task this worker does not know, before it fails. ``start_timeout``: seconds the broker may take to answer at
-    the start. Raises `ConfigError`.
+    processes for tasks with ``isolation="process"``, with one job at a time in each; None: as many as this process has
+    CPUs. ``jobs_per_child``: a child is replaced after this many jobs. ``grace``: seconds that running jobs get to end
+    after SIGTERM. ``prefetch``: records that may wait in memory, for each queue or each of its priorities; None: twice
+    the concurrency, at least 1,000. ``lookahead``: jobs that may wait for their turn, their key or a limit, in all;
+    ``lookahead_bytes``: memory for further waiting jobs, which are kept as records only. ``lease``: seconds after the
+    group coordinator's last answer in which jobs may be begun; keep it below the group's session timeout.
+    ``linger_ms``: how long a fact may wait to be sent together with others. ``unknown_task``: the backoff of jobs whose
+    task this worker does not know, and how often such a job is snoozed before it fails. ``start_timeout``: seconds that
+    the broker may take to answer at the start. Raises `ConfigError` for an invalid value.
     """
 
     queues: Sequence[str] | None = None
@@ -61,17 +61,17 @@ class WorkerOptions:
 
     @property
     def job_threads(self) -> int:
-        """Threads for plain functions."""
+        """The number of threads for plain functions."""
         return min(32, self.concurrency) if self.threads is None else min(self.threads, self.concurrency)
 
     @property
     def job_children(self) -> int:
-        """Child processes for isolated tasks."""
+        """The number of child processes for isolated tasks."""
         if self.children is not None:
             return self.children
         return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
     @property
     def prefetched(self) -> int:
-        """Records per queue that may wait in memory."""
+        """Records that may wait in memory, for each queue or each of its priorities."""
         return max(1_000, 2 * self.concurrency) if self.prefetch is None else self.prefetch

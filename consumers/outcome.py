@@ -1,6 +1,6 @@
-"""What becomes of a job after its code ended: frozen values, and the rule that chooses between them. Pure.
+"""Defines the outcomes of a job as frozen values, and the rules that choose between them. Pure.
 
-Writing an outcome to the log is `jobledger.consumers.facts`' task. Chance is an argument, so the rule is a function.
+`jobledger.consumers.facts` builds an outcome's records. Random numbers are arguments, so that the rules are functions.
 """
 
 from __future__ import annotations
@@ -19,27 +19,27 @@ from jobledger.schemas.events import ErrorInfo, FailureReason
 MESSAGE_LIMIT = 4_096
 #: Characters of a traceback that are kept, from its end.
 TRACEBACK_LIMIT = 16_384
-#: Exceptions that a traceback shows: itself, causes, members of groups.
+#: Exceptions that a traceback shows at most: itself, its causes, members of groups.
 RELATED_MOST = 500
 #: Characters of a class name.
 TYPE_LIMIT = 500
 
 _CAUSES = [BaseException.__dict__[name].__get__ for name in ("__cause__", "__context__")]
 
-#: A tag the worker puts on a job whose task it does not know: how often that happened. Task code never sees it.
+#: The tag in which a worker counts how often a job was snoozed for an unknown task. Task code never sees it.
 UNKNOWN_TASK_TAG = "jl-unknown-task"
 
 
 @dataclass(frozen=True, slots=True)
 class Succeeded:
-    """The code returned. ``result``: JSON, or None."""
+    """The code returned. ``result``: as JSON, or None."""
 
     result: bytes | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Retried:
-    """The attempt failed; another one follows after ``delay_ms``."""
+    """The attempt failed, and another one follows after ``delay_ms``."""
 
     error: ErrorInfo
     delay_ms: int
@@ -48,9 +48,9 @@ class Retried:
 
 @dataclass(frozen=True, slots=True)
 class Snoozed:
-    """The same attempt shall be made again after ``delay_ms``. ``tags``: put on the job, None leaves them.
+    """The same attempt is made again after ``delay_ms``. ``tags`` replace the job's tags; None keeps them.
 
-    ``in_place``, here and of `Retried`: by the same worker, which holds the job's key meanwhile.
+    ``in_place``, here and in `Retried`: the same worker makes the attempt, and holds the job's key meanwhile.
     """
 
     delay_ms: int
@@ -69,7 +69,7 @@ class Failed:
 
 @dataclass(frozen=True, slots=True)
 class Cancelled:
-    """Somebody asked for the job's end."""
+    """The job was cancelled, by ``by``."""
 
     by: str
     reason: str | None = None
@@ -77,7 +77,7 @@ class Cancelled:
 
 @dataclass(frozen=True, slots=True)
 class Expired:
-    """The job was to be started before ``at`` (µs, broker's clock), and was not."""
+    """The job was not started before its expiry ``at`` (µs, broker's clock)."""
 
     at: int
 
@@ -86,10 +86,10 @@ Outcome = Succeeded | Retried | Snoozed | Failed | Cancelled | Expired
 
 
 def holding(outcome: Retried | Snoozed, held_s: float, most_s: float, key: str) -> Retried | Snoozed | Failed:
-    """What becomes of an attempt that is made again under an ordering key, which it has held for ``held_s`` seconds.
+    """Return the outcome of an attempt that is to be made again under an ordering key, held for ``held_s`` seconds.
 
-    It goes on in place, so that no later job of the key passes it; a wait that would hold the key for more than
-    ``most_s`` fails the job instead.
+    The next attempt is made in place, so that no later job of the key overtakes this one. If the wait would hold the
+    key for more than ``most_s`` seconds, the job fails instead.
     """
     if held_s + outcome.delay_ms / 1000 <= most_s:
         return replace(outcome, in_place=True)
@@ -105,8 +105,8 @@ def holding(outcome: Retried | Snoozed, held_s: float, most_s: float, key: str) 
 
 
 def answered(outcome: Outcome | None) -> bool | None:
-    """Whether what the job calls did its part, as far as the outcome tells; None: it does
-    not. None stands for success."""
+    """Whether the service that the job calls did its part; None if the outcome does not tell. An ``outcome`` of None
+    is a success."""
     match outcome:
         case None | Succeeded():
             return True
@@ -118,7 +118,7 @@ def answered(outcome: Outcome | None) -> bool | None:
 def judge(
     retry: Retry, attempt: int, error: BaseException, uniform: float, *, timed_out: bool = False
 ) -> Retried | Snoozed | Failed:
-    """`decide` for whatever a task's code may raise: an exception that breaks when it is looked at fails the job."""
+    """Return `decide`'s outcome for any exception of a task's code. One that cannot be examined fails the job."""
     try:
         return decide(retry, attempt, error, uniform, timed_out=timed_out)
     except BaseException as broken:  # noqa: BLE001  # a user's exception may lack what its base class has
@@ -130,14 +130,14 @@ def judge(
 def decide(
     retry: Retry, attempt: int, error: BaseException, uniform: float, *, timed_out: bool = False
 ) -> Retried | Snoozed | Failed:
-    """The outcome of an attempt (1, 2, …) that raised.
+    """Return the outcome of an attempt (1, 2, …) that raised.
 
-    ``uniform``: drawn from [0, 1) for the backoff's jitter. ``timed_out``: the task's own time limit ended it.
-    A `CancelledError` that nobody outside asked for is a failure of the attempt like any `Exception`.
+    ``uniform``: drawn from [0, 1) for the backoff's jitter. ``timed_out``: the task's own time limit ended the attempt.
+    A `CancelledError` that nobody outside requested is a failure of the attempt, like any `Exception`.
 
-    Of a group the leaves are judged, the gravest decides: one `Reject`, then one that is not retried, fails the job. If all
-    are `Snooze`, the attempt is made again. Else it has failed, and no `RetryLater` or `Snooze` in it is cut short: the
-    longest of their delays stands for the backoff.
+    Of an exception group, the leaves are judged, and the gravest decides: a `Reject`, then one that is not retried,
+    fails the job. If all are `Snooze`, the same attempt is made again. Otherwise the attempt has failed, and the
+    longest delay of a `RetryLater` or `Snooze` in the group replaces the backoff.
     """
     each = leaves(error)
     if any(is_a(leaf, Reject) for leaf in each):
@@ -155,14 +155,14 @@ def decide(
 
 
 def bad_result(task: str, error: BaseException) -> Failed:
-    """The outcome of an attempt whose result is no JSON."""
+    """Return the outcome of an attempt whose result cannot be written as JSON."""
     said = error_info(error)
     why = f"the result of {task}() cannot be written as JSON: {said.message}"
     return Failed("bad-result", ErrorInfo(said.type, why, said.traceback))
 
 
 def timed_out(task: str, limit: float | None, error: BaseException) -> BaseException:
-    """What an attempt raised that was ended by its time limit: as a `TimeoutError` that says so, if it says nothing."""
+    """Return the error of an attempt that its time limit ended: without text, a `TimeoutError` that names the limit."""
     if limit is None or text_of(error):
         return error
     said = TimeoutError(f"{task}() ran longer than its timeout of {limit:g} s")
@@ -172,10 +172,10 @@ def timed_out(task: str, limit: float | None, error: BaseException) -> BaseExcep
 def unknown_task(
     task: str, known: list[str], tags: Mapping[str, str], backoff: Retry, uniform: float
 ) -> Snoozed | Failed:
-    """The outcome of a job whose task this worker does not know: snoozed until ``backoff`` is exhausted.
+    """Return the outcome of a job whose task this worker does not know: snoozed until ``backoff`` is exhausted.
 
-    A deployment under way makes this normal for a while. The count travels in the tag `UNKNOWN_TASK_TAG`: neither the
-    release nor the attempt could tell such snoozes from the task's own.
+    During a deployment this is normal for a while. The tag `UNKNOWN_TASK_TAG` carries the count: neither the release
+    nor the attempt number could tell such snoozes from the task's own.
     """
     try:
         seen = max(0, int(tags.get(UNKNOWN_TASK_TAG, "0")))
@@ -190,7 +190,7 @@ def unknown_task(
 
 
 def error_info(error: BaseException) -> ErrorInfo:
-    """An exception as text, whatever its own code does."""
+    """Describe an exception as text of bounded length. Raises nothing, whatever the exception's own code does."""
     name, message = type_of(error, full=True), _message(error)
     trace = _trace(error, name, message)
     return ErrorInfo(
@@ -201,34 +201,34 @@ def error_info(error: BaseException) -> ErrorInfo:
 
 
 def _message(error: BaseException) -> str:
-    """What an exception says; a group says it of its leaves, too."""
+    """Return an exception's text; of a group, with the text of its leaves."""
     said = text_of(error)
     if members_of(error):
         for number, leaf in enumerate(leaves(error)):
             if len(said) > MESSAGE_LIMIT:
-                break  # what is beyond that is not kept
+                break  # the rest would not be kept
             said += f"{'; ' if number else ': '}{type_of(leaf)}: {text_of(leaf)[:MESSAGE_LIMIT]}"
     return said
 
 
 def _trace(error: BaseException, name: str, message: str) -> str:
-    """The traceback, with those of its causes and of a group's members; without them if they are too many, or one of them
-    cannot be read."""
+    """Return the traceback, with those of the causes and of a group's members. These are left out if they are too many,
+    or one of them cannot be formatted."""
     where = traceback_of(error)
     if len(_related(error)) <= RELATED_MOST:
         with contextlib.suppress(BaseException):  # its attributes may raise anything
             return "".join(traceback.format_exception(type(error), error, where))
     try:
         frames = "".join(traceback.format_tb(where))
-    except BaseException:  # noqa: BLE001  # a source file is read through a loader, which may be a user's
+    except BaseException:  # noqa: BLE001  # source files are read through a loader, which may be the user's
         frames = ""
     head = f"Traceback (most recent call last):\n{frames}" if frames else ""
     return f"{head}{name}: {message}\n"
 
 
 def _related(error: BaseException) -> list[BaseException]:
-    """An exception, its causes, and the members of groups, these as often as they are met, as `traceback` shows them. One
-    more than `RELATED_MOST` at most."""
+    """Return an exception, its causes, and members of groups as often as they occur, as `traceback` shows them. At most
+    one more than `RELATED_MOST`."""
     found, seen = [error], {id(error)}
     for each in found:
         found += members_of(each)
@@ -243,17 +243,17 @@ def _related(error: BaseException) -> list[BaseException]:
 
 
 def printable(text: object, limit: int) -> str:
-    """At most ``limit`` characters that UTF-8 can carry: lone surrogates become question marks."""
+    """Return at most ``limit`` characters that UTF-8 can encode: lone surrogates become question marks."""
     return str.__str__(str(text))[:limit].encode("utf-8", "replace").decode("utf-8")
 
 
 def ran_out(error: BaseException) -> bool:
-    """Whether an attempt whose time limit was over says so itself, alone or in a group."""
+    """Whether the error of an attempt whose time limit was over is a timeout, alone or in a group."""
     return any(is_a(leaf, (TimeoutError, TaskTimedOut)) for leaf in leaves(error))
 
 
 def _delay(error: Any) -> int:
-    """Milliseconds that a `Snooze` or `RetryLater` asks for. Raises `ConfigError` for what a subclass has made of it."""
+    """Return the delay of a `Snooze` or `RetryLater`, in ms. Raises `ConfigError` if a subclass made it invalid."""
     return _ms(check_delay(error.delay, f"{type_of(error)}.delay"))
 
 

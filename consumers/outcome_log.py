@@ -1,4 +1,4 @@
-"""The worker's lines about attempts that did not succeed: one each, with the error."""
+"""Logs each failed attempt of a worker in one line, with the error."""
 
 from __future__ import annotations
 
@@ -12,9 +12,13 @@ LOG = get_logger("jobledger.worker")
 
 
 def log_outcome(event: JobEvent, outcome: Outcome) -> None:
-    """Log an attempt that failed: a warning if the job is tried again, else an error. At debug level with its traceback."""
+    """Log an attempt that failed: a warning if the job is tried again, info if the task rejected the job, else
+    an error.
+
+    If debug messages are logged, the line has the traceback. Other outcomes are not logged.
+    """
     if isinstance(outcome, Failed):
-        # A rejection is what the task's author wanted.
+        # The task's author intended the rejection.
         level = logging.INFO if outcome.reason == "rejected" else logging.ERROR
         what = f"failed for good, {outcome.reason}"
     elif isinstance(outcome, Retried):
@@ -24,7 +28,7 @@ def log_outcome(event: JobEvent, outcome: Outcome) -> None:
     if not LOG.isEnabledFor(level):
         return
     error = outcome.error
-    # The dead letter has arguments; they may be nobody's business here.
+    # The arguments may be confidential: the dead letter has them, the log has not.
     bare = isinstance(outcome, Failed) and outcome.reason == "bad-arguments"
     said = "the dead letter shows arguments and signature" if bare else error.message
     if error.traceback and not bare and LOG.isEnabledFor(logging.DEBUG):

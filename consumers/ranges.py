@@ -70,8 +70,8 @@ class LogRanges:
     def offsets_at(self, asked: list[TopicPartition]) -> dict[int, int]:
         """Return, by partition, the first offset appended at or after a time; -1 if there is none.
 
-        ``asked``: partitions of one topic, each with its time (ms since the epoch) as the offset. Raises as `ends`
-        does.
+        ``asked``: partitions of one topic, each with its time (ms since the epoch) as the offset. Raises as
+        `ends` does.
         """
         if not asked:
             return {}

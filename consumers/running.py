@@ -1,4 +1,4 @@
-"""A worker as the process it is: its signals, its interpreter's settings, and the bound on its end."""
+"""Runs a worker as a process: handles signals, sets up the interpreter, and bounds how long the end may take."""
 
 from __future__ import annotations
 
@@ -23,10 +23,11 @@ def run_worker(
     *,
     on_ready: Callable[[Worker], None] | None = None,
 ) -> int:
-    """Run a worker in this process until SIGTERM or SIGINT; the exit code.
+    """Run a worker in this process until SIGTERM or SIGINT. Returns the exit code.
 
-    A second signal ends the grace time, a third one the process. ``on_ready(worker)`` is called before it starts, for
-    those who want its `Worker.health`. Raises what `Worker.run` raises.
+    A second signal ends the grace time, a third one the process; outside the main thread no signals are handled.
+    ``on_ready(worker)`` is called before the worker starts, for example to use its `Worker.health`. Raises what
+    `Worker.run` raises, and `ConfigError` if the options do not fit the app.
     """
     worker = Worker(registry, settings, options, must_end_in=exit_hard, has_ended=bound_exit)
     if on_ready is not None:
@@ -40,7 +41,7 @@ def run_worker(
 
 
 def run_tuned(worker: Worker) -> int:
-    """`Worker.run` with the interpreter's settings of a process that does nothing else."""
+    """Call `Worker.run` with interpreter settings for a process that does nothing else."""
     gc.collect()
     gc.freeze()
     gc.set_threshold(50_000, 20, 100)  # a job makes hundreds of short-lived objects, none of them in a cycle
@@ -52,14 +53,14 @@ def _handle_signals(worker: Worker) -> Callable[[], None]:
 
     def handle(number: int, frame: FrameType | None) -> None:
         nonlocal received
-        if os.getpid() != owner:  # a process that a job has forked: the signal ends it, as it would without a worker
+        if os.getpid() != owner:  # a process that a job forked: the signal ends it, as without a worker
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
             return
         received += 1
         if received >= 3:
             os._exit(128 + number)
-        if received == 1:  # a task that blocks the event loop would keep the worker from even beginning to stop
+        if received == 1:  # a task that blocks the event loop could keep the worker from stopping at all
             exit_hard(worker.options.grace + LEAVING_S)
         worker.stop(hurry=received > 1)
 

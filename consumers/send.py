@@ -1,5 +1,4 @@
-"""Sends a worker's facts and derived records with its producer. Its queue is bounded, and no record is dropped
-silently.
+"""Sends a worker's facts and derived records. The producer's queue is bounded, and no record is dropped silently.
 
 Any thread may send. Delivery callbacks run in whichever thread polls. The event loop polls while it is busy: each
 callback acquires the interpreter lock, and a separate polling thread would compete with the loop for it at every
@@ -25,8 +24,8 @@ from jobledger.wire import Framing, framing
 
 #: The client chooses the partition by the key.
 BY_KEY = -1
-#: No new job is begun while this many records are unacknowledged. A job sends two facts, so after a crash about half as
-#: many jobs are run again at most.
+#: No new job is begun while this many records are unacknowledged. A job sends two facts, so a crash reruns about
+#: half as many jobs at most.
 UNACKNOWLEDGED_LIMIT = 8_000
 #: Seconds that `Sender.hurry` waits for acknowledgements.
 HURRY_S = 0.005
@@ -37,8 +36,7 @@ Delivered = Callable[[KafkaError | None, Message], None]
 
 
 class Sender:
-    """A producer with a bounded wait for space in its queue. ``linger_ms``: how long a record may wait to be sent with
-    others.
+    """A producer with a bounded wait for space in its queue. ``linger_ms``: how long a record may wait for others.
 
     With a Schema Registry, values are framed for it. Without one, this costs nothing.
     """
@@ -191,8 +189,7 @@ class Sender:
         return len(self._producer) + (0 if self._alone is None else len(self._alone))
 
     def flush(self, timeout: float) -> int:
-        """Wait up to ``timeout`` seconds, for each producer, for acknowledgements. Returns how many records lack
-        one."""
+        """Wait up to ``timeout`` seconds, for each producer, for acknowledgements. Returns how many are missing."""
         left = self._producer.flush(timeout)
         return left + (0 if self._alone is None else self._alone.flush(timeout))
 

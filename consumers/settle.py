@@ -1,5 +1,4 @@
-"""Marks records of jobs as done from delivery reports: first the closing fact must be in the log, then the records that
-derive from it.
+"""Marks jobs' records as done from delivery reports: the closing fact and what derives from it must be in the log.
 
 Runs in a thread of its own, so a blocked event loop does not delay it. `commit` commits what is done.
 """
@@ -22,7 +21,7 @@ from jobledger.logger import get_logger
 LOG = get_logger("jobledger.worker")
 
 TICK_S = 0.1
-#: Records of one job that are sent again after the client gave up on them, before the worker gives up.
+#: How often records of one job are sent again after the client gave up on them, before the worker gives up.
 RESENDS = 2
 #: Seconds between two log lines about the same problem.
 SAY_EVERY_S = 10.0
@@ -31,8 +30,7 @@ _LOOP_POLLS_S = 0.05
 
 
 class Settler(threading.Thread):
-    """Takes delivery reports every `TICK_S` seconds, and calls ``each_tick`` then. ``fail`` stops the worker with an
-    error.
+    """Takes delivery reports every `TICK_S` seconds, and calls ``each_tick`` then. ``fail`` stops the worker.
 
     ``too_large(work, size, limit)``: the broker refused the closing fact (bytes) for its size. ``acknowledged(work)``:
     the fact that ended an attempt of a keyed job is in the log. Both are called in whichever thread takes the reports.
@@ -179,8 +177,7 @@ class Settler(threading.Thread):
     def _refused_by_size(
         self, work: Work, closing: bool | None, topic: str, value: bytes, key: str | bytes | None
     ) -> None:
-        """Send a record again alone after the broker refused its batch for its size: that shows which record is too
-        large.
+        """Send a record again alone after the broker refused its batch for its size: that shows which one is too large.
 
         A closing fact that is refused alone is replaced by a failure. Any other record stops the worker.
         """
@@ -225,8 +222,7 @@ class Settler(threading.Thread):
             self._fail(JobledgerError(f"the worker's settler failed: {exc!r}"))
 
     def tick(self) -> None:
-        """Take delivery reports and call ``each_tick``. Stops the worker if the cluster no longer accepts this
-        client."""
+        """Take delivery reports, and call ``each_tick``. Stops the worker if the cluster refuses this client."""
         if time.monotonic() - self._sender.polled_at > _LOOP_POLLS_S:
             self._sender.poll(0.0)
         self.drain()

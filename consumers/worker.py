@@ -1,7 +1,8 @@
-"""The worker process: puts the parts together, starts and ends them in the right order, and answers for their health.
+"""Runs the worker process: creates its parts, starts and ends them in the right order, and reports their health.
 
-``fetch`` (a thread per queue) → ``dispatch`` and ``execute`` (event loop, job threads) → ``settle`` (a thread): see
-there. Ending means: take nothing more, let what runs end within the grace time, flush, commit clean, leave the group.
+``fetch`` (a thread per lane) → ``dispatch`` and ``execute`` (event loop, job threads) → ``settle`` (a thread): see
+there. To stop, a worker takes no more jobs, lets running jobs end within the grace time, flushes, commits as clean, and
+leaves the group.
 """
 
 from __future__ import annotations
@@ -63,24 +64,24 @@ __all__ = ["EXIT_BROKEN", "EXIT_OK", "Worker", "WorkerOptions"]
 
 LOG = get_logger("jobledger.worker")
 
-#: 77 is EX_NOPERM of sysexits.h: the cluster refuses this worker, and starting it again does not help by itself.
+#: 77 is EX_NOPERM of sysexits.h: the cluster refuses this worker, and a restart alone does not help.
 EXIT_OK, EXIT_BROKEN, EXIT_DENIED = 0, 1, 77
-#: Seconds a stopping worker waits for acknowledgements.
+#: Seconds that a stopping worker waits for the acknowledgements of one flush.
 FLUSH_S = 5.0
-#: Seconds the end of a worker may take beyond its grace time: cancelling, flushing, committing, leaving.
+#: Seconds that a stop may take beyond the grace time: cancelling, flushing, committing, leaving the group.
 CLOSING_S = 12.0
-#: Seconds beyond all that after which a worker that has not ended is killed.
+#: Further seconds after which a worker that has not ended is killed.
 MARGIN_S = 5.0
-#: Seconds beyond its grace time in which a worker has given back all it had, by itself or not. The interpreter then gets
-#: `process_exit.EXIT_S`, and `process_exit.HARD_S` at most beside.
+#: Seconds beyond the grace time until a worker has released all it had, or is killed. After a release, the interpreter
+#: gets `process_exit.EXIT_S` seconds to exit, and at most `process_exit.HARD_S` more.
 LEAVING_S = 1.0 + CLOSING_S + MARGIN_S
 
 
 class Worker:
-    """One worker process's machinery; `run` blocks until `stop` or an error. Use once.
+    """The parts of one worker process; `run` blocks until `stop` or an error. Use once.
 
-    ``must_end_in(seconds)`` bounds a stop that is under way. ``has_ended(code)``: the worker has given back all it had, and
-    `run` returns ``code`` once the event loop is closed.
+    ``must_end_in(seconds)`` bounds a stop that is under way. ``has_ended(code)``: the worker has released all it had,
+    and `run` returns ``code`` once the event loop is closed. Raises `ConfigError` if the options do not fit the app.
     """
 
     def __init__(
@@ -133,14 +134,14 @@ class Worker:
     # -- from outside ---------------------------------------------------------------------------------------------
 
     def stop(self, *, hurry: bool = False) -> None:
-        """Take nothing more and end within the grace time; with ``hurry`` at once. Callable from any thread."""
+        """Take no more jobs and end within the grace time; with ``hurry`` at once. Any thread."""
         outage.stopping()
         self._stopping.set()
         self._hurry = self._hurry or hurry
         self._signal_loop()
 
     def fail(self, error: JobledgerError) -> None:
-        """End with an error, committing nothing more. Callable from any thread; the first error counts."""
+        """End with an error and commit nothing more. Any thread; the first error counts."""
         if self.error is None:
             self.error = error
             LOG.critical("the worker stops: %s", error)
@@ -151,13 +152,14 @@ class Worker:
     def _signal_loop(self) -> None:
         loop, changed = self._loop, self._changed
         if loop is not None and changed is not None:
-            with contextlib.suppress(RuntimeError):  # it has ended already
+            with contextlib.suppress(RuntimeError):  # the loop is closed already
                 loop.call_soon_threadsafe(changed.set)
 
     def run(self) -> int:
-        """Work until stopped; 0, or if something broke (`error` says what) 1, or 77 for `AccessDenied`.
+        """Work until stopped. Returns 0; 1 if something broke (`error` says what), 77 if that is `AccessDenied`.
 
-        Raises `ConfigError`, `TopicMissing`, `AccessDenied` or `BrokerUnavailable` if it cannot start.
+        Raises `ConfigError`, `TopicMissing`, `AccessDenied` or `BrokerUnavailable` if the worker cannot start, and
+        `JobledgerError` if a job stops the event loop.
         """
         sender: Sender | None = None
         try:
@@ -179,7 +181,7 @@ class Worker:
                 finally:
                     if self.watch is not None:
                         self.watch.close()
-                    # Python now waits for the loop's own threads, which jobs may have filled.
+                    # Python now waits for the loop's default threads, which jobs may still use.
                     self._has_ended(self._exit_code())
         finally:
             self.ended.set()
@@ -194,8 +196,11 @@ class Worker:
         return EXIT_DENIED if isinstance(self.error, AccessDenied) else EXIT_BROKEN
 
     def _give_up_running(self, error: JobledgerError, sender: Sender) -> None:
-        """The loop has ended: what runs is cancelled with it. Nobody asked for that, so it is no outcome of theirs. What
-        runs beside the loop is ended here, or this process would go on holding its partitions for as long as it lives."""
+        """Abandon the running jobs, after the event loop stopped unexpectedly and cancelled them.
+
+        No outcome is recorded, so the next owner reruns them. The worker's threads and child processes are ended here:
+        otherwise this process would keep its partitions for as long as it lives.
+        """
         self._loop = None
         dispatcher = self.dispatcher
         if dispatcher is not None:
@@ -238,7 +243,7 @@ class Worker:
                 raise ConfigError(lifecycle_too_small(topic, count, names.lifecycle, lifecycle))
         self._lifecycle_partitions = lifecycle
 
-        # The schema is there, acknowledged, before anything is written with it.
+        # Publish the schema, acknowledged, before any record is written with it.
         tasks = self.registry.tasks
         followers = [tasks[t.fallback] for t in tasks.values() if t.fallback is not None]
         fallbacks = {lane_of(task.queue, task.policy.priority) for task in followers}
@@ -246,7 +251,8 @@ class Worker:
         self._patiently(lambda: sender.prepare(written))
 
     def _patiently(self, ask: Callable[[], Any]) -> Any:
-        """The answer; a broker that is away is waited for up to ``start_timeout``."""
+        """Return what ``ask()`` returns. While the broker is away, retry until ``start_timeout`` seconds after the
+        worker's creation, then raise `BrokerUnavailable`."""
         deadline = self.started_at + self.options.start_timeout
         while True:
             try:
@@ -436,11 +442,11 @@ class Worker:
         LOG.info("worker %s ended after %.1f s", self.identity, time.monotonic() - began)
 
     async def _beside(self, function: Callable[..., None], *args: Any) -> None:
-        """Run what waits in a thread of the worker's own: jobs may have taken all of the loop's for themselves."""
+        """Run a blocking function in the worker's own thread: jobs may occupy all of the loop's default threads."""
         await asyncio.get_running_loop().run_in_executor(self._threads, function, *args)
 
     async def _close_hooks(self, executor: Executor, began: float) -> None:
-        """Let hooks be called, and close resources, in what is left of the grace time."""
+        """Let pending hooks be called, and close resources, in the rest of the grace time (at least 1 s for each)."""
         left = 1.0 if self.error is not None else max(1.0, began + self.options.grace - time.monotonic())
         if executor.teller is not None:
             await self._beside(executor.teller.close, left)
@@ -451,14 +457,14 @@ class Worker:
             LOG.warning("resources were not closed within %.0f s", left)
 
     def _isolated(self) -> list[str]:
-        """The tasks it serves that run in child processes."""
+        """Return the names of the tasks that this worker serves and that run in child processes."""
         return [
             t.name for t in self.registry.tasks.values() if t.queue in self.queues and t.policy.isolation is not None
         ]
 
     def _children(self) -> Children | None:
-        """Child processes, for isolated tasks and for jobs that may have taken a worker
-        down; None if there can be none."""
+        """Return the child processes, for isolated tasks and for jobs that may have crashed a worker; None if
+        the app cannot have any."""
         if self._target is None:
             return None
         options, dispatcher = self.options, self.dispatcher
@@ -491,7 +497,7 @@ class Worker:
             return None
 
     def _wanted(self) -> list[Resource[Any]]:
-        """The resources that this worker's tasks ask for; children open their own."""
+        """Return the resources that this worker's tasks use in this process; child processes open their own."""
         tasks = [t for t in self.registry.tasks.values() if t.queue in self.queues and t.policy.isolation is None]
         return list(dict.fromkeys(r for task in tasks for r in task.dependencies.values()))
 
@@ -508,12 +514,12 @@ class Worker:
                 continue
 
     def _close_rest(self, settler: Settler, sender: Sender) -> None:
-        """Flush, commit, leave; in a thread, because each of them waits."""
+        """Flush, commit and leave the group. Runs in a thread, because each step waits."""
         settler.close()
         if self.error is None:
             left = sender.flush(FLUSH_S)
             settler.drain()
-            if not left and sender.unacknowledged:  # what derives from the ends that were acknowledged
+            if not left and sender.unacknowledged:  # records that derive from closing facts acknowledged just now
                 left = sender.flush(FLUSH_S)
                 settler.drain()
             if left:
@@ -533,15 +539,15 @@ class Worker:
 
     @property
     def stopping(self) -> bool:
-        """Whether it was told to end, or ends by itself."""
+        """Whether the worker was told to stop, or stops because of an error."""
         return self._stopping.is_set()
 
     def health(self) -> dict[str, Any]:
-        """What an operator asks first: ``status`` is ok, starting, stopping or unhealthy, with ``reasons``."""
+        """Return the worker's health: ``status`` is ok, starting, stopping or unhealthy, with ``reasons``."""
         return health_of(self)
 
     def partitions(self) -> Iterator[Partition]:
-        """Every partition owned right now."""
+        """Yield every partition that is owned right now."""
         for fetcher in self.fetchers:
             yield from fetcher.owned()
 
