@@ -139,7 +139,7 @@ class Facts:
         return []
 
     def fallback(self, work: JobEvent, outcome: Outcome) -> list[Outgoing]:
-        """Return what derives from a leased job's outcome, but not for the coordinator: the fallback's submission."""
+        """Return what derives from a leased job's outcome and the coordinator cannot build: the fallback job."""
         return self._fallback(work) if isinstance(outcome, Failed) else []
 
     def leased(self, work: JobEvent, worker: str, lease_ms: int) -> Outgoing:

@@ -54,7 +54,7 @@ def collect() -> None:
 
 
 class Garbage:
-    """Collects garbage when due. With uvloop, call `look` on the loop's thread: only there may handles be freed."""
+    """Collects garbage when due. Call `look` on the loop's thread: uvloop's handles may be freed nowhere else."""
 
     def __init__(
         self,
@@ -67,7 +67,7 @@ class Garbage:
         self.collections = 0
 
     def look(self, *, idle: bool) -> None:
-        """Collect if the process has grown enough and the pause after the last collection is over, or has grown much."""
+        """Collect if the process has grown enough and the pause after a collection is over, or has grown much."""
         now = self._in_use()
         if due(now, self._after_last, idle):
             began = self._clock()
