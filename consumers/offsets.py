@@ -4,9 +4,8 @@ Owns what a worker commits for a partition: the offset, and a text of at most 4,
 no client, clock or lock; the caller serialises the calls. Any doubt must result in "not done": jobs may run twice, as
 documented, but no job may be lost.
 
-The idea of a completion map in the commit's metadata is the Confluent Parallel Consumer's; the rules below
-prevent what broke there (base and map of different moments, an unreadable map taken as "done", intake that stalls at
-the limit).
+The idea of a completion map in the commit's metadata is the Confluent Parallel Consumer's; the rules below prevent
+what broke there (base and map of different moments, an unreadable map taken as "done", intake that stalls at the limit).
 
 Text: ``2<c|d>.<floor>.<begun>.<checksum>.<r|b><map>``: version; clean or dirty; the floor in hex; how far beyond the
 base records were begun, in hex; CRC-32 over base, floor, begun and map, because a map is valid only with its own base;

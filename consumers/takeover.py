@@ -35,7 +35,7 @@ from jobledger.schemas.glance import glance
 
 LOG = get_logger("jobledger.worker")
 
-#: Outcomes of a release after which its job continues: the coordinator decides when.
+#: Outcomes of a release that are not yet its job's: the coordinator decides what follows.
 OPEN = (JobLeased, JobRetried, JobSnoozed)
 #: Seconds after which an unused reader closes its connections.
 IDLE_S = 10.0
