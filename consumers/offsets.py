@@ -5,7 +5,8 @@ no client, clock or lock; the caller serialises the calls. Any doubt must result
 documented, but no job may be lost.
 
 The idea of a completion map in the commit's metadata is the Confluent Parallel Consumer's; the rules below prevent
-what broke there (base and map of different moments, an unreadable map taken as "done", intake that stalls at the limit).
+what broke there (base and map of different moments, an unreadable map taken as "done", intake that stalls at the
+limit).
 
 Text: ``2<c|d>.<floor>.<begun>.<checksum>.<r|b><map>``: version; clean or dirty; the floor in hex; how far beyond the
 base records were begun, in hex; CRC-32 over base, floor, begun and map, because a map is valid only with its own base;
