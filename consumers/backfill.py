@@ -1,7 +1,8 @@
-"""Backfill: a handler over events of the past. Bounded, at a pace, and after an interruption it goes on where it was.
+"""Backfill: submits a handler's jobs for past events, within bounds and at a limited rate. An interrupted backfill can
+be continued where it stopped.
 
-A job's id follows from event and handler; what the status table knows already, because the router or an earlier
-backfill has submitted it, is passed over.
+A job's id is derived from event and handler. Jobs that the status table has already are skipped: the router or an
+earlier backfill submitted them.
 """
 
 from __future__ import annotations
@@ -31,11 +32,11 @@ from jobledger.lookup import SchemaLookup
 from jobledger.names import lane
 from jobledger.task_registry import Registry
 
-#: Events between two commits of the progress, at most; with a pace a tenth of a second's.
+#: Most events between two commits of the progress. With a rate: the events of a tenth of a second, if they are fewer.
 CHUNK = 500
-#: Seconds that a question about offsets may take.
+#: Seconds that a request for offsets may take.
 ASK_S = 15.0
-#: How often the progress is committed again before it is an error.
+#: How often a commit of the progress is tried before it is an error.
 COMMITS = 5
 
 _RATE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*/\s*(s|sec|m|min|h|hour)\s*")
@@ -43,7 +44,7 @@ _UNITS = {"s": 1.0, "sec": 1.0, "m": 60.0, "min": 60.0, "h": 3600.0, "hour": 360
 
 
 def events_per_second(text: str) -> float:
-    """``"50/s"``, ``"3000/min"`` or ``"1000/h"`` as events a second. Raises `ConfigError`."""
+    """Convert ``"50/s"``, ``"3000/min"`` or ``"1000/h"`` to events per second. Raises `ConfigError` for other text."""
     found = _RATE.fullmatch(text)
     if found is None or float(found[1]) <= 0:
         raise ConfigError(f"rate={text!r} is not a rate: write 50/s, 3000/min or 1000/h")
@@ -52,8 +53,12 @@ def events_per_second(text: str) -> float:
 
 @dataclass(slots=True)
 class Progress:
-    """How far a backfill is. ``total``: offsets of its range; the counts are of events: looked at, submitted as jobs,
-    known to the status table already, not readable."""
+    """The progress of a backfill.
+
+    ``total``: number of offsets in its ranges; ``passed``: how many of them are done. The other counts are of events in
+    this run: ``events`` read; ``submitted`` as jobs (counted in a dry run, too); ``known`` to the status table already;
+    ``unreadable``. ``resumed``: it continues an interrupted run. ``done``: it reached its end.
+    """
 
     total: int = 0
     passed: int = 0
@@ -67,7 +72,7 @@ class Progress:
 
 @dataclass(frozen=True, slots=True)
 class Range:
-    """Offsets of one partition: ``begin`` is the first, ``end`` the one behind the last, ``at`` where it goes on."""
+    """The offsets of one partition: ``begin`` is the first, ``end`` the one after the last, ``at`` the next to read."""
 
     begin: int
     end: int
@@ -76,9 +81,12 @@ class Range:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What to go over. ``since``, ``until``: milliseconds of the broker's clock, None for the log's begin and its end
-    now. ``rate``: events a second, None for as fast as it goes. ``dry_run``: count, send nothing. ``restart``: forget
-    an interrupted one of the same handler."""
+    """What to backfill.
+
+    ``since``, ``until``: timestamps of events in ms; None: the beginning of the log, and its end at the start.
+    ``rate``: events per second; None: no limit. ``dry_run``: count only, send and commit nothing. ``restart``: discard an
+    interrupted run of the same handler.
+    """
 
     handler: str
     since: int | None = None
@@ -89,7 +97,10 @@ class Plan:
 
 
 class Backfill:
-    """One run. ``known(job_id)``: whether the status table has the job. Raises `UnknownTask` for no such handler."""
+    """Run one backfill. ``known(job_id)``: whether the status table has the job.
+
+    Raises `UnknownTask` if the app has no handler of that name.
+    """
 
     def __init__(self, registry: Registry, settings: Settings, plan: Plan, known: Callable[[str], bool]) -> None:
         registry.check()
@@ -110,7 +121,7 @@ class Backfill:
     # -- what to read ---------------------------------------------------------------------------------------------
 
     def _ranges(self, consumer: Consumer) -> dict[int, Range]:
-        """The range of each partition: an interrupted run's, as it was fixed then, or a new one."""
+        """Return the range of each partition: those that an interrupted run had fixed, or new ones."""
         parts = [TopicPartition(self.topic, p) for p in range(partitions_of(self.settings, self.topic))]
         found = [] if self.plan.dry_run else committed(consumer, parts, self.settings, join(self._group), ASK_S)
         before = {} if self.plan.restart else self._interrupted(found)
@@ -153,11 +164,11 @@ class Backfill:
     # -- run ------------------------------------------------------------------------------------------------------
 
     def run(self, stop: threading.Event, tell: Callable[[Progress], None] = lambda progress: None) -> Progress:
-        """Go over the range until its end or ``stop``; ``tell`` is called a few times a
-        second. The progress at the end.
+        """Handle the events of the ranges until their end or ``stop``, and return the progress. ``tell`` is called
+        after each chunk of events.
 
-        Raises `BrokerUnavailable`, `TopicMissing`, `ConfigError`, `IncompatibleEvent`; what was submitted by
-        then stays, and another run goes on.
+        Raises `BrokerUnavailable`, `TopicMissing`, `ConfigError`, `IncompatibleEvent`. Jobs submitted before stay
+        submitted, and another run continues from there.
         """
         knock(self.settings)
         consumer, sender = make_consumer(self._conf), Sender(self.settings, self.names, 1.0)
@@ -233,7 +244,7 @@ class Backfill:
             try:
                 jobs, refused = self._routes.jobs(message)
             except SchemaError:
-                self.progress.unreadable += 1  # the router has put it among the dead letters when it came
+                self.progress.unreadable += 1  # the router wrote its dead letter when it arrived
                 continue
             if refused:
                 where = f"{message.topic()}[{message.partition()}]@{message.offset()}"
@@ -254,7 +265,8 @@ class Backfill:
             )
 
     def _save(self, consumer: Consumer, ranges: dict[int, Range], at: dict[int, int]) -> None:
-        """Commit how far it is, and the range, for a run that goes on."""
+        """Commit the progress and the ranges, so that another run can continue. Raises `BrokerUnavailable` after
+        `COMMITS` failed commits, and `AccessDenied`."""
         done = all(at[p] >= r.end for p, r in ranges.items())
         offsets = [
             TopicPartition(
@@ -284,7 +296,7 @@ class Backfill:
 
 
 class _Pace:
-    """Seconds to wait so that no more than ``rate`` events a second pass; None never waits."""
+    """Compute waits that keep to ``rate`` events per second; None: no waits."""
 
     def __init__(self, rate: float | None) -> None:
         self._rate, self._next = rate, time.monotonic()
@@ -293,13 +305,14 @@ class _Pace:
         if self._rate is None:
             return 0.0
         now = time.monotonic()
-        # What was lost to a slow broker is not made up for: a pace is a promise to those downstream.
+        # Time lost to a slow broker is not caught up by more than 0.1 s: the rate protects systems downstream.
         self._next = max(self._next, now - 0.1) + count / self._rate
         return max(0.0, self._next - now)
 
 
 def known_to(job: Callable[[str], object], missing: type[Exception]) -> Callable[[str], bool]:
-    """``known`` by a status table's ``job``, which raises ``missing`` for an id that it does not have."""
+    """Make the parameter ``known`` of `Backfill` from a status table's ``job``, which raises ``missing`` for an unknown
+    id."""
 
     def known(job_id: str) -> bool:
         try:

@@ -1,8 +1,9 @@
-"""Where the router begins in partitions that its group has never committed, of topics that are read from their end.
+"""Decides where the router starts in partitions without a commit, for topics that are read from their end.
 
-The first member that reads such a topic writes into its commits how many partitions there were. So a partition without
-a commit is either one of those, which another member has not been given yet: it begins at its end, too. Or it was added
-later: it begins at its beginning, or what came before the router noticed it would be lost.
+The first member that reads such a topic writes the number of partitions into its commits. A partition without a commit
+below that number existed then, and no member has read it yet: it is read from its end. A partition from that number on
+was added later: it is read from its beginning, because events appended before the router noticed it would be lost
+otherwise.
 """
 
 from __future__ import annotations
@@ -16,14 +17,14 @@ from jobledger.log import LogReader, partitions_of
 
 
 def note(partitions: int) -> str:
-    """What every commit of such a topic carries: how many partitions it was first read with."""
+    """Return the metadata for every commit of such a topic: the number of partitions that it was first read with."""
     return json.dumps({"began_with": partitions})
 
 
 def began_with(notes: Iterable[str | None]) -> int | None:
-    """How many partitions a topic was first read with, by what its commits carry; None: it was never read.
+    """Return the number of partitions that a topic was first read with, from the metadata of its commits.
 
-    0 if none of them says: the group has read it from its beginning.
+    None: the topic has no commits. 0: no commit carries the number, so the group has read it from its beginning.
     """
     found, counts = list(notes), []
     for text in found:
@@ -37,8 +38,9 @@ def began_with(notes: Iterable[str | None]) -> int | None:
 
 
 def at_the_end(settings: Settings, group: str, topic: str, assigned: Sequence[int]) -> tuple[dict[int, int], str]:
-    """The offsets at which a member begins in those of its partitions that are to be read from their end, by number;
-    and the note for its commits of this topic. What is left out goes on where it was, or at its beginning.
+    """Return the start offsets of those assigned partitions that are to be read from their end, by partition number;
+    and the metadata for commits of this topic. The other partitions continue at their commit, or start at their
+    beginning.
 
     Raises `BrokerUnavailable`, `TopicMissing` or `AccessDenied`.
     """

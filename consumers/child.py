@@ -1,8 +1,8 @@
-"""A child process: runs one job after the other, each alone, and says what became of it.
+"""A child process: runs one job at a time and reports each job's outcome to the worker.
 
-It is forked, with the app imported, by the nursery (`jobledger.consumers.nursery`), and ends when the worker closes the
-connection. What it writes to standard error goes to the worker, which passes it on and keeps the last of it: of a child
-that dies these are the last words.
+The nursery (`jobledger.consumers.nursery`) has imported the app and forks the child. The child ends when the worker
+closes the connection. The worker passes on what the child writes to standard error and keeps the end of it, to explain
+the death of a child.
 """
 
 from __future__ import annotations
@@ -42,45 +42,45 @@ from jobledger.task_registry import Registry
 
 LOG = get_logger("jobledger.worker")
 
-#: Seconds between two looks at the memory in use while jobs come, and without a job until it is looked at.
+#: Least seconds between two checks for garbage while jobs arrive; and seconds without a job until the idle check.
 LOOK_S, IDLE_S = 0.1, 1.0
-#: The signals that tell code to end: its time is over, or its job was cancelled.
+#: Signals that tell the job's code to end: `LATE` at its timeout, `STOP` when it is cancelled.
 LATE, STOP = signal.SIGUSR1, signal.SIGUSR2
 #: Seconds between two progress messages of one job.
 PROGRESS_INTERVAL_S = 0.1
-#: What address space a job with ``max_memory`` may have beyond it: past that, Python says `MemoryError`. The worker
-#: looks at the memory in use a few times a second; this is for a job that takes much at once.
+#: Bytes of data (``RLIMIT_DATA``) that a job may allocate beyond its ``max_memory``; then Python raises `MemoryError`.
+#: The worker measures memory only every `children.WATCH_S` seconds; this limit stops a job that allocates much at once.
 HEADROOM = 256 << 20
 
-#: Milliseconds that a child which ends gives its spans to leave.
+#: Milliseconds that an ending child waits for its trace spans to be exported.
 FLUSH_MS = 1_500
 
 
 class Child:
-    """Serves one connection; see the module."""
+    """Run the jobs that arrive on one connection; see the module."""
 
     def __init__(self, registry: Registry, connection: socket.socket) -> None:
         self._registry, self._connection = registry, connection
         self._depth = forks.depth
         self._functions: dict[str, Callable[..., Any]] = {}
         self._loop: asyncio.Runner | None = None
-        self._running: asyncio.Task[Any] | None = None  # a coroutine task's
-        self._function: Callable[..., Any] | None = None  # that it runs
+        self._running: asyncio.Task[Any] | None = None  # the running coroutine job's
+        self._function: Callable[..., Any] | None = None  # the function of that coroutine job
         self._clock: asyncio.Timeout | None = None
-        self._inside = False  # a plain function's code runs
-        self._late = False  # the time of what runs was over
-        self._told: type[TaskInterrupted] | None = None  # what the code at hand was told
-        self._most: int | None = None  # the limit of memory that is set
+        self._inside = False  # the code of a plain function is running
+        self._late = False  # the running attempt exceeded its timeout
+        self._told: type[TaskInterrupted] | None = None  # the error that the running code was interrupted with
+        self._most: int | None = None  # the memory limit now set, in bytes
         self._reported_at = 0.0
         self._unsent: JobProgressed | None = None
         self._garbage = Garbage()
         self._comes = select.poll()
         self._comes.register(connection, select.POLLIN)
-        self._looked_at = 0.0  # at the memory in use
-        self._sending = threading.Lock()  # held to report, and to end a context: a job's thread may outlive the job
+        self._looked_at = 0.0  # when garbage was checked last
+        self._sending = threading.Lock()  # guards reports against the end of the context: a job's thread may outlive it
 
     def serve(self) -> None:
-        """Run what comes until the connection ends."""
+        """Run the jobs that arrive until the connection ends. In the main thread, because signals end a job."""
         for number in (LATE, STOP):
             signal.signal(number, self._interrupted)
         AWAIT.set(self._awaited)
@@ -88,14 +88,14 @@ class Child:
             run = decode_run(body)
             try:
                 said = self._run(run)
-            except BaseException as broken:  # noqa: BLE001  # the last guard: a process is never lost
+            except BaseException as broken:  # noqa: BLE001  # the last guard: a job never ends its process
                 said = ended(Failed("never", error_info(broken)))
             self._connection.sendall(frame(said))
             self._rest()
         self._close()
 
     def _rest(self) -> None:
-        """Between two jobs: see what garbage there is, now and then, and when no job comes."""
+        """Check for garbage between two jobs, at most every `LOOK_S` seconds; and each `IDLE_S` without a job."""
         now = time.monotonic()
         if now - self._looked_at >= LOOK_S:
             self._looked_at = now
@@ -123,7 +123,7 @@ class Child:
 
     def _run(self, run: Run) -> Ended:
         task = self._registry.tasks.get(run.task)
-        if task is None:  # the code on disk is not what the worker runs
+        if task is None:  # the code on disk differs from what the worker runs
             missing = LookupError(f"the child process has no task {run.task!r}: was the app changed under its worker?")
             return ended(judge(Retry(), run.attempt, missing, random.random()))
         try:
@@ -145,20 +145,20 @@ class Child:
         self._reported_at, self._unsent, self._late, self._told = 0.0, None, False, None
         try:
             value, error = self._call(task, context, kwargs)
-        except BaseException as raised:  # noqa: BLE001  # SystemExit is the job's, as in a thread
+        except BaseException as raised:  # noqa: BLE001  # SystemExit ends the job only, as in a thread
             value, error = None, raised
-        if forks.depth != self._depth:  # the code forked, and this is the child: the connection is its parent's
+        if forks.depth != self._depth:  # the job forked and this is the new process: the connection is its parent's
             forks.left(error)
         self._end(context)
         try:
             return ended(self._returned(task, value) if error is None else self._judge(task, run, error))
         finally:
-            error = None  # or its frame would hold it, and it the frame
+            error = None  # breaks a reference cycle: the error's traceback holds this frame
 
     def _call(
         self, task: Task[Any, Any], context: JobContext, kwargs: dict[str, Any]
     ) -> tuple[Any, BaseException | None]:
-        """What the code returned; or what it raised, if that is not raised here."""
+        """Return what the code returned, or what a coroutine raised. Raises what a plain function raises."""
         function = self._functions.get(task.name)
         if function is None:
             function = self._functions[task.name] = runner(task)
@@ -187,8 +187,11 @@ class Child:
         limit: float | None,
         said: list[tuple[Any, BaseException | None]],
     ) -> None:
-        """Put what comes of it into ``said``: asyncio looks at what a task returns or raises, which may break then, and
-        stop the loop."""
+        """Run the coroutine function and append its value and error to ``said``.
+
+        Neither is returned or raised, because asyncio inspects what a task returns or raises: an object that raises
+        when it is inspected would stop the loop.
+        """
         enter(context)
         self._running, self._function = asyncio.current_task(), function
         clock = self._clock = asyncio.timeout(limit)
@@ -203,7 +206,7 @@ class Child:
             self._late = self._late or clock.expired()
 
     def _plainly(self, function: Callable[..., Any], context: JobContext, kwargs: dict[str, Any]) -> Any:
-        """Run a function that `_interrupted` may end."""
+        """Run a plain function, which `_interrupted` may interrupt. Raises what it raises."""
         enter(context)
         value: Any = None
         returned = False
@@ -213,7 +216,7 @@ class Child:
             returned = True
             self._inside = False
         except TaskInterrupted:
-            # One is raised at most, so what follows is undisturbed. It may have come when the code was through.
+            # At most one is raised, so nothing interrupts from here on. After the code's return it is dropped.
             if not returned:
                 raise
         finally:
@@ -221,7 +224,10 @@ class Child:
         return value
 
     def _awaited(self, value: Awaitable[Any]) -> Any:
-        """Run what a function returned without awaiting it; `_interrupted` cancels it."""
+        """Run the awaitable that a plain function returned, and return its value. `_interrupted` cancels it.
+
+        Raises what the awaitable raises.
+        """
         said: list[tuple[Any, BaseException | None]] = []
 
         async def run() -> None:
@@ -244,7 +250,7 @@ class Child:
             if error is not None:
                 raise error
         finally:
-            error = None  # or its frame would hold it, and it the frame
+            error = None  # breaks a reference cycle, as in `_run`
         self._inside = True
         return found
 
@@ -261,7 +267,8 @@ class Child:
             raise self._told
 
     def _tell_blocked(self, frame: FrameType | None) -> None:
-        """The time of a coroutine has been over for a while: if its clock has not said so, its code blocks the loop."""
+        """Raise `TaskTimedOut` in a coroutine that is past its timeout and blocks the loop, so that `asyncio.timeout`
+        could not end it."""
         clock, function = self._clock, self._function
         if clock is None or function is None or clock.expired():
             return
@@ -269,12 +276,12 @@ class Child:
             self._late = True
             raise TaskTimedOut
 
-    # -- its end ------------------------------------------------------------------------------------------------------
+    # -- the outcome --------------------------------------------------------------------------------------------------
 
     def _returned(self, task: Task[Any, Any], value: Any) -> Outcome:
         try:
             return Succeeded(task.encode_result(value))
-        except BaseException as error:  # noqa: BLE001  # a result's own hooks may raise anything
+        except BaseException as error:  # noqa: BLE001  # encoding calls the result's own code, which may raise anything
             return bad_result(task.name, error)
 
     def _judge(self, task: Task[Any, Any], run: Run, error: BaseException) -> Outcome:
@@ -284,7 +291,7 @@ class Child:
 
     def _report(self, context: JobContext, progressed: JobProgressed) -> None:
         with self._sending:
-            if context.ended:  # since the context let it pass: what is sent now would count as the next job's
+            if context.ended:  # ended since the context checked: this report would count as the next job's
                 return
             now = time.monotonic()
             if now - self._reported_at < PROGRESS_INTERVAL_S:
@@ -294,7 +301,7 @@ class Child:
             self._send_progress(progressed)
 
     def _end(self, context: JobContext) -> None:
-        """The attempt's code has returned or raised: from now on its context takes no reports."""
+        """Stop reports from an attempt whose code has ended, and send the report that is still held back."""
         with self._sending:
             context.ended = True
             if self._unsent is not None:
@@ -305,18 +312,17 @@ class Child:
         self._connection.sendall(frame(Progress(said.sequence, said.done, said.total, said.message)))
 
     def _close(self) -> None:
-        with contextlib.suppress(Exception):  # logged there; and the process ends anyway
+        with contextlib.suppress(Exception):  # `close` logs; and the process ends anyway
             if self._loop is None:
                 self._loop = asyncio.Runner()
             self._loop.run(self._registry.resources.close())
             self._loop.close()
-        with contextlib.suppress(Exception):  # no `atexit` runs here, so what is batched would be lost
+        with contextlib.suppress(Exception):  # no `atexit` runs here, so batched spans would be lost
             tracing.flush(FLUSH_MS)
 
 
 def run_child(registry: Registry, connection: socket.socket, errors: int) -> None:
-    """Be a child, in a process that was just forked for it; does not return. ``errors``:
-    what standard error shall be."""
+    """Run as a child in a newly forked process; does not return. ``errors``: file descriptor for standard error."""
     status = 1
     try:
         os.dup2(errors, 2)
@@ -329,7 +335,7 @@ def run_child(registry: Registry, connection: socket.socket, errors: int) -> Non
         Child(registry, connection).serve()
         status = 0
     except (BrokenPipeError, ConnectionResetError):
-        status = 0  # the worker is gone, and nobody is left to be told
+        status = 0  # the worker has ended, so there is nothing to report
     except BaseException:
         LOG.exception("a child process failed")
     finally:
@@ -341,8 +347,8 @@ def run_child(registry: Registry, connection: socket.socket, errors: int) -> Non
 
 
 def limit_memory(most: int | None) -> None:
-    """Let allocations of this process fail, as `MemoryError`, well above ``most`` bytes; as far as the system has that.
-    None: no more."""
+    """Make allocations of this process fail with `MemoryError` at `HEADROOM` above ``most`` bytes, where the system
+    supports ``RLIMIT_DATA``. None: remove the limit."""
     import resource
 
     with contextlib.suppress(ValueError, OSError):
@@ -354,8 +360,8 @@ def limit_memory(most: int | None) -> None:
 
 
 def _die_with_the_nursery() -> None:
-    """Linux ends this process with its parent. Elsewhere the end of the connection does,
-    once the job at hand is over."""
+    """Have Linux kill this process when its parent ends. Elsewhere it ends when its connection does, after the current
+    job."""
     if sys.platform == "linux":
         import ctypes
 

@@ -1,7 +1,8 @@
-"""The child processes of a worker: kept warm, one job at a time in each, ended when a job will not end by itself.
+"""The pool of a worker's child processes. Each child is started ahead of time, runs one job at a time and is killed if
+its job does not end when told to.
 
-Everything here runs on the worker's event loop. Whatever happens to a child, its worker lives and says what became of
-the job: it timed out, took too much memory, was cancelled; or the process died of the job.
+Everything here runs on the worker's event loop. Whatever happens to a child, the worker survives and records the job's
+outcome: timed out, took too much memory, was cancelled, or its process died.
 """
 
 from __future__ import annotations
@@ -28,22 +29,26 @@ from jobledger.schemas.events import ErrorInfo
 
 LOG = get_logger("jobledger.worker")
 
-#: Seconds that a job gets to clean up after it was told to end; then its process is killed.
+#: Seconds that a job has to clean up after it was told to end. Then its process is killed.
 SOFT_S = 5.0
-#: Seconds after which a coroutine whose time is over, and that has not noticed, must be blocking its loop.
+#: Seconds past its timeout after which a coroutine that is still running must be blocking its event loop.
 BLOCKED_S = 0.25
-#: Seconds between two looks at the memory of children whose jobs have a limit.
+#: Seconds between two measurements of the memory of children whose jobs have a memory limit.
 WATCH_S = 0.05
-#: Seconds to wait for how a child ended, once its connection has.
+#: Seconds to wait for a child's exit status after its connection ended, or for the connection's end after its exit.
 STATUS_S = 2.0
-#: Share of ``max_memory`` from which on a child is replaced after its job: what it keeps would be the next one's.
+#: A child that holds more than this share of ``max_memory`` after its job is replaced: the memory would count against
+#: the next job.
 REPLACE_AT = 0.8
 
 
 @dataclass(frozen=True, slots=True)
 class ChildSettings:
-    """``most``: children at once, and ``spare`` more while jobs wait for one. ``jobs_each``: after so many jobs a child
-    is replaced. ``target``: see `target.find_target`."""
+    """Hold the settings of the pool.
+
+    ``most``: children at once. ``spare``: additional children while jobs wait for one. ``jobs_each``: a child is
+    replaced after so many jobs. ``target``: see `target.find_target`.
+    """
 
     most: int
     spare: int
@@ -53,11 +58,15 @@ class ChildSettings:
 
 
 class Children:
-    """The pool. ``said(work, outcome)``: a job's code came to that. ``died(work, error, blamed)``: its process
-    did, of it unless it is not ``blamed``. ``ended(work, why, error)``: we ended it, ``why``: ``timeout``,
-    ``memory`` or ``stop``. Each of these three frees the child and is told once for each `run`. ``take(work)`` is
-    asked when a child is free for it: False if it is not to be run, and then none of the three is told.
-    ``unusable(error)``: there can be no children.
+    """Run jobs in child processes.
+
+    For each `run`, one of three callbacks is called, once; the child is free by then. ``said(work, outcome)``: the
+    job's code ended with this outcome. ``died(work, error, blamed)``: the job's process ended by itself, or no child
+    can be started; ``blamed`` is whether the job may be the cause. ``ended(work, why, error)``: this pool ended the
+    job; ``why`` is ``timeout``, ``memory`` or ``stop``.
+
+    ``take(work)`` is called when a child is free for the job. It returns False if the job must not run any more; then
+    none of the three is called. ``unusable(error)``: no child can ever be started.
     """
 
     def __init__(
@@ -84,10 +93,10 @@ class Children:
         self.deaths = self.killed = 0
         self.broken: JobledgerError | None = None
 
-    # -- from outside -------------------------------------------------------------------------------------------------
+    # -- called by the worker -----------------------------------------------------------------------------------------
 
     def warm(self) -> None:
-        """Start the nursery and all children now, so that the first jobs need not wait."""
+        """Start the nursery and all ``most`` children, so that the first jobs need not wait."""
         self._loop = asyncio.get_running_loop()
         self._nursery.start()
         for _ in range(self._about.most):
@@ -95,7 +104,7 @@ class Children:
 
     @property
     def count(self) -> int:
-        """Children there are."""
+        """Number of children, those still being started included."""
         return len(self._all)
 
     def run(self, work: Work) -> None:
@@ -114,14 +123,15 @@ class Children:
         self._more()
 
     def forget(self, gone: Callable[[Work], bool]) -> list[Work]:
-        """Take those that wait for a child, and are ``gone``, out of here; none of them is told of any more."""
+        """Remove and return the jobs that wait for a child and for which ``gone`` is true. No callback is called for
+        them any more."""
         found = [work for work in self._waiting if gone(work)]
         for work in found:
             self._waiting.remove(work)
         return found
 
     def stop(self, work: Work) -> None:
-        """Tell the job to end; it is killed if it does not."""
+        """Tell the job to end, and kill its process if it is still running after `SOFT_S` seconds."""
         child = self._of.get(work)
         if child is None:
             with contextlib.suppress(ValueError):
@@ -132,11 +142,11 @@ class Children:
         child.timers.append(self._loop.call_later(SOFT_S, self._kill, child, "stop"))
 
     def holds(self, work: Work) -> bool:
-        """Whether it runs here, or waits here for a child."""
+        """Return whether the job runs in a child or waits for one."""
         return work in self._of or work in self._waiting
 
     def abandoned(self, work: Work) -> None:
-        """Nobody wants to know any more what it comes to: kill it. It is told as ended."""
+        """Kill the job at once, because its outcome is no longer wanted. ``ended`` is called for it."""
         child = self._of.get(work)
         if child is not None:
             self._kill(child, "stop")
@@ -144,7 +154,7 @@ class Children:
             self.stop(work)
 
     async def close(self, seconds: float = 2.0) -> None:
-        """Let idle children end, and everything after ``seconds``."""
+        """End idle children now, busy ones after their job; kill those that remain after ``seconds``."""
         self._closing = True
         for child in list(self._all):
             child.leaving = True
@@ -161,7 +171,7 @@ class Children:
             self._forget(child)
 
     def abandon(self) -> None:
-        """End every child and the nursery at once, without the loop: it has ended."""
+        """Kill every child and the nursery at once. For use after the event loop has ended."""
         self._closing = True
         for child in list(self._all):
             child.kill()
@@ -191,14 +201,14 @@ class Children:
             self._on_died(work, ErrorInfo("ChildProcessError", str(error)), False)
 
     def _more(self) -> None:
-        """As many children as there are to be, and as many more as are waited for."""
+        """Start one more child if there are fewer than ``most``, or ``most + spare`` while jobs wait."""
         staying = sum(not child.leaving for child in self._all)
         spare = self._about.spare if len(self._waiting) > self._nursery.expected else 0
         if staying < self._about.most + spare:
             self._hatch()
 
     def _next(self) -> Work | None:
-        """What a child that is free runs now."""
+        """Return the next waiting job that may run, or None."""
         while self._waiting:
             work = self._waiting.popleft()
             if self._take(work):
@@ -206,7 +216,7 @@ class Children:
         return None
 
     def _hatch(self) -> None:
-        """Ask for one more child."""
+        """Ask the nursery for one more child. Ask again later if the system has no file left."""
         if self._closing or not self._nursery.listens:
             return
         child = Child(self)
@@ -219,7 +229,10 @@ class Children:
         self._all.add(child)
 
     def _use(self, child: Child) -> None:
-        """It is free: give it what waits. One job at a time: what it says next is of that."""
+        """Give a free child the next waiting job. Dismiss the child if there are too many, else keep it idle.
+
+        A child has one job at a time, so its next message is about that job.
+        """
         assert child.work is None
         if child.gone:
             return
@@ -246,8 +259,8 @@ class Children:
         work.context = None
         child.work, child.why, child.peak = work, None, 0
         self._of[work] = child
-        child.words.forget()  # what former jobs wrote explains nothing of this one
-        spec = event.fact.spec  # type: ignore[union-attr]  # it stood on a work topic
+        child.words.forget()  # what earlier jobs wrote does not explain this job's end
+        spec = event.fact.spec  # type: ignore[union-attr]  # a work topic holds only such facts
         child.send(
             frame(
                 Run(
@@ -266,7 +279,7 @@ class Children:
         )
         limit = plan.task.timeout
         if limit is not None:
-            # A coroutine sees to that itself, unless it blocks its loop.
+            # A coroutine ends at its own `asyncio.timeout`, so it gets the signal only if it blocks its loop.
             told = limit + BLOCKED_S if plan.is_async else limit
             child.timers.append(self._loop.call_later(told, child.signal, LATE))
             child.timers.append(self._loop.call_later(limit + SOFT_S, self._kill, child, "timeout"))
@@ -305,7 +318,7 @@ class Children:
         return work
 
     def said(self, child: Child, outcome: Outcome) -> None:
-        if child.why is not None:  # it was through at the last moment, and dies all the same
+        if child.why is not None:  # the job ended just before the kill, which ends the child nevertheless
             child.leaving = True
         most = None
         if child.work is not None and child.work.plan is not None:
@@ -322,7 +335,7 @@ class Children:
             self._on_said(work, outcome)
 
     def lost(self, child: Child) -> None:
-        """Its connection ended: it has ended, or is about to."""
+        """Handle the end of the child's connection: the child has exited, or is about to."""
         child.gone = True
         if child in self._idle:
             self._idle.remove(child)
@@ -332,8 +345,8 @@ class Children:
             self._loop.call_later(0.01, self._bury, child)
 
     def _has_died(self, child: Child) -> None:
-        # What it said last may still be on its way. That its connection ends is not waited for: what it has started may
-        # hold that open.
+        # Its last messages may still arrive. The wait for the end of its connection is bounded, because a process that
+        # it started may hold the connection open.
         self._loop.call_later(0.01 if child.gone else STATUS_S, self._bury, child)
 
     def _bury(self, child: Child) -> None:

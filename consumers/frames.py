@@ -1,7 +1,7 @@
-"""What a worker and its child processes say to each other: messages, each with its length before it.
+"""The messages between a worker and its child processes, as MessagePack with the length in front.
 
-Nothing is pickled: arguments and results are the JSON that stands in the log, and an exception travels as the outcome
-that the child judged it to be.
+Nothing is pickled. Arguments and results are the JSON that the log holds. The child turns an exception into an outcome
+and sends that.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ LENGTH = struct.Struct(">I")
 
 
 class Run(msgspec.Struct, array_like=True, gc=False):
-    """Worker → child: run an attempt."""
+    """Worker → child: run this attempt."""
 
     task: str
     args: bytes
@@ -34,7 +34,7 @@ class Run(msgspec.Struct, array_like=True, gc=False):
 
 
 class Progress(msgspec.Struct, array_like=True, tag="p", gc=False):
-    """Child → worker: what the job reported of itself."""
+    """Child → worker: progress that the job reported."""
 
     sequence: int
     done: int
@@ -43,7 +43,7 @@ class Progress(msgspec.Struct, array_like=True, tag="p", gc=False):
 
 
 class Ended(msgspec.Struct, array_like=True, tag="e", gc=False):
-    """Child → worker: the attempt ended so. ``kind``: ``ok``, ``retried``, ``snoozed`` or ``failed``."""
+    """Child → worker: the outcome of the attempt. ``kind``: ``ok``, ``retried``, ``snoozed`` or ``failed``."""
 
     kind: str
     result: bytes | None = None
@@ -60,19 +60,19 @@ decode_said = msgspec.msgpack.Decoder(Said).decode
 
 
 def frame(message: Any) -> bytes:
-    """A message as bytes, its length first."""
+    """Encode a message, with the length of its body in front: 4 bytes, big-endian."""
     body = _encoder.encode(message)
     return LENGTH.pack(len(body)) + body
 
 
 class Splitter:
-    """Finds the messages in a stream of bytes."""
+    """Split a stream of bytes into message bodies."""
 
     def __init__(self) -> None:
         self._rest = bytearray()
 
     def feed(self, data: bytes) -> Iterator[bytes]:
-        """The bodies that are complete now."""
+        """Take more bytes and yield the bodies that are complete."""
         rest = self._rest
         rest += data
         at = 0
@@ -87,7 +87,7 @@ class Splitter:
 
 
 def ended(outcome: Outcome) -> Ended:
-    """An outcome as a message."""
+    """Build the message for an outcome. Raises `TypeError` for an outcome that a child never sends."""
     match outcome:
         case Succeeded(result):
             return Ended("ok", result)
@@ -101,7 +101,7 @@ def ended(outcome: Outcome) -> Ended:
 
 
 def outcome_of(said: Ended) -> Outcome:
-    """The outcome that a message tells. Raises `ValueError` for none that a child can have sent."""
+    """Return the outcome that a message carries. Raises `ValueError` for a message that no child can have sent."""
     if said.kind == "ok":
         return Succeeded(said.result)
     if said.kind == "snoozed":
@@ -109,5 +109,5 @@ def outcome_of(said: Ended) -> Outcome:
     if said.error is not None and said.kind == "retried":
         return Retried(ErrorInfo(*said.error), said.delay_ms)
     if said.error is not None and said.kind == "failed" and said.reason is not None:
-        return Failed(said.reason, ErrorInfo(*said.error))  # type: ignore[arg-type]  # as a child wrote it
+        return Failed(said.reason, ErrorInfo(*said.error))  # type: ignore[arg-type]  # a child sends allowed ones only
     raise ValueError(f"a child said {said!r}")

@@ -1,7 +1,8 @@
-"""Ends a function that runs in a thread, as far as Python lets anybody: an exception is raised inside it.
+"""Interrupts a job's function that runs in a thread, by raising an exception inside it.
 
-It is raised at the next bytecode the thread executes. Code that waits in a call outside of Python (a `time.sleep`, a
-socket, a C library) learns of it when that call returns; nothing can be done about that but `isolation="process"`.
+Python raises the exception at the next bytecode that the thread executes. Code that waits in a call outside of Python
+(a `time.sleep`, a socket, a C library) receives it when that call returns. Only `isolation="process"` can end such a
+call.
 """
 
 from __future__ import annotations
@@ -24,29 +25,30 @@ _raise_in = ctypes.pythonapi.PyThreadState_SetAsyncExc
 
 
 class _Awaited:
-    """An awaitable that a function in a thread returned, as it runs on the event loop."""
+    """Run on the event loop an awaitable that a function in a thread returned."""
 
     def __init__(self, awaitable: Awaitable[Any]) -> None:
         self._awaitable = awaitable
         self.task: asyncio.Task[None] | None = None
-        self._context = contextvars.copy_context()  # the job's
+        self._context = contextvars.copy_context()  # the job's context
         self.stopped = False
         self.ended = threading.Event()
         self.value: Any = None
         self.error: BaseException | None = None
 
     def start(self, loop: asyncio.AbstractEventLoop) -> None:
-        """Run it; on the event loop."""
+        """Start the awaitable. On the event loop."""
         self.task = loop.create_task(self._run(), context=self._context)
 
     def stop(self) -> None:
-        """Cancel it; on the event loop."""
+        """Cancel the awaitable. On the event loop."""
         self.stopped = True
         if self.task is not None:
             self.task.cancel()
 
     async def _run(self) -> None:
-        # What comes of it is kept here: asyncio looks at what a task returns or raises, and that may break then.
+        # Value and error are kept here, because asyncio inspects what a task returns or raises. A job's object may
+        # raise when it is inspected.
         try:
             if self.stopped:
                 if inspect.iscoroutine(self._awaitable):
@@ -59,12 +61,12 @@ class _Awaited:
             self.ended.set()
 
 
-#: The code that awaits what a function in a thread returned.
+#: The code object that awaits what a function in a thread returned.
 AWAITED: CodeType = _Awaited._run.__code__
 
 
 def runs_inside(frame: FrameType | None, caller: CodeType, function: Callable[..., Any]) -> bool:
-    """Whether ``frame`` runs code of ``function`` that ``caller`` has called, and not ``caller``'s own."""
+    """Return whether ``frame`` is inside a call of ``function`` made by ``caller``, not in ``caller``'s own code."""
     inner: FrameType | None = None
     while frame is not None and frame.f_code is not caller:
         inner, frame = frame, frame.f_back
@@ -72,20 +74,20 @@ def runs_inside(frame: FrameType | None, caller: CodeType, function: Callable[..
 
 
 class Interrupts:
-    """Which thread runs which job's code now. An attempt is interrupted once at most."""
+    """Know which thread runs which job's code, and interrupt it. An attempt is interrupted at most once."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._inside: dict[Work, int] = {}
         self._waiting: dict[Work, _Awaited] = {}
-        #: The worker's: where a coroutine runs that a function returned. Set before the first call.
+        #: The worker's event loop, on which awaitables that functions return are run. Set before the first call.
         self.loop: asyncio.AbstractEventLoop | None = None
         self._depth = forks.depth
 
     def call(self, work: Work) -> Any:
-        """Run the job's code in this thread; nothing interrupts it any more when this has returned or raised.
+        """Run the job's code in this thread and return its value. Nothing interrupts the thread after this call.
 
-        Raises what the code raises. An interrupt that comes when the code has returned already is dropped.
+        Raises what the code raises. An interrupt that arrives after the code has returned is dropped.
         """
         assert work.plan is not None
         value: Any = None
@@ -95,16 +97,16 @@ class Interrupts:
             try:
                 with self._lock:
                     self._inside[work] = threading.get_ident()
-                if work.stop_outcome is not None:  # cancelled before it was here
+                if work.stop_outcome is not None:  # cancelled before its code started
                     raise TaskCancelled
                 value = settled(work.plan.fn(**work.kwargs))
                 returned = True
-            except BaseException as raised:  # noqa: BLE001  # whatever it is, it is raised again below
+            except BaseException as raised:  # noqa: BLE001  # raised again below
                 error = raised
-            if forks.depth != self._depth:  # the code forked, and this is the child
+            if forks.depth != self._depth:  # the job forked and this is the new process
                 forks.left(error)
             self._leave(work)
-        except TaskInterrupted as late:  # there is one at most, so what follows is undisturbed
+        except TaskInterrupted as late:  # at most one is raised, so nothing interrupts from here on
             self._leave(work)
             if not returned and error is None:
                 error = late
@@ -113,12 +115,13 @@ class Interrupts:
         try:
             raise error
         finally:
-            error = None  # or its frame would hold it, and it the frame
+            error = None  # breaks a reference cycle: the error's traceback holds this frame
 
     def wait(self, value: Awaitable[Any]) -> Any:
-        """Run on the worker's event loop what a job's function returned without awaiting it. In the job's thread.
+        """Run an awaitable that a job's function returned on the worker's event loop, and return its value. Called in
+        the job's thread, which waits until the awaitable has ended.
 
-        It is cancelled where a function would be interrupted, and the thread waits until it has ended.
+        An interrupt cancels the awaitable. Raises the interrupt's error in that case, else what the awaitable raises.
         """
         loop = self.loop
         assert loop is not None
@@ -148,19 +151,19 @@ class Interrupts:
             error = None  # as in `call`
 
     def work_of(self, task: asyncio.Task[Any]) -> Work | None:
-        """The job whose function returned what runs as this task of the event loop. From any thread."""
+        """Return the job whose returned awaitable runs as this task of the event loop, or None. From any thread."""
         with self._lock:
             return next((work for work, awaited in self._waiting.items() if awaited.task is task), None)
 
     def _leave(self, work: Work) -> None:
         with self._lock:
             if self._inside.pop(work, None) is not None and work.interrupted is not None:
-                # Asked for, and perhaps not raised yet.
+                # The exception was requested and may not have been raised yet: withdraw it.
                 _raise_in(ctypes.c_ulong(threading.get_ident()), None)
 
     def interrupt(self, work: Work, error: type[TaskInterrupted]) -> bool:
-        """Raise ``error`` inside the job's code; False if no thread runs it, or it was
-        told already. From any thread."""
+        """Raise ``error`` inside the job's code. Return False if no thread runs that code, or it was interrupted
+        already. From any thread."""
         with self._lock:
             thread = self._inside.get(work)
             if thread is None or work.interrupted is not None:

@@ -1,11 +1,14 @@
-"""The process that child processes are forked from: the app is imported once, and no thread runs.
+"""The nursery: the process that a worker's child processes are forked from. It imports the app once and starts no
+thread of its own.
 
-A worker itself cannot fork: its threads, the Kafka client's among them, would be cut off in the middle of whatever they
-hold. So it starts this process at first, over a socket asks it for children, and is told of their ends.
+A worker cannot fork itself: its threads, the Kafka client's among them, do not exist in the new process, and locks that
+they held stay locked there. So a worker starts this process, asks it for children over a socket, and hears from it when
+a child ends.
 
-Worker → nursery: the byte ``F``, with two file descriptors: the child's connection and its standard error.
-Nursery → worker: lines of JSON, ``{"ready": threads}``, ``{"born": pid}`` in the order asked for, ``{"died": pid,
-"status": waitpid's}``. The end of the socket ends the nursery, and with it all children.
+Worker → nursery: the byte ``F`` with two file descriptors, the child's connection and its standard error.
+Nursery → worker: lines of JSON. ``{"ready": threads}`` once; ``{"born": pid}`` in the order of the requests;
+``{"died": pid, "status": status}`` with the status of ``waitpid``. When the socket ends, the nursery kills its children
+and ends.
 """
 
 from __future__ import annotations
@@ -22,21 +25,22 @@ import sys
 from jobledger.consumers.child import run_child
 from jobledger.task_registry import Registry
 
-#: Whether this process imports an app to fork children from it.
+#: Whether this process is a nursery that imports an app.
 IMPORTING = False
 
 
 class Nursery:
-    """Serves one worker; see the module."""
+    """Fork and reap the children of one worker; see the module."""
 
     def __init__(self, registry: Registry, control: socket.socket) -> None:
         self._registry, self._control = registry, control
         self._children: set[int] = set()
 
     def serve(self) -> None:
-        """Fork children until the worker is gone."""
+        """Fork children until the worker closes the socket. In the main thread, because it sets signal handlers."""
         for number in (signal.SIGINT, signal.SIGTERM):
-            # Told to a whole group, these are for the worker, who lets us end. No SIG_IGN: that would outlive an exec.
+            # These may reach a whole process group. They are for the worker, which ends this process by closing the
+            # socket. Not SIG_IGN: a program that a job starts would inherit it.
             signal.signal(number, lambda number, frame: None)
         woken, wakes = socket.socketpair()
         for end in (woken, wakes):
@@ -44,7 +48,7 @@ class Nursery:
         signal.signal(signal.SIGCHLD, lambda number, frame: None)
         signal.set_wakeup_fd(wakes.fileno(), warn_on_full_buffer=False)
         gc.collect()
-        gc.freeze()  # pages that are shared stay so
+        gc.freeze()  # the collector then leaves these objects alone, so their pages stay shared
         self._say({"ready": _threads()})
         selector = selectors.DefaultSelector()
         selector.register(self._control, selectors.EVENT_READ)
@@ -66,7 +70,7 @@ class Nursery:
         self._control.sendall(json.dumps(said).encode() + b"\n")
 
     def _ask(self) -> bool:
-        """Take one request; False at the end of the socket."""
+        """Handle one request; return False at the end of the socket."""
         wanted, descriptors, _, _ = socket.recv_fds(self._control, 1, 2)
         if not wanted:
             return False
@@ -86,7 +90,7 @@ class Nursery:
         signal.set_wakeup_fd(-1)
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         with contextlib.suppress(OSError):
-            os.setpgid(0, 0)  # what the job starts ends with it
+            os.setpgid(0, 0)  # processes that the job starts are killed with it
         self._control.close()
         run_child(self._registry, socket.socket(fileno=connection), errors)
 
@@ -99,19 +103,19 @@ class Nursery:
             if pid == 0:
                 return
             self._children.discard(pid)
-            _kill(pid, ended=True)  # what the job started, and what may hold the connection open
+            _kill(pid, ended=True)  # its own children, which may hold the connection open
             self._say({"died": pid, "status": status})
 
 
 def _kill(pid: int, *, ended: bool = False) -> None:
-    """End a child and what it started; if it has ``ended``, only the latter: its number may be another's by now."""
+    """Kill a child and the processes it started. If it has ``ended``, kill only the latter: its pid may be reused."""
     for kill in (os.killpg,) if ended else (os.killpg, os.kill):
         with contextlib.suppress(ProcessLookupError, PermissionError):
             kill(pid, signal.SIGKILL)
 
 
 def _threads() -> int:
-    """Threads of this process."""
+    """Return the number of threads of this process."""
     try:
         return len(os.listdir("/proc/self/task"))
     except OSError:

@@ -1,6 +1,6 @@
-"""A worker's end of its nursery (`nursery`, which children are forked from): started, heard, and started again when it died.
+"""The worker's client of its nursery (`nursery`): starts the process that children are forked from, and restarts it.
 
-It knows children as processes; what runs in them is `children.Children`'s.
+This module knows children only as processes. Which jobs run in them is decided in `children.Children`.
 """
 
 from __future__ import annotations
@@ -25,15 +25,19 @@ from jobledger.logger import get_logger
 
 LOG = get_logger("jobledger.worker")
 
-#: Seconds until a nursery that died is started anew, and the longest such wait.
+#: Seconds until a nursery that ended is restarted: after the first end, and the longest wait after further ones.
 AGAIN_S, AGAIN_MOST_S = 0.5, 30.0
 
 
 @dataclass(frozen=True, slots=True)
 class Told:
-    """Whom a nursery tells, always on the loop. ``there(child)``: it lives and is connected; once for each. ``died(child)``:
-    its ``status`` is known. ``gone(unborn)``: the nursery has ended, and with it every child; these were asked for in vain.
-    ``again()``: it has been started again. ``unusable(error)``: there can be no children; after that it is told nothing."""
+    """Hold the callbacks of a nursery, all called on the event loop.
+
+    ``there(child)``: the child runs and is connected; once for each. ``died(child)``: the child has ended and its
+    ``status`` is set. ``gone(unborn)``: the nursery has ended, and every child with it; ``unborn`` had been requested
+    but not forked. ``again()``: the nursery was restarted. ``unusable(error)``: no child can be started; no callback
+    follows.
+    """
 
     there: Callable[[Child], None]
     died: Callable[[Child], None]
@@ -43,7 +47,10 @@ class Told:
 
 
 class NurseryLink:
-    """``target``: what it imports, see `target.find_target`. Everything but `abandon` belongs to the loop."""
+    """Start a nursery process and ask it for children.
+
+    ``target``: the app that it imports, see `target.find_target`. All methods but `abandon` run on the event loop.
+    """
 
     def __init__(self, target: str, settings: Settings, tell: Told) -> None:
         self._target, self._settings, self._tell = target, settings, tell
@@ -53,28 +60,28 @@ class NurseryLink:
         self._ready = self._closing = False
         self._again_s = AGAIN_S
         self._lines = b""
-        self._born: deque[Child] = deque()  # asked for, the oldest first
+        self._born: deque[Child] = deque()  # requested, not forked yet, the oldest first
         self._by_pid: dict[int, Child] = {}
         self._tasks: set[asyncio.Task[None]] = set()
-        self._heard: weakref.WeakSet[Words] = weakref.WeakSet()  # also what a child's own children write
+        self._heard: weakref.WeakSet[Words] = weakref.WeakSet()  # ended children's too: their own children may write
 
     @property
     def running(self) -> bool:
-        """Whether it has been started, and has not ended."""
+        """Whether the nursery was started and has not ended."""
         return self._process is not None
 
     @property
     def listens(self) -> bool:
-        """Whether it can be asked for children, and tells of their ends."""
+        """Whether the nursery takes requests for children and reports their ends."""
         return self._control is not None
 
     @property
     def expected(self) -> int:
-        """Children asked for that are not there yet."""
+        """Number of children requested that have no pid yet."""
         return len(self._born)
 
     def start(self) -> None:
-        """Start it. Errors: `OSError`, if the system has no process or no file left."""
+        """Start the nursery. Raises `OSError` if the system has no process or no file left."""
         self._loop = asyncio.get_running_loop()
         ours, theirs = socket.socketpair()
         rest = {
@@ -90,7 +97,7 @@ class NurseryLink:
                 stderr=subprocess.PIPE,
                 start_new_session=True,
             )
-        # Not as an argument: a URL may hold a password, and arguments are seen by all who list the machine's processes.
+        # Not as an argument: a URL may hold a password, and every user of the machine can list arguments of processes.
         assert self._process.stdin is not None
         with contextlib.suppress(BrokenPipeError), self._process.stdin as told:
             told.write(json.dumps(rest).encode())
@@ -103,8 +110,10 @@ class NurseryLink:
             self._words.listen(self._loop, os.dup(errors.fileno()))
 
     def fork(self, child: Child) -> None:
-        """Ask for this one; it `listens`. Errors: `OSError`, among others if no more files may be opened; then nothing
-        has been asked for."""
+        """Ask the nursery, which must be listening (`listens`), to fork ``child``.
+
+        Raises `OSError`, for example if no more files may be opened. Then nothing was requested.
+        """
         assert self._control is not None
         with contextlib.ExitStack() as theirs_of, contextlib.ExitStack() as ours_of:
             ours, theirs = socket.socketpair()
@@ -115,7 +124,7 @@ class NurseryLink:
             theirs_of.callback(os.close, write)
             socket.send_fds(self._control, [b"F"], [theirs.fileno(), write])
             ours_of.pop_all()
-        # Only now: children are told of in the order in which they were asked for.
+        # Only after the request was sent: the nursery answers in the order of the requests.
         self._born.append(child)
         ours.setblocking(False)
         child.words.listen(self._loop, read)
@@ -125,17 +134,17 @@ class NurseryLink:
         task.add_done_callback(self._tasks.discard)
 
     def forget(self, child: Child) -> None:
-        """Nothing more is told of it."""
+        """Call no ``died`` for this child any more."""
         self._by_pid.pop(child.pid, None)
 
     def closing(self) -> None:
-        """Its end is meant from now on: what has not connected never will."""
+        """Expect the end of the nursery from now on, and cancel connections that are still being made."""
         self._closing = True
         for task in list(self._tasks):
             task.cancel()
 
     async def close(self, seconds: float) -> None:
-        """End it, after ``seconds`` by force, and read no more of what children, and what they started, still write."""
+        """End the nursery, by force after ``seconds``, and stop reading the standard error of all children."""
         self._hang_up()
         process, self._process = self._process, None
         if process is not None:
@@ -148,7 +157,7 @@ class NurseryLink:
             words.close()
 
     def abandon(self) -> None:
-        """End it at once, without the loop: that has ended."""
+        """Kill the nursery at once. For use after the event loop has ended."""
         self._closing = True
         if self._process is not None:
             self._process.kill()
@@ -196,7 +205,10 @@ class NurseryLink:
                     )
 
     def _has_ended(self) -> None:
-        """With it died all children: they are its children, and the system sees to it."""
+        """Handle the end of the nursery: report it, and schedule a restart unless it never became ready.
+
+        All children are treated as dead. On Linux the system kills them with their parent.
+        """
         self._hang_up()
         process, self._process = self._process, None
         assert process is not None
@@ -212,7 +224,7 @@ class NurseryLink:
         self._tell.gone(unborn)
         code = process.returncode
         if not self._ready:
-            self._loop.call_later(0.2, self._give_up, code)  # its last words may still be on their way
+            self._loop.call_later(0.2, self._give_up, code)  # its last output may still arrive
             return
         LOG.error("the process from which children are forked ended with %s; it is restarted", code)
         self._loop.call_later(self._again_s, self._start_again)
@@ -251,7 +263,7 @@ class NurseryLink:
         self._arrived(child)
 
     def _arrived(self, child: Child) -> None:
-        """Its pid or its connection came; with the second of the two it is there, once."""
+        """Report the child as there, once, when both its pid and its connection are known."""
         if child.pid and child.transport is not None and not child.there:
             child.there = True
             self._tell.there(child)

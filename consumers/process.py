@@ -1,4 +1,4 @@
-"""One child process as its worker sees it: its connection, its last words, how it ended."""
+"""The worker's handle of one child process: its connection, its last output, how it ended."""
 
 from __future__ import annotations
 
@@ -14,27 +14,28 @@ from jobledger.consumers.outcome import MESSAGE_LIMIT, TRACEBACK_LIMIT, Outcome,
 from jobledger.consumers.work import Work
 from jobledger.schemas.events import ErrorInfo, JobProgressed
 
-#: Characters of standard error that are kept as last words.
+#: Bytes of standard error that are kept, the last ones.
 LAST_WORDS = 4_000
 
 PAGE = os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 4096
 
 
 class Owner(Protocol):
-    """Who is told of a child."""
+    """The pool that a child reports to. Both methods run on the event loop."""
 
     def said(self, child: Child, outcome: Outcome) -> None:
-        """The code of its job came to an end."""
+        """Take the outcome of the child's job."""
 
     def lost(self, child: Child) -> None:
-        """Its connection ended: it has ended, or is about to."""
+        """Handle the end of the child's connection: the child has exited, or is about to."""
 
 
 class Words:
-    """A process's standard error: passed on as it comes, and the last of it kept.
+    """Pass on a process's standard error as it arrives, and keep the last `LAST_WORDS` bytes of it.
 
-    Read by hand, because uvloop's transport of a pipe closes its descriptor twice, the second time perhaps somebody
-    else's: a job's file, in another thread (github.com/MagicStack/uvloop/issues/763).
+    It is not read through a transport, because uvloop's transport of a pipe closes its descriptor twice. By the second
+    time the number may belong to another file, such as a job's in another thread
+    (github.com/MagicStack/uvloop/issues/763).
     """
 
     def __init__(self) -> None:
@@ -43,20 +44,20 @@ class Words:
         self._loop: asyncio.AbstractEventLoop
 
     def listen(self, loop: asyncio.AbstractEventLoop, fd: int) -> None:
-        """Read ``fd``, which is ours from now on, until its end."""
+        """Read ``fd`` until its end, and close it."""
         os.set_blocking(fd, False)
         self._loop, self._fd = loop, fd
         loop.add_reader(fd, self._read)
 
     def close(self) -> None:
-        """Read no more. A second call does nothing."""
+        """Stop reading and close the descriptor. A second call does nothing."""
         fd, self._fd = self._fd, -1
         if fd >= 0:
             self._loop.remove_reader(fd)
             os.close(fd)
 
     def forget(self) -> None:
-        """Pass on what has been written until now, and keep none of it."""
+        """Pass on what has been written until now, up to 64 KiB, and clear what is kept."""
         if self._fd >= 0:
             self._read()
         self.kept = b""
@@ -72,13 +73,13 @@ class Words:
             self.close()
             return
         self.kept = (self.kept + data)[-LAST_WORDS:]
-        with contextlib.suppress(Exception):  # nobody reads ours: that is not the job's fault
+        with contextlib.suppress(Exception):  # a closed standard error of the worker must not fail the job
             sys.stderr.write(data.decode("utf-8", "replace"))
             sys.stderr.flush()
 
 
 class Child(asyncio.Protocol):
-    """One child, as the worker sees it."""
+    """The worker's handle of one child, and the protocol of its connection. On the event loop."""
 
     def __init__(self, owner: Owner) -> None:
         self._owner = owner
@@ -87,26 +88,26 @@ class Child(asyncio.Protocol):
         self.transport: asyncio.Transport | None = None
         self.pid = 0
         self.pidfd = -1
-        self.status: int | None = None  # waitpid's, once it has ended
+        self.status: int | None = None  # as of `waitpid`, once it has ended
         self.work: Work | None = None
         self.jobs = 0
-        self.there = False  # it lives, and it is connected
-        self.leaving = False  # told to end, when its job is over
-        self.gone = False
-        self.orphan = False  # ended because the nursery did
-        self.why: str | None = None  # why we killed it: timeout, memory, stop
+        self.there = False  # both its pid and its connection are known
+        self.leaving = False  # it is to end, after its job
+        self.gone = False  # its connection has ended
+        self.orphan = False  # killed because the nursery ended
+        self.why: str | None = None  # why the pool killed it: timeout, memory, stop
         self.timers: list[asyncio.TimerHandle] = []
         self.peak = 0
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self.transport = transport  # type: ignore[assignment]  # a socket's
+        self.transport = transport  # type: ignore[assignment]  # of a socket, so it is a Transport
 
     def data_received(self, data: bytes) -> None:
         for body in self._split.feed(data):
             try:
                 said = decode_said(body)
-            except Exception as exc:  # noqa: BLE001  # a job's code that writes there, say
-                # Its last words shall tell why it is not believed any more.
+            except Exception as exc:  # noqa: BLE001  # for example if the job's code writes to the connection
+                # The error that is recorded for the job shows this text.
                 self.words.kept = f"what the process said to its worker cannot be read: {exc!r}".encode()
                 self.kill()
                 return
@@ -124,7 +125,7 @@ class Child(asyncio.Protocol):
             self.transport.write(data)
 
     def signal(self, number: int) -> None:
-        """A signal to the process, if it is still there."""
+        """Send a signal to the process, if it still exists."""
         with contextlib.suppress(ProcessLookupError, OSError):
             if self.pidfd >= 0:
                 signal.pidfd_send_signal(self.pidfd, number)
@@ -132,14 +133,14 @@ class Child(asyncio.Protocol):
                 os.kill(self.pid, number)
 
     def kill(self) -> None:
-        """End the process, and those it started."""
+        """Kill the process and those it started."""
         with contextlib.suppress(ProcessLookupError, PermissionError):
             if self.pid and self.status is None:
                 os.killpg(self.pid, signal.SIGKILL)
         self.signal(signal.SIGKILL)
 
     def memory(self) -> int:
-        """Bytes in use; 0 where the system does not tell."""
+        """Return the resident memory in bytes; 0 where the system has no ``/proc``, or the process has ended."""
         try:
             with open(f"/proc/{self.pid}/statm", "rb") as file:
                 return int(file.read().split()[1]) * PAGE
@@ -148,7 +149,7 @@ class Child(asyncio.Protocol):
 
 
 def end_of(status: int | None) -> str:
-    """``waitpid``'s status in words."""
+    """Describe a status of ``waitpid`` in words."""
     if status is None:
         return "it left no exit status"
     code = os.waitstatus_to_exitcode(status)
@@ -161,7 +162,7 @@ def end_of(status: int | None) -> str:
 
 
 def last_words(status: int | None, errors: bytes) -> ErrorInfo:
-    """How a child ended, and what it wrote to standard error last, as an error."""
+    """Build the error of a child that ended by itself, from its exit status and its last standard error."""
     text = errors.decode("utf-8", "replace").strip()
     said = f"the process that ran it ended by itself: {end_of(status)}"
     if text:

@@ -1,7 +1,8 @@
-"""The router: reads domain events and submits one job for each of their handlers. Keeps no state and asks nobody.
+"""The router: reads domain events and submits one job for each of their handlers. It keeps no state but its offsets.
 
-A job's id follows from the event's and the handler's, so whatever is routed again, after a crash or by a successor, is
-the same job. Offsets are committed after every job of a batch has been acknowledged; so nothing is skipped, either.
+A job's id is derived from the event's id and the handler. So an event that is routed again, after a crash or by another
+router, results in the same job. Offsets are committed after the broker has acknowledged every job of a batch, so no
+event is skipped.
 """
 
 from __future__ import annotations
@@ -42,19 +43,18 @@ from jobledger.writer import Outgoing
 
 LOG = get_logger("jobledger.router")
 
-#: Events of one batch: what a crash routes again at most, besides what a commit had not reached.
+#: Most events of one batch. After a crash, this batch and the batches not committed yet are routed again.
 BATCH = 1_000
-#: Seconds between two commits, and that a poll waits for the first event of a batch.
+#: Seconds between two commits; seconds that a poll waits for the first event of a batch.
 COMMIT_INTERVAL_S, POLL_S = 0.1, 0.1
-#: How often a record is sent again that was not delivered, before the router gives up.
+#: How often a record that was not delivered is sent again before the router gives up.
 RESENDS = 3
-#: Seconds the broker may take to answer at the start.
+#: Seconds in which the broker must answer at the start.
 START_TIMEOUT_S = 30.0
 
 
 class Routes:
-    """What becomes of one event: the jobs of its handlers. Pure but for ``schemas``,
-    which are asked for unknown ones."""
+    """Build the jobs of an event's handlers. Pure, except that unknown schemas are looked up in ``schemas``."""
 
     def __init__(
         self,
@@ -71,12 +71,14 @@ class Routes:
 
     @property
     def topics(self) -> list[str]:
-        """The topics to be read."""
+        """The topics to read, sorted."""
         return sorted(self._by_topic)
 
     def jobs(self, message: Message) -> tuple[list[tuple[str, Outgoing]], list[str]]:
-        """The jobs that follow from a record, by id, and of each handler that gets none, why. Raises `SchemaError` for
-        bytes that are no such event."""
+        """Return the jobs of a record with their ids, and for each handler that gets no job, the reason.
+
+        Raises `SchemaError` for bytes that are no such event.
+        """
         kind, handlers = self._by_topic[message.topic() or ""]
         if kind.passes(message.value()):
             return [], []
@@ -121,7 +123,7 @@ class Routes:
         return job_id, Outgoing(self._names.jobs(lane(task.queue, task.policy.priority)), codec.encode(event), job_id)
 
     def rejected(self, message: Message, why: str) -> Outgoing:
-        """The dead letter of a record that is no event, whole."""
+        """Build the dead letter of a record for the reason ``why``. Key and value are cut if they are too large."""
         key, value = message.key(), message.value()
         return self._facts.rejected(
             message.topic() or "",
@@ -134,7 +136,7 @@ class Routes:
 
 
 class Batch:
-    """Records on their way: each is sent again a few times if need be, until all are acknowledged."""
+    """Send the records of one batch until all are acknowledged; each is sent again up to `RESENDS` times."""
 
     def __init__(self, sender: Sender, address: str) -> None:
         self._sender, self._address = sender, address
@@ -143,7 +145,7 @@ class Batch:
         self._too_large: list[tuple[Message, Outgoing]] = []
 
     def send(self, origin: Message, record: Outgoing) -> None:
-        """Queue a record that follows from ``origin``. Raises `BrokerUnavailable` or `TopicMissing`."""
+        """Queue a record that results from the event ``origin``. Raises `BrokerUnavailable` or `TopicMissing`."""
         self._open += 1
         self._send(origin, record, 0, alone=False)
 
@@ -157,7 +159,8 @@ class Batch:
                 if isinstance(refused, AccessDenied):
                     raise refused
                 if error.code() == KafkaError.MSG_SIZE_TOO_LARGE:
-                    # The broker refuses a batch as a whole: whose fault it is shows when each record goes alone.
+                    # The broker refuses a producer's batch as a whole. Each record is sent alone, to find the one
+                    # that is too large.
                     if alone:
                         self._open -= 1
                         self._too_large.append((origin, record))
@@ -181,8 +184,8 @@ class Batch:
             self._sender.send(record.topic, record.value, record.key, BY_KEY, delivered)
 
     def settle(self) -> list[tuple[Message, Outgoing]]:
-        """Wait until everything is acknowledged. Raises what kept a record from being so. Returns those that their
-        topic refuses for their size, with the records that they follow from."""
+        """Wait until every record is acknowledged or refused for its size. Return the refused ones, each with the event
+        that it results from. Raises the error that kept a record from being delivered."""
         while self._open and self._error is None:
             self._sender.poll(0.05)
             self._sender.check()
@@ -193,9 +196,9 @@ class Batch:
 
 
 class Router:
-    """One router process's machinery; `run` blocks until it is told to stop or an error. Use once.
+    """Run the router of one process. `run` blocks until it is told to stop or an error occurs. Use once.
 
-    Raises `ConfigError` if the app has no handlers.
+    Raises `ConfigError` if the app has no handlers, or if its events need a Schema Registry and none is set.
     """
 
     def __init__(self, registry: Registry, settings: Settings) -> None:
@@ -218,13 +221,13 @@ class Router:
         self._door = Door(settings)
         self._address = settings.bootstrap or "the embedded broker"
         self._from_end = {handler.event.topic for handler in self._handlers if handler.event.start == "latest"}
-        self._notes: dict[str, str] = {}  # what commits of these carry, by topic
+        self._notes: dict[str, str] = {}  # metadata that commits of a topic carry
         self.events = self.jobs = self.rejected = 0
-        self.partitions: dict[tuple[str, int], int] = {}  # owned: the next offset to be committed, -1 before the first
+        self.partitions: dict[tuple[str, int], int] = {}  # owned: the next offset to commit; -1: nothing to commit
         self.started_at = time.monotonic()
 
     def health(self) -> dict[str, Any]:
-        """What it has done so far, as plain values."""
+        """Return uptime (seconds) and counts so far, as plain values."""
         return {
             "uptime": round(time.monotonic() - self.started_at, 1),
             "partitions": len(self.partitions),
@@ -236,7 +239,8 @@ class Router:
     # -- start ----------------------------------------------------------------------------------------------------
 
     def _prepare(self) -> Sender:
-        """Topics are there, the handlers' classes read what was written before them, our schema is published."""
+        """Check rights and topics, and that the handlers' classes read the earlier schemas. Publish this version's
+        schema, and return the started sender."""
         queues = {self.names.jobs(lane(handler.task.queue, handler.task.policy.priority)) for handler in self._handlers}
         names = self.names
         acls.check(self.settings, names.namespace, [*self.routes.topics, *queues, names.dead_letter, names.schemas])
@@ -266,8 +270,8 @@ class Router:
     # -- run ------------------------------------------------------------------------------------------------------
 
     def run(self, stop: threading.Event) -> None:
-        """Route until ``stop`` is set. Raises what keeps it from going on; nothing that was not
-        acknowledged is committed then."""
+        """Route until ``stop`` is set. Raises the error that keeps the router from continuing. Only events whose jobs
+        were acknowledged are committed."""
         sender = self._patiently(stop)
         consumer = make_consumer(
             consumer_config(
@@ -304,7 +308,7 @@ class Router:
                 self._commit(consumer)
 
     def _route(self, messages: Sequence[Message], sender: Sender) -> None:
-        """Everything that follows from these records, acknowledged."""
+        """Send the jobs and dead letters of these records and wait until all are acknowledged."""
         batch = Batch(sender, self._address)
         ends: dict[tuple[str, int], int] = {}
         routed = 0
@@ -315,7 +319,7 @@ class Router:
                 continue
             where = (message.topic() or "", message.partition() or 0)
             if where not in self.partitions:
-                continue  # revoked meanwhile
+                continue  # revoked since it was fetched
             ends[where] = (message.offset() or 0) + 1
             self.events += 1
             try:
@@ -343,7 +347,7 @@ class Router:
         self.partitions.update(ends)
 
     def _too_large(self, record: Outgoing) -> str | None:
-        """Why a job's record cannot be sent; None: it can."""
+        """Return why a job's record is too large to be sent, or None."""
         limit, size = self.settings.max_record_bytes, len(record.value or b"")
         if size <= limit:
             return None
@@ -362,8 +366,8 @@ class Router:
         LOG.warning("reading events: %s", error.str())
 
     def _commit(self, consumer: Consumer) -> None:
-        """Commit what is acknowledged. A commit that fails is not repeated: the next says more, or the next
-        owner routes the same jobs again."""
+        """Commit the offsets of acknowledged batches. A failed commit is not repeated: the next commit covers it, or
+        the next owner routes the same jobs again. Raises `AccessDenied` if this client may not commit."""
         due = [
             TopicPartition(t, p, offset, self._notes.get(t, ""))
             for (t, p), offset in self.partitions.items()
@@ -385,10 +389,10 @@ class Router:
             if done.error is None and self.partitions.get((done.topic, done.partition)) == done.offset:
                 self.partitions[done.topic, done.partition] = -1
 
-    # -- rebalances: run inside poll, where nothing is under way ------------------------------------------------------
+    # -- rebalances: called inside poll, when no batch is being routed ------------------------------------------------
 
     def _on_assign(self, consumer: Consumer, assigned: list[TopicPartition]) -> None:
-        if not assigned:  # told so after giving partitions up
+        if not assigned:  # the client calls this after a revocation, too
             return
         begin: dict[tuple[str, int], int] = {}
         for topic in sorted({where.topic for where in assigned} & self._from_end):
@@ -403,7 +407,7 @@ class Router:
         LOG.info("assigned %s", [f"{w.topic}[{w.partition}]" for w in assigned])
         if begin:
             LOG.info("read from their end, for the first time: %s", [f"{t}[{p}]@{o}" for (t, p), o in begin.items()])
-            self._commit(consumer)  # at once: a restart must not begin at a later end
+            self._commit(consumer)  # at once: after a restart the end would be a later one
 
     def _on_revoke(self, consumer: Consumer, revoked: list[TopicPartition]) -> None:
         self._commit(consumer)

@@ -1,4 +1,4 @@
-"""How a child process finds the app whose jobs it is to run."""
+"""Finds the import name of an app, by which a child process imports it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ _module_of, _name_of, _parents_of = (type.__dict__[name].__get__ for name in ("_
 
 
 def find_target(registry: Registry) -> str:
-    """How another process names the app of a registry: ``module:attribute``, or ``path.py:attribute`` of a script.
+    """Return the name by which another process imports a registry's app: ``module:attribute``, or for a script
+    ``path.py:attribute``.
 
     Raises `ConfigError` if no loaded module holds the app at its top level.
     """
@@ -36,6 +37,6 @@ def find_target(registry: Registry) -> str:
 
 
 def _is_app(value: object) -> bool:
-    # By name: jobledger.app stands above this package. Not by its attributes: a lazy object might answer to any.
-    # Of the type's own, for a metaclass may break.
+    # Compare the class by name, because this package may not import jobledger.app. Do not look at attributes of the
+    # value: a lazy object may have any. Read the names through `type`, because a metaclass may override them and raise.
     return any(_module_of(kind) == "jobledger.app" and _name_of(kind) == "App" for kind in _parents_of(type(value)))

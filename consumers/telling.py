@@ -1,7 +1,8 @@
-"""Tells middleware what became of attempts: `retry` and `failure`, after the fact is on its way to the log.
+"""Calls the middleware hooks `retry` and `failure` after an attempt's outcome was sent to the log.
 
-A thread of its own: a hook that takes its time holds up no job. Coroutines run on the worker's event loop. What a hook
-raises is logged and changes nothing. Hooks that are not through when the grace time is over are not waited for.
+Plain hooks run in one thread of their own, so that a slow hook delays no job. Coroutine hooks run on the worker's
+event loop. An error that a hook raises is logged and changes no outcome. Hooks that have not ended when the grace time
+is over are not waited for.
 """
 
 from __future__ import annotations
@@ -25,15 +26,16 @@ from jobledger.task_registry import Registry
 
 LOG = get_logger("jobledger.worker")
 
-#: Untold outcomes from which on they are dropped, and it is said: they hold the errors' frames.
+#: Waiting hook calls beyond which further ones are dropped, with one log line. Waiting calls keep the errors' frames in
+#: memory.
 MOST = 10_000
 
 
 class Teller(threading.Thread):
-    """Calls ``retry(job, error, delay)`` and ``failure(job, error)``.
+    """Call ``retry(job, error, delay)`` and ``failure(job, error)``.
 
-    ``error`` is the exception; where only its text is known, of a child process or a job that was not begun, a
-    `JobFailed` with it. ``delay``: seconds until the next attempt.
+    ``error`` is the exception. Where only its text is known (the job ran in a child process, or was never started),
+    ``error`` is a `JobFailed` with that text. ``delay``: seconds until the next attempt.
     """
 
     def __init__(
@@ -52,11 +54,11 @@ class Teller(threading.Thread):
         self.dropped = 0
 
     def note(self, work: Work, error: BaseException) -> None:
-        """The exception of an attempt that is being judged. Callable from any thread."""
+        """Remember the exception of an attempt until `tell`. From any thread."""
         self._errors[work] = error
 
     def tell(self, work: Work, outcome: Outcome) -> None:
-        """What became of it. Callable from any thread."""
+        """Queue the hooks for an attempt's outcome, if it was retried or failed. From any thread."""
         error = self._errors.pop(work, None)
         if work.plan is None or not isinstance(outcome, Retried | Failed):
             return
@@ -81,36 +83,37 @@ class Teller(threading.Thread):
             self._todo.put((hook, job, (told, *more)))
 
     def run(self) -> None:
-        """Call hooks until closed."""
+        """Call queued hooks until `close`."""
         while (item := self._todo.get()) is not None:
             contextvars.copy_context().run(self._call, *item)
 
     def _call(self, hook: Hook, job: JobContext, more: tuple[Any, ...]) -> None:
         enter(job)
         try:
-            # What a decorator without `async` makes of a coroutine function is called here, and returns a coroutine.
+            # A coroutine function under a decorator without `async` looks plain: it is called here, and returns a
+            # coroutine.
             said = None if hook.is_async else hook.fn(job, *more)
             if hook.is_async or isinstance(said, Awaitable):
                 running = asyncio.run_coroutine_threadsafe(self._await(hook, job, more, said), self._loop)
                 self._running.add(running)
                 running.add_done_callback(self._running.discard)
-        except BaseException:  # noqa: BLE001  # logged there; a hook's sys.exit() is no end of this thread
+        except BaseException:  # noqa: BLE001  # `_failed` logs it; sys.exit() in a hook must not end this thread
             _failed(hook, job)
 
     async def _await(
         self, hook: Hook, job: JobContext, more: tuple[Any, ...], said: Awaitable[object] | None = None
     ) -> None:
-        """On the event loop: call an async hook, or await what a plain one returned."""
+        """Call an async hook, or await what a plain one returned. On the event loop."""
         enter(job)
         try:
             await (hook.fn(job, *more) if said is None else said)
         except asyncio.CancelledError:
             raise
-        except BaseException:  # noqa: BLE001  # logged there; a hook's sys.exit() is no end of the event loop
+        except BaseException:  # noqa: BLE001  # `_failed` logs it; sys.exit() in a hook must not end the event loop
             _failed(hook, job)
 
     def close(self, seconds: float) -> None:
-        """Let what is under way end, for so many seconds at most. Not on the event loop."""
+        """Wait at most ``seconds`` until the queued and running hooks have ended. Not on the event loop."""
         if not self.is_alive():
             return
         deadline = time.monotonic() + seconds
