@@ -84,8 +84,8 @@ class Plan:
     """What to backfill.
 
     ``since``, ``until``: timestamps of events in ms; None: the beginning of the log, and its end at the start.
-    ``rate``: events per second; None: no limit. ``dry_run``: count only, send and commit nothing. ``restart``: discard an
-    interrupted run of the same handler.
+    ``rate``: events per second; None: no limit. ``dry_run``: count only, send and commit nothing. ``restart``: discard
+    an interrupted run of the same handler.
     """
 
     handler: str

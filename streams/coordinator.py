@@ -1,10 +1,11 @@
-"""The coordinator: lets delayed and retried jobs go when they are due. This module owns its life; what
-it does is the `jobledger.streams.cycle`, what it decides `jobledger.streams.decisions`, how Faust is set
-up `jobledger.streams.faust_app`.
+"""The coordinator: releases delayed and retried jobs when they are due.
 
-It needs no database: its table lies in a changelog topic, with a local copy that can be thrown away. Any number of
-instances share the partitions of ``<ns>.coordination``. Whatever goes wrong inside ends the process without committing
-what was not dealt with; another instance, or the next start, goes on from there.
+This module starts, watches and stops one instance. `jobledger.streams.cycle` processes the events,
+`jobledger.streams.decisions` holds the rules, `jobledger.streams.faust_app` sets up Faust.
+
+The coordinator needs no database. Its table is stored in a changelog topic, with a local copy that can be deleted. Any
+number of instances share the partitions of ``<ns>.coordination``. Any error ends the instance without committing events
+that were not fully processed. Another instance, or the next start, continues from there.
 """
 
 from __future__ import annotations
@@ -65,34 +66,34 @@ except ImportError as exc:
 LOG = get_logger("jobledger.coordinator")
 T = TypeVar("T")
 
-#: Exit codes of `run_coordinator`. 70 and 77 are EX_SOFTWARE and EX_NOPERM of sysexits.h: start it again; the cluster
-#: refuses it.
+#: Exit codes of `run_coordinator`, as of sysexits.h. 70 (EX_SOFTWARE): start it again. 77 (EX_NOPERM): the cluster
+#: denies it access.
 EXIT_OK, EXIT_FAILED, EXIT_DENIED = 0, 70, 77
 
-#: Seconds between two beats of the guard against a clock that jumps.
+#: Seconds between two checks for a pause of this process or a jump of its clock.
 PULSE = 0.25
-#: Seconds between two measurements of the lag; they also show that the broker is there.
+#: Seconds between two measurements of the lag. An answer also shows that the broker is available.
 SURVEY = 2.0
-#: Records may be a little larger than what was submitted: they carry a due time and where they come from.
+#: Bytes by which the coordinator's records may exceed the submitted ones: they add a due time and their source.
 ROOM_BYTES = 4_096
-#: Seconds within which the broker must have answered for a time to be counted against Faust.
+#: In a rebalance, a lack of progress counts only if the broker has answered within so many seconds.
 SEEN_LATELY = 5 * SURVEY
-#: Seconds for Faust to come further with its start or a rebalance once the broker is there, and to stop.
+#: Seconds in which Faust must make progress with its start or a rebalance; seconds in which it must stop.
 START_TIMEOUT, STOP_TIMEOUT = 30.0, 10.0
-#: Seconds to end what was begun, when asked to stop.
+#: Seconds for finishing events that are being processed, after a request to stop.
 FINISH_TIMEOUT = 3.0
 
 
 class _StoppedEarly(Exception):
-    """Asked to stop before it had begun."""
+    """The coordinator was asked to stop before it had started."""
 
 
 class Coordinator:
-    """One instance.
+    """Run one instance.
 
-    ``partitions`` must be those of the coordination topic and of the changelog. ``data_dir``: where local copies lie;
-    by default ``<home>/coordinator/<namespace>``. ``on_step(name)`` is called between any two steps that a crash could
-    come between, for tests. ``registry``: where metrics go; a private one by default.
+    ``partitions``: number of partitions of the coordination topic and of the changelog. ``data_dir``: folder of the
+    local copies; by default ``<home>/coordinator/<namespace>``. ``on_step(name)``: for tests, called between any two
+    steps that a crash could separate. ``registry``: registry for the metrics; a private one by default.
     """
 
     def __init__(
@@ -125,24 +126,24 @@ class Coordinator:
         self._started = False
         self._topics = TopicWatch(self.settings, names, self._watched, LOG, others=self._uneven)
 
-    # -- asked from outside ------------------------------------------------------------------------------------------
+    # -- called from outside -----------------------------------------------------------------------------------------
 
     def stop(self) -> None:
-        """Ask `run` to come to a clean end; from any thread."""
+        """Ask `run` to stop cleanly. From any thread."""
         outage.stopping()
         if self._loop is not None:
             with contextlib.suppress(RuntimeError):  # the loop has ended
                 self._loop.call_soon_threadsafe(self._stop.set)
 
     def health(self) -> dict[str, Any]:
-        """How it stands, as plain values; also sets the gauges.
+        """Return the state as plain values, and set the gauges.
 
-        ``state``: starting, rebalancing, catching-up or ready. ``lag``: events not dealt with. ``next_due_us``:
-        broker's clock. ``overdue_s``: for how long the first release that is due waits; ``not_ready_s``: for how long
-        this instance has not been ready. Either grows while something stands against acting, and stays near 0 otherwise.
-        ``late``: releases by lateness, cumulative, keyed by upper bound in seconds. ``missing_topics``:
-        work topics that releases wait for; not empty means that somebody must run ``jobledger topics apply``.
-        ``topic_problems``: settings of topics that promises rest on and that somebody has changed, for people.
+        ``state``: starting, rebalancing, catching-up or ready. ``lag``: events not processed yet. ``next_due_us``: µs
+        of the broker's clock. ``overdue_s``: seconds since the earliest timer was due. ``not_ready_s``: seconds since
+        this instance was ready. Both grow while something keeps the instance from acting, and stay near 0 otherwise.
+        ``late``: numbers of releases by lateness, cumulative, keyed by upper bound in seconds. ``missing_topics``: work
+        topics that releases wait for; if there are any, run ``jobledger topics apply``. ``topic_problems``: texts about
+        changed topic settings that break a guarantee.
         """
         cycle, metrics = self._cycle, self.metrics
         settled = self._started and not self._app.rebalancing
@@ -185,10 +186,10 @@ class Coordinator:
     # -- life --------------------------------------------------------------------------------------------------------
 
     async def run(self) -> None:
-        """Run until `stop`. Raises what made it give up; nothing that was not dealt with is committed then."""
+        """Run until `stop`. Raises the error that ended the instance. Only fully processed events are committed."""
         self._loop = asyncio.get_running_loop()
         place = take_place(self._root, self.names.namespace)
-        # What is sent must be allowed to be as large as what was read.
+        # The largest record that may be read must fit when it is sent on.
         settings = replace(self.settings, max_record_bytes=self.settings.max_record_bytes + ROOM_BYTES)
         writer: AckedWriter | None = None
         tasks: list[asyncio.Task[None]] = []
@@ -263,14 +264,15 @@ class Coordinator:
                 self._ends.close()
             tell_no_more()
             if isinstance(self._failure, ConsistencyError):
-                place.clear()  # the local copy is of a log that is gone
+                place.clear()  # the local copy belongs to a log that no longer exists
             place.release()
         if self._failure is not None:
             raise self._failure
 
     def _prepare(self) -> tuple[str, dict[str, int | None], int]:
-        """Which log the local copy must be of; the work topics there are, with the largest batch each takes; and the
-        largest that every topic takes to which this coordinator writes."""
+        """Check login, rights and topics. Return the identity of the changelog that a local copy must belong to; the
+        existing work topics, each with the largest batch it accepts; and the largest batch that all topics accept to
+        which the coordinator writes. Bytes."""
         names = self.names
         knock(self.settings)
         fixed = (names.coordination, changelog(names), names.lifecycle, names.dead_letter, names.schemas)
@@ -289,7 +291,7 @@ class Coordinator:
         return [names.coordination, changelog(names), names.lifecycle, names.dead_letter, names.schemas, *work]
 
     def _uneven(self) -> list[str]:
-        """What `check_topics` says now: partitions that were added since the start are not read."""
+        """Return the problem that `check_topics` reports now, if any: partitions added since the start are not read."""
         try:
             check_topics(self.settings, self.names, self._partitions)
         except ConfigError as exc:
@@ -308,7 +310,10 @@ class Coordinator:
             writer.close(0.0)
 
     async def _with_patience(self, ask: Callable[[], T]) -> T:
-        """Ask in a thread, again while the broker is away, for `Options.patience` seconds."""
+        """Call ``ask`` in a thread, and again while the broker is unavailable, for `Options.patience` seconds.
+
+        Raises what ``ask`` raises.
+        """
         deadline = time.monotonic() + self.options.patience
         loop = asyncio.get_running_loop()
         while True:
@@ -323,15 +328,15 @@ class Coordinator:
                 await asyncio.sleep(1.0)
 
     async def _end(self, app: Any) -> None:
-        # Offsets of what was dealt with are committed in here; a broker that is away must not hold the end up. Not by a
-        # timeout around it: something in there takes a cancellation for its own, and goes on waiting.
+        # Faust commits the offsets of processed events here. An unavailable broker must not delay the end. A timeout
+        # around `app.stop` does not help: code in it swallows the cancellation and continues to wait.
         stopping = asyncio.ensure_future(app.stop())
         done, _ = await asyncio.wait({stopping}, timeout=STOP_TIMEOUT)
         if not done:
             stopping.cancel()
             self.stuck = True
             LOG.warning("Faust did not stop within %.0f s", STOP_TIMEOUT)
-        elif (problem := stopping.exception()) is not None:  # an unclean end of Faust loses nothing
+        elif (problem := stopping.exception()) is not None:  # nothing is lost if Faust does not stop cleanly
             LOG.warning("Faust did not stop cleanly: %r", problem)
 
     def _step(self, name: str) -> None:
@@ -352,7 +357,7 @@ class Coordinator:
             await work
         except asyncio.CancelledError:
             raise
-        except BaseException as exc:  # noqa: BLE001  # whatever it is ends the coordinator
+        except BaseException as exc:  # noqa: BLE001  # any error ends the coordinator
             self._fail(exc)
 
     # -- Faust's calls -----------------------------------------------------------------------------------------------
@@ -366,14 +371,17 @@ class Coordinator:
             await self._shielded(self._cycle.rebuild)
 
     async def _shielded(self, call: Callable[[], Awaitable[None]]) -> None:
-        """Faust looks at the exceptions of these calls no further; so they end the coordinator here."""
+        """Call ``call`` and end the coordinator if it raises: Faust ignores exceptions of these calls."""
         try:
             await call()
-        except Exception as exc:  # noqa: BLE001  # whatever it is ends the coordinator
+        except Exception as exc:  # noqa: BLE001  # any error ends the coordinator
             self._fail(exc)
 
     async def _or_stuck(self, starting: Awaitable[Any]) -> None:
-        """Let Faust start, unless its client cannot, or makes no progress. Restoring a large table may take its time."""
+        """Wait until Faust has started. Raises an error if its client cannot join the group or makes no progress.
+
+        There is no limit for the whole start, because restoring a large table may take long.
+        """
         start = asyncio.ensure_future(starting)
         joining = self._watch_progress("joining its group and reading its table", lambda app: True)
         watches = [asyncio.create_task(watch) for watch in (self._watch_group(), joining)]
@@ -389,7 +397,8 @@ class Coordinator:
             await asyncio.gather(start, *watches, return_exceptions=True)
 
     async def _watch_recovery(self) -> None:
-        """A rebalance must end: with the part of the table read that it brought, and with the streams going on."""
+        """Raise if a rebalance makes no progress. It ends when the new part of the table is read and processing goes
+        on."""
         await self._watch_progress(
             "a rebalance of its group, or the part of its table that came with one", self._moving
         )
@@ -403,9 +412,11 @@ class Coordinator:
         return progress(self._app), 0 if self._cycle is None else self._cycle.table.restored
 
     async def _watch_progress(self, what: str, waiting: Callable[[Any], bool]) -> None:
-        """Faust waits for ever for an answer that a broker which stood still will not give any more. While it is
-        ``waiting``, it has `START_TIMEOUT` for each bit of progress, and more if the group may wait longer for a member
-        that is silent; a time in which this process stood still is not counted, nor one without a broker.
+        """Raise `BrokerUnavailable` if Faust makes no progress with ``what`` while ``waiting(app)`` is true.
+
+        Faust would wait forever for an answer that a broker lost while it was paused. The limit is `START_TIMEOUT`
+        seconds since the last progress, and longer if ``session_timeout`` is above 10 s, since the group may then wait
+        longer for a silent member. Time in which this process was paused does not count.
         """
         seen, quiet = self._progress(), 0.0
         while quiet < (bound := START_TIMEOUT + max(0.0, self.options.session_timeout - 10.0)):
@@ -420,13 +431,13 @@ class Coordinator:
         )
 
     async def _watch_group(self) -> None:
-        """A client that may not join its group waits for somebody to ask it why."""
+        """Raise the error that keeps Faust's client out of its group. The client itself only waits to be asked."""
         while (reason := stuck(self._app)) is None:
             await asyncio.sleep(PULSE)
         raise self._explained(reason)
 
     async def _watch_faust(self) -> None:
-        """A part of Faust that dies leaves the process up and idle: so it ends."""
+        """Raise if a part of Faust has failed. Otherwise the process would stay up and do nothing."""
         rows = self._app.tables[TABLE].data
         while not self._app.crashed:
             if rows.failure is not None:
@@ -436,7 +447,7 @@ class Coordinator:
         raise self._explained(reason) if isinstance(reason, Exception) else RuntimeError(f"Faust crashed: {reason!r}")
 
     def _explained(self, reason: Exception) -> Exception:
-        """Our error for a right that Faust's client lacks; any other as it is."""
+        """Return an `AccessDenied` if Faust's client lacks a right; any other error unchanged."""
         kind = denied_kind(reason)
         if kind is None:
             return reason
@@ -454,19 +465,21 @@ class Coordinator:
             await asyncio.sleep(PULSE)
 
     async def _still_let_in(self) -> None:
-        """A password that was changed, or a certificate that has expired, looks like a broker that is away."""
+        """Raise if the cluster refuses the login: to a client, a changed password or an expired certificate looks like
+        an unavailable broker."""
         with contextlib.suppress(BrokerUnavailable):
             await asyncio.get_running_loop().run_in_executor(None, knock, self.settings, SURVEY)
 
     async def _survey(self) -> None:
-        """Measure the lag; give up if the broker is away for longer than `Options.patience`."""
+        """Measure the lag every `SURVEY` seconds. Raises `BrokerUnavailable` after more than `Options.patience` seconds
+        without an answer."""
         assert self._cycle is not None
         assert self._ends is not None
         self._broker_seen = time.monotonic()
         while True:
             owned = self._cycle.firing.partitions
             try:
-                # Whoever owns nothing, as in a group that fell apart because the broker is away, asks all the same.
+                # Ask even without partitions: an unavailable broker may be the reason for having none.
                 found = await self._ends.of(self.names.coordination, owned or [0])
                 self._high = {p: end for p, (_, end) in found.items() if p in owned}
                 self._broker_seen = time.monotonic()
@@ -497,10 +510,11 @@ def run_coordinator(
     registry: CollectorRegistry | None = None,
     on_ready: Callable[[Coordinator], None] | None = None,
 ) -> int:
-    """Run one coordinator in this thread until SIGTERM, SIGINT or ``stop_event``; its exit code.
+    """Run one coordinator in this thread until SIGTERM, SIGINT or ``stop_event``, and return its exit code.
 
-    Signals are handled if this is the main thread. ``on_ready(coordinator)`` is called before it starts, for those who
-    want its `Coordinator.health`. What makes it give up is logged; the code then is 70, or 77 for `AccessDenied`.
+    Signals are handled if this is the main thread. ``on_ready(coordinator)`` is called before the coordinator starts,
+    to give access to `Coordinator.health`. An error that ends the coordinator is logged; the exit code then is 70, or
+    77 for `AccessDenied`. In the main thread, the process exits at once after an error, or if Faust did not stop.
     """
     greenlets.refuse("the stream processor")
     options = options or Options()
@@ -529,14 +543,15 @@ def run_coordinator(
             LOG.exception("the coordinator gave up")
             code = EXIT_FAILED
         if (code or stuck) and threading.current_thread() is threading.main_thread():
-            # Threads of Faust's clients that hang on a dead broker would keep the process alive.
+            # Threads of Faust's clients that wait for a dead broker would keep the process alive.
             logging.shutdown()
             os._exit(code)
     return code
 
 
 async def supervise(coordinator: Coordinator, stop_event: threading.Event | None = None) -> None:
-    """Run ``coordinator``; SIGTERM, SIGINT (in the main thread) and ``stop_event`` stop it."""
+    """Run ``coordinator`` until SIGTERM or SIGINT (if this is the main thread), or ``stop_event``. Raises what
+    `Coordinator.run` raises."""
     loop = asyncio.get_running_loop()
     handled: list[signal.Signals] = []
     if threading.current_thread() is threading.main_thread():

@@ -1,12 +1,12 @@
-"""The coordinator's cycle: read events, decide, let jobs go, make rows durable, acknowledge.
+"""The coordinator's cycle: read events, decide, release jobs, make rows durable, acknowledge.
 
-The rules are `jobledger.streams.decisions`. Order is everything here: outputs are acknowledged before rows are
-written, rows are acknowledged on the changelog before they are kept locally, and only then may an event's
-offset be committed. Dying between any two of these steps makes things happen again under the same ids; nothing
-is lost and nothing contradicted.
+The rules are in `jobledger.streams.decisions`. The order of the steps is what makes the cycle safe: first the outputs
+are acknowledged, then rows are written to the changelog and acknowledged, then they are kept locally. Only then may the
+event's offset be committed. After a crash between any two steps, the steps are repeated with the same ids. Nothing is
+lost, and no repeated decision contradicts an earlier one.
 
-Two stages work side by side: one decides on events and sends what follows, the other waits for acknowledgements and
-makes rows durable, in the order of the log.
+Two stages run concurrently: the first decides on events and sends the outputs; the second waits for acknowledgements
+and makes rows durable. Both keep the order of the log.
 """
 
 from __future__ import annotations
@@ -40,15 +40,18 @@ from jobledger.writer import Outgoing
 
 LOG = get_logger("jobledger.coordinator")
 
-#: Records from which on no more are fetched.
+#: Records waiting for a decision, at which fetching pauses.
 INBOX = 2_000
-#: Events between the two stages.
+#: Events between the two stages, at which deciding pauses.
 UNDER_WAY = 4_000
 
 
 class Plan(NamedTuple):
-    """A batch of events that was decided on; ``sent``: what becomes of its outputs, None without any, those of
-    ``released`` first; ``refused``: how many releases are too large for their topics."""
+    """A batch of events with its decisions.
+
+    ``sent``: the outcomes of its outputs, those of ``released`` first; None without outputs. ``rejects``: number of
+    records that are no events. ``refused``: number of releases that are too large for their topics.
+    """
 
     epoch: int
     records: Sequence[Any]
@@ -60,8 +63,11 @@ class Plan(NamedTuple):
 
 
 class Cycle:
-    """One instance's share of the schedules. ``step`` is called between any two steps, for crash tests; ``topics`` are
-    work topics known to exist, and the largest batch each takes."""
+    """Process the events of one instance's partitions.
+
+    ``step``: called between any two steps, for crash tests. ``topics``: work topics known to exist, each with the
+    largest batch it accepts (bytes; None: not known).
+    """
 
     def __init__(
         self,
@@ -92,11 +98,11 @@ class Cycle:
         self._under_way = 0
         self._ending = False
         self._changed = asyncio.Condition()  # of `_plans` and `_under_way`
-        self._position: dict[int, int] = {}  # everything below was dealt with
-        self._ends_then: dict[int, int] = {}  # where the source ended when the rows were restored
-        self._barrier: dict[int, int] = {}  # no timer acts before the source was read up to here
+        self._position: dict[int, int] = {}  # events below this offset were processed
+        self._ends_then: dict[int, int] = {}  # end of the source topic when the rows were restored
+        self._barrier: dict[int, int] = {}  # timers act only after the source was read up to here
 
-    # -- what the outside asks ---------------------------------------------------------------------------------------
+    # -- state, for the coordinator ----------------------------------------------------------------------------------
 
     @property
     def ready(self) -> bool:
@@ -105,15 +111,15 @@ class Cycle:
 
     @property
     def restoring(self) -> bool:
-        """Whether partitions are moving: nothing is decided before their rows are restored."""
+        """Whether a rebalance is under way. Nothing is decided before the rows are restored."""
         return self._ownership.generation is None
 
     def position(self, partition: int) -> int:
-        """The next source offset to be dealt with."""
+        """The next source offset to be processed."""
         return max(self._position.get(partition, 0), self._group.committed(partition) or 0)
 
     def beat(self) -> None:
-        """To be called a few times a second: notices that this process stood still."""
+        """Check whether this process was paused; see `Ownership.beat`. To be called a few times a second."""
         self._ownership.beat()
 
     def _on_gap(self) -> None:
@@ -125,9 +131,9 @@ class Cycle:
     # -- first stage: decide and send --------------------------------------------------------------------------------
 
     async def take(self, generation: int, records: list[Any]) -> None:
-        """Records as they were fetched, in order; waits while there are too many."""
+        """Take fetched records, in order, with the group's generation. Waits while `INBOX` records are waiting."""
         if self._ending:
-            return  # the next owner's
+            return  # the next owner reads them
         self._inbox.extend((generation, record) for record in records)
         self._arrived.set()
         while len(self._inbox) >= INBOX:
@@ -135,7 +141,7 @@ class Cycle:
             await self._room.wait()
 
     async def decide(self) -> None:
-        """Decide on what was read, for ever."""
+        """Decide on the records that were taken. Runs until cancelled."""
         while True:
             if not self._inbox:
                 self._arrived.clear()
@@ -145,8 +151,8 @@ class Cycle:
             epoch, generation = self._ownership.epoch, self._ownership.generation
             taken = [self._inbox.popleft() for _ in range(min(len(self._inbox), self._options.batch))]
             self._room.set()
-            # What was fetched under an earlier assignment is fetched again, beginning further below: dealing with it
-            # first would make what lies between look like seen.
+            # Drop records fetched under an earlier assignment. They are fetched again, from a lower offset on. If they
+            # were processed first, the events below them would look like duplicates.
             records = [record for fetched_under, record in taken if fetched_under == generation]
             if records:
                 self._under_way += len(records)
@@ -164,15 +170,15 @@ class Cycle:
             if not batch.closed or not await self.topics.find(batch.closed):
                 break
         self._step("decided")
-        if epoch != self._ownership.epoch:  # rows were looked up that are not ours any more
+        if epoch != self._ownership.epoch:  # the rows looked up may belong to another instance now
             return Plan(epoch, records, batch, 0, 0, (), None)
         released, outputs, ended = self._outputs(batch.releases)
         outputs += [*ended, *map(self._fact, batch.facts), *rejects]
         sent = await self._writer.post(outputs) if outputs else None
         self._step("releases-sent")
         if epoch != self._ownership.epoch:
-            # They moved meanwhile. This plan is dropped and its events are read again: to find these rows then, which
-            # nobody makes durable, would make them look like seen.
+            # The partitions moved meanwhile, so this plan is dropped and its events are read again. Do not keep its
+            # rows as pending: they never become durable, and the events would look like duplicates.
             return Plan(epoch, records, batch, 0, 0, (), None)
         self.table.expect(batch.rows)
         for event, *_ in read:
@@ -180,8 +186,11 @@ class Cycle:
         return Plan(epoch, records, batch, len(rejects), len(batch.releases) - len(released), released, sent)
 
     def _outputs(self, releases: Sequence[Kept]) -> tuple[list[Kept], list[Outgoing], list[Outgoing]]:
-        """What lets jobs go: their rows and records; and what ends those whose topic takes less than the one that
-        brought them here. Sent, these would be refused together with all that shares their batch."""
+        """Return the rows that are released, their records, and the records that end releases too large for their
+        topic.
+
+        Too large ones are not sent: the broker would refuse all records of the same producer batch with them.
+        """
         now = now_us()
         released: list[Kept] = []
         outputs: list[Outgoing] = []
@@ -217,7 +226,7 @@ class Cycle:
     # -- second stage: make durable and acknowledge ------------------------------------------------------------------
 
     async def settle(self) -> None:
-        """Make durable what was decided, for ever, in order. Raises what keeps it from being so."""
+        """Make decisions durable, in order. Runs until cancelled. Raises the error that prevents it."""
         while True:
             async with self._changed:
                 await self._changed.wait_for(lambda: bool(self._plans))
@@ -259,11 +268,11 @@ class Cycle:
                 self._metrics.released(outcome.appended_ms / 1000 - row.due / 1_000_000)
         error = first_error(outcomes)
         if error is not None:
-            # Among others: a work topic that was deleted, or takes less than it did. The next start sees that.
+            # For example a work topic that was deleted or accepts smaller records now. The next start handles that.
             raise error
 
     def _acknowledge(self, plan: Plan) -> None:
-        """Everything is durable: set timers, let offsets be committed."""
+        """Set the timers of a plan and allow its offsets to be committed. Its rows and outputs are durable."""
         for partition, change in plan.batch.waiting.items():
             self.table.scheduled[partition] += change
         self.firing.set(plan.batch.timers)
@@ -283,13 +292,15 @@ class Cycle:
     # -- assignment --------------------------------------------------------------------------------------------------
 
     async def revoked(self) -> None:
-        """All partitions are about to move: end what was begun, begin nothing."""
+        """Prepare for a rebalance: start nothing more, and wait until events being processed are done, at most 0.8 of
+        the session timeout."""
         self._ownership.lost()
         self.firing.take_over({})
         self._inbox.clear()
         self._room.set()
         try:
-            # What is under way may end: nobody else owns its rows yet. But the group does not wait for ever.
+            # Events being processed may be completed, since no other instance owns their rows yet. But the group
+            # removes members that take too long.
             async with asyncio.timeout(self._options.session_timeout * 0.8), self._changed:
                 await self._changed.wait_for(lambda: self._under_way == 0)
         except TimeoutError:
@@ -297,7 +308,8 @@ class Cycle:
         self._ownership.moved()
 
     async def finish(self, seconds: float) -> None:
-        """End what was begun, begin nothing more: what was let go is then written down, and not let go again."""
+        """Start nothing more, and wait at most ``seconds`` until events being processed are done. Then the rows of sent
+        releases are durable, and the next start does not repeat them."""
         self._ending = True
         self.firing.take_over({})
         self._inbox.clear()
@@ -309,7 +321,8 @@ class Cycle:
             LOG.warning("%d events were not handled within %g s; the next start handles them", self._under_way, seconds)
 
     async def rebuild(self) -> None:
-        """The table is restored, streams stand still: set up timers, floors, barriers for the partitions owned now."""
+        """Set up timers, floors and barriers of the owned partitions. Called when Faust has restored the table and
+        before streams continue."""
         began = time.monotonic()
         self._ownership.lost()
         self._ownership.moved()
@@ -321,9 +334,9 @@ class Cycle:
         self._ends_then = {partition: end for partition, (_, end) in ends.items()}
         timers = await self.table.restore(owned, self._ends_then)
         if epoch != self._ownership.epoch:
-            return  # partitions began to move again meanwhile: what follows that is another rebuild
+            return  # the next rebalance has begun, and ends with another rebuild
         self._position.clear()
-        # If everything below the end was trimmed away, nothing comes that could lift the barrier.
+        # If all records below the end were deleted, none arrives that could reach the barrier.
         self._barrier = {partition: end if end > begin else 0 for partition, (begin, end) in ends.items()}
         self._ownership.gained()
         self.firing.take_over(timers)
@@ -332,7 +345,7 @@ class Cycle:
         LOG.info("partitions %s: %d releases scheduled, restored in %.2f s", sorted(owned), scheduled, took)
 
     async def sweep(self) -> None:
-        """Delete markers that are no longer needed, for ever."""
+        """Delete markers that are no longer needed. Runs until cancelled."""
         keep_ms = int(self._options.keep_markers * 1000)
         while True:
             await asyncio.sleep(min(30.0, max(self._options.keep_markers / 10, 0.1)))
@@ -342,6 +355,7 @@ class Cycle:
                     self._metrics.swept(swept)
 
     def _committed_is_dealt_with(self, partition: int) -> bool:
-        """Whether the committed offset says what was dealt with: that of a log that has lost its end lies beyond it."""
+        """Return whether all events below the committed offset were processed. It is not so if the log has lost its
+        end: then the offset committed before may lie beyond the new end."""
         committed = self._group.committed(partition) or 0
         return committed <= max(self._ends_then.get(partition, 0), self._position.get(partition, 0))

@@ -1,20 +1,24 @@
-"""What the coordinator decides: a row, an event and its append time in; a new row, releases and timers out.
+"""The coordinator's rules: from a row, an event and its append time to a new row, releases and timers.
 
-Pure: no clock, no Kafka, no Faust, no database; whoever drives it passes the time. Every decision is a function of what
-stands in the partition up to the event, so an instance that was paused repeats decisions and never contradicts them.
+Pure: no clock, no Kafka, no Faust, no database; the caller passes the time. A decision depends only on the events of
+the partition up to this one. So an instance that was paused repeats decisions and never contradicts them.
 
-A release lives through three steps. Something asks for it (`JobSubmitted` with a condition, `ReleaseRequested`): the
-row is `Scheduled` and a timer is set. The timer passes and writes `ReleaseDecided` to the log, nothing else. When that
-is read back, appended at or past the due time, and the row still is scheduled for exactly this (run, release), the job
-is let go (`JobDue`) and the row becomes a `Released` marker. What was cancelled or has expired meanwhile ends here.
+A release has three steps:
 
-A long job's release has a `Held` row while a worker runs it on a lease. Its end comes here first and is passed on to
-lifecycle if the lease still stands; a lease that ends by itself lets the job go again. So of a run there is one end.
+1. An event asks for it (`JobSubmitted` with a condition, or `ReleaseRequested`). The row is `Scheduled`; a timer is
+set. 2. At the due time the timer writes `ReleaseDecided` to the log, and nothing else. 3. `ReleaseDecided` is read
+back. If it was appended at or after the due time, and the row is still scheduled for exactly
+   this (run, release), the job is released (`JobDue`) and the row becomes a `Released` marker. A job that was cancelled
+   or has expired before ends here.
 
-Rows carry the offset of the event that made them: rows are durable before the offset is committed, so after a crash the
-table is ahead of the log's reader, and what it has seen is skipped.
+A long job's release has a `Held` row while a worker runs it on a lease. The worker sends the outcome to the coordinator
+first, which passes it on to lifecycle if the lease is still valid. If the lease ends without an outcome, the job is
+released again. So a run has exactly one outcome.
 
-Rows themselves are in `schedules`, what is written of them in `derived`.
+A row holds the offset of the event that made it. Rows are durable before that offset is committed, so after a crash the
+table is ahead of the committed offset, and events that it contains already are skipped.
+
+Rows are defined in `schedules`, the records derived from them in `derived`.
 """
 
 from __future__ import annotations
@@ -52,18 +56,18 @@ from jobledger.streams.derived import derived_id
 from jobledger.streams.schedules import Floor, Held, Kept, Released, Row, Scheduled, row_key
 from jobledger.streams.timers import wake_at
 
-#: Leases of a run that ended without a word, after which it fails: its workers died each time, perhaps of something
-#: else (docs/adr/0009-suspects.md). What dies in a child process is judged there, after three.
+#: A run fails after so many leases that ended without an outcome. Its workers died each time, perhaps not because of
+#: the job (docs/adr/0009-suspects.md). If a child process dies, its worker judges the job, after `places.CRASHES`.
 LEASES_LOST = 10
 
 
 class Decision(msgspec.Struct, frozen=True):
-    """What one event comes to.
+    """The result of one event.
 
-    ``verdict`` names it for metrics. ``row``: to be written, None if nothing changes. ``release``: to be let go
-    before the row is written. ``facts``: to be written before it, those of the dead letters there and the
-    others on lifecycle; an empty source is the coordinator's. ``wake_at``: µs of the broker's clock at which
-    the timer of this job shall look again.
+    ``verdict``: its name in the metrics. ``row``: the row to write; None if nothing changes. ``release``: the release
+    to send before the row is written. ``facts``: events to write before the row, `DeadLettered` to the dead letters and
+    the others to lifecycle; if their source is empty, the coordinator's is filled in. ``wake_at``: when a timer shall
+    look at the job's row, µs of the broker's clock; None: no new timer.
     """
 
     verdict: str
@@ -82,9 +86,9 @@ _ENDED = Decision("ended")
 
 
 def decide(row: Row | None, floor: int, event: JobEvent, partition: int, offset: int, appended_ms: int) -> Decision:
-    """Judge the event at ``offset`` of ``partition``, appended at ``appended_ms`` of the broker's clock.
+    """Decide on the event at ``offset`` of ``partition``, appended at ``appended_ms`` of the broker's clock.
 
-    ``row``: the job's row as the events before this one left it; ``floor``: the partition's.
+    ``row``: the job's row after the events before this one. ``floor``: the partition's floor.
     """
     if offset <= floor or (row is not None and offset <= row.offset):
         return _SEEN
@@ -93,7 +97,7 @@ def decide(row: Row | None, floor: int, event: JobEvent, partition: int, offset:
     fact = event.fact
     match fact:
         case JobSubmitted():
-            # A conditioned submission is release 0: what it asks for is the first release of its run.
+            # A submission with a condition is release 0. It asks for the first release of its run.
             due = _due(fact.delay_ms, fact.due_at, appended_ms)
             return _requested(
                 row, event, fact.spec, max(event.release, 1), due, partition, offset, appended_ms, "scheduled"
@@ -134,7 +138,8 @@ def _requested(
     appended_ms: int,
     verdict: str,
 ) -> Decision:
-    """The first request of a release wins; one that was passed, or asked for before, changes nothing."""
+    """Schedule a release. Only its first request counts: a later one, or one for an earlier release, changes
+    nothing."""
     if row is not None and (event.run, release) <= (row.run, row.release):
         return _PASSED
     made = _schedule(event, spec, release, due, partition, offset, appended_ms)
@@ -145,7 +150,7 @@ def _decided(row: Row | None, event: JobEvent, partition: int, offset: int, appe
     if not isinstance(row, Kept) or (row.run, row.release) != (event.run, event.release):
         return _STALE_DECISION
     if appended_ms * 1000 < row.acts_at:
-        # The deciding instance's clock is ahead of the broker's, whose clock alone counts; or the lease was renewed.
+        # Only the broker's clock counts. The deciding instance's clock was ahead of it, or the lease was renewed.
         return Decision("early", wake_at=wake_at(row.acts_at))
     if isinstance(row, Held):
         return _lost(row, partition, offset, appended_ms)
@@ -158,8 +163,8 @@ def _decided(row: Row | None, event: JobEvent, partition: int, offset: int, appe
 def _overdue(
     row: Row | None, event: JobEvent, fact: ReleaseOverdue, partition: int, offset: int, appended_ms: int
 ) -> Decision:
-    """The release that is named, never a new one: sent again, looked at again, or, if
-    its request was lost, scheduled."""
+    """Repeat the release that the event names, never a new one: send it again; or have its timer look again, if it is
+    kept; or schedule it, if its request was lost."""
     named = (event.run, event.release)
     if row is None or (row.run, row.release) < named:
         return _requested(
@@ -178,7 +183,7 @@ def _overdue(
 
 
 def _leased(row: Row | None, event: JobEvent, fact: Leased, partition: int, offset: int, appended_ms: int) -> Decision:
-    """The first lease of a release counts; one that was given for it before, or after its end, changes nothing."""
+    """Record a lease. It changes nothing if the release is scheduled or leased already, or a later one exists."""
     named = (event.run, event.release)
     if row is not None and (row.run, row.release) > named:
         return _PASSED
@@ -216,13 +221,14 @@ def _renewed(
         return _STALE_LEASE
     if fact.lease_ms > 0:
         due = later(appended_ms, fact.lease_ms)
-        # No timer: the one that is there looks again at the new time. Another one each time would be ever more of them.
+        # No new timer: the existing one looks at the row and is set again. A timer for each renewal would add up.
         return Decision("renewed", row=msgspec.structs.replace(row, partition=partition, offset=offset, due=due))
     return _again("given-back", row, row.tags, partition, offset, appended_ms)
 
 
 def _lost(row: Held, partition: int, offset: int, appended_ms: int) -> Decision:
-    """The lease ended: its worker died, stood still or lost the cluster."""
+    """Handle a lease that ended: its worker died, was paused or lost the cluster. Release the job again, or fail the
+    run after `LEASES_LOST` leases."""
     crashes = row.crashes + 1
     if crashes >= LEASES_LOST:
         error = ErrorInfo(
@@ -236,7 +242,7 @@ def _lost(row: Held, partition: int, offset: int, appended_ms: int) -> Decision:
 
 
 def _again(verdict: str, row: Held, tags: dict[str, str], partition: int, offset: int, appended_ms: int) -> Decision:
-    """Let the job go to the workers as its next release, at once."""
+    """Release the job to the workers at once, as the next release."""
     following = _following(row, row.attempt, appended_ms * 1000, partition, offset, tags)
     marker = Released(partition, offset, row.run, following.release, appended_ms)
     return Decision(verdict, row=marker, release=following)
@@ -272,7 +278,7 @@ def _closed(
     offset: int,
     appended_ms: int,
 ) -> Decision:
-    """A worker says what its leased job came to: passed on, if the lease is still its own."""
+    """Pass on the outcome that a worker reports for a leased job, if the lease is still valid."""
     if not isinstance(row, Held) or (row.run, row.release) != (event.run, event.release):
         return _STALE_LEASE
     if isinstance(fact, JobRetried | JobSnoozed):
@@ -290,7 +296,7 @@ def _closed(
 def _cancelled(
     row: Row | None, event: JobEvent, fact: CancelRequested, partition: int, offset: int, appended_ms: int
 ) -> Decision:
-    """What waits here ends here; what runs, or waits for a worker, is the workers' affair."""
+    """Cancel a release that is scheduled here. Workers handle the cancellation of other releases."""
     if not isinstance(row, Scheduled) or row.run != event.run:
         return _PASSED
     return _ended(row, "cancelled", JobCancelled(fact.by, fact.reason), partition, offset, appended_ms)
@@ -299,7 +305,7 @@ def _cancelled(
 def _ended(
     row: Kept, verdict: str, fact: JobCancelled | JobExpired | JobFailed, partition: int, offset: int, appended_ms: int
 ) -> Decision:
-    """The coordinator ends a run itself."""
+    """End a run in the coordinator."""
     marker = Released(partition, offset, row.run, row.release, appended_ms, True)
     facts: tuple[JobEvent, ...] = (_said(row, verdict, fact, appended_ms),)
     if isinstance(fact, JobFailed):
@@ -354,12 +360,13 @@ def _schedule(
 
 
 class Batch:
-    """The decisions of consecutive events: each sees the rows as the ones before it left them, nothing is written.
+    """Decide on consecutive events. Each sees the rows as the events before it left them. Nothing is written.
 
-    ``rows``: new rows by (partition, key), to be written after ``releases`` are acknowledged. ``releases``: jobs to let
-    go, in order. ``facts``: what the coordinator says or passes on, to be written with them. ``timers``: (partition,
-    key, µs) at which to look at a row. ``verdicts``: how many of each. ``closed``: lanes a release was held back for,
-    because ``is_open(lane)`` was false. ``waiting``: by how much the number of scheduled rows changes, by partition.
+    ``rows``: new rows by (partition, key), to be written after ``releases`` are acknowledged. ``releases``: releases to
+    send, in order. ``facts``: events that the coordinator makes or passes on, to be sent with them. ``timers``:
+    (partition, key, µs) at which to look at a row. ``verdicts``: number of each verdict. ``closed``: lanes for which a
+    release was held back, because ``is_open(lane)`` was false. ``waiting``: change of the number of kept rows, by
+    partition.
     """
 
     def __init__(
@@ -384,7 +391,7 @@ class Batch:
         decision = decide(row, self._floor(partition), event, partition, offset, appended_ms)
         released = decision.release
         if released is not None and not self._is_open(released.lane):
-            # Left as it is: scheduled, so that its timer tries again once the queue's topic is there.
+            # Leave the row as it is, with a timer that tries again once the work topic exists.
             self.closed.add(released.lane)
             self.verdicts["held-back"] += 1
             if isinstance(row, Kept):
@@ -405,10 +412,11 @@ class Batch:
 
 
 def sweepable(row: Row | Floor, committed: int, now_ms: int, keep_ms: int) -> bool:
-    """Whether a marker may go: the committed offset has passed it, and so have ``keep_ms`` milliseconds."""
+    """Return whether a marker may be deleted: its offset is below ``committed`` and it is at least ``keep_ms`` ms
+    old."""
     return isinstance(row, Released) and row.offset < committed and row.ended_ms + keep_ms <= now_ms
 
 
 def raised_floor(floor: int, committed: int) -> int:
-    """The floor to write before markers are swept: below the committed offset everything was dealt with, durably."""
+    """Return the floor to write before markers are swept: everything below the committed offset was processed."""
     return max(floor, committed - 1)

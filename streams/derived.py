@@ -1,4 +1,4 @@
-"""What machines write that nobody asked for by name: the same bytes and ids from whoever writes them. Pure."""
+"""Builds the records that the coordinator derives from a row. Every instance derives the same ids. Pure."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ from jobledger.streams.schedules import Kept
 
 
 def derived_id(job_id: str, run: int, release: int, what: str) -> str:
-    """The id of a record that a machine derives: v5 of (job, run, release) and its purpose, the same from whoever.
+    """Return the id of a derived record: a UUID v5 of job, run, release and the record's purpose ``what``.
 
-    As ``uuid.uuid5(uuid.UUID(job_id), f"{run}/{release}/{what}")`` (RFC 9562, section 5.5), at a quarter of its cost.
+    Equals ``uuid.uuid5(uuid.UUID(job_id), f"{run}/{release}/{what}")`` (RFC 9562, section 5.5), at a quarter of its
+    cost.
     """
     try:
         space = bytes.fromhex(job_id.replace("-", ""))
@@ -30,7 +31,7 @@ def derived_id(job_id: str, run: int, release: int, what: str) -> str:
 
 
 def job_due(row: Kept, now_us: int, source: str) -> JobEvent:
-    """The record that lets the job go to its workers."""
+    """Build the record that releases the job to the workers."""
     return JobEvent(
         derived_id(row.job_id, row.run, row.release, "due"),
         row.job_id,
@@ -49,7 +50,7 @@ def job_due(row: Kept, now_us: int, source: str) -> JobEvent:
 
 
 def release_decided(row: Kept, now_us: int, source: str) -> JobEvent:
-    """What a timer writes to the log instead of acting."""
+    """Build the record that a timer writes to the log when a release is due."""
     return JobEvent(
         derived_id(row.job_id, row.run, row.release, "decided"),
         row.job_id,
@@ -68,7 +69,8 @@ def release_decided(row: Kept, now_us: int, source: str) -> JobEvent:
 
 
 def undeliverable(row: Kept, error: ErrorInfo, now_us: int, source: str) -> tuple[JobEvent, JobEvent]:
-    """How a job ends whose release no work topic takes: that it failed, and the failed job, whole."""
+    """Build the two records that end a job whose release is too large for its work topic: `JobFailed` and the dead
+    letter with the whole job."""
     fact: JobFailed | DeadLettered
     made: list[JobEvent] = []
     for what, fact in (

@@ -1,9 +1,10 @@
-"""How Faust is set up for the coordinator.
+"""Sets up Faust for the coordinator.
 
-Owns everything that must know Faust's inside; the cycle and the timers see the small `Group` only. The settings are
-those that held in measurements with faust-streaming 0.15.3. Faust keeps the group, the assignment, the restoring of the
-table and the committing of offsets. What the coordinator sends goes through a producer of its own
-(`jobledger.streams.aio`): Faust's is not idempotent, and it writes rows locally before they are acknowledged.
+This module contains all code that depends on Faust's internals; cycle and timers use only the small `Group`. The
+settings were confirmed by measurements with faust-streaming 0.15.3. Faust manages the group and the assignment,
+restores the table and commits offsets. The coordinator sends records with a producer of its own
+(`jobledger.streams.aio`), because Faust's producer is not idempotent and Faust writes rows locally before they are
+acknowledged.
 """
 
 from __future__ import annotations
@@ -44,12 +45,12 @@ FETCH_WAIT_MS = 250
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """What may be tuned. Times in seconds.
+    """The options of a coordinator. Times in seconds.
 
-    ``session_timeout``: what a coordinator that died without a word costs its partitions (the broker's
-    ``group.min.session.timeout.ms`` bounds it). ``commit_interval``: how often offsets are committed. ``patience``: how
-    long the broker may be away before the coordinator ends with an error. ``keep_markers``: how long a passed release
-    is remembered after its offset was committed. ``batch``: most events of one cycle.
+    ``session_timeout``: how long the partitions of a crashed coordinator wait for a new owner (at least the broker's
+    ``group.min.session.timeout.ms``). ``commit_interval``: time between two commits. ``patience``: how long the broker
+    may be unavailable before the coordinator ends with an error. ``keep_markers``: least time for which the marker of a
+    release is kept after the event that made it. ``batch``: most events of one batch.
     """
 
     session_timeout: float = 6.0
@@ -63,7 +64,7 @@ class Options:
 
 
 def faust_settings(settings: Settings, options: Options, partitions: int, place: Place) -> dict[str, Any]:
-    """Faust's settings: nothing is read from the environment, no topic is declared, no web server is started."""
+    """Return Faust's settings. With them Faust reads no environment, declares no topics and starts no web server."""
     return {
         "broker": [f"kafka://{address.strip()}" for address in settings.resolve_bootstrap().split(",")],
         "broker_credentials": credentials(settings.kafka),
@@ -84,25 +85,27 @@ def faust_settings(settings: Settings, options: Options, partitions: int, place:
         "broker_session_timeout": options.session_timeout,
         "broker_heartbeat_interval": options.session_timeout / 6,
         "broker_rebalance_timeout": max(10.0, options.session_timeout),
-        # Longer than a join may wait for the group's other members, and no longer: a broker
-        # that stands still costs as much.
+        # A join may wait for the other members for the rebalance timeout, so this must be longer. But not by much: it
+        # is also the time lost on a paused broker.
         "broker_request_timeout": max(10.0, options.session_timeout) + 2,
         "consumer_metadata_max_age_ms": METADATA_AGE_MS,
         "producer_metadata_max_age_ms": METADATA_AGE_MS,
         "broker_max_poll_records": 2000,
         "broker_commit_interval": options.commit_interval,
         "stream_buffer_maxsize": 4096,
-        # The cycle waits for what it has begun when partitions are revoked; what it has not begun is read again.
+        # When partitions are revoked, the cycle itself waits for events being processed. The others are read again.
         "stream_wait_empty": False,
         "producer_request_timeout": options.patience,
     }
 
 
-# -- what must be there -------------------------------------------------------------------------------------------------
+# -- topics
+# -------------------------------------------------------------------------------------------------------------
 
 
 def origin_of(settings: Settings, topic: str) -> str:
-    """Which log a local copy belongs to: the cluster's id and the topic's. A recreated topic is another log."""
+    """Return the identity of the log that a local copy belongs to: ids of cluster and topic. A recreated topic has
+    another one. Raises the translated error of the request."""
     admin = log.admin(settings)
     try:
         described = admin.describe_topics(TopicCollection([topic]), request_timeout=10)[topic].result()
@@ -113,9 +116,9 @@ def origin_of(settings: Settings, topic: str) -> str:
 
 
 def check_topics(settings: Settings, names: Names, partitions: int) -> None:
-    """Raise `TopicMissing` or `ConfigError` unless source and changelog are there with ``partitions`` each.
+    """Raise `TopicMissing` or `ConfigError` unless coordination topic and changelog exist with ``partitions`` each.
 
-    Faust would go on with a mismatch: up, and idle.
+    With a mismatch, Faust would run and do nothing.
     """
     for topic in (names.coordination, changelog(names)):
         found = log.partitions_of(settings, topic, need=read(topic))
@@ -127,7 +130,10 @@ def check_topics(settings: Settings, names: Names, partitions: int) -> None:
 
 
 def work_topics(settings: Settings, names: Names) -> dict[str, int | None]:
-    """The work topics there are, and the largest batch each takes if that may be known. Raises `BrokerUnavailable`."""
+    """Return the existing work topics, each with the largest batch it accepts (bytes; None: this client may not know).
+
+    Raises `BrokerUnavailable`.
+    """
     try:
         found = log.admin(settings).list_topics(timeout=10).topics
     except KafkaException as exc:
@@ -137,7 +143,7 @@ def work_topics(settings: Settings, names: Names) -> dict[str, int | None]:
 
 
 def changelog(names: Names) -> str:
-    """The name that Faust gives the table's changelog topic."""
+    """Return the name that Faust gives the table's changelog topic."""
     return f"{names.coordinator_group}-{TABLE}-changelog"
 
 
@@ -145,23 +151,23 @@ def changelog(names: Names) -> str:
 
 
 class CommitHook(faust.Sensor):
-    """Tells the crash tests when offsets are about to be committed and when they were."""
+    """Call ``step`` before and after each commit of offsets, for crash tests."""
 
     def __init__(self, step: Callable[[str], None]) -> None:
         super().__init__()
         self._step = step
 
     def on_commit_initiated(self, consumer: Any) -> Any:
-        """Before a commit."""
+        """Handle the start of a commit."""
         self._step("commit-begins")
 
     def on_commit_completed(self, consumer: Any, state: Any) -> None:
-        """After a commit."""
+        """Handle the end of a commit."""
         self._step("committed")
 
 
 class SourceConsumerThread(aiokafka.AIOKafkaConsumerThread):
-    """Faust's consumer thread, whose client creates no topics."""
+    """Faust's consumer thread, with a client that creates no topics."""
 
     def _create_consumer(self, loop: asyncio.AbstractEventLoop) -> Any:
         made = super()._create_consumer(loop)
@@ -170,14 +176,14 @@ class SourceConsumerThread(aiokafka.AIOKafkaConsumerThread):
 
 
 class SourceConsumer(aiokafka.Consumer):
-    """Faust's consumer, with the source topic's records handed over as they were fetched.
+    """Faust's consumer, which hands over the source topic's records in batches, as they were fetched.
 
-    On Faust's own way each record becomes a message, passes a conductor, two tasks, a queue and a
-    stream: two fifths of the coordinator's time. Changelog records still go that way; the group, flow
-    control and offsets are Faust's as ever.
+    In Faust's own path each record becomes a message and passes a conductor, two tasks, a queue and a stream. That took
+    two fifths of the coordinator's time. Changelog records still take that path. Group, flow control and offsets remain
+    Faust's.
     """
 
-    #: Topic whose records are handed over, and to whom; it may wait, as flow control.
+    #: Topic whose records are handed over, and the function that takes them. It may wait, as flow control.
     source: str
     deliver: Callable[[int, list[Any]], Coroutine[Any, Any, None]]
 
@@ -200,7 +206,7 @@ class SourceConsumer(aiokafka.Consumer):
         if not records or self.should_stop:
             return
         if not self.flow_active:
-            # What was fetched while partitions began to move is fetched again.
+            # Partitions are being revoked: drop these records and fetch them again later.
             await self.perform_seek()
             return
         taken: list[Any] = []
@@ -218,7 +224,7 @@ class SourceConsumer(aiokafka.Consumer):
                 if last is not None and record.offset < last:
                     continue
                 if last is not None and record.offset > last + 1:
-                    # Offsets that no record has: else the commit would wait for them.
+                    # No records have these offsets. Mark them as done, or the commit would wait for them.
                     await self._add_gap(tp, last + 1, record.offset)
                 last = record.offset
                 taken.append(record)
@@ -227,10 +233,10 @@ class SourceConsumer(aiokafka.Consumer):
             await self.wait_first(self.deliver(generation, taken), self.suspend_flow.wait())
 
     async def perform_seek(self) -> None:
-        """Back to what was committed; where nothing was, to the beginning.
+        """Seek to the committed offsets, and to the beginning of partitions without one.
 
-        aiokafka seeks only to committed offsets above 0. Elsewhere the position would stay behind what was fetched
-        while the table was restored, and was dropped: those records would never be read.
+        aiokafka seeks only to committed offsets above 0. Other partitions would continue after the records that were
+        fetched and dropped while the table was restored, and these records would never be read.
         """
         await super().perform_seek()
         fresh = [tp for tp in self.assignment() if tp.topic == self.source and not self._committed_offset[tp]]
@@ -238,10 +244,10 @@ class SourceConsumer(aiokafka.Consumer):
             await self._thread.seek_to_beginning(*map(aiokafka.ensure_aiokafka_TP, fresh))
 
     def verify_event_path(self, now: float, tp: Any) -> None:
-        """Faust looks here for streams that stand still; there is none. The coordinator watches its own lag."""
+        """Do nothing. Faust checks here for stalled streams, and the coordinator has none. It measures its own lag."""
 
     def acknowledge(self, offsets: Mapping[int, Sequence[int]]) -> None:
-        """These records of the source topic, by partition, are dealt with: their offsets may be committed."""
+        """Allow the offsets of these source records, by partition, to be committed: they were processed."""
         for partition, done in offsets.items():
             tp = TP(self.source, partition)
             committed = self._committed_offset[tp]
@@ -253,17 +259,17 @@ class SourceConsumer(aiokafka.Consumer):
 
 
 class SourceTransport(aiokafka.Transport):
-    """A transport that makes `SourceConsumer`."""
+    """A transport that creates a `SourceConsumer`."""
 
     Consumer = SourceConsumer
 
 
 class PatientRecovery(Recovery):
-    """Faust's restoring of the table, which begins again if the broker did not answer a request in time.
+    """Faust's restoring of the table, restarted if the broker did not answer a request in time.
 
-    Faust itself takes a request that ran out of time for a request to stop: the task that ends every rebalance returns
-    without an error, and the app is up and idle from then on. ``patience``: seconds of such waiting, in one restoring,
-    after which Faust ends with an error.
+    Faust itself treats a request that timed out as a request to stop. Its task that completes rebalances then returns
+    without an error, and the app stays up and does nothing. ``patience``: seconds of unanswered requests in one
+    restoration after which Faust ends with `BrokerUnavailable`.
     """
 
     patience: float
@@ -287,13 +293,13 @@ class PatientRecovery(Recovery):
             raise RebalanceAgain from None
 
     async def on_recovery_completed(self, generation_id: int = 0) -> None:
-        """The rows are there; the streams go on."""
+        """Reset the time of unanswered requests. Faust calls this when the rows are restored."""
         await super().on_recovery_completed(generation_id)
         self._unanswered = 0.0
 
 
 class Group:
-    """The consumer group and the table as the coordinator uses them; all that touches Faust's inside."""
+    """The consumer group and the table, as the coordinator uses them. Hides Faust's internals."""
 
     def __init__(self, app: Any, names: Names, table: Any) -> None:
         self.app, self._names, self._table = app, names, table
@@ -306,32 +312,33 @@ class Group:
 
     @property
     def settled(self) -> bool:
-        """Whether no rebalance is under way; the flag falls in the consumer's thread, before anything is revoked."""
+        """Whether no rebalance is under way. Becomes false in the consumer's thread, before partitions are revoked."""
         return not self.app.rebalancing
 
     @property
     def generation(self) -> int:
-        """The generation of the current assignment; messages carry the one they were fetched under."""
+        """The group's generation of the current assignment. Fetched records are handed over with theirs."""
         found: int = self.app.consumer_generation_id
         return found
 
     def partitions(self) -> set[int]:
-        """The partitions this instance owns."""
+        """Return the partitions of the coordination topic that this instance owns."""
         return {tp.partition for tp in self.app.assignor.assigned_actives() if tp.topic == self._names.coordination}
 
     def committed(self, partition: int) -> int | None:
-        """The committed offset as far as this instance knows."""
+        """Return the committed offset that this instance knows, or None."""
         found: int | None = self.app.consumer._committed_offset[TP(self._names.coordination, partition)]
         return found
 
     def acknowledge(self, offsets: Mapping[int, Sequence[int]]) -> None:
-        """These source records, by partition, are dealt with: their offsets may be committed."""
+        """Allow the offsets of these source records, by partition, to be committed: they were processed."""
         self.app.consumer.acknowledge(offsets)
 
     async def confirm(self) -> bool:
-        """Whether the broker still takes this instance for the owner: only a current member may commit.
+        """Return whether the broker still accepts this instance as the owner, because only a current member may commit.
 
-        What is committed is what was committed already. False: a rebalance is coming; a worse error ends the app.
+        It commits again an offset that was committed already. False: a rebalance is coming. Any worse error ends the
+        app.
         """
         owned = sorted(self.partitions())
         if not owned:
@@ -339,21 +346,24 @@ class Group:
         first = owned[0]
         offset = self.committed(first)
         if offset is None:
-            # Nothing was committed yet; 0 says the same, since a group without offsets begins at the beginning.
+            # Nothing was committed yet. 0 means the same, since a group without offsets starts at the beginning.
             offset = 0
         took: bool = await self.app.consumer._commit({TP(self._names.coordination, first): offset})
         return took and self.settled
 
 
 def _client_group(app: Any) -> Any:
-    """What aiokafka keeps of the group; None before the consumer has started."""
+    """Return aiokafka's object for the group; None before the consumer has started."""
     client = getattr(getattr(app.consumer, "_thread", None), "_consumer", None)
     return getattr(client, "_coordinator", None)
 
 
 def stuck(app: Any) -> Exception | None:
-    """What keeps the group's client from going on; None if nothing does. It says so only to whoever polls it for
-    records, which Faust does not do before it has partitions, nor while they are moving."""
+    """Return the error that keeps the group's client from working, or None.
+
+    The client raises it only when it is polled for records. Faust does not poll before it has partitions, nor during a
+    rebalance.
+    """
     group = _client_group(app)
     pending: Exception | None = getattr(group, "_pending_exception", None)
     task = getattr(group, "_coordination_task", None)
@@ -364,31 +374,32 @@ def stuck(app: Any) -> Exception | None:
 
 
 def progress(app: Any) -> tuple[object, ...]:
-    """What changes while a start or a rebalance comes on: the group's generation, and how far the table's changelog is
-    read."""
+    """Return values that change while a start or a rebalance makes progress: the group's generation and the offsets up
+    to which the table's changelog is read."""
     recovery = app.tables.recovery
     generation = getattr(_client_group(app), "generation", None)
     return generation, len(recovery.active_highwaters), list(recovery.active_offsets.values())
 
 
 def recovering(app: Any) -> bool:
-    """Whether the changelog is read before streams go on: at the start, and after each rebalance that brought partitions."""
+    """Return whether Faust is restoring the table: at the start, and after a rebalance that brought partitions."""
     return bool(app.tables.recovery.in_recovery)
 
 
 def hasten(app: Any) -> None:
-    """Let an idle fetch return sooner: whatever else is asked on its connection, as in a rebalance, waits behind it.
+    """Make an idle fetch return after `FETCH_WAIT_MS`. Other requests on its connection, as in a rebalance, wait for
+    it.
 
-    Faust has 1,500 ms written down; there is no setting.
+    Faust has a fixed value of 1,500 ms and no setting.
     """
     app.consumer._thread._consumer._fetcher._fetch_max_wait_ms = FETCH_WAIT_MS
 
 
 def build(names: Names, settings: Settings, options: Options, partitions: int, place: Place) -> tuple[Any, Any]:
-    """The Faust app and its table. Nothing is connected yet."""
+    """Create the Faust app and its table, without connecting."""
     app = faust.App(names.coordinator_group, **faust_settings(settings, options, partitions, place))
     app.transport = SourceTransport(app.conf.broker_consumer, app)
-    # Raw on both sides: Faust's own decoding acknowledges what it cannot read, without a word.
+    # Raw keys and values: Faust's own decoding silently acknowledges records that it cannot decode.
     source = app.topic(
         names.coordination, key_type=bytes, value_type=bytes, key_serializer="raw", value_serializer="raw"
     )
@@ -402,6 +413,6 @@ def build(names: Names, settings: Settings, options: Options, partitions: int, p
 
 
 def deliver_to(app: Any, names: Names, deliver: Callable[[int, list[Any]], Coroutine[Any, Any, None]]) -> None:
-    """Have the source topic's records handed to ``deliver(generation, records)``, in order; before the app starts."""
+    """Hand the source topic's records to ``deliver(generation, records)``, in order. Call before the app starts."""
     app.consumer.source = names.coordination
     app.consumer.deliver = deliver

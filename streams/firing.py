@@ -1,4 +1,5 @@
-"""The timers at work: when a release is due, that is written to the log, and nothing else (rule 5)."""
+"""Runs the timers. When a release is due, `ReleaseDecided` is written to the log; the job is released when that is read
+back."""
 
 from __future__ import annotations
 
@@ -22,17 +23,20 @@ from jobledger.writer import Outgoing
 
 LOG = get_logger("jobledger.coordinator")
 
-#: Decisions written at once, and batches of them that may wait for acknowledgement.
+#: Most decisions in one batch; most batches that wait for acknowledgement.
 BATCH, UNACKNOWLEDGED = 500, 8
-#: Seconds from one writing down to the next: what becomes due meanwhile goes together.
+#: Seconds between two batches, so that releases due at nearly the same time share one.
 PACE = 0.004
-#: Seconds between two looks while nothing may be sent, and while a partition is not caught up.
+#: Seconds between two checks while the membership is disputed; and while a partition is not caught up.
 DISPUTED_PAUSE, BEHIND_PAUSE = 0.05, 0.02
 
 
 class Firing:
-    """The timers of the owned partitions. ``caught_up(partition)``: whether its source was read to where it ended when
-    the rows were restored; before that a timer could decide again what is decided in the log already."""
+    """Run the timers of the owned partitions.
+
+    ``caught_up(partition)``: whether the source topic was read up to the end that it had when the rows were restored.
+    Before that, a timer could repeat a decision that the log has already.
+    """
 
     def __init__(
         self,
@@ -48,7 +52,7 @@ class Firing:
         self._names, self._source, self._table, self._writer = names, source, table, writer
         self._topics, self._ownership, self._caught_up, self._step = topics, ownership, caught_up, step
         self._timers: dict[int, Timers] = {}
-        self._decided: dict[bytes, tuple[int, int]] = {}  # written and not read back yet
+        self._decided: dict[bytes, tuple[int, int]] = {}  # (run, release) by key: written and not read back yet
         self._armed = asyncio.Event()
         self._room = asyncio.Semaphore(UNACKNOWLEDGED)
         self._failure: JobledgerError | None = None
@@ -61,27 +65,28 @@ class Firing:
 
     @property
     def next_due(self) -> int | None:
-        """When the next timer passes, µs of the broker's clock."""
+        """When the next timer is due, µs of the broker's clock; None without timers."""
         return min((at for t in self._timers.values() if (at := t.next()) is not None), default=None)
 
     @property
     def overdue(self) -> float:
-        """Seconds since the next timer should have passed; 0 if it is not due yet."""
+        """Seconds since the earliest timer was due; 0 if none is due."""
         at = self.next_due
         return 0.0 if at is None else max(0.0, (self.clock.now(now_us()) - at) / 1_000_000)
 
     def now_ms(self) -> int:
-        """The broker's clock, as far as it is known."""
+        """Return the estimated time of the broker's clock, ms."""
         return self.clock.now(now_us()) // 1000
 
     def take_over(self, timers: Mapping[int, Timers]) -> None:
-        """These are the timers now; what was decided and not read back is decided again."""
+        """Replace all timers. Decisions that were not read back may be written again."""
         self._timers = dict(timers)
         self._decided.clear()
         self._armed.set()
 
     def set(self, timers: Sequence[tuple[int, bytes, int]]) -> None:
-        """Look at (partition, key) at a time, µs of the broker's clock."""
+        """Add timers: (partition, key of a row, µs of the broker's clock). Timers of partitions that are not owned are
+        ignored."""
         for partition, key, at in timers:
             if partition in self._timers:
                 self._timers[partition].set(at, key)
@@ -89,11 +94,12 @@ class Firing:
             self._armed.set()
 
     def read_back(self, key: bytes) -> None:
-        """Something about this job was read: its row says now what is decided."""
+        """Note that an event of this job was read, so that its row now shows what is decided."""
         self._decided.pop(key, None)
 
     async def run(self) -> None:
-        """For ever. Raises what keeps decisions from being written."""
+        """Write decisions when they are due. Runs until cancelled. Raises the error that keeps them from being
+        written."""
         while self._failure is None:
             self._armed.clear()
             if not self._ownership.undisputed:
@@ -115,26 +121,25 @@ class Firing:
                 await self._write_down(self._still_due(due, now))
                 await asyncio.sleep(PACE)
             elif pause > 0:
-                # Not wait_for: before Python 3.12 it swallows a cancellation that comes
-                # together with what it waits for.
+                # Not wait_for: before Python 3.12 it swallows a cancellation that arrives together with the result.
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout(pause):
                         await self._armed.wait()
         raise self._failure
 
     def _still_due(self, due: Sequence[tuple[int, bytes]], now: int) -> list[tuple[int, Kept]]:
-        """Rows that wait for a decision; timers of others are set again or forgotten."""
+        """Return the rows that wait for a decision. Timers of other rows are set again or dropped."""
         rows: list[tuple[int, Kept]] = []
         for partition, key in due:
             row = self._table.row(partition, key)
             if not isinstance(row, Kept) or self._decided.get(key) == (row.run, row.release):
-                continue  # passed meanwhile, or decided already and about to be read back
+                continue  # released or ended meanwhile, or decided and not read back yet
             at = wake_at(row.acts_at)
             wait = self._topics.wait_for(row.lane)
             if at > now:
                 self._timers[partition].set(at, key)
             elif wait:
-                # Nothing is written to the log for it until its topic may be there.
+                # The work topic is missing. Write no decision until it may exist.
                 self._timers[partition].set(now + int(wait * 1_000_000), key)
             else:
                 self._decided[key] = (row.run, row.release)
@@ -142,7 +147,7 @@ class Firing:
         return rows
 
     async def _write_down(self, rows: Sequence[tuple[int, Kept]]) -> None:
-        """`ReleaseDecided` for each; a bounded number of batches waits for acknowledgement at a time."""
+        """Write `ReleaseDecided` for each row. Waits while `UNACKNOWLEDGED` batches are not acknowledged."""
         if not rows:
             return
         written = now_us()

@@ -1,4 +1,4 @@
-"""Records of the coordination topic as events; what is none becomes a dead letter. Decides nothing."""
+"""Decodes records of the coordination topic to events. A record that is no event becomes a dead letter."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ from jobledger.writer import Outgoing
 
 LOG = get_logger("jobledger.coordinator")
 
-#: Raw bytes of a rejected record are left out above this size, its key and the reason are cut: the dead letter must fit
-#: as well.
+#: Limits for the dead letter of a rejected record, which must fit itself. A larger value is left out; a longer key and
+#: a longer reason are cut.
 REJECT_BYTES, KEY_BYTES, WHY_CHARS = 500_000, 4_096, 2_000
-#: What a fetched record says of its time: the broker set it.
+#: The timestamp type of a fetched record whose time was set by the broker (LogAppendTime).
 APPEND_TIME = 1
-#: Bytes an id may have. Ours have 36; those of other writers become keys of rows and records.
+#: Bytes that an id may have. Jobledger's ids have 36. Ids become keys of rows and records.
 ID_BYTES = 1_000
-#: The largest number that the schema has for runs, attempts and releases.
+#: The largest number of a run, attempt or release in the schema (Avro int).
 NUMBER_MOST = (1 << 31) - 1
 
 
 class Read(NamedTuple):
-    """An event where it stands; ``appended_ms``: the broker's clock."""
+    """An event and its position in the log. ``appended_ms``: its append time, ms of the broker's clock."""
 
     event: JobEvent
     partition: int
@@ -38,21 +38,21 @@ class Read(NamedTuple):
 
 
 class Intake:
-    """Decodes batches. ``decoder`` may block when it meets a schema it has not seen; it then runs in a thread.
+    """Decode batches of records. ``decoder`` may block on a schema that it has not seen; it then runs in a thread.
 
-    ``now_ms``: the broker's clock, as far as it is known. A record that bears its writer's time instead, as it does while
-    the topic has message.timestamp.type=CreateTime, counts as appended now: whenever it was appended, what it delays is not
-    early.
+    ``now_ms()``: the estimated broker's clock. A record with its writer's time (the topic has
+    message.timestamp.type=CreateTime) counts as appended now, so that no job that it delays is released early.
     """
 
     def __init__(self, names: Names, decoder: codec.Decoder, source: str, now_ms: Callable[[], int]) -> None:
         self._names, self._decoder, self._source, self._now_ms = names, decoder, source, now_ms
 
     async def decode(self, records: Sequence[Any]) -> tuple[list[Read], list[Outgoing]]:
-        """Events of consumed records, and the dead letters of what is none.
+        """Return the events of ``records``, and the dead letters of records that are no events.
 
-        Raises `UnknownFact` for a well-formed event whose fact is not known: it must not be passed. `RegistryNeeded`
-        for what may be one; `BrokerUnavailable` if its schema cannot be looked for.
+        Raises `UnknownFact` for a valid event whose fact this version does not know, because it must not be skipped;
+        `RegistryNeeded` for a record that may be an event of a Schema Registry; `BrokerUnavailable` if its schema
+        cannot be looked up.
         """
         read: list[Read] = []
         rejects: list[Outgoing] = []
@@ -87,8 +87,8 @@ class Intake:
 
 
 def check_head(event: JobEvent) -> None:
-    """Raise `NotAnEvent` for what the coordinator can keep no row of: an event of no job, as only dead letters and
-    control know it, and ids or numbers that nothing made of them could carry."""
+    """Raise `NotAnEvent` for an event that the coordinator can keep no row for: one without a job id, or with an id or
+    a number that is too large for the records made from it."""
     if not event.job_id:
         raise NotAnEvent(f"a {type(event.fact).__name__} of no job: its job_id is empty")
     for name, text in (("job_id", event.job_id), ("home", event.home or "")):
@@ -99,9 +99,9 @@ def check_head(event: JobEvent) -> None:
 
 
 def bounded(key: bytes | None, value: bytes | None, why: str, most: int) -> tuple[bytes | None, bytes | None, str]:
-    """Key, value and reason of a rejected record as a dead letter can carry them: a value above ``most`` bytes is left
-    out, a key above `KEY_BYTES` cut, and the reason says so."""
-    why = why[:WHY_CHARS].encode("utf-8", "replace").decode()  # a text may hold what UTF-8 cannot carry
+    """Return key, value and reason of a rejected record within the limits of a dead letter: a value above ``most``
+    bytes is None, a key above `KEY_BYTES` is cut, and the reason says so."""
+    why = why[:WHY_CHARS].encode("utf-8", "replace").decode()  # a text may hold characters that UTF-8 cannot encode
     if key is not None and len(key) > KEY_BYTES:
         why = f"{why}; the first {KEY_BYTES} of its key's {len(key)} bytes are kept here"
         key = key[:KEY_BYTES]

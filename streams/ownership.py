@@ -1,8 +1,9 @@
-"""Whether this instance may still act for its partitions. Knows no rows.
+"""Decides whether this instance may still act for its partitions. Knows no rows.
 
-An instance can lose its partitions without noticing: it was paused, or its machine slept. Then its clock shows a gap,
-and it sends nothing until the broker has confirmed its membership. What slips through all the same is harmless, since
-decisions are repeated and never contradicted, and is found out at the changelog (`jobledger.streams.table`).
+An instance can lose its partitions without noticing, if it was paused or its machine was suspended. Its clocks then
+show a gap, and it sends nothing until the broker has confirmed its membership. A late write that still gets through is
+harmless, because repeated decisions never contradict earlier ones. It is detected at the changelog
+(`jobledger.streams.table`).
 """
 
 from __future__ import annotations
@@ -15,23 +16,25 @@ from jobledger.streams.faust_app import Group
 
 LOG = get_logger("jobledger.coordinator")
 
-#: Seconds without a beat after which this process is taken to have stood still.
+#: Seconds that a clock may advance between two beats; beyond that the process counts as paused.
 GAP = 1.5
 
 
 class Superseded(Exception):
-    """The partitions were taken away in the middle of something: it is dropped, and its events are read again."""
+    """The partitions moved while events were being processed. The work is dropped, and the events are read again."""
 
 
 def clocks() -> tuple[float, float]:
-    """Wall time, and time since boot that includes a suspension where the system tells it; seconds."""
+    """Return wall time and time since boot, in seconds. The latter includes suspensions where the system supports
+    it."""
     boot = getattr(time, "CLOCK_BOOTTIME", None)
     return time.time(), time.monotonic() if boot is None else time.clock_gettime(boot)
 
 
 class Ownership:
-    """``epoch`` grows whenever partitions come or go; ``generation`` is the group's, None while they are moving.
+    """Track whether this instance owns its partitions.
 
+    ``epoch`` grows whenever partitions are assigned or revoked. ``generation``: the group's; None during a rebalance.
     ``on_gap()`` is called when the clocks jumped.
     """
 
@@ -49,13 +52,13 @@ class Ownership:
 
     @property
     def undisputed(self) -> bool:
-        """Whether neither a rebalance nor a doubt stands against acting."""
+        """Whether the instance may act: no rebalance is under way and its membership is not in doubt."""
         self.beat()
         return not self._doubted and self.generation is not None and self._group.settled
 
     def beat(self) -> None:
-        """To be called a few times a second: notices that this process stood still (SIGSTOP, a suspended machine) or
-        that its clock was set."""
+        """Check whether this process was paused (SIGSTOP, a suspended machine) or its clock was set. To be called a few
+        times a second."""
         now = self._clocks()
         gap = max(abs(b - a) for a, b in zip(self._last_beat, now, strict=True))
         self._last_beat = now
@@ -65,22 +68,22 @@ class Ownership:
             self._on_gap()
 
     def lost(self) -> None:
-        """The partitions are being taken away: nothing new is begun, what was begun may end."""
+        """Note that partitions are being revoked: nothing new is started, events being processed may be completed."""
         self.generation = None
 
     def moved(self) -> None:
-        """What was begun under the old assignment must not go on."""
+        """Start a new epoch: work started under the old assignment must not continue."""
         self.epoch += 1
 
     def gained(self) -> None:
-        """Rows are restored for the current assignment."""
+        """Note that the rows of the current assignment are restored: the instance may act."""
         self.epoch += 1
         self.generation = self._group.generation
         self._doubted = False
         self._last_beat = self._clocks()
 
     async def confirm(self, *, doubt: bool = False) -> bool:
-        """Whether this instance may act; in doubt, or with ``doubt``, the broker is asked."""
+        """Return whether this instance's membership is certain. In doubt, or if ``doubt`` is set, ask the broker."""
         self.beat()
         self._doubted = self._doubted or doubt
         if self._doubted and self._group.settled and await self._group.confirm():
@@ -89,6 +92,6 @@ class Ownership:
         return not self._doubted
 
     async def certain(self, epoch: int) -> None:
-        """Go on with what was begun in ``epoch``, or raise `Superseded`."""
+        """Return if work started in ``epoch`` may continue; otherwise raise `Superseded`."""
         if not await self.confirm() or epoch != self.epoch:
             raise Superseded

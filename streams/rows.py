@@ -1,11 +1,9 @@
-"""Where the coordinator's rows lie: a Faust table whose local copy is RocksDB, or
-memory where no folder can be written.
+"""The local copy of the coordinator's rows: a Faust table in RocksDB, or in memory where no folder can be written.
 
-Owns the local copy only. Who may write, and the changelog records that make a row durable, are
-`jobledger.streams.cycle`'s business: a row comes here after its changelog record was acknowledged, so the
-local copy is never ahead of it. Faust restores the copy from the changelog after a rebalance; there a row made
-by a later event wins over an older one, in whatever order they were written, so the late write of an instance
-that was paused takes nothing back.
+`jobledger.streams.table` decides who may write, and writes the changelog records that make a row durable. A row is
+written here after its changelog record was acknowledged, so the local copy is never ahead of the changelog. After a
+rebalance Faust restores the copy from the changelog. A row made by a later event then wins over an older one, in
+whatever order they were written, so the late write of a paused instance changes nothing.
 """
 
 from __future__ import annotations
@@ -39,25 +37,28 @@ Put = tuple[bytes, bytes | None]
 
 
 class Rows(Protocol):
-    """The local copy, as the coordinator uses it."""
+    """The local copy of the table, as the coordinator uses it."""
 
-    #: Keys whose changelog ends with an older row than the one kept: to be written to the changelog again.
+    #: Keys for which the changelog ends with an older row than the local one. These rows must be written to it again.
     overtaken: set[tuple[int, bytes]]
-    #: Why the copy cannot be restored. Faust would only warn, and try for ever.
+    #: Why the copy cannot be restored, or None. Faust would only log a warning and retry forever.
     failure: Exception | None
 
     def get(self, partition: int, key: bytes) -> bytes | None:
-        """A row's bytes."""
+        """Return a row's bytes, or None."""
 
     def write(self, partition: int, puts: Iterable[Put], changelog_offset: int) -> None:
-        """Take over rows whose changelog records are acknowledged, the last at ``changelog_offset``; all or none."""
+        """Store rows whose changelog records were acknowledged, the last one at ``changelog_offset``: all or none."""
 
     def scan(self, partition: int, after: bytes | None, limit: int) -> list[tuple[bytes, bytes]]:
-        """Up to ``limit`` rows in the order of their keys, those above ``after``; None: the first ones."""
+        """Return up to ``limit`` rows in key order: those with keys above ``after``, or the first ones (None)."""
 
 
 def merged(current: bytes | None, incoming: bytes) -> bytes | None:
-    """The bytes to keep of two versions of a row: None if ``incoming`` is older, or no row at all."""
+    """Return ``incoming`` if it replaces ``current``; None if it is older or no row at all.
+
+    Raises `SchemaError` for a row of a kind that only a later version knows.
+    """
     try:
         row = decode_row(incoming)
     except (msgspec.DecodeError, msgspec.ValidationError) as exc:
@@ -74,7 +75,9 @@ def merged(current: bytes | None, incoming: bytes) -> bytes | None:
 
 
 class RocksRows(rocksdb.Store):
-    """`Rows` in one RocksDB per partition; survives the process, so a restart replays only what it has not."""
+    """`Rows` in one RocksDB per partition. The files survive a restart, which then replays only newer changelog
+    records.
+    """
 
     def __post_init__(self) -> None:
         self.overtaken: set[tuple[int, bytes]] = set()
@@ -87,10 +90,10 @@ class RocksRows(rocksdb.Store):
         return found
 
     def write(self, partition: int, puts: Iterable[Put], changelog_offset: int) -> None:
-        """Take over acknowledged rows, and how far the changelog is applied, in one atomic write."""
+        """Store acknowledged rows, and the changelog offset up to which rows are applied, in one atomic write."""
         db = self._dbs.get(partition)
         if db is None:
-            return  # gone elsewhere meanwhile: restored from the changelog if it comes back
+            return  # another instance owns it now; if it comes back, it is restored from the changelog
         batch = rocksdict.WriteBatch(raw_mode=True)
         for key, value in puts:
             if value is None:
@@ -101,12 +104,12 @@ class RocksRows(rocksdb.Store):
         db.write(batch)
 
     def scan(self, partition: int, after: bytes | None, limit: int) -> list[tuple[bytes, bytes]]:
-        """Rows above ``after`` in key order."""
+        """Return rows above ``after`` in key order."""
         found: list[tuple[bytes, bytes]] = []
         db = self._dbs.get(partition)
         if db is None:
             return found
-        # The least key above: so an iterator never begins with the one already seen.
+        # Start at the smallest key above ``after``, so that the last row is not returned again.
         for key, value in db.items(from_key=b"" if after is None else after + b"\0"):
             if key != self.offset_key:
                 found.append((key, value))
@@ -115,7 +118,8 @@ class RocksRows(rocksdb.Store):
         return found
 
     def apply_changelog_batch(self, batch: Iterable[Any], to_key: Any, to_value: Any) -> None:
-        """Faust's restoring: later events win; how far the changelog is applied is written in the same batch."""
+        """Apply changelog records for Faust. Rows of later events win. Each partition's rows and its changelog offset
+        are written in one batch. An error is kept in `failure` and raised."""
         try:
             self._apply(batch)
         except Exception as exc:
@@ -143,14 +147,14 @@ class RocksRows(rocksdb.Store):
             self.write(partition, seen[partition].items(), offset)
 
     def revoke_partitions(self, table: Any, tps: Any) -> None:
-        """Close what went elsewhere. Faust leaves that to the garbage collector, and a copy that comes back while the
-        old one is not collected is locked: it then tries for 30 seconds and crashes."""
+        """Close the copies of revoked partitions. Faust leaves that to the garbage collector. If a partition comes back
+        before its old copy is collected, its files are locked, and Faust crashes after 30 s of retries."""
         for tp in tps:
             if tp.topic in table.changelog_topic.topics:
                 self._close(tp.partition)
 
     async def stop(self) -> None:
-        """Close everything."""
+        """Close all copies."""
         for partition in list(self._dbs):
             self._close(partition)
 
@@ -161,7 +165,7 @@ class RocksRows(rocksdb.Store):
 
 
 class MemoryRows(memory.Store[bytes, bytes]):
-    """`Rows` in dictionaries: for where no folder can be written. A restart replays the whole changelog."""
+    """`Rows` in dictionaries, where no folder can be written. A restart replays the whole changelog."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -175,7 +179,7 @@ class MemoryRows(memory.Store[bytes, bytes]):
         return self._parts[partition].get(key)
 
     def write(self, partition: int, puts: Iterable[Put], changelog_offset: int) -> None:
-        """Take over acknowledged rows."""
+        """Store acknowledged rows."""
         rows = self._parts[partition]
         for key, value in puts:
             if value is None:
@@ -184,7 +188,7 @@ class MemoryRows(memory.Store[bytes, bytes]):
                 rows[key] = value
 
     def scan(self, partition: int, after: bytes | None, limit: int) -> list[tuple[bytes, bytes]]:
-        """Rows above ``after`` in key order, of those that were there when the scan began."""
+        """Return rows above ``after`` in key order, of those that existed when the scan started (``after`` None)."""
         if after is None or self._sorted is None or self._sorted[0] != partition:
             self._sorted = (partition, sorted(self._parts[partition]))
         rows, keys = self._parts[partition], self._sorted[1]
@@ -193,7 +197,7 @@ class MemoryRows(memory.Store[bytes, bytes]):
         return [(key, rows[key]) for key in chunk if key in rows]
 
     def apply_changelog_batch(self, batch: Iterable[Any], to_key: Any, to_value: Any) -> None:
-        """Faust's restoring: later events win."""
+        """Apply changelog records for Faust. Rows of later events win. An error is kept in `failure` and raised."""
         try:
             self._apply(batch)
         except Exception as exc:
@@ -215,14 +219,14 @@ class MemoryRows(memory.Store[bytes, bytes]):
             self.write(partition, [(key, value)], message.offset)
 
     async def on_rebalance(self, assigned: Any, revoked: Any, newly_assigned: Any, generation_id: int = 0) -> None:
-        """A partition that went elsewhere is restored from its beginning when it comes back."""
+        """Drop the rows of revoked partitions. If one comes back, its whole changelog is replayed."""
         for tp in revoked:
             if tp.topic in self.table.changelog_topic.topics:
                 self._parts.pop(tp.partition, None)
 
 
 class RowTable(faust.Table[bytes, bytes]):
-    """A Faust table that restores into `Rows`. It is never written through Faust."""
+    """A Faust table that restores into `Rows`. Rows are never written through Faust."""
 
     rows: Rows
 

@@ -1,4 +1,4 @@
-"""Rows of the coordinator's table: releases it keeps, markers of those it let go, floors; and their bytes. Pure."""
+"""The rows of the coordinator's table and their encoding: kept releases, markers of passed ones, and floors. Pure."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ import msgspec
 from jobledger.names import lane
 from jobledger.schemas.events import JobSpec
 
-#: Nothing lies at or below it: the floor of a partition that was never swept.
+#: The floor of a partition that was never swept: below every offset.
 NO_FLOOR = -1
 
 
 class Kept(msgspec.Struct, frozen=True, array_like=True, gc=False):
-    """A release that the coordinator keeps, whole. ``offset``: of the event that made this row; ``due``: µs, broker's
-    clock, when it is to be let go, or its lease ends."""
+    """A release that the coordinator keeps, with the whole job. ``offset``: offset of the event that made this row.
+    ``due``: when the job is to be released, or its lease ends; µs of the broker's clock."""
 
     partition: int
     offset: int
@@ -37,40 +37,40 @@ class Kept(msgspec.Struct, frozen=True, array_like=True, gc=False):
 
     @property
     def spec(self) -> JobSpec:
-        """The job."""
+        """The job's spec."""
         return JobSpec(self.args, self.tags, self.parent, None, self.expires_at, self.priority)
 
     @property
     def lane(self) -> str:
-        """What stands for its work topic: the queue, or queue and priority."""
+        """The name of the work topic's lane: the queue, or queue and priority."""
         return lane(self.queue, self.priority)
 
     @property
     def acts_at(self) -> int:
-        """When a timer is to look at it, µs of the broker's clock."""
+        """When a timer is to look at this row, µs of the broker's clock."""
         return self.due
 
 
 class Scheduled(Kept, frozen=True, array_like=True, tag=0, gc=False):
-    """A release that waits for its time."""
+    """A release that waits until it is due."""
 
     @property
     def acts_at(self) -> int:
-        """When it is due, or has expired before that."""
+        """When the release is due, or the job expires if that is earlier; µs of the broker's clock."""
         return self.due if self.expires_at is None else min(self.due, self.expires_at)
 
 
 class Held(Kept, frozen=True, array_like=True, tag=3, gc=False):
-    """A release that a worker runs on a lease, which ends at ``due`` unless it is renewed. ``crashes``:
-    leases of this run that ended so."""
+    """A release that a worker runs on a lease. The lease ends at ``due`` unless it is renewed. ``crashes``: number of
+    leases of this run that ended without an outcome."""
 
     worker: str = ""
     crashes: int = 0
 
 
 class Released(msgspec.Struct, frozen=True, array_like=True, tag=1, gc=False):
-    """Marker of a release that was let go by the event at ``offset``, appended at ``ended_ms`` of the broker's clock.
-    ``closed``: it has ended since, and is not to be let go or leased again."""
+    """A marker: the coordinator released the job, or ended its run, because of the event at ``offset``, appended at
+    ``ended_ms`` (broker's clock). ``closed``: the run has ended, so the release must not be sent or leased again."""
 
     partition: int
     offset: int
@@ -81,9 +81,9 @@ class Released(msgspec.Struct, frozen=True, array_like=True, tag=1, gc=False):
 
 
 class Floor(msgspec.Struct, frozen=True, array_like=True, tag=2, gc=False):
-    """One per partition, kept for good: every event at or below ``offset`` was dealt with. ``shift``: what is added to
-    the log's offsets before they are compared with those in rows, because it is not the log that the rows were made
-    from any more (`jobledger.streams.table`)."""
+    """The floor of a partition, never deleted: every event at or below ``offset`` was processed. ``shift``: number
+    added to the log's offsets before they are compared with those in rows. It is above 0 if the rows were made from an
+    earlier log (`jobledger.streams.table`)."""
 
     partition: int
     offset: int
@@ -95,22 +95,22 @@ Row = Scheduled | Released | Held
 _encode = msgspec.msgpack.Encoder().encode
 _decode: Callable[[bytes], Row | Floor] = msgspec.msgpack.Decoder(Row | Floor).decode
 
-#: A row's bytes begin with the array header (one byte below 16 fields) and its tag.
+#: The second byte of a marker. A row's bytes begin with the array header (one byte if below 16 fields) and the tag.
 _RELEASED_MARK = _encode(Released(0, 0, 0, 0, 0))[1]
 
 
 def encode_row(row: Row | Floor) -> bytes:
-    """A row as it is kept in the table and its changelog (MessagePack, fields by position)."""
+    """Encode a row for the table and its changelog (MessagePack, fields by position)."""
     return _encode(row)
 
 
 def decode_row(data: bytes) -> Row | Floor:
-    """The inverse of `encode_row`. Raises `msgspec.DecodeError` or `msgspec.ValidationError` for other bytes."""
+    """Decode a row. Raises `msgspec.DecodeError` or `msgspec.ValidationError` for other bytes."""
     return _decode(data)
 
 
 def of_unknown_kind(data: bytes) -> bool:
-    """Whether bytes that `decode_row` refuses look like a row of a kind that a later version has."""
+    """Return whether bytes that `decode_row` refuses look like a row of a later version's kind."""
     try:
         match msgspec.msgpack.decode(data):
             case [int(tag), *_]:
@@ -121,22 +121,23 @@ def of_unknown_kind(data: bytes) -> bool:
 
 
 def is_marker(data: bytes) -> bool:
-    """Whether encoded bytes are a `Released` marker, without decoding them."""
+    """Return whether a row's bytes are a `Released` marker, without decoding them."""
     return len(data) > 1 and data[1] == _RELEASED_MARK
 
 
 def row_key(job_id: str) -> bytes:
-    """The key of a job's row."""
+    """Return the key of a job's row."""
     return job_id.encode()
 
 
 def floor_key(partition: int) -> bytes:
-    """The key of a partition's floor; begins with a zero byte, which no job id does."""
+    """Return the key of a partition's floor. It begins with a zero byte, unlike Jobledger's job ids."""
     return b"\0floor/%d" % partition
 
 
 def newer(row: Row | Floor, than: Row | Floor) -> bool:
-    """Whether ``row`` was made by a later event than ``than``: later ones win, in whatever order they were written."""
+    """Return whether ``row`` replaces ``than``: it was made by a later event, or the same one. The order in which they
+    were written does not matter."""
     if isinstance(row, Floor) and isinstance(than, Floor) and row.shift != than.shift:
         return row.shift > than.shift
     return row.offset >= than.offset

@@ -1,12 +1,13 @@
-"""The coordinator's rows: durable on the changelog first, then in the local copy; restored, mended and swept here.
+"""The coordinator's rows: written to the changelog first, then to the local copy. Also restores, repairs and sweeps
+them.
 
-Whoever changes rows does it through `Table.keep`, one at a time. Rows that were decided on and are not durable yet lie
-over the others, so that the next events see them.
+Only `Table` changes rows, one caller at a time (a lock). Rows that were decided on but are not durable yet are held in
+memory and take precedence, so that the next events see them.
 
-Rows name the offset of the event that made them, and outlive the log it stands in: the topic was made anew, or has lost
-its end, and offsets begin again below those of the rows. All that comes would look like seen. So what is compared with
-rows are shifted offsets (`Table.at`): a partition that ends below its rows gets a shift that lifts its first offset
-above all of them, written down in its floor before anything is decided.
+A row holds the offset of the event that made it. If the coordination topic is recreated or loses its end, new offsets
+are below those in the rows, and new events would be dropped as duplicates. So offsets are shifted before they are
+compared with rows (`Table.at`). A partition that ends below its rows gets a shift that lifts its first offset above all
+of them. The shift is stored in the partition's floor before anything is decided.
 """
 
 from __future__ import annotations
@@ -26,9 +27,9 @@ from jobledger.writer import Outgoing
 
 LOG = get_logger("jobledger.coordinator")
 
-#: Rows looked at in one step of a sweep or a restoration; between steps the event loop is given back.
+#: Rows read in one step of a sweep or a restoration. Between steps, other tasks of the event loop can run.
 SCAN_CHUNK = 2_000
-#: Rows written at once by sweeps and mendings.
+#: Rows written at once by sweeps and repairs.
 WRITE_CHUNK = 500
 
 Key = tuple[int, bytes]
@@ -36,7 +37,8 @@ Put = tuple[int, bytes, bytes | None]
 
 
 class Table:
-    """Rows by (partition, key). ``changelog``: its topic. ``step`` is called between any two steps, for crash tests."""
+    """Hold the rows by (partition, key). ``changelog``: name of the changelog topic. ``step``: called between any two
+    steps, for crash tests."""
 
     def __init__(
         self,
@@ -50,15 +52,15 @@ class Table:
         self._changelog, self._group, self._writer, self._ends = changelog, group, writer, ends
         self._ownership, self._step = ownership, step
         self._lock = asyncio.Lock()
-        self._next: dict[int, int] = {}  # the changelog offset that the next row written here must get
+        self._next: dict[int, int] = {}  # changelog offset expected for the next row written here
         self._floors: dict[int, int] = {}
         self._shifts: dict[int, int] = {}
         self._pending: dict[Key, Row] = {}
         self.scheduled: Counter[int] = Counter()
-        self.restored = 0  # rows that restorations have looked at or mended so far: shows that one comes on
+        self.restored = 0  # rows that restorations have read or repaired so far: shows their progress
 
     def row(self, partition: int, key: bytes) -> Row | None:
-        """A job's row, decided on or durable."""
+        """Return a job's row, durable or only decided on; None without one."""
         pending = self._pending.get((partition, key))
         if pending is not None:
             return pending
@@ -67,19 +69,20 @@ class Table:
         return None if isinstance(row, Floor) else row
 
     def at(self, partition: int, offset: int) -> int:
-        """An offset of the source topic as it is compared with those of rows and floors."""
+        """Return the shifted offset for an offset of the source topic, to be compared with rows and floors."""
         return offset + self._shifts.get(partition, 0)
 
     def floor(self, partition: int) -> int:
-        """Every event at or below it was dealt with."""
+        """Return the partition's floor: every event at or below this (shifted) offset was processed."""
         return self._floors.get(partition, NO_FLOOR)
 
     def expect(self, rows: Mapping[Key, Row]) -> None:
-        """These rows were decided on: `row` returns them from now on."""
+        """Have `row` return these rows, which were decided on, before they are durable."""
         self._pending.update(rows)
 
     async def keep(self, rows: Mapping[Key, Row], epoch: int) -> None:
-        """Make rows durable, if the partitions are still this instance's; else `Superseded`, and nothing is written."""
+        """Make rows durable. Raises `Superseded` if the partitions moved since ``epoch``, or the membership is not
+        certain."""
         async with self._lock:
             await self._ownership.certain(epoch)
             await self._write([(partition, key, encode_row(row)) for (partition, key), row in rows.items()])
@@ -88,11 +91,12 @@ class Table:
                     del self._pending[key]
 
     async def _write(self, puts: Sequence[Put]) -> None:
-        """On the changelog, acknowledged, then locally.
+        """Write rows to the changelog, wait for the acknowledgements, then write them locally.
 
-        The changelog's offsets must follow one another: in a gap somebody else has written, who takes this partition
-        for its own as well. If the broker confirms this instance, that was a late write of one that had been paused,
-        and what it covered is written again; else this is the late one, and `Superseded` is raised.
+        The offsets of these writes must follow one another. A gap means that another instance, which also believes to
+        own the partition, has written there. If the broker confirms this instance's membership, the other one was
+        paused and wrote late; the rows that it has overwritten are written again. If not, this instance is the late
+        one. Raises `Superseded` then, or the error of a record that was not delivered.
         """
         while puts:
             sent = await self._writer.post(
@@ -122,7 +126,7 @@ class Table:
             puts = await self._covered(foreign)
 
     async def _covered(self, foreign: Mapping[int, set[int]]) -> list[Put]:
-        """The rows, as they are here, whose keys somebody else has written at these offsets of the changelog."""
+        """Return this instance's rows for the keys that another instance wrote at these changelog offsets."""
         puts: list[Put] = []
         for partition, offsets in foreign.items():
             keys = await self._ends.keys(self._changelog, partition, offsets)
@@ -135,8 +139,8 @@ class Table:
     # -- restoring ---------------------------------------------------------------------------------------------------
 
     async def restore(self, partitions: set[int], ends: Mapping[int, int]) -> dict[int, Timers]:
-        """After Faust has restored the local copy: floors, and the timers of every scheduled row. ``ends``: where the
-        partitions of the source topic end."""
+        """Read the rows of ``partitions`` after Faust has restored the local copy. Set floors and shifts, repair rows,
+        and return the timers of all kept rows, by partition. ``ends``: end offsets of the source topic."""
         async with self._lock:
             self._pending.clear()
             self._floors.clear()
@@ -168,7 +172,8 @@ class Table:
         return Timers(entries)
 
     async def _shift(self, partition: int, end: int, last: int) -> None:
-        """Let the log's offsets begin above ``last``, the last one in rows, which the log that ends now never had."""
+        """Shift the partition's offsets above ``last``, the highest offset in its rows, which the log does not
+        reach."""
         floor = Floor(partition, self.floor(partition), last + 1)
         LOG.error(
             "partition %d of the coordination topic ends at %d, and the coordinator's table is ahead of it by %d records: "
@@ -180,7 +185,7 @@ class Table:
         self._shifts[partition] = floor.shift
 
     async def _mend(self, partitions: set[int]) -> None:
-        """Write rows again whose changelog ends with an older version: an instance that was paused wrote it late."""
+        """Write rows again for which the changelog ends with an older version, written late by a paused instance."""
         rows = self._group.rows
         puts: list[Put] = []
         for partition, key in sorted(rows.overtaken):
@@ -196,7 +201,7 @@ class Table:
     # -- sweeping ----------------------------------------------------------------------------------------------------
 
     async def sweep(self, partition: int, now_ms: Callable[[], int], keep_ms: int) -> int:
-        """One pass over a partition: delete markers that are committed and older than ``keep_ms``; how many."""
+        """Delete a partition's markers below the committed offset that are older than ``keep_ms``. Return how many."""
         epoch = self._ownership.epoch
         swept = 0
         after: bytes | None = None
@@ -208,7 +213,7 @@ class Table:
             marked = [(key, data) for key, data in chunk if is_marker(data)]
             for start in range(0, len(marked), WRITE_CHUNK):
                 swept += await self._sweep(partition, marked[start : start + WRITE_CHUNK], epoch, now_ms(), keep_ms)
-            await asyncio.sleep(0.005)  # a pass takes its time: nothing waits for it
+            await asyncio.sleep(0.005)  # slow on purpose: nothing waits for a sweep
         return swept
 
     async def _sweep(
@@ -230,7 +235,7 @@ class Table:
         committed = self.at(partition, committed)
         gone: list[bytes] = []
         for key, data in marked:
-            # Scanned without the lock: the row may have been replaced meanwhile, or be about to.
+            # The scan held no lock, so the row may have been replaced since, or be about to be.
             unchanged = self._group.rows.get(partition, key) == data and (partition, key) not in self._pending
             if unchanged and sweepable(decode_row(data), committed, now_ms, keep_ms):
                 gone.append(key)

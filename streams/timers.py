@@ -1,6 +1,6 @@
-"""When to look at a row: one heap per partition, and what the broker's clock reads. Pure: the time is passed in.
+"""Timers of rows, one heap per partition, and an estimate of the broker's clock. Pure: the time is passed in.
 
-Timers decide nothing. They make the coordinator write down what it saw (`jobledger.streams.decisions`).
+Timers decide nothing. They make the coordinator write `ReleaseDecided` to the log (`jobledger.streams.decisions`).
 """
 
 from __future__ import annotations
@@ -10,14 +10,16 @@ from collections.abc import Iterable
 
 
 def wake_at(due: int) -> int:
-    """When to look at a release due at ``due`` µs: append times are whole milliseconds, so no sooner than the next."""
+    """Return when to look at a release due at ``due`` µs: ``due`` rounded up to a whole millisecond, because append
+    times are whole milliseconds."""
     return -(-due // 1000) * 1000
 
 
 class Timers:
-    """The timers of one partition: a heap of (µs, key).
+    """Hold the timers of one partition, as a heap of (µs, key).
 
-    An entry only says when to look at a row; the row says whether anything is due, so entries need not be taken back.
+    An entry only gives the time to look at a row. The row decides whether anything is due, so entries are never removed
+    early.
     """
 
     def __init__(self, entries: Iterable[tuple[int, bytes]] = ()) -> None:
@@ -28,15 +30,15 @@ class Timers:
         return len(self._heap)
 
     def set(self, at: int, key: bytes) -> None:
-        """Look at the row ``key`` at ``at`` µs."""
+        """Add a timer for the row ``key`` at ``at`` µs."""
         heapq.heappush(self._heap, (at, key))
 
     def next(self) -> int | None:
-        """When the first timer passes, µs; None without any."""
+        """Return when the first timer is due, µs; None without timers."""
         return self._heap[0][0] if self._heap else None
 
     def pop_passed(self, now: int, limit: int) -> list[bytes]:
-        """Keys whose time has come by ``now`` µs, earliest first, at most ``limit``."""
+        """Remove and return the keys due by ``now`` µs, earliest first, at most ``limit``."""
         passed: list[bytes] = []
         heap = self._heap
         while heap and heap[0][0] <= now and len(passed) < limit:
@@ -45,11 +47,12 @@ class Timers:
 
 
 class BrokerClock:
-    """What the broker's clock reads, from acknowledgements: append time against the time the acknowledgement came.
+    """Estimate the broker's clock from acknowledgements, by comparing the append time with the time of receipt.
 
-    An acknowledgement comes after the append, so ``received - appended`` is how far this clock is ahead plus a latency;
-    the least one seen is the best estimate, and it errs towards late, never towards early (as in NTP's clock filter,
-    RFC 5905, section 10). Samples older than ``window_us`` are forgotten, so a drift is followed.
+    An acknowledgement arrives after the append, so ``received - appended`` is how far this process's clock is ahead,
+    plus a latency. The smallest sample is the best estimate. It makes releases late, never early (as NTP's clock
+    filter, RFC 5905, section 10). Old samples are dropped after one to two windows of ``window_us``, so a drift is
+    followed.
     """
 
     def __init__(self, window_us: int = 60_000_000) -> None:
@@ -60,12 +63,13 @@ class BrokerClock:
 
     @property
     def ahead_us(self) -> int:
-        """How far this process's clock is ahead of the broker's, µs (behind: negative); 0 before the first sample."""
+        """How far this process's clock is ahead of the broker's, µs; negative if behind; 0 without samples."""
         known = [sample for sample in (self._current, self._previous) if sample is not None]
         return min(known, default=0)
 
     def observe(self, received_us: int, appended_ms: int) -> None:
-        """An acknowledgement was received at ``received_us`` for a record appended at ``appended_ms``."""
+        """Take a sample: the acknowledgement of a record appended at ``appended_ms`` was received at
+        ``received_us``."""
         if received_us - self._began > self._window:
             self._previous, self._current, self._began = self._current, None, received_us
         sample = received_us - appended_ms * 1000
@@ -73,9 +77,9 @@ class BrokerClock:
             self._current = sample
 
     def now(self, local_us: int) -> int:
-        """The broker's clock when this process's reads ``local_us``."""
+        """Return the broker's time, µs, when this process's clock shows ``local_us``."""
         return local_us - self.ahead_us
 
     def reset(self) -> None:
-        """Forget all samples: this process's clock was set, or stood still."""
+        """Drop all samples, because this process was paused or its clock was set."""
         self._current = self._previous = None
