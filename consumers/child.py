@@ -64,8 +64,8 @@ class Child:
         self._depth = forks.depth
         self._functions: dict[str, Callable[..., Any]] = {}
         self._loop: asyncio.Runner | None = None
-        self._running: asyncio.Task[Any] | None = None  # the running coroutine job's
-        self._function: Callable[..., Any] | None = None  # the function of that coroutine job
+        self._running: asyncio.Task[Any] | None = None  # the task of the running coroutine
+        self._function: Callable[..., Any] | None = None  # the function of that coroutine
         self._clock: asyncio.Timeout | None = None
         self._inside = False  # the code of a plain function is running
         self._late = False  # the running attempt exceeded its timeout
@@ -88,7 +88,7 @@ class Child:
             run = decode_run(body)
             try:
                 said = self._run(run)
-            except BaseException as broken:  # noqa: BLE001  # the last guard: a job never ends its process
+            except BaseException as broken:  # noqa: BLE001  # the last guard: no error ends the process
                 said = ended(Failed("never", error_info(broken)))
             self._connection.sendall(frame(said))
             self._rest()

@@ -31,7 +31,7 @@ LOG = get_logger("jobledger.worker")
 
 #: Seconds that a job has to clean up after it was told to end. Then its process is killed.
 SOFT_S = 5.0
-#: Seconds past its timeout after which a coroutine that is still running must be blocking its event loop.
+#: Seconds past the timeout. A coroutine whose `asyncio.timeout` has not expired by then is blocking its event loop.
 BLOCKED_S = 0.25
 #: Seconds between two measurements of the memory of children whose jobs have a memory limit.
 WATCH_S = 0.05
@@ -60,10 +60,10 @@ class ChildSettings:
 class Children:
     """Run jobs in child processes.
 
-    For each `run`, one of three callbacks is called, once; the child is free by then. ``said(work, outcome)``: the
-    job's code ended with this outcome. ``died(work, error, blamed)``: the job's process ended by itself, or no child
-    can be started; ``blamed`` is whether the job may be the cause. ``ended(work, why, error)``: this pool ended the
-    job; ``why`` is ``timeout``, ``memory`` or ``stop``.
+    For each `run`, one of three callbacks is called, once, when no child has the job any more. ``said(work, outcome)``:
+    the job's code ended with this outcome. ``died(work, error, blamed)``: the job's process ended by itself, or no
+    child can be started; ``blamed`` is whether the job may be the cause. ``ended(work, why, error)``: this pool ended
+    the job; ``why`` is ``timeout``, ``memory`` or ``stop``.
 
     ``take(work)`` is called when a child is free for the job. It returns False if the job must not run any more; then
     none of the three is called. ``unusable(error)``: no child can ever be started.
@@ -279,7 +279,7 @@ class Children:
         )
         limit = plan.task.timeout
         if limit is not None:
-            # A coroutine ends at its own `asyncio.timeout`, so it gets the signal only if it blocks its loop.
+            # A coroutine has its own `asyncio.timeout`. The signal comes later and acts only if its loop is blocked.
             told = limit + BLOCKED_S if plan.is_async else limit
             child.timers.append(self._loop.call_later(told, child.signal, LATE))
             child.timers.append(self._loop.call_later(limit + SOFT_S, self._kill, child, "timeout"))

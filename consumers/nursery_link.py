@@ -60,7 +60,7 @@ class NurseryLink:
         self._ready = self._closing = False
         self._again_s = AGAIN_S
         self._lines = b""
-        self._born: deque[Child] = deque()  # requested, not forked yet, the oldest first
+        self._born: deque[Child] = deque()  # requested, pid not reported yet, the oldest first
         self._by_pid: dict[int, Child] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._heard: weakref.WeakSet[Words] = weakref.WeakSet()  # ended children's too: their own children may write

@@ -397,8 +397,7 @@ class Coordinator:
             await asyncio.gather(start, *watches, return_exceptions=True)
 
     async def _watch_recovery(self) -> None:
-        """Raise if a rebalance makes no progress. It ends when the new part of the table is read and processing goes
-        on."""
+        """Raise if a rebalance makes no progress. It ends when the new part of the table is read and restored."""
         await self._watch_progress(
             "a rebalance of its group, or the part of its table that came with one", self._moving
         )

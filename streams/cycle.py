@@ -186,8 +186,7 @@ class Cycle:
         return Plan(epoch, records, batch, len(rejects), len(batch.releases) - len(released), released, sent)
 
     def _outputs(self, releases: Sequence[Kept]) -> tuple[list[Kept], list[Outgoing], list[Outgoing]]:
-        """Return the rows that are released, their records, and the records that end releases too large for their
-        topic.
+        """Return the released rows, their records, and the records that end releases too large for their topic.
 
         Too large ones are not sent: the broker would refuse all records of the same producer batch with them.
         """

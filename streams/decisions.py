@@ -5,11 +5,12 @@ the partition up to this one. So an instance that was paused repeats decisions a
 
 A release has three steps:
 
-1. An event asks for it (`JobSubmitted` with a condition, or `ReleaseRequested`). The row is `Scheduled`; a timer is
-set. 2. At the due time the timer writes `ReleaseDecided` to the log, and nothing else. 3. `ReleaseDecided` is read
-back. If it was appended at or after the due time, and the row is still scheduled for exactly
-   this (run, release), the job is released (`JobDue`) and the row becomes a `Released` marker. A job that was cancelled
-   or has expired before ends here.
+1. An event asks for it (`JobSubmitted` with a condition, or `ReleaseRequested`). The row becomes `Scheduled`, and a
+   timer is set.
+2. At the due time the timer writes `ReleaseDecided` to the log, and nothing else.
+3. `ReleaseDecided` is read back. If it was appended at or after the due time, and the row is still scheduled for
+   exactly this (run, release), the job is released (`JobDue`) and the row becomes a `Released` marker. A job that has
+   expired before is ended instead; one that was cancelled before has no such row any more.
 
 A long job's release has a `Held` row while a worker runs it on a lease. The worker sends the outcome to the coordinator
 first, which passes it on to lifecycle if the lease is still valid. If the lease ends without an outcome, the job is
@@ -138,8 +139,7 @@ def _requested(
     appended_ms: int,
     verdict: str,
 ) -> Decision:
-    """Schedule a release. Only its first request counts: a later one, or one for an earlier release, changes
-    nothing."""
+    """Schedule a release. Only its first request counts. One for an earlier release changes nothing."""
     if row is not None and (event.run, release) <= (row.run, row.release):
         return _PASSED
     made = _schedule(event, spec, release, due, partition, offset, appended_ms)
@@ -412,8 +412,7 @@ class Batch:
 
 
 def sweepable(row: Row | Floor, committed: int, now_ms: int, keep_ms: int) -> bool:
-    """Return whether a marker may be deleted: its offset is below ``committed`` and it is at least ``keep_ms`` ms
-    old."""
+    """Return whether a marker may be deleted: its offset is below ``committed`` and its age at least ``keep_ms``."""
     return isinstance(row, Released) and row.offset < committed and row.ended_ms + keep_ms <= now_ms
 
 

@@ -99,8 +99,7 @@ def faust_settings(settings: Settings, options: Options, partitions: int, place:
     }
 
 
-# -- topics
-# -------------------------------------------------------------------------------------------------------------
+# -- topics -----------------------------------------------------------------------------------------------------------
 
 
 def origin_of(settings: Settings, topic: str) -> str:
@@ -387,8 +386,7 @@ def recovering(app: Any) -> bool:
 
 
 def hasten(app: Any) -> None:
-    """Make an idle fetch return after `FETCH_WAIT_MS`. Other requests on its connection, as in a rebalance, wait for
-    it.
+    """Make an idle fetch return after `FETCH_WAIT_MS`. Others on its connection, as in a rebalance, wait for it.
 
     Faust has a fixed value of 1,500 ms and no setting.
     """

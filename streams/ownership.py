@@ -25,8 +25,7 @@ class Superseded(Exception):
 
 
 def clocks() -> tuple[float, float]:
-    """Return wall time and time since boot, in seconds. The latter includes suspensions where the system supports
-    it."""
+    """Return wall time and time since boot, in seconds. The latter includes suspensions if the system supports it."""
     boot = getattr(time, "CLOCK_BOOTTIME", None)
     return time.time(), time.monotonic() if boot is None else time.clock_gettime(boot)
 

@@ -75,9 +75,7 @@ def merged(current: bytes | None, incoming: bytes) -> bytes | None:
 
 
 class RocksRows(rocksdb.Store):
-    """`Rows` in one RocksDB per partition. The files survive a restart, which then replays only newer changelog
-    records.
-    """
+    """`Rows` in one RocksDB per partition. The files survive a restart, which replays only newer changelog records."""
 
     def __post_init__(self) -> None:
         self.overtaken: set[tuple[int, bytes]] = set()

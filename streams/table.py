@@ -1,5 +1,4 @@
-"""The coordinator's rows: written to the changelog first, then to the local copy. Also restores, repairs and sweeps
-them.
+"""Writes the coordinator's rows to the changelog, then to the local copy. Restores, repairs and sweeps them.
 
 Only `Table` changes rows, one caller at a time (a lock). Rows that were decided on but are not durable yet are held in
 memory and take precedence, so that the next events see them.
@@ -172,8 +171,7 @@ class Table:
         return Timers(entries)
 
     async def _shift(self, partition: int, end: int, last: int) -> None:
-        """Shift the partition's offsets above ``last``, the highest offset in its rows, which the log does not
-        reach."""
+        """Shift the partition's offsets above ``last``, the highest offset in its rows. The log ends below it."""
         floor = Floor(partition, self.floor(partition), last + 1)
         LOG.error(
             "partition %d of the coordination topic ends at %d, and the coordinator's table is ahead of it by %d records: "
