@@ -1,4 +1,4 @@
-"""How many records one transaction takes, where a database bounds how long a statement may run. No SQL here."""
+"""Adapts the number of records in a transaction to a database that limits how long a statement may run. No SQL here."""
 
 from __future__ import annotations
 
@@ -10,23 +10,24 @@ from jobledger.errors import StoreTooSlow
 
 T = TypeVar("T")
 
-#: Transactions in a row after which a batch that was made smaller is made larger again.
+#: Number of successful transactions in a row after which a reduced batch size is doubled.
 CALM = 100
 
 
 class BatchSize:
-    """Records in one transaction: ``most``, and fewer where that many took too long."""
+    """Number of records in one transaction. ``most``: the upper limit. ``now``: the present size, smaller after a
+    transaction took too long."""
 
     def __init__(self, most: int) -> None:
         self.most = self.now = most
         self._calm = 0
 
     def halve(self, tried: int) -> None:
-        """``tried`` records took too long."""
+        """Set the size to half of ``tried``, the number of records of a transaction that took too long."""
         self.now, self._calm = max(1, tried // 2), 0
 
     def done(self) -> None:
-        """A transaction was in time."""
+        """Count a successful transaction; after `CALM` of them in a row, double a reduced size."""
         self._calm += 1
         if self.now < self.most and self._calm >= CALM:
             self.now, self._calm = min(self.most, self.now * 2), 0
@@ -35,8 +36,8 @@ class BatchSize:
 def in_batches(
     items: Sequence[T], size: BatchSize, write: Callable[[Sequence[T]], object], log: logging.Logger
 ) -> None:
-    """Hand all items to ``write``, in order and in transactions of this size. One that runs into the statement_timeout
-    of the database's user was written not at all, and is tried again with half as many.
+    """Pass all items to ``write``, in order and in transactions of this size. A transaction that the database cancels
+    because of its statement_timeout writes nothing, and is retried with half as many items.
 
     Raises `StoreTooSlow` if a single item takes too long.
     """

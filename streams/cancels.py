@@ -1,4 +1,5 @@
-"""Cancels of runs that have ended are taken off the control topic, so that workers need not keep them for ever."""
+"""Finds cancels of runs that have ended, to remove them from the control topic, so that workers need not keep them for
+ever."""
 
 from __future__ import annotations
 
@@ -13,7 +14,7 @@ from jobledger.writer import Outgoing
 
 
 def standing(log: LogReader, names: Names, decode: Callable[[bytes | None], JobEvent]) -> dict[str, JobEvent]:
-    """The cancels on the control topic that no tombstone ended, by key."""
+    """Return the cancels on the control topic that no tombstone has removed, by key."""
     found: dict[str, JobEvent] = {}
     for message in log.read(names.control, 0, 0):
         key, value = message.key(), message.value()
@@ -33,11 +34,11 @@ def standing(log: LogReader, names: Names, decode: Callable[[bytes | None], JobE
 
 
 def settled(cancels: dict[str, JobEvent], names: Names, table: StatusReader) -> Iterator[Outgoing]:
-    """Tombstones for those whose run the table has seen end, or give way to a later run."""
+    """Yield tombstones for the cancels whose run has ended in the table, or was followed by a later run."""
     for key, event in cancels.items():
         try:
             status = table.job(event.job_id)
         except JobNotFound:
-            continue  # not read yet, or trimmed: one order too many does no harm
+            continue  # not in the table yet, or trimmed: a cancel that remains does no harm
         if status.run > event.run or (status.run == event.run and status.state.ended):
             yield Outgoing(names.control, None, key, 0)

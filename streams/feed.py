@@ -1,7 +1,8 @@
-"""The records of every topic the status table is made of, from given offsets on. Commits nothing: offsets are the
-reader's own business.
+"""Reads the records of every topic from which the status table is built, from given offsets on. Commits nothing: the
+caller keeps the offsets.
 
-Assigned by hand, without a group: what was read is known by the database alone, and nothing rebalances.
+Partitions are assigned directly, without a consumer group: only the database stores what was read, and nothing
+rebalances.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ from jobledger.streams.store.protocol import Partition
 
 LOG = get_logger("jobledger.materializer")
 
-#: Kilobytes of records that wait in the client: bounds memory at any backlog.
+#: Kilobytes of records that the client may prefetch. It bounds memory, however large the backlog is.
 QUEUE_KB = 32 * 1024
 FETCH_BYTES = 16 * 1024 * 1024
 REQUEST_TIMEOUT_S = 10.0
@@ -42,7 +43,8 @@ REQUEST_TIMEOUT_S = 10.0
 _GONE = (KafkaError.UNKNOWN_TOPIC_OR_PART, KafkaError._UNKNOWN_TOPIC, KafkaError._UNKNOWN_PARTITION)
 _OUT_OF_RANGE = (KafkaError._AUTO_OFFSET_RESET, KafkaError.OFFSET_OUT_OF_RANGE)
 _TRANSPORT = (KafkaError._TRANSPORT, KafkaError._ALL_BROKERS_DOWN, KafkaError._RESOLVE, KafkaError._TIMED_OUT)
-#: A partition that has just been made or moved. librdkafka does not call these retriable in answers to admin requests.
+#: Errors of a partition that has just been created or moved. In answers to admin requests librdkafka does not mark them
+#: as retriable.
 _ELECTING = (
     KafkaError.NOT_LEADER_FOR_PARTITION,
     KafkaError.LEADER_NOT_AVAILABLE,
@@ -52,7 +54,8 @@ _ELECTING = (
 
 
 class Feed:
-    """Reads all work topics, lifecycle, coordination and dead letters of a namespace. For one thread; close it."""
+    """Reads all work topics, lifecycle, coordination and dead letters of a namespace. Use it from one thread, and close
+    it."""
 
     def __init__(self, settings: Settings, names: Names) -> None:
         self._settings, self._names = settings, names
@@ -63,7 +66,7 @@ class Feed:
                 group="jobledger-status",
                 door=self._door,
                 **{
-                    # An offset the log does not have is said, not silently replaced.
+                    # An offset that the log does not have is reported as an error, not silently replaced.
                     "auto.offset.reset": "error",
                     "queued.max.messages.kbytes": QUEUE_KB,
                     "fetch.max.bytes": FETCH_BYTES,
@@ -72,7 +75,8 @@ class Feed:
         )
         self._admin: AdminClient | None = None
         self._assigned: set[Partition] = set()
-        #: Partitions whose next offset the log no longer had, with the offset read instead; the reader takes them out.
+        #: Partitions whose next offset the log no longer had, or that `restart` was called for, with the offset from which
+        #: they are read instead. The caller removes them.
         self.resets: dict[Partition, int] = {}
 
     def __enter__(self) -> Self:
@@ -84,16 +88,17 @@ class Feed:
         self.close()
 
     def close(self) -> None:
-        """Give the connection back."""
+        """Close the connection."""
         self._consumer.close()
 
     @property
     def assigned(self) -> frozenset[Partition]:
-        """The partitions that are read."""
+        """The partitions that are being read."""
         return frozenset(self._assigned)
 
     def present(self, timeout: float = REQUEST_TIMEOUT_S) -> set[Partition]:
-        """The partitions that there are to read, now. Raises `BrokerUnavailable`, `NotAuthenticated`."""
+        """Return the partitions to read that exist now. ``timeout``: seconds. Raises `BrokerUnavailable`,
+        `NotAuthenticated`."""
         self._door.check()
         try:
             topics = self._consumer.list_topics(timeout=timeout).topics
@@ -111,13 +116,13 @@ class Feed:
         return topic in (names.lifecycle, names.coordination, names.dead_letter) or names.queue_of(topic) is not None
 
     def identities(self, topics: Iterable[str], timeout: float = REQUEST_TIMEOUT_S) -> dict[str, str]:
-        """As the function of this name; with one client for all questions."""
+        """Call the function `identities` of this module, with one client for all calls."""
         if self._admin is None:
             self._admin = admin(self._settings)
         return identities(self._admin, topics, timeout)
 
     def restart(self, partitions: Iterable[Partition]) -> None:
-        """Read these from the log's start, whatever was read of them before. Raises `BrokerUnavailable`, `TopicMissing`."""
+        """Read these partitions again from the log's start. Raises `BrokerUnavailable`, `TopicMissing`."""
         places = list(partitions)
         starts = {place: low for place, (low, _) in bounds(self._settings, places).items()}
         self.drop(places)
@@ -125,23 +130,25 @@ class Feed:
         self.resets |= starts
 
     def add(self, offsets: Mapping[Partition, int | None]) -> None:
-        """Read these partitions, too, from these offsets on; None: from the log's start."""
+        """Read these partitions, too, from these offsets on (None: from the log's start). Those already read are not
+        changed."""
         new = {place: offset for place, offset in offsets.items() if place not in self._assigned}
         if new:
             self._consumer.incremental_assign([_at(place, offset) for place, offset in new.items()])
             self._assigned |= set(new)
 
     def drop(self, partitions: Iterable[Partition]) -> None:
-        """Read these no more."""
+        """Stop reading these partitions."""
         known = [place for place in partitions if place in self._assigned]
         if known:
             self._consumer.incremental_unassign([_at(place, None) for place in known])
             self._assigned -= set(known)
 
     def read(self, most: int, patience: float, until: float = 0.0) -> list[Message]:
-        """Up to ``most`` records: waits ``patience`` seconds for the first, then for more ``until`` that time.
+        """Return up to ``most`` records. Wait up to ``patience`` seconds for the first one, then until ``until`` for more.
 
-        ``until``: as `time.monotonic` counts; 0: take what is there.
+        ``until``: a time of `time.monotonic`; 0: return the records that are available.
+        Raises `NotAuthenticated` if the cluster refuses this client, or another error past which reading cannot continue.
         """
         messages = self._consumer.consume(1, patience)
         if not messages:
@@ -153,7 +160,7 @@ class Feed:
         return messages
 
     def _error(self, message: Message) -> bool:
-        """Whether a message stands for an error; deals with it. Raises what cannot be read past."""
+        """Return whether a message is an error, and handle the error. Raises one past which reading cannot continue."""
         error = message.error()
         if error is None:
             return False
@@ -168,7 +175,7 @@ class Feed:
                     *(*place, error.str(), low, high),
                 )
                 self.resets[place] = low
-                # Not seek(): the partition stands still after this error, and only an assignment starts it.
+                # Not seek(): after this error the partition is paused until it is assigned again.
                 self._consumer.incremental_unassign([_at(place, None)])
                 self._consumer.incremental_assign([_at(place, low)])
         elif code in _GONE:
@@ -179,7 +186,8 @@ class Feed:
         return True
 
     def lag(self, offsets: Mapping[Partition, int]) -> dict[str, int]:
-        """Records of each topic not read yet, as far as the client has heard. Asks nobody."""
+        """Return how many records of each topic are not below ``offsets``, by the ends that the client knows. Does not ask
+        the broker."""
         found: dict[str, int] = {}
         for place in self._assigned:
             ends = self._consumer.get_watermark_offsets(_at(place, None), cached=True)
@@ -188,7 +196,7 @@ class Feed:
         return found
 
     def passed(self, ends: Mapping[Partition, int]) -> set[Partition]:
-        """Of the partitions that are read, those whose next record is at or past the given end."""
+        """Return the partitions being read whose next record is at or past the given end."""
         asked = [_at(place, None) for place in self._assigned if place in ends]
         return {
             (p.topic, p.partition) for p in self._consumer.position(asked) if p.offset >= ends[(p.topic, p.partition)]
@@ -200,8 +208,8 @@ def _at(place: Partition, offset: int | None) -> TopicPartition:
 
 
 def identities(client: AdminClient, topics: Iterable[str], timeout: float = REQUEST_TIMEOUT_S) -> dict[str, str]:
-    """The ids of topics, by which a topic is known from a later one of its name; without those that the broker does not
-    tell."""
+    """Return the ids of topics. A recreated topic has another id than the earlier one of its name. Topics whose id the
+    broker does not return are left out."""
     found: dict[str, str] = {}
     asked = TopicCollection(sorted(topics))
     for topic, future in client.describe_topics(asked, request_timeout=timeout).items():
@@ -215,15 +223,15 @@ def identities(client: AdminClient, topics: Iterable[str], timeout: float = REQU
 def bounds(
     settings: Settings, partitions: Iterable[Partition], timeout: float = REQUEST_TIMEOUT_S
 ) -> dict[Partition, tuple[int, int]]:
-    """Of each partition the log's first offset and the next one to be written; one question for all of them.
+    """Return each partition's first offset in the log and the next offset to be written. Asks for all partitions at once.
 
-    Raises `BrokerUnavailable` if they are not told within ``timeout`` seconds,
-    `TopicMissing` for one that is not there.
+    Raises `BrokerUnavailable` if the broker does not answer within ``timeout`` seconds, `TopicMissing` if a partition
+    does not exist.
     """
     client = admin(settings)
     deadline = time.monotonic() + timeout
     found: list[dict[Partition, int]] = []
-    for spec in (OffsetSpec.earliest(), OffsetSpec.latest()):  # type: ignore[no-untyped-call]  # they bear no types
+    for spec in (OffsetSpec.earliest(), OffsetSpec.latest()):  # type: ignore[no-untyped-call]  # they have no types
         told: dict[Partition, int] = {}
         left = {_at(place, None) for place in partitions}
         while left:
@@ -244,16 +252,16 @@ def bounds(
 
 
 def read_until(feed: Feed, ends: Mapping[Partition, int], most: int, stall: float = 60.0) -> Iterator[list[Message]]:
-    """Batches of all records below ``ends`` of the partitions that were added.
+    """Yield batches of all records below ``ends`` of the partitions that were added.
 
-    Raises `BrokerUnavailable` if nothing comes for ``stall`` seconds.
+    Raises `BrokerUnavailable` if no record arrives for ``stall`` seconds.
     """
     last = time.monotonic()
     while feed.assigned:
         messages = feed.read(most, 0.05)
         if messages:
             last = time.monotonic()
-            # Partitions that reached their end are no longer asked for; what was fetched beyond it is left out.
+            # Partitions that reached their end are dropped below. Records fetched beyond the end are left out.
             yield [m for m in messages if (m.offset() or 0) < ends[(m.topic() or "", m.partition() or 0)]]
         elif time.monotonic() - last > stall:
             left = ", ".join(f"{topic}[{partition}]" for topic, partition in sorted(feed.assigned))

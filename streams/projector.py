@@ -1,7 +1,7 @@
-"""From records to the changes of one transaction: decode, fold, project, count. Knows no broker and no SQL.
+"""Turns records into the changes of one transaction: decodes, folds, projects and counts. Uses no broker and no SQL.
 
-Within a batch the facts of a job are joined first and its row is read and written once. States of jobs that are under
-way stay in memory, bounded, so that most are not read at all; what is in memory is always what was committed.
+Within a batch the facts of a job are joined first, so its row is read and written once. A bounded cache keeps the states
+of jobs that have not ended, so most states need not be read. The cache holds only committed states.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ from jobledger.schemas.glance import glance
 from jobledger.streams.store.protocol import Changes, TagRow
 from jobledger.streams.store.rows import key_text, row
 
-#: Jobs whose states are kept in memory between batches; a state takes about a kilobyte.
+#: Number of jobs whose states are cached between batches. A state takes about a kilobyte.
 CACHE_JOBS = 50_000
-#: Bytes of a written state above which it is not kept: tracebacks are large, and such jobs are few.
+#: Largest encoded state, in bytes, that is cached: states with tracebacks are large, and few jobs have one.
 CACHE_STATE_BYTES = 2_000
-#: Characters of a UUID.
+#: Length of a UUID in characters.
 ID_LENGTH = 36
 
 
 class Loads(Protocol):
-    """Where states come from that are not in memory."""
+    """Loads states that are not cached."""
 
     def load(self, job_ids: Sequence[str]) -> dict[str, Life]: ...
 
@@ -43,7 +43,8 @@ class Rejected:
 
 @dataclass(slots=True)
 class Folded:
-    """What a batch of records amounts to. ``states``: the new states, for `Projector.committed`."""
+    """The result of folding a batch. ``events``: records read, by topic. ``states``: the new states, for
+    `Projector.committed`; None for a job that is not to be cached."""
 
     changes: Changes = field(default_factory=Changes)
     events: dict[str, int] = field(default_factory=dict)
@@ -52,24 +53,24 @@ class Folded:
 
 
 class Projector:
-    """Folds batches onto the states of a store. ``cache_jobs`` bounds its memory. Not thread-safe."""
+    """Folds batches onto the states of a store. ``cache_jobs``: number of states to cache. Not thread-safe."""
 
     def __init__(self, store: Loads, decoder: Decoder, *, cache_jobs: int = CACHE_JOBS) -> None:
         self._store, self._decoder = store, decoder
-        # Two generations stand in for a least-recently-used order: when the young one is full, the old one goes.
+        # Two generations approximate a least-recently-used cache: when the young one is full, the old one is discarded.
         self._young: dict[str, tuple[Life, Visible]] = {}
         self._old: dict[str, tuple[Life, Visible]] = {}
         self._generation = max(1, cache_jobs // 2)
 
     def fold(self, messages: Iterable[Message]) -> Folded:
-        """The changes that these records make. Remembers nothing: see `committed`. Raises `StoreError`."""
+        """Return the changes that these records make. Does not update the cache: see `committed`. Raises `StoreError`."""
         folded = Folded()
         news: dict[str, Life] = {}
         offsets, events = folded.changes.offsets, folded.events
         for message in messages:
             topic, partition, offset = message.topic(), message.partition(), message.offset()
             if topic is None or partition is None or offset is None:
-                continue  # only messages that are errors lack them
+                continue  # only error messages lack these values
             place = (topic, partition)
             offsets[place] = offset + 1
             events[topic] = events.get(topic, 0) + 1
@@ -89,20 +90,20 @@ class Projector:
             life = of(run, release, attempt, task, queue, fact, (message.timestamp()[1], topic, partition, offset))
             if life is not None:
                 if len(job_id) != ID_LENGTH or "\0" in job_id:
-                    job_id = key_text(job_id)  # no id of ours: may be anything
+                    job_id = key_text(job_id)  # not an id made by Jobledger: it can be any text
                 known = news.get(job_id)
                 news[job_id] = life if known is None else join(known, life)
         self._project(news, folded)
         return folded
 
     def merge(self, lives: Iterable[tuple[str, Life]]) -> Folded:
-        """The changes that joining these states makes. Raises `StoreError`."""
+        """Return the changes made by joining these states with those of the store. Raises `StoreError`."""
         folded = Folded()
         self._project(dict(lives), folded)
         return folded
 
     def committed(self, folded: Folded) -> None:
-        """The changes were written: remember the states."""
+        """Cache the states of a batch whose changes were committed."""
         young, old = self._young, self._old
         for job_id, state in folded.states.items():
             if state is None:
@@ -145,7 +146,7 @@ class Projector:
             key = (written[2], written[3], written[1])
             counts[key] = counts.get(key, 0) + 1
             changes.jobs.append(written)
-            # What has ended is seldom heard of again.
+            # Facts of a job that has ended are rare.
             kept = seen.ended_ms is None and len(written[-1]) <= CACHE_STATE_BYTES
             states[job_id] = (life, seen) if kept else None
 

@@ -1,11 +1,12 @@
-"""``rebuild`` makes the status table anew from the log; ``verify`` tells whether it is what the log says.
+"""``rebuild`` recreates the status table from the log; ``verify`` checks whether the table matches the log.
 
-Both fold the log once more, from its start: ``rebuild`` into a table of the same kind beside the live one, ``verify``
-into a SQLite file. So memory is bounded by nothing but the projector's cache. Neither runs a job nor writes to the log.
+Both fold the log again from its start: ``rebuild`` into a table of the same kind beside the live one, ``verify`` into a
+SQLite file. So memory depends only on the size of a batch and of the projector's cache. Neither runs a job or writes to
+the log.
 
-A job *begins within the log* if every fact the table knows of it can still be read. Of the others the log
-holds only a part, or nothing: a rebuild carries them over, joined with what the log still says, and marks
-them; a verification leaves them out.
+A job *begins within the log* if every fact that the table has of it can still be read. Of any other job the log holds
+only some facts, or none. A rebuild carries such jobs over from the live table, joined with the facts in the log, and
+marks them. A verification leaves them out.
 """
 
 from __future__ import annotations
@@ -41,21 +42,21 @@ from jobledger.streams.store.sqlite import open_reader as open_sqlite
 LOG = get_logger("jobledger.materializer")
 
 BATCH = 16_000
-#: Jobs copied or compared at a time.
+#: Number of jobs carried over at a time.
 CHUNK = 2_000
-#: How many job ids that differ are named.
+#: Largest number of differing job ids that a report names.
 NAMED = 20
 #: Seconds to wait for the running materializer to stop before a rebuild is refused.
 LEASE_PATIENCE_S = 15.0
 RENEW_S = 2.0
 
-#: Called with (records read, records in all) now and then.
+#: Called after each batch with (records read, total number of records).
 Tell = Callable[[int, int], None]
 T = TypeVar("T")
 
 
 class RebuildReport(msgspec.Struct, frozen=True):
-    """What a rebuild did. ``carried``: jobs of the table before of which the log no longer has all."""
+    """The result of a rebuild. ``carried``: jobs of the previous table of which the log no longer has every fact."""
 
     url: str
     jobs: int
@@ -66,11 +67,11 @@ class RebuildReport(msgspec.Struct, frozen=True):
 
 
 class VerifyReport(msgspec.Struct, frozen=True):
-    """Whether the table is what the log says.
+    """The result of a verification. ``equal``: whether the table matches the log, and its counters match its rows.
 
-    ``jobs``: compared ones. ``left_out``: jobs of which the log no longer has all. ``differing``: how many differ, of
-    which ``first_differing`` names some. ``counters_equal``: whether the table's counters are those of its own rows.
-    ``table_digest``, ``log_digest``: of all compared jobs.
+    ``jobs``: number of compared jobs. ``left_out``: jobs of which the log no longer has every fact. ``differing``: number
+    of jobs that differ; ``first_differing`` has the first ids of them. ``counters_equal``: whether the table's counters
+    match its own rows. ``table_digest``, ``log_digest``: digests of all compared jobs.
     """
 
     equal: bool
@@ -88,10 +89,11 @@ class VerifyReport(msgspec.Struct, frozen=True):
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """What the log holds of each partition: offsets from ``low`` up to, not including, ``high``.
+    """The offsets of each partition that the log holds: from ``low`` up to, not including, ``high``.
 
-    ``begins``: when the record at ``low`` was appended, as far as it was read, ms. What a table knows of an earlier record at
-    such an offset stood in a topic of the same name that was deleted: offsets begin again at 0, and time does not.
+    ``begins``: when the first record that was read of a partition was appended, ms. If the table knows a record with an
+    offset in the span and an earlier time, that record was in a deleted topic of the same name: offsets restart at 0,
+    time does not.
     """
 
     low: dict[Partition, int]
@@ -103,7 +105,7 @@ class Span:
         return sum(high - self.low[place] for place, high in self.high.items())
 
     def holds(self, life: Life) -> bool:
-        """Whether every fact that a life knows is in the span."""
+        """Return whether every fact of a life is in the span."""
         report = life.report
         for ms, topic, partition, offset in life.positions if report is None else (*life.positions, report.at):
             place = (topic, partition)
@@ -117,11 +119,11 @@ class Span:
 def rebuild(
     names: Names, settings: Settings, queues: Sequence[str], store_url: str, progress: Tell | None = None
 ) -> RebuildReport:
-    """Build the table anew from the log beside the live one, then swap; readers see one or the other.
+    """Build a new table from the log beside the live one, then swap them. Readers see either the old or the new table.
 
-    Takes the lease, so a running materializer must be stopped first: `StoreError` names its holder after 15 s. If
-    anything fails the live table stays as it was. Work topics are found by name; ``queues`` are those that must be
-    readable: `NotAuthorized` if one is not.
+    Takes the lease, so a running materializer must be stopped first: after 15 s `StoreError` names the lease's holder.
+    If anything fails, the live table is not changed. Work topics are found by name. ``queues``: those whose work topics
+    must be readable; raises `NotAuthorized` if one is not.
     """
     began = time.monotonic()
     settings = _allowed(names, settings, queues)
@@ -137,8 +139,8 @@ def rebuild(
 
 
 def _allowed(names: Names, settings: Settings, queues: Sequence[str]) -> Settings:
-    """The settings of one who only reads. A topic that this user may not read is not
-    listed, and would count as empty."""
+    """Return the settings for reading only. Check first that the topics may be read: the broker does not list a topic
+    that this user may not read, so it would count as empty."""
     settings = settings.acting_as("web")
     topics = (*map(names.jobs, queues), names.lifecycle, names.coordination, names.dead_letter, names.schemas)
     acls.check(settings, names.namespace, topics)
@@ -148,16 +150,15 @@ def _allowed(names: Names, settings: Settings, queues: Sequence[str]) -> Setting
 def verify(
     names: Names, settings: Settings, queues: Sequence[str], store_url: str, progress: Tell | None = None
 ) -> VerifyReport:
-    """Fold the log up to the table's offsets into a table of its own, and compare the two, job by job.
+    """Fold the log up to the table's offsets into a separate table, and compare the two job by job.
 
-    The table may be written meanwhile: it is compared as it was at the beginning. Raises
-    `StoreNotFound`, `NotAuthorized`.
+    The table may be written meanwhile: a copy made at the beginning is compared. Raises `StoreNotFound`, `NotAuthorized`.
     """
     began = time.monotonic()
     settings = _allowed(names, settings, queues)
     with _scratch(store_url) as temporary:
         folder = Path(temporary)
-        # As it is now: whoever writes it goes on, and this reads a copy.
+        # A copy of the present state, so that the materializer can continue to write the table.
         copy(store_url, names.namespace, folder / "table.db")
         copied = f"sqlite:///{folder / 'table.db'}"
         kept = open_sqlite(copied, names.namespace)
@@ -215,11 +216,11 @@ def _fold_log(
     progress: Tell | None,
     alive: Callable[[], object],
 ) -> tuple[Span, int, int]:
-    """Fold the log into ``store`` up to ``offsets`` (None: its end); the span read, records read, records rejected.
+    """Fold the log into ``store`` up to ``offsets`` (None: its end). Return the span read, the number of records read and
+    the number rejected.
 
-    ``topics``: the ids of the topics that the offsets are of, as far as they are known; of a later one of such a name nothing
-    was read.
-    ``alive`` is called every two seconds.
+    ``topics``: the ids of the topics to which ``offsets`` belong, as far as they are known. A topic that now has another
+    id was recreated later, so it is left out. ``alive``: called about every two seconds.
     """
     projector = Projector(store, log.decoder(settings, names))
     records = rejected = 0
@@ -257,7 +258,7 @@ def _fold_log(
             if time.monotonic() - renewed > RENEW_S:
                 alive()
                 renewed = time.monotonic()
-    # Also of partitions that hold nothing any more.
+    # Include partitions that no longer hold any record.
     store.write(Changes(offsets=dict(span.high), topics=ids))
     return span, records, rejected
 
@@ -278,7 +279,7 @@ def _span(settings: Settings, names: Names, feed: Feed, offsets: Mapping[Partiti
 
 
 def _carry(names: Names, settings: Settings, live_url: str, span: Span, new: Store, alive: Callable[[], object]) -> int:
-    """Join what the live table knows of jobs that the log no longer has whole into ``new``; how many."""
+    """Join the live table's jobs that do not begin within the log into ``new``; return how many there are."""
     projector = Projector(new, log.decoder(settings, names), cache_jobs=1)
     reader = open_reader(live_url, names.namespace)
     carried, size = 0, BatchSize(CHUNK)
@@ -304,7 +305,7 @@ def _chunks(items: Iterator[T], size: int) -> Iterator[list[T]]:
 
 
 class _Comparison:
-    """Two tables walked side by side in order of ids."""
+    """The result so far of comparing two tables in order of ids."""
 
     def __init__(self) -> None:
         self.jobs = self.left_out = self.differing = 0
@@ -312,7 +313,7 @@ class _Comparison:
         self.table, self.log = hashlib.sha256(), hashlib.sha256()
 
     def take(self, job_id: str, table: Row | None, log: Row | None) -> None:
-        """One job, as either has it."""
+        """Compare the two rows of one job; None: the table has none."""
         self.jobs += 1
         if table is not None:
             self.table.update(repr(table).encode())

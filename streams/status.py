@@ -1,10 +1,11 @@
-"""The materializer: keeps the status table abreast of the log.
+"""The materializer: keeps the status table up to date with the log.
 
-Owns the loop, the lease and what happens when the broker, the database or another materializer gets in the way. What
-the records mean is `jobledger.job`'s, how they become rows `projector`'s, where they come from `feed`'s.
+Owns the loop, the lease, and the handling of an unavailable broker or database and of another materializer.
+`jobledger.job` defines what records mean, `projector` turns them into rows, `feed` reads them.
 
-A batch is one transaction: rows, counters, offsets, and the lease at its beginning. So a restart is a seek to the
-offsets in the table, and no record is counted twice or left out, whenever the process dies.
+A batch is one transaction. It checks and renews the lease first, then writes rows, counters and offsets. So after a
+restart reading continues at the offsets in the table, and no record is counted twice or left out, whenever the process
+dies.
 """
 
 from __future__ import annotations
@@ -56,38 +57,39 @@ except ImportError as exc:
 
 LOG = get_logger("jobledger.materializer")
 
-#: Records in one transaction, at most. Large, so that of a backlog the facts of a job often meet in one row's writing;
-#: what comes as it happens is written every `LINGER_S`.
+#: Largest number of records in one transaction. It is large so that, while a backlog is read, several facts of a job are
+#: often combined into one write of its row. Under normal load a transaction is written every `LINGER_S`.
 BATCH = 16_000
-#: Seconds between two transactions under load: fewer are cheaper, and this is how late a fact may be seen.
+#: Seconds between two transactions under load. A longer pause costs less, and delays each fact by up to this time.
 LINGER_S = 0.01
-#: Seconds of waiting for records before the loop looks at everything else.
+#: Seconds to wait for records before the loop does its other work.
 PATIENCE_S = 0.1
-#: Seconds between two looks for new topics and partitions.
+#: Seconds between two searches for new topics and partitions.
 DISCOVER_S = 5.0
-#: Seconds a look for topics may take: well below the lease.
+#: Timeout in seconds of a search for topics. It must be well below the lease's duration.
 DISCOVER_TIMEOUT_S = 3.0
-#: Seconds between two tries to get the lease.
+#: Seconds between two attempts to get the lease.
 STAND_BY_S = 0.5
 #: Seconds between two renewals of the lease while nothing is written.
 RENEW_S = 2.0
-#: Seconds for which a database that is away is tried again.
+#: Seconds for which operations are retried while the database is unavailable.
 STORE_PATIENCE_S = 30.0
-#: Raw bytes of a rejected record above which they are left out: the dead letter must fit as well.
+#: Largest value in bytes of a rejected record that its dead letter includes: the dead letter must fit into a record, too.
 REJECT_BYTES = 700_000
 
-#: Rejected records of one batch that are logged as warnings; the metric counts all.
+#: Rejected records of one batch that are logged as warnings; the others are logged at DEBUG. The metric counts all.
 SAY_REJECTS = 5
 
 T = TypeVar("T")
 
 
 class Materializer:
-    """Writes the status table of one namespace; stands by while another one does.
+    """Writes the status table of one namespace, or waits as a standby while another materializer writes it.
 
-    ``queues``: those the app declares; work topics of other queues that exist in the namespace are read, too.
-    ``store_url``: where the table is. ``batch``: records a transaction at most. ``linger``: seconds between two
-    transactions under load. ``store_patience``: seconds for which a database that is away is tried again.
+    ``queues``: the queues that the app declares; existing work topics of other queues of the namespace are read, too.
+    ``store_url``: URL of the table. ``batch``: largest number of records in a transaction. ``linger``: seconds between
+    two transactions under load. ``store_patience``: seconds for which operations are retried while the database is
+    unavailable.
     """
 
     def __init__(
@@ -110,16 +112,16 @@ class Materializer:
         self._size, self._linger, self._cache_jobs = BatchSize(batch), linger, cache_jobs
         self._store_patience, self._open_store = store_patience, open_store
         self.metrics = TableMetrics(registry)
-        #: The next offset of every partition, as committed.
+        #: The next offset of every partition, as committed to the table.
         self._offsets: Mapping[Partition, int] = {}
         self._writer: LogWriter | None = None
-        #: The ids of the topics that `_offsets` are of, as committed; and those that are to be written.
+        #: `_known`: the committed ids of the topics to which `_offsets` belong. `_new_ids`: ids still to be written.
         self._known: dict[str, str] = {}
         self._new_ids: dict[str, str] = {}
         self._topics = TopicWatch(self._settings, names, self._wanted, LOG)
         self._active = threading.Event()
 
-    # -- for whoever watches ----------------------------------------------------------------------------------------
+    # -- for observers ----------------------------------------------------------------------------------------------
 
     @property
     def active(self) -> bool:
@@ -127,28 +129,29 @@ class Materializer:
         return self._active.is_set()
 
     def offsets(self) -> Mapping[Partition, int]:
-        """The next offset of every partition, as committed. From any thread."""
+        """Return the next offset of every partition, as committed to the table. Any thread."""
         return self._offsets
 
     def position(self) -> int:
-        """The sum of `offsets`: grows with every record that is in the table."""
+        """Return the sum of `offsets`. It grows with every record that the table includes."""
         return sum(self.offsets().values())
 
     def caught_up(self) -> bool:
-        """Whether every record that is in the log now is in the table. From any thread; asks the broker."""
+        """Return whether the table includes every record that is in the log now. Any thread; asks the broker."""
         return not behind(self._settings, self._names, self._offsets)
 
     # -- the loop ---------------------------------------------------------------------------------------------------
 
     def run(self, stop: threading.Event) -> None:
-        """Write until ``stop`` is set.
+        """Write the table until ``stop`` is set.
 
-        Raises `LeaseLost` if another materializer took over, `StoreError` if the database stays away or is not ours,
-        `ConfigError` for a URL of no known kind, `AccessDenied` if the cluster refuses this client. A broker that is
-        away is waited for; only if a dead letter cannot be sent for long, `BrokerUnavailable` is raised.
+        Raises `LeaseLost` if another materializer took over, `StoreError` if the database stays unavailable or does not
+        belong to this namespace, `ConfigError` for a URL of an unknown kind, `AccessDenied` if the cluster refuses this
+        client. While the broker is unavailable, `run` waits. It raises `BrokerUnavailable` only if a dead letter cannot
+        be sent within ``store_patience``, or if the start of a partition that lost its next record is not told in time.
         """
         opens = partial(self._open_store, self._url, self._names.namespace)
-        # Only a database that is away is waited for here; one that refuses us, or is not ours, will do so again.
+        # Retry only while the database is unavailable: one that refuses access, or is another's, would do so again.
         store = self._persist(opens, stop, StoreUnavailable)
         if store is None:
             return
@@ -171,7 +174,7 @@ class Materializer:
                 self._writer = None
             try:
                 store.close()
-            except StoreError as exc:  # it is left to run out then
+            except StoreError as exc:  # the lease expires by itself
                 LOG.warning("the lease could not be given back: %s", exc)
 
     def _stand_by(self, store: Store, stop: threading.Event) -> bool:
@@ -221,7 +224,7 @@ class Materializer:
         return {names.lifecycle, names.coordination, names.dead_letter, *map(names.jobs, self._queues)}
 
     def _discover(self, feed: Feed, first: bool) -> bool:
-        """Read whatever there is to read by now; whether something the app declares is still missing."""
+        """Add the partitions that exist now to the feed; return whether a topic that the app needs is still missing."""
         try:
             present = feed.present(timeout=DISCOVER_TIMEOUT_S)
         except BrokerUnavailable as exc:
@@ -232,7 +235,7 @@ class Materializer:
         wanted = self._wanted()
         missing = wanted - {topic for topic, _ in present}
         if first or missing:
-            # A topic that this user may not read is not listed: that must not pass for one that does not exist.
+            # The broker does not list a topic that this user may not read. Such a topic must not count as missing.
             try:
                 acls.check(self._settings, names.namespace, [*wanted, names.schemas] if first else missing)
             except BrokerUnavailable as exc:
@@ -245,7 +248,8 @@ class Materializer:
         return bool(missing)
 
     def _of_same_topics(self, feed: Feed, present: set[Partition]) -> set[Partition]:
-        """Those of the partitions whose topics are those that the offsets are of. Others are read from their start."""
+        """Return the partitions that can be read. Those of recreated topics are read from their start; they are left out
+        if their start cannot be determined now."""
         found = feed.identities({topic for topic, _ in present}, DISCOVER_TIMEOUT_S)
         known = {**self._known, **self._new_ids}
         others = {topic for topic, its in found.items() if known.get(topic, its) != its}
@@ -257,7 +261,7 @@ class Materializer:
                     "stay in it",
                     ", ".join(sorted(others)),
                 )
-        except (BrokerUnavailable, TopicMissing) as exc:  # looked at again, with the id that is still the old one
+        except (BrokerUnavailable, TopicMissing) as exc:  # the old id stays, so the next search compares again
             LOG.warning("%s", exc)
             return {place for place in present if place[0] not in others}
         self._new_ids |= {topic: its for topic, its in found.items() if known.get(topic) != its}
@@ -266,7 +270,7 @@ class Materializer:
     def _write_batch(
         self, store: Store, projector: Projector, feed: Feed, messages: Sequence[Message], stop: threading.Event
     ) -> None:
-        """All of it, in order; what is left when ``stop`` was set is read again at the next start."""
+        """Write all messages in order. Those not written when ``stop`` is set are read again at the next start."""
 
         def write(part: Sequence[Message]) -> None:
             if not stop.is_set():
@@ -276,16 +280,16 @@ class Materializer:
         if messages:
             in_batches(messages, self._size, write, LOG)
         else:
-            write(messages)  # only the partitions that begin elsewhere
+            write(messages)  # no records: only offset resets and topic ids
 
     def _apply(self, store: Store, projector: Projector, feed: Feed, messages: Sequence[Message]) -> Folded:
-        """One batch, whole: may be repeated if it fails."""
+        """Write one batch in one transaction. Can be called again if it fails."""
         folded = projector.fold(messages)
         folded.changes.resets, folded.changes.topics = dict(feed.resets), dict(self._new_ids)
         self._dead_letter(folded)
         store.write(folded.changes)
         projector.committed(folded)
-        self._offsets = {**self._offsets, **feed.resets, **folded.changes.offsets}  # a new one: others read it
+        self._offsets = {**self._offsets, **feed.resets, **folded.changes.offsets}  # a new one: other threads read it
         metrics = self.metrics
         metrics.batches.inc()
         metrics.jobs.inc(len(folded.changes.jobs))
@@ -300,12 +304,13 @@ class Materializer:
         return folded
 
     def _dead_letter(self, folded: Folded) -> None:
-        """Keep what could not be read on lifecycle, which nobody else judges; and say what was found anywhere."""
+        """Send unreadable records of the lifecycle topic to the dead letters, as no other process checks that topic. Log
+        the unreadable records of every topic."""
         letters = []
         for number, each in enumerate(folded.rejected):
             level = logging.WARNING if number < SAY_REJECTS else logging.DEBUG
             where = position_of(each.message)
-            # A fact of a newer version is an event, and stays where it is for a table of that version.
+            # A fact of a newer version is a valid event. It stays in the topic for a table of that version.
             if where.topic == self._names.lifecycle and not isinstance(each.error, UnknownFact):
                 LOG.log(level, "%s is no event and goes to %s: %s", where, self._names.dead_letter, each.error)
                 letters.append(self._letter(each.message, each.error))
@@ -314,7 +319,7 @@ class Materializer:
         if letters:
             if self._writer is None:
                 self._writer = LogWriter(self._settings, self._names)
-            # Before the offsets: if this process dies in between it is sent again, under the same id.
+            # Before the offsets: if this process dies in between, the same dead letters are sent again with the same ids.
             self._writer.send(letters)
 
     def _letter(self, message: Message, error: SchemaError) -> Outgoing:
@@ -333,9 +338,10 @@ class Materializer:
         passing: type[StoreError] = StoreError,
         raising: tuple[type[StoreError], ...] = (),
     ) -> T | None:
-        """Do it, again if the database or the broker is away, for a bounded time; None if stopped meanwhile.
+        """Call ``act``. Retry for up to ``store_patience`` seconds if the database or the broker is unavailable; return
+        None if ``stop`` is set meanwhile.
 
-        ``passing``: errors of the database that may pass. ``raising``: those of them that are the caller's business.
+        ``passing``: errors of the database that are retried. ``raising``: those of them that are raised at once.
         """
         never: tuple[type[BaseException], ...] = (LeaseLost, CommitUnknown, *raising)
         deadline: float | None = None
@@ -358,7 +364,8 @@ class Materializer:
 
 
 def behind(settings: Settings, names: Names, offsets: Mapping[Partition, int]) -> dict[Partition, int]:
-    """How many records of each partition are in the log but not below ``offsets``; partitions without any are left out.
+    """Count the records of each partition that are in the log and not below ``offsets``, without partitions that have
+    none.
 
     Raises `BrokerUnavailable`.
     """

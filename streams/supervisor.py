@@ -1,8 +1,9 @@
-"""Child processes under one parent: started, their output passed on by name, started
-again when they die, stopped clean.
+"""Runs child processes: starts them, passes their output on with their names, restarts those that die, and stops them
+cleanly.
 
-Owns processes, not what they do: it is told commands. When its own process ends, even by kill -9, the children notice
-through the leash (`obey_leash`) and stop as if they had been asked to, so no orphan goes on beside a successor.
+The supervisor gets the commands as arguments and does not know their work. When its own process ends, even by kill -9,
+the children notice through the leash (`obey_leash`) and stop as if they had been asked to. So no orphan continues beside
+a successor.
 """
 
 from __future__ import annotations
@@ -18,19 +19,19 @@ from collections.abc import Callable, Iterable, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from types import FrameType
 
-#: Seconds between asking a child to stop and killing it, unless told otherwise. Above the worker's own grace time.
+#: Default seconds between asking a child to stop and killing it. It is longer than the worker's own grace time.
 DEFAULT_GRACE_S = 45.0
-#: Seconds a child may take to stop by itself after its parent has gone.
+#: Seconds that a child may take to stop by itself after its parent has ended.
 ORPHAN_GRACE_S = 60.0
-#: A child that ends with it was refused by the Kafka cluster (EX_NOPERM of sysexits.h): another start would be, too.
+#: Exit code of a child that the Kafka cluster refused (EX_NOPERM of sysexits.h): it would refuse another start, too.
 DENIED = 77
-#: Names the inherited end of the leash. Deliberately outside ``JOBLEDGER_*``: it is no setting.
+#: Environment variable with the file descriptor of the leash. Its name is not ``JOBLEDGER_*``, as it is not a setting.
 LEASH = "_JOBLEDGER_LEASH"
 
 
 @dataclass(frozen=True, slots=True)
 class Child:
-    """A process to keep running: ``name`` stands before its output, ``command`` is its argument list."""
+    """A process to keep running. ``name``: passed to `Say` with its output. ``command``: its argument list."""
 
     name: str
     command: tuple[str, ...]
@@ -38,10 +39,10 @@ class Child:
 
 @dataclass(slots=True)
 class Restarts:
-    """When to start a child again: pure, seconds in and out.
+    """Decides when to start a child again. Pure; all times are in seconds.
 
-    Pauses double from ``initial`` to ``cap``. A life of at least ``healthy`` seconds forgets earlier deaths; more than
-    ``most`` deaths in a row without one are too many.
+    Pauses double from ``initial`` to ``cap``. If a child ran for at least ``healthy`` seconds, earlier deaths no longer
+    count. After more than ``most`` deaths in a row the child is not restarted.
     """
 
     most: int = 5
@@ -51,20 +52,21 @@ class Restarts:
     deaths: int = 0
 
     def died(self, lived: float) -> float | None:
-        """Seconds to wait before the next start, or None: give up."""
+        """Count a death after ``lived`` seconds. Return the seconds to wait before the next start; None: give up."""
         self.deaths = 1 if lived >= self.healthy else self.deaths + 1
         if self.deaths > self.most:
             return None
         return float(min(self.cap, self.initial * 2.0 ** min(self.deaths - 1, 30)))
 
 
-#: Told a child's name and one line of its output; or the supervisor's own name and what it did.
+#: Called with a child's name and one line of its output, or with the supervisor's name and a message of its own.
 Say = Callable[[str, str], None]
 
 
 @dataclass(slots=True)
 class _Running:
-    """One child's present state. ``process`` None: between two lives, next one at ``start_at``."""
+    """One child's present state. ``process``: None while it does not run. ``start_at``: when to start it, ``kill_at``:
+    when to kill it (monotonic seconds; None: not). ``again``: whether it is being stopped for a restart."""
 
     child: Child
     restarts: Restarts
@@ -79,9 +81,9 @@ class _Running:
 class Supervisor:
     """Keeps children running until it is stopped or one of them dies too often.
 
-    ``say`` is called from several threads, one call at a time. ``restarts`` makes each child's policy. ``grace``:
-    seconds from the request to stop to the kill. A child that keeps dying ends them all: half a stream processor looks
-    alive and is not. So does an `OSError` of ``say``: nobody sees any more what they do.
+    ``say`` is called from several threads, one call at a time. ``restarts`` creates each child's policy. ``grace``:
+    seconds from the request to stop to the kill. If one child keeps dying, all are stopped: an incomplete stream
+    processor would look as if it worked. All are also stopped after an `OSError` of ``say``, as their output is lost.
     """
 
     NAME = "supervisor"
@@ -98,26 +100,27 @@ class Supervisor:
         self._tell, self._saying = say, threading.Lock()
         self._unheard: OSError | None = None
         self._grace = grace
-        # Signal handlers put into it, so it must be safe to enter again: SimpleQueue is, Queue is not.
+        # Signal handlers put messages into it, so its put() must be reentrant: that of SimpleQueue is, that of Queue is not.
         self._inbox: queue.SimpleQueue[tuple[str, str, int]] = queue.SimpleQueue()
         self._stopping = False
         self._code = 0
         self._leash = -1
 
     def stop(self) -> None:
-        """Ask for a clean stop; a second call kills. From any thread or signal handler."""
+        """Ask for a clean stop; a second call kills the children. Any thread or signal handler."""
         self._inbox.put(("stop", "", 0))
 
     def restart(self, names: Sequence[str]) -> None:
-        """Stop these children, as far as there are such, cleanly and start them again at once; counts as no death. From
-        any thread."""
+        """Stop these children cleanly and start them again at once. Unknown names are ignored. The restart does not count
+        as a death, and earlier deaths no longer count. Any thread."""
         for name in names:
             if name in self._running:
                 self._inbox.put(("restart", name, 0))
 
     def run(self) -> int:
-        """Run until stopped; 0, or 1 if a child died too often, 77 if one was refused by the cluster. In the main
-        thread SIGINT, SIGTERM, SIGHUP stop it. Raises the `OSError` of ``say``, when the children have stopped."""
+        """Run until stopped. Return 0, or 1 if a child died too often, 77 if the cluster refused one. In the main thread
+        SIGINT, SIGTERM and SIGHUP (unless it is ignored) stop it. Raises an `OSError` of ``say`` after the children have
+        stopped."""
         inherited, self._leash = os.pipe()
         handlers = self._install() if threading.current_thread() is threading.main_thread() else {}
         try:
@@ -169,7 +172,7 @@ class Supervisor:
             stderr=subprocess.STDOUT,
             env=environ,
             pass_fds=(inherited,),
-            process_group=0,  # Ctrl-C of a terminal reaches the supervisor alone, which then stops them in order
+            process_group=0,  # Ctrl-C in a terminal reaches only the supervisor, which then stops the children
         )
         each.process, each.started, each.start_at, each.kill_at, each.again = (
             process,
@@ -190,7 +193,7 @@ class Supervisor:
 
     def _await_end(self, name: str, process: subprocess.Popen[bytes], reader: threading.Thread) -> None:
         code = process.wait()
-        # Its last words before the news of its end; a grandchild may hold the pipe open, so not for ever.
+        # Pass on its last output before reporting its end. Wait at most 1 s, as a grandchild may hold the pipe open.
         reader.join(1.0)
         self._inbox.put(("ended", name, code))
 
@@ -248,20 +251,20 @@ class Supervisor:
                 each.process = None
 
     def _patience(self, now: float) -> float | None:
-        """Seconds until something is to be done without being told; None: nothing is."""
+        """Return the seconds until the next start or kill; None: none is planned."""
         times = [each.kill_at for each in self._running.values() if each.kill_at is not None]
         if not self._stopping:
             times += [each.start_at for each in self._running.values() if each.start_at is not None]
         return max(0.0, min(times) - now) if times else None
 
     def say(self, what: str) -> None:
-        """Say something in the supervisor's own name, between the children's lines."""
+        """Pass on a message under the supervisor's own name."""
         self._pass_on(self.NAME, what)
 
     def _pass_on(self, name: str, line: str) -> None:
         with self._saying:
             if self._unheard is not None:
-                return  # read on all the same: a child that waits for a reader never ends
+                return  # reading continues: a child that waits for its output to be read never ends
             try:
                 self._tell(name, line)
             except OSError as exc:
@@ -273,13 +276,13 @@ class Supervisor:
             self.stop()
 
         numbers = [signal.SIGINT, signal.SIGTERM]
-        if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # nohup's wish stays
+        if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # keep what nohup has set
             numbers.append(signal.SIGHUP)
         return {number: signal.signal(number, asked) for number in numbers}
 
 
 def how(code: int) -> str:
-    """A process's end as people read it: its exit code, or the signal that ended it."""
+    """Describe how a process ended: with its exit code, or the signal that ended it."""
     if code >= 0:
         return f"exit code {code}"
     with contextlib.suppress(ValueError):
@@ -288,12 +291,13 @@ def how(code: int) -> str:
 
 
 def obey_leash(environ: MutableMapping[str, str] | None = None) -> None:
-    """The child's side: if a `Supervisor` started this process, stop it (SIGTERM to itself) once that one is gone.
+    """Stop this process (SIGTERM to itself) when the `Supervisor` that started it has ended. Called in the child; does
+    nothing if no supervisor started it.
 
-    All children inherit the reading end of one pipe whose writing end only the supervisor has; nothing is ever written,
-    so a read returns exactly when the supervisor has ended, in whatever way. Works where there is no
-    ``PR_SET_PDEATHSIG``, and unlike that is not bound to the thread that started the child. After `ORPHAN_GRACE_S`
-    the process kills itself.
+    All children inherit the reading end of one pipe, and only the supervisor has the writing end. Nothing is ever
+    written, so a read returns when the supervisor has ended, for whatever reason. Unlike ``PR_SET_PDEATHSIG`` this works
+    on every Unix, and does not depend on the thread that started the child. `ORPHAN_GRACE_S` seconds later the process
+    kills itself.
     """
     found = (os.environ if environ is None else environ).pop(LEASH, None)
     if found is None:

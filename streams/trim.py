@@ -1,8 +1,9 @@
-"""How far each partition may be trimmed. Pure: offsets, commits and unfinished jobs go in, limits come out.
+"""Calculates how far each partition may be trimmed, from offsets, commits and unfinished jobs. Pure.
 
-Nothing that somebody still has to read is deleted: a partition is trimmed to the least of the offset at the retention
-age, what every reader has read, and the first record of any unfinished job. A job that only waits for its time must not
-hold the log back for a year, so its submission is sent again at the end (same ids) and does not count.
+No record is deleted that a reader still needs. A partition is trimmed up to the least of three offsets: the one at the
+retention age, the one up to which every reader has read, and the first record of any unfinished job. A job that only
+waits for its due time must not prevent trimming for a year. So its submission is sent again to the log's end, with the
+same ids, and its old records may be deleted.
 """
 
 from __future__ import annotations
@@ -18,14 +19,13 @@ Partition = tuple[str, int]
 
 @dataclass(frozen=True, slots=True)
 class Readers:
-    """What has been read: by partition, the least next offset of everybody who must read
-    it. Missing: nobody may trim."""
+    """The least next offset of all readers of each partition. A partition that is missing here must not be trimmed."""
 
     offsets: Mapping[Partition, int]
 
     @classmethod
     def least(cls, wanted: Iterable[Partition], *readers: Mapping[Partition, int]) -> Readers:
-        """The least over ``readers`` for each wanted partition that all of them know."""
+        """Return the least offset over ``readers`` of each wanted partition, without partitions that a reader lacks."""
         found = {}
         for place in wanted:
             known = [r.get(place) for r in readers]
@@ -36,16 +36,17 @@ class Readers:
 
 @dataclass(frozen=True, slots=True)
 class Trimming:
-    """``limits``: delete what lies below. ``resend``: submissions to send again first, by job id."""
+    """``limits``: offsets below which records are deleted. ``resend``: submissions to send again first, by job id."""
 
     limits: Mapping[Partition, int]
     resend: Mapping[str, Position]
 
 
 def plan(aged: Mapping[Partition, int], readers: Readers, unfinished: Iterable[tuple[str, Life]]) -> Trimming:
-    """Limits for the partitions of ``aged`` (the offset at the retention age of each) that every reader has read.
+    """Return the limits of those partitions of ``aged`` that every reader has an offset for.
 
-    ``unfinished``: jobs that have not ended and whose first fact is older than the retention age.
+    ``aged``: the offset at the retention age, by partition. ``unfinished``: jobs that have not ended and whose first
+    fact is older than the retention age.
     """
     limits = {p: min(offset, readers.offsets[p]) for p, offset in aged.items() if p in readers.offsets}
     resend: dict[str, Position] = {}
@@ -67,13 +68,13 @@ def plan(aged: Mapping[Partition, int], readers: Readers, unfinished: Iterable[t
 
 
 def only_waits(life: Life) -> Position | None:
-    """Where the latest submission stands of a job that was submitted with a condition, and of which nothing else is
-    known; None for any other. What was snoozed or retried waits, too, but its last fact is not its submission."""
+    """Return the position of the latest submission of a job that was submitted with a due time and has no other fact;
+    None for any other job. A snoozed or retried job waits, too, but its last fact is not its submission."""
     head = life.head
     if head.rank != 0 or head.due_ms is None:
         return None
     if any((life.due, life.start, life.close, life.report, life.end, life.leased)):
         return None
     _, topic, partition, offset = max(life.positions)
-    # Of an earlier run only positions are kept; a fact of it that came late must not pass for the submission.
+    # Only positions are kept of an earlier run. A late fact of that run must not be taken for the submission.
     return Position(topic, partition, offset) if (topic, partition) == (head.at[1], head.at[2]) else None

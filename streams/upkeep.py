@@ -1,13 +1,14 @@
-"""Rounds beside the active materializer: the watchdog, the audit and trimming.
+"""Periodic maintenance beside the active materializer: the watchdog, the audit, trimming and the removal of old cancels.
 
-* The **watchdog** looks for jobs whose time has come and that nobody let go, and asks the coordinator to look
-  (`ReleaseOverdue`); the coordinator judges. It acts only when the table is live: past every high watermark taken after
-  the job was overdue.
-* The **audit** counts work records below a worker group's committed offset that no fact closes. It must be 0.
-* **Trimming** deletes what is past the retention age and read by everybody (`jobledger.streams.trim`): workers,
-  coordinator, table, projections of facts in the same database, and the groups of `App.lifecycle`.
+* The **watchdog** finds jobs that are due and were not released, and asks the coordinator to check them
+  (`ReleaseOverdue`); the coordinator decides. The watchdog acts only when the table is live, that is, past every high
+  watermark taken after the job was overdue.
+* The **audit** counts work records below a worker group's committed offset that no fact closes. The count must be 0.
+* **Trimming** deletes records past the retention age that every reader has read (`jobledger.streams.trim`). Readers are
+  workers, coordinator, table, projections of facts in the same database, and the groups of `App.lifecycle`.
+* **Cancels** of runs that have ended are removed from the control topic (`jobledger.streams.cancels`).
 
-One store is designated to run these: that of the materializer they run beside.
+Only the materializer that holds the store's lease runs these.
 """
 
 from __future__ import annotations
@@ -66,20 +67,20 @@ AUDITED = Gauge("jobledger_audit_time_seconds", "When the audit last came to a r
 ASKED = Counter("jobledger_watchdog_overdue", "Overdue releases the coordinator was asked about.", ["namespace"])
 TRIMMED = Counter("jobledger_trimmed_records", "Records deleted past the retention age.", ["namespace", "topic"])
 
-#: Overdue releases that one round of the watchdog looks at.
+#: Largest number of overdue releases that one round of the watchdog checks.
 OVERDUE_PAGE = 1_000
-#: Seconds that the broker gets to delete records.
+#: Timeout in seconds of a request to delete records.
 DELETE_TIMEOUT_S = 30.0
-#: Open jobs one audit looks at, the oldest first: one that was lost becomes the oldest as the others end.
+#: Largest number of open jobs that one audit checks, the oldest first: a lost job becomes the oldest as others end.
 AUDIT_MOST = 10_000
-#: Unfinished jobs past the retention age that trimming can reason about at once; with more it waits.
+#: Number of unfinished jobs past the retention age from which on nothing is trimmed.
 UNFINISHED_MOST = 10_000
 
 
 @dataclass(frozen=True, slots=True)
 class Cadence:
-    """Seconds. ``overdue_after``: how late a release may be before the watchdog asks;
-    ``retention``: age of what goes."""
+    """Times in seconds. ``…_every``: between two rounds. ``overdue_after``: how late a release may be before the watchdog
+    asks. ``patience``: how long to wait until the table is live. ``retention``: age of records to delete."""
 
     watch_every: float = 10.0
     audit_every: float = 15.0
@@ -90,7 +91,8 @@ class Cadence:
 
 
 class Upkeep:
-    """The rounds of one namespace. ``active``: whether the materializer beside it is the store's writer."""
+    """Runs the maintenance of one namespace. ``active``: returns whether this process's materializer is the store's
+    writer; if not, rounds are skipped."""
 
     def __init__(
         self,
@@ -107,13 +109,13 @@ class Upkeep:
         self.cadence = cadence or Cadence(retention=settings.retention_days * 24 * 3600.0)
         self._reader, self._active = reader, active
         self._asked: dict[tuple[str, int, int], float] = {}
-        self._looked_to: Overdue | None = None  # the last of the overdue that the watchdog has looked at
+        self._looked_to: Overdue | None = None  # the last overdue release that the watchdog checked
         self._writer: LogWriter | None = None
         self._source = source("watchdog")
         self._decode = decoder(settings, names).decode
 
     def run(self, stop: threading.Event) -> None:
-        """Rounds until ``stop`` is set. A broker or database that is away costs a round, not the process."""
+        """Run rounds until ``stop`` is set. If the broker or the database is unavailable, only the round fails."""
         rounds: list[tuple[str, float, Callable[[], object]]] = [
             ("watchdog", self.cadence.watch_every, self.watch),
             ("audit", self.cadence.audit_every, self.audit),
@@ -140,7 +142,7 @@ class Upkeep:
             self.close()
 
     def close(self) -> None:
-        """Give the connection back."""
+        """Close the writer's connection."""
         if self._writer is not None:
             self._writer.close()
             self._writer = None
@@ -148,10 +150,11 @@ class Upkeep:
     # -- the watchdog ---------------------------------------------------------------------------------------------
 
     def watch(self) -> int:
-        """Ask about every release that is overdue; how many were."""
+        """Ask the coordinator about one page of overdue releases; return how many it was asked about. A release is not
+        asked about again within a minute, or ``overdue_after`` if that is longer."""
         bound_ms = int(self.cadence.overdue_after * 1000)
         now_ms = time.time_ns() // 1_000_000
-        # A page a round, in turn: jobs that nothing can release any more must not hide those behind them.
+        # Each round checks the next page, so that jobs that can no longer be released do not hide those after them.
         after = self._looked_to
         page = self._reader.overdue(now_ms, bound_ms, OVERDUE_PAGE, after)
         if not page and after is not None:
@@ -185,11 +188,11 @@ class Upkeep:
 
     def _ask(self, log: LogReader, overdue: Overdue) -> Outgoing | None:
         found = None if overdue.spec_at is None else self._event_at(log, overdue.spec_at)
-        if found is None or key_text(found[0].job_id) != overdue.job_id:  # another's: the topic was made again
+        if found is None or key_text(found[0].job_id) != overdue.job_id:  # the topic was recreated
             LOG.error("job %s is overdue and the log no longer holds it: nothing can release it", overdue.job_id)
             return None
         origin, spec = found
-        # Its id from the log: the table has long ones as their beginning and a digest.
+        # The id from the log: the table stores a long id as its first characters and a digest.
         job_id, home = origin.job_id, origin.home or origin.job_id
         event = JobEvent(
             derived_id(job_id, overdue.run, overdue.release, "overdue"),
@@ -204,7 +207,7 @@ class Upkeep:
             origin.home,
             self._source,
             origin.trace,
-            ReleaseOverdue(spec, max(overdue.due_ms, 0) * 1000),  # a record may have said any number
+            ReleaseOverdue(spec, max(overdue.due_ms, 0) * 1000),  # a record may contain any number
         )
         return Outgoing(self.names.coordination, codec.encode(event), home)
 
@@ -214,7 +217,7 @@ class Upkeep:
             return None
         try:
             found = recorded(message, self._decode)
-            check_head(found.event)  # what the coordinator refuses it is not asked about
+            check_head(found.event)  # do not ask about events that the coordinator refuses
         except SchemaError:
             return None
         fact = found.event.fact
@@ -223,7 +226,7 @@ class Upkeep:
     # -- the audit ------------------------------------------------------------------------------------------------
 
     def audit(self) -> int | None:
-        """How many work records below a committed offset no fact closes; None if the table is not live."""
+        """Count the work records below a committed offset that no fact closes; None if the table is not live."""
         bases = {place: c.base for place, c in commits.worker_commits(self.settings, self.names, self.queues).items()}
         if not self._live([self.names.lifecycle]):
             return None
@@ -231,7 +234,7 @@ class Upkeep:
         for job_id, life in self._reader.open_lives(AUDIT_MOST):
             place = work_position(life, self.names)
             if life.leased is not None and life.leased.release >= (0 if life.due is None else life.due.release):
-                continue  # a lease stands for the work record
+                continue  # a job lease replaces the work record
             if place is not None and place.offset < bases.get((place.topic, place.partition), 0):
                 unclosed += 1
                 if unclosed <= 10:
@@ -243,7 +246,7 @@ class Upkeep:
     # -- cancels --------------------------------------------------------------------------------------------------
 
     def forget_cancels(self) -> int:
-        """Take cancels of runs that have ended off the control topic; how many."""
+        """Remove cancels of runs that have ended from the control topic; return how many."""
         with LogReader(self.settings) as log:
             found = cancels.standing(log, self.names, self._decode)
         done = list(cancels.settled(found, self.names, self._reader))
@@ -254,7 +257,8 @@ class Upkeep:
     # -- trimming -------------------------------------------------------------------------------------------------
 
     def trim(self) -> dict[Partition, int]:
-        """Delete what is past the retention age and read by everybody; the new log starts of what was trimmed."""
+        """Delete the records past the retention age that every reader has read. Return the new log start of each trimmed
+        partition."""
         cutoff_ms = int((time.time() - self.cadence.retention) * 1000)
         jobs = {self.names.jobs(q): q for q in self.queues}
         bases = commits.worker_commits(self.settings, self.names, self.queues)
@@ -276,7 +280,7 @@ class Upkeep:
                 if place in bases:
                     workers[place] = bases[place].base
             elif topic == self.names.lifecycle:
-                # Every queue that has this partition number must have said from where a takeover would read.
+                # Every queue that has this partition number must have committed its takeover floor.
                 mine = [bases.get((t, partition)) for t in jobs if (t, partition) in starts]
                 floors = [c.floor for c in mine if c is not None and c.floor is not None]
                 if mine and len(floors) == len(mine):
@@ -286,8 +290,8 @@ class Upkeep:
                     workers[place] = coordinator[place].base
             else:
                 workers[place] = aged[place]
-        # How far everybody has read, of before the jobs are looked at: one that is read in between would be in neither. And
-        # what a table that is behind takes for unfinished may have ended: sent again, it would run again.
+        # Get the readers' offsets before the unfinished jobs: a job read in between would otherwise be missed. Wait until
+        # the table is live: a job that is unfinished in an outdated table may have ended, and would run again if resent.
         readers = Readers.least(aged, self._reader.offsets(), workers, *self._followers(aged))
         if not self._live(self._topics()):
             LOG.info("the status table is not live: not trimming")
@@ -306,10 +310,11 @@ class Upkeep:
         return limits
 
     def _followers(self, aged: Mapping[Partition, int]) -> Iterator[Mapping[Partition, int]]:
-        """What each of those has read that follow the log by themselves; 0 where it has read nothing yet.
+        """Yield, for each projection and each group of `App.lifecycle`, how far it has read the partitions of ``aged``.
 
-        A projection that has begun holds every topic of facts; a group those of which it has committed anything. Who is
-        behind by more than the retention age is named: it may have been forgotten.
+        A projection of facts that has begun counts for every topic, a group for the topics of which it has committed
+        an offset; partitions of those topics that it has not read count as 0. A reader that has not read all records
+        past the retention age is logged by name: it may be unused.
         """
         facts = {*self._topics(), self.names.dead_letter, self.names.control}
         url = self.settings.resolve_status_url(self.names.namespace)
@@ -334,8 +339,8 @@ class Upkeep:
             yield read
 
     def _resend(self, submissions: Mapping[str, Position]) -> None:
-        """Submissions of jobs that wait for their time, by the ids that the table has, once more at the log's end:
-        same ids, the time made absolute."""
+        """Send the submissions of waiting jobs again, to the log's end, with the same ids and the due time made absolute.
+        ``submissions``: positions by the job ids of the table."""
         records = []
         with LogReader(self.settings) as log:
             for job_id, position in submissions.items():
@@ -345,7 +350,7 @@ class Upkeep:
                 found = recorded(message, self._decode)
                 fact = found.event.fact
                 if not isinstance(fact, JobSubmitted) or key_text(found.event.job_id) != job_id:
-                    continue  # of a topic that was deleted and made again
+                    continue  # another record: the topic was deleted and recreated
                 due_at = fact.due_at
                 if due_at is None:
                     due_at = later(found.appended_ms, fact.delay_ms or 0)
@@ -359,7 +364,7 @@ class Upkeep:
         if not limits:
             return
         wanted = [TopicPartition(topic, partition, offset) for (topic, partition), offset in limits.items()]
-        client = admin(self.settings)  # kept: a client that is collected never settles its futures
+        client = admin(self.settings)  # held: a garbage-collected client never completes its futures
         for at, future in client.delete_records(wanted, request_timeout=DELETE_TIMEOUT_S).items():
             try:
                 answer_of(future, DELETE_TIMEOUT_S)
@@ -373,7 +378,7 @@ class Upkeep:
         return [*(self.names.jobs(q) for q in self.queues), self.names.lifecycle, self.names.coordination]
 
     def _live(self, topics: Collection[str]) -> bool:
-        """Whether the table gets past the topics' ends of now, within the patience."""
+        """Return whether the table reaches the topics' present ends within ``patience`` seconds."""
         with LogReader(self.settings) as log:
             ends = {
                 (topic, partition): log.watermarks(topic, partition)[1]
@@ -400,7 +405,7 @@ class Upkeep:
 
 
 def work_position(life: Life, names: Names) -> Position | None:
-    """Where the work record of a life's last release stands; None if it was never seen on a work topic."""
+    """Return the position of the work record of a life's last release; None if none was read from a work topic."""
     due, head = life.due, life.head
     at = None
     if due is not None:
