@@ -1,10 +1,10 @@
-"""Kafka for the coordinator's event loop: sends with one awaitable per batch, and the
-ends of partitions. Knows no events.
+"""Kafka for the coordinator's event loop: sends records with one awaitable per batch, and reads the ends of partitions.
+Does not interpret events.
 
-Sends go through aiokafka: it has one request at a time under way to a broker, with everything for all partitions
-that came meanwhile, where librdkafka sends one request per partition. At a few records a millisecond over many
-partitions that is a tenth of the requests. Ends are asked on a connection of their own: those of Faust's
-consumer wait behind its fetches.
+Records are sent with aiokafka. It has one request at a time in progress to each broker, and the next one includes all
+records for all partitions that arrived meanwhile; librdkafka sends one request per partition. At a few records a
+millisecond over many partitions, aiokafka needs a tenth of the requests. The ends of partitions are requested over a
+separate connection: on that of Faust's consumer these requests would wait behind its fetches.
 """
 
 from __future__ import annotations
@@ -37,9 +37,11 @@ except ImportError as exc:
     raise missing("streams", exc) from exc
 
 MAX_BATCH_BYTES = 256 * 1024
-#: How long one request may take, and how soon new leaders are seen: as `jobledger.config.PATIENCE`.
+#: Timeout of a request, and age at which metadata (and so a partition's leader) is requested again: as in
+#: `jobledger.config.PATIENCE`.
 REQUEST_TIMEOUT_MS, METADATA_AGE_MS = 8_000, 5_000
-#: Of a record and of a batch with one record, beside key, value and headers, at most.
+#: Largest overhead in bytes of a batch with one record, beside key, value and headers; and of a header, beside name and
+#: value.
 _OVERHEAD, _HEADER_OVERHEAD = 61 + 26, 10
 
 _DENIED = (
@@ -59,7 +61,7 @@ T = TypeVar("T")
 
 
 class Delivered(NamedTuple):
-    """Where an acknowledged record stands, and when the broker appended it (ms)."""
+    """The position of an acknowledged record, and when the broker appended it (ms)."""
 
     partition: int
     offset: int
@@ -70,10 +72,12 @@ Outcomes = list[Delivered | JobledgerError]
 
 
 class AckedWriter:
-    """An idempotent producer. ``security``: aiokafka's settings. ``patience``: seconds that a record may wait for its
-    acknowledgement, through an outage if need be. ``max_batch``: bytes that every topic takes as one batch; a broker
-    that refuses a batch for its size refuses all that follows, because the sequence has a gap then. ``framing``: how
-    events are framed for a Schema Registry. Its partitioner agrees with librdkafka's ``murmur2_random``."""
+    """An idempotent producer. Its partitioner agrees with librdkafka's ``murmur2_random``.
+
+    ``security``: aiokafka's settings. ``patience``: seconds that a record may wait for its acknowledgement, including
+    outages. ``max_batch``: largest batch in bytes that every topic accepts. If a broker refuses a batch for its size,
+    the sequence has a gap and the broker refuses all later batches. ``framing``: how events are framed for a Schema
+    Registry."""
 
     def __init__(
         self,
@@ -90,20 +94,20 @@ class AckedWriter:
             compression_type=compression(settings),
             acks="all",
             enable_idempotence=True,
-            linger_ms=0,  # what comes while a request is under way is its own batch
+            linger_ms=0,  # records that arrive during a request form the next batch
             max_batch_size=min(max_batch, MAX_BATCH_BYTES),
             max_request_size=settings.max_record_bytes,
             request_timeout_ms=int(patience * 1000),
             metadata_max_age_ms=METADATA_AGE_MS,
             **security,
         )
-        # aiokafka has one setting for how long a record may wait and how long a request may. With the first for both, a
-        # broker that stands still would hold its partitions' records for all of it, though others lead them by then.
+        # aiokafka has one setting for how long a record may wait and how long a request may take. With the first for both,
+        # a hanging broker would delay its partitions' records for all that time, even after other brokers lead them.
         self._producer.client._request_timeout_ms = min(int(patience * 1000), REQUEST_TIMEOUT_MS)
         create_no_topics(self._producer.client)
 
     async def start(self) -> None:
-        """Connect. Raises `BrokerUnavailable`, and `NotAuthenticated` if the cluster does not let this client in."""
+        """Connect. Raises `BrokerUnavailable`, and `NotAuthenticated` if the cluster refuses this client's login."""
         try:
             await self._producer.start()
         except aioerrors.KafkaError as exc:
@@ -113,7 +117,7 @@ class AckedWriter:
             quieten()
 
     async def _refused(self) -> NotAuthenticated | None:
-        """Why a connection is not let in; the client itself only says that there is none."""
+        """Return why a connection is refused, None if it is not: the producer only reports that it has no connection."""
         host, _, port = self._settings.resolve_bootstrap().split(",")[0].strip().rpartition(":")
         try:
             connection = await create_conn(host, int(port), **self._security, request_timeout_ms=10_000)
@@ -131,7 +135,7 @@ class AckedWriter:
         return None
 
     async def stop(self, timeout: float) -> None:
-        """Flush within ``timeout`` seconds and give the connections back."""
+        """Flush within ``timeout`` seconds and close the connections."""
         try:
             async with asyncio.timeout(timeout):
                 await self._producer.stop()
@@ -139,14 +143,15 @@ class AckedWriter:
             await self._producer.client.close()
 
     async def post(self, records: Sequence[Outgoing]) -> asyncio.Future[Outcomes]:
-        """Hand records over, at least one, in order; what became of each, once all are settled. Nothing is raised."""
+        """Send records, at least one, in order. The future has each record's outcome when all are known; failures are
+        outcomes, not exceptions."""
         send, framing = self._producer.send, self._framing
         loop = asyncio.get_running_loop()
         settled: asyncio.Future[Outcomes] = loop.create_future()
         if framing is not None:
             new = {record.topic for record in records if framing.waits(record.topic, record.value)}
             try:
-                if new:  # a work topic that was made since the start
+                if new:  # a work topic that was created since the start
                     await loop.run_in_executor(None, framing.prepare, new)
             except JobledgerError as exc:
                 settled.set_result([exc] * len(records))
@@ -200,27 +205,27 @@ class AckedWriter:
         return BrokerUnavailable(f"{what}: {away(self._settings, f'did not take it in time ({error!r})')}")
 
 
-#: Client settings that have a meaning for aiokafka, beside those of security.
+#: Client settings that are passed to aiokafka, beside those of security.
 USED = ("client.id", "compression.type", "compression.codec")
 
 
 def compression(settings: Settings) -> str | None:
-    """The compression of batches, as aiokafka takes it. librdkafka takes capital letters as well."""
+    """Return the compression of batches as aiokafka's setting; None: none. librdkafka also accepts capital letters."""
     found = settings.kafka.get("compression.type", settings.kafka.get("compression.codec", "none")).lower()
     return None if found == "none" else found
 
 
 def unused(settings: Settings) -> list[str]:
-    """Client settings that the coordinator's clients have no use for."""
+    """Return the client settings that the coordinator's clients do not use, sorted."""
     secure = ("ssl.", "sasl.", "security.", "https.", "enable.ssl.")
     return sorted(name for name in settings.kafka if not name.startswith(secure) and name not in USED)
 
 
 def create_no_topics(client: AIOKafkaClient) -> None:
-    """Make a client of aiokafka's ask for topics without creating those that are missing.
+    """Make an aiokafka client request metadata of topics without creating missing ones.
 
-    aiokafka has no setting for this: its request tells the broker to create the topics it names, and a broker with
-    ``auto.create.topics.enable`` does so, with one partition and settings of its own.
+    aiokafka has no setting for this. Its request allows the broker to create the topics that it names. A broker with
+    ``auto.create.topics.enable`` then creates them with its own default partitions and settings.
     """
     connect = client._get_conn
 
@@ -240,39 +245,39 @@ def _send_creating_nothing(connection: AIOKafkaConnection, request: Any, expect_
 
 
 def denied_kind(error: BaseException | None) -> str | None:
-    """The kind of resource that an error of aiokafka's says this user lacks a right on; None for any other error."""
+    """Return the kind of resource to which an aiokafka error says this user lacks a right; None for any other error."""
     return next((kind for of, kind in _DENIED if isinstance(error, of)), None)
 
 
 def record_bytes(record: Outgoing) -> int:
-    """The size, at most, of the batch that carries this record alone: what a topic's ``max.message.bytes`` is about."""
+    """Return the largest size in bytes of a batch with only this record: a topic's ``max.message.bytes`` limits it."""
     headers = sum(len(name) + len(value or b"") + _HEADER_OVERHEAD for name, value in record.headers or ())
     return _OVERHEAD + len(record.key or b"") + len(record.value or b"") + headers
 
 
 def first_error(outcomes: Iterable[Delivered | JobledgerError]) -> JobledgerError | None:
-    """The first record that was not acknowledged, as its error."""
+    """Return the error of the first record that was not acknowledged; None if there is none."""
     return next((o for o in outcomes if isinstance(o, JobledgerError)), None)
 
 
 class Ends:
-    """Where partitions begin and end, asked from the broker on a connection of its own; asked again for ``patience``
-    seconds while a leader is being elected or the broker is away. Close it."""
+    """Reads the first and last offsets of partitions over a separate connection. Retries for ``patience`` seconds while a
+    leader is being elected or the broker is unavailable. Close it."""
 
     def __init__(self, settings: Settings, patience: float) -> None:
         self._settings, self._patience = settings, patience
         self._reader: LogReader | None = None
         self._closed = False
-        # One thread: the reader is not to be shared.
+        # One thread, because the reader must not be shared.
         self._thread = ThreadPoolExecutor(1, "jobledger-ends")
 
     async def of(self, topic: str, partitions: Iterable[int]) -> dict[int, tuple[int, int]]:
-        """First offset and high watermark by partition. Raises `BrokerUnavailable` or `TopicMissing`."""
+        """Return the first offset and the high watermark of each partition. Raises `BrokerUnavailable`, `TopicMissing`."""
         wanted = sorted(partitions)
         return await self._ask(lambda reader: {p: reader.watermarks(topic, p, 5.0) for p in wanted})
 
     async def keys(self, topic: str, partition: int, offsets: set[int]) -> set[bytes]:
-        """The keys of the records at these offsets, as far as they are still there."""
+        """Return the keys of those records at these offsets that the log still has. Raises as `of` does."""
 
         def read(reader: LogReader) -> set[bytes]:
             messages = reader.read(topic, partition, min(offsets), max(offsets) + 1)
@@ -297,7 +302,7 @@ class Ends:
                 time.sleep(0.2)
 
     def close(self) -> None:
-        """Give the connection back; does not wait for an answer that is under way."""
+        """Close the connection; does not wait for a request in progress."""
         self._closed = True
         if self._reader is not None:
             self._thread.submit(self._reader.close)

@@ -1,4 +1,4 @@
-"""Records of the log through a person's fold into a table's rows. Knows no offsets and no transactions."""
+"""Turns records of the log into rows of a table, by the user's fold. Stores no offsets and begins no transactions."""
 
 from __future__ import annotations
 
@@ -31,23 +31,24 @@ from jobledger.schemas.events import Position
 
 LOG = get_logger("jobledger.projection")
 
-#: Keys asked for in one statement.
+#: Number of keys in one query.
 KEYS_A_QUERY = 400
 
-#: Types whose values nobody can change in place.
+#: Types whose values cannot be changed in place.
 _PLAIN = {NoneType, bool, int, float, str, bytes, Decimal, dt.datetime, dt.date, uuid.UUID}
 
 Key = tuple[Any, ...]
-#: (key, event or `Recorded`, where it stands)
+#: (key, event or `Recorded`, its id, position and time as `Where`)
 Item = tuple[Key, Any, Where]
 
 
-#: What a person's function may raise: whatever it is, it is said with the record. Not Ctrl-C, which is nobody's fault.
+#: Exceptions that a user's function may raise. The error names the record for all of them. Ctrl-C is not included, as it is
+#: no error of the function.
 PERSONS = (Exception, SystemExit, GeneratorExit, asyncio.CancelledError)
 
 
 def failed(projection: Projection, what: str, at: Position, why: str | BaseException) -> JobledgerError:
-    """The error of a projection's own code, or of what that has made, naming the record at which it came."""
+    """Return the error for the user's code or a value that it returned. It names the record at ``at``."""
     said = why if isinstance(why, str) else f"{type_of(why)}: {text_of(why)}"
     return JobledgerError(
         f"projection {projection.name}: its {what} failed at {at} ({said}); nothing of the batch was written. Fix it and "
@@ -56,7 +57,8 @@ def failed(projection: Projection, what: str, at: Position, why: str | BaseExcep
 
 
 class Reading:
-    """Records of the log as what a fold takes. Counts what it passes over in ``unreadable``."""
+    """Turns records of the log into the arguments of a fold. ``unreadable``: number of skipped records that could not be
+    read."""
 
     def __init__(self, projection: Projection, settings: Settings, names: Names, queues: Sequence[str]) -> None:
         self._projection, self._names = projection, names
@@ -71,13 +73,14 @@ class Reading:
         self.unreadable = 0
 
     def check(self) -> None:
-        """Raise `IncompatibleEvent` for a class that does not read what its earlier forms wrote: such events would be
-        passed over, here and in every fold to compare with. Raises `BrokerUnavailable`, `TopicMissing`."""
+        """Raise `IncompatibleEvent` for a class that cannot read events written with its earlier versions. Such events
+        would be skipped, and a verification would skip them, too. Raises `BrokerUnavailable`, `TopicMissing`."""
         if self._projection.events:
             check_classes(self._projection.events.values(), self._lookup.all())
 
     def items(self, messages: Sequence[Message]) -> Iterator[Item]:
-        """(key, event, where) of each record that is the projection's business. Raises what must not be passed."""
+        """Yield (key, event, where) for each record that the projection uses. Skips and counts unreadable records. Raises
+        `UnknownFact`, and `JobledgerError` if the projection's ``key=`` fails."""
         projection = self._projection
         for message in messages:
             appended_ms = message.timestamp()[1]
@@ -85,7 +88,7 @@ class Reading:
                 continue
             where = position_of(message)
             if message.value() is None and where.topic == self._names.control:
-                continue  # an order that was taken back
+                continue  # a tombstone: the control command was removed
             try:
                 if projection.facts:
                     found: Any = recorded(message, self._decode)
@@ -129,14 +132,14 @@ def _copied(row: dict[str, Any]) -> dict[str, Any]:
 
 
 class Folding:
-    """A fold into one table: the live one, or a copy of it for `verify` and `rebuild`."""
+    """Folds into one table: the live one, or a copy of it for `verify` and `rebuild`."""
 
     def __init__(self, projection: Projection, table: Table) -> None:
         self._projection, self.table = projection, table
         self._keys = list(table.primary_key.columns)
         self._names = [column.name for column in table.columns]
         self._key_names = [column.name for column in self._keys]
-        # Of a row that is made: a column that a fold does not name. `Projection` refuses defaults of other kinds.
+        # Values of a new row's columns that the fold does not return. `Projection` refuses other kinds of defaults.
         self._defaults = {
             column.name: None if column.default is None else column.default.arg  # type: ignore[attr-defined]
             for column in table.columns
@@ -144,17 +147,17 @@ class Folding:
         }
 
     def apply(self, db: Connection, items: Sequence[Item]) -> None:
-        """Fold items in their order: rows are read once and written once a batch. Raises `JobledgerError` naming the
-        record at which the fold failed, or of which a key or row has a value that its column does not take."""
+        """Fold items in their order. Each row is read and written once per batch. Raises `JobledgerError` that names the
+        record, if the fold fails or a column does not accept a value of its key or row."""
         at = {key: where.position for key, _, where in items}
         with self._fitting(db, at, {key: dict(zip(self._key_names, key, strict=True)) for key in at}):
             before = self._rows(db, list(at), at)
-        # A fold may change the row that it is given: what was read is kept apart, to be compared with.
+        # A fold may change its row argument, so it gets a copy; the row as read is needed for the comparison below.
         after = {key: row and _copied(row) for key, row in before.items()}
         fold, wants_where, names = self._projection.fold, self._projection.wants_where, self._key_names
         for key, found, where in items:
             row = after[key]
-            # What a fold leaves out keeps what it was: within a batch as well as from one to the next.
+            # Columns that a fold does not return keep their values, within a batch and from one batch to the next.
             kept = _copied(self._defaults) if row is None else row
             try:
                 made = fold(row, found, where) if wants_where else fold(row, found)
@@ -174,11 +177,11 @@ class Folding:
     def _fitting(
         self, db: Connection, at: Mapping[Key, Position], rows: Mapping[Key, Mapping[str, Any]]
     ) -> Iterator[None]:
-        """Name the record and the column if SQLAlchemy cannot hand a value of these rows to the database."""
+        """Raise an error with the record and the column if SQLAlchemy cannot convert a value of these rows."""
         try:
             yield
         except StatementError as exc:
-            if isinstance(exc, DBAPIError):  # the database's own word
+            if isinstance(exc, DBAPIError):  # an error of the database itself
                 raise
             for key, row in rows.items():
                 for name, value in row.items():
@@ -199,7 +202,7 @@ class Folding:
             wanted = self._keys[0].in_([k[0] for k in some]) if width == 1 else tuple_(*self._keys).in_(some)
             for row in db.execute(select(self.table).where(wanted)).mappings():
                 key = tuple(row[name] for name in self._key_names)
-                if key not in found:  # its row would be folded from nothing, again and again
+                if key not in found:  # its row would never be found, and be folded from None each time
                     raise failed(
                         self._projection,
                         "key=",
@@ -211,7 +214,7 @@ class Folding:
         return found
 
     def _write(self, db: Connection, rows: list[dict[str, Any]]) -> None:
-        # One statement for those rows that name the same columns: what a fold leaves out keeps what it was.
+        # One statement for all rows with the same columns: columns that a fold does not return keep their values.
         by_columns: dict[tuple[str, ...], list[dict[str, Any]]] = {}
         for row in rows:
             unknown = [name for name in row if name not in self._names]

@@ -1,4 +1,4 @@
-"""What Faust and its clients log, bounded: in an outage aiokafka alone writes hundreds of lines a second."""
+"""Limits what Faust and its clients log: in an outage aiokafka alone writes hundreds of lines a second."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ except ImportError as exc:
 
 
 class RateLimit(logging.Filter):
-    """Lets one record of each message template pass per ``interval`` seconds, and says how many were held back."""
+    """Passes one record of each message template per ``interval`` seconds, and adds how many were held back."""
 
     def __init__(self, interval: float = 10.0, clock: Callable[[], float] = time.monotonic) -> None:
         super().__init__()
@@ -25,7 +25,7 @@ class RateLimit(logging.Filter):
         self._held: dict[tuple[str, str], int] = {}
 
     def filter(self, record: logging.LogRecord) -> bool:
-        """Whether the record passes."""
+        """Return whether the record passes; change its message if others were held back."""
         template = (record.name, str(record.msg)[:80])
         now = self._clock()
         last = self._last.get(template)
@@ -42,22 +42,22 @@ class RateLimit(logging.Filter):
 
 
 class SaidElsewhere(logging.Filter):
-    """Holds back the tracebacks of refused rights, of which the coordinator says what is missing, and of a client that
-    was stopped after it had crashed on one."""
+    """Holds back records with tracebacks of missing rights, as the coordinator logs what is missing, and those of a client
+    that is stopped after its event loop was closed."""
 
     def filter(self, record: logging.LogRecord) -> bool:
-        """Whether the record passes."""
+        """Return whether the record passes."""
         error = record.exc_info[1] if record.exc_info else None
         over = isinstance(error, RuntimeError) and str(error) == "Event loop is closed"
         return not (over or isinstance(error, _REFUSED) or isinstance(getattr(error, "__cause__", None), _REFUSED))
 
 
 class Unheard(logging.Filter):
-    """Shortens what asyncio tells of a task that failed and that nobody asked: of aiokafka's own tasks, which a client
-    that is stopped leaves behind, the error says it all."""
+    """Shortens asyncio's records about failed tasks whose result was never read. A stopped aiokafka client leaves such
+    tasks behind; their error is enough, without a traceback."""
 
     def filter(self, record: logging.LogRecord) -> bool:
-        """Whether the record passes: each does."""
+        """Return True: every record passes, those with an aiokafka error shortened."""
         error = record.exc_info[1] if record.exc_info else None
         if isinstance(error, aioerrors.KafkaError):
             record.msg, record.args, record.exc_info = f"a request that nobody waited for failed: {error}", (), None
@@ -65,12 +65,13 @@ class Unheard(logging.Filter):
 
 
 class Connections(logging.Filter):
-    """Hands what aiokafka says of lost connections to ``heard``, which tells outages once; aiokafka would at each attempt."""
+    """Passes aiokafka's messages about lost connections to ``heard`` instead of the log. ``heard`` logs each outage once;
+    aiokafka logs every attempt."""
 
     heard: Callable[[str], None] | None = None
 
     def filter(self, record: logging.LogRecord) -> bool:
-        """Whether the record passes."""
+        """Return whether the record passes."""
         if self.heard is None or not record.name.startswith("aiokafka"):
             return True
         text = record.getMessage()
@@ -81,7 +82,7 @@ class Connections(logging.Filter):
 
 
 def tell_no_more() -> None:
-    """Undo what `quieten` was given as ``heard``."""
+    """Remove the ``heard`` callback that `quieten` has set."""
     _connections.heard = None
 
 
@@ -93,9 +94,9 @@ _REFUSED = (
     aioerrors.ClusterAuthorizationFailedError,
 )
 
-#: In an outage aiokafka writes hundreds of lines a second, and Faust's timers complain about every late beat.
+#: In an outage aiokafka writes hundreds of lines a second, and Faust's timers log every late tick.
 _NOISY = ("aiokafka", "faust", "mode")
-#: A module of ours whose logger Faust uses for the services defined there.
+#: A Jobledger module whose logger Faust uses for the services defined there.
 _OURS = "jobledger.streams.rows"
 _CONSUMER = "jobledger.streams.faust_app"
 _connections = Connections()
@@ -104,20 +105,20 @@ _unheard = Unheard()
 
 
 def quieten(level: int = logging.WARNING, heard: Callable[[str], None] | None = None) -> None:
-    """Let Faust, mode and aiokafka log from ``level`` up only, and each message once in 10 s. ``heard`` is told of
-    connections that cannot be made."""
+    """Let Faust, mode and aiokafka log only from ``level`` up, and each message once in 10 s. ``heard``: called with
+    messages about failed connections."""
     if heard is not None:
         _connections.heard = heard
     for name in [*_NOISY, *logging.root.manager.loggerDict]:
         if name.partition(".")[0] in _NOISY:
             logger = logging.getLogger(name)
-            # A filter on a logger does not see its children's records: so each one gets it.
+            # A filter of a logger does not apply to its children's records, so each logger gets it.
             for each in _filters:
-                logger.addFilter(each)  # twice is once
+                logger.addFilter(each)  # adding it twice has no effect
     for name in (*_NOISY, _OURS, _CONSUMER):
         logging.getLogger(name).setLevel(level)
     logging.getLogger(_CONSUMER).addFilter(_filters[0])
     logging.getLogger("asyncio").addFilter(_unheard)
-    # Restarting a fetcher in a rebalance is logged as an error with a traceback; it is neither.
+    # Faust logs the restart of a fetcher in a rebalance as an error with a traceback, though it is not an error.
     with contextlib.suppress(KeyError):
         logging.getLogger("faust.transport.consumer").setLevel(max(level, logging.ERROR))

@@ -1,6 +1,7 @@
-"""Tokens for SASL/OAUTHBEARER, as librdkafka's ``sasl.oauthbearer.method=oidc`` gets them, for aiokafka.
+"""Gets tokens for SASL/OAUTHBEARER for aiokafka, as librdkafka's ``sasl.oauthbearer.method=oidc`` does.
 
-The client credentials grant of OAuth 2.0 (RFC 6749, section 4.4): a client id and a secret are changed for a token.
+Uses the client credentials grant of OAuth 2.0 (RFC 6749, section 4.4): a client id and a secret are exchanged for a
+token.
 """
 
 from __future__ import annotations
@@ -35,15 +36,15 @@ _URL, _SCOPE, _EXTENSIONS = TOKEN_ENDPOINT, "sasl.oauthbearer.scope", "sasl.oaut
 _CA, _CA_PEM = "https.ca.location", "https.ca.pem"
 KNOWN = {_METHOD, _ID, _SECRET, _URL, _SCOPE, _EXTENSIONS, _CA, _CA_PEM}
 
-#: Seconds the endpoint may take.
+#: Timeout in seconds of a request to the token endpoint.
 TIMEOUT_S = 10.0
-#: Share of a token's life after which a new one is asked for.
+#: Share of a token's lifetime after which a new one is requested.
 RENEW_AT = 0.8
 
 
 class ClientCredentials(AbstractTokenProvider):  # type: ignore[misc]  # aiokafka ships no types
-    """Gets and keeps a token. Raises `ConfigError` for settings of another method, and for an endpoint to which the
-    secret would go as plain text."""
+    """Gets a token and keeps it until it must be renewed. Raises `ConfigError` for missing settings, settings of another
+    method, and an endpoint to which the secret would be sent as plain text."""
 
     def __init__(self, kafka: Mapping[str, str]) -> None:
         if kafka.get(_METHOD, "default").lower() != "oidc":
@@ -64,15 +65,15 @@ class ClientCredentials(AbstractTokenProvider):  # type: ignore[misc]  # aiokafk
         self._token, self._until = "", 0.0
 
     async def token(self) -> str:
-        """A token that is good for a while; asks for one if need be. Raises `NotAuthenticated`."""
+        """Return a token that is still valid; request one if needed. Raises `NotAuthenticated`."""
         return await asyncio.get_running_loop().run_in_executor(None, self.fetch)
 
     def extensions(self) -> dict[str, str]:
-        """What goes to the broker beside the token."""
+        """Return the extensions that are sent to the broker with the token."""
         return dict(self._extensions)
 
     def fetch(self) -> str:
-        """`token`, blocking."""
+        """Return a token as `token` does, but block. Any thread."""
         with self._lock:
             if time.monotonic() >= self._until:
                 self._token, lasts = self._ask()

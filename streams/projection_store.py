@@ -1,4 +1,4 @@
-"""The database that projections live in: where it is, how it is opened, and which of its errors pass by themselves."""
+"""The database of projections: derives its URL, opens it, and tells temporary errors from others."""
 
 from __future__ import annotations
 
@@ -31,18 +31,18 @@ from jobledger.projection import RESERVED
 from jobledger.streams.store.address import shown
 from jobledger.streams.store.sqlite import namespace_in
 
-#: Seconds a statement waits for another writer of a SQLite file.
+#: Seconds that a statement waits for another writer of a SQLite file.
 BUSY_S = 30.0
-#: SQLite's primary result codes that may pass by themselves: BUSY, LOCKED, IOERR, FULL, CANTOPEN.
+#: SQLite's primary result codes that may be temporary: BUSY, LOCKED, IOERR, FULL, CANTOPEN.
 _SQLITE_PASSING = {5, 6, 10, 13, 14}
-#: Of two transactions that cannot both be done, PostgreSQL gives up one: serialization, deadlock.
+#: PostgreSQL's codes for a transaction that it aborted because of another one: serialization failure, deadlock.
 _POSTGRES_PASSING = {"40001", "40P01"}
-#: The advisory lock under which tables are made: any number that nobody else uses.
+#: Number of the advisory lock for creating tables. Any number that no other program uses.
 _MAKING = 0x6A6F_626C_6564_6765
 
 
 _metadata = MetaData()
-#: How far each projection is.
+#: The next offset of each projection in each partition.
 offsets_table = Table(
     f"{RESERVED}projections",
     _metadata,
@@ -55,7 +55,7 @@ offsets_table = Table(
 )
 
 
-#: The ids of the topics that those offsets are of: a topic that was deleted and made again is another one.
+#: The ids of the topics to which those offsets belong. A topic that was deleted and recreated has another id.
 topics_table = Table(
     f"{RESERVED}projection_topics",
     _metadata,
@@ -68,8 +68,9 @@ topics_table = Table(
 
 
 def database_of(status_url: str) -> str:
-    """Where projections live, by the status table's URL: the same PostgreSQL database; beside a SQLite file, one of its
-    own, since a rebuild swaps that file and SQLite has one writer at a time. Raises `ConfigError`."""
+    """Return the URL of the projections' database. For PostgreSQL it is the status table's database. For SQLite it is a
+    separate file beside the status table: a rebuild replaces that table's whole content, and SQLite allows one writer at
+    a time. Raises `ConfigError`."""
     scheme = status_url.partition(":")[0]
     if scheme == "sqlite":
         path = sqlalchemy.make_url(status_url).database
@@ -86,9 +87,9 @@ def database_of(status_url: str) -> str:
 
 
 class ProjectionStore:
-    """An engine for `database_of`. Use it from one thread, and close it. Raises `ConfigError`.
+    """An engine for the database of `database_of`. Use it from one thread, and close it. Raises `ConfigError`.
 
-    SQLite is in WAL mode, and every transaction of it a writer's from its first statement.
+    SQLite is used in WAL mode, and each of its transactions takes the write lock at its beginning.
     """
 
     def __init__(self, status_url: str, namespace: str) -> None:
@@ -98,29 +99,30 @@ class ProjectionStore:
             self._address = None
             self.engine = _sqlite(url)
         else:
-            from jobledger.streams.store.connecting import Address  # late: its driver is an extra
+            from jobledger.streams.store.connecting import Address  # imported late: its driver is an extra
 
             self._address = address = Address(url, namespace)
-            # A server that was started again has closed what is in the pool.
+            # A restarted server has closed the connections in the pool.
             self.engine = sqlalchemy.create_engine(address.url, creator=address.connect, pool_pre_ping=True)
 
     def begin_snapshot(self) -> Any:
-        """A transaction that sees the database as it is at its first statement, whoever writes meanwhile."""
+        """Begin a transaction that sees the database as it is at its first statement, whatever is written meanwhile."""
         engine = self.engine
         if self._address is not None:
             engine = engine.execution_options(isolation_level="REPEATABLE READ")
         return engine.begin()
 
     def make(self, *tables: Table) -> None:
-        """Make those of the tables that are missing. Several processes may do so at once.
+        """Create the tables that are missing. Several processes may do so at once.
 
-        Raises `StoreError` if the file is the status table of a namespace: a rebuild would replace all of it.
+        Raises `StoreError` if the file is the status table of a namespace: a rebuild of that table would replace the whole
+        file.
         """
         with self.engine.begin() as db:
             if self._address is None:
                 self._refuse_status_table()
             if self._address is not None:
-                # Two that look, and then make, would collide.
+                # Two processes that check and then create at the same time would collide.
                 db.execute(select(func.pg_advisory_xact_lock(_MAKING)))
             for table in tables:
                 table.create(db, checkfirst=True)
@@ -135,8 +137,8 @@ class ProjectionStore:
 
     @contextmanager
     def alone(self, name: str, what: str) -> Iterator[None]:
-        """Hold ``name`` in this database, among all processes; whoever dies gives it back. Raises `StoreError` if another
-        has it. ``what``: for people."""
+        """Hold a lock of this name in this database, which excludes all other processes. It is released if the process
+        dies. Raises `StoreError` if another process holds it. ``what``: the activity, for the error message."""
         busy = StoreError(f"{what} is under way in another process: wait until it has ended")
         with ExitStack() as held:
             if self._address is None:
@@ -146,22 +148,22 @@ class ProjectionStore:
                 except TimeoutError as exc:
                     raise busy from exc
             else:
-                from jobledger.streams.store.connecting import lock_number  # late: its driver is an extra
+                from jobledger.streams.store.connecting import lock_number  # imported late: its driver is an extra
 
                 db = held.enter_context(self.engine.connect())
-                db.detach()  # the lock is the session's, which ends here with it, not in the pool
+                db.detach()  # the lock belongs to the session: close it at the end, do not return it to the pool
                 if not db.execute(select(func.pg_try_advisory_lock(lock_number(name)))).scalar_one():
                     raise busy
                 db.commit()
             yield
 
     def close(self) -> None:
-        """Give the connections back."""
+        """Close the connections."""
         self.engine.dispose()
 
     def explain(self, exc: SQLAlchemyError | StoreError, who: str) -> StoreError:
-        """The driver's error as ours, `StoreUnavailable` if it may pass by itself;
-        ``who``: the projection, for people."""
+        """Turn the driver's error into a `StoreError`, or into `StoreUnavailable` if it may be temporary. ``who``: the
+        projection, for the message."""
         cause: Any = getattr(exc, "orig", None) or exc
         if self._address is None:
             passing = isinstance(cause, sqlite3.Error) and (cause.sqlite_errorcode or 0) & 0xFF in _SQLITE_PASSING
@@ -180,9 +182,9 @@ class ProjectionStore:
 
 
 def folded(status_url: str, namespace: str) -> dict[str, dict[tuple[str, int], int]]:
-    """How far every projection of a namespace is in this database: next offsets by topic and partition, by its name.
+    """Return the next offsets of every projection of a namespace in this database, by its name, topic and partition.
 
-    Empty if there is no such database or table. Raises `StoreError`.
+    Empty if the SQLite file or the table does not exist. Raises `StoreError`.
     """
     url = database_of(status_url)
     if url.startswith("sqlite") and not Path(url.removeprefix("sqlite:///")).exists():
@@ -192,7 +194,7 @@ def folded(status_url: str, namespace: str) -> dict[str, dict[tuple[str, int], i
     try:
         with store.engine.begin() as db:
             if not url.startswith("sqlite"):
-                from jobledger.streams.store.connecting import bounded  # late: its driver is an extra
+                from jobledger.streams.store.connecting import bounded  # imported late: its driver is an extra
 
                 db.exec_driver_sql(bounded(lock_timeout="4s", statement_timeout="5s"))
             if sqlalchemy.inspect(db).has_table(offsets_table.name):

@@ -1,7 +1,8 @@
-"""Projections at work: batches from the log, a person's fold, and the offsets in the same transaction.
+"""Runs projections: reads batches from the log, calls the user's fold, and writes rows and offsets in one transaction.
 
-Every transaction begins by moving the offsets from where this process believes them to be. If somebody else has moved
-them, nothing is written: so two processes of one projection fold nothing twice, and a killed one leaves nothing half.
+Every transaction first moves the offsets from the values that this process expects. If another process has moved them,
+nothing is written. So two processes of one projection fold no record twice, and a killed process leaves no partial
+batch.
 """
 
 from __future__ import annotations
@@ -37,13 +38,13 @@ from jobledger.streams.projection_store import ProjectionStore, offsets_table, t
 
 LOG = get_logger("jobledger.projection")
 
-#: Records of one transaction at most, and seconds that are waited for the first.
+#: Largest number of records in one transaction, and seconds to wait for the first of them.
 BATCH, POLL_S = 5_000, 0.1
-#: Seconds between two tries of a database that is away.
+#: Seconds between two attempts while the database is unavailable.
 AWAY_S = 1.0
-#: Seconds between two looks for partitions that were added.
+#: Seconds between two checks for new partitions, recreated topics and moved offsets.
 LOOK_S = 10.0
-#: How often in a row the database may be away before it is an error.
+#: Number of retries while the database is unavailable; after them the error is raised.
 AWAY_TRIES = 30
 
 Place = tuple[str, int]
@@ -55,10 +56,11 @@ class Overtaken(StoreError):
 
 @dataclass(slots=True)
 class Checked:
-    """What `verify` and `rebuild` found. ``equal``: None after a rebuild, and where nothing can be said.
+    """The result of `verify` or `rebuild`. ``equal``: None after a rebuild, and if the tables differ but the log was
+    trimmed.
 
-    ``trimmed``: where the log no longer holds all that the table was made of, for people. Then a table that differs from
-    a fold of what is left may be right.
+    ``trimmed``: describes where the log no longer holds every record that the table was folded from. Then the table may
+    be correct although it differs from a fold of the remaining records. ``seconds``: how long it took.
     """
 
     projection: str
@@ -73,7 +75,7 @@ class Checked:
 
 
 class Runner:
-    """One projection in one process; `run` blocks. Use from one thread, and close it."""
+    """Runs one projection in one process; `run` blocks. Use it from one thread, and close it."""
 
     def __init__(
         self, projection: Projection, settings: Settings, names: Names, queues: Sequence[str], status_url: str
@@ -91,18 +93,18 @@ class Runner:
         self._mine = and_(offsets_table.c.namespace == names.namespace, offsets_table.c.projection == projection.name)
 
     def close(self) -> None:
-        """Give the connections back."""
+        """Close the connections to the database."""
         self._store.close()
 
     @property
     def unreadable(self) -> int:
-        """Records that were no events and were passed."""
+        """Number of records that could not be read as events and were skipped."""
         return self._reading.unreadable
 
     # -- the database ---------------------------------------------------------------------------------------------
 
     def _patiently(self, stop: threading.Event, work: Callable[[], None]) -> None:
-        """Try again while the database is away, a bounded number of times. Raises `StoreError`."""
+        """Call ``work``; retry up to `AWAY_TRIES` times while the database is unavailable. Raises `StoreError`."""
         tries = 0
         while True:
             try:
@@ -120,7 +122,7 @@ class Runner:
 
     @contextmanager
     def _explained(self) -> Iterator[None]:
-        """What the database raises in the block is a `StoreError` that says what to do."""
+        """Turn an error of the database in the block into a `StoreError` that says what to do."""
         try:
             yield
         except sqlalchemy.exc.DBAPIError as exc:
@@ -130,12 +132,12 @@ class Runner:
         self._store.make(offsets_table, topics_table, self.projection.table)
 
     def _identities(self) -> dict[str, str]:
-        """The ids of the topics that are there now."""
-        client = admin(self.settings)  # held: its answers die with it
+        """Return the ids of the topics that exist now."""
+        client = admin(self.settings)  # held: a garbage-collected client never completes its futures
         return identities(client, self._reading.topics)
 
     def _keep_topics(self, db: Connection, found: Mapping[str, str]) -> None:
-        """Write down of which topics the offsets are."""
+        """Store the ids of the topics to which the offsets belong."""
         rows = [
             {"namespace": self.names.namespace, "projection": self.projection.name, "topic": topic, "topic_id": its}
             for topic, its in sorted(found.items())
@@ -146,7 +148,7 @@ class Runner:
             db.execute(made.on_conflict_do_update(index_elements=keys, set_={"topic_id": made.excluded.topic_id}), rows)
 
     def _same_topics(self, known: Mapping[Place, int]) -> None:
-        """Raise `JobledgerError` if one of the topics is not the one that was folded, however many records it has."""
+        """Raise `JobledgerError` if a folded topic was recreated, however many records it has now."""
         found = self._identities()
         with self._engine.begin() as db:
             kept = {row.topic: row.topic_id for row in db.execute(select(topics_table).where(self._my_topics))}
@@ -158,13 +160,13 @@ class Runner:
                 self._keep_topics(db, found)
 
     def offsets(self, db: Connection) -> dict[Place, int]:
-        """The next offsets, by place."""
+        """Return the next offset of each partition."""
         rows = db.execute(select(offsets_table).where(self._mine)).mappings()
         return {(row["topic"], row["partition"]): row["next_offset"] for row in rows}
 
     def _move(self, db: Connection, before: Mapping[Place, int], after: Mapping[Place, int]) -> None:
-        """Move the offsets; raises `Overtaken` unless they stand where they are believed to be."""
-        for (topic, partition), offset in sorted(after.items()):  # one order for all: they cannot lock each other out
+        """Move the offsets from ``before`` to ``after``. Raises `Overtaken` if they are not those of ``before``."""
+        for (topic, partition), offset in sorted(after.items()):  # the same order in all processes prevents deadlocks
             place = and_(self._mine, offsets_table.c.topic == topic, offsets_table.c.partition == partition)
             known = before.get((topic, partition))
             if known is None:
@@ -174,7 +176,7 @@ class Runner:
                 }  # fmt: skip
                 insert = postgresql.insert if db.dialect.name == "postgresql" else sqlite.insert
                 made = insert(offsets_table).values(values).on_conflict_do_nothing()
-                # An INSERT's count is dropped unless it is asked for.
+                # SQLAlchemy drops the row count of an INSERT unless this option is set.
                 moved = db.execute(made, execution_options={"preserve_rowcount": True})
             else:
                 place = and_(place, offsets_table.c.next_offset == known)
@@ -185,10 +187,10 @@ class Runner:
     # -- running --------------------------------------------------------------------------------------------------
 
     def run(self, stop: threading.Event, *, until_end: bool = False) -> None:
-        """Fold until ``stop``, or with ``until_end`` until what the log held at the beginning is folded.
+        """Fold until ``stop`` is set, or with ``until_end`` until the records that the log held at the start are folded.
 
-        Raises `JobledgerError` if the fold fails, `StoreError` if the database stays away, `BrokerUnavailable`,
-        `TopicMissing`, `UnknownFact`, `IncompatibleEvent`; nothing is lost, and the next run goes on.
+        Raises `JobledgerError` if the fold fails, `StoreError` if the database stays unavailable, `BrokerUnavailable`,
+        `TopicMissing`, `UnknownFact`, `IncompatibleEvent`. Nothing is lost: the next run continues from the offsets.
         """
         knock(self.settings)
         acls.check(self.settings, self.names.namespace, [*self._reading.topics, self.names.schemas])
@@ -243,13 +245,13 @@ class Runner:
                     self._patiently(stop, lambda batch=messages: self._transaction(folding, known, batch))  # type: ignore[misc]
 
     def _undisturbed(self, known: Mapping[Place, int]) -> None:
-        """Raise `Overtaken` if a rebuild has put the offsets elsewhere: on a quiet partition no record would tell."""
+        """Raise `Overtaken` if a rebuild has moved the offsets. Without new records no transaction would detect that."""
         with self._engine.begin() as db:
             if self.offsets(db) != known:
                 raise Overtaken(f"another process has moved the offsets of projection {self.projection.name}")
 
     def _join_new(self, consumer: Consumer, places: Sequence[Place], known: Mapping[Place, int]) -> list[Place]:
-        """Read partitions, too, that were added meanwhile; the partitions that are read."""
+        """Assign partitions that were added meanwhile; return all partitions that are read."""
         try:
             found = self._places()
         except BrokerUnavailable as exc:
@@ -279,7 +281,7 @@ class Runner:
         )
 
     def _trimmed(self, places: Iterable[Place]) -> list[str]:
-        """Those of the places that do not begin with their first record, for people."""
+        """Describe those of the partitions whose first records are no longer in the log."""
         return [f"{t}[{p}] begins at {low}" for (t, p), low in sorted(self._lows(places).items()) if low > 0]
 
     def _transaction(self, folding: Folding, known: dict[Place, int], messages: Sequence[Message]) -> None:
@@ -298,9 +300,11 @@ class Runner:
     # -- checking -------------------------------------------------------------------------------------------------
 
     def verify(self, stop: threading.Event, tell: Callable[[int, int], None] = lambda done, total: None) -> Checked:
-        """Fold the log again, up to where the live table is, into a copy, and compare. The live table may be written.
+        """Fold the log again, up to the live table's offsets, into a copy, and compare. The live table may be written.
 
-        ``equal`` is None if the table differs from what a log makes that was trimmed. Raises as `run` does.
+        ``tell``: called after each batch with the offsets reached and those to reach, each summed over the partitions.
+        ``equal`` is None if the tables differ and the log was trimmed. Raises as `run` does, and `JobledgerError` if
+        ``stop`` is set.
         """
         began = time.monotonic()
         self._reading.check()
@@ -323,11 +327,11 @@ class Runner:
         *,
         from_what_is_left: bool = False,
     ) -> Checked:
-        """Fold the whole log into a copy, then put its rows in the live table's place, in one transaction with the
-        offsets. A process that runs meanwhile notices and goes on from there.
+        """Fold the whole log into a copy, then replace the live table's rows and the offsets in one transaction. A process
+        that runs meanwhile detects that, and continues from the new offsets.
 
-        ``from_what_is_left``: also where the log was trimmed, so that history is lost: without it that raises
-        `JobledgerError`, and nothing changes. Raises as `run` does.
+        ``from_what_is_left``: rebuild even if the log was trimmed, so that the rows of trimmed records are lost. Without
+        it a trimmed log raises `JobledgerError`, and nothing changes. ``tell``, raises: as `verify`.
         """
         began = time.monotonic()
         self._reading.check()
@@ -339,7 +343,7 @@ class Runner:
         table = self.projection.table
         with self._explained(), self._copying("rebuild") as copy:
             records, trimmed = self._fold_again(copy, ends, stop, tell, "rebuild")
-            if not from_what_is_left:  # meanwhile, or told by the records only
+            if not from_what_is_left:  # trimmed meanwhile, or found only by counting the records
                 self._refuse(trimmed)
             with self._engine.begin() as db:
                 live, _ = _digest(db, table)
@@ -363,14 +367,15 @@ class Runner:
 
     @contextmanager
     def _copying(self, why: str) -> Iterator[Table]:
-        """An empty table like the projection's, gone afterwards. Raises `StoreError` while another process has it."""
+        """Create an empty table like the projection's, and drop it afterwards. Raises `StoreError` while another process
+        uses it."""
         copy = self.projection.table.to_metadata(MetaData(), name=f"{RESERVED}{self.projection.name}_{why}")
         copy.indexes.clear()
         for constraint in copy.constraints:
-            constraint.name = None  # in PostgreSQL it is an index's name, and the live table has it
+            constraint.name = None  # in PostgreSQL it names an index, and the live table's index has that name
         with self._store.alone(copy.name, f"a {why} of projection {self.projection.name}"):
             with self._engine.begin() as db:
-                copy.drop(db, checkfirst=True)  # of one that was killed
+                copy.drop(db, checkfirst=True)  # left by a killed process
                 copy.create(db)
             try:
                 yield copy
@@ -386,7 +391,7 @@ class Runner:
         tell: Callable[[int, int], None],
         why: str,
     ) -> tuple[int, list[str]]:
-        """The log up to ``ends``, folded into ``copy``; how many records that were; and what is missing."""
+        """Fold the log up to ``ends`` into ``copy``. Return the number of records, and descriptions of what is missing."""
         begin = self._lows(ends)
         at, orders = dict(begin), 0
         folding, total, done = Folding(self.projection, copy), sum(ends.values()), 0
@@ -409,7 +414,7 @@ class Runner:
         trimmed = self._trimmed(ends)
         control = (self.names.control, 0)
         gone = ends[control] - begin[control] - orders if control in ends else 0
-        if gone > 0:  # a later order takes an earlier one's place there
+        if gone > 0:  # compaction keeps only the latest command of a key
             trimmed.append(f"{self.names.control} is compacted: {gone} of its records are gone")
         return done, trimmed
 
@@ -423,7 +428,7 @@ def _ends_of(messages: Sequence[Message]) -> dict[Place, int]:
 
 
 def _open(consumer: Consumer, ends: Mapping[Place, int], at: Mapping[Place, int]) -> bool:
-    """Whether a partition is not read to its end. The client's own position passes gaps that no record stands for."""
+    """Return whether a partition is not yet read to its end. The client's position also passes offsets without a record."""
     left = [place for place, end in ends.items() if at.get(place, 0) < end]
     if not left:
         return False
@@ -455,7 +460,7 @@ def _fetch(consumer: Consumer, settings: Settings) -> list[Message]:
 
 
 def _digest(db: Connection, table: Table) -> tuple[str, int]:
-    """A digest of a table's rows in the order of their keys, and how many there are. Streams: memory is bounded."""
+    """Return a digest of a table's rows in the order of their keys, and their number. Reads 1,000 rows at a time."""
     digest, rows = hashlib.sha256(), 0
     asked = select(table).order_by(*table.primary_key.columns).execution_options(yield_per=1_000)
     for row in db.execute(asked):

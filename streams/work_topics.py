@@ -1,5 +1,5 @@
-"""Which work topics there are, and how large a record each takes. A release to one that is missing is held back, looked
-for at a growing pace, never lost."""
+"""Knows which work topics exist, and the largest batch that each accepts. Missing topics are searched for at growing
+intervals, and releases to them are held back, never lost."""
 
 from __future__ import annotations
 
@@ -16,37 +16,38 @@ from jobledger.names import Names
 
 LOG = get_logger("jobledger.coordinator")
 
-#: Seconds between two looks for a missing topic: at first, and at most.
+#: Seconds between two searches for a missing topic: at first, and at most.
 RETRY, RETRY_MOST = 1.0, 60.0
-#: Seconds between two looks whether one is due.
+#: Seconds between two checks whether a search is due.
 BEAT = 0.25
 
 
 class WorkTopics:
-    """``known``: topics that exist, and the largest batch each takes (bytes; None: not known). Times are this
-    process's monotonic clock, seconds."""
+    """The known and the missing work topics. ``known``: topics that exist, with the largest batch that each accepts
+    (bytes; None: not known). Times are seconds of this process's monotonic clock."""
 
     def __init__(self, names: Names, settings: Settings, known: Mapping[str, int | None]) -> None:
         self._names, self._settings = names, settings
         self._known = dict(known)
-        self._missing: dict[str, tuple[float, float]] = {}  # topic: next look, pause after it
+        self._missing: dict[str, tuple[float, float]] = {}  # topic: time of the next search, pause after it
 
     @property
     def known(self) -> list[str]:
-        """Topics that exist, as far as is known. From any thread."""
+        """The topics that are known to exist, sorted. Any thread."""
         return sorted(self._known)
 
     @property
     def missing(self) -> list[str]:
-        """Topics that releases wait for."""
+        """The missing topics, for which releases wait, sorted."""
         return sorted(self._missing)
 
     def is_open(self, lane: str) -> bool:
-        """Whether the topic of a queue, or of one of its priorities, is known to exist."""
+        """Return whether the topic of a lane (a queue, or one of its priorities) is known to exist."""
         return self._names.jobs(lane) in self._known
 
     def refuses(self, topic: str, size: int) -> str | None:
-        """Why a record whose batch has ``size`` bytes will not be taken; None if it will, as far as is known."""
+        """Return why the topic refuses a record whose batch has ``size`` bytes; None if it accepts it, or if its limit is
+        not known."""
         limit = self._known.get(topic)
         if limit is None or size <= limit:
             return None
@@ -55,17 +56,17 @@ class WorkTopics:
         )
 
     def wait_for(self, lane: str) -> float:
-        """Seconds until a lane whose topic is missing should be tried again; 0 for any other."""
+        """Return the seconds after which to retry a lane whose topic is missing; 0 for any other lane."""
         found = self._missing.get(self._names.jobs(lane))
         return 0.0 if found is None else max(found[0] - time.monotonic(), 0.0) + BEAT
 
     async def find(self, lanes: Iterable[str]) -> bool:
-        """Look for topics that are neither known nor known to be missing; whether one was found."""
+        """Search for topics that are neither known nor known to be missing; return whether one was found."""
         topics = {self._names.jobs(lane) for lane in lanes} - self._known.keys() - self._missing.keys()
         return any([await self._look(topic) for topic in sorted(topics)])
 
     async def watch(self) -> None:
-        """Look again for those that are missing, each at its own pace, for ever."""
+        """Search for the missing topics until cancelled, each at its own interval."""
         while True:
             for topic, (due, _) in list(self._missing.items()):
                 if time.monotonic() >= due:
