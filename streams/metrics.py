@@ -1,4 +1,4 @@
-"""The coordinator's figures for Prometheus. Knows no Kafka; whoever measures passes the values."""
+"""The coordinator's metrics for Prometheus. Uses no Kafka; callers pass the values."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ except ImportError as exc:
     raise missing("streams", exc) from exc
 
 
-#: Seconds; the promise is 0.05 for 99 of 100.
+#: Seconds. The promise is that 99 of 100 releases are at most 0.05 s late.
 LATENESS_BUCKETS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300)
 
 
 class Metrics:
-    """Counters and gauges of one coordinator, in ``registry`` (a private one unless given)."""
+    """Counters, gauges and a histogram of one coordinator, in ``registry`` (None: a new one)."""
 
     def __init__(self, registry: CollectorRegistry | None = None) -> None:
         self.registry = registry or CollectorRegistry()
@@ -52,30 +52,30 @@ class Metrics:
         self.fired = 0
 
     def verdicts(self, counts: Mapping[str, int]) -> None:
-        """So many events were decided so."""
+        """Count decided events by verdict."""
         for verdict, count in counts.items():
             self._events.labels(verdict).inc(count)
 
     def released(self, late: float) -> None:
-        """A job was let go, ``late`` seconds after it was due."""
+        """Count a release that was appended ``late`` seconds after it was due."""
         self.fired += 1
         self._released.inc()
         self._late.observe(late)
 
     def rejected(self, count: int) -> None:
-        """Records were no events."""
+        """Count records that were no events and went to the dead letters."""
         self._rejected.inc(count)
 
     def undeliverable(self, count: int) -> None:
-        """Jobs ended because their releases are larger than their work topics take."""
+        """Count jobs that ended because their releases are larger than their work topics accept."""
         self._undeliverable.inc(count)
 
     def swept(self, count: int) -> None:
-        """Markers were deleted."""
+        """Count deleted markers."""
         self._swept.inc(count)
 
     def lateness(self) -> dict[str, float]:
-        """The histogram: releases by upper bound in seconds, cumulative."""
+        """Return the histogram: the cumulative number of releases by upper bound in seconds."""
         return {
             sample.labels["le"]: sample.value
             for metric in self._late.collect()

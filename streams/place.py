@@ -1,4 +1,4 @@
-"""The folder of one running coordinator: its local copy of the rows, its lock, and its name in the group."""
+"""The folder of one running coordinator: its local copy of the rows, its lock, and its member id in the group."""
 
 from __future__ import annotations
 
@@ -18,8 +18,9 @@ LOG = get_logger("jobledger.coordinator")
 
 @dataclass(slots=True)
 class Place:
-    """The folder of one running coordinator. ``instance``: its static group member id, so that a restart rejoins at
-    once instead of waiting for the dead member's session; None without a durable folder."""
+    """The folder of one running coordinator. ``durable``: whether rows are kept in it. ``lock``: file descriptor of its
+    lock. ``instance``: its static group member id; None without a durable folder. With it a restarted coordinator
+    rejoins at once, instead of waiting until the dead member's session expires."""
 
     folder: Path
     durable: bool
@@ -27,27 +28,29 @@ class Place:
     lock: int | None
 
     def release(self) -> None:
-        """Let another coordinator have the folder."""
+        """Release the lock, so that another coordinator can use the folder."""
         if self.lock is not None:
             os.close(self.lock)
             self.lock = None
 
     def keep_for(self, origin: str) -> None:
-        """Throw the rows away unless they were restored from the log that ``origin`` names."""
+        """Delete the rows of a durable folder unless they were restored from the log that ``origin`` names."""
         mark = self.folder / "origin"
         if self.durable and (not mark.exists() or mark.read_text("utf-8") != origin):
             self.clear()
             mark.write_text(origin, "utf-8")
 
     def clear(self) -> None:
-        """Throw the rows away: they are restored from the changelog."""
+        """Delete the rows: they are restored from the changelog."""
         (self.folder / "origin").unlink(missing_ok=True)
         for version in self.folder.glob("v*"):
             shutil.rmtree(version, ignore_errors=True)
 
 
 def take_place(root: Path, namespace: str) -> Place:
-    """The first folder under ``root`` that no running coordinator holds; in memory if none can be written."""
+    """Lock and return the first folder under ``root`` that no running coordinator holds. If ``root`` cannot be written,
+    return a place without a folder of its own: rows are then kept in memory. Raises `ConfigError` if all 1,000 are
+    taken."""
     if not is_writable(root):
         LOG.warning("%s cannot be written: rows are kept in memory, a restart replays the whole changelog", root)
         return Place(root, False, None, None)
@@ -68,9 +71,9 @@ def take_place(root: Path, namespace: str) -> Place:
 
 
 def is_writable(folder: Path) -> bool:
-    """Whether rows can be kept under ``folder``, which is made if it is not there."""
+    """Return whether rows can be kept under ``folder``; create it if it is missing."""
     try:
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)  # rows hold jobs' arguments
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)  # rows contain jobs' arguments
         probe = folder / ".probe"
         probe.write_bytes(b"")
         probe.unlink()

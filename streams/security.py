@@ -1,4 +1,4 @@
-"""Security settings, written once with librdkafka's names, for Faust and aiokafka. Connects nowhere by itself."""
+"""Translates security settings with librdkafka's names for Faust and aiokafka. Opens no connections."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ _KNOWN = {"security.protocol", "sasl.mechanism", "sasl.mechanisms", "sasl.userna
 
 
 def credentials(kafka: Mapping[str, str]) -> Any:
-    """Security settings with librdkafka's names as Faust's credentials; None for plain text.
+    """Return security settings with librdkafka's names as Faust's credentials; None for plain text.
 
-    Raises `ConfigError` for a security setting that has no translation: it must not be left out in silence.
+    Raises `ConfigError` for a security setting that has no translation: it must not be ignored silently.
     """
     protocol = kafka.get("security.protocol", "PLAINTEXT").upper()
     if protocol not in ("PLAINTEXT", "SSL", "SASL_PLAINTEXT", "SASL_SSL"):
@@ -63,6 +63,6 @@ def _beside(mechanism: str) -> str:
 
 
 def security(settings: Settings) -> Mapping[str, Any]:
-    """The same for an aiokafka client of our own."""
+    """Return the security settings for an aiokafka client that Faust does not create. Raises as `credentials` does."""
     found: Mapping[str, Any] = credentials_to_aiokafka_auth(credentials(settings.kafka))
     return found

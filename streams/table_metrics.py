@@ -1,4 +1,4 @@
-"""The materializer's figures for Prometheus. Knows no Kafka; whoever measures passes the values."""
+"""The materializer's metrics for Prometheus. Uses no Kafka; callers pass the values."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ except ImportError as exc:
 
 
 class TableMetrics:
-    """Counters and gauges of one materializer, in ``registry`` (a private one unless given)."""
+    """Counters and gauges of one materializer, in ``registry`` (None: a new one)."""
 
     def __init__(self, registry: CollectorRegistry | None = None) -> None:
         self.registry = registry or CollectorRegistry()
@@ -34,19 +34,19 @@ class TableMetrics:
         )
 
     def events(self, counts: Mapping[str, int]) -> None:
-        """So many records of these topics are in the table."""
+        """Count records that are now in the table, by topic."""
         for topic, count in counts.items():
             self._events.labels(topic).inc(count)
 
     def rejected(self, topic: str, reason: str) -> None:
-        """A record could not be read."""
+        """Count a record that could not be read."""
         self._rejected.labels(topic, reason).inc()
 
     def reset(self, topic: str) -> None:
-        """A partition was read from its start again."""
+        """Count a partition that is read from its start again."""
         self._resets.labels(topic).inc()
 
     def lag(self, lags: Mapping[str, int]) -> None:
-        """Records of each topic that are not in the table yet."""
+        """Set the number of records that are not in the table yet, by topic."""
         for topic, count in lags.items():
             self._lag.labels(topic).set(count)

@@ -1,4 +1,4 @@
-"""Status databases: `open_reader` for those who ask, `open_store` for the one who writes, by URL."""
+"""Status databases, opened by URL: `open_reader` for queries, `open_store` for the one writer."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ __all__ = [
 
 
 def open_reader(url: str, namespace: str) -> StatusReader:
-    """The read side of the status database at ``url``.
+    """Return the read side of the status database at ``url``.
 
-    Raises `StoreNotFound` if there is none yet, `StoreUnavailable` if it does not answer, `StoreError` if it is of
-    another namespace or version or lets us not in, `ConfigError` for a URL of a kind that is not known.
+    Raises `StoreNotFound` if there is none yet, `StoreUnavailable` if it does not answer, `StoreError` if it belongs to
+    another namespace or version or refuses access, `ConfigError` for a URL of an unknown kind.
     """
     if _is_postgres(url):
         from jobledger.streams.store import postgres_reader
@@ -40,7 +40,8 @@ def open_reader(url: str, namespace: str) -> StatusReader:
 
 
 def open_store(url: str, namespace: str) -> Store:
-    """The write side of the status database at ``url``, made if it is missing. Raises as `open_reader` does."""
+    """Return the write side of the status database at ``url``; create it if it is missing. Raises as `open_reader` does,
+    but not `StoreNotFound`."""
     if _is_postgres(url):
         from jobledger.streams.store import postgres
 
@@ -51,7 +52,7 @@ def open_store(url: str, namespace: str) -> Store:
 
 
 def copy(url: str, namespace: str, path: Path) -> None:
-    """Copy the status table as it is at one moment into a SQLite file, while it may be written.
+    """Copy the status table, as it is at one moment, into a SQLite file. It may be written meanwhile.
 
     Raises as `open_reader` does.
     """
@@ -66,9 +67,9 @@ def copy(url: str, namespace: str, path: Path) -> None:
 
 
 def namespaces_in(folder: Path) -> list[str]:
-    """The namespaces whose status tables are in the SQLite files of a folder, sorted.
+    """Return the namespaces whose status tables are in the SQLite files of a folder, sorted.
 
-    The files themselves tell: projections and copies have files of their own beside them.
+    The content of each file is checked, because files of projections and copies are in the same folder.
     """
     from jobledger.streams.store import sqlite
 
@@ -76,8 +77,8 @@ def namespaces_in(folder: Path) -> list[str]:
 
 
 def scratch(url: str) -> Path | None:
-    """A folder with room for a table like that at ``url``: the one of a file; None: the
-    system's own for such things."""
+    """Return a folder with space for a table like that at ``url``: the folder of a SQLite file; None for PostgreSQL: use
+    the system's temporary folder."""
     if _is_postgres(url):
         return None
     from jobledger.streams.store import sqlite
@@ -100,7 +101,7 @@ def _is_postgres(url: str) -> bool:
 
 def _needs_driver() -> None:
     try:
-        import psycopg  # noqa: F401  # without its C library it is there and cannot be imported
+        import psycopg  # noqa: F401  # without its C library it is installed but cannot be imported
     except ImportError as exc:
         raise ConfigError(
             "JOBLEDGER_STATUS_URL names a PostgreSQL database, and the driver for it is missing: "

@@ -1,21 +1,21 @@
-"""URLs of status databases as they may be shown: with everything but their passwords. Opens nothing."""
+"""Shows URLs of status databases without their passwords. Opens no connections."""
 
 from __future__ import annotations
 
 import sqlalchemy
 from sqlalchemy.exc import ArgumentError
 
-#: What a URL's query may carry that nobody else should read.
+#: Parameters of a URL's query that must not be shown.
 _SECRETS = ("password", "sslpassword", "passfile")
 
 
 def shown(url: str) -> str:
-    """``url`` for logs, reports and errors: no password, wherever in it that stands."""
+    """Return ``url`` for logs, reports and errors, without a password in any part of it."""
     scheme = url.partition(":")[0]
     if scheme == "sqlite":
         return url
     try:
         parsed = sqlalchemy.make_url(url)
-    except (ArgumentError, ValueError):  # what stands where the port should may be a password with an unquoted sign
+    except (ArgumentError, ValueError):  # the text at the port's place may be part of an unquoted password
         return f"{scheme[:20]}://…" if "://" in url else scheme[:20]
     return parsed.difference_update_query(_SECRETS).render_as_string(hide_password=True)

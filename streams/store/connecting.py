@@ -1,5 +1,5 @@
-"""Connections to PostgreSQL: where a URL leads, how long to try, and errors that name the
-way out and never a password."""
+"""Connections to PostgreSQL: parses the URL, retries for a limited time, and explains errors with a remedy and without a
+password."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from sqlalchemy.exc import ArgumentError, DBAPIError
 from jobledger.errors import ConfigError, StoreError, StoreTooSlow, StoreUnavailable
 from jobledger.streams.store.address import shown
 
-#: Pauses in seconds between two tries: first, most.
+#: First and longest pause in seconds between two attempts.
 PAUSE_FIRST_S, PAUSE_MOST_S = 0.1, 1.0
-#: Of a connection, where the URL does not say otherwise. One try takes five seconds at most; a peer that vanished
-#: without a word is given up after about half a minute, not after the system's two hours.
+#: Settings of a connection that the URL may override. One attempt takes at most five seconds. A peer that vanished without
+#: closing the connection is detected after about half a minute, not after the system's two hours.
 _DEFAULTS = {
     "client_encoding": "utf8",
     "connect_timeout": 5,
@@ -29,11 +29,12 @@ _DEFAULTS = {
     "keepalives_count": 3,
     "tcp_user_timeout": 30_000,
 }
-#: Bytes of a name in PostgreSQL.
+#: Largest length in bytes of a name in PostgreSQL.
 _NAME_BYTES = 63
 
-#: What a server says at the door, for which waiting is no remedy, and what is. A refusal there has no code that the
-#: driver hands on, so the words must do; another language's words are shown as they are, and tried again.
+#: Messages with which a server refuses a connection and for which a retry does not help, with their remedies. The driver
+#: passes on no code for such a refusal, so the text is compared. A message in another language is shown as it is, and the
+#: connection is retried.
 _AT_THE_DOOR = (
     ("password authentication failed", "the user or the password in JOBLEDGER_STATUS_URL is wrong"),
     ("no password supplied", "it asks for a password: write it into JOBLEDGER_STATUS_URL, or into ~/.pgpass"),
@@ -45,13 +46,13 @@ _MISSING_DATABASE = "create it with `createdb`, or correct JOBLEDGER_STATUS_URL"
 
 
 class Address:
-    """Where a ``postgresql://`` URL and a namespace lead: server, database, schema. Raises `ConfigError`."""
+    """The server, database and schema of a ``postgresql://`` URL and a namespace. Raises `ConfigError`."""
 
     def __init__(self, url: str, namespace: str) -> None:
         try:
             parsed = sqlalchemy.make_url(url)
         except (ArgumentError, ValueError):
-            # Not its words: they may quote a part of the password.
+            # Without the cause's message: it may quote a part of the password.
             raise _unusable(url) from None
         if not parsed.database:
             raise _unusable(url)
@@ -63,15 +64,15 @@ class Address:
 
     @property
     def url(self) -> URL:
-        """For an engine; holds the password."""
+        """The URL for an engine. It includes the password."""
         return self._url
 
     def connect(self, patience: float = 0.0, *, shared: bool = False) -> psycopg.Connection[Any]:
-        """A new connection, tried for for ``patience`` seconds. Raises `StoreUnavailable`, `StoreError`.
+        """Return a new connection; retry for ``patience`` seconds. Raises `StoreUnavailable`, `StoreError`.
 
-        ``shared``: between a pooler and the server it may be another one in each transaction, so nothing is prepared on it.
+        ``shared``: use no prepared statements, because a pooler may use another server connection for each transaction.
         """
-        # What the engine would do, but with our patience. The dialect bears no types.
+        # As the engine would connect, but with retries. The dialect has no types.
         options = dialect.PGDialect_psycopg().create_connect_args(self._url)[1]  # type: ignore[no-untyped-call]
         deadline, pause = time.monotonic() + patience, PAUSE_FIRST_S
         while True:
@@ -86,11 +87,12 @@ class Address:
             pause = min(PAUSE_MOST_S, pause * 2)
 
     def explain(self, exc: BaseException, doing: str) -> StoreError:
-        """The driver's error as ours; ``doing``: what cannot be done to the status table."""
+        """Turn the driver's error into a `StoreError`. ``doing``: a participle that says what cannot be done to the status
+        table."""
         cause: BaseException = getattr(exc, "orig", None) or exc
         if isinstance(cause, StoreError):
             return cause
-        # The tail of a refusal names host and port once more and, on some, asks whether the server runs.
+        # The end of some messages asks whether the server is running, and names host and port again.
         said = " ".join(str(cause).split("\n\tIs the server")[0].split())
         head = f"the status table in {self.place} cannot be {doing}"
         for words, remedy in _AT_THE_DOOR:
@@ -127,7 +129,7 @@ class Address:
 
 
 def schema_of(namespace: str) -> str:
-    """The schema that holds a namespace's tables; a name too long for PostgreSQL ends in a digest."""
+    """Return the schema of a namespace's tables; a name too long for PostgreSQL is cut and ends with a digest."""
     name = f"jobledger_{namespace}"
     if len(name) > _NAME_BYTES:
         name = f"{name[: _NAME_BYTES - 17]}_{hashlib.sha256(name.encode()).hexdigest()[:16]}"
@@ -135,7 +137,7 @@ def schema_of(namespace: str) -> str:
 
 
 def schema_beside(schema: str) -> str:
-    """The schema in which a new table is made beside the live one. No namespace has a dot."""
+    """Return the schema in which a rebuild creates the new tables. No namespace contains a dot, so none has this schema."""
     return f"{schema[: _NAME_BYTES - 4]}.new"
 
 
@@ -144,8 +146,8 @@ def _is_away(exc: BaseException, cause: BaseException) -> bool:
         return True
     if not isinstance(cause, psycopg.OperationalError):
         return False
-    # Without a code: the connection broke or never came to be. 08: connection, 57P: the server stops, starts or throws
-    # its clients out, 53300: too many clients.
+    # No code: the connection broke or was never established. 08: connection error, 57P: the server stops, starts or
+    # disconnects its clients, 53300: too many clients.
     code = cause.sqlstate or ""
     return not code or code.startswith(("08", "57P")) or code == "53300"
 
@@ -158,8 +160,8 @@ def _unusable(url: str) -> ConfigError:
 
 
 def bounded(**bounds: str) -> str:
-    """A statement that bounds the transaction it begins (``statement_timeout="5s"``), where neither role, database nor URL
-    set a bound. Not in the session: behind a pooler that is another client's next."""
+    """Return a statement that sets limits (``statement_timeout="5s"``) for its transaction, unless role, database or URL
+    set them. It does not set them for the session: behind a pooler another client uses the session next."""
     return "SELECT " + ", ".join(
         f"CASE current_setting('{name}') WHEN '0' THEN set_config('{name}', '{value}', true) END"
         for name, value in bounds.items()
@@ -167,5 +169,5 @@ def bounded(**bounds: str) -> str:
 
 
 def lock_number(name: str) -> int:
-    """A name as a number for advisory locks, 63 bits."""
+    """Return a 63-bit number for an advisory lock of this name."""
     return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8]) >> 1

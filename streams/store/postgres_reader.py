@@ -1,4 +1,4 @@
-"""The read side of the status database in PostgreSQL, and a copy of it for a comparison. Never writes there."""
+"""The read side of the status database in PostgreSQL, and a copy of it for verification. Never writes to it."""
 
 from __future__ import annotations
 
@@ -18,23 +18,23 @@ from jobledger.streams.store.reader import SqlReader
 from jobledger.streams.store.sqlite import SqliteStore
 from jobledger.streams.store.tables import TOPIC, counters, jobs, meta, offsets, tags
 
-#: Seconds for which a reader tries a database that does not answer. (A materializer has its own patience.)
+#: Seconds for which a reader retries the connection to a database that does not answer. (A materializer has its own.)
 READ_PATIENCE_S = 5.0
-#: For how long a statement of a reader waits for a lock, and runs: the first is less, so that the error names the lock. A
-#: walk through the whole table may run longer.
+#: Limits of how long a reader's statement waits for a lock and runs. The first limit is shorter, so that the error names
+#: the lock. Reading the whole table has no limit of its own for running.
 _WALK = bounded(lock_timeout="4s")
 _QUESTION = bounded(lock_timeout="4s", statement_timeout="5s")
-#: Rows copied at a time.
+#: Number of rows copied at a time.
 _CHUNK = 2_000
 
 
 def open_reader(url: str, namespace: str) -> SqlReader:
-    """The read side of a namespace's tables.
+    """Return the read side of a namespace's tables.
 
     Raises `StoreNotFound` if there are none, `StoreUnavailable` if nothing answers for five seconds or another session
-    locks the tables for that long, `StoreTooSlow` if a statement takes longer, `StoreError` if the database lets us not in
-    or the tables are not ours, `ConfigError` for a URL without a database. The user's own ``lock_timeout`` and
-    ``statement_timeout`` come before these bounds.
+    locks the tables for four seconds, `StoreTooSlow` if a statement takes longer than five seconds, `StoreError` if the
+    database refuses access or the tables belong to something else, `ConfigError` for a URL without a database. The
+    ``lock_timeout`` and ``statement_timeout`` of role, database or URL have precedence.
     """
     address = Address(url, namespace)
     engine, bounds = _engine(address), (_QUESTION, _WALK)
@@ -42,9 +42,9 @@ def open_reader(url: str, namespace: str) -> SqlReader:
 
 
 def copy(url: str, namespace: str, path: Path) -> None:
-    """Copy the table as it is at one moment into a SQLite file. Raises as `open_reader` does."""
+    """Copy the table, as it is at one moment, into a SQLite file. Raises as `open_reader` does."""
     address = Address(url, namespace)
-    open_reader(url, namespace).close()  # refuses what is not ours
+    open_reader(url, namespace).close()  # raises for another namespace's or program's tables
     SqliteStore(f"sqlite:///{path}", namespace).close()
     engine = _engine(address).execution_options(isolation_level="REPEATABLE READ")
     try:
@@ -69,7 +69,7 @@ def _engine(address: Address) -> Engine:
     engine = sqlalchemy.create_engine(
         address.url,
         creator=lambda: address.connect(READ_PATIENCE_S, shared=True),
-        pool_pre_ping=True,  # a server that was started again has closed what is in the pool
+        pool_pre_ping=True,  # a restarted server has closed the connections in the pool
         execution_options={"schema_translate_map": {None: address.schema}, "postgresql_readonly": True},
     )
     return forks.pool(engine)

@@ -1,6 +1,6 @@
-"""What a status database must do: the write side for the one materializer, the read side for everybody.
+"""The protocols of a status database: the write side for the one materializer, the read side for all other processes.
 
-`tests/contract/test_store.py` holds every backend to it.
+`tests/contract/test_store.py` tests them on every backend.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from jobledger.schemas.events import Position
 
 #: A partition of a topic.
 Partition = tuple[str, int]
-#: What a filter lets pass: one value, any of several, or None for all. A `State` is a ``str``, too.
+#: The values that a filter accepts: one value, any of several, or None for all. A `State` is a ``str``, too.
 Wanted = str | Iterable[str] | None
 #: A tag's row: (name, value, submitted_ms, job_id).
 TagRow = tuple[str, str, int, str]
 
 
 class Count(msgspec.Struct, frozen=True):
-    """How many jobs of a task and queue are in a state."""
+    """The number of jobs of a task and queue in a state."""
 
     task: str
     queue: str
@@ -35,9 +35,9 @@ class Count(msgspec.Struct, frozen=True):
 
 
 class Overdue(msgspec.Struct, frozen=True):
-    """A job that waits for ``release`` and ``attempt`` since ``due_ms``.
+    """A job that was due for ``release`` and ``attempt`` at ``due_ms`` and still waits.
 
-    ``spec_at``: where a record stands that carries the whole job; None if the table has seen none.
+    ``spec_at``: the position of a record that contains the whole job; None if the table knows none.
     """
 
     job_id: str
@@ -52,10 +52,11 @@ class Overdue(msgspec.Struct, frozen=True):
 
 @dataclass(slots=True)
 class Changes:
-    """What one transaction writes. ``jobs``: rows in the order of `rows.COLUMNS`; ``counts``: differences.
+    """The changes that one transaction writes. ``jobs``: rows with the columns of `rows.COLUMNS`. ``counts``: differences
+    by task, queue and state.
 
-    ``resets``: partitions whose next offset the log no longer had, with the log's start. ``topics``: ids of the topics that
-    the offsets are of, as far as they are new.
+    ``resets``: partitions whose next offset the log no longer had or whose topic was recreated, with the log's start.
+    ``topics``: new ids of the topics to which the offsets belong.
     """
 
     jobs: list[tuple[Any, ...]] = field(default_factory=list)
@@ -68,19 +69,20 @@ class Changes:
 
 
 class StatusReader(Protocol):
-    """The read side. Never writes; safe from several threads, beside a writer. Raises `StoreError` if it is away."""
+    """The read side. Never writes. Safe from several threads and beside a writer. Every method raises `StoreError` if the
+    database cannot be read."""
 
     def job(self, job_id: str) -> JobStatus:
-        """One job. Raises `JobNotFound`."""
+        """Return one job's status. Raises `JobNotFound`."""
 
     def states(self, job_ids: Sequence[str]) -> dict[str, State]:
-        """The states of those jobs that the table knows."""
+        """Return the states of those jobs that the table knows."""
 
     def statuses(self, job_ids: Sequence[str]) -> dict[str, JobStatus]:
-        """Those jobs that the table knows."""
+        """Return the statuses of those jobs that the table knows."""
 
     def unknown(self, job_id: str) -> JobNotFound:
-        """The error for a job that the table does not know."""
+        """Return the error for a job that the table does not know."""
 
     def jobs(
         self,
@@ -94,56 +96,58 @@ class StatusReader(Protocol):
         after: str | None = None,
         limit: int = 100,
     ) -> list[JobStatus]:
-        """A page of the jobs that match every given filter, newest submission first.
+        """Return a page of the jobs that match every given filter, newest submission first.
 
-        ``state``, ``task``, ``queue``: one, or any of several. ``tag``: one, or all of several. ``since_ms``: submitted
-        then or later. ``late_ms``: not started, though they could have been then: those that wait for a time that was
-        over, and those queued that were due, or if no time was set submitted. ``after``: the last job id of the page before. Raises `JobNotFound` if there is no such job, `ConfigError` for
-        a state that does not exist.
+        ``state``, ``task``, ``queue``: one value, or any of several. ``tag``: one tag, or all of several. ``since_ms``:
+        submitted then or later. ``late_ms``: not started although they could have started then. These are scheduled and
+        retrying jobs due then or earlier, and queued jobs due then or earlier, or submitted then or earlier if they have
+        no due time. ``after``: the last job id of the previous page. Times are ms of the broker's clock. Raises
+        `JobNotFound` if ``after`` does not exist, `ConfigError` for an unknown state.
         """
 
     def ids(self, prefix: str, limit: int = 10) -> list[str]:
-        """The first ids in their order that begin with ``prefix``."""
+        """Return the first ``limit`` ids, in their order, that begin with ``prefix``."""
 
     def counts(self) -> list[Count]:
-        """How many jobs of each task and queue are in each state, without zeros."""
+        """Return the number of jobs of each task and queue in each state, without zeros."""
 
     def counts_by_state(self) -> dict[str, int]:
-        """How many jobs are in each state; every state is there."""
+        """Return the number of jobs in each state, including states without jobs."""
 
     def offsets(self) -> dict[Partition, int]:
-        """The next offset to be read of every partition."""
+        """Return the next offset to read of every partition."""
 
     def topics(self) -> dict[str, str]:
-        """The ids of the topics that the offsets are of, as far as they are known."""
+        """Return the ids of the topics to which the offsets belong, as far as they are known."""
 
     def reached(self, position: Position) -> bool:
-        """Whether the record at this position is in the table."""
+        """Return whether the table includes the record at this position."""
 
     def overdue(self, now_ms: int, bound_ms: int, limit: int = 1000, after: Overdue | None = None) -> list[Overdue]:
-        """A page of the scheduled and retrying jobs that were due ``bound_ms`` ago or longer, the longest first.
+        """Return a page of the scheduled and retrying jobs that were due at least ``bound_ms`` ago, earliest first.
 
-        ``now_ms``: the broker's clock. ``after``: the last one of the page before.
+        ``now_ms``: the present time of the broker's clock. ``after``: the last job of the previous page.
         """
 
     def open_lives(self, limit: int, *, waiting: bool = False, before_ms: int | None = None) -> list[tuple[str, Life]]:
-        """At most ``limit`` queued and running jobs, the oldest submission of each state first.
+        """Return at most ``limit`` queued and running jobs: state by state, the oldest submission of each first.
 
-        ``waiting``: scheduled and retrying ones, too. ``before_ms``: only those submitted earlier.
+        ``waiting``: include scheduled and retrying jobs. ``before_ms``: only jobs submitted earlier.
         """
 
     def lives(self) -> Iterator[tuple[str, Life]]:
-        """Every job with its fold state, in order of ids, in one snapshot."""
+        """Yield every job with its fold state, in order of ids, from one snapshot."""
 
     def close(self) -> None:
-        """Give the connections back."""
+        """Close the connections."""
 
 
 class Store(Protocol):
-    """The write side, for one thread. Every write raises `LeaseLost` if another writer took the store over.
+    """The write side, for one thread. Every write raises `LeaseLost` if another writer has taken over the store.
 
-    `CommitUnknown` is raised once if the table is not where this writer left it: a connection broke in a commit, or the
-    database lost its last moments in a crash. What was read and folded since is void, and nothing was written.
+    Raises `CommitUnknown` once if the table differs from what this writer committed: a connection broke during a commit,
+    or a crash undid the last commits. The write that raised it changed nothing; discard cached states and continue from
+    `offsets`.
     """
 
     def __enter__(self) -> Self: ...
@@ -153,44 +157,43 @@ class Store(Protocol):
     ) -> None: ...
 
     def acquire(self) -> bool:
-        """Become the writer, unless another one's lease runs. Must be true before anything is written."""
+        """Become the writer; return False while another writer's lease is valid. Writing requires True."""
 
     def renew(self) -> None:
-        """Hold the lease longer."""
+        """Extend the lease."""
 
     def release(self) -> None:
-        """Let another writer in at once. Does nothing if the lease is not ours."""
+        """Release the lease, so that another writer can take over at once. Does nothing if this writer does not hold it."""
 
     def offsets(self) -> dict[Partition, int]:
-        """The next offset to be read of every partition. After `CommitUnknown` a writer begins here again."""
+        """Return the next offset to read of every partition. After `CommitUnknown` a writer continues from these."""
 
     def topics(self) -> dict[str, str]:
-        """The ids of the topics that the offsets are of, as far as they are known."""
+        """Return the ids of the topics to which the offsets belong, as far as they are known."""
 
     def load(self, job_ids: Sequence[str]) -> dict[str, Life]:
-        """The fold states of those jobs that the table knows."""
+        """Return the fold states of those jobs that the table knows."""
 
     def write(self, changes: Changes) -> None:
-        """Write all of it, or nothing: rows, tags, counters, offsets."""
+        """Write all changes (rows, tags, counters, offsets, topic ids) in one transaction."""
 
     def carry(self, job_ids: Sequence[str]) -> None:
-        """Mark rows that are there as carried over from the table before."""
+        """Mark existing rows as carried over from the previous table."""
 
     def beside(self) -> AbstractContextManager[Self]:
-        """An empty table of the same namespace, leased, that this one can be replaced
-        with; gone when the block ends."""
+        """Create an empty table of the same namespace, leased, for `replace_with`. It is deleted when the block ends."""
 
     def replace_with(self, other: Self) -> None:
-        """Take over everything that ``other`` (of `beside`) holds, in one transaction; readers see either or.
+        """Replace this table with ``other`` (of `beside`) in one transaction. Readers see either the old or the new table.
 
-        Needs the lease, which ends with it: whoever wrote either before must acquire it again.
+        Needs the lease and releases it: a writer of either table must acquire it again.
         """
 
     def size(self) -> int:
-        """How many jobs there are."""
+        """Return the number of jobs."""
 
     def holder(self) -> str:
-        """Who has the lease: ``host:pid``, or nothing."""
+        """Return the holder of the lease: ``host:pid`` by default, or an empty text."""
 
     def close(self) -> None:
-        """Release the lease and the connection."""
+        """Release the lease and close the connection."""

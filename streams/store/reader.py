@@ -1,4 +1,4 @@
-"""The read side of a status database in SQL that every backend understands. Opens nothing and writes nothing."""
+"""The read side of a status database, in SQL that every backend understands. Opens no databases and writes nothing."""
 
 from __future__ import annotations
 
@@ -29,20 +29,21 @@ from jobledger.streams.store.tables import (
     waiting,
 )
 
-#: Taking and giving back a connection: the pool has plain locks, at which a signal handler's own question would stop.
+#: Activity that takes or returns a connection. The pool's locks are not reentrant: a query from a signal handler would
+#: block on them.
 _TURNING = "asking the status table"
 _LIFE = (jobs.c.job_id, jobs.c.slots, jobs.c.result)
-#: SQLite takes 999 values in a statement, or more, as it was built.
+#: Number of ids in one query: SQLite accepts 999 values in a statement, or more, depending on its build.
 _IDS_A_QUERY = 500
 _STATES = {state.value: state for state in State}
 
 
 class SqlReader:
-    """`StatusReader` on an engine. ``url`` is what errors name. The engine is disposed of by `close`.
+    """`StatusReader` on an engine. ``url``: shown in errors. `close` disposes of the engine.
 
-    ``schema``: where the tables are, if not where the engine looks by itself. ``explain``: makes a database's errors
-    ours, where it knows more than what the driver says. ``bounds``: statements that bound how long a transaction waits,
-    of a question and of a walk through the whole table.
+    ``schema``: schema of the tables; None: the engine's default. ``explain``: turns a database's error into a
+    `StoreError`; None: the driver's message is used. ``bounds``: two statements that limit how long a transaction waits,
+    for a query and for reading the whole table.
     """
 
     def __init__(
@@ -60,7 +61,8 @@ class SqlReader:
         self._turning = forks.Alone()
 
     def checked(self) -> Self:
-        """This reader; closed, and `StoreNotFound` or `StoreError` raised, unless it reads our namespace's table."""
+        """Return this reader. If it does not read this namespace's table, close it and raise `StoreNotFound` or
+        `StoreError`."""
         try:
             self._check()
         except BaseException:
@@ -77,7 +79,7 @@ class SqlReader:
         judge(found, self._url, self._namespace)
 
     def job(self, job_id: str) -> JobStatus:
-        """One job. Raises `JobNotFound`."""
+        """Return one job's status. Raises `JobNotFound`."""
         with self._reading() as db:
             row = db.execute(select(*_LIFE).where(jobs.c.job_id == key_text(job_id))).first()
         if row is None:
@@ -85,15 +87,15 @@ class SqlReader:
         return _status(row)
 
     def unknown(self, job_id: str) -> JobNotFound:
-        """The error for a job that the table does not know."""
+        """Return the error for a job that the table does not know."""
         return JobNotFound(f"the status table {self._url} knows no job {job_id}")
 
     def states(self, job_ids: Sequence[str]) -> dict[str, State]:
-        """The states of those jobs that the table knows."""
+        """Return the states of those jobs that the table knows."""
         return {row.job_id: _STATES[row.state] for row in self._by_id(job_ids, jobs.c.job_id, jobs.c.state)}
 
     def statuses(self, job_ids: Sequence[str]) -> dict[str, JobStatus]:
-        """Those jobs that the table knows."""
+        """Return the statuses of those jobs that the table knows."""
         return {row.job_id: _status(row) for row in self._by_id(job_ids, *_LIFE)}
 
     def _by_id(self, job_ids: Sequence[str], *columns: Column[Any]) -> list[Row[Any]]:
@@ -117,7 +119,7 @@ class SqlReader:
         after: str | None = None,
         limit: int = 100,
     ) -> list[JobStatus]:
-        """A page of the jobs that match every given filter, newest submission first; see `StatusReader.jobs`."""
+        """Return a page of the jobs that match every given filter, newest submission first; see `StatusReader.jobs`."""
         states = _any_of(state)
         if unknown := [each for each in states or () if each not in list(State)]:
             raise ConfigError(f"state={unknown[0]!r} is no state; there are {', '.join(State)}")
@@ -125,12 +127,12 @@ class SqlReader:
         if states is not None:
             query = query.where(jobs.c.state.in_([str(each) for each in states]))
             if State.SUCCEEDED not in states:
-                query = query.where(unfinished)  # implied, but only so is the index of the unfinished used
+                query = query.where(unfinished)  # implied, but needed for the use of the partial index
         for column, names in ((jobs.c.task, _any_of(task)), (jobs.c.queue, _any_of(queue))):
             if names is not None:
                 query = query.where(column.in_([key_text(each) for each in names]))
         if late_ms is not None:
-            # The states are named, too: so the index of the unfinished serves, however many have ended.
+            # The states are named so that the partial index is used, however many jobs have ended.
             open_ = [each.value for each in (State.SCHEDULED, State.RETRYING, State.QUEUED)]
             begin = func.coalesce(jobs.c.due_ms, jobs.c.submitted_ms)
             queued = and_(jobs.c.state == State.QUEUED.value, begin <= late_ms)
@@ -148,41 +150,41 @@ class SqlReader:
         return [_status(row) for row in rows]
 
     def ids(self, prefix: str, limit: int = 10) -> list[str]:
-        """The first ids in their order that begin with ``prefix``."""
-        # A range, for which the key's index serves; LIKE would need its signs escaped, and another index.
+        """Return the first ``limit`` ids, in their order, that begin with ``prefix``."""
+        # A range uses the primary key's index. LIKE would need its wildcards escaped, and another index.
         begin = plain(prefix)
         query = select(jobs.c.job_id).where(jobs.c.job_id >= begin, jobs.c.job_id < begin + "\U0010ffff")
         with self._reading() as db:
             return [row.job_id for row in db.execute(query.order_by(jobs.c.job_id).limit(limit))]
 
     def counts(self) -> list[Count]:
-        """How many jobs of each task and queue are in each state, without zeros."""
+        """Return the number of jobs of each task and queue in each state, without zeros."""
         columns = (counters.c.task, counters.c.queue, counters.c.state, counters.c.jobs)
         with self._reading() as db:
             rows = db.execute(select(*columns).where(counters.c.jobs != 0).order_by(*columns[:3])).all()
         return [Count(task, queue, State(state), number) for task, queue, state, number in rows]
 
     def counts_by_state(self) -> dict[str, int]:
-        """How many jobs are in each state; every state is there."""
+        """Return the number of jobs in each state, including states without jobs."""
         query = select(counters.c.state, func.sum(counters.c.jobs)).group_by(counters.c.state)
         with self._reading() as db:
             found = {state: int(number) for state, number in db.execute(query)}
         return {state.value: found.get(state.value, 0) for state in State}
 
     def offsets(self) -> dict[Partition, int]:
-        """The next offset to be read of every partition."""
+        """Return the next offset to read of every partition."""
         query = select(offsets.c.topic, offsets.c.partition, offsets.c.next_offset)
         with self._reading() as db:
             return {(topic, partition): offset for topic, partition, offset in db.execute(query)}
 
     def topics(self) -> dict[str, str]:
-        """The ids of the topics that the offsets are of, as far as they are known."""
+        """Return the ids of the topics to which the offsets belong, as far as they are known."""
         query = select(meta.c.key, meta.c.value).where(meta.c.key.startswith(TOPIC, autoescape=True))
         with self._reading() as db:
             return {key.removeprefix(TOPIC): value for key, value in db.execute(query)}
 
     def reached(self, position: Position) -> bool:
-        """Whether the record at this position is in the table."""
+        """Return whether the table includes the record at this position."""
         query = select(offsets.c.next_offset).where(
             offsets.c.topic == position.topic, offsets.c.partition == position.partition
         )
@@ -191,7 +193,7 @@ class SqlReader:
         return found is not None and found > position.offset
 
     def overdue(self, now_ms: int, bound_ms: int, limit: int = 1000, after: Overdue | None = None) -> list[Overdue]:
-        """A page of the scheduled and retrying jobs that were due ``bound_ms`` ago or longer; see
+        """Return a page of the scheduled and retrying jobs that were due at least ``bound_ms`` ago; see
         `StatusReader.overdue`."""
         query = select(*_LIFE).where(waiting, jobs.c.due_ms <= now_ms - bound_ms)
         if after is not None:
@@ -202,7 +204,7 @@ class SqlReader:
         return [_overdue(row) for row in rows]
 
     def open_lives(self, limit: int, *, waiting: bool = False, before_ms: int | None = None) -> list[tuple[str, Life]]:
-        """Jobs that have not ended, the oldest submission of each state first; see `StatusReader.open_lives`."""
+        """Return jobs that have not ended, the oldest submission of each state first; see `StatusReader.open_lives`."""
         states = [State.QUEUED, State.RUNNING, *((State.SCHEDULED, State.RETRYING) if waiting else ())]
         found: list[tuple[str, Life]] = []
         with self._reading() as db:
@@ -215,26 +217,26 @@ class SqlReader:
         return found
 
     def lives(self) -> Iterator[tuple[str, Life]]:
-        """Every job with its fold state, in order of ids, in one snapshot."""
+        """Yield every job with its fold state, in order of ids, from one snapshot."""
         for row in self.rows():
             yield row[0], life_of_row(row)
 
     def rows(self) -> Iterator[JobRow]:
-        """Every job's row as it is written, in order of ids, in one snapshot."""
+        """Yield every job's row with the columns of `COLUMNS`, in order of ids, from one snapshot."""
         query = select(*(jobs.c[name] for name in COLUMNS)).order_by(jobs.c.job_id)
         with self._reading(walk=True) as db:
             for row in db.execute(query.execution_options(yield_per=1000)):
                 yield tuple(row)
 
     def counters_hold(self) -> bool:
-        """Whether the counters are what counting the rows gives. Reads the whole table."""
+        """Return whether the counters match the rows. Reads the whole table."""
         columns = (jobs.c.task, jobs.c.queue, jobs.c.state)
         with self._reading(walk=True) as db:
             counted = {tuple(row) for row in db.execute(select(*columns, func.count()).group_by(*columns))}
         return counted == {(each.task, each.queue, each.state.value, each.jobs) for each in self.counts()}
 
     def close(self) -> None:
-        """Give the connections back."""
+        """Close the connections."""
         self._engine.dispose()
 
     def _reading(self, *, walk: bool = False) -> _Reading:
@@ -247,18 +249,18 @@ class SqlReader:
 
 
 def _any_of(wanted: Wanted) -> list[str] | None:
-    """What a filter lets pass, one or several; None: everything."""
+    """Return a filter's values as a list; None: no filter."""
     return [wanted] if isinstance(wanted, str) else None if wanted is None else list(wanted)
 
 
 def _tagged(query: Any, tag: tuple[str, str] | Mapping[str, str] | None) -> tuple[Any, tuple[Any, Any]]:
-    """The query for jobs that have all of these tags, and by what its rows are ordered."""
+    """Restrict the query to jobs that have all of these tags. Return it and the columns by which to order its rows."""
     place: tuple[Any, Any] = (jobs.c.submitted_ms, jobs.c.job_id)
     wanted = dict([tag]) if isinstance(tag, tuple) else dict(tag or {})
     for number, (name, value) in enumerate(wanted.items()):
         table = tags.alias(f"tag{number}")
         here = (table.c.submitted_ms, table.c.job_id)
-        # The first drives, as its key is in the order of the page; the others are looked up by their whole key.
+        # The first tag's rows are read in the order of the page; the others are looked up by their whole key.
         same = place[1] == here[1] if number == 0 else and_(place[0] == here[0], place[1] == here[1])
         query = query.join(table, same).where(table.c.name == key_text(name), table.c.value == key_text(value))
         place = here
@@ -266,7 +268,7 @@ def _tagged(query: Any, tag: tuple[str, str] | Mapping[str, str] | None) -> tupl
 
 
 class _Reading:
-    """A connection for one question, whose errors are ours."""
+    """A connection for one query. Turns the database's errors into `StoreError`."""
 
     def __init__(self, reader: SqlReader, bound: str | None) -> None:
         self._reader, self._bound = reader, bound
@@ -293,7 +295,7 @@ class _Reading:
 
 
 def not_found(url: str) -> StoreNotFound:
-    """The error for a status table that is not there yet."""
+    """Return the error for a status table that does not exist yet."""
     return StoreNotFound(
         f"there is no status table at {shown(url)} yet: `jobledger streams MODULE:APP` creates it; if that is running, check that "
         "JOBLEDGER_STATUS_URL is the same there and here"
@@ -301,14 +303,14 @@ def not_found(url: str) -> StoreNotFound:
 
 
 def foreign(url: str) -> StoreError:
-    """The error for a database that holds tables, and none of ours."""
+    """Return the error for a database that has tables but no status table."""
     return StoreError(
         f"{shown(url)} is a database of something else: it has no table 'meta'. Set JOBLEDGER_STATUS_URL to a separate database"
     )
 
 
 def judge(found: dict[str, str], url: str, namespace: str) -> None:
-    """Raise `StoreError` unless what a database says of itself is what we need."""
+    """Raise `StoreError` unless the rows of `meta` have this schema version and this namespace."""
     version = found.get("schema_version")
     if version != str(SCHEMA_VERSION):
         raise StoreError(

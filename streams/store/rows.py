@@ -1,4 +1,4 @@
-"""A job's row and its fold state, there and back. Pure."""
+"""Converts a job's fold state into its row, and back. Pure."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import msgspec
 
 from jobledger.job import Life, Visible
 
-#: The columns a row is written with, in the order of `row`; ``carried`` is set apart.
+#: The columns of a row, in the order of `row`. ``carried`` is written separately.
 COLUMNS = (
     "job_id",
     "state",
@@ -28,10 +28,11 @@ COLUMNS = (
     "slots",
 )
 
-#: Text columns are cut here: they are for SQL and lists, the slots have the whole.
+#: Largest number of characters of an error message in its column, which is for SQL and lists. The slots have all of it.
 MESSAGE_MOST = 500
 
-#: Characters of a text that is a key, at most: three of them, four bytes each, must fit an index entry of PostgreSQL.
+#: Largest number of characters of a text in a key: three such texts, with four bytes a character, must fit into an index
+#: entry of PostgreSQL.
 KEY_MOST = 200
 
 _encode = msgspec.msgpack.Encoder().encode
@@ -44,29 +45,29 @@ Row = tuple[Any, ...]
 
 
 def plain(text: str) -> str:
-    """``text`` without the one character that PostgreSQL's text cannot hold."""
+    """Return ``text`` with U+FFFD for NUL, the only character that PostgreSQL's text type cannot store."""
     return text.replace("\0", "\ufffd") if "\0" in text else text
 
 
 def key_text(text: str) -> str:
-    """``text`` as it stands in keys and is asked for: itself, or if it is too long its
-    beginning and a digest of it all."""
+    """Return ``text`` as it is stored and searched in keys. If it is too long, its first characters and a digest of it
+    all."""
     if len(text) > KEY_MOST:
         text = f"{text[: KEY_MOST - 33]}…{hashlib.sha256(text.encode('utf-8', 'replace')).hexdigest()[:32]}"
     return plain(text)
 
 
 def row(job_id: str, life: Life, seen: Visible) -> Row:
-    """The row of a job; ``seen`` is the life's projection."""
+    """Return the row of a job. ``seen``: the projection of ``life``."""
     end, error = life.end, seen.error
     result = None
     if end is not None and end.result is not None:
-        # A result can be large: it is kept once, in its own column.
+        # A result can be large, so it is stored only once, in its own column.
         result = end.result
         life = _replace(life, end=_replace(end, result=None))
     return (
         job_id,
-        seen.state._value_,  # a plain str: the driver adapts subclasses, slowly
+        seen.state._value_,  # a plain str: the driver is slow with subclasses
         key_text(seen.task),
         key_text(seen.queue),
         seen.run,
@@ -84,7 +85,7 @@ def row(job_id: str, life: Life, seen: Visible) -> Row:
 
 
 def life_of(slots: bytes, result: bytes | None) -> Life:
-    """The fold state of a row."""
+    """Return the fold state of a row's columns ``slots`` and ``result``."""
     life = _decode(slots)
     if result is not None and life.end is not None:
         life = _replace(life, end=_replace(life.end, result=result))
@@ -92,5 +93,5 @@ def life_of(slots: bytes, result: bytes | None) -> Life:
 
 
 def life_of_row(row: Row) -> Life:
-    """The fold state of a whole row."""
+    """Return the fold state of a row with all columns."""
     return life_of(row[-1], row[-2])

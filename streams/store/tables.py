@@ -1,4 +1,4 @@
-"""The status database's tables: one definition from which DDL and queries are made. No connections here."""
+"""Defines the status database's tables once, for DDL and queries. Opens no connections."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ from sqlalchemy import (
 from sqlalchemy import Text as PlainText
 from sqlalchemy.dialects import postgresql
 
-#: Written into `meta`; a table of another version is refused, and `rebuild` makes one of this version.
+#: Stored in `meta`. A database of another version is refused; a new one is filled from the log.
 SCHEMA_VERSION = 1
 
 metadata = MetaData()
 
-# Compared byte by byte everywhere, as SQLite and Python do: a language's order would make "beyond the last id" mean
-# another thing in the database than here, and is slower.
+# Compared byte by byte, as SQLite and Python do. A language's collation is slower, and would order ids differently in the
+# database than in Python.
 Text = PlainText().with_variant(postgresql.TEXT(collation="C"), "postgresql")
 
-#: A row per job. Times are milliseconds of the broker's clock. ``submitted_ms`` is never null: while the submission is
-#: not known it is the time of the fact that the job is known by. ``result``: JSON, of a job that succeeded.
-#: ``slots``: the fold's state (msgpack of `jobledger.job.Life`, without the result). ``carried``: 1 if a rebuild took
-#: the row over from the table before, because the log no longer holds the job's beginning.
+#: One row per job. Times are milliseconds of the broker's clock. ``submitted_ms`` is never null: while the submission is
+#: not known, it is the time of the fact by which the job is known. ``result``: JSON, of a job that succeeded. ``slots``:
+#: the fold's state (msgpack of `jobledger.job.Life`, without the result). ``carried``: 1 if a rebuild copied the row from
+#: the previous table, because the log no longer holds all facts of the job.
 jobs = Table(
     "jobs",
     metadata,
@@ -49,13 +49,13 @@ jobs = Table(
     Column("result", LargeBinary),
     Column("slots", LargeBinary, nullable=False),
     Column("carried", SmallInteger, nullable=False, server_default="0"),
-    # Rows live in the primary key's tree: UUIDv7 ids append to it, and there is no second tree to keep.
+    # Rows are stored in the primary key's tree: UUIDv7 ids are appended to it, and no second tree is needed.
     sqlite_with_rowid=False,
 )
 
-# Three indexes: newest first; what has not gone well, by state, newest first; what waits for a time. A job that goes
-# well leaves the last two, so they stay as small as the unfinished and the failed are few.
-# Written as literals, for a planner uses a partial index only for what it can prove without the parameters.
+# Three indexes: all jobs by time; jobs that have not succeeded, by state and time; jobs that wait for a due time. A job
+# that succeeds leaves the last two, so these hold only jobs that are unfinished or ended otherwise.
+# The states are literals, because a planner uses a partial index only if it can prove the condition without parameters.
 unfinished = jobs.c.state != literal_column("'succeeded'")
 waiting = jobs.c.state.in_((literal_column("'scheduled'"), literal_column("'retrying'")))
 Index("jobs_by_time", jobs.c.submitted_ms, jobs.c.job_id)
@@ -67,7 +67,7 @@ Index(
 )
 Index("jobs_due", jobs.c.due_ms, jobs.c.job_id, sqlite_where=waiting, postgresql_where=waiting)
 
-#: A row per tag of a job, written when the tags become known. It carries the time so that a page is read in order.
+#: One row per tag of a job, written when the tags become known. It includes the time so that pages are read in order.
 tags = Table(
     "tags",
     metadata,
@@ -79,7 +79,7 @@ tags = Table(
     sqlite_with_rowid=False,
 )
 
-#: How many jobs of a task and queue are in a state; moved in the transaction that moves the rows.
+#: Number of jobs of each task, queue and state; updated in the transaction that writes the rows.
 counters = Table(
     "counters",
     metadata,
@@ -91,8 +91,8 @@ counters = Table(
     sqlite_with_rowid=False,
 )
 
-#: What has been read: every record below ``next_offset`` is in the rows. ``resets``: how often the log no longer had
-#: the offset that was to be read next, so reading went on at the log's start.
+#: Every record below ``next_offset`` is included in the rows. ``resets``: how often reading restarted at the log's start,
+#: because the log no longer had the next offset or the topic was recreated.
 offsets = Table(
     "offsets",
     metadata,
@@ -104,7 +104,7 @@ offsets = Table(
     sqlite_with_rowid=False,
 )
 
-#: Who may write: one row. Every transaction begins by finding its own epoch here.
+#: One row with the writer's lease. Every transaction of a writer first checks that its own epoch is here.
 lease = Table(
     "lease",
     metadata,
@@ -114,9 +114,9 @@ lease = Table(
     Column("until_ms", BigInteger, nullable=False),
 )
 
-#: How the keys in `meta` begin under which ids of topics stand.
+#: Prefix of the keys in `meta` that store ids of topics.
 TOPIC = "topic:"
 
-#: ``schema_version``, ``namespace``; and the id of each topic that `offsets` are of: a topic that was deleted and made
-#: again is another one, whose offsets begin again.
+#: ``schema_version``, ``namespace``, and the id of each topic to which `offsets` belong. A recreated topic has another id,
+#: and its offsets restart.
 meta = Table("meta", metadata, Column("key", Text, primary_key=True), Column("value", Text, nullable=False))
