@@ -1,11 +1,11 @@
-"""Bytes ↔ events. fastavro encodes and decodes every event; framing, types and schema lookup are Jobledger's.
+"""Encodes events as bytes and decodes them. fastavro does this for all but the most frequent facts, which `encode` writes
+with functions of its own; framing, types and schema lookup are Jobledger's.
 
 Without a registry the framing is Avro single-object encoding: ``C3 01``, the CRC-64-AVRO fingerprint of the writer's
-schema in little endian, the datum (Avro specification, "Single-object encoding"). `encode` writes this form; with a
-Schema Registry the senders replace its head with the Confluent frame (`jobledger.wire`). Readers accept both at any
-time.
+schema in little endian, the datum (Avro specification, "Single-object encoding"). `encode` writes this form. With a
+Schema Registry the senders replace its head with the Confluent frame (`jobledger.wire`). Readers always accept both.
 
-Reading resolves by the writer's schema: fields that this version does not know are dropped, fields that the writer did
+Events are read with the writer's schema. Fields that this version does not know are dropped, fields that the writer did
 not know get their defaults, and a fact that this version does not know raises `UnknownFact` with its name.
 """
 
@@ -30,7 +30,7 @@ from jobledger.schemas import frame
 MAGIC = b"\xc3\x01"
 _HEAD = 10  # magic and fingerprint
 
-#: The text of this version's schema, as it is published.
+#: The text of this version's schema, as it is published to other processes.
 SCHEMA_TEXT: str = files("jobledger.schemas").joinpath("job_event.avsc").read_text(encoding="utf-8")
 
 _FACTS: dict[str, type[Any]] = {"jobledger." + cls.__name__: cls for cls in ev.Fact.__args__}
@@ -44,7 +44,7 @@ _JobEvent, _JobSpec, _ErrorInfo = ev.JobEvent, ev.JobSpec, ev.ErrorInfo
 
 
 def fingerprint(schema_text: str) -> bytes:
-    """The 8-byte little-endian CRC-64-AVRO fingerprint of a schema's parsing canonical form.
+    """Return the 8-byte little-endian CRC-64-AVRO fingerprint of a schema's parsing canonical form.
 
     Raises `SchemaError` if the text is not an Avro schema.
     """
@@ -56,7 +56,8 @@ def fingerprint(schema_text: str) -> bytes:
 
 
 def _plain(node: Any) -> Any:
-    """The schema without logical types: the same bytes, but integers stay integers instead of becoming datetimes."""
+    """Return the schema without logical types and docs. The bytes are the same, but fastavro then returns integers and not
+    datetimes."""
     if isinstance(node, list):
         return [_plain(n) for n in node]
     if isinstance(node, dict):
@@ -72,7 +73,7 @@ def _parse(schema_text: str) -> Any:
 
 
 def _records(node: Any) -> list[Any]:
-    """Every record defined in a schema, outermost first."""
+    """Return every record defined in a schema, outermost first."""
     if isinstance(node, list):
         return [r for n in node for r in _records(n)]
     if isinstance(node, dict) and node.get("type") == "record":
@@ -81,7 +82,7 @@ def _records(node: Any) -> list[Any]:
 
 
 def _inlined(record: Any, named: Mapping[str, Any]) -> Any:
-    """``record`` with references by name replaced by their definitions, so that it can be used alone."""
+    """Return ``record`` with references by name replaced by their definitions, so that it can be used alone."""
     fields = [
         {**f, "type": named.get(f["type"], f["type"]) if isinstance(f["type"], str) else f["type"]}
         for f in record["fields"]
@@ -95,10 +96,10 @@ _PREFIX = MAGIC + FINGERPRINT
 
 
 def _pieces() -> tuple[Any, dict[type[Any], int], dict[type[Any], Any]]:
-    """The schema, split where Avro splits its bytes: a record is its fields one after the other, a union is the branch
-    index and then the datum. So numbers, names, branch and fact can be encoded separately, and parts that are the same
-    for many events are encoded once. Returns the schema of the numbers, and for each fact its branch and the schema of
-    its body.
+    """Split the schema into parts whose bytes follow one another: Avro encodes a record as its fields in their order, and
+    a union as the branch index and then the datum. So numbers, names, branch and fact can be encoded separately, and
+    parts that are the same for many events are encoded once. Return the schema of the numbers, and for each fact its
+    branch and the schema of its body.
     """
     root = json.loads(SCHEMA_TEXT)
     fields = {f["name"]: f for f in root["fields"]}
@@ -126,7 +127,7 @@ _LEAD = _PREFIX + _UUID_LENGTH
 #: emptied when full.
 _heads: dict[tuple[Any, ...], tuple[bytes, bytes, bytes, bytes, bytes]] = {}
 _HEADS_MOST = 4096
-#: Encoded beginnings of start facts: worker and work topic. Bounded as well.
+#: Encoded worker and work topic, with which the body of a start fact begins. Bounded as well.
 _begins: dict[tuple[str, str], bytes] = {}
 #: The last high part of an encoded time: it changes once a second.
 _time_high: tuple[int, bytes] = (-1, b"")
@@ -146,7 +147,7 @@ def _encode_head(event: ev.JobEvent, kind: type[Any]) -> tuple[bytes, bytes, byt
 
 
 def _option(text: str | None) -> bytes:
-    """A text that may be null."""
+    """Encode a nullable text."""
     if text is None:
         return b"\0"
     raw = text.encode()
@@ -159,11 +160,11 @@ def _text(text: str) -> bytes:
 
 
 def _encode_time(micros: int) -> bytes:
-    """A time as an Avro long: zigzag, then groups of seven bits, the low ones first."""
+    """Encode a time (µs) as an Avro long: zigzag, then groups of seven bits, the low ones first."""
     global _time_high
     zigzag = micros << 1
     high = zigzag >> 21
-    if not 1 << 28 <= high < 1 << 35:  # not eight groups: a time far from ours
+    if not 1 << 28 <= high < 1 << 35:  # not eight groups: before December 1978 or after the year 3110
         return _avro("long", micros)
     known = _time_high
     if known[0] != high:
@@ -173,7 +174,8 @@ def _encode_time(micros: int) -> bytes:
 
 
 def _long(value: int) -> bytes:
-    """An Avro long: zigzag, then groups of seven bits, the low ones first."""
+    """Encode an Avro long: zigzag, then groups of seven bits, the low ones first. Raises `ValueError` for a number that
+    does not fit into 64 bits."""
     zigzag = value << 1 ^ value >> 63
     if zigzag < 1 << 7 and value >= -64:
         return bytes((zigzag,))
@@ -218,8 +220,8 @@ def _succeeded(fact: ev.JobSucceeded) -> bytes:
     return b"\2" + _long(len(fact.result)) + fact.result + _long(fact.duration_us)
 
 
-#: Functions that encode the bodies of a plain job's three facts, which are nearly all facts written. They return None
-#: for a body they cannot encode. A test with Hypothesis compares their bytes with fastavro's
+#: Functions that encode the bodies of a plain job's three facts, which are nearly all facts written. They return None for
+#: a body that they cannot encode. A test with Hypothesis compares their bytes with fastavro's
 #: (docs/adr/0001-encoding-by-pieces.md has the figures).
 _BY_HAND: dict[type[Any], Callable[[Any], bytes | None]] = {
     ev.JobSubmitted: _submitted,
@@ -241,7 +243,7 @@ def _body(fact: Any, kind: type[Any]) -> bytes:
 
 
 def encode(event: ev.JobEvent) -> bytes:
-    """One event as single-object Avro. Raises `SchemaError` if a field's value does not fit the schema.
+    """Encode one event as single-object Avro. Raises `SchemaError` if a field's value does not fit the schema.
 
     The header's constant parts are encoded once and cached, so an event costs little more than its fact.
     """
@@ -269,7 +271,7 @@ def encode(event: ev.JobEvent) -> bytes:
 
 
 def build(datum: dict[str, Any]) -> ev.JobEvent:
-    """An event from Avro's decoded data, with the fact as (name, fields). Raises `UnknownFact`."""
+    """Return an event from Avro's decoded data, with the fact as (name, fields). Raises `UnknownFact`."""
     name, body = datum["fact"]
     kind = _FACTS.get(name)
     if kind is None:
@@ -289,7 +291,8 @@ _Header = msgspec.defstruct(
 
 
 def _lenient(datum: Mapping[str, Any], cls: type[Any]) -> Any:
-    """``cls`` from a datum of another schema version: unknown fields dropped, missing ones from the defaults."""
+    """Return an instance of ``cls`` from a datum of another schema version, without unknown fields and with defaults for
+    missing ones. Raises `SchemaError` if a value does not fit."""
     try:
         return msgspec.convert(datum, cls, builtin_types=(bytes,))
     except msgspec.ValidationError as exc:
@@ -298,7 +301,7 @@ def _lenient(datum: Mapping[str, Any], cls: type[Any]) -> Any:
 
 def _build_foreign(datum: dict[str, Any], schema: Any) -> ev.JobEvent:
     fact = datum["fact"]
-    # Of a schema with one fact the reader does not name it.
+    # If the schema has only one fact, fastavro does not return its name.
     name, body = fact if isinstance(fact, tuple) else (_only_fact(schema), fact)
     if not isinstance(body, dict):
         raise NotAnEvent(f"framed as an event, but its fact is no record: {type(body).__name__}")
@@ -312,13 +315,13 @@ def _build_foreign(datum: dict[str, Any], schema: Any) -> ev.JobEvent:
 class Decoder:
     """Reads events of any published writer's schema, in either framing.
 
-    ``lookup(fingerprint) -> schema text | None`` is called for a fingerprint that is not known yet; it reads the
-    schemas topic to its end. Without it only this version's own schema is known. A fingerprint that was not found is
-    looked up again at the next record, since it may have been published meanwhile.
+    ``lookup(fingerprint) -> schema text | None`` is called for a fingerprint that is not known yet; it reads the schemas
+    topic to its end. Without ``lookup`` only this version's own schema is known. A fingerprint that was not found is
+    looked up again at the next record with it, since its schema may have been published meanwhile.
 
     ``by_id(id, likely) -> schema text | None`` is the same for the ids in Confluent frames. ``likely``: the datum looks
-    like an event's, so the answer None must be certain. It raises `RegistryNeeded` if only a registry could know the id
-    and none is configured. Without ``by_id`` such frames are not events.
+    like an event's, so an answer of None must be certain. ``by_id`` raises `RegistryNeeded` if only a registry can know
+    the id and none is configured. Without ``by_id`` such frames count as no events.
     """
 
     def __init__(
@@ -329,19 +332,19 @@ class Decoder:
         self._lookup, self._by_id = lookup, by_id
         #: Other writers' schemas, by fingerprint or by the frame's head.
         self._foreign: dict[bytes, Any] = {}
-        #: Heads of frames that stand for this version's schema: a registry may give one schema several ids.
+        #: Heads of frames whose id is one of this version's schema: a registry may give one schema several ids.
         self._own_heads: set[bytes] = set()
 
     def own_form(self, value: bytes) -> bytes | None:
-        """A framed value in the form that `encode` writes, if its id is known to stand for this version's schema; else
-        None.
+        """Return a framed value in the form that `encode` writes, if its id is known to be one of this version's schema;
+        else None.
 
-        Makes no lookup, so that `glance` and the code based on it can handle both framings.
+        Makes no lookup, so that `glance` and the code that uses it can handle both framings.
         """
         return _PREFIX + value[frame.HEAD :] if value[: frame.HEAD] in self._own_heads else None
 
     def asks(self, value: bytes | None) -> bool:
-        """Whether `decode` must look up this value's schema, and may have to wait for that."""
+        """Return whether `decode` must look up this value's schema, and may have to wait for that."""
         if value is None or value[:_HEAD] == _PREFIX:
             return False
         if self._by_id is not None and frame.is_framed(value):
@@ -349,7 +352,7 @@ class Decoder:
         return value[:2] == MAGIC and len(value) >= _HEAD and value[2:_HEAD] not in self._foreign
 
     def decode(self, value: bytes | None) -> ev.JobEvent:
-        """One event. Raises `NotAnEvent`, `UnknownSchema` or `UnknownFact`, which are all `SchemaError`; and
+        """Decode one event. Raises `NotAnEvent`, `UnknownSchema` or `UnknownFact`, which are all `SchemaError`, and
         `RegistryNeeded` for a value that may be a valid event whose schema only a registry knows."""
         if value is None:
             raise NotAnEvent("the record has no value")
@@ -398,8 +401,8 @@ class Decoder:
 
 
 def _event_schema(text: str, what: str) -> Any:
-    """The parsed schema of a writer of events. Raises `NotAnEvent` for any other schema: a registry and
-    ``<ns>.schemas`` also hold domain events' schemas, whose records are not job events in any version."""
+    """Return the parsed schema of a writer of events. Raises `NotAnEvent` for any other schema: a registry and
+    ``<ns>.schemas`` also contain domain events' schemas, whose records are not job events in any version."""
     schema = _parse(text)
     fields = {f["name"] for f in schema.get("fields", ())} if isinstance(schema, dict) else set()
     if not {"job_id", "fact"} <= fields:
@@ -427,5 +430,5 @@ _own = Decoder()
 
 
 def decode(value: bytes | None) -> ev.JobEvent:
-    """One event written with this version's schema; see `Decoder.decode`."""
+    """Decode one event written with this version's schema; see `Decoder.decode`."""
     return _own.decode(value)

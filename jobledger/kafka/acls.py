@@ -1,4 +1,4 @@
-"""The minimal rights of each part, as data; the commands that grant them, and a check for missing ones.
+"""Defines the minimal rights of each role as data, creates the commands that grant them, and checks for missing ones.
 
 `TABLE` is the only definition: the command line, the docs and the tests read it. Rights that Kafka implies are left
 out: a user who may read, write, delete from or alter a topic may describe it; a user who may alter its settings may
@@ -44,8 +44,8 @@ class Right:
     """One operation on resources. ``name`` contains ``<ns>`` for the namespace; with ``pattern`` prefixed it is a
     prefix.
 
-    ``lost``: what does not work without the right; empty: the part does not work at all. ``when``: in which case a role
-    needs the right, if not always.
+    ``lost``: what does not work without the right; empty: the role cannot work at all. ``when``: in which case the role
+    needs the right; empty: always.
     """
 
     kind: str
@@ -56,12 +56,12 @@ class Right:
     when: str = ""
 
     def covers(self, topic: str) -> bool:
-        """Whether the right applies to this topic."""
+        """Return whether the right applies to this topic."""
         same = topic.startswith(self.name) if self.pattern == PREFIXED else topic == self.name
         return self.kind == TOPIC and same
 
     def of(self, namespace: str) -> Right:
-        """The right for one namespace."""
+        """Return the right for one namespace."""
         return Right(
             self.kind, self.name.replace("<ns>", namespace), self.operation, self.pattern, self.lost, self.when
         )
@@ -172,7 +172,7 @@ _HANDLES = ("router", "backfill", "projection")
 #: Names for several roles at once: `jobledger streams` runs both under one user.
 TOGETHER: Mapping[str, Sequence[str]] = {"streams": ("coordinator", "materializer")}
 
-#: What each role is, for people.
+#: Descriptions of the roles.
 WHO: Mapping[str, str] = {
     "client": "submits jobs, emits events, waits for results",
     "worker": "`jobledger worker`; also the client's if its jobs submit or emit, or have a fallback",
@@ -188,7 +188,7 @@ WHO: Mapping[str, str] = {
 
 
 def roles(name: str) -> Sequence[str]:
-    """The roles that a name stands for. Raises `ConfigError` for an unknown name."""
+    """Return the roles that a name stands for. Raises `ConfigError` for an unknown name."""
     if name in TABLE:
         return (name,)
     if name in TOGETHER:
@@ -197,14 +197,14 @@ def roles(name: str) -> Sequence[str]:
 
 
 def rights(name: str, namespace: str, foreign: Iterable[str] = ()) -> list[Right]:
-    """The rights of a role, or of several under one name, in a namespace: each right once. ``foreign``: topics of other
-    programs whose events the app handles. Raises `ConfigError` for an unknown role."""
+    """Return the rights of a role, or of several roles under one name, in a namespace, without duplicates. ``foreign``:
+    topics of other programs whose events the app handles. Raises `ConfigError` for an unknown role."""
     found: dict[tuple[str, str, str, str], Right] = {}
     for role in roles(name):
         for right in TABLE[role]:
             made = right.of(namespace)
             key = (made.kind, made.name, made.pattern, made.operation)
-            # What one of them can do without another may need.
+            # One role may need a right that another role can do without.
             if key not in found or found[key].lost:
                 found[key] = made
     others = foreign if name in _HANDLES else ()
@@ -215,7 +215,7 @@ def rights(name: str, namespace: str, foreign: Iterable[str] = ()) -> list[Right
 
 
 def commands(principal: str, wanted: Iterable[Right], server: str) -> Iterator[str]:
-    """The `kafka-acls.sh` commands that grant these rights, one per resource."""
+    """Yield the `kafka-acls.sh` commands that grant these rights, one per resource."""
     by_resource: dict[tuple[str, str, str], list[str]] = {}
     for right in wanted:
         by_resource.setdefault((right.kind, right.name, right.pattern), []).append(right.operation)
@@ -232,7 +232,7 @@ def _operation(right: Right) -> AclOperation:
 
 
 def binding(principal: str, right: Right) -> AclBinding:
-    """The ACL that grants the right, for Kafka's admin client."""
+    """Return the ACL that grants the right, for Kafka's admin client."""
     kinds = {TOPIC: ResourceType.TOPIC, GROUP: ResourceType.GROUP, CLUSTER: ResourceType.BROKER}
     return AclBinding(
         kinds[right.kind],
@@ -252,7 +252,7 @@ def check(settings: Settings, namespace: str, topics: Iterable[str]) -> None:
     Topics that do not exist are skipped, and so is a cluster that does not report rights. Raises `BrokerUnavailable`.
     """
     asked, lacking, spared = sorted(set(topics)), [], []
-    client = log.admin(settings)  # held: its answers die with it
+    client = log.admin(settings)  # held: a garbage-collected client never completes its futures
     told = client.describe_topics(
         TopicCollection(asked), include_authorized_operations=True, request_timeout=REQUEST_TIMEOUT_S
     )

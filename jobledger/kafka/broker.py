@@ -1,7 +1,7 @@
-"""The embedded broker's process: its settings, its command line, its start and its end.
+"""Runs the embedded broker's process: its settings, its command line, its start and its end.
 
-This module knows the files of one home and the process in its pid file; `jobledger.kafka.embedded` decides who may
-start it, and when.
+This module owns the files of one home, except the data, and the process in its pid file. `jobledger.kafka.embedded`
+decides when to start and stop it.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ BROKER_CONFIG: Mapping[str, str] = {
     "group.consumer.session.timeout.ms": "6000",
     "group.consumer.min.heartbeat.interval.ms": "200",
     "group.consumer.heartbeat.interval.ms": "1000",
-    # After a kill -9 the new process may register only once the dead one's session has ended.
+    # After a kill -9 the new process can register only after the dead one's session has expired.
     "broker.heartbeat.interval.ms": "500",
     "broker.session.timeout.ms": "3000",
     # Sized for one developer's machine instead of a server.
@@ -86,18 +86,20 @@ logger.lifecycle.name=kafka.server.KafkaRaftServer
 logger.lifecycle.level=info
 """
 
-# Children are kept so that they are reaped when they end and never warned about when their object goes.
+# References to children are kept, so that they are reaped when they end, and Python does not warn about a running child
+# whose object was deleted.
 _children: dict[int, subprocess.Popen[bytes]] = {}
 _leashes: dict[int, subprocess.Popen[bytes]] = {}
 _parents: list[subprocess.Popen[bytes]] = []
 
 
 def _in_forked_child() -> None:
-    """They are the parent's children: this process cannot wait for them, and holds no leash."""
+    """Forget the brokers and leashes after a fork: they are the parent's children, so this process cannot wait for
+    them. Close the leashes' pipes, so that a broker still ends with the parent."""
     for leash in _leashes.values():
         if leash.stdin is not None:
             leash.stdin.close()
-    _parents.extend((*_children.values(), *_leashes.values()))  # never freed: they would be taken for ended
+    _parents.extend((*_children.values(), *_leashes.values()))  # kept: Python would warn of children that still run
     _children.clear()
     _leashes.clear()
 
@@ -138,7 +140,7 @@ class Files:
 
     @property
     def out(self) -> Path:
-        """What the JVM itself prints: out of memory, crashes, a class path that does not fit."""
+        """The output of the JVM itself: out of memory, crashes, a wrong class path."""
         return self.root / "broker.out"
 
     @property
@@ -147,7 +149,7 @@ class Files:
 
     @property
     def mark(self) -> str:
-        """The JVM flag by which a process is known to be this home's broker, even if its number was used again."""
+        """The JVM flag that identifies this home's broker, even if its pid was reused by another process."""
         return f"-Djobledger.kafka={self.root}"
 
 
@@ -163,7 +165,7 @@ class Running:
 
 @dataclass(frozen=True, slots=True)
 class Cluster:
-    """A node's place in a cluster: its number, and every node's controller port by number, including its own.
+    """A node of a cluster: its number, and every node's controller port by number, including its own.
 
     ``id``: the cluster id with which all nodes are formatted: 16 bytes in base64, see `cluster_id`.
     """
@@ -192,13 +194,13 @@ class Launch:
 
 
 def running(files: Files) -> Running | None:
-    """The process in the pid file, if it runs and is this home's broker."""
+    """Return the process in the pid file; None if it does not run or is not this home's broker."""
     try:
         record = json.loads(files.pid.read_text("utf-8"))
         if _reaped(int(record["pid"])):
             return None
         process = psutil.Process(int(record["pid"]))
-        # A pid is used again after a reboot or enough processes; the mark on the command line is not.
+        # A pid may be reused, after a reboot for example. The flag in the command line identifies the broker.
         if files.mark not in process.cmdline() or process.status() == psutil.STATUS_ZOMBIE:
             return None
         return Running(process, int(record["port"]), Path(record["data"]), str(record["version"]))
@@ -207,10 +209,11 @@ def running(files: Files) -> Running | None:
 
 
 def launch(files: Files, wanted: Launch, *, detach: bool, timeout: float, report: Progress) -> None:
-    """Start a process as ``wanted``, write the pid file and return once the broker answers, within ``timeout`` seconds.
+    """Start a process as described by ``wanted``, write the pid file, and return once the broker answers, within
+    ``timeout`` seconds.
 
-    With ``detach`` False the broker ends with this process. Raises `KafkaStartFailed`; then no process and no pid file
-    remains.
+    With ``detach`` False the broker ends with this process. ``report``: called at each step. Raises `KafkaStartFailed`;
+    then no process and no pid file remain.
     """
     java = _java()
     port = wanted.port
@@ -219,7 +222,7 @@ def launch(files: Files, wanted: Launch, *, detach: bool, timeout: float, report
     base = [
         str(java),
         f"-Xmx{wanted.heap_mb}m",
-        "-XX:+UseSerialGC",  # on two cores it boots quicker than G1 and its pauses over such a heap are short
+        "-XX:+UseSerialGC",  # on two cores it starts faster than G1, and its pauses with such a heap are short
         "-XX:+ExitOnOutOfMemoryError",
         "-XX:-UsePerfData",
         "-Djava.awt.headless=true",
@@ -233,7 +236,7 @@ def launch(files: Files, wanted: Launch, *, detach: bool, timeout: float, report
 
     report("boot", 0, 0)
     for leftover in (files.log, files.out):
-        # Each start begins its own log: the end of an older one must not be shown as the reason of a new failure.
+        # Each start has a new log, so that the end of an older one is not shown as the reason of a new failure.
         if leftover.exists():
             leftover.replace(leftover.with_name(leftover.name + ".previous"))
     command = [*base[:-2], files.mark, *base[-2:], "kafka.Kafka", str(files.settings)]
@@ -264,8 +267,8 @@ def launch(files: Files, wanted: Launch, *, detach: bool, timeout: float, report
 
 
 def cluster_id() -> str:
-    """A new id for `Cluster`."""
-    # One that begins with a hyphen would be read as an option.
+    """Return a new id for `Cluster`."""
+    # Without hyphens: an id with a hyphen at its start would be read as an option.
     return base64.urlsafe_b64encode(uuid.uuid4().bytes).decode().rstrip("=").replace("-", "A")
 
 
@@ -274,7 +277,7 @@ def _format(files: Files, base: list[str], wanted: Launch, report: Progress) -> 
     if (data / "meta.properties").exists():
         return
     report("format", 0, 0)
-    data.mkdir(mode=0o700, parents=True, exist_ok=True)  # it holds jobs' arguments
+    data.mkdir(mode=0o700, parents=True, exist_ok=True)  # it contains jobs' arguments
     cluster = wanted.cluster.id if wanted.cluster is not None else cluster_id()
     tool = ["kafka.tools.StorageTool", "format", "--ignore-formatted", "-t", cluster, "-c", str(files.settings)]
     done = subprocess.run(
@@ -285,7 +288,7 @@ def _format(files: Files, base: list[str], wanted: Launch, report: Progress) -> 
 
 
 def _await_ready(process: subprocess.Popen[bytes], port: int, files: Files, timeout: float) -> None:
-    from confluent_kafka import KafkaException  # late: `running_bootstrap` must stay light
+    from confluent_kafka import KafkaException  # imported late: `running_bootstrap` must load quickly
     from confluent_kafka.admin import AdminClient
 
     from jobledger import forks
@@ -296,13 +299,13 @@ def _await_ready(process: subprocess.Popen[bytes], port: int, files: Files, time
             "bootstrap.servers": f"{HOST}:{port}",
             "reconnect.backoff.ms": 50,
             "reconnect.backoff.max.ms": 200,
-            "log_level": 0,  # refused connections are what is waited out here
+            "log_level": 0,  # refused connections are expected here
         },
     )
     deadline = time.monotonic() + timeout
     while True:
         with contextlib.suppress(KafkaException):
-            # Listeners accept before the broker may serve; only then does it name itself in the metadata.
+            # Listeners accept connections before the broker can serve. It is in the metadata only once it can.
             if admin.list_topics(timeout=0.5).brokers:
                 return
         code = process.poll()
@@ -327,7 +330,8 @@ def _tail(files: Files) -> str:
 
 
 def _leash(pid: int) -> subprocess.Popen[bytes]:
-    """End process ``pid`` when this process ends, even by kill -9: a shell waits for the far end of a pipe of ours."""
+    """Start a shell that ends process ``pid`` when this process ends, even by kill -9: it reads a pipe until the writing
+    end, which this process holds, is closed."""
     script = 'read -r _; kill -CONT "$1" 2>/dev/null; kill "$1" 2>/dev/null'
     return subprocess.Popen(
         ["/bin/sh", "-c", script, "sh", str(pid)],
@@ -339,14 +343,14 @@ def _leash(pid: int) -> subprocess.Popen[bytes]:
 
 
 def _end_leashed(owner: int) -> None:
-    if os.getpid() != owner:  # a fork of the starter that ends is not the starter's end
+    if os.getpid() != owner:  # a fork of the starter ends, not the starter
         return
     for pid in list(_leashes):
         end(pid, STOP_TIMEOUT_S)
 
 
 def wait(pid: int) -> int | None:
-    """Wait until the broker ``pid`` has ended; returns its exit code, or None if it is not this process's child."""
+    """Wait until the broker ``pid`` has ended. Return its exit code, or None if it is not this process's child."""
     child = _children.get(pid)
     if child is not None:
         code = child.wait()
@@ -358,8 +362,8 @@ def wait(pid: int) -> int | None:
 
 
 def _reaped(pid: int) -> bool:
-    # Whether `pid` was a child of ours that has ended. An ended child keeps its number until somebody asks; from then
-    # on the number may be a stranger's, so its leash goes at the same time.
+    # Whether `pid` was a child of this process that has ended. An ended child keeps its pid until it is reaped. After that
+    # another process may get the pid, so the leash must end at the same time.
     child = _children.get(pid)
     if child is None or child.poll() is None:
         return False
@@ -376,13 +380,14 @@ def _forget(pid: int) -> None:
 
 
 def end(pid: int, timeout: float) -> None:
-    """Stop a broker by its process id: with SIGTERM, and after ``timeout`` seconds with SIGKILL; and reap it."""
+    """Stop a broker by its pid with SIGTERM, and after ``timeout`` seconds (0: at once) with SIGKILL. Reap it if it is
+    this process's child."""
     if _reaped(pid):
         return
     with contextlib.suppress(psutil.NoSuchProcess):
         process = psutil.Process(pid)
         if timeout > 0:
-            process.send_signal(signal.SIGCONT)  # a frozen process cannot hear
+            process.send_signal(signal.SIGCONT)  # a stopped process cannot handle SIGTERM
             process.terminate()
             with contextlib.suppress(psutil.TimeoutExpired):
                 process.wait(timeout)
@@ -412,7 +417,7 @@ def _properties(wanted: Launch) -> str:
 
 
 def _fixed(wanted: Launch) -> dict[str, str]:
-    # A static voter, so the controller's port may differ from start to start.
+    # A static voter, so that the controller's port can differ from start to start.
     among = wanted.cluster or Cluster("", 1, {1: free_port(avoid=wanted.port)})
     ports = {"PLAINTEXT": wanted.port, **wanted.listeners}
     plain = {"CONTROLLER": "PLAINTEXT"}
@@ -433,7 +438,7 @@ def _fixed(wanted: Launch) -> dict[str, str]:
 
 
 def check_config(port: int, data: Path, config: Mapping[str, str]) -> None:
-    """Raise `ConfigError` for a port, data folder or setting with which no broker can be started."""
+    """Raise `ConfigError` if the port, data folder or a setting cannot be used for a broker."""
     if not 0 <= port <= 65535:
         raise ConfigError(f"port={port} is not a port: use 1 to 65535, or 0 for a free port")
     reserved = sorted(set(config) & set(_fixed(Launch([], port, data, 0, "", {}))))

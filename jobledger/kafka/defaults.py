@@ -1,8 +1,8 @@
-"""The embedded broker's defaults, apart from its code: help texts show them without loading what runs a process."""
+"""The embedded broker's defaults. They are separate from its code, so that help texts can show them without loading it."""
 
 from __future__ import annotations
 
-#: The version of Apache Kafka that is fetched unless another is asked for.
+#: The version of Apache Kafka that is downloaded by default.
 KAFKA_VERSION = "4.4.0"
 HOST = "127.0.0.1"
 PORT = 9092

@@ -49,18 +49,18 @@ class KafkaStatus:
     log: Path
 
     def as_dict(self) -> dict[str, Any]:
-        """The state as plain values, for JSON."""
+        """Return the state as plain values, for JSON."""
         return {k: str(v) if isinstance(v, Path) else v for k, v in asdict(self).items()}
 
 
 def running_bootstrap(home: Path) -> str | None:
-    """The address of this home's broker if its process lives and its port answers, else None."""
+    """Return the address of this home's broker if its process runs and its port answers, else None."""
     found = broker.running(broker.Files.of(home))
     return f"{HOST}:{found.port}" if found is not None and ports.answers(found.port) else None
 
 
 def status(home: Path) -> KafkaStatus:
-    """The state of this home's broker."""
+    """Return the state of this home's broker."""
     files = broker.Files.of(home)
     found = broker.running(files)
     if found is None:
@@ -107,7 +107,7 @@ def start(
     broker.check_config(port, wanted_data, config or {})
     files.root.mkdir(parents=True, exist_ok=True)
     try:
-        # Longer than a start may take: a second caller gets the first one's broker, not an error.
+        # The timeout is longer than a start may take, so that a second caller gets the first one's broker, not an error.
         with locked(files.lock, timeout + 60):
             found = broker.running(files)
             if found is None:
@@ -130,7 +130,7 @@ def start(
 
 
 def stop(home: Path, timeout: float = STOP_TIMEOUT_S) -> bool:
-    """Stop this home's broker cleanly; after ``timeout`` seconds it is killed. False if none ran."""
+    """Stop this home's broker cleanly; kill it after ``timeout`` seconds. Return False if none ran."""
     files = broker.Files.of(home)
     if not files.pid.exists():
         return False
@@ -143,7 +143,7 @@ def stop(home: Path, timeout: float = STOP_TIMEOUT_S) -> bool:
 
 
 def wait(home: Path) -> int | None:
-    """Wait until this home's broker has ended; returns its exit code, or None if that is not known or none ran.
+    """Wait until this home's broker has ended. Return its exit code, or None if it is not known or no broker ran.
 
     A broker that was stopped cleanly ends with 143, the JVM's exit code after SIGTERM.
     """
@@ -190,7 +190,7 @@ class EmbeddedKafka:
         return f"{HOST}:{self._port}"
 
     def start(self) -> KafkaStatus:
-        """Start, or start again, on the same port and data; see `start`."""
+        """Start the broker, or start it again with the same port and data; see the function `start`."""
         began = start(
             self.home,
             port=self._port,
@@ -208,11 +208,11 @@ class EmbeddedKafka:
         return began
 
     def stop(self, timeout: float = STOP_TIMEOUT_S) -> bool:
-        """Stop cleanly (SIGTERM); data and port are kept. False if it did not run."""
+        """Stop the broker cleanly (SIGTERM); data and port are kept. Return False if it did not run."""
         return stop(self.home, timeout)
 
     def kill(self) -> bool:
-        """Kill without warning (SIGKILL), as in a crash of the process. False if it did not run."""
+        """Kill the broker (SIGKILL), as in a crash of the process. Return False if it did not run."""
         found = self._process()
         if found is not None:
             broker.end(found.pid, timeout=0)
@@ -227,12 +227,12 @@ class EmbeddedKafka:
         self._signal(signal.SIGCONT)
 
     def status(self) -> KafkaStatus:
-        """The broker's state; see `KafkaStatus`."""
+        """Return the broker's state."""
         return status(self.home)
 
     def close(self) -> None:
-        """Stop, and remove the temporary folder if there is one."""
-        # Nobody will read a temporary folder's data again, so it need not be brought to a clean end.
+        """Stop the broker, and remove the temporary folder if there is one."""
+        # A temporary folder's data will not be read again, so the broker can be killed.
         self.stop(timeout=0 if self._temporary is not None else STOP_TIMEOUT_S)
         if self._temporary is not None:
             shutil.rmtree(self._temporary, ignore_errors=True)

@@ -1,7 +1,7 @@
-"""Apache Kafka's jars: downloaded once per user and version from a Maven repository, then read from disk.
+"""Downloads Apache Kafka's jars once per user and version from a Maven repository; later they are read from disk.
 
-This module owns the folder ``<home>/jars/<version>``. A folder without its marker file, or with a file of another size
-than the marker says, is incomplete and is downloaded again. Nothing here starts a process.
+This module owns the folder ``<home>/jars/<version>``. A folder without its marker file, or with a file whose size differs
+from the marker's, is incomplete and is downloaded again. Starts no processes.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ GROUP, ARTIFACT = "org.apache.kafka", "kafka_2.13"
 MARKER = "complete.json"
 ATTEMPTS = 3
 RETRY_PAUSE_S = 1.0
-PARALLEL_DOWNLOADS = 4  # a public repository answers more with 429, and the time is in round trips, not in bytes
+PARALLEL_DOWNLOADS = 4  # with more, a public repository answers 429; round trips take the time, not the bytes
 HTTP_TIMEOUT_S = 30
 
 
@@ -43,7 +43,7 @@ class Progress(Protocol):
 
 
 def classpath(folder: Path, version: str = KAFKA_VERSION, progress: Progress | None = None) -> list[Path]:
-    """Return every jar that a broker of ``version`` needs; missing ones are downloaded into ``folder/version``.
+    """Return every jar that a broker of ``version`` needs; download missing ones into ``folder/version``.
 
     Concurrent callers wait for the one that downloads. Raises `KafkaStartFailed` if the repository cannot be reached,
     and `ConfigError` if the extra ``jobledger[kafka]`` is not installed.
@@ -90,7 +90,7 @@ def _complete(target: Path) -> list[Path] | None:
         if jars and all(jar.stat().st_size == sizes[jar.name] for jar in jars):
             return jars
     except (OSError, ValueError, KeyError, TypeError):
-        pass  # no marker, half a marker or a missing jar all mean the same: not complete
+        pass  # without a marker, with a damaged one or a missing jar, the folder is incomplete
     return None
 
 
@@ -104,8 +104,8 @@ def _fetch(target: Path, version: str, progress: Progress) -> list[Path]:
         ) from missing
 
     (target / MARKER).unlink(missing_ok=True)
-    # Our own repository folder, not the shared one of the user's Maven: a download that was cut short there would be
-    # taken for whole, by us and by everybody else.
+    # A separate repository folder, not the shared one of the user's Maven. There an interrupted download would be taken
+    # for a complete one, by Jobledger and by other programs.
     staging = target / "repository"
     staging.mkdir(parents=True, exist_ok=True)
     for attempt in range(1, ATTEMPTS + 1):
@@ -168,8 +168,9 @@ def _download(staging: Path, version: str, progress: Progress) -> list[Path]:
 
 
 def _logging_binding(context: MavenContext, artifacts: list[Artifact]) -> Artifact:
-    # Kafka's POM leaves the binding of slf4j to log4j to its distribution; without it a broker logs nothing at all. It
-    # is taken alone and in log4j's version: resolved beside Kafka, its parent's managed versions would replace Kafka's.
+    # Kafka's POM does not include the binding of slf4j to log4j, which is part of Kafka's distribution. Without it a broker
+    # logs nothing. It is resolved separately, in log4j's version: together with Kafka, its parent's managed versions would
+    # replace Kafka's.
     versions = {artifact.artifactId: artifact.version for artifact in artifacts}
     binding = "log4j-slf4j-impl" if versions["slf4j-api"].startswith("1.") else "log4j-slf4j2-impl"
     return context.project("org.apache.logging.log4j", binding).at_version(versions["log4j-core"]).artifact()

@@ -1,4 +1,4 @@
-"""Ports of the loopback address: which are free, and which process holds one that is not."""
+"""Ports of the loopback address: finds free ports, and the process that uses a port."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ try:
 except ImportError as exc:
     raise missing("kafka", exc) from exc
 
-# Below the range from which systems take the ports of outgoing connections: while a broker on a port of that range is
-# away, another program, or a client of ours connecting to itself, could come to own it.
+# Below the range that systems use for the ports of outgoing connections. While a broker with a port in that range is
+# stopped, another program, or a Jobledger client that connects to itself, could get its port.
 FREE_PORTS = range(20_000, 30_000)
 
 
 def answers(port: int) -> bool:
-    """Whether something accepts connections on ``port``."""
+    """Return whether a process accepts connections on ``port``."""
     try:
         with socket.create_connection((HOST, port), timeout=1):
             return True
@@ -30,9 +30,10 @@ def answers(port: int) -> bool:
 
 
 def bindable(port: int) -> bool:
-    """Whether a broker could listen on ``port``. Raises `ConfigError` if this user may not."""
+    """Return whether a broker could listen on ``port``: False if it is in use. Raises `ConfigError` if the port cannot be
+    used for another reason, such as a missing permission."""
     with socket.socket() as probe:
-        # As the broker itself does: connections that linger from the last run do not hold the port.
+        # As the broker does, so that closed connections of the last run (TIME_WAIT) do not block the port.
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((HOST, port))
@@ -60,12 +61,12 @@ def _holder(port: int) -> str:
                 process = psutil.Process(connection.pid)
                 return f"process {process.pid} ({' '.join(process.cmdline())[:120] or process.name()})"
     except (psutil.Error, OSError):
-        pass  # not every system lets a user see other users' sockets
+        pass  # some systems do not show other users' sockets
     return "another process (this user may not see which)"
 
 
 def free_port(avoid: int = 0) -> int:
-    """A free port other than ``avoid``."""
+    """Return a free port other than ``avoid``. Raises `PortTaken` if none of 200 random ports is free."""
     for port in random.sample(FREE_PORTS, 200):
         if port != avoid and bindable(port) and not answers(port):
             return port

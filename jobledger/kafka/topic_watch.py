@@ -1,5 +1,5 @@
-"""Checks regularly whether topics still have the settings that promises depend on: a user who may alter a topic can
-change them at any time. Changes nothing; `jobledger.kafka.topology` defines these settings."""
+"""Checks regularly whether topics still have the settings that promises depend on, because a user who may alter a topic
+can change them at any time. Changes nothing; `jobledger.kafka.topology` defines these settings."""
 
 from __future__ import annotations
 

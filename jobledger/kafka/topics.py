@@ -88,10 +88,10 @@ def plan(
 
 
 def apply(admin: AdminClient, plan: Plan, *, address: str = "the cluster") -> tuple[str, ...]:
-    """Carry out a plan and wait until its topics can be used; returns notes about settings that the cluster did not
+    """Carry out a plan and wait until its topics can be used. Return notes about settings that the cluster did not
     accept.
 
-    May be repeated. Settings of groups only make a rebalance quicker, so if a cluster forbids them, this is a note, not
+    May be repeated. Settings of groups only make a rebalance quicker, so a cluster that refuses them causes a note, not
     an error. Raises `ConfigError` before anything is changed if the plan refuses a change, or if the cluster refuses a
     topic; `AccessDenied` if this user lacks a right; `BrokerUnavailable` if no broker answers.
     """
@@ -107,12 +107,12 @@ def apply(admin: AdminClient, plan: Plan, *, address: str = "the cluster") -> tu
 
 
 def default_replication(admin: AdminClient, *, address: str = "the cluster") -> int:
-    """Three copies, or as many as there are brokers if there are fewer."""
+    """Return the default number of copies: three, or the number of brokers if it is smaller."""
     return max(1, min(3, len(_brokers(admin, address))))
 
 
 def ensure(app: DeclaresTopics, settings: Settings, replication: int = 1) -> Plan:
-    """Create and alter whatever ``app`` needs, without asking, and return what was done.
+    """Create and alter all topics and groups that ``app`` needs, and return the plan that was carried out.
 
     For development, tests and demos. Raises what `plan` and `apply` raise.
     """
@@ -126,7 +126,7 @@ def ensure(app: DeclaresTopics, settings: Settings, replication: int = 1) -> Pla
 def _partition_counts(
     admin: AdminClient, names: Sequence[str], address: str
 ) -> dict[str, tuple[int | None, int | None]]:
-    """Each topic's partition count, and the replica count of its partition with the fewest; None for a missing
+    """Return each topic's partition count, and the replica count of its partition with the fewest; None for a missing
     topic."""
     counts: dict[str, tuple[int | None, int | None]] = {}
     answers = _request(lambda left: _describe(admin, left), names, "describe topics", address)
@@ -141,12 +141,12 @@ def _partition_counts(
 
 
 def _topics(admin: AdminClient, address: str) -> list[str]:
-    """The names of all topics that this user may see."""
+    """Return the names of all topics that this user may see."""
     return sorted(_metadata(lambda: admin.list_topics(timeout=REQUEST_TIMEOUT_S), "list topics", address).topics)
 
 
 def _metadata(ask: Callable[[], ClusterMetadata], what: str, address: str) -> ClusterMetadata:
-    """What ``ask`` returns, from a broker that is in its cluster. Retried as by `_request`."""
+    """Return the result of ``ask`` from a broker that is in its cluster. Retries as `_request` does."""
     last = ""
     for attempt in range(ATTEMPTS):
         if attempt:
@@ -187,7 +187,7 @@ def _configs(
 
 
 def _brokers(admin: AdminClient, address: str) -> list[str]:
-    """The ids of the cluster's brokers."""
+    """Return the ids of the cluster's brokers."""
     found = _metadata(lambda: cluster.describe(admin, REQUEST_TIMEOUT_S), "describe the cluster", address)
     return [str(number) for number in found.brokers]
 
@@ -213,7 +213,7 @@ def _apply_topics(admin: AdminClient, step: Step, changes: Sequence[Change], add
     for name, answer in _request(send, list(by_name), what, address).items():
         if not isinstance(answer, KafkaException):
             continue
-        # Made by somebody else since the plan, or by an attempt of ours whose answer was lost.
+        # Created by another process since the plan, or by an earlier attempt whose answer was lost.
         if step is Step.CREATE and _code(answer) == KafkaError.TOPIC_ALREADY_EXISTS:
             continue
         raise _refused_by_cluster(answer, f"{what} of topic {name}", _OPERATIONS[step], name)
@@ -264,14 +264,14 @@ def _alter(admin: AdminClient, kind: ResourceType, changes: Sequence[Change]) ->
 
 
 def _await_visible(admin: AdminClient, expected: Mapping[str, int], address: str) -> None:
-    """Wait until the broker that answers knows every partition and its leader: creations are acknowledged before
+    """Wait until the broker that answers knows every partition and its leader: a creation is acknowledged before
     that."""
     deadline = time.monotonic() + VISIBLE_TIMEOUT_S
     missing = dict(expected)
     while True:
         for name, answer in _request(lambda left: _describe(admin, left), list(missing), "describe", address).items():
             if isinstance(answer, KafkaException):
-                continue  # not there yet
+                continue  # not visible yet
             if len(answer.partitions) >= missing[name] and all(p.leader is not None for p in answer.partitions):
                 del missing[name]
         if not missing:
@@ -287,9 +287,9 @@ def _await_visible(admin: AdminClient, expected: Mapping[str, int], address: str
 def _request(
     send: Callable[[Sequence[str]], Mapping[str, Future[Any]]], keys: Sequence[str], what: str, address: str
 ) -> dict[str, Any]:
-    """The answer for each key, or its final `KafkaException`.
+    """Return the answer for each key, or its final `KafkaException`.
 
-    A transient failure is retried for its key alone; after three attempts it raises `BrokerUnavailable`.
+    Retries a transient failure only for its key. Raises `BrokerUnavailable` after three attempts.
     """
     answers: dict[str, Any] = {}
     left = list(keys)

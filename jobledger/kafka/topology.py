@@ -13,12 +13,13 @@ from typing import Any, Protocol
 from jobledger.errors import ConfigError
 from jobledger.names import Names, lane
 
-#: After how many milliseconds a worker that died without leaving the group loses its partitions, and how often members
-#: take a rebalance step. The broker's own defaults are 45 s and 5 s; the broker's minimums override these values.
+#: Milliseconds after which a worker that died without leaving the group loses its partitions, and between two heartbeats,
+#: with which members take the steps of a rebalance. The broker's own defaults are 45 s and 5 s; the broker's minimums
+#: override these values.
 SESSION_TIMEOUT_MS = 6_000
 HEARTBEAT_INTERVAL_MS = 1_000
 
-# Compaction never touches the segment being written, so its size bounds what a restart has to read again.
+# Compaction skips the segment that is being written, so its size limits how much a restart has to read again.
 COMPACTED_SEGMENT_BYTES = 64 * 1024 * 1024
 
 
@@ -56,7 +57,7 @@ class Step(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class TopicSpec:
-    """A topic as it should be. ``config`` is compared key by key; other settings are left to the cluster."""
+    """The required state of a topic. ``config`` is compared key by key; other settings are not changed."""
 
     name: str
     partitions: int
@@ -99,7 +100,7 @@ class Plan:
 
     @property
     def pending(self) -> tuple[Change, ...]:
-        """What `apply` would do."""
+        """The changes that `apply` would make."""
         return tuple(c for c in self.changes if c.step not in (Step.UNCHANGED, Step.REFUSE, Step.ADVISE))
 
     @property
@@ -113,7 +114,7 @@ class Plan:
         return tuple(c for c in self.changes if c.step is Step.ADVISE)
 
     def as_dict(self) -> dict[str, Any]:
-        """The plan as plain values, for JSON."""
+        """Return the plan as plain values, for JSON."""
         return {
             "changes": [asdict(c) for c in self.changes],
             "pending": len(self.pending),
@@ -172,7 +173,7 @@ def desired(
     replication: int,
     events: Iterable[HasTopic] = (),
 ) -> list[TopicSpec]:
-    """Every topic that a namespace needs: pure.
+    """Return every topic that a namespace needs: pure.
 
     ``queues``: partitions of each queue's work topic. ``events``: the classes whose own topics are needed.
     ``partitions``: the partition count of coordination, dead-letter and the coordinator's changelog, and the minimum
@@ -213,7 +214,8 @@ def desired(
             "be in another partition than its state",
         ),
         TopicSpec(names.dead_letter, partitions, replication, kept),
-        # One partition each: read to the end by every process at its start, and a tombstone must meet its record.
+        # One partition each: every process reads them to the end at its start, and a tombstone must be in its record's
+        # partition.
         TopicSpec(names.control, 1, replication, compacted, Growth.FIXED, "a tombstone must meet its record"),
         TopicSpec(names.schemas, 1, replication, compacted, Growth.FIXED, "it is read as one sequence"),
         TopicSpec(
@@ -233,12 +235,12 @@ def _min_insync(copies: int) -> str:
 
 
 def changelog(names: Names) -> str:
-    """The changelog of the coordinator's table of schedules, with the name that Faust gives it."""
+    """Return the name that Faust gives the changelog of the coordinator's table of schedules."""
     return f"{names.coordinator_group}-schedules-changelog"
 
 
 def broken_promises(names: Names, found: Mapping[str, Mapping[str, str | None]]) -> list[str]:
-    """Messages about topic settings that break a promise; ``found``: current settings, by topic: pure.
+    """Return messages about topic settings that break a promise. ``found``: current settings, by topic. Pure.
 
     Checks only settings that promises depend on, of the namespace's own topics; unknown settings are skipped.
     """
@@ -262,7 +264,7 @@ def broken_promises(names: Names, found: Mapping[str, Mapping[str, str | None]])
 
 
 def lifecycle_too_small(topic: str, partitions: int, lifecycle: str, there: int) -> str:
-    """Why some partitions of a work topic cannot be served, and the way out: pure."""
+    """Return a message that says why some partitions of a work topic cannot be served, with the remedy: pure."""
     return (
         f"{topic} has {partitions} partitions and {lifecycle} only {there}: the facts of a job are written to the "
         f"lifecycle partition that has the number of its work record's. Raise it with `kafka-topics.sh --alter --topic {lifecycle} "
@@ -271,7 +273,7 @@ def lifecycle_too_small(topic: str, partitions: int, lifecycle: str, there: int)
 
 
 def worker_groups(names: Names, queues: Iterable[str], *, routed: bool = False) -> list[GroupSpec]:
-    """The settings of every queue's worker group, and of the router's if there is one: pure."""
+    """Return the settings of every queue's worker group, and of the router's if there is one: pure."""
     config = {
         "consumer.session.timeout.ms": str(SESSION_TIMEOUT_MS),
         "consumer.heartbeat.interval.ms": str(HEARTBEAT_INTERVAL_MS),
@@ -281,7 +283,7 @@ def worker_groups(names: Names, queues: Iterable[str], *, routed: bool = False) 
 
 
 def wanted(app: DeclaresTopics, replication: int) -> tuple[list[TopicSpec], list[GroupSpec]]:
-    """Every topic and group that an app needs: pure."""
+    """Return every topic and group that an app needs: pure."""
     queues = queue_partitions(app)
     events = list(app.events.values())
     specs = desired(app.names, queues, partitions=app.partitions, replication=replication, events=events)
@@ -291,8 +293,8 @@ def wanted(app: DeclaresTopics, replication: int) -> tuple[list[TopicSpec], list
 def compare(
     spec: TopicSpec, partitions: int | None, config: Mapping[str, str | None], copies: int | None = None
 ) -> list[Change]:
-    """How one topic differs from its spec: pure. ``partitions`` None: the topic does not exist; ``copies``: the replica
-    count of its partition with the fewest, None if not known."""
+    """Return how one topic differs from its spec: pure. ``partitions`` None: the topic does not exist. ``copies``: the
+    replica count of its partition with the fewest; None: not known."""
     if partitions is None:
         return [
             Change(
@@ -318,8 +320,8 @@ def compare(
             changes.append(_refusal(spec, counts, spec.why_fixed))
     wanted_config = dict(spec.config)
     if copies is not None:
-        # By the copies that there are: two that must acknowledge, of one, would stop every write; and an apply while
-        # one of three brokers is away must not lower it.
+        # By the existing copies: if two must acknowledge and only one exists, every write fails. And an apply while one
+        # of three brokers is unavailable must not lower the value.
         wanted_config["min.insync.replicas"] = _min_insync(copies)
     if copies is not None and copies < spec.replication:
         changes.append(
@@ -340,7 +342,7 @@ def compare(
 
 
 def beside(spec: TopicSpec, other: str) -> Change:
-    """The refusal of a topic that Kafka does not allow next to the existing topic ``other``: pure."""
+    """Return the refusal of a topic that Kafka does not allow beside the existing topic ``other``: pure."""
     reason = (
         f"topic {spec.name!r} collides with {other!r}, which exists: Kafka's metrics do not distinguish '.' and '_', "
         "so Kafka refuses two topics whose names differ only in these. Choose another namespace, queue or event name"
@@ -349,7 +351,7 @@ def beside(spec: TopicSpec, other: str) -> Change:
 
 
 def queue_partitions(app: DeclaresTopics) -> dict[str, int]:
-    """The partitions of each work topic, by queue, or by queue and priority: pure."""
+    """Return the partition count of each work topic, by lane (a queue, or a queue and priority): pure."""
     return {
         lane(name, level): queue.partitions or app.partitions
         for name, queue in app.queues.items()
@@ -358,7 +360,7 @@ def queue_partitions(app: DeclaresTopics) -> dict[str, int]:
 
 
 def within_bounds(config: Mapping[str, str], broker: Mapping[str, str | None]) -> dict[str, str]:
-    """Group settings, changed to values that the broker allows (``group.consumer.min.*`` and ``max.*``): pure."""
+    """Return group settings, changed to values that the broker allows (``group.consumer.min.*`` and ``max.*``): pure."""
     fitted: dict[str, str] = {}
     for key, value in config.items():
         number, setting = int(value), key.removeprefix("consumer.")

@@ -1,9 +1,9 @@
-"""The status database in PostgreSQL: a schema for each namespace, so it can live beside other tables and namespaces.
+"""The status database in PostgreSQL: a schema for each namespace, so other tables and namespaces can be in the database.
 
-``synchronous_commit`` is off for what is written from the log: after a crash of the server its last moments may be
-missing, whole transactions at a time. That loses nothing here: the offsets are in the same transactions, and a writer
-that finds the table behind where it left it (`CommitUnknown`) reads on from there. What gives a lease away, and what
-swaps a table, is forced to disk.
+``synchronous_commit`` is off for writes from the log: a crash of the server may undo the last transactions, each as a
+whole. That loses nothing, because the offsets are in the same transactions. A writer that finds an earlier state of the
+table than it committed (`CommitUnknown`) continues from there. Transactions that acquire a lease or swap a table are
+forced to disk.
 """
 
 from __future__ import annotations
@@ -30,16 +30,16 @@ from jobledger.streams.store.writer import LEASE_S, SqlStore
 
 LOG = get_logger("jobledger.materializer")
 
-#: How long a statement waits for a lock of others: somebody reads while a rebuild swaps, or changes the table by hand.
+#: How long a statement waits for a lock of another session, such as a reader during a rebuild's swap, or a manual change.
 LOCK_TIMEOUT = "10s"
-#: The same of a swap, for which others' readers wait meanwhile: less than a reader's own patience. And seconds in all.
+#: The same limit for a swap, for which readers wait meanwhile: it is less than a reader's own limit. And how long in
+#: seconds a swap is retried.
 SWAP_LOCK_TIMEOUT, SWAP_PATIENCE_S = "2s", 60.0
 
-#: In the order in which a swap locks them: that in which readers come by them, so neither
-#: waits for the other in a ring.
+#: In the order in which a swap locks them. Readers use the tables in the same order, which prevents deadlocks.
 _TABLES = (jobs, tags, counters, offsets, lease, meta)
 _COLUMNS = ", ".join(f'"{name}"' for name in COLUMNS)
-#: The types of `COLUMNS` as the binary format must be told them.
+#: The types of `COLUMNS`, as COPY's binary format needs them.
 _TYPES = ["text"] * 4 + ["int8"] * 7 + ["text"] * 2 + ["bytea"] * 2
 _set = ", ".join(f'"{name}" = excluded."{name}"' for name in COLUMNS[1:])
 _INCOMING = (
@@ -74,12 +74,12 @@ _RESET = (
 
 
 class PostgresStore(SqlStore):
-    """`Store` in a schema of a PostgreSQL database, which is made if it is missing.
+    """`Store` in a schema of a PostgreSQL database. Creates the schema if it is missing.
 
-    ``lease_s``: seconds after which a silent writer may be replaced, by the database's clock unless
-    ``clock`` is given (for tests). A writer whose connection has ended is replaced at once. ``schema``:
-    another than the namespace's. Raises `StoreUnavailable` if nothing answers, `StoreError` if the database
-    lets us not in or the tables are not ours.
+    ``lease_s``: seconds after which a writer that does not renew its lease may be replaced, by the database's clock
+    unless ``clock`` is given (for tests). A writer whose connection has ended is replaced at once. ``schema``: None: the
+    namespace's own. Raises `StoreUnavailable` if nothing answers, `StoreError` if the database refuses access or the
+    tables belong to something else.
     """
 
     FOR_UPDATE: ClassVar[str] = " FOR UPDATE"
@@ -98,9 +98,9 @@ class PostgresStore(SqlStore):
         self._url, self._address = url, Address(url, namespace)
         self.schema = schema or self._address.schema
         self._db: psycopg.Connection[Any] | None = None
-        #: Whether this session holds the lock that tells others of its life.
+        #: Whether this session holds the advisory lock that shows other processes that it is connected.
         self._marked = False
-        #: The offsets as this writer last knew them to be in the table; None: it does not know.
+        #: The offsets that this writer last read from or committed to the table; None: not known.
         self._left: Mapping[Partition, int] | None = None
         try:
             self._make()
@@ -111,8 +111,8 @@ class PostgresStore(SqlStore):
     # -- the connection -----------------------------------------------------------------------------------------------
 
     def _connected(self) -> psycopg.Connection[Any]:
-        """The connection, made anew if it broke. Raises `CommitUnknown` if the table is
-        not where this writer left it."""
+        """Return the connection; connect again if it broke. Raises `CommitUnknown` if the table then differs from what
+        this writer committed."""
         if self._db is not None and not self._db.closed:
             return self._db
         self._db = None
@@ -157,12 +157,12 @@ class PostgresStore(SqlStore):
                 yield
                 db.commit()
             except BaseException:
-                with suppress(psycopg.Error):  # of a connection that broke: it is made anew
+                with suppress(psycopg.Error):  # the connection broke: the next statement connects again
                     db.rollback()
                 raise
 
     def _reading(self) -> AbstractContextManager[None]:
-        return self._transaction()  # or it would stay open behind the query
+        return self._transaction()  # else the query's transaction would stay open
 
     def _run(self, sql: str, *values: object) -> psycopg.Cursor[Any]:
         return self._connected().execute(sql.replace("?", "%s"), values)
@@ -181,11 +181,11 @@ class PostgresStore(SqlStore):
         with self._transaction():
             if not self._there():
                 self._durable()
-                # Of two that start at once the second waits, and finds the tables.
+                # If two processes start at once, the second waits here, and then finds the tables.
                 self._run("SELECT pg_advisory_xact_lock(?)", lock_number(self.schema))
                 if not self._there():
                     self._create()
-            # By its whole name: a schema that this user may not use is silently no part of the search path.
+            # With the schema's name: PostgreSQL silently ignores a schema in the search path that this user may not use.
             asking = sql.SQL("SELECT key, value FROM {}").format(sql.Identifier(self.schema, meta.name))
             found: dict[str, str] = dict(self._connected().execute(asking).fetchall())
             judge(found, self.url, self.namespace)
@@ -208,7 +208,7 @@ class PostgresStore(SqlStore):
                 f"{self._address.place} is encoded in {encoding}, which cannot store every text: create a database with "
                 "`createdb --encoding=UTF8 --template=template0`"
             )
-        db, dialect = self._connected(), postgresql.dialect()  # type: ignore[no-untyped-call]  # it bears no types
+        db, dialect = self._connected(), postgresql.dialect()  # type: ignore[no-untyped-call]  # it has no types
         if db.execute("SELECT 1 FROM pg_namespace WHERE nspname = %s", (self.schema,)).fetchone() is None:
             db.execute(sql.SQL("CREATE SCHEMA {}").format(sql.Identifier(self.schema)))
         for table in metadata.sorted_tables:
@@ -218,7 +218,7 @@ class PostgresStore(SqlStore):
         self._first_rows()
 
     def _durable(self) -> None:
-        """This transaction is on disk when it has committed."""
+        """Force this transaction to disk at its commit."""
         self._run("SET LOCAL synchronous_commit = on")
 
     # -- the lease ----------------------------------------------------------------------------------------------------
@@ -229,7 +229,8 @@ class PostgresStore(SqlStore):
         return "(extract(epoch FROM clock_timestamp()) * 1000)::bigint", ()  # one clock for all machines
 
     def _gone(self, holder: str, epoch: int) -> bool:
-        # A writer's connection holds a lock for as long as it lives; with it the process ended, on whatever machine.
+        # A writer's connection holds a lock as long as it is open. If the lock is free, the connection has ended, on
+        # whatever machine.
         ((free,),) = self._run("SELECT pg_try_advisory_xact_lock(?, ?)", *self._mark_of(epoch)).fetchall()
         return bool(free)
 
@@ -245,8 +246,8 @@ class PostgresStore(SqlStore):
             self._mark(self._connected(), self._epoch)
 
     def _mark(self, db: psycopg.Connection[Any], epoch: int) -> None:
-        # Not waited for: it is with the session before, whose end the server has not noticed yet, and is asked for
-        # again; or with another that finds the last writer gone and is about to write itself.
+        # Do not wait for the lock. Either this writer's previous session still holds it, as the server has not noticed its
+        # end; then the next transaction tries again. Or another process holds it, found this writer gone, and takes over.
         ((self._marked,),) = db.execute("SELECT pg_try_advisory_lock(%s, %s)", self._mark_of(epoch)).fetchall()
 
     def _mark_of(self, epoch: int) -> tuple[int, int]:
@@ -255,7 +256,7 @@ class PostgresStore(SqlStore):
     # -- rows ---------------------------------------------------------------------------------------------------------
 
     def offsets(self) -> dict[Partition, int]:
-        """The next offset to be read of every partition; a writer goes on from what it is told here."""
+        """Return the next offset to read of every partition. A writer continues from these offsets."""
         self._left = None
         with self._transaction():
             if self._epoch is not None:
@@ -270,7 +271,7 @@ class PostgresStore(SqlStore):
         return self._run("SELECT job_id, slots, result FROM jobs WHERE job_id = ANY(?)", list(job_ids)).fetchall()
 
     def write(self, changes: Changes) -> None:
-        """Write all of it, or nothing: rows, tags, counters, offsets."""
+        """Write all changes (rows, tags, counters, offsets, topic ids) in one transaction."""
         super().write(changes)
         if self._left is not None:
             self._left = {**self._left, **changes.resets, **changes.offsets}
@@ -300,9 +301,9 @@ class PostgresStore(SqlStore):
 
     @contextmanager
     def beside(self) -> Iterator[Self]:
-        """An empty table of the same namespace that this one can be replaced with; gone when the block ends.
+        """Create an empty table of the same namespace, leased, for `replace_with`. It is deleted when the block ends.
 
-        It is a schema of its own; what a rebuild that was killed left of it goes with the next one.
+        It is in a separate schema. If a rebuild is killed, the next one deletes the schema that it left.
         """
         schema = schema_beside(self.schema)
         gone = sql.SQL("DROP SCHEMA IF EXISTS {} CASCADE").format(sql.Identifier(schema))
@@ -321,11 +322,10 @@ class PostgresStore(SqlStore):
                 LOG.warning("schema %s could not be dropped; the next rebuild drops it: %s", schema, exc)
 
     def replace_with(self, other: Self) -> None:
-        """Take over everything that ``other`` holds, in one transaction; readers see either or.
+        """Replace this table with ``other`` in one transaction. Readers see either the old or the new table.
 
-        Needs the lease, which ends with it: whoever wrote either table before must acquire it again.
-        What others were granted on the tables holds for the new ones. Raises `StoreError` if views hang
-        on them: they would go with them.
+        Needs the lease and releases it: a writer of either table must acquire it again. Privileges granted on the old
+        tables are granted on the new ones. Raises `StoreError` if views depend on the tables: they would be dropped.
         """
         deadline = time.monotonic() + SWAP_PATIENCE_S
         while True:
@@ -337,7 +337,7 @@ class PostgresStore(SqlStore):
                     raise
                 LOG.info("the new table is not in its place yet: %s", exc)
             self.renew()
-            time.sleep(0.5)  # in which readers that waited behind the swap come first
+            time.sleep(0.5)  # lets the readers run that waited for the swap's lock
 
     def _swap(self, other: Self) -> None:
         with self._transaction():
@@ -378,8 +378,8 @@ class PostgresStore(SqlStore):
 
 
 def _await_lease(db: psycopg.Connection[Any]) -> None:
-    """Wait until the transaction of a connection that broke has ended: it may be in the middle of its commit, unheard of.
-    Every writing transaction holds this row from its first statement to its end."""
+    """Wait until the transaction of a broken connection has ended: the server may still be committing it. Every
+    transaction that writes holds this row's lock from its first statement to its end."""
     db.execute("SELECT 1 FROM lease FOR UPDATE")
 
 

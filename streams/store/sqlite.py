@@ -1,7 +1,7 @@
-"""The status database in one SQLite file, in WAL mode: readers never wait for the writer, nor it for them.
+"""The status database in one SQLite file, in WAL mode: readers never wait for the writer, and the writer never for them.
 
-``synchronous=NORMAL``: a commit is not forced to disk, so a power cut may take the last transactions away, whole. That
-loses nothing here: the offsets are in the same transactions, and what is missing is read from the log again.
+``synchronous=NORMAL``: a commit is not forced to disk, so a power cut may undo the last transactions, each as a whole.
+That loses nothing, because the offsets are in the same transactions: the missing records are read from the log again.
 """
 
 from __future__ import annotations
@@ -31,15 +31,15 @@ from jobledger.streams.store.rows import COLUMNS, Row
 from jobledger.streams.store.tables import metadata
 from jobledger.streams.store.writer import LEASE_S, SqlStore
 
-#: Seconds a statement waits for another writer (a stand-by asking for the lease, a rebuild swapping).
+#: Seconds that a statement waits for another writer, such as a standby that requests the lease or a rebuild's swap.
 BUSY_TIMEOUT_S = 10.0
-#: How the names of folders begin that are made beside a table and go with what made them.
+#: Prefix of temporary folders beside a table.
 SCRATCH = ".rebuild-"
-#: Pages in the write-ahead log before they are moved into the file: 32 MB of pages of 8 kB.
+#: Number of pages in the write-ahead log after which they are moved into the file: 32 MB in pages of 8 kB.
 _CHECKPOINT_PAGES = 4_000
 _PAGE_BYTES = 8_192
 _CACHE_KB = 64 * 1024
-#: Ids asked for in one statement.
+#: Number of ids in one query.
 _IDS_A_QUERY = 500
 
 _set = ", ".join(f"{name}=excluded.{name}" for name in COLUMNS[1:])
@@ -62,7 +62,7 @@ _RESET = (
 
 
 def path_of(url: str) -> Path:
-    """The file a ``sqlite:///`` URL names. Raises `ConfigError` if it names none."""
+    """Return the file that a ``sqlite:///`` URL names. Raises `ConfigError` if it names none."""
     try:
         database = sqlalchemy.make_url(url).database
     except ArgumentError:
@@ -73,7 +73,8 @@ def path_of(url: str) -> Path:
 
 
 def open_reader(url: str, namespace: str) -> SqlReader:
-    """The read side of the file. Raises `StoreNotFound` if it is missing, `StoreError` if it is not ours."""
+    """Return the read side of the file. Raises `StoreNotFound` if it is missing, `StoreError` if it is not this
+    namespace's status table."""
     path = path_of(url)
     if not path.exists():
         raise not_found(url)
@@ -89,8 +90,8 @@ def _engine(connect: Callable[[], sqlite3.Connection]) -> Engine:
 
 
 def copy(url: str, namespace: str, path: Path) -> None:
-    """Copy the status table as it is at one moment, while it may be written. Raises as `open_reader` does."""
-    reader = open_reader(url, namespace)  # refuses what is not ours
+    """Copy the status table, as it is at one moment. It may be written meanwhile. Raises as `open_reader` does."""
+    reader = open_reader(url, namespace)  # raises for another namespace's or program's file
     try:
         source, target = sqlite3.connect(_read_only(path_of(url)), uri=True), sqlite3.connect(path)
         with closing(source), closing(target):
@@ -106,7 +107,7 @@ def _read_only(path: Path) -> str:
 
 
 def namespace_in(path: Path) -> str | None:
-    """The namespace whose status table a file holds; None for a file of anything else."""
+    """Return the namespace whose status table a file contains; None for any other file."""
     try:
         with closing(sqlite3.connect(_read_only(path), uri=True, timeout=BUSY_TIMEOUT_S)) as file:
             found = file.execute("SELECT value FROM meta WHERE key = 'namespace'").fetchone()
@@ -116,10 +117,11 @@ def namespace_in(path: Path) -> str | None:
 
 
 class SqliteStore(SqlStore):
-    """`Store` in a SQLite file, which is made if it is missing.
+    """`Store` in a SQLite file. Creates the file if it is missing.
 
-    ``lease_s``: seconds after which a silent writer may be replaced. A writer of this machine whose process is gone is
-    replaced at once. ``clock``: seconds, for tests. Raises `StoreError` if the file is not ours.
+    ``lease_s``: seconds after which a writer that does not renew its lease may be replaced. A writer on this machine
+    whose process has ended is replaced at once. ``clock``: returns seconds; for tests. Raises `StoreError` if the file is
+    not this namespace's status table.
     """
 
     def __init__(
@@ -155,7 +157,8 @@ class SqliteStore(SqlStore):
             raise
 
     def _set(self, pragma: str) -> None:
-        """Of two that make a file at once SQLite lets one change its journal, and refuses the other without waiting."""
+        """Run a PRAGMA; retry while the file is busy. If two processes create a file at once, SQLite refuses to change
+        the journal mode in one of them without waiting."""
         deadline = time.monotonic() + BUSY_TIMEOUT_S
         while True:
             try:
@@ -195,7 +198,7 @@ class SqliteStore(SqlStore):
                 yield
                 self._db.execute("COMMIT")
             except BaseException:
-                if self._db.in_transaction:  # some errors end it by themselves
+                if self._db.in_transaction:  # some errors end the transaction
                     self._db.execute("ROLLBACK")
                 raise
 
@@ -220,7 +223,7 @@ class SqliteStore(SqlStore):
             os.kill(int(pid), 0)
         except ProcessLookupError:
             return True
-        except OSError:  # somebody else's process: it lives
+        except OSError:  # another user's process: it runs
             return False
         return False
 
@@ -246,7 +249,7 @@ class SqliteStore(SqlStore):
 
     @contextmanager
     def beside(self) -> Iterator[Self]:
-        """An empty table of the same namespace that this one can be replaced with; gone when the block ends."""
+        """Create an empty table of the same namespace, leased, for `replace_with`. It is deleted when the block ends."""
         with (
             tempfile.TemporaryDirectory(prefix=SCRATCH, dir=self.path.parent) as folder,
             type(self)(f"sqlite:///{Path(folder) / 'new.db'}", self.namespace) as new,
@@ -255,9 +258,9 @@ class SqliteStore(SqlStore):
             yield new
 
     def replace_with(self, other: Self) -> None:
-        """Take over everything that ``other`` holds, in one transaction of this file; readers see either or.
+        """Replace this table with ``other`` in one transaction of this file. Readers see either the old or the new table.
 
-        Needs the lease, which ends with it: whoever wrote either file before must acquire it again.
+        Needs the lease and releases it: a writer of either file must acquire it again.
         """
         with self._transaction():
             self._own()

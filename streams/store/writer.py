@@ -1,7 +1,7 @@
-"""What the write side does alike on every database: the lease, and which rows need not be looked for.
+"""The part of the write side that is the same on every database: the lease, and the choice of rows that must be read.
 
-SQL that all of them understand, with ``?`` for a value; a backend says how a statement is run and how a transaction
-begins and ends.
+Uses SQL that every backend understands, with ``?`` for a value. A backend runs the statements and begins and ends the
+transactions.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from jobledger.streams.store.protocol import Changes, Partition
 from jobledger.streams.store.rows import Row, life_of
 from jobledger.streams.store.tables import SCHEMA_VERSION, TOPIC
 
-#: Seconds a writer may be silent before another one takes over.
+#: Duration of the lease in seconds: a writer that has not renewed it for so long may be replaced.
 LEASE_S = 10.0
 
 
@@ -29,7 +29,7 @@ _TOPIC = "INSERT INTO meta (key, value) VALUES (?, ?) ON CONFLICT (key) DO UPDAT
 
 
 class Cursor(Protocol):
-    """What came of a statement."""
+    """The result of a statement."""
 
     @property
     def rowcount(self) -> int: ...
@@ -40,11 +40,11 @@ class Cursor(Protocol):
 class SqlStore(ABC):
     """The half of `Store` that does not depend on the database.
 
-    ``lease_s``: seconds after which a silent writer may be replaced. ``holder``: who writes, ``host:pid`` by default.
-    ``clock``: seconds; None: the backend's own.
+    ``lease_s``: seconds after which a writer that does not renew its lease may be replaced. ``holder``: this writer's name
+    in the lease; ``host:pid`` by default. ``clock``: returns seconds; None: the backend's own clock.
     """
 
-    #: Appended to a query whose row the transaction is about to change.
+    #: Appended to a query for a row that the transaction will change.
     FOR_UPDATE: ClassVar[str] = ""
 
     def __init__(
@@ -64,23 +64,23 @@ class SqlStore(ABC):
     ) -> None:
         self.close()
 
-    # -- what a backend brings ----------------------------------------------------------------------------------------
+    # -- implemented by a backend -------------------------------------------------------------------------------------
 
     @abstractmethod
     def _errors(self) -> AbstractContextManager[None]:
-        """Turns the driver's errors into `StoreError`."""
+        """Turn the driver's errors in the block into `StoreError`."""
 
     @abstractmethod
     def _transaction(self) -> AbstractContextManager[None]:
-        """Commits at its end, or takes everything back."""
+        """Run the block in a transaction: commit at its end, roll back after an exception."""
 
     def _reading(self) -> AbstractContextManager[None]:
-        """Around queries that belong to no transaction."""
+        """Run queries in the block that belong to no other transaction."""
         return self._errors()
 
     @abstractmethod
     def _run(self, sql: str, *values: object) -> Cursor:
-        """Run a statement, in the transaction if there is one."""
+        """Run a statement, in the present transaction if there is one."""
 
     @abstractmethod
     def _run_many(self, sql: str, rows: Iterable[Sequence[object]]) -> None:
@@ -88,27 +88,28 @@ class SqlStore(ABC):
 
     @abstractmethod
     def _states(self, job_ids: Sequence[str]) -> Iterable[tuple[str, bytes, bytes | None]]:
-        """(job id, slots, result) of those rows that are there."""
+        """Return (job id, slots, result) of those rows that exist."""
 
     @abstractmethod
     def _put(self, rows: Sequence[Row], changes: Changes) -> None:
-        """Write all of it, in the transaction; ``rows``: the jobs' in order of their ids."""
+        """Write the changes but for ``changes.topics``, in the present transaction. ``rows``: the jobs' rows, sorted by
+        id."""
 
     @abstractmethod
     def _gone(self, holder: str, epoch: int) -> bool:
-        """Whether the holder of a lease that still runs is known to have ended."""
+        """Return whether the holder of a lease that has not expired is known to have ended."""
 
     @abstractmethod
     def _disconnect(self) -> None:
-        """Give the connection back."""
+        """Close the connection."""
 
     def _now(self) -> tuple[str, tuple[int, ...]]:
-        """The time in milliseconds: an expression, and its values."""
+        """Return a SQL expression for the present time in milliseconds, and its values."""
         assert self._clock is not None, "a backend without a clock of its own is given one"
         return "?", (int(self._clock() * 1000),)
 
     def _take(self, epoch: int) -> None:
-        """Write down that the lease is ours, under this epoch."""
+        """Store this writer as the lease's holder, with this epoch."""
         now, at = self._now()
         self._run(
             f"UPDATE lease SET epoch = ?, holder = ?, until_ms = {now} + ?",
@@ -116,7 +117,7 @@ class SqlStore(ABC):
         )
 
     def _first_rows(self) -> None:
-        """The first rows of tables that were just made."""
+        """Insert the first rows of new tables."""
         self._run("INSERT INTO lease (id, epoch, holder, until_ms) VALUES (1, 0, '', 0)")
         said = {"schema_version": str(SCHEMA_VERSION), "namespace": self.namespace}
         self._run_many("INSERT INTO meta (key, value) VALUES (?, ?)", list(said.items()))
@@ -124,7 +125,7 @@ class SqlStore(ABC):
     # -- the lease ----------------------------------------------------------------------------------------------------
 
     def acquire(self) -> bool:
-        """Become the writer, unless another one's lease runs."""
+        """Become the writer; return False while another writer's lease is valid."""
         now, at = self._now()
         with self._transaction():
             query = f"SELECT epoch, holder, until_ms > {now} FROM lease{self.FOR_UPDATE}"
@@ -138,19 +139,20 @@ class SqlStore(ABC):
         return True
 
     def renew(self) -> None:
-        """Hold the lease longer. Raises `LeaseLost`."""
+        """Extend the lease. Raises `LeaseLost`."""
         with self._transaction():
             self._own()
 
     def release(self) -> None:
-        """Let another writer in at once. Does nothing if the lease is not ours."""
+        """Release the lease, so that another writer can take over at once. Does nothing if this writer does not hold it."""
         if self._epoch is not None:
             with self._transaction():
                 self._run("UPDATE lease SET holder = '', until_ms = 0 WHERE epoch = ? AND holder = ?", *self._mine())
             self._epoch = None
 
     def _own(self) -> None:
-        """The beginning of every transaction of a writer: none but the lease's holder gets past it."""
+        """Extend the lease at the beginning of every transaction that writes. Raises `LeaseLost` if this writer does not
+        hold it."""
         if self._epoch is None:
             raise LeaseLost(
                 f"the lease of the status table {self.url} is not held by this materializer: it was given back, or never acquired"
@@ -168,11 +170,11 @@ class SqlStore(ABC):
             )
 
     def _mine(self) -> tuple[int | None, str]:
-        # The holder, too: a database that lost its last seconds in a crash may give an epoch out a second time.
+        # The holder as well, because a database that lost its last commits in a crash may assign an epoch twice.
         return self._epoch, self._holder
 
     def holder(self) -> str:
-        """Who has the lease: ``host:pid``, or nothing."""
+        """Return the holder of the lease: ``host:pid`` by default, or an empty text."""
         with self._reading():
             (holder,) = self._run("SELECT holder FROM lease").fetchone()
         return str(holder)
@@ -180,21 +182,21 @@ class SqlStore(ABC):
     # -- rows ---------------------------------------------------------------------------------------------------------
 
     def offsets(self) -> dict[Partition, int]:
-        """The next offset to be read of every partition."""
+        """Return the next offset to read of every partition."""
         with self._reading():
             rows = self._run("SELECT topic, partition, next_offset FROM offsets").fetchall()
         return {(topic, partition): offset for topic, partition, offset in rows}
 
     def topics(self) -> dict[str, str]:
-        """The ids of the topics that the offsets are of, as far as they are known."""
+        """Return the ids of the topics to which the offsets belong, as far as they are known."""
         with self._reading():
             rows = self._run("SELECT key, value FROM meta WHERE key LIKE ?", f"{TOPIC}%").fetchall()
         return {key.removeprefix(TOPIC): value for key, value in rows}
 
     def load(self, job_ids: Sequence[str]) -> dict[str, Life]:
-        """The fold states of those jobs that the table knows."""
-        # Ids that are ordered by time are mostly new ones beyond the last row: no need to look. Only the lease's
-        # holder may reason like that, for nobody else adds rows.
+        """Return the fold states of those jobs that the table knows."""
+        # Jobledger's ids are ordered by time, so most new ones are beyond the last row and need no query. Only the lease's
+        # holder can rely on that, because no other process adds rows.
         wanted = [i for i in job_ids if i <= self._greatest] if self._epoch is not None else list(job_ids)
         if not wanted:
             return {}
@@ -202,8 +204,8 @@ class SqlStore(ABC):
             return {job_id: life_of(slots, result) for job_id, slots, result in self._states(wanted)}
 
     def write(self, changes: Changes) -> None:
-        """Write all of it, or nothing: rows, tags, counters, offsets."""
-        # In order of the ids rows are appended to the tree, or lie beside one another in it.
+        """Write all changes (rows, tags, counters, offsets, topic ids) in one transaction."""
+        # Sorted by id, rows are appended to the tree or are next to one another in it.
         rows = sorted(changes.jobs)
         with self._transaction():
             self._own()
@@ -214,13 +216,13 @@ class SqlStore(ABC):
             self._greatest = max(self._greatest, rows[-1][0])
 
     def carry(self, job_ids: Sequence[str]) -> None:
-        """Mark rows that are there as carried over from the table before."""
+        """Mark existing rows as carried over from the previous table."""
         with self._transaction():
             self._own()
             self._run_many("UPDATE jobs SET carried = 1 WHERE job_id = ?", [(i,) for i in job_ids])
 
     def size(self) -> int:
-        """How many jobs there are."""
+        """Return the number of jobs."""
         with self._reading():
             (number,) = self._run("SELECT count(*) FROM jobs").fetchone()
         return int(number)
@@ -230,7 +232,7 @@ class SqlStore(ABC):
         return greatest or ""
 
     def close(self) -> None:
-        """Release the lease and the connection."""
+        """Release the lease and close the connection."""
         try:
             self.release()
         finally:
