@@ -1,7 +1,8 @@
-"""Defaults of users' fields: in the JSON form that Avro requires, and converted back to what a reader of the log gets.
-Pure.
+"""Converts defaults of users' fields to the JSON form that Avro requires, and back to the values that a reader of the log
+gets. Pure.
 
-Avro's default belongs to a union's first branch, and has the form of the type below a logical one: days, microseconds.
+In Avro a union's default has the type of the first branch, and a logical type's default has the form of the underlying
+type: days, microseconds.
 """
 
 from __future__ import annotations
@@ -17,20 +18,20 @@ _EPOCH_DAY = _EPOCH.date().toordinal()
 _MICROSECOND = dt.timedelta(microseconds=1)
 _LONG = 2**63
 
-#: Records that were defined before, by their full name.
+#: Records that are already defined, by their full name.
 Records = Mapping[str, Mapping[str, Any]]
 
 
 def told(schema: Any, value: Any, records: Records) -> tuple[Any, Any]:
-    """A field's schema, with the default's branch first in its union; and the default in Avro's form.
+    """Return a field's schema, with the default's branch first if it is a union, and the default in Avro's form.
 
-    ``value``: plain, with datetimes, dates and bytes as they are. Raises `ValueError` with the reason if Avro cannot
-    represent it.
+    ``value``: the default as plain values, with datetimes, dates and bytes unchanged. Raises `ValueError` with the reason
+    if Avro cannot represent it.
     """
     if not isinstance(schema, list):
         return schema, _json(schema, value, records)
     why = ""
-    # A whole number is a long if there is one.
+    # "double" last, so that a whole number is a long if the union has one.
     for branch in sorted(schema, key=lambda each: each == "double"):
         try:
             default = _json(branch, value, records)
@@ -45,7 +46,7 @@ def told(schema: Any, value: Any, records: Records) -> tuple[Any, Any]:
 
 def _json(schema: Any, value: Any, records: Records) -> Any:
     if isinstance(schema, list):
-        # Whose default it is decides the order of its own branches only.
+        # An inner union keeps the order of its branches: only that of the field with the default can be changed.
         return _json(schema[0], value, records)
     kind, logical = (schema["type"], schema.get("logicalType")) if isinstance(schema, dict) else (schema, None)
     match kind, value:
@@ -85,15 +86,15 @@ def _record(schema: Any, records: Records) -> Mapping[str, Any] | None:
 
 
 def _of_field(field: Mapping[str, Any], value: Mapping[str, Any], records: Records) -> Any:
-    if field["name"] not in value and "default" in field:  # some classes leave out what is as they have it
+    if field["name"] not in value and "default" in field:  # some classes leave out fields whose value is their default
         return field["default"]
     return _json(field["type"], value.get(field["name"]), records)
 
 
 def understood(parsed: Any) -> Any:
-    """``parsed``, fastavro's form of a schema, with each default in the form in which a reader gets such a value.
+    """Convert each default in ``parsed``, fastavro's form of a schema, to the value that a reader gets; return ``parsed``.
 
-    fastavro returns defaults as they are in the schema: a number where the record would have a date.
+    fastavro returns defaults as they are in the schema: a number instead of a date, for example.
     """
     _understand(parsed, {})
     return parsed

@@ -1,8 +1,8 @@
-"""Avro schemas of users' event classes: dataclasses, msgspec Structs and pydantic models. Pure.
+"""Derives Avro schemas from users' event classes: dataclasses, msgspec Structs and pydantic models. Pure.
 
-Names and types are used as they are written. A type that Avro cannot represent unambiguously is refused, with the
-field's name. Where JSON and Avro differ, the form that any reader of the log understands is chosen: decimals and UUIDs
-are text, and a choice of values has its plain type, so that a new choice breaks no reader.
+Names and types are used as they are in the class. A type that Avro cannot represent unambiguously is refused, with the
+field's name. Where JSON and Avro differ, the schema uses the form that every reader of the log understands: decimals and
+UUIDs are text, and a choice of values has the values' plain type, so that a new value breaks no reader.
 """
 
 from __future__ import annotations
@@ -38,14 +38,14 @@ _PLAIN: dict[type[Any], Any] = {
     kinds.NoneType: "null",
 }
 _NO_DEFAULT: Any = object()
-#: Factories whose default is always an empty value.
+#: Factories that always return an empty value.
 _EMPTY = (list, dict, set, frozenset, tuple)
-#: Types that fastavro accepts unchanged.
+#: Types whose values are passed to fastavro unchanged.
 _KEPT = (bytes, datetime.datetime, datetime.date)
 
 
 def derive(cls: type[Any], name: str, namespace: str) -> str:
-    """The schema of ``cls`` as an Avro record ``namespace.name``: JSON text, the same for the same class.
+    """Return the schema of ``cls`` as an Avro record ``namespace.name``: JSON text, the same for the same class.
 
     Raises `ConfigError` that names the field whose type has no Avro form.
     """
@@ -54,22 +54,22 @@ def derive(cls: type[Any], name: str, namespace: str) -> str:
 
 
 def is_pydantic(cls: Any) -> bool:
-    """Whether ``cls`` is a pydantic model, without importing pydantic."""
+    """Return whether ``cls`` is a pydantic model, without importing pydantic."""
     return isinstance(cls, type) and hasattr(cls, "model_validate") and hasattr(cls, "model_fields")
 
 
 def check_evolution(subject: str, text: str, earlier: dict[str, str]) -> None:
-    """Raise `IncompatibleEvent` unless the schema ``text`` can read what each schema in ``earlier`` wrote
+    """Raise `IncompatibleEvent` unless the schema ``text`` can read the records written with each schema in ``earlier``
     (BACKWARD_TRANSITIVE).
 
-    ``earlier``: schema texts by a name for messages.
+    ``earlier``: schema texts by a name for messages; texts that are no Avro schema are skipped.
     """
     reader = avro.schema.parse(text)
     for which, written in earlier.items():
         try:
             writer = avro.schema.parse(written)
         except avro.errors.SchemaParseException:
-            continue  # somebody else's, and no schema: it has written nothing that could be read
+            continue  # another program's text, not a schema: no records were written with it
         found = avro.compatibility.ReaderWriterCompatibilityChecker().get_compatibility(  # type: ignore[no-untyped-call]
             reader, writer
         )
@@ -84,7 +84,7 @@ def check_evolution(subject: str, text: str, earlier: dict[str, str]) -> None:
 
 
 class _Deriver:
-    """One class's schema; remembers which records it has defined, since Avro defines each once."""
+    """Derives one class's schema. Stores the records defined so far, as Avro allows only one definition of each."""
 
     def __init__(self, root: type[Any], namespace: str) -> None:
         self._root, self._namespace = root, namespace
@@ -92,7 +92,7 @@ class _Deriver:
         self._records: dict[str, dict[str, Any]] = {}
 
     def record(self, cls: type[Any], name: str, where: str) -> dict[str, Any] | str:
-        """``cls`` as a record, or its name if it was defined above."""
+        """Return ``cls`` as a record, or only its name if it is already defined. Raises `ConfigError`."""
         if not _NAME.fullmatch(name):
             raise ConfigError(f"{where}: {name!r} is no Avro name: letters, digits and '_', not beginning with a digit")
         if name in self._defined:
@@ -108,7 +108,7 @@ class _Deriver:
         fields = [self._field(f, default, kind, f"{where}.{f}") for f, kind, default in _fields_of(cls, where)]
         record: dict[str, Any] = {"type": "record", "name": name, "namespace": self._namespace}
         doc = cls.__dict__.get("__doc__")
-        if doc and not doc.startswith(f"{cls.__name__}("):  # a dataclass without one gets its signature
+        if doc and not doc.startswith(f"{cls.__name__}("):  # Python gives a dataclass without a docstring its signature
             record["doc"] = " ".join(doc.split())
         self._records[f"{self._namespace}.{name}"] = record = {**record, "fields": fields}
         return record
@@ -179,7 +179,8 @@ class _Deriver:
 
 
 def _fields_of(cls: type[Any], where: str) -> list[tuple[str, kinds.Type, Any]]:
-    """(name, type, default) of each field; the default of a factory only where it makes nothing or an empty thing."""
+    """Return (name, type, default) of each field. The value of a default_factory counts as a default only if the factory is
+    in `_EMPTY`. Raises `ConfigError`."""
     if is_pydantic(cls):
         return [_model_field(cls, name, field, where) for name, field in cls.model_fields.items()]
     try:
@@ -204,7 +205,8 @@ def _fields_of(cls: type[Any], where: str) -> list[tuple[str, kinds.Type, Any]]:
 
 
 def _model_field(cls: Any, name: str, field: Any, where: str) -> tuple[str, kinds.Type, Any]:
-    """One field of a pydantic model. Raises `ConfigError` if it is read under another name than it is written."""
+    """Return (name, type, default) of a pydantic model's field. Raises `ConfigError` if it is read under another name than
+    it is written."""
     written = name if field.serialization_alias is None else field.serialization_alias
     read = field.validation_alias
     if read is None or not cls.model_config.get("validate_by_alias", True):
@@ -223,7 +225,7 @@ def _model_field(cls: Any, name: str, field: Any, where: str) -> tuple[str, kind
 
 
 def _first_bytes(cls: type[Any], where: str, seen: set[type[Any]]) -> str | None:
-    """The first field with bytes, in this class or in one inside it; None if there is none."""
+    """Return the path of the first field with bytes, in this class or a class of its fields; None if there is none."""
     seen.add(cls)
 
     def of(kind: kinds.Type, where: str) -> str | None:
@@ -249,8 +251,8 @@ Dump = Callable[[Any], dict[str, Any]]
 
 
 def dumper(cls: type[Any]) -> Dump:
-    """A function that converts an instance to what fastavro writes. Raises `TypeError`, `ValueError` or
-    `msgspec.ValidationError` for an instance whose values do not have its fields' types."""
+    """Return a function that converts an instance to values that fastavro writes. That function raises `TypeError`,
+    `ValueError` or `msgspec.ValidationError` for an instance whose values do not have its fields' types."""
     if is_pydantic(cls):
         return lambda event: _builtins(event.model_dump(mode="python", by_alias=True))
     return lambda event: _checked(_builtins(event), cls)
@@ -271,13 +273,14 @@ def _nested(value: Any) -> Any:
 
 
 def _checked(plain: dict[str, Any], cls: type[Any]) -> dict[str, Any]:
-    # Annotations are not enforced by Python: what does not fit shall be said here, not by a handler days later.
+    # Python does not enforce annotations. A value that does not fit must be reported here, not by a handler days later.
     msgspec.convert(plain, cls, builtin_types=_KEPT, dec_hook=read_nested)
     return plain
 
 
 def read_nested(kind: type[Any], value: Any) -> Any:
-    """For msgspec: a pydantic model inside another class."""
+    """Convert a value to a pydantic model inside another class; a ``dec_hook`` for msgspec. Raises `TypeError` for any
+    other type."""
     if is_pydantic(kind):
         return kind.model_validate(value)
     raise TypeError(f"{kind.__qualname__} has no Avro form")

@@ -1,9 +1,9 @@
-"""Whether a value comes back from JSON or Avro unchanged. Pure.
+"""Checks whether a value would be read unchanged after it was written as JSON or Avro. Pure.
 
-JSON has no NaN, no sets and no keys other than text, and gives a time's zone in whole minutes. A writer changes such
-values silently, so values that would not come back unchanged are detected before they are sent. Each function returns
-what is wrong, with the path of the value, or None. A tuple that comes back as a list is accepted, and so is a subclass
-of ``str``, ``int`` or ``float`` that comes back as the plain type.
+JSON has no NaN, no sets and only text as keys, and a time's zone in it has whole minutes. A writer would change such
+values silently, so they are detected before they are sent. Each check returns a message with the path of the value, or
+None. A tuple that is read as a list is accepted, and so is a subclass of ``str``, ``int`` or ``float`` that is read as
+the plain type.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import Any
 
 import msgspec
 
-#: Maximum characters of a value that are shown.
+#: Maximum number of characters of a value that a message shows.
 _SHOWN = 80
 _GONE: Any = object()
 #: Types whose values JSON always represents exactly; and those whose values are the same if they are equal.
@@ -31,7 +31,7 @@ _PLAIN = frozenset({str, bool, type(None), int, float})
 _ROWS = frozenset({list, tuple})
 #: Types whose values JSON represents exactly, if they could be written.
 _WRITABLE = frozenset({*_KEPT, int, dt.date, uuid.UUID})
-#: What to send instead of a value of these types, as code.
+#: Suggestions for messages: what to send instead of a value of these types.
 _INSTEAD: tuple[tuple[Any, str], ...] = (
     ((dt.datetime, dt.date, dt.time), "its isoformat()"),
     (dt.timedelta, "its total_seconds()"),
@@ -43,10 +43,11 @@ _INSTEAD: tuple[tuple[Any, str], ...] = (
 
 
 def changed(given: Any, back: Any, path: str) -> str | None:
-    """The part of ``given`` that differs in ``back``, which a reader gets according to its annotations.
+    """Return a message about the part of ``given`` that differs in ``back``, the value that a reader gets according to its
+    annotations; None if nothing differs.
 
-    A value that JSON represents exactly may come back as another type, since the reader's annotation asks for that:
-    text as a datetime, a dict as a dataclass.
+    A value that JSON represents exactly may have another type in ``back``, if the reader's annotation says so: text may
+    be read as a datetime, a dict as a dataclass.
     """
     kind = type(given)
     if given is None or kind in _KEPT:
@@ -76,8 +77,8 @@ def changed(given: Any, back: Any, path: str) -> str | None:
 
 
 def unwritable(value: Any, path: str) -> str | None:
-    """The part of ``value`` that JSON does not represent exactly, for a reader without annotations. A set as an array,
-    a datetime as text and a record as an object are accepted."""
+    """Return a message about the part of ``value`` that JSON does not represent exactly for a reader without annotations,
+    or None. A set as an array, a datetime as text and a record as an object are accepted."""
     if isinstance(value, float) and not math.isfinite(value):
         return _no_number(value, path)
     if isinstance(value, str):
@@ -102,14 +103,14 @@ def unwritable(value: Any, path: str) -> str | None:
         try:
             back = msgspec.json.decode(msgspec.json.encode(value), type=kind)
         except (TypeError, msgspec.MsgspecError):
-            return None  # of a type that only its own serialiser knows
+            return None  # a type that only its own serialiser can write
         return None if _equal(value, back) else _other(value, back, path)
     return _first(unwritable, inner)
 
 
 def surely_writable(value: Any) -> bool:
-    """Whether ``value``, which has been written already, certainly has no part that `unwritable` would report; False:
-    call `unwritable`. Fast, as it is called for every job's result."""
+    """Return True if ``value``, which was already encoded as JSON, certainly has no part that `unwritable` would report.
+    If False, call `unwritable`. Fast, as it is called for every job's result."""
     kind = type(value)
     if kind is list or kind is tuple:
         kinds = set(map(type, value))
@@ -131,8 +132,9 @@ def surely_writable(value: Any) -> bool:
 
 
 def unsound(value: Any, path: str) -> str | None:
-    """The part of an event's plain values that is not the same for every reader: NaN and infinity, which no handler can
-    get, a datetime without a zone, which means another moment on another machine, and text that UTF-8 cannot encode."""
+    """Return a message about the part of an event's plain values that is not the same for every reader, or None. Such
+    parts are NaN and infinity, which no handler can get; a datetime without a zone, which means another moment on another
+    machine; and text that UTF-8 cannot encode."""
     if isinstance(value, str):
         return _no_text(value, path)
     if isinstance(value, float):
@@ -151,10 +153,10 @@ def unsound(value: Any, path: str) -> str | None:
 
 
 def plain_json(value: Any) -> Any:
-    """For msgspec: converts types that it does not write itself. Raises `TypeError`."""
+    """Convert a value of a type that msgspec does not write itself; an ``enc_hook`` for msgspec. Raises `TypeError`."""
     if hasattr(value, "model_dump"):  # pydantic, where users have it
         return value.model_dump(mode="json")
-    # Subclasses; the base's own conversion, whatever they make of it.
+    # Subclasses are converted with the base class's method, whether or not they override it.
     if isinstance(value, str):
         return str.__str__(value)
     if isinstance(value, int):
@@ -165,7 +167,7 @@ def plain_json(value: Any) -> Any:
 
 
 def as_json(value: Any) -> Any:
-    """A value as plain JSON, without an annotation."""
+    """Return a value as it is read from JSON without an annotation."""
     return msgspec.json.decode(msgspec.json.encode(value, enc_hook=plain_json))
 
 
@@ -174,7 +176,7 @@ def _first(check: Callable[[Any, str], str | None], values: Iterator[tuple[Any, 
 
 
 def _changed_items(given: Any, back: Any, path: str) -> str | None:
-    if isinstance(back, set | frozenset):  # asked for by the annotation
+    if isinstance(back, set | frozenset):  # the annotation is a set
         return _first(_uncarried, ((each, f"{path}[{n}]") for n, each in enumerate(given)))
     if not isinstance(back, list | tuple):
         back = as_json(given)
@@ -182,7 +184,7 @@ def _changed_items(given: Any, back: Any, path: str) -> str | None:
         return _other(given, back, path)
     n = 0
     for one, two in zip(given, back, strict=True):
-        # Most are numbers and texts, and there may be many: for these no path is made.
+        # Most items are numbers and texts, and there may be many. No path is created for these.
         kind = type(one)
         if not (kind in _KEPT or (kind in _NUMBERS and kind is type(two) and one == two) or _same_row(one, two)):
             found = changed(one, two, f"{path}[{n}]")
@@ -193,14 +195,14 @@ def _changed_items(given: Any, back: Any, path: str) -> str | None:
 
 
 def _same_row(one: Any, two: Any) -> bool:
-    """Whether a tuple of numbers and texts came back as one, or as a list."""
+    """Return whether ``two`` is the tuple ``one`` of numbers and texts, or a list of the same items."""
     if type(one) is not tuple or type(two) not in _ROWS:
         return False
     return _PLAIN.issuperset(map(type, one)) and one == tuple(two)
 
 
 def _uncarried(value: Any, path: str) -> str | None:
-    """The part of a value that JSON cannot carry without an annotation."""
+    """Return a message about the part of a value that JSON does not represent without an annotation, or None."""
     return changed(value, as_json(value), path)
 
 
@@ -211,7 +213,7 @@ def _changed_dict(given: Mapping[Any, Any], back: Any, path: str) -> str | None:
         unknown = next((key for key in given if key not in back), None)
         if unknown is not None and len(back) < len(given):
             return f"{path}: {unknown!r} is not one of its fields"
-        # All are there, or the annotation makes keys of another type of them, in the same order.
+        # All keys exist, or the annotation converts them to another type; then their order is the same.
         found = back if unknown is None else dict(zip(given, back.values(), strict=False))
     else:
         lost = next((key for key in given if key not in back), _GONE)
@@ -226,9 +228,9 @@ def _changed_dict(given: Mapping[Any, Any], back: Any, path: str) -> str | None:
 
 
 def _changed_fields(given: Mapping[Any, Any], back: Any, path: str) -> str | None:
-    """Compare ``given``, a dict, with the record that the annotation makes of it."""
+    """Compare ``given``, a dict, with ``back``, the record that was read because of the annotation."""
     fields = _encoded(back)
-    if fields is None:  # a pydantic model has its own rules about names; another type takes what it takes
+    if fields is None:  # a pydantic model has its own rules for names, and those of another type are not known
         values = (
             (v, getattr(back, k, _GONE) if isinstance(k, str) else _GONE, f"{path}[{k!r}]") for k, v in given.items()
         )
@@ -253,7 +255,7 @@ def _changed_record(given: Any, back: Any, path: str, names: tuple[str, ...]) ->
 
 
 def _names(value: Any) -> tuple[str, ...] | None:
-    """The fields of a record: a dataclass, a Struct, a pydantic model or a class of attrs."""
+    """Return the names of a record's fields (dataclass, Struct, pydantic model, class of attrs); None for other types."""
     return _names_of(type(value))  # type: ignore[arg-type]  # classes are hashable
 
 
@@ -271,8 +273,8 @@ def _names_of(kind: type[Any]) -> tuple[str, ...] | None:
 
 
 def _encoded(value: Any) -> dict[str, str] | None:
-    """A record's names by those that JSON has for them; a Struct's tag has none here. None for a pydantic model, whose
-    configuration says what it takes, and for all that is no record."""
+    """Return the names of a record's fields by their names in JSON; a Struct's tag has an empty name. None for a pydantic
+    model, whose configuration decides which names it accepts, and for a value that is no record."""
     kind = type(value)
     if issubclass(kind, msgspec.Struct):
         found = dict(zip(kind.__struct_encode_fields__, kind.__struct_fields__, strict=True))
@@ -286,14 +288,14 @@ def _equal(given: Any, back: Any) -> bool:
     if isinstance(given, dt.datetime) and isinstance(back, dt.datetime):
         if (given.utcoffset() is None) != (back.utcoffset() is None):
             return False
-        # Python holds a time in the hour that a clock goes through twice to equal no other zone's.
+        # To Python a time in the hour that a clock repeats is never equal to a time of another zone.
         return given == back or (given.tzinfo is not None and given.astimezone(dt.UTC) == back.astimezone(dt.UTC))
     if isinstance(given, dt.time) and isinstance(back, dt.time) and (given.tzinfo is None) != (back.tzinfo is None):
         return False
-    if isinstance(given, decimal.Decimal):  # a NaN of theirs is text, and equals nothing
+    if isinstance(given, decimal.Decimal):  # compared as text, because a Decimal NaN equals nothing
         return isinstance(back, decimal.Decimal) and str(given) == str(back)
     compared: Any = type(given).__eq__
-    if compared is object.__eq__:  # nobody can tell
+    if compared is object.__eq__:  # the type defines no equality
         return type(back) is type(given)
     return bool(given == back)
 

@@ -1,8 +1,8 @@
-"""Avro that other programs wrote, as plain values of one of the app's event classes. Pure.
+"""Reads Avro records of other programs as plain values of one of the app's event classes. Pure.
 
-A record is read with the schema it was written with. Fields that the class does not have are left out, and the others
-must fit the class's own schema by name, whatever the names of records, enums and fixed types are. This is checked when
-the schema is first seen: a field that cannot be read is reported then, and not for each record.
+A record is read with the schema with which it was written. Fields that the class does not have are left out. The others
+must fit the class's own schema by field name; the names of records, enums and fixed types do not matter. This is checked
+once per schema: a field that cannot be read is reported then, and not for each record.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ _TIMES = ("timestamp-millis", "timestamp-micros", "local-timestamp-millis", "loc
 
 
 class ForeignSchema:
-    """One writer's schema, and how it fits the class ``name`` with the schema ``ours``, both in Avro.
+    """Reads records of one writer's schema ``written`` as values of the class ``name`` with the schema ``ours``.
 
-    Raises `IncompatibleEvent` that names the field that does not fit; `ValueError` or fastavro's errors if it is not a
-    schema.
+    Raises `IncompatibleEvent` with the name of a field that does not fit; `ValueError` or fastavro's errors if ``written``
+    is not a schema.
     """
 
     def __init__(self, name: str, written: Mapping[str, Any], ours: Mapping[str, Any]) -> None:
@@ -43,16 +43,16 @@ class ForeignSchema:
         self._converted: set[int] = set()
         fit = self._fit(theirs, mine, name)
         self._fit_record: Callable[[Any], Any] = fit or (lambda value: value)
-        # Parsed once more: where the class wants a number as it was written, its logical type is gone.
+        # Parsed again without the logical types that `_fit` removed, where the class takes the number as it was written.
         plain = {key: value for key, value in theirs.items() if not key.startswith("__")}
         self._schema = fastavro.parse_schema(json.loads(json.dumps(plain)))
 
     def read(self, data: bytes) -> dict[str, Any]:
-        """A datum's values by field. Raises `NotAnEvent` for a value that the class does not accept, and fastavro's
-        errors for other bytes."""
+        """Return a datum's values by field. Raises `NotAnEvent` for a value that the class does not accept, and fastavro's
+        errors for bytes that do not have the schema."""
         return self._fit_record(fastavro.schemaless_reader(io.BytesIO(data), self._schema, None))  # type: ignore[no-any-return]
 
-    # -- whether it fits, and how -------------------------------------------------------------------------------------
+    # -- compare the schemas ------------------------------------------------------------------------------------------
 
     def _fit(self, theirs: Any, ours: Any, where: str) -> Fit:
         theirs, ours = _resolved(theirs, self._theirs), _resolved(ours, self._ours)
@@ -73,7 +73,7 @@ class ForeignSchema:
 
     def _fit_fields(self, theirs: Any, ours: Any, where: str) -> Fit:
         known = self._known.get((id(theirs), id(ours)))
-        if known is not None:  # a record that holds its like
+        if known is not None:  # a record that contains its own type
             return lambda value: known[0](value)  # type: ignore[misc]  # set below, before the first value
         holder = self._known[id(theirs), id(ours)] = []
         fields = {alias: field for field in theirs["fields"] for alias in field.get("aliases", ())}
@@ -97,7 +97,7 @@ class ForeignSchema:
         return fit
 
     def _fit_one_of(self, theirs: Any, ours: list[Any], where: str) -> Fit:
-        """``ours``: a type that may be null, or one of several plain types."""
+        """Fit ``theirs`` to a union ``ours``: a type that may be null, or one of several plain types."""
         branches = [each for each in ours if each != "null"]
         if theirs == "null" and len(branches) < len(ours):
             return None
@@ -105,7 +105,7 @@ class ForeignSchema:
             fits = [self._fit_one_of(each, ours, where) for each in theirs if each != "null"]
             return self._of_several(fits, len(branches) < len(ours), where)
         problem: IncompatibleEvent | None = None
-        # As it stands before as it could be made: a whole number is no text.
+        # Branches of the same type first, before those that need a conversion.
         for branch in sorted(branches, key=lambda each: _kind(_resolved(each, self._ours)) != _kind(theirs)):
             try:
                 return self._fit(theirs, branch, where)
@@ -114,7 +114,8 @@ class ForeignSchema:
         raise problem or self._unfit(theirs, ours, where)
 
     def _fit_union(self, theirs: list[Any], ours: Any, where: str) -> Fit:
-        """Null is detected value by value: many schemas allow it everywhere, and never write it."""
+        """Fit a union ``theirs``. A null is refused only when a record has one, because many schemas allow null everywhere
+        although it is never written."""
         fits = [self._fit(each, ours, where) for each in theirs if each != "null"]
         return self._of_several(fits, "null" not in theirs or ours == "null", where)
 
@@ -151,9 +152,9 @@ class ForeignSchema:
             raise self._unfit(theirs, ours, where)
         if kind in _NUMBERS.get(wanted, ()) or (wanted == "bytes" and kind in ("bytes", "fixed")):
             if logical is not None:
-                if id(theirs) in self._converted:  # one of their types, for two fields of the class
+                if id(theirs) in self._converted:  # two fields of the class take it differently
                     raise self._unfit(theirs, ours, where)
-                del theirs["logicalType"]  # as it was written
+                del theirs["logicalType"]  # read the number as it was written
             return None
         if wanted == "bytes" and kind == _TEXT:
             return lambda text: text.encode()
@@ -187,7 +188,7 @@ def _text(value: bytes) -> str:
 
 
 def _named(schema: Any) -> dict[str, Any]:
-    """Every type that is defined in a parsed schema, by its full name."""
+    """Return every type that is defined in a parsed schema, by its full name."""
     found: dict[str, Any] = {}
 
     def walk(node: Any) -> None:

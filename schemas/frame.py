@@ -1,46 +1,46 @@
-"""The Confluent frame around an Avro datum: ``00``, the schema's id in a registry as four bytes in big endian, the
-datum.
+"""Writes and reads the Confluent frame of an Avro datum: ``00``, the schema's id in a registry as four bytes in big
+endian, the datum.
 
-This module handles bytes only: the registry knows which schema an id stands for.
+This module only handles bytes: the registry knows which schema has an id.
 """
 
 from __future__ import annotations
 
 MARK = b"\0"
-#: Bytes before the datum.
+#: Number of bytes before the datum.
 HEAD = 5
 
-#: Maximum bytes of an id in an event that is checked without its schema; Jobledger's own ids have 36.
+#: Largest number of bytes of an id in an event that is checked without its schema. Jobledger's own ids have 36.
 _ID_MOST = 1_000
 _LONG_MOST = 10
 
 
 def head(schema_id: int) -> bytes:
-    """The bytes before a datum of this schema. Raises `ValueError` for an id that does not fit into four bytes."""
+    """Return the bytes before a datum of this schema. Raises `ValueError` for an id that does not fit into four bytes."""
     if not 0 <= schema_id < 1 << 32:
         raise ValueError(f"{schema_id} is not a schema id")
     return MARK + schema_id.to_bytes(4, "big")
 
 
 def id_of(value: bytes) -> int:
-    """The schema id in a framed value's head."""
+    """Return the schema id in a framed value's head."""
     return int.from_bytes(value[1:HEAD], "big")
 
 
 def is_framed(value: bytes) -> bool:
-    """Whether a value has a head and more bytes after it. Garbage may also begin with a zero byte."""
+    """Return whether a value has a head and more bytes after it. Other data may also begin with a zero byte."""
     return value[:1] == MARK and len(value) > HEAD
 
 
 def looks_like_an_event(value: bytes) -> bool:
-    """Whether the datum begins as every event does, in any version of the schema: two ids that are text, and three
+    """Return whether the datum begins as every event does, in any version of the schema: two ids that are text, and three
     numbers.
 
-    For a frame whose schema is not available: if the datum looks like an event, it may be a valid record; if not, it is
-    not one. It is very unlikely that garbage has two lengths that match two printable texts.
+    For a frame whose schema is not available. If the datum looks like an event, it may be a valid record; if not, it is
+    not one. Other data is very unlikely to have two lengths that match two printable texts.
     """
     try:
-        at = _after_text(value, _after_text(value, HEAD, 1), 0)  # a record that was rejected is no job's
+        at = _after_text(value, _after_text(value, HEAD, 1), 0)  # the job id of a rejected record is empty
         for _ in range(3):
             at = _after_long(value, at)[1]
     except (ValueError, IndexError):
