@@ -29,7 +29,7 @@ _KEPT = frozenset({str, bool, type(None), msgspec.Raw})
 _NUMBERS = frozenset({int, float})
 _PLAIN = frozenset({str, bool, type(None), int, float})
 _ROWS = frozenset({list, tuple})
-#: Types whose values JSON represents exactly, if they could be written.
+#: Types whose values JSON represents exactly, if they were encoded without an error.
 _WRITABLE = frozenset({*_KEPT, int, dt.date, uuid.UUID})
 #: Suggestions for messages: what to send instead of a value of these types.
 _INSTEAD: tuple[tuple[Any, str], ...] = (

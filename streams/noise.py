@@ -16,7 +16,7 @@ except ImportError as exc:
 
 
 class RateLimit(logging.Filter):
-    """Passes one record of each message template per ``interval`` seconds, and adds how many were held back."""
+    """Passes one record of each message template per ``interval`` seconds, and adds to it how many were held back."""
 
     def __init__(self, interval: float = 10.0, clock: Callable[[], float] = time.monotonic) -> None:
         super().__init__()

@@ -152,7 +152,8 @@ def verify(
 ) -> VerifyReport:
     """Fold the log up to the table's offsets into a separate table, and compare the two job by job.
 
-    The table may be written meanwhile: a copy made at the beginning is compared. Raises `StoreNotFound`, `NotAuthorized`.
+    The table may be written meanwhile: a copy made at the beginning is compared. Raises `StoreNotFound`, `StoreError` if
+    the log is trimmed meanwhile, `NotAuthorized`, `TopicMissing` without a lifecycle topic, `BrokerUnavailable`.
     """
     began = time.monotonic()
     settings = _allowed(names, settings, queues)
@@ -268,7 +269,7 @@ def _span(settings: Settings, names: Names, feed: Feed, offsets: Mapping[Partiti
     if names.lifecycle not in {topic for topic, _ in present}:
         log.partitions_of(
             settings, names.lifecycle
-        )  # raises: without it the log would seem empty, and the table equal to it
+        )  # raises: without lifecycle the log would seem empty, and no job would be compared
     low: dict[Partition, int] = {}
     high: dict[Partition, int] = {}
     for place, (first, end) in sorted(bounds(settings, present).items()):

@@ -1,7 +1,7 @@
 """Runs the embedded broker's process: its settings, its command line, its start and its end.
 
-This module owns the files of one home, except the data, and the process in its pid file. `jobledger.kafka.embedded`
-decides when to start and stop it.
+This module handles the files of one home and the process in its pid file. `jobledger.kafka.embedded` decides when to
+start and stop the process.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ BROKER_CONFIG: Mapping[str, str] = {
     "share.coordinator.state.topic.replication.factor": "1",
     "share.coordinator.state.topic.min.isr": "1",
     "share.coordinator.state.topic.num.partitions": "4",
-    # Rebalances take heartbeats: a developer who restarts a worker should not wait for a cluster's intervals.
+    # A rebalance takes several heartbeats. After a restart of a worker, a developer should not wait for long intervals.
     "group.initial.rebalance.delay.ms": "0",
     "group.min.session.timeout.ms": "1000",
     "group.consumer.min.session.timeout.ms": "1000",
@@ -177,9 +177,9 @@ class Cluster:
 
 @dataclass(frozen=True, slots=True)
 class Launch:
-    """What to start: ``heap_mb`` in MB, ``config`` in addition to and overriding `BROKER_CONFIG`.
+    """A broker to start. ``heap_mb``: in MB. ``config``: adds to and overrides `BROKER_CONFIG`.
 
-    ``listeners``: more listeners than the plain one at ``port``, protocol (``SSL``, ``SASL_SSL``) to port. ``cluster``:
+    ``listeners``: ports of listeners beside the plain one at ``port``, by protocol (``SSL``, ``SASL_SSL``). ``cluster``:
     None for a single node.
     """
 

@@ -35,8 +35,8 @@ except ImportError as exc:
 class KafkaStatus:
     """The state of one home folder's embedded broker.
 
-    ``uptime`` in seconds; ``log``: the log file of this home's broker, running or not. If ``running`` is False,
-    ``port``, ``bootstrap`` and ``pid`` are None.
+    ``uptime``: in seconds. ``log``: the log file of this home's broker, running or not. If ``running`` is False, ``pid``,
+    ``port``, ``bootstrap``, ``version`` and ``uptime`` are None.
     """
 
     running: bool

@@ -43,7 +43,7 @@ class TopicWatch(threading.Thread):
         while True:
             try:
                 self.look()
-            except Exception:  # noqa: BLE001  # logged below; the next look may see more
+            except Exception:  # noqa: BLE001  # logged below; the next check may succeed
                 self._log.exception("the settings of topics cannot be read; the next attempt follows in %g s", LOOK_S)
             if self._closed.wait(LOOK_S):
                 return

@@ -40,18 +40,18 @@ class Growth(StrEnum):
     """How a topic's partition count may change once the topic exists."""
 
     GROWS = "grows"  # may be raised; keys move to other partitions
-    AT_LEAST = "at-least"  # must not change, and more than asked for does no harm
-    FIXED = "fixed"  # must be what is asked for
+    AT_LEAST = "at-least"  # must not change; more partitions than declared are accepted
+    FIXED = "fixed"  # must be the declared count
 
 
 class Step(StrEnum):
-    """What a plan does with one topic or group."""
+    """The action of a plan for one topic or group."""
 
     CREATE = "create"
     PARTITIONS = "add-partitions"
     CONFIG = "alter-config"
     REFUSE = "refuse"
-    ADVISE = "advise"  # what only the cluster's administrators can do
+    ADVISE = "advise"  # a change that only the cluster's administrators can make
     UNCHANGED = "unchanged"
 
 
