@@ -575,6 +575,22 @@ def starts(bench: Bench) -> int:
     return sum(isinstance(fact, JobStarted) for fact in bench.kept.facts())
 
 
+async def waits_for_a_child() -> tuple[Bench, FreeChildren, Partition]:
+    """A worker with one isolated job, whose start is sent and which waits for a child process."""
+    app = App("shop")
+
+    @app.task(isolation="process")
+    def isolated(n: int) -> None:
+        raise AssertionError("runs in no process of this test")
+
+    bench = Bench(app)
+    children, partition = FreeChildren(bench), bench.partition()
+    put(partition, [job("isolated", n=0)])
+    bench.dispatcher.wake()
+    await until(lambda: starts(bench) == 1)
+    return bench, children, partition
+
+
 def wake_late(partition: Partition) -> None:
     """The worker was paused for longer than its lease."""
     partition.lease.until = time.monotonic() - 1.0
@@ -591,18 +607,9 @@ def lose(bench: Bench, partition: Partition) -> None:
 def test_a_job_that_waits_for_a_child_is_not_run_before_the_lease_is_confirmed(lost: bool) -> None:
     """A worker that was paused while an isolated job waited for a child gives it to none on waking: the group is asked
     first, and what another worker has by then is not run."""
-    app = App("shop")
-
-    @app.task(isolation="process")
-    def isolated(n: int) -> None:
-        raise AssertionError("runs in no process of this test")
 
     async def test() -> None:
-        bench = Bench(app)
-        children, partition = FreeChildren(bench), bench.partition()
-        put(partition, [job("isolated", n=0)])
-        bench.dispatcher.wake()
-        await until(lambda: starts(bench) == 1)
+        bench, children, partition = await waits_for_a_child()
         wake_late(partition)
         children.free()
         assert (children.given, partition.lease.wanted) == ([], True)
@@ -625,18 +632,9 @@ def test_a_job_that_waits_for_a_child_is_not_run_before_the_lease_is_confirmed(l
 def test_a_job_whose_child_died_is_not_started_again_before_the_lease_is_confirmed(lost: bool) -> None:
     """A child died while its worker was paused: on waking the worker says no second start before the group has confirmed
     the partition, and none of a partition that another worker has."""
-    app = App("shop")
-
-    @app.task(isolation="process")
-    def isolated(n: int) -> None:
-        raise AssertionError("runs in no process of this test")
 
     async def test() -> None:
-        bench = Bench(app)
-        children, partition = FreeChildren(bench), bench.partition()
-        put(partition, [job("isolated", n=0)])
-        bench.dispatcher.wake()
-        await until(lambda: starts(bench) == 1)
+        bench, children, partition = await waits_for_a_child()
         children.free()
         (work,) = children.given
         wake_late(partition)
