@@ -1,4 +1,4 @@
-"""Judge records: a job to run, a job that is done or known already, a record that is no job, or one that this worker
+"""Judge records: a job to run, a job that is done or known already, a record that is not a job, or one that this worker
 cannot judge.
 
 On the event loop, except `Aside`. The partition's offsets receive every message before anything else is done with it,
@@ -324,7 +324,7 @@ class Intake:
             partition.offsets.done(offset)
 
     def reject(self, partition: Partition, message: Message, why: str, fresh: bool) -> None:
-        """Copy a record that is no job into the dead-letter topic. It is done once that copy is acknowledged."""
+        """Copy a record that is not a job into the dead-letter topic. It is done once that copy is acknowledged."""
         if not fresh:
             return
         offset = message.offset() or 0

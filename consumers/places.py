@@ -24,9 +24,9 @@ from jobledger.schemas.events import ErrorInfo
 LOG = get_logger("jobledger.worker")
 
 #: Starts without an outcome after which a job fails as ``crashed``, if the last of them was in a process whose end was
-#: seen, or if no child processes can be had.
+#: seen, or if child processes are not available.
 CRASHES = 3
-#: The same, if child processes can be had, and no end was seen: the workers themselves died, perhaps of another cause.
+#: The same, if child processes are available, and no end was seen: the workers themselves died, perhaps of another cause.
 UNSEEN_CRASHES = 10
 #: Starts without an outcome from which on suspects run one at a time. If the system ends a worker and its children
 #: together, to free memory, all jobs that ran would be blamed.
@@ -72,7 +72,7 @@ class Places:
 
     @property
     def _usable(self) -> bool:
-        """Whether child processes can be had."""
+        """Whether child processes are available."""
         return self.children is not None and self.children.broken is None
 
     @property
@@ -172,7 +172,7 @@ class Places:
 
     def died(self, work: Work, error: ErrorInfo, blamed: bool) -> None:
         """Run a job again whose process ended by itself; after `CRASHES` such ends it fails. Not ``blamed``: the
-        process ended of another cause, or no process could be had."""
+        process ended of another cause, or no process was available."""
         event, plan = work.event, work.plan
         assert event is not None
         assert plan is not None

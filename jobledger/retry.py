@@ -71,7 +71,7 @@ class Retry:
 
     ``max_attempts``: attempts in all, >= 1. ``initial``, ``cap``: seconds, or a `timedelta`. ``factor``: growth per
     attempt, >= 1. ``jitter``: whether each delay is spread over its upper half. ``on``: only these exceptions are
-    retried. ``never``: these are not retried, even if ``on`` contains a base class of theirs. Timeouts count as
+    retried. ``never``: exceptions that are not retried, even if ``on`` contains a base class of theirs. Timeouts count as
     `TimeoutError`. For an `ExceptionGroup` the exceptions in it decide: see `retries`. Raises `ConfigError`.
     """
 

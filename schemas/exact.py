@@ -274,7 +274,7 @@ def _names_of(kind: type[Any]) -> tuple[str, ...] | None:
 
 def _encoded(value: Any) -> dict[str, str] | None:
     """Return the names of a record's fields by their names in JSON; a Struct's tag has an empty name. None for a pydantic
-    model, whose configuration decides which names it accepts, and for a value that is no record."""
+    model, whose configuration decides which names it accepts, and for a value that is not a record."""
     kind = type(value)
     if issubclass(kind, msgspec.Struct):
         found = dict(zip(kind.__struct_encode_fields__, kind.__struct_fields__, strict=True))

@@ -24,7 +24,7 @@ FAULTS: Mapping[str, str] = {
     "request-missing": "an attempt is to be followed by another, but the log has no request for it",
     "work-twice": "one release has two different work records",
     "committed-open": "a work record is committed, but no fact closes it",
-    "committed-misplaced": "a record that is no work record was committed on a work topic, and was not rejected",
+    "committed-misplaced": "a record that is not a work record was committed on a work topic, and was not rejected",
     "closed-elsewhere": "the fact that closes a work record is in a partition of another number",
     "dead-letter-missing": "a job failed, but has no dead letter",
     "dead-letter-without-failure": "a job has a dead letter, but did not fail",
