@@ -76,7 +76,7 @@ def freeze_at_a_restoring(pid: int, file: Path) -> None:
             os.kill(pid, signal.SIGSTOP)
         await ask(recovery, *given)
 
-    PatientRecovery._build_highwaters = frozen  # type: ignore[method-assign,assignment]
+    PatientRecovery._build_highwaters = frozen  # type: ignore[method-assign,assignment]  # the fault
 
 
 if __name__ == "__main__":

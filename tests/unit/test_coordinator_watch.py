@@ -45,9 +45,9 @@ def ended(monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[int, str]]:
         rebalancing: bool = True,
         in_recovery: bool = False,
         before: Callable[[Coordinator, int], None] = lambda made, tick: None,
-        **options: float,
+        **options: Any,
     ) -> tuple[int, str]:
-        chosen = Options(**options)  # type: ignore[arg-type]
+        chosen = Options(**options)
         made = Coordinator(Names("shop"), Settings(bootstrap="127.0.0.1:1"), partitions=2, options=chosen)
 
         def asked(tick: int) -> int:

@@ -562,7 +562,7 @@ class FreeChildren:
             unusable=bench.failed.append,
         )
         self.pool._nursery._process = cast(Any, object())  # started, and forks no child
-        self.pool._give = lambda child, work: self.given.append(work)  # type: ignore[method-assign]
+        self.pool._give = lambda child, work: self.given.append(work)  # type: ignore[method-assign]  # no process
         places.children = self.pool
 
     def free(self) -> None:
