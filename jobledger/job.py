@@ -24,7 +24,7 @@ from __future__ import annotations
 import datetime as dt
 import enum
 from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple, TypeVar, overload
+from typing import Any, NamedTuple, overload
 
 import msgspec
 
@@ -89,6 +89,7 @@ TRANSITIONS: tuple[Transition, ...] = (
     Transition(_S.RUNNING, ev.JobRetried, _S.RETRYING),
     Transition(_S.RETRYING, ev.JobStarted, _S.RUNNING, "in place, with a key"),
     Transition(_S.RUNNING, ev.JobSnoozed, _S.SCHEDULED),
+    Transition(_S.SCHEDULED, ev.JobStarted, _S.RUNNING, "snoozed in place, with a key"),
     Transition(_S.QUEUED, ev.JobSnoozed, _S.SCHEDULED, "unknown task, or held back"),
     Transition(_S.RUNNING, ev.JobSucceeded, _S.SUCCEEDED),
     Transition(_S.RUNNING, ev.JobFailed, _S.FAILED),
@@ -326,11 +327,11 @@ def join(a: Life | None, b: Life | None) -> Life | None:
         head = other
     due, start, close, report, end = a.due, a.start, a.close, a.report, a.end
     if b.due is not None:
-        due = b.due if due is None else _settled(due, b.due)
+        due = b.due if due is None else _first_due(due, b.due)
     if b.start is not None:
         start = b.start if start is None else max(start, b.start, key=_start_rank)
     if b.close is not None:
-        close = b.close if close is None else _settled(close, b.close)
+        close = b.close if close is None else _last_close(close, b.close)
     if b.report is not None:
         report = b.report if report is None else min(report, b.report, key=_report_rank)
     if b.end is not None:
@@ -341,13 +342,20 @@ def join(a: Life | None, b: Life | None) -> Life | None:
     return Life(a.run, head, due, start, close, report, end, positions, leased)
 
 
-D = TypeVar("D", Due, Close)
-
-
-def _settled(a: D, b: D) -> D:
+def _first_due(a: Due, b: Due) -> Due:
     """The one with the greater (release, attempt); if these are equal, the first in the log."""
     mine, other = (a.release, a.attempt), (b.release, b.attempt)
     return a if mine > other or (mine == other and a.at[1:] <= b.at[1:]) else b
+
+
+def _last_close(a: Close, b: Close) -> Close:
+    """The one with the greater (release, attempt). If these are equal: the first in the log that ends the release; if
+    both are in place, the last in the log, because a job can be snoozed in place several times in one attempt."""
+    mine, other = (a.release, a.attempt, not a.in_place), (b.release, b.attempt, not b.in_place)
+    if mine != other:
+        return a if mine > other else b
+    first, last = (a, b) if a.at[1:] <= b.at[1:] else (b, a)
+    return last if a.in_place else first
 
 
 def _start_rank(start: Start) -> tuple[int, int, tuple[str, int, int]]:
@@ -410,7 +418,8 @@ class Visible(msgspec.Struct, frozen=True, gc=False):
 def project(life: Life) -> Visible:
     """The visible part of a life: the end of its run if there is one, else its last slot.
 
-    The last slot has the greatest (release, attempt, phase); the phases are submission, release, start, close.
+    The last slot has the greatest (release, attempt, phase); the phases are submission, release, start, close. A start
+    after a close in place is later than that close: both are in one partition.
     """
     head, start, end = life.head, life.start, life.end
     started_ms = None if start is None else start.at[0]
@@ -444,7 +453,7 @@ def project(life: Life) -> Visible:
     if report is not None and (report.release, report.attempt, 2) > last:
         last, state, due_ms = (report.release, report.attempt, 2), State.RUNNING, None
     close = life.close
-    if close is not None and (close.release, close.attempt, 3) > last:
+    if close is not None and (close.release, close.attempt, 3) > last and not _continued(close, start):
         state = State.SCHEDULED if close.error is None else State.RETRYING
         return Visible(
             state,
@@ -465,6 +474,13 @@ def project(life: Life) -> Visible:
     return Visible(state, task, queue, run, last[1], last[0], since_ms, due_ms, started_ms)
 
 
+def _continued(close: Close, start: Start | None) -> bool:
+    """Whether an attempt that was closed in place was started again."""
+    if start is None or not close.in_place or start.at[1:] < close.at[1:]:
+        return False
+    return (start.release, start.attempt) == (close.release, close.attempt)
+
+
 def awaited(visible: Visible) -> tuple[int, int]:
     """The (release, attempt) that a scheduled or retrying job waits for."""
     return visible.release + 1, visible.attempt + (visible.state is State.RETRYING)
@@ -482,9 +498,10 @@ class JobStatus(msgspec.Struct, frozen=True):
     """One job as the status table knows it. Times are the broker's append times.
 
     ``attempt``, ``release``: those of the job's last known fact. ``started_at``: its last start. ``due_at``: set while
-    the job waits for a time; while it is queued, the due time of its release. ``duration``: seconds that the last
-    attempt ran; None if it was not started. ``positions``: positions of the job's facts in the log, in order of their
-    append times: at most the `FIRST` earliest and the `LAST` latest. ``partial``: the job's submission is not in the
+    the job waits for a release at a time (not for a retry in place); while it is queued, the due time of its release.
+    ``duration``: seconds that the last attempt ran which has ended; None while an attempt runs, or if none was started.
+    ``positions``: positions of the job's facts in the log, in order of their append times: at most the 64 earliest and
+    the 192 latest. ``partial``: the job's submission is not in the
     table (not read yet, or trimmed from the log before the table was built). Then ``submitted_at`` is not known, and
     tags and parent may be missing.
     """

@@ -24,6 +24,7 @@ TERMINAL_STATE = {
 ENDED = set(TERMINAL_STATE.values())
 
 _PHASE = {"JobSubmitted": 0, "JobDue": 1, "JobStarted": 2, "JobProgressed": 2, "JobRetried": 3, "JobSnoozed": 3}
+_CLOSED = 3
 _STATE = {"JobDue": "queued", "JobStarted": "running", "JobProgressed": "running", "JobRetried": "retrying"}
 #: Facts that count only on the lifecycle topic: a leased job's worker also sends them to the coordinator, which drops
 #: them if the lease is over.
@@ -67,7 +68,7 @@ def final(records: Iterable[Record]) -> Final | None:
         last: Record = ends[0][-1]
         state = TERMINAL_STATE[str(last.fact)]
     else:
-        last = max(life, key=lambda r: (r.head["release"], r.head["attempt"], _PHASE[str(r.fact)]))
+        last = _last(life)
         state = _STATE.get(str(last.fact), "scheduled")
         if last.fact == "JobSubmitted" and last.body["delay_ms"] is None and last.body["due_at"] is None:
             state = "queued"
@@ -76,6 +77,18 @@ def final(records: Iterable[Record]) -> Final | None:
     error = body["error"]["type"].replace("\0", "\ufffd") if last.fact in ("JobFailed", "JobRetried") else None
     task, queue = stored(head["task"]), stored(head["queue"])
     return Final(state, task, queue, head["run"], head["attempt"], head["release"], result, error)
+
+
+def _last(life: list[Record]) -> Record:
+    """The fact that determines the state of a job without an outcome. ``life``: in order of their places."""
+    top = max((r.head["release"], r.head["attempt"]) for r in life)
+    life = [r for r in life if (r.head["release"], r.head["attempt"]) == top]
+    closing = [r for r in life if _PHASE[str(r.fact)] == _CLOSED]
+    if closing and all(r.body.get("in_place") for r in closing):
+        # The same worker continues this attempt: the last of its starts and pauses counts.
+        return [r for r in life if r in closing or r.fact == "JobStarted"][-1]
+    closing = [r for r in closing if not r.body.get("in_place")]
+    return closing[0] if closing else max(life, key=lambda r: _PHASE[str(r.fact)])
 
 
 def result_text(raw: bytes | None) -> str | None:

@@ -116,3 +116,36 @@ def test_a_success_that_is_told_after_the_lease_changes_nothing() -> None:
         log.add(topic, ev.JobFailed("never", ERROR, 1), release=2)
     failed = Final("failed", "render", "mail", 1, 1, 2, None, "ValueError")
     assert log.folded() == log.audited() == failed
+
+
+@st.composite
+def keyed(draw: st.DrawFn) -> Log:
+    """A keyed job: attempts that are made again in place, some of them started twice because a worker died."""
+    log, release, attempt = Log(), 1, 1
+    log.add(WORK, ev.JobSubmitted(SPEC))
+    for _ in range(draw(st.integers(1, 8))):
+        for _ in range(draw(st.integers(0, 2))):
+            log.add(LIFE, ev.JobStarted("host:1", WORK, 0), release, attempt)
+        in_place = draw(st.booleans())
+        match draw(st.sampled_from(["", "retried", "snoozed", "snoozed twice"])):
+            case "retried":
+                log.add(LIFE, ev.JobRetried(ERROR, 5, 1, in_place), release, attempt)
+                attempt += 1
+            case "snoozed":
+                log.add(LIFE, ev.JobSnoozed(5, None, 1, in_place), release, attempt)
+            case "snoozed twice":  # by a worker that was paused, and by the next owner
+                log.add(LIFE, ev.JobSnoozed(5, None, 1, in_place), release, attempt)
+                log.add(LIFE, ev.JobSnoozed(5, None, 1, draw(st.booleans())), release, attempt)
+            case _:
+                continue
+        if not in_place:
+            release += 1
+            if draw(st.booleans()):
+                log.add(WORK, ev.JobDue(SPEC, 5_000), release, attempt)
+    return log
+
+
+@given(keyed(), st.randoms(use_true_random=False))
+def test_the_row_of_a_keyed_job_is_what_the_audit_expects_in_any_order(log: Log, chance: random.Random) -> None:
+    """STATUS_CONVERGES for attempts in place: the row and the audit show the last start or pause of an attempt."""
+    assert differences("job", log.audited(), log.folded(chance)) == []

@@ -30,8 +30,10 @@ FACT_OF: dict[type[Any], st.SearchStrategy[Any]] = {
     ev.JobStarted: st.builds(ev.JobStarted, st.just("host:1"), st.just("shop.jobs.mail"), st.integers(0, 9), SMALL),
     ev.JobLeased: st.builds(ev.JobLeased, st.just("host:1"), SMALL),
     ev.JobProgressed: st.builds(ev.JobProgressed, SMALL, SMALL, st.none() | SMALL, st.none() | st.text(max_size=2)),
-    ev.JobRetried: st.builds(ev.JobRetried, ERROR, st.integers(0, 10_000), SMALL),
-    ev.JobSnoozed: st.builds(ev.JobSnoozed, st.integers(0, 10_000), st.none() | st.text(max_size=2), SMALL),
+    ev.JobRetried: st.builds(ev.JobRetried, ERROR, st.integers(0, 10_000), SMALL, st.booleans()),
+    ev.JobSnoozed: st.builds(
+        ev.JobSnoozed, st.integers(0, 10_000), st.none() | st.text(max_size=2), SMALL, st.booleans()
+    ),
     ev.JobSucceeded: st.builds(ev.JobSucceeded, st.none() | st.just(b"[1]"), SMALL),
     ev.JobFailed: st.builds(ev.JobFailed, st.just("exhausted"), ERROR, SMALL),
     ev.JobCancelled: st.builds(ev.JobCancelled, st.just("ann"), st.none() | st.just("no need")),
@@ -63,10 +65,14 @@ ADVERSARIAL = st.lists(
 def walks(draw: st.DrawFn) -> list[tuple[Recorded, State]]:
     """Facts in order, each with the state that the table says follows it."""
     state: State | None = None
+    in_place = False
     release, attempt, sequence, ms = 1, 1, 0, 1_000
     found: list[tuple[Recorded, State]] = []
     for offset in range(draw(st.integers(1, 14))):
         steps = [step for step in job.TRANSITIONS if step.before is state]
+        if state in (State.SCHEDULED, State.RETRYING):  # in place the same release is started again, else another one
+            wrong = ev.JobDue if in_place else ev.JobStarted
+            steps = [step for step in steps if step.fact is not wrong]
         if not steps:
             break
         step = draw(st.sampled_from(steps))
@@ -87,6 +93,7 @@ def walks(draw: st.DrawFn) -> list[tuple[Recorded, State]]:
                 sequence += 1
                 fact = ev.JobProgressed(sequence, 1)
         ms += draw(SMALL)
+        in_place = getattr(fact, "in_place", False)
         found.append((recorded(fact, 1, release, attempt, Position(topic, 0, offset), ms), step.after))
         state = step.after
     return found
@@ -235,6 +242,24 @@ def test_a_fact_of_a_passed_attempt_changes_nothing_visible() -> None:
     due = recorded(ev.JobDue(ev.JobSpec(b"{}"), 4_500_000), 1, 2, 2, at(1, "shop.jobs.mail"), 4_501)
     seen = job.status("j", fact_list(due, SUBMITTED, retried, STARTED))
     assert (seen.state, seen.attempt, seen.release, seen.error) == (State.QUEUED, 2, 2, None)
+
+
+def test_a_job_that_was_snoozed_in_place_runs_again_with_its_next_start() -> None:
+    """Under one key the same release and attempt is started again: the last of its starts and snoozes is shown, until
+    a snooze ends the release."""
+    facts = [SUBMITTED, STARTED]
+    shown = []
+    for n in range(2):
+        facts.append(recorded(ev.JobSnoozed(500, f"wait {n}", 0, True), 1, 1, 1, at(2 + 2 * n), 3_000 + n))
+        shown.append(job.status("j", fact_list(*reversed(facts))))
+        facts.append(recorded(ev.JobStarted("host:1", "shop.jobs.mail", 0), 1, 1, 1, at(3 + 2 * n), 3_500 + n))
+        shown.append(job.status("j", fact_list(*reversed(facts))))
+    assert [s.state.value for s in shown] == ["scheduled", "running", "scheduled", "running"]
+    assert [s.reason for s in shown] == ["wait 0", None, "wait 1", None]
+    facts += [recorded(ev.JobSnoozed(500, why, 0), 1, 1, 1, at(n), 4_000) for n, why in ((6, "ended"), (7, "twice"))]
+    facts.append(recorded(ev.JobSnoozed(500, "late", 0, True), 1, 1, 1, at(8), 4_000))
+    seen = job.status("j", fact_list(*reversed(facts)))
+    assert (seen.state, seen.reason) == (State.SCHEDULED, "ended")
 
 
 @pytest.mark.parametrize(
