@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import msgspec
@@ -22,7 +23,7 @@ from sqlalchemy import Connection, MetaData, Table, and_, delete, select, update
 from sqlalchemy.dialects import postgresql, sqlite
 
 from jobledger import greenlets
-from jobledger.access import knock, read
+from jobledger.access import away, knock, read
 from jobledger.config import Settings
 from jobledger.errors import BrokerUnavailable, JobledgerError, StoreError, StoreUnavailable
 from jobledger.kafka import acls
@@ -44,6 +45,8 @@ BATCH, POLL_S = 5_000, 0.1
 AWAY_S = 1.0
 #: Seconds between two checks for new partitions, recreated topics and moved offsets.
 LOOK_S = 10.0
+#: Seconds within which the broker must return the ids of the topics before their records are folded.
+IDENTIFY_S = 10.0
 #: Number of retries while the database is unavailable; after them the error is raised.
 AWAY_TRIES = 30
 
@@ -147,9 +150,24 @@ class Runner:
             keys = list(topics_table.primary_key.columns)
             db.execute(made.on_conflict_do_update(index_elements=keys, set_={"topic_id": made.excluded.topic_id}), rows)
 
-    def _same_topics(self, known: Mapping[Place, int]) -> None:
-        """Raise `JobledgerError` if a folded topic was recreated, however many records it has now."""
-        found = self._identities()
+    def _identify(self, stop: threading.Event) -> dict[str, str]:
+        """Return the id of every topic that is folded. Raises `BrokerUnavailable` if an id is not returned in time:
+        offsets must not be stored before it is known to which topics they belong."""
+        deadline = time.monotonic() + IDENTIFY_S
+        while True:
+            found = self._identities()
+            left = sorted(set(self._reading.topics) - found.keys())
+            if not left or stop.is_set():
+                return found
+            if time.monotonic() > deadline:
+                raise BrokerUnavailable(
+                    away(self.settings, f"did not return the ids of {', '.join(left)} within {IDENTIFY_S:g} s")
+                )
+            stop.wait(0.2)
+
+    def _same_topics(self, known: Mapping[Place, int], found: Mapping[str, str]) -> None:
+        """Raise `JobledgerError` if a folded topic was recreated, however many records it has now. ``found``: the ids
+        that the topics have now."""
         with self._engine.begin() as db:
             kept = {row.topic: row.topic_id for row in db.execute(select(topics_table).where(self._my_topics))}
             for place, offset in sorted(known.items()):
@@ -217,7 +235,8 @@ class Runner:
                 known.update(self.offsets(db))
 
         self._patiently(stop, load)
-        self._patiently(stop, lambda: self._same_topics(known))
+        found = self._identify(stop)
+        self._patiently(stop, partial(self._same_topics, known, found))
         with _consumer(self.settings) as consumer:
             places = self._places()
             ends = self._ends(places) if until_end else {}
@@ -234,7 +253,8 @@ class Runner:
             while not stop.is_set():
                 if not until_end and time.monotonic() >= look_at:
                     self._patiently(stop, lambda: self._undisturbed(known))
-                    self._patiently(stop, lambda: self._same_topics(known))
+                    found = self._identities()
+                    self._patiently(stop, partial(self._same_topics, known, found))
                     places = self._join_new(consumer, places, known)
                     look_at = time.monotonic() + LOOK_S
                 if until_end and not _open(consumer, ends, known):
@@ -339,7 +359,7 @@ class Runner:
         places = self._places()
         if not from_what_is_left:
             self._refuse(self._trimmed(places))
-        ends, topics = self._ends(places), self._identities()
+        ends, topics = self._ends(places), self._identify(stop)
         table = self.projection.table
         with self._explained(), self._copying("rebuild") as copy:
             records, trimmed = self._fold_again(copy, ends, stop, tell, "rebuild")

@@ -24,8 +24,9 @@ import msgspec
 from confluent_kafka import Message
 
 from jobledger import log
+from jobledger.access import away
 from jobledger.config import Settings
-from jobledger.errors import StoreError
+from jobledger.errors import BrokerUnavailable, StoreError
 from jobledger.job import Life
 from jobledger.kafka import acls
 from jobledger.logger import get_logger
@@ -237,6 +238,14 @@ def _fold_log(
     with Feed(settings, names) as feed:
         span = _span(settings, names, feed, offsets)
         ids = feed.identities({topic for topic, _ in span.low})
+        unidentified = {topic for topic, _ in span.low} - ids.keys()
+        if offsets is None and unidentified:  # the offsets of the new table would belong to no known topic
+            raise BrokerUnavailable(
+                away(
+                    settings,
+                    f"did not return the ids of {', '.join(sorted(unidentified))} in time; nothing has changed",
+                )
+            )
         later = {topic for topic, its in ids.items() if topics.get(topic, its) != its}
         for place in [p for p in span.low if p[0] in later]:
             del span.low[place], span.high[place]

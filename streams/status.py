@@ -230,7 +230,8 @@ class Materializer:
         except BrokerUnavailable as exc:
             log_missed(LOG, self._settings, "%s", exc)
             return True
-        feed.add({place: self._offsets.get(place) for place in self._of_same_topics(feed, present)})
+        readable, unidentified = self._identified(feed, present)
+        feed.add({place: self._offsets.get(place) for place in readable})
         names = self._names
         wanted = self._wanted()
         missing = wanted - {topic for topic, _ in present}
@@ -245,13 +246,25 @@ class Materializer:
                 "waiting for topics that do not exist yet: %s; `jobledger topics apply MODULE:APP` creates them",
                 ", ".join(sorted(missing)),
             )
-        return bool(missing)
+        if unidentified:
+            LOG.warning(
+                "the broker did not return the ids of %s within %g s; asking again before these topics are read",
+                ", ".join(sorted(unidentified)),
+                DISCOVER_TIMEOUT_S,
+            )
+        return bool(missing or unidentified)
 
-    def _of_same_topics(self, feed: Feed, present: set[Partition]) -> set[Partition]:
-        """Return the partitions that can be read. Those of recreated topics are read from their start; they are left out
-        if their start cannot be determined now."""
+    def _identified(self, feed: Feed, present: set[Partition]) -> tuple[set[Partition], set[str]]:
+        """Return the partitions that can be read, and the topics that cannot be read because their id is not known.
+
+        Partitions of recreated topics are read from their start; they are left out if their start cannot be determined
+        now. A topic of which no id is known is not read: if it was recreated before its first id is stored, the offsets
+        would be taken for those of the new topic.
+        """
         found = feed.identities({topic for topic, _ in present}, DISCOVER_TIMEOUT_S)
         known = {**self._known, **self._new_ids}
+        unidentified = {topic for topic, _ in present} - known.keys() - found.keys()
+        present = {place for place in present if place[0] not in unidentified}
         others = {topic for topic, its in found.items() if known.get(topic, its) != its}
         try:
             if others:
@@ -263,9 +276,9 @@ class Materializer:
                 )
         except (BrokerUnavailable, TopicMissing) as exc:  # the old id stays, so the next search compares again
             LOG.warning("%s", exc)
-            return {place for place in present if place[0] not in others}
+            return {place for place in present if place[0] not in others}, unidentified
         self._new_ids |= {topic: its for topic, its in found.items() if known.get(topic) != its}
-        return present
+        return present, unidentified
 
     def _write_batch(
         self, store: Store, projector: Projector, feed: Feed, messages: Sequence[Message], stop: threading.Event

@@ -24,7 +24,15 @@ from confluent_kafka import TopicPartition
 
 from jobledger import log
 from jobledger.config import Settings
-from jobledger.errors import LeaseLost, SchemaError, StatusTimeout, StoreError, StoreUnavailable, UnknownFact
+from jobledger.errors import (
+    BrokerUnavailable,
+    LeaseLost,
+    SchemaError,
+    StatusTimeout,
+    StoreError,
+    StoreUnavailable,
+    UnknownFact,
+)
 from jobledger.job import State
 from jobledger.kafka import topics, topology
 from jobledger.log import LogReader
@@ -41,7 +49,7 @@ from jobledger.streams.store.connecting import schema_beside, schema_of
 from jobledger.streams.store.postgres import PostgresStore
 from jobledger.streams.store.sqlite import SqliteStore, path_of
 from jobledger.writer import LogWriter, Outgoing
-from tests.patience import wait_until
+from tests.patience import PATIENCE, wait_until
 from tests.postgres import Databases, Server
 
 pytestmark = pytest.mark.kafka
@@ -166,7 +174,7 @@ class Running:
 
     def join(self) -> None:
         """Wait for its end."""
-        self._thread.join(30)
+        self._thread.join(PATIENCE * 30)
         assert not self._thread.is_alive()
 
     def catch_up(self) -> None:
@@ -262,14 +270,21 @@ def test_kill_9_at_any_time_loses_and_doubles_nothing(world: World) -> None:
     world.fill(6_000)
     open_store(world.url, world.names.namespace).close()
     reader = world.reader()
+    places = [(topic, p) for topic in (world.names.jobs("mail"), world.names.lifecycle) for p in range(PARTITIONS)]
+    everything = sum(end for _, end in bounds(world.settings, places).values())
     read = -1
+
+    def reads_on() -> bool:
+        """Whether the child has read more than those before it, if they have left anything."""
+        return read < sum(reader.offsets().values()) or read == everything
+
     for _ in range(5):
         child = subprocess.Popen(
             [sys.executable, "-c", KILLED, str(world.settings.bootstrap), world.names.namespace, world.url]
         )
         try:
             # Some progress is made every time: the dead one's lease does not hold the next one up.
-            wait_until(lambda before=read: sum(reader.offsets().values()) > before, 20, "reading on")  # type: ignore[misc]
+            wait_until(reads_on, 20, "reading on")
         finally:
             child.kill()
             child.wait()
@@ -302,7 +317,7 @@ def test_a_database_that_is_away_for_ten_seconds_loses_nothing(
         finally:
             child.kill()
             child.wait()
-        with Running(world.materializer(batch=20)) as running:
+        with Running(world.materializer(batch=20, store_patience=PATIENCE * 30)) as running:
             begun = sum(reader.offsets().values())
             wait_until(lambda: running.made.position() > begun, 20, "reading on")
             postgres_server.stop(at_once=crash)
@@ -371,7 +386,7 @@ def test_a_materializer_waits_for_its_database_at_the_start(
     with postgres_server.database() as url, closing(World(broker, namespace, url)) as world:
         world.fill(10)
         postgres_server.stop()
-        with Running(world.materializer()) as running:
+        with Running(world.materializer(store_patience=PATIENCE * 30)) as running:
             wait_until(lambda: sample(running.made, "store_retries_total") > 0, 20, "a try in vain")
             postgres_server.start()
             running.catch_up()
@@ -429,6 +444,39 @@ def test_a_topic_that_was_made_again_is_another_topic(world: World, running_mean
     assert {each.job_id for each in reader.jobs(tag=tagged, limit=1_000)} == {*old, *new}
     assert verify(world.names, world.settings, ["mail"], world.url).equal
     reader.close()
+
+
+def test_no_topic_is_read_before_its_id_is_known(
+    world: World, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The offsets of a topic whose id is not stored would be taken for those of a later topic of its name. So a topic is read
+    once the broker has returned its id, and a rebuild without the ids changes nothing."""
+    identities, unanswered, told = Feed.identities, [], threading.Event()
+
+    def answer(feed: Feed, *args: Any) -> dict[str, str]:
+        if told.is_set():
+            return identities(feed, *args)
+        unanswered.append(args)
+        return {}
+
+    monkeypatch.setattr(Feed, "identities", answer)
+    old = world.fill(60)
+    with Running(world.materializer()) as running:
+        wait_until(lambda: len(unanswered) > 3, 30, "some searches for topics")
+        assert (running.made.offsets(), running.made.caught_up()) == ({}, False)
+        assert "did not return the ids of " in caplog.text
+        told.set()
+        running.catch_up()
+        recreate(world, world.names.jobs("mail"))
+        world.fill(100)
+        reader = world.reader()
+        wait_until(lambda: sum(reader.counts_by_state().values()) == 160, 30, "the new topic's jobs")
+        reader.close()
+    told.clear()
+    with pytest.raises(BrokerUnavailable, match=r"did not return the ids of .* nothing has changed"):
+        rebuild(world.names, world.settings, ["mail"], world.url)
+    told.set()
+    assert rebuild(world.names, world.settings, ["mail"], world.url).carried == len(old)
 
 
 def test_verify_compares_all_where_no_ids_of_topics_are_told(world: World, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -25,17 +25,20 @@ from confluent_kafka import TopicPartition
 from sqlalchemy import Column, DateTime, Integer, MetaData, PrimaryKeyConstraint, String, Table, select
 
 from jobledger import App, ConfigError, IncompatibleEvent, JobledgerError, Settings
-from jobledger.errors import StoreError
+from jobledger.errors import BrokerUnavailable, StoreError
 from jobledger.kafka.topics import ensure
 from jobledger.log import LogReader, admin, partitions_of, producer, producer_config
 from jobledger.projection import Where
 from jobledger.schemas.events import CancelRequested, JobSucceeded, QueuePaused
+from jobledger.streams import projections
+from jobledger.streams.feed import identities
 from jobledger.streams.projection_store import ProjectionStore, database_of
 from jobledger.streams.projections import Runner
 from jobledger.writer import LogWriter, Outgoing
 from tests.integration import projection_app
 from tests.integration.projection_app import Happened
 from tests.integration.worker_app import closings, until, working
+from tests.patience import PATIENCE
 from tests.postgres import Databases, Server
 
 pytestmark = pytest.mark.kafka
@@ -193,7 +196,7 @@ def test_a_runner_notices_a_rebuild_though_no_record_comes(app: App, monkeypatch
             until(lambda: said(rows(app)) == wanted(events))
         finally:
             stop.set()
-            thread.join(30)
+            thread.join(PATIENCE * 30)
 
 
 def test_of_two_rebuilds_at_once_one_is_refused(app: App) -> None:
@@ -334,6 +337,23 @@ def test_records_that_were_trimmed_before_they_were_folded_are_said(app: App, ca
     assert sum(int(re.findall(r"before (\d+) records", line)[0]) for line in lost) == 45
 
 
+def test_nothing_is_folded_before_the_ids_of_its_topics_are_known(app: App, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Offsets of a topic whose id is not stored would be taken for those of a later topic of its name."""
+    events = emit(app, 30)
+    monkeypatch.setattr(projections, "IDENTIFY_S", 0.3)
+    monkeypatch.setattr(projections, "identities", lambda *args: {})
+    with closing(runner_of(app)) as runner:
+        for act in (lambda: runner.run(threading.Event(), until_end=True), lambda: runner.rebuild(threading.Event())):
+            with pytest.raises(BrokerUnavailable, match=r"did not return the ids of \S+\.Happened within 0.3 s"):
+                act()
+    assert rows(app) == {}
+    answers: Iterator[dict[str, str]] = iter([{}, {}])  # a topic that has just been created
+    monkeypatch.setattr(projections, "identities", lambda *args: next(answers, None) or identities(*args))
+    monkeypatch.setattr(projections, "IDENTIFY_S", 30.0)
+    assert folded(app).folded == 30
+    assert said(rows(app)) == wanted(events)
+
+
 def test_orders_are_folded_too(app: App) -> None:
     """Pauses and cancels, each once, though a cancel stands on two topics; what is taken back is no garbage. As the
     control topic is compacted, a fold of it may have less than the table: that is said."""
@@ -359,10 +379,10 @@ def test_orders_are_folded_too(app: App) -> None:
         sender = producer(
             {**producer_config(app.settings, timeout=20.0), "transactional.id": app.names.namespace, "linger.ms": 5}
         )
-        sender.init_transactions(20)
+        sender.init_transactions(PATIENCE * 20)  # the first one of a broker: it makes a topic for them
         sender.begin_transaction()
         sender.produce(app.names.control, b"garbage", "k")
-        sender.commit_transaction(20)
+        sender.commit_transaction(PATIENCE * 20)
         app.pause(queue="default")
         with pytest.raises(JobledgerError, match=r"control is compacted: 1 of its records are gone"):
             runner.rebuild(threading.Event())
@@ -451,12 +471,14 @@ def test_two_processes_of_one_projection_fold_nothing_twice(app: App) -> None:
     for part in range(10):
         events += emit(app, 100, part * 100)
         time.sleep(0.1)
+    with closing(store_of(app)) as store:
+        until(lambda: sqlalchemy.inspect(store.engine).has_table("people"), what="the table being made")
     until(
         lambda: rows(app) and sum(r["events"] for r in rows(app).values()) >= sum(c for c, _ in wanted(events).values())
     )
     stop.set()
     for thread, runner in zip(threads, runners, strict=True):
-        thread.join(30)
+        thread.join(PATIENCE * 30)
         runner.close()
     assert said(rows(app)) == wanted(events)
 
@@ -558,9 +580,10 @@ def test_what_cannot_be_a_projection_is_refused_when_it_is_declared(app: App) ->
 
 
 def test_a_database_that_is_away_for_a_while_loses_nothing(
-    broker: str, namespace: str, postgres_server: Server
+    broker: str, namespace: str, postgres_server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """PostgreSQL, stopped as in a crash in the middle of the stream and started again: the fold is exact, by itself."""
+    monkeypatch.setattr(projections, "AWAY_TRIES", 300)  # a busy machine takes its time to start the server
     app = projection_app.build(namespace, Settings(bootstrap=broker, status_url=postgres_server.url))
     ensure(app, app.settings)
     stop, runner = threading.Event(), runner_of(app)
@@ -577,20 +600,19 @@ def test_a_database_that_is_away_for_a_while_loses_nothing(
             until(lambda: said(rows(app)) == wanted(events))
     finally:
         stop.set()
-        thread.join(30)
+        thread.join(PATIENCE * 30)
         runner.close()
         app.close()
 
 
-def test_a_table_that_does_not_fit_is_said_at_once(app: App) -> None:
+def test_a_table_that_does_not_fit_is_said_at_once(app: App, caplog: pytest.LogCaptureFixture) -> None:
     """Another table of that name, without our column: an error with its words, not half a minute of tries."""
     emit(app, 5)
     with closing(store_of(app)) as store, store.engine.begin() as db:
         db.exec_driver_sql('CREATE TABLE people ("user" VARCHAR(40) PRIMARY KEY)')
-    began = time.monotonic()
     with pytest.raises(StoreError, match=r"projection count_by_user.*events"):
         folded(app)
-    assert time.monotonic() - began < 20
+    assert "trying again" not in caplog.text
 
 
 def test_a_user_who_may_not_make_tables_is_told(broker: str, namespace: str, postgres: Databases) -> None:
