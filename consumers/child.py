@@ -122,6 +122,7 @@ class Child:
     # -- one attempt --------------------------------------------------------------------------------------------------
 
     def _run(self, run: Run) -> Ended:
+        self._late, self._told = False, None
         task = self._registry.tasks.get(run.task)
         if task is None:  # the code on disk differs from what the worker runs
             missing = LookupError(f"the child process has no task {run.task!r}: was the app changed under its worker?")
@@ -142,7 +143,7 @@ class Child:
             trace=run.trace,
             report=self._report,
         )
-        self._reported_at, self._unsent, self._late, self._told = 0.0, None, False, None
+        self._reported_at, self._unsent = 0.0, None
         try:
             value, error = self._call(task, context, kwargs)
         except BaseException as raised:  # noqa: BLE001  # SystemExit ends the job only, as in a thread
@@ -196,6 +197,8 @@ class Child:
         self._running, self._function = asyncio.current_task(), function
         clock = self._clock = asyncio.timeout(limit)
         try:
+            if self._told is TaskCancelled:  # before its code started
+                raise asyncio.CancelledError
             async with clock:
                 value = await function(**kwargs)
             said.append((value, None))
@@ -212,6 +215,8 @@ class Child:
         returned = False
         try:
             self._inside = True
+            if self._told is not None:  # before its code started
+                raise self._told
             value = settled(function(**kwargs))
             returned = True
             self._inside = False

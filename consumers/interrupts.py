@@ -18,7 +18,7 @@ from typing import Any
 
 from jobledger import forks
 from jobledger.consumers.work import Work
-from jobledger.errors import TaskCancelled, TaskInterrupted
+from jobledger.errors import TaskCancelled, TaskInterrupted, TaskTimedOut
 from jobledger.functions import settled
 
 _raise_in = ctypes.pythonapi.PyThreadState_SetAsyncExc
@@ -99,6 +99,8 @@ class Interrupts:
                     self._inside[work] = threading.get_ident()
                 if work.stop_outcome is not None:  # cancelled before its code started
                     raise TaskCancelled
+                if work.interrupted is not None:  # its time limit was over before its code started
+                    raise work.interrupted
                 value = settled(work.plan.fn(**work.kwargs))
                 returned = True
             except BaseException as raised:  # noqa: BLE001  # raised again below
@@ -163,12 +165,17 @@ class Interrupts:
 
     def interrupt(self, work: Work, error: type[TaskInterrupted]) -> bool:
         """Raise ``error`` inside the job's code. Return False if no thread runs that code, or it was interrupted
-        already. From any thread."""
+        already. From any thread.
+
+        A `TaskTimedOut` for code that has not started yet is raised when it starts: its timer does not fire again.
+        """
         with self._lock:
             thread = self._inside.get(work)
-            if thread is None or work.interrupted is not None:
+            if work.interrupted is not None or (thread is None and error is not TaskTimedOut):
                 return False
             work.interrupted = error
+            if thread is None:
+                return False
             awaited = self._waiting.get(work)
             if awaited is not None and self.loop is not None:
                 self.loop.call_soon_threadsafe(awaited.stop)

@@ -78,6 +78,18 @@ def work_of(function: Any) -> Work:
     return found
 
 
+def test_a_time_limit_that_is_over_before_the_code_starts_is_raised_when_it_starts() -> None:
+    """On a busy machine a thread may take a job up after its time limit: the job's timer does not fire again."""
+    interrupts, ran = Interrupts(), []
+    work = work_of(lambda: ran.append(1))
+    assert not interrupts.interrupt(work, TaskTimedOut)
+    with pytest.raises(TaskTimedOut):
+        interrupts.call(work)
+    assert ran == []
+    assert not interrupts.interrupt(work, TaskTimedOut)
+    time.sleep(0.01)  # where one that is still pending would be raised
+
+
 def test_an_interrupt_is_raised_inside_or_not_at_all() -> None:
     """Told at any moment around its end, a function either raises it or returns; nothing leaks into what follows."""
     interrupts = Interrupts()
