@@ -3,7 +3,7 @@
 `JobLeased` (lifecycle) and `Leased` (coordination) are acknowledged before the code runs. From then on the work record
 is done, and the job does not depend on the partition. The lease is renewed until the job's outcome has been written for
 the coordinator. If no renewal is acknowledged for as long as a lease lasts, another worker may run the job: its code
-here is told to end, and its outcome is dropped. On the event loop, except where stated.
+here is told to end, and its outcome no longer counts. On the event loop, except where stated.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class Leases:
     """The leases of one worker.
 
     ``begin(work)`` writes the start of a job and runs it. ``close_with(work, outcome)`` writes the outcome of a job
-    that is not begun. ``give_up(work)`` ends a job's code, and its outcome is dropped. ``ended(work)``: the job does
+    that is not begun. ``give_up(work)`` tells a job's code to end. ``ended(work)``: the job does
     not run, or no longer. ``too_large(work, size, limit)``: the broker refused the outcome (bytes) for its size.
     ``call`` runs a function on the loop; an exception in it stops the worker, as ``fail`` does.
     """
@@ -161,11 +161,11 @@ class Leases:
             lease.until = max(lease.until, asked_at + lease.seconds)
 
     def _lose(self, work: Work) -> None:
-        """Drop a job whose lease is over: no renewal was acknowledged in time, and the job may run elsewhere by now."""
+        """Give up a job whose lease is over: no renewal was acknowledged in time, and the job may run elsewhere by now."""
         assert work.event is not None
         LOG.warning(
             "the lease of job %s (%s) is over: it was not renewed in time. Its code here is told to stop, and its "
-            "outcome is dropped",
+            "outcome no longer counts",
             work.event.job_id,
             work.event.task,
         )

@@ -91,11 +91,11 @@ class Places:
         most = UNSEEN_CRASHES if self._usable else CRASHES
         if starts < most:
             return None
-        said = (
-            f"its code was started {starts} times and never came to an end: each time the worker process died, or stood "
-            "still; what it said last is in that process's log"
+        message = (
+            f"its code was started {starts} times and never finished: each time the worker process died or stopped "
+            "responding; that process's log has its last output"
         )
-        return Failed("crashed", ErrorInfo("ProcessDied", said))
+        return Failed("crashed", ErrorInfo("ProcessDied", message))
 
     def go(self, work: Work) -> None:
         """Run the code of a job that was begun. A suspect, or a job that has waited for a child, runs only if it is

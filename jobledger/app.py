@@ -105,7 +105,8 @@ class App:
     default. ``queues``: if given, registering a task of any other queue, except the default queue, is an error; if not
     given, the queues are those that the tasks name. ``default_queue``: the queue of tasks that name none; it exists as
     soon as the first such task is registered. With None each task must name its queue. ``partitions``: the partition
-    count of every topic whose queue or event sets none. No connection is opened before the first use.
+    count of the topics of queues and events that set none, of the coordination and dead-letter topics, and the minimum
+    for the lifecycle topic. No connection is opened before the first use.
     """
 
     def __init__(
@@ -244,16 +245,16 @@ class App:
 
         ``key``: a parameter, or a function of the arguments, whose value is the ordering key. Jobs with the same key
         run one at a time, in the order of submission. A job that is retried holds its key for at most ``key_hold_max``
-        seconds. ``priority``: ``high`` or ``low``, before or after the other jobs of the queue. ``rate`` (``"100/s"``)
-        and ``concurrency``: limits for all workers together. ``isolation="process"``: run each job in a child process,
+        seconds. ``priority``: ``high`` or ``low``, on a queue with priorities: these jobs get a larger or smaller
+        share of the starts. ``rate`` (``"100/s"``) and ``concurrency``: limits for all workers together. ``isolation="process"``: run each job in a child process,
         one job at a time per process: for code that keeps a CPU busy, that must be stopped at its timeout, or that may
         crash. ``max_memory`` (``"512MiB"``): the memory limit of such a process; an attempt that exceeds it fails.
         ``long``: for jobs that may run for hours. Such a job runs under a lease that its worker renews, and does not
         delay other jobs of its partition. It is on by default for a ``timeout`` above 60 s. ``lease``: the seconds
         without a renewal after which the job is given to another worker. ``expires_in``: the seconds after submission
         from which the job is no longer started. ``adaptive``: adapt the task's concurrency to the latency and the
-        errors of its attempts (`Adaptive`). ``breaker``: snooze the task's jobs while its attempts keep failing
-        (`Breaker`). Raises `ConfigError` or `UnknownQueue`.
+        errors of its attempts (`Adaptive`). ``breaker``: hold the task's jobs back while its attempts keep
+        failing (`Breaker`). Raises `ConfigError` or `UnknownQueue`.
         """
 
         def register(function: Callable[..., Any]) -> Task[Any, Any]:
@@ -314,8 +315,8 @@ class App:
         """Register a class of domain events; usable bare or with options. A plain class becomes a frozen dataclass;
         dataclasses, msgspec Structs and pydantic models are left unchanged. The Avro schema is derived from the fields.
 
-        ``name``: the event's name in the log, by default the class's name. ``key``: the field whose value keeps events
-        in order. ``partitions``: the partition count of its topic, by default the app's. ``retention_days``: how long
+        ``name``: the event's name in the log, by default the class's name. ``key``: the field that becomes the record's key:
+        events with the same value are kept in the order in which they were emitted. ``partitions``: the partition count of its topic, by default the app's. ``retention_days``: how long
         events are kept, by default forever. ``topic``, ``format``: a topic of another program to read from, and its
         format (``"jobledger"``, ``"json"`` or ``"avro"``); such events cannot be emitted.
 

@@ -120,11 +120,12 @@ class Settings:
 
     ``bootstrap``: ``host:port[,host:port]``, stored without spaces and without ``PLAINTEXT://``; None: the embedded
     broker, if it runs. ``status_url``: ``sqlite:///path`` or ``postgresql://user:password@host/database``; None: one
-    SQLite file per namespace in the user's data folder. ``submit_timeout``: seconds that a submission may wait for its
+    SQLite file per namespace under ``home``. ``submit_timeout``: seconds that a submission may wait for its
     acknowledgement before `BrokerUnavailable`. ``max_record_bytes``: the largest encoded record that is sent, 1,000
     bytes or more; a larger one raises `PayloadTooLarge`. ``retention_days``: how long the log keeps the records of jobs
     that have ended; the stream processor deletes older ones. ``kafka``: extra client settings with librdkafka's names,
-    e.g. ``{"security.protocol": "SSL"}``. ``home``: the folder of the embedded broker's data, jars and pid file.
+    e.g. ``{"security.protocol": "SSL"}``. ``home``: the folder of the embedded broker, of the default status
+    tables and of the coordinator's data.
     ``schema_registry``: URL of a Confluent-compatible Schema Registry,
     ``http[s]://[user:password@]host[:port][/path]``; None: no registry is used. ``role``: which part of Jobledger this
     process is, for errors and for the broker's logs (the client id). The repr leaves out ``status_url``, ``kafka`` and

@@ -34,13 +34,13 @@
 ├── ``JobExpired``               the job passed its expiry before it could start
 ├── ``ResultMismatch``           the job succeeded, but its result does not fit the task's annotation
 ├── ``ResultInsideJob``          a job waited for another job
-├── ``JobEnded``                 code of an attempt that has ended wanted to report progress, or to submit a job
+├── ``JobEnded``                 code of an attempt that has ended wanted to report progress, to submit a job or to emit an event
 └── ``SchemaError``              bytes that are not one of Jobledger's events
     ├── ``NotAnEvent``           no known framing
     ├── ``UnknownSchema``        framed, but the writer's schema is not published
     └── ``UnknownFact``          a valid event whose fact this version does not know
 
-``TaskInterrupted``              (a `BaseException`) raised in a task's code in a thread or a process, to stop it
+``TaskInterrupted``              (a `BaseException`) raised in a task's code, to stop it
 ├── ``TaskTimedOut``             its ``timeout`` is over
 └── ``TaskCancelled``            its job was cancelled
 """
@@ -113,8 +113,8 @@ def text_of(error: BaseException) -> str:
 
 
 class TaskInterrupted(BaseException):
-    """Raised inside a task's code that runs in a thread or a child process, to stop the code. It is not an `Exception`,
-    so ``except Exception`` does not catch it. Clean up and let it propagate: if the code returns a value instead, the
+    """Raised inside a task's code, to stop the code: in a thread, in a child process, or in a coroutine that blocks the
+    event loop beyond its timeout. It is not an `Exception`, so ``except Exception`` does not catch it. Clean up and let it propagate: if the code returns a value instead, the
     job has succeeded."""
 
 
@@ -208,8 +208,8 @@ class NotAuthorized(AccessDenied):
 
 class ConnectionUnusable(JobledgerError):
     """The connection cannot be used here and now: it was opened before a fork, it has been closed, the interpreter is
-    shutting down, or a signal handler has interrupted its own thread while that was opening the connection. Nothing was
-    sent."""
+    shutting down, or the caller is a signal handler that interrupted its thread while this thread was opening the
+    connection. Nothing was sent."""
 
 
 class PayloadTooLarge(JobledgerError):
@@ -316,7 +316,8 @@ class ResultInsideJob(JobledgerError):
 
 
 class JobEnded(JobledgerError):
-    """Code of a job that still ran after its attempt had ended tried to report progress, or to submit a job."""
+    """Code of a job that still ran after its attempt had ended tried to report progress, to submit a job or to emit
+    an event."""
 
 
 class SchemaError(JobledgerError):

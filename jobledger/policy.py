@@ -137,8 +137,8 @@ class Adaptive:
 @dataclass(frozen=True, slots=True)
 class Breaker:
     """A circuit breaker (M. Nygard, "Release It!", 2007): after ``failures`` failed attempts in a row of a task in a
-    worker, the task's jobs there are snoozed, which uses up no attempts. After ``reset`` seconds one job is started as
-    a trial.
+    worker, the task's other jobs wait there, which uses up no attempts. If too many jobs wait, the newest of them that
+    have no key are snoozed. After ``reset`` seconds one job is started as a trial.
 
     An attempt counts as failed if it is retried or was the last one. A job that was rejected, snoozed or cancelled does
     not count.

@@ -78,8 +78,8 @@ def check_job_id(job_id: object, what: str) -> str:
 
 
 class Task(Generic[P, R_co]):
-    """A function that can be run as a job, a `PlainTask` or an `AsyncTask`. ``@app.task`` creates it; calling it runs
-    the function directly in the caller."""
+    """A function that can be run as a job. Each task is either a `PlainTask` or an `AsyncTask`. ``@app.task`` creates it;
+    calling it runs the function directly in the caller."""
 
     def __init__(
         self,

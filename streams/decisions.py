@@ -234,7 +234,7 @@ def _lost(row: Held, partition: int, offset: int, appended_ms: int) -> Decision:
         error = ErrorInfo(
             "ProcessDied",
             f"its code was started {crashes} times and its lease ended each time, last with {row.worker}: the worker died, "
-            "stood still, or could not reach the broker",
+            "stopped responding, or could not reach the broker",
         )
         return _ended(row, "crashed", JobFailed("crashed", error), partition, offset, appended_ms)
     tags = {**row.tags, CRASHES_TAG: str(crashes)}

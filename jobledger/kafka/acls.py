@@ -91,7 +91,7 @@ _TRIMMING = "trimming: the log grows"
 TABLE: Mapping[str, Sequence[Right]] = {
     "client": [
         *_topic("<ns>.jobs.", "Write"),
-        *_topic("<ns>.coordination", "Write", lost="delays", when="delayed jobs"),
+        *_topic("<ns>.coordination", "Write", lost="delays, no `cancel`", when="delayed jobs"),
         *_topic("<ns>.schemas", "Write"),
         *_topic("<ns>.schemas", "Read", lost="`emit`", when="events"),
         *_topic("<ns>.events.", "Write", lost="`emit`", when="events"),
@@ -116,7 +116,7 @@ TABLE: Mapping[str, Sequence[Right]] = {
         *_topic("<ns>.lifecycle", "Write"),
         *_topic("<ns>.dead-letter", "Write"),
         *_topic("<ns>.schemas", "Read", "Write"),
-        *_topic("<ns>.", "DescribeConfigs", lost=_LIMITS),
+        *_topic("<ns>.", "DescribeConfigs", lost=f"{_LIMITS}; no {_WATCHING}"),
     ],
     "materializer": [
         *_LOG,
