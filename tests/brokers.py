@@ -20,8 +20,9 @@ from jobledger.kafka import broker
 from jobledger.kafka.defaults import HOST, KAFKA_VERSION, STOP_TIMEOUT_S
 from jobledger.kafka.jars import classpath
 from jobledger.kafka.ports import free_port
+from tests.patience import PATIENCE
 
-START_TIMEOUT_S = 90.0
+START_TIMEOUT_S = 60 * PATIENCE
 HEAP_MB = 256
 
 #: Every topic on three brokers, of which two must have a record before it is acknowledged; Kafka's own topics, too.
@@ -101,7 +102,7 @@ class Brokers:
 
     def stop(self, node: int) -> None:
         """SIGTERM: its leaderships move away first."""
-        self._end(node, STOP_TIMEOUT_S)
+        self._end(node, STOP_TIMEOUT_S * PATIENCE)
 
     def kill(self, node: int) -> None:
         """kill -9."""

@@ -30,15 +30,16 @@ from hypothesis import HealthCheck, settings
 
 from jobledger import forks
 from jobledger.kafka.broker import BROKER_CONFIG
-from jobledger.kafka.defaults import KAFKA_VERSION
+from jobledger.kafka.defaults import KAFKA_VERSION, START_TIMEOUT_S
 from jobledger.kafka.embedded import EmbeddedKafka
 from jobledger.kafka.ports import free_port
 from jobledger.logger import write_errors_to
+from tests.patience import PATIENCE
 from tests.postgres import Databases, NoPostgres, Server, databases
 
 DEFAULT_IMAGE = "apache/kafka:4.1.0"
 ENGINE_TIMEOUT_S = 5
-CONTAINER_TIMEOUT_S = 90
+CONTAINER_TIMEOUT_S = 60 * PATIENCE
 
 Found = TypeVar("Found")
 
@@ -61,7 +62,7 @@ BUSY, WAITING = 2, 5
 #: `importlib.util.find_spec` whether it is installed.
 OUTSIDE = ("eventlet", "gevent")
 #: Seconds within which the threads of a file's tests must have ended.
-THREADS_END_S = 30.0
+THREADS_END_S = 30.0 * PATIENCE
 
 SAID = "jobledger-said"
 _said: list[str] = []
@@ -131,7 +132,7 @@ def broker(request: pytest.FixtureRequest) -> Iterator[str]:
             address, image = _container(stack)
             _say(request.config, f"broker: {address} (container {image})")
         except NoContainer as reason:
-            kafka = stack.enter_context(EmbeddedKafka())
+            kafka = stack.enter_context(EmbeddedKafka(timeout=PATIENCE * START_TIMEOUT_S))
             address = kafka.bootstrap
             _say(request.config, f"broker: {address} (embedded Kafka {KAFKA_VERSION}; no container: {reason})")
         yield address
@@ -251,13 +252,13 @@ def _container(stack: ExitStack) -> tuple[str, str]:
     deadline = time.monotonic() + CONTAINER_TIMEOUT_S
     while time.monotonic() < deadline:
         try:
-            if admin.list_topics(timeout=1).brokers:
+            if admin.list_topics(timeout=5).brokers:
                 return address, image
         except KafkaException:
             pass  # not up yet
     out, err = container.get_logs()
     end = (out + err).decode("utf-8", "replace")[-2000:]
-    raise NoContainer(f"image {image} did not answer within {CONTAINER_TIMEOUT_S} s; the end of its log:\n{end}")
+    raise NoContainer(f"image {image} did not answer within {CONTAINER_TIMEOUT_S:g} s; the end of its log:\n{end}")
 
 
 def _container_config(host: str, port: int) -> dict[str, str]:

@@ -17,11 +17,12 @@ import pytest
 import sqlalchemy
 
 from jobledger.kafka.ports import free_port
-from tests.postgres import unprivileged
+from tests.patience import PATIENCE
+from tests.postgres import CONNECT_TIMEOUT_S, unprivileged
 
 ENVIRONMENT = "JOBLEDGER_TEST_PGBOUNCER"
 PROGRAM = os.environ.get(ENVIRONMENT) or shutil.which("pgbouncer", path=f"{os.environ.get('PATH', '')}:/usr/sbin")
-START_TIMEOUT_S = 30.0
+START_TIMEOUT_S = 30 * PATIENCE
 
 _CONFIGURATION = """\
 [databases]
@@ -60,7 +61,7 @@ def pgbouncer(url: str, *, pool_mode: str, size: int) -> Iterator[str]:
             deadline = time.monotonic() + START_TIMEOUT_S
             while True:
                 try:
-                    psycopg.connect(behind, connect_timeout=5).close()
+                    psycopg.connect(behind, connect_timeout=CONNECT_TIMEOUT_S).close()
                     break
                 except psycopg.OperationalError as exc:
                     if process.poll() is not None or time.monotonic() > deadline:

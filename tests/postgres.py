@@ -28,9 +28,11 @@ import sqlalchemy
 from psycopg import sql
 
 from jobledger.kafka.ports import free_port
+from tests.patience import PATIENCE
 
-START_TIMEOUT_S = 60
-STOP_TIMEOUT_S = 30
+START_TIMEOUT_S, STOP_TIMEOUT_S = 60 * PATIENCE, 30 * PATIENCE
+#: Seconds that a server may take to answer who connects. One that does not run refuses at once.
+CONNECT_TIMEOUT_S = 60
 #: PostgreSQL refuses to run as root. Tried in this order.
 UNPRIVILEGED = ("postgres", "nobody")
 ENVIRONMENT = "JOBLEDGER_TEST_POSTGRES"
@@ -73,7 +75,7 @@ class Databases:
 
     def connect(self, url: str | None = None) -> psycopg.Connection[Any]:
         """A connection that commits by itself."""
-        return psycopg.connect(url or self.url, autocommit=True, connect_timeout=5)
+        return psycopg.connect(url or self.url, autocommit=True, connect_timeout=CONNECT_TIMEOUT_S)
 
     def execute(self, statement: str, url: str | None = None) -> list[tuple[Any, ...]]:
         """Run one statement by itself; its rows, if it has any."""

@@ -30,6 +30,7 @@ from jobledger.kafka import acls
 from jobledger.kafka.acls import Right
 from tests.brokers import Brokers
 from tests.certificates import Authority, Identity
+from tests.patience import PATIENCE
 
 MTLS, SCRAM, PLAIN, OIDC = "mtls", "scram", "plain", "oidc"
 WAYS = (MTLS, SCRAM, PLAIN, OIDC)
@@ -147,7 +148,7 @@ class Secured:
         ]
         admin = self.admin
         for future in admin.alter_user_scram_credentials(wanted).values():
-            future.result(30)
+            future.result(30 * PATIENCE)
 
     def give(self, principal: str, *wanted: Right) -> None:
         """Allow this."""
@@ -160,8 +161,8 @@ class Secured:
         same = AclBindingFilter(*pattern, principal, given.host, given.operation, given.permission_type)
         admin = self.admin
         (taken,) = admin.delete_acls([same]).values()
-        assert len(taken.result(10)) == 1
-        while admin.describe_acls(same).result(10):
+        assert len(taken.result(10 * PATIENCE)) == 1
+        while admin.describe_acls(same).result(10 * PATIENCE):
             time.sleep(0.01)
 
     def address(self, way: str) -> str:

@@ -13,6 +13,7 @@ from confluent_kafka.admin import AdminClient
 from jobledger import cluster
 from jobledger.kafka.ports import free_port
 from tests.empty_cluster import empty_cluster
+from tests.patience import PATIENCE
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -28,6 +29,7 @@ def origin():
     return origin_of(settings, "t")
 
 settings = Settings(bootstrap=sys.argv[1])
+outage.ANSWER_S = 60.0
 try:
     print({expression})
 except Exception as exc:
@@ -38,7 +40,7 @@ except Exception as exc:
 @pytest.mark.parametrize(
     ("expression", "expected"),
     [
-        ("knock(settings)", "None"),
+        ("knock(settings, 60.0)", "None"),
         ("outage._answers(settings)", "True"),
         # 1 if the server's first answer was to this request
         (
@@ -52,9 +54,8 @@ def test_a_broker_that_lists_no_brokers_aborts_no_process(expression: str, expec
     """A broker that was frozen gives such an answer until it is back in its cluster; `describe_cluster` aborts at it."""
     with empty_cluster() as address:
         code = CHILD.replace("{expression}", expression)
-        child = subprocess.run(
-            [sys.executable, "-c", code, address], check=False, capture_output=True, text=True, timeout=100
-        )
+        command, limit = [sys.executable, "-c", code, address], 100 * PATIENCE
+        child = subprocess.run(command, check=False, capture_output=True, text=True, timeout=limit)
     assert child.returncode == 0, child.stderr
     assert child.stdout.startswith(expected)
 

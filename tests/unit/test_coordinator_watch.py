@@ -38,6 +38,7 @@ def ended(monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[int, str]]:
     """Runs the watch on an app: after how many ticks it ended the coordinator, and with what words."""
     monkeypatch.setattr(module, "PULSE", 0.001)
     monkeypatch.setattr(module, "START_TIMEOUT", BOUND * 0.001)
+    monkeypatch.setattr(module, "SEEN_LATELY", 3600.0)  # however long this process is paused between two lines
 
     def run(
         at: Callable[[int], int] = lambda tick: 0,

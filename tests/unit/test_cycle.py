@@ -20,7 +20,7 @@ from jobledger.config import Settings
 from jobledger.names import Names
 from jobledger.schemas import codec
 from jobledger.schemas import events as ev
-from jobledger.streams import faust_app
+from jobledger.streams import faust_app, ownership
 from jobledger.streams.aio import Delivered
 from jobledger.streams.cycle import Cycle
 from jobledger.streams.faust_app import Options, changelog
@@ -33,6 +33,13 @@ NAMES = Names("shop")
 JOBS = [str(uuid.UUID(int=n + 1)) for n in range(4)]
 SPEC = ev.JobSpec(b"{}")
 T0 = 1_700_000_000_000  # ms
+
+
+@pytest.fixture(autouse=True)
+def _never_paused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine that stands still for two seconds is no matter of these tests: the cycle would doubt its partitions,
+    and say so."""
+    monkeypatch.setattr(ownership, "GAP", 3600.0)
 
 
 class Group:

@@ -54,6 +54,7 @@ from jobledger.schemas.events import (
     JobSucceeded,
     settles,
 )
+from tests.patience import PATIENCE
 
 LIMIT = 1_000_000
 
@@ -229,14 +230,21 @@ def put(partition: Partition, values: list[bytes]) -> None:
 
 
 async def until(check: Callable[[], object], seconds: float = 20.0) -> None:
-    """Wait for a fact, for so many seconds of this loop's own: a process that stood still meanwhile has waited for nothing."""
+    """Wait for a fact, for so many seconds of this loop's own, times `PATIENCE`: a process that stood still meanwhile
+    has waited for nothing."""
     began, pause = time.monotonic(), 0.005
-    for _ in range(int(seconds / pause)):
+    for _ in range(int(PATIENCE * seconds / pause)):
         if check():
             return
         await asyncio.sleep(pause)
     tasks = [task.get_coro() for task in asyncio.all_tasks()]
-    raise AssertionError(f"not so after {seconds:g} s ({time.monotonic() - began:.1f} s on the clock); tasks: {tasks}")
+    took = time.monotonic() - began
+    raise AssertionError(f"not so after {PATIENCE * seconds:g} s ({took:.1f} s on the clock); tasks: {tasks}")
+
+
+async def for_ever() -> None:
+    """Until the job is ended, or its test is over."""
+    await asyncio.Event().wait()
 
 
 def run(test: Callable[[], Awaitable[None]]) -> None:
@@ -727,9 +735,9 @@ def test_a_job_that_waits_for_a_thread_is_not_run_before_the_lease_is_confirmed(
 def test_a_commit_that_took_long_wakes_who_waits_for_it() -> None:
     """Whoever asks while a commit is under way is told by that one, or if it is too old by then by the next."""
     woken = Counter[str]()
-    lease = Lease(1.0, lambda: woken.update(["woken"]))
+    lease = Lease(3600.0, lambda: woken.update(["woken"]))
     lease.wanted = True
-    lease.confirm(time.monotonic() - 2.0)  # it took two seconds
+    lease.confirm(time.monotonic() - 7200.0)  # it took two hours
     assert lease.wanted
     assert not woken
     lease.confirm(time.monotonic())
@@ -741,11 +749,11 @@ def test_ten_thousand_jobs_of_a_hot_key_are_read_past() -> None:
     """What waits far back in its line ends for a while not, so the completion map has room for what is behind it."""
     app, ran = App("shop"), list[str]()
 
-    @app.task(key="k", timeout=30)
+    @app.task(key="k", timeout=60)  # the most that a key may have: all the others are read past in that time
     async def book(k: str) -> None:
         ran.append(k)
         if k == "hot":
-            await asyncio.sleep(30)
+            await for_ever()
 
     async def test() -> None:
         bench = Bench(app, lookahead_bytes=64 << 20)
@@ -772,9 +780,9 @@ def keyed_app(ran: list[Any]) -> App:
     async def book(k: str, n: int = 0) -> None:
         ran.append((k, n, time.monotonic()))
 
-    @app.task(key="k", timeout=30)
+    @app.task(key="k", timeout=60)  # the most that a key may have
     async def holds(k: str) -> None:
-        await asyncio.sleep(30)
+        await for_ever()
 
     @app.task(key="k", timeout=30, retry=Retry(max_attempts=1))
     async def fails(k: str) -> None:
@@ -885,7 +893,7 @@ def test_a_worker_with_nothing_else_to_do_waits_for_no_company_for_a_key_s_facts
         partition = bench.partition()
         put(partition, [job("book", key="a", k="a", n=n) for n in range(5)])
         d.wake()
-        await until(lambda: len(ran) == 5)
+        await until(lambda: len(ran) == 5 and not d.lines.unacknowledged)  # the last end, too: it is asked for as well
         assert bench.hurried >= 4
         put(partition, [job("holds", key="h", k="h")])
         d.wake()

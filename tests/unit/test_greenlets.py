@@ -8,6 +8,8 @@ from importlib.util import find_spec
 
 import pytest
 
+from tests.patience import PATIENCE
+
 pytestmark = pytest.mark.skipif(find_spec("gevent") is None, reason="gevent is not installed")
 
 CALLS = """
@@ -59,7 +61,8 @@ except KafkaException as error:
 
 def run(code: str) -> list[str]:
     """The lines that a process prints which runs ``code``, and ends well."""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120 * PATIENCE, check=False)
     assert (done.returncode, done.stderr) == (0, "")
     return done.stdout.splitlines()
 

@@ -369,7 +369,7 @@ def test_the_end_of_resources_is_bounded_by_who_waits_for_it() -> None:
     @app.resource
     def slow() -> Iterator[str]:
         yield "slow"
-        stuck.wait(20)
+        stuck.wait(300)
 
     async def all_of_it() -> None:
         await app.registry.resources.open([slow])

@@ -13,6 +13,7 @@ import typer
 from jobledger.cli.metrics import serving
 from jobledger.cli.options import HOST, Listen
 from jobledger.errors import PortTaken
+from tests.patience import PATIENCE
 
 HEALTH = {
     "status": "ok",
@@ -28,7 +29,7 @@ def test_health_figures_are_gauges(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, "jobledger.metrics"), serving(Listen(HOST, 0), "jl_test", lambda: HEALTH):
         found = re.search(r"http://\S+", caplog.text)
         assert found is not None
-        with urllib.request.urlopen(found.group(), timeout=10) as answer:
+        with urllib.request.urlopen(found.group(), timeout=10 * PATIENCE) as answer:
             text = answer.read().decode()
     lines = set(text.splitlines())
     assert {"jl_test_healthy 1.0", "jl_test_running 3.0"} <= lines

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -319,9 +320,11 @@ def test_the_wheel_has_every_module_and_nothing_else_at_the_top(tmp_path: Path) 
     command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "-w", str(tmp_path), str(source)]
     # Built from a copy: a build leaves folders behind, and the checkout may be used by others.
     (source / "docs").mkdir()
-    subprocess.run(["cp", str(ROOT / "docs" / "pypi.md"), str(source / "docs")], check=True)
-    for name in ("pyproject.toml", "LICENSE", "jobledger", *FOLDERS):
-        subprocess.run(["cp", "-a", str(ROOT / name), str(source)], check=True)
+    for name in ("docs/pypi.md", "pyproject.toml", "LICENSE"):
+        shutil.copy2(ROOT / name, source / name)
+    byte_code = shutil.ignore_patterns("__pycache__")  # the processes of other tests write and rename it meanwhile
+    for name in ("jobledger", *FOLDERS):
+        shutil.copytree(ROOT / name, source / name, symlinks=True, ignore=byte_code)
     built = subprocess.run(command, check=False, capture_output=True, text=True)
     assert built.returncode == 0, built.stderr
     (wheel,) = tmp_path.glob("*.whl")

@@ -7,6 +7,7 @@ import asyncio
 import http.server
 import json
 import ssl
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -17,7 +18,7 @@ import pytest
 from confluent_kafka import KafkaError
 from faust import OAuthCredentials, SASLCredentials, SSLCredentials
 
-from jobledger import tls
+from jobledger import access, tls
 from jobledger.access import Door, Need, refusal, unauthorized
 from jobledger.config import Settings
 from jobledger.errors import BrokerUnavailable, ConfigError, NotAuthenticated, TopicMissing
@@ -88,9 +89,11 @@ def test_mutual_tls_from_files(authority: Authority, user: Identity) -> None:
     assert len(found.context.get_ca_certs()) == 1
 
 
-def test_mutual_tls_from_texts(authority: Authority, user: Identity) -> None:
+def test_mutual_tls_from_texts(
+    authority: Authority, user: Identity, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The same from the settings' own text, as secrets of an orchestrator arrive; no file of it is left behind."""
-    before = set(Path("/tmp").glob("jobledger-tls-*"))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))  # other tests write into the common one at the same time
     found = tls.context(
         {
             "ssl.ca.pem": authority.ca.read_text(),
@@ -100,7 +103,7 @@ def test_mutual_tls_from_texts(authority: Authority, user: Identity) -> None:
         }
     )
     assert len(found.get_ca_certs()) == 1
-    assert set(Path("/tmp").glob("jobledger-tls-*")) == before
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_checks_are_turned_off_only_on_demand(authority: Authority) -> None:
@@ -360,8 +363,9 @@ def test_an_endpoint_that_is_away_is_said() -> None:
         ClientCredentials(away).fetch()
 
 
-def test_a_topic_nobody_could_be_asked_for_is_not_called_missing() -> None:
+def test_a_topic_nobody_could_be_asked_for_is_not_called_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     """A client that never reached a broker says that the topic is unknown; it is the broker that is away."""
+    monkeypatch.setattr(access, "AWAY_S", 600.0)
     address = f"127.0.0.1:{free_port()}"
     settings = Settings(bootstrap=address)
     door = Door(settings)

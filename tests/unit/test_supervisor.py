@@ -115,7 +115,7 @@ def test_a_child_that_keeps_dying_ends_them_all() -> None:
     both = Running(
         Child("bad", python("raise SystemExit(3)")),
         Child("good", python(PATIENT)),
-        restarts=lambda: Restarts(most=2, initial=0.01),
+        restarts=lambda: Restarts(most=2, initial=0.01, healthy=600.0),  # no death here is a late one
     )
     both.thread.join(WAIT_S)
     assert both.code == 1
@@ -177,7 +177,7 @@ def test_children_stop_when_their_supervisor_is_gone(number: signal.Signals, tmp
         assert process.wait(WAIT_S) == (0 if number is signal.SIGTERM else -number)
         psutil.wait_procs([orphan], WAIT_S)
     deadline = time.monotonic() + WAIT_S
-    while not mark.exists() and time.monotonic() < deadline:
+    while not (mark.exists() and mark.read_text()) and time.monotonic() < deadline:
         time.sleep(0.02)
     assert mark.read_text() == "cleanly"
     assert not orphan.is_running() or orphan.status() == psutil.STATUS_ZOMBIE

@@ -38,11 +38,13 @@ from jobledger.schemas.events import Position
 from jobledger.streams.projector import Projector
 from jobledger.streams.store import StatusReader, Store, open_reader, open_store
 from jobledger.waiting import Follower, Question
-from tests.patience import wait_until
+from tests.patience import PATIENCE, wait_until
 from tests.running_job import running_job
 
 WORK, LIFECYCLE = "shop.jobs.default", "shop.lifecycle"
 SUBMITTED = Position(WORK, 0, 5)
+#: Seconds that an answer may take which is sure to come.
+ANSWER_S = 30 * PATIENCE
 
 
 class Table:
@@ -135,32 +137,36 @@ ENDED: list[ev.Fact] = [*RUNNING, ev.JobSucceeded(b"4", 5)]
 
 def asked(follower: Follower, job_id: str, **options: Any) -> Question:
     """A question for a job's end."""
-    question = Question(job_id, SUBMITTED, **{"ended": True, "timeout": 60.0, **options})
+    question = Question(job_id, SUBMITTED, **{"ended": True, "timeout": 600.0, **options})
     follower.ask(question)
     return question
 
 
-def test_a_thousand_who_wait_ask_about_as_often_as_one(follower: Follower, table: Table) -> None:
+def test_a_thousand_who_wait_ask_about_as_often_as_one(
+    follower: Follower, table: Table, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """One look serves all of them, at most `QUESTIONS_A_LOOK` at a time, so more of them cost no more questions; and
     each gets its own answer."""
+    monkeypatch.setattr(waiting, "REREAD_S", 600.0)
     ids = [f"job-{n:04}" for n in range(1_000)]
     table.write(dict.fromkeys(ids, RUNNING), read=6)
     questions = [asked(follower, job_id) for job_id in ids]
     wait_until(lambda: all(q.looks > 3 * waiting.LOOKS_A_PACE for q in questions), 60, "all have been looked for")
-    asked_before, looks_before = table.asked["states"], questions[0].looks
-    for more in range(1, 9):
+    asked_before = table.asked["states"]
+    for _ in range(8):
+        before = table.asked["states"]
         table.write({"other": RUNNING})  # else there are no rows to read
-        wait_until(partial(_looked, questions[0], looks_before + more), 60, "another look")
+        wait_until(partial(_asked_again, table, before), 60, "another question")
     assert 8 <= table.asked["states"] - asked_before <= 24  # not 8,000; a few are of questions of another pace
     assert table.asked["statuses"] == 0
     table.write(dict.fromkeys(ids, ENDED))
-    assert {q.answer.result(30).job_id for q in questions} == set(ids)
+    assert {q.answer.result(ANSWER_S).job_id for q in questions} == set(ids)
     assert table.most <= waiting.QUESTIONS_A_LOOK
     assert table.asked["statuses"] <= 2 * len(ids) / waiting.ROWS_AT_ONCE
 
 
-def _looked(question: Question, times: int) -> bool:
-    return question.looks >= times
+def _asked_again(table: Table, before: int) -> bool:
+    return table.asked["states"] > before
 
 
 def test_threads_and_coroutines_share_one_thread(app: App, table: Table) -> None:
@@ -168,16 +174,16 @@ def test_threads_and_coroutines_share_one_thread(app: App, table: Table) -> None
     table.write(dict.fromkeys("abcdef", RUNNING), read=6)
 
     async def coroutines() -> list[int]:
-        return await asyncio.gather(*(handle(app, job_id).result_async(60) for job_id in "abcdef" * 20))
+        return await asyncio.gather(*(handle(app, job_id).result_async(ANSWER_S) for job_id in "abcdef" * 20))
 
     with ThreadPoolExecutor(8) as pool:
         inside = pool.submit(lambda: asyncio.run(coroutines()))
-        threads = [pool.submit(handle(app, job_id).result, 60) for job_id in "abcdef"]
+        threads = [pool.submit(handle(app, job_id).result, ANSWER_S) for job_id in "abcdef"]
         wait_until(lambda: len(app.client._follower._due) >= 126, 30, "all wait")
         assert [t.name for t in threading.enumerate()].count("jobledger-waiting") == 1
         table.write(dict.fromkeys("abcdef", ENDED))
-        assert [t.result(30) for t in threads] == [4] * 6
-        assert inside.result(30) == [4] * 120
+        assert [t.result(ANSWER_S) for t in threads] == [4] * 6
+        assert inside.result(ANSWER_S) == [4] * 120
 
 
 def test_an_end_counts_when_the_submission_has_been_read(follower: Follower, table: Table) -> None:
@@ -187,7 +193,7 @@ def test_an_end_counts_when_the_submission_has_been_read(follower: Follower, tab
     wait_until(lambda: question.looks > 3, 30, "looks")
     assert not question.answer.done()
     table.write({"a": ENDED}, read=6)
-    assert question.answer.result(30).state is State.SUCCEEDED
+    assert question.answer.result(ANSWER_S).state is State.SUCCEEDED
 
 
 def test_an_unknown_job_is_not_found_once_its_submission_was_read(follower: Follower, table: Table) -> None:
@@ -198,16 +204,17 @@ def test_an_unknown_job_is_not_found_once_its_submission_was_read(follower: Foll
     assert not question.answer.done()
     table.write({}, read=6)
     with pytest.raises(JobNotFound, match="no job nobody"):
-        question.answer.result(30)
+        question.answer.result(ANSWER_S)
     for ended in (True, False):
         other = Question("nobody", None, ended=ended, timeout=None)
         follower.ask(other)
         with pytest.raises(JobNotFound, match=r"status\.db knows no job nobody"):
-            other.answer.result(30)
+            other.answer.result(ANSWER_S)
 
 
-def test_what_takes_too_long_says_what_it_waited_for(app: App, table: Table) -> None:
+def test_what_takes_too_long_says_what_it_waited_for(app: App, table: Table, monkeypatch: pytest.MonkeyPatch) -> None:
     """A wait that is over, and a table that lags, each name the state, the time and the way out; also at once."""
+    monkeypatch.setattr(waiting, "TABLE_PATIENCE_S", ANSWER_S)
     table.write({"a": RUNNING}, read=6)
     late = JobHandle(app.client, app.tasks["double"], "a", Position(WORK, 0, 6))
     for timeout in (0, 0.05):
@@ -229,7 +236,7 @@ def test_a_table_that_does_not_answer_holds_nobody_for_ever(
     monkeypatch.setattr(waiting, "TABLE_PATIENCE_S", 0.2)
     gate = threading.Event()
     try:
-        app.client._follower._table = lambda: gate.wait(60) and table  # type: ignore[assignment,return-value]
+        app.client._follower._table = lambda: gate.wait(600) and table  # type: ignore[assignment,return-value]
         with pytest.raises(StatusTimeout, match=r"job a did not end within 0\.1 s"):
             handle(app, "a").wait(0.1)
         with pytest.raises(StatusTimeout, match=r"did not answer within 0\.1 s"):
@@ -246,17 +253,18 @@ def test_an_error_of_the_table_reaches_each_who_waits_and_nobody_after(follower:
     questions = [asked(follower, "a") for _ in range(5)]
     for broken in (StoreError("away"), SystemExit(3)):
         table.broken = broken
-        raised = [q.answer.exception(30) for q in questions]
+        raised = [q.answer.exception(ANSWER_S) for q in questions]
         assert len({id(each) for each in raised}) == 5
         assert all(isinstance(each, Exception) for each in raised)
         table.broken = None
         questions = [asked(follower, "a") for _ in range(5)]
     table.write({"a": ENDED})
-    assert [q.answer.result(30).result for q in questions] == [4] * 5
+    assert [q.answer.result(ANSWER_S).result for q in questions] == [4] * 5
 
 
-def test_a_wait_outlasts_a_table_that_is_only_being_made(table: Table) -> None:
+def test_a_wait_outlasts_a_table_that_is_only_being_made(table: Table, monkeypatch: pytest.MonkeyPatch) -> None:
     """A wait for an end tries again while there is no table yet; a question for a status says so."""
+    monkeypatch.setattr(waiting, "START_PATIENCE_S", 600.0)
     there = threading.Event()
 
     def source() -> Table:
@@ -267,14 +275,14 @@ def test_a_wait_outlasts_a_table_that_is_only_being_made(table: Table) -> None:
     follower = Follower(source)
     waits, asks = asked(follower, "a"), asked(follower, "a", ended=False)
     with pytest.raises(StoreNotFound, match="none yet"):
-        asks.answer.result(30)
+        asks.answer.result(ANSWER_S)
     assert not waits.answer.done()
     table.write({"a": ENDED}, read=6)
     there.set()
-    assert waits.answer.result(30).result == 4
+    assert waits.answer.result(ANSWER_S).result == 4
     impatient = asked(Follower(lambda: _raise(StoreNotFound("none yet"))), "a", timeout=0.2)
     with pytest.raises(StoreNotFound):
-        impatient.answer.result(30)
+        impatient.answer.result(ANSWER_S)
     follower.close()
 
 
@@ -312,7 +320,7 @@ def test_closing_ends_the_waits_and_the_next_use_begins_again(app: App, table: T
         client = app.client
         app.close()
         with pytest.raises(JobledgerError, match="the app was closed while a caller waited for job a"):
-            waits.result(30)
+            waits.result(ANSWER_S)
     assert client._follower._thread is None
     assert app.job("a").state is State.RUNNING
 
@@ -322,7 +330,7 @@ def test_the_thread_ends_when_nobody_waits(follower: Follower, table: Table, mon
     monkeypatch.setattr(waiting, "IDLE_S", 0.05)
     table.write({"a": ENDED}, read=6)
     for _ in range(2):
-        assert asked(follower, "a").answer.result(30).result == 4
+        assert asked(follower, "a").answer.result(ANSWER_S).result == 4
         wait_until(lambda: follower._thread is None, 30, "the thread has ended")
 
 
@@ -336,7 +344,7 @@ def test_a_forked_child_waits_with_a_thread_of_its_own(app: App, table: Table) -
     child = os.fork()
     if child == 0:  # pragma: no cover - the child's coverage is not collected
         try:
-            os.write(write_end, str(handle(app, "b").result(30)).encode())
+            os.write(write_end, str(handle(app, "b").result(ANSWER_S)).encode())
         finally:
             os._exit(0)
     os.close(write_end)
@@ -350,9 +358,9 @@ def calls(app: App) -> dict[str, tuple[Callable[[], Any], str]]:
     """What holds up a running loop, and what its warning names."""
     mine = handle(app, "a")
     return {
-        "result": (lambda: mine.result(5), "result_async"),
-        "wait": (lambda: mine.wait(5), "wait_async"),
-        "status": (lambda: mine.status(5), "status_async"),
+        "result": (lambda: mine.result(ANSWER_S), "result_async"),
+        "wait": (lambda: mine.wait(ANSWER_S), "wait_async"),
+        "status": (lambda: mine.status(ANSWER_S), "status_async"),
         "job": (lambda: app.job("a", at_least=SUBMITTED), "job_async"),
     }
 
@@ -407,15 +415,18 @@ def test_the_app_answers_coroutines(app: App, table: Table) -> None:
     assert five == everything[:5]
 
 
-def test_rows_are_read_only_when_the_table_has_read_more(follower: Follower, table: Table) -> None:
+def test_rows_are_read_only_when_the_table_has_read_more(
+    follower: Follower, table: Table, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """While nothing happens, a look is one small question, however many wait."""
+    monkeypatch.setattr(waiting, "REREAD_S", 600.0)
     table.write(dict.fromkeys("abc", RUNNING), read=6)
     questions = [asked(follower, job_id) for job_id in "abc"]
     wait_until(lambda: all(q.looks > 8 for q in questions), 30, "looks")
     assert table.asked["offsets"] >= 9
     assert table.asked["states"] < 9
-    follower._reread = 0.0  # as when a rebuild may have replaced the rows
     before = table.asked["states"]
+    follower._reread = 0.0  # as when a rebuild may have replaced the rows
     wait_until(lambda: table.asked["states"] > before, 30, "rows are read again")
 
 
@@ -438,7 +449,7 @@ def test_a_question_that_was_answered_is_forgotten(follower: Follower, table: Ta
     """Nothing holds it, or its job's result, any more."""
     table.write({"forgotten": ENDED}, read=6)
     question = asked(follower, "forgotten")
-    assert question.answer.result(30).result == 4
+    assert question.answer.result(ANSWER_S).result == 4
     del question
 
     def held() -> bool:
