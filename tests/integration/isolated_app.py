@@ -111,7 +111,7 @@ def fails(how: str) -> Any:
     raise ValueError(how)
 
 
-@app.task(isolation="process", timeout=5.0, retry=NO_RETRY)
+@app.task(isolation="process", timeout=60.0, retry=NO_RETRY)
 def leaves_a_fork(path: str) -> None:
     """Dies while something it forked, with all its files open, lives on."""
     pid = os.fork()
@@ -162,12 +162,12 @@ async def leaves_a_reporter_on_the_loop(path: str) -> None:
 def comes_after(path: str) -> int:
     """Runs until the thread of the job before it has been refused."""
     deadline = time.monotonic() + 80
-    while not os.path.exists(path) and time.monotonic() < deadline:
+    while not noted(path) and time.monotonic() < deadline:
         time.sleep(0.01)
     return os.getpid()
 
 
-@app.task(isolation="process", timeout=0.5, retry=NO_RETRY)
+@app.task(isolation="process", timeout=3.0, retry=NO_RETRY)
 def hangs(how: str, path: str) -> str:
     """Does not end, and is told to."""
     if how == "waits":
@@ -192,7 +192,7 @@ def hangs(how: str, path: str) -> str:
             note(path, type(told).__name__)
 
 
-@app.task(isolation="process", timeout=0.5, retry=NO_RETRY)
+@app.task(isolation="process", timeout=3.0, retry=NO_RETRY)
 async def hangs_async(how: str) -> None:
     """A coroutine that does not end; blocking, nobody can cancel it."""
     if how == "blocks":
@@ -211,6 +211,8 @@ def takes(mebibytes: int, at_once: bool) -> int:
     for _ in range(mebibytes // 10):
         kept.append(b"x" * (10 << 20))
         time.sleep(0.05)
+    if mebibytes > 200:
+        time.sleep(60)  # until somebody has measured it
     return len(kept)
 
 
@@ -243,19 +245,19 @@ def good(n: int) -> int:
 @app.task(isolation="process")
 def waits(path: str) -> None:
     """Runs until it is told to end."""
-    note(path, os.getpid())
     try:
-        time.sleep(60)
+        note(path, os.getpid())
+        time.sleep(600)
     except TaskCancelled:
         note(path, "told")
         raise
 
 
-@app.task(queue="threads", timeout=0.5, retry=NO_RETRY)
+@app.task(queue="threads", timeout=3.0, retry=NO_RETRY)
 def hangs_in_thread(how: str) -> str:
     """A thread that is told at its next bytecode."""
-    end = time.monotonic() + 20
     try:
+        end = time.monotonic() + 120
         while time.monotonic() < end:
             time.sleep(0.01)
     except TaskTimedOut:
@@ -268,9 +270,9 @@ def hangs_in_thread(how: str) -> str:
 @app.task(queue="threads")
 def waits_in_thread(path: str) -> None:
     """Runs until it is told to end."""
-    note(path, "began")
-    end = time.monotonic() + 20
     try:
+        note(path, "began")
+        end = time.monotonic() + 120
         while time.monotonic() < end:
             time.sleep(0.01)
     except TaskCancelled:
@@ -294,13 +296,20 @@ def unawaited(fn: Any) -> Any:
     return call
 
 
+def blocks_until(path: str) -> None:
+    """Lets nothing else run on its event loop until the file is there, and not for ever."""
+    end = time.monotonic() + 40
+    while not os.path.exists(path) and time.monotonic() < end:
+        time.sleep(0.01)
+
+
 async def _coroutine(how: str, path: str) -> Any:
     """Says whose job it is, raises, or waits until it is told to end."""
     await asyncio.sleep(0.01)
     if how == "raises":
         raise ValueError("in the coroutine")
     if how == "blocks":
-        time.sleep(2.5)  # noqa: ASYNC251  # it is the point
+        blocks_until(path)
     if how == "waits":
         note(path, "began")
         try:
@@ -311,21 +320,35 @@ async def _coroutine(how: str, path: str) -> Any:
     return {"job": current_job().job_id, "here": os.getpid()}
 
 
-@app.task(name="wrapped", queue="threads", timeout=3.0, retry=NO_RETRY)
+@app.task(name="wrapped", queue="threads", timeout=60.0, retry=NO_RETRY)
 @unawaited
 async def wrapped(how: str, path: str) -> Any:
     """In a thread."""
     return await _coroutine(how, path)
 
 
-@app.task(name="wrapped_in_child", isolation="process", timeout=3.0, retry=NO_RETRY)
+@app.task(name="wrapped_in_child", isolation="process", timeout=60.0, retry=NO_RETRY)
 @unawaited
 async def wrapped_in_child(how: str, path: str) -> Any:
     """In a child."""
     return await _coroutine(how, path)
 
 
-@app.task(name="hooked", queue="threads", timeout=20.0, retry=NO_RETRY)
+@app.task(name="wrapped_briefly", queue="threads", timeout=3.0, retry=NO_RETRY)
+@unawaited
+async def wrapped_briefly(how: str, path: str) -> Any:
+    """In a thread, with less time."""
+    return await _coroutine(how, path)
+
+
+@app.task(name="wrapped_in_child_briefly", isolation="process", timeout=3.0, retry=NO_RETRY)
+@unawaited
+async def wrapped_in_child_briefly(how: str, path: str) -> Any:
+    """In a child, with less time."""
+    return await _coroutine(how, path)
+
+
+@app.task(name="hooked", queue="threads", timeout=60.0, retry=NO_RETRY)
 @unawaited
 async def hooked(how: str, path: str) -> Any:
     """In a thread, with something around it."""

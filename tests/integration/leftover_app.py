@@ -17,7 +17,7 @@ from jobledger import NO_RETRY, App, TaskTimedOut
 app = App(os.environ.get("CHAOS_NAMESPACE", "leftover"), partitions=2)
 
 #: Seconds that what is left behind would take.
-LEFT_S = 120
+LEFT_S = 600
 
 if os.environ.get("LEFT_AT_IMPORT"):
     threading.Thread(target=time.sleep, args=(LEFT_S,), name="left-at-import").start()
@@ -97,10 +97,17 @@ async def block_the_loop(seconds: float) -> str:
     return "succeeded"
 
 
+def blocks_until(path: str) -> None:
+    """Lets nothing else run until the file is there."""
+    end = time.monotonic() + LEFT_S
+    while not os.path.exists(path) and time.monotonic() < end:
+        time.sleep(0.01)
+
+
 @app.task
-async def block_without_a_limit(seconds: float) -> str:
-    """The same, and nobody has said for how long it may."""
-    time.sleep(seconds)  # noqa: ASYNC251  # it is the point
+async def block_without_a_limit(path: str) -> str:
+    """Waits in the same way for somebody, and nobody has said for how long it may."""
+    blocks_until(path)
     return "succeeded"
 
 
@@ -114,7 +121,7 @@ async def clean_up_after_blocking(seconds: float) -> str:
     return "succeeded"
 
 
-@app.task(timeout=1.0, retry=NO_RETRY, isolation="process")
+@app.task(timeout=3.0, retry=NO_RETRY, isolation="process")
 async def block_the_loop_of_a_child(seconds: float) -> str:
     """Blocks where nobody else runs."""
     time.sleep(seconds)  # noqa: ASYNC251  # it is the point
@@ -141,7 +148,7 @@ async def end_what_it_forked() -> int | None:
     process.start()
     await asyncio.to_thread(os.read, ours, 1)  # a signal before Python is set up in the child would be lost
     process.terminate()
-    await asyncio.to_thread(process.join, 20)
+    await asyncio.to_thread(process.join, 60)
     code = process.exitcode
     process.kill()
     return code

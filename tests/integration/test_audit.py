@@ -17,7 +17,7 @@ from jobledger.schemas import codec
 from jobledger.schemas import events as ev
 from tests.acceptance.fleet import Fleet
 
-pytestmark = [pytest.mark.kafka, pytest.mark.timeout(240)]
+pytestmark = pytest.mark.kafka
 
 APP = """\
 from jobledger import App, Reject, Retry, current_job
@@ -50,7 +50,7 @@ async def keyed(account: int) -> int:
     return account
 
 
-@app.task(long=True, lease=5)
+@app.task(long=True, lease=60)
 async def leased(a: int) -> int:
     if current_job().attempt == 1:
         raise ValueError("on a lease")

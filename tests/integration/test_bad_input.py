@@ -24,6 +24,7 @@ from jobledger.schemas.events import (
 )
 from tests.integration import isolated_app
 from tests.integration.worker_app import Unprintable, closings, log_of, until, working
+from tests.patience import PATIENCE
 
 pytestmark = pytest.mark.kafka
 
@@ -65,7 +66,7 @@ def test_an_argument_of_900_kib_goes_every_way(broker: str, namespace: str) -> N
     def fails(text: str) -> None:
         raise ValueError(text)
 
-    @app.task(long=True, lease=5)
+    @app.task(long=True, lease=60)
     async def leased(text: str) -> int:
         return len(text)
 
@@ -202,7 +203,7 @@ def test_a_job_that_ends_the_loop_is_no_end_of_its_neighbours(broker: str, names
     @app.task(retry=NO_RETRY)
     async def neighbour(n: int) -> int:
         once.append(n)
-        await asyncio.sleep(0.0 if first_ended.is_set() else 60.0)
+        await asyncio.sleep(0.0 if first_ended.is_set() else 600.0)
         return n
 
     @app.task(retry=NO_RETRY)
@@ -216,7 +217,7 @@ def test_a_job_that_ends_the_loop_is_no_end_of_its_neighbours(broker: str, names
             asyncio.get_running_loop().stop()
         else:
             asyncio.get_running_loop().create_task(beside())
-        await asyncio.sleep(30.0)
+        await asyncio.sleep(600.0)
 
     ensure(app, app.settings)
     handles = [neighbour.submit(n) for n in range(3)]
@@ -225,13 +226,13 @@ def test_a_job_that_ends_the_loop_is_no_end_of_its_neighbours(broker: str, names
         with working(app) as worker:
             until(lambda: len(once) == 3)
             ends.submit()
-            assert worker.ended.wait(30)
+            assert worker.ended.wait(PATIENCE * 30)
 
     with pytest.raises(JobledgerError, match="event loop was ended from within"):
         first_worker()
     assert closings(app) == {}
     left = {"jobledger-fetch-default", "jobledger-settle", "jobledger-takeover", "jobledger-control", "jobledger-aside"}
-    until(lambda: not left & {t.name for t in threading.enumerate()}, 5.0, "the end of the worker's threads")
+    until(lambda: not left & {t.name for t in threading.enumerate()}, 20.0, "the end of the worker's threads")
     first_ended.set()
     with working(app) as second:
         until(lambda: second.ended.is_set() or len(closings(app)) == 4)

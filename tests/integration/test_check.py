@@ -15,6 +15,7 @@ from jobledger import App, Settings
 from jobledger.kafka.topology import changelog
 from jobledger.log import LogReader, partitions_of
 from tests.integration.worker_app import closings, until, working
+from tests.patience import PATIENCE
 
 pytestmark = pytest.mark.kafka
 
@@ -66,7 +67,7 @@ def jobledger(folder: Path, broker: str, *words: str) -> tuple[int, str, str]:
         env={**os.environ, "JOBLEDGER_BOOTSTRAP": broker, "JOBLEDGER_HOME": str(folder / "home")},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=PATIENCE * 60,
     )
     return done.returncode, done.stdout, done.stderr
 
@@ -125,7 +126,7 @@ def test_a_new_version_is_held_against_what_is_in_the_log(broker: str, namespace
         until(written, 60.0, "the coordinator's rows")
     finally:
         coordinator.terminate()
-        coordinator.wait(60)
+        coordinator.wait(PATIENCE * 60)
     app.close()
 
     code, said = checked(tmp_path, broker, "old")

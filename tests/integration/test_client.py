@@ -36,6 +36,7 @@ from jobledger.schemas.events import JobSubmitted, Recorded
 from jobledger.streams.status import Materializer
 from jobledger.task import Task
 from tests.integration.worker_app import closings, log_of, until, working
+from tests.patience import PATIENCE
 from tests.running_job import running_job
 
 pytestmark = pytest.mark.kafka
@@ -138,7 +139,7 @@ def test_coroutines_submit_wait_and_cancel(broker: str, namespace: str, tmp_path
 
     async def asks() -> None:
         handles = await asyncio.gather(*(add.submit_async(n, 1) for n in range(200)))
-        assert await asyncio.gather(*(h.result_async(60) for h in handles)) == [
+        assert await asyncio.gather(*(h.result_async(PATIENCE * 60) for h in handles)) == [
             Sum(n + 1, dt.date(2026, 1, 2)) for n in range(200)
         ]
         assert (await handles[7].status_async()).state is State.SUCCEEDED
@@ -149,7 +150,7 @@ def test_coroutines_submit_wait_and_cancel(broker: str, namespace: str, tmp_path
         await app.cancel_async(waits[1].job_id, "no need either", by="ann")
         for handle, said in zip(waits, ("no need", "no need either"), strict=True):
             with pytest.raises(JobCancelled, match=said):
-                await handle.result_async(60)
+                await handle.result_async(PATIENCE * 60)
 
     stop = threading.Event()
     table = Materializer(app.names, app.settings, list(app.queues), url)
@@ -160,7 +161,7 @@ def test_coroutines_submit_wait_and_cancel(broker: str, namespace: str, tmp_path
             asyncio.run(asks())
     finally:
         stop.set()
-        reading.join(30)
+        reading.join(PATIENCE * 30)
         app.close()
     assert not reading.is_alive()
 
@@ -235,10 +236,12 @@ def test_a_large_argument_below_the_limit_arrives(app: App) -> None:
 
 def test_missing_topics_name_the_command(broker: str, namespace: str) -> None:
     """Submitting before the topics exist fails within seconds and names the command that creates them."""
-    app = App(namespace, settings=Settings(bootstrap=broker, submit_timeout=10.0))
+    app = App(namespace, settings=Settings(bootstrap=broker, submit_timeout=60.0))
     task = declare(app)
+    began = time.monotonic()
     with pytest.raises(TopicMissing, match="jobledger topics apply"):
         task.submit("a@example.org", "b")
+    assert time.monotonic() - began < PATIENCE * 10, "it has waited for as long as a submission may take"
     app.close()
 
 

@@ -58,6 +58,8 @@ pytestmark = pytest.mark.kafka
 
 PARTITIONS = 2
 SPEC = JobSpec(b'{"to": "a"}', {"tenant": "acme"}, None)
+#: The session of a coordinator for whose end the next one has to wait, or of one that shares the partitions.
+SHORT_S = 2.0
 
 
 class Running:
@@ -87,12 +89,12 @@ class Running:
     def stop(self) -> None:
         """Ask it to end, and wait."""
         self._stop.set()
-        self._thread.join(30)
+        self._thread.join(PATIENCE * 30)
         assert not self._thread.is_alive()
 
     def ended(self, timeout: float = 60.0) -> BaseException | None:
-        """Wait until it ends by itself; what it raised."""
-        self._thread.join(timeout)
+        """Wait until it ends by itself, ``timeout`` seconds times `PATIENCE`; what it raised."""
+        self._thread.join(PATIENCE * timeout)
         assert not self._thread.is_alive(), "it went on"
         return self.error
 
@@ -114,8 +116,8 @@ class Lab:
         topics.apply(self.admin, topics.plan(self.admin, specs))
 
     def start(self, folder: str = "a", partitions: int = PARTITIONS, **options: float) -> Running:
-        """A coordinator; ``folder`` names its local copy."""
-        chosen = Options(**{"session_timeout": 2.0, "commit_interval": 0.1, **options})  # type: ignore[arg-type]
+        """A coordinator; ``folder`` names its local copy. With another one it waits until the last session is over."""
+        chosen = Options(**{"commit_interval": 0.1, **options})  # type: ignore[arg-type]
         made = Coordinator(
             self.names, self.settings, partitions=partitions, options=chosen, data_dir=self.folder / folder
         )
@@ -179,7 +181,8 @@ class Lab:
         """The sum of the group's committed offsets."""
         consumer = Consumer({**self.settings.librdkafka(), "group.id": self.names.coordinator_group})
         try:
-            found = consumer.committed([TopicPartition(self.names.coordination, p) for p in range(PARTITIONS)], 10)
+            places = [TopicPartition(self.names.coordination, p) for p in range(PARTITIONS)]
+            found = consumer.committed(places, PATIENCE * 10)
             return sum(max(f.offset, 0) for f in found)
         finally:
             consumer.close()
@@ -233,7 +236,7 @@ def test_a_delayed_job_is_let_go_whole_when_it_is_due_and_once(lab: Lab) -> None
         probe.produce(
             lab.names.dead_letter, b"x", key, on_delivery=lambda _, m: placed.update({m.key(): m.partition()})
         )
-    probe.flush(10)
+    assert probe.flush(PATIENCE * 10) == 0
     assert {bytes(m.key() or b""): m.partition() for m in found.values()} == placed
     wait_for(lambda: lab.committed() >= 42)
     assert running.health()["fired"] == 21
@@ -290,11 +293,11 @@ def test_the_watchdog_gets_a_release_again_under_the_same_id_or_for_the_first_ti
 @pytest.mark.parametrize("folder", ["same", "another"])
 def test_what_waits_survives_a_restart(lab: Lab, folder: str) -> None:
     """With its local copy, and restored from the changelog without it: each release once, none early."""
-    first = lab.ready(folder="same")
+    first = lab.ready(folder="same", session_timeout=SHORT_S)
     jobs = [lab.submit(random.randrange(1000, 4000)) for _ in range(30)]
     wait_for(lambda: first.health()["scheduled"] + first.health()["fired"] == 30)
     first.stop()
-    lab.ready(folder=folder)
+    lab.ready(folder=folder, session_timeout=SHORT_S)
     lab.await_let_go(*((job, 1, 1) for job in jobs))
     assert lab.let_go() == sorted((job, 1, 1) for job in jobs)
 
@@ -374,7 +377,7 @@ def test_a_release_to_a_topic_that_is_missing_waits_for_it(lab: Lab) -> None:
     wait_for(lambda: running.health()["missing_topics"] == [lab.names.jobs("later")])
     last = lab.submit(0)
     lab.await_let_go((last, 1, 1))
-    assert running.health()["scheduled"] == 1
+    wait_for(lambda: running.health()["scheduled"] == 1)
     lab.create("mail", "later")
     lab.await_let_go((held, 1, 1), queue="later")
     wait_for(lambda: running.health()["missing_topics"] == [])
@@ -395,7 +398,7 @@ def test_a_release_larger_than_its_work_topic_takes_ends_its_job_and_no_other(la
     small += [lab.submit(0) for _ in range(20)]
     running = lab.ready()
     lab.await_let_go(*((job, 1, 1) for job in small))
-    wait_for(lambda: lab.messages(lab.names.dead_letter))
+    wait_for(lambda: lab.messages(lab.names.lifecycle) and lab.messages(lab.names.dead_letter))
     (failed,) = lab.events(lab.names.lifecycle)
     (letter,) = lab.events(lab.names.dead_letter)
     assert isinstance(failed.fact, JobFailed)
@@ -406,14 +409,15 @@ def test_a_release_larger_than_its_work_topic_takes_ends_its_job_and_no_other(la
     assert letter.fact.spec == spec
     assert running.alive
     wait_for(lambda: running.health()["scheduled"] == 0)
-    assert running.coordinator.metrics.registry.get_sample_value("jobledger_coordinator_undeliverable_jobs_total") == 1
+    metrics = running.coordinator.metrics.registry
+    wait_for(lambda: metrics.get_sample_value("jobledger_coordinator_undeliverable_jobs_total") == 1)
 
 
 @pytest.mark.extended
 def test_markers_are_swept_and_lost_offsets_release_nothing_again(lab: Lab) -> None:
     """After the sweep only the floor is left; a group that has lost its offsets reads everything again and skips it,
     with its local copy and without."""
-    first = lab.ready(folder="a", keep_markers=0.5)
+    first = lab.ready(folder="a", keep_markers=0.5, session_timeout=SHORT_S)
     jobs = [lab.submit(random.randrange(200)) for _ in range(20)]
     lab.await_let_go(*((job, 1, 1) for job in jobs))
     left = {floor_key(p) for p in range(PARTITIONS)}
@@ -435,7 +439,7 @@ def test_markers_are_swept_and_lost_offsets_release_nothing_again(lab: Lab) -> N
 
     for folder in ("a", "b"):
         wait_for(forgotten)
-        again = lab.ready(folder=folder, keep_markers=0.5)
+        again = lab.ready(folder=folder, keep_markers=0.5, session_timeout=SHORT_S)
         wait_for(lambda: lab.committed() >= 40)
         last = lab.submit(0)
         lab.await_let_go((last, 1, 1))
@@ -451,7 +455,7 @@ def test_a_coordination_topic_that_was_made_anew_is_read_from_its_start(
 ) -> None:
     """Its changelog survived, and says that all up to some offset was dealt with: that is said, new events are dealt with
     all the same, what waits is let go in time, and so it is after a restart with and without the local copy."""
-    first = lab.ready(folder="a", keep_markers=0.3)
+    first = lab.ready(folder="a", keep_markers=0.3, session_timeout=SHORT_S)
     for _ in range(20):
         lab.submit(0)
     wait_for(lambda: any(m.key() == floor_key(m.partition() or 0) for m in lab.messages(changelog(lab.names))))
@@ -468,7 +472,7 @@ def test_a_coordination_topic_that_was_made_anew_is_read_from_its_start(
     lab.writer, lab.reader = LogWriter(lab.settings, lab.names), LogReader(lab.settings)
     jobs = []
     for folder in ("a", "a", "b"):
-        again = lab.ready(folder=folder, keep_markers=0.3)
+        again = lab.ready(folder=folder, keep_markers=0.3, session_timeout=SHORT_S)
         jobs += [lab.submit(0) for _ in range(4)]
         lab.await_let_go(*((job, 1, 1) for job in jobs))
         again.stop()
@@ -488,7 +492,7 @@ def scheduled(job: str, partition: int, offset: int, due: int) -> Scheduled:
 
 def test_a_late_write_of_a_paused_instance_is_undone_when_it_is_restored(lab: Lab) -> None:
     """An older row stands last on the changelog: the newer one wins, and is written to the changelog again."""
-    first = lab.ready(folder="a")
+    first = lab.ready(folder="a", session_timeout=SHORT_S)
     job = lab.submit(0)
     lab.await_let_go((job, 1, 1))
     wait_for(lambda: lab.committed() >= 2)
@@ -497,10 +501,13 @@ def test_a_late_write_of_a_paused_instance_is_undone_when_it_is_restored(lab: La
     partition = marker.partition() or 0
     stale = encode_row(scheduled(job, partition, 0, 1))
     lab.writer.send([Outgoing(changelog(lab.names), stale, row_key(job), partition)])
+
+    def newest() -> object:
+        return [m.value() for m in lab.messages(changelog(lab.names)) if m.key() == job.encode()][-1]
+
+    assert newest() == stale
     lab.ready(folder="b")
-    wait_for(lambda: lab.messages(changelog(lab.names))[-1].value() != stale)
-    newest = [m.value() for m in lab.messages(changelog(lab.names)) if m.key() == job.encode()][-1]
-    assert newest != stale
+    wait_for(lambda: newest() != stale)
     other = lab.submit(0)
     lab.await_let_go((other, 1, 1))
     assert lab.let_go() == sorted([(job, 1, 1), (other, 1, 1)])
@@ -509,7 +516,7 @@ def test_a_late_write_of_a_paused_instance_is_undone_when_it_is_restored(lab: La
 def test_a_late_write_under_the_owners_eyes_is_undone_at_its_next_write(lab: Lab) -> None:
     """A foreign record on the changelog shows as a gap; the group confirms the owner, which writes its row again."""
     running = lab.ready()
-    job = lab.submit(60_000)
+    job = lab.submit(3_600_000)
     wait_for(lambda: running.health()["scheduled"] == 1)
     mine = next(m for m in lab.messages(changelog(lab.names)) if m.key() == job.encode())
     partition = mine.partition() or 0
@@ -542,14 +549,14 @@ def test_wrong_partition_counts_and_missing_topics_are_refused_at_the_start(
 @pytest.mark.extended
 def test_instances_that_come_and_go_share_the_partitions_and_let_each_release_go(lab: Lab) -> None:
     """One joins and leaves, then the other leaves: partitions go and come back, and all is let go, none early."""
-    one = lab.ready(folder="one")
+    one = lab.ready(folder="one", session_timeout=SHORT_S)
     jobs = [lab.submit(random.randrange(15_000)) for _ in range(300)]
-    two = lab.start(folder="two")
+    two = lab.start(folder="two", session_timeout=SHORT_S)
     wait_for(lambda: one.health()["partitions"] and two.health()["partitions"])
     assert sorted(one.health()["partitions"] + two.health()["partitions"]) == [0, 1]
     two.stop()
     wait_for(lambda: one.health()["partitions"] == [0, 1], 15)
-    three = lab.start(folder="two")
+    three = lab.start(folder="two", session_timeout=SHORT_S)
     wait_for(lambda: one.health()["partitions"] and three.health()["partitions"])
     one.stop()
     lab.await_let_go(*((job, 1, 1) for job in jobs))
@@ -584,7 +591,7 @@ def test_a_broker_that_gives_no_answer_while_the_table_is_restored_is_asked_agai
 
     monkeypatch.setattr(faust_app, "faust_settings", lambda *given: {**settings(*given), "broker_request_timeout": 4.0})
     monkeypatch.setattr(faust_app.SourceConsumer, "perform_seek", once_without_an_answer)
-    running = lab.ready()
+    running = lab.ready(session_timeout=SHORT_S)  # less than a request may take
     assert len(asked) > 1
     job = lab.submit(0)
     lab.await_let_go((job, 1, 1))
@@ -602,7 +609,7 @@ def test_a_broker_that_gives_no_answer_for_longer_than_the_patience_ends_it(
 
     monkeypatch.setattr(faust_app, "faust_settings", lambda *given: {**settings(*given), "broker_request_timeout": 3.0})
     monkeypatch.setattr(faust_app.SourceConsumer, "perform_seek", without_an_answer)
-    error = lab.start(patience=4.0).ended()
+    error = lab.start(patience=4.0, session_timeout=SHORT_S).ended()
     assert isinstance(error, BrokerUnavailable)
     assert "to restore its table had no answer for 6 s" in str(error)
 
@@ -613,9 +620,12 @@ def test_metrics_tell_what_happened(lab: Lab) -> None:
     job = lab.submit(0)
     lab.submit(3_600_000)
     lab.await_let_go((job, 1, 1))
-    wait_for(lambda: running.health()["scheduled"] == 1)
     metrics = running.coordinator.metrics.registry
     prefix = "jobledger_coordinator_"
+    # A release is in its topic before the coordinator counts it.
+    wait_for(lambda: metrics.get_sample_value(prefix + "events_total", {"verdict": "scheduled"}) == 2)
+    wait_for(lambda: metrics.get_sample_value(prefix + "events_total", {"verdict": "released"}) == 1)
+    wait_for(lambda: (running.health()["scheduled"], running.health()["ready"]) == (1, True))
     assert metrics.get_sample_value(prefix + "events_total", {"verdict": "scheduled"}) == 2
     assert metrics.get_sample_value(prefix + "events_total", {"verdict": "released"}) == 1
     assert metrics.get_sample_value(prefix + "releases_total") == 1

@@ -28,6 +28,7 @@ from jobledger.kafka import broker, embedded, jars
 from jobledger.kafka.defaults import KAFKA_VERSION
 from jobledger.kafka.embedded import EmbeddedKafka
 from jobledger.kafka.ports import free_port
+from tests.patience import PATIENCE
 
 pytestmark = pytest.mark.kafka
 
@@ -123,7 +124,7 @@ def test_topics_are_not_made_by_asking(kafka: EmbeddedKafka) -> None:
     producer.produce("nobody.declared.this", b"")
     producer.flush(5)
     admin = AdminClient({"bootstrap.servers": kafka.bootstrap})
-    assert "nobody.declared.this" not in admin.list_topics(timeout=5).topics
+    assert "nobody.declared.this" not in admin.list_topics(timeout=PATIENCE * 5).topics
 
 
 def test_a_paused_broker_is_silent_until_resumed(kafka: EmbeddedKafka) -> None:
@@ -133,7 +134,7 @@ def test_a_paused_broker_is_silent_until_resumed(kafka: EmbeddedKafka) -> None:
         assert not answers(kafka.bootstrap, timeout=0.5)
     finally:
         kafka.resume()
-    assert answers(kafka.bootstrap, timeout=20)
+    assert answers(kafka.bootstrap, timeout=PATIENCE * 20)
 
 
 def test_a_taken_port_names_its_holder(home: Path) -> None:
@@ -197,10 +198,10 @@ def test_it_outlives_who_started_it(home: Path) -> None:
         "print(embedded.start(Path(sys.argv[1]), port=0).bootstrap)",
         str(home),
     )
-    out, _ = starter.communicate(timeout=90)
+    out, _ = starter.communicate(timeout=PATIENCE * 90)
     assert starter.returncode == 0
     assert embedded.running_bootstrap(home) == out.strip()
-    assert answers(out.strip(), timeout=10)
+    assert answers(out.strip(), timeout=PATIENCE * 10)
 
     pid = embedded.status(home).pid
     assert embedded.stop(home) is True
@@ -221,7 +222,7 @@ def test_a_test_broker_does_not_outlive_its_tests(tmp_path: Path) -> None:
         kafka = psutil.Process(int(out.readline()))
     owner.send_signal(signal.SIGKILL)
     owner.wait()
-    gone, alive = psutil.wait_procs([kafka], timeout=30)
+    gone, alive = psutil.wait_procs([kafka], timeout=PATIENCE * 30)
     assert (gone, alive) == ([kafka], [])
 
 

@@ -23,7 +23,7 @@ pytestmark = [
 ]
 
 APP = Path(__file__).with_name("gevent_app.py")
-TIMEOUT_S = 200.0
+TIMEOUT_S = 500.0
 
 Run = Callable[..., None]
 

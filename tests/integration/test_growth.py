@@ -154,7 +154,7 @@ def test_a_second_generation_of_a_queue_takes_over(broker: str, namespace: str, 
         old = [work.submit(1), work.submit(2, fail=2), work.using(delay=3).submit(3)]
         ensure(both, settings)
         table = Materializer(both.names, settings, ["q", "q-2"], url)
-        quick = Options(session_timeout=2.0, commit_interval=0.1)
+        quick = Options(commit_interval=0.1)
         made = Coordinator(both.names, settings, partitions=both.partitions, options=quick, data_dir=tmp_path / "c")
         stack.enter_context(threads(table.run, lambda stop: asyncio.run(supervise(made, stop))))
         stack.enter_context(working(both))

@@ -16,6 +16,7 @@ from jobledger import NO_RETRY, App, Depends, JobContext, ResourceFailed, Retry,
 from jobledger.kafka.topics import ensure
 from jobledger.schemas.events import JobFailed
 from tests.integration.worker_app import Unprintable, closings, until, working
+from tests.patience import PATIENCE
 
 pytestmark = pytest.mark.kafka
 
@@ -57,7 +58,7 @@ def test_hooks_are_told_of_every_attempt(broker: str, namespace: str) -> None:
 
     again = Retry(max_attempts=2, initial=0.05, jitter=False)
 
-    @app.task(retry=again, key="n", timeout=5)  # in place, so that no coordinator is needed
+    @app.task(retry=again, key="n", timeout=60)  # in place, so that no coordinator is needed
     async def broken(n: int) -> None:
         raise ValueError(f"attempt {current_job().attempt}")
 
@@ -153,7 +154,7 @@ def test_a_worker_without_its_resource_ends_and_names_it(broker: str, namespace:
     ensure(app, app.settings)
     work.submit()
     with working(app) as worker:
-        assert worker.ended.wait(30)
+        assert worker.ended.wait(PATIENCE * 30)
     assert isinstance(worker.error, ResourceFailed)
     assert "resource 'database' could not be opened: OSError: no route to host" in str(worker.error)
     assert said == ["closed"]
@@ -176,7 +177,7 @@ def test_one_trace_from_the_submission_to_the_child(broker: str, namespace: str,
     app = app_of(namespace, broker)
     tracer = trace.get_tracer("test")
 
-    @app.task(key="n", timeout=5, retry=Retry(max_attempts=2, initial=0.05, jitter=False))
+    @app.task(key="n", timeout=60, retry=Retry(max_attempts=2, initial=0.05, jitter=False))
     async def first(n: int) -> None:
         if current_job().attempt == 1:
             raise ValueError("not yet")

@@ -19,6 +19,7 @@ from jobledger.log import admin
 from jobledger.schemas import codec
 from tests.integration.test_router import routing
 from tests.integration.worker_app import build, closings, until, working
+from tests.patience import PATIENCE
 
 pytestmark = [
     pytest.mark.kafka,
@@ -55,7 +56,7 @@ class Page:
             env={"PATH": "/usr/local/bin:/usr/bin:/bin", "BROKER": self.app.settings.resolve_bootstrap()},
             capture_output=True,
             text=True,
-            timeout=60,
+            timeout=PATIENCE * 60,
             check=False,
         )
         assert done.returncode == 0, f"{script}\n{done.stdout}\n{done.stderr}"
@@ -77,13 +78,13 @@ def page(broker: str, namespace: str, tmp_path: Path) -> Iterator[Page]:
         stack.callback(app.close)
         client = admin(app.settings)
         for done in client.create_topics([NewTopic(made.parcels, 2, 1)]).values():
-            done.result(20)
+            done.result(PATIENCE * 20)
         yield made
 
 
 def test_every_recipe_does_what_it_says(page: Page, say: Callable[[str], None]) -> None:
     app = page.app
-    ids = {app.tasks["add"].submit(n).job_id for n in range(30)}
+    ids = {handle.job_id for handle in app.submit_many(app.tasks["add"].job(n) for n in range(30))}
     assert {line.split()[1] for line in page.run("recent").splitlines()} == ids
     with working(app) as worker, routing(app) as router:
         until(lambda: len(router.partitions) == 2)  # of others' topics it takes what comes from then on

@@ -32,12 +32,13 @@ from jobledger.streams.projections import Runner
 from jobledger.streams.status import Materializer
 from jobledger.streams.store import open_reader
 from jobledger.streams.upkeep import Cadence, Upkeep
+from tests.patience import PATIENCE
 from tests.secured import MTLS, Secured
 
 pytestmark = pytest.mark.kafka
 
 #: Seconds in which a part must have said what it lacks.
-BOUND_S = 100.0
+BOUND_S = PATIENCE * 60
 NAMESPACE = "least"
 
 meta = MetaData()
@@ -92,7 +93,7 @@ class World:
 
     def settings(self, user: str | None, **more: Any) -> Settings:
         """Of one user; None: of the people who run the cluster."""
-        more = {"home": self.folder, "submit_timeout": 15.0, "status_url": f"sqlite:///{self.folder}/s.db", **more}
+        more = {"home": self.folder, "submit_timeout": 30.0, "status_url": f"sqlite:///{self.folder}/s.db", **more}
         if user is None:
             return Settings(bootstrap=self.secured.brokers.bootstrap, **more)
         return Settings(bootstrap=self.secured.address(MTLS), kafka=self.secured.kafka(user, MTLS), **more)
@@ -178,7 +179,7 @@ def materializer(world: World, refused: list[JobledgerError]) -> None:
         until(lambda: made.active and made.position() > 0 and made.caught_up(), alive)
         if not alive.is_alive():
             return
-        cadence = Cadence(overdue_after=0.0, retention=-60.0, patience=5.0)
+        cadence = Cadence(overdue_after=0.0, retention=-60.0, patience=30.0)
         with contextlib.closing(open_reader(url, names.namespace)) as reader:
             upkeep = Upkeep(names, settings, ["default"], reader, cadence=cadence)
             assert reader.job(handle.job_id)

@@ -41,7 +41,7 @@ def creating() -> Iterator[str]:
 
 
 def built(namespace: str, bootstrap: str, home: Path) -> App:
-    app = App(namespace, settings=Settings(bootstrap=bootstrap, submit_timeout=15.0, home=home), partitions=2)
+    app = App(namespace, settings=Settings(bootstrap=bootstrap, submit_timeout=60.0, home=home), partitions=2)
 
     @app.task
     def add(a: int) -> int:

@@ -7,13 +7,16 @@ import threading
 import time
 import uuid
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
+from statistics import median
 from typing import Any
 
 import pytest
 
 from jobledger import App, Breaker, Queue, Retry, Settings, Snooze, current_job
+from jobledger.consumers.lines import Lines
+from jobledger.consumers.work import Line, Work
 from jobledger.consumers.worker import Worker
 from jobledger.kafka.topics import ensure
 from jobledger.orders import Job
@@ -41,6 +44,7 @@ class Seen:
         self.most: Counter[str] = Counter()
         self.open = threading.Event()
         self.fail = True
+        self.blocked: Callable[[], bool] = lambda: False  # whether the worker has seen what blocks its event loop
 
     async def run(self, name: Any, group: str, seconds: float) -> None:
         self.began.append((name, time.monotonic()))
@@ -70,13 +74,24 @@ def built(broker: str, namespace: str, seen: Seen) -> App:
     )
 
     @app.task(
-        key="account", timeout=10, retry=Retry(max_attempts=3, initial=1.0, factor=1.0, jitter=False), key_hold_max=9.0
+        key="account", timeout=10, retry=Retry(max_attempts=3, initial=1.0, factor=1.0, jitter=False), key_hold_max=600
     )
     async def book(account: str, n: int, fails: int = 0, seconds: float = 0.01) -> int:
         await seen.run((account, n, current_job().attempt), account, seconds)
         if current_job().attempt <= fails:
             raise ValueError(f"attempt {current_job().attempt}")
         return n
+
+    @app.task(
+        key="account",
+        timeout=10,
+        key_hold_max=600,
+        retry=Retry(max_attempts=200, initial=1.0, factor=1.0, jitter=False),
+    )
+    async def knocks(account: str) -> None:
+        await seen.run((account, current_job().attempt), account, 0)
+        if seen.fail:
+            raise ValueError("not yet")
 
     @app.task(key="account", timeout=10, retry=Retry(max_attempts=9, initial=30.0), key_hold_max=2.0)
     async def stuck(account: str, how: str = "fails") -> None:
@@ -87,8 +102,10 @@ def built(broker: str, namespace: str, seen: Seen) -> App:
 
     @app.task(key="account", timeout=0.5, retry=Retry(max_attempts=2, initial=0.1, jitter=False))
     async def blocks(account: str) -> None:
-        seen.began.append(((account, current_job().attempt), time.monotonic()))
-        time.sleep(2.0)  # noqa: ASYNC251  # it is the point
+        began = time.monotonic()
+        seen.began.append(((account, current_job().attempt), began))
+        # Without an `await`: it is the point.
+        until(lambda: time.monotonic() - began > 0.5 and seen.blocked(), what="the worker seeing what blocks its loop")
 
     @app.task(queue="fair")
     async def serve(tenant: str, n: int) -> None:
@@ -122,7 +139,7 @@ def built(broker: str, namespace: str, seen: Seen) -> App:
     async def call(n: int, seconds: float = 0.0) -> None:
         await seen.run(n, "slow", seconds)
 
-    @app.task(rate="10/s")
+    @app.task(rate="4/s")
     async def rated(n: int) -> None:
         await seen.run(("rated", n), "rated", 0)
 
@@ -161,6 +178,12 @@ def app(broker: str, seen: Seen) -> Iterator[App]:
     made.close()
 
 
+def dealt(workers: Sequence[Worker]) -> bool:
+    """Whether each of these workers has its share of two partitions, and may run their jobs."""
+    shares = [[partition.ready for partition in worker.partitions()] for worker in workers]
+    return all(shares) and all(map(all, shares)) and sum(map(len, shares)) == 2
+
+
 def waiting(worker: Worker, level: str) -> int:
     """Records of a level that the worker has, and may choose from."""
     if worker.dispatcher is None:
@@ -186,14 +209,28 @@ def ended(app: App, count: int, timeout: float = 60.0) -> dict[str, list[Any]]:
 # -- keys -------------------------------------------------------------------------------------------------------------
 
 
-def test_jobs_of_one_key_run_one_at_a_time_in_the_order_of_submission(app: App, seen: Seen) -> None:
+def test_jobs_of_one_key_run_one_at_a_time_in_the_order_of_submission(
+    app: App, seen: Seen, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """KEY_ORDER: whatever fails and is tried again, nothing of the key passes it; other keys do not wait for it."""
+    hold = Lines._hold
+    again: list[Callable[[], None]] = []
+
+    def hold_on(lines: Lines, work: Work, line: Line, seconds: float) -> None:
+        hold(lines, work, line, 3600.0)  # the test ends it
+        again.append(lambda: lines._again(work, line, 0.0))
+
+    monkeypatch.setattr(Lines, "_hold", hold_on)
     book = app.tasks["book"]
     jobs = [book.job("a", n, fails=1 if n == 3 else 0) for n in range(10)]
     jobs += [book.job(f"other-{n % 20}", n) for n in range(200)]
     app.submit_many(jobs)
-    with working(app):
+    with working(app) as worker:
+        until(lambda: again and sum(name[0] != "a" for name in seen.names()) == 200, what="the jobs of the other keys")
+        assert worker.dispatcher is not None
+        worker.dispatcher.call(again[0])
         facts = ended(app, 210)
+    assert len(again) == 1
     assert all(isinstance(f, JobSucceeded) for of in facts.values() for f in of)
     mine = [(n, attempt) for (account, n, attempt) in seen.names() if account == "a"]
     assert mine == [(0, 1), (1, 1), (2, 1), (3, 1), (3, 2), *((n, 1) for n in range(4, 10))]
@@ -221,8 +258,9 @@ def test_a_retry_under_a_key_is_told_and_closes_nothing(app: App) -> None:
 def test_each_attempt_under_a_key_has_its_own_time_limit(app: App, seen: Seen) -> None:
     """A coroutine blocks the event loop beyond its time limit, and is tried again in place: the second attempt is timed out
     as the first one was."""
-    handle = app.tasks["blocks"].submit("k")
-    with working(app):
+    with working(app) as worker:
+        seen.blocked = lambda: worker.dispatcher is not None and worker.dispatcher.executor.due is not None
+        handle = app.tasks["blocks"].submit("k")
         facts = ended(app, 1)
     assert seen.names() == [("k", 1), ("k", 2)]
     retried = next(f for f in facts_of(app, handle.job_id) if isinstance(f, JobRetried))
@@ -249,15 +287,17 @@ def test_a_key_is_held_for_a_bounded_time(app: App, seen: Seen, how: str, text: 
 
 def test_attempts_in_place_are_counted_on_by_the_next_owner(app: App, seen: Seen) -> None:
     """A worker that stops while a key is held hands over cleanly what it knows: no attempt is made twice."""
-    handle = app.tasks["book"].submit("k", 1, fails=2)
+    handle = app.tasks["knocks"].submit("k")
     with working(app):
         until(lambda: any(isinstance(f, JobRetried) for f in facts_of(app, handle.job_id)))
-    assert not any(isinstance(f, JobSucceeded) for f in facts_of(app, handle.job_id))
+    before = len(seen.names())
     with working(app):
+        until(lambda: len(seen.names()) > before)
+        seen.fail = False
         ended(app, 1)
-    facts = facts_of(app, handle.job_id)
-    assert sum(isinstance(f, JobRetried) for f in facts) == 2
-    assert seen.names() == [("k", 1, 1), ("k", 1, 2), ("k", 1, 3)]
+    facts, attempts = facts_of(app, handle.job_id), len(seen.names())
+    assert sum(isinstance(f, JobRetried) for f in facts) == attempts - 1
+    assert seen.names() == [("k", attempt) for attempt in range(1, attempts + 1)]
 
 
 @pytest.mark.parametrize("bytes_", [64 << 20, 100_000], ids=["read on", "full"])
@@ -322,8 +362,10 @@ def test_a_tenant_is_found_behind_any_backlog_of_another(app: App, seen: Seen) -
     app.submit_many(work.using(tags={"tenant": "small"}).job("small", n) for n in range(10))
     with working(app, concurrency=4, queues=["fair"], lookahead=400):
         until(lambda: sum(tenant == "small" for tenant, _ in seen.names()) == 10, 60.0, "the small tenant")
-        assert sum(tenant == "hot" for tenant, _ in seen.names()) < 2500
-    assert Counter(seen.names()).most_common(1)[0][1] == 1
+    order = seen.names()
+    last = max(at for at, (tenant, _) in enumerate(order) if tenant == "small")
+    assert last < 2500, f"the last of the small tenant was number {last}"
+    assert Counter(order).most_common(1)[0][1] == 1
 
 
 def test_tenants_take_turns_whatever_keys_they_have(app: App, seen: Seen) -> None:
@@ -331,7 +373,10 @@ def test_tenants_take_turns_whatever_keys_they_have(app: App, seen: Seen) -> Non
     work = app.tasks["keyed_serve"]
     app.submit_many(work.using(tags={"tenant": "hot"}).job("hot", f"k{n}", n) for n in range(500))
     app.submit_many(work.using(tags={"tenant": "small"}).job("small", "only", n) for n in range(10))
-    with working(app, concurrency=2, queues=["fair"]):
+    app.pause(queue="fair", reason="until all are there")
+    with working(app, concurrency=2, queues=["fair"]) as worker:
+        until(lambda: sum(partition.waiting for partition in worker.partitions()) == 510, what="all of them")
+        app.resume(queue="fair")
         ended(app, 510, timeout=60.0)
     order = seen.names()
     last = max(at for at, (tenant, _) in enumerate(order) if tenant == "small")
@@ -341,20 +386,21 @@ def test_tenants_take_turns_whatever_keys_they_have(app: App, seen: Seen) -> Non
 
 @pytest.mark.parametrize("how", ["paused", "limited", "paused meanwhile"])
 def test_a_task_that_waits_lets_others_of_a_fair_queue_run(app: App, seen: Seen, how: str) -> None:
-    """Behind thousands of jobs of a task that is paused, or may start six times a second, another task's run at once."""
+    """Behind thousands of jobs of a task that is paused, or may start twice a second, another task's run at once."""
     app.submit_many(app.tasks["serve"].using(tags={"tenant": "a"}).job("a", n) for n in range(3000))
     app.submit_many(app.tasks["serve_in_thread"].using(tags={"tenant": "a"}).job("quick", n) for n in range(20))
     if how == "paused":
         app.pause(task="serve")
     elif how == "limited":
-        app.limit(task="serve", rate="6/s")
+        app.limit(task="serve", rate="2/s")
     with working(app, concurrency=1, queues=["fair"], lookahead=400, lookahead_bytes=400_000) as worker:
         if how == "paused meanwhile":  # all that may wait is full by then
             until(lambda: any(partition.full for partition in worker.partitions()), 20.0, "a full partition")
             assert not [tenant for tenant, _ in seen.names() if tenant == "quick"]
             app.pause(task="serve")
         until(lambda: sum(tenant == "quick" for tenant, _ in seen.names()) == 20, 20.0, "the others")
-        assert sum(tenant == "a" for tenant, _ in seen.names()) < (1500 if how == "paused meanwhile" else 150)
+    last = max(at for at, (tenant, _) in enumerate(seen.names()) if tenant == "quick")
+    assert last < (1500 if how == "paused meanwhile" else 150), f"the last of the others was number {last}"
 
 
 # -- priorities -------------------------------------------------------------------------------------------------------
@@ -388,10 +434,12 @@ def test_high_passes_a_backlog_of_low_and_low_still_moves(app: App, seen: Seen) 
 
 def test_limits_hold_for_all_workers_together(app: App, seen: Seen) -> None:
     """Two workers, four at once and twenty a second on a queue of two partitions: never more."""
+    app.pause(queue="slow", reason="until each has its partition")
     app.submit_many(app.tasks["call"].job(n, 0.05) for n in range(80))
     with ExitStack() as both:
-        for _ in range(2):
-            both.enter_context(working(app, queues=["slow"]))
+        workers = [both.enter_context(working(app, queues=["slow"])) for _ in range(2)]
+        until(lambda: dealt(workers), 60.0, "a partition for each")
+        app.resume(queue="slow")
         ended(app, 80, timeout=60.0)
     assert seen.most["slow"] <= 4
     times = sorted(at for _, at in seen.began)
@@ -410,46 +458,50 @@ def test_with_one_hot_partition_the_limit_is_its_workers_share(app: App, seen: S
     cold = [handle for handle in handles if handle.position.partition == 1]
     app.orders.cancel([Job(handle.job_id, 1) for handle in cold], "another partition")
     hot = len(handles) - len(cold)
+    app.pause(queue="slow", reason="until the partitions are dealt out")
     with ExitStack() as all_of_them:
-        for _ in range(workers):
-            all_of_them.enter_context(working(app, queues=["slow"]))
+        running = [all_of_them.enter_context(working(app, queues=["slow"])) for _ in range(workers)]
+        until(lambda: dealt(running), 60.0, "each worker's share")
+        app.resume(queue="slow")
         ended(app, 110, timeout=60.0)
     assert len(seen.began) == hot
     times = sorted(at for _, at in seen.began)
-    # Without the first ones, while the group may not have dealt its partitions out yet.
-    rate = (hot - 1 - hot // 3) / (times[-1] - times[hot // 3])
+    # Of the time that four starts take as a rule: a moment in which this process did not run says nothing of the limit.
+    rate = 4 / median(later - at for at, later in zip(times, times[4:], strict=False))
     assert 20 / workers * 0.6 < rate < 20 / workers * 1.2, f"{rate:.1f} a second with {workers} workers"
 
 
 def test_a_limited_task_does_not_hold_up_the_rest_of_its_queue(app: App, seen: Seen) -> None:
-    """Behind a thousand jobs of a task that may start ten times a second, another task's run at once."""
+    """Behind a thousand jobs of a task that may start four times a second, another task's run at once."""
     app.submit_many(app.tasks["rated"].job(n) for n in range(1000))
     app.submit_many(app.tasks["free"].job(n) for n in range(50))
     with working(app, queues=["default"], lookahead=400):
         until(lambda: sum(name[0] == "free" for name in seen.names()) == 50, 20.0, "the others")
-        rated = sum(name[0] == "rated" for name in seen.names())
+    order = seen.names()
+    last = max(at for at, name in enumerate(order) if name[0] == "free")
+    rated = sum(name[0] == "rated" for name in order[:last])
     assert rated < 200
     aside = [r.event.fact for r in log_of(app, app.names.lifecycle) if isinstance(r.event.fact, JobSnoozed)]
     assert aside
-    assert "task rated: 10 a second" in (aside[0].reason or "")
+    assert "task rated: 4 a second" in (aside[0].reason or "")
 
 
 def test_limits_are_changed_at_run_time_and_hold_for_workers_that_come_later(app: App, seen: Seen) -> None:
     """An order replaces what the code says, until the code's limits are called back."""
     app.limit(queue="slow", rate=500, concurrency=50, reason="they raised our quota")
-    app.submit_many(app.tasks["call"].job(n) for n in range(150))
+    app.submit_many(app.tasks["call"].job(n) for n in range(500))
     with working(app, queues=["slow"]) as worker:
-        ended(app, 150)
-        assert seen.began[-1][1] - seen.began[0][1] < 6.0, "the code's limits take longer"
+        ended(app, 500)
+        assert seen.began[-1][1] - seen.began[0][1] < 20.0, "the code's limits take longer"
         app.limit(queue="slow", rate="5/s")
         until(lambda: worker.dispatcher is not None and worker.dispatcher.scopes["slow"].rate == 5.0, what="the order")
         began = time.monotonic()
-        app.submit_many(app.tasks["call"].job(n) for n in range(200, 230))
+        app.submit_many(app.tasks["call"].job(n) for n in range(500, 530))
         time.sleep(2.0)
-        assert len(seen.began) - 150 <= 5 * (time.monotonic() - began) + 1
+        assert len(seen.began) - 500 <= 5 * (time.monotonic() - began) + 1
         assert [(s.kind, s.name, s.limits.rate) for s in app.orders.standing() if s.limits] == [("queue", "slow", 5.0)]
         app.limit(queue="slow")
-        ended(app, 180)
+        ended(app, 530)
     assert app.orders.standing() == []
 
 
@@ -506,7 +558,7 @@ def test_a_cancelled_job_is_never_started(app: App, seen: Seen) -> None:
 def test_a_running_job_is_told(app: App, seen: Seen) -> None:
     """A coroutine is cancelled where it waits; one that waits for its retry under a key is not begun again."""
     running, other = (app.tasks["waits"].submit(n) for n in range(2))
-    held = app.tasks["book"].submit("k", 1, fails=2)
+    held = app.tasks["knocks"].submit("k")
     with working(app):
         until(lambda: len(seen.began) >= 3)
         running.cancel("enough")
@@ -521,7 +573,7 @@ def test_a_running_job_is_told(app: App, seen: Seen) -> None:
 def test_an_expired_job_is_not_started(app: App, seen: Seen) -> None:
     """Its time is counted from the append; what is in time runs."""
     late = app.tasks["free"].using(expires_in=0.5).submit(1)
-    intime = app.tasks["free"].using(expires_in=60).submit(2)
+    intime = app.tasks["free"].using(expires_in=600).submit(2)
     keyed = app.tasks["book"].using(expires_in=0.5).submit("k", 3)
     time.sleep(0.8)
     with working(app):
@@ -541,8 +593,8 @@ def test_an_open_circuit_burns_no_attempts(app: App, seen: Seen) -> None:
     with working(app, concurrency=1):
         until(lambda: len(seen.began) >= 3)
         time.sleep(2.5)
-        most = 3 + 1 + int(time.monotonic() - seen.began[2][1])  # one a second, as its `reset` says
-        assert len(seen.began) <= most
+        begun = len(seen.began)  # before the clock is read: this process may not run for a while in between
+        assert begun <= 3 + 1 + int(time.monotonic() - seen.began[2][1])  # one a second, as its `reset` says
         seen.fail = False
         most = 3 + 1 + int(time.monotonic() - seen.began[2][1])
         # Those that failed wait for a coordinator, which does not run here; all others succeed.

@@ -22,6 +22,7 @@ from jobledger.names import Names
 from jobledger.schemas.events import JobSucceeded
 from jobledger.streams.store import open_store
 from tests.integration.worker_app import closings, facts_of, until
+from tests.patience import PATIENCE
 
 pytestmark = pytest.mark.kafka
 
@@ -172,7 +173,7 @@ def gunicorn(environ: dict[str, str], *options: str) -> Iterator[tuple[subproces
         [*command, *quiet, *options, "processes_app:wsgi"], cwd=APP.parent, env={**environ, "PRELOADED": "1"}
     )
     try:
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + PATIENCE * 60
         while True:
             try:
                 get(f"http://127.0.0.1:{port}/")

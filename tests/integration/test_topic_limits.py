@@ -9,18 +9,12 @@ from typing import Any
 
 import msgspec
 import pytest
-from confluent_kafka.admin import (  # type: ignore[attr-defined]  # re-exported without saying so
-    AlterConfigOpType,
-    ConfigEntry,
-    ConfigResource,
-    ResourceType,
-)
 
 from jobledger import App, PayloadTooLarge, Settings
 from jobledger.kafka.topics import ensure
-from jobledger.log import LogReader, admin, batch_room, partitions_of
+from jobledger.log import LogReader, batch_room, partitions_of
 from jobledger.schemas.events import JobSubmitted
-from tests.integration.worker_app import closings, log_of, until, working
+from tests.integration.worker_app import closings, limit_records, log_of, until, working
 
 pytestmark = pytest.mark.kafka
 
@@ -34,11 +28,7 @@ class Happened(msgspec.Struct, frozen=True):
 
 def limit(app: App, *topics: str) -> None:
     """Have topics take ``LIMIT`` bytes."""
-    client = admin(app.settings)  # held: its answers die with it
-    smaller = ConfigEntry("max.message.bytes", str(LIMIT), incremental_operation=AlterConfigOpType.SET)
-    resources = [ConfigResource(ResourceType.TOPIC, topic, incremental_configs=[smaller]) for topic in topics]
-    for future in client.incremental_alter_configs(resources).values():
-        future.result(timeout=20)
+    limit_records(app, LIMIT, *topics)
 
 
 @pytest.fixture

@@ -22,6 +22,7 @@ from jobledger.errors import BrokerUnavailable, ConfigError
 from jobledger.kafka import topics, topology
 from jobledger.kafka.topology import Plan, Step
 from jobledger.names import Names
+from tests.patience import wait_until
 
 pytestmark = pytest.mark.kafka
 
@@ -66,6 +67,13 @@ def steps(made: Plan) -> set[Step]:
     return {change.step for change in made.changes if change.kind == "topic"}
 
 
+def settled(app: App, settings: Settings) -> None:
+    """Wait until the broker says that all is as declared: it answers from its own copy of the settings, which follows the
+    controller's."""
+    admin = log.admin(settings)
+    wait_until(lambda: not topics.plan(admin, *topology.wanted(app, 1)).pending, 10, "all being as declared")
+
+
 def test_ensure_makes_every_topic_usable_at_once(settings: Settings, app: App) -> None:
     """When `ensure` returns, every declared topic is there with its partitions."""
     made = topics.ensure(app, settings)
@@ -79,6 +87,7 @@ def test_ensure_makes_every_topic_usable_at_once(settings: Settings, app: App) -
 def test_ensure_again_changes_nothing(settings: Settings, app: App) -> None:
     """A second `ensure` finds everything as declared."""
     topics.ensure(app, settings)
+    settled(app, settings)
     again = topics.ensure(app, settings)
     assert steps(again) == {Step.UNCHANGED}
     assert again.pending == ()
@@ -89,6 +98,7 @@ def test_two_at_once_do_not_disturb_each_other(settings: Settings, app: App) -> 
     with ThreadPoolExecutor(3) as pool:
         for done in [pool.submit(topics.ensure, app, settings) for _ in range(3)]:
             assert done.result().refused == ()
+    settled(app, settings)
     assert topics.ensure(app, settings).pending == ()
 
 
@@ -118,17 +128,17 @@ def test_a_queue_larger_than_lifecycle_is_refused(settings: Settings, app: App) 
 def test_a_setting_that_drifted_is_put_back(settings: Settings, admin: AdminClient, app: App) -> None:
     """A setting that somebody changed by hand is shown in the plan and put back."""
     topics.ensure(app, settings)
+    settled(app, settings)
     short = ConfigEntry("retention.ms", "1000", incremental_operation=AlterConfigOpType.SET)
     resource = ConfigResource(ResourceType.TOPIC, app.names.lifecycle, incremental_configs=[short])
     admin.incremental_alter_configs([resource])[resource].result(10)
-    # The broker answers from its own copy of the settings, which follows the controller's.
     seen: list[topology.Change] = []
 
     def put_back() -> bool:
         seen.extend(topics.ensure(app, settings).pending)
         return bool(seen)
 
-    log.wait_until(put_back, 10, "the changed setting is seen")
+    wait_until(put_back, 10, "the changed setting is seen")
     (change,) = seen
     assert (change.name, dict(change.config)) == (app.names.lifecycle, {"retention.ms": ("1000", "-1")})
 
@@ -147,7 +157,7 @@ def test_groups_get_their_timeouts(
         found = admin.describe_configs([resource])[resource].result(10)
         return found["consumer.session.timeout.ms"].value, found["consumer.heartbeat.interval.ms"].value
 
-    log.wait_until(lambda: timeouts() == ("7000", "1500"), 10, "the group's timeouts are seen")
+    wait_until(lambda: timeouts() == ("7000", "1500"), 10, "the group's timeouts are seen")
 
 
 def test_a_group_setting_that_is_refused_is_a_note(admin: AdminClient, app: App) -> None:
@@ -185,4 +195,5 @@ def test_a_namespace_beside_one_whose_topics_collide_is_refused_by_the_plan(sett
     with pytest.raises(ConfigError, match=rf"'{name}_jobs\.lifecycle' collides with '{name}\.jobs\.lifecycle'"):
         topics.ensure(second, settings)
     assert partitions(settings, second.names.coordination) is None
+    settled(first, settings)
     assert topics.ensure(first, settings).pending == ()

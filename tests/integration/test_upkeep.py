@@ -27,8 +27,7 @@ from jobledger.streams.status import Materializer
 from jobledger.streams.store import open_reader
 from jobledger.streams.upkeep import Cadence, Upkeep
 from jobledger.writer import LogWriter, Outgoing
-from tests.integration.worker_app import all_of
-from tests.patience import wait_until
+from tests.patience import PATIENCE, wait_until
 
 pytestmark = pytest.mark.kafka
 
@@ -85,10 +84,15 @@ class Bench:
         writer.close()
         return position
 
+    def stand_still(self) -> None:
+        """Stop the materializer: the table stays as it is."""
+        self._stop.set()
+        self._thread.join(PATIENCE * 20)
+        assert not self._thread.is_alive()
+
     def close(self) -> None:
         """Stop everything."""
-        self._stop.set()
-        self._thread.join(20)
+        self.stand_still()
         self.reader.close()
         self.app.close()
 
@@ -132,8 +136,7 @@ def test_the_watchdog_does_not_judge_by_an_old_table(bench: Bench) -> None:
     """If the table is behind the log, nothing is asked: the release may be in what it has not read."""
     bench.task.using(delay=0.01).submit("x")
     bench.caught_up()
-    bench._stop.set()
-    bench._thread.join(20)
+    bench.stand_still()
     bench.task.using(delay=3600).submit("y")
     upkeep = bench.upkeep(overdue_after=0.0, patience=0.3)
     wait_until(lambda: bool(bench.reader.overdue(time.time_ns() // 1_000_000, 0)), 20, "the job being overdue")
@@ -202,8 +205,7 @@ def test_a_table_that_is_behind_trims_nothing(bench: Bench) -> None:
     names, work = bench.names, bench.names.jobs("mail")
     handle = bench.task.using(delay=0.2).submit("x")
     bench.caught_up()
-    bench._stop.set()
-    bench._thread.join(20)
+    bench.stand_still()
     submission = closing(bench, handle.job_id)
     due = bench.write(msgspec.structs.replace(submission, fact=ev.JobDue(ev.JobSpec(b"{}"), 1)), work, 0)
     retention = aged(lambda: bench.write(submission, names.lifecycle, due.partition))
@@ -270,8 +272,18 @@ def test_trimming_waits_for_projections_and_for_readers_of_the_lifecycle(
             runner.run(threading.Event(), until_end=True)
 
     def read() -> None:
-        with bench.app.lifecycle("billing", timeout=60.0) as stream:
-            all_of(stream)
+        with LogReader(bench.settings) as log:
+            left = {
+                ev.Position(topic, partition, log.watermarks(topic, partition)[1] - 1)
+                for topic in (work, names.lifecycle)
+                for partition in range(PARTITIONS)
+            }
+        with bench.app.lifecycle("billing", timeout=PATIENCE * 30) as stream:
+            for found in stream:
+                left.discard(found.position)
+                if not left:
+                    break
+        assert not left
 
     def end(partition: int) -> None:
         bench.write(closing(bench, submitted(bench, partition)), names.lifecycle, partition)

@@ -9,11 +9,17 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from confluent_kafka.admin import (  # type: ignore[attr-defined]  # re-exported without saying so
+    AlterConfigOpType,
+    ConfigEntry,
+    ConfigResource,
+    ResourceType,
+)
+
 from jobledger import NO_RETRY, App, Reject, ResultInsideJob, Retry, RetryLater, Settings, Snooze, current_job
 from jobledger.consumers.worker import Worker, WorkerOptions
 from jobledger.kafka.topics import ensure
-from jobledger.lifecycle import LifecycleStream
-from jobledger.log import LogReader, decoder, partitions_of, recorded
+from jobledger.log import LogReader, admin, batch_limits, decoder, partitions_of, recorded
 from jobledger.schemas.events import CLOSING, Recorded
 from tests.patience import PATIENCE
 
@@ -151,6 +157,17 @@ def made(namespace: str, bootstrap: str, **more: Any) -> App:
     return app
 
 
+def limit_records(app: App, size: int, *topics: str) -> None:
+    """Have topics take records of ``size`` bytes at most. Returns once the broker says so: it answers from a copy of the
+    settings, which follows the controller's."""
+    client = admin(app.settings)  # held: its answers die with it
+    less = ConfigEntry("max.message.bytes", str(size), incremental_operation=AlterConfigOpType.SET)
+    resources = [ConfigResource(ResourceType.TOPIC, topic, incremental_configs=[less]) for topic in topics]
+    for future in client.incremental_alter_configs(resources).values():
+        future.result(timeout=20)
+    until(lambda: batch_limits(app.settings, topics) == dict.fromkeys(topics, size), what="the new limit")
+
+
 @contextlib.contextmanager
 def working(app: App, **options: Any) -> Iterator[Worker]:
     """A worker of ``app`` in a thread of this process; stopped at the end, and its error raised."""
@@ -197,15 +214,6 @@ def closings(app: App) -> dict[str, list[Recorded]]:
     for r in log_of(app, app.names.lifecycle):
         if isinstance(r.event.fact, CLOSING):
             found.setdefault(r.event.job_id, []).append(r)
-    return found
-
-
-def all_of(stream: LifecycleStream) -> list[Recorded]:
-    """What is in the log by now: however long the group takes to form, until nothing has come for three seconds."""
-    found = []
-    for record in stream:
-        found.append(record)
-        stream._timeout = 3.0
     return found
 
 
