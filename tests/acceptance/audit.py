@@ -248,7 +248,8 @@ def read_executions(path: str | Path) -> list[Execution]:
     begun: dict[tuple[str, ...], list[Execution]] = defaultdict(list)
     out: list[Execution] = []
     source = Path(path)
-    for line in source.read_text().splitlines() if source.exists() else ():
+    text = source.read_text() if source.exists() else ""
+    for line in text.rpartition("\n")[0].splitlines():  # the last one may just be being written
         kind, job, run, release, attempt, at, pid = line.split()
         mark = (job, run, release, attempt, pid)
         if kind == "B":

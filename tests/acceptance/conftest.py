@@ -6,11 +6,13 @@ from collections.abc import Iterator
 
 import pytest
 
+from jobledger.kafka.defaults import START_TIMEOUT_S
 from jobledger.kafka.embedded import EmbeddedKafka
+from tests.patience import PATIENCE
 
 
 @pytest.fixture(scope="module")
 def kafka() -> Iterator[EmbeddedKafka]:
     """A broker of each module's own: some stop and start it."""
-    with EmbeddedKafka() as broker:
+    with EmbeddedKafka(timeout=PATIENCE * START_TIMEOUT_S) as broker:
         yield broker

@@ -25,18 +25,18 @@ def note(what: str) -> None:
 
 @app.task(retry=Retry(max_attempts=3, initial=3600.0))
 async def work(number: int) -> int:
-    """Takes a few milliseconds, one in ten fails; -1 takes a minute, what is below takes two seconds."""
+    """Takes a few milliseconds, one in ten fails; -1 takes an hour, what is below takes two seconds."""
     note("began")
     dice = random.Random(number)
-    await asyncio.sleep(60 if number == -1 else 2 if number < 0 else dice.random() * 0.05)
+    await asyncio.sleep(3600 if number == -1 else 2 if number < 0 else dice.random() * 0.05)
     if number >= 0 and dice.random() < 0.1:
         raise ValueError(f"number {number}")
     return number
 
 
-@app.task(retry=Retry(max_attempts=3, initial=3600.0), timeout=5)
+@app.task(retry=Retry(max_attempts=3, initial=3600.0), timeout=8)
 async def timed(number: int) -> int:
-    """Takes two seconds, and must not take five."""
+    """Takes two seconds, and must not take eight: less than a worker is paused."""
     note("began")
     await asyncio.sleep(2)
     return number

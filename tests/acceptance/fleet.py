@@ -28,8 +28,8 @@ from tests.patience import PATIENCE
 ROOT = Path(__file__).resolve().parents[2]
 TARGET = "tests/acceptance/chaos_app.py:app"
 ROLES = ("worker", "coordinator", "materializer")
-#: Seconds a process may take to stop when it is asked to.
-GRACE_S = 120.0
+#: Seconds a process may take to stop when it is asked to, and to be gone when it is killed.
+GRACE_S, GONE_S = 120.0, 10.0 * PATIENCE
 
 
 class FleetError(AssertionError):
@@ -155,7 +155,7 @@ class Fleet:
     def kill(self, member: Member) -> None:
         """kill -9. Children of the process are left to notice by themselves."""
         self._signal(member, signal.SIGKILL)
-        self._reap(member, 10.0)
+        self._reap(member, GONE_S)
         self.did[f"{member.role} killed"] += 1
 
     def freeze(self, member: Member) -> None:
@@ -212,6 +212,11 @@ class Fleet:
         """Members of one role."""
         return [m for m in self.members if m.role == role]
 
+    def lines(self) -> list[str]:
+        """What the jobs' code has noted in the side log, line by line; without a line that is just being written."""
+        text = self.executions.read_text() if self.executions.exists() else ""
+        return text.rpartition("\n")[0].splitlines()
+
     def until(self, check: Callable[[], bool], timeout: float, what: str) -> None:
         """Wait for a fact while tending the fleet, ``timeout`` times `PATIENCE`. Raises `FleetError` naming it, with the ends
         of all outputs."""
@@ -223,7 +228,7 @@ class Fleet:
                 raise FleetError(f"{what}: not within {PATIENCE * timeout:g} s\n{tails}")
             time.sleep(0.1)
 
-    def run(self, *words: str, timeout: float = 120.0) -> tuple[int, Any, str]:
+    def run(self, *words: str, timeout: float = 60.0 * PATIENCE) -> tuple[int, Any, str]:
         """Run ``jobledger WORDS --json`` to its end: exit code, what it printed as JSON (None: nothing), its errors."""
         argv = [sys.executable, "-m", "jobledger", *words, "--json"]
         done = subprocess.run(
@@ -252,7 +257,7 @@ class Fleet:
                 self._reap(member, max(0.1, deadline - time.monotonic()))
             except subprocess.TimeoutExpired:
                 self._signal(member, signal.SIGKILL)
-                self._reap(member, 10.0)
+                self._reap(member, GONE_S)
         for process in family:
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()
@@ -271,3 +276,8 @@ def paused(fleet: Fleet, member: Member, seconds: float) -> Iterator[None]:
             time.sleep(0.05)
     finally:
         fleet.thaw(member)
+
+
+def serves(fleet: Fleet, worker: Member) -> None:
+    """Wait until a worker serves: before that it does not listen to signals, either."""
+    fleet.until(lambda: "serves" in worker.output().rpartition("--- life ")[2], 30.0, f"{worker.name} that serves")

@@ -44,7 +44,7 @@ def work(seconds: float) -> int:
     return current_job().release
 
 
-@app.task(long=True, lease=5)
+@app.task(long=True, lease=8)
 async def coroutine(seconds: float) -> int:
     """On the event loop."""
     note("began")
@@ -59,19 +59,19 @@ async def coroutine(seconds: float) -> int:
     return current_job().release
 
 
-@app.task(long=True, lease=5)
+@app.task(long=True, lease=8)
 def thread(seconds: float) -> int:
     """In a thread."""
     return work(seconds)
 
 
-@app.task(long=True, lease=5, isolation="process")
+@app.task(long=True, lease=8, isolation="process")
 def process(seconds: float) -> int:
     """In a child process."""
     return work(seconds)
 
 
-@app.task(long=True, lease=5, retry=AGAIN, fallback="console")
+@app.task(long=True, lease=8, retry=AGAIN, fallback="console")
 async def fails(seconds: float) -> int:
     """Twice, for good."""
     note("began")
@@ -85,7 +85,7 @@ async def console(seconds: float) -> str:
     return "consoled"
 
 
-@app.task(long=True, lease=5)
+@app.task(long=True, lease=8)
 async def snoozes(seconds: float) -> int:
     """Once."""
     note("began")
@@ -94,7 +94,7 @@ async def snoozes(seconds: float) -> int:
     return current_job().release
 
 
-@app.task(long=True, lease=5)
+@app.task(long=True, lease=8)
 def kills() -> None:
     """Its worker, each time."""
     note("began")

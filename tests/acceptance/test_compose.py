@@ -23,6 +23,7 @@ import pytest
 
 from jobledger import App, Settings
 from jobledger.kafka.ports import free_port
+from tests.patience import PATIENCE
 
 pytestmark = [pytest.mark.kafka, pytest.mark.extended, pytest.mark.timeout(900)]
 
@@ -154,7 +155,7 @@ def test_a_program_on_this_machine_is_part_of_it(stack: Stack) -> None:
         raise AssertionError("it runs in the worker's container, as that one's task")
 
     try:
-        assert send_mail.submit("b@example.org").result(timeout=30) == "sent welcome to b@example.org"
+        assert send_mail.submit("b@example.org").result(timeout=30 * PATIENCE) == "sent welcome to b@example.org"
     finally:
         app.close()
 
@@ -254,8 +255,8 @@ def test_grafana_shows_the_dashboard(stack: Stack) -> None:
 
 
 def until(true: Callable[[], Any], seconds: float = 60.0, every: Sequence[float] = (0.5,)) -> None:
-    """Wait until it is. Raises `AssertionError`."""
-    deadline = time.monotonic() + seconds
+    """Wait until it is, ``seconds`` times `PATIENCE`. Raises `AssertionError`."""
+    deadline = time.monotonic() + PATIENCE * seconds
     while not true():
         assert time.monotonic() < deadline, "not within its time"
         time.sleep(every[0])

@@ -16,7 +16,7 @@ import pytest
 
 from jobledger.config import Settings
 from jobledger.names import Names
-from tests.acceptance.fleet import ROOT, Fleet, Member
+from tests.acceptance.fleet import ROOT, Fleet, Member, serves
 from tests.acceptance.promises import Promise
 from tests.acceptance.test_worker_faults import PARTITIONS, UNACKNOWLEDGED, drained, progress, runs, submit
 from tests.acceptance.test_worker_faults import fleet as made_fleet
@@ -100,6 +100,8 @@ def test_a_rolling_upgrade_loses_nothing_and_reruns_no_success(
     Promise.AT_LEAST_ONCE.hold(len(runs(fleet)) == JOBS, f"{len(runs(fleet))} of {JOBS} ran")
     assert again <= 2 * (AT_ONCE + UNACKNOWLEDGED), "only what ran at the two kills may run again"
     fleet.until(lambda: all(text[:2] == "2d" for text in texts(fleet)), 20.0, "the new version's commits")
+    for member in (one, two):
+        serves(fleet, member)
     assert fleet.stop(one) == 0
     assert fleet.stop(two) == 0
     assert [text[:2] for text in texts(fleet)] == ["2c"] * PARTITIONS

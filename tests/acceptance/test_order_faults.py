@@ -26,8 +26,9 @@ from jobledger.kafka.embedded import EmbeddedKafka
 from jobledger.names import Names
 from tests.acceptance import rawlog
 from tests.acceptance.audit import hold
-from tests.acceptance.fleet import Fleet, paused
+from tests.acceptance.fleet import Fleet, paused, serves
 from tests.brokers import Brokers
+from tests.patience import PATIENCE
 
 pytestmark = pytest.mark.kafka
 
@@ -65,15 +66,14 @@ def tell(fleet: Fleet, *words: str, text: str = "") -> str:
     """Run the app's own little command, in a process of its own."""
     argv = [sys.executable, "-m", "tests.acceptance.order_app", *words]
     done = subprocess.run(
-        argv, env=fleet.environ, check=True, cwd=ROOT, timeout=120, input=text, capture_output=True, text=True
+        argv, env=fleet.environ, check=True, cwd=ROOT, timeout=60 * PATIENCE, input=text, capture_output=True, text=True
     )
     return done.stdout
 
 
 def began(fleet: Fleet) -> list[list[str]]:
     """What the jobs' code noted at its begin, in order."""
-    lines = fleet.executions.read_text().splitlines() if fleet.executions.exists() else []
-    return [words for line in lines if (words := line.split())[1] == "began"]
+    return [words for line in fleet.lines() if (words := line.split())[1] == "began"]
 
 
 class Keys:
@@ -218,6 +218,7 @@ def test_a_rolling_restart_keeps_the_order_and_runs_no_attempt_twice(fleet: Flee
     tell(fleet, "submit", str(ACCOUNTS), str(EACH))
     workers = [fleet.start("worker", "--concurrency", "20") for _ in range(2)]
     for n, member in enumerate(workers * 2):
+        serves(fleet, member)
         least = ACCOUNTS * EACH * (n + 1) // 6
         fleet.until(lambda least=least: len(began(fleet)) >= least, 90, f"{least} begun")  # type: ignore[misc]  # bound now
         assert fleet.stop(member) == 0, member.tail()

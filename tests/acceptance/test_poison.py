@@ -17,7 +17,7 @@ from jobledger.kafka import topics, topology
 from jobledger.kafka.embedded import EmbeddedKafka
 from jobledger.names import Names
 from tests.acceptance import rawlog
-from tests.acceptance.fleet import Fleet
+from tests.acceptance.fleet import Fleet, serves
 from tests.acceptance.promises import Promise
 
 pytestmark = pytest.mark.kafka
@@ -71,8 +71,7 @@ def test_a_job_that_kills_its_process_is_contained(
 
     def whole() -> bool:
         fleet.tend()
-        noted = fleet.executions.read_text().split("\n") if fleet.executions.exists() else []
-        if len({line.split()[0] for line in noted if line}) < good + len(poisons):
+        if len({line.split()[0] for line in fleet.lines()}) < good + len(poisons):
             return False
         log = rawlog.read(fleet.bootstrap, fleet.namespace)
         logs[:] = [log]
@@ -85,7 +84,7 @@ def test_a_job_that_kills_its_process_is_contained(
         facts[record.head["job_id"]].append(record.fact or "")
         if record.fact in TERMINAL:
             ends[record.head["job_id"]] = record
-    runs = Counter(line.split()[0] for line in fleet.executions.read_text().split("\n") if line)
+    runs = Counter(line.split()[0] for line in fleet.lines())
 
     lost = [job for job, end in ends.items() if job not in poisons and end.fact != "JobSucceeded"]
     Promise.POISON_IS_CONTAINED.hold(not lost, [rawlog.life_of(logs[0], job) for job in lost[:3]])
@@ -115,4 +114,5 @@ def test_a_job_that_kills_its_process_is_contained(
         f"each poison 3 times, then quarantined"
     )
     for member in fleet.of("worker"):
+        serves(fleet, member)
         assert fleet.stop(member) == 0

@@ -14,15 +14,22 @@ import pytest
 
 from jobledger import App, Settings
 from jobledger.kafka import topics
+from jobledger.kafka.defaults import START_TIMEOUT_S
 from jobledger.kafka.embedded import EmbeddedKafka
 from jobledger.schemas.events import JobStarted, JobSubmitted, JobSucceeded
 from tests.acceptance import events_app
-from tests.acceptance.fleet import Fleet
+from tests.acceptance.fleet import Fleet, Member
 from tests.integration.worker_app import log_of, until
+from tests.patience import PATIENCE
 
 pytestmark = pytest.mark.kafka
 
 BEYOND_SESSION_S = 9.0
+
+
+def routes(fleet: Fleet, router: Member) -> None:
+    """Wait until a router has partitions: before it starts it does not listen to signals, either."""
+    fleet.until(lambda: "assigned [" in router.output().rpartition("--- life ")[2], 60.0, f"{router.name} that routes")
 
 
 @pytest.mark.parametrize(("events", "kills"), [(1_500, 3), pytest.param(6_000, 12, marks=pytest.mark.extended)])
@@ -31,9 +38,11 @@ def test_each_event_and_handler_is_one_job_whatever_happens_to_the_router(
 ) -> None:
     """Two routers, one killed again and again at random moments, one frozen beyond its session, the broker stopped."""
     dice = random.Random(7)
-    with EmbeddedKafka() as kafka:
+    with EmbeddedKafka(timeout=PATIENCE * START_TIMEOUT_S) as kafka:
         namespace = f"r{uuid.uuid4().hex[:10]}"
-        app = App(namespace, settings=Settings(bootstrap=kafka.bootstrap), partitions=4)
+        # Events are emitted while the broker is away, too, for as long as its stop and its start take.
+        settings = Settings(bootstrap=kafka.bootstrap, submit_timeout=30.0 * PATIENCE)
+        app = App(namespace, settings=settings, partitions=4)
         app.event(key="user")(events_app.Happened)
         app.on(events_app.Happened, queue="crm")(events_app.sync.fn)
         app.on(events_app.Happened, queue="mail")(events_app.write.fn)
@@ -62,7 +71,7 @@ def test_each_event_and_handler_is_one_job_whatever_happens_to_the_router(
                     kafka.stop()
                     time.sleep(3.0)
                     kafka.start()
-            emitting.join(timeout=120)
+            emitting.join(timeout=60 * PATIENCE)
             assert len(ids) == events
             wanted = {handler.job_id(event_id) for event_id in ids for handler in app.registry.handlers["Happened"]}
 
@@ -77,10 +86,11 @@ def test_each_event_and_handler_is_one_job_whatever_happens_to_the_router(
             until(all_there, timeout=90.0, what="a job for each event and handler")
             assert set(submitted()) == wanted
             for router in (killed, frozen):
+                routes(fleet, router)
                 assert fleet.stop(router) == 0, router.tail()
             fleet.start("worker")
             until(lambda: len(_of(app, JobSucceeded)) >= len(wanted), timeout=90.0, what="the end of all jobs")
-            runs = Counter(line.split()[1] for line in fleet.executions.read_text().splitlines())
+            runs = Counter(line.split()[1] for line in fleet.lines())
             again = sum(count - 1 for count in submitted().values())
             fleet.stop(fleet.members[-1])
         assert Counter(runs.values()) == {1: 2 * events}

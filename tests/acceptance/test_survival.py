@@ -23,7 +23,7 @@ import pytest
 
 from jobledger.kafka.embedded import EmbeddedKafka
 from tests.acceptance import chaos_app, independent
-from tests.acceptance.fleet import ROOT, TARGET, Fleet, Member, paused
+from tests.acceptance.fleet import ROOT, TARGET, Fleet, Member, paused, serves
 from tests.acceptance.promises import BROKEN_BY, Promise
 
 pytestmark = pytest.mark.kafka
@@ -322,6 +322,7 @@ def test_a_rolling_restart_under_load_runs_nothing_twice(
         fleet.until(lambda: counts(fleet)[0] >= jobs // 30, 60.0, "the first jobs ended")
         for _ in range(2):
             for member in fleet.of("worker"):
+                serves(fleet, member)
                 code = fleet.stop(member)
                 Promise.GRACEFUL_STOP.hold(code == 0, f"{member.name} ended with {code}:\n{member.tail()}")
                 fleet.restart(member)

@@ -289,8 +289,7 @@ def test_the_router_passes_no_event_when_leaders_are_killed(
         wanted = {handler.job_id(event_id) for event_id in ids for handler in app.registry.handlers["Happened"]}
 
         def runs() -> Counter[str]:
-            lines = fleet.executions.read_text().splitlines() if fleet.executions.exists() else []
-            return Counter(line.split()[1] for line in lines)
+            return Counter(line.split()[1] for line in fleet.lines())
 
         until(lambda: len(runs()) >= 2 * events, 90.0, "the end of all jobs")
         submitted = Counter(
