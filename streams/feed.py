@@ -25,7 +25,7 @@ from confluent_kafka.admin import (  # type: ignore[attr-defined]  # re-exported
     OffsetSpec,
 )
 
-from jobledger.access import Door, read
+from jobledger.access import Door, denied, read
 from jobledger.config import Settings
 from jobledger.errors import BrokerUnavailable
 from jobledger.log import PASSING, admin, answer_of, consumer, consumer_config, translate
@@ -119,7 +119,7 @@ class Feed:
         """Call the function `identities` of this module, with one client for all calls."""
         if self._admin is None:
             self._admin = admin(self._settings)
-        return identities(self._admin, topics, timeout)
+        return identities(self._admin, self._settings, topics, timeout)
 
     def restart(self, partitions: Iterable[Partition]) -> None:
         """Read these partitions again from the log's start. Raises `BrokerUnavailable`, `TopicMissing`."""
@@ -207,16 +207,20 @@ def _at(place: Partition, offset: int | None) -> TopicPartition:
     return TopicPartition(place[0], place[1], OFFSET_BEGINNING if offset is None else offset)
 
 
-def identities(client: AdminClient, topics: Iterable[str], timeout: float = REQUEST_TIMEOUT_S) -> dict[str, str]:
+def identities(
+    client: AdminClient, settings: Settings, topics: Iterable[str], timeout: float = REQUEST_TIMEOUT_S
+) -> dict[str, str]:
     """Return the ids of topics. A recreated topic has another id than the earlier one of its name. Topics whose id the
-    broker does not return are left out."""
+    broker does not return are left out. Raises `NotAuthorized` for a topic that this user may not read."""
     found: dict[str, str] = {}
     asked = TopicCollection(sorted(topics))
     for topic, future in client.describe_topics(asked, request_timeout=timeout).items():
         try:
             found[topic] = str(answer_of(future, timeout).topic_id)
-        except KafkaException:
-            continue
+        except KafkaException as exc:
+            refused = denied(exc.args[0], settings, f"asking for the id of {topic}", read(topic))
+            if refused is not None:
+                raise refused from exc
     return found
 
 

@@ -137,7 +137,7 @@ class Runner:
     def _identities(self) -> dict[str, str]:
         """Return the ids of the topics that exist now."""
         client = admin(self.settings)  # held: a garbage-collected client never completes its futures
-        return identities(client, self._reading.topics)
+        return identities(client, self.settings, self._reading.topics)
 
     def _keep_topics(self, db: Connection, found: Mapping[str, str]) -> None:
         """Store the ids of the topics to which the offsets belong."""

@@ -388,13 +388,17 @@ def test_the_example_for_other_languages_runs(broker: str, registry_url: str, na
     app = made(namespace, broker, schema_registry=registry_url)
     block = re.search(r"```python\n(.*?)```", Path("docs/wire.md").read_text("utf-8"), re.DOTALL)
     assert block is not None
-    given = {
-        "bootstrap": broker,
-        "registry": registry_url,
-        "topic": app.names.jobs("default"),
-        "schema_file": "schemas/job_event.avsc",
-    }
-    exec(compile(block[1], "docs/wire.md", "exec"), given)  # noqa: S102  # our own page
+    text = block[1]
+    given: dict[str, Any] = {}
+    for shown, here in {
+        "localhost:9092": broker,
+        "http://localhost:8081": registry_url,
+        "shop.jobs.default": app.names.jobs("default"),
+        "job_event.avsc": "schemas/job_event.avsc",
+    }.items():
+        assert text.count(f'"{shown}"') == 1
+        text = text.replace(f'"{shown}"', repr(here))
+    exec(compile(text, "docs/wire.md", "exec"), given)  # noqa: S102  # our own page
     with working(app):
         until(lambda: given["job_id"] in closings(app))
     assert closings(app)[given["job_id"]][0].event.fact.result == b"42"  # type: ignore[union-attr]
