@@ -19,7 +19,7 @@ from jobledger.audit.records import Record, show
 from jobledger.audit.rules import Scope
 from jobledger.audit.spill import keys_of
 from tests.acceptance.promises import BROKEN_BY
-from tests.acceptance.rawlog import Log
+from tests.acceptance.rawlog import Log, by_time
 
 #: A worker that is paused for less than that has not lost its partitions: its session is 6 s, and it was heard of in the
 #: last three of them.
@@ -221,7 +221,9 @@ def hold(log: Log, frozen: Sequence[Window] = (), *, finished: bool = True) -> A
     """Break the promise that a log breaks, if it does. ``finished``: every job of it must have ended."""
     found = audit(log, frozen=frozen, finished=finished)
     for kind, number in found.counts.items():
-        BROKEN_BY[kind].hold(False, f"{kind}: {number}\n" + "\n".join(found.violations[kind]))
+        first = found.violations[kind][0].partition(":")[0]
+        lives = [f"{show(r)} {dict(r.body)}" for r in by_time(log) if r.head.get("job_id") == first]
+        BROKEN_BY[kind].hold(False, "\n".join([f"{kind}: {number}", *found.violations[kind], *lives]))
     return found
 
 

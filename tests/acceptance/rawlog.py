@@ -69,4 +69,9 @@ def read(bootstrap: str, namespace: str, timeout: float = 120.0) -> Log:
 
 def life_of(log: Log, job_id: str) -> list[str]:
     """All that the log says of one job, in order of time: for a failure's message."""
-    return [show(r) for r in sorted(log.records, key=lambda r: (r.at, r.place)) if r.head.get("job_id") == job_id]
+    return [show(r) for r in by_time(log) if r.head.get("job_id") == job_id]
+
+
+def by_time(log: Log) -> list[Record]:
+    """All records in order of their append times."""
+    return sorted(log.records, key=lambda r: (r.at, r.place))

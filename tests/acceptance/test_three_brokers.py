@@ -246,7 +246,9 @@ def test_with_one_of_three_left_nothing_is_acknowledged_and_all_goes_on_later(
             f"three brokers, one left: a submission failed after {took:.1f} s; {gaps(log)}; "
             f"{summary(fleet, log, audit, SEED, time.monotonic() - began)}"
         )
-        assert fleet.deaths == []
+        # The broker that is left answers, but no group can form. On a slow machine that lasts longer than the 30 s after
+        # which a coordinator exits to be started again.
+        assert set(fleet.deaths) <= {("coordinator-1", 70)}, fleet.deaths
 
 
 async def _quick(number: int) -> int:
