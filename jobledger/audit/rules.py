@@ -274,6 +274,9 @@ def _by_lease(life: Life, due: Record, found: Findings) -> bool:
     """Whether a release followed from the expiry of the previous release's lease; if so, its time is checked."""
     job, run, release = due.release
     leases = [r for r in life.leases.get((job, run, release - 1), []) if r.topic == life.scope.coordination]
+    # A worker that takes the partition over sends `Leased` again. The coordinator counts the first one only.
+    copies = [r for r in leases if r.fact == "Leased"][1:]
+    leases = [r for r in leases if r not in copies]
     if not leases or any(r.fact in PASSING_ON and r.release == (job, run, release - 1) for r in life.lifecycle):
         return False
     decided = due.body["due_at"]

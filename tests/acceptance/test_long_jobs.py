@@ -168,8 +168,9 @@ def test_a_dead_worker_is_seen_within_its_lease(fleet: Fleet, task: str, say: Ca
     assert end.head["release"] == 2
     # By the one clock of this machine, from the append of what asked for the lease last. How soon is said below: on a
     # busy machine that is the machine's time as well.
-    asked = [r for r in log.of("coordination") if r.fact in {"Leased", "LeaseRenewed"} and r.head["job_id"] == job]
-    last = max(r.at for r in asked if r.head["release"] == 1)
+    of_first = [r for r in log.of("coordination") if r.head["job_id"] == job and r.head["release"] == 1]
+    leased = [r for r in of_first if r.fact == "Leased"][:1]  # the next owner may send it again, which changes nothing
+    last = max(r.at for r in [*leased, *(r for r in of_first if r.fact == "LeaseRenewed")])
     assert again * 1000 >= last + LEASE_S * 1000, rawlog.life_of(log, job)
     say(f"long {task}: its worker killed, begun again {again - died:.1f} s later on a lease of {LEASE_S:g} s")
 

@@ -369,6 +369,23 @@ def test_a_lease_that_ended_or_was_given_back_releases_the_job_again(log: Audite
     assert faults_of(log.judge().found) == []
 
 
+def test_a_lease_that_is_sent_again_by_the_next_owner_holds_no_longer(log: Audited) -> None:
+    """The worker died before it committed: its successor sends the lease once more, which the coordinator ignores. A
+    renewal counts, in contrast."""
+    leased = {"spec": SPEC, "worker": "w", "lease_ms": 5000, "crashes": 0}
+    for job, again in (("g", "Leased"), ("h", "LeaseRenewed")):
+        log.submit(job)
+        log.add(LIFE, "JobLeased", {"worker": "w", "lease_ms": 5000}, job=job)
+        first = log.add(COORD, "Leased", leased, job=job)
+        log.add(COORD, again, leased if again == "Leased" else {"worker": "w", "lease_ms": 5000}, job=job, after=4000)
+        decided = log.add(COORD, "ReleaseDecided", {"due_at": (first.at + 5000) * 1000}, job=job, after=1500)
+        log.add(WORK, "JobDue", {"spec": SPEC, "due_at": decided.at * 1000}, job=job, release=2, after=1)
+        log.start(job, release=2)
+        log.succeed(job, release=2)
+    (fault,) = faults_of(log.judge().found)
+    assert (fault.kind, [place.job_id for place in fault.first]) == ("released-early", ["h"])
+
+
 def test_an_attempt_in_place_closes_nothing_and_begins_when_its_delay_is_over(log: Audited) -> None:
     """Its release is closed by what comes after it. A retry that stands twice counts from its first record."""
     _, retried = in_place(log, 100)
