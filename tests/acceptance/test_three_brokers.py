@@ -238,6 +238,7 @@ def test_with_one_of_three_left_nothing_is_acknowledged_and_all_goes_on_later(
         assert 5.0 < took < 20.0
         brokers.start(1, 2)
         fleet.until(cluster.in_sync, IN_SYNC_S, "all copies are in sync again")
+        away_s = time.monotonic() - asked
         fleet.windows.append(Window("broker", at, now_ms()))
         fleet.did["brokers killed, two of three"] += 1
         settle(fleet, service, 120.0)
@@ -246,9 +247,10 @@ def test_with_one_of_three_left_nothing_is_acknowledged_and_all_goes_on_later(
             f"three brokers, one left: a submission failed after {took:.1f} s; {gaps(log)}; "
             f"{summary(fleet, log, audit, SEED, time.monotonic() - began)}"
         )
-        # The broker that is left answers, but no group can form. On a slow machine that lasts longer than the 30 s after
-        # which a coordinator exits to be started again.
-        assert set(fleet.deaths) <= {("coordinator-1", 70)}, fleet.deaths
+        # No part exits in an outage of less than 30 s. On a slow machine the brokers may need longer to start: then parts
+        # may exit with an error, and are started again.
+        allowed = {1, 70} if away_s > 25.0 else set()
+        assert {code for _, code in fleet.deaths} <= allowed, (away_s, fleet.deaths)
 
 
 async def _quick(number: int) -> int:
