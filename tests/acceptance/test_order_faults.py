@@ -26,7 +26,7 @@ from jobledger.kafka.embedded import EmbeddedKafka
 from jobledger.names import Names
 from tests.acceptance import rawlog
 from tests.acceptance.audit import hold
-from tests.acceptance.fleet import Fleet, paused, serves
+from tests.acceptance.fleet import Fleet, FleetError, paused, serves
 from tests.brokers import Brokers
 from tests.patience import PATIENCE
 
@@ -271,7 +271,13 @@ def test_what_was_cancelled_never_runs(fleet: Fleet) -> None:
         seen.append(ends)
         return len(ends) == len(ids)
 
-    fleet.until(whole, 120, "every job ended")
+    try:
+        fleet.until(whole, 120, "every job ended")
+    except FleetError as error:
+        log, ended = rawlog.read(fleet.bootstrap, fleet.namespace), seen[-1] if seen else {}
+        missing = [job for job in ids if job not in ended]
+        lives = [line for job in missing[:5] for line in rawlog.life_of(log, job)]
+        raise FleetError("\n".join([f"{len(missing)} jobs have no outcome", *lives, str(error)])) from None
     assert not {words[0] for words in began(fleet)} & set(cancelled)
     for job in cancelled:
         assert {r.fact for r in seen[-1][job]} == {"JobCancelled"}
