@@ -280,7 +280,7 @@ def test_an_instance_that_dies_is_replaced_by_the_other(fleet: Fleet) -> None:
 
 
 def test_sigterm_ends_cleanly_and_the_next_one_goes_on(fleet: Fleet) -> None:
-    """Exit code 0 within a bound, and nothing is let go twice: what was dealt with is committed."""
+    """Exit code 0 within a bound, and no job is released twice: processed events are committed."""
     fleet.options["session_timeout"] = 10.0  # nobody waits for its end, and events are read again if it ends early
     first = fleet.start("a")
     fleet.submit(200, 4_000)

@@ -31,7 +31,7 @@ pytestmark = pytest.mark.kafka
 
 ROOT = Path(__file__).resolve().parents[2]
 LONG_S = float(os.environ.get("FAULT_LONG_S", "16"))
-#: Of every task in `long_app`: short enough to let one end, long enough for a worker that stands still for seconds.
+#: Of every task in `long_app`: short enough to expire in a test, long enough for a worker that is paused for seconds.
 LEASE_S = 8.0
 PARTITIONS = 4
 TERMINAL = {"JobSucceeded", "JobFailed", "JobCancelled", "JobExpired"}

@@ -457,7 +457,7 @@ def test_jobs_are_found_and_shown_with_what_they_were_given(shop: Shop) -> None:
         while part := os.read(master, 4096):
             shown += part
             if halfway.search(shown):
-                gate.touch()  # the second half goes on
+                gate.touch()  # the second half continues
     os.close(master)
     out, _ = waiting.communicate(timeout=WAIT_S)
     assert waiting.returncode == 0

@@ -37,8 +37,8 @@ T0 = 1_700_000_000_000  # ms
 
 @pytest.fixture(autouse=True)
 def _never_paused(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A machine that stands still for two seconds is no matter of these tests: the cycle would doubt its partitions,
-    and say so."""
+    """A pause of this process is not the subject of these tests. Without this, a pause of two seconds makes the cycle
+    doubt its partitions, and log that."""
     monkeypatch.setattr(ownership, "GAP", 3600.0)
 
 

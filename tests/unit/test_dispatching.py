@@ -230,8 +230,8 @@ def put(partition: Partition, values: list[bytes]) -> None:
 
 
 async def until(check: Callable[[], object], seconds: float = 20.0) -> None:
-    """Wait for a fact, for so many seconds of this loop's own, times `PATIENCE`: a process that stood still meanwhile
-    has waited for nothing."""
+    """Wait for a fact, for so many seconds of this loop's own time, times `PATIENCE`: time in which this process was paused
+    does not count."""
     began, pause = time.monotonic(), 0.005
     for _ in range(int(PATIENCE * seconds / pause)):
         if check():
