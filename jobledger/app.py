@@ -246,7 +246,8 @@ class App:
         ``key``: a parameter, or a function of the arguments, whose value is the ordering key. Jobs with the same key
         run one at a time, in the order of submission. A job that is retried holds its key for at most ``key_hold_max``
         seconds. ``priority``: ``high`` or ``low``, on a queue with priorities: these jobs get a larger or smaller
-        share of the starts. ``rate`` (``"100/s"``) and ``concurrency``: limits for all workers together. ``isolation="process"``: run each job in a child process,
+        share of the starts. ``rate`` (``"100/s"``) and ``concurrency``: limits for all workers together.
+        ``isolation="process"``: run each job in a child process,
         one job at a time per process: for code that keeps a CPU busy, that must be stopped at its timeout, or that may
         crash. ``max_memory`` (``"512MiB"``): the memory limit of such a process; an attempt that exceeds it fails.
         ``long``: for jobs that may run for hours. Such a job runs under a lease that its worker renews, and does not
@@ -316,7 +317,8 @@ class App:
         dataclasses, msgspec Structs and pydantic models are left unchanged. The Avro schema is derived from the fields.
 
         ``name``: the event's name in the log, by default the class's name. ``key``: the field that becomes the record's key:
-        events with the same value are kept in the order in which they were emitted. ``partitions``: the partition count of its topic, by default the app's. ``retention_days``: how long
+        events with the same value are kept in the order in which they were emitted. ``partitions``: the partition count of its
+        topic, by default the app's. ``retention_days``: how long
         events are kept, by default forever. ``topic``, ``format``: a topic of another program to read from, and its
         format (``"jobledger"``, ``"json"`` or ``"avro"``); such events cannot be emitted.
 

@@ -114,7 +114,8 @@ def text_of(error: BaseException) -> str:
 
 class TaskInterrupted(BaseException):
     """Raised inside a task's code, to stop the code: in a thread, in a child process, or in a coroutine that blocks the
-    event loop beyond its timeout. It is not an `Exception`, so ``except Exception`` does not catch it. Clean up and let it propagate: if the code returns a value instead, the
+    event loop beyond its timeout. It is not an `Exception`, so ``except Exception`` does not catch it. Clean
+    up and let it propagate: if the code returns a value instead, the
     job has succeeded."""
 
 
