@@ -147,7 +147,7 @@ class WorkerMetrics(Collector):
         )
         oldest = GaugeMetricFamily(
             f"{PREFIX}oldest_wait_seconds",
-            "Since when the oldest record that is here and not begun waits",
+            "How long the oldest record has waited that was fetched and not taken up",
             labels=labels,
         )
         settler = self._worker.settler

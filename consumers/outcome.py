@@ -50,7 +50,7 @@ class Retried:
 class Snoozed:
     """The same attempt is made again after ``delay_ms``. ``tags`` replace the job's tags; None keeps them.
 
-    ``in_place``, here and in `Retried`: the same worker makes the attempt, and holds the job's key meanwhile.
+    ``in_place``, here and in `Retried`: the attempt is made in the same release, and the job holds its key meanwhile.
     """
 
     delay_ms: int

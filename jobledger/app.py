@@ -244,9 +244,10 @@ class App:
         the same parameters, which runs as a separate job when a job of this task has failed and is not retried.
 
         ``key``: a parameter, or a function of the arguments, whose value is the ordering key. Jobs with the same key
-        run one at a time, in the order of submission. A job that is retried holds its key for at most ``key_hold_max``
-        seconds. ``priority``: ``high`` or ``low``, on a queue with priorities: these jobs get a larger or smaller
-        share of the starts. ``rate`` (``"100/s"``) and ``concurrency``: limits for all workers together.
+        run one at a time, in the order of submission. A job that is retried holds its key. A delay that would end later
+        than ``key_hold_max`` seconds after the job's first start in its worker fails the job instead. ``priority``:
+        ``high`` or ``low``, on a queue with priorities: these jobs get a larger or smaller share of the starts.
+        ``rate`` (``"100/s"``) and ``concurrency``: limits for all workers together.
         ``isolation="process"``: run each job in a child process,
         one job at a time per process: for code that keeps a CPU busy, that must be stopped at its timeout, or that may
         crash. ``max_memory`` (``"512MiB"``): the memory limit of such a process; an attempt that exceeds it fails.

@@ -24,7 +24,7 @@ Isolation = Literal["process"]
 
 #: Maximum timeout of a keyed job in seconds: while the job runs, the other jobs of its key wait.
 KEYED_TIMEOUT_MOST_S = 60.0
-#: Seconds for which a job that is retried may hold its key.
+#: Seconds after a job's first start in its worker by which the delay before another attempt must end, because it holds its key.
 KEY_HOLD_MAX_S = 60.0
 #: Jobs with a timeout above this many seconds are leased.
 LONG_FROM_S = 60.0
