@@ -11,14 +11,16 @@ import asyncio
 import contextlib
 import contextvars
 import faulthandler
+import fcntl
 import gc
 import logging
 import os
 import random
-import select
 import signal
 import socket
+import struct
 import sys
+import termios
 import threading
 import time
 from collections.abc import Awaitable, Callable
@@ -26,7 +28,7 @@ from types import FrameType
 from typing import Any
 
 from jobledger import forks, tracing
-from jobledger.consumers.frames import LENGTH, Ended, Progress, Run, decode_run, ended, frame
+from jobledger.consumers.frames import Ended, Progress, Run, Splitter, decode_run, ended, frame
 from jobledger.consumers.garbage import Garbage
 from jobledger.consumers.interrupts import runs_inside
 from jobledger.consumers.outcome import Failed, Outcome, Succeeded, bad_result, error_info, judge, ran_out, timed_out
@@ -43,7 +45,9 @@ from jobledger.task_registry import Registry
 LOG = get_logger("jobledger.worker")
 
 #: Least seconds between two checks for garbage while jobs arrive; and seconds without a job until the idle check.
-LOOK_S, IDLE_S = 0.1, 1.0
+LOOK_S, IDLE_S = 0.1, 1
+#: Bytes to take from the connection at once.
+RECEIVED = 4_096
 #: Signals that tell the job's code to end: `LATE` at its timeout, `STOP` when it is cancelled.
 LATE, STOP = signal.SIGUSR1, signal.SIGUSR2
 #: Seconds between two progress messages of one job.
@@ -74,8 +78,9 @@ class Child:
         self._reported_at = 0.0
         self._unsent: JobProgressed | None = None
         self._garbage = Garbage()
-        self._comes = select.poll()
-        self._comes.register(connection, select.POLLIN)
+        self._split = Splitter()
+        # A timeout of Python's own would ask the system before each message whether it has come.
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("ll", IDLE_S, 0))
         self._looked_at = 0.0  # when garbage was checked last
         self._sending = threading.Lock()  # guards reports against the end of the context: a job's thread may outlive it
 
@@ -90,34 +95,30 @@ class Child:
                 said = self._run(run)
             except BaseException as broken:  # noqa: BLE001  # the last guard: no error ends the process
                 said = ended(Failed("never", error_info(broken)))
+            said.unread = has_unread(2)
             self._connection.sendall(frame(said))
-            self._rest()
+            # Between two jobs, garbage is checked at most every `LOOK_S` seconds; see `_receive` for when none comes.
+            now = time.monotonic()
+            if now - self._looked_at >= LOOK_S:
+                self._looked_at = now
+                self._garbage.look(idle=False)
         self._close()
 
-    def _rest(self) -> None:
-        """Check for garbage between two jobs, at most every `LOOK_S` seconds; and each `IDLE_S` without a job."""
-        now = time.monotonic()
-        if now - self._looked_at >= LOOK_S:
-            self._looked_at = now
-            self._garbage.look(idle=False)
-        if not self._comes.poll(IDLE_S * 1000):
-            self._garbage.look(idle=True)
-
     def _receive(self) -> bytes | None:
-        head = self._exactly(LENGTH.size)
-        return None if head is None else self._exactly(LENGTH.unpack(head)[0])
-
-    def _exactly(self, count: int) -> bytes | None:
-        found = self._connection.recv(count)
-        if len(found) == count:
-            return found
-        parts = bytearray(found)
-        while len(parts) < count:
-            if not found:
+        """Return the next message, of which the worker sends one at a time; None once the connection has ended. Checks
+        for garbage each `IDLE_S` in which nothing arrives."""
+        while True:
+            try:
+                data = self._connection.recv(RECEIVED)
+            except BlockingIOError:  # nothing came within `IDLE_S`
+                self._garbage.look(idle=True)
+                continue
+            if not data:
                 return None
-            found = self._connection.recv(count - len(parts))
-            parts += found
-        return bytes(parts)
+            bodies = list(self._split.feed(data))
+            if bodies:
+                (body,) = bodies
+                return body
 
     # -- one attempt --------------------------------------------------------------------------------------------------
 
@@ -349,6 +350,16 @@ def run_child(registry: Registry, connection: socket.socket, errors: int) -> Non
             sys.stdout.flush()
             sys.stderr.flush()
         os._exit(status)
+
+
+def has_unread(fd: int) -> bool:
+    """Return whether a pipe holds bytes that its reader has not read, or whether that is not known."""
+    count = bytearray(4)
+    try:
+        fcntl.ioctl(fd, termios.FIONREAD, count)
+    except OSError:
+        return True
+    return any(count)
 
 
 def limit_memory(most: int | None) -> None:

@@ -259,7 +259,7 @@ class Children:
         work.context = None
         child.work, child.why, child.peak = work, None, 0
         self._of[work] = child
-        child.words.forget()  # what earlier jobs wrote does not explain this job's end
+        child.words.forget(child.unread)  # what earlier jobs wrote does not explain this job's end
         spec = event.fact.spec  # type: ignore[union-attr]  # a work topic holds only such facts
         child.send(
             frame(

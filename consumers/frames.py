@@ -43,13 +43,15 @@ class Progress(msgspec.Struct, array_like=True, tag="p", gc=False):
 
 
 class Ended(msgspec.Struct, array_like=True, tag="e", gc=False):
-    """Child → worker: the outcome of the attempt. ``kind``: ``ok``, ``retried``, ``snoozed`` or ``failed``."""
+    """Child → worker: the outcome of the attempt. ``kind``: ``ok``, ``retried``, ``snoozed`` or ``failed``. ``unread``:
+    whether the child's standard error may hold bytes that the worker has not read."""
 
     kind: str
     result: bytes | None = None
     delay_ms: int = 0
     reason: str | None = None
     error: tuple[str, str, str | None] | None = None  # type, message, traceback
+    unread: bool = True
 
 
 Said = Progress | Ended

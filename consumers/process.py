@@ -56,9 +56,10 @@ class Words:
             self._loop.remove_reader(fd)
             os.close(fd)
 
-    def forget(self) -> None:
-        """Pass on what has been written until now, up to 64 KiB, and clear what is kept."""
-        if self._fd >= 0:
+    def forget(self, unread: bool) -> None:
+        """Pass on what has been written until now, up to 64 KiB, and clear what is kept. ``unread``: whether there may be
+        something to read; each read lets other threads run first."""
+        if unread and self._fd >= 0:
             self._read()
         self.kept = b""
 
@@ -92,6 +93,7 @@ class Child(asyncio.Protocol):
         self.work: Work | None = None
         self.jobs = 0
         self.there = False  # both its pid and its connection are known
+        self.unread = True  # its standard error may hold what earlier jobs wrote
         self.leaving = False  # it is to end, after its job
         self.gone = False  # its connection has ended
         self.orphan = False  # killed because the nursery ended
@@ -115,6 +117,7 @@ class Child(asyncio.Protocol):
                 if self.work is not None:
                     self.work.report(None, JobProgressed(said.sequence, said.done, said.total, said.message))
             else:
+                self.unread = said.unread
                 self._owner.said(self, outcome_of(said))
 
     def connection_lost(self, exc: Exception | None) -> None:

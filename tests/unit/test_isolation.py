@@ -16,6 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jobledger import App, ConfigError, Settings, TaskTimedOut
+from jobledger.consumers.child import has_unread
 from jobledger.consumers.children import Children, ChildSettings
 from jobledger.consumers.frames import Run as RunMessage
 from jobledger.consumers.frames import Splitter, decode_run, decode_said, ended, frame, outcome_of
@@ -248,6 +249,20 @@ def test_reading_a_childs_words_closes_nothing_else() -> None:
     assert stolen == []
 
 
+def test_a_child_knows_whether_its_worker_has_read_what_it_wrote() -> None:
+    """Only then need the worker read at the end of each job. What cannot be asked counts as unread."""
+    read, write = os.pipe()
+    said = [has_unread(write)]
+    os.write(write, b"of the first")
+    said.append(has_unread(write))
+    os.read(read, 100)
+    said.append(has_unread(write))
+    os.close(read)
+    os.close(write)
+    assert said == [False, True, False]
+    assert has_unread(write)
+
+
 def test_last_words_are_those_of_the_job_at_hand(capsys: pytest.CaptureFixture[str]) -> None:
     """What former jobs of a child wrote to standard error is passed on, and not kept as the last words of the next."""
 
@@ -256,7 +271,7 @@ def test_last_words_are_those_of_the_job_at_hand(capsys: pytest.CaptureFixture[s
         words = Words()
         words.listen(asyncio.get_running_loop(), read)
         os.write(write, b"of the first\n")
-        words.forget()  # the loop has not even looked
+        words.forget(unread=True)  # the loop has not even looked
         os.write(write, b"of the second\n")
         os.close(write)
         while b"second" not in words.kept:
