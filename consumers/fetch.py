@@ -36,6 +36,8 @@ POLL_S = 0.05
 SLOW_POLL_S = 0.5
 #: Seconds that the jobs of a revoked partition get to end, within the rebalance callback.
 HANDOVER_S = 8.0
+#: Seconds between two rounds of warnings about offsets without a record, one for each partition that has some.
+MISSING_EVERY_S = 60.0
 #: Seconds that the committed offsets are asked for at assignment, before the worker gives up.
 COMMITTED_TIMEOUT_S = 30.0
 
@@ -104,7 +106,7 @@ class Fetcher(threading.Thread):
         )
         self.consumer = consumer(conf)
         self.committer = Committer(settings, self.consumer, self._group, self.lease, settler, fail)
-        self._commit_at = 0.0
+        self._commit_at = self._missing_at = 0.0
         self._requests: deque[CommitRequest] = deque()
 
     # -- what others ask ------------------------------------------------------------------------------------------
@@ -159,6 +161,7 @@ class Fetcher(threading.Thread):
             LOG.exception("the fetch thread of queue %s failed", self.queue)
             self._fail(JobledgerError(f"the fetch thread of queue {self.queue!r} failed: {exc!r}"))
         finally:
+            self._closing.set()
             try:
                 self.consumer.close()
             except Exception:  # without leaving, the member's session times out
@@ -201,11 +204,28 @@ class Fetcher(threading.Thread):
             return
         self._commit_at = now + COMMIT_INTERVAL_S
         owned = self.owned()
+        if now >= self._missing_at:
+            self._tell_missing(owned, now)
         # Renew the lease while records wait or run, so that no start and no derived record has to wait for it.
         renew = wanted or (self.lease.until - now < self.lease.seconds / 2 and any(p.raw or p.live for p in owned))
         due = owned if renew else [p for p in owned if p.offsets is not None and p.offsets.changed]
         if due:
             self.committer.commit(due)
+
+    def _tell_missing(self, owned: list[Partition], now: float) -> None:
+        """Log offsets without a record: such jobs would never run, so nobody should have to guess."""
+        for p in owned:
+            missing = 0 if p.offsets is None else p.offsets.missing
+            if p.offsets is not None and missing > p.missing:
+                LOG.warning(
+                    "%r: %d offsets below %d have no record, and count as done: their records were deleted or belong to "
+                    "aborted transactions, or they are markers of transactions",
+                    p,
+                    missing - p.missing,
+                    p.offsets.end,
+                )
+                p.missing = missing
+                self._missing_at = now + MISSING_EVERY_S
 
     def _await_room(self) -> None:
         self._room.clear()
@@ -218,11 +238,19 @@ class Fetcher(threading.Thread):
         """Hand over ``first`` and the messages that have already arrived, ``room`` of them at most."""
         if first is None:
             return
-        batch = [first]
+        # Kept before the client is asked again: that may run a rebalance, in which its partition is lost and assigned anew.
+        self._keep([first])
         if room > 1:
-            batch += self.consumer.consume(min(room, BATCH) - 1, 0)
+            self._keep(self.consumer.consume(min(room, BATCH) - 1, 0))
+        if self.lease.until < time.monotonic():
+            # A quiet time, or this process was paused: have the coordinator confirm that these are still owned.
+            self.committer.commit(self.owned())
+        self.wake_dispatcher()
+
+    def _keep(self, messages: list[Message]) -> None:
+        """Put messages into their partitions, for the dispatcher."""
         parts = self._parts
-        for message in batch:
+        for message in messages:
             error = message.error()
             if error is not None:
                 self._message_error(error)
@@ -231,11 +259,8 @@ class Fetcher(threading.Thread):
             if partition is not None:
                 partition.raw.append(message)
                 self.fetched += 1
-        self.error = None
-        if self.lease.until < time.monotonic():
-            # A quiet time, or this process was paused: have the coordinator confirm that these are still owned.
-            self.committer.commit(self.owned())
-        self.wake_dispatcher()
+        if messages and messages[-1].error() is None:
+            self.error = None
 
     def _message_error(self, error: KafkaError) -> None:
         code = error.code()
@@ -272,8 +297,8 @@ class Fetcher(threading.Thread):
     # -- rebalances: run inside poll, in this thread ------------------------------------------------------------------
 
     def _on_assign(self, consumer: Consumer, assigned: list[TopicPartition]) -> None:
-        if not assigned:  # called so after partitions were given up
-            return
+        if not assigned or self._closing.is_set():  # called without partitions after some were given up
+            return  # what is assigned to a member that leaves is the next owner's
         self.moved["assigned"] += 1
         committed = self._committed(consumer, assigned)
         new: list[Partition] = []

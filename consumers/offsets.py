@@ -82,6 +82,7 @@ class PartitionOffsets:
         "_suspects_from",
         "_unsettled",
         "changed",
+        "missing",
         "postponed",
     )
 
@@ -102,6 +103,8 @@ class PartitionOffsets:
         self._since = 0
         #: The number of pending records that wait in lines, so that others are done before them.
         self.postponed = 0
+        #: The number of offsets without a record that were passed over.
+        self.missing = 0
         #: Whether a snapshot would differ from the last one.
         self.changed = True
         self._absorb()
@@ -120,6 +123,8 @@ class PartitionOffsets:
         if offset < self._end:
             return False
         self.changed = True
+        if offset > self._end:
+            self.missing += offset - self._end
         ahead = self._ahead
         while ahead and ahead[-1][1] <= offset:
             ahead.pop()

@@ -154,6 +154,7 @@ class Partition:
         self.offsets: PartitionOffsets | None = None
         self.memory = ReleaseMemory()
         self.raw: deque[Message] = deque()
+        self.missing = 0  # offsets without a record, as far as a warning has told them
         #: Records that are taken up and not settled, by offset.
         self.live: dict[int, Work] = {}
         #: By release, from the takeover's scan: facts that settle it; the number of its starts without an outcome. Kept

@@ -212,10 +212,13 @@ class Source:
             messages = source.consume(BATCH, 0.1)
             for message in messages:
                 place = (message.topic() or "", message.partition() or 0)
-                if (error := message.error()) is not None:
-                    self._judge(error, place, left)
-                    continue
                 offset = message.offset() or 0
+                if (error := message.error()) is not None:
+                    if error.code() != KafkaError._PARTITION_EOF:
+                        self._judge(error, place)
+                    elif offset >= ends[place]:
+                        left.discard(place)
+                    continue
                 if offset < ends[place]:
                     record = self._record(message)
                     if place in fresh:
@@ -235,10 +238,8 @@ class Source:
                 raise BrokerUnavailable(f"no record arrived for {STALL_S:g} s, and {where} is not read to its end")
         source.unassign()
 
-    def _judge(self, error: KafkaError, place: Partition, left: set[Partition]) -> None:
-        if error.code() == KafkaError._PARTITION_EOF:
-            left.discard(place)
-        elif not (error.retriable() or error.code() in PASSING):
+    def _judge(self, error: KafkaError, place: Partition) -> None:
+        if not (error.retriable() or error.code() in PASSING):
             raise translate(error, self._settings, f"reading {place[0]}[{place[1]}]", may_read(place[0]))
 
     def _record(self, message: Message) -> Record:

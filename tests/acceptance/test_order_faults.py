@@ -276,8 +276,13 @@ def test_what_was_cancelled_never_runs(fleet: Fleet) -> None:
     except FleetError as error:
         log, ended = rawlog.read(fleet.bootstrap, fleet.namespace), seen[-1] if seen else {}
         missing = [job for job in ids if job not in ended]
-        lives = [line for job in missing[:5] for line in rawlog.life_of(log, job)]
-        raise FleetError("\n".join([f"{len(missing)} jobs have no outcome", *lives, str(error)])) from None
+        said = [
+            f"{len(missing)} jobs have no outcome, {len(set(missing) & set(cancelled))} of them cancelled",
+            f"committed {log.committed} of {log.ends}; {len(list(log.work()))} work records",
+            *(line for job in missing[:5] for line in rawlog.life_of(log, job)),
+            *(f"== {worker.name}\n{worker.output()}" for worker in workers),
+        ]
+        raise FleetError("\n".join([*said, str(error)])) from None
     assert not {words[0] for words in began(fleet)} & set(cancelled)
     for job in cancelled:
         assert {r.fact for r in seen[-1][job]} == {"JobCancelled"}

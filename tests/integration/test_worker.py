@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import logging
 import threading
 import time
 import uuid
@@ -22,7 +23,7 @@ from jobledger.consumers.work import PROGRESS_INTERVAL_S, Work
 from jobledger.consumers.worker import Worker, WorkerOptions
 from jobledger.kafka.ports import free_port
 from jobledger.kafka.topics import ensure
-from jobledger.log import admin, now_us
+from jobledger.log import admin, now_us, producer, producer_config
 from jobledger.retry import Retry
 from jobledger.schemas import codec
 from jobledger.schemas.events import (
@@ -42,6 +43,7 @@ from jobledger.schemas.events import (
 )
 from jobledger.writer import LogWriter, Outgoing
 from tests.integration.worker_app import closings, facts_of, limit_records, log_of, made, until, working
+from tests.patience import PATIENCE
 
 pytestmark = pytest.mark.kafka
 
@@ -385,6 +387,28 @@ def test_the_same_release_again_is_dropped_also_by_the_next_owner(broker: str, n
         until(lambda: all_done(app, worker))
     assert app.ran == [("add", 1), ("add", 2)]  # type: ignore[attr-defined]
     assert committed(app)[0][0] == 5
+    app.close()
+
+
+def test_offsets_without_a_record_are_passed_over_and_named(
+    broker: str, namespace: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Between two transactions of another program's producer stands a marker, which is no record: both jobs run, everything
+    is committed, and the worker's log names what it took for done."""
+    app = made(namespace, broker)
+    config = producer_config(app.settings, timeout=20.0) | {"transactional.id": namespace, "linger.ms": 5}
+    sender = producer(config)
+    sender.init_transactions(PATIENCE * 20)  # the first one of a broker: it makes a topic for them
+    jobs = [str(uuid.uuid4()) for _ in range(2)]
+    for job in jobs:
+        sender.begin_transaction()
+        sender.produce(app.names.jobs("default"), codec.encode(event_of(job, "add", b'{"a":1}')), job, partition=0)
+        sender.commit_transaction(PATIENCE * 20)
+    with caplog.at_level(logging.WARNING), working(app) as worker:
+        until(lambda: set(closings(app)) == set(jobs))
+        until(lambda: all_done(app, worker))
+        until(lambda: "jobs.default[0]: 1 offsets below 3 have no record" in caplog.text)
+    assert committed(app)[0][0] == 3
     app.close()
 
 

@@ -70,6 +70,15 @@ def test_any_order_of_completions_and_restarts_keeps_exactly_what_is_done(
             read = sum(o < taken.offset for o in log)
 
 
+def test_offsets_without_a_record_are_counted() -> None:
+    """A gap counts with its length; records that were done before are received all the same, and are no gap."""
+    tracker = PartitionOffsets(Restored(10, ((12, 14),)), 0)
+    seen = [(tracker.receive(offset), tracker.missing) for offset in (10, 11, 12, 13, 14, 16, 20, 20)]
+    assert seen == [
+        (True, 0), (True, 0), (False, 0), (False, 0), (True, 0), (True, 1), (True, 4), (False, 4),
+    ]  # fmt: skip
+
+
 @given(st.integers(0, 1 << 40), st.integers(0, 3000), st.data())
 @settings(max_examples=200, deadline=None)
 def test_the_text_reads_back_as_it_was_written(base: int, floor: int, data: st.DataObject) -> None:
