@@ -70,17 +70,21 @@ class Pauses:
         #: In which workers were cut off from the broker. What lay in their Kafka clients is sent when it is back.
         self._outages = [w for w in long if w.role == "broker"]
         self._begun: dict[tuple[tuple[str, int, int], str], float] = {}
-        #: By each worker's clock, the time of its first start after its pause; infinity if there is none. It may have been
-        #: starting this job when it was paused, so the job counts as begun before.
-        self._last = [float("inf")] * len(self._windows)
+        starts: list[tuple[str, float]] = []
         for record in log.of("lifecycle"):
             if record.fact == "JobStarted":
                 # By the worker's clock: what lies in its Kafka client is sent on waking.
                 source, at = str(record.head["source"]), int(record.head["occurred_at"]) / 1000
                 self._begun.setdefault((record.release, source), at)
-                for n, window in enumerate(self._windows):
-                    if at > window.end and source.endswith(f":{window.pid}"):
-                        self._last[n] = min(self._last[n], at)
+                starts.append((source, at))
+        #: By each worker's clock, the time of its first start on waking, else the end of its pause. It may have been starting
+        #: this job when it was paused, so the job counts as begun before.
+        self._last = [
+            min(
+                (at for who, at in starts if who.endswith(f":{w.pid}") and w.end < at <= w.end + WAKE_MS), default=w.end
+            )
+            for w in self._windows
+        ]
 
     def ended(self, end: Record) -> bool:
         """Whether a worker wrote this end after a pause, or an outage, of a job that it had begun before."""
