@@ -110,7 +110,8 @@ class Child:
         while True:
             try:
                 data = self._connection.recv(RECEIVED)
-            except BlockingIOError:  # nothing came within `IDLE_S`
+            except BlockingIOError:  # nothing came within `IDLE_S`, or a job has made the connection non-blocking
+                self._connection.setblocking(True)
                 self._garbage.look(idle=True)
                 continue
             if not data:
@@ -353,7 +354,9 @@ def run_child(registry: Registry, connection: socket.socket, errors: int) -> Non
 
 
 def has_unread(fd: int) -> bool:
-    """Return whether a pipe holds bytes that its reader has not read, or whether that is not known."""
+    """Return whether a pipe may hold bytes that its reader has not read. Only Linux tells it at the end for writing."""
+    if sys.platform != "linux":
+        return True
     count = bytearray(4)
     try:
         fcntl.ioctl(fd, termios.FIONREAD, count)

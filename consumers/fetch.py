@@ -212,17 +212,20 @@ class Fetcher(threading.Thread):
         if due:
             self.committer.commit(due)
 
-    def _tell_missing(self, owned: list[Partition], now: float) -> None:
+    def _tell_missing(self, parts: list[Partition], now: float) -> None:
         """Log offsets without a record: such jobs would never run, so nobody should have to guess."""
-        for p in owned:
-            missing = 0 if p.offsets is None else p.offsets.missing
-            if p.offsets is not None and missing > p.missing:
+        for p in parts:
+            if p.offsets is None:
+                continue
+            with p.lock:
+                missing, end = p.offsets.missing, p.offsets.end
+            if missing > p.missing:
                 LOG.warning(
                     "%r: %d offsets below %d have no record, and count as done: their records were deleted or belong to "
                     "aborted transactions, or they are markers of transactions",
                     p,
                     missing - p.missing,
-                    p.offsets.end,
+                    end,
                 )
                 p.missing = missing
                 self._missing_at = now + MISSING_EVERY_S
@@ -242,6 +245,7 @@ class Fetcher(threading.Thread):
         self._keep([first])
         if room > 1:
             self._keep(self.consumer.consume(min(room, BATCH) - 1, 0))
+        self.error = None
         if self.lease.until < time.monotonic():
             # A quiet time, or this process was paused: have the coordinator confirm that these are still owned.
             self.committer.commit(self.owned())
@@ -259,8 +263,6 @@ class Fetcher(threading.Thread):
             if partition is not None:
                 partition.raw.append(message)
                 self.fetched += 1
-        if messages and messages[-1].error() is None:
-            self.error = None
 
     def _message_error(self, error: KafkaError) -> None:
         code = error.code()
@@ -301,6 +303,8 @@ class Fetcher(threading.Thread):
             return  # what is assigned to a member that leaves is the next owner's
         self.moved["assigned"] += 1
         committed = self._committed(consumer, assigned)
+        if self._closing.is_set():
+            return
         new: list[Partition] = []
         for where in committed:
             offset = where.offset if where.offset >= 0 else -1
@@ -315,6 +319,7 @@ class Fetcher(threading.Thread):
         self._assigned(self, new)
 
     def _committed(self, consumer: Consumer, assigned: list[TopicPartition]) -> list[TopicPartition]:
+        """Return the committed offsets; nothing of use if the fetcher is closed meanwhile."""
         deadline = time.monotonic() + COMMITTED_TIMEOUT_S
         while True:
             try:
@@ -328,7 +333,9 @@ class Fetcher(threading.Thread):
             found_denied = denied(problem, self._settings, f"reading {self.topic}", read(self.topic), join(self._group))
             if found_denied is not None:
                 raise found_denied
-            if time.monotonic() > deadline or self._closing.is_set():
+            if self._closing.is_set():
+                return []
+            if time.monotonic() > deadline:
                 # Do not take this for "nothing committed": all jobs would run again.
                 raise BrokerUnavailable(
                     f"the committed offsets of {self.topic} could not be read within {COMMITTED_TIMEOUT_S:g} s: "
@@ -346,6 +353,7 @@ class Fetcher(threading.Thread):
         if not parts:
             return
         settled = self._settle(parts)
+        self._tell_missing(parts, time.monotonic())
         if not self._settler.broken:
             self.committer.commit(parts, final=True)
         for partition in parts:
@@ -377,6 +385,7 @@ class Fetcher(threading.Thread):
         for partition in parts:
             partition.gone = True
         self._give_up(parts)
+        self._tell_missing(parts, time.monotonic())
         if parts:
             LOG.warning("queue %s: lost partitions %s; nothing is committed", self.queue, [p.number for p in parts])
 

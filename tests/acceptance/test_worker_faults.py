@@ -25,6 +25,7 @@ from jobledger.kafka import topics, topology
 from jobledger.kafka.embedded import EmbeddedKafka
 from jobledger.names import Names
 from tests.acceptance import faults_app, rawlog
+from tests.acceptance.audit import WAKE_MS
 from tests.acceptance.fleet import ROOT, Fleet, Member, paused, serves
 from tests.acceptance.independent import fold
 from tests.acceptance.promises import Promise
@@ -186,7 +187,7 @@ def judge_pause(fleet: Fleet, seen: Seen) -> set[str]:
     window = fleet.windows[-1]
     # A worker that is paused while it starts a job, after its look at the clock, continues there: one job at most.
     waking = (begun_at(r) for r in seen.starts if by(r, window.pid) and begun_at(r) >= window.end)
-    last = min(waking, default=window.end)
+    last = min((at for at in waking if at <= window.end + WAKE_MS), default=window.end)
     again: list[str] = []
     for start in seen.begun_after_success():
         success = seen.succeeded[start.release]
