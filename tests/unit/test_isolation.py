@@ -252,7 +252,8 @@ def test_reading_a_childs_words_closes_nothing_else() -> None:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the end for writing does not tell")
 def test_a_child_knows_whether_its_worker_has_read_what_it_wrote() -> None:
-    """Only then need the worker read at the end of each job. What cannot be asked counts as unread."""
+    """Only if something is unread does the worker read before it gives the child its next job. What cannot be asked counts as
+    unread."""
     read, write = os.pipe()
     said = [has_unread(write)]
     os.write(write, b"of the first")
