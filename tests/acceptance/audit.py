@@ -70,42 +70,24 @@ class Pauses:
         #: In which workers were cut off from the broker. What lay in their Kafka clients is sent when it is back.
         self._outages = [w for w in long if w.role == "broker"]
         self._begun: dict[tuple[tuple[str, int, int], str], float] = {}
-        starts: list[tuple[str, float]] = []
         for record in log.of("lifecycle"):
             if record.fact == "JobStarted":
                 # By the worker's clock: what lies in its Kafka client is sent on waking.
-                source, at = str(record.head["source"]), int(record.head["occurred_at"]) / 1000
-                self._begun.setdefault((record.release, source), at)
-                starts.append((source, at))
-        #: By each worker's clock, the time of its first start on waking, else the end of its pause. It may have been starting
-        #: this job when it was paused, so the job counts as begun before.
-        self._last = [
-            min(
-                (at for who, at in starts if who.endswith(f":{w.pid}") and w.end < at <= w.end + WAKE_MS), default=w.end
-            )
-            for w in self._windows
-        ]
+                self._begun.setdefault((record.release, record.head["source"]), int(record.head["occurred_at"]) / 1000)
 
     def ended(self, end: Record) -> bool:
         """Whether a worker wrote this end after a pause, or an outage, of a job that it had begun before."""
         source = str(end.head["source"])
         begun = self._begun.get((end.release, source))
         return begun is not None and (
-            any(
-                source.endswith(f":{w.pid}") and begun <= last and w.begin <= end.at
-                for w, last in zip(self._windows, self._last, strict=True)
-            )
+            any(source.endswith(f":{w.pid}") and begun <= w.end and w.begin <= end.at for w in self._windows)
             or any(begun <= w.end and w.begin <= end.at <= w.end + BACK_MS for w in self._outages)
         )
 
     def started(self, start: Record) -> bool:
-        """Whether a worker had begun this before a pause, or was just beginning it: what lay in its Kafka client is sent
-        on waking."""
+        """Whether a worker had begun this before a pause: what lay in its Kafka client is sent on waking."""
         source, at = str(start.head["source"]), int(start.head["occurred_at"]) / 1000
-        return any(
-            source.endswith(f":{w.pid}") and at <= last and w.begin <= start.at
-            for w, last in zip(self._windows, self._last, strict=True)
-        )
+        return any(source.endswith(f":{w.pid}") and at <= w.end and w.begin <= start.at for w in self._windows)
 
 
 class Audit(Findings):

@@ -25,7 +25,6 @@ from jobledger.kafka import topics, topology
 from jobledger.kafka.embedded import EmbeddedKafka
 from jobledger.names import Names
 from tests.acceptance import faults_app, rawlog
-from tests.acceptance.audit import WAKE_MS
 from tests.acceptance.fleet import ROOT, Fleet, Member, paused, serves
 from tests.acceptance.independent import fold
 from tests.acceptance.promises import Promise
@@ -182,16 +181,12 @@ def begun_by_others(fleet: Fleet, pid: int) -> set[str]:
 
 def judge_pause(fleet: Fleet, seen: Seen) -> set[str]:
     """What is promised of a worker that was paused beyond its session: nothing that had ended before runs again, and on
-    waking it starts nothing that others have, but for one job that it was just starting. Returns the jobs whose code others
-    began meanwhile."""
+    waking it starts nothing that others have. The jobs whose code others began meanwhile."""
     window = fleet.windows[-1]
-    # A worker that is paused while it starts a job, after its look at the clock, continues there: one job at most.
-    waking = (begun_at(r) for r in seen.starts if by(r, window.pid) and begun_at(r) >= window.end)
-    last = min((at for at in waking if at <= window.end + WAKE_MS), default=window.end)
     again: list[str] = []
     for start in seen.begun_after_success():
         success = seen.succeeded[start.release]
-        if by(start, window.pid) and begun_at(start) <= last:
+        if by(start, window.pid) and begun_at(start) < window.end:
             continue  # it lay in the Kafka client of the paused worker, which sent it on waking
         if not (success.at >= window.begin and by(success, window.pid)):
             again.append(f"{rawlog.show(start)} after {rawlog.show(success)}")
@@ -205,7 +200,6 @@ def judge_pause(fleet: Fleet, seen: Seen) -> set[str]:
         for r in seen.starts
         if by(r, window.pid)
         and begun_at(r) >= window.begin
-        and begun_at(r) != last
         and elsewhere.get(r.head["job_id"], sys.maxsize) < begun_at(r)
     ]
     Promise.NO_RERUN_AFTER_SUCCESS.hold(not on_waking, on_waking[:5])
