@@ -354,7 +354,8 @@ def run_child(registry: Registry, connection: socket.socket, errors: int) -> Non
 
 
 def has_unread(fd: int) -> bool:
-    """Return whether a pipe may hold bytes that its reader has not read. Only Linux tells it at the end for writing."""
+    """Return whether a pipe may hold bytes that its reader has not read. Only Linux answers
+    this at the pipe's write end."""
     if sys.platform != "linux":
         return True
     count = bytearray(4)

@@ -224,7 +224,8 @@ class Materializer:
         return {names.lifecycle, names.coordination, names.dead_letter, *map(names.jobs, self._queues)}
 
     def _discover(self, feed: Feed, first: bool) -> bool:
-        """Add the partitions that exist now to the feed; return whether a topic that the app needs is still missing."""
+        """Add the partitions that exist now to the feed; return whether to search again soon: a topic is missing,
+        its id is not known, or the broker does not answer."""
         try:
             present = feed.present(timeout=DISCOVER_TIMEOUT_S)
         except BrokerUnavailable as exc:

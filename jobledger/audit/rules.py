@@ -82,7 +82,7 @@ class Scope:
 
 
 def in_place(record: Record) -> bool:
-    """Whether a retry or snooze closes nothing: the same release continues in its worker."""
+    """Whether a retry or snooze closes nothing: the same release continues."""
     return bool(record.body.get("in_place"))
 
 

@@ -13,9 +13,9 @@ from typing import Any, Protocol
 from jobledger.errors import ConfigError
 from jobledger.names import Names, lane
 
-#: Milliseconds after which a worker that died without leaving the group loses its partitions, and between two heartbeats,
-#: with which members take the steps of a rebalance. The broker's own defaults are 45 s and 5 s; the broker's minimums
-#: override these values.
+#: Milliseconds after which a worker that died without leaving the group loses its partitions; and milliseconds between
+#: two heartbeats, by which members learn each step of a rebalance. The broker's own defaults are 45 s and 5 s. Values
+#: outside the broker's limits are changed to those limits.
 SESSION_TIMEOUT_MS = 6_000
 HEARTBEAT_INTERVAL_MS = 1_000
 

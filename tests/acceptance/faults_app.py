@@ -25,7 +25,7 @@ def note(what: str) -> None:
 
 @app.task(retry=Retry(max_attempts=3, initial=3600.0))
 async def work(number: int) -> int:
-    """Takes a few milliseconds, one in ten fails; -1 takes an hour, what is below takes two seconds."""
+    """Takes a few milliseconds, one in ten fails; -1 takes an hour, numbers below -1 take two seconds."""
     note("began")
     dice = random.Random(number)
     await asyncio.sleep(3600 if number == -1 else 2 if number < 0 else dice.random() * 0.05)
@@ -36,7 +36,7 @@ async def work(number: int) -> int:
 
 @app.task(retry=Retry(max_attempts=3, initial=3600.0), timeout=8)
 async def timed(number: int) -> int:
-    """Takes two seconds, and must not take eight: less than a worker is paused."""
+    """Takes two seconds. Its time limit of eight seconds is shorter than the pause of a worker."""
     note("began")
     await asyncio.sleep(2)
     return number

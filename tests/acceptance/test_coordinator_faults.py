@@ -265,7 +265,7 @@ def test_a_paused_instance_repeats_decisions_and_contradicts_none(fleet: Fleet) 
 
 def test_an_instance_that_dies_is_replaced_by_the_other(fleet: Fleet) -> None:
     """Two instances, one killed with kill -9 under load: the other lets go what the dead one owned."""
-    fleet.options["session_timeout"] = 6.0  # over before the last release is due; nobody who lives misses it
+    fleet.options["session_timeout"] = 6.0  # ends before the last release is due; a live one keeps it
     one, two = fleet.start("one"), fleet.start("two")
     wait_for(
         lambda: bool(fleet.health("one").get("partitions") and fleet.health("two").get("partitions")),
@@ -281,7 +281,7 @@ def test_an_instance_that_dies_is_replaced_by_the_other(fleet: Fleet) -> None:
 
 def test_sigterm_ends_cleanly_and_the_next_one_goes_on(fleet: Fleet) -> None:
     """Exit code 0 within a bound, and no job is released twice: processed events are committed."""
-    fleet.options["session_timeout"] = 10.0  # nobody waits for its end, and events are read again if it ends early
+    fleet.options["session_timeout"] = 10.0  # if it ended early, events would be read twice
     first = fleet.start("a")
     fleet.submit(200, 4_000)
     wait_for(lambda: len(fleet.released()) > 60, 60, fleet.log_of)
@@ -379,7 +379,7 @@ def test_a_broker_that_stays_away_ends_it_with_an_error(
 def test_garbage_between_good_records_is_dead_lettered_and_stops_nothing(fleet: Fleet) -> None:
     """Random bytes, half an event and no value at all, from a foreign producer, among 200 jobs."""
     foreign = Producer({"bootstrap.servers": fleet.bootstrap})
-    fleet.options["session_timeout"] = 10.0  # nobody waits for its end, and events are read again if it ends early
+    fleet.options["session_timeout"] = 10.0  # if it ended early, events would be read twice
     fleet.start()
     good = codec.encode(JobEvent("x", "x", 1, 1, 0, 0, "t", "mail", None, "x", "t", None, JobSubmitted(JobSpec(b"{}"))))
     garbage = [os.urandom(40), good[:25], None, b""]

@@ -161,7 +161,7 @@ def test_the_third_party_answers_what_can_be_checked(mark: str) -> None:
         answers = refused = 0
         for lat in range(30):
             query = f"lat={lat}&lon=7.5&tz=Europe/Zurich"
-            # What becomes of a call is known, so that a slow answer is not taken for none.
+            # The outcome of each call is known beforehand, so a slow answer is not taken for a missing one.
             outcome = fate(seed, query, 1).outcome
             try:
                 found = ask(query)

@@ -231,7 +231,7 @@ def test_garbage_on_every_topic_is_kept_and_counted_and_good_jobs_go_on(
         fleet.until(lambda: set(later) <= ended_jobs(fleet), 30.0, "the later version's jobs ended")
         short = {f"{namespace}.{t}" for t, _ in acted_on}
         wanted = {place: raw for place, raw in poison.placed.items() if place[0] in short}
-        # Also those behind the last good record of their partition; what is missing then is said below.
+        # Waits also for unreadable records after the last good one of a partition; the checks below say what is missing.
         with contextlib.suppress(FleetError):
             fleet.until(
                 lambda: wanted.keys() <= rejected(independent.read(broker, namespace)).keys(),

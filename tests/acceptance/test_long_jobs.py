@@ -166,8 +166,8 @@ def test_a_dead_worker_is_seen_within_its_lease(fleet: Fleet, task: str, say: Ca
     log, end = ended(fleet, job)
     assert end.fact == "JobSucceeded"
     assert end.head["release"] == 2
-    # By the one clock of this machine, from the append of what asked for the lease last. How soon is said below: on a
-    # busy machine that is the machine's time as well.
+    # All times are of this machine's clock. The lease counts from the append of its last request. The delay after it is
+    # only printed below, because on a busy machine it includes the machine's own delays.
     of_first = [r for r in log.of("coordination") if r.head["job_id"] == job and r.head["release"] == 1]
     leased = [r for r in of_first if r.fact == "Leased"][:1]  # the next owner may send it again, which changes nothing
     last = max(r.at for r in [*leased, *(r for r in of_first if r.fact == "LeaseRenewed")])

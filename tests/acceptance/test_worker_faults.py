@@ -224,7 +224,7 @@ def test_a_worker_that_was_paused_beyond_its_session_starts_nothing_when_it_wake
 def test_jobs_that_end_as_their_paused_worker_wakes_have_one_state(fleet: Fleet) -> None:
     """Jobs of two seconds, which others take over meanwhile: both ends may stand in the log, and all who read it see one
     success. Half of them have a time limit, which is over when the worker wakes: it asks for no retry of what is another's."""
-    submit(fleet, -241, -1)  # two seconds each, and more of them than end until the log has been read a few times
+    submit(fleet, -241, -1)  # two seconds each, and so many that some are open after the log was read a few times
     members: list[Member] = [fleet.start("worker", "--concurrency", "20") for _ in range(2)]
     process = members[0].process
     assert process is not None

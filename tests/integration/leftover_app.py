@@ -106,7 +106,7 @@ def blocks_until(path: str) -> None:
 
 @app.task
 async def block_without_a_limit(path: str) -> str:
-    """Waits in the same way for somebody, and nobody has said for how long it may."""
+    """Blocks in the same way, without a time limit."""
     blocks_until(path)
     return "succeeded"
 

@@ -58,7 +58,7 @@ pytestmark = pytest.mark.kafka
 
 PARTITIONS = 2
 SPEC = JobSpec(b'{"to": "a"}', {"tenant": "acme"}, None)
-#: The session of a coordinator for whose end the next one has to wait, or of one that shares the partitions.
+#: Session in seconds, where the next coordinator must wait until this session ends, or where two share the partitions.
 SHORT_S = 2.0
 
 

@@ -275,7 +275,7 @@ def test_kill_9_at_any_time_loses_and_doubles_nothing(world: World) -> None:
     read = -1
 
     def reads_on() -> bool:
-        """Whether the child has read more than those before it, if they have left anything."""
+        """Whether this child has read further than the earlier ones, or everything was read already."""
         return read < sum(reader.offsets().values()) or read == everything
 
     for _ in range(5):

@@ -466,7 +466,7 @@ def test_with_one_hot_partition_the_limit_is_its_workers_share(app: App, seen: S
         ended(app, 110, timeout=60.0)
     assert len(seen.began) == hot
     times = sorted(at for _, at in seen.began)
-    # Of the time that four starts take as a rule: a moment in which this process did not run says nothing of the limit.
+    # From the median time of four starts, so that a pause of this process does not count.
     rate = 4 / median(later - at for at, later in zip(times, times[4:], strict=False))
     assert 20 / workers * 0.6 < rate < 20 / workers * 1.2, f"{rate:.1f} a second with {workers} workers"
 

@@ -893,7 +893,7 @@ def test_a_worker_with_nothing_else_to_do_waits_for_no_company_for_a_key_s_facts
         partition = bench.partition()
         put(partition, [job("book", key="a", k="a", n=n) for n in range(5)])
         d.wake()
-        await until(lambda: len(ran) == 5 and not d.lines.unacknowledged)  # the last end, too: it is asked for as well
+        await until(lambda: len(ran) == 5 and not d.lines.unacknowledged)  # the last outcome is acknowledged, too
         assert bench.hurried >= 4
         put(partition, [job("holds", key="h", k="h")])
         d.wake()

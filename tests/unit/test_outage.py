@@ -26,7 +26,7 @@ CLIENT = Client()
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    """Questions follow each other at once, no outage is long, and nobody watches one of another test."""
+    """Questions follow each other at once, no outage is long, and no outage of another test is still being watched."""
     monkeypatch.setattr(outage, "ASK_EVERY_S", 0.01)
     monkeypatch.setattr(outage, "LONG_S", 600.0)
     monkeypatch.setattr(outage, "STOPPING_S", 600.0)

@@ -13,9 +13,9 @@ import pytest
 
 #: Seconds that the processes of these tests give what is left.
 BOUND_S = 1.0
-#: How long what is left would keep them. They are waited for half as long, since to start one may take long.
+#: Seconds for which the leftovers would keep a process alive. The tests wait half as long, as starting one may be slow.
 LEFT_S = 400
-#: Seconds that nothing here takes: a bound of so many ends no process.
+#: A time limit that no test here reaches.
 NEVER_S = 1_000.0
 
 POOL = "from concurrent.futures import ThreadPoolExecutor as Pool\n"
@@ -103,7 +103,7 @@ def runs(pid: int) -> bool:
 @pytest.mark.parametrize("what", LEFT_NATIVE)
 def test_a_process_that_runs_no_python_any_more_is_ended_as_well(what: str) -> None:
     """Where no thread of Python's can run, the native timer exits with code 1, and stacks if there is where to."""
-    # The end of Python must have come so far within the bound: it is longer here.
+    # Python's shutdown must reach this point within the bound, so the bound is longer here.
     status, _, err, _ = ended(LEFT_NATIVE[what], bound=2 * BOUND_S, hard=0.5)
     assert status == 1
     assert ("Timeout (0:00:02" in err) == ("closed" not in what), err

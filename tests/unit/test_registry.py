@@ -200,7 +200,7 @@ def test_a_registry_that_hangs_costs_one_bound(
     with pytest.raises(RegistryUnavailable, match=r"within 1 s .*JOBLEDGER_SCHEMA_REGISTRY"):
         ask(found)
     took = time.monotonic() - began
-    # Drops that come at once would end a bound of each read never; the bytes here take 200 s and more.
+    # The server sends one byte at a time, for 200 s in all. A time limit for each single read would never end the call.
     assert took < 60.0
     assert len(asked) <= 1
 
