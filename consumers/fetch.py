@@ -213,7 +213,7 @@ class Fetcher(threading.Thread):
             self.committer.commit(due)
 
     def _tell_missing(self, parts: list[Partition], now: float) -> None:
-        """Log offsets without a record. If a job was there, it never runs, and only this line says so."""
+        """Log offsets without a record. A job that was there and had not run does not run from there, and often nothing else says so."""
         for p in parts:
             if p.offsets is None:
                 continue

@@ -34,8 +34,8 @@ MOST = 10_000
 class Teller(threading.Thread):
     """Call ``retry(job, error, delay)`` and ``failure(job, error)``.
 
-    ``error`` is the exception. Where only its text is known (the job ran in a child process, or was never started),
-    ``error`` is a `JobFailed` with that text. ``delay``: seconds until the next attempt.
+    ``error`` is the exception. Where only its text is known (the job ran in a child process, was never started, or its
+    result cannot be written), ``error`` is a `JobFailed` with that text. ``delay``: seconds until the next attempt.
     """
 
     def __init__(

@@ -14,7 +14,8 @@ A release has three steps:
 
 A long job's release has a `Held` row while a worker runs it on a lease. The worker sends the outcome to the coordinator
 first, which passes it on to lifecycle if the lease is still valid. If the lease ends without an outcome, the job is
-released again. So a run has exactly one outcome on lifecycle.
+released again. So a run has one outcome on lifecycle; after a crash of the coordinator it
+may be there twice, with the same `event_id`.
 
 A row holds the offset of the event that made it. Rows are durable before that offset is committed, so after a crash the
 table is ahead of the committed offset, and events that it contains already are skipped.
@@ -57,8 +58,8 @@ from jobledger.streams.derived import derived_id
 from jobledger.streams.schedules import Floor, Held, Kept, Released, Row, Scheduled, row_key
 from jobledger.streams.timers import wake_at
 
-#: A run fails after so many leases that ended without an outcome. Each time its worker died, was paused or lost the
-#: cluster, perhaps not because of the job (docs/adr/0009-suspects.md). If a child process dies, its worker judges the job, after `places.CRASHES`.
+#: A run fails after so many leases that ended without an outcome. Each time its worker died, stopped responding or could
+#: not reach the cluster, perhaps not because of the job (docs/adr/0009-suspects.md). If a child process dies, its worker judges the job, after `places.CRASHES`.
 LEASES_LOST = 10
 
 

@@ -225,7 +225,7 @@ class Materializer:
 
     def _discover(self, feed: Feed, first: bool) -> bool:
         """Add the partitions that exist now to the feed; return whether to search again soon: a topic is missing,
-        its id is not known, or the broker does not answer."""
+        a topic's id is not known, or the broker did not list the topics."""
         try:
             present = feed.present(timeout=DISCOVER_TIMEOUT_S)
         except BrokerUnavailable as exc:

@@ -85,7 +85,8 @@ def _last(life: list[Record]) -> Record:
     life = [r for r in life if (r.head["release"], r.head["attempt"]) == top]
     closing = [r for r in life if _PHASE[str(r.fact)] == _CLOSED]
     if closing and all(r.body.get("in_place") for r in closing):
-        # The attempt continues in the same release: the last of its starts and pauses counts.
+        # The release continues (after a snooze with the same attempt, after a retry with the next): the last start, retry or
+        # snooze of this attempt counts.
         return [r for r in life if r in closing or r.fact == "JobStarted"][-1]
     closing = [r for r in closing if not r.body.get("in_place")]
     return closing[0] if closing else max(life, key=lambda r: _PHASE[str(r.fact)])

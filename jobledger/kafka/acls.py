@@ -269,7 +269,7 @@ def check(settings: Settings, namespace: str, topics: Iterable[str]) -> None:
             if right.covers(topic) and _operation(right) not in may:
                 need = Need(right.operation, TOPIC, topic)
                 if right.lost:
-                    spared.append(f"{right.operation} on topic {topic} (so there is no {right.lost})")
+                    spared.append(f"{right.operation} on topic {topic} (without it: no {right.lost})")
                 else:
                     lacking.append(need)
     if lacking:

@@ -166,8 +166,8 @@ def test_a_dead_worker_is_seen_within_its_lease(fleet: Fleet, task: str, say: Ca
     log, end = ended(fleet, job)
     assert end.fact == "JobSucceeded"
     assert end.head["release"] == 2
-    # All times are of this machine's clock. The lease counts from the append of its last request. The delay after it is
-    # only printed below, because on a busy machine it includes the machine's own delays.
+    # All times are of this machine's clock. The lease counts from the append of its last request. The time from
+    # the worker's death to the second start is only printed below: on a busy machine it includes the machine's delays.
     of_first = [r for r in log.of("coordination") if r.head["job_id"] == job and r.head["release"] == 1]
     leased = [r for r in of_first if r.fact == "Leased"][:1]  # the next owner may send it again, which changes nothing
     last = max(r.at for r in [*leased, *(r for r in of_first if r.fact == "LeaseRenewed")])

@@ -58,7 +58,8 @@ pytestmark = pytest.mark.kafka
 
 PARTITIONS = 2
 SPEC = JobSpec(b'{"to": "a"}', {"tenant": "acme"}, None)
-#: Session in seconds, where the next coordinator must wait until this session ends, or where two share the partitions.
+#: Session timeout in seconds, where the next coordinator waits for the session's end, two coordinators share the
+#: partitions, or a request must be able to take longer.
 SHORT_S = 2.0
 
 

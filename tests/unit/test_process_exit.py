@@ -13,7 +13,8 @@ import pytest
 
 #: Seconds that the processes of these tests give what is left.
 BOUND_S = 1.0
-#: Seconds for which the leftovers would keep a process alive. The tests wait half as long, as starting one may be slow.
+#: Seconds for which the leftovers would keep a process alive. The tests wait for half of that time. This is
+#: long, because starting a process may be slow.
 LEFT_S = 400
 #: A time limit that no test here reaches.
 NEVER_S = 1_000.0
@@ -103,7 +104,8 @@ def runs(pid: int) -> bool:
 @pytest.mark.parametrize("what", LEFT_NATIVE)
 def test_a_process_that_runs_no_python_any_more_is_ended_as_well(what: str) -> None:
     """Where no thread of Python's can run, the native timer exits with code 1, and stacks if there is where to."""
-    # Python's shutdown must reach this point within the bound, so the bound is longer here.
+    # Python's shutdown must reach the code of `LEFT_NATIVE` within the bound, else the exit thread ends the process
+    # first. So the bound is longer here.
     status, _, err, _ = ended(LEFT_NATIVE[what], bound=2 * BOUND_S, hard=0.5)
     assert status == 1
     assert ("Timeout (0:00:02" in err) == ("closed" not in what), err
