@@ -213,7 +213,8 @@ class Fetcher(threading.Thread):
             self.committer.commit(due)
 
     def _tell_missing(self, parts: list[Partition], now: float) -> None:
-        """Log offsets without a record. A job that was there and had not run does not run from there, and often nothing else says so."""
+        """Log offsets without a record. A job whose record was there, and that had not run, is lost for the workers. The audit
+        of the stream processor counts it only if the status table knows it."""
         for p in parts:
             if p.offsets is None:
                 continue

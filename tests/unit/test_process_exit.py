@@ -13,7 +13,7 @@ import pytest
 
 #: Seconds that the processes of these tests give what is left.
 BOUND_S = 1.0
-#: Seconds for which the leftovers would keep a process alive. The tests wait for half of that time. This is
+#: Seconds for which the leftovers would keep a process alive. The tests wait for at most half of that time. This is
 #: long, because starting a process may be slow.
 LEFT_S = 400
 #: A time limit that no test here reaches.
