@@ -123,6 +123,25 @@ class Places:
             work.waiting = work.partition.taking = False
         return True
 
+    def may_begin(self, work: Work) -> bool:
+        """Return whether code may begin that was handed to the loop or a thread, although the ownership lease is over.
+
+        If it may not, the job is dropped, or started again once the group has confirmed the partition. Any thread.
+        """
+        if self._certain(work):
+            return True
+        work.handle = None
+        self._call(self._begin_later, work)
+        return False
+
+    def _begin_later(self, work: Work) -> None:
+        if work.timer is not None:
+            work.timer.cancel()
+            work.timer = None
+        work.interrupted = None  # of a timer that ran out while the process was paused
+        if work.suspect or self._may_start(work, self._begin_later):  # `go` asks for a suspect
+            self.go(work)
+
     def _may_start(self, work: Work, again: Callable[[Work], None]) -> bool:
         """Return whether a job that waited may start now.
 

@@ -314,7 +314,7 @@ class Worker:
             certain=dispatcher.starter.certain,
             call=dispatcher.call,
         )
-        executor.stop_child = places.stop
+        executor.stop_child, executor.may_begin = places.stop, places.may_begin
         leases = self.leases = Leases(
             facts,
             sender,

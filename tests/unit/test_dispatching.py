@@ -192,6 +192,7 @@ class Bench:
             certain=starter.certain,
             call=d.call,
         )
+        executor.may_begin = places.may_begin
         d.wire(executor, places, cast(Any, None))
         d.start(asyncio.get_running_loop())
 
@@ -727,6 +728,64 @@ def test_a_job_that_waits_for_a_thread_is_not_run_before_the_lease_is_confirmed(
         partition.lease.confirm(time.monotonic())
         bench.dispatcher.wake()  # as the fetch thread's lease does
         await until(lambda: len(given) == 2)
+        bench.close()
+
+    run(test)
+
+
+@pytest.mark.parametrize("lost", [False, True])
+@pytest.mark.parametrize("task", ["coroutine", "function"])
+def test_code_that_was_about_to_begin_at_a_pause_waits_for_the_lease(task: str, lost: bool) -> None:
+    """A worker is paused after it has sent the starts of jobs and before their code begins: on waking none begins before
+    the group has confirmed the partition, also with a time limit that is over by then, and none that another worker has."""
+    app = App("shop")
+    ran: list[int] = []
+
+    @app.task(timeout=30)
+    async def coroutine(n: int) -> None:
+        ran.append(n)
+
+    @app.task(timeout=30)
+    def function(n: int) -> None:
+        ran.append(n)
+
+    async def test() -> None:
+        bench = Bench(app)
+        bench.dispatcher.executor.start_threads(1)
+        partition = bench.partition()
+        numbers = [0, 1, 2] if task == "coroutine" else [0]  # a thread begins its code at once
+        produce = bench.kept.produce
+
+        def then_paused(*record: Any) -> None:
+            produce(*record)
+            if starts(bench) == len(numbers) and not partition.lease.wanted:
+                wake_late(partition)
+                if task == "function":
+                    bench.dispatcher.executor.late(*partition.live.values())
+
+        asked: Counter[int] = Counter()
+        certain = bench.dispatcher.places._certain
+
+        def counted(work: Work) -> bool:
+            asked[work.offset] += 1
+            return certain(work)
+
+        bench.dispatcher.places._certain = counted
+        bench.dispatcher.starter._produce = then_paused
+        put(partition, [job(task, n=n) for n in numbers])
+        bench.dispatcher.wake()
+        await until(lambda: len(asked) == len(numbers) and min(asked.values()) >= 3)
+        assert (ran, starts(bench), len(partition.live)) == ([], len(numbers), len(numbers))
+        if lost:
+            lose(bench, partition)
+        partition.lease.confirm(time.monotonic())
+        await until(lambda: not bench.dispatcher.running)
+        bench.settler.serve()
+        assert ran == [] if lost else sorted(ran) == numbers
+        assert len(bench.kept.ended()) == (0 if lost else len(numbers))
+        assert sum(isinstance(fact, JobSucceeded) for fact in bench.kept.facts()) == (0 if lost else len(numbers))
+        assert (starts(bench), bench.failed) == (len(numbers), [])
+        bench.dispatcher.executor.close()
         bench.close()
 
     run(test)
