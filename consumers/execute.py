@@ -100,7 +100,7 @@ class Executor:
         self.due: Work | None = None  # the coroutine that blocks the loop beyond its time limit
         self.stop_child: Callable[[Work], None] = lambda work: None
         self.close_lease: Callable[[Work, bytes, list[Outgoing]], None]
-        self.may_begin: Callable[[Work], bool]  # asked if the ownership lease is over when code is to begin
+        self.may_begin: Callable[[Work], bool]  # whether code may begin although its lease may be over
         self._queue: queue.SimpleQueue[Work | None] = queue.SimpleQueue()
         self._depth = forks.depth
         self._threads: list[threading.Thread] = []
@@ -110,10 +110,11 @@ class Executor:
     async def run(self, work: Work) -> None:
         """Run a coroutine task on the loop, within its time limit, and record its outcome.
 
-        The worker may have been paused since it created the task, and others may have taken the job over. So the lease
+        The worker may have been paused since it created the task, and others may have taken the job over. So ownership
         is checked here, too: `may_begin` drops the job or starts it again later.
         """
-        if _monotonic() > work.partition.lease.until and not self.may_begin(work):
+        partition = work.partition
+        if (partition.gone or _monotonic() > partition.lease.until) and not self.may_begin(work):
             return
         context = _enter(work)
         plan = work.plan
@@ -181,7 +182,8 @@ class Executor:
     def _serve(self) -> None:
         AWAIT.set(self.interrupts.wait)
         while (work := self._queue.get()) is not None:
-            if _monotonic() > work.partition.lease.until and not self.may_begin(work):  # as in `run`
+            partition = work.partition
+            if (partition.gone or _monotonic() > partition.lease.until) and not self.may_begin(work):  # as in `run`
                 continue
             contextvars.copy_context().run(self._run_here, work)
             self._ended_in_thread(work)

@@ -124,11 +124,12 @@ class Places:
         return True
 
     def may_begin(self, work: Work) -> bool:
-        """Return whether code may begin that was handed to the loop or a thread, although the ownership lease is over.
+        """Return whether code may begin that was handed to the loop or a thread, although the partition was lost or the
+        ownership lease is over. A long job is this worker's as long as it holds the job's own lease.
 
         If it may not, the job is dropped, or started again once the group has confirmed the partition. Any thread.
         """
-        if self._certain(work):
+        if self._certain(work) and (work.lease is None or self._ours(work)):
             return True
         work.handle = None
         self._call(self._begin_later, work)
@@ -139,7 +140,11 @@ class Places:
             work.timer.cancel()
             work.timer = None
         work.interrupted = None  # of a timer that ran out while the process was paused
-        if work.suspect or self._may_start(work, self._begin_later):  # `go` asks for a suspect
+        if work.suspect:
+            work.waiting = True  # a hand-over need not wait for it
+            self.go(work)
+        elif self._may_start(work, self._begin_later):
+            work.began = time.monotonic()  # the pause is no part of its time
             self.go(work)
 
     def _may_start(self, work: Work, again: Callable[[Work], None]) -> bool:

@@ -265,7 +265,7 @@ def test_a_paused_instance_repeats_decisions_and_contradicts_none(fleet: Fleet) 
 
 def test_an_instance_that_dies_is_replaced_by_the_other(fleet: Fleet) -> None:
     """Two instances, one killed with kill -9 under load: the other lets go what the dead one owned."""
-    fleet.options["session_timeout"] = 6.0  # the dead instance's session ends before the last is due
+    fleet.options["session_timeout"] = 6.0  # the dead instance's session ends before the last release
     one, two = fleet.start("one"), fleet.start("two")
     wait_for(
         lambda: bool(fleet.health("one").get("partitions") and fleet.health("two").get("partitions")),

@@ -791,6 +791,81 @@ def test_code_that_was_about_to_begin_at_a_pause_waits_for_the_lease(task: str, 
     run(test)
 
 
+@pytest.mark.parametrize("task", ["coroutine", "function"])
+def test_code_that_was_about_to_begin_on_a_lost_partition_does_not(task: str) -> None:
+    """The partition is lost after the starts of jobs are sent and before their code begins, while the group confirms the
+    lane's other partitions: their common lease is valid, and yet no job of the lost one begins."""
+    app = App("shop")
+    ran: list[int] = []
+
+    @app.task(timeout=30)
+    async def coroutine(n: int) -> None:
+        ran.append(n)
+
+    @app.task(timeout=30)
+    def function(n: int) -> None:
+        ran.append(n)
+
+    async def test() -> None:
+        bench = Bench(app)
+        bench.dispatcher.executor.start_threads(1)
+        partition = bench.partition()
+        numbers = [0, 1, 2] if task == "coroutine" else [0]
+        produce = bench.kept.produce
+
+        def then_lost(*record: Any) -> None:
+            produce(*record)
+            if starts(bench) == len(numbers):
+                lose(bench, partition)
+
+        bench.dispatcher.starter._produce = then_lost
+        put(partition, [job(task, n=n) for n in numbers])
+        bench.dispatcher.wake()
+        await until(lambda: starts(bench) == len(numbers) and not bench.dispatcher.running)
+        assert time.monotonic() < partition.lease.until
+        assert (ran, bench.kept.ended(), len(partition.live)) == ([], [], len(numbers))
+        assert bench.failed == []
+        bench.dispatcher.executor.close()
+        bench.close()
+
+    run(test)
+
+
+@pytest.mark.parametrize("held", [False, True])
+def test_a_long_job_that_was_about_to_begin_asks_its_own_lease(held: bool) -> None:
+    """A worker is paused before the code of a long job begins: on waking it begins if the worker still holds the job's lease,
+    whether the worker owns the partition or not, and not if the coordinator may have given the job to another worker."""
+    app = App("shop")
+    ran: list[int] = []
+
+    @app.task(timeout=600)
+    async def long(n: int) -> None:
+        ran.append(n)
+
+    async def test() -> None:
+        bench = Bench(app)
+        partition, starter = bench.partition(), bench.dispatcher.starter
+        taken: list[Work] = []
+        closed: list[bytes] = []
+
+        def take(work: Work) -> None:
+            work.lease = cast(Any, SimpleNamespace(granted=True))
+            starter.leased(work)
+            wake_late(partition)
+            taken.append(work)
+
+        starter.leases = cast(Any, SimpleNamespace(take=take, holds=lambda work: held))
+        bench.dispatcher.executor.close_lease = lambda work, value, derived: closed.append(value)
+        put(partition, [job("long", n=0)])
+        bench.dispatcher.wake()
+        await until(lambda: taken and not bench.dispatcher.running)
+        assert (len(taken), ran, len(closed)) == (1, [0] * held, held)
+        assert bench.failed == []
+        bench.close()
+
+    run(test)
+
+
 def test_a_commit_that_took_long_wakes_who_waits_for_it() -> None:
     """Whoever asks while a commit is under way is told by that one, or if it is too old by then by the next."""
     woken = Counter[str]()
