@@ -59,7 +59,8 @@ from jobledger.streams.schedules import Floor, Held, Kept, Released, Row, Schedu
 from jobledger.streams.timers import wake_at
 
 #: A run fails after so many leases that ended without an outcome. Each time its worker died, stopped responding or could
-#: not reach the cluster, perhaps not because of the job (docs/adr/0009-suspects.md). If a child process dies, its worker judges the job, after `places.CRASHES`.
+#: not reach the cluster, perhaps not because of the job (docs/adr/0009-suspects.md).
+#: If a child process dies, its worker judges the job, after `places.CRASHES`.
 LEASES_LOST = 10
 
 

@@ -834,7 +834,8 @@ def test_code_that_was_about_to_begin_on_a_lost_partition_does_not(task: str) ->
 @pytest.mark.parametrize("held", [False, True])
 def test_a_long_job_that_was_about_to_begin_asks_its_own_lease(held: bool) -> None:
     """A worker is paused before the code of a long job begins: on waking it begins if the worker still holds the job's lease,
-    whether the group has confirmed the partition or not; it does not begin if the coordinator may have given the job to another worker."""
+    whether the group has confirmed the partition or not. It does not begin if the coordinator may have given the job to
+    another worker."""
     app = App("shop")
     ran: list[int] = []
 
