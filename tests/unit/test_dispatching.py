@@ -733,13 +733,9 @@ def test_a_job_that_waits_for_a_thread_is_not_run_before_the_lease_is_confirmed(
     run(test)
 
 
-@pytest.mark.parametrize("lost", [False, True])
-@pytest.mark.parametrize("task", ["coroutine", "function"])
-def test_code_that_was_about_to_begin_at_a_pause_waits_for_the_lease(task: str, lost: bool) -> None:
-    """A worker is paused after it has sent the starts of jobs and before their code begins: on waking none begins before
-    the group has confirmed the partition, also with a time limit that is over by then, and none that another worker has."""
+def noting(ran: list[int]) -> App:
+    """An app whose coroutine and whose function, each with a time limit, note in ``ran`` that they ran."""
     app = App("shop")
-    ran: list[int] = []
 
     @app.task(timeout=30)
     async def coroutine(n: int) -> None:
@@ -748,6 +744,17 @@ def test_code_that_was_about_to_begin_at_a_pause_waits_for_the_lease(task: str, 
     @app.task(timeout=30)
     def function(n: int) -> None:
         ran.append(n)
+
+    return app
+
+
+@pytest.mark.parametrize("lost", [False, True])
+@pytest.mark.parametrize("task", ["coroutine", "function"])
+def test_code_that_was_about_to_begin_at_a_pause_waits_for_the_lease(task: str, lost: bool) -> None:
+    """A worker is paused after it has sent the starts of jobs and before their code begins: on waking none begins before
+    the group has confirmed the partition, also with a time limit that is over by then, and none that another worker has."""
+    ran: list[int] = []
+    app = noting(ran)
 
     async def test() -> None:
         bench = Bench(app)
@@ -795,16 +802,8 @@ def test_code_that_was_about_to_begin_at_a_pause_waits_for_the_lease(task: str, 
 def test_code_that_was_about_to_begin_on_a_lost_partition_does_not(task: str) -> None:
     """The partition is lost after the starts of jobs are sent and before their code begins, while the group confirms the
     lane's other partitions: their common lease is valid, and yet no job of the lost one begins."""
-    app = App("shop")
     ran: list[int] = []
-
-    @app.task(timeout=30)
-    async def coroutine(n: int) -> None:
-        ran.append(n)
-
-    @app.task(timeout=30)
-    def function(n: int) -> None:
-        ran.append(n)
+    app = noting(ran)
 
     async def test() -> None:
         bench = Bench(app)
