@@ -114,7 +114,7 @@ class Executor:
         is checked here, too: `may_begin` drops the job or starts it again later.
         """
         partition = work.partition
-        if (partition.gone or _monotonic() > partition.lease.until) and not self.may_begin(work):
+        if (partition.gone or _monotonic() > (work.lease or partition.lease).until) and not self.may_begin(work):
             return
         context = _enter(work)
         plan = work.plan
@@ -183,7 +183,8 @@ class Executor:
         AWAIT.set(self.interrupts.wait)
         while (work := self._queue.get()) is not None:
             partition = work.partition
-            if (partition.gone or _monotonic() > partition.lease.until) and not self.may_begin(work):  # as in `run`
+            lease = work.lease or partition.lease
+            if (partition.gone or _monotonic() > lease.until) and not self.may_begin(work):  # as in `run`
                 continue
             contextvars.copy_context().run(self._run_here, work)
             self._ended_in_thread(work)

@@ -171,11 +171,11 @@ class Leases:
         )
         self.lost += 1
         self.give_back(work)
-        work.abandoned = True
         self._give_up(work)
 
     def give_back(self, work: Work) -> None:
-        """End the lease, so that another worker can run the job at once."""
+        """End the lease and abandon the job here, so that another worker can run it at once."""
+        work.abandoned = True
         if self._held.pop(work, None) is not None:
             self._renew(work, 0, None)
 

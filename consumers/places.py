@@ -121,6 +121,7 @@ class Places:
             return False
         if work.suspect:
             work.waiting = work.partition.taking = False
+            work.began = time.monotonic()
         return True
 
     def may_begin(self, work: Work) -> bool:
@@ -150,29 +151,36 @@ class Places:
     def _may_start(self, work: Work, again: Callable[[Work], None]) -> bool:
         """Return whether a job that waited may start now.
 
-        If it may not, its room and slot are freed. If that is not known, because the worker was paused or has lost the
-        broker, ``again(work)`` is called later. For a suspect without a lease this claims the right to take records up
+        If it may not, it is dropped. If that is not known, because the worker was paused or has lost the broker,
+        ``again(work)`` is called later. For a suspect without a lease this claims the right to take records up
         (`Partition.begin_taking`), because its partition may be handed over at any time.
         """
         if work.abandoned or not self._ours(work):
-            self._done(work)
+            self._drop(work)
         elif not self._certain(work):
             self.loop.call_later(AGAIN_S, self._call, again, work)
         elif work.stop_outcome is not None:  # cancelled while it waited
             self.executor.close_with(work, work.stop_outcome)
             self._done(work)
         elif work.suspect and work.lease is None and not work.partition.begin_taking():
-            self._done(work)
+            self._drop(work)
         else:
             return True
         return False
+
+    def _drop(self, work: Work) -> None:
+        """Leave a job to its next owner: free its room and slot, and give back its own lease."""
+        if work.lease is not None:
+            work.lease.leases.give_back(work)
+        work.abandoned = True  # without an outcome, which would otherwise stand for a success
+        self._done(work)
 
     def sweep(self) -> None:
         """Drop the jobs that wait for a child and are no longer this worker's: partitions were given up, or the worker
         takes no more jobs."""
         if self.children is not None:
             for work in self.children.forget(lambda work: not self._ours(work)):
-                self._done(work)
+                self._drop(work)
 
     # -- reports from children ----------------------------------------------------------------------------------------
 
@@ -210,7 +218,7 @@ class Places:
             self.executor.close_with(work, Failed("crashed", error))
             self._done(work)
         elif plan.room is self.processes and not self._usable:
-            self._done(work)  # its record is not done: its next owner finds the starts in the log
+            self._drop(work)  # its record is not done: its next owner finds the starts in the log
         else:
             if not self._usable:
                 self._move(work, plan.room)  # where it would have run at first; an isolated task ends the worker

@@ -213,9 +213,9 @@ class Partition:
 
         During a hand-over the group waits for this worker, so it is still certain. Any thread.
         """
-        if not self.owned:
-            return not self.gone
-        if time.monotonic() <= self.lease.until:
+        if self.gone:  # first: what is lost is for a moment both gone and owned
+            return False
+        if not self.owned or time.monotonic() <= self.lease.until:
             return True
         self.lease.ask()
         return False

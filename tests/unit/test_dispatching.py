@@ -21,7 +21,7 @@ from confluent_kafka import KafkaError, KafkaException, Message
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jobledger import App, Queue, Snooze, current_job
+from jobledger import App, Breaker, Queue, Snooze, current_job
 from jobledger.config import Settings
 from jobledger.consumers.children import Children, ChildSettings
 from jobledger.consumers.clock import BrokerClock
@@ -29,6 +29,7 @@ from jobledger.consumers.commit import LOST_S, Committer
 from jobledger.consumers.dispatch import Dispatcher
 from jobledger.consumers.execute import Executor
 from jobledger.consumers.facts import Facts
+from jobledger.consumers.leases import Leases
 from jobledger.consumers.offsets import PartitionOffsets, Restored, Snapshot, decode
 from jobledger.consumers.outcome import Cancelled
 from jobledger.consumers.places import UNSEEN_CRASHES, Places
@@ -52,6 +53,7 @@ from jobledger.schemas.events import (
     JobStarted,
     JobSubmitted,
     JobSucceeded,
+    LeaseRenewed,
     settles,
 )
 from tests.patience import PATIENCE
@@ -192,8 +194,20 @@ class Bench:
             certain=starter.certain,
             call=d.call,
         )
-        executor.may_begin = places.may_begin
-        d.wire(executor, places, cast(Any, None))
+        self.leases = Leases(
+            facts,
+            sender,
+            app.names,
+            begin=starter.leased,
+            close_with=executor.close_with,
+            give_up=places.give_up,
+            ended=d.ended_in_thread,
+            too_large=executor.refused_as_too_large,
+            call=d.call,
+            fail=self.failed.append,
+        )
+        executor.may_begin, executor.close_lease = places.may_begin, self.leases.close
+        d.wire(executor, places, self.leases)
         d.start(asyncio.get_running_loop())
 
     def _hurry(self) -> None:
@@ -210,6 +224,11 @@ class Bench:
         made.offsets, made.ready = PartitionOffsets(Restored(0), 0), True
         self.dispatcher.ready([made])
         return made
+
+    def reported(self, fact: object) -> bool:
+        """Whether that is a fact. Takes the delivery reports that have arrived, as the settler's thread does."""
+        self.settler.serve()
+        return bool(fact)
 
     def close(self) -> None:
         self.dispatcher.close()
@@ -733,15 +752,19 @@ def test_a_job_that_waits_for_a_thread_is_not_run_before_the_lease_is_confirmed(
     run(test)
 
 
-def noting(ran: list[int]) -> App:
+#: The lease of a job whose time limit makes it a long one.
+JOB_LEASE_MS = 60_000
+
+
+def noting(ran: list[int], *, timeout: float = 30, breaker: Breaker | None = None) -> App:
     """An app whose coroutine and whose function, each with a time limit, note in ``ran`` that they ran."""
     app = App("shop")
 
-    @app.task(timeout=30)
+    @app.task(timeout=timeout, breaker=breaker, lease=JOB_LEASE_MS / 1000)
     async def coroutine(n: int) -> None:
         ran.append(n)
 
-    @app.task(timeout=30)
+    @app.task(timeout=timeout, breaker=breaker, lease=JOB_LEASE_MS / 1000)
     def function(n: int) -> None:
         ran.append(n)
 
@@ -801,14 +824,18 @@ def test_code_that_was_about_to_begin_at_a_pause_waits_for_the_lease(task: str, 
 @pytest.mark.parametrize("task", ["coroutine", "function"])
 def test_code_that_was_about_to_begin_on_a_lost_partition_does_not(task: str) -> None:
     """The partition is lost after the starts of jobs are sent and before their code begins, while the group confirms the
-    lane's other partitions: their common lease is valid, and yet no job of the lost one begins."""
+    lane's other partitions: their common lease is valid, and yet no job of the lost one begins. None of them counts as an
+    answer of the service behind a circuit breaker."""
     ran: list[int] = []
-    app = noting(ran)
+    app = noting(ran, breaker=Breaker(failures=5))
 
     async def test() -> None:
         bench = Bench(app)
         bench.dispatcher.executor.start_threads(1)
         partition = bench.partition()
+        breaker = bench.dispatcher.plans[task].breaker
+        assert breaker is not None
+        breaker.end(time.monotonic(), 0.0, False)
         numbers = [0, 1, 2] if task == "coroutine" else [0]
         produce = bench.kept.produce
 
@@ -823,6 +850,7 @@ def test_code_that_was_about_to_begin_on_a_lost_partition_does_not(task: str) ->
         await until(lambda: starts(bench) == len(numbers) and not bench.dispatcher.running)
         assert time.monotonic() < partition.lease.until
         assert (ran, bench.kept.ended(), len(partition.live)) == ([], [], len(numbers))
+        assert breaker.describe().endswith("open after 1 failures in a row")
         assert bench.failed == []
         bench.dispatcher.executor.close()
         bench.close()
@@ -830,37 +858,81 @@ def test_code_that_was_about_to_begin_on_a_lost_partition_does_not(task: str) ->
     run(test)
 
 
+@pytest.mark.parametrize("paused", [False, True])
 @pytest.mark.parametrize("held", [False, True])
-def test_a_long_job_that_was_about_to_begin_asks_its_own_lease(held: bool) -> None:
-    """A worker is paused before the code of a long job begins: on waking it begins if the worker still holds the job's lease,
-    whether the group has confirmed the partition or not. It does not begin if the coordinator may have given the job to
-    another worker."""
-    app = App("shop")
+@pytest.mark.parametrize("task", ["coroutine", "function"])
+def test_a_long_job_that_was_about_to_begin_asks_its_own_lease(task: str, held: bool, paused: bool) -> None:
+    """A worker was stopped before the code of a long job begins: on waking it begins if the worker still holds the job's
+    lease, whether the group has confirmed the partition or not. It does not begin if the coordinator may have given the job
+    to another worker, and then gives the lease back: a renewal that was under way would otherwise keep it for ever."""
     ran: list[int] = []
-
-    @app.task(timeout=600)
-    async def long(n: int) -> None:
-        ran.append(n)
+    app = noting(ran, timeout=600)
 
     async def test() -> None:
         bench = Bench(app)
-        partition, starter = bench.partition(), bench.dispatcher.starter
-        taken: list[Work] = []
-        closed: list[bytes] = []
+        bench.dispatcher.executor.start_threads(1)
+        partition, leases = bench.partition(), bench.leases
+        produce = bench.kept.produce
 
-        def take(work: Work) -> None:
-            work.lease = cast(Any, SimpleNamespace(granted=True))
-            starter.leased(work)
-            wake_late(partition)
-            taken.append(work)
+        def then_stopped(*record: Any) -> None:
+            produce(*record)
+            (work,) = bench.dispatcher.running
+            assert work.lease is not None
+            work.lease.renew_at = 0.0
+            bench.kept.frozen = True
+            leases._look()  # a renewal is under way
+            if paused:
+                wake_late(partition)
+            if not held:
+                work.lease.until = time.monotonic() - 1.0
 
-        starter.leases = cast(Any, SimpleNamespace(take=take, holds=lambda work: held))
-        bench.dispatcher.executor.close_lease = lambda work, value, derived: closed.append(value)
-        put(partition, [job("long", n=0)])
+        bench.dispatcher.starter._produce = then_stopped
+        put(partition, [job(task, n=0)])
         bench.dispatcher.wake()
-        await until(lambda: taken and not bench.dispatcher.running)
-        assert (len(taken), ran, len(closed)) == (1, [0] * held, held)
-        assert bench.failed == []
+        await until(lambda: bench.dispatcher.running)
+        await until(lambda: bench.reported(not bench.dispatcher.running))
+        bench.kept.frozen = False
+        await until(lambda: bench.reported(not bench.kept.unacknowledged))
+        renewed = [fact.lease_ms for fact in bench.kept.facts() if isinstance(fact, LeaseRenewed)]
+        succeeded = sum(isinstance(fact, JobSucceeded) for fact in bench.kept.facts())
+        assert (ran, succeeded, renewed) == ([0] * held, held, [JOB_LEASE_MS] + [0] * (not held))
+        await until(lambda: leases.count == 0)
+        assert (starts(bench), bench.failed) == (1, [])
+        bench.dispatcher.executor.close()
+        bench.close()
+
+    run(test)
+
+
+def test_the_time_of_a_suspect_that_was_about_to_begin_does_not_count_the_pause() -> None:
+    """A worker is paused after it has created the coroutine of a suspect: its time counts from the moment it begins."""
+    ran: list[int] = []
+    paused: list[Work] = []
+    app = noting(ran)
+
+    async def test() -> None:
+        bench = Bench(app)
+        partition, places = bench.partition(), bench.dispatcher.places
+        partition.scanned_to = partition.careful = 1
+        go = places.go
+
+        def then_paused(work: Work) -> None:
+            go(work)
+            if not paused:
+                paused.append(work)
+                assert work.suspect
+                wake_late(partition)
+                work.began -= 3600.0
+
+        places.go = then_paused  # type: ignore[method-assign]
+        put(partition, [job("coroutine", n=0)])
+        bench.dispatcher.wake()
+        await until(lambda: bench.reported(partition.lease.wanted))
+        assert ran == []
+        partition.lease.confirm(time.monotonic())
+        await until(lambda: not bench.dispatcher.running)
+        (took,) = [fact.duration_us for fact in bench.kept.facts() if isinstance(fact, JobSucceeded)]
+        assert (ran, took < 1800e6, bench.failed) == ([0], True, [])
         bench.close()
 
     run(test)
