@@ -157,7 +157,7 @@ class Dispatcher:
             fail=fail,
         )
         self.running = self.starter.running
-        self._finished: deque[Work] = deque()  # ended off the event loop, and not handled here yet
+        self._finished: deque[Work] = deque()  # ended in a thread or a child, and not handled here yet
         self._in_log: deque[Work] = deque()  # keyed jobs: their attempt's last fact is acknowledged, not handled yet
         self._loop: asyncio.AbstractEventLoop
         self._awake = False
@@ -258,7 +258,7 @@ class Dispatcher:
                 each.own(owned, total)
 
     def ended_in_thread(self, work: Work) -> None:
-        """Report that a job has ended in a thread or a child, or will not be begun. Any thread."""
+        """Report that a job has ended in a thread. Any thread."""
         self._finished.append(work)
         self.wake()
 
@@ -296,6 +296,15 @@ class Dispatcher:
         del self.running[work]
         if work.line is not None or work.gates:
             self.lines.left(work)
+        self._pump_soon()
+
+    def ended_in_child(self, work: Work) -> None:
+        """Note that a job has ended in a child, or is not begun after all; its slot is freed soon. On the loop."""
+        self._finished.append(work)
+        self._pump_soon()
+
+    def _pump_soon(self) -> None:
+        """Schedule a look for work to do. On the loop, where it takes no system call, unlike `wake`."""
         if not self._awake:
             self._awake = True
             self._loop.call_soon(self._guarded, self._pump, ())
@@ -328,9 +337,8 @@ class Dispatcher:
         begun = self.starter.start_waiting()
         begun += self._take_turns(BUDGET)
         # Records that are passed over take no slot, so nothing else would wake the pump for the records after them.
-        if begun and (self._filling or len(running) < self._concurrency) and not self._awake:
-            self._awake = True
-            self._loop.call_soon(self._guarded, self._pump, ())
+        if begun and (self._filling or len(running) < self._concurrency):
+            self._pump_soon()
         if self.lines.unacknowledged and not begun and not running:
             self._hurry()  # no other job can begin before an acknowledgement arrives
         for fetcher in self.fetchers:

@@ -36,6 +36,8 @@ SUSPECTS = 16
 #: Seconds until the worker checks again whether the job is still its own.
 AGAIN_S = 0.1
 
+_monotonic = time.monotonic
+
 
 class Places:
     """Send begun jobs to where they run. On the event loop.
@@ -117,11 +119,18 @@ class Places:
     def take(self, work: Work) -> bool:
         """Return whether the code of a job may run now that has waited for a child, or for its start's
         acknowledgement."""
-        if not self._may_start(work, self.go):
+        lease = work.lease or work.partition.lease
+        if (  # one of these may hold; `_may_start` takes longer to find out, and handles it
+            work.suspect
+            or work.abandoned
+            or work.partition.gone
+            or work.stop_outcome is not None
+            or _monotonic() > lease.until
+        ) and not self._may_start(work, self.go):
             return False
         if work.suspect:
             work.waiting = work.partition.taking = False
-            work.began = time.monotonic()
+            work.began = _monotonic()
         return True
 
     def may_begin(self, work: Work) -> bool:
@@ -145,7 +154,7 @@ class Places:
             work.waiting = True  # a hand-over need not wait for it
             self.go(work)
         elif self._may_start(work, self._begin_later):
-            work.began = time.monotonic()  # the pause is no part of its time
+            work.began = _monotonic()  # the pause is no part of its time
             self.go(work)
 
     def _may_start(self, work: Work, again: Callable[[Work], None]) -> bool:
@@ -232,7 +241,7 @@ class Places:
         in the log."""
         if self._may_start(work, partial(self._start_again, said)):
             LOG.warning("%s", said)
-            work.began = time.monotonic()
+            work.began = _monotonic()
             work.context = context_of(work)
             try:
                 self._begin_again(work)
