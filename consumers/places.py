@@ -66,6 +66,7 @@ class Places:
         self.executor, self.threads, self.processes = executor, threads, processes
         self.alone = Room("alone", 1)  # see `ALONE_FROM`
         self.suspects = Room("suspects", SUSPECTS)
+        self.rooms = {room.name: room for room in (threads, processes, self.alone, self.suspects)}
         self.children = children
         self._begin_again, self._done, self._ours, self._certain = begin_again, done, ours, certain
         self._call = call
@@ -76,11 +77,6 @@ class Places:
     def _usable(self) -> bool:
         """Whether child processes are available."""
         return self.children is not None and self.children.broken is None
-
-    @property
-    def rooms(self) -> list[Room]:
-        """All rooms."""
-        return [self.threads, self.processes, self.alone, self.suspects]
 
     def room_of(self, work: Work, plan: Plan) -> Room | None:
         """Return the room where the job is to run; None: on the event loop without a limit."""

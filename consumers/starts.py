@@ -216,9 +216,13 @@ class Starter:
     def start_waiting(self) -> int:
         """Begin jobs that wait for room, where there is room now; return how many were handled."""
         begun = 0
-        for room in self.places.rooms:
-            name = room.name
-            stages = [stage for stage in self._all_stages if stage.waiting.get(name)]
+        waits: dict[str, list[Stage]] = {}
+        for stage in self._all_stages:
+            for name, waiting in stage.waiting.items():
+                if waiting:
+                    waits.setdefault(name, []).append(stage)
+        for name, stages in waits.items():
+            room = self.places.rooms[name]
             while stages and room.running < room.most and len(self.running) < self.concurrency:
                 stage = stages[0] if len(stages) == 1 else self._turns.next_of(stages)
                 waiting = stage.waiting[name]
