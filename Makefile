@@ -38,8 +38,8 @@ demo: $(STAMP) ## import 28,298 real rows in the background, on real Kafka
 dev: $(STAMP) ## broker, worker and stream processor of the demo app, reloading on change
 	@$(PY) -m jobledger dev $(or $(APP),examples.airports.app:app) $(ARGS)
 
-# pytest last: its closing line is the last thing to be read. Tests mostly wait for what other processes do, so six files at
-# once suit two CPUs, two of the long ones; the order of their files is made in tests/conftest.py. Each test is in one of the two tiers.
+# pytest last: its closing line is the last thing to be read. Tests mostly wait for what other processes do, so two CPUs
+# can run six files at once, and two of the long ones; the order of their files is made in tests/conftest.py. Each test is in one of the two tiers.
 PYTEST := $(PY) -m pytest --dist loadfile --no-loadscope-reorder
 
 test: lint ## lint, types and the tests, on real Kafka: each promise in its short form, about eight minutes

@@ -114,7 +114,8 @@ class Executor:
         is checked here, too: `may_begin` drops the job or starts it again later.
         """
         partition = work.partition
-        if (partition.gone or _monotonic() > (work.lease or partition.lease).until) and not self.may_begin(work):
+        lease = work.lease or partition.lease
+        if (work.abandoned or partition.gone or _monotonic() > lease.until) and not self.may_begin(work):
             return
         context = _enter(work)
         plan = work.plan
@@ -184,8 +185,8 @@ class Executor:
         while (work := self._queue.get()) is not None:
             partition = work.partition
             lease = work.lease or partition.lease
-            if (partition.gone or _monotonic() > lease.until) and not self.may_begin(work):  # as in `run`
-                continue
+            if (work.abandoned or partition.gone or _monotonic() > lease.until) and not self.may_begin(work):
+                continue  # as in `run`
             contextvars.copy_context().run(self._run_here, work)
             self._ended_in_thread(work)
 

@@ -116,7 +116,7 @@ class Places:
         """Return whether the code of a job may run now that has waited for a child, or for its start's
         acknowledgement."""
         lease = work.lease or work.partition.lease
-        if (  # one of these may hold; `_may_start` takes longer to find out, and handles it
+        if (  # if none of these is true, the job may start; else `_may_start` decides
             work.suspect
             or work.abandoned
             or work.partition.gone
@@ -130,12 +130,13 @@ class Places:
         return True
 
     def may_begin(self, work: Work) -> bool:
-        """Return whether code may begin that was handed to the loop or a thread, although the partition was lost or the
-        ownership lease is over. A long job is this worker's as long as it holds the job's own lease.
+        """Return whether code may begin that was handed to the loop or a thread, and whose job may not be this worker's
+        any more: it was abandoned, the partition was lost, or the ownership lease is over. A long job is this worker's
+        as long as it holds the job's own lease.
 
         If it may not, the job is dropped, or started again once the group has confirmed the partition. Any thread.
         """
-        if self._certain(work) and (work.lease is None or self._ours(work)):
+        if not work.abandoned and self._certain(work) and (work.lease is None or self._ours(work)):
             return True
         work.handle = None
         self._call(self._begin_later, work)
@@ -156,7 +157,7 @@ class Places:
     def _may_start(self, work: Work, again: Callable[[Work], None]) -> bool:
         """Return whether a job that waited may start now.
 
-        If it may not, it is dropped. If that is not known, because the worker was paused or has lost the broker,
+        If it may not, it is dropped, or closed if it was cancelled while it waited. If that is not known, because the worker was paused or has lost the broker,
         ``again(work)`` is called later. For a suspect without a lease this claims the right to take records up
         (`Partition.begin_taking`), because its partition may be handed over at any time.
         """
@@ -177,7 +178,7 @@ class Places:
         """Leave a job to its next owner: free its room and slot, and give back its own lease."""
         if work.lease is not None:
             work.lease.leases.give_back(work)
-        work.abandoned = True  # without an outcome, which would otherwise stand for a success
+        work.abandoned = True  # it has no outcome, and without this mark that would count as a success
         self._done(work)
 
     def sweep(self) -> None:
@@ -223,7 +224,7 @@ class Places:
             self.executor.close_with(work, Failed("crashed", error))
             self._done(work)
         elif plan.room is self.processes and not self._usable:
-            self._drop(work)  # its record is not done: its next owner finds the starts in the log
+            self._drop(work)  # its next owner finds the starts in the log
         else:
             if not self._usable:
                 self._move(work, plan.room)  # where it would have run at first; an isolated task ends the worker

@@ -213,9 +213,10 @@ class Partition:
 
         During a hand-over the group waits for this worker, so it is still certain. Any thread.
         """
-        if self.gone:  # first: what is lost is for a moment both gone and owned
+        owned = self.owned  # read before `gone`, which is set first when the partition is lost
+        if self.gone:
             return False
-        if not self.owned or time.monotonic() <= self.lease.until:
+        if not owned or time.monotonic() <= self.lease.until:
             return True
         self.lease.ask()
         return False

@@ -226,7 +226,8 @@ class Bench:
         return made
 
     def reported(self, fact: object) -> bool:
-        """Whether that is a fact. Takes the delivery reports that have arrived, as the settler's thread does."""
+        """Take the delivery reports that have arrived, as the settler's thread does. Returns whether ``fact``, computed
+        before that, is true."""
         self.settler.serve()
         return bool(fact)
 
@@ -859,13 +860,15 @@ def test_code_that_was_about_to_begin_on_a_lost_partition_does_not(task: str) ->
 
 
 @pytest.mark.parametrize("paused", [False, True])
-@pytest.mark.parametrize("held", [False, True])
+@pytest.mark.parametrize("lease", ["held", "over", "lost, and then renewed"])
 @pytest.mark.parametrize("task", ["coroutine", "function"])
-def test_a_long_job_that_was_about_to_begin_asks_its_own_lease(task: str, held: bool, paused: bool) -> None:
-    """A worker was stopped before the code of a long job begins: on waking it begins if the worker still holds the job's
-    lease, whether the group has confirmed the partition or not. It does not begin if the coordinator may have given the job
-    to another worker, and then gives the lease back: a renewal that was under way would otherwise keep it for ever."""
+def test_a_long_job_that_was_about_to_begin_asks_its_own_lease(task: str, lease: str, paused: bool) -> None:
+    """A worker's process is paused before the code of a long job begins. On waking the code begins if the worker still holds
+    the job's lease, whether the group has confirmed the partition or not. If the coordinator may have given the job to
+    another worker, the code does not begin, and the worker gives the lease back. Otherwise a renewal that was under way
+    could keep the lease until the worker exits. A lease that was lost stays lost when that renewal is acknowledged."""
     ran: list[int] = []
+    held = lease == "held"
     app = noting(ran, timeout=600)
 
     async def test() -> None:
@@ -874,7 +877,7 @@ def test_a_long_job_that_was_about_to_begin_asks_its_own_lease(task: str, held: 
         partition, leases = bench.partition(), bench.leases
         produce = bench.kept.produce
 
-        def then_stopped(*record: Any) -> None:
+        def then_paused(*record: Any) -> None:
             produce(*record)
             (work,) = bench.dispatcher.running
             assert work.lease is not None
@@ -885,8 +888,11 @@ def test_a_long_job_that_was_about_to_begin_asks_its_own_lease(task: str, held: 
                 wake_late(partition)
             if not held:
                 work.lease.until = time.monotonic() - 1.0
+            if lease == "lost, and then renewed":
+                leases._look()
+                work.lease.until = time.monotonic() + JOB_LEASE_MS / 1000
 
-        bench.dispatcher.starter._produce = then_stopped
+        bench.dispatcher.starter._produce = then_paused
         put(partition, [job(task, n=0)])
         bench.dispatcher.wake()
         await until(lambda: bench.dispatcher.running)
