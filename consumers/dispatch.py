@@ -157,9 +157,8 @@ class Dispatcher:
             fail=fail,
         )
         self.running = self.starter.running
-        self._finished: deque[Work] = (
-            deque()
-        )  # ended in a thread or a child, or not begun after all; not handled here yet
+        #: Jobs that ended in a thread or a child, or are not begun after all, and are not handled here yet.
+        self._finished: deque[Work] = deque()
         self._in_log: deque[Work] = deque()  # keyed jobs: their attempt's last fact is acknowledged, not handled yet
         self._loop: asyncio.AbstractEventLoop
         self._awake = False

@@ -157,9 +157,10 @@ class Places:
     def _may_start(self, work: Work, again: Callable[[Work], None]) -> bool:
         """Return whether a job that waited may start now.
 
-        If it may not, it is dropped, or closed if it was cancelled while it waited. If that is not known, because the worker was paused or has lost the broker,
-        ``again(work)`` is called later. For a suspect without a lease this claims the right to take records up
-        (`Partition.begin_taking`), because its partition may be handed over at any time.
+        If it may not, it is dropped, or closed if it was cancelled while it waited. If that is not known, because the
+        worker was paused or has lost the broker, ``again(work)`` is called later. For a suspect without a lease this
+        claims the right to take records up (`Partition.begin_taking`), because its partition may be handed over at any
+        time.
         """
         if work.abandoned or not self._ours(work):
             self._drop(work)
