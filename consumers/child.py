@@ -39,6 +39,7 @@ from jobledger.logger import get_logger, loop_error
 from jobledger.middleware import runner
 from jobledger.retry import Retry
 from jobledger.schemas.events import JobProgressed
+from jobledger.signals import SignalHandlers
 from jobledger.task import Task
 from jobledger.task_registry import Registry
 
@@ -86,8 +87,12 @@ class Child:
 
     def serve(self) -> None:
         """Run the jobs that arrive until the connection ends. In the main thread, because signals end a job."""
-        for number in (LATE, STOP):
-            signal.signal(number, self._interrupted)
+        # The child ignores SIGINT and SIGTERM like its nursery. Set again here, so that what a job forks does not.
+        with SignalHandlers((LATE, STOP), self._interrupted), SignalHandlers((signal.SIGINT, signal.SIGTERM), _ignore):
+            self._serve()
+            self._close()
+
+    def _serve(self) -> None:
         AWAIT.set(self._awaited)
         while (body := self._receive()) is not None:
             run = decode_run(body)
@@ -102,7 +107,6 @@ class Child:
             if now - self._looked_at >= LOOK_S:
                 self._looked_at = now
                 self._garbage.look(idle=False)
-        self._close()
 
     def _receive(self) -> bytes | None:
         """Return the next message, of which the worker sends one at a time; None once the connection has ended. Checks
@@ -351,6 +355,10 @@ def run_child(registry: Registry, connection: socket.socket, errors: int) -> Non
             sys.stdout.flush()
             sys.stderr.flush()
         os._exit(status)
+
+
+def _ignore(number: int, frame: FrameType | None) -> None:
+    pass
 
 
 def has_unread(fd: int) -> bool:

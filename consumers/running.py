@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import os
 import signal
@@ -13,6 +14,7 @@ from jobledger.config import Settings
 from jobledger.consumers.options import WorkerOptions
 from jobledger.consumers.worker import LEAVING_S, Worker
 from jobledger.process_exit import bound_exit, exit_hard, unbound_exit
+from jobledger.signals import SignalHandlers
 from jobledger.task_registry import Registry
 
 
@@ -32,12 +34,12 @@ def run_worker(
     worker = Worker(registry, settings, options, must_end_in=exit_hard, has_ended=bound_exit)
     if on_ready is not None:
         on_ready(worker)
-    restore = _handle_signals(worker) if threading.current_thread() is threading.main_thread() else lambda: None
-    try:
-        return run_tuned(worker)
-    finally:
-        restore()
-        unbound_exit()
+    main = threading.current_thread() is threading.main_thread()
+    with _stopped_by_signals(worker) if main else contextlib.nullcontext():
+        try:
+            return run_tuned(worker)
+        finally:
+            unbound_exit()
 
 
 def run_tuned(worker: Worker) -> int:
@@ -48,15 +50,11 @@ def run_tuned(worker: Worker) -> int:
     return worker.run()
 
 
-def _handle_signals(worker: Worker) -> Callable[[], None]:
-    received, owner = 0, os.getpid()
+def _stopped_by_signals(worker: Worker) -> SignalHandlers:
+    received = 0
 
     def handle(number: int, frame: FrameType | None) -> None:
         nonlocal received
-        if os.getpid() != owner:  # a process that a job forked: the signal ends it, as without a worker
-            signal.signal(number, signal.SIG_DFL)
-            os.kill(os.getpid(), number)
-            return
         received += 1
         if received >= 3:
             os._exit(128 + number)
@@ -64,10 +62,4 @@ def _handle_signals(worker: Worker) -> Callable[[], None]:
             exit_hard(worker.options.grace + LEAVING_S)
         worker.stop(hurry=received > 1)
 
-    before = {n: signal.signal(n, handle) for n in (signal.SIGTERM, signal.SIGINT)}
-
-    def restore() -> None:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-    return restore
+    return SignalHandlers((signal.SIGTERM, signal.SIGINT), handle)

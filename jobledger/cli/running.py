@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import sys
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from types import FrameType
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -23,6 +22,7 @@ from jobledger.errors import JobledgerError
 from jobledger.extras import need
 from jobledger.logger import get_logger
 from jobledger.process_exit import EXIT_S, HARD_S
+from jobledger.signals import SignalHandlers
 
 if TYPE_CHECKING:
     from jobledger.app import App
@@ -296,23 +296,13 @@ def stopping() -> Iterator[threading.Event]:
     stop = threading.Event()
     from jobledger import outage
 
-    before: dict[int, Any] = {}
-    owner = os.getpid()
-
     def asked(number: int, frame: FrameType | None) -> None:
         outage.stopping()
         stop.set()
-        signal.signal(number, before[number])
-        if os.getpid() != owner:  # a process that the app's code has forked: the signal is for that one
-            os.kill(os.getpid(), number)
+        handlers.restore(number)
 
-    for each in (signal.SIGTERM, signal.SIGINT):
-        before[each] = signal.signal(each, asked)
-    try:
+    with SignalHandlers((signal.SIGTERM, signal.SIGINT), asked) as handlers:
         yield stop
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def streams(

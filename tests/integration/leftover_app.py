@@ -8,6 +8,7 @@ import atexit
 import contextlib
 import multiprocessing
 import os
+import signal
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -136,19 +137,37 @@ async def wait(seconds: float) -> str:
 
 
 def _say_and_sleep(told: int) -> None:
-    os.write(told, b"x")
+    handlers = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
+    os.write(told, b"d" if handlers == [signal.SIG_DFL, signal.SIG_DFL] else b"w")
     time.sleep(LEFT_S)
 
 
-@app.task
-async def end_what_it_forked() -> int | None:
-    """`Process.terminate` of a process that was forked in a worker; its exit code."""
+def _end_what_it_forked() -> tuple[bool, int | None]:
+    """`Process.terminate` of a process that was forked in a worker: whether it had the default handlers; its exit code."""
     ours, theirs = os.pipe()
     process = multiprocessing.get_context("fork").Process(target=_say_and_sleep, args=(theirs,))
     process.start()
-    await asyncio.to_thread(os.read, ours, 1)  # a signal before Python is set up in the child would be lost
+    told = os.read(ours, 1)  # a signal before Python is set up in the child would be lost
     process.terminate()
-    await asyncio.to_thread(process.join, 60)
+    process.join(60)
     code = process.exitcode
     process.kill()
-    return code
+    return told == b"d", code
+
+
+@app.task
+async def end_what_a_coroutine_forked() -> tuple[bool, int | None]:
+    """Forked in the worker's main thread, which has a running loop."""
+    return _end_what_it_forked()
+
+
+@app.task
+def end_what_a_thread_forked() -> tuple[bool, int | None]:
+    """Forked in another thread of the worker."""
+    return _end_what_it_forked()
+
+
+@app.task(isolation="process")
+def end_what_a_child_forked() -> tuple[bool, int | None]:
+    """Forked in a child process, which ignores SIGTERM itself."""
+    return _end_what_it_forked()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import signal
 import threading
 import time
@@ -109,11 +110,11 @@ def test_no_part_is_kept_by_what_its_app_left_at_import(fleet: Fleet, client: Ap
 
 
 def test_a_process_that_a_job_forked_can_be_terminated(fleet: Fleet, client: App) -> None:
-    """A forked process inherits the worker's handler of SIGTERM, and ends of that signal all the same."""
-    worker = fleet.start("worker", "--grace", str(GRACE_S))
-    handle = client.tasks["end_what_it_forked"].submit()
-    fact = until(lambda: closings(client).get(handle.job_id), 60, "the job's end")[-1].event.fact
-    assert fact.result == str(-signal.SIGTERM).encode()
+    """A forked process does not keep handlers of SIGTERM and SIGINT: they would wait for the end of a ``sleep``."""
+    worker = fleet.start("worker", "--grace", str(GRACE_S), "--children", "1")
+    for forked_in in ("coroutine", "thread", "child"):
+        fact = end_of(client, client.tasks[f"end_what_a_{forked_in}_forked"].submit())
+        assert json.loads(fact.result) == [True, -signal.SIGTERM], forked_in
     assert fleet.stop(worker) == 0
 
 

@@ -1,0 +1,52 @@
+"""Signal handlers that are not inherited by forked processes."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable, Collection
+from types import FrameType
+from typing import Self
+
+from jobledger import forks
+
+
+class SignalHandlers:
+    """While entered, calls ``handle(number, frame)`` for each of these signals, in this process only.
+
+    In a process that the app's code forks, the signals have their default effect. A handler would be wrong there, and
+    even one that ends the process could be late: Python calls it only when a system call returns, so a signal that
+    comes just before a long ``sleep`` would wait for the end of this ``sleep``.
+    """
+
+    def __init__(self, numbers: Collection[int], handle: Callable[[int, FrameType | None], object]) -> None:
+        self._handle, self._pid = handle, os.getpid()
+        self._before = {number: signal.getsignal(number) for number in numbers}
+
+    def __enter__(self) -> Self:
+        """Raises `ValueError` outside the main thread."""
+        forks.in_child(self)
+        for number in self._before:
+            signal.signal(number, self._received)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.restore(*self._before)
+
+    def restore(self, *numbers: int) -> None:
+        """Handle these signals as before."""
+        for number in numbers:
+            signal.signal(number, self._before[number])
+
+    def after_fork(self) -> None:
+        """Give the signals their default effect, unless the app has set other handlers."""
+        for number in self._before:
+            if signal.getsignal(number) == self._received:
+                signal.signal(number, signal.SIG_DFL)
+
+    def _received(self, number: int, frame: FrameType | None) -> None:
+        if os.getpid() != self._pid:  # a fork that Python did not notice, or one in which `after_fork` is yet to run
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+            return
+        self._handle(number, frame)
