@@ -87,7 +87,7 @@ class Child:
 
     def serve(self) -> None:
         """Run the jobs that arrive until the connection ends. In the main thread, because signals end a job."""
-        # The child ignores SIGINT and SIGTERM like its nursery. Set again here, so that what a job forks does not.
+        # The child ignores SIGINT and SIGTERM, as its nursery does. The processes that a job forks must not ignore them.
         with SignalHandlers((LATE, STOP), self._interrupted), SignalHandlers((signal.SIGINT, signal.SIGTERM), _ignore):
             self._serve()
             self._close()

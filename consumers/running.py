@@ -35,11 +35,11 @@ def run_worker(
     if on_ready is not None:
         on_ready(worker)
     main = threading.current_thread() is threading.main_thread()
-    with _stopped_by_signals(worker) if main else contextlib.nullcontext():
-        try:
+    try:
+        with _stopped_by_signals(worker) if main else contextlib.nullcontext():
             return run_tuned(worker)
-        finally:
-            unbound_exit()
+    finally:
+        unbound_exit()
 
 
 def run_tuned(worker: Worker) -> int:

@@ -301,7 +301,8 @@ def stopping() -> Iterator[threading.Event]:
         stop.set()
         handlers.restore(number)
 
-    with SignalHandlers((signal.SIGTERM, signal.SIGINT), asked) as handlers:
+    handlers = SignalHandlers((signal.SIGTERM, signal.SIGINT), asked)
+    with handlers:
         yield stop
 
 

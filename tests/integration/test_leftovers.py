@@ -110,7 +110,7 @@ def test_no_part_is_kept_by_what_its_app_left_at_import(fleet: Fleet, client: Ap
 
 
 def test_a_process_that_a_job_forked_can_be_terminated(fleet: Fleet, client: App) -> None:
-    """A forked process does not keep handlers of SIGTERM and SIGINT: they would wait for the end of a ``sleep``."""
+    """A forked process has the default handlers of SIGTERM and SIGINT. A handler of Python's could be called late."""
     worker = fleet.start("worker", "--grace", str(GRACE_S), "--children", "1")
     for forked_in in ("coroutine", "thread", "child"):
         fact = end_of(client, client.tasks[f"end_what_a_{forked_in}_forked"].submit())
