@@ -39,7 +39,6 @@ EVERY_S = 5.0
 _STEPS = {
     "resolve": "looking up the files of Apache Kafka {version}",
     "fetch": "fetching Apache Kafka {version}",
-    "train": "writing a cache of classes, so that later starts are quick",
     "format": "formatting the data folder",
     "boot": "starting the broker",
 }
@@ -63,8 +62,7 @@ def start(
 ) -> None:
     """Start the embedded broker. If it is already running, print its address.
 
-    The first start downloads Apache Kafka (about 45 MB) and writes a cache of its classes (about 70 MB), once per user
-    and version.
+    The first start downloads Apache Kafka (about 45 MB), once per user and version.
     """
     from jobledger.config import Settings
     from jobledger.errors import KafkaStartFailed

