@@ -201,10 +201,12 @@ class Children:
             self._on_died(work, ErrorInfo("ChildProcessError", str(error)), False)
 
     def _more(self) -> None:
-        """Start one more child if there are fewer than ``most``, or ``most + spare`` while jobs wait."""
-        staying = sum(not child.leaving for child in self._all)
-        spare = self._about.spare if len(self._waiting) > self._nursery.expected else 0
-        if staying < self._about.most + spare:
+        """Start one more child if there are fewer than ``most``, or ``most + spare`` while more jobs wait than children
+        are being started."""
+        staying = [child for child in self._all if not child.leaving]
+        starting = sum(not child.there for child in staying)
+        spare = self._about.spare if len(self._waiting) > starting else 0
+        if len(staying) < self._about.most + spare:
             self._hatch()
 
     def _next(self) -> Work | None:

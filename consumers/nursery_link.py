@@ -75,11 +75,6 @@ class NurseryLink:
         """Whether the nursery takes requests for children and reports their ends."""
         return self._control is not None
 
-    @property
-    def expected(self) -> int:
-        """Number of children requested that have no pid yet."""
-        return len(self._born)
-
     def start(self) -> None:
         """Start the nursery. Raises `OSError` if the system has no process or no file left."""
         self._loop = asyncio.get_running_loop()

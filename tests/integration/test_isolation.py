@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import os
 import signal
+import socket
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,7 +19,9 @@ from confluent_kafka import ConsumerGroupTopicPartitions, KafkaException, TopicP
 
 from jobledger import App, ConfigError, Retry, Settings
 from jobledger.consumers import children, nursery
+from jobledger.consumers.nursery_link import NurseryLink
 from jobledger.consumers.places import UNSEEN_CRASHES
+from jobledger.consumers.process import Child
 from jobledger.consumers.worker import Worker
 from jobledger.kafka.topics import ensure
 from jobledger.log import admin
@@ -255,6 +259,30 @@ def test_children_are_replaced(app: App) -> None:
         nursery.send_signal(signal.SIGKILL)
         assert result_of(app, tasks.where.submit(1).job_id)["pid"] not in pids
         until(lambda: worker.health()["status"] == "ok", what="its good health")
+
+
+def test_a_job_that_waits_for_a_child_that_is_being_started_starts_no_other(
+    app: App, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also when the process is there already, and its connection is not."""
+    fork, connect, forks = NurseryLink.fork, NurseryLink._connect, 0
+
+    def counted(self: NurseryLink, child: Child) -> None:
+        nonlocal forks
+        forks += 1
+        fork(self, child)
+
+    async def late(self: NurseryLink, child: Child, ours: socket.socket) -> None:
+        await asyncio.sleep(0.3)
+        await connect(self, child, ours)
+
+    monkeypatch.setattr(NurseryLink, "fork", counted)
+    monkeypatch.setattr(NurseryLink, "_connect", late)
+    with working(app, children=1, jobs_per_child=5):
+        many = app.submit_many(tasks.where.job(n) for n in range(20))
+        assert len({result_of(app, h.job_id)["pid"] for h in many}) == 4
+        until(lambda: forks == 5, what="a child for the next jobs")
+    assert forks == 5
 
 
 def test_a_worker_leaves_no_process_behind(app: App, tmp_path: Path) -> None:
