@@ -21,7 +21,7 @@ def page() -> str:
     ]
     table = "\n".join(["| before | fact | after | |", "|---|---|---|---|", *rows])
     ends = ", ".join(f"`{end}`" for end in ENDS)
-    return f"{HEAD}\n```mermaid\n{diagram()}\n```\n\n{table}\n\nA run ([reference.md](reference.md#events)) ends in one of the states {ends}. If the log holds two outcomes of one run, the status table shows the one that comes first in this list.\n"
+    return f"{HEAD}\n```mermaid\n{diagram()}\n```\n\n{table}\n\nA run ([reference.md](reference.md#events)) ends in one of the states {ends}. If the log holds several outcomes of one run, the status table shows the one whose state comes first in this list. This is a precedence: the order of the outcomes in the log makes no difference.\n"
 
 
 if __name__ == "__main__":

@@ -720,6 +720,19 @@ def test_verify_names_what_differs_and_rebuild_heals_it(world: World) -> None:
     assert verify(world.names, world.settings, ["mail"], world.url).jobs == 60 + len(more)
 
 
+def test_the_digest_of_verify_is_what_the_program_in_the_reference_prints(world: World, tmp_path: Path) -> None:
+    """Somebody else can compute it from the table's file."""
+    world.fill(20)
+    with Running(world.materializer()) as running:
+        running.catch_up()
+    page = (Path(__file__).parents[2] / "docs" / "reference.md").read_text("utf-8")
+    program = page.partition("### How verify makes its digests")[2].partition("```python\n")[2].partition("```")[0]
+    assert "file:shop.db?" in program
+    program = program.replace("file:shop.db?", f"file:{tmp_path / 'status.db'}?")
+    printed = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
+    assert printed.strip() == verify(world.names, world.settings, ["mail"], world.url).table_digest
+
+
 @on_both
 def test_a_rebuild_carries_over_what_the_log_no_longer_has(world: World) -> None:
     """Jobs that began before the log's start keep what the table knew, joined with what the log still says."""
