@@ -10,7 +10,7 @@ from bench import harness
 from bench.harness import Figure
 from jobledger import App
 from jobledger.config import Settings
-from jobledger.log import producer_config
+from jobledger.kafka.clients import producer_config
 from jobledger.schemas import codec
 from jobledger.schemas.events import JobEvent, JobSpec, JobSubmitted
 

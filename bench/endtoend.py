@@ -161,7 +161,7 @@ def backlog(settings: Settings, jobs: int = 1_000_000) -> list[Figure]:
     from confluent_kafka import TopicPartition
 
     from jobledger import App
-    from jobledger.log import admin
+    from jobledger.kafka.clients import admin
 
     names = harness.fresh_names("backlog")
     harness.create(settings, names, ["bench"], PARTITIONS)

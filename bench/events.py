@@ -28,12 +28,14 @@ from bench.endtoend import PARTITIONS, Processes
 from bench.harness import Figure
 from jobledger import App
 from jobledger.config import Settings
-from jobledger.consumers.router import Router
-from jobledger.domain import EventType
+from jobledger.consumers.router.router import Router
+from jobledger.definitions.event_types import EventType
+from jobledger.kafka.clients import admin, consumer_config, partitions_of, producer_config
 from jobledger.kafka.topics import ensure
-from jobledger.log import LogReader, admin, consumer_config, decoder, partitions_of, producer_config, recorded
+from jobledger.log.reading import LogReader, recorded
+from jobledger.log.schema_lookup import decoder
 from jobledger.schemas.events import JobSucceeded
-from jobledger.streams.projection_store import ProjectionStore
+from jobledger.streams.projections.projection_store import ProjectionStore
 
 #: Emitted a second while the way to the handler is measured.
 PACE = 200

@@ -15,7 +15,7 @@ from confluent_kafka.admin import AdminClient
 from confluent_kafka.cimpl import NewTopic
 
 from jobledger.config import Settings
-from jobledger.names import Names
+from jobledger.kafka.topic_names import Names
 
 
 class Figure(msgspec.Struct, frozen=True):

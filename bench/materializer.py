@@ -22,13 +22,14 @@ from confluent_kafka import OFFSET_BEGINNING, Consumer, TopicPartition
 from bench import harness
 from bench.harness import Figure
 from jobledger.config import Settings
-from jobledger.log import consumer_config, now_us
-from jobledger.names import Names
+from jobledger.kafka.clients import consumer_config
+from jobledger.kafka.topic_names import Names
+from jobledger.log.writer import LogWriter, Outgoing
+from jobledger.process.identity import now_us
 from jobledger.schemas import codec
 from jobledger.schemas.events import Fact, JobEvent, JobSpec, JobStarted, JobSubmitted, JobSucceeded
-from jobledger.streams.status import Materializer
-from jobledger.streams.store import open_reader
-from jobledger.writer import LogWriter, Outgoing
+from jobledger.streams.status.materializer import Materializer
+from jobledger.streams.status.store import open_reader
 from tests.postgres import NoPostgres, databases
 
 PARTITIONS = 6

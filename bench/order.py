@@ -16,8 +16,8 @@ from typing import Any
 from bench.harness import Figure, percentile
 from bench.worker import alone, cpu_s
 from jobledger import App, Queue, Settings
-from jobledger.consumers.running import run_tuned
-from jobledger.consumers.worker import Worker, WorkerOptions
+from jobledger.consumers.worker.main import run_tuned
+from jobledger.consumers.worker.worker import Worker, WorkerOptions
 from jobledger.kafka.topics import ensure
 
 PARTITIONS, LEVELS = 4, 3

@@ -23,8 +23,10 @@ from bench.endtoend import Processes, _committed, _nap
 from bench.harness import Figure
 from jobledger import App
 from jobledger.config import Settings
-from jobledger.log import LogReader, admin, decoder, recorded
-from jobledger.names import Names
+from jobledger.kafka.clients import admin
+from jobledger.kafka.topic_names import Names
+from jobledger.log.reading import LogReader, recorded
+from jobledger.log.schema_lookup import decoder
 from jobledger.schemas.events import JobStarted
 
 PARTITIONS = 12

@@ -24,15 +24,15 @@ from pathlib import Path
 import psutil
 import uuid_utils
 
-from jobledger import log
 from jobledger.config import Settings
-from jobledger.kafka import topics, topology
+from jobledger.kafka import clients, topics, topology
 from jobledger.kafka.embedded import EmbeddedKafka
-from jobledger.log import LogReader, now_us
-from jobledger.names import Names
+from jobledger.kafka.topic_names import Names
+from jobledger.log.reading import LogReader
+from jobledger.log.writer import LogWriter, Outgoing
+from jobledger.process.identity import now_us
 from jobledger.schemas import codec
 from jobledger.schemas.events import JobDue, JobEvent, JobSpec, JobSubmitted
-from jobledger.writer import LogWriter, Outgoing
 
 QUEUE = "bench"
 ARGS = b'{"to": "somebody@example.org", "template": "welcome", "padding": "' + b"x" * 100 + b'"}'
@@ -41,8 +41,8 @@ CHILD = """
 import sys
 from pathlib import Path
 from jobledger.config import Settings
-from jobledger.names import Names
-from jobledger.streams.coordinator import run_coordinator
+from jobledger.kafka.topic_names import Names
+from jobledger.streams.coordinator.coordinator import run_coordinator
 
 bootstrap, namespace, partitions, folder = sys.argv[1:]
 sys.exit(run_coordinator(Names(namespace), Settings(bootstrap=bootstrap), int(partitions), data_dir=Path(folder)))
@@ -72,7 +72,7 @@ def submission(names: Names, due_at: int | None, delay_ms: int | None) -> Outgoi
 
 def create(settings: Settings, names: Names, partitions: int) -> None:
     """The namespace's topics."""
-    admin = log.admin(settings)
+    admin = clients.admin(settings)
     specs = topology.desired(names, {QUEUE: partitions}, partitions=partitions, replication=1)
     topics.apply(admin, topics.plan(admin, specs))
 
@@ -101,7 +101,7 @@ def count(reader: LogReader, names: Names, partitions: int) -> int:
 
 def await_released(settings: Settings, names: Names, wanted: int, timeout: float) -> None:
     """Wait until the work topic holds ``wanted`` records."""
-    partitions = log.partitions_of(settings, names.jobs(QUEUE))
+    partitions = clients.partitions_of(settings, names.jobs(QUEUE))
     deadline = time.monotonic() + timeout
     with LogReader(settings) as reader:
         while (found := count(reader, names, partitions)) < wanted:

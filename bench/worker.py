@@ -25,11 +25,12 @@ import uuid_utils
 from confluent_kafka import Consumer, Producer, TopicPartition
 
 from jobledger import App, Settings
-from jobledger.consumers.running import run_tuned
-from jobledger.consumers.worker import Worker, WorkerOptions
+from jobledger.consumers.worker.main import run_tuned
+from jobledger.consumers.worker.worker import Worker, WorkerOptions
+from jobledger.kafka.clients import consumer_config, producer_config
 from jobledger.kafka.embedded import EmbeddedKafka
 from jobledger.kafka.topics import ensure
-from jobledger.log import consumer_config, now_us, producer_config, source
+from jobledger.process.identity import now_us, source
 from jobledger.schemas.codec import decode, encode
 from jobledger.schemas.events import JobEvent, JobStarted, JobSubmitted, JobSucceeded
 

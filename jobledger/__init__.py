@@ -6,9 +6,14 @@ This package re-exports what a service uses. Importing it reads no settings and 
 import logging
 
 from jobledger.app import App
-from jobledger.client import EventHandle, JobHandle
 from jobledger.config import Settings
-from jobledger.context import JobContext, current_job
+from jobledger.definitions.context import JobContext, current_job
+from jobledger.definitions.handles import EventHandle, JobHandle
+from jobledger.definitions.policy import Adaptive, Breaker
+from jobledger.definitions.queues import Queue
+from jobledger.definitions.resources import Depends, Resource
+from jobledger.definitions.retry import NO_RETRY, Reject, Retry, RetryLater, Snooze
+from jobledger.definitions.task import AsyncTask, JobRequest, PlainTask, Task
 from jobledger.errors import (
     AccessDenied,
     BadArguments,
@@ -44,12 +49,7 @@ from jobledger.errors import (
     UnknownTask,
 )
 from jobledger.job import JobStatus, State
-from jobledger.policy import Adaptive, Breaker
-from jobledger.queues import Queue
-from jobledger.resources import Depends, Resource
-from jobledger.retry import NO_RETRY, Reject, Retry, RetryLater, Snooze
 from jobledger.schemas.events import Position
-from jobledger.task import AsyncTask, JobRequest, PlainTask, Task
 
 __version__ = "0.1.0"
 

@@ -19,31 +19,31 @@ from typing import (
     overload,
 )
 
-from jobledger import forks
-from jobledger.client import Client, EventHandle, JobHandle
+from jobledger.client.client import Client
+from jobledger.client.commands import Kind, Orders
 from jobledger.config import Settings
-from jobledger.domain import EventType, Format, Start, as_event_class
-from jobledger.durations import Seconds
+from jobledger.definitions.durations import Seconds
+from jobledger.definitions.event_types import EventType, Format, Start, as_event_class
+from jobledger.definitions.handles import EventHandle, JobHandle, warn_on_loop
+from jobledger.definitions.middleware import Around, Which
+from jobledger.definitions.policy import KEY_HOLD_MAX_S, LEASE_S, Adaptive, Breaker, Limits
+from jobledger.definitions.queues import DEFAULT_PARTITIONS, DEFAULT_QUEUE, Queue, check_shares
+from jobledger.definitions.resources import Resource, ResourceDecorator
+from jobledger.definitions.retry import Retry, check_delay
+from jobledger.definitions.task import AsyncTask, JobRequest, PlainTask, Task
+from jobledger.definitions.task_registry import Registry
 from jobledger.errors import ConfigError
 from jobledger.job import JobStatus, State
-from jobledger.middleware import Around, Which
-from jobledger.names import Names, check_utf8
-from jobledger.orders import Kind, Orders
-from jobledger.policy import KEY_HOLD_MAX_S, LEASE_S, Adaptive, Breaker, Limits
-from jobledger.queues import DEFAULT_PARTITIONS, DEFAULT_QUEUE, Queue, check_shares
-from jobledger.resources import Resource, ResourceDecorator
-from jobledger.retry import Retry, check_delay
+from jobledger.kafka.topic_names import Names, check_utf8
+from jobledger.process import forks
 from jobledger.schemas.events import Position
-from jobledger.task import AsyncTask, JobRequest, PlainTask, Task
-from jobledger.task_registry import Registry
-from jobledger.waiting import warn_on_loop
 
 if TYPE_CHECKING:
     import datetime as dt
 
     from sqlalchemy import Table
 
-    from jobledger.lifecycle import LifecycleStream
+    from jobledger.client.lifecycle import LifecycleStream
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -577,7 +577,7 @@ class App:
                 for record in stream:
                     bill(record.event.job_id, record.event.fact.duration_us)
         """
-        from jobledger.lifecycle import LifecycleStream
+        from jobledger.client.lifecycle import LifecycleStream
 
         return LifecycleStream(
             self.settings, self.names, list(self.lanes), group, facts=facts, start=start, timeout=timeout
@@ -591,7 +591,9 @@ class App:
         if self._reader is None:
             with self._lock("opening the status table"):
                 if self._reader is None:
-                    from jobledger.streams.store import open_reader  # a service that only submits needs no database
+                    from jobledger.streams.status.store import (
+                        open_reader,  # a service that only submits needs no database
+                    )
 
                     url = self.settings.resolve_status_url(self.names.namespace)
                     self._reader = open_reader(url, self.names.namespace)

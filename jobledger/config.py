@@ -15,11 +15,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from urllib.parse import urlsplit
 
-import platformdirs
-
 from jobledger import addresses
 from jobledger.errors import BrokerUnavailable, ConfigError
-from jobledger.extras import installed
+from jobledger.kafka.embedded.defaults import default_home
+from jobledger.process.extras import installed
 
 PREFIX = "JOBLEDGER_"
 KAFKA_PREFIX = "JOBLEDGER_KAFKA__"
@@ -238,12 +237,6 @@ class Settings:
         }
         conf["bootstrap.servers"] = self.resolve_bootstrap()
         return conf
-
-
-def default_home() -> Path:
-    """``JOBLEDGER_HOME``, else the platform's user data folder."""
-    configured = os.environ.get(PREFIX + "HOME")
-    return Path(configured).expanduser() if configured else Path(platformdirs.user_data_dir("jobledger"))
 
 
 def _check_protocol(kafka: Mapping[str, str]) -> None:

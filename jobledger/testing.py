@@ -9,10 +9,10 @@ from typing import Any
 
 import uuid_utils
 
-from jobledger.context import JobContext, entered
+from jobledger.definitions.context import JobContext, entered
+from jobledger.definitions.task import Task, check_job_id, check_tags
 from jobledger.errors import ConfigError
 from jobledger.schemas.events import JobProgressed
-from jobledger.task import Task, check_job_id, check_tags
 
 __all__ = ["TestedJob", "job_context"]
 

@@ -3,7 +3,7 @@ with functions of its own; framing, types and schema lookup are Jobledger's.
 
 Without a registry the framing is Avro single-object encoding: ``C3 01``, the CRC-64-AVRO fingerprint of the writer's
 schema in little endian, the datum (Avro specification, "Single-object encoding"). `encode` writes this form. With a
-Schema Registry the senders replace its head with the Confluent frame (`jobledger.wire`). Readers always accept both.
+Schema Registry the senders replace its head with the Confluent frame (`jobledger.log.framing`). Readers always accept both.
 
 Events are read with the writer's schema. Fields that this version does not know are dropped, fields that the writer did
 not know get their defaults, and a fact that this version does not know raises `UnknownFact` with its name.
@@ -24,8 +24,8 @@ from fastavro import schemaless_reader as _read
 from fastavro import schemaless_writer as _write
 
 from jobledger.errors import NotAnEvent, RegistryNeeded, SchemaError, UnknownFact, UnknownSchema
+from jobledger.schemas import confluent_frame
 from jobledger.schemas import events as ev
-from jobledger.schemas import frame
 
 MAGIC = b"\xc3\x01"
 _HEAD = 10  # magic and fingerprint
@@ -341,14 +341,17 @@ class Decoder:
 
         Makes no lookup, so that `glance` and the code that uses it can handle both framings.
         """
-        return _PREFIX + value[frame.HEAD :] if value[: frame.HEAD] in self._own_heads else None
+        return _PREFIX + value[confluent_frame.HEAD :] if value[: confluent_frame.HEAD] in self._own_heads else None
 
     def asks(self, value: bytes | None) -> bool:
         """Return whether `decode` must look up this value's schema, and may have to wait for that."""
         if value is None or value[:_HEAD] == _PREFIX:
             return False
-        if self._by_id is not None and frame.is_framed(value):
-            return value[: frame.HEAD] not in self._own_heads and value[: frame.HEAD] not in self._foreign
+        if self._by_id is not None and confluent_frame.is_framed(value):
+            return (
+                value[: confluent_frame.HEAD] not in self._own_heads
+                and value[: confluent_frame.HEAD] not in self._foreign
+            )
         return value[:2] == MAGIC and len(value) >= _HEAD and value[2:_HEAD] not in self._foreign
 
     def decode(self, value: bytes | None) -> ev.JobEvent:
@@ -358,7 +361,7 @@ class Decoder:
             raise NotAnEvent("the record has no value")
         if value[:_HEAD] == _PREFIX:
             return build(_datum(value, _HEAD, _SCHEMA))
-        if self._by_id is not None and frame.is_framed(value):
+        if self._by_id is not None and confluent_frame.is_framed(value):
             return self._decode_framed(value)
         return self._decode_foreign(value)
 
@@ -375,17 +378,17 @@ class Decoder:
         return _build_foreign(_datum(value, _HEAD, schema), schema)
 
     def _decode_framed(self, value: bytes) -> ev.JobEvent:
-        head = value[: frame.HEAD]
+        head = value[: confluent_frame.HEAD]
         if head not in self._own_heads and head not in self._foreign:
             self._learn(head, value)
         if head in self._own_heads:
-            return build(_datum(value, frame.HEAD, _SCHEMA))
+            return build(_datum(value, confluent_frame.HEAD, _SCHEMA))
         schema = self._foreign[head]
-        return _build_foreign(_datum(value, frame.HEAD, schema), schema)
+        return _build_foreign(_datum(value, confluent_frame.HEAD, schema), schema)
 
     def _learn(self, head: bytes, value: bytes) -> None:
         assert self._by_id is not None
-        number, likely = frame.id_of(value), frame.looks_like_an_event(value)
+        number, likely = confluent_frame.id_of(value), confluent_frame.looks_like_an_event(value)
         try:
             text = self._by_id(number, likely)
         except RegistryNeeded:

@@ -21,7 +21,7 @@ import msgspec
 from msgspec import inspect as kinds
 
 from jobledger.errors import ConfigError, IncompatibleEvent
-from jobledger.schemas import defaults
+from jobledger.schemas import avro_defaults
 from jobledger.schemas.exact import plain_json
 
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
@@ -122,7 +122,7 @@ class _Deriver:
             return field
         try:
             plain = msgspec.to_builtins(default, builtin_types=_KEPT, enc_hook=_nested, order="deterministic")
-            field["type"], field["default"] = defaults.told(schema, plain, self._records)
+            field["type"], field["default"] = avro_defaults.told(schema, plain, self._records)
         except (TypeError, ValueError) as exc:
             raise ConfigError(
                 f"{where}: its default {default!r} cannot be written in the event's schema: {exc}. Give another default, or a "

@@ -15,11 +15,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from jobledger.config import default_home
-from jobledger.kafka import broker
-from jobledger.kafka.defaults import HOST, KAFKA_VERSION, STOP_TIMEOUT_S
-from jobledger.kafka.jars import classpath
-from jobledger.kafka.ports import free_port
+from jobledger.kafka.embedded import broker_process
+from jobledger.kafka.embedded.defaults import HOST, KAFKA_VERSION, STOP_TIMEOUT_S, default_home
+from jobledger.kafka.embedded.jars import classpath
+from jobledger.kafka.embedded.ports import free_port
 from tests.patience import PATIENCE
 
 START_TIMEOUT_S = 60 * PATIENCE
@@ -40,7 +39,7 @@ REPLICATED: Mapping[str, str] = {
 class Brokers:
     """``size`` brokers, numbered from 1. For `with`.
 
-    ``config`` goes above `jobledger.kafka.broker.BROKER_CONFIG` (with more than one broker, above `REPLICATED`, too).
+    ``config`` goes above `jobledger.kafka.embedded.broker_process.BROKER_CONFIG` (with more than one broker, above `REPLICATED`, too).
     ``listeners`` names protocols (``SSL``, ``SASL_SSL``) that every broker speaks beside plain text; their ports are in
     `listener`. Files that ``config`` names must be there before the start.
     """
@@ -55,11 +54,11 @@ class Brokers:
     ) -> None:
         self.folder = Path(tempfile.mkdtemp(prefix="jobledger-kafka-"))
         taken: set[int] = set()
-        id_ = broker.cluster_id()
+        id_ = broker_process.cluster_id()
         controllers = {node: _port(taken) for node in range(1, size + 1)}
         path = classpath(default_home() / "jars")
         self._launches = {
-            node: broker.Launch(
+            node: broker_process.Launch(
                 path,
                 _port(taken),
                 self.folder / str(node) / "data",
@@ -67,7 +66,7 @@ class Brokers:
                 KAFKA_VERSION,
                 {**(REPLICATED if size > 1 else {}), **(config or {})},
                 {protocol: _port(taken) for protocol in listeners},
-                broker.Cluster(id_, node, controllers),
+                broker_process.Cluster(id_, node, controllers),
             )
             for node in controllers
         }
@@ -88,7 +87,7 @@ class Brokers:
 
     def runs(self, node: int) -> bool:
         """Whether this broker's process is there."""
-        return broker.running(self._files(node)) is not None
+        return broker_process.running(self._files(node)) is not None
 
     def log(self, node: int) -> str:
         """What this broker has logged since its last start."""
@@ -119,7 +118,7 @@ class Brokers:
     def close(self) -> None:
         """End all of them, and remove their data."""
         for node in self.nodes:
-            if broker.running(self._files(node)) is not None:
+            if broker_process.running(self._files(node)) is not None:
                 self.kill(node)
         shutil.rmtree(self.folder, ignore_errors=True)
 
@@ -139,20 +138,20 @@ class Brokers:
     def _start(self, node: int) -> None:
         files = self._files(node)
         files.root.mkdir(parents=True, exist_ok=True)
-        broker.launch(
+        broker_process.launch(
             files, self._launches[node], detach=False, timeout=START_TIMEOUT_S, report=lambda step, done, total: None
         )
 
-    def _files(self, node: int) -> broker.Files:
-        return broker.Files.of(self.folder / str(node))
+    def _files(self, node: int) -> broker_process.Files:
+        return broker_process.Files.of(self.folder / str(node))
 
-    def _running(self, node: int) -> broker.Running:
-        found = broker.running(self._files(node))
+    def _running(self, node: int) -> broker_process.Running:
+        found = broker_process.running(self._files(node))
         assert found is not None, f"broker {node} does not run"
         return found
 
     def _end(self, node: int, timeout: float) -> None:
-        broker.end(self._running(node).process.pid, timeout)
+        broker_process.end(self._running(node).process.pid, timeout)
 
 
 def _port(taken: set[int]) -> int:

@@ -28,12 +28,12 @@ from confluent_kafka import KafkaException
 from confluent_kafka.admin import AdminClient
 from hypothesis import HealthCheck, settings
 
-from jobledger import forks
-from jobledger.kafka.broker import BROKER_CONFIG
-from jobledger.kafka.defaults import KAFKA_VERSION, START_TIMEOUT_S
 from jobledger.kafka.embedded import EmbeddedKafka
-from jobledger.kafka.ports import free_port
-from jobledger.logger import write_errors_to
+from jobledger.kafka.embedded.broker_process import BROKER_CONFIG
+from jobledger.kafka.embedded.defaults import KAFKA_VERSION, START_TIMEOUT_S
+from jobledger.kafka.embedded.ports import free_port
+from jobledger.process import forks
+from jobledger.process.logger import write_errors_to
 from tests.patience import PATIENCE
 from tests.postgres import Databases, NoPostgres, Server, databases
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from jobledger import log
+from jobledger.log import reading
 
 #: Deadlines are written for a machine that has nothing else to do, with some slack; tests wait so many times as long, because
 #: the machine may be slow or busy. A wait that ends well ends as soon as the fact is there.
@@ -13,4 +13,4 @@ PATIENCE = 4.0
 
 def wait_until(check: Callable[[], bool], timeout: float, what: str) -> None:
     """Poll ``check`` until it is true; `StatusTimeout` naming ``what`` after ``timeout`` seconds, times `PATIENCE`."""
-    log.wait_until(check, PATIENCE * timeout, what)
+    reading.wait_until(check, PATIENCE * timeout, what)

@@ -16,7 +16,7 @@ import psycopg
 import pytest
 import sqlalchemy
 
-from jobledger.kafka.ports import free_port
+from jobledger.kafka.embedded.ports import free_port
 from tests.patience import PATIENCE
 from tests.postgres import CONNECT_TIMEOUT_S, unprivileged
 

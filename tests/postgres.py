@@ -27,7 +27,7 @@ import psycopg
 import sqlalchemy
 from psycopg import sql
 
-from jobledger.kafka.ports import free_port
+from jobledger.kafka.embedded.ports import free_port
 from tests.patience import PATIENCE
 
 START_TIMEOUT_S, STOP_TIMEOUT_S = 60 * PATIENCE, 30 * PATIENCE

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from jobledger.context import JobContext
+from jobledger.definitions.context import JobContext
 from jobledger.schemas.events import JobProgressed
 
 

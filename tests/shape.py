@@ -23,8 +23,8 @@ from pathlib import Path
 from types import FrameType
 
 from jobledger import App, Settings
-from jobledger.consumers.running import run_tuned
-from jobledger.consumers.worker import Worker, WorkerOptions
+from jobledger.consumers.worker.main import run_tuned
+from jobledger.consumers.worker.worker import Worker, WorkerOptions
 from jobledger.kafka.embedded import EmbeddedKafka
 from jobledger.kafka.topics import ensure
 
@@ -157,11 +157,16 @@ def cycles(graph: dict[str, set[str]]) -> list[list[str]]:
 
 
 def packages(found: list[Module], graph: dict[str, set[str]]) -> dict[str, set[str]]:
-    """Return the imports between packages."""
-    package = {m.name: m.name if m.path.name == "__init__.py" else m.name.rpartition(".")[0] for m in found}
+    """Return the imports between packages. A module that stands directly in `jobledger` counts as a package: the package
+    `jobledger` itself only collects names for users."""
+    package = {m.name: m.name for m in found}
+    for module in found:
+        above = module.name.rpartition(".")[0]
+        if module.path.name != "__init__.py" and above != "jobledger":
+            package[module.name] = above
     between: dict[str, set[str]] = {name: set() for name in package.values()}
-    for module, uses in graph.items():
-        between[package[module]].update(package[each] for each in uses if package[each] != package[module])
+    for name, uses in graph.items():
+        between[package[name]].update(package[each] for each in uses if package[each] != package[name])
     return between
 
 

@@ -24,10 +24,10 @@ from jobledger import App
 from jobledger.config import Settings
 from jobledger.job import State
 from jobledger.kafka import topics, topology
-from jobledger.kafka.defaults import KAFKA_VERSION
+from jobledger.kafka.clients import admin
 from jobledger.kafka.embedded import EmbeddedKafka
-from jobledger.log import admin
-from jobledger.names import Names
+from jobledger.kafka.embedded.defaults import KAFKA_VERSION
+from jobledger.kafka.topic_names import Names
 
 PARTITIONS, QUEUE = 4, "default"
 APP = "bench.peers.ours_app"

@@ -16,7 +16,7 @@ from typing import Any
 from bench.peers import tools
 from bench.peers.port import Command, NotRun, Session, Setting
 from bench.peers.processes import Family, running
-from jobledger.kafka.ports import free_port
+from jobledger.kafka.embedded.ports import free_port
 
 HOST = "127.0.0.1"
 START_S = 20.0

@@ -38,9 +38,10 @@ from examples.airports.screen import Progress, Screen
 from examples.airports.thirdparty import BUSY_SHARE, HANG_SHARE
 from jobledger import JobledgerError
 from jobledger.errors import StoreNotFound
+from jobledger.kafka.clients import admin
 from jobledger.kafka.embedded import EmbeddedKafka
 from jobledger.kafka.topics import ensure
-from jobledger.log import LogReader, admin, ends
+from jobledger.log.reading import LogReader, ends
 
 if TYPE_CHECKING:
     from jobledger import App

@@ -9,7 +9,9 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from jobledger.log import LogReader, decoder, partitions_of, recorded
+from jobledger.kafka.clients import partitions_of
+from jobledger.log.reading import LogReader, recorded
+from jobledger.log.schema_lookup import decoder
 from jobledger.schemas.events import (
     CLOSING,
     TERMINAL,

@@ -9,8 +9,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from jobledger.config import default_home
 from jobledger.kafka import embedded
+from jobledger.kafka.embedded.defaults import default_home
 
 #: Lies in a folder that is the demo's, and is locked while a run uses it.
 MARK = ".jobledger-demo"

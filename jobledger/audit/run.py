@@ -18,7 +18,7 @@ from jobledger.audit.source import Source
 from jobledger.audit.spill import PLACE, Spill
 from jobledger.audit.table import Row, StatusFile, differences, feeds, final
 from jobledger.config import Settings
-from jobledger.names import Names
+from jobledger.kafka.topic_names import Names
 
 Tell = Callable[[int, int], None]
 #: Groups between two updates of the progress bar.

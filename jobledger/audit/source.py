@@ -19,15 +19,16 @@ from typing import Self
 
 from confluent_kafka import Consumer, KafkaError, KafkaException, Message, TopicPartition
 
-from jobledger.access import read as may_read
 from jobledger.audit.records import Record, Schemas
-from jobledger.commits import group_offsets
 from jobledger.config import Settings
 from jobledger.errors import AccessDenied, BrokerUnavailable, JobledgerError, RegistryNeeded
 from jobledger.kafka import acls
-from jobledger.log import PASSING, LogReader, consumer, consumer_config, partitions_of, translate
-from jobledger.lookup import SchemaLookup
-from jobledger.names import Names
+from jobledger.kafka.auth import read as may_read
+from jobledger.kafka.clients import PASSING, consumer, consumer_config, partitions_of, translate
+from jobledger.kafka.topic_names import Names
+from jobledger.log.group_offsets import group_offsets
+from jobledger.log.reading import LogReader
+from jobledger.log.schema_lookup import SchemaLookup
 
 Partition = tuple[str, int]
 #: Progress callback: (records read, records in total).

@@ -86,7 +86,7 @@ def audit(
 def _scratch(url: str) -> Iterator[Path]:
     """A folder next to the status table, where there is enough space; for a table in PostgreSQL the system's temporary
     folder."""
-    from jobledger.streams.store import scratch
+    from jobledger.streams.status.store import scratch
 
     parent = scratch(url)
     if parent is not None:
@@ -97,7 +97,7 @@ def _scratch(url: str) -> Iterator[Path]:
 
 def _copy(url: str, namespace: str, folder: Path) -> Path:
     """A copy of the status table, made before the log is read. Raises `StoreNotFound`."""
-    from jobledger.streams.store import copy
+    from jobledger.streams.status.store import copy
 
     path = folder / "table.db"
     copy(url, namespace, path)

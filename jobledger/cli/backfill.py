@@ -17,7 +17,7 @@ from jobledger.cli.options import TIMES, Bootstrap, Json, StatusUrl, Target
 from jobledger.cli.output import Cell, Exit
 
 if TYPE_CHECKING:
-    from jobledger.consumers.backfill import Progress
+    from jobledger.consumers.router.backfill import Progress
 
 
 #: Seconds between two progress lines, if standard error is not a terminal.
@@ -60,7 +60,7 @@ def backfill(
     2026-01-01 --rate 50/s --dry-run
     """
     from jobledger.cli.running import stopping
-    from jobledger.consumers.backfill import Backfill, Plan, events_per_second, known_to
+    from jobledger.consumers.router.backfill import Backfill, Plan, events_per_second, known_to
     from jobledger.errors import JobNotFound
 
     begin = None if since is None else moment_ms(since, "--from")

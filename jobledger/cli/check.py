@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from confluent_kafka import Message
 
     from jobledger.app import App
-    from jobledger.log import LogReader
+    from jobledger.log.reading import LogReader
 
 #: Messages between two updates of the progress bar.
 TELL_EVERY = 2_000
@@ -64,10 +64,12 @@ class Check:
 
     def run(self, tell: Callable[[int, int], None] | None) -> Checked:
         """Read the log once. Raises `BrokerUnavailable` or `TopicMissing`."""
-        from jobledger.consumers.offsets import Restored, decode
+        from jobledger.consumers.state.offset_tracker import Restored, decode
+        from jobledger.kafka.clients import partitions_of
         from jobledger.kafka.topology import changelog
-        from jobledger.log import LogReader, decoder, partitions_of
-        from jobledger.streams.faust_app import work_topics
+        from jobledger.log.reading import LogReader
+        from jobledger.log.schema_lookup import decoder
+        from jobledger.streams.coordinator.faust.faust_app import work_topics
 
         app, began = self.app, time.monotonic()
         names, settings = app.names, app.settings
@@ -97,7 +99,7 @@ class Check:
         return self.found
 
     def _commits(self, topic: str) -> dict[int, tuple[int, str | None]]:
-        from jobledger.commits import group_offsets
+        from jobledger.log.group_offsets import group_offsets
 
         names = self.app.names
         lane = names.queue_of(topic)
@@ -148,7 +150,7 @@ class Check:
 
     def _waiting(self, messages: Iterator[Message]) -> None:
         """Check the rows of one partition: a job's last record is its current row."""
-        from jobledger.streams.schedules import Kept, decode_row
+        from jobledger.streams.coordinator.rules.schedule_rows import Kept, decode_row
 
         wrong: dict[bytes, tuple[str, str, str, str]] = {}
         there: set[int] = set()  # of keys only their hashes: there may be millions

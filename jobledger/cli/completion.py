@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING
 
 import typer
 
+from jobledger.cli.loading import find_app
+
 if TYPE_CHECKING:
     from jobledger.app import App
 
@@ -53,12 +55,10 @@ def _completer(find: Callable[[typer.Context, str], Iterable[str]]) -> Completer
 
 def _app(ctx: typer.Context) -> App:
     """The app that the earlier words name."""
-    from jobledger.cli.options import place
-
     given = ctx.params
     words = given.get("words") or [None]
     target = given.get("target") or given.get("app") or (words[0] if words[0] and ":" in words[0] else None)
-    return place(target, given.get("namespace"), status_url=given.get("status_url"))
+    return find_app(target, given.get("namespace"), status_url=given.get("status_url"))
 
 
 def _queues(ctx: typer.Context, incomplete: str) -> Iterable[str]:
@@ -84,7 +84,7 @@ def _states(ctx: typer.Context, incomplete: str) -> Iterable[str]:
 
 def _namespaces(ctx: typer.Context, incomplete: str) -> Iterable[str]:
     from jobledger.config import Settings
-    from jobledger.streams.store import namespaces_in
+    from jobledger.streams.status.store import namespaces_in
 
     return namespaces_in(Settings.from_env().home / "status")
 

@@ -19,7 +19,7 @@ import typer
 from jobledger.cli.loading import load_app, module_name
 from jobledger.cli.options import Bootstrap, LogFormat, StatusUrl, Target
 from jobledger.cli.running import Prefixed, command, passed_on, stream_children
-from jobledger.extras import need
+from jobledger.process.extras import need
 
 if TYPE_CHECKING:
     from jobledger.config import Settings
@@ -98,7 +98,8 @@ def _broker(settings: Settings, port: int, say: Say) -> Iterator[str]:
     """The broker's address: the configured broker, a running one, or an embedded one that stops with this command."""
     from jobledger.cli.kafka import in_lines
     from jobledger.errors import BrokerUnavailable
-    from jobledger.kafka import defaults, embedded
+    from jobledger.kafka import embedded
+    from jobledger.kafka.embedded import defaults
 
     try:
         found: str | None = settings.resolve_bootstrap()

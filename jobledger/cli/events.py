@@ -13,7 +13,8 @@ import typer
 
 from jobledger.cli import completion, output
 from jobledger.cli.commands import Commands, moment_ms, words_of
-from jobledger.cli.options import TIMES, AppOption, Bootstrap, Json, Namespace, place
+from jobledger.cli.loading import find_app
+from jobledger.cli.options import TIMES, AppOption, Bootstrap, Json, Namespace
 from jobledger.errors import BrokerUnavailable, RegistryNeeded, SchemaError, TopicMissing
 
 if TYPE_CHECKING:
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from jobledger.config import Settings
-    from jobledger.names import Names
+    from jobledger.kafka.topic_names import Names
     from jobledger.schemas.events import JobEvent, Position, Recorded
 
 app = Commands(name="events", help="Read the log itself.", no_args_is_help=True)
@@ -109,7 +110,7 @@ def tail(
     """
     since = None if begin in (None, "start", "end") else moment_ms(str(begin), "--from", "start", "end")
     named = words_of(words, app is not None or namespace is not None, "argument", 0)
-    asked = place(named.target or app, namespace, bootstrap)
+    asked = find_app(named.target or app, namespace, bootstrap)
     if begin is None and last is None:
         last = DEFAULT_LAST
     at_end = begin == "end"
@@ -153,13 +154,14 @@ class _Tail:
     """Reads all partitions of a namespace's topics at once: first up to now, then new records."""
 
     def __init__(self, settings: Settings, names: Names, topics: Sequence[Topics], queues: Sequence[str]) -> None:
-        from jobledger import log
+        from jobledger.kafka import clients
+        from jobledger.log.schema_lookup import decoder
 
         settings = settings.acting_as("web")
         self._settings, self._names, self._topics = settings, names, topics
         self._queues = queues
-        self._decode: Callable[[bytes | None], JobEvent] = log.decoder(settings, names).decode
-        self._consumer = log.consumer(log.consumer_config(settings))
+        self._decode: Callable[[bytes | None], JobEvent] = decoder(settings, names).decode
+        self._consumer = clients.consumer(clients.consumer_config(settings))
         self._next: dict[Partition, int] = {}
         self._end: dict[Partition, int] = {}
 
@@ -171,9 +173,9 @@ class _Tail:
 
     def begin(self, *, since: int | None, at_end: bool, last: int | None) -> None:
         """Choose where each partition begins: an append time, the end, ``last`` records before it, or the start."""
-        from jobledger import log
-        from jobledger.access import knock
         from jobledger.kafka import acls
+        from jobledger.kafka.auth import knock
+        from jobledger.log import reading
 
         knock(self._settings)
         names = self._names
@@ -186,7 +188,7 @@ class _Tail:
                 f"namespace {self._names.namespace!r} does not have these topics at {self._settings.resolve_bootstrap()}; "
                 "create them with `jobledger topics apply MODULE:APP`, or check the name and JOBLEDGER_BOOTSTRAP"
             )
-        with log.LogReader(self._settings) as reader:
+        with reading.LogReader(self._settings) as reader:
             for topic, partition in found:
                 low, high = reader.watermarks(topic, partition)
                 start = low
@@ -241,12 +243,12 @@ class _Tail:
     def _partitions(self) -> list[Partition]:
         from confluent_kafka import KafkaException
 
-        from jobledger import log
+        from jobledger.kafka import clients
 
         try:
             topics = self._consumer.list_topics(timeout=10.0).topics
         except KafkaException as exc:
-            raise log.translate(exc.args[0], self._settings, "asking for topics") from exc
+            raise clients.translate(exc.args[0], self._settings, "asking for topics") from exc
         names = [name for name in topics if self._belongs(name)]
         return sorted((name, partition) for name in names for partition in topics[name].partitions)
 
@@ -272,24 +274,25 @@ class _Tail:
         return int(offset) if offset >= 0 else -1
 
     def _poll(self, timeout: float) -> list[Line]:
-        from jobledger import access, log
+        from jobledger.kafka import auth, clients
 
         lines: list[Line] = []
         for message in self._consumer.consume(1000, timeout):
             error = message.error()
             if error is None:
                 lines.append(self._line(message))
-            elif not (error.retriable() or error.code() in log.PASSING):
+            elif not (error.retriable() or error.code() in clients.PASSING):
                 topic = message.topic() or "?"
-                raise log.translate(error, self._settings, f"reading {topic}", access.read(topic))
+                raise clients.translate(error, self._settings, f"reading {topic}", auth.read(topic))
         return lines
 
     def _line(self, message: Message) -> Line:
-        from jobledger import log
+        from jobledger.kafka import clients
+        from jobledger.log import reading
 
-        position, appended = log.position_of(message), message.timestamp()[1]
+        position, appended = clients.position_of(message), message.timestamp()[1]
         try:
-            return Line(position, appended, log.recorded(message, self._decode))
+            return Line(position, appended, reading.recorded(message, self._decode))
         except (SchemaError, RegistryNeeded) as exc:
             return Line(position, appended, None, str(exc))
 

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from jobledger.app import App
     from jobledger.job import JobStatus
-    from jobledger.log import LogReader
+    from jobledger.log.reading import LogReader
     from jobledger.schemas.events import JobEvent
 
 #: Seconds that the broker has to answer if a job can also be shown without the broker's data.
@@ -151,9 +151,10 @@ _LOOKS = 2
 def submissions(asked: App, found: Iterable[JobStatus]) -> dict[str, bytes | str]:
     """The jobs' arguments, read from the log at the positions of their submissions, as the status table does not have
     them; or the reason why they are not known."""
-    from jobledger.access import knock
     from jobledger.errors import JobledgerError
-    from jobledger.log import LogReader, decoder
+    from jobledger.kafka.auth import knock
+    from jobledger.log.reading import LogReader
+    from jobledger.log.schema_lookup import decoder
 
     args: dict[str, bytes | str] = {}
     jobs = list(found)
@@ -174,8 +175,8 @@ def submissions(asked: App, found: Iterable[JobStatus]) -> dict[str, bytes | str
 def _submitted(
     asked: App, job: JobStatus, reader: LogReader, decode: Callable[[bytes | None], JobEvent]
 ) -> bytes | str:
-    from jobledger import log
     from jobledger.errors import RegistryNeeded, SchemaError
+    from jobledger.log import reading
 
     names = asked.names
     # Only submissions and releases carry the job, and they stand on these topics.
@@ -187,7 +188,7 @@ def _submitted(
             why = f"not known: {position} was trimmed from the log"
             continue
         try:
-            event = log.recorded(message, decode).event
+            event = reading.recorded(message, decode).event
         except (SchemaError, RegistryNeeded) as exc:
             why = f"not known: {position}: {text_of(exc)}"
             continue
@@ -200,22 +201,23 @@ def _submitted(
 
 def timeline(asked: App, job: JobStatus) -> list[tuple[dict[str, Any], list[Cell]]]:
     """A job's events, read from the log at the positions in its status, in order of their append times."""
-    from jobledger import log
     from jobledger.cli import facts
     from jobledger.errors import RegistryNeeded, SchemaError
+    from jobledger.log import reading
+    from jobledger.log.schema_lookup import decoder
     from jobledger.schemas.events import Recorded
-    from jobledger.streams.store.rows import key_text
+    from jobledger.streams.status.store.rows import key_text
 
-    decode = log.decoder(asked.settings, asked.names).decode
+    decode = decoder(asked.settings, asked.names).decode
     found: list[Recorded] = []
     lost: list[tuple[dict[str, Any], list[Cell]]] = []
-    with log.LogReader(asked.settings) as reader:
+    with reading.LogReader(asked.settings) as reader:
         for position in job.positions:
             message = reader.at(position)
             try:
                 if message is None:
                     raise SchemaError("no longer in the log")
-                recorded = log.recorded(message, decode)
+                recorded = reading.recorded(message, decode)
                 if key_text(recorded.event.job_id) != key_text(job.job_id):
                     raise SchemaError("another job's record, so the topic was recreated")
                 found.append(recorded)

@@ -11,13 +11,14 @@ import typer
 from jobledger.cli import completion, output
 from jobledger.cli.commands import Commands, Words, Wrong, moment_ms, pair_of, pairs_of, seconds, states_of, words_of
 from jobledger.cli.job_views import COLUMNS, args_json, fields, finish, row, status_json, submissions, timeline
-from jobledger.cli.options import TIMES, AppOption, Bootstrap, Json, Namespace, Queues, StatusUrl, place
+from jobledger.cli.loading import find_app
+from jobledger.cli.options import TIMES, AppOption, Bootstrap, Json, Namespace, Queues, StatusUrl
 from jobledger.cli.waiting import showing_progress
 
 if TYPE_CHECKING:
     from jobledger.app import App
+    from jobledger.client.commands import Job
     from jobledger.job import JobStatus
-    from jobledger.orders import Job
 
 app = Commands(name="jobs", help="Ask the status table about jobs.", no_args_is_help=True)
 
@@ -237,7 +238,7 @@ def cancel(
 
     Example: jobledger jobs cancel shop:app --where task=send_mail --where tag.tenant=acme --reason "wrong list"
     """
-    from jobledger.orders import Job
+    from jobledger.client.commands import Job
 
     named = words_of(words, _named(app, namespace), "ID", None)
     if not named.others and not where:
@@ -279,7 +280,7 @@ def _named(app: str | None, namespace: str | None) -> bool:
 
 
 def _asked(named: Words, app: str | None, namespace: str | None, bootstrap: str | None, status_url: str | None) -> App:
-    return place(named.target or app, namespace, bootstrap, status_url)
+    return find_app(named.target or app, namespace, bootstrap, status_url)
 
 
 def _columns(texts: Sequence[str] | None) -> list[str]:
@@ -320,8 +321,8 @@ def _by_id(asked: App, job_ids: Sequence[str]) -> tuple[list[Job], list[str]]:
 
     Raises `Wrong` for a text that is not a job's id, before anything is cancelled.
     """
+    from jobledger.client.commands import Job
     from jobledger.errors import JobNotFound, StoreError
-    from jobledger.orders import Job
 
     found: dict[str, Job] = {}
     notes: list[str] = []

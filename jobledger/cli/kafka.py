@@ -17,11 +17,11 @@ import typer
 from jobledger.cli.commands import Commands, seconds
 from jobledger.cli.options import Json
 from jobledger.cli.output import Exit, console, duration, print_fields, print_json
-from jobledger.kafka import defaults
+from jobledger.kafka.embedded import defaults
 
 if TYPE_CHECKING:
     from jobledger.kafka.embedded import KafkaStatus
-    from jobledger.kafka.jars import Progress as Report
+    from jobledger.kafka.embedded.jars import Progress as Report
 
 STOPPED = 143  # how a JVM ends after SIGTERM, e.g. from `jobledger kafka stop` elsewhere
 

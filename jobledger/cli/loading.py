@@ -16,8 +16,9 @@ from types import ModuleType
 from typing import TYPE_CHECKING
 
 from jobledger import errors
+from jobledger.cli.commands import Wrong, judged
+from jobledger.definitions.origins import short
 from jobledger.errors import ConfigError, text_of
-from jobledger.origins import short
 
 if TYPE_CHECKING:
     from jobledger.app import App
@@ -128,3 +129,29 @@ def _attribute(module: ModuleType, name: str, attribute: str) -> App:
         raise ConfigError(f"{name}:{attribute} is a {type(found).__name__}, not a jobledger.App; {has}")
     app: App = found
     return app
+
+
+def find_app(
+    target: str | None, namespace: str | None, bootstrap: str | None = None, status_url: str | None = None
+) -> App:
+    """The app to query: loaded from ``MODULE:APP`` or ``--app``, an empty app for ``--namespace``, or the namespace of
+    the only status table on this machine. Raises `Wrong` if both options are given, or if no app is found."""
+    from jobledger.app import App
+    from jobledger.config import Settings
+    from jobledger.kafka.topic_names import check_name
+    from jobledger.streams.status.store import namespaces_in
+
+    if target is not None and namespace is not None:
+        raise Wrong(f"both {target} and --namespace {namespace} are given: give only one of them")
+    if target is not None:
+        return load_app(target, bootstrap=bootstrap, status_url=status_url)
+    settings = Settings.from_env().with_bootstrap(bootstrap).with_status_url(status_url)
+    if namespace is None:
+        here = namespaces_in(settings.home / "status") if settings.status_url is None else []
+        if len(here) != 1:
+            known = f" (on this machine: {', '.join(here)})" if here else ""
+            raise Wrong(f"which app? Give MODULE:APP, --app MODULE:APP or --namespace NAME{known}")
+        namespace = here[0]
+    with judged("--namespace"):
+        check_name("namespace", namespace)
+    return App(namespace, settings=settings)

@@ -10,10 +10,10 @@ import os
 import sys
 from typing import Any
 
+from jobledger.definitions.log_context import FIELDS, JobFilter, add_job
 from jobledger.errors import ConfigError
-from jobledger.extras import missing
-from jobledger.logger import write_errors_to
-from jobledger.logs import FIELDS, JobFilter, add_job
+from jobledger.process.extras import missing
+from jobledger.process.logger import write_errors_to
 
 _COLOURS = {logging.WARNING: "33", logging.ERROR: "31", logging.CRITICAL: "1;31", logging.DEBUG: "2"}
 _FORMATS = ("text", "json")

@@ -35,7 +35,7 @@ from jobledger.cli.kafka import app as kafka_app
 from jobledger.cli.output import MEANINGS, Exit, exit_code, print_error
 from jobledger.cli.topics import app as topics_app
 from jobledger.errors import JobledgerError, text_of
-from jobledger.process_exit import bound_exit
+from jobledger.process.process_exit import bound_exit
 
 _EPILOG = "**Exit codes**\n\n" + "\n".join(f"- **{int(code)}** {meaning}" for code, meaning in MEANINGS.items())
 

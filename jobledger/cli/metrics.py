@@ -12,8 +12,8 @@ from typing import Any
 
 from jobledger.cli.options import Listen
 from jobledger.errors import PortTaken
-from jobledger.extras import missing
-from jobledger.logger import get_logger
+from jobledger.process.extras import missing
+from jobledger.process.logger import get_logger
 
 try:
     from prometheus_client import REGISTRY, start_http_server

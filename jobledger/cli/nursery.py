@@ -1,5 +1,5 @@
 """The program ``python -m jobledger.cli.nursery``: started by a worker, never by people. See
-`jobledger.consumers.nursery`.
+`jobledger.consumers.isolation.fork_server`.
 
 Arguments: the app, and the number of the control socket's descriptor. Standard input, up to its end: JSON with
 ``bootstrap``, ``status_url`` and ``path``, the worker's ``sys.path``.
@@ -16,7 +16,7 @@ import sys
 from jobledger.cli import logs
 from jobledger.cli.loading import load_app
 from jobledger.errors import JobledgerError
-from jobledger.process_exit import bound_exit
+from jobledger.process.process_exit import bound_exit
 
 
 def main(target: str, descriptor: str) -> None:
@@ -25,9 +25,9 @@ def main(target: str, descriptor: str) -> None:
     with open(os.devnull, "rb") as nothing:
         os.dup2(nothing.fileno(), 0)  # jobs that read their standard input find its end
     sys.path[:] = [*told["path"], *(entry for entry in sys.path if entry not in told["path"])]
-    from jobledger.consumers import nursery
+    from jobledger.consumers.isolation import fork_server
 
-    nursery.IMPORTING = True
+    fork_server.IMPORTING = True
     try:
         app = load_app(target, bootstrap=told["bootstrap"], status_url=told["status_url"])
     except JobledgerError as exc:  # the worker passes it on
@@ -35,7 +35,7 @@ def main(target: str, descriptor: str) -> None:
     logs.set_up()
     # A worker that is gone needs no children.
     with contextlib.suppress(BrokenPipeError, ConnectionResetError):
-        nursery.Nursery(app.registry, socket.socket(fileno=int(descriptor))).serve()
+        fork_server.Nursery(app.registry, socket.socket(fileno=int(descriptor))).serve()
 
 
 if __name__ == "__main__":

@@ -1,17 +1,13 @@
-"""Options that several commands share, with one text each; and how the namespace is found."""
+"""Options that several commands share, with one text each."""
 
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING, Annotated, NamedTuple
+from typing import Annotated, NamedTuple
 
 import typer
 
 from jobledger.cli import completion
-from jobledger.cli.commands import Wrong, judged
-
-if TYPE_CHECKING:
-    from jobledger.app import App
 
 Target = Annotated[
     str, typer.Argument(metavar="MODULE:APP", help="The app, e.g. shop.jobs:app or path/to/file.py:app.")
@@ -114,30 +110,3 @@ LogFormat = Annotated[
         show_default="text",
     ),
 ]
-
-
-def place(
-    target: str | None, namespace: str | None, bootstrap: str | None = None, status_url: str | None = None
-) -> App:
-    """The app to query: loaded from ``MODULE:APP`` or ``--app``, an empty app for ``--namespace``, or the namespace of
-    the only status table on this machine. Raises `Wrong` if both options are given, or if no app is found."""
-    from jobledger.app import App
-    from jobledger.cli.loading import load_app
-    from jobledger.config import Settings
-    from jobledger.names import check_name
-    from jobledger.streams.store import namespaces_in
-
-    if target is not None and namespace is not None:
-        raise Wrong(f"both {target} and --namespace {namespace} are given: give only one of them")
-    if target is not None:
-        return load_app(target, bootstrap=bootstrap, status_url=status_url)
-    settings = Settings.from_env().with_bootstrap(bootstrap).with_status_url(status_url)
-    if namespace is None:
-        here = namespaces_in(settings.home / "status") if settings.status_url is None else []
-        if len(here) != 1:
-            known = f" (on this machine: {', '.join(here)})" if here else ""
-            raise Wrong(f"which app? Give MODULE:APP, --app MODULE:APP or --namespace NAME{known}")
-        namespace = here[0]
-    with judged("--namespace"):
-        check_name("namespace", namespace)
-    return App(namespace, settings=settings)

@@ -10,14 +10,15 @@ import typer
 
 from jobledger.cli import completion, output
 from jobledger.cli.commands import Commands, among, judged, words_of
-from jobledger.cli.options import AppOption, Bootstrap, Json, Namespace, StatusUrl, place
+from jobledger.cli.loading import find_app
+from jobledger.cli.options import AppOption, Bootstrap, Json, Namespace, StatusUrl
 from jobledger.cli.output import Cell
-from jobledger.policy import Limits
-from jobledger.queues import Queue
+from jobledger.definitions.policy import Limits
+from jobledger.definitions.queues import Queue
 
 if TYPE_CHECKING:
     from jobledger.app import App
-    from jobledger.orders import Kind, Standing
+    from jobledger.client.commands import Kind, Standing
 
 AppWord = Annotated[
     list[str] | None,
@@ -138,7 +139,7 @@ def _made(kind: Kind) -> typer.Typer:
         status_url: StatusUrl = None,
         as_json: Json = False,
     ) -> None:
-        from jobledger.queues import check_shares
+        from jobledger.definitions.queues import check_shares
 
         with judged():
             limits = Limits.of(_number(rate), concurrency, kind)
@@ -172,7 +173,7 @@ def _opened(
 ) -> Iterator[Known]:
     """The app, closed after the block, and its queues or tasks; for a namespace without an app, those that broker and
     status table know."""
-    app = place(target, namespace, bootstrap, status_url)
+    app = find_app(target, namespace, bootstrap, status_url)
     try:
         if target is None:
             yield Known(app, kind, _seen(app, kind), {})
@@ -205,15 +206,15 @@ def _seen(app: App, kind: Kind) -> dict[str, Queue]:
     jobs."""
     from confluent_kafka import KafkaException
 
-    from jobledger import log
-    from jobledger.access import knock
     from jobledger.errors import StoreNotFound
+    from jobledger.kafka import clients
+    from jobledger.kafka.auth import knock
 
     knock(app.settings)
     try:
-        topics = log.admin(app.settings).list_topics(timeout=10.0).topics
+        topics = clients.admin(app.settings).list_topics(timeout=10.0).topics
     except KafkaException as exc:
-        raise log.translate(exc.args[0], app.settings, "asking for topics") from exc
+        raise clients.translate(exc.args[0], app.settings, "asking for topics") from exc
     levels: dict[str, list[int]] = {}
     for topic, found in topics.items():
         if (name := app.names.queue_of(topic)) is not None:

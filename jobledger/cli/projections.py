@@ -17,14 +17,14 @@ from jobledger.cli.output import Cell, Exit
 from jobledger.cli.running import stopping
 from jobledger.cli.table import progress_bar
 from jobledger.errors import ConfigError, JobledgerError, text_of, type_of
-from jobledger.extras import need
-from jobledger.logger import get_logger
+from jobledger.process.extras import need
+from jobledger.process.logger import get_logger
 
 if TYPE_CHECKING:
     from jobledger.app import App
-    from jobledger.streams.projections import Checked, Runner
+    from jobledger.streams.projections.runner import Checked, Runner
 
-LOG = get_logger("jobledger.projection")
+LOG = get_logger("jobledger.definitions.projection")
 
 app = Commands(name="projections", help="Your own tables, folded from the log.", no_args_is_help=True)
 
@@ -179,7 +179,7 @@ def _all(loaded: App) -> list[str]:
 
 
 def _runner(loaded: App, name: str) -> Runner:
-    from jobledger.streams.projections import Runner
+    from jobledger.streams.projections.runner import Runner
 
     known = loaded.registry.projections
     found = known[among(name, known, "projection", f"app {loaded.names.namespace!r}")]

@@ -12,22 +12,22 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from jobledger import greenlets
 from jobledger.cli import logs, output
 from jobledger.cli.commands import judged, seconds
 from jobledger.cli.loading import load_app
 from jobledger.cli.options import Bootstrap, Listen, LogFormat, Metrics, StatusUrl, Target
 from jobledger.cli.stdio import OutputLost
 from jobledger.errors import JobledgerError
-from jobledger.extras import need
-from jobledger.logger import get_logger
-from jobledger.process_exit import EXIT_S, HARD_S
-from jobledger.signals import SignalHandlers
+from jobledger.process import greenlets
+from jobledger.process.extras import need
+from jobledger.process.logger import get_logger
+from jobledger.process.process_exit import EXIT_S, HARD_S
+from jobledger.process.signals import SignalHandlers
 
 if TYPE_CHECKING:
     from jobledger.app import App
-    from jobledger.consumers.worker import WorkerOptions
-    from jobledger.streams.status import Materializer
+    from jobledger.consumers.worker.worker import WorkerOptions
+    from jobledger.streams.status.materializer import Materializer
     from jobledger.streams.supervisor import Child
 
 LOG = get_logger("jobledger.cli")
@@ -158,7 +158,7 @@ def worker(
     on consecutive ports.
     """
     need("jobledger worker", "worker")
-    from jobledger.consumers.worker import WorkerOptions
+    from jobledger.consumers.worker.worker import WorkerOptions
 
     names = None if queues is None else [name.strip() for name in queues.split(",") if name.strip()]
     options = WorkerOptions(queues=names, concurrency=concurrency, threads=threads, children=children, grace=grace)
@@ -170,9 +170,9 @@ def worker(
     if processes > 1:
         _worker_processes(target, processes, options, bootstrap, metrics)
     from jobledger.cli.metrics import serving
-    from jobledger.consumers.metrics import WorkerMetrics
-    from jobledger.consumers.running import run_worker
-    from jobledger.consumers.worker import Worker
+    from jobledger.consumers.worker.main import run_worker
+    from jobledger.consumers.worker.metrics import WorkerMetrics
+    from jobledger.consumers.worker.worker import Worker
 
     with ExitStack() as stack:
 
@@ -185,7 +185,7 @@ def worker(
 def _worker_processes(
     target: str, processes: int, options: WorkerOptions, bootstrap: str | None, metrics: Listen | None
 ) -> None:
-    from jobledger.consumers.worker import LEAVING_S
+    from jobledger.consumers.worker.worker import LEAVING_S
     from jobledger.streams.supervisor import Child
 
     words = [target, "--concurrency", str(options.concurrency), "--grace", str(options.grace)]
@@ -211,7 +211,7 @@ def router(target: Target, bootstrap: Bootstrap = None, metrics: Metrics = None,
     app = load_app(target, bootstrap=bootstrap)
     logs.set_up()
     from jobledger.cli.metrics import serving
-    from jobledger.consumers.router import Router
+    from jobledger.consumers.router.router import Router
 
     made = Router(app.registry, app.settings)
     with serving(metrics, "jobledger_router", made.health), stopping() as stop:
@@ -229,7 +229,7 @@ def coordinator(
     from prometheus_client import REGISTRY
 
     from jobledger.cli.metrics import serving
-    from jobledger.streams.coordinator import run_coordinator
+    from jobledger.streams.coordinator.coordinator import run_coordinator
 
     with serving(metrics):
         _end(run_coordinator(app.names, app.settings, app.partitions, registry=REGISTRY))
@@ -257,7 +257,7 @@ def materializer(
     from prometheus_client import REGISTRY
 
     from jobledger.cli.metrics import serving
-    from jobledger.streams.status import Materializer
+    from jobledger.streams.status.materializer import Materializer
 
     url = app.settings.resolve_status_url(app.names.namespace)
     app.settings.resolve_bootstrap()
@@ -276,8 +276,8 @@ def materializer(
 
 def _upkeep(app: App, url: str, made: Materializer, stop: threading.Event) -> None:
     """Run watchdog, audit and trimming, as soon as there is a status table."""
-    from jobledger.streams.store import open_reader
-    from jobledger.streams.upkeep import Upkeep
+    from jobledger.streams.maintenance.maintenance import Upkeep
+    from jobledger.streams.status.store import open_reader
 
     while not made.active:
         if stop.wait(0.2):
@@ -294,7 +294,7 @@ def stopping() -> Iterator[threading.Event]:
     """An event that SIGTERM and SIGINT set while the block runs; a second signal of the same kind has its default
     effect."""
     stop = threading.Event()
-    from jobledger import outage
+    from jobledger.kafka import outage
 
     def asked(number: int, frame: FrameType | None) -> None:
         outage.stopping()

@@ -29,7 +29,7 @@ def verify(
 
     The table may be written meanwhile. Jobs whose records the log no longer has completely are left out, and counted.
     """
-    from jobledger.streams import rebuild as tables
+    from jobledger.streams.status import rebuild as tables
 
     app = load_app(target, bootstrap=bootstrap, status_url=status_url)
     url = app.settings.resolve_status_url(app.names.namespace)
@@ -68,8 +68,8 @@ def rebuild(
     Stop the materializer first. Rows of jobs whose records the log no longer has completely are copied from the old
     table.
     """
-    from jobledger.streams import rebuild as tables
-    from jobledger.streams.store import shown
+    from jobledger.streams.status import rebuild as tables
+    from jobledger.streams.status.store import shown
 
     app = load_app(target, bootstrap=bootstrap, status_url=status_url)
     url = app.settings.resolve_status_url(app.names.namespace)

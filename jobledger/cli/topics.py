@@ -141,9 +141,9 @@ def _right(role: str, right: Right) -> list[Cell]:
 
 
 def _grant(loaded: App, wanted: list[tuple[str, Right]], yes: bool, as_json: bool) -> None:
-    from jobledger import log
-    from jobledger.access import knock
     from jobledger.kafka import acls as rules
+    from jobledger.kafka import clients
+    from jobledger.kafka.auth import knock
 
     if not wanted:
         raise Wrong("--apply needs the users: --principal ROLE=PRINCIPAL, e.g. --principal worker=User:jobs")
@@ -152,7 +152,7 @@ def _grant(loaded: App, wanted: list[tuple[str, Right]], yes: bool, as_json: boo
     if not yes:
         typer.confirm(f"Allow {len(wanted)} operations at {address}?", abort=True, err=True)
     knock(settings)
-    rules.grant(log.admin(settings), settings, [rules.binding(who, right) for who, right in wanted])
+    rules.grant(clients.admin(settings), settings, [rules.binding(who, right) for who, right in wanted])
     if as_json:
         print_json({"granted": [{"principal": who, **asdict(right)} for who, right in wanted]})
     else:
@@ -160,15 +160,14 @@ def _grant(loaded: App, wanted: list[tuple[str, Right]], yes: bool, as_json: boo
 
 
 def _plan(target: str, bootstrap: str | None, replication: int | None) -> tuple[AdminClient, Plan, str]:
-    from jobledger import log
-    from jobledger.access import knock
-    from jobledger.kafka import topics, topology
+    from jobledger.kafka import clients, topics, topology
+    from jobledger.kafka.auth import knock
 
     loaded = load_app(target, bootstrap=bootstrap)
     settings = loaded.settings.acting_as("admin")
     address = settings.resolve_bootstrap()
     knock(settings)
-    admin = log.admin(settings)
+    admin = clients.admin(settings)
     copies = replication or topics.default_replication(admin, address=address)
     made = topics.plan(admin, *topology.wanted(loaded, copies), address=address)
     return admin, made, address

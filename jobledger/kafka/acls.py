@@ -22,11 +22,11 @@ from confluent_kafka.admin import (  # type: ignore[attr-defined]  # re-exported
     ResourceType,
 )
 
-from jobledger import log
-from jobledger.access import Need, unauthorized
 from jobledger.config import Settings
 from jobledger.errors import ConfigError
-from jobledger.logger import get_logger
+from jobledger.kafka import clients
+from jobledger.kafka.auth import Need, unauthorized
+from jobledger.process.logger import get_logger
 
 LOG = get_logger("jobledger.kafka")
 
@@ -252,19 +252,19 @@ def check(settings: Settings, namespace: str, topics: Iterable[str]) -> None:
     Topics that do not exist are skipped, and so is a cluster that does not report rights. Raises `BrokerUnavailable`.
     """
     asked, lacking, spared = sorted(set(topics)), [], []
-    client = log.admin(settings)  # held: a garbage-collected client never completes its futures
+    client = clients.admin(settings)  # held: a garbage-collected client never completes its futures
     told = client.describe_topics(
         TopicCollection(asked), include_authorized_operations=True, request_timeout=REQUEST_TIMEOUT_S
     )
     for topic, future in told.items():
         may: Container[AclOperation] = ()
         try:
-            may = log.answer_of(future, REQUEST_TIMEOUT_S).authorized_operations or _ANY
+            may = clients.answer_of(future, REQUEST_TIMEOUT_S).authorized_operations or _ANY
         except KafkaException as exc:
             if exc.args[0].code() == KafkaError.UNKNOWN_TOPIC_OR_PART:
                 continue
             if exc.args[0].code() != KafkaError.TOPIC_AUTHORIZATION_FAILED:
-                raise log.translate(exc.args[0], settings, f"asking for the rights on {topic}") from exc
+                raise clients.translate(exc.args[0], settings, f"asking for the rights on {topic}") from exc
         for right in rights(settings.role, namespace):
             if right.covers(topic) and _operation(right) not in may:
                 need = Need(right.operation, TOPIC, topic)
@@ -285,7 +285,7 @@ def grant(admin: AdminClient, settings: Settings, bindings: Sequence[AclBinding]
         return
     for future in admin.create_acls(list(bindings), request_timeout=REQUEST_TIMEOUT_S).values():
         try:
-            log.answer_of(future, REQUEST_TIMEOUT_S)
+            clients.answer_of(future, REQUEST_TIMEOUT_S)
         except KafkaException as exc:
             error = exc.args[0]
             if error.name() == "SECURITY_DISABLED":
@@ -293,4 +293,4 @@ def grant(admin: AdminClient, settings: Settings, bindings: Sequence[AclBinding]
                     "this cluster has no ACLs: its brokers have no authorizer (authorizer.class.name)"
                 ) from exc
             alter = Need("Alter", CLUSTER, "kafka-cluster")
-            raise log.translate(error, settings, "creating ACLs", alter) from exc
+            raise clients.translate(error, settings, "creating ACLs", alter) from exc

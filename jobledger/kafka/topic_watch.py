@@ -9,9 +9,9 @@ from collections.abc import Callable, Iterable, Sequence
 
 from jobledger.config import Settings
 from jobledger.errors import JobledgerError
+from jobledger.kafka.clients import topic_settings
+from jobledger.kafka.topic_names import Names
 from jobledger.kafka.topology import broken_promises
-from jobledger.log import topic_settings
-from jobledger.names import Names
 
 #: Seconds between two checks.
 LOOK_S = 60.0

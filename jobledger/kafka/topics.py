@@ -22,10 +22,12 @@ from confluent_kafka.admin import (  # type: ignore[attr-defined]  # re-exported
     ResourceType,
 )
 
-from jobledger import addresses, cluster, greenlets, log
-from jobledger.access import Need, denied
+from jobledger import addresses
 from jobledger.config import Settings
 from jobledger.errors import BrokerUnavailable, ConfigError, JobledgerError
+from jobledger.kafka import clients, cluster
+from jobledger.kafka.auth import Need, denied
+from jobledger.kafka.topic_names import colliding
 from jobledger.kafka.topology import (
     Change,
     DeclaresTopics,
@@ -39,7 +41,7 @@ from jobledger.kafka.topology import (
     wanted,
     within_bounds,
 )
-from jobledger.names import colliding
+from jobledger.process import greenlets
 
 REQUEST_TIMEOUT_S = 5.0
 ATTEMPTS = 3
@@ -117,7 +119,7 @@ def ensure(app: DeclaresTopics, settings: Settings, replication: int = 1) -> Pla
     For development, tests and demos. Raises what `plan` and `apply` raise.
     """
     address = settings.resolve_bootstrap()
-    admin = log.admin(settings)
+    admin = clients.admin(settings)
     made = plan(admin, *wanted(app, replication), address=address)
     apply(admin, made, address=address)
     return made

@@ -11,7 +11,7 @@ from enum import StrEnum
 from typing import Any, Protocol
 
 from jobledger.errors import ConfigError
-from jobledger.names import Names, lane
+from jobledger.kafka.topic_names import Names, lane
 
 #: Milliseconds after which a worker that died without leaving the group loses its partitions; and milliseconds between
 #: two heartbeats, by which members learn each step of a rebalance. The broker's own defaults are 45 s and 5 s. Values

@@ -19,8 +19,8 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from jobledger import App, Reject, Retry, RetryLater, Snooze, current_job
+from jobledger.definitions.task import JobRequest, Task
 from jobledger.errors import BrokerUnavailable
-from jobledger.task import JobRequest, Task
 
 SEED = os.environ.get("CHAOS_SEED", "0")
 EXECUTIONS = os.environ.get("CHAOS_EXECUTIONS", os.devnull)
@@ -104,8 +104,8 @@ def expected(task: str, number: int, seed: str = SEED) -> Expected:
     error = {
         "ok": None,
         "error": f"{__name__}.Flaky",
-        "later": "jobledger.retry.RetryLater",
-        "reject": "jobledger.retry.Reject",
+        "later": "jobledger.definitions.retry.RetryLater",
+        "reject": "jobledger.definitions.retry.Reject",
         "never": f"{__name__}.Hopeless",
     }[life.steps[-1]]
     if error is None:

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from jobledger.kafka.defaults import START_TIMEOUT_S
 from jobledger.kafka.embedded import EmbeddedKafka
+from jobledger.kafka.embedded.defaults import START_TIMEOUT_S
 from tests.patience import PATIENCE
 
 

@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from jobledger.config import Settings
-from jobledger.names import Names
-from jobledger.streams.coordinator import Coordinator, supervise
-from jobledger.streams.faust_app import Options, PatientRecovery
+from jobledger.kafka.topic_names import Names
+from jobledger.streams.coordinator.coordinator import Coordinator, supervise
+from jobledger.streams.coordinator.faust.faust_app import Options, PatientRecovery
 
 
 def main() -> int:

@@ -12,7 +12,7 @@ import random
 import sys
 
 from jobledger import App, Retry, current_job
-from jobledger.orders import Job
+from jobledger.client.commands import Job
 
 app = App(os.environ.get("CHAOS_NAMESPACE", "order"), partitions=4)
 EXECUTIONS = os.environ.get("CHAOS_EXECUTIONS", os.devnull)

@@ -14,7 +14,7 @@ import time
 from typing import Any
 
 from jobledger import App, current_job
-from jobledger.task import JobRequest
+from jobledger.definitions.task import JobRequest
 
 app = App(os.environ.get("CHAOS_NAMESPACE", "poison"), partitions=4)
 EXECUTIONS = os.environ.get("CHAOS_EXECUTIONS", os.devnull)

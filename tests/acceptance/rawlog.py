@@ -14,7 +14,7 @@ from jobledger.audit.records import SINGLE_OBJECT, Record, Schemas, fingerprint,
 from jobledger.audit.source import LogTrimmed, Source
 from jobledger.config import Settings
 from jobledger.errors import BrokerUnavailable
-from jobledger.names import Names
+from jobledger.kafka.topic_names import Names
 
 __all__ = [
     "SCHEMA_FILE",

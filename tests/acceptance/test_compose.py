@@ -22,7 +22,7 @@ from typing import Any
 import pytest
 
 from jobledger import App, Settings
-from jobledger.kafka.ports import free_port
+from jobledger.kafka.embedded.ports import free_port
 from tests.patience import PATIENCE
 
 pytestmark = [pytest.mark.kafka, pytest.mark.extended, pytest.mark.timeout(900)]

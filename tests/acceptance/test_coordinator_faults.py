@@ -24,17 +24,16 @@ import pytest
 import uuid_utils
 from confluent_kafka import Producer
 
-from jobledger import log
 from jobledger.config import Settings
 from jobledger.errors import BrokerUnavailable, SchemaError
-from jobledger.kafka import embedded, topics, topology
-from jobledger.kafka.defaults import START_TIMEOUT_S
+from jobledger.kafka import clients, embedded, topics, topology
 from jobledger.kafka.embedded import EmbeddedKafka
-from jobledger.log import LogReader
-from jobledger.names import Names
+from jobledger.kafka.embedded.defaults import START_TIMEOUT_S
+from jobledger.kafka.topic_names import Names
+from jobledger.log.reading import LogReader
+from jobledger.log.writer import LogWriter, Outgoing
 from jobledger.schemas import codec
 from jobledger.schemas.events import JobDue, JobEvent, JobSpec, JobSubmitted, RecordRejected, ReleaseRequested
-from jobledger.writer import LogWriter, Outgoing
 from tests.patience import PATIENCE
 
 pytestmark = pytest.mark.kafka
@@ -76,7 +75,7 @@ class Fleet:
     def __post_init__(self) -> None:
         self.settings = Settings(bootstrap=self.bootstrap)
         self.names = Names(self.namespace)
-        admin = log.admin(self.settings)
+        admin = clients.admin(self.settings)
         specs = topology.desired(self.names, {"mail": PARTITIONS}, partitions=PARTITIONS, replication=1)
         topics.apply(admin, topics.plan(admin, specs))
         self.writer = LogWriter(self.settings, self.names)

@@ -20,7 +20,7 @@ from confluent_kafka.admin import AdminClient
 from jobledger.config import Settings
 from jobledger.kafka import topics, topology
 from jobledger.kafka.embedded import EmbeddedKafka
-from jobledger.names import Names
+from jobledger.kafka.topic_names import Names
 from tests.acceptance import rawlog
 from tests.acceptance.audit import hold
 from tests.acceptance.fleet import Fleet, Member, serves

@@ -13,7 +13,7 @@ from confluent_kafka import Consumer, KafkaException, TopicPartition
 
 from jobledger import App, Settings
 from jobledger.kafka.embedded import EmbeddedKafka
-from jobledger.kafka.ports import free_port
+from jobledger.kafka.embedded.ports import free_port
 from jobledger.kafka.topics import ensure
 from tests.acceptance import memory_app
 from tests.acceptance.fleet import Fleet, Member

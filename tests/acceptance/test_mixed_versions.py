@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from jobledger.config import Settings
-from jobledger.names import Names
+from jobledger.kafka.topic_names import Names
 from tests.acceptance.fleet import ROOT, Fleet, Member, serves
 from tests.acceptance.promises import Promise
 from tests.acceptance.test_worker_faults import PARTITIONS, UNACKNOWLEDGED, drained, progress, runs, submit
@@ -45,7 +45,7 @@ def old(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def texts(fleet: Fleet) -> list[str]:
     """What the group has committed beside its offsets."""
-    from jobledger.commits import group_offsets
+    from jobledger.log.group_offsets import group_offsets
 
     names = Names(fleet.namespace)
     found = group_offsets(Settings(bootstrap=fleet.bootstrap), names.worker_group("default"), names.jobs("default"))

@@ -15,7 +15,7 @@ from confluent_kafka.admin import AdminClient
 from jobledger.config import Settings
 from jobledger.kafka import topics, topology
 from jobledger.kafka.embedded import EmbeddedKafka
-from jobledger.names import Names
+from jobledger.kafka.topic_names import Names
 from tests.acceptance import rawlog
 from tests.acceptance.fleet import Fleet, serves
 from tests.acceptance.promises import Promise

@@ -14,8 +14,8 @@ import pytest
 
 from jobledger import App, Settings
 from jobledger.kafka import topics
-from jobledger.kafka.defaults import START_TIMEOUT_S
 from jobledger.kafka.embedded import EmbeddedKafka
+from jobledger.kafka.embedded.defaults import START_TIMEOUT_S
 from jobledger.schemas.events import JobStarted, JobSubmitted, JobSucceeded
 from tests.acceptance import events_app
 from tests.acceptance.fleet import Fleet, Member

@@ -20,10 +20,10 @@ from confluent_kafka.admin import AdminClient
 
 from jobledger import App
 from jobledger.config import Settings
-from jobledger.consumers.send import UNACKNOWLEDGED_LIMIT
+from jobledger.consumers.recording.worker_producer import UNACKNOWLEDGED_LIMIT
 from jobledger.kafka import topics, topology
 from jobledger.kafka.embedded import EmbeddedKafka
-from jobledger.names import Names
+from jobledger.kafka.topic_names import Names
 from tests.acceptance import faults_app, rawlog
 from tests.acceptance.fleet import ROOT, Fleet, Member, paused, serves
 from tests.acceptance.independent import fold

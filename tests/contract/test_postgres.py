@@ -23,17 +23,17 @@ from jobledger import App
 from jobledger.config import Settings
 from jobledger.errors import CommitUnknown, LeaseLost, StoreError, StoreNotFound, StoreTooSlow, StoreUnavailable
 from jobledger.job import Life, State
-from jobledger.kafka.ports import free_port
+from jobledger.kafka.embedded.ports import free_port
 from jobledger.schemas import events as ev
 from jobledger.schemas.codec import Decoder
 from jobledger.schemas.events import Position
-from jobledger.streams.batches import CALM, BatchSize, in_batches
-from jobledger.streams.projection_store import ProjectionStore, folded, offsets_table
-from jobledger.streams.projector import Projector
-from jobledger.streams.store import Changes, StatusReader, copy, open_reader, open_store, shown
-from jobledger.streams.store.connecting import bounded, schema_beside, schema_of
-from jobledger.streams.store.postgres import PostgresStore
-from jobledger.streams.store.reader import SqlReader
+from jobledger.streams.projections.projection_store import ProjectionStore, folded, offsets_table
+from jobledger.streams.status.batch_size import CALM, BatchSize, in_batches
+from jobledger.streams.status.row_folder import Projector
+from jobledger.streams.status.store import Changes, StatusReader, copy, open_reader, open_store, shown
+from jobledger.streams.status.store.connecting import bounded, schema_beside, schema_of
+from jobledger.streams.status.store.postgres import PostgresStore
+from jobledger.streams.status.store.reader import SqlReader
 from tests.contract.test_store import NAMESPACE, SPEC, life, write
 from tests.patience import PATIENCE, wait_until
 from tests.pgbouncer import pgbouncer
@@ -106,7 +106,7 @@ def test_settings_do_not_show_a_password() -> None:
 
 def test_a_server_that_is_away_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where nothing listens, the error after a bounded time names host, port and database, and may be tried again."""
-    monkeypatch.setattr("jobledger.streams.store.postgres_reader.READ_PATIENCE_S", 0.3)
+    monkeypatch.setattr("jobledger.streams.status.store.postgres_reader.READ_PATIENCE_S", 0.3)
     port = free_port()
     refused(f"postgresql://me:s3cret@127.0.0.1:{port}/db", f"127.0.0.1:{port}", "'db'", by=StoreUnavailable)
 
@@ -376,7 +376,7 @@ def test_a_missing_driver_names_the_extra() -> None:
     code = (
         "import sys; sys.modules['psycopg'] = None\n"
         "from jobledger.errors import ConfigError\n"
-        "from jobledger.streams.store import open_reader, open_store\n"
+        "from jobledger.streams.status.store import open_reader, open_store\n"
         "for opens in (open_reader, open_store):\n"
         "    try: opens('postgresql://me:s3cret@host/db', 'shop')\n"
         "    except ConfigError as exc: print(exc)\n"
@@ -409,7 +409,7 @@ def test_readers_do_not_wait_without_end_behind_a_lock(
     folds.make(offsets_table)
     folds.close()
     for name in ("_QUESTION", "_WALK"):
-        monkeypatch.setattr(f"jobledger.streams.store.postgres_reader.{name}", bounded(lock_timeout="700ms"))
+        monkeypatch.setattr(f"jobledger.streams.status.store.postgres_reader.{name}", bounded(lock_timeout="700ms"))
     app = App(NAMESPACE, settings=Settings(status_url=url))
     assert app.job("a").state == "queued"
     asking: dict[str, list[Callable[[], object]]] = {

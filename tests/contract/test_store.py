@@ -21,14 +21,23 @@ from jobledger.job import Life, State
 from jobledger.schemas import events as ev
 from jobledger.schemas.codec import Decoder
 from jobledger.schemas.events import Position
-from jobledger.streams.projection_store import ProjectionStore, offsets_table
-from jobledger.streams.projector import Projector
-from jobledger.streams.store import Changes, Count, StatusReader, Store, copy, namespaces_in, open_reader, open_store
-from jobledger.streams.store.connecting import schema_of
-from jobledger.streams.store.postgres import PostgresStore
-from jobledger.streams.store.protocol import Overdue
-from jobledger.streams.store.rows import key_text
-from jobledger.streams.store.sqlite import SqliteStore, path_of
+from jobledger.streams.projections.projection_store import ProjectionStore, offsets_table
+from jobledger.streams.status.row_folder import Projector
+from jobledger.streams.status.store import (
+    Changes,
+    Count,
+    StatusReader,
+    Store,
+    copy,
+    namespaces_in,
+    open_reader,
+    open_store,
+)
+from jobledger.streams.status.store.connecting import schema_of
+from jobledger.streams.status.store.postgres import PostgresStore
+from jobledger.streams.status.store.protocol import Overdue
+from jobledger.streams.status.store.rows import key_text
+from jobledger.streams.status.store.sqlite import SqliteStore, path_of
 from tests.postgres import Databases
 
 NAMESPACE = "shop"

@@ -21,13 +21,14 @@ import time  # see above
 from dataclasses import dataclass, replace  # as above
 from typing import Any, Self  # as above
 
-from jobledger import App, BrokerUnavailable, ConfigError, Settings, outage  # as above
-from jobledger.access import knock  # as above
-from jobledger.commits import lifecycle_groups  # as above
+from jobledger import App, BrokerUnavailable, ConfigError, Settings  # as above
+from jobledger.kafka import outage
 from jobledger.kafka.acls import check  # as above
-from jobledger.kafka.ports import free_port  # as above
+from jobledger.kafka.auth import knock  # as above
+from jobledger.kafka.clients import topic_settings
+from jobledger.kafka.embedded.ports import free_port  # as above
 from jobledger.kafka.topics import ensure  # as above
-from jobledger.log import topic_settings  # as above
+from jobledger.log.group_offsets import lifecycle_groups  # as above
 
 app: App = App(os.environ["NAMESPACE"], settings=Settings.from_env(), partitions=3)
 

@@ -11,7 +11,7 @@ from typing import Any
 from sqlalchemy import BigInteger, Column, Integer, MetaData, String, Table
 
 from jobledger import App, Settings
-from jobledger.projection import Where
+from jobledger.definitions.projection import Where
 from jobledger.schemas.events import JobFailed, JobSucceeded, Recorded
 
 Row = Mapping[str, Any] | None

@@ -19,10 +19,10 @@ from pathlib import Path
 import pytest
 
 from jobledger import App, Settings
-from jobledger.client import EventHandle
+from jobledger.definitions.handles import EventHandle
 from jobledger.kafka.topics import ensure
 from jobledger.schemas.events import JobSubmitted
-from jobledger.streams.status import Materializer
+from jobledger.streams.status.materializer import Materializer
 from tests.integration.worker_app import log_of, until
 from tests.patience import PATIENCE
 

@@ -12,8 +12,9 @@ from typing import Any
 import pytest
 
 from jobledger import App, Settings
+from jobledger.kafka.clients import partitions_of
 from jobledger.kafka.topology import changelog
-from jobledger.log import LogReader, partitions_of
+from jobledger.log.reading import LogReader
 from tests.integration.worker_app import closings, until, working
 from tests.patience import PATIENCE
 

@@ -26,12 +26,12 @@ from confluent_kafka.admin import AdminClient
 
 from jobledger.cli.main import main
 from jobledger.config import Settings
-from jobledger.names import Names
+from jobledger.kafka.topic_names import Names
 from jobledger.schemas import codec
 from jobledger.schemas import events as ev
 from jobledger.schemas.events import Position
-from jobledger.streams.status import behind
-from jobledger.streams.store import open_reader
+from jobledger.streams.status.materializer import behind
+from jobledger.streams.status.store import open_reader
 
 pytestmark = pytest.mark.kafka
 

@@ -29,12 +29,13 @@ from jobledger import (
     StoreError,
     TopicMissing,
 )
-from jobledger.context import enter
+from jobledger.definitions.context import enter
+from jobledger.definitions.task import Task
 from jobledger.kafka.topics import ensure
-from jobledger.log import LogReader, decoder, recorded
+from jobledger.log.reading import LogReader, recorded
+from jobledger.log.schema_lookup import decoder
 from jobledger.schemas.events import JobSubmitted, Recorded
-from jobledger.streams.status import Materializer
-from jobledger.task import Task
+from jobledger.streams.status.materializer import Materializer
 from tests.integration.worker_app import closings, log_of, until, working
 from tests.patience import PATIENCE
 from tests.running_job import running_job

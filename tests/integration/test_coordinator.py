@@ -26,12 +26,13 @@ from confluent_kafka.admin import (  # type: ignore[attr-defined]  # re-exported
     ResourceType,
 )
 
-from jobledger import log
 from jobledger.config import Settings
 from jobledger.errors import BrokerUnavailable, ConfigError, SchemaError, TopicMissing, UnknownFact
-from jobledger.kafka import topic_watch, topics, topology
-from jobledger.log import LogReader, producer_config
-from jobledger.names import Names
+from jobledger.kafka import clients, topic_watch, topics, topology
+from jobledger.kafka.clients import producer_config
+from jobledger.kafka.topic_names import Names
+from jobledger.log.reading import LogReader
+from jobledger.log.writer import LogWriter, Outgoing
 from jobledger.schemas import codec
 from jobledger.schemas.events import (
     DeadLettered,
@@ -46,12 +47,18 @@ from jobledger.schemas.events import (
     ReleaseOverdue,
     ReleaseRequested,
 )
-from jobledger.streams import faust_app
-from jobledger.streams.coordinator import Coordinator, supervise
-from jobledger.streams.decisions import decide
-from jobledger.streams.faust_app import Options, changelog
-from jobledger.streams.schedules import NO_FLOOR, Released, Scheduled, encode_row, floor_key, row_key
-from jobledger.writer import LogWriter, Outgoing
+from jobledger.streams.coordinator.coordinator import Coordinator, supervise
+from jobledger.streams.coordinator.faust import faust_app
+from jobledger.streams.coordinator.faust.faust_app import Options, changelog
+from jobledger.streams.coordinator.rules.decisions import decide
+from jobledger.streams.coordinator.rules.schedule_rows import (
+    NO_FLOOR,
+    Released,
+    Scheduled,
+    encode_row,
+    floor_key,
+    row_key,
+)
 from tests.patience import PATIENCE
 
 pytestmark = pytest.mark.kafka
@@ -105,7 +112,7 @@ class Lab:
 
     def __init__(self, broker: str, namespace: str, folder: Path, queues: tuple[str, ...] = ("mail",)) -> None:
         self.settings, self.names, self.folder = Settings(bootstrap=broker), Names(namespace), folder
-        self.admin: AdminClient = log.admin(self.settings)
+        self.admin: AdminClient = clients.admin(self.settings)
         self.create(*queues)
         self.writer = LogWriter(self.settings, self.names)
         self.reader = LogReader(self.settings)
@@ -156,7 +163,7 @@ class Lab:
         while True:
             try:
                 return [
-                    m for p in range(log.partitions_of(self.settings, topic)) for m in self.reader.read(topic, p, 0)
+                    m for p in range(clients.partitions_of(self.settings, topic)) for m in self.reader.read(topic, p, 0)
                 ]
             except BrokerUnavailable:
                 if time.monotonic() > deadline:
@@ -571,9 +578,9 @@ def test_instances_that_come_and_go_share_the_partitions_and_let_each_release_go
 
 def test_one_that_makes_no_progress_after_a_rebalance_ends(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
     """Faust waits for ever for a part of the table that it is not given; whoever supervises starts it anew."""
-    monkeypatch.setattr("jobledger.streams.coordinator.recovering", lambda app: True)
+    monkeypatch.setattr("jobledger.streams.coordinator.coordinator.recovering", lambda app: True)
     running = lab.ready()
-    monkeypatch.setattr("jobledger.streams.coordinator.START_TIMEOUT", 2.0)
+    monkeypatch.setattr("jobledger.streams.coordinator.coordinator.START_TIMEOUT", 2.0)
     error = running.ended()
     assert isinstance(error, BrokerUnavailable)
     assert "made no progress for 2 s with a rebalance of its group, or the part of its table" in str(error)

@@ -22,12 +22,12 @@ from typer.testing import CliRunner
 
 from jobledger.cli.kafka import app as cli
 from jobledger.cli.output import Exit
-from jobledger.config import Settings, default_home
+from jobledger.config import Settings
 from jobledger.errors import BrokerUnavailable, ConfigError, KafkaStartFailed, PortTaken
-from jobledger.kafka import broker, embedded, jars
-from jobledger.kafka.defaults import KAFKA_VERSION
-from jobledger.kafka.embedded import EmbeddedKafka
-from jobledger.kafka.ports import free_port
+from jobledger.kafka import embedded
+from jobledger.kafka.embedded import EmbeddedKafka, broker_process, jars
+from jobledger.kafka.embedded.defaults import KAFKA_VERSION, default_home
+from jobledger.kafka.embedded.ports import free_port
 from tests.patience import PATIENCE
 
 pytestmark = pytest.mark.kafka
@@ -93,7 +93,7 @@ def test_a_fork_of_its_starter_finds_it_and_leaves_it_alone(kafka: EmbeddedKafka
         os._exit(0 if found == kafka.bootstrap else 1)
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
     assert kafka.status().running
-    assert [leash.poll() for leash in broker._leashes.values()] == [None] * len(broker._leashes)
+    assert [leash.poll() for leash in broker_process._leashes.values()] == [None] * len(broker_process._leashes)
 
 
 def test_settings_name_both_ways_out(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from jobledger import App, ResourceFailed, Settings
-from jobledger.consumers.worker import Worker
+from jobledger.consumers.worker.worker import Worker
 from jobledger.kafka.topics import ensure
 from jobledger.schemas.events import JobFailed, JobRetried, JobSucceeded, Recorded
 from tests.evil import EXCEPTIONS

@@ -14,7 +14,7 @@ import pytest
 
 from jobledger import App
 from jobledger.cli.output import Exit
-from jobledger.streams.status import Materializer
+from jobledger.streams.status.materializer import Materializer
 from tests.integration.worker_app import made, working
 
 pytestmark = [

@@ -24,17 +24,17 @@ from confluent_kafka.admin import (  # type: ignore[attr-defined]  # re-exported
 from sqlalchemy import Column, Integer, MetaData, String, Table
 
 from jobledger import App, ConfigError, Queue, Retry, Settings, current_job
-from jobledger.consumers.worker import Worker
+from jobledger.consumers.worker.worker import Worker
 from jobledger.kafka import topic_watch
+from jobledger.kafka.clients import admin, partitions_of
 from jobledger.kafka.topics import ensure
-from jobledger.log import admin, partitions_of
 from jobledger.schemas.events import JobSucceeded
-from jobledger.streams import projections
-from jobledger.streams.coordinator import Coordinator, supervise
-from jobledger.streams.faust_app import Options
-from jobledger.streams.projections import Runner
-from jobledger.streams.rebuild import verify
-from jobledger.streams.status import Materializer
+from jobledger.streams.coordinator.coordinator import Coordinator, supervise
+from jobledger.streams.coordinator.faust.faust_app import Options
+from jobledger.streams.projections import runner as projection_runner
+from jobledger.streams.projections.runner import Runner
+from jobledger.streams.status.materializer import Materializer
+from jobledger.streams.status.rebuild import verify
 from tests.integration.test_router import routing
 from tests.integration.worker_app import closings, log_of, until, working
 
@@ -104,7 +104,7 @@ def test_partitions_are_added_while_everything_runs(
 ) -> None:
     """Of a queue and of an event, two to four: worker, router, materializer and projection
     go on, and take the new ones."""
-    monkeypatch.setattr(projections, "LOOK_S", 1.0)
+    monkeypatch.setattr(projection_runner, "LOOK_S", 1.0)
     settings = Settings(bootstrap=broker, status_url=f"sqlite:///{tmp_path / 'status.db'}", home=tmp_path)
     small, large = (
         declared(namespace, settings, [Queue("q", partitions=count)], queue="q", events=count) for count in (2, 4)

@@ -18,13 +18,14 @@ import pytest
 from confluent_kafka import ConsumerGroupTopicPartitions, KafkaException, TopicPartition
 
 from jobledger import App, ConfigError, Retry, Settings
-from jobledger.consumers import children, nursery
-from jobledger.consumers.nursery_link import NurseryLink
-from jobledger.consumers.places import UNSEEN_CRASHES
-from jobledger.consumers.process import Child
-from jobledger.consumers.worker import Worker
+from jobledger.consumers.isolation import fork_server, pool
+from jobledger.consumers.isolation.child_handle import Child
+from jobledger.consumers.isolation.fork_client import NurseryLink
+from jobledger.consumers.running.placement import UNSEEN_CRASHES
+from jobledger.consumers.worker.worker import Worker
+from jobledger.kafka.clients import admin
 from jobledger.kafka.topics import ensure
-from jobledger.log import admin
+from jobledger.log.writer import Outgoing
 from jobledger.schemas.codec import encode
 from jobledger.schemas.events import (
     JobCancelled,
@@ -36,7 +37,6 @@ from jobledger.schemas.events import (
     JobStarted,
     JobSucceeded,
 )
-from jobledger.writer import Outgoing
 from tests.integration import isolated_app as tasks
 from tests.integration.worker_app import closings, facts_of, log_of, until, working
 from tests.patience import PATIENCE
@@ -140,7 +140,7 @@ def test_a_timeout_is_told_then_enforced(app: App, tmp_path: Path, monkeypatch: 
         deaf = tasks.hangs.submit("deaf", str(of_deaf))
         until(lambda: of_deaf.exists() and of_deaf.read_text(), what="its begin")
         # Those that begin from here on are not killed if they need long to end. There is a child for each.
-        monkeypatch.setattr(children, "SOFT_S", 60.0)
+        monkeypatch.setattr(pool, "SOFT_S", 60.0)
         waits = tasks.hangs.submit("waits", str(path))
         cleans = tasks.hangs.submit("cleans up", str(path))
         returns = tasks.hangs.submit("returns", str(path))
@@ -185,7 +185,7 @@ def test_what_kills_its_process_is_quarantined_with_its_last_words(
     app: App, worker: Worker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Three starts and no more, the process's own words in the dead letter; the jobs beside it run once."""
-    monkeypatch.setattr(children, "STATUS_S", 60.0)  # what is known of a process's end depends on it
+    monkeypatch.setattr(pool, "STATUS_S", 60.0)  # what is known of a process's end depends on it
     before = app.submit_many(tasks.good.job(n) for n in range(50))
     ways = {how: tasks.dies.submit(how) for how in ("exit", "kill", "segfault")}
     once = tasks.dies_once.submit(str(tmp_path / "once"))
@@ -224,7 +224,7 @@ def test_a_cancel_reaches_running_code(
     app: App, worker: Worker, tmp_path: Path, task: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In a process and in a thread alike it is told, and ends as cancelled."""
-    monkeypatch.setattr(children, "SOFT_S", 60.0)  # else it is killed if it needs long
+    monkeypatch.setattr(pool, "SOFT_S", 60.0)  # else it is killed if it needs long
     path = tmp_path / "noted"
     handle = app.tasks[task].submit(str(path))
     until(path.exists, what="its begin")
@@ -385,7 +385,7 @@ def test_without_children_a_suspect_runs_where_it_belongs(app: App, monkeypatch:
 
 def test_no_worker_is_made_in_a_nursery(app: App, monkeypatch: pytest.MonkeyPatch) -> None:
     """A script that starts its worker without asking whether it is the main module would do so in each child."""
-    monkeypatch.setattr(nursery, "IMPORTING", True)
+    monkeypatch.setattr(fork_server, "IMPORTING", True)
     with pytest.raises(ConfigError, match="under `if __name__ == '__main__':`"):
         Worker(app.registry, app.settings)
 
@@ -443,7 +443,7 @@ def test_a_coroutine_that_a_plain_function_returns_is_awaited(
 ) -> None:
     """A decorator without ``async`` hides that the task is a coroutine: in threads and in children alike its result,
     its error, its time limit and its cancel are the job's, and what it does at its end is done."""
-    monkeypatch.setattr(children, "SOFT_S", 60.0)  # else it is killed if it needs long
+    monkeypatch.setattr(pool, "SOFT_S", 60.0)  # else it is killed if it needs long
     run, briefly, path = app.tasks[task], app.tasks[f"{task}_briefly"], tmp_path / "said"
     handle = run.submit("returns", str(path))
     found = result_of(app, handle.job_id)

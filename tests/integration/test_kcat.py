@@ -14,8 +14,8 @@ import pytest
 from confluent_kafka.cimpl import NewTopic
 
 from jobledger import App
+from jobledger.kafka.clients import admin
 from jobledger.kafka.topics import ensure
-from jobledger.log import admin
 from jobledger.schemas import codec
 from tests.integration.test_router import routing
 from tests.integration.worker_app import build, closings, until, working

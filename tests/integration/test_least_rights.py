@@ -19,19 +19,19 @@ import pytest
 from sqlalchemy import Column, Integer, MetaData, String, Table
 
 from jobledger import App, Settings
-from jobledger.consumers.backfill import Backfill, Plan
-from jobledger.consumers.router import Router
-from jobledger.consumers.worker import Worker, WorkerOptions
+from jobledger.consumers.router.backfill import Backfill, Plan
+from jobledger.consumers.router.router import Router
+from jobledger.consumers.worker.worker import Worker, WorkerOptions
 from jobledger.errors import JobledgerError, NotAuthorized
 from jobledger.kafka import acls, topics, topology
 from jobledger.kafka.acls import TABLE, Right
-from jobledger.log import admin as admin_client
+from jobledger.kafka.clients import admin as admin_client
 from jobledger.schemas.events import JobSubmitted
-from jobledger.streams.coordinator import Coordinator, supervise
-from jobledger.streams.projections import Runner
-from jobledger.streams.status import Materializer
-from jobledger.streams.store import open_reader
-from jobledger.streams.upkeep import Cadence, Upkeep
+from jobledger.streams.coordinator.coordinator import Coordinator, supervise
+from jobledger.streams.maintenance.maintenance import Cadence, Upkeep
+from jobledger.streams.projections.runner import Runner
+from jobledger.streams.status.materializer import Materializer
+from jobledger.streams.status.store import open_reader
 from tests.patience import PATIENCE
 from tests.secured import MTLS, Secured
 
@@ -327,7 +327,7 @@ def until(done: Callable[[], bool], alive: threading.Thread) -> None:
 
 def garbage(world: World) -> None:
     """A record on lifecycle that is no event."""
-    from jobledger.writer import LogWriter, Outgoing
+    from jobledger.log.writer import LogWriter, Outgoing
 
     writer = LogWriter(world.settings(None), None)
     writer.send([Outgoing(world.boss.names.lifecycle, b"garbage", "x")])
@@ -336,10 +336,10 @@ def garbage(world: World) -> None:
 
 def ended_and_cancelled(world: World) -> None:
     """A job that has ended, and a cancel that came too late for it."""
-    from jobledger.log import now_us
+    from jobledger.log.writer import LogWriter, Outgoing
+    from jobledger.process.identity import now_us
     from jobledger.schemas import codec
     from jobledger.schemas.events import JobEvent, JobSucceeded
-    from jobledger.writer import LogWriter, Outgoing
 
     names, job_id = world.boss.names, str(uuid.uuid4())
     end = JobEvent(

@@ -15,10 +15,12 @@ import psutil
 import pytest
 
 from jobledger import NO_RETRY, App, JobHandle, Settings
-from jobledger.kafka.ports import free_port
+from jobledger.kafka.clients import partitions_of
+from jobledger.kafka.embedded.ports import free_port
 from jobledger.kafka.topics import ensure
-from jobledger.log import LogReader, decoder, partitions_of, recorded
-from jobledger.process_exit import EXIT_S, HARD_S
+from jobledger.log.reading import LogReader, recorded
+from jobledger.log.schema_lookup import decoder
+from jobledger.process.process_exit import EXIT_S, HARD_S
 from jobledger.schemas.events import CLOSING, JobFailed
 from tests.acceptance.fleet import Fleet
 from tests.integration import leftover_app

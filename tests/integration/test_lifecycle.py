@@ -12,10 +12,11 @@ import msgspec
 import pytest
 
 from jobledger import App, ConfigError, Settings
+from jobledger.client.lifecycle import LifecycleStream
 from jobledger.errors import UnknownFact
+from jobledger.kafka.clients import partitions_of
 from jobledger.kafka.topics import ensure
-from jobledger.lifecycle import LifecycleStream
-from jobledger.log import partitions_of
+from jobledger.log.writer import LogWriter, Outgoing
 from jobledger.schemas import codec
 from jobledger.schemas.events import (
     CancelRequested,
@@ -29,7 +30,6 @@ from jobledger.schemas.events import (
     QueueResumed,
     Recorded,
 )
-from jobledger.writer import LogWriter, Outgoing
 from tests.integration.test_worker import future_fact
 from tests.integration.worker_app import closings, until, working
 

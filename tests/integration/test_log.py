@@ -6,15 +6,16 @@ import time
 
 import pytest
 
-from jobledger import log
 from jobledger.config import Settings
 from jobledger.errors import TopicMissing
 from jobledger.kafka import topics, topology
-from jobledger.log import LogReader, admin
-from jobledger.lookup import SchemaLookup
-from jobledger.names import Names
+from jobledger.kafka.clients import admin
+from jobledger.kafka.topic_names import Names
+from jobledger.log import reading
+from jobledger.log.reading import LogReader
+from jobledger.log.schema_lookup import SchemaLookup
+from jobledger.log.writer import LogWriter, Outgoing
 from jobledger.schemas import codec
-from jobledger.writer import LogWriter, Outgoing
 from tests.patience import PATIENCE
 
 pytestmark = pytest.mark.kafka
@@ -48,7 +49,7 @@ def test_a_topic_that_does_not_exist_is_believed_to_be_missing_after_a_while(
     broker: str, namespace: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Not at once, because a broker that shuts down says the same of all its topics, but within its bound."""
-    monkeypatch.setattr(log, "MISSING_S", 1.0)
+    monkeypatch.setattr(reading, "MISSING_S", 1.0)
     began = time.monotonic()
     with LogReader(Settings(bootstrap=broker)) as reader, pytest.raises(TopicMissing, match="topics apply"):
         reader.watermarks(f"{namespace}.nothing", 0, timeout=20.0)

@@ -22,7 +22,6 @@ import sqlalchemy
 import uuid_utils
 from confluent_kafka import TopicPartition
 
-from jobledger import log
 from jobledger.config import Settings
 from jobledger.errors import (
     BrokerUnavailable,
@@ -34,21 +33,22 @@ from jobledger.errors import (
     UnknownFact,
 )
 from jobledger.job import State
-from jobledger.kafka import topics, topology
-from jobledger.log import LogReader
-from jobledger.names import Names
+from jobledger.kafka import clients, topics, topology
+from jobledger.kafka.topic_names import Names
+from jobledger.log.reading import LogReader
+from jobledger.log.writer import LogWriter, Outgoing
+from jobledger.process import identity
 from jobledger.schemas import codec
 from jobledger.schemas import events as ev
 from jobledger.schemas.events import JobEvent, Position
-from jobledger.streams import rebuild as rebuilding
-from jobledger.streams.feed import Feed, bounds
-from jobledger.streams.rebuild import rebuild, verify
-from jobledger.streams.status import Materializer
-from jobledger.streams.store import Changes, StatusReader, Store, open_reader, open_store
-from jobledger.streams.store.connecting import schema_beside, schema_of
-from jobledger.streams.store.postgres import PostgresStore
-from jobledger.streams.store.sqlite import SqliteStore, path_of
-from jobledger.writer import LogWriter, Outgoing
+from jobledger.streams.status import rebuild as rebuilding
+from jobledger.streams.status.log_feed import Feed, bounds
+from jobledger.streams.status.materializer import Materializer
+from jobledger.streams.status.rebuild import rebuild, verify
+from jobledger.streams.status.store import Changes, StatusReader, Store, open_reader, open_store
+from jobledger.streams.status.store.connecting import schema_beside, schema_of
+from jobledger.streams.status.store.postgres import PostgresStore
+from jobledger.streams.status.store.sqlite import SqliteStore, path_of
 from tests.patience import PATIENCE, wait_until
 from tests.postgres import Databases, Server
 
@@ -65,7 +65,7 @@ class World:
     def __init__(self, bootstrap: str, namespace: str, url: str) -> None:
         self.settings, self.names = Settings(bootstrap=bootstrap, submit_timeout=10.0), Names(namespace)
         self.url = url
-        self.admin = log.admin(self.settings)
+        self.admin = clients.admin(self.settings)
         self.make("mail")
         self.writer = LogWriter(self.settings, self.names)
 
@@ -79,7 +79,7 @@ class World:
         event_id = str(uuid_utils.uuid7())
         return codec.encode(
             JobEvent(
-                event_id, job_id, 1, attempt, release, log.now_us(), "send", queue, None, None, "t@h:1", None, fact
+                event_id, job_id, 1, attempt, release, identity.now_us(), "send", queue, None, None, "t@h:1", None, fact
             )
         )
 
@@ -257,8 +257,8 @@ def sample_sum(made: Materializer) -> float:
 KILLED = """
 import sys, threading
 from jobledger.config import Settings
-from jobledger.names import Names
-from jobledger.streams.status import Materializer
+from jobledger.kafka.topic_names import Names
+from jobledger.streams.status.materializer import Materializer
 bootstrap, namespace, url = sys.argv[1:]
 Materializer(Names(namespace), Settings(bootstrap=bootstrap), ["mail"], url, batch=50).run(threading.Event())
 """

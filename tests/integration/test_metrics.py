@@ -12,8 +12,8 @@ from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
 from jobledger import NO_RETRY, App, Breaker, Queue, Settings
-from jobledger.consumers.metrics import WorkerMetrics
-from jobledger.consumers.worker import Worker
+from jobledger.consumers.worker.metrics import WorkerMetrics
+from jobledger.consumers.worker.worker import Worker
 from jobledger.kafka.topics import ensure
 from tests.integration.worker_app import until, working
 

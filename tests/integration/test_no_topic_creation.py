@@ -12,17 +12,18 @@ import pytest
 from confluent_kafka import Producer
 from confluent_kafka.admin import AdminClient
 
-from jobledger import App, Settings, TopicMissing, cluster
+from jobledger import App, Settings, TopicMissing
 from jobledger.cli.main import main
-from jobledger.consumers.router import Router
-from jobledger.consumers.worker import Worker, WorkerOptions
+from jobledger.consumers.router.router import Router
+from jobledger.consumers.worker.worker import Worker, WorkerOptions
 from jobledger.errors import JobledgerError
+from jobledger.kafka import cluster
 from jobledger.kafka.topics import ensure
-from jobledger.streams.aio import AckedWriter, first_error
-from jobledger.streams.coordinator import Coordinator
-from jobledger.streams.faust_app import Options
-from jobledger.streams.status import Materializer
-from jobledger.writer import Outgoing
+from jobledger.log.writer import Outgoing
+from jobledger.streams.coordinator.coordinator import Coordinator
+from jobledger.streams.coordinator.faust.async_producer import AckedWriter, first_error
+from jobledger.streams.coordinator.faust.faust_app import Options
+from jobledger.streams.status.materializer import Materializer
 from tests.brokers import Brokers
 from tests.integration.worker_app import until
 

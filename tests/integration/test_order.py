@@ -15,11 +15,11 @@ from typing import Any
 import pytest
 
 from jobledger import App, Breaker, Queue, Retry, Settings, Snooze, current_job
-from jobledger.consumers.lines import Lines
-from jobledger.consumers.work import Line, Work
-from jobledger.consumers.worker import Worker
+from jobledger.client.commands import Job
+from jobledger.consumers.scheduling.wait_queues import Lines
+from jobledger.consumers.state.work import Line, Work
+from jobledger.consumers.worker.worker import Worker
 from jobledger.kafka.topics import ensure
-from jobledger.orders import Job
 from jobledger.schemas.events import (
     JobCancelled,
     JobExpired,

@@ -16,11 +16,13 @@ from pathlib import Path
 import pytest
 
 from jobledger import App, Settings
-from jobledger.kafka.ports import free_port
-from jobledger.log import LogReader, decoder, partitions_of, recorded
-from jobledger.names import Names
+from jobledger.kafka.clients import partitions_of
+from jobledger.kafka.embedded.ports import free_port
+from jobledger.kafka.topic_names import Names
+from jobledger.log.reading import LogReader, recorded
+from jobledger.log.schema_lookup import decoder
 from jobledger.schemas.events import JobSucceeded
-from jobledger.streams.store import open_store
+from jobledger.streams.status.store import open_store
 from tests.integration.worker_app import closings, facts_of, until
 from tests.patience import PATIENCE
 

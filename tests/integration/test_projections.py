@@ -25,16 +25,17 @@ from confluent_kafka import TopicPartition
 from sqlalchemy import Column, DateTime, Integer, MetaData, PrimaryKeyConstraint, String, Table, select
 
 from jobledger import App, ConfigError, IncompatibleEvent, JobledgerError, Settings
+from jobledger.definitions.projection import Where
 from jobledger.errors import BrokerUnavailable, StoreError
+from jobledger.kafka.clients import admin, partitions_of, producer, producer_config
 from jobledger.kafka.topics import ensure
-from jobledger.log import LogReader, admin, partitions_of, producer, producer_config
-from jobledger.projection import Where
+from jobledger.log.reading import LogReader
+from jobledger.log.writer import LogWriter, Outgoing
 from jobledger.schemas.events import CancelRequested, JobSucceeded, QueuePaused
-from jobledger.streams import projections
-from jobledger.streams.feed import identities
-from jobledger.streams.projection_store import ProjectionStore, database_of
-from jobledger.streams.projections import Runner
-from jobledger.writer import LogWriter, Outgoing
+from jobledger.streams.projections import runner as projection_runner
+from jobledger.streams.projections.projection_store import ProjectionStore, database_of
+from jobledger.streams.projections.runner import Runner
+from jobledger.streams.status.log_feed import identities
 from tests.integration import projection_app
 from tests.integration.projection_app import Happened
 from tests.integration.worker_app import closings, until, working
@@ -180,7 +181,7 @@ class Renumbered:
 
 def test_a_runner_notices_a_rebuild_though_no_record_comes(app: App, monkeypatch: pytest.MonkeyPatch) -> None:
     """A rebuild to an earlier end puts rows and offsets back under a process that has folded more."""
-    monkeypatch.setattr("jobledger.streams.projections.LOOK_S", 0.5)
+    monkeypatch.setattr("jobledger.streams.projections.runner.LOOK_S", 0.5)
     events, stop = emit(app, 50), threading.Event()
     folded(app)
     earlier = dict(enumerate(ends_of(app, app.events["Happened"].topic)))
@@ -340,16 +341,16 @@ def test_records_that_were_trimmed_before_they_were_folded_are_said(app: App, ca
 def test_nothing_is_folded_before_the_ids_of_its_topics_are_known(app: App, monkeypatch: pytest.MonkeyPatch) -> None:
     """Offsets of a topic whose id is not stored would be taken for those of a later topic of its name."""
     events = emit(app, 30)
-    monkeypatch.setattr(projections, "IDENTIFY_S", 0.3)
-    monkeypatch.setattr(projections, "identities", lambda *args: {})
+    monkeypatch.setattr(projection_runner, "IDENTIFY_S", 0.3)
+    monkeypatch.setattr(projection_runner, "identities", lambda *args: {})
     with closing(runner_of(app)) as runner:
         for act in (lambda: runner.run(threading.Event(), until_end=True), lambda: runner.rebuild(threading.Event())):
             with pytest.raises(BrokerUnavailable, match=r"did not return the ids of \S+\.Happened within 0.3 s"):
                 act()
     assert rows(app) == {}
     answers: Iterator[dict[str, str]] = iter([{}, {}])  # a topic that has just been created
-    monkeypatch.setattr(projections, "identities", lambda *args: next(answers, None) or identities(*args))
-    monkeypatch.setattr(projections, "IDENTIFY_S", 30.0)
+    monkeypatch.setattr(projection_runner, "identities", lambda *args: next(answers, None) or identities(*args))
+    monkeypatch.setattr(projection_runner, "IDENTIFY_S", 30.0)
     assert folded(app).folded == 30
     assert said(rows(app)) == wanted(events)
 
@@ -583,7 +584,7 @@ def test_a_database_that_is_away_for_a_while_loses_nothing(
     broker: str, namespace: str, postgres_server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """PostgreSQL, stopped as in a crash in the middle of the stream and started again: the fold is exact, by itself."""
-    monkeypatch.setattr(projections, "AWAY_TRIES", 300)  # a busy machine takes its time to start the server
+    monkeypatch.setattr(projection_runner, "AWAY_TRIES", 300)  # a busy machine takes its time to start the server
     app = projection_app.build(namespace, Settings(bootstrap=broker, status_url=postgres_server.url))
     ensure(app, app.settings)
     stop, runner = threading.Event(), runner_of(app)

@@ -26,20 +26,22 @@ from confluent_kafka import Producer
 from confluent_kafka.cimpl import NewTopic
 
 from jobledger import App, BrokerUnavailable, ConfigError, Settings
-from jobledger.consumers.router import Router
-from jobledger.consumers.worker import Worker
+from jobledger.consumers.router.router import Router
+from jobledger.consumers.worker.worker import Worker
 from jobledger.errors import RegistryNeeded, RegistryUnavailable, SchemaRefused
-from jobledger.kafka.ports import free_port
+from jobledger.kafka.clients import admin, partitions_of
+from jobledger.kafka.embedded.ports import free_port
 from jobledger.kafka.topics import ensure
-from jobledger.log import LogReader, admin, decoder, partitions_of
-from jobledger.registry import COMPATIBILITY, Registry
-from jobledger.schemas import codec, frame
+from jobledger.log.reading import LogReader
+from jobledger.log.schema_lookup import decoder
+from jobledger.log.schema_registry import COMPATIBILITY, Registry
+from jobledger.log.writer import LogWriter, Outgoing
+from jobledger.schemas import codec, confluent_frame
 from jobledger.schemas.events import ErrorInfo, JobEvent, JobFailed, JobSpec, JobSubmitted, JobSucceeded, RecordRejected
-from jobledger.streams.coordinator import Coordinator, supervise
-from jobledger.streams.faust_app import Options
-from jobledger.streams.rebuild import verify
-from jobledger.streams.status import Materializer
-from jobledger.writer import LogWriter, Outgoing
+from jobledger.streams.coordinator.coordinator import Coordinator, supervise
+from jobledger.streams.coordinator.faust.faust_app import Options
+from jobledger.streams.status.materializer import Materializer
+from jobledger.streams.status.rebuild import verify
 from tests.integration.test_router import routing
 from tests.integration.worker_app import build, closings, log_of, made, until, working
 from tests.patience import PATIENCE
@@ -75,7 +77,7 @@ def written(app: App) -> list[str]:
 
 def framed(event: JobEvent, schema_id: int) -> bytes:
     """An event as another writer would frame it."""
-    return frame.head(schema_id) + codec.encode(event)[len(OWN) :]
+    return confluent_frame.head(schema_id) + codec.encode(event)[len(OWN) :]
 
 
 def submission(task: str = "add", args: bytes = b'{"a":1}') -> JobEvent:
@@ -229,7 +231,9 @@ def test_all_parts_work_with_a_registry(
         assert api.get(f"config/{subject}").json() == {"compatibilityLevel": COMPATIBILITY}
         assert api.get(f"subjects/{subject}/versions").json() == [1]
     # A plain reader that knows the registry and nothing of ours reads what we wrote.
-    schema = fastavro.parse_schema(json.loads(api.get(f"schemas/ids/{frame.id_of(values[0])}").json()["schema"]))
+    schema = fastavro.parse_schema(
+        json.loads(api.get(f"schemas/ids/{confluent_frame.id_of(values[0])}").json()["schema"])
+    )
     read: Any = fastavro.schemaless_reader(io.BytesIO(values[0][5:]), schema, None)
     assert read["job_id"] in {j.job_id for j in jobs}
     app.close()

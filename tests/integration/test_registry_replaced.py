@@ -13,9 +13,9 @@ from urllib.parse import unquote
 import pytest
 
 from jobledger import App, ConfigError
-from jobledger.consumers.worker import Worker, WorkerOptions
+from jobledger.consumers.worker.worker import Worker, WorkerOptions
 from jobledger.kafka.topics import ensure
-from jobledger.lookup import SchemaLookup
+from jobledger.log.schema_lookup import SchemaLookup
 from tests.integration.worker_app import build, closings, facts_of, log_of, until, working
 
 pytestmark = pytest.mark.kafka

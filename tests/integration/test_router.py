@@ -21,16 +21,17 @@ from confluent_kafka import TopicPartition
 from confluent_kafka.cimpl import NewPartitions, NewTopic
 from sqlalchemy import Column, Integer, MetaData, Table
 
-from jobledger import App, BadEvent, ConfigError, EventHandle, IncompatibleEvent, Settings, TopicMissing, commits
-from jobledger.consumers import beginning
-from jobledger.consumers.backfill import Backfill, Plan, Progress, events_per_second
-from jobledger.consumers.router import Router
+from jobledger import App, BadEvent, ConfigError, EventHandle, IncompatibleEvent, Settings, TopicMissing
+from jobledger.consumers.router import initial_offsets
+from jobledger.consumers.router.backfill import Backfill, Plan, Progress, events_per_second
+from jobledger.consumers.router.router import Router
+from jobledger.kafka.clients import admin, consumer_config, partitions_of, producer, producer_config
+from jobledger.kafka.clients import consumer as make_consumer
 from jobledger.kafka.topics import ensure
-from jobledger.log import admin, consumer_config, partitions_of, producer, producer_config
-from jobledger.log import consumer as make_consumer
+from jobledger.log import group_offsets
+from jobledger.log.writer import LogWriter, Outgoing
 from jobledger.schemas.events import JobSubmitted, JobSucceeded, Position, RecordRejected
-from jobledger.streams.projections import Runner
-from jobledger.writer import LogWriter, Outgoing
+from jobledger.streams.projections.runner import Runner
 from tests.integration.worker_app import limit_records, log_of, until, working
 from tests.patience import PATIENCE
 
@@ -289,7 +290,7 @@ def test_topics_of_others_are_read_from_the_routers_first_start_on(lab: Lab) -> 
 
         # Before any record: a start that is killed now must not begin at a later end.
         def begun() -> dict[tuple[str, int], int]:
-            found = commits.group_offsets(app.settings, app.names.router_group, topic)
+            found = group_offsets.group_offsets(app.settings, app.names.router_group, topic)
             return {place: each.base for place, each in found.items()}
 
         until(lambda: begun() == {(topic, 0): 2, (topic, 1): 2})
@@ -314,10 +315,10 @@ def test_routers_that_start_together_agree_on_where_a_topic_begins(lab: Lab) -> 
         write(app, {"number": 1}, partition=partition)
     settings, group = app.settings, app.names.router_group
     asker = make_consumer(consumer_config(settings, group=group))
-    begun, note = beginning.at_the_end(settings, group, topic, [0])
+    begun, note = initial_offsets.at_the_end(settings, group, topic, [0])
     assert begun == {0: 1}
     asker.commit(offsets=[TopicPartition(topic, 0, 1, note)], asynchronous=False)
-    assert beginning.at_the_end(settings, group, topic, [0, 1, 2]) == ({1: 1}, note)
+    assert initial_offsets.at_the_end(settings, group, topic, [0, 1, 2]) == ({1: 1}, note)
     asker.close()
 
 

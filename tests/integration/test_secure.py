@@ -22,14 +22,14 @@ import psutil
 import pytest
 
 from jobledger import App
-from jobledger.access import knock
 from jobledger.cli.loading import load_app
 from jobledger.config import Settings
 from jobledger.errors import NotAuthenticated, StoreNotFound
 from jobledger.kafka.acls import Right
-from jobledger.streams.aio import AckedWriter
-from jobledger.streams.security import security
-from jobledger.writer import LogWriter, Outgoing
+from jobledger.kafka.auth import knock
+from jobledger.log.writer import LogWriter, Outgoing
+from jobledger.streams.coordinator.faust.async_producer import AckedWriter
+from jobledger.streams.coordinator.faust.security import security
 from tests.secured import MTLS, OIDC, PLAIN, SCRAM, WAYS, Secured, environment, with_certificate
 
 pytestmark = pytest.mark.kafka

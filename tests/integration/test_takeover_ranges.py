@@ -9,14 +9,15 @@ import pytest
 from confluent_kafka import Message
 
 from jobledger import App, Queue, Settings
-from jobledger.consumers.ranges import LogRanges, partition_of
+from jobledger.consumers.partitions.range_reader import LogRanges, partition_of
 from jobledger.kafka import topics, topology
+from jobledger.kafka.clients import admin
+from jobledger.kafka.topic_names import Names
 from jobledger.kafka.topics import ensure
-from jobledger.log import admin, now_us
-from jobledger.names import Names
+from jobledger.log.writer import LogWriter, Outgoing
+from jobledger.process.identity import now_us
 from jobledger.schemas import codec
 from jobledger.schemas import events as ev
-from jobledger.writer import LogWriter, Outgoing
 from tests.integration.worker_app import log_of, until, working
 
 pytestmark = pytest.mark.kafka

@@ -11,8 +11,9 @@ import msgspec
 import pytest
 
 from jobledger import App, PayloadTooLarge, Settings
+from jobledger.kafka.clients import batch_room, partitions_of
 from jobledger.kafka.topics import ensure
-from jobledger.log import LogReader, batch_room, partitions_of
+from jobledger.log.reading import LogReader
 from jobledger.schemas.events import JobSubmitted
 from tests.integration.worker_app import closings, limit_records, log_of, until, working
 
@@ -195,7 +196,7 @@ def test_a_submission_during_the_first_one_uses_the_connection_that_stays(
             sent.append(len(app.client._single.producer))
             return room
 
-        monkeypatch.setattr("jobledger.writer.batch_room", asked)
+        monkeypatch.setattr("jobledger.log.writer.batch_room", asked)
         async with asyncio.timeout(60):
             handles = [await keep.submit_async("first"), *await asyncio.gather(*during)]
         return [handle.job_id for handle in handles]

@@ -15,13 +15,12 @@ from confluent_kafka.admin import (  # type: ignore[attr-defined]  # re-exported
     ResourceType,
 )
 
-from jobledger import log
 from jobledger.config import Settings
-from jobledger.domain import EventType
+from jobledger.definitions.event_types import EventType
 from jobledger.errors import BrokerUnavailable, ConfigError
-from jobledger.kafka import topics, topology
+from jobledger.kafka import clients, topics, topology
+from jobledger.kafka.topic_names import Names
 from jobledger.kafka.topology import Plan, Step
-from jobledger.names import Names
 from tests.patience import wait_until
 
 pytestmark = pytest.mark.kafka
@@ -50,7 +49,7 @@ def settings(broker: str) -> Settings:
 
 @pytest.fixture
 def admin(settings: Settings) -> AdminClient:
-    return log.admin(settings)
+    return clients.admin(settings)
 
 
 @pytest.fixture
@@ -59,7 +58,7 @@ def app(namespace: str) -> App:
 
 
 def partitions(settings: Settings, topic: str) -> int | None:
-    found = log.admin(settings).list_topics(timeout=10).topics.get(topic)
+    found = clients.admin(settings).list_topics(timeout=10).topics.get(topic)
     return None if found is None else len(found.partitions)
 
 
@@ -70,7 +69,7 @@ def steps(made: Plan) -> set[Step]:
 def settled(app: App, settings: Settings) -> None:
     """Wait until the broker says that all is as declared: it answers from its own copy of the settings, which follows the
     controller's."""
-    admin = log.admin(settings)
+    admin = clients.admin(settings)
     wait_until(lambda: not topics.plan(admin, *topology.wanted(app, 1)).pending, 10, "all being as declared")
 
 
@@ -190,7 +189,7 @@ def test_a_namespace_beside_one_whose_topics_collide_is_refused_by_the_plan(sett
     first = replace(app, queues={"lifecycle": Queue(1)})
     topics.ensure(first, settings)
     second = App(Names(f"{name}_jobs"))
-    made = topics.plan(log.admin(settings), *topology.wanted(second, 1))
+    made = topics.plan(clients.admin(settings), *topology.wanted(second, 1))
     assert [change.name for change in made.refused] == [f"{name}_jobs.lifecycle"]
     with pytest.raises(ConfigError, match=rf"'{name}_jobs\.lifecycle' collides with '{name}\.jobs\.lifecycle'"):
         topics.ensure(second, settings)

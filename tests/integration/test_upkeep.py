@@ -16,17 +16,20 @@ from confluent_kafka import Consumer, TopicPartition
 from sqlalchemy import Column, Integer, MetaData, String, Table
 
 from jobledger import App, Settings
+from jobledger.kafka.clients import consumer_config
 from jobledger.kafka.topics import ensure
-from jobledger.log import LogReader, consumer_config, decoder, now_us, recorded
+from jobledger.log.reading import LogReader, recorded
+from jobledger.log.schema_lookup import decoder
+from jobledger.log.writer import LogWriter, Outgoing
+from jobledger.process.identity import now_us
 from jobledger.schemas import codec
 from jobledger.schemas import events as ev
-from jobledger.streams import upkeep as upkeep_module
-from jobledger.streams.projection_store import ProjectionStore, offsets_table
-from jobledger.streams.projections import Runner
-from jobledger.streams.status import Materializer
-from jobledger.streams.store import open_reader
-from jobledger.streams.upkeep import Cadence, Upkeep
-from jobledger.writer import LogWriter, Outgoing
+from jobledger.streams.maintenance import maintenance as upkeep_module
+from jobledger.streams.maintenance.maintenance import Cadence, Upkeep
+from jobledger.streams.projections.projection_store import ProjectionStore, offsets_table
+from jobledger.streams.projections.runner import Runner
+from jobledger.streams.status.materializer import Materializer
+from jobledger.streams.status.store import open_reader
 from tests.patience import PATIENCE, wait_until
 
 pytestmark = pytest.mark.kafka

@@ -17,14 +17,16 @@ from confluent_kafka.cimpl import NewTopic
 
 from jobledger import App, BrokerUnavailable, ConfigError, Settings, TopicMissing
 from jobledger.config import DEFAULT_MAX_RECORD_BYTES
-from jobledger.consumers import offsets
-from jobledger.consumers.takeover import Takeover
-from jobledger.consumers.work import PROGRESS_INTERVAL_S, Work
-from jobledger.consumers.worker import Worker, WorkerOptions
-from jobledger.kafka.ports import free_port
+from jobledger.consumers.partitions.takeover import Takeover
+from jobledger.consumers.state import offset_tracker
+from jobledger.consumers.state.work import PROGRESS_INTERVAL_S, Work
+from jobledger.consumers.worker.worker import Worker, WorkerOptions
+from jobledger.definitions.retry import Retry
+from jobledger.kafka.clients import admin, producer, producer_config
+from jobledger.kafka.embedded.ports import free_port
 from jobledger.kafka.topics import ensure
-from jobledger.log import admin, now_us, producer, producer_config
-from jobledger.retry import Retry
+from jobledger.log.writer import LogWriter, Outgoing
+from jobledger.process.identity import now_us
 from jobledger.schemas import codec
 from jobledger.schemas.events import (
     DeadLettered,
@@ -41,7 +43,6 @@ from jobledger.schemas.events import (
     RecordRejected,
     ReleaseRequested,
 )
-from jobledger.writer import LogWriter, Outgoing
 from tests.integration.worker_app import closings, facts_of, limit_records, log_of, made, until, working
 from tests.patience import PATIENCE
 
@@ -148,7 +149,7 @@ def test_a_failed_attempt_asks_for_the_next_release(ran: Ran) -> None:
     assert (fact.error.type, fact.error.message, fact.delay_ms) == ("ValueError", "attempt 1", 500)
     assert fact.error.traceback is not None
     assert "worker_app.py" in fact.error.traceback
-    assert "execute.py" not in fact.error.traceback
+    assert "executor.py" not in fact.error.traceback
     requests = [r for r in log_of(app, app.names.coordination) if r.event.job_id == jobs["fail"]]
     assert len(requests) == 1
     request = requests[0].event
@@ -162,7 +163,7 @@ def test_a_failed_attempt_asks_for_the_next_release(ran: Ran) -> None:
     [
         ("fail_in_thread", "exhausted", "tests.integration.worker_app.Unprintable"),
         ("never", "never", "KeyError"),
-        ("reject", "rejected", "jobledger.retry.Reject"),
+        ("reject", "rejected", "jobledger.definitions.retry.Reject"),
         ("leave", "never", "SystemExit"),
         ("hang", "timeout", "TimeoutError"),
         ("cancels_itself", "exhausted", "asyncio.exceptions.CancelledError"),
@@ -238,7 +239,7 @@ def test_everything_done_is_committed_with_its_floor(ran: Ran) -> None:
 
     found = until(caught_up)
     for partition, (offset, metadata) in found.items():
-        said = offsets.decode(offset, metadata, offset)
+        said = offset_tracker.decode(offset, metadata, offset)
         assert not said.clean
         assert said.floor is not None
         assert said.floor <= max(
@@ -420,7 +421,7 @@ def test_a_clean_restart_runs_nothing_again(broker: str, namespace: str) -> None
         until(lambda: len(closings(app)) >= 300)
     left = len(closings(app))
     for partition, (offset, metadata) in committed(app).items():
-        assert offsets.decode(offset, metadata, 1 << 40).clean, partition
+        assert offset_tracker.decode(offset, metadata, 1 << 40).clean, partition
     with working(app) as worker:
         until(lambda: len(closings(app)) == 500)
         until(lambda: all_done(app, worker))
@@ -459,7 +460,7 @@ def test_a_takeover_that_a_stop_cuts_short_is_the_next_owners(
         with working(app) as worker:
             until(lambda: cut.is_set() and worker.takeover is not None and not worker.takeover.is_alive())
     for partition, (offset, metadata) in committed(app).items():
-        assert not offsets.decode(offset, metadata, 1 << 40).clean, partition
+        assert not offset_tracker.decode(offset, metadata, 1 << 40).clean, partition
     with working(app) as worker:
         until(lambda: worker.health().get("found_closed") == 60)
     assert sorted(a for _, a in app.ran) == list(range(60))  # type: ignore[attr-defined]
@@ -496,7 +497,7 @@ def test_what_was_clean_and_not_begun_on_is_handed_over_clean(
         with working(app):
             until(marked.is_set)
             for partition, (offset, metadata) in committed(app).items():
-                assert not offsets.decode(offset, metadata, 1 << 40).clean, partition
+                assert not offset_tracker.decode(offset, metadata, 1 << 40).clean, partition
             if how == "rebalance":
                 with working(app):
                     until(lambda: len(closings(app)) == 90)
@@ -594,7 +595,7 @@ def test_a_worker_that_stops_lets_jobs_end_and_gives_up_the_rest(
     """SIGTERM's way: within the grace time running jobs end and are closed; what does not is cancelled, left open, and
     run by the next worker; what only waited for a thread was never started."""
     app, clock = made(namespace, broker), Clock()
-    monkeypatch.setattr("jobledger.consumers.worker.time", clock)
+    monkeypatch.setattr("jobledger.consumers.worker.worker.time", clock)
     gates: dict[str, threading.Event] = app.gates  # type: ignore[attr-defined]
     for name in ("ends", "stays"):
         gates[name] = threading.Event()

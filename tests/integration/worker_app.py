@@ -17,9 +17,11 @@ from confluent_kafka.admin import (  # type: ignore[attr-defined]  # re-exported
 )
 
 from jobledger import NO_RETRY, App, Reject, ResultInsideJob, Retry, RetryLater, Settings, Snooze, current_job
-from jobledger.consumers.worker import Worker, WorkerOptions
+from jobledger.consumers.worker.worker import Worker, WorkerOptions
+from jobledger.kafka.clients import admin, batch_limits, partitions_of
 from jobledger.kafka.topics import ensure
-from jobledger.log import LogReader, admin, batch_limits, decoder, partitions_of, recorded
+from jobledger.log.reading import LogReader, recorded
+from jobledger.log.schema_lookup import decoder
 from jobledger.schemas.events import CLOSING, Recorded
 from tests.patience import PATIENCE
 

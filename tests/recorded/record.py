@@ -16,7 +16,7 @@ from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
 from jobledger import App, Settings
-from jobledger.consumers.metrics import WorkerMetrics
+from jobledger.consumers.worker.metrics import WorkerMetrics
 from jobledger.kafka.embedded import EmbeddedKafka
 from jobledger.kafka.topics import ensure
 from tests.integration.worker_app import working

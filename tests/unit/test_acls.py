@@ -18,8 +18,8 @@ from jobledger.cli.main import main
 from jobledger.errors import ConfigError
 from jobledger.kafka import acls
 from jobledger.kafka.acls import TABLE, Right
+from jobledger.kafka.topic_names import Names
 from jobledger.kafka.topology import changelog
-from jobledger.names import Names
 
 DOCS = Path(__file__).resolve().parents[2] / "docs" / "clusters.md"
 

@@ -12,13 +12,13 @@ import pytest
 from confluent_kafka import Consumer, Producer
 
 from jobledger import addresses
-from jobledger.access import away, knock
 from jobledger.config import KAFKA_PREFIX, OWNED, Settings
 from jobledger.errors import BrokerUnavailable, ConfigError
-from jobledger.log import consumer_config, producer_config
-from jobledger.streams.aio import compression, unused
-from jobledger.streams.faust_app import Options, faust_settings
-from jobledger.streams.place import Place
+from jobledger.kafka.auth import away, knock
+from jobledger.kafka.clients import consumer_config, producer_config
+from jobledger.streams.coordinator.faust.async_producer import compression, unused
+from jobledger.streams.coordinator.faust.faust_app import Options, faust_settings
+from jobledger.streams.coordinator.faust.instance_dir import Place
 
 
 @pytest.mark.parametrize(

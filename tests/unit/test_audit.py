@@ -22,7 +22,7 @@ from jobledger.audit.spill import Spill, keys_of
 from jobledger.audit.table import Final, StatusFile, final, result_text, stored
 from jobledger.schemas import codec
 from jobledger.schemas import events as ev
-from jobledger.streams.store.rows import key_text
+from jobledger.streams.status.store.rows import key_text
 from tests.handmade import COORD, DEAD, ERROR, LIFE, NS, SPEC, WORK, Writer, good_log
 
 #: A time after everything that `good_log` writes, ms.

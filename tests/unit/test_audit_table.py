@@ -13,7 +13,7 @@ from jobledger.audit.table import Final, differences, final, result_text
 from jobledger.schemas import codec
 from jobledger.schemas import events as ev
 from jobledger.schemas.events import JobEvent
-from jobledger.streams.projector import Projector
+from jobledger.streams.status.row_folder import Projector
 from tests.unit.test_projector import Message, Table
 
 WORK, LIFE, COORD = "shop.jobs.mail", "shop.lifecycle", "shop.coordination"

@@ -31,12 +31,12 @@ from jobledger.cli.main import cli, main
 from jobledger.cli.output import MEANINGS, Exit, duration, exit_code, relative
 from jobledger.cli.submit import read_value
 from jobledger.errors import JobFailed, JobledgerError
-from jobledger.names import Names
+from jobledger.kafka.topic_names import Names
 from jobledger.schemas import events as ev
 from jobledger.schemas.codec import Decoder
-from jobledger.streams.projection_store import ProjectionStore, offsets_table
-from jobledger.streams.projector import Projector
-from jobledger.streams.store.sqlite import SqliteStore
+from jobledger.streams.projections.projection_store import ProjectionStore, offsets_table
+from jobledger.streams.status.row_folder import Projector
+from jobledger.streams.status.store.sqlite import SqliteStore
 
 UUID = "00000000-0000-7000-8000-000000000000"
 

@@ -8,8 +8,8 @@ from typing import cast
 import pytest
 from confluent_kafka import TIMESTAMP_CREATE_TIME, TIMESTAMP_LOG_APPEND_TIME, Message
 
-from jobledger.consumers import clock
-from jobledger.consumers.clock import BrokerClock
+from jobledger.consumers.state import broker_clock
+from jobledger.consumers.state.broker_clock import BrokerClock
 
 #: When the tests begin, in seconds of the broker's clock.
 BEGAN = 1_790_000_000.0
@@ -32,7 +32,7 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Machine:
     """The machine that the clock under test believes it is on."""
     made = Machine()
     times = SimpleNamespace(time=lambda: made.wall, monotonic=lambda: made.monotonic)
-    monkeypatch.setattr(clock, "time", times)
+    monkeypatch.setattr(broker_clock, "time", times)
     return made
 
 

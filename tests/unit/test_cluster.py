@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from confluent_kafka.admin import AdminClient
 
-from jobledger import cluster
-from jobledger.kafka.ports import free_port
+from jobledger.kafka import cluster
+from jobledger.kafka.embedded.ports import free_port
 from tests.empty_cluster import empty_cluster
 from tests.patience import PATIENCE
 
@@ -20,12 +20,14 @@ ROOT = Path(__file__).resolve().parents[2]
 #: In a process of its own, because librdkafka may abort it.
 CHILD = """
 import sys
-from jobledger import Settings, log, outage
-from jobledger.access import knock
+from jobledger import Settings
+from jobledger.kafka import clients
+from jobledger.kafka import outage
+from jobledger.kafka.auth import knock
 from jobledger.kafka.topics import default_replication
 
 def origin():
-    from jobledger.streams.faust_app import origin_of
+    from jobledger.streams.coordinator.faust.faust_app import origin_of
     return origin_of(settings, "t")
 
 settings = Settings(bootstrap=sys.argv[1])
@@ -44,7 +46,7 @@ except Exception as exc:
         ("outage._answers(settings)", "True"),
         # 1 if the server's first answer was to this request
         (
-            "default_replication(log.admin(settings))",
+            "default_replication(clients.admin(settings))",
             ("1", "BrokerUnavailable no broker answered at the cluster (could not"),
         ),
         ("origin()", "TopicMissing asking for t"),
@@ -61,7 +63,7 @@ def test_a_broker_that_lists_no_brokers_aborts_no_process(expression: str, expec
 
 
 def test_no_module_calls_describe_cluster() -> None:
-    """`jobledger.cluster` says why, and has what to call instead."""
+    """`jobledger.kafka.cluster` says why, and has what to call instead."""
     modules = [path for part in ("jobledger", "consumers", "streams") for path in (ROOT / part).rglob("*.py")]
     assert len(modules) > 50
     assert [str(path) for path in modules if "describe_cluster(" in path.read_text()] == []

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jobledger.errors import NotAnEvent, SchemaError, UnknownFact, UnknownSchema
-from jobledger.schemas import codec, frame
+from jobledger.schemas import codec, confluent_frame
 from jobledger.schemas import events as ev
 
 LONG = st.integers(min_value=-(2**63), max_value=2**63 - 1)
@@ -191,7 +191,7 @@ def test_a_domain_event_is_no_fact_of_a_later_version(
     raw, published = domain_event(schema, datum)
     decoder = codec.Decoder(published.get, lambda number, likely: json.dumps(schema))
     if framed:
-        raw = frame.head(7) + raw[10:]
+        raw = confluent_frame.head(7) + raw[10:]
     for _ in range(2):
         with pytest.raises(NotAnEvent):
             decoder.decode(raw)

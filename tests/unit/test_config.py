@@ -12,7 +12,7 @@ import pytest
 
 from jobledger.config import KAFKA_PREFIX, KNOWN, PREFIX, Settings
 from jobledger.errors import BrokerUnavailable, ConfigError
-from jobledger.names import Names
+from jobledger.kafka.topic_names import Names
 
 
 def test_settings_are_read_from_the_environment(tmp_path: Path) -> None:
@@ -89,9 +89,9 @@ def test_numbers_from_code_are_judged_as_those_of_the_environment(name: str, val
 
 def test_what_holds_arguments_and_results_is_for_this_user_alone(tmp_path: Path) -> None:
     """Folders that Jobledger makes for its databases can be read by nobody else."""
-    from jobledger.streams.place import take_place
-    from jobledger.streams.projection_store import ProjectionStore
-    from jobledger.streams.store import open_store
+    from jobledger.streams.coordinator.faust.instance_dir import take_place
+    from jobledger.streams.projections.projection_store import ProjectionStore
+    from jobledger.streams.status.store import open_store
 
     Settings(home=tmp_path).resolve_status_url("shop")
     take_place(tmp_path / "coordinator", "shop").release()
@@ -126,8 +126,8 @@ def test_a_namespace_that_cannot_be_a_topic_is_refused(name: str) -> None:
 def test_every_topic_is_in_the_tables_of_topics(page: str) -> None:
     """Those that `topics apply` makes are those that the reference and the wire's page tell of."""
     from jobledger import App
+    from jobledger.definitions.queues import Queue
     from jobledger.kafka.topology import wanted
-    from jobledger.queues import Queue
 
     app = App("shop", settings=Settings(), queues=[Queue("mail", priorities=True)])
 

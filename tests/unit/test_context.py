@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from jobledger import ConfigError, JobEnded
-from jobledger.consumers.frames import Progress, Splitter, decode_said, frame
-from jobledger.context import JobContext
+from jobledger.consumers.isolation.protocol import Progress, Splitter, decode_said, frame
+from jobledger.definitions.context import JobContext
 from jobledger.schemas import codec
 from jobledger.schemas.events import JobEvent, JobProgressed
 from tests.running_job import running_job

@@ -17,17 +17,17 @@ from hypothesis import strategies as st
 
 from jobledger.config import Settings
 from jobledger.errors import SchemaError
-from jobledger.names import Names
+from jobledger.kafka.topic_names import Names
 from jobledger.schemas import codec
 from jobledger.schemas.events import JobEvent, JobSpec, JobSubmitted, RecordRejected
-from jobledger.streams import faust_app
-from jobledger.streams.faust_app import Options, changelog, faust_settings
-from jobledger.streams.intake import KEY_BYTES, Intake
-from jobledger.streams.noise import RateLimit, Unheard
-from jobledger.streams.ownership import GAP, Ownership, Superseded
-from jobledger.streams.place import Place, take_place
-from jobledger.streams.rows import MemoryRows, RocksRows, merged
-from jobledger.streams.schedules import Floor, Released, decode_row, encode_row
+from jobledger.streams.coordinator.decoding import KEY_BYTES, Intake
+from jobledger.streams.coordinator.faust import faust_app
+from jobledger.streams.coordinator.faust.faust_app import Options, changelog, faust_settings
+from jobledger.streams.coordinator.faust.instance_dir import Place, take_place
+from jobledger.streams.coordinator.faust.local_store import MemoryRows, RocksRows, merged
+from jobledger.streams.coordinator.faust.log_filters import RateLimit, Unheard
+from jobledger.streams.coordinator.ownership import GAP, Ownership, Superseded
+from jobledger.streams.coordinator.rules.schedule_rows import Floor, Released, decode_row, encode_row
 
 
 def test_faust_reads_nothing_from_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

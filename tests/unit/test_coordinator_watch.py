@@ -12,10 +12,10 @@ import pytest
 
 from jobledger.config import Settings
 from jobledger.errors import BrokerUnavailable
-from jobledger.names import Names
-from jobledger.streams import coordinator as module
-from jobledger.streams.coordinator import Coordinator
-from jobledger.streams.faust_app import Options, stuck
+from jobledger.kafka.topic_names import Names
+from jobledger.streams.coordinator import coordinator as module
+from jobledger.streams.coordinator.coordinator import Coordinator
+from jobledger.streams.coordinator.faust.faust_app import Options, stuck
 
 #: Ticks of the watch without progress after which the coordinator ends.
 BOUND = 40

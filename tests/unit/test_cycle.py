@@ -17,17 +17,27 @@ from typing import Any
 import pytest
 
 from jobledger.config import Settings
-from jobledger.names import Names
+from jobledger.kafka.topic_names import Names
+from jobledger.log.writer import Outgoing
 from jobledger.schemas import codec
 from jobledger.schemas import events as ev
-from jobledger.streams import faust_app, ownership
-from jobledger.streams.aio import Delivered
-from jobledger.streams.cycle import Cycle
-from jobledger.streams.faust_app import Options, changelog
-from jobledger.streams.metrics import Metrics
-from jobledger.streams.place import Place
-from jobledger.streams.schedules import Floor, Released, Row, Scheduled, decode_row, encode_row, floor_key, row_key
-from jobledger.writer import Outgoing
+from jobledger.streams.coordinator import ownership
+from jobledger.streams.coordinator.faust import faust_app
+from jobledger.streams.coordinator.faust.async_producer import Delivered
+from jobledger.streams.coordinator.faust.faust_app import Options, changelog
+from jobledger.streams.coordinator.faust.instance_dir import Place
+from jobledger.streams.coordinator.metrics import Metrics
+from jobledger.streams.coordinator.pipeline import Cycle
+from jobledger.streams.coordinator.rules.schedule_rows import (
+    Floor,
+    Released,
+    Row,
+    Scheduled,
+    decode_row,
+    encode_row,
+    floor_key,
+    row_key,
+)
 
 NAMES = Names("shop")
 JOBS = [str(uuid.UUID(int=n + 1)) for n in range(4)]

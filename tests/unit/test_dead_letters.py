@@ -8,12 +8,12 @@ import pytest
 from prometheus_client import CollectorRegistry
 
 from jobledger import App, Settings
-from jobledger.consumers.facts import Facts
+from jobledger.consumers.recording.worker_events import Facts
 from jobledger.errors import NotAnEvent
+from jobledger.log.writer import Outgoing
 from jobledger.schemas import codec
 from jobledger.schemas.events import RecordRejected
-from jobledger.streams.status import Materializer
-from jobledger.writer import Outgoing
+from jobledger.streams.status.materializer import Materializer
 
 LIMIT = 1_000_000
 SETTINGS = Settings(bootstrap="h:1")

@@ -30,9 +30,9 @@ from jobledger.schemas.events import (
     ReleaseOverdue,
     ReleaseRequested,
 )
-from jobledger.streams.decisions import Batch, decide, raised_floor, sweepable
-from jobledger.streams.derived import derived_id, job_due, release_decided
-from jobledger.streams.schedules import (
+from jobledger.streams.coordinator.rules.decisions import Batch, decide, raised_floor, sweepable
+from jobledger.streams.coordinator.rules.derived_events import derived_id, job_due, release_decided
+from jobledger.streams.coordinator.rules.schedule_rows import (
     NO_FLOOR,
     Floor,
     Kept,
@@ -46,7 +46,7 @@ from jobledger.streams.schedules import (
     newer,
     row_key,
 )
-from jobledger.streams.timers import BrokerClock, Timers, wake_at
+from jobledger.streams.coordinator.rules.timers import BrokerClock, Timers, wake_at
 
 SPEC = JobSpec(b'{"to": "a"}', {"tenant": "acme"}, None)
 JOBS = [str(uuid.UUID(int=n + 1)) for n in range(3)]

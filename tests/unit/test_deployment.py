@@ -17,9 +17,9 @@ import typer
 
 from jobledger.cli import running
 from jobledger.cli.main import cli, main
-from jobledger.consumers.options import WorkerOptions
-from jobledger.consumers.worker import LEAVING_S
-from jobledger.process_exit import EXIT_S, HARD_S
+from jobledger.consumers.worker.options import WorkerOptions
+from jobledger.consumers.worker.worker import LEAVING_S
+from jobledger.process.process_exit import EXIT_S, HARD_S
 from tests import promtool
 
 yaml = pytest.importorskip("yaml")

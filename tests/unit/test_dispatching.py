@@ -23,25 +23,25 @@ from hypothesis import strategies as st
 
 from jobledger import App, Breaker, Queue, Snooze, current_job
 from jobledger.config import Settings
-from jobledger.consumers.children import Children, ChildSettings
-from jobledger.consumers.clock import BrokerClock
-from jobledger.consumers.commit import LOST_S, Committer
-from jobledger.consumers.dispatch import Dispatcher
-from jobledger.consumers.execute import Executor
-from jobledger.consumers.facts import Facts
-from jobledger.consumers.leases import Leases
-from jobledger.consumers.offsets import PartitionOffsets, Restored, Snapshot, decode
-from jobledger.consumers.outcome import Cancelled
-from jobledger.consumers.places import UNSEEN_CRASHES, Places
-from jobledger.consumers.process import Child
-from jobledger.consumers.releases import release_key
-from jobledger.consumers.send import Sender
-from jobledger.consumers.settle import Settler
-from jobledger.consumers.work import Arrived, Lease, Partition, Work
+from jobledger.consumers.isolation.child_handle import Child
+from jobledger.consumers.isolation.pool import Children, ChildSettings
+from jobledger.consumers.partitions.committer import LOST_S, Committer
+from jobledger.consumers.recording.ack_tracker import Settler
+from jobledger.consumers.recording.worker_events import Facts
+from jobledger.consumers.recording.worker_producer import Sender
+from jobledger.consumers.running.executor import Executor
+from jobledger.consumers.running.job_leases import Leases
+from jobledger.consumers.running.placement import UNSEEN_CRASHES, Places
+from jobledger.consumers.scheduling.dispatcher import Dispatcher
+from jobledger.consumers.state.broker_clock import BrokerClock
+from jobledger.consumers.state.dedup import release_key
+from jobledger.consumers.state.offset_tracker import PartitionOffsets, Restored, Snapshot, decode
+from jobledger.consumers.state.outcome import Cancelled
+from jobledger.consumers.state.work import Arrived, Lease, Partition, Work
+from jobledger.definitions.retry import Retry
 from jobledger.errors import BrokerUnavailable, JobledgerError
-from jobledger.outage import outage_of
-from jobledger.retry import Retry
-from jobledger.schemas import codec, frame
+from jobledger.kafka.outage import outage_of
+from jobledger.schemas import codec, confluent_frame
 from jobledger.schemas.events import (
     ErrorInfo,
     JobCancelled,
@@ -406,7 +406,7 @@ def test_a_key_keeps_its_order_while_a_schema_is_looked_up() -> None:
 
     async def test() -> None:
         bench = Bench(app, decoder=codec.Decoder(None, slowly))
-        values = [frame.head(7) + job("keyed", key="a", k="a", n=n)[10:] for n in range(300)]
+        values = [confluent_frame.head(7) + job("keyed", key="a", k="a", n=n)[10:] for n in range(300)]
         put(bench.partition(), values)
         bench.dispatcher.wake()
         await until(lambda: len(order) == 300)

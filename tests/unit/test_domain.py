@@ -22,10 +22,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jobledger import App, BadEvent, ConfigError, IncompatibleEvent, Queue, Settings, UnknownTask
-from jobledger.consumers.beginning import began_with, note
-from jobledger.domain import EventType, earlier_of, event_id_of
+from jobledger.consumers.router.initial_offsets import began_with, note
+from jobledger.definitions.event_types import EventType, earlier_of, event_id_of
 from jobledger.errors import BadTags, NotAnEvent, UnknownSchema
-from jobledger.names import Names
+from jobledger.kafka.topic_names import Names
 from jobledger.schemas.derive import check_evolution, derive
 
 

@@ -22,10 +22,10 @@ from hypothesis import strategies as st
 
 from jobledger import App
 from jobledger.config import Settings
-from jobledger.domain import Handler
+from jobledger.definitions.event_types import Handler
+from jobledger.definitions.task import Task
 from jobledger.errors import BadArguments, BadEvent, ConfigError, NotAnEvent
 from jobledger.schemas import exact
-from jobledger.task import Task
 
 NAN = math.nan
 BERLIN = zoneinfo.ZoneInfo("Europe/Berlin")

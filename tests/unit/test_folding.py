@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from sqlalchemy import JSON, Column, Engine, Integer, MetaData, String, Table, func, select
 
 from jobledger import App, ConfigError, JobledgerError, Settings
-from jobledger.projection import Projection, Where
+from jobledger.definitions.projection import Projection, Where
 from jobledger.schemas.events import Position
-from jobledger.streams.folding import Folding
+from jobledger.streams.projections.fold import Folding
 
 
 @dataclass(frozen=True)

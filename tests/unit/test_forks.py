@@ -11,7 +11,8 @@ import pytest
 from confluent_kafka import Consumer, Producer
 from confluent_kafka.admin import AdminClient
 
-from jobledger import ConnectionUnusable, forks
+from jobledger import ConnectionUnusable
+from jobledger.process import forks
 from tests.running_job import running_job
 
 NOWHERE = {"bootstrap.servers": "127.0.0.1:1", "log_level": 0}

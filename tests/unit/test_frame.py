@@ -14,9 +14,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jobledger.errors import NotAnEvent, RegistryNeeded, SchemaError, UnknownSchema
-from jobledger.schemas import codec, frame
+from jobledger.schemas import codec, confluent_frame
 from jobledger.schemas import events as ev
-from jobledger.schemas.glance import glance
+from jobledger.schemas.fast_path import glance
 from tests.unit.test_codec import EVENTS, an_event, in_future
 
 HEAD = len(codec.MAGIC + codec.FINGERPRINT)
@@ -26,7 +26,7 @@ IDS = st.integers(min_value=0, max_value=2**32 - 1)
 
 def framed(value: bytes, schema_id: int) -> bytes:
     """A value in single-object form, framed."""
-    return frame.head(schema_id) + value[HEAD:]
+    return confluent_frame.head(schema_id) + value[HEAD:]
 
 
 def asked(schemas: dict[int, str]) -> codec.Decoder:
@@ -105,7 +105,7 @@ def test_a_schema_that_knows_one_fact_only_is_read(union: bool) -> None:
     datum["fact"] = {"spec": {"args": b"{}", "tags": {}, "parent": None}, "delay_ms": 3, "due_at": None}
     out = io.BytesIO()
     fastavro.schemaless_writer(out, fastavro.parse_schema(schema), datum)
-    found = asked({8: json.dumps(schema)}).decode(frame.head(8) + out.getvalue())
+    found = asked({8: json.dumps(schema)}).decode(confluent_frame.head(8) + out.getvalue())
     assert found == msgspec.structs.replace(event, fact=ev.JobSubmitted(ev.JobSpec(b"{}"), 3))
 
 
@@ -138,7 +138,7 @@ def test_an_event_is_never_rejected_for_want_of_a_registry(
     decoder = codec.Decoder(None, without_a_registry)
     event = msgspec.structs.replace(event, event_id=event_id, job_id=job_id)
     value = framed(codec.encode(event), schema_id)
-    assert frame.looks_like_an_event(value)
+    assert confluent_frame.looks_like_an_event(value)
     with pytest.raises(RegistryNeeded):
         decoder.decode(value)
     assert not issubclass(RegistryNeeded, SchemaError)
@@ -151,7 +151,9 @@ def test_garbage_behind_a_zero_byte_is_contained(rest: bytes) -> None:
     value = b"\0" + rest
     with pytest.raises((NotAnEvent, RegistryNeeded)) as caught:
         codec.Decoder(None, without_a_registry).decode(value)
-    assert (caught.type is RegistryNeeded) == (len(value) > frame.HEAD and frame.looks_like_an_event(value))
+    assert (caught.type is RegistryNeeded) == (
+        len(value) > confluent_frame.HEAD and confluent_frame.looks_like_an_event(value)
+    )
 
 
 @pytest.mark.parametrize(
@@ -160,7 +162,7 @@ def test_garbage_behind_a_zero_byte_is_contained(rest: bytes) -> None:
 )
 def test_everyday_garbage_does_not_look_like_an_event(value: bytes) -> None:
     """Empty heads, zeros, UTF-16 text, a Java long: rejected at once, registry or not."""
-    assert not (frame.is_framed(value) and frame.looks_like_an_event(value))
+    assert not (confluent_frame.is_framed(value) and confluent_frame.looks_like_an_event(value))
     with pytest.raises(NotAnEvent):
         codec.Decoder(None, without_a_registry).decode(value)
 
@@ -178,4 +180,4 @@ def test_a_damaged_frame_is_refused_by_name(event: ev.JobEvent, data: st.DataObj
 def test_an_id_of_more_than_four_bytes_is_refused(schema_id: int) -> None:
     """A frame has room for four bytes."""
     with pytest.raises(ValueError, match="not a schema id"):
-        frame.head(schema_id)
+        confluent_frame.head(schema_id)

@@ -15,10 +15,10 @@ import pytest
 from sqlalchemy import Column, Integer, MetaData, Table
 
 from jobledger import App, Breaker, Queue, Retry, RetryLater, Settings, Snooze
-from jobledger.context import current_job, enter
+from jobledger.definitions.context import current_job, enter
+from jobledger.definitions.middleware import runner
+from jobledger.definitions.policy import check_expiry
 from jobledger.errors import ConfigError
-from jobledger.middleware import runner
-from jobledger.policy import check_expiry
 from tests.running_job import running_job
 
 
@@ -137,7 +137,7 @@ def test_a_plain_function_around_a_coroutine_keeps_its_hooks_around_it() -> None
     assert not task.is_async
     enter(running_job("00000000-0000-7000-8000-000000000001"))
     try:
-        assert runner(task)(x=1) == 2
+        assert runner(task, app.registry.hooks)(x=1) == 2
         assert said == [(current_job().job_id, 2)]
     finally:
         enter(None)

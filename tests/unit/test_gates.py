@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jobledger.consumers.gates import ENDLESS, AdaptiveGate, BreakerGate, Scope, closed_gate, share_of
-from jobledger.policy import Adaptive, Breaker, Limits
+from jobledger.consumers.state.limiters import ENDLESS, AdaptiveGate, BreakerGate, Scope, closed_gate, share_of
+from jobledger.definitions.policy import Adaptive, Breaker, Limits
 
 
 @given(st.integers(1, 60), st.integers(0, 500), st.integers(1, 9), st.randoms(use_true_random=False))

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from jobledger.errors import SchemaError
 from jobledger.schemas import codec
 from jobledger.schemas import events as ev
-from jobledger.schemas.glance import glance
+from jobledger.schemas.fast_path import glance
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=70)
 LONG = st.integers(-(2**63), 2**63 - 1)

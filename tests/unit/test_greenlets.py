@@ -18,7 +18,7 @@ monkey.patch_all()
 import gevent
 from confluent_kafka import KafkaException
 from confluent_kafka.admin import AdminClient
-from jobledger.greenlets import GREEN
+from jobledger.process.greenlets import GREEN
 
 def ask():
     client = GREEN[AdminClient]({"bootstrap.servers": "127.0.0.1:1", "log_level": 0})
@@ -37,23 +37,24 @@ monkey.patch_all()
 import sys
 from concurrent.futures import Future
 from confluent_kafka import KafkaError, KafkaException
-from jobledger import greenlets, log
+from jobledger.process import greenlets
+from jobledger.kafka import clients
 
 sys.setswitchinterval(1e-6)
 for _ in range(300):
     futures = [Future() for _ in range(20)]
     greenlets.start_thread(lambda futures=futures: [each.set_result(n) for n, each in enumerate(futures)], "answers")
-    assert [log.answer_of(each, 60.0) for each in futures] == list(range(20))
+    assert [clients.answer_of(each, 60.0) for each in futures] == list(range(20))
 print("all answered")
 refused = Future()
 refused.set_exception(KafkaException(KafkaError(KafkaError.TOPIC_AUTHORIZATION_FAILED)))
 try:
-    log.answer_of(refused, 60.0)
+    clients.answer_of(refused, 60.0)
 except KafkaException:
     print("refused")
-log.ANSWER_MARGIN_S = 0.0
+clients.ANSWER_MARGIN_S = 0.0
 try:
-    log.answer_of(Future(), 0.1)
+    clients.answer_of(Future(), 0.1)
 except KafkaException as error:
     print("late" if error.args[0].code() == KafkaError._TIMED_OUT else error)
 """

@@ -13,8 +13,8 @@ import pytest
 from opentelemetry import trace
 
 from jobledger import App, BadArguments, ConfigError, Depends, JobContext, ResourceFailed, Settings
-from jobledger.context import enter
-from jobledger.middleware import runner
+from jobledger.definitions.context import enter
+from jobledger.definitions.middleware import runner
 
 
 def app_of() -> App:
@@ -42,7 +42,7 @@ def ran(task: Any, **kwargs: Any) -> Any:
 
     def call() -> Any:
         enter(job(task.name))
-        made = runner(task)(**kwargs)
+        made = runner(task, task.registry.hooks)(**kwargs)
         return asyncio.run(made) if task.is_async else made
 
     return contextvars.copy_context().run(call)
@@ -57,7 +57,7 @@ def test_nothing_around_a_task_costs_nothing(monkeypatch: pytest.MonkeyPatch) ->
     @app.task
     async def plain() -> None: ...
 
-    assert runner(plain) is plain.fn
+    assert runner(plain, app.registry.hooks) is plain.fn
 
 
 @pytest.mark.parametrize("kind", ["async", "thread"])
@@ -272,7 +272,7 @@ def test_async_resources_open_on_the_loop() -> None:
 
     async def all_of_it() -> list[str]:
         enter(job())
-        found = await asyncio.gather(*[runner(work)() for _ in range(5)])
+        found = await asyncio.gather(*[runner(work, app.registry.hooks)() for _ in range(5)])
         await app.registry.resources.close()
         return found
 

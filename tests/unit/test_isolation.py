@@ -17,21 +17,21 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jobledger import App, ConfigError, Settings, TaskTimedOut
-from jobledger.consumers.child import has_unread
-from jobledger.consumers.children import Children, ChildSettings
-from jobledger.consumers.frames import Run as RunMessage
-from jobledger.consumers.frames import Splitter, decode_run, decode_said, ended, frame, outcome_of
-from jobledger.consumers.gates import Room
-from jobledger.consumers.interrupts import Interrupts
-from jobledger.consumers.outcome import Failed, Outcome, Retried, Snoozed, Succeeded
-from jobledger.consumers.places import CRASHES, UNSEEN_CRASHES, Places
-from jobledger.consumers.process import Child, Words, last_words
-from jobledger.consumers.takeover import _started_at
-from jobledger.consumers.target import find_target
-from jobledger.consumers.work import Work
+from jobledger.consumers.isolation.app_target import find_target
+from jobledger.consumers.isolation.child_handle import Child, Words, last_words
+from jobledger.consumers.isolation.child_main import has_unread
+from jobledger.consumers.isolation.pool import Children, ChildSettings
+from jobledger.consumers.isolation.protocol import Run as RunMessage
+from jobledger.consumers.isolation.protocol import Splitter, decode_run, decode_said, ended, frame, outcome_of
+from jobledger.consumers.partitions.takeover import _started_at
+from jobledger.consumers.running.interrupts import Interrupts
+from jobledger.consumers.running.placement import CRASHES, UNSEEN_CRASHES, Places
+from jobledger.consumers.state.limiters import Room
+from jobledger.consumers.state.outcome import Failed, Outcome, Retried, Snoozed, Succeeded
+from jobledger.consumers.state.work import Work
 from jobledger.schemas.codec import encode
 from jobledger.schemas.events import ErrorInfo, JobEvent, JobStarted
-from jobledger.schemas.glance import glance
+from jobledger.schemas.fast_path import glance
 
 texts = st.text(max_size=30)
 errors = st.builds(ErrorInfo, texts, texts, st.none() | texts)

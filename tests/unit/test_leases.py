@@ -33,8 +33,8 @@ from jobledger.schemas.events import (
     ReleaseOverdue,
     ReleaseRequested,
 )
-from jobledger.streams.decisions import LEASES_LOST, Decision, decide
-from jobledger.streams.schedules import (
+from jobledger.streams.coordinator.rules.decisions import LEASES_LOST, Decision, decide
+from jobledger.streams.coordinator.rules.schedule_rows import (
     NO_FLOOR,
     Held,
     Kept,

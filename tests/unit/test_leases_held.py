@@ -9,10 +9,10 @@ import pytest
 from confluent_kafka import KafkaError
 
 from jobledger import App
-from jobledger.consumers.facts import Facts
-from jobledger.consumers.leases import TICK_S, Leases
-from jobledger.consumers.send import Sender
-from jobledger.consumers.work import Work
+from jobledger.consumers.recording.worker_events import Facts
+from jobledger.consumers.recording.worker_producer import Sender
+from jobledger.consumers.running.job_leases import TICK_S, Leases
+from jobledger.consumers.state.work import Work
 from jobledger.errors import BrokerUnavailable
 from tests.unit.test_dispatching import LIMIT, Bench, job, put, run, until
 

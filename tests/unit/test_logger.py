@@ -15,7 +15,7 @@ import pytest
 
 import jobledger
 from jobledger.errors import TaskTimedOut
-from jobledger.logger import get_logger, loop_error
+from jobledger.process.logger import get_logger, loop_error
 
 
 class Raises(logging.Handler):
@@ -81,7 +81,7 @@ def test_a_line_says_where_it_was_written(logger: logging.Logger, caplog: pytest
 
 CONFIGURES = """
 import logging.config
-from jobledger.logger import get_logger
+from jobledger.process.logger import get_logger
 ours, other = get_logger("jobledger.worker"), logging.getLogger("other")
 handler = {"class": "logging.StreamHandler"}
 logging.config.dictConfig({"version": 1, "handlers": {"err": handler}, "root": {"handlers": ["err"]}})

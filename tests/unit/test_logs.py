@@ -13,14 +13,14 @@ import pytest
 
 from jobledger import ConfigError
 from jobledger.cli import logs
-from jobledger.context import enter
-from jobledger.logs import JobFilter, add_job
+from jobledger.definitions.context import enter
+from jobledger.definitions.log_context import JobFilter, add_job
 from tests.unit.test_hooks import job
 
 PROGRAM = """
 import logging, structlog
 from jobledger.cli import logs
-from jobledger.context import enter
+from jobledger.definitions.context import enter
 from tests.unit.test_hooks import job
 
 logs.set_up({"JOBLEDGER_LOG_FORMAT": %r})
@@ -88,8 +88,8 @@ def test_for_loggers_that_somebody_else_set_up() -> None:
 SETS_UP = """
 import logging, logging.config, sys
 from jobledger.cli import logs
-from jobledger.consumers.outcome import Failed, Retried, error_info
-from jobledger.consumers.outcome_log import log_outcome
+from jobledger.consumers.state.outcome import Failed, Retried, error_info
+from jobledger.consumers.running.outcome_log import log_outcome
 from jobledger.schemas.events import JobEvent
 
 {theirs}

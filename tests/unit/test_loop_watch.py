@@ -8,8 +8,8 @@ import sys
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jobledger.consumers.garbage import GROWN, GROWN_IDLE, Garbage, due, resident
-from jobledger.consumers.interrupts import runs_inside
+from jobledger.consumers.isolation.garbage import GROWN, GROWN_IDLE, Garbage, due, resident
+from jobledger.definitions.functions import runs_inside
 
 MIB = 1 << 20
 

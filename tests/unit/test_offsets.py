@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jobledger.consumers import offsets
-from jobledger.consumers.offsets import (
+from jobledger.consumers.state import offset_tracker
+from jobledger.consumers.state.offset_tracker import (
     METADATA_LIMIT,
     SCAN_MOST,
     SUSPECT_MOST,
@@ -284,10 +284,10 @@ def test_a_text_that_would_not_fit_is_not_made() -> None:
 
 def test_the_budget_leaves_room() -> None:
     """A bitset of the span that never brakes is below three quarters of the limit."""
-    every_second = [(n, n + 1) for n in range(1, offsets.SPAN_BUDGET, 2)]
+    every_second = [(n, n + 1) for n in range(1, offset_tracker.SPAN_BUDGET, 2)]
     text = encode(0, every_second, LOG_END, False)
     assert text is not None
-    assert len(text) <= METADATA_LIMIT * offsets.BRAKE
+    assert len(text) <= METADATA_LIMIT * offset_tracker.BRAKE
 
 
 def test_a_hand_over_is_not_clean_while_suspects_are_left() -> None:

@@ -10,11 +10,12 @@ from collections.abc import Callable
 
 import pytest
 
-from jobledger import Settings, outage
-from jobledger.kafka.ports import free_port
-from jobledger.outage import Outage
-from jobledger.streams.noise import Connections
-from jobledger.writer import LogWriter
+from jobledger import Settings
+from jobledger.kafka import outage
+from jobledger.kafka.embedded.ports import free_port
+from jobledger.kafka.outage import Outage
+from jobledger.log.writer import LogWriter
+from jobledger.streams.coordinator.faust.log_filters import Connections
 
 
 class Client:

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jobledger.consumers.outcome import (
+from jobledger.consumers.state.outcome import (
     MESSAGE_LIMIT,
     TRACEBACK_LIMIT,
     UNKNOWN_TASK_TAG,
@@ -22,8 +22,8 @@ from jobledger.consumers.outcome import (
     ran_out,
     unknown_task,
 )
+from jobledger.definitions.retry import Reject, Retry, RetryLater, Snooze
 from jobledger.errors import TaskTimedOut, type_of
-from jobledger.retry import Reject, Retry, RetryLater, Snooze
 from tests.evil import EXCEPTIONS
 
 PLAIN = Retry(max_attempts=3, initial=10.0, factor=2.0, cap=300.0, jitter=False, never=(KeyError,))

@@ -18,7 +18,8 @@ from typing import Any
 import pytest
 
 import jobledger
-from jobledger import errors, extras
+from jobledger import errors
+from jobledger.process import extras
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDERS = {"consumers": "jobledger.consumers", "schemas": "jobledger.schemas", "streams": "jobledger.streams"}
@@ -68,7 +69,7 @@ def test_linked_folders_are_never_imported_under_their_short_names() -> None:
     """No module enters ``sys.modules`` as ``streams``, ``schemas`` or ``consumers``: there would be two of each."""
     probe = (
         "import sys, jobledger, jobledger.cli.main, jobledger.streams.supervisor, jobledger.schemas.codec\n"
-        "import jobledger.consumers.offsets, jobledger.streams.decisions\n"
+        "import jobledger.consumers.state.offset_tracker, jobledger.streams.coordinator.rules.decisions\n"
         f"print([m for m in sys.modules if m.partition('.')[0] in {set(FOLDERS)!r}])"
     )
     done = subprocess.run([sys.executable, "-c", probe], cwd=ROOT, capture_output=True, text=True, check=True)
@@ -88,8 +89,8 @@ class Missing:
         if name.partition(".")[0] in BUILD:
             raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 sys.meta_path.insert(0, Missing())
-import jobledger.cli.main, jobledger.consumers.running, jobledger.consumers.router
-import jobledger.streams.coordinator, jobledger.streams.status, jobledger.streams.projections
+import jobledger.cli.main, jobledger.consumers.worker.main, jobledger.consumers.router.router
+import jobledger.streams.coordinator.coordinator, jobledger.streams.status.materializer, jobledger.streams.projections.runner
 """
     done = subprocess.run([sys.executable, "-c", probe], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
@@ -121,7 +122,7 @@ def test_errors_that_the_public_docstrings_name_can_be_imported_beside_what_rais
 
 
 def test_extras_exist(project: dict[str, Any]) -> None:
-    """Every extra that `jobledger.extras` or a text names is there, with the packages that it is to bring on Linux; ``all``
+    """Every extra that `jobledger.process.extras` or a text names is there, with the packages that it is to bring on Linux; ``all``
     brings each of them, and ``dev`` brings ``all``."""
     wanted = project["project"]["optional-dependencies"]
     assert set(extras.PACKAGES) | {"all", "dev"} == set(wanted)
@@ -189,7 +190,7 @@ def test_the_base_install_submits_and_asks(tmp_path: Path) -> None:
 from jobledger import *
 from jobledger import testing
 import jobledger.cli.main
-from jobledger.streams.store import open_store
+from jobledger.streams.status.store import open_store
 url = "sqlite:///{tmp_path}/status.db"
 open_store(url, "shop").close()
 def work(a: int) -> int: return a
@@ -253,11 +254,11 @@ for words in {list(NEEDS)!r}:
 def test_a_module_whose_packages_are_missing_names_the_extra() -> None:
     """Also for who imports the parts themselves: `ConfigError`, from the missing package's own error."""
     modules = {
-        "jobledger.consumers.metrics": "worker",
-        "jobledger.streams.coordinator": "streams",
-        "jobledger.streams.status": "streams",
-        "jobledger.streams.upkeep": "streams",
-        "jobledger.kafka.embedded": "kafka",
+        "jobledger.consumers.worker.metrics": "worker",
+        "jobledger.streams.coordinator.coordinator": "streams",
+        "jobledger.streams.status.materializer": "streams",
+        "jobledger.streams.maintenance.maintenance": "streams",
+        "jobledger.kafka.embedded.server": "kafka",
     }
     done = base_only(
         f"""

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from jobledger import Adaptive, App, BadArguments, Breaker, ConfigError, Queue, Settings
-from jobledger.consumers.outcome import Cancelled, Failed, Retried, Snoozed, Succeeded, answered, holding
-from jobledger.policy import Limits, parse_rate, parse_size
+from jobledger.consumers.state.outcome import Cancelled, Failed, Retried, Snoozed, Succeeded, answered, holding
+from jobledger.definitions.policy import Limits, parse_rate, parse_size
 from jobledger.schemas.events import ErrorInfo, JobSpec, lasting
 
 

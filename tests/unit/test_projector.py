@@ -13,9 +13,9 @@ from jobledger.job import Life
 from jobledger.schemas import codec
 from jobledger.schemas import events as ev
 from jobledger.schemas.events import JobEvent
-from jobledger.streams.projector import Projector
-from jobledger.streams.store import Changes
-from jobledger.streams.store.rows import Row, life_of_row
+from jobledger.streams.status.row_folder import Projector
+from jobledger.streams.status.store import Changes
+from jobledger.streams.status.store.rows import Row, life_of_row
 
 
 class Message:

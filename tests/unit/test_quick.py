@@ -8,7 +8,7 @@ import msgspec
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from jobledger.consumers.quick import plain_submission
+from jobledger.consumers.state.fast_submission import plain_submission
 from jobledger.errors import SchemaError
 from jobledger.schemas import codec
 from jobledger.schemas.events import JobEvent, JobSpec, JobSubmitted

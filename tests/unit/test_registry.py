@@ -14,13 +14,13 @@ from typing import Any
 
 import pytest
 
-from jobledger import registry
 from jobledger.config import Settings
 from jobledger.errors import BrokerUnavailable, ConfigError, NotAnEvent, RegistryUnavailable, SchemaError
-from jobledger.kafka.ports import free_port
-from jobledger.registry import Registry
+from jobledger.kafka.embedded.ports import free_port
+from jobledger.log import schema_registry
+from jobledger.log.framing import Framing
+from jobledger.log.schema_registry import Registry
 from jobledger.schemas import codec
-from jobledger.wire import Framing
 
 Answer = tuple[int, Any]
 
@@ -28,8 +28,8 @@ Answer = tuple[int, Any]
 @pytest.fixture(autouse=True)
 def hurry(monkeypatch: pytest.MonkeyPatch) -> None:
     """Ask again at once, and let no answer be late: the servers here may be slow."""
-    monkeypatch.setattr(registry, "PAUSE_S", 0.0)
-    monkeypatch.setattr(registry, "TOTAL_S", 120.0)
+    monkeypatch.setattr(schema_registry, "PAUSE_S", 0.0)
+    monkeypatch.setattr(schema_registry, "TOTAL_S", 120.0)
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
 
 
@@ -193,7 +193,7 @@ def test_a_registry_that_hangs_costs_one_bound(
     drops: bytes,
 ) -> None:
     """One that answers nothing, or in drops, is given up after the bound for all questions of a call together."""
-    monkeypatch.setattr(registry, "TOTAL_S", 1.0)
+    monkeypatch.setattr(schema_registry, "TOTAL_S", 1.0)
     address, asked = hanging(drops)
     found = Registry(f"http://{address}")
     began = time.monotonic()
@@ -210,7 +210,7 @@ def test_submissions_that_wait_for_the_same_registration_fail_with_it(
     hanging: Callable[[bytes], tuple[str, list[float]]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With a registry that hangs ten threads are told by one question, not each by its own, one after the other."""
-    monkeypatch.setattr(registry, "TOTAL_S", 1.0)
+    monkeypatch.setattr(schema_registry, "TOTAL_S", 1.0)
     address, asked = hanging(b"")
     framing = Framing(f"http://{address}", lambda key: None)
     failed: list[RegistryUnavailable] = []

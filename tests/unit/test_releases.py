@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jobledger.consumers.releases import ReleaseMemory, release_key
+from jobledger.consumers.state.dedup import ReleaseMemory, release_key
 
 
 @given(st.lists(st.integers(1, 2**64 - 1), max_size=400), st.integers(1, 60))

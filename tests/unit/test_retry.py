@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from jobledger.definitions.retry import MAX_DELAY_S, NO_RETRY, Reject, Retry, RetryLater, Snooze
 from jobledger.errors import ConfigError
-from jobledger.retry import MAX_DELAY_S, NO_RETRY, Reject, Retry, RetryLater, Snooze
 
 POLICIES = st.builds(
     Retry,

@@ -18,14 +18,14 @@ import pytest
 from confluent_kafka import KafkaError
 from faust import OAuthCredentials, SASLCredentials, SSLCredentials
 
-from jobledger import access, tls
-from jobledger.access import Door, Need, refusal, unauthorized
 from jobledger.config import Settings
 from jobledger.errors import BrokerUnavailable, ConfigError, NotAuthenticated, TopicMissing
-from jobledger.kafka.ports import free_port
-from jobledger.log import admin, consumer, consumer_config, producer, producer_config, undelivered
-from jobledger.streams.oauth import ClientCredentials
-from jobledger.streams.security import credentials, security
+from jobledger.kafka import auth, tls
+from jobledger.kafka.auth import Door, Need, refusal, unauthorized
+from jobledger.kafka.clients import admin, consumer, consumer_config, producer, producer_config, undelivered
+from jobledger.kafka.embedded.ports import free_port
+from jobledger.streams.coordinator.faust.oauth import ClientCredentials
+from jobledger.streams.coordinator.faust.security import credentials, security
 from tests.certificates import Authority, Identity
 
 OIDC = {
@@ -365,7 +365,7 @@ def test_an_endpoint_that_is_away_is_said() -> None:
 
 def test_a_topic_nobody_could_be_asked_for_is_not_called_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     """A client that never reached a broker says that the topic is unknown; it is the broker that is away."""
-    monkeypatch.setattr(access, "AWAY_S", 600.0)
+    monkeypatch.setattr(auth, "AWAY_S", 600.0)
     address = f"127.0.0.1:{free_port()}"
     settings = Settings(bootstrap=address)
     door = Door(settings)

@@ -7,11 +7,11 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 from jobledger.config import Settings
-from jobledger.consumers.clock import BrokerClock
-from jobledger.consumers.offsets import PartitionOffsets, Restored
-from jobledger.consumers.settle import Settler
-from jobledger.consumers.work import Arrived, Lease, Partition, Work
-from jobledger.writer import Outgoing
+from jobledger.consumers.recording.ack_tracker import Settler
+from jobledger.consumers.state.broker_clock import BrokerClock
+from jobledger.consumers.state.offset_tracker import PartitionOffsets, Restored
+from jobledger.consumers.state.work import Arrived, Lease, Partition, Work
+from jobledger.log.writer import Outgoing
 
 
 class Report:

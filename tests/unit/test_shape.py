@@ -42,5 +42,13 @@ def test_each_module_stands_once() -> None:
     found = shape.modules()
     names = [module.name for module in found]
     assert len(set(names)) == len(names)
-    assert {"jobledger.app", "jobledger.consumers.worker", "jobledger.schemas.events"} <= set(names)
-    assert "jobledger.consumers.worker" in shape.imports(found)["jobledger.cli.running"]
+    assert {"jobledger.app", "jobledger.consumers.worker.worker", "jobledger.schemas.events"} <= set(names)
+    assert "jobledger.consumers.worker.worker" in shape.imports(found)["jobledger.cli.running"]
+
+
+def test_nothing_imports_itself_by_way_of_others() -> None:
+    """Neither modules nor packages, also not for types only or inside of functions."""
+    found = shape.modules()
+    graph = shape.imports(found)
+    assert shape.cycles(graph) == []
+    assert shape.cycles(shape.packages(found, graph)) == []

@@ -7,10 +7,10 @@ from collections import Counter
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jobledger.consumers.gates import Scope
-from jobledger.consumers.stage import AGEING_MOST, AGEING_S, WEIGHTS, Stage, Turns
-from jobledger.policy import Limits
-from jobledger.queues import Queue
+from jobledger.consumers.scheduling.lanes import AGEING_MOST, AGEING_S, WEIGHTS, Stage, Turns
+from jobledger.consumers.state.limiters import Scope
+from jobledger.definitions.policy import Limits
+from jobledger.definitions.queues import Queue
 
 
 def stages() -> dict[str | None, Stage]:

@@ -12,13 +12,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jobledger.config import Settings
-from jobledger.consumers.dispatch import may_be_unsent
-from jobledger.consumers.ranges import partition_of
-from jobledger.consumers.releases import release_key
-from jobledger.consumers.send import UNACKNOWLEDGED_LIMIT
-from jobledger.consumers.takeover import UNSEEN_MS, Takeover, _Plan
-from jobledger.consumers.work import Lease, Partition
-from jobledger.names import Names
+from jobledger.consumers.partitions.range_reader import partition_of
+from jobledger.consumers.partitions.takeover import UNSEEN_MS, Takeover, _Plan
+from jobledger.consumers.recording.worker_producer import UNACKNOWLEDGED_LIMIT
+from jobledger.consumers.scheduling.dispatcher import may_be_unsent
+from jobledger.consumers.state.dedup import release_key
+from jobledger.consumers.state.work import Lease, Partition
+from jobledger.kafka.topic_names import Names
 from jobledger.schemas import codec
 from jobledger.schemas import events as ev
 

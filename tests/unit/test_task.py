@@ -14,12 +14,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jobledger import App
-from jobledger.context import JobContext, current_job
+from jobledger.definitions.context import JobContext, current_job
+from jobledger.definitions.queues import Queue
+from jobledger.definitions.retry import Retry
+from jobledger.definitions.task import Submitter, Task
+from jobledger.definitions.task_registry import Registry
 from jobledger.errors import BadArguments, ConfigError, UnknownQueue, UnknownTask
-from jobledger.queues import Queue
-from jobledger.retry import Retry
-from jobledger.task import Submitter, Task
-from jobledger.task_registry import Registry
 
 
 def nobody() -> Submitter:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from jobledger import App, ConfigError, JobContext, current_job
-from jobledger.context import maybe_current_job
+from jobledger.definitions.context import maybe_current_job
 from jobledger.errors import JobEnded
 from jobledger.testing import job_context
 

@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 
 from jobledger import App
+from jobledger.client.commands import who
 from jobledger.config import Settings
-from jobledger.context import JobContext
+from jobledger.definitions.context import JobContext
+from jobledger.definitions.queues import Queue
 from jobledger.errors import BadArguments, BadEvent, ConfigError, JobledgerError
-from jobledger.names import check_text
-from jobledger.orders import who
-from jobledger.queues import Queue
+from jobledger.kafka.topic_names import check_text
 
 #: As Python reads a file's name that is no UTF-8.
 ODD = b"caf\xe9".decode("utf-8", "surrogateescape")

@@ -9,8 +9,8 @@ import pytest
 
 from jobledger import Settings
 from jobledger.kafka import topic_watch
+from jobledger.kafka.topic_names import Names
 from jobledger.kafka.topic_watch import TopicWatch
-from jobledger.names import Names
 
 
 def test_a_look_that_breaks_is_not_the_last(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:

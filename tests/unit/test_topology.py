@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from jobledger import App, Queue, Settings
 from jobledger.errors import ConfigError
+from jobledger.kafka.topic_names import Names, colliding
 from jobledger.kafka.topology import (
     Growth,
     Plan,
@@ -22,7 +23,6 @@ from jobledger.kafka.topology import (
     within_bounds,
     worker_groups,
 )
-from jobledger.names import Names, colliding
 
 NAMES = Names("shop")
 

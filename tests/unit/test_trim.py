@@ -5,13 +5,13 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jobledger.commits import floor_of
-from jobledger.consumers import offsets
+from jobledger.consumers.state import offset_tracker
 from jobledger.job import Life, apply
-from jobledger.names import Names
+from jobledger.kafka.topic_names import Names
+from jobledger.log.group_offsets import floor_of
 from jobledger.schemas import events as ev
-from jobledger.streams.trim import Readers, plan
-from jobledger.streams.upkeep import work_position
+from jobledger.streams.maintenance.maintenance import work_position
+from jobledger.streams.maintenance.trim import Readers, plan
 
 WORK, LIFE, COORD = ("shop.jobs.mail", 0), ("shop.lifecycle", 0), ("shop.coordination", 0)
 SPEC = ev.JobSpec(b"{}")
@@ -127,7 +127,7 @@ def test_no_limit_passes_a_reader_or_an_unfinished_job(
 @given(st.integers(0, 2**50), st.integers(0, 2**50), st.booleans())
 def test_the_floor_is_read_as_the_worker_writes_it(base: int, floor: int, clean: bool) -> None:
     """Trimming reads the takeover floor from the same text that a takeover reads."""
-    text = offsets.encode(base, [(base + 2, base + 5)], floor, clean)
+    text = offset_tracker.encode(base, [(base + 2, base + 5)], floor, clean)
     assert floor_of(text) == floor
 
 

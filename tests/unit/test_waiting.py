@@ -18,26 +18,17 @@ from typing import Any
 
 import pytest
 
-from jobledger import (
-    App,
-    JobHandle,
-    JobledgerError,
-    JobNotFound,
-    ResultInsideJob,
-    Settings,
-    StatusTimeout,
-    job,
-    waiting,
-)
-from jobledger.context import enter
+from jobledger import App, JobHandle, JobledgerError, JobNotFound, ResultInsideJob, Settings, StatusTimeout, job
+from jobledger.client import waiting
+from jobledger.client.waiting import Follower, Question
+from jobledger.definitions.context import enter
 from jobledger.errors import StoreError, StoreNotFound
 from jobledger.job import JobStatus, State
 from jobledger.schemas import events as ev
 from jobledger.schemas.codec import Decoder
 from jobledger.schemas.events import Position
-from jobledger.streams.projector import Projector
-from jobledger.streams.store import StatusReader, Store, open_reader, open_store
-from jobledger.waiting import Follower, Question
+from jobledger.streams.status.row_folder import Projector
+from jobledger.streams.status.store import StatusReader, Store, open_reader, open_store
 from tests.patience import PATIENCE, wait_until
 from tests.running_job import running_job
 

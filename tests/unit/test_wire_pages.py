@@ -9,7 +9,7 @@ from pathlib import Path
 from fastavro.schema import to_parsing_canonical_form
 
 from jobledger.schemas import codec
-from jobledger.streams.store.tables import metadata
+from jobledger.streams.status.store.tables import metadata
 
 ROOT = Path(__file__).parents[2]
 WIRE = (ROOT / "docs" / "wire.md").read_text("utf-8")

@@ -12,11 +12,11 @@ import pytest
 from confluent_kafka import KafkaError, Message
 
 from jobledger import App
-from jobledger.client import Client, StatusSource
+from jobledger.client.client import Client, StatusSource
 from jobledger.config import Settings
 from jobledger.errors import BrokerUnavailable
-from jobledger.names import Names
-from jobledger.writer import LogWriter, Outgoing
+from jobledger.kafka.topic_names import Names
+from jobledger.log.writer import LogWriter, Outgoing
 
 NOWHERE = Settings(bootstrap="127.0.0.1:1", submit_timeout=1.0)
 RECORD = Outgoing("t", b"x", "k")

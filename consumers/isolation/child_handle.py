@@ -1,0 +1,173 @@
+"""The worker's handle of one child process: its connection, its last output, how it ended."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import sys
+from typing import Protocol
+
+from jobledger.consumers.isolation.protocol import Progress, Splitter, decode_said, outcome_of
+from jobledger.consumers.state.outcome import MESSAGE_LIMIT, TRACEBACK_LIMIT, Outcome, printable
+from jobledger.consumers.state.work import Work
+from jobledger.schemas.events import ErrorInfo, JobProgressed
+
+#: Bytes of standard error that are kept, the last ones.
+LAST_WORDS = 4_000
+
+PAGE = os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 4096
+
+
+class Owner(Protocol):
+    """The pool that a child reports to. Both methods run on the event loop."""
+
+    def said(self, child: Child, outcome: Outcome) -> None:
+        """Take the outcome of the child's job."""
+
+    def lost(self, child: Child) -> None:
+        """Handle the end of the child's connection: the child has exited, or is about to."""
+
+
+class Words:
+    """Pass on a process's standard error as it arrives, and keep the last `LAST_WORDS` bytes of it.
+
+    It is not read through a transport, because uvloop's transport of a pipe closes its descriptor twice. By the second
+    time the number may belong to another file, such as a job's in another thread
+    (github.com/MagicStack/uvloop/issues/763).
+    """
+
+    def __init__(self) -> None:
+        self.kept = b""
+        self._fd = -1
+        self._loop: asyncio.AbstractEventLoop
+
+    def listen(self, loop: asyncio.AbstractEventLoop, fd: int) -> None:
+        """Read ``fd`` until its end, and close it."""
+        os.set_blocking(fd, False)
+        self._loop, self._fd = loop, fd
+        loop.add_reader(fd, self._read)
+
+    def close(self) -> None:
+        """Stop reading and close the descriptor. A second call does nothing."""
+        fd, self._fd = self._fd, -1
+        if fd >= 0:
+            self._loop.remove_reader(fd)
+            os.close(fd)
+
+    def forget(self, unread: bool) -> None:
+        """Pass on what has been written until now, up to 64 KiB, and clear what is kept. ``unread``: whether there may be
+        something to read; each read lets other threads run first."""
+        if unread and self._fd >= 0:
+            self._read()
+        self.kept = b""
+
+    def _read(self) -> None:
+        try:
+            data = os.read(self._fd, 65536)
+        except BlockingIOError:
+            return
+        except OSError:
+            data = b""
+        if not data:
+            self.close()
+            return
+        self.kept = (self.kept + data)[-LAST_WORDS:]
+        with contextlib.suppress(Exception):  # a closed standard error of the worker must not fail the job
+            sys.stderr.write(data.decode("utf-8", "replace"))
+            sys.stderr.flush()
+
+
+class Child(asyncio.Protocol):
+    """The worker's handle of one child, and the protocol of its connection. On the event loop."""
+
+    def __init__(self, owner: Owner) -> None:
+        self._owner = owner
+        self._split = Splitter()
+        self.words = Words()
+        self.transport: asyncio.Transport | None = None
+        self.pid = 0
+        self.pidfd = -1
+        self.status: int | None = None  # as of `waitpid`, once it has ended
+        self.work: Work | None = None
+        self.jobs = 0
+        self.there = False  # both its pid and its connection are known
+        self.unread = True  # its standard error may hold what earlier jobs wrote
+        self.leaving = False  # it is to end, after its job
+        self.gone = False  # its connection has ended
+        self.orphan = False  # killed because the nursery ended
+        self.why: str | None = None  # why the pool killed it: timeout, memory, stop
+        self.timers: list[asyncio.TimerHandle] = []
+        self.peak = 0
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self.transport = transport  # type: ignore[assignment]  # of a socket, so it is a Transport
+
+    def data_received(self, data: bytes) -> None:
+        for body in self._split.feed(data):
+            try:
+                said = decode_said(body)
+            except Exception as exc:  # noqa: BLE001  # for example if the job's code writes to the connection
+                # The error that is recorded for the job shows this text.
+                self.words.kept = f"what the process said to its worker cannot be read: {exc!r}".encode()
+                self.kill()
+                return
+            if isinstance(said, Progress):
+                if self.work is not None:
+                    self.work.report(None, JobProgressed(said.sequence, said.done, said.total, said.message))
+            else:
+                self.unread = said.unread
+                self._owner.said(self, outcome_of(said))
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._owner.lost(self)
+
+    def send(self, data: bytes) -> None:
+        if self.transport is not None:
+            self.transport.write(data)
+
+    def signal(self, number: int) -> None:
+        """Send a signal to the process, if it still exists."""
+        with contextlib.suppress(ProcessLookupError, OSError):
+            if self.pidfd >= 0:
+                signal.pidfd_send_signal(self.pidfd, number)
+            elif self.pid and self.status is None:
+                os.kill(self.pid, number)
+
+    def kill(self) -> None:
+        """Kill the process and those it started."""
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            if self.pid and self.status is None:
+                os.killpg(self.pid, signal.SIGKILL)
+        self.signal(signal.SIGKILL)
+
+    def memory(self) -> int:
+        """Return the resident memory in bytes; 0 where the system has no ``/proc``, or the process has ended."""
+        try:
+            with open(f"/proc/{self.pid}/statm", "rb") as file:
+                return int(file.read().split()[1]) * PAGE
+        except (OSError, IndexError, ValueError):
+            return 0
+
+
+def end_of(status: int | None) -> str:
+    """Describe a status of ``waitpid`` in words."""
+    if status is None:
+        return "it left no exit status"
+    code = os.waitstatus_to_exitcode(status)
+    if code >= 0:
+        return f"exit code {code}"
+    try:
+        return f"signal {-code} ({signal.Signals(-code).name})"
+    except ValueError:
+        return f"signal {-code}"
+
+
+def last_words(status: int | None, errors: bytes) -> ErrorInfo:
+    """Build the error of a child that ended by itself, from its exit status and its last standard error."""
+    text = errors.decode("utf-8", "replace").strip()
+    said = f"the process that ran it ended by itself: {end_of(status)}"
+    if text:
+        said += f"; it said last: {text.splitlines()[-1]}"
+    return ErrorInfo("ProcessDied", printable(said, MESSAGE_LIMIT), printable(text, TRACEBACK_LIMIT) or None)

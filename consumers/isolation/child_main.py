@@ -1,0 +1,406 @@
+"""A child process: runs one job at a time and reports each job's outcome to the worker.
+
+The nursery (`jobledger.consumers.isolation.fork_server`) has imported the app and forks the child. The child ends when the worker
+closes the connection. The worker passes on what the child writes to standard error and keeps the end of it, to explain
+the death of a child.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import contextvars
+import faulthandler
+import fcntl
+import gc
+import logging
+import os
+import random
+import signal
+import socket
+import struct
+import sys
+import termios
+import threading
+import time
+from collections.abc import Awaitable, Callable
+from types import FrameType
+from typing import Any
+
+from jobledger.consumers.isolation.garbage import Garbage
+from jobledger.consumers.isolation.protocol import Ended, Progress, Run, Splitter, decode_run, ended, frame
+from jobledger.consumers.state.outcome import (
+    Failed,
+    Outcome,
+    Succeeded,
+    bad_result,
+    error_info,
+    judge,
+    ran_out,
+    timed_out,
+)
+from jobledger.definitions import tracing
+from jobledger.definitions.context import JobContext, enter
+from jobledger.definitions.functions import AWAIT, runs_inside, settled
+from jobledger.definitions.middleware import runner
+from jobledger.definitions.retry import Retry
+from jobledger.definitions.task import Task
+from jobledger.definitions.task_registry import Registry
+from jobledger.errors import BadArguments, TaskCancelled, TaskInterrupted, TaskTimedOut
+from jobledger.process import forks
+from jobledger.process.logger import get_logger, loop_error
+from jobledger.process.signals import SignalHandlers
+from jobledger.schemas.events import JobProgressed
+
+LOG = get_logger("jobledger.worker")
+
+#: Least seconds between two checks for garbage while jobs arrive; and seconds without a job until the idle check.
+LOOK_S, IDLE_S = 0.1, 1
+#: Bytes to take from the connection at once.
+RECEIVED = 4_096
+#: Signals that tell the job's code to end: `LATE` at its timeout, `STOP` when it is cancelled.
+LATE, STOP = signal.SIGUSR1, signal.SIGUSR2
+#: Seconds between two progress messages of one job.
+PROGRESS_INTERVAL_S = 0.1
+#: Bytes of data (``RLIMIT_DATA``) that a job may allocate beyond its ``max_memory``; then Python raises `MemoryError`.
+#: The worker measures memory only every `children.WATCH_S` seconds; this limit stops a job that allocates much at once.
+HEADROOM = 256 << 20
+
+#: Milliseconds that an ending child waits for its trace spans to be exported.
+FLUSH_MS = 1_500
+
+
+class Child:
+    """Run the jobs that arrive on one connection; see the module."""
+
+    def __init__(self, registry: Registry, connection: socket.socket) -> None:
+        self._registry, self._connection = registry, connection
+        self._depth = forks.depth
+        self._functions: dict[str, Callable[..., Any]] = {}
+        self._loop: asyncio.Runner | None = None
+        self._running: asyncio.Task[Any] | None = None  # the task of the running coroutine
+        self._function: Callable[..., Any] | None = None  # the function of that coroutine
+        self._clock: asyncio.Timeout | None = None
+        self._inside = False  # the code of a plain function is running
+        self._late = False  # the running attempt exceeded its timeout
+        self._told: type[TaskInterrupted] | None = None  # the error that the running code was interrupted with
+        self._most: int | None = None  # the memory limit now set, in bytes
+        self._reported_at = 0.0
+        self._unsent: JobProgressed | None = None
+        self._garbage = Garbage()
+        self._split = Splitter()
+        # A timeout of Python's own would ask the system before each message whether it has come.
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("ll", IDLE_S, 0))
+        self._looked_at = 0.0  # when garbage was checked last
+        self._sending = threading.Lock()  # guards reports against the end of the context: a job's thread may outlive it
+
+    def serve(self) -> None:
+        """Run the jobs that arrive until the connection ends. In the main thread, because signals end a job."""
+        # The child ignores SIGINT and SIGTERM, as its nursery does. The processes that a job forks must not ignore them.
+        with SignalHandlers((LATE, STOP), self._interrupted), SignalHandlers((signal.SIGINT, signal.SIGTERM), _ignore):
+            self._serve()
+            self._close()
+
+    def _serve(self) -> None:
+        AWAIT.set(self._awaited)
+        while (body := self._receive()) is not None:
+            run = decode_run(body)
+            try:
+                said = self._run(run)
+            except BaseException as broken:  # noqa: BLE001  # the last guard: no error ends the process
+                said = ended(Failed("never", error_info(broken)))
+            said.unread = has_unread(2)
+            self._connection.sendall(frame(said))
+            # Between two jobs, garbage is checked at most every `LOOK_S` seconds; see `_receive` for when none comes.
+            now = time.monotonic()
+            if now - self._looked_at >= LOOK_S:
+                self._looked_at = now
+                self._garbage.look(idle=False)
+
+    def _receive(self) -> bytes | None:
+        """Return the next message, of which the worker sends one at a time; None once the connection has ended. Checks
+        for garbage each `IDLE_S` in which nothing arrives."""
+        while True:
+            try:
+                data = self._connection.recv(RECEIVED)
+            except BlockingIOError:  # nothing came within `IDLE_S`, or a job has made the connection non-blocking
+                self._connection.setblocking(True)
+                self._garbage.look(idle=True)
+                continue
+            if not data:
+                return None
+            bodies = list(self._split.feed(data))
+            if bodies:
+                (body,) = bodies
+                return body
+
+    # -- one attempt --------------------------------------------------------------------------------------------------
+
+    def _run(self, run: Run) -> Ended:
+        self._late, self._told = False, None
+        task = self._registry.tasks.get(run.task)
+        if task is None:  # the code on disk differs from what the worker runs
+            missing = LookupError(f"the child process has no task {run.task!r}: was the app changed under its worker?")
+            return ended(judge(Retry(), run.attempt, missing, random.random()))
+        try:
+            kwargs = task.decode_args(run.args)
+        except BadArguments as exc:
+            return ended(Failed("bad-arguments", error_info(exc)))
+        context = JobContext(
+            job_id=run.job_id,
+            task=run.task,
+            queue=run.queue,
+            run=run.run,
+            attempt=run.attempt,
+            release=run.release,
+            tags=run.tags,
+            parent=run.parent,
+            trace=run.trace,
+            report=self._report,
+        )
+        self._reported_at, self._unsent = 0.0, None
+        try:
+            value, error = self._call(task, context, kwargs)
+        except BaseException as raised:  # noqa: BLE001  # SystemExit ends the job only, as in a thread
+            value, error = None, raised
+        if forks.depth != self._depth:  # the job forked and this is the new process: the connection is its parent's
+            forks.left(error)
+        self._end(context)
+        try:
+            return ended(self._returned(task, value) if error is None else self._judge(task, run, error))
+        finally:
+            error = None  # breaks a reference cycle: the error's traceback holds this frame
+
+    def _call(
+        self, task: Task[Any, Any], context: JobContext, kwargs: dict[str, Any]
+    ) -> tuple[Any, BaseException | None]:
+        """Return what the code returned, or what a coroutine raised. Raises what a plain function raises."""
+        function = self._functions.get(task.name)
+        if function is None:
+            function = self._functions[task.name] = runner(task, self._registry.hooks)
+        if task.policy.max_memory != self._most:
+            self._most = task.policy.max_memory
+            limit_memory(self._most)
+        if task.is_async:
+            said: list[tuple[Any, BaseException | None]] = []
+            self._runner().run(
+                self._await(function, context, kwargs, task.timeout, said), context=contextvars.copy_context()
+            )
+            return said.pop()
+        return contextvars.copy_context().run(self._plainly, function, context, kwargs), None
+
+    def _runner(self) -> asyncio.Runner:
+        if self._loop is None:
+            self._loop = asyncio.Runner()
+            self._loop.get_loop().set_exception_handler(loop_error)
+        return self._loop
+
+    async def _await(
+        self,
+        function: Callable[..., Any],
+        context: JobContext,
+        kwargs: dict[str, Any],
+        limit: float | None,
+        said: list[tuple[Any, BaseException | None]],
+    ) -> None:
+        """Run the coroutine function and append its value and error to ``said``.
+
+        Neither is returned or raised, because asyncio inspects what a task returns or raises: an object that raises
+        when it is inspected would stop the loop.
+        """
+        enter(context)
+        self._running, self._function = asyncio.current_task(), function
+        clock = self._clock = asyncio.timeout(limit)
+        try:
+            if self._told is TaskCancelled:  # before its code started
+                raise asyncio.CancelledError
+            async with clock:
+                value = await function(**kwargs)
+            said.append((value, None))
+        except BaseException as error:  # noqa: BLE001  # judged by the caller
+            said.append((None, error))
+        finally:
+            self._running = self._clock = None
+            self._late = self._late or clock.expired()
+
+    def _plainly(self, function: Callable[..., Any], context: JobContext, kwargs: dict[str, Any]) -> Any:
+        """Run a plain function, which `_interrupted` may interrupt. Raises what it raises."""
+        enter(context)
+        value: Any = None
+        returned = False
+        try:
+            self._inside = True
+            if self._told is not None:  # before its code started
+                raise self._told
+            value = settled(function(**kwargs))
+            returned = True
+            self._inside = False
+        except TaskInterrupted:
+            # At most one is raised, so nothing interrupts from here on. After the code's return it is dropped.
+            if not returned:
+                raise
+        finally:
+            self._inside = False
+        return value
+
+    def _awaited(self, value: Awaitable[Any]) -> Any:
+        """Run the awaitable that a plain function returned, and return its value. `_interrupted` cancels it.
+
+        Raises what the awaitable raises.
+        """
+        said: list[tuple[Any, BaseException | None]] = []
+
+        async def run() -> None:
+            self._running = asyncio.current_task()
+            try:
+                if self._told is not None:
+                    raise asyncio.CancelledError
+                said.append((await value, None))
+            except BaseException as error:  # noqa: BLE001  # raised again below
+                said.append((None, error))
+            finally:
+                self._running = None
+
+        self._inside = False
+        self._runner().run(run(), context=contextvars.copy_context())
+        found, error = said.pop()
+        try:
+            if isinstance(error, asyncio.CancelledError) and self._told is not None:
+                raise self._told
+            if error is not None:
+                raise error
+        finally:
+            error = None  # breaks a reference cycle, as in `_run`
+        self._inside = True
+        return found
+
+    def _interrupted(self, number: int, frame: FrameType | None) -> None:
+        self._told = TaskTimedOut if number == LATE else TaskCancelled
+        self._late = number == LATE
+        if self._running is not None and self._loop is not None:
+            if number == LATE and self._clock is not None:
+                self._tell_blocked(frame)
+                return
+            self._loop.get_loop().call_soon_threadsafe(self._running.cancel)
+        elif self._inside:
+            self._inside = False
+            raise self._told
+
+    def _tell_blocked(self, frame: FrameType | None) -> None:
+        """Raise `TaskTimedOut` in a coroutine that is past its timeout and blocks the loop, so that `asyncio.timeout`
+        could not end it."""
+        clock, function = self._clock, self._function
+        if clock is None or function is None or clock.expired():
+            return
+        if runs_inside(frame, Child._await.__code__, function):
+            self._late = True
+            raise TaskTimedOut
+
+    # -- the outcome --------------------------------------------------------------------------------------------------
+
+    def _returned(self, task: Task[Any, Any], value: Any) -> Outcome:
+        try:
+            return Succeeded(task.encode_result(value))
+        except BaseException as error:  # noqa: BLE001  # encoding calls the result's own code, which may raise anything
+            return bad_result(task.name, error)
+
+    def _judge(self, task: Task[Any, Any], run: Run, error: BaseException) -> Outcome:
+        late = self._late and ran_out(error)
+        error = timed_out(task.name, task.timeout, error) if late else error
+        return judge(task.retry, run.attempt, error, random.random(), timed_out=late)
+
+    def _report(self, context: JobContext, progressed: JobProgressed) -> None:
+        with self._sending:
+            if context.ended:  # ended since the context checked: this report would count as the next job's
+                return
+            now = time.monotonic()
+            if now - self._reported_at < PROGRESS_INTERVAL_S:
+                self._unsent = progressed
+                return
+            self._reported_at = now
+            self._send_progress(progressed)
+
+    def _end(self, context: JobContext) -> None:
+        """Stop reports from an attempt whose code has ended, and send the report that is still held back."""
+        with self._sending:
+            context.ended = True
+            if self._unsent is not None:
+                self._send_progress(self._unsent)
+
+    def _send_progress(self, said: JobProgressed) -> None:
+        self._unsent = None
+        self._connection.sendall(frame(Progress(said.sequence, said.done, said.total, said.message)))
+
+    def _close(self) -> None:
+        with contextlib.suppress(Exception):  # `close` logs; and the process ends anyway
+            if self._loop is None:
+                self._loop = asyncio.Runner()
+            self._loop.run(self._registry.resources.close())
+            self._loop.close()
+        with contextlib.suppress(Exception):  # no `atexit` runs here, so batched spans would be lost
+            tracing.flush(FLUSH_MS)
+
+
+def run_child(registry: Registry, connection: socket.socket, errors: int) -> None:
+    """Run as a child in a newly forked process; does not return. ``errors``: file descriptor for standard error."""
+    status = 1
+    try:
+        os.dup2(errors, 2)
+        os.close(errors)
+        faulthandler.enable(file=2)
+        _die_with_the_nursery()
+        gc.enable()
+        random.seed()
+        connection.setblocking(True)
+        Child(registry, connection).serve()
+        status = 0
+    except (BrokenPipeError, ConnectionResetError):
+        status = 0  # the worker has ended, so there is nothing to report
+    except BaseException:
+        LOG.exception("a child process failed")
+    finally:
+        with contextlib.suppress(Exception):
+            logging.shutdown()
+            sys.stdout.flush()
+            sys.stderr.flush()
+        os._exit(status)
+
+
+def _ignore(number: int, frame: FrameType | None) -> None:
+    pass
+
+
+def has_unread(fd: int) -> bool:
+    """Return whether a pipe may hold bytes that its reader has not read. Only Linux answers
+    this at the pipe's write end."""
+    if sys.platform != "linux":
+        return True
+    count = bytearray(4)
+    try:
+        fcntl.ioctl(fd, termios.FIONREAD, count)
+    except OSError:
+        return True
+    return any(count)
+
+
+def limit_memory(most: int | None) -> None:
+    """Make allocations of this process fail with `MemoryError` at `HEADROOM` above ``most`` bytes, where the system
+    supports ``RLIMIT_DATA``. None: remove the limit."""
+    import resource
+
+    with contextlib.suppress(ValueError, OSError):
+        _, hard = resource.getrlimit(resource.RLIMIT_DATA)
+        wanted = hard if most is None else most + HEADROOM
+        if most is not None and hard != resource.RLIM_INFINITY:
+            wanted = min(wanted, hard)
+        resource.setrlimit(resource.RLIMIT_DATA, (wanted, hard))
+
+
+def _die_with_the_nursery() -> None:
+    """Have Linux kill this process when its parent ends. Elsewhere it ends when its connection does, after the current
+    job."""
+    if sys.platform == "linux":
+        import ctypes
+
+        with contextlib.suppress(Exception):
+            ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG

@@ -1,0 +1,264 @@
+"""The worker's client of its nursery (`nursery`): starts the process that children are forked from, and restarts it.
+
+This module knows children only as processes. Which jobs run in them is decided in `children.Children`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import socket
+import subprocess
+import sys
+import weakref
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from jobledger.config import Settings
+from jobledger.consumers.isolation.child_handle import Child, Words
+from jobledger.errors import ConfigError
+from jobledger.process.logger import get_logger
+
+LOG = get_logger("jobledger.worker")
+
+#: Seconds until a nursery that ended is restarted: after the first end, and the longest wait after further ones.
+AGAIN_S, AGAIN_MOST_S = 0.5, 30.0
+
+
+@dataclass(frozen=True, slots=True)
+class Told:
+    """Hold the callbacks of a nursery, all called on the event loop.
+
+    ``there(child)``: the child runs and is connected; once for each. ``died(child)``: the child has ended and its
+    ``status`` is set. ``gone(unborn)``: the nursery has ended, and every child with it; ``unborn`` had been requested
+    but not forked. ``again()``: the nursery was restarted. ``unusable(error)``: no child can be started; no callback
+    follows.
+    """
+
+    there: Callable[[Child], None]
+    died: Callable[[Child], None]
+    gone: Callable[[list[Child]], None]
+    again: Callable[[], None]
+    unusable: Callable[[ConfigError], None]
+
+
+class NurseryLink:
+    """Start a nursery process and ask it for children.
+
+    ``target``: the app that it imports, see `target.find_target`. All methods but `abandon` run on the event loop.
+    """
+
+    def __init__(self, target: str, settings: Settings, tell: Told) -> None:
+        self._target, self._settings, self._tell = target, settings, tell
+        self._loop: asyncio.AbstractEventLoop
+        self._process: subprocess.Popen[bytes] | None = None
+        self._control: socket.socket | None = None
+        self._ready = self._closing = False
+        self._again_s = AGAIN_S
+        self._lines = b""
+        self._born: deque[Child] = deque()  # requested, pid not reported yet, the oldest first
+        self._by_pid: dict[int, Child] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._heard: weakref.WeakSet[Words] = weakref.WeakSet()  # ended children's too: their own children may write
+
+    @property
+    def running(self) -> bool:
+        """Whether the nursery was started and has not ended."""
+        return self._process is not None
+
+    @property
+    def listens(self) -> bool:
+        """Whether the nursery takes requests for children and reports their ends."""
+        return self._control is not None
+
+    def start(self) -> None:
+        """Start the nursery. Raises `OSError` if the system has no process or no file left."""
+        self._loop = asyncio.get_running_loop()
+        ours, theirs = socket.socketpair()
+        rest = {
+            "bootstrap": self._settings.bootstrap,
+            "status_url": self._settings.status_url,
+            "path": [entry or str(Path.cwd()) for entry in sys.path],
+        }
+        with theirs:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "jobledger.cli.nursery", self._target, str(theirs.fileno())],
+                pass_fds=(theirs.fileno(),),
+                stdin=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                start_new_session=True,
+            )
+        # Not as an argument: a URL may hold a password, and every user of the machine can list arguments of processes.
+        assert self._process.stdin is not None
+        with contextlib.suppress(BrokenPipeError), self._process.stdin as told:
+            told.write(json.dumps(rest).encode())
+        ours.setblocking(False)
+        self._control, self._ready, self._lines = ours, False, b""
+        self._loop.add_reader(ours, self._told)
+        self._words = Words()
+        assert self._process.stderr is not None
+        with self._process.stderr as errors:
+            self._words.listen(self._loop, os.dup(errors.fileno()))
+
+    def fork(self, child: Child) -> None:
+        """Ask the nursery, which must be listening (`listens`), to fork ``child``.
+
+        Raises `OSError`, for example if no more files may be opened. Then nothing was requested.
+        """
+        assert self._control is not None
+        with contextlib.ExitStack() as theirs_of, contextlib.ExitStack() as ours_of:
+            ours, theirs = socket.socketpair()
+            ours_of.callback(ours.close)
+            theirs_of.callback(theirs.close)
+            read, write = os.pipe()
+            ours_of.callback(os.close, read)
+            theirs_of.callback(os.close, write)
+            socket.send_fds(self._control, [b"F"], [theirs.fileno(), write])
+            ours_of.pop_all()
+        # Only after the request was sent: the nursery answers in the order of the requests.
+        self._born.append(child)
+        ours.setblocking(False)
+        child.words.listen(self._loop, read)
+        self._heard.add(child.words)
+        task = self._loop.create_task(self._connect(child, ours))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    def forget(self, child: Child) -> None:
+        """Call no ``died`` for this child any more."""
+        self._by_pid.pop(child.pid, None)
+
+    def closing(self) -> None:
+        """Expect the end of the nursery from now on, and cancel connections that are still being made."""
+        self._closing = True
+        for task in list(self._tasks):
+            task.cancel()
+
+    async def close(self, seconds: float) -> None:
+        """End the nursery, by force after ``seconds``, and stop reading the standard error of all children."""
+        self._hang_up()
+        process, self._process = self._process, None
+        if process is not None:
+            try:
+                await asyncio.to_thread(process.wait, seconds)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                await asyncio.to_thread(process.wait)
+        for words in self._heard:
+            words.close()
+
+    def abandon(self) -> None:
+        """Kill the nursery at once. For use after the event loop has ended."""
+        self._closing = True
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+            self._process = None
+        if self._control is not None:
+            self._control.close()
+            self._control = None
+
+    def _hang_up(self) -> None:
+        if self._control is not None:
+            self._loop.remove_reader(self._control)
+            self._control.close()
+            self._control = None
+
+    def _told(self) -> None:
+        assert self._control is not None
+        try:
+            data = self._control.recv(65536)
+        except BlockingIOError:
+            return
+        except OSError:
+            data = b""
+        if not data:
+            self._has_ended()
+            return
+        *lines, self._lines = (self._lines + data).split(b"\n")
+        for line in lines:
+            told = json.loads(line)
+            if "born" in told:
+                self._is_born(told["born"])
+            elif "died" in told:
+                child = self._by_pid.pop(told["died"], None)
+                if child is not None:
+                    child.status = told["status"]
+                    self._tell.died(child)
+            else:
+                self._ready, self._again_s = True, AGAIN_S
+                if told["ready"] > 1:
+                    LOG.warning(
+                        "importing %s started %d threads; child processes are forked without them: start threads when a "
+                        "job or a resource needs them",
+                        self._target,
+                        told["ready"] - 1,
+                    )
+
+    def _has_ended(self) -> None:
+        """Handle the end of the nursery: report it, and schedule a restart unless it never became ready.
+
+        All children are treated as dead. On Linux the system kills them with their parent.
+        """
+        self._hang_up()
+        process, self._process = self._process, None
+        assert process is not None
+        try:
+            process.wait(0.2)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+        if self._closing:
+            return
+        unborn = list(self._born)
+        self._born.clear()
+        self._tell.gone(unborn)
+        code = process.returncode
+        if not self._ready:
+            self._loop.call_later(0.2, self._give_up, code)  # its last output may still arrive
+            return
+        LOG.error("the process from which children are forked ended with %s; it is restarted", code)
+        self._loop.call_later(self._again_s, self._start_again)
+        self._again_s = min(AGAIN_MOST_S, self._again_s * 2)
+
+    def _give_up(self, code: int) -> None:
+        words = self._words.kept.decode("utf-8", "replace").strip()
+        self._tell.unusable(
+            ConfigError(f"no child processes: importing {self._target} in one failed with exit code {code}:\n{words}")
+        )
+
+    def _start_again(self) -> None:
+        if self._closing or self.running:
+            return
+        try:
+            self.start()
+        except OSError as exc:
+            LOG.error("the process from which children are forked could not be started: %s; retrying", exc)
+            self._loop.call_later(self._again_s, self._start_again)
+            return
+        self._tell.again()
+
+    def _is_born(self, pid: int) -> None:
+        if not self._born:
+            return
+        child = self._born.popleft()
+        child.pid = pid
+        self._by_pid[pid] = child
+        if hasattr(os, "pidfd_open"):
+            with contextlib.suppress(OSError):
+                child.pidfd = os.pidfd_open(pid)
+        self._arrived(child)
+
+    async def _connect(self, child: Child, ours: socket.socket) -> None:
+        await self._loop.create_connection(lambda: child, sock=ours)
+        self._arrived(child)
+
+    def _arrived(self, child: Child) -> None:
+        """Report the child as there, once, when both its pid and its connection are known."""
+        if child.pid and child.transport is not None and not child.there:
+            child.there = True
+            self._tell.there(child)

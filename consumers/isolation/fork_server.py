@@ -1,0 +1,124 @@
+"""The nursery: the process that a worker's child processes are forked from. It imports the app once and starts no
+thread of its own.
+
+A worker cannot fork itself: its threads, the Kafka client's among them, do not exist in the new process, and locks that
+they held stay locked there. So a worker starts this process, asks it for children over a socket, and hears from it when
+a child ends.
+
+Worker → nursery: the byte ``F`` with two file descriptors, the child's connection and its standard error.
+Nursery → worker: lines of JSON. ``{"ready": threads}`` once; ``{"born": pid}`` in the order of the requests;
+``{"died": pid, "status": status}`` with the status of ``waitpid``. When the socket ends, the nursery kills its children
+and ends.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import json
+import os
+import selectors
+import signal
+import socket
+import sys
+
+from jobledger.consumers.isolation.child_main import run_child
+from jobledger.definitions.task_registry import Registry
+
+#: Whether this process is a nursery that imports an app.
+IMPORTING = False
+
+
+class Nursery:
+    """Fork and reap the children of one worker; see the module."""
+
+    def __init__(self, registry: Registry, control: socket.socket) -> None:
+        self._registry, self._control = registry, control
+        self._children: set[int] = set()
+
+    def serve(self) -> None:
+        """Fork children until the worker closes the socket. In the main thread, because it sets signal handlers."""
+        for number in (signal.SIGINT, signal.SIGTERM):
+            # These may reach a whole process group. They are for the worker, which ends this process by closing the
+            # socket. Not SIG_IGN: a program that a job starts would inherit it.
+            signal.signal(number, lambda number, frame: None)
+        woken, wakes = socket.socketpair()
+        for end in (woken, wakes):
+            end.setblocking(False)
+        signal.signal(signal.SIGCHLD, lambda number, frame: None)
+        signal.set_wakeup_fd(wakes.fileno(), warn_on_full_buffer=False)
+        gc.collect()
+        gc.freeze()  # the collector then leaves these objects alone, so their pages stay shared
+        self._say({"ready": _threads()})
+        selector = selectors.DefaultSelector()
+        selector.register(self._control, selectors.EVENT_READ)
+        selector.register(woken, selectors.EVENT_READ)
+        try:
+            while True:
+                for key, _ in selector.select():
+                    if key.fileobj is woken:
+                        with contextlib.suppress(BlockingIOError):
+                            woken.recv(4096)
+                    elif not self._ask():
+                        return
+                self._reap()
+        finally:
+            for pid in self._children:
+                _kill(pid)
+
+    def _say(self, said: dict[str, int]) -> None:
+        self._control.sendall(json.dumps(said).encode() + b"\n")
+
+    def _ask(self) -> bool:
+        """Handle one request; return False at the end of the socket."""
+        wanted, descriptors, _, _ = socket.recv_fds(self._control, 1, 2)
+        if not wanted:
+            return False
+        connection, errors = descriptors
+        sys.stdout.flush()
+        sys.stderr.flush()
+        pid = os.fork()
+        if pid == 0:
+            self._become_child(connection, errors)
+        os.close(connection)
+        os.close(errors)
+        self._children.add(pid)
+        self._say({"born": pid})
+        return True
+
+    def _become_child(self, connection: int, errors: int) -> None:
+        signal.set_wakeup_fd(-1)
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        with contextlib.suppress(OSError):
+            os.setpgid(0, 0)  # processes that the job starts are killed with it
+        self._control.close()
+        run_child(self._registry, socket.socket(fileno=connection), errors)
+
+    def _reap(self) -> None:
+        while self._children:
+            try:
+                pid, status = os.waitpid(-1, os.WNOHANG)
+            except ChildProcessError:
+                return
+            if pid == 0:
+                return
+            self._children.discard(pid)
+            _kill(pid, ended=True)  # its own children, which may hold the connection open
+            self._say({"died": pid, "status": status})
+
+
+def _kill(pid: int, *, ended: bool = False) -> None:
+    """Kill a child and the processes it started. If it has ``ended``, kill only the latter: its pid may be reused."""
+    for kill in (os.killpg,) if ended else (os.killpg, os.kill):
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            kill(pid, signal.SIGKILL)
+
+
+def _threads() -> int:
+    """Return the number of threads of this process."""
+    try:
+        return len(os.listdir("/proc/self/task"))
+    except OSError:
+        import threading
+
+        return threading.active_count()

@@ -1,0 +1,399 @@
+"""The pool of a worker's child processes. Each child is started ahead of time, runs one job at a time and is killed if
+its job does not end when told to.
+
+Everything here runs on the worker's event loop. Whatever happens to a child, the worker survives and records the job's
+outcome: timed out, took too much memory, was cancelled, or its process died.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from jobledger.config import Settings
+from jobledger.consumers.isolation.child_handle import Child, end_of, last_words
+from jobledger.consumers.isolation.child_main import LATE, STOP
+from jobledger.consumers.isolation.fork_client import AGAIN_S, NurseryLink, Told
+from jobledger.consumers.isolation.protocol import Run, frame
+from jobledger.consumers.state.outcome import Outcome
+from jobledger.consumers.state.work import Work
+from jobledger.errors import ConfigError, JobledgerError
+from jobledger.process.logger import get_logger
+from jobledger.schemas.events import ErrorInfo
+
+LOG = get_logger("jobledger.worker")
+
+#: Seconds that a job has to clean up after it was told to end. Then its process is killed.
+SOFT_S = 5.0
+#: Seconds past the timeout. A coroutine whose `asyncio.timeout` has not expired by then is blocking its event loop.
+BLOCKED_S = 0.25
+#: Seconds between two measurements of the memory of children whose jobs have a memory limit.
+WATCH_S = 0.05
+#: Seconds to wait for a child's exit status after its connection ended, or for the connection's end after its exit.
+STATUS_S = 2.0
+#: A child that holds more than this share of ``max_memory`` after its job is replaced: the memory would count against
+#: the next job.
+REPLACE_AT = 0.8
+
+
+@dataclass(frozen=True, slots=True)
+class ChildSettings:
+    """Hold the settings of the pool.
+
+    ``most``: children at once. ``spare``: additional children while jobs wait for one. ``jobs_each``: a child is
+    replaced after so many jobs. ``target``: see `target.find_target`.
+    """
+
+    most: int
+    spare: int
+    jobs_each: int
+    target: str
+    settings: Settings
+
+
+class Children:
+    """Run jobs in child processes.
+
+    For each `run`, one of three callbacks is called, once, when no child has the job any more. ``said(work, outcome)``:
+    the job's code ended with this outcome. ``died(work, error, blamed)``: the job's process ended by itself, or no
+    child can be started; ``blamed`` is whether the job may be the cause. ``ended(work, why, error)``: this pool ended
+    the job; ``why`` is ``timeout``, ``memory`` or ``stop``.
+
+    ``take(work)`` is called when a child is free for the job. It returns False if the job must not run any more; then
+    none of the three is called. ``unusable(error)``: no child can ever be started.
+    """
+
+    def __init__(
+        self,
+        about: ChildSettings,
+        *,
+        take: Callable[[Work], bool],
+        said: Callable[[Work, Outcome], None],
+        died: Callable[[Work, ErrorInfo, bool], None],
+        ended: Callable[[Work, str, BaseException], None],
+        unusable: Callable[[JobledgerError], None],
+    ) -> None:
+        self._about = about
+        self._take, self._on_said, self._on_died, self._on_ended, self._unusable = take, said, died, ended, unusable
+        self._loop: asyncio.AbstractEventLoop
+        tell = Told(self._use, self._has_died, self._nursery_gone, self._nursery_again, self._none)
+        self._nursery = NurseryLink(about.target, about.settings, tell)
+        self._all: set[Child] = set()
+        self._idle: list[Child] = []
+        self._waiting: deque[Work] = deque()
+        self._of: dict[Work, Child] = {}
+        self._watched: set[Child] = set()
+        self._closing = False
+        self.deaths = self.killed = 0
+        self.broken: JobledgerError | None = None
+
+    # -- called by the worker -----------------------------------------------------------------------------------------
+
+    def warm(self) -> None:
+        """Start the nursery and all ``most`` children, so that the first jobs need not wait."""
+        self._loop = asyncio.get_running_loop()
+        self._nursery.start()
+        for _ in range(self._about.most):
+            self._hatch()
+
+    @property
+    def count(self) -> int:
+        """Number of children, those still being started included."""
+        return len(self._all)
+
+    def run(self, work: Work) -> None:
+        """Run the attempt in a child, as soon as one is free."""
+        if self.broken is not None:
+            self._on_died(work, ErrorInfo("ChildProcessError", str(self.broken)), False)
+            return
+        if not self._nursery.running:
+            self._loop = asyncio.get_running_loop()
+            self._nursery.start()
+        if self._idle:
+            if self._take(work):
+                self._give(self._idle.pop(), work)
+            return
+        self._waiting.append(work)
+        self._more()
+
+    def forget(self, gone: Callable[[Work], bool]) -> list[Work]:
+        """Remove and return the jobs that wait for a child and for which ``gone`` is true. No callback is called for
+        them any more."""
+        found = [work for work in self._waiting if gone(work)]
+        for work in found:
+            self._waiting.remove(work)
+        return found
+
+    def stop(self, work: Work) -> None:
+        """Tell the job to end, and kill its process if it is still running after `SOFT_S` seconds."""
+        child = self._of.get(work)
+        if child is None:
+            with contextlib.suppress(ValueError):
+                self._waiting.remove(work)
+                self._on_ended(work, "stop", ChildProcessError("it was cancelled before a child was free"))
+            return
+        child.signal(STOP)
+        child.timers.append(self._loop.call_later(SOFT_S, self._kill, child, "stop"))
+
+    def holds(self, work: Work) -> bool:
+        """Return whether the job runs in a child or waits for one."""
+        return work in self._of or work in self._waiting
+
+    def abandoned(self, work: Work) -> None:
+        """Kill the job at once, because its outcome is no longer wanted. ``ended`` is called for it."""
+        child = self._of.get(work)
+        if child is not None:
+            self._kill(child, "stop")
+        else:
+            self.stop(work)
+
+    async def close(self, seconds: float = 2.0) -> None:
+        """End idle children now, busy ones after their job; kill those that remain after ``seconds``."""
+        self._closing = True
+        for child in list(self._all):
+            child.leaving = True
+            if child.work is None and child.transport is not None:
+                child.transport.close()
+        self._nursery.closing()
+        until = time.monotonic() + seconds
+        while self._all and time.monotonic() < until:
+            await asyncio.sleep(0.01)
+        for child in list(self._all):
+            child.kill()
+        await self._nursery.close(2.0)
+        for child in list(self._all):
+            self._forget(child)
+
+    def abandon(self) -> None:
+        """Kill every child and the nursery at once. For use after the event loop has ended."""
+        self._closing = True
+        for child in list(self._all):
+            child.kill()
+        self._nursery.abandon()
+
+    # -- children -----------------------------------------------------------------------------------------------------
+
+    def _nursery_gone(self, unborn: list[Child]) -> None:
+        for child in unborn:
+            child.leaving = True
+            self._forget(child)
+        for child in list(self._all):
+            if child.status is None:
+                child.kill()
+                child.status = signal.SIGKILL
+                child.orphan = True
+
+    def _nursery_again(self) -> None:
+        for _ in range(self._about.most - len(self._all)):
+            self._hatch()
+
+    def _none(self, error: ConfigError) -> None:
+        self.broken = error
+        self._unusable(error)
+        waiting, self._waiting = self._waiting, deque()
+        for work in waiting:
+            self._on_died(work, ErrorInfo("ChildProcessError", str(error)), False)
+
+    def _more(self) -> None:
+        """Start one more child if there are fewer than ``most``, or ``most + spare`` while more jobs wait than children
+        are being started."""
+        staying = [child for child in self._all if not child.leaving]
+        starting = sum(not child.there for child in staying)
+        spare = self._about.spare if len(self._waiting) > starting else 0
+        if len(staying) < self._about.most + spare:
+            self._hatch()
+
+    def _next(self) -> Work | None:
+        """Return the next waiting job that may run, or None."""
+        while self._waiting:
+            work = self._waiting.popleft()
+            if self._take(work):
+                return work
+        return None
+
+    def _hatch(self) -> None:
+        """Ask the nursery for one more child. Ask again later if the system has no file left."""
+        if self._closing or not self._nursery.listens:
+            return
+        child = Child(self)
+        try:
+            self._nursery.fork(child)
+        except OSError as exc:
+            LOG.warning("a child process could not be requested: %s; retrying", exc)
+            self._loop.call_later(AGAIN_S, self._more)
+            return
+        self._all.add(child)
+
+    def _use(self, child: Child) -> None:
+        """Give a free child the next waiting job. Dismiss the child if there are too many, else keep it idle.
+
+        A child has one job at a time, so its next message is about that job.
+        """
+        assert child.work is None
+        if child.gone:
+            return
+        work = self._next()
+        if work is not None:
+            self._give(child, work)
+        elif self._closing or sum(not each.leaving for each in self._all) > self._about.most:
+            self._dismiss(child)
+        else:
+            self._idle.append(child)
+
+    def _dismiss(self, child: Child) -> None:
+        child.leaving = True
+        if child.transport is not None:
+            child.transport.close()
+
+    # -- one job ------------------------------------------------------------------------------------------------------
+
+    def _give(self, child: Child, work: Work) -> None:
+        event, plan, context = work.event, work.plan, work.context
+        assert event is not None
+        assert plan is not None
+        assert context is not None
+        work.context = None
+        child.work, child.why, child.peak = work, None, 0
+        self._of[work] = child
+        child.words.forget(child.unread)  # what earlier jobs wrote does not explain this job's end
+        spec = event.fact.spec  # type: ignore[union-attr]  # a work topic holds only such facts
+        child.send(
+            frame(
+                Run(
+                    event.task,
+                    spec.args,
+                    event.job_id,
+                    event.queue,
+                    event.run,
+                    event.attempt,
+                    event.release,
+                    dict(context.tags),
+                    spec.parent,
+                    event.trace,
+                )
+            )
+        )
+        limit = plan.task.timeout
+        if limit is not None:
+            # A coroutine has its own `asyncio.timeout`. The signal comes later and acts only if its loop is blocked.
+            told = limit + BLOCKED_S if plan.is_async else limit
+            child.timers.append(self._loop.call_later(told, child.signal, LATE))
+            child.timers.append(self._loop.call_later(limit + SOFT_S, self._kill, child, "timeout"))
+        if plan.task.policy.max_memory is not None:
+            if not self._watched:
+                self._loop.call_later(WATCH_S, self._watch)
+            self._watched.add(child)
+
+    def _watch(self) -> None:
+        for child in list(self._watched):
+            work = child.work
+            if work is None or work.plan is None or (most := work.plan.task.policy.max_memory) is None:
+                self._watched.discard(child)
+                continue
+            child.peak = child.memory()
+            if child.peak > most:
+                self._kill(child, "memory")
+        if self._watched:
+            self._loop.call_later(WATCH_S, self._watch)
+
+    def _kill(self, child: Child, why: str) -> None:
+        if child.work is None or child.why is not None:
+            return
+        child.why = why
+        self.killed += 1
+        child.kill()
+
+    def _release(self, child: Child) -> Work | None:
+        work, child.work = child.work, None
+        for timer in child.timers:
+            timer.cancel()
+        child.timers.clear()
+        self._watched.discard(child)
+        if work is not None:
+            self._of.pop(work, None)
+        return work
+
+    def said(self, child: Child, outcome: Outcome) -> None:
+        if child.why is not None:  # the job ended just before the kill, which ends the child nevertheless
+            child.leaving = True
+        most = None
+        if child.work is not None and child.work.plan is not None:
+            most = child.work.plan.task.policy.max_memory
+        work = self._release(child)
+        child.jobs += 1
+        full = most is not None and child.memory() > most * REPLACE_AT
+        if child.leaving or self._closing or full or child.jobs >= self._about.jobs_each:
+            self._dismiss(child)
+            self._more()
+        else:
+            self._use(child)
+        if work is not None:
+            self._on_said(work, outcome)
+
+    def lost(self, child: Child) -> None:
+        """Handle the end of the child's connection: the child has exited, or is about to."""
+        child.gone = True
+        if child in self._idle:
+            self._idle.remove(child)
+        if child.status is None and self._nursery.listens:
+            child.timers.append(self._loop.call_later(STATUS_S, self._bury, child))
+        else:
+            self._loop.call_later(0.01, self._bury, child)
+
+    def _has_died(self, child: Child) -> None:
+        # Its last messages may still arrive. The wait for the end of its connection is bounded, because a process that
+        # it started may hold the connection open.
+        self._loop.call_later(0.01 if child.gone else STATUS_S, self._bury, child)
+
+    def _bury(self, child: Child) -> None:
+        if child not in self._all:
+            return
+        if child.status is None and self._nursery.listens:
+            child.kill()
+        expected = child.leaving
+        work = self._release(child)
+        self._forget(child)
+        if not self._closing:
+            self._more()
+        if work is None:
+            if not expected and not self._closing:
+                LOG.warning("an idle child process ended by itself: %s", end_of(child.status))
+            return
+        plan = work.plan
+        assert plan is not None
+        if child.why == "timeout":
+            limit = plan.task.timeout
+            error: BaseException = TimeoutError(
+                f"{plan.name}() ran longer than its timeout of {limit:g} s and continued for {SOFT_S:g} s after it was told "
+                "to end; its process was killed"
+            )
+            self._on_ended(work, "timeout", error)
+        elif child.why == "memory":
+            most = plan.task.policy.max_memory or 0
+            error = MemoryError(
+                f"{plan.name}() used {child.peak / 2**20:,.0f} MiB and may use max_memory={most / 2**20:,.0f} MiB; its "
+                "process was killed"
+            )
+            self._on_ended(work, "memory", error)
+        elif child.why is not None:
+            self._on_ended(work, "stop", ChildProcessError("its process was killed"))
+        else:
+            self.deaths += not child.orphan
+            self._on_died(work, last_words(child.status, child.words.kept), not child.orphan)
+
+    def _forget(self, child: Child) -> None:
+        self._all.discard(child)
+        self._nursery.forget(child)
+        for timer in child.timers:
+            timer.cancel()
+        if child.pidfd >= 0:
+            os.close(child.pidfd)
+            child.pidfd = -1
+        if child.transport is not None and not child.gone:
+            child.transport.abort()

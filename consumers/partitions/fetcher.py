@@ -1,0 +1,398 @@
+"""Polls one lane's consumer, takes over the partitions that the group assigns, and gives up those that it revokes.
+
+Each lane (a queue, or one of its priorities) has one fetch thread, one consumer and one group. The thread runs no jobs
+and reads no message's content: it hands raw messages to the dispatcher, and takes no more while enough of them wait.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from typing import Any
+
+from confluent_kafka import OFFSET_BEGINNING, Consumer, KafkaError, KafkaException, Message, TopicPartition
+
+from jobledger.config import Settings
+from jobledger.consumers.partitions.committer import COMMIT_INTERVAL_S, Committer
+from jobledger.consumers.recording.ack_tracker import Settler
+from jobledger.consumers.state.offset_tracker import Snapshot
+from jobledger.consumers.state.work import Lease, Partition
+from jobledger.errors import AccessDenied, BrokerUnavailable, ConfigError, JobledgerError
+from jobledger.kafka.auth import Door, denied, join, read
+from jobledger.kafka.clients import consumer, consumer_config, translate
+from jobledger.kafka.topic_names import Names
+from jobledger.process.logger import get_logger
+
+LOG = get_logger("jobledger.worker")
+
+#: Most messages handed to the dispatcher at once.
+BATCH = 500
+#: Seconds that a poll may wait; also how late the client is paused or resumed.
+POLL_S = 0.05
+#: Seconds between polls while no more messages fit: how late a rebalance may be served. The client is not paused
+#: instead: pausing would throw away what it has fetched, and resuming takes up to a second.
+SLOW_POLL_S = 0.5
+#: Seconds that the jobs of a revoked partition get to end, within the rebalance callback.
+HANDOVER_S = 8.0
+#: Seconds between two rounds of warnings about offsets without a record, one for each partition that has some.
+MISSING_EVERY_S = 60.0
+#: Seconds that the committed offsets are asked for at assignment, before the worker gives up.
+COMMITTED_TIMEOUT_S = 30.0
+
+
+class CommitRequest:
+    """Snapshots that another thread wants committed. When ``done`` is set, ``accepted`` says whether all were."""
+
+    def __init__(self, snapshots: list[tuple[Partition, Snapshot]]) -> None:
+        self.snapshots = snapshots
+        self.accepted = False
+        self.done = threading.Event()
+
+
+class Fetcher(threading.Thread):
+    """Fetches one lane: a queue, or one of its priorities.
+
+    ``prefetch``: messages that may wait for the dispatcher. ``lease``: seconds. ``assigned`` gets this fetcher and new
+    partitions, ``ended`` those that are no longer owned; ``wake``: there may be new messages; ``fail`` stops the
+    worker. ``assigned`` and ``ended`` are called in this thread.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        names: Names,
+        lane: str,
+        *,
+        settler: Settler,
+        prefetch: int,
+        lease: float,
+        assigned: Callable[[Fetcher, list[Partition]], None],
+        ended: Callable[[list[Partition]], None],
+        wake: Callable[[], None],
+        fail: Callable[[JobledgerError], None],
+    ) -> None:
+        super().__init__(name=f"jobledger-fetch-{lane}", daemon=True)
+        self.queue, self.topic = lane, names.jobs(lane)
+        self._settings, self._settler, self._prefetch = settings, settler, prefetch
+        self._assigned, self._ended, self.wake_dispatcher, self._fail = assigned, ended, wake, fail
+        self.lease = Lease(lease, wake)
+        self._parts: dict[int, Partition] = {}
+        self._room = threading.Event()
+        self.waiting = False  # for room
+        self._filled = False
+        self._half = max(1, prefetch // 2)
+        self._draining = False
+        self._closing = threading.Event()
+        self._handover = HANDOVER_S
+        self.fetched = 0
+        self.moved = {"assigned": 0, "revoked": 0, "lost": 0}
+        self.error: str | None = None
+        self._group = names.worker_group(lane)
+        self._door = Door(settings)
+        conf = consumer_config(
+            settings,
+            group=self._group,
+            door=self._door,
+            **{
+                "group.protocol": "consumer",
+                "group.remote.assignor": "range",
+                # The client's own buffer per partition: enough for a batch or two, bounded in bytes.
+                "queued.min.messages": max(2_000, prefetch),
+                "queued.max.messages.kbytes": 16_384,
+                "fetch.error.backoff.ms": 100,
+            },
+        )
+        self.consumer = consumer(conf)
+        self.committer = Committer(settings, self.consumer, self._group, self.lease, settler, fail)
+        self._commit_at = self._missing_at = 0.0
+        self._requests: deque[CommitRequest] = deque()
+
+    # -- what others ask ------------------------------------------------------------------------------------------
+
+    def owned(self) -> list[Partition]:
+        """Partitions owned right now."""
+        return [p for p in list(self._parts.values()) if p.owned]
+
+    @property
+    def held(self) -> int:
+        """Messages that wait for the dispatcher and count against ``prefetch``."""
+        return sum(p.fetched for p in list(self._parts.values()))
+
+    def taken(self) -> None:
+        """Note that the dispatcher took messages, so there may be room for more. Any thread."""
+        if self.waiting and self.held < self._half:
+            self._room.set()
+
+    def request_commit(self, snapshots: list[tuple[Partition, Snapshot]]) -> CommitRequest:
+        """Have the fetch thread commit these; those no longer owned by then are left out. Any thread; does not wait."""
+        request = CommitRequest(snapshots)
+        self._requests.append(request)
+        return request
+
+    def drain(self) -> None:
+        """Take no more messages, but continue to poll. Any thread."""
+        self._draining = True
+        self._room.set()
+
+    def close(self, handover: float) -> None:
+        """Leave the group and end the thread. Partitions get ``handover`` seconds to settle. Any thread."""
+        self._handover = min(self._handover, handover)
+        self._closing.set()
+        self._room.set()
+
+    # -- the thread -----------------------------------------------------------------------------------------------
+
+    def run(self) -> None:
+        """Poll until closed, then leave the group."""
+        try:
+            self.consumer.subscribe(
+                [self.topic], on_assign=self._on_assign, on_revoke=self._on_revoke, on_lost=self._on_lost
+            )
+            self._poll_until_closed()
+            # Before `close`: while that leaves the group, the coordinator may no longer know this member.
+            self._hand_over(list(self._parts.values()))
+        except JobledgerError as exc:
+            self._fail(exc)
+        except KafkaException as exc:
+            self._fail(self._translated(exc.args[0]))
+        except Exception as exc:
+            LOG.exception("the fetch thread of queue %s failed", self.queue)
+            self._fail(JobledgerError(f"the fetch thread of queue {self.queue!r} failed: {exc!r}"))
+        finally:
+            self._closing.set()
+            try:
+                self.consumer.close()
+            except Exception:  # without leaving, the member's session times out
+                LOG.exception("queue %s: leaving the group failed", self.queue)
+
+    def _poll_until_closed(self) -> None:
+        polling = self.consumer
+        polled_at = steer_at = 0.0
+        while not self._closing.is_set():
+            now = time.monotonic()
+            self._commit_if_due(now)
+            room = self._room_left()
+            if room <= 0 and now - polled_at < SLOW_POLL_S:
+                self._await_room()
+                continue
+            if now >= steer_at:
+                self._door.check()
+                self._steer()
+                steer_at = now + POLL_S
+            # Without room, the poll is for rebalances, which it serves first. It may return one message, which is kept.
+            self._take(polling.poll(POLL_S if room > 0 else 0), room)
+            polled_at = now
+
+    def _room_left(self) -> int:
+        """How many messages to take now. Once full, none until half of them are gone: large batches cost less."""
+        held = self.held
+        if self._draining or held >= (self._half if self._filled else self._prefetch):
+            self._filled = True
+            return 0
+        self._filled = False
+        return self._prefetch - held
+
+    def _commit_if_due(self, now: float) -> None:
+        while self._requests:
+            request = self._requests.popleft()
+            request.accepted = self.committer.commit_snapshots([s for s in request.snapshots if s[0].owned])
+            request.done.set()
+        wanted = self.lease.wanted
+        if now < self._commit_at and not wanted:
+            return
+        self._commit_at = now + COMMIT_INTERVAL_S
+        owned = self.owned()
+        if now >= self._missing_at:
+            self._tell_missing(owned, now)
+        # Renew the lease while records wait or run, so that no start and no derived record has to wait for it.
+        renew = wanted or (self.lease.until - now < self.lease.seconds / 2 and any(p.raw or p.live for p in owned))
+        due = owned if renew else [p for p in owned if p.offsets is not None and p.offsets.changed]
+        if due:
+            self.committer.commit(due)
+
+    def _tell_missing(self, parts: list[Partition], now: float) -> None:
+        """Log offsets without a record. A job whose record was there, and that had not run, is lost for the workers. The audit
+        of the stream processor counts it only if the status table knows it."""
+        for p in parts:
+            if p.offsets is None:
+                continue
+            with p.lock:
+                missing, end = p.offsets.missing, p.offsets.end
+            if missing > p.missing:
+                LOG.warning(
+                    "%r: %d offsets below %d have no record, and count as done: their records were deleted or belong to "
+                    "aborted transactions, or they are markers of transactions",
+                    p,
+                    missing - p.missing,
+                    end,
+                )
+                p.missing = missing
+                self._missing_at = now + MISSING_EVERY_S
+
+    def _await_room(self) -> None:
+        self._room.clear()
+        self.waiting = True
+        if self._draining or self.held >= self._half:
+            self._room.wait(POLL_S)
+        self.waiting = False
+
+    def _take(self, first: Message | None, room: int) -> None:
+        """Hand over ``first`` and the messages that have already arrived, ``room`` of them at most."""
+        if first is None:
+            return
+        # Kept before the client is asked again: that may run a rebalance, in which its partition is lost and assigned anew.
+        self._keep([first])
+        if room > 1:
+            self._keep(self.consumer.consume(min(room, BATCH) - 1, 0))
+        self.error = None
+        if self.lease.until < time.monotonic():
+            # A quiet time, or this process was paused: have the coordinator confirm that these are still owned.
+            self.committer.commit(self.owned())
+        self.wake_dispatcher()
+
+    def _keep(self, messages: list[Message]) -> None:
+        """Put messages into their partitions, for the dispatcher."""
+        parts = self._parts
+        for message in messages:
+            error = message.error()
+            if error is not None:
+                self._message_error(error)
+                continue
+            partition = parts.get(message.partition())  # type: ignore[arg-type]  # a consumed message has one
+            if partition is not None:
+                partition.raw.append(message)
+                self.fetched += 1
+
+    def _message_error(self, error: KafkaError) -> None:
+        code = error.code()
+        found = self._translated(error)
+        if error.fatal() or code == KafkaError._FATAL or isinstance(found, AccessDenied):
+            raise found
+        if code in (KafkaError.UNSUPPORTED_VERSION, KafkaError._UNSUPPORTED_FEATURE, KafkaError.UNSUPPORTED_ASSIGNOR):
+            raise ConfigError(
+                f"the broker does not know the consumer group protocol that workers need ({error.str()}): "
+                "Kafka 4.0 or later is required"
+            )
+        text = error.str()
+        if text != self.error:
+            LOG.warning("queue %s: %s", self.queue, text)
+        self.error = text
+
+    def _translated(self, error: KafkaError) -> JobledgerError:
+        return translate(error, self._settings, f"reading {self.topic}", read(self.topic), join(self._group))
+
+    def _steer(self) -> None:
+        """Pause partitions at the client that cannot be run for a while and have enough waiting; resume the others."""
+        pause: list[TopicPartition] = []
+        resume: list[TopicPartition] = []
+        for p in self._parts.values():
+            wanted = p.stopped is not None or (p.idle and (p.paused or len(p.raw) >= self._prefetch))
+            if wanted != p.paused:
+                (pause if wanted else resume).append(TopicPartition(p.topic, p.number))
+                p.paused = wanted
+        if pause:
+            self.consumer.pause(pause)
+        if resume:
+            self.consumer.resume(resume)
+
+    # -- rebalances: run inside poll, in this thread ------------------------------------------------------------------
+
+    def _on_assign(self, consumer: Consumer, assigned: list[TopicPartition]) -> None:
+        if not assigned or self._closing.is_set():  # called without partitions after some were given up
+            return  # what is assigned to a member that leaves is the next owner's
+        self.moved["assigned"] += 1
+        committed = self._committed(consumer, assigned)
+        if self._closing.is_set():
+            return
+        new: list[Partition] = []
+        for where in committed:
+            offset = where.offset if where.offset >= 0 else -1
+            partition = Partition(self.topic, where.partition, self.lease, offset, where.metadata or None)
+            self._parts[where.partition] = partition
+            new.append(partition)
+        consumer.incremental_assign(
+            [TopicPartition(p.topic, p.number, p.committed if p.committed >= 0 else OFFSET_BEGINNING) for p in new]
+        )
+        # Messages fetched from now on wait until the takeover is done.
+        LOG.info("queue %s: assigned partitions %s", self.queue, [p.number for p in new])
+        self._assigned(self, new)
+
+    def _committed(self, consumer: Consumer, assigned: list[TopicPartition]) -> list[TopicPartition]:
+        """Return the committed offsets; nothing of use if the fetcher is closed meanwhile."""
+        deadline = time.monotonic() + COMMITTED_TIMEOUT_S
+        while True:
+            try:
+                found = consumer.committed(assigned, timeout=5.0)
+                errors = [f.error for f in found if f.error is not None]
+                if not errors:
+                    return found
+                problem: Any = errors[0]
+            except KafkaException as exc:
+                problem = exc.args[0]
+            found_denied = denied(problem, self._settings, f"reading {self.topic}", read(self.topic), join(self._group))
+            if found_denied is not None:
+                raise found_denied
+            if self._closing.is_set():
+                return []
+            if time.monotonic() > deadline:
+                # Do not take this for "nothing committed": all jobs would run again.
+                raise BrokerUnavailable(
+                    f"the committed offsets of {self.topic} could not be read within {COMMITTED_TIMEOUT_S:g} s: "
+                    f"{problem.str()}"
+                )
+            time.sleep(0.1)
+
+    def _on_revoke(self, consumer: Consumer, revoked: list[TopicPartition]) -> None:
+        self.moved["revoked"] += 1
+        self._hand_over([p for t in revoked if (p := self._parts.get(t.partition)) is not None])
+
+    def _hand_over(self, parts: list[Partition]) -> None:
+        """Give up partitions, let their running jobs end, and commit them for the last time."""
+        self._give_up(parts)
+        if not parts:
+            return
+        settled = self._settle(parts)
+        self._tell_missing(parts, time.monotonic())
+        if not self._settler.broken:
+            self.committer.commit(parts, final=True)
+        for partition in parts:
+            partition.gone = True
+        left = {p.number: len(p.live) for p in parts if p.busy}
+        LOG.info(
+            "queue %s: handed over partitions %s%s",
+            self.queue,
+            [p.number for p in parts],
+            "" if settled else f"; still running, and may run twice: {left}",
+        )
+
+    def _settle(self, parts: list[Partition]) -> bool:
+        """Wait within the hand-over time until nothing of ``parts`` is under way. Returns whether that was reached."""
+        deadline = time.monotonic() + self._handover
+        while any(p.busy for p in parts):
+            now = time.monotonic()
+            if self._settler.broken or now >= deadline:
+                return False
+            self._settler.serve()
+            # The other partitions continue meanwhile: their lease must be renewed.
+            self._commit_if_due(now)
+            time.sleep(0.005)
+        return True
+
+    def _on_lost(self, consumer: Consumer, lost: list[TopicPartition]) -> None:
+        parts = [p for t in lost if (p := self._parts.get(t.partition)) is not None]
+        self.moved["lost"] += 1
+        for partition in parts:
+            partition.gone = True
+        self._give_up(parts)
+        self._tell_missing(parts, time.monotonic())
+        if parts:
+            LOG.warning("queue %s: lost partitions %s; nothing is committed", self.queue, [p.number for p in parts])
+
+    def _give_up(self, parts: list[Partition]) -> None:
+        for p in parts:
+            p.give_up()
+            self._parts.pop(p.number, None)
+        if parts:
+            self._ended(parts)

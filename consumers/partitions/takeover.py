@@ -1,0 +1,446 @@
+"""Prepares newly assigned partitions before any of their records is run.
+
+The takeover commits the partition as dirty and awaits the acknowledgement. It reads the latest releases before the
+committed offset (the base), so that a second record of the same release is dropped. Unless the last owner left
+cleanly, it reads the lifecycle partition from the takeover floor: a release whose closing fact is there is done, and
+what derives from the fact is sent again. Runs in a thread of its own. The fetch thread continues to poll meanwhile, and
+the partition's messages wait.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+
+from confluent_kafka import KafkaException, Message, TopicPartition
+
+from jobledger.config import Settings
+from jobledger.consumers.partitions.fetcher import Fetcher
+from jobledger.consumers.partitions.range_reader import STALL_S, LogRanges, partition_of
+from jobledger.consumers.recording.ack_tracker import Settler
+from jobledger.consumers.state.dedup import REMEMBERED, REMEMBERED_MS, end_of, key_of, release_key
+from jobledger.consumers.state.offset_tracker import PartitionOffsets, Restored, Snapshot, decode, encode
+from jobledger.consumers.state.work import NOTHING_FOLLOWS, Found, Partition
+from jobledger.errors import BrokerUnavailable, JobledgerError, RegistryNeeded, SchemaError
+from jobledger.kafka.clients import translate
+from jobledger.kafka.topic_names import Names
+from jobledger.kafka.topology import lifecycle_too_small
+from jobledger.process.logger import get_logger
+from jobledger.schemas.codec import Decoder
+from jobledger.schemas.events import Fact, JobLeased, JobRetried, JobSnoozed, JobStarted, JobSucceeded, settles
+from jobledger.schemas.fast_path import glance
+
+LOG = get_logger("jobledger.worker")
+
+#: Outcomes of a release that are not yet its job's: the coordinator decides what follows.
+OPEN = (JobLeased, JobRetried, JobSnoozed)
+#: Seconds after which an unused reader closes its connections.
+IDLE_S = 10.0
+#: Milliseconds by which the clocks of two brokers may differ.
+SKEW_MS = 60_000
+#: A worker that died may have begun records whose starts are not in the log. Their assumed number is `UNSEEN_LEAST`
+#: plus the number of starts in the log's last `UNSEEN_MS` milliseconds, of which at most `UNSEEN_MOST` are counted.
+UNSEEN_MS, UNSEEN_LEAST, UNSEEN_MOST = 250, 16, 1_000
+
+
+class _Plan:
+    """The log ranges that the takeover of one partition reads, and what it found there."""
+
+    def __init__(self, partition: Partition) -> None:
+        self.partition = partition
+        self.low = self.high = self.lifecycle_low = self.lifecycle_high = 0
+        self.restored = Restored(0)
+        self.floor = 0
+        self.seed_from = 0
+        #: Releases whose outcome is one of `OPEN`, by `release_key`: (job id, when the outcome was appended, in ms).
+        self.open: dict[int, tuple[str, int]] = {}
+        self.begun = 0  # one beyond the last record whose start was found
+        self.lately: deque[int] = deque(maxlen=UNSEEN_MOST)  # append times of the latest starts, in ms
+
+    @property
+    def unseen(self) -> int:
+        """How many records beyond `begun` may have been begun: their starts were in flight when the worker died."""
+        last = self.lately[-1] if self.lately else 0
+        return UNSEEN_LEAST + sum(at > last - UNSEEN_MS for at in self.lately)
+
+
+class Takeover(threading.Thread):
+    """Takes over assigned partitions, a batch at a time.
+
+    ``ready`` is called in this thread with the partitions that may be run. ``fail`` stops the worker. ``known_places``:
+    the number of lifecycle partitions when the worker started.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        names: Names,
+        settler: Settler,
+        decoder: Decoder,
+        *,
+        known_places: int,
+        ready: Callable[[list[Partition]], None],
+        fail: Callable[[JobledgerError], None],
+    ) -> None:
+        super().__init__(name="jobledger-takeover", daemon=True)
+        self._settings, self._fail = settings, fail
+        self._todo: queue.SimpleQueue[tuple[Fetcher, list[Partition]] | None] = queue.SimpleQueue()
+        self._closing = False
+        self._log = LogRanges(settings, lambda: self._closing)
+        self._known_places = known_places
+        self._names, self._settler, self._decoder, self._ready = names, settler, decoder, ready
+        #: Since the start: releases whose outcome the log held, and work records read into release memories.
+        self.found = self.seeded = 0
+
+    def take_over(self, fetcher: Fetcher, partitions: list[Partition]) -> None:
+        """Queue newly assigned partitions of one lane for takeover; returns at once."""
+        self._todo.put((fetcher, partitions))
+
+    def close(self) -> None:
+        """End the thread. A takeover under way is cut short."""
+        self._closing = True
+        self._todo.put(None)
+
+    def run(self) -> None:
+        """Take over one batch after the other until closed. An error stops the worker."""
+        try:
+            while True:
+                try:
+                    item = self._todo.get(timeout=IDLE_S if self._log.open else None)
+                except queue.Empty:
+                    self._log.close()
+                    continue
+                if item is None:
+                    return
+                self._take_over(*item)
+        except JobledgerError as exc:
+            self._fail(exc)
+        except KafkaException as exc:
+            self._fail(translate(exc.args[0], self._settings, "taking partitions over"))
+        except Exception as exc:
+            LOG.exception("the takeover of partitions failed")
+            self._fail(JobledgerError(f"the takeover of partitions failed: {exc!r}"))
+        finally:
+            self._log.close()
+
+    # -- steps ----------------------------------------------------------------------------------------------------
+
+    def _take_over(self, fetcher: Fetcher, partitions: list[Partition]) -> None:
+        plans = [_Plan(p) for p in self._with_facts(fetcher.topic, partitions) if p.owned]
+        if not plans:
+            return
+        for plan in plans:
+            self._judge(plan)
+        self._unknown_floors(fetcher.topic, [p for p in plans if p.restored.floor is None])
+        if not self._mark_dirty(fetcher, plans):
+            return
+        self._seed_starts(fetcher.topic, plans)
+        for plan in plans:
+            plan.partition.offsets = PartitionOffsets(plan.restored, plan.lifecycle_high)
+        self._read(fetcher.topic, plans)
+        self._read_elsewhere(plans)
+        if self._closing:
+            # The reads may have been cut short. The dirty mark above makes the next owner read the log itself.
+            # What was found clean is committed as clean again at the hand-over (`Partition.found_clean`).
+            return
+        # A stopped partition is not taken over: the next owner begins where this one did.
+        read = [p for p in plans if p.partition.stopped is None]
+        for plan in read:
+            self._conclude(plan)
+        done = [p.partition for p in read if p.partition.owned]
+        for partition in done:
+            partition.ready = True
+        self._ready(done)
+
+    def _with_facts(self, topic: str, partitions: list[Partition]) -> list[Partition]:
+        """Return the partitions whose number lifecycle has, too. Stop the others: their facts cannot be written."""
+        most = max((p.number for p in partitions), default=-1)
+        if most < self._known_places:  # Kafka never removes partitions
+            return partitions
+        there = self._known_places = self._log.partitions(self._names.lifecycle)
+        if most < there:
+            return partitions
+        why = lifecycle_too_small(topic, self._log.partitions(topic), self._names.lifecycle, there)
+        beyond = [p for p in partitions if p.number >= there]
+        for partition in beyond:
+            partition.stop_all(why)
+        return [p for p in partitions if p not in beyond]
+
+    def _judge(self, plan: _Plan) -> None:
+        """Restore what the last owner committed, checked against the log's present range."""
+        partition = plan.partition
+        plan.low, plan.high = self._log.ends(partition.topic, partition.number)
+        plan.lifecycle_low, plan.lifecycle_high = self._log.ends(self._names.lifecycle, partition.number)
+        base = partition.committed
+        if base > plan.high:
+            LOG.error(
+                "%r: the committed offset %d is beyond the log's end %d: was the topic recreated? Reading from its start",
+                partition,
+                base,
+                plan.high,
+            )
+        if base < 0 or base > plan.high:
+            plan.restored = Restored(plan.low)
+        elif base < plan.low:
+            LOG.error("%r: records %d to %d were deleted before they were done", partition, base, plan.low - 1)
+            plan.restored = Restored(plan.low)
+        else:
+            plan.restored = decode(base, partition.metadata, plan.high)
+            if plan.restored.clean and partition.metadata is not None:
+                partition.found_clean = Snapshot(base, partition.metadata)
+            if partition.metadata and plan.restored.floor is None:
+                LOG.error("%r: the completion map cannot be read: nothing beyond %d counts as done", partition, base)
+        plan.floor = plan.restored.floor if plan.restored.floor is not None else 0
+
+    def _unknown_floors(self, topic: str, plans: list[_Plan]) -> None:
+        """Set the floor where the commit names none: the first lifecycle offset appended since the first record at or
+        after the base. No outcome of such a record can be older."""
+        for plan in plans:
+            plan.floor = plan.lifecycle_high
+        plans = [p for p in plans if p.restored.base < p.high and p.lifecycle_low < p.lifecycle_high]
+        times: dict[int, int] = {}
+        ranges = {(topic, p.partition.number): (p.restored.base, p.high) for p in plans}
+        self._log.read(ranges, lambda m: _first(times, m), first_only=True)
+        asked = [TopicPartition(self._names.lifecycle, number, stamp) for number, stamp in times.items()]
+        if asked:
+            found = self._log.offsets_at(asked)
+            for plan in plans:
+                offset = found.get(plan.partition.number, -1)
+                if offset >= 0:
+                    plan.floor = offset
+
+    def _mark_dirty(self, fetcher: Fetcher, plans: list[_Plan]) -> bool:
+        """Commit the restored state as dirty, with the floor from which to read, and await the acknowledgement.
+
+        False if no partition is owned any more, or the worker ends. Raises `BrokerUnavailable` after `STALL_S` seconds.
+        """
+        deadline = time.monotonic() + STALL_S
+        while True:
+            owned = [p for p in plans if p.partition.owned]
+            if not owned or self._closing or self._settler.broken:
+                return False
+            snapshots: list[tuple[Partition, Snapshot]] = []
+            for plan in owned:
+                if plan.restored.clean:
+                    plan.floor = plan.lifecycle_high
+                restored = plan.restored
+                metadata = encode(restored.base, restored.done, plan.floor, False, restored.begun)
+                assert metadata is not None  # it was decoded from a text that was short enough
+                snapshots.append((plan.partition, Snapshot(plan.restored.base, metadata)))
+            request = fetcher.request_commit(snapshots)
+            while not request.done.wait(1.0):
+                if self._closing or not fetcher.is_alive():
+                    return False
+            if request.accepted:
+                return True
+            if time.monotonic() > deadline:
+                raise BrokerUnavailable(
+                    f"{fetcher.topic}: taking over partitions {[p.partition.number for p in owned]} was not "
+                    f"acknowledged within {STALL_S:g} s: {fetcher.committer.last_error}"
+                )
+            time.sleep(0.1)
+
+    def _seed_starts(self, topic: str, plans: list[_Plan]) -> None:
+        asked = [
+            TopicPartition(topic, p.partition.number, int(time.time() * 1000) - REMEMBERED_MS)
+            for p in plans
+            if p.restored.base > p.low
+        ]
+        by_time: dict[int, int] = {}
+        if asked:
+            by_time = self._log.offsets_at(asked)
+        for plan in plans:
+            base = plan.restored.base
+            recent = by_time.get(plan.partition.number, -1)
+            # -1: nothing was appended in that time.
+            plan.seed_from = max(plan.low, base - REMEMBERED, recent if recent >= 0 else base)
+
+    def _read(self, topic: str, plans: list[_Plan]) -> None:
+        """Read the work topic into the release memories and scan lifecycle, for all partitions at once."""
+        by_number = {p.partition.number: p for p in plans}
+        ranges: dict[tuple[str, int], tuple[int, int]] = {}
+        for plan in plans:
+            number = plan.partition.number
+            ranges[topic, number] = (plan.seed_from, plan.restored.base)
+            if not plan.restored.clean and plan.restored.base < plan.high:
+                ranges[self._names.lifecycle, number] = (plan.floor, plan.lifecycle_high)
+
+        def take(message: Message) -> None:
+            partition = by_number[message.partition() or 0].partition
+            try:
+                if message.topic() != topic:
+                    self._scanned(by_number[message.partition() or 0], message)
+                elif (key := key_of(message, self._decoder)) is not None:
+                    partition.memory.add(key)
+                    self.seeded += 1
+            except RegistryNeeded as exc:
+                # The record may say that a job is done. It cannot be read, so nothing of the partition may be run.
+                if partition.stopped is None:
+                    partition.stop(message, str(exc))
+
+        self._log.read(ranges, take, wanted=lambda: any(p.partition.owned for p in plans))
+
+    def _scanned(self, plan: _Plan, message: Message) -> None:
+        partition = plan.partition
+        value = message.value()
+        raw = (self._decoder.own_form(value) or value) if isinstance(value, bytes) else None
+        seen = None if raw is None else glance(raw)
+        if seen is not None and raw is not None:
+            job_id, run, release, fact = seen[0], seen[1], seen[2], seen[6]
+            key = release_key(job_id, run, release)
+            if type(fact) is JobSucceeded:
+                self._note_end(plan, (job_id, run, release), fact, message.offset() or 0, message.timestamp()[1])
+            elif type(fact) is JobStarted:
+                self._passed(plan, job_id, run, release)
+                # `glance` leaves the fields empty. In the shape that it reads, the takeover count is the last byte.
+                self._note_start(partition, key, raw[-1] >> 1)
+                self._begun_at(plan, *_started_at(raw), message.timestamp()[1])
+            return
+        try:
+            event = self._decoder.decode(raw)
+        except SchemaError:
+            return  # the materializer reports it
+        other: Fact = event.fact
+        job_id, run, release = event.job_id, event.run, event.release
+        key = release_key(job_id, run, release)
+        if settles(other):
+            self._note_end(plan, (job_id, run, release), other, message.offset() or 0, message.timestamp()[1])
+        elif isinstance(other, JobRetried | JobSnoozed):  # in place: that attempt has ended, and the next one is due
+            attempt = event.attempt + isinstance(other, JobRetried)
+            if attempt >= partition.held.get(key, (0,))[0]:  # a former owner's fact may come late: ignored
+                partition.starts.pop(key, None)
+                partition.held[key] = (attempt, message.timestamp()[1] + other.delay_ms, message.offset() or 0)
+        elif isinstance(other, JobStarted):
+            self._passed(plan, job_id, run, release)
+            self._note_start(partition, key, other.takeover)
+            self._begun_at(plan, other.work_topic.encode(), other.work_offset, message.timestamp()[1])
+
+    @staticmethod
+    def _begun_at(plan: _Plan, topic: bytes, offset: int, appended_ms: int) -> None:
+        if topic.endswith(plan.partition.topic.encode()):
+            plan.begun = max(plan.begun, offset + 1)
+            plan.lately.append(appended_ms)
+
+    def _note_start(self, partition: Partition, key: int, takeover: int) -> None:
+        if key not in partition.closed:
+            partition.starts[key] = max(partition.starts.get(key, 0), takeover) + 1
+
+    def _note_end(self, plan: _Plan, of: tuple[str, int, int], fact: Fact, offset: int, appended_ms: int) -> None:
+        """Note the outcome of a release. A scan of this partition's lifecycle from ``offset`` on finds it again.
+
+        The first outcome counts, with two exceptions: a final outcome replaces one of `OPEN`, and any outcome replaces
+        a lease.
+        """
+        partition, key = plan.partition, release_key(*of)
+        known = partition.closed.get(key)
+        if (
+            known is None
+            or (isinstance(known.fact, OPEN) and not isinstance(fact, OPEN))
+            or (isinstance(known.fact, JobLeased) and not isinstance(fact, JobLeased))
+        ):
+            # Keep the first one's offset: a scan from there finds both.
+            partition.closed[key] = Found(offset if known is None else known.offset, appended_ms, fact)
+            if isinstance(fact, OPEN):
+                plan.open[key] = (of[0], appended_ms)
+            else:
+                plan.open.pop(key, None)
+        self._passed(plan, *of)
+        partition.starts.pop(key, None)
+        partition.held.pop(key, None)
+
+    @staticmethod
+    def _passed(plan: _Plan, job_id: str, run: int, release: int) -> None:
+        """Note that the log has a fact of this release: what derives from the release before it is not sent again.
+
+        The coordinator may have forgotten this release by now: a second request would release the job twice.
+        """
+        if release > 1 and plan.open and plan.open.pop(key := release_key(job_id, run, release - 1), None) is not None:
+            known = plan.partition.closed[key]
+            plan.partition.closed[key] = Found(known.offset, known.appended_ms, NOTHING_FOLLOWS)
+
+    def _read_elsewhere(self, plans: list[_Plan]) -> None:
+        """Look for what the coordinator wrote about releases with an outcome of `OPEN`: the outcomes of leased jobs,
+        and of the releases that follow. The coordinator writes to the lifecycle partition of the job's id. That is
+        another partition if the queue has fewer partitions than lifecycle."""
+        wanted: dict[int, _Plan] = {}
+        since: dict[int, int] = {}
+        count = 0
+        for plan in plans:
+            for key, (job_id, appended_ms) in plan.open.items():
+                if key in plan.partition.memory or not plan.partition.owned:
+                    continue  # below the base, so done; or no longer owned
+                count = count or self._log.partitions(self._names.lifecycle)
+                number = partition_of(job_id.encode(), count)
+                if number != plan.partition.number:
+                    wanted[key] = plan
+                    since[number] = min(since.get(number, appended_ms), appended_ms)
+        if not wanted:
+            return
+        lifecycle = self._names.lifecycle
+        asked = [TopicPartition(lifecycle, number, max(0, at - SKEW_MS)) for number, at in since.items()]
+        begins = self._log.offsets_at(asked)
+        ranges = {(lifecycle, n): (begins[n], self._log.ends(lifecycle, n)[1]) for n in since if begins.get(n, -1) >= 0}
+
+        def take(message: Message) -> None:
+            try:
+                end = end_of(message, self._decoder)
+            except RegistryNeeded as exc:  # as in `_read`
+                for asking in {id(p): p.partition for p in wanted.values()}.values():
+                    if asking.stopped is None:
+                        asking.stop(message, str(exc))
+                return
+            if end is not None:
+                (job_id, run, release), fact = end
+                found = wanted.get(release_key(*end[0])) or wanted.get(release_key(job_id, run, release - 1))
+                if found is not None:
+                    self._note_end(found, end[0], fact, found.floor, message.timestamp()[1])
+
+        self._log.read(ranges, take, wanted=lambda: any(p.partition.owned for p in plans))
+
+    def _conclude(self, plan: _Plan) -> None:
+        partition = plan.partition
+        assert partition.offsets is not None
+        # Most outcomes that the scan finds are of records below the base, which are done.
+        for key in [k for k in partition.closed if k in partition.memory]:
+            del partition.closed[key]
+        partition.scanned_to, partition.floor = plan.high, plan.floor
+        if not plan.restored.clean and partition.committed >= 0:
+            partition.careful = max(plan.begun, plan.restored.begun, plan.restored.base) + plan.unseen
+            partition.offsets.suspect(min(partition.careful, plan.high), plan.lifecycle_high)
+        if partition.closed or partition.held or partition.starts:
+            partition.offsets.hold(plan.floor)
+        if plan.high <= plan.restored.base:
+            partition.closed.clear()
+            partition.starts.clear()
+            partition.held.clear()
+            partition.offsets.hold(None)
+        self.found += len(partition.closed)
+        LOG.info(
+            "%r: taken over at %d (%s), %d outcomes found beyond it",
+            partition,
+            plan.restored.base,
+            "clean" if plan.restored.clean else f"lifecycle read from {plan.floor} to {plan.lifecycle_high}",
+            len(partition.closed),
+        )
+
+
+def _started_at(raw: bytes) -> tuple[bytes, int]:
+    """Return up to 300 bytes that end in the topic's name, and the work offset, of an encoded plain `JobStarted`.
+
+    Its last fields are topic, offset and a count of one byte. They are read from the end: all bytes of the offset but
+    the last have the high bit set, and the bytes of a topic's name have not.
+    """
+    end = at = len(raw) - 2
+    while raw[at - 1] & 0x80:
+        at -= 1
+    number = 0
+    for n, byte in enumerate(raw[at : end + 1]):
+        number |= (byte & 0x7F) << 7 * n
+    return raw[max(0, at - 300) : at], number >> 1
+
+
+def _first(times: dict[int, int], message: Message) -> None:
+    times.setdefault(message.partition() or 0, message.timestamp()[1])

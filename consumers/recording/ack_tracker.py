@@ -1,0 +1,254 @@
+"""Marks jobs' records as done from delivery reports: the closing fact and what derives from it must be in the log.
+
+Runs in a thread of its own, so a blocked event loop does not delay it. `commit` commits what is done.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+
+from confluent_kafka import KafkaError, Message
+
+from jobledger.config import Settings
+from jobledger.consumers.recording.worker_producer import BY_KEY, Sender
+from jobledger.consumers.state.work import Arrived, Work
+from jobledger.errors import AccessDenied, BrokerUnavailable, JobledgerError, PayloadTooLarge
+from jobledger.process.logger import get_logger
+
+LOG = get_logger("jobledger.worker")
+
+TICK_S = 0.1
+#: How often records of one job are sent again after the client gave up on them, before the worker gives up.
+RESENDS = 2
+#: Seconds between two log lines about the same problem.
+SAY_EVERY_S = 10.0
+#: The settler does not poll the producer if the event loop has done so within this many seconds.
+_LOOP_POLLS_S = 0.05
+
+
+class Settler(threading.Thread):
+    """Takes delivery reports every `TICK_S` seconds, and calls ``each_tick`` then. ``fail`` stops the worker.
+
+    ``too_large(work, size, limit)``: the broker refused the closing fact (bytes) for its size. ``acknowledged(work)``:
+    the fact that ended an attempt of a keyed job is in the log. Both are called in whichever thread takes the reports.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        sender: Sender,
+        arrived: Arrived,
+        *,
+        fail: Callable[[JobledgerError], None],
+        too_large: Callable[[Work, int, str], None],
+        each_tick: Callable[[], None],
+        acknowledged: Callable[[Work], None],
+    ) -> None:
+        super().__init__(name="jobledger-settle", daemon=True)
+        self._settings, self._sender, self.arrived = settings, sender, arrived
+        self._fail, self._too_large, self._each_tick = fail, too_large, each_tick
+        self._acknowledged = acknowledged
+        self._drain_lock = threading.Lock()
+        self._wake = threading.Event()
+        self._closing = self._hurried = False
+        self._waiting: deque[Work] = deque()  # see `_uncertain`
+        self.resent = 0
+        self._say_at = 0.0
+        self.broken = False  # nothing may be committed any more
+        self.clock = sender.clock
+
+    # -- delivery reports -----------------------------------------------------------------------------------------
+
+    def drain(self) -> None:
+        """Take every delivery report that has arrived. Any thread."""
+        arrived = self.arrived
+        message: Message | None = None
+        with self._drain_lock:
+            while arrived:
+                work, closing, error, message = arrived.popleft()
+                if error is None:
+                    self._delivered(work, closing, message)
+                elif not self.broken:
+                    self._undelivered(work, closing, error, message)
+        if message is not None:
+            self.clock.heard(message)
+
+    def _delivered(self, work: Work, closing: bool | None, message: Message) -> None:
+        partition = work.partition
+        offsets = partition.offsets
+        assert offsets is not None
+        if closing is None:
+            with partition.lock:
+                stands_at = message.offset()
+                if stands_at is None:
+                    stands_at = offsets.floor
+                elif message.topic() not in work.alone:
+                    offsets.acknowledged(stands_at)
+                offsets.note(work.offset, stands_at)
+            noted, work.noted = work.noted, None
+            (noted or self._acknowledged)(work)
+            return
+        work.remaining -= 1
+        with partition.lock:
+            if closing:
+                found = message.offset()
+                if found is None:
+                    # The broker had the fact already: its first acknowledgement was lost with a leader. Its offset is
+                    # not known, but not below the floor.
+                    found = offsets.floor
+                # Only the main producer's records are in order: a record sent alone says nothing about those in flight.
+                elif message.topic() not in work.alone:
+                    offsets.acknowledged(found)
+                if work.remaining:
+                    offsets.unsettled(work.offset, found)
+            if not work.remaining:
+                offsets.done(work.offset)
+        if closing:
+            if work.line is not None and work.line.serial:
+                self._acknowledged(work)
+            if work.derived and not self._uncertain(work):
+                self._send_derived(work)
+        if not work.remaining:
+            partition.live.pop(work.offset, None)
+            if work.lease is not None:
+                work.lease.settled(work)
+
+    def _uncertain(self, work: Work) -> bool:
+        """Whether another worker may have taken over the job's partition: then the records that derive from the outcome
+        are not sent.
+
+        A retry could run a job again that has succeeded there. The other worker gives the job an outcome, and sends
+        what derives from that. While the ownership is only unconfirmed, ``work`` is checked again at the next tick.
+        """
+        partition = work.partition
+        if partition.certain():
+            return False
+        if not partition.gone:
+            self._waiting.append(work)
+        return True
+
+    def _send_derived(self, work: Work) -> None:
+        """Send the records that derive from the closing fact, which is in the log."""
+        derived, work.derived = work.derived, ()
+        try:
+            for record in derived:
+                assert record.value is not None
+                self._sender.send(record.topic, record.value, record.key, BY_KEY, work.derived_delivered)
+        except JobledgerError as exc:  # the next owner sends them
+            self._fail(exc)
+
+    def _undelivered(self, work: Work, closing: bool | None, error: KafkaError, message: Message) -> None:
+        partition = work.partition
+        value = message.value()
+        topic = message.topic() or ""
+        if closing is not False and partition.offsets is not None:
+            # The fact may be in the log all the same; if so, not below the present floor.
+            with partition.lock:
+                partition.offsets.unsettled(work.offset, partition.offsets.floor)
+        if error.code() == KafkaError.MSG_SIZE_TOO_LARGE and isinstance(value, bytes):
+            self._refused_by_size(work, closing, topic, value, message.key())
+            return
+        refused = self._sender.failed(error, topic)
+        if isinstance(refused, AccessDenied):
+            self._fail(refused)
+            return
+        if error.fatal() or work.tries >= RESENDS or not isinstance(value, bytes):
+            self._fail(
+                BrokerUnavailable(
+                    f"a record for {topic} could not be delivered ({error.str()}; sent {work.tries + 1} times): "
+                    f"{self._settings.bootstrap or 'the embedded broker'} does not take it. Nothing was committed for "
+                    "its job; another worker, or this one started again, takes it up"
+                )
+            )
+            return
+        work.tries += 1
+        self._say_again(topic, error)
+        beside = closing is not False  # a fact: on the lifecycle partition with the work partition's number
+        try:
+            self._sender.send(
+                topic, value, message.key(), work.partition.number if beside else BY_KEY, work.delivered(closing)
+            )
+        except JobledgerError as exc:
+            self._fail(exc)
+
+    def _refused_by_size(
+        self, work: Work, closing: bool | None, topic: str, value: bytes, key: str | bytes | None
+    ) -> None:
+        """Send a record again alone after the broker refused its batch for its size: that shows which one is too large.
+
+        A closing fact that is refused alone is replaced by a failure. Any other record stops the worker.
+        """
+        limit = f"what topic {topic} takes (its max.message.bytes)"
+        beside = closing is not False
+        try:
+            if topic not in work.alone:
+                work.alone |= {topic}
+                self._sender.send_alone(
+                    topic, value, key, work.partition.number if beside else BY_KEY, work.delivered(closing)
+                )
+            elif closing and work.event is not None and not work.shortened:
+                work.alone, work.shortened = work.alone - {topic}, True
+                self._too_large(work, len(value), limit)
+            else:
+                raise PayloadTooLarge(f"a record of {len(value)} bytes is above {limit}: raise it")
+        except JobledgerError as exc:
+            self._fail(exc)
+
+    def _say_again(self, topic: str, error: KafkaError) -> None:
+        """Log once in `SAY_EVERY_S` seconds that records are sent again, however many they are."""
+        self.resent += 1
+        now = time.monotonic()
+        if now >= self._say_at:
+            self._say_at = now + SAY_EVERY_S
+            LOG.warning("records for %s are sent again (%d so far): %s", topic, self.resent, error.str())
+
+    # -- the thread -----------------------------------------------------------------------------------------------
+
+    def run(self) -> None:
+        """Tick until closed. An unexpected error stops the worker."""
+        try:
+            while not self._closing:
+                self._wake.wait(TICK_S)
+                self._wake.clear()
+                if self._hurried:
+                    self._hurried = False
+                    self._sender.hurry()
+                self.tick()
+        except Exception as exc:
+            LOG.exception("the settler failed")
+            self._fail(JobledgerError(f"the worker's settler failed: {exc!r}"))
+
+    def tick(self) -> None:
+        """Take delivery reports, and call ``each_tick``. Stops the worker if the cluster refuses this client."""
+        if time.monotonic() - self._sender.polled_at > _LOOP_POLLS_S:
+            self._sender.poll(0.0)
+        self.drain()
+        try:
+            self._sender.check()
+        except JobledgerError as exc:
+            self._fail(exc)
+        for _ in range(len(self._waiting)):
+            work = self._waiting.popleft()
+            if not self._uncertain(work):
+                self._send_derived(work)
+        self._each_tick()
+
+    def hurry(self) -> None:
+        """Have sent records acknowledged as soon as possible, because nothing can be begun before. Any thread."""
+        self._hurried = True
+        self._wake.set()
+
+    def close(self) -> None:
+        """Stop ticking, and wait up to 5 s for the thread to end."""
+        self._closing = True
+        self._wake.set()
+        if self.is_alive() and threading.current_thread() is not self:
+            self.join(timeout=5.0)
+
+    def serve(self) -> None:
+        """Run the delivery callbacks that have arrived, and take their reports. Any thread."""
+        self._sender.poll(0.0)
+        self.drain()

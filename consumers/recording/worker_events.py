@@ -1,0 +1,241 @@
+"""Builds records from an outcome: the closing fact, and the records that derive from it. The caller sends them.
+
+Ids of derived records are functions of the job. A takeover that sends them again repeats them and adds no new ones.
+"""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Mapping
+
+import msgspec
+import uuid_utils
+
+from jobledger.consumers.state.outcome import (
+    UNKNOWN_TASK_TAG,
+    Cancelled,
+    Expired,
+    Failed,
+    Outcome,
+    Retried,
+    Snoozed,
+    Succeeded,
+    printable,
+)
+from jobledger.definitions.task_registry import Registry
+from jobledger.kafka.topic_names import Names, lane
+from jobledger.log.writer import Outgoing
+from jobledger.process.identity import now_us
+from jobledger.schemas import codec
+from jobledger.schemas.events import (
+    CRASHES_TAG,
+    DeadLettered,
+    ErrorInfo,
+    Fact,
+    JobCancelled,
+    JobEvent,
+    JobExpired,
+    JobFailed,
+    JobRetried,
+    JobSnoozed,
+    JobSpec,
+    JobSubmitted,
+    JobSucceeded,
+    Leased,
+    RecordRejected,
+    ReleaseRequested,
+    crashes_of,
+)
+
+#: Characters that are kept of an error's message if the record would be too large otherwise.
+_SHORT_MESSAGE = 200
+#: Bytes that are kept of the key of a record that cannot be read.
+_KEY_BYTES = 4_096
+
+
+def derived_id(job_id: str, *parts: object) -> str:
+    """Return the UUIDv5 of a record that derives from a job: of the job's id and ``parts`` joined by slashes."""
+    try:
+        space = uuid.UUID(job_id)
+    except ValueError:  # other writers may use ids that are no UUIDs
+        space = uuid.uuid5(uuid.NAMESPACE_OID, job_id)
+    return str(uuid.uuid5(space, "/".join(map(str, parts))))
+
+
+class Facts:
+    """Builds a worker's records. ``source``: the worker's name in its events; ``limit``: largest record, in bytes."""
+
+    def __init__(self, registry: Registry, source: str, limit: int) -> None:
+        self._registry = registry
+        self._names: Names = registry.names
+        self.source = source
+        self._limit = limit
+
+    def event(self, work: JobEvent, fact: Fact) -> JobEvent:
+        """Return this worker's event with ``fact`` about the job of a work record."""
+        return JobEvent(
+            str(uuid_utils.uuid7()),
+            work.job_id,
+            work.run,
+            work.attempt,
+            work.release,
+            now_us(),
+            work.task,
+            work.queue,
+            work.key,
+            work.home,
+            self.source,
+            work.trace,
+            fact,
+        )
+
+    def closing(self, work: JobEvent, outcome: Outcome, duration_us: int) -> bytes:
+        """Encode the fact that records the outcome. An error's text is shortened if the record would be too large."""
+        if isinstance(outcome, Succeeded):
+            return codec.encode(self.event(work, JobSucceeded(outcome.result, duration_us)))
+        if isinstance(outcome, Snoozed):
+            return codec.encode(
+                self.event(work, JobSnoozed(outcome.delay_ms, outcome.reason, duration_us, outcome.in_place))
+            )
+        if isinstance(outcome, Cancelled):
+            return codec.encode(self.event(work, JobCancelled(outcome.by, outcome.reason)))
+        if isinstance(outcome, Expired):
+            return codec.encode(self.event(work, JobExpired(outcome.at)))
+
+        def fact(error: ErrorInfo) -> Fact:
+            if isinstance(outcome, Retried):
+                return JobRetried(error, outcome.delay_ms, duration_us, outcome.in_place)
+            return JobFailed(outcome.reason, error, duration_us)
+
+        value = codec.encode(self.event(work, fact(outcome.error)))
+        if len(value) > self._limit:
+            value = codec.encode(self.event(work, fact(_shortened(outcome.error))))
+        return value
+
+    def too_large(self, outcome: Outcome, size: int, where: str) -> Failed:
+        """Return the failure that replaces an outcome whose record is too large. ``size``: in bytes, above the
+        limit that ``where`` names."""
+        what = "result" if isinstance(outcome, Succeeded) else "error"
+        return Failed(
+            "bad-result",
+            ErrorInfo(
+                "PayloadTooLarge",
+                f"the {what} makes a record of {size} bytes, above {where}: "
+                "store the data elsewhere and return a reference to it",
+            ),
+        )
+
+    def derived(self, work: JobEvent, outcome: Outcome, due_at: int | None = None) -> list[Outgoing]:
+        """Return the records on which others must act. ``due_at``: µs, if the closing fact's append time is known."""
+        if getattr(outcome, "in_place", False):
+            return []
+        if isinstance(outcome, Retried):
+            return [self._release(work, work.attempt + 1, outcome.delay_ms, due_at, _spec(work))]
+        if isinstance(outcome, Snoozed):
+            spec = _spec(work) if outcome.tags is None else _tagged(_spec(work), outcome.tags)
+            return [self._release(work, work.attempt, outcome.delay_ms, due_at, spec)]
+        if isinstance(outcome, Failed):
+            return [self._dead_letter(work, outcome), *self._fallback(work)]
+        return []
+
+    def fallback(self, work: JobEvent, outcome: Outcome) -> list[Outgoing]:
+        """Return what derives from a leased job's outcome and the coordinator cannot build: the fallback job."""
+        return self._fallback(work) if isinstance(outcome, Failed) else []
+
+    def leased(self, work: JobEvent, worker: str, lease_ms: int) -> Outgoing:
+        """Return the record that derives from `JobLeased`: the coordinator keeps the job while it runs."""
+        spec = _spec(work)
+        event = msgspec.structs.replace(
+            self.event(work, Leased(spec, worker, lease_ms, crashes_of(spec.tags))),
+            event_id=derived_id(work.job_id, work.run, work.release, "leased"),
+        )
+        return Outgoing(self._names.coordination, codec.encode(event), work.home or work.job_id)
+
+    def _release(self, work: JobEvent, attempt: int, delay_ms: int, due_at: int | None, spec: JobSpec) -> Outgoing:
+        release = work.release + 1
+        event = msgspec.structs.replace(
+            self.event(work, ReleaseRequested(spec, None if due_at is not None else delay_ms, due_at)),
+            event_id=derived_id(work.job_id, work.run, release, "request"),
+            attempt=attempt,
+            release=release,
+        )
+        return Outgoing(self._names.coordination, codec.encode(event), work.home or work.job_id)
+
+    def _dead_letter(self, work: JobEvent, outcome: Failed) -> Outgoing:
+        def encoded(error: ErrorInfo) -> bytes:
+            event = self.event(work, DeadLettered(_spec(work), outcome.reason, error))
+            identity = derived_id(work.job_id, work.run, work.release, "dead-letter")
+            return codec.encode(msgspec.structs.replace(event, event_id=identity))
+
+        value = encoded(outcome.error)
+        if len(value) > self._limit:
+            value = encoded(_shortened(outcome.error))
+        return Outgoing(self._names.dead_letter, value, work.job_id)
+
+    def _fallback(self, work: JobEvent) -> list[Outgoing]:
+        failed = self._registry.tasks.get(work.task)
+        if failed is None or failed.fallback is None:
+            return []
+        task = self._registry.task(failed.fallback)
+        job_id = derived_id(work.job_id, work.run, "fallback")
+        spec = _spec(work)
+        spec = msgspec.structs.replace(
+            spec,
+            # The worker's own tags belong to the failed job: the fallback's code has crashed no process.
+            tags={k: v for k, v in spec.tags.items() if k not in (UNKNOWN_TASK_TAG, CRASHES_TAG)},
+            parent=work.job_id,
+            expires_in_ms=None,
+            expires_at=None,
+            priority=task.policy.priority,
+        )
+        event = JobEvent(
+            job_id,
+            job_id,
+            1,
+            1,
+            1,
+            now_us(),
+            task.name,
+            task.queue,
+            None,
+            None,
+            self.source,
+            work.trace,
+            JobSubmitted(spec),
+        )
+        return [Outgoing(self._names.jobs(lane(task.queue, task.policy.priority)), codec.encode(event), job_id)]
+
+    def rejected(
+        self, topic: str, partition: int, offset: int, key: bytes | None, value: bytes | None, error: str
+    ) -> Outgoing:
+        """Return the dead letter of a record that cannot be read. Key and value are kept unchanged; of one that is too
+        large, only the beginning."""
+        kept_key = key
+        if key is not None and len(key) > _KEY_BYTES:
+            kept_key = key[:_KEY_BYTES]
+            error = f"{printable(error, 1_000)} (the first {_KEY_BYTES} of its key's {len(key)} bytes are kept here)"
+
+        def encoded(raw: bytes | None, why: str) -> bytes:
+            identity = derived_id("record", topic, partition, offset)
+            fact = RecordRejected(topic, partition, offset, kept_key, raw, printable(why, 2_000))
+            return codec.encode(JobEvent(identity, "", 0, 0, 0, now_us(), "", "", None, None, self.source, None, fact))
+
+        record = encoded(value, error)
+        over = len(record) - self._limit
+        if over > 0 and value is not None:
+            kept = max(0, len(value) - over - 100)
+            record = encoded(value[:kept], f"{error} (the first {kept} of {len(value)} bytes are kept here)")
+        return Outgoing(self._names.dead_letter, record, f"{topic}/{partition}/{offset}")
+
+
+def _spec(work: JobEvent) -> JobSpec:
+    spec: JobSpec = work.fact.spec  # type: ignore[union-attr]  # work topics hold only submissions and releases
+    return spec
+
+
+def _tagged(spec: JobSpec, tags: Mapping[str, str]) -> JobSpec:
+    return msgspec.structs.replace(spec, tags=dict(tags))
+
+
+def _shortened(error: ErrorInfo) -> ErrorInfo:
+    return ErrorInfo(error.type, error.message[:_SHORT_MESSAGE], None)

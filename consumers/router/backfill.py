@@ -1,0 +1,326 @@
+"""Backfill: submits a handler's jobs for past events, within bounds and at a limited rate. An interrupted backfill can
+be continued where it stopped.
+
+A job's id is derived from event and handler. Jobs that the status table has already are skipped: the router or an
+earlier backfill submitted them.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from confluent_kafka import Consumer, KafkaException, Message, TopicPartition
+
+from jobledger.config import Settings
+from jobledger.consumers.recording.worker_events import Facts
+from jobledger.consumers.recording.worker_producer import Sender
+from jobledger.consumers.router.router import Batch, Routes
+from jobledger.definitions.event_types import check_classes
+from jobledger.definitions.task_registry import Registry
+from jobledger.errors import BrokerUnavailable, ConfigError, JobledgerError, SchemaError
+from jobledger.kafka import acls
+from jobledger.kafka.auth import denied, join, knock, read
+from jobledger.kafka.clients import committed, consumer_config, partitions_of, translate
+from jobledger.kafka.clients import consumer as make_consumer
+from jobledger.kafka.topic_names import lane
+from jobledger.log.reading import LogReader
+from jobledger.log.schema_lookup import SchemaLookup
+from jobledger.process import greenlets
+from jobledger.process.identity import source
+
+#: Most events between two commits of the progress. With a rate: the events of a tenth of a second, if they are fewer.
+CHUNK = 500
+#: Seconds that a request for offsets may take.
+ASK_S = 15.0
+#: How often a commit of the progress is tried before it is an error.
+COMMITS = 5
+
+_RATE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*/\s*(s|sec|m|min|h|hour)\s*")
+_UNITS = {"s": 1.0, "sec": 1.0, "m": 60.0, "min": 60.0, "h": 3600.0, "hour": 3600.0}
+
+
+def events_per_second(text: str) -> float:
+    """Convert ``"50/s"``, ``"3000/min"`` or ``"1000/h"`` to events per second. Raises `ConfigError` for other text."""
+    found = _RATE.fullmatch(text)
+    if found is None or float(found[1]) <= 0:
+        raise ConfigError(f"rate={text!r} is not a rate: write 50/s, 3000/min or 1000/h")
+    return float(found[1]) / _UNITS[found[2]]
+
+
+@dataclass(slots=True)
+class Progress:
+    """The progress of a backfill.
+
+    ``total``: number of offsets in its ranges; ``passed``: how many of them are done. The other counts are of events in
+    this run: ``events`` read; ``submitted`` as jobs (counted in a dry run, too); ``known`` to the status table already;
+    ``unreadable``. ``resumed``: it continues an interrupted run. ``done``: it reached its end.
+    """
+
+    total: int = 0
+    passed: int = 0
+    events: int = 0
+    submitted: int = 0
+    known: int = 0
+    unreadable: int = 0
+    resumed: bool = False
+    done: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Range:
+    """The offsets of one partition: ``begin`` is the first, ``end`` the one after the last, ``at`` the next to read."""
+
+    begin: int
+    end: int
+    at: int
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What to backfill.
+
+    ``since``, ``until``: timestamps of events in ms; None: the beginning of the log, and its end at the start.
+    ``rate``: events per second; None: no limit. ``dry_run``: count only, send and commit nothing. ``restart``: discard
+    an interrupted run of the same handler.
+    """
+
+    handler: str
+    since: int | None = None
+    until: int | None = None
+    rate: float | None = None
+    dry_run: bool = False
+    restart: bool = False
+
+
+class Backfill:
+    """Run one backfill. ``known(job_id)``: whether the status table has the job.
+
+    Raises `UnknownTask` if the app has no handler of that name.
+    """
+
+    def __init__(self, registry: Registry, settings: Settings, plan: Plan, known: Callable[[str], bool]) -> None:
+        registry.check()
+        greenlets.refuse("a backfill")
+        settings = settings.acting_as("backfill")
+        self.settings, self.names, self.plan, self._known = settings, registry.names, plan, known
+        self.handler = registry.handler(plan.handler)
+        self.topic = self.handler.event.topic
+        self._lookup = SchemaLookup(settings, self.names)
+        writer = source("backfill")
+        facts = Facts(registry, writer, settings.max_record_bytes)
+        self._routes = Routes(registry, facts, writer, [self.handler], self._lookup)
+        self.progress = Progress()
+        self._group = self.names.backfill_group(plan.handler)
+        self._conf = consumer_config(settings, group=self._group)
+        self._label = json.dumps({"since": plan.since, "until": plan.until})
+
+    # -- what to read ---------------------------------------------------------------------------------------------
+
+    def _ranges(self, consumer: Consumer) -> dict[int, Range]:
+        """Return the range of each partition: those that an interrupted run had fixed, or new ones."""
+        parts = [TopicPartition(self.topic, p) for p in range(partitions_of(self.settings, self.topic))]
+        found = [] if self.plan.dry_run else committed(consumer, parts, self.settings, join(self._group), ASK_S)
+        before = {} if self.plan.restart else self._interrupted(found)
+        if before:
+            self.progress.resumed = True
+            return before
+        ranges: dict[int, Range] = {}
+        with LogReader(self.settings) as reader:
+            for part in parts:
+                low, high = reader.watermarks(self.topic, part.partition)
+                begin = self._at_time(consumer, part.partition, self.plan.since, low, high)
+                end = self._at_time(consumer, part.partition, self.plan.until, high, high)
+                ranges[part.partition] = Range(max(low, begin), max(low, begin, end), max(low, begin))
+        return ranges
+
+    def _interrupted(self, committed: list[TopicPartition]) -> dict[int, Range]:
+        found: dict[int, Range] = {}
+        for part in committed:
+            if part.offset < 0 or not part.metadata:
+                continue
+            said = json.loads(part.metadata)
+            if said["done"]:
+                continue
+            if said["label"] != self._label:
+                raise ConfigError(
+                    f"a backfill of {self.plan.handler!r} with other bounds was interrupted ({said['label']}): give the same "
+                    "--from and --to to continue it, or --restart to start over"
+                )
+            found[part.partition] = Range(said["begin"], said["end"], part.offset)
+        return found
+
+    def _at_time(self, consumer: Consumer, partition: int, at_ms: int | None, otherwise: int, high: int) -> int:
+        if at_ms is None:
+            return otherwise
+        (found,) = consumer.offsets_for_times([TopicPartition(self.topic, partition, at_ms)], ASK_S)
+        if found.error is not None:
+            raise translate(found.error, self.settings, f"asking for offsets of {self.topic}", read(self.topic))
+        return high if found.offset < 0 else found.offset
+
+    # -- run ------------------------------------------------------------------------------------------------------
+
+    def run(self, stop: threading.Event, tell: Callable[[Progress], None] = lambda progress: None) -> Progress:
+        """Handle the events of the ranges until their end or ``stop``, and return the progress. ``tell`` is called
+        after each chunk of events.
+
+        Raises `BrokerUnavailable`, `TopicMissing`, `ConfigError`, `IncompatibleEvent`. Jobs submitted before stay
+        submitted, and another run continues from there.
+        """
+        knock(self.settings)
+        consumer, sender = make_consumer(self._conf), Sender(self.settings, self.names, 1.0)
+        try:
+            work = self.names.jobs(lane(self.handler.task.queue, self.handler.task.policy.priority))
+            acls.check(self.settings, self.names.namespace, [self.topic, work, self.names.schemas])
+            check_classes([self.handler.event], self._lookup.all())
+            if not self.plan.dry_run:
+                partitions_of(self.settings, work)
+                sender.prepare([work])
+            ranges = self._ranges(consumer)
+            self.progress.total = sum(r.end - r.begin for r in ranges.values())
+            self.progress.passed = sum(r.at - r.begin for r in ranges.values())
+            if not self.plan.dry_run:
+                self._save(consumer, ranges, {p: r.at for p, r in ranges.items()})
+            self._go(consumer, sender, ranges, stop, tell)
+        except KafkaException as exc:
+            needs = (read(self.topic), join(self._group))
+            raise translate(exc.args[0], self.settings, f"reading {self.topic}", *needs) from exc
+        finally:
+            consumer.close()
+            sender.close()
+            self._lookup.close()
+        return self.progress
+
+    def _go(
+        self,
+        consumer: Consumer,
+        sender: Sender,
+        ranges: dict[int, Range],
+        stop: threading.Event,
+        tell: Callable[[Progress], None],
+    ) -> None:
+        at = {partition: r.at for partition, r in ranges.items()}
+        pace = _Pace(self.plan.rate)
+        size = CHUNK if self.plan.rate is None else max(1, min(CHUNK, int(self.plan.rate / 10)))
+        for chunk in self._chunks(ranges, size, stop):
+            self._submit(sender, chunk)
+            for message in chunk:
+                partition, offset = message.partition() or 0, message.offset() or 0
+                self.progress.passed += offset + 1 - at[partition]
+                at[partition] = offset + 1
+            if not self.plan.dry_run:
+                self._save(consumer, ranges, at)
+            tell(self.progress)
+            if stop.wait(pace.wait_for(len(chunk))):
+                return
+        if stop.is_set():
+            return
+        self.progress.done, self.progress.passed = True, self.progress.total
+        if not self.plan.dry_run:
+            self._save(consumer, ranges, {p: r.end for p, r in ranges.items()})
+        tell(self.progress)
+
+    def _chunks(self, ranges: dict[int, Range], size: int, stop: threading.Event) -> Iterator[list[Message]]:
+        with LogReader(self.settings) as reader:
+            for partition, r in sorted(ranges.items()):
+                chunk: list[Message] = []
+                for message in reader.read(self.topic, partition, r.at, r.end) if r.at < r.end else ():
+                    chunk.append(message)
+                    if len(chunk) >= size:
+                        yield chunk
+                        chunk = []
+                    if stop.is_set():
+                        return
+                if chunk:
+                    yield chunk
+
+    def _submit(self, sender: Sender, chunk: list[Message]) -> None:
+        batch = Batch(sender, self.settings.bootstrap or "the embedded broker")
+        for message in chunk:
+            self.progress.events += 1
+            try:
+                jobs, refused = self._routes.jobs(message)
+            except SchemaError:
+                self.progress.unreadable += 1  # the router wrote its dead letter when it arrived
+                continue
+            if refused:
+                where = f"{message.topic()}[{message.partition()}]@{message.offset()}"
+                raise ConfigError(f"{where}: {refused[0]}: fix it, and run the backfill again")
+            if not jobs:
+                continue
+            ((job_id, record),) = jobs
+            if self._known(job_id):
+                self.progress.known += 1
+                continue
+            self.progress.submitted += 1
+            if not self.plan.dry_run:
+                batch.send(message, record)
+        for message, record in batch.settle():
+            raise JobledgerError(
+                f"the job of {message.topic()}[{message.partition()}]@{message.offset()} has a record of "
+                f"{len(record.value or b'')} bytes, above what {record.topic} accepts (max.message.bytes): raise the limit and continue"
+            )
+
+    def _save(self, consumer: Consumer, ranges: dict[int, Range], at: dict[int, int]) -> None:
+        """Commit the progress and the ranges, so that another run can continue. Raises `BrokerUnavailable` after
+        `COMMITS` failed commits, and `AccessDenied`."""
+        done = all(at[p] >= r.end for p, r in ranges.items())
+        offsets = [
+            TopicPartition(
+                self.topic,
+                partition,
+                at[partition],
+                json.dumps({"begin": r.begin, "end": r.end, "label": self._label, "done": done}),
+            )
+            for partition, r in ranges.items()
+        ]
+        error: Any = None
+        for _ in range(COMMITS):
+            try:
+                results = consumer.commit(offsets=offsets, asynchronous=False) or ()
+            except KafkaException as exc:
+                error = exc.args[0]
+            else:
+                error = next((r.error for r in results if r.error is not None), None)
+            if error is None:
+                return
+            what = "committing the progress of the backfill"
+            refused = denied(error, self.settings, what, join(self._group), read(self.topic))
+            if refused is not None:
+                raise refused
+            time.sleep(0.5)
+        raise BrokerUnavailable(f"the progress of the backfill could not be committed: {error.str()}")
+
+
+class _Pace:
+    """Compute waits that keep to ``rate`` events per second; None: no waits."""
+
+    def __init__(self, rate: float | None) -> None:
+        self._rate, self._next = rate, time.monotonic()
+
+    def wait_for(self, count: int) -> float:
+        if self._rate is None:
+            return 0.0
+        now = time.monotonic()
+        # Time lost to a slow broker is not caught up by more than 0.1 s: the rate protects systems downstream.
+        self._next = max(self._next, now - 0.1) + count / self._rate
+        return max(0.0, self._next - now)
+
+
+def known_to(job: Callable[[str], object], missing: type[Exception]) -> Callable[[str], bool]:
+    """Make the parameter ``known`` of `Backfill` from a status table's ``job``, which raises ``missing`` for an unknown
+    id."""
+
+    def known(job_id: str) -> bool:
+        try:
+            job(job_id)
+        except missing:
+            return False
+        return True
+
+    return known

@@ -1,0 +1,54 @@
+"""Decides where the router starts in partitions without a commit, for topics that are read from their end.
+
+The first member that reads such a topic writes the number of partitions into its commits. A partition without a commit
+below that number existed then, and no member has read it yet: it is read from its end. A partition from that number on
+was added later: it is read from its beginning, because events appended before the router noticed it would be lost
+otherwise.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+
+from jobledger.config import Settings
+from jobledger.kafka.clients import partitions_of
+from jobledger.log import group_offsets
+from jobledger.log.reading import LogReader
+
+
+def note(partitions: int) -> str:
+    """Return the metadata for every commit of such a topic: the number of partitions that it was first read with."""
+    return json.dumps({"began_with": partitions})
+
+
+def began_with(notes: Iterable[str | None]) -> int | None:
+    """Return the number of partitions that a topic was first read with, from the metadata of its commits.
+
+    None: the topic has no commits. 0: no commit carries the number, so the group has read it from its beginning.
+    """
+    found, counts = list(notes), []
+    for text in found:
+        try:
+            said = json.loads(text or "")["began_with"]
+        except (ValueError, KeyError, TypeError):
+            continue
+        if isinstance(said, int):
+            counts.append(said)
+    return min(counts, default=0) if found else None
+
+
+def at_the_end(settings: Settings, group: str, topic: str, assigned: Sequence[int]) -> tuple[dict[int, int], str]:
+    """Return the start offsets of those assigned partitions that are to be read from their end, by partition number;
+    and the metadata for commits of this topic. The other partitions continue at their commit, or start at their
+    beginning.
+
+    Raises `BrokerUnavailable`, `TopicMissing` or `AccessDenied`.
+    """
+    known = group_offsets.group_offsets(settings, group, topic)
+    began = began_with(each.metadata for each in known.values())
+    if began is None:
+        began = partitions_of(settings, topic)
+    fresh = [number for number in assigned if (topic, number) not in known and number < began]
+    with LogReader(settings) as log:
+        return {number: log.watermarks(topic, number)[1] for number in fresh}, note(began)

@@ -1,0 +1,493 @@
+"""Run jobs and record their outcomes: coroutines on the event loop, plain functions in a pool of threads.
+
+The dispatcher decides which job runs when; this module handles one job at a time. It sends the closing fact. The
+settler learns that it is acknowledged, and then sends the derived records.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+import queue
+import random
+import threading
+import time
+from bisect import bisect_left
+from collections.abc import Callable
+from functools import partial
+
+import msgspec
+import uuid_utils
+from confluent_kafka import KafkaError, KafkaException, Message
+
+from jobledger.consumers.recording.worker_events import Facts
+from jobledger.consumers.recording.worker_producer import BY_KEY, Sender
+from jobledger.consumers.running.hook_runner import Teller
+from jobledger.consumers.running.interrupts import Interrupts
+from jobledger.consumers.running.outcome_log import log_outcome
+from jobledger.consumers.state.outcome import (
+    UNKNOWN_TASK_TAG,
+    Cancelled,
+    Expired,
+    Failed,
+    Outcome,
+    Retried,
+    Snoozed,
+    Succeeded,
+    bad_result,
+    error_info,
+    holding,
+    judge,
+    ran_out,
+    timed_out,
+)
+from jobledger.consumers.state.work import RUN_BOUNDS_S, Work
+from jobledger.definitions.context import JobContext, enter
+from jobledger.definitions.functions import AWAIT
+from jobledger.definitions.policy import KEY_HOLD_MAX_S
+from jobledger.errors import (
+    BadArguments,
+    JobledgerError,
+    TaskCancelled,
+    TaskTimedOut,
+    text_of,
+    traceback_of,
+    type_of,
+)
+from jobledger.log.writer import Outgoing
+from jobledger.process import forks
+from jobledger.process.identity import now_us
+from jobledger.process.logger import get_logger
+from jobledger.schemas.codec import encode
+from jobledger.schemas.events import CRASHES_TAG, JobEvent, JobProgressed, JobSpec, JobSucceeded
+
+LOG = get_logger("jobledger.worker")
+
+_monotonic = time.monotonic
+_uuid7 = uuid_utils.uuid7
+
+
+class Executor:
+    """Run `Work` and send its facts; the settler sends the derived records of a closing fact once that is acknowledged.
+
+    ``ended``: a coroutine has ended and its slot is free; called on the event loop. ``ended_in_thread``: the same for a
+    thread, called in it. ``fail``: stop the worker, because a fact cannot be sent; the job then stays not done.
+    ``settle``: have the delivery reports that have arrived taken soon.
+
+    The outcome of a job's code is written even if another worker owns the partition by then. Only the exception of an
+    abandoned job is dropped.
+    """
+
+    def __init__(
+        self,
+        facts: Facts,
+        sender: Sender,
+        lifecycle: str,
+        source: str,
+        limit: int,
+        *,
+        ended: Callable[[Work], None],
+        ended_in_thread: Callable[[Work], None],
+        fail: Callable[[JobledgerError], None],
+        settle: Callable[[], None],
+    ) -> None:
+        self._settle = settle
+        self._facts, self._sender, self._lifecycle, self._source, self._limit = facts, sender, lifecycle, source, limit
+        self._ended, self._ended_in_thread, self._fail = ended, ended_in_thread, fail
+        self._produce = sender.produce
+        self.teller: Teller | None = None  # None: no hooks are to be called
+        self.interrupts = Interrupts()
+        self.due: Work | None = None  # the coroutine that blocks the loop beyond its time limit
+        self.stop_child: Callable[[Work], None] = lambda work: None
+        self.close_lease: Callable[[Work, bytes, list[Outgoing]], None]
+        self.may_begin: Callable[[Work], bool]  # whether code may begin although its lease may be over
+        self._queue: queue.SimpleQueue[Work | None] = queue.SimpleQueue()
+        self._depth = forks.depth
+        self._threads: list[threading.Thread] = []
+
+    # -- running --------------------------------------------------------------------------------------------------
+
+    async def run(self, work: Work) -> None:
+        """Run a coroutine task on the loop, within its time limit, and record its outcome.
+
+        The worker may have been paused since it created the task, and others may have taken the job over. So ownership
+        is checked here, too: `may_begin` drops the job or starts it again later.
+        """
+        partition = work.partition
+        lease = work.lease or partition.lease
+        if (work.abandoned or partition.gone or _monotonic() > lease.until) and not self.may_begin(work):
+            return
+        context = _enter(work)
+        plan = work.plan
+        assert plan is not None
+        limit = plan.task.timeout
+        clock: asyncio.Timeout | None = None
+        try:
+            try:
+                if limit is None:
+                    value = await plan.fn(**work.kwargs)
+                else:
+                    async with asyncio.timeout(limit) as clock:
+                        value = await plan.fn(**work.kwargs)
+                        if self.due is work and _monotonic() - work.began >= limit:  # the blocked loop's timer is late
+                            work.interrupted = TaskTimedOut
+                            raise TaskTimedOut
+            except BaseException as error:  # noqa: BLE001  # SystemExit, a cancellation: the job's, not the worker's
+                if forks.depth != self._depth:  # the code has forked, and this is the child
+                    forks.left(error)
+                context.ended = True
+                if not work.abandoned:
+                    self.raised(
+                        work, error, clock is not None and (clock.expired() or work.interrupted is TaskTimedOut)
+                    )
+            else:
+                if forks.depth != self._depth:
+                    forks.left(None)
+                context.ended = True
+                self.returned(work, value)
+        except BaseException as broken:  # noqa: BLE001  # the last guard: a slot is never lost
+            self._unjudged(work, broken)
+        work.handle = None
+        self._ended(work)
+
+    def takes_arguments(self, work: Work) -> bool:
+        """Decode the arguments of a job that is to run. If they do not fit the task, close the job as failed and return
+        False. For an unknown task nothing is decoded."""
+        plan, event = work.plan, work.event
+        if plan is not None:
+            assert event is not None
+            try:
+                work.kwargs = plan.decode_args(event.fact.spec.args)  # type: ignore[union-attr]  # from a work topic
+            except BadArguments as exc:
+                self.close_with(work, Failed("bad-arguments", error_info(exc)))
+                return False
+        return True
+
+    def start_threads(self, count: int) -> None:
+        """Start the pool. Its threads are daemons: a function that never ends must not keep the process alive."""
+        self.interrupts.loop = asyncio.get_running_loop()
+        for n in range(count):
+            thread = threading.Thread(target=self._serve, name=f"jobledger-job-{n}", daemon=True)
+            thread.start()
+            self._threads.append(thread)
+
+    def submit(self, work: Work) -> None:
+        """Run a plain function in the next free thread."""
+        self._queue.put(work)
+
+    def close(self) -> None:
+        """Tell idle threads to end."""
+        for _ in self._threads:
+            self._queue.put(None)
+
+    def _serve(self) -> None:
+        AWAIT.set(self.interrupts.wait)
+        while (work := self._queue.get()) is not None:
+            partition = work.partition
+            lease = work.lease or partition.lease
+            if (work.abandoned or partition.gone or _monotonic() > lease.until) and not self.may_begin(work):
+                continue  # as in `run`
+            contextvars.copy_context().run(self._run_here, work)
+            self._ended_in_thread(work)
+
+    def _run_here(self, work: Work) -> None:
+        context = _enter(work)
+        assert work.plan is not None
+        try:
+            try:
+                value = self.interrupts.call(work)
+            except BaseException as error:  # noqa: BLE001  # as for coroutines
+                context.ended = True
+                if not work.abandoned:
+                    self.raised(work, error, work.interrupted is TaskTimedOut)
+            else:
+                context.ended = True
+                self.returned(work, value)
+        except BaseException as broken:  # noqa: BLE001  # the last guard: a thread is never lost
+            self._unjudged(work, broken)
+
+    def _unjudged(self, work: Work, broken: BaseException) -> None:
+        """Fail a job whose result or exception could not be turned into an outcome."""
+        try:
+            self.close_with(work, Failed("never", error_info(broken)))
+        except BaseException as exc:  # noqa: BLE001  # as in `close_with`
+            self._broken(work, exc)
+
+    # -- outcomes -------------------------------------------------------------------------------------------------
+
+    def returned(self, work: Work, value: object) -> None:
+        """Record the success of code that returned ``value``."""
+        plan = work.plan
+        assert plan is not None
+        task = plan.task
+        try:
+            result = None if value is None else task.encode_result(value)
+        except BaseException as error:  # noqa: BLE001  # a result's own hooks may raise anything
+            self.close_with(work, bad_result(task.name, error))
+            return
+        self.succeeded(work, result)
+
+    def succeeded(self, work: Work, result: bytes | None) -> None:
+        """Send the closing fact of a success. ``result``: JSON, or None."""
+        plan = work.plan
+        assert plan is not None
+        partition = work.partition
+        source = work.event
+        assert source is not None
+        work.flush_progress()
+        duration = _monotonic() - work.began
+        try:
+            fact = encode(
+                JobEvent(
+                    str(_uuid7()),
+                    source.job_id,
+                    source.run,
+                    source.attempt,
+                    source.release,
+                    now_us(),
+                    source.task,
+                    source.queue,
+                    source.key,
+                    source.home,
+                    self._source,
+                    source.trace,
+                    JobSucceeded(result, int(duration * 1e6)),
+                )
+            )
+            if len(fact) > self._limit:
+                where = f"the limit of {self._limit} bytes (JOBLEDGER_MAX_RECORD_BYTES)"
+                self.close_with(work, self._facts.too_large(Succeeded(result), len(fact), where))
+                return
+            try:
+                if work.lease is not None:
+                    self.close_lease(work, fact, [])
+                else:
+                    self._produce(self._lifecycle, fact, source.job_id, partition.number, work.closing_delivered)
+            except (BufferError, KafkaException):
+                self._sender.send(self._lifecycle, fact, source.job_id, partition.number, work.closing_delivered)
+        except Exception as exc:  # noqa: BLE001  # whatever it is, the job must not count as done
+            self._broken(work, exc)
+            return
+        plan.succeeded += 1
+        plan.seconds += duration
+        plan.runs[bisect_left(RUN_BOUNDS_S, duration)] += 1
+
+    def raised(self, work: Work, error: BaseException, late: bool) -> None:
+        """Record the outcome of code that raised ``error``. ``late``: its time limit was over. None of the exception's
+        own code is called here."""
+        trace = traceback_of(error)
+        if trace is not None:  # drop the first frame: it is this module's
+            BaseException.with_traceback(error, trace.tb_next or trace)
+        event, plan = work.event, work.plan
+        assert event is not None
+        assert plan is not None
+        outcome = work.stop_outcome
+        if outcome is None:
+            task = plan.task
+            late = late and ran_out(error)
+            error = timed_out(event.task, task.timeout, error) if late else error
+            if self.teller is not None:
+                self.teller.note(work, error)
+            outcome = judge(task.retry, event.attempt, error, random.random(), timed_out=late)
+        self.close_with(work, outcome)
+
+    def stop(self, work: Work, outcome: Outcome) -> None:
+        """Ask running code to end, with ``outcome`` as its outcome if it raises. Code that returns all the same has
+        succeeded. A coroutine is cancelled, a thread is interrupted at its next bytecode, and a child process is killed
+        in the end."""
+        work.stop_outcome = outcome
+        self.end(work)
+
+    def end(self, work: Work) -> None:
+        """Ask running code to end, wherever it runs."""
+        if work.handle is not None:
+            if work.context is not None:
+                # It has not taken its first step. Cancelled now, it never would, and its end would not be reported.
+                asyncio.get_running_loop().call_soon(self.end, work)
+            else:
+                work.handle.cancel()
+        elif not self.interrupts.interrupt(work, TaskCancelled):
+            self.stop_child(work)
+
+    def late(self, work: Work) -> None:
+        """Interrupt a function in a thread whose time limit is over."""
+        self.interrupts.interrupt(work, TaskTimedOut)
+
+    def close_with(self, work: Work, outcome: Outcome) -> None:
+        """Send the closing fact of any outcome, and have the settler send the derived records. Under a key, an attempt
+        that is made again closes nothing."""
+        event = work.event
+        assert event is not None
+        if event.key is not None and isinstance(outcome, Retried | Snoozed):
+            most = KEY_HOLD_MAX_S if work.plan is None else work.plan.task.policy.key_hold_max
+            outcome = holding(outcome, _monotonic() - work.held_since if work.held_since else 0.0, most, event.key)
+        if isinstance(outcome, Retried | Snoozed) and outcome.in_place:
+            self._goes_on(work, event, outcome)
+            return
+        try:
+            work.flush_progress()
+            duration = _monotonic() - work.began if work.began else 0.0
+            duration_us = int(duration * 1e6)
+            value = self._facts.closing(event, outcome, duration_us)
+            if len(value) > self._limit:
+                where = f"the limit of {self._limit} bytes (JOBLEDGER_MAX_RECORD_BYTES)"
+                outcome = self._facts.too_large(outcome, len(value), where)
+                value = self._facts.closing(event, outcome, duration_us)
+            work.outcome = outcome
+            if work.lease is not None and work.lease.granted:
+                self.close_lease(work, value, self._facts.fallback(event, outcome))
+                self._told(work, event, outcome, duration)
+                return
+            # The derived records are sent only once the closing fact is acknowledged. Were both sent together and this
+            # process died, a retry could be under way while the next owner, which finds no closing fact, runs the job
+            # again.
+            work.derived = self._facts.derived(event, outcome)
+            work.remaining = 1 + len(work.derived)
+            delivered = partial(self._end_delivered, work) if work.derived else work.closing_delivered
+            self._sender.send(self._lifecycle, value, event.job_id, work.partition.number, delivered)
+        except Exception as exc:  # noqa: BLE001  # whatever it is, the job must not count as done
+            self._broken(work, exc)
+            return
+        self._told(work, event, outcome, duration)
+
+    def _end_delivered(self, work: Work, error: KafkaError | None, message: Message) -> None:
+        """Delivery callback of a closing fact with derived records: have its report taken at once."""
+        work.closing_delivered(error, message)
+        self._settle()
+
+    def _told(self, work: Work, event: JobEvent, outcome: Outcome, duration: float) -> None:
+        """Count and log an outcome that is sent, and pass it to the hooks. Raises nothing: an exception here must not
+        look like an outcome that was not sent."""
+        try:
+            _count(work, outcome, duration)
+            log_outcome(event, outcome)
+            if self.teller is not None:
+                self.teller.tell(work, outcome)
+        except BaseException as exc:  # noqa: BLE001  # see the docstring
+            LOG.error(
+                "the outcome of job %s was written, but could not be logged or passed to hooks: %s",
+                event.job_id,
+                text_of(exc),
+            )
+
+    def _goes_on(self, work: Work, event: JobEvent, outcome: Retried | Snoozed) -> None:
+        """Send the fact that the job is tried again in place; the dispatcher begins the next attempt after
+        ``again_s``."""
+        partition = work.partition
+        try:
+            work.flush_progress()
+            duration = _monotonic() - work.began if work.began else 0.0
+            value = self._facts.closing(event, outcome, int(duration * 1e6))
+            # The next owner must look for this fact even if the partition is handed over before the acknowledgement.
+            with partition.lock:
+                if partition.offsets is not None:
+                    partition.offsets.goes_on(work.offset)
+            self._sender.send(self._lifecycle, value, event.job_id, partition.number, work.noted_delivered)
+        except Exception as exc:  # noqa: BLE001  # as in `close_with`
+            self._broken(work, exc)
+            return
+        self._told(work, event, outcome, duration)  # before `work` is changed for its next attempt
+        work.outcome = outcome
+        work.event = msgspec.structs.replace(event, attempt=event.attempt + isinstance(outcome, Retried))
+        work.again_s = outcome.delay_ms / 1000
+
+    def refused_as_too_large(self, work: Work, size: int, where: str) -> None:
+        """Fail a job whose closing fact the broker refused for its size; the failure names the size and the limit."""
+        outcome = work.outcome or Succeeded()
+        self.close_with(work, self._facts.too_large(outcome, size, where))
+
+    def resend_derived(self, work: Work, outcome: Outcome, due_at: int | None, lifecycle_offset: int) -> None:
+        """Send the derived records of a closing fact again that is in the log already."""
+        assert work.event is not None
+        self.resend(work, self._facts.derived(work.event, outcome, due_at), lifecycle_offset)
+
+    def resend(self, work: Work, derived: list[Outgoing], lifecycle_offset: int) -> None:
+        """Send records again that derive from the fact at ``lifecycle_offset``. The work record is done when they are
+        acknowledged."""
+        offsets = work.partition.offsets
+        assert offsets is not None
+        work.remaining = len(derived)
+        with work.partition.lock:
+            if derived:
+                offsets.unsettled(work.offset, lifecycle_offset)
+            else:
+                offsets.done(work.offset)
+        if not derived:
+            work.partition.live.pop(work.offset, None)
+        for record in derived:
+            assert record.value is not None
+            self._sender.send(record.topic, record.value, record.key, BY_KEY, work.derived_delivered)
+
+    def progressed(self, work: Work, fact: JobProgressed) -> None:
+        """Send one progress fact, without waiting for its acknowledgement."""
+        event = work.event
+        assert event is not None
+        try:
+            value = encode(self._facts.event(event, fact))
+            self._sender.send(self._lifecycle, value, event.job_id, work.partition.number, None)
+        except JobledgerError as exc:  # too long, or the queue is full: progress may be lost
+            LOG.warning("progress of job %s was not sent: %s", event.job_id, exc)
+
+    def _broken(self, work: Work, exc: BaseException) -> None:
+        event = work.event
+        job_id = event.job_id if event is not None else "?"
+        # A `JobledgerError` explains itself; the traceback of this code would add nothing.
+        known = isinstance(exc, JobledgerError)
+        LOG.error("the outcome of job %s could not be written: %s", job_id, exc, exc_info=None if known else exc)
+        self._fail(
+            exc
+            if isinstance(exc, JobledgerError)
+            else JobledgerError(f"the outcome of job {job_id} could not be written: {type_of(exc)}: {text_of(exc)}")
+        )
+
+
+def _enter(work: Work) -> JobContext:
+    """Make the job the current one. From here on its `Work` drops the context, which refers to the `Work`: Python
+    frees such a cycle only when its collector runs, and at tens of thousands of jobs a second memory would grow
+    without end."""
+    context, work.context = work.context, None
+    assert context is not None
+    enter(context)
+    return context
+
+
+def context_of(work: Work, *, reports: bool = True) -> JobContext:
+    """Return what the task's code sees of its job. Without ``reports``: the context for hooks, which cannot report
+    progress."""
+    event = work.event
+    assert event is not None
+    spec: JobSpec = event.fact.spec  # type: ignore[union-attr]  # a record of a work topic
+    tags = spec.tags
+    if UNKNOWN_TASK_TAG in tags or CRASHES_TAG in tags:
+        tags = {k: v for k, v in tags.items() if k not in (UNKNOWN_TASK_TAG, CRASHES_TAG)}
+    return JobContext(
+        job_id=event.job_id,
+        task=event.task,
+        queue=event.queue,
+        run=event.run,
+        attempt=event.attempt,
+        release=event.release,
+        tags=tags,
+        parent=spec.parent,
+        trace=event.trace,
+        report=work.report if reports else None,
+    )
+
+
+def _count(work: Work, outcome: Outcome, duration: float) -> None:
+    plan = work.plan
+    if plan is None:
+        return
+    plan.seconds += duration
+    if work.began:
+        plan.runs[bisect_left(RUN_BOUNDS_S, duration)] += 1
+    if isinstance(outcome, Retried):
+        plan.retried += 1
+    elif isinstance(outcome, Snoozed):
+        plan.snoozed += 1
+    elif isinstance(outcome, Failed):
+        plan.failed += 1
+    elif isinstance(outcome, Cancelled):
+        plan.cancelled += 1
+    elif isinstance(outcome, Expired):
+        plan.expired += 1

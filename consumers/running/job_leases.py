@@ -1,0 +1,236 @@
+"""Keeps leases for long jobs, so that these do not hold up their partition while they run.
+
+`JobLeased` (lifecycle) and `Leased` (coordination) are acknowledged before the code runs. From then on the work record
+is done, and the job does not depend on the partition. The lease is renewed until the job's outcome has been written for
+the coordinator. If no renewal is acknowledged for as long as a lease lasts, another worker may run the job: its code
+here is told to end, and its outcome no longer counts. On the event loop, except where stated.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+from functools import partial
+
+from confluent_kafka import KafkaError, KafkaException, Message
+
+from jobledger.consumers.recording.worker_events import Facts
+from jobledger.consumers.recording.worker_producer import BY_KEY, Sender
+from jobledger.consumers.state.outcome import Outcome
+from jobledger.consumers.state.work import JobLease, Work
+from jobledger.errors import AccessDenied, BrokerUnavailable, JobledgerError
+from jobledger.kafka.topic_names import Names
+from jobledger.log.writer import Outgoing
+from jobledger.process.logger import get_logger
+from jobledger.schemas import codec
+from jobledger.schemas.events import JobLeased, LeaseRenewed
+
+LOG = get_logger("jobledger.worker")
+
+#: Seconds between two checks of the leases.
+TICK_S = 0.5
+#: Times that the outcome of a leased job is sent again.
+RESENDS = 20
+
+_monotonic = time.monotonic
+
+
+class Leases:
+    """The leases of one worker.
+
+    ``begin(work)`` writes the start of a job and runs it. ``close_with(work, outcome)`` writes the outcome of a job
+    that is not begun. ``give_up(work)`` tells a job's code to end. ``ended(work)``: the job does
+    not run, or no longer. ``too_large(work, size, limit)``: the broker refused the outcome (bytes) for its size.
+    ``call`` runs a function on the loop; an exception in it stops the worker, as ``fail`` does.
+    """
+
+    def __init__(
+        self,
+        facts: Facts,
+        sender: Sender,
+        names: Names,
+        *,
+        begin: Callable[[Work], None],
+        close_with: Callable[[Work, Outcome], None],
+        give_up: Callable[[Work], None],
+        ended: Callable[[Work], None],
+        too_large: Callable[[Work, int, str], None],
+        call: Callable[..., None],
+        fail: Callable[[JobledgerError], None],
+    ) -> None:
+        self._facts, self._sender, self._names = facts, sender, names
+        self._begin, self._close_with, self._give_up = begin, close_with, give_up
+        self._ended, self._too_large, self.call, self._fail = ended, too_large, call, fail
+        self._held: dict[Work, JobLease] = {}
+        self._ticking: asyncio.TimerHandle | None = None
+        self.lost = 0
+
+    @property
+    def count(self) -> int:
+        """The number of leases held now."""
+        return len(self._held)
+
+    # -- taking -------------------------------------------------------------------------------------------------------
+
+    def take(self, work: Work) -> None:
+        """Take a lease for a job that may run. The job is begun once the lease is in the log."""
+        event, plan = work.event, work.plan
+        assert event is not None
+        assert plan is not None
+        seconds = plan.task.policy.lease
+        lease = work.lease = JobLease(self, seconds, _monotonic())
+        self._held[work] = lease
+        work.remaining = 2
+        lease_ms = round(seconds * 1000)
+        value = codec.encode(self._facts.event(event, JobLeased(self._facts.source, lease_ms)))
+        self._sender.send(self._names.lifecycle, value, event.job_id, work.partition.number, work.closing_delivered)
+        record = self._facts.leased(event, self._facts.source, lease_ms)
+        assert record.value is not None
+        self._sender.send(record.topic, record.value, record.key, BY_KEY, work.derived_delivered)
+        if self._ticking is None:
+            self._ticking = asyncio.get_running_loop().call_later(TICK_S, self._tick)
+
+    def grant(self, work: Work) -> None:
+        """Begin a job whose lease is in the log, unless the lease is over, or the job was stopped meanwhile."""
+        lease = work.lease
+        if lease is None or lease.granted:
+            return
+        lease.granted = True
+        if work.abandoned or _monotonic() > lease.until:
+            self.give_back(work)
+            self._ended(work)
+        elif work.stop_outcome is not None:
+            self._close_with(work, work.stop_outcome)
+            self._ended(work)
+        else:
+            self._begin(work)
+
+    def holds(self, work: Work) -> bool:
+        """Whether this worker still holds the job's lease and is to run the job."""
+        return work.lease is not None and _monotonic() <= work.lease.until and not work.abandoned
+
+    # -- renewing -----------------------------------------------------------------------------------------------------
+
+    def _tick(self) -> None:
+        self._ticking = None
+        if self._held:
+            self._ticking = asyncio.get_running_loop().call_later(TICK_S, self._tick)
+        self.call(self._look)  # an exception stops the worker
+
+    def _look(self) -> None:
+        now = _monotonic()
+        for work, lease in list(self._held.items()):
+            if not lease.granted:
+                continue
+            if now > lease.until and not lease.closing:
+                self._lose(work)
+            elif now >= lease.renew_at:
+                lease.renew_at = now + lease.seconds / 3
+                self._renew(work, round(lease.seconds * 1000), partial(self._renewed, lease, now))
+
+    def _renew(self, work: Work, lease_ms: int, delivered: Callable[[KafkaError | None, Message], None] | None) -> None:
+        event = work.event
+        assert event is not None
+        value = codec.encode(self._facts.event(event, LeaseRenewed(self._facts.source, lease_ms)))
+        try:
+            self._sender.send(self._names.coordination, value, event.home or event.job_id, BY_KEY, delivered)
+        except (JobledgerError, KafkaException, BufferError) as exc:  # retried after a third of the lease
+            LOG.warning("the lease of job %s was not renewed: %s", event.job_id, exc)
+
+    @staticmethod
+    def _renewed(lease: JobLease, asked_at: float, error: KafkaError | None, message: Message) -> None:
+        if error is None:
+            lease.until = max(lease.until, asked_at + lease.seconds)
+
+    def _lose(self, work: Work) -> None:
+        """Give up a job whose lease is over: no renewal was acknowledged in time, and the job may run elsewhere by now."""
+        assert work.event is not None
+        LOG.warning(
+            "the lease of job %s (%s) is over: it was not renewed in time. Its code here is told to stop, and its "
+            "outcome no longer counts",
+            work.event.job_id,
+            work.event.task,
+        )
+        self.lost += 1
+        self.give_back(work)
+        self._give_up(work)
+
+    def give_back(self, work: Work) -> None:
+        """End the lease and abandon the job here, so that another worker can run it at once."""
+        work.abandoned = True
+        if self._held.pop(work, None) is not None:
+            self._renew(work, 0, None)
+
+    # -- closing ------------------------------------------------------------------------------------------------------
+
+    def close(self, work: Work, value: bytes, before: list[Outgoing]) -> None:
+        """Send the job's outcome to the coordinator, after ``before`` is acknowledged. The lease is renewed until the
+        outcome is acknowledged. Any thread. Raises what `Sender.send` raises."""
+        lease = work.lease
+        assert lease is not None
+        lease.closing = True
+        if not before:
+            self._send_close(work, value)
+            return
+        left = [len(before)]
+
+        def written(error: KafkaError | None, message: Message) -> None:
+            if error is not None:
+                self._failed(f"what follows from the end of {_name(work)}", error)
+                return
+            left[0] -= 1
+            if not left[0]:
+                self.call(self._send_close, work, value)
+
+        for record in before:
+            assert record.value is not None
+            self._sender.send(record.topic, record.value, record.key, BY_KEY, written)
+
+    def _send_close(self, work: Work, value: bytes) -> None:
+        event = work.event
+        assert event is not None
+        self._sender.send(
+            self._names.coordination, value, event.home or event.job_id, BY_KEY, partial(self._closed, work, value)
+        )
+
+    def _closed(self, work: Work, value: bytes, error: KafkaError | None, message: Message) -> None:
+        """Delivery callback of the outcome; any thread."""
+        lease = work.lease
+        assert lease is not None
+        if error is None:
+            self.call(self._held.pop, work, None)
+        elif error.code() == KafkaError.MSG_SIZE_TOO_LARGE and not work.shortened:
+            work.shortened = True
+            limit = f"what topic {self._names.coordination} takes (its max.message.bytes)"
+            self.call(self._too_large, work, len(value), limit)
+        elif error.fatal() or lease.tries >= RESENDS:
+            self._failed(f"the end of {_name(work)}", error)
+        else:
+            lease.tries += 1
+            self.call(self._send_close, work, value)
+
+    def _failed(self, what: str, error: KafkaError) -> None:
+        refused = self._sender.failed(error, self._names.coordination)
+        if isinstance(refused, AccessDenied):
+            self._fail(refused)
+        else:
+            self._fail(
+                BrokerUnavailable(
+                    f"{what} could not be written ({error.str()}); its lease ends by itself, and another worker runs the job "
+                    "again"
+                )
+            )
+
+    def close_all(self) -> None:
+        """Give back the leases of jobs without an outcome, and renew none any more, because the worker ends."""
+        if self._ticking is not None:
+            self._ticking.cancel()
+            self._ticking = None
+        for work, lease in list(self._held.items()):
+            if not lease.closing:
+                self.give_back(work)
+
+
+def _name(work: Work) -> str:
+    return f"job {work.event.job_id}" if work.event is not None else "a job"

@@ -1,0 +1,180 @@
+"""Read the control commands in force: cancels, pauses, limits. The control topic is compacted, so a reader rebuilds
+this state from it.
+
+The topic is read to its end before a worker starts anything, and followed from then on. So a command also holds for
+workers that were down when it was given.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+
+from confluent_kafka import OFFSET_BEGINNING, Consumer, KafkaError, KafkaException, Message, TopicPartition
+
+from jobledger.config import Settings
+from jobledger.consumers.state.outcome import Cancelled
+from jobledger.definitions.policy import Limits
+from jobledger.errors import AccessDenied, BrokerUnavailable, JobledgerError, RegistryNeeded, SchemaError
+from jobledger.kafka.auth import read
+from jobledger.kafka.clients import PASSING, consumer, consumer_config, translate
+from jobledger.kafka.topic_names import Names
+from jobledger.log.schema_lookup import decoder
+from jobledger.process.logger import get_logger
+from jobledger.schemas.events import CancelRequested, QueueLimited, QueuePaused, QueueResumed
+
+LOG = get_logger("jobledger.worker")
+
+#: Seconds within which the topic's end must be reached at the start.
+START_S = 30.0
+POLL_S = 0.5
+
+
+class Control:
+    """The commands in force. ``cancels`` by (job, run); ``paused`` (by whom, and why) and ``limits`` by (kind,
+    name)."""
+
+    def __init__(self) -> None:
+        self.cancels: dict[tuple[str, int], Cancelled] = {}
+        self.paused: dict[tuple[str, str], str] = {}
+        self.limits: dict[tuple[str, str], Limits] = {}
+        self._keys: dict[str, tuple[str, tuple[str, int] | tuple[str, str]]] = {}
+
+    def apply(self, key: str, event_of: Callable[[], object] | None) -> tuple[str, int] | str | None:
+        """Apply one record; ``event_of`` None: a tombstone. Returns what it changed: a job's (id, run), ``"gates"``, or
+        None."""
+        if event_of is None:
+            return self._revoked(key)
+        event = event_of()
+        fact = event.fact  # type: ignore[attr-defined]  # an event, as decoders return it
+        job = (event.job_id, event.run)  # type: ignore[attr-defined]  # as above
+        queue, task = event.queue, event.task  # type: ignore[attr-defined]  # as above
+        place = ("queue", queue) if queue else ("task", task)
+        match fact:
+            case CancelRequested(by=by, reason=reason):
+                self.cancels[job] = Cancelled(by, reason)
+                self._keys[key] = ("cancels", job)
+                return job
+            case QueuePaused(by=by, reason=reason):
+                self.paused[place] = f"by {by}" + (f": {reason}" if reason else "")
+                self._keys[key] = ("paused", place)
+            case QueueResumed():
+                self.paused.pop(place, None)
+            case QueueLimited(rate=rate, concurrency=concurrency):
+                if rate is None and concurrency is None:
+                    self.limits.pop(place, None)
+                else:
+                    self.limits[place] = Limits(rate, concurrency)
+                    self._keys[key] = ("limits", place)
+            case _:
+                return None
+        return "gates"
+
+    def _revoked(self, key: str) -> str | None:
+        found = self._keys.pop(key, None)
+        if found is None:
+            return None
+        kind, what = found
+        getattr(self, kind).pop(what, None)
+        return None if kind == "cancels" else "gates"
+
+
+class ControlReader(threading.Thread):
+    """Keep a `Control` in step with the topic. ``cancelled(job, run, order)`` and ``regated()`` are called in this
+    thread."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        names: Names,
+        control: Control,
+        *,
+        cancelled: Callable[[str, int, Cancelled], None],
+        regated: Callable[[], None],
+        fail: Callable[[JobledgerError], None],
+    ) -> None:
+        super().__init__(name="jobledger-control", daemon=True)
+        self._settings, self._topic, self.control = settings, names.control, control
+        self._cancelled, self._regated, self._fail = cancelled, regated, fail
+        self._decoder = decoder(settings, names)
+        self._consumer: Consumer | None = None
+        self._closing = threading.Event()
+        self.live = threading.Event()  # all records that were there at the start have been read
+        self.error: str | None = None
+
+    def run(self) -> None:
+        """Read until closed. What fails is passed to ``fail``."""
+        try:
+            config = consumer_config(self._settings) | {"enable.partition.eof": True, "fetch.wait.max.ms": 100}
+            reader = self._consumer = consumer(config)
+            reader.assign([TopicPartition(self._topic, 0, OFFSET_BEGINNING)])
+            while not self._closing.is_set():
+                message = reader.poll(POLL_S)
+                if message is not None:
+                    self._take(message)
+        except JobledgerError as exc:
+            self._fail(exc)
+        except KafkaException as exc:
+            self._fail(translate(exc.args[0], self._settings, f"reading {self._topic}", read(self._topic)))
+        except Exception as exc:
+            LOG.exception("the reader of the control topic failed")
+            self._fail(JobledgerError(f"the reader of {self._topic} failed: {exc!r}"))
+        finally:
+            if self._consumer is not None:
+                self._consumer.close()
+
+    def await_live(self) -> None:
+        """Wait until all earlier commands are known. Raises `BrokerUnavailable` after `START_S` seconds. Returns early
+        if the reader is closed or has ended."""
+        deadline = time.monotonic() + START_S
+        while not self.live.wait(0.1):
+            if self._closing.is_set() or not self.is_alive():
+                return  # the failure has been reported
+            if time.monotonic() > deadline:
+                raise BrokerUnavailable(
+                    f"{self._topic} could not be read to its end within {START_S:g} s"
+                    + (f": {self.error}" if self.error else "")
+                )
+
+    def close(self) -> None:
+        """End the thread after the current poll."""
+        self._closing.set()
+
+    def _take(self, message: Message) -> None:
+        error = message.error()
+        if error is not None:
+            if error.code() == KafkaError._PARTITION_EOF:
+                self.live.set()
+                return
+            if error.retriable() or error.code() in PASSING:  # the client itself tries again
+                if self.error is None:
+                    LOG.warning("%s: %s", self._topic, error.str())
+                self.error = error.str()
+                return
+            problem = translate(error, self._settings, f"reading {self._topic}", read(self._topic))
+            if isinstance(problem, AccessDenied) or error.fatal():
+                raise problem
+            LOG.warning("%s: %s", self._topic, error.str())
+            self.error = error.str()
+            return
+        self.error = None
+        key, value = message.key(), message.value()
+        name = key.decode(errors="replace") if isinstance(key, bytes) else str(key or "")
+        try:
+            changed = self.control.apply(
+                name,
+                None if value is None else lambda: self._decoder.decode(value if isinstance(value, bytes) else None),
+            )
+        except RegistryNeeded as exc:
+            raise JobledgerError(f"{self._topic}@{message.offset()}: {exc}") from exc
+        except SchemaError as exc:
+            # A restart could not read this command either: log the error and continue.
+            LOG.error("%s@%s is not a command that this worker can read: %s", self._topic, message.offset(), exc)
+            return
+        if changed == "gates":
+            self._regated()
+        elif isinstance(changed, tuple):
+            order = self.control.cancels.get(changed)
+            if order is not None and self.live.is_set():
+                self._cancelled(*changed, order)

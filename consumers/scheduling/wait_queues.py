@@ -1,0 +1,401 @@
+"""Keep jobs in lines: they wait for earlier jobs of their key, for their tag's turn, or for a gate to open.
+
+On the event loop. The records of these jobs are received, and the jobs are not begun: the partition's next owner gets
+them all.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable, Mapping
+from itertools import islice
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from jobledger.consumers.running.executor import Executor
+from jobledger.consumers.running.placement import Places
+from jobledger.consumers.scheduling.lanes import Stage
+from jobledger.consumers.scheduling.starter import Starter
+from jobledger.consumers.state.limiters import Gate, Room, closed_gate
+from jobledger.consumers.state.outcome import Snoozed, answered
+from jobledger.consumers.state.work import Deferred, Line, Partition, Plan, Work
+
+if TYPE_CHECKING:
+    import asyncio
+
+_monotonic = time.monotonic
+
+#: Jobs of a full partition that are given back to the coordinator in one go; lines at a gate that are searched for
+#: them.
+ASIDE_AT_ONCE, LOOKED_AT = 64, 1_000
+
+
+class Lines:
+    """The lines of this worker's partitions.
+
+    ``lookahead``: how many jobs may wait in all lines ready to begin. ``lookahead_bytes``: memory for further jobs,
+    kept as bare records.
+
+    A partition is read on even if its lines are long: behind a hundred thousand jobs of one key there may be the first
+    job of another. A job far back in its line is kept as its record (`Deferred`), and becomes a `Work` when its turn
+    comes.
+
+    ``wake``: look for work now; ``wake_in(seconds)``: look then. ``unknown(work)``: close a job whose task this worker
+    does not know. ``revive(partition, deferred)``: make the job of a bare record; its arguments are not decoded yet.
+    ``call``: run a function on the loop; an exception in it ends the worker.
+
+    A key's next job begins when the last fact of the job before it is acknowledged, not when it is sent. Otherwise the
+    next owner, after a crash, could run a job again although later jobs of its key have run. For the same reason a
+    keyed job that must not start (bad arguments, cancelled, expired) is closed in its turn.
+    """
+
+    executor: Executor
+    places: Places
+    loop: asyncio.AbstractEventLoop
+
+    def __init__(
+        self,
+        starter: Starter,
+        stages: Mapping[str, Stage],
+        *,
+        lookahead: int,
+        lookahead_bytes: int,
+        broker_ms: Callable[[], float],
+        wake: Callable[[], None],
+        wake_in: Callable[[float | None], None],
+        unknown: Callable[[Work], None],
+        revive: Callable[[Partition, Deferred], Work],
+        call: Callable[..., None],
+    ) -> None:
+        self._starter, self._stages, self._lookahead = starter, stages, lookahead
+        self._bytes, self._revive, self._call = lookahead_bytes, revive, call
+        self._broker_ms, self._wake, self._wake_in, self._unknown = broker_ms, wake, wake_in, unknown
+        #: Gates that lines wait for.
+        self.parking: dict[Gate | Room, None] = {}
+        #: Lines of keys whose job has freed its slot, but whose last fact is not acknowledged yet.
+        self.unacknowledged: dict[Line, None] = {}
+        #: How many partitions share the lookahead.
+        self.owned = 0
+        #: Bytes of all deferred jobs.
+        self.deferred_bytes = 0
+
+    @property
+    def window(self) -> int:
+        """Return how many jobs of one partition may wait in lines, without the deferred ones."""
+        return max(100, self._lookahead // max(1, self.owned))
+
+    def crowded(self, partition: Partition) -> bool:
+        """Whether so many jobs wait here that a new one that must wait in a line is deferred."""
+        return partition.waiting - partition.deferred >= self.window // 4
+
+    def room(self, partition: Partition) -> bool:
+        """Whether more records of this partition may be taken. A partition may always use its own share of the bytes,
+        and more while other partitions leave it free. A full partition takes records again only once a quarter is free,
+        because pausing it means that its records are fetched again."""
+        part = 0.75 if partition.full else 1.0
+        if partition.waiting - partition.deferred >= self.window * part:
+            return False
+        return self.deferred_bytes < self._bytes * part or partition.deferred_bytes < self._share * part
+
+    @property
+    def _share(self) -> int:
+        return self._bytes // max(1, self.owned)
+
+    def half_full(self, partition: Partition) -> bool:
+        """Whether the waiting jobs take half of the space they may take: then jobs at a closed gate are given back to
+        the coordinator."""
+        if partition.waiting - partition.deferred >= self.window // 2:
+            return True
+        return self.deferred_bytes >= self._bytes // 2 and partition.deferred_bytes >= self._share // 2
+
+    def enqueue(self, work: Work, identity: tuple[str, ...], *, serial: bool, tenant: str = "") -> Line:
+        work.line = line = self._join(work.partition, identity, work, serial, tenant)
+        work.waiting = True
+        return line
+
+    def _join(
+        self, partition: Partition, identity: tuple[str, ...], one: Work | Deferred, serial: bool, tenant: str
+    ) -> Line:
+        line = partition.lines.get(identity)
+        if line is None:
+            line = partition.lines[identity] = Line(partition, identity, serial, tenant)
+        line.works.append(one)
+        partition.waiting += 1
+        if not line.busy:
+            self._stages[partition.topic].add(line)
+        return line
+
+    def defer(
+        self, partition: Partition, identity: tuple[str, ...], one: Deferred, *, serial: bool, tenant: str
+    ) -> None:
+        """Add a bare record to the end of its line."""
+        self._join(partition, identity, one, serial, tenant)
+        self._count(partition, one, 1)
+
+    def _count(self, partition: Partition, one: Deferred, by: int) -> None:
+        partition.deferred += by
+        partition.deferred_bytes += by * one.size
+        self.deferred_bytes += by * one.size
+
+    def enqueue_keyed(self, work: Work, key: str, held: tuple[int, int, int] | None, tenant: str = "") -> None:
+        """Add a job behind the others of its key. ``held``: an entry of `Partition.held`, if a former owner has retried
+        it in place."""
+        line = self.enqueue(work, ("key", key), serial=True, tenant=tenant)
+        if held is None:
+            return
+        attempt, due_ms, stands_at = held
+        assert work.event is not None
+        assert work.partition.offsets is not None
+        work.event = msgspec.structs.replace(work.event, attempt=attempt)
+        with work.partition.lock:
+            work.partition.offsets.note(work.offset, stands_at)
+        wait_s = (due_ms - self._broker_ms()) / 1000
+        if wait_s > 0 and line.works[0] is work:
+            line.works.popleft()
+            work.partition.waiting -= 1
+            self._hold(work, line, wait_s)
+
+    def wait_for_gate(self, work: Work, plan: Plan, identity: tuple[str, ...], now: float, tenant: str = "") -> None:
+        """Let a job wait in a line. If the gate is closed and many jobs wait already, give the job back to the
+        coordinator, so that other jobs can pass."""
+        partition = work.partition
+        gate = closed_gate(plan.gates, now) if self.half_full(partition) else None
+        if gate is not None:
+            ahead = len(partition.lines[identity].works) if identity in partition.lines else 0
+            self._set_aside(work, gate, ahead)
+            return
+        self.enqueue(work, identity, serial=False, tenant=tenant)
+
+    def _set_aside(self, work: Work, gate: Gate, ahead: int) -> None:
+        """Give a job back to the coordinator until about its turn. ``ahead``: how many jobs are before it in its
+        line."""
+        seconds = max(5.0, gate.passes_in(ahead * max(1, self.owned))) * (1.0 + 0.2 * random.random())
+        self.executor.close_with(work, Snoozed(round(seconds * 1000), f"held back by {gate.describe()}"))
+
+    def make_room(self, partition: Partition) -> None:
+        """Give jobs of a full partition back to the coordinator: the newest jobs of the longest line that waits at a
+        gate.
+
+        The jobs given back came before the gate closed, or while it was open for a moment. There may be startable jobs
+        behind them. Jobs with a key stay, because they would lose their order; suspects stay, too.
+        """
+        kept = [
+            (len(line.works), gate, line)
+            for gate in self.parking
+            if not isinstance(gate, Room)
+            for line in islice(gate.parked, LOOKED_AT)
+            if line.partition is partition and not line.serial and len(line.works) > 1
+        ]
+        if not kept:
+            return
+        _, gate, line = max(kept, key=lambda each: each[0])
+        for _ in range(min(ASIDE_AT_ONCE, len(line.works) - 1)):
+            one = line.works[-1]
+            if one.suspect:
+                return
+            if isinstance(one, Deferred):
+                self._count(partition, one, -1)
+                work = self._revive(partition, one)
+            else:
+                work, one.waiting = one, False
+            line.works.pop()
+            partition.waiting -= 1
+            self._set_aside(work, gate, len(line.works))
+        self._wake()
+
+    def serve(self, stage: Stage, most: int) -> int:
+        """Begin the first jobs of lines, the lines in turn; return how many jobs were handled."""
+        begun = 0
+        for _ in range(stage.ready):
+            if begun >= most:
+                break
+            line, now = stage.next_line(), _monotonic()
+            partition = line.partition
+            if not line.works or (line.serial and line.busy) or not partition.begin_taking():
+                self._passed(line)
+                continue
+            try:
+                if now > partition.lease.until:
+                    partition.lease.ask()
+                    stage.add(line)
+                    break
+                begun += self._serve_line(stage, line, now)
+            finally:
+                partition.taking = False
+        return begun
+
+    def _serve_line(self, stage: Stage, line: Line, now: float) -> int:
+        """Begin the line's first job, close it if it must not begin, or park the line at the gate that holds it back.
+        Returns 1 if the job left the line, else 0."""
+        work = line.works[0]
+        unread = line.serial  # whether its arguments are not decoded yet
+        if isinstance(work, Deferred):
+            # Check the gate before making a `Work`: else, while it is closed, each of many lines would make one.
+            if (plan := work.plan) is not None and (gate := self._keeping(plan, plan.room, now)) is not None:
+                return self._park(line, gate, now)
+            self._count(line.partition, work, -1)
+            line.works[0] = work = self._revive(line.partition, work)
+            work.line, work.waiting, unread = line, True, True
+        plan = work.plan
+        ended = self._starter.refused(work)
+        if ended is None and line.serial and work.takeover:
+            ended = self.places.crashed(work.takeover)
+        if ended is None and plan is not None:
+            gate = self._keeping(plan, self.places.room_of(work, plan), now)
+            if gate is not None:
+                return self._park(line, gate, now)
+        line.works.popleft()
+        line.partition.waiting -= 1
+        line.gate = None
+        work.waiting = False
+        line.busy, line.over = line.serial, 0
+        if ended is not None:
+            self.executor.close_with(work, ended)
+            self.left(work)
+        elif plan is None:
+            work.held_since = work.held_since or now
+            self._unknown(work)
+            self.left(work)
+        elif unread and not self.executor.takes_arguments(work):
+            self.left(work)
+        else:
+            self._starter.start(work, now)
+        if not line.serial:
+            self._served(stage, line)
+        return 1
+
+    @staticmethod
+    def _served(stage: Stage, line: Line) -> None:
+        """Add the line to its stage again for its next job; delete the line if it has none."""
+        if line.works:
+            stage.add(line)
+        else:
+            line.partition.lines.pop(line.identity, None)
+
+    @staticmethod
+    def _keeping(plan: Plan, room: Room | None, now: float) -> Gate | Room | None:
+        """Return the gate or room that holds a job back; None if it may begin."""
+        gate = closed_gate(plan.gates, now)
+        return room if gate is None and room is not None and room.free(now) <= 0 else gate
+
+    def _passed(self, line: Line) -> None:
+        """A gate let this line through, but it begins no job: wake the pump, so that another parked line can."""
+        if line.gate is not None and line.gate.parked:
+            self._wake()
+        line.gate = None
+
+    def _park(self, line: Line, gate: Gate | Room, now: float) -> int:
+        if line.gate is not gate:
+            self._passed(line)
+        line.gate = gate
+        line.queued = True
+        gate.parked.append(line)
+        self.parking[gate] = None
+        self._wake_in(gate.wait(now))
+        if line.partition.full:  # only now is the gate known that keeps the partition full
+            self._wake()
+        return 0
+
+    def unpark(self) -> None:
+        """Let lines through that wait at gates that have opened."""
+        now = _monotonic()
+        for gate in list(self.parking):
+            for _ in range(min(gate.free(now), len(gate.parked))):
+                line = gate.parked.popleft()
+                line.queued = False
+                self._stages[line.partition.topic].add(line)
+            if gate.parked:
+                self._wake_in(gate.wait(now))
+            else:
+                del self.parking[gate]
+
+    def left(self, work: Work) -> None:
+        """Stop counting a job that does not run any more; in a serial line, note that its slot is free."""
+        now = _monotonic()
+        for gate in work.gates:
+            gate.end(now, now - work.began, None if work.abandoned else answered(work.outcome))
+        work.gates = ()
+        line = work.line
+        if line is None or not line.serial:
+            return
+        if work.again_s is not None:
+            work.waiting = True  # it no longer delays a hand-over: the next owner finds its last fact in the log
+        if work.lease is not None:  # its outcome goes to the coordinator, and no job here waits for that
+            self._turn_over(work, line)
+        elif not self._half_over(work, line) and line.partition.owned:
+            self.unacknowledged[line] = None
+
+    def acknowledged(self, work: Work) -> None:
+        """Note that the last fact of a keyed job's attempt is acknowledged."""
+        line = work.line
+        if line is not None and work.lease is None:
+            self.unacknowledged.pop(line, None)
+            self._half_over(work, line)
+
+    def _half_over(self, work: Work, line: Line) -> bool:
+        """Note one of two events: the job's slot is free; the last fact of its attempt is acknowledged. The second one
+        ends the job's turn. Returns whether this was the second."""
+        line.over += 1
+        if line.over < 2:
+            return False
+        self._turn_over(work, line)
+        return True
+
+    def _turn_over(self, work: Work, line: Line) -> None:
+        """Let the key's next job begin, or plan the next attempt of this one."""
+        if work.again_s is not None:
+            self._hold(work, line, work.again_s)
+            return
+        line.busy = False
+        self._served(self._stages[line.partition.topic], line)
+
+    def _hold(self, work: Work, line: Line, seconds: float) -> None:
+        """Begin the next attempt after so many ``seconds``; meanwhile the job keeps its key.
+
+        The seconds count from now, when the fact that asks for them is acknowledged. The broker appended that fact
+        earlier and appends the next start later. So by the log's times no attempt is early, whatever this machine's
+        clock says.
+        """
+        work.again_s = None
+        work.waiting = True
+        line.busy = True
+        self.loop.call_later(seconds, self._call, self._again, work, line, _monotonic() + seconds)
+
+    def _again(self, work: Work, line: Line, due: float) -> None:
+        partition = line.partition
+        if not partition.owned or not self._starter.accepting:
+            return  # the next owner makes the attempt, and finds in the log which one it is
+        if (early := due - _monotonic()) > 0:  # the loop counts whole milliseconds
+            self.loop.call_later(early, self._call, self._again, work, line, due)
+            return
+        work.outcome, work.takeover, work.suspect, work.room, work.timer = None, 0, False, None, None
+        work.interrupted = None  # each attempt has its own time limit
+        line.works.appendleft(work)
+        partition.waiting += 1
+        line.busy = False
+        self._stages[partition.topic].add(line)
+        self._wake()
+
+    def forget(self, gone: set[Partition]) -> None:
+        """Drop the lines of partitions that are no longer owned."""
+        self.deferred_bytes -= sum(partition.deferred_bytes for partition in gone)
+        for line in [line for line in self.unacknowledged if line.partition in gone]:
+            del self.unacknowledged[line]
+        for gate in list(self.parking):
+            kept = [line for line in gate.parked if line.partition not in gone]
+            gate.parked.clear()
+            gate.parked.extend(kept)
+
+    def drop_waiting(self) -> None:
+        """Forget all waiting jobs: they are not begun, so they belong to the next owner."""
+        for stage in self._stages.values():
+            for partition in stage.parts:
+                for line in partition.lines.values():
+                    for one in line.works:
+                        partition.live.pop(one.offset, None)
+                    line.works.clear()
+                partition.nothing_waits()
+            stage.clear()
+        self.deferred_bytes = 0

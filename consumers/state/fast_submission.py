@@ -1,0 +1,44 @@
+"""Decode a submission the fast way: nearly every record of a busy work topic is one.
+
+`glance` proves that the bytes are a `JobSubmitted` that this version's schema wrote. It leaves out the arguments, key,
+home and trace; their places follow from the shape, and they are read here. All other records need the full decoder
+(`codec.decode`), which costs five times as much. A test with Hypothesis checks that both ways give the same result.
+"""
+
+from __future__ import annotations
+
+from jobledger.schemas.events import JobEvent, JobSpec, JobSubmitted
+from jobledger.schemas.fast_path import after_option, glance
+
+_TITLES = 95  # where task, queue, key, home, source and trace begin, in the shape that `glance` accepts
+
+
+def plain_submission(value: bytes) -> JobEvent | None:
+    """Return the submission in a work record's value, or None if it needs the full decoder.
+
+    The header fields ``occurred_at`` and ``source`` are left empty: a worker needs neither.
+    """
+    seen = glance(value)
+    if seen is None:
+        return None
+    job_id, run, release, attempt, task, queue, fact = seen
+    if type(fact) is not JobSubmitted:
+        return None
+    queue_at = _TITLES + 1 + (value[_TITLES] >> 1)
+    key_at = queue_at + 1 + (value[queue_at] >> 1)
+    home_at = after_option(value, key_at) if value[key_at] else key_at + 1
+    source_at = after_option(value, home_at) if value[home_at] else home_at + 1
+    trace_at = source_at + 1 + (value[source_at] >> 1)
+    at = after_option(value, trace_at) if value[trace_at] else trace_at + 1
+    key = value[key_at + 2 : home_at].decode() if value[key_at] else None
+    home = value[home_at + 2 : source_at].decode() if value[home_at] else None
+    trace = value[trace_at + 2 : at].decode() if value[trace_at] else None
+    length = value[at + 1]  # after the union's branch number
+    at += 2
+    if length & 0x80:
+        length = length & 0x7F | value[at] << 7
+        at += 1
+    spec = JobSpec(value[at : at + (length >> 1)], fact.spec.tags, fact.spec.parent)
+    return JobEvent(
+        value[11:47].decode(), job_id, run, attempt, release, 0, task, queue, key, home, "", trace, JobSubmitted(spec)
+    )

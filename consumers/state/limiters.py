@@ -1,0 +1,349 @@
+"""Decide how many jobs may begin now: limits of a group, pauses, a task's adaptive concurrency, its circuit breaker.
+Pure, on one thread.
+
+A gate says how many more jobs may begin (`free`), is told when a job begins and ends, and says when to ask again
+(`wait`). Limits hold for a whole consumer group without a common counter: each partition number of a queue carries a
+share, and a worker has the shares of the partitions it owns (`share_of`). So a limit is kept exactly while partitions
+stay where they are. While they move, both owners may use a share for a moment. If all load is in one partition, only
+the shares of that partition's worker are used.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Iterable
+from typing import Any, Protocol
+
+from jobledger.definitions.policy import Adaptive, Breaker, Limits
+
+#: Stands for no limit: larger than any number of jobs.
+ENDLESS = 1 << 30
+#: Seconds of its rate that a bucket holds: how many jobs may begin at once after a quiet time.
+BURST_S = 0.1
+
+
+class Gate(Protocol):
+    """One condition for jobs to begin. Times are seconds of a monotonic clock. ``parked``: the lines that wait for it
+    to open."""
+
+    parked: deque[Any]
+    name: str
+
+    def free(self, now: float) -> int:
+        """Return how many more jobs may begin now."""
+        ...
+
+    def begin(self, now: float) -> None:
+        """Count a job that begins."""
+        ...
+
+    def end(self, now: float, seconds: float, good: bool | None) -> None:
+        """Count the end of a job that ran for ``seconds``. ``good``: whether the service that it calls answered; None:
+        not known."""
+        ...
+
+    def wait(self, now: float) -> float | None:
+        """Return in how many seconds it may open by itself; None: only an event opens it."""
+        ...
+
+    def describe(self) -> str:
+        """Describe what holds jobs back, for people."""
+        ...
+
+    def passes_in(self, waiting: int) -> float:
+        """Estimate in how many seconds ``waiting`` jobs will have passed; jobs are given back for about that long."""
+        ...
+
+
+def share_of(limit: int, owned: Iterable[int], total: int) -> int:
+    """Return the part of ``limit`` that the owned ones of ``total`` partitions carry; over all owners it adds up to
+    ``limit``.
+
+    It is never 0 for an owner of a partition. A limit below the number of partitions is refused where it is declared;
+    if a worker meets one all the same, exceeding it is better than being stuck.
+    """
+    each, rest = divmod(limit, total)
+    numbers = [n for n in owned if n < total]
+    return max(1, sum(each + (n < rest) for n in numbers)) if numbers else 0
+
+
+class Scope:
+    """What people can limit or pause: a queue or a task. ``declared``: the limits in the code; ``ordered``: those set
+    at run time."""
+
+    __slots__ = (
+        "_filled_at",
+        "_owned",
+        "_tokens",
+        "_total",
+        "declared",
+        "name",
+        "ordered",
+        "parked",
+        "paused",
+        "rate",
+        "running",
+        "slots",
+    )
+
+    def __init__(self, name: str, declared: Limits) -> None:
+        self.name, self.declared = name, declared
+        self.ordered: Limits | None = None
+        self.paused: str | None = None  # who paused it, and why
+        self.parked: deque[Any] = deque()
+        self.running = 0
+        self._owned: list[int] = []
+        self._total = 1
+        self.rate: float | None = None  # starts a second that this worker may make; None: no limit
+        self.slots: int | None = None  # jobs that this worker may run at once; None: no limit
+        self._tokens, self._filled_at = 0.0, -math.inf
+        self._divide()
+
+    @property
+    def limits(self) -> Limits:
+        """Return the limits in force, for the whole group."""
+        return self.declared if self.ordered is None else self.ordered
+
+    @property
+    def active(self) -> bool:
+        """Whether it can hold jobs back at all."""
+        return self.paused is not None or bool(self.limits)
+
+    def order(self, limits: Limits | None) -> None:
+        """Replace the declared limits from now on; None: use the declared ones again."""
+        self.ordered = limits
+        self._divide()
+
+    def own(self, owned: Iterable[int], total: int) -> None:
+        """Set which of ``total`` partitions this worker owns."""
+        self._owned, self._total = sorted(owned), max(1, total)
+        self._divide()
+
+    def _divide(self) -> None:
+        limits = self.limits
+        held = len([n for n in self._owned if n < self._total])
+        self.rate = None if limits.rate is None else limits.rate * held / self._total
+        self.slots = None if limits.concurrency is None else share_of(limits.concurrency, self._owned, self._total)
+
+    def _fill(self, now: float) -> None:
+        rate = self.rate
+        assert rate is not None
+        full = max(1.0, rate * BURST_S)
+        self._tokens = min(full, self._tokens + (now - self._filled_at) * rate) if rate else 0.0
+        self._filled_at = now
+
+    def free(self, now: float) -> int:
+        """See `Gate.free`."""
+        if self.paused is not None:
+            return 0
+        free = ENDLESS if self.slots is None else self.slots - self.running
+        if self.rate is not None and free > 0:
+            self._fill(now)
+            free = min(free, int(self._tokens + 1e-9))
+        return max(0, free)
+
+    def begin(self, now: float) -> None:
+        """See `Gate.begin`."""
+        self.running += 1
+        if self.rate is not None:
+            self._fill(now)
+            self._tokens -= 1.0
+
+    def end(self, now: float, seconds: float, good: bool | None) -> None:
+        """See `Gate.end`."""
+        self.running -= 1
+
+    def wait(self, now: float) -> float | None:
+        """See `Gate.wait`."""
+        if self.paused is not None or not self.rate:
+            return None
+        if self.slots is not None and self.running >= self.slots:
+            return None
+        self._fill(now)
+        return max(0.0, (1.0 - self._tokens) / self.rate)
+
+    def describe(self) -> str:
+        """Describe what holds jobs back, for people."""
+        limits = self.limits
+        if self.paused is not None:
+            return f"{self.name}: paused {self.paused}"
+        said = [] if limits.rate is None else [f"{limits.rate:g} a second"]
+        said += [] if limits.concurrency is None else [f"{limits.concurrency} at once"]
+        return f"{self.name}: {' and '.join(said)} for all workers"
+
+    def passes_in(self, waiting: int) -> float:
+        """Estimate in how many seconds ``waiting`` jobs will have passed; jobs are given back for about that long."""
+        if self.paused is not None:
+            return 60.0
+        return waiting / self.rate if self.rate else 30.0
+
+
+class AdaptiveGate:
+    """Apply an `Adaptive` policy: a concurrency in this worker that follows the service that the task calls.
+
+    It is judged once per window. A window lasts at least `WINDOW_S` seconds, and until as many jobs have ended as may
+    run at once, at most 50. If more than a tenth failed, or the mean latency is above ``tolerance`` times the best mean
+    seen, the concurrency is multiplied by ``backoff``. Else, if it was used up, it grows by one. The best mean may grow
+    by a hundredth in each window without failures, so that a service that became slower for good is not compared with
+    its past for ever.
+    """
+
+    WINDOW_S = 0.5
+    FAILED_SHARE = 0.1
+
+    __slots__ = (
+        "_began_at",
+        "_best",
+        "_failed",
+        "_full",
+        "_seconds",
+        "_timed",
+        "limit",
+        "name",
+        "parked",
+        "policy",
+        "running",
+    )
+
+    def __init__(self, name: str, policy: Adaptive) -> None:
+        self.name, self.policy = name, policy
+        self.limit = float(min(policy.most, max(policy.least, 10)))
+        self.running = 0
+        self.parked: deque[Any] = deque()
+        self._best: float | None = None
+        self._reset(-math.inf)
+
+    def _reset(self, now: float) -> None:
+        self._began_at = now
+        self._seconds, self._timed, self._failed, self._full = 0.0, 0, 0, False
+
+    def free(self, now: float) -> int:
+        """See `Gate.free`."""
+        free = int(self.limit) - self.running
+        if free <= 0:
+            self._full = True
+        return max(0, free)
+
+    def begin(self, now: float) -> None:
+        """See `Gate.begin`."""
+        self.running += 1
+        if self._began_at == -math.inf:
+            self._began_at = now
+
+    def end(self, now: float, seconds: float, good: bool | None) -> None:
+        """See `Gate.end`."""
+        self.running -= 1
+        if good is None:
+            return
+        self._timed += 1
+        self._seconds += seconds
+        self._failed += not good
+        if now - self._began_at >= self.WINDOW_S and self._timed >= min(int(self.limit), 50):
+            self._judge(now)
+
+    def _judge(self, now: float) -> None:
+        policy = self.policy
+        mean = self._seconds / self._timed
+        slow = self._best is not None and mean > self._best * policy.tolerance
+        if slow or self._failed > self._timed * self.FAILED_SHARE:
+            self.limit = max(float(policy.least), self.limit * policy.backoff)
+        elif self._full:
+            self.limit = min(float(policy.most), self.limit + 1.0)
+        if not self._failed:
+            self._best = mean if self._best is None else min(mean, self._best * 1.01)
+        self._reset(now)
+
+    def wait(self, now: float) -> float | None:
+        """See `Gate.wait`."""
+        return None
+
+    def describe(self) -> str:
+        """See `Scope.describe`."""
+        return f"{self.name}: {int(self.limit)} at once in a worker, adapted to latency and errors"
+
+    def passes_in(self, waiting: int) -> float:
+        """See `Scope.passes_in`."""
+        return 10.0
+
+
+class BreakerGate:
+    """Apply a `Breaker` policy: closed, then open for ``reset`` seconds after so many failures in a row, then one job
+    tries."""
+
+    __slots__ = ("_failures", "_open_until", "_trying", "name", "parked", "policy", "trips")
+
+    def __init__(self, name: str, policy: Breaker) -> None:
+        self.name, self.policy = name, policy
+        self.parked: deque[Any] = deque()
+        self._failures = 0
+        self._open_until: float | None = None
+        self._trying = 0
+        self.trips = 0
+
+    @property
+    def is_open(self) -> bool:
+        """Whether it holds jobs back, except one that may try."""
+        return self._open_until is not None
+
+    def free(self, now: float) -> int:
+        """See `Gate.free`."""
+        if self._open_until is None:
+            return ENDLESS
+        return 0 if now < self._open_until or self._trying else 1
+
+    def begin(self, now: float) -> None:
+        """See `Gate.begin`."""
+        if self._open_until is not None:
+            self._trying += 1
+
+    def end(self, now: float, seconds: float, good: bool | None) -> None:
+        """See `Gate.end`."""
+        self._trying = max(0, self._trying - 1)
+        if good:
+            self._failures, self._open_until = 0, None
+        elif good is not None:
+            self._failures += 1
+            if self._failures >= self.policy.failures and (self._open_until is None or now >= self._open_until):
+                self.trips += 1
+                self._open_until = now + self.policy.reset
+        elif self._open_until is not None and now >= self._open_until:
+            self._open_until = now  # the trial said nothing about the service: another job may try
+
+    def wait(self, now: float) -> float | None:
+        """See `Gate.wait`."""
+        return None if self._open_until is None or self._trying else max(0.0, self._open_until - now)
+
+    def describe(self) -> str:
+        """See `Scope.describe`."""
+        return f"{self.name}: its circuit is open after {self._failures} failures in a row"
+
+    def passes_in(self, waiting: int) -> float:
+        """See `Scope.passes_in`."""
+        return self.policy.reset
+
+
+class Room:
+    """A limit on how many jobs are in one place at once: the threads, the child processes."""
+
+    __slots__ = ("most", "name", "parked", "running")
+
+    def __init__(self, name: str, most: int) -> None:
+        self.name, self.most, self.running = name, most, 0
+        self.parked: deque[Any] = deque()
+
+    def free(self, now: float) -> int:
+        """See `Gate.free`."""
+        return max(0, self.most - self.running)
+
+    def wait(self, now: float) -> float | None:
+        """See `Gate.wait`."""
+        return None
+
+
+def closed_gate(gates: Iterable[Gate], now: float) -> Gate | None:
+    """Return the first gate that lets no job through; None if there is none."""
+    for gate in gates:
+        if gate.free(now) <= 0:
+            return gate
+    return None

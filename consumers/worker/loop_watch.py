@@ -1,0 +1,204 @@
+"""Watches the event loop: logs the code that blocks it, ends blocking jobs at their time limit, and collects garbage.
+
+A timer on the loop counts beats, and a thread reads the count. If it stays the same, code on the loop does not return
+control. The thread logs the stack of that code, once for each such time. If it belongs to a job whose time limit is
+over, the thread sends a signal to the loop's thread. The handler raises `TaskTimedOut` if, and only if, it interrupts
+that job's code. Where this cannot be done (no main thread, no such signal, C code that does not return), the job times
+out when its code returns control.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Mapping
+from types import CodeType, FrameType
+
+from jobledger.consumers.isolation.garbage import Garbage
+from jobledger.consumers.running.executor import Executor
+from jobledger.consumers.running.interrupts import AWAITED
+from jobledger.consumers.state.work import Work
+from jobledger.definitions.functions import runs_inside
+from jobledger.errors import TaskTimedOut
+from jobledger.process.logger import get_logger
+
+LOG = get_logger("jobledger.worker")
+
+#: Seconds between two beats of the loop, and between two checks of them.
+BEAT_S, LOOK_S = 0.1, 0.25
+#: Seconds without a beat after which the blocking code is logged.
+WARN_S = 1.0
+#: Beats in a row without a running or new job after which a worker counts as idle.
+IDLE_BEATS = 10
+
+#: Without a handler this signal does nothing, so one that arrives late does no harm.
+SIGNAL: signal.Signals | None = getattr(signal, "SIGURG", None)
+
+
+class LoopWatch(threading.Thread):
+    """Watches the loop on which `begin` is called. ``running``: the running jobs. ``started()``: jobs begun so far."""
+
+    def __init__(
+        self,
+        executor: Executor,
+        running: Mapping[Work, None],
+        started: Callable[[], int],
+    ) -> None:
+        super().__init__(name="jobledger-loop-watch", daemon=True)
+        self._executor, self._running, self._started_count = executor, running, started
+        self._garbage = Garbage()
+        self._beats = self._quiet = self._begun = 0
+        self._closed = threading.Event()
+        self._loop: asyncio.AbstractEventLoop
+        self._timer: asyncio.TimerHandle | None = None
+        self._thread_id = 0
+        self._signals = False
+        #: Times that code other than a task's blocked the loop: hooks, resources, asyncio tasks that a job started.
+        self.blocked_by_others = 0
+
+    # -- on the loop --------------------------------------------------------------------------------------------------
+
+    def begin(self) -> None:
+        """Start watching the running loop of this thread."""
+        self._loop, self._thread_id = asyncio.get_running_loop(), threading.get_ident()
+        if (
+            SIGNAL is not None
+            and threading.current_thread() is threading.main_thread()
+            and signal.getsignal(SIGNAL) is signal.SIG_DFL  # else the app uses it
+        ):
+            signal.signal(SIGNAL, self._interrupt)
+            self._signals = True
+        self._beat()
+        self.start()
+
+    def close(self) -> None:
+        """Stop watching. Call it in the thread of `begin`; the loop may have ended."""
+        self._closed.set()
+        if self._timer is not None:
+            self._timer.cancel()
+        if self._signals:
+            assert SIGNAL is not None
+            self._signals = False
+            signal.signal(SIGNAL, signal.SIG_DFL)
+
+    def _beat(self) -> None:
+        self._beats += 1
+        self._executor.due = None  # the code returned control
+        started = self._started_count()
+        self._quiet = self._quiet + 1 if started == self._begun and not self._running else 0
+        self._begun = started
+        self._garbage.look(idle=self._quiet >= IDLE_BEATS)
+        if not self._closed.is_set():
+            self._timer = self._loop.call_later(BEAT_S, self._beat)
+
+    def _interrupt(self, number: int, frame: FrameType | None) -> None:
+        """Handle `SIGNAL`, between two bytecodes of the loop's thread. Raises `TaskTimedOut` in the job that is due."""
+        work = self._executor.due
+        if work is None or work.plan is None or asyncio.current_task(self._loop) is not work.handle:
+            return
+        # The job may have returned just before the thread chose it, and this may be its next attempt.
+        if self._overdue(work) and runs_inside(frame, RUN, work.plan.fn):
+            self._executor.due = None
+            work.interrupted = TaskTimedOut
+            raise TaskTimedOut
+
+    # -- in the thread ------------------------------------------------------------------------------------------------
+
+    def run(self) -> None:
+        """Check the beats until closed."""
+        # Count checks without a beat, not seconds of a clock: the whole process may have been suspended.
+        seen, late, own = 0, 0.0, 0.0
+        blocker: Work | None = None
+        told: set[Work | None] = set()
+        while not self._closed.wait(LOOK_S):
+            beats = self._beats
+            if beats != seen:
+                seen, late, own, blocker = beats, 0.0, 0.0, None
+                told.clear()
+                continue
+            work = self._work()
+            late, own, blocker = late + LOOK_S, own + LOOK_S if work is blocker else LOOK_S, work
+            overdue = work is not None and self._overdue(work)
+            # Several jobs may share the time without a beat. Log the first one, and each that alone takes `WARN_S`.
+            if overdue or (own if told else late) >= WARN_S:
+                self._tell_once(work, late, told)
+            if overdue:
+                self._end(work)
+
+    def _work(self) -> Work | None:
+        """Return the job whose code runs on the loop now; None for other code."""
+        task = asyncio.current_task(self._loop)
+        if task is None:
+            return None
+        found = next((work for work in list(self._running) if work.handle is task), None)
+        return found or self._executor.interrupts.work_of(task)
+
+    @staticmethod
+    def _overdue(work: Work) -> bool:
+        if work.plan is None or work.handle is None:  # a plain function's coroutine: its thread is interrupted
+            return False
+        limit = work.plan.task.timeout
+        return limit is not None and work.interrupted is None and time.monotonic() - work.began >= limit
+
+    def _end(self, work: Work | None) -> None:
+        self._executor.due = work
+        if self._signals:
+            assert SIGNAL is not None
+            signal.pthread_kill(self._thread_id, SIGNAL)
+
+    def _tell_once(self, work: Work | None, late: float, told: set[Work | None]) -> None:
+        if work in told:
+            return
+        try:
+            if self._tell(work, late):
+                told.add(work)
+        except Exception:
+            LOG.exception("the code that blocks the event loop could not be determined")
+            told.add(work)
+
+    def _tell(self, work: Work | None, late: float) -> bool:
+        frame = sys._current_frames().get(self._thread_id)
+        caller = None if work is None else AWAITED if work.handle is None else RUN
+        stack = [] if frame is None else _above(frame, caller)
+        if not stack:
+            return False  # no Python code runs there, or not this job's any more: the loop may wait for the CPU
+        where = "".join(traceback.format_list(stack)).rstrip()
+        if work is None or work.plan is None or work.event is None:
+            self.blocked_by_others += 1
+            LOG.warning(
+                "the event loop is blocked for %.1f s: no coroutine of this worker continues until this returns\n%s",
+                late,
+                where,
+            )
+            return True
+        work.plan.blocked += 1
+        LOG.warning(
+            "task %s blocks the event loop: job %s has not awaited anything for %.1f s, and no other coroutine of this worker "
+            "can run. Await what takes time, or make it a plain function (def), which runs in a thread\n%s",
+            work.plan.name,
+            work.event.job_id,
+            late,
+            where,
+            extra={"job_id": work.event.job_id, "task": work.plan.name},
+        )
+        return True
+
+
+#: The code that calls the function of a coroutine task, and the code that calls everything on the loop.
+RUN: CodeType = Executor.run.__code__
+RUNNER: CodeType = asyncio.Runner.run.__code__
+
+
+def _above(frame: FrameType, caller: CodeType | None) -> list[traceback.FrameSummary]:
+    """Return the stack from what ``caller`` (None: the loop's runner) calls up to ``frame``; empty if ``caller`` is
+    not among the callers of ``frame``."""
+    frames: list[tuple[FrameType, int]] = []
+    at: FrameType | None = frame
+    while at is not None and at.f_code is not (caller or RUNNER):
+        frames.append((at, at.f_lineno))
+        at = at.f_back
+    return [] if at is None else list(traceback.StackSummary.extract(reversed(frames)))

@@ -1,0 +1,263 @@
+"""Exports a worker's metrics for Prometheus: the worker keeps plain counts, which are made into metrics at each scrape.
+
+All that a job pays for metrics are its counts, and a `bisect` over `WAIT_BOUNDS_MS` and `RUN_BOUNDS_S` (in `starts` and
+`execute`). `WorkerMetrics.collect` runs in the scrape's thread and reads what other threads write: each value is
+correct by itself, but not all are of the same moment.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+from confluent_kafka import KafkaException, TopicPartition
+from confluent_kafka.admin import AdminClient, OffsetSpec  # type: ignore[attr-defined]  # not declared as re-exported
+
+from jobledger.config import Settings
+from jobledger.consumers.state.limiters import Scope
+from jobledger.consumers.state.work import RUN_BOUNDS_S, WAIT_BOUNDS_MS, Partition
+from jobledger.kafka.clients import admin, answer_of
+from jobledger.process.extras import missing
+from jobledger.process.logger import get_logger
+
+try:
+    from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
+    from prometheus_client.registry import Collector
+except ImportError as exc:
+    raise missing("worker", exc) from exc
+
+if TYPE_CHECKING:
+    from jobledger.consumers.worker.worker import Worker
+
+LOG = get_logger("jobledger.metrics")
+
+#: Seconds for which the ends of the log are cached, and seconds that the broker gets to answer.
+ENDS_FOR_S, ENDS_TIMEOUT_S = 3.0, 2.0
+
+OUTCOMES = ("succeeded", "retried", "snoozed", "failed", "cancelled", "expired")
+PREFIX = "jobledger_worker_"
+
+
+class LogEnds:
+    """Asks the broker where partitions end, not this worker's consumer: records not yet fetched count, too."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._client: AdminClient | None = None
+        self._known: dict[tuple[str, int], int] = {}
+        self._asked_at = float("-inf")
+        self._wanted: set[tuple[str, int]] = set()
+
+    def of(self, wanted: Sequence[tuple[str, int]]) -> dict[tuple[str, int], int]:
+        """Return the known ends of ``wanted``, by (topic, number): the last known if the broker does not answer."""
+        now = time.monotonic()
+        if wanted and (now - self._asked_at > ENDS_FOR_S or not self._wanted.issuperset(wanted)):
+            self._asked_at, self._wanted = now, set(wanted)
+            try:
+                self._ask(wanted)
+            except KafkaException as exc:
+                LOG.info("the ends of the work topics are not known now: %s", exc.args[0].str())
+        return {where: end for where, end in self._known.items() if where in self._wanted}
+
+    def _ask(self, wanted: Sequence[tuple[str, int]]) -> None:
+        if self._client is None:
+            self._client = admin(self._settings)
+        spec = OffsetSpec.latest()  # type: ignore[no-untyped-call]  # it has no types
+        asked = self._client.list_offsets(
+            {TopicPartition(*where): spec for where in wanted}, request_timeout=ENDS_TIMEOUT_S
+        )
+        for where, answer in asked.items():
+            self._known[where.topic, where.partition] = answer_of(answer, ENDS_TIMEOUT_S).offset
+
+
+def _histogram(counts: Sequence[int], bounds: Sequence[float]) -> list[tuple[str, float]]:
+    """Return the counts as Prometheus expects them: cumulative, by upper bound in seconds."""
+    found, total = [], 0
+    for bound, count in zip([*bounds, float("inf")], counts, strict=True):
+        total += count
+        found.append((repr(bound) if bound != float("inf") else "+Inf", float(total)))
+    return found
+
+
+class WorkerMetrics(Collector):
+    """Collects the metrics of one worker."""
+
+    def __init__(self, worker: Worker) -> None:
+        self._worker = worker
+        self._ends = LogEnds(worker.settings)
+
+    def describe(self) -> Iterator[Metric]:
+        """Return nothing: at registration the worker has no dispatcher yet."""
+        return iter(())
+
+    def collect(self) -> Iterator[Metric]:
+        """Yield the present metrics; none before the worker has started. Any thread."""
+        if self._worker.dispatcher is None:
+            return
+        yield from self._jobs()
+        yield from self._waits()
+        yield from self._partitions()
+        yield from self._groups()
+        yield from self._gates()
+        yield from self._children()
+
+    def _jobs(self) -> Iterator[Metric]:
+        dispatcher = self._worker.dispatcher
+        assert dispatcher is not None
+        labels = ["task", "queue"]
+        started = CounterMetricFamily(f"{PREFIX}jobs_started", "Attempts begun", labels=labels)
+        ended = CounterMetricFamily(
+            f"{PREFIX}jobs_ended", "Attempts ended, by what became of them", labels=[*labels, "outcome"]
+        )
+        flying = GaugeMetricFamily(f"{PREFIX}in_flight", "Attempts that run now", labels=labels)
+        runs = HistogramMetricFamily(f"{PREFIX}run_seconds", "How long attempts ran", labels=labels)
+        blocked = CounterMetricFamily(
+            f"{PREFIX}loop_blocked",
+            "Times that code held the event loop up for a second or more, by the task whose it was",
+            labels=labels,
+        )
+        if self._worker.watch is not None:
+            blocked.add_metric(["", ""], self._worker.watch.blocked_by_others)
+        running = Counter(work.plan.name for work in list(dispatcher.running) if work.plan is not None)
+        for plan in dispatcher.plans.values():
+            if plan.task.queue not in dispatcher.scopes and not plan.started:
+                continue
+            about = [plan.name, plan.task.queue]
+            started.add_metric(about, plan.started)
+            flying.add_metric(about, running[plan.name])
+            runs.add_metric(about, _histogram(plan.runs, RUN_BOUNDS_S), plan.seconds)
+            blocked.add_metric(about, plan.blocked)
+            for outcome in OUTCOMES:
+                ended.add_metric([*about, outcome], getattr(plan, outcome))
+        yield from (started, ended, flying, runs, blocked)
+
+    def _waits(self) -> Iterator[Metric]:
+        dispatcher = self._worker.dispatcher
+        assert dispatcher is not None
+        labels = ["queue", "priority"]
+        waits = HistogramMetricFamily(
+            f"{PREFIX}wait_seconds",
+            "From the append of a job's record to its start, on the broker's clock",
+            labels=labels,
+        )
+        lines = GaugeMetricFamily(
+            f"{PREFIX}waiting", "Received jobs that wait for a turn, a key, a limit or room", labels=labels
+        )
+        oldest = GaugeMetricFamily(
+            f"{PREFIX}oldest_wait_seconds",
+            "How long the oldest record has waited that was fetched and not taken up",
+            labels=labels,
+        )
+        settler = self._worker.settler
+        broker_ms = time.time() * 1000 if settler is None else settler.clock.ms()
+        for stage in dispatcher.stages.values():
+            about = [stage.queue, stage.level or "normal"]
+            waits.add_metric(about, _histogram(stage.waits, [b / 1000 for b in WAIT_BOUNDS_MS]), stage.waited_ms / 1000)
+            parts = list(stage.parts)
+            rooms = sum(map(len, list(stage.waiting.values())))
+            lines.add_metric(about, sum(p.waiting for p in parts) + rooms)
+            stamps = [stamp for p in parts if (stamp := p.oldest_ms()) is not None]
+            oldest.add_metric(about, max(0.0, broker_ms - min(stamps)) / 1000 if stamps else 0.0)
+        yield from (waits, lines, oldest)
+
+    def _partitions(self) -> Iterator[Metric]:
+        worker = self._worker
+        dispatcher = worker.dispatcher
+        assert dispatcher is not None
+        labels = ["queue", "priority", "partition"]
+        lag = GaugeMetricFamily(f"{PREFIX}lag", "Records between the commit and the end of the log", labels=labels)
+        gap = GaugeMetricFamily(
+            f"{PREFIX}watermark_gap", "Records between the oldest not done and the newest received", labels=labels
+        )
+        pending = GaugeMetricFamily(f"{PREFIX}pending", "Received records that are not done", labels=labels)
+        size = GaugeMetricFamily(f"{PREFIX}map_bytes", "The completion map as it was last committed", labels=labels)
+        braked = GaugeMetricFamily(
+            f"{PREFIX}braked", "1 while nothing more is taken, because the map is as long as it may be", labels=labels
+        )
+        parts: list[Partition] = list(worker.partitions())
+        ends = self._ends.of([(p.topic, p.number) for p in parts])
+        for part in parts:
+            stage = dispatcher.stages.get(part.topic)
+            if stage is None:
+                continue
+            about = [stage.queue, stage.level or "normal", str(part.number)]
+            end = ends.get((part.topic, part.number))
+            offset, metadata = part.last_commit or (part.committed, part.metadata or "")
+            if end is not None:
+                lag.add_metric(about, max(0, end - max(0, offset)))
+            size.add_metric(about, len(metadata))
+            braked.add_metric(about, part.braked)
+            if part.offsets is not None:
+                with part.lock:
+                    received, base, left = part.offsets.end, part.offsets.base, part.offsets.pending
+                gap.add_metric(about, received - base)
+                pending.add_metric(about, left)
+        yield from (lag, gap, pending, size, braked)
+
+    def _groups(self) -> Iterator[Metric]:
+        labels = ["queue", "priority"]
+        moved = CounterMetricFamily(
+            f"{PREFIX}rebalances", "Times that partitions were assigned, revoked or lost", labels=[*labels, "kind"]
+        )
+        commits = CounterMetricFamily(f"{PREFIX}commits", "Commits that were tried", labels=labels)
+        failed = CounterMetricFamily(f"{PREFIX}failed_commits", "Partitions' commits that were refused", labels=labels)
+        dispatcher = self._worker.dispatcher
+        assert dispatcher is not None
+        for fetcher in self._worker.fetchers:
+            stage = dispatcher.stages[fetcher.topic]
+            about = [stage.queue, stage.level or "normal"]
+            for kind in ("assigned", "revoked", "lost"):
+                moved.add_metric([*about, kind], fetcher.moved[kind])
+            commits.add_metric(about, fetcher.committer.commits)
+            failed.add_metric(about, fetcher.committer.errors)
+        yield from (moved, commits, failed)
+
+    def _gates(self) -> Iterator[Metric]:
+        dispatcher = self._worker.dispatcher
+        assert dispatcher is not None
+        labels = ["kind", "name"]
+        paused = GaugeMetricFamily(f"{PREFIX}paused", "1 while a queue or task is paused", labels=labels)
+        rate = GaugeMetricFamily(
+            f"{PREFIX}limit_rate", "Starts a second for all workers, where that is limited", labels=labels
+        )
+        slots = GaugeMetricFamily(
+            f"{PREFIX}limit_concurrency", "Jobs at once for all workers, where that is limited", labels=labels
+        )
+        adaptive = GaugeMetricFamily(
+            f"{PREFIX}adaptive_limit", "Jobs at once here, by how what the task calls answers", labels=["task"]
+        )
+        is_open = GaugeMetricFamily(f"{PREFIX}circuit_open", "1 while a task's circuit is open", labels=["task"])
+        trips = CounterMetricFamily(f"{PREFIX}circuit_trips", "Times that a task's circuit opened", labels=["task"])
+        scopes: list[tuple[str, str, Scope]] = [("queue", name, scope) for name, scope in dispatcher.scopes.items()]
+        for plan in dispatcher.plans.values():
+            if plan.task.queue in dispatcher.scopes:
+                scopes.append(("task", plan.name, plan.scope))
+            if plan.adaptive is not None:
+                adaptive.add_metric([plan.name], plan.adaptive.limit)
+            if plan.breaker is not None:
+                is_open.add_metric([plan.name], plan.breaker.is_open)
+                trips.add_metric([plan.name], plan.breaker.trips)
+        for kind, name, scope in scopes:
+            paused.add_metric([kind, name], scope.paused is not None)
+            if scope.limits.rate is not None:
+                rate.add_metric([kind, name], scope.limits.rate)
+            if scope.limits.concurrency is not None:
+                slots.add_metric([kind, name], scope.limits.concurrency)
+        yield from (paused, rate, slots, adaptive, is_open, trips)
+
+    def _children(self) -> Iterator[Metric]:
+        children = self._worker.children
+        count, died, killed = (0, 0, 0) if children is None else (children.count, children.deaths, children.killed)
+        leases = self._worker.leases
+        held, lost = (0, 0) if leases is None else (leases.count, leases.lost)
+        yield GaugeMetricFamily(f"{PREFIX}leases", "Long jobs that this worker has on a lease", value=held)
+        yield CounterMetricFamily(f"{PREFIX}leases_lost", "Leases that were over before their jobs were", value=lost)
+        yield GaugeMetricFamily(f"{PREFIX}children", "Child processes there are", value=count)
+        yield CounterMetricFamily(
+            f"{PREFIX}child_deaths", "Children that ended by themselves, of their job", value=died
+        )
+        yield CounterMetricFamily(
+            f"{PREFIX}child_kills", "Children that were ended, for time, memory or a cancel", value=killed
+        )

@@ -1,0 +1,577 @@
+"""Runs the worker process: creates its parts, starts and ends them in the right order, and reports their health.
+
+``fetch`` (a thread per lane) → ``dispatch`` and ``execute`` (event loop, job threads) → ``settle`` (a thread): see
+there. To stop, a worker takes no more jobs, lets running jobs end within the grace time, flushes, commits as clean, and
+leaves the group.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import Any
+
+from jobledger.config import Settings
+from jobledger.consumers.isolation import fork_server
+from jobledger.consumers.isolation.app_target import find_target
+from jobledger.consumers.isolation.pool import Children, ChildSettings
+from jobledger.consumers.partitions.fetcher import Fetcher
+from jobledger.consumers.partitions.takeover import Takeover
+from jobledger.consumers.recording.ack_tracker import Settler
+from jobledger.consumers.recording.worker_events import Facts
+from jobledger.consumers.recording.worker_producer import Sender
+from jobledger.consumers.running.executor import Executor, context_of
+from jobledger.consumers.running.hook_runner import Teller
+from jobledger.consumers.running.job_leases import Leases
+from jobledger.consumers.running.placement import SUSPECTS, Places
+from jobledger.consumers.scheduling.control_reader import ControlReader
+from jobledger.consumers.scheduling.dispatcher import Dispatcher
+from jobledger.consumers.state.work import Arrived, Partition
+from jobledger.consumers.worker.health import Parts, health_of
+from jobledger.consumers.worker.loop_watch import LoopWatch
+from jobledger.consumers.worker.options import WorkerOptions
+from jobledger.definitions.resources import Resource
+from jobledger.definitions.task_registry import Registry
+from jobledger.errors import (
+    AccessDenied,
+    BrokerUnavailable,
+    ConfigError,
+    JobledgerError,
+    ResourceFailed,
+    is_a,
+    text_of,
+    type_of,
+)
+from jobledger.kafka import acls, outage
+from jobledger.kafka.auth import knock
+from jobledger.kafka.clients import partitions_of
+from jobledger.kafka.topic_names import lane as lane_of
+from jobledger.kafka.topic_watch import TopicWatch
+from jobledger.kafka.topology import lifecycle_too_small
+from jobledger.log.schema_lookup import decoder
+from jobledger.process import greenlets
+from jobledger.process.extras import missing
+from jobledger.process.identity import source
+from jobledger.process.logger import get_logger, loop_error
+
+__all__ = ["EXIT_BROKEN", "EXIT_OK", "Worker", "WorkerOptions"]
+
+LOG = get_logger("jobledger.worker")
+
+#: 77 is EX_NOPERM of sysexits.h: the cluster refuses this worker, and a restart alone does not help.
+EXIT_OK, EXIT_BROKEN, EXIT_DENIED = 0, 1, 77
+#: Seconds that a stopping worker waits for the acknowledgements of one flush.
+FLUSH_S = 5.0
+#: Seconds that a stop may take beyond the grace time: cancelling, flushing, committing, leaving the group.
+CLOSING_S = 12.0
+#: Further seconds after which a worker that has not ended is killed.
+MARGIN_S = 5.0
+#: Seconds beyond the grace time until a worker has released all it had, or is killed. After a release, the interpreter
+#: gets `process_exit.EXIT_S` seconds to exit, and at most `process_exit.HARD_S` more.
+LEAVING_S = 1.0 + CLOSING_S + MARGIN_S
+
+
+class Worker:
+    """The parts of one worker process; `run` blocks until `stop` or an error. Use once.
+
+    ``must_end_in(seconds)`` bounds a stop that is under way. ``has_ended(code)``: the worker has released all it had,
+    and `run` returns ``code`` once the event loop is closed. Raises `ConfigError` if the options do not fit the app.
+    """
+
+    def __init__(
+        self,
+        registry: Registry,
+        settings: Settings,
+        options: WorkerOptions | None = None,
+        *,
+        must_end_in: Callable[[float], None] = lambda seconds: None,
+        has_ended: Callable[[int], None] = lambda code: None,
+    ) -> None:
+        if fork_server.IMPORTING:
+            raise ConfigError(
+                "a worker is created while its app is imported for child processes: create it under "
+                "`if __name__ == '__main__':`"
+            )
+        greenlets.refuse("a worker")
+        self._must_end_in, self._has_ended = must_end_in, has_ended
+        settings = settings.acting_as("worker")
+        self.registry, self.settings, self.options = registry, settings, options or WorkerOptions()
+        registry.check()
+        names = self.options.queues
+        self.queues = [registry.check_queue(q) for q in (list(registry.queues) if names is None else names)]
+        if not self.queues or len(set(self.queues)) != len(self.queues):
+            raise ConfigError(f"queues={self.queues!r}: name at least one queue, and each once")
+        self.lanes = [lane for queue in self.queues for lane in registry.queues[queue].lanes]
+        self.source = source("worker")
+        self.identity = f"{socket.gethostname()}:{os.getpid()}"
+        self.started_at = time.monotonic()
+        self.error: JobledgerError | None = None
+        self.fetchers: list[Fetcher] = []
+        self._stopping = threading.Event()
+        self._hurry = False
+        self._changed: asyncio.Event | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self.dispatcher: Dispatcher | None = None
+        self.settler: Settler | None = None
+        self.takeover: Takeover | None = None
+        self.sender: Sender | None = None
+        self.control: ControlReader | None = None
+        self.children: Children | None = None
+        self.leases: Leases | None = None
+        self._lifecycle_partitions = 0
+        self.topics = TopicWatch(settings, registry.names, self._topics, LOG)
+        self.watch: LoopWatch | None = None
+        self._target = self._find_target()
+        self.ended = threading.Event()
+        self._threads = ThreadPoolExecutor(1, "jobledger-worker")
+
+    # -- from outside ---------------------------------------------------------------------------------------------
+
+    def stop(self, *, hurry: bool = False) -> None:
+        """Take no more jobs and end within the grace time; with ``hurry`` at once. Any thread."""
+        outage.stopping()
+        self._stopping.set()
+        self._hurry = self._hurry or hurry
+        self._signal_loop()
+
+    def fail(self, error: JobledgerError) -> None:
+        """End with an error and commit nothing more. Any thread; the first error counts."""
+        if self.error is None:
+            self.error = error
+            LOG.critical("the worker stops: %s", error)
+        if self.settler is not None:
+            self.settler.broken = True
+        self.stop(hurry=True)
+
+    def _signal_loop(self) -> None:
+        loop, changed = self._loop, self._changed
+        if loop is not None and changed is not None:
+            with contextlib.suppress(RuntimeError):  # the loop is closed already
+                loop.call_soon_threadsafe(changed.set)
+
+    def run(self) -> int:
+        """Work until stopped. Returns 0; 1 if something broke (`error` says what), 77 if that is `AccessDenied`.
+
+        Raises `ConfigError`, `TopicMissing`, `AccessDenied` or `BrokerUnavailable` if the worker cannot start, and
+        `JobledgerError` if a job stops the event loop.
+        """
+        sender: Sender | None = None
+        try:
+            self._patiently(lambda: knock(self.settings))
+            sender = self.sender = Sender(self.settings, self.registry.names, self.options.linger_ms)
+            self._check_topics(sender)
+            with _new_runner() as runner:
+                try:
+                    runner.run(self._main(sender))
+                except BaseException as exc:
+                    error = JobledgerError(
+                        f"the worker's event loop was ended from within ({type_of(exc)}: {text_of(exc)}): a job stopped it, "
+                        "or raised SystemExit in a task of its own. What ran is run again elsewhere"
+                    )
+                    self._give_up_running(error, sender)
+                    if not is_a(exc, (SystemExit, RuntimeError)):
+                        raise
+                    raise error from exc
+                finally:
+                    if self.watch is not None:
+                        self.watch.close()
+                    # Python now waits for the loop's default threads, which jobs may still use.
+                    self._has_ended(self._exit_code())
+        finally:
+            self.ended.set()
+            self._threads.shutdown(wait=False)
+            if sender is not None:
+                sender.close()
+        return self._exit_code()
+
+    def _exit_code(self) -> int:
+        if self.error is None:
+            return EXIT_OK
+        return EXIT_DENIED if isinstance(self.error, AccessDenied) else EXIT_BROKEN
+
+    def _give_up_running(self, error: JobledgerError, sender: Sender) -> None:
+        """Abandon the running jobs, after the event loop stopped unexpectedly and cancelled them.
+
+        No outcome is recorded, so the next owner reruns them. The worker's threads and child processes are ended here:
+        otherwise this process would keep its partitions for as long as it lives.
+        """
+        self._loop = None
+        dispatcher = self.dispatcher
+        if dispatcher is not None:
+            dispatcher.starter.accepting = False
+            for work in list(dispatcher.running):
+                work.abandoned = True
+        self.fail(error)
+        self._close_readers()
+        if self.children is not None:
+            self.children.abandon()
+        if self.settler is not None:
+            self._close_rest(self.settler, sender)
+        if dispatcher is not None:
+            dispatcher.executor.close()
+            dispatcher.close()
+
+    def _close_readers(self) -> None:
+        self.topics.close()
+        for each in (self.takeover, self.control):
+            if each is not None:
+                each.close()
+
+    # -- start ----------------------------------------------------------------------------------------------------
+
+    def _topics(self) -> list[str]:
+        names = self.registry.names
+        others = (names.lifecycle, names.coordination, names.dead_letter, names.schemas, names.control)
+        return [*others, *map(names.jobs, self.lanes)]
+
+    def _check_topics(self, sender: Sender) -> None:
+        names = self.registry.names
+        self._patiently(lambda: acls.check(self.settings, names.namespace, self._topics()))
+        lifecycle = self._patiently(lambda: partitions_of(self.settings, names.lifecycle))
+        for topic in (names.coordination, names.dead_letter, names.schemas, names.control):
+            self._patiently(partial(partitions_of, self.settings, topic))
+        for lane in self.lanes:
+            topic = names.jobs(lane)
+            count = self._patiently(partial(partitions_of, self.settings, topic))
+            if count > lifecycle:
+                raise ConfigError(lifecycle_too_small(topic, count, names.lifecycle, lifecycle))
+        self._lifecycle_partitions = lifecycle
+
+        # Publish the schema, acknowledged, before any record is written with it.
+        tasks = self.registry.tasks
+        followers = [tasks[t.fallback] for t in tasks.values() if t.fallback is not None]
+        fallbacks = {lane_of(task.queue, task.policy.priority) for task in followers}
+        written = [names.lifecycle, names.coordination, names.dead_letter, *map(names.jobs, sorted(fallbacks))]
+        self._patiently(lambda: sender.prepare(written))
+
+    def _patiently(self, ask: Callable[[], Any]) -> Any:
+        """Return what ``ask()`` returns. While the broker is away, retry until ``start_timeout`` seconds after the
+        worker's creation, then raise `BrokerUnavailable`."""
+        deadline = self.started_at + self.options.start_timeout
+        while True:
+            try:
+                return ask()
+            except BrokerUnavailable as exc:
+                if time.monotonic() >= deadline or self._stopping.is_set():
+                    raise
+                LOG.warning("waiting: %s", exc)
+                self._stopping.wait(0.5)
+
+    async def _main(self, sender: Sender) -> None:
+        loop = self._loop = asyncio.get_running_loop()
+        loop.set_exception_handler(loop_error)
+        self._changed = asyncio.Event()
+        options, registry, settings = self.options, self.registry, self.settings
+        names = registry.names
+        arrived = Arrived()
+        facts = Facts(registry, self.source, settings.max_record_bytes)
+        decode = decoder(settings, names)
+        dispatcher = self.dispatcher = Dispatcher(
+            registry,
+            facts,
+            sender,
+            decode,
+            arrived,
+            queues=self.queues,
+            concurrency=options.concurrency,
+            threads=options.job_threads,
+            children=options.job_children,
+            waiting_limit=max(64, options.prefetched // 2),
+            lookahead=options.lookahead,
+            lookahead_bytes=options.lookahead_bytes,
+            unknown_task_backoff=options.unknown_task,
+            broker_ms=lambda: settler.clock.ms(),
+            drain=lambda: settler.drain(),
+            hurry=lambda: settler.hurry(),
+            fail=self.fail,
+        )
+        executor = Executor(
+            facts,
+            sender,
+            names.lifecycle,
+            self.source,
+            settings.max_record_bytes,
+            ended=dispatcher.ended_here,
+            ended_in_thread=dispatcher.ended_in_thread,
+            fail=self.fail,
+            settle=lambda: dispatcher.call(settler.drain),
+        )
+        children = self.children = self._children()
+        places = Places(
+            executor,
+            dispatcher.threads,
+            dispatcher.processes,
+            children,
+            begin_again=dispatcher.starter.begin_again,
+            done=dispatcher.ended_in_child,
+            ours=dispatcher.starter.ours,
+            certain=dispatcher.starter.certain,
+            call=dispatcher.call,
+        )
+        executor.stop_child, executor.may_begin = places.stop, places.may_begin
+        leases = self.leases = Leases(
+            facts,
+            sender,
+            names,
+            begin=dispatcher.starter.leased,
+            close_with=executor.close_with,
+            give_up=places.give_up,
+            ended=dispatcher.ended_in_child,
+            too_large=executor.refused_as_too_large,
+            call=dispatcher.call,
+            fail=self.fail,
+        )
+        executor.close_lease = leases.close
+        dispatcher.wire(executor, places, leases)
+        settler = self.settler = Settler(
+            settings,
+            sender,
+            arrived,
+            fail=self.fail,
+            too_large=executor.refused_as_too_large,
+            each_tick=dispatcher.tick,
+            acknowledged=dispatcher.acknowledged,
+        )
+        takeover = self.takeover = Takeover(
+            settings,
+            names,
+            settler,
+            decode,
+            known_places=self._lifecycle_partitions,
+            ready=dispatcher.ready,
+            fail=self.fail,
+        )
+        self.fetchers = [
+            Fetcher(
+                settings,
+                names,
+                lane,
+                settler=settler,
+                prefetch=options.prefetched,
+                lease=options.lease,
+                assigned=takeover.take_over,
+                ended=dispatcher.ended,
+                wake=dispatcher.wake,
+                fail=self.fail,
+            )
+            for lane in self.lanes
+        ]
+        dispatcher.fetchers = self.fetchers
+        starter = dispatcher.starter
+        self.watch = LoopWatch(executor, dispatcher.running, lambda: starter.started)
+        self.watch.begin()
+        if any(not plan.is_async and plan.task.policy.isolation is None for plan in dispatcher.plans.values()):
+            executor.start_threads(options.job_threads)
+        try:
+            await registry.resources.open(self._wanted())
+        except ResourceFailed as exc:
+            self.fail(exc)
+            await registry.resources.close()
+            return
+        teller = Teller(registry, loop, context_of)
+        if teller.needed:
+            executor.teller = teller
+            teller.start()
+        dispatcher.start(loop)
+        if children is not None and self._isolated():
+            children.warm()
+        control = self.control = ControlReader(
+            settings,
+            names,
+            dispatcher.control,
+            cancelled=lambda *order: dispatcher.call(dispatcher.cancelled, *order),
+            regated=lambda: dispatcher.call(dispatcher.regate),
+            fail=self.fail,
+        )
+        control.start()
+        await self._beside(control.await_live)
+        self.topics.start()
+        takeover.start()
+        settler.start()
+        for fetcher in self.fetchers:
+            fetcher.start()
+        LOG.info(
+            "worker %s serves %s of %s: %d tasks, %d at once, %d threads",
+            self.identity,
+            ", ".join(self.queues),
+            names.namespace,
+            len(dispatcher.plans),
+            options.concurrency,
+            options.job_threads,
+        )
+        if self._stopping.is_set():
+            self._changed.set()
+        await self._changed.wait()
+        await self._close(dispatcher, executor, settler, sender)
+
+    # -- end ------------------------------------------------------------------------------------------------------
+
+    async def _close(self, dispatcher: Dispatcher, executor: Executor, settler: Settler, sender: Sender) -> None:
+        began = time.monotonic()
+        self._must_end_in(self.options.grace + LEAVING_S)
+        LOG.info(
+            "worker %s stops; %d jobs run, and have %g s", self.identity, len(dispatcher.running), self.options.grace
+        )
+        dispatcher.take_no_more()
+        for fetcher in self.fetchers:
+            fetcher.drain()
+        self._close_readers()
+        await self._wait_idle(dispatcher, began + (0.0 if self.error is not None else self.options.grace))
+        left = list(dispatcher.running)
+        if left:
+            LOG.warning("%d jobs did not end within the grace time; they are run again elsewhere", len(left))
+            for work in left:
+                work.abandoned = True
+                dispatcher.places.give_up(work)
+            await self._wait_idle(dispatcher, time.monotonic() + 1.0, ignore_hurry=True)
+        if self.children is not None:
+            await self.children.close()
+        if self.leases is not None and self.error is None:
+            self.leases.close_all()
+        await self._close_hooks(executor, began)
+        self._must_end_in(CLOSING_S + MARGIN_S)
+        await self._beside(self._close_rest, settler, sender)
+        executor.close()
+        dispatcher.close()
+        LOG.info("worker %s ended after %.1f s", self.identity, time.monotonic() - began)
+
+    async def _beside(self, function: Callable[..., None], *args: Any) -> None:
+        """Run a blocking function in the worker's own thread: jobs may occupy all of the loop's default threads."""
+        await asyncio.get_running_loop().run_in_executor(self._threads, function, *args)
+
+    async def _close_hooks(self, executor: Executor, began: float) -> None:
+        """Let pending hooks be called, and close resources, in the rest of the grace time (at least 1 s for each)."""
+        left = 1.0 if self.error is not None else max(1.0, began + self.options.grace - time.monotonic())
+        if executor.teller is not None:
+            await self._beside(executor.teller.close, left)
+        try:
+            async with asyncio.timeout(left):
+                await self.registry.resources.close()
+        except TimeoutError:
+            LOG.warning("resources were not closed within %.0f s", left)
+
+    def _isolated(self) -> list[str]:
+        """Return the names of the tasks that this worker serves and that run in child processes."""
+        return [
+            t.name for t in self.registry.tasks.values() if t.queue in self.queues and t.policy.isolation is not None
+        ]
+
+    def _children(self) -> Children | None:
+        """Return the child processes, for isolated tasks and for jobs that may have crashed a worker; None if
+        the app cannot have any."""
+        if self._target is None:
+            return None
+        options, dispatcher = self.options, self.dispatcher
+        assert dispatcher is not None
+        return Children(
+            ChildSettings(options.job_children, SUSPECTS, options.jobs_per_child, self._target, self.settings),
+            take=lambda work: dispatcher.places.take(work),
+            said=lambda work, outcome: dispatcher.places.said(work, outcome),
+            died=lambda *died: dispatcher.call(dispatcher.places.died, *died),
+            ended=lambda work, why, error: dispatcher.places.ended(work, why, error),
+            unusable=self._no_children,
+        )
+
+    def _no_children(self, error: JobledgerError) -> None:
+        if self._isolated():
+            self.fail(error)
+        else:
+            LOG.warning("%s\nJobs that may have crashed a worker run in this process, beside other jobs", error)
+
+    def _find_target(self) -> str | None:
+        if os.name != "posix":
+            return None
+        try:
+            return find_target(self.registry)
+        except ConfigError as exc:
+            isolated = self._isolated()
+            if isolated:
+                raise ConfigError(f"isolation='process' of task {isolated[0]!r}: {exc}") from None
+            LOG.debug("%s", exc)
+            return None
+
+    def _wanted(self) -> list[Resource[Any]]:
+        """Return the resources that this worker's tasks use in this process; child processes open their own."""
+        tasks = [t for t in self.registry.tasks.values() if t.queue in self.queues and t.policy.isolation is None]
+        return list(dict.fromkeys(r for task in tasks for r in task.dependencies.values()))
+
+    async def _wait_idle(self, dispatcher: Dispatcher, until: float, *, ignore_hurry: bool = False) -> None:
+        while dispatcher.running and (ignore_hurry or not self._hurry):
+            left = until - time.monotonic()
+            if left <= 0:
+                return
+            dispatcher.idle.clear()
+            dispatcher.wake()
+            try:
+                await asyncio.wait_for(dispatcher.idle.wait(), min(left, 0.1))
+            except TimeoutError:
+                continue
+
+    def _close_rest(self, settler: Settler, sender: Sender) -> None:
+        """Flush, commit and leave the group. Runs in a thread, because each step waits."""
+        settler.close()
+        if self.error is None:
+            left = sender.flush(FLUSH_S)
+            settler.drain()
+            if not left and sender.unacknowledged:  # records that derive from closing facts acknowledged just now
+                left = sender.flush(FLUSH_S)
+                settler.drain()
+            if left:
+                self.fail(
+                    BrokerUnavailable(
+                        f"{left} records were not acknowledged within {FLUSH_S:g} s of the stop; their jobs are not "
+                        "committed, and another worker takes them up"
+                    )
+                )
+        for fetcher in self.fetchers:
+            fetcher.close(2.0 if self.error is None else 0.0)
+        deadline = time.monotonic() + (CLOSING_S if self.error is None else 2.0)
+        for fetcher in self.fetchers:
+            fetcher.join(timeout=max(0.1, deadline - time.monotonic()))
+
+    # -- health ---------------------------------------------------------------------------------------------------
+
+    @property
+    def stopping(self) -> bool:
+        """Whether the worker was told to stop, or stops because of an error."""
+        return self._stopping.is_set()
+
+    def health(self) -> dict[str, Any]:
+        """Return the worker's health: ``status`` is ok, starting, stopping or unhealthy, with ``reasons``."""
+        sender = None if self.ended.is_set() else self.sender
+        return health_of(
+            Parts(
+                self.identity,
+                self.started_at,
+                self.stopping,
+                [*([] if self.error is None else [str(self.error)]), *self.topics.problems],
+                self.fetchers,
+                None if self.settler is None else self.dispatcher,
+                self.children,
+                0 if sender is None else sender.unacknowledged,
+                0 if self.leases is None else self.leases.count,
+            )
+        )
+
+    def partitions(self) -> Iterator[Partition]:
+        """Yield every partition that is owned right now."""
+        for fetcher in self.fetchers:
+            yield from fetcher.owned()
+
+
+def _new_runner() -> asyncio.Runner:
+    if sys.platform == "win32":
+        return asyncio.Runner()
+    try:
+        import uvloop
+    except ImportError as exc:
+        raise missing("worker", exc) from exc
+    return asyncio.Runner(loop_factory=uvloop.new_event_loop)

@@ -1,0 +1,132 @@
+"""Acknowledgements that callers of the client wait for: of one record, and of many at once."""
+
+from __future__ import annotations
+
+import time
+from functools import partial
+
+from confluent_kafka import KafkaError, Message
+
+from jobledger.config import Settings
+from jobledger.errors import BrokerUnavailable, JobledgerError, PayloadTooLarge
+from jobledger.kafka.auth import write
+from jobledger.kafka.clients import Headers, position_of
+from jobledger.log.writer import LogWriter, Outgoing
+from jobledger.schemas.events import Position
+
+#: Maximum number of unacknowledged submissions of `submit_many`: bounds memory at any number of jobs.
+WINDOW = 20_000
+#: Jobs between two checks of the acknowledgements in `submit_many`.
+CHUNK = 500
+#: How many failed requests of `submit_many` an error lists.
+NAMED = 10
+
+
+class Ack:
+    """The acknowledgement of one record with these headers."""
+
+    __slots__ = ("_error", "_headers", "_position", "_writer", "event")
+
+    def __init__(self, writer: LogWriter, headers: Headers | None) -> None:
+        self.event = writer.event()
+        self._writer, self._headers = writer, headers
+        self._error: KafkaError | None = None
+        self._position: Position | None = None
+
+    def __call__(self, error: KafkaError | None, message: Message, *, alone: bool = False) -> None:
+        if error is not None and self._writer.resend(error, message, self._headers, self, alone):
+            return
+        self._error, self._position = error, position_of(message)
+        self.event.set()
+
+    def position(self, what: str, topic: str) -> Position:
+        """The record's position; raises the error if the record was not delivered."""
+        if self._error is not None or self._position is None:
+            raise self._writer.failed(self._error or KafkaError(KafkaError._FAIL), what, write(topic))
+        return self._position
+
+
+class Many:
+    """The acknowledgements of one `submit_many` or `emit_many`, with a limit on how many are outstanding.
+
+    The caller's own thread serves the callbacks, between records: a second thread would compete for the interpreter.
+    """
+
+    def __init__(self, settings: Settings, writer: LogWriter, what: str) -> None:
+        self._settings, self._writer, self._what = settings, writer, what
+        self._added: list[tuple[str, str]] = []
+        self._places: dict[int, tuple[int, int]] = {}
+        self._settled = 0
+        #: Errors by index in the order of `add`.
+        self._failed: dict[int, KafkaError | PayloadTooLarge] = {}
+
+    def _delivered(
+        self,
+        index: int,
+        error: KafkaError | None,
+        message: Message,
+        *,
+        headers: Headers | None = None,
+        alone: bool = False,
+    ) -> None:
+        if error is None:
+            self._places[index] = (message.partition() or 0, message.offset() or 0)
+        elif self._writer.resend(error, message, headers, partial(self._delivered, index, headers=headers), alone):
+            return
+        else:
+            self._failed[index] = error
+        self._settled += 1
+
+    def add(self, identity: str, record: Outgoing) -> None:
+        """Send one more record; waits while `WINDOW` are outstanding. A record that is too large fails alone."""
+        index = len(self._added)
+        if not index % CHUNK:
+            self._writer.poll(0)
+            if index - self._settled >= WINDOW:
+                self._await(WINDOW - CHUNK)
+        delivered = partial(self._delivered, index)
+        if record.headers is not None:
+            delivered = partial(delivered, headers=record.headers)
+        try:
+            self._writer.post(record, delivered)
+        except PayloadTooLarge as exc:
+            self._failed[index] = exc
+            self._settled += 1
+        self._added.append((identity, record.topic))
+
+    def _await(self, outstanding: int) -> None:
+        """Serve callbacks until at most ``outstanding`` acknowledgements are missing. The time limit starts again with
+        each acknowledgement."""
+        patience = self._settings.submit_timeout + 5.0
+        settled, since = self._settled, time.monotonic()
+        while len(self._added) - self._settled > outstanding:
+            self._writer.poll(0.05)
+            if self._settled != settled:
+                settled, since = self._settled, time.monotonic()
+            elif time.monotonic() - since > patience:
+                missing = len(self._added) - self._settled
+                raise BrokerUnavailable(f"{missing} of {len(self._added)} {self._what} were not acknowledged in time")
+
+    def finish(self) -> list[tuple[str, Position]]:
+        """The ids and positions in order. Raises the first error."""
+        self._await(0)
+        if self._failed:
+            raise self._error()
+        places = self._places
+        return [(identity, Position(topic, *places[index])) for index, (identity, topic) in enumerate(self._added)]
+
+    def _error(self) -> JobledgerError:
+        failed = tuple(sorted(self._failed))
+        named = ", ".join(f"{index} ({self._added[index][0]})" for index in failed[:NAMED])
+        more = f" and {len(failed) - NAMED} more" if len(failed) > NAMED else ""
+        what = (
+            f"{len(self._places)} of {len(self._added)} {self._what} were accepted; not accepted, counted from 0: "
+            f"{named}{more}"
+        )
+        first, topic = self._failed[failed[0]], self._added[failed[0]][1]
+        if isinstance(first, PayloadTooLarge):
+            error: JobledgerError = PayloadTooLarge(f"{what}: {first}")
+        else:
+            error = self._writer.failed(first, what, write(topic))
+        error.failed = failed
+        return error

@@ -1,0 +1,200 @@
+"""Control commands for jobs, queues and tasks: cancel, pause, resume, limit. Each command is a fact with its author and
+reason.
+
+Commands are on the compacted control topic, which workers read before they start anything, and follow afterwards. So a
+command also applies to workers that were down when it was given, until another command replaces it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import getpass
+import socket
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import uuid_utils
+
+from jobledger.config import Settings
+from jobledger.definitions.policy import Limits
+from jobledger.errors import ConfigError, JobledgerError
+from jobledger.kafka.topic_names import ID_MOST, Names, check_text
+from jobledger.log.reading import LogReader
+from jobledger.log.schema_lookup import decoder
+from jobledger.log.writer import LogWriter, Outgoing
+from jobledger.process.identity import now_us, source
+from jobledger.schemas import codec
+from jobledger.schemas.events import (
+    CLOSING,
+    CancelRequested,
+    JobEvent,
+    QueueLimited,
+    QueuePaused,
+    QueueResumed,
+    Recorded,
+)
+
+Kind = Literal["queue", "task"]
+#: Maximum characters of a reason, and of the name of a command's author.
+REASON_MOST, BY_MOST = 1_000, 200
+#: Maximum number of cancels that are sent before their acknowledgements are awaited.
+AT_ONCE = 5_000
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """The job to cancel. ``home``: the key of its coordination records; None: its id."""
+
+    job_id: str
+    run: int = 1
+    task: str = ""
+    queue: str = ""
+    home: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """The commands in force on one queue or task. ``paused``: author and reason; None: not paused."""
+
+    kind: Kind
+    name: str
+    paused: str | None = None
+    limits: Limits | None = None
+    limited: str | None = None
+
+
+def who() -> str:
+    """The user at this machine, as far as known: ``user@host``."""
+    user = "unknown"
+    with contextlib.suppress(OSError, KeyError, ImportError):  # a container may run under a number without a name
+        user = getpass.getuser()
+    return f"{user}@{socket.gethostname()}".encode("utf-8", "replace").decode("utf-8")
+
+
+def cancel_key(job_id: str, run: int) -> str:
+    """The key of a cancel on the control topic."""
+    return f"cancel:{job_id}:{run}"
+
+
+def is_copy(found: Recorded, names: Names) -> bool:
+    """Whether a reader of all topics skips a record, because another record counts.
+
+    A cancel is on the control topic and on the coordination topic: the latter counts. The worker of a leased job reports
+    its outcome on the coordination topic, also after its lease: the outcome counts when the coordinator has written it to
+    lifecycle.
+    """
+    topic, fact = found.position.topic, found.event.fact
+    if isinstance(fact, CLOSING):
+        return topic == names.coordination
+    return isinstance(fact, CancelRequested) and topic == names.control
+
+
+class Orders:
+    """Sends control commands in one namespace. ``writer``: opened at the first command."""
+
+    def __init__(self, settings: Settings, names: Names, writer: Callable[[], LogWriter]) -> None:
+        self._settings, self._names, self._writer = settings, names, writer
+
+    def cancel(self, jobs: Sequence[Job], reason: str | None = None, by: str | None = None) -> None:
+        """Request that these jobs be cancelled; returns once the log has acknowledged all requests.
+
+        A waiting job is not started, a running job is told to stop, a job that has ended is not changed. Raises
+        `ConfigError`, `TopicMissing`, `AccessDenied` or `BrokerUnavailable`; some jobs may have been cancelled then.
+        """
+        for records in self.cancels(jobs, reason, by):
+            self._writer().send(records)
+
+    def cancels(
+        self, jobs: Sequence[Job], reason: str | None = None, by: str | None = None
+    ) -> Iterator[list[Outgoing]]:
+        """The records of `cancel`, in batches that are each sent at once. Raises `ConfigError`."""
+        fact = CancelRequested(check_text("by", by or who(), BY_MOST), _reason(reason))
+        for job in jobs:
+            check_text("job id", job.job_id, ID_MOST)
+            if isinstance(job.run, bool) or not isinstance(job.run, int) or not 0 < job.run < 1 << 31:
+                raise ConfigError(f"job {job.job_id}: run={job.run!r} is not a whole number from 1 up")
+        for start in range(0, len(jobs), AT_ONCE):
+            records: list[Outgoing] = []
+            for job in jobs[start : start + AT_ONCE]:
+                value = codec.encode(self._event(fact, job.job_id, job.run, job.task, job.queue, job.home))
+                # For workers, and for the coordinator that may hold it back until a time.
+                records.append(Outgoing(self._names.control, value, cancel_key(job.job_id, job.run)))
+                records.append(Outgoing(self._names.coordination, value, job.home or job.job_id))
+            yield records
+
+    def pause(self, kind: Kind, name: str, reason: str | None = None, by: str | None = None) -> None:
+        """Start no more jobs of a queue or task; running jobs continue. Raises as `cancel` does."""
+        self._order(
+            f"pause:{kind}:{name}", kind, name, QueuePaused(check_text("by", by or who(), BY_MOST), _reason(reason))
+        )
+
+    def resume(self, kind: Kind, name: str, reason: str | None = None, by: str | None = None) -> None:
+        """End a pause. Raises as `cancel` does."""
+        self._order(
+            f"pause:{kind}:{name}", kind, name, QueueResumed(check_text("by", by or who(), BY_MOST), _reason(reason))
+        )
+
+    def limit(
+        self, kind: Kind, name: str, limits: Limits | None, reason: str | None = None, by: str | None = None
+    ) -> None:
+        """Set limits in place of those in the code, for all workers together; None: those in the code apply again.
+        Raises as `cancel` does."""
+        wanted = limits or Limits()
+        fact = QueueLimited(wanted.rate, wanted.concurrency, check_text("by", by or who(), BY_MOST), _reason(reason))
+        self._order(f"limit:{kind}:{name}", kind, name, fact)
+
+    def _order(self, key: str, kind: Kind, name: str, fact: QueuePaused | QueueResumed | QueueLimited) -> None:
+        task, queue = (name, "") if kind == "task" else ("", name)
+        event = self._event(fact, "", 0, task, queue, None)
+        self._writer().send([Outgoing(self._names.control, codec.encode(event), key)])
+
+    def _event(
+        self,
+        fact: CancelRequested | QueuePaused | QueueResumed | QueueLimited,
+        job_id: str,
+        run: int,
+        task: str,
+        queue: str,
+        home: str | None,
+    ) -> JobEvent:
+        return JobEvent(
+            str(uuid_utils.uuid7()), job_id, run, 0, 0, now_us(), task, queue, None, home, source("client"), None, fact
+        )
+
+    def standing(self) -> list[Standing]:
+        """The pauses and limits in force, by kind and name. Raises `BrokerUnavailable` or `TopicMissing`."""
+        decode = decoder(self._settings, self._names).decode
+        found: dict[tuple[str, str], Standing] = {}
+        with LogReader(self._settings) as log:
+            for message in log.read(self._names.control, 0, 0):
+                value = message.value()
+                try:
+                    event = decode(value if isinstance(value, bytes) else None)
+                except JobledgerError:
+                    continue  # a tombstone, or nothing of ours
+                kind: Kind = "queue" if event.queue else "task"
+                name = event.queue or event.task
+                known = found.get((kind, name), Standing(kind, name))
+                paused, limits, limited = known.paused, known.limits, known.limited
+                match event.fact:
+                    case QueuePaused(by=by, reason=why):
+                        paused = said(by, why)
+                    case QueueResumed():
+                        paused = None
+                    case QueueLimited(rate=rate, concurrency=concurrency, by=by, reason=why):
+                        limits = Limits(rate, concurrency) or None
+                        limited = said(by, why) if limits else None
+                    case _:
+                        continue
+                found[kind, name] = Standing(kind, name, paused, limits, limited)
+        return [found[place] for place in sorted(found) if found[place].paused or found[place].limits]
+
+
+def said(by: str, reason: str | None) -> str:
+    """Author and reason as one text."""
+    return f"by {by}" + (f": {reason}" if reason else "")
+
+
+def _reason(reason: str | None) -> str | None:
+    return None if reason is None else check_text("reason", reason, REASON_MOST)

@@ -1,0 +1,155 @@
+"""What submitting a job and emitting an event return."""
+
+from __future__ import annotations
+
+import asyncio
+import warnings
+from typing import Any, Generic, Protocol, TypeVar
+
+from jobledger.definitions.context import maybe_current_job
+from jobledger.definitions.durations import Seconds
+from jobledger.errors import JobCancelled, JobExpired, JobFailed, ResultInsideJob, StatusTimeout
+from jobledger.job import JobStatus, State
+from jobledger.schemas.events import Position
+
+R_co = TypeVar("R_co", covariant=True)
+
+
+class Waiter(Protocol):
+    """What a handle asks of a client; see there."""
+
+    def status(self, job_id: str, *, at_least: Position | None = None, timeout: Seconds = ...) -> JobStatus: ...
+
+    async def status_async(
+        self, job_id: str, *, at_least: Position | None = None, timeout: Seconds = ...
+    ) -> JobStatus: ...
+
+    def wait(self, job_id: str, *, at_least: Position | None = None, timeout: Seconds | None = None) -> JobStatus: ...
+
+    async def wait_async(
+        self, job_id: str, *, at_least: Position | None = None, timeout: Seconds | None = None
+    ) -> JobStatus: ...
+
+    def cancel(self, job_id: str, reason: str | None = None) -> None: ...
+
+    async def cancel_async(self, job_id: str, reason: str | None = None) -> None: ...
+
+
+class Decodes(Protocol[R_co]):
+    """What a handle asks of a task."""
+
+    def decode_result(self, value: Any, job_id: str) -> R_co: ...
+
+
+class JobHandle(Generic[R_co]):
+    """A job whose submission the log has acknowledged. ``job_id``: its id; ``position``: the submission's place in the
+    log."""
+
+    __slots__ = ("_client", "_task", "job_id", "position")
+
+    def __init__(self, client: Waiter, task: Decodes[R_co], job_id: str, position: Position) -> None:
+        self._client, self._task, self.job_id, self.position = client, task, job_id, position
+
+    def __repr__(self) -> str:
+        return f"<job {self.job_id} at {self.position}>"
+
+    def status(self, timeout: Seconds = 10.0) -> JobStatus:
+        """The job's status in the status table, at least as new as the submission. Raises `StatusTimeout` if the table
+        has not read the submission within ``timeout`` seconds."""
+        warn_on_loop("handle.status()", "handle.status_async()")
+        return self._client.status(self.job_id, at_least=self.position, timeout=timeout)
+
+    async def status_async(self, timeout: Seconds = 10.0) -> JobStatus:
+        """`status` for asyncio."""
+        return await self._client.status_async(self.job_id, at_least=self.position, timeout=timeout)
+
+    def wait(self, timeout: Seconds | None = None) -> JobStatus:
+        """Wait until the job has ended, whatever its outcome; returns its final status.
+
+        Raises `StatusTimeout` after ``timeout`` seconds (None: wait forever), and `ResultInsideJob` inside a job. On a
+        thread that runs an event loop, this blocks the loop and warns: use `wait_async` there.
+        """
+        refuse_inside_job(self.job_id)
+        warn_on_loop("handle.wait()", "handle.wait_async()")
+        return self._client.wait(self.job_id, at_least=self.position, timeout=timeout)
+
+    async def wait_async(self, timeout: Seconds | None = None) -> JobStatus:
+        """`wait` for asyncio; many callers may wait at the same time. Cancelling the wait does not cancel the job."""
+        return await self._client.wait_async(self.job_id, at_least=self.position, timeout=timeout)
+
+    def cancel(self, reason: str | None = None) -> None:
+        """Request that the job be cancelled: a waiting job is not started, a running job is told to stop; see
+        `App.cancel`."""
+        self._client.cancel(self.job_id, reason)
+
+    async def cancel_async(self, reason: str | None = None) -> None:
+        """`cancel` for asyncio."""
+        await self._client.cancel_async(self.job_id, reason)
+
+    def result(self, timeout: Seconds | None = None) -> R_co:
+        """Wait until the job has ended and return its result, converted to the task's return annotation; plain JSON if
+        there is none.
+
+        Raises `JobFailed` (with the error's type, message and traceback), `JobCancelled`, `JobExpired`,
+        `ResultMismatch`, `StatusTimeout` or `ResultInsideJob`. On a thread that runs an event loop, this blocks the
+        loop and warns: use `result_async` there.
+        """
+        refuse_inside_job(self.job_id)
+        warn_on_loop("handle.result()", "handle.result_async()")
+        return self._result(self._client.wait(self.job_id, at_least=self.position, timeout=timeout))
+
+    async def result_async(self, timeout: Seconds | None = None) -> R_co:
+        """`result` for asyncio; many callers may wait at the same time. Cancelling the wait does not cancel the job."""
+        return self._result(await self.wait_async(timeout))
+
+    def _result(self, status: JobStatus) -> R_co:
+        return self._task.decode_result(result_of(status), self.job_id)
+
+
+class EventHandle:
+    """An event that the log has acknowledged. ``event_id``: its id; ``position``: its place in the log."""
+
+    __slots__ = ("event_id", "position")
+
+    def __init__(self, event_id: str, position: Position) -> None:
+        self.event_id, self.position = event_id, position
+
+    def __repr__(self) -> str:
+        return f"<event {self.event_id} at {self.position}>"
+
+
+def result_of(status: JobStatus) -> Any:
+    """The result of a job that has ended, as plain JSON. Raises the error of a job that has not succeeded."""
+    if status.state is State.SUCCEEDED:
+        return status.result
+    if status.state is State.CANCELLED:
+        raise JobCancelled(f"job {status.job_id} was cancelled: {status.reason or 'no reason given'}")
+    if status.state is State.EXPIRED:
+        raise JobExpired(f"job {status.job_id} expired before it could start")
+    if status.state is State.FAILED:
+        error = status.error
+        if error is None:
+            raise JobFailed(status.job_id, "Unknown", status.reason or "no error was recorded")
+        raise JobFailed(status.job_id, error.type, error.message, error.traceback)
+    raise StatusTimeout(f"job {status.job_id} has not ended: it is {status.state.value}")
+
+
+def refuse_inside_job(job_id: str) -> None:
+    if maybe_current_job() is not None:
+        raise ResultInsideJob(
+            f"waiting for job {job_id} inside a job is refused: if every slot waited, none would be free to run the job. "
+            "Submit the next step at the end of this job instead"
+        )
+
+
+def warn_on_loop(called: str, instead: str) -> None:
+    """Warn the caller's caller if it is about to block the event loop that its thread runs."""
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return
+    warnings.warn(
+        f"{called} blocks the event loop that runs in this thread until there is an answer: use `await {instead}`",
+        RuntimeWarning,
+        stacklevel=3,
+    )

@@ -1,0 +1,41 @@
+"""Adds the current job to log lines: to every line that code writes while a job runs, whichever logger it uses.
+
+Add `JobFilter` to a handler of ``logging``, and `add_job` to the processors of ``structlog``. The ``jobledger``
+commands do both if the app has not set up logging. Arguments, results and tags are never added: they may be secret.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import MutableMapping
+from typing import Any
+
+from jobledger.definitions.context import maybe_current_job
+
+#: The fields of a job that are added.
+FIELDS = ("job_id", "task", "queue", "run", "attempt")
+
+
+def job_fields() -> dict[str, Any]:
+    """`FIELDS` of the job that this code runs in; empty outside a job."""
+    job = maybe_current_job()
+    return {} if job is None else {name: getattr(job, name) for name in FIELDS}
+
+
+class JobFilter(logging.Filter):
+    """Adds the current job's fields to each record, as ``extra`` would; fields that the record already has are kept.
+    Lets every record pass."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Add the fields. Runs in the thread and context of the logging call."""
+        for name, value in job_fields().items():
+            if not hasattr(record, name):
+                setattr(record, name, value)
+        return True
+
+
+def add_job(logger: Any, method: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
+    """Add the current job's fields: a processor for structlog."""
+    for name, value in job_fields().items():
+        event.setdefault(name, value)
+    return event

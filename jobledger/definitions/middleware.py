@@ -1,0 +1,280 @@
+"""Hooks, resources and spans around a task's code, composed into one function for each task.
+
+A worker calls `runner`'s result instead of the task, in its own process or in a child's. If the task has no hooks,
+resources or spans, this is the task's function itself. The hooks `retry` and `failure` run after an attempt's outcome
+is decided; the worker calls them: see `jobledger.consumers.running.hook_runner`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from jobledger.definitions import tracing
+from jobledger.definitions.context import JobContext, current_job
+from jobledger.definitions.functions import check_plain, settled
+from jobledger.errors import ConfigError
+from jobledger.process.logger import get_logger
+
+if TYPE_CHECKING:
+    from jobledger.definitions.task import Task
+
+LOG = get_logger("jobledger.worker")
+
+#: The tasks a hook applies to: a function that takes a task and decides, or tasks or their names. None: all tasks.
+Which = Callable[["Task[Any, Any]"], bool] | Iterable["Task[Any, Any] | str"] | None
+#: The function that runs a job's code: (job, keyword arguments) → result, or an awaitable of it.
+Inner = Callable[[JobContext, dict[str, Any]], Any]
+Around = Callable[[JobContext], Iterator[None]] | Callable[[JobContext], AsyncIterator[None]]
+
+#: Exceptions that count as the hook's own. Those of a timeout or a cancellation belong to the job.
+OWN = (Exception, SystemExit, KeyboardInterrupt, GeneratorExit)
+
+NAMES = ("before", "after", "retry", "failure", "around")
+
+
+class Hook:
+    """One registered hook: its name (one of `NAMES`), its function, and the tasks it applies to."""
+
+    __slots__ = ("fn", "given", "is_async", "name", "said", "which")
+
+    def __init__(self, name: str, fn: Callable[..., Any], said: str, which: Which) -> None:
+        self.name, self.fn, self.said = name, fn, said
+        raw = inspect.unwrap(fn)
+        self.is_async = inspect.iscoroutinefunction(raw) or inspect.isasyncgenfunction(raw)
+        if name == "around" and raw is fn:
+            if not (inspect.isgeneratorfunction(fn) or inspect.isasyncgenfunction(fn)):
+                raise ConfigError(
+                    f"{said} is not a generator: write a function that yields once, at the point where the task is to run"
+                )
+            self.fn = contextlib.asynccontextmanager(fn) if self.is_async else contextlib.contextmanager(fn)
+        elif name != "around" and (inspect.isgeneratorfunction(fn) or inspect.isasyncgenfunction(fn)):
+            raise ConfigError(f"{said} is a generator: calling it would run none of its code; only `around` yields")
+        self.which: Callable[[Task[Any, Any]], bool] | frozenset[str] | None
+        if callable(which):
+            check_plain(which, f"{said}: tasks=…")
+        #: Tasks that were given as `Task` objects, not by name.
+        self.given: tuple[Task[Any, Any], ...] = ()
+        if which is None or callable(which):
+            self.which = which
+        else:
+            which = list(which)
+            self.given = tuple(each for each in which if not isinstance(each, str))
+            self.which = frozenset(each if isinstance(each, str) else each.name for each in which)
+
+    def meant(self, task: Task[Any, Any]) -> bool:
+        """Whether the hook applies to this task."""
+        if self.which is None:
+            return True
+        return task.name in self.which if isinstance(self.which, frozenset) else self.which(task)
+
+
+class Hooks:
+    """The hooks of an app, the outermost first."""
+
+    def __init__(self) -> None:
+        self.all: list[Hook] = []
+
+    def add(self, middleware: object, which: Which = None) -> None:
+        """Register an object, or an instance of a class. Raises `ConfigError` if it has no hook."""
+        made = middleware() if inspect.isclass(middleware) else middleware
+        kind = type(made).__qualname__
+        found = [(n, fn) for n in NAMES if callable(fn := getattr(made, n, None))]
+        if not found:
+            raise ConfigError(f"middleware {kind} has none of {', '.join(NAMES)}")
+        # A method's __wrapped__ or generator nature is its function's.
+        self.all += [Hook(name, fn, f"{kind}.{name}", which) for name, fn in found]
+
+    def add_around(self, fn: Callable[..., Any], which: Which = None) -> None:
+        """Register a generator function that takes the job. Raises `ConfigError`."""
+        self.all.append(Hook("around", fn, f"around {getattr(fn, '__qualname__', fn)!s}", which))
+
+    def of(self, task: Task[Any, Any]) -> list[Hook]:
+        """The hooks that apply to a task. Raises `ConfigError` if one of them cannot run where the task's code runs."""
+        for hook in self.all:
+            if foreign := [each for each in hook.given if each.registry is not task.registry]:
+                raise ConfigError(
+                    f"{hook.said}: tasks=… names {foreign[0]!r} of app {foreign[0].registry.names.namespace!r}; it can "
+                    f"only apply to tasks of this app, {task.registry.names.namespace!r}"
+                )
+        found = [hook for hook in self.all if hook.meant(task)]
+        for hook in found:
+            if hook.is_async and not task.is_async and hook.name in ("before", "after", "around"):
+                raise ConfigError(
+                    f"{hook.said} is async, and task {task.name!r} is a plain function, which runs without an event "
+                    "loop: write a plain hook, or exclude the task with tasks=lambda task: task.is_async"
+                )
+        return found
+
+
+def runner(task: Task[Any, Any], hooks: Hooks) -> Callable[..., Any]:
+    """The function to call with a job's arguments while `current_job` is that job; a coroutine function for ``async``
+    tasks.
+
+    It is ``task.fn`` itself if the task has no hooks, resources or spans. Created when a worker or a child starts.
+    """
+    around = [h for h in hooks.of(task) if h.name in ("around", "before", "after")]
+    span = tracing.span_of(task)
+    if not around and not task.dependencies and span is None:
+        return task.fn
+    inner = _code(task)
+    for hook in reversed(around):
+        wrap = _WRAPS[hook.name, task.is_async]
+        inner = wrap(hook, inner)
+    if span is not None:
+        inner = _WRAPS["around", task.is_async](span, inner)
+    if task.is_async:
+
+        async def run_async(**kwargs: Any) -> Any:
+            return await inner(current_job(), kwargs)
+
+        return run_async
+
+    def run(**kwargs: Any) -> Any:
+        return inner(current_job(), kwargs)
+
+    return run
+
+
+def _code(task: Task[Any, Any]) -> Inner:
+    fn, needs, store = task.fn, tuple(task.dependencies.items()), task.registry.resources
+    if task.is_async:
+
+        async def call_async(job: JobContext, kwargs: dict[str, Any]) -> Any:
+            for name, resource in needs:
+                kwargs[name] = await store.get_async(resource)
+            return await fn(**kwargs)
+
+        return call_async
+
+    def call(job: JobContext, kwargs: dict[str, Any]) -> Any:
+        for name, resource in needs:
+            kwargs[name] = store.get(resource)
+        return settled(fn(**kwargs))
+
+    return call
+
+
+# An error that an `around` suppresses still counts: it is raised again after the `around`. References to it are
+# dropped, or the frames it holds would wait for Python's collector.
+
+
+def _around(hook: Any, inner: Inner) -> Inner:
+    make: Callable[[JobContext], contextlib.AbstractContextManager[None, bool]] = hook.fn
+
+    def call(job: JobContext, kwargs: dict[str, Any]) -> Any:
+        raised: BaseException | None = None
+        try:
+            with make(job):
+                try:
+                    return inner(job, kwargs)
+                except BaseException as error:
+                    raised = error
+                    raise
+            assert raised is not None
+            raise raised
+        finally:
+            raised = None
+
+    return call
+
+
+def _around_async(hook: Any, inner: Inner) -> Inner:
+    make: Callable[[JobContext], contextlib.AbstractAsyncContextManager[None, bool]] = hook.fn
+    if not hook.is_async:
+        made: Callable[[JobContext], contextlib.AbstractContextManager[None, bool]] = hook.fn
+
+        def make(job: JobContext) -> contextlib.AbstractAsyncContextManager[None, bool]:
+            return _Async(made(job))
+
+    async def call(job: JobContext, kwargs: dict[str, Any]) -> Any:
+        raised: BaseException | None = None
+        try:
+            async with make(job):
+                try:
+                    return await inner(job, kwargs)
+                except BaseException as error:
+                    raised = error
+                    raise
+            assert raised is not None
+            raise raised
+        finally:
+            raised = None
+
+    return call
+
+
+class _Async(contextlib.AbstractAsyncContextManager[None, bool]):
+    """Wraps a plain context manager for use around a coroutine."""
+
+    def __init__(self, inner: contextlib.AbstractContextManager[None, bool]) -> None:
+        self._inner = inner
+
+    async def __aenter__(self) -> None:
+        self._inner.__enter__()
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
+    ) -> bool:
+        return bool(self._inner.__exit__(kind, error, where))
+
+
+def _before(hook: Hook, inner: Inner) -> Inner:
+    def call(job: JobContext, kwargs: dict[str, Any]) -> Any:
+        settled(hook.fn(job))
+        return inner(job, kwargs)
+
+    return call
+
+
+def _before_async(hook: Hook, inner: Inner) -> Inner:
+    async def call(job: JobContext, kwargs: dict[str, Any]) -> Any:
+        said = hook.fn(job)
+        if isinstance(said, Awaitable):
+            await said
+        return await inner(job, kwargs)
+
+    return call
+
+
+def _after(hook: Hook, inner: Inner) -> Inner:
+    def call(job: JobContext, kwargs: dict[str, Any]) -> Any:
+        result = inner(job, kwargs)
+        try:
+            settled(hook.fn(job, result))
+        except OWN:
+            _failed(hook, job)
+        return result
+
+    return call
+
+
+def _after_async(hook: Hook, inner: Inner) -> Inner:
+    async def call(job: JobContext, kwargs: dict[str, Any]) -> Any:
+        result = await inner(job, kwargs)
+        try:
+            said = hook.fn(job, result)
+            if isinstance(said, Awaitable):
+                await said
+        except OWN:
+            _failed(hook, job)
+        return result
+
+    return call
+
+
+def _failed(hook: Hook, job: JobContext) -> None:
+    LOG.exception("%s failed for job %s (%s); the job's outcome is unchanged", hook.said, job.job_id, job.task)
+
+
+_WRAPS: dict[tuple[str, bool], Callable[[Any, Inner], Inner]] = {
+    ("around", False): _around,
+    ("around", True): _around_async,
+    ("before", False): _before,
+    ("before", True): _before_async,
+    ("after", False): _after,
+    ("after", True): _after_async,
+}

@@ -1,0 +1,304 @@
+"""The tasks, queues, events, handlers and projections of one app, used by workers and clients."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from typing import Any
+
+from jobledger.definitions.durations import Seconds, in_seconds
+from jobledger.definitions.event_types import EventType, Handler, HandlerTags
+from jobledger.definitions.functions import check_function
+from jobledger.definitions.middleware import Hooks
+from jobledger.definitions.origins import Origin, is_nameless, origin_of
+from jobledger.definitions.policy import KEY_HOLD_MAX_S, LEASE_S, policy_of
+from jobledger.definitions.projection import Projection
+from jobledger.definitions.queues import DEFAULT_PARTITIONS, DEFAULT_QUEUE, Queue, check_partitions, check_shares
+from jobledger.definitions.resources import Resources
+from jobledger.definitions.retry import Retry
+from jobledger.definitions.task import AsyncTask, PlainTask, Submitter, Task
+from jobledger.errors import BadEvent, ConfigError, UnknownQueue, UnknownTask
+from jobledger.kafka.topic_names import Names, check_name, check_text, colliding
+
+#: Maximum characters of a task's name.
+TASK_NAME_MOST = 200
+MAX_TIMEOUT_S = 24 * 3600.0
+
+#: Default values of `policy_of`'s arguments.
+POLICY_DEFAULTS: dict[str, Any] = {
+    "key": None,
+    "key_hold_max": KEY_HOLD_MAX_S,
+    "priority": None,
+    "rate": None,
+    "concurrency": None,
+    "isolation": None,
+    "max_memory": None,
+    "long": None,
+    "lease": LEASE_S,
+    "expires_in": None,
+    "adaptive": None,
+    "breaker": None,
+}
+
+
+class Registry:
+    """The tasks and queues of one namespace. ``submitter``: returns the client when a task submits."""
+
+    def __init__(
+        self,
+        namespace: str,
+        *,
+        queues: Iterable[Queue | str] | None = None,
+        partitions: int = DEFAULT_PARTITIONS,
+        default_queue: str | None = DEFAULT_QUEUE,
+        submitter: Callable[[], Submitter],
+    ) -> None:
+        self.names = Names(namespace)
+        self.partitions = check_partitions(partitions, "App(partitions=…)")
+        self.submitter = submitter
+        self.hooks, self.resources = Hooks(), Resources()
+        self.tasks: dict[str, Task[Any, Any]] = {}
+        #: Event types by name, and the handlers of each.
+        self.events: dict[str, EventType] = {}
+        self.handlers: dict[str, list[Handler]] = {}
+        self.projections: dict[str, Projection] = {}
+        #: Where each task, event and projection was declared, by kind and name.
+        self._origins: dict[tuple[str, str], Origin] = {}
+        #: The queue of tasks that name none. It exists as soon as such a task is registered.
+        self.default_queue = None if default_queue is None else check_name("App(default_queue=…)", default_queue)
+        self._declared: dict[str, Queue] | None = None
+        if queues is not None:
+            declared = [q if isinstance(q, Queue) else Queue(q) for q in queues]
+            self._declared = {q.name: q for q in declared}
+            if len(self._declared) != len(declared):
+                raise ConfigError(f"App(queues=…) names a queue twice: {[q.name for q in declared]}")
+
+    @property
+    def queues(self) -> dict[str, Queue]:
+        """Every queue by name, with its partition count filled in: the declared queues and those that tasks name."""
+        named = {t.queue: Queue(t.queue) for t in self.tasks.values()}
+        for task in self.tasks.values():  # a task with a priority needs the levels
+            if task.policy.priority is not None:
+                named[task.queue] = Queue(task.queue, priorities=True)
+        found = named | (self._declared or {})
+        if not found and self._declared is None and self.default_queue is not None:
+            found = {self.default_queue: Queue(self.default_queue)}
+        return {n: replace(q, partitions=q.partitions or self.partitions) for n, q in sorted(found.items())}
+
+    @property
+    def lanes(self) -> dict[str, int]:
+        """The partition count of every work topic, by lane: a queue, or a queue and priority."""
+        return {name: queue.partitions or self.partitions for queue in self.queues.values() for name in queue.lanes}
+
+    def check_queue(self, queue: str) -> str:
+        """``queue`` if the app has it. Raises `UnknownQueue` that lists the app's queues if not."""
+        queue = check_name("queue", queue)
+        if self._declared is not None and queue in self._declared:
+            return queue
+        known = self.queues
+        if queue not in known:
+            raise UnknownQueue(
+                f"queue {queue!r} is not declared by app {self.names.namespace!r}: it has {sorted(known)}; "
+                "declare it in App(queues=…)"
+            )
+        return queue
+
+    def _queue_of(self, task: str, queue: str | None) -> str:
+        """The queue of a task that names ``queue``, or that names none. Raises `UnknownQueue`."""
+        if queue is None:
+            if self.default_queue is None:
+                choices = f", one of {sorted(self.queues)}" if self.queues else ""
+                raise UnknownQueue(
+                    f"task {task!r} names no queue, and app {self.names.namespace!r} has default_queue=None: "
+                    f"give the task queue=…{choices}"
+                )
+            return self.default_queue
+        if self._declared is None or queue == self.default_queue:
+            return check_name("queue", queue)
+        return self.check_queue(queue)
+
+    def check_level(self, queue: str, priority: str) -> None:
+        """Raise `ConfigError` unless the queue has priorities."""
+        if queue not in (known := self.queues) or not known[queue].priorities:
+            raise ConfigError(
+                f"priority={priority!r}: queue {queue!r} has no priorities; declare it as Queue({queue!r}, priorities=True)"
+            )
+
+    def add(
+        self,
+        fn: Callable[..., Any],
+        *,
+        name: str | None,
+        queue: str | None,
+        retry: Retry | int | None,
+        timeout: Seconds | None,
+        fallback: Task[Any, Any] | str | None,
+        **policy: Any,
+    ) -> Task[Any, Any]:
+        """Register a function. Raises `ConfigError` or `UnknownQueue` if an option is not possible."""
+        check_function(fn)
+        task_name = name if name is not None else getattr(fn, "__name__", "")
+        task_name = check_text("task name", task_name, TASK_NAME_MOST)
+        origin = self._origin("task", task_name, fn, task_name in self.tasks, nameless=name is None and is_nameless(fn))
+        queue = self._queue_of(task_name, queue)
+        if isinstance(retry, int) and not isinstance(retry, bool):
+            retry = Retry(max_attempts=retry)
+        if retry is not None and not isinstance(retry, Retry):
+            raise ConfigError(f"task {task_name!r}: retry={retry!r} is neither a Retry nor a number of attempts")
+        limit = None if timeout is None else _check_timeout(task_name, timeout)
+        if isinstance(fallback, Task) and fallback.registry is not self:
+            raise ConfigError(
+                f"task {task_name!r}: fallback={fallback!r} is a task of app {fallback.registry.names.namespace!r}; it "
+                f"must be one of this app, {self.names.namespace!r}"
+            )
+        judged = policy_of(
+            task_name, timeout=limit, is_async=asyncio.iscoroutinefunction(fn), **{**POLICY_DEFAULTS, **policy}
+        )
+        if judged.priority is not None and self._declared is not None:
+            self.check_level(queue, judged.priority)
+        made: type[Task[Any, Any]] = AsyncTask if asyncio.iscoroutinefunction(fn) else PlainTask
+        task = made(
+            self,
+            fn,
+            name=task_name,
+            queue=queue,
+            retry=retry or Retry(),
+            timeout=limit,
+            fallback=fallback.name if isinstance(fallback, Task) else fallback,
+            policy=judged,
+        )
+        self.tasks[task_name] = task
+        self._origins["task", task_name] = origin
+        return task
+
+    def _origin(
+        self, kind: str, name: str, declared: Callable[..., Any], known: bool, *, nameless: bool = False
+    ) -> Origin:
+        """Where ``declared`` comes from. Raises `ConfigError` if another object of this name is in use. An object that
+        is declared again, because its module is executed again, replaces the first."""
+        found = origin_of(declared)
+        first = self._origins.get((kind, name)) if known else None
+        if first is None or first.declared is declared:
+            return found
+        # All lambdas of a module have one name: which of them is declared again shows only where their file is.
+        if first.replaced_by(found) and (not nameless or first.shares_file(found)):
+            return found
+        raise ConfigError(
+            f"{kind} {name!r} is already registered: {first} and {found} would share this name; give one of them a name "
+            "of its own with name=…. If a factory declares it each time it is called, make the App in that factory, too"
+        )
+
+    def task(self, name: str) -> Task[Any, Any]:
+        """The task of this name. Raises `UnknownTask` that lists the app's tasks."""
+        try:
+            return self.tasks[name]
+        except KeyError:
+            raise UnknownTask(
+                f"task {name!r} is not registered with app {self.names.namespace!r}: it has {sorted(self.tasks)}"
+            ) from None
+
+    def add_event(self, cls: type[Any], **options: Any) -> EventType:
+        """Register a class of events. Raises `ConfigError` if its name or topic is in use."""
+        made = EventType(cls, names=self.names, **options)
+        origin = self._origin("event", made.name, cls, made.name in self.events)
+        same = [e for e in self.events.values() if e.topic == made.topic and e.name != made.name]
+        if same:
+            raise ConfigError(f"event {made.name!r}: topic {made.topic!r} is that of event {same[0].name!r} already")
+        self.events[made.name] = made
+        self._origins["event", made.name] = origin
+        return made
+
+    def event_of(self, cls: type[Any]) -> EventType:
+        """The event type of a class. Raises `BadEvent` that lists the app's events."""
+        for found in self.events.values():
+            if found.cls is cls:
+                return found
+        raise BadEvent(
+            f"{getattr(cls, '__qualname__', cls)!r} is not an event of app {self.names.namespace!r}: it has "
+            f"{sorted(self.events)}; decorate the class with @app.event"
+        )
+
+    def add_handler(self, cls: type[Any], task: Task[Any, Any], tags: HandlerTags = None) -> Handler:
+        """Let ``task`` handle events of ``cls``. A module that is loaded again replaces its own handlers."""
+        made = Handler(self.event_of(cls), task, tags)
+        known = self.handlers.setdefault(made.event.name, [])
+        known[:] = [*(h for h in known if h.task.name != task.name), made]
+        return made
+
+    def add_projection(self, fold: Callable[..., Any], **options: Any) -> Projection:
+        """Register a fold. Raises `ConfigError` if its name or table is in use."""
+        made = Projection(fold, **options)
+        origin = self._origin("projection", made.name, fold, made.name in self.projections)
+        for other in self.projections.values():
+            if other.table.name == made.table.name and other.name != made.name:
+                raise ConfigError(
+                    f"projection {made.name!r}: {other!r} is already registered; give another name and table"
+                )
+        self.projections[made.name] = made
+        self._origins["projection", made.name] = origin
+        return made
+
+    def handler(self, name: str) -> Handler:
+        """The handler of this name. Raises `UnknownTask` that lists the app's handlers."""
+        found = [handler for handlers in self.handlers.values() for handler in handlers]
+        for handler in found:
+            if handler.task.name == name:
+                return handler
+        raise UnknownTask(f"no handler is called {name!r}: there are {sorted(h.task.name for h in found)}")
+
+    def _check_topics(self) -> None:
+        """Each queue, priority and event gets a topic; Kafka refuses topics whose names are too similar."""
+        topics = [*map(self.names.jobs, self.lanes), *(e.topic for e in self.events.values())]
+        standing = self.names.standing
+        for topic, other in colliding(topics, standing).items():
+            raise ConfigError(
+                f"the topics {topic!r} and {other!r} collide: Kafka's metrics do not distinguish '.' and '_', so Kafka "
+                f"refuses two topics whose names differ only in these. Rename the queue, event or topic; a queue "
+                f"with priorities has the topics {self.names.jobs('<queue>')}, .high and .low"
+            )
+
+    def _check_limits(self) -> None:
+        """Each partition gets a share of a concurrency limit, so a limit must be at least the number of partitions."""
+        queues = self.queues
+        owners = [(f"queue {q.name!r}", q, q.limits) for q in queues.values()]
+        owners += [(f"task {t.name!r}", queues[t.queue], t.policy.limits) for t in self.tasks.values()]
+        for what, queue, limits in owners:
+            check_shares(what, queue, limits, self.partitions)
+
+    def check(self) -> None:
+        """Check what can be checked only when everything is registered: fallbacks, limits, hooks. Raises `ConfigError`;
+        runs when an app is loaded."""
+        self._check_limits()
+        self._check_topics()
+        for task in self.tasks.values():
+            self.hooks.of(task)
+            if task.fallback is None:
+                continue
+            if task.fallback not in self.tasks:
+                raise UnknownTask(f"task {task.name!r}: fallback={task.fallback!r} is not registered")
+            seen = [task.name]
+            following: str | None = task.fallback
+            while following is not None:
+                if following in seen:
+                    raise ConfigError(
+                        f"task {task.name!r}: its fallbacks form a cycle: {' → '.join([*seen, following])}"
+                    )
+                seen.append(following)
+                following = self.tasks[following].fallback if following in self.tasks else None
+            theirs = self.tasks[task.fallback]
+            ours, others = task.arguments.positional, theirs.arguments.positional
+            if ours != others:
+                raise ConfigError(
+                    f"task {task.name!r}: fallback {theirs.name!r} must take the same parameters "
+                    f"({', '.join(ours)}), but takes ({', '.join(others)})"
+                )
+
+
+def _check_timeout(task: str, timeout: object) -> float:
+    found = in_seconds(timeout)
+    if isinstance(found, bool) or not isinstance(found, int | float) or not 0 < found <= MAX_TIMEOUT_S:
+        raise ConfigError(
+            f"task {task!r}: timeout={timeout!r} is not a number of seconds above 0, at most {MAX_TIMEOUT_S:.0f}"
+        )
+    return float(found)

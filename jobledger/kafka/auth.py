@@ -1,0 +1,276 @@
+"""Logins and rights: a cluster's refusals, distinguished from an unavailable cluster, and explained to the user.
+
+Kafka's clients retry a login forever, even if it can never succeed. A `Door` listens to what a client reports about its
+connections; `knock` checks once.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import time
+from typing import Any, NamedTuple
+
+from confluent_kafka import KafkaError, KafkaException
+from confluent_kafka.admin import AdminClient
+
+from jobledger import addresses
+from jobledger.config import TOKEN_ENDPOINT, Settings
+from jobledger.errors import AccessDenied, BrokerUnavailable, ConfigError, NotAuthenticated, NotAuthorized
+from jobledger.kafka import cluster, tls
+from jobledger.kafka.outage import outage_of
+from jobledger.process import forks, greenlets
+from jobledger.process.logger import get_logger
+
+LOG = get_logger("jobledger.kafka")
+
+#: A starting cluster may refuse a login for a moment, so a refusal counts only if it is repeated after this many seconds.
+AGAIN_S = 0.4
+#: Seconds for which the same line about connections is not logged again.
+SAY_EVERY_S = 30.0
+KNOCK_S = 10.0
+#: Seconds after an outage in which a topic that a client reports as unknown may still exist.
+AWAY_S = 10.0
+
+_DENIED = {
+    KafkaError.TOPIC_AUTHORIZATION_FAILED: "topic",
+    KafkaError.GROUP_AUTHORIZATION_FAILED: "group",
+    KafkaError.CLUSTER_AUTHORIZATION_FAILED: "cluster",
+    KafkaError.TRANSACTIONAL_ID_AUTHORIZATION_FAILED: "transactional-id",
+}
+_REFUSED = (KafkaError._AUTHENTICATION, KafkaError._SSL, KafkaError.SASL_AUTHENTICATION_FAILED)
+
+#: Errors of lost or failed connections, which may be an outage.
+_LOST = (KafkaError._TRANSPORT, KafkaError._ALL_BROKERS_DOWN, KafkaError._RESOLVE, KafkaError._TIMED_OUT)
+
+_URLS = frozenset({TOKEN_ENDPOINT})
+#: Settings whose values an error may show: the mechanism, the user, the paths of files. Any other setting may be a
+#: secret. The secret settings are not listed instead, because new librdkafka versions may add more.
+SHOWN = _URLS | {
+    "sasl.mechanism",
+    "sasl.mechanisms",
+    "sasl.username",
+    "sasl.kerberos.principal",
+    "sasl.kerberos.service.name",
+    "sasl.kerberos.keytab",
+    "sasl.oauthbearer.method",
+    "sasl.oauthbearer.client.id",
+    "sasl.oauthbearer.scope",
+    "sasl.oauthbearer.grant.type",
+    "sasl.oauthbearer.assertion.file",
+    "sasl.oauthbearer.assertion.private.key.file",
+}
+
+
+class Need(NamedTuple):
+    """A right that an operation needs: ``Write`` on ``topic`` ``shop.lifecycle``."""
+
+    operation: str
+    kind: str
+    name: str
+
+
+def read(topic: str) -> Need:
+    """The right to read a topic."""
+    return Need("Read", "topic", topic)
+
+
+def write(topic: str) -> Need:
+    """The right to write to a topic."""
+    return Need("Write", "topic", topic)
+
+
+def join(group: str) -> Need:
+    """The right to be a member of a group, and to commit for it."""
+    return Need("Read", "group", group)
+
+
+def denied(error: KafkaError, settings: Settings, what: str, *needs: Need) -> AccessDenied | None:
+    """Jobledger's error if Kafka's error means that this user's login or operation is refused; else None.
+
+    ``needs``: the rights that ``what`` needs; the error names the first one of the kind in Kafka's error.
+    """
+    code = error.code()
+    if code in _REFUSED:
+        return refusal(settings, error.str())
+    kind = _DENIED.get(code)
+    if code == KafkaError._FATAL:  # the group was left permanently: the reason is only in the text
+        kind = next((kind for kind in _DENIED.values() if f"{kind} authorization failed" in error.str().lower()), None)
+    return None if kind is None else unauthorized(settings, what, kind, *needs)
+
+
+def unauthorized(settings: Settings, what: str, kind: str, *needs: Need) -> NotAuthorized:
+    """The error for missing rights on a ``kind`` of resource; its attributes are those of the first right."""
+    lacking = [n for n in needs if n.kind == kind] or [Need("a right", kind, "")]
+    need = lacking[0]
+    shown = ", ".join(f"{n.operation} on {kind} {n.name}".rstrip() for n in lacking)
+    user = f"user {name!r}" if (name := settings.kafka.get("sasl.username")) else "this user"
+    return NotAuthorized(
+        f"{what}: the cluster does not let {user} do this: the {settings.role} needs {shown}; "
+        "`jobledger topics acls MODULE:APP` prints the rights of each part",
+        role=settings.role,
+        operation=need.operation,
+        resource_type=kind,
+        resource=need.name,
+    )
+
+
+def refusal(settings: Settings, said: str) -> NotAuthenticated:
+    """The error for a client whose login is refused; ``said``: the message of the client or the broker. Checks the
+    brokers' TLS."""
+    address = settings.bootstrap or "the embedded broker"
+    kafka = settings.kafka
+    found = None
+    if "SASL" not in said:  # a client that is asked for a password has passed TLS
+        try:
+            found = tls.trouble(settings.resolve_bootstrap(), kafka)
+        except (ConfigError, BrokerUnavailable) as exc:
+            found = f"{address}: {exc}"
+    if found is not None:
+        return NotAuthenticated(found)
+    words = re.sub(r"\s*\((after|install).*", "", said.rpartition("bootstrap: ")[2])
+    ways = [name for name in sorted(kafka) if name.startswith("sasl.")]
+    if not ways:
+        return NotAuthenticated(f"{address} does not let this client in: {words}; check JOBLEDGER_KAFKA__*")
+    shown = ", ".join(_shown(name, kafka[name]) for name in ways if name in SHOWN)
+    return NotAuthenticated(
+        f"{address} does not let this client in: {words}; check {shown or 'JOBLEDGER_KAFKA__SASL_*'}, and the password, "
+        "secret or key beside it"
+    )
+
+
+def _shown(name: str, value: str) -> str:
+    if name in _URLS:  # it might carry a user and a password, or a key in its query
+        value = re.sub(r"//.*@", "//", value).partition("?")[0]
+    return f"{tls.setting(name)}={value}"
+
+
+def _told_by_door(record: logging.LogRecord) -> bool:
+    """Drop librdkafka's lines about failed connections, which every `Door` logs, less often; and about the missing
+    producer id of a cluster that has just started."""
+    text = record.getMessage()
+    return not (text.startswith("FAIL [") or (text.startswith("GETPID [") and text.endswith("retrying")))
+
+
+LOG.addFilter(_told_by_door)
+
+
+class Door:
+    """A client's ``error_cb``: notices refused connections. Thread-safe.
+
+    ``patient`` False: a token that cannot be obtained is a refusal at once. A running client may still have a valid
+    token.
+    """
+
+    def __init__(self, settings: Settings, *, patient: bool = True) -> None:
+        self._settings, self._patient = settings, patient
+        self._lock = greenlets.native_lock()
+        self._first: float | None = None
+        self._no_token = ""
+        self._looked = float("-inf")
+        self._said: dict[str, float] = {}
+        self._refusal: NotAuthenticated | None = None
+        self._away_at = float("-inf")
+
+    @property
+    def refusal(self) -> NotAuthenticated | None:
+        """Why this client's login is refused; None if it is not, or if the cluster is unavailable."""
+        return self._refusal
+
+    def behind(self, error: KafkaError) -> NotAuthenticated | BrokerUnavailable | None:
+        """The cause of a client's error: a refused login, or an unavailable broker; None for any other cause. A client
+        reports only once that it has no token, and might get one later: this counts when a request has timed out. A
+        client that could never connect reports a topic as missing."""
+        if error.code() == KafkaError._UNKNOWN_TOPIC and time.monotonic() - self._away_at < AWAY_S:
+            return BrokerUnavailable(away(self._settings, "cannot be reached"))
+        if self._refusal is None and self._no_token and error.code() == KafkaError._MSG_TIMED_OUT:
+            return refusal(self._settings, self._no_token)
+        return self._refusal
+
+    def check(self) -> None:
+        """Raise `NotAuthenticated` if the cluster refuses this client's login."""
+        if self._refusal is not None:
+            raise self._refusal
+
+    def __call__(self, error: KafkaError) -> None:
+        now, text = time.monotonic(), error.str()
+        with self._lock:
+            if self._refusal is not None:
+                return
+            if error.code() in _REFUSED or _refused_in_words(error):
+                if "OAUTHBEARER token" in text:
+                    self._no_token = text
+                    if not self._patient:
+                        self._refusal = refusal(self._settings, text)
+                elif self._first is None:
+                    self._first = now
+                elif now - self._first >= AGAIN_S:
+                    self._refusal = refusal(self._settings, text)
+            elif error.code() in _LOST:
+                if error.code() == KafkaError._ALL_BROKERS_DOWN:
+                    self._away_at = now
+                    self._look(now)
+                elif error.code() == KafkaError._TRANSPORT and "Connect to" in text:
+                    self._away_at = now
+                    self._first = None  # the broker is unavailable, or starting: earlier refusals do not count
+                if self._patient and self._refusal is None:
+                    outage_of(self._settings).heard(text, self)
+                return
+            said = re.sub(r"\(.*|\d+ms", "", text)
+            if now - self._said.get(said, float("-inf")) < SAY_EVERY_S:
+                return
+            self._said[said] = now
+        LOG.warning("%s", text)
+
+    def _look(self, now: float) -> None:
+        """Check the broker's TLS: a broker that uses TLS closes a plain connection without an error message."""
+        plain = self._settings.kafka.get("security.protocol", "PLAINTEXT").upper() in ("PLAINTEXT", "SASL_PLAINTEXT")
+        if not plain or now - self._looked < SAY_EVERY_S:
+            return
+        self._looked = now
+        try:
+            found = tls.trouble(self._settings.resolve_bootstrap(), self._settings.kafka, 1.0)
+        except (ConfigError, BrokerUnavailable):
+            return
+        if found is not None:
+            self._refusal = NotAuthenticated(found)
+
+
+def _refused_in_words(error: KafkaError) -> bool:
+    # A broker's alert on our certificate arrives as a broken connection.
+    text = error.str()
+    return error.code() == KafkaError._TRANSPORT and ("SSL alert" in text or "PLAINTEXT broker listener" in text)
+
+
+def knock(settings: Settings, timeout: float = KNOCK_S) -> None:
+    """Return once the cluster has accepted this client's login. Raises `NotAuthenticated` as soon as the login is
+    certainly refused, `BrokerUnavailable` if no broker has answered within ``timeout`` seconds, and `ConfigError` for
+    unusable settings."""
+    door = Door(settings, patient=False)
+    conf: dict[str, Any] = {**settings.librdkafka(), "error_cb": door, "logger": LOG, "log_level": 0}
+    try:
+        client = forks.client(AdminClient, conf)
+    except KafkaException as exc:
+        raise unusable(exc) from exc
+    if cluster.answers(client, timeout, door.check):
+        return
+    found = tls.trouble(settings.resolve_bootstrap(), settings.kafka)
+    if found is not None:
+        raise NotAuthenticated(found)
+    raise BrokerUnavailable(away(settings, f"did not answer within {timeout:g} s"))
+
+
+def away(settings: Settings, said: str) -> str:
+    """The message for an unavailable broker: that its host cannot be resolved, if so; else ``said``."""
+    if settings.bootstrap is None:
+        return f"the embedded broker {said}; check that it runs: `jobledger kafka status`"
+    found = addresses.unresolved(settings.bootstrap)
+    if found is not None:
+        return f"{settings.bootstrap}: {found}; check JOBLEDGER_BOOTSTRAP and the name service"
+    return f"{settings.bootstrap} {said}; check JOBLEDGER_BOOTSTRAP and that the broker runs"
+
+
+def unusable(error: KafkaException) -> ConfigError:
+    """The error for settings with which no client can be created."""
+    text = re.sub(r"^Failed to create \w+( \w+)?: ", "", error.args[0].str())
+    return ConfigError(f"the Kafka settings (JOBLEDGER_KAFKA__*) cannot be used: {text}")

@@ -1,0 +1,271 @@
+"""The embedded broker: real Apache Kafka in KRaft mode as one child process, for development and tests.
+
+This module owns ``<home>/kafka`` (pid file, settings, logs and, by default, data). The broker keeps running after the
+process that started it has ended; other processes find it through the pid file. `jobledger.kafka.embedded.jars` downloads the
+jars, `jobledger.kafka.topics` creates topics. Not for production: one node, no replication, listening on the loopback
+address only.
+"""
+
+from __future__ import annotations
+
+import shutil
+import signal
+import tempfile
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from jobledger.errors import ConfigError, KafkaStartFailed
+from jobledger.kafka.embedded import broker_process, ports
+from jobledger.kafka.embedded.defaults import (
+    HEAP_MB,
+    HOST,
+    KAFKA_VERSION,
+    PORT,
+    START_TIMEOUT_S,
+    STOP_TIMEOUT_S,
+    default_home,
+)
+from jobledger.kafka.embedded.jars import Progress, classpath
+from jobledger.process.extras import missing
+from jobledger.process.file_lock import locked
+
+try:
+    import psutil
+except ImportError as exc:
+    raise missing("kafka", exc) from exc
+
+
+@dataclass(frozen=True, slots=True)
+class KafkaStatus:
+    """The state of one home folder's embedded broker.
+
+    ``uptime``: in seconds. ``log``: the log file of this home's broker, running or not. If ``running`` is False, ``pid``,
+    ``port``, ``bootstrap``, ``version`` and ``uptime`` are None.
+    """
+
+    running: bool
+    pid: int | None
+    port: int | None
+    bootstrap: str | None
+    data: Path
+    version: str | None
+    uptime: float | None
+    log: Path
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the state as plain values, for JSON."""
+        return {k: str(v) if isinstance(v, Path) else v for k, v in asdict(self).items()}
+
+
+def running_bootstrap(home: Path) -> str | None:
+    """Return the address of this home's broker if its process runs and its port answers, else None."""
+    found = broker_process.running(broker_process.Files.of(home))
+    return f"{HOST}:{found.port}" if found is not None and ports.answers(found.port) else None
+
+
+def status(home: Path) -> KafkaStatus:
+    """Return the state of this home's broker."""
+    files = broker_process.Files.of(home)
+    found = broker_process.running(files)
+    if found is None:
+        return KafkaStatus(False, None, None, None, files.data, None, None, files.log)
+    return KafkaStatus(
+        running=True,
+        pid=found.process.pid,
+        port=found.port,
+        bootstrap=f"{HOST}:{found.port}",
+        data=found.data,
+        version=found.version,
+        uptime=max(0.0, time.time() - found.process.create_time()),
+        log=files.log,
+    )
+
+
+def start(
+    home: Path,
+    *,
+    port: int = PORT,
+    data: Path | None = None,
+    heap_mb: int = HEAP_MB,
+    version: str = KAFKA_VERSION,
+    detach: bool = True,
+    progress: Progress | None = None,
+    config: Mapping[str, str] | None = None,
+    timeout: float = START_TIMEOUT_S,
+    jars: Path | None = None,
+) -> KafkaStatus:
+    """Start this home's broker and return once it answers; if it is already running, return its state.
+
+    ``port`` 0: a free port. ``data`` is formatted on first use and kept; by default ``<home>/kafka/data``. With
+    ``detach`` False the broker is stopped when the calling process ends, however it ends. ``config`` adds to and
+    overrides `jobledger.kafka.embedded.broker_process.BROKER_CONFIG`. ``timeout``: seconds from the process's start to its first answer,
+    without the download of the jars into ``jars`` (default ``<home>/jars``).
+
+    Raises `PortTaken` if another process has the port, `ConfigError` if this home's broker runs with another port or
+    data folder or if ``config`` has a setting that must not be changed, and `KafkaStartFailed` with the end of the log
+    if the broker does not start.
+    """
+    files = broker_process.Files.of(home)
+    report: Progress = progress or (lambda step, done, total: None)
+    wanted_data = (data.expanduser().absolute() if data is not None else files.data).resolve()
+    broker_process.check_config(port, wanted_data, config or {})
+    files.root.mkdir(parents=True, exist_ok=True)
+    try:
+        # The timeout is longer than a start may take, so that a second caller gets the first one's broker, not an error.
+        with locked(files.lock, timeout + 60):
+            found = broker_process.running(files)
+            if found is None:
+                if port:
+                    ports.check_free(port)
+                path = classpath(jars or home.expanduser().absolute() / "jars", version, report)
+                wanted = broker_process.Launch(
+                    path, port or ports.free_port(), wanted_data, heap_mb, version, config or {}
+                )
+                broker_process.launch(files, wanted, detach=detach, timeout=timeout, report=report)
+            elif port not in (0, found.port) or (data is not None and found.data != wanted_data):
+                raise ConfigError(
+                    f"the embedded broker of {home} already runs on port {found.port} with data in {found.data} "
+                    f"(pid {found.process.pid}), not on port {port} with {wanted_data}: stop it first with "
+                    "`jobledger kafka stop`, or use another JOBLEDGER_HOME"
+                )
+    except TimeoutError as error:
+        raise KafkaStartFailed(
+            f"another process has been starting or stopping the broker of {home} for too long: {error}"
+        ) from error
+    return status(home)
+
+
+def stop(home: Path, timeout: float = STOP_TIMEOUT_S) -> bool:
+    """Stop this home's broker cleanly; kill it after ``timeout`` seconds. Return False if none ran."""
+    files = broker_process.Files.of(home)
+    if not files.pid.exists():
+        return False
+    with locked(files.lock):
+        found = broker_process.running(files)
+        if found is not None:
+            broker_process.end(found.process.pid, timeout)
+        files.pid.unlink(missing_ok=True)
+    return found is not None
+
+
+def wait(home: Path) -> int | None:
+    """Wait until this home's broker has ended. Return its exit code, or None if it is not known or no broker ran.
+
+    A broker that was stopped cleanly ends with 143, the JVM's exit code after SIGTERM.
+    """
+    found = broker_process.running(broker_process.Files.of(home))
+    return None if found is None else broker_process.wait(found.process.pid)
+
+
+class EmbeddedKafka:
+    """A broker for tests and measurements, with faults on demand; it ends with the process that created it.
+
+    Without ``home`` all files are in a temporary folder that `close` removes; jars are shared with the user's own home.
+    The port is chosen at the first `start` and kept, so clients find the broker again after `stop` or `kill`.
+    """
+
+    def __init__(
+        self,
+        home: Path | None = None,
+        *,
+        port: int = 0,
+        data: Path | None = None,
+        heap_mb: int = HEAP_MB,
+        version: str = KAFKA_VERSION,
+        config: Mapping[str, str] | None = None,
+        jars: Path | None = None,
+        progress: Progress | None = None,
+        timeout: float = START_TIMEOUT_S,
+    ) -> None:
+        self._temporary = Path(tempfile.mkdtemp(prefix="jobledger-kafka-")) if home is None else None
+        self.home = home or self._temporary or default_home()
+        self._port = port
+        self._data = data
+        self._heap_mb = heap_mb
+        self._version = version
+        self._config = dict(config or {})
+        self._jars = jars or default_home() / "jars"
+        self._progress = progress
+        self._timeout = timeout
+
+    @property
+    def bootstrap(self) -> str:
+        """``host:port``, also while the broker is not running. Raises `KafkaStartFailed` before the first start."""
+        if not self._port:
+            raise KafkaStartFailed("this broker has no address yet: call start() first")
+        return f"{HOST}:{self._port}"
+
+    def start(self) -> KafkaStatus:
+        """Start the broker, or start it again with the same port and data; see the function `start`."""
+        began = start(
+            self.home,
+            port=self._port,
+            data=self._data,
+            heap_mb=self._heap_mb,
+            version=self._version,
+            detach=False,
+            progress=self._progress,
+            config=self._config,
+            timeout=self._timeout,
+            jars=self._jars,
+        )
+        assert began.port is not None
+        self._port = began.port
+        return began
+
+    def stop(self, timeout: float = STOP_TIMEOUT_S) -> bool:
+        """Stop the broker cleanly (SIGTERM); data and port are kept. Return False if it did not run."""
+        return stop(self.home, timeout)
+
+    def kill(self) -> bool:
+        """Kill the broker (SIGKILL), as in a crash of the process. Return False if it did not run."""
+        found = self._process()
+        if found is not None:
+            broker_process.end(found.pid, timeout=0)
+        return found is not None
+
+    def pause(self) -> None:
+        """Freeze the process (SIGSTOP): connections stay open and nothing answers."""
+        self._signal(signal.SIGSTOP)
+
+    def resume(self) -> None:
+        """Let a frozen process continue (SIGCONT)."""
+        self._signal(signal.SIGCONT)
+
+    def status(self) -> KafkaStatus:
+        """Return the broker's state."""
+        return status(self.home)
+
+    def close(self) -> None:
+        """Stop the broker, and remove the temporary folder if there is one."""
+        # A temporary folder's data will not be read again, so the broker can be killed.
+        self.stop(timeout=0 if self._temporary is not None else STOP_TIMEOUT_S)
+        if self._temporary is not None:
+            shutil.rmtree(self._temporary, ignore_errors=True)
+
+    def __enter__(self) -> Self:
+        try:
+            self.start()
+        except BaseException:
+            self.close()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _process(self) -> psutil.Process | None:
+        found = broker_process.running(broker_process.Files.of(self.home))
+        return None if found is None else found.process
+
+    def _signal(self, number: int) -> None:
+        found = self._process()
+        if found is None:
+            raise KafkaStartFailed(f"the embedded broker of {self.home} is not running: call start() first")
+        found.send_signal(number)

@@ -1,0 +1,81 @@
+"""What worker groups have committed, for readers outside the groups: the base and the takeover floor of each partition.
+
+The metadata's format is defined in `jobledger.consumers.state.offset_tracker`. This module reads only its first two parts, which all
+versions share: ``<version><flag>.<floor in hex>.…``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import msgspec
+from confluent_kafka import KafkaException, TopicPartition
+
+from jobledger.config import Settings
+from jobledger.kafka.auth import Need
+from jobledger.kafka.clients import admin, answer_of, committed, consumer, consumer_config, partitions_of, translate
+from jobledger.kafka.topic_names import Names
+
+
+class Committed(msgspec.Struct, frozen=True):
+    """A partition's committed offset. ``floor``: the lifecycle offset from which a takeover reads, None if not given.
+    ``metadata``: the commit's metadata."""
+
+    base: int
+    floor: int | None = None
+    metadata: str | None = None
+
+
+def floor_of(metadata: str | None) -> int | None:
+    """The takeover floor in a commit's metadata; None if it cannot be read."""
+    try:
+        head, floor, _ = (metadata or "").split(".", 2)
+        return int(floor, 16) if head in ("1c", "1d", "2c", "2d") else None
+    except ValueError:
+        return None
+
+
+def group_offsets(
+    settings: Settings, group: str, topic: str, timeout: float = 10.0
+) -> dict[tuple[str, int], Committed]:
+    """A group's committed offsets of one topic, by (topic, partition); empty if it has never committed. Raises
+    `BrokerUnavailable`.
+
+    Uses a consumer of the group without joining it: librdkafka's admin request for the same aborts the process
+    (assertion ``eonce->refcnt > 0``, librdkafka issue 4605) if the broker goes away meanwhile.
+    """
+    places = [TopicPartition(topic, partition) for partition in range(partitions_of(settings, topic))]
+    asker = consumer(consumer_config(settings, group=group))
+    try:
+        found = committed(asker, places, settings, Need("Describe", "group", group), timeout)
+    finally:
+        asker.close()
+    return {
+        (p.topic, p.partition): Committed(p.offset, floor_of(p.metadata), p.metadata) for p in found if p.offset >= 0
+    }
+
+
+def worker_commits(settings: Settings, names: Names, queues: Iterable[str]) -> dict[tuple[str, int], Committed]:
+    """The committed offsets of every queue's worker group, by work topic and partition."""
+    found: dict[tuple[str, int], Committed] = {}
+    for queue in queues:
+        found.update(group_offsets(settings, names.worker_group(queue), names.jobs(queue)))
+    return found
+
+
+def lifecycle_groups(settings: Settings, names: Names, timeout: float = 10.0) -> list[str]:
+    """The groups of `App.lifecycle` that the cluster knows; deleted or expired groups are not included.
+
+    Raises `BrokerUnavailable`, or `NotAuthorized` if this user may not describe them.
+    """
+    # A cluster silently omits groups that may not be described: so one group is requested by name first.
+    prefix = names.lifecycle_group("")
+    group_offsets(settings, prefix, names.lifecycle, timeout)
+    client = admin(settings)  # held: its answers die with it
+    try:
+        found = answer_of(client.list_consumer_groups(request_timeout=timeout), timeout)
+    except KafkaException as exc:
+        raise translate(exc.args[0], settings, "listing consumer groups") from exc
+    for error in found.errors:
+        raise translate(error.args[0], settings, "listing consumer groups")
+    return sorted(group.group_id for group in found.valid if group.group_id.startswith(prefix))

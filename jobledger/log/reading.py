@@ -1,0 +1,162 @@
+"""Reads ranges of the log, without a consumer group."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Self
+
+from confluent_kafka import KafkaException, Message, TopicPartition
+
+from jobledger.config import Settings
+from jobledger.errors import (
+    BrokerUnavailable,
+    NotAnEvent,
+    StatusTimeout,
+)
+from jobledger.kafka.auth import read
+from jobledger.kafka.clients import (
+    ELECTING,
+    MISSING,
+    MISSING_S,
+    PASSING,
+    consumer,
+    consumer_config,
+    partitions_of,
+    position_of,
+    translate,
+)
+from jobledger.schemas.events import JobEvent, Position, Recorded
+
+
+class LogReader:
+    """Reads ranges of partitions: for takeovers, timelines, schema lookups and audits. Not thread-safe; close it after
+    use."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        # A question about the next partition waits behind the fetch of the one before, on the same connection; with the
+        # default of 500 ms for a fetch that finds nothing, twelve partitions cost two seconds of waiting.
+        self._conf = consumer_config(settings) | {"fetch.wait.max.ms": 10}
+        self._consumer = consumer(self._conf)
+        self._reading = 0
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the connection."""
+        self._consumer.close()
+
+    def watermarks(self, topic: str, partition: int, timeout: float = 10.0) -> tuple[int, int]:
+        """The log's first offset and its high watermark (the next offset to be written).
+
+        Raises `TopicMissing` if the broker reports this for `MISSING_S` seconds, and `BrokerUnavailable` after
+        ``timeout``.
+        """
+        began = time.monotonic()
+        while True:
+            try:
+                low, high = self._consumer.get_watermark_offsets(TopicPartition(topic, partition), timeout=timeout)
+                return low, high
+            except KafkaException as exc:
+                code, passed = exc.args[0].code(), time.monotonic() - began
+                # A topic created a moment ago, or a partition without a leader: the broker is available, so retry.
+                again = code in ELECTING and passed < timeout
+                if code in MISSING and passed < min(timeout, MISSING_S):
+                    again = True
+                    self._renew()
+                if not again:
+                    what = f"asking for the ends of {topic}[{partition}]"
+                    raise translate(exc.args[0], self.settings, what, read(topic)) from exc
+                time.sleep(0.05)
+
+    def _renew(self) -> None:
+        """Start with a new client: one that was told that a topic does not exist continues to report this for
+        minutes."""
+        if not self._reading:
+            self._consumer.close()
+            self._consumer = consumer(self._conf)
+
+    def offset_at(self, topic: str, partition: int, timestamp_ms: int, timeout: float = 10.0) -> int:
+        """The first offset appended at or after a time; the high watermark if there is none."""
+        try:
+            found = self._consumer.offsets_for_times([TopicPartition(topic, partition, timestamp_ms)], timeout=timeout)
+        except KafkaException as exc:
+            what = f"asking {topic}[{partition}] for a time"
+            raise translate(exc.args[0], self.settings, what, read(topic)) from exc
+        return found[0].offset if found[0].offset >= 0 else self.watermarks(topic, partition, timeout)[1]
+
+    def read(
+        self, topic: str, partition: int, start: int, end: int | None = None, *, stall: float = 30.0
+    ) -> Iterator[Message]:
+        """Messages from ``start`` up to, but not including, ``end`` (None: the current high watermark).
+
+        Offsets may have gaps. Raises `BrokerUnavailable` if no message arrives for ``stall`` seconds.
+        """
+        low, high = self.watermarks(topic, partition)
+        end = high if end is None else min(end, high)
+        start = max(start, low)
+        if start >= end:
+            return
+        here = TopicPartition(topic, partition, start)
+        self._reading += 1
+        self._consumer.assign([here])
+        try:
+            last_seen = time.monotonic()
+            while True:
+                batch = self._consumer.consume(1000, 0.05)
+                for message in batch:
+                    error = message.error()
+                    if error is not None:
+                        if error.retriable() or error.code() in PASSING:
+                            continue
+                        raise translate(error, self.settings, f"reading {topic}[{partition}]", read(topic))
+                    last_seen = time.monotonic()
+                    if (message.offset() or 0) >= end:
+                        return
+                    yield message
+                # position() also moves past gaps without messages (compaction, transaction markers).
+                where = self._consumer.position([here])[0].offset
+                if where >= end:
+                    return
+                if not batch and time.monotonic() - last_seen > stall:
+                    raise BrokerUnavailable(f"{topic}[{partition}] sent no records at offset {where} for {stall:g} s")
+        finally:
+            self._reading -= 1
+            self._consumer.unassign()
+
+    def at(self, position: Position) -> Message | None:
+        """The message at one position, or None if the log no longer has it."""
+        for message in self.read(position.topic, position.partition, position.offset, position.offset + 1):
+            return message
+        return None
+
+
+def recorded(message: Message, decode: Callable[[bytes | None], JobEvent]) -> Recorded:
+    """A consumed message as an event with its position and append time. Raises `SchemaError`."""
+    value = message.value()
+    if isinstance(value, str):  # only a deserializer could have done this; ours are raw
+        raise NotAnEvent("the record was decoded before it reached the codec")
+    return Recorded(decode(value), position_of(message), message.timestamp()[1])
+
+
+def wait_until(check: Callable[[], bool], timeout: float, what: str, poll: float = 0.02) -> None:
+    """Poll ``check`` until it is true; `StatusTimeout` naming ``what`` after ``timeout`` seconds."""
+    deadline = time.monotonic() + timeout
+    while not check():
+        if time.monotonic() >= deadline:
+            raise StatusTimeout(f"{what} did not happen within {timeout:g} s")
+        time.sleep(poll)
+
+
+def ends(reader: LogReader, topics: Sequence[str], settings: Settings) -> dict[tuple[str, int], int]:
+    """High watermarks of every partition of ``topics``."""
+    return {
+        (topic, partition): reader.watermarks(topic, partition)[1]
+        for topic in topics
+        for partition in range(partitions_of(settings, topic))
+    }

@@ -1,0 +1,189 @@
+"""Where readers find other writers' schemas: on ``<ns>.schemas``, and in the Schema Registry if one is configured."""
+
+from __future__ import annotations
+
+import json
+import time
+
+from confluent_kafka import Message
+
+from jobledger.config import Settings
+from jobledger.errors import ConfigError, RegistryNeeded, SchemaError
+from jobledger.kafka.clients import partitions_of, position_of
+from jobledger.kafka.topic_names import Names
+from jobledger.log.reading import LogReader
+from jobledger.log.schema_registry import SETTING, Registry, id_key
+from jobledger.process import forks
+from jobledger.process.logger import get_logger
+from jobledger.schemas import codec
+
+LOG = get_logger("jobledger.kafka")
+
+#: Seconds for which an id that is certainly unknown is not looked up again: many records with such an id must not delay
+#: the records behind them. As long as a certain lookup takes.
+DENIED_S = 1.0
+DENIED_MOST = 1_000
+
+
+class SchemaLookup:
+    """``lookup(fingerprint)`` and `by_id` for `codec.Decoder`: for an unknown schema it reads the new records of
+    ``<ns>.schemas``.
+
+    It reads the topic's end every time. A schema is published before its first record, so a schema that is not there
+    now is not published. An earlier answer must not be reused: it would reject valid records of a writer that has just
+    started. ``timeout``: seconds that a broker may take to answer about the topic.
+    """
+
+    def __init__(self, settings: Settings, names: Names, *, timeout: float = 10.0) -> None:
+        self._settings, self._names, self._timeout = settings, names, timeout
+        self._registry = None if settings.schema_registry is None else Registry(settings.schema_registry)
+        self._known: dict[bytes, str] = {}
+        self._by_key: dict[bytes, str] = {}
+        self._denied: dict[int, float] = {}
+        self._reader: LogReader | None = None
+        self._partitions = 0
+        self._next: dict[int, int] = {}
+        self._lock = forks.Lock()
+
+    def __call__(self, fingerprint: bytes) -> str | None:
+        """The schema's text, or None if it is not published. Raises `BrokerUnavailable`, `TopicMissing`."""
+        with self._lock("reading the schemas on the log"):
+            if fingerprint not in self._known:
+                self._read_anew()
+            return self._known.get(fingerprint)
+
+    def by_id(self, schema_id: int, likely: bool) -> str | None:
+        """The text of the schema with this id in a frame of Jobledger's writers, or None if the registry does not have
+        it. ``likely``: ask again before the answer is None.
+
+        A schema that Jobledger's writers published under the id is preferred: the log outlives registries, and a
+        registry that was replaced or restored may have another schema under this id. The registry is asked for ids that
+        are not published. Raises `RegistryNeeded` if the id is not published and no registry is configured,
+        `RegistryUnavailable`, `BrokerUnavailable`, `TopicMissing`.
+        """
+        if time.monotonic() < self._denied.get(schema_id, 0.0):
+            return None
+        found = self.published(schema_id)
+        if found is None:
+            found = self._registered(schema_id, likely)
+        return found
+
+    def of_others(self, schema_id: int, likely: bool) -> str | None:
+        """The same for records of other programs, whose ids only the registry knows.
+
+        Raises `ConfigError` if Jobledger's writers published another schema under this id: then this is not the
+        registry they used, and it is not known which of the two schemas the record has.
+        """
+        if time.monotonic() < self._denied.get(schema_id, 0.0):
+            return None
+        found = self._registered(schema_id, likely)
+        if found is not None and self._registry is not None:
+            self.check(schema_id, found, self._registry.shown)
+        return found
+
+    def check(self, schema_id: int, text: str, registry: str) -> bool:
+        """Whether Jobledger's writers published this schema under the id that a registry gives it; False if no schema
+        is published under the id. Raises `ConfigError` if another schema is."""
+        ours = self.published(schema_id)
+        if ours is None:
+            return False
+        if codec.fingerprint(ours) == codec.fingerprint(text):
+            return True
+        raise ConfigError(
+            f"schema id {schema_id} is {_named(text)} in the schema registry {registry}, and {_named(ours)} on "
+            f"{self._names.schemas}: the registry was replaced, or restored with other ids. Set {SETTING} to the registry "
+            "that this namespace was written with, or restore the registry's ids (import mode). Or leave the setting "
+            f"unset: existing records stay readable with the schemas on {self._names.schemas}"
+        )
+
+    def _registered(self, schema_id: int, likely: bool) -> str | None:
+        if self._registry is None:
+            raise RegistryNeeded(
+                f"the record carries schema id {schema_id} of a Schema Registry, and none is configured: "
+                f"set {SETTING} to the registry's URL"
+            )
+        found = self._registry.schema(schema_id, sure=likely)
+        if found is None and likely:
+            if len(self._denied) > DENIED_MOST:
+                self._denied.clear()
+            self._denied[schema_id] = time.monotonic() + DENIED_S
+        return found
+
+    def published(self, schema_id: int) -> str | None:
+        """The schema that Jobledger's writers published under a registry's id; None if there is none."""
+        key = id_key(schema_id).encode()
+        with self._lock("reading the schemas on the log"):
+            if key not in self._by_key:
+                self._read_anew()
+            return self._by_key.get(key)
+
+    def all(self) -> dict[bytes, str]:
+        """Every schema on ``<ns>.schemas`` by its fingerprint. Raises `BrokerUnavailable`, `TopicMissing`."""
+        with self._lock("reading the schemas on the log"):
+            self._read_anew()
+            return dict(self._known)
+
+    def close(self) -> None:
+        """Close the connection; the next lookup opens a new one."""
+        with self._lock("reading the schemas on the log"):
+            self._drop()
+
+    def _read_anew(self) -> None:
+        try:
+            self._read()
+        except Exception:
+            self._drop()
+            raise
+
+    def _drop(self) -> None:
+        """Close the connection after an error: a client that saw the broker go may report the topic as missing for
+        minutes."""
+        reader, self._reader = self._reader, None
+        if reader is not None:
+            reader.close()
+
+    def _read(self) -> None:
+        topic = self._names.schemas
+        if self._reader is None:
+            self._partitions = partitions_of(self._settings, topic, self._timeout)
+            self._reader = LogReader(self._settings)
+        for partition in range(self._partitions):
+            begin = self._next.get(partition, 0)
+            _, end = self._reader.watermarks(topic, partition)
+            if end < begin:  # another topic of this name
+                begin = 0
+            for message in self._reader.read(topic, partition, begin, end):
+                self._learn(message)
+            self._next[partition] = end
+
+    def _learn(self, message: Message) -> None:
+        key, value = message.key(), message.value()
+        if key is None or value is None:
+            return
+        try:
+            text = bytes(value).decode()
+            mark = codec.fingerprint(text)
+        except (UnicodeDecodeError, SchemaError) as exc:
+            LOG.warning("%s is not a schema: %s", position_of(message), exc)
+            return
+        self._known[mark] = text
+        self._by_key[key] = text
+
+
+def _named(text: str) -> str:
+    """A schema's name and fingerprint, for errors."""
+    try:
+        parsed = json.loads(text)
+    except ValueError:
+        parsed = None
+    name = parsed.get("name", "?") if isinstance(parsed, dict) else "?"
+    return f"{name!s:.100} (fingerprint {codec.fingerprint(text).hex()})"
+
+
+def decoder(settings: Settings, names: Names) -> codec.Decoder:
+    """A decoder that finds other writers' schemas on ``<ns>.schemas``, and in the Schema Registry if one is configured.
+
+    Raises `ConfigError` for a registry that cannot be used.
+    """
+    lookup = SchemaLookup(settings, names)
+    return codec.Decoder(lookup, lookup.by_id)

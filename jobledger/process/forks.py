@@ -1,0 +1,305 @@
+"""Objects that belong to one process: Kafka clients, pools of database connections, their locks, and how they are
+closed.
+
+A fork copies a process's memory, but not its threads. A Kafka client that is closed, flushed or merely freed in such a
+copy waits forever for threads that do not exist there, and a copied database connection still belongs to the parent. So
+this module creates every client and registers every pool. In a forked child the parent's clients are inert: closing
+does nothing, any other use raises `ConnectionUnusable`, and they are never freed. Pools start without connections, and
+locks are free.
+
+A fork that Python does not notice (uWSGI, a C extension) is detected at the next use: `notice`.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import ctypes
+import os
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any, NoReturn, Protocol, TypeVar
+from weakref import WeakSet
+
+from confluent_kafka import Consumer, Producer
+from confluent_kafka.admin import AdminClient
+
+from jobledger.errors import ConnectionUnusable
+from jobledger.process import greenlets
+from jobledger.process.logger import get_logger
+
+if TYPE_CHECKING:
+    from sqlalchemy import Engine
+
+LOG = get_logger("jobledger.client.client")
+
+#: Seconds for which a fork waits while another thread creates a client or queries the status table. librdkafka and
+#: SQLite have internal locks, which would stay locked in the child.
+QUIET_S = 1.0
+#: Seconds that sending the remaining records may take when the process ends.
+EXIT_S = 5.0
+
+K = TypeVar("K", Producer, Consumer, AdminClient)
+
+
+class Owner(Protocol):
+    """Holds objects that belong to one process."""
+
+    def after_fork(self) -> None:
+        """Forget the parent's objects; called in the child."""
+
+
+class Closable(Protocol):
+    """Must be closed when the process ends."""
+
+    def at_exit(self, timeout: float) -> None:
+        """Close it within ``timeout`` seconds."""
+
+
+#: Number of forks between the process that imported this module and this one. Compared where the user's code may have
+#: forked and returned in the child.
+depth = 0
+#: Whether the process is ending and open connections have been closed. Connections opened afterwards must not start a
+#: thread.
+ending = False
+
+_pid = os.getpid()
+_clients: WeakSet[Any] = WeakSet()
+_pools: WeakSet[Engine] = WeakSet()
+_owners: WeakSet[Owner] = WeakSet()
+_closables: dict[int, Closable] = {}
+_alone: WeakSet[Alone] = WeakSet()
+_making = greenlets.native_lock()  # a thread that watches an outage makes clients, too
+_held: dict[int, bool] = {}
+
+
+# -- clients and pools --------------------------------------------------------------------------------------------------
+
+
+def client(kind: type[K], conf: Mapping[str, Any]) -> K:
+    """Create a Kafka client that is inert in a forked child and does not block other greenlets. Raises what its
+    constructor raises, and `ConfigError` under eventlet."""
+    own = (greenlets.GREEN if greenlets.patched() else _OWN)[kind]
+    with _making:
+        made = own(dict(conf))
+    _clients.add(made)
+    return made  # type: ignore[no-any-return]  # the table holds a class of each kind
+
+
+def pool(engine: Engine) -> Engine:
+    """Register an engine, so that a forked child does not use the parent's connections."""
+    _pools.add(engine)
+    return engine
+
+
+def keep(*objects: object) -> None:
+    """Never free these objects, and what they hold, in this process, not even when the interpreter exits."""
+    for each in objects:
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(each))
+
+
+#: Methods of a parent's client that may be called, for closing and cleaning up, with what they return.
+_QUIET: Mapping[str, object] = {"close": None, "flush": 0, "purge": None, "unassign": None, "unsubscribe": None}
+
+
+def _inert(kind: type[Any]) -> type[Any]:
+    def refused(self: object, *args: object, **more: object) -> NoReturn:
+        raise ConnectionUnusable(
+            f"this connection to Kafka was opened in another process, and this one (pid {os.getpid()}) is a fork of it: "
+            "open a new connection after the fork"
+        )
+
+    def quiet(result: object) -> Callable[..., object]:
+        return lambda self, *args, **more: result
+
+    names = [name for name in dir(kind) if not name.startswith("_")]
+    methods: dict[str, Any] = {name: quiet(_QUIET[name]) if name in _QUIET else refused for name in names}
+    if hasattr(kind, "__len__"):
+        methods["__len__"] = quiet(0)
+    return type(f"Inert{kind.__name__}", (kind,), methods)
+
+
+# Of one layout, so that an object of the one class can become one of the other.
+_OWN: dict[type[Any], type[Any]] = {k: type(k.__name__, (k,), {}) for k in (Producer, Consumer, AdminClient)}
+_INERT = {own: _inert(kind) for owns in (_OWN, greenlets.GREEN) for kind, own in owns.items()}
+
+
+# -- locks ----------------------------------------------------------------------------------------------------------
+
+
+class Alone:
+    """A section that a thread must not enter again while it is inside. Only a signal handler or a finalizer can try
+    that."""
+
+    def __init__(self) -> None:
+        self._inside: set[int] = set()
+        _alone.add(self)
+
+    def busy(self) -> bool:
+        """Whether this thread is inside."""
+        return threading.get_ident() in self._inside
+
+    @contextlib.contextmanager
+    def __call__(self, what: str) -> Iterator[None]:
+        """Enter the section; ``what`` describes it. Raises `ConnectionUnusable` if this thread is inside already."""
+        me = threading.get_ident()
+        if me in self._inside:
+            raise ConnectionUnusable(
+                f"a signal handler, or a finalizer, interrupted this thread while it was {what}, and called Jobledger "
+                "again: nothing was done. Set a flag in the handler and call Jobledger outside the handler"
+            )
+        self._inside.add(me)
+        try:
+            yield
+        finally:
+            self._inside.discard(me)
+
+    def after_fork(self) -> None:
+        """Forget the other threads: they do not exist here, and their ids may be reused."""
+        self._inside &= {threading.get_ident()}
+
+
+class Lock(Alone):
+    """A lock for objects that are opened once. It is free in a forked child. A thread that already holds it gets an
+    error instead of a deadlock."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._lock = threading.RLock()
+
+    @contextlib.contextmanager
+    def __call__(self, what: str) -> Iterator[None]:
+        """Hold the lock; ``what`` describes the reason. Raises `ConnectionUnusable` if this thread holds it already."""
+        with self._lock, super().__call__(what):
+            yield
+
+    def after_fork(self) -> None:
+        """Free it, unless the thread that forked holds it."""
+        super().after_fork()
+        if self._lock.acquire(blocking=False):
+            self._lock.release()
+        else:
+            self._lock = threading.RLock()
+
+
+def inside() -> bool:
+    """Whether this thread is inside any `Alone` section: then a signal handler has interrupted it there."""
+    try:
+        return any(each.busy() for each in list(_alone))
+    except RuntimeError:  # another thread opens something at this moment
+        return True
+
+
+# -- forks --------------------------------------------------------------------------------------------------------------
+
+
+def in_child(owner: Owner) -> None:
+    """Call ``owner.after_fork`` in every forked child."""
+    _owners.add(owner)
+
+
+def notice() -> None:
+    """Check whether this process is a fork that Python did not notice."""
+    if os.getpid() != _pid:
+        _in_child()
+
+
+def _before() -> None:
+    _held[threading.get_ident()] = _making.acquire(timeout=QUIET_S)
+    deadline = time.monotonic() + QUIET_S
+    for engine in list(_pools):
+        while engine.pool.checkedout() and time.monotonic() < deadline:  # type: ignore[attr-defined]  # a QueuePool
+            time.sleep(0.001)
+        with contextlib.suppress(Exception):  # whatever a driver raises: it must not stop the fork
+            engine.dispose()  # SQLite must not be taken into a fork, not even unused; idle ones are opened again
+
+
+def _in_parent() -> None:
+    if _held.pop(threading.get_ident(), False):
+        _making.release()
+
+
+def _after_in_child() -> None:
+    if _held.pop(threading.get_ident(), False):
+        _making.release()
+    _in_child()
+
+
+def _in_child() -> None:
+    global _making, _pid, depth
+    _pid = os.getpid()
+    depth += 1
+    if _making.acquire(blocking=False):
+        _making.release()
+    else:
+        _making = greenlets.native_lock()
+    for made in list(_clients):
+        keep(made)
+        made.__class__ = _INERT[type(made)]
+    _clients.clear()
+    _closables.clear()
+    for engine in list(_pools):
+        keep(engine.pool)
+        engine.dispose(close=False)
+    for lock in list(_alone):
+        lock.after_fork()
+    for owner in list(_owners):
+        owner.after_fork()
+
+
+def left(error: BaseException | None) -> NoReturn:
+    """End this process, a fork in which the user's code returned or raised ``error``: it must not continue as if it
+    were the worker."""
+    code = 0
+    if isinstance(error, SystemExit):
+        code = error.code if isinstance(error.code, int) else int(error.code is not None)
+    elif error is not None:
+        code = 1
+    try:
+        if error is not None and not isinstance(error, SystemExit):
+            traceback.print_exception(error)
+        sys.stdout.flush()
+        sys.stderr.flush()
+    finally:
+        os._exit(code & 0xFF)
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(before=_before, after_in_parent=_in_parent, after_in_child=_after_in_child)
+
+
+# -- the end of the process -----------------------------------------------------------------------------------------------
+
+
+def at_exit(closable: Closable) -> None:
+    """Close this object when the process ends, unless it has been `closed`. A fork that ends does not close its
+    parent's objects."""
+    _closables[id(closable)] = closable
+
+
+def closed(closable: Closable) -> None:
+    """Report that this object has been closed."""
+    _closables.pop(id(closable), None)
+
+
+def close_all(timeout: float) -> None:
+    """Close whatever is open, each within ``timeout`` seconds."""
+    for closable in list(_closables.values()):
+        try:
+            closable.at_exit(timeout)
+        except Exception:
+            LOG.exception("a connection could not be closed at the end of the process")
+
+
+def _exit() -> None:
+    # Registered at import: handlers that were registered later run before, while everything is open.
+    global ending
+    notice()
+    ending = True
+    close_all(EXIT_S)
+
+
+atexit.register(_exit)

@@ -1,0 +1,584 @@
+"""The coordinator: releases delayed and retried jobs when they are due.
+
+This module starts, watches and stops one instance. `jobledger.streams.coordinator.pipeline` processes the events,
+`jobledger.streams.coordinator.rules.decisions` holds the rules, `jobledger.streams.coordinator.faust.faust_app` sets up Faust.
+
+The coordinator needs no database. Its table is stored in a changelog topic, with a local copy that can be deleted. Any
+number of instances share the partitions of ``<ns>.coordination``. Any error ends the instance without committing events
+that were not fully processed. Another instance, or the next start, continues from there.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import signal
+import threading
+import time
+from collections.abc import Awaitable, Callable, Coroutine
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+from jobledger.config import Settings
+from jobledger.errors import AccessDenied, BrokerUnavailable, ConfigError, JobledgerError
+from jobledger.kafka import acls, clients, outage
+from jobledger.kafka.auth import join, knock, read, unauthorized
+from jobledger.kafka.topic_names import Names
+from jobledger.kafka.topic_watch import TopicWatch
+from jobledger.log.framing import framing
+from jobledger.log.schema_lookup import decoder
+from jobledger.log.writer import LogWriter
+from jobledger.process import greenlets
+from jobledger.process.extras import missing
+from jobledger.process.logger import get_logger
+from jobledger.streams.coordinator.faust.async_producer import MAX_BATCH_BYTES, AckedWriter, Ends, denied_kind, unused
+from jobledger.streams.coordinator.faust.faust_app import (
+    TABLE,
+    CommitHook,
+    ConsistencyError,
+    Group,
+    Options,
+    build,
+    changelog,
+    check_topics,
+    deliver_to,
+    hasten,
+    origin_of,
+    progress,
+    recovering,
+    stuck,
+    work_topics,
+)
+from jobledger.streams.coordinator.faust.instance_dir import take_place
+from jobledger.streams.coordinator.faust.log_filters import quieten, tell_no_more
+from jobledger.streams.coordinator.faust.security import security
+from jobledger.streams.coordinator.metrics import Metrics
+from jobledger.streams.coordinator.pipeline import Cycle
+
+try:
+    from prometheus_client import CollectorRegistry
+except ImportError as exc:
+    raise missing("streams", exc) from exc
+
+LOG = get_logger("jobledger.coordinator")
+T = TypeVar("T")
+
+#: Exit codes of `run_coordinator`, as of sysexits.h. 70 (EX_SOFTWARE): start it again. 77 (EX_NOPERM): the cluster
+#: denies it access.
+EXIT_OK, EXIT_FAILED, EXIT_DENIED = 0, 70, 77
+
+#: Seconds between two checks for a pause of this process or a jump of its clock.
+PULSE = 0.25
+#: Seconds between two measurements of the lag. An answer also shows that the broker is available.
+SURVEY = 2.0
+#: Bytes by which the coordinator's records may exceed the submitted ones: they add a due time and their source.
+ROOM_BYTES = 4_096
+#: In a rebalance, a lack of progress counts only if the broker has answered within so many seconds.
+SEEN_LATELY = 5 * SURVEY
+#: Seconds in which Faust must make progress with its start or a rebalance; seconds in which it must stop.
+START_TIMEOUT, STOP_TIMEOUT = 30.0, 10.0
+#: Seconds for finishing events that are being processed, after a request to stop.
+FINISH_TIMEOUT = 3.0
+
+
+class _StoppedEarly(Exception):
+    """The coordinator was asked to stop before it had started."""
+
+
+class Coordinator:
+    """Run one instance.
+
+    ``partitions``: number of partitions of the coordination topic and of the changelog. ``data_dir``: folder of the
+    local copies; by default ``<home>/coordinator/<namespace>``. ``on_step(name)``: for tests, called between any two
+    steps that a crash could separate. ``registry``: registry for the metrics; a private one by default.
+    """
+
+    def __init__(
+        self,
+        names: Names,
+        settings: Settings,
+        *,
+        partitions: int,
+        options: Options | None = None,
+        data_dir: Path | None = None,
+        registry: CollectorRegistry | None = None,
+        on_step: Callable[[str], None] | None = None,
+    ) -> None:
+        self.names, self.settings = names, settings.acting_as("coordinator")
+        self.options = options or Options()
+        self.metrics = Metrics(registry)
+        self._partitions = partitions
+        self._root = data_dir or settings.home / "coordinator" / names.namespace
+        self._on_step = on_step
+        self._stop = asyncio.Event()
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._failure: BaseException | None = None
+        self.stuck = False  # Faust did not stop: its threads would keep the process alive
+        self._app: Any = None
+        self._cycle: Cycle | None = None
+        self._ends: Ends | None = None
+        self._high: dict[int, int] = {}
+        self._broker_seen = time.monotonic()
+        self._last_ready = self._broker_seen
+        self._started = False
+        self._topics = TopicWatch(self.settings, names, self._watched, LOG, others=self._uneven)
+
+    # -- called from outside -----------------------------------------------------------------------------------------
+
+    def stop(self) -> None:
+        """Ask `run` to stop cleanly. From any thread."""
+        outage.stopping()
+        if self._loop is not None:
+            with contextlib.suppress(RuntimeError):  # the loop has ended
+                self._loop.call_soon_threadsafe(self._stop.set)
+
+    def health(self) -> dict[str, Any]:
+        """Return the state as plain values, and set the gauges.
+
+        ``state``: starting, rebalancing, catching-up or ready. ``lag``: events not processed yet. ``next_due_us``: µs
+        of the broker's clock. ``overdue_s``: seconds since the earliest timer was due. ``not_ready_s``: seconds since
+        this instance was ready. Both grow while something keeps the instance from acting, and stay near 0 otherwise.
+        ``late``: numbers of releases by lateness, cumulative, keyed by upper bound in seconds. ``missing_topics``: work
+        topics that releases wait for; if there are any, run ``jobledger topics apply``. ``topic_problems``: texts about
+        changed topic settings that break a guarantee.
+        """
+        cycle, metrics = self._cycle, self.metrics
+        settled = self._started and not self._app.rebalancing
+        ready = cycle is not None and settled and bool(self._app.tables.actives_ready) and cycle.ready
+        owned = [] if cycle is None else cycle.firing.partitions
+        now = time.monotonic()
+        if ready:
+            self._last_ready = now
+        overdue = 0.0 if cycle is None else cycle.firing.overdue
+        lag = (
+            0 if cycle is None else sum(max(0, end - cycle.position(p)) for p, end in self._high.items() if p in owned)
+        )
+        scheduled = 0 if cycle is None else sum(cycle.table.scheduled.values())
+        missing = [] if cycle is None else cycle.topics.missing
+        state = "ready" if ready else "starting" if not self._started else "catching-up" if settled else "rebalancing"
+        metrics.ready.set(ready)
+        metrics.overdue.set(overdue)
+        metrics.lag.set(lag)
+        metrics.partitions.set(len(owned))
+        metrics.scheduled.set(scheduled)
+        metrics.missing_topics.set(len(missing))
+        metrics.clock_ahead.set(0 if cycle is None else cycle.firing.clock.ahead_us / 1e6)
+        return {
+            "state": state,
+            "ready": ready,
+            "rebalancing": not settled,
+            "partitions": owned,
+            "lag": lag,
+            "scheduled": scheduled,
+            "next_due_us": None if cycle is None else cycle.firing.next_due,
+            "overdue_s": round(overdue, 1),
+            "not_ready_s": round(now - self._last_ready, 1),
+            "fired": metrics.fired,
+            "late": metrics.lateness(),
+            "missing_topics": missing,
+            "topic_problems": list(self._topics.problems),
+            "broker_seen_s_ago": round(now - self._broker_seen, 1),
+        }
+
+    # -- life --------------------------------------------------------------------------------------------------------
+
+    async def run(self) -> None:
+        """Run until `stop`. Raises the error that ended the instance. Only fully processed events are committed."""
+        self._loop = asyncio.get_running_loop()
+        place = take_place(self._root, self.names.namespace)
+        # The largest record that may be read must fit when it is sent on.
+        settings = replace(self.settings, max_record_bytes=self.settings.max_record_bytes + ROOM_BYTES)
+        writer: AckedWriter | None = None
+        tasks: list[asyncio.Task[None]] = []
+        try:
+            quieten(heard=partial(outage.outage_of(self.settings).heard, by=self))
+            if idle := unused(self.settings):
+                LOG.warning("client settings that the coordinator does not use (aiokafka): %s", ", ".join(idle))
+            origin, topics, max_batch = await self._with_patience(self._prepare)
+            place.keep_for(origin)
+            self._ends = Ends(self.settings, self.options.patience / 2)
+            framed = framing(self.settings, self.names, self._publish)
+            await self._with_patience(partial(self._publish, None))
+            if framed is not None:
+                written = (self.names.coordination, self.names.lifecycle, self.names.dead_letter, *topics)
+                await self._with_patience(partial(framed.prepare, written))
+            writer = AckedWriter(settings, security(self.settings), self.options.patience, max_batch, framed)
+            await writer.start()
+            app, table = build(self.names, self.settings, self.options, self._partitions, place)
+            self._app = app
+            cycle = self._cycle = Cycle(
+                self.names,
+                self.settings,
+                self.options,
+                Group(app, self.names, table),
+                writer,
+                self._ends,
+                decoder(self.settings, self.names),
+                self.metrics,
+                self._step,
+                topics,
+            )
+            deliver_to(app, self.names, cycle.take)
+            app.on_partitions_revoked.connect(self._on_revoked, weak=False)
+            table.on_recover(self._on_recover)
+            if self._on_step is not None:
+                app.sensors.add(CommitHook(self._step))
+            await self._or_stuck(app.start())
+            hasten(app)
+            quieten()
+            self._started = True
+            self._topics.start()
+            LOG.info("coordinator of %s started, local copy in %s", self.names.namespace, place.folder)
+            for work in (
+                cycle.decide,
+                cycle.settle,
+                cycle.firing.run,
+                cycle.sweep,
+                cycle.topics.watch,
+                self._pulse,
+                self._survey,
+                self._watch_faust,
+                self._watch_group,
+                self._watch_recovery,
+            ):
+                tasks.append(asyncio.create_task(self._guarded(work()), name=work.__name__))
+            await self._stop.wait()
+            if self._failure is None:
+                await cycle.finish(FINISH_TIMEOUT)
+        except _StoppedEarly:
+            pass
+        finally:
+            self._started = False
+            self._topics.close()
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            if self._app is not None:
+                await self._end(self._app)
+            if writer is not None:
+                await writer.stop(2.0)
+            if self._ends is not None:
+                self._ends.close()
+            tell_no_more()
+            if isinstance(self._failure, ConsistencyError):
+                place.clear()  # the local copy belongs to a log that no longer exists
+            place.release()
+        if self._failure is not None:
+            raise self._failure
+
+    def _prepare(self) -> tuple[str, dict[str, int | None], int]:
+        """Check login, rights and topics. Return the identity of the changelog that a local copy must belong to; the
+        existing work topics, each with the largest batch it accepts; and the largest batch that all topics accept to
+        which the coordinator writes. Bytes."""
+        names = self.names
+        knock(self.settings)
+        fixed = (names.coordination, changelog(names), names.lifecycle, names.dead_letter, names.schemas)
+        acls.check(self.settings, names.namespace, fixed)
+        check_topics(self.settings, names, self._partitions)
+        work = work_topics(self.settings, names)
+        acls.check(self.settings, names.namespace, work)
+        others = (names.coordination, changelog(names), names.lifecycle, names.dead_letter)
+        limits = [*work.values(), *clients.batch_limits(self.settings, others).values()]
+        most = min((limit for limit in limits if limit is not None), default=MAX_BATCH_BYTES)
+        return origin_of(self.settings, changelog(names)), work, most
+
+    def _watched(self) -> list[str]:
+        names = self.names
+        work = [] if self._cycle is None else self._cycle.topics.known
+        return [names.coordination, changelog(names), names.lifecycle, names.dead_letter, names.schemas, *work]
+
+    def _uneven(self) -> list[str]:
+        """Return the problem that `check_topics` reports now, if any: partitions added since the start are not read."""
+        try:
+            check_topics(self.settings, self.names, self._partitions)
+        except ConfigError as exc:
+            return [str(exc)]
+        return []
+
+    def _publish(self, key: str | None) -> None:
+        """Publish this version's schema, under ``key`` or by its fingerprint."""
+        writer = LogWriter(replace(self.settings, submit_timeout=self.options.patience), self.names)
+        try:
+            if key is None:
+                writer.ensure_schema()
+            else:
+                writer.publish(key)
+        finally:
+            writer.close(0.0)
+
+    async def _with_patience(self, ask: Callable[[], T]) -> T:
+        """Call ``ask`` in a thread, and again while the broker is unavailable, for `Options.patience` seconds.
+
+        Raises what ``ask`` raises.
+        """
+        deadline = time.monotonic() + self.options.patience
+        loop = asyncio.get_running_loop()
+        while True:
+            try:
+                return await loop.run_in_executor(None, ask)
+            except BrokerUnavailable as exc:
+                if self._stop.is_set():
+                    raise _StoppedEarly from None
+                if time.monotonic() >= deadline:
+                    raise
+                LOG.warning("trying for %.0f s more: %s", deadline - time.monotonic(), exc)
+                await asyncio.sleep(1.0)
+
+    async def _end(self, app: Any) -> None:
+        # Faust commits the offsets of processed events here. An unavailable broker must not delay the end. A timeout
+        # around `app.stop` does not help: code in it swallows the cancellation and continues to wait.
+        stopping = asyncio.ensure_future(app.stop())
+        done, _ = await asyncio.wait({stopping}, timeout=STOP_TIMEOUT)
+        if not done:
+            stopping.cancel()
+            self.stuck = True
+            LOG.warning("Faust did not stop within %.0f s", STOP_TIMEOUT)
+        elif (problem := stopping.exception()) is not None:  # nothing is lost if Faust does not stop cleanly
+            LOG.warning("Faust did not stop cleanly: %r", problem)
+
+    def _step(self, name: str) -> None:
+        if self._on_step is not None:
+            self._on_step(name)
+
+    def _fail(self, reason: BaseException) -> None:
+        if self._failure is None and not self._stop.is_set():
+            self._failure = reason
+            if isinstance(reason, JobledgerError):
+                LOG.error("coordinator stops: %s", reason)
+            else:
+                LOG.error("coordinator stops", exc_info=reason)
+        self._stop.set()
+
+    async def _guarded(self, work: Coroutine[Any, Any, None]) -> None:
+        try:
+            await work
+        except asyncio.CancelledError:
+            raise
+        except BaseException as exc:  # noqa: BLE001  # any error ends the coordinator
+            self._fail(exc)
+
+    # -- Faust's calls -----------------------------------------------------------------------------------------------
+
+    async def _on_revoked(self, *_: Any, **__: Any) -> None:
+        if self._cycle is not None:
+            await self._shielded(self._cycle.revoked)
+
+    async def _on_recover(self, *_: Any) -> None:
+        if self._cycle is not None:
+            await self._shielded(self._cycle.rebuild)
+
+    async def _shielded(self, call: Callable[[], Awaitable[None]]) -> None:
+        """Call ``call`` and end the coordinator if it raises: Faust ignores exceptions of these calls."""
+        try:
+            await call()
+        except Exception as exc:  # noqa: BLE001  # any error ends the coordinator
+            self._fail(exc)
+
+    async def _or_stuck(self, starting: Awaitable[Any]) -> None:
+        """Wait until Faust has started. Raises an error if its client cannot join the group or makes no progress.
+
+        There is no limit for the whole start, because restoring a large table may take long.
+        """
+        start = asyncio.ensure_future(starting)
+        joining = self._watch_progress("joining its group and reading its table", lambda app: True)
+        watches = [asyncio.create_task(watch) for watch in (self._watch_group(), joining)]
+        try:
+            await asyncio.wait([start, *watches], return_when=asyncio.FIRST_COMPLETED)
+            for watch in watches:
+                if watch.done():
+                    watch.result()
+            await start
+        finally:
+            for task in (start, *watches):
+                task.cancel()
+            await asyncio.gather(start, *watches, return_exceptions=True)
+
+    async def _watch_recovery(self) -> None:
+        """Raise if a rebalance makes no progress. It ends when the new part of the table is read and restored."""
+        await self._watch_progress(
+            "a rebalance of its group, or the part of its table that came with one", self._moving
+        )
+
+    def _moving(self, app: Any) -> bool:
+        restoring = self._cycle is not None and self._cycle.restoring
+        seen = time.monotonic() - self._broker_seen < SEEN_LATELY
+        return seen and (app.rebalancing or recovering(app) or restoring)
+
+    def _progress(self) -> tuple[object, ...]:
+        return progress(self._app), 0 if self._cycle is None else self._cycle.table.restored
+
+    async def _watch_progress(self, what: str, waiting: Callable[[Any], bool]) -> None:
+        """Raise `BrokerUnavailable` if Faust makes no progress with ``what`` while ``waiting(app)`` is true.
+
+        Faust would wait forever for an answer that a broker lost while it was paused. The limit is `START_TIMEOUT`
+        seconds since the last progress, and longer if ``session_timeout`` is above 10 s, since the group may then wait
+        longer for a silent member. Time in which this process was paused does not count.
+        """
+        seen, quiet = self._progress(), 0.0
+        while quiet < (bound := START_TIMEOUT + max(0.0, self.options.session_timeout - 10.0)):
+            await asyncio.sleep(PULSE)
+            now = self._progress()
+            quiet = quiet + PULSE if waiting(self._app) and now == seen else 0.0
+            seen = now
+        raise BrokerUnavailable(
+            f"the coordinator made no progress for {bound:.0f} s with {what} (rebalancing: {self._app.rebalancing}, "
+            f"restoring: {recovering(self._app)}); look whether every broker of {self.settings.resolve_bootstrap()} "
+            "answers, and start the coordinator again"
+        )
+
+    async def _watch_group(self) -> None:
+        """Raise the error that keeps Faust's client out of its group. The client itself only waits to be asked."""
+        while (reason := stuck(self._app)) is None:
+            await asyncio.sleep(PULSE)
+        raise self._explained(reason)
+
+    async def _watch_faust(self) -> None:
+        """Raise if a part of Faust has failed. Otherwise the process would stay up and do nothing."""
+        rows = self._app.tables[TABLE].data
+        while not self._app.crashed:
+            if rows.failure is not None:
+                raise rows.failure
+            await asyncio.sleep(PULSE)
+        reason = self._app.crash_reason
+        raise self._explained(reason) if isinstance(reason, Exception) else RuntimeError(f"Faust crashed: {reason!r}")
+
+    def _explained(self, reason: Exception) -> Exception:
+        """Return an `AccessDenied` if Faust's client lacks a right; any other error unchanged."""
+        kind = denied_kind(reason)
+        if kind is None:
+            return reason
+        names = self.names
+        source, rows = names.coordination, changelog(names)
+        needs = (read(rows if rows in str(reason) else source), join(names.coordinator_group))
+        return unauthorized(self.settings, "running the coordinator's group", kind, *needs)
+
+    # -- guards ------------------------------------------------------------------------------------------------------
+
+    async def _pulse(self) -> None:
+        assert self._cycle is not None
+        while True:
+            self._cycle.beat()
+            await asyncio.sleep(PULSE)
+
+    async def _still_let_in(self) -> None:
+        """Raise if the cluster refuses the login: to a client, a changed password or an expired certificate looks like
+        an unavailable broker."""
+        with contextlib.suppress(BrokerUnavailable):
+            await asyncio.get_running_loop().run_in_executor(None, knock, self.settings, SURVEY)
+
+    async def _survey(self) -> None:
+        """Measure the lag every `SURVEY` seconds. Raises `BrokerUnavailable` after more than `Options.patience` seconds
+        without an answer."""
+        assert self._cycle is not None
+        assert self._ends is not None
+        self._broker_seen = time.monotonic()
+        while True:
+            owned = self._cycle.firing.partitions
+            try:
+                # Ask even without partitions: an unavailable broker may be the reason for having none.
+                found = await self._ends.of(self.names.coordination, owned or [0])
+                self._high = {p: end for p, (_, end) in found.items() if p in owned}
+                self._broker_seen = time.monotonic()
+            except AccessDenied:
+                raise
+            except JobledgerError as exc:
+                outage.log_missed(LOG, self.settings, "%s", exc)
+                await self._still_let_in()
+            self.health()
+            away = time.monotonic() - self._broker_seen
+            if away > self.options.patience:
+                raise BrokerUnavailable(
+                    f"{self.settings.bootstrap or 'the embedded broker'} did not answer the coordinator for {away:.0f} s; "
+                    "check JOBLEDGER_BOOTSTRAP and that the broker runs"
+                )
+            await asyncio.sleep(SURVEY)
+
+
+def run_coordinator(
+    names: Names,
+    settings: Settings,
+    partitions: int,
+    *,
+    data_dir: Path | None = None,
+    session_timeout_s: float | None = None,
+    options: Options | None = None,
+    stop_event: threading.Event | None = None,
+    registry: CollectorRegistry | None = None,
+    on_ready: Callable[[Coordinator], None] | None = None,
+) -> int:
+    """Run one coordinator in this thread until SIGTERM, SIGINT or ``stop_event``, and return its exit code.
+
+    Signals are handled if this is the main thread. ``on_ready(coordinator)`` is called before the coordinator starts,
+    to give access to `Coordinator.health`. An error that ends the coordinator is logged; the exit code then is 70, or
+    77 for `AccessDenied`. In the main thread, the process exits at once after an error, or if Faust did not stop.
+    """
+    greenlets.refuse("the stream processor")
+    options = options or Options()
+    if session_timeout_s is not None:
+        options = replace(options, session_timeout=session_timeout_s)
+
+    async def main() -> bool:
+        coordinator = Coordinator(
+            names, settings, partitions=partitions, options=options, data_dir=data_dir, registry=registry
+        )
+        if on_ready is not None:
+            on_ready(coordinator)
+        await supervise(coordinator, stop_event)
+        return coordinator.stuck
+
+    code, stuck = EXIT_OK, False
+    with asyncio.Runner(loop_factory=_new_loop) as runner:
+        try:
+            stuck = runner.run(main())
+        except KeyboardInterrupt:
+            pass
+        except JobledgerError as exc:
+            LOG.error("%s", exc)
+            code = EXIT_DENIED if isinstance(exc, AccessDenied) else EXIT_FAILED
+        except Exception:
+            LOG.exception("the coordinator gave up")
+            code = EXIT_FAILED
+        if (code or stuck) and threading.current_thread() is threading.main_thread():
+            # Threads of Faust's clients that wait for a dead broker would keep the process alive.
+            logging.shutdown()
+            os._exit(code)
+    return code
+
+
+async def supervise(coordinator: Coordinator, stop_event: threading.Event | None = None) -> None:
+    """Run ``coordinator`` until SIGTERM or SIGINT (if this is the main thread), or ``stop_event``. Raises what
+    `Coordinator.run` raises."""
+    loop = asyncio.get_running_loop()
+    handled: list[signal.Signals] = []
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, coordinator.stop)
+            handled.append(number)
+    watch: asyncio.Task[None] | None = None
+    if stop_event is not None:
+        watch = asyncio.create_task(_stop_when(stop_event, coordinator))
+    try:
+        await coordinator.run()
+    finally:
+        if watch is not None:
+            watch.cancel()
+        for number in handled:
+            loop.remove_signal_handler(number)
+
+
+async def _stop_when(event: threading.Event, coordinator: Coordinator) -> None:
+    while not event.is_set():
+        await asyncio.sleep(0.1)
+    coordinator.stop()
+
+
+def _new_loop() -> asyncio.AbstractEventLoop:
+    try:
+        import uvloop
+    except ImportError:  # not on every platform
+        return asyncio.new_event_loop()
+    return uvloop.new_event_loop()

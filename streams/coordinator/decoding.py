@@ -1,0 +1,115 @@
+"""Decodes records of the coordination topic to events. A record that is no event becomes a dead letter."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+from jobledger.errors import NotAnEvent, RegistryNeeded, SchemaError, UnknownFact
+from jobledger.kafka.topic_names import Names
+from jobledger.log.writer import Outgoing
+from jobledger.process.identity import now_us
+from jobledger.process.logger import get_logger
+from jobledger.schemas import codec
+from jobledger.schemas.events import JobEvent, RecordRejected
+from jobledger.streams.coordinator.rules.derived_events import derived_id
+
+LOG = get_logger("jobledger.coordinator")
+
+#: Limits for the dead letter of a rejected record, which must fit itself. A larger value is left out; a longer key and
+#: a longer reason are cut.
+REJECT_BYTES, KEY_BYTES, WHY_CHARS = 500_000, 4_096, 2_000
+#: The timestamp type of a fetched record whose time was set by the broker (LogAppendTime).
+APPEND_TIME = 1
+#: Bytes that an id may have. Jobledger's ids have 36. Ids become keys of rows and records.
+ID_BYTES = 1_000
+#: The largest number of a run, attempt or release in the schema (Avro int).
+NUMBER_MOST = (1 << 31) - 1
+
+
+class Read(NamedTuple):
+    """An event and its position in the log. ``appended_ms``: its append time, ms of the broker's clock."""
+
+    event: JobEvent
+    partition: int
+    offset: int
+    appended_ms: int
+
+
+class Intake:
+    """Decode batches of records. ``decoder`` may block on a schema that it has not seen; it then runs in a thread.
+
+    ``now_ms()``: the estimated broker's clock. A record with its writer's time (the topic has
+    message.timestamp.type=CreateTime) counts as appended now, so that no job that it delays is released early.
+    """
+
+    def __init__(self, names: Names, decoder: codec.Decoder, source: str, now_ms: Callable[[], int]) -> None:
+        self._names, self._decoder, self._source, self._now_ms = names, decoder, source, now_ms
+
+    async def decode(self, records: Sequence[Any]) -> tuple[list[Read], list[Outgoing]]:
+        """Return the events of ``records``, and the dead letters of records that are no events.
+
+        Raises `UnknownFact` for a valid event whose fact this version does not know, because it must not be skipped;
+        `RegistryNeeded` for a record that may be an event of a Schema Registry; `BrokerUnavailable` if its schema
+        cannot be looked up.
+        """
+        read: list[Read] = []
+        rejects: list[Outgoing] = []
+        loop = asyncio.get_running_loop()
+        decode, asks = self._decoder.decode, self._decoder.asks
+        for message in records:
+            value = message.value
+            try:
+                event = await loop.run_in_executor(None, decode, value) if asks(value) else decode(value)
+                check_head(event)
+                appended_ms = message.timestamp if message.timestamp_type == APPEND_TIME else self._now_ms()
+                read.append(Read(event, message.partition, message.offset, appended_ms))
+            except UnknownFact as exc:
+                raise UnknownFact(
+                    exc.fact,
+                    f"{_where(message)} carries the fact {exc.fact!r}, which this coordinator does not know and must not "
+                    "skip: upgrade this coordinator",
+                ) from exc
+            except RegistryNeeded as exc:
+                raise RegistryNeeded(f"{_where(message)}: {exc}") from exc
+            except SchemaError as exc:
+                rejects.append(self._reject(message, str(exc)))
+        return read, rejects
+
+    def _reject(self, message: Any, why: str) -> Outgoing:
+        LOG.error("%s is no event and goes to %s: %s", _where(message), self._names.dead_letter, why)
+        key, value, why = bounded(message.key, message.value, why, REJECT_BYTES)
+        fact = RecordRejected(message.topic, message.partition, message.offset, key, value, why)
+        event_id = derived_id(message.topic, message.partition, message.offset, "rejected")
+        event = JobEvent(event_id, "", 0, 0, 0, now_us(), "", "", None, None, self._source, None, fact)
+        return Outgoing(self._names.dead_letter, codec.encode(event), event_id)
+
+
+def check_head(event: JobEvent) -> None:
+    """Raise `NotAnEvent` for an event that the coordinator can keep no row for: one without a job id, or with an id or
+    a number that is too large for the records made from it."""
+    if not event.job_id:
+        raise NotAnEvent(f"a {type(event.fact).__name__} of no job: its job_id is empty")
+    for name, text in (("job_id", event.job_id), ("home", event.home or "")):
+        if len(text) > ID_BYTES // 4 and len(text.encode()) > ID_BYTES:
+            raise NotAnEvent(f"its {name} has more than {ID_BYTES} bytes")
+    if max(event.run, event.attempt, event.release) >= NUMBER_MOST:
+        raise NotAnEvent(f"run {event.run}, attempt {event.attempt}, release {event.release}: no next one is a number")
+
+
+def bounded(key: bytes | None, value: bytes | None, why: str, most: int) -> tuple[bytes | None, bytes | None, str]:
+    """Return key, value and reason of a rejected record within the limits of a dead letter: a value above ``most``
+    bytes is None, a key above `KEY_BYTES` is cut, and the reason says so."""
+    why = why[:WHY_CHARS].encode("utf-8", "replace").decode()  # a text may hold characters that UTF-8 cannot encode
+    if key is not None and len(key) > KEY_BYTES:
+        why = f"{why}; the first {KEY_BYTES} of its key's {len(key)} bytes are kept here"
+        key = key[:KEY_BYTES]
+    if value is not None and len(value) > most:
+        why = f"{why}; its {len(value)} bytes are left out here"
+        value = None
+    return key, value, why
+
+
+def _where(message: Any) -> str:
+    return f"{message.topic}[{message.partition}]@{message.offset}"

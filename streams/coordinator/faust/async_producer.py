@@ -1,0 +1,309 @@
+"""Kafka for the coordinator's event loop: sends records with one awaitable per batch, and reads the ends of partitions.
+Does not interpret events.
+
+Records are sent with aiokafka. It has one request at a time in progress to each broker, and the next one includes all
+records for all partitions that arrived meanwhile; librdkafka sends one request per partition. At a few records a
+millisecond over many partitions, aiokafka needs a tenth of the requests. The ends of partitions are requested over a
+separate connection: on that of Faust's consumer these requests would wait behind its fetches.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ssl
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import Any, NamedTuple, TypeVar
+
+from jobledger.config import Settings
+from jobledger.errors import BrokerUnavailable, JobledgerError, NotAuthenticated, PayloadTooLarge, TopicMissing
+from jobledger.kafka.auth import Need, away, refusal, unauthorized, write
+from jobledger.kafka.tls import trouble
+from jobledger.log.framing import Framing
+from jobledger.log.reading import LogReader
+from jobledger.log.writer import Outgoing
+from jobledger.process.extras import missing
+from jobledger.streams.coordinator.faust.log_filters import quieten
+
+try:
+    from aiokafka import AIOKafkaProducer
+    from aiokafka import errors as aioerrors
+    from aiokafka.client import AIOKafkaClient
+    from aiokafka.conn import AIOKafkaConnection, create_conn
+    from aiokafka.protocol.metadata import MetadataRequest
+except ImportError as exc:
+    raise missing("streams", exc) from exc
+
+MAX_BATCH_BYTES = 256 * 1024
+#: Timeout of a request, and age at which metadata (and so a partition's leader) is requested again: as in
+#: `jobledger.config.PATIENCE`.
+REQUEST_TIMEOUT_MS, METADATA_AGE_MS = 8_000, 5_000
+#: Largest overhead in bytes of a batch with one record, beside key, value and headers; and of a header, beside name and
+#: value.
+_OVERHEAD, _HEADER_OVERHEAD = 61 + 26, 10
+
+_DENIED = (
+    (aioerrors.TopicAuthorizationFailedError, "topic"),
+    (aioerrors.GroupAuthorizationFailedError, "group"),
+    (aioerrors.ClusterAuthorizationFailedError, "cluster"),
+    (aioerrors.TransactionalIdAuthorizationFailed, "transactional-id"),
+)
+_REFUSED = (
+    aioerrors.SaslAuthenticationFailed,
+    aioerrors.AuthenticationFailedError,
+    aioerrors.UnsupportedSaslMechanismError,
+    aioerrors.IllegalSaslStateError,
+)
+
+T = TypeVar("T")
+
+
+class Delivered(NamedTuple):
+    """The position of an acknowledged record, and when the broker appended it (ms)."""
+
+    partition: int
+    offset: int
+    appended_ms: int
+
+
+Outcomes = list[Delivered | JobledgerError]
+
+
+class AckedWriter:
+    """An idempotent producer. Its partitioner agrees with librdkafka's ``murmur2_random``.
+
+    ``security``: aiokafka's settings. ``patience``: seconds that a record may wait for its acknowledgement, including
+    outages. ``max_batch``: largest batch in bytes that every topic accepts. If a broker refuses a batch for its size,
+    the sequence has a gap and the broker refuses all later batches. ``framing``: how events are framed for a Schema
+    Registry."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        security: Mapping[str, Any],
+        patience: float,
+        max_batch: int = MAX_BATCH_BYTES,
+        framing: Framing | None = None,
+    ) -> None:
+        self._settings, self._framing, self._security = settings, framing, security
+        self._producer = AIOKafkaProducer(
+            bootstrap_servers=settings.resolve_bootstrap(),
+            client_id=settings.kafka.get("client.id", "jobledger-coordinator"),
+            compression_type=compression(settings),
+            acks="all",
+            enable_idempotence=True,
+            linger_ms=0,  # records that arrive during a request form the next batch
+            max_batch_size=min(max_batch, MAX_BATCH_BYTES),
+            max_request_size=settings.max_record_bytes,
+            request_timeout_ms=int(patience * 1000),
+            metadata_max_age_ms=METADATA_AGE_MS,
+            **security,
+        )
+        # aiokafka has one setting for how long a record may wait and how long a request may take. With the first for both,
+        # a hanging broker would delay its partitions' records for all that time, even after other brokers lead them.
+        self._producer.client._request_timeout_ms = min(int(patience * 1000), REQUEST_TIMEOUT_MS)
+        create_no_topics(self._producer.client)
+
+    async def start(self) -> None:
+        """Connect. Raises `BrokerUnavailable`, and `NotAuthenticated` if the cluster refuses this client's login."""
+        try:
+            await self._producer.start()
+        except aioerrors.KafkaError as exc:
+            refused = await self._refused()
+            raise refused or self._translate(exc, "connecting") from exc
+        finally:
+            quieten()
+
+    async def _refused(self) -> NotAuthenticated | None:
+        """Return why a connection is refused, None if it is not: the producer only reports that it has no connection."""
+        host, _, port = self._settings.resolve_bootstrap().split(",")[0].strip().rpartition(":")
+        try:
+            connection = await create_conn(host, int(port), **self._security, request_timeout_ms=10_000)
+        except NotAuthenticated as exc:
+            return exc
+        except (ssl.SSLError, *_REFUSED) as exc:
+            loop = asyncio.get_running_loop()
+            return await loop.run_in_executor(None, refusal, self._settings, str(exc))
+        except (OSError, aioerrors.KafkaError, TimeoutError):
+            found = await asyncio.get_running_loop().run_in_executor(
+                None, trouble, self._settings.resolve_bootstrap(), self._settings.kafka
+            )
+            return None if found is None else NotAuthenticated(found)
+        connection.close()
+        return None
+
+    async def stop(self, timeout: float) -> None:
+        """Flush within ``timeout`` seconds and close the connections."""
+        try:
+            async with asyncio.timeout(timeout):
+                await self._producer.stop()
+        except (TimeoutError, aioerrors.KafkaError):
+            await self._producer.client.close()
+
+    async def post(self, records: Sequence[Outgoing]) -> asyncio.Future[Outcomes]:
+        """Send records, at least one, in order. The future has each record's outcome when all are known; failures are
+        outcomes, not exceptions."""
+        send, framing = self._producer.send, self._framing
+        loop = asyncio.get_running_loop()
+        settled: asyncio.Future[Outcomes] = loop.create_future()
+        if framing is not None:
+            new = {record.topic for record in records if framing.waits(record.topic, record.value)}
+            try:
+                if new:  # a work topic that was created since the start
+                    await loop.run_in_executor(None, framing.prepare, new)
+            except JobledgerError as exc:
+                settled.set_result([exc] * len(records))
+                return settled
+        under_way: list[Any] = []
+        for topic, value, key, partition, headers in records:
+            if framing is not None and value is not None:
+                value = framing.framed(topic, value)
+            raw_key = key.encode() if isinstance(key, str) else key
+            try:
+                under_way.append(await send(topic, value, raw_key, partition, None, headers))
+            except aioerrors.KafkaError as exc:
+                failed: asyncio.Future[Any] = loop.create_future()
+                failed.set_exception(exc)
+                under_way.append(failed)
+        gathered = asyncio.gather(*under_way, return_exceptions=True)
+
+        def settle(done: asyncio.Future[list[Any]]) -> None:
+            if settled.done():
+                return
+            if done.cancelled():
+                settled.cancel()
+                return
+            settled.set_result(
+                [
+                    self._translate(found, f"sending to {record.topic}", write(record.topic))
+                    if isinstance(found, BaseException)
+                    else Delivered(found.partition, found.offset, found.timestamp)
+                    for found, record in zip(done.result(), records, strict=True)
+                ]
+            )
+
+        gathered.add_done_callback(settle)
+        return settled
+
+    def _translate(self, error: BaseException, what: str, *needs: Need) -> JobledgerError:
+        if isinstance(error, NotAuthenticated):
+            return error
+        kind = denied_kind(error)
+        if kind is not None:
+            return unauthorized(self._settings, what, kind, *needs)
+        if isinstance(error, _REFUSED):
+            return refusal(self._settings, str(error))
+        address = self._settings.bootstrap or "the embedded broker"
+        if isinstance(error, aioerrors.UnknownTopicOrPartitionError):
+            return TopicMissing(f"{what}: the topic does not exist; create it with `jobledger topics apply MODULE:APP`")
+        if isinstance(error, aioerrors.MessageSizeTooLargeError | aioerrors.RecordListTooLargeError):
+            return PayloadTooLarge(
+                f"{what}: {address} refuses a record of this size; see the topic's max.message.bytes"
+            )
+        return BrokerUnavailable(f"{what}: {away(self._settings, f'did not take it in time ({error!r})')}")
+
+
+#: Client settings that are passed to aiokafka, beside those of security.
+USED = ("client.id", "compression.type", "compression.codec")
+
+
+def compression(settings: Settings) -> str | None:
+    """Return the compression of batches as aiokafka's setting; None: none. librdkafka also accepts capital letters."""
+    found = settings.kafka.get("compression.type", settings.kafka.get("compression.codec", "none")).lower()
+    return None if found == "none" else found
+
+
+def unused(settings: Settings) -> list[str]:
+    """Return the client settings that the coordinator's clients do not use, sorted."""
+    secure = ("ssl.", "sasl.", "security.", "https.", "enable.ssl.")
+    return sorted(name for name in settings.kafka if not name.startswith(secure) and name not in USED)
+
+
+def create_no_topics(client: AIOKafkaClient) -> None:
+    """Make an aiokafka client request metadata of topics without creating missing ones.
+
+    aiokafka has no setting for this. Its request allows the broker to create the topics that it names. A broker with
+    ``auto.create.topics.enable`` then creates them with its own default partitions and settings.
+    """
+    connect = client._get_conn
+
+    async def connection(*args: Any, **more: Any) -> AIOKafkaConnection | None:
+        found = await connect(*args, **more)
+        if found is not None:
+            found.send = partial(_send_creating_nothing, found)
+        return found
+
+    client._get_conn = connection
+
+
+def _send_creating_nothing(connection: AIOKafkaConnection, request: Any, expect_response: bool = True) -> Any:
+    if isinstance(request, MetadataRequest):
+        request._allow_auto_topic_creation = False
+    return AIOKafkaConnection.send(connection, request, expect_response)
+
+
+def denied_kind(error: BaseException | None) -> str | None:
+    """Return the kind of resource to which an aiokafka error says this user lacks a right; None for any other error."""
+    return next((kind for of, kind in _DENIED if isinstance(error, of)), None)
+
+
+def record_bytes(record: Outgoing) -> int:
+    """Return the largest size in bytes of a batch with only this record: a topic's ``max.message.bytes`` limits it."""
+    headers = sum(len(name) + len(value or b"") + _HEADER_OVERHEAD for name, value in record.headers or ())
+    return _OVERHEAD + len(record.key or b"") + len(record.value or b"") + headers
+
+
+def first_error(outcomes: Iterable[Delivered | JobledgerError]) -> JobledgerError | None:
+    """Return the error of the first record that was not acknowledged; None if there is none."""
+    return next((o for o in outcomes if isinstance(o, JobledgerError)), None)
+
+
+class Ends:
+    """Reads the first and last offsets of partitions over a separate connection. Retries for ``patience`` seconds while a
+    leader is being elected or the broker is unavailable. Close it."""
+
+    def __init__(self, settings: Settings, patience: float) -> None:
+        self._settings, self._patience = settings, patience
+        self._reader: LogReader | None = None
+        self._closed = False
+        # One thread, because the reader must not be shared.
+        self._thread = ThreadPoolExecutor(1, "jobledger-ends")
+
+    async def of(self, topic: str, partitions: Iterable[int]) -> dict[int, tuple[int, int]]:
+        """Return the first offset and the high watermark of each partition. Raises `BrokerUnavailable`, `TopicMissing`."""
+        wanted = sorted(partitions)
+        return await self._ask(lambda reader: {p: reader.watermarks(topic, p, 5.0) for p in wanted})
+
+    async def keys(self, topic: str, partition: int, offsets: set[int]) -> set[bytes]:
+        """Return the keys of those records at these offsets that the log still has. Raises as `of` does."""
+
+        def read(reader: LogReader) -> set[bytes]:
+            messages = reader.read(topic, partition, min(offsets), max(offsets) + 1)
+            found = [(message.offset(), message.key()) for message in messages]
+            return {bytes(key) for offset, key in found if offset in offsets and isinstance(key, bytes)}
+
+        return await self._ask(read)
+
+    async def _ask(self, question: Callable[[LogReader], T]) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._thread, self._patiently, question)
+
+    def _patiently(self, question: Callable[[LogReader], T]) -> T:
+        if self._reader is None:
+            self._reader = LogReader(self._settings)
+        deadline = time.monotonic() + self._patience
+        while True:
+            try:
+                return question(self._reader)
+            except BrokerUnavailable:
+                if self._closed or time.monotonic() > deadline:
+                    raise
+                time.sleep(0.2)
+
+    def close(self) -> None:
+        """Close the connection; does not wait for a request in progress."""
+        self._closed = True
+        if self._reader is not None:
+            self._thread.submit(self._reader.close)
+        self._thread.shutdown(wait=False)

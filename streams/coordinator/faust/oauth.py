@@ -1,0 +1,115 @@
+"""Gets tokens for SASL/OAUTHBEARER for aiokafka, as librdkafka's ``sasl.oauthbearer.method=oidc`` does.
+
+Uses the client credentials grant of OAuth 2.0 (RFC 6749, section 4.4): a client id and a secret are exchanged for a
+token.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import json
+import ssl
+import threading
+import time
+import urllib.error
+import urllib.parse
+import urllib.request
+from collections.abc import Mapping
+from typing import Any
+
+from jobledger.config import TOKEN_ENDPOINT, check_token_endpoint
+from jobledger.errors import ConfigError, NotAuthenticated
+from jobledger.kafka.tls import setting
+from jobledger.process.extras import missing
+from jobledger.process.logger import get_logger
+
+try:
+    from aiokafka.abc import AbstractTokenProvider
+except ImportError as exc:
+    raise missing("streams", exc) from exc
+
+LOG = get_logger("jobledger.kafka")
+
+_METHOD, _ID, _SECRET = "sasl.oauthbearer.method", "sasl.oauthbearer.client.id", "sasl.oauthbearer.client.secret"
+_URL, _SCOPE, _EXTENSIONS = TOKEN_ENDPOINT, "sasl.oauthbearer.scope", "sasl.oauthbearer.extensions"
+_CA, _CA_PEM = "https.ca.location", "https.ca.pem"
+KNOWN = {_METHOD, _ID, _SECRET, _URL, _SCOPE, _EXTENSIONS, _CA, _CA_PEM}
+
+#: Timeout in seconds of a request to the token endpoint.
+TIMEOUT_S = 10.0
+#: Share of a token's lifetime after which a new one is requested.
+RENEW_AT = 0.8
+
+
+class ClientCredentials(AbstractTokenProvider):  # type: ignore[misc]  # aiokafka ships no types
+    """Gets a token and keeps it until it must be renewed. Raises `ConfigError` for missing settings, settings of another
+    method, and an endpoint to which the secret would be sent as plain text."""
+
+    def __init__(self, kafka: Mapping[str, str]) -> None:
+        if kafka.get(_METHOD, "default").lower() != "oidc":
+            raise ConfigError(
+                f"{setting('sasl.mechanism')}=OAUTHBEARER works only with {setting(_METHOD)}=oidc, a client id and a "
+                "secret at a token endpoint. Tokens of another origin, such as AWS MSK's IAM, are not supported: "
+                "use SASL/SCRAM or mutual TLS there"
+            )
+        for name in (_URL, _ID, _SECRET):
+            if not kafka.get(name):
+                raise ConfigError(f"{setting(_METHOD)}=oidc needs {setting(name)}")
+        self._url, self._id, self._secret = kafka[_URL], kafka[_ID], kafka[_SECRET]
+        check_token_endpoint(self._url)
+        self._scope = kafka.get(_SCOPE)
+        self._extensions = _pairs(kafka.get(_EXTENSIONS, ""))
+        self._ca = (kafka.get(_CA), kafka.get(_CA_PEM))
+        self._lock = threading.Lock()
+        self._token, self._until = "", 0.0
+
+    async def token(self) -> str:
+        """Return a token that is still valid; request one if needed. Raises `NotAuthenticated`."""
+        return await asyncio.get_running_loop().run_in_executor(None, self.fetch)
+
+    def extensions(self) -> dict[str, str]:
+        """Return the extensions that are sent to the broker with the token."""
+        return dict(self._extensions)
+
+    def fetch(self) -> str:
+        """Return a token as `token` does, but block. Any thread."""
+        with self._lock:
+            if time.monotonic() >= self._until:
+                self._token, lasts = self._ask()
+                self._until = time.monotonic() + lasts * RENEW_AT
+            return self._token
+
+    def _ask(self) -> tuple[str, float]:
+        form = {"grant_type": "client_credentials"} | ({"scope": self._scope} if self._scope else {})
+        pair = ":".join(urllib.parse.quote(word, safe="") for word in (self._id, self._secret))
+        asked = urllib.request.Request(
+            self._url,
+            urllib.parse.urlencode(form).encode(),
+            {
+                "Authorization": f"Basic {base64.b64encode(pair.encode()).decode()}",
+                "Content-Type": "application/x-www-form-urlencoded",
+                "Accept": "application/json",
+            },
+        )
+        try:
+            with urllib.request.urlopen(asked, timeout=TIMEOUT_S, context=self._tls()) as answer:
+                said: Any = json.load(answer)
+            return str(said["access_token"]), float(said.get("expires_in", 300.0))
+        except urllib.error.HTTPError as exc:
+            with exc:
+                problem = f"answers {exc.code} {exc.reason}"
+        except (OSError, ValueError, KeyError, TypeError) as exc:
+            problem = f"gives no token ({exc})"
+        raise NotAuthenticated(f"the token endpoint {self._url} {problem}: check {setting(_ID)} and {setting(_SECRET)}")
+
+    def _tls(self) -> ssl.SSLContext | None:
+        if not self._url.startswith("https://"):
+            return None
+        place, text = self._ca
+        return ssl.create_default_context(cafile=place if place != "probe" else None, cadata=text)
+
+
+def _pairs(text: str) -> dict[str, str]:
+    pairs = [each.partition("=") for each in text.split(",") if each.strip()]
+    return {name.strip(): value.strip() for name, _, value in pairs}

@@ -1,0 +1,143 @@
+"""The rows of the coordinator's table and their encoding: kept releases, markers of passed ones, and floors. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import msgspec
+
+from jobledger.kafka.topic_names import lane
+from jobledger.schemas.events import JobSpec
+
+#: The floor of a partition that was never swept: below every offset.
+NO_FLOOR = -1
+
+
+class Kept(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """A release that the coordinator keeps, with the whole job. ``offset``: offset of the event that made this row.
+    ``due``: when the job is to be released, or its lease ends; µs of the broker's clock."""
+
+    partition: int
+    offset: int
+    run: int
+    release: int
+    attempt: int
+    due: int
+    job_id: str
+    task: str
+    queue: str
+    key: str | None
+    home: str | None
+    trace: str | None
+    args: bytes
+    tags: dict[str, str]
+    parent: str | None
+    expires_at: int | None = None
+    priority: str | None = None
+
+    @property
+    def spec(self) -> JobSpec:
+        """The job's spec."""
+        return JobSpec(self.args, self.tags, self.parent, None, self.expires_at, self.priority)
+
+    @property
+    def lane(self) -> str:
+        """The name of the work topic's lane: the queue, or queue and priority."""
+        return lane(self.queue, self.priority)
+
+    @property
+    def acts_at(self) -> int:
+        """When a timer is to look at this row, µs of the broker's clock."""
+        return self.due
+
+
+class Scheduled(Kept, frozen=True, array_like=True, tag=0, gc=False):
+    """A release that waits until it is due."""
+
+    @property
+    def acts_at(self) -> int:
+        """When the release is due, or the job expires if that is earlier; µs of the broker's clock."""
+        return self.due if self.expires_at is None else min(self.due, self.expires_at)
+
+
+class Held(Kept, frozen=True, array_like=True, tag=3, gc=False):
+    """A release that a worker runs on a lease. The lease ends at ``due`` unless it is renewed. ``crashes``: number of
+    leases of this run that ended without an outcome."""
+
+    worker: str = ""
+    crashes: int = 0
+
+
+class Released(msgspec.Struct, frozen=True, array_like=True, tag=1, gc=False):
+    """A marker: the coordinator released the job, or ended its run, because of the event at ``offset``, appended at
+    ``ended_ms`` (broker's clock). ``closed``: the run has ended, so the release must not be sent or leased again."""
+
+    partition: int
+    offset: int
+    run: int
+    release: int
+    ended_ms: int
+    closed: bool = False
+
+
+class Floor(msgspec.Struct, frozen=True, array_like=True, tag=2, gc=False):
+    """The floor of a partition, never deleted: every event at or below ``offset`` was processed. ``shift``: number
+    added to the log's offsets before they are compared with those in rows. It is above 0 if the rows were made from an
+    earlier log (`jobledger.streams.coordinator.table`)."""
+
+    partition: int
+    offset: int
+    shift: int = 0
+
+
+Row = Scheduled | Released | Held
+
+_encode = msgspec.msgpack.Encoder().encode
+_decode: Callable[[bytes], Row | Floor] = msgspec.msgpack.Decoder(Row | Floor).decode
+
+#: The second byte of a marker. A row's bytes begin with the array header (one byte if below 16 fields) and the tag.
+_RELEASED_MARK = _encode(Released(0, 0, 0, 0, 0))[1]
+
+
+def encode_row(row: Row | Floor) -> bytes:
+    """Encode a row for the table and its changelog (MessagePack, fields by position)."""
+    return _encode(row)
+
+
+def decode_row(data: bytes) -> Row | Floor:
+    """Decode a row. Raises `msgspec.DecodeError` or `msgspec.ValidationError` for other bytes."""
+    return _decode(data)
+
+
+def of_unknown_kind(data: bytes) -> bool:
+    """Return whether bytes that `decode_row` refuses look like a row of a later version's kind."""
+    try:
+        match msgspec.msgpack.decode(data):
+            case [int(tag), *_]:
+                return not isinstance(tag, bool) and tag > Held.__struct_config__.tag  # type: ignore[operator]
+    except msgspec.DecodeError:
+        pass
+    return False
+
+
+def is_marker(data: bytes) -> bool:
+    """Return whether a row's bytes are a `Released` marker, without decoding them."""
+    return len(data) > 1 and data[1] == _RELEASED_MARK
+
+
+def row_key(job_id: str) -> bytes:
+    """Return the key of a job's row."""
+    return job_id.encode()
+
+
+def floor_key(partition: int) -> bytes:
+    """Return the key of a partition's floor. It begins with a zero byte, unlike Jobledger's job ids."""
+    return b"\0floor/%d" % partition
+
+
+def newer(row: Row | Floor, than: Row | Floor) -> bool:
+    """Return whether ``row`` replaces ``than``: it was made by a later event, or the same one. The order in which they
+    were written does not matter."""
+    if isinstance(row, Floor) and isinstance(than, Floor) and row.shift != than.shift:
+        return row.shift > than.shift
+    return row.offset >= than.offset

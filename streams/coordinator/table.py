@@ -1,0 +1,259 @@
+"""Writes the coordinator's rows to the changelog, then to the local copy. Restores, repairs and sweeps them.
+
+Only `Table` changes rows, one caller at a time (a lock). Rows that were decided on but are not durable yet are held in
+memory and take precedence, so that the next events see them.
+
+A row holds the offset of the event that made it. If the coordination topic is recreated or loses its end, new offsets
+are below those in the rows, and new events would be dropped as duplicates. So offsets are shifted before they are
+compared with rows (`Table.at`). A partition that ends below its rows gets a shift that lifts its first offset above all
+of them. The shift is stored in the partition's floor before anything is decided.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+
+from jobledger.log.writer import Outgoing
+from jobledger.process.logger import get_logger
+from jobledger.streams.coordinator.faust.async_producer import AckedWriter, Delivered, Ends, first_error
+from jobledger.streams.coordinator.faust.faust_app import Group
+from jobledger.streams.coordinator.ownership import Ownership, Superseded
+from jobledger.streams.coordinator.rules.decisions import raised_floor, sweepable
+from jobledger.streams.coordinator.rules.schedule_rows import (
+    NO_FLOOR,
+    Floor,
+    Kept,
+    Row,
+    decode_row,
+    encode_row,
+    floor_key,
+    is_marker,
+)
+from jobledger.streams.coordinator.rules.timers import Timers, wake_at
+
+LOG = get_logger("jobledger.coordinator")
+
+#: Rows read in one step of a sweep or a restoration. Between steps, other tasks of the event loop can run.
+SCAN_CHUNK = 2_000
+#: Rows written at once by sweeps and repairs.
+WRITE_CHUNK = 500
+
+Key = tuple[int, bytes]
+Put = tuple[int, bytes, bytes | None]
+
+
+class Table:
+    """Hold the rows by (partition, key). ``changelog``: name of the changelog topic. ``step``: called between any two
+    steps, for crash tests."""
+
+    def __init__(
+        self,
+        changelog: str,
+        group: Group,
+        writer: AckedWriter,
+        ends: Ends,
+        ownership: Ownership,
+        step: Callable[[str], None],
+    ) -> None:
+        self._changelog, self._group, self._writer, self._ends = changelog, group, writer, ends
+        self._ownership, self._step = ownership, step
+        self._lock = asyncio.Lock()
+        self._next: dict[int, int] = {}  # changelog offset expected for the next row written here
+        self._floors: dict[int, int] = {}
+        self._shifts: dict[int, int] = {}
+        self._pending: dict[Key, Row] = {}
+        self.scheduled: Counter[int] = Counter()
+        self.restored = 0  # rows that restorations have read or repaired so far: shows their progress
+
+    def row(self, partition: int, key: bytes) -> Row | None:
+        """Return a job's row, durable or only decided on; None without one."""
+        pending = self._pending.get((partition, key))
+        if pending is not None:
+            return pending
+        data = self._group.rows.get(partition, key)
+        row = None if data is None else decode_row(data)
+        return None if isinstance(row, Floor) else row
+
+    def at(self, partition: int, offset: int) -> int:
+        """Return the shifted offset for an offset of the source topic, to be compared with rows and floors."""
+        return offset + self._shifts.get(partition, 0)
+
+    def floor(self, partition: int) -> int:
+        """Return the partition's floor: every event at or below this (shifted) offset was processed."""
+        return self._floors.get(partition, NO_FLOOR)
+
+    def expect(self, rows: Mapping[Key, Row]) -> None:
+        """Have `row` return these rows, which were decided on, before they are durable."""
+        self._pending.update(rows)
+
+    async def keep(self, rows: Mapping[Key, Row], epoch: int) -> None:
+        """Make rows durable. Raises `Superseded` if the partitions moved since ``epoch``, or the membership is not
+        certain."""
+        async with self._lock:
+            await self._ownership.certain(epoch)
+            await self._write([(partition, key, encode_row(row)) for (partition, key), row in rows.items()])
+            for key, row in rows.items():
+                if self._pending.get(key) is row:
+                    del self._pending[key]
+
+    async def _write(self, puts: Sequence[Put]) -> None:
+        """Write rows to the changelog, wait for the acknowledgements, then write them locally.
+
+        The offsets of these writes must follow one another. A gap means that another instance, which also believes to
+        own the partition, has written there. If the broker confirms this instance's membership, the other one was
+        paused and wrote late; the rows that it has overwritten are written again. If not, this instance is the late
+        one. Raises `Superseded` then, or the error of a record that was not delivered.
+        """
+        while puts:
+            sent = await self._writer.post(
+                [Outgoing(self._changelog, value, key, partition) for partition, key, value in puts]
+            )
+            self._step("rows-sent")
+            outcomes = await sent
+            error = first_error(outcomes)
+            if error is not None:
+                raise error
+            self._step("rows-acknowledged")
+            own: dict[int, list[int]] = {}
+            for outcome in outcomes:
+                assert isinstance(outcome, Delivered)
+                own.setdefault(outcome.partition, []).append(outcome.offset)
+            foreign = {
+                partition: strangers
+                for partition, offsets in own.items()
+                if (strangers := set(range(self._next.get(partition, min(offsets)), max(offsets))) - set(offsets))
+            }
+            if foreign and not await self._ownership.confirm(doubt=True):
+                raise Superseded
+            for partition, offsets in own.items():
+                self._next[partition] = max(offsets) + 1
+                rows = [(key, value) for p, key, value in puts if p == partition]
+                self._group.rows.write(partition, rows, max(offsets))
+            puts = await self._covered(foreign)
+
+    async def _covered(self, foreign: Mapping[int, set[int]]) -> list[Put]:
+        """Return this instance's rows for the keys that another instance wrote at these changelog offsets."""
+        puts: list[Put] = []
+        for partition, offsets in foreign.items():
+            keys = await self._ends.keys(self._changelog, partition, offsets)
+            LOG.warning(
+                "%s[%d]: %d late writes of another coordinator are undone", self._changelog, partition, len(keys)
+            )
+            puts += [(partition, key, self._group.rows.get(partition, key)) for key in sorted(keys)]
+        return puts
+
+    # -- restoring ---------------------------------------------------------------------------------------------------
+
+    async def restore(self, partitions: set[int], ends: Mapping[int, int]) -> dict[int, Timers]:
+        """Read the rows of ``partitions`` after Faust has restored the local copy. Set floors and shifts, repair rows,
+        and return the timers of all kept rows, by partition. ``ends``: end offsets of the source topic."""
+        async with self._lock:
+            self._pending.clear()
+            self._floors.clear()
+            self._shifts.clear()
+            self.scheduled.clear()
+            self._next = {p: end for p, (_, end) in (await self._ends.of(self._changelog, partitions)).items()}
+            timers = {partition: await self._timers_of(partition, ends[partition]) for partition in sorted(partitions)}
+            await self._mend(partitions)
+            return timers
+
+    async def _timers_of(self, partition: int, end: int) -> Timers:
+        entries: list[tuple[int, bytes]] = []
+        after: bytes | None = None
+        last = NO_FLOOR
+        while chunk := self._group.rows.scan(partition, after, SCAN_CHUNK):
+            after = chunk[-1][0]
+            self.restored += len(chunk)
+            for key, data in chunk:
+                row = decode_row(data)
+                last = max(last, row.offset)
+                if isinstance(row, Kept):
+                    entries.append((wake_at(row.acts_at), key))
+                elif isinstance(row, Floor):
+                    self._floors[partition], self._shifts[partition] = row.offset, row.shift
+            await asyncio.sleep(0)
+        if last >= self.at(partition, end):
+            await self._shift(partition, end, last)
+        self.scheduled[partition] = len(entries)
+        return Timers(entries)
+
+    async def _shift(self, partition: int, end: int, last: int) -> None:
+        """Shift the partition's offsets above ``last``, the highest offset in its rows. The log ends below it."""
+        floor = Floor(partition, self.floor(partition), last + 1)
+        LOG.error(
+            "partition %d of the coordination topic ends at %d, and the coordinator's table is ahead of it by %d records: "
+            "the topic was recreated, or lost its end. Every event in it is treated as new, so releases of the last "
+            "minutes may be repeated; information that was only in the lost records is lost",
+            *(partition, end, last - self.at(partition, end) + 1),
+        )
+        await self._write([(partition, floor_key(partition), encode_row(floor))])
+        self._shifts[partition] = floor.shift
+
+    async def _mend(self, partitions: set[int]) -> None:
+        """Write rows again for which the changelog ends with an older version, written late by a paused instance."""
+        rows = self._group.rows
+        puts: list[Put] = []
+        for partition, key in sorted(rows.overtaken):
+            if partition in partitions:
+                puts.append((partition, key, rows.get(partition, key)))
+                rows.overtaken.discard((partition, key))
+        for start in range(0, len(puts), WRITE_CHUNK):
+            await self._write(puts[start : start + WRITE_CHUNK])
+            self.restored += WRITE_CHUNK
+        if puts:
+            LOG.warning("%d rows were written to the changelog again: a late write had covered them", len(puts))
+
+    # -- sweeping ----------------------------------------------------------------------------------------------------
+
+    async def sweep(self, partition: int, now_ms: Callable[[], int], keep_ms: int) -> int:
+        """Delete a partition's markers below the committed offset that are older than ``keep_ms``. Return how many."""
+        epoch = self._ownership.epoch
+        swept = 0
+        after: bytes | None = None
+        while self._ownership.undisputed and epoch == self._ownership.epoch:
+            chunk = self._group.rows.scan(partition, after, SCAN_CHUNK)
+            if not chunk:
+                break
+            after = chunk[-1][0]
+            marked = [(key, data) for key, data in chunk if is_marker(data)]
+            for start in range(0, len(marked), WRITE_CHUNK):
+                swept += await self._sweep(partition, marked[start : start + WRITE_CHUNK], epoch, now_ms(), keep_ms)
+            await asyncio.sleep(0.005)  # slow on purpose: nothing waits for a sweep
+        return swept
+
+    async def _sweep(
+        self, partition: int, marked: Sequence[tuple[bytes, bytes]], epoch: int, now_ms: int, keep_ms: int
+    ) -> int:
+        async with self._lock:
+            try:
+                return await self._sweep_locked(partition, marked, epoch, now_ms, keep_ms)
+            except Superseded:
+                return 0
+
+    async def _sweep_locked(
+        self, partition: int, marked: Sequence[tuple[bytes, bytes]], epoch: int, now_ms: int, keep_ms: int
+    ) -> int:
+        await self._ownership.certain(epoch)
+        committed = self._group.committed(partition)
+        if committed is None or not self._ownership.undisputed:
+            return 0
+        committed = self.at(partition, committed)
+        gone: list[bytes] = []
+        for key, data in marked:
+            # The scan held no lock, so the row may have been replaced since, or be about to be.
+            unchanged = self._group.rows.get(partition, key) == data and (partition, key) not in self._pending
+            if unchanged and sweepable(decode_row(data), committed, now_ms, keep_ms):
+                gone.append(key)
+        if not gone:
+            return 0
+        floor, shift = raised_floor(self.floor(partition), committed), self._shifts.get(partition, 0)
+        self._step("sweep-begins")
+        await self._write([(partition, floor_key(partition), encode_row(Floor(partition, floor, shift)))])
+        self._floors[partition] = floor
+        self._step("floor-kept")
+        await self._ownership.certain(epoch)
+        await self._write([(partition, key, None) for key in gone])
+        self._step("swept")
+        return len(gone)

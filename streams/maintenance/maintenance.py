@@ -1,0 +1,422 @@
+"""Periodic maintenance beside the active materializer: the watchdog, the audit, trimming and the removal of old cancels.
+
+* The **watchdog** finds jobs that are due and were not released, and asks the coordinator to check them
+  (`ReleaseOverdue`); the coordinator decides. The watchdog acts only when the table is live, that is, past every high
+  watermark taken after the job was overdue.
+* The **audit** counts work records below a worker group's committed offset that no fact closes. The count must be 0.
+* **Trimming** deletes records past the retention age that every reader has read (`jobledger.streams.maintenance.trim`). Readers are
+  workers, coordinator, table, projections of facts in the same database, and the groups of `App.lifecycle`.
+* **Cancels** of runs that have ended are removed from the control topic (`jobledger.streams.maintenance.cancels`).
+
+Only the materializer that holds the store's lease runs these.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import msgspec
+from confluent_kafka import KafkaException, TopicPartition
+
+from jobledger.config import Settings
+from jobledger.errors import BrokerUnavailable, JobledgerError, SchemaError
+from jobledger.job import Life
+from jobledger.kafka.auth import Need
+from jobledger.kafka.clients import admin, answer_of, partitions_of, translate
+from jobledger.kafka.outage import log_missed
+from jobledger.kafka.topic_names import Names
+from jobledger.log import group_offsets
+from jobledger.log.reading import LogReader, recorded
+from jobledger.log.schema_lookup import decoder
+from jobledger.log.writer import LogWriter, Outgoing
+from jobledger.process.extras import missing
+from jobledger.process.identity import now_us, source
+from jobledger.process.logger import get_logger
+from jobledger.schemas import codec
+from jobledger.schemas.events import (
+    JobDue,
+    JobEvent,
+    JobSpec,
+    JobSubmitted,
+    Position,
+    ReleaseOverdue,
+    lasting,
+    later,
+)
+from jobledger.streams.coordinator.decoding import check_head
+from jobledger.streams.coordinator.rules.derived_events import derived_id
+from jobledger.streams.maintenance import cancels
+from jobledger.streams.maintenance.trim import Partition, Readers, plan
+from jobledger.streams.projections.projection_store import folded
+from jobledger.streams.status.store.protocol import Overdue, StatusReader
+from jobledger.streams.status.store.rows import key_text
+
+try:
+    from prometheus_client import Counter, Gauge
+except ImportError as exc:
+    raise missing("streams", exc) from exc
+
+LOG = get_logger("jobledger.upkeep")
+
+UNCLOSED = Gauge(
+    "jobledger_audit_unclosed_records",
+    "Work records below a committed offset that no fact closes. Must be 0.",
+    ["namespace"],
+)
+AUDITED = Gauge("jobledger_audit_time_seconds", "When the audit last came to a result.", ["namespace"])
+ASKED = Counter("jobledger_watchdog_overdue", "Overdue releases the coordinator was asked about.", ["namespace"])
+TRIMMED = Counter("jobledger_trimmed_records", "Records deleted past the retention age.", ["namespace", "topic"])
+
+#: Largest number of overdue releases that one round of the watchdog checks.
+OVERDUE_PAGE = 1_000
+#: Timeout in seconds of a request to delete records.
+DELETE_TIMEOUT_S = 30.0
+#: Largest number of open jobs that one audit checks, the oldest first: a lost job becomes the oldest as others end.
+AUDIT_MOST = 10_000
+#: Number of unfinished jobs past the retention age from which on nothing is trimmed.
+UNFINISHED_MOST = 10_000
+
+
+@dataclass(frozen=True, slots=True)
+class Cadence:
+    """Times in seconds. ``…_every``: between two rounds. ``overdue_after``: how late a release may be before the watchdog
+    asks. ``patience``: how long to wait until the table is live. ``retention``: age of records to delete."""
+
+    watch_every: float = 10.0
+    audit_every: float = 15.0
+    trim_every: float = 3600.0
+    overdue_after: float = 30.0
+    patience: float = 30.0
+    retention: float = 90 * 24 * 3600.0
+
+
+class Upkeep:
+    """Runs the maintenance of one namespace. ``active``: returns whether this process's materializer is the store's
+    writer; if not, rounds are skipped."""
+
+    def __init__(
+        self,
+        names: Names,
+        settings: Settings,
+        queues: Sequence[str],
+        reader: StatusReader,
+        *,
+        cadence: Cadence | None = None,
+        active: Callable[[], bool] = lambda: True,
+    ) -> None:
+        settings = settings.acting_as("materializer")
+        self.names, self.settings, self.queues = names, settings, list(queues)
+        self.cadence = cadence or Cadence(retention=settings.retention_days * 24 * 3600.0)
+        self._reader, self._active = reader, active
+        self._asked: dict[tuple[str, int, int], float] = {}
+        self._looked_to: Overdue | None = None  # the last overdue release that the watchdog checked
+        self._writer: LogWriter | None = None
+        self._source = source("watchdog")
+        self._decode = decoder(settings, names).decode
+
+    def run(self, stop: threading.Event) -> None:
+        """Run rounds until ``stop`` is set. If the broker or the database is unavailable, only the round fails."""
+        rounds: list[tuple[str, float, Callable[[], object]]] = [
+            ("watchdog", self.cadence.watch_every, self.watch),
+            ("audit", self.cadence.audit_every, self.audit),
+            ("trimming", self.cadence.trim_every, self.trim),
+            ("cancels", self.cadence.trim_every, self.forget_cancels),
+        ]
+        due = {name: time.monotonic() + every for name, every, _ in rounds}
+        try:
+            while not stop.wait(max(0.05, min(due.values()) - time.monotonic())):
+                for name, every, work in rounds:
+                    if time.monotonic() < due[name] or stop.is_set():
+                        continue
+                    try:
+                        if self._active():
+                            work()
+                    except BrokerUnavailable as exc:
+                        log_missed(
+                            LOG, self.settings, "%s round failed, the next follows in %g s: %s", name, every, exc
+                        )
+                    except (JobledgerError, KafkaException) as exc:
+                        LOG.warning("%s round failed, the next follows in %g s: %s", name, every, exc)
+                    due[name] = time.monotonic() + every
+        finally:
+            self.close()
+
+    def close(self) -> None:
+        """Close the writer's connection."""
+        if self._writer is not None:
+            self._writer.close()
+            self._writer = None
+
+    # -- the watchdog ---------------------------------------------------------------------------------------------
+
+    def watch(self) -> int:
+        """Ask the coordinator about one page of overdue releases; return how many it was asked about. A release is not
+        asked about again within a minute, or ``overdue_after`` if that is longer."""
+        bound_ms = int(self.cadence.overdue_after * 1000)
+        now_ms = time.time_ns() // 1_000_000
+        # Each round checks the next page, so that jobs that can no longer be released do not hide those after them.
+        after = self._looked_to
+        page = self._reader.overdue(now_ms, bound_ms, OVERDUE_PAGE, after)
+        if not page and after is not None:
+            after = None
+            page = self._reader.overdue(now_ms, bound_ms, OVERDUE_PAGE, after)
+        suspects = {(o.job_id, o.run, o.release): o for o in page}
+        if not suspects:
+            return 0
+        if not self._live(self._topics()):
+            LOG.info("%d releases look overdue, but the table is not live: no judgement", len(suspects))
+            return 0
+        self._looked_to = page[-1] if len(page) == OVERDUE_PAGE else None
+        again = self._reader.overdue(now_ms, bound_ms, OVERDUE_PAGE, after)
+        still = [o for o in again if (o.job_id, o.run, o.release) in suspects]
+        again_before = time.monotonic() - max(60.0, self.cadence.overdue_after)
+        self._asked = {k: t for k, t in self._asked.items() if t > again_before}
+        wanted = [o for o in still if (o.job_id, o.run, o.release) not in self._asked]
+        records = []
+        with LogReader(self.settings) as log:
+            for overdue in wanted:
+                record = self._ask(log, overdue)
+                if record is not None:
+                    records.append(record)
+        if records:
+            LOG.warning("%d releases are overdue; asking the coordinator", len(records))
+            self._send(records)
+            ASKED.labels(self.names.namespace).inc(len(records))
+        for overdue in wanted:
+            self._asked[overdue.job_id, overdue.run, overdue.release] = time.monotonic()
+        return len(records)
+
+    def _ask(self, log: LogReader, overdue: Overdue) -> Outgoing | None:
+        found = None if overdue.spec_at is None else self._event_at(log, overdue.spec_at)
+        if found is None or key_text(found[0].job_id) != overdue.job_id:  # the topic was recreated
+            LOG.error("job %s is overdue and the log no longer holds it: nothing can release it", overdue.job_id)
+            return None
+        origin, spec = found
+        # The id from the log: the table stores a long id as its first characters and a digest.
+        job_id, home = origin.job_id, origin.home or origin.job_id
+        event = JobEvent(
+            derived_id(job_id, overdue.run, overdue.release, "overdue"),
+            job_id,
+            overdue.run,
+            overdue.attempt,
+            overdue.release,
+            now_us(),
+            origin.task,
+            origin.queue,
+            origin.key,
+            origin.home,
+            self._source,
+            origin.trace,
+            ReleaseOverdue(spec, max(overdue.due_ms, 0) * 1000),  # a record may contain any number
+        )
+        return Outgoing(self.names.coordination, codec.encode(event), home)
+
+    def _event_at(self, log: LogReader, position: Position) -> tuple[JobEvent, JobSpec] | None:
+        message = log.at(position)
+        if message is None:
+            return None
+        try:
+            found = recorded(message, self._decode)
+            check_head(found.event)  # do not ask about events that the coordinator refuses
+        except SchemaError:
+            return None
+        fact = found.event.fact
+        return (found.event, lasting(fact.spec, found.appended_ms)) if isinstance(fact, JobSubmitted | JobDue) else None
+
+    # -- the audit ------------------------------------------------------------------------------------------------
+
+    def audit(self) -> int | None:
+        """Count the work records below a committed offset that no fact closes; None if the table is not live."""
+        bases = {
+            place: c.base for place, c in group_offsets.worker_commits(self.settings, self.names, self.queues).items()
+        }
+        if not self._live([self.names.lifecycle]):
+            return None
+        unclosed = 0
+        for job_id, life in self._reader.open_lives(AUDIT_MOST):
+            place = work_position(life, self.names)
+            if life.leased is not None and life.leased.release >= (0 if life.due is None else life.due.release):
+                continue  # a job lease replaces the work record
+            if place is not None and place.offset < bases.get((place.topic, place.partition), 0):
+                unclosed += 1
+                if unclosed <= 10:
+                    LOG.error("audit: job %s at %s is below the committed offset and not closed", job_id, place)
+        UNCLOSED.labels(self.names.namespace).set(unclosed)
+        AUDITED.labels(self.names.namespace).set(time.time())
+        return unclosed
+
+    # -- cancels --------------------------------------------------------------------------------------------------
+
+    def forget_cancels(self) -> int:
+        """Remove cancels of runs that have ended from the control topic; return how many."""
+        with LogReader(self.settings) as log:
+            found = cancels.standing(log, self.names, self._decode)
+        done = list(cancels.settled(found, self.names, self._reader))
+        if done:
+            self._send(done)
+        return len(done)
+
+    # -- trimming -------------------------------------------------------------------------------------------------
+
+    def trim(self) -> dict[Partition, int]:
+        """Delete the records past the retention age that every reader has read. Return the new log start of each trimmed
+        partition."""
+        cutoff_ms = int((time.time() - self.cadence.retention) * 1000)
+        jobs = {self.names.jobs(q): q for q in self.queues}
+        bases = group_offsets.worker_commits(self.settings, self.names, self.queues)
+        coordinator = group_offsets.group_offsets(self.settings, self.names.coordinator_group, self.names.coordination)
+        aged: dict[Partition, int] = {}
+        starts: dict[Partition, int] = {}
+        with LogReader(self.settings) as log:
+            for topic in self._topics():
+                for partition in range(partitions_of(self.settings, topic)):
+                    starts[topic, partition] = log.watermarks(topic, partition)[0]
+                    aged[topic, partition] = log.offset_at(topic, partition, cutoff_ms)
+        aged = {place: offset for place, offset in aged.items() if offset > starts[place]}
+        if not aged:
+            return {}
+        workers: dict[Partition, int] = {}
+        for place in aged:
+            topic, partition = place
+            if topic in jobs:
+                if place in bases:
+                    workers[place] = bases[place].base
+            elif topic == self.names.lifecycle:
+                # Every queue that has this partition number must have committed its takeover floor.
+                mine = [bases.get((t, partition)) for t in jobs if (t, partition) in starts]
+                floors = [c.floor for c in mine if c is not None and c.floor is not None]
+                if mine and len(floors) == len(mine):
+                    workers[place] = min(floors)
+            elif topic == self.names.coordination:
+                if place in coordinator:
+                    workers[place] = coordinator[place].base
+            else:
+                workers[place] = aged[place]
+        # Get the readers' offsets before the unfinished jobs: a job read in between would otherwise be missed. Wait until
+        # the table is live: a job that is unfinished in an outdated table may have ended, and would run again if resent.
+        readers = Readers.least(aged, self._reader.offsets(), workers, *self._followers(aged))
+        if not self._live(self._topics()):
+            LOG.info("the status table is not live: not trimming")
+            return {}
+        unfinished = list(self._reader.open_lives(UNFINISHED_MOST, waiting=True, before_ms=cutoff_ms))
+        if len(unfinished) >= UNFINISHED_MOST:
+            LOG.warning("%d or more jobs are past the retention age and have not ended: not trimming", UNFINISHED_MOST)
+            return {}
+        todo = plan(aged, readers, unfinished)
+        if todo.resend:
+            self._resend(todo.resend)
+        limits = {place: limit for place, limit in todo.limits.items() if limit > starts[place]}
+        self._delete(limits)
+        for (topic, partition), limit in limits.items():
+            TRIMMED.labels(self.names.namespace, topic).inc(limit - starts[topic, partition])
+        return limits
+
+    def _followers(self, aged: Mapping[Partition, int]) -> Iterator[Mapping[Partition, int]]:
+        """Yield, for each projection and each group of `App.lifecycle`, how far it has read the partitions of ``aged``.
+
+        A projection of facts that has begun counts for every topic, a group for the topics of which it has committed
+        an offset; partitions of those topics that it has not read count as 0. A reader that has not read all records
+        past the retention age is logged by name: it may be unused.
+        """
+        facts = {*self._topics(), self.names.dead_letter, self.names.control}
+        url = self.settings.resolve_status_url(self.names.namespace)
+        found: dict[str, dict[Partition, int]] = {}
+        for name, at in folded(url, self.names.namespace).items():
+            if any(topic in facts for topic, _ in at):
+                found[f"projection {name}"] = {place: at.get(place, 0) for place in aged}
+        for group in group_offsets.lifecycle_groups(self.settings, self.names):
+            read = found[f"group {group}"] = dict(aged)
+            for topic in {topic for topic, _ in aged}:
+                done = group_offsets.group_offsets(self.settings, group, topic)
+                for place in [place for place in aged if place[0] == topic and done]:
+                    read[place] = done[place].base if place in done else 0
+        for who, read in found.items():
+            behind = sorted(place for place in aged if read[place] < aged[place])
+            if behind:
+                LOG.warning(
+                    "trimming waits for %s: it has not read the records past the retention age on %d partitions (the first: "
+                    "%s[%d] from offset %d on). Run it; or, if it no longer exists, see docs/how-to.md, keep the log from growing",
+                    who, len(behind), *behind[0], read[behind[0]],
+                )  # fmt: skip
+            yield read
+
+    def _resend(self, submissions: Mapping[str, Position]) -> None:
+        """Send the submissions of waiting jobs again, to the log's end, with the same ids and the due time made absolute.
+        ``submissions``: positions by the job ids of the table."""
+        records = []
+        with LogReader(self.settings) as log:
+            for job_id, position in submissions.items():
+                message = log.at(position)
+                if message is None:
+                    continue
+                found = recorded(message, self._decode)
+                fact = found.event.fact
+                if not isinstance(fact, JobSubmitted) or key_text(found.event.job_id) != job_id:
+                    continue  # another record: the topic was deleted and recreated
+                due_at = fact.due_at
+                if due_at is None:
+                    due_at = later(found.appended_ms, fact.delay_ms or 0)
+                event = msgspec.structs.replace(
+                    found.event, fact=JobSubmitted(lasting(fact.spec, found.appended_ms), None, due_at)
+                )
+                records.append(Outgoing(position.topic, codec.encode(event), event.home or event.job_id))
+        self._send(records)
+
+    def _delete(self, limits: dict[Partition, int]) -> None:
+        if not limits:
+            return
+        wanted = [TopicPartition(topic, partition, offset) for (topic, partition), offset in limits.items()]
+        client = admin(self.settings)  # held: a garbage-collected client never completes its futures
+        for at, future in client.delete_records(wanted, request_timeout=DELETE_TIMEOUT_S).items():
+            try:
+                answer_of(future, DELETE_TIMEOUT_S)
+            except KafkaException as exc:
+                delete = Need("Delete", "topic", at.topic)
+                raise translate(exc.args[0], self.settings, f"trimming {at.topic}", delete) from exc
+
+    # -- shared ---------------------------------------------------------------------------------------------------
+
+    def _topics(self) -> list[str]:
+        return [*(self.names.jobs(q) for q in self.queues), self.names.lifecycle, self.names.coordination]
+
+    def _live(self, topics: Collection[str]) -> bool:
+        """Return whether the table reaches the topics' present ends within ``patience`` seconds."""
+        with LogReader(self.settings) as log:
+            ends = {
+                (topic, partition): log.watermarks(topic, partition)[1]
+                for topic in topics
+                for partition in range(partitions_of(self.settings, topic))
+            }
+        deadline = time.monotonic() + self.cadence.patience
+        while True:
+            read = self._reader.offsets()
+            if all(read.get(place, 0) >= end for place, end in ends.items()):
+                return True
+            if time.monotonic() >= deadline:
+                return False
+            time.sleep(0.1)
+
+    def _send(self, records: list[Outgoing]) -> None:
+        if self._writer is None:
+            self._writer = LogWriter(self.settings, self.names)
+        try:
+            self._writer.send(records)
+        except BrokerUnavailable:
+            self.close()
+            raise
+
+
+def work_position(life: Life, names: Names) -> Position | None:
+    """Return the position of the work record of a life's last release; None if none was read from a work topic."""
+    due, head = life.due, life.head
+    at = None
+    if due is not None:
+        at = due.at
+    elif head.rank == 0 and head.due_ms is None:
+        at = head.at
+    if at is None or names.queue_of(at[1]) is None:
+        return None
+    return Position(at[1], at[2], at[3])

@@ -1,0 +1,493 @@
+"""Runs projections: reads batches from the log, calls the user's fold, and writes rows and offsets in one transaction.
+
+Every transaction first moves the offsets from the values that this process expects. If another process has moved them,
+nothing is written. So two processes of one projection fold no record twice, and a killed process leaves no partial
+batch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import msgspec
+import sqlalchemy
+from confluent_kafka import OFFSET_BEGINNING, Consumer, KafkaException, Message, TopicPartition
+from sqlalchemy import Connection, MetaData, Table, and_, delete, select, update
+from sqlalchemy.dialects import postgresql, sqlite
+
+from jobledger.config import Settings
+from jobledger.definitions.projection import RESERVED, Projection
+from jobledger.errors import BrokerUnavailable, JobledgerError, StoreError, StoreUnavailable
+from jobledger.kafka import acls
+from jobledger.kafka.auth import away, knock, read
+from jobledger.kafka.clients import PASSING, admin, consumer_config, partitions_of, translate
+from jobledger.kafka.clients import consumer as make_consumer
+from jobledger.kafka.outage import log_missed
+from jobledger.kafka.topic_names import Names
+from jobledger.log.reading import LogReader
+from jobledger.process import greenlets
+from jobledger.process.logger import get_logger
+from jobledger.streams.projections.fold import Folding, Reading
+from jobledger.streams.projections.projection_store import ProjectionStore, offsets_table, topics_table
+from jobledger.streams.status.log_feed import identities
+
+LOG = get_logger("jobledger.definitions.projection")
+
+#: Largest number of records in one transaction, and seconds to wait for the first of them.
+BATCH, POLL_S = 5_000, 0.1
+#: Seconds between two attempts while the database is unavailable.
+AWAY_S = 1.0
+#: Seconds between two checks for new partitions, recreated topics and moved offsets.
+LOOK_S = 10.0
+#: Seconds within which the broker must return the ids of the topics before their records are folded.
+IDENTIFY_S = 10.0
+#: Number of retries while the database is unavailable; after them the error is raised.
+AWAY_TRIES = 30
+
+Place = tuple[str, int]
+
+
+class Overtaken(StoreError):
+    """Another process has moved this projection's offsets."""
+
+
+@dataclass(slots=True)
+class Checked:
+    """The result of `verify` or `rebuild`. ``equal``: None after a rebuild, and if the tables differ but the log was
+    trimmed.
+
+    ``trimmed``: describes where the log no longer holds every record that the table was folded from. Then the table may
+    be correct although it differs from a fold of the remaining records. ``seconds``: how long it took.
+    """
+
+    projection: str
+    equal: bool | None
+    rows: int
+    records: int
+    unreadable: int
+    digest: str
+    live_digest: str
+    seconds: float
+    trimmed: list[str] = field(default_factory=list)
+
+
+class Runner:
+    """Runs one projection in one process; `run` blocks. Use it from one thread, and close it."""
+
+    def __init__(
+        self, projection: Projection, settings: Settings, names: Names, queues: Sequence[str], status_url: str
+    ) -> None:
+        greenlets.refuse("a projection")
+        settings = settings.acting_as("projection")
+        self.projection, self.settings, self.names = projection, settings, names
+        self._reading = Reading(projection, settings, names, queues)
+        self._store = ProjectionStore(status_url, names.namespace)
+        self._engine = self._store.engine
+        self.folded = 0
+        self._my_topics = and_(
+            topics_table.c.namespace == names.namespace, topics_table.c.projection == projection.name
+        )
+        self._mine = and_(offsets_table.c.namespace == names.namespace, offsets_table.c.projection == projection.name)
+
+    def close(self) -> None:
+        """Close the connections to the database."""
+        self._store.close()
+
+    @property
+    def unreadable(self) -> int:
+        """Number of records that could not be read as events and were skipped."""
+        return self._reading.unreadable
+
+    # -- the database ---------------------------------------------------------------------------------------------
+
+    def _patiently(self, stop: threading.Event, work: Callable[[], None]) -> None:
+        """Call ``work``; retry up to `AWAY_TRIES` times while the database is unavailable. Raises `StoreError`."""
+        tries = 0
+        while True:
+            try:
+                work()
+                return
+            except (sqlalchemy.exc.DBAPIError, StoreError) as exc:
+                if isinstance(exc, Overtaken):
+                    raise
+                error = self._store.explain(exc, f"projection {self.projection.name}")
+                tries += 1
+                if not isinstance(error, StoreUnavailable) or tries > AWAY_TRIES or stop.is_set():
+                    raise error from exc
+                LOG.warning("%s; trying again", error)
+                stop.wait(AWAY_S)
+
+    @contextmanager
+    def _explained(self) -> Iterator[None]:
+        """Turn an error of the database in the block into a `StoreError` that says what to do."""
+        try:
+            yield
+        except sqlalchemy.exc.DBAPIError as exc:
+            raise self._store.explain(exc, f"projection {self.projection.name}") from exc
+
+    def _set_up(self) -> None:
+        self._store.make(offsets_table, topics_table, self.projection.table)
+
+    def _identities(self) -> dict[str, str]:
+        """Return the ids of the topics that exist now."""
+        client = admin(self.settings)  # held: a garbage-collected client never completes its futures
+        return identities(client, self.settings, self._reading.topics)
+
+    def _keep_topics(self, db: Connection, found: Mapping[str, str]) -> None:
+        """Store the ids of the topics to which the offsets belong."""
+        rows = [
+            {"namespace": self.names.namespace, "projection": self.projection.name, "topic": topic, "topic_id": its}
+            for topic, its in sorted(found.items())
+        ]
+        if rows:
+            made = (postgresql.insert if db.dialect.name == "postgresql" else sqlite.insert)(topics_table)
+            keys = list(topics_table.primary_key.columns)
+            db.execute(made.on_conflict_do_update(index_elements=keys, set_={"topic_id": made.excluded.topic_id}), rows)
+
+    def _identify(self, stop: threading.Event) -> dict[str, str]:
+        """Return the id of every topic that is folded. Raises `BrokerUnavailable` if an id is not returned in time:
+        offsets must not be stored before it is known to which topics they belong."""
+        deadline = time.monotonic() + IDENTIFY_S
+        while True:
+            found = self._identities()
+            left = sorted(set(self._reading.topics) - found.keys())
+            if not left or stop.is_set():
+                return found
+            if time.monotonic() > deadline:
+                raise BrokerUnavailable(
+                    away(self.settings, f"did not return the ids of {', '.join(left)} within {IDENTIFY_S:g} s")
+                )
+            stop.wait(0.2)
+
+    def _same_topics(self, known: Mapping[Place, int], found: Mapping[str, str]) -> None:
+        """Raise `JobledgerError` if a folded topic was recreated, however many records it has now. ``found``: the ids
+        that the topics have now."""
+        with self._engine.begin() as db:
+            kept = {row.topic: row.topic_id for row in db.execute(select(topics_table).where(self._my_topics))}
+            for place, offset in sorted(known.items()):
+                topic = place[0]
+                if topic in found and kept.get(topic, found[topic]) != found[topic]:
+                    raise self._went_back(place, offset, "is a later topic of this name")
+            if any(kept.get(topic) != its for topic, its in found.items()):
+                self._keep_topics(db, found)
+
+    def offsets(self, db: Connection) -> dict[Place, int]:
+        """Return the next offset of each partition."""
+        rows = db.execute(select(offsets_table).where(self._mine)).mappings()
+        return {(row["topic"], row["partition"]): row["next_offset"] for row in rows}
+
+    def _move(self, db: Connection, before: Mapping[Place, int], after: Mapping[Place, int]) -> None:
+        """Move the offsets from ``before`` to ``after``. Raises `Overtaken` if they are not those of ``before``."""
+        for (topic, partition), offset in sorted(after.items()):  # the same order in all processes prevents deadlocks
+            place = and_(self._mine, offsets_table.c.topic == topic, offsets_table.c.partition == partition)
+            known = before.get((topic, partition))
+            if known is None:
+                values = {
+                    "namespace": self.names.namespace, "projection": self.projection.name, "topic": topic,
+                    "partition": partition, "next_offset": offset,
+                }  # fmt: skip
+                insert = postgresql.insert if db.dialect.name == "postgresql" else sqlite.insert
+                made = insert(offsets_table).values(values).on_conflict_do_nothing()
+                # SQLAlchemy drops the row count of an INSERT unless this option is set.
+                moved = db.execute(made, execution_options={"preserve_rowcount": True})
+            else:
+                place = and_(place, offsets_table.c.next_offset == known)
+                moved = db.execute(update(offsets_table).where(place).values(next_offset=offset))
+            if moved.rowcount != 1:
+                raise Overtaken(f"another process folds projection {self.projection.name}")
+
+    # -- running --------------------------------------------------------------------------------------------------
+
+    def run(self, stop: threading.Event, *, until_end: bool = False) -> None:
+        """Fold until ``stop`` is set, or with ``until_end`` until the records that the log held at the start are folded.
+
+        Raises `JobledgerError` if the fold fails, `StoreError` if the database stays unavailable, `BrokerUnavailable`,
+        `TopicMissing`, `UnknownFact`, `IncompatibleEvent`. Nothing is lost: the next run continues from the offsets.
+        """
+        knock(self.settings)
+        acls.check(self.settings, self.names.namespace, [*self._reading.topics, self.names.schemas])
+        self._patiently(stop, self._set_up)
+        self._reading.check()
+        while not stop.is_set():
+            try:
+                self._follow(stop, until_end)
+                return
+            except Overtaken as exc:
+                LOG.warning("%s; looking again", exc)
+                stop.wait(2.0)
+
+    def _places(self) -> list[Place]:
+        return [(t, p) for t in self._reading.topics for p in range(partitions_of(self.settings, t))]
+
+    def _follow(self, stop: threading.Event, until_end: bool) -> None:
+        folding = Folding(self.projection, self.projection.table)
+        known: dict[Place, int] = {}
+
+        def load() -> None:
+            with self._engine.begin() as db:
+                known.clear()
+                known.update(self.offsets(db))
+
+        self._patiently(stop, load)
+        found = self._identify(stop)
+        self._patiently(stop, partial(self._same_topics, known, found))
+        with _consumer(self.settings) as consumer:
+            places = self._places()
+            ends = self._ends(places) if until_end else {}
+            for place, (low, high) in self._watermarks(known).items():
+                if known[place] > high:
+                    raise self._went_back(place, known[place], f"ends at {high}")
+                if known[place] < low:
+                    LOG.error(
+                        "projection %s: %s[%d] was trimmed up to %d before %d records of it were folded: they are lost",
+                        self.projection.name, *place, low, low - known[place],
+                    )  # fmt: skip
+            consumer.assign([TopicPartition(t, p, known.get((t, p), OFFSET_BEGINNING)) for t, p in places])
+            look_at = time.monotonic() + LOOK_S
+            while not stop.is_set():
+                if not until_end and time.monotonic() >= look_at:
+                    self._patiently(stop, lambda: self._undisturbed(known))
+                    found = self._identities()
+                    self._patiently(stop, partial(self._same_topics, known, found))
+                    places = self._join_new(consumer, places, known)
+                    look_at = time.monotonic() + LOOK_S
+                if until_end and not _open(consumer, ends, known):
+                    self._patiently(stop, lambda: self._undisturbed(known))
+                    return
+                messages = _fetch(consumer, self.settings)
+                if messages:
+                    self._patiently(stop, lambda batch=messages: self._transaction(folding, known, batch))  # type: ignore[misc]
+
+    def _undisturbed(self, known: Mapping[Place, int]) -> None:
+        """Raise `Overtaken` if a rebuild has moved the offsets. Without new records no transaction would detect that."""
+        with self._engine.begin() as db:
+            if self.offsets(db) != known:
+                raise Overtaken(f"another process has moved the offsets of projection {self.projection.name}")
+
+    def _join_new(self, consumer: Consumer, places: Sequence[Place], known: Mapping[Place, int]) -> list[Place]:
+        """Assign partitions that were added meanwhile; return all partitions that are read."""
+        try:
+            found = self._places()
+        except BrokerUnavailable as exc:
+            log_missed(LOG, self.settings, "projection %s: %s", self.projection.name, exc)
+            return list(places)
+        new = sorted(set(found) - set(places))
+        if new:
+            LOG.info("projection %s reads %d partitions more: %s", self.projection.name, len(new), new)
+            consumer.incremental_assign([TopicPartition(t, p, known.get((t, p), OFFSET_BEGINNING)) for t, p in new])
+        return [*places, *new]
+
+    def _watermarks(self, places: Iterable[Place]) -> dict[Place, tuple[int, int]]:
+        with LogReader(self.settings) as reader:
+            return {place: reader.watermarks(*place) for place in places}
+
+    def _ends(self, places: Sequence[Place]) -> dict[Place, int]:
+        return {place: high for place, (low, high) in self._watermarks(places).items() if high > low}
+
+    def _lows(self, places: Iterable[Place]) -> dict[Place, int]:
+        return {place: low for place, (low, _) in self._watermarks(places).items()}
+
+    def _went_back(self, place: Place, known: int, now: str) -> JobledgerError:
+        name = self.projection.name
+        return JobledgerError(
+            f"projection {name} was folded up to offset {known} of {place[0]}[{place[1]}], which now {now}: the topic was truncated "
+            f"or recreated. Nothing was folded twice; `jobledger projections rebuild MODULE:APP {name}` folds the current records"
+        )
+
+    def _trimmed(self, places: Iterable[Place]) -> list[str]:
+        """Describe those of the partitions whose first records are no longer in the log."""
+        return [f"{t}[{p}] begins at {low}" for (t, p), low in sorted(self._lows(places).items()) if low > 0]
+
+    def _transaction(self, folding: Folding, known: dict[Place, int], messages: Sequence[Message]) -> None:
+        after = _ends_of(messages)
+        for message in messages:
+            place, offset = _place(message), message.offset() or 0
+            if offset < known.get(place, 0):
+                raise self._went_back(place, known[place], f"gives offset {offset}")
+        with self._engine.begin() as db:
+            self._move(db, known, after)
+            items = list(self._reading.items(messages))
+            folding.apply(db, items)
+        known.update(after)
+        self.folded += len(items)
+
+    # -- checking -------------------------------------------------------------------------------------------------
+
+    def verify(self, stop: threading.Event, tell: Callable[[int, int], None] = lambda done, total: None) -> Checked:
+        """Fold the log again, up to the live table's offsets, into a copy, and compare. The live table may be written.
+
+        ``tell``: called after each batch with the offsets reached and those to reach, each summed over the partitions.
+        ``equal`` is None if the tables differ and the log was trimmed. Raises as `run` does, and `JobledgerError` if
+        ``stop`` is set.
+        """
+        began = time.monotonic()
+        self._reading.check()
+        self._patiently(stop, self._set_up)
+        with self._explained(), self._store.begin_snapshot() as db:
+            ends = self.offsets(db)
+            live, rows = _digest(db, self.projection.table)
+        with self._explained(), self._copying("verify") as copy:
+            records, trimmed = self._fold_again(copy, ends, stop, tell, "verify")
+            with self._engine.begin() as db:
+                again, _ = _digest(db, copy)
+        took = time.monotonic() - began
+        equal = True if again == live else None if trimmed else False
+        return Checked(self.projection.name, equal, rows, records, self.unreadable, again, live, took, trimmed)
+
+    def rebuild(
+        self,
+        stop: threading.Event,
+        tell: Callable[[int, int], None] = lambda done, total: None,
+        *,
+        from_what_is_left: bool = False,
+    ) -> Checked:
+        """Fold the whole log into a copy, then replace the live table's rows and the offsets in one transaction. A process
+        that runs meanwhile detects that, and continues from the new offsets.
+
+        ``from_what_is_left``: rebuild even if the log was trimmed, so that the rows of trimmed records are lost. Without
+        it a trimmed log raises `JobledgerError`, and nothing changes. ``tell``, raises: as `verify`.
+        """
+        began = time.monotonic()
+        self._reading.check()
+        self._patiently(stop, self._set_up)
+        places = self._places()
+        if not from_what_is_left:
+            self._refuse(self._trimmed(places))
+        ends, topics = self._ends(places), self._identify(stop)
+        table = self.projection.table
+        with self._explained(), self._copying("rebuild") as copy:
+            records, trimmed = self._fold_again(copy, ends, stop, tell, "rebuild")
+            if not from_what_is_left:  # trimmed meanwhile, or found only by counting the records
+                self._refuse(trimmed)
+            with self._engine.begin() as db:
+                live, _ = _digest(db, table)
+                db.execute(delete(offsets_table).where(self._mine))
+                db.execute(delete(topics_table).where(self._my_topics))
+                self._keep_topics(db, topics)
+                self._move(db, {}, ends)
+                db.execute(delete(table))
+                db.execute(table.insert().from_select([c.name for c in copy.columns], select(copy)))
+                made, rows = _digest(db, table)
+        took = time.monotonic() - began
+        return Checked(self.projection.name, None, rows, records, self.unreadable, made, live, took, trimmed)
+
+    def _refuse(self, trimmed: Sequence[str]) -> None:
+        if trimmed:
+            raise JobledgerError(
+                f"rebuild of projection {self.projection.name}: the log was trimmed ({'; '.join(trimmed)}), so the table "
+                "would lose the rows of trimmed records; nothing has changed. Use --from-what-is-left (from_what_is_left=True) to "
+                "fold the rest anyway"
+            )
+
+    @contextmanager
+    def _copying(self, why: str) -> Iterator[Table]:
+        """Create an empty table like the projection's, and drop it afterwards. Raises `StoreError` while another process
+        uses it."""
+        copy = self.projection.table.to_metadata(MetaData(), name=f"{RESERVED}{self.projection.name}_{why}")
+        copy.indexes.clear()
+        for constraint in copy.constraints:
+            constraint.name = None  # in PostgreSQL it names an index, and the live table's index has that name
+        with self._store.alone(copy.name, f"a {why} of projection {self.projection.name}"):
+            with self._engine.begin() as db:
+                copy.drop(db, checkfirst=True)  # left by a killed process
+                copy.create(db)
+            try:
+                yield copy
+            finally:
+                with self._engine.begin() as db:
+                    copy.drop(db, checkfirst=True)
+
+    def _fold_again(
+        self,
+        copy: Table,
+        ends: Mapping[Place, int],
+        stop: threading.Event,
+        tell: Callable[[int, int], None],
+        why: str,
+    ) -> tuple[int, list[str]]:
+        """Fold the log up to ``ends`` into ``copy``. Return the number of records, and descriptions of what is missing."""
+        begin = self._lows(ends)
+        at, orders = dict(begin), 0
+        folding, total, done = Folding(self.projection, copy), sum(ends.values()), 0
+        with _consumer(self.settings) as consumer:
+            consumer.assign([TopicPartition(t, p, OFFSET_BEGINNING) for t, p in ends])
+            while _open(consumer, ends, at):
+                if stop.is_set():
+                    raise JobledgerError(
+                        f"{why} of projection {self.projection.name} was interrupted; nothing has changed"
+                    )
+                messages = [m for m in _fetch(consumer, self.settings) if (m.offset() or 0) < ends[_place(m)]]
+                if not messages:
+                    continue
+                with self._engine.begin() as db:
+                    folding.apply(db, list(self._reading.items(messages)))
+                at.update(_ends_of(messages))
+                orders += sum(m.topic() == self.names.control for m in messages)
+                done += len(messages)
+                tell(sum(at.values()), total)
+        trimmed = self._trimmed(ends)
+        control = (self.names.control, 0)
+        gone = ends[control] - begin[control] - orders if control in ends else 0
+        if gone > 0:  # compaction keeps only the latest command of a key
+            trimmed.append(f"{self.names.control} is compacted: {gone} of its records are gone")
+        return done, trimmed
+
+
+def _place(message: Message) -> Place:
+    return message.topic() or "", message.partition() or 0
+
+
+def _ends_of(messages: Sequence[Message]) -> dict[Place, int]:
+    return {_place(message): (message.offset() or 0) + 1 for message in messages}
+
+
+def _open(consumer: Consumer, ends: Mapping[Place, int], at: Mapping[Place, int]) -> bool:
+    """Return whether a partition is not yet read to its end. The client's position also passes offsets without a record."""
+    left = [place for place, end in ends.items() if at.get(place, 0) < end]
+    if not left:
+        return False
+    positions = consumer.position([TopicPartition(*place) for place in left])
+    return any(p.offset < ends[p.topic, p.partition] for p in positions)
+
+
+@contextmanager
+def _consumer(settings: Settings) -> Iterator[Consumer]:
+    more: dict[str, Any] = {"queued.max.messages.kbytes": 32_768}
+    consumer = make_consumer(consumer_config(settings, group="jobledger-projections", **more))
+    try:
+        yield consumer
+    finally:
+        consumer.close()
+
+
+def _fetch(consumer: Consumer, settings: Settings) -> list[Message]:
+    try:
+        first = consumer.poll(POLL_S)
+        messages = [] if first is None else [first, *consumer.consume(BATCH - 1, 0)]
+    except KafkaException as exc:
+        raise translate(exc.args[0], settings, "reading for a projection") from exc
+    for message in messages:
+        error = message.error()
+        if error is not None and (error.fatal() or not (error.retriable() or error.code() in PASSING)):
+            raise translate(error, settings, f"reading {message.topic()} for a projection", read(message.topic() or ""))
+    return [message for message in messages if message.error() is None]
+
+
+def _digest(db: Connection, table: Table) -> tuple[str, int]:
+    """Return a digest of a table's rows in the order of their keys, and their number. Reads 1,000 rows at a time."""
+    digest, rows = hashlib.sha256(), 0
+    asked = select(table).order_by(*table.primary_key.columns).execution_options(yield_per=1_000)
+    for row in db.execute(asked):
+        digest.update(msgspec.json.encode(list(row), enc_hook=repr))
+        rows += 1
+    return digest.hexdigest(), rows
+
+
+__all__ = ["Checked", "Overtaken", "Runner"]

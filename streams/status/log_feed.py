@@ -1,0 +1,273 @@
+"""Reads the records of every topic from which the status table is built, from given offsets on. Commits nothing: the
+caller keeps the offsets.
+
+Partitions are assigned directly, without a consumer group: only the database stores what was read, and nothing
+rebalances.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from types import TracebackType
+from typing import Self
+
+from confluent_kafka import (
+    OFFSET_BEGINNING,
+    KafkaError,
+    KafkaException,
+    Message,
+    TopicCollection,
+    TopicPartition,
+)
+from confluent_kafka.admin import (  # type: ignore[attr-defined]  # re-exported without saying so
+    AdminClient,
+    OffsetSpec,
+)
+
+from jobledger.config import Settings
+from jobledger.errors import BrokerUnavailable
+from jobledger.kafka.auth import Door, denied, read
+from jobledger.kafka.clients import PASSING, admin, answer_of, consumer, consumer_config, translate
+from jobledger.kafka.topic_names import Names
+from jobledger.process.logger import get_logger
+from jobledger.streams.status.store.protocol import Partition
+
+LOG = get_logger("jobledger.materializer")
+
+#: Kilobytes of records that the client may prefetch. It bounds memory, however large the backlog is.
+QUEUE_KB = 32 * 1024
+FETCH_BYTES = 16 * 1024 * 1024
+REQUEST_TIMEOUT_S = 10.0
+
+_GONE = (KafkaError.UNKNOWN_TOPIC_OR_PART, KafkaError._UNKNOWN_TOPIC, KafkaError._UNKNOWN_PARTITION)
+_OUT_OF_RANGE = (KafkaError._AUTO_OFFSET_RESET, KafkaError.OFFSET_OUT_OF_RANGE)
+_TRANSPORT = (KafkaError._TRANSPORT, KafkaError._ALL_BROKERS_DOWN, KafkaError._RESOLVE, KafkaError._TIMED_OUT)
+#: Errors of a partition that has just been created or moved. In answers to admin requests librdkafka does not mark them
+#: as retriable.
+_ELECTING = (
+    KafkaError.NOT_LEADER_FOR_PARTITION,
+    KafkaError.LEADER_NOT_AVAILABLE,
+    KafkaError.UNKNOWN_TOPIC_OR_PART,
+    KafkaError.REQUEST_TIMED_OUT,
+)
+
+
+class Feed:
+    """Reads all work topics, lifecycle, coordination and dead letters of a namespace. Use it from one thread, and close
+    it."""
+
+    def __init__(self, settings: Settings, names: Names) -> None:
+        self._settings, self._names = settings, names
+        self._door = Door(settings)
+        self._consumer = consumer(
+            consumer_config(
+                settings,
+                group="jobledger-status",
+                door=self._door,
+                **{
+                    # An offset that the log does not have is reported as an error, not silently replaced.
+                    "auto.offset.reset": "error",
+                    "queued.max.messages.kbytes": QUEUE_KB,
+                    "fetch.max.bytes": FETCH_BYTES,
+                },
+            )
+        )
+        self._admin: AdminClient | None = None
+        self._assigned: set[Partition] = set()
+        #: Partitions whose next offset the log no longer had, or that `restart` was called for, with the offset from which
+        #: they are read instead. The caller removes them.
+        self.resets: dict[Partition, int] = {}
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the connection."""
+        self._consumer.close()
+
+    @property
+    def assigned(self) -> frozenset[Partition]:
+        """The partitions that are being read."""
+        return frozenset(self._assigned)
+
+    def present(self, timeout: float = REQUEST_TIMEOUT_S) -> set[Partition]:
+        """Return the partitions to read that exist now. ``timeout``: seconds. Raises `BrokerUnavailable`,
+        `NotAuthenticated`."""
+        self._door.check()
+        try:
+            topics = self._consumer.list_topics(timeout=timeout).topics
+        except KafkaException as exc:
+            raise translate(exc.args[0], self._settings, "asking for topics") from exc
+        return {
+            (name, partition)
+            for name, meta in topics.items()
+            if meta.error is None and self._wanted(name)
+            for partition in meta.partitions
+        }
+
+    def _wanted(self, topic: str) -> bool:
+        names = self._names
+        return topic in (names.lifecycle, names.coordination, names.dead_letter) or names.queue_of(topic) is not None
+
+    def identities(self, topics: Iterable[str], timeout: float = REQUEST_TIMEOUT_S) -> dict[str, str]:
+        """Call the function `identities` of this module, with one client for all calls."""
+        if self._admin is None:
+            self._admin = admin(self._settings)
+        return identities(self._admin, self._settings, topics, timeout)
+
+    def restart(self, partitions: Iterable[Partition]) -> None:
+        """Read these partitions again from the log's start. Raises `BrokerUnavailable`, `TopicMissing`."""
+        places = list(partitions)
+        starts = {place: low for place, (low, _) in bounds(self._settings, places).items()}
+        self.drop(places)
+        self.add(starts)
+        self.resets |= starts
+
+    def add(self, offsets: Mapping[Partition, int | None]) -> None:
+        """Read these partitions, too, from these offsets on (None: from the log's start). Those already read are not
+        changed."""
+        new = {place: offset for place, offset in offsets.items() if place not in self._assigned}
+        if new:
+            self._consumer.incremental_assign([_at(place, offset) for place, offset in new.items()])
+            self._assigned |= set(new)
+
+    def drop(self, partitions: Iterable[Partition]) -> None:
+        """Stop reading these partitions."""
+        known = [place for place in partitions if place in self._assigned]
+        if known:
+            self._consumer.incremental_unassign([_at(place, None) for place in known])
+            self._assigned -= set(known)
+
+    def read(self, most: int, patience: float, until: float = 0.0) -> list[Message]:
+        """Return up to ``most`` records. Wait up to ``patience`` seconds for the first one, then until ``until`` for more.
+
+        ``until``: a time of `time.monotonic`; 0: return the records that are available.
+        Raises `NotAuthenticated` if the cluster refuses this client, or another error past which reading cannot continue.
+        """
+        messages = self._consumer.consume(1, patience)
+        if not messages:
+            self._door.check()
+            return messages
+        messages += self._consumer.consume(most - 1, max(0.0, until - time.monotonic()))
+        if any(message.error() is not None for message in messages):
+            return [message for message in messages if not self._error(message)]
+        return messages
+
+    def _error(self, message: Message) -> bool:
+        """Return whether a message is an error, and handle the error. Raises one past which reading cannot continue."""
+        error = message.error()
+        if error is None:
+            return False
+        place = (message.topic() or "", message.partition() or 0)
+        code = error.code()
+        if code in _OUT_OF_RANGE:
+            if place in self._assigned:
+                low, high = bounds(self._settings, [place])[place]
+                LOG.error(
+                    "%s[%d]: the next records to read are gone (%s): continuing at its start, offset %d of %d. Was "
+                    "the topic deleted or trimmed by hand?",
+                    *(*place, error.str(), low, high),
+                )
+                self.resets[place] = low
+                # Not seek(): after this error the partition is paused until it is assigned again.
+                self._consumer.incremental_unassign([_at(place, None)])
+                self._consumer.incremental_assign([_at(place, low)])
+        elif code in _GONE:
+            LOG.warning("%s[%d] is gone: %s", *place, error.str())
+            self.drop([place])
+        elif error.fatal() or not (error.retriable() or code in _TRANSPORT or code in PASSING):
+            raise translate(error, self._settings, f"reading {place[0]}[{place[1]}]", read(place[0]))
+        return True
+
+    def lag(self, offsets: Mapping[Partition, int]) -> dict[str, int]:
+        """Return how many records of each topic are not below ``offsets``, by the ends that the client knows. Does not ask
+        the broker."""
+        found: dict[str, int] = {}
+        for place in self._assigned:
+            ends = self._consumer.get_watermark_offsets(_at(place, None), cached=True)
+            behind = 0 if ends is None or ends[1] < 0 else max(0, ends[1] - offsets.get(place, max(0, ends[0])))
+            found[place[0]] = found.get(place[0], 0) + behind
+        return found
+
+    def passed(self, ends: Mapping[Partition, int]) -> set[Partition]:
+        """Return the partitions being read whose next record is at or past the given end."""
+        asked = [_at(place, None) for place in self._assigned if place in ends]
+        return {
+            (p.topic, p.partition) for p in self._consumer.position(asked) if p.offset >= ends[(p.topic, p.partition)]
+        }
+
+
+def _at(place: Partition, offset: int | None) -> TopicPartition:
+    return TopicPartition(place[0], place[1], OFFSET_BEGINNING if offset is None else offset)
+
+
+def identities(
+    client: AdminClient, settings: Settings, topics: Iterable[str], timeout: float = REQUEST_TIMEOUT_S
+) -> dict[str, str]:
+    """Return the ids of topics. A recreated topic has another id than the earlier one of its name. Topics whose id the
+    broker does not return are left out. Raises `NotAuthorized` for a topic that this user may not read."""
+    found: dict[str, str] = {}
+    asked = TopicCollection(sorted(topics))
+    for topic, future in client.describe_topics(asked, request_timeout=timeout).items():
+        try:
+            found[topic] = str(answer_of(future, timeout).topic_id)
+        except KafkaException as exc:
+            refused = denied(exc.args[0], settings, f"asking for the id of {topic}", read(topic))
+            if refused is not None:
+                raise refused from exc
+    return found
+
+
+def bounds(
+    settings: Settings, partitions: Iterable[Partition], timeout: float = REQUEST_TIMEOUT_S
+) -> dict[Partition, tuple[int, int]]:
+    """Return each partition's first offset in the log and the next offset to be written. Asks for all partitions at once.
+
+    Raises `BrokerUnavailable` if the broker does not answer within ``timeout`` seconds, `TopicMissing` if a partition
+    does not exist.
+    """
+    client = admin(settings)
+    deadline = time.monotonic() + timeout
+    found: list[dict[Partition, int]] = []
+    for spec in (OffsetSpec.earliest(), OffsetSpec.latest()):  # type: ignore[no-untyped-call]  # they have no types
+        told: dict[Partition, int] = {}
+        left = {_at(place, None) for place in partitions}
+        while left:
+            asked = client.list_offsets(dict.fromkeys(left, spec), request_timeout=timeout)
+            for at, future in asked.items():
+                try:
+                    told[(at.topic, at.partition)] = answer_of(future, timeout).offset
+                except KafkaException as exc:
+                    error: KafkaError = exc.args[0]
+                    again = error.retriable() or error.code() in (*_TRANSPORT, *_ELECTING)
+                    if not again or time.monotonic() > deadline:
+                        what = f"asking for the ends of {at.topic}[{at.partition}]"
+                        raise translate(error, settings, what, read(at.topic)) from exc
+                    time.sleep(0.05)
+            left = {at for at in left if (at.topic, at.partition) not in told}
+        found.append(told)
+    return {place: (low, found[1][place]) for place, low in found[0].items()}
+
+
+def read_until(feed: Feed, ends: Mapping[Partition, int], most: int, stall: float = 60.0) -> Iterator[list[Message]]:
+    """Yield batches of all records below ``ends`` of the partitions that were added.
+
+    Raises `BrokerUnavailable` if no record arrives for ``stall`` seconds.
+    """
+    last = time.monotonic()
+    while feed.assigned:
+        messages = feed.read(most, 0.05)
+        if messages:
+            last = time.monotonic()
+            # Partitions that reached their end are dropped below. Records fetched beyond the end are left out.
+            yield [m for m in messages if (m.offset() or 0) < ends[(m.topic() or "", m.partition() or 0)]]
+        elif time.monotonic() - last > stall:
+            left = ", ".join(f"{topic}[{partition}]" for topic, partition in sorted(feed.assigned))
+            raise BrokerUnavailable(f"no record arrived for {stall:g} s, and {left} is not read to its end")
+        feed.drop(feed.passed(ends))

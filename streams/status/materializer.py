@@ -1,0 +1,395 @@
+"""The materializer: keeps the status table up to date with the log.
+
+Owns the loop, the lease, and the handling of an unavailable broker or database and of another materializer.
+`jobledger.job` defines what records mean, `projector` turns them into rows, `feed` reads them.
+
+A batch is one transaction. It checks and renews the lease first, then writes rows, counters and offsets. So after a
+restart reading continues at the offsets in the table, and no record is counted twice or left out, whenever the process
+dies.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import TypeVar
+
+from confluent_kafka import Message
+
+from jobledger.config import Settings
+from jobledger.errors import (
+    BrokerUnavailable,
+    CommitUnknown,
+    LeaseLost,
+    SchemaError,
+    StoreError,
+    StoreTooSlow,
+    StoreUnavailable,
+    TopicMissing,
+    UnknownFact,
+)
+from jobledger.kafka import acls
+from jobledger.kafka.clients import position_of
+from jobledger.kafka.outage import log_missed
+from jobledger.kafka.topic_names import Names
+from jobledger.kafka.topic_watch import TopicWatch
+from jobledger.log.schema_lookup import decoder
+from jobledger.log.writer import LogWriter, Outgoing
+from jobledger.process import greenlets, identity
+from jobledger.process.extras import missing
+from jobledger.process.identity import now_us
+from jobledger.process.logger import get_logger
+from jobledger.schemas import codec
+from jobledger.schemas.events import JobEvent, RecordRejected
+from jobledger.streams.coordinator.decoding import bounded
+from jobledger.streams.coordinator.rules.derived_events import derived_id
+from jobledger.streams.status.batch_size import BatchSize, in_batches
+from jobledger.streams.status.log_feed import Feed, bounds
+from jobledger.streams.status.metrics import TableMetrics
+from jobledger.streams.status.row_folder import CACHE_JOBS, Folded, Projector
+from jobledger.streams.status.store import Partition, Store, open_store, shown
+
+try:
+    from prometheus_client import CollectorRegistry
+except ImportError as exc:
+    raise missing("streams", exc) from exc
+
+LOG = get_logger("jobledger.materializer")
+
+#: Largest number of records in one transaction. It is large so that, while a backlog is read, several facts of a job are
+#: often combined into one write of its row. Under normal load a transaction is written every `LINGER_S`.
+BATCH = 16_000
+#: Seconds between two transactions under load. A longer pause costs less, and delays each fact by up to this time.
+LINGER_S = 0.01
+#: Seconds to wait for records before the loop does its other work.
+PATIENCE_S = 0.1
+#: Seconds between two searches for new topics and partitions.
+DISCOVER_S = 5.0
+#: Timeout in seconds of a search for topics. It must be well below the lease's duration.
+DISCOVER_TIMEOUT_S = 3.0
+#: Seconds between two attempts to get the lease.
+STAND_BY_S = 0.5
+#: Seconds between two renewals of the lease while nothing is written.
+RENEW_S = 2.0
+#: Seconds for which operations are retried while the database is unavailable.
+STORE_PATIENCE_S = 30.0
+#: Largest value in bytes of a rejected record that its dead letter includes: the dead letter must fit into a record, too.
+REJECT_BYTES = 700_000
+
+#: Rejected records of one batch that are logged as warnings; the others are logged at DEBUG. The metric counts all.
+SAY_REJECTS = 5
+
+T = TypeVar("T")
+
+
+class Materializer:
+    """Writes the status table of one namespace, or waits as a standby while another materializer writes it.
+
+    ``queues``: the queues that the app declares; existing work topics of other queues of the namespace are read, too.
+    ``store_url``: URL of the table. ``batch``: largest number of records in a transaction. ``linger``: seconds between
+    two transactions under load. ``store_patience``: seconds for which operations are retried while the database is
+    unavailable.
+    """
+
+    def __init__(
+        self,
+        names: Names,
+        settings: Settings,
+        queues: Sequence[str],
+        store_url: str,
+        *,
+        batch: int = BATCH,
+        linger: float = LINGER_S,
+        cache_jobs: int = CACHE_JOBS,
+        store_patience: float = STORE_PATIENCE_S,
+        registry: CollectorRegistry | None = None,
+        open_store: Callable[[str, str], Store] = open_store,
+    ) -> None:
+        greenlets.refuse("the stream processor")
+        self._names, self._settings, self._url = names, settings.acting_as("materializer"), store_url
+        self._queues = tuple(queues)
+        self._size, self._linger, self._cache_jobs = BatchSize(batch), linger, cache_jobs
+        self._store_patience, self._open_store = store_patience, open_store
+        self.metrics = TableMetrics(registry)
+        #: The next offset of every partition, as committed to the table.
+        self._offsets: Mapping[Partition, int] = {}
+        self._writer: LogWriter | None = None
+        #: `_known`: the committed ids of the topics to which `_offsets` belong. `_new_ids`: ids still to be written.
+        self._known: dict[str, str] = {}
+        self._new_ids: dict[str, str] = {}
+        self._topics = TopicWatch(self._settings, names, self._wanted, LOG)
+        self._active = threading.Event()
+
+    # -- for observers ----------------------------------------------------------------------------------------------
+
+    @property
+    def active(self) -> bool:
+        """Whether this materializer holds the lease."""
+        return self._active.is_set()
+
+    def offsets(self) -> Mapping[Partition, int]:
+        """Return the next offset of every partition, as committed to the table. Any thread."""
+        return self._offsets
+
+    def position(self) -> int:
+        """Return the sum of `offsets`. It grows with every record that the table includes."""
+        return sum(self.offsets().values())
+
+    def caught_up(self) -> bool:
+        """Return whether the table includes every record that is in the log now. Any thread; asks the broker."""
+        return not behind(self._settings, self._names, self._offsets)
+
+    # -- the loop ---------------------------------------------------------------------------------------------------
+
+    def run(self, stop: threading.Event) -> None:
+        """Write the table until ``stop`` is set.
+
+        Raises `LeaseLost` if another materializer took over, `StoreError` if the database stays unavailable or does not
+        belong to this namespace, `ConfigError` for a URL of an unknown kind, `AccessDenied` if the cluster refuses this
+        client. While the broker is unavailable, `run` waits. It raises `BrokerUnavailable` only if a dead letter cannot
+        be sent within ``store_patience``, or if the start of a partition that lost its next record is not told in time.
+        """
+        opens = partial(self._open_store, self._url, self._names.namespace)
+        # Retry only while the database is unavailable: one that refuses access, or is another's, would do so again.
+        store = self._persist(opens, stop, StoreUnavailable)
+        if store is None:
+            return
+        self._topics.start()
+        try:
+            going = self._stand_by(store, stop)
+            while going:
+                going = False
+                try:
+                    self._write(store, stop)
+                except CommitUnknown as exc:
+                    LOG.warning("%s; continuing from its offsets", exc)
+                    going = not stop.is_set()
+        finally:
+            self._topics.close()
+            self._active.clear()
+            self.metrics.active.set(0)
+            if self._writer is not None:
+                self._writer.close()
+                self._writer = None
+            try:
+                store.close()
+            except StoreError as exc:  # the lease expires by itself
+                LOG.warning("the lease could not be given back: %s", exc)
+
+    def _stand_by(self, store: Store, stop: threading.Event) -> bool:
+        said = False
+        while not stop.is_set():
+            if self._persist(store.acquire, stop):
+                LOG.info("writing the status table %s", shown(self._url))
+                return True
+            if not said:
+                LOG.info("the status table %s has a writer; standing by", shown(self._url))
+                said = True
+            stop.wait(STAND_BY_S)
+        return False
+
+    def _write(self, store: Store, stop: threading.Event) -> None:
+        offsets = self._persist(store.offsets, stop)
+        known = self._persist(store.topics, stop)
+        if offsets is None or known is None:
+            return
+        self._offsets, self._known, self._new_ids = offsets, known, {}
+        projector = Projector(store, decoder(self._settings, self._names), cache_jobs=self._cache_jobs)
+        self._active.set()
+        self.metrics.active.set(1)
+        missing = True
+        discovered = committed = renewed = looked = float("-inf")
+        with Feed(self._settings, self._names) as feed:
+            while not stop.is_set():
+                now = time.monotonic()
+                if now - discovered > (1.0 if missing else DISCOVER_S):
+                    missing = self._discover(feed, first=discovered < 0)
+                    discovered = now
+                messages = feed.read(self._size.most, PATIENCE_S, committed + self._linger)
+                if messages or feed.resets or self._new_ids:
+                    self._write_batch(store, projector, feed, messages, stop)
+                    if stop.is_set():
+                        return
+                    committed = renewed = time.monotonic()
+                elif now - renewed > RENEW_S:
+                    self._persist(store.renew, stop)
+                    renewed = now
+                if now - looked > 1.0:
+                    self.metrics.lag(feed.lag(self._offsets))
+                    looked = now
+
+    def _wanted(self) -> set[str]:
+        names = self._names
+        return {names.lifecycle, names.coordination, names.dead_letter, *map(names.jobs, self._queues)}
+
+    def _discover(self, feed: Feed, first: bool) -> bool:
+        """Add the partitions that exist now to the feed; return whether to search again soon: a topic is missing,
+        a topic's id is not known, or the broker did not list the topics."""
+        try:
+            present = feed.present(timeout=DISCOVER_TIMEOUT_S)
+        except BrokerUnavailable as exc:
+            log_missed(LOG, self._settings, "%s", exc)
+            return True
+        readable, unidentified = self._identified(feed, present)
+        feed.add({place: self._offsets.get(place) for place in readable})
+        names = self._names
+        wanted = self._wanted()
+        missing = wanted - {topic for topic, _ in present}
+        if first or missing:
+            # The broker does not list a topic that this user may not read. Such a topic must not count as missing.
+            try:
+                acls.check(self._settings, names.namespace, [*wanted, names.schemas] if first else missing)
+            except BrokerUnavailable as exc:
+                log_missed(LOG, self._settings, "%s", exc)
+        if missing and first:
+            LOG.warning(
+                "waiting for topics that do not exist yet: %s; `jobledger topics apply MODULE:APP` creates them",
+                ", ".join(sorted(missing)),
+            )
+        if unidentified:
+            LOG.warning(
+                "the broker did not return the ids of %s within %g s; asking again before these topics are read",
+                ", ".join(sorted(unidentified)),
+                DISCOVER_TIMEOUT_S,
+            )
+        return bool(missing or unidentified)
+
+    def _identified(self, feed: Feed, present: set[Partition]) -> tuple[set[Partition], set[str]]:
+        """Return the partitions that can be read, and the topics that cannot be read because their id is not known.
+
+        Partitions of recreated topics are read from their start; they are left out if their start cannot be determined
+        now. A topic of which no id is known is not read: if it was recreated before its first id is stored, the offsets
+        would be taken for those of the new topic.
+        """
+        found = feed.identities({topic for topic, _ in present}, DISCOVER_TIMEOUT_S)
+        known = {**self._known, **self._new_ids}
+        unidentified = {topic for topic, _ in present} - known.keys() - found.keys()
+        present = {place for place in present if place[0] not in unidentified}
+        others = {topic for topic, its in found.items() if known.get(topic, its) != its}
+        try:
+            if others:
+                feed.restart([place for place in present if place[0] in others])
+                LOG.error(
+                    "%s: deleted and recreated since the table was written; reading from the start. Jobs that the table knows "
+                    "stay in it",
+                    ", ".join(sorted(others)),
+                )
+        except (BrokerUnavailable, TopicMissing) as exc:  # the old id stays, so the next search compares again
+            LOG.warning("%s", exc)
+            return {place for place in present if place[0] not in others}, unidentified
+        self._new_ids |= {topic: its for topic, its in found.items() if known.get(topic) != its}
+        return present, unidentified
+
+    def _write_batch(
+        self, store: Store, projector: Projector, feed: Feed, messages: Sequence[Message], stop: threading.Event
+    ) -> None:
+        """Write all messages in order. Those not written when ``stop`` is set are read again at the next start."""
+
+        def write(part: Sequence[Message]) -> None:
+            if not stop.is_set():
+                smaller = (StoreTooSlow,) if len(part) > 1 else ()
+                self._persist(partial(self._apply, store, projector, feed, part), stop, raising=smaller)
+
+        if messages:
+            in_batches(messages, self._size, write, LOG)
+        else:
+            write(messages)  # no records: only offset resets and topic ids
+
+    def _apply(self, store: Store, projector: Projector, feed: Feed, messages: Sequence[Message]) -> Folded:
+        """Write one batch in one transaction. Can be called again if it fails."""
+        folded = projector.fold(messages)
+        folded.changes.resets, folded.changes.topics = dict(feed.resets), dict(self._new_ids)
+        self._dead_letter(folded)
+        store.write(folded.changes)
+        projector.committed(folded)
+        self._offsets = {**self._offsets, **feed.resets, **folded.changes.offsets}  # a new one: other threads read it
+        metrics = self.metrics
+        metrics.batches.inc()
+        metrics.jobs.inc(len(folded.changes.jobs))
+        metrics.events(folded.events)
+        for each in folded.rejected:
+            metrics.rejected(each.message.topic() or "", type(each.error).__name__)
+        for topic, _ in feed.resets:
+            metrics.reset(topic)
+        feed.resets.clear()
+        self._known |= folded.changes.topics
+        self._new_ids.clear()
+        return folded
+
+    def _dead_letter(self, folded: Folded) -> None:
+        """Send unreadable records of the lifecycle topic to the dead letters, as no other process checks that topic. Log
+        the unreadable records of every topic."""
+        letters = []
+        for number, each in enumerate(folded.rejected):
+            level = logging.WARNING if number < SAY_REJECTS else logging.DEBUG
+            where = position_of(each.message)
+            # A fact of a newer version is a valid event. It stays in the topic for a table of that version.
+            if where.topic == self._names.lifecycle and not isinstance(each.error, UnknownFact):
+                LOG.log(level, "%s is no event and goes to %s: %s", where, self._names.dead_letter, each.error)
+                letters.append(self._letter(each.message, each.error))
+            else:
+                LOG.log(level, "%s is passed: %s", where, each.error)
+        if letters:
+            if self._writer is None:
+                self._writer = LogWriter(self._settings, self._names)
+            # Before the offsets: if this process dies in between, the same dead letters are sent again with the same ids.
+            self._writer.send(letters)
+
+    def _letter(self, message: Message, error: SchemaError) -> Outgoing:
+        where = position_of(message)
+        raw_key, raw, why = bounded(_raw(message.key()), _raw(message.value()), str(error), REJECT_BYTES)
+        fact = RecordRejected(where.topic, where.partition, where.offset, raw_key, raw, why)
+        event_id = derived_id(where.topic, where.partition, where.offset, "rejected")
+        source = identity.source("materializer")
+        event = JobEvent(event_id, "", 0, 0, 0, now_us(), "", "", None, None, source, None, fact)
+        return Outgoing(self._names.dead_letter, codec.encode(event), event_id)
+
+    def _persist(
+        self,
+        act: Callable[[], T],
+        stop: threading.Event,
+        passing: type[StoreError] = StoreError,
+        raising: tuple[type[StoreError], ...] = (),
+    ) -> T | None:
+        """Call ``act``. Retry for up to ``store_patience`` seconds if the database or the broker is unavailable; return
+        None if ``stop`` is set meanwhile.
+
+        ``passing``: errors of the database that are retried. ``raising``: those of them that are raised at once.
+        """
+        never: tuple[type[BaseException], ...] = (LeaseLost, CommitUnknown, *raising)
+        deadline: float | None = None
+        pause = 0.1
+        while True:
+            try:
+                return act()
+            except never:
+                raise
+            except (passing, BrokerUnavailable) as exc:
+                now = time.monotonic()
+                deadline = deadline or now + self._store_patience
+                if now + pause > deadline:
+                    raise
+                LOG.warning("trying again in %g s: %s", pause, exc)
+                self.metrics.retries.inc()
+                if stop.wait(pause):
+                    return None
+                pause = min(2.0, pause * 2)
+
+
+def behind(settings: Settings, names: Names, offsets: Mapping[Partition, int]) -> dict[Partition, int]:
+    """Count the records of each partition that are in the log and not below ``offsets``, without partitions that have
+    none.
+
+    Raises `BrokerUnavailable`.
+    """
+    with Feed(settings, names) as feed:
+        there = bounds(settings, feed.present())
+    lags = {place: high - max(low, offsets.get(place, 0)) for place, (low, high) in there.items()}
+    return {place: lag for place, lag in lags.items() if lag > 0}
+
+
+def _raw(data: bytes | str | None) -> bytes | None:
+    return data.encode() if isinstance(data, str) else data

@@ -1,0 +1,359 @@
+"""``rebuild`` recreates the status table from the log; ``verify`` checks whether the table matches the log.
+
+Both fold the log again from its start: ``rebuild`` into a table of the same kind beside the live one, ``verify`` into a
+SQLite file. So memory depends only on the size of a batch and of the projector's cache. Neither runs a job or writes to
+the log.
+
+A job *begins within the log* if every fact that the table has of it can still be read. Of any other job the log holds
+only some facts, or none. A rebuild carries such jobs over from the live table, joined with the facts in the log, and
+marks them. A verification leaves them out.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import TypeVar
+
+import msgspec
+from confluent_kafka import Message
+
+from jobledger.config import Settings
+from jobledger.errors import BrokerUnavailable, StoreError
+from jobledger.job import Life
+from jobledger.kafka import acls, clients
+from jobledger.kafka.auth import away
+from jobledger.kafka.topic_names import Names
+from jobledger.log.schema_lookup import decoder
+from jobledger.process.logger import get_logger
+from jobledger.streams.status.batch_size import BatchSize, in_batches
+from jobledger.streams.status.log_feed import Feed, bounds, read_until
+from jobledger.streams.status.row_folder import Projector
+from jobledger.streams.status.store import Changes, Partition, Store, copy, open_reader, open_store, scratch, shown
+from jobledger.streams.status.store.reader import SqlReader
+from jobledger.streams.status.store.rows import Row, life_of_row
+from jobledger.streams.status.store.sqlite import SCRATCH, SqliteStore
+from jobledger.streams.status.store.sqlite import open_reader as open_sqlite
+
+LOG = get_logger("jobledger.materializer")
+
+BATCH = 16_000
+#: Number of jobs carried over at a time.
+CHUNK = 2_000
+#: Largest number of differing job ids that a report names.
+NAMED = 20
+#: Seconds to wait for the running materializer to stop before a rebuild is refused.
+LEASE_PATIENCE_S = 15.0
+RENEW_S = 2.0
+
+#: Called after each batch with (records read, total number of records).
+Tell = Callable[[int, int], None]
+T = TypeVar("T")
+
+
+class RebuildReport(msgspec.Struct, frozen=True):
+    """The result of a rebuild. ``carried``: jobs of the previous table of which the log no longer has every fact."""
+
+    url: str
+    jobs: int
+    carried: int
+    records: int
+    rejected: int
+    seconds: float
+
+
+class VerifyReport(msgspec.Struct, frozen=True):
+    """The result of a verification. ``equal``: whether the table matches the log, and its counters match its rows.
+
+    ``jobs``: number of compared jobs. ``left_out``: jobs of which the log no longer has every fact. ``differing``: number
+    of jobs that differ; ``first_differing`` has the first ids of them. ``counters_equal``: whether the table's counters
+    match its own rows. ``table_digest``, ``log_digest``: digests of all compared jobs.
+    """
+
+    equal: bool
+    url: str
+    jobs: int
+    left_out: int
+    differing: int
+    first_differing: tuple[str, ...]
+    counters_equal: bool
+    table_digest: str
+    log_digest: str
+    records: int
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """The offsets of each partition that the log holds: from ``low`` up to, not including, ``high``.
+
+    ``begins``: when the first record that was read of a partition was appended, ms. If the table knows a record with an
+    offset in the span and an earlier time, that record was in a deleted topic of the same name: offsets restart at 0,
+    time does not.
+    """
+
+    low: dict[Partition, int]
+    high: dict[Partition, int]
+    begins: dict[Partition, int] = field(default_factory=dict)
+
+    @property
+    def records(self) -> int:
+        return sum(high - self.low[place] for place, high in self.high.items())
+
+    def holds(self, life: Life) -> bool:
+        """Return whether every fact of a life is in the span."""
+        report = life.report
+        for ms, topic, partition, offset in life.positions if report is None else (*life.positions, report.at):
+            place = (topic, partition)
+            if place not in self.low or not self.low[place] <= offset < self.high[place]:
+                return False
+            if ms < self.begins.get(place, ms):
+                return False
+        return True
+
+
+def rebuild(
+    names: Names, settings: Settings, queues: Sequence[str], store_url: str, progress: Tell | None = None
+) -> RebuildReport:
+    """Build a new table from the log beside the live one, then swap them. Readers see either the old or the new table.
+
+    Takes the lease, so a running materializer must be stopped first: after 15 s `StoreError` names the lease's holder.
+    If anything fails, the live table is not changed. Work topics are found by name. ``queues``: those whose work topics
+    must be readable; raises `NotAuthorized` if one is not.
+    """
+    began = time.monotonic()
+    settings = _allowed(names, settings, queues)
+    with open_store(store_url, names.namespace) as live:
+        _take(live, store_url)
+        with live.beside() as new:
+            span, records, rejected = _fold_log(names, settings, new, None, {}, progress, live.renew)
+            carried = _carry(names, settings, store_url, span, new, live.renew)
+            jobs = new.size()
+            live.renew()
+            live.replace_with(new)
+    return RebuildReport(shown(store_url), jobs, carried, records, rejected, time.monotonic() - began)
+
+
+def _allowed(names: Names, settings: Settings, queues: Sequence[str]) -> Settings:
+    """Return the settings for reading only. Check first that the topics may be read: the broker does not list a topic
+    that this user may not read, so it would count as empty."""
+    settings = settings.acting_as("web")
+    topics = (*map(names.jobs, queues), names.lifecycle, names.coordination, names.dead_letter, names.schemas)
+    acls.check(settings, names.namespace, topics)
+    return settings
+
+
+def verify(
+    names: Names, settings: Settings, queues: Sequence[str], store_url: str, progress: Tell | None = None
+) -> VerifyReport:
+    """Fold the log up to the table's offsets into a separate table, and compare the two job by job.
+
+    The table may be written meanwhile: a copy made at the beginning is compared. Raises `StoreNotFound`, `StoreError` if
+    the log is trimmed meanwhile, `NotAuthorized`, `TopicMissing` without a lifecycle topic, `BrokerUnavailable`.
+    """
+    began = time.monotonic()
+    settings = _allowed(names, settings, queues)
+    with _scratch(store_url) as temporary:
+        folder = Path(temporary)
+        # A copy of the present state, so that the materializer can continue to write the table.
+        copy(store_url, names.namespace, folder / "table.db")
+        copied = f"sqlite:///{folder / 'table.db'}"
+        kept = open_sqlite(copied, names.namespace)
+        offsets = kept.offsets()
+        url = f"sqlite:///{folder / 'clients.db'}"
+        with SqliteStore(url, names.namespace) as store:
+            store.acquire()
+            span, records, _ = _fold_log(names, settings, store, offsets, kept.topics(), progress, lambda: None)
+        folded = open_sqlite(url, names.namespace)
+        try:
+            found = _compare(kept, folded, span)
+            counters = kept.counters_hold()
+        finally:
+            folded.close()
+            kept.close()
+    return VerifyReport(
+        equal=found.differing == 0 and counters,
+        url=shown(store_url),
+        jobs=found.jobs,
+        left_out=found.left_out,
+        differing=found.differing,
+        first_differing=tuple(found.named),
+        counters_equal=counters,
+        table_digest=found.table.hexdigest(),
+        log_digest=found.log.hexdigest(),
+        records=records,
+        seconds=time.monotonic() - began,
+    )
+
+
+def _take(live: Store, url: str) -> None:
+    deadline = time.monotonic() + LEASE_PATIENCE_S
+    while not live.acquire():
+        if time.monotonic() > deadline:
+            raise StoreError(
+                f"the status table {shown(url)} is being written by {live.holder()}: stop `jobledger streams` (or "
+                "`jobledger materializer`) first, then rebuild"
+            )
+        time.sleep(0.2)
+
+
+def _scratch(store_url: str) -> tempfile.TemporaryDirectory[str]:
+    parent = scratch(store_url)
+    if parent is not None:
+        parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    return tempfile.TemporaryDirectory(prefix=SCRATCH, dir=parent)
+
+
+def _fold_log(
+    names: Names,
+    settings: Settings,
+    store: Store,
+    offsets: Mapping[Partition, int] | None,
+    topics: Mapping[str, str],
+    progress: Tell | None,
+    alive: Callable[[], object],
+) -> tuple[Span, int, int]:
+    """Fold the log into ``store`` up to ``offsets`` (None: its end). Return the span read, the number of records read and
+    the number rejected.
+
+    ``topics``: the ids of the topics to which ``offsets`` belong, as far as they are known. A topic that now has another
+    id was recreated later, so it is left out. ``alive``: called about every two seconds.
+    """
+    projector = Projector(store, decoder(settings, names))
+    records = rejected = 0
+    size = BatchSize(BATCH)
+
+    def write(part: Sequence[Message]) -> None:
+        nonlocal rejected
+        folded = projector.fold(part)
+        store.write(folded.changes)
+        projector.committed(folded)
+        rejected += len(folded.rejected)
+
+    with Feed(settings, names) as feed:
+        span = _span(settings, names, feed, offsets)
+        ids = feed.identities({topic for topic, _ in span.low})
+        unidentified = {topic for topic, _ in span.low} - ids.keys()
+        if offsets is None and unidentified:  # the offsets of the new table would belong to no known topic
+            raise BrokerUnavailable(
+                away(
+                    settings,
+                    f"did not return the ids of {', '.join(sorted(unidentified))} in time; nothing has changed",
+                )
+            )
+        later = {topic for topic, its in ids.items() if topics.get(topic, its) != its}
+        for place in [p for p in span.low if p[0] in later]:
+            del span.low[place], span.high[place]
+        feed.add({place: low for place, low in span.low.items() if low < span.high[place]})
+        unbegun = set(feed.assigned)
+        total, renewed = span.records, time.monotonic()
+        for messages in read_until(feed, span.high, BATCH):
+            if feed.resets:
+                lost = ", ".join(f"{topic}[{partition}]" for topic, partition in sorted(feed.resets))
+                raise StoreError(f"the log was trimmed while it was read ({lost}): try again")
+            for message in messages if unbegun else ():
+                place = (message.topic() or "", message.partition() or 0)
+                if place in unbegun:
+                    unbegun.discard(place)
+                    span.begins[place] = message.timestamp()[1]
+            in_batches(messages, size, write, LOG)
+            records += len(messages)
+            if progress is not None:
+                progress(records, total)
+            if time.monotonic() - renewed > RENEW_S:
+                alive()
+                renewed = time.monotonic()
+    # Include partitions that no longer hold any record.
+    store.write(Changes(offsets=dict(span.high), topics=ids))
+    return span, records, rejected
+
+
+def _span(settings: Settings, names: Names, feed: Feed, offsets: Mapping[Partition, int] | None) -> Span:
+    present = feed.present()
+    if names.lifecycle not in {topic for topic, _ in present}:
+        clients.partitions_of(
+            settings, names.lifecycle
+        )  # raises: without lifecycle the log would seem empty, and no job would be compared
+    low: dict[Partition, int] = {}
+    high: dict[Partition, int] = {}
+    for place, (first, end) in sorted(bounds(settings, present).items()):
+        if offsets is not None:
+            end = min(end, offsets.get(place, 0))
+        low[place], high[place] = min(first, end), end
+    return Span(low, high)
+
+
+def _carry(names: Names, settings: Settings, live_url: str, span: Span, new: Store, alive: Callable[[], object]) -> int:
+    """Join the live table's jobs that do not begin within the log into ``new``; return how many there are."""
+    projector = Projector(new, decoder(settings, names), cache_jobs=1)
+    reader = open_reader(live_url, names.namespace)
+    carried, size = 0, BatchSize(CHUNK)
+
+    def write(some: Sequence[tuple[str, Life]]) -> None:
+        new.write(projector.merge(some).changes)
+        new.carry([job_id for job_id, _ in some])
+
+    try:
+        older = ((job_id, life) for job_id, life in reader.lives() if not span.holds(life))
+        for some in _chunks(older, CHUNK):
+            in_batches(some, size, write, LOG)
+            carried += len(some)
+            alive()
+    finally:
+        reader.close()
+    return carried
+
+
+def _chunks(items: Iterator[T], size: int) -> Iterator[list[T]]:
+    while chunk := list(islice(items, size)):
+        yield chunk
+
+
+class _Comparison:
+    """The result so far of comparing two tables in order of ids."""
+
+    def __init__(self) -> None:
+        self.jobs = self.left_out = self.differing = 0
+        self.named: list[str] = []
+        self.table, self.log = hashlib.sha256(), hashlib.sha256()
+
+    def take(self, job_id: str, table: Row | None, log: Row | None) -> None:
+        """Compare the two rows of one job; None: the table has none."""
+        self.jobs += 1
+        if table is not None:
+            self.table.update(repr(table).encode())
+        if log is not None:
+            self.log.update(repr(log).encode())
+        if table != log:
+            self.differing += 1
+            if len(self.named) < NAMED:
+                self.named.append(job_id)
+
+
+def _compare(kept: SqlReader, folded: SqlReader, span: Span) -> _Comparison:
+    found = _Comparison()
+    ours, theirs = kept.rows(), folded.rows()
+    a, b = next(ours, None), next(theirs, None)
+    while a is not None or b is not None:
+        if b is None or (a is not None and a[0] < b[0]):
+            assert a is not None
+            if span.holds(life_of_row(a)):
+                found.take(a[0], a, None)
+            else:
+                found.left_out += 1
+            a = next(ours, None)
+        elif a is None or b[0] < a[0]:
+            found.take(b[0], None, b)
+            b = next(theirs, None)
+        else:
+            if span.holds(life_of_row(a)):
+                found.take(a[0], a, b)
+            else:
+                found.left_out += 1
+            a, b = next(ours, None), next(theirs, None)
+    return found

@@ -1,0 +1,388 @@
+"""The status database in PostgreSQL: a schema for each namespace, so other tables and namespaces can be in the database.
+
+``synchronous_commit`` is off for writes from the log: a crash of the server may undo the last transactions, each as a
+whole. That loses nothing, because the offsets are in the same transactions. A writer that finds an earlier state of the
+table than it committed (`CommitUnknown`) continues from there. Transactions that acquire a lease or swap a table are
+forced to disk.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, suppress
+from typing import Any, ClassVar, Self
+
+import psycopg
+from psycopg import errors, sql
+from sqlalchemy.dialects import postgresql
+from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.schema import CreateIndex, CreateTable
+
+from jobledger.errors import CommitUnknown, StoreError, StoreUnavailable
+from jobledger.process.logger import get_logger
+from jobledger.streams.status.store.connecting import Address, lock_number, schema_beside
+from jobledger.streams.status.store.protocol import Changes, Partition
+from jobledger.streams.status.store.reader import judge
+from jobledger.streams.status.store.rows import COLUMNS, Row
+from jobledger.streams.status.store.tables import counters, jobs, lease, meta, metadata, offsets, tags
+from jobledger.streams.status.store.writer import LEASE_S, SqlStore
+
+LOG = get_logger("jobledger.materializer")
+
+#: How long a statement waits for a lock of another session, such as a reader during a rebuild's swap, or a manual change.
+LOCK_TIMEOUT = "10s"
+#: The same limit for a swap, for which readers wait meanwhile: it is less than a reader's own limit. And how long in
+#: seconds a swap is retried.
+SWAP_LOCK_TIMEOUT, SWAP_PATIENCE_S = "2s", 60.0
+
+#: In the order in which a swap locks them. Readers use the tables in the same order, which prevents deadlocks.
+_TABLES = (jobs, tags, counters, offsets, lease, meta)
+_COLUMNS = ", ".join(f'"{name}"' for name in COLUMNS)
+#: The types of `COLUMNS`, as COPY's binary format needs them.
+_TYPES = ["text"] * 4 + ["int8"] * 7 + ["text"] * 2 + ["bytea"] * 2
+_set = ", ".join(f'"{name}" = excluded."{name}"' for name in COLUMNS[1:])
+_INCOMING = (
+    "CREATE TEMPORARY TABLE incoming ("
+    + ", ".join(f'"{name}" {kind}' for name, kind in zip(COLUMNS, _TYPES, strict=True))
+    + ") ON COMMIT DELETE ROWS"
+)
+_COPY = f"COPY incoming ({_COLUMNS}) FROM STDIN (FORMAT BINARY)"
+_UPSERT_JOBS = (
+    f"INSERT INTO jobs ({_COLUMNS}) SELECT {_COLUMNS} FROM incoming ON CONFLICT (job_id) DO UPDATE SET {_set}"
+)
+_TAGS = "unnest(%s::text[], %s::text[], %s::bigint[], %s::text[])"
+_TAGS_GONE = (
+    f"DELETE FROM tags USING {_TAGS} AS gone (name, value, submitted_ms, job_id) WHERE tags.name = gone.name "
+    "AND tags.value = gone.value AND tags.submitted_ms = gone.submitted_ms AND tags.job_id = gone.job_id"
+)
+_TAGS_NEW = f"INSERT INTO tags (name, value, submitted_ms, job_id) SELECT * FROM {_TAGS} ON CONFLICT DO NOTHING"
+_COUNT = (
+    "INSERT INTO counters AS known (task, queue, state, jobs) "
+    "SELECT * FROM unnest(%s::text[], %s::text[], %s::text[], %s::bigint[]) "
+    "ON CONFLICT (task, queue, state) DO UPDATE SET jobs = known.jobs + excluded.jobs"
+)
+_PLACES = "unnest(%s::text[], %s::int[], %s::bigint[])"
+_OFFSET = (
+    f"INSERT INTO offsets (topic, partition, next_offset) SELECT * FROM {_PLACES} "
+    "ON CONFLICT (topic, partition) DO UPDATE SET next_offset = excluded.next_offset"
+)
+_RESET = (
+    f"INSERT INTO offsets AS known (topic, partition, next_offset, resets) SELECT *, 1 FROM {_PLACES} "
+    "ON CONFLICT (topic, partition) DO UPDATE SET next_offset = excluded.next_offset, resets = known.resets + 1"
+)
+
+
+class PostgresStore(SqlStore):
+    """`Store` in a schema of a PostgreSQL database. Creates the schema if it is missing.
+
+    ``lease_s``: seconds after which a writer that does not renew its lease may be replaced, by the database's clock
+    unless ``clock`` is given (for tests). A writer whose connection has ended is replaced at once. ``schema``: None: the
+    namespace's own. Raises `StoreUnavailable` if nothing answers, `StoreError` if the database refuses access or the
+    tables belong to something else.
+    """
+
+    FOR_UPDATE: ClassVar[str] = " FOR UPDATE"
+
+    def __init__(
+        self,
+        url: str,
+        namespace: str,
+        *,
+        lease_s: float = LEASE_S,
+        holder: str | None = None,
+        clock: Callable[[], float] | None = None,
+        schema: str | None = None,
+    ) -> None:
+        super().__init__(url, namespace, lease_s=lease_s, holder=holder, clock=clock)
+        self._url, self._address = url, Address(url, namespace)
+        self.schema = schema or self._address.schema
+        self._db: psycopg.Connection[Any] | None = None
+        #: Whether this session holds the advisory lock that shows other processes that it is connected.
+        self._marked = False
+        #: The offsets that this writer last read from or committed to the table; None: not known.
+        self._left: Mapping[Partition, int] | None = None
+        try:
+            self._make()
+        except BaseException:
+            self._disconnect()
+            raise
+
+    # -- the connection -----------------------------------------------------------------------------------------------
+
+    def _connected(self) -> psycopg.Connection[Any]:
+        """Return the connection; connect again if it broke. Raises `CommitUnknown` if the table then differs from what
+        this writer committed."""
+        if self._db is not None and not self._db.closed:
+            return self._db
+        self._db = None
+        db = self._address.connect()
+        try:
+            db.execute("SET synchronous_commit = off")
+            db.execute(f"SET lock_timeout = '{LOCK_TIMEOUT}'")
+            db.execute(sql.SQL("SET search_path = {}").format(sql.Identifier(self.schema)))
+            db.execute(_INCOMING)
+            if self._epoch is not None:
+                self._mark(db, self._epoch)
+                if self._left is not None:
+                    self._check(db)
+            db.commit()
+        except BaseException:
+            db.close()
+            raise
+        self._db = db
+        return db
+
+    def _check(self, db: psycopg.Connection[Any]) -> None:
+        _await_lease(db)
+        found = _offsets(db)
+        if found != self._left:
+            raise CommitUnknown(
+                f"the status table in {self._address.place} differs from what this writer committed: the connection broke in a "
+                "commit, or a crash of the server undid the last commits"
+            )
+
+    @contextmanager
+    def _errors(self) -> Iterator[None]:
+        try:
+            yield
+        except (psycopg.Error, SQLAlchemyError) as exc:
+            raise self._address.explain(exc, "written") from exc
+
+    @contextmanager
+    def _transaction(self) -> Iterator[None]:
+        with self._errors():
+            db = self._connected()
+            try:
+                yield
+                db.commit()
+            except BaseException:
+                with suppress(psycopg.Error):  # the connection broke: the next statement connects again
+                    db.rollback()
+                raise
+
+    def _reading(self) -> AbstractContextManager[None]:
+        return self._transaction()  # else the query's transaction would stay open
+
+    def _run(self, sql: str, *values: object) -> psycopg.Cursor[Any]:
+        return self._connected().execute(sql.replace("?", "%s"), values)
+
+    def _run_many(self, sql: str, rows: Iterable[Sequence[object]]) -> None:
+        self._connected().cursor().executemany(sql.replace("?", "%s"), rows)
+
+    def _disconnect(self) -> None:
+        if self._db is not None:
+            self._db.close()
+            self._db = None
+
+    # -- the tables ---------------------------------------------------------------------------------------------------
+
+    def _make(self) -> None:
+        with self._transaction():
+            if not self._there():
+                self._durable()
+                # If two processes start at once, the second waits here, and then finds the tables.
+                self._run("SELECT pg_advisory_xact_lock(?)", lock_number(self.schema))
+                if not self._there():
+                    self._create()
+            # With the schema's name: PostgreSQL silently ignores a schema in the search path that this user may not use.
+            asking = sql.SQL("SELECT key, value FROM {}").format(sql.Identifier(self.schema, meta.name))
+            found: dict[str, str] = dict(self._connected().execute(asking).fetchall())
+            judge(found, self.url, self.namespace)
+
+    def _there(self) -> bool:
+        query = "SELECT c.relname FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace WHERE n.nspname = ?"
+        names = {
+            name for (name,) in self._run(query + " AND c.relkind IN ('r', 'p', 'v', 'm')", self.schema).fetchall()
+        }
+        if names and meta.name not in names:
+            raise StoreError(
+                f"schema {self.schema!r} of {self._address.place} is something else's: it has no table 'meta'"
+            )
+        return bool(names)
+
+    def _create(self) -> None:
+        ((encoding,),) = self._run("SHOW server_encoding").fetchall()
+        if encoding != "UTF8":
+            raise StoreError(
+                f"{self._address.place} is encoded in {encoding}, which cannot store every text: create a database with "
+                "`createdb --encoding=UTF8 --template=template0`"
+            )
+        db, dialect = self._connected(), postgresql.dialect()  # type: ignore[no-untyped-call]  # it has no types
+        if db.execute("SELECT 1 FROM pg_namespace WHERE nspname = %s", (self.schema,)).fetchone() is None:
+            db.execute(sql.SQL("CREATE SCHEMA {}").format(sql.Identifier(self.schema)))
+        for table in metadata.sorted_tables:
+            db.execute(str(CreateTable(table).compile(dialect=dialect)))
+            for index in sorted(table.indexes, key=lambda i: str(i.name)):
+                db.execute(str(CreateIndex(index).compile(dialect=dialect)))
+        self._first_rows()
+
+    def _durable(self) -> None:
+        """Force this transaction to disk at its commit."""
+        self._run("SET LOCAL synchronous_commit = on")
+
+    # -- the lease ----------------------------------------------------------------------------------------------------
+
+    def _now(self) -> tuple[str, tuple[int, ...]]:
+        if self._clock is not None:
+            return super()._now()
+        return "(extract(epoch FROM clock_timestamp()) * 1000)::bigint", ()  # one clock for all machines
+
+    def _gone(self, holder: str, epoch: int) -> bool:
+        # A writer's connection holds a lock as long as it is open. If the lock is free, the connection has ended, on
+        # whatever machine.
+        ((free,),) = self._run("SELECT pg_try_advisory_xact_lock(?, ?)", *self._mark_of(epoch)).fetchall()
+        return bool(free)
+
+    def _take(self, epoch: int) -> None:
+        self._durable()
+        super()._take(epoch)
+        self._mark(self._connected(), epoch)
+        self._left = None
+
+    def _own(self) -> None:
+        super()._own()
+        if not self._marked and self._epoch is not None:
+            self._mark(self._connected(), self._epoch)
+
+    def _mark(self, db: psycopg.Connection[Any], epoch: int) -> None:
+        # Do not wait for the lock. Either this writer's previous session still holds it, as the server has not noticed its
+        # end; then the next transaction tries again. Or another process holds it, found this writer gone, and takes over.
+        ((self._marked,),) = db.execute("SELECT pg_try_advisory_lock(%s, %s)", self._mark_of(epoch)).fetchall()
+
+    def _mark_of(self, epoch: int) -> tuple[int, int]:
+        return lock_number(self.schema) >> 32, epoch & 0x7FFFFFFF
+
+    # -- rows ---------------------------------------------------------------------------------------------------------
+
+    def offsets(self) -> dict[Partition, int]:
+        """Return the next offset to read of every partition. A writer continues from these offsets."""
+        self._left = None
+        with self._transaction():
+            if self._epoch is not None:
+                _await_lease(self._connected())
+            found = _offsets(self._connected())
+            if self._epoch is not None:
+                self._greatest = self._last()
+        self._left = found
+        return dict(found)
+
+    def _states(self, job_ids: Sequence[str]) -> Iterable[tuple[str, bytes, bytes | None]]:
+        return self._run("SELECT job_id, slots, result FROM jobs WHERE job_id = ANY(?)", list(job_ids)).fetchall()
+
+    def write(self, changes: Changes) -> None:
+        """Write all changes (rows, tags, counters, offsets, topic ids) in one transaction."""
+        super().write(changes)
+        if self._left is not None:
+            self._left = {**self._left, **changes.resets, **changes.offsets}
+
+    def _put(self, rows: Sequence[Row], changes: Changes) -> None:
+        cursor = self._connected().cursor()
+        if rows:
+            with cursor.copy(_COPY) as incoming:
+                incoming.set_types(_TYPES)
+                for row in rows:
+                    incoming.write_row(row)
+            cursor.execute(_UPSERT_JOBS)
+        counts = [(*key, number) for key, number in changes.counts.items() if number]
+        resets = [(*key, start) for key, start in changes.resets.items()]
+        reached = [(*key, offset) for key, offset in changes.offsets.items()]
+        for statement, values in (
+            (_TAGS_GONE, changes.tags_gone),
+            (_TAGS_NEW, changes.tags_new),
+            (_COUNT, counts),
+            (_RESET, resets),
+            (_OFFSET, reached),
+        ):
+            if values:
+                cursor.execute(statement, [list(column) for column in zip(*values, strict=True)])
+
+    # -- a table beside this one --------------------------------------------------------------------------------------
+
+    @contextmanager
+    def beside(self) -> Iterator[Self]:
+        """Create an empty table of the same namespace, leased, for `replace_with`. It is deleted when the block ends.
+
+        It is in a separate schema. If a rebuild is killed, the next one deletes the schema that it left.
+        """
+        schema = schema_beside(self.schema)
+        gone = sql.SQL("DROP SCHEMA IF EXISTS {} CASCADE").format(sql.Identifier(schema))
+        with self._transaction():
+            self._own()
+            self._connected().execute(gone)
+        try:
+            with type(self)(self._url, self.namespace, schema=schema) as new:
+                new.acquire()
+                yield new
+        finally:
+            try:
+                with self._transaction():
+                    self._connected().execute(gone)
+            except StoreError as exc:
+                LOG.warning("schema %s could not be dropped; the next rebuild drops it: %s", schema, exc)
+
+    def replace_with(self, other: Self) -> None:
+        """Replace this table with ``other`` in one transaction. Readers see either the old or the new table.
+
+        Needs the lease and releases it: a writer of either table must acquire it again. Privileges granted on the old
+        tables are granted on the new ones. Raises `StoreError` if views depend on the tables: they would be dropped.
+        """
+        deadline = time.monotonic() + SWAP_PATIENCE_S
+        while True:
+            try:
+                self._swap(other)
+                return
+            except StoreUnavailable as exc:
+                if not isinstance(exc.__cause__, errors.LockNotAvailable) or time.monotonic() > deadline:
+                    raise
+                LOG.info("the new table is not in its place yet: %s", exc)
+            self.renew()
+            time.sleep(0.5)  # lets the readers run that waited for the swap's lock
+
+    def _swap(self, other: Self) -> None:
+        with self._transaction():
+            self._durable()
+            self._run(f"SET LOCAL lock_timeout = '{SWAP_LOCK_TIMEOUT}'")
+            self._own()
+            assert self._epoch is not None
+            db = self._connected()
+            for table in _TABLES:
+                here, there = sql.Identifier(self.schema, table.name), sql.Identifier(other.schema, table.name)
+                db.execute(sql.SQL("LOCK TABLE {} IN ACCESS EXCLUSIVE MODE").format(here))
+                granted = db.execute(
+                    "SELECT acl.privilege_type, r.rolname, acl.is_grantable "
+                    "FROM pg_class c, aclexplode(c.relacl) acl LEFT JOIN pg_roles r ON r.oid = acl.grantee "
+                    "WHERE c.oid = %s::regclass AND acl.grantee <> c.relowner",
+                    (here.as_string(db),),
+                ).fetchall()
+                try:
+                    db.execute(sql.SQL("DROP TABLE {}").format(here))
+                except errors.DependentObjectsStillExist as exc:
+                    raise StoreError(
+                        f"the status table {self.url} is not replaced, for {exc.diag.message_detail}. Drop that object, rebuild, "
+                        "and create it again"
+                    ) from exc
+                db.execute(
+                    sql.SQL("ALTER TABLE {} SET SCHEMA {}").format(there, sql.Identifier(self.schema)),
+                )
+                for privilege, role, grantable in granted:
+                    db.execute(
+                        sql.SQL("GRANT {} ON {} TO {} {}").format(
+                            *(sql.SQL(privilege), here, sql.SQL("PUBLIC") if role is None else sql.Identifier(role)),
+                            sql.SQL("WITH GRANT OPTION" if grantable else ""),
+                        )
+                    )
+            db.execute("UPDATE lease SET epoch = %s, holder = '', until_ms = 0", (self._epoch + 1,))
+        self._epoch = other._epoch = None
+        self._greatest = ""
+
+
+def _await_lease(db: psycopg.Connection[Any]) -> None:
+    """Wait until the transaction of a broken connection has ended: the server may still be committing it. Every
+    transaction that writes holds this row's lock from its first statement to its end."""
+    db.execute("SELECT 1 FROM lease FOR UPDATE")
+
+
+def _offsets(db: psycopg.Connection[Any]) -> dict[Partition, int]:
+    rows = db.execute("SELECT topic, partition, next_offset FROM offsets").fetchall()
+    return {(topic, partition): offset for topic, partition, offset in rows}

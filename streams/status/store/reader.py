@@ -1,0 +1,345 @@
+"""The read side of a status database, in SQL that every backend understands. Opens no databases and writes nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Self
+
+from sqlalchemy import Column, Connection, Engine, Row, and_, func, inspect, or_, select, tuple_
+from sqlalchemy.exc import SQLAlchemyError
+
+from jobledger import job as fold
+from jobledger.errors import ConfigError, JobNotFound, StoreError, StoreNotFound
+from jobledger.job import JobStatus, Life, State
+from jobledger.process import forks
+from jobledger.schemas.events import Position
+from jobledger.streams.status.store.address import shown
+from jobledger.streams.status.store.protocol import Count, Overdue, Partition, Wanted
+from jobledger.streams.status.store.rows import COLUMNS, key_text, life_of, life_of_row, plain
+from jobledger.streams.status.store.rows import Row as JobRow
+from jobledger.streams.status.store.tables import (
+    SCHEMA_VERSION,
+    TOPIC,
+    counters,
+    jobs,
+    meta,
+    offsets,
+    tags,
+    unfinished,
+    waiting,
+)
+
+#: Activity that takes or returns a connection. The pool's locks are not reentrant: a query from a signal handler would
+#: block on them.
+_TURNING = "asking the status table"
+_LIFE = (jobs.c.job_id, jobs.c.slots, jobs.c.result)
+#: Number of ids in one query: SQLite accepts 999 values in a statement, or more, depending on its build.
+_IDS_A_QUERY = 500
+_STATES = {state.value: state for state in State}
+
+
+class SqlReader:
+    """`StatusReader` on an engine. ``url``: shown in errors. `close` disposes of the engine.
+
+    ``schema``: schema of the tables; None: the engine's default. ``explain``: turns a database's error into a
+    `StoreError`; None: the driver's message is used. ``bounds``: two statements that limit how long a transaction waits,
+    for a query and for reading the whole table.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        url: str,
+        namespace: str,
+        *,
+        schema: str | None = None,
+        explain: Callable[[Exception, str], StoreError] | None = None,
+        bounds: tuple[str, str] | None = None,
+    ) -> None:
+        self._engine, self._url, self._namespace, self._schema = engine, shown(url), namespace, schema
+        self._explain, self._bounds = explain, bounds
+        self._turning = forks.Alone()
+
+    def checked(self) -> Self:
+        """Return this reader. If it does not read this namespace's table, close it and raise `StoreNotFound` or
+        `StoreError`."""
+        try:
+            self._check()
+        except BaseException:
+            self.close()
+            raise
+        return self
+
+    def _check(self) -> None:
+        with self._reading() as db:
+            names = inspect(db).get_table_names(self._schema)
+            if meta.name not in names:
+                raise foreign(self._url) if names else not_found(self._url)
+            found: dict[str, str] = {row.key: row.value for row in db.execute(select(meta.c.key, meta.c.value))}
+        judge(found, self._url, self._namespace)
+
+    def job(self, job_id: str) -> JobStatus:
+        """Return one job's status. Raises `JobNotFound`."""
+        with self._reading() as db:
+            row = db.execute(select(*_LIFE).where(jobs.c.job_id == key_text(job_id))).first()
+        if row is None:
+            raise self.unknown(job_id)
+        return _status(row)
+
+    def unknown(self, job_id: str) -> JobNotFound:
+        """Return the error for a job that the table does not know."""
+        return JobNotFound(f"the status table {self._url} knows no job {job_id}")
+
+    def states(self, job_ids: Sequence[str]) -> dict[str, State]:
+        """Return the states of those jobs that the table knows."""
+        return {row.job_id: _STATES[row.state] for row in self._by_id(job_ids, jobs.c.job_id, jobs.c.state)}
+
+    def statuses(self, job_ids: Sequence[str]) -> dict[str, JobStatus]:
+        """Return the statuses of those jobs that the table knows."""
+        return {row.job_id: _status(row) for row in self._by_id(job_ids, *_LIFE)}
+
+    def _by_id(self, job_ids: Sequence[str], *columns: Column[Any]) -> list[Row[Any]]:
+        keys = [key_text(job_id) for job_id in job_ids]
+        found: list[Row[Any]] = []
+        with self._reading() as db:
+            for begin in range(0, len(keys), _IDS_A_QUERY):
+                query = select(*columns).where(jobs.c.job_id.in_(keys[begin : begin + _IDS_A_QUERY]))
+                found += db.execute(query).all()
+        return found
+
+    def jobs(
+        self,
+        *,
+        state: Wanted = None,
+        task: Wanted = None,
+        queue: Wanted = None,
+        tag: tuple[str, str] | Mapping[str, str] | None = None,
+        since_ms: int | None = None,
+        late_ms: int | None = None,
+        after: str | None = None,
+        limit: int = 100,
+    ) -> list[JobStatus]:
+        """Return a page of the jobs that match every given filter, newest submission first; see `StatusReader.jobs`."""
+        states = _any_of(state)
+        if unknown := [each for each in states or () if each not in list(State)]:
+            raise ConfigError(f"state={unknown[0]!r} is no state; there are {', '.join(State)}")
+        query = select(*_LIFE).limit(limit)
+        if states is not None:
+            query = query.where(jobs.c.state.in_([str(each) for each in states]))
+            if State.SUCCEEDED not in states:
+                query = query.where(unfinished)  # implied, but needed for the use of the partial index
+        for column, names in ((jobs.c.task, _any_of(task)), (jobs.c.queue, _any_of(queue))):
+            if names is not None:
+                query = query.where(column.in_([key_text(each) for each in names]))
+        if late_ms is not None:
+            # The states are named so that the partial index is used, however many jobs have ended.
+            open_ = [each.value for each in (State.SCHEDULED, State.RETRYING, State.QUEUED)]
+            begin = func.coalesce(jobs.c.due_ms, jobs.c.submitted_ms)
+            queued = and_(jobs.c.state == State.QUEUED.value, begin <= late_ms)
+            query = query.where(unfinished, jobs.c.state.in_(open_), or_(jobs.c.due_ms <= late_ms, queued))
+        query, place = _tagged(query, tag)
+        if since_ms is not None:
+            query = query.where(place[0] >= since_ms)
+        with self._reading() as db:
+            if after is not None:
+                last = db.execute(select(jobs.c.submitted_ms).where(jobs.c.job_id == key_text(after))).scalar()
+                if last is None:
+                    raise JobNotFound(f"after={after!r}: the status table {self._url} knows no such job")
+                query = query.where(tuple_(*place) < (last, key_text(after)))
+            rows = db.execute(query.order_by(*(column.desc() for column in place))).all()
+        return [_status(row) for row in rows]
+
+    def ids(self, prefix: str, limit: int = 10) -> list[str]:
+        """Return the first ``limit`` ids, in their order, that begin with ``prefix``."""
+        # A range uses the primary key's index. LIKE would need its wildcards escaped, and another index.
+        begin = plain(prefix)
+        query = select(jobs.c.job_id).where(jobs.c.job_id >= begin, jobs.c.job_id < begin + "\U0010ffff")
+        with self._reading() as db:
+            return [row.job_id for row in db.execute(query.order_by(jobs.c.job_id).limit(limit))]
+
+    def counts(self) -> list[Count]:
+        """Return the number of jobs of each task and queue in each state, without zeros."""
+        columns = (counters.c.task, counters.c.queue, counters.c.state, counters.c.jobs)
+        with self._reading() as db:
+            rows = db.execute(select(*columns).where(counters.c.jobs != 0).order_by(*columns[:3])).all()
+        return [Count(task, queue, State(state), number) for task, queue, state, number in rows]
+
+    def counts_by_state(self) -> dict[str, int]:
+        """Return the number of jobs in each state, including states without jobs."""
+        query = select(counters.c.state, func.sum(counters.c.jobs)).group_by(counters.c.state)
+        with self._reading() as db:
+            found = {state: int(number) for state, number in db.execute(query)}
+        return {state.value: found.get(state.value, 0) for state in State}
+
+    def offsets(self) -> dict[Partition, int]:
+        """Return the next offset to read of every partition."""
+        query = select(offsets.c.topic, offsets.c.partition, offsets.c.next_offset)
+        with self._reading() as db:
+            return {(topic, partition): offset for topic, partition, offset in db.execute(query)}
+
+    def topics(self) -> dict[str, str]:
+        """Return the ids of the topics to which the offsets belong, as far as they are known."""
+        query = select(meta.c.key, meta.c.value).where(meta.c.key.startswith(TOPIC, autoescape=True))
+        with self._reading() as db:
+            return {key.removeprefix(TOPIC): value for key, value in db.execute(query)}
+
+    def reached(self, position: Position) -> bool:
+        """Return whether the table includes the record at this position."""
+        query = select(offsets.c.next_offset).where(
+            offsets.c.topic == position.topic, offsets.c.partition == position.partition
+        )
+        with self._reading() as db:
+            found = db.execute(query).scalar()
+        return found is not None and found > position.offset
+
+    def overdue(self, now_ms: int, bound_ms: int, limit: int = 1000, after: Overdue | None = None) -> list[Overdue]:
+        """Return a page of the scheduled and retrying jobs that were due at least ``bound_ms`` ago; see
+        `StatusReader.overdue`."""
+        query = select(*_LIFE).where(waiting, jobs.c.due_ms <= now_ms - bound_ms)
+        if after is not None:
+            query = query.where(tuple_(jobs.c.due_ms, jobs.c.job_id) > (after.due_ms, after.job_id))
+        query = query.order_by(jobs.c.due_ms, jobs.c.job_id).limit(limit)
+        with self._reading() as db:
+            rows = db.execute(query).all()
+        return [_overdue(row) for row in rows]
+
+    def open_lives(self, limit: int, *, waiting: bool = False, before_ms: int | None = None) -> list[tuple[str, Life]]:
+        """Return jobs that have not ended, the oldest submission of each state first; see `StatusReader.open_lives`."""
+        states = [State.QUEUED, State.RUNNING, *((State.SCHEDULED, State.RETRYING) if waiting else ())]
+        found: list[tuple[str, Life]] = []
+        with self._reading() as db:
+            for state in states:
+                query = select(*_LIFE).where(jobs.c.state == str(state), unfinished)
+                if before_ms is not None:
+                    query = query.where(jobs.c.submitted_ms < before_ms)
+                query = query.order_by(jobs.c.submitted_ms, jobs.c.job_id).limit(limit - len(found))
+                found += [(row.job_id, life_of(row.slots, row.result)) for row in db.execute(query)]
+        return found
+
+    def lives(self) -> Iterator[tuple[str, Life]]:
+        """Yield every job with its fold state, in order of ids, from one snapshot."""
+        for row in self.rows():
+            yield row[0], life_of_row(row)
+
+    def rows(self) -> Iterator[JobRow]:
+        """Yield every job's row with the columns of `COLUMNS`, in order of ids, from one snapshot."""
+        query = select(*(jobs.c[name] for name in COLUMNS)).order_by(jobs.c.job_id)
+        with self._reading(walk=True) as db:
+            for row in db.execute(query.execution_options(yield_per=1000)):
+                yield tuple(row)
+
+    def counters_hold(self) -> bool:
+        """Return whether the counters match the rows. Reads the whole table."""
+        columns = (jobs.c.task, jobs.c.queue, jobs.c.state)
+        with self._reading(walk=True) as db:
+            counted = {tuple(row) for row in db.execute(select(*columns, func.count()).group_by(*columns))}
+        return counted == {(each.task, each.queue, each.state.value, each.jobs) for each in self.counts()}
+
+    def close(self) -> None:
+        """Close the connections."""
+        self._engine.dispose()
+
+    def _reading(self, *, walk: bool = False) -> _Reading:
+        return _Reading(self, None if self._bounds is None else self._bounds[walk])
+
+    def _away(self, cause: Exception) -> StoreError:
+        if self._explain is not None:
+            return self._explain(cause, "read")
+        return StoreError(f"the status table {self._url} cannot be read: {getattr(cause, 'orig', None) or cause}")
+
+
+def _any_of(wanted: Wanted) -> list[str] | None:
+    """Return a filter's values as a list; None: no filter."""
+    return [wanted] if isinstance(wanted, str) else None if wanted is None else list(wanted)
+
+
+def _tagged(query: Any, tag: tuple[str, str] | Mapping[str, str] | None) -> tuple[Any, tuple[Any, Any]]:
+    """Restrict the query to jobs that have all of these tags. Return it and the columns by which to order its rows."""
+    place: tuple[Any, Any] = (jobs.c.submitted_ms, jobs.c.job_id)
+    wanted = dict([tag]) if isinstance(tag, tuple) else dict(tag or {})
+    for number, (name, value) in enumerate(wanted.items()):
+        table = tags.alias(f"tag{number}")
+        here = (table.c.submitted_ms, table.c.job_id)
+        # The first tag's rows are read in the order of the page; the others are looked up by their whole key.
+        same = place[1] == here[1] if number == 0 else and_(place[0] == here[0], place[1] == here[1])
+        query = query.join(table, same).where(table.c.name == key_text(name), table.c.value == key_text(value))
+        place = here
+    return query, place
+
+
+class _Reading:
+    """A connection for one query. Turns the database's errors into `StoreError`."""
+
+    def __init__(self, reader: SqlReader, bound: str | None) -> None:
+        self._reader, self._bound = reader, bound
+        self._db: Connection | None = None
+
+    def __enter__(self) -> Connection:
+        try:
+            with self._reader._turning(_TURNING):
+                self._db = db = self._reader._engine.connect()
+            if self._bound is not None:
+                db.exec_driver_sql(self._bound)
+        except SQLAlchemyError as exc:
+            if self._db is not None:
+                self._db.close()
+            raise self._reader._away(exc) from exc
+        return db
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if self._db is not None:
+            with self._reader._turning(_TURNING):
+                self._db.close()
+        if isinstance(error, SQLAlchemyError):
+            raise self._reader._away(error) from error
+
+
+def not_found(url: str) -> StoreNotFound:
+    """Return the error for a status table that does not exist yet."""
+    return StoreNotFound(
+        f"there is no status table at {shown(url)} yet: `jobledger streams MODULE:APP` creates it; if that is running, check that "
+        "JOBLEDGER_STATUS_URL is the same there and here"
+    )
+
+
+def foreign(url: str) -> StoreError:
+    """Return the error for a database that has tables but no status table."""
+    return StoreError(
+        f"{shown(url)} is a database of something else: it has no table 'meta'. Set JOBLEDGER_STATUS_URL to a separate database"
+    )
+
+
+def judge(found: dict[str, str], url: str, namespace: str) -> None:
+    """Raise `StoreError` unless the rows of `meta` have this schema version and this namespace."""
+    version = found.get("schema_version")
+    if version != str(SCHEMA_VERSION):
+        raise StoreError(
+            f"{url} has schema version {version}, this Jobledger has {SCHEMA_VERSION}: set JOBLEDGER_STATUS_URL to a "
+            "new address, and the table is rebuilt from the log"
+        )
+    if found.get("namespace") != namespace:
+        raise StoreError(
+            f"{url} is the status table of namespace {found.get('namespace')!r}, not of {namespace!r}: "
+            "set JOBLEDGER_STATUS_URL to a separate database"
+        )
+
+
+def _status(row: Row[*tuple[Any, ...]]) -> JobStatus:
+    return fold.status(row.job_id, life_of(row.slots, row.result))
+
+
+def _overdue(row: Row[*tuple[Any, ...]]) -> Overdue:
+    life = life_of(row.slots, row.result)
+    seen = fold.project(life)
+    release, attempt = fold.awaited(seen)
+    where = life.head.at if life.head.rank < 2 else None
+    return Overdue(
+        row.job_id,
+        seen.task,
+        seen.queue,
+        seen.run,
+        release,
+        attempt,
+        seen.due_ms or 0,
+        None if where is None else Position(where[1], where[2], where[3]),
+    )

@@ -1,0 +1,239 @@
+"""The part of the write side that is the same on every database: the lease, and the choice of rows that must be read.
+
+Uses SQL that every backend understands, with ``?`` for a value. A backend runs the statements and begins and ends the
+transactions.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
+from types import TracebackType
+from typing import Any, ClassVar, Protocol, Self
+
+from jobledger.errors import LeaseLost
+from jobledger.job import Life
+from jobledger.streams.status.store.address import shown
+from jobledger.streams.status.store.protocol import Changes, Partition
+from jobledger.streams.status.store.rows import Row, life_of
+from jobledger.streams.status.store.tables import SCHEMA_VERSION, TOPIC
+
+#: Duration of the lease in seconds: a writer that has not renewed it for so long may be replaced.
+LEASE_S = 10.0
+
+
+_TOPIC = "INSERT INTO meta (key, value) VALUES (?, ?) ON CONFLICT (key) DO UPDATE SET value = excluded.value"
+
+
+class Cursor(Protocol):
+    """The result of a statement."""
+
+    @property
+    def rowcount(self) -> int: ...
+    def fetchone(self) -> Any: ...
+    def fetchall(self) -> list[Any]: ...
+
+
+class SqlStore(ABC):
+    """The half of `Store` that does not depend on the database.
+
+    ``lease_s``: seconds after which a writer that does not renew its lease may be replaced. ``holder``: this writer's name
+    in the lease; ``host:pid`` by default. ``clock``: returns seconds; None: the backend's own clock.
+    """
+
+    #: Appended to a query for a row that the transaction will change.
+    FOR_UPDATE: ClassVar[str] = ""
+
+    def __init__(
+        self, url: str, namespace: str, *, lease_s: float, holder: str | None, clock: Callable[[], float] | None
+    ) -> None:
+        self.url, self.namespace = shown(url), namespace
+        self._lease_ms, self._clock = int(lease_s * 1000), clock
+        self._holder = holder or f"{socket.gethostname()}:{os.getpid()}"
+        self._epoch: int | None = None
+        self._greatest = ""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    # -- implemented by a backend -------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def _errors(self) -> AbstractContextManager[None]:
+        """Turn the driver's errors in the block into `StoreError`."""
+
+    @abstractmethod
+    def _transaction(self) -> AbstractContextManager[None]:
+        """Run the block in a transaction: commit at its end, roll back after an exception."""
+
+    def _reading(self) -> AbstractContextManager[None]:
+        """Run queries in the block that belong to no other transaction."""
+        return self._errors()
+
+    @abstractmethod
+    def _run(self, sql: str, *values: object) -> Cursor:
+        """Run a statement, in the present transaction if there is one."""
+
+    @abstractmethod
+    def _run_many(self, sql: str, rows: Iterable[Sequence[object]]) -> None:
+        """Run a statement for each row."""
+
+    @abstractmethod
+    def _states(self, job_ids: Sequence[str]) -> Iterable[tuple[str, bytes, bytes | None]]:
+        """Return (job id, slots, result) of those rows that exist."""
+
+    @abstractmethod
+    def _put(self, rows: Sequence[Row], changes: Changes) -> None:
+        """Write the changes but for ``changes.topics``, in the present transaction. ``rows``: the jobs' rows, sorted by
+        id."""
+
+    @abstractmethod
+    def _gone(self, holder: str, epoch: int) -> bool:
+        """Return whether the holder of a lease that has not expired is known to have ended."""
+
+    @abstractmethod
+    def _disconnect(self) -> None:
+        """Close the connection."""
+
+    def _now(self) -> tuple[str, tuple[int, ...]]:
+        """Return a SQL expression for the present time in milliseconds, and its values."""
+        assert self._clock is not None, "a backend without a clock of its own is given one"
+        return "?", (int(self._clock() * 1000),)
+
+    def _take(self, epoch: int) -> None:
+        """Store this writer as the lease's holder, with this epoch."""
+        now, at = self._now()
+        self._run(
+            f"UPDATE lease SET epoch = ?, holder = ?, until_ms = {now} + ?",
+            *(epoch, self._holder, *at, self._lease_ms),
+        )
+
+    def _first_rows(self) -> None:
+        """Insert the first rows of new tables."""
+        self._run("INSERT INTO lease (id, epoch, holder, until_ms) VALUES (1, 0, '', 0)")
+        said = {"schema_version": str(SCHEMA_VERSION), "namespace": self.namespace}
+        self._run_many("INSERT INTO meta (key, value) VALUES (?, ?)", list(said.items()))
+
+    # -- the lease ----------------------------------------------------------------------------------------------------
+
+    def acquire(self) -> bool:
+        """Become the writer; return False while another writer's lease is valid."""
+        now, at = self._now()
+        with self._transaction():
+            query = f"SELECT epoch, holder, until_ms > {now} FROM lease{self.FOR_UPDATE}"
+            epoch, holder, runs = self._run(query, *at).fetchone()
+            if runs and not self._gone(holder, epoch):
+                return False
+            epoch += 1
+            self._take(epoch)
+            greatest = self._last()
+        self._epoch, self._greatest = epoch, greatest
+        return True
+
+    def renew(self) -> None:
+        """Extend the lease. Raises `LeaseLost`."""
+        with self._transaction():
+            self._own()
+
+    def release(self) -> None:
+        """Release the lease, so that another writer can take over at once. Does nothing if this writer does not hold it."""
+        if self._epoch is not None:
+            with self._transaction():
+                self._run("UPDATE lease SET holder = '', until_ms = 0 WHERE epoch = ? AND holder = ?", *self._mine())
+            self._epoch = None
+
+    def _own(self) -> None:
+        """Extend the lease at the beginning of every transaction that writes. Raises `LeaseLost` if this writer does not
+        hold it."""
+        if self._epoch is None:
+            raise LeaseLost(
+                f"the lease of the status table {self.url} is not held by this materializer: it was given back, or never acquired"
+            )
+        now, at = self._now()
+        mine = self._run(
+            f"UPDATE lease SET until_ms = {now} + ? WHERE epoch = ? AND holder = ?",
+            *(*at, self._lease_ms, *self._mine()),
+        )
+        if mine.rowcount != 1:
+            epoch, holder = self._run("SELECT epoch, holder FROM lease").fetchone()
+            raise LeaseLost(
+                f"the status table {self.url} is written by {holder or 'another materializer'} now (epoch {epoch}, "
+                f"this one had {self._epoch}); this one stops, and can be started again as a standby"
+            )
+
+    def _mine(self) -> tuple[int | None, str]:
+        # The holder as well, because a database that lost its last commits in a crash may assign an epoch twice.
+        return self._epoch, self._holder
+
+    def holder(self) -> str:
+        """Return the holder of the lease: ``host:pid`` by default, or an empty text."""
+        with self._reading():
+            (holder,) = self._run("SELECT holder FROM lease").fetchone()
+        return str(holder)
+
+    # -- rows ---------------------------------------------------------------------------------------------------------
+
+    def offsets(self) -> dict[Partition, int]:
+        """Return the next offset to read of every partition."""
+        with self._reading():
+            rows = self._run("SELECT topic, partition, next_offset FROM offsets").fetchall()
+        return {(topic, partition): offset for topic, partition, offset in rows}
+
+    def topics(self) -> dict[str, str]:
+        """Return the ids of the topics to which the offsets belong, as far as they are known."""
+        with self._reading():
+            rows = self._run("SELECT key, value FROM meta WHERE key LIKE ?", f"{TOPIC}%").fetchall()
+        return {key.removeprefix(TOPIC): value for key, value in rows}
+
+    def load(self, job_ids: Sequence[str]) -> dict[str, Life]:
+        """Return the fold states of those jobs that the table knows."""
+        # Jobledger's ids are ordered by time, so most new ones are beyond the last row and need no query. Only the lease's
+        # holder can rely on that, because no other process adds rows.
+        wanted = [i for i in job_ids if i <= self._greatest] if self._epoch is not None else list(job_ids)
+        if not wanted:
+            return {}
+        with self._reading():
+            return {job_id: life_of(slots, result) for job_id, slots, result in self._states(wanted)}
+
+    def write(self, changes: Changes) -> None:
+        """Write all changes (rows, tags, counters, offsets, topic ids) in one transaction."""
+        # Sorted by id, rows are appended to the tree or are next to one another in it.
+        rows = sorted(changes.jobs)
+        with self._transaction():
+            self._own()
+            self._put(rows, changes)
+            if changes.topics:
+                self._run_many(_TOPIC, [(f"{TOPIC}{topic}", found) for topic, found in changes.topics.items()])
+        if rows:
+            self._greatest = max(self._greatest, rows[-1][0])
+
+    def carry(self, job_ids: Sequence[str]) -> None:
+        """Mark existing rows as carried over from the previous table."""
+        with self._transaction():
+            self._own()
+            self._run_many("UPDATE jobs SET carried = 1 WHERE job_id = ?", [(i,) for i in job_ids])
+
+    def size(self) -> int:
+        """Return the number of jobs."""
+        with self._reading():
+            (number,) = self._run("SELECT count(*) FROM jobs").fetchone()
+        return int(number)
+
+    def _last(self) -> str:
+        (greatest,) = self._run("SELECT max(job_id) FROM jobs").fetchone()
+        return greatest or ""
+
+    def close(self) -> None:
+        """Release the lease and close the connection."""
+        try:
+            self.release()
+        finally:
+            self._disconnect()
