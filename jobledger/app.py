@@ -20,7 +20,7 @@ from typing import (
 )
 
 from jobledger.client.client import Client
-from jobledger.client.commands import Kind, Orders
+from jobledger.client.commands import Commands, Kind
 from jobledger.config import Settings
 from jobledger.definitions.durations import Seconds
 from jobledger.definitions.event_types import EventType, Format, Start, as_event_class
@@ -31,7 +31,7 @@ from jobledger.definitions.queues import DEFAULT_PARTITIONS, DEFAULT_QUEUE, Queu
 from jobledger.definitions.resources import Resource, ResourceDecorator
 from jobledger.definitions.retry import Retry, check_delay
 from jobledger.definitions.task import AsyncTask, JobRequest, PlainTask, Task
-from jobledger.definitions.task_registry import Registry
+from jobledger.definitions.task_registry import TaskRegistry
 from jobledger.errors import ConfigError
 from jobledger.job import JobStatus, State
 from jobledger.kafka.topic_names import Names, check_utf8
@@ -119,7 +119,7 @@ class App:
         default_queue: str | None = DEFAULT_QUEUE,
     ) -> None:
         self.settings = settings or Settings.from_env()
-        self.registry = Registry(
+        self.registry = TaskRegistry(
             name, queues=queues, partitions=partitions, default_queue=default_queue, submitter=lambda: self.client
         )
         self._client: Client | None = None
@@ -169,7 +169,7 @@ class App:
         return self._client
 
     @property
-    def orders(self) -> Orders:
+    def orders(self) -> Commands:
         """The control commands: cancel, pause, resume, limit. See also `cancel`, `pause`, `resume` and `limit`."""
         return self.client.orders
 

@@ -145,7 +145,7 @@ class Brokers:
     def _files(self, node: int) -> broker_process.Files:
         return broker_process.Files.of(self.folder / str(node))
 
-    def _running(self, node: int) -> broker_process.Running:
+    def _running(self, node: int) -> broker_process.RunningBroker:
         found = broker_process.running(self._files(node))
         assert found is not None, f"broker {node} does not run"
         return found

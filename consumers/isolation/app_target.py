@@ -5,13 +5,13 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from jobledger.definitions.task_registry import Registry
+from jobledger.definitions.task_registry import TaskRegistry
 from jobledger.errors import ConfigError
 
 _module_of, _name_of, _parents_of = (type.__dict__[name].__get__ for name in ("__module__", "__qualname__", "__mro__"))
 
 
-def find_target(registry: Registry) -> str:
+def find_target(registry: TaskRegistry) -> str:
     """Return the name by which another process imports a registry's app: ``module:attribute``, or for a script
     ``path.py:attribute``.
 

@@ -9,9 +9,9 @@ import signal
 import sys
 from typing import Protocol
 
-from jobledger.consumers.isolation.protocol import Progress, Splitter, decode_said, outcome_of
+from jobledger.consumers.isolation.protocol import ProgressMessage, Splitter, decode_said, outcome_of
 from jobledger.consumers.state.outcome import MESSAGE_LIMIT, TRACEBACK_LIMIT, Outcome, printable
-from jobledger.consumers.state.work import Work
+from jobledger.consumers.state.work import JobRun
 from jobledger.schemas.events import ErrorInfo, JobProgressed
 
 #: Bytes of standard error that are kept, the last ones.
@@ -23,14 +23,14 @@ PAGE = os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 4096
 class Owner(Protocol):
     """The pool that a child reports to. Both methods run on the event loop."""
 
-    def said(self, child: Child, outcome: Outcome) -> None:
+    def said(self, child: ChildHandle, outcome: Outcome) -> None:
         """Take the outcome of the child's job."""
 
-    def lost(self, child: Child) -> None:
+    def lost(self, child: ChildHandle) -> None:
         """Handle the end of the child's connection: the child has exited, or is about to."""
 
 
-class Words:
+class LastOutput:
     """Pass on a process's standard error as it arrives, and keep the last `LAST_WORDS` bytes of it.
 
     It is not read through a transport, because uvloop's transport of a pipe closes its descriptor twice. By the second
@@ -79,18 +79,18 @@ class Words:
             sys.stderr.flush()
 
 
-class Child(asyncio.Protocol):
+class ChildHandle(asyncio.Protocol):
     """The worker's handle of one child, and the protocol of its connection. On the event loop."""
 
     def __init__(self, owner: Owner) -> None:
         self._owner = owner
         self._split = Splitter()
-        self.words = Words()
+        self.words = LastOutput()
         self.transport: asyncio.Transport | None = None
         self.pid = 0
         self.pidfd = -1
         self.status: int | None = None  # as of `waitpid`, once it has ended
-        self.work: Work | None = None
+        self.work: JobRun | None = None
         self.jobs = 0
         self.there = False  # both its pid and its connection are known
         self.unread = True  # its standard error may hold what earlier jobs wrote
@@ -113,7 +113,7 @@ class Child(asyncio.Protocol):
                 self.words.kept = f"what the process said to its worker cannot be read: {exc!r}".encode()
                 self.kill()
                 return
-            if isinstance(said, Progress):
+            if isinstance(said, ProgressMessage):
                 if self.work is not None:
                     self.work.report(None, JobProgressed(said.sequence, said.done, said.total, said.message))
             else:

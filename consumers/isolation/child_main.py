@@ -28,7 +28,15 @@ from types import FrameType
 from typing import Any
 
 from jobledger.consumers.isolation.garbage import Garbage
-from jobledger.consumers.isolation.protocol import Ended, Progress, Run, Splitter, decode_run, ended, frame
+from jobledger.consumers.isolation.protocol import (
+    EndedMessage,
+    ProgressMessage,
+    RunMessage,
+    Splitter,
+    decode_run,
+    ended,
+    frame,
+)
 from jobledger.consumers.state.outcome import (
     Failed,
     Outcome,
@@ -45,7 +53,7 @@ from jobledger.definitions.functions import AWAIT, runs_inside, settled
 from jobledger.definitions.middleware import runner
 from jobledger.definitions.retry import Retry
 from jobledger.definitions.task import Task
-from jobledger.definitions.task_registry import Registry
+from jobledger.definitions.task_registry import TaskRegistry
 from jobledger.errors import BadArguments, TaskCancelled, TaskInterrupted, TaskTimedOut
 from jobledger.process import forks
 from jobledger.process.logger import get_logger, loop_error
@@ -70,10 +78,10 @@ HEADROOM = 256 << 20
 FLUSH_MS = 1_500
 
 
-class Child:
+class JobProcess:
     """Run the jobs that arrive on one connection; see the module."""
 
-    def __init__(self, registry: Registry, connection: socket.socket) -> None:
+    def __init__(self, registry: TaskRegistry, connection: socket.socket) -> None:
         self._registry, self._connection = registry, connection
         self._depth = forks.depth
         self._functions: dict[str, Callable[..., Any]] = {}
@@ -136,7 +144,7 @@ class Child:
 
     # -- one attempt --------------------------------------------------------------------------------------------------
 
-    def _run(self, run: Run) -> Ended:
+    def _run(self, run: RunMessage) -> EndedMessage:
         self._late, self._told = False, None
         task = self._registry.tasks.get(run.task)
         if task is None:  # the code on disk differs from what the worker runs
@@ -292,7 +300,7 @@ class Child:
         clock, function = self._clock, self._function
         if clock is None or function is None or clock.expired():
             return
-        if runs_inside(frame, Child._await.__code__, function):
+        if runs_inside(frame, JobProcess._await.__code__, function):
             self._late = True
             raise TaskTimedOut
 
@@ -304,7 +312,7 @@ class Child:
         except BaseException as error:  # noqa: BLE001  # encoding calls the result's own code, which may raise anything
             return bad_result(task.name, error)
 
-    def _judge(self, task: Task[Any, Any], run: Run, error: BaseException) -> Outcome:
+    def _judge(self, task: Task[Any, Any], run: RunMessage, error: BaseException) -> Outcome:
         late = self._late and ran_out(error)
         error = timed_out(task.name, task.timeout, error) if late else error
         return judge(task.retry, run.attempt, error, random.random(), timed_out=late)
@@ -329,7 +337,7 @@ class Child:
 
     def _send_progress(self, said: JobProgressed) -> None:
         self._unsent = None
-        self._connection.sendall(frame(Progress(said.sequence, said.done, said.total, said.message)))
+        self._connection.sendall(frame(ProgressMessage(said.sequence, said.done, said.total, said.message)))
 
     def _close(self) -> None:
         with contextlib.suppress(Exception):  # `close` logs; and the process ends anyway
@@ -341,7 +349,7 @@ class Child:
             tracing.flush(FLUSH_MS)
 
 
-def run_child(registry: Registry, connection: socket.socket, errors: int) -> None:
+def run_child(registry: TaskRegistry, connection: socket.socket, errors: int) -> None:
     """Run as a child in a newly forked process; does not return. ``errors``: file descriptor for standard error."""
     status = 1
     try:
@@ -352,7 +360,7 @@ def run_child(registry: Registry, connection: socket.socket, errors: int) -> Non
         gc.enable()
         random.seed()
         connection.setblocking(True)
-        Child(registry, connection).serve()
+        JobProcess(registry, connection).serve()
         status = 0
     except (BrokenPipeError, ConnectionResetError):
         status = 0  # the worker has ended, so there is nothing to report

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from jobledger.config import Settings
-from jobledger.consumers.isolation.child_handle import Child, Words
+from jobledger.consumers.isolation.child_handle import ChildHandle, LastOutput
 from jobledger.errors import ConfigError
 from jobledger.process.logger import get_logger
 
@@ -39,14 +39,14 @@ class Told:
     follows.
     """
 
-    there: Callable[[Child], None]
-    died: Callable[[Child], None]
-    gone: Callable[[list[Child]], None]
+    there: Callable[[ChildHandle], None]
+    died: Callable[[ChildHandle], None]
+    gone: Callable[[list[ChildHandle]], None]
     again: Callable[[], None]
     unusable: Callable[[ConfigError], None]
 
 
-class NurseryLink:
+class ForkClient:
     """Start a nursery process and ask it for children.
 
     ``target``: the app that it imports, see `target.find_target`. All methods but `abandon` run on the event loop.
@@ -60,10 +60,12 @@ class NurseryLink:
         self._ready = self._closing = False
         self._again_s = AGAIN_S
         self._lines = b""
-        self._born: deque[Child] = deque()  # requested, pid not reported yet, the oldest first
-        self._by_pid: dict[int, Child] = {}
+        self._born: deque[ChildHandle] = deque()  # requested, pid not reported yet, the oldest first
+        self._by_pid: dict[int, ChildHandle] = {}
         self._tasks: set[asyncio.Task[None]] = set()
-        self._heard: weakref.WeakSet[Words] = weakref.WeakSet()  # ended children's too: their own children may write
+        self._heard: weakref.WeakSet[LastOutput] = (
+            weakref.WeakSet()
+        )  # ended children's too: their own children may write
 
     @property
     def running(self) -> bool:
@@ -99,12 +101,12 @@ class NurseryLink:
         ours.setblocking(False)
         self._control, self._ready, self._lines = ours, False, b""
         self._loop.add_reader(ours, self._told)
-        self._words = Words()
+        self._words = LastOutput()
         assert self._process.stderr is not None
         with self._process.stderr as errors:
             self._words.listen(self._loop, os.dup(errors.fileno()))
 
-    def fork(self, child: Child) -> None:
+    def fork(self, child: ChildHandle) -> None:
         """Ask the nursery, which must be listening (`listens`), to fork ``child``.
 
         Raises `OSError`, for example if no more files may be opened. Then nothing was requested.
@@ -128,7 +130,7 @@ class NurseryLink:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    def forget(self, child: Child) -> None:
+    def forget(self, child: ChildHandle) -> None:
         """Call no ``died`` for this child any more."""
         self._by_pid.pop(child.pid, None)
 
@@ -253,11 +255,11 @@ class NurseryLink:
                 child.pidfd = os.pidfd_open(pid)
         self._arrived(child)
 
-    async def _connect(self, child: Child, ours: socket.socket) -> None:
+    async def _connect(self, child: ChildHandle, ours: socket.socket) -> None:
         await self._loop.create_connection(lambda: child, sock=ours)
         self._arrived(child)
 
-    def _arrived(self, child: Child) -> None:
+    def _arrived(self, child: ChildHandle) -> None:
         """Report the child as there, once, when both its pid and its connection are known."""
         if child.pid and child.transport is not None and not child.there:
             child.there = True

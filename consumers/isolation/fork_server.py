@@ -23,16 +23,16 @@ import socket
 import sys
 
 from jobledger.consumers.isolation.child_main import run_child
-from jobledger.definitions.task_registry import Registry
+from jobledger.definitions.task_registry import TaskRegistry
 
 #: Whether this process is a nursery that imports an app.
 IMPORTING = False
 
 
-class Nursery:
+class ForkServer:
     """Fork and reap the children of one worker; see the module."""
 
-    def __init__(self, registry: Registry, control: socket.socket) -> None:
+    def __init__(self, registry: TaskRegistry, control: socket.socket) -> None:
         self._registry, self._control = registry, control
         self._children: set[int] = set()
 

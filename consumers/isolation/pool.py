@@ -17,12 +17,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from jobledger.config import Settings
-from jobledger.consumers.isolation.child_handle import Child, end_of, last_words
+from jobledger.consumers.isolation.child_handle import ChildHandle, end_of, last_words
 from jobledger.consumers.isolation.child_main import LATE, STOP
-from jobledger.consumers.isolation.fork_client import AGAIN_S, NurseryLink, Told
-from jobledger.consumers.isolation.protocol import Run, frame
+from jobledger.consumers.isolation.fork_client import AGAIN_S, ForkClient, Told
+from jobledger.consumers.isolation.protocol import RunMessage, frame
 from jobledger.consumers.state.outcome import Outcome
-from jobledger.consumers.state.work import Work
+from jobledger.consumers.state.work import JobRun
 from jobledger.errors import ConfigError, JobledgerError
 from jobledger.process.logger import get_logger
 from jobledger.schemas.events import ErrorInfo
@@ -57,7 +57,7 @@ class ChildSettings:
     settings: Settings
 
 
-class Children:
+class ChildPool:
     """Run jobs in child processes.
 
     For each `run`, one of three callbacks is called, once, when no child has the job any more. ``said(work, outcome)``:
@@ -73,22 +73,22 @@ class Children:
         self,
         about: ChildSettings,
         *,
-        take: Callable[[Work], bool],
-        said: Callable[[Work, Outcome], None],
-        died: Callable[[Work, ErrorInfo, bool], None],
-        ended: Callable[[Work, str, BaseException], None],
+        take: Callable[[JobRun], bool],
+        said: Callable[[JobRun, Outcome], None],
+        died: Callable[[JobRun, ErrorInfo, bool], None],
+        ended: Callable[[JobRun, str, BaseException], None],
         unusable: Callable[[JobledgerError], None],
     ) -> None:
         self._about = about
         self._take, self._on_said, self._on_died, self._on_ended, self._unusable = take, said, died, ended, unusable
         self._loop: asyncio.AbstractEventLoop
         tell = Told(self._use, self._has_died, self._nursery_gone, self._nursery_again, self._none)
-        self._nursery = NurseryLink(about.target, about.settings, tell)
-        self._all: set[Child] = set()
-        self._idle: list[Child] = []
-        self._waiting: deque[Work] = deque()
-        self._of: dict[Work, Child] = {}
-        self._watched: set[Child] = set()
+        self._nursery = ForkClient(about.target, about.settings, tell)
+        self._all: set[ChildHandle] = set()
+        self._idle: list[ChildHandle] = []
+        self._waiting: deque[JobRun] = deque()
+        self._of: dict[JobRun, ChildHandle] = {}
+        self._watched: set[ChildHandle] = set()
         self._closing = False
         self.deaths = self.killed = 0
         self.broken: JobledgerError | None = None
@@ -107,7 +107,7 @@ class Children:
         """Number of children, those still being started included."""
         return len(self._all)
 
-    def run(self, work: Work) -> None:
+    def run(self, work: JobRun) -> None:
         """Run the attempt in a child, as soon as one is free."""
         if self.broken is not None:
             self._on_died(work, ErrorInfo("ChildProcessError", str(self.broken)), False)
@@ -122,7 +122,7 @@ class Children:
         self._waiting.append(work)
         self._more()
 
-    def forget(self, gone: Callable[[Work], bool]) -> list[Work]:
+    def forget(self, gone: Callable[[JobRun], bool]) -> list[JobRun]:
         """Remove and return the jobs that wait for a child and for which ``gone`` is true. No callback is called for
         them any more."""
         found = [work for work in self._waiting if gone(work)]
@@ -130,7 +130,7 @@ class Children:
             self._waiting.remove(work)
         return found
 
-    def stop(self, work: Work) -> None:
+    def stop(self, work: JobRun) -> None:
         """Tell the job to end, and kill its process if it is still running after `SOFT_S` seconds."""
         child = self._of.get(work)
         if child is None:
@@ -141,11 +141,11 @@ class Children:
         child.signal(STOP)
         child.timers.append(self._loop.call_later(SOFT_S, self._kill, child, "stop"))
 
-    def holds(self, work: Work) -> bool:
+    def holds(self, work: JobRun) -> bool:
         """Return whether the job runs in a child or waits for one."""
         return work in self._of or work in self._waiting
 
-    def abandoned(self, work: Work) -> None:
+    def abandoned(self, work: JobRun) -> None:
         """Kill the job at once, because its outcome is no longer wanted. ``ended`` is called for it."""
         child = self._of.get(work)
         if child is not None:
@@ -179,7 +179,7 @@ class Children:
 
     # -- children -----------------------------------------------------------------------------------------------------
 
-    def _nursery_gone(self, unborn: list[Child]) -> None:
+    def _nursery_gone(self, unborn: list[ChildHandle]) -> None:
         for child in unborn:
             child.leaving = True
             self._forget(child)
@@ -209,7 +209,7 @@ class Children:
         if len(staying) < self._about.most + spare:
             self._hatch()
 
-    def _next(self) -> Work | None:
+    def _next(self) -> JobRun | None:
         """Return the next waiting job that may run, or None."""
         while self._waiting:
             work = self._waiting.popleft()
@@ -221,7 +221,7 @@ class Children:
         """Ask the nursery for one more child. Ask again later if the system has no file left."""
         if self._closing or not self._nursery.listens:
             return
-        child = Child(self)
+        child = ChildHandle(self)
         try:
             self._nursery.fork(child)
         except OSError as exc:
@@ -230,7 +230,7 @@ class Children:
             return
         self._all.add(child)
 
-    def _use(self, child: Child) -> None:
+    def _use(self, child: ChildHandle) -> None:
         """Give a free child the next waiting job. Dismiss the child if there are too many, else keep it idle.
 
         A child has one job at a time, so its next message is about that job.
@@ -246,14 +246,14 @@ class Children:
         else:
             self._idle.append(child)
 
-    def _dismiss(self, child: Child) -> None:
+    def _dismiss(self, child: ChildHandle) -> None:
         child.leaving = True
         if child.transport is not None:
             child.transport.close()
 
     # -- one job ------------------------------------------------------------------------------------------------------
 
-    def _give(self, child: Child, work: Work) -> None:
+    def _give(self, child: ChildHandle, work: JobRun) -> None:
         event, plan, context = work.event, work.plan, work.context
         assert event is not None
         assert plan is not None
@@ -265,7 +265,7 @@ class Children:
         spec = event.fact.spec  # type: ignore[union-attr]  # a work topic holds only such facts
         child.send(
             frame(
-                Run(
+                RunMessage(
                     event.task,
                     spec.args,
                     event.job_id,
@@ -302,14 +302,14 @@ class Children:
         if self._watched:
             self._loop.call_later(WATCH_S, self._watch)
 
-    def _kill(self, child: Child, why: str) -> None:
+    def _kill(self, child: ChildHandle, why: str) -> None:
         if child.work is None or child.why is not None:
             return
         child.why = why
         self.killed += 1
         child.kill()
 
-    def _release(self, child: Child) -> Work | None:
+    def _release(self, child: ChildHandle) -> JobRun | None:
         work, child.work = child.work, None
         for timer in child.timers:
             timer.cancel()
@@ -319,7 +319,7 @@ class Children:
             self._of.pop(work, None)
         return work
 
-    def said(self, child: Child, outcome: Outcome) -> None:
+    def said(self, child: ChildHandle, outcome: Outcome) -> None:
         if child.why is not None:  # the job ended just before the kill, which ends the child nevertheless
             child.leaving = True
         most = None
@@ -336,7 +336,7 @@ class Children:
         if work is not None:
             self._on_said(work, outcome)
 
-    def lost(self, child: Child) -> None:
+    def lost(self, child: ChildHandle) -> None:
         """Handle the end of the child's connection: the child has exited, or is about to."""
         child.gone = True
         if child in self._idle:
@@ -346,12 +346,12 @@ class Children:
         else:
             self._loop.call_later(0.01, self._bury, child)
 
-    def _has_died(self, child: Child) -> None:
+    def _has_died(self, child: ChildHandle) -> None:
         # Its last messages may still arrive. The wait for the end of its connection is bounded, because a process that
         # it started may hold the connection open.
         self._loop.call_later(0.01 if child.gone else STATUS_S, self._bury, child)
 
-    def _bury(self, child: Child) -> None:
+    def _bury(self, child: ChildHandle) -> None:
         if child not in self._all:
             return
         if child.status is None and self._nursery.listens:
@@ -387,7 +387,7 @@ class Children:
             self.deaths += not child.orphan
             self._on_died(work, last_words(child.status, child.words.kept), not child.orphan)
 
-    def _forget(self, child: Child) -> None:
+    def _forget(self, child: ChildHandle) -> None:
         self._all.discard(child)
         self._nursery.forget(child)
         for timer in child.timers:

@@ -18,7 +18,7 @@ from jobledger.schemas.events import ErrorInfo
 LENGTH = struct.Struct(">I")
 
 
-class Run(msgspec.Struct, array_like=True, gc=False):
+class RunMessage(msgspec.Struct, array_like=True, gc=False):
     """Worker → child: run this attempt."""
 
     task: str
@@ -33,7 +33,7 @@ class Run(msgspec.Struct, array_like=True, gc=False):
     trace: str | None
 
 
-class Progress(msgspec.Struct, array_like=True, tag="p", gc=False):
+class ProgressMessage(msgspec.Struct, array_like=True, tag="p", gc=False):
     """Child → worker: progress that the job reported."""
 
     sequence: int
@@ -42,7 +42,7 @@ class Progress(msgspec.Struct, array_like=True, tag="p", gc=False):
     message: str | None
 
 
-class Ended(msgspec.Struct, array_like=True, tag="e", gc=False):
+class EndedMessage(msgspec.Struct, array_like=True, tag="e", gc=False):
     """Child → worker: the outcome of the attempt. ``kind``: ``ok``, ``retried``, ``snoozed`` or ``failed``. ``unread``:
     whether the child's standard error may hold bytes that the worker has not read."""
 
@@ -54,10 +54,10 @@ class Ended(msgspec.Struct, array_like=True, tag="e", gc=False):
     unread: bool = True
 
 
-Said = Progress | Ended
+Said = ProgressMessage | EndedMessage
 
 _encoder = msgspec.msgpack.Encoder()
-decode_run = msgspec.msgpack.Decoder(Run).decode
+decode_run = msgspec.msgpack.Decoder(RunMessage).decode
 decode_said = msgspec.msgpack.Decoder(Said).decode
 
 
@@ -88,21 +88,21 @@ class Splitter:
         del rest[:at]
 
 
-def ended(outcome: Outcome) -> Ended:
+def ended(outcome: Outcome) -> EndedMessage:
     """Build the message for an outcome. Raises `TypeError` for an outcome that a child never sends."""
     match outcome:
         case Succeeded(result):
-            return Ended("ok", result)
+            return EndedMessage("ok", result)
         case Snoozed(delay_ms, reason):
-            return Ended("snoozed", None, delay_ms, reason)
+            return EndedMessage("snoozed", None, delay_ms, reason)
         case Retried(error, delay_ms):
-            return Ended("retried", None, delay_ms, None, (error.type, error.message, error.traceback))
+            return EndedMessage("retried", None, delay_ms, None, (error.type, error.message, error.traceback))
         case Failed(why, error):
-            return Ended("failed", None, 0, why, (error.type, error.message, error.traceback))
+            return EndedMessage("failed", None, 0, why, (error.type, error.message, error.traceback))
     raise TypeError(f"{type(outcome).__name__} is nothing that a child says")
 
 
-def outcome_of(said: Ended) -> Outcome:
+def outcome_of(said: EndedMessage) -> Outcome:
     """Return the outcome that a message carries. Raises `ValueError` for a message that no child can have sent."""
     if said.kind == "ok":
         return Succeeded(said.result)

@@ -12,9 +12,9 @@ from collections.abc import Callable, Iterable
 from confluent_kafka import Consumer, KafkaError, KafkaException, TopicPartition
 
 from jobledger.config import Settings
-from jobledger.consumers.recording.ack_tracker import Settler
+from jobledger.consumers.recording.ack_tracker import AckTracker
 from jobledger.consumers.state.offset_tracker import Snapshot
-from jobledger.consumers.state.work import Lease, Partition
+from jobledger.consumers.state.work import OwnershipLease, Partition
 from jobledger.errors import BrokerUnavailable, ConfigError, JobledgerError
 from jobledger.kafka.auth import denied, join, read
 from jobledger.kafka.outage import outage_of
@@ -36,8 +36,8 @@ class Committer:
         settings: Settings,
         consumer: Consumer,
         group: str,
-        lease: Lease,
-        settler: Settler,
+        lease: OwnershipLease,
+        settler: AckTracker,
         fail: Callable[[JobledgerError], None],
     ) -> None:
         self._group = group

@@ -16,11 +16,11 @@ from confluent_kafka import OFFSET_BEGINNING, Consumer, KafkaError, KafkaExcepti
 
 from jobledger.config import Settings
 from jobledger.consumers.partitions.committer import COMMIT_INTERVAL_S, Committer
-from jobledger.consumers.recording.ack_tracker import Settler
+from jobledger.consumers.recording.ack_tracker import AckTracker
 from jobledger.consumers.state.offset_tracker import Snapshot
-from jobledger.consumers.state.work import Lease, Partition
+from jobledger.consumers.state.work import OwnershipLease, Partition
 from jobledger.errors import AccessDenied, BrokerUnavailable, ConfigError, JobledgerError
-from jobledger.kafka.auth import Door, denied, join, read
+from jobledger.kafka.auth import AuthMonitor, denied, join, read
 from jobledger.kafka.clients import consumer, consumer_config, translate
 from jobledger.kafka.topic_names import Names
 from jobledger.process.logger import get_logger
@@ -65,7 +65,7 @@ class Fetcher(threading.Thread):
         names: Names,
         lane: str,
         *,
-        settler: Settler,
+        settler: AckTracker,
         prefetch: int,
         lease: float,
         assigned: Callable[[Fetcher, list[Partition]], None],
@@ -77,7 +77,7 @@ class Fetcher(threading.Thread):
         self.queue, self.topic = lane, names.jobs(lane)
         self._settings, self._settler, self._prefetch = settings, settler, prefetch
         self._assigned, self._ended, self.wake_dispatcher, self._fail = assigned, ended, wake, fail
-        self.lease = Lease(lease, wake)
+        self.lease = OwnershipLease(lease, wake)
         self._parts: dict[int, Partition] = {}
         self._room = threading.Event()
         self.waiting = False  # for room
@@ -90,7 +90,7 @@ class Fetcher(threading.Thread):
         self.moved = {"assigned": 0, "revoked": 0, "lost": 0}
         self.error: str | None = None
         self._group = names.worker_group(lane)
-        self._door = Door(settings)
+        self._door = AuthMonitor(settings)
         conf = consumer_config(
             settings,
             group=self._group,

@@ -20,10 +20,10 @@ from confluent_kafka import KafkaException, Message, TopicPartition
 from jobledger.config import Settings
 from jobledger.consumers.partitions.fetcher import Fetcher
 from jobledger.consumers.partitions.range_reader import STALL_S, LogRanges, partition_of
-from jobledger.consumers.recording.ack_tracker import Settler
+from jobledger.consumers.recording.ack_tracker import AckTracker
 from jobledger.consumers.state.dedup import REMEMBERED, REMEMBERED_MS, end_of, key_of, release_key
 from jobledger.consumers.state.offset_tracker import PartitionOffsets, Restored, Snapshot, decode, encode
-from jobledger.consumers.state.work import NOTHING_FOLLOWS, Found, Partition
+from jobledger.consumers.state.work import NOTHING_FOLLOWS, Partition, PriorFact
 from jobledger.errors import BrokerUnavailable, JobledgerError, RegistryNeeded, SchemaError
 from jobledger.kafka.clients import translate
 from jobledger.kafka.topic_names import Names
@@ -46,7 +46,7 @@ SKEW_MS = 60_000
 UNSEEN_MS, UNSEEN_LEAST, UNSEEN_MOST = 250, 16, 1_000
 
 
-class _Plan:
+class _Scan:
     """The log ranges that the takeover of one partition reads, and what it found there."""
 
     def __init__(self, partition: Partition) -> None:
@@ -78,7 +78,7 @@ class Takeover(threading.Thread):
         self,
         settings: Settings,
         names: Names,
-        settler: Settler,
+        settler: AckTracker,
         decoder: Decoder,
         *,
         known_places: int,
@@ -129,7 +129,7 @@ class Takeover(threading.Thread):
     # -- steps ----------------------------------------------------------------------------------------------------
 
     def _take_over(self, fetcher: Fetcher, partitions: list[Partition]) -> None:
-        plans = [_Plan(p) for p in self._with_facts(fetcher.topic, partitions) if p.owned]
+        plans = [_Scan(p) for p in self._with_facts(fetcher.topic, partitions) if p.owned]
         if not plans:
             return
         for plan in plans:
@@ -169,7 +169,7 @@ class Takeover(threading.Thread):
             partition.stop_all(why)
         return [p for p in partitions if p not in beyond]
 
-    def _judge(self, plan: _Plan) -> None:
+    def _judge(self, plan: _Scan) -> None:
         """Restore what the last owner committed, checked against the log's present range."""
         partition = plan.partition
         plan.low, plan.high = self._log.ends(partition.topic, partition.number)
@@ -195,7 +195,7 @@ class Takeover(threading.Thread):
                 LOG.error("%r: the completion map cannot be read: nothing beyond %d counts as done", partition, base)
         plan.floor = plan.restored.floor if plan.restored.floor is not None else 0
 
-    def _unknown_floors(self, topic: str, plans: list[_Plan]) -> None:
+    def _unknown_floors(self, topic: str, plans: list[_Scan]) -> None:
         """Set the floor where the commit names none: the first lifecycle offset appended since the first record at or
         after the base. No outcome of such a record can be older."""
         for plan in plans:
@@ -212,7 +212,7 @@ class Takeover(threading.Thread):
                 if offset >= 0:
                     plan.floor = offset
 
-    def _mark_dirty(self, fetcher: Fetcher, plans: list[_Plan]) -> bool:
+    def _mark_dirty(self, fetcher: Fetcher, plans: list[_Scan]) -> bool:
         """Commit the restored state as dirty, with the floor from which to read, and await the acknowledgement.
 
         False if no partition is owned any more, or the worker ends. Raises `BrokerUnavailable` after `STALL_S` seconds.
@@ -243,7 +243,7 @@ class Takeover(threading.Thread):
                 )
             time.sleep(0.1)
 
-    def _seed_starts(self, topic: str, plans: list[_Plan]) -> None:
+    def _seed_starts(self, topic: str, plans: list[_Scan]) -> None:
         asked = [
             TopicPartition(topic, p.partition.number, int(time.time() * 1000) - REMEMBERED_MS)
             for p in plans
@@ -258,7 +258,7 @@ class Takeover(threading.Thread):
             # -1: nothing was appended in that time.
             plan.seed_from = max(plan.low, base - REMEMBERED, recent if recent >= 0 else base)
 
-    def _read(self, topic: str, plans: list[_Plan]) -> None:
+    def _read(self, topic: str, plans: list[_Scan]) -> None:
         """Read the work topic into the release memories and scan lifecycle, for all partitions at once."""
         by_number = {p.partition.number: p for p in plans}
         ranges: dict[tuple[str, int], tuple[int, int]] = {}
@@ -283,7 +283,7 @@ class Takeover(threading.Thread):
 
         self._log.read(ranges, take, wanted=lambda: any(p.partition.owned for p in plans))
 
-    def _scanned(self, plan: _Plan, message: Message) -> None:
+    def _scanned(self, plan: _Scan, message: Message) -> None:
         partition = plan.partition
         value = message.value()
         raw = (self._decoder.own_form(value) or value) if isinstance(value, bytes) else None
@@ -319,7 +319,7 @@ class Takeover(threading.Thread):
             self._begun_at(plan, other.work_topic.encode(), other.work_offset, message.timestamp()[1])
 
     @staticmethod
-    def _begun_at(plan: _Plan, topic: bytes, offset: int, appended_ms: int) -> None:
+    def _begun_at(plan: _Scan, topic: bytes, offset: int, appended_ms: int) -> None:
         if topic.endswith(plan.partition.topic.encode()):
             plan.begun = max(plan.begun, offset + 1)
             plan.lately.append(appended_ms)
@@ -328,7 +328,7 @@ class Takeover(threading.Thread):
         if key not in partition.closed:
             partition.starts[key] = max(partition.starts.get(key, 0), takeover) + 1
 
-    def _note_end(self, plan: _Plan, of: tuple[str, int, int], fact: Fact, offset: int, appended_ms: int) -> None:
+    def _note_end(self, plan: _Scan, of: tuple[str, int, int], fact: Fact, offset: int, appended_ms: int) -> None:
         """Note the outcome of a release. A scan of this partition's lifecycle from ``offset`` on finds it again.
 
         The first outcome counts, with two exceptions: a final outcome replaces one of `OPEN`, and any outcome replaces
@@ -342,7 +342,7 @@ class Takeover(threading.Thread):
             or (isinstance(known.fact, JobLeased) and not isinstance(fact, JobLeased))
         ):
             # Keep the first one's offset: a scan from there finds both.
-            partition.closed[key] = Found(offset if known is None else known.offset, appended_ms, fact)
+            partition.closed[key] = PriorFact(offset if known is None else known.offset, appended_ms, fact)
             if isinstance(fact, OPEN):
                 plan.open[key] = (of[0], appended_ms)
             else:
@@ -352,20 +352,20 @@ class Takeover(threading.Thread):
         partition.held.pop(key, None)
 
     @staticmethod
-    def _passed(plan: _Plan, job_id: str, run: int, release: int) -> None:
+    def _passed(plan: _Scan, job_id: str, run: int, release: int) -> None:
         """Note that the log has a fact of this release: what derives from the release before it is not sent again.
 
         The coordinator may have forgotten this release by now: a second request would release the job twice.
         """
         if release > 1 and plan.open and plan.open.pop(key := release_key(job_id, run, release - 1), None) is not None:
             known = plan.partition.closed[key]
-            plan.partition.closed[key] = Found(known.offset, known.appended_ms, NOTHING_FOLLOWS)
+            plan.partition.closed[key] = PriorFact(known.offset, known.appended_ms, NOTHING_FOLLOWS)
 
-    def _read_elsewhere(self, plans: list[_Plan]) -> None:
+    def _read_elsewhere(self, plans: list[_Scan]) -> None:
         """Look for what the coordinator wrote about releases with an outcome of `OPEN`: the outcomes of leased jobs,
         and of the releases that follow. The coordinator writes to the lifecycle partition of the job's id. That is
         another partition if the queue has fewer partitions than lifecycle."""
-        wanted: dict[int, _Plan] = {}
+        wanted: dict[int, _Scan] = {}
         since: dict[int, int] = {}
         count = 0
         for plan in plans:
@@ -400,7 +400,7 @@ class Takeover(threading.Thread):
 
         self._log.read(ranges, take, wanted=lambda: any(p.partition.owned for p in plans))
 
-    def _conclude(self, plan: _Plan) -> None:
+    def _conclude(self, plan: _Scan) -> None:
         partition = plan.partition
         assert partition.offsets is not None
         # Most outcomes that the scan finds are of records below the base, which are done.

@@ -13,8 +13,8 @@ from collections.abc import Callable
 from confluent_kafka import KafkaError, Message
 
 from jobledger.config import Settings
-from jobledger.consumers.recording.worker_producer import BY_KEY, Sender
-from jobledger.consumers.state.work import Arrived, Work
+from jobledger.consumers.recording.worker_producer import BY_KEY, WorkerProducer
+from jobledger.consumers.state.work import Arrived, JobRun
 from jobledger.errors import AccessDenied, BrokerUnavailable, JobledgerError, PayloadTooLarge
 from jobledger.process.logger import get_logger
 
@@ -29,7 +29,7 @@ SAY_EVERY_S = 10.0
 _LOOP_POLLS_S = 0.05
 
 
-class Settler(threading.Thread):
+class AckTracker(threading.Thread):
     """Takes delivery reports every `TICK_S` seconds, and calls ``each_tick`` then. ``fail`` stops the worker.
 
     ``too_large(work, size, limit)``: the broker refused the closing fact (bytes) for its size. ``acknowledged(work)``:
@@ -39,13 +39,13 @@ class Settler(threading.Thread):
     def __init__(
         self,
         settings: Settings,
-        sender: Sender,
+        sender: WorkerProducer,
         arrived: Arrived,
         *,
         fail: Callable[[JobledgerError], None],
-        too_large: Callable[[Work, int, str], None],
+        too_large: Callable[[JobRun, int, str], None],
         each_tick: Callable[[], None],
-        acknowledged: Callable[[Work], None],
+        acknowledged: Callable[[JobRun], None],
     ) -> None:
         super().__init__(name="jobledger-settle", daemon=True)
         self._settings, self._sender, self.arrived = settings, sender, arrived
@@ -54,7 +54,7 @@ class Settler(threading.Thread):
         self._drain_lock = threading.Lock()
         self._wake = threading.Event()
         self._closing = self._hurried = False
-        self._waiting: deque[Work] = deque()  # see `_uncertain`
+        self._waiting: deque[JobRun] = deque()  # see `_uncertain`
         self.resent = 0
         self._say_at = 0.0
         self.broken = False  # nothing may be committed any more
@@ -76,7 +76,7 @@ class Settler(threading.Thread):
         if message is not None:
             self.clock.heard(message)
 
-    def _delivered(self, work: Work, closing: bool | None, message: Message) -> None:
+    def _delivered(self, work: JobRun, closing: bool | None, message: Message) -> None:
         partition = work.partition
         offsets = partition.offsets
         assert offsets is not None
@@ -116,7 +116,7 @@ class Settler(threading.Thread):
             if work.lease is not None:
                 work.lease.settled(work)
 
-    def _uncertain(self, work: Work) -> bool:
+    def _uncertain(self, work: JobRun) -> bool:
         """Whether another worker may have taken over the job's partition: then the records that derive from the outcome
         are not sent.
 
@@ -130,7 +130,7 @@ class Settler(threading.Thread):
             self._waiting.append(work)
         return True
 
-    def _send_derived(self, work: Work) -> None:
+    def _send_derived(self, work: JobRun) -> None:
         """Send the records that derive from the closing fact, which is in the log."""
         derived, work.derived = work.derived, ()
         try:
@@ -140,7 +140,7 @@ class Settler(threading.Thread):
         except JobledgerError as exc:  # the next owner sends them
             self._fail(exc)
 
-    def _undelivered(self, work: Work, closing: bool | None, error: KafkaError, message: Message) -> None:
+    def _undelivered(self, work: JobRun, closing: bool | None, error: KafkaError, message: Message) -> None:
         partition = work.partition
         value = message.value()
         topic = message.topic() or ""
@@ -175,7 +175,7 @@ class Settler(threading.Thread):
             self._fail(exc)
 
     def _refused_by_size(
-        self, work: Work, closing: bool | None, topic: str, value: bytes, key: str | bytes | None
+        self, work: JobRun, closing: bool | None, topic: str, value: bytes, key: str | bytes | None
     ) -> None:
         """Send a record again alone after the broker refused its batch for its size: that shows which one is too large.
 

@@ -22,7 +22,7 @@ from jobledger.consumers.state.outcome import (
     Succeeded,
     printable,
 )
-from jobledger.definitions.task_registry import Registry
+from jobledger.definitions.task_registry import TaskRegistry
 from jobledger.kafka.topic_names import Names, lane
 from jobledger.log.writer import Outgoing
 from jobledger.process.identity import now_us
@@ -62,10 +62,10 @@ def derived_id(job_id: str, *parts: object) -> str:
     return str(uuid.uuid5(space, "/".join(map(str, parts))))
 
 
-class Facts:
+class WorkerEvents:
     """Builds a worker's records. ``source``: the worker's name in its events; ``limit``: largest record, in bytes."""
 
-    def __init__(self, registry: Registry, source: str, limit: int) -> None:
+    def __init__(self, registry: TaskRegistry, source: str, limit: int) -> None:
         self._registry = registry
         self._names: Names = registry.names
         self.source = source

@@ -16,7 +16,7 @@ from confluent_kafka import KafkaError, KafkaException, Message, Producer
 from jobledger.config import Settings
 from jobledger.consumers.state.broker_clock import BrokerClock
 from jobledger.errors import BrokerUnavailable, JobledgerError
-from jobledger.kafka.auth import Door, write
+from jobledger.kafka.auth import AuthMonitor, write
 from jobledger.kafka.clients import MISSING, batch_room, producer, producer_config, undelivered
 from jobledger.kafka.topic_names import Names
 from jobledger.log.framing import Framing, framing
@@ -27,7 +27,7 @@ BY_KEY = -1
 #: No new job is begun while this many records are unacknowledged. A job sends two facts, so a crash reruns about
 #: half as many jobs at most.
 UNACKNOWLEDGED_LIMIT = 8_000
-#: Seconds that `Sender.hurry` waits for acknowledgements.
+#: Seconds that `WorkerProducer.hurry` waits for acknowledgements.
 HURRY_S = 0.005
 #: Seconds to wait while the send queue is full, or a topic is reported as missing.
 WAIT_S = 10.0
@@ -35,7 +35,7 @@ WAIT_S = 10.0
 Delivered = Callable[[KafkaError | None, Message], None]
 
 
-class Sender:
+class WorkerProducer:
     """A producer with a bounded wait for space in its queue. ``linger_ms``: how long a record may wait for others.
 
     With a Schema Registry, values are framed for it. Without one, this costs nothing.
@@ -43,7 +43,7 @@ class Sender:
 
     def __init__(self, settings: Settings, names: Names, linger_ms: float) -> None:
         self._settings, self._schemas = settings, names.schemas
-        self._door = Door(settings)
+        self._door = AuthMonitor(settings)
         self._fatal: KafkaError | None = None
         self._names, self._linger_ms = names, linger_ms
         self._producer = producer(producer_config(settings, linger_ms=linger_ms, door=self._door))

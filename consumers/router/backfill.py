@@ -18,11 +18,11 @@ from typing import Any
 from confluent_kafka import Consumer, KafkaException, Message, TopicPartition
 
 from jobledger.config import Settings
-from jobledger.consumers.recording.worker_events import Facts
-from jobledger.consumers.recording.worker_producer import Sender
-from jobledger.consumers.router.router import Batch, Routes
+from jobledger.consumers.recording.worker_events import WorkerEvents
+from jobledger.consumers.recording.worker_producer import WorkerProducer
+from jobledger.consumers.router.router import EventBatch, Routes
 from jobledger.definitions.event_types import check_classes
-from jobledger.definitions.task_registry import Registry
+from jobledger.definitions.task_registry import TaskRegistry
 from jobledger.errors import BrokerUnavailable, ConfigError, JobledgerError, SchemaError
 from jobledger.kafka import acls
 from jobledger.kafka.auth import denied, join, knock, read
@@ -54,7 +54,7 @@ def events_per_second(text: str) -> float:
 
 
 @dataclass(slots=True)
-class Progress:
+class BackfillProgress:
     """The progress of a backfill.
 
     ``total``: number of offsets in its ranges; ``passed``: how many of them are done. The other counts are of events in
@@ -82,7 +82,7 @@ class Range:
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
+class BackfillPlan:
     """What to backfill.
 
     ``since``, ``until``: timestamps of events in ms; None: the beginning of the log, and its end at the start.
@@ -104,7 +104,9 @@ class Backfill:
     Raises `UnknownTask` if the app has no handler of that name.
     """
 
-    def __init__(self, registry: Registry, settings: Settings, plan: Plan, known: Callable[[str], bool]) -> None:
+    def __init__(
+        self, registry: TaskRegistry, settings: Settings, plan: BackfillPlan, known: Callable[[str], bool]
+    ) -> None:
         registry.check()
         greenlets.refuse("a backfill")
         settings = settings.acting_as("backfill")
@@ -113,9 +115,9 @@ class Backfill:
         self.topic = self.handler.event.topic
         self._lookup = SchemaLookup(settings, self.names)
         writer = source("backfill")
-        facts = Facts(registry, writer, settings.max_record_bytes)
+        facts = WorkerEvents(registry, writer, settings.max_record_bytes)
         self._routes = Routes(registry, facts, writer, [self.handler], self._lookup)
-        self.progress = Progress()
+        self.progress = BackfillProgress()
         self._group = self.names.backfill_group(plan.handler)
         self._conf = consumer_config(settings, group=self._group)
         self._label = json.dumps({"since": plan.since, "until": plan.until})
@@ -165,7 +167,9 @@ class Backfill:
 
     # -- run ------------------------------------------------------------------------------------------------------
 
-    def run(self, stop: threading.Event, tell: Callable[[Progress], None] = lambda progress: None) -> Progress:
+    def run(
+        self, stop: threading.Event, tell: Callable[[BackfillProgress], None] = lambda progress: None
+    ) -> BackfillProgress:
         """Handle the events of the ranges until their end or ``stop``, and return the progress. ``tell`` is called
         after each chunk of events.
 
@@ -173,7 +177,7 @@ class Backfill:
         submitted, and another run continues from there.
         """
         knock(self.settings)
-        consumer, sender = make_consumer(self._conf), Sender(self.settings, self.names, 1.0)
+        consumer, sender = make_consumer(self._conf), WorkerProducer(self.settings, self.names, 1.0)
         try:
             work = self.names.jobs(lane(self.handler.task.queue, self.handler.task.policy.priority))
             acls.check(self.settings, self.names.namespace, [self.topic, work, self.names.schemas])
@@ -199,10 +203,10 @@ class Backfill:
     def _go(
         self,
         consumer: Consumer,
-        sender: Sender,
+        sender: WorkerProducer,
         ranges: dict[int, Range],
         stop: threading.Event,
-        tell: Callable[[Progress], None],
+        tell: Callable[[BackfillProgress], None],
     ) -> None:
         at = {partition: r.at for partition, r in ranges.items()}
         pace = _Pace(self.plan.rate)
@@ -239,8 +243,8 @@ class Backfill:
                 if chunk:
                     yield chunk
 
-    def _submit(self, sender: Sender, chunk: list[Message]) -> None:
-        batch = Batch(sender, self.settings.bootstrap or "the embedded broker")
+    def _submit(self, sender: WorkerProducer, chunk: list[Message]) -> None:
+        batch = EventBatch(sender, self.settings.bootstrap or "the embedded broker")
         for message in chunk:
             self.progress.events += 1
             try:

@@ -15,11 +15,11 @@ from typing import Any
 from confluent_kafka import OFFSET_STORED, Consumer, KafkaError, KafkaException, Message, TopicPartition
 
 from jobledger.config import Settings
-from jobledger.consumers.recording.worker_events import Facts
-from jobledger.consumers.recording.worker_producer import BY_KEY, Sender
+from jobledger.consumers.recording.worker_events import WorkerEvents
+from jobledger.consumers.recording.worker_producer import BY_KEY, WorkerProducer
 from jobledger.consumers.router import initial_offsets
 from jobledger.definitions.event_types import EVENT_TAG, EventType, Handler, check_classes, event_id_of
-from jobledger.definitions.task_registry import Registry
+from jobledger.definitions.task_registry import TaskRegistry
 from jobledger.errors import (
     AccessDenied,
     BadTags,
@@ -30,7 +30,7 @@ from jobledger.errors import (
     SchemaError,
 )
 from jobledger.kafka import acls
-from jobledger.kafka.auth import Door, denied, join, knock, read
+from jobledger.kafka.auth import AuthMonitor, denied, join, knock, read
 from jobledger.kafka.clients import consumer as make_consumer
 from jobledger.kafka.clients import consumer_config, error_topic, partitions_of, translate
 from jobledger.kafka.topic_names import lane
@@ -59,8 +59,8 @@ class Routes:
 
     def __init__(
         self,
-        registry: Registry,
-        facts: Facts,
+        registry: TaskRegistry,
+        facts: WorkerEvents,
         writer: str,
         handlers: Iterable[Handler],
         schemas: SchemaLookup,
@@ -136,10 +136,10 @@ class Routes:
         )
 
 
-class Batch:
+class EventBatch:
     """Send the records of one batch until all are acknowledged; each is sent again up to `RESENDS` times."""
 
-    def __init__(self, sender: Sender, address: str) -> None:
+    def __init__(self, sender: WorkerProducer, address: str) -> None:
         self._sender, self._address = sender, address
         self._open = 0
         self._error: JobledgerError | None = None
@@ -202,7 +202,7 @@ class Router:
     Raises `ConfigError` if the app has no handlers, or if its events need a Schema Registry and none is set.
     """
 
-    def __init__(self, registry: Registry, settings: Settings) -> None:
+    def __init__(self, registry: TaskRegistry, settings: Settings) -> None:
         registry.check()
         greenlets.refuse("a router")
         settings = settings.acting_as("router")
@@ -217,9 +217,9 @@ class Router:
             )
         self._lookup = SchemaLookup(settings, self.names)
         writer = source("router")
-        facts = Facts(registry, writer, settings.max_record_bytes)
+        facts = WorkerEvents(registry, writer, settings.max_record_bytes)
         self.routes = Routes(registry, facts, writer, self._handlers, self._lookup)
-        self._door = Door(settings)
+        self._door = AuthMonitor(settings)
         self._address = settings.bootstrap or "the embedded broker"
         self._from_end = {handler.event.topic for handler in self._handlers if handler.event.start == "latest"}
         self._notes: dict[str, str] = {}  # metadata that commits of a topic carry
@@ -239,7 +239,7 @@ class Router:
 
     # -- start ----------------------------------------------------------------------------------------------------
 
-    def _prepare(self) -> Sender:
+    def _prepare(self) -> WorkerProducer:
         """Check rights and topics, and that the handlers' classes read the earlier schemas. Publish this version's
         schema, and return the started sender."""
         queues = {self.names.jobs(lane(handler.task.queue, handler.task.policy.priority)) for handler in self._handlers}
@@ -248,7 +248,7 @@ class Router:
         for topic in sorted({*self.routes.topics, *queues, names.dead_letter}):
             partitions_of(self.settings, topic)
         check_classes({h.event.name: h.event for h in self._handlers}.values(), self._lookup.all())
-        sender = Sender(self.settings, self.names, 1.0)
+        sender = WorkerProducer(self.settings, self.names, 1.0)
         try:
             sender.prepare([*sorted(queues), self.names.dead_letter])
         except BaseException:
@@ -256,7 +256,7 @@ class Router:
             raise
         return sender
 
-    def _patiently(self, stop: threading.Event) -> Sender:
+    def _patiently(self, stop: threading.Event) -> WorkerProducer:
         deadline = time.monotonic() + START_TIMEOUT_S
         while True:
             try:
@@ -295,7 +295,7 @@ class Router:
             sender.close()
             self._lookup.close()
 
-    def _loop(self, consumer: Consumer, sender: Sender, stop: threading.Event) -> None:
+    def _loop(self, consumer: Consumer, sender: WorkerProducer, stop: threading.Event) -> None:
         committed_at = 0.0
         while not stop.is_set():
             first = consumer.poll(POLL_S)
@@ -308,9 +308,9 @@ class Router:
                 committed_at = now
                 self._commit(consumer)
 
-    def _route(self, messages: Sequence[Message], sender: Sender) -> None:
+    def _route(self, messages: Sequence[Message], sender: WorkerProducer) -> None:
         """Send the jobs and dead letters of these records and wait until all are acknowledged."""
-        batch = Batch(sender, self._address)
+        batch = EventBatch(sender, self._address)
         ends: dict[tuple[str, int], int] = {}
         routed = 0
         for message in messages:
@@ -354,7 +354,7 @@ class Router:
             return None
         return f"its job has a record of {size} bytes, above the limit of {limit} bytes (JOBLEDGER_MAX_RECORD_BYTES)"
 
-    def _reject(self, batch: Batch, message: Message, why: str) -> None:
+    def _reject(self, batch: EventBatch, message: Message, why: str) -> None:
         self.rejected += 1
         LOG.error("%s[%s]@%s goes to the dead letters: %s", message.topic(), message.partition(), message.offset(), why)
         batch.send(message, self.routes.rejected(message, why))

@@ -20,9 +20,9 @@ import msgspec
 import uuid_utils
 from confluent_kafka import KafkaError, KafkaException, Message
 
-from jobledger.consumers.recording.worker_events import Facts
-from jobledger.consumers.recording.worker_producer import BY_KEY, Sender
-from jobledger.consumers.running.hook_runner import Teller
+from jobledger.consumers.recording.worker_events import WorkerEvents
+from jobledger.consumers.recording.worker_producer import BY_KEY, WorkerProducer
+from jobledger.consumers.running.hook_runner import HookRunner
 from jobledger.consumers.running.interrupts import Interrupts
 from jobledger.consumers.running.outcome_log import log_outcome
 from jobledger.consumers.state.outcome import (
@@ -41,7 +41,7 @@ from jobledger.consumers.state.outcome import (
     ran_out,
     timed_out,
 )
-from jobledger.consumers.state.work import RUN_BOUNDS_S, Work
+from jobledger.consumers.state.work import RUN_BOUNDS_S, JobRun
 from jobledger.definitions.context import JobContext, enter
 from jobledger.definitions.functions import AWAIT
 from jobledger.definitions.policy import KEY_HOLD_MAX_S
@@ -68,7 +68,7 @@ _uuid7 = uuid_utils.uuid7
 
 
 class Executor:
-    """Run `Work` and send its facts; the settler sends the derived records of a closing fact once that is acknowledged.
+    """Run `JobRun` and send its facts; the settler sends the derived records of a closing fact once that is acknowledged.
 
     ``ended``: a coroutine has ended and its slot is free; called on the event loop. ``ended_in_thread``: the same for a
     thread, called in it. ``fail``: stop the worker, because a fact cannot be sent; the job then stays not done.
@@ -80,14 +80,14 @@ class Executor:
 
     def __init__(
         self,
-        facts: Facts,
-        sender: Sender,
+        facts: WorkerEvents,
+        sender: WorkerProducer,
         lifecycle: str,
         source: str,
         limit: int,
         *,
-        ended: Callable[[Work], None],
-        ended_in_thread: Callable[[Work], None],
+        ended: Callable[[JobRun], None],
+        ended_in_thread: Callable[[JobRun], None],
         fail: Callable[[JobledgerError], None],
         settle: Callable[[], None],
     ) -> None:
@@ -95,19 +95,19 @@ class Executor:
         self._facts, self._sender, self._lifecycle, self._source, self._limit = facts, sender, lifecycle, source, limit
         self._ended, self._ended_in_thread, self._fail = ended, ended_in_thread, fail
         self._produce = sender.produce
-        self.teller: Teller | None = None  # None: no hooks are to be called
+        self.teller: HookRunner | None = None  # None: no hooks are to be called
         self.interrupts = Interrupts()
-        self.due: Work | None = None  # the coroutine that blocks the loop beyond its time limit
-        self.stop_child: Callable[[Work], None] = lambda work: None
-        self.close_lease: Callable[[Work, bytes, list[Outgoing]], None]
-        self.may_begin: Callable[[Work], bool]  # whether code may begin although its lease may be over
-        self._queue: queue.SimpleQueue[Work | None] = queue.SimpleQueue()
+        self.due: JobRun | None = None  # the coroutine that blocks the loop beyond its time limit
+        self.stop_child: Callable[[JobRun], None] = lambda work: None
+        self.close_lease: Callable[[JobRun, bytes, list[Outgoing]], None]
+        self.may_begin: Callable[[JobRun], bool]  # whether code may begin although its lease may be over
+        self._queue: queue.SimpleQueue[JobRun | None] = queue.SimpleQueue()
         self._depth = forks.depth
         self._threads: list[threading.Thread] = []
 
     # -- running --------------------------------------------------------------------------------------------------
 
-    async def run(self, work: Work) -> None:
+    async def run(self, work: JobRun) -> None:
         """Run a coroutine task on the loop, within its time limit, and record its outcome.
 
         The worker may have been paused since it created the task, and others may have taken the job over. So ownership
@@ -150,7 +150,7 @@ class Executor:
         work.handle = None
         self._ended(work)
 
-    def takes_arguments(self, work: Work) -> bool:
+    def takes_arguments(self, work: JobRun) -> bool:
         """Decode the arguments of a job that is to run. If they do not fit the task, close the job as failed and return
         False. For an unknown task nothing is decoded."""
         plan, event = work.plan, work.event
@@ -171,7 +171,7 @@ class Executor:
             thread.start()
             self._threads.append(thread)
 
-    def submit(self, work: Work) -> None:
+    def submit(self, work: JobRun) -> None:
         """Run a plain function in the next free thread."""
         self._queue.put(work)
 
@@ -190,7 +190,7 @@ class Executor:
             contextvars.copy_context().run(self._run_here, work)
             self._ended_in_thread(work)
 
-    def _run_here(self, work: Work) -> None:
+    def _run_here(self, work: JobRun) -> None:
         context = _enter(work)
         assert work.plan is not None
         try:
@@ -206,7 +206,7 @@ class Executor:
         except BaseException as broken:  # noqa: BLE001  # the last guard: a thread is never lost
             self._unjudged(work, broken)
 
-    def _unjudged(self, work: Work, broken: BaseException) -> None:
+    def _unjudged(self, work: JobRun, broken: BaseException) -> None:
         """Fail a job whose result or exception could not be turned into an outcome."""
         try:
             self.close_with(work, Failed("never", error_info(broken)))
@@ -215,7 +215,7 @@ class Executor:
 
     # -- outcomes -------------------------------------------------------------------------------------------------
 
-    def returned(self, work: Work, value: object) -> None:
+    def returned(self, work: JobRun, value: object) -> None:
         """Record the success of code that returned ``value``."""
         plan = work.plan
         assert plan is not None
@@ -227,7 +227,7 @@ class Executor:
             return
         self.succeeded(work, result)
 
-    def succeeded(self, work: Work, result: bytes | None) -> None:
+    def succeeded(self, work: JobRun, result: bytes | None) -> None:
         """Send the closing fact of a success. ``result``: JSON, or None."""
         plan = work.plan
         assert plan is not None
@@ -272,7 +272,7 @@ class Executor:
         plan.seconds += duration
         plan.runs[bisect_left(RUN_BOUNDS_S, duration)] += 1
 
-    def raised(self, work: Work, error: BaseException, late: bool) -> None:
+    def raised(self, work: JobRun, error: BaseException, late: bool) -> None:
         """Record the outcome of code that raised ``error``. ``late``: its time limit was over. None of the exception's
         own code is called here."""
         trace = traceback_of(error)
@@ -291,14 +291,14 @@ class Executor:
             outcome = judge(task.retry, event.attempt, error, random.random(), timed_out=late)
         self.close_with(work, outcome)
 
-    def stop(self, work: Work, outcome: Outcome) -> None:
+    def stop(self, work: JobRun, outcome: Outcome) -> None:
         """Ask running code to end, with ``outcome`` as its outcome if it raises. Code that returns all the same has
         succeeded. A coroutine is cancelled, a thread is interrupted at its next bytecode, and a child process is killed
         in the end."""
         work.stop_outcome = outcome
         self.end(work)
 
-    def end(self, work: Work) -> None:
+    def end(self, work: JobRun) -> None:
         """Ask running code to end, wherever it runs."""
         if work.handle is not None:
             if work.context is not None:
@@ -309,11 +309,11 @@ class Executor:
         elif not self.interrupts.interrupt(work, TaskCancelled):
             self.stop_child(work)
 
-    def late(self, work: Work) -> None:
+    def late(self, work: JobRun) -> None:
         """Interrupt a function in a thread whose time limit is over."""
         self.interrupts.interrupt(work, TaskTimedOut)
 
-    def close_with(self, work: Work, outcome: Outcome) -> None:
+    def close_with(self, work: JobRun, outcome: Outcome) -> None:
         """Send the closing fact of any outcome, and have the settler send the derived records. Under a key, an attempt
         that is made again closes nothing."""
         event = work.event
@@ -350,12 +350,12 @@ class Executor:
             return
         self._told(work, event, outcome, duration)
 
-    def _end_delivered(self, work: Work, error: KafkaError | None, message: Message) -> None:
+    def _end_delivered(self, work: JobRun, error: KafkaError | None, message: Message) -> None:
         """Delivery callback of a closing fact with derived records: have its report taken at once."""
         work.closing_delivered(error, message)
         self._settle()
 
-    def _told(self, work: Work, event: JobEvent, outcome: Outcome, duration: float) -> None:
+    def _told(self, work: JobRun, event: JobEvent, outcome: Outcome, duration: float) -> None:
         """Count and log an outcome that is sent, and pass it to the hooks. Raises nothing: an exception here must not
         look like an outcome that was not sent."""
         try:
@@ -370,7 +370,7 @@ class Executor:
                 text_of(exc),
             )
 
-    def _goes_on(self, work: Work, event: JobEvent, outcome: Retried | Snoozed) -> None:
+    def _goes_on(self, work: JobRun, event: JobEvent, outcome: Retried | Snoozed) -> None:
         """Send the fact that the job is tried again in place; the dispatcher begins the next attempt after
         ``again_s``."""
         partition = work.partition
@@ -391,17 +391,17 @@ class Executor:
         work.event = msgspec.structs.replace(event, attempt=event.attempt + isinstance(outcome, Retried))
         work.again_s = outcome.delay_ms / 1000
 
-    def refused_as_too_large(self, work: Work, size: int, where: str) -> None:
+    def refused_as_too_large(self, work: JobRun, size: int, where: str) -> None:
         """Fail a job whose closing fact the broker refused for its size; the failure names the size and the limit."""
         outcome = work.outcome or Succeeded()
         self.close_with(work, self._facts.too_large(outcome, size, where))
 
-    def resend_derived(self, work: Work, outcome: Outcome, due_at: int | None, lifecycle_offset: int) -> None:
+    def resend_derived(self, work: JobRun, outcome: Outcome, due_at: int | None, lifecycle_offset: int) -> None:
         """Send the derived records of a closing fact again that is in the log already."""
         assert work.event is not None
         self.resend(work, self._facts.derived(work.event, outcome, due_at), lifecycle_offset)
 
-    def resend(self, work: Work, derived: list[Outgoing], lifecycle_offset: int) -> None:
+    def resend(self, work: JobRun, derived: list[Outgoing], lifecycle_offset: int) -> None:
         """Send records again that derive from the fact at ``lifecycle_offset``. The work record is done when they are
         acknowledged."""
         offsets = work.partition.offsets
@@ -418,7 +418,7 @@ class Executor:
             assert record.value is not None
             self._sender.send(record.topic, record.value, record.key, BY_KEY, work.derived_delivered)
 
-    def progressed(self, work: Work, fact: JobProgressed) -> None:
+    def progressed(self, work: JobRun, fact: JobProgressed) -> None:
         """Send one progress fact, without waiting for its acknowledgement."""
         event = work.event
         assert event is not None
@@ -428,7 +428,7 @@ class Executor:
         except JobledgerError as exc:  # too long, or the queue is full: progress may be lost
             LOG.warning("progress of job %s was not sent: %s", event.job_id, exc)
 
-    def _broken(self, work: Work, exc: BaseException) -> None:
+    def _broken(self, work: JobRun, exc: BaseException) -> None:
         event = work.event
         job_id = event.job_id if event is not None else "?"
         # A `JobledgerError` explains itself; the traceback of this code would add nothing.
@@ -441,8 +441,8 @@ class Executor:
         )
 
 
-def _enter(work: Work) -> JobContext:
-    """Make the job the current one. From here on its `Work` drops the context, which refers to the `Work`: Python
+def _enter(work: JobRun) -> JobContext:
+    """Make the job the current one. From here on its `JobRun` drops the context, which refers to the `JobRun`: Python
     frees such a cycle only when its collector runs, and at tens of thousands of jobs a second memory would grow
     without end."""
     context, work.context = work.context, None
@@ -451,7 +451,7 @@ def _enter(work: Work) -> JobContext:
     return context
 
 
-def context_of(work: Work, *, reports: bool = True) -> JobContext:
+def context_of(work: JobRun, *, reports: bool = True) -> JobContext:
     """Return what the task's code sees of its job. Without ``reports``: the context for hooks, which cannot report
     progress."""
     event = work.event
@@ -474,7 +474,7 @@ def context_of(work: Work, *, reports: bool = True) -> JobContext:
     )
 
 
-def _count(work: Work, outcome: Outcome, duration: float) -> None:
+def _count(work: JobRun, outcome: Outcome, duration: float) -> None:
     plan = work.plan
     if plan is None:
         return

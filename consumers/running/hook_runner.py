@@ -17,10 +17,10 @@ from concurrent.futures import Future
 from typing import Any
 
 from jobledger.consumers.state.outcome import Failed, Outcome, Retried
-from jobledger.consumers.state.work import Work
+from jobledger.consumers.state.work import JobRun
 from jobledger.definitions.context import JobContext, enter
 from jobledger.definitions.middleware import Hook
-from jobledger.definitions.task_registry import Registry
+from jobledger.definitions.task_registry import TaskRegistry
 from jobledger.errors import JobFailed
 from jobledger.process.logger import get_logger
 
@@ -31,7 +31,7 @@ LOG = get_logger("jobledger.worker")
 MOST = 10_000
 
 
-class Teller(threading.Thread):
+class HookRunner(threading.Thread):
     """Call ``retry(job, error, delay)`` and ``failure(job, error)``.
 
     ``error`` is the exception. Where only its text is known (the job ran in a child process, was never started, or its
@@ -39,7 +39,7 @@ class Teller(threading.Thread):
     """
 
     def __init__(
-        self, registry: Registry, loop: asyncio.AbstractEventLoop, context_of: Callable[..., JobContext]
+        self, registry: TaskRegistry, loop: asyncio.AbstractEventLoop, context_of: Callable[..., JobContext]
     ) -> None:
         super().__init__(name="jobledger-hooks", daemon=True)
         self._loop, self._context_of = loop, context_of
@@ -48,16 +48,16 @@ class Teller(threading.Thread):
             for task in registry.tasks.values()
         }
         self.needed = any(self._hooks.values())
-        self._errors: dict[Work, BaseException] = {}
+        self._errors: dict[JobRun, BaseException] = {}
         self._todo: queue.SimpleQueue[tuple[Hook, JobContext, tuple[Any, ...]] | None] = queue.SimpleQueue()
         self._running: set[Future[None]] = set()
         self.dropped = 0
 
-    def note(self, work: Work, error: BaseException) -> None:
+    def note(self, work: JobRun, error: BaseException) -> None:
         """Remember the exception of an attempt until `tell`. From any thread."""
         self._errors[work] = error
 
-    def tell(self, work: Work, outcome: Outcome) -> None:
+    def tell(self, work: JobRun, outcome: Outcome) -> None:
         """Queue the hooks for an attempt's outcome, if it was retried or failed. From any thread."""
         error = self._errors.pop(work, None)
         if work.plan is None or not isinstance(outcome, Retried | Failed):

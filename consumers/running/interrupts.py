@@ -16,7 +16,7 @@ from collections.abc import Awaitable
 from types import CodeType
 from typing import Any
 
-from jobledger.consumers.state.work import Work
+from jobledger.consumers.state.work import JobRun
 from jobledger.definitions.functions import settled
 from jobledger.errors import TaskCancelled, TaskInterrupted, TaskTimedOut
 from jobledger.process import forks
@@ -70,13 +70,13 @@ class Interrupts:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._inside: dict[Work, int] = {}
-        self._waiting: dict[Work, _Awaited] = {}
+        self._inside: dict[JobRun, int] = {}
+        self._waiting: dict[JobRun, _Awaited] = {}
         #: The worker's event loop, on which awaitables that functions return are run. Set before the first call.
         self.loop: asyncio.AbstractEventLoop | None = None
         self._depth = forks.depth
 
-    def call(self, work: Work) -> Any:
+    def call(self, work: JobRun) -> Any:
         """Run the job's code in this thread and return its value. Nothing interrupts the thread after this call.
 
         Raises what the code raises. An interrupt that arrives after the code has returned is dropped.
@@ -144,18 +144,18 @@ class Interrupts:
         finally:
             error = None  # as in `call`
 
-    def work_of(self, task: asyncio.Task[Any]) -> Work | None:
+    def work_of(self, task: asyncio.Task[Any]) -> JobRun | None:
         """Return the job whose returned awaitable runs as this task of the event loop, or None. From any thread."""
         with self._lock:
             return next((work for work, awaited in self._waiting.items() if awaited.task is task), None)
 
-    def _leave(self, work: Work) -> None:
+    def _leave(self, work: JobRun) -> None:
         with self._lock:
             if self._inside.pop(work, None) is not None and work.interrupted is not None:
                 # The exception was requested and may not have been raised yet: withdraw it.
                 _raise_in(ctypes.c_ulong(threading.get_ident()), None)
 
-    def interrupt(self, work: Work, error: type[TaskInterrupted]) -> bool:
+    def interrupt(self, work: JobRun, error: type[TaskInterrupted]) -> bool:
         """Raise ``error`` inside the job's code. Return False if no thread runs that code, or it was interrupted
         already. From any thread.
 

@@ -15,10 +15,10 @@ from functools import partial
 
 from confluent_kafka import KafkaError, KafkaException, Message
 
-from jobledger.consumers.recording.worker_events import Facts
-from jobledger.consumers.recording.worker_producer import BY_KEY, Sender
+from jobledger.consumers.recording.worker_events import WorkerEvents
+from jobledger.consumers.recording.worker_producer import BY_KEY, WorkerProducer
 from jobledger.consumers.state.outcome import Outcome
-from jobledger.consumers.state.work import JobLease, Work
+from jobledger.consumers.state.work import JobLease, JobRun
 from jobledger.errors import AccessDenied, BrokerUnavailable, JobledgerError
 from jobledger.kafka.topic_names import Names
 from jobledger.log.writer import Outgoing
@@ -36,7 +36,7 @@ RESENDS = 20
 _monotonic = time.monotonic
 
 
-class Leases:
+class JobLeases:
     """The leases of one worker.
 
     ``begin(work)`` writes the start of a job and runs it. ``close_with(work, outcome)`` writes the outcome of a job
@@ -47,22 +47,22 @@ class Leases:
 
     def __init__(
         self,
-        facts: Facts,
-        sender: Sender,
+        facts: WorkerEvents,
+        sender: WorkerProducer,
         names: Names,
         *,
-        begin: Callable[[Work], None],
-        close_with: Callable[[Work, Outcome], None],
-        give_up: Callable[[Work], None],
-        ended: Callable[[Work], None],
-        too_large: Callable[[Work, int, str], None],
+        begin: Callable[[JobRun], None],
+        close_with: Callable[[JobRun, Outcome], None],
+        give_up: Callable[[JobRun], None],
+        ended: Callable[[JobRun], None],
+        too_large: Callable[[JobRun, int, str], None],
         call: Callable[..., None],
         fail: Callable[[JobledgerError], None],
     ) -> None:
         self._facts, self._sender, self._names = facts, sender, names
         self._begin, self._close_with, self._give_up = begin, close_with, give_up
         self._ended, self._too_large, self.call, self._fail = ended, too_large, call, fail
-        self._held: dict[Work, JobLease] = {}
+        self._held: dict[JobRun, JobLease] = {}
         self._ticking: asyncio.TimerHandle | None = None
         self.lost = 0
 
@@ -73,7 +73,7 @@ class Leases:
 
     # -- taking -------------------------------------------------------------------------------------------------------
 
-    def take(self, work: Work) -> None:
+    def take(self, work: JobRun) -> None:
         """Take a lease for a job that may run. The job is begun once the lease is in the log."""
         event, plan = work.event, work.plan
         assert event is not None
@@ -91,7 +91,7 @@ class Leases:
         if self._ticking is None:
             self._ticking = asyncio.get_running_loop().call_later(TICK_S, self._tick)
 
-    def grant(self, work: Work) -> None:
+    def grant(self, work: JobRun) -> None:
         """Begin a job whose lease is in the log, unless the lease is over, or the job was stopped meanwhile."""
         lease = work.lease
         if lease is None or lease.granted:
@@ -106,7 +106,7 @@ class Leases:
         else:
             self._begin(work)
 
-    def holds(self, work: Work) -> bool:
+    def holds(self, work: JobRun) -> bool:
         """Whether this worker still holds the job's lease and is to run the job."""
         return work.lease is not None and _monotonic() <= work.lease.until and not work.abandoned
 
@@ -129,7 +129,9 @@ class Leases:
                 lease.renew_at = now + lease.seconds / 3
                 self._renew(work, round(lease.seconds * 1000), partial(self._renewed, lease, now))
 
-    def _renew(self, work: Work, lease_ms: int, delivered: Callable[[KafkaError | None, Message], None] | None) -> None:
+    def _renew(
+        self, work: JobRun, lease_ms: int, delivered: Callable[[KafkaError | None, Message], None] | None
+    ) -> None:
         event = work.event
         assert event is not None
         value = codec.encode(self._facts.event(event, LeaseRenewed(self._facts.source, lease_ms)))
@@ -143,7 +145,7 @@ class Leases:
         if error is None:
             lease.until = max(lease.until, asked_at + lease.seconds)
 
-    def _lose(self, work: Work) -> None:
+    def _lose(self, work: JobRun) -> None:
         """Give up a job whose lease is over: no renewal was acknowledged in time, and the job may run elsewhere by now."""
         assert work.event is not None
         LOG.warning(
@@ -156,7 +158,7 @@ class Leases:
         self.give_back(work)
         self._give_up(work)
 
-    def give_back(self, work: Work) -> None:
+    def give_back(self, work: JobRun) -> None:
         """End the lease and abandon the job here, so that another worker can run it at once."""
         work.abandoned = True
         if self._held.pop(work, None) is not None:
@@ -164,9 +166,9 @@ class Leases:
 
     # -- closing ------------------------------------------------------------------------------------------------------
 
-    def close(self, work: Work, value: bytes, before: list[Outgoing]) -> None:
+    def close(self, work: JobRun, value: bytes, before: list[Outgoing]) -> None:
         """Send the job's outcome to the coordinator, after ``before`` is acknowledged. The lease is renewed until the
-        outcome is acknowledged. Any thread. Raises what `Sender.send` raises."""
+        outcome is acknowledged. Any thread. Raises what `WorkerProducer.send` raises."""
         lease = work.lease
         assert lease is not None
         lease.closing = True
@@ -187,14 +189,14 @@ class Leases:
             assert record.value is not None
             self._sender.send(record.topic, record.value, record.key, BY_KEY, written)
 
-    def _send_close(self, work: Work, value: bytes) -> None:
+    def _send_close(self, work: JobRun, value: bytes) -> None:
         event = work.event
         assert event is not None
         self._sender.send(
             self._names.coordination, value, event.home or event.job_id, BY_KEY, partial(self._closed, work, value)
         )
 
-    def _closed(self, work: Work, value: bytes, error: KafkaError | None, message: Message) -> None:
+    def _closed(self, work: JobRun, value: bytes, error: KafkaError | None, message: Message) -> None:
         """Delivery callback of the outcome; any thread."""
         lease = work.lease
         assert lease is not None
@@ -232,5 +234,5 @@ class Leases:
                 self.give_back(work)
 
 
-def _name(work: Work) -> str:
+def _name(work: JobRun) -> str:
     return f"job {work.event.job_id}" if work.event is not None else "a job"

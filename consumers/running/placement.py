@@ -13,11 +13,11 @@ import time
 from collections.abc import Callable
 from functools import partial
 
-from jobledger.consumers.isolation.pool import Children
+from jobledger.consumers.isolation.pool import ChildPool
 from jobledger.consumers.running.executor import Executor, context_of
-from jobledger.consumers.state.limiters import Room
+from jobledger.consumers.state.limiters import Slots
 from jobledger.consumers.state.outcome import Failed, Outcome, Succeeded
-from jobledger.consumers.state.work import Plan, Work
+from jobledger.consumers.state.work import JobRun, TaskRuntime
 from jobledger.process.logger import get_logger
 from jobledger.schemas.events import ErrorInfo
 
@@ -39,7 +39,7 @@ AGAIN_S = 0.1
 _monotonic = time.monotonic
 
 
-class Places:
+class Placement:
     """Send begun jobs to where they run. On the event loop.
 
     ``begin_again(work)``: send the job's start once more, and run it. ``done(work)``: free its room and slot.
@@ -53,19 +53,19 @@ class Places:
     def __init__(
         self,
         executor: Executor,
-        threads: Room,
-        processes: Room,
-        children: Children | None,
+        threads: Slots,
+        processes: Slots,
+        children: ChildPool | None,
         *,
-        begin_again: Callable[[Work], None],
-        done: Callable[[Work], None],
-        ours: Callable[[Work], bool],
-        certain: Callable[[Work], bool],
+        begin_again: Callable[[JobRun], None],
+        done: Callable[[JobRun], None],
+        ours: Callable[[JobRun], bool],
+        certain: Callable[[JobRun], bool],
         call: Callable[..., None],
     ) -> None:
         self.executor, self.threads, self.processes = executor, threads, processes
-        self.alone = Room("alone", 1)  # see `ALONE_FROM`
-        self.suspects = Room("suspects", SUSPECTS)
+        self.alone = Slots("alone", 1)  # see `ALONE_FROM`
+        self.suspects = Slots("suspects", SUSPECTS)
         self.rooms = {room.name: room for room in (threads, processes, self.alone, self.suspects)}
         self.children = children
         self._begin_again, self._done, self._ours, self._certain = begin_again, done, ours, certain
@@ -78,7 +78,7 @@ class Places:
         """Whether child processes are available."""
         return self.children is not None and self.children.broken is None
 
-    def room_of(self, work: Work, plan: Plan) -> Room | None:
+    def room_of(self, work: JobRun, plan: TaskRuntime) -> Slots | None:
         """Return the room where the job is to run; None: on the event loop without a limit."""
         if work.suspect and self._usable:
             return self.alone if work.takeover >= ALONE_FROM else self.suspects
@@ -95,7 +95,7 @@ class Places:
         )
         return Failed("crashed", ErrorInfo("ProcessDied", message))
 
-    def go(self, work: Work) -> None:
+    def go(self, work: JobRun) -> None:
         """Run the code of a job that was begun. A suspect, or a job that has waited for a child, runs only if it is
         still this worker's."""
         plan, room = work.plan, work.room
@@ -112,7 +112,7 @@ class Places:
                 work.timer = self.loop.call_later(plan.task.timeout, self.executor.late, work)
             self.executor.submit(work)
 
-    def take(self, work: Work) -> bool:
+    def take(self, work: JobRun) -> bool:
         """Return whether the code of a job may run now that has waited for a child, or for its start's
         acknowledgement."""
         lease = work.lease or work.partition.lease
@@ -129,7 +129,7 @@ class Places:
             work.began = _monotonic()
         return True
 
-    def may_begin(self, work: Work) -> bool:
+    def may_begin(self, work: JobRun) -> bool:
         """Return whether code may begin that was handed to the loop or a thread, and whose job may not be this worker's
         any more: it was abandoned, the partition was lost, or the ownership lease is over. A long job is this worker's
         as long as it holds the job's own lease.
@@ -142,7 +142,7 @@ class Places:
         self._call(self._begin_later, work)
         return False
 
-    def _begin_later(self, work: Work) -> None:
+    def _begin_later(self, work: JobRun) -> None:
         if work.timer is not None:
             work.timer.cancel()
             work.timer = None
@@ -154,7 +154,7 @@ class Places:
             work.began = _monotonic()  # the pause is no part of its time
             self.go(work)
 
-    def _may_start(self, work: Work, again: Callable[[Work], None]) -> bool:
+    def _may_start(self, work: JobRun, again: Callable[[JobRun], None]) -> bool:
         """Return whether a job that waited may start now.
 
         If it may not, it is dropped, or closed if it was cancelled while it waited. If that is not known, because the
@@ -175,7 +175,7 @@ class Places:
             return True
         return False
 
-    def _drop(self, work: Work) -> None:
+    def _drop(self, work: JobRun) -> None:
         """Leave a job to its next owner: free its room and slot, and give back its own lease."""
         if work.lease is not None:
             work.lease.leases.give_back(work)
@@ -191,7 +191,7 @@ class Places:
 
     # -- reports from children ----------------------------------------------------------------------------------------
 
-    def said(self, work: Work, outcome: Outcome) -> None:
+    def said(self, work: JobRun, outcome: Outcome) -> None:
         """Record the outcome of code that ended in a child."""
         if not work.abandoned:
             if isinstance(outcome, Succeeded):
@@ -200,7 +200,7 @@ class Places:
                 self.executor.close_with(work, work.stop_outcome or outcome)
         self._done(work)
 
-    def ended(self, work: Work, why: str, error: BaseException) -> None:
+    def ended(self, work: JobRun, why: str, error: BaseException) -> None:
         """Record the outcome of a job whose process this worker ended."""
         if not work.abandoned:
             if work.stop_outcome is not None:
@@ -209,7 +209,7 @@ class Places:
                 self.executor.raised(work, error, why == "timeout")
         self._done(work)
 
-    def died(self, work: Work, error: ErrorInfo, blamed: bool) -> None:
+    def died(self, work: JobRun, error: ErrorInfo, blamed: bool) -> None:
         """Run a job again whose process ended by itself; after `CRASHES` such ends it fails. Not ``blamed``: the
         process ended of another cause, or no process was available."""
         event, plan = work.event, work.plan
@@ -234,7 +234,7 @@ class Places:
             said = f"job {event.job_id} ({event.task}), started {starts} times, is started again: {error.message}"
             self._start_again(said, work)
 
-    def _start_again(self, said: str, work: Work) -> None:
+    def _start_again(self, said: str, work: JobRun) -> None:
         """Start a job again whose process died, if it is still this worker's. If not, its next owner finds its starts
         in the log."""
         if self._may_start(work, partial(self._start_again, said)):
@@ -247,21 +247,21 @@ class Places:
                 work.partition.taking = False
 
     @staticmethod
-    def _move(work: Work, room: Room | None) -> None:
+    def _move(work: JobRun, room: Slots | None) -> None:
         if work.room is not None:
             work.room.running -= 1
         work.room = room
         if room is not None:
             room.running += 1
 
-    def give_up(self, work: Work) -> None:
+    def give_up(self, work: JobRun) -> None:
         """End running code whose outcome is not wanted any more."""
         if self.children is not None and self.children.holds(work):
             self.children.abandoned(work)
         else:
             self.executor.end(work)
 
-    def stop(self, work: Work) -> None:
+    def stop(self, work: JobRun) -> None:
         """Ask a job in a child to end."""
         if self.children is not None:
             self.children.stop(work)

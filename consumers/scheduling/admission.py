@@ -1,7 +1,7 @@
 """Judge records: a job to run, a job that is done or known already, a record that is not a job, or one that this worker
 cannot judge.
 
-On the event loop, except `Aside`. The partition's offsets receive every message before anything else is done with it,
+On the event loop, except `SchemaResolver`. The partition's offsets receive every message before anything else is done with it,
 in the log's order. From then on the record is not done until an acknowledgement settles it; only duplicates, and
 releases that the log settles and from which no record derives, are marked done at once.
 """
@@ -15,14 +15,14 @@ from dataclasses import dataclass
 import msgspec
 from confluent_kafka import Message
 
-from jobledger.consumers.recording.worker_events import Facts
-from jobledger.consumers.recording.worker_producer import BY_KEY, Sender
+from jobledger.consumers.recording.worker_events import WorkerEvents
+from jobledger.consumers.recording.worker_producer import BY_KEY, WorkerProducer
 from jobledger.consumers.running.executor import Executor
-from jobledger.consumers.running.placement import Places
-from jobledger.consumers.scheduling.lanes import Stage
-from jobledger.consumers.scheduling.schema_resolver import Aside, Read, read
+from jobledger.consumers.running.placement import Placement
+from jobledger.consumers.scheduling.lanes import Lane
+from jobledger.consumers.scheduling.schema_resolver import Read, SchemaResolver, read
 from jobledger.consumers.scheduling.starter import Starter
-from jobledger.consumers.scheduling.wait_queues import Lines
+from jobledger.consumers.scheduling.wait_queues import WaitQueues
 from jobledger.consumers.state.dedup import release_key
 from jobledger.consumers.state.fast_submission import plain_submission
 from jobledger.consumers.state.limiters import closed_gate
@@ -36,7 +36,7 @@ from jobledger.consumers.state.outcome import (
     Succeeded,
     unknown_task,
 )
-from jobledger.consumers.state.work import Arrived, Deferred, Found, Partition, Plan, Work
+from jobledger.consumers.state.work import Arrived, JobRun, ParkedRecord, Partition, PriorFact, TaskRuntime
 from jobledger.definitions.retry import Retry
 from jobledger.errors import JobledgerError, RegistryNeeded, SchemaError, UnknownFact
 from jobledger.process.logger import get_logger
@@ -71,7 +71,7 @@ class Counts:
     rejected: int = 0
 
 
-class Intake:
+class Admission:
     """Judge records, and pass jobs on: to be begun, or into a line.
 
     ``unknown``: the backoff of jobs whose task this worker does not know. ``call``: run a function on the loop, from
@@ -79,18 +79,18 @@ class Intake:
     """
 
     executor: Executor
-    places: Places
+    places: Placement
 
     def __init__(
         self,
-        facts: Facts,
-        sender: Sender,
+        facts: WorkerEvents,
+        sender: WorkerProducer,
         decoder: codec.Decoder,
         arrived: Arrived,
         starter: Starter,
-        lines: Lines,
-        plans: Mapping[str, Plan],
-        stages: Mapping[str, Stage],
+        lines: WaitQueues,
+        plans: Mapping[str, TaskRuntime],
+        stages: Mapping[str, Lane],
         *,
         unknown: Retry,
         call: Callable[..., None],
@@ -103,7 +103,7 @@ class Intake:
         self._decoder, self._own_form = decoder, decoder.own_form
         self._start = starter.start
         self._fair = any(stage.fair_by is not None for stage in stages.values())
-        self.aside = Aside(decoder, lambda *read: call(self.from_aside, *read), fail)
+        self.aside = SchemaResolver(decoder, lambda *read: call(self.from_aside, *read), fail)
         self.counts = Counts()
 
     def take_up(self, partition: Partition, message: Message, now: float) -> None:
@@ -167,7 +167,7 @@ class Intake:
                 offsets.hold(None)
 
     def from_aside(self, partition: Partition, message: Message, read: Read, fresh: bool) -> None:
-        """Take a record back from `Aside`: as an event, as what keeps this worker from judging it, or as why it cannot
+        """Take a record back from `SchemaResolver`: as an event, as what keeps this worker from judging it, or as why it cannot
         be read. It is taken up as the partition's next record, at the partition's turn."""
         partition.aside = False
         partition.back = (message, read, fresh)
@@ -210,7 +210,7 @@ class Intake:
             and self._deferred(partition, message, event, spec, now)
         ):
             return
-        work = Work(partition, offset, event, self._arrived)
+        work = JobRun(partition, offset, event, self._arrived)
         work.expires_at = spec.expires_at
         work.appended = appended
         partition.live[offset] = work
@@ -268,20 +268,20 @@ class Intake:
         # Keep the bytes, unless another schema wrote them or the expiry has become a point in time.
         if not isinstance(value, bytes) or not value.startswith(_OWN) or spec.expires_at is not None:
             value = codec.encode(event)
-        one = Deferred(offset, message.timestamp()[1], value, plan, offset < partition.careful)
+        one = ParkedRecord(offset, message.timestamp()[1], value, plan, offset < partition.careful)
         self._lines.defer(partition, identity, one, serial=event.key is not None, tenant=tenant)
         return True
 
-    def revive(self, partition: Partition, one: Deferred) -> Work:
+    def revive(self, partition: Partition, one: ParkedRecord) -> JobRun:
         """Make the job of a deferred record; its arguments are not decoded yet."""
         event = plain_submission(one.value) or codec.decode(one.value)
         spec = event.fact.spec  # type: ignore[union-attr]  # as it was accepted
-        work = Work(partition, one.offset, event, self._arrived)
+        work = JobRun(partition, one.offset, event, self._arrived)
         work.expires_at, work.appended, work.plan, work.suspect = spec.expires_at, one.appended, one.plan, one.suspect
         partition.live[one.offset] = work
         return work
 
-    def unknown(self, work: Work) -> None:
+    def unknown(self, work: JobRun) -> None:
         """Close a job whose task this worker does not know. Another worker may know it, so the job is snoozed; it fails
         when the backoff is exhausted."""
         event = work.event
@@ -289,7 +289,7 @@ class Intake:
         outcome = unknown_task(event.task, list(self._plans), _tags(event), self._backoff, random.random())
         self.executor.close_with(work, outcome)
 
-    def _settle_found(self, work: Work, found: Found) -> None:
+    def _settle_found(self, work: JobRun, found: PriorFact) -> None:
         """Do not run a job whose release the log settles already; send the records derived from that fact again."""
         self.counts.found_closed += 1
         event = work.event
@@ -332,13 +332,13 @@ class Intake:
         LOG.error("%r@%d is rejected: %s", partition, offset, why)
         key, value = message.key(), message.value()
         record = self._facts.rejected(partition.topic, partition.number, offset, _bytes(key), _bytes(value), why)
-        work = Work(partition, offset, None, self._arrived)
+        work = JobRun(partition, offset, None, self._arrived)
         partition.live[offset] = work
         assert record.value is not None
         self._sender.send(record.topic, record.value, record.key, BY_KEY, work.derived_delivered)
 
 
-def _of_tenant(tenant: str, plan: Plan) -> tuple[str, ...]:
+def _of_tenant(tenant: str, plan: TaskRuntime) -> tuple[str, ...]:
     """Return the line of a tenant's jobs of one task. Each task has its own line, because a paused task must not hold
     up the others."""
     return ("tag", tenant, plan.name)

@@ -13,21 +13,21 @@ from collections.abc import Callable, Iterable
 
 from jobledger.consumers.partitions.fetcher import Fetcher
 from jobledger.consumers.partitions.takeover import UNSEEN_LEAST, UNSEEN_MS
-from jobledger.consumers.recording.worker_events import Facts
-from jobledger.consumers.recording.worker_producer import UNACKNOWLEDGED_LIMIT, Sender
+from jobledger.consumers.recording.worker_events import WorkerEvents
+from jobledger.consumers.recording.worker_producer import UNACKNOWLEDGED_LIMIT, WorkerProducer
 from jobledger.consumers.running.executor import Executor
-from jobledger.consumers.running.job_leases import Leases
-from jobledger.consumers.running.placement import Places
-from jobledger.consumers.scheduling.admission import Intake
+from jobledger.consumers.running.job_leases import JobLeases
+from jobledger.consumers.running.placement import Placement
+from jobledger.consumers.scheduling.admission import Admission
 from jobledger.consumers.scheduling.control_reader import Control
-from jobledger.consumers.scheduling.lanes import Stage, Turns
+from jobledger.consumers.scheduling.lanes import Lane, Turns
 from jobledger.consumers.scheduling.starter import Starter
-from jobledger.consumers.scheduling.wait_queues import Lines
-from jobledger.consumers.state.limiters import Room, Scope
+from jobledger.consumers.scheduling.wait_queues import WaitQueues
+from jobledger.consumers.state.limiters import Limiter, Slots
 from jobledger.consumers.state.outcome import Cancelled
-from jobledger.consumers.state.work import Arrived, Partition, Plan, Work
+from jobledger.consumers.state.work import Arrived, JobRun, Partition, TaskRuntime
 from jobledger.definitions.retry import Retry
-from jobledger.definitions.task_registry import Registry
+from jobledger.definitions.task_registry import TaskRegistry
 from jobledger.errors import JobledgerError
 from jobledger.kafka.topic_names import Names, lane
 from jobledger.process.logger import get_logger
@@ -69,19 +69,19 @@ class Dispatcher:
     """Start jobs while there are slots: ``concurrency`` in all, ``threads`` of them plain functions, ``children``
     isolated.
 
-    ``lookahead``, ``lookahead_bytes``: how much may wait in lines in this process, see `Lines`. ``drain()``: take the
+    ``lookahead``, ``lookahead_bytes``: how much may wait in lines in this process, see `WaitQueues`. ``drain()``: take the
     delivery reports that have arrived. ``hurry()``: have sent records acknowledged as soon as possible. `wire` must be
     called before anything else.
     """
 
     executor: Executor
-    places: Places
+    places: Placement
 
     def __init__(
         self,
-        registry: Registry,
-        facts: Facts,
-        sender: Sender,
+        registry: TaskRegistry,
+        facts: WorkerEvents,
+        sender: WorkerProducer,
         decoder: codec.Decoder,
         arrived: Arrived,
         *,
@@ -102,14 +102,14 @@ class Dispatcher:
         self._concurrency, self._waiting_limit = concurrency, waiting_limit
         self._broker_ms, self._drain, self._hurry, self.fail = broker_ms, drain, hurry, fail
         self._names: Names = registry.names
-        self.threads, self.processes = Room("threads", threads), Room("processes", children)
-        self.plans = {name: Plan(task, registry.hooks) for name, task in registry.tasks.items()}
+        self.threads, self.processes = Slots("threads", threads), Slots("processes", children)
+        self.plans = {name: TaskRuntime(task, registry.hooks) for name, task in registry.tasks.items()}
         for plan in self.plans.values():
             isolated = plan.task.policy.isolation is not None
             plan.room = self.processes if isolated else None if plan.is_async else self.threads
-        self.scopes = {name: Scope(f"queue {name}", registry.queues[name].limits) for name in queues}
+        self.scopes = {name: Limiter(f"queue {name}", registry.queues[name].limits) for name in queues}
         self.stages = {
-            self._names.jobs(lane(name, level)): Stage(registry.queues[name], level, scope)
+            self._names.jobs(lane(name, level)): Lane(registry.queues[name], level, scope)
             for name, scope in self.scopes.items()
             for level in registry.queues[name].levels
         }
@@ -130,7 +130,7 @@ class Dispatcher:
             call=self.call,
             drain=drain,
         )
-        self.lines = Lines(
+        self.lines = WaitQueues(
             self.starter,
             self.stages,
             lookahead=lookahead,
@@ -142,7 +142,7 @@ class Dispatcher:
             revive=lambda partition, deferred: self.intake.revive(partition, deferred),
             call=self.call,
         )
-        self.intake = Intake(
+        self.intake = Admission(
             facts,
             sender,
             decoder,
@@ -158,8 +158,8 @@ class Dispatcher:
         )
         self.running = self.starter.running
         #: Jobs that ended in a thread or a child, or are not begun after all, and are not handled here yet.
-        self._finished: deque[Work] = deque()
-        self._in_log: deque[Work] = deque()  # keyed jobs: their attempt's last fact is acknowledged, not handled yet
+        self._finished: deque[JobRun] = deque()
+        self._in_log: deque[JobRun] = deque()  # keyed jobs: their attempt's last fact is acknowledged, not handled yet
         self._loop: asyncio.AbstractEventLoop
         self._awake = False
         self._alarm: tuple[float, asyncio.TimerHandle] | None = None
@@ -169,7 +169,7 @@ class Dispatcher:
         self._first_at = 0.0
         self.idle = asyncio.Event()
 
-    def wire(self, executor: Executor, places: Places, leases: Leases) -> None:
+    def wire(self, executor: Executor, places: Placement, leases: JobLeases) -> None:
         """Connect the executor, the places where code runs, and the leases of long jobs, which are made from parts of
         this one."""
         self.executor = self.starter.executor = self.lines.executor = self.intake.executor = executor
@@ -258,12 +258,12 @@ class Dispatcher:
             for each in [scope, *(plan.scope for plan in self.plans.values() if plan.task.queue == name)]:
                 each.own(owned, total)
 
-    def ended_in_thread(self, work: Work) -> None:
+    def ended_in_thread(self, work: JobRun) -> None:
         """Report that a job has ended in a thread. Any thread."""
         self._finished.append(work)
         self.wake()
 
-    def acknowledged(self, work: Work) -> None:
+    def acknowledged(self, work: JobRun) -> None:
         """Report that the last fact of a keyed job's attempt is in the log. Any thread."""
         self._in_log.append(work)
         self.wake()
@@ -292,14 +292,14 @@ class Dispatcher:
 
     # -- the loop's side ------------------------------------------------------------------------------------------
 
-    def ended_here(self, work: Work) -> None:
+    def ended_here(self, work: JobRun) -> None:
         """Free the slot of a coroutine that has ended. On the loop."""
         del self.running[work]
         if work.line is not None or work.gates:
             self.lines.left(work)
         self._pump_soon()
 
-    def ended_in_child(self, work: Work) -> None:
+    def ended_in_child(self, work: JobRun) -> None:
         """Note that a job has ended in a child, or is not begun after all; its slot is freed soon. On the loop."""
         self._finished.append(work)
         self._pump_soon()
@@ -419,7 +419,7 @@ class Dispatcher:
         self._resting = False
         self.wake()
 
-    def _serve(self, stage: Stage, most: int, of_each: int) -> int:
+    def _serve(self, stage: Lane, most: int, of_each: int) -> int:
         """Begin up to ``most`` jobs of a stage, its partitions in turn. Returns how many records and waiting jobs were
         handled."""
         scope = stage.scope
@@ -448,7 +448,7 @@ class Dispatcher:
                 empty += 1
         return served
 
-    def _fill(self, stage: Stage, most: int) -> int:
+    def _fill(self, stage: Lane, most: int) -> int:
         """Take records into the lines of their tags, so that there are tenants to choose from. Returns how many were
         taken."""
         filled = 0

@@ -14,8 +14,8 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Sequence
 
-from jobledger.consumers.state.limiters import Scope
-from jobledger.consumers.state.work import WAIT_BOUNDS_MS, Line, Partition, Work
+from jobledger.consumers.state.limiters import Limiter
+from jobledger.consumers.state.work import WAIT_BOUNDS_MS, JobRun, Partition, WaitQueue
 from jobledger.definitions.queues import Queue
 from jobledger.kafka.topic_names import lane
 
@@ -26,7 +26,7 @@ WEIGHTS = {"high": 64.0, None: 8.0, "low": 1.0}
 AGEING_S, AGEING_MOST = 30.0, 6
 
 
-class Stage:
+class Lane:
     """One lane of a queue in this worker. ``scope``: the queue's limits and pauses, shared by its lanes."""
 
     __slots__ = (
@@ -47,7 +47,7 @@ class Stage:
         "weight",
     )
 
-    def __init__(self, queue: Queue, level: str | None, scope: Scope) -> None:
+    def __init__(self, queue: Queue, level: str | None, scope: Limiter) -> None:
         self.queue, self.level, self.scope = queue.name, level, scope
         self.lane = lane(queue.name, level)
         self.fair_by = queue.fair_by
@@ -59,9 +59,9 @@ class Stage:
         self.parts: deque[Partition] = deque()
         #: Number of lines whose first job may be startable. ``_turns`` holds them per tenant, in round-robin order.
         self.ready = 0
-        self._turns: dict[str, deque[Line]] = {}
+        self._turns: dict[str, deque[WaitQueue]] = {}
         #: Jobs that may start once their room has a free place, by the room's name.
-        self.waiting: dict[str, deque[Work]] = {}
+        self.waiting: dict[str, deque[JobRun]] = {}
 
     def age(self, broker_ms: float) -> None:
         """Set the weight by how long the oldest record that waits here has waited."""
@@ -69,7 +69,7 @@ class Stage:
         waited_s = max(0.0, broker_ms - min(heads)) / 1000 if heads else 0.0
         self.weight = self.base_weight * 2.0 ** min(waited_s / AGEING_S, AGEING_MOST)
 
-    def add(self, line: Line) -> None:
+    def add(self, line: WaitQueue) -> None:
         """Note that the line's first job may be startable."""
         if not line.queued:
             line.queued = True
@@ -79,7 +79,7 @@ class Stage:
                 lines = self._turns[line.tenant] = deque()
             lines.append(line)
 
-    def next_line(self) -> Line:
+    def next_line(self) -> WaitQueue:
         """Return the next ready line; there must be one. The tenants take turns, and so do the lines of a tenant."""
         tenant = next(iter(self._turns))
         lines = self._turns.pop(tenant)
@@ -109,14 +109,14 @@ class Turns:
     def __init__(self) -> None:
         self._passed = 0.0
 
-    def next_of(self, stages: Sequence[Stage]) -> Stage:
+    def next_of(self, stages: Sequence[Lane]) -> Lane:
         """Return the stage that has had the fewest starts for its weight, of one or more. A stage that had no work
         meanwhile cannot claim the starts that it missed."""
         for stage in stages:
             stage.passed = max(stage.passed, self._passed)
         return min(stages, key=lambda stage: stage.passed)
 
-    def took(self, stage: Stage, count: int) -> None:
+    def took(self, stage: Lane, count: int) -> None:
         """Note that the stage was given ``count`` starts."""
         self._passed = stage.passed
         stage.passed += count / stage.weight

@@ -32,7 +32,7 @@ def read(decoder: Decoder, value: object) -> Read:
         return str(exc)
 
 
-class Aside(threading.Thread):
+class SchemaResolver(threading.Thread):
     """Decode records in the order in which they are put. ``back`` is called in this thread with each record and what
     `read` returned. ``fail``: stop the worker, because a record could not be decoded."""
 

@@ -17,14 +17,14 @@ from typing import TYPE_CHECKING
 import uuid_utils
 from confluent_kafka import KafkaError, KafkaException, Message
 
-from jobledger.consumers.recording.worker_events import Facts
-from jobledger.consumers.recording.worker_producer import Sender
+from jobledger.consumers.recording.worker_events import WorkerEvents
+from jobledger.consumers.recording.worker_producer import WorkerProducer
 from jobledger.consumers.running.executor import Executor, context_of
-from jobledger.consumers.running.placement import Places
+from jobledger.consumers.running.placement import Placement
 from jobledger.consumers.scheduling.control_reader import Control
-from jobledger.consumers.scheduling.lanes import Stage, Turns
+from jobledger.consumers.scheduling.lanes import Lane, Turns
 from jobledger.consumers.state.outcome import Expired, Outcome
-from jobledger.consumers.state.work import WAIT_BOUNDS_MS, Work
+from jobledger.consumers.state.work import WAIT_BOUNDS_MS, JobRun
 from jobledger.kafka.topic_names import Names
 from jobledger.process.identity import now_us
 from jobledger.schemas.codec import encode
@@ -33,7 +33,7 @@ from jobledger.schemas.events import JobEvent, JobStarted
 if TYPE_CHECKING:
     import asyncio
 
-    from jobledger.consumers.running.job_leases import Leases
+    from jobledger.consumers.running.job_leases import JobLeases
 
 _monotonic = time.monotonic
 _uuid7 = uuid_utils.uuid7
@@ -47,16 +47,16 @@ class Starter:
     """
 
     executor: Executor
-    places: Places
-    leases: Leases
+    places: Placement
+    leases: JobLeases
     loop: asyncio.AbstractEventLoop
 
     def __init__(
         self,
-        facts: Facts,
-        sender: Sender,
+        facts: WorkerEvents,
+        sender: WorkerProducer,
         names: Names,
-        stages: Mapping[str, Stage],
+        stages: Mapping[str, Lane],
         turns: Turns,
         control: Control,
         *,
@@ -77,9 +77,9 @@ class Starter:
         #: The context that each job's context is copied from: a job must not see variables that another job has set.
         self.base = contextvars.copy_context()
         #: All jobs that were begun and have not ended.
-        self.running: dict[Work, None] = {}
+        self.running: dict[JobRun, None] = {}
 
-    def refused(self, work: Work) -> Outcome | None:
+    def refused(self, work: JobRun) -> Outcome | None:
         """Return the outcome of a job that must not start, because it is cancelled or has expired; else None."""
         cancels = self._control.cancels
         event = work.event
@@ -90,7 +90,7 @@ class Starter:
             return Expired(work.expires_at)
         return None
 
-    def start(self, work: Work, now: float) -> None:
+    def start(self, work: JobRun, now: float) -> None:
         """Run a job that may run, now or as soon as there is room where its code runs."""
         plan = work.plan
         assert plan is not None
@@ -106,7 +106,7 @@ class Starter:
             stage = self._stages[work.partition.topic]
             stage.waiting.setdefault(room.name, deque()).append(work)
 
-    def _begin(self, work: Work, now: float) -> None:
+    def _begin(self, work: JobRun, now: float) -> None:
         """Count the job as begun, send its start and run it; a long job takes its lease first."""
         work.began = now
         event, plan = work.event, work.plan
@@ -139,16 +139,16 @@ class Starter:
         else:
             self._say_started(work, at_us)
 
-    def begin_again(self, work: Work) -> None:
+    def begin_again(self, work: JobRun) -> None:
         """Start a job once more whose process died; its slot is counted already."""
         self.started += 1
         self._say_started(work, now_us())
 
-    def leased(self, work: Work) -> None:
+    def leased(self, work: JobRun) -> None:
         """Start a long job, whose lease is in the log."""
         self._say_started(work, now_us())
 
-    def _say_started(self, work: Work, at_us: int) -> None:
+    def _say_started(self, work: JobRun, at_us: int) -> None:
         """Send the job's start, and run its code. The code does not wait for the acknowledgement, because the closing
         fact follows in the same partition. A suspect does wait for it."""
         event, partition = work.event, work.partition
@@ -184,18 +184,18 @@ class Starter:
         else:
             self.places.go(work)
 
-    def _start_delivered(self, work: Work, error: KafkaError | None, message: Message) -> None:
+    def _start_delivered(self, work: JobRun, error: KafkaError | None, message: Message) -> None:
         """Delivery callback of a suspect's start, in any thread. Has all reports taken soon: they are taken in
         order."""
         work.noted_delivered(error, message)
         self._call(self._drain)
 
-    def _start_noted(self, work: Work) -> None:
+    def _start_noted(self, work: JobRun) -> None:
         """Run a suspect: its start is in the log, and a later owner will find it. Called in the thread that took the
         report."""
         self._call(self.places.go, work)
 
-    def ours(self, work: Work) -> bool:
+    def ours(self, work: JobRun) -> bool:
         """Return whether this worker is still to run a job that is counted as running.
 
         A suspect belongs to the next owner as soon as its partition is given up or stopped, or the worker takes no more
@@ -209,14 +209,14 @@ class Starter:
         return partition.owned and partition.stopped is None if work.suspect else not partition.gone
 
     @staticmethod
-    def certain(work: Work) -> bool:
+    def certain(work: JobRun) -> bool:
         """Return whether surely no other worker has taken the job over; if that is not known, ask the group."""
         return work.lease is not None or work.partition.certain()
 
     def start_waiting(self) -> int:
         """Begin jobs that wait for room, where there is room now; return how many were handled."""
         begun = 0
-        waits: dict[str, list[Stage]] = {}
+        waits: dict[str, list[Lane]] = {}
         for stage in self._all_stages:
             for name, waiting in stage.waiting.items():
                 if waiting:
@@ -233,7 +233,7 @@ class Starter:
                     stages.remove(stage)
         return begun
 
-    def _start_first(self, waiting: deque[Work]) -> bool:
+    def _start_first(self, waiting: deque[JobRun]) -> bool:
         """Begin the first of the jobs that wait for room; False if none may begin now."""
         work = waiting[0]
         now = _monotonic()

@@ -15,12 +15,12 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from jobledger.consumers.running.executor import Executor
-from jobledger.consumers.running.placement import Places
-from jobledger.consumers.scheduling.lanes import Stage
+from jobledger.consumers.running.placement import Placement
+from jobledger.consumers.scheduling.lanes import Lane
 from jobledger.consumers.scheduling.starter import Starter
-from jobledger.consumers.state.limiters import Gate, Room, closed_gate
+from jobledger.consumers.state.limiters import Gate, Slots, closed_gate
 from jobledger.consumers.state.outcome import Snoozed, answered
-from jobledger.consumers.state.work import Deferred, Line, Partition, Plan, Work
+from jobledger.consumers.state.work import JobRun, ParkedRecord, Partition, TaskRuntime, WaitQueue
 
 if TYPE_CHECKING:
     import asyncio
@@ -32,14 +32,14 @@ _monotonic = time.monotonic
 ASIDE_AT_ONCE, LOOKED_AT = 64, 1_000
 
 
-class Lines:
+class WaitQueues:
     """The lines of this worker's partitions.
 
     ``lookahead``: how many jobs may wait in all lines ready to begin. ``lookahead_bytes``: memory for further jobs,
     kept as bare records.
 
     A partition is read on even if its lines are long: behind a hundred thousand jobs of one key there may be the first
-    job of another. A job far back in its line is kept as its record (`Deferred`), and becomes a `Work` when its turn
+    job of another. A job far back in its line is kept as its record (`ParkedRecord`), and becomes a `JobRun` when its turn
     comes.
 
     ``wake``: look for work now; ``wake_in(seconds)``: look then. ``unknown(work)``: close a job whose task this worker
@@ -52,30 +52,30 @@ class Lines:
     """
 
     executor: Executor
-    places: Places
+    places: Placement
     loop: asyncio.AbstractEventLoop
 
     def __init__(
         self,
         starter: Starter,
-        stages: Mapping[str, Stage],
+        stages: Mapping[str, Lane],
         *,
         lookahead: int,
         lookahead_bytes: int,
         broker_ms: Callable[[], float],
         wake: Callable[[], None],
         wake_in: Callable[[float | None], None],
-        unknown: Callable[[Work], None],
-        revive: Callable[[Partition, Deferred], Work],
+        unknown: Callable[[JobRun], None],
+        revive: Callable[[Partition, ParkedRecord], JobRun],
         call: Callable[..., None],
     ) -> None:
         self._starter, self._stages, self._lookahead = starter, stages, lookahead
         self._bytes, self._revive, self._call = lookahead_bytes, revive, call
         self._broker_ms, self._wake, self._wake_in, self._unknown = broker_ms, wake, wake_in, unknown
         #: Gates that lines wait for.
-        self.parking: dict[Gate | Room, None] = {}
+        self.parking: dict[Gate | Slots, None] = {}
         #: Lines of keys whose job has freed its slot, but whose last fact is not acknowledged yet.
-        self.unacknowledged: dict[Line, None] = {}
+        self.unacknowledged: dict[WaitQueue, None] = {}
         #: How many partitions share the lookahead.
         self.owned = 0
         #: Bytes of all deferred jobs.
@@ -110,17 +110,17 @@ class Lines:
             return True
         return self.deferred_bytes >= self._bytes // 2 and partition.deferred_bytes >= self._share // 2
 
-    def enqueue(self, work: Work, identity: tuple[str, ...], *, serial: bool, tenant: str = "") -> Line:
+    def enqueue(self, work: JobRun, identity: tuple[str, ...], *, serial: bool, tenant: str = "") -> WaitQueue:
         work.line = line = self._join(work.partition, identity, work, serial, tenant)
         work.waiting = True
         return line
 
     def _join(
-        self, partition: Partition, identity: tuple[str, ...], one: Work | Deferred, serial: bool, tenant: str
-    ) -> Line:
+        self, partition: Partition, identity: tuple[str, ...], one: JobRun | ParkedRecord, serial: bool, tenant: str
+    ) -> WaitQueue:
         line = partition.lines.get(identity)
         if line is None:
-            line = partition.lines[identity] = Line(partition, identity, serial, tenant)
+            line = partition.lines[identity] = WaitQueue(partition, identity, serial, tenant)
         line.works.append(one)
         partition.waiting += 1
         if not line.busy:
@@ -128,18 +128,18 @@ class Lines:
         return line
 
     def defer(
-        self, partition: Partition, identity: tuple[str, ...], one: Deferred, *, serial: bool, tenant: str
+        self, partition: Partition, identity: tuple[str, ...], one: ParkedRecord, *, serial: bool, tenant: str
     ) -> None:
         """Add a bare record to the end of its line."""
         self._join(partition, identity, one, serial, tenant)
         self._count(partition, one, 1)
 
-    def _count(self, partition: Partition, one: Deferred, by: int) -> None:
+    def _count(self, partition: Partition, one: ParkedRecord, by: int) -> None:
         partition.deferred += by
         partition.deferred_bytes += by * one.size
         self.deferred_bytes += by * one.size
 
-    def enqueue_keyed(self, work: Work, key: str, held: tuple[int, int, int] | None, tenant: str = "") -> None:
+    def enqueue_keyed(self, work: JobRun, key: str, held: tuple[int, int, int] | None, tenant: str = "") -> None:
         """Add a job behind the others of its key. ``held``: an entry of `Partition.held`, if a former owner has retried
         it in place."""
         line = self.enqueue(work, ("key", key), serial=True, tenant=tenant)
@@ -157,7 +157,9 @@ class Lines:
             work.partition.waiting -= 1
             self._hold(work, line, wait_s)
 
-    def wait_for_gate(self, work: Work, plan: Plan, identity: tuple[str, ...], now: float, tenant: str = "") -> None:
+    def wait_for_gate(
+        self, work: JobRun, plan: TaskRuntime, identity: tuple[str, ...], now: float, tenant: str = ""
+    ) -> None:
         """Let a job wait in a line. If the gate is closed and many jobs wait already, give the job back to the
         coordinator, so that other jobs can pass."""
         partition = work.partition
@@ -168,7 +170,7 @@ class Lines:
             return
         self.enqueue(work, identity, serial=False, tenant=tenant)
 
-    def _set_aside(self, work: Work, gate: Gate, ahead: int) -> None:
+    def _set_aside(self, work: JobRun, gate: Gate, ahead: int) -> None:
         """Give a job back to the coordinator until about its turn. ``ahead``: how many jobs are before it in its
         line."""
         seconds = max(5.0, gate.passes_in(ahead * max(1, self.owned))) * (1.0 + 0.2 * random.random())
@@ -184,7 +186,7 @@ class Lines:
         kept = [
             (len(line.works), gate, line)
             for gate in self.parking
-            if not isinstance(gate, Room)
+            if not isinstance(gate, Slots)
             for line in islice(gate.parked, LOOKED_AT)
             if line.partition is partition and not line.serial and len(line.works) > 1
         ]
@@ -195,7 +197,7 @@ class Lines:
             one = line.works[-1]
             if one.suspect:
                 return
-            if isinstance(one, Deferred):
+            if isinstance(one, ParkedRecord):
                 self._count(partition, one, -1)
                 work = self._revive(partition, one)
             else:
@@ -205,7 +207,7 @@ class Lines:
             self._set_aside(work, gate, len(line.works))
         self._wake()
 
-    def serve(self, stage: Stage, most: int) -> int:
+    def serve(self, stage: Lane, most: int) -> int:
         """Begin the first jobs of lines, the lines in turn; return how many jobs were handled."""
         begun = 0
         for _ in range(stage.ready):
@@ -226,13 +228,13 @@ class Lines:
                 partition.taking = False
         return begun
 
-    def _serve_line(self, stage: Stage, line: Line, now: float) -> int:
+    def _serve_line(self, stage: Lane, line: WaitQueue, now: float) -> int:
         """Begin the line's first job, close it if it must not begin, or park the line at the gate that holds it back.
         Returns 1 if the job left the line, else 0."""
         work = line.works[0]
         unread = line.serial  # whether its arguments are not decoded yet
-        if isinstance(work, Deferred):
-            # Check the gate before making a `Work`: else, while it is closed, each of many lines would make one.
+        if isinstance(work, ParkedRecord):
+            # Check the gate before making a `JobRun`: else, while it is closed, each of many lines would make one.
             if (plan := work.plan) is not None and (gate := self._keeping(plan, plan.room, now)) is not None:
                 return self._park(line, gate, now)
             self._count(line.partition, work, -1)
@@ -267,7 +269,7 @@ class Lines:
         return 1
 
     @staticmethod
-    def _served(stage: Stage, line: Line) -> None:
+    def _served(stage: Lane, line: WaitQueue) -> None:
         """Add the line to its stage again for its next job; delete the line if it has none."""
         if line.works:
             stage.add(line)
@@ -275,18 +277,18 @@ class Lines:
             line.partition.lines.pop(line.identity, None)
 
     @staticmethod
-    def _keeping(plan: Plan, room: Room | None, now: float) -> Gate | Room | None:
+    def _keeping(plan: TaskRuntime, room: Slots | None, now: float) -> Gate | Slots | None:
         """Return the gate or room that holds a job back; None if it may begin."""
         gate = closed_gate(plan.gates, now)
         return room if gate is None and room is not None and room.free(now) <= 0 else gate
 
-    def _passed(self, line: Line) -> None:
+    def _passed(self, line: WaitQueue) -> None:
         """A gate let this line through, but it begins no job: wake the pump, so that another parked line can."""
         if line.gate is not None and line.gate.parked:
             self._wake()
         line.gate = None
 
-    def _park(self, line: Line, gate: Gate | Room, now: float) -> int:
+    def _park(self, line: WaitQueue, gate: Gate | Slots, now: float) -> int:
         if line.gate is not gate:
             self._passed(line)
         line.gate = gate
@@ -311,7 +313,7 @@ class Lines:
             else:
                 del self.parking[gate]
 
-    def left(self, work: Work) -> None:
+    def left(self, work: JobRun) -> None:
         """Stop counting a job that does not run any more; in a serial line, note that its slot is free."""
         now = _monotonic()
         for gate in work.gates:
@@ -327,14 +329,14 @@ class Lines:
         elif not self._half_over(work, line) and line.partition.owned:
             self.unacknowledged[line] = None
 
-    def acknowledged(self, work: Work) -> None:
+    def acknowledged(self, work: JobRun) -> None:
         """Note that the last fact of a keyed job's attempt is acknowledged."""
         line = work.line
         if line is not None and work.lease is None:
             self.unacknowledged.pop(line, None)
             self._half_over(work, line)
 
-    def _half_over(self, work: Work, line: Line) -> bool:
+    def _half_over(self, work: JobRun, line: WaitQueue) -> bool:
         """Note one of two events: the job's slot is free; the last fact of its attempt is acknowledged. The second one
         ends the job's turn. Returns whether this was the second."""
         line.over += 1
@@ -343,7 +345,7 @@ class Lines:
         self._turn_over(work, line)
         return True
 
-    def _turn_over(self, work: Work, line: Line) -> None:
+    def _turn_over(self, work: JobRun, line: WaitQueue) -> None:
         """Let the key's next job begin, or plan the next attempt of this one."""
         if work.again_s is not None:
             self._hold(work, line, work.again_s)
@@ -351,7 +353,7 @@ class Lines:
         line.busy = False
         self._served(self._stages[line.partition.topic], line)
 
-    def _hold(self, work: Work, line: Line, seconds: float) -> None:
+    def _hold(self, work: JobRun, line: WaitQueue, seconds: float) -> None:
         """Begin the next attempt after so many ``seconds``; meanwhile the job keeps its key.
 
         The seconds count from now, when the fact that asks for them is acknowledged. The broker appended that fact
@@ -363,7 +365,7 @@ class Lines:
         line.busy = True
         self.loop.call_later(seconds, self._call, self._again, work, line, _monotonic() + seconds)
 
-    def _again(self, work: Work, line: Line, due: float) -> None:
+    def _again(self, work: JobRun, line: WaitQueue, due: float) -> None:
         partition = line.partition
         if not partition.owned or not self._starter.accepting:
             return  # the next owner makes the attempt, and finds in the log which one it is

@@ -68,7 +68,7 @@ def share_of(limit: int, owned: Iterable[int], total: int) -> int:
     return max(1, sum(each + (n < rest) for n in numbers)) if numbers else 0
 
 
-class Scope:
+class Limiter:
     """What people can limit or pause: a queue or a task. ``declared``: the limits in the code; ``ordered``: those set
     at run time."""
 
@@ -259,11 +259,11 @@ class AdaptiveGate:
         return None
 
     def describe(self) -> str:
-        """See `Scope.describe`."""
+        """See `Limiter.describe`."""
         return f"{self.name}: {int(self.limit)} at once in a worker, adapted to latency and errors"
 
     def passes_in(self, waiting: int) -> float:
-        """See `Scope.passes_in`."""
+        """See `Limiter.passes_in`."""
         return 10.0
 
 
@@ -315,15 +315,15 @@ class BreakerGate:
         return None if self._open_until is None or self._trying else max(0.0, self._open_until - now)
 
     def describe(self) -> str:
-        """See `Scope.describe`."""
+        """See `Limiter.describe`."""
         return f"{self.name}: its circuit is open after {self._failures} failures in a row"
 
     def passes_in(self, waiting: int) -> float:
-        """See `Scope.passes_in`."""
+        """See `Limiter.passes_in`."""
         return self.policy.reset
 
 
-class Room:
+class Slots:
     """A limit on how many jobs are in one place at once: the threads, the child processes."""
 
     __slots__ = ("most", "name", "parked", "running")

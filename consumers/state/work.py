@@ -1,7 +1,7 @@
 """Hold a worker's state: the partitions it owns, and the work records it is processing.
 
 State only. The fetch thread adds raw messages and ends ownership. The dispatcher (event loop) takes the messages and
-marks duplicates done. The settler marks other records done; `Settler.drain` runs in any thread. `Partition.lock` guards
+marks duplicates done. The settler marks other records done; `AckTracker.drain` runs in any thread. `Partition.lock` guards
 `Partition.offsets`.
 """
 
@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from confluent_kafka import KafkaError, Message
 
 from jobledger.consumers.state.dedup import ReleaseMemory
-from jobledger.consumers.state.limiters import AdaptiveGate, BreakerGate, Gate, Room, Scope
+from jobledger.consumers.state.limiters import AdaptiveGate, BreakerGate, Gate, Limiter, Slots
 from jobledger.consumers.state.offset_tracker import PartitionOffsets, Snapshot
 from jobledger.consumers.state.outcome import Outcome
 from jobledger.definitions.context import JobContext
@@ -35,7 +35,7 @@ LOG = get_logger("jobledger.worker")
 
 #: Delivery reports that the settler has not taken yet: (the job they are about, whether the fact closes the release,
 #: error, message). True: a closing fact; False: a derived record; None: a fact after which the job continues here.
-Arrived = deque[tuple["Work", bool | None, KafkaError | None, Message]]
+Arrived = deque[tuple["JobRun", bool | None, KafkaError | None, Message]]
 
 #: Upper bounds of the histograms: how long jobs waited, in milliseconds, and how long attempts ran, in seconds.
 WAIT_BOUNDS_MS = (5.0, 10.0, 25.0, 50.0, 100.0, 250.0, 500.0, 1e3, 2.5e3, 5e3, 10e3, 30e3, 60e3, 300e3, 1800e3, 7200e3)
@@ -47,7 +47,7 @@ PROGRESS_INTERVAL_S = 0.1
 _NOWHERE: frozenset[str] = frozenset()  # shared by all jobs: Python makes a new frozenset each time
 
 
-class Lease:
+class OwnershipLease:
     """The time until which this worker surely owns its partitions of a lane. Each accepted commit of the group member
     extends it.
 
@@ -76,7 +76,7 @@ class Lease:
             self._wake()
 
 
-class Found:
+class PriorFact:
     """A fact in the log that settles a release already: its offset on lifecycle, when it was appended (ms), and the
     fact."""
 
@@ -90,11 +90,11 @@ class Found:
 NOTHING_FOLLOWS = JobSucceeded()
 
 
-class Deferred:
-    """A job far back in a line, kept as its record alone: a tenth of the memory of a `Work`.
+class ParkedRecord:
+    """A job far back in a line, kept as its record alone: a tenth of the memory of a `JobRun`.
 
     ``value``: the event, encoded with this version's schema. ``appended``: ms of the broker's clock. ``plan``: None if
-    this worker does not know the task. ``suspect``: see `Work`.
+    this worker does not know the task. ``suspect``: see `JobRun`.
     """
 
     __slots__ = ("appended", "offset", "plan", "suspect", "value")
@@ -102,7 +102,7 @@ class Deferred:
     #: Bytes of memory that one takes beside its value, its entry in the offsets included.
     OVERHEAD = 300
 
-    def __init__(self, offset: int, appended: int, value: bytes, plan: Plan | None, suspect: bool) -> None:
+    def __init__(self, offset: int, appended: int, value: bytes, plan: TaskRuntime | None, suspect: bool) -> None:
         self.offset, self.appended, self.value, self.plan, self.suspect = offset, appended, value, plan, suspect
 
     @property
@@ -111,7 +111,7 @@ class Deferred:
         return len(self.value) + self.OVERHEAD
 
 
-class Line:
+class WaitQueue:
     """Jobs of one partition that wait, in order.
 
     ``serial``: its jobs run one at a time. ``busy``: one of its jobs runs, waits for its next attempt, or its attempt's
@@ -128,14 +128,14 @@ class Line:
         self.partition, self.identity, self.serial, self.tenant = partition, identity, serial, tenant
         self.busy = self.queued = False
         self.over = 0
-        self.gate: Gate | Room | None = None  # the gate that it waited for last, until one of its jobs begins
-        self.works: deque[Work | Deferred] = deque()
+        self.gate: Gate | Slots | None = None  # the gate that it waited for last, until one of its jobs begins
+        self.works: deque[JobRun | ParkedRecord] = deque()
 
 
 class Partition:
     """One partition of a work topic, from its assignment to its end here. A new assignment makes a new object."""
 
-    def __init__(self, topic: str, number: int, lease: Lease, committed: int, metadata: str | None) -> None:
+    def __init__(self, topic: str, number: int, lease: OwnershipLease, committed: int, metadata: str | None) -> None:
         self.topic, self.number, self.lease = topic, number, lease
         #: The offset that the group had committed at assignment, and its metadata; -1: nothing was committed.
         self.committed, self.metadata = committed, metadata
@@ -155,10 +155,10 @@ class Partition:
         self.raw: deque[Message] = deque()
         self.missing = 0  # offsets without a record, as far as a warning has told them
         #: Records that are taken up and not settled, by offset.
-        self.live: dict[int, Work] = {}
+        self.live: dict[int, JobRun] = {}
         #: By release, from the takeover's scan: facts that settle it; the number of its starts without an outcome. Kept
         #: until all records below `scanned_to` are received.
-        self.closed: dict[int, Found] = {}
+        self.closed: dict[int, PriorFact] = {}
         self.starts: dict[int, int] = {}
         self.scanned_to = 0
         #: The offset of lifecycle where the takeover's scan began.
@@ -168,9 +168,9 @@ class Partition:
         self.last_commit: tuple[int, str] | None = None
         #: What the last owner committed when it left cleanly. It stays true as long as no job of it begins here.
         self.found_clean: Snapshot | None = None
-        #: Its lines by (kind, name, …); how many jobs wait in them, how many of these are `Deferred`, and the bytes of
+        #: Its lines by (kind, name, …); how many jobs wait in them, how many of these are `ParkedRecord`, and the bytes of
         #: the deferred ones.
-        self.lines: dict[tuple[str, ...], Line] = {}
+        self.lines: dict[tuple[str, ...], WaitQueue] = {}
         self.waiting = self.deferred = self.deferred_bytes = 0
         #: Jobs that a former owner was retrying in place, by release: (next attempt, when it is due in ms of the
         #: broker's clock, the offset on lifecycle of the fact that says so).
@@ -254,7 +254,7 @@ class Partition:
         self.raw.clear()
 
 
-class Plan:
+class TaskRuntime:
     """A task as the worker runs it, and its counts."""
 
     __slots__ = (
@@ -289,11 +289,11 @@ class Plan:
         self.seconds = 0.0
         self.blocked = 0  # how often its code blocked the event loop
         policy = task.policy
-        self.scope = Scope(f"task {task.name}", policy.limits)
+        self.scope = Limiter(f"task {task.name}", policy.limits)
         self.adaptive = None if policy.adaptive is None else AdaptiveGate(f"task {task.name}", policy.adaptive)
         self.breaker = None if policy.breaker is None else BreakerGate(f"task {task.name}", policy.breaker)
         self.gates: tuple[Gate, ...] = ()
-        self.room: Room | None = None  # where its code runs, if the number of jobs there is limited
+        self.room: Slots | None = None  # where its code runs, if the number of jobs there is limited
         self.regate()
 
     def regate(self) -> None:
@@ -308,10 +308,10 @@ class LeaseKeeper(Protocol):
     def call(self, function: Callable[..., None], *args: object) -> None:
         """Run ``function`` on the loop. Any thread."""
 
-    def grant(self, work: Work) -> None:
+    def grant(self, work: JobRun) -> None:
         """Begin the job's code: both facts of its lease are acknowledged."""
 
-    def give_back(self, work: Work) -> None:
+    def give_back(self, work: JobRun) -> None:
         """Give the lease back, so that another worker starts the job at once."""
 
 
@@ -327,12 +327,12 @@ class JobLease:
         self.closing = False  # the job's outcome is being sent
         self.tries = 0
 
-    def settled(self, work: Work) -> None:
+    def settled(self, work: JobRun) -> None:
         """Note that both facts are acknowledged, and the work record is done. Any thread."""
         self.leases.call(self.leases.grant, work)
 
 
-class Work:
+class JobRun:
     """One record of a work topic, from the moment it is taken up until it is done."""
 
     __slots__ = (
@@ -380,7 +380,7 @@ class Work:
         self.tries = 0
         self.takeover = 0  # starts without an outcome: in the log, in the job's tags, or a death of its process here
         self.suspect = False  # may have ended a process: runs in a child, after its start is acknowledged
-        self.room: Room | None = None  # where it runs and is counted
+        self.room: Slots | None = None  # where it runs and is counted
         self.timer: asyncio.TimerHandle | None = None  # of a thread's time limit
         self.interrupted: type[TaskInterrupted] | None = None  # raised in its thread
         self.lease: JobLease | None = None  # of a long job
@@ -388,12 +388,12 @@ class Work:
         self.appended = 0  # when the record was appended (ms, broker's clock); 0: not known, or counted
         self.abandoned = False  # given up: its exception is not recorded; a thread or coroutine may still succeed
         self.waiting = False  # its code does not run: it waits in a line, for room, a child or its next attempt
-        self.line: Line | None = None  # the line it waits in, or keeps busy
+        self.line: WaitQueue | None = None  # the line it waits in, or keeps busy
         self.gates: tuple[Gate, ...] = ()  # the gates that count it while it runs
         self.expires_at: int | None = None  # µs of the broker's clock
         self.held_since = 0.0  # since when it holds its key (`time.monotonic`); 0: not yet
         self.again_s: float | None = None  # the next attempt is made in place, after so many seconds
-        self.noted: Callable[[Work], None] | None = None  # called once its fact that closes nothing is acknowledged
+        self.noted: Callable[[JobRun], None] | None = None  # called once its fact that closes nothing is acknowledged
         self.stop_outcome: Outcome | None = None  # the outcome to record when its code was asked to end
         #: Topics to which its records are sent as batches of one, because a batch was refused for its size.
         self.alone = _NOWHERE
@@ -402,10 +402,10 @@ class Work:
         self.outcome: Outcome | None = None  # None also stands for a success
         self.unsent: JobProgressed | None = None
         self.reported_at = 0.0
-        self.plan: Plan | None = None  # None: this worker does not know the task
+        self.plan: TaskRuntime | None = None  # None: this worker does not know the task
         self.context: JobContext | None = None  # until its code begins
         self.kwargs: dict[str, Any]
-        self.send_progress: Callable[[Work, JobProgressed], None]
+        self.send_progress: Callable[[JobRun, JobProgressed], None]
 
     def closing_delivered(self, error: KafkaError | None, message: Message) -> None:
         """Delivery callback of the closing fact."""

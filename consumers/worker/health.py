@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from jobledger.consumers.isolation.pool import Children
+from jobledger.consumers.isolation.pool import ChildPool
 from jobledger.consumers.partitions.fetcher import Fetcher
 from jobledger.consumers.scheduling.dispatcher import Dispatcher
 
@@ -23,7 +23,7 @@ class Parts:
     problems: Sequence[str]
     fetchers: Sequence[Fetcher]
     dispatcher: Dispatcher | None
-    children: Children | None
+    children: ChildPool | None
     unacknowledged: int
     leases: int
 
@@ -78,7 +78,7 @@ def health_of(worker: Parts) -> dict[str, Any]:
     }
 
 
-def _children(children: Children | None) -> dict[str, int]:
+def _children(children: ChildPool | None) -> dict[str, int]:
     if children is None:
         return {"processes": 0, "died": 0, "killed": 0}
     return {"processes": children.count, "died": children.deaths, "killed": children.killed}

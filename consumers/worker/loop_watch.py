@@ -21,7 +21,7 @@ from types import CodeType, FrameType
 from jobledger.consumers.isolation.garbage import Garbage
 from jobledger.consumers.running.executor import Executor
 from jobledger.consumers.running.interrupts import AWAITED
-from jobledger.consumers.state.work import Work
+from jobledger.consumers.state.work import JobRun
 from jobledger.definitions.functions import runs_inside
 from jobledger.errors import TaskTimedOut
 from jobledger.process.logger import get_logger
@@ -45,7 +45,7 @@ class LoopWatch(threading.Thread):
     def __init__(
         self,
         executor: Executor,
-        running: Mapping[Work, None],
+        running: Mapping[JobRun, None],
         started: Callable[[], int],
     ) -> None:
         super().__init__(name="jobledger-loop-watch", daemon=True)
@@ -112,8 +112,8 @@ class LoopWatch(threading.Thread):
         """Check the beats until closed."""
         # Count checks without a beat, not seconds of a clock: the whole process may have been suspended.
         seen, late, own = 0, 0.0, 0.0
-        blocker: Work | None = None
-        told: set[Work | None] = set()
+        blocker: JobRun | None = None
+        told: set[JobRun | None] = set()
         while not self._closed.wait(LOOK_S):
             beats = self._beats
             if beats != seen:
@@ -129,7 +129,7 @@ class LoopWatch(threading.Thread):
             if overdue:
                 self._end(work)
 
-    def _work(self) -> Work | None:
+    def _work(self) -> JobRun | None:
         """Return the job whose code runs on the loop now; None for other code."""
         task = asyncio.current_task(self._loop)
         if task is None:
@@ -138,19 +138,19 @@ class LoopWatch(threading.Thread):
         return found or self._executor.interrupts.work_of(task)
 
     @staticmethod
-    def _overdue(work: Work) -> bool:
+    def _overdue(work: JobRun) -> bool:
         if work.plan is None or work.handle is None:  # a plain function's coroutine: its thread is interrupted
             return False
         limit = work.plan.task.timeout
         return limit is not None and work.interrupted is None and time.monotonic() - work.began >= limit
 
-    def _end(self, work: Work | None) -> None:
+    def _end(self, work: JobRun | None) -> None:
         self._executor.due = work
         if self._signals:
             assert SIGNAL is not None
             signal.pthread_kill(self._thread_id, SIGNAL)
 
-    def _tell_once(self, work: Work | None, late: float, told: set[Work | None]) -> None:
+    def _tell_once(self, work: JobRun | None, late: float, told: set[JobRun | None]) -> None:
         if work in told:
             return
         try:
@@ -160,7 +160,7 @@ class LoopWatch(threading.Thread):
             LOG.exception("the code that blocks the event loop could not be determined")
             told.add(work)
 
-    def _tell(self, work: Work | None, late: float) -> bool:
+    def _tell(self, work: JobRun | None, late: float) -> bool:
         frame = sys._current_frames().get(self._thread_id)
         caller = None if work is None else AWAITED if work.handle is None else RUN
         stack = [] if frame is None else _above(frame, caller)

@@ -13,13 +13,13 @@ from types import FrameType
 from jobledger.config import Settings
 from jobledger.consumers.worker.options import WorkerOptions
 from jobledger.consumers.worker.worker import LEAVING_S, Worker
-from jobledger.definitions.task_registry import Registry
+from jobledger.definitions.task_registry import TaskRegistry
 from jobledger.process.process_exit import bound_exit, exit_hard, unbound_exit
 from jobledger.process.signals import SignalHandlers
 
 
 def run_worker(
-    registry: Registry,
+    registry: TaskRegistry,
     settings: Settings,
     options: WorkerOptions | None = None,
     *,

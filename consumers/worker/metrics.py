@@ -16,7 +16,7 @@ from confluent_kafka import KafkaException, TopicPartition
 from confluent_kafka.admin import AdminClient, OffsetSpec  # type: ignore[attr-defined]  # not declared as re-exported
 
 from jobledger.config import Settings
-from jobledger.consumers.state.limiters import Scope
+from jobledger.consumers.state.limiters import Limiter
 from jobledger.consumers.state.work import RUN_BOUNDS_S, WAIT_BOUNDS_MS, Partition
 from jobledger.kafka.clients import admin, answer_of
 from jobledger.process.extras import missing
@@ -230,7 +230,7 @@ class WorkerMetrics(Collector):
         )
         is_open = GaugeMetricFamily(f"{PREFIX}circuit_open", "1 while a task's circuit is open", labels=["task"])
         trips = CounterMetricFamily(f"{PREFIX}circuit_trips", "Times that a task's circuit opened", labels=["task"])
-        scopes: list[tuple[str, str, Scope]] = [("queue", name, scope) for name, scope in dispatcher.scopes.items()]
+        scopes: list[tuple[str, str, Limiter]] = [("queue", name, scope) for name, scope in dispatcher.scopes.items()]
         for plan in dispatcher.plans.values():
             if plan.task.queue in dispatcher.scopes:
                 scopes.append(("task", plan.name, plan.scope))

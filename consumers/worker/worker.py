@@ -22,16 +22,16 @@ from typing import Any
 from jobledger.config import Settings
 from jobledger.consumers.isolation import fork_server
 from jobledger.consumers.isolation.app_target import find_target
-from jobledger.consumers.isolation.pool import Children, ChildSettings
+from jobledger.consumers.isolation.pool import ChildPool, ChildSettings
 from jobledger.consumers.partitions.fetcher import Fetcher
 from jobledger.consumers.partitions.takeover import Takeover
-from jobledger.consumers.recording.ack_tracker import Settler
-from jobledger.consumers.recording.worker_events import Facts
-from jobledger.consumers.recording.worker_producer import Sender
+from jobledger.consumers.recording.ack_tracker import AckTracker
+from jobledger.consumers.recording.worker_events import WorkerEvents
+from jobledger.consumers.recording.worker_producer import WorkerProducer
 from jobledger.consumers.running.executor import Executor, context_of
-from jobledger.consumers.running.hook_runner import Teller
-from jobledger.consumers.running.job_leases import Leases
-from jobledger.consumers.running.placement import SUSPECTS, Places
+from jobledger.consumers.running.hook_runner import HookRunner
+from jobledger.consumers.running.job_leases import JobLeases
+from jobledger.consumers.running.placement import SUSPECTS, Placement
 from jobledger.consumers.scheduling.control_reader import ControlReader
 from jobledger.consumers.scheduling.dispatcher import Dispatcher
 from jobledger.consumers.state.work import Arrived, Partition
@@ -39,7 +39,7 @@ from jobledger.consumers.worker.health import Parts, health_of
 from jobledger.consumers.worker.loop_watch import LoopWatch
 from jobledger.consumers.worker.options import WorkerOptions
 from jobledger.definitions.resources import Resource
-from jobledger.definitions.task_registry import Registry
+from jobledger.definitions.task_registry import TaskRegistry
 from jobledger.errors import (
     AccessDenied,
     BrokerUnavailable,
@@ -88,7 +88,7 @@ class Worker:
 
     def __init__(
         self,
-        registry: Registry,
+        registry: TaskRegistry,
         settings: Settings,
         options: WorkerOptions | None = None,
         *,
@@ -120,12 +120,12 @@ class Worker:
         self._changed: asyncio.Event | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self.dispatcher: Dispatcher | None = None
-        self.settler: Settler | None = None
+        self.settler: AckTracker | None = None
         self.takeover: Takeover | None = None
-        self.sender: Sender | None = None
+        self.sender: WorkerProducer | None = None
         self.control: ControlReader | None = None
-        self.children: Children | None = None
-        self.leases: Leases | None = None
+        self.children: ChildPool | None = None
+        self.leases: JobLeases | None = None
         self._lifecycle_partitions = 0
         self.topics = TopicWatch(settings, registry.names, self._topics, LOG)
         self.watch: LoopWatch | None = None
@@ -163,10 +163,10 @@ class Worker:
         Raises `ConfigError`, `TopicMissing`, `AccessDenied` or `BrokerUnavailable` if the worker cannot start, and
         `JobledgerError` if a job stops the event loop.
         """
-        sender: Sender | None = None
+        sender: WorkerProducer | None = None
         try:
             self._patiently(lambda: knock(self.settings))
-            sender = self.sender = Sender(self.settings, self.registry.names, self.options.linger_ms)
+            sender = self.sender = WorkerProducer(self.settings, self.registry.names, self.options.linger_ms)
             self._check_topics(sender)
             with _new_runner() as runner:
                 try:
@@ -197,7 +197,7 @@ class Worker:
             return EXIT_OK
         return EXIT_DENIED if isinstance(self.error, AccessDenied) else EXIT_BROKEN
 
-    def _give_up_running(self, error: JobledgerError, sender: Sender) -> None:
+    def _give_up_running(self, error: JobledgerError, sender: WorkerProducer) -> None:
         """Abandon the running jobs, after the event loop stopped unexpectedly and cancelled them.
 
         No outcome is recorded, so the next owner reruns them. The worker's threads and child processes are ended here:
@@ -232,7 +232,7 @@ class Worker:
         others = (names.lifecycle, names.coordination, names.dead_letter, names.schemas, names.control)
         return [*others, *map(names.jobs, self.lanes)]
 
-    def _check_topics(self, sender: Sender) -> None:
+    def _check_topics(self, sender: WorkerProducer) -> None:
         names = self.registry.names
         self._patiently(lambda: acls.check(self.settings, names.namespace, self._topics()))
         lifecycle = self._patiently(lambda: partitions_of(self.settings, names.lifecycle))
@@ -265,14 +265,14 @@ class Worker:
                 LOG.warning("waiting: %s", exc)
                 self._stopping.wait(0.5)
 
-    async def _main(self, sender: Sender) -> None:
+    async def _main(self, sender: WorkerProducer) -> None:
         loop = self._loop = asyncio.get_running_loop()
         loop.set_exception_handler(loop_error)
         self._changed = asyncio.Event()
         options, registry, settings = self.options, self.registry, self.settings
         names = registry.names
         arrived = Arrived()
-        facts = Facts(registry, self.source, settings.max_record_bytes)
+        facts = WorkerEvents(registry, self.source, settings.max_record_bytes)
         decode = decoder(settings, names)
         dispatcher = self.dispatcher = Dispatcher(
             registry,
@@ -305,7 +305,7 @@ class Worker:
             settle=lambda: dispatcher.call(settler.drain),
         )
         children = self.children = self._children()
-        places = Places(
+        places = Placement(
             executor,
             dispatcher.threads,
             dispatcher.processes,
@@ -317,7 +317,7 @@ class Worker:
             call=dispatcher.call,
         )
         executor.stop_child, executor.may_begin = places.stop, places.may_begin
-        leases = self.leases = Leases(
+        leases = self.leases = JobLeases(
             facts,
             sender,
             names,
@@ -331,7 +331,7 @@ class Worker:
         )
         executor.close_lease = leases.close
         dispatcher.wire(executor, places, leases)
-        settler = self.settler = Settler(
+        settler = self.settler = AckTracker(
             settings,
             sender,
             arrived,
@@ -376,7 +376,7 @@ class Worker:
             self.fail(exc)
             await registry.resources.close()
             return
-        teller = Teller(registry, loop, context_of)
+        teller = HookRunner(registry, loop, context_of)
         if teller.needed:
             executor.teller = teller
             teller.start()
@@ -414,7 +414,9 @@ class Worker:
 
     # -- end ------------------------------------------------------------------------------------------------------
 
-    async def _close(self, dispatcher: Dispatcher, executor: Executor, settler: Settler, sender: Sender) -> None:
+    async def _close(
+        self, dispatcher: Dispatcher, executor: Executor, settler: AckTracker, sender: WorkerProducer
+    ) -> None:
         began = time.monotonic()
         self._must_end_in(self.options.grace + LEAVING_S)
         LOG.info(
@@ -464,14 +466,14 @@ class Worker:
             t.name for t in self.registry.tasks.values() if t.queue in self.queues and t.policy.isolation is not None
         ]
 
-    def _children(self) -> Children | None:
+    def _children(self) -> ChildPool | None:
         """Return the child processes, for isolated tasks and for jobs that may have crashed a worker; None if
         the app cannot have any."""
         if self._target is None:
             return None
         options, dispatcher = self.options, self.dispatcher
         assert dispatcher is not None
-        return Children(
+        return ChildPool(
             ChildSettings(options.job_children, SUSPECTS, options.jobs_per_child, self._target, self.settings),
             take=lambda work: dispatcher.places.take(work),
             said=lambda work, outcome: dispatcher.places.said(work, outcome),
@@ -515,7 +517,7 @@ class Worker:
             except TimeoutError:
                 continue
 
-    def _close_rest(self, settler: Settler, sender: Sender) -> None:
+    def _close_rest(self, settler: AckTracker, sender: WorkerProducer) -> None:
         """Flush, commit and leave the group. Runs in a thread, because each step waits."""
         settler.close()
         if self.error is None:

@@ -17,7 +17,7 @@ from jobledger.cli.options import TIMES, Bootstrap, Json, StatusUrl, Target
 from jobledger.cli.output import Cell, Exit
 
 if TYPE_CHECKING:
-    from jobledger.consumers.router.backfill import Progress
+    from jobledger.consumers.router.backfill import BackfillProgress
 
 
 #: Seconds between two progress lines, if standard error is not a terminal.
@@ -60,7 +60,7 @@ def backfill(
     2026-01-01 --rate 50/s --dry-run
     """
     from jobledger.cli.running import stopping
-    from jobledger.consumers.router.backfill import Backfill, Plan, events_per_second, known_to
+    from jobledger.consumers.router.backfill import Backfill, BackfillPlan, events_per_second, known_to
     from jobledger.errors import JobNotFound
 
     begin = None if since is None else moment_ms(since, "--from")
@@ -70,7 +70,7 @@ def backfill(
     app = load_app(target, bootstrap=bootstrap, status_url=status_url)
     with judged():
         app.registry.handler(handler)
-    plan = Plan(
+    plan = BackfillPlan(
         handler,
         begin,
         end,
@@ -117,7 +117,7 @@ def backfill(
 
 
 @contextmanager
-def _bar(what: str, *, quiet: bool, dry_run: bool) -> Iterator[Callable[[Progress], None]]:
+def _bar(what: str, *, quiet: bool, dry_run: bool) -> Iterator[Callable[[BackfillProgress], None]]:
     """A progress bar on standard error; if that is not a terminal, a line every `PROGRESS_S` seconds."""
     if quiet:
         yield lambda progress: None
@@ -134,10 +134,10 @@ def _bar(what: str, *, quiet: bool, dry_run: bool) -> Iterator[Callable[[Progres
         yield lambda progress: bar.update(line, completed=progress.passed, total=progress.total)
 
 
-def _lines(what: str, done: str) -> Callable[[Progress], None]:
+def _lines(what: str, done: str) -> Callable[[BackfillProgress], None]:
     said_at = time.monotonic()
 
-    def tell(progress: Progress) -> None:
+    def tell(progress: BackfillProgress) -> None:
         nonlocal said_at
         now = time.monotonic()
         if now - said_at < PROGRESS_S or progress.done:

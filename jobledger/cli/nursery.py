@@ -35,7 +35,7 @@ def main(target: str, descriptor: str) -> None:
     logs.set_up()
     # A worker that is gone needs no children.
     with contextlib.suppress(BrokenPipeError, ConnectionResetError):
-        fork_server.Nursery(app.registry, socket.socket(fileno=int(descriptor))).serve()
+        fork_server.ForkServer(app.registry, socket.socket(fileno=int(descriptor))).serve()
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from jobledger.process.logger import get_logger
 
 if TYPE_CHECKING:
     from jobledger.app import App
-    from jobledger.streams.projections.runner import Checked, Runner
+    from jobledger.streams.projections.runner import Checked, ProjectionRunner
 
 LOG = get_logger("jobledger.definitions.projection")
 
@@ -61,7 +61,7 @@ def run(
         for runner in runners:
             stack.callback(runner.close)
 
-        def follow(runner: Runner) -> None:
+        def follow(runner: ProjectionRunner) -> None:
             try:
                 runner.run(stop)
             except BaseException as exc:
@@ -142,7 +142,7 @@ def rebuild(
 
 
 @contextmanager
-def _folding(runner: Runner, quiet: bool) -> Iterator[tuple[threading.Event, Callable[[int, int], None]]]:
+def _folding(runner: ProjectionRunner, quiet: bool) -> Iterator[tuple[threading.Event, Callable[[int, int], None]]]:
     """An event that stops a fold, and a function that reports its progress; the runner is closed afterwards."""
     with closing(runner), progress_bar("folding the log", quiet=quiet) as tell, stopping() as stop:
         yield stop, tell or (lambda done, total: None)
@@ -178,10 +178,10 @@ def _all(loaded: App) -> list[str]:
     return list(loaded.registry.projections)
 
 
-def _runner(loaded: App, name: str) -> Runner:
-    from jobledger.streams.projections.runner import Runner
+def _runner(loaded: App, name: str) -> ProjectionRunner:
+    from jobledger.streams.projections.runner import ProjectionRunner
 
     known = loaded.registry.projections
     found = known[among(name, known, "projection", f"app {loaded.names.namespace!r}")]
     url = loaded.settings.resolve_status_url(loaded.names.namespace)
-    return Runner(found, loaded.settings, loaded.names, list(loaded.lanes), url)
+    return ProjectionRunner(found, loaded.settings, loaded.names, list(loaded.lanes), url)

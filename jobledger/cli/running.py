@@ -276,7 +276,7 @@ def materializer(
 
 def _upkeep(app: App, url: str, made: Materializer, stop: threading.Event) -> None:
     """Run watchdog, audit and trimming, as soon as there is a status table."""
-    from jobledger.streams.maintenance.maintenance import Upkeep
+    from jobledger.streams.maintenance.maintenance import Maintenance
     from jobledger.streams.status.store import open_reader
 
     while not made.active:
@@ -284,7 +284,7 @@ def _upkeep(app: App, url: str, made: Materializer, stop: threading.Event) -> No
             return
     try:
         with closing(open_reader(url, app.names.namespace)) as reader:
-            Upkeep(app.names, app.settings, list(app.lanes), reader, active=lambda: made.active).run(stop)
+            Maintenance(app.names, app.settings, list(app.lanes), reader, active=lambda: made.active).run(stop)
     except JobledgerError as exc:
         LOG.error("watchdog, audit and trimming do not run: %s", exc)
 

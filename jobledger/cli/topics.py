@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from jobledger.app import App
     from jobledger.kafka.acls import Right
-    from jobledger.kafka.topology import Change, Plan
+    from jobledger.kafka.topology import Change, TopicPlan
 
 app = Commands(
     name="topics", help="Topics as code: compare, create and alter the topics that the app needs.", no_args_is_help=True
@@ -159,7 +159,7 @@ def _grant(loaded: App, wanted: list[tuple[str, Right]], yes: bool, as_json: boo
         console().print(f"{len(wanted)} operations are allowed at {address}")
 
 
-def _plan(target: str, bootstrap: str | None, replication: int | None) -> tuple[AdminClient, Plan, str]:
+def _plan(target: str, bootstrap: str | None, replication: int | None) -> tuple[AdminClient, TopicPlan, str]:
     from jobledger.kafka import clients, topics, topology
     from jobledger.kafka.auth import knock
 
@@ -173,7 +173,7 @@ def _plan(target: str, bootstrap: str | None, replication: int | None) -> tuple[
     return admin, made, address
 
 
-def _show(made: Plan, address: str, as_json: bool) -> None:
+def _show(made: TopicPlan, address: str, as_json: bool) -> None:
     if as_json:
         print_json(made.as_dict())
         return

@@ -46,7 +46,7 @@ class Ack:
         return self._position
 
 
-class Many:
+class BulkAck:
     """The acknowledgements of one `submit_many` or `emit_many`, with a limit on how many are outstanding.
 
     The caller's own thread serves the callbacks, between records: a second thread would compete for the interpreter.

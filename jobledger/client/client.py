@@ -19,8 +19,8 @@ from typing import Any, ParamSpec, TypeVar
 import uuid_utils
 from confluent_kafka import KafkaError, Message
 
-from jobledger.client.acknowledgements import Ack, Many
-from jobledger.client.commands import Job, Orders
+from jobledger.client.acknowledgements import Ack, BulkAck
+from jobledger.client.commands import Commands, Job
 from jobledger.client.waiting import Follower, Question, StatusSource
 from jobledger.config import Settings
 from jobledger.definitions import tracing
@@ -41,7 +41,7 @@ from jobledger.kafka.auth import write
 from jobledger.kafka.clients import Headers, position_of
 from jobledger.kafka.topic_names import Names, lane
 from jobledger.log.schema_lookup import SchemaLookup
-from jobledger.log.schema_registry import Registry, id_key
+from jobledger.log.schema_registry import SchemaRegistry, id_key
 from jobledger.log.writer import LogWriter, Outgoing
 from jobledger.process import forks
 from jobledger.process.identity import now_us, source
@@ -75,7 +75,7 @@ class Client:
         self._bulk: LogWriter | None = None
         self._source = source("client")
         #: Control commands for jobs, queues and tasks.
-        self.orders = Orders(settings, names, self.writer)
+        self.orders = Commands(settings, names, self.writer)
         #: Event schemas that are published and compatible with those on the log, by fingerprint; each with the head of its
         #: Schema Registry frame, or b"" for single-object encoding.
         self._event_schemas: dict[bytes, bytes] = {}
@@ -261,7 +261,7 @@ class Client:
         if first is None:
             return []
         self._check_app(first.task)  # before anything connects
-        many = Many(self.settings, self._bulk_writer(), "jobs")
+        many = BulkAck(self.settings, self._bulk_writer(), "jobs")
         inside = maybe_current_job()
         tasks: list[Task[Any, R]] = []
         with tracing.submitting("", ""):  # one span for all: a span a job would cost more than the submission
@@ -300,7 +300,7 @@ class Client:
             check_evolution(kind.name, kind.schema, earlier_of(kind, known))
             keys = [] if kind.fingerprint in known else [kind.fingerprint.hex()]
             if self.settings.schema_registry is not None:
-                registry = Registry(self.settings.schema_registry)
+                registry = SchemaRegistry(self.settings.schema_registry)
                 number = registry.register(f"{kind.topic}-value", kind.schema)
                 head = confluent_frame.head(number)
                 if not lookup.check(number, kind.schema, registry.shown):
@@ -337,7 +337,7 @@ class Client:
     def emit_many(self, events: Iterable[tuple[EventType, Any]]) -> list[EventHandle]:
         """Send events in large batches and wait for every acknowledgement; returns handles in order. Raises as
         `submit_many`."""
-        many = Many(self.settings, self._bulk_writer(), "events")
+        many = BulkAck(self.settings, self._bulk_writer(), "events")
         inside = maybe_current_job()
         for kind, event in events:
             self._published(kind)

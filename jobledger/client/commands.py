@@ -90,7 +90,7 @@ def is_copy(found: Recorded, names: Names) -> bool:
     return isinstance(fact, CancelRequested) and topic == names.control
 
 
-class Orders:
+class Commands:
     """Sends control commands in one namespace. ``writer``: opened at the first command."""
 
     def __init__(self, settings: Settings, names: Names, writer: Callable[[], LogWriter]) -> None:

@@ -20,7 +20,7 @@ from jobledger.config import Settings
 from jobledger.definitions.durations import Seconds, check_patience
 from jobledger.errors import ConfigError, SchemaError, UnknownFact
 from jobledger.kafka import acls
-from jobledger.kafka.auth import Door, join, knock, read
+from jobledger.kafka.auth import AuthMonitor, join, knock, read
 from jobledger.kafka.clients import consumer, consumer_config, error_topic, partitions_of, position_of, translate
 from jobledger.kafka.topic_names import Names, check_name
 from jobledger.log.reading import recorded
@@ -73,7 +73,7 @@ class LifecycleStream:
         self._topics = [*standing, *(names.jobs(q) for q in queues)]
         self._decode = decoder(settings, names).decode
         self._group = names.lifecycle_group(group)
-        self._door = Door(settings)
+        self._door = AuthMonitor(settings)
         self._consumer = consumer(
             consumer_config(
                 settings,

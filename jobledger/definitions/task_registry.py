@@ -42,7 +42,7 @@ POLICY_DEFAULTS: dict[str, Any] = {
 }
 
 
-class Registry:
+class TaskRegistry:
     """The tasks and queues of one namespace. ``submitter``: returns the client when a task submits."""
 
     def __init__(

@@ -1,6 +1,6 @@
 """Logins and rights: a cluster's refusals, distinguished from an unavailable cluster, and explained to the user.
 
-Kafka's clients retry a login forever, even if it can never succeed. A `Door` listens to what a client reports about its
+Kafka's clients retry a login forever, even if it can never succeed. A `AuthMonitor` listens to what a client reports about its
 connections; `knock` checks once.
 """
 
@@ -146,7 +146,7 @@ def _shown(name: str, value: str) -> str:
 
 
 def _told_by_door(record: logging.LogRecord) -> bool:
-    """Drop librdkafka's lines about failed connections, which every `Door` logs, less often; and about the missing
+    """Drop librdkafka's lines about failed connections, which every `AuthMonitor` logs, less often; and about the missing
     producer id of a cluster that has just started."""
     text = record.getMessage()
     return not (text.startswith("FAIL [") or (text.startswith("GETPID [") and text.endswith("retrying")))
@@ -155,7 +155,7 @@ def _told_by_door(record: logging.LogRecord) -> bool:
 LOG.addFilter(_told_by_door)
 
 
-class Door:
+class AuthMonitor:
     """A client's ``error_cb``: notices refused connections. Thread-safe.
 
     ``patient`` False: a token that cannot be obtained is a refusal at once. A running client may still have a valid
@@ -246,7 +246,7 @@ def knock(settings: Settings, timeout: float = KNOCK_S) -> None:
     """Return once the cluster has accepted this client's login. Raises `NotAuthenticated` as soon as the login is
     certainly refused, `BrokerUnavailable` if no broker has answered within ``timeout`` seconds, and `ConfigError` for
     unusable settings."""
-    door = Door(settings, patient=False)
+    door = AuthMonitor(settings, patient=False)
     conf: dict[str, Any] = {**settings.librdkafka(), "error_cb": door, "logger": LOG, "log_level": 0}
     try:
         client = forks.client(AdminClient, conf)

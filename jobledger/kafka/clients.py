@@ -25,7 +25,7 @@ from jobledger.errors import (
     PayloadTooLarge,
     TopicMissing,
 )
-from jobledger.kafka.auth import Door, Need, away, denied, read, unauthorized, unusable
+from jobledger.kafka.auth import AuthMonitor, Need, away, denied, read, unauthorized, unusable
 from jobledger.kafka.topic_names import Names
 from jobledger.process import forks, greenlets
 from jobledger.process.logger import get_logger
@@ -77,7 +77,7 @@ def producer_config(
     *,
     linger_ms: float = 0.0,
     timeout: float | None = None,
-    door: Door | None = None,
+    door: AuthMonitor | None = None,
     batch: int | None = None,
 ) -> dict[str, Any]:
     """Settings of every producer: idempotent, ``acks=all``, one partitioner. ``timeout``: seconds to an
@@ -87,7 +87,7 @@ def producer_config(
         # As `jobledger.config.PATIENCE`, for records sent to a frozen broker.
         "request.timeout.ms": 8_000,
         **settings.librdkafka(),
-        "error_cb": door or Door(settings),
+        "error_cb": door or AuthMonitor(settings),
         "partitioner": PARTITIONER,
         "enable.idempotence": True,
         "acks": "all",
@@ -104,13 +104,13 @@ def producer_config(
 
 
 def consumer_config(
-    settings: Settings, *, group: str = "jobledger-readers", door: Door | None = None, **more: Any
+    settings: Settings, *, group: str = "jobledger-readers", door: AuthMonitor | None = None, **more: Any
 ) -> dict[str, Any]:
     """Settings of a consumer with manual assignment and without commits, unless ``more`` overrides them. ``door``:
     receives refused logins."""
     return {
         **settings.librdkafka(),
-        "error_cb": door or Door(settings),
+        "error_cb": door or AuthMonitor(settings),
         "group.id": group,
         "enable.auto.commit": False,
         "enable.auto.offset.store": False,

@@ -32,8 +32,8 @@ from jobledger.kafka.topology import (
     Change,
     DeclaresTopics,
     GroupSpec,
-    Plan,
     Step,
+    TopicPlan,
     TopicSpec,
     beside,
     compare,
@@ -64,7 +64,7 @@ _RETRIABLE = {
 
 def plan(
     admin: AdminClient, specs: Sequence[TopicSpec], groups: Sequence[GroupSpec] = (), *, address: str = "the cluster"
-) -> Plan:
+) -> TopicPlan:
     """Compare ``specs`` and ``groups`` with the cluster; nothing is changed.
 
     ``address``: the address to name in `BrokerUnavailable`, raised if no broker answers within three attempts of 5 s
@@ -86,10 +86,10 @@ def plan(
             changed = differing(within_bounds(group.config, bounds), found.get(group.name, {}))
             step = Step.CONFIG if changed else Step.UNCHANGED
             changes.append(Change(step, "group", group.name, config=changed))
-    return Plan(tuple(changes))
+    return TopicPlan(tuple(changes))
 
 
-def apply(admin: AdminClient, plan: Plan, *, address: str = "the cluster") -> tuple[str, ...]:
+def apply(admin: AdminClient, plan: TopicPlan, *, address: str = "the cluster") -> tuple[str, ...]:
     """Carry out a plan and wait until its topics can be used. Return notes about settings that the cluster did not
     accept.
 
@@ -113,7 +113,7 @@ def default_replication(admin: AdminClient, *, address: str = "the cluster") -> 
     return max(1, min(3, len(_brokers(admin, address))))
 
 
-def ensure(app: DeclaresTopics, settings: Settings, replication: int = 1) -> Plan:
+def ensure(app: DeclaresTopics, settings: Settings, replication: int = 1) -> TopicPlan:
     """Create and alter all topics and groups that ``app`` needs, and return the plan that was carried out.
 
     For development, tests and demos. Raises what `plan` and `apply` raise.

@@ -1,6 +1,6 @@
 """The topics and groups that an app needs, and how the existing ones differ from that. Pure.
 
-`jobledger.kafka.topics` reads the cluster and carries out a `Plan`.
+`jobledger.kafka.topics` reads the cluster and carries out a `TopicPlan`.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ class Change:
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
+class TopicPlan:
     """The differences between the topics an app needs and those the cluster has, in the order in which they are
     applied."""
 

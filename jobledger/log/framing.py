@@ -14,7 +14,7 @@ from jobledger.config import Settings
 from jobledger.errors import AccessDenied, RegistryUnavailable
 from jobledger.kafka.topic_names import Names
 from jobledger.log.schema_lookup import SchemaLookup
-from jobledger.log.schema_registry import Registry, id_key
+from jobledger.log.schema_registry import SchemaRegistry, id_key
 from jobledger.process import forks
 from jobledger.schemas import codec, confluent_frame
 
@@ -34,7 +34,7 @@ class Framing:
     def __init__(
         self, url: str, publish: Callable[[str], None], published: Callable[[int, str, str], bool] | None = None
     ) -> None:
-        self._registry, self._publish, self._is_published = Registry(url), publish, published
+        self._registry, self._publish, self._is_published = SchemaRegistry(url), publish, published
         self._heads: dict[str, bytes] = {}
         self._published: set[int] = set()
         self._lock = forks.Lock()

@@ -12,7 +12,7 @@ from jobledger.errors import ConfigError, RegistryNeeded, SchemaError
 from jobledger.kafka.clients import partitions_of, position_of
 from jobledger.kafka.topic_names import Names
 from jobledger.log.reading import LogReader
-from jobledger.log.schema_registry import SETTING, Registry, id_key
+from jobledger.log.schema_registry import SETTING, SchemaRegistry, id_key
 from jobledger.process import forks
 from jobledger.process.logger import get_logger
 from jobledger.schemas import codec
@@ -36,7 +36,7 @@ class SchemaLookup:
 
     def __init__(self, settings: Settings, names: Names, *, timeout: float = 10.0) -> None:
         self._settings, self._names, self._timeout = settings, names, timeout
-        self._registry = None if settings.schema_registry is None else Registry(settings.schema_registry)
+        self._registry = None if settings.schema_registry is None else SchemaRegistry(settings.schema_registry)
         self._known: dict[bytes, str] = {}
         self._by_key: dict[bytes, str] = {}
         self._denied: dict[int, float] = {}

@@ -16,7 +16,7 @@ from jobledger.config import PREFIX
 from jobledger.errors import ConfigError, NotAnEvent, RegistryUnavailable, SchemaError, SchemaRefused
 
 SETTING = PREFIX + "SCHEMA_REGISTRY"
-#: Seconds for all requests of one call of `Registry`, attempts per request, and seconds between attempts.
+#: Seconds for all requests of one call of `SchemaRegistry`, attempts per request, and seconds between attempts.
 TOTAL_S = 5.0
 TRIES = 3
 PAUSE_S = 0.5
@@ -28,7 +28,7 @@ _NO_SUBJECT, _NO_SCHEMA = 40401, 40403
 _BUSY = (408, 425, 429, 500, 502, 503, 504)
 
 
-class Registry:
+class SchemaRegistry:
     """The registry at ``url``. Thread-safe. Raises `ConfigError` for an unsuitable URL, or if httpx2 is not
     installed."""
 

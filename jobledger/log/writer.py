@@ -13,7 +13,7 @@ from confluent_kafka import KafkaError, KafkaException, Message, Producer
 
 from jobledger.config import Settings
 from jobledger.errors import BrokerUnavailable, ConnectionUnusable, JobledgerError, PayloadTooLarge
-from jobledger.kafka.auth import Door, Need, away, write
+from jobledger.kafka.auth import AuthMonitor, Need, away, write
 from jobledger.kafka.clients import Headers, batch_room, position_of, producer, producer_config, undelivered
 from jobledger.kafka.topic_names import Names
 from jobledger.log.framing import Framing, framing
@@ -70,7 +70,7 @@ class LogWriter:
         self.settings = settings
         self._names = names
         self.framing = framing or self._own_framing()
-        self._door = Door(settings)
+        self._door = AuthMonitor(settings)
         self._fatal: KafkaError | None = None
         self._linger_ms, self.batch = linger_ms, batch
         self.producer = self._connected()

@@ -57,7 +57,7 @@ from jobledger.streams.coordinator.faust.instance_dir import take_place
 from jobledger.streams.coordinator.faust.log_filters import quieten, tell_no_more
 from jobledger.streams.coordinator.faust.security import security
 from jobledger.streams.coordinator.metrics import Metrics
-from jobledger.streams.coordinator.pipeline import Cycle
+from jobledger.streams.coordinator.pipeline import Pipeline
 
 try:
     from prometheus_client import CollectorRegistry
@@ -119,7 +119,7 @@ class Coordinator:
         self._failure: BaseException | None = None
         self.stuck = False  # Faust did not stop: its threads would keep the process alive
         self._app: Any = None
-        self._cycle: Cycle | None = None
+        self._cycle: Pipeline | None = None
         self._ends: Ends | None = None
         self._high: dict[int, int] = {}
         self._broker_seen = time.monotonic()
@@ -210,7 +210,7 @@ class Coordinator:
             await writer.start()
             app, table = build(self.names, self.settings, self.options, self._partitions, place)
             self._app = app
-            cycle = self._cycle = Cycle(
+            cycle = self._cycle = Pipeline(
                 self.names,
                 self.settings,
                 self.options,

@@ -37,7 +37,7 @@ class Read(NamedTuple):
     appended_ms: int
 
 
-class Intake:
+class RecordReader:
     """Decode batches of records. ``decoder`` may block on a schema that it has not seen; it then runs in a thread.
 
     ``now_ms()``: the estimated broker's clock. A record with its writer's time (the topic has

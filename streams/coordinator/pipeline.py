@@ -27,7 +27,7 @@ from jobledger.process.identity import now_us, source
 from jobledger.process.logger import get_logger
 from jobledger.schemas import codec
 from jobledger.schemas.events import DeadLettered, ErrorInfo, JobEvent
-from jobledger.streams.coordinator.decoding import Intake
+from jobledger.streams.coordinator.decoding import RecordReader
 from jobledger.streams.coordinator.faust.async_producer import (
     AckedWriter,
     Delivered,
@@ -39,11 +39,11 @@ from jobledger.streams.coordinator.faust.async_producer import (
 from jobledger.streams.coordinator.faust.faust_app import Group, Options, changelog
 from jobledger.streams.coordinator.metrics import Metrics
 from jobledger.streams.coordinator.ownership import Ownership, Superseded
-from jobledger.streams.coordinator.rules.decisions import Batch
+from jobledger.streams.coordinator.rules.decisions import DecisionBatch
 from jobledger.streams.coordinator.rules.derived_events import job_due, undeliverable
 from jobledger.streams.coordinator.rules.schedule_rows import Kept, Row, row_key
 from jobledger.streams.coordinator.table import Key, Table
-from jobledger.streams.coordinator.timer_loop import Firing
+from jobledger.streams.coordinator.timer_loop import TimerLoop
 from jobledger.streams.coordinator.work_topics import WorkTopics
 
 LOG = get_logger("jobledger.coordinator")
@@ -54,7 +54,7 @@ INBOX = 2_000
 UNDER_WAY = 4_000
 
 
-class Plan(NamedTuple):
+class PlannedWrites(NamedTuple):
     """A batch of events with its decisions.
 
     ``sent``: the outcomes of its outputs, those of ``released`` first; None without outputs. ``rejects``: number of
@@ -63,14 +63,14 @@ class Plan(NamedTuple):
 
     epoch: int
     records: Sequence[Any]
-    batch: Batch
+    batch: DecisionBatch
     rejects: int
     refused: int
     released: Sequence[Kept]
     sent: asyncio.Future[Outcomes] | None
 
 
-class Cycle:
+class Pipeline:
     """Process the events of one instance's partitions.
 
     ``step``: called between any two steps, for crash tests. ``topics``: work topics known to exist, each with the
@@ -96,13 +96,13 @@ class Cycle:
         self._ownership = Ownership(group, self._on_gap)
         self.table = Table(changelog(names), group, writer, ends, self._ownership, step)
         self.topics = WorkTopics(names, settings, topics or {})
-        self.firing = Firing(
+        self.firing = TimerLoop(
             names, self._source, self.table, writer, self.topics, self._ownership, self._caught_up, step
         )
-        self._intake = Intake(names, decoder, self._source, self.firing.now_ms)
+        self._intake = RecordReader(names, decoder, self._source, self.firing.now_ms)
         self._inbox: deque[Any] = deque()
         self._arrived, self._room = asyncio.Event(), asyncio.Event()
-        self._plans: deque[Plan] = deque()
+        self._plans: deque[PlannedWrites] = deque()
         self._under_way = 0
         self._ending = False
         self._changed = asyncio.Condition()  # of `_plans` and `_under_way`
@@ -169,17 +169,17 @@ class Cycle:
                     self._plans.append(plan)
                     self._changed.notify_all()
 
-    async def _plan(self, records: Sequence[Any], epoch: int) -> Plan:
+    async def _plan(self, records: Sequence[Any], epoch: int) -> PlannedWrites:
         read, rejects = await self._intake.decode(records)
         while True:
-            batch = Batch(self.table.row, self.table.floor, self.topics.is_open)
+            batch = DecisionBatch(self.table.row, self.table.floor, self.topics.is_open)
             for event, partition, offset, appended_ms in read:
                 batch.add(event, partition, self.table.at(partition, offset), appended_ms)
             if not batch.closed or not await self.topics.find(batch.closed):
                 break
         self._step("decided")
         if epoch != self._ownership.epoch:  # the rows looked up may belong to another instance now
-            return Plan(epoch, records, batch, 0, 0, (), None)
+            return PlannedWrites(epoch, records, batch, 0, 0, (), None)
         released, outputs, ended = self._outputs(batch.releases)
         outputs += [*ended, *map(self._fact, batch.facts), *rejects]
         sent = await self._writer.post(outputs) if outputs else None
@@ -187,11 +187,11 @@ class Cycle:
         if epoch != self._ownership.epoch:
             # The partitions moved meanwhile, so this plan is dropped and its events are read again. Do not keep its
             # rows as pending: they never become durable, and the events would look like duplicates.
-            return Plan(epoch, records, batch, 0, 0, (), None)
+            return PlannedWrites(epoch, records, batch, 0, 0, (), None)
         self.table.expect(batch.rows)
         for event, *_ in read:
             self.firing.read_back(row_key(event.job_id))
-        return Plan(epoch, records, batch, len(rejects), len(batch.releases) - len(released), released, sent)
+        return PlannedWrites(epoch, records, batch, len(rejects), len(batch.releases) - len(released), released, sent)
 
     def _outputs(self, releases: Sequence[Kept]) -> tuple[list[Kept], list[Outgoing], list[Outgoing]]:
         """Return the released rows, their records, and the records that end releases too large for their topic.
@@ -248,7 +248,7 @@ class Cycle:
                     self._under_way -= sum(len(plan.records) for plan in plans)
                     self._changed.notify_all()
 
-    async def _settle(self, plans: Sequence[Plan]) -> None:
+    async def _settle(self, plans: Sequence[PlannedWrites]) -> None:
         if not plans:
             return
         for plan in plans:
@@ -278,7 +278,7 @@ class Cycle:
             # For example a work topic that was deleted or accepts smaller records now. The next start handles that.
             raise error
 
-    def _acknowledge(self, plan: Plan) -> None:
+    def _acknowledge(self, plan: PlannedWrites) -> None:
         """Set the timers of a plan and allow its offsets to be committed. Its rows and outputs are durable."""
         for partition, change in plan.batch.waiting.items():
             self.table.scheduled[partition] += change

@@ -31,7 +31,7 @@ PACE = 0.004
 DISPUTED_PAUSE, BEHIND_PAUSE = 0.05, 0.02
 
 
-class Firing:
+class TimerLoop:
     """Run the timers of the owned partitions.
 
     ``caught_up(partition)``: whether the source topic was read up to the end that it had when the rows were restored.

@@ -93,7 +93,7 @@ class Cadence:
     retention: float = 90 * 24 * 3600.0
 
 
-class Upkeep:
+class Maintenance:
     """Runs the maintenance of one namespace. ``active``: returns whether this process's materializer is the store's
     writer; if not, rounds are skipped."""
 

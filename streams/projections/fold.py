@@ -132,7 +132,7 @@ def _copied(row: dict[str, Any]) -> dict[str, Any]:
     return dict(row) if _PLAIN.issuperset(map(type, row.values())) else copy.deepcopy(row)
 
 
-class Folding:
+class Fold:
     """Folds into one table: the live one, or a copy of it for `verify` and `rebuild`."""
 
     def __init__(self, projection: Projection, table: Table) -> None:

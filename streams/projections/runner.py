@@ -34,7 +34,7 @@ from jobledger.kafka.topic_names import Names
 from jobledger.log.reading import LogReader
 from jobledger.process import greenlets
 from jobledger.process.logger import get_logger
-from jobledger.streams.projections.fold import Folding, Reading
+from jobledger.streams.projections.fold import Fold, Reading
 from jobledger.streams.projections.projection_store import ProjectionStore, offsets_table, topics_table
 from jobledger.streams.status.log_feed import identities
 
@@ -78,7 +78,7 @@ class Checked:
     trimmed: list[str] = field(default_factory=list)
 
 
-class Runner:
+class ProjectionRunner:
     """Runs one projection in one process; `run` blocks. Use it from one thread, and close it."""
 
     def __init__(
@@ -227,7 +227,7 @@ class Runner:
         return [(t, p) for t in self._reading.topics for p in range(partitions_of(self.settings, t))]
 
     def _follow(self, stop: threading.Event, until_end: bool) -> None:
-        folding = Folding(self.projection, self.projection.table)
+        folding = Fold(self.projection, self.projection.table)
         known: dict[Place, int] = {}
 
         def load() -> None:
@@ -305,7 +305,7 @@ class Runner:
         """Describe those of the partitions whose first records are no longer in the log."""
         return [f"{t}[{p}] begins at {low}" for (t, p), low in sorted(self._lows(places).items()) if low > 0]
 
-    def _transaction(self, folding: Folding, known: dict[Place, int], messages: Sequence[Message]) -> None:
+    def _transaction(self, folding: Fold, known: dict[Place, int], messages: Sequence[Message]) -> None:
         after = _ends_of(messages)
         for message in messages:
             place, offset = _place(message), message.offset() or 0
@@ -415,7 +415,7 @@ class Runner:
         """Fold the log up to ``ends`` into ``copy``. Return the number of records, and descriptions of what is missing."""
         begin = self._lows(ends)
         at, orders = dict(begin), 0
-        folding, total, done = Folding(self.projection, copy), sum(ends.values()), 0
+        folding, total, done = Fold(self.projection, copy), sum(ends.values()), 0
         with _consumer(self.settings) as consumer:
             consumer.assign([TopicPartition(t, p, OFFSET_BEGINNING) for t, p in ends])
             while _open(consumer, ends, at):
@@ -490,4 +490,4 @@ def _digest(db: Connection, table: Table) -> tuple[str, int]:
     return digest.hexdigest(), rows
 
 
-__all__ = ["Checked", "Overtaken", "Runner"]
+__all__ = ["Checked", "Overtaken", "ProjectionRunner"]

@@ -27,7 +27,7 @@ from confluent_kafka.admin import (  # type: ignore[attr-defined]  # re-exported
 
 from jobledger.config import Settings
 from jobledger.errors import BrokerUnavailable
-from jobledger.kafka.auth import Door, denied, read
+from jobledger.kafka.auth import AuthMonitor, denied, read
 from jobledger.kafka.clients import PASSING, admin, answer_of, consumer, consumer_config, translate
 from jobledger.kafka.topic_names import Names
 from jobledger.process.logger import get_logger
@@ -53,13 +53,13 @@ _ELECTING = (
 )
 
 
-class Feed:
+class LogFeed:
     """Reads all work topics, lifecycle, coordination and dead letters of a namespace. Use it from one thread, and close
     it."""
 
     def __init__(self, settings: Settings, names: Names) -> None:
         self._settings, self._names = settings, names
-        self._door = Door(settings)
+        self._door = AuthMonitor(settings)
         self._consumer = consumer(
             consumer_config(
                 settings,
@@ -255,7 +255,7 @@ def bounds(
     return {place: (low, found[1][place]) for place, low in found[0].items()}
 
 
-def read_until(feed: Feed, ends: Mapping[Partition, int], most: int, stall: float = 60.0) -> Iterator[list[Message]]:
+def read_until(feed: LogFeed, ends: Mapping[Partition, int], most: int, stall: float = 60.0) -> Iterator[list[Message]]:
     """Yield batches of all records below ``ends`` of the partitions that were added.
 
     Raises `BrokerUnavailable` if no record arrives for ``stall`` seconds.

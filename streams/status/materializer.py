@@ -47,9 +47,9 @@ from jobledger.schemas.events import JobEvent, RecordRejected
 from jobledger.streams.coordinator.decoding import bounded
 from jobledger.streams.coordinator.rules.derived_events import derived_id
 from jobledger.streams.status.batch_size import BatchSize, in_batches
-from jobledger.streams.status.log_feed import Feed, bounds
+from jobledger.streams.status.log_feed import LogFeed, bounds
 from jobledger.streams.status.metrics import TableMetrics
-from jobledger.streams.status.row_folder import CACHE_JOBS, Folded, Projector
+from jobledger.streams.status.row_folder import CACHE_JOBS, Folded, RowFolder
 from jobledger.streams.status.store import Partition, Store, open_store, shown
 
 try:
@@ -197,12 +197,12 @@ class Materializer:
         if offsets is None or known is None:
             return
         self._offsets, self._known, self._new_ids = offsets, known, {}
-        projector = Projector(store, decoder(self._settings, self._names), cache_jobs=self._cache_jobs)
+        projector = RowFolder(store, decoder(self._settings, self._names), cache_jobs=self._cache_jobs)
         self._active.set()
         self.metrics.active.set(1)
         missing = True
         discovered = committed = renewed = looked = float("-inf")
-        with Feed(self._settings, self._names) as feed:
+        with LogFeed(self._settings, self._names) as feed:
             while not stop.is_set():
                 now = time.monotonic()
                 if now - discovered > (1.0 if missing else DISCOVER_S):
@@ -225,7 +225,7 @@ class Materializer:
         names = self._names
         return {names.lifecycle, names.coordination, names.dead_letter, *map(names.jobs, self._queues)}
 
-    def _discover(self, feed: Feed, first: bool) -> bool:
+    def _discover(self, feed: LogFeed, first: bool) -> bool:
         """Add the partitions that exist now to the feed; return whether to search again soon: a topic is missing,
         a topic's id is not known, or the broker did not list the topics."""
         try:
@@ -257,7 +257,7 @@ class Materializer:
             )
         return bool(missing or unidentified)
 
-    def _identified(self, feed: Feed, present: set[Partition]) -> tuple[set[Partition], set[str]]:
+    def _identified(self, feed: LogFeed, present: set[Partition]) -> tuple[set[Partition], set[str]]:
         """Return the partitions that can be read, and the topics that cannot be read because their id is not known.
 
         Partitions of recreated topics are read from their start; they are left out if their start cannot be determined
@@ -284,7 +284,7 @@ class Materializer:
         return present, unidentified
 
     def _write_batch(
-        self, store: Store, projector: Projector, feed: Feed, messages: Sequence[Message], stop: threading.Event
+        self, store: Store, projector: RowFolder, feed: LogFeed, messages: Sequence[Message], stop: threading.Event
     ) -> None:
         """Write all messages in order. Those not written when ``stop`` is set are read again at the next start."""
 
@@ -298,7 +298,7 @@ class Materializer:
         else:
             write(messages)  # no records: only offset resets and topic ids
 
-    def _apply(self, store: Store, projector: Projector, feed: Feed, messages: Sequence[Message]) -> Folded:
+    def _apply(self, store: Store, projector: RowFolder, feed: LogFeed, messages: Sequence[Message]) -> Folded:
         """Write one batch in one transaction. Can be called again if it fails."""
         folded = projector.fold(messages)
         folded.changes.resets, folded.changes.topics = dict(feed.resets), dict(self._new_ids)
@@ -385,7 +385,7 @@ def behind(settings: Settings, names: Names, offsets: Mapping[Partition, int]) -
 
     Raises `BrokerUnavailable`.
     """
-    with Feed(settings, names) as feed:
+    with LogFeed(settings, names) as feed:
         there = bounds(settings, feed.present())
     lags = {place: high - max(low, offsets.get(place, 0)) for place, (low, high) in there.items()}
     return {place: lag for place, lag in lags.items() if lag > 0}

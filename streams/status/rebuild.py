@@ -32,8 +32,8 @@ from jobledger.kafka.topic_names import Names
 from jobledger.log.schema_lookup import decoder
 from jobledger.process.logger import get_logger
 from jobledger.streams.status.batch_size import BatchSize, in_batches
-from jobledger.streams.status.log_feed import Feed, bounds, read_until
-from jobledger.streams.status.row_folder import Projector
+from jobledger.streams.status.log_feed import LogFeed, bounds, read_until
+from jobledger.streams.status.row_folder import RowFolder
 from jobledger.streams.status.store import Changes, Partition, Store, copy, open_reader, open_store, scratch, shown
 from jobledger.streams.status.store.reader import SqlReader
 from jobledger.streams.status.store.rows import Row, life_of_row
@@ -224,7 +224,7 @@ def _fold_log(
     ``topics``: the ids of the topics to which ``offsets`` belong, as far as they are known. A topic that now has another
     id was recreated later, so it is left out. ``alive``: called about every two seconds.
     """
-    projector = Projector(store, decoder(settings, names))
+    projector = RowFolder(store, decoder(settings, names))
     records = rejected = 0
     size = BatchSize(BATCH)
 
@@ -235,7 +235,7 @@ def _fold_log(
         projector.committed(folded)
         rejected += len(folded.rejected)
 
-    with Feed(settings, names) as feed:
+    with LogFeed(settings, names) as feed:
         span = _span(settings, names, feed, offsets)
         ids = feed.identities({topic for topic, _ in span.low})
         unidentified = {topic for topic, _ in span.low} - ids.keys()
@@ -273,7 +273,7 @@ def _fold_log(
     return span, records, rejected
 
 
-def _span(settings: Settings, names: Names, feed: Feed, offsets: Mapping[Partition, int] | None) -> Span:
+def _span(settings: Settings, names: Names, feed: LogFeed, offsets: Mapping[Partition, int] | None) -> Span:
     present = feed.present()
     if names.lifecycle not in {topic for topic, _ in present}:
         clients.partitions_of(
@@ -290,7 +290,7 @@ def _span(settings: Settings, names: Names, feed: Feed, offsets: Mapping[Partiti
 
 def _carry(names: Names, settings: Settings, live_url: str, span: Span, new: Store, alive: Callable[[], object]) -> int:
     """Join the live table's jobs that do not begin within the log into ``new``; return how many there are."""
-    projector = Projector(new, decoder(settings, names), cache_jobs=1)
+    projector = RowFolder(new, decoder(settings, names), cache_jobs=1)
     reader = open_reader(live_url, names.namespace)
     carried, size = 0, BatchSize(CHUNK)
 

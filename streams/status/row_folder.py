@@ -44,7 +44,7 @@ class Rejected:
 @dataclass(slots=True)
 class Folded:
     """The result of folding a batch. ``events``: records read, by topic. ``states``: the new states, for
-    `Projector.committed`; None for a job that is not to be cached."""
+    `RowFolder.committed`; None for a job that is not to be cached."""
 
     changes: Changes = field(default_factory=Changes)
     events: dict[str, int] = field(default_factory=dict)
@@ -52,7 +52,7 @@ class Folded:
     states: dict[str, tuple[Life, Visible] | None] = field(default_factory=dict)
 
 
-class Projector:
+class RowFolder:
     """Folds batches onto the states of a store. ``cache_jobs``: number of states to cache. Not thread-safe."""
 
     def __init__(self, store: Loads, decoder: Decoder, *, cache_jobs: int = CACHE_JOBS) -> None:

@@ -29,7 +29,7 @@ from jobledger.schemas.codec import Decoder
 from jobledger.schemas.events import Position
 from jobledger.streams.projections.projection_store import ProjectionStore, folded, offsets_table
 from jobledger.streams.status.batch_size import CALM, BatchSize, in_batches
-from jobledger.streams.status.row_folder import Projector
+from jobledger.streams.status.row_folder import RowFolder
 from jobledger.streams.status.store import Changes, StatusReader, copy, open_reader, open_store, shown
 from jobledger.streams.status.store.connecting import bounded, schema_beside, schema_of
 from jobledger.streams.status.store.postgres import PostgresStore
@@ -508,7 +508,7 @@ def test_a_batch_that_takes_too_long_is_made_smaller(postgres: Databases, url: s
             store.offsets()
             for statement in slow:
                 postgres.execute(statement, url)
-            projector, size = Projector(store, Decoder()), BatchSize(1_000)
+            projector, size = RowFolder(store, Decoder()), BatchSize(1_000)
             sizes: list[int] = []
 
             def apply(part: Sequence[tuple[str, Life]]) -> None:

@@ -22,7 +22,7 @@ from jobledger.schemas import events as ev
 from jobledger.schemas.codec import Decoder
 from jobledger.schemas.events import Position
 from jobledger.streams.projections.projection_store import ProjectionStore, offsets_table
-from jobledger.streams.status.row_folder import Projector
+from jobledger.streams.status.row_folder import RowFolder
 from jobledger.streams.status.store import (
     Changes,
     Count,
@@ -130,9 +130,9 @@ def life(
     return found
 
 
-def write(store: Store, lives: dict[str, Life], offsets: dict[tuple[str, int], int] | None = None) -> Projector:
+def write(store: Store, lives: dict[str, Life], offsets: dict[tuple[str, int], int] | None = None) -> RowFolder:
     """Merge lives into the table in one transaction."""
-    projector = Projector(store, Decoder())
+    projector = RowFolder(store, Decoder())
     folded = projector.merge(lives.items())
     folded.changes.offsets.update(offsets or {})
     store.write(folded.changes)
@@ -363,7 +363,7 @@ def test_overdue_jobs_are_paged_in_order(store: Store, reader: StatusReader) -> 
 
 def test_a_transaction_is_whole_or_not_at_all(store: Store, reader: StatusReader) -> None:
     """If any part of a batch cannot be written, nothing of it is: no rows, no counters, no offsets."""
-    folded = Projector(store, Decoder()).merge([("a", life(ev.JobSubmitted(SPEC)))])
+    folded = RowFolder(store, Decoder()).merge([("a", life(ev.JobSubmitted(SPEC)))])
     folded.changes.offsets[("shop.jobs.mail", 0)] = None  # type: ignore[assignment]  # what no column takes
     with pytest.raises(StoreError, match="cannot be written"):
         store.write(folded.changes)

@@ -32,7 +32,7 @@ from jobledger.schemas.events import JobSucceeded
 from jobledger.streams.coordinator.coordinator import Coordinator, supervise
 from jobledger.streams.coordinator.faust.faust_app import Options
 from jobledger.streams.projections import runner as projection_runner
-from jobledger.streams.projections.runner import Runner
+from jobledger.streams.projections.runner import ProjectionRunner
 from jobledger.streams.status.materializer import Materializer
 from jobledger.streams.status.rebuild import verify
 from tests.integration.test_router import routing
@@ -112,7 +112,7 @@ def test_partitions_are_added_while_everything_runs(
     ensure(small, settings)
     url = settings.resolve_status_url(namespace)
     table = Materializer(small.names, settings, ["q"], url)
-    runner = Runner(small.registry.projections["count"], settings, small.names, ["q"], url)
+    runner = ProjectionRunner(small.registry.projections["count"], settings, small.names, ["q"], url)
     with ExitStack() as stack:
         for app in (small, large):
             stack.callback(app.close)

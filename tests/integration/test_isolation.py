@@ -19,8 +19,8 @@ from confluent_kafka import ConsumerGroupTopicPartitions, KafkaException, TopicP
 
 from jobledger import App, ConfigError, Retry, Settings
 from jobledger.consumers.isolation import fork_server, pool
-from jobledger.consumers.isolation.child_handle import Child
-from jobledger.consumers.isolation.fork_client import NurseryLink
+from jobledger.consumers.isolation.child_handle import ChildHandle
+from jobledger.consumers.isolation.fork_client import ForkClient
 from jobledger.consumers.running.placement import UNSEEN_CRASHES
 from jobledger.consumers.worker.worker import Worker
 from jobledger.kafka.clients import admin
@@ -265,19 +265,19 @@ def test_a_job_that_waits_for_a_child_that_is_being_started_starts_no_other(
     app: App, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also when the process is there already, and its connection is not."""
-    fork, connect, forks = NurseryLink.fork, NurseryLink._connect, 0
+    fork, connect, forks = ForkClient.fork, ForkClient._connect, 0
 
-    def counted(self: NurseryLink, child: Child) -> None:
+    def counted(self: ForkClient, child: ChildHandle) -> None:
         nonlocal forks
         forks += 1
         fork(self, child)
 
-    async def late(self: NurseryLink, child: Child, ours: socket.socket) -> None:
+    async def late(self: ForkClient, child: ChildHandle, ours: socket.socket) -> None:
         await asyncio.sleep(0.3)
         await connect(self, child, ours)
 
-    monkeypatch.setattr(NurseryLink, "fork", counted)
-    monkeypatch.setattr(NurseryLink, "_connect", late)
+    monkeypatch.setattr(ForkClient, "fork", counted)
+    monkeypatch.setattr(ForkClient, "_connect", late)
     with working(app, children=1, jobs_per_child=5):
         many = app.submit_many(tasks.where.job(n) for n in range(20))
         assert len({result_of(app, h.job_id)["pid"] for h in many}) == 4

@@ -19,7 +19,7 @@ import pytest
 from sqlalchemy import Column, Integer, MetaData, String, Table
 
 from jobledger import App, Settings
-from jobledger.consumers.router.backfill import Backfill, Plan
+from jobledger.consumers.router.backfill import Backfill, BackfillPlan
 from jobledger.consumers.router.router import Router
 from jobledger.consumers.worker.worker import Worker, WorkerOptions
 from jobledger.errors import JobledgerError, NotAuthorized
@@ -28,8 +28,8 @@ from jobledger.kafka.acls import TABLE, Right
 from jobledger.kafka.clients import admin as admin_client
 from jobledger.schemas.events import JobSubmitted
 from jobledger.streams.coordinator.coordinator import Coordinator, supervise
-from jobledger.streams.maintenance.maintenance import Cadence, Upkeep
-from jobledger.streams.projections.runner import Runner
+from jobledger.streams.maintenance.maintenance import Cadence, Maintenance
+from jobledger.streams.projections.runner import ProjectionRunner
 from jobledger.streams.status.materializer import Materializer
 from jobledger.streams.status.store import open_reader
 from tests.patience import PATIENCE
@@ -181,7 +181,7 @@ def materializer(world: World, refused: list[JobledgerError]) -> None:
             return
         cadence = Cadence(overdue_after=0.0, retention=-60.0, patience=30.0)
         with contextlib.closing(open_reader(url, names.namespace)) as reader:
-            upkeep = Upkeep(names, settings, ["default"], reader, cadence=cadence)
+            upkeep = Maintenance(names, settings, ["default"], reader, cadence=cadence)
             assert reader.job(handle.job_id)
             for act in (upkeep.watch, upkeep.audit, upkeep.trim, upkeep.forget_cancels):
                 try:
@@ -204,7 +204,7 @@ def backfill(world: World, refused: list[JobledgerError]) -> None:
     """Makes jobs of the events of the past."""
     world.boss.emit(Registered("u"))
     app = world.app("backfill")
-    progress = Backfill(app.registry, app.settings, Plan("welcome", restart=True), lambda job_id: False).run(
+    progress = Backfill(app.registry, app.settings, BackfillPlan("welcome", restart=True), lambda job_id: False).run(
         threading.Event()
     )
     assert progress.done
@@ -218,7 +218,7 @@ def projection(world: World, refused: list[JobledgerError]) -> None:
     for name in ("count_people", "count_jobs"):
         found = app.registry.projections[name]
         url = f"sqlite:///{world.folder}/{uuid.uuid4().hex}.db"
-        runner = Runner(found, app.settings, app.names, list(app.lanes), url)
+        runner = ProjectionRunner(found, app.settings, app.names, list(app.lanes), url)
         try:
             runner.run(threading.Event(), until_end=True)
             assert runner.folded

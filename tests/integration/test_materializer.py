@@ -42,7 +42,7 @@ from jobledger.schemas import codec
 from jobledger.schemas import events as ev
 from jobledger.schemas.events import JobEvent, Position
 from jobledger.streams.status import rebuild as rebuilding
-from jobledger.streams.status.log_feed import Feed, bounds
+from jobledger.streams.status.log_feed import LogFeed, bounds
 from jobledger.streams.status.materializer import Materializer
 from jobledger.streams.status.rebuild import rebuild, verify
 from jobledger.streams.status.store import Changes, StatusReader, Store, open_reader, open_store
@@ -455,15 +455,15 @@ def test_no_topic_is_read_before_its_id_is_known(
 ) -> None:
     """The offsets of a topic whose id is not stored would be taken for those of a later topic of its name. So a topic is read
     once the broker has returned its id, and a rebuild without the ids changes nothing."""
-    identities, unanswered, told = Feed.identities, [], threading.Event()
+    identities, unanswered, told = LogFeed.identities, [], threading.Event()
 
-    def answer(feed: Feed, *args: Any) -> dict[str, str]:
+    def answer(feed: LogFeed, *args: Any) -> dict[str, str]:
         if told.is_set():
             return identities(feed, *args)
         unanswered.append(args)
         return {}
 
-    monkeypatch.setattr(Feed, "identities", answer)
+    monkeypatch.setattr(LogFeed, "identities", answer)
     old = world.fill(60)
     with Running(world.materializer()) as running:
         wait_until(lambda: len(unanswered) > 3, 30, "some searches for topics")
@@ -488,7 +488,7 @@ def test_verify_compares_all_where_no_ids_of_topics_are_told(world: World, monke
     world.fill(20)
     with Running(world.materializer()) as running:
         running.catch_up()
-    monkeypatch.setattr(Feed, "identities", lambda *args: {})
+    monkeypatch.setattr(LogFeed, "identities", lambda *args: {})
     found = verify(world.names, world.settings, ["mail"], world.url)
     assert (found.equal, found.jobs, found.left_out) == (True, 20, 0)
 

@@ -16,8 +16,8 @@ import pytest
 
 from jobledger import App, Breaker, Queue, Retry, Settings, Snooze, current_job
 from jobledger.client.commands import Job
-from jobledger.consumers.scheduling.wait_queues import Lines
-from jobledger.consumers.state.work import Line, Work
+from jobledger.consumers.scheduling.wait_queues import WaitQueues
+from jobledger.consumers.state.work import JobRun, WaitQueue
 from jobledger.consumers.worker.worker import Worker
 from jobledger.kafka.topics import ensure
 from jobledger.schemas.events import (
@@ -213,14 +213,14 @@ def test_jobs_of_one_key_run_one_at_a_time_in_the_order_of_submission(
     app: App, seen: Seen, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """KEY_ORDER: whatever fails and is tried again, nothing of the key passes it; other keys do not wait for it."""
-    hold = Lines._hold
+    hold = WaitQueues._hold
     again: list[Callable[[], None]] = []
 
-    def hold_on(lines: Lines, work: Work, line: Line, seconds: float) -> None:
+    def hold_on(lines: WaitQueues, work: JobRun, line: WaitQueue, seconds: float) -> None:
         hold(lines, work, line, 3600.0)  # the test ends it
         again.append(lambda: lines._again(work, line, 0.0))
 
-    monkeypatch.setattr(Lines, "_hold", hold_on)
+    monkeypatch.setattr(WaitQueues, "_hold", hold_on)
     book = app.tasks["book"]
     jobs = [book.job("a", n, fails=1 if n == 3 else 0) for n in range(10)]
     jobs += [book.job(f"other-{n % 20}", n) for n in range(200)]

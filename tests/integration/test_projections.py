@@ -34,7 +34,7 @@ from jobledger.log.writer import LogWriter, Outgoing
 from jobledger.schemas.events import CancelRequested, JobSucceeded, QueuePaused
 from jobledger.streams.projections import runner as projection_runner
 from jobledger.streams.projections.projection_store import ProjectionStore, database_of
-from jobledger.streams.projections.runner import Runner
+from jobledger.streams.projections.runner import ProjectionRunner
 from jobledger.streams.status.log_feed import identities
 from tests.integration import projection_app
 from tests.integration.projection_app import Happened
@@ -60,16 +60,16 @@ def app(request: pytest.FixtureRequest, broker: str, namespace: str, tmp_path: P
         yield made
 
 
-def runner_of(app: App, name: str = "count_by_user") -> Runner:
+def runner_of(app: App, name: str = "count_by_user") -> ProjectionRunner:
     url = app.settings.resolve_status_url(app.names.namespace)
-    return Runner(app.registry.projections[name], app.settings, app.names, list(app.lanes), url)
+    return ProjectionRunner(app.registry.projections[name], app.settings, app.names, list(app.lanes), url)
 
 
 def store_of(app: App) -> ProjectionStore:
     return ProjectionStore(app.settings.resolve_status_url(app.names.namespace), app.names.namespace)
 
 
-def folded(app: App, name: str = "count_by_user") -> Runner:
+def folded(app: App, name: str = "count_by_user") -> ProjectionRunner:
     """Run a projection to the log's end."""
     with closing(runner_of(app, name)) as runner:
         runner.run(threading.Event(), until_end=True)
@@ -444,7 +444,7 @@ def test_what_is_no_error_of_ours_ends_them_too(app: App, monkeypatch: pytest.Mo
     """A thread that dies of a mistake, even in silence, takes the process with it."""
     from jobledger.cli import projections as command
 
-    class Broken(Runner):
+    class Broken(ProjectionRunner):
         def run(self, stop: threading.Event, *, until_end: bool = False) -> None:
             if self.projection.name == "ends":
                 raise SystemExit(0)

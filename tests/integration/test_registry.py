@@ -34,7 +34,7 @@ from jobledger.kafka.embedded.ports import free_port
 from jobledger.kafka.topics import ensure
 from jobledger.log.reading import LogReader
 from jobledger.log.schema_lookup import decoder
-from jobledger.log.schema_registry import COMPATIBILITY, Registry
+from jobledger.log.schema_registry import COMPATIBILITY, SchemaRegistry
 from jobledger.log.writer import LogWriter, Outgoing
 from jobledger.schemas import codec, confluent_frame
 from jobledger.schemas.events import ErrorInfo, JobEvent, JobFailed, JobSpec, JobSubmitted, JobSucceeded, RecordRejected
@@ -156,9 +156,9 @@ def test_a_subject_is_registered_once_and_reads_all_that_was_written(
 ) -> None:
     """Registering again gives the same id; a new subject is BACKWARD_TRANSITIVE; what an operator sets then stays."""
     subject = f"{namespace}.jobs.a-value"
-    client = Registry(registry_url)
+    client = SchemaRegistry(registry_url)
     first = client.register(subject, codec.SCHEMA_TEXT)
-    assert Registry(registry_url).register(subject, codec.SCHEMA_TEXT) == first
+    assert SchemaRegistry(registry_url).register(subject, codec.SCHEMA_TEXT) == first
     assert api.get(f"subjects/{subject}/versions").json() == [1]
     assert api.get(f"config/{subject}").json() == {"compatibilityLevel": COMPATIBILITY}
     api.put(f"config/{subject}", json={"compatibility": "FULL_TRANSITIVE"}).raise_for_status()
@@ -175,7 +175,7 @@ def test_a_subject_is_registered_once_and_reads_all_that_was_written(
 
 def test_an_unknown_id_is_a_no(registry_url: str) -> None:
     """The registry's own 404 is an answer."""
-    assert Registry(registry_url).schema(NOWHERE, sure=False) is None
+    assert SchemaRegistry(registry_url).schema(NOWHERE, sure=False) is None
 
 
 def test_a_registry_that_refuses_the_schema_stops_the_writer(
@@ -323,7 +323,7 @@ def test_a_takeover_that_cannot_read_an_end_runs_nothing(broker: str, registry_u
     app = made(namespace, broker)
     registered = with_registry(app, registry_url)
     names = app.names
-    schema_id = Registry(registry_url).register(f"{names.lifecycle}-value", codec.SCHEMA_TEXT)
+    schema_id = SchemaRegistry(registry_url).register(f"{names.lifecycle}-value", codec.SCHEMA_TEXT)
     done, fresh = submission(), submission(args=b'{"a":7}')
     send_events(app, names.jobs("default"), done, fresh)
     produce(app, names.lifecycle, framed(msgspec.structs.replace(done, fact=JobSucceeded(b"2", 5)), schema_id))
@@ -415,7 +415,7 @@ def test_without_the_setting_a_frame_waits_and_garbage_does_not(broker: str, reg
     app = made(namespace, broker)
     topic = app.names.jobs("default")
     registered = with_registry(app, registry_url)
-    schema_id = Registry(registry_url).register(f"{topic}-value", codec.SCHEMA_TEXT)
+    schema_id = SchemaRegistry(registry_url).register(f"{topic}-value", codec.SCHEMA_TEXT)
     good, elsewhere = submission(), submission()
     produce(app, topic, bytes(40), framed(good, schema_id), partition=0)
     produce(app, topic, codec.encode(elsewhere), partition=1)
@@ -452,7 +452,7 @@ def test_a_registry_that_is_away_rejects_nothing(broker: str, registry_url: str,
     """A reader that cannot ask stops with the registry's address; nothing is dead-lettered, and the job runs later."""
     app = made(namespace, broker, schema_registry=registry_url)
     topic = app.names.jobs("default")
-    schema_id = Registry(registry_url).register(f"{topic}-value", codec.SCHEMA_TEXT)
+    schema_id = SchemaRegistry(registry_url).register(f"{topic}-value", codec.SCHEMA_TEXT)
     job = submission()
     value = framed(job, schema_id)
     produce(app, topic, value)
@@ -522,7 +522,7 @@ def test_a_registry_that_goes_away_stops_only_what_needs_it(
     topic = app.names.jobs("default")
     # The same schema but for its words: another id in the registry, the same bytes.
     schema = json.loads(codec.SCHEMA_TEXT) | {"doc": namespace}
-    other = Registry(registry_url).register(f"{namespace}.elsewhere-value", json.dumps(schema))
+    other = SchemaRegistry(registry_url).register(f"{namespace}.elsewhere-value", json.dumps(schema))
     job = submission(args=b'{"a":3}')
     with working(app) as worker:
         first = app.tasks["add"].submit(1).job_id
@@ -556,7 +556,7 @@ def test_streams_without_the_setting_stop_at_a_frame(
         delayed.event_id, delayed.job_id, 1, 1, 0, 0, "add", "default", None, delayed.job_id, "test", None,
         JobSubmitted(JobSpec(b'{"a":1}'), 1),
     )  # fmt: skip
-    schema_id = Registry(registry_url).register(f"{app.names.coordination}-value", codec.SCHEMA_TEXT)
+    schema_id = SchemaRegistry(registry_url).register(f"{app.names.coordination}-value", codec.SCHEMA_TEXT)
     produce(app, app.names.coordination, framed(delayed, schema_id))
     table, coordinator = streams_of(app, tmp_path)
     with pytest.raises(RegistryNeeded, match="JOBLEDGER_SCHEMA_REGISTRY"):

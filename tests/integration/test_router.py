@@ -23,7 +23,7 @@ from sqlalchemy import Column, Integer, MetaData, Table
 
 from jobledger import App, BadEvent, ConfigError, EventHandle, IncompatibleEvent, Settings, TopicMissing
 from jobledger.consumers.router import initial_offsets
-from jobledger.consumers.router.backfill import Backfill, Plan, Progress, events_per_second
+from jobledger.consumers.router.backfill import Backfill, BackfillPlan, BackfillProgress, events_per_second
 from jobledger.consumers.router.router import Router
 from jobledger.kafka.clients import admin, consumer_config, partitions_of, producer, producer_config
 from jobledger.kafka.clients import consumer as make_consumer
@@ -31,7 +31,7 @@ from jobledger.kafka.topics import ensure
 from jobledger.log import group_offsets
 from jobledger.log.writer import LogWriter, Outgoing
 from jobledger.schemas.events import JobSubmitted, JobSucceeded, Position, RecordRejected
-from jobledger.streams.projections.runner import Runner
+from jobledger.streams.projections.runner import ProjectionRunner
 from tests.integration.worker_app import limit_records, log_of, until, working
 from tests.patience import PATIENCE
 
@@ -255,7 +255,7 @@ def test_tags_of_handlers_are_on_their_jobs_and_a_broken_function_costs_no_other
     (letter,) = [r.event.fact for r in log_of(app, app.names.dead_letter)]
     assert isinstance(letter, RecordRejected)
     assert "handler 'told': its tags= failed for this event: LookupError: no such plan" in letter.error
-    backfill = Backfill(app.registry, app.settings, Plan("told"), lambda job_id: False)
+    backfill = Backfill(app.registry, app.settings, BackfillPlan("told"), lambda job_id: False)
     with pytest.raises(ConfigError, match=r"handler 'told'.*LookupError.*run the backfill again"):
         backfill.run(threading.Event())
     app.close()
@@ -369,7 +369,7 @@ def test_a_class_that_cannot_read_what_was_written_is_refused_before_it_writes(l
     with pytest.raises(IncompatibleEvent, match="UserRegistered"):
         Router(other.registry, other.settings).run(threading.Event())
     with pytest.raises(IncompatibleEvent, match="UserRegistered"):
-        Backfill(other.registry, other.settings, Plan("never"), lambda job_id: False).run(threading.Event())
+        Backfill(other.registry, other.settings, BackfillPlan("never"), lambda job_id: False).run(threading.Event())
     other.close()
 
     ran: list[Any] = []
@@ -433,9 +433,11 @@ def test_a_router_that_cannot_work_says_why(broker: str, namespace: str) -> None
 # -- backfill ---------------------------------------------------------------------------------------------------------
 
 
-def backfilled(app: App, known: set[str] | None = None, stop: threading.Event | None = None, **plan: Any) -> Progress:
+def backfilled(
+    app: App, known: set[str] | None = None, stop: threading.Event | None = None, **plan: Any
+) -> BackfillProgress:
     """One run of the backfill of `sync_crm`; ``known``: what the status table has."""
-    run = Backfill(app.registry, app.settings, Plan("sync_crm", **plan), lambda job_id: job_id in (known or ()))
+    run = Backfill(app.registry, app.settings, BackfillPlan("sync_crm", **plan), lambda job_id: job_id in (known or ()))
     return run.run(stop or threading.Event())
 
 
@@ -481,7 +483,7 @@ def test_an_interrupted_backfill_goes_on_where_it_was(lab: Lab) -> None:
     app, _ = lab
     handles = app.emit_many(UserRegistered(f"u{i}") for i in range(400))
     stop = threading.Event()
-    run = Backfill(app.registry, app.settings, Plan("sync_crm", rate=200.0), lambda job_id: False)
+    run = Backfill(app.registry, app.settings, BackfillPlan("sync_crm", rate=200.0), lambda job_id: False)
     began = time.monotonic()
     first = run.run(stop, lambda progress: stop.set() if progress.submitted >= 100 else None)
     assert time.monotonic() - began >= 0.3
@@ -618,7 +620,7 @@ def test_others_records_are_read_as_they_were_written_or_stop_the_router(
         assert sorted(ran, key=repr) == [Parcel(5), Shipment(1, "sent", [Parcel(7), Parcel(8)])]
         url_of = settings.resolve_status_url(namespace)
         with contextlib.closing(
-            Runner(app.registry.projections["count"], settings, app.names, list(app.lanes), url_of)
+            ProjectionRunner(app.registry.projections["count"], settings, app.names, list(app.lanes), url_of)
         ) as runner:
             runner.run(threading.Event(), until_end=True)
             assert (runner.folded, runner.unreadable) == (1, 0)
@@ -629,7 +631,7 @@ def test_others_records_are_read_as_they_were_written_or_stop_the_router(
                 Router(app.registry, settings).run(threading.Event())
         with (
             contextlib.closing(
-                Runner(app.registry.projections["count"], settings, app.names, list(app.lanes), url_of)
+                ProjectionRunner(app.registry.projections["count"], settings, app.names, list(app.lanes), url_of)
             ) as runner,
             pytest.raises(IncompatibleEvent, match=r"Shipment\.number"),
         ):

@@ -20,7 +20,7 @@ from jobledger.definitions.event_types import EventType
 from jobledger.errors import BrokerUnavailable, ConfigError
 from jobledger.kafka import clients, topics, topology
 from jobledger.kafka.topic_names import Names
-from jobledger.kafka.topology import Plan, Step
+from jobledger.kafka.topology import Step, TopicPlan
 from tests.patience import wait_until
 
 pytestmark = pytest.mark.kafka
@@ -62,7 +62,7 @@ def partitions(settings: Settings, topic: str) -> int | None:
     return None if found is None else len(found.partitions)
 
 
-def steps(made: Plan) -> set[Step]:
+def steps(made: TopicPlan) -> set[Step]:
     return {change.step for change in made.changes if change.kind == "topic"}
 
 
@@ -164,7 +164,7 @@ def test_a_group_setting_that_is_refused_is_a_note(admin: AdminClient, app: App)
     refused = topology.Change(
         Step.CONFIG, "group", app.names.worker_group("default"), config={"consumer.session.timeout.ms": (None, "1")}
     )
-    (note,) = topics.apply(admin, Plan((refused,)))
+    (note,) = topics.apply(admin, TopicPlan((refused,)))
     assert app.names.worker_group("default") in note
     assert "consumer.session.timeout.ms=1" in note
 

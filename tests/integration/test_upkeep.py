@@ -25,9 +25,9 @@ from jobledger.process.identity import now_us
 from jobledger.schemas import codec
 from jobledger.schemas import events as ev
 from jobledger.streams.maintenance import maintenance as upkeep_module
-from jobledger.streams.maintenance.maintenance import Cadence, Upkeep
+from jobledger.streams.maintenance.maintenance import Cadence, Maintenance
 from jobledger.streams.projections.projection_store import ProjectionStore, offsets_table
-from jobledger.streams.projections.runner import Runner
+from jobledger.streams.projections.runner import ProjectionRunner
 from jobledger.streams.status.materializer import Materializer
 from jobledger.streams.status.store import open_reader
 from tests.patience import PATIENCE, wait_until
@@ -59,9 +59,9 @@ class Bench:
         wait_until(lambda: made.active, 20, "the materializer becoming active")
         self.reader = open_reader(url, namespace)
 
-    def upkeep(self, **cadence: float) -> Upkeep:
+    def upkeep(self, **cadence: float) -> Maintenance:
         """An upkeep with a cadence of the test's."""
-        return Upkeep(self.names, self.settings, ["mail"], self.reader, cadence=Cadence(**cadence))
+        return Maintenance(self.names, self.settings, ["mail"], self.reader, cadence=Cadence(**cadence))
 
     def caught_up(self) -> None:
         """Wait until the table has all of the log."""
@@ -271,7 +271,9 @@ def test_trimming_waits_for_projections_and_for_readers_of_the_lifecycle(
     url = bench.settings.resolve_status_url(names.namespace)
 
     def fold() -> None:
-        with closing_of(Runner(bench.app.registry.projections["ends"], bench.settings, names, ["mail"], url)) as runner:
+        with closing_of(
+            ProjectionRunner(bench.app.registry.projections["ends"], bench.settings, names, ["mail"], url)
+        ) as runner:
             runner.run(threading.Event(), until_end=True)
 
     def read() -> None:

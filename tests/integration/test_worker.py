@@ -19,7 +19,7 @@ from jobledger import App, BrokerUnavailable, ConfigError, Settings, TopicMissin
 from jobledger.config import DEFAULT_MAX_RECORD_BYTES
 from jobledger.consumers.partitions.takeover import Takeover
 from jobledger.consumers.state import offset_tracker
-from jobledger.consumers.state.work import PROGRESS_INTERVAL_S, Work
+from jobledger.consumers.state.work import PROGRESS_INTERVAL_S, JobRun
 from jobledger.consumers.worker.worker import Worker, WorkerOptions
 from jobledger.definitions.retry import Retry
 from jobledger.kafka.clients import admin, producer, producer_config
@@ -655,7 +655,7 @@ def test_nothing_of_an_ended_job_waits_for_the_garbage_collector(broker: str, na
     memory does not follow the rate."""
 
     def works() -> int:
-        return sum(type(found) is Work for found in gc.get_objects())
+        return sum(type(found) is JobRun for found in gc.get_objects())
 
     app = made(namespace, broker)
     kinds = ("add", "add_in_thread", "reports", "hang", "reject", "never", "fail_in_thread", "returns_nonsense")

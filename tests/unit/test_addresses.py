@@ -18,7 +18,7 @@ from jobledger.kafka.auth import away, knock
 from jobledger.kafka.clients import consumer_config, producer_config
 from jobledger.streams.coordinator.faust.async_producer import compression, unused
 from jobledger.streams.coordinator.faust.faust_app import Options, faust_settings
-from jobledger.streams.coordinator.faust.instance_dir import Place
+from jobledger.streams.coordinator.faust.instance_dir import InstanceDir
 
 
 @pytest.mark.parametrize(
@@ -143,6 +143,8 @@ def test_the_coordinators_clients_obey_what_they_can(tmp_path: Path) -> None:
     assert compression(Settings(bootstrap="a:1")) is None
     for given, taken in (("ZSTD", "zstd"), ("None", None)):  # librdkafka takes capital letters, aiokafka raises
         assert compression(Settings(bootstrap="a:1", kafka={"compression.codec": given})) == taken
-    assert faust_settings(settings, Options(), 3, Place(tmp_path, False, None, None))["broker_client_id"] == "mine"
+    assert (
+        faust_settings(settings, Options(), 3, InstanceDir(tmp_path, False, None, None))["broker_client_id"] == "mine"
+    )
     assert unused(settings) == ["socket.keepalive.enable"]
     assert unused(Settings(bootstrap="a:1", kafka={"security.protocol": "SSL", "ssl.ca.location": "x"})) == []

@@ -13,7 +13,7 @@ from jobledger.audit.table import Final, differences, final, result_text
 from jobledger.schemas import codec
 from jobledger.schemas import events as ev
 from jobledger.schemas.events import JobEvent
-from jobledger.streams.status.row_folder import Projector
+from jobledger.streams.status.row_folder import RowFolder
 from tests.unit.test_projector import Message, Table
 
 WORK, LIFE, COORD = "shop.jobs.mail", "shop.lifecycle", "shop.coordination"
@@ -56,7 +56,7 @@ class Log:
         messages, table = list(self.messages), Table()
         if chance is not None:
             chance.shuffle(messages)
-        projector = Projector(table, codec.Decoder())
+        projector = RowFolder(table, codec.Decoder())
         for first in range(0, len(messages), 3):
             folded = projector.fold(messages[first : first + 3])  # type: ignore[arg-type]  # as far as it looks
             table.write(folded.changes)

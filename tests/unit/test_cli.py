@@ -35,7 +35,7 @@ from jobledger.kafka.topic_names import Names
 from jobledger.schemas import events as ev
 from jobledger.schemas.codec import Decoder
 from jobledger.streams.projections.projection_store import ProjectionStore, offsets_table
-from jobledger.streams.status.row_folder import Projector
+from jobledger.streams.status.row_folder import RowFolder
 from jobledger.streams.status.store.sqlite import SqliteStore
 
 UUID = "00000000-0000-7000-8000-000000000000"
@@ -301,7 +301,7 @@ def test_a_shell_completes_names(words: str, offered: list[str], tmp_path: Path)
             life = fold.apply(None, ev.Recorded(event, ev.Position("shop.jobs.mail", 0, number), 1_700_000_000_000))
             assert life is not None
             lives.append((f"01a2{number}000-0000-7000-8000-000000000000", life))
-        store.write(Projector(store, Decoder()).merge(lives).changes)
+        store.write(RowFolder(store, Decoder()).merge(lives).changes)
     assert _completed(words, tmp_path) == offered
 
 

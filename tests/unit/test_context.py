@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from jobledger import ConfigError, JobEnded
-from jobledger.consumers.isolation.protocol import Progress, Splitter, decode_said, frame
+from jobledger.consumers.isolation.protocol import ProgressMessage, Splitter, decode_said, frame
 from jobledger.definitions.context import JobContext
 from jobledger.schemas import codec
 from jobledger.schemas.events import JobEvent, JobProgressed
@@ -72,9 +72,9 @@ def test_a_report_goes_wherever_reports_go(report: tuple[Any, ...], said: tuple[
     context(told).progress(*report)
     (fact,) = told
     assert (fact.done, fact.total, fact.message) == said
-    (body,) = Splitter().feed(frame(Progress(fact.sequence, fact.done, fact.total, fact.message)))
+    (body,) = Splitter().feed(frame(ProgressMessage(fact.sequence, fact.done, fact.total, fact.message)))
     heard = decode_said(body)
-    assert isinstance(heard, Progress)
+    assert isinstance(heard, ProgressMessage)
     assert (heard.done, heard.total, heard.message) == said
     event = JobEvent(JOB, JOB, 1, 1, 1, 0, "t", "q", None, None, "w", None, fact)
     assert codec.decode(codec.encode(event)).fact == fact

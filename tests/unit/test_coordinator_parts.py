@@ -20,10 +20,10 @@ from jobledger.errors import SchemaError
 from jobledger.kafka.topic_names import Names
 from jobledger.schemas import codec
 from jobledger.schemas.events import JobEvent, JobSpec, JobSubmitted, RecordRejected
-from jobledger.streams.coordinator.decoding import KEY_BYTES, Intake
+from jobledger.streams.coordinator.decoding import KEY_BYTES, RecordReader
 from jobledger.streams.coordinator.faust import faust_app
 from jobledger.streams.coordinator.faust.faust_app import Options, changelog, faust_settings
-from jobledger.streams.coordinator.faust.instance_dir import Place, take_place
+from jobledger.streams.coordinator.faust.instance_dir import InstanceDir, take_place
 from jobledger.streams.coordinator.faust.local_store import MemoryRows, RocksRows, merged
 from jobledger.streams.coordinator.faust.log_filters import RateLimit, Unheard
 from jobledger.streams.coordinator.ownership import GAP, Ownership, Superseded
@@ -35,11 +35,11 @@ def test_faust_reads_nothing_from_the_environment(tmp_path: Path, monkeypatch: p
     monkeypatch.setenv("BROKER_URL", "kafka://elsewhere:1")
     monkeypatch.setenv("APP_ID_FORMAT", "x-{id}")
     names, settings = Names("shop"), Settings(bootstrap="h1:9092,h2:9093")
-    app, table = faust_app.build(names, settings, Options(), 3, Place(tmp_path, True, "m", None))
+    app, table = faust_app.build(names, settings, Options(), 3, InstanceDir(tmp_path, True, "m", None))
     assert app.conf.id == names.coordinator_group
     assert [str(url) for url in app.conf.broker] == ["kafka://h1:9092", "kafka://h2:9093"]
     assert table.changelog_topic_name == changelog(names) == "shop.coordinator-schedules-changelog"
-    given = faust_settings(settings, Options(), 3, Place(tmp_path, False, None, None))
+    given = faust_settings(settings, Options(), 3, InstanceDir(tmp_path, False, None, None))
     assert (given["store"], given["topic_allow_declare"], given["topic_disable_leader"]) == ("memory://", False, True)
 
 
@@ -113,7 +113,7 @@ def rows(request: pytest.FixtureRequest, tmp_path: Path) -> Any:
     """Both local copies, held to the same tests."""
 
     async def make() -> Any:
-        place = Place(tmp_path, request.param == "rocksdb", None, None)
+        place = InstanceDir(tmp_path, request.param == "rocksdb", None, None)
         app, table = faust_app.build(Names("shop"), Settings(bootstrap="h:1"), Options(), 2, place)
         app._create_directories()
         if place.durable:
@@ -151,7 +151,7 @@ def test_rows_are_kept_by_partition_and_scanned_in_order(rows: Any) -> None:
 def test_restoring_keeps_the_latest_row_and_names_what_was_covered(order: list[int], chunk: int) -> None:
     """In whatever order versions of a row stand on the changelog, and however they are batched."""
     _, table = faust_app.build(
-        Names("shop"), Settings(bootstrap="h:1"), Options(), 1, Place(Path("unused"), False, None, None)
+        Names("shop"), Settings(bootstrap="h:1"), Options(), 1, InstanceDir(Path("unused"), False, None, None)
     )
     rows = table.data
     events = [restored(0, at, b"k", marker(offset)) for at, offset in enumerate(order)]
@@ -192,7 +192,7 @@ def test_a_record_with_its_writers_time_counts_as_appended_now() -> None:
         )
         for n in (0, 1)
     ]
-    read, _ = asyncio.run(Intake(Names("shop"), codec.Decoder(), "test", lambda: 7).decode(messages))
+    read, _ = asyncio.run(RecordReader(Names("shop"), codec.Decoder(), "test", lambda: 7).decode(messages))
     assert [each.appended_ms for each in read] == [7, 5]
 
 
@@ -201,7 +201,7 @@ def taken_in(value: bytes | None, key: bytes | None = None) -> tuple[list[Any], 
     message = SimpleNamespace(
         topic="shop.coordination", partition=0, offset=3, timestamp=1, timestamp_type=1, key=key, value=value
     )
-    read, rejects = asyncio.run(Intake(Names("shop"), codec.Decoder(), "test", lambda: 7).decode([message]))
+    read, rejects = asyncio.run(RecordReader(Names("shop"), codec.Decoder(), "test", lambda: 7).decode([message]))
     facts = [codec.decode(each.value).fact for each in rejects]
     assert all(len(each.value or b"") < 900_000 for each in rejects)
     return list(read), [fact for fact in facts if isinstance(fact, RecordRejected)]

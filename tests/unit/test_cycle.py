@@ -25,9 +25,9 @@ from jobledger.streams.coordinator import ownership
 from jobledger.streams.coordinator.faust import faust_app
 from jobledger.streams.coordinator.faust.async_producer import Delivered
 from jobledger.streams.coordinator.faust.faust_app import Options, changelog
-from jobledger.streams.coordinator.faust.instance_dir import Place
+from jobledger.streams.coordinator.faust.instance_dir import InstanceDir
 from jobledger.streams.coordinator.metrics import Metrics
-from jobledger.streams.coordinator.pipeline import Cycle
+from jobledger.streams.coordinator.pipeline import Pipeline
 from jobledger.streams.coordinator.rules.schedule_rows import (
     Floor,
     Released,
@@ -113,7 +113,7 @@ class Lab:
 
     def __init__(self) -> None:
         _, table = faust_app.build(
-            NAMES, Settings(bootstrap="h:1"), Options(), 1, Place(Path("unused"), False, None, None)
+            NAMES, Settings(bootstrap="h:1"), Options(), 1, InstanceDir(Path("unused"), False, None, None)
         )
         self.rows = table.data
         self.group, self.writer = Group(self.rows), Writer()
@@ -122,7 +122,7 @@ class Lab:
 
     def start(self) -> None:
         """An instance that knows nothing yet."""
-        self.cycle = Cycle(
+        self.cycle = Pipeline(
             NAMES,
             Settings(bootstrap="h:1"),
             Options(session_timeout=0.05, keep_markers=0.0),

@@ -8,7 +8,7 @@ import pytest
 from prometheus_client import CollectorRegistry
 
 from jobledger import App, Settings
-from jobledger.consumers.recording.worker_events import Facts
+from jobledger.consumers.recording.worker_events import WorkerEvents
 from jobledger.errors import NotAnEvent
 from jobledger.log.writer import Outgoing
 from jobledger.schemas import codec
@@ -42,7 +42,7 @@ class Message:
 
 
 def of_worker(key: bytes | None, value: bytes | None, why: str) -> Outgoing:
-    facts = Facts(App("shop", settings=SETTINGS).registry, "worker@h:1", LIMIT)
+    facts = WorkerEvents(App("shop", settings=SETTINGS).registry, "worker@h:1", LIMIT)
     return facts.rejected("shop.lifecycle", 2, 7, key, value, why)
 
 

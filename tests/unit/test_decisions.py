@@ -30,7 +30,7 @@ from jobledger.schemas.events import (
     ReleaseOverdue,
     ReleaseRequested,
 )
-from jobledger.streams.coordinator.rules.decisions import Batch, decide, raised_floor, sweepable
+from jobledger.streams.coordinator.rules.decisions import DecisionBatch, decide, raised_floor, sweepable
 from jobledger.streams.coordinator.rules.derived_events import derived_id, job_due, release_decided
 from jobledger.streams.coordinator.rules.schedule_rows import (
     NO_FLOOR,
@@ -229,7 +229,7 @@ def test_whatever_number_a_record_says_what_comes_of_it_can_be_written(
     """A delay, lease, time or count of any 64 bits: rows and records made of it fit theirs, so no event that is well formed
     ends the coordinator at every start."""
     rows: dict[tuple[int, bytes], Row] = {}
-    batch = Batch(lambda p, k: rows.get((p, k)), lambda p: NO_FLOOR)
+    batch = DecisionBatch(lambda p, k: rows.get((p, k)), lambda p: NO_FLOOR)
     for offset, (fact, release, attempt) in enumerate(steps):
         batch.add(event(fact, release=release, attempt=attempt), 0, offset, appended_ms)
         for row in batch.rows.values():
@@ -400,7 +400,7 @@ class Partition:
 
     def cycle(self, most: int, die_after: int | None = None) -> None:
         """Process up to ``most`` events; with ``die_after`` the instance dies after so many steps of the cycle."""
-        batch = Batch(self.row, self.floor)
+        batch = DecisionBatch(self.row, self.floor)
         end = min(self.position + most, len(self.log))
         for offset in range(self.position, end):
             what, appended = self.log[offset]
@@ -598,7 +598,7 @@ def test_a_replay_with_the_table_ahead_changes_no_row(script: list[tuple[object,
 def test_a_release_to_a_closed_queue_is_held_back_and_stays_scheduled() -> None:
     """No marker without an acknowledged JobDue: the timer looks again, and the queue is reported."""
     row = scheduled()
-    batch = Batch(lambda partition, key: row, lambda partition: NO_FLOOR, lambda queue: False)
+    batch = DecisionBatch(lambda partition, key: row, lambda partition: NO_FLOOR, lambda queue: False)
     batch.add(event(ReleaseDecided(row.due)), 0, 9, T0)
     assert (batch.rows, batch.releases, batch.closed) == ({}, [], {"mail"})
     assert batch.timers == [(0, row_key(JOBS[0]), wake_at(row.due))]

@@ -23,21 +23,21 @@ from hypothesis import strategies as st
 
 from jobledger import App, Breaker, Queue, Snooze, current_job
 from jobledger.config import Settings
-from jobledger.consumers.isolation.child_handle import Child
-from jobledger.consumers.isolation.pool import Children, ChildSettings
+from jobledger.consumers.isolation.child_handle import ChildHandle
+from jobledger.consumers.isolation.pool import ChildPool, ChildSettings
 from jobledger.consumers.partitions.committer import LOST_S, Committer
-from jobledger.consumers.recording.ack_tracker import Settler
-from jobledger.consumers.recording.worker_events import Facts
-from jobledger.consumers.recording.worker_producer import Sender
+from jobledger.consumers.recording.ack_tracker import AckTracker
+from jobledger.consumers.recording.worker_events import WorkerEvents
+from jobledger.consumers.recording.worker_producer import WorkerProducer
 from jobledger.consumers.running.executor import Executor
-from jobledger.consumers.running.job_leases import Leases
-from jobledger.consumers.running.placement import UNSEEN_CRASHES, Places
+from jobledger.consumers.running.job_leases import JobLeases
+from jobledger.consumers.running.placement import UNSEEN_CRASHES, Placement
 from jobledger.consumers.scheduling.dispatcher import Dispatcher
 from jobledger.consumers.state.broker_clock import BrokerClock
 from jobledger.consumers.state.dedup import release_key
 from jobledger.consumers.state.offset_tracker import PartitionOffsets, Restored, Snapshot, decode
 from jobledger.consumers.state.outcome import Cancelled
-from jobledger.consumers.state.work import Arrived, Lease, Partition, Work
+from jobledger.consumers.state.work import Arrived, JobRun, OwnershipLease, Partition
 from jobledger.definitions.retry import Retry
 from jobledger.errors import BrokerUnavailable, JobledgerError
 from jobledger.kafka.outage import outage_of
@@ -136,8 +136,8 @@ class Bench:
     def __init__(self, app: App, *, decoder: codec.Decoder | None = None, **options: Any) -> None:
         self.kept, self.failed = Kept(), list[JobledgerError]()
         self.app, self.arrived, self.hurried = app, Arrived(), 0
-        sender = cast(Sender, self.kept)
-        facts = Facts(app.registry, "worker@unit:1", LIMIT)
+        sender = cast(WorkerProducer, self.kept)
+        facts = WorkerEvents(app.registry, "worker@unit:1", LIMIT)
         chosen: dict[str, Any] = {
             "queues": list(app.registry.queues),
             "concurrency": 10,
@@ -162,7 +162,7 @@ class Bench:
             **chosen,
         )
         d = self.dispatcher
-        self.settler = Settler(
+        self.settler = AckTracker(
             Settings(),
             sender,
             self.arrived,
@@ -183,7 +183,7 @@ class Bench:
             settle=self.settler.drain,
         )
         starter = d.starter
-        places = Places(
+        places = Placement(
             executor,
             d.threads,
             d.processes,
@@ -194,7 +194,7 @@ class Bench:
             certain=starter.certain,
             call=d.call,
         )
-        self.leases = Leases(
+        self.leases = JobLeases(
             facts,
             sender,
             app.names,
@@ -218,7 +218,7 @@ class Bench:
 
     def partition(self, number: int = 0, queue: str = "default") -> Partition:
         """A partition that this worker owns."""
-        lease = Lease(3600.0)
+        lease = OwnershipLease(3600.0)
         lease.confirm(time.monotonic())
         made = Partition(self.app.names.jobs(queue), number, lease, 0, None)
         made.offsets, made.ready = PartitionOffsets(Restored(0), 0), True
@@ -492,7 +492,7 @@ def test_a_commit_that_the_client_has_lost_ends_the_worker() -> None:
         return []
 
     settings = Settings(bootstrap="lost.example:9092")
-    lease = Lease(60.0, lambda: None)
+    lease = OwnershipLease(60.0, lambda: None)
     settler = cast(Any, SimpleNamespace(broken=False))
     committer = Committer(settings, cast(Any, SimpleNamespace(commit=commit)), "g", lease, settler, failed.append)
     taken = [(Partition("shop.jobs.mail", 0, lease, 0, None), Snapshot(0, ""))]
@@ -523,7 +523,7 @@ def test_a_refused_commit_is_logged_once(caplog: pytest.LogCaptureFixture) -> No
             raise refusals.pop()
         return []
 
-    lease = Lease(60.0, lambda: None)
+    lease = OwnershipLease(60.0, lambda: None)
     settler = cast(Any, SimpleNamespace(broken=False))
     consumer = cast(Any, SimpleNamespace(commit=commit))
     committer = Committer(Settings(), consumer, "g", lease, settler, lambda error: None)
@@ -581,8 +581,8 @@ class FreeChildren:
 
     def __init__(self, bench: Bench) -> None:
         places = bench.dispatcher.places
-        self.given: list[Work] = []
-        self.pool = Children(
+        self.given: list[JobRun] = []
+        self.pool = ChildPool(
             ChildSettings(1, 0, 10, "m:a", Settings()),
             take=places.take,
             said=places.said,
@@ -596,7 +596,7 @@ class FreeChildren:
 
     def free(self) -> None:
         """One more child is free."""
-        self.pool._use(Child(self.pool))
+        self.pool._use(ChildHandle(self.pool))
 
 
 def starts(bench: Bench) -> int:
@@ -736,7 +736,7 @@ def test_a_job_that_waits_for_a_thread_is_not_run_before_the_lease_is_confirmed(
     async def test() -> None:
         bench = Bench(app, threads=1)
         partition = bench.partition()
-        given: list[Work] = []
+        given: list[JobRun] = []
         monkeypatch.setattr(bench.dispatcher.executor, "submit", given.append)
         put(partition, [job("plain", n=n) for n in range(2)])
         bench.dispatcher.wake()
@@ -797,7 +797,7 @@ def test_code_that_was_about_to_begin_at_a_pause_waits_for_the_lease(task: str, 
         asked: Counter[int] = Counter()
         certain = bench.dispatcher.places._certain
 
-        def counted(work: Work) -> bool:
+        def counted(work: JobRun) -> bool:
             asked[work.offset] += 1
             return certain(work)
 
@@ -913,7 +913,7 @@ def test_a_long_job_that_was_about_to_begin_asks_its_own_lease(task: str, lease:
 def test_the_time_of_a_suspect_that_was_about_to_begin_does_not_count_the_pause() -> None:
     """A worker is paused after it has created the coroutine of a suspect: its time counts from the moment it begins."""
     ran: list[int] = []
-    paused: list[Work] = []
+    paused: list[JobRun] = []
     app = noting(ran)
 
     async def test() -> None:
@@ -922,7 +922,7 @@ def test_the_time_of_a_suspect_that_was_about_to_begin_does_not_count_the_pause(
         partition.scanned_to = partition.careful = 1
         go = places.go
 
-        def then_paused(work: Work) -> None:
+        def then_paused(work: JobRun) -> None:
             go(work)
             if not paused:
                 paused.append(work)
@@ -947,7 +947,7 @@ def test_the_time_of_a_suspect_that_was_about_to_begin_does_not_count_the_pause(
 def test_a_commit_that_took_long_wakes_who_waits_for_it() -> None:
     """Whoever asks while a commit is under way is told by that one, or if it is too old by then by the next."""
     woken = Counter[str]()
-    lease = Lease(3600.0, lambda: woken.update(["woken"]))
+    lease = OwnershipLease(3600.0, lambda: woken.update(["woken"]))
     lease.wanted = True
     lease.confirm(time.monotonic() - 7200.0)  # it took two hours
     assert lease.wanted

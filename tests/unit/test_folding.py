@@ -15,7 +15,7 @@ from sqlalchemy import JSON, Column, Engine, Integer, MetaData, String, Table, f
 from jobledger import App, ConfigError, JobledgerError, Settings
 from jobledger.definitions.projection import Projection, Where
 from jobledger.schemas.events import Position
-from jobledger.streams.projections.fold import Folding
+from jobledger.streams.projections.fold import Fold
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ def items(events: list[Said]) -> list[Any]:
 
 def folded(fold: Callable[..., Any], into: Table, events: list[Said], cuts: list[int]) -> list[dict[str, Any]]:
     """The table's rows after batches that end at ``cuts``."""
-    folding, engine, all_items = Folding(projection(fold, into), into), engine_with(into), items(events)
+    folding, engine, all_items = Fold(projection(fold, into), into), engine_with(into), items(events)
     ends = sorted({*(min(cut, len(events)) for cut in cuts), len(events)})
     for first, last in zip([0, *ends], ends, strict=False):
         with engine.begin() as db:
@@ -107,7 +107,7 @@ def test_batches_change_nothing(fold: Callable[..., Any], data: st.DataObject) -
 def test_a_key_that_the_database_keeps_as_another_is_refused() -> None:
     """Its row would not be found again, so every event would be the first."""
     into = table(Column("total", Integer), key=Column("who", Integer, primary_key=True))
-    fold = Folding(projection(lambda row, event: {"total": 1 + (row or {"total": 0})["total"]}, into), into)
+    fold = Fold(projection(lambda row, event: {"total": 1 + (row or {"total": 0})["total"]}, into), into)
     engine = engine_with(into)
     with engine.begin() as db:
         fold.apply(db, items([Said("1", 1)]))

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jobledger.consumers.state.limiters import ENDLESS, AdaptiveGate, BreakerGate, Scope, closed_gate, share_of
+from jobledger.consumers.state.limiters import ENDLESS, AdaptiveGate, BreakerGate, Limiter, closed_gate, share_of
 from jobledger.definitions.policy import Adaptive, Breaker, Limits
 
 
@@ -35,7 +35,7 @@ def test_a_partition_that_was_added_later_carries_no_share() -> None:
 )
 def test_no_window_has_more_starts_than_the_rate_and_a_burst(rate: float, steps: list[tuple[float, int]]) -> None:
     """Whatever asks whenever: starts in any span of time are at most the rate times the span, and the burst."""
-    scope = Scope("queue q", Limits(rate))
+    scope = Limiter("queue q", Limits(rate))
     scope.own([0, 1], 2)
     now = 0.0
     starts: list[float] = []
@@ -53,7 +53,7 @@ def test_no_window_has_more_starts_than_the_rate_and_a_burst(rate: float, steps:
 @given(st.floats(0.2, 100))
 def test_a_rate_opens_when_it_says(rate: float) -> None:
     """After `wait` seconds one may begin; a little before, none."""
-    scope = Scope("task t", Limits(rate))
+    scope = Limiter("task t", Limits(rate))
     scope.own([0], 1)
     now = 1000.0
     while scope.free(now):
@@ -66,7 +66,7 @@ def test_a_rate_opens_when_it_says(rate: float) -> None:
 
 def test_half_the_partitions_have_half_the_limits() -> None:
     """A worker has the shares of what it owns, in starts a second and at once; with none it starts nothing."""
-    scope = Scope("queue q", Limits(10.0, 7))
+    scope = Limiter("queue q", Limits(10.0, 7))
     scope.own([0, 2], 4)
     assert (scope.rate, scope.slots) == (5.0, 4)
     scope.own([], 4)
@@ -76,7 +76,7 @@ def test_half_the_partitions_have_half_the_limits() -> None:
 
 def test_concurrency_counts_what_runs() -> None:
     """One begins, one place less; it ends, one more."""
-    scope = Scope("queue q", Limits(None, 2))
+    scope = Limiter("queue q", Limits(None, 2))
     scope.own([0], 1)
     scope.begin(0)
     scope.begin(0)
@@ -87,7 +87,7 @@ def test_concurrency_counts_what_runs() -> None:
 
 def test_an_order_takes_the_place_of_what_the_code_says() -> None:
     """Until it is called back; a pause closes whatever the limits are."""
-    scope = Scope("queue q", Limits(None, 2))
+    scope = Limiter("queue q", Limits(None, 2))
     scope.own([0], 1)
     scope.order(Limits(None, 5))
     assert scope.free(0) == 5
@@ -96,7 +96,7 @@ def test_an_order_takes_the_place_of_what_the_code_says() -> None:
     scope.paused = "by ann: lunch"
     assert (scope.free(0), scope.wait(0), scope.active) == (0, None, True)
     assert "paused by ann: lunch" in scope.describe()
-    free = Scope("queue q", Limits())
+    free = Limiter("queue q", Limits())
     assert not free.active
     assert free.free(0) == ENDLESS
 

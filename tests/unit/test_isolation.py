@@ -18,17 +18,24 @@ from hypothesis import strategies as st
 
 from jobledger import App, ConfigError, Settings, TaskTimedOut
 from jobledger.consumers.isolation.app_target import find_target
-from jobledger.consumers.isolation.child_handle import Child, Words, last_words
+from jobledger.consumers.isolation.child_handle import ChildHandle, LastOutput, last_words
 from jobledger.consumers.isolation.child_main import has_unread
-from jobledger.consumers.isolation.pool import Children, ChildSettings
-from jobledger.consumers.isolation.protocol import Run as RunMessage
-from jobledger.consumers.isolation.protocol import Splitter, decode_run, decode_said, ended, frame, outcome_of
+from jobledger.consumers.isolation.pool import ChildPool, ChildSettings
+from jobledger.consumers.isolation.protocol import (
+    RunMessage,
+    Splitter,
+    decode_run,
+    decode_said,
+    ended,
+    frame,
+    outcome_of,
+)
 from jobledger.consumers.partitions.takeover import _started_at
 from jobledger.consumers.running.interrupts import Interrupts
-from jobledger.consumers.running.placement import CRASHES, UNSEEN_CRASHES, Places
-from jobledger.consumers.state.limiters import Room
+from jobledger.consumers.running.placement import CRASHES, UNSEEN_CRASHES, Placement
+from jobledger.consumers.state.limiters import Slots
 from jobledger.consumers.state.outcome import Failed, Outcome, Retried, Snoozed, Succeeded
-from jobledger.consumers.state.work import Work
+from jobledger.consumers.state.work import JobRun
 from jobledger.schemas.codec import encode
 from jobledger.schemas.events import ErrorInfo, JobEvent, JobStarted
 from jobledger.schemas.fast_path import glance
@@ -73,9 +80,9 @@ def test_messages_are_found_however_the_bytes_come(bodies: list[bytes], cuts: li
     assert found == bodies
 
 
-def work_of(function: Any) -> Work:
-    """As much of a `Work` as `Interrupts` looks at."""
-    found = Work(cast(Any, None), 0, None, cast(Any, None))
+def work_of(function: Any) -> JobRun:
+    """As much of a `JobRun` as `Interrupts` looks at."""
+    found = JobRun(cast(Any, None), 0, None, cast(Any, None))
     found.plan, found.kwargs = cast(Any, SimpleNamespace(fn=function)), {}
     return found
 
@@ -107,7 +114,7 @@ def test_an_interrupt_is_raised_inside_or_not_at_all() -> None:
 
         work = work_of(function)
 
-        def tell(work: Work = work, inside: threading.Event = inside, n: int = n) -> None:
+        def tell(work: JobRun = work, inside: threading.Event = inside, n: int = n) -> None:
             inside.wait(5)
             time.sleep((n % 30) * 1e-6)
             interrupts.interrupt(work, TaskTimedOut)
@@ -137,13 +144,13 @@ def test_a_start_is_read_from_the_end() -> None:
         assert (found, name.endswith(b"ns.jobs.mail.high"), raw[-1] >> 1) == (offset, True, 3)
 
 
-def places(children: object | None) -> Places:
+def places(children: object | None) -> Placement:
     """Places with or without children to be witnesses."""
     nothing = cast(Any, None)
-    return Places(
+    return Placement(
         nothing,
-        Room("threads", 1),
-        Room("processes", 1),
+        Slots("threads", 1),
+        Slots("processes", 1),
         cast(Any, children),
         begin_again=nothing,
         done=nothing,
@@ -168,9 +175,9 @@ def test_who_is_blamed() -> None:
 def test_a_child_that_is_there_twice_gets_one_job() -> None:
     """Its pid and its connection may come in either order, and the second of them be told again: one job at a time, or
     the result of one would be taken for the other's."""
-    given: list[tuple[Child, Work]] = []
+    given: list[tuple[ChildHandle, JobRun]] = []
     nothing = cast(Any, None)
-    pool = Children(
+    pool = ChildPool(
         ChildSettings(2, 0, 10, "m:a", Settings()),
         take=lambda work: True,
         said=nothing,
@@ -181,13 +188,13 @@ def test_a_child_that_is_there_twice_gets_one_job() -> None:
     pool._give = lambda child, work: given.append((child, work))  # type: ignore[method-assign]
     nursery = pool._nursery
     nursery._process = cast(Any, object())
-    child = Child(pool)
+    child = ChildHandle(pool)
     pool._all.add(child)
     nursery._born.append(child)
     child.transport = cast(Any, object())  # connected, and not told of yet
     nursery._is_born(os.getpid())
     nursery._arrived(child)
-    works = [Work(cast(Any, None), offset, None, deque()) for offset in range(2)]
+    works = [JobRun(cast(Any, None), offset, None, deque()) for offset in range(2)]
     for work in works:
         pool.run(work)
     os.close(child.pidfd)
@@ -230,7 +237,7 @@ def test_reading_a_childs_words_closes_nothing_else() -> None:
         said = []
         for _ in range(300):
             read, write = os.pipe()
-            words = Words()
+            words = LastOutput()
             words.listen(loop, read)
             os.write(write, b"last")
             os.close(write)
@@ -271,7 +278,7 @@ def test_last_words_are_those_of_the_job_at_hand(capsys: pytest.CaptureFixture[s
 
     async def two_jobs() -> bytes:
         read, write = os.pipe()
-        words = Words()
+        words = LastOutput()
         words.listen(asyncio.get_running_loop(), read)
         os.write(write, b"of the first\n")
         words.forget(unread=True)  # the loop has not even looked

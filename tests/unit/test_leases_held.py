@@ -9,10 +9,10 @@ import pytest
 from confluent_kafka import KafkaError
 
 from jobledger import App
-from jobledger.consumers.recording.worker_events import Facts
-from jobledger.consumers.recording.worker_producer import Sender
-from jobledger.consumers.running.job_leases import TICK_S, Leases
-from jobledger.consumers.state.work import Work
+from jobledger.consumers.recording.worker_events import WorkerEvents
+from jobledger.consumers.recording.worker_producer import WorkerProducer
+from jobledger.consumers.running.job_leases import TICK_S, JobLeases
+from jobledger.consumers.state.work import JobRun
 from jobledger.errors import BrokerUnavailable
 from tests.unit.test_dispatching import LIMIT, Bench, job, put, run, until
 
@@ -25,24 +25,24 @@ def full(*args: object) -> None:
     raise BrokerUnavailable("the send queue stayed full")
 
 
-def grant(leases: Leases, work: Work) -> None:
+def grant(leases: JobLeases, work: JobRun) -> None:
     """Both records of the lease are acknowledged."""
     assert work.lease is not None
     work.lease.settled(work)
 
 
-def let_go(leases: Leases, work: Work) -> None:
+def let_go(leases: JobLeases, work: JobRun) -> None:
     """It was not renewed in time: the next look finds that out."""
     assert work.lease is not None
     work.lease.granted, work.lease.until = True, 0.0
 
 
-def close_again(leases: Leases, work: Work) -> None:
+def close_again(leases: JobLeases, work: JobRun) -> None:
     """The end of its job was not delivered, and is sent again."""
     leases._closed(work, b"", KafkaError(KafkaError._MSG_TIMED_OUT), cast(Any, None))
 
 
-def close_after(leases: Leases, work: Work) -> None:
+def close_after(leases: JobLeases, work: JobRun) -> None:
     """What goes before its end is acknowledged."""
     leases.call(leases._send_close, work, b"")
 
@@ -58,7 +58,7 @@ def close_after(leases: Leases, work: Work) -> None:
 )
 def test_what_breaks_a_leased_job_ends_the_worker(
     monkeypatch: pytest.MonkeyPatch,
-    how: Callable[[Leases, Work], None],
+    how: Callable[[JobLeases, JobRun], None],
     begin: Callable[..., None] | None,
     give_up: Callable[..., None] | None,
     send: Callable[..., None] | None,
@@ -74,9 +74,9 @@ def test_what_breaks_a_leased_job_ends_the_worker(
 
     async def test() -> None:
         bench = Bench(app)
-        sender = cast(Sender, bench.kept)
-        leases = Leases(
-            Facts(app.registry, "worker@unit:1", LIMIT),
+        sender = cast(WorkerProducer, bench.kept)
+        leases = JobLeases(
+            WorkerEvents(app.registry, "worker@unit:1", LIMIT),
             sender,
             app.names,
             begin=begin or nothing,

@@ -13,7 +13,7 @@ from jobledger.job import Life
 from jobledger.schemas import codec
 from jobledger.schemas import events as ev
 from jobledger.schemas.events import JobEvent
-from jobledger.streams.status.row_folder import Projector
+from jobledger.streams.status.row_folder import RowFolder
 from jobledger.streams.status.store import Changes
 from jobledger.streams.status.store.rows import Row, life_of_row
 
@@ -103,7 +103,7 @@ def stream(chance: random.Random, jobs: int) -> list[Message]:
 def run(messages: list[Message], sizes: list[int], cache_jobs: int) -> Table:
     """Fold the messages in batches of these sizes, over and over."""
     table = Table()
-    projector = Projector(table, codec.Decoder(), cache_jobs=cache_jobs)
+    projector = RowFolder(table, codec.Decoder(), cache_jobs=cache_jobs)
     at = turn = 0
     while at < len(messages):
         folded = projector.fold(messages[at : at + sizes[turn % len(sizes)]])  # type: ignore[arg-type]  # as far as it looks
@@ -132,7 +132,7 @@ def test_batches_of_any_size_and_any_memory_make_the_same_table(
 def test_a_batch_that_was_not_committed_is_forgotten() -> None:
     """Folding the same records again after a failed transaction gives the same changes."""
     table = Table()
-    projector = Projector(table, codec.Decoder())
+    projector = RowFolder(table, codec.Decoder())
     messages = stream(random.Random(1), 10)
     first = projector.fold(messages[:9])  # type: ignore[arg-type]
     again = projector.fold(messages[:9])  # type: ignore[arg-type]

@@ -19,7 +19,7 @@ from jobledger.errors import BrokerUnavailable, ConfigError, NotAnEvent, Registr
 from jobledger.kafka.embedded.ports import free_port
 from jobledger.log import schema_registry
 from jobledger.log.framing import Framing
-from jobledger.log.schema_registry import Registry
+from jobledger.log.schema_registry import SchemaRegistry
 from jobledger.schemas import codec
 
 Answer = tuple[int, Any]
@@ -72,7 +72,7 @@ def test_a_registry_that_is_away_is_named_and_its_password_is_not() -> None:
     """The error names the address without the password, the setting and the way out; it is retried as a broker's is."""
     port = free_port()
     with pytest.raises(RegistryUnavailable, match="JOBLEDGER_SCHEMA_REGISTRY") as caught:
-        Registry(f"http://me:s3cret@127.0.0.1:{port}/api").schema(1)
+        SchemaRegistry(f"http://me:s3cret@127.0.0.1:{port}/api").schema(1)
     assert f"http://me:***@127.0.0.1:{port}/api" in str(caught.value)
     assert "s3cret" not in str(caught.value)
     assert isinstance(caught.value, BrokerUnavailable)
@@ -82,19 +82,19 @@ def test_a_registry_that_is_away_is_named_and_its_password_is_not() -> None:
 def test_a_busy_registry_is_asked_again(server: Callable[..., tuple[str, list[Any]]]) -> None:
     """Overload and restarts of a registry are waited for, a few times."""
     address, seen = server((503, "later"), (429, {}), (200, {"schema": '"int"'}))
-    assert Registry(f"http://{address}/").schema(4) == '"int"'
+    assert SchemaRegistry(f"http://{address}/").schema(4) == '"int"'
     assert [path for path, _ in seen] == ["/schemas/ids/4"] * 3
     address, _ = server((503, "later"))
     with pytest.raises(RegistryUnavailable, match="HTTP status 503"):
-        Registry(f"http://{address}").schema(4)
+        SchemaRegistry(f"http://{address}").schema(4)
 
 
 def test_a_no_is_asked_again_where_it_must_be_certain(server: Callable[..., tuple[str, list[Any]]]) -> None:
     """An instance that follows another may know an id a moment later."""
     address, seen = server(NONE, NONE, (200, {"schema": '"int"'}))
-    assert Registry(f"http://{address}").schema(4) == '"int"'
+    assert SchemaRegistry(f"http://{address}").schema(4) == '"int"'
     address, seen = server(NONE)
-    assert Registry(f"http://{address}").schema(4, sure=False) is None
+    assert SchemaRegistry(f"http://{address}").schema(4, sure=False) is None
     assert len(seen) == 1
 
 
@@ -105,14 +105,14 @@ def test_another_server_is_never_taken_for_a_registry(
     """A 404 of a wrong address must not reject good records: only a registry's own "no" is one."""
     address, _ = server(answer)
     with pytest.raises(ConfigError, match="JOBLEDGER_SCHEMA_REGISTRY"):
-        Registry(f"http://{address}").schema(4)
+        SchemaRegistry(f"http://{address}").schema(4)
 
 
 def test_credentials_are_sent_and_their_refusal_is_said(server: Callable[..., tuple[str, list[Any]]]) -> None:
     """User and password of the URL go out as basic authentication."""
     address, seen = server((401, {}))
     with pytest.raises(ConfigError, match="refuses this client"):
-        Registry(f"http://me:p%40ss@{address}").schema(4)
+        SchemaRegistry(f"http://me:p%40ss@{address}").schema(4)
     assert seen == [("/schemas/ids/4", "Basic bWU6cEBzcw==")]
 
 
@@ -120,17 +120,17 @@ def test_schemas_of_other_kinds_are_no_events(server: Callable[..., tuple[str, l
     """A registry holds other kinds of schemas, too."""
     address, _ = server((200, {"schema": "message X {}", "schemaType": "PROTOBUF"}))
     with pytest.raises(NotAnEvent, match="PROTOBUF"):
-        Registry(f"http://{address}").schema(4)
+        SchemaRegistry(f"http://{address}").schema(4)
     address, _ = server((200, {"schema": '"int"', "references": [{"name": "x", "subject": "y", "version": 1}]}))
     with pytest.raises(SchemaError, match="register it without references"):
-        Registry(f"http://{address}").schema(4)
+        SchemaRegistry(f"http://{address}").schema(4)
 
 
 @pytest.mark.parametrize("url", ["here:8081", "ftp://here", "http://", "http://here:port", "http://u:s3cret@here/?a=b"])
 def test_a_url_of_another_kind_is_refused(url: str) -> None:
     """A typo is said at the start, and no password with it."""
     with pytest.raises(ConfigError, match="JOBLEDGER_SCHEMA_REGISTRY") as caught:
-        Registry(url)
+        SchemaRegistry(url)
     assert "s3cret" not in str(caught.value)
 
 
@@ -145,7 +145,7 @@ def test_a_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(builtins, "__import__", without)
     with pytest.raises(ConfigError, match=r"jobledger\[registry\]"):
-        Registry("http://here:8081")
+        SchemaRegistry("http://here:8081")
 
 
 @pytest.fixture
@@ -189,13 +189,13 @@ def hanging() -> Iterator[Callable[[bytes], tuple[str, list[float]]]]:
 def test_a_registry_that_hangs_costs_one_bound(
     hanging: Callable[[bytes], tuple[str, list[float]]],
     monkeypatch: pytest.MonkeyPatch,
-    ask: Callable[[Registry], Any],
+    ask: Callable[[SchemaRegistry], Any],
     drops: bytes,
 ) -> None:
     """One that answers nothing, or in drops, is given up after the bound for all questions of a call together."""
     monkeypatch.setattr(schema_registry, "TOTAL_S", 1.0)
     address, asked = hanging(drops)
-    found = Registry(f"http://{address}")
+    found = SchemaRegistry(f"http://{address}")
     began = time.monotonic()
     with pytest.raises(RegistryUnavailable, match=r"within 1 s .*JOBLEDGER_SCHEMA_REGISTRY"):
         ask(found)

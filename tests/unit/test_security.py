@@ -21,7 +21,7 @@ from faust import OAuthCredentials, SASLCredentials, SSLCredentials
 from jobledger.config import Settings
 from jobledger.errors import BrokerUnavailable, ConfigError, NotAuthenticated, TopicMissing
 from jobledger.kafka import auth, tls
-from jobledger.kafka.auth import Door, Need, refusal, unauthorized
+from jobledger.kafka.auth import AuthMonitor, Need, refusal, unauthorized
 from jobledger.kafka.clients import admin, consumer, consumer_config, producer, producer_config, undelivered
 from jobledger.kafka.embedded.ports import free_port
 from jobledger.streams.coordinator.faust.oauth import ClientCredentials
@@ -368,7 +368,7 @@ def test_a_topic_nobody_could_be_asked_for_is_not_called_missing(monkeypatch: py
     monkeypatch.setattr(auth, "AWAY_S", 600.0)
     address = f"127.0.0.1:{free_port()}"
     settings = Settings(bootstrap=address)
-    door = Door(settings)
+    door = AuthMonitor(settings)
     unknown = KafkaError(KafkaError._UNKNOWN_TOPIC)
     assert door.behind(unknown) is None
     assert isinstance(undelivered(unknown, settings, "sending to t"), TopicMissing)

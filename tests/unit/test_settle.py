@@ -7,10 +7,10 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 from jobledger.config import Settings
-from jobledger.consumers.recording.ack_tracker import Settler
+from jobledger.consumers.recording.ack_tracker import AckTracker
 from jobledger.consumers.state.broker_clock import BrokerClock
 from jobledger.consumers.state.offset_tracker import PartitionOffsets, Restored
-from jobledger.consumers.state.work import Arrived, Lease, Partition, Work
+from jobledger.consumers.state.work import Arrived, JobRun, OwnershipLease, Partition
 from jobledger.log.writer import Outgoing
 
 
@@ -34,7 +34,7 @@ def test_an_end_that_the_broker_had_already_is_an_end() -> None:
     """A leader that dies after it wrote a record leaves an acknowledgement without an offset: the record is done, and the
     floor stays where it can be found."""
     arrived = Arrived()
-    settler = Settler(
+    settler = AckTracker(
         Settings(),
         cast(Any, SimpleNamespace(clock=BrokerClock())),
         arrived,
@@ -43,9 +43,9 @@ def test_an_end_that_the_broker_had_already_is_an_end() -> None:
         each_tick=lambda: None,
         acknowledged=lambda work: None,
     )
-    partition = Partition("shop.jobs.mail", 0, Lease(3.0), -1, None)
+    partition = Partition("shop.jobs.mail", 0, OwnershipLease(3.0), -1, None)
     offsets = partition.offsets = PartitionOffsets(Restored(0), start_floor=50)
-    works = [Work(partition, offset, None, arrived) for offset in range(3)]
+    works = [JobRun(partition, offset, None, arrived) for offset in range(3)]
     for work in works:
         assert offsets.receive(work.offset)
         partition.live[work.offset] = work
@@ -72,7 +72,7 @@ def test_what_derives_from_an_outcome_waits_until_its_partition_is_certainly_our
     sender = SimpleNamespace(
         polled_at=float("inf"), clock=BrokerClock(), check=lambda: None, send=lambda topic, *_: sent.append(topic)
     )
-    settler = Settler(
+    settler = AckTracker(
         Settings(),
         cast(Any, sender),
         arrived,
@@ -81,10 +81,10 @@ def test_what_derives_from_an_outcome_waits_until_its_partition_is_certainly_our
         each_tick=lambda: None,
         acknowledged=lambda work: None,
     )
-    lease = Lease(3600.0)  # which is over
+    lease = OwnershipLease(3600.0)  # which is over
     partition = Partition("shop.jobs.mail", 0, lease, -1, None)
     offsets = partition.offsets = PartitionOffsets(Restored(0), start_floor=50)
-    works = [Work(partition, offset, None, arrived) for offset in range(2)]
+    works = [JobRun(partition, offset, None, arrived) for offset in range(2)]
     for work in works:
         assert offsets.receive(work.offset)
         work.derived, work.remaining = [Outgoing(f"shop.{work.offset}", b"1", None)], 2

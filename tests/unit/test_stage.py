@@ -7,16 +7,16 @@ from collections import Counter
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jobledger.consumers.scheduling.lanes import AGEING_MOST, AGEING_S, WEIGHTS, Stage, Turns
-from jobledger.consumers.state.limiters import Scope
+from jobledger.consumers.scheduling.lanes import AGEING_MOST, AGEING_S, WEIGHTS, Lane, Turns
+from jobledger.consumers.state.limiters import Limiter
 from jobledger.definitions.policy import Limits
 from jobledger.definitions.queues import Queue
 
 
-def stages() -> dict[str | None, Stage]:
+def stages() -> dict[str | None, Lane]:
     queue = Queue("q", 1, priorities=True)
-    scope = Scope("queue q", Limits())
-    return {level: Stage(queue, level, scope) for level in queue.levels}
+    scope = Limiter("queue q", Limits())
+    return {level: Lane(queue, level, scope) for level in queue.levels}
 
 
 def test_starts_are_shared_by_weight() -> None:

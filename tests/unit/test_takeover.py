@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 
 from jobledger.config import Settings
 from jobledger.consumers.partitions.range_reader import partition_of
-from jobledger.consumers.partitions.takeover import UNSEEN_MS, Takeover, _Plan
+from jobledger.consumers.partitions.takeover import UNSEEN_MS, Takeover, _Scan
 from jobledger.consumers.recording.worker_producer import UNACKNOWLEDGED_LIMIT
 from jobledger.consumers.scheduling.dispatcher import may_be_unsent
 from jobledger.consumers.state.dedup import release_key
-from jobledger.consumers.state.work import Lease, Partition
+from jobledger.consumers.state.work import OwnershipLease, Partition
 from jobledger.kafka.topic_names import Names
 from jobledger.schemas import codec
 from jobledger.schemas import events as ev
@@ -52,14 +52,14 @@ class Message:
         return 1, 1_000 + self._offset
 
 
-def scanned(*facts: tuple[int, ev.Fact], framed: bool = False, attempts: Sequence[int] = ()) -> _Plan:
+def scanned(*facts: tuple[int, ev.Fact], framed: bool = False, attempts: Sequence[int] = ()) -> _Scan:
     """The scan of these facts, (release, fact) each, of one job; ``framed``: none of them is read at a glance. ``attempts``:
     of each fact, 1 where it is not told."""
     nothing = cast(Any, None)
     takeover = Takeover(
         Settings(bootstrap="h:1"), Names("shop"), nothing, codec.Decoder(), known_places=1, ready=nothing, fail=nothing
     )
-    plan = _Plan(Partition("shop.jobs.slow", 0, Lease(1.0), -1, None))
+    plan = _Scan(Partition("shop.jobs.slow", 0, OwnershipLease(1.0), -1, None))
     for offset, (release, fact) in enumerate(facts):
         attempt = attempts[offset] if attempts else 1
         event = ev.JobEvent(
@@ -81,7 +81,7 @@ def scanned(*facts: tuple[int, ev.Fact], framed: bool = False, attempts: Sequenc
     return plan
 
 
-def found(plan: _Plan, release: int = 1) -> tuple[int, int, ev.Fact]:
+def found(plan: _Scan, release: int = 1) -> tuple[int, int, ev.Fact]:
     """What stands for a release's end: from where it is found again, when it was appended, what it is."""
     end = plan.partition.closed[release_key(JOB, 1, release)]
     return end.offset, end.appended_ms, end.fact
@@ -163,7 +163,7 @@ def test_what_a_young_worker_has_begun_is_seen_or_suspected(
         unsent = sum(at + written_ms + answered_ms > now for at in begun)
         begun += [now] * max(0, min(most, may_be_unsent(len(begun), age) - unsent))
 
-    plan = _Plan(Partition("shop.jobs.slow", 0, Lease(1.0), -1, None))
+    plan = _Scan(Partition("shop.jobs.slow", 0, OwnershipLease(1.0), -1, None))
     seen = [at + written_ms for at in begun if at + written_ms <= died_ms]
     for offset, appended_ms in enumerate(seen):
         Takeover._begun_at(plan, b"shop.jobs.slow", offset, appended_ms)

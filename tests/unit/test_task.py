@@ -18,7 +18,7 @@ from jobledger.definitions.context import JobContext, current_job
 from jobledger.definitions.queues import Queue
 from jobledger.definitions.retry import Retry
 from jobledger.definitions.task import Submitter, Task
-from jobledger.definitions.task_registry import Registry
+from jobledger.definitions.task_registry import TaskRegistry
 from jobledger.errors import BadArguments, ConfigError, UnknownQueue, UnknownTask
 
 
@@ -27,9 +27,9 @@ def nobody() -> Submitter:
     raise AssertionError("nothing is submitted in these tests")
 
 
-def registry(**options: Any) -> Registry:
+def registry(**options: Any) -> TaskRegistry:
     """A registry without a client."""
-    return Registry("shop", submitter=nobody, **options)
+    return TaskRegistry("shop", submitter=nobody, **options)
 
 
 def task_of(fn: Any, **options: Any) -> Task[Any, Any]:
@@ -38,7 +38,7 @@ def task_of(fn: Any, **options: Any) -> Task[Any, Any]:
     return registry().add(fn, **(defaults | options))
 
 
-def add(to: Registry, fn: Any, **options: Any) -> Task[Any, Any]:
+def add(to: TaskRegistry, fn: Any, **options: Any) -> Task[Any, Any]:
     """Register ``fn`` with the defaults of ``@app.task``."""
     defaults: dict[str, Any] = {"name": None, "queue": "mail", "retry": None, "timeout": None, "fallback": None}
     return to.add(fn, **(defaults | options))
@@ -147,7 +147,7 @@ def test_a_parameter_that_cannot_travel_is_refused_at_load() -> None:
 
     def only(a: int, /) -> None: ...
 
-    def odd(a: Registry) -> None: ...
+    def odd(a: TaskRegistry) -> None: ...
 
     for fn, names in ((many, r"\*rest"), (only, "cannot be sent by name"), (odd, "parameter a: Registry")):
         with pytest.raises(ConfigError, match=names):

@@ -13,8 +13,8 @@ from jobledger.errors import ConfigError
 from jobledger.kafka.topic_names import Names, colliding
 from jobledger.kafka.topology import (
     Growth,
-    Plan,
     Step,
+    TopicPlan,
     TopicSpec,
     broken_promises,
     changelog,
@@ -161,7 +161,7 @@ def test_a_setting_that_differs_is_altered_alone() -> None:
 def test_a_plan_is_data() -> None:
     """A plan turns into JSON with all its steps and their counts."""
     changes = [c for spec in specs().values() for c in compare(spec, None, {})]
-    made = Plan(tuple(changes))
+    made = TopicPlan(tuple(changes))
     found = json.loads(json.dumps(made.as_dict()))
     assert (found["pending"], found["refused"], len(found["changes"])) == (7, 0, 7)
     assert found["changes"][0]["step"] == "create"
@@ -204,7 +204,7 @@ def test_what_must_acknowledge_follows_the_copies_that_there_are(
     if advised:
         assert "1 of 3 copies" in change.reason
         assert "kafka-reassign-partitions" in change.reason
-    plan = Plan((change,))
+    plan = TopicPlan((change,))
     assert (plan.pending, plan.refused) == ((), ())
     assert len(plan.advice) == advised
 

@@ -27,7 +27,7 @@ from jobledger.job import JobStatus, State
 from jobledger.schemas import events as ev
 from jobledger.schemas.codec import Decoder
 from jobledger.schemas.events import Position
-from jobledger.streams.status.row_folder import Projector
+from jobledger.streams.status.row_folder import RowFolder
 from jobledger.streams.status.store import StatusReader, Store, open_reader, open_store
 from tests.patience import PATIENCE, wait_until
 from tests.running_job import running_job
@@ -60,7 +60,7 @@ class Table:
                 found = job.join(found, job.of(1, 1, 1, "double", "default", fact, (1, LIFECYCLE, 0, number)))
             assert found is not None
             lives[job_id] = found
-        projector = Projector(self.store, Decoder())
+        projector = RowFolder(self.store, Decoder())
         folded = projector.merge(lives.items())
         self.writes += 1
         folded.changes.offsets[LIFECYCLE, 0] = self.writes

@@ -154,7 +154,7 @@ class Files:
 
 
 @dataclass(frozen=True, slots=True)
-class Running:
+class RunningBroker:
     """A running broker, and the contents of its pid file."""
 
     process: psutil.Process
@@ -193,7 +193,7 @@ class Launch:
     cluster: Cluster | None = None
 
 
-def running(files: Files) -> Running | None:
+def running(files: Files) -> RunningBroker | None:
     """Return the process in the pid file; None if it does not run or is not this home's broker."""
     try:
         record = json.loads(files.pid.read_text("utf-8"))
@@ -203,7 +203,7 @@ def running(files: Files) -> Running | None:
         # A pid may be reused, after a reboot for example. The flag in the command line identifies the broker.
         if files.mark not in process.cmdline() or process.status() == psutil.STATUS_ZOMBIE:
             return None
-        return Running(process, int(record["port"]), Path(record["data"]), str(record["version"]))
+        return RunningBroker(process, int(record["port"]), Path(record["data"]), str(record["version"]))
     except (OSError, ValueError, KeyError, TypeError, psutil.Error):
         return None
 

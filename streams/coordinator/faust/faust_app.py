@@ -24,7 +24,7 @@ from jobledger.kafka.topic_names import Names
 from jobledger.process.extras import missing
 from jobledger.process.logger import get_logger
 from jobledger.streams.coordinator.faust.async_producer import METADATA_AGE_MS, create_no_topics
-from jobledger.streams.coordinator.faust.instance_dir import Place
+from jobledger.streams.coordinator.faust.instance_dir import InstanceDir
 from jobledger.streams.coordinator.faust.local_store import Rows, RowTable
 from jobledger.streams.coordinator.faust.security import credentials
 
@@ -64,7 +64,7 @@ class Options:
 # -- settings -------------------------------------------------------------------------------------------------------
 
 
-def faust_settings(settings: Settings, options: Options, partitions: int, place: Place) -> dict[str, Any]:
+def faust_settings(settings: Settings, options: Options, partitions: int, place: InstanceDir) -> dict[str, Any]:
     """Return Faust's settings. With them Faust reads no environment, declares no topics and starts no web server."""
     return {
         "broker": [f"kafka://{address.strip()}" for address in settings.resolve_bootstrap().split(",")],
@@ -394,7 +394,7 @@ def hasten(app: Any) -> None:
     app.consumer._thread._consumer._fetcher._fetch_max_wait_ms = FETCH_WAIT_MS
 
 
-def build(names: Names, settings: Settings, options: Options, partitions: int, place: Place) -> tuple[Any, Any]:
+def build(names: Names, settings: Settings, options: Options, partitions: int, place: InstanceDir) -> tuple[Any, Any]:
     """Create the Faust app and its table, without connecting."""
     app = faust.App(names.coordinator_group, **faust_settings(settings, options, partitions, place))
     app.transport = SourceTransport(app.conf.broker_consumer, app)

@@ -17,7 +17,7 @@ LOG = get_logger("jobledger.coordinator")
 
 
 @dataclass(slots=True)
-class Place:
+class InstanceDir:
     """The folder of one running coordinator. ``durable``: whether rows are kept in it. ``lock``: file descriptor of its
     lock. ``instance``: its static group member id; None without a durable folder. With it a restarted coordinator
     rejoins at once, instead of waiting until the dead member's session expires."""
@@ -47,13 +47,13 @@ class Place:
             shutil.rmtree(version, ignore_errors=True)
 
 
-def take_place(root: Path, namespace: str) -> Place:
+def take_place(root: Path, namespace: str) -> InstanceDir:
     """Lock and return the first folder under ``root`` that no running coordinator holds. If ``root`` cannot be written,
     return a place without a folder of its own: rows are then kept in memory. Raises `ConfigError` if all 1,000 are
     taken."""
     if not is_writable(root):
         LOG.warning("%s cannot be written: rows are kept in memory, a restart replays the whole changelog", root)
-        return Place(root, False, None, None)
+        return InstanceDir(root, False, None, None)
     for number in range(1000):
         folder = root / str(number)
         folder.mkdir(mode=0o700, exist_ok=True)
@@ -66,7 +66,7 @@ def take_place(root: Path, namespace: str) -> Place:
         member = folder / "member"
         if not member.exists():
             member.write_text(f"{namespace}-{socket.gethostname()}-{uuid.uuid4().hex[:12]}", "utf-8")
-        return Place(folder, True, member.read_text("utf-8"), lock)
+        return InstanceDir(folder, True, member.read_text("utf-8"), lock)
     raise ConfigError(f"1,000 coordinators run with rows under {root}: give this one a data folder of its own")
 
 

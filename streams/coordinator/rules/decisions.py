@@ -361,7 +361,7 @@ def _schedule(
 # -- a batch --------------------------------------------------------------------------------------------------------
 
 
-class Batch:
+class DecisionBatch:
     """Decide on consecutive events. Each sees the rows as the events before it left them. Nothing is written.
 
     ``rows``: new rows by (partition, key), to be written after ``releases`` are acknowledged. ``releases``: releases to
