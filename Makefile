@@ -67,8 +67,10 @@ bench-peers: $(STAMP) ## Celery, Dramatiq, Taskiq, BullMQ and ours in turn; inst
 chaos: $(STAMP) ## the acceptance tests of both tiers and ten minutes of random faults: CHAOS_SECONDS, CHAOS_JOBS, CHAOS_SEED
 	@CHAOS_SECONDS=$(CHAOS_SECONDS) CHAOS_JOBS=$(CHAOS_JOBS) FAULT_LONG_S=120 $(PY) -m pytest tests/acceptance --timeout=0 $(ARGS)
 
-docs: $(STAMP) ## draw docs/states.md from the table of transitions
-	@$(PY) docs/draw.py >docs/states.md.new && mv docs/states.md.new docs/states.md
+docs: $(STAMP) ## draw the states of a job, and build the pages as a site in build/docs
+	@$(PY) docs/draw.py docs
+	@$(PY) -m sphinx -q -W --keep-going -b html docs build/docs
+	@echo "build/docs/index.html"
 
 clean: ## remove what is made here, .venv included
 	@rm -rf $(VENV) build dist .demo *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache .coverage* bench/results .bench-peers

@@ -1,29 +1,35 @@
-"""A job's states, the fold of its facts, and what people see of it. Pure: no Kafka, no Avro, no database, no clock.
+"""A job's states, the fold of its facts, and its status as users see it. Pure: no Kafka, no Avro, no database, no
+clock.
 
-A job's `Life` is a join-semilattice: `join` is commutative, associative and idempotent, and folding a fact is joining
-the life that knows nothing but this fact (`of`). So duplicates, replays and any order between topics converge. The
-shape is the state-based CRDT of Shapiro, Preguiça, Baquero and Zawirski (2011): a product of slots, each of which keeps
-the greatest of what it saw in a total order without clocks.
+A job's `Life` is a join-semilattice: `join` is commutative, associative and idempotent. To fold a fact is to join the
+life with another life that holds only this fact (`of`). So the result does not depend on duplicates, replays, or the
+order between topics. The design is the state-based CRDT of Shapiro, Preguiça, Baquero and Zawirski (2011): a product of
+slots, each of which keeps the greatest value that it received, in a total order that uses no clocks.
 
-* The life belongs to its greatest run; of lesser runs only the positions are kept. A product over a chain, compared
-  first, is again a semilattice.
-* ``head``: the submission before a release before any other fact, then the lowest position.
-* ``due``, ``start``, ``close``: the greatest (release, attempt); then the lowest position, of starts the highest.
+* ``run``: the greatest. The slots are those of this run; of smaller runs only the positions are kept. A pair that is
+  compared first by a chain (the run) and then by a semilattice is again a semilattice.
+* ``head``: a submission before a release, a release before any other fact; then the lowest position.
+* ``due``: the greatest (release, attempt), then the lowest position.
+* ``start``, ``leased``: the greatest (release, attempt), then the highest position.
+* ``close``: the greatest (release, attempt). If these are equal, a fact that ends the release is kept, not a fact in
+  place. Of several facts that end the release the lowest position is kept, of several in place the highest.
 * ``report``: the greatest (release, attempt, sequence), then the lowest position.
 * ``end``: succeeded > failed > cancelled > expired, then the lowest position.
-* ``positions``: the union, of which the `FIRST` earliest and the `LAST` latest are kept. That stays a semilattice: what
-  is among the earliest of a union is among the earliest of the part it came from, so cutting early loses nothing that
-  cutting late would have kept. Progress reports are left out but the last, which its slot holds.
+* ``positions``: the union, of which the `FIRST` earliest and the `LAST` latest are kept. This is still a semilattice: a
+  position that is among the earliest of a union is among the earliest of the part from which it came. So dropping
+  positions early loses none that dropping them late would have kept. The union has no positions of progress reports;
+  the slot ``report`` holds that of the last one.
 
-Only facts are folded, and those that close a release only where they stand on lifecycle (`of`). What derives from them (release requests and decisions, dead letters) says nothing new, and its
-positions are not kept: a timeline shows facts.
+A fact that closes a release is folded only from the lifecycle topic (`of`). Derived records (release requests and
+decisions, dead letters) are not folded, because they add nothing to the facts. Their positions are not kept either: a
+timeline shows facts.
 """
 
 from __future__ import annotations
 
 import datetime as dt
 import enum
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any, NamedTuple, overload
 
 import msgspec
@@ -34,15 +40,15 @@ from jobledger.schemas.events import ErrorInfo, Position, Recorded
 #: The last millisecond of the year 9999.
 _FAR_MS = 253_402_300_799_999
 
-#: How the topic ends on which the facts that close a release count (`Names.lifecycle`).
+#: The end of the name of the topic on which the facts that close a release count (`Names.lifecycle`).
 LIFECYCLE = ".lifecycle"
 
-#: How many positions of a job are kept: so many of the earliest, so many of the latest.
+#: Maximum number of positions of a job that are kept: of the earliest, and of the latest.
 FIRST, LAST = 64, 192
 
 
 class State(enum.StrEnum):
-    """Where a job is in its life."""
+    """The state of a job."""
 
     SCHEDULED = "scheduled"
     QUEUED = "queued"
@@ -64,7 +70,8 @@ ENDS = (State.SUCCEEDED, State.FAILED, State.CANCELLED, State.EXPIRED)
 
 
 class Transition(NamedTuple):
-    """One transition of a job: the state before (None: the table does not know the job), the fact, the state after."""
+    """One transition of a job: the state before (None: the table does not know the job), the fact, and the state
+    after."""
 
     before: State | None
     fact: type[Any]
@@ -73,9 +80,8 @@ class Transition(NamedTuple):
 
 
 _S = State
-#: Every transition of a job when each fact is read once and in order. A fact without a transition from the current state
-#: is late or a duplicate, and does not change the state. The documentation's diagram is generated from this table
-#: (`diagram`).
+#: Every transition of a job when each fact is read once and in order. A fact without a transition from the current
+#: state is late or a duplicate, and does not change the state. `docs/draw.py` draws this table.
 TRANSITIONS: tuple[Transition, ...] = (
     Transition(None, ev.JobSubmitted, _S.QUEUED, "run now"),
     Transition(None, ev.JobSubmitted, _S.SCHEDULED, "with a delay"),
@@ -101,16 +107,17 @@ TRANSITIONS: tuple[Transition, ...] = (
 
 # -- slots ----------------------------------------------------------------------------------------------------------
 
-#: Where a record stands and when the broker appended it: (milliseconds, topic, partition, offset).
+#: A record's append time and its position: (milliseconds, topic, partition, offset).
 At = tuple[int, str, int, int]
 
 
-# Slots are written as arrays, and hold nothing that could refer back to them (gc=False).
+# Slots are serialised as arrays. They hold nothing that could refer back to them, so the garbage collector need not
+# track them (gc=False).
 
 
 class Head(msgspec.Struct, frozen=True, array_like=True, gc=False):
-    """Identifies the job. ``rank``: 0 if known from the submission, 1 from a release, 2 from another fact (then without
-    tags and parent).
+    """Identifies the job. ``rank``: 0 if the job is known from its submission, 1 from a release, 2 from another fact
+    (then without tags and parent).
 
     ``release``, ``attempt``: as submitted. ``due_ms``: set if the submission had a delay or due time.
     """
@@ -144,7 +151,7 @@ class Start(msgspec.Struct, frozen=True, array_like=True, gc=False):
 
 
 class Close(msgspec.Struct, frozen=True, array_like=True, gc=False):
-    """An attempt ended and another follows at ``due_ms``. Without an error the job was snoozed."""
+    """An attempt ended and another attempt follows at ``due_ms``. Without an error the job was snoozed."""
 
     release: int
     attempt: int
@@ -182,7 +189,7 @@ class End(msgspec.Struct, frozen=True, array_like=True, gc=False):
 
 
 class Life(msgspec.Struct, frozen=True, array_like=True, gc=False):
-    """What is known of a job: its slots, and the positions of its facts in order of their append times."""
+    """The known facts of a job: its slots, and the positions of its facts in the order of their append times."""
 
     run: int
     head: Head
@@ -200,10 +207,11 @@ class Life(msgspec.Struct, frozen=True, array_like=True, gc=False):
 
 
 def of(run: int, release: int, attempt: int, task: str, queue: str, fact: ev.Fact, at: At) -> Life | None:
-    """The life of a job of which only this fact is known; None if the fact does not feed the fold.
+    """Return the life of a job of which only this fact is known; None if the fold ignores this kind of fact.
 
-    A fact that closes a release counts on lifecycle alone. Elsewhere its place is kept, and nothing else: the worker of a
-    leased job tells the coordinator the outcome, also after its lease, and the coordinator writes to lifecycle what counts.
+    A fact that closes a release counts only on the lifecycle topic. From other topics only its position and the job's
+    head are kept: the worker of a leased job reports the outcome to the coordinator, possibly after its lease has
+    ended, and the coordinator writes the outcome that counts to the lifecycle topic.
     """
     make = _MAKERS.get(fact.__class__)
     if make is None:
@@ -274,7 +282,8 @@ def _expired(run: int, release: int, attempt: int, task: str, queue: str, fact: 
 
 
 def _later(at: At, delay_ms: int) -> int:
-    """The append time plus a delay. A delay that no clock reaches must still fit the 64 bits of a database."""
+    """Return the append time plus a delay, at most `_FAR_MS`: even an extreme delay must fit the 64 bits of a
+    database."""
     return min(at[0] + delay_ms, _FAR_MS)
 
 
@@ -294,7 +303,7 @@ _MAKERS: dict[type[Any], Callable[[int, int, int, str, str, Any, At], Life]] = {
 
 
 def apply(life: Life | None, recorded: Recorded) -> Life | None:
-    """The life with one more fact of the same job. ``life`` None: no fact was known before."""
+    """Return the life with one more fact of the same job. ``life`` None: no fact was known before."""
     event, place = recorded.event, recorded.position
     at = (recorded.appended_ms, place.topic, place.partition, place.offset)
     return join(life, of(event.run, event.release, event.attempt, event.task, event.queue, event.fact, at))
@@ -313,7 +322,8 @@ def join(a: Life | None, b: Life | None) -> Life | None: ...
 
 
 def join(a: Life | None, b: Life | None) -> Life | None:
-    """The smallest life that holds all that two lives of the same job hold; None holds nothing."""
+    """Return the smallest life that holds everything that two lives of the same job hold. None is a life that holds
+    nothing."""
     if a is None or a is b:
         return b
     if b is None:
@@ -343,14 +353,15 @@ def join(a: Life | None, b: Life | None) -> Life | None:
 
 
 def _first_due(a: Due, b: Due) -> Due:
-    """The one with the greater (release, attempt); if these are equal, the first in the log."""
+    """Return the slot with the greater (release, attempt); if these are equal, the slot that is first in the log."""
     mine, other = (a.release, a.attempt), (b.release, b.attempt)
     return a if mine > other or (mine == other and a.at[1:] <= b.at[1:]) else b
 
 
 def _last_close(a: Close, b: Close) -> Close:
-    """The one with the greater (release, attempt). If these are equal: the first in the log that ends the release; if
-    both are in place, the last in the log, because a job can be snoozed in place several times in one attempt."""
+    """Return the slot with the greater (release, attempt). If these are equal, return the first in the log that ends
+    the release; if both are in place, the last in the log, because a job can be snoozed in place several times in one
+    attempt."""
     mine, other = (a.release, a.attempt, not a.in_place), (b.release, b.attempt, not b.in_place)
     if mine != other:
         return a if mine > other else b
@@ -373,7 +384,7 @@ def _end_rank(end: End) -> tuple[int, tuple[str, int, int]]:
 def _union(a: tuple[At, ...], b: tuple[At, ...]) -> tuple[At, ...]:
     if not a or not b:
         return a or b
-    if len(b) == 1:  # one more fact, and nearly always the latest
+    if len(b) == 1:  # one more fact, which is nearly always the latest
         one = b[0]
         if one > a[-1]:
             union = a + b
@@ -386,7 +397,7 @@ def _union(a: tuple[At, ...], b: tuple[At, ...]) -> tuple[At, ...]:
     return union if len(union) <= FIRST + LAST else union[:FIRST] + union[-LAST:]
 
 
-# -- what people see ------------------------------------------------------------------------------------------------
+# -- what users see ------------------------------------------------------------------------------------------------
 
 
 #: A release number below every other.
@@ -394,10 +405,10 @@ _NEVER = -(1 << 31) - 1
 
 
 class Visible(msgspec.Struct, frozen=True, gc=False):
-    """The visible part of a life, from which rows and counters are made. Times are the broker's, in milliseconds.
+    """The visible part of a life, from which rows and counters are computed. Times are the broker's, in milliseconds.
 
-    ``since_ms``: when the job was submitted; while the submission is not known, when the fact that made the job known
-    was appended. ``started_ms``: the last start of this run.
+    ``since_ms``: the append time of the submission; while the submission is not known, the append time of the fact from
+    which the job is known. ``started_ms``: the last start of this run.
     """
 
     state: State
@@ -416,10 +427,10 @@ class Visible(msgspec.Struct, frozen=True, gc=False):
 
 
 def project(life: Life) -> Visible:
-    """The visible part of a life: the end of its run if there is one, else its last slot.
+    """Return the visible part of a life: the end of its run if the run has ended, else its last slot.
 
     The last slot has the greatest (release, attempt, phase); the phases are submission, release, start, close. A start
-    after a close in place is later than that close: both are in one partition.
+    whose offset is above that of a close in place is later than this close: both are in one partition.
     """
     head, start, end = life.head, life.start, life.end
     started_ms = None if start is None else start.at[0]
@@ -463,7 +474,7 @@ def project(life: Life) -> Visible:
             close.attempt,
             close.release,
             since_ms,
-            # In place its worker continues the same release: no release is due that could be late.
+            # In place the worker continues the same release: no release is due that could be late.
             None if close.in_place else close.due_ms,
             started_ms,
             None,
@@ -475,14 +486,14 @@ def project(life: Life) -> Visible:
 
 
 def _continued(close: Close, start: Start | None) -> bool:
-    """Whether an attempt that was closed in place was started again."""
+    """Return whether an attempt that was closed in place was started again."""
     if start is None or not close.in_place or start.at[1:] < close.at[1:]:
         return False
     return (start.release, start.attempt) == (close.release, close.attempt)
 
 
 def awaited(visible: Visible) -> tuple[int, int]:
-    """The (release, attempt) that a scheduled or retrying job waits for."""
+    """Return the (release, attempt) for which a scheduled or retrying job waits."""
     return visible.release + 1, visible.attempt + (visible.state is State.RETRYING)
 
 
@@ -497,13 +508,13 @@ class Progress(msgspec.Struct, frozen=True):
 class JobStatus(msgspec.Struct, frozen=True):
     """One job as the status table knows it. Times are the broker's append times.
 
-    ``attempt``, ``release``: those of the job's last known fact. ``started_at``: its last start. ``due_at``: set while
-    the job waits for a release at a time (not for a retry in place); while it is queued, the due time of its release.
-    ``duration``: seconds that the last attempt ran which has ended; None while an attempt runs, or if none was started.
-    ``positions``: positions of the job's facts in the log, in order of their append times: at most the 64 earliest and
-    the 192 latest. ``partial``: the job's submission is not in the
-    table (not read yet, or trimmed from the log before the table was built). Then ``submitted_at`` is not known, and
-    tags and parent may be missing.
+    ``attempt``, ``release``: those of the job's last known fact. ``started_at``: the job's last start. ``due_at``: set
+    while the job waits for a release at a time (not for a retry in place); while the job is queued, the due time of its
+    release. ``duration``: the seconds that the last attempt ran, if that attempt has ended; None while the job is
+    queued or an attempt runs, and if no attempt was started. ``positions``: positions of the job's facts in the log, in
+    the order of their append times: at most the 64 earliest and the 192 latest. ``partial``: the job's submission is
+    not in the table (not read yet, or trimmed from the log before the table was built). Then ``submitted_at`` is not
+    known, and tags and parent may be missing.
     """
 
     job_id: str
@@ -529,7 +540,7 @@ class JobStatus(msgspec.Struct, frozen=True):
 
 
 def status(job_id: str, life: Life) -> JobStatus:
-    """The status that users see of a life."""
+    """Return the status of a life as users see it."""
     seen, head, report, end = project(life), life.head, life.report, life.end
     places = life.positions if report is None else _union(life.positions, (report.at,))
     return JobStatus(
@@ -557,9 +568,9 @@ def status(job_id: str, life: Life) -> JobStatus:
 
 
 def _ran(life: Life, seen: Visible) -> float | None:
-    """Seconds that the ended attempt ran; None if no attempt has ended or the attempt was not started.
+    """Return the seconds that the ended attempt ran; None if no attempt has ended or the attempt was not started.
 
-    If the closing fact has no duration, as for a cancel, this is the time from the attempt's start to that fact.
+    If the closing fact has no duration, as for a cancel, the result is the time from the attempt's start to that fact.
     """
     if seen.duration_us is None or seen.duration_us > 0:
         return None if seen.duration_us is None else seen.duration_us / 1e6
@@ -577,22 +588,12 @@ def _moment(ms: int | None) -> dt.datetime | None:
         return None
     try:
         return _EPOCH + dt.timedelta(milliseconds=ms)
-    except OverflowError:  # a due time outside the calendar; the job still exists
+    except OverflowError:  # a due time outside the calendar: the job must still be shown
         return (dt.datetime.max if ms > 0 else dt.datetime.min).replace(tzinfo=dt.UTC)
 
 
 def _decoded(result: bytes) -> Any:
     try:
         return msgspec.json.decode(result)
-    except (ValueError, RecursionError):  # written by something else than a worker of ours
+    except (ValueError, RecursionError):  # not written by a worker of Jobledger
         return result.decode("utf-8", "replace")
-
-
-def diagram(transitions: Iterable[Transition] = TRANSITIONS) -> str:
-    """The transitions as a Mermaid state diagram."""
-    lines = ["stateDiagram-v2"]
-    for before, fact, after, note in transitions:
-        label = fact.__name__ + (f" ({note})" if note else "")
-        lines.append(f"    {before or '[*]'} --> {after}: {label}")
-    lines += [f"    {end} --> [*]" for end in ENDS]
-    return "\n".join(lines)

@@ -306,8 +306,3 @@ def test_the_last_progress_report_is_kept() -> None:
 def test_what_a_waiting_job_waits_for(facts: list[Recorded], waits_for: tuple[int, int]) -> None:
     """A delayed job waits for its first release, a retried one for the next attempt, a snoozed one for the same."""
     assert job.awaited(job.project(fact_list(*facts))) == waits_for
-
-
-def test_the_diagram_shows_every_transition() -> None:
-    """The documentation's diagram is drawn from the table, with an arrow for each row."""
-    assert job.diagram().count("-->") == len(job.TRANSITIONS) + len(job.ENDS)
