@@ -1,1 +1,1 @@
-"""Benchmarks: each figure beside a bare librdkafka loop of the same run. ``python -m bench`` runs them all."""
+"""Benchmarks. Figures are compared with a bare librdkafka loop of the same run. ``python -m bench`` runs them all."""

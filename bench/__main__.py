@@ -19,7 +19,7 @@ TIMER_PARTITIONS = 4
 
 
 def suites(quick: bool) -> dict[str, Callable[[Settings], Sequence[Figure]]]:
-    """Every measurement by name."""
+    """Return every measurement by its name."""
     return {
         "client": lambda s: client.run(s, 20_000 if quick else 100_000, 300 if quick else 2_000),
         "materializer": lambda s: materializer.run(s, 20_000 if quick else 100_000),
@@ -38,7 +38,7 @@ def suites(quick: bool) -> dict[str, Callable[[Settings], Sequence[Figure]]]:
 
 
 def of_worker(settings: Settings, jobs: int) -> list[Figure]:
-    """`bench.worker`'s report as figures."""
+    """Run `bench.worker` and return its report as figures."""
     report = worker.measure(settings.resolve_bootstrap(), jobs, None)
     noop, naps, hop = report["noop"], report["naps"], report["submit_to_start"]
     ours, bare = hop["worker"], hop["bare_hop"]
@@ -62,7 +62,7 @@ def of_worker(settings: Settings, jobs: int) -> list[Figure]:
 
 
 def of_timers(settings: Settings, count: int, spread: float, throughput: int) -> list[Figure]:
-    """`bench.timers`' reports as figures."""
+    """Run `bench.timers` and return its reports as figures."""
     with tempfile.TemporaryDirectory(prefix="jobledger-bench-") as folder:
         own = replace(settings, home=Path(folder))
         fired: dict[str, Any] = timers.measure_throughput(own, TIMER_PARTITIONS, throughput)
@@ -79,7 +79,7 @@ def of_timers(settings: Settings, count: int, spread: float, throughput: int) ->
 
 
 def main() -> int:
-    """Run what was asked for, all by default."""
+    """Run the measurements that the command line names, by default all of them."""
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(suites(False))}; all by default")
     parser.add_argument("--bootstrap", help="a broker's host:port; an embedded one is started otherwise")

@@ -1,4 +1,4 @@
-"""The app that benchmark workers load; its namespace comes from ``BENCH_NAMESPACE``."""
+"""The app that the benchmarks' workers load. Its namespace comes from ``BENCH_NAMESPACE``."""
 
 from __future__ import annotations
 
@@ -18,28 +18,28 @@ app = App(os.environ.get("BENCH_NAMESPACE", "bench"), partitions=int(os.environ.
 
 @app.task(queue="bench")
 async def noop(number: int) -> None:
-    """Nothing: what a job costs by itself."""
+    """Do nothing, so that only the cost of a job itself is measured."""
 
 
 @app.task(queue="bench")
 async def nap(number: int, seconds: float = 0.05) -> None:
-    """Waits, as a job that calls somebody does."""
+    """Wait, as a job does that calls another service."""
     await asyncio.sleep(seconds)
 
 
 @app.task(queue="bench")
 def noop_in_thread(number: int) -> None:
-    """Nothing, in a thread."""
+    """Do nothing, in a thread."""
 
 
 @app.task(queue="bench", isolation="process")
 def noop_in_process(number: int) -> None:
-    """Nothing, in a child process."""
+    """Do nothing, in a child process."""
 
 
 @app.task(queue="bench", isolation="process")
 def busy_in_process(number: int, seconds: float = 0.01) -> None:
-    """Keeps a CPU busy, by the process's own clock."""
+    """Use ``seconds`` of CPU time, by the process's own clock."""
     end = time.process_time() + seconds
     while time.process_time() < end:
         pass
@@ -48,7 +48,7 @@ def busy_in_process(number: int, seconds: float = 0.01) -> None:
 @app.event
 @dataclass(frozen=True)
 class Emitted:
-    """When it was emitted, by this machine's clock (ns)."""
+    """An event with the time when it was emitted, by this machine's clock (ns)."""
 
     at_ns: int
     text: str = "something that happened, in about as many words as such a thing takes"
@@ -56,7 +56,7 @@ class Emitted:
 
 @app.on(Emitted, queue="bench")
 async def handle(event: Emitted) -> float:
-    """Milliseconds since the event was emitted."""
+    """Return the milliseconds since the event was emitted."""
     return (time.time_ns() - event.at_ns) / 1e6
 
 
@@ -65,5 +65,5 @@ per_bucket = Table("per_bucket", MetaData(), Column("bucket", Integer, primary_k
 
 @app.projection(Emitted, table=per_bucket, key=lambda event: event.at_ns % 1_000)
 def count(row: Mapping[str, Any] | None, event: Emitted) -> dict[str, int]:
-    """Events by one of a thousand buckets."""
+    """Count the events of each of a thousand buckets."""
     return {"events": (row["events"] if row else 0) + 1}

@@ -1,4 +1,5 @@
-"""Submitting: `submit_many` beside a bare produce loop, and the time to an acknowledgement."""
+"""Measures submissions: `submit_many` and a bare loop that produces, and the time until a submission is
+acknowledged."""
 
 from __future__ import annotations
 
@@ -19,7 +20,8 @@ ROUNDS = 3
 
 
 def run(settings: Settings, jobs: int = 100_000, single: int = 2_000) -> list[Figure]:
-    """Bare loop and `submit_many` in turn, three rounds, best of each; then ``single`` acknowledged submissions."""
+    """Measure the bare loop and `submit_many` alternately in three rounds, and use the best round of each. Then measure
+    ``single`` submissions, each until it is acknowledged."""
     names = harness.fresh_names("client")
     app = App(names.namespace, settings=settings, partitions=PARTITIONS)
 
@@ -61,7 +63,7 @@ def _event(number: int) -> JobEvent:
 
 
 def _bare(settings: Settings, topic: str, jobs: int) -> float:
-    """Encode and produce with a delivery callback, nothing else."""
+    """Encode and produce records with a delivery callback, and do nothing else. Return the records per second."""
     producer = Producer(producer_config(settings, linger_ms=5.0))
     acked = 0
 
@@ -89,7 +91,7 @@ def _bare(settings: Settings, topic: str, jobs: int) -> float:
 
 
 def _bare_acks(settings: Settings, topic: str, count: int) -> list[float]:
-    """Produce one record and poll until it is acknowledged."""
+    """Produce ``count`` records, and poll after each until it is acknowledged. Return the milliseconds of each."""
     producer = Producer(producer_config(settings))
     producer.list_topics(topic, timeout=10)
     took = []

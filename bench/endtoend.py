@@ -1,7 +1,8 @@
-"""The whole system on one machine: jobs submitted at a steady rate, run and visible, with the lag watched.
+"""Measures the whole system on one machine. Jobs are submitted at a steady rate, run, and become visible in the status
+table, while the lag is measured.
 
-Broker, worker, coordinator and materializer are processes of their own, as in production; this process submits and
-looks at the status table. And a backlog is drained while the worker's memory is watched.
+Broker, worker, coordinator and materializer are separate processes, as in production; this process submits and reads
+the status table. A second measurement lets a worker run a backlog of jobs, and measures the worker's memory.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ STOP_S = 30.0
 
 
 class Processes:
-    """Child processes of one measurement; `stop` ends them by pid, cleanly first."""
+    """The child processes of one measurement. `stop` ends them by their process ids, with SIGTERM first."""
 
     def __init__(self, settings: Settings, namespace: str, folder: Path, partitions: int = PARTITIONS) -> None:
         self.env = os.environ | {
@@ -40,7 +41,7 @@ class Processes:
         self._running: list[tuple[str, subprocess.Popen[bytes]]] = []
 
     def start(self, name: str, *arguments: str) -> psutil.Process:
-        """Start ``python -m jobledger`` with ``arguments``; its output goes to a file of that name."""
+        """Start ``python -m jobledger`` with ``arguments``, and write its output to ``<name>.log``."""
         with open(self._folder / f"{name}.log", "wb") as log:
             process = subprocess.Popen(
                 [sys.executable, "-m", "jobledger", *arguments], env=self.env, stdout=log, stderr=subprocess.STDOUT
@@ -49,14 +50,14 @@ class Processes:
         return psutil.Process(process.pid)
 
     def check(self) -> None:
-        """Raise with the end of its output if one has died."""
+        """Raise `RuntimeError`, with the end of its output, if a child process has ended."""
         for name, process in self._running:
             if process.poll() is not None:
                 tail = (self._folder / f"{name}.log").read_text(errors="replace")[-2000:]
                 raise RuntimeError(f"{name} ended with {process.returncode}:\n{tail}")
 
     def stop(self) -> None:
-        """SIGTERM all, wait, and kill what is left."""
+        """Send SIGTERM to all child processes, wait `STOP_S` seconds for each, and kill those that still run."""
         for _, process in self._running:
             if process.poll() is None:
                 process.send_signal(signal.SIGTERM)
@@ -69,7 +70,8 @@ class Processes:
 
 
 def steady(settings: Settings, rate: int = 4_000, seconds: int = 60) -> list[Figure]:
-    """Submit ``rate`` jobs a second for ``seconds``; the rate that became visible, and how the lag moved."""
+    """Submit ``rate`` jobs a second for ``seconds``. Return the rate at which jobs became visible, how the lag grew,
+    and the CPU time."""
     names = harness.fresh_names("steady")
     harness.create(settings, names, ["bench"], PARTITIONS)
     with tempfile.TemporaryDirectory(prefix="jobledger-bench-") as folder:
@@ -127,20 +129,20 @@ def _steady(settings: Settings, namespace: str, processes: Processes, rate: int,
 
 
 async def _noop(number: int) -> None:
-    """The submitter's side of `bench.apps.noop`."""
+    """Declare `bench.apps.noop` for the submitter."""
 
 
 async def _nap(number: int, seconds: float = 0.05) -> None:
-    """The submitter's side of `bench.apps.nap`."""
+    """Declare `bench.apps.nap` for the submitter."""
 
 
 def _ended(app: object) -> int:
-    table = app.status_table()  # type: ignore[attr-defined]  # App; typed loosely to keep this importable early
+    table = app.status_table()  # type: ignore[attr-defined]  # an App, which this module does not import at once
     return sum(n for state, n in table.counts_by_state().items() if state == "succeeded")
 
 
 def _cpu_seconds() -> float:
-    """CPU seconds of this process and everything under it, and of the broker if it is ours."""
+    """Return the CPU seconds of this process, of all processes below it, and of all Kafka brokers on this machine."""
     here = psutil.Process()
     family: Sequence[psutil.Process] = [here, *here.children(recursive=True)]
     for process in psutil.process_iter(["name", "cmdline"]):
@@ -157,7 +159,8 @@ def _cpu_seconds() -> float:
 
 
 def backlog(settings: Settings, jobs: int = 1_000_000) -> list[Figure]:
-    """Submit ``jobs``, then start a worker; its resident memory while it drains them."""
+    """Submit ``jobs`` jobs, then start a worker. Return the worker's rate, and how much its resident memory varied
+    while it ran the jobs."""
     from confluent_kafka import TopicPartition
 
     from jobledger import App

@@ -1,8 +1,8 @@
-"""Domain events: how fast they are emitted and routed, beside a bare loop of the same
-run, and how soon a handler starts.
+"""Measures domain events: how fast they are emitted and routed, how fast a bare loop of the same run is, how soon a
+handler starts, and how fast a projection is.
 
-The bare loop is the least that could be called a router: one Avro record read, one written, no ids,
-no acknowledgements, no commits.
+The bare loop is the smallest program that could be called a router: it reads and writes one Avro record for each event,
+without ids, acknowledgements and commits.
 """
 
 from __future__ import annotations
@@ -37,12 +37,12 @@ from jobledger.log.schema_lookup import decoder
 from jobledger.schemas.events import JobSucceeded
 from jobledger.streams.projections.projection_store import ProjectionStore
 
-#: Emitted a second while the way to the handler is measured.
+#: Events that are emitted per second while the time until their handler starts is measured.
 PACE = 200
 
 
 def run(settings: Settings, events: int, latencies: int) -> list[Figure]:
-    """All figures of domain events."""
+    """Measure all figures of domain events."""
     names = harness.fresh_names("events")
     os.environ.update(BENCH_NAMESPACE=names.namespace, BENCH_PARTITIONS=str(PARTITIONS))
     from bench import apps  # its namespace comes from the environment
@@ -78,7 +78,8 @@ def run(settings: Settings, events: int, latencies: int) -> list[Figure]:
 
 
 def _routed(app: App, events: int) -> float:
-    """Events a second, from the first that is fetched to the last whose job is acknowledged."""
+    """Return the events per second, measured from the acknowledgement of the first batch of jobs to that of the
+    last."""
     router, stop = Router(app.registry, app.settings), threading.Event()
     thread = threading.Thread(target=router.run, args=(stop,))
     thread.start()
@@ -97,7 +98,7 @@ def _routed(app: App, events: int) -> float:
 
 
 def _bare(settings: Settings, kind: EventType, topic: str, events: int) -> float:
-    """The least that a router could do."""
+    """Run the bare loop, which does the least that a router could do. Return the events per second."""
     schema = fastavro.parse_schema(json.loads(kind.schema))
     consumer = Consumer(consumer_config(settings))
     parts = range(partitions_of(settings, kind.topic))
@@ -120,7 +121,8 @@ def _bare(settings: Settings, kind: EventType, topic: str, events: int) -> float
 
 
 def _waits(settings: Settings, app: App, event: type, count: int) -> Sequence[float]:
-    """Milliseconds from just before `emit` to the handler's first line, with router and worker as processes."""
+    """Return the milliseconds from just before `emit` to the handler's first line. Router and worker are separate
+    processes."""
     with tempfile.TemporaryDirectory(prefix="jobledger-bench-") as folder:
         processes = Processes(settings, app.names.namespace, Path(folder))
         try:
@@ -131,7 +133,7 @@ def _waits(settings: Settings, app: App, event: type, count: int) -> Sequence[fl
             warm = app.emit(event(time.time_ns()))
             deadline = time.monotonic() + 60
             wanted = app.registry.handler("handle").job_id(warm.event_id)
-            while wanted not in _results(app):  # the backlog of the figures before goes first
+            while wanted not in _results(app):  # the backlog of the earlier figures is run first
                 processes.check()
                 if time.monotonic() > deadline:
                     raise RuntimeError("no event was handled within 60 s")
@@ -150,7 +152,7 @@ def _waits(settings: Settings, app: App, event: type, count: int) -> Sequence[fl
 
 
 def _results(app: App) -> dict[str, float]:
-    """What the handlers have returned, by job."""
+    """Return the results of the handlers, by job id."""
     read = decoder(app.settings, app.names)
     found: dict[str, float] = {}
     with LogReader(app.settings) as reader:
@@ -163,7 +165,8 @@ def _results(app: App) -> dict[str, float]:
 
 
 def projection(settings: Settings, events: int) -> list[Figure]:
-    """A projection in a process of its own over a log of events; its speed and its resident memory."""
+    """Run a projection in a process of its own over a log of events. Return its speed and how much its resident memory
+    varied."""
     names = harness.fresh_names("projection")
     os.environ.update(BENCH_NAMESPACE=names.namespace, BENCH_PARTITIONS=str(PARTITIONS))
     from bench import apps  # its namespace comes from the environment
@@ -209,5 +212,5 @@ def _folded(engine: Engine) -> int:
     try:
         with engine.connect() as db:
             return int(db.execute(text("SELECT COALESCE(SUM(next_offset), 0) FROM jobledger_projections")).scalar_one())
-    except OperationalError:  # there is no table yet
+    except OperationalError:  # the table does not exist yet
         return 0

@@ -1,4 +1,4 @@
-"""What the benchmarks share: a broker, topics, figures with their targets, and how they are shown."""
+"""The parts that all benchmarks share: a broker, topics, figures with their targets, and the output of figures."""
 
 from __future__ import annotations
 
@@ -21,8 +21,9 @@ from jobledger.kafka.topic_names import Names
 class Figure(msgspec.Struct, frozen=True):
     """One measured figure.
 
-    ``value`` in ``unit``; ``bare``: the bare loop's figure of the same run, if there is one; ``target``: what the
-    project aims at; ``higher`` says which side of the target is good. ``note``: how it was measured.
+    ``value`` is in ``unit``. ``bare``: the bare loop's figure of the same run, if there is one; ``target``: the
+    project's target; ``higher``: whether values above the target are good, or values below; ``note``: how the figure
+    was measured.
     """
 
     name: str
@@ -42,19 +43,20 @@ class Figure(msgspec.Struct, frozen=True):
 
     @property
     def ratio(self) -> float | None:
-        """The figure over the bare loop's."""
+        """The figure divided by the bare loop's; None without one."""
         return self.value / self.bare if self.bare else None
 
 
 def percentile(values: Sequence[float], share: float) -> float:
-    """The value below which ``share`` (0-1) of the values lie, by the nearest rank."""
+    """Return the value below which ``share`` (0-1) of the values are, by the nearest rank."""
     ordered = sorted(values)
     return ordered[min(len(ordered) - 1, int(len(ordered) * share))]
 
 
 @contextlib.contextmanager
 def broker(bootstrap: str | None = None) -> Iterator[Settings]:
-    """Settings for ``bootstrap``, or for an embedded broker that lives as long as the block."""
+    """Yield settings for ``bootstrap``, else for ``JOBLEDGER_BOOTSTRAP``, else for an embedded broker that stops after
+    the block."""
     found = bootstrap or os.environ.get("JOBLEDGER_BOOTSTRAP")
     if found:
         yield Settings.from_env().with_bootstrap(found)
@@ -66,12 +68,12 @@ def broker(bootstrap: str | None = None) -> Iterator[Settings]:
 
 
 def fresh_names(what: str) -> Names:
-    """A namespace of its own for one measurement."""
+    """Return the names of a new namespace for one measurement."""
     return Names(f"bench-{what}-{time.time_ns() // 1_000_000:x}")
 
 
 def create(settings: Settings, names: Names, queues: Sequence[str], partitions: int) -> None:
-    """The topics of a namespace, as the project declares them."""
+    """Create the topics of a namespace, as the project declares them."""
     from jobledger.kafka import topics, topology
 
     specs = topology.desired(names, dict.fromkeys(queues, partitions), partitions=partitions, replication=1)
@@ -80,7 +82,7 @@ def create(settings: Settings, names: Names, queues: Sequence[str], partitions: 
 
 
 def drop(settings: Settings, names: Names) -> None:
-    """Delete a namespace's topics, so that one measurement's data does not slow the next."""
+    """Delete a namespace's topics, so that the data of one measurement does not slow down the next one."""
     client = AdminClient({"bootstrap.servers": settings.resolve_bootstrap()})
     mine = [t for t in client.list_topics(timeout=10).topics if t.startswith(names.namespace + ".")]
     for future in client.delete_topics(mine).values() if mine else ():
@@ -88,7 +90,7 @@ def drop(settings: Settings, names: Names) -> None:
 
 
 def machine() -> dict[str, Any]:
-    """Where the figures were taken."""
+    """Describe the machine on which the figures were measured."""
     return {
         "cores": os.cpu_count(),
         "python": platform.python_version(),
@@ -98,13 +100,13 @@ def machine() -> dict[str, Any]:
 
 
 def as_json(figures: Sequence[Figure]) -> str:
-    """Figures and machine as one JSON document."""
+    """Return figures and machine as one JSON document."""
     rows = [msgspec.to_builtins(f) | {"ratio": f.ratio, "met": f.met} for f in figures]
     return json.dumps({"machine": machine(), "figures": rows}, indent=2)
 
 
 def show(figures: Sequence[Figure]) -> None:
-    """Figures as a table on stderr, so that stdout stays JSON."""
+    """Print figures as a table on stderr, so that stdout contains only JSON."""
     from rich.console import Console
     from rich.table import Table
 
@@ -127,7 +129,7 @@ def show(figures: Sequence[Figure]) -> None:
 
 
 def new_topic(settings: Settings, name: str, partitions: int) -> None:
-    """One plain topic, for bare loops."""
+    """Create one plain topic for a bare loop."""
     client = AdminClient({"bootstrap.servers": settings.resolve_bootstrap()})
     config = {"message.timestamp.type": "LogAppendTime"}
     client.create_topics([NewTopic(name, partitions, 1, config=config)])[name].result()

@@ -1,9 +1,9 @@
-"""The status table: events a second into SQLite and PostgreSQL, with rows, counters, positions
-and offsets, beside a bare loop.
+"""Measures how many events per second the materializer writes into the status table, with rows, counters, positions and
+offsets, in SQLite and PostgreSQL; and a bare loop.
 
-The stream is a backlog of plain jobs: a third submissions on the work topic, a third starts and a third successes on
-lifecycle, ids ordered by time. PostgreSQL as `tests.postgres` finds it, with its settings as they come. Bare:
-librdkafka's consumer and the codec, and nothing done with the events.
+The input is a backlog of plain jobs: one third submissions on the work topic, one third starts and one third successes
+on the lifecycle topic, with ids ordered by time. The PostgreSQL server is the one that `tests.postgres` finds, and is
+not tuned. The bare loop uses librdkafka's consumer and the codec, and does nothing with the events.
 """
 
 from __future__ import annotations
@@ -38,7 +38,8 @@ ROUNDS = 3
 
 
 def run(settings: Settings, jobs: int = 100_000) -> list[Figure]:
-    """Bare loop and materializer in turn, three rounds over the same log, best of each; then the time to be seen."""
+    """Measure the bare loop and the materializer alternately in three rounds over the same log, and use the best round
+    of each. Then measure the time until a submission is visible."""
     figures: list[Figure] = []
     names = harness.fresh_names("table")
     harness.create(settings, names, [QUEUE], PARTITIONS)
@@ -65,7 +66,7 @@ def _sqlite() -> Iterator[str]:
 def _measure(
     which: str, settings: Settings, names: Names, jobs: int, place: Callable[[], AbstractContextManager[str]]
 ) -> list[Figure]:
-    """``place``: an empty database for each round, by its URL."""
+    """Measure with one kind of database. ``place``: yields the URL of an empty database, for each round a new one."""
     bare = ours = 0.0
     bare_cpu = our_cpu = float("inf")
     for _ in range(ROUNDS):
@@ -154,7 +155,8 @@ def _materialize(settings: Settings, names: Names, jobs: int, url: str) -> float
 
 
 def _latency(settings: Settings, url: str, rounds: int = 100) -> list[float]:
-    """Milliseconds from a submission's acknowledgement until the table has it, one at a time."""
+    """Return the milliseconds from a submission's acknowledgement until the table contains the submission. Submissions
+    are sent one at a time."""
     own = harness.fresh_names("seen")
     harness.create(settings, own, [QUEUE], PARTITIONS)
     made, stop = Materializer(own, settings, [QUEUE], url), threading.Event()
@@ -170,7 +172,7 @@ def _latency(settings: Settings, url: str, rounds: int = 100) -> list[float]:
             place = (sent.topic, sent.partition)
             while made.offsets().get(place, 0) <= sent.offset:
                 time.sleep(0.0002)
-            if number >= 5:  # the first ones wait for connections
+            if number >= 5:  # the first submissions also wait for connections
                 waits.append((time.perf_counter() - began) * 1000)
     finally:
         writer.close()

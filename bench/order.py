@@ -1,6 +1,7 @@
-"""What order costs and gives: keys, priorities, a slow job among short ones, two processes instead of one.
+"""Measures the cost and the effect of ordering: keys, priorities, a slow job among short ones, two processes instead of
+one.
 
-Each figure runs in processes of its own, over namespaces of its own.
+Each figure is measured in separate processes and in separate namespaces.
 """
 
 from __future__ import annotations
@@ -22,9 +23,9 @@ from jobledger.kafka.topics import ensure
 
 PARTITIONS, LEVELS = 4, 3
 KEYS = 10_000
-#: Short jobs that come in a second, beside which one slow job runs.
+#: Short jobs that are submitted per second while one slow job runs.
 RATE = 2_000
-#: Seconds between two high jobs behind a backlog of low ones.
+#: Seconds between two submissions with high priority, while there is a backlog of jobs with low priority.
 EVERY_S = 0.02
 
 WAITS: list[float] = []
@@ -32,7 +33,7 @@ RAN: list[str] = []
 
 
 def build(namespace: str, bootstrap: str) -> App:
-    """The app under measurement."""
+    """Create the app that is measured."""
     app = App(
         namespace,
         settings=Settings(bootstrap=bootstrap),
@@ -67,20 +68,20 @@ def build(namespace: str, bootstrap: str) -> App:
 
 
 def made(bootstrap: str) -> App:
-    """A namespace of its own, with its topics."""
+    """Create an app with a new namespace, and its topics."""
     app = build(f"bench{uuid.uuid4().hex[:8]}", bootstrap)
     ensure(app, app.settings)
     return app
 
 
 def ready(worker: Worker) -> bool:
-    """Whether the worker runs what comes."""
+    """Return whether the worker is ready to run jobs of all its partitions."""
     parts = list(worker.partitions())
     return bool(parts) and all(p.ready for p in parts) and worker.health()["status"] == "ok"
 
 
 def beside(worker: Worker, watch: Callable[[], None]) -> None:
-    """Run the worker until ``watch``, in a thread beside it, has ended."""
+    """Run the worker until ``watch``, which runs in another thread, has returned."""
 
     def whole() -> None:
         try:
@@ -96,7 +97,8 @@ def beside(worker: Worker, watch: Callable[[], None]) -> None:
 
 
 def drained(namespace: str, bootstrap: str, task: str, jobs: int) -> dict[str, float]:
-    """One worker over a full topic, until every fact is acknowledged."""
+    """Run one worker over a topic with ``jobs`` jobs until every fact is acknowledged. Return the jobs per second, and
+    the CPU seconds for 1,000 jobs."""
     app = build(namespace, bootstrap)
     worker = Worker(app.registry, app.settings, WorkerOptions(queues=["default"]))
     found: dict[str, float] = {}
@@ -119,8 +121,8 @@ def drained(namespace: str, bootstrap: str, task: str, jobs: int) -> dict[str, f
 
 
 def shared(namespace: str, bootstrap: str, task: str, pipe: Any) -> None:
-    """A worker of several over one topic, until nothing is left: its jobs and its CPU
-    seconds from the first to the last."""
+    """Run one of several workers of a topic until no job is left. Send through ``pipe`` the number of the worker's
+    jobs, and its CPU seconds from its first job to its last."""
     app = build(namespace, bootstrap)
     worker = Worker(app.registry, app.settings, WorkerOptions(queues=["default"]))
 
@@ -146,7 +148,8 @@ def shared(namespace: str, bootstrap: str, task: str, pipe: Any) -> None:
 
 
 def cpu_of(bootstrap: str, jobs: int, processes: int) -> float:
-    """CPU seconds a 1,000 no-op jobs of so many worker processes together; all are there before the first job is."""
+    """Return the CPU seconds for 1,000 no-op jobs, of all worker processes together. All workers are ready before the
+    first job is submitted."""
     app = made(bootstrap)
     context = multiprocessing.get_context("spawn")
     workers = []
@@ -157,10 +160,11 @@ def cpu_of(bootstrap: str, jobs: int, processes: int) -> float:
         workers.append((process, here))
     for _, pipe in workers:
         pipe.recv()
-    time.sleep(6.0)  # the group has dealt the partitions out
+    time.sleep(6.0)  # until the group has assigned its partitions
     for _, pipe in workers:
         pipe.send("go")
-    # Paused until all are there: how fast jobs come, and what submitting costs on the same cores, is no part of this.
+    # The queue is paused until all jobs are submitted, because the figure must not depend on the rate of submissions
+    # and on their CPU time on the same cores.
     app.pause(queue="default")
     app.submit_many(app.tasks["noop"].job(n) for n in range(jobs))
     time.sleep(1.0)
@@ -177,7 +181,7 @@ def cpu_of(bootstrap: str, jobs: int, processes: int) -> float:
 
 
 def submit_steadily(namespace: str, bootstrap: str, jobs: int, slow_s: float) -> None:
-    """A client in a process of its own: `RATE` short jobs a second, and after a tenth of them a slow one."""
+    """Submit `RATE` short jobs a second, and a slow job after a tenth of them. Runs in a process of its own."""
     app = build(namespace, bootstrap)
     begin = time.monotonic()
     chunk = RATE // 50
@@ -190,7 +194,8 @@ def submit_steadily(namespace: str, bootstrap: str, jobs: int, slow_s: float) ->
 
 
 def waits_beside(namespace: str, bootstrap: str, jobs: int, slow_s: float) -> dict[str, float]:
-    """How long short jobs wait for their start, in milliseconds, with a job of ``slow_s`` seconds among them."""
+    """Measure how long short jobs wait for their start, in milliseconds, with a job of ``slow_s`` seconds among them;
+    0: without that job."""
     app = build(namespace, bootstrap)
     worker = Worker(app.registry, app.settings, WorkerOptions(queues=["default"]))
 
@@ -215,7 +220,8 @@ def waits_beside(namespace: str, bootstrap: str, jobs: int, slow_s: float) -> di
 
 
 def waits_of_high(namespace: str, bootstrap: str, backlog: int, count: int) -> dict[str, float]:
-    """How long high jobs wait behind a backlog of low ones that a worker is at, in milliseconds."""
+    """Measure how long jobs with high priority wait, in milliseconds, while a worker runs a backlog of jobs with low
+    priority."""
     app = build(namespace, bootstrap)
     worker = Worker(app.registry, app.settings, WorkerOptions(queues=["levels"]))
     found: dict[str, float] = {}
@@ -237,11 +243,13 @@ def waits_of_high(namespace: str, bootstrap: str, backlog: int, count: int) -> d
 
 
 def share_of_low(namespace: str, bootstrap: str, high: int) -> dict[str, float]:
-    """What low jobs get while high ones never run out: of each hundred starts."""
+    """Return the share of jobs with low priority in all starts, in percent, while there are always jobs with high
+    priority."""
     app = build(namespace, bootstrap)
     worker = Worker(app.registry, app.settings, WorkerOptions(queues=["levels"]))
 
-    # Paused until both levels have their partitions: the groups do not get them in the same moment.
+    # The queue is paused until the worker has the partitions of all priorities: each priority has its own group, and
+    # the groups do not assign their partitions at the same moment.
     app.pause(queue="levels")
 
     def watch() -> None:
@@ -258,7 +266,7 @@ def share_of_low(namespace: str, bootstrap: str, high: int) -> dict[str, float]:
 
 
 def run(settings: Settings, *, quick: bool = False) -> list[Figure]:
-    """Every figure."""
+    """Measure every figure."""
     bootstrap = settings.resolve_bootstrap()
     jobs = 20_000 if quick else 100_000
     slow_s = 5.0 if quick else 30.0
@@ -273,13 +281,14 @@ def run(settings: Settings, *, quick: bool = False) -> list[Figure]:
     hot = alone(drained, app.names.namespace, bootstrap, "keyed", hot_jobs)
     app.close()
 
-    # In turn, the least of each: what else the machine does only adds.
+    # One and two processes are measured alternately, and the smallest value of each counts: other work of the machine
+    # can only increase a value.
     pairs = [(cpu_of(bootstrap, jobs, 1), cpu_of(bootstrap, jobs, 2)) for _ in range(1 if quick else 2)]
     one, two = (min(each) for each in zip(*pairs, strict=True))
 
     calm = alone(waits_beside, made(bootstrap).names.namespace, bootstrap, jobs, 0.0)
     slow = alone(waits_beside, made(bootstrap).names.namespace, bootstrap, jobs, slow_s)
-    # One that never started would be missing from the figure, and is what the figure is about.
+    # A job that never started would be missing from the figure, although the figure is about such jobs.
     for found in (calm, slow):
         assert found["ran"] == jobs, f"{found['ran']:,.0f} of {jobs:,} short jobs ran"
 

@@ -1,8 +1,8 @@
-"""Scaling by partition: the same queue with one, two and four workers; what a joining
-worker costs; what idleness costs.
+"""Measures scaling by partition: the same queue with one, two and four workers; the cost of a worker that joins; and
+the cost of idle processes.
 
-The jobs wait, as jobs that call somebody do, so that a worker is bound by its ``--concurrency``
-and not by this machine's cores.
+The jobs wait, as jobs do that call another service. So a worker is limited by its ``--concurrency`` and not by this
+machine's cores.
 """
 
 from __future__ import annotations
@@ -30,13 +30,14 @@ from jobledger.log.schema_lookup import decoder
 from jobledger.schemas.events import JobStarted
 
 PARTITIONS = 12
-#: Jobs at once in a worker, and seconds each of them takes: an ideal worker does 1,000 a second.
+#: Number of jobs that a worker runs at once, and seconds that each job takes: an ideal worker runs 1,000 jobs a second.
 CONCURRENCY, NAP_S = 50, 0.05
 IDEAL = CONCURRENCY / NAP_S
 
 
 def run(settings: Settings, seconds: int = 20) -> list[Figure]:
-    """Jobs a second of one, two and four workers over twelve partitions; ``seconds``: of work for each."""
+    """Measure the jobs per second of one, two and four workers over twelve partitions, and a worker that joins.
+    ``seconds``: how long ideal workers need for the jobs of one measurement."""
     found: list[Figure] = []
     one = 0.0
     for workers in (1, 2, 4):
@@ -51,7 +52,7 @@ def run(settings: Settings, seconds: int = 20) -> list[Figure]:
 
 
 def _backlog(app: App, jobs: int) -> list[TopicPartition]:
-    """Submit jobs; the ends of the work topic's partitions."""
+    """Submit jobs. Return the ends of the work topic's partitions."""
     nap = app.task(queue="bench", name="nap")(_nap)
     ends = [0] * PARTITIONS
     for start in range(0, jobs, 50_000):
@@ -61,14 +62,15 @@ def _backlog(app: App, jobs: int) -> list[TopicPartition]:
 
 
 def _drained(settings: Settings, workers: int, jobs: int) -> float:
-    """The rate between the first start and the last, of jobs that waited for the workers."""
+    """Submit jobs to workers that are ready. Return the rate of starts, from the time when 10 % of the jobs have
+    started to the time when 80 % have."""
     names = harness.fresh_names("scaling")
     harness.create(settings, names, ["bench"], PARTITIONS)
     app = App(names.namespace, settings=settings, partitions=PARTITIONS)
     with tempfile.TemporaryDirectory(prefix="jobledger-bench-") as folder:
         processes = Processes(settings, names.namespace, Path(folder), PARTITIONS)
         try:
-            # They are there first, with an even share each; then the work comes.
+            # The workers are ready first, each with an equal share of the partitions. Then the jobs are submitted.
             for number in range(workers):
                 processes.start(f"worker-{number}", "worker", "bench.apps:app", "--concurrency", str(CONCURRENCY))
             _settle(settings, names, workers)
@@ -80,15 +82,15 @@ def _drained(settings: Settings, workers: int, jobs: int) -> float:
             app.close()
             harness.drop(settings, names)
     assert len(starts) == jobs, f"{len(starts):,} starts of {jobs:,} jobs"
-    # Its ends are left out: the first jobs come while others are submitted, and the last
-    # when some partitions are empty.
+    # The beginning and the end are left out: the first jobs start while others are still submitted, and the last ones
+    # when some partitions are empty already.
     low, high = starts[jobs // 10], starts[jobs * 8 // 10]
     return jobs * 0.7 / (high - low) * 1000
 
 
 def _joined(settings: Settings, seconds: int) -> list[Figure]:
-    """A second worker joins the first one in the middle of its work: how long nothing
-    starts, and when it takes part."""
+    """Start a second worker while the first one is running jobs. Return the longest time in which no job starts, and
+    the time until the second worker starts its first job."""
     names = harness.fresh_names("join")
     harness.create(settings, names, ["bench"], PARTITIONS)
     app = App(names.namespace, settings=settings, partitions=PARTITIONS)
@@ -124,7 +126,7 @@ def _settle(settings: Settings, names: Names, workers: int) -> None:
     deadline = time.monotonic() + 60
     while True:
         owned: list[int] = []
-        with contextlib.suppress(KafkaException):  # a broker that was just started finds no coordinator yet
+        with contextlib.suppress(KafkaException):  # a broker that has just started has no coordinator of the group
             members = client.describe_consumer_groups([group], request_timeout=5)[group].result().members
             owned = [len(m.assignment.topic_partitions) for m in members]
         if len(owned) == workers and sum(owned) == PARTITIONS and max(owned) - min(owned) <= 1:
@@ -147,8 +149,8 @@ def _drain(settings: Settings, names: Names, ends: Sequence[TopicPartition], pro
 
 
 def _starts(settings: Settings, names: Names, *, after_ms: float = 0.0, new_worker: bool = False) -> list[int]:
-    """The append times of all starts in ms, sorted; ``new_worker``: of workers whose first
-    start is later than ``after_ms``."""
+    """Return the append times of all starts in ms, sorted. ``new_worker``: only starts of workers whose first start is
+    later than ``after_ms``."""
     decode = decoder(settings, names).decode
     by_worker: dict[str, list[int]] = {}
     with LogReader(settings) as reader:
@@ -162,11 +164,11 @@ def _starts(settings: Settings, names: Names, *, after_ms: float = 0.0, new_work
 
 
 def idle(settings: Settings, seconds: int = 60) -> list[Figure]:
-    """What each part takes while nothing happens, its children included: memory of its own (USS) and CPU. And the
-    broker, if it is on this machine, and the total."""
+    """Measure the memory (USS) and the CPU time that each part uses while no job runs, including its child processes;
+    those of the broker, if it runs on this machine; and the totals."""
     names = harness.fresh_names("idle")
     os.environ.update(BENCH_NAMESPACE=names.namespace, BENCH_PARTITIONS=str(PARTITIONS))
-    from bench import apps  # its namespace comes from the environment
+    from bench import apps  # only here, because the import reads the namespace from the environment
     from jobledger.kafka.topics import ensure
 
     app = App(names.namespace, settings=settings, partitions=PARTITIONS)
@@ -214,12 +216,13 @@ def _family(process: psutil.Process) -> list[psutil.Process]:
 
 
 def _memory(process: psutil.Process) -> float:
-    """MiB that nobody shares with a process and its children."""
+    """Return the memory, in MiB, that belongs to a process and its child processes alone (the sum of their USS)."""
     return sum(each.memory_full_info().uss for each in _family(process)) / 2**20
 
 
 def _listening(address: str) -> psutil.Process | None:
-    """The process of this machine that listens at ``host:port``; None if there is none, or it may not be known."""
+    """Return the process of this machine that listens at ``host:port``; None if there is none, or if this user may not
+    see it."""
     host, _, port = address.partition(",")[0].rpartition(":")
     if host not in ("localhost", "127.0.0.1"):
         return None

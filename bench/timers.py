@@ -1,7 +1,8 @@
-"""How late the coordinator lets jobs go, how many it can set and let go a second, and what it costs when idle.
+"""Measures how late the coordinator releases jobs, how many jobs it can schedule and release per second, and what it
+costs when idle. Prints one JSON object.
 
-Everything is read from the raw topics: a release's lateness is the append time of its `JobDue` less its due time, both
-on the broker's clock. The coordinator is a process of its own, as in production. Prints one JSON object.
+Everything is read from the raw topics: a release's lateness is the append time of its `JobDue` minus its due time, both
+by the broker's clock. The coordinator is a process of its own, as in production.
 
     python bench/timers.py [--bootstrap HOST:PORT] [--timers 10000] [--spread 20] [--throughput 15000] [--partitions 4]
 """
@@ -50,7 +51,7 @@ sys.exit(run_coordinator(Names(namespace), Settings(bootstrap=bootstrap), int(pa
 
 
 def submission(names: Names, due_at: int | None, delay_ms: int | None) -> Outgoing:
-    """A delayed job for the coordination topic."""
+    """Return the record of a delayed job for the coordination topic."""
     job = str(uuid_utils.uuid7())
     event = JobEvent(
         job,
@@ -71,7 +72,7 @@ def submission(names: Names, due_at: int | None, delay_ms: int | None) -> Outgoi
 
 
 def create(settings: Settings, names: Names, partitions: int) -> None:
-    """The namespace's topics."""
+    """Create the namespace's topics."""
     admin = clients.admin(settings)
     specs = topology.desired(names, {QUEUE: partitions}, partitions=partitions, replication=1)
     topics.apply(admin, topics.plan(admin, specs))
@@ -79,7 +80,7 @@ def create(settings: Settings, names: Names, partitions: int) -> None:
 
 @contextlib.contextmanager
 def coordinator(settings: Settings, names: Names, partitions: int) -> Iterator[psutil.Process]:
-    """A coordinator process that has begun to work."""
+    """Run a coordinator process during the block, and yield it once it has released a first job."""
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-c", CHILD, settings.resolve_bootstrap(), names.namespace, str(partitions), folder]
         process = subprocess.Popen(command, env={**os.environ, "PYTHONWARNINGS": "ignore"})
@@ -95,12 +96,12 @@ def coordinator(settings: Settings, names: Names, partitions: int) -> Iterator[p
 
 
 def count(reader: LogReader, names: Names, partitions: int) -> int:
-    """Records in the work topic."""
+    """Return the number of records in the work topic."""
     return sum(reader.watermarks(names.jobs(QUEUE), p)[1] for p in range(partitions))
 
 
 def await_released(settings: Settings, names: Names, wanted: int, timeout: float) -> None:
-    """Wait until the work topic holds ``wanted`` records."""
+    """Wait until the work topic has ``wanted`` records. Raises `SystemExit` after ``timeout`` seconds."""
     partitions = clients.partitions_of(settings, names.jobs(QUEUE))
     deadline = time.monotonic() + timeout
     with LogReader(settings) as reader:
@@ -111,7 +112,8 @@ def await_released(settings: Settings, names: Names, wanted: int, timeout: float
 
 
 def lateness(settings: Settings, names: Names, partitions: int, start: int) -> tuple[list[float], int, int]:
-    """Milliseconds each release due from ``start`` (µs) was late, sorted; releases; distinct ids."""
+    """Return how late each release was that was due at ``start`` (µs) or later, in milliseconds and sorted; the number
+    of these releases; and the number of their distinct event ids."""
     late: list[float] = []
     ids: set[str] = set()
     total = 0
@@ -121,7 +123,7 @@ def lateness(settings: Settings, names: Names, partitions: int, start: int) -> t
                 event = codec.decode(message.value())
                 assert isinstance(event.fact, JobDue)
                 if event.fact.due_at < start:
-                    continue  # the one that showed that the coordinator was up
+                    continue  # the first job, which showed that the coordinator was ready
                 total += 1
                 ids.add(event.event_id)
                 late.append(message.timestamp()[1] - event.fact.due_at / 1000)
@@ -129,17 +131,18 @@ def lateness(settings: Settings, names: Names, partitions: int, start: int) -> t
 
 
 def percentile(values: list[float], part: float) -> float:
-    """The value that ``part`` of the sorted ``values`` do not exceed."""
+    """Return the value that the share ``part`` (0-1) of the sorted ``values`` does not exceed."""
     return round(values[min(len(values) - 1, int(part * len(values)))], 1)
 
 
 def measure_lateness(settings: Settings, partitions: int, timers: int, spread: float) -> dict[str, object]:
-    """``timers`` releases, all requested beforehand, due evenly over ``spread`` seconds."""
+    """Measure ``timers`` releases, all of which are requested beforehand, and are due evenly over ``spread``
+    seconds."""
     names = Names(f"bench{uuid.uuid4().hex[:8]}")
     create(settings, names, partitions)
     with coordinator(settings, names, partitions) as process:
         writer = LogWriter(settings, names, linger_ms=5.0)
-        lead = 2.0 + timers / 2_000  # time to set them all
+        lead = 2.0 + timers / 2_000  # the time to request them all
         start = now_us() + int(lead * 1_000_000)
         step = spread * 1_000_000 / timers
         writer.send([submission(names, start + int(i * step), None) for i in range(timers)])
@@ -163,7 +166,7 @@ def measure_lateness(settings: Settings, partitions: int, timers: int, spread: f
 
 
 def measure_throughput(settings: Settings, partitions: int, jobs: int) -> dict[str, object]:
-    """``jobs`` delayed by nothing: set, decided, read back, released and marked, as fast as it goes."""
+    """Measure how fast ``jobs`` jobs with a delay of 0 are scheduled, decided, read back, released and marked."""
     names = Names(f"bench{uuid.uuid4().hex[:8]}")
     create(settings, names, partitions)
     with coordinator(settings, names, partitions) as process:
@@ -188,7 +191,7 @@ def measure_throughput(settings: Settings, partitions: int, jobs: int) -> dict[s
 
 
 def measure_idle(settings: Settings, partitions: int, seconds: float) -> dict[str, object]:
-    """What a coordinator without work costs."""
+    """Measure the CPU time and the memory of a coordinator without work."""
     names = Names(f"bench{uuid.uuid4().hex[:8]}")
     create(settings, names, partitions)
     with coordinator(settings, names, partitions) as process:
@@ -202,7 +205,7 @@ def measure_idle(settings: Settings, partitions: int, seconds: float) -> dict[st
 
 
 def main() -> None:
-    """Measure and print."""
+    """Measure, and print the figures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--bootstrap", help="an existing broker; without it an embedded one is started")
     parser.add_argument("--timers", type=int, default=10_000)
@@ -214,7 +217,7 @@ def main() -> None:
         bootstrap = options.bootstrap or stack.enter_context(EmbeddedKafka()).bootstrap
         settings = Settings(bootstrap=bootstrap, home=Path(stack.enter_context(tempfile.TemporaryDirectory())))
         figures: dict[str, object] = {"partitions": options.partitions, "cores": os.cpu_count()}
-        if options.throughput:  # first: it warms up a broker that was just started
+        if options.throughput:  # measured first, because it warms up a new broker
             figures["throughput"] = measure_throughput(settings, options.partitions, options.throughput)
         if options.timers:
             figures["lateness"] = measure_lateness(settings, options.partitions, options.timers, options.spread)

@@ -1,7 +1,8 @@
-"""What a worker process does in a second, beside a bare librdkafka loop of the same run; prints JSON.
+"""Measures what a worker process does in a second, and a bare librdkafka loop in the same run. Prints JSON.
 
-The bare loop is the least that could be called a worker: decode, an asyncio task, two facts sent, a watermark kept; no
-group, no memory of duplicates, no delivery reports, no commits. Each figure runs in a process of its own.
+The bare loop is the smallest program that could be called a worker: it decodes each record, starts an asyncio task,
+sends two facts, and tracks the offsets that are not done. It has no group, no memory of duplicates, no delivery reports
+and no commits. Each figure is measured in a process of its own.
 
     python bench/worker.py [--jobs N] [--bootstrap HOST:PORT]
 """
@@ -41,7 +42,7 @@ NAPS_AT_ONCE = 500
 
 
 def build(namespace: str, bootstrap: str) -> App:
-    """The app under measurement."""
+    """Create the app that is measured."""
     app = App(namespace, settings=Settings(bootstrap=bootstrap), partitions=PARTITIONS)
 
     @app.task
@@ -67,13 +68,14 @@ LATENCIES: list[float] = []
 
 
 def cpu_s() -> float:
-    """CPU seconds this process has used, all threads."""
+    """Return the CPU seconds that all threads of this process have used."""
     used = resource.getrusage(resource.RUSAGE_SELF)
     return used.ru_utime + used.ru_stime
 
 
 def bare(namespace: str, bootstrap: str, jobs: int, task: str, at_once: int) -> dict[str, Any]:
-    """The loop the worker is compared with, over the same topic."""
+    """Run the loop with which the worker is compared, over a work topic of its own, until ``jobs`` jobs have ended and
+    their facts are sent. Return its figures."""
     app = build(namespace, bootstrap)
     settings, names = app.settings, app.names
     writer = source("bare")
@@ -136,7 +138,7 @@ def bare(namespace: str, bootstrap: str, jobs: int, task: str, at_once: int) -> 
 
 
 def figures(jobs: int, took: float, used: float) -> dict[str, Any]:
-    """A rate and what it cost."""
+    """Return the rate of a run, and its CPU seconds for 1,000 jobs."""
     return {
         "jobs": jobs,
         "seconds": round(took, 2),
@@ -146,19 +148,20 @@ def figures(jobs: int, took: float, used: float) -> dict[str, Any]:
 
 
 def fastest(runs: list[dict[str, Any]]) -> dict[str, Any]:
-    """The run that was disturbed least: what else a machine does only ever takes time away."""
+    """Return the fastest run. This run was disturbed least, because other work of the machine can only slow it down."""
     return max(runs, key=lambda run: float(run["jobs_per_s"]))
 
 
 def rates(runs: list[dict[str, Any]]) -> list[int]:
-    """Jobs a second of every run, in their order."""
+    """Return the jobs per second of every run, in the order of the runs."""
     return [run["jobs_per_s"] for run in runs]
 
 
 def worked(
     namespace: str, bootstrap: str, jobs: int, task: str, at_once: int, app: App | None = None
 ) -> dict[str, Any]:
-    """The real worker over the same topic, until every fact is acknowledged, as the bare loop's flush does."""
+    """Run the real worker over a work topic until every fact is acknowledged. The flush of the bare loop waits for the
+    same. Return the worker's figures."""
     app = app or build(namespace, bootstrap)
     worker = Worker(app.registry, app.settings, WorkerOptions(concurrency=at_once))
     found: dict[str, Any] = {}
@@ -188,8 +191,8 @@ def worked(
 
 
 def imported(namespace: str, bootstrap: str) -> App:
-    """The app of `bench.apps`, which child processes can import; once a process,
-    because its namespace is fixed then."""
+    """Return the app of `bench.apps`, which child processes can import. Call this only once in a process, because the
+    import fixes the app's namespace."""
     os.environ["BENCH_NAMESPACE"], os.environ["BENCH_PARTITIONS"] = namespace, str(PARTITIONS)
     from bench.apps import app
 
@@ -198,7 +201,8 @@ def imported(namespace: str, bootstrap: str) -> App:
 
 
 def isolated(namespace: str, bootstrap: str, jobs: int, task: str) -> dict[str, Any]:
-    """`worked`, for a task in child processes, as many as there are CPUs; jobs submitted before."""
+    """Submit jobs of a task that runs in child processes, then measure them with `worked`. There are as many child
+    processes as CPUs."""
     app = imported(namespace, bootstrap)
     ensure(app, app.settings)
     app.submit_many(app.tasks[task].job(n) for n in range(jobs))
@@ -206,13 +210,13 @@ def isolated(namespace: str, bootstrap: str, jobs: int, task: str) -> dict[str, 
 
 
 def rss_mb() -> float:
-    """Resident memory of this process."""
+    """Return the resident memory of this process in MB."""
     with open("/proc/self/statm", encoding="ascii") as file:
         return round(int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e6, 1)
 
 
 def latency(namespace: str, bootstrap: str, jobs: int, rate: float) -> dict[str, Any]:
-    """Submit to start: jobs submitted one by one from another process at ``rate`` a second."""
+    """Measure the time from submission to start. Another process submits the jobs one by one, ``rate`` a second."""
     app = build(namespace, bootstrap)
     worker = Worker(app.registry, app.settings, WorkerOptions())
 
@@ -235,7 +239,7 @@ def latency(namespace: str, bootstrap: str, jobs: int, rate: float) -> dict[str,
 
 
 def spread(values: list[float]) -> dict[str, Any]:
-    """Percentiles of milliseconds."""
+    """Return the percentiles of values in milliseconds."""
     cut = statistics.quantiles(values, n=1000)
     return {
         "n": len(values),
@@ -247,7 +251,7 @@ def spread(values: list[float]) -> dict[str, Any]:
 
 
 def submit_slowly(namespace: str, bootstrap: str, jobs: int, rate: float) -> None:
-    """A client in a process of its own."""
+    """Submit jobs one by one, ``rate`` a second. Runs in a process of its own."""
     app = build(namespace, bootstrap)
     task = app.tasks["stamp"]
     begin = time.monotonic()
@@ -258,7 +262,7 @@ def submit_slowly(namespace: str, bootstrap: str, jobs: int, rate: float) -> Non
 
 
 def bare_hop(namespace: str, bootstrap: str, jobs: int, rate: float) -> dict[str, Any]:
-    """The same way with nothing of ours on it: produce in one process, poll in another."""
+    """Measure the same path without Jobledger's code: another process produces, this process polls."""
     settings = Settings(bootstrap=bootstrap)
     app = build(namespace, bootstrap)
     consumer = Consumer(consumer_config(settings))
@@ -278,7 +282,7 @@ def bare_hop(namespace: str, bootstrap: str, jobs: int, rate: float) -> dict[str
 
 
 def produce_slowly(namespace: str, bootstrap: str, jobs: int, rate: float) -> None:
-    """A bare producer in a process of its own."""
+    """Produce records one by one, ``rate`` a second, with a bare producer. Runs in a process of its own."""
     app = build(namespace, bootstrap)
     producer = Producer(producer_config(app.settings))
 
@@ -288,7 +292,7 @@ def produce_slowly(namespace: str, bootstrap: str, jobs: int, rate: float) -> No
     send()
     producer.flush(
         10
-    )  # or those behind it would wait for the first one's connection, too; `submit` waits for it as well
+    )  # otherwise the next records would also wait for the connection of the first; `submit` also waits
     begin = time.monotonic()
     for n in range(1, jobs):
         time.sleep(max(0.0, begin + n / rate - time.monotonic()))
@@ -303,7 +307,7 @@ def _call(pipe: Any, function: Callable[..., dict[str, Any]], args: tuple[Any, .
 
 
 def alone(function: Callable[..., dict[str, Any]], *args: Any) -> dict[str, Any]:
-    """Run ``function`` in a fresh process and return what it returned."""
+    """Run ``function`` in a new process and return its result."""
     here, there = multiprocessing.get_context("spawn").Pipe()
     process = multiprocessing.get_context("spawn").Process(target=_call, args=(there, function, args))
     process.start()
@@ -316,7 +320,7 @@ def alone(function: Callable[..., dict[str, Any]], *args: Any) -> dict[str, Any]
 
 
 def prepared(bootstrap: str, task: str, jobs: int) -> str:
-    """A namespace of its own with ``jobs`` jobs in its work topic."""
+    """Create a namespace with ``jobs`` jobs in its work topic, and return the namespace."""
     namespace = f"bench{uuid.uuid4().hex[:8]}"
     app = build(namespace, bootstrap)
     ensure(app, app.settings)
@@ -328,7 +332,7 @@ def prepared(bootstrap: str, task: str, jobs: int) -> str:
 
 
 def measure(bootstrap: str, jobs: int, only: str | None) -> dict[str, Any]:
-    """Every figure."""
+    """Measure every figure. ``only``: the names of the figures to measure, separated by commas; None: all."""
     report: dict[str, Any] = {}
 
     def want(name: str) -> bool:
@@ -346,7 +350,7 @@ def measure(bootstrap: str, jobs: int, only: str | None) -> dict[str, Any]:
             "turns": {"bare": rates(bares), "worker": rates(ours)},
         }
     if want("threads"):
-        # Enough of them: a second's work says more about how a worker begins than about its threads.
+        # Enough jobs: if they took only a second, the figure would show the start of a worker rather than its threads.
         space = prepared(bootstrap, "plain", jobs)
         report["threads"] = {"worker": alone(worked, space, bootstrap, jobs, "plain", 100)}
     if want("processes"):
@@ -374,7 +378,7 @@ def measure(bootstrap: str, jobs: int, only: str | None) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Measure against ``--bootstrap``, else a broker of its own."""
+    """Measure with the broker at ``--bootstrap``, else with an embedded broker."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--jobs", type=int, default=100_000)
     parser.add_argument("--bootstrap", default=os.environ.get("JOBLEDGER_BOOTSTRAP"))

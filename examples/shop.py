@@ -1,6 +1,6 @@
-"""A small shop: the app that `docker compose up` runs, and a place to begin.
+"""A small shop: the app that `docker compose up` runs, and an example to begin with.
 
-Namespace and settings come from the environment. It sends no mail: what it does is said in the result.
+The settings come from the environment. The app sends no mail: the results of the jobs say what it would have done.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ class UserRegistered:
 
 @app.task(queue="mail", retry=Retry(max_attempts=4, initial=0.5))
 async def send_mail(to: str, template: str = "welcome") -> str:
-    """Three pages, a tenth of a second each; an address that begins with "slow" fails once."""
+    """Pretend to send a mail of three pages, which take a tenth of a second each. The first attempt fails if the
+    address begins with "slow"."""
     if "@" not in to:
         raise Reject(f"{to!r} is no address")
     job = current_job()
@@ -42,13 +43,13 @@ async def send_mail(to: str, template: str = "welcome") -> str:
 
 @app.on(UserRegistered, queue="crm", retry=5)
 async def sync_crm(event: UserRegistered) -> str:
-    """Tells the customer database."""
+    """Pretend to write the user to the customer database."""
     return f"{event.user_id} is in the customer database"
 
 
 @app.on(UserRegistered, queue="mail")
 async def welcome(event: UserRegistered) -> str:
-    """Says hello."""
+    """Pretend to send a welcome mail."""
     return f"wrote to {event.user_id}"
 
 
@@ -59,5 +60,5 @@ signups = Table(
 
 @app.projection(UserRegistered, table=signups, key=lambda event: event.plan)
 def count_signups(row: Mapping[str, Any] | None, event: UserRegistered) -> dict[str, int]:
-    """People by plan."""
+    """Count people by plan."""
     return {"people": (row["people"] if row else 0) + 1}

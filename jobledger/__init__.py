@@ -53,7 +53,7 @@ from jobledger.schemas.events import Position
 
 __version__ = "0.1.0"
 
-# What a library's log lines need so that they stay silent until an application sets logging up.
+# A library writes no log lines until the application configures logging.
 logging.getLogger("jobledger").addHandler(logging.NullHandler())
 
 __all__ = [

@@ -1,4 +1,4 @@
-"""``python -m jobledger``: the command line, also where the script ``jobledger`` is not on the path."""
+"""The program ``python -m jobledger``: the command line, also if the script ``jobledger`` is not on the ``PATH``."""
 
 from jobledger.cli.main import run
 

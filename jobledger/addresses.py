@@ -1,5 +1,5 @@
-"""Broker addresses: validated, and normalised to the one form that both Kafka clients understand. Opens no
-connection."""
+"""Validates broker addresses, and converts them to the one form that both Kafka clients understand. Looks up host
+names; opens no connection to a broker."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from functools import lru_cache
 from jobledger.errors import ConfigError
 
 SETTING = "JOBLEDGER_BOOTSTRAP (or --bootstrap)"
-#: Seconds for which a host's lookup result is kept: many errors need the same one.
+#: Seconds for which the result of a look-up of host names is kept: many errors need the same result.
 KEPT_S = 30.0
-#: Seconds that a lookup may take. Lookups are made for error messages, also on event loops and in a worker's threads,
-#: and an unavailable name service answers only after many seconds.
+#: Seconds to wait for a look-up. Look-ups are made for error messages, also on event loops and in a worker's threads. A
+#: name service that is not available answers only after many seconds.
 LOOK_UP_S = 2.0
 
 _ADDRESS = re.compile(
@@ -24,9 +24,10 @@ _ADDRESS = re.compile(
 
 
 def normal(text: str, protocol: str) -> str:
-    """``host:port[,host:port]`` without spaces and without the protocol prefix of Kafka's own listener settings.
+    """Return the addresses as ``host:port[,host:port]``, without spaces and without the protocol prefix of Kafka's own
+    listener settings.
 
-    ``protocol``: the value of ``security.protocol``, which a prefix must match. Raises `ConfigError` for an invalid
+    ``protocol``: the value of ``security.protocol``; a prefix must be equal to it. Raises `ConfigError` for an invalid
     address.
     """
     found = [_one(part.strip(), protocol) for part in text.split(",") if part.strip()]
@@ -64,10 +65,10 @@ def _wrong(text: str) -> str:
 
 
 def unresolved(bootstrap: str) -> str | None:
-    """What is wrong with the hosts, if none of them can be resolved; None if one can, or if that is not known within
-    `LOOK_UP_S` seconds."""
+    """Return the reason why none of the hosts can be resolved. Return None if a host can be resolved, or if the result
+    is not known within `LOOK_UP_S` seconds."""
     if ":" not in bootstrap:
-        return None  # a word for it
+        return None  # words such as "the embedded broker", not an address
     return _unresolved(bootstrap, int(time.monotonic() // KEPT_S))
 
 
@@ -77,7 +78,7 @@ def _unresolved(bootstrap: str, period: int) -> str | None:
     thread = threading.Thread(target=lambda: found.append(_looked_up(bootstrap)), name="jobledger-look-up", daemon=True)
     try:
         thread.start()
-    except RuntimeError:  # no thread can be started any more: the process ends
+    except RuntimeError:  # no thread can be started any more: the process is ending
         return None
     thread.join(LOOK_UP_S)
     return found[0] if found else None
@@ -89,7 +90,7 @@ def _looked_up(bootstrap: str) -> str | None:
         host, _, port = each.strip().rpartition(":")
         try:
             socket.getaddrinfo(host.strip("[]"), int(port), type=socket.SOCK_STREAM)
-        except (OSError, ValueError) as exc:  # ValueError: a name that cannot be written for the look-up
+        except (OSError, ValueError) as exc:  # ValueError: a name that cannot be encoded for the look-up
             problems.append(f"host {host!r} cannot be resolved ({getattr(exc, 'strerror', None) or exc})")
         else:
             return None

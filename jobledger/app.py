@@ -81,18 +81,18 @@ class JobFilter(TypedDict, total=False):
 
 
 class TaskDecorator(Protocol):
-    """What ``@app.task(…)`` returns: turns a function, plain or ``async``, into a `Task` with the function's result
-    type."""
+    """The decorator that ``@app.task(…)`` returns. It turns a function, plain or ``async``, into a `Task` with the
+    function's result type."""
 
     @overload
-    def __call__(self, fn: Callable[P, Coroutine[Any, Any, R]], /) -> AsyncTask[P, R]: ...  # type: ignore[overload-overlap]  # a function of a coroutine is meant to be the first
+    def __call__(self, fn: Callable[P, Coroutine[Any, Any, R]], /) -> AsyncTask[P, R]: ...  # type: ignore[overload-overlap]  # an async function must match the first overload
 
     @overload
     def __call__(self, fn: Callable[P, R], /) -> PlainTask[P, R]: ...
 
 
 class EventDecorator(Protocol):
-    """What ``@app.event(…)`` returns."""
+    """The decorator that ``@app.event(…)`` returns."""
 
     @dataclass_transform(frozen_default=True)
     def __call__(self, cls: type[E], /) -> type[E]: ...
@@ -101,12 +101,12 @@ class EventDecorator(Protocol):
 class App:
     """Background jobs of one namespace.
 
-    ``name``: the namespace; names of topics and groups begin with it. ``settings``: read from ``JOBLEDGER_*`` by
-    default. ``queues``: if given, registering a task of any other queue, except the default queue, is an error; if not
-    given, the queues are those that the tasks name. ``default_queue``: the queue of tasks that name none; it exists as
-    soon as the first such task is registered. With None each task must name its queue. ``partitions``: the partition
-    count of the topics of queues and events that set none, of the coordination and dead-letter topics, and the minimum
-    for the lifecycle topic. No connection is opened before the first use.
+    ``name``: the namespace; the names of topics and groups begin with it. ``settings``: read from ``JOBLEDGER_*`` by
+    default. ``queues``: if given, only these queues and the default queue may be used, and registering a task of any
+    other queue is an error; if not given, the queues are those that the tasks name. ``default_queue``: the queue of
+    tasks that name no queue; it exists as soon as the first such task is registered. With None each task must name its
+    queue. ``partitions``: the partition count of the topics of queues and events that set no count, of the coordination
+    and dead-letter topics, and the minimum for the lifecycle topic. No connection is opened before the first use.
     """
 
     def __init__(
@@ -174,14 +174,14 @@ class App:
         return self.client.orders
 
     def check(self) -> None:
-        """Check what can be checked only when every task is registered; workers and the CLI call this. Raises
+        """Check what can be checked only when every task is registered; workers and the CLI call this method. Raises
         `ConfigError`."""
         self.registry.check()
 
     # -- declaring ------------------------------------------------------------------------------------------------
 
     @overload
-    def task(self, fn: Callable[P, Coroutine[Any, Any, R]], /) -> AsyncTask[P, R]: ...  # type: ignore[overload-overlap]  # a function of a coroutine is meant to be the first
+    def task(self, fn: Callable[P, Coroutine[Any, Any, R]], /) -> AsyncTask[P, R]: ...  # type: ignore[overload-overlap]  # an async function must match the first overload
 
     @overload
     def task(self, fn: Callable[P, R], /) -> PlainTask[P, R]: ...
@@ -233,30 +233,29 @@ class App:
         adaptive: Adaptive | bool | None = None,
         breaker: Breaker | bool | None = None,
     ) -> Any:
-        """Register a function as a task; usable bare or with options.
+        """Register a function as a task. Use it as ``@app.task``, or with options as ``@app.task(…)``.
 
         Durations are seconds or a `timedelta`. ``name``: the task's name in the log, by default the function's name. A
         second function of the same name is refused, but the same function of a reloaded module replaces the first.
-        ``queue``: the queue of its jobs, by default the app's default queue. ``retry``: a `Retry`, or just the number
+        ``queue``: the queue of the task's jobs, by default the app's default queue. ``retry``: a `Retry`, or the number
         of attempts. ``timeout``: the seconds that an attempt may take. After that a coroutine is cancelled, and a plain
         function gets `TaskTimedOut`: in a thread when the thread next executes Python code. With
-        ``isolation="process"`` the process is killed if it is still running 5 s later. ``fallback``: a task with
-        the same parameters, which runs as a separate job when a job of this task has failed and is not retried.
+        ``isolation="process"`` the process is killed if it is still running 5 s later. ``fallback``: a task with the
+        same parameters, which runs as a separate job when a job of this task has failed and is not retried.
 
         ``key``: a parameter, or a function of the arguments, whose value is the ordering key. Jobs with the same key
         run one at a time, in the order of submission. A job that is retried holds its key. A delay that would end later
         than ``key_hold_max`` seconds after the job's first start in its worker fails the job instead. ``priority``:
         ``high`` or ``low``, on a queue with priorities: these jobs get a larger or smaller share of the starts.
-        ``rate`` (``"100/s"``) and ``concurrency``: limits for all workers together.
-        ``isolation="process"``: run each job in a child process,
-        one job at a time per process: for code that keeps a CPU busy, that must be stopped at its timeout, or that may
-        crash. ``max_memory`` (``"512MiB"``): the memory limit of such a process; an attempt that exceeds it fails.
-        ``long``: for jobs that may run for hours. Such a job runs under a lease that its worker renews, and does not
-        delay other jobs of its partition. It is on by default for a ``timeout`` above 60 s. ``lease``: the seconds
-        without a renewal after which the job is given to another worker. ``expires_in``: the seconds after submission
-        from which the job is no longer started. ``adaptive``: adapt the task's concurrency to the latency and the
-        errors of its attempts (`Adaptive`). ``breaker``: hold the task's jobs back while its attempts keep
-        failing (`Breaker`). Raises `ConfigError` or `UnknownQueue`.
+        ``rate`` (``"100/s"``) and ``concurrency``: limits for all workers together. ``isolation="process"``: run each
+        job in a child process, one job at a time per process. Use this for code that keeps a CPU busy, that must be
+        stopped at its timeout, or that may crash. ``max_memory`` (``"512MiB"``): the memory limit of such a process; an
+        attempt that exceeds it fails. ``long``: for jobs that may run for hours. Such a job runs under a lease that its
+        worker renews, and does not delay other jobs of its partition. This is on by default for a ``timeout`` above
+        60 s. ``lease``: the seconds without a renewal after which the job is given to another worker. ``expires_in``:
+        the seconds after submission from which the job is no longer started. ``adaptive``: adapt the task's concurrency
+        to the latency and the errors of its attempts (`Adaptive`). ``breaker``: hold the task's jobs back while its
+        attempts keep failing (`Breaker`). Raises `ConfigError` or `UnknownQueue`.
         """
 
         def register(function: Callable[..., Any]) -> Task[Any, Any]:
@@ -314,18 +313,19 @@ class App:
         retention_days: float | dt.timedelta | None = None,
         start: Start | None = None,
     ) -> Any:
-        """Register a class of domain events; usable bare or with options. A plain class becomes a frozen dataclass;
-        dataclasses, msgspec Structs and pydantic models are left unchanged. The Avro schema is derived from the fields.
+        """Register a class of domain events. Use it as ``@app.event``, or with options as ``@app.event(…)``. A plain
+        class becomes a frozen dataclass; dataclasses, msgspec Structs and pydantic models are left unchanged. The Avro
+        schema is derived from the fields.
 
-        ``name``: the event's name in the log, by default the class's name. ``key``: the field that becomes the record's key:
-        events with the same value are kept in the order in which they were emitted. ``partitions``: the partition count of its
-        topic, by default the app's. ``retention_days``: how long
-        events are kept, by default forever. ``topic``, ``format``: a topic of another program to read from, and its
-        format (``"jobledger"``, ``"json"`` or ``"avro"``); such events cannot be emitted.
+        ``name``: the event's name in the log, by default the class's name. ``key``: the field that becomes the record's
+        key: events with the same value stay in the order in which they were emitted. ``partitions``: the partition
+        count of the event's topic, by default the app's. ``retention_days``: how long events are kept, in days or as a
+        `timedelta`, by default forever. ``topic``, ``format``: a topic of another program to read from, and its format
+        (``"jobledger"``, ``"json"`` or ``"avro"``); such events cannot be emitted.
 
         ``start``: where the router begins when it reads the topic for the first time. ``"earliest"``: with the oldest
-        event kept; this is the default for the app's own topics, so that no event emitted before the router's first
-        start is lost. ``"latest"``: with events appended from then on; this is the default for topics of other
+        event kept. This is the default for the app's own topics, so that no event emitted before the router's first
+        start is lost. ``"latest"``: with events appended from then on. This is the default for topics of other
         programs. Later starts continue from the committed offsets, and added partitions are read from their beginning.
         Raises `ConfigError`.
         """
@@ -359,17 +359,17 @@ class App:
         tags: Mapping[str, str] | Callable[[E], Mapping[str, str] | None] | None = None,
         **policy: Unpack[HandlerOptions],
     ) -> TaskDecorator:
-        """Register a function as a handler of an event class: the router submits one job for every event it reads, and
-        the job runs the function.
+        """Register a function as a handler of an event class: the router submits one job for every event that it reads,
+        and the job calls the function with the event.
 
-        The first handler of a class gets events from where the ``start`` of `event` says: for the app's own topics, all
-        events that the topic keeps, at full speed. A further handler gets the events that the router has not read yet;
-        for earlier ones use ``jobledger backfill``. The function takes the event. Options are those of `task`, except
-        that there is no ``key``: the event's key orders events on their topic, but their jobs run in any order, several
-        at once. Where the order of events matters, fold them (`projection`); where only one job at a time may run,
+        The first handler of a class gets events from the point that the ``start`` of `event` sets: for the app's own
+        topics, all events that the topic keeps, as fast as possible. A further handler gets the events that the router
+        has not read yet; for earlier events use ``jobledger backfill``. Options are those of `task`, except that there
+        is no ``key``: an event's key orders the events on their topic, but the handler's jobs run in any order, several
+        at once. If the order of events matters, fold the events (`projection`). If only one job at a time may run,
         submit a keyed task from the handler. ``tags``: the tags of the jobs, or a pure function that returns them for
-        an event. If this function fails for an event, the event goes to the dead letters, and its other handlers still
-        get their jobs. Raises `ConfigError`, `BadEvent` or `UnknownQueue`.
+        an event. If this function fails for an event, the event goes to the dead letters, and the other handlers of the
+        event still get their jobs. Raises `ConfigError`, `BadEvent` or `UnknownQueue`.
         """
         if keyed := sorted(policy.keys() & {"key", "key_hold_max"}):
             raise ConfigError(
@@ -393,16 +393,16 @@ class App:
 
         return register
 
-    # -- what surrounds tasks -----------------------------------------------------------------------------------------
+    # -- resources and hooks ------------------------------------------------------------------------------------------
 
-    #: Declare a resource: ``@app.resource`` on a function that returns its value, or on a generator that yields the value
-    #: and closes it afterwards. It is opened once per process, when a worker starts whose tasks declare it with
-    #: `Depends`, and closed when that worker stops.
+    #: Declare a resource: ``@app.resource`` on a function that returns its value, or on a generator that yields the
+    #: value and closes it afterwards. A process opens the resource once, when a worker starts whose tasks declare it
+    #: with `Depends`, and closes it when that worker stops.
     resource = ResourceDecorator()
 
     def use(self, resource: Resource[T]) -> T:
-        """Return a resource's value in this process, opening it if necessary: for code that cannot get it as a
-        parameter.
+        """Return a resource's value in this process, for code that cannot get the value as a parameter. Opens the
+        resource if necessary.
 
         Raises `ResourceFailed`, or `ConfigError` for an ``async`` resource that is not open. A resource opened here is
         closed when a worker of this process stops, if there is one.
@@ -410,13 +410,14 @@ class App:
         return self.registry.resources.get(resource)
 
     def around(self, fn: A | None = None, /, *, tasks: Which = None) -> Any:
-        """Register a generator function that wraps every attempt. It takes the job and yields once; the task runs at
-        the ``yield``.
+        """Register a generator function that wraps every attempt. The function takes the job and yields once; the task
+        runs at the ``yield``.
 
-        It runs where the task's code runs, and the task's exception is raised at its ``yield``. An exception that it
-        raises itself is the attempt's error; one that it suppresses is raised again after it. An ``async`` function
-        wraps only ``async`` tasks. The first one registered is the outermost. ``tasks``: the tasks it applies to, or a
-        function that takes a task and decides. Raises `ConfigError`.
+        The function runs where the task's code runs, and the task's exception is raised at the ``yield``. If the
+        function itself raises an exception, this is the attempt's error; if it suppresses the task's exception, that
+        exception is raised again after it. An ``async`` function wraps only ``async`` tasks. The function that is
+        registered first is the outermost. ``tasks``: the tasks to wrap, or a function that takes a task and returns
+        whether to wrap it. Raises `ConfigError`.
         """
 
         def register(function: A) -> A:
@@ -431,8 +432,8 @@ class App:
         ``before(job)`` and ``after(job, result)`` run where the task's code runs; an exception of ``before`` is the
         attempt's error. The worker calls ``retry(job, error, delay)`` and ``failure(job, error)``, in a separate thread
         or on its event loop, after it has sent the fact to the log. ``around(job)``: as for `around`. Exceptions of
-        ``after``, ``retry`` and ``failure`` are logged and change nothing. ``tasks``: the tasks it applies to, or a
-        function that takes a task and decides. Raises `ConfigError`.
+        ``after``, ``retry`` and ``failure`` are logged and change nothing. ``tasks``: the tasks to which the methods
+        apply, or a function that takes a task and returns whether they apply. Raises `ConfigError`.
         """
 
         def register(middleware: M) -> M:
@@ -444,7 +445,7 @@ class App:
     # -- emitting -------------------------------------------------------------------------------------------------
 
     def emit(self, event: Any) -> EventHandle:
-        """Emit a domain event; returns once the log has acknowledged it. The event's handlers then get their jobs.
+        """Emit a domain event, and return once the log has acknowledged it. The event's handlers then get their jobs.
 
         Raises `BadEvent`, `IncompatibleEvent`, `PayloadTooLarge`, `TopicMissing`, `AccessDenied`, `BrokerUnavailable`,
         or with a Schema Registry `SchemaRefused` or `RegistryUnavailable` (a `BrokerUnavailable`).
@@ -452,17 +453,17 @@ class App:
         return self.client.emit(self.registry.event_of(type(event)), event)
 
     async def emit_async(self, event: Any) -> EventHandle:
-        """`emit` for asyncio: it does not block the event loop."""
+        """Emit a domain event as `emit` does, without blocking the event loop."""
         return await self.client.emit_async(self.registry.event_of(type(event)), event)
 
     def emit_many(self, events: Iterable[Any]) -> list[EventHandle]:
-        """Emit events in large batches; returns handles, in order, once the log has acknowledged all."""
+        """Emit events in large batches. Returns their handles, in order, once the log has acknowledged all of them."""
         return self.client.emit_many((self.registry.event_of(type(event)), event) for event in events)
 
     # -- submitting -----------------------------------------------------------------------------------------------
 
     def submit_many(self, jobs: Iterable[JobRequest[R]]) -> list[JobHandle[R]]:
-        """Submit jobs in large batches; returns handles, in order, once the log has acknowledged all.
+        """Submit jobs in large batches. Returns their handles, in order, once the log has acknowledged all of them.
 
         ``jobs``: requests for tasks of this app, made with `Task.job` or ``task.using(…).job``. They are consumed one
         by one, so a generator can be given. Raises what `Task.submit` raises, and `ConfigError` for a task of another
@@ -479,17 +480,18 @@ class App:
         facts: Iterable[type[Any]] = (),
         start: dt.datetime | None = None,
     ) -> Callable[[F], F]:
-        """Register a fold of domain events, or of job facts, into a table of your own; `jobledger projections run` runs
-        it.
+        """Register a function that folds domain events, or job facts, into a table of your own; `jobledger projections
+        run` runs it.
 
         ``table``: a SQLAlchemy `Table` with a primary key; it is created in the status database. ``key(event)``: the
         primary key of the row that an event changes (a tuple for several columns), or None to skip the event. The
         function takes the row as a dict (None if there is no row) and the event, and returns the new row, or None to
-        delete it. If it has a third parameter, this gets the record's position. The function must be pure: `verify` and
-        `rebuild` call it again. ``facts``: classes of job facts to fold instead of events, given to the function as
-        `Recorded`. ``start``: events before this time are skipped.
+        delete it. If the function has a third parameter, this parameter gets the record's position. The function must
+        be pure: `verify` and `rebuild` call it again. ``facts``: classes of job facts to fold instead of events, given
+        to the function as `Recorded`. ``start``: events before this time are skipped.
 
-        Offsets are kept in the same transactions: each record is folded exactly once. Raises `ConfigError`.
+        Offsets are stored in the same transactions as the rows: each record is folded exactly once. Raises
+        `ConfigError`.
         """
 
         def register(fold: F) -> F:
@@ -500,34 +502,34 @@ class App:
 
         return register
 
-    # -- ordering -------------------------------------------------------------------------------------------------
+    # -- control commands -----------------------------------------------------------------------------------------
 
     def cancel(self, job_id: str, reason: str | None = None, *, run: int = 1, by: str | None = None) -> None:
-        """Request that a job be cancelled; returns once the log has acknowledged the request.
+        """Request that a job be cancelled, and return once the log has acknowledged the request.
 
-        A job that waits (for a slot, a due time or a retry) is not started. A running job is told to stop. A job that
-        has ended is not changed. ``by``: who requests it, by default this user and host. Raises `ConfigError`,
-        `TopicMissing`, `AccessDenied` or `BrokerUnavailable`.
+        A job that waits (for a slot, a due time or a retry) is not started. A running job is asked to stop. A job that
+        has ended is not changed. ``by``: the author of the request, by default this user and host. Raises
+        `ConfigError`, `TopicMissing`, `AccessDenied` or `BrokerUnavailable`.
         """
         self.client.cancel(job_id, reason, run, by)
 
     async def cancel_async(
         self, job_id: str, reason: str | None = None, *, run: int = 1, by: str | None = None
     ) -> None:
-        """`cancel` for asyncio."""
+        """Request that a job be cancelled as `cancel` does, without blocking the event loop."""
         await self.client.cancel_async(job_id, reason, run, by)
 
     def pause(
         self, *, queue: str | None = None, task: str | None = None, reason: str | None = None, by: str | None = None
     ) -> None:
-        """Start no more jobs of a queue or a task, on any worker, until `resume`. Running jobs continue. Raises as
-        `cancel`."""
+        """Start no more jobs of a queue or a task, on any worker, until `resume`. Running jobs continue. Raises what
+        `cancel` raises."""
         self.orders.pause(*self._ordered(queue, task), reason, by)
 
     def resume(
         self, *, queue: str | None = None, task: str | None = None, reason: str | None = None, by: str | None = None
     ) -> None:
-        """End a `pause`. Raises as `cancel`."""
+        """End a `pause`. Raises what `cancel` raises."""
         self.orders.resume(*self._ordered(queue, task), reason, by)
 
     def limit(
@@ -540,8 +542,8 @@ class App:
         reason: str | None = None,
         by: str | None = None,
     ) -> None:
-        """Limit a queue or task for all workers together. The limit replaces the one in the code; without ``rate`` and
-        ``concurrency`` the limits in the code apply again. Raises as `cancel`."""
+        """Limit a queue or a task for all workers together. These limits replace those in the code; without ``rate``
+        and ``concurrency`` the limits in the code apply again. Raises what `cancel` raises."""
         kind, name = self._ordered(queue, task)
         limits = Limits.of(rate, concurrency, f"{kind} {name!r}")
         on = self.queues[name if kind == "queue" else self.registry.task(name).queue]
@@ -555,7 +557,7 @@ class App:
             return "queue", self.registry.check_queue(queue)
         return "task", self.registry.task(task or "").name
 
-    # -- following ------------------------------------------------------------------------------------------------
+    # -- reading the lifecycle ------------------------------------------------------------------------------------
 
     def lifecycle(
         self,
@@ -565,13 +567,13 @@ class App:
         start: Literal["earliest", "latest"] = "earliest",
         timeout: Seconds | None = None,
     ) -> LifecycleStream:
-        """Everything that happens to the app's jobs, and the control commands about them, as a stream of `Recorded`
-        events for another service.
+        """Return everything that happens to the app's jobs, and the control commands about them, as a stream of
+        `Recorded` events for another service.
 
         ``group``: the name of the reading service. Processes with the same group share the partitions; each group reads
-        everything. ``facts``: only these, for example ``(JobSucceeded, JobFailed)``. ``start``: where a new group
-        begins. ``timeout``: stop after this many seconds without a record; None: never stop. A record counts as
-        processed when the next one is requested; if the reader dies before that, the record is delivered again.
+        all records. ``facts``: return only these facts, for example ``(JobSucceeded, JobFailed)``. ``start``: where a
+        new group begins. ``timeout``: stop after this many seconds without a record; None: never stop. A record counts
+        as processed when the next one is requested; if the reader dies before that, the record is delivered again.
 
             with app.lifecycle("billing", facts=(JobSucceeded,)) as stream:
                 for record in stream:
@@ -583,10 +585,11 @@ class App:
             self.settings, self.names, list(self.lanes), group, facts=facts, start=start, timeout=timeout
         )
 
-    # -- asking ---------------------------------------------------------------------------------------------------
+    # -- querying -------------------------------------------------------------------------------------------------
 
     def status_table(self) -> Any:
-        """The status table's read side, opened at the first use. Raises `StoreNotFound` if there is none yet."""
+        """Return the status table's read side, opened at the first use. Raises `StoreNotFound` if there is no status
+        table yet."""
         forks.notice()
         if self._reader is None:
             with self._lock("opening the status table"):
@@ -600,33 +603,35 @@ class App:
         return self._reader
 
     def job(self, job_id: str, *, at_least: Position | None = None, timeout: Seconds = 10.0) -> JobStatus:
-        """One job's status, its result as plain JSON. ``at_least``: wait up to ``timeout`` seconds until the table has
-        read that position.
+        """Return one job's status, with its result as plain JSON. ``at_least``: wait up to ``timeout`` seconds until
+        the table has read that position.
 
-        Raises `JobNotFound` for an id the table does not know: unknown is never reported as pending.
+        Raises `JobNotFound` for an id that the table does not know: an unknown job is never reported as pending. Raises
+        `StatusTimeout` if the table has not read ``at_least`` in time.
         """
         if at_least is not None:
             warn_on_loop("app.job(…, at_least=…)", "app.job_async(…)")
         return self.client.status(job_id, at_least=at_least, timeout=timeout)
 
     async def job_async(self, job_id: str, *, at_least: Position | None = None, timeout: Seconds = 10.0) -> JobStatus:
-        """`job` for asyncio."""
+        """Return one job's status as `job` does, without blocking the event loop."""
         return await self.client.status_async(job_id, at_least=at_least, timeout=timeout)
 
     def jobs(self, *, limit: int | None = None, page: int = 500, **wanted: Unpack[JobFilter]) -> Iterator[JobStatus]:
-        """Jobs that match every given filter, newest first, fetched a page at a time. ``limit`` None: all of them.
+        """Return an iterator of the jobs that match every given filter, newest first, fetched a page at a time.
+        ``limit`` None: all of them.
 
         ``state``, ``task``, ``queue``: one value, or several of which any may match. ``tag``: one tag, or several that
-        must all match. ``since``: submitted at this time or later; it needs a time zone. ``late``: jobs that have not
-        been started although they could have been started this many seconds ago by this machine's clock, counted from
-        the end of their delay or backoff, or from the submission if there was none.
+        must all match. ``since``: submitted at this time or later; the time needs a time zone. ``late``: jobs that have
+        not been started although they could have been started this many seconds ago by this machine's clock, counted
+        from the end of their delay or backoff, or from the submission if there was none.
         """
         return chain.from_iterable(self._pages(limit, page, **wanted))
 
     async def jobs_async(
         self, *, limit: int | None = None, page: int = 500, **wanted: Unpack[JobFilter]
     ) -> AsyncIterator[JobStatus]:
-        """`jobs` for asyncio: ``async for status in app.jobs_async(…)``."""
+        """Return the jobs as `jobs` does, for asyncio: ``async for status in app.jobs_async(…)``."""
         pages = self._pages(limit, page, **wanted)
         while (found := await asyncio.to_thread(next, pages, None)) is not None:
             for status in found:
@@ -681,7 +686,7 @@ class App:
         with self._lock(what):
             client, self._client = self._client, None
         if client is not None:
-            client.close()  # without the lock: callers that wait for jobs open the table
+            client.close()  # without the lock, because callers that wait for jobs open the status table
         with self._lock(what):
             reader, self._reader = self._reader, None
         if reader is not None:

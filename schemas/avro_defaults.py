@@ -1,5 +1,5 @@
-"""Converts defaults of users' fields to the JSON form that Avro requires, and back to the values that a reader of the log
-gets. Pure.
+"""Converts the defaults of users' fields to the JSON form that Avro requires, and back to the values that a reader of
+the log gets. Pure.
 
 In Avro a union's default has the type of the first branch, and a logical type's default has the form of the underlying
 type: days, microseconds.
@@ -25,8 +25,8 @@ Records = Mapping[str, Mapping[str, Any]]
 def told(schema: Any, value: Any, records: Records) -> tuple[Any, Any]:
     """Return a field's schema, with the default's branch first if it is a union, and the default in Avro's form.
 
-    ``value``: the default as plain values, with datetimes, dates and bytes unchanged. Raises `ValueError` with the reason
-    if Avro cannot represent it.
+    ``value``: the default as plain values, with datetimes, dates and bytes unchanged. Raises `ValueError` with the
+    reason if Avro cannot represent it.
     """
     if not isinstance(schema, list):
         return schema, _json(schema, value, records)
@@ -46,7 +46,7 @@ def told(schema: Any, value: Any, records: Records) -> tuple[Any, Any]:
 
 def _json(schema: Any, value: Any, records: Records) -> Any:
     if isinstance(schema, list):
-        # An inner union keeps the order of its branches: only that of the field with the default can be changed.
+        # An inner union keeps the order of its branches: only the order in the field with the default can be changed.
         return _json(schema[0], value, records)
     kind, logical = (schema["type"], schema.get("logicalType")) if isinstance(schema, dict) else (schema, None)
     match kind, value:
@@ -92,7 +92,8 @@ def _of_field(field: Mapping[str, Any], value: Mapping[str, Any], records: Recor
 
 
 def understood(parsed: Any) -> Any:
-    """Convert each default in ``parsed``, fastavro's form of a schema, to the value that a reader gets; return ``parsed``.
+    """Convert each default in ``parsed``, fastavro's form of a schema, to the value that a reader gets; return
+    ``parsed``.
 
     fastavro returns defaults as they are in the schema: a number instead of a date, for example.
     """

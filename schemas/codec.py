@@ -1,12 +1,13 @@
-"""Encodes events as bytes and decodes them. fastavro does this for all but the most frequent facts, which `encode` writes
-with functions of its own; framing, types and schema lookup are Jobledger's.
+"""Encodes events as bytes, and decodes them. Functions of this module write the most frequent facts; fastavro writes
+the other facts and reads all facts. Framing, types and schema lookup are Jobledger's own code.
 
 Without a registry the framing is Avro single-object encoding: ``C3 01``, the CRC-64-AVRO fingerprint of the writer's
 schema in little endian, the datum (Avro specification, "Single-object encoding"). `encode` writes this form. With a
-Schema Registry the senders replace its head with the Confluent frame (`jobledger.log.framing`). Readers always accept both.
+Schema Registry the senders replace this head with the Confluent frame (`jobledger.log.framing`). Readers always accept
+both forms.
 
 Events are read with the writer's schema. Fields that this version does not know are dropped, fields that the writer did
-not know get their defaults, and a fact that this version does not know raises `UnknownFact` with its name.
+not know get their defaults, and a fact that this version does not know raises `UnknownFact` with the fact's name.
 """
 
 from __future__ import annotations
@@ -56,8 +57,8 @@ def fingerprint(schema_text: str) -> bytes:
 
 
 def _plain(node: Any) -> Any:
-    """Return the schema without logical types and docs. The bytes are the same, but fastavro then returns integers and not
-    datetimes."""
+    """Return the schema without logical types and docs. The bytes are the same, but fastavro then returns integers and
+    not datetimes."""
     if isinstance(node, list):
         return [_plain(n) for n in node]
     if isinstance(node, dict):
@@ -96,11 +97,10 @@ _PREFIX = MAGIC + FINGERPRINT
 
 
 def _pieces() -> tuple[Any, dict[type[Any], int], dict[type[Any], Any]]:
-    """Split the schema into parts whose bytes follow one another: Avro encodes a record as its fields in their order, and
-    a union as the branch index and then the datum. So numbers, names, branch and fact can be encoded separately, and
-    parts that are the same for many events are encoded once. Return the schema of the numbers, and for each fact its
-    branch and the schema of its body.
-    """
+    """Split the schema into parts whose bytes follow one another: Avro encodes a record as its fields in their order,
+    and a union as the branch index and then the datum. So numbers, names, branch and fact can be encoded separately,
+    and parts that are the same for many events are encoded once. Return the schema of the numbers, and for each fact
+    its branch and the schema of its body."""
     root = json.loads(SCHEMA_TEXT)
     fields = {f["name"]: f for f in root["fields"]}
     facts = fields["fact"]["type"]
@@ -164,7 +164,7 @@ def _encode_time(micros: int) -> bytes:
     global _time_high
     zigzag = micros << 1
     high = zigzag >> 21
-    if not 1 << 28 <= high < 1 << 35:  # not eight groups: before December 1978 or after the year 3110
+    if not 1 << 28 <= high < 1 << 35:  # not eight groups of bits: before December 1978 or after the year 3110
         return _avro("long", micros)
     known = _time_high
     if known[0] != high:
@@ -220,8 +220,8 @@ def _succeeded(fact: ev.JobSucceeded) -> bytes:
     return b"\2" + _long(len(fact.result)) + fact.result + _long(fact.duration_us)
 
 
-#: Functions that encode the bodies of a plain job's three facts, which are nearly all facts written. They return None for
-#: a body that they cannot encode. A test with Hypothesis compares their bytes with fastavro's
+#: Functions that encode the bodies of a plain job's three facts, which are nearly all facts written. They return None
+#: for a body that they cannot encode. A test with Hypothesis compares their bytes with those of fastavro
 #: (docs/adr/0001-encoding-by-pieces.md has the figures).
 _BY_HAND: dict[type[Any], Callable[[Any], bytes | None]] = {
     ev.JobSubmitted: _submitted,
@@ -284,15 +284,15 @@ def build(datum: dict[str, Any]) -> ev.JobEvent:
     return _JobEvent(**datum)
 
 
-#: The fields of an event except its fact, with the required types: another writer's schema may have other types.
+#: The fields of an event except its fact, with the required types. Another writer's schema may have other types.
 _Header = msgspec.defstruct(
     "JobEvent", [(n, t) for n, t in get_type_hints(_JobEvent).items() if n != "fact"], frozen=True, gc=False
 )
 
 
 def _lenient(datum: Mapping[str, Any], cls: type[Any]) -> Any:
-    """Return an instance of ``cls`` from a datum of another schema version, without unknown fields and with defaults for
-    missing ones. Raises `SchemaError` if a value does not fit."""
+    """Return an instance of ``cls`` from a datum of another schema version, without unknown fields and with defaults
+    for missing ones. Raises `SchemaError` if a value does not fit."""
     try:
         return msgspec.convert(datum, cls, builtin_types=(bytes,))
     except msgspec.ValidationError as exc:
@@ -315,13 +315,14 @@ def _build_foreign(datum: dict[str, Any], schema: Any) -> ev.JobEvent:
 class Decoder:
     """Reads events of any published writer's schema, in either framing.
 
-    ``lookup(fingerprint) -> schema text | None`` is called for a fingerprint that is not known yet; it reads the schemas
-    topic to its end. Without ``lookup`` only this version's own schema is known. A fingerprint that was not found is
-    looked up again at the next record with it, since its schema may have been published meanwhile.
+    ``lookup(fingerprint) -> schema text | None`` is called for a fingerprint that is not known yet, and reads the
+    schemas topic to its end. Without ``lookup`` only this version's own schema is known. A fingerprint that was not
+    found is looked up again at the next record with this fingerprint, because its schema may have been published
+    meanwhile.
 
     ``by_id(id, likely) -> schema text | None`` is the same for the ids in Confluent frames. ``likely``: the datum looks
-    like an event's, so an answer of None must be certain. ``by_id`` raises `RegistryNeeded` if only a registry can know
-    the id and none is configured. Without ``by_id`` such frames count as no events.
+    like an event, so an answer of None must be certain. ``by_id`` raises `RegistryNeeded` if only a registry can know
+    the id and none is configured. Without ``by_id`` a value in such a frame raises `NotAnEvent`.
     """
 
     def __init__(
@@ -336,8 +337,8 @@ class Decoder:
         self._own_heads: set[bytes] = set()
 
     def own_form(self, value: bytes) -> bytes | None:
-        """Return a framed value in the form that `encode` writes, if its id is known to be one of this version's schema;
-        else None.
+        """Return a framed value in the form that `encode` writes, if its id is known to be one of this version's
+        schema; else None.
 
         Makes no lookup, so that `glance` and the code that uses it can handle both framings.
         """

@@ -1,7 +1,7 @@
 """Writes and reads the Confluent frame of an Avro datum: ``00``, the schema's id in a registry as four bytes in big
 endian, the datum.
 
-This module only handles bytes: the registry knows which schema has an id.
+This module handles only bytes: a registry knows which schema belongs to an id.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ _LONG_MOST = 10
 
 
 def head(schema_id: int) -> bytes:
-    """Return the bytes before a datum of this schema. Raises `ValueError` for an id that does not fit into four bytes."""
+    """Return the bytes before a datum of this schema. Raises `ValueError` for an id that does not fit into four
+    bytes."""
     if not 0 <= schema_id < 1 << 32:
         raise ValueError(f"{schema_id} is not a schema id")
     return MARK + schema_id.to_bytes(4, "big")
@@ -33,14 +34,14 @@ def is_framed(value: bytes) -> bool:
 
 
 def looks_like_an_event(value: bytes) -> bool:
-    """Return whether the datum begins as every event does, in any version of the schema: two ids that are text, and three
-    numbers.
+    """Return whether the datum begins as every event does, in any version of the schema: two ids that are text, and
+    three numbers.
 
-    For a frame whose schema is not available. If the datum looks like an event, it may be a valid record; if not, it is
-    not one. Other data is very unlikely to have two lengths that match two printable texts.
+    For a frame whose schema is not available. If the datum looks like an event, the value may be a valid record; if
+    not, the value is not an event. It is very unlikely that other data has two lengths that match two printable texts.
     """
     try:
-        at = _after_text(value, _after_text(value, HEAD, 1), 0)  # the job id of a rejected record is empty
+        at = _after_text(value, _after_text(value, HEAD, 1), 0)  # the job id of `RecordRejected` is empty
         for _ in range(3):
             at = _after_long(value, at)[1]
     except (ValueError, IndexError):

@@ -1,8 +1,8 @@
 """Derives Avro schemas from users' event classes: dataclasses, msgspec Structs and pydantic models. Pure.
 
-Names and types are used as they are in the class. A type that Avro cannot represent unambiguously is refused, with the
-field's name. Where JSON and Avro differ, the schema uses the form that every reader of the log understands: decimals and
-UUIDs are text, and a choice of values has the values' plain type, so that a new value breaks no reader.
+Names and types are used as they are in the class. A type that Avro cannot represent unambiguously is refused, and the
+error names the field. If JSON and Avro differ, the schema uses the form that every reader of the log understands:
+decimals and UUIDs are text, and a choice of values has the values' plain type, so that a new value breaks no reader.
 """
 
 from __future__ import annotations
@@ -59,17 +59,17 @@ def is_pydantic(cls: Any) -> bool:
 
 
 def check_evolution(subject: str, text: str, earlier: dict[str, str]) -> None:
-    """Raise `IncompatibleEvent` unless the schema ``text`` can read the records written with each schema in ``earlier``
-    (BACKWARD_TRANSITIVE).
+    """Raise `IncompatibleEvent` unless the schema ``text`` can read the records that were written with each schema in
+    ``earlier`` (BACKWARD_TRANSITIVE).
 
-    ``earlier``: schema texts by a name for messages; texts that are no Avro schema are skipped.
+    ``earlier``: the texts of schemas, by the name that messages show; texts that are not an Avro schema are skipped.
     """
     reader = avro.schema.parse(text)
     for which, written in earlier.items():
         try:
             writer = avro.schema.parse(written)
         except avro.errors.SchemaParseException:
-            continue  # another program's text, not a schema: no records were written with it
+            continue  # a text of another program, not a schema: no records were written with it
         found = avro.compatibility.ReaderWriterCompatibilityChecker().get_compatibility(  # type: ignore[no-untyped-call]
             reader, writer
         )
@@ -84,7 +84,8 @@ def check_evolution(subject: str, text: str, earlier: dict[str, str]) -> None:
 
 
 class _Deriver:
-    """Derives one class's schema. Stores the records defined so far, as Avro allows only one definition of each."""
+    """Derives one class's schema. Stores the records defined so far, because Avro allows only one definition of
+    each."""
 
     def __init__(self, root: type[Any], namespace: str) -> None:
         self._root, self._namespace = root, namespace
@@ -179,8 +180,8 @@ class _Deriver:
 
 
 def _fields_of(cls: type[Any], where: str) -> list[tuple[str, kinds.Type, Any]]:
-    """Return (name, type, default) of each field. The value of a default_factory counts as a default only if the factory is
-    in `_EMPTY`. Raises `ConfigError`."""
+    """Return (name, type, default) of each field. The value of a default_factory counts as a default only if the
+    factory is in `_EMPTY`. Raises `ConfigError`."""
     if is_pydantic(cls):
         return [_model_field(cls, name, field, where) for name, field in cls.model_fields.items()]
     try:
@@ -205,8 +206,8 @@ def _fields_of(cls: type[Any], where: str) -> list[tuple[str, kinds.Type, Any]]:
 
 
 def _model_field(cls: Any, name: str, field: Any, where: str) -> tuple[str, kinds.Type, Any]:
-    """Return (name, type, default) of a pydantic model's field. Raises `ConfigError` if it is read under another name than
-    it is written."""
+    """Return (name, type, default) of a pydantic model's field. Raises `ConfigError` if the field is read under another
+    name than it is written."""
     written = name if field.serialization_alias is None else field.serialization_alias
     read = field.validation_alias
     if read is None or not cls.model_config.get("validate_by_alias", True):

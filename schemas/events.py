@@ -13,7 +13,8 @@ import msgspec
 
 
 class JobSpec(msgspec.Struct, frozen=True, gc=False):
-    """The whole job. ``args``: JSON object by parameter name; ``tags``: texts to find the job by; ``parent``: a job id.
+    """The whole job. ``args``: JSON object by parameter name; ``tags``: texts by which users find the job; ``parent``:
+    a job id.
 
     ``expires_in_ms`` counts from the append time of the submission; in records derived from a submission,
     ``expires_at`` is set instead. ``priority``: ``high`` or ``low``; None: normal.
@@ -36,7 +37,7 @@ class ErrorInfo(msgspec.Struct, frozen=True, gc=False):
 
 
 class JobSubmitted(msgspec.Struct, frozen=True, gc=False):
-    """A job was submitted. With ``delay_ms`` or ``due_at`` the coordinator must release it first."""
+    """A job was submitted. With ``delay_ms`` or ``due_at`` the coordinator must release the job first."""
 
     spec: JobSpec
     delay_ms: int | None = None
@@ -44,7 +45,7 @@ class JobSubmitted(msgspec.Struct, frozen=True, gc=False):
 
     @property
     def conditioned(self) -> bool:
-        """Whether the coordinator must release it first."""
+        """Whether the coordinator must release the job before a worker may run it."""
         return self.delay_ms is not None or self.due_at is not None
 
 
@@ -56,8 +57,8 @@ class JobDue(msgspec.Struct, frozen=True, gc=False):
 
 
 class JobStarted(msgspec.Struct, frozen=True, gc=False):
-    """A worker is about to run this release. ``takeover``: how many earlier starts without an outcome the log has for
-    it."""
+    """A worker is about to run this release. ``takeover``: the number of earlier starts of the release without an
+    outcome that are in the log."""
 
     worker: str
     work_topic: str
@@ -75,9 +76,9 @@ class JobProgressed(msgspec.Struct, frozen=True, gc=False):
 
 
 class JobRetried(msgspec.Struct, frozen=True, gc=False):
-    """The attempt failed; release + 1 and attempt + 1 follow ``delay_ms`` after this record's append time.
+    """The attempt failed. Release + 1 and attempt + 1 follow ``delay_ms`` after this record's append time.
 
-    ``in_place``: the same release continues with attempt + 1, and its worker holds its key meanwhile.
+    ``in_place``: the same release continues with attempt + 1, and its worker holds the job's key meanwhile.
     """
 
     error: ErrorInfo
@@ -87,9 +88,9 @@ class JobRetried(msgspec.Struct, frozen=True, gc=False):
 
 
 class JobSnoozed(msgspec.Struct, frozen=True, gc=False):
-    """The job asked to run later; release + 1 and the same attempt follow ``delay_ms`` after the append time.
+    """The job asked to run later. Release + 1 and the same attempt follow ``delay_ms`` after this record's append time.
 
-    ``in_place``: the same release continues, and its worker holds its key meanwhile.
+    ``in_place``: the same release continues, and its worker holds the job's key meanwhile.
     """
 
     delay_ms: int
@@ -129,7 +130,7 @@ class JobFailed(msgspec.Struct, frozen=True, gc=False):
 
 
 class JobCancelled(msgspec.Struct, frozen=True, gc=False):
-    """The job ended because its cancel was requested."""
+    """The job ended because a cancel was requested."""
 
     by: str
     reason: str | None = None
@@ -142,7 +143,7 @@ class JobExpired(msgspec.Struct, frozen=True, gc=False):
 
 
 class ReleaseRequested(msgspec.Struct, frozen=True, gc=False):
-    """Derived: request to release this job again; the event's header has the next release and attempt."""
+    """Derived: the request to release this job again. The event's header has the next release and attempt."""
 
     spec: JobSpec
     delay_ms: int | None = None
@@ -150,13 +151,13 @@ class ReleaseRequested(msgspec.Struct, frozen=True, gc=False):
 
 
 class ReleaseDecided(msgspec.Struct, frozen=True, gc=False):
-    """The coordinator's timer found this release due at ``due_at``."""
+    """The coordinator's timer found that this release was due at ``due_at``."""
 
     due_at: int
 
 
 class ReleaseOverdue(msgspec.Struct, frozen=True, gc=False):
-    """The watchdog found a release that should have happened."""
+    """The watchdog found a release that is overdue."""
 
     spec: JobSpec
     due_at: int
@@ -171,7 +172,7 @@ class DeadLettered(msgspec.Struct, frozen=True, gc=False):
 
 
 class RecordRejected(msgspec.Struct, frozen=True, gc=False):
-    """Bytes that could not be read as an event, stored unchanged. The event's ``job_id`` is empty."""
+    """Bytes that could not be read as an event, stored unchanged. The ``job_id`` of the event is empty."""
 
     topic: str
     partition: int
@@ -190,9 +191,9 @@ class JobLeased(msgspec.Struct, frozen=True, gc=False):
 
 
 class Leased(msgspec.Struct, frozen=True, gc=False):
-    """Derived from `JobLeased`: release the job again if the lease ends before the job does.
+    """Derived from `JobLeased`: the coordinator must release the job again if the lease ends before the job does.
 
-    ``crashes``: how many earlier leases of this run ended that way.
+    ``crashes``: the number of earlier leases of this run that ended before the job did.
     """
 
     spec: JobSpec
@@ -209,7 +210,7 @@ class LeaseRenewed(msgspec.Struct, frozen=True, gc=False):
 
 
 class CancelRequested(msgspec.Struct, frozen=True, gc=False):
-    """The cancel of this run of the job was requested."""
+    """A cancel of this run of the job was requested."""
 
     by: str
     reason: str | None = None
@@ -230,7 +231,7 @@ class QueueResumed(msgspec.Struct, frozen=True, gc=False):
 
 
 class QueueLimited(msgspec.Struct, frozen=True, gc=False):
-    """Limits of the event's queue or task, for all workers together, in place of those in the code: ``rate`` per
+    """Limits of the event's queue or task, for all workers together, instead of the limits in the code: ``rate`` per
     second, ``concurrency``.
 
     Without both, the limits in the code apply again.
@@ -269,7 +270,7 @@ Fact = (
 
 #: Facts that end one release (unless `in_place`): the work record is done once such a fact is durable.
 CLOSING = (JobRetried, JobSnoozed, JobSucceeded, JobFailed, JobCancelled, JobExpired)
-#: Facts after which a work record is done, because the log has a closing fact or a lease for it.
+#: Facts after which a work record is done, because the log has a closing fact or a lease of its release.
 SETTLING = (*CLOSING, JobLeased)
 #: Facts that end a run.
 TERMINAL = (JobSucceeded, JobFailed, JobCancelled, JobExpired)
@@ -278,18 +279,19 @@ WORK = (JobSubmitted, JobDue)
 
 
 def closes(fact: Fact) -> bool:
-    """Whether ``fact`` ends its release."""
+    """Return whether ``fact`` ends its release."""
     return isinstance(fact, CLOSING) and not getattr(fact, "in_place", False)
 
 
 def settles(fact: Fact) -> bool:
-    """Whether ``fact`` makes its release's work record done."""
+    """Return whether the work record of the fact's release is done after ``fact``."""
     return isinstance(fact, SETTLING) and not getattr(fact, "in_place", False)
 
 
-#: A tag that the coordinator adds to a job whose lease expired without an outcome: how often that happened in this run.
+#: A tag that the coordinator adds to a job whose lease expired without an outcome: the number of such leases in this
+#: run.
 CRASHES_TAG = "jl-crashes"
-_CRASHES_MOST = 1 << 20  # a tag may say any number
+_CRASHES_MOST = 1 << 20  # a tag may hold any number
 
 
 #: The last microsecond of the year 9999. A valid record may have any 64-bit number of milliseconds, and times computed
@@ -298,12 +300,13 @@ FAR_US = 253_402_300_799_999_999
 
 
 def later(appended_ms: int, delay_ms: int) -> int:
-    """The time (µs of the broker's clock) ``delay_ms`` after an append time; not before it, and `FAR_US` at most."""
+    """Return the time ``delay_ms`` after an append time, in µs of the broker's clock; not before the append time, and
+    `FAR_US` at most."""
     return min((appended_ms + max(delay_ms, 0)) * 1000, FAR_US)
 
 
 def crashes_of(tags: Mapping[str, str]) -> int:
-    """How many leases of the run expired without an outcome, according to its tags."""
+    """Return the number of leases of the run that expired without an outcome, according to its tags."""
     try:
         return min(max(0, int(tags.get(CRASHES_TAG, "0"))), _CRASHES_MOST)
     except ValueError:
@@ -311,7 +314,8 @@ def crashes_of(tags: Mapping[str, str]) -> int:
 
 
 def lasting(spec: JobSpec, appended_ms: int) -> JobSpec:
-    """The job of a submission appended at ``appended_ms``, as derived records contain it: with its expiry as a time."""
+    """Return the job of a submission that was appended at ``appended_ms`` as derived records contain it: with its
+    expiry as a time."""
     if spec.expires_in_ms is None:
         return spec
     at = later(appended_ms, spec.expires_in_ms) if spec.expires_at is None else spec.expires_at
@@ -348,7 +352,7 @@ class Position(msgspec.Struct, frozen=True, order=True, gc=False):
 
     @classmethod
     def parse(cls, text: str) -> Position:
-        """The inverse of ``str(position)``; raises `ValueError` that names the text."""
+        """Return the position whose ``str`` is ``text``. Raises `ValueError` that names the text."""
         try:
             head, offset = text.rsplit("@", 1)
             topic, partition = head.removesuffix("]").rsplit("[", 1)
@@ -358,7 +362,8 @@ class Position(msgspec.Struct, frozen=True, order=True, gc=False):
 
 
 class Recorded(msgspec.Struct, frozen=True, gc=False):
-    """An event as it was read, with its position, and when the broker appended it (milliseconds since the epoch)."""
+    """An event as it was read, with its position and the time at which the broker appended it (milliseconds since the
+    epoch)."""
 
     event: JobEvent
     position: Position

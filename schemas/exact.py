@@ -24,7 +24,7 @@ import msgspec
 #: Maximum number of characters of a value that a message shows.
 _SHOWN = 80
 _GONE: Any = object()
-#: Types whose values JSON always represents exactly; and those whose values are the same if they are equal.
+#: Types whose values JSON always represents exactly; types whose values are the same if they are equal.
 _KEPT = frozenset({str, bool, type(None), msgspec.Raw})
 _NUMBERS = frozenset({int, float})
 _PLAIN = frozenset({str, bool, type(None), int, float})
@@ -43,8 +43,8 @@ _INSTEAD: tuple[tuple[Any, str], ...] = (
 
 
 def changed(given: Any, back: Any, path: str) -> str | None:
-    """Return a message about the part of ``given`` that differs in ``back``, the value that a reader gets according to its
-    annotations; None if nothing differs.
+    """Return a message about the part of ``given`` that differs in ``back``, the value that a reader gets according to
+    its annotations; None if nothing differs.
 
     A value that JSON represents exactly may have another type in ``back``, if the reader's annotation says so: text may
     be read as a datetime, a dict as a dataclass.
@@ -77,8 +77,8 @@ def changed(given: Any, back: Any, path: str) -> str | None:
 
 
 def unwritable(value: Any, path: str) -> str | None:
-    """Return a message about the part of ``value`` that JSON does not represent exactly for a reader without annotations,
-    or None. A set as an array, a datetime as text and a record as an object are accepted."""
+    """Return a message about the part of ``value`` that JSON does not represent exactly for a reader without
+    annotations, or None. A set as an array, a datetime as text and a record as an object are accepted."""
     if isinstance(value, float) and not math.isfinite(value):
         return _no_number(value, path)
     if isinstance(value, str):
@@ -109,8 +109,8 @@ def unwritable(value: Any, path: str) -> str | None:
 
 
 def surely_writable(value: Any) -> bool:
-    """Return True if ``value``, which was already encoded as JSON, certainly has no part that `unwritable` would report.
-    If False, call `unwritable`. Fast, as it is called for every job's result."""
+    """Return True if ``value``, which was already encoded as JSON, certainly has no part that `unwritable` would
+    report. If False, call `unwritable`. Fast, as it is called for every job's result."""
     kind = type(value)
     if kind is list or kind is tuple:
         kinds = set(map(type, value))
@@ -133,8 +133,8 @@ def surely_writable(value: Any) -> bool:
 
 def unsound(value: Any, path: str) -> str | None:
     """Return a message about the part of an event's plain values that is not the same for every reader, or None. Such
-    parts are NaN and infinity, which no handler can get; a datetime without a zone, which means another moment on another
-    machine; and text that UTF-8 cannot encode."""
+    parts are NaN and infinity, which no handler can get; a datetime without a zone, which means another moment on
+    another machine; and text that UTF-8 cannot encode."""
     if isinstance(value, str):
         return _no_text(value, path)
     if isinstance(value, float):
@@ -190,7 +190,7 @@ def _changed_items(given: Any, back: Any, path: str) -> str | None:
             found = changed(one, two, f"{path}[{n}]")
             if found is not None:
                 return found
-        n += 1  # noqa: SIM113  # cheaper than another tuple of each pair
+        n += 1  # noqa: SIM113  # cheaper than enumerate, which creates another tuple for each pair
     return None
 
 
@@ -213,7 +213,7 @@ def _changed_dict(given: Mapping[Any, Any], back: Any, path: str) -> str | None:
         unknown = next((key for key in given if key not in back), None)
         if unknown is not None and len(back) < len(given):
             return f"{path}: {unknown!r} is not one of its fields"
-        # All keys exist, or the annotation converts them to another type; then their order is the same.
+        # All keys exist, or the annotation converts the keys to another type; then their order is the same.
         found = back if unknown is None else dict(zip(given, back.values(), strict=False))
     else:
         lost = next((key for key in given if key not in back), _GONE)
@@ -255,7 +255,8 @@ def _changed_record(given: Any, back: Any, path: str, names: tuple[str, ...]) ->
 
 
 def _names(value: Any) -> tuple[str, ...] | None:
-    """Return the names of a record's fields (dataclass, Struct, pydantic model, class of attrs); None for other types."""
+    """Return the names of a record's fields (dataclass, Struct, pydantic model, class of attrs); None for other
+    types."""
     return _names_of(type(value))  # type: ignore[arg-type]  # classes are hashable
 
 
@@ -273,8 +274,8 @@ def _names_of(kind: type[Any]) -> tuple[str, ...] | None:
 
 
 def _encoded(value: Any) -> dict[str, str] | None:
-    """Return the names of a record's fields by their names in JSON; a Struct's tag has an empty name. None for a pydantic
-    model, whose configuration decides which names it accepts, and for a value that is not a record."""
+    """Return the names of a record's fields by their names in JSON; a Struct's tag has an empty name. None for a
+    pydantic model, whose configuration decides which names it accepts, and for a value that is not a record."""
     kind = type(value)
     if issubclass(kind, msgspec.Struct):
         found = dict(zip(kind.__struct_encode_fields__, kind.__struct_fields__, strict=True))
@@ -288,7 +289,7 @@ def _equal(given: Any, back: Any) -> bool:
     if isinstance(given, dt.datetime) and isinstance(back, dt.datetime):
         if (given.utcoffset() is None) != (back.utcoffset() is None):
             return False
-        # To Python a time in the hour that a clock repeats is never equal to a time of another zone.
+        # For Python a time in the hour that a clock repeats is never equal to a time of another zone.
         return given == back or (given.tzinfo is not None and given.astimezone(dt.UTC) == back.astimezone(dt.UTC))
     if isinstance(given, dt.time) and isinstance(back, dt.time) and (given.tzinfo is None) != (back.tzinfo is None):
         return False

@@ -1,11 +1,11 @@
-"""Decodes only the fields that the status fold needs, fast, of events in the plain forms that nearly all events have.
+"""Decodes only the fields that the status fold needs, fast, for events in the plain forms that nearly all events have.
 
-`glance` decodes an event that this version wrote, with ids of 36 ASCII characters, small numbers, short names, and one of
-the facts of a plain job's life. It skips key, home and trace, which the fold does not need. For any other event it
-returns None, and the caller uses the full decoder (`codec.Decoder.decode`). `glance` reads the same bytes as fastavro,
-and returns None for bytes that fastavro refuses. A test with Hypothesis, which also damages the bytes, checks that. It is
-hand-written because the full decoder takes 10 µs per event and `glance` 2 µs (docs/adr/0001-encoding-by-pieces.md
-describes the same method for encoding).
+`glance` decodes an event that this version wrote, with ids of 36 ASCII characters, small numbers, short names, and one
+of the facts of a plain job's life. It skips key, home and trace, which the fold does not need. For any other event
+`glance` returns None, and the caller uses the full decoder (`codec.Decoder.decode`). `glance` reads the same values
+from the same bytes as fastavro, and returns None for bytes that fastavro refuses. A test with Hypothesis, which also
+damages the bytes, checks this. `glance` is hand-written because the full decoder takes 10 µs per event and `glance`
+2 µs (docs/adr/0001-encoding-by-pieces.md describes the same method for encoding).
 """
 
 from __future__ import annotations
@@ -77,8 +77,8 @@ def glance(value: bytes) -> Glance | None:
 
 
 def after_option(value: bytes, at: int) -> int:
-    """Return the offset after a nullable text. Raises `IndexError` for more than 63 bytes, `UnicodeDecodeError` for bytes
-    that are not UTF-8."""
+    """Return the offset after a nullable text. Raises `IndexError` for more than 63 bytes, `UnicodeDecodeError` for
+    bytes that are not UTF-8."""
     branch = value[at]
     if not branch:
         return at + 1
@@ -122,7 +122,8 @@ def _submitted(value: bytes, at: int) -> ev.Fact | None:
 
 
 def _tags(value: bytes, at: int) -> tuple[dict[str, str], int]:
-    """Return the tags and the offset after them. Raises `IndexError` unless they are one block, as `encode` writes them."""
+    """Return the tags and the offset after them. Raises `IndexError` unless they are one block, as `encode` writes
+    them."""
     count = value[at]
     at += 1
     tags: dict[str, str] = {}
@@ -197,5 +198,5 @@ _KINDS: dict[Any, Callable[[bytes, int], ev.Fact | None]] = {
     ev.JobStarted: _started,
     ev.JobSucceeded: _succeeded,
 }
-#: By the encoded branch of the union. A test checks that the order of `events.Fact` is that of the schema.
+#: Readers by the encoded branch of the union. A test checks that `events.Fact` has the order of the schema.
 _READERS = {branch << 1: _KINDS[kind] for branch, kind in enumerate(ev.Fact.__args__) if kind in _KINDS}

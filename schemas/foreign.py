@@ -1,8 +1,8 @@
 """Reads Avro records of other programs as plain values of one of the app's event classes. Pure.
 
 A record is read with the schema with which it was written. Fields that the class does not have are left out. The others
-must fit the class's own schema by field name; the names of records, enums and fixed types do not matter. This is checked
-once per schema: a field that cannot be read is reported then, and not for each record.
+must fit the class's own schema by field name; the names of records, enums and fixed types do not matter. This is
+checked once per schema: a field that cannot be read is reported then, and not for each record.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ _TIMES = ("timestamp-millis", "timestamp-micros", "local-timestamp-millis", "loc
 class ForeignSchema:
     """Reads records of one writer's schema ``written`` as values of the class ``name`` with the schema ``ours``.
 
-    Raises `IncompatibleEvent` with the name of a field that does not fit; `ValueError` or fastavro's errors if ``written``
-    is not a schema.
+    Raises `IncompatibleEvent` with the name of a field that does not fit; `ValueError` or fastavro's errors if
+    ``written`` is not a schema.
     """
 
     def __init__(self, name: str, written: Mapping[str, Any], ours: Mapping[str, Any]) -> None:
@@ -43,13 +43,13 @@ class ForeignSchema:
         self._converted: set[int] = set()
         fit = self._fit(theirs, mine, name)
         self._fit_record: Callable[[Any], Any] = fit or (lambda value: value)
-        # Parsed again without the logical types that `_fit` removed, where the class takes the number as it was written.
+        # Parsed again without the logical types that `_fit` removed: the class takes the number as it was written.
         plain = {key: value for key, value in theirs.items() if not key.startswith("__")}
         self._schema = fastavro.parse_schema(json.loads(json.dumps(plain)))
 
     def read(self, data: bytes) -> dict[str, Any]:
-        """Return a datum's values by field. Raises `NotAnEvent` for a value that the class does not accept, and fastavro's
-        errors for bytes that do not have the schema."""
+        """Return a datum's values by field. Raises `NotAnEvent` for a value that the class does not accept, and
+        fastavro's errors for bytes that do not have the schema."""
         return self._fit_record(fastavro.schemaless_reader(io.BytesIO(data), self._schema, None))  # type: ignore[no-any-return]
 
     # -- compare the schemas ------------------------------------------------------------------------------------------
@@ -114,8 +114,8 @@ class ForeignSchema:
         raise problem or self._unfit(theirs, ours, where)
 
     def _fit_union(self, theirs: list[Any], ours: Any, where: str) -> Fit:
-        """Fit a union ``theirs``. A null is refused only when a record has one, because many schemas allow null everywhere
-        although it is never written."""
+        """Fit a union ``theirs``. A null is refused only when a record has a null, because many schemas allow null in
+        every field although it is never written."""
         fits = [self._fit(each, ours, where) for each in theirs if each != "null"]
         return self._of_several(fits, "null" not in theirs or ours == "null", where)
 
@@ -152,7 +152,7 @@ class ForeignSchema:
             raise self._unfit(theirs, ours, where)
         if kind in _NUMBERS.get(wanted, ()) or (wanted == "bytes" and kind in ("bytes", "fixed")):
             if logical is not None:
-                if id(theirs) in self._converted:  # two fields of the class take it differently
+                if id(theirs) in self._converted:  # two fields of the class need this type in different forms
                     raise self._unfit(theirs, ours, where)
                 del theirs["logicalType"]  # read the number as it was written
             return None

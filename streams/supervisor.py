@@ -1,9 +1,9 @@
 """Runs child processes: starts them, passes their output on with their names, restarts those that die, and stops them
 cleanly.
 
-The supervisor gets the commands as arguments and does not know their work. When its own process ends, even by kill -9,
-the children notice through the leash (`obey_leash`) and stop as if they had been asked to. So no orphan continues beside
-a successor.
+The supervisor gets the commands as arguments and does not know what the children do. When the supervisor's process
+ends, even by kill -9, the children notice that through a pipe, the *leash* (`obey_leash`), and stop as after SIGTERM.
+So no orphan continues to run beside a child of the next supervisor.
 """
 
 from __future__ import annotations
@@ -19,11 +19,13 @@ from collections.abc import Callable, Iterable, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from types import FrameType
 
-#: Default seconds between asking a child to stop and killing it. It is longer than the worker's own grace time.
+#: Default time in seconds between asking a child to stop and killing it. This time is longer than the worker's own
+#: grace time.
 DEFAULT_GRACE_S = 45.0
 #: Seconds that a child may take to stop by itself after its parent has ended.
 ORPHAN_GRACE_S = 60.0
-#: Exit code of a child that the Kafka cluster refused (EX_NOPERM of sysexits.h): it would refuse another start, too.
+#: Exit code of a child that the Kafka cluster refused (EX_NOPERM of sysexits.h): the cluster would refuse another
+#: start, too.
 DENIED = 77
 #: Environment variable with the file descriptor of the leash. Its name is not ``JOBLEDGER_*``, as it is not a setting.
 LEASH = "_JOBLEDGER_LEASH"
@@ -65,8 +67,9 @@ Say = Callable[[str, str], None]
 
 @dataclass(slots=True)
 class _Running:
-    """One child's present state. ``process``: None while it does not run. ``start_at``: when to start it, ``kill_at``:
-    when to kill it (monotonic seconds; None: not). ``again``: whether it is being stopped for a restart."""
+    """One child's present state. ``process``: None while the child does not run. ``start_at``: when to start it,
+    ``kill_at``: when to kill it, as times of `time.monotonic` in seconds; None: not planned. ``again``: whether the
+    child is being stopped for a restart."""
 
     child: Child
     restarts: Restarts
@@ -82,8 +85,9 @@ class Supervisor:
     """Keeps children running until it is stopped or one of them dies too often.
 
     ``say`` is called from several threads, one call at a time. ``restarts`` creates each child's policy. ``grace``:
-    seconds from the request to stop to the kill. If one child keeps dying, all are stopped: an incomplete stream
-    processor would look as if it worked. All are also stopped after an `OSError` of ``say``, as their output is lost.
+    seconds from the request to stop to the kill. If one child keeps dying, all children are stopped: an incomplete
+    stream processor would look as if it worked. All children are also stopped after an `OSError` of ``say``, because
+    their output is lost.
     """
 
     NAME = "supervisor"
@@ -100,7 +104,8 @@ class Supervisor:
         self._tell, self._saying = say, threading.Lock()
         self._unheard: OSError | None = None
         self._grace = grace
-        # Signal handlers put messages into it, so its put() must be reentrant: that of SimpleQueue is, that of Queue is not.
+        # Signal handlers put messages into this queue, so its `put` must be reentrant. `SimpleQueue.put` is reentrant,
+        # `Queue.put` is not.
         self._inbox: queue.SimpleQueue[tuple[str, str, int]] = queue.SimpleQueue()
         self._stopping = False
         self._code = 0
@@ -111,16 +116,16 @@ class Supervisor:
         self._inbox.put(("stop", "", 0))
 
     def restart(self, names: Sequence[str]) -> None:
-        """Stop these children cleanly and start them again at once. Unknown names are ignored. The restart does not count
-        as a death, and earlier deaths no longer count. Any thread."""
+        """Stop these children cleanly and start them again at once. Unknown names are ignored. The restart does not
+        count as a death, and earlier deaths no longer count. Any thread."""
         for name in names:
             if name in self._running:
                 self._inbox.put(("restart", name, 0))
 
     def run(self) -> int:
-        """Run until stopped. Return 0, or 1 if a child died too often, 77 if the cluster refused one. In the main thread
-        SIGINT, SIGTERM and SIGHUP (unless it is ignored) stop it. Raises an `OSError` of ``say`` after the children have
-        stopped."""
+        """Run the children until the supervisor has stopped. Return 0, or 1 if a child died too often, 77 if the
+        cluster refused a child. In the main thread SIGINT, SIGTERM and SIGHUP (unless SIGHUP is ignored) stop the
+        supervisor. Raises an `OSError` of ``say`` after the children have stopped."""
         inherited, self._leash = os.pipe()
         handlers = self._install() if threading.current_thread() is threading.main_thread() else {}
         try:
@@ -193,7 +198,8 @@ class Supervisor:
 
     def _await_end(self, name: str, process: subprocess.Popen[bytes], reader: threading.Thread) -> None:
         code = process.wait()
-        # Pass on its last output before reporting its end. Wait at most 1 s, as a grandchild may hold the pipe open.
+        # Pass on the child's last output before its end is reported. Wait at most 1 s, as a grandchild may hold the
+        # pipe open.
         reader.join(1.0)
         self._inbox.put(("ended", name, code))
 
@@ -291,13 +297,13 @@ def how(code: int) -> str:
 
 
 def obey_leash(environ: MutableMapping[str, str] | None = None) -> None:
-    """Stop this process (SIGTERM to itself) when the `Supervisor` that started it has ended. Called in the child; does
-    nothing if no supervisor started it.
+    """Stop this process (SIGTERM to itself) when the `Supervisor` that started it has ended. Call this function in the
+    child; it does nothing if no supervisor started the process.
 
     All children inherit the reading end of one pipe, and only the supervisor has the writing end. Nothing is ever
-    written, so a read returns when the supervisor has ended, for whatever reason. Unlike ``PR_SET_PDEATHSIG`` this works
-    on every Unix, and does not depend on the thread that started the child. `ORPHAN_GRACE_S` seconds later the process
-    kills itself.
+    written, so a read returns when the supervisor has ended, for whatever reason. Unlike ``PR_SET_PDEATHSIG`` this
+    works on every Unix, and does not depend on the thread that started the child. The process kills itself
+    `ORPHAN_GRACE_S` seconds after the SIGTERM if it still runs.
     """
     found = (os.environ if environ is None else environ).pop(LEASH, None)
     if found is None:

@@ -1,1 +1,2 @@
-"""This project beside other job systems, in turn on one machine: ``python -m bench.peers``, `make bench-peers`."""
+"""Measures this project and other job systems, one after another on one machine: ``python -m bench.peers``, `make
+bench-peers`."""

@@ -1,7 +1,8 @@
-"""Jobledger and other job systems in turn on this machine: JSON on stdout, a table on stderr.
+"""Measures Jobledger and other job systems, one after another on this machine. Prints JSON on stdout, a table on
+stderr.
 
-Installs what it needs under .bench-peers/ (and, as root on Debian, Redis if it is missing). A system that cannot be had
-here gets a row that says why, and the others are measured all the same; the exit code is then 1.
+This program installs what it needs under .bench-peers/ (and, as root on Debian, Redis and Node if they are missing). If
+a system cannot be measured here, its row says why, the other systems are measured nevertheless, and the exit code is 1.
 """
 
 from __future__ import annotations
@@ -24,12 +25,12 @@ from bench.peers.measure import Load, Row, Tried
 from bench.peers.port import NotRun, Peer
 from bench.peers.processes import Died
 
-#: In the order in which they run.
+#: All systems, in the order in which they are measured.
 PEERS: Sequence[Peer] = (*ours.PEERS, bullmq_peer.PEER, dramatiq_peer.PEER, taskiq_peer.PEER, celery_peer.PEER)
 
 
 def arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     names = [peer.name for peer in PEERS]
     parser = argparse.ArgumentParser(prog="python -m bench.peers", description=__doc__)
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(names)}; all by default")
@@ -48,19 +49,19 @@ def arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def load_of(given: argparse.Namespace) -> Load:
-    """How much to measure with."""
+    """Return the load with which to measure."""
     load = measure.QUICK if given.quick else Load()
     return load if given.jobs is None else msgspec.structs.replace(load, jobs=given.jobs)
 
 
 def brief(message: str) -> str:
-    """A message's first line, and its last one, where a traceback says what went wrong."""
+    """Return a message's first line and its last line, because a traceback names the error in its last line."""
     lines = message.strip().splitlines() or [""]
     return lines[0] if len(lines) == 1 else f"{lines[0]} … {lines[-1].strip()}"
 
 
 def main() -> int:
-    """Measure what was asked for; 0, or 1 if something could not be."""
+    """Measure the systems that the command line names. Return 0, or 1 if a system could not be measured."""
     given = arguments()
     load, rows, settings, problems = load_of(given), list[Row](), list[Tried](), 0
     machine = harness.machine()
@@ -88,7 +89,7 @@ def main() -> int:
 
 
 def _end(number: int, frame: FrameType | None) -> None:
-    """SIGTERM ends what was started, too."""
+    """Raise `SystemExit`, so that SIGTERM ends the processes that were started, too."""
     raise SystemExit(128 + number)
 
 

@@ -1,4 +1,4 @@
-"""BullMQ on Redis; completed jobs stay, with what they returned (its default)."""
+"""BullMQ on Redis. Completed jobs are kept with their results, which is BullMQ's default."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ FOLDER = HOME / "bullmq"
 
 
 class BullMQSession(redis.RedisSession):
-    """BullMQ with its Redis running."""
+    """BullMQ, with a running Redis server."""
 
     def submit(self, arguments: Sequence[str]) -> Command:
-        """See the port."""
+        """See `bench.peers.port.Session`."""
         return Command(["node", str(FOLDER / "submit.mjs"), *arguments], self.env)
 
     def workers(self, setting: Setting, processes: int) -> Sequence[Command]:
-        """A Node process each."""
+        """Return one command with Node for each worker process."""
         argv = ["node", str(FOLDER / "worker.mjs"), *setting.arguments]
         return [Command(argv, {**self.env, **setting.env})] * processes
 
     def progress(self, jobs: int) -> Progress:
-        """Completed jobs, which hold their results; those that wait or are held by a worker."""
+        """Count the completed jobs, which contain their results, and the jobs that wait or that a worker holds."""
         completed = self.redis.ask("ZCARD", "bull:bench:completed")
         waiting, active = self.redis.ask("LLEN", "bull:bench:wait"), self.redis.ask("LLEN", "bull:bench:active")
         return Progress(completed, waiting + active)
@@ -36,7 +36,7 @@ class BullMQ:
     """See the module."""
 
     name, title, bulk = "bullmq", "BullMQ (Node) + Redis", True
-    #: The best first. Tried:
+    #: The settings that were tried, the best one first.
     settings = (
         Setting("100 at once", ("100",)),
         Setting("10 at once", ("10",)),
@@ -46,12 +46,12 @@ class BullMQ:
     naps = (Setting("500 at once", ("500",)),)
 
     def install(self) -> Mapping[str, str]:
-        """Node's packages in a folder of their own, and Redis."""
+        """Install Node's packages in a folder of their own, and Redis. Return names and versions."""
         return {**tools.node("bullmq", SOURCE), "Redis": tools.redis_version(tools.redis_server())}
 
     @contextlib.contextmanager
     def session(self, folder: Path) -> Iterator[Session]:
-        """See the port."""
+        """See `bench.peers.port.Peer`."""
         with redis.serve(tools.redis_server(), folder) as (server, connection):
             yield BullMQSession(server, connection)
 

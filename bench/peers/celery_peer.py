@@ -13,24 +13,24 @@ QUIET = ("--loglevel", "WARNING", "--without-gossip", "--without-mingle", "--wit
 
 
 class CelerySession(redis.RedisSession):
-    """Celery with its Redis running."""
+    """Celery, with a running Redis server."""
 
     def submit(self, arguments: Sequence[str]) -> Command:
-        """See the port."""
+        """See `bench.peers.port.Session`."""
         return Command([python("celery"), "-m", APP, *arguments], self.env)
 
     def workers(self, setting: Setting, processes: int) -> Sequence[Command]:
-        """A ``celery worker`` for each process."""
+        """Return a ``celery worker`` for each process."""
         argv = [python("celery"), "-m", "celery", "-A", APP, "worker", *QUIET, *setting.arguments]
         return [Command([*argv, "-n", f"w{n}@bench"], {**self.env, **setting.env}) for n in range(processes)]
 
     def progress(self, jobs: int) -> Progress:
-        """Result keys; what waits in the list and what was delivered and not acknowledged."""
+        """Count the result keys, and the jobs that wait in the list or were delivered and not acknowledged."""
         waiting, delivered = self.redis.ask("LLEN", "celery"), self.redis.ask("HLEN", "unacked")
         return Progress(self.keys(redis.RESULTS), waiting + delivered)
 
 
-#: The best first. Tried:
+#: The settings that were tried, the best one first.
 SETTINGS = (
     Setting("threads, 1 at once, prefetch 100", ("-P", "threads", "-c", "1"), {"BENCH_PREFETCH": "100"}),
     Setting("threads, 10 at once, prefetch 10 each", ("-P", "threads", "-c", "10"), {"BENCH_PREFETCH": "10"}),

@@ -1,4 +1,4 @@
-"""Dramatiq with Redis as broker and the Results middleware on Redis; it acknowledges after a job has run."""
+"""Dramatiq with Redis as broker and the Results middleware on Redis. Dramatiq acknowledges a job after it has run."""
 
 from __future__ import annotations
 
@@ -13,24 +13,24 @@ APP = "bench.peers.programs.dramatiq_app"
 
 
 class DramatiqSession(redis.RedisSession):
-    """Dramatiq with its Redis running."""
+    """Dramatiq, with a running Redis server."""
 
     def submit(self, arguments: Sequence[str]) -> Command:
-        """See the port."""
+        """See `bench.peers.port.Session`."""
         return Command([python("dramatiq"), "-m", APP, *arguments], self.env)
 
     def workers(self, setting: Setting, processes: int) -> Sequence[Command]:
-        """One ``dramatiq`` with as many children; a setting's first word is the program."""
+        """Return one ``dramatiq`` with this number of child processes. A setting's first argument is the program."""
         program, *arguments = setting.arguments
         argv = [str(Path(python("dramatiq")).with_name(program)), APP, "-p", str(processes), *arguments]
         return [Command(argv, {**self.env, **setting.env})]
 
     def progress(self, jobs: int) -> Progress:
-        """Result keys; messages that were not acknowledged."""
+        """Count the result keys, and the messages that were not acknowledged."""
         return Progress(self.keys(redis.RESULTS), self.redis.ask("HLEN", "dramatiq:default.msgs"))
 
 
-#: The best first. Tried:
+#: The settings that were tried, the best one first.
 SETTINGS = (
     Setting("gevent, 100 at once", ("dramatiq-gevent", "-t", "100")),
     Setting("gevent, 20 at once, prefetch 500", ("dramatiq-gevent", "-t", "20"), {"dramatiq_queue_prefetch": "500"}),

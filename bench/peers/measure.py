@@ -1,13 +1,5 @@
-"""The same measurements with each system, one process of workers after another; nothing here knows which system it is.
-
-No-op jobs: ``jobs`` are submitted, then workers are started. The clock starts once a tenth of the results is stored, so
-that starting does not count, and stops when every result is stored and every job acknowledged; CPU time of workers and
-of the broker is taken at the same two moments. A run of less than `LEAST_S` says more about its beginning and end than
-about the system: it is done once more with as many jobs as take twice that.
-
-Submitting: the program's own clock, from the first acknowledged submission to the last. Submit → start: jobs one
-by one, `RATE` a second, while nothing else happens; the clock is this machine's. 50 ms jobs: as no-op jobs, at
-most 500 at once in one process.
+"""Runs the same measurements with each system, one after another. This module does not know which system it measures;
+`Bench` describes the measurements.
 """
 
 from __future__ import annotations
@@ -26,7 +18,7 @@ from bench.peers.processes import Died, Family, cpu_s, running
 
 LEAST_S = 5.0
 MOST_JOBS = 500_000
-#: How often it is looked whether jobs are done, and for how long nothing may have changed.
+#: Seconds between two checks of the progress, and seconds without any progress after which a measurement fails.
 LOOK_S, STUCK_S = 0.01, 60.0
 #: The share of the results that is stored before the clock starts.
 WARM = 0.1
@@ -34,8 +26,8 @@ RATE = 50.0
 
 
 class Load(msgspec.Struct, frozen=True):
-    """How much: no-op ``jobs``, submissions one by one, 50 ms jobs, jobs for the time to
-    a start; whether to size runs."""
+    """The load: the number of no-op jobs (``jobs``), of submissions one by one (``singles``), of 50 ms jobs (``naps``),
+    and of jobs for the time to a start (``stamps``). ``sized``: whether a short run is repeated with more jobs."""
 
     jobs: int = 20_000
     singles: int = 5_000
@@ -48,7 +40,8 @@ QUICK = Load(jobs=2_000, singles=300, naps=1_000, stamps=50, sized=False)
 
 
 class Drained(msgspec.Struct, frozen=True):
-    """A drained queue: ``jobs_per_s``; CPU seconds per 1,000 jobs of the workers and of the broker, None if unknown."""
+    """The figures of a queue whose jobs have all been run. ``worker_cpu`` and ``broker_cpu``: CPU seconds per 1,000
+    jobs of the workers and of the broker; None if unknown."""
 
     jobs: int
     jobs_per_s: float
@@ -57,15 +50,15 @@ class Drained(msgspec.Struct, frozen=True):
 
     @property
     def cpu(self) -> float:
-        """Workers and broker."""
+        """CPU seconds per 1,000 jobs of workers and broker together."""
         return self.worker_cpu + (self.broker_cpu or 0.0)
 
 
 class Row(msgspec.Struct, frozen=True, kw_only=True):
-    """What was measured of one system, or why it was not.
+    """The figures of one system, or in ``not_run`` why it was not measured.
 
-    Rates in jobs/s, times in ms; ``one`` and ``two``: no-op jobs in so many processes. ``bulk`` is None where there
-    is no faster way than one by one.
+    Rates are in jobs/s, times in ms. ``one`` and ``two``: no-op jobs in one and in two processes. ``bulk`` is None if
+    the system cannot submit faster than one by one.
     """
 
     name: str
@@ -93,7 +86,7 @@ class Tried(msgspec.Struct, frozen=True):
 
 
 def of(peer: Peer, load: Load, folder: Path) -> Row:
-    """Everything about one system with its best settings. Raises `NotRun`, `Died` or `TimeoutError`."""
+    """Measure everything of one system with its best settings. Raises `NotRun`, `Died` or `TimeoutError`."""
     versions = dict(peer.install())
     best, naps = peer.settings[0], peer.naps[0]
     with peer.session(folder) as session:
@@ -120,7 +113,7 @@ def of(peer: Peer, load: Load, folder: Path) -> Row:
 
 
 def tried(peer: Peer, load: Load, folder: Path) -> Iterator[Tried]:
-    """Every setting of one system. Raises as `of` does."""
+    """Measure every setting of one system. Raises as `of` does."""
     peer.install()
     with peer.session(folder) as session:
         bench = Bench(peer, session, load, folder)
@@ -133,27 +126,43 @@ def tried(peer: Peer, load: Load, folder: Path) -> Iterator[Tried]:
 
 
 def enough(jobs: int, jobs_per_s: float) -> int:
-    """How many jobs a run should have for which ``jobs`` at this rate took less than
-    `LEAST_S`; ``jobs`` if it did not."""
+    """Return the number of jobs that a run should have: ``jobs`` if they take at least `LEAST_S` at this rate, else as
+    many as take twice that time, at most `MOST_JOBS`."""
     if jobs / jobs_per_s >= LEAST_S:
         return jobs
     return min(MOST_JOBS, max(jobs, int(jobs_per_s * LEAST_S * 2)))
 
 
 class Bench:
-    """One system's session under measurement."""
+    """The measurements of one system, in one session.
+
+    No-op jobs: ``jobs`` are submitted, then workers are started. The clock starts once a tenth of the results is
+    stored, so that the start of the workers does not count. The clock stops when every result is stored and every job
+    is acknowledged. The CPU times of workers and broker are read at the same two moments. A run of less than `LEAST_S`
+    depends more on its beginning and its end than on the system, so it is repeated with as many jobs as take twice that
+    time.
+
+    Submitting: the submitting program's own clock measures the time from the first acknowledged submission to the last.
+
+    Submit → start: jobs are submitted one by one, `RATE` a second, while nothing else happens. This machine's clock
+    measures the time.
+
+    50 ms jobs: they are measured like no-op jobs, with at most 500 at once in one process.
+    """
 
     def __init__(self, peer: Peer, session: Session, load: Load, folder: Path) -> None:
         self.peer, self.session, self.load, self.folder = peer, session, load, folder
 
     def sized(self, setting: Setting, processes: int) -> tuple[Drained, float]:
-        """No-op jobs, and the rate at which they were submitted; again with more jobs if the run was short."""
+        """Measure no-op jobs, and measure again with more jobs if the run was short. Return the figures, and the rate
+        at which the jobs were submitted."""
         found = self.drained(setting, processes, "noop", self.load.jobs)
         more = enough(self.load.jobs, found[0].jobs_per_s)
         return self.drained(setting, processes, "noop", more) if self.load.sized and more > self.load.jobs else found
 
     def drained(self, setting: Setting, processes: int, task: str, jobs: int) -> tuple[Drained, float]:
-        """``jobs`` that waited in the queue for their workers, and the rate at which they were submitted."""
+        """Submit ``jobs`` jobs, then start workers and measure them. Return the figures, and the rate at which the jobs
+        were submitted."""
         self.session.fresh()
         submitted = self._submit(self.session.submit(["bulk" if self.peer.bulk else "one", task, str(jobs)]))
         with self._workers(setting, processes) as family:
@@ -170,12 +179,12 @@ class Bench:
         )
 
     def submitted(self, how: str, task: str, jobs: int) -> float:
-        """Submissions a second with no worker about."""
+        """Return the submissions per second while no worker runs."""
         self.session.fresh()
         return self._submit(self.session.submit([how, task, str(jobs)]))
 
     def start_ms(self, setting: Setting) -> list[float]:
-        """Milliseconds from submitting to starting, of jobs that come `RATE` a second."""
+        """Return the milliseconds from submission to start, of jobs that are submitted `RATE` a second."""
         self.session.fresh()
         stamps = self.folder / "stamps"
         stamps.write_text("", "ascii")
@@ -205,8 +214,8 @@ class Bench:
             yield family
 
     def _reach(self, family: Family, jobs: int, wanted: int, *, whole: bool) -> int:
-        """Wait until ``wanted`` results are stored and, if ``whole``, all jobs
-        acknowledged; how many were stored then."""
+        """Wait until ``wanted`` results are stored and, if ``whole``, all jobs are acknowledged. Return the number of
+        results that are stored then. Raises `TimeoutError` or `Died`."""
         best, deadline = (-1, 0), 0.0
         while True:
             now = self.session.progress(jobs)
@@ -223,7 +232,7 @@ class Bench:
             time.sleep(LOOK_S)
 
     def _submit(self, command: Command) -> float:
-        """Run a submitting program to its end; jobs a second by its own clock."""
+        """Run a submitting program to its end. Return the jobs per second by its own clock. Raises `Died`."""
         with running([command], self.folder, "submit") as family:
             said = family.finished()
         try:

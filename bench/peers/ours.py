@@ -1,8 +1,9 @@
-"""Ourselves, on the embedded broker or the one that ``JOBLEDGER_BOOTSTRAP`` names.
+"""Jobledger itself, on the embedded broker or on the broker that ``JOBLEDGER_BOOTSTRAP`` names.
 
-A result is kept in the log. That is where it is durable and where other services read it; to look one up by its job's
-id there is the status table, which a materializer keeps. So there are two rows: workers alone, and workers with a
-materializer beside them (SQLite) until every result can be looked up, its CPU time counted with theirs.
+A result is stored in the log, where it is durable and where other services read it. To look up a result by its job's id
+there is the status table, which a materializer writes. So there are two rows: one for workers alone, and one for
+workers together with a materializer (SQLite). The latter is measured until every result can be looked up, and its CPU
+time includes the materializer's.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from pathlib import Path
 
 import confluent_kafka
 from confluent_kafka import TopicPartition
-from confluent_kafka.admin import OffsetSpec  # type: ignore[attr-defined]  # re-exported without saying so
+from confluent_kafka.admin import OffsetSpec  # type: ignore[attr-defined]  # an implicit re-export
 
 from bench import harness
 from bench.endtoend import _committed
@@ -31,7 +32,7 @@ from jobledger.kafka.topic_names import Names
 
 PARTITIONS, QUEUE = 4, "default"
 APP = "bench.peers.ours_app"
-#: Started and succeeded.
+#: Number of facts of a job that succeeds: started and succeeded.
 FACTS = 2
 
 
@@ -46,7 +47,7 @@ class OurSession:
         self._status: App | None = None
 
     def fresh(self) -> None:
-        """A namespace of its own; the last one's topics are deleted."""
+        """Create a new namespace, and delete the topics of the previous one."""
         self.close()
         self._names = harness.fresh_names("peers")
         specs = topology.desired(self._names, {QUEUE: PARTITIONS}, partitions=PARTITIONS, replication=1)
@@ -56,7 +57,7 @@ class OurSession:
             self._status = App(self._names.namespace, settings=self.settings.with_status_url(url))
 
     def close(self) -> None:
-        """Delete what the last measurement left."""
+        """Delete what the previous measurement left."""
         if self._status is not None:
             self._status.close()
         if self._names is not None:
@@ -68,13 +69,13 @@ class OurSession:
 
     @property
     def names(self) -> Names:
-        """Of the measurement that is on."""
+        """The names of the current measurement's namespace."""
         assert self._names is not None, "call fresh() first"
         return self._names
 
     @property
     def env(self) -> dict[str, str]:
-        """Where our processes find their broker, their topics and their status table."""
+        """Environment variables with which our processes find their broker, their topics and their status table."""
         found = {
             "JOBLEDGER_BOOTSTRAP": self.settings.resolve_bootstrap(),
             "JOBLEDGER_HOME": str(self._folder),
@@ -86,18 +87,24 @@ class OurSession:
         return found
 
     def submit(self, arguments: Sequence[str]) -> Command:
-        """See the port."""
+        """See `bench.peers.port.Session`."""
         return Command([python(), "-m", APP, *arguments], self.env)
 
     def workers(self, setting: Setting, processes: int) -> Sequence[Command]:
-        """One ``jobledger worker`` with as many processes, and a materializer if there is to be a status table."""
+        """Return one ``jobledger worker`` with this number of processes, and a materializer if the status table is
+        measured, too."""
         ours = [python(), "-m", "jobledger"]
         worker = [*ours, "worker", f"{APP}:app", "--processes", str(processes), *setting.arguments]
         table = [*ours, "materializer", f"{APP}:app"]
         return [Command(argv, {**self.env, **setting.env}) for argv in ([worker, table] if self._table else [worker])]
 
     def progress(self, jobs: int) -> Progress:
-        """Facts in the log, of which a job that succeeds has two; submissions behind the group's committed offsets."""
+        """Count the stored results and the unacknowledged jobs.
+
+        A job that succeeds has two facts in the log, so the stored results are half the facts. If there is a status
+        table, its succeeded jobs are counted instead, once all facts are in the log. The unacknowledged jobs are the
+        submissions at or above the group's committed offsets.
+        """
         lifecycle = [TopicPartition(self.names.lifecycle, p) for p in range(PARTITIONS)]
         latest = OffsetSpec.latest()  # type: ignore[no-untyped-call]  # it has no types
         ends = self._admin.list_offsets(dict.fromkeys(lifecycle, latest))
@@ -112,10 +119,10 @@ class OurSession:
 
 
 class Ours:
-    """Workers alone, or with a status table to look results up in."""
+    """Workers alone, or with a status table in which results can be looked up."""
 
     bulk = True
-    #: The best first. Tried:
+    #: The settings that were tried, the best one first.
     settings = (
         Setting("100 at once", ("--concurrency", "100")),
         Setting("500 at once", ("--concurrency", "500")),
@@ -129,13 +136,13 @@ class Ours:
         self.title = "Jobledger with a status table" if table else "Jobledger"
 
     def install(self) -> Mapping[str, str]:
-        """Nothing: we are here."""
+        """Install nothing, because Jobledger is here already. Return names and versions."""
         client = {"confluent-kafka": version("confluent-kafka"), "librdkafka": confluent_kafka.libversion()[0]}
         return {"jobledger": version("jobledger"), **client, "Kafka": KAFKA_VERSION}
 
     @contextlib.contextmanager
     def session(self, folder: Path) -> Iterator[Session]:
-        """See the port."""
+        """See `bench.peers.port.Peer`."""
         given = os.environ.get("JOBLEDGER_BOOTSTRAP")
         with contextlib.ExitStack() as stack:
             brokers: list[int] = []

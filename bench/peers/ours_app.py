@@ -15,27 +15,27 @@ app = App(os.environ.get("BENCH_NAMESPACE", "bench"), partitions=int(os.environ.
 
 @app.task(name="noop")
 async def noop(number: int) -> int:
-    """Nothing, with a result to keep."""
+    """Do nothing, but return a result to store."""
     return number
 
 
 @app.task(name="nap")
 async def nap(number: int) -> int:
-    """Waits, as a job that calls somebody does."""
+    """Wait, as a job does that calls another service."""
     await asyncio.sleep(0.05)
     return number
 
 
 @app.task(name="stamp")
 async def stamp(at_ns: int) -> int:
-    """Writes down how long ago it was submitted."""
+    """Write to a file how long ago the job was submitted."""
     with open(os.environ[STAMPS], "a", encoding="ascii") as file:  # noqa: ASYNC230  # one short line
         file.write(f"{time.time_ns() - at_ns}\n")
     return at_ns
 
 
 def main() -> None:
-    """Submit as the command line says."""
+    """Submit the jobs that the command line describes."""
     course = Course()
     task = app.tasks[course.task]
     if course.bulk:

@@ -1,4 +1,5 @@
-"""Child processes of one measurement: started with their output in a file, watched, and ended by their ids."""
+"""The child processes of one measurement: starts them with their output in files, watches them, and ends them by their
+process ids."""
 
 from __future__ import annotations
 
@@ -17,11 +18,11 @@ STOP_S = 15.0
 
 
 class Died(RuntimeError):
-    """A process ended that should not have; the message has the end of its output."""
+    """A process has ended unexpectedly, or with an error. The message has the end of its output."""
 
 
 class Family:
-    """Processes with everything under them."""
+    """Processes with all processes below them."""
 
     def __init__(self, commands: Sequence[Command], folder: Path, name: str) -> None:
         self._logs = [folder / f"{name}-{number}.log" for number in range(len(commands))]
@@ -41,32 +42,34 @@ class Family:
 
     @property
     def pids(self) -> list[int]:
-        """Of the processes that were started, not of those under them."""
+        """The ids of the processes that were started, without those of the processes below them."""
         return [process.pid for process in self._running]
 
     def check(self) -> None:
-        """Raise `Died` if one has."""
+        """Raise `Died` if a process has ended."""
         for process, path in zip(self._running, self._logs, strict=True):
             if process.poll() is not None:
                 raise Died(f"{process.args!r} ended with {process.returncode}: {tail(path)}")
 
     def cpu_s(self) -> float:
-        """CPU seconds used so far, user and system, by all that live."""
+        """Return the CPU seconds, user and system, that all processes that still run have used so far."""
         return cpu_s(self.pids)
 
     def finished(self) -> str:
-        """Wait for the end of all; what they printed last. Raises `Died` for exit codes other than 0."""
+        """Wait for the end of all processes, and return the end of their output. Raises `Died` for exit codes other
+        than 0."""
         for process, path in zip(self._running, self._logs, strict=True):
             if process.wait():
                 raise Died(f"{process.args!r} ended with {process.returncode}: {tail(path)}")
         return self.said()
 
     def said(self) -> str:
-        """The end of what they printed."""
+        """Return the end of the processes' output."""
         return " / ".join(filter(None, map(tail, self._logs)))
 
     def stop(self) -> None:
-        """SIGTERM, and SIGKILL for what is left after `STOP_S`, grandchildren included."""
+        """Send SIGTERM to the processes, and SIGKILL to those that still run after `STOP_S` seconds and to all
+        processes below them."""
         below = [child for process in self._running for child in _below(process.pid)]
         for process in self._running:
             process.terminate()
@@ -80,7 +83,7 @@ class Family:
 
 @contextlib.contextmanager
 def running(commands: Sequence[Command], folder: Path, name: str) -> Iterator[Family]:
-    """The processes, until the block ends."""
+    """Run the processes until the block ends."""
     family = Family(commands, folder, name)
     try:
         yield family
@@ -89,7 +92,7 @@ def running(commands: Sequence[Command], folder: Path, name: str) -> Iterator[Fa
 
 
 def cpu_s(pids: Iterable[int]) -> float:
-    """CPU seconds of these processes and of all under them."""
+    """Return the CPU seconds of these processes and of all processes below them."""
     total = 0.0
     for pid in pids:
         for process in [*_itself(pid), *_below(pid)]:
@@ -100,7 +103,7 @@ def cpu_s(pids: Iterable[int]) -> float:
 
 
 def tail(path: Path, size: int = 2_000) -> str:
-    """The end of a file, for messages."""
+    """Return the end of a file, for messages: at most ``size`` characters."""
     return path.read_text("utf-8", errors="replace")[-size:].strip()
 
 

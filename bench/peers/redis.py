@@ -1,7 +1,7 @@
-"""A Redis server of our own for one peer: no persistence, a free port on 127.0.0.1; and
-enough of its protocol to look in.
+"""Starts a Redis server for one peer, without persistence and on a free port of 127.0.0.1. Contains enough of Redis's
+protocol to read its counts.
 
-Without persistence a Redis that dies loses every job: what is measured here is its best case.
+Without persistence, a Redis server that dies loses every job. So the figures are Redis's best case.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from jobledger.kafka.embedded.ports import free_port
 
 HOST = "127.0.0.1"
 START_S = 20.0
-#: Databases: jobs in one, results in the other, where the system lets them be apart.
+#: Numbers of the databases: jobs are in one and results in the other, if the system can separate them.
 JOBS, RESULTS = 0, 1
 
 
 class Redis:
-    """A connection; `ask` sends one command and returns its reply."""
+    """A connection to a Redis server; `ask` sends one command and returns its reply."""
 
     def __init__(self, port: int) -> None:
         self.port = port
@@ -34,7 +34,8 @@ class Redis:
         self._database = JOBS
 
     def ask(self, *words: str, database: int = JOBS) -> Any:
-        """The reply: an int, bytes, None or a list of these. Raises `RuntimeError` for Redis's own errors."""
+        """Send one command and return the reply: an int, bytes, None or a list of these. Raises `RuntimeError` for
+        Redis's own errors."""
         if database != self._database:
             self._exchange("SELECT", str(database))
             self._database = database
@@ -68,7 +69,7 @@ class Redis:
 
 
 class RedisSession:
-    """What the sessions of all peers on Redis have in common."""
+    """The common part of the sessions of all peers on Redis."""
 
     def __init__(self, server: Family, redis: Redis) -> None:
         self.server, self.redis = server, redis
@@ -80,22 +81,23 @@ class RedisSession:
         return self.server.pids
 
     def fresh(self) -> None:
-        """Delete everything."""
+        """Delete everything on the Redis server."""
         self.redis.ask("FLUSHALL")
 
     @property
     def env(self) -> dict[str, str]:
-        """Where the peers' programs find Redis."""
+        """Environment variables with the addresses of Redis, for the peers' programs."""
         return {"BENCH_JOBS": f"{self.url}/{JOBS}", "BENCH_RESULTS": f"{self.url}/{RESULTS}"}
 
     def keys(self, database: int) -> int:
-        """How many keys a database has."""
+        """Return the number of keys in a database."""
         return int(self.redis.ask("DBSIZE", database=database))
 
 
 @contextlib.contextmanager
 def serve(program: str, folder: Path) -> Iterator[tuple[Family, Redis]]:
-    """A server with its data in ``folder``, and a connection to it, until the block ends."""
+    """Run a server with its data in ``folder`` until the block ends. Yield the server and a connection to it. Raises
+    `NotRun`."""
     port = free_port()
     argv = [program, "--bind", HOST, "--port", str(port), "--dir", str(folder), "--save", "", "--appendonly", "no"]
     with running([Command(argv)], folder, "redis") as family:
@@ -115,7 +117,8 @@ def serve(program: str, folder: Path) -> Iterator[tuple[Family, Redis]]:
 
 
 class PythonPeer:
-    """A Python system on Redis: what its module says, and how that is installed and served."""
+    """A job system in Python on Redis. The system's own module gives the parameters; this class installs the system and
+    starts its Redis server."""
 
     def __init__(
         self,
@@ -132,12 +135,12 @@ class PythonPeer:
         self._requirements, self._session = requirements, session
 
     def install(self) -> Mapping[str, str]:
-        """An environment of its own, and Redis."""
+        """Install the system in an environment of its own, and Redis. Return names and versions."""
         versions = tools.venv(self.name, self._requirements)
         return {**versions, "Redis": tools.redis_version(tools.redis_server())}
 
     @contextlib.contextmanager
     def session(self, folder: Path) -> Iterator[Session]:
-        """See the port."""
+        """See `bench.peers.port.Peer`."""
         with serve(tools.redis_server(), folder) as (server, connection):
             yield self._session(server, connection)

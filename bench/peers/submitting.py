@@ -1,6 +1,8 @@
-"""The command line of every program that submits, in Python: ``one|bulk TASK COUNT [RATE]``; prints ``{"seconds": …}``.
+"""The command line of every Python program that submits: ``one|bulk TASK COUNT [RATE]``. Such a program prints
+``{"seconds": …, "jobs": …}``.
 
-The standard library alone, because this runs in the peers' own environments. `submit.mjs` does the same in Node.
+This module uses only the standard library, because it runs in the peers' own environments. `submit.mjs` does the same
+in Node.
 """
 
 from __future__ import annotations
@@ -12,10 +14,12 @@ from collections.abc import Iterator
 
 
 class Course:
-    """What to submit: iterate over it, or over its `chunks`, and submit each before the next is taken.
+    """The arguments of the jobs to submit. Iterate over this object, or over its `chunks`, and submit each job or chunk
+    before the next one is taken.
 
-    The clock starts once the first job, or chunk if there are several, is submitted, so connecting is not counted, and
-    stops when no further one is asked for. With ``rate`` a second, each waits for its time.
+    If there are several jobs or chunks, the clock starts once the first one is submitted, so that connecting is not
+    counted. The clock stops when the iteration ends. With ``rate``, each job or chunk waits for its time, so that
+    ``rate`` jobs a second are submitted.
     """
 
     def __init__(self, arguments: list[str] | None = None) -> None:
@@ -31,12 +35,12 @@ class Course:
         return time.time_ns() if self.task == "stamp" else number
 
     def __iter__(self) -> Iterator[int]:
-        """The jobs' arguments, one by one."""
+        """Yield the jobs' arguments, one by one."""
         for chunk in self.chunks(1):
             yield chunk[0]
 
     def chunks(self, size: int) -> Iterator[list[int]]:
-        """The jobs' arguments, ``size`` at a time."""
+        """Yield the jobs' arguments, ``size`` at a time. Print the measured time at the end."""
         begin = clock = time.perf_counter()
         counted = self.count
         for first in range(0, self.count, size):

@@ -1,5 +1,5 @@
-"""What was measured, put beside each other: the ratios that are aimed at, and the table as
-JSON, Markdown and on a terminal."""
+"""Compares the figures of the systems: the ratios that have a target; and the table as JSON, as Markdown and on a
+terminal."""
 
 from __future__ import annotations
 
@@ -12,14 +12,15 @@ import msgspec
 from bench.peers.measure import Drained, Row, Tried
 
 OURS = "ours"
-#: No-op jobs a second in one process: at least so many times the peer's.
+#: Targets by peer: our no-op jobs per second in one process are at least this many times the peer's.
 TIMES = {"celery": 15.0, "bullmq": 1.2}
-#: Rows that are ours, and so no peers.
+#: Names of our own rows, which are not peers.
 OWN = ("ours", "ours-table")
 
 
 class Verdict(msgspec.Struct, frozen=True):
-    """One target: ``value`` must be at least ``target``. ``text`` says what of; a ratio of 2 is twice as good."""
+    """One target: the ratio ``value`` must be at least ``target``. ``text``: the ratio's name. A ratio of 2 is twice as
+    good."""
 
     text: str
     value: float
@@ -27,12 +28,12 @@ class Verdict(msgspec.Struct, frozen=True):
 
     @property
     def met(self) -> bool:
-        """Whether it is."""
+        """Whether the target is met."""
         return self.value >= self.target
 
 
 def verdicts(rows: Sequence[Row]) -> list[Verdict]:
-    """The targets that these rows can tell of; none without our own row."""
+    """Return the targets that can be computed from these rows; none without our own row."""
     ours = next((row.one for row in rows if row.name == OURS), None)
     if ours is None:
         return []
@@ -43,7 +44,7 @@ def verdicts(rows: Sequence[Row]) -> list[Verdict]:
         if row.name in TIMES:
             text = f"no-op jobs/s in one process ÷ {row.title}'s"
             found.append(Verdict(text, ours.jobs_per_s / row.one.jobs_per_s, TIMES[row.name]))
-        if ours.broker_cpu is not None:  # of a broker that runs elsewhere nothing is known
+        if ours.broker_cpu is not None:  # the CPU time of a broker that runs elsewhere is not known
             found.append(Verdict(f"{row.title}'s CPU per no-op job ÷ ours", row.one.cpu / ours.cpu, 1.0))
     return found
 
@@ -70,7 +71,7 @@ def _versions(row: Row) -> str:
     return ", ".join(f"{name} {number}" for name, number in row.versions.items())
 
 
-#: Headings with what stands below them.
+#: Headings of the columns, each with the function that returns a row's cell.
 COLUMNS: dict[str, Callable[[Row], str]] = {
     "system": lambda row: row.title,
     "no-op jobs/s, 1 process / 2": lambda row: _pair(row.one, row.two),
@@ -82,7 +83,7 @@ COLUMNS: dict[str, Callable[[Row], str]] = {
 
 
 def markdown(rows: Sequence[Row]) -> str:
-    """The table for a README, with settings and versions below it."""
+    """Return the table for a README, with settings and versions below it."""
     lines = ["| " + " | ".join(COLUMNS) + " |", "|---" * len(COLUMNS) + "|"]
     for row in rows:
         cells = [row.title, f"not run: {row.not_run}", *[""] * (len(COLUMNS) - 2)]
@@ -92,7 +93,7 @@ def markdown(rows: Sequence[Row]) -> str:
 
 
 def as_json(machine: dict[str, Any], rows: Sequence[Row], settings: Sequence[Tried] = ()) -> str:
-    """Machine, rows and targets, or the settings that were tried, as one JSON document."""
+    """Return machine, rows and targets, or the settings that were tried, as one JSON document."""
     found = {
         "machine": machine,
         "rows": msgspec.to_builtins(rows),
@@ -103,7 +104,7 @@ def as_json(machine: dict[str, Any], rows: Sequence[Row], settings: Sequence[Tri
 
 
 def show(rows: Sequence[Row], settings: Sequence[Tried] = ()) -> None:
-    """The same on stderr, for people."""
+    """Print the same on stderr, for people."""
     from rich.console import Console
     from rich.table import Table
 

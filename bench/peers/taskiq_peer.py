@@ -1,4 +1,4 @@
-"""Taskiq on Redis streams with results in Redis; it acknowledges once the result is saved (its default)."""
+"""Taskiq on Redis streams with results in Redis. Taskiq acknowledges a job once the result is saved (its default)."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ REQUIREMENTS = (
     "taskiq-redis==1.2.4",
     "redis==8.1.0",
     "hiredis==3.5.0",
-    "uvloop==0.23.0",  # its worker takes it if it is there
+    "uvloop==0.23.0",  # Taskiq's worker uses it if it is installed
     "orjson==3.13.0",
 )
 APP = "bench.peers.programs.taskiq_app"
@@ -21,25 +21,26 @@ ORJSON = {"BENCH_ORJSON": "1"}
 
 
 class TaskiqSession(redis.RedisSession):
-    """Taskiq with its Redis running."""
+    """Taskiq, with a running Redis server."""
 
     def submit(self, arguments: Sequence[str]) -> Command:
-        """See the port."""
+        """See `bench.peers.port.Session`."""
         return Command([python("taskiq"), "-m", APP, *arguments], self.env)
 
     def workers(self, setting: Setting, processes: int) -> Sequence[Command]:
-        """One ``taskiq worker`` with as many children."""
+        """Return one ``taskiq worker`` with this number of child processes."""
         argv = [python("taskiq"), "-m", "taskiq", "worker", f"{APP}:broker", *QUIET, "-w", str(processes)]
         return [Command([*argv, *setting.arguments], {**self.env, **setting.env})]
 
     def progress(self, jobs: int) -> Progress:
-        """Result keys; what the consumer group has not read, and what it has and did not acknowledge."""
+        """Count the result keys, and the records that the consumer group has not read, or has read and not
+        acknowledged."""
         (flat,) = self.redis.ask("XINFO", "GROUPS", "taskiq") or [[b"lag", 0, b"pending", 0]]
         group = dict(zip(flat[::2], flat[1::2], strict=True))
         return Progress(self.keys(redis.RESULTS), (group[b"lag"] or 0) + group[b"pending"])
 
 
-#: The best first. Tried:
+#: The settings that were tried, the best one first.
 SETTINGS = (
     Setting("100 at once", ("--max-async-tasks", "100")),
     Setting("20 at once", ("--max-async-tasks", "20")),

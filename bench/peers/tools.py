@@ -1,7 +1,7 @@
-"""What the peers need, installed apart from everything else: Python packages, Node packages, Redis.
+"""Installs what the peers need, separate from everything else: Python packages, Node packages, Redis.
 
-All of it goes under `HOME`; only Debian's own programs (Redis, Node) are installed for the machine, by root, if they
-are missing.
+Everything is installed under `HOME`. Only Debian's own programs (Redis, Node) are installed for the machine, by root,
+if they are missing.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ NODE_AT_LEAST = 18
 
 
 def venv(name: str, requirements: Sequence[str]) -> dict[str, str]:
-    """A virtual environment with exactly these requirements' first names as versions; made anew if they changed."""
+    """Create a virtual environment with these requirements; recreate it if they have changed. Return names and versions
+    of the requirements. Raises `NotRun`."""
     folder, stamp = HOME / name, HOME / name / "requirements.json"
     if not stamp.exists() or json.loads(stamp.read_text("utf-8")) != list(requirements):
         shutil.rmtree(folder, ignore_errors=True)
@@ -33,7 +34,7 @@ def venv(name: str, requirements: Sequence[str]) -> dict[str, str]:
 
 
 def pinned(requirements: Sequence[str]) -> dict[str, str]:
-    """Names and versions of ``name[extra]==version`` requirements."""
+    """Return the names and versions of ``name[extra]==version`` requirements. Raises `ValueError` for other text."""
     found = {}
     for requirement in requirements:
         match = re.fullmatch(r"([\w.-]+)(?:\[[\w,-]+\])?==([\w.+!-]+)", requirement)
@@ -44,7 +45,8 @@ def pinned(requirements: Sequence[str]) -> dict[str, str]:
 
 
 def node(name: str, source: Path) -> dict[str, str]:
-    """The programs and pinned packages of ``source``, copied and installed into ``HOME / name``; versions."""
+    """Copy the programs of ``source`` to ``HOME / name``, and install their pinned packages there. Return names and
+    versions. Raises `NotRun`."""
     if shutil.which("node") is None or shutil.which("npm") is None:
         _debian(["nodejs", "npm"], f"Node {NODE_AT_LEAST} or newer with npm")
     version = _run(["node", "--version"], "Node").strip().removeprefix("v")
@@ -63,12 +65,13 @@ def node(name: str, source: Path) -> dict[str, str]:
 
 
 def redis_server() -> str:
-    """The path of a program that is a Redis server; installed if it is missing and this is root on Debian."""
+    """Return the path of a program that is a Redis server. If the program is missing and this is root on Debian,
+    install it. Raises `NotRun`."""
     found = shutil.which("redis-server") or shutil.which("valkey-server")
     if found is not None:
         return found
-    # Debian's redis-server would start a service. The package of the tools has the same program: by which name it is
-    # called decides what it does.
+    # Debian's package redis-server would start a service. The package redis-tools has the same program, and the name by
+    # which the program is called decides what it does.
     if shutil.which("redis-check-rdb") is None:
         _debian(["redis-tools"], "a Redis server (redis-server on the PATH)")
     link = HOME / "bin" / "redis-server"
@@ -79,7 +82,7 @@ def redis_server() -> str:
 
 
 def redis_version(server: str) -> str:
-    """What a Redis server says of itself."""
+    """Return the version that a Redis server reports."""
     said = _run([server, "--version"], "Redis")
     match = re.search(r"v=([\d.]+)", said)
     return match[1] if match else said.strip()
@@ -97,7 +100,8 @@ def _debian(packages: Sequence[str], what: str) -> None:
 def _run(
     argv: Sequence[str], what: str, cwd: Path | None = None, env: Mapping[str, str] | None = None, check: bool = True
 ) -> str:
-    """What the command printed. Raises `NotRun`, saying that ``what`` could not be had and why."""
+    """Run a command and return its output. Raises `NotRun`, which says that ``what`` is needed, and why the command
+    failed."""
     try:
         done = subprocess.run(
             argv,

@@ -1,4 +1,5 @@
-"""Child processes: the pool, the process that forks them, the protocol between worker and child, and the code of a child.
+"""Child processes: the pool, the fork server that creates them, the protocol between worker and child, and the child's
+own code.
 
-A child knows its job and the app, and nothing of Kafka's partitions or offsets.
+A child knows its job and the app, but not Kafka's partitions or offsets.
 """

@@ -1,4 +1,4 @@
-"""Finds the import name of an app, by which a child process imports it."""
+"""Finds the import name of an app, with which a child process imports the app."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _module_of, _name_of, _parents_of = (type.__dict__[name].__get__ for name in ("_
 
 
 def find_target(registry: TaskRegistry) -> str:
-    """Return the name by which another process imports a registry's app: ``module:attribute``, or for a script
+    """Return the name with which another process imports a registry's app: ``module:attribute``, or for a script
     ``path.py:attribute``.
 
     Raises `ConfigError` if no loaded module holds the app at its top level.
@@ -38,5 +38,6 @@ def find_target(registry: TaskRegistry) -> str:
 
 def _is_app(value: object) -> bool:
     # Compare the class by name, because this package may not import jobledger.app. Do not look at attributes of the
-    # value: a lazy object may have any. Read the names through `type`, because a metaclass may override them and raise.
+    # value, because a lazy object may have any attribute. Read the names through `type`, because a metaclass may
+    # override them and raise.
     return any(_module_of(kind) == "jobledger.app" and _name_of(kind) == "App" for kind in _parents_of(type(value)))

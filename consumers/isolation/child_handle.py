@@ -1,4 +1,4 @@
-"""The worker's handle of one child process: its connection, its last output, how it ended."""
+"""The worker's handle of one child process: the child's connection, its last output, and how it ended."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from jobledger.consumers.state.outcome import MESSAGE_LIMIT, TRACEBACK_LIMIT, Ou
 from jobledger.consumers.state.work import JobRun
 from jobledger.schemas.events import ErrorInfo, JobProgressed
 
-#: Bytes of standard error that are kept, the last ones.
+#: Number of the last bytes of standard error that are kept.
 LAST_WORDS = 4_000
 
 PAGE = os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 4096
 
 
 class Owner(Protocol):
-    """The pool that a child reports to. Both methods run on the event loop."""
+    """The pool to which a child reports. Both methods run on the event loop."""
 
     def said(self, child: ChildHandle, outcome: Outcome) -> None:
         """Take the outcome of the child's job."""
@@ -31,10 +31,10 @@ class Owner(Protocol):
 
 
 class LastOutput:
-    """Pass on a process's standard error as it arrives, and keep the last `LAST_WORDS` bytes of it.
+    """Passes on the standard error of a process when it arrives, and keeps its last `LAST_WORDS` bytes.
 
-    It is not read through a transport, because uvloop's transport of a pipe closes its descriptor twice. By the second
-    time the number may belong to another file, such as a job's in another thread
+    The pipe is not read through a transport, because uvloop's transport of a pipe closes its descriptor twice. At the
+    second time the descriptor's number may belong to another file, for example one of a job in another thread
     (github.com/MagicStack/uvloop/issues/763).
     """
 
@@ -44,7 +44,7 @@ class LastOutput:
         self._loop: asyncio.AbstractEventLoop
 
     def listen(self, loop: asyncio.AbstractEventLoop, fd: int) -> None:
-        """Read ``fd`` until its end, and close it."""
+        """Read ``fd`` until its end, then close it."""
         os.set_blocking(fd, False)
         self._loop, self._fd = loop, fd
         loop.add_reader(fd, self._read)
@@ -57,8 +57,11 @@ class LastOutput:
             os.close(fd)
 
     def forget(self, unread: bool) -> None:
-        """Pass on what has been written until now, up to 64 KiB, and clear what is kept. ``unread``: whether there may be
-        something to read; each read lets other threads run first."""
+        """Pass on up to 64 KiB that the process has written until now, and clear the kept output.
+
+        ``unread``: whether there may be output to read. If not, the read is skipped, because each read lets other
+        threads run first.
+        """
         if unread and self._fd >= 0:
             self._read()
         self.kept = b""
@@ -80,7 +83,7 @@ class LastOutput:
 
 
 class ChildHandle(asyncio.Protocol):
-    """The worker's handle of one child, and the protocol of its connection. On the event loop."""
+    """The worker's handle of one child, and the asyncio protocol of the child's connection. On the event loop."""
 
     def __init__(self, owner: Owner) -> None:
         self._owner = owner
@@ -89,15 +92,15 @@ class ChildHandle(asyncio.Protocol):
         self.transport: asyncio.Transport | None = None
         self.pid = 0
         self.pidfd = -1
-        self.status: int | None = None  # as of `waitpid`, once it has ended
+        self.status: int | None = None  # as `waitpid` returns it, once the child has ended
         self.work: JobRun | None = None
         self.jobs = 0
         self.there = False  # both its pid and its connection are known
-        self.unread = True  # its standard error may hold what earlier jobs wrote
-        self.leaving = False  # it is to end, after its job
+        self.unread = True  # its standard error may hold output of earlier jobs
+        self.leaving = False  # the child is to end, after its job if it has one
         self.gone = False  # its connection has ended
-        self.orphan = False  # killed because the nursery ended
-        self.why: str | None = None  # why the pool killed it: timeout, memory, stop
+        self.orphan = False  # killed because the fork server ended
+        self.why: str | None = None  # why the pool killed the child: timeout, memory, stop
         self.timers: list[asyncio.TimerHandle] = []
         self.peak = 0
 
@@ -109,7 +112,7 @@ class ChildHandle(asyncio.Protocol):
             try:
                 said = decode_said(body)
             except Exception as exc:  # noqa: BLE001  # for example if the job's code writes to the connection
-                # The error that is recorded for the job shows this text.
+                # The error that the worker records for the job shows this text.
                 self.words.kept = f"what the process said to its worker cannot be read: {exc!r}".encode()
                 self.kill()
                 return
@@ -128,7 +131,7 @@ class ChildHandle(asyncio.Protocol):
             self.transport.write(data)
 
     def signal(self, number: int) -> None:
-        """Send a signal to the process, if it still exists."""
+        """Send a signal to the process, if the process still exists."""
         with contextlib.suppress(ProcessLookupError, OSError):
             if self.pidfd >= 0:
                 signal.pidfd_send_signal(self.pidfd, number)
@@ -136,7 +139,7 @@ class ChildHandle(asyncio.Protocol):
                 os.kill(self.pid, number)
 
     def kill(self) -> None:
-        """Kill the process and those it started."""
+        """Kill the process and the processes that it started."""
         with contextlib.suppress(ProcessLookupError, PermissionError):
             if self.pid and self.status is None:
                 os.killpg(self.pid, signal.SIGKILL)

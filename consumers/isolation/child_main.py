@@ -1,8 +1,8 @@
-"""A child process: runs one job at a time and reports each job's outcome to the worker.
+"""The code of a child process: runs one job at a time and reports each job's outcome to the worker.
 
-The nursery (`jobledger.consumers.isolation.fork_server`) has imported the app and forks the child. The child ends when the worker
-closes the connection. The worker passes on what the child writes to standard error and keeps the end of it, to explain
-the death of a child.
+The fork server (`fork_server`) has imported the app and forks the child. The child ends when the worker closes the
+connection. The worker passes on the child's standard error, and keeps the last part of it to explain the death of a
+child.
 """
 
 from __future__ import annotations
@@ -62,24 +62,24 @@ from jobledger.schemas.events import JobProgressed
 
 LOG = get_logger("jobledger.worker")
 
-#: Least seconds between two checks for garbage while jobs arrive; and seconds without a job until the idle check.
+#: Minimum seconds between two checks for garbage while jobs arrive; seconds without a job until the idle check.
 LOOK_S, IDLE_S = 0.1, 1
-#: Bytes to take from the connection at once.
+#: Maximum number of bytes to read from the connection at once.
 RECEIVED = 4_096
 #: Signals that tell the job's code to end: `LATE` at its timeout, `STOP` when it is cancelled.
 LATE, STOP = signal.SIGUSR1, signal.SIGUSR2
 #: Seconds between two progress messages of one job.
 PROGRESS_INTERVAL_S = 0.1
 #: Bytes of data (``RLIMIT_DATA``) that a job may allocate beyond its ``max_memory``; then Python raises `MemoryError`.
-#: The worker measures memory only every `children.WATCH_S` seconds; this limit stops a job that allocates much at once.
+#: The worker measures memory only every `pool.WATCH_S` seconds, so this limit stops a job that allocates much at once.
 HEADROOM = 256 << 20
 
-#: Milliseconds that an ending child waits for its trace spans to be exported.
+#: Milliseconds that a child waits, before it ends, until its trace spans are exported.
 FLUSH_MS = 1_500
 
 
 class JobProcess:
-    """Run the jobs that arrive on one connection; see the module."""
+    """Runs the jobs that arrive on one connection; see the module's docstring."""
 
     def __init__(self, registry: TaskRegistry, connection: socket.socket) -> None:
         self._registry, self._connection = registry, connection
@@ -91,20 +91,22 @@ class JobProcess:
         self._clock: asyncio.Timeout | None = None
         self._inside = False  # the code of a plain function is running
         self._late = False  # the running attempt exceeded its timeout
-        self._told: type[TaskInterrupted] | None = None  # the error that the running code was interrupted with
+        self._told: type[TaskInterrupted] | None = None  # the error that interrupted the running code
         self._most: int | None = None  # the memory limit now set, in bytes
         self._reported_at = 0.0
         self._unsent: JobProgressed | None = None
         self._garbage = Garbage()
         self._split = Splitter()
-        # A timeout of Python's own would ask the system before each message whether it has come.
+        # With `socket.settimeout`, Python would ask the system before each message whether data has arrived.
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("ll", IDLE_S, 0))
         self._looked_at = 0.0  # when garbage was checked last
-        self._sending = threading.Lock()  # guards reports against the end of the context: a job's thread may outlive it
+        # Guards reports of progress against the end of the context: a thread of the job may outlive its context.
+        self._sending = threading.Lock()
 
     def serve(self) -> None:
         """Run the jobs that arrive until the connection ends. In the main thread, because signals end a job."""
-        # The child ignores SIGINT and SIGTERM, as its nursery does. The processes that a job forks must not ignore them.
+        # The child ignores SIGINT and SIGTERM, as its fork server does. The processes that a job forks must not ignore
+        # these signals.
         with SignalHandlers((LATE, STOP), self._interrupted), SignalHandlers((signal.SIGINT, signal.SIGTERM), _ignore):
             self._serve()
             self._close()
@@ -119,19 +121,21 @@ class JobProcess:
                 said = ended(Failed("never", error_info(broken)))
             said.unread = has_unread(2)
             self._connection.sendall(frame(said))
-            # Between two jobs, garbage is checked at most every `LOOK_S` seconds; see `_receive` for when none comes.
+            # Between two jobs, check for garbage at most every `LOOK_S` seconds. `_receive` checks if no job arrives.
             now = time.monotonic()
             if now - self._looked_at >= LOOK_S:
                 self._looked_at = now
                 self._garbage.look(idle=False)
 
     def _receive(self) -> bytes | None:
-        """Return the next message, of which the worker sends one at a time; None once the connection has ended. Checks
-        for garbage each `IDLE_S` in which nothing arrives."""
+        """Return the next message; None if the connection has ended. The worker sends one message at a time.
+
+        After each `IDLE_S` seconds without data, check for garbage.
+        """
         while True:
             try:
                 data = self._connection.recv(RECEIVED)
-            except BlockingIOError:  # nothing came within `IDLE_S`, or a job has made the connection non-blocking
+            except BlockingIOError:  # no data within `IDLE_S`, or a job made the connection non-blocking
                 self._connection.setblocking(True)
                 self._garbage.look(idle=True)
                 continue
@@ -147,7 +151,7 @@ class JobProcess:
     def _run(self, run: RunMessage) -> EndedMessage:
         self._late, self._told = False, None
         task = self._registry.tasks.get(run.task)
-        if task is None:  # the code on disk differs from what the worker runs
+        if task is None:  # the code on disk differs from the code that the worker runs
             missing = LookupError(f"the child process has no task {run.task!r}: was the app changed under its worker?")
             return ended(judge(Retry(), run.attempt, missing, random.random()))
         try:
@@ -171,7 +175,7 @@ class JobProcess:
             value, error = self._call(task, context, kwargs)
         except BaseException as raised:  # noqa: BLE001  # SystemExit ends the job only, as in a thread
             value, error = None, raised
-        if forks.depth != self._depth:  # the job forked and this is the new process: the connection is its parent's
+        if forks.depth != self._depth:  # the job forked, and this is the new process: the parent owns the connection
             forks.left(error)
         self._end(context)
         try:
@@ -182,7 +186,8 @@ class JobProcess:
     def _call(
         self, task: Task[Any, Any], context: JobContext, kwargs: dict[str, Any]
     ) -> tuple[Any, BaseException | None]:
-        """Return what the code returned, or what a coroutine raised. Raises what a plain function raises."""
+        """Run the task's code. Return (value, None), or (None, exception) for a coroutine function that raised. Raises
+        the exception that a plain function raises."""
         function = self._functions.get(task.name)
         if function is None:
             function = self._functions[task.name] = runner(task, self._registry.hooks)
@@ -220,7 +225,7 @@ class JobProcess:
         self._running, self._function = asyncio.current_task(), function
         clock = self._clock = asyncio.timeout(limit)
         try:
-            if self._told is TaskCancelled:  # before its code started
+            if self._told is TaskCancelled:  # the job was cancelled before its code started
                 raise asyncio.CancelledError
             async with clock:
                 value = await function(**kwargs)
@@ -232,19 +237,20 @@ class JobProcess:
             self._late = self._late or clock.expired()
 
     def _plainly(self, function: Callable[..., Any], context: JobContext, kwargs: dict[str, Any]) -> Any:
-        """Run a plain function, which `_interrupted` may interrupt. Raises what it raises."""
+        """Run a plain function, which `_interrupted` may interrupt. Raises what the function raises."""
         enter(context)
         value: Any = None
         returned = False
         try:
             self._inside = True
-            if self._told is not None:  # before its code started
+            if self._told is not None:  # the signal arrived before the code started
                 raise self._told
             value = settled(function(**kwargs))
             returned = True
             self._inside = False
         except TaskInterrupted:
-            # At most one is raised, so nothing interrupts from here on. After the code's return it is dropped.
+            # At most one interrupt is raised for an attempt, so none follows. An interrupt after the code's return is
+            # dropped.
             if not returned:
                 raise
         finally:
@@ -252,9 +258,10 @@ class JobProcess:
         return value
 
     def _awaited(self, value: Awaitable[Any]) -> Any:
-        """Run the awaitable that a plain function returned, and return its value. `_interrupted` cancels it.
+        """Run the awaitable that a plain function returned, and return its value. `_interrupted` may cancel the
+        awaitable.
 
-        Raises what the awaitable raises.
+        Raises what the awaitable raises; after an interrupt, the `TaskInterrupted` for it.
         """
         said: list[tuple[Any, BaseException | None]] = []
 
@@ -295,8 +302,8 @@ class JobProcess:
             raise self._told
 
     def _tell_blocked(self, frame: FrameType | None) -> None:
-        """Raise `TaskTimedOut` in a coroutine that is past its timeout and blocks the loop, so that `asyncio.timeout`
-        could not end it."""
+        """Raise `TaskTimedOut` in a coroutine that is past its timeout, and that blocks the event loop so that
+        `asyncio.timeout` could not end the coroutine."""
         clock, function = self._clock, self._function
         if clock is None or function is None or clock.expired():
             return
@@ -319,7 +326,7 @@ class JobProcess:
 
     def _report(self, context: JobContext, progressed: JobProgressed) -> None:
         with self._sending:
-            if context.ended:  # ended since the context checked: this report would count as the next job's
+            if context.ended:  # the attempt ended after the context checked: this would count for the next job
                 return
             now = time.monotonic()
             if now - self._reported_at < PROGRESS_INTERVAL_S:
@@ -340,7 +347,7 @@ class JobProcess:
         self._connection.sendall(frame(ProgressMessage(said.sequence, said.done, said.total, said.message)))
 
     def _close(self) -> None:
-        with contextlib.suppress(Exception):  # `close` logs; and the process ends anyway
+        with contextlib.suppress(Exception):  # `close` logs errors, and the process ends in any case
             if self._loop is None:
                 self._loop = asyncio.Runner()
             self._loop.run(self._registry.resources.close())
@@ -350,7 +357,7 @@ class JobProcess:
 
 
 def run_child(registry: TaskRegistry, connection: socket.socket, errors: int) -> None:
-    """Run as a child in a newly forked process; does not return. ``errors``: file descriptor for standard error."""
+    """Run as a child in a newly forked process. Does not return. ``errors``: file descriptor for standard error."""
     status = 1
     try:
         os.dup2(errors, 2)
@@ -379,8 +386,8 @@ def _ignore(number: int, frame: FrameType | None) -> None:
 
 
 def has_unread(fd: int) -> bool:
-    """Return whether a pipe may hold bytes that its reader has not read. Only Linux answers
-    this at the pipe's write end."""
+    """Return whether a pipe, given by its write end, may hold bytes that the reader has not read. Only Linux can answer
+    this at the write end; elsewhere the result is True."""
     if sys.platform != "linux":
         return True
     count = bytearray(4)
@@ -405,8 +412,8 @@ def limit_memory(most: int | None) -> None:
 
 
 def _die_with_the_nursery() -> None:
-    """Have Linux kill this process when its parent ends. Elsewhere it ends when its connection does, after the current
-    job."""
+    """Let Linux kill this process when its parent ends. On other systems this process ends after the current job, when
+    its connection has ended."""
     if sys.platform == "linux":
         import ctypes
 

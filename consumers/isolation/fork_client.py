@@ -1,6 +1,6 @@
-"""The worker's client of its nursery (`nursery`): starts the process that children are forked from, and restarts it.
+"""The worker's client of its fork server (`fork_server`): starts the fork server and restarts it.
 
-This module knows children only as processes. Which jobs run in them is decided in `children.Children`.
+This module knows children only as processes. `pool.ChildPool` decides which jobs run in them.
 """
 
 from __future__ import annotations
@@ -25,18 +25,18 @@ from jobledger.process.logger import get_logger
 
 LOG = get_logger("jobledger.worker")
 
-#: Seconds until a nursery that ended is restarted: after the first end, and the longest wait after further ones.
+#: Seconds until a fork server that has ended is restarted: after the first end, and at most after further ends.
 AGAIN_S, AGAIN_MOST_S = 0.5, 30.0
 
 
 @dataclass(frozen=True, slots=True)
 class Told:
-    """Hold the callbacks of a nursery, all called on the event loop.
+    """The callbacks of a `ForkClient`, all called on the event loop.
 
-    ``there(child)``: the child runs and is connected; once for each. ``died(child)``: the child has ended and its
-    ``status`` is set. ``gone(unborn)``: the nursery has ended, and every child with it; ``unborn`` had been requested
-    but not forked. ``again()``: the nursery was restarted. ``unusable(error)``: no child can be started; no callback
-    follows.
+    ``there(child)``: the child runs and is connected; called once for each child. ``died(child)``: the child has ended
+    and its ``status`` is set. ``gone(unborn)``: the fork server has ended, and all its children with it; the children
+    ``unborn`` had been requested but not forked. ``again()``: the fork server was restarted. ``unusable(error)``: no
+    child can be started; no callback follows.
     """
 
     there: Callable[[ChildHandle], None]
@@ -47,9 +47,10 @@ class Told:
 
 
 class ForkClient:
-    """Start a nursery process and ask it for children.
+    """Starts a fork server and asks it for children.
 
-    ``target``: the app that it imports, see `target.find_target`. All methods but `abandon` run on the event loop.
+    ``target``: the app that the fork server imports, see `app_target.find_target`. All methods except `abandon` run on
+    the event loop.
     """
 
     def __init__(self, target: str, settings: Settings, tell: Told) -> None:
@@ -63,22 +64,21 @@ class ForkClient:
         self._born: deque[ChildHandle] = deque()  # requested, pid not reported yet, the oldest first
         self._by_pid: dict[int, ChildHandle] = {}
         self._tasks: set[asyncio.Task[None]] = set()
-        self._heard: weakref.WeakSet[LastOutput] = (
-            weakref.WeakSet()
-        )  # ended children's too: their own children may write
+        # Also the outputs of ended children, because processes that these children started may still write.
+        self._heard: weakref.WeakSet[LastOutput] = weakref.WeakSet()
 
     @property
     def running(self) -> bool:
-        """Whether the nursery was started and has not ended."""
+        """Whether the fork server was started and has not ended."""
         return self._process is not None
 
     @property
     def listens(self) -> bool:
-        """Whether the nursery takes requests for children and reports their ends."""
+        """Whether the fork server takes requests for children and reports the children that have ended."""
         return self._control is not None
 
     def start(self) -> None:
-        """Start the nursery. Raises `OSError` if the system has no process or no file left."""
+        """Start the fork server. Raises `OSError` if the system allows no more processes or open files."""
         self._loop = asyncio.get_running_loop()
         ours, theirs = socket.socketpair()
         rest = {
@@ -94,7 +94,8 @@ class ForkClient:
                 stderr=subprocess.PIPE,
                 start_new_session=True,
             )
-        # Not as an argument: a URL may hold a password, and every user of the machine can list arguments of processes.
+        # Sent on standard input, not as an argument, because a URL may hold a password, and every user of the machine
+        # can list the arguments of processes.
         assert self._process.stdin is not None
         with contextlib.suppress(BrokenPipeError), self._process.stdin as told:
             told.write(json.dumps(rest).encode())
@@ -107,7 +108,7 @@ class ForkClient:
             self._words.listen(self._loop, os.dup(errors.fileno()))
 
     def fork(self, child: ChildHandle) -> None:
-        """Ask the nursery, which must be listening (`listens`), to fork ``child``.
+        """Ask the fork server to fork ``child``. `listens` must be true.
 
         Raises `OSError`, for example if no more files may be opened. Then nothing was requested.
         """
@@ -121,7 +122,7 @@ class ForkClient:
             theirs_of.callback(os.close, write)
             socket.send_fds(self._control, [b"F"], [theirs.fileno(), write])
             ours_of.pop_all()
-        # Only after the request was sent: the nursery answers in the order of the requests.
+        # Only after the request was sent, because the fork server answers in the order of the requests.
         self._born.append(child)
         ours.setblocking(False)
         child.words.listen(self._loop, read)
@@ -131,17 +132,18 @@ class ForkClient:
         task.add_done_callback(self._tasks.discard)
 
     def forget(self, child: ChildHandle) -> None:
-        """Call no ``died`` for this child any more."""
+        """Do not call ``died`` for this child any more."""
         self._by_pid.pop(child.pid, None)
 
     def closing(self) -> None:
-        """Expect the end of the nursery from now on, and cancel connections that are still being made."""
+        """Expect the end of the fork server from now on, and cancel connections that are still being made."""
         self._closing = True
         for task in list(self._tasks):
             task.cancel()
 
     async def close(self, seconds: float) -> None:
-        """End the nursery, by force after ``seconds``, and stop reading the standard error of all children."""
+        """End the fork server; kill it if it has not ended after ``seconds``. Then stop reading the standard error of
+        all children."""
         self._hang_up()
         process, self._process = self._process, None
         if process is not None:
@@ -154,7 +156,7 @@ class ForkClient:
             words.close()
 
     def abandon(self) -> None:
-        """Kill the nursery at once. For use after the event loop has ended."""
+        """Kill the fork server at once. For use after the event loop has ended."""
         self._closing = True
         if self._process is not None:
             self._process.kill()
@@ -202,9 +204,9 @@ class ForkClient:
                     )
 
     def _has_ended(self) -> None:
-        """Handle the end of the nursery: report it, and schedule a restart unless it never became ready.
+        """Handle and report the end of the fork server. Schedule a restart if the fork server had become ready.
 
-        All children are treated as dead. On Linux the system kills them with their parent.
+        All children are treated as dead. On Linux the system kills the children when their parent ends.
         """
         self._hang_up()
         process, self._process = self._process, None
@@ -221,7 +223,7 @@ class ForkClient:
         self._tell.gone(unborn)
         code = process.returncode
         if not self._ready:
-            self._loop.call_later(0.2, self._give_up, code)  # its last output may still arrive
+            self._loop.call_later(0.2, self._give_up, code)  # the last output may still arrive
             return
         LOG.error("the process from which children are forked ended with %s; it is restarted", code)
         self._loop.call_later(self._again_s, self._start_again)
@@ -260,7 +262,7 @@ class ForkClient:
         self._arrived(child)
 
     def _arrived(self, child: ChildHandle) -> None:
-        """Report the child as there, once, when both its pid and its connection are known."""
+        """Call ``there`` for the child, once, when both its pid and its connection are known."""
         if child.pid and child.transport is not None and not child.there:
             child.there = True
             self._tell.there(child)

@@ -1,8 +1,8 @@
 """Collects cyclic garbage according to the memory that the process uses.
 
-Python starts a collection according to the number of objects made. The errors of a few hundred jobs are few objects,
-but their frames may hold gigabytes. So the memory of the process is read a few times a second, and if it has grown
-enough since the last collection, garbage is collected.
+Python starts a collection according to the number of objects created. The errors of a few hundred jobs are few objects,
+but their frames may hold gigabytes. So this module compares the memory of the process with the memory after the last
+collection, a few times a second, and collects garbage if the memory has grown enough.
 """
 
 from __future__ import annotations
@@ -17,20 +17,20 @@ PAGE = os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 4096
 
 _LIBC = ctypes.CDLL(None) if os.name == "posix" else None
 
-#: A collection is due after growth by `GROWN` bytes, and by 1/`GROWN_SHARE` of the memory in use after the last one: a
-#: process that grows for a good reason is not to spend its time on collections.
+#: A collection is due when the memory has grown by `GROWN` bytes and by 1/`GROWN_SHARE` of the memory in use after the
+#: last collection. The second condition limits the time for collections in a process that grows for a good reason.
 GROWN, GROWN_SHARE = 64 << 20, 8
 #: Bytes of growth after which a collection is due in an idle worker, where it delays no job.
 GROWN_IDLE = 8 << 20
-#: After a collection there is none for `PAUSE` times its duration: the event loop waits for it, and where jobs take and
-#: free much memory, nearly every check would find growth. Growth by `GROWN_MOST` bytes, and by 1/`GROWN_MOST_SHARE` of
-#: the memory in use, does not wait: bounding memory comes first.
+#: After a collection there is no other one for `PAUSE` times its duration. A collection blocks the event loop, and if
+#: jobs allocate and free much memory, nearly every check finds growth. But after growth by `GROWN_MOST` bytes and by
+#: 1/`GROWN_MOST_SHARE` of the memory in use, there is no pause, because bounding the memory is more important.
 PAUSE = 9
 GROWN_MOST, GROWN_MOST_SHARE = 256 << 20, 2
 
 
 def due(in_use: int, after_last: int, idle: bool) -> bool:
-    """Whether a collection is due. ``in_use``: bytes now; ``after_last``: bytes after the last collection."""
+    """Return whether a collection is due. ``in_use``: bytes now; ``after_last``: bytes after the last collection."""
     return in_use - after_last >= (GROWN_IDLE if idle else max(GROWN, after_last // GROWN_SHARE))
 
 
@@ -39,14 +39,14 @@ def resident() -> int:
     try:
         with open("/proc/self/statm", "rb", buffering=0) as file:
             return int(file.read().split()[1]) * PAGE
-    except OSError:  # no Linux
+    except OSError:  # not Linux
         import psutil
 
         return int(psutil.Process().memory_info().rss)
 
 
 def collect() -> None:
-    """Free what cycles hold, and return free memory to the system if the C library can (glibc)."""
+    """Free the objects that only cycles hold, and return free memory to the system if the C library can (glibc)."""
     gc.collect()
     trim = getattr(_LIBC, "malloc_trim", None)
     if trim is not None:
@@ -54,7 +54,8 @@ def collect() -> None:
 
 
 class Garbage:
-    """Collects garbage when due. Call `look` on the loop's thread: uvloop's handles may be freed nowhere else."""
+    """Collects garbage when a collection is due. Call `look` in the thread of the event loop, because uvloop's handles
+    may be freed only there."""
 
     def __init__(
         self,
@@ -67,7 +68,8 @@ class Garbage:
         self.collections = 0
 
     def look(self, *, idle: bool) -> None:
-        """Collect if the process has grown enough and the pause after a collection is over, or has grown much."""
+        """Collect garbage if a collection is due and the pause after the last one is over. After large growth, collect
+        even during the pause."""
         now = self._in_use()
         if due(now, self._after_last, idle):
             began = self._clock()

@@ -1,8 +1,8 @@
-"""The pool of a worker's child processes. Each child is started ahead of time, runs one job at a time and is killed if
-its job does not end when told to.
+"""The pool of a worker's child processes. Each child is started before a job needs it, runs one job at a time, and is
+killed if its job does not end after a signal.
 
-Everything here runs on the worker's event loop. Whatever happens to a child, the worker survives and records the job's
-outcome: timed out, took too much memory, was cancelled, or its process died.
+Everything in this module runs on the worker's event loop. Whatever happens to a child, the worker survives and records
+the job's outcome: the job timed out, used too much memory, was cancelled, or its process died.
 """
 
 from __future__ import annotations
@@ -29,25 +29,26 @@ from jobledger.schemas.events import ErrorInfo
 
 LOG = get_logger("jobledger.worker")
 
-#: Seconds that a job has to clean up after it was told to end. Then its process is killed.
+#: Seconds that a job has to clean up after the signal to end. Then its process is killed.
 SOFT_S = 5.0
-#: Seconds past the timeout. A coroutine whose `asyncio.timeout` has not expired by then is blocking its event loop.
+#: Seconds after the timeout. If the `asyncio.timeout` of a coroutine has not expired by then, the coroutine blocks its
+#: event loop.
 BLOCKED_S = 0.25
 #: Seconds between two measurements of the memory of children whose jobs have a memory limit.
 WATCH_S = 0.05
 #: Seconds to wait for a child's exit status after its connection ended, or for the connection's end after its exit.
 STATUS_S = 2.0
-#: A child that holds more than this share of ``max_memory`` after its job is replaced: the memory would count against
-#: the next job.
+#: A child that holds more than this share of ``max_memory`` after its job is replaced, because this memory would count
+#: against the next job.
 REPLACE_AT = 0.8
 
 
 @dataclass(frozen=True, slots=True)
 class ChildSettings:
-    """Hold the settings of the pool.
+    """The settings of the pool.
 
-    ``most``: children at once. ``spare``: additional children while jobs wait for one. ``jobs_each``: a child is
-    replaced after so many jobs. ``target``: see `target.find_target`.
+    ``most``: children at once. ``spare``: additional children while jobs wait for a child. ``jobs_each``: a child is
+    replaced after so many jobs. ``target``: see `app_target.find_target`.
     """
 
     most: int
@@ -58,15 +59,15 @@ class ChildSettings:
 
 
 class ChildPool:
-    """Run jobs in child processes.
+    """Runs jobs in child processes.
 
-    For each `run`, one of three callbacks is called, once, when no child has the job any more. ``said(work, outcome)``:
-    the job's code ended with this outcome. ``died(work, error, blamed)``: the job's process ended by itself, or no
-    child can be started; ``blamed`` is whether the job may be the cause. ``ended(work, why, error)``: this pool ended
-    the job; ``why`` is ``timeout``, ``memory`` or ``stop``.
+    For each call of `run`, one of three callbacks is called once, when no child has the job any more.
+    ``said(work, outcome)``: the job's code ended with this outcome. ``died(work, error, blamed)``: the job's process
+    ended by itself, or no child can be started; ``blamed``: whether the job may be the cause.
+    ``ended(work, why, error)``: this pool ended the job; ``why`` is ``timeout``, ``memory`` or ``stop``.
 
-    ``take(work)`` is called when a child is free for the job. It returns False if the job must not run any more; then
-    none of the three is called. ``unusable(error)``: no child can ever be started.
+    ``take(work)`` is called when a child is free for the job. ``take`` returns False if the job must not run any more;
+    then none of the three callbacks is called. ``unusable(error)`` is called if no child can ever be started.
     """
 
     def __init__(
@@ -96,7 +97,7 @@ class ChildPool:
     # -- called by the worker -----------------------------------------------------------------------------------------
 
     def warm(self) -> None:
-        """Start the nursery and all ``most`` children, so that the first jobs need not wait."""
+        """Start the fork server and all ``most`` children, so that the first jobs need not wait."""
         self._loop = asyncio.get_running_loop()
         self._nursery.start()
         for _ in range(self._about.most):
@@ -104,11 +105,11 @@ class ChildPool:
 
     @property
     def count(self) -> int:
-        """Number of children, those still being started included."""
+        """The number of children, including those that are still being started."""
         return len(self._all)
 
     def run(self, work: JobRun) -> None:
-        """Run the attempt in a child, as soon as one is free."""
+        """Run the attempt in a child as soon as a child is free. Returns at once."""
         if self.broken is not None:
             self._on_died(work, ErrorInfo("ChildProcessError", str(self.broken)), False)
             return
@@ -123,15 +124,16 @@ class ChildPool:
         self._more()
 
     def forget(self, gone: Callable[[JobRun], bool]) -> list[JobRun]:
-        """Remove and return the jobs that wait for a child and for which ``gone`` is true. No callback is called for
-        them any more."""
+        """Remove and return the jobs that wait for a child and for which ``gone(work)`` is true. No callback is called
+        for these jobs any more."""
         found = [work for work in self._waiting if gone(work)]
         for work in found:
             self._waiting.remove(work)
         return found
 
     def stop(self, work: JobRun) -> None:
-        """Tell the job to end, and kill its process if it is still running after `SOFT_S` seconds."""
+        """Signal the job to end, and kill its process if the job still runs after `SOFT_S` seconds. If the job waits
+        for a child, remove the job and call ``ended``."""
         child = self._of.get(work)
         if child is None:
             with contextlib.suppress(ValueError):
@@ -146,7 +148,8 @@ class ChildPool:
         return work in self._of or work in self._waiting
 
     def abandoned(self, work: JobRun) -> None:
-        """Kill the job at once, because its outcome is no longer wanted. ``ended`` is called for it."""
+        """Kill the job's process at once, because the job's outcome is no longer wanted. ``ended`` is called for the
+        job."""
         child = self._of.get(work)
         if child is not None:
             self._kill(child, "stop")
@@ -154,7 +157,8 @@ class ChildPool:
             self.stop(work)
 
     async def close(self, seconds: float = 2.0) -> None:
-        """End idle children now, busy ones after their job; kill those that remain after ``seconds``."""
+        """End idle children now, and busy children after their job. Kill the children that remain after ``seconds``,
+        and end the fork server."""
         self._closing = True
         for child in list(self._all):
             child.leaving = True
@@ -171,7 +175,7 @@ class ChildPool:
             self._forget(child)
 
     def abandon(self) -> None:
-        """Kill every child and the nursery at once. For use after the event loop has ended."""
+        """Kill every child and the fork server at once. For use after the event loop has ended."""
         self._closing = True
         for child in list(self._all):
             child.kill()
@@ -201,8 +205,8 @@ class ChildPool:
             self._on_died(work, ErrorInfo("ChildProcessError", str(error)), False)
 
     def _more(self) -> None:
-        """Start one more child if there are fewer than ``most``, or ``most + spare`` while more jobs wait than children
-        are being started."""
+        """Start one more child if there are fewer children than ``most``. While more jobs wait than children are being
+        started, the limit is ``most + spare``."""
         staying = [child for child in self._all if not child.leaving]
         starting = sum(not child.there for child in staying)
         spare = self._about.spare if len(self._waiting) > starting else 0
@@ -210,7 +214,7 @@ class ChildPool:
             self._hatch()
 
     def _next(self) -> JobRun | None:
-        """Return the next waiting job that may run, or None."""
+        """Remove and return the first waiting job that may still run; None if there is no such job."""
         while self._waiting:
             work = self._waiting.popleft()
             if self._take(work):
@@ -218,7 +222,7 @@ class ChildPool:
         return None
 
     def _hatch(self) -> None:
-        """Ask the nursery for one more child. Ask again later if the system has no file left."""
+        """Ask the fork server for one more child. Ask again later if the system allows no more open files."""
         if self._closing or not self._nursery.listens:
             return
         child = ChildHandle(self)
@@ -231,9 +235,10 @@ class ChildPool:
         self._all.add(child)
 
     def _use(self, child: ChildHandle) -> None:
-        """Give a free child the next waiting job. Dismiss the child if there are too many, else keep it idle.
+        """Give a free child the next waiting job. If no job waits, end the child if there are too many children, else
+        keep the child idle.
 
-        A child has one job at a time, so its next message is about that job.
+        A child has one job at a time, so the child's next message is about that job.
         """
         assert child.work is None
         if child.gone:
@@ -281,7 +286,8 @@ class ChildPool:
         )
         limit = plan.task.timeout
         if limit is not None:
-            # A coroutine has its own `asyncio.timeout`. The signal comes later and acts only if its loop is blocked.
+            # A coroutine has its own `asyncio.timeout`. The signal is sent later, and has an effect only if the
+            # coroutine blocks the child's event loop.
             told = limit + BLOCKED_S if plan.is_async else limit
             child.timers.append(self._loop.call_later(told, child.signal, LATE))
             child.timers.append(self._loop.call_later(limit + SOFT_S, self._kill, child, "timeout"))
@@ -320,7 +326,7 @@ class ChildPool:
         return work
 
     def said(self, child: ChildHandle, outcome: Outcome) -> None:
-        if child.why is not None:  # the job ended just before the kill, which ends the child nevertheless
+        if child.why is not None:  # the job ended just before the kill, but the kill ends the child
             child.leaving = True
         most = None
         if child.work is not None and child.work.plan is not None:
@@ -347,8 +353,8 @@ class ChildPool:
             self._loop.call_later(0.01, self._bury, child)
 
     def _has_died(self, child: ChildHandle) -> None:
-        # Its last messages may still arrive. The wait for the end of its connection is bounded, because a process that
-        # it started may hold the connection open.
+        # The child's last messages may still arrive. The wait for the end of the child's connection is bounded, because
+        # a process that the child started may hold the connection open.
         self._loop.call_later(0.01 if child.gone else STATUS_S, self._bury, child)
 
     def _bury(self, child: ChildHandle) -> None:

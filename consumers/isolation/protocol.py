@@ -1,7 +1,7 @@
 """The messages between a worker and its child processes, as MessagePack with the length in front.
 
 Nothing is pickled. Arguments and results are the JSON that the log holds. The child turns an exception into an outcome
-and sends that.
+and sends the outcome.
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ class ProgressMessage(msgspec.Struct, array_like=True, tag="p", gc=False):
 
 
 class EndedMessage(msgspec.Struct, array_like=True, tag="e", gc=False):
-    """Child → worker: the outcome of the attempt. ``kind``: ``ok``, ``retried``, ``snoozed`` or ``failed``. ``unread``:
-    whether the child's standard error may hold bytes that the worker has not read."""
+    """Child → worker: the outcome of the attempt. ``kind``: ``ok``, ``retried``, ``snoozed`` or ``failed``.
+    ``unread``: whether the child's standard error may hold bytes that the worker has not read."""
 
     kind: str
     result: bytes | None = None
@@ -68,13 +68,13 @@ def frame(message: Any) -> bytes:
 
 
 class Splitter:
-    """Split a stream of bytes into message bodies."""
+    """Splits a stream of bytes into message bodies."""
 
     def __init__(self) -> None:
         self._rest = bytearray()
 
     def feed(self, data: bytes) -> Iterator[bytes]:
-        """Take more bytes and yield the bodies that are complete."""
+        """Add more bytes, and yield the bodies that are complete."""
         rest = self._rest
         rest += data
         at = 0

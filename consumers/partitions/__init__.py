@@ -1,5 +1,4 @@
-"""The partitions that a worker owns: reading their records, committing their offsets, and taking them over from another
-worker.
+"""Reads the partitions that a worker owns, commits their offsets, and takes partitions over from other workers.
 
-Owns the consumers and their threads. Finds out which releases are settled, and starts no job.
+This package owns the consumers and their threads. It finds out which releases are settled, and starts no job.
 """

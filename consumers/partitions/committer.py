@@ -1,7 +1,7 @@
-"""Commits the state of one lane's partitions to the group, and thereby renews the lane's lease.
+"""Commits the state of one lane's partitions to the group, and thereby renews the lane's ownership lease.
 
 Only the fetch thread commits: the client serialises every call of a consumer behind its poll, and with one caller an
-older snapshot can never overtake a newer one. Every commit is synchronous (a round trip, 1-2 ms).
+older snapshot can never overtake a newer one. Every commit is synchronous (one round trip, 1-2 ms).
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ LOG = get_logger("jobledger.worker")
 
 COMMIT_INTERVAL_S = 0.1
 #: Seconds after which a commit counts as lost. A working client gives up sooner: after its session timeout of 45 s if
-#: it finds no coordinator, after 10 s if the coordinator does not answer.
+#: it finds no group coordinator, after 10 s if the group coordinator does not answer.
 LOST_S = 120.0
 
 
 class Committer:
-    """Commits for one consumer. ``fail`` stops the worker when a commit is lost or can never be accepted."""
+    """Commits the offsets of one consumer. ``fail`` stops the worker if a commit is lost or can never be accepted."""
 
     def __init__(
         self,
@@ -51,20 +51,22 @@ class Committer:
         self.commits = self.errors = 0
         self.last_error: str | None = None
         self._last_code: int | None = None
-        self._asked_at: float | None = None  # `time.monotonic` at the start of the commit under way
+        self._asked_at: float | None = None  # `time.monotonic` at the start of the commit in progress
 
     def commit(self, partitions: Iterable[Partition], *, final: bool = False) -> bool:
-        """Commit the present state of ``partitions``. Returns whether the coordinator accepted all of it.
+        """Commit the present state of ``partitions``. Return whether the group coordinator accepted all of it.
 
-        ``final``: they are being given up. A partition with nothing left under way or to be looked for in the log is
-        committed as clean. One whose takeover is not done is committed as it was found, if that was clean. A failed
-        commit is not repeated: the next one covers it, for partitions that are still owned then.
+        ``final``: the partitions are being given up. Then a partition is committed as clean if none of its jobs is
+        under way and the next owner need not look for facts in the log. A partition whose takeover is not complete is
+        committed as it was found, if it was found clean. A failed commit is not repeated: the next commit covers the
+        partitions that are still owned then.
         """
         self._settler.drain()
         taken: list[tuple[Partition, Snapshot]] = []
         for partition in partitions:
             if partition.offsets is None or not partition.ready:
-                # None of its records was begun or will be: it was given up before its takeover was done.
+                # If `final`: the partition was given up before its takeover was complete, so none of its records was
+                # begun or will be begun.
                 if final and partition.found_clean is not None:
                     taken.append((partition, partition.found_clean))
                 continue
@@ -81,7 +83,7 @@ class Committer:
         return self.commit_snapshots(taken)
 
     def commit_snapshots(self, taken: list[tuple[Partition, Snapshot]]) -> bool:
-        """Commit these snapshots. Returns whether the coordinator accepted all of them."""
+        """Commit these snapshots. Return whether the group coordinator accepted all of them."""
         if self._settler.broken or not taken:
             return False
         asked_at = self._asked_at = time.monotonic()
@@ -104,15 +106,18 @@ class Committer:
                     partition.offsets.changed = True
                 self._refused(partition, error)
         if len(errors) < len(taken):
-            # The coordinator checks the member and its epoch for the request as a whole.
+            # The group coordinator checks the member and its epoch for the request as a whole.
             self._lease.confirm(asked_at)
         if not errors:
             self.last_error = self._last_code = None
         return not errors
 
     def check(self, now: float) -> None:
-        """Stop the worker if the client has lost a commit, which happens when a broker restarts: the fetch thread would
-        wait for it for ever, and no job of this lane would run. ``now``: `time.monotonic`. Any thread."""
+        """Stop the worker if the client has lost a commit. ``now``: `time.monotonic`. Any thread.
+
+        This happens when a broker restarts. The fetch thread would wait for the commit forever, and no job of this lane
+        would run.
+        """
         asked_at = self._asked_at
         if asked_at is None or now - asked_at < LOST_S or outage_of(self._settings).said:
             return

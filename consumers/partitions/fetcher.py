@@ -1,7 +1,7 @@
-"""Polls one lane's consumer, takes over the partitions that the group assigns, and gives up those that it revokes.
+"""Polls one lane's consumer, accepts the partitions that the group assigns, and hands over those that it revokes.
 
 Each lane (a queue, or one of its priorities) has one fetch thread, one consumer and one group. The thread runs no jobs
-and reads no message's content: it hands raw messages to the dispatcher, and takes no more while enough of them wait.
+and decodes no messages. It passes raw messages to the dispatcher, and takes no more while enough messages wait.
 """
 
 from __future__ import annotations
@@ -29,21 +29,23 @@ LOG = get_logger("jobledger.worker")
 
 #: Most messages handed to the dispatcher at once.
 BATCH = 500
-#: Seconds that a poll may wait; also how late the client is paused or resumed.
+#: Seconds that a poll may wait. Partitions are paused or resumed at most this much later.
 POLL_S = 0.05
-#: Seconds between polls while no more messages fit: how late a rebalance may be served. The client is not paused
-#: instead: pausing would throw away what it has fetched, and resuming takes up to a second.
+#: Seconds between polls while no more messages fit. A rebalance is served at most this much later. The client is not
+#: paused instead: pausing would drop the messages that the client has fetched, and resuming takes up to a second.
 SLOW_POLL_S = 0.5
-#: Seconds that the jobs of a revoked partition get to end, within the rebalance callback.
+#: Seconds in which the running jobs of a revoked partition may end, within the rebalance callback.
 HANDOVER_S = 8.0
-#: Seconds between two rounds of warnings about offsets without a record, one for each partition that has some.
+#: Seconds between two rounds of warnings about offsets without a record. A round has one warning for each partition
+#: with such offsets.
 MISSING_EVERY_S = 60.0
-#: Seconds that the committed offsets are asked for at assignment, before the worker gives up.
+#: Seconds for which the committed offsets are requested at assignment, before the worker stops with an error.
 COMMITTED_TIMEOUT_S = 30.0
 
 
 class CommitRequest:
-    """Snapshots that another thread wants committed. When ``done`` is set, ``accepted`` says whether all were."""
+    """Snapshots that the fetch thread commits for another thread. When ``done`` is set, ``accepted`` says whether the
+    group coordinator accepted all of them."""
 
     def __init__(self, snapshots: list[tuple[Partition, Snapshot]]) -> None:
         self.snapshots = snapshots
@@ -54,9 +56,9 @@ class CommitRequest:
 class Fetcher(threading.Thread):
     """Fetches one lane: a queue, or one of its priorities.
 
-    ``prefetch``: messages that may wait for the dispatcher. ``lease``: seconds. ``assigned`` gets this fetcher and new
-    partitions, ``ended`` those that are no longer owned; ``wake``: there may be new messages; ``fail`` stops the
-    worker. ``assigned`` and ``ended`` are called in this thread.
+    ``prefetch``: messages that may wait for the dispatcher. ``lease``: duration of the ownership lease, in seconds.
+    ``assigned`` is called with this fetcher and new partitions, ``ended`` with partitions that are no longer owned,
+    both in this thread. ``wake`` is called when there may be new messages. ``fail`` stops the worker.
     """
 
     def __init__(
@@ -80,7 +82,7 @@ class Fetcher(threading.Thread):
         self.lease = OwnershipLease(lease, wake)
         self._parts: dict[int, Partition] = {}
         self._room = threading.Event()
-        self.waiting = False  # for room
+        self.waiting = False  # this thread waits until more messages fit
         self._filled = False
         self._half = max(1, prefetch // 2)
         self._draining = False
@@ -109,24 +111,27 @@ class Fetcher(threading.Thread):
         self._commit_at = self._missing_at = 0.0
         self._requests: deque[CommitRequest] = deque()
 
-    # -- what others ask ------------------------------------------------------------------------------------------
+    # -- called by other parts ------------------------------------------------------------------------------------
 
     def owned(self) -> list[Partition]:
-        """Partitions owned right now."""
+        """Return the partitions that are owned now."""
         return [p for p in list(self._parts.values()) if p.owned]
 
     @property
     def held(self) -> int:
-        """Messages that wait for the dispatcher and count against ``prefetch``."""
+        """Number of messages that wait for the dispatcher and count against ``prefetch``."""
         return sum(p.fetched for p in list(self._parts.values()))
 
     def taken(self) -> None:
-        """Note that the dispatcher took messages, so there may be room for more. Any thread."""
+        """Note that the dispatcher took messages, so more messages may fit. Any thread."""
         if self.waiting and self.held < self._half:
             self._room.set()
 
     def request_commit(self, snapshots: list[tuple[Partition, Snapshot]]) -> CommitRequest:
-        """Have the fetch thread commit these; those no longer owned by then are left out. Any thread; does not wait."""
+        """Request that the fetch thread commits snapshots, and return the request. Any thread; does not wait.
+
+        Snapshots of partitions that are no longer owned by then are left out.
+        """
         request = CommitRequest(snapshots)
         self._requests.append(request)
         return request
@@ -137,7 +142,10 @@ class Fetcher(threading.Thread):
         self._room.set()
 
     def close(self, handover: float) -> None:
-        """Leave the group and end the thread. Partitions get ``handover`` seconds to settle. Any thread."""
+        """Tell the thread to hand over its partitions, leave the group and end. Any thread; does not wait.
+
+        The running jobs of the partitions may end within at most ``handover`` seconds.
+        """
         self._handover = min(self._handover, handover)
         self._closing.set()
         self._room.set()
@@ -151,7 +159,7 @@ class Fetcher(threading.Thread):
                 [self.topic], on_assign=self._on_assign, on_revoke=self._on_revoke, on_lost=self._on_lost
             )
             self._poll_until_closed()
-            # Before `close`: while that leaves the group, the coordinator may no longer know this member.
+            # Before `consumer.close`: while it leaves the group, the group coordinator may no longer know this member.
             self._hand_over(list(self._parts.values()))
         except JobledgerError as exc:
             self._fail(exc)
@@ -164,7 +172,7 @@ class Fetcher(threading.Thread):
             self._closing.set()
             try:
                 self.consumer.close()
-            except Exception:  # without leaving, the member's session times out
+            except Exception:  # the member has not left: its session times out
                 LOG.exception("queue %s: leaving the group failed", self.queue)
 
     def _poll_until_closed(self) -> None:
@@ -181,12 +189,16 @@ class Fetcher(threading.Thread):
                 self._door.check()
                 self._steer()
                 steer_at = now + POLL_S
-            # Without room, the poll is for rebalances, which it serves first. It may return one message, which is kept.
+            # If no messages fit, the poll is for rebalances, which are served first. The poll may return one message,
+            # which is kept.
             self._take(polling.poll(POLL_S if room > 0 else 0), room)
             polled_at = now
 
     def _room_left(self) -> int:
-        """How many messages to take now. Once full, none until half of them are gone: large batches cost less."""
+        """Return how many messages to take now.
+
+        Once ``prefetch`` messages wait, none is taken until half of them are gone, because large batches cost less.
+        """
         held = self.held
         if self._draining or held >= (self._half if self._filled else self._prefetch):
             self._filled = True
@@ -206,15 +218,19 @@ class Fetcher(threading.Thread):
         owned = self.owned()
         if now >= self._missing_at:
             self._tell_missing(owned, now)
-        # Renew the lease while records wait or run, so that no start and no derived record has to wait for it.
+        # Renew the ownership lease while records wait or jobs run, so that no start and no derived record has to wait
+        # for a renewal.
         renew = wanted or (self.lease.until - now < self.lease.seconds / 2 and any(p.raw or p.live for p in owned))
         due = owned if renew else [p for p in owned if p.offsets is not None and p.offsets.changed]
         if due:
             self.committer.commit(due)
 
     def _tell_missing(self, parts: list[Partition], now: float) -> None:
-        """Log offsets without a record. A job whose record was there, and that had not run, is lost for the workers. The audit
-        of the stream processor counts it only if the status table knows it."""
+        """Log how many offsets have no record.
+
+        If the record of a job that had not run was at such an offset, no worker will run the job. The audit of the
+        stream processor counts the job only if it is in the status table.
+        """
         for p in parts:
             if p.offsets is None:
                 continue
@@ -239,28 +255,31 @@ class Fetcher(threading.Thread):
         self.waiting = False
 
     def _take(self, first: Message | None, room: int) -> None:
-        """Hand over ``first`` and the messages that have already arrived, ``room`` of them at most."""
+        """Pass ``first``, and messages that have already arrived, to the dispatcher: at most ``room`` in all, but
+        always ``first``."""
         if first is None:
             return
-        # Kept before the client is asked again: that may run a rebalance, in which its partition is lost and assigned anew.
+        # Keep `first` before the next call of the client: that call may run a rebalance, in which the partition is
+        # lost and assigned again.
         self._keep([first])
         if room > 1:
             self._keep(self.consumer.consume(min(room, BATCH) - 1, 0))
         self.error = None
         if self.lease.until < time.monotonic():
-            # A quiet time, or this process was paused: have the coordinator confirm that these are still owned.
+            # There was no record for a while, or this process was paused. The commit asks the group coordinator to
+            # confirm that the partitions are still owned.
             self.committer.commit(self.owned())
         self.wake_dispatcher()
 
     def _keep(self, messages: list[Message]) -> None:
-        """Put messages into their partitions, for the dispatcher."""
+        """Append messages to the queues of their partitions, for the dispatcher."""
         parts = self._parts
         for message in messages:
             error = message.error()
             if error is not None:
                 self._message_error(error)
                 continue
-            partition = parts.get(message.partition())  # type: ignore[arg-type]  # a consumed message has one
+            partition = parts.get(message.partition())  # type: ignore[arg-type]  # a consumed message has a partition
             if partition is not None:
                 partition.raw.append(message)
                 self.fetched += 1
@@ -284,7 +303,11 @@ class Fetcher(threading.Thread):
         return translate(error, self._settings, f"reading {self.topic}", read(self.topic), join(self._group))
 
     def _steer(self) -> None:
-        """Pause partitions at the client that cannot be run for a while and have enough waiting; resume the others."""
+        """Pause or resume the fetching of partitions at the client.
+
+        A stopped partition is paused. A partition that is idle (see `Partition.idle`) is paused once ``prefetch`` of
+        its messages wait. All others are resumed.
+        """
         pause: list[TopicPartition] = []
         resume: list[TopicPartition] = []
         for p in self._parts.values():
@@ -300,8 +323,8 @@ class Fetcher(threading.Thread):
     # -- rebalances: run inside poll, in this thread ------------------------------------------------------------------
 
     def _on_assign(self, consumer: Consumer, assigned: list[TopicPartition]) -> None:
-        if not assigned or self._closing.is_set():  # called without partitions after some were given up
-            return  # what is assigned to a member that leaves is the next owner's
+        if not assigned or self._closing.is_set():  # the client calls this after a revocation, too
+            return  # while closing, newly assigned partitions are left to the next owner
         self.moved["assigned"] += 1
         committed = self._committed(consumer, assigned)
         if self._closing.is_set():
@@ -320,7 +343,10 @@ class Fetcher(threading.Thread):
         self._assigned(self, new)
 
     def _committed(self, consumer: Consumer, assigned: list[TopicPartition]) -> list[TopicPartition]:
-        """Return the committed offsets; nothing of use if the fetcher is closed meanwhile."""
+        """Return the committed offsets; an empty list if they cannot be read and the fetcher is being closed.
+
+        Raises `BrokerUnavailable` after `COMMITTED_TIMEOUT_S` seconds, and `AccessDenied`.
+        """
         deadline = time.monotonic() + COMMITTED_TIMEOUT_S
         while True:
             try:
@@ -337,7 +363,7 @@ class Fetcher(threading.Thread):
             if self._closing.is_set():
                 return []
             if time.monotonic() > deadline:
-                # Do not take this for "nothing committed": all jobs would run again.
+                # Do not treat this as "nothing was committed": all jobs would run again.
                 raise BrokerUnavailable(
                     f"the committed offsets of {self.topic} could not be read within {COMMITTED_TIMEOUT_S:g} s: "
                     f"{problem.str()}"
@@ -349,7 +375,7 @@ class Fetcher(threading.Thread):
         self._hand_over([p for t in revoked if (p := self._parts.get(t.partition)) is not None])
 
     def _hand_over(self, parts: list[Partition]) -> None:
-        """Give up partitions, let their running jobs end, and commit them for the last time."""
+        """Give up partitions, wait for their running jobs, and commit the partitions for the last time."""
         self._give_up(parts)
         if not parts:
             return
@@ -368,14 +394,14 @@ class Fetcher(threading.Thread):
         )
 
     def _settle(self, parts: list[Partition]) -> bool:
-        """Wait within the hand-over time until nothing of ``parts`` is under way. Returns whether that was reached."""
+        """Wait until no job of ``parts`` is under way, at most for the hand-over time. Return whether none is."""
         deadline = time.monotonic() + self._handover
         while any(p.busy for p in parts):
             now = time.monotonic()
             if self._settler.broken or now >= deadline:
                 return False
             self._settler.serve()
-            # The other partitions continue meanwhile: their lease must be renewed.
+            # The jobs of other partitions continue meanwhile, so the ownership lease must be renewed.
             self._commit_if_due(now)
             time.sleep(0.005)
         return True

@@ -1,6 +1,7 @@
-"""Reads ranges of many partitions at once, for the takeover, with one client that is opened when it is first needed.
+"""Reads offset ranges of many partitions at once, for the takeover, with one client that is opened at its first use.
 
-Knows nothing of jobs. Not thread-safe, except that ``closing`` may begin to return true at any time.
+This module does not interpret the records. It is not thread-safe, except that ``closing`` may begin to return true at
+any time.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ T = TypeVar("T")
 
 
 class LogRanges:
-    """Reads from the log what a takeover needs. ``closing()``: whether reading is to stop early."""
+    """Reads the ranges of the log that a takeover needs. ``closing()``: whether reading is to stop early."""
 
     def __init__(self, settings: Settings, closing: Callable[[], bool]) -> None:
         self._settings, self._closing = settings, closing
@@ -36,19 +37,23 @@ class LogRanges:
         return self._reader is not None
 
     def close(self) -> None:
-        """Close the connections; the next question opens new ones."""
+        """Close the connections; the next request opens new ones."""
         if self._reader is not None:
             self._reader.close()
             self._reader = None
 
     def _consumer(self) -> Consumer:
         if self._reader is None:
-            # The last offset may be a transaction marker, which is no message. Only the end-of-partition event tells.
+            # The last offset may be a transaction marker, for which the client returns no message. Only the
+            # end-of-partition event shows then that all messages were read.
             self._reader = consumer(consumer_config(self._settings) | {"enable.partition.eof": True})
         return self._reader
 
     def ends(self, topic: str, number: int) -> tuple[int, int]:
-        """Return first offset and high watermark. Raises `BrokerUnavailable`, `TopicMissing` or `AccessDenied`."""
+        """Return the first offset and the high watermark of a partition.
+
+        Raises `BrokerUnavailable`, `TopicMissing` or `AccessDenied`.
+        """
         low, high = self._ask(
             topic,
             f"asking for the ends of {topic}[{number}]",
@@ -57,7 +62,7 @@ class LogRanges:
         return low, high
 
     def partitions(self, topic: str) -> int:
-        """Return the number of a topic's partitions. Raises as `ends` does."""
+        """Return the number of a topic's partitions. Raises what `ends` raises."""
 
         def ask(reader: Consumer) -> int:
             found = reader.list_topics(topic, REQUEST_TIMEOUT_S).topics[topic]
@@ -68,10 +73,10 @@ class LogRanges:
         return self._ask(topic, f"asking for the partitions of {topic}", ask)
 
     def offsets_at(self, asked: list[TopicPartition]) -> dict[int, int]:
-        """Return, by partition, the first offset appended at or after a time; -1 if there is none.
+        """Return, by partition number, the first offset that was appended at or after a time; -1 if there is none.
 
-        ``asked``: partitions of one topic, each with its time (ms since the epoch) as the offset. Raises as
-        `ends` does.
+        ``asked``: partitions of one topic, each with its time (ms since the epoch) as the offset. Raises what `ends`
+        raises.
         """
         if not asked:
             return {}
@@ -89,7 +94,8 @@ class LogRanges:
                 problem = translate(exc.args[0], self._settings, what, read(topic))
                 if isinstance(problem, AccessDenied) or time.monotonic() > deadline or self._closing():
                     raise problem from exc
-                # A broker that shuts down reports its topics as missing, and the client believes that for minutes.
+                # A broker that shuts down reports its topics as missing, and the client repeats this answer for
+                # minutes. So use a new client.
                 self.close()
                 time.sleep(0.2)
 
@@ -101,11 +107,12 @@ class LogRanges:
         first_only: bool = False,
         wanted: Callable[[], bool] = lambda: True,
     ) -> None:
-        """Call ``take`` with every message of half-open ranges of offsets, by (topic, partition).
+        """Call ``take`` with every message of ``ranges``: half-open ranges of offsets, by (topic, partition).
 
-        The ranges may have gaps, and none lies beyond the log's end. ``first_only``: take one message of each range.
-        Returns early once ``wanted()`` is false or ``closing()`` is true. Raises `BrokerUnavailable` if no message
-        comes for `STALL_S` seconds, and the translated error of a broker that refuses.
+        A range may have offsets without a message, and must not go beyond the log's end. ``first_only``: take one
+        message of each range. Returns early once ``wanted()`` is false or ``closing()`` is true. Raises
+        `BrokerUnavailable` if no message arrives for `STALL_S` seconds, and the translated error if a broker refuses
+        the request.
         """
         ends = {where: end for where, (start, end) in ranges.items() if start < end}
         if not ends:
@@ -135,8 +142,7 @@ class LogRanges:
                         raise translate(error, self._settings, f"reading {where[0]}[{where[1]}]", read(where[0]))
                     if over:
                         del ends[where]
-                        # Not pause(): that outlasts unassign(), and the partition's next range
-                        # would never be read.
+                        # Not pause(): a pause outlasts unassign(), so the partition's next range would never be read.
                         reader.incremental_unassign([TopicPartition(*where)])
                 if time.monotonic() - seen > STALL_S:
                     raise BrokerUnavailable(f"taking over: {sorted(ends)} gave nothing for {STALL_S:g} s")
@@ -145,8 +151,10 @@ class LogRanges:
 
 
 def partition_of(key: bytes, count: int) -> int:
-    """Return the partition, of ``count``, of a record with this key: Kafka's default (murmur2, Austin Appleby), as in
-    `jobledger.kafka.clients.PARTITIONER`."""
+    """Return the number of the partition, of ``count`` partitions, to which a record with this key is written.
+
+    This is Kafka's default partitioner (murmur2, Austin Appleby), as in `jobledger.kafka.clients.PARTITIONER`.
+    """
     return (_murmur2(key) & 0x7FFF_FFFF) % count
 
 

@@ -1,10 +1,10 @@
 """Prepares newly assigned partitions before any of their records is run.
 
-The takeover commits the partition as dirty and awaits the acknowledgement. It reads the latest releases before the
-committed offset (the base), so that a second record of the same release is dropped. Unless the last owner left
-cleanly, it reads the lifecycle partition from the takeover floor: a release whose closing fact is there is done, and
-what derives from the fact is sent again. Runs in a thread of its own. The fetch thread continues to poll meanwhile, and
-the partition's messages wait.
+The takeover commits the partition as dirty (not clean) and waits for the acknowledgement. It reads the latest releases
+below the committed offset (the base), so that a second record of the same release is dropped. Unless the last owner
+left cleanly, the takeover also reads the lifecycle partition from the takeover floor: a release whose closing fact is
+found is not run again, and the records that derive from the fact are sent again. The takeover has its own thread;
+meanwhile the fetch thread continues to poll, and the partition's messages wait.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from jobledger.schemas.fast_path import glance
 
 LOG = get_logger("jobledger.worker")
 
-#: Outcomes of a release that are not yet its job's: the coordinator decides what follows.
+#: Facts that settle a release but do not end its job: the coordinator decides what follows.
 OPEN = (JobLeased, JobRetried, JobSnoozed)
 #: Seconds after which an unused reader closes its connections.
 IDLE_S = 10.0
@@ -47,7 +47,7 @@ UNSEEN_MS, UNSEEN_LEAST, UNSEEN_MOST = 250, 16, 1_000
 
 
 class _Scan:
-    """The log ranges that the takeover of one partition reads, and what it found there."""
+    """The log ranges that the takeover of one partition reads, and the state that was found in them."""
 
     def __init__(self, partition: Partition) -> None:
         self.partition = partition
@@ -55,23 +55,24 @@ class _Scan:
         self.restored = Restored(0)
         self.floor = 0
         self.seed_from = 0
-        #: Releases whose outcome is one of `OPEN`, by `release_key`: (job id, when the outcome was appended, in ms).
+        #: Releases that a fact of `OPEN` settles, by `release_key`: (job id, append time of the fact in ms).
         self.open: dict[int, tuple[str, int]] = {}
-        self.begun = 0  # one beyond the last record whose start was found
+        self.begun = 0  # one beyond the highest offset of a record whose start was found
         self.lately: deque[int] = deque(maxlen=UNSEEN_MOST)  # append times of the latest starts, in ms
 
     @property
     def unseen(self) -> int:
-        """How many records beyond `begun` may have been begun: their starts were in flight when the worker died."""
+        """Number of records from `begun` on that may have been begun: their starts were in flight when the worker
+        died."""
         last = self.lately[-1] if self.lately else 0
         return UNSEEN_LEAST + sum(at > last - UNSEEN_MS for at in self.lately)
 
 
 class Takeover(threading.Thread):
-    """Takes over assigned partitions, a batch at a time.
+    """Takes over assigned partitions, one batch at a time.
 
-    ``ready`` is called in this thread with the partitions that may be run. ``fail`` stops the worker. ``known_places``:
-    the number of lifecycle partitions when the worker started.
+    ``ready`` is called in this thread with the partitions whose jobs may run now. ``fail`` stops the worker.
+    ``known_places``: the number of lifecycle partitions when the worker started.
     """
 
     def __init__(
@@ -92,20 +93,20 @@ class Takeover(threading.Thread):
         self._log = LogRanges(settings, lambda: self._closing)
         self._known_places = known_places
         self._names, self._settler, self._decoder, self._ready = names, settler, decoder, ready
-        #: Since the start: releases whose outcome the log held, and work records read into release memories.
+        #: Counts since the start: releases that the log settled, and work records that were read into release memories.
         self.found = self.seeded = 0
 
     def take_over(self, fetcher: Fetcher, partitions: list[Partition]) -> None:
-        """Queue newly assigned partitions of one lane for takeover; returns at once."""
+        """Queue newly assigned partitions of one lane for takeover. Does not wait."""
         self._todo.put((fetcher, partitions))
 
     def close(self) -> None:
-        """End the thread. A takeover under way is cut short."""
+        """End the thread. A takeover that is in progress is aborted."""
         self._closing = True
         self._todo.put(None)
 
     def run(self) -> None:
-        """Take over one batch after the other until closed. An error stops the worker."""
+        """Take over the queued batches in order, until `close` is called. An error stops the worker."""
         try:
             while True:
                 try:
@@ -143,10 +144,11 @@ class Takeover(threading.Thread):
         self._read(fetcher.topic, plans)
         self._read_elsewhere(plans)
         if self._closing:
-            # The reads may have been cut short. The dirty mark above makes the next owner read the log itself.
-            # What was found clean is committed as clean again at the hand-over (`Partition.found_clean`).
+            # The reads may be incomplete. The partitions were committed as dirty above, so the next owner reads the
+            # log itself. A commit that was found clean is committed as clean again at the hand-over
+            # (`Partition.found_clean`).
             return
-        # A stopped partition is not taken over: the next owner begins where this one did.
+        # A stopped partition is not taken over: the next owner begins at the offset where this owner began.
         read = [p for p in plans if p.partition.stopped is None]
         for plan in read:
             self._conclude(plan)
@@ -156,7 +158,8 @@ class Takeover(threading.Thread):
         self._ready(done)
 
     def _with_facts(self, topic: str, partitions: list[Partition]) -> list[Partition]:
-        """Return the partitions whose number lifecycle has, too. Stop the others: their facts cannot be written."""
+        """Return the partitions whose number the lifecycle topic has, too. Stop the other partitions, because facts
+        about their jobs cannot be written."""
         most = max((p.number for p in partitions), default=-1)
         if most < self._known_places:  # Kafka never removes partitions
             return partitions
@@ -170,7 +173,7 @@ class Takeover(threading.Thread):
         return [p for p in partitions if p not in beyond]
 
     def _judge(self, plan: _Scan) -> None:
-        """Restore what the last owner committed, checked against the log's present range."""
+        """Restore what the last owner committed, after a check against the present range of the log."""
         partition = plan.partition
         plan.low, plan.high = self._log.ends(partition.topic, partition.number)
         plan.lifecycle_low, plan.lifecycle_high = self._log.ends(self._names.lifecycle, partition.number)
@@ -196,8 +199,11 @@ class Takeover(threading.Thread):
         plan.floor = plan.restored.floor if plan.restored.floor is not None else 0
 
     def _unknown_floors(self, topic: str, plans: list[_Scan]) -> None:
-        """Set the floor where the commit names none: the first lifecycle offset appended since the first record at or
-        after the base. No outcome of such a record can be older."""
+        """Set the takeover floor of partitions whose commit has none.
+
+        The floor is the first lifecycle offset that was appended since the first work record at or above the base: no
+        outcome of such a record can be older.
+        """
         for plan in plans:
             plan.floor = plan.lifecycle_high
         plans = [p for p in plans if p.restored.base < p.high and p.lifecycle_low < p.lifecycle_high]
@@ -213,9 +219,10 @@ class Takeover(threading.Thread):
                     plan.floor = offset
 
     def _mark_dirty(self, fetcher: Fetcher, plans: list[_Scan]) -> bool:
-        """Commit the restored state as dirty, with the floor from which to read, and await the acknowledgement.
+        """Commit the restored state as dirty, with the takeover floor, and wait for the acknowledgement.
 
-        False if no partition is owned any more, or the worker ends. Raises `BrokerUnavailable` after `STALL_S` seconds.
+        Return False if no partition is owned any more, or the worker ends. Raises `BrokerUnavailable` after `STALL_S`
+        seconds.
         """
         deadline = time.monotonic() + STALL_S
         while True:
@@ -228,7 +235,7 @@ class Takeover(threading.Thread):
                     plan.floor = plan.lifecycle_high
                 restored = plan.restored
                 metadata = encode(restored.base, restored.done, plan.floor, False, restored.begun)
-                assert metadata is not None  # it was decoded from a text that was short enough
+                assert metadata is not None  # it was restored from a text that was short enough
                 snapshots.append((plan.partition, Snapshot(plan.restored.base, metadata)))
             request = fetcher.request_commit(snapshots)
             while not request.done.wait(1.0):
@@ -255,11 +262,11 @@ class Takeover(threading.Thread):
         for plan in plans:
             base = plan.restored.base
             recent = by_time.get(plan.partition.number, -1)
-            # -1: nothing was appended in that time.
+            # -1: no record was appended in that time.
             plan.seed_from = max(plan.low, base - REMEMBERED, recent if recent >= 0 else base)
 
     def _read(self, topic: str, plans: list[_Scan]) -> None:
-        """Read the work topic into the release memories and scan lifecycle, for all partitions at once."""
+        """Read work records into the release memories, and scan the lifecycle topic, for all partitions at once."""
         by_number = {p.partition.number: p for p in plans}
         ranges: dict[tuple[str, int], tuple[int, int]] = {}
         for plan in plans:
@@ -277,7 +284,7 @@ class Takeover(threading.Thread):
                     partition.memory.add(key)
                     self.seeded += 1
             except RegistryNeeded as exc:
-                # The record may say that a job is done. It cannot be read, so nothing of the partition may be run.
+                # The record cannot be read, and may say that a job is done. So no job of the partition may run.
                 if partition.stopped is None:
                     partition.stop(message, str(exc))
 
@@ -295,22 +302,23 @@ class Takeover(threading.Thread):
                 self._note_end(plan, (job_id, run, release), fact, message.offset() or 0, message.timestamp()[1])
             elif type(fact) is JobStarted:
                 self._passed(plan, job_id, run, release)
-                # `glance` leaves the fields empty. In the shape that it reads, the takeover count is the last byte.
+                # `glance` leaves the fields of the fact empty. In the encoding that `glance` reads, the takeover count
+                # is the last byte.
                 self._note_start(partition, key, raw[-1] >> 1)
                 self._begun_at(plan, *_started_at(raw), message.timestamp()[1])
             return
         try:
             event = self._decoder.decode(raw)
         except SchemaError:
-            return  # the materializer reports it
+            return  # the materializer reports the record
         other: Fact = event.fact
         job_id, run, release = event.job_id, event.run, event.release
         key = release_key(job_id, run, release)
         if settles(other):
             self._note_end(plan, (job_id, run, release), other, message.offset() or 0, message.timestamp()[1])
-        elif isinstance(other, JobRetried | JobSnoozed):  # in place: that attempt has ended, and the next one is due
+        elif isinstance(other, JobRetried | JobSnoozed):  # in place: this attempt ended, and the next one follows
             attempt = event.attempt + isinstance(other, JobRetried)
-            if attempt >= partition.held.get(key, (0,))[0]:  # a former owner's fact may come late: ignored
+            if attempt >= partition.held.get(key, (0,))[0]:  # lower: a late fact of a former owner, which is ignored
                 partition.starts.pop(key, None)
                 partition.held[key] = (attempt, message.timestamp()[1] + other.delay_ms, message.offset() or 0)
         elif isinstance(other, JobStarted):
@@ -329,10 +337,10 @@ class Takeover(threading.Thread):
             partition.starts[key] = max(partition.starts.get(key, 0), takeover) + 1
 
     def _note_end(self, plan: _Scan, of: tuple[str, int, int], fact: Fact, offset: int, appended_ms: int) -> None:
-        """Note the outcome of a release. A scan of this partition's lifecycle from ``offset`` on finds it again.
+        """Note a fact that settles a release. A scan of the lifecycle partition from ``offset`` on finds it again.
 
-        The first outcome counts, with two exceptions: a final outcome replaces one of `OPEN`, and any outcome replaces
-        a lease.
+        The first such fact counts, with two exceptions: an outcome replaces a fact of `OPEN`, and any other fact
+        replaces a `JobLeased`.
         """
         partition, key = plan.partition, release_key(*of)
         known = partition.closed.get(key)
@@ -341,7 +349,7 @@ class Takeover(threading.Thread):
             or (isinstance(known.fact, OPEN) and not isinstance(fact, OPEN))
             or (isinstance(known.fact, JobLeased) and not isinstance(fact, JobLeased))
         ):
-            # Keep the first one's offset: a scan from there finds both.
+            # Keep the offset of the first fact: a scan from there finds both facts.
             partition.closed[key] = PriorFact(offset if known is None else known.offset, appended_ms, fact)
             if isinstance(fact, OPEN):
                 plan.open[key] = (of[0], appended_ms)
@@ -353,25 +361,29 @@ class Takeover(threading.Thread):
 
     @staticmethod
     def _passed(plan: _Scan, job_id: str, run: int, release: int) -> None:
-        """Note that the log has a fact of this release: what derives from the release before it is not sent again.
+        """Note that the log has a fact of this release, so that the records that derive from the previous release are
+        not sent again.
 
-        The coordinator may have forgotten this release by now: a second request would release the job twice.
+        The coordinator may have forgotten this release by now, so a second request would release the job twice.
         """
         if release > 1 and plan.open and plan.open.pop(key := release_key(job_id, run, release - 1), None) is not None:
             known = plan.partition.closed[key]
             plan.partition.closed[key] = PriorFact(known.offset, known.appended_ms, NOTHING_FOLLOWS)
 
     def _read_elsewhere(self, plans: list[_Scan]) -> None:
-        """Look for what the coordinator wrote about releases with an outcome of `OPEN`: the outcomes of leased jobs,
-        and of the releases that follow. The coordinator writes to the lifecycle partition of the job's id. That is
-        another partition if the queue has fewer partitions than lifecycle."""
+        """Read the facts that the coordinator wrote about releases that a fact of `OPEN` settles: the outcomes of
+        leased jobs, and the outcomes of the releases that follow.
+
+        The coordinator writes to the lifecycle partition of the job's id. If the queue has fewer partitions than the
+        lifecycle topic, this may be another partition than the one that `_read` reads.
+        """
         wanted: dict[int, _Scan] = {}
         since: dict[int, int] = {}
         count = 0
         for plan in plans:
             for key, (job_id, appended_ms) in plan.open.items():
                 if key in plan.partition.memory or not plan.partition.owned:
-                    continue  # below the base, so done; or no longer owned
+                    continue  # the release is below the base, so done; or the partition is no longer owned
                 count = count or self._log.partitions(self._names.lifecycle)
                 number = partition_of(job_id.encode(), count)
                 if number != plan.partition.number:
@@ -403,7 +415,7 @@ class Takeover(threading.Thread):
     def _conclude(self, plan: _Scan) -> None:
         partition = plan.partition
         assert partition.offsets is not None
-        # Most outcomes that the scan finds are of records below the base, which are done.
+        # Most of the facts that the scan finds are about records below the base, which are done.
         for key in [k for k in partition.closed if k in partition.memory]:
             del partition.closed[key]
         partition.scanned_to, partition.floor = plan.high, plan.floor
@@ -428,10 +440,11 @@ class Takeover(threading.Thread):
 
 
 def _started_at(raw: bytes) -> tuple[bytes, int]:
-    """Return up to 300 bytes that end in the topic's name, and the work offset, of an encoded plain `JobStarted`.
+    """Return two fields of an encoded plain `JobStarted`: up to 300 bytes that end in the topic's name, and the work
+    offset.
 
-    Its last fields are topic, offset and a count of one byte. They are read from the end: all bytes of the offset but
-    the last have the high bit set, and the bytes of a topic's name have not.
+    The last fields of the encoding are topic, offset and a count of one byte. They are read from the end: all bytes of
+    the offset except the last have the high bit set, and no byte of a topic's name has it.
     """
     end = at = len(raw) - 2
     while raw[at - 1] & 0x80:

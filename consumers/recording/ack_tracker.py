@@ -1,6 +1,8 @@
-"""Marks jobs' records as done from delivery reports: the closing fact and what derives from it must be in the log.
+"""Marks work records as done from delivery reports, when the closing fact and the records that derive from it are in
+the log.
 
-Runs in a thread of its own, so a blocked event loop does not delay it. `commit` commits what is done.
+The ack tracker has a thread of its own, so a blocked event loop does not delay it. This module commits nothing:
+`jobledger.consumers.partitions.committer` commits which records are done.
 """
 
 from __future__ import annotations
@@ -21,19 +23,19 @@ from jobledger.process.logger import get_logger
 LOG = get_logger("jobledger.worker")
 
 TICK_S = 0.1
-#: How often records of one job are sent again after the client gave up on them, before the worker gives up.
+#: How often records of one job are sent again after the Kafka client failed to deliver them; then the worker stops.
 RESENDS = 2
-#: Seconds between two log lines about the same problem.
+#: Seconds between two log messages about the same problem.
 SAY_EVERY_S = 10.0
-#: The settler does not poll the producer if the event loop has done so within this many seconds.
+#: The ack tracker does not poll the producer if another thread has polled it within this many seconds.
 _LOOP_POLLS_S = 0.05
 
 
 class AckTracker(threading.Thread):
-    """Takes delivery reports every `TICK_S` seconds, and calls ``each_tick`` then. ``fail`` stops the worker.
+    """Takes delivery reports every `TICK_S` seconds, and then calls ``each_tick``. ``fail`` stops the worker.
 
-    ``too_large(work, size, limit)``: the broker refused the closing fact (bytes) for its size. ``acknowledged(work)``:
-    the fact that ended an attempt of a keyed job is in the log. Both are called in whichever thread takes the reports.
+    ``too_large(work, size, limit)``: the broker refused the closing fact for its size (bytes). ``acknowledged(work)``:
+    the fact that ended an attempt of a keyed job is in the log. Both are called in the thread that takes the reports.
     """
 
     def __init__(
@@ -63,7 +65,7 @@ class AckTracker(threading.Thread):
     # -- delivery reports -----------------------------------------------------------------------------------------
 
     def drain(self) -> None:
-        """Take every delivery report that has arrived. Any thread."""
+        """Take all delivery reports that are queued in `arrived`. Any thread."""
         arrived = self.arrived
         message: Message | None = None
         with self._drain_lock:
@@ -96,10 +98,11 @@ class AckTracker(threading.Thread):
             if closing:
                 found = message.offset()
                 if found is None:
-                    # The broker had the fact already: its first acknowledgement was lost with a leader. Its offset is
-                    # not known, but not below the floor.
+                    # The broker had the fact already, because its first acknowledgement was lost with a leader. The
+                    # offset of the fact is not known, but is not below the floor.
                     found = offsets.floor
-                # Only the main producer's records are in order: a record sent alone says nothing about those in flight.
+                # Only the main producer's records are in order. A record that the other producer sent shows nothing
+                # about the records in flight.
                 elif message.topic() not in work.alone:
                     offsets.acknowledged(found)
                 if work.remaining:
@@ -117,11 +120,12 @@ class AckTracker(threading.Thread):
                 work.lease.settled(work)
 
     def _uncertain(self, work: JobRun) -> bool:
-        """Whether another worker may have taken over the job's partition: then the records that derive from the outcome
-        are not sent.
+        """Return whether another worker may have taken over the job's partition. If so, the records that derive from
+        the outcome must not be sent.
 
-        A retry could run a job again that has succeeded there. The other worker gives the job an outcome, and sends
-        what derives from that. While the ownership is only unconfirmed, ``work`` is checked again at the next tick.
+        For example, a retry could run a job again that has succeeded in the other worker. The other worker gives the
+        job an outcome, and sends the records that derive from that outcome. If the ownership is only unconfirmed,
+        ``work`` is checked again at the next tick.
         """
         partition = work.partition
         if partition.certain():
@@ -137,7 +141,7 @@ class AckTracker(threading.Thread):
             for record in derived:
                 assert record.value is not None
                 self._sender.send(record.topic, record.value, record.key, BY_KEY, work.derived_delivered)
-        except JobledgerError as exc:  # the next owner sends them
+        except JobledgerError as exc:  # the next owner sends these records
             self._fail(exc)
 
     def _undelivered(self, work: JobRun, closing: bool | None, error: KafkaError, message: Message) -> None:
@@ -145,7 +149,7 @@ class AckTracker(threading.Thread):
         value = message.value()
         topic = message.topic() or ""
         if closing is not False and partition.offsets is not None:
-            # The fact may be in the log all the same; if so, not below the present floor.
+            # The fact may be in the log nevertheless, but then not below the present floor.
             with partition.lock:
                 partition.offsets.unsettled(work.offset, partition.offsets.floor)
         if error.code() == KafkaError.MSG_SIZE_TOO_LARGE and isinstance(value, bytes):
@@ -177,9 +181,11 @@ class AckTracker(threading.Thread):
     def _refused_by_size(
         self, work: JobRun, closing: bool | None, topic: str, value: bytes, key: str | bytes | None
     ) -> None:
-        """Send a record again alone after the broker refused its batch for its size: that shows which one is too large.
+        """Send a record again in a batch of its own, after the broker refused its batch for its size. This shows which
+        record is too large.
 
-        A closing fact that is refused alone is replaced by a failure. Any other record stops the worker.
+        A closing fact that is refused in a batch of its own is replaced by a failure. Any other record that is refused
+        in a batch of its own stops the worker.
         """
         limit = f"what topic {topic} takes (its max.message.bytes)"
         beside = closing is not False
@@ -198,7 +204,7 @@ class AckTracker(threading.Thread):
             self._fail(exc)
 
     def _say_again(self, topic: str, error: KafkaError) -> None:
-        """Log once in `SAY_EVERY_S` seconds that records are sent again, however many they are."""
+        """Log that records are sent again, at most once in `SAY_EVERY_S` seconds."""
         self.resent += 1
         now = time.monotonic()
         if now >= self._say_at:
@@ -208,7 +214,7 @@ class AckTracker(threading.Thread):
     # -- the thread -----------------------------------------------------------------------------------------------
 
     def run(self) -> None:
-        """Tick until closed. An unexpected error stops the worker."""
+        """Call `tick` every `TICK_S` seconds until closed. An unexpected error stops the worker."""
         try:
             while not self._closing:
                 self._wake.wait(TICK_S)
@@ -222,7 +228,8 @@ class AckTracker(threading.Thread):
             self._fail(JobledgerError(f"the worker's settler failed: {exc!r}"))
 
     def tick(self) -> None:
-        """Take delivery reports, and call ``each_tick``. Stops the worker if the cluster refuses this client."""
+        """Take delivery reports, check again the jobs whose ownership was not confirmed, and call ``each_tick``. Stops
+        the worker if the cluster refuses this client or the producer has failed permanently."""
         if time.monotonic() - self._sender.polled_at > _LOOP_POLLS_S:
             self._sender.poll(0.0)
         self.drain()
@@ -237,7 +244,8 @@ class AckTracker(threading.Thread):
         self._each_tick()
 
     def hurry(self) -> None:
-        """Have sent records acknowledged as soon as possible, because nothing can be begun before. Any thread."""
+        """Let this thread wait for acknowledgements now (`WorkerProducer.hurry`) and take them, because no job can
+        begin before. Any thread."""
         self._hurried = True
         self._wake.set()
 
@@ -249,6 +257,6 @@ class AckTracker(threading.Thread):
             self.join(timeout=5.0)
 
     def serve(self) -> None:
-        """Run the delivery callbacks that have arrived, and take their reports. Any thread."""
+        """Run the delivery callbacks of reports that have arrived, and take these reports. Any thread."""
         self._sender.poll(0.0)
         self.drain()

@@ -1,6 +1,7 @@
-"""Builds records from an outcome: the closing fact, and the records that derive from it. The caller sends them.
+"""Builds records from an outcome: the closing fact, and the records that derive from it. The caller sends the records.
 
-Ids of derived records are functions of the job. A takeover that sends them again repeats them and adds no new ones.
+The ids of derived records are computed from the job. So if derived records are sent again after a takeover, the new
+records are copies.
 """
 
 from __future__ import annotations
@@ -54,16 +55,18 @@ _KEY_BYTES = 4_096
 
 
 def derived_id(job_id: str, *parts: object) -> str:
-    """Return the UUIDv5 of a record that derives from a job: of the job's id and ``parts`` joined by slashes."""
+    """Return the id of a record that derives from a job: the UUIDv5 of ``parts``, joined by slashes, in the namespace
+    of the job's id."""
     try:
         space = uuid.UUID(job_id)
-    except ValueError:  # other writers may use ids that are no UUIDs
+    except ValueError:  # other writers may use ids that are not UUIDs
         space = uuid.uuid5(uuid.NAMESPACE_OID, job_id)
     return str(uuid.uuid5(space, "/".join(map(str, parts))))
 
 
 class WorkerEvents:
-    """Builds a worker's records. ``source``: the worker's name in its events; ``limit``: largest record, in bytes."""
+    """Builds a worker's records. ``source``: the worker's name in its events. ``limit``: maximum size of a record, in
+    bytes."""
 
     def __init__(self, registry: TaskRegistry, source: str, limit: int) -> None:
         self._registry = registry
@@ -90,7 +93,8 @@ class WorkerEvents:
         )
 
     def closing(self, work: JobEvent, outcome: Outcome, duration_us: int) -> bytes:
-        """Encode the fact that records the outcome. An error's text is shortened if the record would be too large."""
+        """Encode the event with the fact that records the outcome. The text of an error is shortened if the record
+        would be too large. ``duration_us``: how long the attempt ran, in µs."""
         if isinstance(outcome, Succeeded):
             return codec.encode(self.event(work, JobSucceeded(outcome.result, duration_us)))
         if isinstance(outcome, Snoozed):
@@ -113,8 +117,8 @@ class WorkerEvents:
         return value
 
     def too_large(self, outcome: Outcome, size: int, where: str) -> Failed:
-        """Return the failure that replaces an outcome whose record is too large. ``size``: in bytes, above the
-        limit that ``where`` names."""
+        """Return the failure that replaces an outcome whose record is too large. ``size``: size of the record in bytes;
+        ``where``: text that names the limit."""
         what = "result" if isinstance(outcome, Succeeded) else "error"
         return Failed(
             "bad-result",
@@ -126,7 +130,8 @@ class WorkerEvents:
         )
 
     def derived(self, work: JobEvent, outcome: Outcome, due_at: int | None = None) -> list[Outgoing]:
-        """Return the records on which others must act. ``due_at``: µs, if the closing fact's append time is known."""
+        """Return the records that derive from the outcome, on which other parts must act. ``due_at``: when the next
+        release is due, in µs of the broker's clock; None if the append time of the closing fact is not known."""
         if getattr(outcome, "in_place", False):
             return []
         if isinstance(outcome, Retried):
@@ -139,11 +144,13 @@ class WorkerEvents:
         return []
 
     def fallback(self, work: JobEvent, outcome: Outcome) -> list[Outgoing]:
-        """Return what derives from a leased job's outcome and the coordinator cannot build: the fallback job."""
+        """Return the derived records of a leased job's outcome that the coordinator cannot build: the job of
+        ``fallback=``."""
         return self._fallback(work) if isinstance(outcome, Failed) else []
 
     def leased(self, work: JobEvent, worker: str, lease_ms: int) -> Outgoing:
-        """Return the record that derives from `JobLeased`: the coordinator keeps the job while it runs."""
+        """Return the record that derives from `JobLeased`. With this record the coordinator keeps the job while the job
+        runs."""
         spec = _spec(work)
         event = msgspec.structs.replace(
             self.event(work, Leased(spec, worker, lease_ms, crashes_of(spec.tags))),
@@ -208,8 +215,8 @@ class WorkerEvents:
     def rejected(
         self, topic: str, partition: int, offset: int, key: bytes | None, value: bytes | None, error: str
     ) -> Outgoing:
-        """Return the dead letter of a record that cannot be read. Key and value are kept unchanged; of one that is too
-        large, only the beginning."""
+        """Return the dead letter of a rejected record. Key and value are kept unchanged; if one of them is too large,
+        only its beginning is kept."""
         kept_key = key
         if key is not None and len(key) > _KEY_BYTES:
             kept_key = key[:_KEY_BYTES]

@@ -1,8 +1,8 @@
 """Sends a worker's facts and derived records. The producer's queue is bounded, and no record is dropped silently.
 
-Any thread may send. Delivery callbacks run in whichever thread polls. The event loop polls while it is busy: each
-callback acquires the interpreter lock, and a separate polling thread would compete with the loop for it at every
-record. The settler polls when the loop does not.
+Any thread may send. Delivery callbacks run in the thread that polls. While the event loop is busy, it polls, because
+each callback acquires the interpreter lock, and a separate polling thread would compete with the event loop for that
+lock at every record. The thread of the ack tracker polls when the event loop does not poll.
 """
 
 from __future__ import annotations
@@ -22,23 +22,24 @@ from jobledger.kafka.topic_names import Names
 from jobledger.log.framing import Framing, framing
 from jobledger.schemas import codec
 
-#: The client chooses the partition by the key.
+#: Stands for a partition number: the Kafka client chooses the partition by the key.
 BY_KEY = -1
 #: No new job is begun while this many records are unacknowledged. A job sends two facts, so a crash reruns about
 #: half as many jobs at most.
 UNACKNOWLEDGED_LIMIT = 8_000
 #: Seconds that `WorkerProducer.hurry` waits for acknowledgements.
 HURRY_S = 0.005
-#: Seconds to wait while the send queue is full, or a topic is reported as missing.
+#: Seconds to wait while the producer's queue is full, or while a topic is reported as missing.
 WAIT_S = 10.0
 
 Delivered = Callable[[KafkaError | None, Message], None]
 
 
 class WorkerProducer:
-    """A producer with a bounded wait for space in its queue. ``linger_ms``: how long a record may wait for others.
+    """A producer with a bounded wait for space in its queue. ``linger_ms``: milliseconds that a record may wait for
+    other records of its batch.
 
-    With a Schema Registry, values are framed for it. Without one, this costs nothing.
+    With a Schema Registry, values are framed for the registry. Without a Schema Registry, framing costs nothing.
     """
 
     def __init__(self, settings: Settings, names: Names, linger_ms: float) -> None:
@@ -72,9 +73,12 @@ class WorkerProducer:
         self.first(self._schemas, codec.SCHEMA_TEXT.encode(), key, WAIT_S)
 
     def prepare(self, topics: Iterable[str]) -> None:
-        """Publish this version's schema, acknowledged; bound batches by what the topics accept; register the schema for
-        ``topics``. It waits, so call it at the start, before anything else is sent. Raises what `first` raises,
-        `RegistryUnavailable`, `SchemaRefused` and `ConfigError`."""
+        """Publish this version's schema and wait for the acknowledgement. Then limit the size of batches to what the
+        topics accept, and with a Schema Registry register the schema for ``topics``.
+
+        This blocks, so call it at the start, before any other record is sent. Raises what `first` raises,
+        `RegistryUnavailable`, `SchemaRefused` and `ConfigError`.
+        """
         self._publish(codec.FINGERPRINT.hex())
         room = batch_room(self._settings, self._names)
         if room is not None:
@@ -87,8 +91,12 @@ class WorkerProducer:
     def send(
         self, topic: str, value: bytes, key: str | bytes | None, partition: int, on_delivery: Delivered | None
     ) -> None:
-        """Queue a record; wait up to `WAIT_S` seconds. Any thread. Raises `BrokerUnavailable` if the queue stays full,
-        `TopicMissing` if there is no such topic, `AccessDenied` if the cluster refuses it."""
+        """Put a record into the producer's queue. Wait up to `WAIT_S` seconds for space in the queue, or for a topic
+        that is reported as missing. Any thread.
+
+        Raises `BrokerUnavailable` if the queue stays full, `TopicMissing` if there is no such topic, `AccessDenied` if
+        the cluster refuses the record.
+        """
         deadline = 0.0
         while True:
             try:
@@ -101,7 +109,7 @@ class WorkerProducer:
                 )
             except KafkaException as exc:
                 problem = self.failed(exc.args[0], topic)
-                # A broker that shuts down reports its topics as missing.
+                # Try again: a broker that shuts down reports its topics as missing.
                 if exc.args[0].code() not in MISSING:
                     raise problem from exc
             self.check()
@@ -113,9 +121,10 @@ class WorkerProducer:
     def send_alone(
         self, topic: str, value: bytes, key: str | bytes | None, partition: int, delivered: Delivered
     ) -> None:
-        """Queue a record in a batch of its own, because the broker refuses batches as a whole.
+        """Put a record into a producer's queue, in a batch of its own, because the broker refuses batches as a whole.
 
-        A second producer sends it, so it is in no order with other records. Does not wait. Raises what `send` raises.
+        A second producer sends the record, so its order relative to other records is not defined. Does not wait. Raises
+        what `send` raises.
         """
         if self._alone is None:
             conf = producer_config(self._settings, door=self._door)
@@ -129,11 +138,11 @@ class WorkerProducer:
             raise self.failed(exc.args[0], topic) from exc
 
     def first(self, topic: str, value: bytes, key: str, timeout: float) -> None:
-        """Send a record and wait for its acknowledgement. Then the producer has its id and its connections.
+        """Send a record and wait for its acknowledgement. After that the producer has its id and its connections.
 
-        Without this, the jobs of the first second would run long before any of their facts is in the log, and the first
-        expiries and delays would be judged by this machine's clock instead of the broker's. Raises what `send` raises,
-        and `BrokerUnavailable` after ``timeout`` seconds.
+        Without this first record, the jobs of the first second would run long before any of their facts is in the log,
+        and the first expiries and delays would be judged by this machine's clock instead of the broker's. Raises what
+        `send` raises, and `BrokerUnavailable` after ``timeout`` seconds.
         """
         answers: list[KafkaError | None] = []
 
@@ -155,19 +164,20 @@ class WorkerProducer:
             raise self.failed(answers[0], topic)
 
     def failed(self, error: KafkaError, topic: str) -> JobledgerError:
-        """Return the error to raise for a record that was not, or cannot be, delivered."""
+        """Return the error to raise for a record that was not delivered or cannot be delivered."""
         what, found = f"sending to {topic}", self._fatal or error
         return self._door.behind(error) or undelivered(found, self._settings, what, write(topic))
 
     def check(self) -> None:
         """Raise `AccessDenied` if the cluster no longer accepts this client, or the error with which this producer
-        failed for good."""
+        failed permanently."""
         self._door.check()
         if self._fatal is not None:
             raise self.failed(self._fatal, self._schemas)
 
     def poll(self, timeout: float = 0.0) -> None:
-        """Run the delivery callbacks that have arrived or arrive within ``timeout`` seconds. Any thread."""
+        """Run the delivery callbacks of all reports that have arrived or arrive within ``timeout`` seconds. Any
+        thread."""
         self.polled_at = time.monotonic()
         try:
             self._producer.poll(timeout)
@@ -177,7 +187,8 @@ class WorkerProducer:
             self._fatal = exc.args[0]
 
     def hurry(self) -> None:
-        """Send queued records at once, and run the delivery callbacks that arrive within `HURRY_S` seconds."""
+        """Send queued records at once, and run the delivery callbacks of reports that arrive within `HURRY_S`
+        seconds."""
         try:
             self._producer.flush(HURRY_S)
         except KafkaException as exc:  # as in `poll`
@@ -189,15 +200,17 @@ class WorkerProducer:
         return len(self._producer) + (0 if self._alone is None else len(self._alone))
 
     def flush(self, timeout: float) -> int:
-        """Wait up to ``timeout`` seconds, for each producer, for acknowledgements. Returns how many are missing."""
+        """Wait for acknowledgements, up to ``timeout`` seconds for each of the two producers. Return the number of
+        missing acknowledgements."""
         left = self._producer.flush(timeout)
         return left + (0 if self._alone is None else self._alone.flush(timeout))
 
     def close(self) -> None:
-        """Drop unsent records and close the connections: closing must not wait for a broker that is away."""
+        """Drop unsent records and close the connections. Unsent records are dropped because closing must not wait for a
+        broker that is not available."""
         for each in (self._producer, self._alone):
             if each is not None:
-                with suppress(KafkaException):  # the producer has failed for good
+                with suppress(KafkaException):  # the producer has failed permanently
                     each.purge()
                     each.flush(1.0)
                     each.close()

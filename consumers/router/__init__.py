@@ -1,4 +1,4 @@
-"""Jobs from domain events: the router, which follows the topics of events, and the backfill, which reads them again.
+"""Submits jobs for domain events: the router for new events, the backfill for past events.
 
-Runs no code of a task.
+This package runs no code of a task.
 """

@@ -34,11 +34,11 @@ from jobledger.log.schema_lookup import SchemaLookup
 from jobledger.process import greenlets
 from jobledger.process.identity import source
 
-#: Most events between two commits of the progress. With a rate: the events of a tenth of a second, if they are fewer.
+#: Maximum number of events between two commits of the progress. With a rate, at most the events of a tenth of a second.
 CHUNK = 500
 #: Seconds that a request for offsets may take.
 ASK_S = 15.0
-#: How often a commit of the progress is tried before it is an error.
+#: How often a commit of the progress is tried before the backfill stops with an error.
 COMMITS = 5
 
 _RATE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*/\s*(s|sec|m|min|h|hour)\s*")
@@ -57,9 +57,10 @@ def events_per_second(text: str) -> float:
 class BackfillProgress:
     """The progress of a backfill.
 
-    ``total``: number of offsets in its ranges; ``passed``: how many of them are done. The other counts are of events in
-    this run: ``events`` read; ``submitted`` as jobs (counted in a dry run, too); ``known`` to the status table already;
-    ``unreadable``. ``resumed``: it continues an interrupted run. ``done``: it reached its end.
+    ``total``: number of offsets in its ranges. ``passed``: number of offsets that are done. The other numbers count the
+    events of this run. ``events``: events read. ``submitted``: events whose job was submitted (or would be, in a dry
+    run). ``known``: events whose job was in the status table already. ``unreadable``: events that cannot be read.
+    ``resumed``: whether this run continues an interrupted one. ``done``: whether the run reached its end.
     """
 
     total: int = 0
@@ -74,7 +75,8 @@ class BackfillProgress:
 
 @dataclass(frozen=True, slots=True)
 class Range:
-    """The offsets of one partition: ``begin`` is the first, ``end`` the one after the last, ``at`` the next to read."""
+    """The offsets of one partition: ``begin`` is the first, ``end`` is one beyond the last, ``at`` is the next to
+    read."""
 
     begin: int
     end: int
@@ -85,9 +87,9 @@ class Range:
 class BackfillPlan:
     """What to backfill.
 
-    ``since``, ``until``: timestamps of events in ms; None: the beginning of the log, and its end at the start.
-    ``rate``: events per second; None: no limit. ``dry_run``: count only, send and commit nothing. ``restart``: discard
-    an interrupted run of the same handler.
+    ``handler``: the name of the handler. ``since``, ``until``: timestamps of events in ms; None: the beginning of the
+    log, and the end of the log when the backfill starts. ``rate``: events per second; None: no limit. ``dry_run``:
+    count events, but send and commit nothing. ``restart``: discard an interrupted run of the same handler.
     """
 
     handler: str
@@ -125,7 +127,7 @@ class Backfill:
     # -- what to read ---------------------------------------------------------------------------------------------
 
     def _ranges(self, consumer: Consumer) -> dict[int, Range]:
-        """Return the range of each partition: those that an interrupted run had fixed, or new ones."""
+        """Return the range of each partition: the ranges of an interrupted run, or else new ranges."""
         parts = [TopicPartition(self.topic, p) for p in range(partitions_of(self.settings, self.topic))]
         found = [] if self.plan.dry_run else committed(consumer, parts, self.settings, join(self._group), ASK_S)
         before = {} if self.plan.restart else self._interrupted(found)
@@ -170,10 +172,11 @@ class Backfill:
     def run(
         self, stop: threading.Event, tell: Callable[[BackfillProgress], None] = lambda progress: None
     ) -> BackfillProgress:
-        """Handle the events of the ranges until their end or ``stop``, and return the progress. ``tell`` is called
-        after each chunk of events.
+        """Submit the jobs for the events of the ranges, until the end of the ranges or until ``stop`` is set, and
+        return the progress. ``tell`` is called with the progress after each chunk of events.
 
-        Raises `BrokerUnavailable`, `TopicMissing`, `ConfigError`, `IncompatibleEvent`. Jobs submitted before stay
+        Raises `BrokerUnavailable`, `TopicMissing`, `AccessDenied`, `ConfigError`, `IncompatibleEvent`, and
+        `JobledgerError` for a job whose record is too large. Jobs that were submitted before the error remain
         submitted, and another run continues from there.
         """
         knock(self.settings)
@@ -250,7 +253,7 @@ class Backfill:
             try:
                 jobs, refused = self._routes.jobs(message)
             except SchemaError:
-                self.progress.unreadable += 1  # the router wrote its dead letter when it arrived
+                self.progress.unreadable += 1  # the router wrote its dead letter when the event arrived
                 continue
             if refused:
                 where = f"{message.topic()}[{message.partition()}]@{message.offset()}"
@@ -302,7 +305,7 @@ class Backfill:
 
 
 class _Pace:
-    """Compute waits that keep to ``rate`` events per second; None: no waits."""
+    """Compute the waits that limit the backfill to ``rate`` events per second; None: no waits."""
 
     def __init__(self, rate: float | None) -> None:
         self._rate, self._next = rate, time.monotonic()
@@ -311,14 +314,14 @@ class _Pace:
         if self._rate is None:
             return 0.0
         now = time.monotonic()
-        # Time lost to a slow broker is not caught up by more than 0.1 s: the rate protects systems downstream.
+        # After a delay by a slow broker, at most 0.1 s is made up for: the rate protects systems downstream.
         self._next = max(self._next, now - 0.1) + count / self._rate
         return max(0.0, self._next - now)
 
 
 def known_to(job: Callable[[str], object], missing: type[Exception]) -> Callable[[str], bool]:
-    """Make the parameter ``known`` of `Backfill` from a status table's ``job``, which raises ``missing`` for an unknown
-    id."""
+    """Return a function for the parameter ``known`` of `Backfill`. ``job``: the method of a status table that returns a
+    job by its id, and raises ``missing`` for an unknown id."""
 
     def known(job_id: str) -> bool:
         try:

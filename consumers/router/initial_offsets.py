@@ -1,9 +1,9 @@
 """Decides where the router starts in partitions without a commit, for topics that are read from their end.
 
-The first member that reads such a topic writes the number of partitions into its commits. A partition without a commit
-below that number existed then, and no member has read it yet: it is read from its end. A partition from that number on
-was added later: it is read from its beginning, because events appended before the router noticed it would be lost
-otherwise.
+The first member that reads such a topic writes the topic's number of partitions into its commits. If a partition
+without a commit has a lower number, the partition existed then and no member has read it yet: the router reads it from
+its end. A partition with this number or a higher one was added later: the router reads it from its beginning, because
+events appended before the router noticed the partition would be lost otherwise.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from jobledger.log.reading import LogReader
 
 
 def note(partitions: int) -> str:
-    """Return the metadata for every commit of such a topic: the number of partitions that it was first read with."""
+    """Return the metadata for every commit of such a topic: its number of partitions when it was first read."""
     return json.dumps({"began_with": partitions})
 
 
 def began_with(notes: Iterable[str | None]) -> int | None:
-    """Return the number of partitions that a topic was first read with, from the metadata of its commits.
+    """Return the number of partitions that a topic had when it was first read, from the metadata of its commits.
 
-    None: the topic has no commits. 0: no commit carries the number, so the group has read it from its beginning.
+    None: the topic has no commits. 0: no commit carries the number, so the group has read the topic from its beginning.
     """
     found, counts = list(notes), []
     for text in found:
@@ -39,9 +39,10 @@ def began_with(notes: Iterable[str | None]) -> int | None:
 
 
 def at_the_end(settings: Settings, group: str, topic: str, assigned: Sequence[int]) -> tuple[dict[int, int], str]:
-    """Return the start offsets of those assigned partitions that are to be read from their end, by partition number;
-    and the metadata for commits of this topic. The other partitions continue at their commit, or start at their
-    beginning.
+    """Return the start offsets, by partition number, of the assigned partitions that are to be read from their end; and
+    the metadata for commits of this topic.
+
+    The other partitions continue at their commit, or start at their beginning.
 
     Raises `BrokerUnavailable`, `TopicMissing` or `AccessDenied`.
     """

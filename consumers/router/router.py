@@ -1,4 +1,4 @@
-"""The router: reads domain events and submits one job for each of their handlers. It keeps no state but its offsets.
+"""The router reads domain events, and submits one job for each event and handler. Its only state is its offsets.
 
 A job's id is derived from the event's id and the handler. So an event that is routed again, after a crash or by another
 router, results in the same job. Offsets are committed after the broker has acknowledged every job of a batch, so no
@@ -44,7 +44,7 @@ from jobledger.schemas.events import JobEvent, JobSpec, JobSubmitted
 
 LOG = get_logger("jobledger.router")
 
-#: Most events of one batch. After a crash, this batch and the batches not committed yet are routed again.
+#: Maximum number of events in a batch. After a crash, this batch and the batches not committed yet are routed again.
 BATCH = 1_000
 #: Seconds between two commits; seconds that a poll waits for the first event of a batch.
 COMMIT_INTERVAL_S, POLL_S = 0.1, 0.1
@@ -76,9 +76,9 @@ class Routes:
         return sorted(self._by_topic)
 
     def jobs(self, message: Message) -> tuple[list[tuple[str, Outgoing]], list[str]]:
-        """Return the jobs of a record with their ids, and for each handler that gets no job, the reason.
+        """Return two lists: the jobs of a record, each with its id; and the reasons why handlers get no job.
 
-        Raises `SchemaError` for bytes that are no such event.
+        Raises `SchemaError` for bytes that are not an event of the topic's class.
         """
         kind, handlers = self._by_topic[message.topic() or ""]
         if kind.passes(message.value()):
@@ -124,7 +124,7 @@ class Routes:
         return job_id, Outgoing(self._names.jobs(lane(task.queue, task.policy.priority)), codec.encode(event), job_id)
 
     def rejected(self, message: Message, why: str) -> Outgoing:
-        """Build the dead letter of a record for the reason ``why``. Key and value are cut if they are too large."""
+        """Build the dead letter of a record that is rejected because of ``why``. Too large keys and values are cut."""
         key, value = message.key(), message.value()
         return self._facts.rejected(
             message.topic() or "",
@@ -137,7 +137,7 @@ class Routes:
 
 
 class EventBatch:
-    """Send the records of one batch until all are acknowledged; each is sent again up to `RESENDS` times."""
+    """Send the records of one batch until all are acknowledged. Each record is sent again up to `RESENDS` times."""
 
     def __init__(self, sender: WorkerProducer, address: str) -> None:
         self._sender, self._address = sender, address
@@ -146,7 +146,10 @@ class EventBatch:
         self._too_large: list[tuple[Message, Outgoing]] = []
 
     def send(self, origin: Message, record: Outgoing) -> None:
-        """Queue a record that results from the event ``origin``. Raises `BrokerUnavailable` or `TopicMissing`."""
+        """Queue a record that results from the event ``origin``.
+
+        Raises `BrokerUnavailable`, `TopicMissing` or `AccessDenied`.
+        """
         self._open += 1
         self._send(origin, record, 0, alone=False)
 
@@ -185,8 +188,8 @@ class EventBatch:
             self._sender.send(record.topic, record.value, record.key, BY_KEY, delivered)
 
     def settle(self) -> list[tuple[Message, Outgoing]]:
-        """Wait until every record is acknowledged or refused for its size. Return the refused ones, each with the event
-        that it results from. Raises the error that kept a record from being delivered."""
+        """Wait until every record is acknowledged or refused for its size. Return the refused records, each with the
+        event from which the record results. Raises the error because of which a record was not delivered."""
         while self._open and self._error is None:
             self._sender.poll(0.05)
             self._sender.check()
@@ -197,7 +200,7 @@ class EventBatch:
 
 
 class Router:
-    """Run the router of one process. `run` blocks until it is told to stop or an error occurs. Use once.
+    """Run the router of one process. `run` blocks until ``stop`` is set or an error occurs. Use an instance only once.
 
     Raises `ConfigError` if the app has no handlers, or if its events need a Schema Registry and none is set.
     """
@@ -222,13 +225,13 @@ class Router:
         self._door = AuthMonitor(settings)
         self._address = settings.bootstrap or "the embedded broker"
         self._from_end = {handler.event.topic for handler in self._handlers if handler.event.start == "latest"}
-        self._notes: dict[str, str] = {}  # metadata that commits of a topic carry
+        self._notes: dict[str, str] = {}  # metadata for the commits of each topic
         self.events = self.jobs = self.rejected = 0
         self.partitions: dict[tuple[str, int], int] = {}  # owned: the next offset to commit; -1: nothing to commit
         self.started_at = time.monotonic()
 
     def health(self) -> dict[str, Any]:
-        """Return uptime (seconds) and counts so far, as plain values."""
+        """Return the uptime (seconds) and the counts so far, as plain values."""
         return {
             "uptime": round(time.monotonic() - self.started_at, 1),
             "partitions": len(self.partitions),
@@ -240,8 +243,8 @@ class Router:
     # -- start ----------------------------------------------------------------------------------------------------
 
     def _prepare(self) -> WorkerProducer:
-        """Check rights and topics, and that the handlers' classes read the earlier schemas. Publish this version's
-        schema, and return the started sender."""
+        """Check rights and topics, and that the handlers' event classes can read the earlier schemas. Publish this
+        version's schema, and return the producer."""
         queues = {self.names.jobs(lane(handler.task.queue, handler.task.policy.priority)) for handler in self._handlers}
         names = self.names
         acls.check(self.settings, names.namespace, [*self.routes.topics, *queues, names.dead_letter, names.schemas])
@@ -271,8 +274,8 @@ class Router:
     # -- run ------------------------------------------------------------------------------------------------------
 
     def run(self, stop: threading.Event) -> None:
-        """Route until ``stop`` is set. Raises the error that keeps the router from continuing. Only events whose jobs
-        were acknowledged are committed."""
+        """Route events until ``stop`` is set. Only events whose jobs were acknowledged are committed. Raises the error
+        because of which the router cannot continue."""
         sender = self._patiently(stop)
         consumer = make_consumer(
             consumer_config(
@@ -320,7 +323,7 @@ class Router:
                 continue
             where = (message.topic() or "", message.partition() or 0)
             if where not in self.partitions:
-                continue  # revoked since it was fetched
+                continue  # the partition was revoked after the message was fetched
             ends[where] = (message.offset() or 0) + 1
             self.events += 1
             try:
@@ -340,7 +343,7 @@ class Router:
             routed -= 1
             why = f"its job makes a record of {len(record.value or b'')} bytes, above what {record.topic} takes"
             self._reject(batch, message, f"{why} (max.message.bytes)")
-        if batch.settle():  # dead letters
+        if batch.settle():  # dead letters that are too large
             raise PayloadTooLarge(
                 f"{self.names.dead_letter} accepts smaller records (max.message.bytes) than the topics of events: raise the limit"
             )
@@ -410,7 +413,7 @@ class Router:
         LOG.info("assigned %s", [f"{w.topic}[{w.partition}]" for w in assigned])
         if begin:
             LOG.info("read from their end, for the first time: %s", [f"{t}[{p}]@{o}" for (t, p), o in begin.items()])
-            self._commit(consumer)  # at once: after a restart the end would be a later one
+            self._commit(consumer)  # at once: after a restart, the end would be a later offset
 
     def _on_revoke(self, consumer: Consumer, revoked: list[TopicPartition]) -> None:
         self._commit(consumer)

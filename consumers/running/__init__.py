@@ -1,4 +1,4 @@
-"""Running the code of jobs, on the event loop, in threads and in child processes, and turning its end into an outcome.
+"""Run the code of jobs on the event loop, in threads and in child processes, and record the outcomes.
 
-Owns the threads of jobs, the leases of long jobs and the hooks. Does not decide which job runs.
+This package owns the threads of jobs, the leases of long jobs and the hooks. It does not decide which job runs.
 """

@@ -1,7 +1,7 @@
-"""Run jobs and record their outcomes: coroutines on the event loop, plain functions in a pool of threads.
+"""Run the code of jobs, coroutines on the event loop and plain functions in a pool of threads, and record the outcomes.
 
-The dispatcher decides which job runs when; this module handles one job at a time. It sends the closing fact. The
-settler learns that it is acknowledged, and then sends the derived records.
+The dispatcher decides which job runs when; this module handles one job at a time. This module sends the closing fact.
+When the closing fact is acknowledged, the ack tracker sends the derived records.
 """
 
 from __future__ import annotations
@@ -68,11 +68,13 @@ _uuid7 = uuid_utils.uuid7
 
 
 class Executor:
-    """Run `JobRun` and send its facts; the settler sends the derived records of a closing fact once that is acknowledged.
+    """Run the code of a `JobRun` and send its facts. The ack tracker sends the derived records of a closing fact when
+    the fact is acknowledged.
 
-    ``ended``: a coroutine has ended and its slot is free; called on the event loop. ``ended_in_thread``: the same for a
-    thread, called in it. ``fail``: stop the worker, because a fact cannot be sent; the job then stays not done.
-    ``settle``: have the delivery reports that have arrived taken soon.
+    ``limit``: the largest record, in bytes. ``ended(work)``: a coroutine has ended and its slot is free; called on the
+    event loop. ``ended_in_thread(work)``: a plain function has ended; called in the function's thread. ``fail(error)``:
+    stop the worker, because a fact cannot be sent; the job's record is then not done. ``settle()``: request
+    that the delivery reports that have arrived are taken soon.
 
     The outcome of a job's code is written even if another worker owns the partition by then. Only the exception of an
     abandoned job is dropped.
@@ -95,12 +97,12 @@ class Executor:
         self._facts, self._sender, self._lifecycle, self._source, self._limit = facts, sender, lifecycle, source, limit
         self._ended, self._ended_in_thread, self._fail = ended, ended_in_thread, fail
         self._produce = sender.produce
-        self.teller: HookRunner | None = None  # None: no hooks are to be called
+        self.teller: HookRunner | None = None  # None: there are no hooks to call
         self.interrupts = Interrupts()
-        self.due: JobRun | None = None  # the coroutine that blocks the loop beyond its time limit
+        self.due: JobRun | None = None  # the job whose coroutine blocks the loop beyond its time limit
         self.stop_child: Callable[[JobRun], None] = lambda work: None
         self.close_lease: Callable[[JobRun, bytes, list[Outgoing]], None]
-        self.may_begin: Callable[[JobRun], bool]  # whether code may begin although its lease may be over
+        self.may_begin: Callable[[JobRun], bool]  # whether code may begin although a lease may be over
         self._queue: queue.SimpleQueue[JobRun | None] = queue.SimpleQueue()
         self._depth = forks.depth
         self._threads: list[threading.Thread] = []
@@ -108,10 +110,10 @@ class Executor:
     # -- running --------------------------------------------------------------------------------------------------
 
     async def run(self, work: JobRun) -> None:
-        """Run a coroutine task on the loop, within its time limit, and record its outcome.
+        """Run a job's coroutine on the loop, within its time limit, and record the outcome.
 
-        The worker may have been paused since it created the task, and others may have taken the job over. So ownership
-        is checked here, too: `may_begin` drops the job or starts it again later.
+        The worker may have been paused since it created the `asyncio` task, and another worker may have taken the job
+        over. So ownership is checked here, too: `may_begin` drops the job or starts it again later.
         """
         partition = work.partition
         lease = work.lease or partition.lease
@@ -132,7 +134,7 @@ class Executor:
                         if self.due is work and _monotonic() - work.began >= limit:  # the blocked loop's timer is late
                             work.interrupted = TaskTimedOut
                             raise TaskTimedOut
-            except BaseException as error:  # noqa: BLE001  # SystemExit, a cancellation: the job's, not the worker's
+            except BaseException as error:  # noqa: BLE001  # SystemExit and cancellations end only the job
                 if forks.depth != self._depth:  # the code has forked, and this is the child
                     forks.left(error)
                 context.ended = True
@@ -145,14 +147,14 @@ class Executor:
                     forks.left(None)
                 context.ended = True
                 self.returned(work, value)
-        except BaseException as broken:  # noqa: BLE001  # the last guard: a slot is never lost
+        except BaseException as broken:  # noqa: BLE001  # whatever fails, the slot must become free
             self._unjudged(work, broken)
         work.handle = None
         self._ended(work)
 
     def takes_arguments(self, work: JobRun) -> bool:
-        """Decode the arguments of a job that is to run. If they do not fit the task, close the job as failed and return
-        False. For an unknown task nothing is decoded."""
+        """Decode the arguments of a job that is to run, and return True. If the arguments do not fit the task, close
+        the job as failed and return False. For an unknown task nothing is decoded."""
         plan, event = work.plan, work.event
         if plan is not None:
             assert event is not None
@@ -164,7 +166,8 @@ class Executor:
         return True
 
     def start_threads(self, count: int) -> None:
-        """Start the pool. Its threads are daemons: a function that never ends must not keep the process alive."""
+        """Start the pool of ``count`` threads. The threads are daemons, because a function that never ends must not
+        keep the process alive. On the event loop."""
         self.interrupts.loop = asyncio.get_running_loop()
         for n in range(count):
             thread = threading.Thread(target=self._serve, name=f"jobledger-job-{n}", daemon=True)
@@ -172,7 +175,7 @@ class Executor:
             self._threads.append(thread)
 
     def submit(self, work: JobRun) -> None:
-        """Run a plain function in the next free thread."""
+        """Queue a job's plain function for the next free thread."""
         self._queue.put(work)
 
     def close(self) -> None:
@@ -203,7 +206,7 @@ class Executor:
             else:
                 context.ended = True
                 self.returned(work, value)
-        except BaseException as broken:  # noqa: BLE001  # the last guard: a thread is never lost
+        except BaseException as broken:  # noqa: BLE001  # whatever fails, the thread must continue
             self._unjudged(work, broken)
 
     def _unjudged(self, work: JobRun, broken: BaseException) -> None:
@@ -222,13 +225,13 @@ class Executor:
         task = plan.task
         try:
             result = None if value is None else task.encode_result(value)
-        except BaseException as error:  # noqa: BLE001  # a result's own hooks may raise anything
+        except BaseException as error:  # noqa: BLE001  # the result's own methods may raise anything
             self.close_with(work, bad_result(task.name, error))
             return
         self.succeeded(work, result)
 
     def succeeded(self, work: JobRun, result: bytes | None) -> None:
-        """Send the closing fact of a success. ``result``: JSON, or None."""
+        """Send the closing fact of a success. ``result``: the result as JSON, or None."""
         plan = work.plan
         assert plan is not None
         partition = work.partition
@@ -273,10 +276,10 @@ class Executor:
         plan.runs[bisect_left(RUN_BOUNDS_S, duration)] += 1
 
     def raised(self, work: JobRun, error: BaseException, late: bool) -> None:
-        """Record the outcome of code that raised ``error``. ``late``: its time limit was over. None of the exception's
-        own code is called here."""
+        """Record the outcome of code that raised ``error``. ``late``: the attempt's time limit was over. This method
+        calls no code of the exception's class."""
         trace = traceback_of(error)
-        if trace is not None:  # drop the first frame: it is this module's
+        if trace is not None:  # drop the first frame, which belongs to this module
             BaseException.with_traceback(error, trace.tb_next or trace)
         event, plan = work.event, work.plan
         assert event is not None
@@ -292,17 +295,18 @@ class Executor:
         self.close_with(work, outcome)
 
     def stop(self, work: JobRun, outcome: Outcome) -> None:
-        """Ask running code to end, with ``outcome`` as its outcome if it raises. Code that returns all the same has
-        succeeded. A coroutine is cancelled, a thread is interrupted at its next bytecode, and a child process is killed
-        in the end."""
+        """Ask running code to end. If the code then raises, ``outcome`` is recorded; if the code returns, the job has
+        succeeded. A coroutine is cancelled, and a thread is interrupted at its next bytecode. A child process is told
+        to end, and is killed if the code still runs after `SOFT_S` seconds (`jobledger.consumers.isolation.pool`)."""
         work.stop_outcome = outcome
         self.end(work)
 
     def end(self, work: JobRun) -> None:
-        """Ask running code to end, wherever it runs."""
+        """Ask running code to end: on the event loop, in a thread or in a child process."""
         if work.handle is not None:
             if work.context is not None:
-                # It has not taken its first step. Cancelled now, it never would, and its end would not be reported.
+                # The coroutine has not run its first step. If it were cancelled now, it would never run, and its end
+                # would not be reported.
                 asyncio.get_running_loop().call_soon(self.end, work)
             else:
                 work.handle.cancel()
@@ -310,12 +314,15 @@ class Executor:
             self.stop_child(work)
 
     def late(self, work: JobRun) -> None:
-        """Interrupt a function in a thread whose time limit is over."""
+        """Interrupt a function in a thread, because the function's time limit is over."""
         self.interrupts.interrupt(work, TaskTimedOut)
 
     def close_with(self, work: JobRun, outcome: Outcome) -> None:
-        """Send the closing fact of any outcome, and have the settler send the derived records. Under a key, an attempt
-        that is made again closes nothing."""
+        """Send the closing fact of an outcome. The ack tracker then sends the derived records.
+
+        A retry or snooze of a keyed job closes nothing: the next attempt is made in place. If the job would hold its
+        key for too long, the job fails instead. The outcome of a leased long job is sent to the coordinator.
+        """
         event = work.event
         assert event is not None
         if event.key is not None and isinstance(outcome, Retried | Snoozed):
@@ -338,9 +345,9 @@ class Executor:
                 self.close_lease(work, value, self._facts.fallback(event, outcome))
                 self._told(work, event, outcome, duration)
                 return
-            # The derived records are sent only once the closing fact is acknowledged. Were both sent together and this
-            # process died, a retry could be under way while the next owner, which finds no closing fact, runs the job
-            # again.
+            # The derived records are sent only when the closing fact is acknowledged. If both were sent together and
+            # this process died, the closing fact could be missing in the log. The next owner would then run the job
+            # again, while the retry is under way.
             work.derived = self._facts.derived(event, outcome)
             work.remaining = 1 + len(work.derived)
             delivered = partial(self._end_delivered, work) if work.derived else work.closing_delivered
@@ -351,13 +358,14 @@ class Executor:
         self._told(work, event, outcome, duration)
 
     def _end_delivered(self, work: JobRun, error: KafkaError | None, message: Message) -> None:
-        """Delivery callback of a closing fact with derived records: have its report taken at once."""
+        """Handle the delivery of a closing fact with derived records: request that its report is taken soon. Any
+        thread."""
         work.closing_delivered(error, message)
         self._settle()
 
     def _told(self, work: JobRun, event: JobEvent, outcome: Outcome, duration: float) -> None:
-        """Count and log an outcome that is sent, and pass it to the hooks. Raises nothing: an exception here must not
-        look like an outcome that was not sent."""
+        """Count and log an outcome that was sent, and pass it to the hooks. Raises nothing, because an exception here
+        would be taken for an outcome that was not sent."""
         try:
             _count(work, outcome, duration)
             log_outcome(event, outcome)
@@ -371,8 +379,8 @@ class Executor:
             )
 
     def _goes_on(self, work: JobRun, event: JobEvent, outcome: Retried | Snoozed) -> None:
-        """Send the fact that the job is tried again in place; the dispatcher begins the next attempt after
-        ``again_s``."""
+        """Send the fact that the next attempt is made in place. When the fact is acknowledged, `WaitQueues` begins that
+        attempt after `JobRun.again_s` seconds."""
         partition = work.partition
         try:
             work.flush_progress()
@@ -392,18 +400,20 @@ class Executor:
         work.again_s = outcome.delay_ms / 1000
 
     def refused_as_too_large(self, work: JobRun, size: int, where: str) -> None:
-        """Fail a job whose closing fact the broker refused for its size; the failure names the size and the limit."""
+        """Fail a job whose closing fact the broker refused for its size. The failure names the size, in bytes, and the
+        limit."""
         outcome = work.outcome or Succeeded()
         self.close_with(work, self._facts.too_large(outcome, size, where))
 
     def resend_derived(self, work: JobRun, outcome: Outcome, due_at: int | None, lifecycle_offset: int) -> None:
-        """Send the derived records of a closing fact again that is in the log already."""
+        """Send the derived records of a closing fact again. The fact is in the log already, at ``lifecycle_offset``.
+        ``due_at``: see `WorkerEvents.derived`."""
         assert work.event is not None
         self.resend(work, self._facts.derived(work.event, outcome, due_at), lifecycle_offset)
 
     def resend(self, work: JobRun, derived: list[Outgoing], lifecycle_offset: int) -> None:
-        """Send records again that derive from the fact at ``lifecycle_offset``. The work record is done when they are
-        acknowledged."""
+        """Send the records ``derived`` again, which derive from the fact at ``lifecycle_offset``. The work record is
+        done when these records are acknowledged, or at once if there are none."""
         offsets = work.partition.offsets
         assert offsets is not None
         work.remaining = len(derived)
@@ -419,13 +429,13 @@ class Executor:
             self._sender.send(record.topic, record.value, record.key, BY_KEY, work.derived_delivered)
 
     def progressed(self, work: JobRun, fact: JobProgressed) -> None:
-        """Send one progress fact, without waiting for its acknowledgement."""
+        """Send one progress fact. Do not wait for its acknowledgement."""
         event = work.event
         assert event is not None
         try:
             value = encode(self._facts.event(event, fact))
             self._sender.send(self._lifecycle, value, event.job_id, work.partition.number, None)
-        except JobledgerError as exc:  # too long, or the queue is full: progress may be lost
+        except JobledgerError as exc:  # the fact is too large, or the queue is full: progress may be lost
             LOG.warning("progress of job %s was not sent: %s", event.job_id, exc)
 
     def _broken(self, work: JobRun, exc: BaseException) -> None:
@@ -442,9 +452,9 @@ class Executor:
 
 
 def _enter(work: JobRun) -> JobContext:
-    """Make the job the current one. From here on its `JobRun` drops the context, which refers to the `JobRun`: Python
-    frees such a cycle only when its collector runs, and at tens of thousands of jobs a second memory would grow
-    without end."""
+    """Make the job the current one, and return its context. Also remove the context from the `JobRun`, because the
+    context refers to the `JobRun`. Python frees such a reference cycle only when its garbage collector runs, so memory
+    would grow without limit at tens of thousands of jobs a second."""
     context, work.context = work.context, None
     assert context is not None
     enter(context)
@@ -452,8 +462,8 @@ def _enter(work: JobRun) -> JobContext:
 
 
 def context_of(work: JobRun, *, reports: bool = True) -> JobContext:
-    """Return what the task's code sees of its job. Without ``reports``: the context for hooks, which cannot report
-    progress."""
+    """Return the context through which the task's code sees its job. Without ``reports``: the context for hooks, which
+    cannot report progress."""
     event = work.event
     assert event is not None
     spec: JobSpec = event.fact.spec  # type: ignore[union-attr]  # a record of a work topic

@@ -1,8 +1,8 @@
-"""Calls the middleware hooks `retry` and `failure` after an attempt's outcome was sent to the log.
+"""Call the middleware hooks `retry` and `failure` after an attempt's outcome was sent to the log.
 
-Plain hooks run in one thread of their own, so that a slow hook delays no job. Coroutine hooks run on the worker's
-event loop. An error that a hook raises is logged and changes no outcome. Hooks that have not ended when the grace time
-is over are not waited for.
+Plain hooks run in one separate thread, so that a slow hook delays no job. Coroutine hooks run on the worker's event
+loop. An error that a hook raises is logged and does not change the outcome. The worker does not wait for hooks that
+have not ended when the grace time is over.
 """
 
 from __future__ import annotations
@@ -26,16 +26,17 @@ from jobledger.process.logger import get_logger
 
 LOG = get_logger("jobledger.worker")
 
-#: Waiting hook calls beyond which further ones are dropped, with one log line. Waiting calls keep the errors' frames in
-#: memory.
+#: Number of waiting hook calls above which further calls are dropped, with one log message. The limit exists because
+#: waiting calls keep the errors' frames in memory.
 MOST = 10_000
 
 
 class HookRunner(threading.Thread):
-    """Call ``retry(job, error, delay)`` and ``failure(job, error)``.
+    """Call the hooks ``retry(job, error, delay)`` and ``failure(job, error)``.
 
-    ``error`` is the exception. Where only its text is known (the job ran in a child process, was never started, or its
-    result cannot be written), ``error`` is a `JobFailed` with that text. ``delay``: seconds until the next attempt.
+    ``error`` is the exception of the attempt. If only the text of an error is known (the job ran in a child process,
+    was never started, or its result cannot be written), ``error`` is a `JobFailed` with that text. ``delay``: seconds
+    until the next attempt.
     """
 
     def __init__(
@@ -54,11 +55,11 @@ class HookRunner(threading.Thread):
         self.dropped = 0
 
     def note(self, work: JobRun, error: BaseException) -> None:
-        """Remember the exception of an attempt until `tell`. From any thread."""
+        """Store the exception of an attempt until `tell` is called. Any thread."""
         self._errors[work] = error
 
     def tell(self, work: JobRun, outcome: Outcome) -> None:
-        """Queue the hooks for an attempt's outcome, if it was retried or failed. From any thread."""
+        """Queue the hook calls for an attempt's outcome, if the outcome is a retry or a failure. Any thread."""
         error = self._errors.pop(work, None)
         if work.plan is None or not isinstance(outcome, Retried | Failed):
             return
@@ -90,8 +91,8 @@ class HookRunner(threading.Thread):
     def _call(self, hook: Hook, job: JobContext, more: tuple[Any, ...]) -> None:
         enter(job)
         try:
-            # A coroutine function under a decorator without `async` looks plain: it is called here, and returns a
-            # coroutine.
+            # A coroutine function under a decorator without `async` looks like a plain function. The call here then
+            # returns a coroutine.
             said = None if hook.is_async else hook.fn(job, *more)
             if hook.is_async or isinstance(said, Awaitable):
                 running = asyncio.run_coroutine_threadsafe(self._await(hook, job, more, said), self._loop)
@@ -103,7 +104,8 @@ class HookRunner(threading.Thread):
     async def _await(
         self, hook: Hook, job: JobContext, more: tuple[Any, ...], said: Awaitable[object] | None = None
     ) -> None:
-        """Call an async hook, or await what a plain one returned. On the event loop."""
+        """Call and await a coroutine hook, or await ``said``, the awaitable that a plain hook returned. On the event
+        loop."""
         enter(job)
         try:
             await (hook.fn(job, *more) if said is None else said)
@@ -113,7 +115,8 @@ class HookRunner(threading.Thread):
             _failed(hook, job)
 
     def close(self, seconds: float) -> None:
-        """Wait at most ``seconds`` until the queued and running hooks have ended. Not on the event loop."""
+        """Wait at most ``seconds`` seconds until the queued and running hooks have ended. Do not call this on the event
+        loop."""
         if not self.is_alive():
             return
         deadline = time.monotonic() + seconds

@@ -1,8 +1,8 @@
-"""Interrupts a job's function that runs in a thread, by raising an exception inside it.
+"""Interrupt a job's function that runs in a thread, by raising an exception inside the function.
 
 Python raises the exception at the next bytecode that the thread executes. Code that waits in a call outside of Python
-(a `time.sleep`, a socket, a C library) receives it when that call returns. Only `isolation="process"` can end such a
-call.
+(a `time.sleep`, a socket, a C library) receives the exception when that call returns. Only `isolation="process"` can
+end such a call.
 """
 
 from __future__ import annotations
@@ -47,8 +47,8 @@ class _Awaited:
             self.task.cancel()
 
     async def _run(self) -> None:
-        # Value and error are kept here, because asyncio inspects what a task returns or raises. A job's object may
-        # raise when it is inspected.
+        # The value and the error are stored here, because asyncio inspects what a task returns or raises. An object of
+        # a job's code may raise when asyncio inspects it.
         try:
             if self.stopped:
                 if inspect.iscoroutine(self._awaitable):
@@ -66,13 +66,13 @@ AWAITED: CodeType = _Awaited._run.__code__
 
 
 class Interrupts:
-    """Know which thread runs which job's code, and interrupt it. An attempt is interrupted at most once."""
+    """Track which thread runs which job's code, and interrupt that code. An attempt is interrupted at most once."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._inside: dict[JobRun, int] = {}
         self._waiting: dict[JobRun, _Awaited] = {}
-        #: The worker's event loop, on which awaitables that functions return are run. Set before the first call.
+        #: The worker's event loop. Awaitables that functions return run on this loop. Set before the first `call`.
         self.loop: asyncio.AbstractEventLoop | None = None
         self._depth = forks.depth
 
@@ -100,7 +100,7 @@ class Interrupts:
             if forks.depth != self._depth:  # the job forked and this is the new process
                 forks.left(error)
             self._leave(work)
-        except TaskInterrupted as late:  # at most one is raised, so nothing interrupts from here on
+        except TaskInterrupted as late:  # at most one interrupt is raised, so none follows
             self._leave(work)
             if not returned and error is None:
                 error = late
@@ -112,8 +112,8 @@ class Interrupts:
             error = None  # breaks a reference cycle: the error's traceback holds this frame
 
     def wait(self, value: Awaitable[Any]) -> Any:
-        """Run an awaitable that a job's function returned on the worker's event loop, and return its value. Called in
-        the job's thread, which waits until the awaitable has ended.
+        """Run, on the worker's event loop, an awaitable that a job's function returned, and return the awaitable's
+        value. Called in the job's thread, which waits until the awaitable has ended.
 
         An interrupt cancels the awaitable. Raises the interrupt's error in that case, else what the awaitable raises.
         """
@@ -145,7 +145,7 @@ class Interrupts:
             error = None  # as in `call`
 
     def work_of(self, task: asyncio.Task[Any]) -> JobRun | None:
-        """Return the job whose returned awaitable runs as this task of the event loop, or None. From any thread."""
+        """Return the job whose returned awaitable runs as this task of the event loop, or None. Any thread."""
         with self._lock:
             return next((work for work, awaited in self._waiting.items() if awaited.task is task), None)
 
@@ -156,10 +156,11 @@ class Interrupts:
                 _raise_in(ctypes.c_ulong(threading.get_ident()), None)
 
     def interrupt(self, work: JobRun, error: type[TaskInterrupted]) -> bool:
-        """Raise ``error`` inside the job's code. Return False if no thread runs that code, or it was interrupted
-        already. From any thread.
+        """Raise ``error`` inside the job's code. Return False if no thread runs that code, or if the attempt was
+        interrupted already. Any thread.
 
-        A `TaskTimedOut` for code that has not started yet is raised when it starts: its timer does not fire again.
+        A `TaskTimedOut` for code that has not started yet is raised when the code starts, because the timer of the time
+        limit does not fire again.
         """
         with self._lock:
             thread = self._inside.get(work)

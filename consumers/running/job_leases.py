@@ -1,9 +1,9 @@
-"""Keeps leases for long jobs, so that these do not hold up their partition while they run.
+"""Take and renew the leases of long jobs, so that long jobs do not block their partition while they run.
 
-`JobLeased` (lifecycle) and `Leased` (coordination) are acknowledged before the code runs. From then on the work record
-is done, and the job does not depend on the partition. The lease is renewed until the job's outcome has been written for
-the coordinator. If no renewal is acknowledged for as long as a lease lasts, another worker may run the job: its code
-here is told to end, and its outcome no longer counts. On the event loop, except where stated.
+`JobLeased` (lifecycle) and `Leased` (coordination) are acknowledged before the code runs; then the work record is done,
+and the job does not depend on the partition. The lease is renewed until the job's outcome for the coordinator is
+acknowledged. If no renewal is acknowledged for the duration of a lease, another worker may run the job; the code in
+this worker is then told to end, and its outcome no longer counts. Runs on the event loop, except where stated.
 """
 
 from __future__ import annotations
@@ -30,19 +30,19 @@ LOG = get_logger("jobledger.worker")
 
 #: Seconds between two checks of the leases.
 TICK_S = 0.5
-#: Times that the outcome of a leased job is sent again.
+#: How often the outcome of a leased job is sent again before the worker stops.
 RESENDS = 20
 
 _monotonic = time.monotonic
 
 
 class JobLeases:
-    """The leases of one worker.
+    """Hold the leases of one worker.
 
-    ``begin(work)`` writes the start of a job and runs it. ``close_with(work, outcome)`` writes the outcome of a job
-    that is not begun. ``give_up(work)`` tells a job's code to end. ``ended(work)``: the job does
-    not run, or no longer. ``too_large(work, size, limit)``: the broker refused the outcome (bytes) for its size.
-    ``call`` runs a function on the loop; an exception in it stops the worker, as ``fail`` does.
+    ``begin(work)`` sends the start of a job and runs the job. ``close_with(work, outcome)`` sends the outcome of a job
+    whose code is not begun. ``give_up(work)`` tells a job's code to end. ``ended(work)`` frees the slots of a job that
+    does not run or no longer runs. ``too_large(work, size, limit)``: the broker refused the outcome, of ``size`` bytes,
+    for its size. ``call`` runs a function on the loop; an exception in the function stops the worker, as ``fail`` does.
     """
 
     def __init__(
@@ -74,7 +74,8 @@ class JobLeases:
     # -- taking -------------------------------------------------------------------------------------------------------
 
     def take(self, work: JobRun) -> None:
-        """Take a lease for a job that may run. The job is begun once the lease is in the log."""
+        """Take a lease for a job that may run. The job's code is begun when the lease is in the log. Raises what
+        `WorkerProducer.send` raises."""
         event, plan = work.event, work.plan
         assert event is not None
         assert plan is not None
@@ -92,7 +93,8 @@ class JobLeases:
             self._ticking = asyncio.get_running_loop().call_later(TICK_S, self._tick)
 
     def grant(self, work: JobRun) -> None:
-        """Begin a job whose lease is in the log, unless the lease is over, or the job was stopped meanwhile."""
+        """Begin the code of a job whose lease is in the log. If the lease is over or the job was abandoned, give the
+        lease back. If the job was stopped meanwhile, close the job."""
         lease = work.lease
         if lease is None or lease.granted:
             return
@@ -107,7 +109,7 @@ class JobLeases:
             self._begin(work)
 
     def holds(self, work: JobRun) -> bool:
-        """Whether this worker still holds the job's lease and is to run the job."""
+        """Return whether this worker still holds the job's lease and should run the job."""
         return work.lease is not None and _monotonic() <= work.lease.until and not work.abandoned
 
     # -- renewing -----------------------------------------------------------------------------------------------------
@@ -146,7 +148,8 @@ class JobLeases:
             lease.until = max(lease.until, asked_at + lease.seconds)
 
     def _lose(self, work: JobRun) -> None:
-        """Give up a job whose lease is over: no renewal was acknowledged in time, and the job may run elsewhere by now."""
+        """Give up a job whose lease is over: no renewal was acknowledged in time, so another worker may run the job
+        now."""
         assert work.event is not None
         LOG.warning(
             "the lease of job %s (%s) is over: it was not renewed in time. Its code here is told to stop, and its "
@@ -159,7 +162,7 @@ class JobLeases:
         self._give_up(work)
 
     def give_back(self, work: JobRun) -> None:
-        """End the lease and abandon the job here, so that another worker can run it at once."""
+        """End the lease and abandon the job in this worker, so that another worker can run the job at once."""
         work.abandoned = True
         if self._held.pop(work, None) is not None:
             self._renew(work, 0, None)
@@ -167,8 +170,9 @@ class JobLeases:
     # -- closing ------------------------------------------------------------------------------------------------------
 
     def close(self, work: JobRun, value: bytes, before: list[Outgoing]) -> None:
-        """Send the job's outcome to the coordinator, after ``before`` is acknowledged. The lease is renewed until the
-        outcome is acknowledged. Any thread. Raises what `WorkerProducer.send` raises."""
+        """Send the job's outcome, encoded in ``value``, to the coordinator, after the records ``before`` are
+        acknowledged. The lease is renewed until the outcome is acknowledged. Any thread. Raises what
+        `WorkerProducer.send` raises."""
         lease = work.lease
         assert lease is not None
         lease.closing = True
@@ -179,7 +183,7 @@ class JobLeases:
 
         def written(error: KafkaError | None, message: Message) -> None:
             if error is not None:
-                self._failed(f"what follows from the end of {_name(work)}", error)
+                self._failed(f"the fallback job of {_name(work)}", error, message.topic() or self._names.coordination)
                 return
             left[0] -= 1
             if not left[0]:
@@ -197,7 +201,7 @@ class JobLeases:
         )
 
     def _closed(self, work: JobRun, value: bytes, error: KafkaError | None, message: Message) -> None:
-        """Delivery callback of the outcome; any thread."""
+        """Handle the delivery of the outcome. Any thread."""
         lease = work.lease
         assert lease is not None
         if error is None:
@@ -207,13 +211,13 @@ class JobLeases:
             limit = f"what topic {self._names.coordination} takes (its max.message.bytes)"
             self.call(self._too_large, work, len(value), limit)
         elif error.fatal() or lease.tries >= RESENDS:
-            self._failed(f"the end of {_name(work)}", error)
+            self._failed(f"the outcome of {_name(work)}", error, self._names.coordination)
         else:
             lease.tries += 1
             self.call(self._send_close, work, value)
 
-    def _failed(self, what: str, error: KafkaError) -> None:
-        refused = self._sender.failed(error, self._names.coordination)
+    def _failed(self, what: str, error: KafkaError, topic: str) -> None:
+        refused = self._sender.failed(error, topic)
         if isinstance(refused, AccessDenied):
             self._fail(refused)
         else:
@@ -225,7 +229,7 @@ class JobLeases:
             )
 
     def close_all(self) -> None:
-        """Give back the leases of jobs without an outcome, and renew none any more, because the worker ends."""
+        """Give back the leases of jobs without an outcome, and stop renewing leases, because the worker ends."""
         if self._ticking is not None:
             self._ticking.cancel()
             self._ticking = None

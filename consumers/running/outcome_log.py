@@ -1,4 +1,4 @@
-"""Logs each failed attempt of a worker in one line, with the error."""
+"""Log each failed attempt of a worker in one log record, with the error."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ LOG = get_logger("jobledger.worker")
 
 
 def log_outcome(event: JobEvent, outcome: Outcome) -> None:
-    """Log an attempt that failed: a warning if the job is tried again, info if the task rejected the job, else
+    """Log an attempt that failed: as a warning if the job is tried again, as info if the task rejected the job, else as
     an error.
 
-    If debug messages are logged, the line has the traceback. Other outcomes are not logged.
+    If debug messages are logged, the message includes the traceback. Other outcomes are not logged.
     """
     if isinstance(outcome, Failed):
         # The task's author intended the rejection.
@@ -28,7 +28,7 @@ def log_outcome(event: JobEvent, outcome: Outcome) -> None:
     if not LOG.isEnabledFor(level):
         return
     error = outcome.error
-    # The arguments may be confidential: the dead letter has them, the log has not.
+    # The arguments may be confidential: the dead letter contains them, the worker's log does not.
     bare = isinstance(outcome, Failed) and outcome.reason == "bad-arguments"
     said = "the dead letter shows arguments and signature" if bare else error.message
     if error.traceback and not bare and LOG.isEnabledFor(logging.DEBUG):

@@ -1,8 +1,9 @@
 """Run a job's code on the event loop, in a thread or in a child process, and isolate jobs that may end a process.
 
-A job that may have ended a process is a *suspect*. Its next start is acknowledged in the log before its code runs, and
-the code runs in a child process whose end this worker sees. After `CRASHES` starts without an outcome, the last one in
-such a child, the job fails as ``crashed``. The jobs beside it are in other processes, and do not suffer.
+A job that may have ended a process is a *suspect*. The next `JobStarted` of a suspect is acknowledged before its code
+runs, and the code runs in a child process whose end this worker sees. After `CRASHES` starts without an outcome, the
+last of them in such a child process, the job fails as ``crashed``. The other jobs run in other processes and are not
+affected.
 """
 
 from __future__ import annotations
@@ -23,31 +24,33 @@ from jobledger.schemas.events import ErrorInfo
 
 LOG = get_logger("jobledger.worker")
 
-#: Starts without an outcome after which a job fails as ``crashed``, if the last of them was in a process whose end was
-#: seen, or if child processes are not available.
+#: Number of starts without an outcome after which a job fails as ``crashed``, if this worker saw the end of the process
+#: of the last start, or if child processes are not available.
 CRASHES = 3
-#: The same, if child processes are available, and no end was seen: the workers themselves died, perhaps of another cause.
+#: The same number if child processes are available and no worker saw such an end: the workers themselves died, perhaps
+#: of another cause.
 UNSEEN_CRASHES = 10
-#: Starts without an outcome from which on suspects run one at a time. If the system ends a worker and its children
-#: together, to free memory, all jobs that ran would be blamed.
+#: Number of starts without an outcome from which on suspects run one at a time. If the operating system kills a worker
+#: and its child processes together, to free memory, each job that ran there seems to be the cause.
 ALONE_FROM = 3
-#: Suspects that run at once, each in an additional child.
+#: Number of suspects that run at once, each in an additional child process.
 SUSPECTS = 16
-#: Seconds until the worker checks again whether the job is still its own.
+#: Seconds until the worker checks again whether a job is still its own.
 AGAIN_S = 0.1
 
 _monotonic = time.monotonic
 
 
 class Placement:
-    """Send begun jobs to where they run. On the event loop.
+    """Run begun jobs on the event loop, in threads or in child processes. On the event loop, except `may_begin`.
 
-    ``begin_again(work)``: send the job's start once more, and run it. ``done(work)``: free its room and slot.
-    ``ours(work)``: whether this worker is to run it. ``certain(work)``: whether surely no other worker has taken it
-    over. ``call``: run a function on the loop; an exception in it ends the worker.
+    ``children``: None if the app cannot have child processes. ``begin_again(work)``: send the job's `JobStarted` again,
+    and run the job. ``done(work)``: free the job's slots. ``ours(work)``: whether this worker should run the job.
+    ``certain(work)``: whether it is certain that no other worker has taken the job over. ``call``: run a function on
+    the loop; an exception in the function stops the worker.
 
-    A suspect is *waiting* until its code is given to a child. If its partition is handed over meanwhile, the next owner
-    runs it.
+    A suspect is *waiting* until its code is given to a child process. If its partition is handed over before that, the
+    next owner runs the suspect.
     """
 
     def __init__(
@@ -79,13 +82,15 @@ class Placement:
         return self.children is not None and self.children.broken is None
 
     def room_of(self, work: JobRun, plan: TaskRuntime) -> Slots | None:
-        """Return the room where the job is to run; None: on the event loop without a limit."""
+        """Return the slots in which the job's code must run. None: the code runs on the event loop, which has no limit
+        of its own."""
         if work.suspect and self._usable:
             return self.alone if work.takeover >= ALONE_FROM else self.suspects
         return plan.room
 
     def crashed(self, starts: int) -> Failed | None:
-        """Return the failure of a job whose code was started ``starts`` times without an outcome; None: it may run."""
+        """Return the failure of a job whose code was started ``starts`` times without an outcome. None: the job may
+        run."""
         most = UNSEEN_CRASHES if self._usable else CRASHES
         if starts < most:
             return None
@@ -96,8 +101,8 @@ class Placement:
         return Failed("crashed", ErrorInfo("ProcessDied", message))
 
     def go(self, work: JobRun) -> None:
-        """Run the code of a job that was begun. A suspect, or a job that has waited for a child, runs only if it is
-        still this worker's."""
+        """Run the code of a job that was begun. A suspect, or a job that has waited for a child process, runs only if
+        the job is still this worker's."""
         plan, room = work.plan, work.room
         assert plan is not None
         if room is not None and room is not self.threads:
@@ -113,8 +118,8 @@ class Placement:
             self.executor.submit(work)
 
     def take(self, work: JobRun) -> bool:
-        """Return whether the code of a job may run now that has waited for a child, or for its start's
-        acknowledgement."""
+        """Return whether the code of a job may run now, after the job has waited for a child process or for the
+        acknowledgement of its start."""
         lease = work.lease or work.partition.lease
         if (  # if none of these is true, the job may start; else `_may_start` decides
             work.suspect
@@ -130,11 +135,11 @@ class Placement:
         return True
 
     def may_begin(self, work: JobRun) -> bool:
-        """Return whether code may begin that was handed to the loop or a thread, and whose job may not be this worker's
-        any more: it was abandoned, the partition was lost, or the ownership lease is over. A long job is this worker's
-        as long as it holds the job's own lease.
+        """Return whether a job's code may begin on the loop or in the thread to which the job was passed. Any thread.
 
-        If it may not, the job is dropped, or started again once the group has confirmed the partition. Any thread.
+        Call this if the job may no longer be this worker's: the job was abandoned, its partition was lost, or the lease
+        is over. A long job is this worker's as long as the worker holds the job lease. If the code may not begin, the
+        job is dropped, or is started again when the group has confirmed the partition.
         """
         if not work.abandoned and self._certain(work) and (work.lease is None or self._ours(work)):
             return True
@@ -146,21 +151,21 @@ class Placement:
         if work.timer is not None:
             work.timer.cancel()
             work.timer = None
-        work.interrupted = None  # of a timer that ran out while the process was paused
+        work.interrupted = None  # a timer may have fired while the process was paused
         if work.suspect:
-            work.waiting = True  # a hand-over need not wait for it
+            work.waiting = True  # a hand-over need not wait for this job
             self.go(work)
         elif self._may_start(work, self._begin_later):
-            work.began = _monotonic()  # the pause is no part of its time
+            work.began = _monotonic()  # the pause does not count as running time
             self.go(work)
 
     def _may_start(self, work: JobRun, again: Callable[[JobRun], None]) -> bool:
         """Return whether a job that waited may start now.
 
-        If it may not, it is dropped, or closed if it was cancelled while it waited. If that is not known, because the
-        worker was paused or has lost the broker, ``again(work)`` is called later. For a suspect without a lease this
-        claims the right to take records up (`Partition.begin_taking`), because its partition may be handed over at any
-        time.
+        A job that is no longer this worker's is dropped. A job that was cancelled while it waited is closed. If it is
+        not known whether the job is still this worker's, because the worker was paused or has lost the broker,
+        ``again(work)`` is called after `AGAIN_S` seconds. For a suspect without a job lease, True also claims the right
+        to take records (`Partition.begin_taking`), because the suspect's partition may be handed over at any time.
         """
         if work.abandoned or not self._ours(work):
             self._drop(work)
@@ -176,15 +181,15 @@ class Placement:
         return False
 
     def _drop(self, work: JobRun) -> None:
-        """Leave a job to its next owner: free its room and slot, and give back its own lease."""
+        """Leave a job to its next owner: free the job's slots, and give back its job lease."""
         if work.lease is not None:
             work.lease.leases.give_back(work)
-        work.abandoned = True  # it has no outcome, and without this mark that would count as a success
+        work.abandoned = True  # the job has no outcome; without this mark, that would count as a success
         self._done(work)
 
     def sweep(self) -> None:
-        """Drop the jobs that wait for a child and are no longer this worker's: partitions were given up, or the worker
-        takes no more jobs."""
+        """Drop the jobs that wait for a child process and are no longer this worker's, because partitions were given up
+        or the worker takes no more jobs."""
         if self.children is not None:
             for work in self.children.forget(lambda work: not self._ours(work)):
                 self._drop(work)
@@ -192,7 +197,7 @@ class Placement:
     # -- reports from children ----------------------------------------------------------------------------------------
 
     def said(self, work: JobRun, outcome: Outcome) -> None:
-        """Record the outcome of code that ended in a child."""
+        """Record the outcome of code that ended in a child process."""
         if not work.abandoned:
             if isinstance(outcome, Succeeded):
                 self.executor.succeeded(work, outcome.result)
@@ -201,7 +206,8 @@ class Placement:
         self._done(work)
 
     def ended(self, work: JobRun, why: str, error: BaseException) -> None:
-        """Record the outcome of a job whose process this worker ended."""
+        """Record the outcome of a job that this worker ended in a child process. ``why``: ``timeout``, ``memory`` or
+        ``stop``. A job that was stopped without an outcome gets none."""
         if not work.abandoned:
             if work.stop_outcome is not None:
                 self.executor.close_with(work, work.stop_outcome)
@@ -210,8 +216,8 @@ class Placement:
         self._done(work)
 
     def died(self, work: JobRun, error: ErrorInfo, blamed: bool) -> None:
-        """Run a job again whose process ended by itself; after `CRASHES` such ends it fails. Not ``blamed``: the
-        process ended of another cause, or no process was available."""
+        """Run a job again whose process ended by itself. After `CRASHES` starts without an outcome the job fails.
+        ``blamed`` is False if the process ended for another reason, or no process was available."""
         event, plan = work.event, work.plan
         assert event is not None
         assert plan is not None
@@ -225,18 +231,18 @@ class Placement:
             self.executor.close_with(work, Failed("crashed", error))
             self._done(work)
         elif plan.room is self.processes and not self._usable:
-            self._drop(work)  # its next owner finds the starts in the log
+            self._drop(work)  # the job's next owner finds the starts in the log
         else:
             if not self._usable:
-                self._move(work, plan.room)  # where it would have run at first; an isolated task ends the worker
+                self._move(work, plan.room)  # the task's usual slots; a worker with isolated tasks stops
             work.suspect = work.waiting = True
             starts = work.takeover + (not blamed)
             said = f"job {event.job_id} ({event.task}), started {starts} times, is started again: {error.message}"
             self._start_again(said, work)
 
     def _start_again(self, said: str, work: JobRun) -> None:
-        """Start a job again whose process died, if it is still this worker's. If not, its next owner finds its starts
-        in the log."""
+        """Start a job again whose process died, if the job is still this worker's. If not, the job's next owner finds
+        the starts in the log. ``said``: the message to log."""
         if self._may_start(work, partial(self._start_again, said)):
             LOG.warning("%s", said)
             work.began = _monotonic()
@@ -255,13 +261,13 @@ class Placement:
             room.running += 1
 
     def give_up(self, work: JobRun) -> None:
-        """End running code whose outcome is not wanted any more."""
+        """End running code whose outcome is no longer wanted."""
         if self.children is not None and self.children.holds(work):
             self.children.abandoned(work)
         else:
             self.executor.end(work)
 
     def stop(self, work: JobRun) -> None:
-        """Ask a job in a child to end."""
+        """Ask a job in a child process to end."""
         if self.children is not None:
             self.children.stop(work)

@@ -1,4 +1,5 @@
-"""Which record is taken next, which job waits, and which job starts.
+"""Decide which record is taken next, which job waits, and which job starts; hold the control commands in force.
 
-Runs on the event loop only. The code of a job is run by `running`, and records are sent by `recording`.
+These decisions are made on the event loop. Only the readers of the control topic and of schemas have threads of their
+own. The package `running` runs the code of a job, and the package `recording` sends records.
 """

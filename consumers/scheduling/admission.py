@@ -1,9 +1,10 @@
-"""Judge records: a job to run, a job that is done or known already, a record that is not a job, or one that this worker
-cannot judge.
+"""Judge work records: a job to run, a job that is done or known already, a record that is not a job, or a record that
+this worker cannot judge.
 
-On the event loop, except `SchemaResolver`. The partition's offsets receive every message before anything else is done with it,
-in the log's order. From then on the record is not done until an acknowledgement settles it; only duplicates, and
-releases that the log settles and from which no record derives, are marked done at once.
+Runs on the event loop; only `SchemaResolver` has a thread. Before anything else is done with a message, the partition's
+offset tracker receives its offset, in the order of the log. From then on, the record is done only when acknowledgements
+settle it. Exceptions are duplicates, and releases that the log settles already and from which no record derives: these
+are marked as done at once.
 """
 
 from __future__ import annotations
@@ -64,7 +65,7 @@ _OWN = codec.MAGIC + codec.FINGERPRINT
 
 @dataclass(slots=True)
 class Counts:
-    """Records that came in and were not run, for metrics and health."""
+    """Count the records that were taken and whose jobs were not run, for metrics and the health report."""
 
     duplicates: int = 0
     found_closed: int = 0
@@ -72,10 +73,10 @@ class Counts:
 
 
 class Admission:
-    """Judge records, and pass jobs on: to be begun, or into a line.
+    """Judge records, and pass their jobs to `Starter` or to a wait queue.
 
     ``unknown``: the backoff of jobs whose task this worker does not know. ``call``: run a function on the loop, from
-    any thread. ``wake``: look for work to begin.
+    any thread. ``wake()``: look for work to begin. ``fail(error)``: stop the worker.
     """
 
     executor: Executor
@@ -141,8 +142,8 @@ class Admission:
             self.accept(partition, message, event, fresh, now)
 
     def judge(self, partition: Partition, message: Message, read: Read, fresh: bool, now: float) -> None:
-        """Act upon a decoded record. If a newer version wrote the record, or only a Schema Registry has its schema, the
-        partition is stopped until this worker is upgraded, or is given the registry's address."""
+        """Accept or reject a decoded record. If a newer version wrote the record, or if only a Schema Registry has its
+        schema, stop the partition until this worker is upgraded or is configured with the registry."""
         if isinstance(read, UnknownFact):
             partition.stop(message, f"{read}: upgrade this worker")
         elif isinstance(read, RegistryNeeded):
@@ -153,8 +154,8 @@ class Admission:
             self.accept(partition, message, read, fresh, now)
 
     def scan_passed(self, partition: Partition) -> None:
-        """Drop the results of the takeover's scan once all scanned records are received. When no results are left, the
-        floor is released, too."""
+        """Drop the results of the takeover's scan once all scanned records are received. When no results are left, also
+        release the takeover floor."""
         offsets = partition.offsets
         assert offsets is not None
         if offsets.end >= partition.scanned_to and not partition.aside and partition.back is None:
@@ -167,15 +168,15 @@ class Admission:
                 offsets.hold(None)
 
     def from_aside(self, partition: Partition, message: Message, read: Read, fresh: bool) -> None:
-        """Take a record back from `SchemaResolver`: as an event, as what keeps this worker from judging it, or as why it cannot
-        be read. It is taken up as the partition's next record, at the partition's turn."""
+        """Take a record back from `SchemaResolver`. ``read``: see `Read`. The record is judged as the partition's next
+        record, when it is the partition's turn. On the loop."""
         partition.aside = False
         partition.back = (message, read, fresh)
         self._wake()
 
     def accept(self, partition: Partition, message: Message, event: JobEvent, fresh: bool, now: float) -> None:
-        """Run the job of a readable event on a work topic, unless it is done, is known already, or does not belong
-        there."""
+        """Run the job of a decoded event, or let the job wait. If the event does not belong on a work topic, reject it.
+        If its release is done or known already, do not run the job."""
         offset = message.offset() or 0
         fact = event.fact
         if type(fact) is JobSubmitted:
@@ -221,7 +222,7 @@ class Admission:
             work.takeover = partition.starts.pop(key, 0)
             work.suspect = work.takeover > 0 or offset < partition.careful
             if work.takeover and partition.offsets is not None:
-                with partition.lock:  # the next owner must find those starts until a new start counts them
+                with partition.lock:  # the next owner must find these starts until a new start counts them
                     partition.offsets.note(offset, partition.floor)
         if spec.tags and (crashes := crashes_of(spec.tags)):
             work.takeover += crashes
@@ -229,7 +230,7 @@ class Admission:
         plan = work.plan = self._plans.get(event.task)
         stage = self._stages[partition.topic]
         tenant = "" if stage.fair_by is None else spec.tags.get(stage.fair_by, "")
-        if event.key is not None:  # also if it must not start: it is closed in its turn
+        if event.key is not None:  # also a job that must not start: the job is closed in its turn
             held = partition.held.pop(key, None) if partition.held else None
             self._lines.enqueue_keyed(work, event.key, held, tenant)
             return
@@ -251,8 +252,8 @@ class Admission:
             self._start(work, now)
 
     def _deferred(self, partition: Partition, message: Message, event: JobEvent, spec: JobSpec, now: float) -> bool:
-        """Put a job into its line as a bare record, and return whether that was done. It is not done if the job has no
-        line to wait in, if leases of it have expired, or if it should be given back to the coordinator."""
+        """Add a job to its wait queue as a parked record, and return True. Do nothing and return False if the job
+        has no wait queue to join, if leases of the job have expired, or if the job should be snoozed instead."""
         stage, plan = self._stages[partition.topic], self._plans.get(event.task)
         if (event.key is None and (stage.fair_by is None or plan is None)) or (spec.tags and crashes_of(spec.tags)):
             return False
@@ -265,7 +266,7 @@ class Admission:
                 return False
             identity = _of_tenant(tenant, plan)
         offset, value = message.offset() or 0, message.value()
-        # Keep the bytes, unless another schema wrote them or the expiry has become a point in time.
+        # Keep the record's bytes, unless they have another schema or framing, or the expiry was made a point in time.
         if not isinstance(value, bytes) or not value.startswith(_OWN) or spec.expires_at is not None:
             value = codec.encode(event)
         one = ParkedRecord(offset, message.timestamp()[1], value, plan, offset < partition.careful)
@@ -273,24 +274,25 @@ class Admission:
         return True
 
     def revive(self, partition: Partition, one: ParkedRecord) -> JobRun:
-        """Make the job of a deferred record; its arguments are not decoded yet."""
+        """Create the `JobRun` of a parked record. The job's arguments are not decoded yet."""
         event = plain_submission(one.value) or codec.decode(one.value)
-        spec = event.fact.spec  # type: ignore[union-attr]  # as it was accepted
+        spec = event.fact.spec  # type: ignore[union-attr]  # only `JobSubmitted` and `JobDue` are accepted
         work = JobRun(partition, one.offset, event, self._arrived)
         work.expires_at, work.appended, work.plan, work.suspect = spec.expires_at, one.appended, one.plan, one.suspect
         partition.live[one.offset] = work
         return work
 
     def unknown(self, work: JobRun) -> None:
-        """Close a job whose task this worker does not know. Another worker may know it, so the job is snoozed; it fails
-        when the backoff is exhausted."""
+        """Close a job whose task this worker does not know. The job is snoozed, because another worker may know the
+        task. When the backoff is exhausted, the job fails."""
         event = work.event
         assert event is not None
         outcome = unknown_task(event.task, list(self._plans), _tags(event), self._backoff, random.random())
         self.executor.close_with(work, outcome)
 
     def _settle_found(self, work: JobRun, found: PriorFact) -> None:
-        """Do not run a job whose release the log settles already; send the records derived from that fact again."""
+        """Send the records again that derive from ``found``, the fact with which the log settles the release already.
+        The job is not run."""
         self.counts.found_closed += 1
         event = work.event
         assert event is not None
@@ -324,7 +326,8 @@ class Admission:
             partition.offsets.done(offset)
 
     def reject(self, partition: Partition, message: Message, why: str, fresh: bool) -> None:
-        """Copy a record that is not a job into the dead-letter topic. It is done once that copy is acknowledged."""
+        """Send a dead letter with a record that is not a job. The record is done when the dead letter is acknowledged.
+        Do nothing if the record is not ``fresh``."""
         if not fresh:
             return
         offset = message.offset() or 0
@@ -339,13 +342,13 @@ class Admission:
 
 
 def _of_tenant(tenant: str, plan: TaskRuntime) -> tuple[str, ...]:
-    """Return the line of a tenant's jobs of one task. Each task has its own line, because a paused task must not hold
-    up the others."""
+    """Return the identity of the wait queue for a tenant's jobs of one task. Each task has its own wait queue, because
+    a paused task must not block the others."""
     return ("tag", tenant, plan.name)
 
 
 def _expiring(event: JobEvent, spec: JobSpec, appended_ms: int) -> JobEvent:
-    """Return the event with its expiry as a point in time: derived records are appended later."""
+    """Return the event with its expiry as a point in time, because derived records have a later append time."""
     fact = msgspec.structs.replace(event.fact, spec=lasting(spec, appended_ms))
     return msgspec.structs.replace(event, fact=fact)
 

@@ -1,8 +1,8 @@
-"""Read the control commands in force: cancels, pauses, limits. The control topic is compacted, so a reader rebuilds
-this state from it.
+"""Read the control commands in force: cancels, pauses, limits.
 
-The topic is read to its end before a worker starts anything, and followed from then on. So a command also holds for
-workers that were down when it was given.
+The control topic is compacted, so a reader rebuilds the commands in force from it. The topic is read to its end before
+the worker starts any job, and is read continuously after that. So a command also holds for workers that were down when
+the command was given.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ POLL_S = 0.5
 
 
 class Control:
-    """The commands in force. ``cancels`` by (job, run); ``paused`` (by whom, and why) and ``limits`` by (kind,
-    name)."""
+    """Hold the control commands in force. ``cancels``: by (job id, run). ``paused``: texts that name who paused, and
+    why; ``limits``: the limits set at run time; both by (``queue`` or ``task``, name)."""
 
     def __init__(self) -> None:
         self.cancels: dict[tuple[str, int], Cancelled] = {}
@@ -42,8 +42,9 @@ class Control:
         self._keys: dict[str, tuple[str, tuple[str, int] | tuple[str, str]]] = {}
 
     def apply(self, key: str, event_of: Callable[[], object] | None) -> tuple[str, int] | str | None:
-        """Apply one record; ``event_of`` None: a tombstone. Returns what it changed: a job's (id, run), ``"gates"``, or
-        None."""
+        """Apply one record. ``event_of()``: return the record's event; None stands for a tombstone. Return what the
+        record changed: a job's (id, run) for a cancel, ``"gates"`` for a pause or limit, or None. Raises what
+        ``event_of`` raises."""
         if event_of is None:
             return self._revoked(key)
         event = event_of()
@@ -81,8 +82,9 @@ class Control:
 
 
 class ControlReader(threading.Thread):
-    """Keep a `Control` in step with the topic. ``cancelled(job, run, order)`` and ``regated()`` are called in this
-    thread."""
+    """Update a `Control` from the control topic. ``cancelled(job, run, order)``: a cancel was read that came after the
+    records that the topic had at the start. ``regated()``: pauses or limits have changed. Both are called in this
+    thread. ``fail(error)``: stop the worker."""
 
     def __init__(
         self,
@@ -100,11 +102,11 @@ class ControlReader(threading.Thread):
         self._decoder = decoder(settings, names)
         self._consumer: Consumer | None = None
         self._closing = threading.Event()
-        self.live = threading.Event()  # all records that were there at the start have been read
+        self.live = threading.Event()  # set when all records that the topic had at the start have been read
         self.error: str | None = None
 
     def run(self) -> None:
-        """Read until closed. What fails is passed to ``fail``."""
+        """Read until closed. Pass an error to ``fail``, and end."""
         try:
             config = consumer_config(self._settings) | {"enable.partition.eof": True, "fetch.wait.max.ms": 100}
             reader = self._consumer = consumer(config)
@@ -125,8 +127,8 @@ class ControlReader(threading.Thread):
                 self._consumer.close()
 
     def await_live(self) -> None:
-        """Wait until all earlier commands are known. Raises `BrokerUnavailable` after `START_S` seconds. Returns early
-        if the reader is closed or has ended."""
+        """Wait until all commands that the topic had at the start are known. Returns early if the reader is closed or
+        has ended. Raises `BrokerUnavailable` after `START_S` seconds."""
         deadline = time.monotonic() + START_S
         while not self.live.wait(0.1):
             if self._closing.is_set() or not self.is_alive():

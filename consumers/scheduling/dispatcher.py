@@ -1,6 +1,7 @@
-"""Take raw messages from the partitions in turn, and keep all slots of the worker in use.
+"""Take raw messages from the partitions in turn, and begin jobs as long as the worker has free slots.
 
-Runs on the event loop only. `intake` judges the records, `lines` holds the jobs that wait, `starts` begins jobs.
+Runs on the event loop, except where a docstring names another thread. `Admission` judges the records, `WaitQueues`
+holds the jobs that wait, and `Starter` begins jobs.
 """
 
 from __future__ import annotations
@@ -37,16 +38,17 @@ LOG = get_logger("jobledger.worker")
 
 #: Records taken from one partition before the next partition's turn.
 SLICE = 16
-#: Records taken and jobs begun in one go, before the event loop runs other callbacks.
+#: Records taken and jobs begun in one call of `_pump`, before the event loop runs other callbacks.
 BUDGET = 64
 
 #: Seconds until the number of unacknowledged records is checked again.
 REST_S = 0.002
 
-#: Seconds between two updates of the weights of priorities by how long their records have waited.
+#: Seconds between two updates of the weights of lanes, which depend on how long the lanes' records have waited.
 AGED_S = 0.25
 
-#: Seconds until delivery callbacks are run if nothing else happens; the same while a key's next job waits for one.
+#: Seconds until delivery callbacks are run if nothing else happens. The second value is used while a key's next job
+#: waits for an acknowledgement.
 POLL_S, KEY_POLL_S = 0.005, 0.001
 
 _monotonic = time.monotonic
@@ -58,20 +60,23 @@ def may_be_unsent(begun: int, age: float) -> int:
 
     If a job kills the worker, the next owner suspects the records whose starts are in the log. It also suspects
     `UNSEEN_LEAST` records after these, and as many more as were begun in the log's last `UNSEEN_MS`. While ``age`` is
-    below `UNSEEN_MS`, half of ``begun`` may be unacknowledged, so that no begun record escapes suspicion. Later it is a
-    quarter. The result is at least `UNSEEN_LEAST` and at most `UNACKNOWLEDGED_LIMIT`. Source: docs/adr/0009.
+    below `UNSEEN_MS`, the result is half of `UNSEEN_LEAST` plus half of ``begun``, so that the next owner suspects
+    every begun record. Later the result is half of `UNSEEN_LEAST` plus a quarter of ``begun``. The result is at least
+    `UNSEEN_LEAST` and at most `UNACKNOWLEDGED_LIMIT`. Source: docs/adr/0009.
     """
     share = 2 if age < UNSEEN_MS / 1000 else 4
     return min(UNACKNOWLEDGED_LIMIT, max(UNSEEN_LEAST, UNSEEN_LEAST // 2 + begun // share))
 
 
 class Dispatcher:
-    """Start jobs while there are slots: ``concurrency`` in all, ``threads`` of them plain functions, ``children``
-    isolated.
+    """Start jobs while slots are free. ``concurrency``: slots in all; ``threads``: slots for plain functions;
+    ``children``: slots for isolated jobs.
 
-    ``lookahead``, ``lookahead_bytes``: how much may wait in lines in this process, see `WaitQueues`. ``drain()``: take the
-    delivery reports that have arrived. ``hurry()``: have sent records acknowledged as soon as possible. `wire` must be
-    called before anything else.
+    ``waiting_limit``: how many jobs of a lane may wait for a slot of one kind before no more records of the lane are
+    taken; it is one for lanes of a queue with priorities. ``lookahead``, ``lookahead_bytes``: how much may wait in this
+    worker's wait queues, see `WaitQueues`. ``broker_ms()``: the time of the broker's clock, in ms. ``drain()``: take
+    the delivery reports that have arrived. ``hurry()``: send queued records at once, so that their acknowledgements
+    arrive as soon as possible. ``fail(error)``: stop the worker. `wire` must be called before any other method.
     """
 
     executor: Executor
@@ -157,9 +162,9 @@ class Dispatcher:
             fail=fail,
         )
         self.running = self.starter.running
-        #: Jobs that ended in a thread or a child, or are not begun after all, and are not handled here yet.
+        #: Jobs that ended in a thread or a child process, or are not begun after all. `_pump` handles them.
         self._finished: deque[JobRun] = deque()
-        self._in_log: deque[JobRun] = deque()  # keyed jobs: their attempt's last fact is acknowledged, not handled yet
+        self._in_log: deque[JobRun] = deque()  # keyed jobs whose attempt's last fact is acknowledged; see `_pump`
         self._loop: asyncio.AbstractEventLoop
         self._awake = False
         self._alarm: tuple[float, asyncio.TimerHandle] | None = None
@@ -170,24 +175,24 @@ class Dispatcher:
         self.idle = asyncio.Event()
 
     def wire(self, executor: Executor, places: Placement, leases: JobLeases) -> None:
-        """Connect the executor, the places where code runs, and the leases of long jobs, which are made from parts of
-        this one."""
+        """Set the executor, the placement and the job leases, which are created from parts of this dispatcher."""
         self.executor = self.starter.executor = self.lines.executor = self.intake.executor = executor
         self.places = self.starter.places = self.lines.places = self.intake.places = places
         self.starter.leases = leases
 
     def start(self, loop: asyncio.AbstractEventLoop) -> None:
-        """Begin on ``loop``, which must be the running one."""
+        """Use ``loop``, which must be the running event loop, and start the thread of the schema resolver."""
         self._loop = self.places.loop = self.lines.loop = self.starter.loop = loop
         self.intake.aside.start()
 
     def close(self) -> None:
-        """End the thread that looks schemas up."""
+        """End the thread of the schema resolver."""
         self.intake.aside.close()
 
     def tick(self) -> None:
-        """Send progress that was kept back, and look for work after records were acknowledged. Also checks the commits
-        and updates the difference of the clocks. Called by the settler every 0.1 s."""
+        """Send progress facts that were kept back, and call `wake` if `needs_tick` is set. Also check the commits and
+        update the difference between the broker's clock and this machine's. Called in the ack tracker's thread every
+        0.1 s."""
         now = _monotonic()
         for fetcher in self.fetchers:
             fetcher.committer.check(now)
@@ -202,15 +207,15 @@ class Dispatcher:
     # -- called from other threads --------------------------------------------------------------------------------
 
     def wake(self) -> None:
-        """Schedule a look for work to do. Any thread."""
+        """Schedule `_pump`, unless it is scheduled already. Any thread."""
         if not self._awake:
             self._awake = True
             self.call(self._pump)
 
     def call(self, function: Callable[..., None], *args: object) -> None:
-        """Run ``function`` on the loop. Any thread. An exception in it ends the worker: otherwise a job might neither
-        run nor be missed."""
-        with contextlib.suppress(RuntimeError):  # the loop is closed: the worker has ended
+        """Run ``function`` on the loop. Any thread. An exception in ``function`` stops the worker, because otherwise a
+        job might not run, and nobody would notice that."""
+        with contextlib.suppress(RuntimeError):  # the loop is closed, because the worker has ended
             self._loop.call_soon_threadsafe(self._guarded, function, args)
 
     def _guarded(self, function: Callable[..., None], args: tuple[object, ...]) -> None:
@@ -220,7 +225,7 @@ class Dispatcher:
             self._broken(exc)
 
     def ready(self, partitions: list[Partition]) -> None:
-        """Serve partitions whose takeover is complete. Any thread."""
+        """Begin to serve partitions whose takeover is complete. Any thread."""
         self.call(self._gained, partitions)
 
     def _gained(self, partitions: list[Partition]) -> None:
@@ -228,7 +233,8 @@ class Dispatcher:
             if partition.owned:
                 self.stages[partition.topic].parts.append(partition)
         self._divide()
-        # Not in `ready`: a pump that was scheduled already would run before this, and would not see the partitions.
+        # `wake` is called here and not in `ready`: a `_pump` that was scheduled before `ready` runs before this method,
+        # and does not see the partitions.
         self.wake()
 
     def ended(self, partitions: list[Partition]) -> None:
@@ -243,7 +249,8 @@ class Dispatcher:
         self._divide()
 
     def _divide(self) -> None:
-        """Divide the limits of queues and tasks: each partition number of each level carries a share."""
+        """Set this worker's share of the limits of queues and tasks: each partition number of each priority carries a
+        share."""
         self.lines.owned = sum(len(stage.parts) for stage in self._all_stages)
         for name, scope in self.scopes.items():
             queue = self._registry.queues[name]
@@ -264,14 +271,14 @@ class Dispatcher:
         self.wake()
 
     def acknowledged(self, work: JobRun) -> None:
-        """Report that the last fact of a keyed job's attempt is in the log. Any thread."""
+        """Report that the last fact of a keyed job's attempt is acknowledged. Any thread."""
         self._in_log.append(work)
         self.wake()
 
     # -- control commands: on the loop --------------------------------------------------------------------------------
 
     def cancelled(self, job_id: str, run: int, outcome: Cancelled) -> None:
-        """Ask a job to end, if it runs here: its cancellation was requested."""
+        """Ask a job to end if this worker runs it, because its cancellation was requested."""
         for work in list(self.running):
             event = work.event
             if event is not None and event.job_id == job_id and event.run == run and work.stop_outcome is None:
@@ -279,7 +286,7 @@ class Dispatcher:
                 self.executor.stop(work, outcome)
 
     def regate(self) -> None:
-        """Apply the pauses and limits that are in force now."""
+        """Apply the pauses and limits that the control commands in force set."""
         control = self.control
         for name, scope in self.scopes.items():
             scope.paused = control.paused.get(("queue", name))
@@ -300,21 +307,24 @@ class Dispatcher:
         self._pump_soon()
 
     def ended_in_child(self, work: JobRun) -> None:
-        """Note that a job has ended in a child, or is not begun after all; its slot is freed soon. On the loop."""
+        """Note that a job has ended in a child process, or is not begun after all. `_pump` frees its slot soon. On the
+        loop."""
         self._finished.append(work)
         self._pump_soon()
 
     def _pump_soon(self) -> None:
-        """Schedule a look for work to do. On the loop, where it takes no system call, unlike `wake`."""
+        """Schedule `_pump`, unless it is scheduled already. On the loop, where this makes no system call, unlike
+        `wake`."""
         if not self._awake:
             self._awake = True
             self._loop.call_soon(self._guarded, self._pump, ())
 
     def _pump(self) -> None:
-        """Take up as many records and jobs as fit, one stage after the other."""
-        # On every pump: few delivery callbacks at a time cost less than many (measured: a tenth of the total).
+        """Handle the jobs that have ended. Then take records and begin jobs while slots are free, the lanes in turn."""
+        # Take reports in every call: few delivery callbacks at a time cost less than many (measured: a tenth of the
+        # total).
         self._take_reports()
-        self._awake = False  # before reading anything that other threads change and then call `wake` for
+        self._awake = False  # reset before reading what other threads change: they call `wake` after a change
         running = self.running
         while self._finished:
             work = self._finished.popleft()
@@ -337,7 +347,8 @@ class Dispatcher:
             self.lines.unpark()
         begun = self.starter.start_waiting()
         begun += self._take_turns(BUDGET)
-        # Records that are passed over take no slot, so nothing else would wake the pump for the records after them.
+        # Records whose jobs are not run take no slot, so no end of a job would schedule `_pump` for the records after
+        # them.
         if begun and (self._filling or len(running) < self._concurrency):
             self._pump_soon()
         if self.lines.unacknowledged and not begun and not running:
@@ -346,7 +357,8 @@ class Dispatcher:
             fetcher.taken()
 
     def _poll(self) -> None:
-        """Run delivery callbacks even if no job begins or ends: the records that they settle must be committed."""
+        """Run delivery callbacks even if no job begins or ends, because the records that they mark as done must be
+        committed."""
         self._take_reports()
         self._poll_later()
 
@@ -357,14 +369,14 @@ class Dispatcher:
             self._loop.call_later(seconds, self._guarded, self._poll, ())
 
     def _take_reports(self) -> None:
-        """Run the delivery callbacks that have arrived. The settler takes their reports every 0.1 s; while the next job
-        of a key waits for one, they are taken at once."""
+        """Run the delivery callbacks that have arrived. While a key's next job waits for an acknowledgement, also take
+        the delivery reports at once; otherwise the ack tracker takes them every 0.1 s."""
         self._sender.poll()
         if self.lines.unacknowledged:
             self._drain()
 
     def _wake_in(self, seconds: float | None) -> None:
-        """Wake the pump in so many seconds, when a gate may have opened; None: not at all."""
+        """Call `wake` after ``seconds`` seconds, when a gate may have opened. None: do nothing."""
         if seconds is None:
             return
         at = self._loop.time() + max(seconds, 0.001)
@@ -379,7 +391,7 @@ class Dispatcher:
         self.wake()
 
     def _take_turns(self, budget: int) -> int:
-        # A worker that has just begun starts jobs no faster than its records are acknowledged.
+        # A worker that has just started begins jobs no faster than its records are acknowledged.
         began, now = self.starter.started, _monotonic()
         if not began:
             self._first_at = now
@@ -420,8 +432,8 @@ class Dispatcher:
         self.wake()
 
     def _serve(self, stage: Lane, most: int, of_each: int) -> int:
-        """Begin up to ``most`` jobs of a stage, its partitions in turn. Returns how many records and waiting jobs were
-        handled."""
+        """Begin up to ``most`` jobs of a lane: first the jobs of its wait queues, then the jobs of records that are
+        taken from its partitions in turn. Return how many waiting jobs and records were handled."""
         scope = stage.scope
         if scope.active:
             now = _monotonic()
@@ -449,8 +461,8 @@ class Dispatcher:
         return served
 
     def _fill(self, stage: Lane, most: int) -> int:
-        """Take records into the lines of their tags, so that there are tenants to choose from. Returns how many were
-        taken."""
+        """Take up to ``most`` records of a lane into the wait queues of their tenants, so that the tenants can take
+        turns. Return how many records were taken."""
         filled = 0
         for _ in range(len(stage.parts)):
             partition = stage.parts[0]
@@ -467,10 +479,10 @@ class Dispatcher:
         raw, lease, offsets = partition.raw, partition.lease, partition.offsets
         take_up = self.intake.take_up
         if offsets is None or partition.aside or not partition.begin_taking():
-            return 0  # the records after one whose schema is looked up wait, so that they do not overtake it
+            return 0  # while a record's schema is looked up, the records after it wait, so that they do not overtake it
         taken = 0
         try:
-            if _monotonic() > lease.until:  # no job is given back either: another worker may have run it
+            if _monotonic() > lease.until:  # also snooze no job: another worker may have run that job
                 lease.ask()
                 return 0
             partition.full = partition.waiting > 0 and not self.lines.room(partition)
@@ -495,7 +507,7 @@ class Dispatcher:
                     continue
                 try:
                     message = raw.popleft()
-                except IndexError:  # the fetch thread may have dropped them
+                except IndexError:  # the fetch thread may have dropped the messages
                     break
                 taken += 1
                 take_up(partition, message, now)
@@ -513,8 +525,8 @@ class Dispatcher:
             self.fail(JobledgerError(f"the dispatcher failed: {exc!r}"))
 
     def take_no_more(self) -> None:
-        """Begin no more jobs, and forget those that wait in lines, for room or for a child: they belong to the next
-        owner."""
+        """Begin no more jobs. Forget the jobs that wait in wait queues, for a slot or for a child process, because they
+        belong to the next owner."""
         self.starter.accepting = False
         self.places.sweep()
         self.starter.drop_waiting()

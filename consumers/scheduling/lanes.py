@@ -1,12 +1,9 @@
-"""Decide which waiting job is next: among the lines of a lane, and among the lanes of a worker. No Kafka, one thread.
+"""Decide which wait queue of a lane, and which lane of a worker, is next. No Kafka, one thread.
 
-Most jobs wait in no line: their record is taken from its partition and started. A job needs a line if something delays
-it: another job of its key runs, its tag's turn has not come, or a gate is closed. All jobs of a line belong to one
-partition; they were received and are not begun, so the partition's next owner gets them all.
-
-A stage is one work topic: a queue, or one priority of it. Among stages the next start goes to the one that has had the
-fewest starts for its weight (stride scheduling: C. Waldspurger and W. Weihl, 1995). Weights grow with age, so no stage
-starves.
+Most jobs wait in no wait queue: their record is taken from its partition, and the job is started. A job joins a wait
+queue only if another job of its key runs, its tenant's turn has not come, or a gate is closed. Among lanes, the next
+start goes to the lane that has had the fewest starts for its weight (stride scheduling: C. Waldspurger and W. Weihl,
+1995). A lane's weight grows while its records wait, so no lane starves.
 """
 
 from __future__ import annotations
@@ -19,15 +16,17 @@ from jobledger.consumers.state.work import WAIT_BOUNDS_MS, JobRun, Partition, Wa
 from jobledger.definitions.queues import Queue
 from jobledger.kafka.topic_names import lane
 
-#: Starts that a level gets for each start of the low level while all levels have work; age changes this.
+#: Starts that a priority gets for each start of low priority, while all priorities have work and their records have not
+#: waited. See `AGEING_S`.
 WEIGHTS = {"high": 64.0, None: 8.0, "low": 1.0}
-#: Seconds of waiting that double a level's weight, and how often it is doubled at most: then low weighs as much as a
-#: fresh high.
+#: Seconds of waiting that double a lane's weight, and how often the weight is doubled at most. After all doublings, low
+#: priority weighs as much as high priority whose records have not waited.
 AGEING_S, AGEING_MOST = 30.0, 6
 
 
 class Lane:
-    """One lane of a queue in this worker. ``scope``: the queue's limits and pauses, shared by its lanes."""
+    """One lane in this worker: one work topic, which is a queue or one priority of a queue. ``scope``: the queue's
+    limits and pauses, which its lanes share."""
 
     __slots__ = (
         "_turns",
@@ -57,20 +56,22 @@ class Lane:
         self.waits = [0] * (len(WAIT_BOUNDS_MS) + 1)  # starts, by `WAIT_BOUNDS_MS`
         self.waited_ms = 0.0
         self.parts: deque[Partition] = deque()
-        #: Number of lines whose first job may be startable. ``_turns`` holds them per tenant, in round-robin order.
+        #: Number of ready wait queues, whose first job may be startable. ``_turns`` holds them by tenant, in
+        #: round-robin order.
         self.ready = 0
         self._turns: dict[str, deque[WaitQueue]] = {}
-        #: Jobs that may start once their room has a free place, by the room's name.
+        #: Jobs that may start once a slot is free where their code runs, by the name of the `Slots`.
         self.waiting: dict[str, deque[JobRun]] = {}
 
     def age(self, broker_ms: float) -> None:
-        """Set the weight by how long the oldest record that waits here has waited."""
+        """Set the lane's weight from the time that its oldest fetched record has waited. ``broker_ms``: ms of the
+        broker's clock."""
         heads = [stamp for p in self.parts if (stamp := p.oldest_ms()) is not None]
         waited_s = max(0.0, broker_ms - min(heads)) / 1000 if heads else 0.0
         self.weight = self.base_weight * 2.0 ** min(waited_s / AGEING_S, AGEING_MOST)
 
     def add(self, line: WaitQueue) -> None:
-        """Note that the line's first job may be startable."""
+        """Add a wait queue to the ready ones, because its first job may be startable."""
         if not line.queued:
             line.queued = True
             self.ready += 1
@@ -80,7 +81,8 @@ class Lane:
             lines.append(line)
 
     def next_line(self) -> WaitQueue:
-        """Return the next ready line; there must be one. The tenants take turns, and so do the lines of a tenant."""
+        """Remove and return the next ready wait queue; there must be one. The tenants take turns, and so do the wait
+        queues of one tenant."""
         tenant = next(iter(self._turns))
         lines = self._turns.pop(tenant)
         line = lines.popleft()
@@ -91,12 +93,12 @@ class Lane:
         return line
 
     def clear(self) -> None:
-        """Forget all ready lines: no more jobs are to begin."""
+        """Forget all ready wait queues, because no more jobs are to begin."""
         self._turns.clear()
         self.ready = 0
 
     def forget(self, gone: set[Partition]) -> None:
-        """Drop partitions that are no longer owned."""
+        """Drop partitions that are no longer owned, with their wait queues."""
         self.parts = deque(p for p in self.parts if p not in gone)
         for partition in gone:
             partition.lines.clear()
@@ -104,19 +106,19 @@ class Lane:
 
 
 class Turns:
-    """Choose the next stage."""
+    """Choose the lane that gets the next start."""
 
     def __init__(self) -> None:
         self._passed = 0.0
 
     def next_of(self, stages: Sequence[Lane]) -> Lane:
-        """Return the stage that has had the fewest starts for its weight, of one or more. A stage that had no work
-        meanwhile cannot claim the starts that it missed."""
+        """Return the lane that has had the fewest starts for its weight. ``stages``: one or more lanes that have work.
+        A lane that had no work for a time does not get the starts later that it missed in that time."""
         for stage in stages:
             stage.passed = max(stage.passed, self._passed)
         return min(stages, key=lambda stage: stage.passed)
 
     def took(self, stage: Lane, count: int) -> None:
-        """Note that the stage was given ``count`` starts."""
+        """Note that the lane was given ``count`` starts."""
         self._passed = stage.passed
         stage.passed += count / stage.weight

@@ -1,5 +1,5 @@
-"""Decode records of other writers' schemas, away from the event loop: the lookup of a schema may wait for the
-broker."""
+"""Decode records whose schema must be looked up. A separate thread does this, because a lookup may wait for
+the broker."""
 
 from __future__ import annotations
 
@@ -11,19 +11,23 @@ from confluent_kafka import Message
 
 from jobledger.consumers.state.work import Partition
 from jobledger.errors import BrokerUnavailable, JobledgerError, RegistryNeeded, SchemaError, UnknownFact
+from jobledger.process.logger import get_logger
 from jobledger.schemas.codec import Decoder
 from jobledger.schemas.events import JobEvent
 
-#: A decoded record: an event, what keeps this worker from judging it, or why it cannot be read.
+LOG = get_logger("jobledger.worker")
+
+#: A decoded record: the event; or the error because of which this worker cannot judge the record; or the text of the
+#: error because of which the record cannot be read.
 Read = JobEvent | UnknownFact | RegistryNeeded | str
 
-#: How often the broker is asked for a schema before the worker gives up.
+#: Number of attempts to look up a schema, after which the worker stops.
 LOOKUPS = 3
 
 
 def read(decoder: Decoder, value: object) -> Read:
-    """Decode a record's value. What keeps it from being decoded is returned, not raised. Raises `BrokerUnavailable` if
-    its schema had to be looked up and could not be."""
+    """Decode a record's value. An error of the record is returned, not raised. Raises `BrokerUnavailable` if the schema
+    had to be looked up and the lookup failed."""
     try:
         return decoder.decode(value if isinstance(value, bytes) else None)
     except (UnknownFact, RegistryNeeded) as exc:
@@ -33,8 +37,8 @@ def read(decoder: Decoder, value: object) -> Read:
 
 
 class SchemaResolver(threading.Thread):
-    """Decode records in the order in which they are put. ``back`` is called in this thread with each record and what
-    `read` returned. ``fail``: stop the worker, because a record could not be decoded."""
+    """Decode records in the order of the calls of `put`. ``back`` is called in this thread with each record and the
+    value that `read` returned for it. ``fail``: stop the worker, because the lookup of a schema failed."""
 
     def __init__(
         self,
@@ -47,7 +51,7 @@ class SchemaResolver(threading.Thread):
         self._todo: queue.SimpleQueue[tuple[Partition, Message, bool] | None] = queue.SimpleQueue()
 
     def put(self, partition: Partition, message: Message, fresh: bool) -> None:
-        """Queue a record that the partition's offsets have received. Any thread."""
+        """Queue a record that the partition's offset tracker has received. Any thread."""
         self._todo.put((partition, message, fresh))
 
     def close(self) -> None:
@@ -55,13 +59,16 @@ class SchemaResolver(threading.Thread):
         self._todo.put(None)
 
     def run(self) -> None:
-        """Decode until closed."""
+        """Decode queued records until closed."""
         while (item := self._todo.get()) is not None:
             partition, message, fresh = item
             try:
                 self._back(partition, message, self._read(message), fresh)
             except JobledgerError as exc:
                 self._fail(exc)
+            except Exception as exc:
+                LOG.exception("a record could not be decoded")
+                self._fail(JobledgerError(f"{partition!r}@{message.offset()} could not be decoded: {exc!r}"))
 
     def _read(self, message: Message) -> Read:
         for left in reversed(range(LOOKUPS)):

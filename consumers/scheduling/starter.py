@@ -1,7 +1,8 @@
-"""Begin jobs: once there is room where a job's code runs, count the job, send its start, and run its code.
+"""Begin jobs: when a slot is free where a job's code runs, count the job, send its `JobStarted`, and run its code.
 
-On the event loop. Which jobs may begin, and in which order, is decided elsewhere. A job that has waited for room is
-only checked again here: it may have been cancelled or have expired meanwhile.
+Runs on the event loop, except where a docstring names another thread. `Dispatcher`, `Admission` and `WaitQueues` decide
+which jobs may begin, and in which order. This module only checks a job again that has waited for a slot, because the
+job may have been cancelled or have expired meanwhile.
 """
 
 from __future__ import annotations
@@ -40,10 +41,11 @@ _uuid7 = uuid_utils.uuid7
 
 
 class Starter:
-    """Begin jobs, ``concurrency`` of them at once.
+    """Begin jobs. At most ``concurrency`` jobs run at once.
 
-    ``call``: run a function on the loop, from any thread. ``drain()``: take the delivery reports that have arrived.
-    ``clock_ms``: the broker's clock minus this machine's, in ms.
+    ``broker_ms()``: the time of the broker's clock, in ms. ``call``: run a function on the loop, from any thread.
+    ``drain()``: take the delivery reports that have arrived. ``clock_ms``: the time of the broker's clock minus the
+    time of this machine's clock, in ms.
     """
 
     executor: Executor
@@ -74,7 +76,7 @@ class Starter:
         self.clock_ms = 0.0
         self.accepting = True
         self.started = 0
-        #: The context that each job's context is copied from: a job must not see variables that another job has set.
+        #: Each job's context is a copy of this one, because a job must not see variables that another job has set.
         self.base = contextvars.copy_context()
         #: All jobs that were begun and have not ended.
         self.running: dict[JobRun, None] = {}
@@ -91,7 +93,7 @@ class Starter:
         return None
 
     def start(self, work: JobRun, now: float) -> None:
-        """Run a job that may run, now or as soon as there is room where its code runs."""
+        """Begin a job that may run: now, or as soon as a slot is free where its code runs."""
         plan = work.plan
         assert plan is not None
         room = self.places.room_of(work, plan)
@@ -107,7 +109,8 @@ class Starter:
             stage.waiting.setdefault(room.name, deque()).append(work)
 
     def _begin(self, work: JobRun, now: float) -> None:
-        """Count the job as begun, send its start and run it; a long job takes its lease first."""
+        """Count the job as begun, send its `JobStarted` and run its code. For a long job, take the job lease instead;
+        `leased` continues when the lease is in the log."""
         work.began = now
         event, plan = work.event, work.plan
         assert event is not None
@@ -140,17 +143,18 @@ class Starter:
             self._say_started(work, at_us)
 
     def begin_again(self, work: JobRun) -> None:
-        """Start a job once more whose process died; its slot is counted already."""
+        """Send `JobStarted` again for a job whose process died, and run the job's code again. The job still has its
+        slot."""
         self.started += 1
         self._say_started(work, now_us())
 
     def leased(self, work: JobRun) -> None:
-        """Start a long job, whose lease is in the log."""
+        """Send `JobStarted` for a long job whose lease is in the log, and run the job's code."""
         self._say_started(work, now_us())
 
     def _say_started(self, work: JobRun, at_us: int) -> None:
-        """Send the job's start, and run its code. The code does not wait for the acknowledgement, because the closing
-        fact follows in the same partition. A suspect does wait for it."""
+        """Send the job's `JobStarted`, and run its code. The code does not wait for the acknowledgement, because the
+        closing fact follows in the same partition. Only the code of a suspect waits for the acknowledgement."""
         event, partition = work.event, work.partition
         assert event is not None
         started = encode(
@@ -185,21 +189,22 @@ class Starter:
             self.places.go(work)
 
     def _start_delivered(self, work: JobRun, error: KafkaError | None, message: Message) -> None:
-        """Delivery callback of a suspect's start, in any thread. Has all reports taken soon: they are taken in
-        order."""
+        """Handle the delivery of a suspect's `JobStarted`. Any thread. Request that all reports are taken soon,
+        because reports are taken in order."""
         work.noted_delivered(error, message)
         self._call(self._drain)
 
     def _start_noted(self, work: JobRun) -> None:
-        """Run a suspect: its start is in the log, and a later owner will find it. Called in the thread that took the
-        report."""
+        """Run a suspect's code: the suspect's start is in the log, where a later owner finds it. Called in the thread
+        that takes the delivery report."""
         self._call(self.places.go, work)
 
     def ours(self, work: JobRun) -> bool:
-        """Return whether this worker is still to run a job that is counted as running.
+        """Return whether this worker should still run a job that is counted as running.
 
         A suspect belongs to the next owner as soon as its partition is given up or stopped, or the worker takes no more
-        jobs. The worker waits for all other jobs then. A long job is this worker's while its lease holds.
+        jobs. In these cases the worker waits for all other jobs, so such a job stays this worker's until the partition
+        is gone. A long job is this worker's while its lease is valid.
         """
         partition = work.partition
         if work.suspect and not self.accepting:
@@ -210,11 +215,12 @@ class Starter:
 
     @staticmethod
     def certain(work: JobRun) -> bool:
-        """Return whether surely no other worker has taken the job over; if that is not known, ask the group."""
+        """Return whether it is certain that no other worker has taken the job over. If this is not known, request a
+        confirmation from the group."""
         return work.lease is not None or work.partition.certain()
 
     def start_waiting(self) -> int:
-        """Begin jobs that wait for room, where there is room now; return how many were handled."""
+        """Begin jobs that wait for a slot, while such slots are free. Return how many jobs were handled."""
         begun = 0
         waits: dict[str, list[Lane]] = {}
         for stage in self._all_stages:
@@ -234,11 +240,12 @@ class Starter:
         return begun
 
     def _start_first(self, waiting: deque[JobRun]) -> bool:
-        """Begin the first of the jobs that wait for room; False if none may begin now."""
+        """Begin, close or drop the first of the jobs that wait for a slot. Return False if none may begin now, because
+        the ownership lease is over."""
         work = waiting[0]
         now = _monotonic()
         partition = work.partition
-        if not partition.begin_taking():  # not begun: it belongs to the next owner
+        if not partition.begin_taking():  # the job is not begun, so it belongs to the next owner
             waiting.popleft()
             return True
         try:
@@ -262,7 +269,7 @@ class Starter:
             partition.taking = False
 
     def drop_waiting(self) -> None:
-        """Forget the jobs that wait for room: they are not begun, so they belong to the next owner."""
+        """Forget the jobs that wait for a slot. These jobs are not begun, so they belong to the next owner."""
         for stage in self._all_stages:
             for waiting in stage.waiting.values():
                 while waiting:

@@ -1,7 +1,7 @@
-"""Keep jobs in lines: they wait for earlier jobs of their key, for their tag's turn, or for a gate to open.
+"""Keep jobs in wait queues: a job waits for earlier jobs of its key, for its tenant's turn, or for a gate to open.
 
-On the event loop. The records of these jobs are received, and the jobs are not begun: the partition's next owner gets
-them all.
+Runs on the event loop. All jobs of a wait queue belong to one partition. The records of these jobs are received, and
+the jobs are not begun, so the partition's next owner gets all of them.
 """
 
 from __future__ import annotations
@@ -27,28 +27,29 @@ if TYPE_CHECKING:
 
 _monotonic = time.monotonic
 
-#: Jobs of a full partition that are given back to the coordinator in one go; lines at a gate that are searched for
-#: them.
+#: Jobs of a full partition that are snoozed in one call; wait queues of one gate that are searched for such jobs.
 ASIDE_AT_ONCE, LOOKED_AT = 64, 1_000
 
 
 class WaitQueues:
-    """The lines of this worker's partitions.
+    """Hold the wait queues of this worker's partitions.
 
-    ``lookahead``: how many jobs may wait in all lines ready to begin. ``lookahead_bytes``: memory for further jobs,
-    kept as bare records.
+    ``lookahead``: how many jobs may wait as `JobRun` in all wait queues. ``lookahead_bytes``: bytes of memory for
+    further jobs, which wait as `ParkedRecord`.
 
-    A partition is read on even if its lines are long: behind a hundred thousand jobs of one key there may be the first
-    job of another. A job far back in its line is kept as its record (`ParkedRecord`), and becomes a `JobRun` when its turn
+    The worker continues to read a partition even if its wait queues are long, because the first job of another key may
+    be behind a hundred thousand jobs of one key. While many jobs of a partition wait (`crowded`), a new job that must
+    wait for its key or its tenant's turn is kept as a `ParkedRecord`. This record becomes a `JobRun` when its turn
     comes.
 
-    ``wake``: look for work now; ``wake_in(seconds)``: look then. ``unknown(work)``: close a job whose task this worker
-    does not know. ``revive(partition, deferred)``: make the job of a bare record; its arguments are not decoded yet.
-    ``call``: run a function on the loop; an exception in it ends the worker.
+    ``wake()``: look for work now. ``wake_in(seconds)``: look for work after so many seconds. ``unknown(work)``: close a
+    job whose task this worker does not know. ``revive(partition, deferred)``: create the `JobRun` of a parked record;
+    its arguments are not decoded yet. ``call``: run a function on the loop; an exception in the function stops the
+    worker.
 
-    A key's next job begins when the last fact of the job before it is acknowledged, not when it is sent. Otherwise the
-    next owner, after a crash, could run a job again although later jobs of its key have run. For the same reason a
-    keyed job that must not start (bad arguments, cancelled, expired) is closed in its turn.
+    A key's next job begins when the last fact of the job before it is acknowledged, not when that fact is sent.
+    Otherwise the next owner, after a crash, could run a job again although later jobs of its key have run. For the same
+    reason a keyed job that must not start (bad arguments, cancelled, expired) is closed in its turn.
     """
 
     executor: Executor
@@ -72,28 +73,32 @@ class WaitQueues:
         self._starter, self._stages, self._lookahead = starter, stages, lookahead
         self._bytes, self._revive, self._call = lookahead_bytes, revive, call
         self._broker_ms, self._wake, self._wake_in, self._unknown = broker_ms, wake, wake_in, unknown
-        #: Gates that lines wait for.
+        #: Gates and slots for which wait queues wait.
         self.parking: dict[Gate | Slots, None] = {}
-        #: Lines of keys whose job has freed its slot, but whose last fact is not acknowledged yet.
+        #: Wait queues of keys whose job has freed its slot, while the job's last fact is not acknowledged yet.
         self.unacknowledged: dict[WaitQueue, None] = {}
         #: How many partitions share the lookahead.
         self.owned = 0
-        #: Bytes of all deferred jobs.
+        #: Bytes of all parked records.
         self.deferred_bytes = 0
 
     @property
     def window(self) -> int:
-        """Return how many jobs of one partition may wait in lines, without the deferred ones."""
+        """How many jobs of one partition may wait in wait queues, parked records not counted."""
         return max(100, self._lookahead // max(1, self.owned))
 
     def crowded(self, partition: Partition) -> bool:
-        """Whether so many jobs wait here that a new one that must wait in a line is deferred."""
+        """Return whether so many jobs of the partition wait that a new job that must wait is kept as a parked
+        record."""
         return partition.waiting - partition.deferred >= self.window // 4
 
     def room(self, partition: Partition) -> bool:
-        """Whether more records of this partition may be taken. A partition may always use its own share of the bytes,
-        and more while other partitions leave it free. A full partition takes records again only once a quarter is free,
-        because pausing it means that its records are fetched again."""
+        """Return whether more records of this partition may be taken.
+
+        A partition may always use its own share of the bytes, and also bytes that other partitions do not use. Records
+        of a full partition are taken again only when a quarter of its space is free, because after each pause of the
+        partition the client must fetch its records again.
+        """
         part = 0.75 if partition.full else 1.0
         if partition.waiting - partition.deferred >= self.window * part:
             return False
@@ -104,8 +109,8 @@ class WaitQueues:
         return self._bytes // max(1, self.owned)
 
     def half_full(self, partition: Partition) -> bool:
-        """Whether the waiting jobs take half of the space they may take: then jobs at a closed gate are given back to
-        the coordinator."""
+        """Return whether the partition's waiting jobs use half of the space that they may use. Then new jobs at a
+        closed gate are snoozed."""
         if partition.waiting - partition.deferred >= self.window // 2:
             return True
         return self.deferred_bytes >= self._bytes // 2 and partition.deferred_bytes >= self._share // 2
@@ -130,7 +135,7 @@ class WaitQueues:
     def defer(
         self, partition: Partition, identity: tuple[str, ...], one: ParkedRecord, *, serial: bool, tenant: str
     ) -> None:
-        """Add a bare record to the end of its line."""
+        """Add a parked record to the end of its wait queue."""
         self._join(partition, identity, one, serial, tenant)
         self._count(partition, one, 1)
 
@@ -140,8 +145,8 @@ class WaitQueues:
         self.deferred_bytes += by * one.size
 
     def enqueue_keyed(self, work: JobRun, key: str, held: tuple[int, int, int] | None, tenant: str = "") -> None:
-        """Add a job behind the others of its key. ``held``: an entry of `Partition.held`, if a former owner has retried
-        it in place."""
+        """Add a job behind the other jobs of its key. ``held``: the job's entry in `Partition.held`, if a former owner
+        retried or snoozed the job in place."""
         line = self.enqueue(work, ("key", key), serial=True, tenant=tenant)
         if held is None:
             return
@@ -160,8 +165,8 @@ class WaitQueues:
     def wait_for_gate(
         self, work: JobRun, plan: TaskRuntime, identity: tuple[str, ...], now: float, tenant: str = ""
     ) -> None:
-        """Let a job wait in a line. If the gate is closed and many jobs wait already, give the job back to the
-        coordinator, so that other jobs can pass."""
+        """Add a job to a wait queue. If one of the task's gates is closed and many jobs wait already (`half_full`),
+        snooze the job instead, so that records behind it can be taken."""
         partition = work.partition
         gate = closed_gate(plan.gates, now) if self.half_full(partition) else None
         if gate is not None:
@@ -171,24 +176,24 @@ class WaitQueues:
         self.enqueue(work, identity, serial=False, tenant=tenant)
 
     def _set_aside(self, work: JobRun, gate: Gate, ahead: int) -> None:
-        """Give a job back to the coordinator until about its turn. ``ahead``: how many jobs are before it in its
-        line."""
+        """Snooze a job until about its turn; the coordinator then releases it again. ``ahead``: how many jobs are
+        before it in its wait queue."""
         seconds = max(5.0, gate.passes_in(ahead * max(1, self.owned))) * (1.0 + 0.2 * random.random())
         self.executor.close_with(work, Snoozed(round(seconds * 1000), f"held back by {gate.describe()}"))
 
     def make_room(self, partition: Partition) -> None:
-        """Give jobs of a full partition back to the coordinator: the newest jobs of the longest line that waits at a
-        gate.
+        """Snooze jobs of a full partition: the newest jobs of the longest wait queue that waits at a gate.
 
-        The jobs given back came before the gate closed, or while it was open for a moment. There may be startable jobs
-        behind them. Jobs with a key stay, because they would lose their order; suspects stay, too.
+        These jobs were added before the gate closed, or while the gate was open for a moment. There may be startable
+        jobs behind them in the partition. Jobs with a key are not snoozed, because they would lose their order.
+        Suspects are not snoozed, either.
         """
         kept = [
             (len(line.works), gate, line)
             for gate in self.parking
             if not isinstance(gate, Slots)
             for line in islice(gate.parked, LOOKED_AT)
-            if line.partition is partition and not line.serial and len(line.works) > 1
+            if line.partition is partition and not line.serial and len(line.works) > 1 and not line.works[-1].suspect
         ]
         if not kept:
             return
@@ -196,7 +201,7 @@ class WaitQueues:
         for _ in range(min(ASIDE_AT_ONCE, len(line.works) - 1)):
             one = line.works[-1]
             if one.suspect:
-                return
+                break
             if isinstance(one, ParkedRecord):
                 self._count(partition, one, -1)
                 work = self._revive(partition, one)
@@ -208,7 +213,8 @@ class WaitQueues:
         self._wake()
 
     def serve(self, stage: Lane, most: int) -> int:
-        """Begin the first jobs of lines, the lines in turn; return how many jobs were handled."""
+        """Begin the first jobs of a lane's ready wait queues, the wait queues in turn. Return how many jobs were
+        handled."""
         begun = 0
         for _ in range(stage.ready):
             if begun >= most:
@@ -229,12 +235,13 @@ class WaitQueues:
         return begun
 
     def _serve_line(self, stage: Lane, line: WaitQueue, now: float) -> int:
-        """Begin the line's first job, close it if it must not begin, or park the line at the gate that holds it back.
-        Returns 1 if the job left the line, else 0."""
+        """Begin the first job of a wait queue, or close the job if it must not begin. If a gate holds the job back,
+        park the wait queue at that gate. Return 1 if the job left the wait queue, else 0."""
         work = line.works[0]
-        unread = line.serial  # whether its arguments are not decoded yet
+        unread = line.serial  # whether the job's arguments are not decoded yet
         if isinstance(work, ParkedRecord):
-            # Check the gate before making a `JobRun`: else, while it is closed, each of many lines would make one.
+            # Check the gates before the `JobRun` is created. Otherwise, while a gate is closed, each of many wait
+            # queues would create one.
             if (plan := work.plan) is not None and (gate := self._keeping(plan, plan.room, now)) is not None:
                 return self._park(line, gate, now)
             self._count(line.partition, work, -1)
@@ -270,7 +277,8 @@ class WaitQueues:
 
     @staticmethod
     def _served(stage: Lane, line: WaitQueue) -> None:
-        """Add the line to its stage again for its next job; delete the line if it has none."""
+        """Add the wait queue to the ready ones of its lane, for its next job. Delete the wait queue if it has no
+        job."""
         if line.works:
             stage.add(line)
         else:
@@ -278,12 +286,13 @@ class WaitQueues:
 
     @staticmethod
     def _keeping(plan: TaskRuntime, room: Slots | None, now: float) -> Gate | Slots | None:
-        """Return the gate or room that holds a job back; None if it may begin."""
+        """Return the closed gate or the full slots that hold a job back; None if the job may begin."""
         gate = closed_gate(plan.gates, now)
         return room if gate is None and room is not None and room.free(now) <= 0 else gate
 
     def _passed(self, line: WaitQueue) -> None:
-        """A gate let this line through, but it begins no job: wake the pump, so that another parked line can."""
+        """Note that a wait queue begins no job although its gate released it. Call `wake`, so that another wait queue
+        of that gate can begin one."""
         if line.gate is not None and line.gate.parked:
             self._wake()
         line.gate = None
@@ -296,12 +305,12 @@ class WaitQueues:
         gate.parked.append(line)
         self.parking[gate] = None
         self._wake_in(gate.wait(now))
-        if line.partition.full:  # only now is the gate known that keeps the partition full
+        if line.partition.full:  # the gate that keeps the partition full is known only now
             self._wake()
         return 0
 
     def unpark(self) -> None:
-        """Let lines through that wait at gates that have opened."""
+        """Make wait queues ready again that wait at gates that have opened."""
         now = _monotonic()
         for gate in list(self.parking):
             for _ in range(min(gate.free(now), len(gate.parked))):
@@ -314,7 +323,8 @@ class WaitQueues:
                 del self.parking[gate]
 
     def left(self, work: JobRun) -> None:
-        """Stop counting a job that does not run any more; in a serial line, note that its slot is free."""
+        """Stop counting a job at its gates, because it no longer runs. In a serial wait queue, also note that the job's
+        slot is free."""
         now = _monotonic()
         for gate in work.gates:
             gate.end(now, now - work.began, None if work.abandoned else answered(work.outcome))
@@ -323,8 +333,8 @@ class WaitQueues:
         if line is None or not line.serial:
             return
         if work.again_s is not None:
-            work.waiting = True  # it no longer delays a hand-over: the next owner finds its last fact in the log
-        if work.lease is not None:  # its outcome goes to the coordinator, and no job here waits for that
+            work.waiting = True  # a hand-over need not wait: the next owner finds the job's last fact in the log
+        if work.lease is not None:  # a long job's outcome goes to the coordinator, and no job here waits for it
             self._turn_over(work, line)
         elif not self._half_over(work, line) and line.partition.owned:
             self.unacknowledged[line] = None
@@ -337,8 +347,8 @@ class WaitQueues:
             self._half_over(work, line)
 
     def _half_over(self, work: JobRun, line: WaitQueue) -> bool:
-        """Note one of two events: the job's slot is free; the last fact of its attempt is acknowledged. The second one
-        ends the job's turn. Returns whether this was the second."""
+        """Note one of two events: the job's slot is free, or the last fact of its attempt is acknowledged. The second
+        event ends the job's turn. Return whether this was the second event."""
         line.over += 1
         if line.over < 2:
             return False
@@ -346,7 +356,7 @@ class WaitQueues:
         return True
 
     def _turn_over(self, work: JobRun, line: WaitQueue) -> None:
-        """Let the key's next job begin, or plan the next attempt of this one."""
+        """Make the key's next job ready, or plan the next attempt of this job."""
         if work.again_s is not None:
             self._hold(work, line, work.again_s)
             return
@@ -354,11 +364,12 @@ class WaitQueues:
         self._served(self._stages[line.partition.topic], line)
 
     def _hold(self, work: JobRun, line: WaitQueue, seconds: float) -> None:
-        """Begin the next attempt after so many ``seconds``; meanwhile the job keeps its key.
+        """Begin the next attempt after ``seconds`` seconds. Until then the job keeps its key.
 
-        The seconds count from now, when the fact that asks for them is acknowledged. The broker appended that fact
-        earlier and appends the next start later. So by the log's times no attempt is early, whatever this machine's
-        clock says.
+        The seconds count from now. After an attempt in this worker, the fact that asks for the delay is acknowledged
+        now: the broker appended that fact earlier and appends the next start later. So no attempt is early by the times
+        in the log, whatever this machine's clock says. For a job of a former owner, `enqueue_keyed` computes the
+        seconds from the broker's clock.
         """
         work.again_s = None
         work.waiting = True
@@ -368,8 +379,8 @@ class WaitQueues:
     def _again(self, work: JobRun, line: WaitQueue, due: float) -> None:
         partition = line.partition
         if not partition.owned or not self._starter.accepting:
-            return  # the next owner makes the attempt, and finds in the log which one it is
-        if (early := due - _monotonic()) > 0:  # the loop counts whole milliseconds
+            return  # the next owner makes the attempt, and finds the attempt's number in the log
+        if (early := due - _monotonic()) > 0:  # the loop's timers count whole milliseconds
             self.loop.call_later(early, self._call, self._again, work, line, due)
             return
         work.outcome, work.takeover, work.suspect, work.room, work.timer = None, 0, False, None, None
@@ -381,7 +392,7 @@ class WaitQueues:
         self._wake()
 
     def forget(self, gone: set[Partition]) -> None:
-        """Drop the lines of partitions that are no longer owned."""
+        """Drop the wait queues of partitions that are no longer owned."""
         self.deferred_bytes -= sum(partition.deferred_bytes for partition in gone)
         for line in [line for line in self.unacknowledged if line.partition in gone]:
             del self.unacknowledged[line]
@@ -391,7 +402,7 @@ class WaitQueues:
             gate.parked.extend(kept)
 
     def drop_waiting(self) -> None:
-        """Forget all waiting jobs: they are not begun, so they belong to the next owner."""
+        """Forget all waiting jobs. These jobs are not begun, so they belong to the next owner."""
         for stage in self._stages.values():
             for partition in stage.parts:
                 for line in partition.lines.values():

@@ -1,4 +1,5 @@
-"""Estimates the broker's clock, by which expiries are judged, from the append times of records."""
+"""Estimates the broker's clock from the append times of records. The worker decides by this clock whether a job has
+expired."""
 
 from __future__ import annotations
 
@@ -6,29 +7,33 @@ import time
 
 from confluent_kafka import TIMESTAMP_LOG_APPEND_TIME, Message
 
-#: Observations of two periods are kept, each of this many milliseconds: older ones are dropped, because clocks are set
-#: and brokers change.
+#: Observations of two periods are kept, each of this many milliseconds. Older observations are dropped, because clocks
+#: are set and brokers change.
 _HALF_MS = 60_000.0
 
 
 class BrokerClock:
-    """Estimates the broker's time, never ahead of it: a record is heard of when it is appended, or a little later.
+    """Estimates the broker's time. The estimate is never ahead of that time, because this process learns of a record
+    after the broker has appended the record.
 
-    Between records the estimate advances with the monotonic clock, which nobody sets. If that clock is paused while the
-    machine is suspended, the estimate is behind until the next record. Before the first record, this machine's own
+    Between records the estimate advances with the monotonic clock, which is never set. If that clock is paused while
+    the machine is suspended, the estimate is behind until the next record. Before the first record, this machine's own
     clock is used.
     """
 
     __slots__ = ("_before", "_now", "_since")
 
     def __init__(self) -> None:
-        self._now: float | None = None  # largest broker time less monotonic time (ms): this period, and the last
-        self._before: float | None = None
+        self._now: float | None = None  # largest difference of broker time and monotonic time (ms) in this period
+        self._before: float | None = None  # the same of the period before
         self._since = 0.0
 
     def heard(self, message: Message) -> None:
-        """Observe a record that was just acknowledged. The report is ignored if the broker had the record already, or
-        the topic does not carry append times: it then has the writer's own time."""
+        """Observe the append time of a record that was just acknowledged.
+
+        The report is ignored if the broker had the record already (the report then has no offset), or if the topic does
+        not use append times (the report then has the writer's own time).
+        """
         kind, appended_ms = message.timestamp()
         if kind == TIMESTAMP_LOG_APPEND_TIME and message.offset() is not None:
             self.observe(appended_ms)

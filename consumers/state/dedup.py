@@ -1,9 +1,9 @@
-"""Remembers which releases a partition has carried lately, so that the first record of a release there counts.
+"""Remembers which releases were in a partition recently, so that only the first record of a release there counts.
 
 A release is (job, run, release). The memory holds 64-bit hashes in open-addressed tables of machine words: eight bytes
-a slot and no object per release, so a full memory takes a few megabytes a partition and grows no further. With a full
-memory, the probability that two distinct releases of one partition are taken for the same is about 10^-14 a record. The
-hash is seeded per process, so nobody can choose ids that collide.
+for each slot and no object for each release, so a full memory takes a few megabytes for each partition and does not
+grow further. With a full memory, the probability that a new release has the hash of another release is about 10^-14 for
+each record. The hash is seeded per process, so nobody can choose ids that collide.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from jobledger.schemas import codec
 from jobledger.schemas.events import Fact, settles
 from jobledger.schemas.fast_path import glance
 
-#: Records that each partition's memory covers at least, of those that it has seen.
+#: Each partition's memory has at least the last so many of the releases that were added to it.
 REMEMBERED = 100_000
-#: Milliseconds that a new owner reads back, or `REMEMBERED` records if these are less.
+#: A new owner reads the work records of the last so many milliseconds, but at most the last `REMEMBERED` records.
 REMEMBERED_MS = 10 * 60 * 1000
 
 _FIRST_SLOTS = 1 << 10
-#: Slots for each remembered release, at least, in a full table: with fewer, probing takes long.
+#: Minimum number of slots for each release in a full table: with fewer slots, probing takes long.
 _ROOM = 1.3
 _PREFIX = codec.MAGIC + codec.FINGERPRINT
 #: The first fields of an event: event_id, job_id, run, attempt, release. Its Avro bytes begin with them.
@@ -42,11 +42,12 @@ def release_key(job_id: str, run: int, release: int) -> int:
 
 
 class ReleaseMemory:
-    """Remembers the latest ``capacity`` releases, up to twice as many, in two generations. When the newer one is full,
-    the older one is dropped.
+    """Remembers at least the latest ``capacity`` releases, at most twice as many, in two generations. When the newer
+    generation is full, the older one is dropped.
 
-    Each generation is a table with linear probing, whose size is a power of two; 0 marks a free slot. It grows when
-    half full, up to the smallest size that holds the capacity: a megabyte for the default capacity.
+    Each generation is a table with linear probing, whose size is a power of two; 0 marks a free slot. A table grows
+    when half of its slots are used, up to the smallest size that holds the capacity: a megabyte for the default
+    capacity.
     """
 
     __slots__ = ("_capacity", "_count", "_limit", "_mask", "_most", "_old", "_old_count", "_old_mask", "_slots")
@@ -70,7 +71,7 @@ class ReleaseMemory:
         )
 
     def add(self, key: int) -> bool:
-        """Remember a release; False if it was known."""
+        """Add a release, given by its `release_key`. Return False if the release was known, else True."""
         # `_slot` is inlined here: this runs for every record.
         if self._old_count:
             slots, mask = self._old, self._old_mask
@@ -113,10 +114,11 @@ def _slot(slots: array[int], mask: int, key: int) -> int:
 
 
 def key_of(message: Message, decoder: codec.Decoder) -> int | None:
-    """Return the `release_key` of a work record, from its headers or its first fields; None if it cannot be read.
+    """Return the `release_key` of a work record, from its headers or its first fields; None if the record cannot be
+    read.
 
-    The headers are ``jl-job``, ``jl-run`` and ``jl-release`` (decimal text); writers other than Jobledger may leave
-    them out. Raises `RegistryNeeded` if only a schema registry can tell.
+    The headers are ``jl-job``, ``jl-run`` and ``jl-release`` (decimal text); writers other than Jobledger may omit
+    them. Raises `RegistryNeeded` if the record can be read only with a Schema Registry.
     """
     headers = message.headers()
     if headers:
@@ -124,7 +126,7 @@ def key_of(message: Message, decoder: codec.Decoder) -> int | None:
         try:
             return release_key(_text(named["jl-job"]), int(_text(named["jl-run"])), int(_text(named["jl-release"])))
         except (KeyError, ValueError, UnicodeDecodeError, TypeError):
-            pass  # foreign or incomplete headers: the value has the fields, too
+            pass  # foreign or incomplete headers: the value also has the fields
     value = message.value()
     if not isinstance(value, bytes):
         return None
@@ -145,7 +147,7 @@ def key_of(message: Message, decoder: codec.Decoder) -> int | None:
 def end_of(message: Message, decoder: codec.Decoder) -> tuple[tuple[str, int, int], Fact] | None:
     """Return the release and the fact of a lifecycle record that settles a release; None for any other record.
 
-    Raises `RegistryNeeded` if only a schema registry can tell.
+    Raises `RegistryNeeded` if the record can be read only with a Schema Registry.
     """
     value = message.value()
     raw = (decoder.own_form(value) or value) if isinstance(value, bytes) else None
@@ -156,7 +158,7 @@ def end_of(message: Message, decoder: codec.Decoder) -> tuple[tuple[str, int, in
         try:
             event = decoder.decode(raw)
         except SchemaError:
-            return None  # the materializer reports it
+            return None  # the materializer reports the unreadable record
         job_id, run, release, fact = event.job_id, event.run, event.release, event.fact
     return ((job_id, run, release), fact) if settles(fact) else None
 

@@ -1,8 +1,9 @@
-"""Decode a submission the fast way: nearly every record of a busy work topic is one.
+"""Decodes a `JobSubmitted` in its plain form quickly: nearly every record of a busy work topic is such a record.
 
-`glance` proves that the bytes are a `JobSubmitted` that this version's schema wrote. It leaves out the arguments, key,
-home and trace; their places follow from the shape, and they are read here. All other records need the full decoder
-(`codec.decode`), which costs five times as much. A test with Hypothesis checks that both ways give the same result.
+`glance` checks that the bytes are an event that was written with this version's schema. `glance` skips the arguments,
+key, home and trace, so this module reads them; their offsets follow from the checked shape. All other records need the
+full decoder (`codec.decode`), which takes five times as long. A test with Hypothesis checks that both decoders give the
+same result.
 """
 
 from __future__ import annotations
@@ -10,13 +11,13 @@ from __future__ import annotations
 from jobledger.schemas.events import JobEvent, JobSpec, JobSubmitted
 from jobledger.schemas.fast_path import after_option, glance
 
-_TITLES = 95  # where task, queue, key, home, source and trace begin, in the shape that `glance` accepts
+_TITLES = 95  # offset of the task's name in the shape that `glance` accepts; queue, key, home, source, trace follow
 
 
 def plain_submission(value: bytes) -> JobEvent | None:
-    """Return the submission in a work record's value, or None if it needs the full decoder.
+    """Return the submission in a work record's value, or None if the value needs the full decoder.
 
-    The header fields ``occurred_at`` and ``source`` are left empty: a worker needs neither.
+    The header fields ``occurred_at`` and ``source`` are left empty, because a worker needs neither of them.
     """
     seen = glance(value)
     if seen is None:

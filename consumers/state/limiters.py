@@ -1,11 +1,11 @@
-"""Decide how many jobs may begin now: limits of a group, pauses, a task's adaptive concurrency, its circuit breaker.
+"""Decides how many jobs may begin now, by limits for all workers, pauses, adaptive concurrency and circuit breakers.
 Pure, on one thread.
 
-A gate says how many more jobs may begin (`free`), is told when a job begins and ends, and says when to ask again
-(`wait`). Limits hold for a whole consumer group without a common counter: each partition number of a queue carries a
-share, and a worker has the shares of the partitions it owns (`share_of`). So a limit is kept exactly while partitions
-stay where they are. While they move, both owners may use a share for a moment. If all load is in one partition, only
-the shares of that partition's worker are used.
+A gate returns how many more jobs may begin (`free`), counts each job that begins or ends, and returns when to ask again
+(`wait`). Limits hold for all workers together without a common counter: each partition number of a queue carries a
+share of the limit, and a worker has the shares of the partitions that it owns (`share_of`). So a limit is kept exactly
+while no partition changes its owner; during a change, both owners may use a share for a moment. If all jobs are in one
+partition, only the shares of that partition's owner are used.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from typing import Any, Protocol
 
 from jobledger.definitions.policy import Adaptive, Breaker, Limits
 
-#: Stands for no limit: larger than any number of jobs.
+#: A number of jobs that means "no limit", because it is larger than any real number of jobs.
 ENDLESS = 1 << 30
-#: Seconds of its rate that a bucket holds: how many jobs may begin at once after a quiet time.
+#: Size of a token bucket, in seconds of its rate: this bounds how many jobs begin at once after a time without starts.
 BURST_S = 0.1
 
 
 class Gate(Protocol):
-    """One condition for jobs to begin. Times are seconds of a monotonic clock. ``parked``: the lines that wait for it
-    to open."""
+    """One condition for jobs to begin. Times are seconds of a monotonic clock. ``parked``: the wait queues that wait
+    for the gate to open."""
 
     parked: deque[Any]
     name: str
@@ -39,29 +39,31 @@ class Gate(Protocol):
         ...
 
     def end(self, now: float, seconds: float, good: bool | None) -> None:
-        """Count the end of a job that ran for ``seconds``. ``good``: whether the service that it calls answered; None:
-        not known."""
+        """Count the end of a job that ran for ``seconds``. ``good``: whether the service that the job calls worked;
+        None: not known."""
         ...
 
     def wait(self, now: float) -> float | None:
-        """Return in how many seconds it may open by itself; None: only an event opens it."""
+        """Return the seconds until the gate may open by itself; None: only an event opens the gate."""
         ...
 
     def describe(self) -> str:
-        """Describe what holds jobs back, for people."""
+        """Describe for people what holds jobs back."""
         ...
 
     def passes_in(self, waiting: int) -> float:
-        """Estimate in how many seconds ``waiting`` jobs will have passed; jobs are given back for about that long."""
+        """Estimate the seconds until ``waiting`` jobs have passed the gate. Jobs are given back to the coordinator for
+        about that time."""
         ...
 
 
 def share_of(limit: int, owned: Iterable[int], total: int) -> int:
-    """Return the part of ``limit`` that the owned ones of ``total`` partitions carry; over all owners it adds up to
-    ``limit``.
+    """Return the part of ``limit`` that the ``owned`` ones of ``total`` partitions carry. The parts of all owners add
+    up to ``limit``.
 
-    It is never 0 for an owner of a partition. A limit below the number of partitions is refused where it is declared;
-    if a worker meets one all the same, exceeding it is better than being stuck.
+    The part is never 0 for a worker that owns a partition. A limit below the number of partitions is refused where the
+    limit is declared. If a worker meets such a limit nevertheless, it is better to exceed the limit than to start no
+    jobs.
     """
     each, rest = divmod(limit, total)
     numbers = [n for n in owned if n < total]
@@ -69,8 +71,8 @@ def share_of(limit: int, owned: Iterable[int], total: int) -> int:
 
 
 class Limiter:
-    """What people can limit or pause: a queue or a task. ``declared``: the limits in the code; ``ordered``: those set
-    at run time."""
+    """The limits and the pause of a queue or a task. ``declared``: the limits in the app's code. ``ordered``: the
+    limits that were set at run time."""
 
     __slots__ = (
         "_filled_at",
@@ -90,7 +92,7 @@ class Limiter:
     def __init__(self, name: str, declared: Limits) -> None:
         self.name, self.declared = name, declared
         self.ordered: Limits | None = None
-        self.paused: str | None = None  # who paused it, and why
+        self.paused: str | None = None  # by whom it was paused, and why
         self.parked: deque[Any] = deque()
         self.running = 0
         self._owned: list[int] = []
@@ -102,16 +104,16 @@ class Limiter:
 
     @property
     def limits(self) -> Limits:
-        """Return the limits in force, for the whole group."""
+        """The limits in force, for all workers together."""
         return self.declared if self.ordered is None else self.ordered
 
     @property
     def active(self) -> bool:
-        """Whether it can hold jobs back at all."""
+        """Whether this gate can hold jobs back at all: it is paused or has a limit."""
         return self.paused is not None or bool(self.limits)
 
     def order(self, limits: Limits | None) -> None:
-        """Replace the declared limits from now on; None: use the declared ones again."""
+        """Replace the declared limits from now on; None: use the declared limits again."""
         self.ordered = limits
         self._divide()
 
@@ -164,7 +166,7 @@ class Limiter:
         return max(0.0, (1.0 - self._tokens) / self.rate)
 
     def describe(self) -> str:
-        """Describe what holds jobs back, for people."""
+        """See `Gate.describe`."""
         limits = self.limits
         if self.paused is not None:
             return f"{self.name}: paused {self.paused}"
@@ -173,20 +175,20 @@ class Limiter:
         return f"{self.name}: {' and '.join(said)} for all workers"
 
     def passes_in(self, waiting: int) -> float:
-        """Estimate in how many seconds ``waiting`` jobs will have passed; jobs are given back for about that long."""
+        """See `Gate.passes_in`."""
         if self.paused is not None:
             return 60.0
         return waiting / self.rate if self.rate else 30.0
 
 
 class AdaptiveGate:
-    """Apply an `Adaptive` policy: a concurrency in this worker that follows the service that the task calls.
+    """Applies an `Adaptive` policy: adapts the task's concurrency in this worker to the service that the task calls.
 
-    It is judged once per window. A window lasts at least `WINDOW_S` seconds, and until as many jobs have ended as may
-    run at once, at most 50. If more than a tenth failed, or the mean latency is above ``tolerance`` times the best mean
-    seen, the concurrency is multiplied by ``backoff``. Else, if it was used up, it grows by one. The best mean may grow
-    by a hundredth in each window without failures, so that a service that became slower for good is not compared with
-    its past for ever.
+    The concurrency is adapted once in each window. A window lasts at least `WINDOW_S` seconds, and until as many jobs
+    have ended as may run at once, or 50 if that is less. If more than a tenth of the jobs failed, or the mean latency
+    is above ``tolerance`` times the best mean, the concurrency is multiplied by ``backoff``. Otherwise, if all of the
+    concurrency was used, the concurrency grows by one. The best mean may grow by a hundredth in each window without
+    failures, so that a service that has become permanently slower is not compared with its former latency for ever.
     """
 
     WINDOW_S = 0.5
@@ -259,17 +261,17 @@ class AdaptiveGate:
         return None
 
     def describe(self) -> str:
-        """See `Limiter.describe`."""
+        """See `Gate.describe`."""
         return f"{self.name}: {int(self.limit)} at once in a worker, adapted to latency and errors"
 
     def passes_in(self, waiting: int) -> float:
-        """See `Limiter.passes_in`."""
+        """See `Gate.passes_in`."""
         return 10.0
 
 
 class BreakerGate:
-    """Apply a `Breaker` policy: closed, then open for ``reset`` seconds after so many failures in a row, then one job
-    tries."""
+    """Applies a `Breaker` policy. While the circuit is closed, jobs begin. After ``failures`` failures in a row the
+    circuit is open, and no job begins for ``reset`` seconds. Then one job may try; its success closes the circuit."""
 
     __slots__ = ("_failures", "_open_until", "_trying", "name", "parked", "policy", "trips")
 
@@ -283,7 +285,7 @@ class BreakerGate:
 
     @property
     def is_open(self) -> bool:
-        """Whether it holds jobs back, except one that may try."""
+        """Whether the circuit is open: jobs are held back, except one job that may try."""
         return self._open_until is not None
 
     def free(self, now: float) -> int:
@@ -308,23 +310,23 @@ class BreakerGate:
                 self.trips += 1
                 self._open_until = now + self.policy.reset
         elif self._open_until is not None and now >= self._open_until:
-            self._open_until = now  # the trial said nothing about the service: another job may try
+            self._open_until = now  # the trial showed nothing about the service: another job may try
 
     def wait(self, now: float) -> float | None:
         """See `Gate.wait`."""
         return None if self._open_until is None or self._trying else max(0.0, self._open_until - now)
 
     def describe(self) -> str:
-        """See `Limiter.describe`."""
+        """See `Gate.describe`."""
         return f"{self.name}: its circuit is open after {self._failures} failures in a row"
 
     def passes_in(self, waiting: int) -> float:
-        """See `Limiter.passes_in`."""
+        """See `Gate.passes_in`."""
         return self.policy.reset
 
 
 class Slots:
-    """A limit on how many jobs are in one place at once: the threads, the child processes."""
+    """A limited number of slots for running jobs: for example the job threads, or the child processes."""
 
     __slots__ = ("most", "name", "parked", "running")
 
@@ -342,7 +344,7 @@ class Slots:
 
 
 def closed_gate(gates: Iterable[Gate], now: float) -> Gate | None:
-    """Return the first gate that lets no job through; None if there is none."""
+    """Return the first gate that lets no more jobs begin; None if there is no such gate."""
     for gate in gates:
         if gate.free(now) <= 0:
             return gate

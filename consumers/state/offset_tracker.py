@@ -1,17 +1,17 @@
-"""Tracks which records of one partition are done: watermark, map of completions beyond it, and takeover floor. Pure.
+"""Tracks which records of one partition are done: the watermark, the completion map and the takeover floor. Pure.
 
-Owns what a worker commits for a partition: the offset, and a text of at most 4,096 bytes in the offset's metadata. Uses
-no client, clock or lock; the caller serialises the calls. Any doubt must result in "not done": jobs may run twice, as
-documented, but no job may be lost.
+This module owns what a worker commits for a partition: the offset (the *base*), and a text of at most 4,096 bytes in
+the offset's metadata. The module uses no client, clock or lock; the caller serialises the calls. Any doubt must result
+in "not done": jobs may run twice, as documented, but no job may be lost.
 
-The idea of a completion map in the commit's metadata is the Confluent Parallel Consumer's; the rules below prevent
-what broke there (base and map of different moments, an unreadable map taken as "done", intake that stalls at the
-limit).
+The idea of a completion map in the commit's metadata comes from the Confluent Parallel Consumer. The rules below
+prevent faults of that library: base and map of different moments, an unreadable map that was taken for "done", reading
+that stalled at the limit.
 
-Text: ``2<c|d>.<floor>.<begun>.<checksum>.<r|b><map>``: version; clean or dirty; the floor in hex; how far beyond the
-base records were begun, in hex; CRC-32 over base, floor, begun and map, because a map is valid only with its own base;
-then run lengths (LEB128 varints, not-done and done in turn, from the base on) or a bitset (bit n: base + n is
-done), in base64, whichever is shorter.
+The text has the form ``2<c|d>.<floor>.<begun>.<checksum>.<r|b><map>``, with these parts: the version; clean or dirty;
+the floor in hex; how far beyond the base records were begun, in hex; the CRC-32 over base, floor, begun and map,
+because a map is valid only with its own base; the map in base64. The map is a list of run lengths (r: LEB128 varints,
+not done and done in turn, from the base on) or a bitset (b: bit n means that base + n is done), whichever is shorter.
 """
 
 from __future__ import annotations
@@ -23,27 +23,30 @@ from dataclasses import dataclass
 
 #: The broker's default of ``offset.metadata.max.bytes``.
 METADATA_LIMIT = 4096
-#: Intake stops when the pending records could make the text longer than this share of the limit.
+#: No more records are taken when the pending records could make the text longer than this share of the limit.
 BRAKE = 0.75
-_HEAD_ROOM = 60  # version, flag, floor, begun, checksum and separators
+_HEAD_ROOM = 60  # characters for version, flag, floor, begun, checksum and separators
 _PAYLOAD_BUDGET = (int(METADATA_LIMIT * BRAKE) - _HEAD_ROOM) * 3 // 4  # bytes before base64
 #: A bitset over this many records always stays below the brake.
 SPAN_BUDGET = _PAYLOAD_BUDGET * 8
-#: The next owner need not find a running job's start that is more than this many facts back on lifecycle. This bounds
-#: what a takeover reads, however long jobs run.
+#: The next owner need not find the start of a running job if that start is more than this many facts back in the
+#: lifecycle partition. This limit bounds what a takeover reads, however long jobs run.
 SCAN_MOST = 20_000
-#: Late outcomes of suspects are looked for at most this many facts back on the lifecycle partition.
+#: The next owner looks for late outcomes of suspects in at most this many last facts of the lifecycle partition.
 SUSPECT_MOST = 100_000
 _VERSION = "2"
-_BEFORE = "1"  # without ``begun``; read, not written
+_BEFORE = "1"  # the version before, without ``begun``: read, not written
 
 Ranges = tuple[tuple[int, int], ...]
 
 
 @dataclass(frozen=True, slots=True)
 class Restored:
-    """The decoded state of a commit. ``done``: half-open ranges at or beyond ``base``. ``floor``: None if not known.
-    ``begun``: no record from this offset on had been begun at the commit; 0 if not known."""
+    """The decoded state of a commit.
+
+    ``done``: half-open ranges of done records, at or beyond ``base``. ``floor``: the takeover floor; None if not known.
+    ``begun``: no record from this offset on had been begun at the time of the commit; 0 if not known.
+    """
 
     base: int
     done: Ranges = ()
@@ -54,7 +57,8 @@ class Restored:
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
-    """What to commit: all records below ``offset`` are done, and ``metadata`` says which beyond it are."""
+    """A state to commit: all records below ``offset`` are done, and ``metadata`` says which records beyond it are
+    done."""
 
     offset: int
     metadata: str
@@ -63,8 +67,9 @@ class Snapshot:
 class PartitionOffsets:
     """Tracks the completion of one partition's records, which are received in the log's order.
 
-    ``restored``: what the last owner committed. ``start_floor``: the high watermark of the lifecycle partition at
-    assignment. Offsets without a record (compaction, transaction markers) count as done once a later one was received.
+    ``restored``: what the last owner committed. ``start_floor``: the high watermark of the lifecycle partition at the
+    assignment. Offsets without a record (compaction, transaction markers) count as done once a record with a higher
+    offset was received.
     """
 
     __slots__ = (
@@ -87,21 +92,22 @@ class PartitionOffsets:
     )
 
     def __init__(self, restored: Restored, start_floor: int) -> None:
-        # Received and not done, in the log's order: the first key is the watermark.
+        # Offsets that were received and are not done, in the log's order: the first key is the watermark.
         self._pending: dict[int, None] = {}
-        self._end = restored.base  # all records below were received, or were done before
+        self._end = restored.base  # all records below were received, or were done before the assignment
         self._low = restored.base  # a lower bound of the watermark, cheaper to read
-        self._ahead = list(restored.done)[::-1]  # done by former owners, not received yet; nearest last
+        self._ahead = list(restored.done)[::-1]  # done by former owners, not received yet; lowest last
         self._next_outcome = start_floor
         self._hold: int | None = None
         self._suspects_below = self._suspects_from = 0
         self._unsettled: dict[int, int] = {}
-        self._running: dict[int, int] = {}  # begun, in that order: the lowest lifecycle offset of each start
+        # Begun records in the order of their starts, with the lowest lifecycle offset that each start can have.
+        self._running: dict[int, int] = {}
         self._begun = restored.begun
-        #: The number of done ranges in the last snapshot, and of records done since.
+        #: The number of done ranges in the last snapshot, and the number of records done since then.
         self._ranges = len(restored.done)
         self._since = 0
-        #: The number of pending records that wait in lines, so that others are done before them.
+        #: The number of pending records that wait in wait queues. Other records will be done before these.
         self.postponed = 0
         #: The number of offsets without a record that were passed over.
         self.missing = 0
@@ -110,7 +116,7 @@ class PartitionOffsets:
         self._absorb()
 
     def begin(self, offset: int) -> None:
-        """Note that the record is begun: if this process dies, this job may be the cause."""
+        """Note that the record is begun: if this process dies, the record's job may be the cause."""
         self._running.setdefault(offset, self._next_outcome)
         if offset >= self._begun:
             self._begun = offset + 1
@@ -119,7 +125,8 @@ class PartitionOffsets:
     # -- intake and completion ------------------------------------------------------------------------------------
 
     def receive(self, offset: int) -> bool:
-        """Note a received record. False if it is done already (or was received before) and must not be run."""
+        """Note that a record was received. Return False if its job must not be run, because the record is already done
+        or was received before."""
         if offset < self._end:
             return False
         self.changed = True
@@ -135,7 +142,8 @@ class PartitionOffsets:
         return True
 
     def done(self, offset: int) -> None:
-        """Mark a record as done: its outcome and what derives from it are durable. Unknown offsets are ignored."""
+        """Mark a record as done, because its outcome and the derived records are durable. Unknown offsets are
+        ignored."""
         self._pending.pop(offset, 0)
         self._running.pop(offset, 0)
         self._since += 1
@@ -149,17 +157,18 @@ class PartitionOffsets:
             self._next_outcome = lifecycle_offset + 1
 
     def unsettled(self, offset: int, lifecycle_offset: int) -> None:
-        """Note that the next owner must look for the record's outcome from ``lifecycle_offset`` on: the outcome, or
-        what derives from it, is not known to be durable."""
+        """Note that the next owner must look for the record's outcome from ``lifecycle_offset`` on, because the outcome
+        or a derived record is not known to be durable."""
         self._unsettled[offset] = lifecycle_offset
 
     def goes_on(self, offset: int) -> None:
-        """Note that the record's job continues. Call it before the fact that says so is sent: the fact is appended
-        after everything that is acknowledged by now."""
+        """Note that the record's job continues after its next fact. Call this before that fact is sent: the broker then
+        appends the fact after all facts that are acknowledged now."""
         self.note(offset, self._next_outcome)
 
     def note(self, offset: int, lifecycle_offset: int) -> None:
-        """Note that the record's job continues. The next owner must find its facts from ``lifecycle_offset`` on."""
+        """Note that the record's job continues. The next owner must find the job's facts from ``lifecycle_offset``
+        on."""
         if offset in self._pending:
             known = self._unsettled.get(offset, lifecycle_offset)
             self._unsettled[offset] = min(known, lifecycle_offset)
@@ -170,7 +179,8 @@ class PartitionOffsets:
         return not self._unsettled and not self._suspects
 
     def hold(self, floor: int | None) -> None:
-        """Fix the floor while a former owner's outcomes are found, but not all in the map yet. None releases it."""
+        """Keep the floor at ``floor`` while the map does not yet have all outcomes of a former owner that the takeover
+        found. None: compute the floor again."""
         if floor != self._hold:
             self._hold = floor
             self.changed = True
@@ -178,9 +188,9 @@ class PartitionOffsets:
     def suspect(self, below: int, lifecycle_offset: int) -> None:
         """Note that a former owner may have begun records below offset ``below``.
 
-        Until all of them are done, the hand-over is not clean, so the next owner suspects them, too. The former owner
-        may still write their outcomes. The next owner must find these from ``lifecycle_offset`` on, unless that lies
-        more than `SUSPECT_MOST` facts back.
+        Until all these records are done, a hand-over is not clean, so the next owner suspects their jobs, too. The
+        former owner may still write outcomes of these jobs. The next owner must find these outcomes from
+        ``lifecycle_offset`` on, unless that offset lies more than `SUSPECT_MOST` facts back.
         """
         self._suspects_below, self._suspects_from = below, lifecycle_offset
 
@@ -207,10 +217,10 @@ class PartitionOffsets:
 
     @property
     def floor(self) -> int:
-        """The lowest lifecycle offset that an outcome not in the map, or the start of a running job, can have.
+        """The lowest lifecycle offset that an outcome that is not in the map, or the start of a running job, can have.
 
-        Facts in flight are appended after every acknowledged outcome: one idempotent producer writes a partition in
-        order. Starts that lie too far back (`SCAN_MOST`) are not counted.
+        Facts in flight are appended after every acknowledged outcome, because one idempotent producer writes a
+        partition in order. Starts that lie too far back (`SCAN_MOST`) are not counted.
         """
         if self._hold is not None:
             return self._hold
@@ -229,7 +239,8 @@ class PartitionOffsets:
 
     @property
     def braked(self) -> bool:
-        """Whether another record could, in the worst order of completions, lead to a text above the brake."""
+        """Whether one more record could, in the worst order of completions, make the text longer than the brake
+        allows."""
         far = self._ahead[0][1] if self._ahead else self._end
         if far - self._low < SPAN_BUDGET:
             return False
@@ -237,16 +248,18 @@ class PartitionOffsets:
         span = max(far, self._end) - self._low
         if span < SPAN_BUDGET:
             return False
-        # Each pending record and each range ahead makes at most one pair of runs, and no run is longer than the span.
-        # Nor are there more pairs than at the last snapshot, plus one for each record done since or perhaps done soon.
+        # Each pending record and each range ahead adds at most one pair of runs, and no run is longer than the span.
+        # There are also at most as many pairs as in the last snapshot, plus one for each record that was done since
+        # then or may be done soon.
         soon = self._ranges + self._since + len(self._pending) - self.postponed
         pairs = min(len(self._pending), soon) + len(self._ahead) + 1
         return pairs * (_varint_size(span) + 1) + 8 >= _PAYLOAD_BUDGET
 
     def snapshot(self, clean: bool = False) -> Snapshot | None:
-        """Return watermark, map and floor of this moment. None if they do not fit: the last snapshot remains valid.
+        """Return the present watermark, map and floor. None if the text would be too long; the last snapshot then
+        remains valid.
 
-        ``clean``: the log holds no outcome that the map lacks, so the next owner need not read it.
+        ``clean``: the log holds no outcome that is missing in the map, so the next owner need not read the log.
         """
         self._absorb()
         base = self._low = self.base
@@ -277,13 +290,13 @@ class PartitionOffsets:
             yield last
 
     def _absorb(self) -> None:
-        """With nothing pending, move the watermark over ranges that former owners did right after it."""
+        """If no record is pending, move the watermark over ranges that begin at it and that former owners have done."""
         while not self._pending and self._ahead and self._ahead[-1][0] <= self._end:
             self._end = max(self._end, self._ahead.pop()[1])
 
 
 def encode(base: int, done: Iterable[tuple[int, int]], floor: int, clean: bool, begun: int = 0) -> str | None:
-    """Encode the metadata text; None if it would be longer than `METADATA_LIMIT`."""
+    """Encode the metadata text. Return None if the text would be longer than `METADATA_LIMIT`."""
     ranges = list(done)
     payload = b""
     kind = "r"
@@ -303,8 +316,9 @@ def encode(base: int, done: Iterable[tuple[int, int]], floor: int, clean: bool, 
 def decode(base: int, metadata: str | None, log_end: int) -> Restored:
     """Decode a commit at ``base``, for a log that ends at ``log_end``.
 
-    A text is ignored if it is missing, damaged, of another version or another base, or names records that the log does
-    not have. Then nothing beyond the base is done, the floor is not known and the hand-over was not clean.
+    The text is ignored if it is missing, damaged, of another version or another base, or if it names records that the
+    log does not have. Then no record beyond the base counts as done, the floor is not known, and the hand-over counts
+    as not clean.
     """
     nothing = Restored(base)
     if not metadata:

@@ -1,6 +1,7 @@
 """Defines the outcomes of a job as frozen values, and the rules that choose between them. Pure.
 
-`jobledger.consumers.recording.worker_events` builds an outcome's records. Random numbers are arguments, so that the rules are functions.
+`jobledger.consumers.recording.worker_events` builds the records of an outcome. Random numbers are arguments, so that
+the rules are functions.
 """
 
 from __future__ import annotations
@@ -19,9 +20,9 @@ from jobledger.schemas.events import ErrorInfo, FailureReason
 MESSAGE_LIMIT = 4_096
 #: Characters of a traceback that are kept, from its end.
 TRACEBACK_LIMIT = 16_384
-#: Exceptions that a traceback shows at most: itself, its causes, members of groups.
+#: Maximum number of exceptions that a traceback shows: the exception itself, its causes, and members of groups.
 RELATED_MOST = 500
-#: Characters of a class name.
+#: Characters of a class name that are kept, from its beginning.
 TYPE_LIMIT = 500
 
 _CAUSES = [BaseException.__dict__[name].__get__ for name in ("__cause__", "__context__")]
@@ -32,7 +33,7 @@ UNKNOWN_TASK_TAG = "jl-unknown-task"
 
 @dataclass(frozen=True, slots=True)
 class Succeeded:
-    """The code returned. ``result``: as JSON, or None."""
+    """The job's code returned. ``result``: what the code returned, as JSON, or None."""
 
     result: bytes | None = None
 
@@ -61,7 +62,7 @@ class Snoozed:
 
 @dataclass(frozen=True, slots=True)
 class Failed:
-    """The job has failed for good."""
+    """The job has failed, and no other attempt follows."""
 
     reason: FailureReason
     error: ErrorInfo
@@ -86,7 +87,7 @@ Outcome = Succeeded | Retried | Snoozed | Failed | Cancelled | Expired
 
 
 def holding(outcome: Retried | Snoozed, held_s: float, most_s: float, key: str) -> Retried | Snoozed | Failed:
-    """Return the outcome of an attempt that is to be made again under an ordering key, held for ``held_s`` seconds.
+    """Return the outcome of an attempt that is to be made again, for a job that has held its key for ``held_s`` s.
 
     The next attempt is made in place, so that no later job of the key overtakes this one. If the wait would hold the
     key for more than ``most_s`` seconds, the job fails instead.
@@ -105,8 +106,8 @@ def holding(outcome: Retried | Snoozed, held_s: float, most_s: float, key: str) 
 
 
 def answered(outcome: Outcome | None) -> bool | None:
-    """Whether the service that the job calls did its part; None if the outcome does not tell. An ``outcome`` of None
-    is a success."""
+    """Return whether the service that the job calls worked; None if the outcome does not show that. An ``outcome`` of
+    None is a success."""
     match outcome:
         case None | Succeeded():
             return True
@@ -118,7 +119,8 @@ def answered(outcome: Outcome | None) -> bool | None:
 def judge(
     retry: Retry, attempt: int, error: BaseException, uniform: float, *, timed_out: bool = False
 ) -> Retried | Snoozed | Failed:
-    """Return `decide`'s outcome for any exception of a task's code. One that cannot be examined fails the job."""
+    """Return the outcome that `decide` returns, for any exception of a task's code. An exception that cannot be
+    examined fails the job."""
     try:
         return decide(retry, attempt, error, uniform, timed_out=timed_out)
     except BaseException as broken:  # noqa: BLE001  # a user's exception may lack what its base class has
@@ -133,11 +135,13 @@ def decide(
     """Return the outcome of an attempt (1, 2, …) that raised.
 
     ``uniform``: drawn from [0, 1) for the backoff's jitter. ``timed_out``: the task's own time limit ended the attempt.
-    A `CancelledError` that nobody outside requested is a failure of the attempt, like any `Exception`.
+    A `CancelledError` that was not requested from outside the task's code is a failure of the attempt, like any
+    `Exception`.
 
-    Of an exception group, the leaves are judged, and the gravest decides: a `Reject`, then one that is not retried,
-    fails the job. If all are `Snooze`, the same attempt is made again. Otherwise the attempt has failed, and the
-    longest delay of a `RetryLater` or `Snooze` in the group replaces the backoff.
+    For an exception group, the leaves are judged in this order: if one leaf is a `Reject`, the job fails; if the retry
+    policy does not retry the group, the job fails; if all leaves are `Snooze`, the same attempt is made again.
+    Otherwise the attempt has failed, and the longest delay of a `RetryLater` or `Snooze` in the group replaces the
+    backoff.
     """
     each = leaves(error)
     if any(is_a(leaf, Reject) for leaf in each):
@@ -162,7 +166,8 @@ def bad_result(task: str, error: BaseException) -> Failed:
 
 
 def timed_out(task: str, limit: float | None, error: BaseException) -> BaseException:
-    """Return the error of an attempt that its time limit ended: without text, a `TimeoutError` that names the limit."""
+    """Return the error of an attempt that its time limit of ``limit`` seconds ended: ``error`` if it has a text, else a
+    `TimeoutError` that names the limit."""
     if limit is None or text_of(error):
         return error
     said = TimeoutError(f"{task}() ran longer than its timeout of {limit:g} s")
@@ -172,10 +177,11 @@ def timed_out(task: str, limit: float | None, error: BaseException) -> BaseExcep
 def unknown_task(
     task: str, known: list[str], tags: Mapping[str, str], backoff: Retry, uniform: float
 ) -> Snoozed | Failed:
-    """Return the outcome of a job whose task this worker does not know: snoozed until ``backoff`` is exhausted.
+    """Return the outcome of a job whose task this worker does not know: `Snoozed`, or `Failed` when ``backoff`` is
+    exhausted.
 
-    During a deployment this is normal for a while. The tag `UNKNOWN_TASK_TAG` carries the count: neither the release
-    nor the attempt number could tell such snoozes from the task's own.
+    During a deployment, unknown tasks are normal for a while. The tag `UNKNOWN_TASK_TAG` carries the number of such
+    snoozes, because the release and attempt numbers do not distinguish these snoozes from those that the task requests.
     """
     try:
         seen = max(0, int(tags.get(UNKNOWN_TASK_TAG, "0")))
@@ -201,22 +207,22 @@ def error_info(error: BaseException) -> ErrorInfo:
 
 
 def _message(error: BaseException) -> str:
-    """Return an exception's text; of a group, with the text of its leaves."""
+    """Return an exception's text; for a group, also the texts of its leaves."""
     said = text_of(error)
     if members_of(error):
         for number, leaf in enumerate(leaves(error)):
             if len(said) > MESSAGE_LIMIT:
-                break  # the rest would not be kept
+                break  # further text would not be kept
             said += f"{'; ' if number else ': '}{type_of(leaf)}: {text_of(leaf)[:MESSAGE_LIMIT]}"
     return said
 
 
 def _trace(error: BaseException, name: str, message: str) -> str:
-    """Return the traceback, with those of the causes and of a group's members. These are left out if they are too many,
-    or one of them cannot be formatted."""
+    """Return the traceback, with the tracebacks of the causes and of a group's members. The latter are omitted if there
+    are too many of them, or if one of them cannot be formatted."""
     where = traceback_of(error)
     if len(_related(error)) <= RELATED_MOST:
-        with contextlib.suppress(BaseException):  # its attributes may raise anything
+        with contextlib.suppress(BaseException):  # the exception's attributes may raise anything
             return "".join(traceback.format_exception(type(error), error, where))
     try:
         frames = "".join(traceback.format_tb(where))
@@ -227,8 +233,8 @@ def _trace(error: BaseException, name: str, message: str) -> str:
 
 
 def _related(error: BaseException) -> list[BaseException]:
-    """Return an exception, its causes, and members of groups as often as they occur, as `traceback` shows them. At most
-    one more than `RELATED_MOST`."""
+    """Return an exception, its causes, and the members of groups, a member as often as it occurs, because `traceback`
+    shows it so often. Return at most one exception more than `RELATED_MOST`."""
     found, seen = [error], {id(error)}
     for each in found:
         found += members_of(each)
@@ -248,12 +254,13 @@ def printable(text: object, limit: int) -> str:
 
 
 def ran_out(error: BaseException) -> bool:
-    """Whether the error of an attempt whose time limit was over is a timeout, alone or in a group."""
+    """Return whether the error of an attempt whose time limit was over is a timeout, alone or in a group."""
     return any(is_a(leaf, (TimeoutError, TaskTimedOut)) for leaf in leaves(error))
 
 
 def _delay(error: Any) -> int:
-    """Return the delay of a `Snooze` or `RetryLater`, in ms. Raises `ConfigError` if a subclass made it invalid."""
+    """Return the delay of a `Snooze` or `RetryLater`, in ms. Raises `ConfigError` if a subclass made the delay
+    invalid."""
     return _ms(check_delay(error.delay, f"{type_of(error)}.delay"))
 
 

@@ -1,8 +1,8 @@
-"""Hold a worker's state: the partitions it owns, and the work records it is processing.
+"""Holds a worker's state, and nothing else: the partitions that the worker owns, and the work records in progress.
 
-State only. The fetch thread adds raw messages and ends ownership. The dispatcher (event loop) takes the messages and
-marks duplicates done. The settler marks other records done; `AckTracker.drain` runs in any thread. `Partition.lock` guards
-`Partition.offsets`.
+The fetch thread adds raw messages and ends ownership. The dispatcher (event loop) takes the messages, and marks records
+as done that need no acknowledgement, for example duplicates. `AckTracker.drain`, in any thread, marks all other records
+as done. `Partition.lock` guards `Partition.offsets`.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ if TYPE_CHECKING:
 
 LOG = get_logger("jobledger.worker")
 
-#: Delivery reports that the settler has not taken yet: (the job they are about, whether the fact closes the release,
-#: error, message). True: a closing fact; False: a derived record; None: a fact after which the job continues here.
+#: Delivery reports that the ack tracker has not taken yet: (job, kind of the record, error, message). The kind is True
+#: for a closing fact, False for a derived record, and None for a fact after which the job continues in this worker.
 Arrived = deque[tuple["JobRun", bool | None, KafkaError | None, Message]]
 
 #: Upper bounds of the histograms: how long jobs waited, in milliseconds, and how long attempts ran, in seconds.
@@ -44,14 +44,15 @@ RUN_BOUNDS_S = (0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 
 #: Seconds between two progress facts of one job.
 PROGRESS_INTERVAL_S = 0.1
 
-_NOWHERE: frozenset[str] = frozenset()  # shared by all jobs: Python makes a new frozenset each time
+_NOWHERE: frozenset[str] = frozenset()  # shared by all jobs, because each call of `frozenset` creates an object
 
 
 class OwnershipLease:
-    """The time until which this worker surely owns its partitions of a lane. Each accepted commit of the group member
-    extends it.
+    """The time until which this worker is certain that it owns its partitions of a lane. Each accepted commit of the
+    group member extends the lease.
 
-    A process that was paused, or that has lost the broker, must not start jobs that another worker may have taken over.
+    A process that was paused, or that has lost its connection to the broker, must not start jobs of a partition that
+    another worker may have taken over.
     """
 
     __slots__ = ("_wake", "seconds", "until", "wanted")
@@ -59,17 +60,19 @@ class OwnershipLease:
     def __init__(self, seconds: float, wake: Callable[[], None] = lambda: None) -> None:
         self.seconds, self._wake = seconds, wake
         self.until = 0.0  # as of time.monotonic()
-        self.wanted = False  # the dispatcher waits for a confirmation
+        self.wanted = False  # a confirmation was requested and has not arrived
 
     def ask(self) -> None:
-        """Request a confirmation from the coordinator; the fetch thread sends it, and the dispatcher is woken once it
-        is there. Any thread."""
+        """Request a confirmation of the ownership from the group coordinator. The fetch thread then commits at once,
+        and the dispatcher is woken when the commit is accepted. Any thread."""
         self.wanted = True
 
     def confirm(self, asked_at: float) -> None:
-        """Extend the lease: a commit begun at ``asked_at`` (`time.monotonic`) was accepted. Any accepted commit serves
-        a request for a confirmation. If the commit took so long that the lease is over already, the request stays open
-        and the fetch thread commits again at once."""
+        """Extend the lease, because a commit that began at ``asked_at`` (`time.monotonic`) was accepted.
+
+        Any accepted commit answers a request for a confirmation. If the commit took so long that the extended lease is
+        over already, the request stays open, and the fetch thread commits again at once.
+        """
         self.until = max(self.until, asked_at + self.seconds)
         if self.wanted and self.until > time.monotonic():
             self.wanted = False
@@ -77,8 +80,11 @@ class OwnershipLease:
 
 
 class PriorFact:
-    """A fact in the log that settles a release already: its offset on lifecycle, when it was appended (ms), and the
-    fact."""
+    """A fact in the log that settles a release, and that the takeover has found.
+
+    ``offset``: a scan of the lifecycle partition from this offset on finds the fact again. ``appended_ms``: when the
+    fact was appended, in ms since the epoch.
+    """
 
     __slots__ = ("appended_ms", "fact", "offset")
 
@@ -86,20 +92,21 @@ class PriorFact:
         self.offset, self.appended_ms, self.fact = offset, appended_ms, fact
 
 
-#: Replaces the fact of a release that a later release has followed already: no derived record is sent again.
+#: Replaces the fact of a release if the log already has a fact of the next release: nothing derives from a success, so
+#: no derived record is sent again.
 NOTHING_FOLLOWS = JobSucceeded()
 
 
 class ParkedRecord:
-    """A job far back in a line, kept as its record alone: a tenth of the memory of a `JobRun`.
+    """A job far back in a wait queue, of which only the record is kept: a tenth of the memory of a `JobRun`.
 
-    ``value``: the event, encoded with this version's schema. ``appended``: ms of the broker's clock. ``plan``: None if
-    this worker does not know the task. ``suspect``: see `JobRun`.
+    ``value``: the event, encoded with this version's schema. ``appended``: when the record was appended, in ms of the
+    broker's clock. ``plan``: None if this worker does not know the task. ``suspect``: see `JobRun`.
     """
 
     __slots__ = ("appended", "offset", "plan", "suspect", "value")
 
-    #: Bytes of memory that one takes beside its value, its entry in the offsets included.
+    #: Bytes of memory that a parked record takes in addition to its value, including its entry in `PartitionOffsets`.
     OVERHEAD = 300
 
     def __init__(self, offset: int, appended: int, value: bytes, plan: TaskRuntime | None, suspect: bool) -> None:
@@ -107,19 +114,19 @@ class ParkedRecord:
 
     @property
     def size(self) -> int:
-        """Return about how many bytes of memory it takes."""
+        """The approximate memory that the parked record takes, in bytes."""
         return len(self.value) + self.OVERHEAD
 
 
 class WaitQueue:
     """Jobs of one partition that wait, in order.
 
-    ``serial``: its jobs run one at a time. ``busy``: one of its jobs runs, waits for its next attempt, or its attempt's
-    last fact is not acknowledged. ``over``: how many of two events have happened for that job: its slot is free; that
-    fact is acknowledged.
+    ``serial``: the jobs of this wait queue run one at a time. ``busy``: a job of this serial wait queue runs, waits for
+    its next attempt, or waits until the last fact of its attempt is acknowledged. ``over``: how many of two events have
+    happened for that job: its slot is free; the last fact of its attempt is acknowledged.
 
-    ``tenant``: the line takes turns with the lines of other tenants; "" where the queue has none. ``queued``: the line
-    is in its stage's turns or parked at a gate.
+    ``tenant``: this wait queue takes turns with the wait queues of other tenants; "" if the job queue has no tenants.
+    ``queued``: this wait queue is in the turns of its lane, or waits at a gate.
     """
 
     __slots__ = ("busy", "gate", "identity", "over", "partition", "queued", "serial", "tenant", "works")
@@ -128,59 +135,61 @@ class WaitQueue:
         self.partition, self.identity, self.serial, self.tenant = partition, identity, serial, tenant
         self.busy = self.queued = False
         self.over = 0
-        self.gate: Gate | Slots | None = None  # the gate that it waited for last, until one of its jobs begins
+        self.gate: Gate | Slots | None = None  # held this queue back last; None after a job left the queue
         self.works: deque[JobRun | ParkedRecord] = deque()
 
 
 class Partition:
-    """One partition of a work topic, from its assignment to its end here. A new assignment makes a new object."""
+    """One partition of a work topic, as this worker holds it. Each assignment of the partition creates a new object."""
 
     def __init__(self, topic: str, number: int, lease: OwnershipLease, committed: int, metadata: str | None) -> None:
         self.topic, self.number, self.lease = topic, number, lease
         #: The offset that the group had committed at assignment, and its metadata; -1: nothing was committed.
         self.committed, self.metadata = committed, metadata
         self.owned = True
-        self.gone = False  # lost, or handed over: another worker may run the records that are not done
+        self.gone = False  # lost or handed over: another worker may run the jobs of records that are not done
         self.ready = False  # the takeover is complete
-        self.stopped: str | None = None  # why no job of it may run any more
-        self.taking = False  # the dispatcher is taking records up, or starting jobs that wait
-        self.aside = False  # the schema of a received record is being looked up; the record returns as `back`
+        self.stopped: str | None = None  # the reason why no more jobs of this partition may run
+        self.taking = False  # the dispatcher is taking up records, or starting jobs that wait
+        self.aside = False  # the schema resolver looks up a received record's schema; then the record is in `back`
         self.back: tuple[Message, Any, bool] | None = None
-        self.braked = False  # its completion map is as long as it may become
-        self.full = False  # so many jobs wait in its lines that no more records are taken
-        self.paused = False  # its fetching is paused at the Kafka client
+        self.braked = False  # no records are taken, because the completion map could become too long
+        self.full = False  # no records are taken, because too many jobs wait in the wait queues of this partition
+        self.paused = False  # the Kafka client does not fetch this partition
         self.lock = threading.Lock()
         self.offsets: PartitionOffsets | None = None
         self.memory = ReleaseMemory()
         self.raw: deque[Message] = deque()
-        self.missing = 0  # offsets without a record, as far as a warning has told them
-        #: Records that are taken up and not settled, by offset.
+        self.missing = 0  # number of offsets without a record that warnings have reported
+        #: Records that were taken up and are not done, by offset. Parked records are not included.
         self.live: dict[int, JobRun] = {}
-        #: By release, from the takeover's scan: facts that settle it; the number of its starts without an outcome. Kept
-        #: until all records below `scanned_to` are received.
+        #: Results of the takeover's scan, by `release_key`: the fact that settles the release; the number of starts of
+        #: the release without an outcome. Both are kept until all records below `scanned_to` are received.
         self.closed: dict[int, PriorFact] = {}
         self.starts: dict[int, int] = {}
         self.scanned_to = 0
-        #: The offset of lifecycle where the takeover's scan began.
+        #: The offset of the lifecycle partition at which the takeover's scan began.
         self.floor = 0
-        #: The last owner may have begun records below this offset, and did not leave cleanly. 0: no such owner.
+        #: The last owner did not leave cleanly, and may have begun records below this offset. 0: no such owner.
         self.careful = 0
         self.last_commit: tuple[int, str] | None = None
-        #: What the last owner committed when it left cleanly. It stays true as long as no job of it begins here.
+        #: The last owner's commit, if that owner left cleanly. The commit stays valid until a job of this partition
+        #: begins here.
         self.found_clean: Snapshot | None = None
-        #: Its lines by (kind, name, …); how many jobs wait in them, how many of these are `ParkedRecord`, and the bytes of
-        #: the deferred ones.
+        #: The partition's wait queues, by (kind, name, …).
         self.lines: dict[tuple[str, ...], WaitQueue] = {}
+        #: The number of jobs in the wait queues, how many of these are parked records, and the memory of the parked
+        #: records, in bytes.
         self.waiting = self.deferred = self.deferred_bytes = 0
-        #: Jobs that a former owner was retrying in place, by release: (next attempt, when it is due in ms of the
-        #: broker's clock, the offset on lifecycle of the fact that says so).
+        #: Attempts in place that a former owner announced, by `release_key`: (attempt number; when the attempt is due,
+        #: in ms of the broker's clock; lifecycle offset of the fact that announced the attempt).
         self.held: dict[int, tuple[int, int, int]] = {}
 
     def __repr__(self) -> str:
         return f"{self.topic}[{self.number}]"
 
     def oldest_ms(self) -> int | None:
-        """Return when the oldest record that waits here was appended, in ms; None if no record waits."""
+        """Return when the oldest record in `raw` was appended, in ms since the epoch; None if there is no record."""
         try:
             return int(self.raw[0].timestamp()[1])
         except IndexError:
@@ -188,8 +197,8 @@ class Partition:
 
     @property
     def fetched(self) -> int:
-        """Return how many fetched records count against the prefetch limit. Records of a paused or stopped partition do
-        not count: they must not keep out those of other partitions."""
+        """The number of fetched records that count against the prefetch limit. Records of an idle or stopped partition
+        do not count, because they must not keep the worker from fetching other partitions."""
         return 0 if self.idle or self.stopped is not None else len(self.raw)
 
     @property
@@ -199,20 +208,21 @@ class Partition:
 
     @property
     def idle(self) -> bool:
-        """Whether no records of it are taken for the time being."""
+        """Whether the dispatcher takes no records of this partition for the time being."""
         return self.braked or self.full or not self.ready
 
     @property
     def busy(self) -> bool:
-        """Whether jobs of it are under way. A job that only waits does not count."""
+        """Whether jobs of this partition are in progress. A job that only waits does not count."""
         return self.taking or any(not work.waiting for work in list(self.live.values()))
 
     def certain(self) -> bool:
-        """Return whether surely no other worker has taken the partition over; if that is not known, ask the group.
+        """Return whether it is certain that no other worker has taken the partition over.
 
-        During a hand-over the group waits for this worker, so it is still certain. Any thread.
+        If the ownership lease is over, request a confirmation from the group, and return False. During a hand-over the
+        group waits for this worker, so the result is True even after the end of the lease. Any thread.
         """
-        owned = self.owned  # read before `gone`, which is set first when the partition is lost
+        owned = self.owned  # read before `gone`: when the partition is lost, `gone` is set before `owned` is cleared
         if self.gone:
             return False
         if not owned or time.monotonic() <= self.lease.until:
@@ -221,11 +231,11 @@ class Partition:
         return False
 
     def nothing_waits(self) -> None:
-        """Set the counts of waiting jobs to zero: those jobs belong to the next owner."""
+        """Set the counts of waiting jobs to zero, because these jobs belong to the next owner."""
         self.waiting = self.deferred = self.deferred_bytes = 0
 
     def begin_taking(self) -> bool:
-        """Claim the right to take records up; the caller ends the claim with ``taking = False``.
+        """Claim the right to take up records. The caller ends the claim with ``taking = False``.
 
         Returns False if the partition is no longer owned, is stopped, or has no offsets yet.
         """
@@ -234,13 +244,13 @@ class Partition:
         return self.taking
 
     def stop(self, message: Message, why: str) -> None:
-        """Run no more jobs of the partition, because this worker cannot judge ``message``."""
+        """Stop running jobs of the partition, because this worker cannot judge ``message``."""
         where = position_of(message)
         here = f"{self!r}@{where.offset}" if where.topic == self.topic else f"{self!r}, because of {where}"
         self._stop(f"{here}: {why}")
 
     def stop_all(self, why: str) -> None:
-        """Run no jobs of the partition, whatever its records are."""
+        """Stop running jobs of the partition, for a reason that does not depend on one record."""
         self._stop(f"{self!r}: {why}")
 
     def _stop(self, reason: str) -> None:
@@ -248,7 +258,8 @@ class Partition:
         LOG.critical("partition stopped: %s", reason)
 
     def give_up(self) -> None:
-        """End the ownership. Only the records that are being taken up at this moment are still processed."""
+        """End the ownership, and drop the raw messages. Only a record that is being taken up at this moment is still
+        processed."""
         with self.lock:
             self.owned = False
         self.raw.clear()
@@ -285,7 +296,7 @@ class TaskRuntime:
         self.name, self.fn, self.is_async = task.name, runner(task, hooks), task.is_async
         self.decode_args = task.decode_args
         self.started = self.succeeded = self.retried = self.snoozed = self.failed = self.cancelled = self.expired = 0
-        self.runs = [0] * (len(RUN_BOUNDS_S) + 1)  # attempts that ended, by `RUN_BOUNDS_S`
+        self.runs = [0] * (len(RUN_BOUNDS_S) + 1)  # number of ended attempts, by `RUN_BOUNDS_S`
         self.seconds = 0.0
         self.blocked = 0  # how often its code blocked the event loop
         policy = task.policy
@@ -293,7 +304,7 @@ class TaskRuntime:
         self.adaptive = None if policy.adaptive is None else AdaptiveGate(f"task {task.name}", policy.adaptive)
         self.breaker = None if policy.breaker is None else BreakerGate(f"task {task.name}", policy.breaker)
         self.gates: tuple[Gate, ...] = ()
-        self.room: Slots | None = None  # where its code runs, if the number of jobs there is limited
+        self.room: Slots | None = None  # the slots that its jobs need; None: the task runs on the event loop
         self.regate()
 
     def regate(self) -> None:
@@ -303,20 +314,21 @@ class TaskRuntime:
 
 
 class LeaseKeeper(Protocol):
-    """Takes, renews and gives back the leases of long jobs; see `jobledger.consumers.running.job_leases`."""
+    """Takes, renews and gives back job leases; see `jobledger.consumers.running.job_leases`."""
 
     def call(self, function: Callable[..., None], *args: object) -> None:
-        """Run ``function`` on the loop. Any thread."""
+        """Run ``function`` on the event loop. Any thread."""
 
     def grant(self, work: JobRun) -> None:
-        """Begin the job's code: both facts of its lease are acknowledged."""
+        """Begin the job's code, because both facts of its lease are acknowledged."""
 
     def give_back(self, work: JobRun) -> None:
-        """Give the lease back, so that another worker starts the job at once."""
+        """Give the lease back, so that another worker can start the job at once."""
 
 
 class JobLease:
-    """One job's lease. ``until``: the `time.monotonic` until which this worker certainly holds it."""
+    """The job lease of one long job. ``until``: the `time.monotonic` until which this worker certainly holds the
+    lease."""
 
     __slots__ = ("closing", "granted", "leases", "renew_at", "seconds", "tries", "until")
 
@@ -328,12 +340,13 @@ class JobLease:
         self.tries = 0
 
     def settled(self, work: JobRun) -> None:
-        """Note that both facts are acknowledged, and the work record is done. Any thread."""
+        """Note that both facts of the lease are acknowledged, and that the work record is done. Any thread."""
         self.leases.call(self.leases.grant, work)
 
 
 class JobRun:
-    """One record of a work topic, from the moment it is taken up until it is done."""
+    """One work record, from the moment when it is taken up until it is done; for a long job, until its outcome is
+    acknowledged."""
 
     __slots__ = (
         "abandoned",
@@ -378,27 +391,31 @@ class JobRun:
         self.remaining = 1  # acknowledgements to wait for before the record is done
         self.derived: Sequence[Outgoing] = ()  # records to send once the closing fact is acknowledged
         self.tries = 0
-        self.takeover = 0  # starts without an outcome: in the log, in the job's tags, or a death of its process here
-        self.suspect = False  # may have ended a process: runs in a child, after its start is acknowledged
-        self.room: Slots | None = None  # where it runs and is counted
-        self.timer: asyncio.TimerHandle | None = None  # of a thread's time limit
-        self.interrupted: type[TaskInterrupted] | None = None  # raised in its thread
+        # Starts without an outcome: those in the log and in the job's tags, and deaths of the job's process here.
+        self.takeover = 0
+        self.suspect = False  # may have ended a process: runs in a child process, after its start is acknowledged
+        self.room: Slots | None = None  # the slots that count the job while it runs
+        self.timer: asyncio.TimerHandle | None = None  # for the timeout of a job in a thread
+        self.interrupted: type[TaskInterrupted] | None = None  # raised in the job's code by this worker
         self.lease: JobLease | None = None  # of a long job
         self.began = 0.0
-        self.appended = 0  # when the record was appended (ms, broker's clock); 0: not known, or counted
+        self.appended = 0  # when the record was appended (ms, broker's clock); 0: not known, or already counted
         self.abandoned = False  # given up: its exception is not recorded; a thread or coroutine may still succeed
-        self.waiting = False  # its code does not run: it waits in a line, for room, a child or its next attempt
-        self.line: WaitQueue | None = None  # the line it waits in, or keeps busy
-        self.gates: tuple[Gate, ...] = ()  # the gates that count it while it runs
+        # Its code does not run: the job waits in a wait queue, for slots, for a child process, for the acknowledgement
+        # of its start, or for its next attempt.
+        self.waiting = False
+        self.line: WaitQueue | None = None  # the wait queue in which the job waits, or which the job keeps busy
+        self.gates: tuple[Gate, ...] = ()  # the gates that count the job while it runs
         self.expires_at: int | None = None  # µs of the broker's clock
-        self.held_since = 0.0  # since when it holds its key (`time.monotonic`); 0: not yet
-        self.again_s: float | None = None  # the next attempt is made in place, after so many seconds
-        self.noted: Callable[[JobRun], None] | None = None  # called once its fact that closes nothing is acknowledged
-        self.stop_outcome: Outcome | None = None  # the outcome to record when its code was asked to end
-        #: Topics to which its records are sent as batches of one, because a batch was refused for its size.
+        self.held_since = 0.0  # when the job began to hold its key (`time.monotonic`); 0: not yet
+        self.again_s: float | None = None  # seconds until the next attempt in place
+        # Called when a fact of the job that does not close its release is acknowledged.
+        self.noted: Callable[[JobRun], None] | None = None
+        self.stop_outcome: Outcome | None = None  # the outcome to record after the job's code was asked to end
+        #: Topics to which its records are sent as batches of one, because the broker refused a batch for its size.
         self.alone = _NOWHERE
-        self.shortened = False  # its outcome was replaced, because its record alone was too large
-        self.handle: asyncio.Task[None] | None = None  # while it runs on the event loop
+        self.shortened = False  # its outcome was replaced, because the record was too large even in its own batch
+        self.handle: asyncio.Task[None] | None = None  # while the code runs on the event loop
         self.outcome: Outcome | None = None  # None also stands for a success
         self.unsent: JobProgressed | None = None
         self.reported_at = 0.0
@@ -408,7 +425,7 @@ class JobRun:
         self.send_progress: Callable[[JobRun, JobProgressed], None]
 
     def closing_delivered(self, error: KafkaError | None, message: Message) -> None:
-        """Delivery callback of the closing fact."""
+        """Queue the delivery report of the closing fact. A delivery callback; runs in the thread that polls."""
         self.arrived.append((self, True, error, message))
 
     def delivered(self, closing: bool | None) -> Callable[[KafkaError | None, Message], None]:
@@ -418,16 +435,17 @@ class JobRun:
         )
 
     def noted_delivered(self, error: KafkaError | None, message: Message) -> None:
-        """Delivery callback of a fact that closes nothing, but that a later owner must find."""
+        """Queue the delivery report of a fact that does not close the release, but that a later owner must find. A
+        delivery callback."""
         self.arrived.append((self, None, error, message))
 
     def derived_delivered(self, error: KafkaError | None, message: Message) -> None:
-        """Delivery callback of a derived record."""
+        """Queue the delivery report of a derived record. A delivery callback."""
         self.arrived.append((self, False, error, message))
 
     def report(self, context: JobContext | None, progressed: JobProgressed) -> None:
         """Send the progress that `JobContext.progress` reports, or keep it until `PROGRESS_INTERVAL_S` is over or the
-        job ends. Any thread; a child's reports arrive here, too."""
+        attempt ends. Any thread. Reports from child processes are also passed to this method."""
         now = time.monotonic()
         if now - self.reported_at < PROGRESS_INTERVAL_S:
             self.unsent = progressed
@@ -437,7 +455,7 @@ class JobRun:
         self.send_progress(self, progressed)
 
     def flush_progress(self, now: float | None = None) -> None:
-        """Send the progress that was kept back; with ``now``, only if the interval is over."""
+        """Send the progress that `report` has kept; with ``now`` (`time.monotonic`), only if the interval is over."""
         unsent = self.unsent
         if unsent is None or (now is not None and now - self.reported_at < PROGRESS_INTERVAL_S):
             return

@@ -1,4 +1,4 @@
-"""One worker process: it creates the parts, starts and ends them in order, and reports health and metrics.
+"""Runs one worker process: creates its parts, starts and ends them in order, and reports health and metrics.
 
-No other package of the worker imports this one.
+No other package of the worker imports this package.
 """

@@ -14,8 +14,11 @@ from jobledger.consumers.scheduling.dispatcher import Dispatcher
 
 @dataclass(frozen=True, slots=True)
 class Parts:
-    """The parts of a worker at one moment. ``dispatcher``: None while the worker starts. ``problems``: why the worker is
-    not healthy, without the reasons that its fetchers have. ``unacknowledged``: records; ``leases``: of long jobs."""
+    """The parts of a worker at one moment.
+
+    ``dispatcher``: None while the worker starts. ``problems``: reasons why the worker is not healthy, without the
+    reasons of its fetchers. ``unacknowledged``: number of unacknowledged records. ``leases``: number of job leases.
+    """
 
     identity: str
     started_at: float

@@ -1,10 +1,6 @@
-"""Watches the event loop: logs the code that blocks it, ends blocking jobs at their time limit, and collects garbage.
+"""Watches the event loop: logs code that blocks the loop, ends blocking jobs at their time limit, and collects garbage.
 
-A timer on the loop counts beats, and a thread reads the count. If it stays the same, code on the loop does not return
-control. The thread logs the stack of that code, once for each such time. If it belongs to a job whose time limit is
-over, the thread sends a signal to the loop's thread. The handler raises `TaskTimedOut` if, and only if, it interrupts
-that job's code. Where this cannot be done (no main thread, no such signal, C code that does not return), the job times
-out when its code returns control.
+`LoopWatch` describes how.
 """
 
 from __future__ import annotations
@@ -28,19 +24,28 @@ from jobledger.process.logger import get_logger
 
 LOG = get_logger("jobledger.worker")
 
-#: Seconds between two beats of the loop, and between two checks of them.
+#: Seconds between two beats of the loop, and between two checks of the count of beats.
 BEAT_S, LOOK_S = 0.1, 0.25
 #: Seconds without a beat after which the blocking code is logged.
 WARN_S = 1.0
-#: Beats in a row without a running or new job after which a worker counts as idle.
+#: Number of beats in a row, without a running or new job, after which a worker counts as idle.
 IDLE_BEATS = 10
 
-#: Without a handler this signal does nothing, so one that arrives late does no harm.
+#: This signal has no effect while no handler is set, so a signal that arrives late does no harm.
 SIGNAL: signal.Signals | None = getattr(signal, "SIGURG", None)
 
 
 class LoopWatch(threading.Thread):
-    """Watches the loop on which `begin` is called. ``running``: the running jobs. ``started()``: jobs begun so far."""
+    """Watches the loop on which `begin` is called.
+
+    A timer on the loop counts beats, and this thread reads the count. If the count stays the same, code on the loop
+    does not return control. The thread logs the stack of that code, once in each blocked period. If the code belongs to
+    a job whose time limit is over, the thread sends a signal to the loop's thread. The signal handler raises
+    `TaskTimedOut` if, and only if, it interrupts that job's code. Where this is not possible (the loop is not in the
+    main thread, there is no such signal, C code does not return), the job times out when its code returns control.
+
+    ``running``: the running jobs. ``started()``: the number of jobs begun so far.
+    """
 
     def __init__(
         self,
@@ -68,7 +73,7 @@ class LoopWatch(threading.Thread):
         if (
             SIGNAL is not None
             and threading.current_thread() is threading.main_thread()
-            and signal.getsignal(SIGNAL) is signal.SIG_DFL  # else the app uses it
+            and signal.getsignal(SIGNAL) is signal.SIG_DFL  # otherwise the app uses the signal
         ):
             signal.signal(SIGNAL, self._interrupt)
             self._signals = True
@@ -76,7 +81,7 @@ class LoopWatch(threading.Thread):
         self.start()
 
     def close(self) -> None:
-        """Stop watching. Call it in the thread of `begin`; the loop may have ended."""
+        """Stop watching. Call this in the thread that called `begin`; the loop may have ended by then."""
         self._closed.set()
         if self._timer is not None:
             self._timer.cancel()
@@ -96,11 +101,12 @@ class LoopWatch(threading.Thread):
             self._timer = self._loop.call_later(BEAT_S, self._beat)
 
     def _interrupt(self, number: int, frame: FrameType | None) -> None:
-        """Handle `SIGNAL`, between two bytecodes of the loop's thread. Raises `TaskTimedOut` in the job that is due."""
+        """Handle `SIGNAL`, between two bytecodes of the loop's thread. Raises `TaskTimedOut` in the code of the job
+        whose time limit is over."""
         work = self._executor.due
         if work is None or work.plan is None or asyncio.current_task(self._loop) is not work.handle:
             return
-        # The job may have returned just before the thread chose it, and this may be its next attempt.
+        # The job's code may have returned just before the thread chose the job: then this may be its next attempt.
         if self._overdue(work) and runs_inside(frame, RUN, work.plan.fn):
             self._executor.due = None
             work.interrupted = TaskTimedOut
@@ -123,7 +129,8 @@ class LoopWatch(threading.Thread):
             work = self._work()
             late, own, blocker = late + LOOK_S, own + LOOK_S if work is blocker else LOOK_S, work
             overdue = work is not None and self._overdue(work)
-            # Several jobs may share the time without a beat. Log the first one, and each that alone takes `WARN_S`.
+            # Several jobs may run in the time without a beat. Log the job that runs when `WARN_S` is over, and each
+            # further job that blocks the loop for `WARN_S` by itself.
             if overdue or (own if told else late) >= WARN_S:
                 self._tell_once(work, late, told)
             if overdue:
@@ -139,7 +146,7 @@ class LoopWatch(threading.Thread):
 
     @staticmethod
     def _overdue(work: JobRun) -> bool:
-        if work.plan is None or work.handle is None:  # a plain function's coroutine: its thread is interrupted
+        if work.plan is None or work.handle is None:  # a plain function's coroutine: its thread is interrupted instead
             return False
         limit = work.plan.task.timeout
         return limit is not None and work.interrupted is None and time.monotonic() - work.began >= limit
@@ -165,7 +172,7 @@ class LoopWatch(threading.Thread):
         caller = None if work is None else AWAITED if work.handle is None else RUN
         stack = [] if frame is None else _above(frame, caller)
         if not stack:
-            return False  # no Python code runs there, or not this job's any more: the loop may wait for the CPU
+            return False  # no Python code runs there, or no longer this job's code: the loop may wait for the CPU
         where = "".join(traceback.format_list(stack)).rstrip()
         if work is None or work.plan is None or work.event is None:
             self.blocked_by_others += 1
@@ -188,14 +195,14 @@ class LoopWatch(threading.Thread):
         return True
 
 
-#: The code that calls the function of a coroutine task, and the code that calls everything on the loop.
+#: The code object that calls the function of a coroutine task, and the code object that calls all code on the loop.
 RUN: CodeType = Executor.run.__code__
 RUNNER: CodeType = asyncio.Runner.run.__code__
 
 
 def _above(frame: FrameType, caller: CodeType | None) -> list[traceback.FrameSummary]:
-    """Return the stack from what ``caller`` (None: the loop's runner) calls up to ``frame``; empty if ``caller`` is
-    not among the callers of ``frame``."""
+    """Return the stack from the function that ``caller`` (None: the loop's runner) calls up to ``frame``. Return an
+    empty list if ``caller`` is not among the callers of ``frame``."""
     frames: list[tuple[FrameType, int]] = []
     at: FrameType | None = frame
     while at is not None and at.f_code is not (caller or RUNNER):

@@ -1,4 +1,4 @@
-"""Runs a worker as a process: handles signals, sets up the interpreter, and bounds how long the end may take."""
+"""Runs a worker as a process: handles signals, sets up the interpreter, and limits how long a stop may take."""
 
 from __future__ import annotations
 
@@ -25,9 +25,10 @@ def run_worker(
     *,
     on_ready: Callable[[Worker], None] | None = None,
 ) -> int:
-    """Run a worker in this process until SIGTERM or SIGINT. Returns the exit code.
+    """Run a worker in this process until SIGTERM or SIGINT, and return the exit code.
 
-    A second signal ends the grace time, a third one the process; outside the main thread no signals are handled.
+    A second signal ends the grace time, and a third signal ends the process. Outside the main thread no signals are
+    handled.
     ``on_ready(worker)`` is called before the worker starts, for example to use its `Worker.health`. Raises what
     `Worker.run` raises, and `ConfigError` if the options do not fit the app.
     """
@@ -43,10 +44,10 @@ def run_worker(
 
 
 def run_tuned(worker: Worker) -> int:
-    """Call `Worker.run` with interpreter settings for a process that does nothing else."""
+    """Call `Worker.run` with interpreter settings for a process that only runs a worker. Return the exit code."""
     gc.collect()
     gc.freeze()
-    gc.set_threshold(50_000, 20, 100)  # a job makes hundreds of short-lived objects, none of them in a cycle
+    gc.set_threshold(50_000, 20, 100)  # a job creates hundreds of short-lived objects, none of them in a cycle
     return worker.run()
 
 

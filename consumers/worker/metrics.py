@@ -1,8 +1,8 @@
-"""Exports a worker's metrics for Prometheus: the worker keeps plain counts, which are made into metrics at each scrape.
+"""Exports a worker's metrics for Prometheus. The worker keeps plain counts; each scrape converts them to metrics.
 
-All that a job pays for metrics are its counts, and a `bisect` over `WAIT_BOUNDS_MS` and `RUN_BOUNDS_S` (in `starts` and
-`execute`). `WorkerMetrics.collect` runs in the scrape's thread and reads what other threads write: each value is
-correct by itself, but not all are of the same moment.
+For each job, metrics cost only the counts, and a `bisect` over `WAIT_BOUNDS_MS` and `RUN_BOUNDS_S` (in `starter` and
+`executor`). `WorkerMetrics.collect` runs in the scrape's thread and reads values that other threads write: each value
+is correct by itself, but the values may be of different moments.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 LOG = get_logger("jobledger.metrics")
 
-#: Seconds for which the ends of the log are cached, and seconds that the broker gets to answer.
+#: Seconds for which the ends of the log are cached, and seconds that the broker may take to answer.
 ENDS_FOR_S, ENDS_TIMEOUT_S = 3.0, 2.0
 
 OUTCOMES = ("succeeded", "retried", "snoozed", "failed", "cancelled", "expired")
@@ -41,7 +41,8 @@ PREFIX = "jobledger_worker_"
 
 
 class LogEnds:
-    """Asks the broker where partitions end, not this worker's consumer: records not yet fetched count, too."""
+    """Asks the broker for the end offsets of partitions. This worker's consumer is not asked, because records that are
+    not fetched yet count, too."""
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
@@ -51,7 +52,8 @@ class LogEnds:
         self._wanted: set[tuple[str, int]] = set()
 
     def of(self, wanted: Sequence[tuple[str, int]]) -> dict[tuple[str, int], int]:
-        """Return the known ends of ``wanted``, by (topic, number): the last known if the broker does not answer."""
+        """Return the end offsets of ``wanted``, by (topic, partition number). If the broker does not answer, return the
+        last known ones."""
         now = time.monotonic()
         if wanted and (now - self._asked_at > ENDS_FOR_S or not self._wanted.issuperset(wanted)):
             self._asked_at, self._wanted = now, set(wanted)
@@ -64,7 +66,7 @@ class LogEnds:
     def _ask(self, wanted: Sequence[tuple[str, int]]) -> None:
         if self._client is None:
             self._client = admin(self._settings)
-        spec = OffsetSpec.latest()  # type: ignore[no-untyped-call]  # it has no types
+        spec = OffsetSpec.latest()  # type: ignore[no-untyped-call]  # `latest` is not annotated
         asked = self._client.list_offsets(
             {TopicPartition(*where): spec for where in wanted}, request_timeout=ENDS_TIMEOUT_S
         )
@@ -89,11 +91,11 @@ class WorkerMetrics(Collector):
         self._ends = LogEnds(worker.settings)
 
     def describe(self) -> Iterator[Metric]:
-        """Return nothing: at registration the worker has no dispatcher yet."""
+        """Return no metrics, because the worker has no dispatcher when the collector is registered."""
         return iter(())
 
     def collect(self) -> Iterator[Metric]:
-        """Yield the present metrics; none before the worker has started. Any thread."""
+        """Yield the present metrics; no metrics before the worker has started. Any thread."""
         if self._worker.dispatcher is None:
             return
         yield from self._jobs()

@@ -14,17 +14,20 @@ from jobledger.errors import ConfigError
 class WorkerOptions:
     """The options of a worker.
 
-    ``queues``: the queues to serve; None: all of the app. ``concurrency``: jobs that may run at once in this process.
-    ``threads``: how many of them may be plain functions; None: 32, or ``concurrency`` if that is less. ``children``:
-    processes for tasks with ``isolation="process"``, with one job at a time in each; None: as many as this process has
-    CPUs. ``jobs_per_child``: a child is replaced after this many jobs. ``grace``: seconds that running jobs get to end
-    after SIGTERM. ``prefetch``: records that may wait in memory, for each queue or each of its priorities; None: twice
-    the concurrency, at least 1,000. ``lookahead``: jobs that may wait for their turn, their key or a limit, in all;
-    ``lookahead_bytes``: memory for further waiting jobs, which are kept as records only. ``lease``: seconds after the
-    group coordinator's last answer in which jobs may be begun; keep it below the group's session timeout.
-    ``linger_ms``: how long a fact may wait to be sent together with others. ``unknown_task``: the backoff of jobs whose
-    task this worker does not know, and how often such a job is snoozed before it fails. ``start_timeout``: seconds that
-    the broker may take to answer at the start. Raises `ConfigError` for an invalid value.
+    ``queues``: the queues to serve; None: all queues of the app. ``concurrency``: jobs that may run at once in this
+    process. ``threads``: how many of these jobs may be plain functions in threads; None: 32, or ``concurrency`` if that
+    is less. ``children``: child processes for tasks with ``isolation="process"``; each runs one job at a time; None: as
+    many as this process has CPUs. ``jobs_per_child``: a child process is replaced after this many jobs. ``grace``:
+    seconds in which running jobs may end after SIGTERM. ``prefetch``: records that may wait in memory, for each queue
+    or each of its priorities; None: twice the concurrency, at least 1,000.
+
+    ``lookahead``: jobs that may wait for their turn, their key or a limit, in all queues together. ``lookahead_bytes``:
+    bytes of memory for further waiting jobs, which are kept as records only. ``lease``: the ownership lease in seconds:
+    jobs are started only within this time after the request of the last commit that the group coordinator accepted; use
+    less than the group's session timeout. ``linger_ms``: milliseconds that a fact may wait to be sent together with
+    others. ``unknown_task``: the backoff of jobs whose task this worker does not know, and how often such a job is
+    snoozed before it fails. ``start_timeout``: seconds that the broker may take to answer at the start. Raises
+    `ConfigError` for an invalid value.
     """
 
     queues: Sequence[str] | None = None
@@ -73,5 +76,5 @@ class WorkerOptions:
 
     @property
     def prefetched(self) -> int:
-        """Records that may wait in memory, for each queue or each of its priorities."""
+        """The number of records that may wait in memory, for each queue or each of its priorities."""
         return max(1_000, 2 * self.concurrency) if self.prefetch is None else self.prefetch

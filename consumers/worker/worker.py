@@ -1,8 +1,8 @@
 """Runs the worker process: creates its parts, starts and ends them in the right order, and reports their health.
 
-``fetch`` (a thread per lane) → ``dispatch`` and ``execute`` (event loop, job threads) → ``settle`` (a thread): see
-there. To stop, a worker takes no more jobs, lets running jobs end within the grace time, flushes, commits as clean, and
-leaves the group.
+A work record passes through `Fetcher` (one thread for each lane), `Dispatcher` and `Executor` (event loop, job threads)
+and `AckTracker` (one thread). To stop, a worker takes no more jobs, waits for running jobs within the grace time,
+flushes its producer, commits its partitions as clean, and leaves its groups.
 """
 
 from __future__ import annotations
@@ -74,16 +74,18 @@ FLUSH_S = 5.0
 CLOSING_S = 12.0
 #: Further seconds after which a worker that has not ended is killed.
 MARGIN_S = 5.0
-#: Seconds beyond the grace time until a worker has released all it had, or is killed. After a release, the interpreter
-#: gets `process_exit.EXIT_S` seconds to exit, and at most `process_exit.HARD_S` more.
+#: Seconds beyond the grace time after which a worker that has not closed its parts is killed. After the parts are
+#: closed, the interpreter has `process_exit.EXIT_S` seconds to exit, and at most `process_exit.HARD_S` more.
 LEAVING_S = 1.0 + CLOSING_S + MARGIN_S
 
 
 class Worker:
-    """The parts of one worker process; `run` blocks until `stop` or an error. Use once.
+    """The parts of one worker process. `run` blocks until `stop` is called or an error occurs. Use an instance only
+    once.
 
-    ``must_end_in(seconds)`` bounds a stop that is under way. ``has_ended(code)``: the worker has released all it had,
-    and `run` returns ``code`` once the event loop is closed. Raises `ConfigError` if the options do not fit the app.
+    ``must_end_in(seconds)`` limits the rest of a stop that is in progress. ``has_ended(code)`` is called when the
+    worker has closed its parts; `run` returns ``code`` once the event loop is closed. Raises `ConfigError` if the
+    options do not fit the app.
     """
 
     def __init__(
@@ -136,14 +138,14 @@ class Worker:
     # -- from outside ---------------------------------------------------------------------------------------------
 
     def stop(self, *, hurry: bool = False) -> None:
-        """Take no more jobs and end within the grace time; with ``hurry`` at once. Any thread."""
+        """Take no more jobs, and end within the grace time; with ``hurry`` end at once. Any thread; does not wait."""
         outage.stopping()
         self._stopping.set()
         self._hurry = self._hurry or hurry
         self._signal_loop()
 
     def fail(self, error: JobledgerError) -> None:
-        """End with an error and commit nothing more. Any thread; the first error counts."""
+        """Stop the worker because of ``error``, and commit nothing more. The first error counts. Any thread."""
         if self.error is None:
             self.error = error
             LOG.critical("the worker stops: %s", error)
@@ -158,7 +160,8 @@ class Worker:
                 loop.call_soon_threadsafe(changed.set)
 
     def run(self) -> int:
-        """Work until stopped. Returns 0; 1 if something broke (`error` says what), 77 if that is `AccessDenied`.
+        """Run until the worker is stopped, and return the exit code: 0; 77 if `error` is `AccessDenied`; 1 if it is any
+        other error.
 
         Raises `ConfigError`, `TopicMissing`, `AccessDenied` or `BrokerUnavailable` if the worker cannot start, and
         `JobledgerError` if a job stops the event loop.
@@ -183,7 +186,7 @@ class Worker:
                 finally:
                     if self.watch is not None:
                         self.watch.close()
-                    # Python now waits for the loop's default threads, which jobs may still use.
+                    # Closing the runner waits for the loop's default threads, which jobs may still use.
                     self._has_ended(self._exit_code())
         finally:
             self.ended.set()
@@ -245,7 +248,7 @@ class Worker:
                 raise ConfigError(lifecycle_too_small(topic, count, names.lifecycle, lifecycle))
         self._lifecycle_partitions = lifecycle
 
-        # Publish the schema, acknowledged, before any record is written with it.
+        # Publish the schema, and wait for its acknowledgement, before any record with the schema is written.
         tasks = self.registry.tasks
         followers = [tasks[t.fallback] for t in tasks.values() if t.fallback is not None]
         fallbacks = {lane_of(task.queue, task.policy.priority) for task in followers}
@@ -253,8 +256,8 @@ class Worker:
         self._patiently(lambda: sender.prepare(written))
 
     def _patiently(self, ask: Callable[[], Any]) -> Any:
-        """Return what ``ask()`` returns. While the broker is away, retry until ``start_timeout`` seconds after the
-        worker's creation, then raise `BrokerUnavailable`."""
+        """Return what ``ask()`` returns. While the broker is unavailable, retry until ``start_timeout`` seconds after
+        the worker's creation. Then raise `BrokerUnavailable`."""
         deadline = self.started_at + self.options.start_timeout
         while True:
             try:
@@ -450,7 +453,8 @@ class Worker:
         await asyncio.get_running_loop().run_in_executor(self._threads, function, *args)
 
     async def _close_hooks(self, executor: Executor, began: float) -> None:
-        """Let pending hooks be called, and close resources, in the rest of the grace time (at least 1 s for each)."""
+        """Wait for pending hooks, and close the resources, within the rest of the grace time: at least 1 s for each of
+        the two."""
         left = 1.0 if self.error is not None else max(1.0, began + self.options.grace - time.monotonic())
         if executor.teller is not None:
             await self._beside(executor.teller.close, left)
@@ -467,8 +471,8 @@ class Worker:
         ]
 
     def _children(self) -> ChildPool | None:
-        """Return the child processes, for isolated tasks and for jobs that may have crashed a worker; None if
-        the app cannot have any."""
+        """Create the pool of child processes, for isolated tasks and for suspects (jobs that may have crashed a
+        worker). Return None if the app cannot have child processes."""
         if self._target is None:
             return None
         options, dispatcher = self.options, self.dispatcher
@@ -518,12 +522,12 @@ class Worker:
                 continue
 
     def _close_rest(self, settler: AckTracker, sender: WorkerProducer) -> None:
-        """Flush, commit and leave the group. Runs in a thread, because each step waits."""
+        """Flush the producer, commit, and leave the groups. Runs in a thread, because each step waits."""
         settler.close()
         if self.error is None:
             left = sender.flush(FLUSH_S)
             settler.drain()
-            if not left and sender.unacknowledged:  # records that derive from closing facts acknowledged just now
+            if not left and sender.unacknowledged:  # records derived from the facts acknowledged just now
                 left = sender.flush(FLUSH_S)
                 settler.drain()
             if left:
@@ -543,7 +547,7 @@ class Worker:
 
     @property
     def stopping(self) -> bool:
-        """Whether the worker was told to stop, or stops because of an error."""
+        """Whether the worker was asked to stop, or stops because of an error."""
         return self._stopping.is_set()
 
     def health(self) -> dict[str, Any]:
@@ -564,7 +568,7 @@ class Worker:
         )
 
     def partitions(self) -> Iterator[Partition]:
-        """Yield every partition that is owned right now."""
+        """Yield every partition that is owned now."""
         for fetcher in self.fetchers:
             yield from fetcher.owned()
 

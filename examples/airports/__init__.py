@@ -1,5 +1,6 @@
-"""The demo: 28,298 real airports, imported in the background. Run it with ``python -m examples.airports``.
+"""The demo: imports 28,298 real airports in the background. Run the demo with ``python -m examples.airports``.
 
-``rows`` reads the input, ``app`` holds the task, ``thirdparty`` is the slow and failing service that the task asks,
-``database`` is what it writes; ``__main__`` and the rest run all of it as real processes and check the account.
+``rows`` reads the input, ``app`` contains the task, ``thirdparty`` is the slow and failing service that the task calls,
+and ``database`` is the database to which the task writes. ``__main__`` and the other modules run all of this as real
+processes and check the report.
 """

@@ -1,10 +1,10 @@
-"""Run the whole demo: ``python -m examples.airports``; ``make demo`` does no more.
+"""Runs the whole demo: ``python -m examples.airports``, or ``make demo``.
 
-It starts a broker of its own (unless ``JOBLEDGER_BOOTSTRAP`` names one), the third party, a worker and the stream
-processor as real processes, submits a job a row, shows how they fare, checks the account, rebuilds the status table
-from the log and stops all it started. What was written stays in ``.demo`` to be looked at.
+The demo starts a broker of its own (unless ``JOBLEDGER_BOOTSTRAP`` names one), the third party, a worker and the stream
+processor as real processes. It submits one job for each row, shows the jobs' progress, checks the report, rebuilds the
+status table from the log, and stops everything that it started. The files of the run stay in ``.demo`` for inspection.
 
-Exit codes: 0 everything that must be true was; 1 something was not, or an error, which is said; 130 after Ctrl-C.
+Exit codes: 0 if all checks hold; 1 if one does not, or after an error, which is printed; 130 after Ctrl-C.
 """
 
 from __future__ import annotations
@@ -47,14 +47,14 @@ if TYPE_CHECKING:
     from jobledger import App
 
 TARGET = "examples.airports.app:app"
-#: Seconds without any job ending after which the demo gives up.
+#: Seconds after which the demo gives up if no job has ended in this time.
 STALL_S = 60.0
 READY_S = 60.0
 POLL_S = 0.1
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the demo; the exit code."""
+    """Run the demo and return the exit code."""
     parser = argparse.ArgumentParser(prog="python -m examples.airports", description="Import real airports as jobs.")
     parser.add_argument("--rows", type=int, help="import only so many rows, drawn by the seed")
     parser.add_argument("--concurrency", type=int, default=100, help="jobs the worker runs at once (default: 100)")
@@ -83,7 +83,7 @@ def _end(number: int, frame: object) -> None:
 
 
 def run(screen: Screen, options: argparse.Namespace) -> bool:
-    """The whole run, and the end of everything it started; whether all that must be true was."""
+    """Run the demo, and stop everything that it started. Return whether all checks hold."""
     start = time.monotonic()
     given = os.environ.get("JOBLEDGER_BOOTSTRAP")
     exports = {"JOBLEDGER_HOME": _short(options.home.expanduser().absolute())}
@@ -95,7 +95,7 @@ def run(screen: Screen, options: argparse.Namespace) -> bool:
             place = stack.enter_context(claimed(options.home, namespace))
             checks, example = _story(screen, stack, place, given, options)
         finally:
-            # From here on things end; a second Ctrl-C must not leave half of them behind.
+            # From here on the processes are stopped. A second Ctrl-C must not leave some of them running.
             deaf = [(each, signal.signal(each, signal.SIG_IGN)) for each in (signal.SIGINT, signal.SIGTERM)]
             began = time.monotonic()
     for each, handler in deaf:
@@ -116,7 +116,7 @@ def run(screen: Screen, options: argparse.Namespace) -> bool:
 def _story(
     screen: Screen, stack: ExitStack, place: Place, given: str | None, options: argparse.Namespace
 ) -> tuple[list[Check], str | None]:
-    """What must be true and whether it is, and the id of a job worth looking at."""
+    """Run the steps of the demo. Return the checks, and the id of a job that is worth inspecting."""
     place.logs.mkdir()
     logging.basicConfig(filename=place.logs / "demo.log", level=logging.INFO)
     rows = list(airports())
@@ -127,7 +127,7 @@ def _story(
     os.environ.update(place.environ(bootstrap))
     processes = stack.enter_context(Processes(place.logs))
     api = os.environ["AIRPORTS_API"] = _start_third_party(screen, processes, options.seed)
-    from examples.airports.app import app  # reads the settings that the lines above made
+    from examples.airports.app import app  # the import reads the settings that the lines above made
 
     stack.callback(app.close)
     _start_jobledger(screen, processes, app, options.concurrency)
@@ -181,16 +181,17 @@ def _wait(processes: Processes, check: Callable[[], bool], timeout: float, what:
 
 
 def _readiness(app: App) -> dict[str, Callable[[], bool]]:
-    """When each process can do its work, as the broker and the status table tell."""
+    """Return, for each process, a function that tells from the broker or the status table whether the process is
+    ready."""
     client = admin(app.settings)
     partitions = app.queues["import"].partitions
 
     def owned(group: str) -> int:
-        """How many partitions a consumer group's members have been given."""
+        """Return the number of partitions that are assigned to the members of a consumer group."""
         try:
             found = client.describe_consumer_groups([group], request_timeout=5)[group].result()
         except KafkaException:
-            return 0  # nobody has joined it yet
+            return 0  # no member has joined it yet
         return sum(len(member.assignment.topic_partitions) for member in found.members if member.assignment)
 
     def table() -> bool:
@@ -208,7 +209,7 @@ def _readiness(app: App) -> dict[str, Callable[[], bool]]:
 
 
 def _counts(app: App) -> dict[str, int]:
-    """How many jobs are in each state."""
+    """Return the number of jobs in each state."""
     found: dict[str, int] = app.status_table().counts_by_state()
     return found
 
@@ -264,9 +265,9 @@ def _account(
 def _rebuild(screen: Screen, processes: Processes, app: App, api: str) -> list[Check]:
     screen.heading("The status table again, made from the log alone")
     with screen.step("verified") as step:
-        # What the last jobs caused beside their ends may still be on its way to the table.
+        # Records that the last jobs caused in addition to their outcomes may not be in the table yet.
         _wait(processes, lambda: _abreast(app), READY_S, "the status table was not abreast of the log")
-        processes.stop("streams")  # the table has one writer; the worker stays and would run whatever came
+        processes.stop("streams")  # the table has one writer; the worker stays and would run any new job
         before, calls, written = _jobledger("verify", TARGET), _stats(api)["calls"], _written(app)
         step.result = f"{before['jobs']:,} jobs of the table the import has made, against the log"
     with screen.step("rebuilt") as step:
@@ -294,13 +295,13 @@ def _rebuild(screen: Screen, processes: Processes, app: App, api: str) -> list[C
 
 
 def _abreast(app: App) -> bool:
-    """Whether the status table has read everything there is."""
+    """Return whether the status table has read the log up to its end."""
     with LogReader(app.settings) as reader:
         return all(reader.watermarks(*place)[1] == offset for place, offset in app.status_table().offsets().items())
 
 
 def _written(app: App) -> int:
-    """How many records work topics and lifecycle hold."""
+    """Return the number of records in the work topics and the lifecycle topic."""
     topics = [*(app.names.jobs(queue) for queue in app.queues), app.names.lifecycle]
     with LogReader(app.settings) as reader:
         return sum(ends(reader, topics, app.settings).values())
@@ -313,7 +314,7 @@ def _stats(api: str) -> dict[str, int]:
 
 
 def _jobledger(*words: str) -> dict[str, Any]:
-    """What ``jobledger … --json`` prints. Raises `DemoFailed` with its error."""
+    """Run ``jobledger … --json`` and return what it prints. Raises `DemoFailed` with the output if that is not JSON."""
     done = subprocess.run(
         [sys.executable, "-m", "jobledger", *words, "--json"], capture_output=True, text=True, check=False
     )
@@ -327,7 +328,7 @@ def _jobledger(*words: str) -> dict[str, Any]:
 
 
 def _commands(exports: Mapping[str, str], own_broker: bool, example: str | None) -> list[tuple[str, list[str]]]:
-    """What to type to look at what the run left, under what it shows."""
+    """Return the commands with which a user can inspect what the run left, each group with what it shows."""
     script = Path(sys.executable).with_name("jobledger")
     jobledger = "jobledger" if shutil.which("jobledger") == str(script) else _short(script)
     from_log = [f"{jobledger} events tail -n 20"]
@@ -346,7 +347,7 @@ def _commands(exports: Mapping[str, str], own_broker: bool, example: str | None)
 
 
 def _short(path: Path) -> str:
-    """``path`` from here, if it lies below."""
+    """Return ``path`` relative to the working directory if it is inside, else unchanged."""
     return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
 
 

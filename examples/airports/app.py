@@ -1,8 +1,8 @@
 """The app: one task, which checks an airport, asks the third party about it and saves it.
 
-This file is all that a service would write. It is loaded by the worker and by the stream processor as
-``examples.airports.app:app``; where the third party and the database are stands in ``AIRPORTS_API`` and
-``AIRPORTS_DATABASE``.
+A service would have to write only this file. The worker and the stream processor load the app as
+``examples.airports.app:app``. ``AIRPORTS_API`` has the address of the third party, and ``AIRPORTS_DATABASE`` the path
+of the database.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ app = App(os.environ.get("AIRPORTS_NAMESPACE", "airports"))
 
 
 class ThirdPartyBusy(Exception):
-    """The third party answered 503: it may be asked again."""
+    """The third party answered 503: the call may be repeated."""
 
 
 @app.task(
@@ -34,10 +34,10 @@ class ThirdPartyBusy(Exception):
     timeout=10.0,
 )
 async def import_airport(airport: Airport) -> int:
-    """Import one row; its distance in metres from the city its time zone is named after."""
+    """Import one row. Return its distance in metres from the city after which its time zone is named."""
     found = faults(airport)
     if found:
-        raise Reject("; ".join(found))  # no retry could help
+        raise Reject("; ".join(found))  # a retry could not help
     shared = await services()
     query = {"lat": str(airport.lat), "lon": str(airport.lon), "tz": airport.tz}
     async with shared.http.get(f"{shared.api}/v1/distance", params=query) as answer:
@@ -62,7 +62,7 @@ async def import_airport(airport: Airport) -> int:
 
 
 class Services(NamedTuple):
-    """What every job of this process shares."""
+    """The connections that all jobs of this process share."""
 
     http: aiohttp.ClientSession
     api: str
@@ -73,7 +73,7 @@ _opened: tuple[AsyncGenerator[Services, None], Services] | None = None
 
 
 async def services() -> Services:
-    """The connections of this process, opened by its first job."""
+    """Return the connections of this process. The first job opens them."""
     global _opened
     if _opened is None:
         lifetime = _lifetime()
@@ -82,12 +82,13 @@ async def services() -> Services:
 
 
 async def _lifetime() -> AsyncGenerator[Services, None]:
-    # A generator, because an event loop that ends runs the rest of those that are still open: so this is where what
-    # lives as long as the worker is given back. Nothing is awaited before the yield, so one job alone opens it.
+    # A generator, because asyncio closes the generators that are still open when the event loop ends, which runs their
+    # `finally` blocks. So the connections are open as long as the worker runs, and are closed here. Nothing is awaited
+    # before the `yield`, so only one job opens the connections.
     api, path = _setting("AIRPORTS_API"), Path(_setting("AIRPORTS_DATABASE"))
     database = Database(path)
     http = aiohttp.ClientSession(
-        # No limit here: how many calls run at once is the worker's --concurrency.
+        # No limit here, because the worker's --concurrency limits how many calls run at once.
         connector=aiohttp.TCPConnector(limit=0),
         timeout=aiohttp.ClientTimeout(total=CALL_TIMEOUT_S),
     )

@@ -1,7 +1,7 @@
-"""What the import writes: a SQLite database of its own, one row an airport, whichever attempt comes last.
+"""The import's own SQLite database: one row for each airport, from the last attempt that saved the row.
 
-A save is an upsert by ``icao``, so a job that runs twice leaves what one run leaves. Saves of jobs that run side by
-side share a transaction (group commit): each waits until the transaction that holds it is on disk.
+A save is an upsert by ``icao``, so a job that runs twice has the effect of one run. Saves of jobs that run at the same
+time share a transaction (group commit): each save waits until its transaction is on disk.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ UPSERT = (
     f"INSERT INTO airport ({', '.join(COLUMNS)}) VALUES ({', '.join('?' * len(COLUMNS))}) "
     f"ON CONFLICT (icao) DO UPDATE SET {', '.join(f'{c} = excluded.{c}' for c in COLUMNS[1:])}"
 )
-#: Rows that one transaction takes at most.
+#: Maximum number of rows in one transaction.
 BATCH = 500
 #: Seconds to wait for another process's transaction.
 BUSY_S = 30.0
@@ -53,7 +53,7 @@ class Row(NamedTuple):
 
 
 class Database:
-    """Saves rows from asyncio. One thread writes; use it from one event loop, and close it."""
+    """Saves rows from asyncio. A thread of the object writes. Use the object from one event loop only, and close it."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -63,13 +63,13 @@ class Database:
         self._thread.start()
 
     async def save(self, row: Row) -> None:
-        """Return once ``row`` is committed; raises what SQLite raised."""
+        """Save ``row``, and return once it is committed. Raises `sqlite3.Error`."""
         future = self._loop.create_future()
         self._waiting.put((row, future))
         await future
 
     def close(self) -> None:
-        """Commit what waits and end the thread."""
+        """Commit the rows that wait, and end the thread."""
         self._waiting.put(None)
         self._thread.join()
 
@@ -90,7 +90,7 @@ class Database:
                 connection.close()
 
     def _next(self) -> list[tuple[Row, asyncio.Future[None]]]:
-        # Everything that came while the last transaction was written; empty at the end.
+        # Returns the rows that arrived while the last transaction was written; none after `close`.
         batch: list[tuple[Row, asyncio.Future[None]]] = []
         while len(batch) < BATCH:
             try:
@@ -107,7 +107,7 @@ class Database:
 
 def _settle(futures: Sequence[asyncio.Future[None]], error: Exception | None) -> None:
     for future in futures:
-        if future.done():  # its job was timed out meanwhile; the row is there all the same
+        if future.done():  # the job's time limit is over; the row is saved nevertheless
             continue
         if error is None:
             future.set_result(None)
@@ -116,7 +116,8 @@ def _settle(futures: Sequence[asyncio.Future[None]], error: Exception | None) ->
 
 
 def open_database(path: Path) -> sqlite3.Connection:
-    """A connection to the database, made if it is not there: WAL, and a commit is on disk when it returns."""
+    """Open a connection to the database, and create the database if it does not exist. The journal mode is WAL, and a
+    commit is on disk when it returns."""
     connection = sqlite3.connect(path, timeout=BUSY_S, check_same_thread=False)
     connection.execute("PRAGMA journal_mode = WAL")
     connection.execute("PRAGMA synchronous = FULL")
@@ -125,7 +126,7 @@ def open_database(path: Path) -> sqlite3.Connection:
 
 
 def saved_rows(path: Path) -> list[Row]:
-    """Every imported airport, by ``icao``; empty if there is no database yet."""
+    """Return every imported airport, ordered by ``icao``; empty if there is no database yet."""
     if not path.exists():
         return []
     connection = open_database(path)

@@ -1,6 +1,6 @@
-"""What happened, read from the log itself: each job's facts with the broker's times.
+"""Reads what happened from the log itself: each job's facts with the broker's times.
 
-Writes nothing, and does not ask the status table: so the two can be held against each other.
+This module writes nothing, and does not read the status table. So the log and the status table can be compared.
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ if TYPE_CHECKING:
 
 @dataclass(slots=True)
 class Life:
-    """One job. Times in milliseconds since the epoch by the broker's clock, keyed by release; first record counts."""
+    """One job. Times are in milliseconds since the epoch by the broker's clock, keyed by release. Of several records of
+    the same kind and release, the first one counts. ``ran_us``: duration in microseconds, keyed by release."""
 
     released: dict[int, int] = field(default_factory=dict)
     started: dict[int, int] = field(default_factory=dict)
@@ -42,12 +43,12 @@ class Life:
 
     @property
     def succeeded(self) -> bool:
-        """Whether it ended once, and well."""
+        """Whether the job has only one outcome, and has succeeded."""
         return len(self.ends) == 1 and isinstance(self.ends[0], JobSucceeded)
 
     @property
     def failed(self) -> JobFailed | None:
-        """How it failed, if that is its one end."""
+        """The job's failure, if it is the only outcome; else None."""
         end = self.ends[0] if len(self.ends) == 1 else None
         return end if isinstance(end, JobFailed) else None
 
@@ -58,27 +59,27 @@ class Life:
 
     @property
     def to_end_ms(self) -> float | None:
-        """Milliseconds from the submission to the end."""
+        """Milliseconds from the submission to the outcome."""
         return max(self.closed.values()) - self.released[1] if self.ends and 1 in self.released else None
 
     @property
     def waiting_ms(self) -> float:
-        """Milliseconds that it lay in the work topic, over all releases."""
+        """Milliseconds that the job waited in the work topic, over all releases."""
         return sum(at - self.released[n] for n, at in self.started.items() if n in self.released)
 
     @property
     def running_ms(self) -> float:
-        """Milliseconds that workers spent in it, over all attempts."""
+        """Milliseconds that workers spent in the job's code, over all attempts."""
         return sum(self.ran_us.values()) / 1000
 
     @property
     def backing_off_ms(self) -> float:
-        """Milliseconds from a retry to the record that let the job go again."""
+        """Milliseconds from a retry to the record that released the job again, over all retries."""
         return sum(self.released[n + 1] - at for n, at in self.closed.items() if n + 1 in self.released)
 
 
 def fold(events: Iterable[Recorded]) -> dict[str, Life]:
-    """Lives by job id, from events in any order and with repetitions (the log promises at least once)."""
+    """Return lives by job id, from events in any order and with copies (the log promises at least once)."""
     lives: dict[str, Life] = {}
     for record in events:
         event, at = record.event, record.appended_ms
@@ -101,7 +102,7 @@ def fold(events: Iterable[Recorded]) -> dict[str, Life]:
 
 
 def read(app: App) -> Iterator[Recorded]:
-    """Every event of the app's work topics and lifecycle, up to their ends of now."""
+    """Yield every event of the app's work topics and lifecycle topic, up to their present ends."""
     decode = decoder(app.settings, app.names).decode
     topics = [*(app.names.jobs(queue) for queue in app.queues), app.names.lifecycle]
     with LogReader(app.settings) as reader:

@@ -1,7 +1,7 @@
-"""The child processes of the demo: started with a log file each, watched, and stopped again whatever happens.
+"""The child processes of the demo: starts each with a log file, watches them, and stops them in every case.
 
-Each child is ended by its process id alone. Should the demo itself be killed, a shell that waits for the far end of a
-pipe of ours ends the child (the pipe closes with its last holder, however that one ends).
+Each child process is ended by its process id alone. If the demo itself is killed, a shell ends the child process: the
+shell reads from a pipe of which only the demo has the writing end, and this end is closed however the demo ends.
 """
 
 from __future__ import annotations
@@ -24,12 +24,13 @@ LOG_TAIL_LINES = 15
 
 
 class ProcessDied(Exception):
-    """A child ended by itself; the message has the end of its log."""
+    """A child process has ended by itself, or was not ready in time. The message has the end of its log."""
 
 
 @dataclass(frozen=True, slots=True)
 class Child:
-    """One process of ours. ``log`` has what it wrote."""
+    """One child process. ``leash``: the shell that ends the process if the demo is killed; ``log``: file with the
+    process's output."""
 
     name: str
     process: subprocess.Popen[bytes]
@@ -37,13 +38,13 @@ class Child:
     log: Path
 
     def tail(self) -> str:
-        """The last lines of its log."""
+        """Return the last lines of the child process's log."""
         text = self.log.read_text(encoding="utf-8", errors="replace") if self.log.exists() else ""
         return "\n".join(text.splitlines()[-LOG_TAIL_LINES:]) or "(it wrote nothing)"
 
 
 class Processes:
-    """Starts children; as a context manager it stops them all, the last started first."""
+    """Starts child processes. As a context manager, stops all of them at the end, the last started first."""
 
     def __init__(self, logs: Path) -> None:
         self.logs = logs
@@ -57,10 +58,10 @@ class Processes:
         self.stop()
 
     def start(self, name: str, argv: Sequence[str]) -> Child:
-        """Start ``argv``; what it prints goes to ``<logs>/<name>.log``."""
+        """Start ``argv``, and write its output to ``<logs>/<name>.log``."""
         log = self.logs / f"{name}.log"
         with log.open("wb") as out:
-            # A session of its own: Ctrl-C reaches the demo alone, which then stops its children in order.
+            # A separate session, so that Ctrl-C reaches only the demo, which then stops its child processes in order.
             process = subprocess.Popen(
                 list(argv),
                 env={**os.environ, "PYTHONUNBUFFERED": "1"},
@@ -74,14 +75,15 @@ class Processes:
         return child
 
     def check(self) -> None:
-        """Raise `ProcessDied` if a child has ended."""
+        """Raise `ProcessDied` if a child process has ended."""
         for child in self._children:
             code = child.process.poll()
             if code is not None:
                 raise ProcessDied(f"{child.name} ended with {code}; the end of {child.log}:\n{child.tail()}")
 
     def first_line(self, child: Child, timeout: float) -> dict[str, Any]:
-        """The JSON object that ``child`` writes as its first line. Raises `ProcessDied`, also after ``timeout`` s."""
+        """Return the JSON object that ``child`` writes as its first line. Raises `ProcessDied`, also after ``timeout``
+        seconds."""
         deadline = time.monotonic() + timeout
         while time.monotonic() < deadline:
             first, newline, _ = child.log.read_bytes().partition(b"\n")
@@ -94,14 +96,16 @@ class Processes:
         raise ProcessDied(f"{child.name} was not ready within {timeout:g} s; the end of {child.log}:\n{child.tail()}")
 
     def stop(self, *names: str) -> None:
-        """End these children (none named: all) and what they started: politely, all at the same time, then by force."""
+        """End these child processes (no names: all) and the processes that they started. All these child processes get
+        SIGTERM at the same time. Processes that still run after `GRACE_S` seconds get SIGKILL."""
         ending = [child for child in reversed(self._children) if not names or child.name in names]
         family: list[psutil.Process] = []
         for child in ending:
             _release(child.leash)
             if child.process.poll() is None:
                 with contextlib.suppress(psutil.NoSuchProcess):
-                    # Taken before it ends: an orphan could no longer be told from a stranger.
+                    # Before the child process ends: afterwards its orphans could not be distinguished from other
+                    # processes.
                     family += psutil.Process(child.process.pid).children(recursive=True)
                 child.process.terminate()
         deadline = time.monotonic() + GRACE_S
@@ -130,6 +134,6 @@ def _leash(pid: int) -> subprocess.Popen[bytes]:
 
 
 def _release(leash: subprocess.Popen[bytes]) -> None:
-    # Before its process ends: afterwards the number may be a stranger's.
+    # Before the child process ends: afterwards its process id may belong to another process.
     leash.kill()
     leash.communicate()

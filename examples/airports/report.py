@@ -1,4 +1,4 @@
-"""The account of a finished import: what must be true of it, and what it measured. Pure; `screen` shows it."""
+"""The report about a finished import: what must be true, and what was measured. Pure; `screen` shows the report."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Latency:
 
 @dataclass(frozen=True, slots=True)
 class Spent:
-    """Where the time of all jobs together went, in milliseconds."""
+    """How the time of all jobs together was spent, in milliseconds."""
 
     waiting: float
     running: float
@@ -42,17 +42,17 @@ class Spent:
 
     @property
     def total(self) -> float:
-        """Their sum, or 1 if nothing took any time."""
+        """The sum of the three times, or 1 if the sum is 0."""
         return self.waiting + self.running + self.backing_off or 1.0
 
 
 def percentile(values: Sequence[float], quantile: float) -> float:
-    """The value at the nearest rank; ``values`` ascending and not empty."""
+    """Return the value at the nearest rank. ``values`` are ascending and not empty."""
     return values[max(0, math.ceil(quantile * len(values)) - 1)]
 
 
 def latencies(lives: Iterable[Life]) -> list[Latency]:
-    """How long jobs took, each from what the log says."""
+    """Return how long jobs took, according to the log."""
     found: dict[str, list[float]] = {"submit → start": [], "one attempt": [], "submit → end": []}
     for life in lives:
         if life.to_start_ms is not None:
@@ -68,7 +68,7 @@ def latencies(lives: Iterable[Life]) -> list[Latency]:
 
 
 def spent(lives: Iterable[Life]) -> Spent:
-    """Where the time went."""
+    """Return how the time was spent."""
     waiting = running = backing_off = 0.0
     for life in lives:
         waiting += life.waiting_ms
@@ -78,12 +78,12 @@ def spent(lives: Iterable[Life]) -> Spent:
 
 
 def rejects(reasons: Iterable[str]) -> Counter[str]:
-    """How many jobs failed for each kind of reason; one with two faults counts under both names joined."""
+    """Return how many jobs failed for each kind of reason. A job with two faults is counted under both names joined."""
     return Counter(" + ".join(kinds(reason)) or f"other: {reason}" for reason in reasons)
 
 
 def examples(rows: Iterable[Airport]) -> dict[str, str]:
-    """One rejected row for each kind of reason, named as people know it."""
+    """Return one rejected row for each kind of reason, with a name that people know."""
     found: dict[str, str] = {}
     for row in rows:
         for kind in rejects(["; ".join(faults(row))] if faults(row) else []):
@@ -93,7 +93,8 @@ def examples(rows: Iterable[Airport]) -> dict[str, str]:
 
 
 def reference_distance_m(lat: float, lon: float, to_lat: float, to_lon: float) -> float:
-    """Great-circle distance in metres from the angle between two vectors: another formula than the third party's."""
+    """Return the great-circle distance in metres, from the angle between two vectors. The third party uses another
+    formula."""
     a, b = _vector(lat, lon), _vector(to_lat, to_lon)
     cross = (a[1] * b[2] - a[2] * b[1], a[2] * b[0] - a[0] * b[2], a[0] * b[1] - a[1] * b[0])
     return EARTH_RADIUS_M * math.atan2(math.hypot(*cross), sum(x * y for x, y in zip(a, b, strict=True)))
@@ -111,9 +112,9 @@ def account(
     saved: Sequence[Row],
     lives: Mapping[str, Life],
 ) -> list[Check]:
-    """Hold what was meant, the status table, the log and the import's own database against each other.
+    """Compare the input, the status table, the log and the import's own database with each other. Return the checks.
 
-    ``counts``: jobs by state, and ``reasons``: of the failed ones, both from the status table.
+    ``counts``: number of jobs by state, and ``reasons``: reasons of the failed jobs, both from the status table.
     """
     succeeded, failed = counts.get("succeeded", 0), counts.get("failed", 0)
     unfinished = sum(counts.values()) - succeeded - failed

@@ -1,7 +1,7 @@
-"""The input and its rules: rows of the package ``airportsdata``, and what makes one of them unfit to import.
+"""The input and its rules: the rows of the package ``airportsdata``, and the faults that make a row unfit to import.
 
-Owns no connection. The time zones of a country are those that the tz database lists for it in ``zone.tab`` (of the
-package ``tzdata``); links and old names that are not in that list do not count.
+This module owns no connection. The time zones of a country are those that the tz database lists for the country in
+``zone.tab`` (of the package ``tzdata``). Links and old names that are not in that list do not count.
 """
 
 from __future__ import annotations
@@ -39,7 +39,8 @@ class Airport(msgspec.Struct, frozen=True):
 
 @dataclass(frozen=True, slots=True)
 class Zone:
-    """A time zone's place: the city it is named after, in degrees, and the one country ``zone.tab`` gives it."""
+    """A time zone. ``lat`` and ``lon``: the city after which it is named, in degrees; ``country``: the only country
+    that ``zone.tab`` lists for it."""
 
     name: str
     country: str
@@ -48,7 +49,7 @@ class Zone:
 
 
 def airports() -> Iterator[Airport]:
-    """Every row of the package's CSV, in file order."""
+    """Yield every row of the package's CSV, in file order."""
     text = (resources.files("airportsdata") / "airports.csv").read_text(encoding="utf-8")
     for row in csv.DictReader(io.StringIO(text)):
         yield Airport(
@@ -67,7 +68,7 @@ def airports() -> Iterator[Airport]:
 
 @cache
 def zones() -> Mapping[str, Zone]:
-    """The time zones of ``zone.tab`` by name."""
+    """Return the time zones of ``zone.tab`` by name."""
     text = (resources.files("tzdata") / "zoneinfo" / "zone.tab").read_text(encoding="utf-8")
     lines = (line.split("\t") for line in text.splitlines() if line and not line.startswith("#"))
     return {name: Zone(name, country, *coordinates(place)) for country, place, name, *_ in lines}
@@ -75,7 +76,7 @@ def zones() -> Mapping[str, Zone]:
 
 @cache
 def zones_of_countries() -> Mapping[str, frozenset[str]]:
-    """The names of each country's time zones."""
+    """Return the names of each country's time zones."""
     found: dict[str, set[str]] = defaultdict(set)
     for zone in zones().values():
         found[zone.country].add(zone.name)
@@ -83,7 +84,8 @@ def zones_of_countries() -> Mapping[str, frozenset[str]]:
 
 
 def coordinates(text: str) -> tuple[float, float]:
-    """Latitude and longitude in degrees of ISO 6709 text, ``±DDMM±DDDMM`` or ``±DDMMSS±DDDMMSS``; else `ValueError`."""
+    """Return latitude and longitude, in degrees, of ISO 6709 text: ``±DDMM±DDDMM`` or ``±DDMMSS±DDDMMSS``. Raises
+    `ValueError` for other text."""
     found = re.fullmatch(r"([+-])(\d\d)(\d\d)(\d\d)?([+-])(\d{3})(\d\d)(\d\d)?", text)
     if found is None:
         raise ValueError(f"{text!r} is no place in ISO 6709; one looks like +4723+00832")
@@ -97,7 +99,7 @@ def coordinates(text: str) -> tuple[float, float]:
 
 
 def faults(airport: Airport) -> tuple[str, ...]:
-    """Why this row must not be imported, each reason with what it is about; empty for a good row."""
+    """Return the reasons why this row must not be imported, each with its details; empty for a good row."""
     found = []
     if not airport.city.strip():
         found.append(NO_CITY)
@@ -107,5 +109,5 @@ def faults(airport: Airport) -> tuple[str, ...]:
 
 
 def kinds(reason: str) -> tuple[str, ...]:
-    """The kinds of fault that a job's text of reasons names; empty if it names none."""
+    """Return the kinds of fault that a job's text of reasons names; empty if the text names none."""
     return tuple(kind for kind in (NO_CITY, FOREIGN_ZONE) if kind in reason)

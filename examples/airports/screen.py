@@ -1,6 +1,6 @@
-"""What the demo shows: steps as they are done, the live bar, and the account at the end. Decides nothing.
+"""Shows the demo: its steps, the live bar, and the report at the end. This module decides nothing.
 
-On a terminal the bar lives; elsewhere (a pipe, CI) a plain line comes every few seconds.
+On a terminal the bar is updated in place. Elsewhere (a pipe, CI) a plain line is printed every few seconds.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ from rich.text import Text
 from examples.airports.report import QUANTILES, Check, Latency, Spent
 
 WIDTH = 96
-#: Seconds between two lines where the output is no terminal.
+#: Seconds between two lines if the output is not a terminal.
 PLAIN_EVERY_S = 2.0
-#: Seconds over which the shown rate is taken.
+#: Seconds over which the shown rate is computed.
 RATE_OVER_S = 3.0
 
-#: In the order of the bar: what is over, then what is under way.
+#: The states with their colours, in the order of the bar: first jobs that have ended, then jobs that have not.
 STATES = {
     "succeeded": "green",
     "failed": "red",
@@ -43,7 +43,7 @@ STATES = {
 
 
 class Bar:
-    """A bar of coloured parts; ``parts`` are amounts with their styles, of ``total``."""
+    """A bar of coloured parts. ``parts``: amounts with their styles; ``total``: the amount of the whole bar."""
 
     def __init__(self, parts: Sequence[tuple[float, str]], total: float, width: int) -> None:
         self.parts, self.total, self.width = parts, max(total, 1e-9), width
@@ -54,11 +54,12 @@ class Bar:
         yield Segment("█" * (self.width - sum(self.cells())), Style.parse("grey15"))
 
     def cells(self) -> list[int]:
-        """How long each part is: what is there shall be seen, however little of the whole it is."""
+        """Return the length of each part in characters. Each part that is not 0 is visible, however small its share
+        is."""
         cells = [max(1, round(value / self.total * self.width)) if value else 0 for value, _ in self.parts]
         whole = min(self.width, round(sum(value for value, _ in self.parts) / self.total * self.width))
         whole = max(whole, sum(map(bool, cells)))
-        while any(cells) and sum(cells) != whole:  # the longest part makes up for rounding and for the tiny ones
+        while any(cells) and sum(cells) != whole:  # the longest part compensates for rounding and for tiny parts
             cells[cells.index(max(cells))] += 1 if sum(cells) < whole else -1
         return cells
 
@@ -70,14 +71,14 @@ class Rate:
         self._seen: deque[tuple[float, int]] = deque()
 
     def update(self, now: float, ended: int) -> None:
-        """Take note that ``ended`` jobs have ended at ``now`` (seconds of any steady clock)."""
+        """Record that ``ended`` jobs have ended at ``now`` (seconds of any monotonic clock)."""
         self._seen.append((now, ended))
         while len(self._seen) > 2 and now - self._seen[1][0] > RATE_OVER_S:
             self._seen.popleft()
 
     @property
     def value(self) -> float:
-        """Jobs a second; 0 before two looks."""
+        """Jobs per second; 0 before the second update."""
         if not self._seen:
             return 0.0
         (then, before), (now, ended) = self._seen[0], self._seen[-1]
@@ -110,11 +111,11 @@ class Progress:
 
     @property
     def ended(self) -> int:
-        """Jobs that are over."""
+        """The number of jobs that have ended."""
         return self._counts.get("succeeded", 0) + self._counts.get("failed", 0)
 
     def show(self, counts: Mapping[str, int]) -> None:
-        """Show jobs by state."""
+        """Show the numbers of jobs by state."""
         self._counts = counts
         now = time.monotonic()
         self._rate.update(now, self.ended)
@@ -155,13 +156,13 @@ class Progress:
 
 
 class Screen:
-    """Prints the demo's story; ``picture`` also keeps it, to be saved."""
+    """Prints what the demo shows. ``picture``: also record this, so that it can be saved."""
 
     def __init__(self, *, picture: bool) -> None:
         self.console = Console(highlight=False)
         self.width = min(WIDTH, self.console.width) if self.console.is_terminal else WIDTH
         self.console.width = self.width
-        # A console of its own, because a live bar would be recorded once for every time it moved.
+        # A separate console, because otherwise every update of a live bar would be recorded.
         self._recorder = (
             Console(record=True, file=io.StringIO(), width=WIDTH, force_terminal=True, highlight=False)
             if picture
@@ -169,24 +170,25 @@ class Screen:
         )
 
     def print(self, *objects: Any, **options: Any) -> None:
-        """As `rich.console.Console.print`."""
+        """Print and record, with the parameters of `rich.console.Console.print`."""
         self.console.print(*objects, **options)
         self.record(*objects, **options)
 
     def record(self, *objects: Any, **options: Any) -> None:
-        """Keep for the picture what the terminal has already seen."""
+        """Record for the picture what the terminal has already shown."""
         if self._recorder is not None:
             self._recorder.print(*objects, **options)
 
     def title(self, text: str) -> None:
-        """The first line."""
+        """Print the first line."""
         self.print()
         self.print(Text(f"  {text}", "bold"))
         self.print()
 
     @contextmanager
     def step(self, name: str) -> Iterator[Step]:
-        """A step under way; its line is printed when it is done, with the time it took, or marked when it failed."""
+        """Show a step while the block runs. Then print the step's line with the time that the step took, and a mark for
+        success or failure."""
         step = Step(name)
         began = time.monotonic()
         try:
@@ -199,7 +201,7 @@ class Screen:
         self._step("✓", "green", step, time.monotonic() - began)
 
     def done(self, name: str, result: str, seconds: float) -> None:
-        """The line of a step that is over."""
+        """Print the line of a step that has ended."""
         step = Step(name)
         step.result = result
         self._step("✓", "green", step, seconds)
@@ -214,12 +216,12 @@ class Screen:
         self.print(line)
 
     def heading(self, text: str) -> None:
-        """A line above a part of the account."""
+        """Print a heading above a part of the report."""
         self.print()
         self.print(Padding(Rule(Text(text, "bold"), align="left", style="grey37"), (0, 3, 0, 2)))
 
     def checks(self, checks: Sequence[Check]) -> None:
-        """What must be true, with the figures."""
+        """Print what must be true, with the figures."""
         table = Table.grid(padding=(0, 1), expand=True)
         table.add_column(width=3, justify="right")
         table.add_column(ratio=1)
@@ -230,7 +232,7 @@ class Screen:
         self.print(Padding(table, (0, 3, 0, 0)))
 
     def rejects(self, found: Mapping[str, int], examples: Mapping[str, str]) -> None:
-        """How many jobs were rejected for which reason, with one row as an example."""
+        """Print how many jobs were rejected for each reason, with one row as an example."""
         table = _table("rejected because of", "rows", "for example")
         for kind, count in found.items():
             table.add_row(kind, f"{count:,}", Text(examples.get(kind, ""), "dim", overflow="ellipsis", no_wrap=True))
@@ -238,7 +240,7 @@ class Screen:
         self.print(Padding(table, (0, 3)))
 
     def latencies(self, found: Sequence[Latency]) -> None:
-        """Percentiles."""
+        """Print percentiles."""
         table = _table("milliseconds", *("max" if q == 1 else f"p{q * 100:g}" for q in QUANTILES))
         for column in table.columns[1:]:
             column.justify, column.min_width = "right", 8
@@ -247,7 +249,7 @@ class Screen:
         self.print(Padding(table, (0, 3)))
 
     def spent(self, spent: Spent, jobs: int) -> None:
-        """Where the time of all jobs went."""
+        """Print how the time of all jobs was spent."""
         parts = {
             "waiting in the queue": (spent.waiting, "blue"),
             "running": (spent.running, "yellow"),
@@ -268,16 +270,17 @@ class Screen:
         self.print(Padding(legend, (0, 4)))
 
     def verdict(self, text: str, more: str, *, good: bool) -> None:
-        """The last word on the run."""
+        """Print the result of the run."""
         self.print()
         self.print(Text.assemble(("  " + text, "bold green" if good else "bold red"), more))
 
     def note(self, text: str) -> None:
-        """Words that explain the figures above."""
+        """Print a text that explains the figures above."""
         self.print(Padding(Text(text, "dim"), (1, 4, 0, 4)))
 
     def commands(self, groups: Sequence[tuple[str, Sequence[str]]]) -> None:
-        """What to type to look further, under what it is for; never wrapped, so that it can be copied."""
+        """Print commands with which a user can look further, each group under its purpose. Commands are never wrapped,
+        so that they can be copied."""
         for why, commands in groups:
             self.print(Text(f"    # {why}", "dim"))
             for command in commands:
@@ -285,7 +288,7 @@ class Screen:
         self.print()
 
     def save(self, path: Path, title: str) -> None:
-        """Write everything printed so far as an SVG picture that loads nothing from elsewhere."""
+        """Write everything printed so far to ``path``, as an SVG picture that loads no other files."""
         path.parent.mkdir(parents=True, exist_ok=True)
         assert self._recorder is not None, "made without picture=True"
         svg = self._recorder.export_svg(title=title)
@@ -300,7 +303,7 @@ class Step:
         self.spinner: Callable[[Text], None] | None = None
 
     def doing(self, what: str) -> None:
-        """Say what is being done now."""
+        """Show what the step is doing now."""
         if self.spinner is not None:
             self.spinner(Text(f"{self.name}: {what} …"))
 

@@ -1,11 +1,12 @@
-"""A stand-in for somebody else's HTTP service: slow, now and then busy, and sometimes it never answers.
+"""Simulates the HTTP service of a third party, which is slow, sometimes busy, and sometimes never answers.
 
-``GET /v1/distance?lat=…&lon=…&tz=…`` gives the great-circle distance in metres from a place to the city that a time
-zone is named after. Every call takes 2 to 50 ms; 5 % get a 503, 1 % get nothing until the caller hangs up. What becomes
-of the n-th call for a query depends on the seed alone, so runs are comparable. ``GET /stats`` counts.
+``GET /v1/distance?lat=…&lon=…&tz=…`` returns the great-circle distance in metres from a place to the city after which a
+time zone is named. Every call takes 2 to 50 ms; 5 % of the calls get a 503, 1 % get no answer until the caller closes
+the connection. The outcome of the n-th call for a query depends only on the seed, so runs are comparable.
+``GET /stats`` returns counts.
 
-Runs as a process of its own (``python -m examples.airports.thirdparty``), writes its address as one JSON line and
-knows nothing of Jobledger.
+The service runs as a process of its own (``python -m examples.airports.thirdparty``), prints its address as one JSON
+line and knows nothing of Jobledger.
 """
 
 from __future__ import annotations
@@ -31,14 +32,14 @@ BUSY_SHARE, HANG_SHARE = 0.05, 0.01
 
 
 class Fate(NamedTuple):
-    """What becomes of one call. ``outcome``: ``answer``, ``busy`` or ``hang``; ``latency`` in seconds."""
+    """What happens to one call. ``outcome``: ``answer``, ``busy`` or ``hang``; ``latency`` in seconds."""
 
     outcome: str
     latency: float
 
 
 def fate(seed: int, query: str, nth: int) -> Fate:
-    """The fate of the ``nth`` call (1, 2, …) for ``query``."""
+    """Return the fate of the ``nth`` call (1, 2, …) for ``query``."""
     digest = hashlib.blake2b(f"{seed}/{nth}/{query}".encode(), digest_size=8).digest()
     chance = int.from_bytes(digest[:4], "big") / 2**32
     low, high = LATENCY_MS
@@ -49,14 +50,15 @@ def fate(seed: int, query: str, nth: int) -> Fate:
 
 
 def distance_m(lat: float, lon: float, to_lat: float, to_lon: float) -> float:
-    """Great-circle distance in metres between two places in degrees, by the haversine formula (Sinnott, 1984)."""
+    """Return the great-circle distance in metres between two places in degrees, by the haversine formula (Sinnott,
+    1984)."""
     a, b = math.radians(lat), math.radians(to_lat)
     half = math.sin((b - a) / 2) ** 2 + math.cos(a) * math.cos(b) * math.sin(math.radians(to_lon - lon) / 2) ** 2
     return 2 * EARTH_RADIUS_M * math.asin(min(1.0, math.sqrt(half)))
 
 
 class Service:
-    """The service's handlers and what they count."""
+    """The service's handlers and their counts."""
 
     def __init__(self, seed: int) -> None:
         self.seed = seed
@@ -64,7 +66,7 @@ class Service:
         self._calls: Counter[str] = Counter()
 
     async def distance(self, request: web.Request) -> web.Response:
-        """Answer one call, if that is its fate; a call that is wrong gets its 400 at once."""
+        """Answer one call, if that is the call's fate. An invalid call gets a 400 at once."""
         query = request.query_string
         self._calls[query] += 1
         try:
@@ -77,18 +79,18 @@ class Service:
         self.outcomes[outcome] += 1
         await asyncio.sleep(latency)
         if outcome == "hang":
-            await asyncio.get_running_loop().create_future()  # ends when the caller hangs up
+            await asyncio.get_running_loop().create_future()  # until the caller closes the connection
         if outcome == "busy":
             return web.json_response({"error": "busy, try again"}, status=503)
         return web.json_response({"tz": zone.name, "metres": round(metres)})
 
     async def stats(self, request: web.Request) -> web.Response:
-        """How many calls came and what became of them."""
+        """Return the number of calls, and the number of each outcome."""
         return web.json_response({"calls": self.outcomes.total(), **self.outcomes})
 
 
 async def serve(seed: int, port: int) -> None:
-    """Serve on 127.0.0.1 until SIGTERM or SIGINT; ``port`` 0 takes a free one."""
+    """Serve on 127.0.0.1 until SIGTERM or SIGINT. ``port`` 0: a free port."""
     service = Service(seed)
     site = web.Application()
     site.add_routes([web.get("/v1/distance", service.distance), web.get("/stats", service.stats)])

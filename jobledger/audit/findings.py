@@ -1,4 +1,4 @@
-"""Every fault and every note that an audit can report, by its code, and their counts. Pure."""
+"""Defines every fault and every note that an audit can report, and collects and counts them. Pure."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from jobledger.audit.records import Record
 
-#: Each fault by its code, which JSON has and scripts test.
+#: The description of each fault by its code. The JSON output has the codes, and scripts test them.
 FAULTS: Mapping[str, str] = {
     "not-ended": "a job has no outcome",
     "submission-missing": "the log has facts of a job, but not its submission",
@@ -37,7 +37,7 @@ FAULTS: Mapping[str, str] = {
     "row-unknown": "the status table has a job of which the log has no record",
 }
 
-#: Each note by its code.
+#: The description of each note by its code.
 NOTES: Mapping[str, str] = {
     "open": "jobs without an outcome",
     "ended-again": "runs with more than one outcome in the log",
@@ -57,7 +57,7 @@ NOTES: Mapping[str, str] = {
 
 
 class Finding(NamedTuple):
-    """One fault. ``records``: its records, the wrong one first."""
+    """One fault. ``records``: the records that show the fault, the wrong record first."""
 
     kind: str
     job_id: str
@@ -75,8 +75,11 @@ class Finding(NamedTuple):
 
 
 class Findings:
-    """The findings. ``counts``: number of faults by kind, of which the first ``most`` of each kind are kept in
-    ``faults``; ``notes``: number of notes by kind."""
+    """The faults and notes of one audit.
+
+    ``counts``: the number of faults of each kind. ``faults``: the first ``most`` faults of each kind. ``notes``: the
+    number of notes of each kind. A kind is a code of `FAULTS` or `NOTES`.
+    """
 
     def __init__(self, most: int = 100) -> None:
         self.most = most

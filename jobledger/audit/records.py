@@ -1,7 +1,7 @@
-"""One record of the log, decoded by docs/wire.md and fastavro alone.
+"""Decodes one record of the log as docs/wire.md describes, with fastavro alone.
 
-The head of a value is parsed here. Writers' schemas come from the schema file and from ``<ns>.schemas``. Neither
-Jobledger's codec nor its fast path is used.
+This module parses the head of a value. The writers' schemas come from the schema file, from ``<ns>.schemas`` and from a
+Schema Registry. This module must not use Jobledger's codec or its fast path.
 """
 
 from __future__ import annotations
@@ -18,12 +18,15 @@ import fastavro.schema
 SINGLE_OBJECT = b"\xc3\x01"
 #: The first byte of a Schema Registry's frame, and the number of bytes before the datum.
 FRAMED, FRAME_HEAD = b"\0", 5
-#: The text of the schema with which this version writes.
+#: The text of the schema with which this version of Jobledger writes events.
 SCHEMA_TEXT: str = files("jobledger.schemas").joinpath("job_event.avsc").read_text(encoding="utf-8")
 
 
 def fingerprint(schema_text: str) -> bytes:
-    """CRC-64-AVRO of the canonical form, little endian (Avro specification, "Schema Fingerprints")."""
+    """Return the CRC-64-AVRO of the schema's canonical form, in little endian.
+
+    The algorithm is that of the Avro specification, "Schema Fingerprints".
+    """
     empty = 0xC15D213AA4D7A795
     table = []
     for byte in range(256):
@@ -38,7 +41,7 @@ def fingerprint(schema_text: str) -> bytes:
 
 
 def plain(node: Any) -> Any:
-    """The schema without logical types, so that times stay integers."""
+    """Return the schema without logical types, so that times are decoded as integers."""
     if isinstance(node, list):
         return [plain(n) for n in node]
     if isinstance(node, dict):
@@ -47,9 +50,9 @@ def plain(node: Any) -> Any:
 
 
 class Schemas:
-    """Writers' schemas: by fingerprint, and by the id of a Schema Registry.
+    """The writers' schemas, by fingerprint and by the id of a Schema Registry.
 
-    ``by_id``: called with an id that is not published on ``<ns>.schemas``; returns the schema's text, or None.
+    ``by_id``: called with an id that was not published on ``<ns>.schemas``; returns the schema's text, or None.
     """
 
     def __init__(self, by_id: Callable[[int], str | None] = lambda schema_id: None) -> None:
@@ -59,14 +62,17 @@ class Schemas:
         self.add(SCHEMA_TEXT)
 
     def add(self, text: str, key: bytes | None = None) -> None:
-        """Add a schema, with its key on ``<ns>.schemas``. Raises the parser's own error for an invalid schema."""
+        """Add a schema. ``key``: its key on ``<ns>.schemas``. Raises the parser's own error for an invalid schema."""
         parsed = fastavro.parse_schema(plain(json.loads(text)))
         self._by_mark[fingerprint(text)] = parsed
         if key is not None and key.startswith(b"id-") and key[3:].isdigit():
             self._by_id[int(key[3:])] = parsed
 
     def decode(self, value: bytes | None) -> tuple[dict[str, Any], str, dict[str, Any]]:
-        """The header, the fact's bare name, and the fact. Raises `ValueError` with the reason."""
+        """Return the header, the fact's name without its namespace, and the fact.
+
+        Raises `ValueError` with the reason if the value is not an event.
+        """
         if value is None:
             raise ValueError("null")
         if value[:2] == SINGLE_OBJECT and len(value) >= 10:
@@ -96,8 +102,9 @@ class Schemas:
 class Record(NamedTuple):
     """One record of the log.
 
-    ``at``: its append time in milliseconds, by the broker's clock if ``timed``. ``fact``: the fact's name; None if the
-    value is not an event; then ``why`` is the reason.
+    ``at``: the time of the record in ms: if ``timed`` is True, the append time by the broker's clock, else the writer's
+    time. ``fact``: the fact's name; None if the value is not an event, and then ``why`` is the reason. ``head``,
+    ``body``: the fields of the event's header and of its fact. ``raw``: the bytes of the value.
     """
 
     topic: str
@@ -113,22 +120,22 @@ class Record(NamedTuple):
 
     @property
     def place(self) -> tuple[str, int, int]:
-        """Topic, partition and offset."""
+        """The position of the record: topic, partition and offset."""
         return self.topic, self.partition, self.offset
 
     @property
     def release(self) -> tuple[str, int, int]:
-        """The job, run and release that the record belongs to."""
+        """The release to which the record belongs: job id, run and release number."""
         return self.head["job_id"], self.head["run"], self.head["release"]
 
     @property
     def position(self) -> str:
-        """The position as people write it: ``topic[partition]@offset``."""
+        """The position as text: ``topic[partition]@offset``."""
         return f"{self.topic}[{self.partition}]@{self.offset}"
 
 
 def show(record: Record) -> str:
-    """A record in one line."""
+    """Return one line of text that describes a record."""
     head = record.head
     who = f" {head['job_id']} run {head['run']} release {head['release']}" if head else f" {record.why}"
     return f"{record.fact}{who} at {record.position} ({record.at})"

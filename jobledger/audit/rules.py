@@ -1,12 +1,12 @@
-"""The rules that the records of each job must follow, whatever was killed. Pure: records in, findings out.
+"""Checks the rules that the records of each job must follow, whichever processes were killed. Pure.
 
-A job's records are given together, in any order. Each rule checks for one thing and reports the positions. A *fault*
-breaks a promise of docs/promises.md. A *note* is within the promises' limits: a job whose code ran twice has two
-successes, and records derived from an outcome may be in the log twice with the same ``event_id``.
+A rule gets all records of one job, checks them for one thing, and reports the positions of the wrong records. A *fault*
+breaks a promise of docs/promises.md. A *note* is within the limits of the promises: for example, a job whose code ran
+twice has two successes, and derived records may be in the log twice with the same ``event_id``.
 
-Two kinds of rules depend on how much of the log was read. A record that should *follow* another is reported as missing
-only if the other record is old enough: below the workers' committed offset. A record that should have *caused* another
-is reported as missing only if the log still begins before the other record (`Scope.horizon`).
+Two kinds of rules depend on how much of the log was read. A record that must *follow* another record is reported as
+missing only if the other record is old enough, that is, below the workers' committed offset. A record that must be the
+*cause* of another record is reported as missing only if the log still begins before the other record (`Scope.horizon`).
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ from jobledger.audit.records import Record
 Release = tuple[str, int, int]
 
 TERMINAL = ("JobSucceeded", "JobFailed", "JobCancelled", "JobExpired")
-#: Facts that end a release that is followed by another; with ``in_place`` the same release continues.
+#: Facts after which another attempt follows: in the next release or, with ``in_place``, in the same release.
 PASSING_ON = ("JobRetried", "JobSnoozed")
-#: Facts that only a submitted job can have. Facts of later versions are not known here.
+#: Facts that only a submitted job can have. This list does not contain facts of later versions of Jobledger.
 OF_A_JOB = {
     *TERMINAL,
     *PASSING_ON,
     *("JobSubmitted", "JobDue", "JobStarted", "JobProgressed", "JobLeased", "Leased", "LeaseRenewed"),
     *("ReleaseRequested", "ReleaseOverdue"),
 }
-#: Facts that hand over no job, and do not belong on a work topic.
+#: Facts that do not hand over a job to workers, and do not belong on a work topic.
 NO_WORK = {
     *TERMINAL,
     *PASSING_ON,
@@ -45,12 +45,14 @@ NO_WORK = {
 
 @dataclass
 class Scope:
-    """What was read of the log, which limits what the rules can report.
+    """The part of the log that was read, which limits what the rules can report.
 
-    ``committed``, ``bound``: by (topic, partition). A record at or above ``bound`` is not checked, but counts as
-    evidence. ``lowest``: the first offsets that were read. ``horizon``: from this append time on (ms) no partition
-    misses a record. ``finished``: nothing runs any more, so every job that has not ended is a fault. ``open_before``: a
-    job that has not ended is a fault if its last record and its due times are before this time (ms).
+    ``committed``, ``bound``, ``lowest``: offsets, by (topic, partition). ``committed``: the committed offsets of the
+    worker groups. ``bound``: the ends when reading began; a record at or above ``bound`` is not checked, but is used to
+    check earlier records. ``lowest``: the first offsets that were read. ``horizon``: the append time (ms) from which on
+    no record of any partition is missing. ``finished``: nothing runs any more, so every job without an outcome is a
+    fault. ``open_before``: a job without an outcome is a fault if its last record and its due times are before this
+    time (ms).
     """
 
     namespace: str
@@ -68,38 +70,45 @@ class Scope:
         self.dead_letter = f"{self.namespace}.dead-letter"
 
     def is_work(self, record: Record) -> bool:
-        """Whether the record is on a work topic."""
+        """Return whether the record is on a work topic."""
         return record.topic.startswith(self.work_prefix)
 
     def is_subject(self, record: Record) -> bool:
-        """Whether the record was in the log when reading began, so that its cause and its consequence can be
-        expected."""
+        """Return whether the record was in the log when reading began.
+
+        The cause and the consequence of such a record can be expected to be among the records that were read.
+        """
         return record.offset < self.bound.get((record.topic, record.partition), sys.maxsize)
 
     def passed(self, record: Record) -> bool:
-        """Whether a worker group has committed a work record as done."""
+        """Return whether a work record is below the committed offset of its worker group."""
         return record.offset < self.committed.get((record.topic, record.partition), 0)
 
 
 def in_place(record: Record) -> bool:
-    """Whether a retry or snooze closes nothing: the same release continues."""
+    """Return whether a retry or snooze is in place: it does not close the release, which continues."""
     return bool(record.body.get("in_place"))
 
 
 def due_of(record: Record) -> int:
-    """When the release or attempt that a record requests is due, in microseconds of the broker's clock."""
+    """Return when the release or attempt that a record requests is due, in microseconds of the broker's clock."""
     due_at: int | None = record.body.get("due_at")
     return (record.at + int(record.body.get("delay_ms") or 0)) * 1000 if due_at is None else due_at
 
 
 def in_order(records: Iterable[Record]) -> list[Record]:
-    """Records sorted by topic, partition and offset."""
+    """Return the records, sorted by topic, partition and offset."""
     return sorted(records, key=lambda r: r.place)
 
 
 class Life:
-    """All records of one job, by topic. ``whole``: the job's submission is in the log, and no later record is
-    missing."""
+    """All records of one job, by topic, by run and by release.
+
+    ``whole``: no record of the job was trimmed or skipped, because the job's submission was appended at `Scope.horizon`
+    or later, or because the horizon is 0. ``letters``: the dead letters of the job. ``ends``: the outcomes, by run.
+    ``closes``: the closing facts, by release. ``starts``: each `JobStarted`, by release. ``leases``: the facts about
+    job leases, by release.
+    """
 
     def __init__(self, records: Sequence[Record], scope: Scope) -> None:
         self.job_id, self.scope = str(records[0].head["job_id"]), scope
@@ -132,18 +141,18 @@ Rule = Callable[[Life, Findings], None]
 
 
 def judge_job(records: Sequence[Record], scope: Scope, found: Findings) -> Life:
-    """Check all records of one job with every rule."""
+    """Check all records of one job with every rule, and return them as a `Life`. ``found`` receives the findings."""
     life = Life(records, scope)
     for rule in RULES:
         rule(life, found)
     return life
 
 
-# -- ends -----------------------------------------------------------------------------------------------------------
+# -- outcomes -------------------------------------------------------------------------------------------------------
 
 
 def has_ended(life: Life, found: Findings) -> None:
-    """Every submitted job has an outcome of its last run."""
+    """Check that every job has a submission, and an outcome of its last run."""
     facts = [r for r in life.facts if r.fact in OF_A_JOB]
     if not facts:
         return
@@ -166,7 +175,10 @@ def has_ended(life: Life, found: Findings) -> None:
 
 
 def ends_agree(life: Life, found: Findings) -> None:
-    """A run has one outcome. The same outcome twice means that the job's code ran twice."""
+    """Check that the outcomes of one run do not contradict each other.
+
+    The same outcome twice is only a note: the job's code ran twice, or the record was written again.
+    """
     for run, ends in life.ends.items():
         if len(ends) > 1:
             found.note("ended-again")
@@ -182,7 +194,7 @@ def ends_agree(life: Life, found: Findings) -> None:
 
 
 def starts_end(life: Life, found: Findings) -> None:
-    """A release that is closed, or whose run has an outcome, is not started again."""
+    """Check that a release is not started again after it was closed, or after its run had an outcome."""
     for release, starts in life.starts.items():
         if len(starts) > 1:
             found.note("started-again")
@@ -197,7 +209,10 @@ def starts_end(life: Life, found: Findings) -> None:
 
 
 def _before(one: Record, other: Record) -> bool:
-    """Whether the log shows that one record was written before the other: by offset in one partition, else by time."""
+    """Return whether the log shows that ``one`` was written before ``other``.
+
+    Records of one partition are compared by offset, other records by time.
+    """
     if one.place[:2] == other.place[:2]:
         return one.offset < other.offset
     return one.at < other.at
@@ -207,7 +222,10 @@ def _before(one: Record, other: Record) -> bool:
 
 
 def not_early(life: Life, found: Findings) -> None:
-    """Nothing is released or started before its due time, counted from the append of the record that requested it."""
+    """Check that no job is released or started before its due time.
+
+    The due time counts from the append time of the record that requested the release.
+    """
     untimed = sum(1 for r in (*life.work, *life.coordination, *life.lifecycle) if not r.timed)
     found.note("writer-time", untimed)
     asked, told = _asked(life), _told(life)
@@ -220,7 +238,8 @@ def not_early(life: Life, found: Findings) -> None:
         if _by_lease(life, record, found):
             continue
         times = asked[record.release]
-        # The first request counts: the coordinator ignores later ones. The watchdog's request follows the worker's facts.
+        # The first request counts, and the coordinator ignores later ones. A request of the watchdog follows from the
+        # worker's facts.
         causes = times[:1]
         if record.release in told and (record.release in overdue or not causes):
             causes.append(told[record.release])
@@ -245,7 +264,7 @@ def not_early(life: Life, found: Findings) -> None:
 
 
 def _asked(life: Life) -> dict[Release, list[int]]:
-    """The due times that were requested for each release, in the order of the log."""
+    """Return the due times that were requested for each release, in the order of the log."""
     asked: dict[Release, list[int]] = defaultdict(list)
     accepted = {r.release for r in life.lifecycle if r.fact in PASSING_ON}
     for record in life.coordination:
@@ -254,13 +273,15 @@ def _asked(life: Life) -> dict[Release, list[int]]:
             asked[job, run, max(release, 1)].append(due_of(record))
         elif record.fact == "ReleaseRequested":
             asked[record.release].append(due_of(record))
-        elif record.fact in PASSING_ON and record.release in accepted:  # a leased job's: passed on if its lease held
+        # The report of a leased job counts only if the coordinator copied it to the lifecycle topic: its lease was
+        # valid.
+        elif record.fact in PASSING_ON and record.release in accepted:
             asked[job, run, release + 1].append(due_of(record))
     return asked
 
 
 def _told(life: Life) -> dict[Release, int]:
-    """The due time of each next release according to the worker's own facts."""
+    """Return the due time of each next release according to the facts on the lifecycle topic."""
     told: dict[Release, int] = {}
     for record in life.lifecycle:
         if record.fact in PASSING_ON and not in_place(record):
@@ -271,10 +292,10 @@ def _told(life: Life) -> dict[Release, int]:
 
 
 def _by_lease(life: Life, due: Record, found: Findings) -> bool:
-    """Whether a release followed from the expiry of the previous release's lease; if so, its time is checked."""
+    """Return whether a release followed from the end of the previous release's job lease. If so, check its time."""
     job, run, release = due.release
     leases = [r for r in life.leases.get((job, run, release - 1), []) if r.topic == life.scope.coordination]
-    # A worker that takes the partition over sends `Leased` again. The coordinator counts the first one only.
+    # A worker that takes the partition over sends the `Leased` again. Only the first one counts for the coordinator.
     copies = [r for r in leases if r.fact == "Leased"][1:]
     leases = [r for r in leases if r not in copies]
     if not leases or any(r.fact in PASSING_ON and r.release == (job, run, release - 1) for r in life.lifecycle):
@@ -282,7 +303,7 @@ def _by_lease(life: Life, due: Record, found: Findings) -> bool:
     decided = due.body["due_at"]
     earlier = [r for r in leases if r.at * 1000 <= decided]
     given_back = any(r.body["lease_ms"] == 0 for r in earlier)
-    # A record appended in the millisecond of the decision may be before or after it.
+    # A record that was appended in the same millisecond as the decision may be before or after the decision.
     holds = [(r.at + r.body["lease_ms"]) * 1000 for r in earlier if r.at * 1000 < decided]
     if all(r.timed for r in (due, *leases)) and (
         due.at * 1000 < decided or (holds and not given_back and max(holds) > decided)
@@ -292,14 +313,17 @@ def _by_lease(life: Life, due: Record, found: Findings) -> bool:
 
 
 def in_place_waits(life: Life, found: Findings) -> None:
-    """An attempt in place begins when the delay of the attempt before it is over, counted from the append of that
-    attempt's fact."""
+    """Check that an attempt in place does not begin before the delay that precedes it is over.
+
+    The delay counts from the append time of the `JobRetried` or `JobSnoozed`.
+    """
     for release, starts in life.starts.items():
         waits = [r for r in life.lifecycle if r.release == release and r.fact in PASSING_ON and in_place(r)]
         for start in starts:
             earlier = [w for w in waits if w.partition == start.partition and w.offset < start.offset and w.timed]
             attempt = start.head["attempt"]
-            # A retry may stand twice, then its first delay counts; snoozes of one attempt follow each other.
+            # A retry may be in the log twice; then its first delay counts. The snoozes of one attempt follow each
+            # other, so the last one counts.
             retried = [w for w in earlier if w.fact == "JobRetried" and w.head["attempt"] == attempt - 1][:1]
             snoozed = [w for w in earlier if w.fact == "JobSnoozed" and w.head["attempt"] == attempt][-1:]
             for wait in snoozed or retried:
@@ -308,12 +332,15 @@ def in_place_waits(life: Life, found: Findings) -> None:
                     found.fault("retried-early", life.job_id, f"{ms} ms before its delay was over", start, wait)
 
 
-# -- what follows from what -----------------------------------------------------------------------------------------
+# -- causes, derived records and commits ----------------------------------------------------------------------------
 
 
 def causes_come_first(life: Life, found: Findings) -> None:
-    """A worker requests the next release only after the closing fact of this one is in the log. Otherwise the worker
-    could die in between, and the next owner would run the job again although its retry is scheduled."""
+    """Check that the next release was requested only after the closing fact of the release before it was in the log.
+
+    In the opposite order, the worker could die between the two records. Then the next owner would run the job again,
+    although the retry of the job is scheduled.
+    """
     if not life.whole:
         return
     causes: dict[Release, int] = {}
@@ -330,13 +357,17 @@ def causes_come_first(life: Life, found: Findings) -> None:
 
 
 def what_follows_is_there(life: Life, found: Findings) -> None:
-    """A worker commits a work record only after the records that follow from its outcome are in the log: the request
-    for the next release, or the dead letter."""
+    """Check that the records that derive from a closing fact are in the log.
+
+    These are the request for the next release, and the dead letter. A worker commits a work record only after they are
+    in the log.
+    """
     scope = life.scope
     asked = {r.release for r in life.coordination if r.fact == "ReleaseRequested"}
     kept = {r.release for r in life.letters}
     passed = {r.release for r in life.work if scope.passed(r)}
-    # What the coordinator ends, it ends together with what follows.
+    # The releases of workers that may still have derived records to send. The coordinator writes a closing fact
+    # together with its derived records, so a leased release, and a release without a work record, are not among them.
     waits = {r.release for r in life.work} - passed - life.leases.keys()
     for release, closes in life.closes.items():
         job, run, number = release
@@ -356,7 +387,10 @@ def what_follows_is_there(life: Life, found: Findings) -> None:
 
 
 def letters_follow(life: Life, found: Findings) -> None:
-    """A dead letter belongs to one failure. It may be in the log twice with the same event_id."""
+    """Check that each dead letter belongs to one failure.
+
+    A dead letter or a request may be in the log twice with the same event_id; this is only a note.
+    """
     for letters in by_release(life.letters):
         if life.whole and life.scope.is_subject(letters[0]):
             failed = any(r.fact == "JobFailed" and r.release == letters[0].release for r in life.lifecycle)
@@ -369,7 +403,11 @@ def letters_follow(life: Life, found: Findings) -> None:
 
 
 def work_stands_once(life: Life, found: Findings) -> None:
-    """A release has one work record. It may be in the log twice with the same event_id: the second one is dropped."""
+    """Check that a release has one work record.
+
+    The record may be in the log twice with the same event_id. This is only a note, because workers drop the second
+    record.
+    """
     for records in by_release(r for r in life.work if belongs(r)):
         _same(records, "work-twice", "work-again", found)
 
@@ -387,21 +425,26 @@ def _same(records: Sequence[Record], fault: str, note: str, found: Findings) -> 
 
 
 def by_release(records: Iterable[Record]) -> Iterator[list[Record]]:
-    """The records of each release, in order of their places."""
+    """Return the records of each release, in the order of their positions."""
     ordered = sorted(records, key=lambda r: (r.release, r.place))
     return (list(group) for _, group in groupby(ordered, key=lambda r: r.release))
 
 
 def belongs(record: Record) -> bool:
-    """Whether a record on a work topic hands a job to workers. A fact of a later version may do so, as far as is known
-    here."""
+    """Return whether a record on a work topic hands over a job to workers.
+
+    A fact of a later version of Jobledger, which is not known here, may do so.
+    """
     if record.fact == "JobSubmitted":
         return record.body["delay_ms"] is None and record.body["due_at"] is None
     return record.fact is not None and record.fact not in NO_WORK
 
 
 def committed_is_closed(life: Life, found: Findings) -> None:
-    """Every work record below a committed offset has a fact that closes it, in the partition of the same number."""
+    """Check that every work record below a committed offset has a closing fact, or a job lease.
+
+    This fact must be in the lifecycle partition with the number of the work record's partition.
+    """
     scope = life.scope
     for record in life.work:
         if not scope.passed(record):
@@ -431,14 +474,14 @@ RULES: tuple[Rule, ...] = (
 )
 
 
-# -- records that are no events ---------------------------------------------------------------------------------------
+# -- records that are no events or are on a wrong topic ---------------------------------------------------------------
 
 
 def judge_place(records: Sequence[Record], scope: Scope, found: Findings) -> None:
-    """Compare the record at one position with the dead letters that report it as rejected.
+    """Compare the record at one position with the dead letters that report this record as rejected.
 
-    ``records``: one record that is not an event, or is on a work topic and does not hand over a job; and each
-    `RecordRejected` that names its position.
+    ``records``: at most one record that is not an event, or that is on a work topic and does not hand over a job; and
+    each `RecordRejected` that names this position.
     """
     letters = in_order(r for r in records if r.fact == "RecordRejected")
     bad = next((r for r in records if r.fact != "RecordRejected"), None)
@@ -469,8 +512,10 @@ def judge_place(records: Sequence[Record], scope: Scope, found: Findings) -> Non
 
 
 def _kept_whole(raw: bytes | None, body: Mapping[str, Any]) -> bool:
-    """Whether a dead letter contains the record's bytes; or, for a record that is too large, their beginning with a
-    note about this."""
+    """Return whether a dead letter contains the record's bytes.
+
+    For a record that is too large, the beginning of the bytes is enough, if the dead letter's error says so.
+    """
     kept = body["raw_value"]
     if kept == raw:
         return True

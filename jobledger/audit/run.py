@@ -1,4 +1,7 @@
-"""One audit of one namespace: reads the log once, groups it by job, checks each job, and compares the table's rows."""
+"""Runs one audit of one namespace.
+
+An audit reads the log once, groups the records by job, checks each job, and compares the rows of the status table.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +29,7 @@ TELL_EVERY = 1_000
 
 
 class Place(msgspec.Struct, frozen=True):
-    """One fault: its job, a description, and the positions of its records, the wrong one first."""
+    """One fault: its job, a description, and the positions of its records, with the wrong record first."""
 
     job_id: str
     detail: str
@@ -34,7 +37,11 @@ class Place(msgspec.Struct, frozen=True):
 
 
 class Fault(msgspec.Struct, frozen=True):
-    """All faults of one kind. ``count``: how many; ``first``: the first of them, at most `Wanted.most`."""
+    """All faults of one kind.
+
+    ``kind``: the code of the fault. ``says``: its description. ``count``: the number of faults. ``first``: the first
+    faults, at most `Wanted.most`.
+    """
 
     kind: str
     says: str
@@ -45,11 +52,12 @@ class Fault(msgspec.Struct, frozen=True):
 class AuditReport(msgspec.Struct, frozen=True):
     """The result of an audit.
 
-    ``clean``: there is no fault. ``jobs``: number of jobs with a record in what was read; ``open``: how many of them
-    have not ended. ``notes``: number of notes by kind. ``not_asked``: work topics whose committed offsets this user may
-    not read, so that the rules about them were not applied. ``complete_from_ms``: from this append time on no partition
-    misses a record; 0: all partitions are complete. ``rows``: number of compared rows of the status table; None: no
-    table was given.
+    ``clean``: there is no fault. ``jobs``: number of jobs of which a record that affects the job's state was read.
+    ``open``: number of jobs without an outcome. ``records``: number of records that were read. ``rows``: number of
+    compared rows of the status table; None: no table was given. ``notes``: number of notes by kind. ``not_asked``: work
+    topics whose committed offsets this user may not read, so that the rules about commits were not applied to them.
+    ``complete_from_ms``: the append time from which on no record of any partition is missing, in ms; 0: all partitions
+    begin with their first record. ``seconds``: the duration of the audit.
     """
 
     namespace: str
@@ -67,8 +75,12 @@ class AuditReport(msgspec.Struct, frozen=True):
 
 @dataclass(frozen=True)
 class Wanted:
-    """What to check. ``queues``: only these; if empty, all. ``most``: how many faults of each kind are kept. The other
-    fields are those of `Scope`."""
+    """The part of the log to check.
+
+    ``queues``: check only these queues; if empty, all queues. ``since_ms``: read only records that were appended at
+    this time (ms) or later. ``finished``, ``open_before``: see `Scope`. ``most``: number of faults of each kind that
+    are kept.
+    """
 
     queues: Collection[str] = ()
     since_ms: int | None = None
@@ -85,10 +97,11 @@ def audit(
     table: Path | None = None,
     tell: Tell | None = None,
 ) -> AuditReport:
-    """Check the log of a namespace. Commits nothing and writes to no topic.
+    """Check the log of a namespace and return the report. The audit commits nothing and writes to no topic.
 
-    ``folder``: for scratch files, some hundred bytes per record. ``table``: a SQLite file with the status table as it
-    was before the audit began. Raises `TopicMissing`, `BrokerUnavailable`, `AccessDenied`, `LogTrimmed`.
+    ``folder``: the folder for scratch files, which take some hundred bytes for each record. ``table``: a SQLite file
+    with the status table as it was before the audit began. ``tell``: called with the progress and its total. Raises
+    `TopicMissing`, `BrokerUnavailable`, `AccessDenied`, `LogTrimmed`.
     """
     began = time.monotonic()
     prefix = names.jobs("")
@@ -131,7 +144,7 @@ def audit(
 
 
 def faults_of(found: Findings) -> list[Fault]:
-    """Every kind of fault that was found, in the order of `FAULTS`."""
+    """Return every kind of fault that was found, in the order of `FAULTS`."""
     return [
         Fault(kind, says, found.counts[kind], [Place(f.job_id, f.detail, f.positions) for f in found.faults[kind]])
         for kind, says in FAULTS.items()
@@ -151,8 +164,11 @@ def _told(
 
 
 class Judge:
-    """Checks groups of records and the rows of their jobs. ``jobs``, ``rows``: how many were checked and compared.
-    ``keep``: receives the turns of keyed jobs, which are checked after all groups."""
+    """Checks groups of records, and compares the rows of their jobs.
+
+    ``jobs``, ``rows``: the numbers for the `AuditReport`. ``keep``: receives the turns of keyed jobs, which are checked
+    after all groups.
+    """
 
     def __init__(
         self,
@@ -167,7 +183,10 @@ class Judge:
         self._read = {} if table is None else table.offsets()
 
     def all(self, groups: Iterator[tuple[str, list[Record]]]) -> None:
-        """Check every group. The groups, and the rows, must be sorted by the bytes of their keys."""
+        """Check every group, and close the table.
+
+        The groups must be sorted by the bytes of their keys, as the rows of the table are.
+        """
         table = self._table
         rows = iter(()) if table is None else table.rows()
         row = next(rows, None)
@@ -197,7 +216,7 @@ class Judge:
             self._compare(life, row)
 
     def _compare(self, life: Life, row: Row | None) -> None:
-        """Compare a row if the table has read all records of the job."""
+        """Compare a job's row with its records, if the status table has read all of these records."""
         saying = [r for r in life.facts if feeds(r)]
         if not saying:
             return
@@ -214,7 +233,7 @@ class Judge:
             self.found.fault("row-differs", life.job_id, text, *saying[-1:])
 
     def _unknown(self, row: Row) -> None:
-        """A row without a record: a fault, unless its records may have been trimmed or not read."""
+        """Report a row without a record as a fault, unless its records may have been trimmed or not read."""
         if row.carried or row.submitted_ms < self.scope.horizon:
             return
         if self._queues and row.final.queue not in self._queues:

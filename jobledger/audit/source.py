@@ -1,12 +1,12 @@
-"""Every record of a namespace's topics, decoded independently: from the log's first offset to its current ends.
+"""Reads every record of a namespace's topics, from the log's first offset to its current ends, and decodes the records.
 
-Only the connection uses Jobledger's code: settings, rights and errors are those of every other command. Nothing is
-committed, and no group is joined.
+Only the connection uses Jobledger's other code: settings, rights and errors are those of every other command. This
+module commits nothing and joins no group.
 
-While workers run, a cause and its consequence may be written between two reads. So three things are read one after the
-other: the workers' committed offsets, the ends of all partitions (`Span.bound`), and, after all records below these
-ends, the ends again (`Span.end`). Everything that was committed, and every cause of a record below ``bound``, is below
-``end``.
+While workers run, a cause and its consequence may be written between two reads. So the reads have this order: first the
+workers' committed offsets, then the ends of all partitions (`Span.bound`), then all records below these ends, then the
+ends again (`Span.end`), and at last the records between the two ends. Every record that was committed, and every cause
+of a record below ``bound``, is below ``end``.
 """
 
 from __future__ import annotations
@@ -34,29 +34,30 @@ Partition = tuple[str, int]
 #: Progress callback: (records read, records in total).
 Tell = Callable[[int, int], None]
 
-#: Kilobytes of records queued in the client, and bytes of one fetch: they bound memory at any length of the log.
+#: Kilobytes of records in the client's queue, and bytes of one fetch. They limit the memory, however long the log is.
 QUEUE_KB, FETCH_BYTES = 32 * 1024, 16 * 1024 * 1024
-#: Maximum number of records taken from the client at once.
+#: Maximum number of records that are taken from the client at once.
 BATCH = 2_000
-#: Seconds without a record, before the ends are reached, after which the broker counts as unavailable.
+#: Seconds without a record after which the broker counts as unavailable, if an end is not reached yet.
 STALL_S = 60.0
 REQUEST_TIMEOUT_S = 10.0
-_APPEND_TIME = 2  # of `Message.timestamp`: the broker set it
-#: Limits of ids (bytes) and numbers above which the coordinator rejects an event.
+_APPEND_TIME = 2  # the type in `Message.timestamp` of a time that the broker has set
+#: The coordinator rejects an event whose job id or ``home`` has more bytes than this, or whose run, attempt or release
+#: is at least this number.
 ID_BYTES, NUMBER_MOST = 1_000, (1 << 31) - 1
 
 
 class LogTrimmed(JobledgerError):
-    """The log was trimmed while it was read."""
+    """The log was trimmed while the audit read it."""
 
 
 @dataclass
 class Span:
-    """The part of each partition that was read: offsets from ``low`` up to, but not including, ``end``.
+    """The part of each partition that was read: the offsets from ``low`` up to, but not including, ``end``.
 
-    ``bound``: the end when reading began. ``committed``: the workers' offsets on work topics; a work topic is missing
-    here if its offsets could not be read. ``begins``: for each partition that does not begin with its first record, the
-    append time from which on no record is missing, in ms.
+    ``bound``: the end when reading began. ``committed``: the workers' committed offsets on work topics; a work topic
+    whose offsets could not be read has none. ``begins``: for each partition whose first records were trimmed or not
+    read, the append time from which on no record is missing, in ms.
     """
 
     low: dict[Partition, int] = field(default_factory=dict)
@@ -67,15 +68,20 @@ class Span:
 
     @property
     def horizon(self) -> int:
-        """The append time from which on no partition misses a record, in ms; 0 if all partitions begin with their first
-        record."""
+        """The append time from which on no record of any partition is missing, in ms.
+
+        The value is 0 if all partitions begin with their first record.
+        """
         return max(self.begins.values(), default=0)
 
 
 class Source:
-    """Reads one namespace once. ``queues``: only the work topics and jobs of these queues; if empty, of all.
-    ``since_ms``: only records appended from this time on. ``also``: further topics of the namespace. ``refused``: work
-    topics whose committed offsets this user may not read, with the error. Close it after use."""
+    """Reads one namespace once. Close the source after use.
+
+    ``queues``: read only the work topics and jobs of these queues; if empty, those of all queues. ``since_ms``: read
+    only records that were appended at this time (ms) or later. ``also``: further topics of the namespace to read,
+    without ``<ns>.``. ``refused``: work topics whose committed offsets this user may not read, with the error.
+    """
 
     def __init__(
         self,
@@ -111,9 +117,10 @@ class Source:
             self._consumer.close()
 
     def records(self, tell: Tell | None = None) -> Iterator[Record]:
-        """Every record, each partition in order. `span` is complete once the iterator is exhausted.
+        """Yield every record, those of one partition in order. `span` is complete when the iterator is exhausted.
 
-        Raises `TopicMissing`, `BrokerUnavailable`, `AccessDenied`, and `LogTrimmed` if the log lost records meanwhile.
+        ``tell``: called with the number of records that were read, and their total. Raises `TopicMissing`,
+        `BrokerUnavailable`, `AccessDenied`, and `LogTrimmed` if records were trimmed while the log was read.
         """
         span = self.span
         topics = self._topics()
@@ -126,7 +133,7 @@ class Source:
                 if self._since is not None and (later := self._reader.offset_at(topic, number, self._since)) > low:
                     low = later
                     span.begins[place] = self._since
-                elif low > 0 and low >= end:  # no record is left that would tell from when on
+                elif low > 0 and low >= end:  # no record is left whose append time could be used
                     span.begins[place] = int((time.time() - self._settings.retention_days * 86_400) * 1000)
                 span.low[place], span.bound[place], span.end[place] = low, end, end
         self._learn()
@@ -136,10 +143,10 @@ class Source:
         yield from self._read(span.bound, span.end, None)
         self._check_lows()
 
-    # -- what there is to read ----------------------------------------------------------------------------------------
+    # -- topics, committed offsets and schemas ------------------------------------------------------------------------
 
     def _topics(self) -> dict[str, int]:
-        """The topics to read, with their partition counts."""
+        """Return the topics to read, with their partition counts. Create the consumer."""
         names, settings = self._names, self._settings
         wanted = (names.lifecycle, names.coordination, names.dead_letter)
         limits = {"queued.max.messages.kbytes": QUEUE_KB, "fetch.max.bytes": FETCH_BYTES}
@@ -149,11 +156,11 @@ class Source:
         except KafkaException as exc:
             raise translate(exc.args[0], settings, "asking for topics") from exc
         work = [t for t in listed if (queue := names.queue_of(t)) and (not self._queues or queue in self._queues)]
-        # What this user may not read is not listed, and would count as empty.
+        # The cluster does not list topics that this user may not read. Without this check they would seem to be empty.
         acls.check(settings, names.namespace, (*wanted, names.schemas, *work))
         for topic in wanted:
             if topic not in listed:
-                partitions_of(settings, topic)  # raises: without it the log would seem empty
+                partitions_of(settings, topic)  # raises an error: without the topic, the log would seem to be empty
         also = [topic for each in self._also if (topic := f"{names.namespace}.{each}") in listed]
         return {topic: len(listed[topic].partitions) for topic in (*sorted(work), *wanted, *also)}
 
@@ -169,7 +176,7 @@ class Source:
         self.span.committed.update({place: each.base for place, each in found.items()})
 
     def _learn(self) -> None:
-        """Read every schema on ``<ns>.schemas``, before the records that need it."""
+        """Read every schema on ``<ns>.schemas``, before the records that need these schemas."""
         topic = self._names.schemas
         for number in range(partitions_of(self._settings, topic)):
             for message in self._reader.read(topic, number, 0):
@@ -188,7 +195,7 @@ class Source:
             return None
 
     def _check_lows(self) -> None:
-        """Raise `LogTrimmed` if records that were to be read have been trimmed: their jobs cannot be checked."""
+        """Raise `LogTrimmed` if records that had to be read were trimmed, because their jobs cannot be checked."""
         lost = [
             f"{topic}[{number}]"
             for (topic, number), low in self.span.low.items()
@@ -259,8 +266,10 @@ class Source:
 
 
 def _check_head(head: Mapping[str, object]) -> None:
-    """Raise `ValueError` for an event that the coordinator rejects: without a job, or with an id or number out of
-    range."""
+    """Raise `ValueError` for an event that the coordinator rejects.
+
+    Such an event has no job id, or an id that is too long, or a number that is too high.
+    """
     for name in ("job_id", "home"):
         if len(str(head[name] or "").encode()) > ID_BYTES:
             raise ValueError(f"{name} has more than {ID_BYTES} bytes")

@@ -1,9 +1,10 @@
-"""Groups the records by job, in bounded memory at any length of the log.
+"""Groups the records by job, in bounded memory, however long the log is.
 
-The fields that the rules need of each record are written to a SQLite file, which SQLite's external sort then reads job
-by job. So memory holds SQLite's cache and the records of one job. The turns of keyed jobs are sorted in the same file,
-in their own table. SQLite sorts in a second file, in SQLITE_TMPDIR, else TMPDIR, else /var/tmp. Progress reports after
-the first of an attempt, and fields that no rule needs (arguments, tags, tracebacks, messages), are left out.
+The fields of each record that the rules need are written to a SQLite file. SQLite's external sort then returns the
+records job by job. So memory holds only SQLite's cache and the records of one job. The turns of keyed jobs are sorted
+in the same file, in a table of their own. SQLite sorts in a second file, which is in SQLITE_TMPDIR, else in TMPDIR,
+else in /var/tmp. Fields that no rule needs (arguments, tags, tracebacks, messages), and each `JobProgressed` after the
+first of an attempt, are left out.
 """
 
 from __future__ import annotations
@@ -20,15 +21,15 @@ from jobledger.audit.records import Record
 from jobledger.audit.rules import belongs
 from jobledger.audit.table import result_text, stored
 
-#: Kilobytes of memory for SQLite's cache, and for its sorting.
+#: Kilobytes of memory for SQLite's cache and for SQLite's sorting.
 CACHE_KB = 32 * 1024
-#: Records that are written in one batch.
+#: Number of records that are written in one batch.
 CHUNK = 5_000
-#: Prefix of a position's key; no job's id contains it.
+#: Prefix of the key of a position. No stored job id contains this character.
 PLACE = "\0"
 
 _HEAD = ("event_id", "job_id", "run", "release", "attempt", "task", "queue", "key")
-#: Fields of facts that a rule, or the comparison with the table, needs.
+#: Fields of facts that a rule, or the comparison with the status table, needs.
 _BODY = frozenset(
     (
         "delay_ms",
@@ -49,10 +50,10 @@ _decode = msgspec.msgpack.Decoder(list[Any]).decode
 
 
 def keys_of(record: Record, work_prefix: str) -> list[str]:
-    """The keys under which a record is checked: its job, or a position, or both.
+    """Return the keys of the groups in which a record is checked: its job, or a position, or both.
 
-    A position is the key of a record that is not an event, of a record that is on a work topic and hands over no job,
-    and of a dead letter that reports a rejected record.
+    A position is a key of a record that is not an event or has no job id, of a record that is on a work topic and does
+    not hand over a job, and of a dead letter that reports a rejected record.
     """
     if record.fact == "RecordRejected":
         body = record.body
@@ -67,7 +68,7 @@ def keys_of(record: Record, work_prefix: str) -> list[str]:
 
 
 def slim(record: Record, *, whole: bool) -> Record:
-    """A record with the fields that the rules need, and no others. ``whole``: with its bytes as well."""
+    """Return the record with only the fields that the rules need. ``whole``: keep the bytes of the value, too."""
     if record.fact is None:
         return record
     body = {name: value for name, value in record.body.items() if name in _BODY}
@@ -82,8 +83,11 @@ def slim(record: Record, *, whole: bool) -> Record:
 
 
 class Spill:
-    """A scratch file of records. ``add`` all records, then read the ``groups`` and ``keep`` the turns of each group,
-    then read the ``turns``. Close it after use; the caller deletes the file."""
+    """A scratch file of records. Close the file after use; the caller deletes it.
+
+    First `add` all records. Then read the `groups`, and `keep` the turns of each group. Then read the `turns`.
+    ``count``: the number of records that were added.
+    """
 
     def __init__(self, folder: Path) -> None:
         self._file = sqlite3.connect(folder / "records.db", isolation_level=None)
@@ -102,7 +106,7 @@ class Spill:
         self._file.close()
 
     def add(self, record: Record, work_prefix: str) -> None:
-        """Store the fields of a record that the rules need."""
+        """Store the fields of a record that the rules need, once for each of its keys."""
         keys = keys_of(record, work_prefix)
         made = slim(record, whole=len(keys) > 1)
         head = made.head
@@ -121,7 +125,7 @@ class Spill:
         self._waiting.clear()
 
     def groups(self) -> Iterator[tuple[str, list[Record]]]:
-        """Keys, sorted by their bytes, each with its records."""
+        """Yield each key with its records. The keys are sorted by their bytes."""
         self._write()
         self._file.execute("COMMIT")
         names = list(self._topics)
@@ -146,7 +150,7 @@ class Spill:
             yield current.decode(), records
 
     def keep(self, turn: Turn) -> None:
-        """Store the turn of a keyed job, while the groups are read."""
+        """Store the turn of a keyed job. May be called while the groups are read."""
         work = turn.work
         line = _encode([self._topics[work.topic], work.partition, turn.key])
         packed = _encode([work.head["job_id"], work.at, self._fact(turn.started), self._fact(turn.closed), turn.holds])
@@ -164,8 +168,10 @@ class Spill:
         return None if record is None else [self._topics[record.topic], record.offset, record.at, record.fact]
 
     def turns(self) -> Iterator[Turn]:
-        """The stored turns, sorted by line, and within a line by the offset of their work records. The groups must have
-        been read."""
+        """Yield the stored turns, grouped by `Turn.line`, and in each group by the offset of their work records.
+
+        All groups of records must have been read before.
+        """
         self._write_turns()
         names = list(self._topics)
 

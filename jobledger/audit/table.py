@@ -1,7 +1,7 @@
-"""The expected status of a job, computed from its records; and the status table's rows, read with plain SQL.
+"""Computes the expected status of a job from its records, and reads the status table's rows with plain SQL.
 
-The rule is that of docs/reference.md: the outcome of the latest run if there is one, else the job's last state. The
-table's own fold is not used.
+The rule is that of docs/reference.md: the status is the outcome of the latest run if there is an outcome, else the
+job's last state. This module must not use the fold of the status table.
 """
 
 from __future__ import annotations
@@ -26,13 +26,14 @@ ENDED = set(TERMINAL_STATE.values())
 _PHASE = {"JobSubmitted": 0, "JobDue": 1, "JobStarted": 2, "JobProgressed": 2, "JobRetried": 3, "JobSnoozed": 3}
 _CLOSED = 3
 _STATE = {"JobDue": "queued", "JobStarted": "running", "JobProgressed": "running", "JobRetried": "retrying"}
-#: Facts that count only on the lifecycle topic: a leased job's worker also sends them to the coordinator, which drops
-#: them if the lease is over.
+#: Facts that count only on the lifecycle topic. The worker of a leased job sends them as reports to the coordinator,
+#: which drops a report if the lease is over.
 _ON_LIFECYCLE = {*TERMINAL_RANK, "JobRetried", "JobSnoozed"}
 
-#: Results with at most this many characters are compared as text, longer ones by their digest.
+#: Results with at most this many bytes are compared as text, longer results by their digest.
 RESULT_MOST = 200
-#: Maximum characters of an id or name in the table; of longer ones the table has the beginning and a digest.
+#: Maximum number of characters of an id or name in the table. Of a longer id or name, the table has the beginning and a
+#: digest, with these numbers of characters.
 KEY_MOST, KEY_HEAD, KEY_DIGEST = 200, 167, 32
 
 
@@ -50,14 +51,14 @@ class Final(NamedTuple):
 
 
 def feeds(record: Record) -> bool:
-    """Whether a record affects a job's state."""
+    """Return whether a record affects its job's state."""
     if record.fact in _ON_LIFECYCLE:
         return record.topic.endswith(".lifecycle")
     return record.fact in _PHASE
 
 
 def final(records: Iterable[Record]) -> Final | None:
-    """A job's last state according to all of its records; None if none of them affects it."""
+    """Return a job's last state according to all of its records; None if none of them affects the state."""
     life = sorted(filter(feeds, records), key=lambda r: r.place)
     if not life:
         return None
@@ -80,20 +81,23 @@ def final(records: Iterable[Record]) -> Final | None:
 
 
 def _last(life: list[Record]) -> Record:
-    """The fact that determines the state of a job without an outcome. ``life``: in order of their places."""
+    """Return the fact that determines the state of a job without an outcome.
+
+    ``life``: the job's facts that affect its state, in the order of their positions.
+    """
     top = max((r.head["release"], r.head["attempt"]) for r in life)
     life = [r for r in life if (r.head["release"], r.head["attempt"]) == top]
     closing = [r for r in life if _PHASE[str(r.fact)] == _CLOSED]
     if closing and all(r.body.get("in_place") for r in closing):
-        # The release continues (after a snooze with the same attempt, after a retry with the next): the last start, retry or
-        # snooze of this attempt counts.
+        # The release continues: after a snooze with the same attempt, after a retry with the next one. So the last
+        # start, retry or snooze of this attempt counts.
         return [r for r in life if r in closing or r.fact == "JobStarted"][-1]
     closing = [r for r in closing if not r.body.get("in_place")]
     return closing[0] if closing else max(life, key=lambda r: _PHASE[str(r.fact)])
 
 
 def result_text(raw: bytes | None) -> str | None:
-    """A result in the form in which it is compared. A text in this form is returned unchanged."""
+    """Return a result in the form in which results are compared. A result in this form is returned unchanged."""
     if raw is None:
         return None
     if len(raw) > RESULT_MOST:
@@ -102,7 +106,7 @@ def result_text(raw: bytes | None) -> str | None:
 
 
 def stored(text: str) -> str:
-    """An id or name in the form that the table has: see docs/reference.md, "Status table"."""
+    """Return an id or name in the form in which the table stores it: see docs/reference.md, "Status table"."""
     if len(text) > KEY_MOST:
         digest = hashlib.sha256(text.encode("utf-8", "replace")).hexdigest()[:KEY_DIGEST]
         text = f"{text[:KEY_HEAD]}…{digest}"
@@ -130,12 +134,12 @@ class StatusFile:
         self._connection.close()
 
     def offsets(self) -> dict[tuple[str, int], int]:
-        """The table's next offset of each partition."""
+        """Return for each partition the next offset that the table will read."""
         rows: list[Any] = self._connection.execute("SELECT topic, partition, next_offset FROM offsets").fetchall()
         return {(topic, partition): offset for topic, partition, offset in rows}
 
     def rows(self) -> Iterator[Row]:
-        """Every row, sorted by the bytes of its id."""
+        """Yield every row. The rows are sorted by the bytes of their job ids."""
         for row in self._connection.execute("SELECT * FROM jobs ORDER BY job_id"):
             found = Final(
                 str(row["state"]),
@@ -160,7 +164,7 @@ class Difference(NamedTuple):
 
 
 def differences(job_id: str, log: Final | None, kept: Final | None) -> list[Difference]:
-    """The fields in which the two states differ."""
+    """Return the fields in which the two states differ."""
     if log is None or kept is None:
         return [] if log is kept else [Difference(job_id, "job", log and log.state, kept and kept.state)]
     pairs = zip(Final._fields, log, kept, strict=True)

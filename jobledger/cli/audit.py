@@ -54,12 +54,12 @@ def audit(
 ) -> None:
     """Check the log independently. Exit code 4, with the positions, if the log breaks a promise; 0 if not.
 
-    Looks for jobs that have not ended, outcomes that contradict each other, starts after an outcome (and by which
-    worker), releases before their due time, jobs of a key that were started out of order, missing or duplicate work
-    records and dead letters, and rows of the status table that differ from the log. It decodes every record with
-    fastavro alone and uses neither the worker's nor the table's code. Workers may run meanwhile. What docs/promises.md
-    allows, such as a duplicate success after a crash, is counted as a note. Memory is bounded; a scratch file next to
-    the status table takes some hundred bytes per record.
+    The audit looks for jobs that have not ended, outcomes that contradict each other, starts after an outcome (and by
+    which worker), releases before their due time, jobs of a key that were started out of order, missing or duplicate
+    work records and dead letters, and rows of the status table that differ from the log. The audit decodes every record
+    with fastavro alone and uses neither the worker's nor the table's code. Workers may run meanwhile. Anything that
+    docs/promises.md allows, such as a duplicate success after a crash, is counted as a note. Memory is bounded; a
+    scratch file next to the status table takes some hundred bytes per record.
     """
     from jobledger.audit.run import Wanted
     from jobledger.audit.run import audit as judge
@@ -84,8 +84,8 @@ def audit(
 
 @contextmanager
 def _scratch(url: str) -> Iterator[Path]:
-    """A folder next to the status table, where there is enough space; for a table in PostgreSQL the system's temporary
-    folder."""
+    """Yield a temporary folder next to the status table, where there is enough space; for a table in PostgreSQL, inside
+    the system's temporary folder. Delete the folder afterwards."""
     from jobledger.streams.status.store import scratch
 
     parent = scratch(url)
@@ -96,7 +96,7 @@ def _scratch(url: str) -> Iterator[Path]:
 
 
 def _copy(url: str, namespace: str, folder: Path) -> Path:
-    """A copy of the status table, made before the log is read. Raises `StoreNotFound`."""
+    """Copy the status table before the log is read, and return the path of the copy. Raises `StoreNotFound`."""
     from jobledger.streams.status.store import copy
 
     path = folder / "table.db"

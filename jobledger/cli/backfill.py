@@ -118,7 +118,8 @@ def backfill(
 
 @contextmanager
 def _bar(what: str, *, quiet: bool, dry_run: bool) -> Iterator[Callable[[BackfillProgress], None]]:
-    """A progress bar on standard error; if that is not a terminal, a line every `PROGRESS_S` seconds."""
+    """Show a progress bar on standard error; if that is not a terminal, print a line every `PROGRESS_S` seconds. Yield
+    the function that takes the progress."""
     if quiet:
         yield lambda progress: None
         return

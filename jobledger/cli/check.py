@@ -1,4 +1,4 @@
-"""``jobledger check``: could this version of the app run all jobs that are in the log?"""
+"""``jobledger check``: checks whether this version of the app could run all jobs that are in the log."""
 
 from __future__ import annotations
 
@@ -26,8 +26,9 @@ TELL_EVERY = 2_000
 
 
 class Misfit(msgspec.Struct):
-    """Jobs of one task that this app cannot run. ``waits``: how many wait for a time or a retry; ``queued``: how many
-    others."""
+    """Jobs of one task that this app cannot run for one reason. ``waits``: how many of them the coordinator holds: they
+    wait for a time or a retry, or run on a job lease; ``queued``: how many others. ``example``: the id of one of
+    them."""
 
     task: str
     queue: str
@@ -39,7 +40,8 @@ class Misfit(msgspec.Struct):
 
 
 class Checked(msgspec.Struct):
-    """The result. ``jobs``: how many were checked; ``unread``: records that this version cannot read as events."""
+    """The result. ``jobs``: number of jobs that were checked; ``unread``: number of records that this version cannot
+    read as jobs."""
 
     namespace: str
     jobs: int = 0
@@ -54,7 +56,8 @@ class Check:
     """Checks every job that has not ended: work records that the worker groups have not committed, and the
     coordinator's jobs.
 
-    Memory: one entry for each kind of misfit, and one for each misfit among a partition's waiting jobs.
+    Memory: one entry for each kind of misfit. While one of the coordinator's partitions is read, also one hash for each
+    of its jobs, and one entry for each misfit among them.
     """
 
     def __init__(self, app: App) -> None:
@@ -63,7 +66,8 @@ class Check:
         self._kinds: dict[tuple[str, str, str, str], Misfit] = {}
 
     def run(self, tell: Callable[[int, int], None] | None) -> Checked:
-        """Read the log once. Raises `BrokerUnavailable` or `TopicMissing`."""
+        """Read the log once and return the result. ``tell``: called with the number of offsets that are done, and of
+        all offsets. Raises `BrokerUnavailable` or `TopicMissing`."""
         from jobledger.consumers.state.offset_tracker import Restored, decode
         from jobledger.kafka.clients import partitions_of
         from jobledger.kafka.topology import changelog
@@ -149,11 +153,11 @@ class Check:
                 self._note(kind, event.job_id).queued += 1
 
     def _waiting(self, messages: Iterator[Message]) -> None:
-        """Check the rows of one partition: a job's last record is its current row."""
+        """Check the rows of one partition of the changelog. A job's last record is its current row."""
         from jobledger.streams.coordinator.rules.schedule_rows import Kept, decode_row
 
         wrong: dict[bytes, tuple[str, str, str, str]] = {}
-        there: set[int] = set()  # of keys only their hashes: there may be millions
+        there: set[int] = set()  # hashes of keys, because there may be millions of keys
         for message in messages:
             key, value = message.key(), message.value()
             if not isinstance(key, bytes) or key.startswith(b"\0"):
@@ -178,7 +182,8 @@ class Check:
             self._note(kind, key.decode(errors="replace")).waits += 1
 
     def _judge(self, name: str, queue: str, lane: str, args: bytes) -> tuple[str, str, str, str] | None:
-        """Why this app cannot run the job: (task, queue, problem, explanation); None if it can."""
+        """Return why this app cannot run the job, as (task, queue, problem, explanation); None if the app can run
+        it."""
         from jobledger.errors import BadArguments
 
         task = self.app.tasks.get(name)
@@ -206,7 +211,7 @@ class Check:
 
 
 def _shape(args: bytes) -> str:
-    """The names of the arguments, without their values, which may be confidential."""
+    """Return the names of the arguments, without their values, which may be confidential."""
     try:
         found = msgspec.json.decode(args)
     except msgspec.DecodeError:
@@ -214,7 +219,7 @@ def _shape(args: bytes) -> str:
     return f"({', '.join(sorted(found))})" if isinstance(found, dict) else f"a {type(found).__name__}"
 
 
-#: The way out of each problem.
+#: What a user can do about each problem.
 WAYS_OUT = {
     "task gone": "keep a task of that name until its jobs have ended, or cancel them: jobledger jobs cancel --where task=…",
     "queue gone": "keep a worker of the old version for that queue until it is empty",
@@ -225,10 +230,10 @@ WAYS_OUT = {
 def check(target: Target, bootstrap: Bootstrap = None, as_json: Json = False) -> None:
     """Before a deploy: find jobs in the log that this version of the app cannot run. Exit code 4 if there are any.
 
-    Checks every job that has not ended, without running or changing anything: work records that the worker groups have
-    not committed, including running jobs, and jobs that the coordinator holds for later (its changelog). A job whose
-    task is gone would be snoozed and then fail as unknown-task; one whose arguments no longer fit would fail as
-    bad-arguments. If the app no longer has a job's queue, no worker serves the queue.
+    The command checks every job that has not ended, without running or changing anything: work records that the worker
+    groups have not committed, including running jobs, and jobs that the coordinator holds (its changelog). A job whose
+    task no longer exists would be snoozed and then fail as unknown-task. A job whose arguments no longer fit would fail
+    as bad-arguments. If the app no longer has a job's queue, no worker serves the queue.
     """
     app = load_app(target, bootstrap=bootstrap)
     with progress_bar("reading the log", quiet=as_json) as tell:

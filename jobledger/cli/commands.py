@@ -22,23 +22,23 @@ _UNITS = {"ms": 0.001, "s": 1.0, "m": 60.0, "min": 60.0, "h": 3600.0, "d": 86400
 
 #: Maximum seconds that an option accepts, within the limits of clocks and databases.
 SECONDS_MOST = 366 * 86_400
-_LAST_MS = 253_402_214_400_000  # the last day that every time zone has
+_LAST_MS = 253_402_214_400_000  # 9999-12-31 in UTC: a later time may be outside the calendar in some time zone
 
 
 class Wrong(typer.BadParameter):
     """An error in the command line, with its own message."""
 
     def format_message(self) -> str:
-        """The message, without click's prefix."""
+        """Return the message, without click's prefix."""
         return str(self.message)
 
 
 class Once(TyperCommand):
-    """A command that refuses an option given twice, unless the option takes several values: else the first value would
-    be dropped silently."""
+    """A command that refuses an option that is given twice, unless the option takes several values. Without this check
+    the first value would be dropped silently."""
 
     def make_parser(self, ctx: Any) -> Any:
-        """Click's parser, which also counts how often each option was given."""
+        """Return Click's parser, which here also counts how often each option was given."""
         parser: Any = super().make_parser(ctx)
         parse = parser.parse_args
 
@@ -46,7 +46,7 @@ class Once(TyperCommand):
             if ctx.resilient_parsing and args and args[-1].startswith("-"):
                 args = args[
                     :-1
-                ]  # its value is being completed; without a value the parser would drop the earlier arguments
+                ]  # this option's value is being completed; without a value the parser would drop the earlier arguments
             opts, rest, order = parse(args)
             for each, count in Counter(order).items():
                 single = each.param_type_name == "option" and not each.multiple and not each.is_flag
@@ -62,13 +62,13 @@ class Commands(typer.Typer):
     """A group of commands, each of which is a `Once`."""
 
     def command(self, name: str | None = None, **options: Any) -> Callable[..., Any]:
-        """As Typer's."""
+        """Register a command as `typer.Typer.command` does, with the class `Once`."""
         return super().command(name, **{"cls": Once, **options})
 
 
 @contextmanager
 def judged(option: str = "") -> Iterator[None]:
-    """In the block, a `ConfigError` is an error in the command line. ``option``: the option to name in the message."""
+    """Turn a `ConfigError` of the block into a `Wrong`. ``option``: the option to name in the message."""
     try:
         yield
     except ConfigError as exc:
@@ -76,7 +76,7 @@ def judged(option: str = "") -> Iterator[None]:
 
 
 class Words(NamedTuple):
-    """The arguments of a command line: the app, if the first one names it, and the others."""
+    """The arguments of a command line: the app, if the first argument names it, and the other arguments."""
 
     target: str | None
     others: list[str]
@@ -88,7 +88,7 @@ def words_of(
     """Separate the app, ``MODULE:APP``, from the arguments after it: ``count`` of them, or any number for None.
 
     ``named``: whether --app or --namespace has named the app already. ``what``: what each argument stands for, as in
-    the help.
+    the help. Raises `Wrong`.
     """
     found = list(words or ())
     target = None
@@ -107,7 +107,7 @@ def words_of(
 
 
 def pair_of(text: str, what: str) -> tuple[str, str]:
-    """Split ``NAME=VALUE``."""
+    """Split ``NAME=VALUE``. ``what``: the option, for the error message. Raises `Wrong`."""
     name, found, value = text.partition("=")
     if not found or not name:
         raise Wrong(f"{what} {text!r} is not of the form NAME=VALUE")
@@ -115,7 +115,7 @@ def pair_of(text: str, what: str) -> tuple[str, str]:
 
 
 def pairs_of(texts: Sequence[str] | None, what: str) -> dict[str, str]:
-    """Several ``NAME=VALUE``; a name with two different values is refused."""
+    """Split several ``NAME=VALUE``. Raises `Wrong`, also if a name has two different values."""
     found: dict[str, str] = {}
     for name, value in (pair_of(each, what) for each in texts or ()):
         if found.setdefault(name, value) != value:
@@ -124,7 +124,7 @@ def pairs_of(texts: Sequence[str] | None, what: str) -> dict[str, str]:
 
 
 def states_of(texts: Sequence[str] | None, option: str = "--state") -> list[str]:
-    """Validated names of states."""
+    """Return names of states after a check. Raises `Wrong`."""
     from jobledger.job import State
 
     for text in texts or ():
@@ -134,7 +134,7 @@ def states_of(texts: Sequence[str] | None, option: str = "--state") -> list[str]
 
 
 def among(name: str, choices: Mapping[str, Any] | Sequence[str], kind: str, where: str) -> str:
-    """``name``, if it is one of the choices. Raises `Wrong` if not."""
+    """Return ``name`` if it is one of the choices. Raises `Wrong` if not."""
     if name not in choices:
         there = ", ".join(sorted(choices)) or "none"
         raise Wrong(f"{where} has no {kind} {name!r}; there are {there}")
@@ -142,7 +142,7 @@ def among(name: str, choices: Mapping[str, Any] | Sequence[str], kind: str, wher
 
 
 def seconds(text: str) -> float:
-    """Parser of an option: a number of seconds from 0 to `SECONDS_MOST`."""
+    """Parse the value of an option: a number of seconds from 0 to `SECONDS_MOST`. Raises `typer.BadParameter`."""
     try:
         value = float(text)
     except ValueError:
@@ -153,9 +153,9 @@ def seconds(text: str) -> float:
 
 
 def moment_ms(text: str, option: str, *also: str, now: float | None = None) -> int:
-    """A time on the command line as milliseconds since the epoch: ISO 8601 (UTC if without a zone), or an age.
+    """Convert a time on the command line to milliseconds since the epoch: ISO 8601 (UTC if without a zone), or an age.
 
-    ``also``: other words that the option accepts, for the error message.
+    ``also``: other words that the option accepts, for the error message. Raises `Wrong`.
     """
     age = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(ms|s|m|min|h|d)", text.strip())
     try:
@@ -170,10 +170,10 @@ def moment_ms(text: str, option: str, *also: str, now: float | None = None) -> i
         raise Wrong(
             f"{option} {text!r} is neither {others}an age such as 10m or 2h, nor a time such as 2026-01-31T14:05"
         )
-    return max(found, 0)  # nothing is older than the epoch
+    return max(found, 0)  # no record is older than the epoch
 
 
 def milliseconds(when: dt.datetime) -> int:
-    """A command line's time as milliseconds since the epoch. A time without a zone is UTC, so that a command line means
-    the same moment on every machine."""
+    """Convert a time to milliseconds since the epoch. A time without a zone is UTC, so that a command line means the
+    same moment on every machine."""
     return round((when if when.tzinfo is not None else when.replace(tzinfo=dt.UTC)).timestamp() * 1000)

@@ -1,6 +1,6 @@
 """Shell completion: states, queues, tasks, namespaces, jobs and other names of an app.
 
-Completion must never disturb: on any error it offers nothing and prints nothing.
+Completion must never disturb the user's shell: after any error it offers nothing and prints nothing.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def join_words(environ: MutableMapping[str, str]) -> None:
 
 def _completer(find: Callable[[typer.Context, str], Iterable[str]]) -> Completer:
     def complete(ctx: typer.Context, incomplete: str) -> list[str]:
-        # What an app's module prints would stand among the choices.
+        # Text that an app's module prints would appear among the choices.
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
             try:
                 return sorted(each for each in find(ctx, incomplete) if each.startswith(incomplete))
@@ -54,7 +54,7 @@ def _completer(find: Callable[[typer.Context, str], Iterable[str]]) -> Completer
 
 
 def _app(ctx: typer.Context) -> App:
-    """The app that the earlier words name."""
+    """Return the app that the earlier words of the command line name."""
     given = ctx.params
     words = given.get("words") or [None]
     target = given.get("target") or given.get("app") or (words[0] if words[0] and ":" in words[0] else None)
@@ -72,7 +72,7 @@ def _tasks(ctx: typer.Context, incomplete: str) -> Iterable[str]:
 
 
 def _ordered(ctx: typer.Context, incomplete: str) -> Iterable[str]:
-    """Names for a group of commands: queues or tasks."""
+    """Return the names of queues for the commands of ``queues``, or of tasks for those of ``tasks``."""
     return _queues(ctx, incomplete) if getattr(ctx.parent, "info_name", "") == "queues" else _tasks(ctx, incomplete)
 
 

@@ -1,6 +1,6 @@
 """``jobledger dev``: a broker, the topics, a worker and the stream processor in one terminal, with reload on change.
 
-This module defines the order in which they start and stop. Each is the same process that runs in production.
+This module defines the order in which these parts start and stop. Each of them is the same process as in production.
 """
 
 from __future__ import annotations
@@ -25,9 +25,10 @@ if TYPE_CHECKING:
     from jobledger.config import Settings
     from jobledger.streams.supervisor import Say, Supervisor
 
-#: Seconds that running jobs get before a reload or the end; short, as the developer is waiting.
+#: Seconds that running jobs get before a reload or the end; short, because the developer is waiting.
 WORKER_GRACE_S = 5.0
-#: Seconds before a process that does not stop is killed. Longer than a job's leftovers can keep a worker running.
+#: Seconds before a process that does not stop is killed. Longer than threads or processes that a job has left behind
+#: can keep a worker running.
 KILL_AFTER_S = 20.0
 #: Seconds within which the new code must be imported and its topics created.
 CHECK_TIMEOUT_S = 60.0
@@ -78,7 +79,7 @@ def dev(
             children.append(
                 Child("projections", command("projections", "run", target, *passed_on(address, status_url)))
             )
-        # A developer's process may die as often as it likes: the next change may be the cure.
+        # A developer's process may die any number of times, because the next change of the code may fix it.
         supervisor = Supervisor(
             children,
             lambda name, line: say("dev" if name == Supervisor.NAME else name, line),
@@ -95,7 +96,8 @@ def dev(
 
 @contextmanager
 def _broker(settings: Settings, port: int, say: Say) -> Iterator[str]:
-    """The broker's address: the configured broker, a running one, or an embedded one that stops with this command."""
+    """Yield the address of the configured broker; else of an embedded broker that runs already; else of an embedded
+    broker that is started here, and stops after the block."""
     from jobledger.cli.kafka import in_lines
     from jobledger.errors import BrokerUnavailable
     from jobledger.kafka import embedded
@@ -164,10 +166,11 @@ def _watch(supervisor: Supervisor, target: str, address: str, folders: Sequence[
 
 
 def fits_as_it_is(target: str, address: str, supervisor: Supervisor) -> bool:
-    """Whether the current code loads and its topics exist; if not, the reason is printed.
+    """Create the topics of the current code. Return whether this code can be loaded and its topics exist; if not, print
+    the reason.
 
-    A separate process loads the code, since this one cannot reload a module, and creates its topics. The stream
-    processor needs no reload: it runs none of the app's code and finds new topics by itself.
+    A separate process does this, since this one cannot reload a module. The stream processor needs no reload: it runs
+    none of the app's code and finds new topics by itself.
     """
     words = command("topics", "apply", target, "--yes", "--json", "--bootstrap", address)
     try:
@@ -181,7 +184,8 @@ def fits_as_it_is(target: str, address: str, supervisor: Supervisor) -> bool:
 
 
 def _said(stderr: str) -> str:
-    """The error of a child that ended with ``--json``: its message, or its last line if that is not JSON."""
+    """Return the error of a child process that was started with ``--json``: its message, or its last line if that is
+    not JSON."""
     lines = stderr.strip().splitlines()
     if not lines:
         return ""

@@ -1,4 +1,4 @@
-"""``jobledger events tail``: prints the log for people or scripts. It commits nothing and joins no group."""
+"""``jobledger events tail``: prints the log for people or scripts. The command commits nothing and joins no group."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class Topics(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """One record: its event, or why it could not be read."""
+    """One record: its event, or the reason why it could not be read."""
 
     position: Position
     appended_ms: int
@@ -117,7 +117,7 @@ def tail(
 
     def wanted(line: Line) -> bool:
         event = None if line.recorded is None else line.recorded.event
-        if event is None:  # an unreadable record may belong to any job: shown unless a job or task is given
+        if event is None:  # an unreadable record may belong to any job: it is shown unless a job or a task is given
             return not task and not job
         return (not task or event.task in task) and (not job or event.job_id.startswith(tuple(job)))
 
@@ -133,7 +133,7 @@ def tail(
 
 
 def newest(lines: Iterator[Line], count: int | None) -> Iterator[Line]:
-    """The newest ``count`` of ``lines`` in order of append time; None: all, sorted `SORTED_AT_ONCE` at a time."""
+    """Yield the newest ``count`` of ``lines`` in order of append time; None: all, sorted `SORTED_AT_ONCE` at a time."""
     if count is not None:
         yield from sorted(heapq.nlargest(count, lines, key=_order), key=_order)
         return
@@ -172,7 +172,8 @@ class _Tail:
         self._consumer.close()
 
     def begin(self, *, since: int | None, at_end: bool, last: int | None) -> None:
-        """Choose where each partition begins: an append time, the end, ``last`` records before it, or the start."""
+        """Choose where each partition begins: at an append time (``since``, ms since the epoch), at its end, ``last``
+        records before its end, or at its start. Raises `TopicMissing`."""
         from jobledger.kafka import acls
         from jobledger.kafka.auth import knock
         from jobledger.log import reading
@@ -180,7 +181,8 @@ class _Tail:
         knock(self._settings)
         names = self._names
         all_of_them = (*map(names.jobs, self._queues), names.lifecycle, names.coordination, names.dead_letter)
-        # What this user may not read is not even listed, and would be left out without a word.
+        # The broker does not list topics that this user may not read. Without this check they would be left out
+        # silently.
         acls.check(self._settings, names.namespace, [*filter(self._belongs, all_of_them), names.schemas])
         found = self._partitions()
         if not found:
@@ -201,7 +203,7 @@ class _Tail:
                 self._next[topic, partition], self._end[topic, partition] = start, high
 
     def until_now(self) -> Iterator[Line]:
-        """Everything up to the ends that `begin` saw."""
+        """Yield the records up to the ends that `begin` saw. Raises `BrokerUnavailable`."""
         open_ = {each for each in self._next if self._next[each] < self._end[each]}
         self._assign(open_)
         heard = time.monotonic()
@@ -224,7 +226,7 @@ class _Tail:
                     open_.discard(each)
 
     def onwards(self) -> Iterator[Line]:
-        """Records appended after that, forever."""
+        """Yield the records that are appended after these ends, forever."""
         for each, end in self._end.items():
             self._next[each] = end
         self._assign(self._next)
@@ -313,7 +315,7 @@ def _json_line(line: Line) -> None:
 
 
 class _Printer:
-    """One line per event: time, fact, task, job, details, position."""
+    """Prints one line per event: time, fact, task, job, details, position."""
 
     def __init__(self, names: Names) -> None:
         self._console: Console = output.console()
@@ -345,5 +347,5 @@ class _Printer:
                 " ",
                 (where, "dim"),
             )
-        text.plain = text.plain.replace("\n", " ")  # whatever a task or an id is called
+        text.plain = text.plain.replace("\n", " ")  # the name of a task or an id may contain line ends
         self._console.print(text, soft_wrap=True)

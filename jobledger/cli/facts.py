@@ -9,7 +9,7 @@ from jobledger.cli import output
 from jobledger.cli.output import clock, duration, jsonable, shorten
 from jobledger.schemas import events as e
 
-#: One colour for each fact; facts that are only internal to Jobledger are dim.
+#: One colour for each fact. Facts that are not listed are only internal to Jobledger; they are dim.
 FACT_STYLES: Mapping[str, str] = {
     "JobSubmitted": "blue",
     "JobDue": "cyan",
@@ -36,17 +36,17 @@ _TEXT_MOST = 4_000
 
 
 def kind(fact: object) -> str:
-    """The fact's name."""
+    """Return the fact's name."""
     return type(fact).__name__
 
 
 def style(fact: object) -> str:
-    """The fact's colour."""
+    """Return the fact's colour."""
     return FACT_STYLES.get(kind(fact), "dim")
 
 
 def describe(fact: object, *, most: int = 100) -> str:
-    """A fact's details beyond its name, on one line of at most ``most`` characters."""
+    """Return a fact's details beyond its name, on one line of at most ``most`` characters."""
     return shorten(_describe(fact), most)
 
 
@@ -97,18 +97,19 @@ def _describe(fact: object) -> str:
 
 
 def progress(done: int, total: int | None, message: str | None) -> str:
-    """``3/10 (30 %) unpacking``; 100 % is shown only for complete work."""
+    """Format a job's progress: ``3/10 (30 %) unpacking``; 100 % is shown only for complete work."""
     percent = f" ({100 * done // total} %)" if total is not None and total > 0 else ""
     return (str(done) if total is None else f"{done}/{total}{percent}") + (f" {message}" if message else "")
 
 
 def fact_json(fact: object) -> dict[str, Any]:
-    """A fact as JSON builtins, with its name as ``type``; arguments and results as the JSON they contain."""
+    """Convert a fact to JSON builtins, with its name as ``type``; arguments and results become the JSON they
+    contain."""
     return {"type": kind(fact), **jsonable(fact)}
 
 
 def event_json(recorded: e.Recorded) -> dict[str, Any]:
-    """An event with its position and the time when the broker appended it (UTC, ISO 8601)."""
+    """Convert an event to JSON builtins, with its position and the time when the broker appended it (UTC, ISO 8601)."""
     event = recorded.event
     header = {name: getattr(event, name) for name in event.__struct_fields__ if name not in ("fact", "occurred_at")}
     return {

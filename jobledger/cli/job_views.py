@@ -25,14 +25,14 @@ KNOCK_S = 3.0
 
 
 def status_json(status: JobStatus) -> dict[str, Any]:
-    """A status as JSON builtins; positions as text."""
+    """Convert a status to JSON builtins; positions become text."""
     shown: dict[str, Any] = output.jsonable(status)
     shown["positions"] = [str(p) for p in status.positions]
     return shown
 
 
 def finish(status: JobStatus, as_json: bool) -> None:
-    """Print the job's final status, and end the command with the matching exit code."""
+    """Print the job's final status. Raises `typer.Exit` with exit code 5 if the job did not succeed."""
     if as_json:
         output.print_json(status_json(status))
     else:
@@ -49,7 +49,8 @@ _CELL_MOST = 60
 
 
 def row(status: JobStatus, show: Sequence[str] = (), args: bytes | str | None = None) -> list[Cell]:
-    """A job's row in a list; ``show``: which of `COLUMNS`; ``args``: as returned by `submissions`."""
+    """Return a job's row in a list. ``show``: which of `COLUMNS` it has; ``args``: the job's arguments as returned by
+    `submissions`."""
     more: dict[str, Cell] = {"tags": output.shorten(_tags(status), _CELL_MOST), "args": _args(args, _CELL_MOST)}
     return [
         status.job_id,
@@ -69,7 +70,7 @@ def _tags(status: JobStatus) -> str:
 
 
 def _args(args: bytes | str | None, most: int | None = None) -> Cell:
-    """Arguments as text; a str is the reason why they are not known."""
+    """Return arguments as text, of at most ``most`` characters. A str is the reason why the arguments are not known."""
     if args is None or isinstance(args, str):
         return args or "", "dim"
     text = args[: 4 * most].decode("utf-8", "backslashreplace") if most else args.decode("utf-8", "backslashreplace")
@@ -77,14 +78,14 @@ def _args(args: bytes | str | None, most: int | None = None) -> Cell:
 
 
 def args_json(args: bytes | str | None) -> dict[str, Any]:
-    """Arguments for JSON output; if they are not known, the reason."""
+    """Return arguments for JSON output, or the reason why they are not known."""
     if args is None or isinstance(args, str):
         return {"args": None, "args_error": args}
     return {"args": output.jsonable(args)}
 
 
 def _note(status: JobStatus) -> Cell:
-    """The most useful detail about a job in its state."""
+    """Return the most useful detail about a job in its state."""
     from jobledger.cli.facts import progress
 
     state = status.state.value
@@ -101,7 +102,7 @@ def _note(status: JobStatus) -> Cell:
 
 
 def fields(status: JobStatus, args: bytes | str | None = None) -> list[tuple[str, Cell]]:
-    """A job as names and values; ``args``: as returned by `submissions`."""
+    """Return a job as names and values. ``args``: the job's arguments as returned by `submissions`."""
     from jobledger.cli.facts import progress
 
     found: list[tuple[str, Cell]] = [
@@ -149,8 +150,8 @@ _LOOKS = 2
 
 
 def submissions(asked: App, found: Iterable[JobStatus]) -> dict[str, bytes | str]:
-    """The jobs' arguments, read from the log at the positions of their submissions, as the status table does not have
-    them; or the reason why they are not known."""
+    """Return each job's arguments by job id, or the reason why they are not known. The status table does not have the
+    arguments, so they are read from the log at the positions of the submissions."""
     from jobledger.errors import JobledgerError
     from jobledger.kafka.auth import knock
     from jobledger.log.reading import LogReader
@@ -179,7 +180,7 @@ def _submitted(
     from jobledger.log import reading
 
     names = asked.names
-    # Only submissions and releases carry the job, and they stand on these topics.
+    # Only submissions and releases contain the arguments, and these records are on these topics.
     there = [p for p in job.positions if p.topic == names.coordination or names.lane_of(p.topic) is not None]
     why = "not known: the status table has not seen the submission"
     for position in dict.fromkeys((*there[:_LOOKS], *there[-_LOOKS:])):
@@ -194,13 +195,14 @@ def _submitted(
             continue
         spec = getattr(event.fact, "spec", None)
         if spec is not None and event.job_id == job.job_id:
-            return spec.args  # type: ignore[no-any-return]  # a fact's own
+            return spec.args  # type: ignore[no-any-return]  # the args of a JobSpec
         why = f"not known: {position} holds another record: the topic was recreated"
     return why
 
 
 def timeline(asked: App, job: JobStatus) -> list[tuple[dict[str, Any], list[Cell]]]:
-    """A job's events, read from the log at the positions in its status, in order of their append times."""
+    """Return a job's events as JSON and as cells of a table. They are read from the log at the positions in the job's
+    status, and are in order of their append times. Positions that cannot be read come first, with the reason."""
     from jobledger.cli import facts
     from jobledger.errors import RegistryNeeded, SchemaError
     from jobledger.log import reading

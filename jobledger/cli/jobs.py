@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 
 app = Commands(name="jobs", help="Ask the status table about jobs.", no_args_is_help=True)
 
-#: Minimum characters of a shortened id. The first eight of Jobledger's own ids stand for a time of about a minute.
+#: Minimum characters of a shortened id. The first eight characters of Jobledger's own ids stand for a time span of
+#: about a minute.
 PREFIX_LEAST = 6
 #: How many matching ids an error about a shortened id lists.
 _CANDIDATES = 5
@@ -232,7 +233,7 @@ def cancel(
     status_url: StatusUrl = None,
     as_json: Json = False,
 ) -> None:
-    """Cancel jobs: a waiting job is not started, a running job is told to stop, a job that has ended is not changed.
+    """Cancel jobs: a waiting job is not started, a running job is asked to stop, a job that has ended is not changed.
 
     An id that the status table does not know is accepted if it is a UUID: the table may not have read the job yet.
 
@@ -292,9 +293,10 @@ def _columns(texts: Sequence[str] | None) -> list[str]:
 
 
 def whole_id(asked: App, text: str) -> str:
-    """The id of the one job with this id, or whose id begins with this text; ``text`` itself if there is none.
+    """Return the id of the one job with this id, or whose id begins with this text. A text with the length of a whole
+    id is returned without a check.
 
-    Raises `Wrong` if several ids begin with the text, or if it is too short.
+    Raises `Wrong` if several ids begin with the text, or if it is too short; `JobNotFound` if no id does.
     """
     from jobledger.errors import JobNotFound
 
@@ -317,7 +319,8 @@ def whole_id(asked: App, text: str) -> str:
 
 
 def _by_id(asked: App, job_ids: Sequence[str]) -> tuple[list[Job], list[str]]:
-    """The jobs with these ids that have not ended, as far as the status table knows, and notes about the other ids.
+    """Return the jobs with these ids that have not ended, as far as the status table knows, and notes about the other
+    ids. A UUID that the status table does not know is returned, too, with a note.
 
     Raises `Wrong` for a text that is not a job's id, before anything is cancelled.
     """
@@ -362,7 +365,7 @@ def _jobs(count: int) -> str:
 
 
 def _where(texts: Sequence[str]) -> dict[str, list[str]]:
-    """The conditions of ``--where``, by name; tags as ``NAME=VALUE``."""
+    """Return the conditions of ``--where`` by name; tags are ``NAME=VALUE``. Raises `Wrong`."""
     from jobledger.job import State
 
     found: dict[str, list[str]] = {"state": [], "task": [], "queue": [], "tag": []}
@@ -381,7 +384,7 @@ def _where(texts: Sequence[str]) -> dict[str, list[str]]:
 
 
 def _open_jobs(asked: App, where: dict[str, list[str]]) -> Iterator[JobStatus]:
-    """Jobs that have not ended and match every condition."""
+    """Yield the jobs that have not ended and match every condition."""
     from jobledger.job import State
 
     yield from asked.jobs(

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from jobledger.kafka.embedded import KafkaStatus
     from jobledger.kafka.embedded.jars import Progress as Report
 
-STOPPED = 143  # how a JVM ends after SIGTERM, e.g. from `jobledger kafka stop` elsewhere
+STOPPED = 143  # exit code of a JVM after SIGTERM, e.g. from `jobledger kafka stop` in another terminal
 
 app = Commands(
     name="kafka",
@@ -144,7 +144,7 @@ def _show(found: KafkaStatus, as_json: bool) -> None:
 
 
 def in_lines(version: str, say: Callable[[str], None]) -> Report:
-    """Reports each step once, and a download's progress every `EVERY_S` seconds."""
+    """Return a function that passes each step to ``say`` once, and a download's progress every `EVERY_S` seconds."""
     begun: set[str] = set()
     said_at = 0.0
 
@@ -166,7 +166,8 @@ def in_lines(version: str, say: Callable[[str], None]) -> Report:
 
 @contextmanager
 def _progress(version: str, quiet: bool) -> Iterator[Report | None]:
-    """Progress on standard error, so that scripts can read standard output: a bar on a terminal, else lines."""
+    """Show progress on standard error, so that scripts can read standard output: a bar on a terminal, else lines. Yield
+    the function that takes the reports; None if ``quiet``."""
     if quiet:
         yield None
         return

@@ -29,9 +29,9 @@ DEFAULT_ATTRIBUTE = "app"
 def load_app(target: str, *, bootstrap: str | None = None, status_url: str | None = None) -> App:
     """Import the app that ``target`` names, with the command line's ``bootstrap`` and ``status_url`` if given.
 
-    Modules in the working directory can be imported, as with ``python -m``. Raises `ConfigError`, which distinguishes a
-    missing module from an error inside it, and lists the module's apps if the attribute is missing; and the errors of
-    `App.check`.
+    Modules in the working directory can be imported, as with ``python -m``. Raises the errors of `App.check`, and
+    `ConfigError` if the app cannot be loaded. The message of the latter distinguishes a missing module from an error
+    inside the module, and lists the module's apps if the attribute is missing.
     """
     name, _, attribute = target.partition(":")
     if not name or (":" in target and not attribute):
@@ -44,9 +44,10 @@ def load_app(target: str, *, bootstrap: str | None = None, status_url: str | Non
 
 
 def module_name(target: str) -> tuple[str, Path]:
-    """The dotted name of the module that ``target`` means, and the folder it is imported from.
+    """Return the dotted name of the module that ``target`` names, and the folder from which it is imported.
 
-    A path to a file gives the name under which its package imports the module, so that it is imported only once.
+    For a path to a file, this is the name under which the file's package imports the module, so that the module is
+    imported only once. Raises `ConfigError` if there is no such file.
     """
     text = target.partition(":")[0]
     if not text.endswith(".py") and os.sep not in text:
@@ -75,12 +76,12 @@ def _import(text: str) -> ModuleType:
                 f"run this in the folder that contains it, or give a path{_looks_like(name, folder)}"
             ) from None
         raise ConfigError(_inside(name, exc)) from exc
-    except ConfigError as exc:  # the app's own fault, found while it was declared: keep the kind, add the place
+    except ConfigError as exc:  # the app's declarations are wrong: keep the error's class, add file and line
         kind = type(exc) if vars(errors).get(type(exc).__name__) is type(exc) else ConfigError
         raise kind(f"{_place(exc)}{text_of(exc)}") from exc
     except KeyboardInterrupt:
         raise
-    except BaseException as exc:  # a module may raise anything, SystemExit too
+    except BaseException as exc:  # a module may raise anything, also SystemExit
         raise ConfigError(_inside(name, exc)) from exc
 
 
@@ -91,11 +92,12 @@ def _inside(name: str, exc: BaseException) -> str:
 
 
 def _place(exc: BaseException) -> str:
-    """``file:line: `` of the last frame that belongs to neither Jobledger nor the import system."""
+    """Return ``file:line: `` of the last frame that belongs to neither Jobledger nor the import system; "" if there is
+    none."""
     if isinstance(exc, SyntaxError) and exc.filename:
         return f"{short(exc.filename)}:{exc.lineno}: "
     package = Path(__file__).absolute().parents[1]
-    ours = [(package / part).resolve() for part in (".", "consumers", "streams", "schemas")]  # links in a checkout
+    ours = [(package / part).resolve() for part in (".", "consumers", "streams", "schemas")]  # symlinks in a checkout
     frames = [
         frame
         for frame in traceback.extract_tb(exc.__traceback__)
@@ -107,7 +109,7 @@ def _place(exc: BaseException) -> str:
 
 
 def _looks_like(name: str, folder: Path) -> str:
-    """A hint if ``folder`` has a module with a similar name."""
+    """Return a hint if ``folder`` has a module with a similar name, else ""."""
     there = [p.stem for p in folder.glob("*.py")] + [p.parent.name for p in folder.glob("*/__init__.py")]
     near = difflib.get_close_matches(name.partition(".")[0], sorted(there), n=1)
     return f"; did you mean {near[0]!r}?" if near else ""
@@ -116,7 +118,7 @@ def _looks_like(name: str, folder: Path) -> str:
 def _attribute(module: ModuleType, name: str, attribute: str) -> App:
     from jobledger.app import App
 
-    # By their types: an object's own ``__class__`` may raise.
+    # `type` instead of `isinstance`, which would read an object's own ``__class__``: that may raise.
     apps = sorted(key for key, value in vars(module).items() if issubclass(type(value), App))
     has = f"its apps are {', '.join(map(repr, apps))}" if apps else "it has no App at all"
     try:
@@ -134,8 +136,12 @@ def _attribute(module: ModuleType, name: str, attribute: str) -> App:
 def find_app(
     target: str | None, namespace: str | None, bootstrap: str | None = None, status_url: str | None = None
 ) -> App:
-    """The app to query: loaded from ``MODULE:APP`` or ``--app``, an empty app for ``--namespace``, or the namespace of
-    the only status table on this machine. Raises `Wrong` if both options are given, or if no app is found."""
+    """Return the app to query: the app that ``MODULE:APP`` or ``--app`` names, or an app without tasks for
+    ``--namespace``. Without both, return an app without tasks for the namespace of the only status table on this
+    machine.
+
+    Raises `Wrong` if an app and a namespace are given, or if no app is found.
+    """
     from jobledger.app import App
     from jobledger.config import Settings
     from jobledger.kafka.topic_names import check_name

@@ -21,8 +21,8 @@ _LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
 
 
 class _Format(logging.Formatter):
-    """On a terminal: the time, the level unless it is info, the logger's name unless it is Jobledger's, in colour.
-    Otherwise all fields."""
+    """Formats messages as text. On a terminal: the time, the level unless it is info, and the logger's name unless the
+    logger is one of Jobledger's, in colour. Otherwise: all fields."""
 
     def __init__(self, coloured: bool) -> None:
         super().__init__("%(asctime)s %(levelname)-7s %(name)s: %(message)s")
@@ -45,7 +45,8 @@ class _Format(logging.Formatter):
 
 
 def _telling(record: logging.LogRecord) -> logging.LogRecord:
-    """A line of the app's own code with the job it was written in. Jobledger's own lines name the job in their text."""
+    """Add the job to a message that the app's own code logs in a job. Jobledger's own messages name the job in their
+    text."""
     found = {name: getattr(record, name) for name in FIELDS if hasattr(record, name)}
     if not found or record.name.startswith("jobledger"):
         return record
@@ -54,10 +55,10 @@ def _telling(record: logging.LogRecord) -> logging.LogRecord:
 
 
 def _json() -> logging.Formatter:
-    """One JSON object per line: timestamp (UTC), level, logger, event, the job's fields, the ``extra`` fields,
-    exception."""
+    """Return a formatter that writes one JSON object per line: timestamp (UTC), level, logger, event, the job's fields,
+    the ``extra`` fields, exception."""
     try:
-        import structlog  # it takes its time, and only this needs it
+        import structlog  # a slow import that only this function needs
     except ImportError as exc:
         raise missing("worker", exc) from exc
 
@@ -96,9 +97,9 @@ def set_up(environ: dict[str, str] | None = None) -> None:
     """Send log messages from level ``JOBLEDGER_LOG_LEVEL`` (default info) up to standard error, in the format
     ``JOBLEDGER_LOG_FORMAT``.
 
-    Call this after the app is loaded. A root logger that the app's module has configured is not changed; it receives
-    Jobledger's lines, from ``JOBLEDGER_LOG_LEVEL`` up if that is set. Errors that it would drop are written to standard
-    error. Raises `ConfigError`.
+    Call this after the app is loaded. If the app's module has configured the root logger, that logger is not changed.
+    The root logger then receives Jobledger's messages, from ``JOBLEDGER_LOG_LEVEL`` up if that is set. Errors that the
+    app's logging would drop are written to standard error. Raises `ConfigError`.
     """
     env = os.environ if environ is None else environ
     text = (env.get("JOBLEDGER_LOG_LEVEL") or "INFO").upper()

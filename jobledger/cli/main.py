@@ -114,12 +114,12 @@ def run(argv: Sequence[str] | None = None) -> None:
     try:
         code = main(words)
     finally:
-        bound_exit(code)  # the app's leftovers must not keep a finished process running
+        bound_exit(code)  # threads and processes that the app's code left behind must not keep this process running
     sys.exit(code)
 
 
 def main(words: list[str]) -> int:
-    """Run one command line in this process; returns its exit code. Errors are printed; none is raised."""
+    """Run one command line in this process and return its exit code. Errors are printed; none is raised."""
     options = words[: words.index("--")] if "--" in words else words
     as_json = "--json" in options
     try:
@@ -135,7 +135,7 @@ def main(words: list[str]) -> int:
 
 
 def _run(words: list[str], *, traced: bool, as_json: bool) -> int:
-    """Run one command line; returns its exit code. Raises nothing but `OutputLost`."""
+    """Run one command line and return its exit code. Raises nothing but `OutputLost`."""
     try:
         for word in words:
             word.encode()
@@ -154,27 +154,28 @@ def _run(words: list[str], *, traced: bool, as_json: bool) -> int:
         return Exit.INTERRUPTED
     except typer.Abort:
         if not as_json:
-            print(file=sys.stderr)  # the question is on this line
+            print(file=sys.stderr)  # ends the line with the question
         print_error("Aborted", "nothing was changed", as_json=as_json)
         return Exit.ERROR
     except _usage_error() as exc:
         if traced:
             _show_traceback(exc)
         return _misused(exc, as_json=as_json)
-    except SystemExit as exc:  # a library's, or the app's own
+    except SystemExit as exc:  # raised by a library or by the app's code
         return exc.code if isinstance(exc.code, int) else Exit.OK if exc.code is None else Exit.ERROR
-    except BaseException as exc:  # noqa: BLE001  # whatever it is, a command ends with one line and a code of its own
-        # Of a process that ran for hours the log must say where it broke.
+    except BaseException as exc:  # noqa: BLE001  # for any error a command prints one line and has an exit code
+        # A process may fail after hours: then its log must show where.
         return _unexpected(exc, traced=traced or _command(words) in _PROCESSES, as_json=as_json)
 
 
 def _command(words: Sequence[str]) -> str:
-    """The command, or the group of commands, in a command line."""
+    """Return the name of the command, or of the group of commands, in a command line."""
     return next((word for word in words if not word.startswith("-")), "")
 
 
 def _unexpected(exc: BaseException, *, traced: bool, as_json: bool) -> int:
-    """Report an error that Jobledger does not raise on purpose; ``traced``: with its traceback."""
+    """Report an error that Jobledger does not raise on purpose, and return the exit code. ``traced``: print the
+    traceback, too."""
     if traced:
         _show_traceback(exc)
     if isinstance(exc, OSError) and exc.filename is not None and exc.strerror:
@@ -187,12 +188,14 @@ def _unexpected(exc: BaseException, *, traced: bool, as_json: bool) -> int:
 
 
 def _usage_error() -> type[typer.BadParameter]:
-    # typer brings its own copy of click from 0.20 on; the base class is found from what both export.
+    # From version 0.20 on, typer contains its own copy of click. `typer.BadParameter` leads to the base class in both
+    # cases.
     return next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")
 
 
 def _misused(exc: typer.BadParameter, *, as_json: bool) -> int:
-    """Report what is wrong with the command line; for a group without a command, show its help."""
+    """Report an error in the command line, and return the exit code. For a group without a command, show the group's
+    help."""
     if type(exc).__name__ == "NoArgsIsHelpError" and not as_json:
         exc.show()
         return Exit.USAGE

@@ -1,7 +1,7 @@
 """Prometheus metrics of one process over HTTP: the process's own counters, and the numbers of its health report.
 
-Served on the loopback address unless another is given. The metrics name tasks, queues and topics, and contain no data
-of jobs.
+The metrics are served on the loopback address unless another address is given. They name tasks, queues and topics, and
+contain no data of jobs.
 """
 
 from __future__ import annotations
@@ -28,18 +28,18 @@ Health = Callable[[], Mapping[str, Any]]
 
 
 class HealthFigures(Collector):
-    """A collector that exports every number of a health report, and of each of its ``queues``, as a gauge
-    ``<prefix>_<name>``."""
+    """A collector that exports every number of a health report as a gauge ``<prefix>_<name>``, and every number of each
+    of its ``queues`` as a gauge ``<prefix>_queue_<name>``."""
 
     def __init__(self, prefix: str, health: Health) -> None:
         self._prefix, self._health = prefix, health
 
     def describe(self) -> Iterator[GaugeMetricFamily]:
-        """Nothing: at registration there is no health report yet."""
+        """Return nothing: at registration there is no health report yet."""
         return iter(())
 
     def collect(self) -> Iterator[GaugeMetricFamily]:
-        """The current numbers."""
+        """Yield the current numbers as gauges."""
         report = self._health()
         status = report.get("status")
         if status is not None:
@@ -63,8 +63,8 @@ class HealthFigures(Collector):
 def serving(
     at: Listen | None, prefix: str = "", health: Health | None = None, more: Sequence[Collector] = ()
 ) -> Iterator[None]:
-    """Serve metrics at ``at`` while the block runs; a free port that was chosen is logged. None: do not serve. Raises
-    `PortTaken`.
+    """Serve metrics at ``at`` while the block runs, and log the address, which may have a free port that was chosen.
+    ``at`` None: do not serve. Raises `PortTaken`.
 
     ``health``: a report whose numbers are served as well; ``more``: further collectors.
     """

@@ -1,8 +1,8 @@
-"""The program ``python -m jobledger.cli.nursery``: started by a worker, never by people. See
-`jobledger.consumers.isolation.fork_server`.
+"""The fork server's program, ``python -m jobledger.cli.nursery``. Only a worker starts this program, people never do.
+See `jobledger.consumers.isolation.fork_server`.
 
-Arguments: the app, and the number of the control socket's descriptor. Standard input, up to its end: JSON with
-``bootstrap``, ``status_url`` and ``path``, the worker's ``sys.path``.
+The arguments are the app, and the number of the control socket's descriptor. Standard input, read up to its end, is
+JSON with ``bootstrap``, ``status_url`` and ``path``, the worker's ``sys.path``.
 """
 
 from __future__ import annotations
@@ -20,20 +20,20 @@ from jobledger.process.process_exit import bound_exit
 
 
 def main(target: str, descriptor: str) -> None:
-    """Import the app and serve the worker."""
+    """Import the app, then fork child processes until the worker closes the socket."""
     told = json.loads(sys.stdin.buffer.read())
     with open(os.devnull, "rb") as nothing:
-        os.dup2(nothing.fileno(), 0)  # jobs that read their standard input find its end
+        os.dup2(nothing.fileno(), 0)  # a job that reads standard input gets the end of file at once
     sys.path[:] = [*told["path"], *(entry for entry in sys.path if entry not in told["path"])]
     from jobledger.consumers.isolation import fork_server
 
     fork_server.IMPORTING = True
     try:
         app = load_app(target, bootstrap=told["bootstrap"], status_url=told["status_url"])
-    except JobledgerError as exc:  # the worker passes it on
+    except JobledgerError as exc:  # the worker reports this text
         sys.exit(str(exc))
     logs.set_up()
-    # A worker that is gone needs no children.
+    # These errors mean that the worker has ended, and then no child process is needed.
     with contextlib.suppress(BrokenPipeError, ConnectionResetError):
         fork_server.ForkServer(app.registry, socket.socket(fileno=int(descriptor))).serve()
 

@@ -67,7 +67,7 @@ class Listen(NamedTuple):
 
     @classmethod
     def parse(cls, text: str) -> Listen:
-        """``PORT`` on the loopback address, or ``HOST:PORT``. Raises `typer.BadParameter`."""
+        """Parse ``PORT``, on the loopback address, or ``HOST:PORT``. Raises `typer.BadParameter`."""
         host, _, port = text.rpartition(":")
         if not port.isascii() or not port.isdigit() or int(port) > 65535:
             raise typer.BadParameter(f"{text!r}: write a port, 0 to 65535 (0: a free one), or HOST:PORT")
@@ -77,7 +77,7 @@ class Listen(NamedTuple):
         return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
 
     def following(self, count: int) -> Listen:
-        """The same host with the port ``count`` higher; port 0 stays 0."""
+        """Return the same host with the port ``count`` higher; port 0 stays 0."""
         return self._replace(port=self.port + count if self.port else 0)
 
 
@@ -96,7 +96,7 @@ Metrics = Annotated[
 def _log_format(text: str) -> str:
     if text not in ("text", "json"):
         raise typer.BadParameter(f"{text!r} is not text or json")
-    os.environ["JOBLEDGER_LOG_FORMAT"] = text  # for the processes that this one starts, too
+    os.environ["JOBLEDGER_LOG_FORMAT"] = text  # applies to child processes, too
     return text
 
 

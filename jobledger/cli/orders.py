@@ -38,7 +38,8 @@ By = Annotated[str | None, typer.Option("--by", help="Who gives the command.", s
 
 
 class Known(NamedTuple):
-    """An app, or a namespace without one, and its queues or tasks: each a queue, or a task's queue."""
+    """An app, or a namespace without an app, and its queues or tasks. ``things``: each queue by its name, or each
+    task's queue by the task's name; ``limits``: the limits in the code, by the same names."""
 
     app: App
     kind: Kind
@@ -52,7 +53,7 @@ class Known(NamedTuple):
 
 
 def _made(kind: Kind) -> typer.Typer:
-    """The commands for one kind: those for queues and for tasks do the same."""
+    """Create the commands for one kind. The commands for queues and for tasks do the same."""
     made = Commands(
         name=f"{kind}s", help=f"Pause, resume and limit {kind}s; list what is in force.", no_args_is_help=True
     )
@@ -69,7 +70,7 @@ def _made(kind: Kind) -> typer.Typer:
         target = words_of(words, app is not None or namespace is not None, "argument", 0).target
         with _opened(kind, target or app, namespace, bootstrap, status_url) as known:
             standing = {each.name: each for each in known.app.orders.standing() if each.kind == kind}
-        # Without the app a name may be known only from its commands.
+        # Without the app's code, a name may be known only from the commands in force.
         rows = [_row(known, name, standing.get(name)) for name in sorted({*known.things, *standing})]
         if as_json:
             output.print_json(rows)
@@ -171,8 +172,8 @@ def _number(rate: str | None) -> str | float | None:
 def _opened(
     kind: Kind, target: str | None, namespace: str | None, bootstrap: str | None, status_url: str | None
 ) -> Iterator[Known]:
-    """The app, closed after the block, and its queues or tasks; for a namespace without an app, those that broker and
-    status table know."""
+    """Yield the app and its queues or tasks, and close the app after the block. For a namespace without an app, these
+    are the queues or tasks that the broker and the status table know."""
     app = find_app(target, namespace, bootstrap, status_url)
     try:
         if target is None:
@@ -195,15 +196,15 @@ def _ordered(
     bootstrap: str | None,
     status_url: str | None,
 ) -> Iterator[tuple[Known, str]]:
-    """`_opened`, and the name from the command line, which must be one of the known names."""
+    """Yield what `_opened` yields, and the name from the command line. Raises `Wrong` if that is not a known name."""
     named = words_of(words, app is not None or namespace is not None, "NAME", 1)
     with _opened(kind, named.target or app, namespace, bootstrap, status_url) as known:
         yield known, among(named.others[0], known.things, kind, known.where)
 
 
 def _seen(app: App, kind: Kind) -> dict[str, Queue]:
-    """The queues that have topics; or the tasks of the jobs in the status table, each with the queue of one of these
-    jobs."""
+    """Return the queues that have topics; or the tasks of the jobs in the status table, each with the queue of one of
+    these jobs."""
     from confluent_kafka import KafkaException
 
     from jobledger.errors import StoreNotFound

@@ -1,4 +1,4 @@
-"""The output of the command line and how a command ends: exit codes, JSON, tables, coloured states, one-line errors.
+"""The output and the exit codes of commands: JSON, tables, coloured states, one-line errors.
 
 If standard output is not a terminal, text is plain: no colour, no frames, nothing cut off. This module imports only
 what every command needs anyway, so that `jobledger --help` stays quick.
@@ -87,7 +87,7 @@ STATE_STYLES: Mapping[str, str] = {
 #: Minimum width of a table's last column in characters, if its content is that wide.
 _LAST_COLUMN = 16
 
-#: Maximum depth at which values are shown; deeper ones make JSON writers and readers fail.
+#: Maximum depth at which values are shown; deeper nesting makes JSON writers and readers fail.
 NESTED_MOST = 100
 
 #: Codes of characters that control a terminal: control characters, line ends except ``\\n``, changes of the writing
@@ -98,7 +98,7 @@ _PICTURES = {
     0x7F: 0x2421,
     **dict.fromkeys((*_HIDDEN, *range(0xD800, 0xE000)), 0xFFFD),
 }
-#: The same for JSON, which escapes the lower control characters itself.
+#: The same characters for JSON, without the control characters below 0x20, which a JSON writer escapes itself.
 _STEERING = re.compile(f"[\\x7f\\ud800-\\udfff{''.join(map(chr, _HIDDEN))}]")
 
 #: A table cell: text, or text and its style.
@@ -106,19 +106,20 @@ Cell = str | tuple[str, str]
 
 
 def exit_code(error: BaseException) -> Exit:
-    """The exit code for an error."""
+    """Return the exit code for an error."""
     return next((_CODES[c.__name__] for c in type(error).__mro__ if c.__name__ in _CODES), Exit.ERROR)
 
 
 def printable(text: str) -> str:
-    """``text`` with every character that controls the terminal replaced: control characters by their pictures (``␛``),
-    changes of the writing direction and halves of surrogate pairs by ``�``. Line ends and tabs stay."""
+    """Return ``text`` with every character that controls the terminal replaced. ASCII control characters become their
+    pictures (``␛``). All others become ``�``, also changes of the writing direction and halves of surrogate pairs.
+    Newlines and tabs stay."""
     return text.translate(_PICTURES)
 
 
 def console(stderr: bool = False) -> Console:
-    """A console on standard output (or error). It does not break lines if it is not a terminal, and prints no control
-    codes but its own."""
+    """Return a console on standard output, or on standard error. If the stream is not a terminal, the console does not
+    break lines. The console prints no control codes but its own."""
     from rich.console import Console
     from rich.text import Text
 
@@ -134,12 +135,12 @@ def console(stderr: bool = False) -> Console:
 
 
 def looked_at() -> bool:
-    """Whether standard output is a terminal (or is to be treated as one because of ``FORCE_COLOR``)."""
+    """Return whether standard output is a terminal (or is to be treated as one because of ``FORCE_COLOR``)."""
     return sys.stdout.isatty() or bool(os.environ.get("FORCE_COLOR"))
 
 
 def jsonable(value: Any) -> Any:
-    """``value`` as JSON builtins: structs as objects, bytes as the JSON they contain, enums as their value.
+    """Convert ``value`` to JSON builtins: structs to objects, bytes to the JSON they contain, enums to their value.
 
     Bytes that are not JSON become text, and values nested more than `NESTED_MOST` deep become ``"…"``.
     """
@@ -152,7 +153,7 @@ def jsonable(value: Any) -> Any:
 
 
 def _opened(value: Any, depth: int = 0) -> Any:
-    """Bytes that are JSON (arguments, results) become the JSON value, since base64 would not be readable."""
+    """Replace bytes that are JSON (arguments, results) with the JSON value, since base64 would not be readable."""
     import msgspec
 
     if isinstance(value, bytes):
@@ -174,15 +175,16 @@ def _opened(value: Any, depth: int = 0) -> Any:
 
 
 def json_text(value: Any, stream: TextIO | None = None) -> str:
-    """One JSON value on one line. Characters that control terminals, or that ``stream`` (None: standard output) cannot
-    encode, are written as ``\\u…``."""
+    """Return ``value`` as JSON on one line. Characters that control terminals, or that ``stream`` (None: standard
+    output) cannot encode, are written as ``\\u…``."""
     encoding = (getattr(stream or sys.stdout, "encoding", None) or "utf-8").lower().replace("-", "")
     text = json.dumps(jsonable(value), ensure_ascii=encoding != "utf8")
     return _STEERING.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
 
 
 def print_json(value: Any) -> None:
-    """One JSON value on one line of standard output, flushed, so that the reader of a pipe sees it at once."""
+    """Print ``value`` as JSON on one line of standard output, and flush it, so that the reader of a pipe sees it at
+    once."""
     print(json_text(value), flush=True)
 
 
@@ -193,10 +195,11 @@ def print_table(
     optional: Sequence[str] = (),
     empty: str = "nothing found",
 ) -> None:
-    """A table: with rules and colours on a terminal, else columns of plain text under a heading.
+    """Print a table: with rules and colours on a terminal, else columns of plain text under a heading.
 
-    On a terminal only the last column is wrapped. If the other columns leave too little space for it, the ``optional``
-    columns are left out, the first one first. Plain text has all columns.
+    On a terminal only the last column is wrapped. If the other columns leave too little space for the last one,
+    ``optional`` columns are left out, in the order in which they are given. Plain text has all columns. ``empty``: the
+    text on standard error if there are no rows.
     """
     if not rows:
         console(stderr=True).print(empty, style="dim", markup=False)
@@ -217,13 +220,13 @@ def print_table(
         table.add_column(columns[index], no_wrap=index != shown[-1], overflow="fold")
     for row in rows:
         table.add_row(*[styled(row[index]) for index in shown])
-    # Wider than the terminal rather than cut: what cannot be read cannot be copied either.
+    # The table may be wider than the terminal: text that is cut off could be neither read nor copied.
     out.width = max(out.width, _width(columns, rows, shown))
     out.print(table, crop=False)
 
 
 def _fitting(columns: Sequence[str], rows: Sequence[Sequence[Cell]], optional: Sequence[str], width: int) -> list[int]:
-    """The indexes of the columns that fit in ``width`` characters."""
+    """Return the indexes of the columns that fit in ``width`` characters."""
     shown = list(range(len(columns)))
     for name in optional:
         if _width(columns, rows, shown) <= width:
@@ -233,13 +236,13 @@ def _fitting(columns: Sequence[str], rows: Sequence[Sequence[Cell]], optional: S
 
 
 def _width(columns: Sequence[str], rows: Sequence[Sequence[Cell]], shown: Sequence[int]) -> int:
-    """The width that the table needs: all other columns in full, and the minimum of the last one."""
+    """Return the width in characters that the table needs: the last column at its minimum, all others in full."""
     widths = [max(len(columns[i]), *(len(_plain(row[i])) for row in rows)) for i in shown]
     return sum(widths[:-1]) + min(widths[-1], _LAST_COLUMN) + 2 * len(shown)
 
 
 def print_fields(fields: Sequence[tuple[str, Cell]]) -> None:
-    """Names and values, one pair per line."""
+    """Print names and values, one pair per line."""
     width = max((len(name) for name, _ in fields), default=0)
     out = console()
     from rich.text import Text
@@ -253,7 +256,7 @@ def print_fields(fields: Sequence[tuple[str, Cell]]) -> None:
 
 
 def styled(cell: Cell) -> Text:
-    """A cell as rich text; its text is never interpreted as markup."""
+    """Return a cell as rich text; its text is never interpreted as markup."""
     from rich.text import Text
 
     return Text(printable(cell)) if isinstance(cell, str) else Text(printable(cell[0]), style=cell[1])
@@ -265,12 +268,12 @@ def _plain(cell: Cell) -> str:
 
 
 def state_cell(state: str) -> Cell:
-    """A state in its colour."""
+    """Return a cell with a state in its colour."""
     return state, STATE_STYLES.get(state, "")
 
 
 def duration(seconds: float) -> str:
-    """A duration as people write it: ``340 ms``, ``12.4 s``, ``3 min 20 s``, ``2 h 5 min``, ``4 d 3 h``."""
+    """Format a duration as people write it: ``340 ms``, ``12.4 s``, ``3 min 20 s``, ``2 h 5 min``, ``4 d 3 h``."""
     if seconds < 0:
         return "-" + duration(-seconds)
     if seconds < 0.9995:
@@ -292,7 +295,7 @@ def _two(seconds: int, big: int, big_name: str, small: int, small_name: str) -> 
 
 
 def relative(moment: dt.datetime | int | None, now_us: int | None = None) -> str:
-    """A moment (aware, or microseconds since the epoch) relative to now: ``12.0 s ago``, ``in 3 min``; ``-`` for
+    """Format a moment (aware, or microseconds since the epoch) relative to now: ``12.0 s ago``, ``in 3 min``; ``-`` for
     None."""
     if moment is None:
         return "-"
@@ -303,7 +306,7 @@ def relative(moment: dt.datetime | int | None, now_us: int | None = None) -> str
 
 
 def brief(moment: dt.datetime | int | None, now_us: int | None = None) -> str:
-    """As `relative` with one unit: ``12 s ago``, ``10 min ago``."""
+    """Format a moment as `relative` does, but with one unit only: ``12 s ago``, ``10 min ago``."""
     text = relative(moment, now_us)
     words, ago = text.removesuffix(" ago").removeprefix("in ").split(" "), text.endswith(" ago")
     if len(words) < 2:
@@ -313,13 +316,14 @@ def brief(moment: dt.datetime | int | None, now_us: int | None = None) -> str:
 
 
 def clock(moment: dt.datetime | int | None) -> str:
-    """A moment (aware, or microseconds since the epoch) as local date and time with milliseconds; ``-`` for None."""
+    """Format a moment (aware, or microseconds since the epoch) as local date and time with milliseconds; ``-`` for
+    None."""
     if moment is None:
         return "-"
     import datetime as dt
 
     try:
-        # Local time is computed only here: near the calendar's ends it may not exist.
+        # Local time is computed only here, because it may not exist near the ends of the calendar.
         at = dt.datetime.fromtimestamp(_seconds(moment)).astimezone()
     except (ValueError, OverflowError, OSError):
         return f"outside the calendar ({moment} µs)" if isinstance(moment, int) else f"{moment:%Y-%m-%d %H:%M:%S} UTC"
@@ -327,7 +331,8 @@ def clock(moment: dt.datetime | int | None) -> str:
 
 
 def iso(micros: int) -> str | int:
-    """Microseconds since the epoch as ISO 8601 in UTC; the number itself if it is outside the calendar."""
+    """Format microseconds since the epoch as ISO 8601 in UTC. Return the number itself if it is outside the
+    calendar."""
     import datetime as dt
 
     try:
@@ -341,13 +346,13 @@ def _seconds(moment: dt.datetime | int) -> float:
 
 
 def shorten(text: str, most: int = 60) -> str:
-    """``text`` on one line of at most ``most`` characters."""
+    """Return ``text`` on one line of at most ``most`` characters."""
     line = printable(" ".join(text.split()))
     return line if len(line) <= most else line[: most - 1] + "…"
 
 
 def print_error(kind: str, message: str, *, as_json: bool) -> None:
-    """An error, on standard error: one line for people, or ``{"error": {"type", "message"}}``."""
+    """Print an error on standard error: one line for people, or ``{"error": {"type", "message"}}``."""
     if as_json:
         print(json_text({"error": {"type": kind, "message": message}}, sys.stderr), file=sys.stderr)
         return

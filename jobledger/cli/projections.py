@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from jobledger.app import App
     from jobledger.streams.projections.runner import Checked, ProjectionRunner
 
-LOG = get_logger("jobledger.definitions.projection")
+LOG = get_logger("jobledger.projection")
 
 app = Commands(name="projections", help="Your own tables, folded from the log.", no_args_is_help=True)
 
@@ -44,8 +44,8 @@ def run(
     metrics: Metrics = None,
     log_format: LogFormat = None,
 ) -> None:
-    """Keep projections up to date with the log, until SIGTERM or Ctrl-C. If one fails, all stop; the next start
-    continues."""
+    """Keep projections up to date with the log, until SIGTERM or Ctrl-C. If one projection fails, all of them stop; the
+    next start continues from where they stopped."""
     need("jobledger projections run", "streams")
     from jobledger.cli.metrics import serving
 
@@ -65,7 +65,8 @@ def run(
             try:
                 runner.run(stop)
             except BaseException as exc:
-                # Whatever it is: a thread that is gone must not leave the others, and the metrics, looking well.
+                # Any error stops all projections: otherwise the other threads and the metrics would hide that this
+                # thread has ended.
                 if not isinstance(exc, JobledgerError):
                     LOG.exception("projection %s failed", runner.projection.name)
                 failed.append((runner.projection.name, exc))
@@ -75,7 +76,7 @@ def run(
         for thread in threads:
             thread.start()
         for thread in threads:
-            # Not without a bound: a signal is served between two waits only.
+            # Each wait is short, because signal handlers run only between two waits.
             while thread.is_alive():
                 thread.join(0.2)
     for name, error in failed[:1]:
@@ -131,8 +132,9 @@ def rebuild(
     status_url: StatusUrl = None,
     as_json: Json = False,
 ) -> None:
-    """Fold the whole log again and replace the table's rows with the result. A process that follows the log meanwhile
-    continues from there. Refused if the log was trimmed."""
+    """Fold the whole log again and replace the table's rows with the result. A `projections run` that runs meanwhile
+    continues from the result. If the log was trimmed, the command fails and changes nothing, unless --from-what-is-left
+    is given."""
     if not yes:
         typer.confirm(f"Replace the rows of projection {name} with a fold of the whole log?", abort=True, err=True)
     runner = _runner(load_app(target, bootstrap=bootstrap, status_url=status_url), name)
@@ -143,7 +145,8 @@ def rebuild(
 
 @contextmanager
 def _folding(runner: ProjectionRunner, quiet: bool) -> Iterator[tuple[threading.Event, Callable[[int, int], None]]]:
-    """An event that stops a fold, and a function that reports its progress; the runner is closed afterwards."""
+    """Yield an event that stops a fold, and a function that reports the fold's progress. Close the runner
+    afterwards."""
     with closing(runner), progress_bar("folding the log", quiet=quiet) as tell, stopping() as stop:
         yield stop, tell or (lambda done, total: None)
 

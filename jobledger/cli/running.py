@@ -1,4 +1,5 @@
-"""``jobledger worker|streams|coordinator|materializer``: the processes that run until they are told to stop."""
+"""``jobledger worker|router|streams|coordinator|materializer``: the processes that run until they get a signal to
+stop."""
 
 from __future__ import annotations
 
@@ -32,12 +33,13 @@ if TYPE_CHECKING:
 
 LOG = get_logger("jobledger.cli")
 
-#: Seconds that a running round of upkeep gets to end.
+#: Seconds that a running round of maintenance gets to end.
 UPKEEP_END_S = 5.0
 #: Seconds that the coordinator and the materializer get to stop.
 STREAMS_GRACE_S = 30.0
 
-#: Seconds beyond a worker process's longest shutdown after which it is killed.
+#: Seconds that the supervisor waits beyond a worker's longest shutdown before it kills the process. The exit of the
+#: interpreter takes at most the first two terms.
 KILL_MARGIN_S = EXIT_S + HARD_S + 1.0
 
 #: The colour of each part's name in front of its lines.
@@ -54,12 +56,12 @@ PART_STYLES = {
 
 
 def command(*words: str) -> tuple[str, ...]:
-    """The argument list that runs ``jobledger`` with ``words`` in a separate process of the same Python."""
+    """Return the argument list that runs ``jobledger`` with ``words`` in a separate process of the same Python."""
     return (sys.executable, "-m", "jobledger", *words)
 
 
 def stream_children(target: str, bootstrap: str | None, status_url: str | None) -> list[Child]:
-    """The two processes of the stream processor."""
+    """Return the two processes of the stream processor."""
     from jobledger.streams.supervisor import Child
 
     return [
@@ -69,7 +71,7 @@ def stream_children(target: str, bootstrap: str | None, status_url: str | None) 
 
 
 def passed_on(bootstrap: str | None, status_url: str | None) -> list[str]:
-    """Options as they are passed to a child process."""
+    """Return options as they are passed to a child process."""
     words: list[str] = []
     if bootstrap is not None:
         words += ["--bootstrap", bootstrap]
@@ -99,10 +101,10 @@ class Prefixed:
     def _print(self, name: str, line: str) -> None:
         from rich.text import Text
 
-        if line.startswith("{"):  # JSON is for machines, which read no prefix
+        if line.startswith("{"):  # programs read JSON, and expect no prefix
             self._console.print(Text(line), soft_wrap=True)
             return
-        said = Text.from_ansi(line)  # its colours are kept where there are any
+        said = Text.from_ansi(line)  # keeps the colours of the line
         head = Text(name.ljust(self._width), style=PART_STYLES.get(name, ""))
         self._console.print(Text.assemble(head, (" │ ", "dim"), said), soft_wrap=True)
 
@@ -113,7 +115,11 @@ def _end(code: int) -> None:
 
 
 def supervised(children: Sequence[Child], *, restarts: int, grace: float) -> int:
-    """Run children under one parent, with their names in front of their lines; returns the exit code."""
+    """Run child processes under one supervisor, with their names in front of their lines. Return the exit code.
+
+    ``restarts``: how often in a row a child process may die; ``grace``: seconds that a child process gets to stop
+    before it is killed.
+    """
     from jobledger.streams.supervisor import Restarts, Supervisor
 
     say = Prefixed([Supervisor.NAME, *[child.name for child in children]])
@@ -200,7 +206,8 @@ def _worker_processes(
     for number in range(processes):
         port = [] if metrics is None else ["--metrics-port", str(metrics.following(number))]
         children.append(Child(f"worker-{number + 1}", command("worker", *words, *port)))
-    # A worker that cannot stop cleanly exits by itself after this, so no worker is killed while it commits.
+    # Before this time is over, a worker that cannot stop cleanly exits by itself. So no worker is killed while it
+    # commits.
     raise typer.Exit(supervised(children, restarts=5, grace=options.grace + LEAVING_S + KILL_MARGIN_S))
 
 
@@ -275,7 +282,7 @@ def materializer(
 
 
 def _upkeep(app: App, url: str, made: Materializer, stop: threading.Event) -> None:
-    """Run watchdog, audit and trimming, as soon as there is a status table."""
+    """Run watchdog, audit and trimming, as soon as the materializer holds the lease of the status table."""
     from jobledger.streams.maintenance.maintenance import Maintenance
     from jobledger.streams.status.store import open_reader
 
@@ -291,8 +298,8 @@ def _upkeep(app: App, url: str, made: Materializer, stop: threading.Event) -> No
 
 @contextmanager
 def stopping() -> Iterator[threading.Event]:
-    """An event that SIGTERM and SIGINT set while the block runs; a second signal of the same kind has its default
-    effect."""
+    """Yield an event that SIGTERM and SIGINT set while the block runs. A second signal of the same kind has the effect
+    that it had before the block."""
     stop = threading.Event()
     from jobledger.kafka import outage
 

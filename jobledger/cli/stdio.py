@@ -1,7 +1,7 @@
 """The three standard streams of a command: open, writable in any encoding, and with one error if they fail.
 
 This module handles a stream that was closed before the start (`>&-`), is full, has a limited encoding, or has lost its
-reader (`| head -1`). Commands print without regard to this.
+reader (`| head -1`). Commands need not handle these cases.
 """
 
 from __future__ import annotations
@@ -19,9 +19,11 @@ _IN_PLACE = ((0, os.O_RDONLY), (1, os.O_RDONLY), (2, os.O_WRONLY))
 
 
 class OutputLost(OSError):
-    """Standard output can no longer be written. ``unread``: the reader is gone, as `head` is when it has enough.
+    """Standard output can no longer be written. ``unread``: the reader has closed the pipe, as `head` does when it has
+    read enough.
 
-    This is not a `BrokenPipeError` and does not have its number: some libraries end the process when they see those.
+    This class is not a `BrokenPipeError` and does not have that error's number, because some libraries end the process
+    when they see either.
     """
 
     def __init__(self, cause: OSError) -> None:
@@ -46,7 +48,8 @@ class _Out(io.TextIOWrapper):
 
 
 class _Dropping(io.TextIOWrapper):
-    """Standard error: text that cannot be written is dropped, as it could not be reported anywhere."""
+    """A stream that drops text that cannot be written: standard error, because the failure could not be reported
+    anywhere; and standard output, if only jobs print to it."""
 
     def write(self, text: str) -> int:
         with contextlib.suppress(OSError):
@@ -59,24 +62,24 @@ class _Dropping(io.TextIOWrapper):
 
 
 def prepare(*, output: bool = True) -> None:
-    """Make this process's standard streams usable: once, before anything else is opened.
+    """Make this process's standard streams usable. Call this once, before anything else is opened.
 
-    ``output`` False: only jobs print to standard output, and must not fail if it cannot be written; so such output is
-    dropped.
+    ``output`` False: only jobs print to standard output. Jobs must not fail because standard output cannot be written,
+    so text that cannot be written is dropped.
     """
     for number, flags in _IN_PLACE:
         try:
             os.fstat(number)
         except OSError:
-            os.open(os.devnull, flags)  # takes the lowest free number, which is this one
+            os.open(os.devnull, flags)  # the system uses the lowest free number, which is this one
     if sys.stdin is None:
-        sys.stdin = open(0, encoding="utf-8", closefd=False)  # noqa: SIM115  # for the process's life
+        sys.stdin = open(0, encoding="utf-8", closefd=False)  # noqa: SIM115  # open as long as the process runs
     sys.stdout = _guarded(sys.stdout, 1, _Out if output else _Dropping)
     sys.stderr = _guarded(sys.stderr, 2, _Dropping)
 
 
 def _guarded(stream: TextIO | None, number: int, kind: type[io.TextIOWrapper]) -> TextIO:
-    if stream is None:  # it was closed
+    if stream is None:  # closed before the start
         return kind(io.BufferedWriter(io.FileIO(number, "w", closefd=False)), "utf-8", "backslashreplace")
     return kind(
         stream.buffer,
@@ -88,6 +91,6 @@ def _guarded(stream: TextIO | None, number: int, kind: type[io.TextIOWrapper]) -
 
 
 def give_up() -> None:
-    """Discard what is still to be written to standard output, so that the interpreter can flush it at exit."""
+    """Discard the text that is still buffered for standard output, so that the interpreter's flush at exit succeeds."""
     with contextlib.suppress(OSError, ValueError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

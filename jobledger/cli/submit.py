@@ -59,7 +59,7 @@ def submit(
     status_url: StatusUrl = None,
     as_json: Json = False,
 ) -> None:
-    """Submit a job; returns once the log has acknowledged it.
+    """Submit a job and wait until the log has acknowledged it.
 
     Example: jobledger submit shop:app send_mail to=a@example.org template=welcome --tag tenant=acme --wait
     """
@@ -76,7 +76,7 @@ def submit(
             tags=pairs_of(tag, "--tag"),
             queue=queue,
             key=key,
-            priority=priority,  # type: ignore[arg-type]  # judged there
+            priority=priority,  # type: ignore[arg-type]  # `using` checks the text
             expires_in=expires_in,
             job_id=job_id,
         )
@@ -119,7 +119,7 @@ def emit(
     bootstrap: Bootstrap = None,
     as_json: Json = False,
 ) -> None:
-    """Emit a domain event; returns once the log has acknowledged it. The event's handlers then get their jobs.
+    """Emit a domain event and wait until the log has acknowledged it. The event's handlers then get their jobs.
 
     Example: jobledger emit shop:app UserRegistered user_id=u-1 plan=free
     """
@@ -140,8 +140,8 @@ def emit(
 
 
 def _arguments(annotated: Any, pairs: Sequence[str], text: str | None) -> dict[str, Any]:
-    """Values by name from ``--args`` and ``NAME=VALUE``; the latter override. ``annotated``: the function or class they
-    are for."""
+    """Return values by name from ``--args`` and ``NAME=VALUE``; the latter override the former. ``annotated``: the
+    function or class that takes the values. Raises `BadArguments` or `Wrong`."""
     found: dict[str, Any] = {}
     if text is not None:
         try:
@@ -164,12 +164,12 @@ def _arguments(annotated: Any, pairs: Sequence[str], text: str | None) -> dict[s
 def _hints(annotated: Any) -> dict[str, Any]:
     try:
         return typing.get_type_hints(annotated)
-    except Exception:  # noqa: BLE001  # a name that only the type checker sees: then values are read as JSON
+    except Exception:  # noqa: BLE001  # e.g. a name that only type checkers import; values are then read as JSON
         return {}
 
 
 def read_value(text: str, hint: Any = None) -> Any:
-    """One argument as it was typed: JSON, except that a parameter that takes text gets the typed text.
+    """Convert one argument as it was typed: from JSON, except that a parameter that takes text gets the typed text.
 
     So ``zip=01234`` and ``to=a@example.org`` work as expected, and so does ``to='"quoted"'``.
     """

@@ -92,7 +92,8 @@ def rebuild(
 
 @contextmanager
 def progress_bar(what: str, *, quiet: bool) -> Iterator[Callable[[int, int], None] | None]:
-    """A progress bar of the records read, on standard error; None if that is not a terminal."""
+    """Show a progress bar of the records read, on standard error. Yield the function that takes the numbers of records
+    that are read and of all records; None if standard error is not a terminal, or if ``quiet``."""
     if quiet or not sys.stderr.isatty():
         yield None
         return

@@ -1,5 +1,5 @@
 """``jobledger topics plan|apply|acls MODULE:APP``: compares the topics that an app declares with those of the cluster,
-creates and alters topics, and shows the rights that each part needs.
+creates and alters topics, and shows or grants the rights that each part needs.
 
 Exit codes: 0 in order (this includes a plan with pending steps); 1 an error, or a plan with a refused step.
 """
@@ -60,7 +60,7 @@ def apply(
 ) -> None:
     """Create and alter topics and groups to match what the app declares; asks for confirmation.
 
-    If a change would lose or misplace state, it is refused, and nothing is changed.
+    If a change would lose or misplace state, the change is refused, and nothing is changed.
     """
     from jobledger.kafka import topics
 

@@ -23,14 +23,14 @@ LOOK_S = 0.25
 
 @contextmanager
 def showing_progress(asked: App, job_id: str, *, quiet: bool) -> Iterator[None]:
-    """Show the job's state and progress on standard error while the block waits; removed when the job has ended."""
+    """Show the job's state and progress on standard error while the block waits, and remove them afterwards."""
     if quiet or not sys.stderr.isatty():
         yield
         return
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
     over = threading.Event()
-    said = TextColumn("{task.fields[said]}", markup=False)  # a message is no markup
+    said = TextColumn("{task.fields[said]}", markup=False)  # the job's message may look like markup
     columns = (TextColumn("{task.description}"), BarColumn(), said, TimeElapsedColumn())
     with Progress(*columns, console=output.console(stderr=True), transient=True) as bar:
         line = bar.add_task("submitted", total=None, said="")
@@ -47,14 +47,14 @@ def _follow(asked: App, job_id: str, bar: Progress, line: TaskID, over: threadin
     from jobledger.cli.facts import progress
 
     while not over.wait(LOOK_S):
-        # The wait itself reports the error.
+        # The block, which waits for the job, reports such an error itself.
         with contextlib.suppress(JobledgerError):
             seen = asked.status_table().job(job_id)
             done = seen.progress
             bar.update(
                 line,
                 description=seen.state.value,
-                # A bar without an end moves to and fro.
+                # Without a total, the bar only shows that the job runs.
                 total=done.total if done is not None and done.total else None,
                 completed=0 if done is None else done.done,
                 said="" if done is None else output.shorten(progress(done.done, done.total, done.message)),

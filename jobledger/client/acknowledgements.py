@@ -1,4 +1,4 @@
-"""Acknowledgements that callers of the client wait for: of one record, and of many at once."""
+"""Acknowledgements for which callers of the client wait: of one record, and of many records at once."""
 
 from __future__ import annotations
 
@@ -14,16 +14,17 @@ from jobledger.kafka.clients import Headers, position_of
 from jobledger.log.writer import LogWriter, Outgoing
 from jobledger.schemas.events import Position
 
-#: Maximum number of unacknowledged submissions of `submit_many`: bounds memory at any number of jobs.
+#: Maximum number of unacknowledged submissions of `submit_many`. This bounds the memory, however many jobs are
+#: submitted.
 WINDOW = 20_000
 #: Jobs between two checks of the acknowledgements in `submit_many`.
 CHUNK = 500
-#: How many failed requests of `submit_many` an error lists.
+#: Maximum number of failed requests of `submit_many` that an error lists.
 NAMED = 10
 
 
 class Ack:
-    """The acknowledgement of one record with these headers."""
+    """The acknowledgement of one record, which was sent with these headers."""
 
     __slots__ = ("_error", "_headers", "_position", "_writer", "event")
 
@@ -40,16 +41,17 @@ class Ack:
         self.event.set()
 
     def position(self, what: str, topic: str) -> Position:
-        """The record's position; raises the error if the record was not delivered."""
+        """Return the record's position. Raises the error of the delivery if the record was not delivered."""
         if self._error is not None or self._position is None:
             raise self._writer.failed(self._error or KafkaError(KafkaError._FAIL), what, write(topic))
         return self._position
 
 
 class BulkAck:
-    """The acknowledgements of one `submit_many` or `emit_many`, with a limit on how many are outstanding.
+    """The acknowledgements of one `submit_many` or `emit_many`, with a limit on how many may be outstanding.
 
-    The caller's own thread serves the callbacks, between records: a second thread would compete for the interpreter.
+    The caller's own thread serves the delivery callbacks, between records: a second thread would compete for the
+    interpreter.
     """
 
     def __init__(self, settings: Settings, writer: LogWriter, what: str) -> None:
@@ -78,7 +80,8 @@ class BulkAck:
         self._settled += 1
 
     def add(self, identity: str, record: Outgoing) -> None:
-        """Send one more record; waits while `WINDOW` are outstanding. A record that is too large fails alone."""
+        """Send one more record. Waits while `WINDOW` records are outstanding. If a record is too large, only that
+        record fails."""
         index = len(self._added)
         if not index % CHUNK:
             self._writer.poll(0)
@@ -95,8 +98,8 @@ class BulkAck:
         self._added.append((identity, record.topic))
 
     def _await(self, outstanding: int) -> None:
-        """Serve callbacks until at most ``outstanding`` acknowledgements are missing. The time limit starts again with
-        each acknowledgement."""
+        """Serve delivery callbacks until at most ``outstanding`` acknowledgements are missing. The time limit starts
+        again with each acknowledgement. Raises `BrokerUnavailable`."""
         patience = self._settings.submit_timeout + 5.0
         settled, since = self._settled, time.monotonic()
         while len(self._added) - self._settled > outstanding:
@@ -108,7 +111,7 @@ class BulkAck:
                 raise BrokerUnavailable(f"{missing} of {len(self._added)} {self._what} were not acknowledged in time")
 
     def finish(self) -> list[tuple[str, Position]]:
-        """The ids and positions in order. Raises the first error."""
+        """Wait for all acknowledgements. Returns the ids and positions in order. Raises the first error."""
         self._await(0)
         if self._failed:
             raise self._error()

@@ -1,8 +1,8 @@
-"""The client: submits jobs, and queries the status table about them.
+"""The client: submits jobs, emits events, and queries the status table about jobs.
 
 A submission returns once the log has acknowledged it; nothing is buffered for later. The client does not know workers
-or the stream processor. It writes to the log, and reads through the small `StatusSource` interface, which the app
-implements (see `jobledger.client.waiting`).
+or the stream processor. It writes to the log, and reads through the small interface `StatusSource`, which the status
+table's read side implements (see `jobledger.client.waiting`).
 """
 
 from __future__ import annotations
@@ -53,8 +53,8 @@ R = TypeVar("R")
 T = TypeVar("T")
 P = ParamSpec("P")
 
-#: With this many records in the send queue `submit_async` waits in a thread for free space (librdkafka's queue holds
-#: 100,000).
+#: Number of records in the send queue from which `submit_async` waits in a thread for free space (librdkafka's queue
+#: holds 100,000).
 NEAR_FULL = 90_000
 
 _SINGLE_OBJECT = 10  # bytes before the datum in the single-object encoding
@@ -63,7 +63,8 @@ _SINGLE_OBJECT = 10  # bytes before the datum in the single-object encoding
 class Client:
     """Submits jobs of one namespace. Thread-safe; opens its connection at the first submission.
 
-    Single submissions and `submit_many` use a producer each: one sends at once, the other in large batches.
+    Single submissions and `submit_many` use separate producers: the first sends records at once, the second in large
+    batches.
     """
 
     def __init__(self, settings: Settings, names: Names, status: Callable[[], StatusSource]) -> None:
@@ -76,14 +77,14 @@ class Client:
         self._source = source("client")
         #: Control commands for jobs, queues and tasks.
         self.orders = Commands(settings, names, self.writer)
-        #: Event schemas that are published and compatible with those on the log, by fingerprint; each with the head of its
-        #: Schema Registry frame, or b"" for single-object encoding.
+        #: The fingerprints of event schemas that are published and compatible with those on the log, each with the head
+        #: of its Schema Registry frame, or b"" for single-object encoding.
         self._event_schemas: dict[bytes, bytes] = {}
         forks.in_child(self)
 
     def after_fork(self) -> None:
-        """Drop the parent's producers, and do not wait for the thread that follows jobs: a forked child has no copy of
-        it."""
+        """Drop the parent's producers. Do not wait for the thread that polls the status table: a forked child has no
+        copy of that thread."""
         self._pid, self._single, self._bulk = os.getpid(), None, None
         self._source = source("client")
         self._follower.after_fork()
@@ -101,7 +102,7 @@ class Client:
         return found
 
     def _open(self, single: LogWriter | None) -> LogWriter:
-        """Open the writer that sends at once, or, if ``single`` is that writer, the one that sends in batches."""
+        """Open the writer that sends at once, or, if ``single`` is that writer, the writer that sends in batches."""
         with self._opening("opening the connection to Kafka"):
             if sys.is_finalizing():
                 raise ConnectionUnusable("the interpreter is shutting down: nothing can be sent any more")
@@ -115,18 +116,18 @@ class Client:
             return self._bulk
 
     def _ready(self) -> LogWriter | None:
-        """The writer that sends at once, if it can be used without blocking; else None."""
+        """Return the writer that sends at once, if it can be used without blocking; else None."""
         found = self._single
         return found if found is not None and found.ready and self._pid == os.getpid() else None
 
     def _bulk_writer(self) -> LogWriter:
-        """The writer that sends in batches. In a signal handler that interrupted its poll in this thread: the writer
-        that sends at once."""
+        """Return the writer that sends in batches. If the caller is a signal handler that interrupted a poll of that
+        writer in this thread, return the writer that sends at once."""
         found = self._writer(bulk=True)
         return self._writer(bulk=False) if found.polled_here() else found
 
     def writer(self) -> LogWriter:
-        """The writer that sends at once, connected and ready."""
+        """Return the writer that sends at once, connected and with the schema published."""
         return self._writer(bulk=False)
 
     def cancel(self, job_id: str, reason: str | None = None, run: int = 1, by: str | None = None) -> None:
@@ -134,7 +135,7 @@ class Client:
         self.orders.cancel([Job(job_id, run)], reason, by)
 
     async def cancel_async(self, job_id: str, reason: str | None = None, run: int = 1, by: str | None = None) -> None:
-        """`cancel` for asyncio."""
+        """Request that a job be cancelled as `cancel` does, without blocking the event loop."""
         for records in self.orders.cancels([Job(job_id, run)], reason, by):
             writer = await _aside(self.writer)
             what = f"cancelling job {job_id}"
@@ -153,7 +154,7 @@ class Client:
             forks.closed(self)
 
     def _outgoing(self, request: JobRequest[Any], inside: JobContext | None) -> tuple[str, Outgoing]:
-        """The job's id and the record that submits it."""
+        """Return the job's id and the record that submits the job."""
         task = request.task
         if task.registry.names is not self.names:
             self._check_app(task)
@@ -209,16 +210,16 @@ class Client:
         """Send one record and wait for its acknowledgement."""
         ack = Ack(writer, record.headers)
         writer.post(record, ack)
-        # librdkafka gives up by itself after submit_timeout; the margin is for its callback to arrive.
+        # librdkafka reports a failure after submit_timeout; the margin is for the delivery callback.
         patience = self.settings.submit_timeout + 5.0
         if not (ack.event.wait(patience) if writer.served else writer.wait(ack.event, patience)):
             raise BrokerUnavailable(f"{what}: no acknowledgement within {self.settings.submit_timeout:g} s")
         return ack.position(what, record.topic)
 
     async def submit_async(self, request: JobRequest[R]) -> JobHandle[R]:
-        """`submit` for asyncio: it does not block the event loop."""
+        """Submit one job as `submit` does, without blocking the event loop."""
         writer = self._ready()
-        if writer is None:  # connecting and publishing the schema block; only once
+        if writer is None:  # connecting and publishing the schema block, but only once
             writer = await _aside(self._writer, False)
         with tracing.submitting(request.task.name, request.queue):
             job_id, record = self._outgoing(request, maybe_current_job())
@@ -241,7 +242,7 @@ class Client:
         def delivered(error: KafkaError | None, message: Message, *, alone: bool = False) -> None:
             if error is not None and writer.resend(error, message, record.headers, delivered, alone):
                 return
-            with contextlib.suppress(RuntimeError):  # the loop was closed meanwhile: no caller waits
+            with contextlib.suppress(RuntimeError):  # the loop has been closed: no caller waits
                 loop.call_soon_threadsafe(settle, error, position_of(message))
 
         await _post_async(writer, record, delivered)
@@ -251,20 +252,21 @@ class Client:
         return await future
 
     def submit_many(self, requests: Iterable[JobRequest[R]]) -> list[JobHandle[R]]:
-        """Submit jobs in large batches and wait for every acknowledgement; returns handles in order.
+        """Submit jobs in large batches and wait for every acknowledgement. Returns the handles in order.
 
-        If some submissions fail, the first one's error is raised after all are acknowledged or have failed. The error
-        reports how many jobs were accepted; `JobledgerError.failed` holds the indexes, from 0, of those that were not.
+        If some submissions fail, the error of the first is raised after all submissions are acknowledged or have
+        failed. The error says how many jobs were accepted; `JobledgerError.failed` holds the indexes, from 0, of the
+        others.
         """
         jobs = iter(requests)
         first = next(jobs, None)
         if first is None:
             return []
-        self._check_app(first.task)  # before anything connects
+        self._check_app(first.task)  # before a connection is opened
         many = BulkAck(self.settings, self._bulk_writer(), "jobs")
         inside = maybe_current_job()
         tasks: list[Task[Any, R]] = []
-        with tracing.submitting("", ""):  # one span for all: a span a job would cost more than the submission
+        with tracing.submitting("", ""):  # one span for all: a span for each job would cost more than a submission
             for request in chain((first,), jobs):
                 many.add(*self._outgoing(request, inside))
                 tasks.append(request.task)
@@ -274,7 +276,8 @@ class Client:
     # -- events ---------------------------------------------------------------------------------------------------
 
     def _event(self, kind: EventType, event: Any, inside: JobContext | None) -> tuple[str, Outgoing]:
-        """The event's id and its record. Inside a job the id is derived from the job, so a rerun emits no new event."""
+        """Return the event's id and its record. Inside a job the id is derived from the job, so a rerun emits no new
+        event."""
         value, key = kind.encode(event)
         if inside is None:
             event_id, trace = str(uuid_utils.uuid7()), tracing.current()
@@ -286,7 +289,9 @@ class Client:
         return event_id, Outgoing(kind.topic, value, key or event_id, None, headers)
 
     def _published(self, kind: EventType) -> None:
-        """Ensure, once, that the event's schema is on the log. It must be able to read the earlier schemas there."""
+        """Ensure that the event's schema is published; only the first call for a schema reads the log. Raises
+        `IncompatibleEvent` if the schema cannot read what earlier schemas on the log wrote, `BadEvent` for an event of
+        another program's topic, and the errors of the broker or the Schema Registry."""
         if kind.fingerprint in self._event_schemas:
             return
         if kind.foreign:
@@ -311,7 +316,7 @@ class Client:
         self._event_schemas[kind.fingerprint] = head
 
     def _framed(self, kind: EventType, record: Outgoing) -> Outgoing:
-        """The record as it is sent: in the Schema Registry's frame if one is configured."""
+        """Return the record as it is sent: in the Schema Registry's frame if a registry is configured."""
         head = self._event_schemas[kind.fingerprint]
         assert record.value is not None
         return record._replace(value=head + record.value[_SINGLE_OBJECT:]) if head else record
@@ -324,7 +329,7 @@ class Client:
         return EventHandle(event_id, self._sent(self._writer(bulk=False), record, f"emitting {kind.name} {event_id}"))
 
     async def emit_async(self, kind: EventType, event: Any) -> EventHandle:
-        """`emit` for asyncio: it does not block the event loop."""
+        """Send one event as `emit` does, without blocking the event loop."""
         event_id, record = self._event(kind, event, maybe_current_job())
         writer = self._ready()
         if writer is None or kind.fingerprint not in self._event_schemas:
@@ -335,8 +340,8 @@ class Client:
         return EventHandle(event_id, position)
 
     def emit_many(self, events: Iterable[tuple[EventType, Any]]) -> list[EventHandle]:
-        """Send events in large batches and wait for every acknowledgement; returns handles in order. Raises as
-        `submit_many`."""
+        """Send events in large batches and wait for every acknowledgement. Returns the handles in order. Failures are
+        reported as by `submit_many`."""
         many = BulkAck(self.settings, self._bulk_writer(), "events")
         inside = maybe_current_job()
         for kind, event in events:
@@ -345,12 +350,12 @@ class Client:
             many.add(event_id, self._framed(kind, record))
         return [EventHandle(event_id, position) for event_id, position in many.finish()]
 
-    # -- asking ---------------------------------------------------------------------------------------------------
+    # -- queries --------------------------------------------------------------------------------------------------
 
     def status(self, job_id: str, *, at_least: Position | None = None, timeout: Seconds = 10.0) -> JobStatus:
-        """The job's status, at least as new as ``at_least``.
+        """Return the job's status, at least as new as ``at_least``.
 
-        Raises `JobNotFound` for an id the table does not know, and `StatusTimeout` if the table has not read
+        Raises `JobNotFound` for an id that the table does not know, and `StatusTimeout` if the table has not read
         ``at_least`` within ``timeout`` seconds.
         """
         return self._answer(Question(job_id, at_least, ended=False, timeout=timeout))
@@ -358,17 +363,17 @@ class Client:
     async def status_async(
         self, job_id: str, *, at_least: Position | None = None, timeout: Seconds = 10.0
     ) -> JobStatus:
-        """`status` for asyncio."""
+        """Return the job's status as `status` does, without blocking the event loop."""
         return await self._answer_async(Question(job_id, at_least, ended=False, timeout=timeout))
 
     def wait(self, job_id: str, *, at_least: Position | None = None, timeout: Seconds | None = None) -> JobStatus:
-        """Wait until the job has ended; returns its final status, at least as new as ``at_least``."""
+        """Wait until the job has ended. Returns its final status, at least as new as ``at_least``."""
         return self._answer(_ending(job_id, at_least, timeout))
 
     async def wait_async(
         self, job_id: str, *, at_least: Position | None = None, timeout: Seconds | None = None
     ) -> JobStatus:
-        """`wait` for asyncio."""
+        """Wait until the job has ended as `wait` does, without blocking the event loop."""
         return await self._answer_async(_ending(job_id, at_least, timeout))
 
     def _answer(self, question: Question) -> JobStatus:
@@ -394,7 +399,7 @@ class Client:
 
 
 def _ending(job_id: str, at_least: Position | None, timeout: Seconds | None) -> Question:
-    """The question for a job's end. Raises `ResultInsideJob` inside a job."""
+    """Return the question for the status of a job that has ended. Raises `ResultInsideJob` inside a job."""
     refuse_inside_job(job_id)
     return Question(job_id, at_least, ended=True, timeout=timeout)
 
@@ -402,8 +407,8 @@ def _ending(job_id: str, at_least: Position | None, timeout: Seconds | None) -> 
 async def _post_async(
     writer: LogWriter, record: Outgoing, delivered: Callable[[KafkaError | None, Message], None]
 ) -> None:
-    """`LogWriter.post`. If the queue is nearly full, or a schema must be registered first, this waits outside the event
-    loop."""
+    """Call `LogWriter.post`. If the queue is nearly full, or if a schema must be registered first, the call runs in
+    another thread, so that the event loop is not blocked."""
     if len(writer.producer) < NEAR_FULL and not writer.waits_for(record):
         writer.post(record, delivered)
     else:
@@ -412,8 +417,8 @@ async def _post_async(
 
 async def _aside(function: Callable[P, T], *args: P.args, **more: P.kwargs) -> T:
     """Call a blocking function in another thread. The function is called in this thread if no thread can be started any
-    more (the process is ending), or if the other thread would wait for code that a signal handler has interrupted
-    here."""
+    more (the process is ending), or if a signal handler has interrupted code here for which the other thread would
+    wait."""
     if forks.inside():
         return function(*args, **more)
     try:

@@ -1,8 +1,8 @@
 """Control commands for jobs, queues and tasks: cancel, pause, resume, limit. Each command is a fact with its author and
 reason.
 
-Commands are on the compacted control topic, which workers read before they start anything, and follow afterwards. So a
-command also applies to workers that were down when it was given, until another command replaces it.
+Commands are on the compacted control topic. A worker reads this topic before it starts jobs, and follows it afterwards.
+So a command also applies to workers that did not run when it was given, until another command replaces it.
 """
 
 from __future__ import annotations
@@ -55,7 +55,8 @@ class Job:
 
 @dataclass(frozen=True, slots=True)
 class Standing:
-    """The commands in force on one queue or task. ``paused``: author and reason; None: not paused."""
+    """The commands in force on one queue or task. ``paused``: author and reason of the pause; None: not paused.
+    ``limited``: author and reason of the limits."""
 
     kind: Kind
     name: str
@@ -65,24 +66,24 @@ class Standing:
 
 
 def who() -> str:
-    """The user at this machine, as far as known: ``user@host``."""
+    """Return the user of this process and its host, as far as known: ``user@host``."""
     user = "unknown"
-    with contextlib.suppress(OSError, KeyError, ImportError):  # a container may run under a number without a name
+    with contextlib.suppress(OSError, KeyError, ImportError):  # a container may run under a user id without a name
         user = getpass.getuser()
     return f"{user}@{socket.gethostname()}".encode("utf-8", "replace").decode("utf-8")
 
 
 def cancel_key(job_id: str, run: int) -> str:
-    """The key of a cancel on the control topic."""
+    """Return the key of a cancel on the control topic."""
     return f"cancel:{job_id}:{run}"
 
 
 def is_copy(found: Recorded, names: Names) -> bool:
-    """Whether a reader of all topics skips a record, because another record counts.
+    """Return whether a reader of all topics must skip a record, because another record of the same fact counts.
 
-    A cancel is on the control topic and on the coordination topic: the latter counts. The worker of a leased job reports
-    its outcome on the coordination topic, also after its lease: the outcome counts when the coordinator has written it to
-    lifecycle.
+    A cancel is on the control topic and on the coordination topic; the record on the coordination topic counts. The
+    worker of a leased job reports the job's outcome on the coordination topic, possibly after its lease has ended. The
+    outcome counts when the coordinator has written it to the lifecycle topic.
     """
     topic, fact = found.position.topic, found.event.fact
     if isinstance(fact, CLOSING):
@@ -97,9 +98,9 @@ class Commands:
         self._settings, self._names, self._writer = settings, names, writer
 
     def cancel(self, jobs: Sequence[Job], reason: str | None = None, by: str | None = None) -> None:
-        """Request that these jobs be cancelled; returns once the log has acknowledged all requests.
+        """Request that these jobs be cancelled. Returns once the log has acknowledged all requests.
 
-        A waiting job is not started, a running job is told to stop, a job that has ended is not changed. Raises
+        A waiting job is not started, a running job is asked to stop, a job that has ended is not changed. Raises
         `ConfigError`, `TopicMissing`, `AccessDenied` or `BrokerUnavailable`; some jobs may have been cancelled then.
         """
         for records in self.cancels(jobs, reason, by):
@@ -108,7 +109,7 @@ class Commands:
     def cancels(
         self, jobs: Sequence[Job], reason: str | None = None, by: str | None = None
     ) -> Iterator[list[Outgoing]]:
-        """The records of `cancel`, in batches that are each sent at once. Raises `ConfigError`."""
+        """Yield the records of `cancel`, in batches that are each sent at once. Raises `ConfigError`."""
         fact = CancelRequested(check_text("by", by or who(), BY_MOST), _reason(reason))
         for job in jobs:
             check_text("job id", job.job_id, ID_MOST)
@@ -118,7 +119,7 @@ class Commands:
             records: list[Outgoing] = []
             for job in jobs[start : start + AT_ONCE]:
                 value = codec.encode(self._event(fact, job.job_id, job.run, job.task, job.queue, job.home))
-                # For workers, and for the coordinator that may hold it back until a time.
+                # One record for the workers, and one for the coordinator, where the job may wait for its due time.
                 records.append(Outgoing(self._names.control, value, cancel_key(job.job_id, job.run)))
                 records.append(Outgoing(self._names.coordination, value, job.home or job.job_id))
             yield records
@@ -138,8 +139,8 @@ class Commands:
     def limit(
         self, kind: Kind, name: str, limits: Limits | None, reason: str | None = None, by: str | None = None
     ) -> None:
-        """Set limits in place of those in the code, for all workers together; None: those in the code apply again.
-        Raises as `cancel` does."""
+        """Set limits for all workers together, instead of the limits in the code; None: the limits in the code apply
+        again. Raises as `cancel` does."""
         wanted = limits or Limits()
         fact = QueueLimited(wanted.rate, wanted.concurrency, check_text("by", by or who(), BY_MOST), _reason(reason))
         self._order(f"limit:{kind}:{name}", kind, name, fact)
@@ -163,7 +164,8 @@ class Commands:
         )
 
     def standing(self) -> list[Standing]:
-        """The pauses and limits in force, by kind and name. Raises `BrokerUnavailable` or `TopicMissing`."""
+        """Return the pauses and limits in force, sorted by kind and name. Raises `BrokerUnavailable` or
+        `TopicMissing`."""
         decode = decoder(self._settings, self._names).decode
         found: dict[tuple[str, str], Standing] = {}
         with LogReader(self._settings) as log:
@@ -172,7 +174,7 @@ class Commands:
                 try:
                     event = decode(value if isinstance(value, bytes) else None)
                 except JobledgerError:
-                    continue  # a tombstone, or nothing of ours
+                    continue  # a tombstone, or a record that is not an event
                 kind: Kind = "queue" if event.queue else "task"
                 name = event.queue or event.task
                 known = found.get((kind, name), Standing(kind, name))
@@ -192,7 +194,7 @@ class Commands:
 
 
 def said(by: str, reason: str | None) -> str:
-    """Author and reason as one text."""
+    """Return author and reason as one text."""
     return f"by {by}" + (f": {reason}" if reason else "")
 
 

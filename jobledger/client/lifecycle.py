@@ -1,8 +1,8 @@
 """Everything that happens to jobs, as one typed stream for other services: billing, audits, webhooks, a cache.
 
-A stream has its own consumer group and reads every topic of the namespace. A record counts as processed when the next
-one is requested. So a service that dies while it processes a record gets that record again: delivery is at least once,
-and in order within a partition.
+A stream has its own consumer group and reads every topic of the namespace that has facts of jobs or control commands. A
+record counts as processed when the next record is requested. So a service that dies while it processes a record gets
+that record again: delivery is at least once, and in order within a partition.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from jobledger.log.schema_lookup import decoder
 from jobledger.process.logger import get_logger
 from jobledger.schemas.events import Fact, Recorded
 
-LOG = get_logger("jobledger.client.lifecycle")
+LOG = get_logger("jobledger.lifecycle")
 
 #: Seconds between two commits.
 COMMIT_S = 1.0
@@ -43,8 +43,8 @@ HOPELESS = (
 
 
 class LifecycleStream:
-    """See `App.lifecycle`. Iterate over it with ``for`` or ``async for``, in one thread or task, and close it
-    afterwards."""
+    """A stream of job facts and control commands; see `App.lifecycle`. Iterate over the stream with ``for`` or
+    ``async for``, in one thread or task, and close it afterwards."""
 
     def __init__(
         self,
@@ -87,8 +87,8 @@ class LifecycleStream:
             )
         )
         self._fetched: deque[Message] = deque()
-        self._current: tuple[str, int, int] | None = None  # handed out, not known to be done
-        self._done: dict[tuple[str, int], int] = {}  # the next offsets, not committed
+        self._current: tuple[str, int, int] | None = None  # returned last, not known to be processed
+        self._done: dict[tuple[str, int], int] = {}  # the next offsets to commit
         self._owned: set[tuple[str, int]] = set()
         self._committed_at = time.monotonic()
         #: Number of records that were skipped because they are not events.
@@ -141,7 +141,8 @@ class LifecycleStream:
         return self._timeout is not None and time.monotonic() - last >= self._timeout
 
     def _next(self, *, fetch: bool = True) -> Recorded | None:
-        """The next matching record, or None if there is none right now. The record before it counts as processed.
+        """Return the next matching record, or None if there is none right now. The record that was returned before
+        counts as processed.
 
         Raises `UnknownFact` for an event of a newer version: that event must not be skipped.
         """
@@ -154,10 +155,10 @@ class LifecycleStream:
             message = self._fetched.popleft()
             where = position_of(message)
             if (where.topic, where.partition) not in self._owned:
-                continue  # given to another member meanwhile
+                continue  # the partition now belongs to another member of the group
             self._current = (where.topic, where.partition, where.offset)
             if message.value() is None and where.topic == self._names.control:
-                self._finish_current()  # an order that was taken back
+                self._finish_current()  # the tombstone of a control command
                 continue
             try:
                 found = recorded(message, self._decode)
@@ -189,7 +190,7 @@ class LifecycleStream:
         if not self._checked:
             knock(self._settings)
             acls.check(self._settings, self._names.namespace, [*self._topics, self._names.schemas])
-            for topic in self._topics:  # a group's member waits for topics that are missing without a word
+            for topic in self._topics:  # a member of a group waits for a missing topic without an error
                 partitions_of(self._settings, topic)
             self._checked = True
         try:
@@ -202,7 +203,7 @@ class LifecycleStream:
             batch = [] if first is None else [first, *consumer.consume(BATCH - 1, 0)]
         except KafkaException as exc:
             raise translate(exc.args[0], self._settings, "reading the lifecycle", join(self._group)) from exc
-        # First keep the valid messages: those fetched together with an error are not fetched again.
+        # Store the valid messages first: messages that were fetched together with an error are not fetched again.
         self._fetched.extend(message for message in batch if message.error() is None)
         for message in batch:
             error = message.error()
@@ -225,7 +226,7 @@ class LifecycleStream:
         else:
             self._done.clear()
 
-    # -- rebalances: run inside poll ------------------------------------------------------------------------------------
+    # -- rebalances: these methods run inside poll --------------------------------------------------------------------
 
     def _on_assign(self, consumer: Consumer, assigned: list[TopicPartition]) -> None:
         self._owned |= {(p.topic, p.partition) for p in assigned}

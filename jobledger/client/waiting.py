@@ -1,7 +1,7 @@
 """Waiting for jobs: one thread polls the status table for all threads and coroutines of this process that wait.
 
-`Follower` is the core: it takes a `Question` and answers it. `Client` has the blocking and the asyncio methods. This
-module opens no connection itself, and does not depend on Kafka or a database.
+`Follower` takes a `Question` and answers it; the blocking and the asyncio methods are in `Client`. This module opens no
+connection itself, and does not depend on Kafka or a database.
 """
 
 from __future__ import annotations
@@ -22,44 +22,45 @@ from jobledger.job import JobStatus, State
 from jobledger.kafka.topic_names import check_utf8
 from jobledger.schemas.events import Position
 
-#: Seconds between two polls for one question: the first interval and the longest. Each interval is twice the one before.
-#: Polls happen at whole multiples of the interval, so that questions of different ages share a poll.
+#: Seconds between two polls for one question: the first interval and the longest. The interval doubles until it is the
+#: longest. Polls happen at whole multiples of the interval, so that questions of different ages share a poll.
 FIRST_S, MOST_S = 1 / 64, 1 / 4
 #: Number of polls at each interval.
 LOOKS_A_PACE = 3
 #: Maximum number of questions in one poll, and of whole rows read at once (a row may hold a large result).
 QUESTIONS_A_LOOK, ROWS_AT_ONCE = 1_000, 100
-#: The pause after a poll is REST times the poll's duration, at most REST_MOST_S seconds: polling takes a fifth of a core.
+#: The pause after a poll is REST times the poll's duration, at most REST_MOST_S seconds. So polling uses at most a
+#: fifth of a core, unless a poll takes longer than REST_MOST_S / REST seconds.
 REST, REST_MOST_S = 4.0, 1.0
-#: Seconds after which rows are read again although the table's offsets have not changed: a rebuild may have replaced the
-#: rows.
+#: Seconds after which rows are read again although the table's offsets have not changed, because a rebuild may have
+#: replaced the rows.
 REREAD_S = 5.0
 #: Seconds without questions after which the thread ends; the next question starts another.
 IDLE_S = 5.0
 #: Seconds for which a wait accepts that there is no status table yet.
 START_PATIENCE_S = 30.0
-#: Seconds beyond its own timeout that a caller waits for a table that does not answer.
+#: Seconds beyond its own timeout for which a caller waits if the table does not answer.
 TABLE_PATIENCE_S = 10.0
 
 
 class StatusSource(Protocol):
-    """The interface through which the client queries jobs: the status table's read side."""
+    """The interface through which the client queries jobs; the status table's read side implements it."""
 
     def states(self, job_ids: Sequence[str]) -> Mapping[str, State]:
-        """The states of the given jobs; jobs that the table does not know are left out."""
+        """Return the states of the given jobs, without jobs that the table does not know."""
 
     def statuses(self, job_ids: Sequence[str]) -> Mapping[str, JobStatus]:
-        """The statuses of the given jobs; jobs that the table does not know are left out."""
+        """Return the statuses of the given jobs, without jobs that the table does not know."""
 
     def offsets(self) -> Mapping[tuple[str, int], int]:
-        """The table's next offset of every partition."""
+        """Return the table's next offset of every partition."""
 
     def unknown(self, job_id: str) -> JobNotFound:
-        """The error for a job that the table does not know."""
+        """Return the error for a job that the table does not know."""
 
 
 class Question:
-    """What a caller waits for: a job's status, or with ``ended`` its status once the job has ended.
+    """A caller's question: a job's status, or with ``ended`` the status once the job has ended.
 
     ``at_least``: answer only after the table has read this position. ``timeout``: seconds; None: wait forever.
     ``answer``: the status, or `JobNotFound`, `StatusTimeout` or `StoreError`. A caller that stops waiting cancels
@@ -95,11 +96,12 @@ class Question:
 
     @property
     def patience(self) -> float | None:
-        """Seconds that a caller waits for the answer: the timeout plus a margin for a table that does not answer."""
+        """Seconds for which a caller waits for the answer: the timeout plus a margin for a table that does not
+        answer."""
         return None if self.timeout is None else self.timeout + TABLE_PATIENCE_S
 
     def next_look(self, now: float) -> float:
-        """When to poll again."""
+        """Return the time of the next poll (monotonic clock)."""
         pace: float = min(FIRST_S * 2 ** (self.looks // LOOKS_A_PACE), MOST_S)
         self.looks += 1
         due = (now // pace + 1) * pace
@@ -114,7 +116,7 @@ class Question:
                 self.answer.set_exception(answer)
 
     def late(self) -> StatusTimeout:
-        """The error for a question whose timeout is over."""
+        """Return the error for a question whose timeout is over."""
         seconds = f"within {self.timeout or 0:g} s"
         if self.ended:
             state = "not in the status table yet" if self.state is None else self.state.value
@@ -130,9 +132,9 @@ class Question:
 
 
 class Follower:
-    """Answers questions with one thread, which starts with the first question and ends when there are none.
+    """Answers questions in one thread. The thread starts with the first question and ends when there are no questions.
 
-    ``table``: opens the status table's read side, or returns the one that is open.
+    ``table``: a function that opens the status table's read side, or returns the read side that is open.
     """
 
     def __init__(self, table: Callable[[], StatusSource]) -> None:
@@ -142,18 +144,18 @@ class Follower:
     def after_fork(self) -> None:
         """Start without questions and without a thread: a forked child has no copy of the parent's thread."""
         self._changed = threading.Condition()
-        #: Open questions by the time of their next look.
+        #: Open questions, by the time of their next poll.
         self._due: list[tuple[float, int, Question]] = []
         self._numbers = itertools.count()
         self._thread: threading.Thread | None = None
         self._closed = False
-        #: How far the table had read when it was last looked into: rows change together with it.
+        #: The table's offsets at the last poll. Rows change together with the offsets.
         self._offsets: Mapping[tuple[str, int], int] = {}
         self._reread = 0.0
 
     def ask(self, question: Question) -> None:
-        """Queue the question to be answered; returns at once. Raises `ConnectionUnusable` if no thread can be started
-        any more, late in the end of a process."""
+        """Queue the question and return at once. Raises `ConnectionUnusable` if no thread can be started any more, late
+        in the end of a process."""
         with self._changed:
             self._closed = False
             if self._thread is None:
@@ -193,15 +195,15 @@ class Follower:
             rested = self._serve(rested)
 
     def _serve(self, rested: float) -> float | None:
-        """Poll once, when a question is due and the thread has paused until ``rested``. Returns the end of the next
-        pause, or None if the thread is to end."""
+        """Poll once, when a question is due and the pause, which lasts until ``rested``, is over. Returns the end of
+        the next pause, or None if the thread must end."""
         some = self._next(rested)
         if not some:
             return None
         began = time.monotonic()
         try:
             self._look(some)
-        except BaseException as exc:  # noqa: BLE001  # whatever it is, nobody may wait for ever
+        except BaseException as exc:  # noqa: BLE001  # after any error the callers must get an answer
             for question in some:
                 self._missed(question, exc, began)
         now = time.monotonic()
@@ -212,7 +214,7 @@ class Follower:
         return now + min(REST * (now - began), REST_MOST_S)
 
     def _next(self, rested: float) -> list[Question]:
-        """The questions that are due, after waiting at least until ``rested``; empty if the thread is to end."""
+        """Wait at least until ``rested`` and return the questions that are due; empty if the thread must end."""
         with self._changed:
             while not self._closed:
                 now = time.monotonic()
@@ -232,7 +234,7 @@ class Follower:
                 if some:
                     return some
             self._thread = None
-            self._give_up()  # those that a look was under way for
+            self._give_up()  # questions that were being polled when `close` was called
             return []
 
     def _look(self, some: list[Question]) -> None:
@@ -253,12 +255,12 @@ class Follower:
                 question.settle(question.late())
 
     def _read(self, table: StatusSource, some: list[Question]) -> None:
-        """Answer those of these questions for which the table has an answer."""
+        """Answer those of these questions to which the table has an answer."""
         if ids := list({question.job_id for question in some if question.ended}):
             states = table.states(ids)
             for question in some:
                 question.state = states.get(question.job_id)
-        # A job's end may be read before its submission: they stand on different topics.
+        # The table may read a job's outcome before its submission: the records are on different topics.
         ready: dict[str, list[Question]] = {}
         for question in some:
             open_still = question.ended and question.state is not None and not question.state.ended
@@ -277,8 +279,8 @@ class Follower:
                         question.settle(status)
 
     def _missed(self, question: Question, error: BaseException, now: float) -> None:
-        """Handle a failed poll: the question keeps waiting if the stream processor may just be starting, else it gets
-        the error."""
+        """Handle a failed poll. If the stream processor may just be starting, the question stays open; else the error
+        is its answer."""
         if isinstance(error, StoreNotFound) and question.ended:
             patience = START_PATIENCE_S if question.timeout is None else min(START_PATIENCE_S, question.timeout)
             if now - question.began < patience:
@@ -289,11 +291,11 @@ class Follower:
 
 
 def _own(error: Exception) -> Exception:
-    """A copy of the error for each waiting caller: one error raised in many places would collect all their
-    tracebacks."""
+    """Return a copy of the error for one waiting caller: an error that is raised in several places would collect all
+    their tracebacks."""
     try:
         made = copy.copy(error)
-    except Exception:  # noqa: BLE001  # an error that is not made from its args
+    except Exception:  # noqa: BLE001  # an error that cannot be copied from its args
         return error
     made.__cause__ = error
     return made

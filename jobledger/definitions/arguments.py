@@ -1,5 +1,5 @@
-"""A job's arguments, one JSON object by parameter name, checked against the function's annotations; and the job's
-result.
+"""Converts a job's arguments and its result to and from JSON. The arguments are one JSON object by parameter name,
+which is checked against the function's annotations.
 
 Arguments are checked twice with the same decoder: in the caller, before anything is sent, and in the worker. A result
 is converted to the return annotation when it is requested.
@@ -26,11 +26,12 @@ _EXACT = frozenset({str, int, bool})
 
 
 class Arguments:
-    """The arguments of a function. ``filled``: parameters whose values the worker supplies. ``name``: the task's name,
-    for errors.
+    """The arguments of a function. ``name``: the task's name, for errors. ``filled``: parameters whose values the
+    worker supplies; they are not arguments of the job.
 
-    ``positional``: names that may be given by position. ``names``: all of them. ``signature``: the signature as text,
-    for errors. Raises `ConfigError` for a signature whose arguments cannot be sent as JSON.
+    ``positional``: names of the arguments that may be given by position. ``names``: names of all arguments.
+    ``signature``: the signature as text, for errors. Raises `ConfigError` for a signature whose arguments cannot be
+    sent as JSON.
     """
 
     def __init__(self, fn: Callable[..., Any], name: str, filled: Collection[str]) -> None:
@@ -38,19 +39,21 @@ class Arguments:
         self.positional, struct = _arguments_struct(fn, name)
         self._decoder = msgspec.json.Decoder(struct, dec_hook=_dec_hook)
         self.names: tuple[str, ...] = struct.__struct_fields__
-        #: Whether an argument may contain a `datetime.time`. If its zone's offset depends on the date, Python considers the time
-        #: equal to the same time without a zone, so `encode` checks it separately.
+        #: Whether an argument may contain a `datetime.time`. If the offset of the time's zone depends on the date,
+        #: Python considers the time equal to the same time without a zone. So `encode` checks such arguments
+        #: separately.
         self._times = _holds_time(msgspec.inspect.type_info(struct))
         signature = inspect.signature(fn, eval_str=True)
         kept = [p for p in signature.parameters.values() if p.name not in filled]
         self.signature = str(signature.replace(parameters=kept))
 
     def bound(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-        """The given arguments by name, without checking them."""
+        """Return the given arguments by name, without checking them."""
         return {**dict(zip(self.positional, args, strict=False)), **kwargs}
 
     def encode(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bytes:
-        """Arguments as a JSON object by parameter name. Raises `BadArguments` that names what does not fit."""
+        """Return the arguments as a JSON object by parameter name. Raises `BadArguments` that names what does not
+        fit."""
         names = self.positional
         if len(args) > len(names):
             raise BadArguments(
@@ -81,20 +84,21 @@ class Arguments:
                 self._check(named, back)
         except BadArguments:
             raise
-        except Exception as exc:  # a comparison of the user's may raise anything
+        except Exception as exc:  # a comparison in the user's code may raise anything
             raise BadArguments(f"an argument of {self._name}() cannot be compared: {_said(exc)}") from exc
         return raw
 
     def _check(self, named: Mapping[str, Any], back: Any) -> None:
-        """Raise `BadArguments` for a value that differs from the one in ``back``, the worker's arguments. ``back``
-        None: they could not be decoded; raises if the cause is a value that JSON cannot represent."""
+        """Raise `BadArguments` for a value that differs from its value in ``back``, the arguments as a worker gets
+        them. ``back`` None: the arguments could not be encoded or decoded; then raise if the cause is a value that JSON
+        cannot represent."""
         for key, value in named.items():
             why = exact.unwritable(value, key) if back is None else exact.changed(value, getattr(back, key), key)
             if why is not None:
                 raise BadArguments(f"{self._name}() would not receive the same values: {why}")
 
     def decode(self, raw: bytes) -> dict[str, Any]:
-        """The worker's counterpart of `encode`: keyword arguments for the function. Raises `BadArguments`."""
+        """Return the keyword arguments for the function from JSON. A worker calls this. Raises `BadArguments`."""
         try:
             struct = self._decoder.decode(raw)
         except BaseException as exc:  # a dataclass's __post_init__ or a model's validator may raise anything
@@ -105,15 +109,15 @@ class Arguments:
 
 
 def _said(exc: BaseException) -> str:
-    """Why arguments do not fit. Jobledger's and msgspec's messages are complete; for errors of a user's code the type
-    is added."""
+    """Return why arguments do not fit, from an exception. Jobledger's and msgspec's messages are complete; for errors
+    of a user's code the type is added."""
     said = text_of(exc)
     return said if is_a(exc, (msgspec.MsgspecError, TypeError, ValueError)) else f"{type_of(exc)}: {said}"
 
 
 def encode_result(value: Any) -> bytes | None:
-    """A return value as JSON; None for None. Raises `TypeError` or `ValueError` naming what JSON cannot represent, or
-    cannot represent exactly."""
+    """Return a job's return value as JSON; None for None. Raises `TypeError` or `ValueError` that names what JSON
+    cannot represent, or cannot represent exactly."""
     if value is None:
         return None
     try:
@@ -131,8 +135,8 @@ class Results:
     """Converts a result from JSON to the function's return annotation; without an annotation the result stays plain
     JSON.
 
-    ``name``: the task's name, for errors. An annotation that JSON cannot be converted to gives a `RuntimeWarning`, and
-    the result stays plain JSON: the job's outcome does not depend on it.
+    ``name``: the task's name, for errors. If JSON cannot be converted to the annotation, a `RuntimeWarning` is issued
+    and the result stays plain JSON: the job's outcome does not depend on its annotation.
     """
 
     def __init__(self, fn: Callable[..., Any], name: str) -> None:
@@ -160,7 +164,7 @@ class Results:
 
 
 def _unreadable_as(annotation: Any) -> str | None:
-    """Why JSON cannot be converted to this type; None if it can."""
+    """Return why JSON cannot be converted to this type; None if it can."""
     try:
         cls = next(_unreadable(msgspec.inspect.type_info(annotation)), None)
     except (TypeError, ValueError) as exc:
@@ -173,7 +177,7 @@ def _unreadable_as(annotation: Any) -> str | None:
 
 
 def _returned(fn: Callable[..., Any]) -> Any:
-    """The return annotation of the function, without Coroutine or Awaitable; `Any` if there is none."""
+    """Return the return annotation of a function, without Coroutine or Awaitable; `Any` if there is none."""
     found = typing.get_type_hints(fn).get("return", Any)
     if typing.get_origin(found) in (Coroutine, Awaitable):  # a plain function around a coroutine
         found = typing.get_args(found)[-1]
@@ -181,7 +185,7 @@ def _returned(fn: Callable[..., Any]) -> Any:
 
 
 def _unreadable(info: msgspec.inspect.Type) -> Iterator[type]:
-    """Classes in a type that JSON cannot be converted to, except in the fields of records."""
+    """Yield the classes in a type to which JSON cannot be converted, except in the fields of records."""
     if isinstance(info, msgspec.inspect.CustomType):
         if info.cls is not object and not hasattr(info.cls, "model_validate"):
             yield info.cls
@@ -193,7 +197,8 @@ def _unreadable(info: msgspec.inspect.Type) -> Iterator[type]:
 
 
 def _arguments_struct(fn: Callable[..., Any], name: str) -> tuple[tuple[str, ...], type[msgspec.Struct]]:
-    """Parameter names that may be given by position, and the struct that a JSON object of arguments must fit."""
+    """Return the parameter names that may be given by position, and the struct that a JSON object of arguments must
+    fit."""
     try:
         hints = typing.get_type_hints(fn)
         parameters = inspect.signature(fn, eval_str=True).parameters.values()
@@ -222,7 +227,7 @@ def _arguments_struct(fn: Callable[..., Any], name: str) -> tuple[tuple[str, ...
         if parameter.default is parameter.empty:
             fields.append((parameter.name, hint))
         else:
-            # Unset, not the default itself: the default that counts is the worker's, as in any call.
+            # Unset, not the default itself: the default in the worker's code applies, as in any call.
             fields.append((parameter.name, hint | msgspec.UnsetType if hint is not Any else Any, msgspec.UNSET))
     try:
         struct = msgspec.defstruct(f"{name}_arguments", fields, kw_only=True, forbid_unknown_fields=True)
@@ -243,7 +248,7 @@ def _check_types(name: str, info: msgspec.inspect.Type) -> None:
 
 
 def _holds_time(info: msgspec.inspect.Type, seen: frozenset[type] = frozenset()) -> bool:
-    """Whether a type contains a `datetime.time`."""
+    """Return whether a type contains a `datetime.time`."""
     if isinstance(info, msgspec.inspect.TimeType):
         return True
     cls = getattr(info, "cls", None)
@@ -260,6 +265,6 @@ def _holds_time(info: msgspec.inspect.Type, seen: frozenset[type] = frozenset())
 def _dec_hook(kind: type[Any], value: Any) -> Any:
     if hasattr(kind, "model_validate"):
         return kind.model_validate(value)
-    if kind is object:  # a strict type checker's word for plain JSON
+    if kind is object:  # an annotation for plain JSON that strict type checkers accept
         return value
     raise TypeError(f"{kind.__qualname__} cannot be read from JSON")

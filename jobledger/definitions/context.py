@@ -1,4 +1,4 @@
-"""The running job, as its code sees it: `current_job()`. The worker sets it; tasks and the client read it."""
+"""The running job, as its code sees it: `current_job()`. The worker sets this job; tasks and the client read it."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ class JobContext:
     """One attempt of one job, as the task's code sees it.
 
     ``job_id``, ``task``, ``queue``, ``run``, ``attempt`` (1 at first), ``release``, ``tags`` and ``parent`` are those
-    of the job. ``ended``: whether the attempt has ended here. Code of the attempt that still runs then, for example in
-    a thread it started, can no longer report progress or submit jobs: `JobEnded`.
+    of the job. ``ended``: whether the attempt has ended here. If code of the attempt still runs then, for example in a
+    thread that the attempt started, and reports progress, submits a job or emits an event, `JobEnded` is raised.
     """
 
     __slots__ = (
@@ -56,7 +56,7 @@ class JobContext:
         self.run, self.attempt, self.release = run, attempt, release
         self.parent, self.trace = parent, trace
         self._tags = tags
-        self._report = report  # None: reports are discarded
+        self._report = report  # None: `progress` raises `JobEnded`
         self._sequence = 0
         self.ended = False
         self._children: dict[bytes, count[int]] | None = None
@@ -67,10 +67,10 @@ class JobContext:
         return dict(self._tags)
 
     def progress(self, done: int, total: int | None = None, message: str | None = None) -> None:
-        """Report the job's progress; returns at once. ``done``, ``total``: counts in a unit of the task's choice, whole
-        numbers >= 0.
+        """Report the job's progress, without waiting. ``done``, ``total``: counts in a unit of the task's choice, whole
+        numbers >= 0. ``message``: a text for people.
 
-        Callable from any thread that the task runs in. The status shows the last report of an attempt. Raises
+        Callable from any thread that runs the task's code. The status shows the last report of an attempt. Raises
         `ConfigError` if ``done`` or ``total`` is not a whole number from 0 to 2^63 - 1 or ``message`` is not a text,
         and `JobEnded` when the attempt has ended.
         """
@@ -84,7 +84,8 @@ class JobContext:
                 raise ConfigError(f"progress({name}={value!r}) is not a whole number from 0 to 2^63 - 1")
         if message is not None and not isinstance(message, str):
             raise ConfigError(f"progress(message={message!r}) is not a text")
-        # Plain values, whatever they are subclasses of, and text that UTF-8 can carry: a file's name may be none.
+        # Convert instances of subclasses to plain values, and the message to text that UTF-8 can encode: a file name,
+        # for example, may contain lone surrogates.
         done, total = index(done), None if total is None else index(total)
         if message is not None:
             message = str.encode(message, "utf-8", "replace").decode("utf-8")
@@ -92,17 +93,18 @@ class JobContext:
         report(self, JobProgressed(self._sequence, done, total, message))
 
     def child_id(self, task: str, args: bytes) -> str:
-        """The id of a job submitted inside this one: a UUID v5 of (parent, run, task, arguments, number of identical
-        submissions before).
+        """Return the id of a job that is submitted inside this job: a UUID v5 of (parent, run, task, arguments, number
+        of identical submissions before).
 
         So a rerun of the parent submits jobs with the same ids, and workers drop the duplicates. Raises `JobEnded` when
-        the attempt has ended: the next attempt submits what this one would.
+        the attempt has ended: the next attempt submits the jobs that this attempt would submit.
         """
         if self.ended:
             raise self._over("submit no jobs and emit no events")
         what = task.encode() + b"\0" + hashlib.blake2b(args, digest_size=16).digest()
-        # A task may submit from several threads and signal handlers, and in a fork. So no lock, but steps that nothing can
-        # interrupt: CPython changes threads and runs handlers only at calls of Python code and jumps back.
+        # A task may submit from several threads and signal handlers, and in a fork. So there is no lock, but steps that
+        # nothing can interrupt: CPython switches threads and runs signal handlers only at calls of Python code and at
+        # backward jumps.
         if self._children is None:
             self._children = {}
         nth = next(self._children.setdefault(what, count(1)))
@@ -121,7 +123,7 @@ _CURRENT: ContextVar[JobContext | None] = ContextVar("jobledger_current_job", de
 
 
 def current_job() -> JobContext:
-    """The job that this code runs in. Raises `ConfigError` outside a job."""
+    """Return the job in which this code runs. Raises `ConfigError` outside a job."""
     found = _CURRENT.get()
     if found is None:
         raise ConfigError(
@@ -132,13 +134,13 @@ def current_job() -> JobContext:
 
 
 def maybe_current_job() -> JobContext | None:
-    """The job that this code runs in, or None."""
+    """Return the job in which this code runs, or None."""
     return _CURRENT.get()
 
 
 @contextmanager
 def entered(context: JobContext) -> Iterator[None]:
-    """Make ``context`` the current job for a block; the previous one is current again afterwards."""
+    """Make ``context`` the current job for a block. After the block, the previous job is current again."""
     token = _CURRENT.set(context)
     try:
         yield
@@ -147,5 +149,5 @@ def entered(context: JobContext) -> Iterator[None]:
 
 
 def enter(context: JobContext | None) -> None:
-    """For the worker: make ``context`` the current job of this task or thread."""
+    """Make ``context`` the current job of this asyncio task or thread. The worker calls this."""
     _CURRENT.set(context)

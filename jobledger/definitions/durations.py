@@ -25,8 +25,8 @@ def in_seconds(span: object) -> object: ...
 
 
 def in_seconds(span: object) -> object:
-    """A duration in seconds: a `timedelta` or another kind of number (numpy's, a `Fraction`) as a float. Anything else
-    is returned unchanged, so that the caller can report it."""
+    """Return a duration in seconds: a `timedelta`, or another kind of number (numpy's, a `Fraction`), as a float.
+    Anything else is returned unchanged, so that the caller can report it."""
     kind = type(span)
     if kind is float or kind is int or kind is bool:
         return span
@@ -36,7 +36,7 @@ def in_seconds(span: object) -> object:
 
 
 def check_patience(span: object, what: str = "timeout") -> float | None:
-    """A timeout in seconds, or None to wait forever. Raises `ConfigError` for anything else."""
+    """Return a timeout in seconds, or None to wait forever. Raises `ConfigError` for anything else."""
     if span is None:
         return None
     found = in_seconds(span)

@@ -1,7 +1,7 @@
-"""Domain events: a class of things that happened in a service; and handlers, which become jobs.
+"""Domain events and their handlers, as an app declares them.
 
-An event type is a class with fields, an Avro schema and a topic. A handler is a task that takes one event. For each
-pair of event and handler there is one job, whose id is derived from both.
+An event type is a class of domain events, with fields, an Avro schema and a topic. A handler is a task that takes one
+event. For each pair of event and handler there is one job, whose id is derived from both.
 """
 
 from __future__ import annotations
@@ -54,12 +54,13 @@ _SINGLE_OBJECT = 10  # bytes before the datum in the single-object encoding
 
 #: The header that carries an event's id (text).
 EVENT_HEADER = "jl-event"
-#: The tag by which the jobs of an event are found.
+#: The tag with the event's id, by which the jobs of an event are found.
 EVENT_TAG = "event"
 
 
 def as_event_class(cls: type[Any]) -> type[Any]:
-    """``cls`` itself if it is a dataclass, msgspec Struct or pydantic model; else ``cls`` as a frozen dataclass."""
+    """Return ``cls`` itself if it is a dataclass, msgspec Struct or pydantic model; else ``cls`` as a frozen dataclass.
+    Raises `ConfigError` if ``cls`` is not a class."""
     if not isinstance(cls, type):
         raise ConfigError(f"@app.event is for classes, and {cls!r} is not a class")
     if "__dataclass_fields__" in cls.__dict__ or issubclass(cls, msgspec.Struct) or is_pydantic(cls):
@@ -70,10 +71,10 @@ def as_event_class(cls: type[Any]) -> type[Any]:
 class EventType:
     """A class of events of one namespace. ``key``: the field whose value keeps events in order; None: no order is kept.
 
-    ``topic``: another program's topic, which Jobledger reads and never writes. ``partitions``: the partition count of
-    its own topic; None: the app's. ``retention_days``: how long its topic keeps events; None: forever. ``start``: None
-    means ``"latest"`` on another program's topic, and ``"earliest"`` on the app's own, so that events emitted before
-    the router's first start are not lost.
+    ``topic``: another program's topic, which Jobledger reads and never writes; None: the event's own topic.
+    ``partitions``: the partition count of the event's own topic; None: the app's default. ``retention_days``: how long
+    the event's own topic keeps events; None: forever. ``start``: None means ``"latest"`` on another program's topic,
+    and ``"earliest"`` on the event's own topic, so that events emitted before the router's first start are not lost.
     """
 
     def __init__(
@@ -112,7 +113,7 @@ class EventType:
         self.fingerprint = codec.fingerprint(self.schema)
         self._parsed = avro_defaults.understood(fastavro.parse_schema(json.loads(self.schema)))
         self._dump = dumper(cls)
-        #: Whether the event has numbers or times that some readers would not get unchanged.
+        #: Whether the event has numbers or times that some readers would not receive unchanged.
         self._delicate = '"double"' in self.schema or '"timestamp-micros"' in self.schema
         self._readers: dict[bytes, Any] = {}
         #: Names of other programs' records that fit this class.
@@ -124,8 +125,8 @@ class EventType:
         return f"<event {self.name} on {self.topic}>"
 
     def encode(self, event: Any) -> tuple[bytes, str | None]:
-        """An instance as bytes (Avro single-object encoding), and its key. Raises
-        `BadEvent` naming what does not fit."""
+        """Return an instance as bytes (Avro single-object encoding), and its key. Raises `BadEvent` that names what
+        does not fit."""
         plain: Any = None
         try:
             plain = self._dump(event)
@@ -141,7 +142,7 @@ class EventType:
         return out.getvalue(), None if key is None else str(key)
 
     def of(self, values: Mapping[str, Any]) -> Any:
-        """An instance from JSON values by field. Raises `BadEvent` that names what does not fit."""
+        """Return an instance from JSON values by field. Raises `BadEvent` that names what does not fit."""
         try:
             if is_pydantic(self.cls):
                 return self.cls.model_validate(values)
@@ -150,7 +151,7 @@ class EventType:
             raise BadEvent(f"{dict(values)!r} does not fit event {self.name!r}: {text_of(exc)}") from exc
 
     def passes(self, value: bytes | None) -> bool:
-        """Whether a record can be skipped: it is a tombstone on another program's topic, which may be compacted."""
+        """Return whether a record can be skipped: a tombstone on another program's topic, which may be compacted."""
         return value is None and self.foreign
 
     def decode(
@@ -159,20 +160,20 @@ class EventType:
         lookup: Callable[[bytes], str | None],
         by_id: Callable[[int, bool], str | None] | None = None,
     ) -> dict[str, Any]:
-        """A record's value as plain values by field, resolved to this class's schema. Raises `SchemaError`.
+        """Return a record's value as plain values by field, resolved to this class's schema. Raises `SchemaError`.
 
-        ``lookup``: returns the schema's text for an unknown fingerprint, or None if that is not published; ``by_id``:
-        the same for the id in a Schema Registry's frame, see `jobledger.log.schema_lookup.SchemaLookup`. Raises
-        `IncompatibleEvent` for an event that a later version of this class wrote and this one cannot read, and for
-        records of other programs whose schema does not fit the class: these are events, and must not be skipped as
-        garbage.
+        ``lookup``: returns the schema's text for an unknown fingerprint, or None if the schema is not published.
+        ``by_id``: the same for the id in a Schema Registry's frame, see `jobledger.log.schema_lookup.SchemaLookup`.
+        Raises `IncompatibleEvent` for an event that a later version of this class wrote and this version cannot read,
+        and for records of other programs whose schema does not fit the class: these are events, and must not be skipped
+        as garbage.
         """
         if value is None:
             raise NotAnEvent("the record has no value")
         if self.format == "json":
             try:
                 found = msgspec.json.decode(value.removeprefix(codecs.BOM_UTF8))
-            except (msgspec.DecodeError, RecursionError) as exc:  # the latter for [[[[…
+            except (msgspec.DecodeError, RecursionError) as exc:  # a RecursionError for [[[[…
                 raise NotAnEvent(f"no JSON: {exc}") from exc
             if not isinstance(found, dict):
                 raise NotAnEvent("the JSON is no object")
@@ -207,7 +208,8 @@ class EventType:
         except RegistryNeeded as exc:
             if self.format == "avro":
                 raise
-            # Jobledger's emitters publish their ids on the log: so this record is not theirs, but garbage.
+            # Jobledger's emitters publish their schema ids on the log. So none of them wrote this record: it is
+            # garbage.
             raise NotAnEvent(f"{exc}, or this is no event") from None
         except SchemaError as exc:  # the schema exists, but cannot be used
             if not self.foreign:
@@ -215,8 +217,12 @@ class EventType:
             raise IncompatibleEvent(f"event {self.name!r} cannot be read from {self.topic}: {exc}") from exc
 
     def _foreign(self, text: str | None, head: bytes) -> ForeignSchema | str:
-        """How another program's schema fits the class. Returns a text with the reason if it does not fit but other
-        records of the topic, of another name, do: then this is a record of another kind. Raises `IncompatibleEvent`."""
+        """Return the reader of another program's schema, or a text with the reason why its records are not events.
+
+        The text is returned if the schema does not fit the class, but records of another name on the topic do: then the
+        record is of another kind. Otherwise raises `IncompatibleEvent` for a schema that does not fit. Raises
+        `UnknownSchema` if ``text`` is None.
+        """
         if text is None:
             raise UnknownSchema(f"the schema {head.hex()} is published nowhere")
         called = ""
@@ -241,8 +247,8 @@ class EventType:
         raise problem
 
     def _writer(self, text: str | None, head: bytes) -> Any:
-        """The writer's schema, under this event's Avro name: other programs may use another name for the same
-        record."""
+        """Return the writer's schema under this event's Avro name: other programs may use another name for the same
+        record. Raises `SchemaError`, and `IncompatibleEvent` if this class cannot read the schema's events."""
         if text is None:
             raise UnknownSchema(f"the schema {head.hex()} is published nowhere")
         try:
@@ -258,8 +264,8 @@ class EventType:
 
 
 class Handler:
-    """A task that takes one event of a type. ``parameter``: the parameter for the event. ``tags``: the tags of its
-    jobs, or a function that returns them for an event."""
+    """A task that takes one event of a type. ``parameter``: the parameter for the event. ``tags``: the tags of the
+    handler's jobs, or a function that returns the tags for an event. Raises `ConfigError`."""
 
     def __init__(self, event: EventType, task: Task[Any, Any], tags: HandlerTags = None) -> None:
         parameters = [p for p in inspect.signature(task.fn).parameters.values() if p.name not in task.dependencies]
@@ -278,16 +284,16 @@ class Handler:
         return f"<handler {self.task.name} of {self.event.name}>"
 
     def job_id(self, event_id: str) -> str:
-        """The id of the job that handles this event: the same for every call."""
+        """Return the id of the job that handles this event: the same id for every call."""
         return str(uuid.uuid5(uuid.UUID(event_id), self.task.name))
 
     def tags(self, args: bytes) -> dict[str, str]:
-        """The tags of the job with these arguments, without the event's id. Raises `BadTags`."""
+        """Return the tags of the job with these arguments, without the event's id. Raises `BadTags`."""
         if not callable(self._tags):
             return dict(self._tags or {})
         try:
             return self._checked(self._tags(self.task.decode_args(args)[self.parameter]))
-        except Exception as exc:  # whatever the app's function does, other handlers get their jobs
+        except Exception as exc:  # whatever the app's function raises, other handlers get their jobs
             kind = type(exc).__qualname__
             raise BadTags(
                 f"handler {self.task.name!r}: its tags= failed for this event: {kind}: {text_of(exc)}"
@@ -300,13 +306,13 @@ class Handler:
         return found
 
     def args(self, plain: Mapping[str, Any]) -> bytes:
-        """The job's arguments for an event's plain values. Raises `NotAnEvent` for values nested too deeply, and for
-        NaN and infinity, which other programs may write in Avro but JSON does not have."""
+        """Return the job's arguments for an event's plain values. Raises `NotAnEvent` for values nested too deeply, and
+        for NaN and infinity, which other programs may write in Avro but JSON does not have."""
         try:
             found = msgspec.json.encode({self.parameter: plain})
         except RecursionError as exc:
             raise NotAnEvent(f"its values cannot be arguments of a job: {exc}") from exc
-        # What JSON has no number for would be a null.
+        # A number that JSON does not have (NaN, infinity) would be encoded as null.
         if b"null" in found and (why := exact.unwritable(plain, self.event.name)) is not None:
             raise NotAnEvent(f"its values cannot be arguments of a job: {why}")
         return found
@@ -328,7 +334,7 @@ def _fullname(schema: Mapping[str, Any]) -> str:
 
 
 def earlier_of(kind: EventType, known: Mapping[bytes, str]) -> dict[str, str]:
-    """Of all published schemas those of earlier versions of this event, by fingerprint in hex."""
+    """Return, of all published schemas, those of earlier versions of this event, by fingerprint in hex."""
     found: dict[str, str] = {}
     for mark, text in known.items():
         head = json.loads(text)
@@ -341,8 +347,8 @@ def earlier_of(kind: EventType, known: Mapping[bytes, str]) -> dict[str, str]:
 def check_classes(kinds: Iterable[EventType], known: Mapping[bytes, str]) -> None:
     """Raise `IncompatibleEvent` unless each of the app's own event classes can read what its earlier versions wrote.
 
-    ``known``: every published schema, see `jobledger.log.schema_lookup.SchemaLookup.all`. For readers of events: an event that a
-    class cannot read would look like garbage, and would be skipped.
+    ``known``: every published schema, see `jobledger.log.schema_lookup.SchemaLookup.all`. Readers of events call this:
+    an event that a class cannot read would look like garbage, and would be skipped.
     """
     for kind in kinds:
         if not kind.foreign:
@@ -350,8 +356,8 @@ def check_classes(kinds: Iterable[EventType], known: Mapping[bytes, str]) -> Non
 
 
 def event_id_of(headers: Mapping[str, Any], topic: str, partition: int, offset: int) -> str:
-    """An event's id: its header; without one, as in another program's event, an id derived from topic, partition and
-    offset."""
+    """Return an event's id from its header. Without a valid header, as in another program's event, the id is derived
+    from topic, partition and offset."""
     said = headers.get(EVENT_HEADER)
     if isinstance(said, bytes):
         try:

@@ -1,5 +1,5 @@
-"""Which functions may be declared, and how an awaitable that a plain function returns is awaited. Pure but for
-`settled`.
+"""Checks which functions may be declared, and awaits an awaitable that a plain function returns. Everything except
+`settled` is pure.
 
 Calling a generator function does not run its body, and neither does calling an ``async def`` whose coroutine is not
 awaited. A task made of such a function would succeed without having done anything.
@@ -43,22 +43,22 @@ def check_function(fn: Any, what: str = "@app.task") -> None:
 
 
 def check_plain(fn: Any, what: str) -> None:
-    """Raise `ConfigError` for a function whose return value is needed, but that would return a coroutine or a
-    generator."""
+    """Raise `ConfigError` if a call of ``fn`` would return a coroutine or a generator. Used for functions whose return
+    value is needed."""
     if inspect.iscoroutinefunction(fn) or inspect.isgeneratorfunction(fn) or inspect.isasyncgenfunction(fn):
         raise ConfigError(f"{what}: {_named(fn)} is async or a generator, and must be a plain function")
 
 
 def settled(value: Any) -> Any:
-    """The result of a plain function: ``value`` itself, or the awaited result if it is an awaitable (as a decorator
-    without ``async`` returns for a coroutine function)."""
+    """Return the result of a plain function that returned ``value``: the awaited result if ``value`` is an awaitable,
+    else ``value``. A decorator without ``async`` around a coroutine function returns an awaitable."""
     if value is None or not hasattr(type(value), "__await__"):
         return value
     return AWAIT.get()(value)
 
 
 def _no_function(fn: Any) -> str | None:
-    """Why ``fn`` cannot be a task's function, and what to write instead; None if it can."""
+    """Return why ``fn`` cannot be a task's function, and what to write instead; None if it can."""
     named = _named(fn)
     if isinstance(fn, type):
         return f"{named} is a class: write a function that creates an instance"

@@ -1,4 +1,4 @@
-"""What submitting a job and emitting an event return."""
+"""Handles, which submitting a job and emitting an event return."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ R_co = TypeVar("R_co", covariant=True)
 
 
 class Waiter(Protocol):
-    """What a handle asks of a client; see there."""
+    """The methods of a client that a handle calls; see `jobledger.client.client.Client`."""
 
     def status(self, job_id: str, *, at_least: Position | None = None, timeout: Seconds = ...) -> JobStatus: ...
 
@@ -36,14 +36,14 @@ class Waiter(Protocol):
 
 
 class Decodes(Protocol[R_co]):
-    """What a handle asks of a task."""
+    """The method of a task that a handle calls."""
 
     def decode_result(self, value: Any, job_id: str) -> R_co: ...
 
 
 class JobHandle(Generic[R_co]):
-    """A job whose submission the log has acknowledged. ``job_id``: its id; ``position``: the submission's place in the
-    log."""
+    """A job whose submission the log has acknowledged. ``job_id``: the job's id. ``position``: the position of the
+    submission in the log (topic, partition, offset)."""
 
     __slots__ = ("_client", "_task", "job_id", "position")
 
@@ -54,52 +54,54 @@ class JobHandle(Generic[R_co]):
         return f"<job {self.job_id} at {self.position}>"
 
     def status(self, timeout: Seconds = 10.0) -> JobStatus:
-        """The job's status in the status table, at least as new as the submission. Raises `StatusTimeout` if the table
-        has not read the submission within ``timeout`` seconds."""
+        """Return the job's status from the status table, at least as new as the submission. Raises `StatusTimeout` if
+        the table has not read the submission within ``timeout`` seconds."""
         warn_on_loop("handle.status()", "handle.status_async()")
         return self._client.status(self.job_id, at_least=self.position, timeout=timeout)
 
     async def status_async(self, timeout: Seconds = 10.0) -> JobStatus:
-        """`status` for asyncio."""
+        """Return the job's status as `status` does, without blocking the event loop."""
         return await self._client.status_async(self.job_id, at_least=self.position, timeout=timeout)
 
     def wait(self, timeout: Seconds | None = None) -> JobStatus:
-        """Wait until the job has ended, whatever its outcome; returns its final status.
+        """Wait until the job has ended with any outcome, and return its final status.
 
-        Raises `StatusTimeout` after ``timeout`` seconds (None: wait forever), and `ResultInsideJob` inside a job. On a
-        thread that runs an event loop, this blocks the loop and warns: use `wait_async` there.
+        Raises `StatusTimeout` after ``timeout`` seconds (None: wait forever), and `ResultInsideJob` inside a job. In a
+        thread that runs an event loop, this blocks the loop and issues a `RuntimeWarning`: use `wait_async` there.
         """
         refuse_inside_job(self.job_id)
         warn_on_loop("handle.wait()", "handle.wait_async()")
         return self._client.wait(self.job_id, at_least=self.position, timeout=timeout)
 
     async def wait_async(self, timeout: Seconds | None = None) -> JobStatus:
-        """`wait` for asyncio; many callers may wait at the same time. Cancelling the wait does not cancel the job."""
+        """Wait as `wait` does, without blocking the event loop. Many callers may wait at the same time. Cancelling the
+        wait does not cancel the job."""
         return await self._client.wait_async(self.job_id, at_least=self.position, timeout=timeout)
 
     def cancel(self, reason: str | None = None) -> None:
-        """Request that the job be cancelled: a waiting job is not started, a running job is told to stop; see
+        """Request that the job be cancelled. A waiting job is then not started, and a running job is asked to stop; see
         `App.cancel`."""
         self._client.cancel(self.job_id, reason)
 
     async def cancel_async(self, reason: str | None = None) -> None:
-        """`cancel` for asyncio."""
+        """Request a cancel as `cancel` does, without blocking the event loop."""
         await self._client.cancel_async(self.job_id, reason)
 
     def result(self, timeout: Seconds | None = None) -> R_co:
-        """Wait until the job has ended and return its result, converted to the task's return annotation; plain JSON if
-        there is none.
+        """Wait until the job has ended, and return its result. The result is converted to the task's return annotation;
+        without an annotation it is plain JSON.
 
         Raises `JobFailed` (with the error's type, message and traceback), `JobCancelled`, `JobExpired`,
-        `ResultMismatch`, `StatusTimeout` or `ResultInsideJob`. On a thread that runs an event loop, this blocks the
-        loop and warns: use `result_async` there.
+        `ResultMismatch`, `StatusTimeout` or `ResultInsideJob`. In a thread that runs an event loop, this blocks the
+        loop and issues a `RuntimeWarning`: use `result_async` there.
         """
         refuse_inside_job(self.job_id)
         warn_on_loop("handle.result()", "handle.result_async()")
         return self._result(self._client.wait(self.job_id, at_least=self.position, timeout=timeout))
 
     async def result_async(self, timeout: Seconds | None = None) -> R_co:
-        """`result` for asyncio; many callers may wait at the same time. Cancelling the wait does not cancel the job."""
+        """Return the result as `result` does, without blocking the event loop. Many callers may wait at the same time.
+        Cancelling the wait does not cancel the job."""
         return self._result(await self.wait_async(timeout))
 
     def _result(self, status: JobStatus) -> R_co:
@@ -107,7 +109,8 @@ class JobHandle(Generic[R_co]):
 
 
 class EventHandle:
-    """An event that the log has acknowledged. ``event_id``: its id; ``position``: its place in the log."""
+    """An event that the log has acknowledged. ``event_id``: the event's id. ``position``: the event's position in the
+    log (topic, partition, offset)."""
 
     __slots__ = ("event_id", "position")
 
@@ -119,7 +122,7 @@ class EventHandle:
 
 
 def result_of(status: JobStatus) -> Any:
-    """The result of a job that has ended, as plain JSON. Raises the error of a job that has not succeeded."""
+    """Return the result of a job that has ended, as plain JSON. Raises the error of a job that has not succeeded."""
     if status.state is State.SUCCEEDED:
         return status.result
     if status.state is State.CANCELLED:
@@ -143,7 +146,7 @@ def refuse_inside_job(job_id: str) -> None:
 
 
 def warn_on_loop(called: str, instead: str) -> None:
-    """Warn the caller's caller if it is about to block the event loop that its thread runs."""
+    """Issue a `RuntimeWarning` to the caller's caller if the call would block the event loop that this thread runs."""
     try:
         asyncio.get_running_loop()
     except RuntimeError:

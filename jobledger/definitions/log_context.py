@@ -1,7 +1,8 @@
-"""Adds the current job to log lines: to every line that code writes while a job runs, whichever logger it uses.
+"""Adds the current job's fields to every log line that code writes while a job runs, with any logger.
 
-Add `JobFilter` to a handler of ``logging``, and `add_job` to the processors of ``structlog``. The ``jobledger``
-commands do both if the app has not set up logging. Arguments, results and tags are never added: they may be secret.
+Add `JobFilter` to a handler of ``logging``, and `add_job` to the processors of ``structlog``. If the app has not set up
+logging, the ``jobledger`` commands add the filter. With ``JOBLEDGER_LOG_FORMAT=json`` they also add the processor, if
+``structlog`` is not configured. Arguments, results and tags are never added, because they may be secret.
 """
 
 from __future__ import annotations
@@ -17,17 +18,17 @@ FIELDS = ("job_id", "task", "queue", "run", "attempt")
 
 
 def job_fields() -> dict[str, Any]:
-    """`FIELDS` of the job that this code runs in; empty outside a job."""
+    """Return the `FIELDS` of the job in which this code runs; empty outside a job."""
     job = maybe_current_job()
     return {} if job is None else {name: getattr(job, name) for name in FIELDS}
 
 
 class JobFilter(logging.Filter):
-    """Adds the current job's fields to each record, as ``extra`` would; fields that the record already has are kept.
-    Lets every record pass."""
+    """Adds the current job's fields to each record, as ``extra`` does. Fields that the record already has are kept.
+    Every record passes the filter."""
 
     def filter(self, record: logging.LogRecord) -> bool:
-        """Add the fields. Runs in the thread and context of the logging call."""
+        """Add the fields, and return True. Runs in the thread and context of the logging call."""
         for name, value in job_fields().items():
             if not hasattr(record, name):
                 setattr(record, name, value)
@@ -35,7 +36,7 @@ class JobFilter(logging.Filter):
 
 
 def add_job(logger: Any, method: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
-    """Add the current job's fields: a processor for structlog."""
+    """Add the current job's fields to ``event``, and return ``event``. A processor for structlog."""
     for name, value in job_fields().items():
         event.setdefault(name, value)
     return event

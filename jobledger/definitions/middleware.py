@@ -1,8 +1,8 @@
-"""Hooks, resources and spans around a task's code, composed into one function for each task.
+"""Composes a task's code with its hooks, resources and spans into one function for each task.
 
-A worker calls `runner`'s result instead of the task, in its own process or in a child's. If the task has no hooks,
-resources or spans, this is the task's function itself. The hooks `retry` and `failure` run after an attempt's outcome
-is decided; the worker calls them: see `jobledger.consumers.running.hook_runner`.
+A worker, or a child process of it, calls the function that `runner` returns instead of the task. If the task has no
+hooks, resources or spans, this is the task's function itself. The hooks ``retry`` and ``failure`` are not in that
+function: the worker calls them after an attempt's outcome is decided (`jobledger.consumers.running.hook_runner`).
 """
 
 from __future__ import annotations
@@ -24,20 +24,21 @@ if TYPE_CHECKING:
 
 LOG = get_logger("jobledger.worker")
 
-#: The tasks a hook applies to: a function that takes a task and decides, or tasks or their names. None: all tasks.
+#: The tasks to which a hook applies: a function that takes a task and returns whether the hook applies, or a collection
+#: of tasks and names of tasks. None: all tasks.
 Which = Callable[["Task[Any, Any]"], bool] | Iterable["Task[Any, Any] | str"] | None
 #: The function that runs a job's code: (job, keyword arguments) → result, or an awaitable of it.
 Inner = Callable[[JobContext, dict[str, Any]], Any]
 Around = Callable[[JobContext], Iterator[None]] | Callable[[JobContext], AsyncIterator[None]]
 
-#: Exceptions that count as the hook's own. Those of a timeout or a cancellation belong to the job.
+#: Exceptions that count as the hook's own. The exceptions of a timeout or a cancellation belong to the job.
 OWN = (Exception, SystemExit, KeyboardInterrupt, GeneratorExit)
 
 NAMES = ("before", "after", "retry", "failure", "around")
 
 
 class Hook:
-    """One registered hook: its name (one of `NAMES`), its function, and the tasks it applies to."""
+    """One registered hook: its name (one of `NAMES`), its function, and the tasks to which the hook applies."""
 
     __slots__ = ("fn", "given", "is_async", "name", "said", "which")
 
@@ -66,7 +67,7 @@ class Hook:
             self.which = frozenset(each if isinstance(each, str) else each.name for each in which)
 
     def meant(self, task: Task[Any, Any]) -> bool:
-        """Whether the hook applies to this task."""
+        """Return whether the hook applies to this task."""
         if self.which is None:
             return True
         return task.name in self.which if isinstance(self.which, frozenset) else self.which(task)
@@ -79,13 +80,13 @@ class Hooks:
         self.all: list[Hook] = []
 
     def add(self, middleware: object, which: Which = None) -> None:
-        """Register an object, or an instance of a class. Raises `ConfigError` if it has no hook."""
+        """Register the hooks of an object, or of an instance of a class. Raises `ConfigError` if there is no hook."""
         made = middleware() if inspect.isclass(middleware) else middleware
         kind = type(made).__qualname__
         found = [(n, fn) for n in NAMES if callable(fn := getattr(made, n, None))]
         if not found:
             raise ConfigError(f"middleware {kind} has none of {', '.join(NAMES)}")
-        # A method's __wrapped__ or generator nature is its function's.
+        # A bound method has the `__wrapped__` of its function, and is a generator function if its function is one.
         self.all += [Hook(name, fn, f"{kind}.{name}", which) for name, fn in found]
 
     def add_around(self, fn: Callable[..., Any], which: Which = None) -> None:
@@ -93,7 +94,8 @@ class Hooks:
         self.all.append(Hook("around", fn, f"around {getattr(fn, '__qualname__', fn)!s}", which))
 
     def of(self, task: Task[Any, Any]) -> list[Hook]:
-        """The hooks that apply to a task. Raises `ConfigError` if one of them cannot run where the task's code runs."""
+        """Return the hooks that apply to a task. Raises `ConfigError` if one of these hooks cannot run where the task's
+        code runs, or if a hook names a task of another app."""
         for hook in self.all:
             if foreign := [each for each in hook.given if each.registry is not task.registry]:
                 raise ConfigError(
@@ -111,10 +113,11 @@ class Hooks:
 
 
 def runner(task: Task[Any, Any], hooks: Hooks) -> Callable[..., Any]:
-    """The function to call with a job's arguments while `current_job` is that job; a coroutine function for ``async``
-    tasks.
+    """Return the function that runs a job's code: a coroutine function for ``async`` tasks. Call the function with the
+    job's arguments while `current_job` is that job.
 
-    It is ``task.fn`` itself if the task has no hooks, resources or spans. Created when a worker or a child starts.
+    The function is ``task.fn`` itself if the task has no hooks, resources or spans. Called when a worker or a child
+    process starts.
     """
     around = [h for h in hooks.of(task) if h.name in ("around", "before", "after")]
     span = tracing.span_of(task)
@@ -158,8 +161,9 @@ def _code(task: Task[Any, Any]) -> Inner:
     return call
 
 
-# An error that an `around` suppresses still counts: it is raised again after the `around`. References to it are
-# dropped, or the frames it holds would wait for Python's collector.
+# An error that an `around` hook suppresses still counts: the error is raised again after the hook. The references to
+# the error are dropped in the end: otherwise the error's frames would stay in memory until Python's garbage collector
+# runs.
 
 
 def _around(hook: Any, inner: Inner) -> Inner:

@@ -1,9 +1,9 @@
-"""Where a declared function or class comes from: whether a second one of the same name replaces it, or is a different
-one.
+"""Finds out where a declared function or class comes from: whether a second declaration of the same name replaces the
+first one, or is a different one.
 
-A module that is executed again (`importlib.reload`, a notebook cell that is run again) declares the same things again,
-and these replace the first ones. Two different functions in use must not share a name: a job of one would run the
-other. Pure except for inspecting the stack.
+A module that is executed again (`importlib.reload`, a notebook cell that is run again) declares the same objects again,
+and the new objects replace the first ones. Two different functions in use must not share a name: a job of one function
+would run the other function. Pure, except that this module inspects the stack.
 """
 
 from __future__ import annotations
@@ -23,9 +23,10 @@ _LAMBDA = "<lambda>"
 class Origin:
     """Where ``declared``, a function or class, comes from.
 
-    ``place``: ``file:line``. ``execution``: the code whose execution declared it: a module's body, which is a new code
-    object each time the module is compiled; else the outermost function of that module on the stack. ``space``: the
-    globals of that module, a new dict each time it is executed as a new module.
+    ``place``: ``file:line``. ``execution``: the code whose execution declared the object. This is the body of the
+    object's module, which is a new code object each time the module is compiled; or else the outermost function of that
+    module on the stack. ``space``: the globals of that module, a new dict each time the module is executed as a new
+    module.
     """
 
     declared: Any
@@ -38,7 +39,7 @@ class Origin:
         return f"{self.name} ({self.place})"
 
     def replaced_by(self, other: Origin) -> bool:
-        """Whether ``other`` is the same thing declared again; if not, both are in use."""
+        """Return whether ``other`` is the same function or class, declared again. If not, both are in use."""
         if _equal(self.declared, other.declared):
             return True
         if self.name != other.name:
@@ -48,11 +49,12 @@ class Origin:
         if self.execution is other.execution:
             return False
         code = _code(self.declared)
-        # A factory's functions share their code; only a module that is executed again creates new code objects.
+        # Functions that a factory creates share one code object; only a module that is executed again creates a new
+        # one.
         return code is None or code is not _code(other.declared)
 
     def shares_file(self, other: Origin) -> bool:
-        """Whether the code of both is from one file; lines typed in a console are from no file."""
+        """Return whether the code of both is from one file. Code that was typed in a console is from no file."""
         ours, theirs = _code(self.declared), _code(other.declared)
         return (
             ours is not None
@@ -63,7 +65,7 @@ class Origin:
 
 
 def origin_of(declared: Callable[..., Any]) -> Origin:
-    """Where a function or class comes from. Call this while it is being declared."""
+    """Return where a function or class comes from. Call this while the function or class is being declared."""
     module, name = getattr(declared, "__module__", "") or "", getattr(declared, "__qualname__", "")
     body, outermost, innermost = _frames(module)
     found = body or outermost
@@ -77,19 +79,19 @@ def origin_of(declared: Callable[..., Any]) -> Origin:
 
 
 def is_nameless(declared: Callable[..., Any]) -> bool:
-    """Whether it is a lambda: all lambdas have the same name."""
+    """Return whether ``declared`` is a lambda: all lambdas have the same name."""
     return getattr(declared, "__name__", "") == _LAMBDA
 
 
 def short(filename: str) -> str:
-    """A file name for messages: relative to the working directory if the file is inside it."""
+    """Return a file name for messages: relative to the working directory if the file is inside that directory."""
     path = Path(filename)
     return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else filename
 
 
 def _frames(module: str) -> tuple[FrameType | None, FrameType | None, FrameType | None]:
-    """The frames of ``module`` on the stack: the innermost that is a module's body, the outermost, and the innermost of
-    all."""
+    """Return three frames of ``module`` on the stack: the innermost frame that is a module's body, the outermost frame,
+    and the innermost frame. Each is None if there is no such frame."""
     body: FrameType | None = None
     outermost: FrameType | None = None
     innermost: FrameType | None = None
@@ -111,7 +113,7 @@ def _code(declared: Any) -> CodeType | None:
 
 
 def _equal(one: Any, two: Any) -> bool:
-    """Whether two functions do the same: they have the same code object and hold the same values."""
+    """Return whether two functions do the same: they have the same code object and hold the same values."""
     if one is two:
         return True
     code = getattr(one, "__code__", None)
@@ -122,7 +124,7 @@ def _equal(one: Any, two: Any) -> bool:
 
 
 def _held(function: Any) -> list[Any]:
-    """The values of a function's closure and defaults."""
+    """Return the values of a function's closure and defaults."""
     found: list[Any] = [*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()]
     for cell in function.__closure__ or ():
         try:

@@ -1,8 +1,9 @@
 """The options of a task or queue that control how its jobs run: order, priority, limits, isolation, leases, adaptation.
 Pure.
 
-Each policy is a frozen value that validates itself when it is created. What depends on the function or on the queue is
-validated by `jobledger.definitions.task`.
+Policies are frozen values. `policy_of` validates the options of a task, `Limits.of` validates limits, and `Adaptive`
+and `Breaker` validate themselves when they are created. Options that depend on the task's function or on the queue are
+validated by `jobledger.definitions.task` and `jobledger.definitions.task_registry`.
 """
 
 from __future__ import annotations
@@ -24,11 +25,12 @@ Isolation = Literal["process"]
 
 #: Maximum timeout of a keyed job in seconds: while the job runs, the other jobs of its key wait.
 KEYED_TIMEOUT_MOST_S = 60.0
-#: Seconds after a job's first start in its worker by which the delay before another attempt must end, because it holds its key.
+#: Default of ``key_hold_max``: seconds after a job's first start in its worker. The delay before another attempt must
+#: end within this time, because the job holds its key during the delay.
 KEY_HOLD_MAX_S = 60.0
 #: Jobs with a timeout above this many seconds are leased.
 LONG_FROM_S = 60.0
-#: Seconds until a lease expires unless it is renewed: default, minimum, maximum.
+#: Seconds until a job lease expires unless it is renewed: default, minimum, maximum.
 LEASE_S, LEASE_LEAST_S, LEASE_MOST_S = 30.0, 5.0, 3600.0
 MAX_EXPIRY_S = 366 * 24 * 3600.0
 
@@ -39,8 +41,8 @@ _UNIT = {None: 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "
 
 
 def parse_rate(rate: object, what: str = "rate") -> float:
-    """Starts per second from ``"100/s"``, ``"30/min"``, ``"1000/h"``, ``"5/d"`` or a number per second. Raises
-    `ConfigError`."""
+    """Return starts per second, from ``"100/s"``, ``"30/min"``, ``"1000/h"``, ``"5/d"`` or a number per second. Raises
+    `ConfigError` for anything else."""
     found = rate
     if isinstance(rate, str) and (match := _RATE.fullmatch(rate)):
         found = float(match[1]) / _PER[match[2]]
@@ -52,7 +54,7 @@ def parse_rate(rate: object, what: str = "rate") -> float:
 
 
 def parse_size(size: object, what: str = "max_memory") -> int:
-    """Bytes from ``"512MiB"``, ``"2GB"`` or a number of bytes. Raises `ConfigError`."""
+    """Return bytes, from ``"512MiB"``, ``"2GB"`` or a number of bytes. Raises `ConfigError` for anything else."""
     found = size
     if isinstance(size, str) and (match := _SIZE.fullmatch(size)):
         found = round(float(match[1]) * _UNIT[match[2]])
@@ -62,7 +64,7 @@ def parse_size(size: object, what: str = "max_memory") -> int:
 
 
 def check_priority(priority: object, what: str = "priority") -> Priority | None:
-    """``priority`` if it is ``high`` or ``low``; None for ``normal`` and None. Raises `ConfigError` for anything
+    """Return ``priority`` if it is ``high`` or ``low``; None for ``normal`` and None. Raises `ConfigError` for anything
     else."""
     if priority in (None, "normal"):
         return None
@@ -72,7 +74,8 @@ def check_priority(priority: object, what: str = "priority") -> Priority | None:
 
 
 def check_expiry(seconds: object, what: str = "expires_in") -> float | None:
-    """``seconds`` if it is a number above 0, at most 366 days, or None. Raises `ConfigError` for anything else."""
+    """Return ``seconds``, a number or a `timedelta`, as a number of seconds; None for None. Raises `ConfigError` unless
+    the duration is above 0 and at most 366 days."""
     if seconds is None:
         return None
     found = in_seconds(seconds)
@@ -93,7 +96,7 @@ class Limits:
 
     @classmethod
     def of(cls, rate: object, concurrency: object, what: str) -> Limits:
-        """Validate limits as a user wrote them. Raises `ConfigError` that names ``what``."""
+        """Validate limits as a user wrote them, and return them. Raises `ConfigError` that names ``what``."""
         if concurrency is not None and (
             isinstance(concurrency, bool) or not isinstance(concurrency, int) or concurrency < 1
         ):
@@ -106,14 +109,15 @@ class Limits:
 
 @dataclass(frozen=True, slots=True)
 class Adaptive:
-    """Adapt a task's concurrency in each worker to its attempts: increase it while they are fast and succeed, decrease
-    it when they are slow or fail.
+    """Adapt a task's concurrency in each worker to the task's attempts. The concurrency increases while attempts are
+    fast and succeed, and decreases when attempts are slow or fail.
 
-    Additive increase, multiplicative decrease (Chiu and Jain, "Analysis of the Increase and Decrease Algorithms for
-    Congestion Avoidance in Computer Networks", 1989), driven by errors, and by latency against its long-run minimum as
-    in TCP Vegas (Brakmo and Peterson, 1995). ``least``, ``most``: bounds of the concurrency, in jobs at once.
-    ``tolerance``: the highest acceptable latency, as a multiple of the lowest one. ``backoff``: the factor, between 0
-    and 1, by which the concurrency is multiplied after a bad window.
+    The method is additive increase, multiplicative decrease (Chiu and Jain, "Analysis of the Increase and Decrease
+    Algorithms for Congestion Avoidance in Computer Networks", 1989). It is driven by errors, and by the latency
+    compared with its long-run minimum, as in TCP Vegas (Brakmo and Peterson, 1995). ``least``, ``most``: bounds of the
+    concurrency, in jobs at once. ``tolerance``: the highest acceptable latency, as a multiple of the lowest one.
+    ``backoff``: the factor, between 0 and 1, by which the concurrency is multiplied after a bad window. Raises
+    `ConfigError`.
     """
 
     least: int = 1
@@ -136,12 +140,12 @@ class Adaptive:
 
 @dataclass(frozen=True, slots=True)
 class Breaker:
-    """A circuit breaker (M. Nygard, "Release It!", 2007): after ``failures`` failed attempts in a row of a task in a
-    worker, the task's other jobs wait there, which uses up no attempts. If too many jobs wait, the newest of them that
-    have no key are snoozed. After ``reset`` seconds one job is started as a trial.
+    """A circuit breaker (M. Nygard, "Release It!", 2007). After ``failures`` failed attempts in a row of a task in a
+    worker, the task's other jobs wait in that worker, which uses up no attempts. If too many jobs wait, the newest
+    waiting jobs without a key are snoozed. After ``reset`` seconds, or a `timedelta`, one job is started as a trial.
 
     An attempt counts as failed if it is retried or was the last one. A job that was rejected, snoozed or cancelled does
-    not count.
+    not count. Raises `ConfigError`.
     """
 
     failures: int = 5
@@ -162,7 +166,8 @@ class Breaker:
 
 @dataclass(frozen=True, slots=True)
 class Policy:
-    """How one task runs, beyond its retries. See ``App.task`` for each option; all values are validated."""
+    """How the jobs of one task run, apart from retries. ``App.task`` describes each option; all values are
+    validated."""
 
     key: str | Callable[..., Any] | None = None
     key_hold_max: float = KEY_HOLD_MAX_S
@@ -198,7 +203,7 @@ def policy_of(
     adaptive: Adaptive | bool | None,
     breaker: Breaker | bool | None,
 ) -> Policy:
-    """A task's policy from the options that its author wrote. Raises `ConfigError` that names an option, or a
+    """Return a task's policy from the options that its author wrote. Raises `ConfigError` that names an option, or a
     combination of options, that is not possible."""
     what = f"task {task!r}"
     if key is not None and not callable(key) and (not isinstance(key, str) or not key):
@@ -238,7 +243,7 @@ def policy_of(
         key_hold_max=float(hold),
         priority=level,
         limits=Limits.of(rate, concurrency, what),
-        isolation=isolation,  # type: ignore[arg-type]  # judged above
+        isolation=isolation,  # type: ignore[arg-type]  # checked above
         max_memory=None if max_memory is None else parse_size(max_memory, f"{what}: max_memory"),
         long=leased,
         lease=float(lease),
@@ -249,8 +254,8 @@ def policy_of(
 
 
 def check_keyed(what: str, timeout: float | None, long: bool, priority: str | None, *, bounded: bool) -> None:
-    """Raise `ConfigError` unless jobs with these options can be kept in the order of a key. ``bounded``: whether they
-    can be stopped while they run."""
+    """Raise `ConfigError` unless jobs with these options can be kept in the order of a key. ``bounded``: whether the
+    jobs can be stopped while they run."""
     if not bounded:
         raise ConfigError(
             f"{what}: a keyed job blocks all later jobs of its key, and a thread cannot be stopped: "

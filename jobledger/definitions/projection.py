@@ -1,5 +1,5 @@
-"""Projections: a user's own table, folded from domain events or from job facts. This module defines a projection; it
-does not run one."""
+"""Declares projections: a user's own table, folded from domain events or from job facts. This module does not run
+projections."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from jobledger.schemas.events import Fact, Position
 if TYPE_CHECKING:
     from sqlalchemy import Table
 
-#: At most 45: `jobledger_<name>_rebuild` is a table, and PostgreSQL's names have 63 characters.
+#: At most 45 characters: `jobledger_<name>_rebuild` is the name of a table, and names in PostgreSQL have at most 63.
 _NAME = re.compile(r"[a-z][a-z0-9_]{0,44}")
 #: Prefix of Jobledger's own table names in the status database.
 RESERVED = "jobledger_"
 
 
 class Where(NamedTuple):
-    """Where a folded record is: the event's id, topic, partition and offset, and when the broker appended it (ms since
-    the epoch)."""
+    """Where a folded record is in the log: the event's id; the record's topic, partition and offset; and the time when
+    the broker appended the record (ms since the epoch)."""
 
     event_id: str
     position: Position
@@ -39,8 +39,8 @@ Fold = Callable[..., Mapping[str, Any] | None]
 
 
 class Projection:
-    """A fold into one table. ``events``: the types whose events are folded; ``facts``: or the kinds of job facts, given
-    as `Recorded`.
+    """A fold into one table. ``events``: the types whose events are folded. ``facts``: the kinds of job facts that are
+    folded instead of events; the fold gets each fact as `Recorded`.
 
     ``key(event)``: the primary key of the row that an event changes, a tuple for several columns, or None to skip the
     event. ``start``: events before this time are skipped. Raises `ConfigError`.

@@ -16,8 +16,8 @@ DEFAULT_PARTITIONS = 6
 class Queue:
     """A queue of the app.
 
-    ``partitions``: the partition count of each of its work topics; None takes the app's default. ``priorities``:
-    whether jobs may have high or low priority; each level has its own topic. ``fair_by``: the name of a tag; jobs with
+    ``partitions``: the partition count of each of its work topics; None: the app's default. ``priorities``: whether
+    jobs may have high or low priority; each priority has its own topic. ``fair_by``: the name of a tag; jobs with
     different values of this tag are started in turn, so that no tenant waits behind the backlog of another. ``rate``
     (``"100/s"``) and ``concurrency``: limits for all workers of the queue together. Raises `ConfigError`.
     """
@@ -49,12 +49,12 @@ class Queue:
 
     @property
     def lanes(self) -> tuple[str, ...]:
-        """The queue's part in the names of work topics and groups: one lane per priority, the highest first."""
+        """The queue's lanes, one per priority, the highest first. Names of work topics and groups contain the lane."""
         return tuple(lane(self.name, level) for level in self.levels)
 
 
 def check_partitions(count: object, what: str) -> int:
-    """``count`` if it is a whole number from 1 to 10,000. Raises `ConfigError` for anything else."""
+    """Return ``count`` if it is a whole number from 1 to 10,000. Raises `ConfigError` for anything else."""
     if isinstance(count, bool) or not isinstance(count, int) or not 1 <= count <= 10_000:
         raise ConfigError(f"{what}={count!r} is not a whole number between 1 and 10,000")
     return count

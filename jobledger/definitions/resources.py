@@ -1,9 +1,9 @@
 """Resources that the tasks of a process share: connections, pools, clients. A resource is opened once, passed to the
 tasks that need it, and closed at the end.
 
-A resource is a function, plain or ``async``. A generator yields the value and closes it afterwards. A task, or another
-resource, declares that it needs a resource with a parameter whose default is `Depends`. Such a parameter is not an
-argument of the job.
+A resource is a function, plain or ``async``; a generator function yields the value and closes the value afterwards. A
+task, or another resource, declares that it needs a resource with a parameter whose default is `Depends`. Such a
+parameter is not an argument of the job.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Resource(Generic[T]):
         self.is_async = inspect.iscoroutinefunction(raw) or inspect.isasyncgenfunction(raw)
         self._open: Callable[..., Any] = fn
         self._managed = inspect.isgeneratorfunction(raw) or inspect.isasyncgenfunction(raw)
-        if self._managed and raw is fn:  # one that is decorated as a context manager stays what it is
+        if self._managed and raw is fn:  # else the function is a context manager already
             self._open = contextlib.asynccontextmanager(fn) if self.is_async else contextlib.contextmanager(fn)
         self.needs = dependencies(fn)
         wrong = [n.name for n in self.needs.values() if n.is_async and not self.is_async]
@@ -56,7 +56,7 @@ class Resource(Generic[T]):
 
 
 class Dependency:
-    """The default value of a parameter that `Depends` returns."""
+    """The value that `Depends` returns, as the default of a parameter."""
 
     __slots__ = ("resource",)
 
@@ -67,12 +67,12 @@ class Dependency:
         return f"Depends({self.resource.name})"
 
 
-def Depends(resource: Resource[T]) -> T:  # the name people know it by
-    """Return the default of a parameter to which the worker passes the value of ``resource``. Raises `ConfigError` for
-    anything else.
+def Depends(resource: Resource[T]) -> T:  # the name that users know
+    """Return the default of a parameter to which the worker passes the value of ``resource``. Raises `ConfigError` if
+    ``resource`` is not a resource. ::
 
-    @app.task
-    async def charge(order_id: str, *, pool: Pool = Depends(pool)) -> None: ...
+        @app.task
+        async def charge(order_id: str, *, pool: Pool = Depends(pool)) -> None: ...
     """
     if not isinstance(resource, Resource):
         raise ConfigError(f"Depends({resource!r}): that is not a resource; decorate the function with @app.resource")
@@ -80,7 +80,7 @@ def Depends(resource: Resource[T]) -> T:  # the name people know it by
 
 
 def dependencies(fn: Callable[..., Any]) -> dict[str, Resource[Any]]:
-    """The parameters of ``fn`` whose default is `Depends`, with their resources."""
+    """Return the resources of the parameters of ``fn`` whose default is `Depends`, by parameter name."""
     try:
         parameters = inspect.signature(fn).parameters.values()
     except (TypeError, ValueError):
@@ -96,7 +96,7 @@ class Resources:
         forks.in_child(self)
 
     def after_fork(self) -> None:
-        """In a forked child: forget the parent's open resources without closing or freeing them."""
+        """Forget the parent's open resources without closing or freeing them. Called in a forked child."""
         forks.keep(self._values, self._closers)
         self._forget()
 
@@ -114,8 +114,8 @@ class Resources:
         return self._values
 
     def get(self, resource: Resource[T]) -> T:
-        """A resource's value, opened now if necessary. Raises `ResourceFailed`; `ConfigError` for an ``async`` resource
-        that is not open."""
+        """Return a resource's value; open the resource if necessary. Raises `ResourceFailed`, and `ConfigError` for an
+        ``async`` resource that is not open."""
         found = self._here().get(resource, _NONE)
         if found is not _NONE:
             return found  # type: ignore[no-any-return]  # stored by the key's type
@@ -139,7 +139,7 @@ class Resources:
             return self._values[resource]  # type: ignore[no-any-return]  # as above
 
     async def get_async(self, resource: Resource[T]) -> T:
-        """`get` on the event loop, for plain and ``async`` resources."""
+        """Return a resource's value as `get` does, for plain and ``async`` resources. On the event loop."""
         found = self._here().get(resource, _NONE)
         if found is not _NONE:
             return found  # type: ignore[no-any-return]  # as above
@@ -162,25 +162,25 @@ class Resources:
         return self._values[resource]  # type: ignore[no-any-return]  # as above
 
     async def open(self, wanted: Iterable[Resource[Any]]) -> None:
-        """Open these resources, and those they need, for one more worker. Raises `ResourceFailed`."""
+        """Open resources, and the resources that these need, for one more worker. Raises `ResourceFailed`."""
         self._here()
         self._users += 1
         for resource in wanted:
             for each in _with_needs(resource):
                 if each.is_async:
                     await self.get_async(each)
-                else:  # it may take its time, and the loop has other things to do
+                else:  # opening may take long, and must not block the event loop
                     await asyncio.to_thread(self.get, each)
 
     async def close(self) -> None:
-        """Close the open resources, the last one first, when the last worker of this process stops. Errors are logged,
-        whatever their type; only a cancellation of this call itself is raised."""
+        """Close the open resources when the last worker of this process stops, in the reverse order of opening. Errors
+        of any type are logged; only a cancellation of this call itself is raised."""
         if self._pid != os.getpid():
             return
         self._users -= 1
         if self._users > 0:
             return
-        # Not in the loop's threads, which jobs may have taken for themselves.
+        # Not in the loop's default threads: jobs may occupy all of them.
         threads = ThreadPoolExecutor(1, "jobledger-resources")
         try:
             while self._closers:
@@ -196,7 +196,8 @@ class Resources:
                 await made.__aexit__(None, None, None)
             else:
                 inside = contextvars.copy_context()
-                # Handed back, not raised: an exception that breaks when asyncio looks at it would never arrive.
+                # `_closed` returns its exception and does not raise it: an exception that raises another one when
+                # asyncio inspects it would never arrive here.
                 error = await asyncio.get_running_loop().run_in_executor(threads, inside.run, _closed, made)
                 if error is not None:
                     raise error
@@ -209,7 +210,7 @@ class Resources:
 
 
 def _closed(made: Any) -> BaseException | None:
-    """Close the resource; returns the exception that this raised, if any."""
+    """Close a resource. Return the exception that closing raised, or None."""
     try:
         made.__exit__(None, None, None)
     except BaseException as error:  # noqa: BLE001  # raised again by the caller
@@ -218,7 +219,7 @@ def _closed(made: Any) -> BaseException | None:
 
 
 def _with_needs(resource: Resource[Any]) -> Iterator[Resource[Any]]:
-    """The resource, after all resources that it needs."""
+    """Yield all resources that a resource needs, and then the resource itself."""
     for other in resource.needs.values():
         yield from _with_needs(other)
     yield resource

@@ -1,4 +1,4 @@
-"""Retry policy: whether an attempt is followed by another, and after which delay. Pure.
+"""The retry policy: whether an attempt is followed by another attempt, and after which delay. Pure.
 
 Backoff is exponential with jitter over the upper half: ``delay = raw/2 + u·raw/2`` with ``raw = min(cap, initial ·
 factor^(attempt-1))`` ("equal jitter", AWS Architecture Blog, "Exponential Backoff And Jitter", 2015). The delay is
@@ -27,11 +27,12 @@ MAX_DELAY_S = 366 * 24 * 3600.0
 
 
 class JobControl(Exception):
-    """Base of the exceptions with which a task decides what happens to its job; they are not errors of the job."""
+    """Base of the exceptions with which a task decides what happens to its job. They are not errors of the job."""
 
 
 class RetryLater(JobControl):
-    """Raise this to retry after ``delay`` seconds. It uses up an attempt; when no attempts are left, the job fails."""
+    """Raise this to retry the job after ``delay``: seconds, or a `timedelta`. This uses up an attempt; when no attempts
+    are left, the job fails."""
 
     def __init__(self, delay: Seconds, reason: str = "") -> None:
         self.delay = check_delay(delay, "RetryLater(delay)")
@@ -40,7 +41,7 @@ class RetryLater(JobControl):
 
 
 class Snooze(JobControl):
-    """Raise this to run again after ``delay`` seconds without using up an attempt."""
+    """Raise this to run the job again after ``delay`` (seconds, or a `timedelta`) without using up an attempt."""
 
     def __init__(self, delay: Seconds, reason: str = "") -> None:
         self.delay = check_delay(delay, "Snooze(delay)")
@@ -49,7 +50,7 @@ class Snooze(JobControl):
 
 
 class Reject(JobControl):
-    """Raise this to fail the job at once, because no retry could help. ``reason`` is for people."""
+    """Raise this to fail the job at once, because no retry could help. ``reason``: a text for people."""
 
     def __init__(self, reason: str) -> None:
         self.reason = reason
@@ -57,8 +58,8 @@ class Reject(JobControl):
 
 
 def check_delay(delay: object, what: str) -> float:
-    """``delay`` in seconds if it is a number of seconds or a `timedelta`, from 0 to 366 days. Raises `ConfigError` for
-    anything else."""
+    """Return ``delay`` in seconds, if it is a number of seconds or a `timedelta`, from 0 to 366 days. Raises
+    `ConfigError` for anything else."""
     found = in_seconds(delay)
     if isinstance(found, bool) or not isinstance(found, int | float) or not 0 <= found <= MAX_DELAY_S:
         raise ConfigError(f"{what}={delay!r} is not a number of seconds between 0 and {MAX_DELAY_S:.0f} (366 days)")
@@ -67,12 +68,13 @@ def check_delay(delay: object, what: str) -> float:
 
 @dataclass(frozen=True, slots=True)
 class Retry:
-    """When to retry.
+    """Which failed attempts are retried, and after which delay.
 
-    ``max_attempts``: attempts in all, >= 1. ``initial``, ``cap``: seconds, or a `timedelta`. ``factor``: growth per
-    attempt, >= 1. ``jitter``: whether each delay is spread over its upper half. ``on``: only these exceptions are
-    retried. ``never``: exceptions that are not retried, even if ``on`` contains a base class of theirs. Timeouts count as
-    `TimeoutError`. For an `ExceptionGroup` the exceptions in it decide: see `retries`. Raises `ConfigError`.
+    ``max_attempts``: attempts in all, >= 1. ``initial``: the first delay. ``cap``: the longest delay. Both are seconds,
+    or a `timedelta`. ``factor``: growth of the delay per attempt, >= 1. ``jitter``: whether each delay is chosen at
+    random from its upper half. ``on``: only these exceptions are retried. ``never``: exceptions that are not retried,
+    even if ``on`` contains one of their base classes. Timeouts count as `TimeoutError`. For an `ExceptionGroup`, the
+    exceptions in the group decide: see `retries`. Raises `ConfigError`.
     """
 
     max_attempts: int = 5
@@ -107,10 +109,11 @@ class Retry:
         object.__setattr__(self, "never", _exceptions(self.never, "never"))
 
     def retries(self, error: BaseException) -> bool:
-        """Whether an attempt that raised this exception is retried.
+        """Return whether an attempt that raised this exception is retried.
 
-        A group is retried if neither the group nor anything in it matches ``never``, and each leaf, or a group that
-        contains the leaf, matches ``on``. A `JobControl` is not passed to this method: it decides itself.
+        A group is retried if neither the group nor any exception in it matches ``never``, and each leaf, or a group
+        that contains the leaf, matches ``on``. A `JobControl` is not passed to this method, because it decides itself
+        what happens; a `JobControl` in a group is ignored.
         """
         todo, seen = [(error, False)], set()
         while todo:
@@ -129,9 +132,9 @@ class Retry:
         return True
 
     def delay_after(self, attempt: int, uniform: float) -> float:
-        """Seconds between the failure of ``attempt`` (1, 2, …) and the next attempt; ``uniform`` is drawn from [0,
-        1)."""
-        # Past this exponent every factor above 1 has passed any cap; pow would overflow instead.
+        """Return the seconds between the failure of ``attempt`` (1, 2, …) and the next attempt. ``uniform``: a random
+        number from [0, 1)."""
+        # Above this exponent the power may overflow. Nearly every factor above 1 has reached the cap before.
         exponent = min(attempt - 1, 1000)
         try:
             raw = min(self.cap, self.initial * self.factor**exponent)

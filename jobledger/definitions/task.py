@@ -1,4 +1,4 @@
-"""Tasks: a function with its name and policies; and job requests, which describe jobs of a task."""
+"""Tasks, which are functions with a name and policies, and job requests, which describe jobs of a task."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ KEY_MOST = 500
 
 
 class JobRequest(msgspec.Struct, Generic[R_co], frozen=True):
-    """A job that was described but not submitted: what `Task.job` returns and `App.submit_many` takes."""
+    """A job that was described but not submitted. `Task.job` returns job requests, and `App.submit_many` takes them."""
 
     task: Task[Any, R_co]
     args: bytes
@@ -53,28 +53,28 @@ class Submitter(Protocol):
 
 
 class Owner(Protocol):
-    """What a task needs of the registry that has it."""
+    """The members of its registry that a task uses."""
 
     @property
     def names(self) -> Names:
-        """The topics of its app."""
+        """The names of the app's topics and groups."""
 
     @property
     def resources(self) -> Resources:
         """The open resources of this process."""
 
     def submitter(self) -> Submitter:
-        """Return the client that submits its jobs."""
+        """Return the client that submits the task's jobs."""
 
     def check_queue(self, queue: str) -> str:
-        """Return ``queue`` if the app has it; raises `UnknownQueue`."""
+        """Return ``queue`` if the app has this queue. Raises `UnknownQueue` if not."""
 
     def check_level(self, queue: str, priority: str) -> None:
         """Raise `ConfigError` unless the queue has priorities."""
 
 
 def check_tags(tags: object) -> dict[str, str]:
-    """``tags`` as a dict of short strings, else `ConfigError` naming the one that is not."""
+    """Return ``tags`` as a dict of short strings; empty for None. Raises `ConfigError` that names the invalid tag."""
     if tags is None:
         return {}
     if not isinstance(tags, Mapping):
@@ -86,7 +86,8 @@ def check_tags(tags: object) -> dict[str, str]:
 
 
 def check_job_id(job_id: object, what: str) -> str:
-    """``job_id`` as the canonical text of a UUID of any version, else `ConfigError` that begins with ``what``."""
+    """Return ``job_id`` as the canonical text of a UUID of any version. Raises `ConfigError` that begins with
+    ``what``."""
     if isinstance(job_id, uuid.UUID):
         return str(job_id)
     try:
@@ -98,8 +99,8 @@ def check_job_id(job_id: object, what: str) -> str:
 
 
 class Task(Generic[P, R_co]):
-    """A function that can be run as a job. Each task is either a `PlainTask` or an `AsyncTask`. ``@app.task`` creates it;
-    calling it runs the function directly in the caller."""
+    """A function that can be run as a job. ``@app.task`` creates tasks; each task is a `PlainTask` or an `AsyncTask`.
+    Calling a task runs its function directly in the caller."""
 
     def __init__(
         self,
@@ -142,7 +143,7 @@ class Task(Generic[P, R_co]):
         """Call the function itself, without Jobledger. Returns its result, or the coroutine of an ``async`` function.
 
         Pass the resources that the function needs as keyword arguments: no resource is opened here. Raises
-        `BadArguments` if one is missing.
+        `BadArguments` if a resource is missing.
         """
         if self.dependencies:
             given = inspect.signature(self.fn).bind_partial(*args, **kwargs).arguments
@@ -154,23 +155,23 @@ class Task(Generic[P, R_co]):
         return f"<task {self.name} of queue {self.queue}>"
 
     def job(self, *args: P.args, **kwargs: P.kwargs) -> JobRequest[R_co]:
-        """Describe a job without submitting it. Raises `BadArguments` if the arguments do not fit."""
+        """Return a request for a job without submitting the job. Raises `BadArguments` if the arguments do not fit."""
         if self._simple:
             return JobRequest(self, self.encode_args(args, kwargs), self.queue)
         return self.using().job(*args, **kwargs)
 
     def submit(self, *args: P.args, **kwargs: P.kwargs) -> JobHandle[R_co]:
-        """Submit a job; returns once the log has acknowledged it.
+        """Submit a job, and return its handle once the log has acknowledged the submission.
 
         Raises `BadArguments`, `PayloadTooLarge`, `TopicMissing`, `AccessDenied`, `BrokerUnavailable`, or with a Schema
-        Registry `SchemaRefused` or `RegistryUnavailable` (a `BrokerUnavailable`). The job was not submitted then; only
-        after `BrokerUnavailable` it may have been.
+        Registry `SchemaRefused` or `RegistryUnavailable` (a `BrokerUnavailable`). After `BrokerUnavailable` the job may
+        have been submitted; after any other of these errors the job was not submitted.
         """
-        request = self.job(*args, **kwargs)  # judged before anything connects
+        request = self.job(*args, **kwargs)  # checked before any connection is opened
         return self.registry.submitter().submit(request)
 
     async def submit_async(self, *args: P.args, **kwargs: P.kwargs) -> JobHandle[R_co]:
-        """`submit` for asyncio: it does not block the event loop."""
+        """Submit a job as `submit` does, without blocking the event loop."""
         request = self.job(*args, **kwargs)
         return await self.registry.submitter().submit_async(request)
 
@@ -185,15 +186,15 @@ class Task(Generic[P, R_co]):
         expires_in: Seconds | None = None,
         job_id: str | uuid.UUID | None = None,
     ) -> BoundTask[P, R_co]:
-        """The task with options for one submission. Raises `ConfigError` or `UnknownQueue` at once.
+        """Return the task with options for one submission. Raises `ConfigError` or `UnknownQueue` at once.
 
-        ``delay``: seconds, or a `timedelta`, counted on the broker's clock from the append. ``tags``: texts to find the
-        job by. ``queue``: another queue of the app. ``key``: jobs with the same key run one at a time, in the order of
-        submission. ``priority``: on a queue with priorities. ``expires_in``: seconds from the append after which the
-        job is no longer started. ``job_id``: a UUID that the caller chooses. A second submission with the same UUID to
-        the same queue, key and priority is a duplicate: the job runs once, with the arguments of the first submission.
-        Workers drop the duplicate for as long as they remember the id: 10 minutes or 100,000 records of a partition,
-        whichever is less.
+        ``delay``: seconds, or a `timedelta`, before which the job does not start, counted on the broker's clock from
+        the append. ``tags``: texts by which the job can be found. ``queue``: another queue of the app. ``key``: jobs
+        with the same key run one at a time, in the order of submission. ``priority``: the job's priority on a queue
+        with priorities. ``expires_in``: seconds from the append, or a `timedelta`, after which the job is no longer
+        started. ``job_id``: a UUID that the caller chooses. A second submission with the same UUID to the same queue,
+        key and priority is a duplicate: the job runs once, with the arguments of the first submission. Workers drop the
+        duplicate for as long as they remember the id: 10 minutes or 100,000 records of a partition, whichever is less.
         """
         what = f"task {self.name!r}"
         policy = self.policy
@@ -224,7 +225,7 @@ class Task(Generic[P, R_co]):
         )
 
     def key_of(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> str | None:
-        """The ordering key of a job with these arguments; None if the task has none. Raises `BadArguments`."""
+        """Return the ordering key of a job with these arguments; None if the task has no key. Raises `BadArguments`."""
         key = self.policy.key
         if key is None:
             return None
@@ -277,7 +278,7 @@ class BoundTask(Generic[P, R_co]):
         self.key, self.priority, self.expires_in_ms, self.job_id = key, priority, expires_in_ms, job_id
 
     def job(self, *args: P.args, **kwargs: P.kwargs) -> JobRequest[R_co]:
-        """As `Task.job`."""
+        """Return a request for a job, as `Task.job` does."""
         task = self.task
         encoded = task.encode_args(args, kwargs)
         key = task.key_of(args, kwargs) if self.key is None else self.key
@@ -286,12 +287,12 @@ class BoundTask(Generic[P, R_co]):
         )
 
     def submit(self, *args: P.args, **kwargs: P.kwargs) -> JobHandle[R_co]:
-        """As `Task.submit`."""
+        """Submit a job, as `Task.submit` does."""
         request = self.job(*args, **kwargs)
         return self.task.registry.submitter().submit(request)
 
     async def submit_async(self, *args: P.args, **kwargs: P.kwargs) -> JobHandle[R_co]:
-        """As `Task.submit_async`."""
+        """Submit a job, as `Task.submit_async` does."""
         request = self.job(*args, **kwargs)
         return await self.task.registry.submitter().submit_async(request)
 

@@ -43,7 +43,8 @@ POLICY_DEFAULTS: dict[str, Any] = {
 
 
 class TaskRegistry:
-    """The tasks and queues of one namespace. ``submitter``: returns the client when a task submits."""
+    """The tasks, queues, events, handlers and projections of one namespace. ``submitter()`` returns the client; it is
+    called when a task submits a job."""
 
     def __init__(
         self,
@@ -65,7 +66,7 @@ class TaskRegistry:
         self.projections: dict[str, Projection] = {}
         #: Where each task, event and projection was declared, by kind and name.
         self._origins: dict[tuple[str, str], Origin] = {}
-        #: The queue of tasks that name none. It exists as soon as such a task is registered.
+        #: The queue of tasks that name no queue. It exists as soon as such a task is registered.
         self.default_queue = None if default_queue is None else check_name("App(default_queue=…)", default_queue)
         self._declared: dict[str, Queue] | None = None
         if queues is not None:
@@ -78,7 +79,7 @@ class TaskRegistry:
     def queues(self) -> dict[str, Queue]:
         """Every queue by name, with its partition count filled in: the declared queues and those that tasks name."""
         named = {t.queue: Queue(t.queue) for t in self.tasks.values()}
-        for task in self.tasks.values():  # a task with a priority needs the levels
+        for task in self.tasks.values():  # the queue of a task with a priority needs priorities
             if task.policy.priority is not None:
                 named[task.queue] = Queue(task.queue, priorities=True)
         found = named | (self._declared or {})
@@ -92,7 +93,7 @@ class TaskRegistry:
         return {name: queue.partitions or self.partitions for queue in self.queues.values() for name in queue.lanes}
 
     def check_queue(self, queue: str) -> str:
-        """``queue`` if the app has it. Raises `UnknownQueue` that lists the app's queues if not."""
+        """Return ``queue`` if the app has this queue. Raises `UnknownQueue` that lists the app's queues if not."""
         queue = check_name("queue", queue)
         if self._declared is not None and queue in self._declared:
             return queue
@@ -105,7 +106,7 @@ class TaskRegistry:
         return queue
 
     def _queue_of(self, task: str, queue: str | None) -> str:
-        """The queue of a task that names ``queue``, or that names none. Raises `UnknownQueue`."""
+        """Return the queue of a task that names ``queue``; None: the task names no queue. Raises `UnknownQueue`."""
         if queue is None:
             if self.default_queue is None:
                 choices = f", one of {sorted(self.queues)}" if self.queues else ""
@@ -136,7 +137,8 @@ class TaskRegistry:
         fallback: Task[Any, Any] | str | None,
         **policy: Any,
     ) -> Task[Any, Any]:
-        """Register a function. Raises `ConfigError` or `UnknownQueue` if an option is not possible."""
+        """Register a function, and return its task. Raises `ConfigError` or `UnknownQueue` if an option is not
+        possible."""
         check_function(fn)
         task_name = name if name is not None else getattr(fn, "__name__", "")
         task_name = check_text("task name", task_name, TASK_NAME_MOST)
@@ -175,13 +177,13 @@ class TaskRegistry:
     def _origin(
         self, kind: str, name: str, declared: Callable[..., Any], known: bool, *, nameless: bool = False
     ) -> Origin:
-        """Where ``declared`` comes from. Raises `ConfigError` if another object of this name is in use. An object that
-        is declared again, because its module is executed again, replaces the first."""
+        """Return where ``declared`` comes from. Raises `ConfigError` if another object of this name is in use. An
+        object that is declared again, because its module is executed again, replaces the first object."""
         found = origin_of(declared)
         first = self._origins.get((kind, name)) if known else None
         if first is None or first.declared is declared:
             return found
-        # All lambdas of a module have one name: which of them is declared again shows only where their file is.
+        # All lambdas of a module have the same name, so a lambda is declared again only if both are from one file.
         if first.replaced_by(found) and (not nameless or first.shares_file(found)):
             return found
         raise ConfigError(
@@ -190,7 +192,7 @@ class TaskRegistry:
         )
 
     def task(self, name: str) -> Task[Any, Any]:
-        """The task of this name. Raises `UnknownTask` that lists the app's tasks."""
+        """Return the task of this name. Raises `UnknownTask` that lists the app's tasks."""
         try:
             return self.tasks[name]
         except KeyError:
@@ -199,7 +201,8 @@ class TaskRegistry:
             ) from None
 
     def add_event(self, cls: type[Any], **options: Any) -> EventType:
-        """Register a class of events. Raises `ConfigError` if its name or topic is in use."""
+        """Register a class of events, and return its event type. Raises `ConfigError` if its name or topic is in
+        use."""
         made = EventType(cls, names=self.names, **options)
         origin = self._origin("event", made.name, cls, made.name in self.events)
         same = [e for e in self.events.values() if e.topic == made.topic and e.name != made.name]
@@ -210,7 +213,7 @@ class TaskRegistry:
         return made
 
     def event_of(self, cls: type[Any]) -> EventType:
-        """The event type of a class. Raises `BadEvent` that lists the app's events."""
+        """Return the event type of a class. Raises `BadEvent` that lists the app's events."""
         for found in self.events.values():
             if found.cls is cls:
                 return found
@@ -220,14 +223,15 @@ class TaskRegistry:
         )
 
     def add_handler(self, cls: type[Any], task: Task[Any, Any], tags: HandlerTags = None) -> Handler:
-        """Let ``task`` handle events of ``cls``. A module that is loaded again replaces its own handlers."""
+        """Register ``task`` as a handler of events of ``cls``. A module that is loaded again replaces its own
+        handlers."""
         made = Handler(self.event_of(cls), task, tags)
         known = self.handlers.setdefault(made.event.name, [])
         known[:] = [*(h for h in known if h.task.name != task.name), made]
         return made
 
     def add_projection(self, fold: Callable[..., Any], **options: Any) -> Projection:
-        """Register a fold. Raises `ConfigError` if its name or table is in use."""
+        """Register a fold, and return its projection. Raises `ConfigError` if its name or table is in use."""
         made = Projection(fold, **options)
         origin = self._origin("projection", made.name, fold, made.name in self.projections)
         for other in self.projections.values():
@@ -240,7 +244,7 @@ class TaskRegistry:
         return made
 
     def handler(self, name: str) -> Handler:
-        """The handler of this name. Raises `UnknownTask` that lists the app's handlers."""
+        """Return the handler of this name. Raises `UnknownTask` that lists the app's handlers."""
         found = [handler for handlers in self.handlers.values() for handler in handlers]
         for handler in found:
             if handler.task.name == name:
@@ -248,7 +252,8 @@ class TaskRegistry:
         raise UnknownTask(f"no handler is called {name!r}: there are {sorted(h.task.name for h in found)}")
 
     def _check_topics(self) -> None:
-        """Each queue, priority and event gets a topic; Kafka refuses topics whose names are too similar."""
+        """Raise `ConfigError` if two topics have names that Kafka refuses as too similar. Each queue, priority and
+        event has a topic."""
         topics = [*map(self.names.jobs, self.lanes), *(e.topic for e in self.events.values())]
         standing = self.names.standing
         for topic, other in colliding(topics, standing).items():
@@ -259,7 +264,8 @@ class TaskRegistry:
             )
 
     def _check_limits(self) -> None:
-        """Each partition gets a share of a concurrency limit, so a limit must be at least the number of partitions."""
+        """Raise `ConfigError` if a concurrency limit is less than the number of partitions: each partition gets a share
+        of the limit."""
         queues = self.queues
         owners = [(f"queue {q.name!r}", q, q.limits) for q in queues.values()]
         owners += [(f"task {t.name!r}", queues[t.queue], t.policy.limits) for t in self.tasks.values()]
@@ -267,8 +273,8 @@ class TaskRegistry:
             check_shares(what, queue, limits, self.partitions)
 
     def check(self) -> None:
-        """Check what can be checked only when everything is registered: fallbacks, limits, hooks. Raises `ConfigError`;
-        runs when an app is loaded."""
+        """Check what can be checked only when everything is registered: fallbacks, limits, topics, hooks. Raises
+        `ConfigError`. Called when an app is loaded."""
         self._check_limits()
         self._check_topics()
         for task in self.tasks.values():

@@ -1,7 +1,8 @@
-"""OpenTelemetry, if the process uses it: one trace from a submission through its attempts to the jobs they submit.
+"""Creates OpenTelemetry spans, if the process uses OpenTelemetry. One trace contains a submission, the attempts of its
+job, and the jobs that these attempts submit.
 
-Nothing is imported here: a process that has set a tracer provider has loaded OpenTelemetry itself. In any other process
-this costs one lookup in ``sys.modules``. The W3C traceparent is in the event's ``trace``.
+This module does not import OpenTelemetry: a process that has set a tracer provider has loaded OpenTelemetry itself. In
+any other process, tracing costs one lookup in ``sys.modules``. The W3C traceparent is in the event's ``trace``.
 """
 
 from __future__ import annotations
@@ -23,16 +24,16 @@ _SCOPE = "jobledger"
 
 
 def _tracer() -> Any:
-    """The tracer, if a tracer provider has been set; else None."""
+    """Return the tracer if a tracer provider has been set; else None."""
     otel = sys.modules.get(_MODULE)
-    # The API alone makes spans that are none.
+    # Without a provider, the API creates only spans that record nothing.
     if otel is None or type(otel.get_tracer_provider()).__name__ in ("ProxyTracerProvider", "NoOpTracerProvider"):
         return None
     return otel.get_tracer(_SCOPE)
 
 
 def flush(most_ms: int) -> None:
-    """Let the provider, if it buffers spans, export them within ``most_ms`` milliseconds."""
+    """Make a provider that buffers spans export them within ``most_ms`` milliseconds."""
     if (otel := sys.modules.get(_MODULE)) is not None:
         force = getattr(otel.get_tracer_provider(), "force_flush", None)
         if force is not None:
@@ -40,7 +41,7 @@ def flush(most_ms: int) -> None:
 
 
 def current() -> str | None:
-    """The traceparent of the current span; None if there is none."""
+    """Return the traceparent of the current span; None if there is no current span."""
     otel = sys.modules.get(_MODULE)
     if otel is None:
         return None
@@ -51,7 +52,7 @@ def current() -> str | None:
 
 
 def parse(traceparent: str | None) -> tuple[int, int, int] | None:
-    """Trace, span and flags of a W3C traceparent; None if it is not valid."""
+    """Return the trace id, the span id and the flags of a W3C traceparent; None if the traceparent is not valid."""
     parts = (traceparent or "").split("-")
     if len(parts) < 4 or [len(part) for part in parts[:4]] != [2, 32, 16, 2] or parts[0] == "ff":
         return None
@@ -75,20 +76,21 @@ _NOTHING = contextlib.nullcontext()
 
 
 def submitting(task: str, queue: str, count: int = 1) -> contextlib.AbstractContextManager[None]:
-    """A span ``submit TASK`` around a submission, current while the block runs."""
+    """Return a context manager that creates a span ``submit TASK`` around a submission. The span is the current span
+    while the block runs. Without a tracer provider, no span is created."""
     tracer = _tracer()
     if tracer is None:
         return _NOTHING
     attributes: dict[str, Any] = {"messaging.operation.type": "send", "messaging.operation.name": "submit"}
     if task:
-        attributes |= {"jobledger.definitions.task": task, "jobledger.queue": queue}
+        attributes |= {"jobledger.task": task, "jobledger.queue": queue}
     if count != 1:
         attributes["messaging.batch.message_count"] = count
     return _submitting(tracer, f"submit {task}".strip(), attributes)
 
 
 class Span:
-    """The span of an attempt, as an ``around`` hook."""
+    """An ``around`` hook that creates the span of an attempt."""
 
     is_async = False
 
@@ -98,7 +100,7 @@ class Span:
 
     @contextlib.contextmanager
     def fn(self, job: JobContext) -> Iterator[None]:
-        """Create a CONSUMER span, a child of the submission's, and make it current while the job's code runs."""
+        """Create a CONSUMER span, a child of the submission's span, and make it current while the job's code runs."""
         otel: Any = sys.modules[_MODULE]
         submitted = parse(job.trace)
         context, links = None, []
@@ -119,7 +121,7 @@ class Span:
                 "messaging.destination.name": self._topics.jobs(job.queue),
                 "messaging.message.id": job.job_id,
                 "jobledger.job_id": job.job_id,
-                "jobledger.definitions.task": job.task,
+                "jobledger.task": job.task,
                 "jobledger.queue": job.queue,
                 "jobledger.attempt": job.attempt,
                 "jobledger.run": job.run,
@@ -130,12 +132,12 @@ class Span:
             try:
                 yield
             except BaseException as error:
-                if all(is_a(leaf, Snooze) for leaf in leaves(error)):  # nothing went wrong: it was too early
+                if all(is_a(leaf, Snooze) for leaf in leaves(error)):  # a snooze is not an error: the job was too early
                     span.set_attribute("jobledger.snoozed", text_of(error))
                     raise
                 try:
                     span.record_exception(error)
-                except BaseException:  # noqa: BLE001  # its own code is the user's, and may raise anything
+                except BaseException:  # noqa: BLE001  # the exception's own code is the user's, and may raise anything
                     said = text_of(error)
                     span.add_event("exception", {"exception.type": type_of(error), "exception.message": said})
                 span.set_status(otel.Status(otel.StatusCode.ERROR, type_of(error)))
@@ -143,6 +145,6 @@ class Span:
 
 
 def span_of(task: Task[Any, Any]) -> Span | None:
-    """The `Span` for a task's attempts; None if the process does not use OpenTelemetry."""
+    """Return the `Span` for a task's attempts; None if the process does not use OpenTelemetry."""
     tracer = _tracer()
     return None if tracer is None else Span(task, tracer)

@@ -1,6 +1,5 @@
-"""Kafka as Jobledger uses it: clients and their settings, errors in plain words, logins, rights, and the topics of a
-namespace.
+"""Kafka as Jobledger uses it: clients and their settings, clear errors, logins, rights, and the topics of a namespace.
 
-Everything that depends on a cluster's settings is here. What the records contain is not: that is `jobledger.schemas` and
-`jobledger.log`.
+This package owns everything that depends on a cluster's settings. The contents of records belong to `jobledger.schemas`
+and `jobledger.log`.
 """

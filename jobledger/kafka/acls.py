@@ -1,8 +1,8 @@
-"""Defines the minimal rights of each role as data, creates the commands that grant them, and checks for missing ones.
+"""Defines the minimal rights of each role as data, creates the commands that grant them, and checks for missing rights.
 
-`TABLE` is the only definition: the command line, the docs and the tests read it. Rights that Kafka implies are left
-out: a user who may read, write, delete from or alter a topic may describe it; a user who may alter its settings may
-read them.
+`TABLE` is the only definition: the command line, the docs and the tests read this table. Rights that Kafka implies are
+left out: a user who may read a topic, write to it, delete from it or alter it may also describe it, and a user who may
+alter a topic's settings may also read them.
 """
 
 from __future__ import annotations
@@ -35,17 +35,17 @@ REQUEST_TIMEOUT_S = 10.0
 TOPIC, GROUP, CLUSTER = "topic", "group", "cluster"
 LITERAL, PREFIXED = "literal", "prefixed"
 
-#: The operations assumed if a cluster does not report a user's rights: all.
+#: All operations. If a cluster does not report a user's rights, the user counts as having all of them.
 _ANY = tuple(AclOperation)
 
 
 @dataclass(frozen=True, slots=True)
 class Right:
-    """One operation on resources. ``name`` contains ``<ns>`` for the namespace; with ``pattern`` prefixed it is a
-    prefix.
+    """The right to one operation on resources.
 
-    ``lost``: what does not work without the right; empty: the role cannot work at all. ``when``: in which case the role
-    needs the right; empty: always.
+    ``name``: the resource's name, with ``<ns>`` for the namespace. If ``pattern`` is `PREFIXED`, the right is for all
+    resources whose names begin with ``name``. ``lost``: what does not work without the right; empty: the role cannot
+    work at all. ``when``: the case in which the role needs the right; empty: always.
     """
 
     kind: str
@@ -87,7 +87,7 @@ _LIMITS = "knowledge of the topics' size limits: batches follow a default limit"
 _WATCHING = "error when somebody has changed a topic setting that promises depend on"
 _TRIMMING = "trimming: the log grows"
 
-#: The rights that each role needs, and no others.
+#: Exactly the rights that each role needs.
 TABLE: Mapping[str, Sequence[Right]] = {
     "client": [
         *_topic("<ns>.jobs.", "Write"),
@@ -169,7 +169,7 @@ TABLE: Mapping[str, Sequence[Right]] = {
 #: Roles that read the topics of events, including those of other programs.
 _HANDLES = ("router", "backfill", "projection")
 
-#: Names for several roles at once: `jobledger streams` runs both under one user.
+#: Names for several roles together: `jobledger streams` runs the coordinator and the materializer under one user.
 TOGETHER: Mapping[str, Sequence[str]] = {"streams": ("coordinator", "materializer")}
 
 #: Descriptions of the roles.
@@ -197,14 +197,17 @@ def roles(name: str) -> Sequence[str]:
 
 
 def rights(name: str, namespace: str, foreign: Iterable[str] = ()) -> list[Right]:
-    """Return the rights of a role, or of several roles under one name, in a namespace, without duplicates. ``foreign``:
-    topics of other programs whose events the app handles. Raises `ConfigError` for an unknown role."""
+    """Return the rights of a role, or of several roles under one name, in a namespace, without duplicates.
+
+    ``foreign``: topics of other programs whose events the app handles. Raises `ConfigError` for an unknown role.
+    """
     found: dict[tuple[str, str, str, str], Right] = {}
     for role in roles(name):
         for right in TABLE[role]:
             made = right.of(namespace)
             key = (made.kind, made.name, made.pattern, made.operation)
-            # One role may need a right that another role can do without.
+            # One role may be able to work without a right that another role needs. Then the entry without ``lost``
+            # counts.
             if key not in found or found[key].lost:
                 found[key] = made
     others = foreign if name in _HANDLES else ()
@@ -215,7 +218,7 @@ def rights(name: str, namespace: str, foreign: Iterable[str] = ()) -> list[Right
 
 
 def commands(principal: str, wanted: Iterable[Right], server: str) -> Iterator[str]:
-    """Yield the `kafka-acls.sh` commands that grant these rights, one per resource."""
+    """Yield the `kafka-acls.sh` commands that grant these rights, one command for each resource."""
     by_resource: dict[tuple[str, str, str], list[str]] = {}
     for right in wanted:
         by_resource.setdefault((right.kind, right.name, right.pattern), []).append(right.operation)
@@ -246,13 +249,14 @@ def binding(principal: str, right: Right) -> AclBinding:
 
 
 def check(settings: Settings, namespace: str, topics: Iterable[str]) -> None:
-    """Ask the cluster for this user's rights on these topics. Raises `NotAuthorized` that names all missing rights
-    without which the role (``settings.role``) cannot work. Other missing rights are logged.
+    """Check whether this user has the rights on these topics that the role ``settings.role`` needs.
 
-    Topics that do not exist are skipped, and so is a cluster that does not report rights. Raises `BrokerUnavailable`.
+    Raises a `NotAuthorized` that names all missing rights without which the role cannot work. Other missing rights are
+    logged. Topics that do not exist are skipped. If a cluster does not report rights, no right counts as missing.
+    Raises `BrokerUnavailable`.
     """
     asked, lacking, spared = sorted(set(topics)), [], []
-    client = clients.admin(settings)  # held: a garbage-collected client never completes its futures
+    client = clients.admin(settings)  # keep the client: a garbage-collected one never completes its futures
     told = client.describe_topics(
         TopicCollection(asked), include_authorized_operations=True, request_timeout=REQUEST_TIMEOUT_S
     )
@@ -279,8 +283,10 @@ def check(settings: Settings, namespace: str, topics: Iterable[str]) -> None:
 
 
 def grant(admin: AdminClient, settings: Settings, bindings: Sequence[AclBinding]) -> None:
-    """Create ACLs; existing ones are kept. Raises `AccessDenied`, `BrokerUnavailable`, and `ConfigError` for a cluster
-    without ACLs."""
+    """Create ACLs; existing ACLs are kept.
+
+    Raises `AccessDenied`, `BrokerUnavailable`, and `ConfigError` for a cluster without ACLs.
+    """
     if not bindings:
         return
     for future in admin.create_acls(list(bindings), request_timeout=REQUEST_TIMEOUT_S).values():

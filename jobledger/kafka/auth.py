@@ -1,7 +1,7 @@
-"""Logins and rights: a cluster's refusals, distinguished from an unavailable cluster, and explained to the user.
+"""Finds out whether a cluster refuses a login or a right, or is only unavailable, and explains the cause to the user.
 
-Kafka's clients retry a login forever, even if it can never succeed. A `AuthMonitor` listens to what a client reports about its
-connections; `knock` checks once.
+Kafka's clients retry a login forever, even if the login can never succeed. An `AuthMonitor` receives the errors that a
+client reports about its connections. `knock` checks the login once.
 """
 
 from __future__ import annotations
@@ -24,12 +24,13 @@ from jobledger.process.logger import get_logger
 
 LOG = get_logger("jobledger.kafka")
 
-#: A starting cluster may refuse a login for a moment, so a refusal counts only if it is repeated after this many seconds.
+#: A starting cluster may refuse a login for a moment, so a refusal counts only if it is repeated after this many
+#: seconds or more.
 AGAIN_S = 0.4
-#: Seconds for which the same line about connections is not logged again.
+#: Seconds for which the same message about connections is not logged again.
 SAY_EVERY_S = 30.0
 KNOCK_S = 10.0
-#: Seconds after an outage in which a topic that a client reports as unknown may still exist.
+#: For this many seconds after a client could not connect, a topic that the client reports as unknown may still exist.
 AWAY_S = 10.0
 
 _DENIED = {
@@ -71,36 +72,40 @@ class Need(NamedTuple):
 
 
 def read(topic: str) -> Need:
-    """The right to read a topic."""
+    """Return the right to read a topic."""
     return Need("Read", "topic", topic)
 
 
 def write(topic: str) -> Need:
-    """The right to write to a topic."""
+    """Return the right to write to a topic."""
     return Need("Write", "topic", topic)
 
 
 def join(group: str) -> Need:
-    """The right to be a member of a group, and to commit for it."""
+    """Return the right to be a member of a group and to commit its offsets."""
     return Need("Read", "group", group)
 
 
 def denied(error: KafkaError, settings: Settings, what: str, *needs: Need) -> AccessDenied | None:
-    """Jobledger's error if Kafka's error means that this user's login or operation is refused; else None.
+    """Return Jobledger's error if Kafka's error means that this user's login or operation is refused; else None.
 
-    ``needs``: the rights that ``what`` needs; the error names the first one of the kind in Kafka's error.
+    ``what``: the operation, as text. ``needs``: the rights that the operation needs. The message names those of the
+    kind of resource in Kafka's error.
     """
     code = error.code()
     if code in _REFUSED:
         return refusal(settings, error.str())
     kind = _DENIED.get(code)
-    if code == KafkaError._FATAL:  # the group was left permanently: the reason is only in the text
+    if code == KafkaError._FATAL:  # the consumer left its group permanently: only the text has the reason
         kind = next((kind for kind in _DENIED.values() if f"{kind} authorization failed" in error.str().lower()), None)
     return None if kind is None else unauthorized(settings, what, kind, *needs)
 
 
 def unauthorized(settings: Settings, what: str, kind: str, *needs: Need) -> NotAuthorized:
-    """The error for missing rights on a ``kind`` of resource; its attributes are those of the first right."""
+    """Return the error for missing rights on a ``kind`` of resource.
+
+    The message names all rights of this kind in ``needs``. The error's attributes describe the first of them.
+    """
     lacking = [n for n in needs if n.kind == kind] or [Need("a right", kind, "")]
     need = lacking[0]
     shown = ", ".join(f"{n.operation} on {kind} {n.name}".rstrip() for n in lacking)
@@ -116,8 +121,11 @@ def unauthorized(settings: Settings, what: str, kind: str, *needs: Need) -> NotA
 
 
 def refusal(settings: Settings, said: str) -> NotAuthenticated:
-    """The error for a client whose login is refused; ``said``: the message of the client or the broker. Checks the
-    brokers' TLS."""
+    """Return the error for a client whose login is refused.
+
+    ``said``: the message of the client or the broker. Unless this message is about SASL, the function connects to the
+    brokers to check their TLS.
+    """
     address = settings.bootstrap or "the embedded broker"
     kafka = settings.kafka
     found = None
@@ -140,14 +148,17 @@ def refusal(settings: Settings, said: str) -> NotAuthenticated:
 
 
 def _shown(name: str, value: str) -> str:
-    if name in _URLS:  # it might carry a user and a password, or a key in its query
+    if name in _URLS:  # a URL may contain a user and a password, or a key in its query
         value = re.sub(r"//.*@", "//", value).partition("?")[0]
     return f"{tls.setting(name)}={value}"
 
 
 def _told_by_door(record: logging.LogRecord) -> bool:
-    """Drop librdkafka's lines about failed connections, which every `AuthMonitor` logs, less often; and about the missing
-    producer id of a cluster that has just started."""
+    """Return False for messages of librdkafka that must not be logged.
+
+    These are the messages about failed connections, which are logged less often through `AuthMonitor`, and those about
+    the missing producer id of a cluster that has just started.
+    """
     text = record.getMessage()
     return not (text.startswith("FAIL [") or (text.startswith("GETPID [") and text.endswith("retrying")))
 
@@ -156,10 +167,10 @@ LOG.addFilter(_told_by_door)
 
 
 class AuthMonitor:
-    """A client's ``error_cb``: notices refused connections. Thread-safe.
+    """The ``error_cb`` of a client: notices that the cluster refuses the login. Thread-safe.
 
-    ``patient`` False: a token that cannot be obtained is a refusal at once. A running client may still have a valid
-    token.
+    ``patient`` False: if the client cannot obtain a token, the login counts as refused at once. ``patient`` True is for
+    a running client, which may still have a valid token.
     """
 
     def __init__(self, settings: Settings, *, patient: bool = True) -> None:
@@ -174,13 +185,17 @@ class AuthMonitor:
 
     @property
     def refusal(self) -> NotAuthenticated | None:
-        """Why this client's login is refused; None if it is not, or if the cluster is unavailable."""
+        """The error of this client's refused login; None if the login is not refused, or the cluster is unavailable."""
         return self._refusal
 
     def behind(self, error: KafkaError) -> NotAuthenticated | BrokerUnavailable | None:
-        """The cause of a client's error: a refused login, or an unavailable broker; None for any other cause. A client
-        reports only once that it has no token, and might get one later: this counts when a request has timed out. A
-        client that could never connect reports a topic as missing."""
+        """Return the cause of a client's error: a refused login or an unavailable broker; None for any other cause.
+
+        A client reports only once that it has no token, and may obtain one later. So a missing token counts as a
+        refusal only if a message has timed out. A client that could never connect reports an existing topic as unknown.
+        So an unknown topic counts as an unavailable broker if the client failed to connect in the last `AWAY_S`
+        seconds.
+        """
         if error.code() == KafkaError._UNKNOWN_TOPIC and time.monotonic() - self._away_at < AWAY_S:
             return BrokerUnavailable(away(self._settings, "cannot be reached"))
         if self._refusal is None and self._no_token and error.code() == KafkaError._MSG_TIMED_OUT:
@@ -212,7 +227,7 @@ class AuthMonitor:
                     self._look(now)
                 elif error.code() == KafkaError._TRANSPORT and "Connect to" in text:
                     self._away_at = now
-                    self._first = None  # the broker is unavailable, or starting: earlier refusals do not count
+                    self._first = None  # the broker is unavailable or starting, so earlier refusals do not count
                 if self._patient and self._refusal is None:
                     outage_of(self._settings).heard(text, self)
                 return
@@ -237,15 +252,17 @@ class AuthMonitor:
 
 
 def _refused_in_words(error: KafkaError) -> bool:
-    # A broker's alert on our certificate arrives as a broken connection.
+    # librdkafka reports a broker's TLS alert about this client's certificate as a broken connection.
     text = error.str()
     return error.code() == KafkaError._TRANSPORT and ("SSL alert" in text or "PLAINTEXT broker listener" in text)
 
 
 def knock(settings: Settings, timeout: float = KNOCK_S) -> None:
-    """Return once the cluster has accepted this client's login. Raises `NotAuthenticated` as soon as the login is
-    certainly refused, `BrokerUnavailable` if no broker has answered within ``timeout`` seconds, and `ConfigError` for
-    unusable settings."""
+    """Return once the cluster has accepted this client's login.
+
+    Raises `NotAuthenticated` as soon as it is certain that the login is refused, `BrokerUnavailable` if no broker has
+    answered within ``timeout`` seconds, and `ConfigError` for settings that cannot be used.
+    """
     door = AuthMonitor(settings, patient=False)
     conf: dict[str, Any] = {**settings.librdkafka(), "error_cb": door, "logger": LOG, "log_level": 0}
     try:
@@ -261,7 +278,10 @@ def knock(settings: Settings, timeout: float = KNOCK_S) -> None:
 
 
 def away(settings: Settings, said: str) -> str:
-    """The message for an unavailable broker: that its host cannot be resolved, if so; else ``said``."""
+    """Return the message for an unavailable broker.
+
+    The message says that the name of the broker's host cannot be resolved, if this is the case, and otherwise ``said``.
+    """
     if settings.bootstrap is None:
         return f"the embedded broker {said}; check that it runs: `jobledger kafka status`"
     found = addresses.unresolved(settings.bootstrap)
@@ -271,6 +291,6 @@ def away(settings: Settings, said: str) -> str:
 
 
 def unusable(error: KafkaException) -> ConfigError:
-    """The error for settings with which no client can be created."""
+    """Return the error for settings with which no client can be created."""
     text = re.sub(r"^Failed to create \w+( \w+)?: ", "", error.args[0].str())
     return ConfigError(f"the Kafka settings (JOBLEDGER_KAFKA__*) cannot be used: {text}")

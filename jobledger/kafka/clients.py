@@ -1,6 +1,6 @@
-"""Kafka clients with Jobledger's settings, their errors in Jobledger's words, and questions to the cluster.
+"""Creates Kafka clients with Jobledger's settings, translates Kafka's errors, and asks about topics and offsets.
 
-The worker and the materializer take their client settings from here and drive the clients themselves.
+The worker and the materializer take their client settings from this module, but poll their clients themselves.
 """
 
 from __future__ import annotations
@@ -35,15 +35,15 @@ LOG = get_logger("jobledger.kafka")
 
 T = TypeVar("T")
 
-#: The partitioner of all writers, so that librdkafka, Java and Faust put a key on the same partition.
+#: The partitioner of all writers, so that librdkafka, Java and Faust write a key to the same partition.
 PARTITIONER = "murmur2_random"
 
-#: Errors for a topic that does not exist; a broker that shuts down reports them for existing topics as well.
+#: Errors for a topic that does not exist. A broker that shuts down reports them for existing topics, too.
 MISSING = (KafkaError._UNKNOWN_TOPIC, KafkaError._UNKNOWN_PARTITION, KafkaError.UNKNOWN_TOPIC_OR_PART)
-#: Seconds until such an error is believed.
+#: Seconds for which such an error must be repeated before the topic counts as missing.
 MISSING_S = 5.0
 
-#: Errors while a group's coordinator is being elected, or loads the group's offsets.
+#: Errors while Kafka elects the coordinator of a consumer group, or while that coordinator loads the group's offsets.
 SEATING = (
     KafkaError.NOT_COORDINATOR,
     KafkaError.COORDINATOR_NOT_AVAILABLE,
@@ -58,15 +58,15 @@ ELECTING = (
     KafkaError.FENCED_LEADER_EPOCH,
 )
 
-#: Errors that a reader without a group ignores: connections recover by themselves, and the group's name is only a
-#: placeholder.
+#: Errors that a reader with manually assigned partitions ignores: the client restores its connections by itself, and
+#: the name of its group is only a placeholder.
 PASSING = (KafkaError._TRANSPORT, KafkaError._ALL_BROKERS_DOWN, KafkaError.GROUP_AUTHORIZATION_FAILED)
 
-#: Seconds beyond its own timeout to wait for an admin client's request.
+#: Seconds to wait for an admin client's request beyond the request's own timeout.
 ANSWER_MARGIN_S = 5.0
 
-#: librdkafka's default limit of a batch (``batch.size``), and a batch's overhead that librdkafka does not count, in
-#: bytes.
+#: librdkafka's default limit of a batch (``batch.size``), and the overhead of a batch that librdkafka does not count.
+#: Both in bytes.
 BATCH_BYTES, BATCH_MARGIN = 1_000_000, 100
 
 Headers = list[tuple[str, bytes]]
@@ -80,11 +80,14 @@ def producer_config(
     door: AuthMonitor | None = None,
     batch: int | None = None,
 ) -> dict[str, Any]:
-    """Settings of every producer: idempotent, ``acks=all``, one partitioner. ``timeout``: seconds to an
-    acknowledgement. ``door``: receives refused logins. ``batch``: bytes of the largest batch of several records, see
-    `batch_room`."""
+    """Return the settings of a producer: idempotent, ``acks=all``, and the partitioner of all writers.
+
+    ``linger_ms``: milliseconds for which librdkafka collects a batch. ``timeout``: seconds until a record must be
+    acknowledged; None: `Settings.submit_timeout`. ``door``: receives the client's errors, as ``error_cb``. ``batch``:
+    bytes of the largest batch of several records, see `batch_room`; None: librdkafka's limit.
+    """
     conf = {
-        # As `jobledger.config.PATIENCE`, for records sent to a frozen broker.
+        # A short timeout as in `jobledger.config.PATIENCE`, here for records that were sent to a frozen broker.
         "request.timeout.ms": 8_000,
         **settings.librdkafka(),
         "error_cb": door or AuthMonitor(settings),
@@ -94,7 +97,7 @@ def producer_config(
         "linger.ms": linger_ms,
         "message.max.bytes": settings.max_record_bytes + 1_000,
         "delivery.timeout.ms": int((timeout or settings.submit_timeout) * 1000),
-        # A missing topic must be reported soon; the default of 30 s suits clusters that create topics on demand.
+        # A missing topic must be reported soon. The default of 30 s is for clusters that create topics on demand.
         "topic.metadata.propagation.max.ms": 3_000,
         "logger": LOG,
     }
@@ -106,8 +109,10 @@ def producer_config(
 def consumer_config(
     settings: Settings, *, group: str = "jobledger-readers", door: AuthMonitor | None = None, **more: Any
 ) -> dict[str, Any]:
-    """Settings of a consumer with manual assignment and without commits, unless ``more`` overrides them. ``door``:
-    receives refused logins."""
+    """Return the settings of a consumer with manual assignment and without commits.
+
+    ``door``: receives the client's errors, as ``error_cb``. ``more``: settings that add to and override the others.
+    """
     return {
         **settings.librdkafka(),
         "error_cb": door or AuthMonitor(settings),
@@ -124,7 +129,7 @@ def consumer_config(
 
 
 def admin(settings: Settings) -> AdminClient:
-    """An admin client. Raises `ConfigError` for settings that cannot be used."""
+    """Create an admin client. Raises `ConfigError` for settings that cannot be used."""
     conf: dict[str, Any] = {**settings.librdkafka(), "logger": LOG}
     try:
         return forks.client(AdminClient, conf)
@@ -133,7 +138,7 @@ def admin(settings: Settings) -> AdminClient:
 
 
 def producer(conf: dict[str, Any]) -> Producer:
-    """A producer. Raises `ConfigError` for settings that cannot be used."""
+    """Create a producer. Raises `ConfigError` for settings that cannot be used."""
     try:
         return forks.client(Producer, conf)
     except KafkaException as exc:
@@ -141,7 +146,7 @@ def producer(conf: dict[str, Any]) -> Producer:
 
 
 def consumer(conf: dict[str, Any]) -> Consumer:
-    """A consumer. Raises `ConfigError` for settings that cannot be used."""
+    """Create a consumer. Raises `ConfigError` for settings that cannot be used."""
     try:
         return forks.client(Consumer, conf)
     except KafkaException as exc:
@@ -149,8 +154,10 @@ def consumer(conf: dict[str, Any]) -> Consumer:
 
 
 def translate(error: KafkaError, settings: Settings, what: str, *needs: Need) -> JobledgerError:
-    """Jobledger's error for a Kafka error, naming the address and the way out; ``needs``: the rights that ``what``
-    needs."""
+    """Return Jobledger's error for a Kafka error. The message names the cluster's address or topic, and a remedy.
+
+    ``what``: the operation, as text. ``needs``: the rights that the operation needs.
+    """
     refused = denied(error, settings, what, *needs)
     if refused is not None:
         return refused
@@ -168,20 +175,24 @@ def translate(error: KafkaError, settings: Settings, what: str, *needs: Need) ->
 
 
 def undelivered(error: KafkaError, settings: Settings, what: str, *needs: Need) -> JobledgerError:
-    """`translate` for a producer's errors."""
+    """Return what `translate` returns, for the error of a producer."""
     if error.code() == KafkaError.CLUSTER_AUTHORIZATION_FAILED:
-        # An idempotent producer may begin only if it may write to some topic.
+        # A broker lets an idempotent producer begin only if its user may write to at least one topic.
         return unauthorized(settings, what, "topic", *needs)
     return translate(error, settings, what, *needs)
 
 
 def position_of(message: Message) -> Position:
-    """The position of a delivered or consumed message."""
+    """Return the position of a delivered or consumed message."""
     return Position(message.topic() or "", message.partition() or 0, message.offset() or 0)
 
 
 def error_topic(message: Message, topics: Sequence[str]) -> str:
-    """The topic of a consumer's error, as far as known: the error may name it only in its text."""
+    """Return the topic of a consumer's error, as far as the topic is known.
+
+    Some errors name the topic only in their text. If the text does not name one of ``topics`` either, return all of
+    ``topics``, joined with "or".
+    """
     named = message.topic()
     if named:
         return named
@@ -191,8 +202,11 @@ def error_topic(message: Message, topics: Sequence[str]) -> str:
 
 
 def partitions_of(settings: Settings, topic: str, timeout: float = 10.0, *, need: Need | None = None) -> int:
-    """A topic's partition count. Raises `TopicMissing`, `BrokerUnavailable`, or `AccessDenied` naming ``need``, the
-    right that the caller needs on the topic (None: to read it)."""
+    """Return a topic's partition count.
+
+    ``timeout``: in seconds. ``need``: the right that the caller needs on the topic; None: the right to read it. Raises
+    `TopicMissing`, `BrokerUnavailable`, and `AccessDenied`, which names ``need``.
+    """
     try:
         meta = admin(settings).list_topics(topic, timeout=timeout).topics[topic]
     except KafkaException as exc:
@@ -205,11 +219,12 @@ def partitions_of(settings: Settings, topic: str, timeout: float = 10.0, *, need
 def committed(
     asker: Consumer, places: Sequence[TopicPartition], settings: Settings, need: Need, timeout: float = 10.0
 ) -> list[TopicPartition]:
-    """The committed offsets of ``asker``'s group, of which it is not a member; ``need``: the right to name in an error.
-    Raises `BrokerUnavailable` after ``timeout`` seconds, `AccessDenied`.
+    """Return the committed offsets of the consumer group of ``asker``, a client that is no member of this group.
 
-    If the group's coordinator cannot be found, the client retries forever, and reports the reason only through
-    ``poll``.
+    ``need``: the right that an error names. Raises `BrokerUnavailable` after ``timeout`` seconds, and `AccessDenied`.
+
+    If the client cannot find the coordinator of the group, the client retries forever and reports the reason only
+    through ``poll``. So each attempt polls the client, too.
     """
     deadline = time.monotonic() + timeout
     while True:
@@ -223,14 +238,17 @@ def committed(
         again = problem.retriable() or problem.code() in (KafkaError._TIMED_OUT, *SEATING, *PASSING[:2])
         if isinstance(failed, AccessDenied) or not again or time.monotonic() > deadline:
             raise failed
-        time.sleep(0.05)  # some answers come at once
+        time.sleep(0.05)  # some errors are returned at once: do not ask in a busy loop
 
 
 def batch_limits(
     settings: Settings, topics: Iterable[str], timeout: float = 10.0, client: AdminClient | None = None
 ) -> dict[str, int]:
-    """The ``max.message.bytes`` of topics, in bytes per batch, without topics that are missing or whose settings this
-    user may not read. Raises `BrokerUnavailable`."""
+    """Return the ``max.message.bytes`` of each topic, in bytes per batch.
+
+    The result has no entry for a topic that is missing, or whose settings this user may not read. ``timeout``: in
+    seconds. Raises `BrokerUnavailable`, and `AccessDenied` for a refused login.
+    """
     found = topic_settings(settings, topics, timeout, client)
     return {topic: int(its["max.message.bytes"] or 0) for topic, its in found.items()}
 
@@ -238,10 +256,13 @@ def batch_limits(
 def topic_settings(
     settings: Settings, topics: Iterable[str], timeout: float = 10.0, client: AdminClient | None = None
 ) -> dict[str, dict[str, str | None]]:
-    """The settings of topics, without topics that are missing or whose settings this user may not read. Raises
-    `BrokerUnavailable`."""
+    """Return the settings of each topic.
+
+    The result has no entry for a topic that is missing, or whose settings this user may not read. ``timeout``: in
+    seconds. Raises `BrokerUnavailable`, and `AccessDenied` for a refused login.
+    """
     found: dict[str, dict[str, str | None]] = {}
-    client = client or admin(settings)  # held: its answers die with it
+    client = client or admin(settings)  # keep the client: a garbage-collected one never completes its futures
     wanted = [ConfigResource(ResourceType.TOPIC, topic) for topic in topics]
     for resource, future in client.describe_configs(wanted, request_timeout=timeout).items() if wanted else ():
         try:
@@ -253,9 +274,11 @@ def topic_settings(
 
 
 def answer_of(future: Future[T], timeout: float) -> T:
-    """The answer to an admin client's request with a ``request_timeout`` of ``timeout`` seconds. The client's own
-    errors normally come first, as `KafkaException`; if a busy machine delays them, a timeout error of the same kind is
-    raised."""
+    """Wait for the answer to an admin client's request, and return it.
+
+    ``timeout``: the ``request_timeout`` of the request, in seconds. Raises `KafkaException`: normally the client's own
+    error or, if a busy machine delays that error by more than `ANSWER_MARGIN_S`, a timeout error of the same type.
+    """
     try:
         return greenlets.outcome(future, timeout + ANSWER_MARGIN_S)
     except TimeoutError:
@@ -263,10 +286,10 @@ def answer_of(future: Future[T], timeout: float) -> T:
 
 
 def batch_room(settings: Settings, names: Names) -> int | None:
-    """The largest batch of several records, in bytes, that every topic of a namespace accepts; None if this is not
-    below the client's own limit, or is not known.
+    """Return the size in bytes of the largest batch of several records that every topic of a namespace accepts.
 
-    A broker refuses a batch as a whole. With batches no larger than this, only a record that is too large by itself is
+    Return None if this size is not below librdkafka's default limit, or is not known. A broker refuses a batch as a
+    whole. If no batch of several records is larger than this size, only a record that is too large by itself is
     refused.
     """
     client = admin(settings)
@@ -277,7 +300,7 @@ def batch_room(settings: Settings, names: Names) -> int | None:
         LOG.debug("what the topics of %s take is not known: %s", names.namespace, exc)
         return None
     unknown = [topic for topic in found if topic not in limits]
-    if unknown and settings.role == "client":  # the other parts ask for all of their rights when they start
+    if unknown and settings.role == "client":  # the other roles check all of their rights when they start
         LOG.warning(
             "the client continues without a right: DescribeConfigs on topic %s (knowledge of the topics' size limits: batches "
             "follow a default limit)",

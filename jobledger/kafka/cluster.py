@@ -1,9 +1,10 @@
-"""Requests to a cluster that concern no topic: whether it answers, and which brokers it has.
+"""Requests to a cluster that concern no topic: whether a broker answers, and which brokers the cluster has.
 
-`AdminClient.describe_cluster` is not used anywhere. A broker that was frozen (SIGSTOP, a paused virtual machine) and is
-not yet back in its cluster answers it with an empty list of brokers, and librdkafka then aborts the process (2.16.0,
-``rdkafka_admin.c``: "Assertion `rko_result' failed"): it takes an answer without brokers and without topics for an
-error, but passes on no error code. An answer about a named topic is never empty. So each request here names a topic.
+Jobledger never calls `AdminClient.describe_cluster`, because librdkafka may then abort the process (2.16.0,
+``rdkafka_admin.c``: "Assertion `rko_result' failed"). A broker that was frozen (SIGSTOP, a paused virtual machine) and
+is not yet back in its cluster answers that request with an empty list of brokers. librdkafka treats an answer without
+brokers and without topics as an error, but has no error code to report. An answer about a named topic is never empty,
+so each request here names a topic.
 """
 
 from __future__ import annotations
@@ -19,11 +20,11 @@ from confluent_kafka.admin import (  # type: ignore[attr-defined]  # re-exported
 
 from jobledger.process import greenlets
 
-#: A topic that cannot exist: no broker accepts this name, so no broker creates it either. Naming one topic also keeps
-#: the answer small on a cluster with many.
+#: A topic that cannot exist: no broker accepts this name, so no broker creates the topic. A request that names one
+#: topic also keeps the answer small on a cluster with many topics.
 NO_TOPIC = "jobledger/none"
 
-#: A broker's errors about that topic: each is an answer.
+#: Errors of a broker about `NO_TOPIC`. Each of them shows that the broker answers.
 _ANSWERS = (
     KafkaError.UNKNOWN_TOPIC_OR_PART,
     KafkaError.TOPIC_EXCEPTION,
@@ -33,10 +34,10 @@ _ANSWERS = (
 
 
 def answers(client: AdminClient, timeout: float, meanwhile: Callable[[], None] = lambda: None) -> bool:
-    """Whether a broker answers within ``timeout`` seconds; a refused right is an answer. Needs no right.
+    """Return whether a broker answers within ``timeout`` seconds; a refused right is an answer. Needs no right.
 
-    The client's callbacks are served meanwhile, and ``meanwhile`` is called after each round of them; what it raises
-    ends the wait.
+    The client's callbacks run during the wait. ``meanwhile`` is called after each poll of the client; an exception that
+    ``meanwhile`` raises is passed on to the caller.
     """
     asked = client.describe_topics(TopicCollection([NO_TOPIC]), request_timeout=timeout)[NO_TOPIC]
     deadline = time.monotonic() + timeout
@@ -53,6 +54,8 @@ def answers(client: AdminClient, timeout: float, meanwhile: Callable[[], None] =
 
 
 def describe(client: AdminClient, timeout: float) -> ClusterMetadata:
-    """The cluster's brokers: none if the broker that answers is not in its cluster. Needs no right. Raises
-    `KafkaException`."""
+    """Return the cluster's brokers within ``timeout`` seconds: none if the broker that answers is not in its cluster.
+
+    Needs no right. Raises `KafkaException`.
+    """
     return client.list_topics(NO_TOPIC, timeout=timeout)

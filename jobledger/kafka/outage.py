@@ -1,9 +1,9 @@
-"""Logging of outages of a cluster: that it cannot be reached, that this lasts, and that it is over.
+"""Logs the outages of a cluster: when the cluster cannot be reached, while this lasts, and when the outage is over.
 
-Each client notices an outage by itself, several times, and does not report when it is connected again. So every
-client's errors are collected here, and during an outage one thread per process and cluster checks the connection once a
-second. The thread ends when the last client that reported the outage is gone: then the process no longer uses the
-cluster.
+Each client reports an outage several times, and does not report that it is connected again. So this module collects the
+errors of all clients. During an outage, one thread for each process and cluster checks the connection once a second.
+The thread ends when the last client that reported the outage no longer exists, because then the process no longer uses
+the cluster.
 """
 
 from __future__ import annotations
@@ -26,33 +26,37 @@ from jobledger.process.logger import get_logger
 
 LOG = get_logger("jobledger.kafka")
 
-#: Seconds between two checks, and until the first one: a connection that is restored before that is not logged.
+#: Seconds between two checks, and before the first check. A connection that is restored before the first check is not
+#: logged.
 ASK_EVERY_S = 1.0
-#: Seconds that an answer may take.
+#: Seconds within which a broker must answer a check.
 ANSWER_S = 5.0
-#: Seconds after which an outage is an error.
+#: Seconds after which an outage is logged as an error.
 LONG_S = 60.0
-#: Seconds between two lines about the same long outage.
+#: Seconds between two messages about the same long outage.
 AGAIN_S = 300.0
-#: Seconds for which a process that was told to stop logs no lost connections: its broker may be stopping as well.
+#: Seconds for which a process that was asked to stop does not log lost connections: its broker may be stopping, too.
 STOPPING_S = 15.0
 
 _quiet_until = float("-inf")
 
 
 def stopping() -> None:
-    """Note that this process was told to stop. Callable from a signal handler."""
+    """Note that this process was asked to stop. May be called from a signal handler."""
     global _quiet_until
     _quiet_until = time.monotonic() + STOPPING_S
 
 
 class Outage:
-    """The outages of one cluster, as this process sees them. ``answers()``: whether the cluster answers now."""
+    """The outages of one cluster, as this process sees them.
+
+    ``answers``: returns whether the cluster answers now; called in the thread that checks the connection.
+    """
 
     def __init__(self, address: str, answers: Callable[[], bool]) -> None:
         self._address, self._answers = address, answers
-        self._lock = greenlets.native_lock()  # a client may be polled by a signal handler
-        self._watcher = 0  # the process whose thread watches
+        self._lock = greenlets.native_lock()  # reentrant: a signal handler may poll a client
+        self._watcher = 0  # the pid of the process whose thread checks the connection; 0: no thread does
         self._heard = 0
         self._text = ""
         self._tellers: WeakSet[object] = WeakSet()
@@ -61,27 +65,27 @@ class Outage:
         forks.in_child(self)
 
     def after_fork(self) -> None:
-        """In a forked child: forget the parent's watching thread and lock."""
+        """Forget the parent's lock and thread. Called in a forked child."""
         self._lock = greenlets.native_lock()
         self._end()
 
     def heard(self, text: str, by: object) -> None:
-        """Note that a client lost a connection, or cannot connect; ``text``: the client's message. Callable from any
-        thread; returns at once.
+        """Note that a client lost a connection, or cannot connect. May be called from any thread; returns at once.
 
-        ``by``: an object that lives as long as the client. It is not kept alive here.
+        ``text``: the client's message. ``by``: an object that exists as long as the client does. Only a weak reference
+        to this object is kept.
         """
         with self._lock:
             self._heard += 1
             self._tellers.add(by)
-            if not self._text or "onnect" in text:  # a text that names the connection is the most useful
+            if not self._text or "onnect" in text:  # a text about connecting is the most useful
                 self._text = text
             if self._watcher == os.getpid():
                 return
             self._watcher = os.getpid()
             try:
                 greenlets.start_thread(self._watch, "jobledger-outage")
-            except RuntimeError:  # the interpreter ends
+            except RuntimeError:  # the interpreter is shutting down, and starts no more threads
                 self._watcher = 0
 
     def _watch(self) -> None:
@@ -113,7 +117,10 @@ class Outage:
                 error_at = now + AGAIN_S
 
     def _forsaken(self) -> bool:
-        """Whether no client is left that reported this outage. If so, the watch ends, and nothing is logged."""
+        """Return whether no client that reported this outage exists any more.
+
+        If so, end the outage without a message.
+        """
         with self._lock:
             if self._tellers:
                 return False
@@ -128,7 +135,7 @@ class Outage:
     def _answered(self) -> bool:
         try:
             return self._answers()
-        except Exception:  # without this thread no outage would be logged
+        except Exception:  # the thread must not end, or no outage would be logged
             LOG.debug("%s could not be checked", self._address, exc_info=True)
             return False
 
@@ -137,7 +144,7 @@ _outages: dict[str, Outage] = {}
 
 
 def outage_of(settings: Settings) -> Outage:
-    """This process's `Outage` for the cluster that these settings name."""
+    """Return this process's `Outage` for the cluster that these settings name."""
     address = settings.bootstrap or "the embedded broker"
     found = _outages.get(address)
     if found is None:
@@ -146,13 +153,15 @@ def outage_of(settings: Settings) -> Outage:
 
 
 def log_missed(logger: logging.Logger, settings: Settings, message: str, *args: object) -> None:
-    """Log that something was not done because no broker answered: as a warning, or at debug level while an outage is
-    logged."""
+    """Log that something was not done because no broker answered.
+
+    The level is warning, or debug if the outage itself is logged and not over yet.
+    """
     logger.log(logging.DEBUG if outage_of(settings).said else logging.WARNING, message, *args, stacklevel=2)
 
 
 def _answers(settings: Settings) -> bool:
-    """Whether a broker answers within `ANSWER_S`; a refused right is an answer."""
+    """Return whether a broker answers within `ANSWER_S` seconds; a refused right is an answer."""
     try:
         conf: dict[str, Any] = {**settings.librdkafka(), "logger": LOG, "log_level": 0, "error_cb": lambda error: None}
         return cluster.answers(forks.client(AdminClient, conf), ANSWER_S)

@@ -1,4 +1,7 @@
-"""Python's TLS from librdkafka's ``ssl.*`` settings: for aiokafka, and to find out why a broker closes connections."""
+"""Translates librdkafka's ``ssl.*`` settings into Python's TLS settings.
+
+aiokafka needs Python's settings. `trouble` uses them to find out why a broker closes connections.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,7 @@ from pathlib import Path
 
 from jobledger.errors import ConfigError
 
-#: Settings that can be translated. Any other ``ssl.*`` setting is refused: ignoring it could weaken a connection.
+#: Settings that can be translated. Any other ``ssl.*`` setting is refused: to ignore it could weaken a connection.
 KNOWN = frozenset(
     {
         "ssl.ca.location",
@@ -26,9 +29,9 @@ KNOWN = frozenset(
         "enable.ssl.certificate.verification",
     }
 )
-#: Settings whose values, file names, may be shown in a message; passwords and keys may not.
+#: Settings whose values may be shown in a message, because they are file names. Passwords and keys may not be shown.
 _FILES = ("ssl.ca.location", "ssl.certificate.location", "ssl.key.location")
-#: Seconds that one broker may take to answer a TLS check.
+#: Seconds that one broker may take for each step of a TLS check.
 LOOK_S = 2.0
 
 _UNTRUSTED = (2, 18, 19, 20, 21)
@@ -37,12 +40,15 @@ _EXPIRED, _NOT_YET = 10, 9
 
 
 def setting(name: str) -> str:
-    """The environment variable of a client setting."""
+    """Return the environment variable of a client setting."""
     return f"JOBLEDGER_KAFKA__{name.upper().replace('.', '_')}"
 
 
 def context(kafka: Mapping[str, str]) -> ssl.SSLContext:
-    """A client context. Raises `ConfigError` for a setting that cannot be translated, or a file that cannot be read."""
+    """Return the TLS context of a client.
+
+    Raises `ConfigError` for a setting that cannot be translated, and for a file that cannot be read.
+    """
     for name in kafka:
         if name.startswith("ssl.keystore."):
             raise ConfigError(
@@ -56,7 +62,7 @@ def context(kafka: Mapping[str, str]) -> ssl.SSLContext:
                 f"connections; known are {', '.join(sorted(KNOWN))}"
             )
     authority = kafka.get("ssl.ca.location")
-    if authority == "probe":  # librdkafka's word for the system's own
+    if authority == "probe":  # librdkafka's name for the system's own certificate authorities
         authority = None
     folder = authority is not None and Path(authority).is_dir()
     try:
@@ -71,7 +77,7 @@ def context(kafka: Mapping[str, str]) -> ssl.SSLContext:
         raise ConfigError(
             f"the TLS settings {files} cannot be used: {exc or type(exc).__name__}{_hint(kafka)}"
         ) from exc
-    # From Python 3.13 on the default is stricter than librdkafka's; one setting must mean the same for both clients.
+    # From Python 3.13 on, the default is stricter than librdkafka's. A setting must mean the same for both clients.
     made.verify_flags &= ~getattr(ssl, "VERIFY_X509_STRICT", 0)
     if kafka.get("ssl.endpoint.identification.algorithm", "https").lower() == "none":
         made.check_hostname = False
@@ -89,7 +95,8 @@ def _hint(kafka: Mapping[str, str]) -> str:
 
 
 def _load_certificate(made: ssl.SSLContext, kafka: Mapping[str, str]) -> None:
-    # Not None where there is none: OpenSSL would ask at the terminal.
+    # Without a password, pass an empty one instead of None: with None, OpenSSL would ask for a password at the
+    # terminal.
     password = kafka.get("ssl.key.password", "")
     chain, key = kafka.get("ssl.certificate.location"), kafka.get("ssl.key.location")
     texts = (kafka.get("ssl.certificate.pem"), kafka.get("ssl.key.pem"))
@@ -99,7 +106,7 @@ def _load_certificate(made: ssl.SSLContext, kafka: Mapping[str, str]) -> None:
         elif key is not None:
             raise ValueError("there is a key but no certificate: set ssl.certificate.location as well")
         return
-    # Python reads certificates from files only: these live for a moment, readable by this user alone.
+    # Python reads certificates only from files. So write files that only this user can read, and delete them at once.
     with tempfile.TemporaryDirectory(prefix="jobledger-tls-") as folder:
         paths = [chain, key]
         for index, text in enumerate(texts):
@@ -114,10 +121,10 @@ def _load_certificate(made: ssl.SSLContext, kafka: Mapping[str, str]) -> None:
 
 
 def trouble(bootstrap: str, kafka: Mapping[str, str], timeout: float = LOOK_S) -> str | None:
-    """Why TLS fails with one of these brokers, and the way out; None if no fault is found.
+    """Return why TLS fails with one of these brokers and how to correct this; None if no fault is found.
 
-    Checks each broker in turn, ``timeout`` seconds a step. A broker that does not answer has no TLS fault. Raises
-    `ConfigError` for settings that cannot be used.
+    Each broker is checked in turn, with at most ``timeout`` seconds for each step. A broker that does not answer has no
+    TLS fault. Raises `ConfigError` for settings that cannot be used.
     """
     wanted = kafka.get("security.protocol", "PLAINTEXT").upper() in ("SSL", "SASL_SSL")
     for address in bootstrap.split(","):
@@ -130,7 +137,7 @@ def trouble(bootstrap: str, kafka: Mapping[str, str], timeout: float = LOOK_S) -
 
 
 def _speaks_tls(plain: socket.socket) -> str | None:
-    # Without a TLS socket: Python leaks one that is reset while it is being made.
+    # Do not use an `ssl.SSLSocket`: Python leaks the object if its connection is reset while the object is created.
     asked = ssl.create_default_context()
     asked.check_hostname, asked.verify_mode = False, ssl.CERT_NONE
     incoming, hello = ssl.MemoryBIO(), ssl.MemoryBIO()
@@ -143,7 +150,8 @@ def _speaks_tls(plain: socket.socket) -> str | None:
             head += more
     except OSError:
         return None
-    # An alert, or the answer to a greeting; a greeting would be our own, of a socket that has connected to itself.
+    # The broker uses TLS if it answers with an alert (0x15), or with a handshake message (0x16) that is a ServerHello
+    # (2). A ClientHello would be this client's own message: the socket has connected to itself.
     if head[:1] == b"\x15" or (head[:1] == b"\x16" and head[5:6] == b"\x02"):
         return f"uses TLS, but this client does not: set {setting('security.protocol')} to SSL or SASL_SSL"
     return None
@@ -152,12 +160,12 @@ def _speaks_tls(plain: socket.socket) -> str | None:
 def _refusal(plain: socket.socket, host: str, kafka: Mapping[str, str]) -> str | None:
     try:
         with context(kafka).wrap_socket(plain, server_hostname=host) as tls:
-            # In TLS 1.3 what a broker thinks of a client's certificate comes after the handshake.
+            # In TLS 1.3 a broker accepts or refuses a client's certificate only after the handshake.
             tls.recv(1)
     except ssl.SSLCertVerificationError as exc:
         return _verdict(exc, host)
     except TimeoutError:
-        return None  # it waits for us to speak: we are in
+        return None  # the broker waits for a request, so it has accepted the connection
     except ssl.SSLError as exc:
         if "CERTIFICATE" in (exc.reason or ""):
             said = (exc.reason or "").lower().replace("_", " ")

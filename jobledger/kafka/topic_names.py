@@ -1,5 +1,7 @@
-"""Names of topics and groups of one namespace. Pure text; the settings of the topics are
-in `jobledger.kafka.topology`."""
+"""The names of a namespace's topics and groups, and checks of names and other texts.
+
+This module makes no requests. `jobledger.kafka.topology` defines the settings of the topics.
+"""
 
 from __future__ import annotations
 
@@ -9,11 +11,11 @@ from dataclasses import dataclass
 
 from jobledger.errors import ConfigError
 
-#: Maximum characters of a job's id.
+#: Maximum number of characters of a job's id.
 ID_MOST = 200
-#: Maximum characters of a tag's name and of its value.
+#: Maximum number of characters of a tag's name and of its value.
 TAG_NAME_MOST, TAG_VALUE_MOST = 100, 1_000
-#: How many characters of a too long text an error shows.
+#: Number of characters that an error shows of a text that is too long.
 SHOWN = 100
 
 _TOPIC = re.compile(r"[A-Za-z0-9._-]{1,249}")
@@ -21,17 +23,21 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,99}")
 
 
 def check_name(kind: str, name: str) -> str:
-    """``name`` if it can be part of a topic name. Raises `ConfigError` that names it if not."""
+    """Return ``name`` if it can be part of a topic name. Raises `ConfigError` for any other value; the message names
+    it."""
     if not isinstance(name, str) or not _NAME.fullmatch(name):
         raise ConfigError(
             f"{kind} {name!r} is not usable in a topic name: use letters, digits, '-' and '_' only, "
             "at most 100, beginning with a letter or digit"
         )
-    return str.__str__(name)  # of an enum the formatted text is another
+    return str.__str__(name)  # a plain str: the formatted text of a str enum's member differs
 
 
 def check_topic(what: str, name: object) -> str:
-    """``name`` if Kafka accepts it as a topic name. Raises `ConfigError` that begins with ``what`` if not."""
+    """Return ``name`` if Kafka accepts it as a topic name.
+
+    Raises a `ConfigError` that begins with ``what`` for any other value.
+    """
     if not isinstance(name, str) or not _TOPIC.fullmatch(name) or name in (".", ".."):
         raise ConfigError(
             f"{what}={name!r} is not a topic name: Kafka's have 1 to 249 letters, digits, '.', '_' and '-'"
@@ -40,8 +46,10 @@ def check_topic(what: str, name: object) -> str:
 
 
 def check_text(what: str, text: object, most: int, *, least: int = 1) -> str:
-    """``text`` if it is a text of ``least`` to ``most`` characters without NUL (which PostgreSQL cannot store) and lone
-    surrogates. Raises `ConfigError` that begins with ``what`` if not."""
+    """Return ``text`` if it is a text of ``least`` to ``most`` characters without NUL and without lone surrogates.
+
+    PostgreSQL cannot store NUL. Raises a `ConfigError` that begins with ``what`` for any other value.
+    """
     wanted = f"a text of {least} to {most:,} characters" if least else f"a text of at most {most:,} characters"
     if not isinstance(text, str):
         raise ConfigError(f"{what}={text!r} is not {wanted}")
@@ -55,9 +63,9 @@ def check_text(what: str, text: object, most: int, *, least: int = 1) -> str:
 
 
 def check_utf8(what: str, text: object) -> str:
-    """``text`` if it can be encoded in UTF-8. Raises `ConfigError` that begins with ``what`` if not.
+    """Return ``text`` if it can be encoded in UTF-8. Raises a `ConfigError` that begins with ``what`` for other values.
 
-    A str may contain lone surrogates, which UTF-8 cannot encode: Python uses them for file names that are not UTF-8.
+    A str may contain lone surrogates, which UTF-8 cannot encode. Python uses them for file names that are not UTF-8.
     """
     if not isinstance(text, str):
         raise ConfigError(f"{what}={text!r} is not a text")
@@ -73,17 +81,19 @@ def check_utf8(what: str, text: object) -> str:
 
 
 def lane(queue: str, priority: str | None) -> str:
-    """A lane's part in the names of its work topic and group: the queue, or queue and priority. A queue's name has no
-    dot."""
+    """Return the part for a lane in the names of its work topic and its group: the queue, or ``queue.priority``.
+
+    A queue's name has no dot, so the text before the first dot is always the queue.
+    """
     return queue if priority is None else f"{queue}.{priority}"
 
 
 def colliding(wanted: Iterable[str], others: Iterable[str] = ()) -> dict[str, str]:
-    """Pairs of topics that Kafka does not allow side by side: each topic of ``wanted``, and the other one, from
-    ``wanted`` or ``others``.
+    """Return pairs of topics that Kafka does not allow together.
 
-    Kafka's metrics write ``.`` as ``_``, so Kafka refuses a topic whose name differs from an existing one only in
-    these.
+    The key of a pair is a topic of ``wanted``, the value another topic, of ``wanted`` or ``others``. Kafka's metrics
+    write ``.`` as ``_``, so Kafka refuses a topic whose name differs from the name of an existing topic only in these
+    characters.
     """
     first: dict[str, str] = {}
     for name in others:
@@ -102,7 +112,7 @@ def _in_metrics(topic: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Names:
-    """Topic and consumer group names under one namespace (the app's name)."""
+    """The names of topics and consumer groups in one namespace (the app's name)."""
 
     namespace: str
 
@@ -110,68 +120,69 @@ class Names:
         object.__setattr__(self, "namespace", check_name("namespace", self.namespace))
 
     def jobs(self, lane: str) -> str:
-        """The work topic of a lane: of a queue, or of one of its priorities (see `lane`)."""
+        """Return the work topic of a lane: a queue, or one priority of a queue (see `lane`)."""
         return f"{self.namespace}.jobs.{lane}"
 
     def lane_of(self, topic: str) -> str | None:
-        """The lane of a work topic; None for any other topic."""
+        """Return the lane of a work topic of this namespace; None for any other topic."""
         prefix = f"{self.namespace}.jobs."
         return topic[len(prefix) :] if topic.startswith(prefix) else None
 
     def queue_of(self, topic: str) -> str | None:
-        """The queue of a work topic of this namespace; None for any other topic."""
+        """Return the queue of a work topic of this namespace; None for any other topic."""
         found = self.lane_of(topic)
         return None if found is None else found.partition(".")[0]
 
     @property
     def lifecycle(self) -> str:
-        """Facts about jobs, on the same partition number as the job's work record."""
+        """The topic of facts about jobs. A fact from a worker has the partition number of the job's work record."""
         return f"{self.namespace}.lifecycle"
 
     @property
     def coordination(self) -> str:
-        """Records for the coordinator: delayed submissions, release requests, its own decisions."""
+        """The topic of records for the coordinator: delayed submissions, requests for releases, cancels, job leases and
+        reports; and of the coordinator's own decisions."""
         return f"{self.namespace}.coordination"
 
     @property
     def dead_letter(self) -> str:
-        """Failed jobs, complete; and unreadable records, as raw bytes."""
+        """The topic of dead letters: complete failed jobs, and rejected records as raw bytes."""
         return f"{self.namespace}.dead-letter"
 
     @property
     def control(self) -> str:
-        """Compacted: cancels, pauses and limits that people have set."""
+        """The compacted topic of control commands: cancels, pauses, resumes and limits."""
         return f"{self.namespace}.control"
 
     @property
     def schemas(self) -> str:
-        """Compacted: every writer's schema by its fingerprint."""
+        """The compacted topic of every writer's schema, by the schema's fingerprint, or its id in a Schema Registry."""
         return f"{self.namespace}.schemas"
 
     @property
     def standing(self) -> tuple[str, ...]:
-        """The topics that every namespace has, whatever the app declares."""
+        """The topics that every namespace has, whatever the app declares, without the coordinator's changelog."""
         return (self.lifecycle, self.coordination, self.dead_letter, self.control, self.schemas)
 
     def events(self, name: str) -> str:
-        """The topic of one class of domain events."""
+        """Return the topic of one class of domain events."""
         return f"{self.namespace}.events.{name}"
 
     @property
     def router_group(self) -> str:
-        """The consumer group that turns domain events into jobs."""
+        """The consumer group of the router."""
         return f"{self.namespace}.router"
 
     def backfill_group(self, handler: str) -> str:
-        """The consumer group that holds a backfill's progress."""
+        """Return the consumer group whose committed offsets store the progress of a handler's backfill."""
         return f"{self.namespace}.backfill.{handler}"
 
     def lifecycle_group(self, name: str) -> str:
-        """The consumer group of one `App.lifecycle` reader."""
+        """Return the consumer group of one `App.lifecycle` reader."""
         return f"{self.namespace}.lifecycle.{name}"
 
     def worker_group(self, lane: str) -> str:
-        """The consumer group of the workers of a lane: of a queue, or of one of its priorities (see `lane`)."""
+        """Return the consumer group of the workers of a lane: a queue, or one priority of a queue (see `lane`)."""
         return f"{self.namespace}.worker.{lane}"
 
     @property

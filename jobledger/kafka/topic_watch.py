@@ -1,5 +1,8 @@
-"""Checks regularly whether topics still have the settings that promises depend on, because a user who may alter a topic
-can change them at any time. Changes nothing; `jobledger.kafka.topology` defines these settings."""
+"""Checks regularly whether topics still have the settings that promises depend on.
+
+A user who may alter a topic can change its settings at any time. This module changes nothing.
+`jobledger.kafka.topology` defines the required settings.
+"""
 
 from __future__ import annotations
 
@@ -18,10 +21,11 @@ LOOK_S = 60.0
 
 
 class TopicWatch(threading.Thread):
-    """A thread that checks at once and then every `LOOK_S` seconds, until it is closed.
+    """A thread that checks at once and then every `LOOK_S` seconds, until `close` is called.
 
-    ``topics``: returns the topics, called for each check. ``others``: returns further problems that only the owner can
-    see. ``problems``: the messages of the last check; each is logged as an error at each check.
+    ``topics``: called for each check; returns the topics to check. ``others``: called for each check; returns the
+    messages of further problems that only the caller can find. ``problems``: the messages of the last check. Each
+    message is logged as an error at each check.
     """
 
     def __init__(
@@ -39,7 +43,7 @@ class TopicWatch(threading.Thread):
         self.problems: tuple[str, ...] = ()
 
     def run(self) -> None:
-        """Check until closed."""
+        """Check until `close` is called."""
         while True:
             try:
                 self.look()
@@ -49,7 +53,7 @@ class TopicWatch(threading.Thread):
                 return
 
     def look(self) -> None:
-        """Check once. If a broker is unavailable, or refuses to answer, `problems` is not changed."""
+        """Check once. If no broker is available, or the cluster refuses to answer, `problems` is not changed."""
         try:
             found = broken_promises(self._names, topic_settings(self._settings, self._topics()))
             found += self._others()
@@ -64,5 +68,5 @@ class TopicWatch(threading.Thread):
         self.problems = tuple(found)
 
     def close(self) -> None:
-        """Stop checking; returns at once."""
+        """Stop the checks; return at once."""
         self._closed.set()

@@ -1,6 +1,6 @@
 """Topics as code: `plan` compares what an app needs with what the cluster has, and `apply` makes the changes.
 
-`jobledger.kafka.topology` defines what is needed; `jobledger.cli.topics` shows a plan.
+`jobledger.kafka.topology` defines what an app needs, and `jobledger.cli.topics` shows a plan.
 """
 
 from __future__ import annotations
@@ -65,10 +65,10 @@ _RETRIABLE = {
 def plan(
     admin: AdminClient, specs: Sequence[TopicSpec], groups: Sequence[GroupSpec] = (), *, address: str = "the cluster"
 ) -> TopicPlan:
-    """Compare ``specs`` and ``groups`` with the cluster; nothing is changed.
+    """Compare ``specs`` and ``groups`` with the cluster, and return the differences. Change nothing.
 
-    ``address``: the address to name in `BrokerUnavailable`, raised if no broker answers within three attempts of 5 s
-    each.
+    ``address``: the address that a `BrokerUnavailable` names. Raises `BrokerUnavailable` if no broker answers in three
+    attempts of 5 s each; `AccessDenied` if this user lacks a right; `ConfigError` if the cluster refuses a request.
     """
     counts = _partition_counts(admin, [spec.name for spec in specs], address)
     configs = _configs(admin, ResourceType.TOPIC, [name for name, (count, _) in counts.items() if count], address)
@@ -90,12 +90,12 @@ def plan(
 
 
 def apply(admin: AdminClient, plan: TopicPlan, *, address: str = "the cluster") -> tuple[str, ...]:
-    """Carry out a plan and wait until its topics can be used. Return notes about settings that the cluster did not
-    accept.
+    """Carry out a plan and wait until its topics can be used. Return notes about settings that the cluster refused.
 
-    May be repeated. Settings of groups only make a rebalance quicker, so a cluster that refuses them causes a note, not
-    an error. Raises `ConfigError` before anything is changed if the plan refuses a change, or if the cluster refuses a
-    topic; `AccessDenied` if this user lacks a right; `BrokerUnavailable` if no broker answers.
+    After an error, `plan` and `apply` may be called again. The settings of groups only make a rebalance quicker, so if
+    the cluster refuses them, the result has a note and no error is raised. Raises `ConfigError` before anything is
+    changed if the plan refuses a change, and also if the cluster refuses a change of a topic; then earlier changes
+    stay. Raises `AccessDenied` if this user lacks a right, and `BrokerUnavailable` if no broker answers.
     """
     if plan.refused:
         raise ConfigError("nothing was changed. " + " ".join(change.reason for change in plan.refused))
@@ -109,7 +109,7 @@ def apply(admin: AdminClient, plan: TopicPlan, *, address: str = "the cluster") 
 
 
 def default_replication(admin: AdminClient, *, address: str = "the cluster") -> int:
-    """Return the default number of copies: three, or the number of brokers if it is smaller."""
+    """Return the default number of copies of each partition: three, or the number of brokers if there are fewer."""
     return max(1, min(3, len(_brokers(admin, address))))
 
 
@@ -128,8 +128,10 @@ def ensure(app: DeclaresTopics, settings: Settings, replication: int = 1) -> Top
 def _partition_counts(
     admin: AdminClient, names: Sequence[str], address: str
 ) -> dict[str, tuple[int | None, int | None]]:
-    """Return each topic's partition count, and the replica count of its partition with the fewest; None for a missing
-    topic."""
+    """Return for each topic its partition count, and the number of copies of its partition with the fewest copies.
+
+    Both are None for a topic that is missing.
+    """
     counts: dict[str, tuple[int | None, int | None]] = {}
     answers = _request(lambda left: _describe(admin, left), names, "describe topics", address)
     for name, answer in answers.items():
@@ -148,7 +150,7 @@ def _topics(admin: AdminClient, address: str) -> list[str]:
 
 
 def _metadata(ask: Callable[[], ClusterMetadata], what: str, address: str) -> ClusterMetadata:
-    """Return the result of ``ask`` from a broker that is in its cluster. Retries as `_request` does."""
+    """Return the result of ``ask`` from a broker that is in its cluster. Retry as often as `_request` does."""
     last = ""
     for attempt in range(ATTEMPTS):
         if attempt:
@@ -184,7 +186,7 @@ def _configs(
             found[name] = {key: entry.value for key, entry in answer.items()}
         elif kind is ResourceType.TOPIC:
             raise _refused_by_cluster(answer, f"read the settings of topic {name}", "AlterConfigs", name)
-        # A group's or broker's settings may be hidden from this user; then they count as unknown.
+        # This user may not be allowed to read the settings of a group or a broker. Then the settings count as unknown.
     return found
 
 
@@ -215,7 +217,7 @@ def _apply_topics(admin: AdminClient, step: Step, changes: Sequence[Change], add
     for name, answer in _request(send, list(by_name), what, address).items():
         if not isinstance(answer, KafkaException):
             continue
-        # Created by another process since the plan, or by an earlier attempt whose answer was lost.
+        # Another process has created the topic since the plan was made, or an earlier attempt whose answer was lost.
         if step is Step.CREATE and _code(answer) == KafkaError.TOPIC_ALREADY_EXISTS:
             continue
         raise _refused_by_cluster(answer, f"{what} of topic {name}", _OPERATIONS[step], name)
@@ -266,8 +268,10 @@ def _alter(admin: AdminClient, kind: ResourceType, changes: Sequence[Change]) ->
 
 
 def _await_visible(admin: AdminClient, expected: Mapping[str, int], address: str) -> None:
-    """Wait until the broker that answers knows every partition and its leader: a creation is acknowledged before
-    that."""
+    """Wait until the broker that answers knows every partition and its leader.
+
+    A broker acknowledges the creation of a topic earlier. Raises `BrokerUnavailable` after `VISIBLE_TIMEOUT_S`.
+    """
     deadline = time.monotonic() + VISIBLE_TIMEOUT_S
     missing = dict(expected)
     while True:
@@ -289,9 +293,10 @@ def _await_visible(admin: AdminClient, expected: Mapping[str, int], address: str
 def _request(
     send: Callable[[Sequence[str]], Mapping[str, Future[Any]]], keys: Sequence[str], what: str, address: str
 ) -> dict[str, Any]:
-    """Return the answer for each key, or its final `KafkaException`.
+    """Return for each key the answer, or the `KafkaException` that a retry would not change.
 
-    Retries a transient failure only for its key. Raises `BrokerUnavailable` after three attempts.
+    After a transient error, only the keys with that error are sent again. Raises `BrokerUnavailable` after three
+    attempts.
     """
     answers: dict[str, Any] = {}
     left = list(keys)

@@ -1,4 +1,4 @@
-"""The topics and groups that an app needs, and how the existing ones differ from that. Pure.
+"""Determines the topics and groups that an app needs, and how the existing ones differ from them. Pure.
 
 `jobledger.kafka.topics` reads the cluster and carries out a `TopicPlan`.
 """
@@ -14,12 +14,13 @@ from jobledger.errors import ConfigError
 from jobledger.kafka.topic_names import Names, lane
 
 #: Milliseconds after which a worker that died without leaving the group loses its partitions; and milliseconds between
-#: two heartbeats, by which members learn each step of a rebalance. The broker's own defaults are 45 s and 5 s. Values
-#: outside the broker's limits are changed to those limits.
+#: two heartbeats, through which members learn of each step of a rebalance. The broker's defaults are 45 s and 5 s.
+#: Values outside the broker's limits are changed to those limits.
 SESSION_TIMEOUT_MS = 6_000
 HEARTBEAT_INTERVAL_MS = 1_000
 
-# Compaction skips the segment that is being written, so its size limits how much a restart has to read again.
+# Compaction skips the segment that is being written, so the size of a segment limits how much a restart must read
+# again.
 COMPACTED_SEGMENT_BYTES = 64 * 1024 * 1024
 
 
@@ -77,9 +78,11 @@ class GroupSpec:
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """One line of a plan. ``config`` maps a setting to (current value, new value); ``reason`` explains a refusal.
+    """One entry of a plan, for one topic or group.
 
-    ``partitions`` is (current count, new count), with 0 for a topic that does not exist yet.
+    ``partitions``: (current count, new count); the current count is 0 for a topic that does not exist yet.
+    ``replication``: copies of each partition: those of a new topic or, in an advice, the existing ones. ``config``:
+    maps a setting to (current value, new value). ``reason``: explains a refusal or an advice.
     """
 
     step: Step
@@ -93,8 +96,11 @@ class Change:
 
 @dataclass(frozen=True, slots=True)
 class TopicPlan:
-    """The differences between the topics an app needs and those the cluster has, in the order in which they are
-    applied."""
+    """The differences between the topics and groups that an app needs and those that the cluster has.
+
+    ``changes``: first those of topics, then those of groups. `jobledger.kafka.topics.apply` applies them in another
+    order: new topics, added partitions, settings of topics, settings of groups.
+    """
 
     changes: tuple[Change, ...]
 
@@ -105,12 +111,12 @@ class TopicPlan:
 
     @property
     def refused(self) -> tuple[Change, ...]:
-        """Refused changes, with the reasons; if there is one, `apply` changes nothing."""
+        """The refused changes, with their reasons. If there is a refused change, `apply` changes nothing."""
         return tuple(c for c in self.changes if c.step is Step.REFUSE)
 
     @property
     def advice(self) -> tuple[Change, ...]:
-        """Changes that the operator should make by other means, with the reasons."""
+        """The changes that the operator should make with other tools, with the reasons."""
         return tuple(c for c in self.changes if c.step is Step.ADVISE)
 
     def as_dict(self) -> dict[str, Any]:
@@ -123,21 +129,25 @@ class TopicPlan:
 
 
 class HasPartitions(Protocol):
-    """An object with its own topics. ``partitions`` None means the app's default."""
+    """An object with topics of its own. ``partitions``: of each topic; None means the app's default."""
 
     @property
     def partitions(self) -> int | None: ...
 
 
 class HasLevels(HasPartitions, Protocol):
-    """A queue's topics: one for each of its ``levels``."""
+    """A queue. It has a topic for each of its ``levels``: for each priority, or one for None."""
 
     @property
     def levels(self) -> Sequence[str | None]: ...
 
 
 class HasTopic(HasPartitions, Protocol):
-    """An event class's topic. ``foreign``: the topic belongs to another program."""
+    """An event class with its topic.
+
+    ``foreign``: the topic belongs to another program. ``retention_days``: days for which the topic keeps a record;
+    None: without limit.
+    """
 
     @property
     def topic(self) -> str: ...
@@ -150,7 +160,7 @@ class HasTopic(HasPartitions, Protocol):
 
 
 class DeclaresTopics(Protocol):
-    """The parts of an app that determine its topics."""
+    """The attributes of an app that determine its topics."""
 
     @property
     def names(self) -> Names: ...
@@ -173,12 +183,13 @@ def desired(
     replication: int,
     events: Iterable[HasTopic] = (),
 ) -> list[TopicSpec]:
-    """Return every topic that a namespace needs: pure.
+    """Return every topic that a namespace needs. Pure.
 
-    ``queues``: partitions of each queue's work topic. ``events``: the classes whose own topics are needed.
-    ``partitions``: the partition count of coordination, dead-letter and the coordinator's changelog, and the minimum
-    for lifecycle. ``replication``: copies of each partition; with three or more, two copies must have a record before
-    it is acknowledged. Raises `ConfigError` for a count below 1.
+    ``queues``: the partition count of each work topic, by lane. ``events``: the classes of domain events; topics of
+    other programs are left out. ``partitions``: the partition count of coordination, dead-letter and the coordinator's
+    changelog, the minimum for lifecycle, and the default for topics of events. ``replication``: copies of each
+    partition; with three or more, at least two copies must have a record before the record is acknowledged. Raises
+    `ConfigError` for a count below 1.
     """
     for what, count in [("partitions", partitions), ("replication", replication), *_named(queues)]:
         if count < 1:
@@ -214,8 +225,8 @@ def desired(
             "be in another partition than its state",
         ),
         TopicSpec(names.dead_letter, partitions, replication, kept),
-        # One partition each: every process reads them to the end at its start, and a tombstone must be in its record's
-        # partition.
+        # These two topics have one partition each: every process that uses them reads them to the end at its start, and
+        # a tombstone must be in the partition of its record.
         TopicSpec(names.control, 1, replication, compacted, Growth.FIXED, "a tombstone must meet its record"),
         TopicSpec(names.schemas, 1, replication, compacted, Growth.FIXED, "it is read as one sequence"),
         TopicSpec(
@@ -240,9 +251,10 @@ def changelog(names: Names) -> str:
 
 
 def broken_promises(names: Names, found: Mapping[str, Mapping[str, str | None]]) -> list[str]:
-    """Return messages about topic settings that break a promise. ``found``: current settings, by topic. Pure.
+    """Return messages about topic settings that break a promise. ``found``: the current settings, by topic. Pure.
 
-    Checks only settings that promises depend on, of the namespace's own topics; unknown settings are skipped.
+    Only the settings that promises depend on are checked, and not those of topics of events. A setting that is not
+    known is skipped.
     """
     compacted = (names.control, names.schemas, changelog(names))
     kept = (names.lifecycle, names.coordination, names.dead_letter)
@@ -264,7 +276,10 @@ def broken_promises(names: Names, found: Mapping[str, Mapping[str, str | None]])
 
 
 def lifecycle_too_small(topic: str, partitions: int, lifecycle: str, there: int) -> str:
-    """Return a message that says why some partitions of a work topic cannot be served, with the remedy: pure."""
+    """Return a message that says why some partitions of a work topic cannot be served, and what to do. Pure.
+
+    ``partitions``: the partition count of the work topic ``topic``. ``there``: that of the topic ``lifecycle``.
+    """
     return (
         f"{topic} has {partitions} partitions and {lifecycle} only {there}: the facts of a job are written to the "
         f"lifecycle partition that has the number of its work record's. Raise it with `kafka-topics.sh --alter --topic {lifecycle} "
@@ -273,7 +288,10 @@ def lifecycle_too_small(topic: str, partitions: int, lifecycle: str, there: int)
 
 
 def worker_groups(names: Names, queues: Iterable[str], *, routed: bool = False) -> list[GroupSpec]:
-    """Return the settings of every queue's worker group, and of the router's if there is one: pure."""
+    """Return the settings of each worker group and, if ``routed``, of the router's group. Pure.
+
+    ``queues``: the lanes, each of which has a worker group.
+    """
     config = {
         "consumer.session.timeout.ms": str(SESSION_TIMEOUT_MS),
         "consumer.heartbeat.interval.ms": str(HEARTBEAT_INTERVAL_MS),
@@ -283,7 +301,7 @@ def worker_groups(names: Names, queues: Iterable[str], *, routed: bool = False) 
 
 
 def wanted(app: DeclaresTopics, replication: int) -> tuple[list[TopicSpec], list[GroupSpec]]:
-    """Return every topic and group that an app needs: pure."""
+    """Return every topic and every group with settings that an app needs. Pure."""
     queues = queue_partitions(app)
     events = list(app.events.values())
     specs = desired(app.names, queues, partitions=app.partitions, replication=replication, events=events)
@@ -293,8 +311,11 @@ def wanted(app: DeclaresTopics, replication: int) -> tuple[list[TopicSpec], list
 def compare(
     spec: TopicSpec, partitions: int | None, config: Mapping[str, str | None], copies: int | None = None
 ) -> list[Change]:
-    """Return how one topic differs from its spec: pure. ``partitions`` None: the topic does not exist. ``copies``: the
-    replica count of its partition with the fewest; None: not known."""
+    """Return how one topic differs from its spec. Pure.
+
+    ``partitions``: the existing partition count; None: the topic does not exist. ``copies``: the number of copies of
+    the topic's partition with the fewest copies; None: not known.
+    """
     if partitions is None:
         return [
             Change(
@@ -320,8 +341,9 @@ def compare(
             changes.append(_refusal(spec, counts, spec.why_fixed))
     wanted_config = dict(spec.config)
     if copies is not None:
-        # By the existing copies: if two must acknowledge and only one exists, every write fails. And an apply while one
-        # of three brokers is unavailable must not lower the value.
+        # This setting follows from the existing copies, not from the declared ones. If two copies must have a record
+        # and only one copy exists, every write fails. And if `apply` runs while one of three brokers is unavailable, it
+        # must not lower the value.
         wanted_config["min.insync.replicas"] = _min_insync(copies)
     if copies is not None and copies < spec.replication:
         changes.append(
@@ -342,7 +364,7 @@ def compare(
 
 
 def beside(spec: TopicSpec, other: str) -> Change:
-    """Return the refusal of a topic that Kafka does not allow beside the existing topic ``other``: pure."""
+    """Return the refusal of a topic that Kafka does not allow together with the existing topic ``other``. Pure."""
     reason = (
         f"topic {spec.name!r} collides with {other!r}, which exists: Kafka's metrics do not distinguish '.' and '_', "
         "so Kafka refuses two topics whose names differ only in these. Choose another namespace, queue or event name"
@@ -351,7 +373,7 @@ def beside(spec: TopicSpec, other: str) -> Change:
 
 
 def queue_partitions(app: DeclaresTopics) -> dict[str, int]:
-    """Return the partition count of each work topic, by lane (a queue, or a queue and priority): pure."""
+    """Return the partition count of each work topic, by lane (a queue, or one priority of a queue). Pure."""
     return {
         lane(name, level): queue.partitions or app.partitions
         for name, queue in app.queues.items()
@@ -360,7 +382,7 @@ def queue_partitions(app: DeclaresTopics) -> dict[str, int]:
 
 
 def within_bounds(config: Mapping[str, str], broker: Mapping[str, str | None]) -> dict[str, str]:
-    """Return group settings, changed to values that the broker allows (``group.consumer.min.*`` and ``max.*``): pure."""
+    """Return group settings, changed to the limits ``group.consumer.min.*`` and ``max.*`` of the broker. Pure."""
     fitted: dict[str, str] = {}
     for key, value in config.items():
         number, setting = int(value), key.removeprefix("consumer.")

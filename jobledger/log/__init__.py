@@ -1,5 +1,6 @@
-"""Reading and writing records of the log outside of the hot paths: ranges of partitions, sending, framing, schemas that
-other writers have published, offsets of groups.
+"""Reading and writing the log outside of the hot paths: ranges of partitions, sending, framing, schemas that other
+writers have published, committed offsets of groups.
 
-Knows how an event becomes bytes on a topic and back. Decides nothing about jobs.
+Owns the conversion between events and the bytes on a topic, except the Avro encoding itself. Decides nothing about
+jobs.
 """

@@ -1,5 +1,5 @@
-"""How records are framed when they are sent: with a Schema Registry the Confluent frame replaces the single-object
-head.
+"""Chooses how records are framed when they are sent. With a Schema Registry the Confluent frame replaces the head of
+the single-object encoding.
 
 `codec.encode` always writes the single-object form; senders ask `Framing` for the bytes to send. Readers accept both
 forms at any time: `codec.Decoder`, `jobledger.log.schema_lookup`.
@@ -26,9 +26,9 @@ class Framing:
     """Frames events by topic, with the subject ``<topic>-value``. Thread-safe.
 
     ``publish(key)`` writes this version's schema to ``<ns>.schemas`` under a key and waits for the acknowledgement. So
-    an id is published before the first record that has it, and the log can be read without the registry.
-    ``published(id, text, registry)`` returns whether it is published already, and raises if another schema is published
-    under the id.
+    an id is published before the first record with this id, and the log can be read without the registry.
+    ``published(id, text, registry)`` returns whether the schema is published already, and raises `ConfigError` if
+    another schema is published under the id.
     """
 
     def __init__(
@@ -42,19 +42,19 @@ class Framing:
         self._failure = ""
 
     def waits(self, topic: str, value: bytes | None) -> bool:
-        """Whether `framed` would have to register the topic's schema first."""
+        """Return whether `framed` would have to register the topic's schema first."""
         return topic not in self._heads and value is not None and value.startswith(_OWN)
 
     def prepare(self, topics: Iterable[str]) -> None:
-        """Register this version's schema for topics and wait until that is confirmed. Raises `RegistryUnavailable`,
-        `SchemaRefused`, `ConfigError`, and what ``publish`` raises."""
+        """Register this version's schema for topics, and wait for the registry's confirmation. Raises
+        `RegistryUnavailable`, `SchemaRefused`, `ConfigError`, and what ``publish`` raises."""
         for topic in topics:
             if topic not in self._heads:
                 self._register(topic)
 
     def framed(self, topic: str, value: bytes) -> bytes:
-        """The bytes to send; a value that is not an event of this version is returned unchanged. Raises what `prepare`
-        raises."""
+        """Return the bytes to send. A value that is not an event of this version is returned unchanged. Raises what
+        `prepare` raises."""
         if not value.startswith(_OWN):
             return value
         return (self._heads.get(topic) or self._register(topic)) + value[_SKIP:]
@@ -64,7 +64,7 @@ class Framing:
         with self._lock(f"registering the schema of {topic}"):
             if topic in self._heads:
                 return self._heads[topic]
-            if self._failed_at > came:  # while this one waited: asking again would keep the next one waiting, too
+            if self._failed_at > came:  # failed while this thread waited; a new request would delay the next one
                 raise RegistryUnavailable(self._failure)
             try:
                 found = self._registry.register(f"{topic}-value", codec.SCHEMA_TEXT)
@@ -81,7 +81,7 @@ class Framing:
 
 
 def framing(settings: Settings, names: Names, publish: Callable[[str], None]) -> Framing | None:
-    """The framing according to the settings; None: single-object encoding."""
+    """Return the framing according to the settings; None: single-object encoding."""
     if settings.schema_registry is None:
         return None
 
@@ -89,7 +89,7 @@ def framing(settings: Settings, names: Names, publish: Callable[[str], None]) ->
         lookup = SchemaLookup(settings, names)
         try:
             return lookup.check(schema_id, text, registry)
-        except AccessDenied:  # a client that only submits may not read there
+        except AccessDenied:  # a client that only submits may lack the right to read the topic
             return False
         finally:
             lookup.close()

@@ -1,7 +1,8 @@
-"""What worker groups have committed, for readers outside the groups: the base and the takeover floor of each partition.
+"""The committed offsets of groups, for readers outside the groups: for worker groups the committed offset and the
+takeover floor of each partition.
 
-The metadata's format is defined in `jobledger.consumers.state.offset_tracker`. This module reads only its first two parts, which all
-versions share: ``<version><flag>.<floor in hex>.…``.
+The format of the metadata is defined in `jobledger.consumers.state.offset_tracker`. This module reads only its first
+two parts, which all versions share: ``<version><flag>.<floor in hex>.…``.
 """
 
 from __future__ import annotations
@@ -18,8 +19,8 @@ from jobledger.kafka.topic_names import Names
 
 
 class Committed(msgspec.Struct, frozen=True):
-    """A partition's committed offset. ``floor``: the lifecycle offset from which a takeover reads, None if not given.
-    ``metadata``: the commit's metadata."""
+    """A partition's commit. ``base``: the committed offset. ``floor``: the lifecycle offset from which a takeover
+    reads, None if not given. ``metadata``: the commit's metadata."""
 
     base: int
     floor: int | None = None
@@ -27,7 +28,7 @@ class Committed(msgspec.Struct, frozen=True):
 
 
 def floor_of(metadata: str | None) -> int | None:
-    """The takeover floor in a commit's metadata; None if it cannot be read."""
+    """Return the takeover floor in a commit's metadata; None if the floor cannot be read."""
     try:
         head, floor, _ = (metadata or "").split(".", 2)
         return int(floor, 16) if head in ("1c", "1d", "2c", "2d") else None
@@ -38,11 +39,12 @@ def floor_of(metadata: str | None) -> int | None:
 def group_offsets(
     settings: Settings, group: str, topic: str, timeout: float = 10.0
 ) -> dict[tuple[str, int], Committed]:
-    """A group's committed offsets of one topic, by (topic, partition); empty if it has never committed. Raises
-    `BrokerUnavailable`.
+    """Return a group's committed offsets of one topic, by (topic, partition); empty if the group has never committed.
+    Raises `BrokerUnavailable`.
 
-    Uses a consumer of the group without joining it: librdkafka's admin request for the same aborts the process
-    (assertion ``eonce->refcnt > 0``, librdkafka issue 4605) if the broker goes away meanwhile.
+    The request uses a consumer of the group that does not join the group. librdkafka's admin request for the same
+    offsets aborts the process (assertion ``eonce->refcnt > 0``, librdkafka issue 4605) if the broker becomes
+    unavailable meanwhile.
     """
     places = [TopicPartition(topic, partition) for partition in range(partitions_of(settings, topic))]
     asker = consumer(consumer_config(settings, group=group))
@@ -56,7 +58,7 @@ def group_offsets(
 
 
 def worker_commits(settings: Settings, names: Names, queues: Iterable[str]) -> dict[tuple[str, int], Committed]:
-    """The committed offsets of every queue's worker group, by work topic and partition."""
+    """Return the committed offsets of every queue's worker group, by work topic and partition."""
     found: dict[tuple[str, int], Committed] = {}
     for queue in queues:
         found.update(group_offsets(settings, names.worker_group(queue), names.jobs(queue)))
@@ -64,14 +66,14 @@ def worker_commits(settings: Settings, names: Names, queues: Iterable[str]) -> d
 
 
 def lifecycle_groups(settings: Settings, names: Names, timeout: float = 10.0) -> list[str]:
-    """The groups of `App.lifecycle` that the cluster knows; deleted or expired groups are not included.
+    """Return the groups of `App.lifecycle` that the cluster knows, without deleted or expired groups.
 
     Raises `BrokerUnavailable`, or `NotAuthorized` if this user may not describe them.
     """
-    # A cluster silently omits groups that may not be described: so one group is requested by name first.
+    # A cluster silently omits groups that this user may not describe. So one group is requested by name first.
     prefix = names.lifecycle_group("")
     group_offsets(settings, prefix, names.lifecycle, timeout)
-    client = admin(settings)  # held: its answers die with it
+    client = admin(settings)  # kept in a variable: without the client its answers are lost
     try:
         found = answer_of(client.list_consumer_groups(request_timeout=timeout), timeout)
     except KafkaException as exc:

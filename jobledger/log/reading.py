@@ -1,4 +1,4 @@
-"""Reads ranges of the log, without a consumer group."""
+"""Reads ranges of the log, without a consumer group. Decodes no records itself, and commits nothing."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ from jobledger.schemas.events import JobEvent, Position, Recorded
 
 
 class LogReader:
-    """Reads ranges of partitions: for takeovers, timelines, schema lookups and audits. Not thread-safe; close it after
-    use."""
+    """Reads ranges of partitions: for takeovers, timelines, schema lookups and audits. Not thread-safe. Close the
+    reader after use."""
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
-        # A question about the next partition waits behind the fetch of the one before, on the same connection; with the
-        # default of 500 ms for a fetch that finds nothing, twelve partitions cost two seconds of waiting.
+        # A request about the next partition waits behind the fetch of the previous one, on the same connection. With
+        # the default of 500 ms for a fetch that finds nothing, twelve partitions cost two seconds of waiting.
         self._conf = consumer_config(settings) | {"fetch.wait.max.ms": 10}
         self._consumer = consumer(self._conf)
         self._reading = 0
@@ -52,10 +52,10 @@ class LogReader:
         self._consumer.close()
 
     def watermarks(self, topic: str, partition: int, timeout: float = 10.0) -> tuple[int, int]:
-        """The log's first offset and its high watermark (the next offset to be written).
+        """Return the partition's first offset and its high watermark (the next offset to be written).
 
         Raises `TopicMissing` if the broker reports this for `MISSING_S` seconds, and `BrokerUnavailable` after
-        ``timeout``.
+        ``timeout`` seconds.
         """
         began = time.monotonic()
         while True:
@@ -75,14 +75,15 @@ class LogReader:
                 time.sleep(0.05)
 
     def _renew(self) -> None:
-        """Start with a new client: one that was told that a topic does not exist continues to report this for
-        minutes."""
+        """Replace the client, unless `read` uses it: a client to which a broker has reported that a topic does not
+        exist continues to report this for minutes."""
         if not self._reading:
             self._consumer.close()
             self._consumer = consumer(self._conf)
 
     def offset_at(self, topic: str, partition: int, timestamp_ms: int, timeout: float = 10.0) -> int:
-        """The first offset appended at or after a time; the high watermark if there is none."""
+        """Return the first offset that was appended at or after a time (milliseconds since the epoch); the high
+        watermark if there is none."""
         try:
             found = self._consumer.offsets_for_times([TopicPartition(topic, partition, timestamp_ms)], timeout=timeout)
         except KafkaException as exc:
@@ -93,7 +94,7 @@ class LogReader:
     def read(
         self, topic: str, partition: int, start: int, end: int | None = None, *, stall: float = 30.0
     ) -> Iterator[Message]:
-        """Messages from ``start`` up to, but not including, ``end`` (None: the current high watermark).
+        """Yield the messages from ``start`` up to, but not including, ``end`` (None: the current high watermark).
 
         Offsets may have gaps. Raises `BrokerUnavailable` if no message arrives for ``stall`` seconds.
         """
@@ -130,22 +131,23 @@ class LogReader:
             self._consumer.unassign()
 
     def at(self, position: Position) -> Message | None:
-        """The message at one position, or None if the log no longer has it."""
+        """Return the message at one position, or None if the log no longer has it."""
         for message in self.read(position.topic, position.partition, position.offset, position.offset + 1):
             return message
         return None
 
 
 def recorded(message: Message, decode: Callable[[bytes | None], JobEvent]) -> Recorded:
-    """A consumed message as an event with its position and append time. Raises `SchemaError`."""
+    """Return a consumed message as an event with its position and append time. Raises `SchemaError`."""
     value = message.value()
-    if isinstance(value, str):  # only a deserializer could have done this; ours are raw
+    if isinstance(value, str):  # only a deserializer returns text, and Jobledger's consumers have none
         raise NotAnEvent("the record was decoded before it reached the codec")
     return Recorded(decode(value), position_of(message), message.timestamp()[1])
 
 
 def wait_until(check: Callable[[], bool], timeout: float, what: str, poll: float = 0.02) -> None:
-    """Poll ``check`` until it is true; `StatusTimeout` naming ``what`` after ``timeout`` seconds."""
+    """Poll ``check`` every ``poll`` seconds until it returns True. Raises `StatusTimeout` that names ``what`` after
+    ``timeout`` seconds."""
     deadline = time.monotonic() + timeout
     while not check():
         if time.monotonic() >= deadline:
@@ -154,7 +156,7 @@ def wait_until(check: Callable[[], bool], timeout: float, what: str, poll: float
 
 
 def ends(reader: LogReader, topics: Sequence[str], settings: Settings) -> dict[tuple[str, int], int]:
-    """High watermarks of every partition of ``topics``."""
+    """Return the high watermarks of every partition of ``topics``."""
     return {
         (topic, partition): reader.watermarks(topic, partition)[1]
         for topic in topics

@@ -1,4 +1,5 @@
-"""Where readers find other writers' schemas: on ``<ns>.schemas``, and in the Schema Registry if one is configured."""
+"""Finds the schemas of other writers: on ``<ns>.schemas``, and in the Schema Registry if one is configured. Reads the
+log; writes nothing."""
 
 from __future__ import annotations
 
@@ -19,19 +20,20 @@ from jobledger.schemas import codec
 
 LOG = get_logger("jobledger.kafka")
 
-#: Seconds for which an id that is certainly unknown is not looked up again: many records with such an id must not delay
-#: the records behind them. As long as a certain lookup takes.
+#: Seconds for which an id that is certainly unknown is not looked up again, because many records with such an id must
+#: not delay the records behind them. This is as long as a certain lookup takes.
 DENIED_S = 1.0
 DENIED_MOST = 1_000
 
 
 class SchemaLookup:
-    """``lookup(fingerprint)`` and `by_id` for `codec.Decoder`: for an unknown schema it reads the new records of
-    ``<ns>.schemas``.
+    """Looks up schemas for `codec.Decoder`, by fingerprint (call the object) or by a registry's id (`by_id`). For an
+    unknown schema the lookup reads the new records of ``<ns>.schemas``.
 
-    It reads the topic's end every time. A schema is published before its first record, so a schema that is not there
-    now is not published. An earlier answer must not be reused: it would reject valid records of a writer that has just
-    started. ``timeout``: seconds that a broker may take to answer about the topic.
+    Each such lookup reads the topic to its end. A schema is published before its first record, so a schema that is not
+    on the topic now is not published. A missing schema is looked up again for each record, because a writer with this
+    schema may have just started (an id that a registry certainly does not have: after `DENIED_S` seconds). ``timeout``:
+    seconds that a broker may take to answer about the topic.
     """
 
     def __init__(self, settings: Settings, names: Names, *, timeout: float = 10.0) -> None:
@@ -46,19 +48,20 @@ class SchemaLookup:
         self._lock = forks.Lock()
 
     def __call__(self, fingerprint: bytes) -> str | None:
-        """The schema's text, or None if it is not published. Raises `BrokerUnavailable`, `TopicMissing`."""
+        """Return the schema's text, or None if the schema is not published. Raises `BrokerUnavailable`,
+        `TopicMissing`."""
         with self._lock("reading the schemas on the log"):
             if fingerprint not in self._known:
                 self._read_anew()
             return self._known.get(fingerprint)
 
     def by_id(self, schema_id: int, likely: bool) -> str | None:
-        """The text of the schema with this id in a frame of Jobledger's writers, or None if the registry does not have
-        it. ``likely``: ask again before the answer is None.
+        """Return the text of the schema with this id in a frame of Jobledger's writers, or None if the registry does
+        not have the id. ``likely``: ask again before the answer is None.
 
         A schema that Jobledger's writers published under the id is preferred: the log outlives registries, and a
-        registry that was replaced or restored may have another schema under this id. The registry is asked for ids that
-        are not published. Raises `RegistryNeeded` if the id is not published and no registry is configured,
+        registry that was replaced or restored may have another schema under this id. The registry is asked only for ids
+        that are not published. Raises `RegistryNeeded` if the id is not published and no registry is configured,
         `RegistryUnavailable`, `BrokerUnavailable`, `TopicMissing`.
         """
         if time.monotonic() < self._denied.get(schema_id, 0.0):
@@ -69,10 +72,11 @@ class SchemaLookup:
         return found
 
     def of_others(self, schema_id: int, likely: bool) -> str | None:
-        """The same for records of other programs, whose ids only the registry knows.
+        """Return the text of the schema with this id in a record of another program, whose ids only the registry knows;
+        None if the registry does not have the id. ``likely``: as for `by_id`.
 
-        Raises `ConfigError` if Jobledger's writers published another schema under this id: then this is not the
-        registry they used, and it is not known which of the two schemas the record has.
+        Raises `ConfigError` if Jobledger's writers published another schema under this id: then this registry is not
+        the one that they used, and it is not known which of the two schemas the record has.
         """
         if time.monotonic() < self._denied.get(schema_id, 0.0):
             return None
@@ -82,8 +86,8 @@ class SchemaLookup:
         return found
 
     def check(self, schema_id: int, text: str, registry: str) -> bool:
-        """Whether Jobledger's writers published this schema under the id that a registry gives it; False if no schema
-        is published under the id. Raises `ConfigError` if another schema is."""
+        """Return whether Jobledger's writers published this schema under the id that a registry gives it; False if no
+        schema is published under the id. Raises `ConfigError` if another schema is published under the id."""
         ours = self.published(schema_id)
         if ours is None:
             return False
@@ -110,7 +114,8 @@ class SchemaLookup:
         return found
 
     def published(self, schema_id: int) -> str | None:
-        """The schema that Jobledger's writers published under a registry's id; None if there is none."""
+        """Return the schema that Jobledger's writers published under a registry's id; None if there is no such
+        schema."""
         key = id_key(schema_id).encode()
         with self._lock("reading the schemas on the log"):
             if key not in self._by_key:
@@ -118,7 +123,7 @@ class SchemaLookup:
             return self._by_key.get(key)
 
     def all(self) -> dict[bytes, str]:
-        """Every schema on ``<ns>.schemas`` by its fingerprint. Raises `BrokerUnavailable`, `TopicMissing`."""
+        """Return every schema on ``<ns>.schemas`` by its fingerprint. Raises `BrokerUnavailable`, `TopicMissing`."""
         with self._lock("reading the schemas on the log"):
             self._read_anew()
             return dict(self._known)
@@ -136,8 +141,8 @@ class SchemaLookup:
             raise
 
     def _drop(self) -> None:
-        """Close the connection after an error: a client that saw the broker go may report the topic as missing for
-        minutes."""
+        """Close the connection. After an error this is necessary, because a client that has lost its broker may report
+        the topic as missing for minutes."""
         reader, self._reader = self._reader, None
         if reader is not None:
             reader.close()
@@ -150,7 +155,7 @@ class SchemaLookup:
         for partition in range(self._partitions):
             begin = self._next.get(partition, 0)
             _, end = self._reader.watermarks(topic, partition)
-            if end < begin:  # another topic of this name
+            if end < begin:  # the topic was deleted and created again
                 begin = 0
             for message in self._reader.read(topic, partition, begin, end):
                 self._learn(message)
@@ -171,7 +176,7 @@ class SchemaLookup:
 
 
 def _named(text: str) -> str:
-    """A schema's name and fingerprint, for errors."""
+    """Return a schema's name and fingerprint, for errors."""
     try:
         parsed = json.loads(text)
     except ValueError:
@@ -181,7 +186,8 @@ def _named(text: str) -> str:
 
 
 def decoder(settings: Settings, names: Names) -> codec.Decoder:
-    """A decoder that finds other writers' schemas on ``<ns>.schemas``, and in the Schema Registry if one is configured.
+    """Return a decoder that finds other writers' schemas on ``<ns>.schemas``, and in the Schema Registry if one is
+    configured.
 
     Raises `ConfigError` for a registry that cannot be used.
     """

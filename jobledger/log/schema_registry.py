@@ -1,7 +1,7 @@
 """A client of a Confluent-compatible Schema Registry: registers Jobledger's schema, and looks up the schema of an id.
 
-This module uses HTTP and does not depend on Kafka. Every request has a time limit. An answer that is not a schema
-registry's is never treated as "not found".
+This module uses HTTP and does not depend on Kafka. Every request has a time limit. An answer that does not come from a
+schema registry is never treated as "not found".
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from jobledger.config import PREFIX
 from jobledger.errors import ConfigError, NotAnEvent, RegistryUnavailable, SchemaError, SchemaRefused
 
 SETTING = PREFIX + "SCHEMA_REGISTRY"
-#: Seconds for all requests of one call of `SchemaRegistry`, attempts per request, and seconds between attempts.
+#: Seconds for all requests of one call of `SchemaRegistry`, attempts for each request, and seconds between attempts.
 TOTAL_S = 5.0
 TRIES = 3
 PAUSE_S = 0.5
-#: Newer schemas must read everything that older ones wrote, since the log is kept for years.
+#: A newer schema must be able to read everything that older schemas wrote, because the log is kept for years.
 COMPATIBILITY = "BACKWARD_TRANSITIVE"
 
 _MEDIA = "application/vnd.schemaregistry.v1+json"
@@ -29,7 +29,7 @@ _BUSY = (408, 425, 429, 500, 502, 503, 504)
 
 
 class SchemaRegistry:
-    """The registry at ``url``. Thread-safe. Raises `ConfigError` for an unsuitable URL, or if httpx2 is not
+    """The registry at ``url``. Thread-safe. Raises `ConfigError` for a URL that cannot be used, or if httpx2 is not
     installed."""
 
     def __init__(self, url: str) -> None:
@@ -49,14 +49,14 @@ class SchemaRegistry:
         self._httpx: Any = httpx2
         host = f"[{parts.hostname}]" if ":" in parts.hostname else parts.hostname
         self._base = f"{parts.scheme}://{host}{port}{parts.path.rstrip('/')}"
-        # Apart from the URL: that is logged, by httpx2 too.
+        # The password is not part of the URL, because the URL is logged, also by httpx2.
         self._auth = (unquote(parts.username), unquote(parts.password or "")) if parts.username else None
         self._tls: ssl.SSLContext | None = None
         #: The address without the password, for messages.
         self.shown = self._base if self._auth is None else self._base.replace("://", f"://{parts.username}:***@", 1)
 
     def schema(self, schema_id: int, *, sure: bool = True) -> str | None:
-        """The text of an Avro schema, or None if the registry does not have this id.
+        """Return the text of an Avro schema, or None if the registry does not have this id.
 
         ``sure``: ask again after "not found", because a replica of the registry may learn an id a moment later. Raises
         `RegistryUnavailable`, `ConfigError`, and `SchemaError` for a schema that is not a self-contained Avro schema.
@@ -80,14 +80,14 @@ class SchemaRegistry:
         """
         path, body, what = f"/subjects/{quote(subject, safe='')}", {"schema": text}, f"registering {subject}"
         until = time.monotonic() + TOTAL_S
-        # Look it up first, so that a process with read access only can start once the schema is registered.
+        # Look the schema up first, so that a process with read access only can start once the schema is registered.
         status, answer = self._ask("POST", path, what, until, body)
         if status == 200:
             return self._id(status, answer)
         code = answer.get("error_code")
         if code not in (_NO_SUBJECT, _NO_SCHEMA):
             raise self._not_a_registry(status, answer)
-        # Before the first version, so that there is none without it. Some registries want the subject first.
+        # Before the first version, so that no version exists without the level. Some registries need the subject first.
         unset = code == _NO_SUBJECT and not self._restrict(subject, what, until)
         status, answer = self._ask("POST", path + "/versions", what, until, body)
         if status in (409, 422):
@@ -120,8 +120,8 @@ class SchemaRegistry:
         return text
 
     def _ask(self, method: str, path: str, what: str, until: float, body: Any = None) -> tuple[int, dict[str, Any]]:
-        """Status and body of one request, repeated while the registry is unavailable or busy, until ``until``
-        (monotonic clock)."""
+        """Return status and body of one request. The request is repeated while the registry is unavailable or busy,
+        until ``until`` (monotonic clock)."""
         problem = "no answer in time"
         for asked in range(1, TRIES + 1):
             try:
@@ -141,11 +141,11 @@ class SchemaRegistry:
         )
 
     def _answer(self, method: str, path: str, until: float, body: Any) -> tuple[int, bytes]:
-        """Status and content of one answer, received completely before ``until``, even if the registry sends it
-        slowly."""
+        """Return status and content of one answer. The answer must be complete before ``until`` (monotonic clock), even
+        if the registry sends it slowly."""
         left = max(0.001, until - time.monotonic())
         content = b""
-        # A client for each question: they are few, and nothing has to be closed or survives a fork.
+        # A new HTTP client for each request: requests are few, and no client must be closed later or exists in a fork.
         with (
             self._httpx.Client(auth=self._auth, timeout=left, verify=self._context()) as client,
             client.stream(method, self._base + path, json=body, headers={"Content-Type": _MEDIA}) as response,
@@ -171,7 +171,7 @@ class SchemaRegistry:
 
     def _context(self) -> ssl.SSLContext:
         if self._tls is None:
-            # The platform's certificates, or SSL_CERT_FILE's; reading them takes a while and plain HTTP needs none.
+            # The platform's certificates, or SSL_CERT_FILE's. Reading them takes time, and plain HTTP needs none.
             plain = self._base.startswith("http:")
             self._tls = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT) if plain else ssl.create_default_context()
         return self._tls
@@ -188,5 +188,5 @@ def _said(answer: dict[str, Any]) -> str:
 
 
 def id_key(schema_id: int) -> str:
-    """The key on ``<ns>.schemas`` of the schema with this id in a registry."""
+    """Return the key on ``<ns>.schemas`` of the schema that has this id in a registry."""
     return f"id-{schema_id}"

@@ -1,4 +1,5 @@
-"""Sends records to the log with time limits, for all code that is not on the hot path."""
+"""Sends records to the log with time limits, for all code that is not on the hot path. Publishes the events' schema
+before the first event."""
 
 from __future__ import annotations
 
@@ -22,19 +23,19 @@ from jobledger.process.logger import get_logger
 from jobledger.schemas import codec
 from jobledger.schemas.events import Position
 
-LOG = get_logger("jobledger.client.client")
+LOG = get_logger("jobledger.client")
 
 DeliveryCallback = Callable[[KafkaError | None, Message], None]
 
 
 class Resendable(Protocol):
-    """A delivery callback for `LogWriter.resend`; ``alone``: the record has already been sent in its own batch."""
+    """A delivery callback for `LogWriter.resend`. ``alone``: the record has already been sent in its own batch."""
 
     def __call__(self, error: KafkaError | None, message: Message, *, alone: bool = False) -> None: ...
 
 
 class Outgoing(NamedTuple):
-    """One record to send. If ``partition`` is None, the key decides."""
+    """One record to send. If ``partition`` is None, the key decides the partition."""
 
     topic: str
     value: bytes | None
@@ -44,14 +45,14 @@ class Outgoing(NamedTuple):
 
 
 class LogWriter:
-    """A producer with a thread that serves its delivery callbacks, with time limits, and with Jobledger's schema
-    published first.
+    """A producer with time limits, which publishes Jobledger's schema first. A thread of its own serves its delivery
+    callbacks.
 
     Thread-safe. ``names`` None: do not publish the schema (for records that are not events, or if another writer has
-    published it). ``serve`` False: start no thread; the caller polls, as bulk senders do. ``framing``: use this framing
-    of another writer; by default the settings decide, and without ``names`` records are sent unframed. ``batch``: the
-    result of `log.batch_room`; if not given, it is determined when the schema is published. Raises `ConfigError` for a
-    Schema Registry that cannot be used.
+    published the schema). ``serve`` False: start no thread; the caller polls, as bulk senders do. ``framing``: use this
+    framing of another writer; by default the settings decide, and without ``names`` records are sent unframed.
+    ``batch``: the result of `jobledger.kafka.clients.batch_room`; if not given, it is determined when the schema is
+    published. Raises `ConfigError` for a Schema Registry that cannot be used.
 
     ``served``: whether the thread runs. If no thread can be started (late in the end of a process), callers poll while
     they wait.
@@ -82,7 +83,7 @@ class LogWriter:
         self._polling = forks.Alone()
         self._alone_lock = greenlets.native_lock()
         self._closing = threading.Event()
-        #: The class of events that a callback sets: callbacks run in a native thread.
+        #: The class of the events that a callback sets. Callbacks run in a native thread.
         self.event = greenlets.event()
         self._thread: greenlets.Joinable | None = None
         if serve and not forks.ending:
@@ -90,7 +91,7 @@ class LogWriter:
         self.served = self._thread is not None
 
     def _start(self) -> None:
-        with suppress(RuntimeError):  # no thread can be started any more, or the system has none to give
+        with suppress(RuntimeError):  # no thread can be started: the process is ending, or the system has too many
             self._thread = greenlets.start_thread(self._serve, "jobledger-producer")
 
     def _connected(self, **more: Any) -> Producer:
@@ -106,14 +107,15 @@ class LogWriter:
         while not self._closing.is_set():
             try:
                 self._poll(0.1)
-            except Exception:  # a callback's: without this thread no caller would get a result
+            except Exception:  # of a callback: without this thread no caller would get a result
                 LOG.exception("a delivery callback failed")
 
     def poll(self, timeout: float) -> None:
-        """Run the delivery callbacks that have arrived. If the cluster refuses this client, all waiting records fail
-        with that error, so that no caller waits in vain.
+        """Run the delivery callbacks that have arrived, for up to ``timeout`` seconds. If the cluster refuses this
+        client, all waiting records fail with that error, so that no caller waits in vain.
 
-        librdkafka's client fails if a callback polls again, so a signal handler that tries gets `ConnectionUnusable`.
+        librdkafka's client fails if a callback polls again. So a signal handler that interrupts a poll and polls itself
+        gets `ConnectionUnusable`.
         """
         with self._polling("serving acknowledgements"):
             try:
@@ -122,11 +124,12 @@ class LogWriter:
                 raise self._closed() from exc
 
     def polled_here(self) -> bool:
-        """Whether this thread is polling: then the caller is a signal handler, and must use another writer."""
+        """Return whether this thread is polling. If it is, the caller is a signal handler, and must use another
+        writer."""
         return self._polling.busy()
 
     def wait(self, done: greenlets.Flag, timeout: float) -> bool:
-        """Wait until a callback has set ``done``; False after ``timeout`` seconds."""
+        """Wait until a callback has set ``done``. Returns False after ``timeout`` seconds."""
         if self.served:
             return done.wait(timeout)
         deadline = time.monotonic() + timeout
@@ -142,33 +145,33 @@ class LogWriter:
             self.producer.poll(timeout)
             if self._alone is not None:
                 self._alone.poll(0.0)
-        except KafkaException as exc:  # this producer is at its end
+        except KafkaException as exc:  # a fatal error: this producer can send nothing more
             self._fatal = exc.args[0]
         if self._fatal is not None or self._door.refusal is not None:
             for each in self._producers:
                 each.purge()
 
     def failed(self, error: KafkaError, what: str, *needs: Need) -> JobledgerError:
-        """Jobledger's error for a record that was not delivered."""
+        """Return Jobledger's error for a record that was not delivered."""
         return self._door.behind(error) or undelivered(self._fatal or error, self.settings, what, *needs)
 
     @property
     def ready(self) -> bool:
-        """Whether the schema is published; before that the connection may be replaced."""
+        """Whether the schema is published. Before that the producer may still be replaced."""
         return self._schema_published
 
     def ensure_schema(self) -> None:
-        """Publish this version's schema, acknowledged, unless this writer has done so."""
+        """Publish this version's schema and wait for the acknowledgement, unless this writer has published it."""
         if self._schema_published:
             return
-        if self._lock.busy():  # a signal handler interrupts it here, and cannot wait; twice does no harm
+        if self._lock.busy():  # the caller is a signal handler, which cannot wait; publishing twice is harmless
             self.publish(codec.FINGERPRINT.hex())
             return
         came = time.monotonic()
         with self._lock("publishing the events' schema"):
             if self._schema_published or self._names is None:
                 return
-            if self._failure is not None and self._failed_at > came:  # while this one waited: it has waited long enough
+            if self._failure is not None and self._failed_at > came:  # while this thread waited: do not wait again
                 raise self._failure.with_traceback(None)
             try:
                 self.publish(codec.FINGERPRINT.hex())
@@ -176,7 +179,7 @@ class LogWriter:
                 self._failed_at, self._failure = time.monotonic(), exc
                 raise
             self.batch = batch_room(self.settings, self._names)
-            if self.batch is not None:  # no other thread sends yet
+            if self.batch is not None:  # no other thread uses the producer yet
                 self.producer = self._connected()
             self._schema_published = True
 
@@ -184,20 +187,22 @@ class LogWriter:
         return None if self._names is None else framing(self.settings, self._names, self.publish)
 
     def publish(self, key: str) -> None:
-        """Write this version's schema to ``<ns>.schemas`` under ``key``, acknowledged."""
+        """Write this version's schema to ``<ns>.schemas`` under ``key``, and wait for the acknowledgement."""
         assert self._names is not None
         self._send_all([Outgoing(self._names.schemas, codec.SCHEMA_TEXT.encode(), key)])
 
     def waits_for(self, record: Outgoing) -> bool:
-        """Whether posting this record must wait for the registration of its topic's schema."""
+        """Return whether posting this record must wait for the registration of its topic's schema."""
         return self.framing is not None and self.framing.waits(record.topic, record.value)
 
     def post(self, record: Outgoing, on_delivery: DeliveryCallback) -> None:
-        """Put a record into the client's queue and return; ``on_delivery(error, message)`` runs in another thread.
+        """Put a record into the client's queue and return; ``on_delivery(error, message)`` runs in the thread that
+        polls.
 
-        If the queue is full, this waits up to ``submit_timeout``, then raises `BrokerUnavailable`. A value above
+        If the queue is full, wait up to ``submit_timeout`` seconds, then raise `BrokerUnavailable`. A value above
         ``max_record_bytes`` raises `PayloadTooLarge` and is not sent. With a Schema Registry a topic's schema is
-        registered before its first event: `RegistryUnavailable`, `SchemaRefused` or `ConfigError` if that fails.
+        registered before its first event; if that fails, this raises `RegistryUnavailable`, `SchemaRefused` or
+        `ConfigError`.
         """
         value = record.value
         if value is not None and self.framing is not None:
@@ -237,11 +242,12 @@ class LogWriter:
     def resend(
         self, error: KafkaError, message: Message, headers: Headers | None, on_delivery: Resendable, alone: bool
     ) -> bool:
-        """Send a record again in its own batch if the broker refused it for its size; returns whether that was done.
+        """Send a record again in its own batch if the broker refused the record for its size. Returns whether this was
+        done.
 
-        The broker refuses a batch as a whole, so the record that is too large is only found if each record is sent
-        ``alone``. Needed if `log.batch_room` is not known, or the limit was lowered since. Such a record may be
-        appended after later records of its key.
+        The broker refuses a batch as a whole. The record that is too large can be found only if each record is sent
+        ``alone``. This is needed if the result of `jobledger.kafka.clients.batch_room` is not known, or if the limit
+        was lowered since. Such a record may be appended after later records of its key.
         """
         if alone or error.code() != KafkaError.MSG_SIZE_TOO_LARGE:
             return False
@@ -265,7 +271,7 @@ class LogWriter:
                 return False
 
     def send(self, records: Iterable[Outgoing]) -> list[Position]:
-        """Send records and wait for all acknowledgements; returns their positions in order.
+        """Send records and wait for all acknowledgements. Returns their positions in order.
 
         Raises `BrokerUnavailable`, `PayloadTooLarge`, `TopicMissing` or `AccessDenied` for the first record that
         failed.
@@ -308,19 +314,19 @@ class LogWriter:
         return [p for p in positions if p is not None]
 
     def flush(self, timeout: float) -> int:
-        """Wait until the queue is empty; returns how many records are still unacknowledged."""
+        """Wait up to ``timeout`` seconds until the queue is empty. Returns the number of unacknowledged records."""
         deadline = time.monotonic() + timeout
         with self._polling("serving acknowledgements"):
-            with suppress(KafkaException):  # of a producer that is at its end: its records have failed
+            with suppress(KafkaException):  # of a producer with a fatal error: its records have failed
                 self.producer.flush(timeout)
-            if self._alone is not None:  # made by now if the other one was refused something
+            if self._alone is not None:  # created by now if the broker refused a record of the other producer
                 with suppress(KafkaException):
                     self._alone.flush(max(0.0, deadline - time.monotonic()))
         return sum(map(len, self._producers))
 
     def close(self, timeout: float = 10.0) -> None:
-        """Flush within ``timeout`` seconds and stop the thread. A second call does nothing, and neither does a call in
-        a fork of the process that opened the writer."""
+        """Flush within ``timeout`` seconds and stop the thread. A second call does nothing. A call in a fork of the
+        process that opened the writer does nothing either."""
         forks.notice()
         if self._closing.is_set():
             return
@@ -329,5 +335,5 @@ class LogWriter:
         if self._thread is not None:
             self._thread.join(1.0)
         for each in self._producers:
-            with suppress(KafkaException, RuntimeError):  # closed by another thread meanwhile
+            with suppress(KafkaException, RuntimeError):  # another thread has closed the producer
                 each.close()

@@ -20,7 +20,7 @@ PACKAGES = {
 
 
 def missing(extra: str, cause: ImportError) -> ConfigError:
-    """The error for an extra whose package cannot be imported."""
+    """Return the error for an extra whose package cannot be imported."""
     return ConfigError(
         f"this part of Jobledger needs the package {cause.name!r}, which the base install does not include: "
         f"pip install 'jobledger[{extra}]' ({cause})"
@@ -28,8 +28,8 @@ def missing(extra: str, cause: ImportError) -> ConfigError:
 
 
 def installed(module: str) -> bool:
-    """Whether a module can be imported, without importing it."""
-    return module in sys.modules or find_spec(module) is not None  # Faust's own has no spec once it is imported
+    """Return whether a module can be imported, without importing it."""
+    return module in sys.modules or find_spec(module) is not None  # faust has no spec once it is imported
 
 
 def need(what: str, *extras: str) -> None:

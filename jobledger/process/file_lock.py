@@ -12,9 +12,9 @@ from pathlib import Path
 
 @contextmanager
 def locked(path: Path, timeout: float | None = None) -> Iterator[None]:
-    """Hold an advisory lock on ``path`` between processes; the kernel releases it when its holder dies.
+    """Hold an advisory lock on ``path`` between processes. If its holder dies, the kernel releases the lock.
 
-    ``timeout`` in seconds; None: wait as long as necessary. Raises `TimeoutError`.
+    ``timeout``: seconds; None: wait as long as necessary. Raises `TimeoutError`.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     deadline = None if timeout is None else time.monotonic() + timeout

@@ -4,10 +4,10 @@ closed.
 A fork copies a process's memory, but not its threads. A Kafka client that is closed, flushed or merely freed in such a
 copy waits forever for threads that do not exist there, and a copied database connection still belongs to the parent. So
 this module creates every client and registers every pool. In a forked child the parent's clients are inert: closing
-does nothing, any other use raises `ConnectionUnusable`, and they are never freed. Pools start without connections, and
-locks are free.
+them does nothing, any other use raises `ConnectionUnusable`, and they are never freed. Pools start without connections,
+and locks are free.
 
-A fork that Python does not notice (uWSGI, a C extension) is detected at the next use: `notice`.
+A fork that Python does not notice (uWSGI, a C extension) is detected when an object is used next: `notice`.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from jobledger.process.logger import get_logger
 if TYPE_CHECKING:
     from sqlalchemy import Engine
 
-LOG = get_logger("jobledger.client.client")
+LOG = get_logger("jobledger.client")
 
 #: Seconds for which a fork waits while another thread creates a client or queries the status table. librdkafka and
 #: SQLite have internal locks, which would stay locked in the child.
@@ -59,8 +59,8 @@ class Closable(Protocol):
         """Close it within ``timeout`` seconds."""
 
 
-#: Number of forks between the process that imported this module and this one. Compared where the user's code may have
-#: forked and returned in the child.
+#: Number of forks between the process that imported this module and this process. Compared at the points where the
+#: user's code may have forked and returned in the child.
 depth = 0
 #: Whether the process is ending and open connections have been closed. Connections opened afterwards must not start a
 #: thread.
@@ -72,21 +72,21 @@ _pools: WeakSet[Engine] = WeakSet()
 _owners: WeakSet[Owner] = WeakSet()
 _closables: dict[int, Closable] = {}
 _alone: WeakSet[Alone] = WeakSet()
-_making = greenlets.native_lock()  # a thread that watches an outage makes clients, too
+_making = greenlets.native_lock()  # native, because the thread that watches an outage creates clients, too
 _held: dict[int, bool] = {}
 
 
-# -- clients and pools --------------------------------------------------------------------------------------------------
+# -- clients and pools ------------------------------------------------------------------------------------------------
 
 
 def client(kind: type[K], conf: Mapping[str, Any]) -> K:
-    """Create a Kafka client that is inert in a forked child and does not block other greenlets. Raises what its
-    constructor raises, and `ConfigError` under eventlet."""
+    """Create a Kafka client that is inert in a forked child and does not block other greenlets. Raises what the
+    client's constructor raises, and `ConfigError` under eventlet."""
     own = (greenlets.GREEN if greenlets.patched() else _OWN)[kind]
     with _making:
         made = own(dict(conf))
     _clients.add(made)
-    return made  # type: ignore[no-any-return]  # the table holds a class of each kind
+    return made  # type: ignore[no-any-return]  # the table has a class for each kind
 
 
 def pool(engine: Engine) -> Engine:
@@ -96,12 +96,12 @@ def pool(engine: Engine) -> Engine:
 
 
 def keep(*objects: object) -> None:
-    """Never free these objects, and what they hold, in this process, not even when the interpreter exits."""
+    """Never free these objects and the objects that they hold in this process, not even when the interpreter exits."""
     for each in objects:
         ctypes.pythonapi.Py_IncRef(ctypes.py_object(each))
 
 
-#: Methods of a parent's client that may be called, for closing and cleaning up, with what they return.
+#: The methods of a parent's client that may be called in a child, for closing and cleaning up, with their results.
 _QUIET: Mapping[str, object] = {"close": None, "flush": 0, "purge": None, "unassign": None, "unsubscribe": None}
 
 
@@ -122,7 +122,7 @@ def _inert(kind: type[Any]) -> type[Any]:
     return type(f"Inert{kind.__name__}", (kind,), methods)
 
 
-# Of one layout, so that an object of the one class can become one of the other.
+# The classes have the same layout, so that the class of an object can be changed to the inert class.
 _OWN: dict[type[Any], type[Any]] = {k: type(k.__name__, (k,), {}) for k in (Producer, Consumer, AdminClient)}
 _INERT = {own: _inert(kind) for owns in (_OWN, greenlets.GREEN) for kind, own in owns.items()}
 
@@ -139,7 +139,7 @@ class Alone:
         _alone.add(self)
 
     def busy(self) -> bool:
-        """Whether this thread is inside."""
+        """Return whether this thread is inside."""
         return threading.get_ident() in self._inside
 
     @contextlib.contextmanager
@@ -163,8 +163,8 @@ class Alone:
 
 
 class Lock(Alone):
-    """A lock for objects that are opened once. It is free in a forked child. A thread that already holds it gets an
-    error instead of a deadlock."""
+    """A lock for objects that are opened once. In a forked child the lock is free. A thread that already holds the lock
+    gets an error instead of a deadlock."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -177,7 +177,7 @@ class Lock(Alone):
             yield
 
     def after_fork(self) -> None:
-        """Free it, unless the thread that forked holds it."""
+        """Free the lock, unless the thread that forked holds it."""
         super().after_fork()
         if self._lock.acquire(blocking=False):
             self._lock.release()
@@ -186,14 +186,15 @@ class Lock(Alone):
 
 
 def inside() -> bool:
-    """Whether this thread is inside any `Alone` section: then a signal handler has interrupted it there."""
+    """Return whether this thread is inside any `Alone` section: then a signal handler has interrupted the thread
+    there."""
     try:
         return any(each.busy() for each in list(_alone))
-    except RuntimeError:  # another thread opens something at this moment
+    except RuntimeError:  # another thread creates a section at this moment
         return True
 
 
-# -- forks --------------------------------------------------------------------------------------------------------------
+# -- forks ------------------------------------------------------------------------------------------------------------
 
 
 def in_child(owner: Owner) -> None:
@@ -202,7 +203,7 @@ def in_child(owner: Owner) -> None:
 
 
 def notice() -> None:
-    """Check whether this process is a fork that Python did not notice."""
+    """Check whether this process is a fork that Python did not notice. If it is, treat the objects as in any child."""
     if os.getpid() != _pid:
         _in_child()
 
@@ -213,8 +214,8 @@ def _before() -> None:
     for engine in list(_pools):
         while engine.pool.checkedout() and time.monotonic() < deadline:  # type: ignore[attr-defined]  # a QueuePool
             time.sleep(0.001)
-        with contextlib.suppress(Exception):  # whatever a driver raises: it must not stop the fork
-            engine.dispose()  # SQLite must not be taken into a fork, not even unused; idle ones are opened again
+        with contextlib.suppress(Exception):  # no error of a driver may stop the fork
+            engine.dispose()  # a fork must not have even unused SQLite connections; idle ones are reopened
 
 
 def _in_parent() -> None:
@@ -251,8 +252,8 @@ def _in_child() -> None:
 
 
 def left(error: BaseException | None) -> NoReturn:
-    """End this process, a fork in which the user's code returned or raised ``error``: it must not continue as if it
-    were the worker."""
+    """End this process, a fork in which the user's code returned or raised ``error``. The fork must not continue as if
+    it were the worker."""
     code = 0
     if isinstance(error, SystemExit):
         code = error.code if isinstance(error.code, int) else int(error.code is not None)
@@ -271,7 +272,7 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(before=_before, after_in_parent=_in_parent, after_in_child=_after_in_child)
 
 
-# -- the end of the process -----------------------------------------------------------------------------------------------
+# -- the end of the process -------------------------------------------------------------------------------------------
 
 
 def at_exit(closable: Closable) -> None:
@@ -281,12 +282,12 @@ def at_exit(closable: Closable) -> None:
 
 
 def closed(closable: Closable) -> None:
-    """Report that this object has been closed."""
+    """Forget this object, because it has been closed."""
     _closables.pop(id(closable), None)
 
 
 def close_all(timeout: float) -> None:
-    """Close whatever is open, each within ``timeout`` seconds."""
+    """Close all registered objects that are open, each within ``timeout`` seconds."""
     for closable in list(_closables.values()):
         try:
             closable.at_exit(timeout)
@@ -295,7 +296,7 @@ def close_all(timeout: float) -> None:
 
 
 def _exit() -> None:
-    # Registered at import: handlers that were registered later run before, while everything is open.
+    # Registered at import: handlers that were registered later run first, while all connections are open.
     global ending
     notice()
     ending = True

@@ -1,8 +1,10 @@
-"""gevent: with its monkey patches threads are greenlets, and a call into librdkafka would block all of them.
+"""Support for gevent. After gevent's monkey patches threads are greenlets, and a call into librdkafka would block all
+of them.
 
-So the code that serves Kafka clients runs in native threads, and blocking calls are made in gevent's pool of native
-threads while other greenlets run. gevent is never imported here; it is only used if the process has patched itself with
-it. eventlet has no such pool, so it is refused. A worker is refused as well, because it needs many native threads.
+So the code that serves Kafka clients runs in native threads, and blocking calls run in gevent's pool of native threads
+while other greenlets run. This module never imports gevent; it uses gevent only if the process has patched itself with
+gevent. eventlet has no such pool, so eventlet is refused. A worker under gevent is refused as well, because a worker
+needs many native threads.
 """
 
 from __future__ import annotations
@@ -47,7 +49,7 @@ class Joinable(Protocol):
 
 
 def patched() -> bool:
-    """Whether threads are gevent's greenlets. Raises `ConfigError` if they are eventlet's."""
+    """Return whether threads are gevent's greenlets. Raises `ConfigError` if they are eventlet's."""
     eventlet = sys.modules.get("eventlet.patcher")
     if eventlet is not None and eventlet.is_monkey_patched("thread"):
         raise ConfigError(
@@ -64,7 +66,7 @@ def _green_threads() -> bool:
 
 
 def refuse(what: str) -> None:
-    """Raise `ConfigError` where ``what`` would run in a process whose threads are greenlets."""
+    """Raise `ConfigError` if ``what`` would run in a process whose threads are greenlets."""
     if patched():
         raise ConfigError(
             f"gevent has patched this process (gevent.monkey.patch_all()), and {what} needs native threads: do not patch "
@@ -72,11 +74,11 @@ def refuse(what: str) -> None:
         )
 
 
-# -- threads and events -----------------------------------------------------------------------------------------------------
+# -- threads and events -----------------------------------------------------------------------------------------------
 
 
 def start_thread(target: Callable[[], None], name: str) -> Joinable:
-    """Start a daemon thread, always a native one. Raises `RuntimeError` if no thread can be started."""
+    """Start a daemon thread that is always a native thread. Raises `RuntimeError` if no thread can be started."""
     if patched():
         return _Native(target)
     thread = threading.Thread(target=target, name=name, daemon=True)
@@ -102,7 +104,7 @@ class _Native:
 
 
 def native_lock() -> Any:
-    """A reentrant lock between native threads. Code that holds it must not wait for a greenlet."""
+    """Return a reentrant lock between native threads. Code that holds the lock must not wait for a greenlet."""
     return _original("_thread", "RLock")() if _green_threads() else threading.RLock()
 
 
@@ -112,12 +114,12 @@ def native_sleep(seconds: float) -> None:
 
 
 def event() -> Callable[[], Flag]:
-    """The class of events that a native thread sets and the caller's threads or greenlets wait for."""
+    """Return the class of events that a native thread sets and for which the caller's threads or greenlets wait."""
     return _Event if patched() else threading.Event
 
 
 class _Event:
-    """An event set in a native thread and awaited by a greenlet."""
+    """An event that a native thread sets and for which a greenlet waits."""
 
     def __init__(self) -> None:
         gevent = sys.modules["gevent"]
@@ -166,21 +168,22 @@ class _Bell:
 _bells: WeakKeyDictionary[Any, _Bell] = WeakKeyDictionary()
 
 
-# -- futures ----------------------------------------------------------------------------------------------------------------
+# -- futures ----------------------------------------------------------------------------------------------------------
 
 
 def finished(future: Future[Any]) -> bool:
-    """Whether a future that a native thread completes is done: the answers of an `AdminClient` are such futures.
+    """Return whether a future that a native thread completes is done. The answers of an `AdminClient` are such futures.
 
-    Under gevent the future's lock works between greenlets. If a greenlet waits for it while the native thread holds it,
-    and the process has nothing else to do, the greenlet fails with ``LoopExit``. So the lock is never taken here:
-    `Future` stores the result before it changes its state.
+    Under gevent the future's lock works between greenlets. If a greenlet waits for this lock while the native thread
+    holds it, and the process has nothing else to do, the greenlet fails with ``LoopExit``. So this function does not
+    take the lock. That is safe because `Future` stores the result before it changes its state.
     """
     return future._state == "FINISHED" if _green_threads() else future.done()
 
 
 def outcome(future: Future[T], timeout: float) -> T:
-    """The result of such a future. Raises its exception, or `TimeoutError` after ``timeout`` seconds."""
+    """Return the result of a future that a native thread completes. Raises the future's exception, or `TimeoutError`
+    after ``timeout`` seconds."""
     if not _green_threads():
         return future.result(timeout)
     deadline = time.monotonic() + timeout
@@ -191,11 +194,11 @@ def outcome(future: Future[T], timeout: float) -> T:
     error: BaseException | None = future._exception
     if error is not None:
         raise error
-    found: T = future._result  # type: ignore[assignment]  # there is one if there is no exception
+    found: T = future._result  # type: ignore[assignment]  # there is a result if there is no exception
     return found
 
 
-# -- clients ----------------------------------------------------------------------------------------------------------------
+# -- clients ----------------------------------------------------------------------------------------------------------
 
 #: Methods of a client that may wait for a broker, or run Jobledger's callbacks.
 _BLOCKING = (
@@ -221,7 +224,7 @@ GREEN: dict[type[Any], type[Any]] = {kind: _green(kind) for kind in (Producer, C
 
 def _in_native_thread(blocking: Callable[..., Any], *args: Any, **more: Any) -> Any:
     hub = _hub()
-    if hub is None:  # this is one
+    if hub is None:  # this thread is a native thread
         return blocking(*args, **more)
     result, error = hub.threadpool.apply(_caught, (blocking, args, more))
     if error is not None:
@@ -230,12 +233,13 @@ def _in_native_thread(blocking: Callable[..., Any], *args: Any, **more: Any) -> 
 
 
 def _hub() -> Any:
-    """This thread's hub of greenlets; None if it has no greenlets."""
+    """Return this thread's hub of greenlets; None if the thread has no greenlets."""
     return sys.modules["gevent._hub_local"].get_hub_if_exists()
 
 
 def _caught(blocking: Callable[..., Any], args: Any, more: Any) -> tuple[Any, BaseException | None]:
-    """The result or the exception of a call: gevent prints every exception that is raised in its pool."""
+    """Return the result or the exception of a call. The exception is not raised here, because gevent prints every
+    exception that is raised in its pool."""
     try:
         return blocking(*args, **more), None
     except BaseException as error:  # noqa: BLE001  # raised again by the caller

@@ -1,4 +1,4 @@
-"""Who writes a record, and when: this process's name and its clock."""
+"""The name of this process as a writer of records, and its clock."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ import time
 
 
 def source(role: str) -> str:
-    """The writer's name: ``role@host:pid``."""
+    """Return the writer's name: ``role@host:pid``."""
     return f"{role}@{socket.gethostname()}:{os.getpid()}"
 
 
 def now_us() -> int:
-    """The time of this process's clock, in microseconds since the epoch."""
+    """Return the time of this process's clock, in microseconds since the epoch."""
     return time.time_ns() // 1000

@@ -1,8 +1,9 @@
 """Jobledger's own loggers: those of `logging`, except that an error in logging never stops the code that logs.
 
-Handlers, filters and factories belong to the app, and any of them may raise. The line is then written to standard error
-instead. A `dictConfig` of the app does not disable these loggers. In Jobledger's own processes, errors that the app's
-configuration would drop are still written to standard error, unless the app gives the logger ``jobledger`` a level.
+Handlers, filters and factories belong to the app, and any of them may raise. The message is then written to standard
+error instead. A `dictConfig` of the app does not disable these loggers. In Jobledger's own processes, errors that the
+app's configuration would drop are still written to standard error, unless the app gives the logger ``jobledger`` a
+level.
 """
 
 from __future__ import annotations
@@ -17,11 +18,11 @@ from jobledger.errors import TaskInterrupted, text_of, type_of
 
 
 class _Guarded(logging.Logger):
-    """Mixin that is put before a logger's class."""
+    """A mixin that is put before a logger's class."""
 
     @property
     def disabled(self) -> bool:
-        """Never: `dictConfig` would disable every logger that it does not name, unless told otherwise."""
+        """Always False. By default `dictConfig` would disable every logger that it does not name."""
         return False
 
     @disabled.setter
@@ -29,14 +30,14 @@ class _Guarded(logging.Logger):
         pass
 
     def isEnabledFor(self, level: int) -> bool:
-        """As for any logger. For an error in a process of Jobledger's, only the level of Jobledger's own loggers
-        counts."""
+        """Decide as any logger does. For an error in one of Jobledger's own processes only the level of Jobledger's own
+        loggers counts."""
         return super().isEnabledFor(level) or (
             level >= logging.ERROR and _at_last is not None and level >= _own_level(self)
         )
 
     def callHandlers(self, record: logging.LogRecord) -> None:
-        """Pass a record to the handlers; an error that no handler takes is passed to the last-resort handler."""
+        """Pass a record to the handlers. An error that no handler takes is passed to the last-resort handler."""
         super().callHandlers(record)
         if record.levelno >= logging.ERROR and _at_last is not None and not _taken(self, record):
             _at_last.handle(record)
@@ -44,9 +45,9 @@ class _Guarded(logging.Logger):
     def _log(self, level: int, msg: object, args: Any, **named: Any) -> None:  # type: ignore[override]  # as it is called
         try:
             super()._log(level, msg, args, **{**named, "stacklevel": named.get("stacklevel", 1) + 1})
-        except (KeyboardInterrupt, TaskInterrupted):  # raised from outside, for the code that writes the line
+        except (KeyboardInterrupt, TaskInterrupted):  # raised from outside, for the code that logs
             raise
-        except BaseException as broken:  # noqa: BLE001  # see the module
+        except BaseException as broken:  # noqa: BLE001  # see the module's docstring
             with contextlib.suppress(Exception):
                 said = str(msg) % args if args else str(msg)
                 level_name = logging.getLevelName(level)
@@ -66,7 +67,7 @@ def write_errors_to(handler: logging.Handler | None) -> None:
 
 
 def _own_level(logger: logging.Logger | None) -> int:
-    """The level set on Jobledger's loggers; 0: none."""
+    """Return the level that is set on Jobledger's loggers; 0: none."""
     while logger is not None and logger.name.partition(".")[0] == "jobledger":
         if logger.level:
             return logger.level
@@ -75,7 +76,7 @@ def _own_level(logger: logging.Logger | None) -> int:
 
 
 def _taken(logger: logging.Logger | None, record: logging.LogRecord) -> bool:
-    """Whether any handler takes records of this level, regardless of its filters."""
+    """Return whether any handler takes records of this level, regardless of its filters."""
     while logger is not None:
         if any(h.level <= record.levelno and not isinstance(h, logging.NullHandler) for h in logger.handlers):
             return True
@@ -84,7 +85,7 @@ def _taken(logger: logging.Logger | None, record: logging.LogRecord) -> bool:
 
 
 def get_logger(name: str) -> logging.Logger:
-    """`logging.getLogger`, guarded; see the module."""
+    """Return the logger of `logging.getLogger`, guarded; see the module's docstring."""
     logger = logging.getLogger(name)
     kind = type(logger)  # the app may have set its own class
     if not issubclass(kind, _Guarded):
@@ -94,11 +95,11 @@ def get_logger(name: str) -> logging.Logger:
 
 
 def loop_error(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
-    """An event loop's exception handler: the default one, which would stop the loop if logging or the exception itself
-    fails, guarded."""
+    """Handle an exception of an event loop with the default handler, guarded: without the guard the loop would stop if
+    logging or the exception itself fails."""
     try:
         loop.default_exception_handler(context)
-    except BaseException as broken:  # noqa: BLE001  # see above
+    except BaseException as broken:  # noqa: BLE001  # see the docstring
         _LOG.error("%s [it could not be logged: %s: %s]", context.get("message"), type_of(broken), text_of(broken))
 
 

@@ -3,8 +3,8 @@
 At exit Python waits for what the app's code has left behind: threads, pools, ``atexit`` handlers, child processes of
 ``multiprocessing``. All of them together get `EXIT_S` seconds. After that a daemon thread logs what still runs and
 exits with the process's exit code. A daemon thread cannot run while other code holds the interpreter's lock, or while
-modules are being torn down. For these cases `faulthandler`'s native timer is the fallback: it exits with code 1 and the
-stacks of all threads.
+modules are being torn down. For these cases `faulthandler`'s native timer is the fallback: it exits with code 1 and
+prints the stacks of all threads.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ from jobledger.process.logger import get_logger
 
 LOG = get_logger("jobledger")
 
-#: Seconds that the app's leftovers get to end. Longer than a client waits for acknowledgements when it is closed.
+#: Seconds in which the threads, pools and child processes of the app may end. Longer than a client waits for
+#: acknowledgements when it is closed.
 EXIT_S = 8.0
 #: Seconds after that until a process that can no longer run Python code is ended.
 HARD_S = 2.0
@@ -65,7 +66,7 @@ def exit_hard(seconds: float) -> None:
     then. Needs no interpreter lock. Replaces an earlier call."""
     try:
         faulthandler.dump_traceback_later(seconds, exit=True)
-    except Exception:  # noqa: BLE001  # standard error is closed, or no file: then without the stacks
+    except Exception:  # noqa: BLE001  # standard error is closed, or is not a file: exit without the stacks
         with contextlib.suppress(Exception):
             faulthandler.dump_traceback_later(seconds, exit=True, file=os.open(os.devnull, os.O_WRONLY))
 
@@ -92,7 +93,7 @@ def _exit_late(code: int, seconds: float, cancelled: threading.Event) -> None:
 def _say(text: str) -> None:
     if logging.getLogger().handlers:
         LOG.warning("%s", text)
-    else:  # a command that sets up no logging
+    else:  # a command that does not configure logging
         print(f"warning: {text}", file=sys.stderr, flush=True)
 
 
@@ -103,21 +104,21 @@ def _children() -> list[Any]:
 
 
 def left_behind(children: list[Any]) -> str:
-    """A description of what keeps this process alive."""
-    # Threads of a pool may be daemons, because the thread that made them is one; Python waits for them all the same.
+    """Return a description of what keeps this process alive."""
+    # A pool's threads may be daemons, because the thread that created them is a daemon. Python still waits for them.
     pools = sys.modules.get("concurrent.futures.thread")
     pooled, waits = getattr(pools, "_threads_queues", ()), getattr(getattr(pools, "_worker", None), "__code__", None)
     main, frames = threading.main_thread(), sys._current_frames()
     idle = {
         ident for ident, frame in frames.items() if frame.f_code is waits
-    }  # for work: these end when they are asked to
+    }  # these threads wait for work, and end when Python asks them to
     found = [
         f"thread {thread.name}"
         for thread in threading.enumerate()
         if thread is not main
         and (not thread.daemon or thread in pooled)
         and thread.ident not in idle
-        and not thread.name.startswith("jobledger-")  # our own end by themselves, and are no app's
+        and not thread.name.startswith("jobledger-")  # Jobledger's own threads end by themselves
     ]
     found += [f"child process {child.name} (pid {child.pid})" for child in children if not child.daemon]
     return ", ".join(found) or _what_runs_in(frames.get(main.ident or 0))

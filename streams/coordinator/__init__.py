@@ -1,4 +1,5 @@
-"""One coordinator: it reads `<ns>.coordination`, decides, keeps a row for each job that waits, and writes what is due.
+"""A coordinator reads `<ns>.coordination`, decides on events, keeps a row for each waiting job, and writes what is due.
 
-`rules` has the decisions and `faust` the library; the modules here connect both. Runs no code of a task.
+The package `rules` contains the decisions. The package `faust` contains all code that depends on Faust. The modules of
+this package connect these two packages. The coordinator runs no code of a task.
 """

@@ -1,11 +1,12 @@
 """The coordinator: releases delayed and retried jobs when they are due.
 
 This module starts, watches and stops one instance. `jobledger.streams.coordinator.pipeline` processes the events,
-`jobledger.streams.coordinator.rules.decisions` holds the rules, `jobledger.streams.coordinator.faust.faust_app` sets up Faust.
+`jobledger.streams.coordinator.rules.decisions` contains the rules, and `jobledger.streams.coordinator.faust.faust_app`
+sets up Faust.
 
 The coordinator needs no database. Its table is stored in a changelog topic, with a local copy that can be deleted. Any
 number of instances share the partitions of ``<ns>.coordination``. Any error ends the instance without committing events
-that were not fully processed. Another instance, or the next start, continues from there.
+that were not fully processed. Another instance, or the next start, continues with these events.
 """
 
 from __future__ import annotations
@@ -67,19 +68,20 @@ except ImportError as exc:
 LOG = get_logger("jobledger.coordinator")
 T = TypeVar("T")
 
-#: Exit codes of `run_coordinator`, as of sysexits.h. 70 (EX_SOFTWARE): start it again. 77 (EX_NOPERM): the cluster
-#: denies it access.
+#: Exit codes of `run_coordinator`, as in sysexits.h. 70 (EX_SOFTWARE): start the coordinator again. 77 (EX_NOPERM): the
+#: cluster denies access to the coordinator.
 EXIT_OK, EXIT_FAILED, EXIT_DENIED = 0, 70, 77
 
 #: Seconds between two checks for a pause of this process or a jump of its clock.
 PULSE = 0.25
 #: Seconds between two measurements of the lag. An answer also shows that the broker is available.
 SURVEY = 2.0
-#: Bytes by which the coordinator's records may exceed the submitted ones: they add a due time and their source.
+#: Bytes by which a record of the coordinator may exceed the submitted record: the coordinator adds a due time and its
+#: source.
 ROOM_BYTES = 4_096
-#: In a rebalance, a lack of progress counts only if the broker has answered within so many seconds.
+#: In a rebalance, a lack of progress counts only if the broker has answered within this number of seconds.
 SEEN_LATELY = 5 * SURVEY
-#: Seconds in which Faust must make progress with its start or a rebalance; seconds in which it must stop.
+#: Seconds within which Faust must make progress with its start or a rebalance; seconds within which Faust must stop.
 START_TIMEOUT, STOP_TIMEOUT = 30.0, 10.0
 #: Seconds for finishing events that are being processed, after a request to stop.
 FINISH_TIMEOUT = 3.0
@@ -117,7 +119,7 @@ class Coordinator:
         self._stop = asyncio.Event()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._failure: BaseException | None = None
-        self.stuck = False  # Faust did not stop: its threads would keep the process alive
+        self.stuck = False  # whether Faust did not stop: its threads would keep the process alive
         self._app: Any = None
         self._cycle: Pipeline | None = None
         self._ends: Ends | None = None
@@ -130,19 +132,20 @@ class Coordinator:
     # -- called from outside -----------------------------------------------------------------------------------------
 
     def stop(self) -> None:
-        """Ask `run` to stop cleanly. From any thread."""
+        """Ask `run` to stop cleanly. Callable from any thread."""
         outage.stopping()
         if self._loop is not None:
-            with contextlib.suppress(RuntimeError):  # the loop has ended
+            with contextlib.suppress(RuntimeError):  # the event loop is closed
                 self._loop.call_soon_threadsafe(self._stop.set)
 
     def health(self) -> dict[str, Any]:
         """Return the state as plain values, and set the gauges.
 
-        ``state``: starting, rebalancing, catching-up or ready. ``lag``: events not processed yet. ``next_due_us``: µs
-        of the broker's clock. ``overdue_s``: seconds since the earliest timer was due. ``not_ready_s``: seconds since
-        this instance was ready. Both grow while something keeps the instance from acting, and stay near 0 otherwise.
-        ``late``: numbers of releases by lateness, cumulative, keyed by upper bound in seconds. ``missing_topics``: work
+        ``state``: starting, rebalancing, catching-up or ready. ``lag``: number of events not processed yet.
+        ``next_due_us``: the time at which the next timer is due, µs of the broker's clock. ``overdue_s``: seconds since
+        the earliest timer was due. ``not_ready_s``: seconds since this instance was last ready. ``overdue_s`` and
+        ``not_ready_s`` grow while something keeps the instance from acting, and stay near 0 otherwise. ``late``:
+        cumulative numbers of releases by lateness, with the upper bound in seconds as key. ``missing_topics``: work
         topics that releases wait for; if there are any, run ``jobledger topics apply``. ``topic_problems``: texts about
         changed topic settings that break a guarantee.
         """
@@ -187,10 +190,10 @@ class Coordinator:
     # -- life --------------------------------------------------------------------------------------------------------
 
     async def run(self) -> None:
-        """Run until `stop`. Raises the error that ended the instance. Only fully processed events are committed."""
+        """Run until `stop` is called. Raises the error that ended the instance. Commits only fully processed events."""
         self._loop = asyncio.get_running_loop()
         place = take_place(self._root, self.names.namespace)
-        # The largest record that may be read must fit when it is sent on.
+        # A record of the largest size that may be read must not be too large when the coordinator sends it on.
         settings = replace(self.settings, max_record_bytes=self.settings.max_record_bytes + ROOM_BYTES)
         writer: AckedWriter | None = None
         tasks: list[asyncio.Task[None]] = []
@@ -271,9 +274,12 @@ class Coordinator:
             raise self._failure
 
     def _prepare(self) -> tuple[str, dict[str, int | None], int]:
-        """Check login, rights and topics. Return the identity of the changelog that a local copy must belong to; the
-        existing work topics, each with the largest batch it accepts; and the largest batch that all topics accept to
-        which the coordinator writes. Bytes."""
+        """Check login, rights and topics. Return three values.
+
+        The identity of the changelog, to which a local copy must belong; the existing work topics, each with the
+        largest batch that the topic accepts (bytes; None: not known); and the largest batch that is accepted by all
+        topics to which the coordinator writes (bytes).
+        """
         names = self.names
         knock(self.settings)
         fixed = (names.coordination, changelog(names), names.lifecycle, names.dead_letter, names.schemas)
@@ -292,7 +298,7 @@ class Coordinator:
         return [names.coordination, changelog(names), names.lifecycle, names.dead_letter, names.schemas, *work]
 
     def _uneven(self) -> list[str]:
-        """Return the problem that `check_topics` reports now, if any: partitions added since the start are not read."""
+        """Return the problem that `check_topics` reports now, if any. Partitions added since the start are not read."""
         try:
             check_topics(self.settings, self.names, self._partitions)
         except ConfigError as exc:
@@ -300,7 +306,7 @@ class Coordinator:
         return []
 
     def _publish(self, key: str | None) -> None:
-        """Publish this version's schema, under ``key`` or by its fingerprint."""
+        """Publish this version's schema under ``key``; if ``key`` is None, under the schema's fingerprint."""
         writer = LogWriter(replace(self.settings, submit_timeout=self.options.patience), self.names)
         try:
             if key is None:
@@ -311,9 +317,9 @@ class Coordinator:
             writer.close(0.0)
 
     async def _with_patience(self, ask: Callable[[], T]) -> T:
-        """Call ``ask`` in a thread, and again while the broker is unavailable, for `Options.patience` seconds.
+        """Call ``ask`` in a thread. Repeat the call while the broker is unavailable, for `Options.patience` seconds.
 
-        Raises what ``ask`` raises.
+        Raises what ``ask`` raises, and `_StoppedEarly` if a stop was requested while the broker was unavailable.
         """
         deadline = time.monotonic() + self.options.patience
         loop = asyncio.get_running_loop()
@@ -330,7 +336,7 @@ class Coordinator:
 
     async def _end(self, app: Any) -> None:
         # Faust commits the offsets of processed events here. An unavailable broker must not delay the end. A timeout
-        # around `app.stop` does not help: code in it swallows the cancellation and continues to wait.
+        # around `app.stop` does not help: code in `app.stop` swallows the cancellation and continues to wait.
         stopping = asyncio.ensure_future(app.stop())
         done, _ = await asyncio.wait({stopping}, timeout=STOP_TIMEOUT)
         if not done:
@@ -361,7 +367,7 @@ class Coordinator:
         except BaseException as exc:  # noqa: BLE001  # any error ends the coordinator
             self._fail(exc)
 
-    # -- Faust's calls -----------------------------------------------------------------------------------------------
+    # -- called by Faust ---------------------------------------------------------------------------------------------
 
     async def _on_revoked(self, *_: Any, **__: Any) -> None:
         if self._cycle is not None:
@@ -372,14 +378,14 @@ class Coordinator:
             await self._shielded(self._cycle.rebuild)
 
     async def _shielded(self, call: Callable[[], Awaitable[None]]) -> None:
-        """Call ``call`` and end the coordinator if it raises: Faust ignores exceptions of these calls."""
+        """Call ``call``. End the coordinator if ``call`` raises, because Faust ignores exceptions of its callbacks."""
         try:
             await call()
         except Exception as exc:  # noqa: BLE001  # any error ends the coordinator
             self._fail(exc)
 
     async def _or_stuck(self, starting: Awaitable[Any]) -> None:
-        """Wait until Faust has started. Raises an error if its client cannot join the group or makes no progress.
+        """Wait until Faust has started. Raises an error if Faust's client cannot join the group or makes no progress.
 
         There is no limit for the whole start, because restoring a large table may take long.
         """
@@ -398,7 +404,10 @@ class Coordinator:
             await asyncio.gather(start, *watches, return_exceptions=True)
 
     async def _watch_recovery(self) -> None:
-        """Raise if a rebalance makes no progress. It ends when the new part of the table is read and restored."""
+        """Raise `BrokerUnavailable` if a rebalance makes no progress.
+
+        A rebalance is complete when the new part of the table is read and restored.
+        """
         await self._watch_progress(
             "a rebalance of its group, or the part of its table that came with one", self._moving
         )
@@ -414,9 +423,9 @@ class Coordinator:
     async def _watch_progress(self, what: str, waiting: Callable[[Any], bool]) -> None:
         """Raise `BrokerUnavailable` if Faust makes no progress with ``what`` while ``waiting(app)`` is true.
 
-        Faust would wait forever for an answer that a broker lost while it was paused. The limit is `START_TIMEOUT`
-        seconds since the last progress, and longer if ``session_timeout`` is above 10 s, since the group may then wait
-        longer for a silent member. Time in which this process was paused does not count.
+        Faust would wait forever for an answer that was lost while the broker was paused. The limit is `START_TIMEOUT`
+        seconds since the last progress. The limit is longer if ``session_timeout`` is above 10 s, because the group may
+        then wait longer for a silent member. Time in which this process was paused does not count.
         """
         seen, quiet = self._progress(), 0.0
         while quiet < (bound := START_TIMEOUT + max(0.0, self.options.session_timeout - 10.0)):
@@ -431,13 +440,13 @@ class Coordinator:
         )
 
     async def _watch_group(self) -> None:
-        """Raise the error that keeps Faust's client out of its group. The client itself only waits to be asked."""
+        """Raise the error that keeps Faust's client out of its group. The client itself raises it only when polled."""
         while (reason := stuck(self._app)) is None:
             await asyncio.sleep(PULSE)
         raise self._explained(reason)
 
     async def _watch_faust(self) -> None:
-        """Raise if a part of Faust has failed. Otherwise the process would stay up and do nothing."""
+        """Raise the error of a part of Faust that failed. Otherwise the process would keep running and do nothing."""
         rows = self._app.tables[TABLE].data
         while not self._app.crashed:
             if rows.failure is not None:
@@ -465,8 +474,10 @@ class Coordinator:
             await asyncio.sleep(PULSE)
 
     async def _still_let_in(self) -> None:
-        """Raise if the cluster refuses the login: to a client, a changed password or an expired certificate looks like
-        an unavailable broker."""
+        """Raise `NotAuthenticated` if the cluster refuses the login.
+
+        A client reports a changed password or an expired certificate as an unavailable broker.
+        """
         with contextlib.suppress(BrokerUnavailable):
             await asyncio.get_running_loop().run_in_executor(None, knock, self.settings, SURVEY)
 
@@ -479,7 +490,7 @@ class Coordinator:
         while True:
             owned = self._cycle.firing.partitions
             try:
-                # Ask even without partitions: an unavailable broker may be the reason for having none.
+                # Ask also without partitions: an unavailable broker may be the reason why this instance owns none.
                 found = await self._ends.of(self.names.coordination, owned or [0])
                 self._high = {p: end for p, (_, end) in found.items() if p in owned}
                 self._broker_seen = time.monotonic()
@@ -513,7 +524,7 @@ def run_coordinator(
     """Run one coordinator in this thread until SIGTERM, SIGINT or ``stop_event``, and return its exit code.
 
     Signals are handled if this is the main thread. ``on_ready(coordinator)`` is called before the coordinator starts,
-    to give access to `Coordinator.health`. An error that ends the coordinator is logged; the exit code then is 70, or
+    to give access to `Coordinator.health`. An error that ends the coordinator is logged. The exit code is then 70, or
     77 for `AccessDenied`. In the main thread, the process exits at once after an error, or if Faust did not stop.
     """
     greenlets.refuse("the stream processor")
@@ -550,8 +561,10 @@ def run_coordinator(
 
 
 async def supervise(coordinator: Coordinator, stop_event: threading.Event | None = None) -> None:
-    """Run ``coordinator`` until SIGTERM or SIGINT (if this is the main thread), or ``stop_event``. Raises what
-    `Coordinator.run` raises."""
+    """Run ``coordinator`` until SIGTERM or SIGINT (if this is the main thread), or until ``stop_event`` is set.
+
+    Raises what `Coordinator.run` raises.
+    """
     loop = asyncio.get_running_loop()
     handled: list[signal.Signals] = []
     if threading.current_thread() is threading.main_thread():
@@ -579,6 +592,6 @@ async def _stop_when(event: threading.Event, coordinator: Coordinator) -> None:
 def _new_loop() -> asyncio.AbstractEventLoop:
     try:
         import uvloop
-    except ImportError:  # not on every platform
+    except ImportError:  # uvloop does not exist for every platform
         return asyncio.new_event_loop()
     return uvloop.new_event_loop()

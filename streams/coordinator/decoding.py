@@ -1,4 +1,4 @@
-"""Decodes records of the coordination topic to events. A record that is no event becomes a dead letter."""
+"""Decode records of the coordination topic to events. A record that is not an event becomes a dead letter."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from jobledger.streams.coordinator.rules.derived_events import derived_id
 
 LOG = get_logger("jobledger.coordinator")
 
-#: Limits for the dead letter of a rejected record, which must fit itself. A larger value is left out; a longer key and
-#: a longer reason are cut.
+#: Limits for the parts of a rejected record in its dead letter: value (bytes), key (bytes), reason (characters). With
+#: them the dead letter itself is not too large. A larger value is left out. A longer key or a longer reason is cut.
 REJECT_BYTES, KEY_BYTES, WHY_CHARS = 500_000, 4_096, 2_000
 #: The timestamp type of a fetched record whose time was set by the broker (LogAppendTime).
 APPEND_TIME = 1
-#: Bytes that an id may have. Jobledger's ids have 36. Ids become keys of rows and records.
+#: Largest size of an id, in bytes. Jobledger's ids have 36 bytes. Ids become keys of rows and records.
 ID_BYTES = 1_000
 #: The largest number of a run, attempt or release in the schema (Avro int).
 NUMBER_MOST = (1 << 31) - 1
@@ -38,21 +38,21 @@ class Read(NamedTuple):
 
 
 class RecordReader:
-    """Decode batches of records. ``decoder`` may block on a schema that it has not seen; it then runs in a thread.
+    """Decode batches of records. ``decoder`` blocks while it looks up an unknown schema; such a call runs in a thread.
 
-    ``now_ms()``: the estimated broker's clock. A record with its writer's time (the topic has
-    message.timestamp.type=CreateTime) counts as appended now, so that no job that it delays is released early.
+    ``now_ms()``: returns the estimated time of the broker's clock, ms. A record with its writer's time (the topic has
+    message.timestamp.type=CreateTime) is treated as appended now, so that no delayed job is released early.
     """
 
     def __init__(self, names: Names, decoder: codec.Decoder, source: str, now_ms: Callable[[], int]) -> None:
         self._names, self._decoder, self._source, self._now_ms = names, decoder, source, now_ms
 
     async def decode(self, records: Sequence[Any]) -> tuple[list[Read], list[Outgoing]]:
-        """Return the events of ``records``, and the dead letters of records that are no events.
+        """Return the events of ``records``, and the dead letters of records that are not events.
 
-        Raises `UnknownFact` for a valid event whose fact this version does not know, because it must not be skipped;
-        `RegistryNeeded` for a record that may be an event of a Schema Registry; `BrokerUnavailable` if its schema
-        cannot be looked up.
+        Raises `UnknownFact` for a valid event whose fact this version does not know, because such an event must not be
+        skipped; `RegistryNeeded` for a record that may be an event whose schema only a Schema Registry knows;
+        `BrokerUnavailable` if the schema of a record cannot be looked up.
         """
         read: list[Read] = []
         rejects: list[Outgoing] = []
@@ -87,8 +87,8 @@ class RecordReader:
 
 
 def check_head(event: JobEvent) -> None:
-    """Raise `NotAnEvent` for an event that the coordinator can keep no row for: one without a job id, or with an id or
-    a number that is too large for the records made from it."""
+    """Raise `NotAnEvent` if the coordinator cannot keep a row for this event: the event has no job id, or has an id or
+    a number that is too large for the records that derive from the event."""
     if not event.job_id:
         raise NotAnEvent(f"a {type(event.fact).__name__} of no job: its job_id is empty")
     for name, text in (("job_id", event.job_id), ("home", event.home or "")):
@@ -99,8 +99,11 @@ def check_head(event: JobEvent) -> None:
 
 
 def bounded(key: bytes | None, value: bytes | None, why: str, most: int) -> tuple[bytes | None, bytes | None, str]:
-    """Return key, value and reason of a rejected record within the limits of a dead letter: a value above ``most``
-    bytes is None, a key above `KEY_BYTES` is cut, and the reason says so."""
+    """Return key, value and reason of a rejected record, shortened to the limits of a dead letter.
+
+    A value above ``most`` bytes becomes None, and a key above `KEY_BYTES` is cut. The returned reason mentions both. A
+    reason above `WHY_CHARS` characters is cut before that.
+    """
     why = why[:WHY_CHARS].encode("utf-8", "replace").decode()  # a text may hold characters that UTF-8 cannot encode
     if key is not None and len(key) > KEY_BYTES:
         why = f"{why}; the first {KEY_BYTES} of its key's {len(key)} bytes are kept here"

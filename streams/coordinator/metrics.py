@@ -1,4 +1,4 @@
-"""The coordinator's metrics for Prometheus. Uses no Kafka; callers pass the values."""
+"""The coordinator's metrics for Prometheus. This module does not use Kafka; callers pass the values."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ except ImportError as exc:
     raise missing("streams", exc) from exc
 
 
-#: Seconds. The promise is that 99 of 100 releases are at most 0.05 s late.
+#: Upper bounds in seconds. The promise is that 99 of 100 releases are at most 0.05 s late.
 LATENESS_BUCKETS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300)
 
 
@@ -57,13 +57,13 @@ class Metrics:
             self._events.labels(verdict).inc(count)
 
     def released(self, late: float) -> None:
-        """Count a release that was appended ``late`` seconds after it was due."""
+        """Count a release whose `JobDue` was appended ``late`` seconds after the release was due."""
         self.fired += 1
         self._released.inc()
         self._late.observe(late)
 
     def rejected(self, count: int) -> None:
-        """Count records that were no events and went to the dead letters."""
+        """Count records that were not events and were written to the dead letters."""
         self._rejected.inc(count)
 
     def undeliverable(self, count: int) -> None:

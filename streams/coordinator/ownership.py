@@ -1,9 +1,9 @@
-"""Decides whether this instance may still act for its partitions. Knows no rows.
+"""Decide whether this instance may still act for its partitions. This module does not use rows.
 
-An instance can lose its partitions without noticing, if it was paused or its machine was suspended. Its clocks then
-show a gap, and it sends nothing until the broker has confirmed its membership. A late write that still gets through is
-harmless, because repeated decisions never contradict earlier ones. It is detected at the changelog
-(`jobledger.streams.coordinator.table`).
+An instance can lose its partitions without noticing the loss, if its process was paused or its machine was suspended.
+The clocks of the process then show a gap, and the instance sends nothing until the broker has confirmed its membership.
+A late write that still reaches the broker is harmless, because repeated decisions never contradict earlier ones.
+`jobledger.streams.coordinator.table` detects such a write at the changelog.
 """
 
 from __future__ import annotations
@@ -16,16 +16,23 @@ from jobledger.streams.coordinator.faust.faust_app import Group
 
 LOG = get_logger("jobledger.coordinator")
 
-#: Seconds that a clock may advance between two beats; beyond that the process counts as paused.
+#: Seconds that a clock may advance between two calls of `Ownership.beat`. After a larger gap the process is treated as
+#: paused.
 GAP = 1.5
 
 
 class Superseded(Exception):
-    """The partitions moved while events were being processed. The work is dropped, and the events are read again."""
+    """Partitions were assigned or revoked while events were being processed, or the membership is not certain.
+
+    The decisions on these events are dropped, and the events are read again.
+    """
 
 
 def clocks() -> tuple[float, float]:
-    """Return wall time and time since boot, in seconds. The latter includes suspensions if the system supports it."""
+    """Return wall time and time since boot, in seconds.
+
+    The time since boot includes suspensions of the machine if the system has a clock for that.
+    """
     boot = getattr(time, "CLOCK_BOOTTIME", None)
     return time.time(), time.monotonic() if boot is None else time.clock_gettime(boot)
 
@@ -33,8 +40,8 @@ def clocks() -> tuple[float, float]:
 class Ownership:
     """Track whether this instance owns its partitions.
 
-    ``epoch`` grows whenever partitions are assigned or revoked. ``generation``: the group's; None during a rebalance.
-    ``on_gap()`` is called when the clocks jumped.
+    ``epoch`` grows whenever partitions are assigned or revoked. ``generation``: the consumer group's generation; None
+    during a rebalance. ``on_gap()`` is called when the clocks have jumped.
     """
 
     def __init__(
@@ -51,13 +58,13 @@ class Ownership:
 
     @property
     def undisputed(self) -> bool:
-        """Whether the instance may act: no rebalance is under way and its membership is not in doubt."""
+        """Whether the instance may act: no rebalance is under way, and the instance's membership is not in doubt."""
         self.beat()
         return not self._doubted and self.generation is not None and self._group.settled
 
     def beat(self) -> None:
-        """Check whether this process was paused (SIGSTOP, a suspended machine) or its clock was set. To be called a few
-        times a second."""
+        """Check whether this process was paused (SIGSTOP, a suspended machine) or its clock was set. The caller calls
+        this a few times a second."""
         now = self._clocks()
         gap = max(abs(b - a) for a, b in zip(self._last_beat, now, strict=True))
         self._last_beat = now
@@ -67,7 +74,7 @@ class Ownership:
             self._on_gap()
 
     def lost(self) -> None:
-        """Note that partitions are being revoked: nothing new is started, events being processed may be completed."""
+        """Note that partitions are being revoked: nothing new is started; events being processed may be completed."""
         self.generation = None
 
     def moved(self) -> None:
@@ -82,7 +89,10 @@ class Ownership:
         self._last_beat = self._clocks()
 
     async def confirm(self, *, doubt: bool = False) -> bool:
-        """Return whether this instance's membership is certain. In doubt, or if ``doubt`` is set, ask the broker."""
+        """Return whether this instance's membership is certain.
+
+        Ask the broker first if the membership is in doubt or ``doubt`` is true.
+        """
         self.beat()
         self._doubted = self._doubted or doubt
         if self._doubted and self._group.settled and await self._group.confirm():

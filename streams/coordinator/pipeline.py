@@ -1,12 +1,12 @@
-"""The coordinator's cycle: read events, decide, release jobs, make rows durable, acknowledge.
+"""The coordinator's pipeline: read events, decide, release jobs, make rows durable, allow offsets to be committed.
 
-The rules are in `jobledger.streams.coordinator.rules.decisions`. The order of the steps is what makes the cycle safe: first the outputs
-are acknowledged, then rows are written to the changelog and acknowledged, then they are kept locally. Only then may the
-event's offset be committed. After a crash between any two steps, the steps are repeated with the same ids. Nothing is
-lost, and no repeated decision contradicts an earlier one.
+The rules are in `jobledger.streams.coordinator.rules.decisions`. The pipeline is safe because of the order of its
+steps. First the broker acknowledges the outputs. Then the rows are written to the changelog and acknowledged, and then
+they are written to the local copy. Only then may the event's offset be committed. After a crash between any two steps,
+the steps are repeated with the same ids. Nothing is lost, and no repeated decision contradicts an earlier one.
 
-Two stages run concurrently: the first decides on events and sends the outputs; the second waits for acknowledgements
-and makes rows durable. Both keep the order of the log.
+Two stages run concurrently. The first stage decides on events and sends the outputs. The second stage waits for
+acknowledgements and makes rows durable. Both stages keep the order of the log.
 """
 
 from __future__ import annotations
@@ -48,17 +48,18 @@ from jobledger.streams.coordinator.work_topics import WorkTopics
 
 LOG = get_logger("jobledger.coordinator")
 
-#: Records waiting for a decision, at which fetching pauses.
+#: Number of records that wait for a decision, at which fetching pauses.
 INBOX = 2_000
-#: Events between the two stages, at which deciding pauses.
+#: Number of events between the two stages, at which deciding pauses.
 UNDER_WAY = 4_000
 
 
 class PlannedWrites(NamedTuple):
     """A batch of events with its decisions.
 
-    ``sent``: the outcomes of its outputs, those of ``released`` first; None without outputs. ``rejects``: number of
-    records that are no events. ``refused``: number of releases that are too large for their topics.
+    ``sent``: the delivery outcomes of the batch's outputs, those of ``released`` first; None without outputs.
+    ``rejects``: number of records that are not events. ``refused``: number of releases that are too large for their
+    topics.
     """
 
     epoch: int
@@ -74,7 +75,7 @@ class Pipeline:
     """Process the events of one instance's partitions.
 
     ``step``: called between any two steps, for crash tests. ``topics``: work topics known to exist, each with the
-    largest batch it accepts (bytes; None: not known).
+    largest batch that the topic accepts (bytes; None: not known).
     """
 
     def __init__(
@@ -105,10 +106,10 @@ class Pipeline:
         self._plans: deque[PlannedWrites] = deque()
         self._under_way = 0
         self._ending = False
-        self._changed = asyncio.Condition()  # of `_plans` and `_under_way`
+        self._changed = asyncio.Condition()  # guards `_plans` and `_under_way`
         self._position: dict[int, int] = {}  # events below this offset were processed
         self._ends_then: dict[int, int] = {}  # end of the source topic when the rows were restored
-        self._barrier: dict[int, int] = {}  # timers act only after the source was read up to here
+        self._barrier: dict[int, int] = {}  # timers act only after the source topic was read up to here
 
     # -- state, for the coordinator ----------------------------------------------------------------------------------
 
@@ -123,11 +124,11 @@ class Pipeline:
         return self._ownership.generation is None
 
     def position(self, partition: int) -> int:
-        """The next source offset to be processed."""
+        """Return the next offset of the coordination topic's partition to be processed."""
         return max(self._position.get(partition, 0), self._group.committed(partition) or 0)
 
     def beat(self) -> None:
-        """Check whether this process was paused; see `Ownership.beat`. To be called a few times a second."""
+        """Check whether this process was paused; see `Ownership.beat`. The caller calls this a few times a second."""
         self._ownership.beat()
 
     def _on_gap(self) -> None:
@@ -139,9 +140,12 @@ class Pipeline:
     # -- first stage: decide and send --------------------------------------------------------------------------------
 
     async def take(self, generation: int, records: list[Any]) -> None:
-        """Take fetched records, in order, with the group's generation. Waits while `INBOX` records are waiting."""
+        """Take fetched records, in order, with the group's generation.
+
+        Waits while `INBOX` or more records wait for a decision.
+        """
         if self._ending:
-            return  # the next owner reads them
+            return  # the next owner reads these records
         self._inbox.extend((generation, record) for record in records)
         self._arrived.set()
         while len(self._inbox) >= INBOX:
@@ -159,8 +163,8 @@ class Pipeline:
             epoch, generation = self._ownership.epoch, self._ownership.generation
             taken = [self._inbox.popleft() for _ in range(min(len(self._inbox), self._options.batch))]
             self._room.set()
-            # Drop records fetched under an earlier assignment. They are fetched again, from a lower offset on. If they
-            # were processed first, the events below them would look like duplicates.
+            # Drop records fetched under an earlier assignment. These records are fetched again, from a lower offset on.
+            # If they were processed now, the events below them would look like duplicates when they are fetched.
             records = [record for fetched_under, record in taken if fetched_under == generation]
             if records:
                 self._under_way += len(records)
@@ -185,8 +189,8 @@ class Pipeline:
         sent = await self._writer.post(outputs) if outputs else None
         self._step("releases-sent")
         if epoch != self._ownership.epoch:
-            # The partitions moved meanwhile, so this plan is dropped and its events are read again. Do not keep its
-            # rows as pending: they never become durable, and the events would look like duplicates.
+            # Partitions were assigned or revoked meanwhile, so this plan is dropped and its events are read again. Do
+            # not keep its rows as pending: they never become durable, and the events would look like duplicates.
             return PlannedWrites(epoch, records, batch, 0, 0, (), None)
         self.table.expect(batch.rows)
         for event, *_ in read:
@@ -194,9 +198,10 @@ class Pipeline:
         return PlannedWrites(epoch, records, batch, len(rejects), len(batch.releases) - len(released), released, sent)
 
     def _outputs(self, releases: Sequence[Kept]) -> tuple[list[Kept], list[Outgoing], list[Outgoing]]:
-        """Return the released rows, their records, and the records that end releases too large for their topic.
+        """Return the released rows, their records, and the records that end jobs whose release is too large for its
+        topic.
 
-        Too large ones are not sent: the broker would refuse all records of the same producer batch with them.
+        A release that is too large is not sent: the broker would refuse all records of the same producer batch with it.
         """
         now = now_us()
         released: list[Kept] = []
@@ -233,7 +238,7 @@ class Pipeline:
     # -- second stage: make durable and acknowledge ------------------------------------------------------------------
 
     async def settle(self) -> None:
-        """Make decisions durable, in order. Runs until cancelled. Raises the error that prevents it."""
+        """Make decisions durable, in order. Runs until cancelled. Raises the error that prevents this."""
         while True:
             async with self._changed:
                 await self._changed.wait_for(lambda: bool(self._plans))
@@ -275,11 +280,11 @@ class Pipeline:
                 self._metrics.released(outcome.appended_ms / 1000 - row.due / 1_000_000)
         error = first_error(outcomes)
         if error is not None:
-            # For example a work topic that was deleted or accepts smaller records now. The next start handles that.
+            # For example, a work topic was deleted, or now accepts only smaller records. The next start handles that.
             raise error
 
     def _acknowledge(self, plan: PlannedWrites) -> None:
-        """Set the timers of a plan and allow its offsets to be committed. Its rows and outputs are durable."""
+        """Set the timers of a plan, and allow its offsets to be committed. The plan's rows and outputs are durable."""
         for partition, change in plan.batch.waiting.items():
             self.table.scheduled[partition] += change
         self.firing.set(plan.batch.timers)
@@ -299,8 +304,8 @@ class Pipeline:
     # -- assignment --------------------------------------------------------------------------------------------------
 
     async def revoked(self) -> None:
-        """Prepare for a rebalance: start nothing more, and wait until events being processed are done, at most 0.8 of
-        the session timeout."""
+        """Prepare for a rebalance: start nothing more, and wait until the events being processed are done, for at most
+        0.8 of the session timeout."""
         self._ownership.lost()
         self.firing.take_over({})
         self._inbox.clear()
@@ -315,8 +320,8 @@ class Pipeline:
         self._ownership.moved()
 
     async def finish(self, seconds: float) -> None:
-        """Start nothing more, and wait at most ``seconds`` until events being processed are done. Then the rows of sent
-        releases are durable, and the next start does not repeat them."""
+        """Start nothing more, and wait at most ``seconds`` until the events being processed are done. Then the rows of
+        sent releases are durable, and the next start does not repeat these releases."""
         self._ending = True
         self.firing.take_over({})
         self._inbox.clear()
@@ -341,9 +346,9 @@ class Pipeline:
         self._ends_then = {partition: end for partition, (_, end) in ends.items()}
         timers = await self.table.restore(owned, self._ends_then)
         if epoch != self._ownership.epoch:
-            return  # the next rebalance has begun, and ends with another rebuild
+            return  # the next rebalance has begun, and another call of `rebuild` follows
         self._position.clear()
-        # If all records below the end were deleted, none arrives that could reach the barrier.
+        # If all records below the end were deleted, no record arrives that could move the position to the barrier.
         self._barrier = {partition: end if end > begin else 0 for partition, (begin, end) in ends.items()}
         self._ownership.gained()
         self.firing.take_over(timers)
@@ -362,7 +367,7 @@ class Pipeline:
                     self._metrics.swept(swept)
 
     def _committed_is_dealt_with(self, partition: int) -> bool:
-        """Return whether all events below the committed offset were processed. It is not so if the log has lost its
-        end: then the offset committed before may lie beyond the new end."""
+        """Return whether all events below the committed offset were processed. This is false if the log has lost its
+        end: then the offset that was committed before may be above the new end."""
         committed = self._group.committed(partition) or 0
         return committed <= max(self._ends_then.get(partition, 0), self._position.get(partition, 0))

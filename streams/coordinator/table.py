@@ -1,12 +1,13 @@
-"""Writes the coordinator's rows to the changelog, then to the local copy. Restores, repairs and sweeps them.
+"""Write the coordinator's rows to the changelog, then to the local copy. Restore, repair and sweep the rows.
 
-Only `Table` changes rows, one caller at a time (a lock). Rows that were decided on but are not durable yet are held in
-memory and take precedence, so that the next events see them.
+Only `Table` changes rows, for one caller at a time (a lock). Rows that were decided on but are not durable yet are held
+in memory. `Table.row` prefers these rows, so that the decisions on the next events use them.
 
-A row holds the offset of the event that made it. If the coordination topic is recreated or loses its end, new offsets
-are below those in the rows, and new events would be dropped as duplicates. So offsets are shifted before they are
-compared with rows (`Table.at`). A partition that ends below its rows gets a shift that lifts its first offset above all
-of them. The shift is stored in the partition's floor before anything is decided.
+A row contains the offset of the event from which the row was made. If the coordination topic is recreated or loses its
+end, new offsets are below those in the rows, and new events would be dropped as duplicates. So offsets are shifted
+before they are compared with rows (`Table.at`). If a partition ends below the offsets in its rows, the partition gets a
+shift with which its first offset is above all offsets in its rows. The shift is stored in the partition's floor before
+any event of the partition is decided on.
 """
 
 from __future__ import annotations
@@ -35,9 +36,10 @@ from jobledger.streams.coordinator.rules.timers import Timers, wake_at
 
 LOG = get_logger("jobledger.coordinator")
 
-#: Rows read in one step of a sweep or a restoration. Between steps, other tasks of the event loop can run.
+#: Largest number of rows read in one step of a sweep or a restoration. Between two steps, other tasks of the event loop
+#: can run.
 SCAN_CHUNK = 2_000
-#: Rows written at once by sweeps and repairs.
+#: Largest number of rows that a sweep or a repair writes at once.
 WRITE_CHUNK = 500
 
 Key = tuple[int, bytes]
@@ -60,7 +62,7 @@ class Table:
         self._changelog, self._group, self._writer, self._ends = changelog, group, writer, ends
         self._ownership, self._step = ownership, step
         self._lock = asyncio.Lock()
-        self._next: dict[int, int] = {}  # changelog offset expected for the next row written here
+        self._next: dict[int, int] = {}  # by partition: changelog offset expected for the next own row
         self._floors: dict[int, int] = {}
         self._shifts: dict[int, int] = {}
         self._pending: dict[Key, Row] = {}
@@ -68,7 +70,7 @@ class Table:
         self.restored = 0  # rows that restorations have read or repaired so far: shows their progress
 
     def row(self, partition: int, key: bytes) -> Row | None:
-        """Return a job's row, durable or only decided on; None without one."""
+        """Return a job's row, whether it is durable or only decided on; None if the job has no row."""
         pending = self._pending.get((partition, key))
         if pending is not None:
             return pending
@@ -77,7 +79,7 @@ class Table:
         return None if isinstance(row, Floor) else row
 
     def at(self, partition: int, offset: int) -> int:
-        """Return the shifted offset for an offset of the source topic, to be compared with rows and floors."""
+        """Return an offset of the source topic with the shift added, for a comparison with those in rows and floors."""
         return offset + self._shifts.get(partition, 0)
 
     def floor(self, partition: int) -> int:
@@ -85,12 +87,12 @@ class Table:
         return self._floors.get(partition, NO_FLOOR)
 
     def expect(self, rows: Mapping[Key, Row]) -> None:
-        """Have `row` return these rows, which were decided on, before they are durable."""
+        """Note rows that were decided on. From now on `row` returns these rows, before they are durable."""
         self._pending.update(rows)
 
     async def keep(self, rows: Mapping[Key, Row], epoch: int) -> None:
-        """Make rows durable. Raises `Superseded` if the partitions moved since ``epoch``, or the membership is not
-        certain."""
+        """Make rows durable. Raises `Superseded` if partitions were assigned or revoked since ``epoch``, or if the
+        membership is not certain; or the error of a record that was not delivered."""
         async with self._lock:
             await self._ownership.certain(epoch)
             await self._write([(partition, key, encode_row(row)) for (partition, key), row in rows.items()])
@@ -99,12 +101,13 @@ class Table:
                     del self._pending[key]
 
     async def _write(self, puts: Sequence[Put]) -> None:
-        """Write rows to the changelog, wait for the acknowledgements, then write them locally.
+        """Write rows to the changelog, wait for the acknowledgements, then write the rows to the local copy.
 
-        The offsets of these writes must follow one another. A gap means that another instance, which also believes to
-        own the partition, has written there. If the broker confirms this instance's membership, the other one was
-        paused and wrote late; the rows that it has overwritten are written again. If not, this instance is the late
-        one. Raises `Superseded` then, or the error of a record that was not delivered.
+        The changelog offsets of these writes must follow one another. A gap means that another instance, which also
+        considers itself the owner of the partition, has written there. If the broker confirms this instance's
+        membership, the other instance was paused and wrote late; the rows that the late write has overwritten are
+        written again. If the broker does not confirm the membership, this instance is the late one. Raises `Superseded`
+        in that case, or the error of a record that was not delivered.
         """
         while puts:
             sent = await self._writer.post(
@@ -148,7 +151,8 @@ class Table:
 
     async def restore(self, partitions: set[int], ends: Mapping[int, int]) -> dict[int, Timers]:
         """Read the rows of ``partitions`` after Faust has restored the local copy. Set floors and shifts, repair rows,
-        and return the timers of all kept rows, by partition. ``ends``: end offsets of the source topic."""
+        and return the timers of all kept rows, by partition. ``ends``: end offsets of the source topic, by
+        partition."""
         async with self._lock:
             self._pending.clear()
             self._floors.clear()
@@ -180,7 +184,10 @@ class Table:
         return Timers(entries)
 
     async def _shift(self, partition: int, end: int, last: int) -> None:
-        """Shift the partition's offsets above ``last``, the highest offset in its rows. The log ends below it."""
+        """Store a shift with which all offsets of the partition are above ``last``, the highest offset in its rows.
+
+        ``end``: the end offset of the source topic's partition, which is not above ``last`` with the present shift.
+        """
         floor = Floor(partition, self.floor(partition), last + 1)
         LOG.error(
             "partition %d of the coordination topic ends at %d, and the coordinator's table is ahead of it by %d records: "
@@ -192,7 +199,7 @@ class Table:
         self._shifts[partition] = floor.shift
 
     async def _mend(self, partitions: set[int]) -> None:
-        """Write rows again for which the changelog ends with an older version, written late by a paused instance."""
+        """Write those rows again whose last changelog record is an older version that a paused instance wrote late."""
         rows = self._group.rows
         puts: list[Put] = []
         for partition, key in sorted(rows.overtaken):
@@ -208,7 +215,10 @@ class Table:
     # -- sweeping ----------------------------------------------------------------------------------------------------
 
     async def sweep(self, partition: int, now_ms: Callable[[], int], keep_ms: int) -> int:
-        """Delete a partition's markers below the committed offset that are older than ``keep_ms``. Return how many."""
+        """Delete a partition's markers that are below the committed offset and at least ``keep_ms`` old.
+
+        Return the number of deleted markers. ``now_ms()``: returns the time of the broker's clock, ms.
+        """
         epoch = self._ownership.epoch
         swept = 0
         after: bytes | None = None
@@ -242,7 +252,8 @@ class Table:
         committed = self.at(partition, committed)
         gone: list[bytes] = []
         for key, data in marked:
-            # The scan held no lock, so the row may have been replaced since, or be about to be.
+            # The scan did not hold the lock, so the row may have been replaced since, or a decision on it may be
+            # pending.
             unchanged = self._group.rows.get(partition, key) == data and (partition, key) not in self._pending
             if unchanged and sweepable(decode_row(data), committed, now_ms, keep_ms):
                 gone.append(key)

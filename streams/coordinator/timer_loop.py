@@ -1,5 +1,5 @@
-"""Runs the timers. When a release is due, `ReleaseDecided` is written to the log; the job is released when that is read
-back."""
+"""Run the timers. When a release is due, `ReleaseDecided` is written to the log. The job is released only when the
+coordinator reads that record back."""
 
 from __future__ import annotations
 
@@ -23,19 +23,20 @@ from jobledger.streams.coordinator.work_topics import WorkTopics
 
 LOG = get_logger("jobledger.coordinator")
 
-#: Most decisions in one batch; most batches that wait for acknowledgement.
+#: Largest number of decisions in one batch; largest number of batches that wait for their acknowledgement.
 BATCH, UNACKNOWLEDGED = 500, 8
-#: Seconds between two batches, so that releases due at nearly the same time share one.
+#: Seconds between two batches, so that releases that are due at nearly the same time are in one batch.
 PACE = 0.004
-#: Seconds between two checks while the membership is disputed; and while a partition is not caught up.
+#: Seconds between two checks while `Ownership.undisputed` is false; seconds while a partition is not caught up.
 DISPUTED_PAUSE, BEHIND_PAUSE = 0.05, 0.02
 
 
 class TimerLoop:
     """Run the timers of the owned partitions.
 
-    ``caught_up(partition)``: whether the source topic was read up to the end that it had when the rows were restored.
-    Before that, a timer could repeat a decision that the log has already.
+    ``caught_up(partition)``: returns whether the partition of the coordination topic was read up to the end offset that
+    the partition had when the rows were restored. Before that, a timer could repeat a decision that is in the log
+    already. ``step``: called between any two steps, for crash tests.
     """
 
     def __init__(
@@ -52,7 +53,7 @@ class TimerLoop:
         self._names, self._source, self._table, self._writer = names, source, table, writer
         self._topics, self._ownership, self._caught_up, self._step = topics, ownership, caught_up, step
         self._timers: dict[int, Timers] = {}
-        self._decided: dict[bytes, tuple[int, int]] = {}  # (run, release) by key: written and not read back yet
+        self._decided: dict[bytes, tuple[int, int]] = {}  # (run, release) by row key: written, not read back yet
         self._armed = asyncio.Event()
         self._room = asyncio.Semaphore(UNACKNOWLEDGED)
         self._failure: JobledgerError | None = None
@@ -94,11 +95,11 @@ class TimerLoop:
             self._armed.set()
 
     def read_back(self, key: bytes) -> None:
-        """Note that an event of this job was read, so that its row now shows what is decided."""
+        """Note that an event of the job with this row key was read: the job's row now shows what is decided."""
         self._decided.pop(key, None)
 
     async def run(self) -> None:
-        """Write decisions when they are due. Runs until cancelled. Raises the error that keeps them from being
+        """Write decisions when they are due. Runs until cancelled. Raises the error of a decision that could not be
         written."""
         while self._failure is None:
             self._armed.clear()
@@ -121,7 +122,8 @@ class TimerLoop:
                 await self._write_down(self._still_due(due, now))
                 await asyncio.sleep(PACE)
             elif pause > 0:
-                # Not wait_for: before Python 3.12 it swallows a cancellation that arrives together with the result.
+                # Do not use `asyncio.wait_for`: before Python 3.12, `wait_for` swallows a cancellation that arrives
+                # together with the result.
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout(pause):
                         await self._armed.wait()
@@ -133,13 +135,14 @@ class TimerLoop:
         for partition, key in due:
             row = self._table.row(partition, key)
             if not isinstance(row, Kept) or self._decided.get(key) == (row.run, row.release):
-                continue  # released or ended meanwhile, or decided and not read back yet
+                # The job was released or its run has ended meanwhile, or the decision is not read back yet.
+                continue
             at = wake_at(row.acts_at)
             wait = self._topics.wait_for(row.lane)
             if at > now:
                 self._timers[partition].set(at, key)
             elif wait:
-                # The work topic is missing. Write no decision until it may exist.
+                # The work topic is missing. Write no decision until the topic may exist.
                 self._timers[partition].set(now + int(wait * 1_000_000), key)
             else:
                 self._decided[key] = (row.run, row.release)

@@ -1,5 +1,5 @@
-"""Knows which work topics exist, and the largest batch that each accepts. Missing topics are searched for at growing
-intervals, and releases to them are held back, never lost."""
+"""Keep track of which work topics exist, and of the largest batch that each topic accepts. Missing topics are searched
+for at growing intervals. Releases to missing topics are held back, and never lost."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from jobledger.process.logger import get_logger
 
 LOG = get_logger("jobledger.coordinator")
 
-#: Seconds between two searches for a missing topic: at first, and at most.
+#: Seconds between the first two searches for a missing topic; largest number of seconds between two searches.
 RETRY, RETRY_MOST = 1.0, 60.0
 #: Seconds between two checks whether a search is due.
 BEAT = 0.25
 
 
 class WorkTopics:
-    """The known and the missing work topics. ``known``: topics that exist, with the largest batch that each accepts
-    (bytes; None: not known). Times are seconds of this process's monotonic clock."""
+    """The known and the missing work topics. ``known``: topics that exist, with the largest batch that each topic
+    accepts (bytes; None: not known). Times are seconds of this process's monotonic clock."""
 
     def __init__(self, names: Names, settings: Settings, known: Mapping[str, int | None]) -> None:
         self._names, self._settings = names, settings
         self._known = dict(known)
-        self._missing: dict[str, tuple[float, float]] = {}  # topic: time of the next search, pause after it
+        self._missing: dict[str, tuple[float, float]] = {}  # by topic: time of the next search, pause after that
 
     @property
     def known(self) -> list[str]:
@@ -46,8 +46,10 @@ class WorkTopics:
         return self._names.jobs(lane) in self._known
 
     def refuses(self, topic: str, size: int) -> str | None:
-        """Return why the topic refuses a record whose batch has ``size`` bytes; None if it accepts it, or if its limit is
-        not known."""
+        """Return why the topic refuses a record whose batch has ``size`` bytes.
+
+        Return None if the topic accepts the record, or if the topic's limit is not known.
+        """
         limit = self._known.get(topic)
         if limit is None or size <= limit:
             return None
@@ -61,7 +63,7 @@ class WorkTopics:
         return 0.0 if found is None else max(found[0] - time.monotonic(), 0.0) + BEAT
 
     async def find(self, lanes: Iterable[str]) -> bool:
-        """Search for topics that are neither known nor known to be missing; return whether one was found."""
+        """Search for those topics of ``lanes`` that are neither known nor missing. Return whether a topic was found."""
         topics = {self._names.jobs(lane) for lane in lanes} - self._known.keys() - self._missing.keys()
         return any([await self._look(topic) for topic in sorted(topics)])
 

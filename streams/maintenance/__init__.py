@@ -1,5 +1,5 @@
-"""What runs beside the materializer once in a while: the watchdog for overdue jobs, the check of commits, trimming of old
-records, removal of old cancels.
+"""Periodic maintenance beside the materializer: the watchdog for overdue jobs, the audit of commits, trimming of old
+records, and removal of old cancels.
 
-It reads the status table and the log, and repairs only by writing records.
+The package reads the status table and the log. It repairs only by writing records. Only trimming deletes records.
 """

@@ -1,14 +1,16 @@
-"""Periodic maintenance beside the active materializer: the watchdog, the audit, trimming and the removal of old cancels.
+"""Periodic maintenance beside the active materializer: the watchdog, the audit, trimming and the removal of old
+cancels.
 
 * The **watchdog** finds jobs that are due and were not released, and asks the coordinator to check them
-  (`ReleaseOverdue`); the coordinator decides. The watchdog acts only when the table is live, that is, past every high
-  watermark taken after the job was overdue.
+  (`ReleaseOverdue`); the coordinator decides. The watchdog acts only when the table is live: when it includes every
+  record below high watermarks that were read after the job was overdue.
 * The **audit** counts work records below a worker group's committed offset that no fact closes. The count must be 0.
-* **Trimming** deletes records past the retention age that every reader has read (`jobledger.streams.maintenance.trim`). Readers are
-  workers, coordinator, table, projections of facts in the same database, and the groups of `App.lifecycle`.
+* **Trimming** deletes records past the retention age that every reader has read (`jobledger.streams.maintenance.trim`).
+  Readers are workers, the coordinator, the status table, projections of facts in the same database, and the groups of
+  `App.lifecycle`.
 * **Cancels** of runs that have ended are removed from the control topic (`jobledger.streams.maintenance.cancels`).
 
-Only the materializer that holds the store's lease runs these.
+Only the process whose materializer holds the lease of the status table does this work.
 """
 
 from __future__ import annotations
@@ -74,16 +76,18 @@ TRIMMED = Counter("jobledger_trimmed_records", "Records deleted past the retenti
 OVERDUE_PAGE = 1_000
 #: Timeout in seconds of a request to delete records.
 DELETE_TIMEOUT_S = 30.0
-#: Largest number of open jobs that one audit checks, the oldest first: a lost job becomes the oldest as others end.
+#: Largest number of open jobs that one audit checks. The oldest jobs are checked first: a lost job becomes the oldest
+#: when other jobs end.
 AUDIT_MOST = 10_000
-#: Number of unfinished jobs past the retention age from which on nothing is trimmed.
+#: Nothing is trimmed if this many or more unfinished jobs are past the retention age.
 UNFINISHED_MOST = 10_000
 
 
 @dataclass(frozen=True, slots=True)
 class Cadence:
-    """Times in seconds. ``…_every``: between two rounds. ``overdue_after``: how late a release may be before the watchdog
-    asks. ``patience``: how long to wait until the table is live. ``retention``: age of records to delete."""
+    """Times in seconds. ``…_every``: between two rounds. ``overdue_after``: how late a release may be before the
+    watchdog asks the coordinator. ``patience``: how long to wait until the table is live. ``retention``: age of records
+    to delete."""
 
     watch_every: float = 10.0
     audit_every: float = 15.0
@@ -95,7 +99,7 @@ class Cadence:
 
 class Maintenance:
     """Runs the maintenance of one namespace. ``active``: returns whether this process's materializer is the store's
-    writer; if not, rounds are skipped."""
+    writer; if it is not, rounds are skipped."""
 
     def __init__(
         self,
@@ -153,11 +157,11 @@ class Maintenance:
     # -- the watchdog ---------------------------------------------------------------------------------------------
 
     def watch(self) -> int:
-        """Ask the coordinator about one page of overdue releases; return how many it was asked about. A release is not
-        asked about again within a minute, or ``overdue_after`` if that is longer."""
+        """Ask the coordinator about one page of overdue releases; return the number of these releases. The watchdog
+        does not ask again about a release within a minute, or within ``overdue_after`` if that is longer."""
         bound_ms = int(self.cadence.overdue_after * 1000)
         now_ms = time.time_ns() // 1_000_000
-        # Each round checks the next page, so that jobs that can no longer be released do not hide those after them.
+        # Each round checks the next page, so that jobs that can no longer be released do not hide the jobs after them.
         after = self._looked_to
         page = self._reader.overdue(now_ms, bound_ms, OVERDUE_PAGE, after)
         if not page and after is not None:
@@ -195,7 +199,7 @@ class Maintenance:
             LOG.error("job %s is overdue and the log no longer holds it: nothing can release it", overdue.job_id)
             return None
         origin, spec = found
-        # The id from the log: the table stores a long id as its first characters and a digest.
+        # Use the id from the log: the table stores a long id as its first characters and a digest.
         job_id, home = origin.job_id, origin.home or origin.job_id
         event = JobEvent(
             derived_id(job_id, overdue.run, overdue.release, "overdue"),
@@ -229,7 +233,8 @@ class Maintenance:
     # -- the audit ------------------------------------------------------------------------------------------------
 
     def audit(self) -> int | None:
-        """Count the work records below a committed offset that no fact closes; None if the table is not live."""
+        """Return the number of work records below a committed offset that no fact closes; None if the table is not
+        live."""
         bases = {
             place: c.base for place, c in group_offsets.worker_commits(self.settings, self.names, self.queues).items()
         }
@@ -251,7 +256,7 @@ class Maintenance:
     # -- cancels --------------------------------------------------------------------------------------------------
 
     def forget_cancels(self) -> int:
-        """Remove cancels of runs that have ended from the control topic; return how many."""
+        """Remove cancels of runs that have ended from the control topic; return the number of these cancels."""
         with LogReader(self.settings) as log:
             found = cancels.standing(log, self.names, self._decode)
         done = list(cancels.settled(found, self.names, self._reader))
@@ -262,8 +267,8 @@ class Maintenance:
     # -- trimming -------------------------------------------------------------------------------------------------
 
     def trim(self) -> dict[Partition, int]:
-        """Delete the records past the retention age that every reader has read. Return the new log start of each trimmed
-        partition."""
+        """Delete the records past the retention age that every reader has read. Return the new log start of each
+        trimmed partition."""
         cutoff_ms = int((time.time() - self.cadence.retention) * 1000)
         jobs = {self.names.jobs(q): q for q in self.queues}
         bases = group_offsets.worker_commits(self.settings, self.names, self.queues)
@@ -295,8 +300,9 @@ class Maintenance:
                     workers[place] = coordinator[place].base
             else:
                 workers[place] = aged[place]
-        # Get the readers' offsets before the unfinished jobs: a job read in between would otherwise be missed. Wait until
-        # the table is live: a job that is unfinished in an outdated table may have ended, and would run again if resent.
+        # Get the readers' offsets before the unfinished jobs: a job that the table reads in between would otherwise be
+        # missed. Wait until the table is live: a job that is unfinished in an outdated table may have ended, and would
+        # run again if its submission were sent again.
         readers = Readers.least(aged, self._reader.offsets(), workers, *self._followers(aged))
         if not self._live(self._topics()):
             LOG.info("the status table is not live: not trimming")
@@ -315,11 +321,11 @@ class Maintenance:
         return limits
 
     def _followers(self, aged: Mapping[Partition, int]) -> Iterator[Mapping[Partition, int]]:
-        """Yield, for each projection and each group of `App.lifecycle`, how far it has read the partitions of ``aged``.
+        """Yield, for each projection and each group of `App.lifecycle`, the next offsets in the partitions of ``aged``.
 
-        A projection of facts that has begun counts for every topic, a group for the topics of which it has committed
-        an offset; partitions of those topics that it has not read count as 0. A reader that has not read all records
-        past the retention age is logged by name: it may be unused.
+        A projection of facts counts for every topic as soon as it has stored an offset. A group counts for the topics
+        of which it has committed an offset. A partition of these topics that the reader has not read counts as 0. If a
+        reader has not read all records past the retention age, its name is logged, because the reader may be unused.
         """
         facts = {*self._topics(), self.names.dead_letter, self.names.control}
         url = self.settings.resolve_status_url(self.names.namespace)
@@ -344,7 +350,7 @@ class Maintenance:
             yield read
 
     def _resend(self, submissions: Mapping[str, Position]) -> None:
-        """Send the submissions of waiting jobs again, to the log's end, with the same ids and the due time made absolute.
+        """Send the submissions of waiting jobs again, to the log's end, with the same ids and an absolute due time.
         ``submissions``: positions by the job ids of the table."""
         records = []
         with LogReader(self.settings) as log:
@@ -369,7 +375,7 @@ class Maintenance:
         if not limits:
             return
         wanted = [TopicPartition(topic, partition, offset) for (topic, partition), offset in limits.items()]
-        client = admin(self.settings)  # held: a garbage-collected client never completes its futures
+        client = admin(self.settings)  # keep a reference: a garbage-collected client never completes its futures
         for at, future in client.delete_records(wanted, request_timeout=DELETE_TIMEOUT_S).items():
             try:
                 answer_of(future, DELETE_TIMEOUT_S)
@@ -410,7 +416,8 @@ class Maintenance:
 
 
 def work_position(life: Life, names: Names) -> Position | None:
-    """Return the position of the work record of a life's last release; None if none was read from a work topic."""
+    """Return the position of the work record of a life's last release; None if the life has no such record on a work
+    topic."""
     due, head = life.due, life.head
     at = None
     if due is not None:

@@ -1,9 +1,9 @@
 """Calculates how far each partition may be trimmed, from offsets, commits and unfinished jobs. Pure.
 
-No record is deleted that a reader still needs. A partition is trimmed up to the least of three offsets: the one at the
-retention age, the one up to which every reader has read, and the first record of any unfinished job. A job that only
-waits for its due time must not prevent trimming for a year. So its submission is sent again to the log's end, with the
-same ids, and its old records may be deleted.
+A record that a reader still needs is not deleted. A partition is trimmed up to the least of three offsets: the offset
+at the retention age, the offset up to which every reader has read, and the offset of the first record of any unfinished
+job. A job that only waits for its due time must not prevent trimming for a year. So its submission is sent again to the
+log's end, with the same ids, and its old records may be deleted.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ class Readers:
 
     @classmethod
     def least(cls, wanted: Iterable[Partition], *readers: Mapping[Partition, int]) -> Readers:
-        """Return the least offset over ``readers`` of each wanted partition, without partitions that a reader lacks."""
+        """Return the least offset over ``readers`` of each wanted partition. A partition for which a reader has no
+        offset is left out."""
         found = {}
         for place in wanted:
             known = [r.get(place) for r in readers]
@@ -43,7 +44,8 @@ class Trimming:
 
 
 def plan(aged: Mapping[Partition, int], readers: Readers, unfinished: Iterable[tuple[str, Life]]) -> Trimming:
-    """Return the limits of those partitions of ``aged`` that every reader has an offset for.
+    """Return the limits of those partitions of ``aged`` for which every reader has an offset, and the submissions to
+    send again.
 
     ``aged``: the offset at the retention age, by partition. ``unfinished``: jobs that have not ended and whose first
     fact is older than the retention age.
@@ -76,5 +78,6 @@ def only_waits(life: Life) -> Position | None:
     if any((life.due, life.start, life.close, life.report, life.end, life.leased)):
         return None
     _, topic, partition, offset = max(life.positions)
-    # Only positions are kept of an earlier run. A late fact of that run must not be taken for the submission.
+    # The life keeps only the positions of an earlier run's facts. A late fact of that run must not be taken for the
+    # submission.
     return Position(topic, partition, offset) if (topic, partition) == (head.at[1], head.at[2]) else None

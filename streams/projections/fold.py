@@ -1,4 +1,4 @@
-"""Turns records of the log into rows of a table, by the user's fold. Stores no offsets and begins no transactions."""
+"""Turns records of the log into rows of a table, with the user's fold. Stores no offsets and begins no transactions."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from jobledger.process.logger import get_logger
 from jobledger.schemas.derive import is_pydantic
 from jobledger.schemas.events import Position
 
-LOG = get_logger("jobledger.definitions.projection")
+LOG = get_logger("jobledger.projection")
 
 #: Number of keys in one query.
 KEYS_A_QUERY = 400
@@ -39,17 +39,17 @@ KEYS_A_QUERY = 400
 _PLAIN = {NoneType, bool, int, float, str, bytes, Decimal, dt.datetime, dt.date, uuid.UUID}
 
 Key = tuple[Any, ...]
-#: (key, event or `Recorded`, its id, position and time as `Where`)
+#: (key, event or `Recorded`, `Where` with the event's id, position and time)
 Item = tuple[Key, Any, Where]
 
 
-#: Exceptions that a user's function may raise. The error names the record for all of them. Ctrl-C is not included, as it is
-#: no error of the function.
+#: Exceptions that a user's function may raise. For each of them, the error that is raised instead names the record.
+#: KeyboardInterrupt is not included, because Ctrl-C is no error of the function.
 PERSONS = (Exception, SystemExit, GeneratorExit, asyncio.CancelledError)
 
 
 def failed(projection: Projection, what: str, at: Position, why: str | BaseException) -> JobledgerError:
-    """Return the error for the user's code or a value that it returned. It names the record at ``at``."""
+    """Return the error for the user's code or for a value that it returned. The error names the record at ``at``."""
     said = why if isinstance(why, str) else f"{type_of(why)}: {text_of(why)}"
     return JobledgerError(
         f"projection {projection.name}: its {what} failed at {at} ({said}); nothing of the batch was written. Fix it and "
@@ -58,8 +58,8 @@ def failed(projection: Projection, what: str, at: Position, why: str | BaseExcep
 
 
 class Reading:
-    """Turns records of the log into the arguments of a fold. ``unreadable``: number of skipped records that could not be
-    read."""
+    """Turns records of the log into the arguments of a fold. ``unreadable``: number of skipped records that could not
+    be read."""
 
     def __init__(self, projection: Projection, settings: Settings, names: Names, queues: Sequence[str]) -> None:
         self._projection, self._names = projection, names
@@ -80,8 +80,8 @@ class Reading:
             check_classes(self._projection.events.values(), self._lookup.all())
 
     def items(self, messages: Sequence[Message]) -> Iterator[Item]:
-        """Yield (key, event, where) for each record that the projection uses. Skips and counts unreadable records. Raises
-        `UnknownFact`, and `JobledgerError` if the projection's ``key=`` fails."""
+        """Yield (key, event, where) for each record that the projection uses. Skips and counts unreadable records.
+        Raises `UnknownFact`, and `JobledgerError` if the projection's ``key=`` fails."""
         projection = self._projection
         for message in messages:
             appended_ms = message.timestamp()[1]
@@ -133,14 +133,15 @@ def _copied(row: dict[str, Any]) -> dict[str, Any]:
 
 
 class Fold:
-    """Folds into one table: the live one, or a copy of it for `verify` and `rebuild`."""
+    """Folds into one table: the live table, or a copy of it for `verify` and `rebuild`."""
 
     def __init__(self, projection: Projection, table: Table) -> None:
         self._projection, self.table = projection, table
         self._keys = list(table.primary_key.columns)
         self._names = [column.name for column in table.columns]
         self._key_names = [column.name for column in self._keys]
-        # Values of a new row's columns that the fold does not return. `Projection` refuses other kinds of defaults.
+        # Values for those columns of a new row that the fold does not return. `Projection` refuses other kinds of
+        # defaults.
         self._defaults = {
             column.name: None if column.default is None else column.default.arg  # type: ignore[attr-defined]
             for column in table.columns
@@ -148,8 +149,8 @@ class Fold:
         }
 
     def apply(self, db: Connection, items: Sequence[Item]) -> None:
-        """Fold items in their order. Each row is read and written once per batch. Raises `JobledgerError` that names the
-        record, if the fold fails or a column does not accept a value of its key or row."""
+        """Fold items in their order. Each row is read and written once per batch. Raises a `JobledgerError` that names
+        the record, if the fold fails or a column does not accept a value of its key or row."""
         at = {key: where.position for key, _, where in items}
         with self._fitting(db, at, {key: dict(zip(self._key_names, key, strict=True)) for key in at}):
             before = self._rows(db, list(at), at)
@@ -178,7 +179,7 @@ class Fold:
     def _fitting(
         self, db: Connection, at: Mapping[Key, Position], rows: Mapping[Key, Mapping[str, Any]]
     ) -> Iterator[None]:
-        """Raise an error with the record and the column if SQLAlchemy cannot convert a value of these rows."""
+        """Raise an error that names the record and the column if SQLAlchemy cannot convert a value of these rows."""
         try:
             yield
         except StatementError as exc:
@@ -203,7 +204,7 @@ class Fold:
             wanted = self._keys[0].in_([k[0] for k in some]) if width == 1 else tuple_(*self._keys).in_(some)
             for row in db.execute(select(self.table).where(wanted)).mappings():
                 key = tuple(row[name] for name in self._key_names)
-                if key not in found:  # its row would never be found, and be folded from None each time
+                if key not in found:  # the key's row would never be found, and each batch would fold it from None
                     raise failed(
                         self._projection,
                         "key=",

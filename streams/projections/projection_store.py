@@ -1,8 +1,7 @@
-"""The database of projections: derives its URL, opens it, and tells temporary errors from others."""
+"""The database of projections: derives its URL, opens it, and distinguishes temporary errors from other errors."""
 
 from __future__ import annotations
 
-import sqlite3
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -55,7 +54,8 @@ offsets_table = Table(
 )
 
 
-#: The ids of the topics to which those offsets belong. A topic that was deleted and recreated has another id.
+#: The ids of the topics to which the offsets of `offsets_table` belong. A topic that was deleted and recreated has
+#: another id.
 topics_table = Table(
     f"{RESERVED}projection_topics",
     _metadata,
@@ -69,8 +69,8 @@ topics_table = Table(
 
 def database_of(status_url: str) -> str:
     """Return the URL of the projections' database. For PostgreSQL it is the status table's database. For SQLite it is a
-    separate file beside the status table: a rebuild replaces that table's whole content, and SQLite allows one writer at
-    a time. Raises `ConfigError`."""
+    separate file beside the status table: a rebuild replaces that table's whole content, and SQLite allows one writer
+    at a time. Raises `ConfigError`."""
     scheme = status_url.partition(":")[0]
     if scheme == "sqlite":
         path = sqlalchemy.make_url(status_url).database
@@ -87,9 +87,9 @@ def database_of(status_url: str) -> str:
 
 
 class ProjectionStore:
-    """An engine for the database of `database_of`. Use it from one thread, and close it. Raises `ConfigError`.
+    """An engine for the database of `database_of`. Use a store from one thread, and close it. Raises `ConfigError`.
 
-    SQLite is used in WAL mode, and each of its transactions takes the write lock at its beginning.
+    SQLite is used in WAL mode, and each transaction in SQLite takes the write lock at its beginning.
     """
 
     def __init__(self, status_url: str, namespace: str) -> None:
@@ -115,14 +115,15 @@ class ProjectionStore:
     def make(self, *tables: Table) -> None:
         """Create the tables that are missing. Several processes may do so at once.
 
-        Raises `StoreError` if the file is the status table of a namespace: a rebuild of that table would replace the whole
-        file.
+        Raises `StoreError` if the file is the status table of a namespace: a rebuild of that table would replace the
+        whole file.
         """
         with self.engine.begin() as db:
             if self._address is None:
                 self._refuse_status_table()
             if self._address is not None:
-                # Two processes that check and then create at the same time would collide.
+                # Two processes that check and then create at the same time would create the same table, and one of them
+                # would fail.
                 db.execute(select(func.pg_advisory_xact_lock(_MAKING)))
             for table in tables:
                 table.create(db, checkfirst=True)
@@ -137,8 +138,12 @@ class ProjectionStore:
 
     @contextmanager
     def alone(self, name: str, what: str) -> Iterator[None]:
-        """Hold a lock of this name in this database, which excludes all other processes. It is released if the process
-        dies. Raises `StoreError` if another process holds it. ``what``: the activity, for the error message."""
+        """Hold the lock of this name in this database. Only one process at a time can hold it, and it is released if
+        the process dies. Raises `StoreError` if another process holds the lock. ``what``: the activity, for the error
+        message.
+
+        The lock is an advisory lock in PostgreSQL, and a lock file beside a SQLite file.
+        """
         busy = StoreError(f"{what} is under way in another process: wait until it has ended")
         with ExitStack() as held:
             if self._address is None:
@@ -168,7 +173,8 @@ class ProjectionStore:
         projection, for the message."""
         cause: Any = getattr(exc, "orig", None) or exc
         if self._address is None:
-            passing = isinstance(cause, sqlite3.Error) and (cause.sqlite_errorcode or 0) & 0xFF in _SQLITE_PASSING
+            # An error that Python's module raises itself, for a value that it cannot bind, has no code.
+            passing = (getattr(cause, "sqlite_errorcode", None) or 0) & 0xFF in _SQLITE_PASSING
             return (StoreUnavailable if passing else StoreError)(f"{who}: {shown(self._url)}: {cause}")
         code, said = getattr(cause, "sqlstate", None), str(cause).partition("\n")[0]
         if code in _POSTGRES_PASSING:
@@ -184,7 +190,8 @@ class ProjectionStore:
 
 
 def folded(status_url: str, namespace: str) -> dict[str, dict[tuple[str, int], int]]:
-    """Return the next offsets of every projection of a namespace in this database, by its name, topic and partition.
+    """Return the next offsets of every projection of a namespace in this database: by the projection's name, then by
+    topic and partition.
 
     Empty if the SQLite file or the table does not exist. Raises `StoreError`.
     """

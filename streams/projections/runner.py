@@ -38,7 +38,7 @@ from jobledger.streams.projections.fold import Fold, Reading
 from jobledger.streams.projections.projection_store import ProjectionStore, offsets_table, topics_table
 from jobledger.streams.status.log_feed import identities
 
-LOG = get_logger("jobledger.definitions.projection")
+LOG = get_logger("jobledger.projection")
 
 #: Largest number of records in one transaction, and seconds to wait for the first of them.
 BATCH, POLL_S = 5_000, 0.1
@@ -137,7 +137,7 @@ class ProjectionRunner:
 
     def _identities(self) -> dict[str, str]:
         """Return the ids of the topics that exist now."""
-        client = admin(self.settings)  # held: a garbage-collected client never completes its futures
+        client = admin(self.settings)  # keep a reference: a garbage-collected client never completes its futures
         return identities(client, self.settings, self._reading.topics)
 
     def _keep_topics(self, db: Connection, found: Mapping[str, str]) -> None:
@@ -153,7 +153,7 @@ class ProjectionRunner:
 
     def _identify(self, stop: threading.Event) -> dict[str, str]:
         """Return the id of every topic that is folded. Raises `BrokerUnavailable` if an id is not returned in time:
-        offsets must not be stored before it is known to which topics they belong."""
+        offsets must not be stored before the ids of their topics are known."""
         deadline = time.monotonic() + IDENTIFY_S
         while True:
             found = self._identities()
@@ -184,7 +184,8 @@ class ProjectionRunner:
         return {(row["topic"], row["partition"]): row["next_offset"] for row in rows}
 
     def _move(self, db: Connection, before: Mapping[Place, int], after: Mapping[Place, int]) -> None:
-        """Move the offsets from ``before`` to ``after``. Raises `Overtaken` if they are not those of ``before``."""
+        """Move the offsets from ``before`` to ``after``. Raises `Overtaken` if the stored offsets are not those of
+        ``before``."""
         for (topic, partition), offset in sorted(after.items()):  # the same order in all processes prevents deadlocks
             place = and_(self._mine, offsets_table.c.topic == topic, offsets_table.c.partition == partition)
             known = before.get((topic, partition))
@@ -206,7 +207,8 @@ class ProjectionRunner:
     # -- running --------------------------------------------------------------------------------------------------
 
     def run(self, stop: threading.Event, *, until_end: bool = False) -> None:
-        """Fold until ``stop`` is set, or with ``until_end`` until the records that the log held at the start are folded.
+        """Fold until ``stop`` is set, or with ``until_end`` until the records that the log held at the start are
+        folded.
 
         Raises `JobledgerError` if the fold fails, `StoreError` if the database stays unavailable, `BrokerUnavailable`,
         `TopicMissing`, `UnknownFact`, `IncompatibleEvent`. Nothing is lost: the next run continues from the offsets.
@@ -266,7 +268,8 @@ class ProjectionRunner:
                     self._patiently(stop, lambda batch=messages: self._transaction(folding, known, batch))  # type: ignore[misc]
 
     def _undisturbed(self, known: Mapping[Place, int]) -> None:
-        """Raise `Overtaken` if a rebuild has moved the offsets. Without new records no transaction would detect that."""
+        """Raise `Overtaken` if a rebuild has moved the offsets. Without new records no transaction would detect the
+        move."""
         with self._engine.begin() as db:
             if self.offsets(db) != known:
                 raise Overtaken(f"another process has moved the offsets of projection {self.projection.name}")
@@ -302,7 +305,7 @@ class ProjectionRunner:
         )
 
     def _trimmed(self, places: Iterable[Place]) -> list[str]:
-        """Describe those of the partitions whose first records are no longer in the log."""
+        """Return a description of each of the partitions whose first records are no longer in the log."""
         return [f"{t}[{p}] begins at {low}" for (t, p), low in sorted(self._lows(places).items()) if low > 0]
 
     def _transaction(self, folding: Fold, known: dict[Place, int], messages: Sequence[Message]) -> None:
@@ -321,11 +324,12 @@ class ProjectionRunner:
     # -- checking -------------------------------------------------------------------------------------------------
 
     def verify(self, stop: threading.Event, tell: Callable[[int, int], None] = lambda done, total: None) -> Checked:
-        """Fold the log again, up to the live table's offsets, into a copy, and compare. The live table may be written.
+        """Fold the log again, up to the live table's offsets, into a second table, and compare the two tables. The live
+        table may be written meanwhile.
 
-        ``tell``: called after each batch with the offsets reached and those to reach, each summed over the partitions.
-        ``equal`` is None if the tables differ and the log was trimmed. Raises as `run` does, and `JobledgerError` if
-        ``stop`` is set.
+        ``tell``: called after each batch with two sums over the partitions: of the offsets reached, and of the offsets
+        to reach. ``equal`` is None if the tables differ and the log was trimmed. Raises as `run` does, and
+        `JobledgerError` if ``stop`` is set.
         """
         began = time.monotonic()
         self._reading.check()
@@ -348,11 +352,13 @@ class ProjectionRunner:
         *,
         from_what_is_left: bool = False,
     ) -> Checked:
-        """Fold the whole log into a copy, then replace the live table's rows and the offsets in one transaction. A process
-        that runs meanwhile detects that, and continues from the new offsets.
+        """Fold the whole log into a second table, then replace the live table's rows and the offsets in one
+        transaction. A process that runs the projection meanwhile detects the replacement, and continues from the new
+        offsets.
 
-        ``from_what_is_left``: rebuild even if the log was trimmed, so that the rows of trimmed records are lost. Without
-        it a trimmed log raises `JobledgerError`, and nothing changes. ``tell``, raises: as `verify`.
+        ``from_what_is_left``: rebuild even if the log was trimmed, so that the rows of trimmed records are lost.
+        Without this option a trimmed log raises `JobledgerError`, and nothing changes. ``tell`` and errors: as in
+        `verify`.
         """
         began = time.monotonic()
         self._reading.check()
@@ -364,7 +370,7 @@ class ProjectionRunner:
         table = self.projection.table
         with self._explained(), self._copying("rebuild") as copy:
             records, trimmed = self._fold_again(copy, ends, stop, tell, "rebuild")
-            if not from_what_is_left:  # trimmed meanwhile, or found only by counting the records
+            if not from_what_is_left:  # the log was trimmed meanwhile, or only the count of its records shows this
                 self._refuse(trimmed)
             with self._engine.begin() as db:
                 live, _ = _digest(db, table)
@@ -388,12 +394,12 @@ class ProjectionRunner:
 
     @contextmanager
     def _copying(self, why: str) -> Iterator[Table]:
-        """Create an empty table like the projection's, and drop it afterwards. Raises `StoreError` while another process
-        uses it."""
+        """Create an empty table like the projection's table, and drop it afterwards. Raises `StoreError` while another
+        process uses a table of this name."""
         copy = self.projection.table.to_metadata(MetaData(), name=f"{RESERVED}{self.projection.name}_{why}")
         copy.indexes.clear()
         for constraint in copy.constraints:
-            constraint.name = None  # in PostgreSQL it names an index, and the live table's index has that name
+            constraint.name = None  # in PostgreSQL the name is also an index's name, and the live table's index has it
         with self._store.alone(copy.name, f"a {why} of projection {self.projection.name}"):
             with self._engine.begin() as db:
                 copy.drop(db, checkfirst=True)  # left by a killed process
@@ -412,7 +418,8 @@ class ProjectionRunner:
         tell: Callable[[int, int], None],
         why: str,
     ) -> tuple[int, list[str]]:
-        """Fold the log up to ``ends`` into ``copy``. Return the number of records, and descriptions of what is missing."""
+        """Fold the log up to ``ends`` into ``copy``. Return the number of records, and descriptions of the records that
+        are missing."""
         begin = self._lows(ends)
         at, orders = dict(begin), 0
         folding, total, done = Fold(self.projection, copy), sum(ends.values()), 0
@@ -449,7 +456,8 @@ def _ends_of(messages: Sequence[Message]) -> dict[Place, int]:
 
 
 def _open(consumer: Consumer, ends: Mapping[Place, int], at: Mapping[Place, int]) -> bool:
-    """Return whether a partition is not yet read to its end. The client's position also passes offsets without a record."""
+    """Return whether a partition is not yet read to its end. The client's position also moves past offsets without a
+    record."""
     left = [place for place, end in ends.items() if at.get(place, 0) < end]
     if not left:
         return False

@@ -1,4 +1,4 @@
-"""The status table: the materializer that writes it from the log, and rebuilding and verifying it.
+"""The status table: the materializer that writes it from the log, and the functions that rebuild and verify it.
 
-The rules by which facts become a row are in `jobledger.job`, and each database is in `store`.
+The rules by which facts become a row are in `jobledger.job`. The code for each database is in `store`.
 """

@@ -1,4 +1,4 @@
-"""Adapts the number of records in a transaction to a database that limits how long a statement may run. No SQL here."""
+"""Adapts the number of records in a transaction to a database that limits how long a statement may run. Uses no SQL."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ CALM = 100
 
 
 class BatchSize:
-    """Number of records in one transaction. ``most``: the upper limit. ``now``: the present size, smaller after a
-    transaction took too long."""
+    """Number of records in one transaction. ``most``: the upper limit. ``now``: the present size; it is smaller than
+    ``most`` after a transaction took too long."""
 
     def __init__(self, most: int) -> None:
         self.most = self.now = most
@@ -36,10 +36,10 @@ class BatchSize:
 def in_batches(
     items: Sequence[T], size: BatchSize, write: Callable[[Sequence[T]], object], log: logging.Logger
 ) -> None:
-    """Pass all items to ``write``, in order and in transactions of this size. A transaction that the database cancels
-    because of its statement_timeout writes nothing, and is retried with half as many items.
+    """Pass all items to ``write``, in order, in transactions of at most ``size.now`` items. A transaction that the
+    database cancels because of its statement_timeout writes nothing, and is retried with half as many items.
 
-    Raises `StoreTooSlow` if a single item takes too long.
+    Raises `StoreTooSlow` if the transaction of a single item takes too long.
     """
     begin = 0
     while begin < len(items):

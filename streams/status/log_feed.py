@@ -1,8 +1,7 @@
-"""Reads the records of every topic from which the status table is built, from given offsets on. Commits nothing: the
-caller keeps the offsets.
+"""Reads the records of every topic from which the status table is built, from given offsets on.
 
-Partitions are assigned directly, without a consumer group: only the database stores what was read, and nothing
-rebalances.
+The module commits no offsets: the caller stores them. Partitions are assigned directly, without a consumer group. So no
+rebalance happens, and only the database stores which records were read.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from confluent_kafka import (
     TopicCollection,
     TopicPartition,
 )
-from confluent_kafka.admin import (  # type: ignore[attr-defined]  # re-exported without saying so
+from confluent_kafka.admin import (  # type: ignore[attr-defined]  # the module declares no exports
     AdminClient,
     OffsetSpec,
 )
@@ -35,7 +34,7 @@ from jobledger.streams.status.store.protocol import Partition
 
 LOG = get_logger("jobledger.materializer")
 
-#: Kilobytes of records that the client may prefetch. It bounds memory, however large the backlog is.
+#: Kilobytes of records that the client may prefetch. This limit bounds memory, however large the backlog is.
 QUEUE_KB = 32 * 1024
 FETCH_BYTES = 16 * 1024 * 1024
 REQUEST_TIMEOUT_S = 10.0
@@ -43,8 +42,8 @@ REQUEST_TIMEOUT_S = 10.0
 _GONE = (KafkaError.UNKNOWN_TOPIC_OR_PART, KafkaError._UNKNOWN_TOPIC, KafkaError._UNKNOWN_PARTITION)
 _OUT_OF_RANGE = (KafkaError._AUTO_OFFSET_RESET, KafkaError.OFFSET_OUT_OF_RANGE)
 _TRANSPORT = (KafkaError._TRANSPORT, KafkaError._ALL_BROKERS_DOWN, KafkaError._RESOLVE, KafkaError._TIMED_OUT)
-#: Errors of a partition that has just been created or moved. In answers to admin requests librdkafka does not mark them
-#: as retriable.
+#: Errors of a partition that has just been created or moved. In answers to admin requests librdkafka does not mark
+#: these errors as retriable.
 _ELECTING = (
     KafkaError.NOT_LEADER_FOR_PARTITION,
     KafkaError.LEADER_NOT_AVAILABLE,
@@ -54,8 +53,8 @@ _ELECTING = (
 
 
 class LogFeed:
-    """Reads all work topics, lifecycle, coordination and dead letters of a namespace. Use it from one thread, and close
-    it."""
+    """Reads all work topics, and the lifecycle, coordination and dead-letter topics of a namespace. Use a feed from one
+    thread, and close it."""
 
     def __init__(self, settings: Settings, names: Names) -> None:
         self._settings, self._names = settings, names
@@ -75,8 +74,8 @@ class LogFeed:
         )
         self._admin: AdminClient | None = None
         self._assigned: set[Partition] = set()
-        #: Partitions whose next offset the log no longer had, or that `restart` was called for, with the offset from which
-        #: they are read instead. The caller removes them.
+        #: Partitions whose next offset the log no longer had, or for which `restart` was called. Each value is the
+        #: offset from which the partition is read instead. The caller removes the entries.
         self.resets: dict[Partition, int] = {}
 
     def __enter__(self) -> Self:
@@ -97,7 +96,7 @@ class LogFeed:
         return frozenset(self._assigned)
 
     def present(self, timeout: float = REQUEST_TIMEOUT_S) -> set[Partition]:
-        """Return the partitions to read that exist now. ``timeout``: seconds. Raises `BrokerUnavailable`,
+        """Return the existing partitions of the topics to read. ``timeout``: seconds. Raises `BrokerUnavailable`,
         `NotAuthenticated`."""
         self._door.check()
         try:
@@ -116,7 +115,7 @@ class LogFeed:
         return topic in (names.lifecycle, names.coordination, names.dead_letter) or names.queue_of(topic) is not None
 
     def identities(self, topics: Iterable[str], timeout: float = REQUEST_TIMEOUT_S) -> dict[str, str]:
-        """Call the function `identities` of this module, with one client for all calls."""
+        """Return the ids of topics: see the function `identities` of this module. All calls share one client."""
         if self._admin is None:
             self._admin = admin(self._settings)
         return identities(self._admin, self._settings, topics, timeout)
@@ -130,8 +129,8 @@ class LogFeed:
         self.resets |= starts
 
     def add(self, offsets: Mapping[Partition, int | None]) -> None:
-        """Read these partitions, too, from these offsets on (None: from the log's start). Those already read are not
-        changed."""
+        """Start to read these partitions, from these offsets on (None: from the log's start). A partition that is read
+        already is not changed."""
         new = {place: offset for place, offset in offsets.items() if place not in self._assigned}
         if new:
             self._consumer.incremental_assign([_at(place, offset) for place, offset in new.items()])
@@ -145,10 +144,11 @@ class LogFeed:
             self._assigned -= set(known)
 
     def read(self, most: int, patience: float, until: float = 0.0) -> list[Message]:
-        """Return up to ``most`` records. Wait up to ``patience`` seconds for the first one, then until ``until`` for more.
+        """Return up to ``most`` records. Wait up to ``patience`` seconds for the first record, then until ``until`` for
+        more.
 
-        ``until``: a time of `time.monotonic`; 0: return the records that are available.
-        Raises `NotAuthenticated` if the cluster refuses this client, or another error past which reading cannot continue.
+        ``until``: a time of `time.monotonic`; 0: return the records that are available. Raises `NotAuthenticated` if
+        the cluster refuses this client, or another error after which reading cannot continue.
         """
         messages = self._consumer.consume(1, patience)
         if not messages:
@@ -160,7 +160,8 @@ class LogFeed:
         return messages
 
     def _error(self, message: Message) -> bool:
-        """Return whether a message is an error, and handle the error. Raises one past which reading cannot continue."""
+        """Return whether a message is an error, and handle the error. Raises an error after which reading cannot
+        continue."""
         error = message.error()
         if error is None:
             return False
@@ -186,8 +187,8 @@ class LogFeed:
         return True
 
     def lag(self, offsets: Mapping[Partition, int]) -> dict[str, int]:
-        """Return how many records of each topic are not below ``offsets``, by the ends that the client knows. Does not ask
-        the broker."""
+        """Return for each topic how many records are in the log at or above ``offsets``. Uses the ends that the client
+        knows, without a request to the broker."""
         found: dict[str, int] = {}
         for place in self._assigned:
             ends = self._consumer.get_watermark_offsets(_at(place, None), cached=True)
@@ -210,8 +211,9 @@ def _at(place: Partition, offset: int | None) -> TopicPartition:
 def identities(
     client: AdminClient, settings: Settings, topics: Iterable[str], timeout: float = REQUEST_TIMEOUT_S
 ) -> dict[str, str]:
-    """Return the ids of topics. A recreated topic has another id than the earlier one of its name. Topics whose id the
-    broker does not return are left out. Raises `NotAuthorized` for a topic that this user may not read."""
+    """Return the ids of topics. ``timeout``: seconds. A recreated topic has another id than the earlier topic of its
+    name. Topics whose id the broker does not return are left out. Raises `NotAuthorized` for a topic that this user may
+    not read."""
     found: dict[str, str] = {}
     asked = TopicCollection(sorted(topics))
     for topic, future in client.describe_topics(asked, request_timeout=timeout).items():
@@ -227,7 +229,8 @@ def identities(
 def bounds(
     settings: Settings, partitions: Iterable[Partition], timeout: float = REQUEST_TIMEOUT_S
 ) -> dict[Partition, tuple[int, int]]:
-    """Return each partition's first offset in the log and the next offset to be written. Asks for all partitions at once.
+    """Return each partition's first offset in the log, and the offset that its next record will get. Each request is
+    for all partitions at once.
 
     Raises `BrokerUnavailable` if the broker does not answer within ``timeout`` seconds, `TopicMissing` if a partition
     does not exist.
@@ -235,7 +238,7 @@ def bounds(
     client = admin(settings)
     deadline = time.monotonic() + timeout
     found: list[dict[Partition, int]] = []
-    for spec in (OffsetSpec.earliest(), OffsetSpec.latest()):  # type: ignore[no-untyped-call]  # they have no types
+    for spec in (OffsetSpec.earliest(), OffsetSpec.latest()):  # type: ignore[no-untyped-call]  # untyped functions
         told: dict[Partition, int] = {}
         left = {_at(place, None) for place in partitions}
         while left:
@@ -256,7 +259,7 @@ def bounds(
 
 
 def read_until(feed: LogFeed, ends: Mapping[Partition, int], most: int, stall: float = 60.0) -> Iterator[list[Message]]:
-    """Yield batches of all records below ``ends`` of the partitions that were added.
+    """Yield, in batches, all records below ``ends`` of the partitions that were added to ``feed``.
 
     Raises `BrokerUnavailable` if no record arrives for ``stall`` seconds.
     """

@@ -1,10 +1,11 @@
 """The materializer: keeps the status table up to date with the log.
 
-Owns the loop, the lease, and the handling of an unavailable broker or database and of another materializer.
-`jobledger.job` defines what records mean, `projector` turns them into rows, `feed` reads them.
+This module owns the loop, the lease, and what happens if the broker or the database is unavailable or another
+materializer takes over. `jobledger.job` defines what records mean, `row_folder` turns records into rows, and `log_feed`
+reads records.
 
-A batch is one transaction. It checks and renews the lease first, then writes rows, counters and offsets. So after a
-restart reading continues at the offsets in the table, and no record is counted twice or left out, whenever the process
+A batch is one transaction, which first checks and renews the lease, then writes rows, counters and offsets. So after a
+restart reading continues at the offsets in the table: no record is counted twice or left out, whenever the process
 dies.
 """
 
@@ -59,16 +60,16 @@ except ImportError as exc:
 
 LOG = get_logger("jobledger.materializer")
 
-#: Largest number of records in one transaction. It is large so that, while a backlog is read, several facts of a job are
-#: often combined into one write of its row. Under normal load a transaction is written every `LINGER_S`.
+#: Largest number of records in one transaction. The number is large so that, while a backlog is read, several facts of
+#: a job are often combined into one write of its row. Under normal load a transaction is written every `LINGER_S`.
 BATCH = 16_000
-#: Seconds between two transactions under load. A longer pause costs less, and delays each fact by up to this time.
+#: Seconds between two transactions under load. A longer pause costs less, and delays each fact by up to its length.
 LINGER_S = 0.01
 #: Seconds to wait for records before the loop does its other work.
 PATIENCE_S = 0.1
 #: Seconds between two searches for new topics and partitions.
 DISCOVER_S = 5.0
-#: Timeout in seconds of a search for topics. It must be well below the lease's duration.
+#: Timeout in seconds of a search for topics. The timeout must be well below the lease's duration.
 DISCOVER_TIMEOUT_S = 3.0
 #: Seconds between two attempts to get the lease.
 STAND_BY_S = 0.5
@@ -76,7 +77,8 @@ STAND_BY_S = 0.5
 RENEW_S = 2.0
 #: Seconds for which operations are retried while the database is unavailable.
 STORE_PATIENCE_S = 30.0
-#: Largest value in bytes of a rejected record that its dead letter includes: the dead letter must fit into a record, too.
+#: Largest value of a rejected record, in bytes, that its dead letter includes: the dead letter must fit into a record,
+#: too.
 REJECT_BYTES = 700_000
 
 #: Rejected records of one batch that are logged as warnings; the others are logged at DEBUG. The metric counts all.
@@ -150,10 +152,12 @@ class Materializer:
         Raises `LeaseLost` if another materializer took over, `StoreError` if the database stays unavailable or does not
         belong to this namespace, `ConfigError` for a URL of an unknown kind, `AccessDenied` if the cluster refuses this
         client. While the broker is unavailable, `run` waits. It raises `BrokerUnavailable` only if a dead letter cannot
-        be sent within ``store_patience``, or if the start of a partition that lost its next record is not told in time.
+        be sent within ``store_patience``, or if the broker does not return in time the first offset of a partition
+        whose next record is no longer in the log.
         """
         opens = partial(self._open_store, self._url, self._names.namespace)
-        # Retry only while the database is unavailable: one that refuses access, or is another's, would do so again.
+        # Retry only while the database is unavailable. A database that refuses access, or that belongs to something
+        # else, would give the same error again.
         store = self._persist(opens, stop, StoreUnavailable)
         if store is None:
             return
@@ -261,8 +265,8 @@ class Materializer:
         """Return the partitions that can be read, and the topics that cannot be read because their id is not known.
 
         Partitions of recreated topics are read from their start; they are left out if their start cannot be determined
-        now. A topic of which no id is known is not read: if it was recreated before its first id is stored, the offsets
-        would be taken for those of the new topic.
+        now. A topic whose id is not known is not read: if the topic were recreated before its id is stored, the stored
+        offsets would be taken for offsets of the new topic.
         """
         found = feed.identities({topic for topic, _ in present}, DISCOVER_TIMEOUT_S)
         known = {**self._known, **self._new_ids}
@@ -299,13 +303,14 @@ class Materializer:
             write(messages)  # no records: only offset resets and topic ids
 
     def _apply(self, store: Store, projector: RowFolder, feed: LogFeed, messages: Sequence[Message]) -> Folded:
-        """Write one batch in one transaction. Can be called again if it fails."""
+        """Write one batch in one transaction. The call can be repeated if it fails."""
         folded = projector.fold(messages)
         folded.changes.resets, folded.changes.topics = dict(feed.resets), dict(self._new_ids)
         self._dead_letter(folded)
         store.write(folded.changes)
         projector.committed(folded)
-        self._offsets = {**self._offsets, **feed.resets, **folded.changes.offsets}  # a new one: other threads read it
+        # A new dict is made, because other threads may read the old one.
+        self._offsets = {**self._offsets, **feed.resets, **folded.changes.offsets}
         metrics = self.metrics
         metrics.batches.inc()
         metrics.jobs.inc(len(folded.changes.jobs))
@@ -320,13 +325,14 @@ class Materializer:
         return folded
 
     def _dead_letter(self, folded: Folded) -> None:
-        """Send unreadable records of the lifecycle topic to the dead letters, as no other process checks that topic. Log
-        the unreadable records of every topic."""
+        """Send unreadable records of the lifecycle topic to the dead letters, because no other process checks that
+        topic. Log the unreadable records of every topic."""
         letters = []
         for number, each in enumerate(folded.rejected):
             level = logging.WARNING if number < SAY_REJECTS else logging.DEBUG
             where = position_of(each.message)
-            # A fact of a newer version is a valid event. It stays in the topic for a table of that version.
+            # A fact of a newer version is a valid event. The record stays in the topic, so that a table of that version
+            # can include it.
             if where.topic == self._names.lifecycle and not isinstance(each.error, UnknownFact):
                 LOG.log(level, "%s is no event and goes to %s: %s", where, self._names.dead_letter, each.error)
                 letters.append(self._letter(each.message, each.error))
@@ -335,7 +341,8 @@ class Materializer:
         if letters:
             if self._writer is None:
                 self._writer = LogWriter(self._settings, self._names)
-            # Before the offsets: if this process dies in between, the same dead letters are sent again with the same ids.
+            # Send the dead letters before the offsets are written: if this process dies in between, the same dead
+            # letters are sent again with the same ids.
             self._writer.send(letters)
 
     def _letter(self, message: Message, error: SchemaError) -> Outgoing:
@@ -354,10 +361,11 @@ class Materializer:
         passing: type[StoreError] = StoreError,
         raising: tuple[type[StoreError], ...] = (),
     ) -> T | None:
-        """Call ``act``. Retry for up to ``store_patience`` seconds if the database or the broker is unavailable; return
-        None if ``stop`` is set meanwhile.
+        """Call ``act`` and return its result. Retry for up to ``store_patience`` seconds if the database or the broker
+        is unavailable. Return None if ``stop`` is set meanwhile.
 
-        ``passing``: errors of the database that are retried. ``raising``: those of them that are raised at once.
+        ``passing``: errors of the database that are retried. Of these, `LeaseLost`, `CommitUnknown` and the errors of
+        ``raising`` are raised at once.
         """
         never: tuple[type[BaseException], ...] = (LeaseLost, CommitUnknown, *raising)
         deadline: float | None = None
@@ -380,8 +388,8 @@ class Materializer:
 
 
 def behind(settings: Settings, names: Names, offsets: Mapping[Partition, int]) -> dict[Partition, int]:
-    """Count the records of each partition that are in the log and not below ``offsets``, without partitions that have
-    none.
+    """Return for each partition the number of records that are in the log at or above ``offsets``. Partitions without
+    such records are left out.
 
     Raises `BrokerUnavailable`.
     """

@@ -1,12 +1,8 @@
 """``rebuild`` recreates the status table from the log; ``verify`` checks whether the table matches the log.
 
-Both fold the log again from its start: ``rebuild`` into a table of the same kind beside the live one, ``verify`` into a
-SQLite file. So memory depends only on the size of a batch and of the projector's cache. Neither runs a job or writes to
-the log.
-
-A job *begins within the log* if every fact that the table has of it can still be read. Of any other job the log holds
-only some facts, or none. A rebuild carries such jobs over from the live table, joined with the facts in the log, and
-marks them. A verification leaves them out.
+Both functions fold the log again from its start: ``rebuild`` into a second table in the same kind of database,
+``verify`` into a SQLite file. So memory depends only on the size of a batch and of the row folder's cache. Neither
+function runs a job or writes to the log.
 """
 
 from __future__ import annotations
@@ -15,6 +11,7 @@ import hashlib
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -51,13 +48,14 @@ NAMED = 20
 LEASE_PATIENCE_S = 15.0
 RENEW_S = 2.0
 
-#: Called after each batch with (records read, total number of records).
+#: Called after each batch with (number of records read, total number of records).
 Tell = Callable[[int, int], None]
 T = TypeVar("T")
 
 
 class RebuildReport(msgspec.Struct, frozen=True):
-    """The result of a rebuild. ``carried``: jobs of the previous table of which the log no longer has every fact."""
+    """The result of a rebuild. ``carried``: number of jobs of the previous table of which the log no longer has every
+    fact."""
 
     url: str
     jobs: int
@@ -70,9 +68,9 @@ class RebuildReport(msgspec.Struct, frozen=True):
 class VerifyReport(msgspec.Struct, frozen=True):
     """The result of a verification. ``equal``: whether the table matches the log, and its counters match its rows.
 
-    ``jobs``: number of compared jobs. ``left_out``: jobs of which the log no longer has every fact. ``differing``: number
-    of jobs that differ; ``first_differing`` has the first ids of them. ``counters_equal``: whether the table's counters
-    match its own rows. ``table_digest``, ``log_digest``: digests of all compared jobs.
+    ``jobs``: number of compared jobs. ``left_out``: number of jobs of which the log no longer has every fact.
+    ``differing``: number of jobs that differ. ``first_differing``: the first ids of these jobs. ``counters_equal``:
+    whether the table's counters match its own rows. ``table_digest``, ``log_digest``: digests of all compared jobs.
     """
 
     equal: bool
@@ -92,9 +90,12 @@ class VerifyReport(msgspec.Struct, frozen=True):
 class Span:
     """The offsets of each partition that the log holds: from ``low`` up to, not including, ``high``.
 
-    ``begins``: when the first record that was read of a partition was appended, ms. If the table knows a record with an
-    offset in the span and an earlier time, that record was in a deleted topic of the same name: offsets restart at 0,
-    time does not.
+    A job *begins within the log* if every fact of the job that the table includes is in the span (`holds`). The log
+    holds only some of the facts of any other job, or none of them.
+
+    ``begins``: the append time in ms of the first record that was read of each partition. In a recreated topic offsets
+    restart at 0, but times do not. So a record that the table knows, with an offset in the span and an earlier time,
+    was in a deleted topic of the same name.
     """
 
     low: dict[Partition, int]
@@ -120,11 +121,14 @@ class Span:
 def rebuild(
     names: Names, settings: Settings, queues: Sequence[str], store_url: str, progress: Tell | None = None
 ) -> RebuildReport:
-    """Build a new table from the log beside the live one, then swap them. Readers see either the old or the new table.
+    """Build a new table from the log, then replace the live table with it. Readers see either the old or the new table.
 
-    Takes the lease, so a running materializer must be stopped first: after 15 s `StoreError` names the lease's holder.
-    If anything fails, the live table is not changed. Work topics are found by name. ``queues``: those whose work topics
-    must be readable; raises `NotAuthorized` if one is not.
+    Jobs that do not begin within the log are copied from the live table, joined with their facts in the log, and marked
+    as carried over. If anything fails, the live table is not changed. ``queues``: the queues whose work topics must be
+    readable; work topics are found by name.
+
+    The rebuild takes the table's lease, so a running materializer must be stopped first. Raises `StoreError` with the
+    name of the lease's holder if the lease is not free within 15 s, `NotAuthorized` if a topic is not readable.
     """
     began = time.monotonic()
     settings = _allowed(names, settings, queues)
@@ -141,7 +145,7 @@ def rebuild(
 
 def _allowed(names: Names, settings: Settings, queues: Sequence[str]) -> Settings:
     """Return the settings for reading only. Check first that the topics may be read: the broker does not list a topic
-    that this user may not read, so it would count as empty."""
+    that this user may not read, so such a topic would count as empty."""
     settings = settings.acting_as("web")
     topics = (*map(names.jobs, queues), names.lifecycle, names.coordination, names.dead_letter, names.schemas)
     acls.check(settings, names.namespace, topics)
@@ -151,10 +155,11 @@ def _allowed(names: Names, settings: Settings, queues: Sequence[str]) -> Setting
 def verify(
     names: Names, settings: Settings, queues: Sequence[str], store_url: str, progress: Tell | None = None
 ) -> VerifyReport:
-    """Fold the log up to the table's offsets into a separate table, and compare the two job by job.
+    """Fold the log up to the table's offsets into a separate table, and compare the two tables job by job.
 
-    The table may be written meanwhile: a copy made at the beginning is compared. Raises `StoreNotFound`, `StoreError` if
-    the log is trimmed meanwhile, `NotAuthorized`, `TopicMissing` without a lifecycle topic, `BrokerUnavailable`.
+    Jobs that do not begin within the log are left out. The materializer may write the table meanwhile: the comparison
+    uses a copy that is made at the beginning. Raises `StoreNotFound`, `StoreError` if the log is trimmed meanwhile,
+    `NotAuthorized`, `TopicMissing` without a lifecycle topic, `BrokerUnavailable`.
     """
     began = time.monotonic()
     settings = _allowed(names, settings, queues)
@@ -163,19 +168,15 @@ def verify(
         # A copy of the present state, so that the materializer can continue to write the table.
         copy(store_url, names.namespace, folder / "table.db")
         copied = f"sqlite:///{folder / 'table.db'}"
-        kept = open_sqlite(copied, names.namespace)
-        offsets = kept.offsets()
-        url = f"sqlite:///{folder / 'clients.db'}"
-        with SqliteStore(url, names.namespace) as store:
-            store.acquire()
-            span, records, _ = _fold_log(names, settings, store, offsets, kept.topics(), progress, lambda: None)
-        folded = open_sqlite(url, names.namespace)
-        try:
-            found = _compare(kept, folded, span)
-            counters = kept.counters_hold()
-        finally:
-            folded.close()
-            kept.close()
+        url = f"sqlite:///{folder / 'log.db'}"
+        with closing(open_sqlite(copied, names.namespace)) as kept:
+            offsets = kept.offsets()
+            with SqliteStore(url, names.namespace) as store:
+                store.acquire()
+                span, records, _ = _fold_log(names, settings, store, offsets, kept.topics(), progress, lambda: None)
+            with closing(open_sqlite(url, names.namespace)) as folded:
+                found = _compare(kept, folded, span)
+                counters = kept.counters_hold()
     return VerifyReport(
         equal=found.differing == 0 and counters,
         url=shown(store_url),
@@ -218,11 +219,11 @@ def _fold_log(
     progress: Tell | None,
     alive: Callable[[], object],
 ) -> tuple[Span, int, int]:
-    """Fold the log into ``store`` up to ``offsets`` (None: its end). Return the span read, the number of records read and
-    the number rejected.
+    """Fold the log into ``store`` up to ``offsets`` (None: its end). Return the span read, the number of records read
+    and the number of rejected records.
 
-    ``topics``: the ids of the topics to which ``offsets`` belong, as far as they are known. A topic that now has another
-    id was recreated later, so it is left out. ``alive``: called about every two seconds.
+    ``topics``: the known ids of the topics to which ``offsets`` belong. A topic that now has another id was recreated
+    later, so it is left out. ``alive``: called about every two seconds.
     """
     projector = RowFolder(store, decoder(settings, names))
     records = rejected = 0
@@ -268,7 +269,7 @@ def _fold_log(
             if time.monotonic() - renewed > RENEW_S:
                 alive()
                 renewed = time.monotonic()
-    # Include partitions that no longer hold any record.
+    # Store the ends of partitions that no longer hold any record, too.
     store.write(Changes(offsets=dict(span.high), topics=ids))
     return span, records, rejected
 
@@ -278,7 +279,7 @@ def _span(settings: Settings, names: Names, feed: LogFeed, offsets: Mapping[Part
     if names.lifecycle not in {topic for topic, _ in present}:
         clients.partitions_of(
             settings, names.lifecycle
-        )  # raises: without lifecycle the log would seem empty, and no job would be compared
+        )  # raises an error: without lifecycle the log would seem empty, and no job would be compared
     low: dict[Partition, int] = {}
     high: dict[Partition, int] = {}
     for place, (first, end) in sorted(bounds(settings, present).items()):
@@ -289,7 +290,7 @@ def _span(settings: Settings, names: Names, feed: LogFeed, offsets: Mapping[Part
 
 
 def _carry(names: Names, settings: Settings, live_url: str, span: Span, new: Store, alive: Callable[[], object]) -> int:
-    """Join the live table's jobs that do not begin within the log into ``new``; return how many there are."""
+    """Join the live table's jobs that do not begin within the log into ``new``; return the number of these jobs."""
     projector = RowFolder(new, decoder(settings, names), cache_jobs=1)
     reader = open_reader(live_url, names.namespace)
     carried, size = 0, BatchSize(CHUNK)
@@ -323,7 +324,7 @@ class _Comparison:
         self.table, self.log = hashlib.sha256(), hashlib.sha256()
 
     def take(self, job_id: str, table: Row | None, log: Row | None) -> None:
-        """Compare the two rows of one job; None: the table has none."""
+        """Compare the two rows of one job. None: that table has no row of the job."""
         self.jobs += 1
         if table is not None:
             self.table.update(repr(table).encode())

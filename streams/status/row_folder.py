@@ -1,7 +1,8 @@
 """Turns records into the changes of one transaction: decodes, folds, projects and counts. Uses no broker and no SQL.
 
-Within a batch the facts of a job are joined first, so its row is read and written once. A bounded cache keeps the states
-of jobs that have not ended, so most states need not be read. The cache holds only committed states.
+Within a batch the facts of a job are joined first, so the job's row is read and written once. A bounded cache keeps the
+states of jobs that have not ended, so most states need not be read from the database. The cache holds only committed
+states.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ class Loads(Protocol):
 
 @dataclass(slots=True)
 class Rejected:
-    """A record that could not be read, and why."""
+    """A record that could not be read, and the error."""
 
     message: Message
     error: SchemaError
@@ -43,7 +44,7 @@ class Rejected:
 
 @dataclass(slots=True)
 class Folded:
-    """The result of folding a batch. ``events``: records read, by topic. ``states``: the new states, for
+    """The result of folding a batch. ``events``: number of records read, by topic. ``states``: the new states, for
     `RowFolder.committed`; None for a job that is not to be cached."""
 
     changes: Changes = field(default_factory=Changes)
@@ -63,7 +64,10 @@ class RowFolder:
         self._generation = max(1, cache_jobs // 2)
 
     def fold(self, messages: Iterable[Message]) -> Folded:
-        """Return the changes that these records make. Does not update the cache: see `committed`. Raises `StoreError`."""
+        """Return the changes that these records make. Raises `StoreError`.
+
+        Call `committed` when the changes are committed: only that call updates the cache.
+        """
         folded = Folded()
         news: dict[str, Life] = {}
         offsets, events = folded.changes.offsets, folded.events
@@ -90,7 +94,7 @@ class RowFolder:
             life = of(run, release, attempt, task, queue, fact, (message.timestamp()[1], topic, partition, offset))
             if life is not None:
                 if len(job_id) != ID_LENGTH or "\0" in job_id:
-                    job_id = key_text(job_id)  # not an id made by Jobledger: it can be any text
+                    job_id = key_text(job_id)  # Jobledger did not make this id, so the id can be any text
                 known = news.get(job_id)
                 news[job_id] = life if known is None else join(known, life)
         self._project(news, folded)
@@ -146,7 +150,7 @@ class RowFolder:
             key = (written[2], written[3], written[1])
             counts[key] = counts.get(key, 0) + 1
             changes.jobs.append(written)
-            # Facts of a job that has ended are rare.
+            # The state of a job that has ended is not cached, because further facts of that job are rare.
             kept = seen.ended_ms is None and len(written[-1]) <= CACHE_STATE_BYTES
             states[job_id] = (life, seen) if kept else None
 

@@ -680,3 +680,13 @@ def test_sqlite_queries_use_their_indexes(tmp_path: Path) -> None:
     assert "jobs_by_state" in plans[5]
     assert "PRIMARY KEY (job_id>? AND job_id<?)" in plans[6]
     assert [plan for plan in plans if "TEMP B-TREE" in plan] == [plans[5]]  # of several states, in order of time
+
+
+def test_a_value_that_sqlite_cannot_store_is_an_error_that_names_the_projection(tmp_path: Path) -> None:
+    """Python's own error for such a value has no code of SQLite's."""
+    store = ProjectionStore(f"sqlite:///{tmp_path / 'orders.db'}", "orders")
+    with closing(store), store.engine.connect() as db, pytest.raises(sqlalchemy.exc.SQLAlchemyError) as caught:
+        db.exec_driver_sql("SELECT ?", (object(),))
+    error = store.explain(caught.value, "projection totals")
+    assert type(error) is StoreError
+    assert str(error).startswith("projection totals: ")

@@ -49,6 +49,7 @@ from jobledger.schemas.events import (
     JobExpired,
     JobFailed,
     JobRetried,
+    JobSnoozed,
     JobSpec,
     JobStarted,
     JobSubmitted,
@@ -332,6 +333,60 @@ def test_a_room_s_turn_goes_on_to_who_can_use_it(monkeypatch: pytest.MonkeyPatch
             await until(lambda n=n: len(busy) > n)  # type: ignore[misc]  # n is bound
             bench.dispatcher.ended_in_thread(busy[n])
         assert [work.event.task for work in busy] == ["free"] * 4
+        bench.close()
+
+    run(test)
+
+
+def test_room_is_made_although_the_longest_wait_queue_ends_with_a_suspect() -> None:
+    """Suspects stay; the newest jobs of another paused task are given back to the coordinator."""
+    app = App("shop")
+
+    @app.task
+    async def many(n: int) -> None: ...
+
+    @app.task
+    async def few(n: int) -> None: ...
+
+    async def test() -> None:
+        bench = Bench(app)
+        partition = bench.partition()
+        for plan in bench.dispatcher.plans.values():
+            plan.scope.paused = "by me"
+            plan.regate()
+        put(partition, [*(job("many", n=n) for n in range(5)), *(job("few", n=n) for n in range(3))])
+        bench.dispatcher.wake()
+        await until(lambda: partition.waiting == 8 and len(bench.dispatcher.lines.parking) == 2)
+        longest = partition.lines["task", "many"]
+        longest.works[-1].suspect = True
+        bench.dispatcher.lines.make_room(partition)
+        assert (len(longest.works), len(partition.lines["task", "few"].works)) == (5, 1)
+        assert [type(fact) for fact in bench.kept.facts()] == [JobSnoozed, JobSnoozed]
+        assert not bench.failed
+        bench.close()
+
+    run(test)
+
+
+def test_a_record_that_breaks_the_schema_resolver_ends_the_worker() -> None:
+    """Its thread would be gone, and its partition would wait for ever."""
+
+    class Breaks(codec.Decoder):
+        def asks(self, value: bytes | None) -> bool:
+            return True
+
+        def decode(self, value: bytes | None) -> JobEvent:
+            raise RuntimeError("no such thing")
+
+    app = App("shop")
+
+    async def test() -> None:
+        bench = Bench(app, decoder=Breaks())
+        put(bench.partition(), [b"of another writer"])
+        bench.dispatcher.wake()
+        await until(lambda: bench.failed)
+        assert "default[0]" in str(bench.failed[0])
+        assert "no such thing" in str(bench.failed[0])
         bench.close()
 
     run(test)

@@ -60,7 +60,7 @@ def ended(
     ``bound``: seconds that it gives what is left; ``hard``: seconds after that in which Python code may still run.
     """
     program = (
-        "import atexit, sys, threading, time\nfrom jobledger import process_exit\n"
+        "import atexit, sys, threading, time\nfrom jobledger.process import process_exit\n"
         f"process_exit.HARD_S = {hard}\n{code}\n"
         f"process_exit.bound_exit({exit_code}, {bound})\nsys.exit({exit_code})\n"
     )
@@ -132,7 +132,7 @@ def test_a_bound_that_was_taken_back_ends_nothing() -> None:
 def test_no_command_is_kept_by_what_an_import_started(tmp_path: Path) -> None:
     """A thread that an app starts when it is imported keeps no `jobledger` command that has given its answer."""
     (tmp_path / "threaded_shop.py").write_text(
-        "import threading, time\nfrom jobledger import App, process_exit\napp = App('shop')\n"
+        "import threading, time\nfrom jobledger import App\nfrom jobledger.process import process_exit\napp = App('shop')\n"
         f"process_exit.HARD_S = {NEVER_S}\n"
         f"threading.Thread(target=time.sleep, args=({LEFT_S},), name='imported').start()\n"
     )

@@ -149,7 +149,7 @@ def test_a_parameter_that_cannot_travel_is_refused_at_load() -> None:
 
     def odd(a: TaskRegistry) -> None: ...
 
-    for fn, names in ((many, r"\*rest"), (only, "cannot be sent by name"), (odd, "parameter a: Registry")):
+    for fn, names in ((many, r"\*rest"), (only, "cannot be sent by name"), (odd, "parameter a: TaskRegistry")):
         with pytest.raises(ConfigError, match=names):
             task_of(fn)
 

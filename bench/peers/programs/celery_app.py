@@ -1,4 +1,4 @@
-"""Celery's jobs, and the program that submits them. Runs in Celery's own environment."""
+"""Celery's jobs, and the program that submits them. This module runs in Celery's own environment."""
 
 import os
 import time
@@ -9,7 +9,7 @@ from bench.peers.submitting import Course
 
 app = Celery("bench", broker=os.environ["BENCH_JOBS"], backend=os.environ["BENCH_RESULTS"])
 app.conf.update(
-    task_acks_late=True,  # at least once, as all the others here
+    task_acks_late=True,  # at least once, as all other systems here
     task_ignore_result=False,
     worker_prefetch_multiplier=int(os.environ.get("BENCH_PREFETCH", "4")),
     worker_send_task_events=False,
@@ -37,7 +37,7 @@ def stamp(at_ns):
 
 if __name__ == "__main__":
     course = Course()
-    # By the name that the workers know: here the module is called __main__.
+    # The task is called by the name that the workers know, because here the module's name is __main__.
     task = app.signature(f"bench.peers.programs.celery_app.{course.task}")
     for number in course:
         task.delay(number)

@@ -1,4 +1,4 @@
-"""Dramatiq's jobs, and the program that submits them. Runs in Dramatiq's own environment."""
+"""Dramatiq's jobs, and the program that submits them. This module runs in Dramatiq's own environment."""
 
 import os
 import time
@@ -11,7 +11,7 @@ from dramatiq.results.backends import RedisBackend
 
 from bench.peers.submitting import Course
 
-CONNECTIONS = "?max_connections=2000"  # the client's own limit is below 500 threads, and ends in lost results
+CONNECTIONS = "?max_connections=2000"  # the default is too low for 500 threads: results would be lost
 lean = {"middleware": [Retries()]} if os.environ.get("BENCH_LEAN") else {}
 broker = RedisBroker(url=os.environ["BENCH_JOBS"] + CONNECTIONS, **lean)
 results = RedisBackend(url=os.environ["BENCH_RESULTS"] + CONNECTIONS)

@@ -1,4 +1,4 @@
-"""Taskiq's jobs, and the program that submits them. Runs in Taskiq's own environment."""
+"""Taskiq's jobs, and the program that submits them. This module runs in Taskiq's own environment."""
 
 import asyncio
 import os
@@ -39,7 +39,7 @@ async def main() -> None:
     course = Course()
     task = {"noop": noop, "nap": nap, "stamp": stamp}[course.task]
     await broker.startup()
-    if course.bulk:  # there is no call for many: as many at once as there are connections
+    if course.bulk:  # Taskiq has no call for many jobs: send as many at once as there are connections
         for numbers in course.chunks(50):
             await asyncio.gather(*(task.kiq(number) for number in numbers))
     else:

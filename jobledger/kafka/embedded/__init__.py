@@ -1,7 +1,8 @@
 """The embedded broker: real Apache Kafka as one child process, for development and tests.
 
-`server` decides when it starts and stops, `broker_process` runs its process, `jars` fetches its files. It knows nothing of
-topics or jobs. The names below are loaded at their first use, because they need the extra ``jobledger[kafka]``.
+`server` decides when the broker starts and stops, `broker_process` runs its process, `jars` downloads its files, and
+`ports` finds its ports. This package has no knowledge of topics or jobs. The names below are loaded at their first use,
+because they need the extra ``jobledger[kafka]``.
 """
 
 from typing import TYPE_CHECKING

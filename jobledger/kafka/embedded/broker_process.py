@@ -1,7 +1,7 @@
 """Runs the embedded broker's process: its settings, its command line, its start and its end.
 
-This module handles the files of one home and the process in its pid file. `jobledger.kafka.embedded` decides when to
-start and stop the process.
+This module owns the files of one home folder and the process in its pid file. `jobledger.kafka.embedded.server` decides
+when to start and stop the process.
 """
 
 from __future__ import annotations
@@ -49,17 +49,18 @@ BROKER_CONFIG: Mapping[str, str] = {
     "share.coordinator.state.topic.replication.factor": "1",
     "share.coordinator.state.topic.min.isr": "1",
     "share.coordinator.state.topic.num.partitions": "4",
-    # A rebalance takes several heartbeats. After a restart of a worker, a developer should not wait for long intervals.
+    # A rebalance takes several heartbeats. With these values a developer does not wait long after a restart of a
+    # worker.
     "group.initial.rebalance.delay.ms": "0",
     "group.min.session.timeout.ms": "1000",
     "group.consumer.min.session.timeout.ms": "1000",
     "group.consumer.session.timeout.ms": "6000",
     "group.consumer.min.heartbeat.interval.ms": "200",
     "group.consumer.heartbeat.interval.ms": "1000",
-    # After a kill -9 the new process can register only after the dead one's session has expired.
+    # After a kill -9 the new process can register only when the session of the dead process has expired.
     "broker.heartbeat.interval.ms": "500",
     "broker.session.timeout.ms": "3000",
-    # Sized for one developer's machine instead of a server.
+    # These values suit a developer's machine, not a server.
     "num.network.threads": "2",
     "num.io.threads": "4",
     "background.threads": "2",
@@ -86,20 +87,26 @@ logger.lifecycle.name=kafka.server.KafkaRaftServer
 logger.lifecycle.level=info
 """
 
-# References to children are kept, so that they are reaped when they end, and Python does not warn about a running child
-# whose object was deleted.
+# The child processes of this process: `_children` holds brokers, `_leashes` the shells that `_leash` starts, both by
+# the broker's pid. The objects are kept, so that a child process that has ended can be reaped, and Python does not warn
+# about a running child process whose object was deleted. `_parents` keeps, in a forked child, the objects of its
+# parent.
 _children: dict[int, subprocess.Popen[bytes]] = {}
 _leashes: dict[int, subprocess.Popen[bytes]] = {}
 _parents: list[subprocess.Popen[bytes]] = []
 
 
 def _in_forked_child() -> None:
-    """Forget the brokers and leashes after a fork: they are the parent's children, so this process cannot wait for
-    them. Close the leashes' pipes, so that a broker still ends with the parent."""
+    """Forget the brokers and the shells of `_leash` after a fork.
+
+    The brokers and shells are child processes of the parent, so this process cannot wait for them. Close this process's
+    copies of the shells' pipes, so that a broker still ends when the parent ends.
+    """
     for leash in _leashes.values():
         if leash.stdin is not None:
             leash.stdin.close()
-    _parents.extend((*_children.values(), *_leashes.values()))  # kept: Python would warn of children that still run
+    # Keep the objects: Python would warn about a deleted object whose child process still runs.
+    _parents.extend((*_children.values(), *_leashes.values()))
     _children.clear()
     _leashes.clear()
 
@@ -110,7 +117,7 @@ if hasattr(os, "register_at_fork"):
 
 @dataclass(frozen=True, slots=True)
 class Files:
-    """The files of one home; ``root`` is ``<home>/kafka``."""
+    """The files of one home folder; ``root`` is ``<home>/kafka``."""
 
     root: Path
 
@@ -140,7 +147,7 @@ class Files:
 
     @property
     def out(self) -> Path:
-        """The output of the JVM itself: out of memory, crashes, a wrong class path."""
+        """The output of the JVM itself, for example about exhausted memory, a crash or a wrong class path."""
         return self.root / "broker.out"
 
     @property
@@ -149,7 +156,7 @@ class Files:
 
     @property
     def mark(self) -> str:
-        """The JVM flag that identifies this home's broker, even if its pid was reused by another process."""
+        """The JVM flag that identifies this home's broker, even if another process has reused the broker's pid."""
         return f"-Djobledger.kafka={self.root}"
 
 
@@ -165,9 +172,11 @@ class RunningBroker:
 
 @dataclass(frozen=True, slots=True)
 class Cluster:
-    """A node of a cluster: its number, and every node's controller port by number, including its own.
+    """One node of a cluster.
 
-    ``id``: the cluster id with which all nodes are formatted: 16 bytes in base64, see `cluster_id`.
+    ``id``: the id of the cluster, with which all nodes are formatted: 16 bytes in base64, see `cluster_id`. ``node``:
+    the number of this node. ``controllers``: the controller port of every node, this one included, by the node's
+    number.
     """
 
     id: str
@@ -177,10 +186,11 @@ class Cluster:
 
 @dataclass(frozen=True, slots=True)
 class Launch:
-    """A broker to start. ``heap_mb``: in MB. ``config``: adds to and overrides `BROKER_CONFIG`.
+    """A broker to start.
 
-    ``listeners``: ports of listeners beside the plain one at ``port``, by protocol (``SSL``, ``SASL_SSL``). ``cluster``:
-    None for a single node.
+    ``heap_mb``: the JVM's heap in MB. ``config``: settings that add to and override `BROKER_CONFIG`. ``listeners``:
+    ports of listeners in addition to the plain one at ``port``, by protocol (``SSL``, ``SASL_SSL``). ``cluster``: None
+    for a single node.
     """
 
     classpath: list[Path]
@@ -194,13 +204,14 @@ class Launch:
 
 
 def running(files: Files) -> RunningBroker | None:
-    """Return the process in the pid file; None if it does not run or is not this home's broker."""
+    """Return the broker of the pid file; None if the process does not run or is not this home's broker."""
     try:
         record = json.loads(files.pid.read_text("utf-8"))
         if _reaped(int(record["pid"])):
             return None
         process = psutil.Process(int(record["pid"]))
-        # A pid may be reused, after a reboot for example. The flag in the command line identifies the broker.
+        # Another process may have the pid, for example after a reboot. The flag in the command line identifies the
+        # broker.
         if files.mark not in process.cmdline() or process.status() == psutil.STATUS_ZOMBIE:
             return None
         return RunningBroker(process, int(record["port"]), Path(record["data"]), str(record["version"]))
@@ -209,11 +220,10 @@ def running(files: Files) -> RunningBroker | None:
 
 
 def launch(files: Files, wanted: Launch, *, detach: bool, timeout: float, report: Progress) -> None:
-    """Start a process as described by ``wanted``, write the pid file, and return once the broker answers, within
-    ``timeout`` seconds.
+    """Start a broker as described by ``wanted``, write the pid file, and return once the broker answers.
 
-    With ``detach`` False the broker ends with this process. ``report``: called at each step. Raises `KafkaStartFailed`;
-    then no process and no pid file remain.
+    With ``detach`` False the broker ends when this process ends. ``timeout``: seconds within which the broker must
+    answer. ``report``: called at each step. Raises `KafkaStartFailed`; then no process and no pid file remain.
     """
     java = _java()
     port = wanted.port
@@ -222,12 +232,14 @@ def launch(files: Files, wanted: Launch, *, detach: bool, timeout: float, report
     base = [
         str(java),
         f"-Xmx{wanted.heap_mb}m",
-        "-XX:+UseSerialGC",  # on two cores it starts faster than G1, and its pauses with such a heap are short
+        "-XX:+UseSerialGC",  # starts faster than G1 on two cores, and has short pauses with a heap of this size
         "-XX:+ExitOnOutOfMemoryError",
         "-XX:-UsePerfData",
         "-Djava.awt.headless=true",
-        "--enable-native-access=ALL-UNNAMED",  # the compression libraries; else a warning each start
-        "--sun-misc-unsafe-memory-access=allow",  # Kafka unmaps its index files with it; else a warning each start
+        # Without these two flags the JVM warns at each start: about Kafka's compression libraries, which are native
+        # code, and about the access with which Kafka unmaps its index files.
+        "--enable-native-access=ALL-UNNAMED",
+        "--sun-misc-unsafe-memory-access=allow",
         f"-Dlog4j2.configurationFile={files.log4j}",
         "-cp",
         os.pathsep.join(map(str, wanted.classpath)),
@@ -236,7 +248,7 @@ def launch(files: Files, wanted: Launch, *, detach: bool, timeout: float, report
 
     report("boot", 0, 0)
     for leftover in (files.log, files.out):
-        # Each start has a new log, so that the end of an older one is not shown as the reason of a new failure.
+        # Each start has a new log, so that the end of an older log is not shown as the reason for a new failure.
         if leftover.exists():
             leftover.replace(leftover.with_name(leftover.name + ".previous"))
     command = [*base[:-2], files.mark, *base[-2:], "kafka.Kafka", str(files.settings)]
@@ -247,7 +259,7 @@ def launch(files: Files, wanted: Launch, *, detach: bool, timeout: float, report
             stdout=out,
             stderr=subprocess.STDOUT,
             cwd=files.root,
-            start_new_session=True,  # neither Ctrl+C nor a closed terminal of the starter reaches it
+            start_new_session=True,  # Ctrl+C or a closed terminal of the starting process must not stop the broker
         )
     _children[process.pid] = process
     record = {"pid": process.pid, "port": port, "data": str(wanted.data), "version": wanted.version}
@@ -268,7 +280,7 @@ def launch(files: Files, wanted: Launch, *, detach: bool, timeout: float, report
 
 def cluster_id() -> str:
     """Return a new id for `Cluster`."""
-    # Without hyphens: an id with a hyphen at its start would be read as an option.
+    # Kafka's tool would read an id that begins with a hyphen as an option, so the id must have none.
     return base64.urlsafe_b64encode(uuid.uuid4().bytes).decode().rstrip("=").replace("-", "A")
 
 
@@ -277,7 +289,7 @@ def _format(files: Files, base: list[str], wanted: Launch, report: Progress) -> 
     if (data / "meta.properties").exists():
         return
     report("format", 0, 0)
-    data.mkdir(mode=0o700, parents=True, exist_ok=True)  # it contains jobs' arguments
+    data.mkdir(mode=0o700, parents=True, exist_ok=True)  # the data contains the arguments of jobs
     cluster = wanted.cluster.id if wanted.cluster is not None else cluster_id()
     tool = ["kafka.tools.StorageTool", "format", "--ignore-formatted", "-t", cluster, "-c", str(files.settings)]
     done = subprocess.run(
@@ -288,7 +300,7 @@ def _format(files: Files, base: list[str], wanted: Launch, report: Progress) -> 
 
 
 def _await_ready(process: subprocess.Popen[bytes], port: int, files: Files, timeout: float) -> None:
-    from confluent_kafka import KafkaException  # imported late: `running_bootstrap` must load quickly
+    from confluent_kafka import KafkaException  # not at the top: `running_bootstrap` must load quickly
     from confluent_kafka.admin import AdminClient
 
     from jobledger.process import forks
@@ -305,7 +317,7 @@ def _await_ready(process: subprocess.Popen[bytes], port: int, files: Files, time
     deadline = time.monotonic() + timeout
     while True:
         with contextlib.suppress(KafkaException):
-            # Listeners accept connections before the broker can serve. It is in the metadata only once it can.
+            # The broker accepts connections before it can serve requests. It is in the metadata only once it can serve.
             if admin.list_topics(timeout=0.5).brokers:
                 return
         code = process.poll()
@@ -330,8 +342,10 @@ def _tail(files: Files) -> str:
 
 
 def _leash(pid: int) -> subprocess.Popen[bytes]:
-    """Start a shell that ends process ``pid`` when this process ends, even by kill -9: it reads a pipe until the writing
-    end, which this process holds, is closed."""
+    """Start a shell that ends process ``pid`` when this process ends, even by kill -9.
+
+    The shell reads from a pipe until the writing end is closed. This process holds the writing end.
+    """
     script = 'read -r _; kill -CONT "$1" 2>/dev/null; kill "$1" 2>/dev/null'
     return subprocess.Popen(
         ["/bin/sh", "-c", script, "sh", str(pid)],
@@ -343,14 +357,14 @@ def _leash(pid: int) -> subprocess.Popen[bytes]:
 
 
 def _end_leashed(owner: int) -> None:
-    if os.getpid() != owner:  # a fork of the starter ends, not the starter
+    if os.getpid() != owner:  # this process is a fork of the process that started the brokers
         return
     for pid in list(_leashes):
         end(pid, STOP_TIMEOUT_S)
 
 
 def wait(pid: int) -> int | None:
-    """Wait until the broker ``pid`` has ended. Return its exit code, or None if it is not this process's child."""
+    """Wait until the broker ``pid`` has ended. Return its exit code; None if the broker is no child of this process."""
     child = _children.get(pid)
     if child is not None:
         code = child.wait()
@@ -362,8 +376,9 @@ def wait(pid: int) -> int | None:
 
 
 def _reaped(pid: int) -> bool:
-    # Whether `pid` was a child of this process that has ended. An ended child keeps its pid until it is reaped. After that
-    # another process may get the pid, so the leash must end at the same time.
+    # Return whether `pid` was a child of this process that has ended. An ended child keeps its pid until it is reaped.
+    # Then another process may get the pid, and the shell of `_leash` would end that process. So `_forget` ends the
+    # shell, too.
     child = _children.get(pid)
     if child is None or child.poll() is None:
         return False
@@ -380,14 +395,16 @@ def _forget(pid: int) -> None:
 
 
 def end(pid: int, timeout: float) -> None:
-    """Stop a broker by its pid with SIGTERM, and after ``timeout`` seconds (0: at once) with SIGKILL. Reap it if it is
-    this process's child."""
+    """Stop the broker ``pid`` with SIGTERM, and if it still runs after ``timeout`` seconds with SIGKILL.
+
+    ``timeout`` 0: use SIGKILL at once. A broker that is a child of this process is also reaped.
+    """
     if _reaped(pid):
         return
     with contextlib.suppress(psutil.NoSuchProcess):
         process = psutil.Process(pid)
         if timeout > 0:
-            process.send_signal(signal.SIGCONT)  # a stopped process cannot handle SIGTERM
+            process.send_signal(signal.SIGCONT)  # a process that is stopped by SIGSTOP cannot handle SIGTERM
             process.terminate()
             with contextlib.suppress(psutil.TimeoutExpired):
                 process.wait(timeout)
@@ -417,7 +434,7 @@ def _properties(wanted: Launch) -> str:
 
 
 def _fixed(wanted: Launch) -> dict[str, str]:
-    # A static voter, so that the controller's port can differ from start to start.
+    # The controller is a static voter, so that its port can be another one at each start.
     among = wanted.cluster or Cluster("", 1, {1: free_port(avoid=wanted.port)})
     ports = {"PLAINTEXT": wanted.port, **wanted.listeners}
     plain = {"CONTROLLER": "PLAINTEXT"}
@@ -438,7 +455,7 @@ def _fixed(wanted: Launch) -> dict[str, str]:
 
 
 def check_config(port: int, data: Path, config: Mapping[str, str]) -> None:
-    """Raise `ConfigError` if the port, data folder or a setting cannot be used for a broker."""
+    """Raise `ConfigError` if the port, the data folder or a setting cannot be used for a broker."""
     if not 0 <= port <= 65535:
         raise ConfigError(f"port={port} is not a port: use 1 to 65535, or 0 for a free port")
     reserved = sorted(set(config) & set(_fixed(Launch([], port, data, 0, "", {}))))
@@ -452,7 +469,7 @@ def check_config(port: int, data: Path, config: Mapping[str, str]) -> None:
 
 
 def _escaped(text: str) -> str:
-    # Java reads property files as Latin-1, with backslash escapes of UTF-16 units for the rest.
+    # Java reads property files as Latin-1. All other characters need backslash escapes of their UTF-16 units.
     out: list[str] = []
     for char in text:
         if char == "\\":

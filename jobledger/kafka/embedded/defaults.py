@@ -1,4 +1,7 @@
-"""The embedded broker's defaults, and its home. They are separate from its code, so that help texts can show them without loading it."""
+"""The embedded broker's default values and home folder.
+
+They are separate from the broker's code, so that help texts can show them without loading that code.
+"""
 
 from __future__ import annotations
 
@@ -17,6 +20,6 @@ STOP_TIMEOUT_S = 30.0
 
 
 def default_home() -> Path:
-    """``JOBLEDGER_HOME``, else the platform's user data folder."""
+    """Return the folder in ``JOBLEDGER_HOME``, or Jobledger's folder in the platform's folder for user data."""
     configured = os.environ.get("JOBLEDGER_HOME")
     return Path(configured).expanduser() if configured else Path(platformdirs.user_data_dir("jobledger"))

@@ -1,7 +1,8 @@
-"""Downloads Apache Kafka's jars once per user and version from a Maven repository; later they are read from disk.
+"""Downloads Apache Kafka's jars from a Maven repository, once for each user and version.
 
-This module owns the folder ``<home>/jars/<version>``. A folder without its marker file, or with a file whose size differs
-from the marker's, is incomplete and is downloaded again. Starts no processes.
+This module owns the folder ``<home>/jars/<version>``. A folder is incomplete if it has no marker file, or if the size
+of a file differs from the size in the marker file. The jars of an incomplete folder are downloaded again. This module
+starts no processes.
 """
 
 from __future__ import annotations
@@ -26,28 +27,31 @@ GROUP, ARTIFACT = "org.apache.kafka", "kafka_2.13"
 MARKER = "complete.json"
 ATTEMPTS = 3
 RETRY_PAUSE_S = 1.0
-PARALLEL_DOWNLOADS = 4  # with more, a public repository answers 429; round trips take the time, not the bytes
+# With more, a public repository answers with status 429. The round trips take most of the time, not the transfer of
+# bytes.
+PARALLEL_DOWNLOADS = 4
 HTTP_TIMEOUT_S = 30
 
 
 class Progress(Protocol):
-    """Progress callback: ``step`` is ``resolve``, ``fetch``, ``format`` or ``boot``.
+    """A callback for the progress of a start: ``step`` is ``resolve``, ``fetch``, ``format`` or ``boot``.
 
-    ``done`` of ``total`` files are finished; ``total`` is 0 if the size of a step is not known.
+    ``done`` of ``total`` files are finished; ``total`` is 0 if the size of the step is not known.
     """
 
     def __call__(self, step: str, done: int, total: int) -> None: ...
 
 
 def classpath(folder: Path, version: str = KAFKA_VERSION, progress: Progress | None = None) -> list[Path]:
-    """Return every jar that a broker of ``version`` needs; download missing ones into ``folder/version``.
+    """Return every jar that a broker of ``version`` needs.
 
-    Concurrent callers wait for the one that downloads. Raises `KafkaStartFailed` if the repository cannot be reached,
-    and `ConfigError` if the extra ``jobledger[kafka]`` is not installed.
+    If ``folder/version`` is incomplete, all jars are downloaded first. Concurrent callers wait until one of them has
+    downloaded the jars. Raises `KafkaStartFailed` if the jars cannot be downloaded, and `ConfigError` if the extra
+    ``jobledger[kafka]`` is not installed.
     """
     target = folder / version
     found = _complete(target)
-    if found is not None:  # the usual case takes no lock
+    if found is not None:  # the usual case needs no lock
         return found
     folder.mkdir(parents=True, exist_ok=True)
     with locked(folder / f".{version}.lock"):
@@ -64,7 +68,7 @@ def _complete(target: Path) -> list[Path] | None:
         if jars and all(jar.stat().st_size == sizes[jar.name] for jar in jars):
             return jars
     except (OSError, ValueError, KeyError, TypeError):
-        pass  # without a marker, with a damaged one or a missing jar, the folder is incomplete
+        pass  # the folder is incomplete: its marker file is missing or damaged, or a jar is missing
     return None
 
 
@@ -78,8 +82,8 @@ def _fetch(target: Path, version: str, progress: Progress) -> list[Path]:
         ) from missing
 
     (target / MARKER).unlink(missing_ok=True)
-    # A separate repository folder, not the shared one of the user's Maven. There an interrupted download would be taken
-    # for a complete one, by Jobledger and by other programs.
+    # Use a separate repository folder, not the shared one of the user's Maven. In the shared folder, Jobledger and
+    # other programs would treat the file of an interrupted download as complete.
     staging = target / "repository"
     staging.mkdir(parents=True, exist_ok=True)
     for attempt in range(1, ATTEMPTS + 1):
@@ -87,7 +91,7 @@ def _fetch(target: Path, version: str, progress: Progress) -> list[Path]:
         try:
             jars = _download(staging, version, progress)
             break
-        except Exception as error:  # the resolver raises whatever its HTTP and XML libraries raise
+        except Exception as error:  # the resolver passes on every exception of its HTTP and XML libraries
             if attempt == ATTEMPTS:
                 raise KafkaStartFailed(
                     f"Apache Kafka {version} could not be fetched ({GROUP}:{ARTIFACT}:{version}, {ATTEMPTS} attempts; "
@@ -142,9 +146,9 @@ def _download(staging: Path, version: str, progress: Progress) -> list[Path]:
 
 
 def _logging_binding(context: MavenContext, artifacts: list[Artifact]) -> Artifact:
-    # Kafka's POM does not include the binding of slf4j to log4j, which is part of Kafka's distribution. Without it a broker
-    # logs nothing. It is resolved separately, in log4j's version: together with Kafka, its parent's managed versions would
-    # replace Kafka's.
+    # Kafka's POM does not include the binding of slf4j to log4j, which is part of Kafka's distribution. Without the
+    # binding a broker logs nothing. The binding is resolved separately, in log4j's version. If it were resolved
+    # together with Kafka, the managed versions of the binding's parent POM would replace Kafka's versions.
     versions = {artifact.artifactId: artifact.version for artifact in artifacts}
     binding = "log4j-slf4j-impl" if versions["slf4j-api"].startswith("1.") else "log4j-slf4j2-impl"
     return context.project("org.apache.logging.log4j", binding).at_version(versions["log4j-core"]).artifact()

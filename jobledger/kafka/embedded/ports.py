@@ -1,4 +1,4 @@
-"""Ports of the loopback address: finds free ports, and the process that uses a port."""
+"""Finds free ports of the loopback address, and the process that uses a port."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ try:
 except ImportError as exc:
     raise missing("kafka", exc) from exc
 
-# Below the range that systems use for the ports of outgoing connections. While a broker with a port in that range is
-# stopped, another program, or a Jobledger client that connects to itself, could get its port.
+# These ports are below the range that systems use for outgoing connections. While a broker with a port in that range is
+# stopped, another program, or a Jobledger client that connects to itself, could get the broker's port.
 FREE_PORTS = range(20_000, 30_000)
 
 
@@ -30,10 +30,13 @@ def answers(port: int) -> bool:
 
 
 def bindable(port: int) -> bool:
-    """Return whether a broker could listen on ``port``: False if it is in use. Raises `ConfigError` if the port cannot be
-    used for another reason, such as a missing permission."""
+    """Return whether a broker could listen on ``port``; False if the port is in use.
+
+    Raises `ConfigError` if the port cannot be used for another reason, such as a missing permission.
+    """
     with socket.socket() as probe:
-        # As the broker does, so that closed connections of the last run (TIME_WAIT) do not block the port.
+        # The broker sets this option, too. With it, closed connections of the last run (TIME_WAIT) do not block the
+        # port.
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((HOST, port))
@@ -45,7 +48,10 @@ def bindable(port: int) -> bool:
 
 
 def check_free(port: int) -> None:
-    """Raise `PortTaken` if ``port`` is not free, naming the process that holds it if the system reports it."""
+    """Raise `PortTaken` if ``port`` is not free.
+
+    The message names the process that uses the port, if the system shows this process to the user.
+    """
     if bindable(port) and not answers(port):
         return
     raise PortTaken(

@@ -1,9 +1,9 @@
 """The embedded broker: real Apache Kafka in KRaft mode as one child process, for development and tests.
 
-This module owns ``<home>/kafka`` (pid file, settings, logs and, by default, data). The broker keeps running after the
-process that started it has ended; other processes find it through the pid file. `jobledger.kafka.embedded.jars` downloads the
-jars, `jobledger.kafka.topics` creates topics. Not for production: one node, no replication, listening on the loopback
-address only.
+This module owns ``<home>/kafka`` (pid file, settings, logs and, by default, data). Unless ``detach`` is False, a broker
+keeps running after the process that called `start` has ended, and other processes find the broker through the pid file.
+`jobledger.kafka.embedded.jars` downloads the jars, and `jobledger.kafka.topics` creates topics. The broker is not for
+production: it is one node, has no replication, and listens on the loopback address only.
 """
 
 from __future__ import annotations
@@ -41,10 +41,11 @@ except ImportError as exc:
 
 @dataclass(frozen=True, slots=True)
 class KafkaStatus:
-    """The state of one home folder's embedded broker.
+    """The state of the embedded broker of one home folder.
 
-    ``uptime``: in seconds. ``log``: the log file of this home's broker, running or not. If ``running`` is False, ``pid``,
-    ``port``, ``bootstrap``, ``version`` and ``uptime`` are None.
+    ``bootstrap``: the broker's address as ``host:port``. ``data``: the data folder. ``uptime``: seconds since the
+    process was started. ``log``: the broker's log file, whether the broker runs or not. If ``running`` is False,
+    ``pid``, ``port``, ``bootstrap``, ``version`` and ``uptime`` are None.
     """
 
     running: bool
@@ -62,7 +63,7 @@ class KafkaStatus:
 
 
 def running_bootstrap(home: Path) -> str | None:
-    """Return the address of this home's broker if its process runs and its port answers, else None."""
+    """Return the address of this home's broker; None if its process does not run or its port does not answer."""
     found = broker_process.running(broker_process.Files.of(home))
     return f"{HOST}:{found.port}" if found is not None and ports.answers(found.port) else None
 
@@ -98,16 +99,21 @@ def start(
     timeout: float = START_TIMEOUT_S,
     jars: Path | None = None,
 ) -> KafkaStatus:
-    """Start this home's broker and return once it answers; if it is already running, return its state.
+    """Start this home's broker and return its state once it answers. If the broker already runs, return its state.
 
-    ``port`` 0: a free port. ``data`` is formatted on first use and kept; by default ``<home>/kafka/data``. With
-    ``detach`` False the broker is stopped when the calling process ends, however it ends. ``config`` adds to and
-    overrides `jobledger.kafka.embedded.broker_process.BROKER_CONFIG`. ``timeout``: seconds from the process's start to its first answer,
-    without the download of the jars into ``jars`` (default ``<home>/jars``).
+    * ``port``: 0 means a free port.
+    * ``data``: the data folder, by default ``<home>/kafka/data``. It is formatted at the first use, and kept.
+    * ``heap_mb``: the JVM's heap in MB.
+    * ``version``: the version of Apache Kafka.
+    * ``detach``: with False the broker is stopped when the calling process ends, even if that process is killed.
+    * ``progress``: called at each step of the start.
+    * ``config``: settings that add to and override `jobledger.kafka.embedded.broker_process.BROKER_CONFIG`.
+    * ``timeout``: seconds from the start of the process to its first answer, without the download of the jars.
+    * ``jars``: the folder of the jars, by default ``<home>/jars``.
 
-    Raises `PortTaken` if another process has the port, `ConfigError` if this home's broker runs with another port or
-    data folder or if ``config`` has a setting that must not be changed, and `KafkaStartFailed` with the end of the log
-    if the broker does not start.
+    Raises `PortTaken` if another process uses the port. Raises `ConfigError` if this home's broker runs with another
+    port or data folder, or if ``config`` has a setting that must not be changed. Raises `KafkaStartFailed` if the jars
+    cannot be downloaded, or, with the end of the log, if the broker does not start.
     """
     files = broker_process.Files.of(home)
     report: Progress = progress or (lambda step, done, total: None)
@@ -115,7 +121,8 @@ def start(
     broker_process.check_config(port, wanted_data, config or {})
     files.root.mkdir(parents=True, exist_ok=True)
     try:
-        # The timeout is longer than a start may take, so that a second caller gets the first one's broker, not an error.
+        # This timeout is longer than a start may take, so that a second caller gets the first caller's broker, not an
+        # error.
         with locked(files.lock, timeout + 60):
             found = broker_process.running(files)
             if found is None:
@@ -140,7 +147,10 @@ def start(
 
 
 def stop(home: Path, timeout: float = STOP_TIMEOUT_S) -> bool:
-    """Stop this home's broker cleanly; kill it after ``timeout`` seconds. Return False if none ran."""
+    """Stop this home's broker cleanly, and kill it if it still runs after ``timeout`` seconds.
+
+    Return False if no broker ran.
+    """
     files = broker_process.Files.of(home)
     if not files.pid.exists():
         return False
@@ -153,19 +163,22 @@ def stop(home: Path, timeout: float = STOP_TIMEOUT_S) -> bool:
 
 
 def wait(home: Path) -> int | None:
-    """Wait until this home's broker has ended. Return its exit code, or None if it is not known or no broker ran.
+    """Wait until this home's broker has ended. Return its exit code; None if the code is not known or no broker ran.
 
-    A broker that was stopped cleanly ends with 143, the JVM's exit code after SIGTERM.
+    The exit code of a broker that was stopped cleanly is 143, the JVM's exit code after SIGTERM.
     """
     found = broker_process.running(broker_process.Files.of(home))
     return None if found is None else broker_process.wait(found.process.pid)
 
 
 class EmbeddedKafka:
-    """A broker for tests and measurements, with faults on demand; it ends with the process that created it.
+    """A broker for tests and measurements, with methods that cause faults.
 
-    Without ``home`` all files are in a temporary folder that `close` removes; jars are shared with the user's own home.
-    The port is chosen at the first `start` and kept, so clients find the broker again after `stop` or `kill`.
+    The broker is stopped when the process that called `start` ends. Without ``home``, all files but the jars are in a
+    temporary folder that `close` removes. The port is chosen at the first `start` and kept, so clients find the broker
+    again after `stop` or `kill`. The other parameters are those of the function `start`, but ``jars`` is by default the
+    folder in the user's default home, so that all brokers share the jars. As a context manager, the object starts the
+    broker and closes it at the end.
     """
 
     def __init__(
@@ -194,13 +207,16 @@ class EmbeddedKafka:
 
     @property
     def bootstrap(self) -> str:
-        """``host:port``, also while the broker is not running. Raises `KafkaStartFailed` before the first start."""
+        """The address as ``host:port``, also while the broker does not run.
+
+        Raises `KafkaStartFailed` before the first start if no port was given.
+        """
         if not self._port:
             raise KafkaStartFailed("this broker has no address yet: call start() first")
         return f"{HOST}:{self._port}"
 
     def start(self) -> KafkaStatus:
-        """Start the broker, or start it again with the same port and data; see the function `start`."""
+        """Start the broker, or start it again with the same port and data. Raises what the function `start` raises."""
         began = start(
             self.home,
             port=self._port,
@@ -218,22 +234,28 @@ class EmbeddedKafka:
         return began
 
     def stop(self, timeout: float = STOP_TIMEOUT_S) -> bool:
-        """Stop the broker cleanly (SIGTERM); data and port are kept. Return False if it did not run."""
+        """Stop the broker cleanly (SIGTERM), and kill it if it still runs after ``timeout`` seconds.
+
+        The data and the port are kept. Return False if the broker did not run.
+        """
         return stop(self.home, timeout)
 
     def kill(self) -> bool:
-        """Kill the broker (SIGKILL), as in a crash of the process. Return False if it did not run."""
+        """Kill the broker (SIGKILL), as in a crash of the process. Return False if the broker did not run."""
         found = self._process()
         if found is not None:
             broker_process.end(found.pid, timeout=0)
         return found is not None
 
     def pause(self) -> None:
-        """Freeze the process (SIGSTOP): connections stay open and nothing answers."""
+        """Freeze the process (SIGSTOP): its connections stay open, but the broker does not answer.
+
+        Raises `KafkaStartFailed` if the broker does not run.
+        """
         self._signal(signal.SIGSTOP)
 
     def resume(self) -> None:
-        """Let a frozen process continue (SIGCONT)."""
+        """Continue a frozen process (SIGCONT). Raises `KafkaStartFailed` if the broker does not run."""
         self._signal(signal.SIGCONT)
 
     def status(self) -> KafkaStatus:
@@ -242,7 +264,7 @@ class EmbeddedKafka:
 
     def close(self) -> None:
         """Stop the broker, and remove the temporary folder if there is one."""
-        # A temporary folder's data will not be read again, so the broker can be killed.
+        # The data in a temporary folder is not read again, so the broker can be killed.
         self.stop(timeout=0 if self._temporary is not None else STOP_TIMEOUT_S)
         if self._temporary is not None:
             shutil.rmtree(self._temporary, ignore_errors=True)

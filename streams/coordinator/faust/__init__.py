@@ -1,4 +1,4 @@
-"""Everything that depends on Faust, aiokafka and RocksDB: the app, the producer, the local copy of the table, logins.
+"""All code that depends on Faust, aiokafka and RocksDB: the app, the producer, the local copy of the table, logins.
 
-No other package imports these libraries. Decides nothing about jobs.
+No other package imports these libraries. This package decides nothing about jobs.
 """

@@ -1,10 +1,10 @@
-"""Kafka for the coordinator's event loop: sends records with one awaitable per batch, and reads the ends of partitions.
-Does not interpret events.
+"""Kafka clients for the coordinator's event loop: one sends records, with one awaitable for each batch; the other reads
+the first and last offsets of partitions. This module does not interpret events.
 
-Records are sent with aiokafka. It has one request at a time in progress to each broker, and the next one includes all
-records for all partitions that arrived meanwhile; librdkafka sends one request per partition. At a few records a
-millisecond over many partitions, aiokafka needs a tenth of the requests. The ends of partitions are requested over a
-separate connection: on that of Faust's consumer these requests would wait behind its fetches.
+Records are sent with aiokafka. aiokafka has one request at a time in progress to each broker, and the next request
+contains all records for all partitions that arrived meanwhile. librdkafka sends one request for each partition. With a
+few records per millisecond for many partitions, aiokafka needs a tenth of the requests. The offsets of partitions are
+requested over a separate connection. On the connection of Faust's consumer, these requests would wait for its fetches.
 """
 
 from __future__ import annotations
@@ -37,11 +37,11 @@ except ImportError as exc:
     raise missing("streams", exc) from exc
 
 MAX_BATCH_BYTES = 256 * 1024
-#: Timeout of a request, and age at which metadata (and so a partition's leader) is requested again: as in
-#: `jobledger.config.PATIENCE`.
+#: Timeout of a request, and age at which metadata (and so a partition's leader) is requested again. Both are short for
+#: the reason given at `jobledger.config.PATIENCE`.
 REQUEST_TIMEOUT_MS, METADATA_AGE_MS = 8_000, 5_000
-#: Largest overhead in bytes of a batch with one record, beside key, value and headers; and of a header, beside name and
-#: value.
+#: Largest overhead in bytes of a batch with one record, without key, value and headers; largest overhead in bytes of a
+#: header, without name and value.
 _OVERHEAD, _HEADER_OVERHEAD = 61 + 26, 10
 
 _DENIED = (
@@ -72,12 +72,13 @@ Outcomes = list[Delivered | JobledgerError]
 
 
 class AckedWriter:
-    """An idempotent producer. Its partitioner agrees with librdkafka's ``murmur2_random``.
+    """An idempotent producer. Its partitioner chooses the same partitions as librdkafka's ``murmur2_random``.
 
-    ``security``: aiokafka's settings. ``patience``: seconds that a record may wait for its acknowledgement, including
-    outages. ``max_batch``: largest batch in bytes that every topic accepts. If a broker refuses a batch for its size,
-    the sequence has a gap and the broker refuses all later batches. ``framing``: how events are framed for a Schema
-    Registry."""
+    ``security``: aiokafka's security settings. ``patience``: seconds that a record may wait for its acknowledgement,
+    including outages. ``max_batch``: size in bytes of the largest batch that every topic accepts. If a broker refused a
+    batch for its size, the producer's sequence numbers would have a gap, and the broker would refuse all later batches.
+    ``framing``: the framing of events for a Schema Registry; None: no Schema Registry.
+    """
 
     def __init__(
         self,
@@ -101,8 +102,9 @@ class AckedWriter:
             metadata_max_age_ms=METADATA_AGE_MS,
             **security,
         )
-        # aiokafka has one setting for how long a record may wait and how long a request may take. With the first for both,
-        # a hanging broker would delay its partitions' records for all that time, even after other brokers lead them.
+        # aiokafka has one setting for two times: how long a record may wait, and how long a request may take. If both
+        # times were the first one, a hanging broker would delay the records of its partitions for all that time, even
+        # after other brokers have become the leaders of these partitions.
         self._producer.client._request_timeout_ms = min(int(patience * 1000), REQUEST_TIMEOUT_MS)
         create_no_topics(self._producer.client)
 
@@ -117,7 +119,10 @@ class AckedWriter:
             quieten()
 
     async def _refused(self) -> NotAuthenticated | None:
-        """Return why a connection is refused, None if it is not: the producer only reports that it has no connection."""
+        """Return why a connection is refused; None if it is not refused.
+
+        The producer itself only reports that it has no connection.
+        """
         host, _, port = self._settings.resolve_bootstrap().split(",")[0].strip().rpartition(":")
         try:
             connection = await create_conn(host, int(port), **self._security, request_timeout_ms=10_000)
@@ -143,8 +148,11 @@ class AckedWriter:
             await self._producer.client.close()
 
     async def post(self, records: Sequence[Outgoing]) -> asyncio.Future[Outcomes]:
-        """Send records, at least one, in order. The future has each record's outcome when all are known; failures are
-        outcomes, not exceptions."""
+        """Send records (at least one) in order, and return a future.
+
+        The future's result has the delivery outcome of each record, and is set when all outcomes are known. The failure
+        of a record is an outcome in that list, not an exception.
+        """
         send, framing = self._producer.send, self._framing
         loop = asyncio.get_running_loop()
         settled: asyncio.Future[Outcomes] = loop.create_future()
@@ -205,12 +213,15 @@ class AckedWriter:
         return BrokerUnavailable(f"{what}: {away(self._settings, f'did not take it in time ({error!r})')}")
 
 
-#: Client settings that are passed to aiokafka, beside those of security.
+#: Client settings that are passed to aiokafka, in addition to the security settings.
 USED = ("client.id", "compression.type", "compression.codec")
 
 
 def compression(settings: Settings) -> str | None:
-    """Return the compression of batches as aiokafka's setting; None: none. librdkafka also accepts capital letters."""
+    """Return the compression of batches as aiokafka's setting; None: no compression.
+
+    The result has lower-case letters only, because librdkafka also accepts capital letters in this setting.
+    """
     found = settings.kafka.get("compression.type", settings.kafka.get("compression.codec", "none")).lower()
     return None if found == "none" else found
 
@@ -224,8 +235,9 @@ def unused(settings: Settings) -> list[str]:
 def create_no_topics(client: AIOKafkaClient) -> None:
     """Make an aiokafka client request metadata of topics without creating missing ones.
 
-    aiokafka has no setting for this. Its request allows the broker to create the topics that it names. A broker with
-    ``auto.create.topics.enable`` then creates them with its own default partitions and settings.
+    aiokafka has no setting for this. aiokafka's request allows the broker to create the topics that the request names.
+    A broker with ``auto.create.topics.enable`` then creates them with the broker's default number of partitions and
+    settings.
     """
     connect = client._get_conn
 
@@ -245,12 +257,18 @@ def _send_creating_nothing(connection: AIOKafkaConnection, request: Any, expect_
 
 
 def denied_kind(error: BaseException | None) -> str | None:
-    """Return the kind of resource to which an aiokafka error says this user lacks a right; None for any other error."""
+    """Return the kind of resource for which this user lacks a right, according to an aiokafka error.
+
+    Return None for any other error.
+    """
     return next((kind for of, kind in _DENIED if isinstance(error, of)), None)
 
 
 def record_bytes(record: Outgoing) -> int:
-    """Return the largest size in bytes of a batch with only this record: a topic's ``max.message.bytes`` limits it."""
+    """Return the largest possible size in bytes of a batch with only this record.
+
+    A topic's ``max.message.bytes`` limits the size of a batch.
+    """
     headers = sum(len(name) + len(value or b"") + _HEADER_OVERHEAD for name, value in record.headers or ())
     return _OVERHEAD + len(record.key or b"") + len(record.value or b"") + headers
 
@@ -261,23 +279,29 @@ def first_error(outcomes: Iterable[Delivered | JobledgerError]) -> JobledgerErro
 
 
 class Ends:
-    """Reads the first and last offsets of partitions over a separate connection. Retries for ``patience`` seconds while a
-    leader is being elected or the broker is unavailable. Close it."""
+    """Read the first and last offsets of partitions over a separate connection.
+
+    A request is retried for ``patience`` seconds while a leader is being elected or the broker is unavailable. The
+    owner must call `close`.
+    """
 
     def __init__(self, settings: Settings, patience: float) -> None:
         self._settings, self._patience = settings, patience
         self._reader: LogReader | None = None
         self._closed = False
-        # One thread, because the reader must not be shared.
+        # One thread, because threads must not share the reader.
         self._thread = ThreadPoolExecutor(1, "jobledger-ends")
 
     async def of(self, topic: str, partitions: Iterable[int]) -> dict[int, tuple[int, int]]:
-        """Return the first offset and the high watermark of each partition. Raises `BrokerUnavailable`, `TopicMissing`."""
+        """Return the first offset and the high watermark of each partition.
+
+        Raises `BrokerUnavailable` and `TopicMissing`.
+        """
         wanted = sorted(partitions)
         return await self._ask(lambda reader: {p: reader.watermarks(topic, p, 5.0) for p in wanted})
 
     async def keys(self, topic: str, partition: int, offsets: set[int]) -> set[bytes]:
-        """Return the keys of those records at these offsets that the log still has. Raises as `of` does."""
+        """Return the keys of the records at these offsets, without records that were deleted. Raises as `of` does."""
 
         def read(reader: LogReader) -> set[bytes]:
             messages = reader.read(topic, partition, min(offsets), max(offsets) + 1)
@@ -302,7 +326,7 @@ class Ends:
                 time.sleep(0.2)
 
     def close(self) -> None:
-        """Close the connection; does not wait for a request in progress."""
+        """Close the connection. Does not wait for a request in progress."""
         self._closed = True
         if self._reader is not None:
             self._thread.submit(self._reader.close)

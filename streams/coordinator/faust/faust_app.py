@@ -1,10 +1,12 @@
-"""Sets up Faust for the coordinator.
+"""Set up Faust for the coordinator.
 
-This module contains all code that depends on Faust's internals; cycle and timers use only the small `Group`. The
-settings were confirmed by measurements with faust-streaming 0.15.3. Faust manages the group and the assignment,
-restores the table and commits offsets. The coordinator sends records with a producer of its own
-(`jobledger.streams.coordinator.faust.async_producer`), because Faust's producer is not idempotent and Faust writes rows locally before they are
-acknowledged.
+This module contains the code that depends on Faust's internals, except for the local copy of the table
+(`jobledger.streams.coordinator.faust.local_store`). The pipeline, the table and the ownership use Faust only through
+the small `Group`. The settings were confirmed by measurements with faust-streaming 0.15.3. Faust manages the group and
+the assignment, restores the table and commits offsets.
+
+The coordinator sends records with its own producer (`jobledger.streams.coordinator.faust.async_producer`), because
+Faust's producer is not idempotent, and because Faust writes rows locally before they are acknowledged.
 """
 
 from __future__ import annotations
@@ -51,7 +53,7 @@ class Options:
     ``session_timeout``: how long the partitions of a crashed coordinator wait for a new owner (at least the broker's
     ``group.min.session.timeout.ms``). ``commit_interval``: time between two commits. ``patience``: how long the broker
     may be unavailable before the coordinator ends with an error. ``keep_markers``: least time for which the marker of a
-    release is kept after the event that made it. ``batch``: most events of one batch.
+    release is kept after the event from which it was made. ``batch``: largest number of events in one batch.
     """
 
     session_timeout: float = 6.0
@@ -65,7 +67,10 @@ class Options:
 
 
 def faust_settings(settings: Settings, options: Options, partitions: int, place: InstanceDir) -> dict[str, Any]:
-    """Return Faust's settings. With them Faust reads no environment, declares no topics and starts no web server."""
+    """Return Faust's settings.
+
+    With these settings Faust reads no environment variables, declares no topics and starts no web server.
+    """
     return {
         "broker": [f"kafka://{address.strip()}" for address in settings.resolve_bootstrap().split(",")],
         "broker_credentials": credentials(settings.kafka),
@@ -86,15 +91,16 @@ def faust_settings(settings: Settings, options: Options, partitions: int, place:
         "broker_session_timeout": options.session_timeout,
         "broker_heartbeat_interval": options.session_timeout / 6,
         "broker_rebalance_timeout": max(10.0, options.session_timeout),
-        # A join may wait for the other members for the rebalance timeout, so this must be longer. But not by much: it
-        # is also the time lost on a paused broker.
+        # A join may wait for the other members for the rebalance timeout, so the request timeout must be longer. It
+        # must not be much longer, because a request to a paused broker loses the whole request timeout.
         "broker_request_timeout": max(10.0, options.session_timeout) + 2,
         "consumer_metadata_max_age_ms": METADATA_AGE_MS,
         "producer_metadata_max_age_ms": METADATA_AGE_MS,
         "broker_max_poll_records": 2000,
         "broker_commit_interval": options.commit_interval,
         "stream_buffer_maxsize": 4096,
-        # When partitions are revoked, the cycle itself waits for events being processed. The others are read again.
+        # When partitions are revoked, the pipeline itself waits for the events being processed. All other events are
+        # read again.
         "stream_wait_empty": False,
         "producer_request_timeout": options.patience,
     }
@@ -104,21 +110,23 @@ def faust_settings(settings: Settings, options: Options, partitions: int, place:
 
 
 def origin_of(settings: Settings, topic: str) -> str:
-    """Return the identity of the log that a local copy belongs to: ids of cluster and topic. A recreated topic has
-    another one. Raises the translated error of the request."""
+    """Return the identity of the log to which a local copy belongs: the ids of cluster and topic.
+
+    A recreated topic has another identity. Raises the translated error of the request.
+    """
     admin = clients.admin(settings)
     try:
         described = admin.describe_topics(TopicCollection([topic]), request_timeout=10)[topic].result()
-        cluster_id = admin.cluster_id(timeout=10)  # known from that answer
+        cluster_id = admin.cluster_id(timeout=10)  # the client knows the id from that answer
     except KafkaException as exc:
         raise clients.translate(exc.args[0], settings, f"asking for {topic}", read(topic)) from exc
     return f"{cluster_id}/{described.topic_id}"
 
 
 def check_topics(settings: Settings, names: Names, partitions: int) -> None:
-    """Raise `TopicMissing` or `ConfigError` unless coordination topic and changelog exist with ``partitions`` each.
+    """Raise `TopicMissing` or `ConfigError` unless coordination topic and changelog exist, with ``partitions`` each.
 
-    With a mismatch, Faust would run and do nothing.
+    If these numbers of partitions differed, Faust would run and do nothing.
     """
     for topic in (names.coordination, changelog(names)):
         found = clients.partitions_of(settings, topic, need=read(topic))
@@ -130,9 +138,9 @@ def check_topics(settings: Settings, names: Names, partitions: int) -> None:
 
 
 def work_topics(settings: Settings, names: Names) -> dict[str, int | None]:
-    """Return the existing work topics, each with the largest batch it accepts (bytes; None: this client may not know).
+    """Return the existing work topics, each with the largest batch that the topic accepts.
 
-    Raises `BrokerUnavailable`.
+    The limit is in bytes; None if this client lacks the right to read the topic's settings. Raises `BrokerUnavailable`.
     """
     try:
         found = clients.admin(settings).list_topics(timeout=10).topics
@@ -178,12 +186,13 @@ class SourceConsumerThread(aiokafka.AIOKafkaConsumerThread):
 class SourceConsumer(aiokafka.Consumer):
     """Faust's consumer, which hands over the source topic's records in batches, as they were fetched.
 
-    In Faust's own path each record becomes a message and passes a conductor, two tasks, a queue and a stream. That took
-    two fifths of the coordinator's time. Changelog records still take that path. Group, flow control and offsets remain
-    Faust's.
+    In Faust's own path each record becomes a message and passes a conductor, two tasks, a queue and a stream. That path
+    took two fifths of the coordinator's time. Changelog records still take that path. Faust still manages the group,
+    the flow control and the offsets.
     """
 
-    #: Topic whose records are handed over, and the function that takes them. It may wait, as flow control.
+    #: Topic whose records are handed over, and the function that takes the records. The function may wait, as flow
+    #: control.
     source: str
     deliver: Callable[[int, list[Any]], Coroutine[Any, Any, None]]
 
@@ -224,7 +233,7 @@ class SourceConsumer(aiokafka.Consumer):
                 if last is not None and record.offset < last:
                     continue
                 if last is not None and record.offset > last + 1:
-                    # No records have these offsets. Mark them as done, or the commit would wait for them.
+                    # No record has these offsets. Mark the offsets as done; else the commit would wait for them.
                     await self._add_gap(tp, last + 1, record.offset)
                 last = record.offset
                 taken.append(record)
@@ -244,7 +253,7 @@ class SourceConsumer(aiokafka.Consumer):
             await self._thread.seek_to_beginning(*map(aiokafka.ensure_aiokafka_TP, fresh))
 
     def verify_event_path(self, now: float, tp: Any) -> None:
-        """Do nothing. Faust checks here for stalled streams, and the coordinator has none. It measures its own lag."""
+        """Do nothing. Faust checks here for stalled streams. The coordinator has none, and measures its lag itself."""
 
     def acknowledge(self, offsets: Mapping[int, Sequence[int]]) -> None:
         """Allow the offsets of these source records, by partition, to be committed: they were processed."""
@@ -267,9 +276,10 @@ class SourceTransport(aiokafka.Transport):
 class PatientRecovery(Recovery):
     """Faust's restoring of the table, restarted if the broker did not answer a request in time.
 
-    Faust itself treats a request that timed out as a request to stop. Its task that completes rebalances then returns
-    without an error, and the app stays up and does nothing. ``patience``: seconds of unanswered requests in one
-    restoration after which Faust ends with `BrokerUnavailable`.
+    Faust itself treats a request that timed out as a request to stop. Faust's task that completes rebalances then
+    returns without an error, and the app keeps running and does nothing. ``patience``: seconds of unanswered requests
+    in one restoration after which Faust ends with `BrokerUnavailable`. ``brokers``: the addresses to name in that
+    error.
     """
 
     patience: float
@@ -312,12 +322,15 @@ class Group:
 
     @property
     def settled(self) -> bool:
-        """Whether no rebalance is under way. Becomes false in the consumer's thread, before partitions are revoked."""
+        """Whether no rebalance is under way.
+
+        The value becomes false in the consumer's thread, before partitions are revoked.
+        """
         return not self.app.rebalancing
 
     @property
     def generation(self) -> int:
-        """The group's generation of the current assignment. Fetched records are handed over with theirs."""
+        """The group's generation of the current assignment. Fetched records are handed over with their generation."""
         found: int = self.app.consumer_generation_id
         return found
 
@@ -335,10 +348,10 @@ class Group:
         self.app.consumer.acknowledge(offsets)
 
     async def confirm(self) -> bool:
-        """Return whether the broker still accepts this instance as the owner, because only a current member may commit.
+        """Return whether the broker still accepts this instance as the owner of its partitions.
 
-        It commits again an offset that was committed already. False: a rebalance is coming. Any worse error ends the
-        app.
+        Only a current member of the group may commit, so this commits an offset again that was committed already.
+        False means that a rebalance is about to happen. Any worse error ends the app.
         """
         owned = sorted(self.partitions())
         if not owned:
@@ -361,8 +374,8 @@ def _client_group(app: Any) -> Any:
 def stuck(app: Any) -> Exception | None:
     """Return the error that keeps the group's client from working, or None.
 
-    The client raises it only when it is polled for records. Faust does not poll before it has partitions, nor during a
-    rebalance.
+    The client raises this error only when the client is polled for records. Faust does not poll before it has
+    partitions, nor during a rebalance.
     """
     group = _client_group(app)
     pending: Exception | None = getattr(group, "_pending_exception", None)
@@ -374,8 +387,8 @@ def stuck(app: Any) -> Exception | None:
 
 
 def progress(app: Any) -> tuple[object, ...]:
-    """Return values that change while a start or a rebalance makes progress: the group's generation and the offsets up
-    to which the table's changelog is read."""
+    """Return values that change while a start or a rebalance makes progress: the group's generation, the number of
+    changelog partitions to restore, and the offsets up to which the table's changelog is read."""
     recovery = app.tables.recovery
     generation = getattr(_client_group(app), "generation", None)
     return generation, len(recovery.active_highwaters), list(recovery.active_offsets.values())
@@ -387,9 +400,10 @@ def recovering(app: Any) -> bool:
 
 
 def hasten(app: Any) -> None:
-    """Make an idle fetch return after `FETCH_WAIT_MS`. Others on its connection, as in a rebalance, wait for it.
+    """Make a fetch without new records return after `FETCH_WAIT_MS`.
 
-    Faust has a fixed value of 1,500 ms and no setting.
+    Other requests on the same connection, for example those of a rebalance, wait until the fetch returns. Faust has a
+    fixed value of 1,500 ms and no setting.
     """
     app.consumer._thread._consumer._fetcher._fetch_max_wait_ms = FETCH_WAIT_MS
 

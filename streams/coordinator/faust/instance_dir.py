@@ -18,9 +18,12 @@ LOG = get_logger("jobledger.coordinator")
 
 @dataclass(slots=True)
 class InstanceDir:
-    """The folder of one running coordinator. ``durable``: whether rows are kept in it. ``lock``: file descriptor of its
-    lock. ``instance``: its static group member id; None without a durable folder. With it a restarted coordinator
-    rejoins at once, instead of waiting until the dead member's session expires."""
+    """The folder of one running coordinator.
+
+    ``durable``: whether rows are kept in the folder. ``lock``: file descriptor of the folder's lock. ``instance``: the
+    coordinator's static group member id; None without a durable folder. With this id a restarted coordinator rejoins
+    the group at once, and does not wait until the dead member's session expires.
+    """
 
     folder: Path
     durable: bool
@@ -41,16 +44,18 @@ class InstanceDir:
             mark.write_text(origin, "utf-8")
 
     def clear(self) -> None:
-        """Delete the rows: they are restored from the changelog."""
+        """Delete the rows. The next start restores them from the changelog."""
         (self.folder / "origin").unlink(missing_ok=True)
         for version in self.folder.glob("v*"):
             shutil.rmtree(version, ignore_errors=True)
 
 
 def take_place(root: Path, namespace: str) -> InstanceDir:
-    """Lock and return the first folder under ``root`` that no running coordinator holds. If ``root`` cannot be written,
-    return a place without a folder of its own: rows are then kept in memory. Raises `ConfigError` if all 1,000 are
-    taken."""
+    """Lock and return the first folder under ``root`` that no running coordinator has locked.
+
+    If ``root`` cannot be written, return an `InstanceDir` that is not durable: rows are then kept in memory. Raises
+    `ConfigError` if all 1,000 folders are locked.
+    """
     if not is_writable(root):
         LOG.warning("%s cannot be written: rows are kept in memory, a restart replays the whole changelog", root)
         return InstanceDir(root, False, None, None)
@@ -71,9 +76,9 @@ def take_place(root: Path, namespace: str) -> InstanceDir:
 
 
 def is_writable(folder: Path) -> bool:
-    """Return whether rows can be kept under ``folder``; create it if it is missing."""
+    """Return whether rows can be kept under ``folder``. Create the folder if it is missing."""
     try:
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)  # rows contain jobs' arguments
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)  # rows contain arguments of jobs
         probe = folder / ".probe"
         probe.write_bytes(b"")
         probe.unlink()

@@ -1,9 +1,9 @@
-"""The local copy of the coordinator's rows: a Faust table in RocksDB, or in memory where no folder can be written.
+"""The local copy of the coordinator's rows: a Faust table in RocksDB, or in memory if no folder can be written.
 
-`jobledger.streams.coordinator.table` decides who may write, and writes the changelog records that make a row durable. A row is
-written here after its changelog record was acknowledged, so the local copy is never ahead of the changelog. After a
-rebalance Faust restores the copy from the changelog. A row made by a later event then wins over an older one, in
-whatever order they were written, so the late write of a paused instance changes nothing.
+`jobledger.streams.coordinator.table` decides which instance may write, and writes the changelog records that make a row
+durable. A row is written here after its changelog record was acknowledged, so the local copy is never ahead of the
+changelog. After a rebalance Faust restores the copy from the changelog. A row from a later event then replaces a row
+from an earlier event, in whatever order the rows were written. So the late write of a paused instance changes nothing.
 """
 
 from __future__ import annotations
@@ -39,9 +39,10 @@ Put = tuple[bytes, bytes | None]
 class Rows(Protocol):
     """The local copy of the table, as the coordinator uses it."""
 
-    #: Keys for which the changelog ends with an older row than the local one. These rows must be written to it again.
+    #: (partition, key) of rows whose last changelog record is older than the local row. These rows must be written to
+    #: the changelog again.
     overtaken: set[tuple[int, bytes]]
-    #: Why the copy cannot be restored, or None. Faust would only log a warning and retry forever.
+    #: The error that prevents the copy from being restored, or None. Faust would only log a warning and retry forever.
     failure: Exception | None
 
     def get(self, partition: int, key: bytes) -> bytes | None:
@@ -55,7 +56,7 @@ class Rows(Protocol):
 
 
 def merged(current: bytes | None, incoming: bytes) -> bytes | None:
-    """Return ``incoming`` if it replaces ``current``; None if it is older or no row at all.
+    """Return ``incoming`` if it replaces ``current``; None if ``incoming`` is older or is not a row.
 
     Raises `SchemaError` for a row of a kind that only a later version knows.
     """
@@ -82,16 +83,18 @@ class RocksRows(rocksdb.Store):
         self.failure: Exception | None = None
 
     def get(self, partition: int, key: bytes) -> bytes | None:  # type: ignore[override]
-        """A row's bytes."""
+        """Return a row's bytes, or None."""
         db = self._dbs.get(partition)
         found: bytes | None = None if db is None else db.get(key)
         return found
 
     def write(self, partition: int, puts: Iterable[Put], changelog_offset: int) -> None:
-        """Store acknowledged rows, and the changelog offset up to which rows are applied, in one atomic write."""
+        """Store acknowledged rows, and the changelog offset up to which rows are stored, in one atomic write."""
         db = self._dbs.get(partition)
         if db is None:
-            return  # another instance owns it now; if it comes back, it is restored from the changelog
+            # Another instance owns the partition now. If this instance gets the partition again, Faust restores the
+            # copy from the changelog.
+            return
         batch = rocksdict.WriteBatch(raw_mode=True)
         for key, value in puts:
             if value is None:
@@ -116,8 +119,11 @@ class RocksRows(rocksdb.Store):
         return found
 
     def apply_changelog_batch(self, batch: Iterable[Any], to_key: Any, to_value: Any) -> None:
-        """Apply changelog records for Faust. Rows of later events win. Each partition's rows and its changelog offset
-        are written in one batch. An error is kept in `failure` and raised."""
+        """Apply changelog records for Faust. A row from a later event replaces one from an earlier event.
+
+        Each partition's rows and its changelog offset are written in one batch. An error is stored in `failure` and
+        raised.
+        """
         try:
             self._apply(batch)
         except Exception as exc:
@@ -145,8 +151,11 @@ class RocksRows(rocksdb.Store):
             self.write(partition, seen[partition].items(), offset)
 
     def revoke_partitions(self, table: Any, tps: Any) -> None:
-        """Close the copies of revoked partitions. Faust leaves that to the garbage collector. If a partition comes back
-        before its old copy is collected, its files are locked, and Faust crashes after 30 s of retries."""
+        """Close the copies of revoked partitions.
+
+        Faust itself leaves this to the garbage collector. If a partition is assigned again before its old copy is
+        collected, the partition's files are locked, and Faust crashes after 30 s of retries.
+        """
         for tp in tps:
             if tp.topic in table.changelog_topic.topics:
                 self._close(tp.partition)
@@ -163,7 +172,7 @@ class RocksRows(rocksdb.Store):
 
 
 class MemoryRows(memory.Store[bytes, bytes]):
-    """`Rows` in dictionaries, where no folder can be written. A restart replays the whole changelog."""
+    """`Rows` in dictionaries, used if no folder can be written. A restart replays the whole changelog."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -173,7 +182,7 @@ class MemoryRows(memory.Store[bytes, bytes]):
         self._sorted: tuple[int, list[bytes]] | None = None
 
     def get(self, partition: int, key: bytes) -> bytes | None:  # type: ignore[override]
-        """A row's bytes."""
+        """Return a row's bytes, or None."""
         return self._parts[partition].get(key)
 
     def write(self, partition: int, puts: Iterable[Put], changelog_offset: int) -> None:
@@ -186,7 +195,7 @@ class MemoryRows(memory.Store[bytes, bytes]):
                 rows[key] = value
 
     def scan(self, partition: int, after: bytes | None, limit: int) -> list[tuple[bytes, bytes]]:
-        """Return rows above ``after`` in key order, of those that existed when the scan started (``after`` None)."""
+        """Return rows above ``after`` in key order, but only rows that existed when the scan began (``after`` None)."""
         if after is None or self._sorted is None or self._sorted[0] != partition:
             self._sorted = (partition, sorted(self._parts[partition]))
         rows, keys = self._parts[partition], self._sorted[1]
@@ -195,7 +204,10 @@ class MemoryRows(memory.Store[bytes, bytes]):
         return [(key, rows[key]) for key in chunk if key in rows]
 
     def apply_changelog_batch(self, batch: Iterable[Any], to_key: Any, to_value: Any) -> None:
-        """Apply changelog records for Faust. Rows of later events win. An error is kept in `failure` and raised."""
+        """Apply changelog records for Faust. A row from a later event replaces one from an earlier event.
+
+        An error is stored in `failure` and raised.
+        """
         try:
             self._apply(batch)
         except Exception as exc:
@@ -217,7 +229,7 @@ class MemoryRows(memory.Store[bytes, bytes]):
             self.write(partition, [(key, value)], message.offset)
 
     async def on_rebalance(self, assigned: Any, revoked: Any, newly_assigned: Any, generation_id: int = 0) -> None:
-        """Drop the rows of revoked partitions. If one comes back, its whole changelog is replayed."""
+        """Drop the rows of revoked partitions. If one is assigned again, its whole changelog is replayed."""
         for tp in revoked:
             if tp.topic in self.table.changelog_topic.topics:
                 self._parts.pop(tp.partition, None)

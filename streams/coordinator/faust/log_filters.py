@@ -1,4 +1,4 @@
-"""Limits what Faust and its clients log: in an outage aiokafka alone writes hundreds of lines a second."""
+"""Limit what Faust and its clients log. In an outage aiokafka alone writes hundreds of lines per second."""
 
 from __future__ import annotations
 
@@ -16,7 +16,10 @@ except ImportError as exc:
 
 
 class RateLimit(logging.Filter):
-    """Passes one record of each message template per ``interval`` seconds, and adds to it how many were held back."""
+    """Pass one record of each message template per ``interval`` seconds.
+
+    The number of records that were dropped since the last one is added to the message. ``clock()``: returns seconds.
+    """
 
     def __init__(self, interval: float = 10.0, clock: Callable[[], float] = time.monotonic) -> None:
         super().__init__()
@@ -25,7 +28,7 @@ class RateLimit(logging.Filter):
         self._held: dict[tuple[str, str], int] = {}
 
     def filter(self, record: logging.LogRecord) -> bool:
-        """Return whether the record passes; change its message if others were held back."""
+        """Return whether the record passes. Change its message if records like it were dropped."""
         template = (record.name, str(record.msg)[:80])
         now = self._clock()
         last = self._last.get(template)
@@ -42,8 +45,11 @@ class RateLimit(logging.Filter):
 
 
 class SaidElsewhere(logging.Filter):
-    """Holds back records with tracebacks of missing rights, as the coordinator logs what is missing, and those of a client
-    that is stopped after its event loop was closed."""
+    """Drop two kinds of records with tracebacks.
+
+    Records about missing rights, because the coordinator logs which right is missing; and records of a client that is
+    stopped after its event loop was closed.
+    """
 
     def filter(self, record: logging.LogRecord) -> bool:
         """Return whether the record passes."""
@@ -53,8 +59,10 @@ class SaidElsewhere(logging.Filter):
 
 
 class Unheard(logging.Filter):
-    """Shortens asyncio's records about failed tasks whose result was never read. A stopped aiokafka client leaves such
-    tasks behind; their error is enough, without a traceback."""
+    """Shorten asyncio's records about failed tasks whose result was never read.
+
+    A stopped aiokafka client leaves such tasks. The error of such a task is logged without a traceback.
+    """
 
     def filter(self, record: logging.LogRecord) -> bool:
         """Return True: every record passes, those with an aiokafka error shortened."""
@@ -65,8 +73,10 @@ class Unheard(logging.Filter):
 
 
 class Connections(logging.Filter):
-    """Passes aiokafka's messages about lost connections to ``heard`` instead of the log. ``heard`` logs each outage once;
-    aiokafka logs every attempt."""
+    """Pass aiokafka's messages about lost connections to ``heard`` instead of the log.
+
+    aiokafka logs every attempt to connect. ``heard`` logs each outage once.
+    """
 
     heard: Callable[[str], None] | None = None
 
@@ -94,9 +104,10 @@ _REFUSED = (
     aioerrors.ClusterAuthorizationFailedError,
 )
 
-#: In an outage aiokafka writes hundreds of lines a second, and Faust's timers log every late tick.
+#: Loggers that are limited. In an outage aiokafka writes hundreds of lines per second, and Faust's timers log every
+#: late tick.
 _NOISY = ("aiokafka", "faust", "mode")
-#: A Jobledger module whose logger Faust uses for the services defined there.
+#: Modules of Jobledger whose loggers Faust uses for the services that are defined in these modules.
 _OURS = "jobledger.streams.coordinator.faust.local_store"
 _CONSUMER = "jobledger.streams.coordinator.faust.faust_app"
 _connections = Connections()
@@ -105,16 +116,18 @@ _unheard = Unheard()
 
 
 def quieten(level: int = logging.WARNING, heard: Callable[[str], None] | None = None) -> None:
-    """Let Faust, mode and aiokafka log only from ``level`` up, and each message once in 10 s. ``heard``: called with
-    messages about failed connections."""
+    """Let Faust, mode and aiokafka log only from ``level`` up, and each message template once in 10 s.
+
+    ``heard``: called with aiokafka's messages about failed connections; None: no change.
+    """
     if heard is not None:
         _connections.heard = heard
     for name in [*_NOISY, *logging.root.manager.loggerDict]:
         if name.partition(".")[0] in _NOISY:
             logger = logging.getLogger(name)
-            # A filter of a logger does not apply to its children's records, so each logger gets it.
+            # A filter of a logger does not apply to the records of its child loggers, so each logger gets the filters.
             for each in _filters:
-                logger.addFilter(each)  # adding it twice has no effect
+                logger.addFilter(each)  # adding a filter twice has no effect
     for name in (*_NOISY, _OURS, _CONSUMER):
         logging.getLogger(name).setLevel(level)
     logging.getLogger(_CONSUMER).addFilter(_filters[0])

@@ -1,7 +1,7 @@
-"""Gets tokens for SASL/OAUTHBEARER for aiokafka, as librdkafka's ``sasl.oauthbearer.method=oidc`` does.
+"""Get tokens for SASL/OAUTHBEARER for aiokafka, as librdkafka's ``sasl.oauthbearer.method=oidc`` does.
 
-Uses the client credentials grant of OAuth 2.0 (RFC 6749, section 4.4): a client id and a secret are exchanged for a
-token.
+This module uses the client credentials grant of OAuth 2.0 (RFC 6749, section 4.4): a client id and a secret are
+exchanged for a token.
 """
 
 from __future__ import annotations
@@ -43,8 +43,11 @@ RENEW_AT = 0.8
 
 
 class ClientCredentials(AbstractTokenProvider):  # type: ignore[misc]  # aiokafka ships no types
-    """Gets a token and keeps it until it must be renewed. Raises `ConfigError` for missing settings, settings of another
-    method, and an endpoint to which the secret would be sent as plain text."""
+    """Get a token, and keep the token until a new one must be requested.
+
+    Raises `ConfigError` for missing settings, for settings of another method, and for an endpoint to which the secret
+    would be sent as plain text.
+    """
 
     def __init__(self, kafka: Mapping[str, str]) -> None:
         if kafka.get(_METHOD, "default").lower() != "oidc":
@@ -65,7 +68,7 @@ class ClientCredentials(AbstractTokenProvider):  # type: ignore[misc]  # aiokafk
         self._token, self._until = "", 0.0
 
     async def token(self) -> str:
-        """Return a token that is still valid; request one if needed. Raises `NotAuthenticated`."""
+        """Return a token that is still valid. Request a new one if needed. Raises `NotAuthenticated`."""
         return await asyncio.get_running_loop().run_in_executor(None, self.fetch)
 
     def extensions(self) -> dict[str, str]:
@@ -73,7 +76,7 @@ class ClientCredentials(AbstractTokenProvider):  # type: ignore[misc]  # aiokafk
         return dict(self._extensions)
 
     def fetch(self) -> str:
-        """Return a token as `token` does, but block. Any thread."""
+        """Return a token as `token` does, but block the calling thread. Callable from any thread."""
         with self._lock:
             if time.monotonic() >= self._until:
                 self._token, lasts = self._ask()

@@ -1,4 +1,4 @@
-"""Translates security settings with librdkafka's names for Faust and aiokafka. Opens no connections."""
+"""Translate security settings with librdkafka's names for Faust and aiokafka. This module opens no connections."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _KNOWN = {"security.protocol", "sasl.mechanism", "sasl.mechanisms", "sasl.userna
 def credentials(kafka: Mapping[str, str]) -> Any:
     """Return security settings with librdkafka's names as Faust's credentials; None for plain text.
 
-    Raises `ConfigError` for a security setting that has no translation: it must not be ignored silently.
+    Raises `ConfigError` for a security setting that has no translation, because such a setting must not be ignored.
     """
     protocol = kafka.get("security.protocol", "PLAINTEXT").upper()
     if protocol not in ("PLAINTEXT", "SSL", "SASL_PLAINTEXT", "SASL_SSL"):

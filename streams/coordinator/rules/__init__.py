@@ -1,5 +1,6 @@
-"""The decisions of the coordinator, as functions of rows and records: what a record changes, what is written, and when a row
-acts.
+"""The decisions of the coordinator, as functions of rows and records: what a record changes, what is written, and when
+a timer must look at a row.
 
-Pure: no Kafka client, no Faust, no clock, no thread. So the same log always gives the same decisions.
+These modules are pure: they use no Kafka client, no Faust, no clock and no thread. So the same log always gives the
+same decisions.
 """

@@ -1,26 +1,28 @@
-"""The coordinator's rules: from a row, an event and its append time to a new row, releases and timers.
+"""The coordinator's rules: they compute a new row, releases and timers from a row, an event and its append time.
 
-Pure: no clock, no Kafka, no Faust, no database; the caller passes the time. A decision depends only on the events of
-the partition up to this one. So an instance that was paused repeats decisions and never contradicts them.
+This module is pure: it uses no clock, no Kafka, no Faust and no database. The caller passes the time. A decision
+depends only on the events of the partition up to the event that is decided on. So an instance that was paused repeats
+decisions and never contradicts earlier ones.
 
 A release has three steps:
 
-1. An event asks for it (`JobSubmitted` with a condition, or `ReleaseRequested`). The row becomes `Scheduled`, and a
-   timer is set.
+1. An event asks for the release (`JobSubmitted` with a delay or a due time, or `ReleaseRequested`). The row becomes
+   `Scheduled`, and a timer is set.
 2. At the due time the timer writes `ReleaseDecided` to the log, and nothing else.
-3. `ReleaseDecided` is read back. If it was appended at or after the due time, and the row is still scheduled for
-   exactly this (run, release), the job is released (`JobDue`) and the row becomes a `Released` marker. A job that has
-   expired before is ended instead; one that was cancelled before has no such row any more.
+3. The coordinator reads `ReleaseDecided` back. If this record was appended at or after the due time, and the row is
+   still scheduled for exactly this (run, release), the job is released (`JobDue`) and the row becomes a `Released`
+   marker. If the job has expired before, its run ends as expired. If the job was cancelled before, the job has no such
+   row any more.
 
-A long job's release has a `Held` row while a worker runs it on a lease. The worker sends the outcome to the coordinator
-first, which passes it on to lifecycle if the lease is still valid. If the lease ends without an outcome, the job is
-released again. So a run has one outcome on lifecycle; after a crash of the coordinator it
-may be there twice, with the same `event_id`.
+While a worker runs a long job with a job lease, the job's row is `Held`. The worker sends the closing fact to the
+coordinator first. The coordinator passes the closing fact on to the lifecycle topic if the lease is still valid. If the
+lease ends without an outcome, the job is released again. So a run has one outcome on the lifecycle topic. After a crash
+of the coordinator, this outcome may be there twice, with the same `event_id`.
 
-A row holds the offset of the event that made it. Rows are durable before that offset is committed, so after a crash the
-table is ahead of the committed offset, and events that it contains already are skipped.
+A row contains the offset of the event from which the row was made. Rows are durable before that offset is committed. So
+after a crash the table is ahead of the committed offset, and events that the table contains already are skipped.
 
-Rows are defined in `schedules`, the records derived from them in `derived`.
+`schedule_rows` defines the rows, and `derived_events` builds the records that derive from rows.
 """
 
 from __future__ import annotations
@@ -58,19 +60,21 @@ from jobledger.streams.coordinator.rules.derived_events import derived_id
 from jobledger.streams.coordinator.rules.schedule_rows import Floor, Held, Kept, Released, Row, Scheduled, row_key
 from jobledger.streams.coordinator.rules.timers import wake_at
 
-#: A run fails after so many leases that ended without an outcome. Each time its worker died, stopped responding or could
-#: not reach the cluster, perhaps not because of the job (docs/adr/0009-suspects.md).
-#: If a child process dies, its worker judges the job, after `places.CRASHES`.
+#: A run fails after this number of job leases that ended without an outcome. Each time the worker died, stopped
+#: responding or could not reach the cluster, perhaps not because of the job (docs/adr/0009-suspects.md). If only a
+#: child process dies, the worker itself judges the job, after `CRASHES` starts
+#: (`jobledger.consumers.running.placement`).
 LEASES_LOST = 10
 
 
 class Decision(msgspec.Struct, frozen=True):
-    """The result of one event.
+    """The decision on one event.
 
-    ``verdict``: its name in the metrics. ``row``: the row to write; None if nothing changes. ``release``: the release
-    to send before the row is written. ``facts``: events to write before the row, `DeadLettered` to the dead letters and
-    the others to lifecycle; if their source is empty, the coordinator's is filled in. ``wake_at``: when a timer shall
-    look at the job's row, µs of the broker's clock; None: no new timer.
+    ``verdict``: the decision's name in the metrics. ``row``: the row to write; None if the row does not change.
+    ``release``: the release to send before the row is written; None if no release is sent. ``facts``: events to write
+    before the row, `DeadLettered` to the dead letters and all others to the lifecycle topic; if the source of an event
+    is empty, the caller fills in the coordinator's source. ``wake_at``: the time at which a timer must look at the
+    job's row, µs of the broker's clock; None: no new timer.
     """
 
     verdict: str
@@ -100,7 +104,7 @@ def decide(row: Row | None, floor: int, event: JobEvent, partition: int, offset:
     fact = event.fact
     match fact:
         case JobSubmitted():
-            # A submission with a condition is release 0. It asks for the first release of its run.
+            # A submission with a delay or a due time is release 0. The event asks for the first release of its run.
             due = _due(fact.delay_ms, fact.due_at, appended_ms)
             return _requested(
                 row, event, fact.spec, max(event.release, 1), due, partition, offset, appended_ms, "scheduled"
@@ -141,7 +145,7 @@ def _requested(
     appended_ms: int,
     verdict: str,
 ) -> Decision:
-    """Schedule a release. Only its first request counts. One for an earlier release changes nothing."""
+    """Schedule a release. Only a release's first request counts. A request for an earlier release changes nothing."""
     if row is not None and (event.run, release) <= (row.run, row.release):
         return _PASSED
     made = _schedule(event, spec, release, due, partition, offset, appended_ms)
@@ -152,7 +156,7 @@ def _decided(row: Row | None, event: JobEvent, partition: int, offset: int, appe
     if not isinstance(row, Kept) or (row.run, row.release) != (event.run, event.release):
         return _STALE_DECISION
     if appended_ms * 1000 < row.acts_at:
-        # Only the broker's clock counts. The deciding instance's clock was ahead of it, or the lease was renewed.
+        # Only the broker's clock counts. The clock of the deciding instance was ahead, or the lease was renewed.
         return Decision("early", wake_at=wake_at(row.acts_at))
     if isinstance(row, Held):
         return _lost(row, partition, offset, appended_ms)
@@ -165,8 +169,11 @@ def _decided(row: Row | None, event: JobEvent, partition: int, offset: int, appe
 def _overdue(
     row: Row | None, event: JobEvent, fact: ReleaseOverdue, partition: int, offset: int, appended_ms: int
 ) -> Decision:
-    """Repeat the release that the event names, never a new one: send it again; or have its timer look again, if it is
-    kept; or schedule it, if its request was lost."""
+    """Repeat the release that the event names, and never start a new release.
+
+    If the request for the release was lost, schedule the release. If the release is kept, set its timer again.
+    Otherwise send the release again. Change nothing if a later release exists.
+    """
     named = (event.run, event.release)
     if row is None or (row.run, row.release) < named:
         return _requested(
@@ -185,7 +192,7 @@ def _overdue(
 
 
 def _leased(row: Row | None, event: JobEvent, fact: Leased, partition: int, offset: int, appended_ms: int) -> Decision:
-    """Record a lease. It changes nothing if the release is scheduled or leased already, or a later one exists."""
+    """Record a job lease. Change nothing if the release is scheduled or leased already, or a later release exists."""
     named = (event.run, event.release)
     if row is not None and (row.run, row.release) > named:
         return _PASSED
@@ -223,14 +230,17 @@ def _renewed(
         return _STALE_LEASE
     if fact.lease_ms > 0:
         due = later(appended_ms, fact.lease_ms)
-        # No new timer: the existing one looks at the row and is set again. A timer for each renewal would add up.
+        # Set no new timer: the existing timer looks at the row and is set again. With a new timer for each renewal, the
+        # number of timers would grow.
         return Decision("renewed", row=msgspec.structs.replace(row, partition=partition, offset=offset, due=due))
     return _again("given-back", row, row.tags, partition, offset, appended_ms)
 
 
 def _lost(row: Held, partition: int, offset: int, appended_ms: int) -> Decision:
-    """Handle a lease that ended: its worker died, was paused or lost the cluster. Release the job again, or fail the
-    run after `LEASES_LOST` leases."""
+    """Handle a lease that ended without an outcome: the worker died, was paused or lost its connection to the cluster.
+
+    Release the job again. If this is number `LEASES_LOST` of the run's leases that ended in this way, fail the run.
+    """
     crashes = row.crashes + 1
     if crashes >= LEASES_LOST:
         error = ErrorInfo(
@@ -280,7 +290,7 @@ def _closed(
     offset: int,
     appended_ms: int,
 ) -> Decision:
-    """Pass on the outcome that a worker reports for a leased job, if the lease is still valid."""
+    """Pass on the closing fact that a worker reports for a leased job, if the lease is still valid."""
     if not isinstance(row, Held) or (row.run, row.release) != (event.run, event.release):
         return _STALE_LEASE
     if isinstance(fact, JobRetried | JobSnoozed):
@@ -307,7 +317,7 @@ def _cancelled(
 def _ended(
     row: Kept, verdict: str, fact: JobCancelled | JobExpired | JobFailed, partition: int, offset: int, appended_ms: int
 ) -> Decision:
-    """End a run in the coordinator."""
+    """End a run in the coordinator, with the event for the lifecycle topic and, for a failure, the dead letter."""
     marker = Released(partition, offset, row.run, row.release, appended_ms, True)
     facts: tuple[JobEvent, ...] = (_said(row, verdict, fact, appended_ms),)
     if isinstance(fact, JobFailed):
@@ -362,13 +372,13 @@ def _schedule(
 
 
 class DecisionBatch:
-    """Decide on consecutive events. Each sees the rows as the events before it left them. Nothing is written.
+    """Decide on consecutive events. The decision on an event uses the rows that the decisions before it have changed.
 
-    ``rows``: new rows by (partition, key), to be written after ``releases`` are acknowledged. ``releases``: releases to
-    send, in order. ``facts``: events that the coordinator makes or passes on, to be sent with them. ``timers``:
-    (partition, key, µs) at which to look at a row. ``verdicts``: number of each verdict. ``closed``: lanes for which a
-    release was held back, because ``is_open(lane)`` was false. ``waiting``: change of the number of kept rows, by
-    partition.
+    The batch writes nothing. ``rows``: new rows by (partition, key), to be written after ``releases`` are acknowledged.
+    ``releases``: releases to send, in order. ``facts``: events that the coordinator makes or passes on, to be sent
+    together with the releases. ``timers``: (partition, row key, time in µs at which to look at the row). ``verdicts``:
+    number of decisions by verdict. ``closed``: lanes for which a release was held back, because ``is_open(lane)`` was
+    false. ``waiting``: change of the number of kept rows, by partition.
     """
 
     def __init__(
@@ -393,7 +403,7 @@ class DecisionBatch:
         decision = decide(row, self._floor(partition), event, partition, offset, appended_ms)
         released = decision.release
         if released is not None and not self._is_open(released.lane):
-            # Leave the row as it is, with a timer that tries again once the work topic exists.
+            # Do not change the row. If the row is kept, its timer tries again once the work topic exists.
             self.closed.add(released.lane)
             self.verdicts["held-back"] += 1
             if isinstance(row, Kept):
@@ -414,10 +424,10 @@ class DecisionBatch:
 
 
 def sweepable(row: Row | Floor, committed: int, now_ms: int, keep_ms: int) -> bool:
-    """Return whether a marker may be deleted: its offset is below ``committed`` and its age at least ``keep_ms``."""
+    """Return whether a marker may be deleted: its offset is below ``committed`` and its age is at least ``keep_ms``."""
     return isinstance(row, Released) and row.offset < committed and row.ended_ms + keep_ms <= now_ms
 
 
 def raised_floor(floor: int, committed: int) -> int:
-    """Return the floor to write before markers are swept: everything below the committed offset was processed."""
+    """Return the floor to write before markers are swept: all events below the committed offset were processed."""
     return max(floor, committed - 1)

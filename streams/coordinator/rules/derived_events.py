@@ -1,4 +1,4 @@
-"""Builds the records that the coordinator derives from a row. Every instance derives the same ids. Pure."""
+"""Build the records that the coordinator derives from a row. Every instance derives the same ids. Pure module."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from jobledger.streams.coordinator.rules.schedule_rows import Kept
 def derived_id(job_id: str, run: int, release: int, what: str) -> str:
     """Return the id of a derived record: a UUID v5 of job, run, release and the record's purpose ``what``.
 
-    Equals ``uuid.uuid5(uuid.UUID(job_id), f"{run}/{release}/{what}")`` (RFC 9562, section 5.5), at a quarter of its
-    cost.
+    The result equals ``uuid.uuid5(uuid.UUID(job_id), f"{run}/{release}/{what}")`` (RFC 9562, section 5.5), at a quarter
+    of the cost.
     """
     try:
         space = bytes.fromhex(job_id.replace("-", ""))
     except ValueError:
         space = b""
-    if len(space) != 16:  # an id that is no UUID
+    if len(space) != 16:  # the id is not a UUID
         space = uuid.uuid5(uuid.NAMESPACE_OID, job_id).bytes
     digest = bytearray(hashlib.sha1(space + b"%d/%d/%s" % (run, release, what.encode())).digest()[:16])
     digest[6] = digest[6] & 0x0F | 0x50

@@ -1,4 +1,7 @@
-"""The rows of the coordinator's table and their encoding: kept releases, markers of passed ones, and floors. Pure."""
+"""The rows of the coordinator's table and their encoding: kept releases, markers of passed releases, and floors.
+
+This module is pure.
+"""
 
 from __future__ import annotations
 
@@ -9,13 +12,16 @@ import msgspec
 from jobledger.kafka.topic_names import lane
 from jobledger.schemas.events import JobSpec
 
-#: The floor of a partition that was never swept: below every offset.
+#: The floor of a partition that was never swept. It is below every offset.
 NO_FLOOR = -1
 
 
 class Kept(msgspec.Struct, frozen=True, array_like=True, gc=False):
-    """A release that the coordinator keeps, with the whole job. ``offset``: offset of the event that made this row.
-    ``due``: when the job is to be released, or its lease ends; µs of the broker's clock."""
+    """A release that the coordinator keeps, with the whole job.
+
+    ``offset``: offset of the event from which this row was made. ``due``: the time at which the job must be released,
+    or at which its job lease ends; µs of the broker's clock.
+    """
 
     partition: int
     offset: int
@@ -47,7 +53,7 @@ class Kept(msgspec.Struct, frozen=True, array_like=True, gc=False):
 
     @property
     def acts_at(self) -> int:
-        """When a timer is to look at this row, µs of the broker's clock."""
+        """The time at which a timer must look at this row, µs of the broker's clock."""
         return self.due
 
 
@@ -56,21 +62,22 @@ class Scheduled(Kept, frozen=True, array_like=True, tag=0, gc=False):
 
     @property
     def acts_at(self) -> int:
-        """When the release is due, or the job expires if that is earlier; µs of the broker's clock."""
+        """The time when the release is due, or when the job expires if that is earlier; µs of the broker's clock."""
         return self.due if self.expires_at is None else min(self.due, self.expires_at)
 
 
 class Held(Kept, frozen=True, array_like=True, tag=3, gc=False):
-    """A release that a worker runs on a lease. The lease ends at ``due`` unless it is renewed. ``crashes``: number of
-    leases of this run that ended without an outcome."""
+    """A release that a worker runs with a job lease. The lease ends at ``due`` unless the worker renews it.
+    ``crashes``: number of leases of this run that ended without an outcome."""
 
     worker: str = ""
     crashes: int = 0
 
 
 class Released(msgspec.Struct, frozen=True, array_like=True, tag=1, gc=False):
-    """A marker: the coordinator released the job, or ended its run, because of the event at ``offset``, appended at
-    ``ended_ms`` (broker's clock). ``closed``: the run has ended, so the release must not be sent or leased again."""
+    """A marker: the coordinator released the job, or ended its run, because of the event at ``offset``, which was
+    appended at ``ended_ms`` (ms of the broker's clock). ``closed``: whether the run has ended, so that the release must
+    not be sent or leased again."""
 
     partition: int
     offset: int
@@ -81,9 +88,11 @@ class Released(msgspec.Struct, frozen=True, array_like=True, tag=1, gc=False):
 
 
 class Floor(msgspec.Struct, frozen=True, array_like=True, tag=2, gc=False):
-    """The floor of a partition, never deleted: every event at or below ``offset`` was processed. ``shift``: number
-    added to the log's offsets before they are compared with those in rows. It is above 0 if the rows were made from an
-    earlier log (`jobledger.streams.coordinator.table`)."""
+    """The floor of a partition: every event at or below ``offset`` was processed. A floor is never deleted.
+
+    ``shift``: number that is added to the log's offsets before they are compared with those in rows. The shift is above
+    0 if the rows were made from an earlier log (`jobledger.streams.coordinator.table`).
+    """
 
     partition: int
     offset: int
@@ -110,7 +119,7 @@ def decode_row(data: bytes) -> Row | Floor:
 
 
 def of_unknown_kind(data: bytes) -> bool:
-    """Return whether bytes that `decode_row` refuses look like a row of a later version's kind."""
+    """Return whether bytes that `decode_row` refuses look like a row of a kind that only a later version has."""
     try:
         match msgspec.msgpack.decode(data):
             case [int(tag), *_]:
@@ -131,13 +140,16 @@ def row_key(job_id: str) -> bytes:
 
 
 def floor_key(partition: int) -> bytes:
-    """Return the key of a partition's floor. It begins with a zero byte, unlike Jobledger's job ids."""
+    """Return the key of a partition's floor. The key begins with a zero byte, unlike Jobledger's job ids."""
     return b"\0floor/%d" % partition
 
 
 def newer(row: Row | Floor, than: Row | Floor) -> bool:
-    """Return whether ``row`` replaces ``than``: it was made by a later event, or the same one. The order in which they
-    were written does not matter."""
+    """Return whether ``row`` replaces ``than``: ``row`` was made from a later event, or from the same one.
+
+    The order in which the two rows were written does not matter. A floor with a larger shift replaces one with a
+    smaller shift.
+    """
     if isinstance(row, Floor) and isinstance(than, Floor) and row.shift != than.shift:
         return row.shift > than.shift
     return row.offset >= than.offset

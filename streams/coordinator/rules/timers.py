@@ -1,6 +1,7 @@
-"""Timers of rows, one heap per partition, and an estimate of the broker's clock. Pure: the time is passed in.
+"""Timers of rows, with one heap for each partition, and an estimate of the broker's clock.
 
-Timers decide nothing. They make the coordinator write `ReleaseDecided` to the log (`jobledger.streams.coordinator.rules.decisions`).
+This module is pure: the caller passes the time. Timers decide nothing. They make the coordinator write `ReleaseDecided`
+to the log (`jobledger.streams.coordinator.rules.decisions`).
 """
 
 from __future__ import annotations
@@ -18,8 +19,8 @@ def wake_at(due: int) -> int:
 class Timers:
     """Hold the timers of one partition, as a heap of (µs, key).
 
-    An entry only gives the time to look at a row. The row decides whether anything is due, so entries are never removed
-    early.
+    An entry only gives the time at which to look at a row. The row decides whether anything is due, so entries are
+    never removed early.
     """
 
     def __init__(self, entries: Iterable[tuple[int, bytes]] = ()) -> None:
@@ -38,7 +39,7 @@ class Timers:
         return self._heap[0][0] if self._heap else None
 
     def pop_passed(self, now: int, limit: int) -> list[bytes]:
-        """Remove and return the keys due by ``now`` µs, earliest first, at most ``limit``."""
+        """Remove and return the keys of timers that are due at ``now`` µs: the earliest first, at most ``limit``."""
         passed: list[bytes] = []
         heap = self._heap
         while heap and heap[0][0] <= now and len(passed) < limit:
@@ -49,10 +50,10 @@ class Timers:
 class BrokerClock:
     """Estimate the broker's clock from acknowledgements, by comparing the append time with the time of receipt.
 
-    An acknowledgement arrives after the append, so ``received - appended`` is how far this process's clock is ahead,
-    plus a latency. The smallest sample is the best estimate. It makes releases late, never early (as NTP's clock
-    filter, RFC 5905, section 10). Old samples are dropped after one to two windows of ``window_us``, so a drift is
-    followed.
+    An acknowledgement arrives after the append, so a sample ``received - appended`` is the time by which this process's
+    clock is ahead, plus a latency. The smallest sample is the best estimate (as in NTP's clock filter, RFC 5905,
+    section 10). The error of the estimate makes releases late, never early. Old samples are dropped after one to two
+    windows of ``window_us``, so the estimate follows a drift of the clocks.
     """
 
     def __init__(self, window_us: int = 60_000_000) -> None:
@@ -63,7 +64,7 @@ class BrokerClock:
 
     @property
     def ahead_us(self) -> int:
-        """How far this process's clock is ahead of the broker's, µs; negative if behind; 0 without samples."""
+        """Time by which this process's clock is ahead of the broker's, µs; negative if behind; 0 without samples."""
         known = [sample for sample in (self._current, self._previous) if sample is not None]
         return min(known, default=0)
 
@@ -77,7 +78,7 @@ class BrokerClock:
             self._current = sample
 
     def now(self, local_us: int) -> int:
-        """Return the broker's time, µs, when this process's clock shows ``local_us``."""
+        """Return the estimated time of the broker's clock, µs, when this process's clock shows ``local_us``."""
         return local_us - self.ahead_us
 
     def reset(self) -> None:

@@ -27,8 +27,9 @@ __all__ = [
 def open_reader(url: str, namespace: str) -> StatusReader:
     """Return the read side of the status database at ``url``.
 
-    Raises `StoreNotFound` if there is none yet, `StoreUnavailable` if it does not answer, `StoreError` if it belongs to
-    another namespace or version or refuses access, `ConfigError` for a URL of an unknown kind.
+    Raises `StoreNotFound` if there is no status table yet, `StoreUnavailable` if the database does not answer,
+    `StoreError` if the database refuses access or the table belongs to another namespace or version, `ConfigError` for
+    a URL of an unknown kind.
     """
     if _is_postgres(url):
         from jobledger.streams.status.store import postgres_reader
@@ -40,8 +41,8 @@ def open_reader(url: str, namespace: str) -> StatusReader:
 
 
 def open_store(url: str, namespace: str) -> Store:
-    """Return the write side of the status database at ``url``; create it if it is missing. Raises as `open_reader` does,
-    but not `StoreNotFound`."""
+    """Return the write side of the status database at ``url``; create the status table if it is missing. Raises as
+    `open_reader` does, but not `StoreNotFound`."""
     if _is_postgres(url):
         from jobledger.streams.status.store import postgres
 
@@ -52,7 +53,7 @@ def open_store(url: str, namespace: str) -> Store:
 
 
 def copy(url: str, namespace: str, path: Path) -> None:
-    """Copy the status table, as it is at one moment, into a SQLite file. It may be written meanwhile.
+    """Copy the status table, as it is at one moment, into a SQLite file. The table may be written meanwhile.
 
     Raises as `open_reader` does.
     """
@@ -77,8 +78,8 @@ def namespaces_in(folder: Path) -> list[str]:
 
 
 def scratch(url: str) -> Path | None:
-    """Return a folder with space for a table like that at ``url``: the folder of a SQLite file; None for PostgreSQL: use
-    the system's temporary folder."""
+    """Return a folder with space for a copy of the table at ``url``: the folder of the SQLite file. Return None for
+    PostgreSQL: the system's temporary folder is used."""
     if _is_postgres(url):
         return None
     from jobledger.streams.status.store import sqlite
@@ -101,7 +102,7 @@ def _is_postgres(url: str) -> bool:
 
 def _needs_driver() -> None:
     try:
-        import psycopg  # noqa: F401  # without its C library it is installed but cannot be imported
+        import psycopg  # noqa: F401  # without its C library, psycopg is installed but cannot be imported
     except ImportError as exc:
         raise ConfigError(
             "JOBLEDGER_STATUS_URL names a PostgreSQL database, and the driver for it is missing: "

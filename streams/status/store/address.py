@@ -16,6 +16,6 @@ def shown(url: str) -> str:
         return url
     try:
         parsed = sqlalchemy.make_url(url)
-    except (ArgumentError, ValueError):  # the text at the port's place may be part of an unquoted password
+    except (ArgumentError, ValueError):  # the text where the port should be may be part of an unquoted password
         return f"{scheme[:20]}://…" if "://" in url else scheme[:20]
     return parsed.difference_update_query(_SECRETS).render_as_string(hide_password=True)

@@ -1,5 +1,5 @@
-"""Connections to PostgreSQL: parses the URL, retries for a limited time, and explains errors with a remedy and without a
-password."""
+"""Connections to PostgreSQL: parses the URL, retries for a limited time, and explains errors with a remedy and without
+a password."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from jobledger.streams.status.store.address import shown
 
 #: First and longest pause in seconds between two attempts.
 PAUSE_FIRST_S, PAUSE_MOST_S = 0.1, 1.0
-#: Settings of a connection that the URL may override. One attempt takes at most five seconds. A peer that vanished without
-#: closing the connection is detected after about half a minute, not after the system's two hours.
+#: Settings of a connection that the URL may override. One attempt takes at most five seconds. A peer that vanished
+#: without closing the connection is detected after about half a minute, not after the system's two hours.
 _DEFAULTS = {
     "client_encoding": "utf8",
     "connect_timeout": 5,
@@ -32,9 +32,9 @@ _DEFAULTS = {
 #: Largest length in bytes of a name in PostgreSQL.
 _NAME_BYTES = 63
 
-#: Messages with which a server refuses a connection and for which a retry does not help, with their remedies. The driver
-#: passes on no code for such a refusal, so the text is compared. A message in another language is shown as it is, and the
-#: connection is retried.
+#: Messages with which a server refuses a connection and for which a retry does not help, with their remedies. The
+#: driver passes on no code for such a refusal, so the text is compared. A message in another language is shown as it
+#: is, and the connection is retried.
 _AT_THE_DOOR = (
     ("password authentication failed", "the user or the password in JOBLEDGER_STATUS_URL is wrong"),
     ("no password supplied", "it asks for a password: write it into JOBLEDGER_STATUS_URL, or into ~/.pgpass"),
@@ -52,7 +52,7 @@ class Address:
         try:
             parsed = sqlalchemy.make_url(url)
         except (ArgumentError, ValueError):
-            # Without the cause's message: it may quote a part of the password.
+            # Leave out the cause's message: it may quote a part of the password.
             raise _unusable(url) from None
         if not parsed.database:
             raise _unusable(url)
@@ -72,7 +72,7 @@ class Address:
 
         ``shared``: use no prepared statements, because a pooler may use another server connection for each transaction.
         """
-        # As the engine would connect, but with retries. The dialect has no types.
+        # Use the arguments with which an engine would connect, and retry. The dialect has no type annotations.
         options = dialect.PGDialect_psycopg().create_connect_args(self._url)[1]  # type: ignore[no-untyped-call]
         deadline, pause = time.monotonic() + patience, PAUSE_FIRST_S
         while True:
@@ -87,8 +87,8 @@ class Address:
             pause = min(PAUSE_MOST_S, pause * 2)
 
     def explain(self, exc: BaseException, doing: str) -> StoreError:
-        """Turn the driver's error into a `StoreError`. ``doing``: a participle that says what cannot be done to the status
-        table."""
+        """Turn the driver's error into a `StoreError`. ``doing``: a participle that says what cannot be done to the
+        status table."""
         cause: BaseException = getattr(exc, "orig", None) or exc
         if isinstance(cause, StoreError):
             return cause
@@ -129,7 +129,8 @@ class Address:
 
 
 def schema_of(namespace: str) -> str:
-    """Return the schema of a namespace's tables; a name too long for PostgreSQL is cut and ends with a digest."""
+    """Return the schema of a namespace's tables. A name that is too long for PostgreSQL is cut and ends with a
+    digest."""
     name = f"jobledger_{namespace}"
     if len(name) > _NAME_BYTES:
         name = f"{name[: _NAME_BYTES - 17]}_{hashlib.sha256(name.encode()).hexdigest()[:16]}"
@@ -137,7 +138,8 @@ def schema_of(namespace: str) -> str:
 
 
 def schema_beside(schema: str) -> str:
-    """Return the schema in which a rebuild creates the new tables. No namespace contains a dot, so none has this schema."""
+    """Return the schema in which a rebuild creates the new tables. No namespace contains a dot, so no namespace has
+    this schema."""
     return f"{schema[: _NAME_BYTES - 4]}.new"
 
 
@@ -160,8 +162,8 @@ def _unusable(url: str) -> ConfigError:
 
 
 def bounded(**bounds: str) -> str:
-    """Return a statement that sets limits (``statement_timeout="5s"``) for its transaction, unless role, database or URL
-    set them. It does not set them for the session: behind a pooler another client uses the session next."""
+    """Return a statement that sets limits (``statement_timeout="5s"``) for its transaction, unless role, database or
+    URL set them. The limits are not set for the session: behind a pooler another client uses the session next."""
     return "SELECT " + ", ".join(
         f"CASE current_setting('{name}') WHEN '0' THEN set_config('{name}', '{value}', true) END"
         for name, value in bounds.items()

@@ -1,9 +1,10 @@
-"""The status database in PostgreSQL: a schema for each namespace, so other tables and namespaces can be in the database.
+"""The status database in PostgreSQL: a schema for each namespace, so the database may also contain other tables and
+namespaces.
 
 ``synchronous_commit`` is off for writes from the log: a crash of the server may undo the last transactions, each as a
-whole. That loses nothing, because the offsets are in the same transactions. A writer that finds an earlier state of the
-table than it committed (`CommitUnknown`) continues from there. Transactions that acquire a lease or swap a table are
-forced to disk.
+whole. No record is lost by that, because the offsets are in the same transactions. A writer that finds an earlier state
+of the table than it committed (`CommitUnknown`) continues from that state. Transactions that acquire a lease or swap a
+table are forced to disk.
 """
 
 from __future__ import annotations
@@ -30,13 +31,15 @@ from jobledger.streams.status.store.writer import LEASE_S, SqlStore
 
 LOG = get_logger("jobledger.materializer")
 
-#: How long a statement waits for a lock of another session, such as a reader during a rebuild's swap, or a manual change.
+#: How long a statement waits for a lock of another session, such as the lock of a reader during a rebuild's swap, or of
+#: a manual change.
 LOCK_TIMEOUT = "10s"
-#: The same limit for a swap, for which readers wait meanwhile: it is less than a reader's own limit. And how long in
-#: seconds a swap is retried.
+#: The same limit for a swap. Readers wait during a swap, so this limit is less than a reader's own limit.
+#: `SWAP_PATIENCE_S`: seconds for which a swap is retried.
 SWAP_LOCK_TIMEOUT, SWAP_PATIENCE_S = "2s", 60.0
 
-#: In the order in which a swap locks them. Readers use the tables in the same order, which prevents deadlocks.
+#: The tables in the order in which a swap locks them. Readers use the tables in the same order, which prevents
+#: deadlocks.
 _TABLES = (jobs, tags, counters, offsets, lease, meta)
 _COLUMNS = ", ".join(f'"{name}"' for name in COLUMNS)
 #: The types of `COLUMNS`, as COPY's binary format needs them.
@@ -77,9 +80,9 @@ class PostgresStore(SqlStore):
     """`Store` in a schema of a PostgreSQL database. Creates the schema if it is missing.
 
     ``lease_s``: seconds after which a writer that does not renew its lease may be replaced, by the database's clock
-    unless ``clock`` is given (for tests). A writer whose connection has ended is replaced at once. ``schema``: None: the
-    namespace's own. Raises `StoreUnavailable` if nothing answers, `StoreError` if the database refuses access or the
-    tables belong to something else.
+    unless ``clock`` is given (for tests). A writer whose connection has ended is replaced at once. ``schema``: schema
+    of the tables; None: the namespace's own schema. Raises `StoreUnavailable` if the server does not answer,
+    `StoreError` if the database refuses access or the tables belong to another namespace, version or program.
     """
 
     FOR_UPDATE: ClassVar[str] = " FOR UPDATE"
@@ -162,7 +165,7 @@ class PostgresStore(SqlStore):
                 raise
 
     def _reading(self) -> AbstractContextManager[None]:
-        return self._transaction()  # else the query's transaction would stay open
+        return self._transaction()  # otherwise the query's transaction would stay open
 
     def _run(self, sql: str, *values: object) -> psycopg.Cursor[Any]:
         return self._connected().execute(sql.replace("?", "%s"), values)
@@ -181,11 +184,12 @@ class PostgresStore(SqlStore):
         with self._transaction():
             if not self._there():
                 self._durable()
-                # If two processes start at once, the second waits here, and then finds the tables.
+                # If two processes start at the same time, the second process waits here, and then finds the tables.
                 self._run("SELECT pg_advisory_xact_lock(?)", lock_number(self.schema))
                 if not self._there():
                     self._create()
-            # With the schema's name: PostgreSQL silently ignores a schema in the search path that this user may not use.
+            # Name the schema in the query: PostgreSQL silently ignores a schema in the search path that this user may
+            # not use.
             asking = sql.SQL("SELECT key, value FROM {}").format(sql.Identifier(self.schema, meta.name))
             found: dict[str, str] = dict(self._connected().execute(asking).fetchall())
             judge(found, self.url, self.namespace)
@@ -208,7 +212,7 @@ class PostgresStore(SqlStore):
                 f"{self._address.place} is encoded in {encoding}, which cannot store every text: create a database with "
                 "`createdb --encoding=UTF8 --template=template0`"
             )
-        db, dialect = self._connected(), postgresql.dialect()  # type: ignore[no-untyped-call]  # it has no types
+        db, dialect = self._connected(), postgresql.dialect()  # type: ignore[no-untyped-call]  # dialects are not typed
         if db.execute("SELECT 1 FROM pg_namespace WHERE nspname = %s", (self.schema,)).fetchone() is None:
             db.execute(sql.SQL("CREATE SCHEMA {}").format(sql.Identifier(self.schema)))
         for table in metadata.sorted_tables:
@@ -229,8 +233,8 @@ class PostgresStore(SqlStore):
         return "(extract(epoch FROM clock_timestamp()) * 1000)::bigint", ()  # one clock for all machines
 
     def _gone(self, holder: str, epoch: int) -> bool:
-        # A writer's connection holds a lock as long as it is open. If the lock is free, the connection has ended, on
-        # whatever machine.
+        # A writer's connection holds an advisory lock as long as the connection is open. If the lock is free, the
+        # connection has ended, on whichever machine the writer runs.
         ((free,),) = self._run("SELECT pg_try_advisory_xact_lock(?, ?)", *self._mark_of(epoch)).fetchall()
         return bool(free)
 
@@ -246,8 +250,9 @@ class PostgresStore(SqlStore):
             self._mark(self._connected(), self._epoch)
 
     def _mark(self, db: psycopg.Connection[Any], epoch: int) -> None:
-        # Do not wait for the lock. Either this writer's previous session still holds it, as the server has not noticed its
-        # end; then the next transaction tries again. Or another process holds it, found this writer gone, and takes over.
+        # Do not wait for the lock. If the server has not noticed the end of this writer's previous session, that
+        # session still holds the lock, and the next transaction tries again. If another process holds the lock, that
+        # process has found this writer gone, and takes over.
         ((self._marked,),) = db.execute("SELECT pg_try_advisory_lock(%s, %s)", self._mark_of(epoch)).fetchall()
 
     def _mark_of(self, epoch: int) -> tuple[int, int]:
@@ -301,9 +306,10 @@ class PostgresStore(SqlStore):
 
     @contextmanager
     def beside(self) -> Iterator[Self]:
-        """Create an empty table of the same namespace, leased, for `replace_with`. It is deleted when the block ends.
+        """Create an empty table of the same namespace for `replace_with`, and acquire its lease. The table is deleted
+        when the block ends.
 
-        It is in a separate schema. If a rebuild is killed, the next one deletes the schema that it left.
+        The table is in a separate schema. If a rebuild is killed, the next rebuild deletes the schema that was left.
         """
         schema = schema_beside(self.schema)
         gone = sql.SQL("DROP SCHEMA IF EXISTS {} CASCADE").format(sql.Identifier(schema))
@@ -324,8 +330,9 @@ class PostgresStore(SqlStore):
     def replace_with(self, other: Self) -> None:
         """Replace this table with ``other`` in one transaction. Readers see either the old or the new table.
 
-        Needs the lease and releases it: a writer of either table must acquire it again. Privileges granted on the old
-        tables are granted on the new ones. Raises `StoreError` if views depend on the tables: they would be dropped.
+        The call needs the lease and releases it: a writer of either table must acquire the lease again. Privileges
+        granted on the old tables are granted on the new tables. Raises `StoreError` if views depend on the tables: the
+        views would be dropped.
         """
         deadline = time.monotonic() + SWAP_PATIENCE_S
         while True:
@@ -379,7 +386,7 @@ class PostgresStore(SqlStore):
 
 def _await_lease(db: psycopg.Connection[Any]) -> None:
     """Wait until the transaction of a broken connection has ended: the server may still be committing it. Every
-    transaction that writes holds this row's lock from its first statement to its end."""
+    transaction that writes holds the lock of the lease's row from its first statement to its end."""
     db.execute("SELECT 1 FROM lease FOR UPDATE")
 
 

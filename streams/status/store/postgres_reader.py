@@ -1,4 +1,5 @@
-"""The read side of the status database in PostgreSQL, and a copy of it for verification. Never writes to it."""
+"""The read side of the status database in PostgreSQL, and a copy of the table for verification. Never writes to the
+database."""
 
 from __future__ import annotations
 
@@ -18,10 +19,11 @@ from jobledger.streams.status.store.reader import SqlReader
 from jobledger.streams.status.store.sqlite import SqliteStore
 from jobledger.streams.status.store.tables import TOPIC, counters, jobs, meta, offsets, tags
 
-#: Seconds for which a reader retries the connection to a database that does not answer. (A materializer has its own.)
+#: Seconds for which a reader retries the connection to a database that does not answer. (A materializer has its own
+#: limit.)
 READ_PATIENCE_S = 5.0
-#: Limits of how long a reader's statement waits for a lock and runs. The first limit is shorter, so that the error names
-#: the lock. Reading the whole table has no limit of its own for running.
+#: Limits for a reader's statement: how long it waits for a lock, and how long it runs. The first limit is shorter, so
+#: that the error names the lock. For reading the whole table only the wait for a lock is limited here.
 _WALK = bounded(lock_timeout="4s")
 _QUESTION = bounded(lock_timeout="4s", statement_timeout="5s")
 #: Number of rows copied at a time.
@@ -31,10 +33,11 @@ _CHUNK = 2_000
 def open_reader(url: str, namespace: str) -> SqlReader:
     """Return the read side of a namespace's tables.
 
-    Raises `StoreNotFound` if there are none, `StoreUnavailable` if nothing answers for five seconds or another session
-    locks the tables for four seconds, `StoreTooSlow` if a statement takes longer than five seconds, `StoreError` if the
-    database refuses access or the tables belong to something else, `ConfigError` for a URL without a database. The
-    ``lock_timeout`` and ``statement_timeout`` of role, database or URL have precedence.
+    Raises `StoreNotFound` if there are no tables, `StoreUnavailable` if the server does not answer for five seconds or
+    another session locks the tables for four seconds, `StoreTooSlow` if a statement takes longer than five seconds,
+    `StoreError` if the database refuses access or the tables belong to another namespace, version or program,
+    `ConfigError` for a URL without a database. The ``lock_timeout`` and ``statement_timeout`` of role, database or URL
+    have precedence.
     """
     address = Address(url, namespace)
     engine, bounds = _engine(address), (_QUESTION, _WALK)
@@ -44,7 +47,7 @@ def open_reader(url: str, namespace: str) -> SqlReader:
 def copy(url: str, namespace: str, path: Path) -> None:
     """Copy the table, as it is at one moment, into a SQLite file. Raises as `open_reader` does."""
     address = Address(url, namespace)
-    open_reader(url, namespace).close()  # raises for another namespace's or program's tables
+    open_reader(url, namespace).close()  # raises an error for another namespace's or program's tables
     SqliteStore(f"sqlite:///{path}", namespace).close()
     engine = _engine(address).execution_options(isolation_level="REPEATABLE READ")
     try:

@@ -17,7 +17,7 @@ from jobledger.errors import JobNotFound
 from jobledger.job import JobStatus, Life, State
 from jobledger.schemas.events import Position
 
-#: A partition of a topic.
+#: A partition: (topic, number).
 Partition = tuple[str, int]
 #: The values that a filter accepts: one value, any of several, or None for all. A `State` is a ``str``, too.
 Wanted = str | Iterable[str] | None
@@ -37,7 +37,7 @@ class Count(msgspec.Struct, frozen=True):
 class Overdue(msgspec.Struct, frozen=True):
     """A job that was due for ``release`` and ``attempt`` at ``due_ms`` and still waits.
 
-    ``spec_at``: the position of a record that contains the whole job; None if the table knows none.
+    ``spec_at``: the position of a record that contains the whole job; None if the table knows no such record.
     """
 
     job_id: str
@@ -52,11 +52,11 @@ class Overdue(msgspec.Struct, frozen=True):
 
 @dataclass(slots=True)
 class Changes:
-    """The changes that one transaction writes. ``jobs``: rows with the columns of `rows.COLUMNS`. ``counts``: differences
-    by task, queue and state.
+    """The changes that one transaction writes. ``jobs``: rows with the columns of `rows.COLUMNS`. ``counts``:
+    differences of the counters, by task, queue and state.
 
-    ``resets``: partitions whose next offset the log no longer had or whose topic was recreated, with the log's start.
-    ``topics``: new ids of the topics to which the offsets belong.
+    ``resets``: the log's start for each partition whose next offset the log no longer had, or whose topic was
+    recreated. ``topics``: new ids of the topics to which the offsets belong.
     """
 
     jobs: list[tuple[Any, ...]] = field(default_factory=list)
@@ -69,8 +69,8 @@ class Changes:
 
 
 class StatusReader(Protocol):
-    """The read side. Never writes. Safe from several threads and beside a writer. Every method raises `StoreError` if the
-    database cannot be read."""
+    """The read side. Its methods never write. Several threads may call them at the same time, also while a writer
+    writes. Every method raises `StoreError` if the database cannot be read."""
 
     def job(self, job_id: str) -> JobStatus:
         """Return one job's status. Raises `JobNotFound`."""
@@ -99,14 +99,15 @@ class StatusReader(Protocol):
         """Return a page of the jobs that match every given filter, newest submission first.
 
         ``state``, ``task``, ``queue``: one value, or any of several. ``tag``: one tag, or all of several. ``since_ms``:
-        submitted then or later. ``late_ms``: not started although they could have started then. These are scheduled and
-        retrying jobs due then or earlier, and queued jobs due then or earlier, or submitted then or earlier if they have
-        no due time. ``after``: the last job id of the previous page. Times are ms of the broker's clock. Raises
-        `JobNotFound` if ``after`` does not exist, `ConfigError` for an unknown state.
+        only jobs submitted at this time or later. ``late_ms``: only jobs that could have started at this time and have
+        not started. These are scheduled, retrying and queued jobs with a due time of ``late_ms`` or earlier, and queued
+        jobs without a due time that were submitted at ``late_ms`` or earlier. ``after``: the last job id of the
+        previous page. Times are milliseconds of the broker's clock. Raises `JobNotFound` if ``after`` does not exist,
+        `ConfigError` for an unknown state.
         """
 
     def ids(self, prefix: str, limit: int = 10) -> list[str]:
-        """Return the first ``limit`` ids, in their order, that begin with ``prefix``."""
+        """Return the first ``limit`` ids, in ascending order, that begin with ``prefix``."""
 
     def counts(self) -> list[Count]:
         """Return the number of jobs of each task and queue in each state, without zeros."""
@@ -118,7 +119,7 @@ class StatusReader(Protocol):
         """Return the next offset to read of every partition."""
 
     def topics(self) -> dict[str, str]:
-        """Return the ids of the topics to which the offsets belong, as far as they are known."""
+        """Return the known ids of the topics to which the offsets belong."""
 
     def reached(self, position: Position) -> bool:
         """Return whether the table includes the record at this position."""
@@ -130,7 +131,8 @@ class StatusReader(Protocol):
         """
 
     def open_lives(self, limit: int, *, waiting: bool = False, before_ms: int | None = None) -> list[tuple[str, Life]]:
-        """Return at most ``limit`` queued and running jobs: state by state, the oldest submission of each first.
+        """Return at most ``limit`` queued and running jobs: state by state, and in each state the oldest submission
+        first.
 
         ``waiting``: include scheduled and retrying jobs. ``before_ms``: only jobs submitted earlier.
         """
@@ -145,9 +147,9 @@ class StatusReader(Protocol):
 class Store(Protocol):
     """The write side, for one thread. Every write raises `LeaseLost` if another writer has taken over the store.
 
-    Raises `CommitUnknown` once if the table differs from what this writer committed: a connection broke during a commit,
-    or a crash undid the last commits. The write that raised it changed nothing; discard cached states and continue from
-    `offsets`.
+    A method raises `CommitUnknown` once if the table differs from what this writer committed: a connection broke during
+    a commit, or a crash undid the last commits. A write that raises this error changed nothing: the caller discards
+    cached states and continues from `offsets`.
     """
 
     def __enter__(self) -> Self: ...
@@ -157,19 +159,22 @@ class Store(Protocol):
     ) -> None: ...
 
     def acquire(self) -> bool:
-        """Become the writer; return False while another writer's lease is valid. Writing requires True."""
+        """Become the writer and return True; return False while another writer's lease is valid. Every other write
+        needs the lease."""
 
     def renew(self) -> None:
         """Extend the lease."""
 
     def release(self) -> None:
-        """Release the lease, so that another writer can take over at once. Does nothing if this writer does not hold it."""
+        """Release the lease, so that another writer can take over at once. Does nothing if this writer does not hold
+        the lease."""
 
     def offsets(self) -> dict[Partition, int]:
-        """Return the next offset to read of every partition. After `CommitUnknown` a writer continues from these."""
+        """Return the next offset to read of every partition. After `CommitUnknown` a writer continues from these
+        offsets."""
 
     def topics(self) -> dict[str, str]:
-        """Return the ids of the topics to which the offsets belong, as far as they are known."""
+        """Return the known ids of the topics to which the offsets belong."""
 
     def load(self, job_ids: Sequence[str]) -> dict[str, Life]:
         """Return the fold states of those jobs that the table knows."""
@@ -181,19 +186,21 @@ class Store(Protocol):
         """Mark existing rows as carried over from the previous table."""
 
     def beside(self) -> AbstractContextManager[Self]:
-        """Create an empty table of the same namespace, leased, for `replace_with`. It is deleted when the block ends."""
+        """Create an empty table of the same namespace for `replace_with`, and acquire its lease. The table is deleted
+        when the block ends."""
 
     def replace_with(self, other: Self) -> None:
-        """Replace this table with ``other`` (of `beside`) in one transaction. Readers see either the old or the new table.
+        """Replace this table with ``other`` (of `beside`) in one transaction. Readers see either the old or the new
+        table.
 
-        Needs the lease and releases it: a writer of either table must acquire it again.
+        The call needs the lease and releases it: a writer of either table must acquire the lease again.
         """
 
     def size(self) -> int:
         """Return the number of jobs."""
 
     def holder(self) -> str:
-        """Return the holder of the lease: ``host:pid`` by default, or an empty text."""
+        """Return the holder of the lease: ``host:pid`` by default, or an empty text if no writer holds it."""
 
     def close(self) -> None:
         """Release the lease and close the connection."""

@@ -29,8 +29,8 @@ from jobledger.streams.status.store.tables import (
     waiting,
 )
 
-#: Activity that takes or returns a connection. The pool's locks are not reentrant: a query from a signal handler would
-#: block on them.
+#: What a thread does while it takes a connection from the pool or returns one, for an error message. The pool's locks
+#: are not reentrant: a query from a signal handler would block on them.
 _TURNING = "asking the status table"
 _LIFE = (jobs.c.job_id, jobs.c.slots, jobs.c.result)
 #: Number of ids in one query: SQLite accepts 999 values in a statement, or more, depending on its build.
@@ -42,8 +42,8 @@ class SqlReader:
     """`StatusReader` on an engine. ``url``: shown in errors. `close` disposes of the engine.
 
     ``schema``: schema of the tables; None: the engine's default. ``explain``: turns a database's error into a
-    `StoreError`; None: the driver's message is used. ``bounds``: two statements that limit how long a transaction waits,
-    for a query and for reading the whole table.
+    `StoreError`; None: the driver's message is used. ``bounds``: two statements that limit how long a transaction waits
+    and how long its statements run: the first statement for a query, the second for reading the whole table.
     """
 
     def __init__(
@@ -127,7 +127,7 @@ class SqlReader:
         if states is not None:
             query = query.where(jobs.c.state.in_([str(each) for each in states]))
             if State.SUCCEEDED not in states:
-                query = query.where(unfinished)  # implied, but needed for the use of the partial index
+                query = query.where(unfinished)  # implied by the states, but needed for the use of the partial index
         for column, names in ((jobs.c.task, _any_of(task)), (jobs.c.queue, _any_of(queue))):
             if names is not None:
                 query = query.where(column.in_([key_text(each) for each in names]))
@@ -150,7 +150,7 @@ class SqlReader:
         return [_status(row) for row in rows]
 
     def ids(self, prefix: str, limit: int = 10) -> list[str]:
-        """Return the first ``limit`` ids, in their order, that begin with ``prefix``."""
+        """Return the first ``limit`` ids, in ascending order, that begin with ``prefix``."""
         # A range uses the primary key's index. LIKE would need its wildcards escaped, and another index.
         begin = plain(prefix)
         query = select(jobs.c.job_id).where(jobs.c.job_id >= begin, jobs.c.job_id < begin + "\U0010ffff")
@@ -178,7 +178,7 @@ class SqlReader:
             return {(topic, partition): offset for topic, partition, offset in db.execute(query)}
 
     def topics(self) -> dict[str, str]:
-        """Return the ids of the topics to which the offsets belong, as far as they are known."""
+        """Return the known ids of the topics to which the offsets belong."""
         query = select(meta.c.key, meta.c.value).where(meta.c.key.startswith(TOPIC, autoescape=True))
         with self._reading() as db:
             return {key.removeprefix(TOPIC): value for key, value in db.execute(query)}
@@ -254,13 +254,15 @@ def _any_of(wanted: Wanted) -> list[str] | None:
 
 
 def _tagged(query: Any, tag: tuple[str, str] | Mapping[str, str] | None) -> tuple[Any, tuple[Any, Any]]:
-    """Restrict the query to jobs that have all of these tags. Return it and the columns by which to order its rows."""
+    """Restrict the query to jobs that have all of these tags. Return the query and the columns by which to order its
+    rows."""
     place: tuple[Any, Any] = (jobs.c.submitted_ms, jobs.c.job_id)
     wanted = dict([tag]) if isinstance(tag, tuple) else dict(tag or {})
     for number, (name, value) in enumerate(wanted.items()):
         table = tags.alias(f"tag{number}")
         here = (table.c.submitted_ms, table.c.job_id)
-        # The first tag's rows are read in the order of the page; the others are looked up by their whole key.
+        # The rows of the first tag are read in the order of the page; the rows of the other tags are looked up by their
+        # whole key.
         same = place[1] == here[1] if number == 0 else and_(place[0] == here[0], place[1] == here[1])
         query = query.join(table, same).where(table.c.name == key_text(name), table.c.value == key_text(value))
         place = here

@@ -28,11 +28,12 @@ COLUMNS = (
     "slots",
 )
 
-#: Largest number of characters of an error message in its column, which is for SQL and lists. The slots have all of it.
+#: Largest number of characters of an error message in its column, which is for SQL and lists. The column ``slots`` has
+#: the whole message.
 MESSAGE_MOST = 500
 
-#: Largest number of characters of a text in a key: three such texts, with four bytes a character, must fit into an index
-#: entry of PostgreSQL.
+#: Largest number of characters of a text in a key: three such texts, with four bytes a character, must fit into an
+#: index entry of PostgreSQL.
 KEY_MOST = 200
 
 _encode = msgspec.msgpack.Encoder().encode
@@ -50,8 +51,8 @@ def plain(text: str) -> str:
 
 
 def key_text(text: str) -> str:
-    """Return ``text`` as it is stored and searched in keys. If it is too long, its first characters and a digest of it
-    all."""
+    """Return ``text`` as it is stored and searched in keys. A text that is too long is cut and ends with a digest of
+    the whole text."""
     if len(text) > KEY_MOST:
         text = f"{text[: KEY_MOST - 33]}…{hashlib.sha256(text.encode('utf-8', 'replace')).hexdigest()[:32]}"
     return plain(text)

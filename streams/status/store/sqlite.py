@@ -1,7 +1,9 @@
-"""The status database in one SQLite file, in WAL mode: readers never wait for the writer, and the writer never for them.
+"""The status database in one SQLite file, in WAL mode: readers never wait for the writer, and the writer never waits
+for readers.
 
 ``synchronous=NORMAL``: a commit is not forced to disk, so a power cut may undo the last transactions, each as a whole.
-That loses nothing, because the offsets are in the same transactions: the missing records are read from the log again.
+No record is lost by that, because the offsets are in the same transactions: the missing records are read from the log
+again.
 """
 
 from __future__ import annotations
@@ -31,7 +33,7 @@ from jobledger.streams.status.store.rows import COLUMNS, Row
 from jobledger.streams.status.store.tables import metadata
 from jobledger.streams.status.store.writer import LEASE_S, SqlStore
 
-#: Seconds that a statement waits for another writer, such as a standby that requests the lease or a rebuild's swap.
+#: Seconds that a statement waits for another writer, such as a standby that requests the lease, or a rebuild's swap.
 BUSY_TIMEOUT_S = 10.0
 #: Prefix of temporary folders beside a table.
 SCRATCH = ".rebuild-"
@@ -62,7 +64,7 @@ _RESET = (
 
 
 def path_of(url: str) -> Path:
-    """Return the file that a ``sqlite:///`` URL names. Raises `ConfigError` if it names none."""
+    """Return the file that a ``sqlite:///`` URL names. Raises `ConfigError` if the URL names no file."""
     try:
         database = sqlalchemy.make_url(url).database
     except ArgumentError:
@@ -90,8 +92,9 @@ def _engine(connect: Callable[[], sqlite3.Connection]) -> Engine:
 
 
 def copy(url: str, namespace: str, path: Path) -> None:
-    """Copy the status table, as it is at one moment. It may be written meanwhile. Raises as `open_reader` does."""
-    reader = open_reader(url, namespace)  # raises for another namespace's or program's file
+    """Copy the status table, as it is at one moment, to ``path``. The table may be written meanwhile. Raises as
+    `open_reader` does."""
+    reader = open_reader(url, namespace)  # raises an error for another namespace's or program's file
     try:
         source, target = sqlite3.connect(_read_only(path_of(url)), uri=True), sqlite3.connect(path)
         with closing(source), closing(target):
@@ -120,8 +123,8 @@ class SqliteStore(SqlStore):
     """`Store` in a SQLite file. Creates the file if it is missing.
 
     ``lease_s``: seconds after which a writer that does not renew its lease may be replaced. A writer on this machine
-    whose process has ended is replaced at once. ``clock``: returns seconds; for tests. Raises `StoreError` if the file is
-    not this namespace's status table.
+    whose process has ended is replaced at once. ``clock``: returns seconds; for tests. Raises `StoreError` if the file
+    is not this namespace's status table.
     """
 
     def __init__(
@@ -157,8 +160,8 @@ class SqliteStore(SqlStore):
             raise
 
     def _set(self, pragma: str) -> None:
-        """Run a PRAGMA; retry while the file is busy. If two processes create a file at once, SQLite refuses to change
-        the journal mode in one of them without waiting."""
+        """Run a PRAGMA; retry while the file is busy. If two processes create a file at the same time, SQLite refuses
+        to change the journal mode in one of them, and does not wait."""
         deadline = time.monotonic() + BUSY_TIMEOUT_S
         while True:
             try:
@@ -215,7 +218,7 @@ class SqliteStore(SqlStore):
             yield from self._db.execute(f"SELECT job_id, slots, result FROM jobs WHERE job_id IN ({marks})", some)
 
     def _gone(self, holder: str, epoch: int) -> bool:
-        # A process of this machine that has ended.
+        # Only a process of this machine can be checked.
         host, _, pid = holder.rpartition(":")
         if host != socket.gethostname() or not pid.isdigit():
             return False
@@ -223,7 +226,7 @@ class SqliteStore(SqlStore):
             os.kill(int(pid), 0)
         except ProcessLookupError:
             return True
-        except OSError:  # another user's process: it runs
+        except OSError:  # the process runs, and belongs to another user
             return False
         return False
 
@@ -249,7 +252,8 @@ class SqliteStore(SqlStore):
 
     @contextmanager
     def beside(self) -> Iterator[Self]:
-        """Create an empty table of the same namespace, leased, for `replace_with`. It is deleted when the block ends."""
+        """Create an empty table of the same namespace for `replace_with`, and acquire its lease. The table is deleted
+        when the block ends."""
         with (
             tempfile.TemporaryDirectory(prefix=SCRATCH, dir=self.path.parent) as folder,
             type(self)(f"sqlite:///{Path(folder) / 'new.db'}", self.namespace) as new,
@@ -258,9 +262,10 @@ class SqliteStore(SqlStore):
             yield new
 
     def replace_with(self, other: Self) -> None:
-        """Replace this table with ``other`` in one transaction of this file. Readers see either the old or the new table.
+        """Replace this table with ``other`` in one transaction of this file. Readers see either the old or the new
+        table.
 
-        Needs the lease and releases it: a writer of either file must acquire it again.
+        The call needs the lease and releases it: a writer of either file must acquire the lease again.
         """
         with self._transaction():
             self._own()

@@ -17,19 +17,20 @@ from sqlalchemy import (
 from sqlalchemy import Text as PlainText
 from sqlalchemy.dialects import postgresql
 
-#: Stored in `meta`. A database of another version is refused; a new one is filled from the log.
+#: The version of these tables, stored in `meta`. A database of another version is refused; a new database is filled
+#: from the log.
 SCHEMA_VERSION = 1
 
 metadata = MetaData()
 
-# Compared byte by byte, as SQLite and Python do. A language's collation is slower, and would order ids differently in the
-# database than in Python.
+# Texts are compared byte by byte, as in SQLite and Python. A language's collation is slower, and would order ids
+# differently in the database than in Python.
 Text = PlainText().with_variant(postgresql.TEXT(collation="C"), "postgresql")
 
-#: One row per job. Times are milliseconds of the broker's clock. ``submitted_ms`` is never null: while the submission is
-#: not known, it is the time of the fact by which the job is known. ``result``: JSON, of a job that succeeded. ``slots``:
-#: the fold's state (msgpack of `jobledger.job.Life`, without the result). ``carried``: 1 if a rebuild copied the row from
-#: the previous table, because the log no longer holds all facts of the job.
+#: One row per job. Times are milliseconds of the broker's clock. ``submitted_ms`` is never null: while the submission
+#: is not known, it is the time of the fact by which the job is known. ``result``: JSON, of a job that succeeded.
+#: ``slots``: the fold's state (msgpack of `jobledger.job.Life`, without the result). ``carried``: 1 if a rebuild copied
+#: the row from the previous table, because the log no longer holds all facts of the job.
 jobs = Table(
     "jobs",
     metadata,
@@ -67,7 +68,8 @@ Index(
 )
 Index("jobs_due", jobs.c.due_ms, jobs.c.job_id, sqlite_where=waiting, postgresql_where=waiting)
 
-#: One row per tag of a job, written when the tags become known. It includes the time so that pages are read in order.
+#: One row per tag of a job, written when the tags become known. The key includes the submission time, so that pages are
+#: read in the order of that time.
 tags = Table(
     "tags",
     metadata,
@@ -91,8 +93,8 @@ counters = Table(
     sqlite_with_rowid=False,
 )
 
-#: Every record below ``next_offset`` is included in the rows. ``resets``: how often reading restarted at the log's start,
-#: because the log no longer had the next offset or the topic was recreated.
+#: Every record below ``next_offset`` is included in the rows. ``resets``: how often reading restarted at the log's
+#: start, because the log no longer had the next offset or the topic was recreated.
 offsets = Table(
     "offsets",
     metadata,
@@ -104,7 +106,8 @@ offsets = Table(
     sqlite_with_rowid=False,
 )
 
-#: One row with the writer's lease. Every transaction of a writer first checks that its own epoch is here.
+#: One row with the writer's lease. Every transaction of a writer first checks that the row has the writer's own epoch
+#: and holder.
 lease = Table(
     "lease",
     metadata,
@@ -117,6 +120,6 @@ lease = Table(
 #: Prefix of the keys in `meta` that store ids of topics.
 TOPIC = "topic:"
 
-#: ``schema_version``, ``namespace``, and the id of each topic to which `offsets` belong. A recreated topic has another id,
-#: and its offsets restart.
+#: ``schema_version``, ``namespace``, and the id of each topic to which `offsets` belong. A recreated topic has another
+#: id, and its offsets restart.
 meta = Table("meta", metadata, Column("key", Text, primary_key=True), Column("value", Text, nullable=False))

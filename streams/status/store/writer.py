@@ -21,7 +21,7 @@ from jobledger.streams.status.store.protocol import Changes, Partition
 from jobledger.streams.status.store.rows import Row, life_of
 from jobledger.streams.status.store.tables import SCHEMA_VERSION, TOPIC
 
-#: Duration of the lease in seconds: a writer that has not renewed it for so long may be replaced.
+#: Duration of the lease in seconds. A writer that has not renewed its lease for this time may be replaced.
 LEASE_S = 10.0
 
 
@@ -38,10 +38,10 @@ class Cursor(Protocol):
 
 
 class SqlStore(ABC):
-    """The half of `Store` that does not depend on the database.
+    """The part of `Store` that does not depend on the database.
 
-    ``lease_s``: seconds after which a writer that does not renew its lease may be replaced. ``holder``: this writer's name
-    in the lease; ``host:pid`` by default. ``clock``: returns seconds; None: the backend's own clock.
+    ``lease_s``: seconds after which a writer that does not renew its lease may be replaced. ``holder``: this writer's
+    name in the lease; ``host:pid`` by default. ``clock``: returns seconds; None: the backend's own clock.
     """
 
     #: Appended to a query for a row that the transaction will change.
@@ -92,7 +92,7 @@ class SqlStore(ABC):
 
     @abstractmethod
     def _put(self, rows: Sequence[Row], changes: Changes) -> None:
-        """Write the changes but for ``changes.topics``, in the present transaction. ``rows``: the jobs' rows, sorted by
+        """Write the changes, except ``changes.topics``, in the present transaction. ``rows``: the jobs' rows, sorted by
         id."""
 
     @abstractmethod
@@ -144,15 +144,16 @@ class SqlStore(ABC):
             self._own()
 
     def release(self) -> None:
-        """Release the lease, so that another writer can take over at once. Does nothing if this writer does not hold it."""
+        """Release the lease, so that another writer can take over at once. Does nothing if this writer does not hold
+        the lease."""
         if self._epoch is not None:
             with self._transaction():
                 self._run("UPDATE lease SET holder = '', until_ms = 0 WHERE epoch = ? AND holder = ?", *self._mine())
             self._epoch = None
 
     def _own(self) -> None:
-        """Extend the lease at the beginning of every transaction that writes. Raises `LeaseLost` if this writer does not
-        hold it."""
+        """Extend the lease at the beginning of every transaction that writes. Raises `LeaseLost` if this writer does
+        not hold the lease."""
         if self._epoch is None:
             raise LeaseLost(
                 f"the lease of the status table {self.url} is not held by this materializer: it was given back, or never acquired"
@@ -170,11 +171,11 @@ class SqlStore(ABC):
             )
 
     def _mine(self) -> tuple[int | None, str]:
-        # The holder as well, because a database that lost its last commits in a crash may assign an epoch twice.
+        # Compare the holder, too: a database that lost its last commits in a crash may assign an epoch twice.
         return self._epoch, self._holder
 
     def holder(self) -> str:
-        """Return the holder of the lease: ``host:pid`` by default, or an empty text."""
+        """Return the holder of the lease: ``host:pid`` by default, or an empty text if no writer holds it."""
         with self._reading():
             (holder,) = self._run("SELECT holder FROM lease").fetchone()
         return str(holder)
@@ -188,15 +189,15 @@ class SqlStore(ABC):
         return {(topic, partition): offset for topic, partition, offset in rows}
 
     def topics(self) -> dict[str, str]:
-        """Return the ids of the topics to which the offsets belong, as far as they are known."""
+        """Return the known ids of the topics to which the offsets belong."""
         with self._reading():
             rows = self._run("SELECT key, value FROM meta WHERE key LIKE ?", f"{TOPIC}%").fetchall()
         return {key.removeprefix(TOPIC): value for key, value in rows}
 
     def load(self, job_ids: Sequence[str]) -> dict[str, Life]:
         """Return the fold states of those jobs that the table knows."""
-        # Jobledger's ids are ordered by time, so most new ones are beyond the last row and need no query. Only the lease's
-        # holder can rely on that, because no other process adds rows.
+        # Jobledger's ids are ordered by time, so most new ids are greater than the last row's id and need no query.
+        # Only the lease's holder can rely on that, because no other process adds rows.
         wanted = [i for i in job_ids if i <= self._greatest] if self._epoch is not None else list(job_ids)
         if not wanted:
             return {}
@@ -205,7 +206,7 @@ class SqlStore(ABC):
 
     def write(self, changes: Changes) -> None:
         """Write all changes (rows, tags, counters, offsets, topic ids) in one transaction."""
-        # Sorted by id, rows are appended to the tree or are next to one another in it.
+        # Rows are sorted by id, so that they are appended to the primary key's tree, or are next to one another in it.
         rows = sorted(changes.jobs)
         with self._transaction():
             self._own()
