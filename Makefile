@@ -42,7 +42,7 @@ dev: $(STAMP) ## broker, worker and stream processor of the demo app, reloading 
 # can run six files at once, and two of the long ones; the order of their files is made in tests/conftest.py. Each test is in one of the two tiers.
 PYTEST := $(PY) -m pytest --dist loadfile --no-loadscope-reorder
 
-test: lint ## lint, types and the tests, on real Kafka: each promise in its short form, about eight minutes
+test: lint ## lint, types and the tests, on real Kafka: each promise in its short form, about ten minutes
 	@$(PYTEST) --numprocesses 6 -m "not extended" $(ARGS)
 
 test-all: $(STAMP) ## all the other tests: long faults, three brokers, compose, rolling upgrades, Java; half an hour
