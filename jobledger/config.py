@@ -299,7 +299,7 @@ def _is_loopback(host: str) -> bool:
 
 
 def _number(env: Mapping[str, str], name: str, default: float) -> float:
-    """Return the variable as a number; `Settings` checks the range. Raises `ConfigError` for text that is no number."""
+    """Return the variable as a number; `Settings` checks the range. Raises `ConfigError` for other text."""
     text = env.get(PREFIX + name)
     if not text:
         return default

@@ -162,7 +162,7 @@ class Placement:
     def _may_start(self, work: JobRun, again: Callable[[JobRun], None]) -> bool:
         """Return whether a job that waited may start now.
 
-        A job that is no longer this worker's is dropped. A job that was cancelled while it waited is closed. If it is
+        A job that this worker may not run any more is dropped. A job that was cancelled while it waited is closed. If it is
         not known whether the job is still this worker's, because the worker was paused or has lost the broker,
         ``again(work)`` is called after `AGAIN_S` seconds. For a suspect without a job lease, True also claims the right
         to take records (`Partition.begin_taking`), because the suspect's partition may be handed over at any time.

@@ -58,7 +58,7 @@ class Once(TyperCommand):
         return parser
 
 
-class Commands(typer.Typer):
+class CommandGroup(typer.Typer):
     """A group of commands, each of which is a `Once`."""
 
     def command(self, name: str | None = None, **options: Any) -> Callable[..., Any]:

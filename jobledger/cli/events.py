@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Self
 import typer
 
 from jobledger.cli import completion, output
-from jobledger.cli.commands import Commands, moment_ms, words_of
+from jobledger.cli.commands import CommandGroup, moment_ms, words_of
 from jobledger.cli.loading import find_app
 from jobledger.cli.options import TIMES, AppOption, Bootstrap, Json, Namespace
 from jobledger.errors import BrokerUnavailable, RegistryNeeded, SchemaError, TopicMissing
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from jobledger.kafka.topic_names import Names
     from jobledger.schemas.events import JobEvent, Position, Recorded
 
-app = Commands(name="events", help="Read the log itself.", no_args_is_help=True)
+app = CommandGroup(name="events", help="Read the log itself.", no_args_is_help=True)
 
 #: How many events are shown without ``-n`` and ``--from``.
 DEFAULT_LAST = 10

@@ -9,7 +9,17 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from jobledger.cli import completion, output
-from jobledger.cli.commands import Commands, Words, Wrong, moment_ms, pair_of, pairs_of, seconds, states_of, words_of
+from jobledger.cli.commands import (
+    CommandGroup,
+    Words,
+    Wrong,
+    moment_ms,
+    pair_of,
+    pairs_of,
+    seconds,
+    states_of,
+    words_of,
+)
 from jobledger.cli.job_views import COLUMNS, args_json, fields, finish, row, status_json, submissions, timeline
 from jobledger.cli.loading import find_app
 from jobledger.cli.options import TIMES, AppOption, Bootstrap, Json, Namespace, Queues, StatusUrl
@@ -20,7 +30,7 @@ if TYPE_CHECKING:
     from jobledger.client.commands import Job
     from jobledger.job import JobStatus
 
-app = Commands(name="jobs", help="Ask the status table about jobs.", no_args_is_help=True)
+app = CommandGroup(name="jobs", help="Ask the status table about jobs.", no_args_is_help=True)
 
 #: Minimum characters of a shortened id. The first eight characters of Jobledger's own ids stand for a time span of
 #: about a minute.

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from jobledger.cli.commands import Commands, seconds
+from jobledger.cli.commands import CommandGroup, seconds
 from jobledger.cli.options import Json
 from jobledger.cli.output import Exit, console, duration, print_fields, print_json
 from jobledger.kafka.embedded import defaults
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 STOPPED = 143  # exit code of a JVM after SIGTERM, e.g. from `jobledger kafka stop` in another terminal
 
-app = Commands(
+app = CommandGroup(
     name="kafka",
     help="The embedded broker: real Apache Kafka for development, without Docker or an installed Java.",
     no_args_is_help=True,

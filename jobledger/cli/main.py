@@ -30,7 +30,7 @@ from jobledger.cli import (
     submit,
     table,
 )
-from jobledger.cli.commands import Commands, Wrong
+from jobledger.cli.commands import CommandGroup, Wrong
 from jobledger.cli.kafka import app as kafka_app
 from jobledger.cli.output import MEANINGS, Exit, exit_code, print_error
 from jobledger.cli.topics import app as topics_app
@@ -39,7 +39,7 @@ from jobledger.process.process_exit import bound_exit
 
 _EPILOG = "**Exit codes**\n\n" + "\n".join(f"- **{int(code)}** {meaning}" for code, meaning in MEANINGS.items())
 
-cli = Commands(
+cli = CommandGroup(
     name="jobledger",
     help="Background jobs on the Kafka log.",
     epilog=_EPILOG,

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 import typer
 
 from jobledger.cli import completion, output
-from jobledger.cli.commands import Commands, among, judged, words_of
+from jobledger.cli.commands import CommandGroup, among, judged, words_of
 from jobledger.cli.loading import find_app
 from jobledger.cli.options import AppOption, Bootstrap, Json, Namespace, StatusUrl
 from jobledger.cli.output import Cell
@@ -54,7 +54,7 @@ class Known(NamedTuple):
 
 def _made(kind: Kind) -> typer.Typer:
     """Create the commands for one kind. The commands for queues and for tasks do the same."""
-    made = Commands(
+    made = CommandGroup(
         name=f"{kind}s", help=f"Pause, resume and limit {kind}s; list what is in force.", no_args_is_help=True
     )
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from jobledger.cli import completion, logs, output
-from jobledger.cli.commands import Commands, among
+from jobledger.cli.commands import CommandGroup, among
 from jobledger.cli.loading import load_app
 from jobledger.cli.options import Bootstrap, Json, LogFormat, Metrics, StatusUrl, Target
 from jobledger.cli.output import Cell, Exit
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 LOG = get_logger("jobledger.projection")
 
-app = Commands(name="projections", help="Your own tables, folded from the log.", no_args_is_help=True)
+app = CommandGroup(name="projections", help="Your own tables, folded from the log.", no_args_is_help=True)
 
 Name = Annotated[
     str, typer.Argument(metavar="NAME", help="The projection's name.", autocompletion=completion.projections)

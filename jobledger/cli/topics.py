@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from jobledger.cli.commands import Commands, Wrong, judged
+from jobledger.cli.commands import CommandGroup, Wrong, judged
 from jobledger.cli.loading import load_app
 from jobledger.cli.options import Bootstrap, Json, Target
 from jobledger.cli.output import Cell, Exit, console, print_json, print_table
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from jobledger.kafka.acls import Right
     from jobledger.kafka.topology import Change, TopicPlan
 
-app = Commands(
+app = CommandGroup(
     name="topics", help="Topics as code: compare, create and alter the topics that the app needs.", no_args_is_help=True
 )
 

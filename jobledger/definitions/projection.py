@@ -35,7 +35,7 @@ class Where(NamedTuple):
 #: Takes the old row (None if there is none), the event or `Recorded` fact, and optionally the record's `Where`. Returns
 #: the new row, or None to delete it. A column missing in the new row keeps its value; in an inserted row it gets its
 #: default or NULL.
-Fold = Callable[..., Mapping[str, Any] | None]
+FoldFunction = Callable[..., Mapping[str, Any] | None]
 
 
 class Projection:
@@ -48,7 +48,7 @@ class Projection:
 
     def __init__(
         self,
-        fold: Fold,
+        fold: FoldFunction,
         *,
         name: str,
         table: Table,

@@ -219,7 +219,7 @@ def partitions_of(settings: Settings, topic: str, timeout: float = 10.0, *, need
 def committed(
     asker: Consumer, places: Sequence[TopicPartition], settings: Settings, need: Need, timeout: float = 10.0
 ) -> list[TopicPartition]:
-    """Return the committed offsets of the consumer group of ``asker``, a client that is no member of this group.
+    """Return the committed offsets of the consumer group of ``asker``, a client that has not joined this group.
 
     ``need``: the right that an error names. Raises `BrokerUnavailable` after ``timeout`` seconds, and `AccessDenied`.
 
