@@ -62,6 +62,14 @@ ELECTING = (
 #: the name of its group is only a placeholder.
 PASSING = (KafkaError._TRANSPORT, KafkaError._ALL_BROKERS_DOWN, KafkaError.GROUP_AUTHORIZATION_FAILED)
 
+#: Errors of a request whose broker went away, or left the cluster's metadata, before the answer came: ask another one.
+ASK_AGAIN = (
+    KafkaError._TRANSPORT,
+    KafkaError._ALL_BROKERS_DOWN,
+    KafkaError._DESTROY,
+    KafkaError._DESTROY_BROKER,
+)
+
 #: Seconds to wait for an admin client's request beyond the request's own timeout.
 ANSWER_MARGIN_S = 5.0
 
@@ -207,10 +215,15 @@ def partitions_of(settings: Settings, topic: str, timeout: float = 10.0, *, need
     ``timeout``: in seconds. ``need``: the right that the caller needs on the topic; None: the right to read it. Raises
     `TopicMissing`, `BrokerUnavailable`, and `AccessDenied`, which names ``need``.
     """
-    try:
-        meta = admin(settings).list_topics(topic, timeout=timeout).topics[topic]
-    except KafkaException as exc:
-        raise translate(exc.args[0], settings, f"asking for {topic}") from exc
+    asker, deadline = admin(settings), time.monotonic() + timeout
+    while True:
+        try:
+            meta = asker.list_topics(topic, timeout=max(0.1, deadline - time.monotonic())).topics[topic]
+            break
+        except KafkaException as exc:
+            if exc.args[0].code() not in ASK_AGAIN or time.monotonic() > deadline:
+                raise translate(exc.args[0], settings, f"asking for {topic}") from exc
+        time.sleep(0.05)  # some errors are returned at once: do not ask in a busy loop
     if meta.error is not None:
         raise translate(meta.error, settings, f"asking for {topic}", need or read(topic))
     return len(meta.partitions)
@@ -235,7 +248,7 @@ def committed(
         heard = asker.poll(0)
         error = None if heard is None else heard.error()
         failed = translate(error or problem, settings, f"asking for the offsets of group {need.name}", need)
-        again = problem.retriable() or problem.code() in (KafkaError._TIMED_OUT, *SEATING, *PASSING[:2])
+        again = problem.retriable() or problem.code() in (KafkaError._TIMED_OUT, *SEATING, *ASK_AGAIN)
         if isinstance(failed, AccessDenied) or not again or time.monotonic() > deadline:
             raise failed
         time.sleep(0.05)  # some errors are returned at once: do not ask in a busy loop

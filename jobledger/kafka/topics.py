@@ -49,10 +49,9 @@ RETRY_PAUSE_S = 0.5
 VISIBLE_TIMEOUT_S = 15.0
 
 _RETRIABLE = {
-    KafkaError._TRANSPORT,
+    *clients.ASK_AGAIN,
     KafkaError._PARTIAL,  # an answer without brokers and topics
     KafkaError._TIMED_OUT,
-    KafkaError._ALL_BROKERS_DOWN,
     KafkaError._RESOLVE,
     KafkaError.REQUEST_TIMED_OUT,
     KafkaError.NOT_CONTROLLER,

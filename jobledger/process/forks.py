@@ -36,9 +36,11 @@ if TYPE_CHECKING:
 
 LOG = get_logger("jobledger.client")
 
-#: Seconds for which a fork waits while another thread creates a client or queries the status table. librdkafka and
-#: SQLite have internal locks, which would stay locked in the child.
+#: Seconds for which a fork waits while another thread creates a client or queries the status table, and for which a new
+#: query waits for a fork. librdkafka and SQLite have internal locks, which would stay locked in the child.
 QUIET_S = 1.0
+#: Seconds between two looks while a fork and queries wait for each other.
+_LOOK_S = 0.001
 #: Seconds that sending the remaining records may take when the process ends.
 EXIT_S = 5.0
 
@@ -74,6 +76,8 @@ _closables: dict[int, Closable] = {}
 _alone: WeakSet[Alone] = WeakSet()
 _making = greenlets.native_lock()  # native, because the thread that watches an outage creates clients, too
 _held: dict[int, bool] = {}
+_queries: set[object] = set()  # a token for each query that runs now
+_forking: set[int] = set()  # the threads that are about to fork
 
 
 # -- clients and pools ------------------------------------------------------------------------------------------------
@@ -208,17 +212,38 @@ def notice() -> None:
         _in_child()
 
 
+def begin_query() -> object:
+    """Call this before a query takes its connection, and `end_query` with the returned token when the connection is
+    back in its pool. A fork waits for queries that run, and new queries wait until the fork is done, so that the fork
+    finds a moment without a query however many threads query. Both wait at most `QUIET_S` seconds."""
+    token = object()
+    deadline = time.monotonic() + QUIET_S
+    while True:
+        _queries.add(token)
+        if not _forking or threading.get_ident() in _forking or time.monotonic() >= deadline:
+            return token
+        _queries.discard(token)
+        time.sleep(_LOOK_S)
+
+
+def end_query(token: object) -> None:
+    """Say that the query with this token has ended. In a fork that began during the query this does nothing."""
+    _queries.discard(token)
+
+
 def _before() -> None:
     _held[threading.get_ident()] = _making.acquire(timeout=QUIET_S)
+    _forking.add(threading.get_ident())
     deadline = time.monotonic() + QUIET_S
+    while _queries and time.monotonic() < deadline:
+        time.sleep(_LOOK_S)
     for engine in list(_pools):
-        while engine.pool.checkedout() and time.monotonic() < deadline:  # type: ignore[attr-defined]  # a QueuePool
-            time.sleep(0.001)
         with contextlib.suppress(Exception):  # no error of a driver may stop the fork
             engine.dispose()  # a fork must not have even unused SQLite connections; idle ones are reopened
 
 
 def _in_parent() -> None:
+    _forking.discard(threading.get_ident())
     if _held.pop(threading.get_ident(), False):
         _making.release()
 
@@ -237,6 +262,8 @@ def _in_child() -> None:
         _making.release()
     else:
         _making = greenlets.native_lock()
+    _forking.clear()
+    _queries.clear()
     for made in list(_clients):
         keep(made)
         made.__class__ = _INERT[type(made)]

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from typing import Any
 
 import pytest
+from confluent_kafka import KafkaError, KafkaException
+from confluent_kafka.admin import AdminClient
 
 from jobledger.config import Settings
-from jobledger.errors import TopicMissing
-from jobledger.kafka import topics, topology
-from jobledger.kafka.clients import admin
+from jobledger.errors import BrokerUnavailable, TopicMissing
+from jobledger.kafka import clients, topics, topology
+from jobledger.kafka.clients import admin, partitions_of
 from jobledger.kafka.topic_names import Names
 from jobledger.log import reading
 from jobledger.log.reading import LogReader
@@ -54,3 +58,32 @@ def test_a_topic_that_does_not_exist_is_believed_to_be_missing_after_a_while(
     with LogReader(Settings(bootstrap=broker)) as reader, pytest.raises(TopicMissing, match="topics apply"):
         reader.watermarks(f"{namespace}.nothing", 0, timeout=20.0)
     assert 1.0 <= time.monotonic() - began < PATIENCE * 20
+
+
+def test_a_broker_that_leaves_the_cluster_while_it_is_asked_is_asked_again(
+    broker: str, namespace: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """librdkafka forgets a broker that the cluster no longer lists, and its requests fail at once. A refused request is
+    not repeated."""
+    names, settings = Names(namespace), Settings(bootstrap=broker)
+    client, asked = admin(settings), AdminClient.list_topics
+    topics.apply(client, topics.plan(client, topology.desired(names, {}, partitions=2, replication=1)))
+    monkeypatch.setattr(clients, "admin", lambda settings: client)
+    codes: Iterator[int]
+
+    def list_topics(self: AdminClient, *args: Any, **more: Any) -> Any:
+        for code in codes:
+            raise KafkaException(KafkaError(code))
+        return asked(self, *args, **more)
+
+    monkeypatch.setattr(type(client), "list_topics", list_topics, raising=False)
+    codes = iter((KafkaError._DESTROY, KafkaError._DESTROY_BROKER))
+    assert partitions_of(settings, names.schemas) == 1
+    codes = iter((KafkaError._FAIL,))
+    with pytest.raises(BrokerUnavailable, match=names.schemas):
+        partitions_of(settings, names.schemas)
+    codes = iter((KafkaError._DESTROY,) * 1000)
+    with pytest.raises(BrokerUnavailable, match=names.schemas):
+        partitions_of(settings, names.schemas, timeout=0.2)
+    codes = iter((KafkaError._DESTROY, KafkaError._DESTROY_BROKER))
+    assert names.schemas in topics._topics(client, broker)

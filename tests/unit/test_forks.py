@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 import warnings
 from collections.abc import Callable
 
@@ -65,6 +66,59 @@ def test_a_lock_that_another_thread_holds_is_free_in_a_fork() -> None:
         assert in_a_fork(use) == 0
     done.set()
     thread.join()
+
+
+def test_a_fork_finds_a_moment_without_a_query() -> None:
+    """Eight threads query without a pause, so that some query always runs: new ones wait until the fork is done, and
+    then all go on."""
+    stop, ended = threading.Event(), [0] * 8
+
+    def query(number: int) -> None:
+        while not stop.is_set():
+            token = forks.begin_query()
+            time.sleep(0.002)
+            forks.end_query(token)
+            ended[number] += 1
+
+    threads = [threading.Thread(target=query, args=(number,)) for number in range(8)]
+    for thread in threads:
+        thread.start()
+    try:
+        for _ in range(10):
+            forks._before()
+            try:
+                assert not forks._queries
+            finally:
+                forks._in_parent()
+            before, deadline = list(ended), time.monotonic() + 60
+            while not all(now > then for now, then in zip(ended, before, strict=True)):
+                assert time.monotonic() < deadline, ended
+                time.sleep(0.001)
+    finally:
+        stop.set()
+        for thread in threads:
+            thread.join()
+    assert not forks._forking
+
+
+def test_a_query_that_does_not_end_delays_a_fork_and_a_fork_a_query_for_a_bounded_time(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A thread may also query while it holds the result of another query, and a fork may come from inside a query."""
+    monkeypatch.setattr(forks, "QUIET_S", 0.05)
+    long = forks.begin_query()
+    forks._before()  # returns although a query runs
+    try:
+        forks.end_query(forks.begin_query())  # of the thread that forks
+        other = threading.Thread(target=lambda: forks.end_query(forks.begin_query()))
+        other.start()
+        other.join(60)
+        assert not other.is_alive()
+    finally:
+        forks._in_parent()
+    assert in_a_fork(lambda: forks.end_query(long)) == 0
+    assert forks._queries == {long}
+    forks.end_query(long)
 
 
 def test_a_client_is_inert_in_a_fork() -> None:

@@ -275,25 +275,34 @@ class _Reading:
     def __init__(self, reader: SqlReader, bound: str | None) -> None:
         self._reader, self._bound = reader, bound
         self._db: Connection | None = None
+        self._query: object = None
 
     def __enter__(self) -> Connection:
+        self._query = forks.begin_query()
         try:
             with self._reader._turning(_TURNING):
                 self._db = db = self._reader._engine.connect()
             if self._bound is not None:
                 db.exec_driver_sql(self._bound)
-        except SQLAlchemyError as exc:
-            if self._db is not None:
-                self._db.close()
-            raise self._reader._away(exc) from exc
+        except BaseException as exc:
+            self._end()
+            if isinstance(exc, SQLAlchemyError):
+                raise self._reader._away(exc) from exc
+            raise
         return db
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if self._db is not None:
-            with self._reader._turning(_TURNING):
-                self._db.close()
+        self._end()
         if isinstance(error, SQLAlchemyError):
             raise self._reader._away(error) from error
+
+    def _end(self) -> None:
+        try:
+            if self._db is not None:
+                with self._reader._turning(_TURNING):
+                    self._db.close()
+        finally:
+            forks.end_query(self._query)
 
 
 def not_found(url: str) -> StoreNotFound:
