@@ -434,6 +434,12 @@ def test_a_topic_that_was_made_again_is_another_topic(world: World, running_mean
             except StatusTimeout:
                 ends = bounds(world.settings, [(topic, partition) for partition in range(PARTITIONS)])
                 pytest.fail(f"{reader.counts_by_state()}, read up to {reader.offsets()}; the topic has {ends}")
+            # Reads from an offset that the new topic does not have begin at its start, also before its id is known.
+            wait_until(
+                lambda: verify(world.names, world.settings, ["mail"], world.url).left_out == 60,
+                60,
+                "the new topic's id",
+            )
     if not running_meanwhile:
         assert not (found := verify(world.names, world.settings, ["mail"], world.url)).differing, found
         with Running(world.materializer()) as running:
