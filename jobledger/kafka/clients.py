@@ -66,7 +66,6 @@ PASSING = (KafkaError._TRANSPORT, KafkaError._ALL_BROKERS_DOWN, KafkaError.GROUP
 ASK_AGAIN = (
     KafkaError._TRANSPORT,
     KafkaError._ALL_BROKERS_DOWN,
-    KafkaError._DESTROY,
     KafkaError._DESTROY_BROKER,
 )
 
@@ -187,6 +186,9 @@ def undelivered(error: KafkaError, settings: Settings, what: str, *needs: Need) 
     if error.code() == KafkaError.CLUSTER_AUTHORIZATION_FAILED:
         # A broker lets an idempotent producer begin only if its user may write to at least one topic.
         return unauthorized(settings, what, "topic", *needs)
+    if error.code() == KafkaError._DESTROY:
+        # The client removed the record's partition, because its topic was deleted, before it sent the record.
+        error = KafkaError(KafkaError._UNKNOWN_PARTITION)
     return translate(error, settings, what, *needs)
 
 

@@ -14,7 +14,9 @@ from confluent_kafka import KafkaError, Message
 from jobledger import App
 from jobledger.client.client import Client, StatusSource
 from jobledger.config import Settings
-from jobledger.errors import BrokerUnavailable
+from jobledger.errors import BrokerUnavailable, TopicMissing
+from jobledger.kafka.auth import write
+from jobledger.kafka.clients import undelivered
 from jobledger.kafka.topic_names import Names
 from jobledger.log.writer import LogWriter, Outgoing
 
@@ -94,3 +96,10 @@ def test_the_first_event_of_a_class_waits_for_a_broker_as_a_submission_does() ->
         app.emit(Happened(1))  # type: ignore[call-arg]  # see told_of_events in test_typing.py
     assert 0.9 <= time.monotonic() - began < 9.0
     app.close()
+
+
+def test_a_record_for_a_topic_that_is_deleted_before_it_is_sent_reports_a_missing_topic() -> None:
+    """librdkafka reports such a record as "Broker handle destroyed for termination": it has removed the partition."""
+    error = undelivered(KafkaError(KafkaError._DESTROY), NOWHERE, "sending to t", write("t"))
+    assert isinstance(error, TopicMissing)
+    assert "jobledger topics apply" in str(error)

@@ -59,7 +59,7 @@ BROKER_CONFIG: Mapping[str, str] = {
     "group.consumer.heartbeat.interval.ms": "1000",
     # After a kill -9 the new process can register only when the session of the dead process has expired.
     "broker.heartbeat.interval.ms": "500",
-    "broker.session.timeout.ms": "6000",
+    "broker.session.timeout.ms": "3000",
     # These values suit a developer's machine, not a server.
     "num.network.threads": "2",
     "num.io.threads": "4",
